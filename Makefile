@@ -1,0 +1,41 @@
+# Each target works from a bare clone: it makes .venv, installs what is needed, then does its job.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install quickstart test test-fast check format clean help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## make .venv and install torchdlrm in it (CPU build)
+
+$(INSTALLED): pyproject.toml requirements/torchrec.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "torchdlrm needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make install PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --editable '.[cpu,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --requirement requirements/torchrec.txt
+	@touch $@
+
+quickstart: $(INSTALLED)  ## train and evaluate a DLRM on a synthetic click log, in minutes
+	$(BIN)/dlrm quickstart
+
+test: $(INSTALLED)  ## the whole test suite
+	$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED)  ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(INSTALLED)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## mend what lint and format can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""The `dlrm` command: one verb a file."""

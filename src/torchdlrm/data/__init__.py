@@ -1,0 +1,1 @@
+"""The disk side: raw log -> dataset.  No torch in here."""

@@ -1,0 +1,50 @@
+"""Every exception that torchdlrm raises on purpose; catch `TorchDLRMError` to catch them all.
+
+    TorchDLRMError
+    ├── UserError (ValueError)   the input is wrong; the command line prints it and exits with 2
+    │   ├── SchemaError          a schema file or preset
+    │   ├── ConfigError          a config file or an override of one of its keys
+    │   ├── LogError             a raw log: a file, a line, a column
+    │   ├── DatasetError         an encoded dataset on disk
+    │   ├── PlanError            a sharding plan that does not exist, or does not fit
+    │   └── RunError             a run on disk
+    └── TrainingError            training cannot go on (not the input's fault as far as we can tell)
+
+A `UserError` says in one message which key, file or line is wrong, which value it has and what to do about it.
+"""
+
+
+class TorchDLRMError(Exception):
+    """Root of all exceptions raised on purpose."""
+
+
+class UserError(TorchDLRMError, ValueError):
+    """What the user gave is wrong; the message names place, value and remedy."""
+
+
+class SchemaError(UserError):
+    """A schema file or preset is wrong."""
+
+
+class ConfigError(UserError):
+    """A config file, or an override on the command line, is wrong; lists all problems at once."""
+
+
+class LogError(UserError):
+    """A raw log cannot be read as its schema says."""
+
+
+class DatasetError(UserError):
+    """A dataset on disk is missing, incomplete, damaged or of another format version."""
+
+
+class PlanError(UserError):
+    """No sharding plan fits the machine, or a given plan does not fit the model."""
+
+
+class RunError(UserError):
+    """A run on disk is missing, incomplete or in use."""
+
+
+class TrainingError(TorchDLRMError):
+    """Training had to stop, for example because the loss is not finite."""

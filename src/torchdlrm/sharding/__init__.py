@@ -1,0 +1,1 @@
+"""Where each table goes: TorchRec's planner, told the truth about the machine."""

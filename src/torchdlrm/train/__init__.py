@@ -1,0 +1,1 @@
+"""Dataset and config -> run."""
