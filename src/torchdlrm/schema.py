@@ -1,9 +1,9 @@
-"""Which columns a click log has, and what each is: label, dense or sparse feature.
+r"""Which columns a click log has, and what each is: label, dense or sparse feature.
 
 In: the name of a preset (`criteo`) or a TOML file.  Out: a `FeatureSchema`, which every later stage shares.
 
     name = "criteo"
-    separator = "\\t"
+    separator = "\t"
     header = false
     columns = [
         { role = "label", name = "label" },

@@ -1,0 +1,43 @@
+"""The `dlrm` command: its verbs, and what happens to an exception.
+
+Verbs are named as strings: a module is imported when its verb runs, so that `--help` answers at once.
+"""
+
+import sys
+
+from cyclopts import App
+from cyclopts.exceptions import CycloptsError
+
+from torchdlrm import __version__
+from torchdlrm.cli.terminal import console
+from torchdlrm.errors import TorchDLRMError, UserError
+
+app = App(
+    name="dlrm",
+    version=__version__,
+    help="From a raw click log to click probabilities, with DLRM on TorchRec.",
+    help_on_error=False,
+    result_action="return_value",
+)
+app.command("torchdlrm.cli.synthesize:synthesize")
+app.command("torchdlrm.cli.preprocess:preprocess")
+app.command("torchdlrm.cli.inspect:inspect")
+
+
+def main() -> None:
+    """Run the verb on the command line; exit code 0 done, 2 the input is wrong, 130 interrupted, 1 anything else."""
+    try:
+        app(exit_on_error=False)
+    except UserError as error:
+        console.print("[red bold]error[/]:", end=" ")
+        console.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(2)
+    except CycloptsError:
+        sys.exit(2)  # cyclopts has printed what is wrong
+    except TorchDLRMError as error:
+        console.print("[red bold]failed[/]:", end=" ")
+        console.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        sys.exit(130)

@@ -1,0 +1,23 @@
+"""How a long job tells whoever started it how far it is; the command line draws it, a script may ignore it."""
+
+from typing import Protocol
+
+
+class ProgressListener(Protocol):
+    """Receives the progress of a job that has phases, one after the other."""
+
+    def start_phase(self, name: str, total: int | None, unit: str = "rows") -> None:
+        """A phase begins (and the one before it, if any, is over); `total` units of work, None when unknown."""
+
+    def advance(self, amount: int, **figures: str) -> None:
+        """`amount` more units are done; `figures` are shown beside the bar, for example `loss="0.4512"`."""
+
+
+class SilentProgress:
+    """Listens to nothing: the default in the library."""
+
+    def start_phase(self, name: str, total: int | None, unit: str = "rows") -> None:
+        """Ignored."""
+
+    def advance(self, amount: int, **figures: str) -> None:
+        """Ignored."""
