@@ -19,9 +19,9 @@ app = App(
     help_on_error=False,
     result_action="return_value",
 )
-app.command("torchdlrm.cli.synthesize:synthesize")
-app.command("torchdlrm.cli.preprocess:preprocess")
-app.command("torchdlrm.cli.inspect:inspect")
+app.command("torchdlrm.cli.synthesize:synthesize", help="Write a click log whose truth is known.")
+app.command("torchdlrm.cli.preprocess:preprocess", help="Turn a raw click log into a dataset.")
+app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset, a run or a bundle holds.")
 
 
 def main() -> None:

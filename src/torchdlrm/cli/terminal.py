@@ -78,4 +78,4 @@ def progress_bars(description: str) -> Iterator[ProgressListener]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         listener = _ProgressBars(bars)
         yield listener
-        listener._close_phase()  # noqa: SLF001
+        listener._close_phase()
