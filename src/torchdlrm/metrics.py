@@ -1,0 +1,147 @@
+"""How good predictions are, exactly: every row counts once, ties count half, sums are float64.
+
+In: labels and logits of N rows as numpy arrays.  Out: `BinaryMetrics`.  Cost: one sort of the N scores (8 s for 100
+million rows on one core) and two passes in blocks.  Nothing is binned or sampled, so that two runs can be compared to
+the last digit that floating point gives.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# float32 or float64 [N].
+Scores = NDArray[np.floating]
+# 0 or 1, any number type [N].
+Labels = NDArray[np.number] | NDArray[np.bool_]
+
+_BLOCK_ROWS = 1 << 20  # float64 temporaries of a block stay at 8 MB each
+
+
+@dataclass(frozen=True)
+class BinaryMetrics:
+    """Metrics of predicted click probabilities over `rows` rows.
+
+    Attributes:
+        rows: how many rows were judged.
+        auc: area under the ROC curve: the share of (click, no click) pairs in the right order. NaN when the labels
+            hold one class only.
+        logloss: mean negative log-likelihood, in nats.
+        ne: normalised entropy (He et al. 2014): `logloss` divided by that of always predicting the click rate; below
+            1 is better than knowing nothing. NaN when the labels hold one class only.
+        calibration: mean prediction divided by click rate; 1 is calibrated. NaN when nothing was clicked.
+        accuracy: share of rows whose label is on the same side as the prediction, cut at 0.5 (0.5 itself: no click).
+
+    All but `rows` are NaN when there are no rows.
+    """
+
+    rows: int
+    auc: float
+    logloss: float
+    ne: float
+    calibration: float
+    accuracy: float
+
+    def as_dict(self) -> dict[str, int | float]:
+        """The metrics by name, in the order of the fields."""
+        return asdict(self)
+
+
+def auc(labels: Labels, scores: Scores) -> float:
+    """Exact area under the ROC curve, by the Mann-Whitney statistic; equal scores count half.
+
+    Args:
+        labels: 0 or 1 [N].
+        scores: any monotone function of the probability, such as a logit [N].
+
+    Returns:
+        A number from 0 to 1; NaN when the labels hold one class only or a score is NaN.
+    """
+    _check_shapes(labels, scores)
+    clicked = labels != 0
+    # Two plain sorts are vectorised in numpy, and take half the time and memory of one argsort.
+    positives, negatives = np.sort(scores[clicked]), np.sort(scores[~clicked])
+    if not positives.size or not negatives.size or np.isnan(positives[-1]) or np.isnan(negatives[-1]):
+        return math.nan
+    few, many = sorted((positives, negatives), key=len)
+    # For each of the few: twice how many of the many lie below it, ties as half. Integers, so no rounding: with 10**9
+    # rows of each class the sum is still below 2**63.
+    twice_below = sum(int(np.searchsorted(many, few, side=side).sum()) for side in ("left", "right"))
+    share_below = twice_below / (2 * few.size * many.size)
+    return share_below if few is positives else 1.0 - share_below
+
+
+def logloss_from_logits(labels: Labels, logits: Scores) -> float:
+    """Mean negative log-likelihood in nats, stable for logits of any size; NaN without rows.
+
+    Args:
+        labels: 0 or 1 [N].
+        logits: log-odds of a click [N].
+    """
+    _check_shapes(labels, logits)
+    return _mean(labels.size, [block.logloss_sum for block in _blocks(labels, logits)])
+
+
+def binary_metrics(labels: Labels, logits: Scores) -> BinaryMetrics:
+    """All metrics of these rows.
+
+    Args:
+        labels: 0 or 1 [N].
+        logits: log-odds of a click, as the model gives them before the sigmoid [N].
+    """
+    _check_shapes(labels, logits)
+    rows = labels.size
+    blocks = list(_blocks(labels, logits))
+    logloss = _mean(rows, [block.logloss_sum for block in blocks])
+    click_rate = _mean(rows, [block.clicks for block in blocks])
+    mean_prediction = _mean(rows, [block.prediction_sum for block in blocks])
+    entropy = _entropy(click_rate)
+    return BinaryMetrics(
+        rows=rows,
+        auc=auc(labels, logits),
+        logloss=logloss,
+        ne=logloss / entropy if entropy > 0 else math.nan,
+        calibration=mean_prediction / click_rate if click_rate > 0 else math.nan,
+        accuracy=_mean(rows, [block.right for block in blocks]),
+    )
+
+
+@dataclass(frozen=True)
+class _Block:
+    clicks: int
+    right: int
+    prediction_sum: float
+    logloss_sum: float
+
+
+def _blocks(labels: Labels, logits: Scores) -> Iterator[_Block]:
+    for start in range(0, labels.size, _BLOCK_ROWS):
+        clicked = labels[start : start + _BLOCK_ROWS] != 0
+        logit = logits[start : start + _BLOCK_ROWS].astype(np.float64)
+        shrunk = np.exp(-np.abs(logit))  # in (0, 1]: neither this nor what follows can overflow
+        prediction = np.where(logit >= 0, 1.0, shrunk) / (1.0 + shrunk)
+        # -log(p of what happened) = log(1 + exp(-margin)); the margin is the logit, signed by the label.
+        margin = np.where(clicked, logit, -logit)
+        loss = np.maximum(-margin, 0.0) + np.log1p(shrunk)
+        yield _Block(
+            clicks=int(clicked.sum()),
+            right=int(((logit > 0) == clicked).sum()),
+            prediction_sum=float(prediction.sum()),
+            logloss_sum=float(loss.sum()),
+        )
+
+
+def _check_shapes(labels: Labels, scores: Scores) -> None:
+    assert labels.ndim == 1, labels.shape
+    assert labels.shape == scores.shape, (labels.shape, scores.shape)
+
+
+def _mean(rows: int, sums: list[int] | list[float]) -> float:
+    return math.fsum(sums) / rows if rows else math.nan
+
+
+def _entropy(rate: float) -> float:
+    """Of a coin that shows 1 with this probability, in nats; 0 for a sure thing."""
+    return -sum(p * math.log(p) for p in (rate, 1.0 - rate) if p > 0)

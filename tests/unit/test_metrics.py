@@ -1,0 +1,111 @@
+"""Metrics against scikit-learn, and where it has none against the definition."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
+
+from torchdlrm import metrics
+from torchdlrm.metrics import BinaryMetrics, auc, binary_metrics, logloss_from_logits
+
+# Few distinct scores: most pairs are ties.
+tied_rows = st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=2, max_size=80)
+# Up to where scikit-learn, which takes probabilities, still has 1 - p to 10 digits.
+any_rows = st.lists(st.tuples(st.booleans(), st.floats(-12, 12, width=32)), min_size=2, max_size=80)
+
+
+def arrays(rows, dtype):
+    labels = np.array([label for label, _ in rows], dtype=np.float32)
+    return labels, np.array([score for _, score in rows], dtype=dtype)
+
+
+def sigmoid(logits):
+    return 1 / (1 + np.exp(-logits.astype(np.float64)))
+
+
+@given(st.one_of(tied_rows, any_rows), st.sampled_from([np.float32, np.float64]))
+def test_auc_with_ties_equals_scikit_learn(rows, dtype):
+    labels, scores = arrays(rows, dtype)
+    if labels.min() == labels.max():
+        assert math.isnan(auc(labels, scores))
+    else:
+        assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+
+
+def test_auc_counts_a_tie_as_half_and_is_blind_to_monotone_maps():
+    labels = np.array([0, 1, 0, 1])
+    assert auc(labels, np.array([1.0, 1.0, 1.0, 1.0])) == 0.5
+    assert auc(labels, np.array([1.0, 2.0, 2.0, 3.0])) == 3.5 / 4
+    logits = np.array([-2.0, 0.5, 0.4, -1.0])
+    assert auc(labels, logits) == auc(labels, sigmoid(logits)) == 0.75
+
+
+def test_auc_of_a_nan_score_is_nan_instead_of_a_wrong_number():
+    assert math.isnan(auc(np.array([0, 1, 1]), np.array([0.1, math.nan, 0.3])))
+
+
+@given(any_rows)
+def test_metrics_equal_scikit_learn(rows):
+    labels, logits = arrays(rows, np.float32)
+    got = binary_metrics(labels, logits)
+    p = sigmoid(logits)
+    assert got.rows == len(rows)
+    assert got.logloss == pytest.approx(log_loss(labels, p, labels=[0, 1]), rel=1e-9, abs=1e-12)
+    assert got.logloss == logloss_from_logits(labels, logits)
+    assert got.accuracy == pytest.approx(accuracy_score(labels, p > 0.5))
+    if labels.any():
+        assert got.calibration == pytest.approx(p.mean() / labels.mean())
+    if labels.min() != labels.max():
+        base = log_loss(labels, np.full(len(rows), labels.mean(dtype=np.float64)), labels=[0, 1])
+        assert got.ne == pytest.approx(got.logloss / base)
+
+
+def test_metrics_do_not_depend_on_where_blocks_end(monkeypatch):
+    rng = np.random.default_rng(1)
+    labels, logits = rng.integers(0, 2, 1000), rng.normal(size=1000)
+    whole = binary_metrics(labels, logits)
+    monkeypatch.setattr(metrics, "_BLOCK_ROWS", 7)
+    assert binary_metrics(labels, logits).as_dict() == pytest.approx(whole.as_dict(), rel=1e-13)
+
+
+def test_logloss_is_stable_where_the_sigmoid_is_not():
+    assert logloss_from_logits(np.array([1, 0]), np.array([1000.0, -1000.0])) == 0.0
+    assert logloss_from_logits(np.array([0, 1]), np.array([1000.0, -1000.0])) == 1000.0
+    # 1 - p is 0 in float64 here: a logloss of probabilities would be infinite or clipped.
+    assert logloss_from_logits(np.array([0]), np.array([50.0])) == 50.0
+    assert logloss_from_logits(np.array([1]), np.array([50.0])) == pytest.approx(math.exp(-50))
+
+
+def test_predicting_the_click_rate_has_ne_and_calibration_of_one():
+    labels = np.array([1, 0, 0, 0])
+    got = binary_metrics(labels, np.full(4, math.log(1 / 3)))
+    assert (got.auc, got.ne, got.calibration) == (0.5, pytest.approx(1), pytest.approx(1))
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_one_class_has_no_auc_and_no_ne_but_a_logloss(label):
+    got = binary_metrics(np.full(3, label), np.array([-1.0, 0.0, 2.0]))
+    assert math.isnan(got.auc)
+    assert math.isnan(got.ne)
+    assert math.isnan(got.calibration) == (label == 0)
+    assert got.logloss > 0
+
+
+def test_no_rows_have_no_metrics():
+    got = binary_metrics(np.zeros(0), np.zeros(0))
+    assert got.rows == 0
+    assert all(math.isnan(value) for name, value in got.as_dict().items() if name != "rows")
+
+
+def test_as_dict_has_the_fields_in_order():
+    assert list(BinaryMetrics(1, 0.5, 0.6, 0.7, 0.8, 0.9).as_dict().items()) == [
+        ("rows", 1),
+        ("auc", 0.5),
+        ("logloss", 0.6),
+        ("ne", 0.7),
+        ("calibration", 0.8),
+        ("accuracy", 0.9),
+    ]
