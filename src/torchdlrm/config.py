@@ -1,0 +1,254 @@
+"""Every knob of a run: typed, with its default, its unit and what it means.
+
+In: a TOML file and overrides by dotted name.  Out: a `Config`, or one error that lists every problem.
+docs/configuration.md is made from these descriptions.
+"""
+
+import difflib
+import tomllib
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from torchdlrm.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    # Strict, so that "2048" or 2048.0 in a file is an error and not a guess; tuples come as TOML lists.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(_Section):
+    """The DLRM's shape; the defaults are the paper's Criteo model."""
+
+    embedding_dim: PositiveInt = Field(128, description="dimension D of every table; a multiple of 4")
+    dense_arch_layer_sizes: tuple[PositiveInt, ...] = Field(
+        (512, 256, 128), strict=False, min_length=1, description="output sizes of the dense arch; the last is D"
+    )
+    over_arch_layer_sizes: tuple[PositiveInt, ...] = Field(
+        (1024, 512, 256, 1), strict=False, min_length=2, description="output sizes of the over arch; the last is 1"
+    )
+
+
+class TrainConfig(_Section):
+    """How much to train, in what steps."""
+
+    batch_size_global: PositiveInt = Field(2048, description="rows per step over all ranks")
+    epochs: PositiveInt = Field(1, description="passes over the training split")
+    max_steps: PositiveInt | None = Field(None, description="stop after this many steps, whatever epochs says")
+
+
+class TableOptimizerConfig(_Section):
+    """The tables' optimizer, fused into their backward."""
+
+    name: Literal["rowwise_adagrad", "adagrad", "sgd"] = Field("rowwise_adagrad", description="FBGEMM's name for it")
+    learning_rate: PositiveFloat = Field(0.05, description="base learning rate")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the accumulated squares")
+
+
+class DenseOptimizerConfig(_Section):
+    """The optimizer of the dense and over arch."""
+
+    name: Literal["adagrad", "sgd", "adamw"] = Field("adagrad", description="torch.optim's name for it")
+    learning_rate: PositiveFloat = Field(0.01, description="base learning rate")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the accumulated squares (not for sgd)")
+
+
+class ScheduleConfig(_Section):
+    """Learning rate over steps, for all optimizers alike.
+
+    Linear to the base rate while step <= warmup_steps; the base rate until decay_start_step; then over decay_steps
+    down to zero by the square, not below 1e-7; then held: the policy of facebookresearch/dlrm.
+    """
+
+    warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up")
+    decay_start_step: NonNegativeInt = Field(0, description="last step at the base rate (with decay_steps > 0)")
+    decay_steps: NonNegativeInt = Field(0, description="steps of quadratic decay; 0 means none")
+
+
+class ValidationConfig(_Section):
+    """Metrics on the val split during training."""
+
+    every_steps: NonNegativeInt = Field(0, description="validate every so many steps; 0 means at the end only")
+    batch_size_global: PositiveInt = Field(8192, description="rows per forward pass over all ranks")
+    max_rows: PositiveInt | None = Field(None, description="validate on the first so many rows; all when not set")
+
+
+class LoggingConfig(_Section):
+    """What a run writes while it trains."""
+
+    every_steps: PositiveInt = Field(100, description="steps between two lines of metrics.jsonl")
+    tensorboard: bool = Field(default=True, description="also write TensorBoard event files")
+
+
+class ShardingConfig(_Section):
+    """What TorchRec's planner is told about the machine."""
+
+    hbm_bytes: PositiveInt | None = Field(None, description="memory of each GPU; asked of the device when not set")
+    host_memory_bytes: PositiveInt | None = Field(
+        None, description="host memory of each rank; the machine's, divided by its ranks, when not set"
+    )
+
+
+class LoaderConfig(_Section):
+    """How batches are read."""
+
+    prefetch_batches: PositiveInt = Field(8, description="batches that the reading thread keeps ready")
+
+
+class Config(_Section):
+    """A whole run."""
+
+    seed: NonNegativeInt = Field(0, description="of the initial weights and of the order of row groups after epoch 0")
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    table_optimizer: TableOptimizerConfig = TableOptimizerConfig()
+    dense_optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    validation: ValidationConfig = ValidationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    loader: LoaderConfig = LoaderConfig()
+
+
+def load_config(path: Path | None, overrides: Mapping[str, str] | None = None) -> Config:
+    """The config in a TOML file (defaults where it is silent), changed by overrides such as {"train.epochs": "2"}.
+
+    Raises:
+        ConfigError: the file cannot be read, or keys or values are wrong; every problem in one message.
+    """
+    raw: dict[str, Any] = {}
+    where: dict[str, str] = {}
+    if path is not None:
+        try:
+            with path.open("rb") as file:
+                raw = tomllib.load(file)
+        except OSError as error:
+            msg = f"{path}: cannot read the config: {error.strerror}. configs/ holds ready-made ones"
+            raise ConfigError(msg) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            msg = f"{path}: not a TOML file: {error}"
+            raise ConfigError(msg) from error
+    problems: list[str] = []
+    for name, text in (overrides or {}).items():
+        key = name.replace("-", "_")
+        where[key] = f"--{name}"
+        section, _, leaf = key.rpartition(".")
+        target = raw.setdefault(section, {}) if section else raw
+        if not isinstance(target, dict):
+            problems.append(f"--{name}: {section} is not a section")
+            continue
+        target[leaf] = _typed(key, text)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        problems += [_describe(item, path, where) for item in error.errors(include_url=False)]
+    else:
+        problems += _contradictions(config)
+        if not problems:
+            return config
+    raise ConfigError("\n".join(["the config is wrong:", *(f"  {problem}" for problem in problems)]))
+
+
+def knobs() -> Iterator[tuple[str, FieldInfo]]:
+    """Every knob by its dotted name, with its type, default and description."""
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            for leaf, inner in field.annotation.model_fields.items():
+                yield f"{name}.{leaf}", inner
+        else:
+            yield name, field
+
+
+def config_toml(config: Config) -> str:
+    """The config as TOML text that `load_config` reads back; keys that are not set are left out."""
+    top: list[str] = []
+    sections: list[str] = []
+    for name, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            leaves = [f"{leaf} = {_toml_value(v)}" for leaf, v in value.items() if v is not None]
+            sections += ["", f"[{name}]", *leaves]
+        else:
+            top.append(f"{name} = {_toml_value(value)}")
+    return "\n".join([*top, *sections]) + "\n"
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)
+
+
+def _typed(key: str, text: str) -> object:
+    """An override's text as TOML would read it, so that both ways in are validated alike."""
+    field = dict(knobs()).get(key)
+    kinds = _plain_types(field.annotation) if field is not None else set()
+    if str in kinds:
+        return text
+    if tuple in kinds and not text.startswith("["):
+        text = f"[{text}]"
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return float(value) if float in kinds and isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _plain_types(annotation: object) -> set[object]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _plain_types(get_args(annotation)[0])
+    if origin is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if origin in {Union, types.UnionType}:
+        return {kind for part in get_args(annotation) for kind in _plain_types(part)}
+    return {origin or annotation}
+
+
+def _describe(item: Any, path: Path | None, where: Mapping[str, str]) -> str:
+    names = [str(part) for part in item["loc"]]
+    key = ".".join(names)
+    named = [flag for name, flag in where.items() if f"{name}.".startswith(f"{key}.")]
+    place = named[0] if named else f"{path}: {key}"
+    if item["type"] == "extra_forbidden":
+        known = [name for name, _ in knobs()] + list(Config.model_fields)
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        leaf = [name for name in known if name.rpartition(".")[2] == names[-1]]
+        hint = (leaf or close or [""])[0]
+        return f"{place}: there is no such key" + (f"; did you mean {hint}?" if hint else "")
+    return f"{place}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
+
+
+def _contradictions(config: Config) -> list[str]:
+    """What no single key can see."""
+    model = config.model
+    found = []
+    if model.dense_arch_layer_sizes[-1] != model.embedding_dim:
+        found.append(
+            f"model.dense_arch_layer_sizes: ends with {model.dense_arch_layer_sizes[-1]}, but must end with "
+            f"model.embedding_dim = {model.embedding_dim}"
+        )
+    if model.embedding_dim % 4:
+        found.append(f"model.embedding_dim: must be a multiple of 4 (FBGEMM's rows), got {model.embedding_dim}")
+    if model.over_arch_layer_sizes[-1] != 1:
+        found.append(f"model.over_arch_layer_sizes: must end with 1, the logit, got {model.over_arch_layer_sizes[-1]}")
+    schedule = config.schedule
+    if schedule.decay_steps and schedule.decay_start_step < schedule.warmup_steps:
+        found.append(
+            f"schedule.decay_start_step: {schedule.decay_start_step} is before the end of the warm-up "
+            f"(schedule.warmup_steps = {schedule.warmup_steps})"
+        )
+    return found

@@ -1,0 +1,139 @@
+"""The DLRM of arXiv:1906.00091, with the names, arguments and state-dict keys of `torchrec.models.dlrm`.
+
+Weights and code move both ways between the two; ours copies the embeddings less and has a faster interaction.
+
+B rows of the batch on this rank, F sparse features, D embedding dimension, N = F + 1 vectors that interact.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchrec.models.dlrm import DenseArch, OverArch
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from torchdlrm.model.interaction import InteractionArch
+
+
+class TrainingBatch(Protocol):
+    """What `DLRMTrain` needs of a batch; `torchrec.datasets.utils.Batch` has it too."""
+
+    dense_features: Tensor
+    sparse_features: KeyedJaggedTensor
+    labels: Tensor
+
+
+@fx.wrap
+def stack_embeddings(embeddings: KeyedTensor, feature_names: list[str], embedding_dim: int) -> Tensor:
+    """[B, F, D] in the order of `feature_names`: a view where the embeddings lie in that order, else one copy.
+
+    Sharding may group the tables by rank or kernel, and then they come back in another order.
+    """
+    if embeddings.keys() == feature_names:
+        return embeddings.values().view(-1, len(feature_names), embedding_dim)
+    by_name = embeddings.to_dict()
+    return torch.stack([by_name[name] for name in feature_names], dim=1)
+
+
+class SparseArch(nn.Module):
+    """Looks up and pools the embeddings of each feature.
+
+    Args:
+        embedding_bag_collection: the tables, all of the same dimension D.
+    """
+
+    def __init__(self, embedding_bag_collection: EmbeddingBagCollection) -> None:
+        super().__init__()
+        tables = embedding_bag_collection.embedding_bag_configs()
+        assert tables, "an embedding bag collection without tables"
+        self.embedding_bag_collection = embedding_bag_collection
+        self.D: int = tables[0].embedding_dim
+        self.sparse_feature_names: list[str] = [name for table in tables for name in table.feature_names]
+        self.F: int = len(self.sparse_feature_names)
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        """Maps a KJT of F keys and stride B to [B, F, D]."""
+        return stack_embeddings(self.embedding_bag_collection(features), self.sparse_feature_names, self.D)
+
+
+class DLRM(nn.Module):
+    """Dense arch and sparse arch, their interaction, and the over arch that turns it into a logit.
+
+    Args:
+        embedding_bag_collection: the tables, all of the same dimension D.
+        dense_in_features: number of dense features.
+        dense_arch_layer_sizes: output sizes of the dense arch's layers; the last is D.
+        over_arch_layer_sizes: output sizes of the over arch's layers; the last is 1.
+        dense_device: where to create everything but the tables.
+
+    Raises:
+        ValueError: the tables differ in dimension, or the dense arch does not end with it.
+
+    Example::
+
+        tables = [EmbeddingBagConfig(name="t1", embedding_dim=8, num_embeddings=100, feature_names=["f1"])]
+        model = DLRM(EmbeddingBagCollection(tables=tables), 13, [20, 8], [5, 1])
+        model(torch.rand(2, 13), KeyedJaggedTensor(["f1"], torch.tensor([4, 2]), torch.tensor([1, 1]))).shape  # [2, 1]
+    """
+
+    def __init__(
+        self,
+        embedding_bag_collection: EmbeddingBagCollection,
+        dense_in_features: int,
+        dense_arch_layer_sizes: list[int],
+        over_arch_layer_sizes: list[int],
+        dense_device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        dims = {table.embedding_dim for table in embedding_bag_collection.embedding_bag_configs()}
+        if dims != {dense_arch_layer_sizes[-1]}:
+            msg = f"the dense arch ends with {dense_arch_layer_sizes[-1]}, but the tables have dimension {sorted(dims)}"
+            raise ValueError(msg)
+        self.sparse_arch = SparseArch(embedding_bag_collection)
+        self.dense_arch = DenseArch(dense_in_features, dense_arch_layer_sizes, device=dense_device)
+        self.inter_arch = InteractionArch(num_sparse_features=self.sparse_arch.F)
+        if dense_device is not None:
+            self.inter_arch.to(dense_device)
+        num_vectors = self.sparse_arch.F + 1
+        over_in_features = self.sparse_arch.D + num_vectors * (num_vectors - 1) // 2
+        self.over_arch = OverArch(over_in_features, over_arch_layer_sizes, device=dense_device)
+
+    def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
+        """Maps [B, dense_in_features] and a KJT of F keys and stride B to logits [B, 1]."""
+        dense_BD = self.dense_arch(dense_features)
+        sparse_BFD = self.sparse_arch(sparse_features)
+        interactions = self.inter_arch(dense_features=dense_BD, sparse_features=sparse_BFD)
+        return self.over_arch(interactions)
+
+
+@fx.wrap
+def batch_loss(logits_B: Tensor, labels_B: Tensor, batch: TrainingBatch) -> Tensor:
+    """Mean binary cross-entropy, so weighted that its mean over ranks is the mean over the global batch.
+
+    The slices of the last batch of an epoch may differ in size by one; a batch of ours says by `loss_weight` how much
+    this rank's rows count.
+    """
+    if logits_B.numel() == 0:
+        return logits_B.sum()
+    return binary_cross_entropy_with_logits(logits_B, labels_B) * getattr(batch, "loss_weight", 1.0)
+
+
+class DLRMTrain(nn.Module):
+    """A DLRM with its loss, for TorchRec's train pipelines.
+
+    Args:
+        dlrm_module: the model.
+    """
+
+    def __init__(self, dlrm_module: DLRM) -> None:
+        super().__init__()
+        self.model = dlrm_module
+
+    def forward(self, batch: TrainingBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Returns the loss, and (loss, logits [B], labels [B]) detached."""
+        logits_B = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
+        labels_B = batch.labels.float()
+        loss = batch_loss(logits_B, labels_B, batch)
+        return loss, (loss.detach(), logits_B.detach(), labels_B.detach())

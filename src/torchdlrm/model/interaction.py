@@ -1,0 +1,82 @@
+"""Pairwise dot products of the dense vector and all embeddings, each pair once.
+
+In: dense_BD, sparse_BFD.  Out: [B, D + N(N-1)/2], the dense vector itself and then the upper triangle of V V^T.
+Cost: one batched product forward and one backward; the triangle is copied by one flat index per row.
+
+B rows of the batch on this rank, F sparse features, D embedding dimension, N = F + 1 vectors that interact,
+P = N(N-1)/2 pairs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+class _PairwiseDots(torch.autograd.Function):
+    """The strict upper triangle of V V^T, row by row.
+
+    TorchRec's arch picks the triangle by advanced indexing, whose backward is an accumulating scatter over the whole
+    square. Each pair occurs once, so plain copies do: with S the symmetric matrix of the pairs' gradients, dL/dV = S V.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dense_BD: Tensor, sparse_BFD: Tensor, upper_P: Tensor, lower_P: Tensor) -> Tensor:
+        num_rows, embedding_dim = dense_BD.shape
+        vectors_BND = torch.cat((dense_BD.unsqueeze(1), sparse_BFD), dim=1)
+        square_BNN = torch.bmm(vectors_BND, vectors_BND.transpose(1, 2))
+        out = dense_BD.new_empty(num_rows, embedding_dim + upper_P.numel())
+        out[:, :embedding_dim] = dense_BD
+        torch.index_select(square_BNN.flatten(1), 1, upper_P, out=out[:, embedding_dim:])
+        ctx.save_for_backward(vectors_BND, upper_P, lower_P)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        vectors_BND, upper_P, lower_P = ctx.saved_tensors
+        num_rows, num_vectors, embedding_dim = vectors_BND.shape
+        grad_pairs_BP = grad_out[:, embedding_dim:]
+        grad_square = grad_out.new_zeros(num_rows, num_vectors * num_vectors)
+        grad_square.index_copy_(1, upper_P, grad_pairs_BP)
+        grad_square.index_copy_(1, lower_P, grad_pairs_BP)
+        grad_vectors_BND = torch.bmm(grad_square.view(num_rows, num_vectors, num_vectors), vectors_BND)
+        grad_dense_BD = grad_vectors_BND[:, 0] + grad_out[:, :embedding_dim]
+        return grad_dense_BD, grad_vectors_BND[:, 1:], None, None
+
+
+@fx.wrap  # a leaf for the train pipeline, which traces the model to find its sharded modules
+def pairwise_dots(dense_BD: Tensor, sparse_BFD: Tensor, upper_P: Tensor, lower_P: Tensor) -> Tensor:
+    """The dense vector and all dot products of pairs.
+
+    Args:
+        dense_BD: output of the dense arch, [B, D].
+        sparse_BFD: embeddings, [B, F, D], of the same dtype.
+        upper_P: positions of the pairs (i < j) in the flattened N x N square, int64 [P].
+        lower_P: positions of the same pairs mirrored, int64 [P].
+
+    Returns:
+        [B, D + P].
+    """
+    return _PairwiseDots.apply(dense_BD, sparse_BFD, upper_P, lower_P)  # type: ignore[no-untyped-call]
+
+
+class InteractionArch(nn.Module):
+    """Same inputs, outputs and (empty) state dict as `torchrec.models.dlrm.InteractionArch`.
+
+    Args:
+        num_sparse_features: F.
+    """
+
+    def __init__(self, num_sparse_features: int) -> None:
+        super().__init__()
+        self.F = num_sparse_features
+        num_vectors = num_sparse_features + 1
+        first_P, second_P = torch.triu_indices(num_vectors, num_vectors, offset=1)
+        self.upper_P: Tensor
+        self.lower_P: Tensor
+        self.register_buffer("upper_P", first_P * num_vectors + second_P, persistent=False)
+        self.register_buffer("lower_P", second_P * num_vectors + first_P, persistent=False)
+
+    def forward(self, dense_features: Tensor, sparse_features: Tensor) -> Tensor:
+        """Maps [B, D] and [B, F, D] to [B, D + P]."""
+        return pairwise_dots(dense_features, sparse_features, self.upper_P, self.lower_P)
