@@ -1,0 +1,71 @@
+"""What the loader hands to the model: TorchRec's batch, and how much its rows count.
+
+B rows of the batch on this rank, F sparse features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchrec.datasets.utils import Batch as TorchRecBatch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+
+@dataclass
+class Batch(TorchRecBatch):  # type: ignore[misc]
+    """TorchRec's batch and one field more.
+
+    Attributes:
+        dense_features: float32 [B, num_dense_features].
+        sparse_features: KJT of F keys in schema order, values int64, stride B.
+        labels: float32 [B].
+        loss_weight: B times the world size over the rows of the global batch: 1 unless the slices differ in size.
+    """
+
+    loss_weight: float = 1.0
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":  # noqa: FBT001, FBT002
+        """A copy on `device`."""
+        return Batch(
+            dense_features=self.dense_features.to(device=device, non_blocking=non_blocking),
+            sparse_features=self.sparse_features.to(device=device, non_blocking=non_blocking),
+            labels=self.labels.to(device=device, non_blocking=non_blocking),
+            loss_weight=self.loss_weight,
+        )
+
+    def pin_memory(self) -> "Batch":
+        """A copy in page-locked memory, from which a GPU can fetch while it computes."""
+        return Batch(
+            dense_features=self.dense_features.pin_memory(),
+            sparse_features=self.sparse_features.pin_memory(),
+            labels=self.labels.pin_memory(),
+            loss_weight=self.loss_weight,
+        )
+
+
+@lru_cache(maxsize=8)
+def _ones_and_offsets(num_values: int) -> tuple[Tensor, Tensor]:
+    """Lengths and offsets of a KJT with one value in each cell; batches of the same size share them, read-only."""
+    return torch.ones(num_values, dtype=torch.int32), torch.arange(num_values + 1, dtype=torch.int32)
+
+
+def single_valued_kjt(feature_names: Sequence[str], ids_FB: NDArray[np.int64]) -> KeyedJaggedTensor:
+    """A KJT in which every feature of every row has exactly one id.
+
+    Args:
+        feature_names: the F keys.
+        ids_FB: int64 [F, B], contiguous; its memory is shared.
+    """
+    num_features, num_rows = ids_FB.shape
+    lengths, offsets = _ones_and_offsets(num_features * num_rows)
+    return KeyedJaggedTensor(
+        keys=list(feature_names),
+        values=torch.from_numpy(ids_FB).view(-1),
+        lengths=lengths,
+        offsets=offsets,
+        stride=num_rows,
+    )

@@ -1,0 +1,211 @@
+"""A dataset's split -> batches for this rank, read ahead by a thread.
+
+Stages: row group on disk (Parquet) -> columns (Arrow) -> slice of this rank's rows (NumPy) -> `Batch` (torch).
+Cost: a rank decodes every row group and copies only its own rows.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.errors import DatasetError
+from torchdlrm.loader.batch import Batch, single_valued_kjt
+from torchdlrm.loader.plan import RowGroup, batch_rows, epoch_order, num_batches, rank_rows
+
+
+class Loader:
+    """Iterates over the batches of one or more epochs, from where `load_state_dict` has put it.
+
+    Args:
+        dataset: an encoded dataset.
+        split: `train`, `val` or `test`.
+        batch_size_global: rows per batch over all ranks.
+        rank: this process.
+        world_size: number of processes.
+        epochs: passes over the split.
+        seed: of the order of row groups in later epochs.
+        max_rows: read only the first so many rows of the split.
+        prefetch_batches: how many batches the reading thread keeps ready.
+        pin_memory: hand out batches in page-locked memory, for a GPU.
+
+    Raises:
+        DatasetError: the split is not there, or holds no rows, or a file of it cannot be read.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        *,
+        batch_size_global: int,
+        rank: int = 0,
+        world_size: int = 1,
+        epochs: int = 1,
+        seed: int = 0,
+        max_rows: int | None = None,
+        prefetch_batches: int = 8,
+        pin_memory: bool = False,
+    ) -> None:
+        if split not in dataset.splits or dataset.splits[split].rows == 0:
+            there = ", ".join(f"{name} ({part.rows:,} rows)" for name, part in dataset.splits.items())
+            msg = f"{dataset.path}: nothing to read in split {split!r}; the dataset has {there}"
+            raise DatasetError(msg)
+        self.rows = min(dataset.splits[split].rows, max_rows or dataset.splits[split].rows)
+        self.batches_per_epoch = num_batches(self.rows, batch_size_global)
+        self._reader = _RowGroupReader(dataset, split)
+        self._feature_names = dataset.sparse_names
+        self._batch_size_global = batch_size_global
+        self._rank, self._world_size = rank, world_size
+        self._epochs, self._seed = epochs, seed
+        self._prefetch_batches, self._pin_memory = prefetch_batches, pin_memory
+        self._epoch, self._batches_consumed = 0, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next batch is: `epoch`, and `batches_consumed` of it; the same on every rank and world size."""
+        return {"epoch": self._epoch, "batches_consumed": self._batches_consumed}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from `state`, which may come from a loader of another world size."""
+        self._epoch, self._batches_consumed = state["epoch"], state["batches_consumed"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in _read_ahead(self._batches(self._epoch, self._batches_consumed), depth=self._prefetch_batches):
+            yield batch
+            self._batches_consumed += 1
+            if self._batches_consumed == self.batches_per_epoch:
+                self._epoch, self._batches_consumed = self._epoch + 1, 0
+
+    def _batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
+        for current_epoch in range(epoch, self._epochs):
+            stream = _RowStream(
+                self._reader, epoch_order(self._reader.row_groups, epoch=current_epoch, seed=self._seed)
+            )
+            for index in range(first_batch if current_epoch == epoch else 0, self.batches_per_epoch):
+                everyone = batch_rows(index, rows=self.rows, batch_size_global=self._batch_size_global)
+                mine = rank_rows(everyone, rank=self._rank, world_size=self._world_size)
+                labels_B, dense, ids_FB = stream.read(mine)
+                batch = Batch(
+                    dense_features=torch.from_numpy(dense),
+                    sparse_features=single_valued_kjt(self._feature_names, ids_FB),
+                    labels=torch.from_numpy(labels_B),
+                    loss_weight=len(mine) * self._world_size / len(everyone),
+                )
+                yield batch.pin_memory() if self._pin_memory else batch
+
+
+class _Columns:
+    """The rows of one row group: labels [n], dense features [13, n], ids [26, n] as lists of NumPy columns."""
+
+    def __init__(self, table: Any, dataset: Dataset) -> None:
+        columns = {name: table.column(name).to_numpy() for name in table.column_names}
+        self.labels: NDArray[Any] = columns[dataset.label_name]
+        self.dense = [columns[name] for name in dataset.dense_names]
+        self.ids = [columns[name] for name in dataset.sparse_names]
+
+
+class _RowGroupReader:
+    """Opens the files of a split and decodes their row groups."""
+
+    def __init__(self, dataset: Dataset, split: str) -> None:
+        self._dataset = dataset
+        self._paths = [dataset.path / file.path for file in dataset.splits[split].files]
+        self._open: tuple[int, Any] | None = None
+        self.num_dense, self.num_sparse = len(dataset.dense_names), len(dataset.sparse_names)
+        self.row_groups: list[RowGroup] = []
+        for file_index, path in enumerate(self._paths):
+            try:
+                metadata = pq.read_metadata(path)
+            except (OSError, ValueError) as error:
+                msg = f"{path}: cannot be read: {error}; run dlrm preprocess again"
+                raise DatasetError(msg) from error
+            self.row_groups += [
+                RowGroup(file_index, group, metadata.row_group(group).num_rows)
+                for group in range(metadata.num_row_groups)
+            ]
+
+    def read(self, where: RowGroup) -> _Columns:
+        if self._open is None or self._open[0] != where.file_index:
+            self._open = (
+                where.file_index,
+                pq.ParquetFile(self._paths[where.file_index], page_checksum_verification=True),
+            )
+        try:
+            # One thread: this already runs beside the step, which wants the other cores.
+            table = self._open[1].read_row_group(where.group_index, use_threads=False)
+        except OSError as error:
+            msg = f"{self._paths[where.file_index]}: row group {where.group_index} is damaged: {error}"
+            raise DatasetError(msg) from error
+        return _Columns(table, self._dataset)
+
+
+class _RowStream:
+    """Row groups as one stream of rows; ranges must be read in rising order."""
+
+    def __init__(self, reader: _RowGroupReader, order: Sequence[RowGroup]) -> None:
+        self._reader = reader
+        self._order = order
+        self._starts = np.concatenate([[0], np.cumsum([group.rows for group in order])])
+        self._current: tuple[int, _Columns] | None = None
+
+    def read(self, rows: range) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+        """Labels [B], dense features [B, num_dense] and ids [F, B] of these rows of the stream."""
+        labels_B = np.empty(len(rows), dtype=np.float32)
+        dense = np.empty((len(rows), self._reader.num_dense), dtype=np.float32)
+        ids_FB = np.empty((self._reader.num_sparse, len(rows)), dtype=np.int64)
+        position = rows.start
+        while position < rows.stop:
+            index = int(np.searchsorted(self._starts, position, side="right")) - 1
+            if self._current is None or self._current[0] != index:
+                self._current = (index, self._reader.read(self._order[index]))
+            group = self._current[1]
+            stop = min(rows.stop, int(self._starts[index + 1]))
+            source = slice(position - int(self._starts[index]), stop - int(self._starts[index]))
+            target = slice(position - rows.start, stop - rows.start)
+            labels_B[target] = group.labels[source]
+            for column, values in enumerate(group.dense):
+                dense[target, column] = values[source]
+            for column, values in enumerate(group.ids):
+                ids_FB[column, target] = values[source]
+            position = stop
+        return labels_B, dense, ids_FB
+
+
+def _read_ahead(batches: Iterator[Batch], *, depth: int) -> Iterator[Batch]:
+    """The same batches, made by a thread that is up to `depth` ahead; its errors arrive here."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not stopped.is_set():
+            with suppress(queue.Full):  # look again whether anybody still wants it
+                ready.put(item, timeout=0.1)
+                return
+
+    def produce() -> None:
+        try:
+            for batch in batches:
+                put(batch)
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer
+            put(error)
+
+    thread = threading.Thread(target=produce, name="torchdlrm-loader", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
