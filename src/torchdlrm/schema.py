@@ -7,7 +7,7 @@ In: the name of a preset (`criteo`) or a TOML file.  Out: a `FeatureSchema`, whi
     header = false
     columns = [
         { role = "label", name = "label" },
-        { role = "dense", name = "int_0", transform = "log_plus_3" },
+        { role = "dense", name = "int_0", kind = "int", transform = "log_plus_3" },
         { role = "sparse", name = "cat_0", kind = "hex" },
     ]
 
@@ -42,10 +42,11 @@ class LabelColumn(_Frozen):
 
 
 class DenseColumn(_Frozen):
-    """A number; missing values become 0 before the transform (see `torchdlrm.data.transforms`)."""
+    """A number, `float` or `int` of 64 bits; `torchdlrm.data.transforms` says what becomes of it."""
 
     role: Literal["dense"] = "dense"
     name: ColumnName
+    kind: Literal["int", "float"] = "float"
     transform: DenseTransform = "log_plus_3"
 
 
@@ -100,7 +101,7 @@ class FeatureSchema(_Frozen):
 def criteo_schema() -> FeatureSchema:
     """The layout of Criteo's public logs; column names are those of `torchrec.datasets.criteo`."""
     columns: list[LabelColumn | DenseColumn | SparseColumn] = [LabelColumn(name="label")]
-    columns += [DenseColumn(name=f"int_{i}") for i in range(NUM_CRITEO_DENSE)]
+    columns += [DenseColumn(name=f"int_{i}", kind="int") for i in range(NUM_CRITEO_DENSE)]
     columns += [SparseColumn(name=f"cat_{i}", kind="hex") for i in range(NUM_CRITEO_SPARSE)]
     return FeatureSchema(name="criteo", columns=tuple(columns))
 

@@ -1,0 +1,103 @@
+"""Rows of a log that its schema cannot read: how many, why, and where the first of them are.
+
+In: the bad rows of each chunk, lines counted from the chunk's start.  Out: counts by reason and a few positions for
+each, for the manifest, the summary and the error that stops a job.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from torchdlrm.errors import LogError
+
+REASONS = {
+    "columns": "the line has the wrong number of columns",
+    "nul_byte": "the cell contains a NUL byte",
+    "utf8": "the cell is not UTF-8",
+    "label": "the label is neither 0 nor 1",
+    "int": "the cell is not an integer of 64 bits",
+    "float": "the cell is not a finite number",
+    "hex": "the cell is not 1 to 8 hexadecimal digits",
+}
+_MAX_VALUE_CHARACTERS = 80
+
+
+class BadRow(BaseModel):
+    """Where a bad row is, and what stands there."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str = ""
+    line: int
+    column: str | None
+    value: str
+
+
+@dataclass
+class BadRows:
+    """Bad rows by reason; each row counts once, by its leftmost fault."""
+
+    NUM_EXAMPLES: ClassVar[int] = 5
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[BadRow]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Bad rows of all reasons."""
+        return sum(self.counts.values())
+
+    def add(self, reason: str, count: int, examples: list[BadRow]) -> None:
+        """Count more bad rows; of `examples`, in the order of the log, the first few are kept."""
+        assert reason in REASONS
+        if not count:
+            return
+        self.counts[reason] = self.counts.get(reason, 0) + count
+        kept = self.examples.setdefault(reason, [])
+        kept.extend(_shortened(example) for example in examples[: self.NUM_EXAMPLES - len(kept)])
+
+    def add_chunk(self, chunk: "BadRows", file: str, num_lines_before: int) -> None:
+        """Count the bad rows of the next chunk of the log, which starts after `num_lines_before` lines of `file`."""
+        for reason, count in chunk.counts.items():
+            placed = [
+                example.model_copy(update={"file": file, "line": example.line + num_lines_before})
+                for example in chunk.examples[reason]
+            ]
+            self.add(reason, count, placed)
+
+    def check(self, max_bad_rows: int) -> None:
+        """Stop a job that has met too many.
+
+        Raises:
+            LogError: there are more than `max_bad_rows`; names the first few, and how to allow them.
+        """
+        if self.total <= max_bad_rows:
+            return
+        lines = [
+            f"the log has bad rows: {self.total:,} so far, {max_bad_rows:,} allowed",
+            *describe_bad_rows(self.counts, self.examples),
+        ]
+        lines.append("Mend the log, check the schema, or skip such rows with --max-bad-rows N.")
+        raise LogError("\n".join(lines))
+
+
+def describe_bad_rows(counts: Mapping[str, int], examples: Mapping[str, Sequence[BadRow]]) -> list[str]:
+    """A line for each position that was kept, and for each reason how many more there are."""
+    lines = []
+    for reason, meaning in REASONS.items():
+        for row in examples.get(reason, []):
+            column = f", column {row.column}" if row.column else ""
+            value = f": {row.value!r}" if row.column else f" ({row.value})"
+            lines.append(f"  {row.file}, line {row.line:,}{column}: {meaning}{value}")
+        hidden = counts.get(reason, 0) - len(examples.get(reason, []))
+        if hidden:
+            lines.append(f"  and {hidden:,} more where {meaning}")
+    return lines
+
+
+def _shortened(row: BadRow) -> BadRow:
+    if len(row.value) <= _MAX_VALUE_CHARACTERS:
+        return row
+    return row.model_copy(update={"value": row.value[:_MAX_VALUE_CHARACTERS] + "..."})

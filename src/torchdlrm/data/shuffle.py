@@ -1,0 +1,39 @@
+"""Which part file a training row goes to, and in which order the rows of a part lie.
+
+In: the positions of rows in the whole log and a seed.  Out: for each row a bucket and a sort key, both hashes of its
+position: a shuffle of the whole split that any number of workers can carry out, in any order, with the same result.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_BUCKET_STREAM, _ORDER_STREAM = 1, 2
+
+
+def num_buckets(num_rows: int, part_rows: int) -> int:
+    """Buckets, each of `part_rows` rows on average at most; of the rows of the split alone, so that all runs agree."""
+    return max(1, -(-num_rows // part_rows))
+
+
+def buckets(positions: npt.NDArray[np.int64], seed: int, num_buckets: int) -> npt.NDArray[np.int64]:
+    """The bucket of each row, uniform: int64 [B]."""
+    high = _hash(positions, seed, _BUCKET_STREAM) >> np.uint64(32)
+    return ((high * np.uint64(num_buckets)) >> np.uint64(32)).astype(np.int64)
+
+
+def order_in_bucket(positions: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
+    """The permutation of a bucket's rows, given in the order of the log: int64 [B]."""
+    return np.argsort(_hash(positions, seed, _ORDER_STREAM), kind="stable")
+
+
+def _hash(positions: npt.NDArray[np.int64], seed: int, stream: int) -> npt.NDArray[np.uint64]:
+    """SplitMix64 (Steele, Lea and Flood 2014) started at a mix of seed and stream: one jump a row."""
+    start = _mix(_mix(np.array([seed], np.uint64) * _GOLDEN) + np.uint64(stream))
+    return _mix(start + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,140 @@
+"""Typed columns -> what the model reads: dense values as float32, categorical values as int32 ids.
+
+In: a frame of the types that `torchdlrm.data.source` gives, missing values null.  Out: the same columns encoded.  Both
+the preprocessing job and everything that meets raw rows later run this code, with the same constants: they are stored
+with the dataset and with every model trained on it.
+
+| transform | missing becomes | then |
+| --- | --- | --- |
+| log_plus_3 | 0 | log(max(x, -2) + 3), so that Criteo's negative counts survive |
+| log1p | 0 | log(max(x, 0) + 1) |
+| standardize | the mean | (x - mean) / deviation, both of the training rows |
+| none | 0 | x |
+
+All of it is computed in float64 and rounded once.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+import polars as pl
+from pydantic import BaseModel, ConfigDict
+
+from torchdlrm.data.vocabulary import Vocabulary
+from torchdlrm.schema import DenseColumn, DenseTransform, FeatureSchema
+
+
+class FittedDense(BaseModel):
+    """A dense transform with all its constants: `scale((max(x, minimum) + shift))`, and what stands for a missing x."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    transform: DenseTransform
+    missing: float = 0.0
+    minimum: float | None = None
+    shift: float = 0.0
+    log: bool = False
+    deviation: float = 1.0
+
+    def expression(self, name: str) -> pl.Expr:
+        """Column `name` (Int64 or Float64, nullable) as Float32 without nulls."""
+        x = pl.col(name).cast(pl.Float64).fill_null(self.missing)
+        if self.minimum is not None:
+            x = pl.max_horizontal(x, pl.lit(self.minimum))
+        if self.shift:
+            x += self.shift
+        if self.log:
+            x = x.log()
+        if self.deviation != 1.0:
+            x /= self.deviation
+        return x.cast(pl.Float32).alias(name)
+
+
+@dataclass
+class Moments:
+    """Exact sums over the present values of a column, so that no order of adding them changes a bit of the result."""
+
+    count: int = 0
+    total: Fraction = field(default_factory=Fraction)
+    total_of_squares: Fraction = field(default_factory=Fraction)
+
+    def add(self, column: pl.Series) -> None:
+        """Take in more values; nulls are left out."""
+        values = column.drop_nulls().cast(pl.Float64).to_numpy()
+        self.count += len(values)
+        self.total += _exact_sum(values)
+        self.total_of_squares += _exact_sum(values * values)
+
+    def fit(self) -> FittedDense:
+        """The standardisation that these values ask for; of a constant column it leaves zeros."""
+        if not self.count:
+            return FittedDense(transform="standardize")
+        mean = float(self.total / self.count)
+        variance = self.total_of_squares / self.count - (self.total / self.count) ** 2
+        deviation = math.sqrt(max(0.0, float(variance)))
+        return FittedDense(transform="standardize", missing=mean, shift=-mean, deviation=deviation or 1.0)
+
+
+def fit_dense(column: DenseColumn, moments: Moments | None) -> FittedDense:
+    """The constants of a column's transform; `moments` of the training rows where it is `standardize`."""
+    if column.transform == "log_plus_3":
+        return FittedDense(transform="log_plus_3", minimum=-2.0, shift=3.0, log=True)
+    if column.transform == "log1p":
+        return FittedDense(transform="log1p", minimum=0.0, shift=1.0, log=True)
+    if column.transform == "standardize":
+        assert moments is not None, "a standardized column is counted first"
+        return moments.fit()
+    return FittedDense(transform="none")
+
+
+def encode(
+    frame: pl.DataFrame,
+    schema: FeatureSchema,
+    dense: Mapping[str, FittedDense],
+    vocabularies: Mapping[str, Vocabulary],
+) -> pl.DataFrame:
+    """Raw rows as the model reads them.
+
+    Args:
+        frame: typed columns, B rows; the label may be absent.
+        schema: the columns.
+        dense: the fitted transform of each dense column.
+        vocabularies: the vocabulary of each sparse column.
+
+    Returns:
+        Float32 dense columns and Int32 sparse columns in the order of the schema, B rows.
+    """
+    return pl.DataFrame(
+        [
+            *encode_dense(frame, dense).iter_columns(),
+            *(vocabularies[column.name].lookup(frame[column.name]) for column in schema.sparse),
+        ]
+    )
+
+
+def encode_dense(frame: pl.DataFrame, dense: Mapping[str, FittedDense]) -> pl.DataFrame:
+    """The dense columns of `frame` alone, each through its transform."""
+    return frame.select(_expressions(dense.items()))
+
+
+def _expressions(dense: Iterable[tuple[str, FittedDense]]) -> list[pl.Expr]:
+    return [fitted.expression(name) for name, fitted in dense]
+
+
+def _exact_sum(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Fraction:
+    """The sum without rounding: mantissas in halves that float64 adds exactly, summed for each exponent."""
+    mantissas, exponents = np.frexp(values)
+    whole = np.ldexp(mantissas, 53)
+    high = np.floor(whole / 2.0**27)
+    low = whole - high * 2.0**27
+    assert len(values) < 2**26, "sums of 27-bit numbers stay below 2^53"
+    lowest = int(exponents.min(initial=0))
+    sums_high = np.bincount(exponents - lowest, weights=high)
+    sums_low = np.bincount(exponents - lowest, weights=low)
+    total = Fraction(0)
+    for i in np.flatnonzero((sums_high != 0) | (sums_low != 0)):
+        total += (int(sums_high[i]) * 2**27 + int(sums_low[i])) * Fraction(2) ** (lowest + int(i) - 53)
+    return total
