@@ -76,6 +76,9 @@ class FeatureSchema(_Frozen):
         if twice:
             msg = f"column names must be unique, but {', '.join(twice)} stands more than once"
             raise ValueError(msg)
+        if not self.separator.isascii() or self.separator in "\r\n\0":
+            msg = f"separator must be one ASCII character and no line end, not {self.separator!r}"
+            raise ValueError(msg)
         if sum(isinstance(column, LabelColumn) for column in self.columns) != 1:
             raise ValueError("exactly one column must have the role 'label'")
         if not self.dense or not self.sparse:

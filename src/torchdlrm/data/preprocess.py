@@ -38,7 +38,7 @@ from torchdlrm.data.dataset import (
     file_record,
     write_part,
 )
-from torchdlrm.data.source import LogFile, find_files, parse_chunk, read_chunks
+from torchdlrm.data.source import CHUNK_BYTES, LogFile, find_files, parse_chunk, read_chunks
 from torchdlrm.data.splits import SPLIT_NAMES, SplitBounds, SplitName, criteo_split
 from torchdlrm.data.transforms import FittedDense, Moments, encode_dense, fit_dense
 from torchdlrm.data.vocabulary import (
@@ -180,8 +180,17 @@ def preprocess(
     schema: FeatureSchema,
     options: PreprocessOptions | None = None,
     progress: ProgressListener | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Dataset:
     """Turn a raw log into a dataset in the new folder `out`.
+
+    Args:
+        logs: the files of the log.
+        out: the folder to make; until it is whole, its content grows beside it under another name.
+        schema: the log's columns.
+        options: thresholds and seed.
+        progress: hears of the phases.
+        chunk_bytes: text that is read at a time; changes no byte of the dataset.
 
     Raises:
         LogError: a file of the log is missing, damaged or empty, or has more bad rows than allowed.
@@ -198,7 +207,7 @@ def preprocess(
         if partial.exists():
             shutil.rmtree(partial)  # left behind by a job that was killed
         partial.mkdir(parents=True)
-        manifest = _write_dataset(files, partial, schema, options, progress)
+        manifest = _write_dataset(files, partial, schema, options, progress, chunk_bytes)
         (partial / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         partial.rename(out)
     except OSError as error:
@@ -215,10 +224,13 @@ def _write_dataset(
     schema: FeatureSchema,
     options: PreprocessOptions,
     progress: ProgressListener,
+    chunk_bytes: int,
 ) -> Manifest:
     bad_rows = BadRows()
     progress.start_phase("read", sum(file.size_bytes for file in files), "bytes")
-    chunks_of_files = [list(_read_file(file, schema, bad_rows, options.max_bad_rows, progress)) for file in files]
+    chunks_of_files = [
+        list(_read_file(file, schema, bad_rows, options.max_bad_rows, progress, chunk_bytes)) for file in files
+    ]
     rows_of_files = [sum(chunk.num_rows for chunk in chunks_of_file) for chunks_of_file in chunks_of_files]
     chunks = deque(chunk for chunks_of_file in chunks_of_files for chunk in chunks_of_file)
     chunks_of_files.clear()
@@ -261,7 +273,12 @@ def _write_dataset(
 
 
 def _read_file(
-    file: LogFile, schema: FeatureSchema, bad_rows: BadRows, max_bad_rows: int, progress: ProgressListener
+    file: LogFile,
+    schema: FeatureSchema,
+    bad_rows: BadRows,
+    max_bad_rows: int,
+    progress: ProgressListener,
+    chunk_bytes: int,
 ) -> Iterator[EncodedChunk]:
     """The chunks of a file, in order.
 
@@ -270,7 +287,7 @@ def _read_file(
     """
     num_lines = int(schema.header)
     read_bytes = 0
-    for lines, offset_bytes in read_chunks(file, schema):
+    for lines, offset_bytes in read_chunks(file, schema, chunk_bytes):
         parsed = parse_chunk(lines, schema)
         bad_rows.add_chunk(parsed.bad_rows, file.name, num_lines)
         bad_rows.check(max_bad_rows)

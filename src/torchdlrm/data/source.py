@@ -35,6 +35,7 @@ from torchdlrm.schema import Column, DenseColumn, FeatureSchema, LabelColumn
 CHUNK_BYTES = 32 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MAX_HEADER_BYTES = 1 << 20
 _DAY = re.compile(r"day_(\d+)(?!\d)")
 
 
@@ -118,6 +119,9 @@ def read_chunks(file: LogFile, schema: FeatureSchema, chunk_bytes: int = CHUNK_B
                         raise LogError(msg)
             if rest:
                 yield rest, raw.tell()
+        if file.path.stat().st_size != file.size_bytes:
+            msg = f"{file.path}: the file changed while it was read; start again when nothing writes to it"
+            raise LogError(msg)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         msg = f"{file.path}: the gzip stream is damaged or cut off ({error}); fetch the file again"
         raise LogError(msg) from error
@@ -131,8 +135,8 @@ def _without_header(text: IO[bytes], file: LogFile, schema: FeatureSchema) -> by
     start = text.read(len(_BYTE_ORDER_MARK)).removeprefix(_BYTE_ORDER_MARK)
     if not schema.header:
         return start
-    line = start if start.endswith(b"\n") else start + text.readline()
-    found = line.decode(errors="replace").rstrip("\r\n").split(schema.separator)
+    line, _, rest = (start if b"\n" in start else start + text.readline(_MAX_HEADER_BYTES)).partition(b"\n")
+    found = line.decode(errors="replace").rstrip("\r").split(schema.separator)
     expected = [column.name for column in schema.columns]
     if found != expected:
         at = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
@@ -143,7 +147,7 @@ def _without_header(text: IO[bytes], file: LogFile, schema: FeatureSchema) -> by
         )
         msg = f"{file.path}, line 1 (header): {where}; change the schema or the file"
         raise LogError(msg)
-    return b""
+    return rest
 
 
 def parse_chunk(lines: bytes, schema: FeatureSchema) -> ParsedChunk:

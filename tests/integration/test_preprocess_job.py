@@ -1,0 +1,301 @@
+"""The preprocessing job: splits, shuffle, same bytes, and what happens when something is wrong."""
+
+import gzip
+import random
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from torchdlrm.data.dataset import Dataset, sha256_of
+from torchdlrm.data.preprocess import PreprocessOptions, preprocess
+from torchdlrm.data.source import parse_chunk
+from torchdlrm.data.transforms import encode
+from torchdlrm.errors import ConfigError, DatasetError, LogError
+from torchdlrm.progress import SilentProgress
+from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+
+# `position` tells where in the log a row stood.
+SCHEMA = FeatureSchema(
+    name="small",
+    columns=(
+        LabelColumn(name="label"),
+        DenseColumn(name="position", kind="int", transform="none"),
+        DenseColumn(name="price", kind="float", transform="standardize"),
+        DenseColumn(name="clicks", kind="int", transform="log1p"),
+        SparseColumn(name="city", kind="string"),
+        SparseColumn(name="shop", kind="int"),
+        SparseColumn(name="item", kind="hex"),
+    ),
+)
+SPLITS = ("train", "val", "test")
+
+
+def log_lines(num_rows: int, first: int = 0) -> list[str]:
+    rng = random.Random(first)
+    cities = ["Köln", "Zürich", "Oslo", "", "東京", 'a "quoted" name']
+    return [
+        f"{rng.choice('0001')}\t{first + i}\t{rng.choice(['', round(rng.gauss(1e6, 3), 2)])}"
+        f"\t{rng.choice(['', -5, 0, 7])}\t{rng.choice(cities)}\t{rng.choice(['', -1, 2**40, rng.randrange(300)])}\t{rng.randrange(500):x}\n"
+        for i in range(num_rows)
+    ]
+
+
+def write_log(path, lines):
+    data = "".join(lines).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def read_split(dataset: Dataset, name: str) -> pl.DataFrame:
+    return pl.concat(pl.read_parquet(file.path) for file in dataset.splits[name].files)
+
+
+def positions(dataset: Dataset, name: str) -> list[int]:
+    return read_split(dataset, name)["position"].cast(pl.Int64).to_list()
+
+
+def checksums(dataset: Dataset) -> dict[str, str]:
+    files = sorted(path for path in dataset.path.rglob("*") if path.is_file())
+    return {str(path.relative_to(dataset.path)): sha256_of(path) for path in files}
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    return write_log(tmp_path_factory.mktemp("log") / "log.tsv", log_lines(7005))
+
+
+@pytest.fixture(scope="module")
+def dataset(log, tmp_path_factory):
+    return preprocess([log], tmp_path_factory.mktemp("job") / "dataset", SCHEMA, PreprocessOptions(part_rows=1000))
+
+
+def test_every_row_is_in_exactly_one_split_and_the_last_seventh_is_held_out(dataset):
+    assert sorted(positions(dataset, "train")) == list(range(6005))
+    assert positions(dataset, "val") == list(range(6005, 6505))
+    assert positions(dataset, "test") == list(range(6505, 7005))
+    assert {name: split.rows for name, split in dataset.splits.items()} == {"train": 6005, "val": 500, "test": 500}
+    assert "last seventh" in dataset.manifest.split_rule
+
+
+def test_training_rows_are_shuffled_across_the_whole_split(dataset):
+    order = np.array(positions(dataset, "train"))
+    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.05
+    parts = dataset.splits["train"].files
+    assert len(parts) == 7
+    for part in parts:
+        found = pl.read_parquet(part.path)["position"]
+        assert part.rows == len(found) == pytest.approx(6005 / 7, rel=0.15)
+        # Each part is a sample of the whole split, and no part is in order.
+        assert found.mean() == pytest.approx(3002, rel=0.1)
+        assert abs(np.corrcoef(found, np.arange(len(found)))[0, 1]) < 0.15
+
+
+def test_another_seed_orders_the_training_rows_otherwise_and_changes_nothing_else(log, dataset, tmp_path):
+    other = preprocess([log], tmp_path / "dataset", SCHEMA, PreprocessOptions(part_rows=1000, seed=1))
+    assert positions(other, "train") != positions(dataset, "train")
+    assert sorted(positions(other, "train")) == sorted(positions(dataset, "train"))
+    for name in ("val", "test"):
+        assert [file.sha256 for file in other.splits[name].files] == [
+            file.sha256 for file in dataset.splits[name].files
+        ]
+
+
+@pytest.mark.parametrize("chunk_bytes", [100, 4567])
+def test_the_bytes_do_not_depend_on_the_chunks(log, dataset, tmp_path, chunk_bytes):
+    log = write_log(tmp_path / "log.tsv", log.read_text().splitlines(keepends=True)[:700])
+    whole, cut = (
+        preprocess([log], tmp_path / f"dataset{i}", SCHEMA, PreprocessOptions(part_rows=100), chunk_bytes=size)
+        for i, size in enumerate((1 << 20, chunk_bytes))
+    )
+    assert len(whole.splits["train"].files) > 1
+    assert checksums(whole) == checksums(cut)
+
+
+def test_the_same_rows_in_several_files_plain_or_gzipped_give_the_same_parts(log, dataset, tmp_path):
+    lines = log.read_text().splitlines(keepends=True)
+    files = [write_log(tmp_path / "a.tsv.gz", lines[:3000]), write_log(tmp_path / "b.tsv", lines[3000:])]
+    other = preprocess(files, tmp_path / "dataset", SCHEMA, PreprocessOptions(part_rows=1000))
+    assert other.manifest.splits == dataset.manifest.splits
+    assert other.manifest.sparse == dataset.manifest.sparse
+    assert [(source.name, source.rows) for source in other.manifest.source] == [("a.tsv.gz", 3000), ("b.tsv", 4005)]
+
+
+def test_the_last_day_is_held_out_where_files_are_named_by_day(tmp_path):
+    lines = log_lines(301)
+    files = [
+        write_log(tmp_path / "day_10.gz", lines[200:]),
+        write_log(tmp_path / "day_2", lines[120:200]),
+        write_log(tmp_path / "day_0", lines[:120]),
+    ]
+    dataset = preprocess(files, tmp_path / "dataset", SCHEMA)
+    assert sorted(positions(dataset, "train")) == list(range(200))
+    assert positions(dataset, "val") == list(range(200, 251))
+    assert positions(dataset, "test") == list(range(251, 301))
+    assert "day_10" in dataset.manifest.split_rule
+
+
+def test_vocabularies_and_statistics_are_fitted_on_training_rows_alone(tmp_path):
+    lines = [f"0\t{i}\t{10 if i % 2 else 20}\t0\tknown\t1\ta\n" for i in range(12)]
+    lines += [f"1\t{12 + i}\t1000000\t0\tnew\t1\ta\n" for i in range(2)]
+    dataset = preprocess([write_log(tmp_path / "log", lines)], tmp_path / "dataset", SCHEMA)
+    assert dataset.vocabulary("city").table.rows() == [("known", 12, 1)]
+    for name in ("val", "test"):
+        assert read_split(dataset, name)["city"].to_list() == [0]
+        assert read_split(dataset, name)["price"].to_list() == [(1000000 - 15) / 5]
+    assert sorted(read_split(dataset, "train")["price"].to_list()) == [-1.0] * 6 + [1.0] * 6
+
+
+def test_standardised_values_equal_numpys(log, dataset):
+    raw = [line.split("\t")[2] for line in log.read_text().splitlines()]
+    present = np.array([float(cell) for cell in raw[:6005] if cell])
+    expected = [np.float32((float(cell) - present.mean()) / present.std()) if cell else 0.0 for cell in raw[6005:6505]]
+    np.testing.assert_allclose(read_split(dataset, "val")["price"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_raw_rows_are_encoded_later_as_the_job_encoded_them(log, dataset):
+    held_out = "".join(log.read_text().splitlines(keepends=True)[6005:]).encode()
+    frame = parse_chunk(held_out, SCHEMA).frame
+    vocabularies = {name: dataset.vocabulary(name) for name in dataset.sparse_names}
+    found = encode(frame.drop("label"), dataset.schema, dataset.manifest.dense, vocabularies)
+    expected = pl.concat([read_split(dataset, "val"), read_split(dataset, "test")]).drop("label")
+    assert found.equals(expected)
+    assert found.schema == expected.schema
+
+
+def test_parts_are_parquet_files_with_equal_row_groups_and_page_checksums(log, tmp_path):
+    big = preprocess([write_log(tmp_path / "log", log_lines(50_000))], tmp_path / "dataset", SCHEMA)
+    (part,) = big.splits["train"].files
+    file = pq.ParquetFile(part.path, page_checksum_verification=True)
+    sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    assert set(sizes[:-1]) == {big.row_group_rows}
+    assert sum(sizes) == part.rows == big.splits["train"].rows
+    types = {field.name: (str(field.type), field.nullable) for field in file.schema_arrow}
+    assert types == {
+        "label": ("int8", False),
+        **dict.fromkeys(big.dense_names, ("float", False)),
+        **dict.fromkeys(big.sparse_names, ("int32", False)),
+    }
+    assert {file.metadata.row_group(0).column(i).compression for i in range(7)} == {"ZSTD"}
+    data = bytearray(part.path.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.path.write_bytes(data)
+    with pytest.raises(OSError, match="CRC checksum"):
+        pq.read_table(part.path, page_checksum_verification=True)
+
+
+BAD_LINES = {
+    "columns": ("1\t2\n", "6 columns, not 7", "1\t2\t3\t4\t5\t6\n"),
+    "label": ("2", "column label: the label is neither 0 nor 1: '2'", "2\t0\t\t\t\t\t\n"),
+    "int": ("1.5", "column position: the cell is not an integer of 64 bits: '1.5'", "0\t1.5\t\t\t\t\t\n"),
+    "float": ("inf", "column price: the cell is not a finite number: 'inf'", "0\t0\tinf\t\t\t\t\n"),
+    "hex": (
+        "9 digits",
+        "column item: the cell is not 1 to 8 hexadecimal digits: '123456789'",
+        "0\t0\t\t\t\t\t123456789\n",
+    ),
+    "nul_byte": ("NUL", "column city: the cell contains a NUL byte: 'a\\x00'", "0\t0\t\t\ta\0\t\t\n"),
+}
+
+
+@pytest.mark.parametrize("reason", BAD_LINES)
+def test_a_bad_row_stops_the_job_with_file_line_column_and_value(tmp_path, reason):
+    _, message, line = BAD_LINES[reason]
+    lines = log_lines(50)
+    log = write_log(tmp_path / "my.tsv", [*lines[:20], line, *lines[20:]])
+    with pytest.raises(LogError, match=r"my\.tsv, line 21") as caught:
+        preprocess([log], tmp_path / "dataset", SCHEMA)
+    assert message in str(caught.value)
+    assert "--max-bad-rows" in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my.tsv"]
+
+
+def test_bad_rows_that_are_allowed_are_skipped_counted_and_recorded(tmp_path):
+    lines = log_lines(300)
+    for i, (_, _, line) in enumerate(BAD_LINES.values()):
+        lines.insert(10 + 40 * i, line)
+    lines.insert(200, "\n")
+    log = write_log(tmp_path / "my.tsv", lines)
+    with pytest.raises(LogError, match=r"6 allowed"):
+        preprocess([log], tmp_path / "dataset", SCHEMA, PreprocessOptions(max_bad_rows=6), chunk_bytes=1000)
+    dataset = preprocess([log], tmp_path / "dataset", SCHEMA, PreprocessOptions(max_bad_rows=7), chunk_bytes=1000)
+    assert sorted(positions(dataset, "train") + positions(dataset, "val") + positions(dataset, "test")) == list(
+        range(300)
+    )
+    bad_rows = dataset.manifest.bad_rows
+    assert bad_rows.total == 7
+    assert bad_rows.counts == {"columns": 2, **{reason: 1 for reason in BAD_LINES if reason != "columns"}}
+    found = sorted(row.line for rows in bad_rows.examples.values() for row in rows)
+    assert found == sorted([11, 51, 91, 131, 171, 201, 212])
+    assert {row.file for rows in bad_rows.examples.values() for row in rows} == {"my.tsv"}
+
+
+def test_of_many_bad_rows_the_first_few_positions_are_kept(tmp_path):
+    lines = [line for good in log_lines(100) for line in (good, "2\t0\t\t\t\t\t\n")]
+    log = write_log(tmp_path / "log", lines)
+    dataset = preprocess([log], tmp_path / "dataset", SCHEMA, PreprocessOptions(max_bad_rows=100), chunk_bytes=500)
+    assert dataset.manifest.bad_rows.counts == {"label": 100}
+    assert [row.line for row in dataset.manifest.bad_rows.examples["label"]] == [2, 4, 6, 8, 10]
+
+
+def test_an_existing_output_folder_is_left_alone(log, tmp_path):
+    (tmp_path / "dataset").mkdir()
+    with pytest.raises(DatasetError, match="exists; choose another --out, or remove it first"):
+        preprocess([log], tmp_path / "dataset", SCHEMA)
+    assert list((tmp_path / "dataset").iterdir()) == []
+
+
+def test_a_log_too_short_to_split_is_reported(tmp_path):
+    with pytest.raises(LogError, match="too short to split: of 13 good rows"):
+        preprocess([write_log(tmp_path / "log", log_lines(13))], tmp_path / "dataset", SCHEMA)
+    assert (
+        preprocess([write_log(tmp_path / "log2", log_lines(14))], tmp_path / "dataset", SCHEMA).splits["test"].rows == 1
+    )
+
+
+def test_an_interrupted_job_leaves_no_dataset_and_the_next_one_succeeds(log, tmp_path):
+    class Interrupted(SilentProgress):
+        def start_phase(self, name, *_):
+            if name == "write":
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        preprocess([log], tmp_path / "dataset", SCHEMA, progress=Interrupted())
+    with pytest.raises(DatasetError):
+        Dataset.open(tmp_path / "dataset")
+    (tmp_path / ".dataset.partial").mkdir(exist_ok=True)
+    (tmp_path / ".dataset.partial" / "left over by kill -9").touch()
+    dataset = preprocess([log], tmp_path / "dataset", SCHEMA)
+    assert sorted(path.name for path in dataset.path.iterdir()) == [
+        "dataset.json",
+        "test",
+        "train",
+        "val",
+        "vocabulary",
+    ]
+    assert list(tmp_path.iterdir()) == [dataset.path]
+
+
+def test_numbers_out_of_range_are_all_reported_by_their_option():
+    with pytest.raises(ConfigError) as caught:
+        PreprocessOptions(min_count=0, max_rows=1, seed=-1, max_bad_rows=-1)
+    for option in ("--min-count", "--max-rows", "--seed", "--max-bad-rows"):
+        assert option in str(caught.value)
+
+
+def test_progress_reaches_every_phases_total(log, tmp_path):
+    class Recorder(SilentProgress):
+        def __init__(self):
+            self.phases = []
+
+        def start_phase(self, name, total, *_):
+            self.phases.append([name, total, 0])
+
+        def advance(self, amount, **_):
+            self.phases[-1][2] += amount
+
+    recorder = Recorder()
+    preprocess([log], tmp_path / "dataset", SCHEMA, PreprocessOptions(part_rows=1000), recorder, chunk_bytes=10_000)
+    assert [name for name, _, _ in recorder.phases] == ["read", "count", "encode", "write"]
+    assert all(total == done for _, total, done in recorder.phases)

@@ -1,0 +1,234 @@
+"""Lines -> typed columns: what is accepted, what is a bad row, and that cuts do not matter."""
+
+import gzip
+from itertools import pairwise
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchdlrm.data.bad_rows import BadRows
+from torchdlrm.data.source import find_files, parse_chunk, read_chunks
+from torchdlrm.errors import LogError
+from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, criteo_schema
+
+SCHEMA = FeatureSchema(
+    name="small",
+    columns=(
+        LabelColumn(name="label"),
+        DenseColumn(name="count", kind="int"),
+        DenseColumn(name="price", kind="float"),
+        SparseColumn(name="hex", kind="hex"),
+        SparseColumn(name="number", kind="int"),
+        SparseColumn(name="text", kind="string"),
+    ),
+)
+GOOD = b"1\t-3\t2.5\t0Fe\t7\tK\xc3\xb6ln\n"
+GOOD_ROW = (1, -3, 2.5, 0x0FE, 7, "Köln")
+
+
+def first_example(bad_rows: BadRows):
+    (reason,) = bad_rows.examples
+    return reason, bad_rows.examples[reason][0]
+
+
+def test_cells_become_the_types_of_their_columns_and_empty_ones_null():
+    chunk = parse_chunk(GOOD + b"0\t\t\t\t\t\n", SCHEMA)
+    assert chunk.frame.rows() == [GOOD_ROW, (0, None, None, None, None, None)]
+    assert chunk.frame.dtypes == [pl.Int8, pl.Int64, pl.Float64, pl.UInt32, pl.Int64, pl.String]
+    assert (chunk.num_lines, chunk.bad_rows.total) == (2, 0)
+
+
+def test_extreme_values_are_kept_exactly():
+    line = b"0\t9223372036854775807\t1e-300\tffffffff\t-9223372036854775808\t\xef\xbb\xbf\n"
+    chunk = parse_chunk(line, SCHEMA)
+    assert chunk.frame.rows() == [(0, 2**63 - 1, 1e-300, 2**32 - 1, -(2**63), "\ufeff")]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("last_end", [True, False])
+def test_line_ends_of_unix_and_windows_are_read_alike(end, last_end):
+    text = GOOD.replace(b"\n", end) * 3
+    chunk = parse_chunk(text if last_end else text.removesuffix(end), SCHEMA)
+    assert chunk.frame.rows() == [GOOD_ROW] * 3
+    assert (chunk.num_lines, chunk.bad_rows.total) == (3, 0)
+
+
+def test_quotes_and_hashes_are_text_like_any_other():
+    chunk = parse_chunk(b'1\t1\t1\t1\t1\t"a\n#\t1\t1\t1\t1\tb\n1\t1\t1\t1\t1\tc"d"\n', SCHEMA)
+    assert chunk.frame["text"].to_list() == ['"a', 'c"d"']
+    assert chunk.bad_rows.counts == {"label": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "column", "value"),
+    [
+        (b"1\t2\t3\t4\t5", "columns", None, "5 columns, not 6"),
+        (b"1\t2\t3\t4\t5\t6\t7", "columns", None, "7 columns, not 6"),
+        (b"", "columns", None, "1 columns, not 6"),
+        (b"2\t2\t3\t4\t5\t6", "label", "label", "2"),
+        (b"-1\t2\t3\t4\t5\t6", "label", "label", "-1"),
+        (b"\t2\t3\t4\t5\t6", "label", "label", ""),
+        (b"yes\t2\t3\t4\t5\t6", "label", "label", "yes"),
+        (b"1\t2.0\t3\t4\t5\t6", "int", "count", "2.0"),
+        (b"1\t 2\t3\t4\t5\t6", "int", "count", " 2"),
+        (b"1\t9223372036854775808\t3\t4\t5\t6", "int", "count", "9223372036854775808"),
+        (b"1\t2\tnan\t4\t5\t6", "float", "price", "nan"),
+        (b"1\t2\t1e999\t4\t5\t6", "float", "price", "1e999"),
+        (b"1\t2\tdear\t4\t5\t6", "float", "price", "dear"),
+        (b"1\t2\t3\tfffffffff\t5\t6", "hex", "hex", "fffffffff"),
+        (b"1\t2\t3\t000000001\t5\t6", "hex", "hex", "000000001"),
+        (b"1\t2\t3\t+1\t5\t6", "hex", "hex", "+1"),
+        (b"1\t2\t3\tg\t5\t6", "hex", "hex", "g"),
+        (b"1\t2\t3\t4\t1e3\t6", "int", "number", "1e3"),
+        (b"1\t2\t3\t4\t5\ta\0b", "nul_byte", "text", "a\0b"),
+        (b"1\t2\0\t3\t4\t5\t6", "nul_byte", "count", "2\0"),
+        (b"1\t2\t3\t4\t5\t\xff", "utf8", "text", "\\xff"),
+        (b"1\tx\t3\tx\t5\t6", "int", "count", "x"),
+    ],
+)
+@pytest.mark.parametrize("position", ["first", "middle", "last"])
+def test_a_bad_row_is_counted_once_by_its_leftmost_fault_and_the_others_are_kept(line, reason, column, value, position):
+    before, after = {"first": (0, 3), "middle": (2, 1), "last": (3, 0)}[position]
+    chunk = parse_chunk(GOOD * before + line + b"\n" + GOOD * after, SCHEMA)
+    assert chunk.frame.rows() == [GOOD_ROW] * 3
+    assert chunk.num_lines == 4
+    assert chunk.bad_rows.counts == {reason: 1}
+    found_reason, example = first_example(chunk.bad_rows)
+    assert (found_reason, example.line, example.column, example.value) == (reason, before + 1, column, value)
+
+
+def test_a_long_and_a_short_line_do_not_make_up_for_each_other():
+    chunk = parse_chunk(b"1\t2\t3\t4\t5\n" + GOOD + b"1\t2\t3\t4\t5\t6\t7\n", SCHEMA)
+    assert chunk.frame.rows() == [GOOD_ROW]
+    assert chunk.bad_rows.counts == {"columns": 2}
+
+
+def test_a_chunk_of_bad_rows_alone_has_no_rows():
+    chunk = parse_chunk(b"\n\n\xff\n", SCHEMA)
+    assert chunk.frame.shape == (0, 6)
+    assert chunk.bad_rows.counts == {"columns": 3}
+
+
+CELL = {
+    "label": st.sampled_from([b"0", b"1", b"2", b""]),
+    "count": st.sampled_from([b"", b"5", b"-2", b"x", b"9" * 19]),
+    "price": st.sampled_from([b"", b"0.5", b"inf"]),
+    "hex": st.sampled_from([b"", b"ab", b"+a", b"123456789"]),
+    "number": st.sampled_from([b"", b"3"]),
+    "text": st.sampled_from([b"", b"\xc3\xa4", b"\xff", b"\xef\xbb\xbf", b'"', b"a b", b"\0"]),
+}
+LINE = st.one_of(
+    st.tuples(*CELL.values()).map(b"\t".join),
+    st.tuples(*CELL.values()).map(b"\t".join),
+    st.sampled_from([b"", b"\t", GOOD[:-1], b"\xef\xbb\xbf" + GOOD[:-1], b"1\t2\t3\t4\t5\t6\t7"]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(lines=st.lists(LINE, min_size=1, max_size=12), cuts=st.sets(st.integers(1, 11)))
+def test_any_cut_at_line_ends_gives_the_same_rows_and_bad_rows(lines, cuts):
+    whole = parse_chunk(b"".join(line + b"\n" for line in lines), SCHEMA)
+    frames, bad_rows, num_lines = [], BadRows(), 0
+    edges = [0, *sorted(cut for cut in cuts if cut < len(lines)), len(lines)]
+    for start, end in pairwise(edges):
+        part = parse_chunk(b"".join(line + b"\n" for line in lines[start:end]), SCHEMA)
+        frames.append(part.frame)
+        bad_rows.add_chunk(part.bad_rows, "", num_lines)
+        num_lines += part.num_lines
+    assert pl.concat(frames).equals(whole.frame)
+    assert num_lines == whole.num_lines
+    assert bad_rows == whole.bad_rows
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("last_end", [True, False])
+@pytest.mark.parametrize("chunk_bytes", [40, 64, 1000, 1 << 20])
+def test_chunks_are_whole_lines_and_together_the_file(tmp_path, compressed, last_end, chunk_bytes):
+    lines = [b"%d\t%s\n" % (i, b"x" * (i % 30)) for i in range(300)]
+    text = b"".join(lines) if last_end else b"".join(lines)[:-1]
+    path = tmp_path / "log"
+    path.write_bytes(b"\xef\xbb\xbf" + text if not compressed else gzip.compress(text))
+    (file,) = find_files([path])
+    chunks = list(read_chunks(file, SCHEMA, chunk_bytes))
+    assert b"".join(chunk for chunk, _ in chunks) == text
+    assert all(chunk.endswith(b"\n") for chunk, _ in chunks[:-1])
+    assert max(len(chunk) for chunk, _ in chunks) <= chunk_bytes
+    assert chunks[-1][1] == path.stat().st_size
+
+
+def test_a_truncated_gzip_file_is_reported(tmp_path):
+    path = tmp_path / "log.gz"
+    path.write_bytes(gzip.compress(GOOD * 1000)[:-20])
+    with pytest.raises(LogError, match=r"log\.gz: the gzip stream is damaged or cut off"):
+        list(read_chunks(find_files([path])[0], SCHEMA))
+
+
+def test_a_file_without_line_ends_is_reported_instead_of_filling_the_memory(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(b"x" * 5000)
+    with pytest.raises(LogError, match="no line end in 1,000 bytes"):
+        list(read_chunks(find_files([path])[0], SCHEMA, 1000))
+
+
+def test_a_file_that_grows_while_it_is_read_is_reported(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(GOOD)
+    (file,) = find_files([path])
+    path.write_bytes(GOOD * 2)
+    with pytest.raises(LogError, match="changed while it was read"):
+        list(read_chunks(file, SCHEMA))
+
+
+def test_a_header_is_skipped_when_it_names_the_columns(tmp_path):
+    schema = SCHEMA.model_copy(update={"header": True, "separator": ","})
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"\xef\xbb\xbflabel,count,price,hex,number,text\r\n1,2,3,4,5,6\r\n")
+    assert [chunk for chunk, _ in read_chunks(find_files([path])[0], schema)] == [b"1,2,3,4,5,6\r\n"]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"label,count,prize,hex,number,text\n", "column 3 is 'prize' where the schema 'small' has 'price'"),
+        (b"label,count\n", "2 columns where the schema 'small' has 6"),
+        (b"\n", "column 1 is '' where the schema 'small' has 'label'"),
+    ],
+)
+def test_a_header_with_other_names_is_reported(tmp_path, header, message):
+    schema = SCHEMA.model_copy(update={"header": True, "separator": ","})
+    path = tmp_path / "log.csv"
+    path.write_bytes(header + b"1,2,3,4,5,6\n")
+    with pytest.raises(LogError, match=r"line 1 \(header\)") as caught:
+        list(read_chunks(find_files([path])[0], schema))
+    assert message in str(caught.value)
+
+
+def test_day_files_are_read_by_number_and_other_files_as_given(tmp_path):
+    for name in ("day_10", "day_2.gz", "day_0_sample.tsv", "b.tsv", "a.tsv"):
+        (tmp_path / name).write_bytes(b"x")
+    days = [tmp_path / "day_10", tmp_path / "day_2.gz", tmp_path / "day_0_sample.tsv"]
+    assert [file.name for file in find_files(days)] == ["day_0_sample.tsv", "day_2.gz", "day_10"]
+    others = [tmp_path / "b.tsv", tmp_path / "day_2.gz", tmp_path / "a.tsv"]
+    assert [file.name for file in find_files(others)] == ["b.tsv", "day_2.gz", "a.tsv"]
+
+
+def test_files_that_cannot_be_a_log_are_reported(tmp_path):
+    good, empty = tmp_path / "good", tmp_path / "empty"
+    good.write_bytes(GOOD)
+    empty.touch()
+    for paths, message in (
+        ([], "no log given"),
+        ([tmp_path / "absent"], "absent: there is no such file"),
+        ([tmp_path], "is a folder"),
+        ([good, empty], "empty: the file is empty"),
+        ([good, tmp_path / "." / "good"], "given twice"),
+    ):
+        with pytest.raises(LogError, match=message):
+            find_files(paths)
+
+
+def test_the_criteo_preset_reads_forty_columns():
+    cells = [b"1", *[b"%d" % i for i in range(13)], *[b"%08x" % i for i in range(26)]]
+    assert parse_chunk(b"\t".join(cells) + b"\n", criteo_schema()).frame.row(0) == (1, *range(13), *range(26))
