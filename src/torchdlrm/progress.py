@@ -21,3 +21,6 @@ class SilentProgress:
 
     def advance(self, amount: int, **figures: str) -> None:
         """Ignored."""
+
+
+SILENT = SilentProgress()

@@ -21,6 +21,8 @@ app = App(
 )
 app.command("torchdlrm.cli.synthesize:synthesize", help="Write a click log whose truth is known.")
 app.command("torchdlrm.cli.preprocess:preprocess", help="Turn a raw click log into a dataset.")
+app.command("torchdlrm.cli.train:train", help="Train a DLRM on a dataset.")
+app.command("torchdlrm.cli.evaluate:evaluate", help="Measure a trained run on every row of a split.")
 app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset, a run or a bundle holds.")
 
 

@@ -68,6 +68,10 @@ class Loader:
         self._prefetch_batches, self._pin_memory = prefetch_batches, pin_memory
         self._epoch, self._batches_consumed = 0, 0
 
+    def first_dense_rows(self) -> NDArray[np.float32]:
+        """Dense features of the split's first row group, float32 [rows, num_dense]: a sample, the same on each rank."""
+        return np.stack(self._reader.read(self._reader.row_groups[0]).dense, axis=1)
+
     def state_dict(self) -> dict[str, int]:
         """Where the next batch is: `epoch`, and `batches_consumed` of it; the same on every rank and world size."""
         return {"epoch": self._epoch, "batches_consumed": self._batches_consumed}
@@ -116,7 +120,7 @@ class _RowGroupReader:
 
     def __init__(self, dataset: Dataset, split: str) -> None:
         self._dataset = dataset
-        self._paths = [dataset.path / file.path for file in dataset.splits[split].files]
+        self._paths = [file.path for file in dataset.splits[split].files]
         self._open: tuple[int, Any] | None = None
         self.num_dense, self.num_sparse = len(dataset.dense_names), len(dataset.sparse_names)
         self.row_groups: list[RowGroup] = []

@@ -10,6 +10,7 @@ from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 
@@ -24,6 +25,9 @@ GPU_SHARDING_TYPES = (
     ShardingType.TABLE_ROW_WISE,
     ShardingType.GRID_SHARD,
 )
+
+# Of each rank's memory, for what is not a table: the dense and over arch, activations, batches, the allocator's slack.
+RESERVED_SHARE = 0.15
 
 
 def table_sharder(fused_params: Mapping[str, Any]) -> EmbeddingBagCollectionSharder:
@@ -62,7 +66,11 @@ def plan_sharding(
         if isinstance(module, nn.EmbeddingBag)
     }
     planner = EmbeddingShardingPlanner(
-        topology=topology, batch_size=batch_size_per_rank, constraints=constraints, debug=False
+        topology=topology,
+        batch_size=batch_size_per_rank,
+        storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED_SHARE),
+        constraints=constraints,
+        debug=False,
     )
     try:
         if process_group is None:

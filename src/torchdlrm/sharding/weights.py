@@ -7,7 +7,7 @@ holds and still gets the same values as a rank that holds the whole table.
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor  # type: ignore[attr-defined]
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 _BLOCK_ROWS = 65_536
 

@@ -1,0 +1,81 @@
+"""`dlrm evaluate`: a run and a split -> exact metrics."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich.table import Table
+
+from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.progress import SilentProgress
+
+
+def evaluate(
+    run: Path,
+    *,
+    split: str = "test",
+    dataset: Path | None = None,
+    batch_size_global: Annotated[int, Parameter(validator=Number(gte=1))] = 8192,
+    nproc_per_node: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
+    json: bool = False,
+) -> None:
+    """Measure a trained run on every row of a split; the result is also written to RUN/evaluation/.
+
+    Parameters
+    ----------
+    run
+        Folder written by `dlrm train`.
+    split
+        train, val or test; several joined by + are judged together, as in val+test.
+    dataset
+        Where the dataset is now, if it has moved since the training.
+    batch_size_global
+        Rows per forward pass over all processes; the result does not depend on it.
+    nproc_per_node
+        Processes on this machine; need not be as many as trained.
+    json
+        Print one JSON object on standard output.
+    """
+    from torchdlrm.train.launch import launch
+    from torchdlrm.train.run import Run
+
+    trained = Run.open(run)
+    trained.open_dataset(dataset)
+    splits = split.split("+")
+    result: dict[str, Any] = launch(work, run, dataset, splits, batch_size_global, nproc_per_node=nproc_per_node)
+    trained.write_evaluation(result["split"], result)
+    table = Table(title=f"{run} at step {result['step']:,}, split {result['split']}", title_justify="left")
+    for name in result:
+        if name not in {"split", "step"}:
+            table.add_column(name, justify="right")
+    table.add_row(
+        *(f"{v:,}" if isinstance(v, int) else f"{v:.5f}" for k, v in result.items() if k not in {"split", "step"})
+    )
+    console.print(table)
+    if json:
+        print_json(result)
+
+
+def work(run: Path, dataset: Path | None, splits: list[str], batch_size_global: int) -> dict[str, Any] | None:
+    """What every process of an evaluation does; only the first one draws."""
+    from torchdlrm.evaluate.evaluate import evaluate as evaluate_run
+    from torchdlrm.train.process_group import join_process_group
+    from torchdlrm.train.run import Run
+
+    trained = Run.open(run)
+    draws = os.environ.get("RANK", "0") == "0"
+    with (
+        progress_bars("") if draws else nullcontext(SilentProgress()) as progress,
+        join_process_group() as ranks,
+    ):
+        return evaluate_run(
+            trained,
+            trained.open_dataset(dataset),
+            splits,
+            ranks,
+            batch_size_global=batch_size_global,
+            progress=progress,
+        )

@@ -1,0 +1,62 @@
+"""A trained run and a split -> exact metrics over every row of it, each once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.loader.loader import Loader
+from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.train.predictions import measure
+from torchdlrm.train.process_group import Ranks
+from torchdlrm.train.run import Run
+from torchdlrm.train.sharded import build_sharded_model
+
+
+def evaluate(
+    run: Run,
+    dataset: Dataset,
+    splits: Sequence[str],
+    ranks: Ranks,
+    *,
+    batch_size_global: int = 8192,
+    progress: ProgressListener = SILENT,
+) -> dict[str, Any] | None:
+    """Metrics of the run's newest weights over the rows of one split, or of several together.
+
+    Args:
+        run: trained before, on any number of ranks.
+        dataset: what it was trained on.
+        splits: names of splits; their rows are judged together.
+        ranks: the processes that share the work.
+        batch_size_global: rows per forward pass over all ranks; does not change the result.
+        progress: is told of the rows done.
+
+    Returns:
+        On rank 0 `split`, `step`, `rows`, `auc`, `logloss`, `ne`, `calibration`, `accuracy`; elsewhere None.
+
+    Raises:
+        RunError: the run has no weights.
+        DatasetError: a split is not there or is empty.
+    """
+    model = build_sharded_model(
+        run.config,
+        num_embeddings=dataset.num_embeddings,
+        num_dense_features=len(dataset.dense_names),
+        dense_sample=None,
+        ranks=ranks,
+    ).module
+    step = run.load_weights(model)
+    loaders = [
+        Loader(
+            dataset,
+            split,
+            batch_size_global=batch_size_global,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            pin_memory=ranks.device.type == "cuda",
+        )
+        for split in splits
+    ]
+    progress.start_phase("evaluate", sum(loader.batches_per_epoch for loader in loaders), unit="batches")
+    metrics = measure(model, loaders, ranks, progress)
+    return None if metrics is None else {"split": "+".join(splits), "step": step, **metrics.as_dict()}

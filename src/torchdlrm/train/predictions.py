@@ -1,0 +1,69 @@
+"""Logits and labels of many batches, gathered from all ranks: what exact metrics are computed from."""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from torchdlrm.loader.loader import Loader
+from torchdlrm.metrics import BinaryMetrics, binary_metrics
+from torchdlrm.progress import ProgressListener
+from torchdlrm.train.process_group import Ranks
+
+
+class PredictionBuffer:
+    """Keeps the logits and labels of this rank until they are asked for: 8 bytes a row."""
+
+    def __init__(self) -> None:
+        self._logits: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def add(self, logits_B: Tensor, labels_B: Tensor) -> None:
+        """Keep a batch: float32 [B] each."""
+        self._logits.append(logits_B)
+        self._labels.append(labels_B)
+
+    def take(self, ranks: Ranks) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Labels and logits of all ranks, float32 [rows] each, on rank 0 and None elsewhere; empties the buffer.
+
+        The rows come rank by rank. Every rank must call this.
+        """
+        mine = (torch.cat(self._labels).float().cpu().numpy(), torch.cat(self._logits).float().cpu().numpy())
+        self._logits, self._labels = [], []
+        if ranks.world_size == 1:
+            return mine
+        everyone: list[tuple[NDArray[np.float32], NDArray[np.float32]]] | None = None
+        if ranks.is_first:
+            everyone = [mine] * ranks.world_size
+        dist.gather_object(mine, everyone, dst=0, group=ranks.process_group)
+        if everyone is None:
+            return None
+        return np.concatenate([labels for labels, _ in everyone]), np.concatenate([logits for _, logits in everyone])
+
+
+def measure(
+    model: nn.Module, loaders: Sequence[Loader], ranks: Ranks, progress: ProgressListener
+) -> BinaryMetrics | None:
+    """Exact metrics of a model over every row that the loaders read, each once; on rank 0, None elsewhere.
+
+    Args:
+        model: a `DLRMTrain` inside `DistributedModelParallel`, not held by a pipeline.
+        loaders: of one epoch each; their rows are judged together. Every rank has its own.
+        ranks: the processes that hold the model.
+        progress: is told of every batch.
+    """
+    predictions = PredictionBuffer()
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in chain.from_iterable(loaders):
+            _, (_, logits_B, labels_B) = model(batch.to(ranks.device))
+            predictions.add(logits_B, labels_B)
+            progress.advance(1)
+    model.train(was_training)
+    gathered = predictions.take(ranks)
+    return binary_metrics(*gathered) if gathered is not None else None

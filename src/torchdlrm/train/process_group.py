@@ -1,0 +1,77 @@
+"""The processes of a run: who I am among them, where I compute, and how the group begins and ends."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all.
+
+    Attributes:
+        rank: from 0; rank 0 writes files and talks to people.
+        world_size: number of processes.
+        local_world_size: number of processes on this host.
+        device: where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and talks to people."""
+        return self.rank == 0
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """All processes of the run."""
+        group = dist.group.WORLD
+        assert group is not None, "the group exists inside `join_process_group`"
+        return group
+
+
+@contextmanager
+def join_process_group() -> Iterator[Ranks]:
+    """Join the group that torch's launcher has described in the environment, or form one of a single process.
+
+    NCCL where there is a GPU for each process of the host, gloo otherwise. On CPU each process takes its share of
+    the cores that it may run on.
+    """
+    _hush_engines()
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ or local_world_size > 1:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    else:
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    try:
+        yield Ranks(rank, world_size, local_world_size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _hush_engines() -> None:
+    """Keep quiet what TorchRec and torch say of each other's interfaces: no user can act on it."""
+    for message in ("Please use DTensor instead", "`broadcast_buffers` is deprecated"):
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    # "The topology was constructed directly": its factory adds nothing but presets of Meta's own machines.
+    logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)

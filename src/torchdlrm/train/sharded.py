@@ -1,0 +1,76 @@
+"""Config and dataset -> the sharded model with its initial weights: the same for training and for evaluation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
+
+from torchdlrm.config import Config
+from torchdlrm.model.build import build_model, standardize_dense_input
+from torchdlrm.sharding.planner import plan_sharding, table_sharder
+from torchdlrm.sharding.topology import local_topology
+from torchdlrm.sharding.weights import initialize_tables
+from torchdlrm.train.optimizers import fused_params
+from torchdlrm.train.process_group import Ranks
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """A `DLRMTrain` inside `DistributedModelParallel`, and the plan that it follows."""
+
+    module: nn.Module
+    plan: ShardingPlan
+
+
+def build_sharded_model(
+    config: Config,
+    *,
+    num_embeddings: Mapping[str, int],
+    num_dense_features: int,
+    dense_sample: Tensor | None,
+    ranks: Ranks,
+) -> ShardedModel:
+    """Build, plan and shard the model, then give it initial weights that do not depend on the number of ranks.
+
+    Args:
+        config: of the run.
+        num_embeddings: rows of each feature's table, in schema order.
+        num_dense_features: number of dense features.
+        dense_sample: encoded dense features of some training rows, float32 [rows, num_dense_features], from which
+            the dense arch learns the scale of its input; None leaves it as TorchRec initialises it.
+        ranks: the processes that share the model.
+
+    Raises:
+        PlanError: the tables do not fit the machine.
+    """
+    torch.manual_seed(config.seed)  # every rank draws the same dense and over arch
+    model = build_model(
+        config.model, num_dense_features=num_dense_features, num_embeddings=num_embeddings, device=ranks.device
+    )
+    if dense_sample is not None:
+        standardize_dense_input(model.model.dense_arch, dense_sample)
+    sharder = table_sharder(fused_params(config.table_optimizer))
+    plan = plan_sharding(
+        model,
+        topology=local_topology(
+            config.sharding,
+            world_size=ranks.world_size,
+            local_world_size=ranks.local_world_size,
+            device=ranks.device,
+        ),
+        sharders=[sharder],
+        batch_size_per_rank=-(-config.train.batch_size_global // ranks.world_size),
+        process_group=ranks.process_group,
+    )
+    module = DistributedModelParallel(
+        module=model,
+        env=ShardingEnv.from_process_group(ranks.process_group),
+        device=ranks.device,
+        plan=plan,
+        sharders=[sharder],
+    )
+    initialize_tables(module, seed=config.seed)
+    return ShardedModel(module, plan)
