@@ -35,9 +35,10 @@ SPLITS = ("train", "val", "test")
 def log_lines(num_rows: int, first: int = 0) -> list[str]:
     rng = random.Random(first)
     cities = ["Köln", "Zürich", "Oslo", "", "東京", 'a "quoted" name']
+    shops = ["", -1, 2**40, *range(300)]
     return [
         f"{rng.choice('0001')}\t{first + i}\t{rng.choice(['', round(rng.gauss(1e6, 3), 2)])}"
-        f"\t{rng.choice(['', -5, 0, 7])}\t{rng.choice(cities)}\t{rng.choice(['', -1, 2**40, rng.randrange(300)])}\t{rng.randrange(500):x}\n"
+        f"\t{rng.choice(['', -5, 0, 7])}\t{rng.choice(cities)}\t{rng.choice(shops)}\t{rng.randrange(500):x}\n"
         for i in range(num_rows)
     ]
 

@@ -37,7 +37,7 @@ class BadRow(BaseModel):
 
 @dataclass
 class BadRows:
-    """Bad rows by reason; each row counts once, by its leftmost fault."""
+    """Bad rows by reason; each row once: by its line as a whole if that is at fault, else by its leftmost cell."""
 
     NUM_EXAMPLES: ClassVar[int] = 5
 
