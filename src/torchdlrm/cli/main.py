@@ -23,6 +23,7 @@ app.command("torchdlrm.cli.synthesize:synthesize", help="Write a click log whose
 app.command("torchdlrm.cli.preprocess:preprocess", help="Turn a raw click log into a dataset.")
 app.command("torchdlrm.cli.train:train", help="Train a DLRM on a dataset.")
 app.command("torchdlrm.cli.evaluate:evaluate", help="Measure a trained run on every row of a split.")
+app.command("torchdlrm.cli.bench:bench", name="bench", help="Time the hot paths on this machine.")
 app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset, a run or a bundle holds.")
 
 

@@ -23,7 +23,7 @@ from torchdlrm.errors import DatasetError
 
 Kind = Literal["string", "int", "hex"]
 
-DEFAULT_MIN_COUNT = 1
+DEFAULT_MIN_COUNT = 3
 UNKNOWN_ID = 0
 MAX_ID = 2**31 - 1
 VALUE_TYPES: dict[Kind, type[pl.DataType]] = {"string": pl.String, "int": pl.Int64, "hex": pl.UInt32}

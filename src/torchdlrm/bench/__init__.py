@@ -1,0 +1,1 @@
+"""What `dlrm bench` measures: hot paths beside what users have today and beside their physical floor."""
