@@ -31,7 +31,17 @@ def made(tmp_path_factory):
     lines = criteo_lines(70)
     lines[30] = "1\toops\n"
     (folder / "log.tsv").write_text("".join(lines))
-    arguments = ("preprocess", folder / "log.tsv", "--out", folder / "dataset", "--max-bad-rows", "1", "--json")
+    arguments = (
+        "preprocess",
+        folder / "log.tsv",
+        "--out",
+        folder / "dataset",
+        "--max-bad-rows",
+        "1",
+        "--min-count",
+        "1",
+        "--json",
+    )
     return folder, dlrm(*arguments)
 
 

@@ -1,0 +1,77 @@
+"""What tests share: seeds, a small click log whose labels can be learnt, and the dataset that it becomes."""
+
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.preprocess import PreprocessOptions, preprocess
+from torchdlrm.schema import criteo_schema
+
+REAL_ROWS = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def seed():
+    return 20_061_109
+
+
+def real_log(name):
+    """The path of a file of real Criteo rows; skips the test where it is missing."""
+    path = REAL_ROWS / name
+    if not path.is_file():
+        pytest.skip(f"needs real Criteo rows at {path.parent}, which may not be passed on")
+    return path
+
+
+def learnable_rows(num_rows, seed=0):
+    """Lines of a log in the Criteo layout; clicks depend on int_0, cat_0 and the pair (cat_1, cat_2)."""
+    rng = random.Random(seed)
+    lines = []
+    for _ in range(num_rows):
+        ints = ["" if rng.random() < 0.2 else str(int(rng.expovariate(0.1))) for _ in range(13)]
+        cats = ["" if rng.random() < 0.05 else f"{int(rng.paretovariate(1.0)) % 997:08x}" for _ in range(26)]
+        score = 0.4 * math.log1p(int(ints[0] or 0)) - 1.5 + (len(cats[0]) and 1.2 * math.cos(int(cats[0], 16)))
+        score += 1.0 if cats[1] == cats[2] else 0.0
+        label = "1" if rng.random() < 1 / (1 + math.exp(-score)) else "0"
+        lines.append("\t".join([label, *ints, *cats]))
+    return lines
+
+
+@pytest.fixture(scope="session")
+def small_log(tmp_path_factory):
+    path = tmp_path_factory.mktemp("log") / "small.tsv"
+    path.write_text("\n".join(learnable_rows(5_000)) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_dataset(small_log, tmp_path_factory):
+    """5,000 rows, of which 4,286 train, in row groups of 16,384: one row group a split."""
+    path = tmp_path_factory.mktemp("dataset") / "small"
+    preprocess([small_log], path, criteo_schema(), PreprocessOptions(min_count=2))
+    return Dataset.open(path)
+
+
+@pytest.fixture(scope="session")
+def dlrm():
+    """Runs the real `dlrm` command in a process of its own: dlrm("train", config, "--run", path) -> completed."""
+
+    def run(*args, cwd=None, timeout_s=240, **environment):
+        command = [str(Path(sys.executable).with_name("dlrm")), *map(str, args)]
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            timeout=timeout_s,
+            env={**os.environ, "COLUMNS": "200", **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run

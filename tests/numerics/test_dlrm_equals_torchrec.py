@@ -1,0 +1,123 @@
+"""Our DLRM against TorchRec's own module, with the same weights on the same rows."""
+
+import pytest
+import torch
+from torchrec.models import dlrm as torchrec_dlrm
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchdlrm.loader.batch import Batch, single_valued_kjt
+from torchdlrm.model import dlrm
+from torchdlrm.model.interaction import InteractionArch
+
+NUM_ROWS, NUM_DENSE, NUM_FEATURES, DIM = 37, 13, 26, 16
+FEATURES = [f"cat_{i}" for i in range(NUM_FEATURES)]
+
+
+def build(module):
+    tables = [
+        EmbeddingBagConfig(name=f"t_{name}", embedding_dim=DIM, num_embeddings=50, feature_names=[name])
+        for name in FEATURES
+    ]
+    ebc = EmbeddingBagCollection(tables=tables)
+    return module.DLRMTrain(module.DLRM(ebc, NUM_DENSE, [32, DIM], [32, 8, 1]))
+
+
+@pytest.fixture
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids_FB = torch.randint(50, (NUM_FEATURES, NUM_ROWS), generator=generator)
+    return Batch(
+        dense_features=torch.rand(NUM_ROWS, NUM_DENSE, generator=generator),
+        sparse_features=single_valued_kjt(FEATURES, ids_FB.numpy()),
+        labels=torch.randint(2, (NUM_ROWS,), generator=generator).float(),
+    )
+
+
+def test_logits_loss_and_gradients_equal_torchrecs(batch, seed):
+    torch.manual_seed(seed)
+    ours, theirs = build(dlrm), build(torchrec_dlrm)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    our_loss, (_, our_logits, _) = ours(batch)
+    their_loss, (_, their_logits, _) = theirs(batch)
+    torch.testing.assert_close(our_logits, their_logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(our_loss, their_loss, atol=1e-6, rtol=0)
+    our_loss.backward()
+    their_loss.backward()
+    theirs_by_name = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+        torch.testing.assert_close(parameter.grad, theirs_by_name[name].grad, atol=1e-5, rtol=0)
+
+
+def test_state_dicts_load_both_ways():
+    ours, theirs = build(dlrm), build(torchrec_dlrm)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(value, ours.state_dict()[name], atol=0, rtol=0)
+    ours.load_state_dict(build(torchrec_dlrm).state_dict(), strict=True)
+
+
+def test_embeddings_keep_the_order_of_the_features_when_they_come_back_in_another(batch, seed):
+    torch.manual_seed(seed)
+    model = build(dlrm).model
+    reversed_kjt = batch.sparse_features.permute(list(reversed(range(NUM_FEATURES))))
+
+    class Reversed(torch.nn.Module):
+        """Stands for a sharded collection, which may group the tables by rank."""
+
+        def forward(self, features):
+            embeddings = ebc(features)
+            by_name = embeddings.to_dict()
+            order = list(reversed(FEATURES))
+            return type(embeddings)(order, [DIM] * NUM_FEATURES, torch.cat([by_name[name] for name in order], dim=1))
+
+    expected = model.sparse_arch(batch.sparse_features)
+    ebc = model.sparse_arch.embedding_bag_collection
+    model.sparse_arch.embedding_bag_collection = Reversed()
+    torch.testing.assert_close(model.sparse_arch(reversed_kjt), expected, atol=0, rtol=0)
+
+
+def test_interaction_equals_torchrecs_and_an_explicit_sum(seed):
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.rand(5, 4, generator=generator)
+    sparse = torch.rand(5, 3, 4, generator=generator)
+    out = InteractionArch(3)(dense, sparse)
+    torch.testing.assert_close(out, torchrec_dlrm.InteractionArch(3)(dense, sparse), atol=1e-6, rtol=0)
+    vectors = torch.cat([dense.unsqueeze(1), sparse], dim=1)
+    pairs = [(vectors[:, i] * vectors[:, j]).sum(1) for i in range(4) for j in range(i + 1, 4)]
+    torch.testing.assert_close(out, torch.cat([dense, torch.stack(pairs, dim=1)], dim=1), atol=1e-6, rtol=0)
+
+
+def test_interaction_gradient_equals_numerical_differences(seed):
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.rand(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    sparse = torch.rand(3, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(InteractionArch(5), (dense, sparse))
+
+
+def test_interaction_is_a_leaf_to_fx_tracing():
+    graph = torch.fx.symbolic_trace(InteractionArch(3)).graph
+    called = [node.target.__name__ for node in graph.nodes if node.op == "call_function"]
+    assert called == ["pairwise_dots"]
+
+
+def test_a_dense_arch_that_does_not_end_with_the_tables_dimension_is_refused():
+    ebc = EmbeddingBagCollection(
+        tables=[EmbeddingBagConfig(name="t", embedding_dim=8, num_embeddings=4, feature_names=["f"])]
+    )
+    with pytest.raises(ValueError, match=r"ends with 16, but the tables have dimension \[8\]"):
+        dlrm.DLRM(ebc, 13, [32, 16], [8, 1])
+
+
+def test_a_batch_of_torchrecs_gives_the_plain_mean_loss(batch):
+    model = build(dlrm)
+    theirs = torchrec_dlrm.DLRMTrain(model.model)
+    kjt = KeyedJaggedTensor.from_lengths_sync(
+        keys=FEATURES,
+        values=batch.sparse_features.values(),
+        lengths=torch.ones(NUM_ROWS * NUM_FEATURES, dtype=torch.int32),
+    )
+    plain = torchrec_dlrm.Batch(batch.dense_features, kjt, batch.labels)
+    torch.testing.assert_close(model(plain)[0], theirs(plain)[0], atol=0, rtol=0)

@@ -1,0 +1,77 @@
+"""Data flows one way: a module imports only from lower floors, never sideways between the rooms of one floor."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1] / "src" / "torchdlrm"
+FLOORS = {
+    "errors": 0,
+    "schema": 0,
+    "progress": 0,
+    "metrics": 0,
+    "config": 1,
+    "data": 2,
+    "loader": 3,
+    "model": 3,
+    "sharding": 4,
+    "train": 5,
+    "evaluate": 6,
+    "export": 6,
+    "serve": 7,
+    "bench": 7,
+    "cli": 8,
+}
+NO_TORCH = {"errors", "schema", "progress", "metrics", "config", "data"}
+# The root exception's floor: these may import each other, as long as there is no circle.
+GROUND = {"errors", "schema", "progress", "metrics"}
+
+
+def room_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports_of(path):
+    """Absolute names of all modules that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield node.module
+
+
+def modules():
+    return [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
+
+
+def test_every_room_has_a_floor():
+    assert {room_of(path) for path in modules()} <= set(FLOORS)
+
+
+def test_modules_import_only_from_lower_floors():
+    upward = []
+    for path in modules():
+        room = room_of(path)
+        for name in imports_of(path):
+            if not name.startswith("torchdlrm."):
+                continue
+            other = name.split(".")[1]
+            if other != room and FLOORS[other] >= FLOORS[room] and not {room, other} <= GROUND:
+                upward.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert upward == []
+
+
+def test_the_disk_side_knows_no_torch():
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in modules()
+        if room_of(path) in NO_TORCH
+        for name in imports_of(path)
+        if name.split(".")[0] in {"torch", "torchrec", "fbgemm_gpu"}
+    ]
+    assert found == []
+
+
+def test_verbs_are_short():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "cli").glob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > 100} == {}

@@ -1,0 +1,132 @@
+"""The loader against the Parquet files, read by DuckDB."""
+
+import duckdb
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.preprocess import PreprocessOptions, preprocess
+from torchdlrm.errors import DatasetError
+from torchdlrm.loader.loader import Loader
+from torchdlrm.loader.plan import RowGroup, batch_rows, epoch_order, num_batches, rank_rows
+from torchdlrm.schema import criteo_schema
+
+
+@given(rows=st.integers(1, 5_000), batch_size=st.integers(1, 700), world_size=st.integers(1, 9))
+def test_every_row_of_an_epoch_is_read_by_exactly_one_rank(rows, batch_size, world_size):
+    read = []
+    for batch in range(num_batches(rows, batch_size)):
+        everyone = batch_rows(batch, rows=rows, batch_size_global=batch_size)
+        slices = [rank_rows(everyone, rank=rank, world_size=world_size) for rank in range(world_size)]
+        assert max(map(len, slices)) - min(map(len, slices)) <= 1
+        read += [row for part in slices for row in part]
+    assert read == list(range(rows))
+
+
+def test_later_epochs_permute_the_row_groups_by_the_seed():
+    groups = [RowGroup(0, index, 10) for index in range(50)]
+    assert epoch_order(groups, epoch=0, seed=1) == groups
+    first, other = epoch_order(groups, epoch=1, seed=1), epoch_order(groups, epoch=2, seed=1)
+    assert first != groups
+    assert first != other
+    assert sorted(first, key=lambda group: group.group_index) == groups
+    assert first == epoch_order(groups, epoch=1, seed=1)
+
+
+@pytest.fixture(scope="module")
+def many_groups(small_log, tmp_path_factory):
+    """4,286 training rows in part files of 1,000 rows at most on average."""
+    path = tmp_path_factory.mktemp("dataset") / "parts"
+    preprocess([small_log], path, criteo_schema(), PreprocessOptions(min_count=2, part_rows=1_000))
+    return Dataset.open(path)
+
+
+def rows_on_disk(dataset, split):
+    """Labels, dense features and ids of a split in the order of its files, as DuckDB reads them."""
+    files = [str(file.path) for file in dataset.splits[split].files]
+    names = [dataset.label_name, *dataset.dense_names, *dataset.sparse_names]
+    columns = duckdb.sql(f"select {', '.join(names)} from read_parquet({files})").fetchnumpy()
+    return np.stack([np.asarray(columns[name], dtype=np.float64) for name in names], axis=1)
+
+
+def rows_of(batches):
+    parts = []
+    for batch in batches:
+        ids_FB = batch.sparse_features.values().view(len(batch.sparse_features.keys()), -1)
+        parts.append(np.column_stack([batch.labels, batch.dense_features, ids_FB.T]).astype(np.float64))
+    return np.concatenate(parts)
+
+
+def test_batches_hold_the_rows_of_the_files_in_order(many_groups):
+    assert len(many_groups.splits["train"].files) > 2
+    loader = Loader(many_groups, "train", batch_size_global=300)
+    batches = list(loader)
+    assert [batch.labels.numel() for batch in batches] == [300] * 14 + [86]
+    np.testing.assert_array_equal(rows_of(batches), rows_on_disk(many_groups, "train"))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_batch_is_the_ranks_slices_one_after_the_other(many_groups, world_size):
+    whole = list(Loader(many_groups, "train", batch_size_global=300))
+    slices = [
+        list(Loader(many_groups, "train", batch_size_global=300, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    for batch, *parts in zip(whole, *slices, strict=True):
+        np.testing.assert_array_equal(rows_of([batch]), rows_of(parts))
+
+
+def test_loss_weights_of_uneven_slices_make_the_mean_over_ranks_the_mean_over_rows(many_groups):
+    parts = [list(Loader(many_groups, "train", batch_size_global=4_285, rank=rank, world_size=2)) for rank in range(2)]
+    for left, right in zip(*parts, strict=True):
+        rows = left.labels.numel() + right.labels.numel()
+        assert left.loss_weight == pytest.approx(2 * left.labels.numel() / rows)
+        assert left.loss_weight + right.loss_weight == pytest.approx(2)
+    assert parts[0][0].loss_weight != 1.0
+    assert [part[1].labels.numel() for part in parts] == [0, 1]
+
+
+def test_a_loader_goes_on_from_another_ones_state_on_another_world_size(many_groups):
+    options = {"batch_size_global": 300, "epochs": 2, "seed": 3}
+    whole = [rows_of([batch]) for batch in Loader(many_groups, "train", **options)]
+    assert not np.array_equal(whole[0], whole[15])
+    loader = Loader(many_groups, "train", **options)
+    iterator = iter(loader)
+    for _ in range(18):
+        next(iterator)
+    iterator.close()
+    state = loader.state_dict()
+    assert state == {"epoch": 1, "batches_consumed": 2}
+    rest = []
+    for rank in range(2):
+        resumed = Loader(many_groups, "train", **options, rank=rank, world_size=2)
+        resumed.load_state_dict(state)
+        rest.append(list(resumed))
+    for index, parts in enumerate(zip(*rest, strict=True)):
+        np.testing.assert_array_equal(rows_of(parts), whole[17 + index])
+
+
+def test_max_rows_reads_only_the_first_rows(many_groups):
+    batches = list(Loader(many_groups, "train", batch_size_global=300, max_rows=350))
+    np.testing.assert_array_equal(rows_of(batches), rows_on_disk(many_groups, "train")[:350])
+
+
+def test_a_split_without_rows_is_refused_by_name(many_groups):
+    with pytest.raises(DatasetError, match="nothing to read in split 'tset'; the dataset has train"):
+        Loader(many_groups, "tset", batch_size_global=300)
+
+
+def test_a_damaged_row_group_is_an_error_that_names_the_file(small_log, tmp_path):
+    preprocess([small_log], tmp_path / "dataset", criteo_schema(), PreprocessOptions())
+    dataset = Dataset.open(tmp_path / "dataset")
+    path = dataset.splits["train"].files[0].path
+    column = pq.read_metadata(path).row_group(0).column(20)
+    data = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    data[middle : middle + 8] = bytes(byte ^ 0xFF for byte in data[middle : middle + 8])
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match=rf"{path.name}: row group 0 is damaged"):
+        list(Loader(dataset, "train", batch_size_global=300))

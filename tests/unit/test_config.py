@@ -1,0 +1,67 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from torchdlrm.config import Config, config_toml, knobs, load_config
+from torchdlrm.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+
+
+def test_a_config_survives_being_written_and_read():
+    config = load_config(None, {"model.dense-arch-layer-sizes": "64,128", "validation.max_rows": "5", "seed": "7"})
+    assert config.model.dense_arch_layer_sizes == (64, 128)
+    assert Config.model_validate(tomllib.loads(config_toml(config))) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    assert load_config(path).model.over_arch_layer_sizes[-1] == 1
+
+
+def test_all_problems_are_told_at_once_with_key_value_and_remedy(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[train]\nbatch_size = 5\nepochs = "two"\n[optimiser]\nx = 1\n[table_optimizer]\nname = "adm"\n')
+    with pytest.raises(ConfigError) as error:
+        load_config(path, {"dense-optimizer.learning-rate": "-1", "train.epohcs": "3"})
+    message = str(error.value)
+    assert f"{path}: train.batch_size: there is no such key; did you mean train.batch_size_global?" in message
+    assert f"{path}: train.epochs: input should be a valid integer, got 'two'" in message
+    assert f"{path}: optimiser: there is no such key" in message
+    assert f"{path}: table_optimizer.name: input should be 'rowwise_adagrad'" in message
+    assert "--dense-optimizer.learning-rate: input should be greater than 0, got -1.0" in message
+    assert "--train.epohcs: there is no such key; did you mean train.epochs?" in message
+
+
+def test_keys_that_contradict_each_other_are_told():
+    overrides = {
+        "model.embedding_dim": "6",
+        "model.over_arch_layer_sizes": "8,2",
+        "schedule.warmup_steps": "10",
+        "schedule.decay_steps": "5",
+    }
+    with pytest.raises(ConfigError) as error:
+        load_config(None, overrides)
+    message = str(error.value)
+    assert "ends with 128, but must end with model.embedding_dim = 6" in message
+    assert "model.embedding_dim: must be a multiple of 4" in message
+    assert "model.over_arch_layer_sizes: must end with 1, the logit, got 2" in message
+    assert "schedule.decay_start_step: 0 is before the end of the warm-up" in message
+
+
+def test_a_missing_or_broken_file_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: cannot read the config: No such file"):
+        load_config(tmp_path / "nowhere.toml")
+    (tmp_path / "broken.toml").write_text("[train\n")
+    with pytest.raises(ConfigError, match=r"broken\.toml: not a TOML file"):
+        load_config(tmp_path / "broken.toml")
+
+
+def test_every_knob_has_a_description_and_is_read_somewhere():
+    source_root = Path(__file__).parents[2] / "src" / "torchdlrm"
+    sources = "\n".join(path.read_text() for path in source_root.rglob("*.py") if path != source_root / "config.py")
+    for name, field in knobs():
+        assert field.description, name
+        section, _, leaf = name.rpartition(".")
+        assert f".{leaf}" in sources, f"nothing reads {section}.{leaf}"
