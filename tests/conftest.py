@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does; read when torch loads
+
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.preprocess import PreprocessOptions, preprocess
 from torchdlrm.schema import criteo_schema

@@ -45,6 +45,9 @@ class TrainConfig(_Section):
     batch_size_global: PositiveInt = Field(2048, description="rows per step over all ranks")
     epochs: PositiveInt = Field(1, description="passes over the training split")
     max_steps: PositiveInt | None = Field(None, description="stop after this many steps, whatever epochs says")
+    num_threads: PositiveInt | None = Field(
+        None, description="threads of each process on CPU; as many as its share of cores and its work want when not set"
+    )
 
 
 class TableOptimizerConfig(_Section):

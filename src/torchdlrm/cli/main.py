@@ -3,6 +3,7 @@
 Verbs are named as strings: a module is imported when its verb runs, so that `--help` answers at once.
 """
 
+import os
 import sys
 
 from cyclopts import App
@@ -29,6 +30,9 @@ app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset, a run or
 
 def main() -> None:
     """Run the verb on the command line; exit code 0 done, 2 the input is wrong, 130 interrupted, 1 anything else."""
+    # Idle OpenMP threads sleep. Spinning, they take the core that the loader, another rank or another program needs:
+    # with two busy programs on two cores a small matrix product took 20 to 50 times as long. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(exit_on_error=False)
     except UserError as error:

@@ -25,6 +25,7 @@ from torchdlrm.train.predictions import PredictionBuffer, measure
 from torchdlrm.train.process_group import Ranks, join_process_group
 from torchdlrm.train.run import PLAN_NAME, MetricsLog, Run
 from torchdlrm.train.sharded import build_sharded_model
+from torchdlrm.train.threads import useful_threads
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class Trainer:
 
     def __init__(self, config: Config, dataset: Dataset, run: Run, ranks: Ranks, progress: ProgressListener) -> None:
         self._config, self._dataset, self._run, self._ranks, self._progress = config, dataset, run, ranks, progress
+        if ranks.device.type == "cpu":
+            torch.set_num_threads(
+                config.train.num_threads or useful_threads(config, len(dataset.sparse_names), ranks.world_size)
+            )
         self._has_validation = dataset.splits["val"].rows > 0
         self._loader = self._make_loader("train", config.train.batch_size_global, epochs=config.train.epochs)
         num_steps = self._loader.batches_per_epoch * config.train.epochs

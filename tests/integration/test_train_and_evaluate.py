@@ -1,0 +1,176 @@
+"""`dlrm train` and `dlrm evaluate` as a user runs them."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss, roc_auc_score
+
+from conftest import real_log
+
+CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
+
+
+@pytest.fixture(scope="module")
+def run(small_dataset, dlrm, tmp_path_factory):
+    path = tmp_path_factory.mktemp("train") / "run"
+    done = dlrm(
+        *("train", CONFIG, "--dataset", small_dataset.path, "--run", path, "--json"),
+        *("--logging.every-steps", 10, "--validation.every-steps", 25, "--seed", 3),
+    )
+    assert done.returncode == 0, done.stderr
+    return path, done
+
+
+def test_a_run_holds_what_the_contract_says(run, small_dataset):
+    path, done = run
+    summary = json.loads(done.stdout)
+    assert (summary["steps"], summary["rows"]) == (67, 4286)
+    assert summary["validation"]["rows"] == 357
+    assert {entry.name for entry in path.iterdir()} == {
+        *("config.toml", "plan.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"),
+    }
+    assert "seed = 3" in (path / "config.toml").read_text()
+    assert len(json.loads((path / "plan.json").read_text())["tables"]) == 26
+    environment = json.loads((path / "environment.json").read_text())
+    assert environment["dataset"]["path"] == str(small_dataset.path)
+    assert [entry.name for entry in (path / "checkpoints").iterdir()] == ["step-00000067"]
+    assert list((path / "tensorboard").iterdir())
+
+
+def test_the_metrics_say_how_far_the_run_was(run):
+    path, _ = run
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
+    assert [line["step"] for line in train] == [10, 20, 30, 40, 50, 60, 67]
+    assert [line["rows"] for line in train] == [640, 1280, 1920, 2560, 3200, 3840, 4286]
+    assert [line["step"] for line in val] == [25, 50, 67]
+    keys = {"step", "rows", "split", "loss", "ne", "auc", "learning_rate", "rows_per_s", "time"}
+    assert all(line.keys() == keys for line in lines)
+    assert train[-1]["ne"] < train[0]["ne"]
+
+
+def test_nothing_but_json_on_standard_output_and_no_warnings_on_the_screen(run):
+    _, done = run
+    assert done.stdout.count("\n") == 1
+    assert "arning" not in done.stderr
+    assert "next: dlrm evaluate" in done.stderr
+
+
+def test_evaluate_equals_scikit_learn_on_predictions_made_without_a_shard(run, small_dataset, dlrm, tmp_path):
+    """The weights, loaded into TorchRec's own unsharded module, give the same metrics."""
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+    from torchrec.models.dlrm import DLRM, DLRMTrain
+    from torchrec.modules.embedding_configs import EmbeddingBagConfig
+    from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+    from torchdlrm.loader.loader import Loader
+
+    path, _ = run
+    done = dlrm("evaluate", path, "--split", "test", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert {"split", "rows", "auc", "logloss", "ne", "calibration", "accuracy"} <= result.keys()
+    assert json.loads((path / "evaluation" / "test.json").read_text()) == result
+
+    tables = [
+        EmbeddingBagConfig(name=f"t_{name}", embedding_dim=16, num_embeddings=rows, feature_names=[name])
+        for name, rows in small_dataset.num_embeddings.items()
+    ]
+    model = DLRMTrain(DLRM(EmbeddingBagCollection(tables=tables), 13, [256, 64, 16], [256, 128, 1]))
+    dcp_to_torch_save(path / "checkpoints" / "step-00000067", tmp_path / "weights.pt")
+    model.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True)["model"], strict=True)
+    batch = next(iter(Loader(small_dataset, "test", batch_size_global=10_000)))
+    probabilities = torch.sigmoid(model(batch)[1][1]).double().numpy()
+    labels = batch.labels.numpy()
+    click_rate = labels.mean()
+    entropy = -(click_rate * np.log(click_rate) + (1 - click_rate) * np.log(1 - click_rate))
+    assert result["rows"] == len(labels) == 357
+    assert result["auc"] == pytest.approx(roc_auc_score(labels, probabilities), abs=1e-6)
+    assert result["logloss"] == pytest.approx(log_loss(labels, probabilities), abs=1e-6)
+    assert result["ne"] == pytest.approx(log_loss(labels, probabilities) / entropy, abs=1e-5)
+    assert result["calibration"] == pytest.approx(probabilities.mean() / click_rate, abs=1e-5)
+    assert result["accuracy"] == pytest.approx(((probabilities > 0.5) == labels).mean(), abs=1e-6)
+
+
+def test_wrong_input_exits_with_two_and_says_what_to_do(run, small_dataset, dlrm, tmp_path):
+    train = ("train", CONFIG, "--dataset", small_dataset.path, "--run", tmp_path / "run")
+    cases = [
+        (
+            (*train, "--train.bach-size", "5", "--train.epochs", "x"),
+            ["--train.bach-size: there is no such key", "--train.epochs"],
+        ),
+        ((*train[:3], tmp_path / "none", *train[4:]), ["none: is not a folder", "dlrm preprocess"]),
+        ((*train[:4], "--run", small_dataset.path), ["--run", "is not empty"]),
+        ((*train, "--nproc-per-node", "0"), ["nproc-per-node"]),
+        (
+            (*train, "--sharding.host-memory-bytes", "1000"),
+            ["the tables do not fit on 1 rank", "sharding.host_memory_bytes"],
+        ),
+        (("evaluate", tmp_path), ["there is no run here"]),
+        (("evaluate", run[0], "--split", "tets"), ["nothing to read in split 'tets'", "val (357 rows)"]),
+        (("evaluate", run[0], "--dataset", tmp_path), ["has no dataset.json"]),
+    ]
+    for arguments, expected in cases:
+        done = dlrm(*arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+        for text in expected:
+            assert text in done.stderr.replace("\n", " "), (arguments, done.stderr)
+
+
+def test_help_answers_within_half_a_second():
+    command = [str(Path(sys.executable).with_name("dlrm")), "--help"]
+    times_s = []
+    for _ in range(3):
+        started_s = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        times_s.append(time.perf_counter() - started_s)
+    assert "preprocess" in done.stdout
+    assert min(times_s) < 0.5
+
+
+def test_parsing_arguments_does_not_import_torch():
+    code = "import sys; from torchdlrm.cli.main import app; app(['train', '--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_importing_torchrec_says_nothing():
+    done = subprocess.run([sys.executable, "-c", "import torchrec"], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.slow
+def test_real_rows_reach_the_stated_auc_with_every_seed(dlrm, tmp_path):
+    """Mean AUC over five seeds at least 0.735, the worst within 0.006 of it, in one epoch on 16,780 rows."""
+    log = real_log("criteo_kaggle_sample.tsv.gz")
+    assert dlrm("preprocess", log, "--out", tmp_path / "dataset").returncode == 0
+    aucs = []
+    for seed in range(5):
+        run = tmp_path / f"run-{seed}"
+        arguments = ("train", CONFIG, "--dataset", tmp_path / "dataset", "--run", run, "--seed", seed)
+        done = dlrm(*arguments)
+        assert done.returncode == 0, done.stderr
+        done = dlrm("evaluate", run, "--split", "val+test", "--json")
+        assert done.returncode == 0, done.stderr
+        aucs.append(json.loads(done.stdout)["auc"])
+    mean = sum(aucs) / len(aucs)
+    assert mean >= 0.735, aucs
+    assert min(aucs) >= mean - 0.006, aucs
+
+
+@pytest.mark.slow
+def test_rows_of_the_terabyte_log_run_through(dlrm, tmp_path):
+    log = real_log("criteo_1tb_day_0_sample.tsv.gz")
+    assert dlrm("preprocess", log, "--out", tmp_path / "dataset").returncode == 0
+    arguments = ("train", CONFIG, "--dataset", tmp_path / "dataset", "--run", tmp_path / "run")
+    assert dlrm(*arguments, "--nproc-per-node", 2).returncode == 0
+    result = json.loads(dlrm("evaluate", tmp_path / "run", "--split", "val+test", "--json").stdout)
+    assert result["rows"] == 10_000 // 7
+    assert result["auc"] > 0.5
