@@ -22,13 +22,17 @@ class _PairwiseDots(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dense_BD: Tensor, sparse_BFD: Tensor, upper_P: Tensor, lower_P: Tensor) -> Tensor:
-        num_rows, embedding_dim = dense_BD.shape
-        vectors_BND = torch.cat((dense_BD.unsqueeze(1), sparse_BFD), dim=1)
+        num_rows, num_features, embedding_dim = sparse_BFD.shape
+        # One buffer, written once: the embeddings are cast to the dense arch's precision while they are copied.
+        vectors_BND = dense_BD.new_empty(num_rows, num_features + 1, embedding_dim)
+        vectors_BND[:, 0] = dense_BD
+        vectors_BND[:, 1:] = sparse_BFD
         square_BNN = torch.bmm(vectors_BND, vectors_BND.transpose(1, 2))
         out = dense_BD.new_empty(num_rows, embedding_dim + upper_P.numel())
         out[:, :embedding_dim] = dense_BD
         torch.index_select(square_BNN.flatten(1), 1, upper_P, out=out[:, embedding_dim:])
         ctx.save_for_backward(vectors_BND, upper_P, lower_P)
+        ctx.sparse_dtype = sparse_BFD.dtype
         return out
 
     @staticmethod
@@ -41,7 +45,7 @@ class _PairwiseDots(torch.autograd.Function):
         grad_square.index_copy_(1, lower_P, grad_pairs_BP)
         grad_vectors_BND = torch.bmm(grad_square.view(num_rows, num_vectors, num_vectors), vectors_BND)
         grad_dense_BD = grad_vectors_BND[:, 0] + grad_out[:, :embedding_dim]
-        return grad_dense_BD, grad_vectors_BND[:, 1:], None, None
+        return grad_dense_BD, grad_vectors_BND[:, 1:].to(ctx.sparse_dtype), None, None
 
 
 @fx.wrap  # a leaf for the train pipeline, which traces the model to find its sharded modules
