@@ -73,6 +73,23 @@ def auc(labels: Labels, scores: Scores) -> float:
     return share_below if few is positives else 1.0 - share_below
 
 
+def auc_from_counts(clicks: NDArray[np.int64], others: NDArray[np.int64]) -> float:
+    """`auc` where only K different scores occur, given how many rows have each: memory does not grow with the rows.
+
+    Args:
+        clicks: rows that were clicked, by rising score [K].
+        others: rows that were not [K].
+
+    Returns:
+        As `auc`.
+    """
+    num_clicks, num_others = int(clicks.sum()), int(others.sum())
+    if not num_clicks or not num_others:
+        return math.nan
+    twice_below = int((clicks * (2 * np.cumsum(others) - others)).sum())
+    return twice_below / (2 * num_clicks * num_others)
+
+
 def logloss_from_logits(labels: Labels, logits: Scores) -> float:
     """Mean negative log-likelihood in nats, stable for logits of any size; NaN without rows.
 

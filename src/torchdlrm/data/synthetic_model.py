@@ -1,0 +1,209 @@
+"""The hidden model that decides who clicks in a synthetic log, in integers.
+
+In: the codes of B rows, one per column.  Out: their true log-odds in units of 1 / `LOGIT_UNITS`.
+
+    logit = intercept
+          + sum over columns of      main_effect[column][code]              what a logistic regression can learn
+          + sum over column pairs of latent[left][code] . latent[right][code]    what takes a model of interactions
+
+Integer columns act through a curve that is not monotone in log(x + 3). Categorical values act the more, the more rows
+they have: what sits on values too rare to be learnt would only lower what any model can reach. Both parts are centred
+and scaled to a given standard deviation, so that about the same AUC is attainable with every seed.
+
+All arithmetic on rows is on integers: no rounding, hence the same labels on every machine.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchdlrm.data.synthetic_shapes import NUM_CELLS, DenseShape, LogShape, SparseShape
+
+Codes = NDArray[np.int64]  # numpy would convert any other type at each look-up
+
+# Ranks from here on share one code without effect; a missing value has the code after it.
+NUM_HEAD_RANKS = 4096
+
+LOGIT_UNITS = 1024
+NUM_LOGITS = 1 << 15  # logits from -16 to 16
+
+_INTERACTION_SHARE = 0.11  # of the variance of the logits
+_HALF_LEARNABLE_SHARE = 1e-2  # a value on this share of the rows has half of the effect that a frequent one has
+_NUM_SPARSE_IN_PAIRS = 4
+_NUM_DENSE_IN_PAIRS = 1
+
+# Fractional bits of the tables; the product of two latents has twice as many as a latent.
+_MAIN_BITS = 16
+_LATENT_BITS = 8
+
+
+def missing_code(column: DenseShape | SparseShape) -> int:
+    """The code of a missing value: the last one. The other codes are the cell of an integer, or the rank of a value."""
+    return NUM_CELLS if isinstance(column, DenseShape) else NUM_HEAD_RANKS + 1
+
+
+@dataclass(frozen=True)
+class HiddenModel:
+    """Effects as tables of integers; see the module's formula.
+
+    Attributes:
+        intercept: log-odds of a row without effects, with `_MAIN_BITS` fractional bits.
+        main: for each column int32 [codes].
+        latents: for the columns that stand in a pair int32 [2, codes].
+        pairs: indices of two columns each.
+    """
+
+    intercept: int
+    main: tuple[NDArray[np.int32], ...]
+    latents: dict[int, NDArray[np.int32]]
+    pairs: tuple[tuple[int, int], ...]
+
+    def logits(self, codes: list[Codes]) -> NDArray[np.int32]:
+        """True log-odds of B rows in units of 1 / LOGIT_UNITS, from 0 for -16: an index into `click_thresholds`.
+
+        Args:
+            codes: for each column the codes of the rows [B].
+        """
+        total = self.main_effects(codes)
+        total += self.interactions(codes)
+        total += self.intercept
+        total >>= _MAIN_BITS - (LOGIT_UNITS.bit_length() - 1)
+        total += NUM_LOGITS // 2
+        return np.clip(total, 0, NUM_LOGITS - 1, out=total)
+
+    def main_effects(self, codes: list[Codes]) -> NDArray[np.int32]:
+        """The part of the logits that is a sum over columns [B]."""
+        total = np.zeros(len(codes[0]), np.int32)
+        for table, code in zip(self.main, codes, strict=True):
+            total += table.take(code)
+        return total
+
+    def interactions(self, codes: list[Codes]) -> NDArray[np.int32]:
+        """The part of the logits that is a sum over pairs of columns [B]."""
+        total = np.zeros(len(codes[0]), np.int32)
+        for axis in range(2):
+            latents = {column: table[axis].take(codes[column]) for column, table in self.latents.items()}
+            for left, right in self.pairs:
+                total += latents[left] * latents[right]
+        return total
+
+
+def click_thresholds() -> NDArray[np.uint32]:
+    """For each logit of the grid 2^32 times its probability: a row is clicked if its 32 random bits lie below."""
+    logits = (np.arange(NUM_LOGITS) - NUM_LOGITS // 2) / LOGIT_UNITS
+    return np.rint(2.0**32 / (1.0 + np.exp(-logits))).astype(np.uint32)
+
+
+def draw_model(shape: LogShape, rng: np.random.Generator, calibration_codes: list[Codes]) -> HiddenModel:
+    """A model for logs of that shape, scaled and with the click rate of the preset on the calibration rows.
+
+    Args:
+        shape: of the log.
+        rng: decides the effects.
+        calibration_codes: codes of rows like those of the log, for each column.
+    """
+    shares = [_code_shares(column) for column in shape.columns]
+    main = [_centred(_main_effect(column, shares[i], rng), shares[i]) for i, column in enumerate(shape.columns)]
+    pairs = _choose_pairs(shape, shares, rng)
+    latents = {
+        i: _centred(_latent(shape.columns[i], shares[i], rng), shares[i])
+        for i in sorted({i for pair in pairs for i in pair})
+    }
+    main_std = np.std(sum(table[code] for table, code in zip(main, calibration_codes, strict=True)))
+    vectors = {i: table[:, calibration_codes[i]] for i, table in latents.items()}
+    interaction_std = np.std(sum((vectors[left] * vectors[right]).sum(axis=0) for left, right in pairs))
+    main_scale = 2.0**_MAIN_BITS * shape.logit_std * math.sqrt(1.0 - _INTERACTION_SHARE) / main_std
+    latent_scale = 2.0**_LATENT_BITS * math.sqrt(shape.logit_std * math.sqrt(_INTERACTION_SHARE) / interaction_std)
+    model = HiddenModel(
+        intercept=0,
+        main=tuple(np.rint(table * main_scale).astype(np.int32) for table in main),
+        latents={i: np.rint(table * latent_scale).astype(np.int32) for i, table in latents.items()},
+        pairs=pairs,
+    )
+    effects = model.main_effects(calibration_codes) + model.interactions(calibration_codes)
+    return HiddenModel(_intercept(effects, shape.click_rate), model.main, model.latents, model.pairs)
+
+
+def _code_shares(column: DenseShape | SparseShape) -> NDArray[np.float64]:
+    """The share of rows that have each code [codes]; sums to 1."""
+    if isinstance(column, DenseShape):
+        present = np.full(NUM_CELLS, 1.0 / NUM_CELLS)
+    else:
+        ranks = np.minimum(np.arange(NUM_HEAD_RANKS + 1.0), column.cardinality)
+        below = column.share_below(ranks)
+        present = np.append(np.diff(below), 1.0 - below[-1])
+    return np.append(present * (1.0 - column.missing_rate), column.missing_rate)
+
+
+def _centred(table: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """With mean 0 over the rows; for latents: so that their product has no main effect. [..., codes]."""
+    return table - (table * shares).sum(axis=-1, keepdims=True)
+
+
+def _learnable(column: DenseShape | SparseShape, shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """From 0 for values that no model sees often enough, to 1 [codes]."""
+    if isinstance(column, DenseShape):
+        return np.ones(len(shares))
+    weights = shares / (shares + _HALF_LEARNABLE_SHARE)
+    weights[NUM_HEAD_RANKS] = 0.0
+    return weights
+
+
+def _standardised_log(column: DenseShape) -> NDArray[np.float64]:
+    """log(x + 3) of each code, standardised [codes]. A missing integer acts as 0: encoded, the two look the same."""
+    logs = np.log(np.append(column.values, 0) + 3.0)
+    return (logs - logs[:-1].mean()) / logs[:-1].std()
+
+
+def _main_effect(
+    column: DenseShape | SparseShape, shares: NDArray[np.float64], rng: np.random.Generator
+) -> NDArray[np.float64]:
+    if isinstance(column, SparseShape):
+        return rng.normal(size=len(shares)) * _learnable(column, shares)
+    x = _standardised_log(column)
+    return rng.normal() * x + np.sin(1.2 * x + rng.uniform(0, 2 * math.pi))
+
+
+def _latent(
+    column: DenseShape | SparseShape, shares: NDArray[np.float64], rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """A point on the unit circle for each code, shrunk where it cannot be learnt [2, codes]."""
+    if isinstance(column, DenseShape):
+        turns = 1.2 * _standardised_log(column)
+    else:
+        # The golden angle keeps the most frequent values apart.
+        turns = math.pi * (3 - math.sqrt(5)) * np.arange(len(shares), dtype=np.float64)
+    angles = rng.uniform(0, 2 * math.pi) + turns
+    return np.stack([np.cos(angles), np.sin(angles)]) * _learnable(column, shares)
+
+
+def _choose_pairs(
+    shape: LogShape, shares: list[NDArray[np.float64]], rng: np.random.Generator
+) -> tuple[tuple[int, int], ...]:
+    """Sparse columns two by two, and dense columns with some of them; columns that vary among frequent values."""
+    num_dense = len(shape.dense)
+
+    def variety(i: int) -> float:
+        frequent = shares[i][:NUM_HEAD_RANKS]
+        frequent = frequent[frequent > _HALF_LEARNABLE_SHARE]
+        return float((frequent * (1.0 - frequent)).sum())
+
+    sparse = sorted(range(num_dense, len(shape.columns)), key=variety)[-_NUM_SPARSE_IN_PAIRS:]
+    dense = sorted(range(num_dense), key=lambda i: -shape.dense[i].missing_rate)[-_NUM_DENSE_IN_PAIRS:]
+    ring = [int(i) for i in rng.permutation(sparse)]
+    return (*zip(ring[::2], ring[1::2], strict=True), *zip(dense, ring, strict=False))
+
+
+def _intercept(effects: NDArray[np.int32], click_rate: float) -> int:
+    """That with which the mean probability is the click rate, by bisection."""
+    logits = effects / 2.0**_MAIN_BITS
+    low, high = -20.0, 20.0
+    while high - low > 2.0**-_MAIN_BITS:
+        middle = (low + high) / 2
+        if (1.0 / (1.0 + np.exp(-(logits + middle)))).mean() < click_rate:
+            low = middle
+        else:
+            high = middle
+    return round(low * 2**_MAIN_BITS)

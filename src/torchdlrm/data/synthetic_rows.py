@@ -1,0 +1,157 @@
+"""Rows of a synthetic log: random bits -> codes -> labels and text.
+
+In: which rows.  Out: their bytes in the log, labels and true logits.  Row i depends on the seed, the preset and i
+alone (a counter-based generator is asked for the bits of its block), so that any number of workers may produce any
+part of the log, and a shorter log is the beginning of a longer one.
+
+Cost: some 2 us a row on one core. Text is put together in a matrix of fixed width, a record a row, where short fields
+are padded with NUL; the padding is dropped from the whole at once.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchdlrm.data.synthetic_model import NUM_HEAD_RANKS, Codes, click_thresholds, draw_model, missing_code
+from torchdlrm.data.synthetic_shapes import PRESETS, DenseShape
+
+# Rows whose random bits are drawn together: changing it changes every log. The text of a block, 1.4 MB before the
+# padding is dropped, stays in the cache.
+BLOCK_ROWS = 4096
+
+# 32 random bits a sparse column, 16 a dense column and a missing rate, 32 the label: in 64-bit words, column by column.
+_WORDS_PER_ROW = 20
+_FIRST_DENSE_16 = 26 * 2
+_LABEL_32 = 2 * _WORDS_PER_ROW - 1
+
+_CALIBRATION_FIRST_BLOCK = 1 << 100  # no log is as long
+_NUM_CALIBRATION_BLOCKS = 64
+
+
+@dataclass(frozen=True)
+class Rows:
+    """B consecutive rows: their lines, labels bool [B], and true logits int32 [B] on the grid of the hidden model."""
+
+    text: bytes
+    labels: NDArray[np.bool_]
+    logits: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What was drawn for the rows of a block: codes of all columns, and of the sparse ones ranks and missing rows."""
+
+    codes: list[Codes]
+    ranks: list[NDArray[np.uint64]]
+    sparse_missing: list[NDArray[np.bool_] | None]
+
+
+class RowGenerator:
+    """Makes any part of the log that a preset and a seed define."""
+
+    def __init__(self, preset: str, seed: int) -> None:
+        self.shape = PRESETS[preset]
+        seeds = np.random.SeedSequence([seed, list(PRESETS).index(preset)]).spawn(2)
+        key_low, key_high = seeds[0].generate_state(2, np.uint64)
+        self._key = int(key_low) | int(key_high) << 64
+        # Ranks of all columns get numbers of their own, so that no two columns share a value.
+        self._first_value = np.cumsum([1, *(column.cardinality for column in self.shape.sparse)])
+        assert self._first_value[-1] < 2**32
+        self._empty_line = _empty_line(len(self.shape.dense), len(self.shape.sparse))
+        self._dense_fields = [_dense_fields(column) for column in self.shape.dense]
+        self._hex_digits = _hex_digits()
+        self._thresholds = click_thresholds()
+        blocks = range(_CALIBRATION_FIRST_BLOCK, _CALIBRATION_FIRST_BLOCK + _NUM_CALIBRATION_BLOCKS)
+        samples = [self._sample(self._bits(block)).codes for block in blocks]
+        codes = [np.concatenate(column) for column in zip(*samples, strict=True)]
+        self.model = draw_model(self.shape, np.random.default_rng(seeds[1]), codes)
+
+    def block(self, index: int, num_rows: int = BLOCK_ROWS) -> Rows:
+        """The first `num_rows` of the BLOCK_ROWS rows from row `index * BLOCK_ROWS` on."""
+        bits = self._bits(index)
+        sample = self._sample(bits)
+        logits = self.model.logits(sample.codes)
+        labels = bits.view(np.uint32).reshape(-1, BLOCK_ROWS)[_LABEL_32] < self._thresholds.take(logits)
+        return Rows(self._text(labels, sample, num_rows), labels[:num_rows], logits[:num_rows])
+
+    def _bits(self, block: int) -> NDArray[np.uint64]:
+        num_words = BLOCK_ROWS * _WORDS_PER_ROW
+        # A step of Philox's counter gives four words.
+        generator = np.random.Generator(np.random.Philox(key=self._key, counter=block * num_words // 4))
+        return generator.integers(2**64, size=num_words, dtype=np.uint64)
+
+    def _sample(self, bits: NDArray[np.uint64]) -> _Sample:
+        by_16 = bits.view(np.uint16).reshape(-1, BLOCK_ROWS)[_FIRST_DENSE_16:]
+        by_32 = bits.view(np.uint32).reshape(-1, BLOCK_ROWS)
+        num_dense = len(self.shape.dense)
+        is_missing = {
+            rate: bits_of_rate < round(rate * 2**16)
+            for rate, bits_of_rate in zip(self.shape.missing_rates, by_16[num_dense:], strict=False)
+        }
+        codes: list[Codes] = [bits_of_column.astype(np.int64) for bits_of_column in by_16[:num_dense]]
+        ranks = []
+        for bits_of_column, sparse in zip(by_32, self.shape.sparse, strict=False):
+            cell = sparse.cells.take((bits_of_column >> 16).astype(np.int64))
+            rank = (bits_of_column & 0xFFFF) * (cell & 0xFFFFFFFF)
+            rank >>= 16
+            rank += cell >> 32
+            ranks.append(rank)
+            codes.append(np.minimum(rank, NUM_HEAD_RANKS).view(np.int64))
+        missing = [is_missing.get(column.missing_rate) for column in self.shape.columns]
+        for column, code, rows in zip(self.shape.columns, codes, missing, strict=True):
+            if rows is not None:
+                code[rows] = missing_code(column)
+        return _Sample(codes, ranks, missing[num_dense:])
+
+    def _text(self, labels: NDArray[np.bool_], sample: _Sample, num_rows: int) -> bytes:
+        lines = np.empty(BLOCK_ROWS, self._empty_line.dtype)
+        lines[:] = self._empty_line
+        lines["label"] = np.frombuffer(b"0\t1\t", "u2").take(labels)
+        for i, fields in enumerate(self._dense_fields):
+            lines[f"int_{i}"] = fields.take(sample.codes[i])
+        low_digits, high_digits = self._hex_digits
+        for i, rank in enumerate(sample.ranks):
+            value = _scatter(rank.astype(np.uint32) + np.uint32(self._first_value[i])).astype(np.int64)
+            digits = high_digits.take(value >> 16)
+            digits |= low_digits.take(value & 0xFFFF)
+            rows = sample.sparse_missing[i]
+            if rows is not None:
+                digits[rows] = 0
+            lines[f"cat_{i}"] = digits
+        return lines[:num_rows].tobytes().translate(None, b"\0")
+
+
+def _empty_line(num_dense: int, num_sparse: int) -> NDArray[np.void]:
+    """A record with the separators that stand at fixed places; the others are part of the fields."""
+    record = [("label", "u2"), *((f"int_{i}", "u8") for i in range(num_dense))]
+    for i in range(num_sparse):
+        record += [(f"cat_{i}", "u8"), (f"end_{i}", "u1")]
+    line = np.zeros(1, np.dtype(record))
+    for i in range(num_sparse):
+        line[f"end_{i}"] = ord("\n" if i == num_sparse - 1 else "\t")
+    return line
+
+
+def _dense_fields(column: DenseShape) -> NDArray[np.uint64]:
+    """The field of each code, with the tab that ends it, padded to 8 bytes [codes]."""
+    assert column.values.max() < 10**7
+    fields = [b"%d\t" % value for value in column.values.tolist()] + [b"\t"]
+    return np.array(fields, "S8").view(np.uint64)
+
+
+def _hex_digits() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The text of each 16-bit number as the low and as the high half of 8 hexadecimal digits [2^16]."""
+    digits = np.frombuffer(b"".join(b"%04x" % number for number in range(1 << 16)), np.uint32).astype(np.uint64)
+    # The high digits are the first bytes in memory, hence the low half of a little-endian word.
+    return digits << np.uint64(32), digits
+
+
+def _scatter(numbers: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """A bijection of 32-bit numbers that leaves no order to see (the finaliser of MurmurHash3)."""
+    numbers ^= numbers >> 16
+    numbers *= np.uint32(0x85EBCA6B)
+    numbers ^= numbers >> 13
+    numbers *= np.uint32(0xC2B2AE35)
+    numbers ^= numbers >> 16
+    return numbers
