@@ -209,6 +209,27 @@ def load_schema(name_or_path: str) -> FeatureSchema:
         raise SchemaError("\n".join([f"{path}: not a valid schema", *problems(error)])) from error
 
 
+def with_split(
+    schema: FeatureSchema, rule: str | None = None, val: float | None = None, test: float | None = None
+) -> FeatureSchema:
+    """The schema with another split; what is None stays as it is.
+
+    Raises:
+        SchemaError: there is no such split of such a log.
+    """
+    changes = {key: value for key, value in (("rule", rule), ("val", val), ("test", test)) if value is not None}
+    if not changes:
+        return schema
+    try:
+        split = SplitRule.model_validate({**schema.split.model_dump(), **changes})
+        if split.rule == "criteo" and (val is not None or test is not None):
+            msg = "--val, --test: the split 'criteo' holds out what it always does; add --split order, random or time"
+            raise SchemaError(msg)
+        return FeatureSchema.model_validate({**dict(schema), "split": split})
+    except ValidationError as error:
+        raise SchemaError("\n".join(["--split, --val, --test: no such split of this log", *problems(error)])) from error
+
+
 def problems(error: ValidationError) -> Sequence[str]:
     """One line for each problem that pydantic found: key, what is wrong, the value."""
     lines = []

@@ -112,11 +112,12 @@ def start_workers(resources: Resources) -> Iterator[Workers]:
             yield Workers(threads, count, count)
         return
     try:
-        from distributed import Client  # noqa: PLC0415 - an extra
+        import distributed  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise ConfigError("--cluster: needs Dask; install it with: pip install 'torchdlrm[cluster]'") from error
+    untyped: Any = distributed
     try:
-        client = Client(resources.cluster, timeout="10s", set_as_default=False)
+        client = untyped.Client(resources.cluster, timeout="10s", set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         msg = f"--cluster: no Dask scheduler answers at {resources.cluster} ({error}); start one with: dask scheduler"
         raise ConfigError(msg) from error

@@ -1,6 +1,7 @@
 """Keeps the time of each phase of a job, for the summary, and passes everything on to a listener."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torchdlrm.progress import ProgressListener
@@ -22,11 +23,12 @@ class PhaseTime:
 
 
 class PhaseTimes:
-    """A listener that notes the times of the phases."""
+    """A listener that notes the times of the phases, and tells `on_phase` of each that is over."""
 
-    def __init__(self, listener: ProgressListener) -> None:
+    def __init__(self, listener: ProgressListener, on_phase: Callable[[PhaseTime], None] | None = None) -> None:
         self.phases: list[PhaseTime] = []
         self._listener = listener
+        self._on_phase = on_phase
         self._started_at_s = 0.0
 
     def start_phase(self, name: str, total: int | None, unit: str = "rows") -> None:
@@ -45,3 +47,5 @@ class PhaseTimes:
         """The last phase is over."""
         if self.phases and not self.phases[-1].seconds:
             self.phases[-1].seconds = time.perf_counter() - self._started_at_s
+            if self._on_phase is not None:
+                self._on_phase(self.phases[-1])
