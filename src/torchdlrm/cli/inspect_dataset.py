@@ -15,6 +15,7 @@ from torchdlrm.data.splits import SPLIT_NAMES, SplitName
 from torchdlrm.data.summary import DatasetSummary, FrequentValue, summarize
 
 _SPLITS = "".join(f"{name:>6}" for name in SPLIT_NAMES)
+_HELD_OUT = "".join(f"{name:>7}" for name in SPLIT_NAMES[1:])
 
 
 def show(folder: Path, *, num_values: int, as_json: bool) -> None:
@@ -39,6 +40,7 @@ def show(folder: Path, *, num_values: int, as_json: bool) -> None:
     console.print(_splits_table(summary))
     console.print(_dense_table(summary))
     console.print(_sparse_table(summary))
+    console.print("drift: from train, 0 where the distribution is the same, 1 where nothing is in common")
     if manifest.bad_rows.total:
         console.print(f"bad rows that were skipped: {manifest.bad_rows.total:,}")
         lines = describe_bad_rows(manifest.bad_rows.counts, manifest.bad_rows.examples)
@@ -53,14 +55,14 @@ def _splits_table(summary: DatasetSummary) -> Table:
 
 
 def _dense_table(summary: DatasetSummary) -> Table:
-    table = _table("dense column", "transform", f"missing %\n{_SPLITS}")
+    table = _table("dense column", "transform", f"missing %\n{_SPLITS}", f"drift\n{_HELD_OUT}")
     for name, column in summary.dense.items():
-        table.add_row(name, column.transform, _percents(column.missing_share))
+        table.add_row(name, column.transform, _percents(column.missing_share), _drift(column.drift))
     return table
 
 
 def _sparse_table(summary: DatasetSummary) -> Table:
-    table = _table("feature", "table\nrows", f"unknown %\n{_SPLITS}", f"missing %\n{_SPLITS}")
+    table = _table("feature", "table\nrows", f"unknown %\n{_SPLITS}", f"missing %\n{_SPLITS}", f"drift\n{_HELD_OUT}")
     # The one column that gives way where the terminal is narrow.
     table.add_column("most frequent\nand their share %", no_wrap=True, overflow="ellipsis")
     for name, feature in summary.sparse.items():
@@ -69,6 +71,7 @@ def _sparse_table(summary: DatasetSummary) -> Table:
             f"{feature.num_embeddings:,}",
             _percents(feature.unknown_share),
             _percents(feature.missing_share),
+            _drift(feature.drift),
             ", ".join(_frequent(value) for value in feature.most_frequent),
         )
     return table
@@ -84,6 +87,10 @@ def _table(first: str, *others: str) -> Table:
 
 def _percents(shares: Mapping[SplitName, float]) -> str:
     return "".join(f"{100 * shares[name]:6.1f}" for name in SPLIT_NAMES)
+
+
+def _drift(drift: Mapping[SplitName, float]) -> str:
+    return "".join(f"{drift[name]:7.3f}" for name in SPLIT_NAMES[1:])
 
 
 def _frequent(value: FrequentValue) -> str:

@@ -3,9 +3,10 @@
 In: a `Dataset`.  Out: a `DatasetSummary`.  Cost: reads the vocabularies, none of the parts.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.dataset import Dataset, SplitRecord
 from torchdlrm.data.splits import SplitName
 
 
@@ -34,15 +35,21 @@ class DenseSummary:
 
     transform: str
     missing_share: dict[SplitName, float]
+    drift: dict[SplitName, float]
 
 
 @dataclass(frozen=True)
 class SparseSummary:
-    """A sparse feature; shares are of the rows of each split.  A missing value without an id is unknown as well."""
+    """A sparse feature; shares are of the rows of each split.  A missing value without an id is unknown as well.
+
+    Where a row has several values, the unknown share is of the values.  `drift` is how far the distribution in a split
+    is from that in train (`torchdlrm.data.drift`).  Without a vocabulary there are no most frequent values.
+    """
 
     num_embeddings: int
     unknown_share: dict[SplitName, float]
     missing_share: dict[SplitName, float]
+    drift: dict[SplitName, float]
     most_frequent: tuple[FrequentValue, ...]
 
 
@@ -62,32 +69,52 @@ def summarize(dataset: Dataset, num_values: int) -> DatasetSummary:
         DatasetError: a vocabulary is damaged.
     """
     splits = dataset.manifest.splits
-    train_rows = splits["train"].rows
-
-    def missing_share(name: str) -> dict[SplitName, float]:
-        return {split_name: split.missing_rows[name] / split.rows for split_name, split in splits.items()}
-
     sparse = {}
     for name, num_embeddings in dataset.num_embeddings.items():
-        vocabulary = dataset.vocabulary(name)
-        values, table = vocabulary.text_values().head(num_values), vocabulary.table.head(num_values)
         sparse[name] = SparseSummary(
             num_embeddings=num_embeddings,
-            unknown_share={split_name: split.unknown_rows[name] / split.rows for split_name, split in splits.items()},
-            missing_share=missing_share(name),
-            most_frequent=tuple(
-                FrequentValue(value, count / train_rows, value_id)
-                for value, count, value_id in zip(values, table["count"], table["id"], strict=True)
-            ),
+            unknown_share={
+                split_name: _share(split.unknown_rows.get(name, 0), split.values.get(name, split.rows))
+                for split_name, split in splits.items()
+            },
+            missing_share=_missing_share(splits, name),
+            drift=_drift(splits, name),
+            most_frequent=_most_frequent(dataset, name, num_values),
         )
     return DatasetSummary(
         splits={
-            name: SplitSummary(split.rows, split.clicks, split.clicks / split.rows, len(split.files))
+            name: SplitSummary(split.rows, split.clicks, _share(split.clicks, split.rows), len(split.files))
             for name, split in splits.items()
         },
         dense={
-            name: DenseSummary(dataset.manifest.dense[name].transform, missing_share(name))
+            name: DenseSummary(
+                dataset.manifest.dense[name].transform, _missing_share(splits, name), _drift(splits, name)
+            )
             for name in dataset.dense_names
         },
         sparse=sparse,
     )
+
+
+def _most_frequent(dataset: Dataset, name: str, num_values: int) -> tuple[FrequentValue, ...]:
+    if dataset.manifest.sparse[name].vocabulary is None:
+        return ()
+    train = dataset.manifest.splits["train"]
+    vocabulary = dataset.vocabulary(name)
+    values, table = vocabulary.text_values().head(num_values), vocabulary.table.head(num_values)
+    return tuple(
+        FrequentValue(value, _share(count, train.values.get(name, train.rows)), value_id)
+        for value, count, value_id in zip(values, table["count"], table["id"], strict=True)
+    )
+
+
+def _missing_share(splits: Mapping[SplitName, SplitRecord], name: str) -> dict[SplitName, float]:
+    return {split_name: _share(split.missing_rows.get(name, 0), split.rows) for split_name, split in splits.items()}
+
+
+def _drift(splits: Mapping[SplitName, SplitRecord], name: str) -> dict[SplitName, float]:
+    return {split_name: split.drift.get(name, 0.0) for split_name, split in splits.items()}
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
