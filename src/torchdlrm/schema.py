@@ -1,4 +1,4 @@
-r"""Which columns a click log has, and what each is: label, dense or sparse feature.
+r"""Which columns a click log has, what each is, and how its rows are split.
 
 In: the name of a preset (`criteo`) or a TOML file.  Out: a `FeatureSchema`, which every later stage shares.
 
@@ -11,7 +11,8 @@ In: the name of a preset (`criteo`) or a TOML file.  Out: a `FeatureSchema`, whi
         { role = "sparse", name = "cat_0", kind = "hex" },
     ]
 
-The columns stand in the order of the file.
+The columns stand in the order of the file (in a Parquet file they are found by name).  docs/preprocessing.md describes
+every key.
 """
 
 import tomllib
@@ -34,31 +35,94 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class LabelColumn(_Frozen):
-    """The column that says whether the row was clicked: 0 or 1."""
+class _Column(_Frozen):
+    """What every column has; `header_name` is its name in the log, where that differs from `name`."""
+
+    name: ColumnName
+    header_name: str | None = None
+
+    @property
+    def log_name(self) -> str:
+        """The column's name in the log's header, or in a Parquet file."""
+        return self.name if self.header_name is None else self.header_name
+
+
+class LabelColumn(_Column):
+    """Whether the row was clicked: 0 or 1, true or false; with `threshold`, a number that must reach it."""
 
     role: Literal["label"] = "label"
-    name: ColumnName
+    threshold: float | None = None
 
 
-class DenseColumn(_Frozen):
+class DenseColumn(_Column):
     """A number, `float` or `int` of 64 bits; `torchdlrm.data.transforms` says what becomes of it."""
 
     role: Literal["dense"] = "dense"
-    name: ColumnName
     kind: Literal["int", "float"] = "float"
     transform: DenseTransform = "log_plus_3"
 
 
-class SparseColumn(_Frozen):
-    """A categorical value: `hex` is up to 8 hexadecimal digits, `int` a 64-bit integer, `string` any text."""
+class SparseColumn(_Column):
+    """A categorical value: `hex` is up to 8 hexadecimal digits, `int` a 64-bit integer, `string` any text.
+
+    A column with a `value_separator` holds any number of values in a cell (in Parquet: a list), of which the first
+    `max_values` count.  `min_count` and `max_rows` override the job's; `hash` numbers values by a hash into that many
+    rows instead of by a vocabulary.
+    """
 
     role: Literal["sparse"] = "sparse"
-    name: ColumnName
     kind: Literal["string", "int", "hex"] = "string"
+    value_separator: Annotated[str, Field(min_length=1)] | None = None
+    max_values: Annotated[int, Field(ge=1)] | None = None
+    min_count: Annotated[int, Field(ge=1)] | None = None
+    max_rows: Annotated[int, Field(ge=2)] | None = None
+    hash: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+    @property
+    def is_multi_valued(self) -> bool:
+        """Whether a cell holds a list of values."""
+        return self.value_separator is not None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_values is not None and self.value_separator is None:
+            msg = f"column {self.name}: max_values needs value_separator, the text between two values of a cell"
+            raise ValueError(msg)
+        if self.hash is not None and (self.min_count is not None or self.max_rows is not None):
+            msg = f"column {self.name}: hash goes without min_count and max_rows, which are for vocabularies"
+            raise ValueError(msg)
+        return self
 
 
-Column = Annotated[LabelColumn | DenseColumn | SparseColumn, Field(discriminator="role")]
+class TimeColumn(_Column):
+    """The column that orders the rows in time: a number, or `datetime`, text as ISO 8601 writes it."""
+
+    role: Literal["time"] = "time"
+    kind: Literal["int", "float", "datetime"] = "int"
+
+
+class IgnoredColumn(_Column):
+    """A column of the log that is not used."""
+
+    role: Literal["ignore"] = "ignore"
+
+
+Column = Annotated[LabelColumn | DenseColumn | SparseColumn | TimeColumn | IgnoredColumn, Field(discriminator="role")]
+
+
+class SplitRule(_Frozen):
+    """How rows are split; `torchdlrm.data.splits` tells the rules.  `val` and `test` are shares of all rows."""
+
+    rule: Literal["criteo", "order", "random", "time"] = "criteo"
+    val: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.val + self.test >= 1:
+            msg = f"val and test must leave rows for training, but {self.val} + {self.test} is not below 1"
+            raise ValueError(msg)
+        return self
 
 
 class FeatureSchema(_Frozen):
@@ -66,7 +130,9 @@ class FeatureSchema(_Frozen):
 
     name: str
     separator: Annotated[str, Field(min_length=1, max_length=1)] = "\t"
+    quote: Literal['"'] | None = None
     header: bool = False
+    split: SplitRule = SplitRule()
     columns: tuple[Column, ...] = Field(strict=False)
 
     @model_validator(mode="after")
@@ -76,8 +142,12 @@ class FeatureSchema(_Frozen):
         if twice:
             msg = f"column names must be unique, but {', '.join(twice)} stands more than once"
             raise ValueError(msg)
-        if not self.separator.isascii() or self.separator in "\r\n\0":
-            msg = f"separator must be one ASCII character and no line end, not {self.separator!r}"
+        if not self.separator.isascii() or self.separator in '\r\n\0"':
+            msg = f"separator must be one ASCII character, no line end and no quote, not {self.separator!r}"
+            raise ValueError(msg)
+        num_time = sum(isinstance(column, TimeColumn) for column in self.columns)
+        if num_time > 1 or (self.split.rule == "time" and num_time == 0):
+            msg = f"{num_time} columns have the role 'time'; a split by time needs one, and no log has more"
             raise ValueError(msg)
         if sum(isinstance(column, LabelColumn) for column in self.columns) != 1:
             raise ValueError("exactly one column must have the role 'label'")
@@ -89,6 +159,11 @@ class FeatureSchema(_Frozen):
     def label(self) -> LabelColumn:
         """The label's column."""
         return next(column for column in self.columns if isinstance(column, LabelColumn))
+
+    @property
+    def time(self) -> TimeColumn | None:
+        """The column that orders the rows, if there is one."""
+        return next((column for column in self.columns if isinstance(column, TimeColumn)), None)
 
     @property
     def dense(self) -> tuple[DenseColumn, ...]:
@@ -103,7 +178,7 @@ class FeatureSchema(_Frozen):
 
 def criteo_schema() -> FeatureSchema:
     """The layout of Criteo's public logs; column names are those of `torchrec.datasets.criteo`."""
-    columns: list[LabelColumn | DenseColumn | SparseColumn] = [LabelColumn(name="label")]
+    columns: list[LabelColumn | DenseColumn | SparseColumn | TimeColumn | IgnoredColumn] = [LabelColumn(name="label")]
     columns += [DenseColumn(name=f"int_{i}", kind="int") for i in range(NUM_CRITEO_DENSE)]
     columns += [SparseColumn(name=f"cat_{i}", kind="hex") for i in range(NUM_CRITEO_SPARSE)]
     return FeatureSchema(name="criteo", columns=tuple(columns))
@@ -132,6 +207,27 @@ def load_schema(name_or_path: str) -> FeatureSchema:
         raise SchemaError(msg) from error
     except ValidationError as error:
         raise SchemaError("\n".join([f"{path}: not a valid schema", *problems(error)])) from error
+
+
+def with_split(
+    schema: FeatureSchema, rule: str | None = None, val: float | None = None, test: float | None = None
+) -> FeatureSchema:
+    """The schema with another split; what is None stays as it is.
+
+    Raises:
+        SchemaError: there is no such split of such a log.
+    """
+    changes = {key: value for key, value in (("rule", rule), ("val", val), ("test", test)) if value is not None}
+    if not changes:
+        return schema
+    try:
+        split = SplitRule.model_validate({**schema.split.model_dump(), **changes})
+        if split.rule == "criteo" and (val is not None or test is not None):
+            msg = "--val, --test: the split 'criteo' holds out what it always does; add --split order, random or time"
+            raise SchemaError(msg)
+        return FeatureSchema.model_validate({**dict(schema), "split": split})
+    except ValidationError as error:
+        raise SchemaError("\n".join(["--split, --val, --test: no such split of this log", *problems(error)])) from error
 
 
 def problems(error: ValidationError) -> Sequence[str]:

@@ -1,7 +1,10 @@
 """`dlrm preprocess`: a raw click log becomes a dataset."""
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.table import Table
@@ -9,10 +12,15 @@ from rich.table import Table
 from torchdlrm.cli.terminal import console, print_json, progress_bars
 from torchdlrm.data.bad_rows import describe_bad_rows
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.data.preprocess import PreprocessOptions
+from torchdlrm.data.job.options import parse_bytes
+from torchdlrm.data.job.phases import PhaseTime, PhaseTimes
+from torchdlrm.data.preprocess import PreprocessOptions, Resources, work_folder
 from torchdlrm.data.preprocess import preprocess as run_preprocess
 from torchdlrm.data.vocabulary import DEFAULT_MIN_COUNT
-from torchdlrm.schema import load_schema
+from torchdlrm.progress import SILENT
+from torchdlrm.schema import load_schema, with_split
+
+Flag = Parameter(negative="")
 
 
 def preprocess(
@@ -24,51 +32,109 @@ def preprocess(
     max_rows: int | None = None,
     seed: int = 0,
     max_bad_rows: int = 0,
+    split: Literal["criteo", "order", "random", "time"] | None = None,
+    val: float | None = None,
+    test: float | None = None,
+    vocabulary: Path | None = None,
+    extend_vocabulary: Annotated[bool, Flag] = False,
+    memory: str = "4GB",
+    workers: int | None = None,
+    cluster: str | None = None,
+    restart: Annotated[bool, Flag] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Turn a raw click log into a dataset that can be trained on.
 
+    A job that is interrupted, by whatever, goes on when the same command is given again.
+
     Args:
-        logs: Files of the log, plain or gzipped, in the order of time (files named day_N are put in order).
+        logs: Files of the log, text (plain or gzipped) or Parquet, in the order of time (files named day_N are put in
+            order).
         out: Folder to write the dataset to; must not exist.
-        schema: What the columns are: the preset `criteo`, or a TOML file.
+        schema: What the columns are: the preset `criteo`, or a TOML file; `dlrm schema LOG` proposes one.
         min_count: A categorical value in fewer training rows than this has no id of its own.
         max_rows: Most rows that the embedding table of a feature may have; the rarest values lose their ids.
-        seed: Seed of the order of the training rows.
+        seed: Seed of the order of the training rows, and of a random split.
         max_bad_rows: Skip up to this many rows that the schema cannot read.
-        as_json: Print one JSON object on standard output.
+        split: How rows are split, if not as the schema says.
+        val: Share of the rows for val, if not as the schema says; not for the split `criteo`.
+        test: Share of the rows for test, likewise.
+        vocabulary: Encode with the vocabularies and dense statistics of this dataset.
+        extend_vocabulary: Give new frequent values ids behind those of --vocabulary, which stay as they are.
+        memory: Memory that the job may use, all in all; on a cluster, that of each worker process.
+        workers: Tasks at a time; by default one a core.
+        cluster: Address of a Dask scheduler whose workers do the work; they must see the same files.
+        restart: Forget what an interrupted job has done, and start anew.
+        as_json: Print one JSON object on standard output, and a JSON line a phase on standard error.
     """
-    options = PreprocessOptions(min_count=min_count, max_rows=max_rows, seed=seed, max_bad_rows=max_bad_rows)
-    with progress_bars(f"preprocess into {out}") as progress:
-        dataset = run_preprocess(logs, out, load_schema(schema), options, progress)
-    _print_summary(dataset)
+    options = PreprocessOptions(
+        min_count=min_count,
+        max_rows=max_rows,
+        seed=seed,
+        max_bad_rows=max_bad_rows,
+        vocabulary=vocabulary,
+        extend_vocabulary=extend_vocabulary,
+    )
+    resources = Resources(memory_bytes=parse_bytes(memory, "--memory"), workers=workers, cluster=cluster)
+    columns = with_split(load_schema(schema), split, val, test)
+    try:
+        if as_json:
+            times = PhaseTimes(SILENT, on_phase=_print_phase)
+            dataset = run_preprocess(logs, out, columns, options, times, resources=resources, restart=restart)
+        else:
+            with progress_bars(f"preprocess into {out}") as progress:
+                times = PhaseTimes(progress)
+                dataset = run_preprocess(logs, out, columns, options, times, resources=resources, restart=restart)
+    except KeyboardInterrupt:
+        console.print(
+            f"stopped; what is done is kept in {work_folder(out)}: the same command goes on from there", soft_wrap=True
+        )
+        raise
+    times.finish()
+    _print_summary(dataset, times.phases)
     if as_json:
         manifest = dataset.manifest
         print_json(
             {
                 "dataset": str(out),
-                "rows": {name: split.rows for name, split in manifest.splits.items()},
-                "clicks": {name: split.clicks for name, split in manifest.splits.items()},
+                "rows": {name: part.rows for name, part in manifest.splits.items()},
+                "clicks": {name: part.clicks for name, part in manifest.splits.items()},
                 "split_rule": manifest.split_rule,
                 "num_embeddings": dataset.num_embeddings,
                 "bad_rows": manifest.bad_rows.model_dump(mode="json"),
+                "phases": [_phase_record(phase) for phase in times.phases],
             }
         )
 
 
-def _print_summary(dataset: Dataset) -> None:
+def _phase_record(phase: PhaseTime) -> dict[str, object]:
+    return {**asdict(phase), "per_s": phase.per_s}
+
+
+def _print_phase(phase: PhaseTime) -> None:
+    record = {"phase": phase.name, **_phase_record(phase)}
+    console.print(json.dumps(record), markup=False, soft_wrap=True)
+
+
+def _print_summary(dataset: Dataset, phases: Sequence[PhaseTime]) -> None:
     manifest = dataset.manifest
     table = Table("split", "rows", "click rate", "files")
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, split in manifest.splits.items():
-        table.add_row(name, f"{split.rows:,}", f"{split.clicks / split.rows:.4f}", f"{len(split.files):,}")
+    for name, part in manifest.splits.items():
+        rate = f"{part.clicks / part.rows:.4f}" if part.rows else ""
+        table.add_row(name, f"{part.rows:,}", rate, f"{len(part.files):,}")
     console.print(table)
-    console.print(f"split: {manifest.split_rule}")
+    console.print(f"split: {manifest.split_rule}", soft_wrap=True)
     console.print(
         f"tables: {len(dataset.num_embeddings)} features, {sum(dataset.num_embeddings.values()):,} rows in all, "
         f"the largest {max(dataset.num_embeddings.values()):,}"
     )
+    seconds = sum(phase.seconds for phase in phases)
+    rows = sum(part.rows for part in manifest.splits.values())
+    if seconds:
+        parts = ", ".join(f"{phase.name} {phase.seconds:.1f} s" for phase in phases)
+        console.print(f"time: {parts}; {rows / seconds:,.0f} rows/s", soft_wrap=True)
     if manifest.bad_rows.total:
         console.print(f"[yellow]bad rows skipped: {manifest.bad_rows.total:,}[/]")
         console.print(

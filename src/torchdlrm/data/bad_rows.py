@@ -6,17 +6,19 @@ each, for the manifest, the summary and the error that stops a job.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from torchdlrm.errors import LogError
 
 REASONS = {
+    "quotes": "a quote stands inside a cell, or text behind a quoted one, or a quote is not closed",
     "columns": "the line has the wrong number of columns",
     "nul_byte": "the cell contains a NUL byte",
     "utf8": "the cell is not UTF-8",
     "label": "the label is neither 0 nor 1",
+    "time": "the cell is not a time as the schema says",
     "int": "the cell is not an integer of 64 bits",
     "float": "the cell is not a finite number",
     "hex": "the cell is not 1 to 8 hexadecimal digits",
@@ -66,6 +68,17 @@ class BadRows:
                 for example in chunk.examples[reason]
             ]
             self.add(reason, count, placed)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a work folder keeps it."""
+        examples = {reason: [row.model_dump() for row in rows] for reason, rows in self.examples.items()}
+        return {"counts": self.counts, "examples": examples}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """What `to_json` gave."""
+        examples = {reason: [BadRow(**row) for row in rows] for reason, rows in content["examples"].items()}
+        return cls(dict(content["counts"]), examples)
 
     def check(self, max_bad_rows: int) -> None:
         """Stop a job that has met too many.

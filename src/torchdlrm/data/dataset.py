@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from torchdlrm.data.atomic import replacing, sync
 from torchdlrm.data.bad_rows import BadRow, BadRows
 from torchdlrm.data.splits import SplitName
 from torchdlrm.data.transforms import FittedDense
@@ -30,6 +31,7 @@ MANIFEST_NAME = "dataset.json"
 ROW_GROUP_ROWS = 16_384
 # Values of features with fewer ids than this repeat often enough in a row group for a Parquet dictionary to pay.
 _DICTIONARY_MAX_IDS = 2_048
+_IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
 
 
 class _Frozen(BaseModel):
@@ -46,20 +48,26 @@ class FileRecord(_Frozen):
 
 
 class SplitRecord(_Frozen):
-    """A split: its rows, how many were clicked, its files in order, how often its values were unknown or missing."""
+    """A split: its rows, how many were clicked, its files in order, how often its values were unknown or missing.
+
+    Where a column holds several values a row, `values` is the number of all, and `unknown_rows` counts values.  `drift`
+    is how far each column's distribution is from that in `train`, see `torchdlrm.data.drift`.
+    """
 
     rows: int
     clicks: int
     files: tuple[FileRecord, ...]
     unknown_rows: dict[str, int]
     missing_rows: dict[str, int]
+    values: dict[str, int] = {}
+    drift: dict[str, float] = {}
 
 
 class SparseRecord(_Frozen):
-    """A sparse feature: the rows of its table, and its vocabulary."""
+    """A sparse feature: the rows of its table, and its vocabulary; None where values are hashed or came as ids."""
 
     num_embeddings: int
-    vocabulary: FileRecord
+    vocabulary: FileRecord | None
 
 
 class SourceRecord(_Frozen):
@@ -104,7 +112,9 @@ class Manifest(_Frozen):
 
     def to_json(self) -> str:
         """The text of `dataset.json`."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False) + "\n"
+        content = self.model_dump(mode="json", by_alias=True)
+        content["schema"] = self.feature_schema.model_dump(mode="json", exclude_none=True)
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)
@@ -194,14 +204,18 @@ class Dataset:
         """The vocabulary of a sparse feature.
 
         Raises:
-            DatasetError: its file is damaged.
+            DatasetError: its file is damaged, or the feature has none.
         """
         kind = next(column.kind for column in self.schema.sparse if column.name == name)
-        return Vocabulary.read(self.path / self.manifest.sparse[name].vocabulary.path, name, kind)
+        record = self.manifest.sparse[name].vocabulary
+        if record is None:
+            msg = f"{self.path}: feature {name} has no vocabulary: its values are hashed, or were ids already"
+            raise DatasetError(msg)
+        return Vocabulary.read(self.path / record.path, name, kind)
 
     def file_records(self) -> tuple[FileRecord, ...]:
         """Every file of the dataset but the manifest."""
-        vocabularies = tuple(record.vocabulary for record in self.manifest.sparse.values())
+        vocabularies = tuple(record.vocabulary for record in self.manifest.sparse.values() if record.vocabulary)
         return vocabularies + tuple(file for split in self.manifest.splits.values() for file in split.files)
 
     def verify(self) -> None:
@@ -257,21 +271,28 @@ def write_part(
     """
     fields = [pa.field(schema.label.name, pa.int8(), nullable=False)]
     fields += [pa.field(column.name, pa.float32(), nullable=False) for column in schema.dense]
-    fields += [pa.field(column.name, pa.int32(), nullable=False) for column in schema.sparse]
+    fields += [
+        pa.field(column.name, _IDS if column.is_multi_valued else pa.int32(), nullable=False)
+        for column in schema.sparse
+    ]
     arrow_schema = pa.schema(fields)
     # One chunk a column: the writer starts a new page wherever a chunk ends.
     arrays = [rows[field.name].rechunk().to_arrow().cast(field.type) for field in fields]
-    pq.write_table(
-        pa.Table.from_arrays(arrays, schema=arrow_schema),
-        folder / name,
-        row_group_size=ROW_GROUP_ROWS,
-        compression="zstd",
-        compression_level=1,
-        use_dictionary=[field.name for field in fields if num_embeddings.get(field.name, 0) <= _DICTIONARY_MAX_IDS],
-        write_statistics=False,
-        write_page_checksum=True,
-        store_schema=False,
-    )
+    small = [field.name for field in fields if num_embeddings.get(field.name, 0) <= _DICTIONARY_MAX_IDS]
+    lists = [column.name for column in schema.sparse if column.is_multi_valued]
+    with replacing(folder / name) as beside:
+        pq.write_table(
+            pa.Table.from_arrays(arrays, schema=arrow_schema),
+            beside,
+            row_group_size=ROW_GROUP_ROWS,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=[f"{name}.list.element" if name in lists else name for name in small],
+            write_statistics=False,
+            write_page_checksum=True,
+            store_schema=False,
+        )
+        sync(beside)
     return file_record(folder, name, rows.height)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_BUCKET_STREAM, _ORDER_STREAM = 1, 2
+_BUCKET_STREAM, _ORDER_STREAM, _SPLIT_STREAM, _VALUE_STREAM = 1, 2, 3, 4
 
 
 def num_buckets(num_rows: int, part_rows: int) -> int:
@@ -25,6 +25,16 @@ def buckets(positions: npt.NDArray[np.int64], seed: int, num_buckets: int) -> np
 def order_in_bucket(positions: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
     """The permutation of a bucket's rows, given in the order of the log: int64 [B]."""
     return np.argsort(_hash(positions, seed, _ORDER_STREAM), kind="stable")
+
+
+def uniform_draws(positions: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
+    """A number of each row, uniform from 0 to 2^32 - 1: uint64 [B]."""
+    return _hash(positions, seed, _SPLIT_STREAM) >> np.uint64(32)
+
+
+def hash_numbers(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """A hash of each number, the same everywhere and for ever: uint64 [B]."""
+    return _hash(numbers, 0, _VALUE_STREAM)
 
 
 def _hash(positions: npt.NDArray[np.int64], seed: int, stream: int) -> npt.NDArray[np.uint64]:

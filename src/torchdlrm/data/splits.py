@@ -1,19 +1,53 @@
 """Which rows of a log are for training, which for validation, which for the test.
 
-In: the log's files and the number of good rows in each.  Out: bounds in the order of the log.
+In: the log's files, the number of good rows in each, and the schema's rule.  Out: a `RowSplit`, which tells the split
+of any row by its position among the good rows of the log, or by its time.
+
+| rule | held out |
+| --- | --- |
+| criteo | the last day, where files are named by day, else the last seventh of the rows; its first half is `val` |
+| order | the last rows of the log, `val` before `test` |
+| random | rows chosen by a hash of their position and the seed |
+| time | the rows of the latest times, `val` before `test`; rows of one time stay together |
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from datetime import UTC, datetime
+from typing import Literal, Protocol
 
-from torchdlrm.data.source import LogFile
+import numpy as np
+import numpy.typing as npt
+
+from torchdlrm.data import shuffle
+from torchdlrm.data.log.files import LogFile
 from torchdlrm.errors import LogError
+from torchdlrm.schema import SplitRule, TimeColumn
 
 SplitName = Literal["train", "val", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "val", "test")
 # As the Kaggle log is cut by facebookresearch/dlrm: seven days without day marks, a remainder going to the first parts.
 _NUM_PARTS = 7
+
+
+SplitCodes = npt.NDArray[np.uint8]  # positions in SPLIT_NAMES
+
+
+class RowSplit(Protocol):
+    """Tells the split of rows; can be sent to another process.  `rule` says, for people, how they were split."""
+
+    @property
+    def rule(self) -> str:
+        """The rule in words."""
+
+    def split_of_rows(self, first_row: int, num_rows: int, times: npt.NDArray[np.int64] | None) -> SplitCodes:
+        """The split of B rows that follow each other in the log: uint8 [B].
+
+        Args:
+            first_row: the position of the first among the good rows of the log.
+            num_rows: B.
+            times: int64 [B], as `cells` orders them; None where the log has no time.
+        """
 
 
 @dataclass(frozen=True)
@@ -24,6 +58,13 @@ class SplitBounds:
     train_rows: int
     val_rows: int
     test_rows: int
+
+    def split_of_rows(self, first_row: int, num_rows: int, times: npt.NDArray[np.int64] | None) -> SplitCodes:  # noqa: ARG002
+        """The split of B rows that follow each other in the log: uint8 [B]."""
+        codes = np.empty(num_rows, np.uint8)
+        for code, rows in enumerate(self.rows_of(first_row, num_rows).values()):
+            codes[rows] = code
+        return codes
 
     def rows_of(self, first_row: int, num_rows: int) -> dict[SplitName, slice]:
         """Where, among the rows `first_row` ... `first_row + num_rows - 1` of the log, each split's rows lie."""
@@ -60,3 +101,84 @@ def criteo_split(files: Sequence[LogFile], rows_of_files: Sequence[int]) -> Spli
         )
         raise LogError(msg)
     return split
+
+
+def order_split(num_rows: int, rule: SplitRule) -> SplitBounds:
+    """Hold out the last rows of a log of `num_rows`."""
+    val_rows, test_rows = round(num_rows * rule.val), round(num_rows * rule.test)
+    words = f"order: the last rows are held out, {rule.val:g} of all for val, then {rule.test:g} for test"
+    return SplitBounds(words, num_rows - val_rows - test_rows, val_rows, test_rows)
+
+
+@dataclass(frozen=True)
+class RandomSplit:
+    """Each row by itself, by a hash of its position and the seed."""
+
+    val: float
+    test: float
+    seed: int
+
+    @property
+    def rule(self) -> str:
+        """The rule in words."""
+        return f"random: {self.val:g} of the rows for val and {self.test:g} for test, by a hash of position and seed"
+
+    def split_of_rows(self, first_row: int, num_rows: int, times: npt.NDArray[np.int64] | None) -> SplitCodes:  # noqa: ARG002
+        """The split of B rows that follow each other in the log: uint8 [B]."""
+        draws = shuffle.uniform_draws(np.arange(first_row, first_row + num_rows), self.seed)
+        edges = np.array([round(self.val * 2**32), round((self.val + self.test) * 2**32)], np.uint64)
+        # 0 below the first edge is val, then test, then train.
+        return np.array([1, 2, 0], np.uint8)[np.searchsorted(edges, draws, side="right")]
+
+
+@dataclass(frozen=True)
+class TimeSplit:
+    """By a time column: from `val_from` on `val`, from `test_from` on `test`; None: no row."""
+
+    column: TimeColumn
+    val_from: int | None
+    test_from: int | None
+
+    @property
+    def rule(self) -> str:
+        """The rule in words."""
+        parts = [
+            f"{name} from {_time_in_words(start, self.column)} on"
+            for name, start in (("val", self.val_from), ("test", self.test_from))
+            if start is not None
+        ]
+        return f"time: by {self.column.name}, {', '.join(parts) or 'nothing is held out'}"
+
+    def split_of_rows(self, first_row: int, num_rows: int, times: npt.NDArray[np.int64] | None) -> SplitCodes:  # noqa: ARG002
+        """The split of B rows that follow each other in the log: uint8 [B]."""
+        assert times is not None, "a log that is split by time has times"
+        codes = np.zeros(num_rows, np.uint8)
+        for code, start in ((1, self.val_from), (2, self.test_from)):
+            if start is not None:
+                codes[times >= start] = code
+        return codes
+
+
+def _time_in_words(time: int, column: TimeColumn) -> str:
+    if column.kind == "datetime":
+        return datetime.fromtimestamp(time / 1e6, UTC).isoformat()
+    if column.kind == "int":
+        return str(time)
+    bits = time if time >= 0 else time ^ (2**63 - 1)
+    return repr(float(np.array([bits], np.int64).view(np.float64)[0]))
+
+
+def check_split(rule: SplitRule, rows: Sequence[int]) -> None:
+    """See that no split that was asked for is empty; `rows` of train, val and test.
+
+    Raises:
+        LogError: one is.
+    """
+    asked = (True, rule.rule == "criteo" or rule.val > 0, rule.rule == "criteo" or rule.test > 0)
+    empty = [name for name, wanted, count in zip(SPLIT_NAMES, asked, rows, strict=True) if wanted and not count]
+    if empty:
+        msg = (
+            f"the log cannot be split by the rule {rule.rule!r}: of {sum(rows):,} good rows none is left for "
+            f"{' and '.join(empty)}; give more rows, or other shares of val and test"
+        )
+        raise LogError(msg)

@@ -136,8 +136,9 @@ def _empty_line(num_dense: int, num_sparse: int) -> NDArray[np.void]:
 def _dense_fields(column: DenseShape) -> NDArray[np.uint64]:
     """The field of each code, with the tab that ends it, padded to 8 bytes [codes]."""
     assert column.values.max() < 10**7
-    fields = [b"%d\t" % value for value in column.values.tolist()] + [b"\t"]
-    return np.array(fields, "S8").view(np.uint64)
+    values, positions = np.unique(column.values, return_inverse=True)
+    fields = np.array([*(b"%d\t" % value for value in values.tolist()), b"\t"], "S8").view(np.uint64)
+    return fields[np.append(positions, len(values))]
 
 
 def _hex_digits() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:

@@ -1,6 +1,6 @@
 """Typed columns -> what the model reads: dense values as float32, categorical values as int32 ids.
 
-In: a frame of the types that `torchdlrm.data.source` gives, missing values null.  Out: the same columns encoded.  Both
+In: a frame of the types that `torchdlrm.data.log` gives, missing values null.  Out: the same columns encoded.  Both
 the preprocessing job and everything that meets raw rows later run this code, with the same constants: they are stored
 with the dataset and with every model trained on it.
 
@@ -26,6 +26,10 @@ from pydantic import BaseModel, ConfigDict
 from torchdlrm.data.vocabulary import Vocabulary
 from torchdlrm.schema import DenseColumn, DenseTransform, FeatureSchema
 
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_HUGE_EXPONENT = 510
+_HUGE = 2.0**_HUGE_EXPONENT  # squares of larger values do not fit float64
+
 
 class FittedDense(BaseModel):
     """A dense transform with all its constants: `scale((max(x, minimum) + shift))`, and what stands for a missing x."""
@@ -50,6 +54,8 @@ class FittedDense(BaseModel):
             x = x.log()
         if self.deviation != 1.0:
             x /= self.deviation
+        if not self.log:
+            x = x.clip(-_FLOAT32_MAX, _FLOAT32_MAX)  # a float64 may be too large; the model must not meet infinity
         return x.cast(pl.Float32).alias(name)
 
 
@@ -66,7 +72,13 @@ class Moments:
         values = column.drop_nulls().cast(pl.Float64).to_numpy()
         self.count += len(values)
         self.total += _exact_sum(values)
-        self.total_of_squares += _exact_sum(values * values)
+        # The square of each value as float64 rounds it, also where its exponent is out of float64's range.
+        huge = np.abs(values) > _HUGE
+        squares = np.square(np.where(huge, 0.0, values))
+        self.total_of_squares += _exact_sum(squares)
+        if huge.any():
+            scaled = np.square(np.ldexp(values[huge], -_HUGE_EXPONENT))
+            self.total_of_squares += _exact_sum(scaled) * Fraction(2) ** (2 * _HUGE_EXPONENT)
 
     def fit(self) -> FittedDense:
         """The standardisation that these values ask for; of a constant column it leaves zeros."""
@@ -74,7 +86,7 @@ class Moments:
             return FittedDense(transform="standardize")
         mean = float(self.total / self.count)
         variance = self.total_of_squares / self.count - (self.total / self.count) ** 2
-        deviation = math.sqrt(max(0.0, float(variance)))
+        deviation = _square_root(variance)
         return FittedDense(transform="standardize", missing=mean, shift=-mean, deviation=deviation or 1.0)
 
 
@@ -118,6 +130,12 @@ def encode(
 def encode_dense(frame: pl.DataFrame, dense: Mapping[str, FittedDense]) -> pl.DataFrame:
     """The dense columns of `frame` alone, each through its transform."""
     return frame.select(_expressions(dense.items()))
+
+
+def _square_root(x: Fraction) -> float:
+    """The square root of x, of any size; 0 for one below 0."""
+    scale = 0 if x < 2**1000 else 512
+    return math.sqrt(max(0.0, float(x / Fraction(4) ** scale))) * 2.0**scale
 
 
 def _expressions(dense: Iterable[tuple[str, FittedDense]]) -> list[pl.Expr]:

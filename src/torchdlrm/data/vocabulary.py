@@ -10,6 +10,7 @@ Id 0 is "unknown".  A missing value is counted and numbered like any other; it s
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Literal, Self
 
 import numpy as np
@@ -26,6 +27,7 @@ Kind = Literal["string", "int", "hex"]
 DEFAULT_MIN_COUNT = 3
 UNKNOWN_ID = 0
 MAX_ID = 2**31 - 1
+_ROW_GROUP_ROWS = 1 << 20
 VALUE_TYPES: dict[Kind, type[pl.DataType]] = {"string": pl.String, "int": pl.Int64, "hex": pl.UInt32}
 
 
@@ -119,24 +121,8 @@ class Vocabulary:
 
     def write(self, path: Path) -> None:
         """Write value, count, id as Parquet."""
-        value_type = pa.int64() if self.kind == "int" else pa.string()
-        schema = pa.schema(
-            [
-                pa.field("value", value_type),
-                pa.field("count", pa.int64(), nullable=False),
-                pa.field("id", pa.int32(), nullable=False),
-            ]
-        )
-        columns = [self.text_values(), self.table["count"], self.table["id"]]
-        arrays = [column.to_arrow().cast(field.type) for column, field in zip(columns, schema, strict=True)]
-        pq.write_table(
-            pa.Table.from_arrays(arrays, schema=schema),
-            path,
-            compression="zstd",
-            use_dictionary=False,
-            write_page_checksum=True,
-            store_schema=False,
-        )
+        with VocabularyWriter(path, self.kind) as writer:
+            writer.append(self.table)
 
     @classmethod
     def read(cls, path: Path, name: str, kind: Kind) -> Self:
@@ -150,9 +136,58 @@ class Vocabulary:
         except (OSError, pa.ArrowException) as error:
             msg = f"{path}: the vocabulary cannot be read ({error}); copy or preprocess the dataset again"
             raise DatasetError(msg) from error
-        if kind == "hex":
-            table = table.with_columns(pl.col("value").str.to_integer(base=16, dtype=pl.UInt32))
-        return cls(name, kind, table)
+        return cls(name, kind, typed_values(table, kind))
+
+
+class VocabularyWriter:
+    """Writes a vocabulary piece by piece; the pieces leave no trace in the bytes.  A context manager."""
+
+    def __init__(self, path: Path, kind: Kind) -> None:
+        self._kind = kind
+        self._schema = pa.schema(
+            [
+                pa.field("value", pa.int64() if kind == "int" else pa.string()),
+                pa.field("count", pa.int64(), nullable=False),
+                pa.field("id", pa.int32(), nullable=False),
+            ]
+        )
+        self._writer = pq.ParquetWriter(
+            path, self._schema, compression="zstd", use_dictionary=False, write_page_checksum=True, store_schema=False
+        )
+        self._rest: pl.DataFrame | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def append(self, table: pl.DataFrame) -> None:
+        """Add value, count and id, in the order of ids."""
+        rows = table if self._rest is None else pl.concat([self._rest, table])
+        while rows.height >= _ROW_GROUP_ROWS:
+            self._write(rows.head(_ROW_GROUP_ROWS))
+            rows = rows.slice(_ROW_GROUP_ROWS)
+        self._rest = rows
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None and self._rest is not None and self._rest.height:
+            self._write(self._rest)
+        self._writer.close()
+
+    def _write(self, rows: pl.DataFrame) -> None:
+        values = hex_digits(rows["value"]) if self._kind == "hex" else rows["value"]
+        columns = [values, rows["count"], rows["id"]]
+        arrays = [
+            column.rechunk().to_arrow().cast(field.type) for column, field in zip(columns, self._schema, strict=True)
+        ]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=_ROW_GROUP_ROWS)
+
+
+def typed_values(table: pl.DataFrame, kind: Kind) -> pl.DataFrame:
+    """A vocabulary as it is written -> its values as columns of that kind have them."""
+    if kind == "hex":
+        return table.with_columns(pl.col("value").str.to_integer(base=16, dtype=pl.UInt32))
+    return table
 
 
 def hex_digits(values: pl.Series) -> pl.Series:

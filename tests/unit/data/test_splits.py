@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchdlrm.data.source import LogFile
+from torchdlrm.data.log.files import LogFile
 from torchdlrm.data.splits import SplitBounds, criteo_split
 from torchdlrm.errors import LogError
 

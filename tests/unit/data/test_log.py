@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchdlrm.data.bad_rows import BadRows
-from torchdlrm.data.source import find_files, parse_chunk, read_chunks
+from torchdlrm.data.log.cut import read_chunks
+from torchdlrm.data.log.files import find_files
+from torchdlrm.data.log.text import parse_chunk
 from torchdlrm.errors import LogError
 from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, criteo_schema
 

@@ -1,0 +1,91 @@
+"""The files of a raw log: which there are, in which order, and whether they are still what they were.
+
+In: paths.  Out: `LogFile`s in the order of time, each with a fingerprint.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torchdlrm.errors import LogError
+
+FileFormat = Literal["text", "gzip", "parquet"]
+
+_DAY = re.compile(r"day_(\d+)(?!\d)")
+_GZIP_MAGIC = b"\x1f\x8b"
+_PARQUET_MAGIC = b"PAR1"
+
+
+@dataclass(frozen=True)
+class LogFile:
+    """A file of a log; `size_bytes` as it lies on disk, compressed or not, `modified_ns` since the epoch."""
+
+    path: Path
+    size_bytes: int
+    day: int | None
+    modified_ns: int = 0
+    format: FileFormat = "text"
+
+    @property
+    def name(self) -> str:
+        """The file's name without its folder."""
+        return self.path.name
+
+    def check_unchanged(self) -> None:
+        """See that the file is still the one that was found at first.
+
+        Raises:
+            LogError: its size or its time of modification is another.
+        """
+        try:
+            now = self.path.stat()
+        except OSError as error:
+            msg = f"{self.path}: cannot be read: {error.strerror or error}"
+            raise LogError(msg) from error
+        if now.st_size != self.size_bytes or (self.modified_ns and now.st_mtime_ns != self.modified_ns):
+            msg = f"{self.path}: the file changed while it was read; start again when nothing writes to it"
+            raise LogError(msg)
+
+
+def find_files(paths: Sequence[Path]) -> tuple[LogFile, ...]:
+    """The files of a log in the order of time: by day where all are named `day_N...`, else as given.
+
+    Raises:
+        LogError: a file is missing, is none, is empty, or is given twice.
+    """
+    if not paths:
+        raise LogError("no log given: name at least one file")
+    files = []
+    for path in paths:
+        if not path.is_file():
+            reason = "is a folder, not a file" if path.is_dir() else "there is no such file"
+            msg = f"{path}: {reason}; give the files of the log by name"
+            raise LogError(msg)
+        stat = path.stat()
+        if stat.st_size == 0:
+            msg = f"{path}: the file is empty"
+            raise LogError(msg)
+        day = _DAY.match(path.name)
+        files.append(LogFile(path, stat.st_size, int(day[1]) if day else None, stat.st_mtime_ns, _format_of(path)))
+    resolved = [file.path.resolve() for file in files]
+    for i, file in enumerate(files):
+        if resolved[i] in resolved[:i]:
+            msg = f"{file.path}: given twice; every row of a log counts once"
+            raise LogError(msg)
+    if all(file.day is not None for file in files):
+        files.sort(key=lambda file: (file.day, file.name))
+    return tuple(files)
+
+
+def _format_of(path: Path) -> FileFormat:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror or error}"
+        raise LogError(msg) from error
+    if magic.startswith(_GZIP_MAGIC):
+        return "gzip"
+    return "parquet" if magic == _PARQUET_MAGIC else "text"
