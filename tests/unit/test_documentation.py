@@ -53,9 +53,12 @@ def test_every_verb_is_in_the_readme():
 
 def test_the_readmes_file_tree_names_every_module():
     readme = (ROOT / "README.md").read_text()
+    package = ROOT / "src" / "torchdlrm"
     missing = [
-        path.name
-        for path in (ROOT / "src" / "torchdlrm").rglob("*.py")
-        if path.name != "__init__.py" and path.name not in readme and f"{path.parent.name}/" not in readme
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if path.name != "__init__.py"
+        and path.name not in readme
+        and not any(f"{folder.name}/" in readme for folder in path.relative_to(package).parents)
     ]
     assert missing == []

@@ -60,7 +60,7 @@ def join_process_group() -> Iterator[Ranks]:
     if "RANK" in os.environ:
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
     else:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
     try:
         yield Ranks(rank, world_size, local_world_size, device)
     finally:
