@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test test-fast check format clean help
+.PHONY: install quickstart test test-fast check format docs clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ check: $(INSTALLED)  ## lint, format and types
 format: $(INSTALLED)  ## mend what lint and format can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)  ## write docs/configuration.md from the config
+	$(BIN)/python -c 'import pathlib, torchdlrm.config as c; pathlib.Path("docs/configuration.md").write_text(c.configuration_markdown())'
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

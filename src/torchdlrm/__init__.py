@@ -1,3 +1,68 @@
-"""torchdlrm: a complete Deep Learning Recommendation Model system on TorchRec."""
+"""torchdlrm: a complete Deep Learning Recommendation Model system on TorchRec.
+
+The names below are imported when they are first used, so that `import torchdlrm` stays fast and needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchdlrm.config import Config, load_config
+    from torchdlrm.data.dataset import Dataset
+    from torchdlrm.data.preprocess import PreprocessOptions, preprocess
+    from torchdlrm.data.synthetic import synthesize
+    from torchdlrm.evaluate.evaluate import evaluate
+    from torchdlrm.loader.loader import Loader
+    from torchdlrm.metrics import BinaryMetrics, binary_metrics
+    from torchdlrm.model.dlrm import DLRM, DLRMTrain
+    from torchdlrm.schema import FeatureSchema, criteo_schema, load_schema
+    from torchdlrm.train.run import Run
+    from torchdlrm.train.trainer import train
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "torchdlrm.config": ("Config", "load_config"),
+    "torchdlrm.data.dataset": ("Dataset",),
+    "torchdlrm.data.preprocess": ("PreprocessOptions", "preprocess"),
+    "torchdlrm.data.synthetic": ("synthesize",),
+    "torchdlrm.evaluate.evaluate": ("evaluate",),
+    "torchdlrm.loader.loader": ("Loader",),
+    "torchdlrm.metrics": ("BinaryMetrics", "binary_metrics"),
+    "torchdlrm.model.dlrm": ("DLRM", "DLRMTrain"),
+    "torchdlrm.schema": ("FeatureSchema", "criteo_schema", "load_schema"),
+    "torchdlrm.train.run": ("Run",),
+    "torchdlrm.train.trainer": ("train",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "DLRM",
+    "BinaryMetrics",
+    "Config",
+    "DLRMTrain",
+    "Dataset",
+    "FeatureSchema",
+    "Loader",
+    "PreprocessOptions",
+    "Run",
+    "binary_metrics",
+    "criteo_schema",
+    "evaluate",
+    "load_config",
+    "load_schema",
+    "preprocess",
+    "synthesize",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

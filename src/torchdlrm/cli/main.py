@@ -20,6 +20,7 @@ app = App(
     help_on_error=False,
     result_action="return_value",
 )
+app.command("torchdlrm.cli.quickstart:quickstart", help="Everything below on a synthetic log, in minutes.")
 app.command("torchdlrm.cli.synthesize:synthesize", help="Write a click log whose truth is known.")
 app.command("torchdlrm.cli.preprocess:preprocess", help="Turn a raw click log into a dataset.")
 app.command("torchdlrm.cli.train:train", help="Train a DLRM on a dataset.")

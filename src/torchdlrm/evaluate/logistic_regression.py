@@ -32,7 +32,7 @@ class LogisticRegression(nn.Module):
         self._first_id_F1 = torch.tensor([0, *np.cumsum(num_embeddings)[:-1]]).unsqueeze(1)
         self._deviation, self._mean = torch.std_mean(dense_sample, dim=0)
         self._deviation.clamp_(min=1e-3)
-        self.id_weights = nn.Embedding(sum(num_embeddings), 1, sparse=True)
+        self.id_weights = nn.Embedding(sum(num_embeddings), 1)
         self.dense_weights = nn.Linear(len(dataset.dense_names), 1)
         nn.init.zeros_(self.id_weights.weight)
         nn.init.zeros_(self.dense_weights.weight)
@@ -45,7 +45,7 @@ class LogisticRegression(nn.Module):
 
 
 def fit_logistic_regression(
-    dataset: Dataset, splits: list[str], *, epochs: int = 2, batch_size: int = 1024, learning_rate: float = 0.01
+    dataset: Dataset, splits: list[str], *, epochs: int = 1, batch_size: int = 1024, learning_rate: float = 0.003
 ) -> BinaryMetrics:
     """Train on the training split in this process and measure on `splits` together.
 
@@ -61,17 +61,12 @@ def fit_logistic_regression(
     """
     training = Loader(dataset, "train", batch_size_global=batch_size, epochs=epochs)
     model = LogisticRegression(dataset, torch.from_numpy(training.first_dense_rows()))
-    optimizers = [
-        torch.optim.SparseAdam(model.id_weights.parameters(), lr=learning_rate),
-        torch.optim.Adam(model.dense_weights.parameters(), lr=learning_rate),
-    ]
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     for batch in training:
         loss = binary_cross_entropy_with_logits(model(batch), batch.labels)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
     labels, logits = [], []
     with torch.no_grad():
         for batch in chain.from_iterable(Loader(dataset, split, batch_size_global=8192) for split in splits):

@@ -61,7 +61,7 @@ def pairwise_dots(dense_BD: Tensor, sparse_BFD: Tensor, upper_P: Tensor, lower_P
     Returns:
         [B, D + P].
     """
-    return _PairwiseDots.apply(dense_BD, sparse_BFD, upper_P, lower_P)
+    return _PairwiseDots.apply(dense_BD, sparse_BFD, upper_P, lower_P)  # type: ignore[no-untyped-call]
 
 
 class InteractionArch(nn.Module):

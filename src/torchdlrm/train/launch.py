@@ -8,6 +8,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from torchdlrm.errors import TrainingError
+from torchdlrm.train.process_group import hush_engines
 
 
 def launch(entrypoint: Callable[..., Any], *args: object, nproc_per_node: int) -> Any:
@@ -26,6 +27,7 @@ def launch(entrypoint: Callable[..., Any], *args: object, nproc_per_node: int) -
     """
     if nproc_per_node == 1:
         return entrypoint(*args)
+    hush_engines()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

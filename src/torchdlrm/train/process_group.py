@@ -47,7 +47,7 @@ def join_process_group() -> Iterator[Ranks]:
     NCCL where there is a GPU for each process of the host, gloo otherwise. On CPU each process takes its share of
     the cores that it may run on.
     """
-    _hush_engines()
+    hush_engines()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size:
@@ -60,14 +60,14 @@ def join_process_group() -> Iterator[Ranks]:
     if "RANK" in os.environ:
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
     else:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
     try:
         yield Ranks(rank, world_size, local_world_size, device)
     finally:
         dist.destroy_process_group()
 
 
-def _hush_engines() -> None:
+def hush_engines() -> None:
     """Keep quiet what TorchRec and torch say of each other's interfaces: no user can act on it."""
     for message in ("Please use DTensor instead", "`broadcast_buffers` is deprecated"):
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)

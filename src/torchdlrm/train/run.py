@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from torchdlrm import __version__
 from torchdlrm.config import Config, config_toml, load_config
@@ -103,7 +104,7 @@ class Run:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         torch.distributed.barrier()
-        dcp.save({"model": model.state_dict()}, checkpoint_id=partial)
+        save_distributed({"model": model.state_dict()}, checkpoint_id=partial)
         if torch.distributed.get_rank() == 0:
             partial.rename(final)
         torch.distributed.barrier()
@@ -123,7 +124,7 @@ class Run:
             msg = f"{self.path}: the run has no weights yet; train it to the end first"
             raise RunError(msg)
         state = {"model": model.state_dict()}
-        dcp.load(state, checkpoint_id=saved[-1])
+        load_distributed(state, checkpoint_id=saved[-1])
         model.load_state_dict(state["model"])
         return int(saved[-1].name.removeprefix("step-"))
 

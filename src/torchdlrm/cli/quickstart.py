@@ -1,0 +1,91 @@
+"""`dlrm quickstart`: everything on a synthetic log whose attainable AUC is known."""
+
+import time
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich.table import Table
+
+from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.config import load_config
+from torchdlrm.errors import ConfigError
+
+NUM_ROWS = 1_000_000
+
+
+def quickstart(
+    *,
+    out: Path = Path("quickstart"),
+    nproc_per_node: Annotated[int, Parameter(validator=Number(gte=1))] = 2,
+    json: bool = False,
+) -> None:
+    """Make a synthetic click log, preprocess it, train a DLRM on it, and compare with what is attainable.
+
+    Parameters
+    ----------
+    out
+        Folder for the log, the dataset and the run; must be new or empty.
+    nproc_per_node
+        Processes that train together.
+    json
+        Print one JSON object on standard output.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        msg = f"--out: {out} is not an empty folder; remove it, or give another: dlrm quickstart --out FOLDER"
+        raise ConfigError(msg)
+    started_s = time.monotonic()
+
+    from torchdlrm.cli import evaluate, train
+    from torchdlrm.data.preprocess import PreprocessOptions, preprocess
+    from torchdlrm.data.synthetic import synthesize
+    from torchdlrm.evaluate.logistic_regression import fit_logistic_regression
+    from torchdlrm.schema import criteo_schema
+    from torchdlrm.train.launch import launch
+    from torchdlrm.train.run import Run
+
+    log, run = out / "log.tsv", out / "run"
+    out.mkdir(parents=True, exist_ok=True)
+    with progress_bars(f"1/5 synthesize: a click log of {NUM_ROWS:,} rows whose truth is known") as progress:
+        truth = synthesize(log, rows=NUM_ROWS, progress=progress)
+    with progress_bars("2/5 preprocess: values become ids, the last seventh of the rows is held out") as progress:
+        dataset = preprocess([log], out / "dataset", criteo_schema(), PreprocessOptions(), progress=progress)
+    with as_file(files("torchdlrm") / "configs" / "quickstart.toml") as path:
+        settings = load_config(path)
+    console.print(
+        f"3/5 train: a DLRM of {sum(dataset.num_embeddings.values()):,} embeddings on {nproc_per_node} process(es)"
+    )
+    Run.create(run, settings, dataset, world_size=nproc_per_node)
+    summary = launch(train.work, settings, dataset.path, run, nproc_per_node=nproc_per_node)
+    console.print("4/5 evaluate: every held-out row once")
+    result = launch(evaluate.work, run, None, ["val", "test"], 8192, nproc_per_node=1)
+    Run.open(run).write_evaluation(result["split"], result)
+    console.print("5/5 compare: a logistic regression on the same rows")
+    baseline = fit_logistic_regression(dataset, ["val", "test"])
+
+    attainable = truth.splits["held_out"]
+    table = Table(title=f"on {result['rows']:,} held-out rows", title_justify="left")
+    for column in ("", "AUC", "logloss", "AUC above 0.5, of attainable"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, auc, logloss in (
+        ("attainable", attainable.auc, attainable.logloss),
+        ("DLRM", result["auc"], result["logloss"]),
+        ("logistic regression", baseline.auc, baseline.logloss),
+    ):
+        table.add_row(name, f"{auc:.4f}", f"{logloss:.4f}", f"{(auc - 0.5) / (attainable.auc - 0.5):.1%}")
+    console.print(table)
+    seconds = time.monotonic() - started_s
+    console.print(
+        f"done in {seconds:.0f} s; the training read {summary.rows_per_s:,.0f} rows/s. Next:\n"
+        f"  dlrm inspect {out}/dataset              what the log became\n"
+        f"  tensorboard --logdir {run}/tensorboard  how the training went\n"
+        f"  dlrm preprocess YOUR_LOG.tsv --out dataset && "
+        "dlrm train configs/criteo-small.toml --dataset dataset --run run",
+        markup=False,
+        soft_wrap=True,
+    )
+    if json:
+        figures = {"auc": result["auc"], "attainable_auc": attainable.auc, "logistic_regression_auc": baseline.auc}
+        print_json({**figures, "rows": result["rows"], "rows_per_s": summary.rows_per_s, "seconds": seconds})
