@@ -15,7 +15,7 @@ from torchdlrm.data.splits import SPLIT_NAMES, SplitName
 from torchdlrm.data.summary import DatasetSummary, FrequentValue, summarize
 
 _SPLITS = "".join(f"{name:>6}" for name in SPLIT_NAMES)
-_HELD_OUT = "".join(f"{name:>7}" for name in SPLIT_NAMES[1:])
+_HELD_OUT = "".join(f"{name:>5}" for name in SPLIT_NAMES[1:])
 
 
 def show(folder: Path, *, num_values: int, as_json: bool) -> None:
@@ -90,7 +90,7 @@ def _percents(shares: Mapping[SplitName, float]) -> str:
 
 
 def _drift(drift: Mapping[SplitName, float]) -> str:
-    return "".join(f"{drift[name]:7.3f}" for name in SPLIT_NAMES[1:])
+    return "".join(f"{drift[name]:5.2f}" for name in SPLIT_NAMES[1:])
 
 
 def _frequent(value: FrequentValue) -> str:
