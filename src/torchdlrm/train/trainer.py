@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torchdlrm.loader.batch import Batch
 from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.sharding.planner import write_plan
+from torchdlrm.sharding.plan_file import write_plan
 from torchdlrm.train.optimizers import Schedule, build_optimizer
 from torchdlrm.train.predictions import PredictionBuffer, measure
 from torchdlrm.train.process_group import Ranks, join_process_group
@@ -82,10 +83,11 @@ class Trainer:
             num_dense_features=len(dataset.dense_names),
             dense_sample=torch.from_numpy(self._loader.first_dense_rows()),
             ranks=ranks,
+            saved_plan=Path(config.sharding.plan) if config.sharding.plan is not None else None,
         )
         self.model = sharded.module
         if ranks.is_first:
-            write_plan(run.path / PLAN_NAME, sharded.plan)
+            write_plan(run.path / PLAN_NAME, sharded.solution)
         optimizer = build_optimizer(self.model, config.dense_optimizer)
         self._schedule = Schedule(config.schedule, optimizer)
         self._pipeline = TrainPipelineSparseDist(self.model, optimizer, ranks.device, execute_all_batches=True)
