@@ -24,6 +24,7 @@ def train(
     dataset: Path,
     run: Path,
     nproc_per_node: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
+    plan: Path | None = None,
     json: bool = False,
 ) -> None:
     """Train a DLRM.
@@ -41,15 +42,20 @@ def train(
         Folder to write; must be new or empty.
     nproc_per_node
         Processes on this machine: one for each GPU, or one for a few CPU cores.
+    plan
+        A plan.json that `dlrm plan --out` wrote, to obey; without it training plans by itself.
     json
         Print one JSON object on standard output.
     """
-    settings = load_config(config, parse_overrides(overrides))
+    chosen = {} if plan is None else {"sharding.plan": str(plan.resolve())}
+    settings = load_config(config, {**parse_overrides(overrides), **chosen})
 
     from torchdlrm.data.dataset import Dataset
+    from torchdlrm.sharding.obey import check_given_plan
     from torchdlrm.train.launch import launch
     from torchdlrm.train.run import Run
 
+    check_given_plan(settings, Dataset.open(dataset).num_embeddings, world_size=nproc_per_node)
     Run.create(run, settings, Dataset.open(dataset), world_size=nproc_per_node)
     summary: TrainingSummary = launch(work, settings, dataset, run, nproc_per_node=nproc_per_node)
     show_summary(run, summary)

@@ -1,18 +1,20 @@
 """Training's way to a plan: the one that was given, refused where it does not match, or else a new one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import distributed as dist
 from torch import nn
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from torchdlrm.config import Config
 from torchdlrm.errors import PlanError
-from torchdlrm.sharding.layout import layout_of, read_saved_plan, sharding_plan
+from torchdlrm.sharding.layout import check_layout, layout_of, read_saved_plan, sharding_plan
 from torchdlrm.sharding.planner import PlanOptions, plan_sharding, tables_of
 from torchdlrm.sharding.problem import Problem, Solution, solution_of
-from torchdlrm.sharding.topology import Machine
+from torchdlrm.sharding.tables import feature_tables
+from torchdlrm.sharding.topology import Machine, local_machine
 from torchdlrm.sharding.units import show_bytes
 
 
@@ -63,3 +65,30 @@ def _check_memory(path: Path, solution: Solution) -> None:
             f"(sharding.reserved_share = {problem.options.reserved_share}); plan again for this machine and optimizer"
         )
         raise PlanError(msg)
+
+
+def check_given_plan(config: Config, num_embeddings: Mapping[str, int], *, world_size: int) -> None:
+    """Refuse a plan that training could not obey, before any process is started.
+
+    Args:
+        config: of the run; without sharding.plan there is nothing to check.
+        num_embeddings: rows of each feature's table.
+        world_size: number of ranks, all on this host.
+
+    Raises:
+        PlanError: the plan is for another model or another number of ranks.
+    """
+    if config.sharding.plan is None:
+        return
+    tables = feature_tables(num_embeddings, config.model.embedding_dim)
+    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= world_size
+    machine = local_machine(
+        config.sharding,
+        world_size=world_size,
+        local_world_size=world_size,
+        device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
+    )
+    saved = read_saved_plan(Path(config.sharding.plan))
+    check_layout(saved, tables, machine)
+    problem = Problem(tuple(tables), machine, PlanOptions.of(config), model=config.model)
+    _check_memory(Path(config.sharding.plan), solution_of(problem, saved.layout, None))
