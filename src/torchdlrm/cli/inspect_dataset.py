@@ -78,7 +78,7 @@ def _sparse_table(summary: DatasetSummary) -> Table:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column(first, min_width=6)
     for header in others:
         table.add_column(header, justify="right", min_width=max(len(line) for line in header.splitlines()))
