@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 Files = Annotated[tuple[Path, ...] | None, Parameter(consume_multiple=True, negative="")]
 Axes = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")]
-Flag = Annotated[bool, Parameter(negative="")]
 
 
 def plan(
@@ -26,7 +25,7 @@ def plan(
     html: Path | None = None,
     sweep: Axes = (),
     compare: Files = None,
-    measure: Flag = False,
+    measure: Annotated[bool, Parameter(negative="")] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Show where every table goes on a machine, whether they fit, and how fast a step will be.

@@ -8,6 +8,9 @@ from cyclopts import Parameter
 
 from torchdlrm.sharding.tables import Optimizer, Precision
 
+# So that a negative size reaches the message that says what is wrong with it.
+Size = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
+
 
 @Parameter(name="*")
 @dataclass(frozen=True)
@@ -41,12 +44,12 @@ class Ask:
     devices: int | None = None
     hosts: int | None = None
     device: str | None = None
-    hbm: str | None = None
-    host_memory: str | None = None
-    hbm_bandwidth: str | None = None
-    host_link_bandwidth: str | None = None
-    intra_host_bandwidth: str | None = None
-    inter_host_bandwidth: str | None = None
+    hbm: Size = None
+    host_memory: Size = None
+    hbm_bandwidth: Size = None
+    host_link_bandwidth: Size = None
+    intra_host_bandwidth: Size = None
+    inter_host_bandwidth: Size = None
     optimizer: Optimizer | None = None
     precision: Precision = "float32"
     constraint: Annotated[tuple[str, ...], Parameter(negative="")] = ()

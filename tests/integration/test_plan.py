@@ -1,0 +1,113 @@
+"""`dlrm plan` as its users run it, and training that obeys it."""
+
+import json
+import re
+
+import pytest
+
+from torchdlrm.cli.main import app
+from torchdlrm.errors import UserError
+
+CONFIG = """
+[model]
+embedding_dim = 16
+dense_arch_layer_sizes = [32, 16]
+over_arch_layer_sizes = [32, 1]
+[train]
+batch_size_global = 512
+max_steps = 2
+[logging]
+tensorboard = false
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+def placed(plan):
+    return {name: (table["sharding_type"], table["shards"]) for name, table in plan["tables"].items()}
+
+
+@pytest.mark.slow
+def test_the_plan_that_is_shown_is_the_plan_that_training_uses(dlrm, config, small_dataset, tmp_path):
+    shown = dlrm("plan", config, "--dataset", small_dataset.path, "--devices", 2, "--json")
+    assert shown.returncode == 0, shown.stderr
+    done = dlrm("train", config, "--dataset", small_dataset.path, "--run", tmp_path / "run", "--nproc-per-node", 2)
+    assert done.returncode == 0, done.stderr
+    used = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert placed(used) == placed(json.loads(shown.stdout))
+    assert {shard["rank"] for table in used["tables"].values() for shard in table["shards"]} == {0, 1}
+
+
+@pytest.mark.slow
+def test_a_saved_plan_is_obeyed_and_refused_on_another_world_size(dlrm, config, small_dataset, tmp_path):
+    plan = tmp_path / "plan.json"
+    rules = ["--constraint", "cat_0@1", "--constraint", "cat_1@0,1"]
+    made = dlrm("plan", config, "--dataset", small_dataset.path, "--devices", 2, "--out", plan, *rules)
+    assert made.returncode == 0, made.stderr
+    train = ["train", config, "--dataset", small_dataset.path, "--plan", plan]
+    refused = dlrm(*train, "--run", tmp_path / "one")
+    assert refused.returncode == 2
+    assert "it is for 2 rank(s), there are 1" in refused.stderr
+    assert not (tmp_path / "one").exists()
+    done = dlrm(*train, "--run", tmp_path / "two", "--nproc-per-node", 2)
+    assert done.returncode == 0, done.stderr
+    used = json.loads((tmp_path / "two" / "plan.json").read_text())
+    assert placed(used) == placed(json.loads(plan.read_text()))
+    assert used["tables"]["t_cat_0"]["ranks"] == [1]
+    assert used["tables"]["t_cat_1"]["ranks"] == [0, 1]
+
+
+@pytest.mark.slow
+def test_a_plan_is_written_as_json_and_as_one_page_that_fetches_nothing(dlrm, tmp_path):
+    done = dlrm(
+        "plan", "--tables", "criteo-1tb-40m", "--devices", 8, "--hbm", "80GB", "--json",
+        "--out", tmp_path / "plan.json", "--html", tmp_path / "plan.html",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((tmp_path / "plan.json").read_text())
+    for words in ("bottleneck", "t_cat_25", "532.5 GB", "lower bound", "rows/s", "█"):
+        assert words in done.stderr
+    page = (tmp_path / "plan.html").read_text()
+    assert page.count("<rect") > 26
+    assert not re.search(r"(src|href)=|https?://|<script", page)
+    compared = dlrm("plan", "--compare", tmp_path / "plan.json", tmp_path / "plan.json", "--json")
+    assert json.loads(compared.stdout)["tables"] == []
+
+
+def test_tables_that_do_not_fit_get_a_clear_no_and_what_helps(dlrm):
+    done = dlrm("plan", "--tables", "criteo-1tb-40m", "--devices", 4, "--hbm", "80GB", "--json")
+    assert done.returncode == 2
+    assert "264.6 GB are missing" in done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["fits"] is False
+    assert len(answer["remedies"]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--tables", "criteo-1tb", "--device", "a100"), "unknown device 'a100'"),
+        (("--tables", "criteo-1tb", "--devices", "-2"), "--devices: must be at least 1, got -2"),
+        (("--tables", "criteo-1tb", "--hbm", "-80GB"), "--hbm: must be above zero"),
+        (("--tables", "criteo-2tb"), "there is no preset and no file 'criteo-2tb'"),
+        (("--tables", "criteo-1tb", "--devices", "2", "--device", "cpu", "--constraint", "cat_0=row_wise"), "leaves"),
+        ((), "give one of --dataset, --run and --tables"),
+    ],
+)
+def test_wrong_input_says_what_is_wrong(arguments, words, capsys):
+    with pytest.raises(UserError) as failure:
+        app(["plan", *arguments], exit_on_error=False)
+    assert words in str(failure.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_wrong_input_exits_with_two(dlrm):
+    done = dlrm("plan", "--tables", "criteo-1tb", "--device", "abacus", "--json")
+    assert done.returncode == 2
+    assert "unknown device 'abacus'" in done.stderr
+    assert done.stdout == ""

@@ -1,0 +1,103 @@
+"""A saved plan: read back as it was written, and refused with the reason where it does not match."""
+
+import json
+
+import pytest
+import torch
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from torchdlrm.errors import PlanError
+from torchdlrm.sharding.devices import device_named
+from torchdlrm.sharding.layout import read_saved_plan, sharding_plan
+from torchdlrm.sharding.plan_file import write_plan
+from torchdlrm.sharding.planner import PlanOptions
+from torchdlrm.sharding.problem import Problem, solve
+from torchdlrm.sharding.tables import Table
+from torchdlrm.sharding.topology import machine_of
+
+TABLES = (Table("t_a", 1000, 16), Table("t_b", 3, 16), Table("t_c", 50_000, 16))
+
+
+def model(**rows):
+    sizes = {table.name: table.rows for table in TABLES} | rows
+    tables = [
+        EmbeddingBagConfig(name=name, embedding_dim=16, num_embeddings=count, feature_names=[name])
+        for name, count in sizes.items()
+        if count
+    ]
+    return torch.nn.Sequential(EmbeddingBagCollection(tables=tables, device=torch.device("meta")))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A plan for 4 GPUs in which t_b, of three rows, leaves a rank without any."""
+    machine = machine_of(device_named("a100-80gb"), num_devices=4)
+    options = PlanOptions("rowwise_adagrad", 1024, 0.15, constraints=("t_b=row_wise",))
+    solution = solve(Problem(TABLES, machine, options))
+    write_plan(tmp_path / "plan.json", solution)
+    return tmp_path / "plan.json", machine, solution
+
+
+def test_a_saved_plan_is_read_back_as_it_was_written(saved):
+    path, machine, solution = saved
+    assert read_saved_plan(path).layout == solution.layout
+    plan = sharding_plan(read_saved_plan(path), model(), machine)
+    (tables,) = plan.plan.values()
+    for name, placed in solution.layout.items():
+        assert tables[name].sharding_type == placed.sharding_type
+        assert [shard.placement.rank() for shard in tables[name].sharding_spec.shards] == placed.ranks
+
+
+@pytest.mark.parametrize(
+    ("rows", "devices", "reason"),
+    [
+        ({}, 2, "it is for 4 rank(s), there are 2"),
+        ({}, 8, "it is for 4 rank(s), there are 8"),
+        ({"t_c": 49_999}, 4, "t_c: the plan is for 50,000 rows of 16, the model has 49,999 of 16"),
+        ({"t_d": 7}, 4, "t_d: the model has it, the plan does not"),
+        ({"t_a": 0}, 4, "t_a: the plan has it, the model does not"),
+    ],
+)
+def test_a_plan_for_another_model_or_world_size_is_refused(saved, rows, devices, reason):
+    path, _, _ = saved
+    machine = machine_of(device_named("a100-80gb"), num_devices=devices)
+    with pytest.raises(PlanError) as failure:
+        sharding_plan(read_saved_plan(path), model(**rows), machine)
+    assert reason in str(failure.value)
+    assert str(path) in str(failure.value)
+
+
+def test_a_plan_for_gpus_is_refused_on_cpu(saved):
+    path, _, _ = saved
+    with pytest.raises(PlanError, match="t_b: row_wise does not work on cpu"):
+        sharding_plan(read_saved_plan(path), model(), machine_of(device_named("cpu"), num_devices=4))
+
+
+@pytest.mark.parametrize("change", ["gap", "overlap", "rank", "version", "key", "text"])
+def test_a_damaged_plan_is_refused(saved, change):
+    path, machine, _ = saved
+    content = json.loads(path.read_text())
+    first = content["tables"]["t_b"]["shards"]
+    if change == "gap":
+        first.pop(0)
+    elif change == "overlap":
+        first[1]["offsets"] = first[0]["offsets"]
+    elif change == "rank":
+        first[0]["rank"] = 9
+    elif change == "version":
+        content["format_version"] = 99
+    elif change == "key":
+        del content["tables"]["t_a"]["shards"]
+    path.write_text("{" if change == "text" else json.dumps(content))
+    with pytest.raises(PlanError):
+        sharding_plan(read_saved_plan(path), model(), machine)
+
+
+def test_the_json_adds_up(saved):
+    path, _, solution = saved
+    content = json.loads(path.read_text())
+    for key in ("weight_bytes", "state_bytes", "activation_bytes", "total_bytes"):
+        assert sum(rank[key] for rank in content["ranks"]) == content["total"][key]
+        assert sum(table[key] for table in content["tables"].values()) == content["total"][key]
+    assert content["estimate"]["step_ms"] == pytest.approx(solution.step_ms)
