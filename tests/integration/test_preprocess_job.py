@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from torchdlrm.data.dataset import Dataset, sha256_of
-from torchdlrm.data.preprocess import PreprocessOptions, preprocess
 from torchdlrm.data.log.text import parse_chunk
+from torchdlrm.data.preprocess import PreprocessOptions, preprocess
 from torchdlrm.data.transforms import encode
 from torchdlrm.errors import ConfigError, DatasetError, LogError
 from torchdlrm.progress import SilentProgress

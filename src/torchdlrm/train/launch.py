@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from torchdlrm import errors
-from torchdlrm.errors import Interrupted, TorchDLRMError, TrainingError
+from torchdlrm.errors import Interrupted, LostProcessError, TorchDLRMError, TrainingError
 from torchdlrm.train.process_group import hush_engines
 
 
@@ -90,7 +90,7 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
 def _recorded(entrypoint: Callable[..., Any], said: Path, *args: object) -> Any:
     """Call the entrypoint; what it raises on purpose is written down for the parent, who knows only exit codes."""
     earlier = _error_that_was_said(said)
-    if earlier is not None:
+    if earlier is not None and not isinstance(earlier, LostProcessError):
         raise earlier  # started again, but an error of this kind would only come again
     try:
         return entrypoint(*args)
@@ -102,15 +102,16 @@ def _recorded(entrypoint: Callable[..., Any], said: Path, *args: object) -> Any:
 
 
 def _error_that_was_said(said: Path) -> TorchDLRMError | None:
+    """What a process has raised on purpose; that it lost another one only when nobody said why."""
+    found: list[TorchDLRMError] = []
     for path in sorted(said.glob("error-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        kind = getattr(errors, record["class"], TorchDLRMError)
-        return kind(record["message"])
-    return None
+        found.append(getattr(errors, record["class"], TorchDLRMError)(record["message"]))
+    return min(found, key=lambda error: isinstance(error, LostProcessError), default=None)
 
 
 def _error_of_child(error: ChildFailedError, processes: Processes) -> TrainingError:
     rank, failure = error.get_first_failure()
-    reason = failure.message.strip().splitlines()[-1] if failure.message else f"exit code {failure.exitcode}"
+    reason = failure.message.strip() if failure.message else f"exit code {failure.exitcode}"
     after = f" (after {processes.max_restarts} restarts)" if processes.max_restarts else ""
     return TrainingError(f"process {rank} of {processes.world_size} failed{after}: {reason}")

@@ -1,13 +1,17 @@
 """The metrics of a run over time: a line an interval in metrics.jsonl, and scalars for TensorBoard."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torchdlrm.train.run import METRICS_NAME
+
+logger = logging.getLogger("torchdlrm")
 
 
 class MetricsLog:
@@ -33,8 +37,11 @@ class MetricsLog:
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line; it holds `step` and `split`. NaN becomes null, which JSON knows."""
         clean = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in line.items()}
-        self._file.write(json.dumps({**clean, "time": time.time()}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({**clean, "time": time.time()}) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk must not end a training
+            logger.warning("the metrics of step %d could not be written: %s", line["step"], error)
         if self._writer is not None:
             for key, value in clean.items():
                 if key not in {"step", "split", "rows"} and value is not None:
@@ -42,7 +49,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 

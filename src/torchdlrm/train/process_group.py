@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from torchdlrm.errors import TrainingError
+from torchdlrm.errors import LostProcessError
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Ranks:
                 f"process {self.rank} of {self.world_size} has lost another one, which died or has not answered for "
                 f"{timeout_s:g} s (train.timeout_s): {first_line}"
             )
-            raise TrainingError(msg) from error
+            raise LostProcessError(msg) from error
 
 
 # What gloo and NCCL say when a peer is gone or late.
@@ -109,3 +109,6 @@ def hush_engines() -> None:
     # "The topology was constructed directly": its factory adds nothing but presets of Meta's own machines.
     logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    # The launcher's own account of a failed process, with its traceback: `launch` tells it once, in our words.
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

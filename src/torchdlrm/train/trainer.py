@@ -143,7 +143,7 @@ class Trainer:
                 if save or improved or self._is_every(step, self._config.checkpoint.every_steps):
                     self._save(step, wait=not self._config.checkpoint.asynchronous)
         if self._position.step > start:
-            self._save(self._position.step, wait=True)
+            self._save_last()
         self._close()
         return self._summary(start, stopped_because)
 
@@ -229,6 +229,13 @@ class Trainer:
         with self._watch.paused():
             self._checkpointer.save(self._position, wait=wait)
         self._save_timer.restart()
+
+    def _save_last(self) -> None:
+        step = self._position.step
+        self._save(step, wait=True)
+        if step not in list_checkpoints(self._run.checkpoints):
+            msg = f"trained to step {step}, but it could not be saved (see above); make room and start the same command"
+            raise TrainingError(msg)
 
     def _open_log(self, start: int) -> None:
         if self._ranks.is_first:
