@@ -124,6 +124,18 @@ class ShardingConfig(_Section):
     host_memory_bytes: PositiveInt | None = Field(
         None, description="host memory of each rank; the machine's, divided by its ranks, when not set"
     )
+    reserved_share: ShareOfOne = Field(
+        0.15, description="share of each rank's memory that is not for tables: the arches, activations, batches, slack"
+    )
+    constraints: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="rules for tables, such as cat_3=row_wise or cat_0=table_wise@2 (TABLE=KIND,KIND@RANK,RANK)",
+    )
+    host_cache_share: ShareOfOne | None = Field(
+        None, description="GPUs may keep tables in host memory and cache this share of their rows; not when not set"
+    )
+    plan: str | None = Field(None, description="a plan.json to obey (dlrm plan writes it); planned anew when not set")
 
 
 class LoaderConfig(_Section):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
 from torchdlrm import metrics
-from torchdlrm.metrics import BinaryMetrics, auc, binary_metrics, logloss_from_logits
+from torchdlrm.metrics import BinaryMetrics, auc, auc_from_counts, binary_metrics, logloss_from_logits
 
 # Few distinct scores: most pairs are ties.
 tied_rows = st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=2, max_size=80)
@@ -33,6 +33,16 @@ def test_auc_with_ties_equals_scikit_learn(rows, dtype):
         assert math.isnan(auc(labels, scores))
     else:
         assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+
+
+@given(tied_rows)
+def test_auc_from_counts_equals_scikit_learn_on_the_rows(rows):
+    labels, scores = arrays(rows, np.float64)
+    clicks, others = (np.bincount((scores[labels == label] + 3).astype(int), minlength=7) for label in (1, 0))
+    if labels.min() == labels.max():
+        assert math.isnan(auc_from_counts(clicks, others))
+    else:
+        assert auc_from_counts(clicks, others) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
 
 
 def test_auc_counts_a_tie_as_half_and_is_blind_to_monotone_maps():

@@ -30,8 +30,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchdlrm.config import Config
 from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.sharding.planner import plan_sharding, table_sharder
-from torchdlrm.sharding.topology import local_topology
+from torchdlrm.sharding.planner import PlanOptions, plan_sharding, table_sharder
+from torchdlrm.sharding.topology import local_machine
 from torchdlrm.train.optimizers import build_optimizer, fused_params
 from torchdlrm.train.process_group import Ranks
 from torchdlrm.train.sharded import build_sharded_model
@@ -166,11 +166,11 @@ def _torchrec_step(config: Config, num_embeddings: dict[str, int], ranks: Ranks)
     unsharded = TorchRecDLRMTrain(dlrm)
     plan = plan_sharding(
         unsharded,
-        topology=local_topology(config.sharding, world_size=1, local_world_size=1, device=ranks.device),
+        machine=local_machine(config.sharding, world_size=1, local_world_size=1, device=ranks.device),
+        options=PlanOptions.of(config),
         sharders=[sharder],
-        batch_size_per_rank=config.train.batch_size_global,
         process_group=ranks.process_group,
-    )
+    ).plan
     env = ShardingEnv.from_process_group(ranks.process_group)
     model = DistributedModelParallel(unsharded, env=env, device=ranks.device, plan=plan, sharders=[sharder])
     fused = model.fused_optimizer

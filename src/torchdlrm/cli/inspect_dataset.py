@@ -15,7 +15,7 @@ from torchdlrm.data.splits import SPLIT_NAMES, SplitName
 from torchdlrm.data.summary import DatasetSummary, FrequentValue, summarize
 
 _SPLITS = "".join(f"{name:>6}" for name in SPLIT_NAMES)
-_HELD_OUT = "".join(f"{name:>7}" for name in SPLIT_NAMES[1:])
+_HELD_OUT = "".join(f"{name:>5}" for name in SPLIT_NAMES[1:])
 
 
 def show(folder: Path, *, num_values: int, as_json: bool) -> None:
@@ -78,7 +78,7 @@ def _sparse_table(summary: DatasetSummary) -> Table:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column(first, min_width=6)
     for header in others:
         table.add_column(header, justify="right", min_width=max(len(line) for line in header.splitlines()))
@@ -90,7 +90,7 @@ def _percents(shares: Mapping[SplitName, float]) -> str:
 
 
 def _drift(drift: Mapping[SplitName, float]) -> str:
-    return "".join(f"{drift[name]:7.3f}" for name in SPLIT_NAMES[1:])
+    return "".join(f"{drift[name]:5.2f}" for name in SPLIT_NAMES[1:])
 
 
 def _frequent(value: FrequentValue) -> str:

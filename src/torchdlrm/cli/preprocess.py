@@ -93,18 +93,20 @@ def preprocess(
     times.finish()
     _print_summary(dataset, times.phases)
     if as_json:
-        manifest = dataset.manifest
         print_json(
-            {
-                "dataset": str(out),
-                "rows": {name: part.rows for name, part in manifest.splits.items()},
-                "clicks": {name: part.clicks for name, part in manifest.splits.items()},
-                "split_rule": manifest.split_rule,
-                "num_embeddings": dataset.num_embeddings,
-                "bad_rows": manifest.bad_rows.model_dump(mode="json"),
-                "phases": [_phase_record(phase) for phase in times.phases],
-            }
+            {"dataset": str(out), **_result(dataset), "phases": [_phase_record(phase) for phase in times.phases]}
         )
+
+
+def _result(dataset: Dataset) -> dict[str, object]:
+    manifest = dataset.manifest
+    return {
+        "rows": {name: part.rows for name, part in manifest.splits.items()},
+        "clicks": {name: part.clicks for name, part in manifest.splits.items()},
+        "split_rule": manifest.split_rule,
+        "num_embeddings": dataset.num_embeddings,
+        "bad_rows": manifest.bad_rows.model_dump(mode="json"),
+    }
 
 
 def _phase_record(phase: PhaseTime) -> dict[str, object]:

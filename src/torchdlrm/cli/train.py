@@ -32,6 +32,7 @@ def train(
     rdzv_endpoint: str = "",
     rdzv_id: str = "torchdlrm",
     max_restarts: Annotated[int, Parameter(validator=Number(gte=0))] = 0,
+    plan: Path | None = None,
     json: bool = False,
 ) -> None:
     """Train a DLRM, or take up a run where it stopped.
@@ -59,14 +60,18 @@ def train(
         Name of the job, the same on all machines.
     max_restarts
         How often all processes are started again after one has died, from the last checkpoint.
+    plan
+        A plan.json that `dlrm plan --out` wrote, to obey; without it training plans by itself.
     json
         Print one JSON object on standard output.
     """
-    settings = load_config(config, parse_overrides(overrides))
+    chosen = {} if plan is None else {"sharding.plan": str(plan.resolve())}
+    settings = load_config(config, {**parse_overrides(overrides), **chosen})
     if nnodes > 1 and not rdzv_endpoint:
         raise ConfigError("--rdzv-endpoint: needed with --nnodes, HOST:PORT of one of the machines, the same on each")
 
     from torchdlrm.data.dataset import Dataset
+    from torchdlrm.sharding.obey import check_given_plan
     from torchdlrm.train.launch import Processes, launch
     from torchdlrm.train.run import Run
 
@@ -75,6 +80,7 @@ def train(
         for change in Run(run, settings).check(encoded):
             console.print(f"changed since the run was started: {change}", markup=False)
     processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id, max_restarts)
+    check_given_plan(settings, encoded.num_embeddings, world_size=processes.world_size)
     summary: TrainingSummary | None = launch(work, settings, dataset, run, restart, processes=processes)
     if summary is None:  # another machine has rank 0
         return

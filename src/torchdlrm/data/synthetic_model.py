@@ -4,11 +4,13 @@ In: the codes of B rows, one per column.  Out: their true log-odds in units of 1
 
     logit = intercept
           + sum over columns of      main_effect[column][code]              what a logistic regression can learn
-          + sum over column pairs of latent[left][code] . latent[right][code]    what takes a model of interactions
+          + sum over column pairs of latent[left][code] . latent[right][code]   what takes a model of interactions
 
 Integer columns act through a curve that is not monotone in log(x + 3). Categorical values act the more, the more rows
-they have: what sits on values too rare to be learnt would only lower what any model can reach. Both parts are centred
-and scaled to a given standard deviation, so that about the same AUC is attainable with every seed.
+they have: what sits on values too rare to be learnt would only lower what any model can reach. For the same reason
+there are few pairs, of the columns that vary most among frequent values: 500,000 rows are enough for a small DLRM to
+find them. Both parts are centred and scaled to a given standard deviation, so that about the same AUC is attainable
+with every seed.
 
 All arithmetic on rows is on integers: no rounding, hence the same labels on every machine.
 """
@@ -31,8 +33,7 @@ NUM_LOGITS = 1 << 15  # logits from -16 to 16
 
 _INTERACTION_SHARE = 0.11  # of the variance of the logits
 _HALF_LEARNABLE_SHARE = 1e-2  # a value on this share of the rows has half of the effect that a frequent one has
-_NUM_SPARSE_IN_PAIRS = 4
-_NUM_DENSE_IN_PAIRS = 1
+_NUM_COLUMNS_IN_PAIRS = 4
 
 # Fractional bits of the tables; the product of two latents has twice as many as a latent.
 _MAIN_BITS = 16
@@ -52,7 +53,7 @@ class HiddenModel:
         intercept: log-odds of a row without effects, with `_MAIN_BITS` fractional bits.
         main: for each column int32 [codes].
         latents: for the columns that stand in a pair int32 [2, codes].
-        pairs: indices of two columns each.
+        pairs: indices of two sparse columns each; no column stands in two pairs.
     """
 
     intercept: int
@@ -106,11 +107,9 @@ def draw_model(shape: LogShape, rng: np.random.Generator, calibration_codes: lis
     """
     shares = [_code_shares(column) for column in shape.columns]
     main = [_centred(_main_effect(column, shares[i], rng), shares[i]) for i, column in enumerate(shape.columns)]
-    pairs = _choose_pairs(shape, shares, rng)
-    latents = {
-        i: _centred(_latent(shape.columns[i], shares[i], rng), shares[i])
-        for i in sorted({i for pair in pairs for i in pair})
-    }
+    num_dense = len(shape.dense)
+    pairs = tuple((num_dense + i, num_dense + j) for i, j in _choose_pairs(shares[num_dense:], rng))
+    latents = {i: _centred(_latent(shares[i], rng), shares[i]) for pair in pairs for i in pair}
     main_std = np.std(sum(table[code] for table, code in zip(main, calibration_codes, strict=True)))
     vectors = {i: table[:, calibration_codes[i]] for i, table in latents.items()}
     interaction_std = np.std(sum((vectors[left] * vectors[right]).sum(axis=0) for left, right in pairs))
@@ -142,10 +141,8 @@ def _centred(table: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray
     return table - (table * shares).sum(axis=-1, keepdims=True)
 
 
-def _learnable(column: DenseShape | SparseShape, shares: NDArray[np.float64]) -> NDArray[np.float64]:
+def _learnable(shares: NDArray[np.float64]) -> NDArray[np.float64]:
     """From 0 for values that no model sees often enough, to 1 [codes]."""
-    if isinstance(column, DenseShape):
-        return np.ones(len(shares))
     weights = shares / (shares + _HALF_LEARNABLE_SHARE)
     weights[NUM_HEAD_RANKS] = 0.0
     return weights
@@ -161,39 +158,29 @@ def _main_effect(
     column: DenseShape | SparseShape, shares: NDArray[np.float64], rng: np.random.Generator
 ) -> NDArray[np.float64]:
     if isinstance(column, SparseShape):
-        return rng.normal(size=len(shares)) * _learnable(column, shares)
+        return rng.normal(size=len(shares)) * _learnable(shares)
     x = _standardised_log(column)
     return rng.normal() * x + np.sin(1.2 * x + rng.uniform(0, 2 * math.pi))
 
 
-def _latent(
-    column: DenseShape | SparseShape, shares: NDArray[np.float64], rng: np.random.Generator
-) -> NDArray[np.float64]:
+def _latent(shares: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
     """A point on the unit circle for each code, shrunk where it cannot be learnt [2, codes]."""
-    if isinstance(column, DenseShape):
-        turns = 1.2 * _standardised_log(column)
-    else:
-        # The golden angle keeps the most frequent values apart.
-        turns = math.pi * (3 - math.sqrt(5)) * np.arange(len(shares), dtype=np.float64)
-    angles = rng.uniform(0, 2 * math.pi) + turns
-    return np.stack([np.cos(angles), np.sin(angles)]) * _learnable(column, shares)
+    # The golden angle keeps the most frequent values apart.
+    angles = rng.uniform(0, 2 * math.pi) + math.pi * (3 - math.sqrt(5)) * np.arange(len(shares), dtype=np.float64)
+    return np.stack([np.cos(angles), np.sin(angles)]) * _learnable(shares)
 
 
-def _choose_pairs(
-    shape: LogShape, shares: list[NDArray[np.float64]], rng: np.random.Generator
-) -> tuple[tuple[int, int], ...]:
-    """Sparse columns two by two, and dense columns with some of them; columns that vary among frequent values."""
-    num_dense = len(shape.dense)
+def _choose_pairs(shares: list[NDArray[np.float64]], rng: np.random.Generator) -> tuple[tuple[int, int], ...]:
+    """Pairs of the sparse columns that vary most among frequent values, from the shares of their codes."""
 
-    def variety(i: int) -> float:
-        frequent = shares[i][:NUM_HEAD_RANKS]
-        frequent = frequent[frequent > _HALF_LEARNABLE_SHARE]
+    def variety(shares_of_codes: NDArray[np.float64]) -> float:
+        ranks = shares_of_codes[:NUM_HEAD_RANKS]
+        frequent = ranks[ranks > _HALF_LEARNABLE_SHARE]
         return float((frequent * (1.0 - frequent)).sum())
 
-    sparse = sorted(range(num_dense, len(shape.columns)), key=variety)[-_NUM_SPARSE_IN_PAIRS:]
-    dense = sorted(range(num_dense), key=lambda i: -shape.dense[i].missing_rate)[-_NUM_DENSE_IN_PAIRS:]
-    ring = [int(i) for i in rng.permutation(sparse)]
-    return (*zip(ring[::2], ring[1::2], strict=True), *zip(dense, ring, strict=False))
+    varied = sorted(range(len(shares)), key=lambda i: variety(shares[i]))[-_NUM_COLUMNS_IN_PAIRS:]
+    columns = [int(i) for i in rng.permutation(varied)]
+    return tuple(zip(columns[::2], columns[1::2], strict=True))
 
 
 def _intercept(effects: NDArray[np.int32], click_rate: float) -> int:

@@ -1,33 +1,73 @@
-"""Model and machine -> which rank holds which part of which table: TorchRec's planner, bounded to what runs here."""
+"""Model and machine -> which rank holds which part of which table: TorchRec's planner, bounded to what runs here.
 
-import json
+`dlrm plan` and training call the same `plan_sharding`, so the plan that is shown is the plan that is used.
+"""
+
+import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import distributed as dist
 from torch import nn
+from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.distributed.planner.perf_models import NoopPerfModel
+from torchrec.distributed.planner.types import PlannerError, ShardEstimator, ShardingOption
+from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from torchdlrm.config import Config
 from torchdlrm.errors import PlanError
+from torchdlrm.sharding.constraints import TableConstraint, table_constraints
+from torchdlrm.sharding.estimators import MemoryEstimator, OrderedEnumerator, ReservedShare, TimeEstimator
+from torchdlrm.sharding.search import BestPlan, PlacingPartitioner, proposers
+from torchdlrm.sharding.tables import Optimizer, Precision, Table
+from torchdlrm.sharding.topology import Machine
+from torchdlrm.sharding.units import show_bytes
 
-# gloo has no reduce-scatter for TorchRec, so row-wise sharding is for GPUs. A data-parallel table would be trained by
-# the dense optimizer and not by the tables': it would make the weights depend on the plan.
-CPU_SHARDING_TYPES = (ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE)
-GPU_SHARDING_TYPES = (
-    *CPU_SHARDING_TYPES,
-    ShardingType.ROW_WISE,
-    ShardingType.TABLE_ROW_WISE,
-    ShardingType.GRID_SHARD,
-)
 
-# Of each rank's memory, for what is not a table: the dense and over arch, activations, batches, the allocator's slack.
-RESERVED_SHARE = 0.15
+class DoesNotFitError(PlanError):
+    """The tables do not fit the machine; what is wrong is not how the question was asked."""
+
+
+# Up to this many tables times devices both orders of placing tables are tried for every proposal.
+_THOROUGH_UP_TO = 4_000
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan depends on besides tables and machine.
+
+    Attributes:
+        optimizer: of the tables; its state takes memory beside the weights.
+        batch_size_global: rows per step over all ranks.
+        reserved_share: of each rank's memory, for what is not a table.
+        constraints: rules as `torchdlrm.sharding.constraints` reads them.
+        host_cache_share: GPUs may keep tables in host memory, with this share of their rows cached; None: they may not.
+    """
+
+    optimizer: Optimizer
+    batch_size_global: int
+    reserved_share: float
+    constraints: tuple[str, ...] = ()
+    host_cache_share: float | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> "PlanOptions":
+        """The options that a config stands for."""
+        return cls(
+            optimizer=config.table_optimizer.name,
+            batch_size_global=config.train.batch_size_global,
+            reserved_share=config.sharding.reserved_share,
+            constraints=config.sharding.constraints,
+            host_cache_share=config.sharding.host_cache_share,
+        )
 
 
 def table_sharder(fused_params: Mapping[str, Any]) -> EmbeddingBagCollectionSharder:
@@ -35,77 +75,206 @@ def table_sharder(fused_params: Mapping[str, Any]) -> EmbeddingBagCollectionShar
     return EmbeddingBagCollectionSharder(fused_params=dict(fused_params))
 
 
+def meta_tables(tables: Sequence[Table], precision: Precision = "float32") -> nn.Module:
+    """A module with these tables and no memory, to plan for a model that need not be there."""
+    data_type = {"float32": DataType.FP32, "float16": DataType.FP16}[precision]
+    collection = EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=table.name,
+                embedding_dim=table.dim,
+                num_embeddings=table.rows,
+                feature_names=[table.name],
+                data_type=data_type,
+                init_fn=_leave_as_is,
+            )
+            for table in tables
+        ],
+        device=torch.device("meta"),
+    )
+    return nn.ModuleDict({"embedding_bag_collection": collection})
+
+
+def tables_of(model: nn.Module) -> list[Table]:
+    """The tables of a model, in its order; each row of the batch looks one id up in each."""
+    return [
+        Table(config.name, config.num_embeddings, config.embedding_dim)
+        for _, collection in collections_of(model)
+        for config in collection.embedding_bag_configs()
+    ]
+
+
+def collections_of(model: nn.Module) -> list[tuple[str, EmbeddingBagCollection]]:
+    """The table collections of a model, each with its path."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, EmbeddingBagCollection)]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        plan: the best.
+        worst_rank_ms: TorchRec's estimate of a step's tables on the slowest rank.
+        lower_bound_ms: no plan of these kinds has a faster slowest rank: work spread perfectly, memory no object.
+        num_proposals: plans that were tried.
+        search_s: wall time.
+    """
+
+    plan: ShardingPlan
+    worst_rank_ms: float
+    lower_bound_ms: float
+    num_proposals: int
+    search_s: float
+
+
 def plan_sharding(
     model: nn.Module,
     *,
-    topology: Topology,
+    machine: Machine,
+    options: PlanOptions,
     sharders: Sequence[ModuleSharder[nn.Module]],
-    batch_size_per_rank: int,
     process_group: dist.ProcessGroup | None,
-) -> ShardingPlan:
+    tables: Sequence[Table] | None = None,
+) -> Found:
     """The plan that all ranks follow.
 
     Args:
         model: holds the tables, on the meta device.
-        topology: the machine.
+        machine: the ranks.
+        options: what else the plan depends on.
         sharders: what can be sharded, and how.
-        batch_size_per_rank: rows per step on each rank.
         process_group: rank 0 plans for all; None plans in this process, for a machine that need not be there.
+        tables: of the model, where a row of the batch looks more than one id up in some; found in it when not given.
 
     Raises:
-        PlanError: the tables do not fit the machine.
+        PlanError: the tables do not fit the machine, or a constraint is wrong.
     """
-    on_gpu = topology.compute_device == "cuda"
-    allowed = GPU_SHARDING_TYPES if on_gpu else CPU_SHARDING_TYPES
-    constraints = {
-        name.rsplit(".", 1)[-1]: ParameterConstraints(
-            sharding_types=[kind.value for kind in allowed],
-            compute_kernels=[EmbeddingComputeKernel.FUSED.value],
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, nn.EmbeddingBag)
-    }
+    search = partial(_search, model, tables_of(model) if tables is None else tables, machine, options, list(sharders))
+    return search() if process_group is None else invoke_on_rank_and_broadcast_result(process_group, 0, search)
+
+
+def _search(
+    model: nn.Module,
+    tables: Sequence[Table],
+    machine: Machine,
+    options: PlanOptions,
+    sharders: list[ModuleSharder[nn.Module]],
+) -> Found:
+    started_s = time.perf_counter()
+    allowed, constraints = planner_constraints(tables, machine, options)
+    topology = machine.topology()
+    batch_size_per_rank = -(-options.batch_size_global // machine.num_devices)
+    enumerator = OrderedEnumerator(
+        topology=topology,
+        batch_size=batch_size_per_rank,
+        constraints=constraints,
+        estimator=estimators(topology, constraints, options.optimizer),
+    )
+    best = BestPlan()
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size_per_rank,
-        storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED_SHARE),
+        enumerator=enumerator,
+        storage_reservation=ReservedShare(percentage=options.reserved_share),
+        proposer=proposers(len(tables), machine.num_devices),
+        partitioner=PlacingPartitioner(
+            {name: constraint.ranks for name, constraint in allowed.items() if constraint.ranks},
+            thorough=len(tables) * machine.num_devices <= _THOROUGH_UP_TO,
+        ),
+        stats=best,
         constraints=constraints,
         debug=False,
     )
     try:
-        if process_group is None:
-            return planner.plan(model, list(sharders))
-        return planner.collective_plan(model, list(sharders), process_group)
+        plan = planner.plan(model, sharders)
     except PlannerError as error:
-        msg = (
-            f"the tables do not fit on {topology.world_size} rank(s): {error}\n"
-            "use more ranks, a smaller model.embedding_dim, or fewer rows (dlrm preprocess --min-count, --max-rows); "
-            "sharding.host_memory_bytes and sharding.hbm_bytes say what each rank may use"
-        )
-        raise PlanError(msg) from error
+        raise DoesNotFitError(_does_not_fit(tables, machine, options)) from error
+    assert enumerator.last_stored_search_space is not None
+    return Found(
+        plan=plan,
+        worst_rank_ms=NoopPerfModel(topology).rate(best.options),
+        lower_bound_ms=lower_bound_ms(enumerator.last_stored_search_space, machine.num_devices),
+        num_proposals=best.num_proposals,
+        search_s=time.perf_counter() - started_s,
+    )
 
 
-def describe_plan(plan: ShardingPlan) -> dict[str, Any]:
-    """The plan as JSON: for each table its sharding type, kernel and shards (rank, offsets, sizes)."""
-    tables = {}
-    for module_plan in plan.plan.values():
-        for table, sharding in module_plan.items():
-            tables[table] = {
-                "sharding_type": sharding.sharding_type,
-                "compute_kernel": sharding.compute_kernel,
-                "ranks": sharding.ranks,
-                "shards": [
-                    {
-                        "rank": shard.placement.rank(),
-                        "offsets": list(shard.shard_offsets),
-                        "sizes": list(shard.shard_sizes),
-                    }
-                    for shard in (sharding.sharding_spec.shards if sharding.sharding_spec else [])
-                ],
-            }
-    return {"format_version": 1, "tables": tables}
+def lower_bound_ms(search_space: Sequence[ShardingOption], num_devices: int) -> float:
+    """What no plan can beat in TorchRec's estimate: all work spread evenly, and no shard divided.
+
+    Args:
+        search_space: every option of every table.
+        num_devices: ranks.
+    """
+    by_table: dict[str, list[ShardingOption]] = {}
+    for option in search_space:
+        by_table.setdefault(option.fqn, []).append(option)
+    spread = sum(min(option.total_perf for option in options) for options in by_table.values()) / num_devices
+    undivided = max(
+        min(max(shard.perf.total for shard in option.shards) for option in options) for options in by_table.values()
+    )
+    return max(spread, undivided)
 
 
-def write_plan(path: Path, plan: ShardingPlan) -> None:
-    """Write `describe_plan` as a file."""
-    path.write_text(json.dumps(describe_plan(plan), indent=1) + "\n", encoding="utf-8")
+def estimators(
+    topology: Topology, constraints: Mapping[str, ParameterConstraints], optimizer: Optimizer
+) -> list[ShardEstimator]:
+    """What tells the milliseconds and the bytes of a shard."""
+    return [TimeEstimator(topology, constraints), MemoryEstimator(topology, constraints, optimizer)]
+
+
+def planner_constraints(
+    tables: Sequence[Table], machine: Machine, options: PlanOptions
+) -> tuple[dict[str, TableConstraint], dict[str, ParameterConstraints]]:
+    """What the planner may do with each table, in our words and in TorchRec's.
+
+    Raises:
+        PlanError: a constraint is wrong.
+    """
+    allowed = table_constraints(
+        tables,
+        options.constraints,
+        kind=machine.kind,
+        num_devices=machine.num_devices,
+        num_hosts=machine.num_hosts,
+        optimizer=options.optimizer,
+    )
+    return allowed, {
+        table.name: _parameter_constraints(table, allowed[table.name], machine, options) for table in tables
+    }
+
+
+def _parameter_constraints(
+    table: Table, allowed: TableConstraint, machine: Machine, options: PlanOptions
+) -> ParameterConstraints:
+    kernels = [EmbeddingComputeKernel.FUSED.value]
+    cache = None
+    if machine.kind == "cuda" and options.host_cache_share is not None:
+        kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
+        cache = CacheParams(load_factor=options.host_cache_share)
+    return ParameterConstraints(
+        sharding_types=list(allowed.kinds),
+        compute_kernels=kernels,
+        min_partition=allowed.min_shard_columns,
+        pooling_factors=[table.pooling_factor],
+        cache_params=cache,
+    )
+
+
+def _does_not_fit(tables: Sequence[Table], machine: Machine, options: PlanOptions) -> str:
+    sizes = {table.name: table.weight_bytes("float32") + table.state_bytes(options.optimizer) for table in tables}
+    largest = max(sizes, key=lambda name: sizes[name])
+    usable = int(machine.memory_bytes * (1 - options.reserved_share))
+    return (
+        f"the tables do not fit on {machine.num_devices} rank(s) with {show_bytes(usable)} each for tables: weights "
+        f"and state of {options.optimizer} are {show_bytes(sum(sizes.values()))}, the largest, {largest}, "
+        f"{show_bytes(sizes[largest])}\n"
+        "dlrm plan shows what is missing and what would make it fit: more ranks, fewer rows (dlrm preprocess "
+        "--min-count, --max-rows), a smaller model.embedding_dim, another table_optimizer.name; "
+        "sharding.host_memory_bytes and sharding.hbm_bytes say what each rank may use"
+    )
+
+
+def _leave_as_is(_: torch.Tensor) -> None:
+    """Tables without memory have no values."""

@@ -1,14 +1,122 @@
-"""What the planner is told about the machine: the memory that is really there.
+"""What the planner is told about the machine: the memory that is really there, and how fast things move.
 
 TorchRec assumes 32 GiB of GPU memory and 128 GiB of host memory when it is not told.
 """
 
+import logging
 import os
+from dataclasses import dataclass, replace
 
 import torch
 from torchrec.distributed.planner import Topology
 
 from torchdlrm.config import ShardingConfig
+from torchdlrm.errors import PlanError
+from torchdlrm.sharding.devices import DEVICES, Device, device_of_gpu
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The ranks that share a model; rates are bytes or operations per second of one rank, in one direction.
+
+    Attributes:
+        device: what it is called.
+        kind: `cuda` or `cpu`.
+        num_devices: ranks.
+        num_hosts: hosts that they are spread over evenly.
+        hbm_bytes: memory of each device; 0 on CPU.
+        host_memory_bytes: host memory of each rank.
+        memory_bytes_per_s: reading the memory where tables live.
+        host_link_bytes_per_s: between host memory and device.
+        intra_host_bytes_per_s: to the other ranks of the host.
+        inter_host_bytes_per_s: to other hosts.
+        float32_flops_per_s: matrix products in float32.
+        backward_multiplier: a table's backward with its update, over its forward.
+        source: where the figures come from.
+    """
+
+    device: str
+    kind: str
+    num_devices: int
+    num_hosts: int
+    hbm_bytes: int
+    host_memory_bytes: int
+    memory_bytes_per_s: float
+    host_link_bytes_per_s: float
+    intra_host_bytes_per_s: float
+    inter_host_bytes_per_s: float
+    float32_flops_per_s: float
+    backward_multiplier: float = 2.0  # TorchRec's own default
+    source: str = ""
+
+    @property
+    def devices_per_host(self) -> int:
+        """Ranks of each host."""
+        return self.num_devices // self.num_hosts
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of each rank where its tables live."""
+        return self.hbm_bytes if self.kind == "cuda" else self.host_memory_bytes
+
+    def topology(self) -> Topology:
+        """The machine in TorchRec's words; its rates are bytes per millisecond."""
+        # "The topology was constructed directly": its factory adds nothing but presets of Meta's own machines.
+        logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
+        return Topology(
+            world_size=self.num_devices,
+            local_world_size=self.devices_per_host,
+            compute_device=self.kind,
+            hbm_cap=self.hbm_bytes,
+            ddr_cap=self.host_memory_bytes,
+            hbm_mem_bw=self.memory_bytes_per_s / 1000,
+            ddr_mem_bw=self.memory_bytes_per_s / 1000,
+            hbm_to_ddr_mem_bw=self.host_link_bytes_per_s / 1000,
+            intra_host_bw=self.intra_host_bytes_per_s / 1000,
+            inter_host_bw=self.inter_host_bytes_per_s / 1000,
+            bwd_compute_multiplier=self.backward_multiplier,
+        )
+
+
+def machine_of(device: Device, *, num_devices: int, num_hosts: int | None = None) -> Machine:
+    """So many devices of one kind on so many hosts.
+
+    Args:
+        device: what they are.
+        num_devices: all of them.
+        num_hosts: as many as the device's usual machine makes of them when not told.
+
+    Raises:
+        PlanError: the devices cannot be spread evenly.
+    """
+    if num_devices < 1:
+        msg = f"--devices: must be at least 1, got {num_devices}"
+        raise PlanError(msg)
+    per_host = device.devices_per_host if device.kind == "cuda" else num_devices
+    hosts = num_hosts if num_hosts is not None else max(1, -(-num_devices // per_host))
+    if hosts < 1 or num_devices % hosts:
+        msg = (
+            f"--hosts: {num_devices} devices cannot be spread evenly over {hosts} hosts ({per_host} a host is usual "
+            f"for {device.name}); give --devices and --hosts so that one divides the other"
+        )
+        raise PlanError(msg)
+    local = num_devices // hosts
+    host_bytes = device.host_memory_bytes or host_memory_bytes()
+    shared = local if device.kind == "cpu" else 1  # processes of a host share its memory and its cores
+    return Machine(
+        device=device.name,
+        kind=device.kind,
+        num_devices=num_devices,
+        num_hosts=hosts,
+        hbm_bytes=device.memory_bytes or 0,
+        host_memory_bytes=host_bytes // local,
+        memory_bytes_per_s=device.memory_bytes_per_s / shared,
+        host_link_bytes_per_s=device.host_link_bytes_per_s / shared,
+        intra_host_bytes_per_s=device.intra_host_bytes_per_s / shared,
+        inter_host_bytes_per_s=device.inter_host_bytes_per_s,
+        float32_flops_per_s=device.float32_flops_per_s / shared,
+        source=device.source,
+    )
 
 
 def host_memory_bytes() -> int:
@@ -22,8 +130,8 @@ def host_memory_bytes() -> int:
     return physical_bytes if limit == "max" else min(physical_bytes, int(limit))
 
 
-def local_topology(config: ShardingConfig, *, world_size: int, local_world_size: int, device: torch.device) -> Topology:
-    """The machine that this process runs on, as the planner wants it.
+def local_machine(config: ShardingConfig, *, world_size: int, local_world_size: int, device: torch.device) -> Machine:
+    """The machine that this process runs on, as training plans for it.
 
     Args:
         config: may give memory sizes that differ from the machine's.
@@ -31,14 +139,24 @@ def local_topology(config: ShardingConfig, *, world_size: int, local_world_size:
         local_world_size: number of ranks on each host.
         device: where this rank computes; all ranks are taken to have the same.
     """
-    host_bytes = config.host_memory_bytes or host_memory_bytes() // local_world_size
+    named = DEVICES["cpu"]
     hbm_bytes = 0
     if device.type == "cuda":
-        hbm_bytes = config.hbm_bytes or torch.cuda.get_device_properties(device).total_memory
-    return Topology(
-        world_size=world_size,
-        local_world_size=local_world_size,
-        compute_device=device.type,
-        hbm_cap=hbm_bytes,
-        ddr_cap=host_bytes,
+        properties = torch.cuda.get_device_properties(device)
+        named = device_of_gpu(properties.name, properties.total_memory)
+        hbm_bytes = config.hbm_bytes or properties.total_memory
+    machine = machine_of(named, num_devices=world_size, num_hosts=max(1, world_size // local_world_size))
+    return with_memory(
+        machine,
+        hbm_bytes=hbm_bytes,
+        host_memory_bytes=config.host_memory_bytes or host_memory_bytes() // local_world_size,
+    )
+
+
+def with_memory(machine: Machine, *, hbm_bytes: int | None, host_memory_bytes: int | None) -> Machine:
+    """The same machine with other memory, in bytes of each rank; None leaves it."""
+    return replace(
+        machine,
+        hbm_bytes=machine.hbm_bytes if hbm_bytes is None else hbm_bytes,
+        host_memory_bytes=machine.host_memory_bytes if host_memory_bytes is None else host_memory_bytes,
     )

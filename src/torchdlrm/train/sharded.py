@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,10 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
 from torchdlrm.config import Config
 from torchdlrm.model.build import build_model, standardize_dense_input
-from torchdlrm.sharding.planner import plan_sharding, table_sharder
-from torchdlrm.sharding.topology import local_topology
+from torchdlrm.sharding.obey import plan_or_obey
+from torchdlrm.sharding.planner import table_sharder
+from torchdlrm.sharding.problem import Solution
+from torchdlrm.sharding.topology import local_machine
 from torchdlrm.sharding.weights import initialize_tables
 from torchdlrm.train.optimizers import fused_params
 from torchdlrm.train.process_group import Ranks
@@ -19,10 +22,11 @@ from torchdlrm.train.process_group import Ranks
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A `DLRMTrain` inside `DistributedModelParallel`, and the plan that it follows."""
+    """A `DLRMTrain` inside `DistributedModelParallel`, and the plan that it follows, with what it costs."""
 
     module: nn.Module
     plan: ShardingPlan
+    solution: Solution
 
 
 def build_sharded_model(
@@ -32,6 +36,7 @@ def build_sharded_model(
     num_dense_features: int,
     dense_sample: Tensor | None,
     ranks: Ranks,
+    saved_plan: Path | None = None,
 ) -> ShardedModel:
     """Build, plan and shard the model, then give it initial weights that do not depend on the number of ranks.
 
@@ -42,9 +47,10 @@ def build_sharded_model(
         dense_sample: encoded dense features of some training rows, float32 [rows, num_dense_features], from which
             the dense arch learns the scale of its input; None leaves it as TorchRec initialises it.
         ranks: the processes that share the model.
+        saved_plan: a plan.json to obey; planned anew when None.
 
     Raises:
-        PlanError: the tables do not fit the machine.
+        PlanError: the tables do not fit the machine, or the saved plan is for another model or number of ranks.
     """
     torch.manual_seed(config.seed)  # every rank draws the same dense and over arch
     model = build_model(
@@ -53,17 +59,18 @@ def build_sharded_model(
     if dense_sample is not None:
         standardize_dense_input(model.model.dense_arch, dense_sample)
     sharder = table_sharder(fused_params(config.table_optimizer))
-    plan = plan_sharding(
+    plan, solution = plan_or_obey(
         model,
-        topology=local_topology(
+        config,
+        machine=local_machine(
             config.sharding,
             world_size=ranks.world_size,
             local_world_size=ranks.local_world_size,
             device=ranks.device,
         ),
         sharders=[sharder],
-        batch_size_per_rank=-(-config.train.batch_size_global // ranks.world_size),
         process_group=ranks.process_group,
+        saved_plan=saved_plan,
     )
     module = DistributedModelParallel(
         module=model,
@@ -73,4 +80,4 @@ def build_sharded_model(
         sharders=[sharder],
     )
     initialize_tables(module, seed=config.seed)
-    return ShardedModel(module, plan)
+    return ShardedModel(module, plan, solution)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torchdlrm.loader.batch import Batch
 from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.sharding.planner import write_plan
+from torchdlrm.sharding.plan_file import write_plan
 from torchdlrm.train.checkpoint import Checkpointer, Position, list_checkpoints
 from torchdlrm.train.clock import Stopwatch, Timer
 from torchdlrm.train.metrics_log import MetricsLog
@@ -95,10 +96,11 @@ class Trainer:
             num_dense_features=len(dataset.dense_names),
             dense_sample=torch.from_numpy(self._loader.first_dense_rows()),
             ranks=ranks,
+            saved_plan=Path(config.sharding.plan) if config.sharding.plan is not None else None,
         )
         self.model = sharded.module
         if ranks.is_first:
-            write_plan(run.path / PLAN_NAME, sharded.plan)
+            write_plan(run.path / PLAN_NAME, sharded.solution)
         optimizer = build_optimizer(self.model, config.dense_optimizer)
         self._schedule = Schedule(config.schedule, optimizer)
         self._pipeline = TrainPipelineSparseDist(self.model, optimizer, ranks.device, execute_all_batches=True)

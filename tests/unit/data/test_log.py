@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchdlrm.data.bad_rows import BadRows
-from torchdlrm.data.log.cut import read_chunks
+from torchdlrm.data.log.cut import plan_chunks, read_chunks
 from torchdlrm.data.log.files import find_files
 from torchdlrm.data.log.text import parse_chunk
 from torchdlrm.errors import LogError
@@ -158,6 +158,28 @@ def test_chunks_are_whole_lines_and_together_the_file(tmp_path, compressed, last
     assert all(chunk.endswith(b"\n") for chunk, _ in chunks[:-1])
     assert max(len(chunk) for chunk, _ in chunks) <= chunk_bytes
     assert chunks[-1][1] == path.stat().st_size
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lines=st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"")), min_size=1, max_size=30),
+    last_end=st.booleans(),
+    mark=st.booleans(),
+    chunk_bytes=st.integers(20, 60),
+)
+def test_planned_chunks_are_whole_lines_and_together_the_file(tmp_path_factory, lines, last_end, mark, chunk_bytes):
+    text = b"".join(line + b"\n" for line in lines).removeprefix(b"\xef\xbb\xbf")
+    text = text if last_end else text.removesuffix(b"\n")
+    if not text or text.startswith((b"\x1f\x8b", b"PAR1")):
+        text = b"x\n"
+    path = tmp_path_factory.mktemp("plan") / "log"
+    path.write_bytes(b"\xef\xbb\xbf" + text if mark else text)
+    (file,) = find_files([path])
+    chunks = plan_chunks(file, SCHEMA, chunk_bytes)
+    data = path.read_bytes()
+    assert b"".join(data[chunk.start : chunk.end] for chunk in chunks) == text
+    assert all(data[chunk.end - 1 : chunk.end] == b"\n" for chunk in chunks[:-1])
+    assert all(chunk.end - chunk.start <= chunk_bytes + 9 for chunk in chunks)
 
 
 def test_a_truncated_gzip_file_is_reported(tmp_path):

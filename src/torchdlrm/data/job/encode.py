@@ -95,7 +95,7 @@ def encode_group(encoding: Encoding, chunks: Sequence[tuple[int, ChunkFile]], ta
     bounds = np.cumsum(np.bincount(part_of_rows, minlength=num_parts))
     # Column by column, dropping what was gathered: never all rows twice.
     gathered = {name: _gather(columns.pop(name), order) for name in list(columns)}
-    found = _write_batches(gathered, bounds, target)
+    found = write_batches(gathered, bounds, target)
     return {"parts": found, "tallies": [tally.to_json() for tally in tallies]}
 
 
@@ -105,7 +105,7 @@ def _gather(pieces: list[pl.Series], order: npt.NDArray[np.int64]) -> pa.Array:
     return column.gather(order).rechunk().to_arrow()
 
 
-def _write_batches(columns: Mapping[str, pa.Array], bounds: npt.NDArray[np.int64], target: Path) -> list[int]:
+def write_batches(columns: Mapping[str, pa.Array], bounds: npt.NDArray[np.int64], target: Path) -> list[int]:
     """Write the rows of each part, which stand one after the other, as a batch; returns the parts that have rows."""
     batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
     found = []

@@ -20,6 +20,7 @@ from torchdlrm.errors import ConfigError
 
 # So many tasks beyond those that run are handed over, so that no worker waits for the next.
 _TASKS_AHEAD = 2
+CONNECT_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def start_workers(resources: Resources) -> Iterator[Workers]:
         raise ConfigError("--cluster: needs Dask; install it with: pip install 'torchdlrm[cluster]'") from error
     untyped: Any = distributed
     try:
-        client = untyped.Client(resources.cluster, timeout="10s", set_as_default=False)
+        client = untyped.Client(resources.cluster, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         msg = f"--cluster: no Dask scheduler answers at {resources.cluster} ({error}); start one with: dask scheduler"
         raise ConfigError(msg) from error

@@ -51,6 +51,10 @@ class Tally:
         self.missing_rows[name] = self.missing_rows.get(name, 0) + int(missing.sum())
         drift.add(self.histograms.setdefault(name, {}), drift.histogram(bins))
 
+    def add_dense_values(self, name: str, values: npt.NDArray[np.float32]) -> None:
+        """Count the values of a dense column none of which is missing."""
+        self.add_dense(name, drift.dense_bins(values), np.zeros(len(values), np.bool_))
+
     def add_sparse(
         self, column: SparseColumn, ids: npt.NDArray[np.int32], counts: npt.NDArray[np.int64], num_missing: int
     ) -> None:

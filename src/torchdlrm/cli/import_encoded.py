@@ -1,0 +1,84 @@
+"""`dlrm import`: data that others have encoded becomes a dataset."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.data.imports.blocks import encoded_schema
+from torchdlrm.data.imports.importer import import_blocks
+from torchdlrm.data.imports.parquet import find_parquet
+from torchdlrm.data.imports.upstream import DENSE_NAMES, SPARSE_NAMES, find_npy_days, find_nvt_folders
+from torchdlrm.errors import ConfigError, LogError
+
+
+def import_encoded(
+    source: Path,
+    *,
+    out: Path,
+    format: Literal["npy", "multi-hot", "nvt", "parquet"],  # noqa: A002 - the name of the option
+    table_sizes: str | None = None,
+    label: str | None = None,
+    seed: int = 0,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Turn data that is encoded already into a dataset: ids and floats stay as they are, and are checked.
+
+    Args:
+        source: The folder that holds the files; for `parquet` also a file.
+        out: Folder to write the dataset to; must not exist.
+        format: `npy`: day_N_dense.npy, _sparse.npy and _labels.npy of torchrec.datasets.criteo; `multi-hot`: likewise
+            with _sparse_multi_hot.npz; `nvt`: label.bin, numerical.bin, cat_0.bin ... of TorchRec's nvt_dataloader
+            example; `parquet`: what NVTabular, Spark or others wrote.
+        table_sizes: Rows of the embedding tables, in the order of the features: 100,200,... or a JSON file of a list or
+            of name and size. By default the largest id + 1.
+        label: The label's column in Parquet; by default label, click, clicked or target.
+        seed: Seed of the order of the training rows.
+        as_json: Print one JSON object on standard output.
+    """
+    if format != "parquet" and not source.is_dir():
+        msg = f"{source}: is not a folder; give the folder that holds the files"
+        raise LogError(msg)
+    if format == "parquet" and not source.exists():
+        msg = f"{source}: there is no such file or folder"
+        raise LogError(msg)
+    if format == "parquet":
+        schema, _ = find_parquet(source, label, {})
+        sizes = _table_sizes(table_sizes, [column.name for column in schema.sparse])
+        schema, blocks = find_parquet(source, label, sizes)
+    else:
+        multi_hot = format == "multi-hot"
+        sizes = _table_sizes(table_sizes, SPARSE_NAMES)
+        schema = encoded_schema(format, DENSE_NAMES, SPARSE_NAMES, SPARSE_NAMES if multi_hot else ())
+        blocks = (
+            find_nvt_folders(source, sizes) if format == "nvt" else find_npy_days(source, sizes, multi_hot=multi_hot)
+        )
+    with progress_bars(f"import {source} into {out}") as progress:
+        dataset = import_blocks(blocks, schema, out, table_sizes=sizes, seed=seed, progress=progress)
+    rows = {name: split.rows for name, split in dataset.manifest.splits.items()}
+    console.print(", ".join(f"{name} {count:,} rows" for name, count in rows.items()))
+    console.print(f"next: dlrm inspect {out}", soft_wrap=True)
+    if as_json:
+        print_json({"dataset": str(out), "rows": rows, "num_embeddings": dataset.num_embeddings})
+
+
+def _table_sizes(text: str | None, names: tuple[str, ...] | list[str]) -> dict[str, int]:
+    if text is None:
+        return {}
+    try:
+        is_file = Path(text).is_file()
+        content = json.loads(Path(text).read_text(encoding="utf-8") if is_file else f"[{text}]")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        msg = f"--table-sizes: expected numbers such as 100,200 or a JSON file, got {text!r} ({error})"
+        raise ConfigError(msg) from error
+    sizes = content if isinstance(content, dict) else dict(zip(names, content, strict=False))
+    wrong = [name for name, size in sizes.items() if name not in names or not isinstance(size, int) or size < 1]
+    if wrong or (isinstance(content, list) and len(content) != len(names)):
+        msg = (
+            f"--table-sizes: expected a positive whole number for each of the {len(names)} features, got "
+            f"{len(content)} numbers{', wrong: ' + ', '.join(wrong) if wrong else ''}"
+        )
+        raise ConfigError(msg)
+    return sizes

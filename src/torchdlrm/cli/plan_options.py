@@ -1,0 +1,76 @@
+"""What `dlrm plan` can be asked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from torchdlrm.sharding.tables import Optimizer, Precision
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Ask:
+    """Tables and machine.
+
+    Attributes:
+        dataset: Plan for the tables of this dataset.
+        run: Plan for the tables of this run, with its config.
+        tables: Plan for a preset (criteo-1tb, criteo-kaggle, criteo-1tb-40m, mlperf-dcnv2), or for a CSV or JSON file
+            of rows, dim and pooling_factor.
+        devices: Ranks, over all hosts; 8 for named tables, else 1.
+        hosts: Hosts that they are spread over evenly.
+        device: v100-32gb, a100-40gb, a100-80gb, h100-80gb, h200, b200, cpu, or here for this machine; a100-80gb for
+            named tables, else here.
+        hbm: Memory of each GPU, such as 80GB (10^9 bytes) or 79GiB (2^30).
+        host_memory: Memory of each host.
+        hbm_bandwidth: Bytes a second from the memory where tables live, such as 2TB.
+        host_link_bandwidth: Bytes a second between host memory and GPU.
+        intra_host_bandwidth: Bytes a second from a rank to others of its host.
+        inter_host_bandwidth: Bytes a second from a rank to other hosts.
+        optimizer: Of the tables, in place of the config's; its state takes memory too.
+        precision: Of the tables' weights.
+        constraint: Rules for tables, such as cat_3=row_wise or cat_0@2 (TABLE=KIND,KIND@RANK,RANK); may be repeated.
+        max_rows: Plan as if no table had more rows.
+    """
+
+    dataset: Path | None = None
+    run: Path | None = None
+    tables: str | None = None
+    devices: int | None = None
+    hosts: int | None = None
+    device: str | None = None
+    hbm: str | None = None
+    host_memory: str | None = None
+    hbm_bandwidth: str | None = None
+    host_link_bandwidth: str | None = None
+    intra_host_bandwidth: str | None = None
+    inter_host_bandwidth: str | None = None
+    optimizer: Optimizer | None = None
+    precision: Precision = "float32"
+    constraint: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    max_rows: int | None = None
+
+    @property
+    def num_devices(self) -> int:
+        """Ranks."""
+        return self.devices if self.devices is not None else (8 if self.tables is not None else 1)
+
+    @property
+    def device_name(self) -> str:
+        """The device, or `here`."""
+        return self.device or ("a100-80gb" if self.tables is not None else "here")
+
+    @property
+    def sizes(self) -> dict[str, str]:
+        """Figures of the machine that were given, by option."""
+        given = {
+            "--hbm": self.hbm,
+            "--host-memory": self.host_memory,
+            "--hbm-bandwidth": self.hbm_bandwidth,
+            "--host-link-bandwidth": self.host_link_bandwidth,
+            "--intra-host-bandwidth": self.intra_host_bandwidth,
+            "--inter-host-bandwidth": self.inter_host_bandwidth,
+        }
+        return {option: text for option, text in given.items() if text is not None}

@@ -1,0 +1,78 @@
+"""How `dlrm plan` shows its answers in the terminal."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from torchdlrm.cli.terminal import console
+from torchdlrm.errors import PlanError
+from torchdlrm.progress import ProgressListener
+from torchdlrm.sharding import report
+from torchdlrm.sharding.compare import compare_plans
+from torchdlrm.sharding.layout import read_plan
+from torchdlrm.sharding.page import sweep_page, write_page
+from torchdlrm.sharding.plan_file import problem_as_dict
+from torchdlrm.sharding.problem import Problem, Solution
+from torchdlrm.sharding.remedies import remedies, shortfall, shortfall_as_dict
+from torchdlrm.sharding.sweep import parse_sweep, run_sweep
+
+
+def solution(found: Solution) -> None:
+    """A plan: ranks with bars, tables, totals, how far to trust it."""
+    console.print(report.headline(found), markup=False, soft_wrap=True)
+    _print("ranks", *report.rank_rows(found))
+    _print("tables", *report.table_rows(found))
+    for line in report.summary_lines(found):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def does_not_fit(problem: Problem, progress: ProgressListener) -> tuple[dict[str, object], str]:
+    """How much is missing and what helps; the JSON of it, and the message to end with."""
+    missing = shortfall(problem)
+    helps = remedies(problem, progress)
+    _print("largest tables", *report.largest_rows(missing))
+    if helps:
+        _print("what would make it fit (each planned again to be sure)", *report.remedy_rows(helps))
+    answer = problem_as_dict(problem) | {
+        "fits": False,
+        "shortfall": shortfall_as_dict(missing),
+        "remedies": [remedy.as_dict() for remedy in helps],
+    }
+    return answer, missing.message(problem)
+
+
+def sweep(problem: Problem, axes: Sequence[str], html: Path | None) -> dict[str, object]:
+    """A table and a plot over devices and batch sizes."""
+    points = run_sweep(problem, parse_sweep(axes))
+    _print("sweep", *report.sweep_rows(points))
+    if html is not None:
+        write_page(html, sweep_page(problem, points))
+        console.print(f"wrote {html}", markup=False, soft_wrap=True)
+    return {**problem_as_dict(problem), "sweep": [point.as_dict() for point in points]}
+
+
+def comparison(paths: Sequence[Path]) -> dict[str, object]:
+    """Two plans side by side."""
+    if len(paths) != 2:
+        msg = f"--compare: expected two files that dlrm plan --out wrote, got {len(paths)}"
+        raise PlanError(msg)
+    compared = compare_plans(*(read_plan(path) for path in paths))
+    _print("plans", ["", str(paths[0]), str(paths[1]), "b / a"], compared.figures)
+    _print("tables that differ", ["table", str(paths[0]), str(paths[1])], compared.tables)
+    if not compared.tables:
+        console.print("every table is in the same place")
+    return compared.as_dict()
+
+
+def _print(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(head):
+        numeric = index > 0 and name not in report.LEFT_ALIGNED
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric)
+    for row in rows:
+        table.add_row(*map(str, row))
+    console.print(table)

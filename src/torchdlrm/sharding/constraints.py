@@ -1,0 +1,174 @@
+"""Which kinds of sharding a table may have, and on which ranks: what the machine allows, and what the user asks for.
+
+A rule is written `TABLE=KIND,KIND@RANK,RANK`: `cat_3=row_wise`, `cat_*=table_wise,row_wise`, `cat_0@2` (wholly on rank
+2), `cat_0@0,1` (its columns halved over ranks 0 and 1). TABLE is a feature, a table or a pattern with `*`.
+"""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torchdlrm.errors import PlanError
+from torchdlrm.sharding.tables import Optimizer, Table, table_name
+
+TABLE_WISE, COLUMN_WISE, ROW_WISE = "table_wise", "column_wise", "row_wise"
+TABLE_ROW_WISE, GRID_SHARD = "table_row_wise", "grid_shard"
+# gloo has no reduce-scatter for TorchRec, so row-wise sharding is for GPUs. A data-parallel table would be trained by
+# the dense optimizer and not by the tables': it would make the weights depend on the plan.
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "cpu": (TABLE_WISE, COLUMN_WISE),
+    "cuda": (TABLE_WISE, COLUMN_WISE, ROW_WISE, TABLE_ROW_WISE, GRID_SHARD),
+}
+_ALL_KINDS = KINDS["cuda"]
+# TorchRec never cuts a column shard below this by itself: narrower rows waste a GPU's memory transactions.
+_MIN_SHARD_COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the user asks of some tables.
+
+    Attributes:
+        pattern: names of features or tables; `*` stands for anything.
+        kinds: allowed kinds; empty means all that the machine allows.
+        ranks: where the shards have to be; empty means anywhere.
+        text: as it was written.
+    """
+
+    pattern: str
+    kinds: tuple[str, ...]
+    ranks: tuple[int, ...]
+    text: str
+
+    def matches(self, table: str) -> bool:
+        """Whether the rule is about this table."""
+        return fnmatch.fnmatchcase(table, self.pattern) or fnmatch.fnmatchcase(table, table_name(self.pattern))
+
+
+@dataclass(frozen=True)
+class TableConstraint:
+    """What the planner may do with one table.
+
+    Attributes:
+        kinds: kinds of sharding, at least one.
+        ranks: where its shards have to be; empty means anywhere.
+        min_shard_columns: columns that a shard has at least; None leaves it to TorchRec.
+    """
+
+    kinds: tuple[str, ...]
+    ranks: tuple[int, ...]
+    min_shard_columns: int | None
+
+
+def parse_rule(text: str) -> Rule:
+    """One rule.
+
+    Raises:
+        PlanError: it is not written as rules are.
+    """
+    head, at, ranks_text = text.partition("@")
+    pattern, _, kinds_text = head.partition("=")
+    kinds = tuple(kind.strip() for kind in kinds_text.split(",") if kind.strip())
+    wrong = [kind for kind in kinds if kind not in _ALL_KINDS]
+    if wrong:
+        msg = f"sharding.constraints: {text!r}: {wrong[0]!r} is not a kind of sharding; kinds: {', '.join(_ALL_KINDS)}"
+        raise PlanError(msg)
+    try:
+        ranks = tuple(int(rank) for rank in ranks_text.split(",")) if at else ()
+    except ValueError:
+        ranks = (-1,)
+    if not pattern.strip() or not (kinds or ranks) or any(rank < 0 for rank in ranks):
+        msg = f"sharding.constraints: {text!r}: expected TABLE=KIND,KIND@RANK,RANK, such as cat_3=row_wise or cat_0@2"
+        raise PlanError(msg)
+    return Rule(pattern.strip(), kinds, ranks, text)
+
+
+def table_constraints(
+    tables: Sequence[Table], rules: Sequence[str], *, kind: str, num_devices: int, num_hosts: int, optimizer: Optimizer
+) -> dict[str, TableConstraint]:
+    """What the planner may do with each table; the last rule that matches a table counts.
+
+    Kinds that come to the same as a simpler one are left out, so that the search is short and its result does not
+    hang on how ties are broken: column-wise where a table has too few columns to be cut, table-row-wise and grid on
+    one host. Unless asked for, so are column-wise and grid with row-wise Adagrad: it keeps one value of state for
+    each row of a shard, so what a table learns would depend on where it was cut.
+
+    Args:
+        tables: of the model.
+        rules: of the user.
+        kind: of device, `cuda` or `cpu`.
+        num_devices: ranks.
+        num_hosts: hosts.
+        optimizer: of the tables.
+
+    Raises:
+        PlanError: a rule matches no table, names a rank that is not there, or leaves nothing.
+    """
+    parsed = [parse_rule(text) for text in rules]
+    for rule in parsed:
+        if not any(rule.matches(table.name) for table in tables):
+            some = ", ".join(table.name for table in tables[:3])
+            msg = f"sharding.constraints: {rule.text!r}: no table is called so; tables are {some}, ..."
+            raise PlanError(msg)
+        if any(rank >= num_devices for rank in rule.ranks):
+            msg = f"sharding.constraints: {rule.text!r}: rank {max(rule.ranks)} is not among 0 to {num_devices - 1}"
+            raise PlanError(msg)
+    found: dict[str, TableConstraint] = {}
+    for table in tables:
+        matching = [rule for rule in parsed if rule.matches(table.name)]
+        rule = matching[-1] if matching else Rule("*", (), (), "")
+        found[table.name] = (
+            _pinned(table, rule, kind)
+            if rule.ranks
+            else _free(table, rule, kind=kind, num_devices=num_devices, num_hosts=num_hosts, optimizer=optimizer)
+        )
+    return found
+
+
+def _pinned(table: Table, rule: Rule, kind: str) -> TableConstraint:
+    wanted = TABLE_WISE if len(rule.ranks) == 1 else COLUMN_WISE
+    if rule.kinds and wanted not in rule.kinds:
+        msg = (
+            f"sharding.constraints: {rule.text!r}: on {len(rule.ranks)} given rank(s) a table can only be {wanted}; "
+            "leave out the kinds, or the ranks"
+        )
+        raise PlanError(msg)
+    assert wanted in KINDS[kind]
+    if table.dim % (4 * len(rule.ranks)):
+        msg = (
+            f"sharding.constraints: {rule.text!r}: the {table.dim} columns of {table.name} cannot be cut into "
+            f"{len(rule.ranks)} shards of a multiple of 4"
+        )
+        raise PlanError(msg)
+    return TableConstraint((wanted,), rule.ranks, table.dim // len(rule.ranks))
+
+
+def _free(
+    table: Table, rule: Rule, *, kind: str, num_devices: int, num_hosts: int, optimizer: Optimizer
+) -> TableConstraint:
+    asked = set(rule.kinds)
+    kinds = [name for name in KINDS[kind] if not asked or name in asked]
+    if not kinds:
+        msg = (
+            f"sharding.constraints: {rule.text!r} leaves nothing for {table.name}: on {kind} a table can be "
+            f"{' or '.join(KINDS[kind])}"
+        )
+        raise PlanError(msg)
+    # Asked for, columns are halved until TorchRec's own floor would be crossed, at least once; otherwise it decides.
+    min_columns = (
+        max(4, min(_MIN_SHARD_COLUMNS, table.dim // 2 // 4 * 4)) if asked & {COLUMN_WISE, GRID_SHARD} else None
+    )
+    cut = _is_cut(table.dim, min_columns or _MIN_SHARD_COLUMNS)
+    pointless = {
+        COLUMN_WISE: num_devices == 1 or not cut or (optimizer == "rowwise_adagrad" and not asked),
+        GRID_SHARD: num_hosts == 1 or not cut or (optimizer == "rowwise_adagrad" and not asked),
+        TABLE_ROW_WISE: num_hosts == 1,
+        ROW_WISE: num_devices == 1,
+    }
+    useful = tuple(name for name in kinds if not pointless.get(name, False))
+    return TableConstraint(useful or tuple(kinds[:1]), (), min_columns)
+
+
+def _is_cut(dim: int, min_columns: int) -> bool:
+    """Whether TorchRec finds a width of at least `min_columns` that divides `dim` and is a multiple of 4."""
+    return any(dim % width == 0 for width in range(-(-min_columns // 4) * 4, dim, 4))

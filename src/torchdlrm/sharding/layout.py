@@ -1,0 +1,271 @@
+"""A plan as data: which rank holds which part of which table; from TorchRec and to it, from JSON and to it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torchrec.distributed.sharding_plan import placement
+from torchrec.distributed.types import (
+    CacheParams,
+    EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    ParameterSharding,
+    ShardingPlan,
+    ShardMetadata,
+)
+
+from torchdlrm.errors import PlanError
+from torchdlrm.sharding.constraints import KINDS
+from torchdlrm.sharding.planner import collections_of, tables_of
+from torchdlrm.sharding.tables import Table
+from torchdlrm.sharding.topology import Machine
+
+FORMAT, FORMAT_VERSION = "torchdlrm-plan", 1
+_KERNELS = ("fused", "fused_uvm_caching")
+
+
+@dataclass(frozen=True)
+class PlacedShard:
+    """A rectangle of a table on a rank.
+
+    Attributes:
+        rank: who holds it.
+        offsets: first row and first column.
+        sizes: rows and columns.
+    """
+
+    rank: int
+    offsets: tuple[int, int]
+    sizes: tuple[int, int]
+
+    @property
+    def num_values(self) -> int:
+        """Rows times columns; 0 on ranks that a table with fewer rows than ranks leaves empty."""
+        return self.sizes[0] * self.sizes[1]
+
+
+@dataclass(frozen=True)
+class PlacedTable:
+    """How one table is sharded.
+
+    Attributes:
+        sharding_type: TorchRec's name for it.
+        compute_kernel: TorchRec's name for where its rows live and how they are updated.
+        shards: in the order that TorchRec has them.
+        cache_share: of the rows that a kernel with a cache keeps on the device.
+    """
+
+    sharding_type: str
+    compute_kernel: str
+    shards: tuple[PlacedShard, ...]
+    cache_share: float | None = None
+
+    @property
+    def ranks(self) -> list[int]:
+        """The rank of each shard."""
+        return [shard.rank for shard in self.shards]
+
+
+Layout = Mapping[str, PlacedTable]
+
+
+def layout_of(plan: ShardingPlan) -> dict[str, PlacedTable]:
+    """What a TorchRec plan says, by table."""
+    layout: dict[str, PlacedTable] = {}
+    for module_plan in plan.plan.values():
+        for table, sharding in module_plan.items():
+            layout[table] = PlacedTable(
+                sharding.sharding_type,
+                sharding.compute_kernel,
+                tuple(
+                    PlacedShard(shard.placement.rank(), tuple(shard.shard_offsets), tuple(shard.shard_sizes))
+                    for shard in sharding.sharding_spec.shards
+                ),
+                sharding.cache_params.load_factor if sharding.cache_params else None,
+            )
+    return layout
+
+
+def layout_as_dict(layout: Layout) -> dict[str, Any]:
+    """For JSON."""
+    return {
+        name: {
+            "sharding_type": placed.sharding_type,
+            "compute_kernel": placed.compute_kernel,
+            "cache_share": placed.cache_share,
+            "ranks": placed.ranks,
+            "shards": [asdict(shard) for shard in placed.shards],
+        }
+        for name, placed in layout.items()
+    }
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The object in a plan.json.
+
+    Raises:
+        PlanError: the file cannot be read, is no plan, or of another format version.
+    """
+    try:
+        plan: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        msg = f"{path}: cannot read the plan: {error}; dlrm plan --out writes one"
+        raise PlanError(msg) from error
+    if not isinstance(plan, dict) or "tables" not in plan or "format_version" not in plan:
+        msg = f"{path}: not a plan (no tables, no format_version); dlrm plan --out writes one"
+        raise PlanError(msg)
+    if plan["format_version"] != FORMAT_VERSION:
+        msg = f"{path}: format_version is {plan['format_version']!r}, this version reads {FORMAT_VERSION}; plan again"
+        raise PlanError(msg)
+    return plan
+
+
+@dataclass(frozen=True)
+class SavedPlan:
+    """What a plan.json says to training.
+
+    Attributes:
+        place: what to call it in messages.
+        world_size: ranks that it was made for.
+        layout: of all tables.
+    """
+
+    place: str
+    world_size: int
+    layout: Layout
+
+
+def read_saved_plan(path: Path) -> SavedPlan:
+    """A plan.json to obey.
+
+    Raises:
+        PlanError: the file is no plan, or says that there is none.
+    """
+    plan = read_plan(path)
+    if plan.get("fits") is False:
+        msg = f"{path}: says that the tables do not fit, so it places none; dlrm plan shows what would make them fit"
+        raise PlanError(msg)
+    try:
+        layout = {
+            name: PlacedTable(
+                placed["sharding_type"],
+                placed["compute_kernel"],
+                tuple(PlacedShard(int(s["rank"]), _pair(s["offsets"]), _pair(s["sizes"])) for s in placed["shards"]),
+                placed.get("cache_share"),
+            )
+            for name, placed in plan["tables"].items()
+        }
+        return SavedPlan(str(path), int(plan["world_size"]), layout)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        msg = f"{path}: an entry is missing or damaged ({type(error).__name__}: {error}); plan again"
+        raise PlanError(msg) from error
+
+
+def _pair(values: Sequence[Any]) -> tuple[int, int]:
+    first, second = values
+    return int(first), int(second)
+
+
+def sharding_plan(saved: SavedPlan, model: nn.Module, machine: Machine) -> ShardingPlan:
+    """The saved plan as TorchRec's, for a model.
+
+    Args:
+        saved: places all its tables.
+        model: holds the tables.
+        machine: the ranks.
+
+    Raises:
+        PlanError: the plan is for another model or another number of ranks.
+    """
+    check_layout(saved, tables_of(model), machine)
+    modules: dict[str, EmbeddingModuleShardingPlan] = {}
+    for path, collection in collections_of(model):
+        modules[path] = EmbeddingModuleShardingPlan()
+        for config in collection.embedding_bag_configs():
+            modules[path][config.name] = _parameter_sharding(saved.layout[config.name], machine)
+    return ShardingPlan(dict(modules))
+
+
+def _parameter_sharding(placed: PlacedTable, machine: Machine) -> ParameterSharding:
+    shards = [
+        ShardMetadata(
+            shard_offsets=list(shard.offsets),
+            shard_sizes=list(shard.sizes),
+            placement=placement(machine.kind, shard.rank, machine.devices_per_host),
+        )
+        for shard in placed.shards
+    ]
+    return ParameterSharding(
+        sharding_type=placed.sharding_type,
+        compute_kernel=placed.compute_kernel,
+        ranks=placed.ranks,
+        sharding_spec=EnumerableShardingSpec(shards),
+        cache_params=CacheParams(load_factor=placed.cache_share) if placed.cache_share is not None else None,
+    )
+
+
+def check_layout(saved: SavedPlan, tables: Sequence[Table], machine: Machine) -> None:
+    """Refuse a plan that is not for these tables and this machine.
+
+    Raises:
+        PlanError: names the first few of everything that does not match.
+    """
+    layout = saved.layout
+    names = [table.name for table in tables]
+    problems = [f"{name}: the model has it, the plan does not" for name in names if name not in layout]
+    problems += [f"{name}: the plan has it, the model does not" for name in layout if name not in set(names)]
+    problems += [problem for table in tables if table.name in layout for problem in _misfits(layout[table.name], table)]
+    if saved.world_size != machine.num_devices:
+        problems.insert(0, f"it is for {saved.world_size} rank(s), there are {machine.num_devices}")
+    if any(not 0 <= rank < saved.world_size for placed in layout.values() for rank in placed.ranks):
+        problems.append(f"it puts shards on ranks that are not among 0 to {saved.world_size - 1}")
+    wrong_kind = [name for name, placed in layout.items() if placed.sharding_type not in KINDS[machine.kind]]
+    problems += [
+        f"{name}: {layout[name].sharding_type} does not work on {machine.kind}, which knows "
+        f"{', '.join(KINDS[machine.kind])}"
+        for name in wrong_kind
+    ]
+    problems += [
+        f"{name}: unknown kernel {placed.compute_kernel!r}, or not for {machine.kind}"
+        for name, placed in layout.items()
+        if placed.compute_kernel not in _KERNELS[: 2 if machine.kind == "cuda" else 1]
+    ]
+    if problems:
+        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+        lines = [f"{saved.place}: the plan is not for this model and machine:", *problems[:5], *more]
+        msg = "\n  ".join(lines) + "\nplan again with dlrm plan, for the same dataset, config and number of devices"
+        raise PlanError(msg)
+
+
+def _misfits(placed: PlacedTable, table: Table) -> list[str]:
+    """What is wrong with one table: its shards have to tile it."""
+    shards = [shard for shard in placed.shards if shard.num_values]
+    rows = max((shard.offsets[0] + shard.sizes[0] for shard in shards), default=0)
+    columns = max((shard.offsets[1] + shard.sizes[1] for shard in shards), default=0)
+    if (rows, columns) != (table.rows, table.dim):
+        return [
+            f"{table.name}: the plan is for {rows:,} rows of {columns}, the model has {table.rows:,} of {table.dim}"
+        ]
+    if sum(shard.num_values for shard in shards) != rows * columns or _overlap(shards):
+        return [f"{table.name}: its shards do not cover every row once"]
+    return []
+
+
+def _overlap(shards: Sequence[PlacedShard]) -> bool:
+    """Whether two shards share a value.  Sorted by row and column, only neighbours of a grid can."""
+    taken: set[tuple[int, int]] = set()
+    for shard in shards:
+        if shard.offsets in taken or min(shard.sizes) < 1 or min(shard.offsets) < 0:
+            return True
+        taken.add(shard.offsets)
+    edges_r = sorted({s.offsets[0] for s in shards})
+    edges_c = sorted({s.offsets[1] for s in shards})
+    next_r = dict(zip(edges_r, [*edges_r[1:], float("inf")], strict=True))
+    next_c = dict(zip(edges_c, [*edges_c[1:], float("inf")], strict=True))
+    return any(
+        s.offsets[0] + s.sizes[0] > next_r[s.offsets[0]] or s.offsets[1] + s.sizes[1] > next_c[s.offsets[1]]
+        for s in shards
+    )

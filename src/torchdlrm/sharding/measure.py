@@ -1,0 +1,195 @@
+"""Calibration: how fast the machine at hand looks up, exchanges and multiplies.
+
+Every rank times its own part at the same time as the others, as in training, so that they share the host's cores and
+memory as they will then. In come the problem and the ranks; out come rates in TorchRec's terms and the time of the
+dense parts.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
+from torch import distributed as dist
+from torch import nn
+
+from torchdlrm.config import Config
+from torchdlrm.model.interaction import InteractionArch
+from torchdlrm.sharding.estimate import NUM_DENSE_FEATURES, DensePart
+from torchdlrm.sharding.problem import Problem
+from torchdlrm.sharding.tables import Table
+
+_WEIGHTS_LIMIT_BYTES = 2 * 10**9
+_ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured, on the slowest rank.
+
+    Attributes:
+        lookup_forward_ms: of all tables of a rank.
+        lookup_backward_ms: of the same, with the update.
+        lookup_bytes: that the forward moves by TorchRec's count: ids, rows, output.
+        exchange_ms: an all-to-all of the embeddings of a step.
+        exchange_bytes: that each rank takes part with.
+        dense_ms: dense arch, interaction and over arch with their update.
+        all_reduce_ms: of the dense parts' gradients.
+    """
+
+    lookup_forward_ms: float
+    lookup_backward_ms: float
+    lookup_bytes: float
+    exchange_ms: float
+    exchange_bytes: float
+    dense_ms: float
+    all_reduce_ms: float
+
+    def apply(self, problem: Problem) -> Problem:
+        """The problem with the machine's own rates in place of peak ones."""
+        machine = replace(
+            problem.machine,
+            memory_bytes_per_s=1000 * self.lookup_bytes / self.lookup_forward_ms,
+            backward_multiplier=self.lookup_backward_ms / self.lookup_forward_ms,
+            intra_host_bytes_per_s=1000 * self.exchange_bytes / self.exchange_ms,
+            source="measured on this machine",
+        )
+        return replace(problem, machine=machine, measured=DensePart(self.dense_ms, self.all_reduce_ms))
+
+
+def measure(problem: Problem, config: Config, device: torch.device) -> Measurement:
+    """Time this rank; every rank of the default process group must call this at the same time.
+
+    Args:
+        problem: whose tables, batch and dense parts are timed.
+        config: of the training; its dense optimizer is timed too.
+        device: where this rank computes.
+    """
+    world_size = dist.get_world_size()
+    rows = -(-problem.options.batch_size_global // world_size)
+    mine = list(problem.tables)[dist.get_rank() :: world_size] or list(problem.tables)[:1]
+    forward_ms, backward_ms = _time_lookups(mine, rows * world_size, config, device)
+    lookups = sum(table.pooling_factor for table in mine)
+    values = sum(table.pooling_factor * table.dim for table in mine)
+    outputs = sum(table.dim for table in mine)
+    batch = rows * world_size
+    exchange_bytes = float(4 * outputs * batch)
+    exchange_ms = _time_exchange(int(exchange_bytes), device)
+    dense_ms, dense_bytes = _time_dense(problem, config, rows, device)
+    all_reduce_ms = _time_all_reduce(dense_bytes, device) if world_size > 1 else 0.0
+    slowest = torch.tensor([forward_ms, backward_ms, exchange_ms, dense_ms, all_reduce_ms])
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    forward_ms, backward_ms, exchange_ms, dense_ms, all_reduce_ms = slowest.tolist()
+    return Measurement(
+        forward_ms,
+        backward_ms,
+        batch * (8 * lookups + 4 * values + 4 * outputs),
+        exchange_ms,
+        exchange_bytes,
+        dense_ms,
+        all_reduce_ms,
+    )
+
+
+def _time_lookups(
+    tables: Sequence[Table], batch_rows: int, config: Config, device: torch.device
+) -> tuple[float, float]:
+    """Milliseconds of the fused forward, and of the backward with its update, for tables of one rank."""
+    limit = max(1, _WEIGHTS_LIMIT_BYTES // (4 * sum(table.dim for table in tables)))
+    sizes = [min(table.rows, limit) for table in tables]
+    on_gpu = device.type == "cuda"
+    place = EmbeddingLocation.DEVICE if on_gpu else EmbeddingLocation.HOST
+    unit = ComputeDevice.CUDA if on_gpu else ComputeDevice.CPU
+    lookup = SplitTableBatchedEmbeddingBagsCodegen(
+        [(size, table.dim, place, unit) for size, table in zip(sizes, tables, strict=True)],
+        learning_rate=config.table_optimizer.learning_rate,
+        device=device,
+    )
+    counts = [max(1, round(table.pooling_factor)) for table in tables]
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        torch.cat(
+            [torch.randint(size, (batch_rows * n,), generator=generator) for size, n in zip(sizes, counts, strict=True)]
+        ).to(device)
+        for _ in range(4)
+    ]
+    lengths = torch.cat([torch.full((batch_rows,), n) for n in counts])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(device)
+    forward, backward = [], []
+    for turn in range(_ROUNDS + 2):
+        started_s = _now(device)
+        pooled = lookup(batches[turn % 4], offsets)
+        between_s = _now(device)
+        pooled.backward(pooled.detach())
+        ended_s = _now(device)
+        if turn >= 2:  # the first ones allocate
+            forward.append(between_s - started_s)
+            backward.append(ended_s - between_s)
+    return 1000 * statistics.median(forward), 1000 * statistics.median(backward)
+
+
+def _time_exchange(num_bytes: int, device: torch.device) -> float:
+    """Milliseconds of an all-to-all in which every rank sends so many bytes in all, its own part included."""
+    world_size = dist.get_world_size()
+    values = max(1, num_bytes // 4 // world_size) * world_size
+    sent, received = torch.ones(values, device=device), torch.empty(values, device=device)
+    return _median_ms(lambda: dist.all_to_all_single(received, sent), device)
+
+
+def _time_all_reduce(num_bytes: int, device: torch.device) -> float:
+    gradient = torch.ones(num_bytes // 4, device=device)
+    return _median_ms(lambda: dist.all_reduce(gradient), device)
+
+
+def _time_dense(problem: Problem, config: Config, rows: int, device: torch.device) -> tuple[float, int]:
+    """Milliseconds of the dense parts with loss and update, and the bytes of their parameters."""
+    model = problem.model
+    dense_arch = _layers([NUM_DENSE_FEATURES, *model.dense_arch_layer_sizes], last_relu=True).to(device)
+    num_features = len(problem.tables)
+    interaction = InteractionArch(num_features).to(device)
+    over_in = model.embedding_dim + num_features * (num_features + 1) // 2
+    over_arch = _layers([over_in, *model.over_arch_layer_sizes], last_relu=False).to(device)
+    parameters = [*dense_arch.parameters(), *over_arch.parameters()]
+    optimizer = {"adagrad": torch.optim.Adagrad, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[
+        config.dense_optimizer.name
+    ](parameters, lr=1e-3, foreach=True)
+    dense_rows = torch.rand(rows, NUM_DENSE_FEATURES, device=device)
+    sparse_BFD = torch.rand(rows, num_features, model.embedding_dim, device=device, requires_grad=True)
+    labels_B = torch.ones(rows, device=device)
+
+    def step() -> None:
+        logits_B = over_arch(interaction(dense_arch(dense_rows), sparse_BFD)).squeeze(-1)
+        nn.functional.binary_cross_entropy_with_logits(logits_B, labels_B).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sparse_BFD.grad = None
+
+    return _median_ms(step, device), sum(4 * parameter.numel() for parameter in parameters)
+
+
+def _layers(sizes: Sequence[int], *, last_relu: bool) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for index in range(len(sizes) - 1):
+        layers.append(nn.Linear(sizes[index], sizes[index + 1]))
+        if last_relu or index < len(sizes) - 2:
+            layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+def _median_ms(work: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for turn in range(_ROUNDS + 2):
+        started_s = _now(device)
+        work()
+        if turn >= 2:
+            times.append(_now(device) - started_s)
+    return 1000 * statistics.median(times)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,94 @@
+"""Training's way to a plan: the one that was given, refused where it does not match, or else a new one."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torchrec.distributed.types import ModuleSharder, ShardingPlan
+
+from torchdlrm.config import Config
+from torchdlrm.errors import PlanError
+from torchdlrm.sharding.layout import check_layout, layout_of, read_saved_plan, sharding_plan
+from torchdlrm.sharding.planner import PlanOptions, plan_sharding, tables_of
+from torchdlrm.sharding.problem import Problem, Solution, solution_of
+from torchdlrm.sharding.tables import feature_tables
+from torchdlrm.sharding.topology import Machine, local_machine
+from torchdlrm.sharding.units import show_bytes
+
+
+def plan_or_obey(
+    model: nn.Module,
+    config: Config,
+    *,
+    machine: Machine,
+    sharders: Sequence[ModuleSharder[nn.Module]],
+    process_group: dist.ProcessGroup | None,
+    saved_plan: Path | None,
+) -> tuple[ShardingPlan, Solution]:
+    """The plan to shard a model by, and what it costs.
+
+    Args:
+        model: holds the tables, on the meta device.
+        config: of the run.
+        machine: the ranks.
+        sharders: what can be sharded, and how.
+        process_group: rank 0 plans for all; None plans in this process.
+        saved_plan: a plan.json to obey; every rank reads it.
+
+    Raises:
+        PlanError: the tables do not fit; or the saved plan is for another model or number of ranks, or does not fit.
+    """
+    problem = Problem(tuple(tables_of(model)), machine, PlanOptions.of(config), model=config.model)
+    if saved_plan is None:
+        found = plan_sharding(
+            model, machine=machine, options=problem.options, sharders=sharders, process_group=process_group
+        )
+        return found.plan, solution_of(problem, layout_of(found.plan), found)
+    saved = read_saved_plan(saved_plan)
+    plan = sharding_plan(saved, model, machine)
+    solution = solution_of(problem, saved.layout, None)
+    _check_memory(saved_plan, solution)
+    return plan, solution
+
+
+def _check_memory(path: Path, solution: Solution) -> None:
+    """A plan for another optimizer, batch or machine may ask more of a rank than it has."""
+    problem = solution.problem
+    fullest = solution.fullest_rank
+    needed_bytes = solution.ranks[fullest].device_bytes
+    if needed_bytes > problem.usable_bytes:
+        msg = (
+            f"{path}: the plan does not fit this machine: rank {fullest} would need {show_bytes(needed_bytes)} for its "
+            f"tables with {problem.options.optimizer}, and has {show_bytes(problem.usable_bytes)} "
+            f"(sharding.reserved_share = {problem.options.reserved_share}); plan again for this machine and optimizer"
+        )
+        raise PlanError(msg)
+
+
+def check_given_plan(config: Config, num_embeddings: Mapping[str, int], *, world_size: int) -> None:
+    """Refuse a plan that training could not obey, before any process is started.
+
+    Args:
+        config: of the run; without sharding.plan there is nothing to check.
+        num_embeddings: rows of each feature's table.
+        world_size: number of ranks, all on this host.
+
+    Raises:
+        PlanError: the plan is for another model or another number of ranks.
+    """
+    if config.sharding.plan is None:
+        return
+    tables = feature_tables(num_embeddings, config.model.embedding_dim)
+    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= world_size
+    machine = local_machine(
+        config.sharding,
+        world_size=world_size,
+        local_world_size=world_size,
+        device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
+    )
+    saved = read_saved_plan(Path(config.sharding.plan))
+    check_layout(saved, tables, machine)
+    problem = Problem(tuple(tables), machine, PlanOptions.of(config), model=config.model)
+    _check_memory(Path(config.sharding.plan), solution_of(problem, saved.layout, None))

@@ -1,0 +1,81 @@
+"""plan.json: where every table goes and what it costs; `dlrm train --plan` obeys it, `dlrm plan --compare` reads it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torchdlrm.sharding.estimate import Cost
+from torchdlrm.sharding.layout import FORMAT, FORMAT_VERSION, layout_as_dict
+from torchdlrm.sharding.problem import Problem, Solution
+
+
+def plan_as_dict(solution: Solution) -> dict[str, Any]:
+    """The plan as JSON."""
+    tables = layout_as_dict(solution.layout)
+    for table in solution.problem.tables:
+        shards = solution.costs[table.name]
+        tables[table.name] |= {
+            "rows": table.rows,
+            "dim": table.dim,
+            "pooling_factor": table.pooling_factor,
+            **_cost_as_dict(sum(shards, Cost())),
+        }
+    return {
+        **problem_as_dict(solution.problem),
+        "fits": True,
+        "estimate": {
+            "step_ms": solution.step_ms,
+            "rows_per_s": solution.rows_per_s,
+            "dense": asdict(solution.dense),
+            "bottleneck_rank": solution.bottleneck_rank,
+            "fullest_rank": solution.fullest_rank,
+            "worst_rank_ms": solution.ranks[solution.bottleneck_rank].total_ms,
+            "lower_bound_ms": solution.lower_bound_ms,
+            "above_lower_bound": solution.above_lower_bound,
+        },
+        "total": _cost_as_dict(solution.total),
+        "ranks": [
+            {"rank": rank, "memory_share": solution.memory_share(rank), **_cost_as_dict(cost)}
+            for rank, cost in enumerate(solution.ranks)
+        ],
+        "tables": tables,
+    }
+
+
+def problem_as_dict(problem: Problem) -> dict[str, Any]:
+    """What was planned for, as JSON."""
+    options = problem.options
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "world_size": problem.machine.num_devices,
+        "machine": asdict(problem.machine),
+        "optimizer": options.optimizer,
+        "precision": problem.precision,
+        "batch_size_global": options.batch_size_global,
+        "reserved_share": options.reserved_share,
+        "constraints": list(options.constraints),
+        "host_cache_share": options.host_cache_share,
+    }
+
+
+def write_plan(path: Path, solution: Solution) -> None:
+    """Write plan.json, whole or not at all."""
+    write_json(path, plan_as_dict(solution))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object to a file, whole or not at all."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    beside.rename(path)
+
+
+def _cost_as_dict(cost: Cost) -> dict[str, Any]:
+    return {
+        **asdict(cost),
+        "total_bytes": cost.total_bytes,
+        "device_bytes": cost.device_bytes,
+        "total_ms": cost.total_ms,
+    }

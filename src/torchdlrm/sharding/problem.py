@@ -1,0 +1,165 @@
+"""A question to the planner and its answer: tables and machine in, where everything goes and what it costs out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torchdlrm.config import ModelConfig
+from torchdlrm.sharding.estimate import Cost, DensePart, dense_part, shard_costs
+from torchdlrm.sharding.layout import PlacedTable, layout_of
+from torchdlrm.sharding.planner import DoesNotFitError, Found, PlanOptions, meta_tables, plan_sharding, table_sharder
+from torchdlrm.sharding.tables import Precision, Table
+from torchdlrm.sharding.topology import Machine
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be planned.
+
+    Attributes:
+        tables: of the model.
+        machine: the ranks.
+        options: optimizer, batch, reserve, constraints.
+        precision: of the tables' weights.
+        model: the dense parts' shape.
+        measured: what the dense parts take where that was measured; by their arithmetic when None.
+    """
+
+    tables: tuple[Table, ...]
+    machine: Machine
+    options: PlanOptions
+    precision: Precision = "float32"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    measured: DensePart | None = None
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory of each rank for tables, where they live by default."""
+        return int(self.machine.memory_bytes * (1 - self.options.reserved_share))
+
+    @property
+    def table_bytes(self) -> int:
+        """Weights and optimizer state of all tables."""
+        return sum(
+            table.weight_bytes(self.precision) + table.state_bytes(self.options.optimizer) for table in self.tables
+        )
+
+    def with_options(self, **changes: Any) -> "Problem":
+        """The same problem with some options changed."""
+        return replace(self, options=replace(self.options, **changes))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A plan and what it costs.
+
+    Attributes:
+        problem: what was asked.
+        layout: where everything goes.
+        costs: of every shard, by table, in the layout's order.
+        dense: what every rank does beside its tables.
+        lower_bound_ms: no plan has a slowest rank whose tables take less; None for a plan that was given.
+        num_proposals: plans that were tried.
+        search_s: wall time of the search.
+    """
+
+    problem: Problem
+    layout: Mapping[str, PlacedTable]
+    costs: Mapping[str, list[Cost]]
+    dense: DensePart
+    lower_bound_ms: float | None
+    num_proposals: int
+    search_s: float
+
+    @cached_property
+    def ranks(self) -> list[Cost]:
+        """The cost of each rank's shards together."""
+        ranks = [Cost()] * self.problem.machine.num_devices
+        for name, placed in self.layout.items():
+            for shard, cost in zip(placed.shards, self.costs[name], strict=True):
+                ranks[shard.rank] += cost
+        return ranks
+
+    @property
+    def bottleneck_rank(self) -> int:
+        """The rank whose tables take longest."""
+        times = [rank.total_ms for rank in self.ranks]
+        return times.index(max(times))
+
+    @property
+    def fullest_rank(self) -> int:
+        """The rank with the least memory left."""
+        used = [rank.device_bytes for rank in self.ranks]
+        return used.index(max(used))
+
+    @property
+    def total(self) -> Cost:
+        """Everything on all ranks; its milliseconds are device time, not wall time."""
+        return sum(self.ranks, Cost())
+
+    @property
+    def step_ms(self) -> float:
+        """Wall time of a step: the slowest rank's tables, then the dense parts."""
+        return self.ranks[self.bottleneck_rank].total_ms + self.dense.total_ms
+
+    @property
+    def rows_per_s(self) -> float:
+        """Training rows a second over all ranks."""
+        return 1000 * self.problem.options.batch_size_global / self.step_ms
+
+    @property
+    def above_lower_bound(self) -> float | None:
+        """By what share the slowest rank's tables take longer than the lower bound."""
+        if not self.lower_bound_ms:
+            return None
+        return self.ranks[self.bottleneck_rank].total_ms / self.lower_bound_ms - 1
+
+    def memory_share(self, rank: int) -> float:
+        """Share of a rank's memory that its tables take."""
+        return self.ranks[rank].device_bytes / self.problem.machine.memory_bytes
+
+
+def solve(problem: Problem) -> Solution:
+    """Plan, with the same function that training plans with.
+
+    Raises:
+        PlanError: the tables do not fit, or a constraint is wrong.
+    """
+    found = plan_sharding(
+        meta_tables(problem.tables, problem.precision),
+        machine=problem.machine,
+        options=problem.options,
+        sharders=[table_sharder({})],
+        process_group=None,
+        tables=problem.tables,
+    )
+    return solution_of(problem, layout_of(found.plan), found)
+
+
+def solution_of(problem: Problem, layout: Mapping[str, PlacedTable], found: Found | None) -> Solution:
+    """What a layout costs, wherever it comes from.
+
+    Args:
+        problem: that it answers.
+        layout: of all tables.
+        found: how the planner found it; None for a plan that was given.
+    """
+    return Solution(
+        problem,
+        layout,
+        shard_costs(layout, problem.tables, problem.machine, problem.options, problem.precision),
+        problem.measured
+        or dense_part(problem.model, len(problem.tables), problem.machine, problem.options.batch_size_global),
+        found.lower_bound_ms if found else None,
+        found.num_proposals if found else 0,
+        found.search_s if found else 0.0,
+    )
+
+
+def try_solve(problem: Problem) -> Solution | None:
+    """The solution, or None where the tables do not fit."""
+    try:
+        return solve(problem)
+    except DoesNotFitError:
+        return None

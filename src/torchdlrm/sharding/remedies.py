@@ -1,0 +1,288 @@
+"""When the tables do not fit: how much is missing and where, and what would make them fit, each tried and priced."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.sharding.constraints import COLUMN_WISE
+from torchdlrm.sharding.problem import Problem, Solution, try_solve
+from torchdlrm.sharding.tables import Optimizer, cap_rows
+from torchdlrm.sharding.units import show_bytes
+
+_CACHE_SHARES = (0.2, 0.1, 0.05)
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """How far a problem is from fitting.
+
+    Attributes:
+        needed_bytes: weights and optimizer state of all tables.
+        usable_bytes: memory for tables of all ranks together.
+        missing_bytes: their difference; 0 where the sum would fit, but not in pieces of the sizes there are.
+        rank_missing_bytes: of a rank, if all were filled alike.
+        largest: names and bytes of the largest tables.
+        undividable: tables of which no allowed shard fits on a rank.
+    """
+
+    needed_bytes: int
+    usable_bytes: int
+    missing_bytes: int
+    rank_missing_bytes: int
+    largest: tuple[tuple[str, int], ...]
+    undividable: tuple[str, ...]
+
+    def message(self, problem: Problem) -> str:
+        """The clear no, in one or two sentences."""
+        machine = problem.machine
+        head = (
+            f"no: {show_bytes(self.needed_bytes)} of weights and state of {problem.options.optimizer} do not fit on "
+            f"{machine.num_devices} x {machine.device}, of which {show_bytes(problem.usable_bytes)} each "
+            f"({show_bytes(self.usable_bytes)} in all) are for tables: "
+        )
+        if self.missing_bytes:
+            return head + (
+                f"{show_bytes(self.missing_bytes)} are missing, {show_bytes(self.rank_missing_bytes)} on every rank"
+            )
+        if self.undividable:
+            return head + f"a shard of {', '.join(self.undividable[:3])} is larger than a rank's memory"
+        return head + "the sum would fit, but the tables cannot be cut into pieces that do"
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change after which the tables fit: planned again, so known to work.
+
+    Attributes:
+        change: what to change.
+        options: how to say so to `dlrm plan`.
+        price: what it costs.
+        solution: the plan that it leads to.
+    """
+
+    change: str
+    options: str
+    price: str
+    solution: Solution
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, with the figures of its plan."""
+        fullest = self.solution.fullest_rank
+        return {
+            "change": self.change,
+            "options": self.options,
+            "price": self.price,
+            "step_ms": self.solution.step_ms,
+            "rows_per_s": self.solution.rows_per_s,
+            "num_devices": self.solution.problem.machine.num_devices,
+            "fullest_rank_memory_share": self.solution.memory_share(fullest),
+        }
+
+
+def shortfall(problem: Problem) -> Shortfall:
+    """How much is missing, and where."""
+    usable = problem.usable_bytes * problem.machine.num_devices
+    missing = max(0, problem.table_bytes - usable)
+    sizes = {
+        table.name: table.weight_bytes(problem.precision) + table.state_bytes(problem.options.optimizer)
+        for table in problem.tables
+    }
+    by_size = sorted(sizes.items(), key=lambda item: -item[1])
+    return Shortfall(
+        needed_bytes=problem.table_bytes,
+        usable_bytes=usable,
+        missing_bytes=missing,
+        rank_missing_bytes=-(-missing // problem.machine.num_devices),
+        largest=tuple(by_size[:5]),
+        undividable=tuple(
+            name for name, size in by_size if size > problem.usable_bytes and problem.machine.kind == "cpu"
+        ),
+    )
+
+
+def shortfall_as_dict(found: Shortfall) -> dict[str, Any]:
+    """For JSON."""
+    return {**asdict(found), "largest": [{"table": name, "bytes": size} for name, size in found.largest]}
+
+
+def remedies(problem: Problem, progress: ProgressListener = SILENT) -> list[Remedy]:
+    """Everything that makes the tables fit by itself, planned again to be sure.
+
+    Args:
+        problem: one that does not fit.
+        progress: is told of every attempt.
+    """
+    attempts: list[Callable[[Problem], Iterator[Remedy]]] = [
+        _more_devices,
+        _without_constraints,
+        _by_columns,
+        _leaner_optimizer,
+        _half_precision,
+        _host_memory,
+        _fewer_rows,
+        _smaller_dim,
+    ]
+    progress.start_phase("look for remedies", len(attempts), unit="ideas")
+    found: list[Remedy] = []
+    for attempt in attempts:
+        found += attempt(problem)
+        progress.advance(1)
+    return found
+
+
+def _more_devices(problem: Problem) -> Iterator[Remedy]:
+    machine = problem.machine
+    per_host = max(machine.devices_per_host, 8) if machine.kind == "cuda" else machine.devices_per_host
+    least = max(machine.num_devices + 1, -(-problem.table_bytes // problem.usable_bytes))
+    whole_hosts = -(-max(least, per_host) // per_host) * per_host
+    candidates = [*range(least, per_host), *range(whole_hosts, whole_hosts + 4 * per_host, per_host)]
+    for num_devices in candidates[:8]:
+        hosts = max(1, num_devices // per_host)
+        solution = try_solve(replace(problem, machine=replace(machine, num_devices=num_devices, num_hosts=hosts)))
+        if solution is not None:
+            extra = num_devices - machine.num_devices
+            yield Remedy(
+                f"{num_devices} devices (the fewest that do)",
+                f"--devices {num_devices} --hosts {hosts}",
+                f"{extra} more {machine.device}: {num_devices / machine.num_devices:.2g} times the rent",
+                solution,
+            )
+            return
+
+
+def _without_constraints(problem: Problem) -> Iterator[Remedy]:
+    if not problem.options.constraints:
+        return
+    solution = try_solve(problem.with_options(constraints=()))
+    if solution is not None:
+        cut = _cut_tables(solution)
+        yield Remedy(
+            f"no constraints, so that tables can be cut ({cut})",
+            "leave out --constraint",
+            "more exchange between ranks; tables are no longer where you wanted them",
+            solution,
+        )
+
+
+def _by_columns(problem: Problem) -> Iterator[Remedy]:
+    """On CPU tables can be cut by columns alone, and with row-wise Adagrad only when asked for."""
+    if problem.machine.kind != "cpu" or problem.options.constraints or problem.machine.num_devices == 1:
+        return
+    large = sorted(problem.tables, key=lambda table: -table.rows * table.dim)[:8]
+    rules = tuple(f"{table.name}={COLUMN_WISE}" for table in large if table.dim >= 8)
+    solution = try_solve(problem.with_options(constraints=rules)) if rules else None
+    if solution is not None:
+        yield Remedy(
+            f"the {len(rules)} largest tables cut by columns",
+            " ".join(f"--constraint {rule}" for rule in rules),
+            "each rank looks up every id of those tables; row-wise Adagrad keeps a state for each half, so the "
+            "weights differ slightly from those of an uncut table",
+            solution,
+        )
+
+
+def _leaner_optimizer(problem: Problem) -> Iterator[Remedy]:
+    prices: dict[Optimizer, tuple[Optimizer, ...]] = {
+        "adam": ("adagrad", "rowwise_adagrad", "sgd"),
+        "adagrad": ("rowwise_adagrad", "sgd"),
+        "rowwise_adagrad": ("sgd",),
+        "sgd": (),
+    }
+    words = {
+        "adagrad": "half of Adam's state; no momentum",
+        "rowwise_adagrad": "one learning rate for a row instead of one for each value; usually as accurate for tables",
+        "sgd": "no state; rare ids learn slowly, so expect a lower AUC or a longer training",
+    }
+    for optimizer in prices[problem.options.optimizer]:
+        solution = try_solve(problem.with_options(optimizer=optimizer))
+        if solution is not None:
+            saved = problem.table_bytes - solution.problem.table_bytes
+            yield Remedy(
+                f"{optimizer} in place of {problem.options.optimizer}",
+                f"--optimizer {optimizer}",
+                f"{show_bytes(saved)} less; {words[optimizer]}",
+                solution,
+            )
+            return
+
+
+def _half_precision(problem: Problem) -> Iterator[Remedy]:
+    if problem.precision != "float32":
+        return
+    solution = try_solve(replace(problem, precision="float16"))
+    if solution is not None:
+        yield Remedy(
+            "float16 weights",
+            "--precision float16",
+            "weights keep 11 bits, small updates are lost without stochastic rounding (needs a GPU); TorchRec has no "
+            "int8 tables for training, and dlrm train keeps float32 ones",
+            solution,
+        )
+
+
+def _host_memory(problem: Problem) -> Iterator[Remedy]:
+    if problem.machine.kind != "cuda" or problem.options.host_cache_share is not None:
+        return
+    for share in _CACHE_SHARES:
+        solution = try_solve(problem.with_options(host_cache_share=share))
+        if solution is not None:
+            moved = [name for name, placed in solution.layout.items() if placed.cache_share is not None]
+            host = sum((cost.host_bytes for cost in solution.ranks), 0)
+            yield Remedy(
+                f"{len(moved)} tables in host memory, {share:.0%} of their rows cached on the GPU (UVM caching)",
+                f"--sharding.host-cache-share {share}",
+                f"{show_bytes(host)} of host memory; every row that is not cached crosses the host link",
+                solution,
+            )
+            return
+
+
+def _fewer_rows(problem: Problem) -> Iterator[Remedy]:
+    """The highest cap under which the sum fits, then a little less until a plan is found."""
+    low, high = 1, max(table.rows for table in problem.tables)
+    budget = problem.usable_bytes * problem.machine.num_devices
+    while low < high:
+        middle = (low + high + 1) // 2
+        if replace(problem, tables=tuple(cap_rows(problem.tables, middle))).table_bytes <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    for slack in (0.98, 0.93, 0.85, 0.7, 0.5):
+        max_rows = max(1, int(low * slack))
+        solution = try_solve(replace(problem, tables=tuple(cap_rows(problem.tables, max_rows))))
+        if solution is not None:
+            capped = [table for table in problem.tables if table.rows > max_rows]
+            lost = sum(table.rows - max_rows for table in capped)
+            yield Remedy(
+                f"at most {max_rows:,} rows a table: caps {_some([table.name for table in capped])}",
+                f"--max-rows {max_rows}  (dlrm preprocess --max-rows {max_rows})",
+                f"{lost:,} rare ids ({lost / sum(table.rows for table in problem.tables):.0%}) become unknown",
+                solution,
+            )
+            return
+
+
+def _smaller_dim(problem: Problem) -> Iterator[Remedy]:
+    dims = {table.dim for table in problem.tables}
+    if len(dims) != 1 or max(dims) % 8:
+        return
+    dim = max(dims) // 2
+    tables = tuple(replace(table, dim=dim) for table in problem.tables)
+    solution = try_solve(replace(problem, tables=tables))
+    if solution is not None:
+        yield Remedy(
+            f"dimension {dim} in place of {max(dims)}",
+            f"--model.embedding-dim {dim} (and model.dense_arch_layer_sizes must end with {dim})",
+            "half the weights of every id; measure what it does to the AUC",
+            solution,
+        )
+
+
+def _cut_tables(solution: Solution) -> str:
+    cut = [f"{name} {p.sharding_type}" for name, p in solution.layout.items() if p.sharding_type != "table_wise"]
+    return _some(cut) or "all table_wise"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

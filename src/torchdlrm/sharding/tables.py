@@ -1,0 +1,189 @@
+"""The tables of a plan: what they are called, how large they are, how often a row of the batch looks into them.
+
+In: a preset by name, a file, or the rows of each feature.  Out: `Table`s, which know their bytes under a precision and
+an optimizer.  No torch in here.
+"""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torchdlrm.errors import PlanError
+
+Precision = Literal["float32", "float16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+BYTES_PER_VALUE: Mapping[Precision, int] = {"float32": 4, "float16": 2}
+
+Optimizer = Literal["sgd", "rowwise_adagrad", "adagrad", "adam"]
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+# float32 values of state, whatever the precision of the weights: FBGEMM keeps them so.
+_STATE_VALUES_PER_WEIGHT: Mapping[Optimizer, int] = {"sgd": 0, "rowwise_adagrad": 0, "adagrad": 1, "adam": 2}
+
+# Sizes by column: the logs' vocabularies, as facebookresearch/dlrm and MLPerf publish them.
+_KAGGLE_ROWS = (
+    *(1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194),
+    *(27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572),
+)
+_TERABYTE_40M_ROWS = (
+    *(40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956, 405282, 10),
+    *(2209, 11938, 155, 4, 976, 14, 40000000, 40000000, 40000000, 590152, 12973, 108, 36),
+)
+_MULTI_HOT_SIZES = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
+_PRESETS: Mapping[str, tuple[Sequence[int], Sequence[int], str]] = {
+    "criteo-kaggle": (_KAGGLE_ROWS, (1,) * 26, "Kaggle display advertising, whole vocabulary"),
+    "criteo-1tb": (_TERABYTE_40M_ROWS, (1,) * 26, "1TB click logs, at most 40 million rows a table (MLPerf's list)"),
+    "criteo-1tb-40m": (
+        (40_000_000,) * 26,
+        (1,) * 26,
+        "26 tables of 40 million rows: why tables are sharded",
+    ),
+    "mlperf-dcnv2": (_TERABYTE_40M_ROWS, _MULTI_HOT_SIZES, "MLPerf DLRM-DCNv2: criteo-1tb with multi-hot features"),
+}
+PRESETS = tuple(_PRESETS)
+MAX_ROWS = 2**40  # beyond any machine: a typing error, and bytes would no longer fit 63 bits
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding table.
+
+    Attributes:
+        name: of the table; a dataset's feature `cat_0` has the table `t_cat_0`.
+        rows: number of embeddings.
+        dim: values of each embedding, a multiple of 4 (FBGEMM's rows).
+        pooling_factor: ids that a row of the batch looks up in it, on average.
+    """
+
+    name: str
+    rows: int
+    dim: int
+    pooling_factor: float = 1.0
+
+    def weight_bytes(self, precision: Precision) -> int:
+        """Bytes of all embeddings."""
+        return self.rows * self.dim * BYTES_PER_VALUE[precision]
+
+    def state_bytes(self, optimizer: Optimizer) -> int:
+        """Bytes of the optimizer's state while the table is not cut by columns."""
+        return state_bytes(self.rows, self.dim, optimizer)
+
+
+def state_bytes(rows: int, columns: int, optimizer: Optimizer) -> int:
+    """Bytes of the optimizer's state for a shard of a table, float32.
+
+    Row-wise Adagrad keeps one value a row of every shard, so a table that is cut by columns has several a row.
+
+    Args:
+        rows: of the shard.
+        columns: of the shard.
+        optimizer: of the tables.
+    """
+    values = rows * columns * _STATE_VALUES_PER_WEIGHT[optimizer]
+    return 4 * (values + (rows if optimizer == "rowwise_adagrad" else 0))
+
+
+def table_name(feature: str) -> str:
+    """The name of a feature's table in our model."""
+    return f"t_{feature}"
+
+
+def feature_tables(num_embeddings: Mapping[str, int], dim: int) -> list[Table]:
+    """One table a feature, as `torchdlrm.model.build` makes them.
+
+    Args:
+        num_embeddings: rows by feature, in schema order.
+        dim: of all tables.
+    """
+    return [Table(table_name(feature), rows, dim) for feature, rows in num_embeddings.items()]
+
+
+def preset_tables(name: str, dim: int) -> list[Table]:
+    """The tables of a published model, called as those of the `criteo` schema.
+
+    Raises:
+        PlanError: no preset has this name.
+    """
+    if name not in _PRESETS:
+        known = "; ".join(f"{preset} ({about})" for preset, (_, _, about) in _PRESETS.items())
+        msg = f"--tables: there is no preset and no file {name!r}; presets are {known}"
+        raise PlanError(msg)
+    rows, pooling_factors, _ = _PRESETS[name]
+    return [
+        Table(table_name(f"cat_{i}"), *size_and_pooling)
+        for i, size_and_pooling in enumerate(zip(rows, (dim,) * 26, map(float, pooling_factors), strict=True))
+    ]
+
+
+def read_tables(path: Path, dim: int) -> list[Table]:
+    """Tables from a CSV file with a header, or a JSON list of objects.
+
+    Columns or keys: `rows`; optionally `name` (t_0, t_1, ... when missing), `dim` (the given one when missing) and
+    `pooling_factor` (1 when missing).
+
+    Raises:
+        PlanError: the file cannot be read, or a value is wrong; every problem in one message.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        records: Any = json.loads(text) if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        msg = f"--tables: cannot read {path}: {error}; expected CSV with a header, or a JSON list"
+        raise PlanError(msg) from error
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        msg = f"--tables: {path}: expected a list of objects with rows, and optionally name, dim, pooling_factor"
+        raise PlanError(msg)
+    problems: list[str] = []
+    tables = [_read_table(record, index, dim, problems) for index, record in enumerate(records)]
+    if problems:
+        raise PlanError("\n".join([f"--tables: {path} is wrong:", *(f"  {problem}" for problem in problems)]))
+    check_tables(tables, str(path))
+    return tables
+
+
+def _read_table(record: Mapping[str, Any], index: int, dim: int, problems: list[str]) -> Table:
+    place = f"table {index + 1}"
+    unknown = sorted(str(key) for key in set(record) - {"name", "rows", "dim", "pooling_factor"})
+    if unknown:
+        problems.append(f"{place}: {', '.join(unknown)}: not one of name, rows, dim, pooling_factor")
+    numbers: dict[str, float] = {}
+    for key, default in (("rows", None), ("dim", dim), ("pooling_factor", 1)):
+        value = record.get(key)
+        value = default if value in {None, ""} else value
+        try:
+            numbers[key] = float(value) if key == "pooling_factor" else int(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            problems.append(f"{place}: {key}: expected a number, got {value!r}")
+            numbers[key] = 4
+    return Table(
+        str(record.get("name") or f"t_{index}"), int(numbers["rows"]), int(numbers["dim"]), numbers["pooling_factor"]
+    )
+
+
+def check_tables(tables: Sequence[Table], place: str) -> None:
+    """Refuse sizes that no table can have.
+
+    Raises:
+        PlanError: a table is empty, negative or absurd, or two have the same name; every problem in one message.
+    """
+    problems = [] if tables else ["there is no table"]
+    seen: set[str] = set()
+    for table in tables:
+        if table.name in seen:
+            problems.append(f"{table.name}: two tables have this name")
+        seen.add(table.name)
+        if not 1 <= table.rows <= MAX_ROWS:
+            problems.append(f"{table.name}: rows must be from 1 to {MAX_ROWS:,}, got {table.rows:,}")
+        if table.dim < 4 or table.dim % 4 or table.dim > 8192:
+            problems.append(f"{table.name}: dim must be a multiple of 4 from 4 to 8192, got {table.dim}")
+        if not 0 < table.pooling_factor <= 1e6:
+            problems.append(f"{table.name}: pooling_factor must be above 0, got {table.pooling_factor:g}")
+    if problems:
+        raise PlanError("\n".join([f"the tables of {place} are wrong:", *(f"  {problem}" for problem in problems)]))
+
+
+def cap_rows(tables: Sequence[Table], max_rows: int) -> list[Table]:
+    """The same tables with at most `max_rows` rows each."""
+    return [replace(table, rows=min(table.rows, max_rows)) for table in tables]

@@ -1,0 +1,171 @@
+"""Data that others have encoded becomes a dataset: the same ids and floats, shuffled, checked."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from torchdlrm.data.dataset import Dataset
+
+DENSE, SPARSE = [f"int_{i}" for i in range(13)], [f"cat_{i}" for i in range(26)]
+
+
+def dlrm(*arguments):
+    command = [sys.executable, "-c", "from torchdlrm.cli.main import main; main()", "import", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def import_ok(source, out, kind, *options):
+    done = dlrm(source, "--out", out, "--format", kind, "--json", *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["dataset"] == str(out)
+    dataset = Dataset.open(out)
+    dataset.verify()
+    return dataset
+
+
+def rows(dataset, split):
+    files = dataset.splits[split].files
+    return pl.concat(pl.read_parquet(file.path) for file in files) if files else None
+
+
+def random_rows(num_rows, seed):
+    """int_0 numbers the rows, so that a shuffled row is known again."""
+    rng = np.random.default_rng(seed)
+    dense = rng.normal(size=(num_rows, 13)).astype(np.float32)
+    dense[:, 0] = np.arange(num_rows) + 1000 * seed
+    return rng.integers(0, 2, (num_rows, 1), np.int32), dense, rng.integers(2, 40 + seed, (num_rows, 26))
+
+
+def write_days(folder, dtype=np.int32):
+    folder.mkdir()
+    days = [random_rows(500, seed) for seed in range(3)]
+    for day, (labels, dense, sparse) in enumerate(days):
+        np.save(folder / f"day_{day}_labels.npy", labels)
+        np.save(folder / f"day_{day}_dense.npy", dense)
+        np.save(folder / f"day_{day}_sparse.npy", sparse.astype(dtype))
+    return days
+
+
+def check(found, expected_labels, expected_dense, expected_sparse, *, in_order):
+    order = np.arange(len(found)) if in_order else np.argsort(found["int_0"].to_numpy(), kind="stable")
+    assert in_order or not np.array_equal(order, np.arange(len(found)))
+    np.testing.assert_array_equal(found["label"].to_numpy()[order], expected_labels.reshape(-1))
+    np.testing.assert_array_equal(found.select(DENSE).to_numpy()[order], expected_dense)
+    np.testing.assert_array_equal(found.select(SPARSE).to_numpy()[order], expected_sparse)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_upstreams_npy_files_keep_their_values_and_the_last_day_is_held_out(tmp_path, dtype):
+    days = write_days(tmp_path / "npy", dtype)
+    dataset = import_ok(tmp_path / "npy", tmp_path / "dataset", "npy")
+    assert {name: split.rows for name, split in dataset.splits.items()} == {"train": 1000, "val": 250, "test": 250}
+    check(rows(dataset, "train"), *(np.concatenate(parts) for parts in zip(*days[:2], strict=True)), in_order=False)
+    check(rows(dataset, "val"), *(part[:250] for part in days[2]), in_order=True)
+    check(rows(dataset, "test"), *(part[250:] for part in days[2]), in_order=True)
+    largest = np.concatenate([day[2] for day in days]).max(axis=0)
+    assert list(dataset.num_embeddings.values()) == (largest + 1).tolist()
+    assert dataset.manifest.splits["val"].clicks == days[2][0][:250].sum()
+
+
+def test_upstreams_multi_hot_files_become_lists(tmp_path):
+    days = write_days(tmp_path / "npy")
+    rng = np.random.default_rng(0)
+    hot = [[rng.integers(0, 90, (500, 1 + i % 4), np.int32) for i in range(26)] for _ in days]
+    for day, arrays in enumerate(hot):
+        np.savez(tmp_path / "npy" / f"day_{day}_sparse_multi_hot.npz", **{str(i): a for i, a in enumerate(arrays)})
+    dataset = import_ok(tmp_path / "npy", tmp_path / "dataset", "multi-hot", "--table-sizes", ",".join(["90"] * 26))
+    found = rows(dataset, "val")
+    for i, name in enumerate(SPARSE):
+        assert found[name].to_list() == hot[2][i][:250].tolist()
+    assert dataset.manifest.splits["train"].values["cat_3"] == 4 * 1000
+    assert set(dataset.num_embeddings.values()) == {90}
+
+
+def test_the_binary_files_of_nvt_dataloader_keep_their_splits(tmp_path):
+    splits = {"train": "train", "validation": "val", "test": "test"}
+    parts = {}
+    for seed, folder in enumerate(splits):
+        (tmp_path / "nvt" / folder).mkdir(parents=True)
+        parts[folder] = random_rows(300, seed)
+        labels, dense, sparse = parts[folder]
+        labels.astype(np.float32).tofile(tmp_path / "nvt" / folder / "label.bin")
+        dense.tofile(tmp_path / "nvt" / folder / "numerical.bin")
+        for i in range(26):
+            sparse[:, i].astype(np.int32).tofile(tmp_path / "nvt" / folder / f"cat_{i}.bin")
+    dataset = import_ok(tmp_path / "nvt", tmp_path / "dataset", "nvt")
+    for folder, split in splits.items():
+        check(rows(dataset, split), *parts[folder], in_order=split != "train")
+    (tmp_path / "nvt" / "test" / "cat_5.bin").write_bytes(b"123")
+    done = dlrm(tmp_path / "nvt", "--out", tmp_path / "no", "--format", "nvt")
+    assert done.returncode == 2
+    assert "cat_5.bin: has 3 bytes, expected 1,200 for the 300 labels" in done.stderr
+
+
+def test_encoded_parquet_keeps_columns_and_lists(tmp_path):
+    rng = np.random.default_rng(4)
+    for folder, count in (("train", 700), ("valid", 100)):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        table = pa.table(
+            {
+                "user": pa.array(rng.integers(0, 50, count), pa.int64()),
+                "genres": pa.array([list(range(i % 4)) for i in range(count)], pa.list_(pa.int64())),
+                "age": pa.array(rng.normal(size=count)),
+                "click": pa.array(rng.integers(0, 2, count).astype(np.float32)),
+            }
+        )
+        pq.write_table(table, tmp_path / "in" / folder / "part_0.parquet", row_group_size=99)
+    dataset = import_ok(tmp_path / "in", tmp_path / "dataset", "parquet")
+    found = rows(dataset, "val")
+    expected = pl.DataFrame(table)
+    assert found["user"].to_list() == expected["user"].to_list()
+    assert found["genres"].to_list() == expected["genres"].to_list()
+    assert found["age"].to_list() == expected["age"].cast(pl.Float32).to_list()
+    assert found["label"].to_list() == expected["click"].cast(pl.Int8).to_list()
+    assert dataset.splits["test"].rows == 0
+
+
+def spoil(array, row, column, value):
+    changed = array.copy()
+    changed[row, column] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "column", "value", "message"),
+    [
+        ("sparse", 7, 3, -1, "day_1_sparse.npy, row 8, column cat_3: id -1 is out of range"),
+        ("sparse", 7, 3, 40, "row 8, column cat_3: id 40 is out of range: the table has 40 rows"),
+        ("dense", 2, 12, np.nan, "day_1_dense.npy, row 3, column int_12: nan is not a finite number"),
+        ("labels", 5, 0, 2, "day_1_labels.npy, row 6: the label is 2, neither 0 nor 1"),
+    ],
+)
+def test_what_is_wrong_is_named_by_file_row_column_and_value(tmp_path, kind, row, column, value, message):
+    days = write_days(tmp_path / "npy")
+    path = tmp_path / "npy" / f"day_1_{kind}.npy"
+    for day, (_, _, sparse) in enumerate(days):
+        np.save(tmp_path / "npy" / f"day_{day}_sparse.npy", np.minimum(sparse, 39))
+    np.save(path, spoil(np.load(path), row, column, value))
+    sizes = ",".join(["40"] * 26)
+    done = dlrm(tmp_path / "npy", "--out", tmp_path / "no", "--format", "npy", "--table-sizes", sizes)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["npy"]
+
+
+def test_files_that_do_not_belong_together_are_named(tmp_path):
+    write_days(tmp_path / "npy")
+    np.save(tmp_path / "npy" / "day_1_sparse.npy", np.zeros((500, 25), np.int32))
+    done = dlrm(tmp_path / "npy", "--out", tmp_path / "no", "--format", "npy")
+    assert done.returncode == 2
+    assert "day_1_sparse.npy: has shape (500, 25), expected (500, 26)" in done.stderr
+    (tmp_path / "npy" / "day_1_sparse.npy").unlink()
+    done = dlrm(tmp_path / "npy", "--out", tmp_path / "no", "--format", "npy")
+    assert "day_1_sparse.npy: there is no such file" in done.stderr
+    done = dlrm(tmp_path / "npy", "--out", tmp_path / "no", "--format", "npy", "--table-sizes", "3,4")
+    assert "expected a positive whole number for each of the 26 features, got 2" in " ".join(done.stderr.split())

@@ -1,0 +1,167 @@
+"""Whatever is wrong with a log: exit code 2 or a counted bad row, and a message that says where."""
+
+import gzip
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from torchdlrm.data.preprocess import work_folder
+
+GOOD = "\t".join(["1", *["3"] * 13, *["0000000a"] * 26]) + "\n"
+
+
+def with_cell(column, cell):
+    cells = GOOD.rstrip("\n").split("\t")
+    cells[column] = cell
+    return "\t".join(cells) + "\n"
+
+
+def dlrm(*arguments, **options):
+    command = [sys.executable, "-c", "from torchdlrm.cli.main import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def bytes_of(line):
+    return line.encode() if isinstance(line, str) else line
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (with_cell(20, "a\0b"), "line 31, column cat_6: the cell contains a NUL byte: 'a\\x00b'"),
+        (with_cell(20, "é").encode("latin-1"), "line 31, column cat_6: the cell is not UTF-8: '\\\\xe9'"),
+        (GOOD.replace("\n", "\t1\n"), "line 31: the line has the wrong number of columns (41 columns, not 40)"),
+        (GOOD[:-10] + "\n", "line 31: the line has the wrong number of columns (39 columns, not 40)"),
+        (with_cell(0, "2"), "line 31, column label: the label is neither 0 nor 1: '2'"),
+        (with_cell(14, "123456789"), "line 31, column cat_0: the cell is not 1 to 8 hexadecimal digits: '123456789'"),
+        (with_cell(5, "9" * 19), f"line 31, column int_4: the cell is not an integer of 64 bits: '{'9' * 19}'"),
+    ],
+)
+def test_a_bad_row_is_told_by_file_line_column_and_value(tmp_path, line, message):
+    log = tmp_path / "day.tsv"
+    log.write_bytes(GOOD.encode() * 30 + bytes_of(line) + GOOD.encode() * 30)
+    done = dlrm("preprocess", log, "--out", tmp_path / "dataset")
+    assert done.returncode == 2
+    assert f"day.tsv, {message}" in done.stderr
+    assert "--max-bad-rows" in done.stderr
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_windows_line_ends_are_no_fault(tmp_path):
+    (tmp_path / "log").write_bytes(GOOD.replace("\n", "\r\n").encode() * 30)
+    assert dlrm("preprocess", tmp_path / "log", "--out", tmp_path / "dataset").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "log: the file is empty"),
+        (gzip.compress(GOOD.encode() * 5000)[:-30], "log: the gzip stream is damaged or cut off"),
+        (gzip.compress(GOOD.encode() * 500) + b"rubbish", "log: the gzip stream is damaged or cut off"),
+        (b"PAR1 no parquet", "log: the Parquet file cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
+    (tmp_path / "log").write_bytes(content)
+    done = dlrm("preprocess", tmp_path / "log", "--out", tmp_path / "dataset")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == [tmp_path / "log"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
+    from torchdlrm.data.preprocess import preprocess
+    from torchdlrm.errors import LogError
+    from torchdlrm.progress import SilentProgress
+    from torchdlrm.schema import criteo_schema
+
+    log = tmp_path / "log"
+    log.write_bytes(GOOD.encode() * 5000)
+
+    class Appends(SilentProgress):
+        def start_phase(self, name, *_):
+            if name == "read":
+                with log.open("ab") as file:
+                    file.write(GOOD.encode())
+
+    with pytest.raises(LogError, match="log: the file changed while it was read"):
+        preprocess([log], tmp_path / "dataset", criteo_schema(), progress=Appends())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
+def test_a_full_disk_is_told_and_the_job_goes_on_when_there_is_room(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"".join(with_cell(14, f"{i:08x}").encode() for i in range(20_000)))
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", small], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        # The log is 5 MB, so that the check before the work passes; a file that comes later takes the room.
+        ballast = small / "ballast"
+        ballast.write_bytes(bytes(5_800_000))
+        code = (
+            "from torchdlrm.data import preprocess as module; module.check_disk = lambda *_: None;"
+            "from torchdlrm.cli.main import main; main()"
+        )
+        command = [sys.executable, "-c", code, "preprocess", log, "--out", small / "dataset"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2, done.stderr
+        assert "the disk is full; make room and give the same command again" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert work_folder(small / "dataset").exists()
+        ballast.unlink()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_so(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"".join(with_cell(14, f"{i:08x}").encode() for i in range(150_000)))
+    code = "from torchdlrm.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "preprocess", log, "--out", tmp_path / "dataset"]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    chunks = work_folder(tmp_path / "dataset") / "chunks"
+    giving_up = threading.Event()
+    threading.Timer(30, giving_up.set).start()
+    while not giving_up.is_set() and not (chunks.is_dir() and any(chunks.iterdir())):
+        assert job.poll() is None
+    job.send_signal(signal.SIGINT)
+    _, told = job.communicate(timeout=60)
+    assert job.returncode == 130, told
+    assert "is kept in" in told
+    assert "the same command goes on from there" in " ".join(told.split())
+    assert "Traceback" not in told
+    done = dlrm("preprocess", log, "--out", tmp_path / "dataset")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "lots"], "--memory: expected a size such as 4GB or 512MB, got 'lots'"),
+        (["--memory", "1MB"], "--memory: 1 MB is too little"),
+        (["--workers", "0"], "--workers: must be at least 1, got 0"),
+        (["--split", "time"], "a split by time needs one"),
+        (["--split", "order", "--val", "0.7", "--test", "0.5"], "0.7 + 0.5 is not below 1"),
+        (["--val", "0.2"], "add --split order, random or time"),
+        (["--vocabulary", "nowhere"], "nowhere: is not a folder"),
+        (["--extend-vocabulary"], "--extend-vocabulary: needs --vocabulary"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, arguments, message):
+    (tmp_path / "log").write_text(GOOD * 30)
+    done = dlrm("preprocess", tmp_path / "log", "--out", tmp_path / "dataset", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert not (tmp_path / "dataset").exists()

@@ -1,0 +1,92 @@
+"""The preprocessing job on a real Dask cluster of separate processes."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from torchdlrm.data.dataset import sha256_of
+from torchdlrm.data.preprocess import PreprocessOptions, Resources, preprocess
+from torchdlrm.errors import ConfigError, LogError
+from torchdlrm.progress import SilentProgress
+from torchdlrm.schema import criteo_schema
+
+OPTIONS = PreprocessOptions(min_count=2, part_rows=1000)
+WORKER = [sys.executable, "-m", "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The address of a scheduler, and its two workers' processes."""
+    folder = tmp_path_factory.mktemp("dask")
+    environment = {**os.environ, "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "5"}
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard"]
+    options = {"cwd": folder, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    scheduler = subprocess.Popen([*command, "--host", "127.0.0.1"], **options)
+    address = next(found[0] for line in scheduler.stderr if (found := re.search(r"tcp://[\d.]+:\d+", line)))
+    quiet = {**options, "stderr": subprocess.DEVNULL}
+    workers = [subprocess.Popen([*WORKER, address], **quiet) for _ in range(2)]
+    from distributed import Client
+
+    with Client(address, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=60)
+    yield address, workers
+    for process in (*workers, scheduler):
+        process.terminate()
+        process.wait(timeout=30)
+    scheduler.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    rng = random.Random(3)
+    lines = []
+    for _ in range(4000):
+        sparse = [rng.choice(["", f"{int(rng.paretovariate(0.7)) % 2**32:08x}"]) for _ in range(26)]
+        lines.append("\t".join([rng.choice("01"), *[str(rng.randrange(50)) for _ in range(13)], *sparse]) + "\n")
+    path = tmp_path_factory.mktemp("log") / "log.tsv"
+    path.write_text("".join(lines))
+    return path
+
+
+def checksums(folder):
+    return {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Dask's own
+def test_a_cluster_gives_the_same_bytes_although_a_worker_is_killed(cluster, log, tmp_path):
+    address, workers = cluster
+    preprocess([log], tmp_path / "here", criteo_schema(), OPTIONS)
+    bad = tmp_path / "bad"
+    bad.write_text("1\t2\n" + log.read_text())
+    with pytest.raises(LogError, match="bad, line 1"):
+        preprocess([bad], tmp_path / "no", criteo_schema(), OPTIONS, resources=Resources(cluster=address))
+
+    class Kills(SilentProgress):
+        def __init__(self):
+            self.left = 3
+
+        def advance(self, *_, **__):
+            self.left -= 1
+            if self.left == 0:
+                workers[0].send_signal(signal.SIGKILL)
+
+    resources = Resources(cluster=address)
+    preprocess([log], tmp_path / "there", criteo_schema(), OPTIONS, Kills(), chunk_bytes=20_000, resources=resources)
+    assert workers[0].wait(timeout=10) == -signal.SIGKILL
+    assert workers[1].poll() is None
+    assert checksums(tmp_path / "there") == checksums(tmp_path / "here")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_cluster_that_does_not_answer_is_named(log, tmp_path, monkeypatch):
+    from torchdlrm.data.job import executors
+
+    monkeypatch.setattr(executors, "CONNECT_TIMEOUT_S", 1)
+    with pytest.raises(ConfigError, match="--cluster: no Dask scheduler answers at tcp:"):
+        preprocess([log], tmp_path / "no", criteo_schema(), OPTIONS, resources=Resources(cluster="tcp://127.0.0.1:1"))

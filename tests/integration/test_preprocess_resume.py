@@ -1,0 +1,261 @@
+"""A job that is killed goes on and ends with the same bytes; whatever it may use of the machine changes none."""
+
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from torchdlrm.data.dataset import Dataset, sha256_of
+from torchdlrm.data.preprocess import PreprocessOptions, Resources, preprocess, work_folder
+from torchdlrm.errors import ConfigError, DatasetError
+from torchdlrm.progress import SilentProgress
+from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+
+SCHEMA = FeatureSchema(
+    name="small",
+    columns=(
+        LabelColumn(name="label"),
+        DenseColumn(name="position", kind="int", transform="none"),
+        DenseColumn(name="price", kind="float", transform="standardize"),
+        SparseColumn(name="city", kind="string"),
+        SparseColumn(name="item", kind="hex"),
+        SparseColumn(name="tags", kind="int", value_separator="|", max_values=3),
+        SparseColumn(name="shop", kind="int", hash=50),
+    ),
+)
+OPTIONS = PreprocessOptions(min_count=2, part_rows=700)
+PHASES = ("read", "count", "encode", "write")
+# Runs the job and tells the phase that begins, so that a test can kill it there.
+JOB = """
+import sys
+from pathlib import Path
+from torchdlrm.data.preprocess import PreprocessOptions, Resources, preprocess
+from torchdlrm.progress import SilentProgress
+from torchdlrm.schema import load_schema
+class Told(SilentProgress):
+    def start_phase(self, name, *_):
+        print(name, flush=True)
+    def advance(self, amount, **_):
+        print(".", flush=True)
+preprocess([Path(sys.argv[1])], Path(sys.argv[2]), load_schema(sys.argv[3]),
+    PreprocessOptions(min_count=2, part_rows=700), Told(), chunk_bytes=3000, resources=Resources(workers=2))
+"""
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    rng = random.Random(5)
+    lines = []
+    for i in range(6000):
+        tags = "|".join(str(rng.randrange(90)) for _ in range(rng.randrange(5)))
+        city, item = (
+            rng.choice(["", "Köln", "Oslo", f"c{rng.randrange(900)}"]),
+            rng.choice(["", f"{rng.randrange(700):x}"]),
+        )
+        lines.append(
+            f"{rng.choice('0001')}\t{i}\t{rng.gauss(0, 1e5):.3f}\t{city}\t{item}\t{tags}\t{rng.randrange(400)}\n"
+        )
+    path = tmp_path_factory.mktemp("log") / "log.tsv"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def schema_file(log):
+    path = log.with_name("schema.toml")
+    lines = ['name = "small"', "columns = ["]
+    for column in SCHEMA.columns:
+        items = column.model_dump(exclude_none=True).items()
+        lines.append("  { " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in items) + " },")
+    path.write_text("\n".join([*lines, "]", ""]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(log, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "dataset"
+    preprocess([log], out, SCHEMA, OPTIONS, resources=Resources(workers=1))
+    return checksums(out)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def start(log, out, schema_file):
+    command = [sys.executable, "-c", JOB, str(log), str(out), str(schema_file)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def kill_after(process, lines):
+    """Kill -9 when the job has told so many lines; the phase it was in, None when it was done before."""
+    phase = None
+    for _ in range(lines):
+        line = process.stdout.readline()
+        if not line:
+            break
+        phase = line.strip() if line.strip() != "." else phase
+    else:
+        process.kill()
+    process.stdout.close()
+    return phase if process.wait() == -signal.SIGKILL else None
+
+
+@pytest.mark.slow
+def test_a_job_killed_twenty_times_in_all_phases_ends_with_the_same_bytes(
+    log, schema_file, uninterrupted, tmp_path, seed
+):
+    process = start(log, tmp_path / "dataset", schema_file)
+    told = process.communicate()[0].splitlines()
+    assert process.returncode == 0
+    assert checksums(tmp_path / "dataset") == uninterrupted
+
+    rng = random.Random(seed)
+    starts = [told.index(phase) + 1 for phase in PHASES]
+    kills = dict.fromkeys(PHASES, 0)
+    for attempt in range(5):
+        out = tmp_path / f"dataset{attempt}"
+        # What an earlier run has done is told again at once, so that later kills fall on later moments.
+        for first, end in zip(starts, [*starts[1:], len(told)], strict=True):
+            phase = kill_after(start(log, out, schema_file), rng.randrange(first, end))
+            assert phase is not None, "the job was killed before it was done"
+            kills[phase] += 1
+            with pytest.raises(DatasetError):
+                Dataset.open(out)
+        process = start(log, out, schema_file)
+        process.communicate()
+        assert process.returncode == 0
+        assert checksums(out) == uninterrupted
+        assert not work_folder(out).exists()
+    assert kills == dict.fromkeys(PHASES, 5)
+
+
+@pytest.mark.parametrize(
+    ("resources", "chunk_bytes"),
+    [(Resources(workers=1), 900), (Resources(workers=3, memory_bytes=400 << 20), None), (Resources(workers=2), 7777)],
+)
+def test_the_bytes_do_not_depend_on_workers_memory_and_chunks(log, uninterrupted, tmp_path, resources, chunk_bytes):
+    preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS, chunk_bytes=chunk_bytes, resources=resources)
+    assert checksums(tmp_path / "dataset") == uninterrupted
+
+
+@pytest.mark.parametrize(("partitions", "values_per_task", "group_bytes"), [(16, 40, 20_000), (4, 300, 1 << 30)])
+def test_the_bytes_do_not_depend_on_how_values_are_partitioned(
+    log, uninterrupted, tmp_path, monkeypatch, partitions, values_per_task, group_bytes
+):
+    from torchdlrm.data import preprocess as module
+    from torchdlrm.data.job.work_folder import Layout
+
+    layout = Layout(5000, partitions, group_bytes, values_per_task, 2)
+    monkeypatch.setattr(module, "choose_layout", lambda *_: layout)
+    preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS)
+    assert checksums(tmp_path / "dataset") == uninterrupted
+
+
+class Interrupted(SilentProgress):
+    def __init__(self, phase):
+        self.phase = phase
+
+    def start_phase(self, name, *_):
+        if name == self.phase:
+            raise KeyboardInterrupt
+
+
+def interrupt(log, out, phase="encode", **settings):
+    with pytest.raises(KeyboardInterrupt):
+        preprocess([log], out, SCHEMA, OPTIONS, Interrupted(phase), chunk_bytes=3000, **settings)
+
+
+def test_other_settings_are_named_and_stop_the_job_and_restart_forgets(log, uninterrupted, tmp_path):
+    out = tmp_path / "dataset"
+    interrupt(log, out)
+    with pytest.raises(DatasetError) as caught:
+        preprocess([log], out, SCHEMA, PreprocessOptions(min_count=3, part_rows=700, seed=9))
+    message = str(caught.value)
+    assert "min_count: was 2, is 3" in message
+    assert "seed: was 0, is 9" in message
+    assert "schema" not in message
+    assert "--restart" in message
+    preprocess([log], out, SCHEMA, OPTIONS, restart=True)
+    assert checksums(out) == uninterrupted
+
+
+def test_a_log_that_changed_since_is_named(log, tmp_path):
+    copy = tmp_path / "log.tsv"
+    copy.write_bytes(log.read_bytes())
+    interrupt(copy, tmp_path / "dataset")
+    copy.write_bytes(log.read_bytes() + log.read_bytes()[:100].split(b"\n")[0] + b"\n")
+    with pytest.raises(DatasetError, match="log: was"):
+        preprocess([copy], tmp_path / "dataset", SCHEMA, OPTIONS)
+
+
+def test_memory_workers_and_allowed_bad_rows_may_change_when_a_job_goes_on(log, uninterrupted, tmp_path):
+    interrupt(log, tmp_path / "dataset")
+    options = PreprocessOptions(min_count=2, part_rows=700, max_bad_rows=7)
+    told = []
+
+    class Recorder(SilentProgress):
+        def start_phase(self, name, *_):
+            told.append(name)
+
+    chunks = work_folder(tmp_path / "dataset") / "chunks"
+    before = {path.name: path.stat().st_mtime_ns for path in chunks.iterdir()}
+    resources = Resources(workers=1, memory_bytes=1 << 30)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess([log], tmp_path / "dataset", SCHEMA, options, Interrupted("encode"), resources=resources)
+    assert {path.name: path.stat().st_mtime_ns for path in chunks.iterdir()} == before, "nothing was read again"
+    preprocess([log], tmp_path / "dataset", SCHEMA, options, Recorder(), resources=resources)
+    assert told == list(PHASES)
+    assert checksums(tmp_path / "dataset") == uninterrupted
+
+
+def test_a_damaged_last_line_of_the_journal_is_forgotten(log, uninterrupted, tmp_path):
+    interrupt(log, tmp_path / "dataset")
+    journal = work_folder(tmp_path / "dataset") / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS)
+    assert checksums(tmp_path / "dataset") == uninterrupted
+
+
+def test_two_jobs_at_a_time_in_one_folder_are_refused(log, tmp_path):
+    interrupt(log, tmp_path / "dataset")
+    lock = os.open(work_folder(tmp_path / "dataset") / "lock", os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(DatasetError, match="another job is at work"):
+        preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS)
+    os.close(lock)
+
+
+def test_a_job_killed_while_it_tidied_up_is_done(log, uninterrupted, tmp_path):
+    interrupt(log, tmp_path / "dataset", "write")
+    partial = work_folder(tmp_path / "dataset")
+    kept = (partial / "job.json").read_text()
+    preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS)
+    partial.mkdir()
+    (partial / "job.json").write_text(kept)
+    preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS)
+    assert not partial.exists()
+    assert checksums(tmp_path / "dataset") == uninterrupted
+    with pytest.raises(DatasetError, match="exists"):
+        preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS)
+
+
+def test_too_little_memory_is_refused_with_the_least_that_is_enough(log, tmp_path):
+    with pytest.raises(ConfigError, match=r"--memory: 100 MB is too little: .* take \d+ MB"):
+        preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS, resources=Resources(memory_bytes=100 << 20))
+
+
+def test_a_disk_without_room_is_told_before_the_work_starts(log, tmp_path, monkeypatch):
+    from torchdlrm.data.job import layout
+
+    monkeypatch.setattr(layout.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(DatasetError, match=r"the disk has 0\.0 GB free, and the job needs up to"):
+        preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS)
+    assert not (tmp_path / "dataset").exists()
