@@ -38,7 +38,8 @@ def build_optimizer(model: nn.Module, config: DenseOptimizerConfig) -> CombinedO
         config: the optimizer for everything that is not a table.
     """
     fused: KeyedOptimizer = model.fused_optimizer
-    # Not "what the fused optimizer lacks": it has this rank's tables alone, a column-wise one has a parameter everywhere.
+    # Not "what the fused optimizer lacks": it has this rank's tables alone, and a column-wise table has a parameter
+    # on every rank.
     tables = {name for name, value in model.state_dict().items() if isinstance(value, ShardedTensor)}
     dense = {name: param for name, param in model.named_parameters() if name not in tables}
     return CombinedOptimizer([("tables", fused), ("dense", KeyedOptimizerWrapper(dense, _dense_factory(config)))])
