@@ -72,6 +72,16 @@ def test_the_disk_side_knows_no_torch():
     assert found == []
 
 
+def code_lines(path):
+    """Lines that are neither blank nor part of a docstring: a verb's options are told in its docstring."""
+    text = path.read_text()
+    told = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            told |= set(range(node.lineno, node.end_lineno + 1))
+    return [line for number, line in enumerate(text.splitlines(), 1) if line.strip() and number not in told]
+
+
 def test_verbs_are_short():
-    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "cli").glob("*.py")}
+    lengths = {path.name: len(code_lines(path)) for path in (ROOT / "cli").glob("*.py")}
     assert {name: length for name, length in lengths.items() if length > 100} == {}

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torchdlrm.metrics import BinaryMetrics, binary_metrics
     from torchdlrm.model.dlrm import DLRM, DLRMTrain
     from torchdlrm.schema import FeatureSchema, criteo_schema, load_schema
+    from torchdlrm.train.job import train
     from torchdlrm.train.run import Run
-    from torchdlrm.train.trainer import train
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ _HOMES = {
     "torchdlrm.model.dlrm": ("DLRM", "DLRMTrain"),
     "torchdlrm.schema": ("FeatureSchema", "criteo_schema", "load_schema"),
     "torchdlrm.train.run": ("Run",),
-    "torchdlrm.train.trainer": ("train",),
+    "torchdlrm.train.job": ("train",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -46,6 +46,9 @@ class TrainConfig(_Section):
     batch_size_global: PositiveInt = Field(2048, description="rows per step over all ranks")
     epochs: PositiveInt = Field(1, description="passes over the training split")
     max_steps: PositiveInt | None = Field(None, description="stop after this many steps, whatever epochs says")
+    timeout_s: PositiveFloat = Field(
+        600.0, description="a process that the others have waited for so long ends the job, in seconds"
+    )
     num_threads: PositiveInt | None = Field(
         None, description="threads of each process on CPU; as many as its share of cores and its work want when not set"
     )
@@ -85,6 +88,26 @@ class ValidationConfig(_Section):
     every_steps: NonNegativeInt = Field(0, description="validate every so many steps; 0 means at the end only")
     batch_size_global: PositiveInt = Field(8192, description="rows per forward pass over all ranks")
     max_rows: PositiveInt | None = Field(None, description="validate on the first so many rows; all when not set")
+
+
+class CheckpointConfig(_Section):
+    """When a run saves itself; it also does at its end, after the best validation so far, and when asked to stop."""
+
+    every_steps: NonNegativeInt = Field(0, description="save every so many steps; 0 means not by steps")
+    every_minutes: NonNegativeFloat = Field(10.0, description="save every so many minutes; 0 means not by time")
+    keep_last: PositiveInt = Field(2, description="checkpoints to keep, besides the one with the best val AUC")
+    asynchronous: bool = Field(
+        default=True, description="go on training while a copy of the state is written (needs memory for the copy)"
+    )
+
+
+class StopConfig(_Section):
+    """Reasons to stop before the last epoch ends; all look at the val split, so set validation.every_steps."""
+
+    target_auc: ShareOfOne | None = Field(None, description="stop once the val AUC has reached this")
+    patience_validations: PositiveInt | None = Field(
+        None, description="stop after so many validations without a better val AUC"
+    )
 
 
 class LoggingConfig(_Section):
@@ -131,6 +154,8 @@ class Config(_Section):
     dense_optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    stop: StopConfig = StopConfig()
     logging: LoggingConfig = LoggingConfig()
     sharding: ShardingConfig = ShardingConfig()
     loader: LoaderConfig = LoaderConfig()

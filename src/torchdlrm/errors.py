@@ -8,7 +8,9 @@
     │   ├── DatasetError         an encoded dataset on disk
     │   ├── PlanError            a sharding plan that does not exist, or does not fit
     │   └── RunError             a run on disk
-    └── TrainingError            training cannot go on (not the input's fault as far as we can tell)
+    ├── TrainingError            training cannot go on (not the input's fault as far as we can tell)
+    │   └── LostProcessError     another process of the training has died or does not answer
+    └── Interrupted              somebody has asked a job to stop, and it has saved what it had
 
 A `UserError` says in one message which key, file or line is wrong, which value it has and what to do about it.
 """
@@ -48,3 +50,11 @@ class RunError(UserError):
 
 class TrainingError(TorchDLRMError):
     """Training had to stop, for example because the loss is not finite."""
+
+
+class LostProcessError(TrainingError):
+    """Another process of the training has died or does not answer; starting again may help."""
+
+
+class Interrupted(TorchDLRMError):  # noqa: N818 - it is no error
+    """A job was asked to stop (SIGTERM, Ctrl-C), has saved what it had, and can be started again."""

@@ -29,16 +29,16 @@ def run(small_dataset, dlrm, tmp_path_factory):
 def test_a_run_holds_what_the_contract_says(run, small_dataset):
     path, done = run
     summary = json.loads(done.stdout)
-    assert (summary["steps"], summary["rows"]) == (67, 4286)
+    assert (summary["step"], summary["rows"]) == (67, 4286)
     assert summary["validation"]["rows"] == 357
     assert {entry.name for entry in path.iterdir()} == {
-        *("config.toml", "plan.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"),
+        *("config.toml", "plan.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", ".lock"),
     }
     assert "seed = 3" in (path / "config.toml").read_text()
     assert len(json.loads((path / "plan.json").read_text())["tables"]) == 26
     environment = json.loads((path / "environment.json").read_text())
     assert environment["dataset"]["path"] == str(small_dataset.path)
-    assert [entry.name for entry in (path / "checkpoints").iterdir()] == ["step-00000067"]
+    assert sorted(entry.name for entry in (path / "checkpoints").iterdir())[-1] == "step-00000067"
     assert list((path / "tensorboard").iterdir())
 
 
@@ -106,7 +106,7 @@ def test_wrong_input_exits_with_two_and_says_what_to_do(run, small_dataset, dlrm
             ["--train.bach-size: there is no such key", "--train.epochs"],
         ),
         ((*train[:3], tmp_path / "none", *train[4:]), ["none: is not a folder", "dlrm preprocess"]),
-        ((*train[:4], "--run", small_dataset.path), ["--run", "is not empty"]),
+        ((*train[:4], "--run", small_dataset.path), ["--run", "is not empty and holds no run"]),
         ((*train, "--nproc-per-node", "0"), ["nproc-per-node"]),
         (
             (*train, "--sharding.host-memory-bytes", "1000"),

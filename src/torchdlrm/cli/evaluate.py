@@ -10,13 +10,14 @@ from cyclopts.validators import Number
 from rich.table import Table
 
 from torchdlrm.cli.terminal import console, print_json, progress_bars
-from torchdlrm.progress import SilentProgress
+from torchdlrm.progress import SILENT
 
 
 def evaluate(
     run: Path,
     *,
     split: str = "test",
+    checkpoint: str = "last",
     dataset: Path | None = None,
     batch_size_global: Annotated[int, Parameter(validator=Number(gte=1))] = 8192,
     nproc_per_node: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
@@ -30,6 +31,8 @@ def evaluate(
         Folder written by `dlrm train`.
     split
         train, val or test; several joined by + are judged together, as in val+test.
+    checkpoint
+        last, best (the highest AUC of the val split), or a step.
     dataset
         Where the dataset is now, if it has moved since the training.
     batch_size_global
@@ -39,13 +42,15 @@ def evaluate(
     json
         Print one JSON object on standard output.
     """
-    from torchdlrm.train.launch import launch
+    from torchdlrm.train.launch import Processes, launch
     from torchdlrm.train.run import Run
 
     trained = Run.open(run)
     trained.open_dataset(dataset)
     splits = split.split("+")
-    result: dict[str, Any] = launch(work, run, dataset, splits, batch_size_global, nproc_per_node=nproc_per_node)
+    result: dict[str, Any] = launch(
+        work, run, dataset, splits, checkpoint, batch_size_global, processes=Processes(nproc_per_node)
+    )
     trained.write_evaluation(result["split"], result)
     table = Table(title=f"{run} at step {result['step']:,}, split {result['split']}", title_justify="left")
     for name in result:
@@ -59,7 +64,9 @@ def evaluate(
         print_json(result)
 
 
-def work(run: Path, dataset: Path | None, splits: list[str], batch_size_global: int) -> dict[str, Any] | None:
+def work(
+    run: Path, dataset: Path | None, splits: list[str], checkpoint: str, batch_size_global: int
+) -> dict[str, Any] | None:
     """What every process of an evaluation does; only the first one draws."""
     from torchdlrm.evaluate.evaluate import evaluate as evaluate_run
     from torchdlrm.train.process_group import join_process_group
@@ -68,7 +75,7 @@ def work(run: Path, dataset: Path | None, splits: list[str], batch_size_global: 
     trained = Run.open(run)
     draws = os.environ.get("RANK", "0") == "0"
     with (
-        progress_bars("") if draws else nullcontext(SilentProgress()) as progress,
+        progress_bars("") if draws else nullcontext(SILENT) as progress,
         join_process_group() as ranks,
     ):
         return evaluate_run(
@@ -76,6 +83,7 @@ def work(run: Path, dataset: Path | None, splits: list[str], batch_size_global: 
             trained.open_dataset(dataset),
             splits,
             ranks,
+            checkpoint=checkpoint,
             batch_size_global=batch_size_global,
             progress=progress,
         )

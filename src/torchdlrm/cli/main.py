@@ -11,7 +11,7 @@ from cyclopts.exceptions import CycloptsError
 
 from torchdlrm import __version__
 from torchdlrm.cli.terminal import console
-from torchdlrm.errors import TorchDLRMError, UserError
+from torchdlrm.errors import Interrupted, TorchDLRMError, UserError
 
 app = App(
     name="dlrm",
@@ -34,7 +34,7 @@ app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset, a run or
 
 
 def main() -> None:
-    """Run the verb on the command line; exit code 0 done, 2 the input is wrong, 130 interrupted, 1 anything else."""
+    """Run the verb on the command line; exit code 0 done, 2 the input is wrong, 1 anything else."""
     # Idle OpenMP threads sleep. Spinning, they take the core that the loader, another rank or another program needs:
     # with two busy programs on two cores a small matrix product took 20 to 50 times as long. Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -44,6 +44,9 @@ def main() -> None:
         console.print("[red bold]error[/]:", end=" ")
         console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(2)
+    except Interrupted as interruption:
+        console.print(str(interruption), markup=False, soft_wrap=True)
+        sys.exit(1)
     except CycloptsError:
         sys.exit(2)  # cyclopts has printed what is wrong
     except TorchDLRMError as error:
@@ -52,4 +55,4 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         console.print("interrupted")
-        sys.exit(130)
+        sys.exit(1)

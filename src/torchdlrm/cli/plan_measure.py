@@ -8,7 +8,7 @@ from torchdlrm.errors import PlanError
 from torchdlrm.sharding.measure import Measurement, measure
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.sharding.units import show_bytes
-from torchdlrm.train.launch import launch
+from torchdlrm.train.launch import Processes, launch
 from torchdlrm.train.process_group import join_process_group
 from torchdlrm.train.threads import useful_threads
 

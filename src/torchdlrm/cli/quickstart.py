@@ -43,7 +43,7 @@ def quickstart(
     from torchdlrm.data.synthetic import synthesize
     from torchdlrm.evaluate.logistic_regression import fit_logistic_regression
     from torchdlrm.schema import criteo_schema
-    from torchdlrm.train.launch import launch
+    from torchdlrm.train.launch import Processes, launch
     from torchdlrm.train.run import Run
 
     log, run = out / "log.tsv", out / "run"
@@ -57,10 +57,9 @@ def quickstart(
     console.print(
         f"3/5 train: a DLRM of {sum(dataset.num_embeddings.values()):,} embeddings on {nproc_per_node} process(es)"
     )
-    Run.create(run, settings, dataset, world_size=nproc_per_node)
-    summary = launch(train.work, settings, dataset.path, run, nproc_per_node=nproc_per_node)
+    summary = launch(train.work, settings, dataset.path, run, processes=Processes(nproc_per_node))
     console.print("4/5 evaluate: every held-out row once")
-    result = launch(evaluate.work, run, None, ["val", "test"], 8192, nproc_per_node=1)
+    result = launch(evaluate.work, run, None, ["val", "test"], "last", 8192, processes=Processes())
     Run.open(run).write_evaluation(result["split"], result)
     console.print("5/5 compare: a logistic regression on the same rows")
     baseline = fit_logistic_regression(dataset, ["val", "test"])

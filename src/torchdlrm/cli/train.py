@@ -12,10 +12,13 @@ from rich.table import Table
 from torchdlrm.cli.overrides import Overrides, parse_overrides
 from torchdlrm.cli.terminal import console, print_json, progress_bars
 from torchdlrm.config import Config, load_config
-from torchdlrm.progress import SilentProgress
+from torchdlrm.errors import ConfigError
+from torchdlrm.progress import SILENT
 
 if TYPE_CHECKING:
     from torchdlrm.train.trainer import TrainingSummary
+
+Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 
 
 def train(
@@ -23,14 +26,19 @@ def train(
     *overrides: Overrides,
     dataset: Path,
     run: Path,
-    nproc_per_node: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
+    restart: bool = False,
+    nproc_per_node: Positive = 1,
+    nnodes: Positive = 1,
+    rdzv_endpoint: str = "",
+    rdzv_id: str = "torchdlrm",
+    max_restarts: Annotated[int, Parameter(validator=Number(gte=0))] = 0,
     plan: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Train a DLRM.
+    """Train a DLRM, or take up a run where it stopped.
 
     Any key of the config can be overridden by its dotted name, for example `--train.batch-size-global 8192`;
-    docs/configuration.md lists them all.
+    docs/configuration.md lists them all. SIGTERM and Ctrl-C save and exit; the same command goes on.
 
     Parameters
     ----------
@@ -39,9 +47,19 @@ def train(
     dataset
         Folder written by `dlrm preprocess`.
     run
-        Folder to write; must be new or empty.
+        Folder to write. A run that is in it goes on from its newest checkpoint.
+    restart
+        Remove the run that is in the folder and begin anew.
     nproc_per_node
         Processes on this machine: one for each GPU, or one for a few CPU cores.
+    nnodes
+        Machines; start the same command on each, with the run on storage that they share.
+    rdzv_endpoint
+        HOST:PORT of one of the machines, where they find each other; needed with --nnodes.
+    rdzv_id
+        Name of the job, the same on all machines.
+    max_restarts
+        How often all processes are started again after one has died, from the last checkpoint.
     plan
         A plan.json that `dlrm plan --out` wrote, to obey; without it training plans by itself.
     json
@@ -49,37 +67,53 @@ def train(
     """
     chosen = {} if plan is None else {"sharding.plan": str(plan.resolve())}
     settings = load_config(config, {**parse_overrides(overrides), **chosen})
+    if nnodes > 1 and not rdzv_endpoint:
+        raise ConfigError("--rdzv-endpoint: needed with --nnodes, HOST:PORT of one of the machines, the same on each")
 
     from torchdlrm.data.dataset import Dataset
     from torchdlrm.sharding.obey import check_given_plan
-    from torchdlrm.train.launch import launch
+    from torchdlrm.train.launch import Processes, launch
     from torchdlrm.train.run import Run
 
-    check_given_plan(settings, Dataset.open(dataset).num_embeddings, world_size=nproc_per_node)
-    Run.create(run, settings, Dataset.open(dataset), world_size=nproc_per_node)
-    summary: TrainingSummary = launch(work, settings, dataset, run, nproc_per_node=nproc_per_node)
+    encoded = Dataset.open(dataset)
+    if not restart:
+        for change in Run(run, settings).check(encoded):
+            console.print(f"changed since the run was started: {change}", markup=False)
+    processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id, max_restarts)
+    check_given_plan(settings, encoded.num_embeddings, world_size=processes.world_size)
+    summary: TrainingSummary | None = launch(work, settings, dataset, run, restart, processes=processes)
+    if summary is None:  # another machine has rank 0
+        return
     show_summary(run, summary)
     if json:
         print_json({"run": str(run), **summary.as_dict()})
 
 
-def work(settings: Config, dataset: Path, run: Path) -> "TrainingSummary | None":
+def work(
+    settings: Config,
+    dataset: Path,
+    run: Path,
+    restart: bool = False,  # noqa: FBT001, FBT002 - launch() takes no names
+) -> "TrainingSummary | None":
     """What every process of a training does; only the first one draws."""
-    from torchdlrm.data.dataset import Dataset
-    from torchdlrm.train.run import Run
-    from torchdlrm.train.trainer import train as train_run
+    from torchdlrm.train.job import train as train_here
 
     draws = os.environ.get("RANK", "0") == "0"
-    with progress_bars("") if draws else nullcontext(SilentProgress()) as progress:
-        return train_run(settings, Dataset.open(dataset), Run(run, settings), progress=progress)
+    restart = restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    with progress_bars("") if draws else nullcontext(SILENT) as progress:
+        return train_here(settings, dataset, run, restart=restart, progress=progress)
 
 
 def show_summary(run: Path, summary: "TrainingSummary") -> None:
     """What was trained, for people."""
     table = Table(title=f"trained {run}", title_justify="left", show_header=False)
-    table.add_row("steps", f"{summary.steps:,}")
+    resumed = f" (taken up after {summary.resumed_from_step:,})" if summary.resumed_from_step else ""
+    table.add_row("steps", f"{summary.step:,}{resumed}")
     table.add_row("rows", f"{summary.rows:,}")
-    table.add_row("speed", f"{summary.rows_per_s:,.0f} rows/s")
+    if summary.rows_per_s:
+        table.add_row("speed", f"{summary.rows_per_s:,.0f} rows/s")
+    if summary.stopped_because != "finished":
+        table.add_row("stopped by", f"stop.{summary.stopped_because}")
     if summary.validation is not None:
         for name in ("auc", "logloss", "ne", "calibration"):
             table.add_row(f"val {name}", f"{summary.validation[name]:.4f}")

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchdlrm.data.dataset import Dataset
+from torchdlrm.errors import RunError
 from torchdlrm.loader.loader import Loader
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.train.checkpoint import Checkpointer, list_checkpoints, read_position
 from torchdlrm.train.predictions import measure
 from torchdlrm.train.process_group import Ranks
 from torchdlrm.train.run import Run
@@ -18,16 +20,18 @@ def evaluate(
     splits: Sequence[str],
     ranks: Ranks,
     *,
+    checkpoint: str = "last",
     batch_size_global: int = 8192,
     progress: ProgressListener = SILENT,
 ) -> dict[str, Any] | None:
-    """Metrics of the run's newest weights over the rows of one split, or of several together.
+    """Metrics of a run's weights over the rows of one split, or of several together.
 
     Args:
         run: trained before, on any number of ranks.
         dataset: what it was trained on.
         splits: names of splits; their rows are judged together.
         ranks: the processes that share the work.
+        checkpoint: `last`, `best` (of the val split) or a step.
         batch_size_global: rows per forward pass over all ranks; does not change the result.
         progress: is told of the rows done.
 
@@ -35,7 +39,7 @@ def evaluate(
         On rank 0 `split`, `step`, `rows`, `auc`, `logloss`, `ne`, `calibration`, `accuracy`; elsewhere None.
 
     Raises:
-        RunError: the run has no weights.
+        RunError: the run has no such checkpoint, or it is damaged.
         DatasetError: a split is not there or is empty.
     """
     model = build_sharded_model(
@@ -45,7 +49,8 @@ def evaluate(
         dense_sample=None,
         ranks=ranks,
     ).module
-    step = run.load_weights(model)
+    step = _find_checkpoint(run, checkpoint)
+    Checkpointer(run.checkpoints, model, None, ranks).load(step)
     loaders = [
         Loader(
             dataset,
@@ -60,3 +65,18 @@ def evaluate(
     progress.start_phase("evaluate", sum(loader.batches_per_epoch for loader in loaders), unit="batches")
     metrics = measure(model, loaders, ranks, progress)
     return None if metrics is None else {"split": "+".join(splits), "step": step, **metrics.as_dict()}
+
+
+def _find_checkpoint(run: Run, name: str) -> int:
+    steps = list_checkpoints(run.checkpoints)
+    if not steps:
+        msg = f"{run.path}: the run has no checkpoint yet; train it first"
+        raise RunError(msg)
+    if name == "last":
+        return steps[-1]
+    wanted = read_position(run.checkpoints, steps[-1]).best_step if name == "best" else name
+    if str(wanted) not in map(str, steps):
+        there = ", ".join(map(str, steps))
+        msg = f"--checkpoint: {run.path} has none of {name!r}; it has the steps {there} (or last, or best if validated)"
+        raise RunError(msg)
+    return int(str(wanted))

@@ -1,47 +1,117 @@
-"""Run a function in one process or in many, through torch's elastic launcher."""
+"""Run a function in one process or in many, on one node or several, through torch's elastic launcher."""
 
+import json
+import os
+import tempfile
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from torchdlrm.errors import TrainingError
+from torchdlrm import errors
+from torchdlrm.errors import Interrupted, LostProcessError, TorchDLRMError, TrainingError
 from torchdlrm.train.process_group import hush_engines
 
 
-def launch(entrypoint: Callable[..., Any], *args: object, nproc_per_node: int) -> Any:
-    """Call `entrypoint(*args)` in `nproc_per_node` new processes on this host, or right here when that is 1.
+@dataclass(frozen=True)
+class Processes:
+    """How many processes do the work, and what happens when one of them dies.
+
+    Attributes:
+        nproc_per_node: on each node.
+        nnodes: number of nodes; the same command is started on each.
+        rdzv_endpoint: HOST:PORT of one of the nodes, where they find each other.
+        rdzv_id: name of the job, the same on all nodes.
+        max_restarts: how often all processes are started again after one has died.
+        shutdown_timeout_s: how long a process that is asked to stop may take to save.
+    """
+
+    nproc_per_node: int = 1
+    nnodes: int = 1
+    rdzv_endpoint: str = ""
+    rdzv_id: str = "torchdlrm"
+    max_restarts: int = 0
+    shutdown_timeout_s: int = 600
+
+    @property
+    def world_size(self) -> int:
+        """All processes together."""
+        return self.nproc_per_node * self.nnodes
+
+
+def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) -> Any:
+    """Call `entrypoint(*args)` in new processes, or right here when there is one and it need not be restarted.
 
     Args:
         entrypoint: a function of a module; the processes import it. Its result must be picklable.
         args: picklable arguments.
-        nproc_per_node: number of processes.
+        processes: how many.
 
     Returns:
-        What the entrypoint returned on rank 0.
+        What the entrypoint returned on rank 0; on a node without it, what the node's first process returned.
 
     Raises:
-        TrainingError: a process failed; the message names the rank and why.
+        TorchDLRMError: what a process has raised on purpose.
+        TrainingError: a process failed otherwise; the message names the rank and why.
+        Interrupted: SIGTERM or Ctrl-C; the processes have been told and have had time to save.
     """
-    if nproc_per_node == 1:
+    if processes.world_size == 1 and not processes.max_restarts:
         return entrypoint(*args)
     hush_engines()
+    several_nodes = processes.nnodes > 1
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc_per_node,
-        run_id=uuid.uuid4().hex,
+        min_nodes=processes.nnodes,
+        max_nodes=processes.nnodes,
+        nproc_per_node=processes.nproc_per_node,
+        run_id=processes.rdzv_id if several_nodes else uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        rdzv_endpoint=processes.rdzv_endpoint if several_nodes else "localhost:0",
+        max_restarts=processes.max_restarts,
         monitor_interval=0.1,
+        shutdown_timeout=processes.shutdown_timeout_s,
     )
+    with tempfile.TemporaryDirectory(prefix="torchdlrm-") as folder:
+        said = Path(folder)
+        try:
+            results = elastic_launch(config, _recorded)(entrypoint, said, *args)
+        except ChildFailedError as error:
+            raise _error_that_was_said(said) or _error_of_child(error, processes) from error
+        except SignalException as error:
+            msg = "interrupted: the processes have saved what they had; the same command goes on from there"
+            raise Interrupted(msg) from error
+    return results[min(results)]
+
+
+def _recorded(entrypoint: Callable[..., Any], said: Path, *args: object) -> Any:
+    """Call the entrypoint; what it raises on purpose is written down for the parent, who knows only exit codes."""
+    earlier = _error_that_was_said(said)
+    if earlier is not None and not isinstance(earlier, LostProcessError):
+        raise earlier  # started again, but an error of this kind would only come again
     try:
-        results = elastic_launch(config, entrypoint)(*args)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        msg = f"process {rank} of {nproc_per_node} failed: {failure.message}"
-        raise TrainingError(msg) from error
-    return results[0]
+        return entrypoint(*args)
+    except TorchDLRMError as error:
+        beside = said / f"{os.getpid()}.partial"
+        beside.write_text(json.dumps({"class": type(error).__name__, "message": str(error)}), encoding="utf-8")
+        beside.rename(said / f"error-{os.environ.get('RANK', '0')}.json")
+        raise
+
+
+def _error_that_was_said(said: Path) -> TorchDLRMError | None:
+    """What a process has raised on purpose; that it lost another one only when nobody said why."""
+    found: list[TorchDLRMError] = []
+    for path in sorted(said.glob("error-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found.append(getattr(errors, record["class"], TorchDLRMError)(record["message"]))
+    return min(found, key=lambda error: isinstance(error, LostProcessError), default=None)
+
+
+def _error_of_child(error: ChildFailedError, processes: Processes) -> TrainingError:
+    rank, failure = error.get_first_failure()
+    reason = failure.message.strip() if failure.message else f"exit code {failure.exitcode}"
+    after = f" (after {processes.max_restarts} restarts)" if processes.max_restarts else ""
+    return TrainingError(f"process {rank} of {processes.world_size} failed{after}: {reason}")

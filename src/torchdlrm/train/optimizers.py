@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
 from torchdlrm.config import DenseOptimizerConfig, ScheduleConfig, TableOptimizerConfig
@@ -37,7 +38,10 @@ def build_optimizer(model: nn.Module, config: DenseOptimizerConfig) -> CombinedO
         config: the optimizer for everything that is not a table.
     """
     fused: KeyedOptimizer = model.fused_optimizer
-    dense = {name: param for name, param in model.named_parameters() if name not in fused.params}
+    # Not "what the fused optimizer lacks": it has this rank's tables alone, and a column-wise table has a parameter
+    # on every rank.
+    tables = {name for name, value in model.state_dict().items() if isinstance(value, ShardedTensor)}
+    dense = {name: param for name, param in model.named_parameters() if name not in tables}
     return CombinedOptimizer([("tables", fused), ("dense", KeyedOptimizerWrapper(dense, _dense_factory(config)))])
 
 

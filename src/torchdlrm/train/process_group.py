@@ -6,9 +6,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import distributed as dist
+
+from torchdlrm.errors import LostProcessError
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,43 @@ class Ranks:
         assert group is not None, "the group exists inside `join_process_group`"
         return group
 
+    def from_first(self, value: Any) -> Any:
+        """The value that rank 0 has; every rank must call this."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.process_group)
+        return values[0]
+
+    @contextmanager
+    def answering(self, timeout_s: float) -> Iterator[None]:
+        """Inside, a process that died or hangs becomes one clear error on those that wait for it."""
+        try:
+            yield
+        except RuntimeError as error:
+            first_line = str(error).splitlines()[0] if str(error) else ""
+            if self.world_size == 1 or not any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PROCESS):
+                raise
+            msg = (
+                f"process {self.rank} of {self.world_size} has lost another one, which died or has not answered for "
+                f"{timeout_s:g} s (train.timeout_s): {first_line}"
+            )
+            raise LostProcessError(msg) from error
+
+
+# What gloo and NCCL say when a peer is gone or late.
+_SIGNS_OF_A_LOST_PROCESS = ("imed out", "imeout", "onnection closed", "onnection reset", "roken pipe", "NCCL", "gloo")
+
 
 @contextmanager
-def join_process_group() -> Iterator[Ranks]:
+def join_process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
     """Join the group that torch's launcher has described in the environment, or form one of a single process.
 
     NCCL where there is a GPU for each process of the host, gloo otherwise. On CPU each process takes its share of
     the cores that it may run on.
+
+    Args:
+        timeout_s: how long to wait for a process that does not answer before the job ends, in seconds.
     """
     hush_engines()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -57,8 +91,9 @@ def join_process_group() -> Iterator[Ranks]:
         device = torch.device("cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
     try:
@@ -74,3 +109,6 @@ def hush_engines() -> None:
     # "The topology was constructed directly": its factory adds nothing but presets of Meta's own machines.
     logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    # The launcher's own account of a failed process, with its traceback: `launch` tells it once, in our words.
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,32 +1,53 @@
-"""A run on disk: its folder, its config, the log of its metrics and its weights.
+"""A run on disk: its folder, what it was started with, and whether it can go on.
 
 run/
   config.toml  plan.json  environment.json  metrics.jsonl  tensorboard/  checkpoints/step-00001000/  evaluation/
 """
 
+import fcntl
 import hashlib
 import json
-import math
+import logging
 import os
 import platform
 import shutil
-import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from torchdlrm import __version__
-from torchdlrm.config import Config, config_toml, load_config
+from torchdlrm.config import Config, config_toml, knobs, load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import RunError
 
 CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME = "config.toml", "plan.json", "environment.json", "metrics.jsonl"
+LOCK_NAME = ".lock"
+# With another value of these, the saved weights, optimizer state or position mean something else.
+KEYS_THAT_CANNOT_CHANGE = ("seed", "model.", "train.batch_size_global", "table_optimizer.name", "dense_optimizer.name")
+logger = logging.getLogger("torchdlrm")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key of the config that differs between the start of a run and now."""
+
+    key: str
+    before: object
+    now: object
+
+    @property
+    def is_fatal(self) -> bool:
+        """Whether the run cannot go on with it."""
+        return any(
+            self.key == name or (name.endswith(".") and self.key.startswith(name)) for name in KEYS_THAT_CANNOT_CHANGE
+        )
+
+    def __str__(self) -> str:
+        return f"{self.key}: was {_shown(self.before)}, is {_shown(self.now)}"
 
 
 class Run:
@@ -34,32 +55,44 @@ class Run:
 
     Args:
         path: the folder.
-        config: what the run was started with.
+        config: what the run is trained with.
     """
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
         self.config = config
+        self._lock: IO[str] | None = None
 
     @classmethod
-    def create(cls, path: Path, config: Config, dataset: Dataset, *, world_size: int) -> Self:
-        """Make the folder and write down what the run starts from.
+    def start(cls, path: Path, config: Config, dataset: Dataset, *, world_size: int, restart: bool = False) -> Self:
+        """Make the folder, or take up the run that is in it, and keep others out until this process ends.
+
+        Args:
+            path: the folder.
+            config: what to train with; where the run is there already, some keys may have changed.
+            dataset: what to train on; must be the same.
+            world_size: number of processes, which may have changed.
+            restart: remove what is there and begin anew.
 
         Raises:
-            RunError: something is there already, or the folder cannot be made.
+            RunError: another process is training in it, something else is in it, or the config or dataset has
+                changed in a way that makes going on impossible; lists every difference.
         """
+        run = cls(path, config)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                msg = f"--run: {path} is not empty; give another folder, or remove it"
-                raise RunError(msg)
-            (path / CONFIG_NAME).write_text(config_toml(config), encoding="utf-8")
-            environment = _environment(dataset, world_size)
-            (path / ENVIRONMENT_NAME).write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+            run._lock_folder()
+            if restart:
+                run._clear()
+            run.check(dataset)
+            if not run.exists:
+                environment = _environment(dataset, world_size)
+                _write_whole(path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
+            _write_whole(path / CONFIG_NAME, config_toml(config))
         except OSError as error:
             msg = f"--run: cannot write to {path}: {error.strerror}"
             raise RunError(msg) from error
-        return cls(path, config)
+        return run
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -74,10 +107,49 @@ class Run:
         return cls(path, load_config(path / CONFIG_NAME))
 
     @property
+    def exists(self) -> bool:
+        """Whether the run has been started before."""
+        return (self.path / CONFIG_NAME).is_file()
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
     def environment(self) -> dict[str, Any]:
         """Versions, machine and dataset that the run started with."""
         environment: dict[str, Any] = json.loads((self.path / ENVIRONMENT_NAME).read_text(encoding="utf-8"))
         return environment
+
+    def check(self, dataset: Dataset) -> list[Change]:
+        """See whether the run can be started, or taken up where it is.
+
+        Returns:
+            The keys that have changed without harm.
+
+        Raises:
+            RunError: it cannot; lists every difference.
+        """
+        if not self.exists:
+            if self.path.exists() and (
+                not self.path.is_dir() or {entry.name for entry in self.path.iterdir()} - {LOCK_NAME}
+            ):
+                msg = f"--run: {self.path} is not empty and holds no run; give another folder"
+                raise RunError(msg)
+            return []
+        changes = self._changes()
+        fatal = [f"{change}; the saved state means something else with it" for change in changes if change.is_fatal]
+        if _manifest_sha256(dataset) != self.environment["dataset"]["manifest_sha256"]:
+            fatal.append(
+                f"--dataset: was {self.environment['dataset']['path']}, is {dataset.path} (another dataset.json)"
+            )
+        if fatal:
+            harmless = [f"{change}; would do no harm" for change in changes if not change.is_fatal]
+            lines = [f"{self.path}: the run in it cannot go on with what is asked now:", *fatal, *harmless]
+            remedy = "give what it was started with, another --run, or --restart to remove it and begin anew"
+            raise RunError("\n  ".join([*lines, remedy]))
+        return changes
 
     def open_dataset(self, path: Path | None = None) -> Dataset:
         """The dataset that the run was trained on, found where it was then or at `path`.
@@ -96,79 +168,52 @@ class Run:
             raise RunError(msg)
         return dataset
 
-    def save_weights(self, model: nn.Module, step: int) -> Path:
-        """Write all weights with torch.distributed.checkpoint, whole or not at all; every rank must call this."""
-        final = self.path / "checkpoints" / f"step-{step:08d}"
-        partial = final.with_name(f".{final.name}.partial")
-        if torch.distributed.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        torch.distributed.barrier()
-        save_distributed({"model": model.state_dict()}, checkpoint_id=partial)
-        if torch.distributed.get_rank() == 0:
-            partial.rename(final)
-        torch.distributed.barrier()
-        return final
-
-    def load_weights(self, model: nn.Module) -> int:
-        """Load the newest weights into a model that may be sharded over another number of ranks.
-
-        Returns:
-            The step at which they were saved.
-
-        Raises:
-            RunError: the run has no weights.
-        """
-        saved = sorted((self.path / "checkpoints").glob("step-*"))
-        if not saved:
-            msg = f"{self.path}: the run has no weights yet; train it to the end first"
-            raise RunError(msg)
-        state = {"model": model.state_dict()}
-        load_distributed(state, checkpoint_id=saved[-1])
-        model.load_state_dict(state["model"])
-        return int(saved[-1].name.removeprefix("step-"))
-
     def write_evaluation(self, name: str, result: Mapping[str, object]) -> Path:
         """Write a result under evaluation/, whole or not at all."""
         path = self.path / "evaluation" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
-        beside = path.with_suffix(".partial")
-        beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        beside.rename(path)
+        _write_whole(path, json.dumps(result, indent=1) + "\n")
         return path
 
+    def _changes(self) -> list[Change]:
+        before = load_config(self.path / CONFIG_NAME)
+        pairs = ((name, _value(before, name), _value(self.config, name)) for name, _ in knobs())
+        return [Change(name, then, now) for name, then, now in pairs if then != now]
 
-class MetricsLog:
-    """Appends lines to metrics.jsonl and, when asked, scalars to TensorBoard.
+    def _lock_folder(self) -> None:
+        """Hold the folder until this process ends, however it ends."""
+        self._lock = (self.path / LOCK_NAME).open("a", encoding="utf-8")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            msg = f"--run: another process is training in {self.path}; wait for it, or give another folder"
+            raise RunError(msg) from error
 
-    Args:
-        run: where to write.
-        tensorboard: whether to write event files too.
-    """
+    def _clear(self) -> None:
+        """Remove what a run has written, and nothing else."""
+        if not self.exists:
+            return
+        for name in ("tensorboard", "checkpoints", "evaluation"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in (METRICS_NAME, PLAN_NAME, ENVIRONMENT_NAME, CONFIG_NAME):
+            (self.path / name).unlink(missing_ok=True)
 
-    def __init__(self, run: Run, *, tensorboard: bool) -> None:
-        self._file = (run.path / METRICS_NAME).open("a", encoding="utf-8")
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - half a second, and optional
 
-            self._writer = SummaryWriter(run.path / "tensorboard")
+def _value(config: Config, dotted_name: str) -> object:
+    value: object = config
+    for part in dotted_name.split("."):
+        value = getattr(value, part)
+    return value
 
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line; it holds `step` and `split`. NaN becomes null, which JSON knows."""
-        clean = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in line.items()}
-        self._file.write(json.dumps({**clean, "time": time.time()}) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for key, value in clean.items():
-                if key not in {"step", "split", "rows"} and value is not None:
-                    self._writer.add_scalar(f"{line['split']}/{key}", value, line["step"])
 
-    def close(self) -> None:
-        """Write out what is buffered."""
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+def _shown(value: object) -> object:
+    return "not set" if value is None else list(value) if isinstance(value, tuple) else value
+
+
+def _write_whole(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.rename(path)
 
 
 def _environment(dataset: Dataset, world_size: int) -> dict[str, Any]:

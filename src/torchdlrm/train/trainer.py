@@ -3,10 +3,10 @@
 Every rank runs this; batch k holds the same rows whatever their number, and rank 0 writes and talks.
 """
 
+import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,21 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
+from torchdlrm.errors import Interrupted, TrainingError
 from torchdlrm.loader.batch import Batch
 from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.plan_file import write_plan
+from torchdlrm.train.checkpoint import Checkpointer, Position, list_checkpoints
+from torchdlrm.train.clock import Stopwatch, Timer
+from torchdlrm.train.metrics_log import MetricsLog
 from torchdlrm.train.optimizers import Schedule, build_optimizer
 from torchdlrm.train.predictions import PredictionBuffer, measure
-from torchdlrm.train.process_group import Ranks, join_process_group
-from torchdlrm.train.run import PLAN_NAME, MetricsLog, Run
+from torchdlrm.train.process_group import Ranks
+from torchdlrm.train.run import PLAN_NAME, Run
 from torchdlrm.train.sharded import build_sharded_model
+from torchdlrm.train.signals import StopRequest
 from torchdlrm.train.threads import useful_threads
 
 
@@ -34,17 +39,25 @@ class TrainingSummary:
     """How a run ended.
 
     Attributes:
-        steps: optimizer steps.
-        rows: training rows read, over all ranks.
-        seconds: wall time of the training steps, validation left out.
-        rows_per_s: their quotient.
-        validation: metrics of the val split after the last step, None when the dataset has no val rows.
+        step: the last optimizer step.
+        rows: training rows read up to then, over all ranks.
+        resumed_from_step: where this process took the run up; 0 for a new run.
+        seconds: wall time of this process's training steps, validation left out.
+        rows_per_s: rows that these steps read, per second; 0 when there was nothing left to do.
+        stopped_because: `finished`, `target_auc` or `patience`.
+        best_auc: highest AUC of the val split, None without validation.
+        best_step: the step that had it.
+        validation: metrics of the val split after the last step, None when nothing was validated.
     """
 
-    steps: int
+    step: int
     rows: int
+    resumed_from_step: int
     seconds: float
     rows_per_s: float
+    stopped_because: str
+    best_auc: float | None
+    best_step: int | None
     validation: dict[str, int | float] | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -91,40 +104,69 @@ class Trainer:
         optimizer = build_optimizer(self.model, config.dense_optimizer)
         self._schedule = Schedule(config.schedule, optimizer)
         self._pipeline = TrainPipelineSparseDist(self.model, optimizer, ranks.device, execute_all_batches=True)
-        self._metrics = MetricsLog(run, tensorboard=config.logging.tensorboard) if ranks.is_first else None
+        self._checkpointer = Checkpointer(
+            run.checkpoints, self.model, optimizer, ranks, keep_last=config.checkpoint.keep_last
+        )
+        self._stop_request = StopRequest(ranks)
         self._interval = PredictionBuffer()
-        self._watch = Stopwatch()
+        self._validation: BinaryMetrics | None = None
+        self._metrics: MetricsLog | None = None
         self._logged_rows, self._logged_s = 0, 0.0
+        self._watch = Stopwatch()
+        self._save_timer = Timer(config.checkpoint.every_minutes * 60)
 
     def fit(self) -> TrainingSummary:
-        """Train to the end, validating at intervals and after the last step, and save the weights."""
-        batches = islice(iter(self._loader), self.num_steps)
-        validation: BinaryMetrics | None = None
+        """Take the run up where it is and train to the end, validating and saving at intervals.
+
+        Raises:
+            Interrupted: asked to stop; the run is saved and can be taken up again.
+            TrainingError: the loss is not finite.
+        """
+        self._position = self._checkpointer.restore() or self._position_after(0)
+        start = self._position.step
+        self._open_log(start)
+        batches = self._remaining_batches(start)
+        stopped_because = "finished"
         self.model.train()
-        self._progress.start_phase("train", self._rows_after(self.num_steps))
-        self._watch.start()
-        for step in range(1, self.num_steps + 1):
-            self._train_step(step, batches)
-            if self._is_due(step, self._config.logging.every_steps):
-                self._log_interval(step)
-            if self._has_validation and self._is_due(step, self._config.validation.every_steps):
-                with self._watch.paused():
-                    validation = self._validate(step)
-        self._watch.stop()
-        self._run.save_weights(self.model, self.num_steps)
-        if self._metrics is not None:
-            self._metrics.close()
-        rows = self._rows_after(self.num_steps)
-        seconds = self._watch.elapsed_s
-        return TrainingSummary(
-            self.num_steps, rows, seconds, rows / seconds, validation.as_dict() if validation is not None else None
-        )
+        with self._stop_request.listening(), self._watch.running():
+            for step in range(start + 1, self.num_steps + 1):
+                self._train_step(step, batches)
+                improved = self._measure_if_due(step)
+                stop, save = self._stop_request.poll(step, save_is_due=self._save_timer.is_due())
+                if stop:
+                    self._save(step, wait=True)
+                    msg = (
+                        f"interrupted after step {step} of {self.num_steps}; saved: the same command goes on from there"
+                    )
+                    raise Interrupted(msg)
+                if self._reason_to_stop() is not None:
+                    stopped_because = str(self._reason_to_stop())
+                    break
+                if save or improved or self._is_every(step, self._config.checkpoint.every_steps):
+                    self._save(step, wait=not self._config.checkpoint.asynchronous)
+        if self._position.step > start:
+            self._save_last()
+        self._close()
+        return self._summary(start, stopped_because)
 
     def _train_step(self, step: int, batches: Iterator[Batch]) -> None:
         self._rate = self._schedule.set(step)
-        _, logits_B, labels_B = self._pipeline.progress(batches)
+        loss, logits_B, labels_B = self._pipeline.progress(batches)
+        # On a GPU looking at the loss waits for the step; there it is looked at when metrics are due.
+        if self._ranks.device.type == "cpu" or self._is_due(step, self._config.logging.every_steps):
+            self._refuse_if_not_finite(float(loss), step)
         self._interval.add(logits_B, labels_B)
+        self._position = self._position_after(step)
         self._progress.advance(self._rows_after(step) - self._rows_after(step - 1))
+
+    def _measure_if_due(self, step: int) -> bool:
+        """Log and validate where the config says so; whether the validation was the best so far."""
+        if self._is_due(step, self._config.logging.every_steps):
+            self._log_interval(step)
+        if not (self._has_validation and self._is_due(step, self._config.validation.every_steps)):
+            return False
+        with self._watch.paused():
+            return self._validate(step)
 
     def _log_interval(self, step: int) -> None:
         """Write the metrics of the rows since the last time, each predicted before the model learnt from it."""
@@ -141,22 +183,98 @@ class Trainer:
         )
         self._progress.advance(0, loss=f"{metrics.logloss:.4f}", ne=f"{metrics.ne:.4f}")
 
-    def _validate(self, step: int) -> BinaryMetrics | None:
-        """Write the metrics of the val split as it is predicted now."""
+    def _validate(self, step: int) -> bool:
+        """Write the metrics of the val split as it is predicted now; whether its AUC is the best so far."""
         started_s = time.monotonic()
         loader = self._make_loader(
             "val", self._config.validation.batch_size_global, max_rows=self._config.validation.max_rows
         )
         # The pipeline holds batches in flight and has replaced the tables' forward; it goes on by itself afterwards.
-        metrics = measure(self._pipeline.detach(), [loader], self._ranks, SILENT)
-        if metrics is not None and self._metrics is not None:
+        metrics = self._ranks.from_first(measure(self._pipeline.detach(), [loader], self._ranks, SILENT))
+        assert metrics is not None
+        self._validation = metrics
+        if self._metrics is not None:
             self._metrics.write(
                 {"step": step, "rows": self._rows_after(step), "split": "val", "loss": metrics.logloss}
                 | {"ne": metrics.ne, "auc": metrics.auc, "learning_rate": self._rate}
                 | {"rows_per_s": metrics.rows / (time.monotonic() - started_s)}
             )
             self._progress.advance(0, val_auc=f"{metrics.auc:.4f}", val_ne=f"{metrics.ne:.4f}")
-        return metrics
+        # NaN, when the split holds one class only, is never the best.
+        if metrics.auc > (-1.0 if self._position.best_auc is None else self._position.best_auc):
+            self._position = replace(self._position, best_auc=metrics.auc, best_step=step, stale_validations=0)
+            return True
+        self._position = replace(self._position, stale_validations=self._position.stale_validations + 1)
+        return False
+
+    def _reason_to_stop(self) -> str | None:
+        stop, position = self._config.stop, self._position
+        if stop.target_auc is not None and (position.best_auc or 0.0) >= stop.target_auc:
+            return "target_auc"
+        if stop.patience_validations is not None and position.stale_validations >= stop.patience_validations:
+            return "patience"
+        return None
+
+    def _refuse_if_not_finite(self, loss: float, step: int) -> None:
+        if math.isfinite(loss):
+            return
+        first_row, saved = self._rows_after(step - 1), list_checkpoints(self._run.checkpoints)
+        msg = (
+            f"the loss is {loss} at step {step} (training rows {first_row:,} to {self._rows_after(step) - 1:,}): try "
+            "a lower table_optimizer.learning_rate or dense_optimizer.learning_rate, schedule.warmup_steps, or look at "
+            f"these rows; {f'the last checkpoint is of step {saved[-1]}' if saved else 'nothing was saved yet'}"
+        )
+        raise TrainingError(msg)
+
+    def _save(self, step: int, *, wait: bool) -> None:
+        assert step == self._position.step
+        with self._watch.paused():
+            self._checkpointer.save(self._position, wait=wait)
+        self._save_timer.restart()
+
+    def _save_last(self) -> None:
+        step = self._position.step
+        self._save(step, wait=True)
+        if step not in list_checkpoints(self._run.checkpoints):
+            msg = f"trained to step {step}, but it could not be saved (see above); make room and start the same command"
+            raise TrainingError(msg)
+
+    def _open_log(self, start: int) -> None:
+        if self._ranks.is_first:
+            tensorboard = self._config.logging.tensorboard
+            self._metrics = MetricsLog(self._run.path, from_step=start, tensorboard=tensorboard)
+        self._logged_rows = self._rows_after(start)
+        self._progress.start_phase("train", self._rows_after(self.num_steps))
+        self._progress.advance(self._rows_after(start))
+
+    def _remaining_batches(self, start: int) -> Iterator[Batch]:
+        self._loader.load_state_dict(self._position.loader)
+        return islice(iter(self._loader), self.num_steps - start)
+
+    def _close(self) -> None:
+        self._checkpointer.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def _summary(self, start: int, stopped_because: str) -> TrainingSummary:
+        position, seconds = self._position, self._watch.elapsed_s
+        rows = self._rows_after(position.step)
+        return TrainingSummary(
+            step=position.step,
+            rows=rows,
+            resumed_from_step=start,
+            seconds=seconds,
+            rows_per_s=(rows - self._rows_after(start)) / seconds if position.step > start else 0.0,
+            stopped_because=stopped_because,
+            best_auc=position.best_auc,
+            best_step=position.best_step,
+            validation=self._validation.as_dict() if self._validation is not None else None,
+        )
+
+    def _position_after(self, step: int) -> Position:
+        epoch, batches = divmod(step, self._loader.batches_per_epoch)
+        loader = {"epoch": epoch, "batches_consumed": batches}
+        return replace(self._position, step=step, loader=loader) if step else Position(step=0, loader=loader)
 
     def _make_loader(
         self, split: str, batch_size_global: int, *, epochs: int = 1, max_rows: int | None = None
@@ -174,59 +292,13 @@ class Trainer:
             pin_memory=self._ranks.device.type == "cuda",
         )
 
+    def _is_every(self, step: int, every_steps: int) -> bool:
+        return every_steps > 0 and step % every_steps == 0
+
     def _is_due(self, step: int, every_steps: int) -> bool:
-        return step == self.num_steps or (every_steps > 0 and step % every_steps == 0)
+        return step == self.num_steps or self._is_every(step, every_steps)
 
     def _rows_after(self, step: int) -> int:
         """Training rows that all ranks have read in the first `step` steps."""
         epochs, batches = divmod(step, self._loader.batches_per_epoch)
         return epochs * self._loader.rows + batches * self._config.train.batch_size_global
-
-
-def train(config: Config, dataset: Dataset, run: Run, *, progress: ProgressListener = SILENT) -> TrainingSummary | None:
-    """Train in this process and all others that torch's launcher has started with it.
-
-    Args:
-        config: of the run.
-        dataset: what to train on.
-        run: a folder made by `Run.create`.
-        progress: is told of every step.
-
-    Returns:
-        How it ended on rank 0, None elsewhere.
-
-    Raises:
-        PlanError: the tables do not fit the machine.
-        DatasetError: the dataset has no training rows, or is damaged.
-    """
-    with join_process_group() as ranks:
-        summary = Trainer(config, dataset, run, ranks, progress if ranks.is_first else SILENT).fit()
-        return summary if ranks.is_first else None
-
-
-class Stopwatch:
-    """Measures wall time that can be paused."""
-
-    def __init__(self) -> None:
-        self._banked_s = 0.0
-        self._started_s: float | None = None
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds that the watch has been running."""
-        return self._banked_s + (time.monotonic() - self._started_s if self._started_s is not None else 0.0)
-
-    def start(self) -> None:
-        """Go on measuring."""
-        self._started_s = time.monotonic()
-
-    def stop(self) -> None:
-        """Stop measuring."""
-        self._banked_s, self._started_s = self.elapsed_s, None
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside is not measured."""
-        self.stop()
-        yield
-        self.start()

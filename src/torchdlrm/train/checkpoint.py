@@ -1,0 +1,269 @@
+"""Checkpoints: whole or absent, written while training goes on, verified when they are read.
+
+    checkpoints/step-00001000/
+      checkpoint.json             step, loader position, metric, and the sha256 of every other file
+      .metadata  __0_0.distcp     torch.distributed.checkpoint: model and optimizer, loadable on any number of ranks
+
+A checkpoint is written under another name and renamed when every rank has written and hashed its part. Random state
+need not be in it: what is random during training (dropout) is drawn from seed, step and rank.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torchrec.optim.keyed import KeyedOptimizer
+
+from torchdlrm.errors import RunError
+from torchdlrm.train.process_group import Ranks
+
+FORMAT_VERSION = 1
+RECORD_NAME = "checkpoint.json"
+logger = logging.getLogger("torchdlrm")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is: what a checkpoint holds besides model and optimizer.
+
+    Attributes:
+        step: optimizer steps done.
+        loader: state of the training loader after that step.
+        best_auc: highest AUC of the val split so far, None before the first validation.
+        best_step: the step that had it.
+        stale_validations: validations since then.
+    """
+
+    step: int
+    loader: dict[str, int]
+    best_auc: float | None = None
+    best_step: int | None = None
+    stale_validations: int = 0
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return folder / f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[int]:
+    """The steps of all whole checkpoints in a run's checkpoints/, in rising order."""
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob(f"step-*/{RECORD_NAME}"))
+
+
+def read_position(folder: Path, step: int) -> Position:
+    """What `checkpoint.json` says.
+
+    Raises:
+        RunError: its format version is another.
+    """
+    record = _read_record(checkpoint_path(folder, step))
+    return Position(**record["position"])
+
+
+class Checkpointer:
+    """Saves and loads the checkpoints of one run; every rank has one and must make the same calls.
+
+    Args:
+        folder: the run's checkpoints/.
+        model: after `DistributedModelParallel`.
+        optimizer: of the model, or None to load weights alone.
+        ranks: the processes of the run.
+        keep_last: how many checkpoints to keep besides the best.
+    """
+
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizer: KeyedOptimizer | None, ranks: Ranks, *, keep_last: int = 1
+    ) -> None:
+        self._folder, self._model, self._optimizer, self._ranks = folder, model, optimizer, ranks
+        self._keep_last = keep_last
+        # A group of its own: its messages must not mix with those of the steps that go on meanwhile.
+        self._group = dist.new_group(backend="gloo")
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torchdlrm-checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, position: Position, *, wait: bool) -> None:
+        """Copy the state now and write it in the background; waits first for a save that is still going on.
+
+        Memory: a copy of this rank's tables and optimizer state until it is written; with `wait`, none.
+
+        Args:
+            position: goes into the checkpoint.
+            wait: write it here and return when the checkpoint is whole (or has failed, which is logged).
+        """
+        self.join()
+        state = self._state()
+        if wait:
+            self._write(state, position)
+        else:
+            self._pending = self._writer.submit(self._write, _copied(state), position)
+
+    def join(self) -> None:
+        """Wait until no save is going on."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        """Wait for a save that is going on, and end the writing thread."""
+        self.join()
+        self._writer.shutdown()
+
+    def restore(self) -> Position | None:
+        """Load the newest checkpoint that is undamaged; None when there is none. Damaged ones are named in the log."""
+        for step in reversed(list_checkpoints(self._folder)):
+            problem = self._on_first_rank(lambda step=step: find_damage(checkpoint_path(self._folder, step)))
+            if problem is None:
+                return self.load(step, verify=False)
+            if self._ranks.is_first:
+                logger.warning("%s; going back to the checkpoint before", problem)
+        return None
+
+    def load(self, step: int, *, verify: bool = True) -> Position:
+        """Load a checkpoint, which may come from another number of ranks.
+
+        Raises:
+            RunError: it is damaged or of another format version.
+        """
+        path = checkpoint_path(self._folder, step)
+        if verify:
+            problem = self._on_first_rank(lambda: find_damage(path))
+            if problem is not None:
+                raise RunError(problem)
+        state = self._state()
+        load_distributed(state, storage_reader=FileSystemReader(path), process_group=self._group)
+        self._model.load_state_dict(state["model"])
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
+        return read_position(self._folder, step)
+
+    def _state(self) -> dict[str, Any]:
+        state = {"model": self._model.state_dict()}
+        if self._optimizer is not None:
+            state["optimizer"] = self._optimizer.state_dict()
+        return state
+
+    def _write(self, state: dict[str, Any], position: Position) -> None:
+        """Write, hash, rename; a failure leaves the checkpoints that are there and is logged."""
+        final = checkpoint_path(self._folder, position.step)
+        partial = final.with_name(f".{final.name}.partial")
+        try:
+            self._together(lambda: _make_empty(partial) if self._ranks.is_first else None)
+            save_distributed(
+                state, storage_writer=FileSystemWriter(partial, sync_files=True), process_group=self._group
+            )
+            digests = self._together(lambda: _digests(partial, self._ranks.rank))
+            self._together(lambda: self._finish(partial, final, digests, position) if self._ranks.is_first else None)
+        except (OSError, CheckpointException, RuntimeError) as error:
+            if self._ranks.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+                logger.warning(
+                    "the checkpoint of step %d could not be written, training goes on without it: %s",
+                    position.step,
+                    _reason(error),
+                )
+
+    def _finish(self, partial: Path, final: Path, digests: list[dict[str, str]], position: Position) -> None:
+        files = {name: digest for part in digests for name, digest in part.items()}
+        record = {"format_version": FORMAT_VERSION, "position": asdict(position), "sha256": dict(sorted(files.items()))}
+        (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if final.exists():  # damaged, or saved by a run that was longer and has been resumed from before it
+            shutil.rmtree(final)
+        partial.rename(final)
+        keep = {*list_checkpoints(self._folder)[-self._keep_last :], position.step, position.best_step}
+        for step in set(list_checkpoints(self._folder)) - keep:
+            # Renamed first, so that one that is half removed is never taken for a checkpoint.
+            doomed = checkpoint_path(self._folder, step)
+            shutil.rmtree(doomed.rename(doomed.with_name(f".{doomed.name}.old")))
+
+    def _together(self, task: Any) -> list[Any]:
+        """Run a task on every rank and return all results; raises on every rank when it fails on one."""
+        result: Any = None
+        problem: str | None = None
+        try:
+            result = task()
+        except OSError as error:
+            problem = f"rank {self._ranks.rank}: {_reason(error)}"
+        everyone: list[Any] = [None] * self._ranks.world_size
+        dist.all_gather_object(everyone, (problem, result), group=self._group)
+        problems = [found for found, _ in everyone if found is not None]
+        if problems:
+            raise OSError("; ".join(problems))
+        return [found for _, found in everyone]
+
+    def _on_first_rank(self, task: Any) -> Any:
+        answer = [task() if self._ranks.is_first else None]
+        dist.broadcast_object_list(answer, src=0, group=self._group)
+        return answer[0]
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None; reads them all."""
+    try:
+        record = _read_record(path)
+        for name, expected in record["sha256"].items():
+            if _sha256(path / name) != expected:
+                return f"{path / name}: damaged, its sha256 is not that in {RECORD_NAME}"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{path}: damaged: {error}"
+    return None
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((path / RECORD_NAME).read_text(encoding="utf-8"))
+    if record["format_version"] != FORMAT_VERSION:
+        msg = f"{path}: format version {record['format_version']}, this torchdlrm reads {FORMAT_VERSION}"
+        raise RunError(msg)
+    return record
+
+
+def _copied(state: Any) -> Any:
+    """The same nested state with tensors of its own, in host memory."""
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, ShardedTensor):
+        shards = [
+            Shard(shard.tensor.detach().to("cpu", copy=True), copy.deepcopy(shard.metadata))
+            for shard in state.local_shards()
+        ]
+        return ShardedTensor._init_from_local_shards_and_global_metadata(shards, state.metadata())
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    return copy.deepcopy(state)
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _digests(folder: Path, rank: int) -> dict[str, str]:
+    """sha256 of the files that this rank has written; the first one also has the metadata."""
+    names = [path.name for path in folder.glob(f"__{rank}_*.distcp")]
+    return {name: _sha256(folder / name) for name in [*names, *([".metadata"] if rank == 0 else [])]}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line: torch wraps what the disk said."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,57 @@
+"""What every process of a training does, from joining the others to the summary."""
+
+from pathlib import Path
+
+from torchdlrm.config import Config
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.errors import UserError
+from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.train.process_group import Ranks, join_process_group
+from torchdlrm.train.run import Run
+from torchdlrm.train.trainer import Trainer, TrainingSummary
+
+
+def train(
+    config: Config, dataset: Path, run: Path, *, restart: bool = False, progress: ProgressListener = SILENT
+) -> TrainingSummary | None:
+    """Train in this process and all others that torch's launcher has started with it.
+
+    A run that is in the folder already goes on from its newest checkpoint, also on another number of processes.
+
+    Args:
+        config: of the run.
+        dataset: folder of an encoded dataset.
+        run: folder of the run.
+        restart: remove what is in it and begin anew.
+        progress: is told of every step.
+
+    Returns:
+        How it ended on rank 0, None elsewhere.
+
+    Raises:
+        RunError: the folder is in use, holds something else, or a run that cannot go on with this config.
+        PlanError: the tables do not fit the machine.
+        DatasetError: the dataset is missing, damaged, or has no training rows.
+        TrainingError: the loss is not finite, or another process does not answer.
+        Interrupted: SIGTERM or Ctrl-C; the run is saved.
+    """
+    with join_process_group(config.train.timeout_s) as ranks:
+        encoded = Dataset.open(dataset)
+        taken_up = _start_run(config, encoded, run, ranks, restart=restart)
+        with ranks.answering(config.train.timeout_s):
+            summary = Trainer(config, encoded, taken_up, ranks, progress if ranks.is_first else SILENT).fit()
+        return summary if ranks.is_first else None
+
+
+def _start_run(config: Config, dataset: Dataset, path: Path, ranks: Ranks, *, restart: bool) -> Run:
+    """Rank 0 takes the folder; when it may not, no rank goes on."""
+    run, problem = Run(path, config), None
+    if ranks.is_first:
+        try:
+            run = Run.start(path, config, dataset, world_size=ranks.world_size, restart=restart)
+        except UserError as error:
+            problem = error
+    problem = ranks.from_first(problem)
+    if problem is not None:
+        raise problem
+    return run

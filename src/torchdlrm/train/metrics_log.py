@@ -1,0 +1,69 @@
+"""The metrics of a run over time: a line an interval in metrics.jsonl, and scalars for TensorBoard."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torchdlrm.train.run import METRICS_NAME
+
+logger = logging.getLogger("torchdlrm")
+
+
+class MetricsLog:
+    """Appends to the metrics of a run.
+
+    Args:
+        run_path: the run's folder.
+        from_step: where the run goes on; what an interrupted process has written beyond it is removed.
+        tensorboard: whether to write event files too.
+    """
+
+    def __init__(self, run_path: Path, *, from_step: int, tensorboard: bool) -> None:
+        path = run_path / METRICS_NAME
+        if path.exists():
+            _keep_until(path, from_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - half a second, and optional
+
+            self._writer = SummaryWriter(run_path / "tensorboard", purge_step=from_step + 1)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line; it holds `step` and `split`. NaN becomes null, which JSON knows."""
+        clean = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in line.items()}
+        try:
+            self._file.write(json.dumps({**clean, "time": time.time()}) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk must not end a training
+            logger.warning("the metrics of step %d could not be written: %s", line["step"], error)
+        if self._writer is not None:
+            for key, value in clean.items():
+                if key not in {"step", "split", "rows"} and value is not None:
+                    self._writer.add_scalar(f"{line['split']}/{key}", value, line["step"])
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        with suppress(OSError):
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop lines beyond `step`, and a last line that was cut short."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    beside.rename(path)

@@ -1,0 +1,401 @@
+"""Nothing lost: runs that are killed, stopped, or taken up by another number of processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
+STEPS = 134  # two epochs of 67 batches
+OPTIONS = (
+    "--train.epochs",
+    2,
+    "--checkpoint.every-steps",
+    10,
+    "--logging.every-steps",
+    10,
+    "--logging.tensorboard",
+    "false",
+)
+
+
+class Process:
+    """A `dlrm train` that runs beside the test, which watches what it writes."""
+
+    def __init__(self, *args, **environment):
+        command = [str(Path(sys.executable).with_name("dlrm")), "train", str(CONFIG), *map(str, args)]
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "COLUMNS": "200", **environment},
+        )
+
+    def wait(self, timeout_s=240):
+        output, _ = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, output
+
+    def workers(self):
+        """Process ids of its children that train."""
+        listing = subprocess.run(
+            ["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False
+        ).stdout.split()
+        names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in listing if Path(f"/proc/{pid}").exists()}
+        return [int(pid) for pid, name in names.items() if "spawn_main" in name]
+
+    def kill_all(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        return self.wait()
+
+
+def wait_until(condition, process, timeout_s=120):
+    """Poll a condition on the files of a run, without guessing how long it takes."""
+    poll = threading.Event()
+    for _ in range(int(timeout_s / 0.02)):
+        if condition():
+            return
+        assert process.process.poll() is None, process.wait()
+        poll.wait(0.02)
+    message = f"not within {timeout_s} s"
+    raise AssertionError(message)
+
+
+def checkpoints(run):
+    return sorted(int(path.parent.name[5:]) for path in (run / "checkpoints").glob("step-*/checkpoint.json"))
+
+
+def logged_steps(run):
+    path = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def state(run, tmp_path, step=STEPS):
+    """Every tensor of a checkpoint, model and optimizer, by name."""
+    dcp_to_torch_save(run / "checkpoints" / f"step-{step:08d}", tmp_path / "state.pt")
+    flat = {}
+
+    def walk(prefix, value):
+        for key, inner in value.items():
+            if isinstance(inner, dict):
+                walk(f"{prefix}{key}/", inner)
+            else:
+                flat[f"{prefix}{key}"] = inner
+
+    walk("", torch.load(tmp_path / "state.pt", weights_only=True))
+    return flat
+
+
+def assert_same_bytes(run, expected, tmp_path):
+    found = state(run, tmp_path)
+    assert found.keys() == expected.keys()
+    different = [
+        name for name in found if not torch.equal(torch.as_tensor(found[name]), torch.as_tensor(expected[name]))
+    ]
+    assert different == []
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_dataset, dlrm, tmp_path_factory):
+    """The state at the end of runs that nobody interrupted, by number of processes."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    states = {}
+    for nproc in (1, 2):
+        run = folder / f"run-{nproc}"
+        done = dlrm("train", CONFIG, "--dataset", small_dataset.path, "--run", run, *OPTIONS, "--nproc-per-node", nproc)
+        assert done.returncode == 0, done.stderr
+        states[nproc] = state(run, folder)
+    return states
+
+
+def test_a_checkpoint_holds_model_and_optimizer_state(uninterrupted):
+    names = uninterrupted[1].keys()
+    assert "model/model.sparse_arch.embedding_bag_collection.embedding_bags.t_cat_0.weight" in names
+    assert any(name.startswith("optimizer/") and "momentum1" in name for name in names)
+    assert any(name.startswith("optimizer/") and "over_arch" in name and name.endswith("sum") for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_killed_runs_end_with_the_bytes_of_an_uninterrupted_one(nproc, small_dataset, uninterrupted, tmp_path, seed):
+    """kill -9 of everything at random steps, also while a checkpoint is written."""
+    rng = random.Random(seed + nproc)
+    run = tmp_path / "run"
+    kills = 0
+    while True:
+        process = Process("--dataset", small_dataset.path, "--run", run, *OPTIONS, "--nproc-per-node", nproc)
+        done = max(checkpoints(run), default=0)
+        target = done + rng.randrange(5, 45)
+        if target >= STEPS:
+            break
+        if rng.random() < 0.5:
+            wait_until(lambda target=target: max(logged_steps(run), default=0) >= target // 10 * 10, process)
+        else:
+            partial = run / "checkpoints"
+            wait_until(
+                lambda folder=partial, n=done: (
+                    any(folder.glob(".step-*.partial")) or max(checkpoints(run), default=0) > n
+                ),
+                process,
+            )
+        process.kill_all()
+        kills += 1
+    code, output = process.wait()
+    assert code == 0, output
+    assert kills >= 2
+    assert_same_bytes(run, uninterrupted[nproc], tmp_path)
+    steps = logged_steps(run)
+    assert steps == sorted(steps)  # lines beyond the checkpoint were taken back
+    assert steps.count(STEPS) == 2  # one of train, one of val
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_number_of_processes_and_reads_the_same_rows(
+    small_dataset, uninterrupted, dlrm, tmp_path
+):
+    """2 -> 1 -> 3 processes: the losses of every interval are those of an uninterrupted run."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    options = (*OPTIONS, "--logging.every-steps", 1)
+    arguments = ("train", CONFIG, "--dataset", small_dataset.path)
+    assert dlrm(*arguments, "--run", whole, *options).returncode == 0
+    for nproc, max_steps in ((2, 40), (1, 90), (3, STEPS)):
+        done = dlrm(*arguments, "--run", run, *options, "--nproc-per-node", nproc, "--train.max-steps", max_steps)
+        assert done.returncode == 0, done.stderr
+    losses = [
+        [
+            (line["step"], line["rows"], line["loss"])
+            for line in map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+            if line["split"] == "train"
+        ]
+        for path in (run, whole)
+    ]
+    assert [(step, rows) for step, rows, _ in losses[0]] == [(step, rows) for step, rows, _ in losses[1]]
+    assert [loss for *_, loss in losses[0]] == pytest.approx([loss for *_, loss in losses[1]], abs=1e-4)
+    for name, value in state(run, tmp_path).items():
+        if name.startswith("model/"):
+            torch.testing.assert_close(value, uninterrupted[1][name], atol=1e-3, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_and_the_same_command_goes_on(number, small_dataset, uninterrupted, dlrm, tmp_path):
+    run = tmp_path / "run"
+    arguments = ("--dataset", small_dataset.path, "--run", run, *OPTIONS, "--checkpoint.every-steps", 0)
+    process = Process(*arguments)
+    wait_until(lambda: len(logged_steps(run)) >= 2, process)
+    process.process.send_signal(number)
+    code, output = process.wait()
+    assert code == 1, output
+    assert "saved: the same command goes on from there" in output
+    assert "Traceback" not in output
+    saved = checkpoints(run)[-1]
+    assert 20 <= saved < STEPS
+    done = dlrm("train", CONFIG, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"taken up after {saved}" in done.stderr
+    assert_same_bytes(run, uninterrupted[1], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_replaced_and_the_job_ends_by_itself(small_dataset, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    process = Process(
+        "--dataset", small_dataset.path, "--run", run, *OPTIONS, "--nproc-per-node", 2, "--max-restarts", 2
+    )
+    wait_until(lambda: max(checkpoints(run), default=0) >= 30, process)
+    os.kill(process.workers()[1], signal.SIGKILL)
+    code, output = process.wait()
+    assert code == 0, output
+    assert "taken up after" in output
+    assert_same_bytes(run, uninterrupted[2], tmp_path)
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_job_of_two_processes_saves(small_dataset, tmp_path):
+    run = tmp_path / "run"
+    process = Process(
+        "--dataset", small_dataset.path, "--run", run, *OPTIONS, "--checkpoint.every-steps", 0, "--nproc-per-node", 2
+    )
+    wait_until(lambda: len(logged_steps(run)) >= 2, process)
+    process.process.send_signal(signal.SIGTERM)
+    code, output = process.wait()
+    assert code == 1, output
+    assert "the same command goes on from there" in output
+    assert checkpoints(run)[-1] >= 20
+
+
+@pytest.mark.slow
+def test_a_hung_process_ends_the_job_with_a_message(small_dataset, tmp_path):
+    run = tmp_path / "run"
+    process = Process(
+        "--dataset",
+        small_dataset.path,
+        "--run",
+        run,
+        *OPTIONS,
+        "--nproc-per-node",
+        2,
+        "--train.timeout-s",
+        5,
+        "--train.epochs",
+        50,
+    )
+    wait_until(lambda: len(logged_steps(run)) >= 2, process)
+    hung = process.workers()[1]
+    os.kill(hung, signal.SIGSTOP)
+    poll = threading.Event()
+    try:
+        for _ in range(1000):
+            if len(process.workers()) < 2 or process.process.poll() is not None:
+                break
+            poll.wait(0.05)
+    finally:
+        os.kill(hung, signal.SIGCONT)  # lets the agent's SIGTERM through, in place of its SIGKILL much later
+    code, output = process.wait()
+    assert code == 1, output
+    assert "has lost another one, which died or has not answered for 5 s (train.timeout_s)" in output
+
+
+@pytest.mark.slow
+def test_two_nodes_find_each_other_and_train_as_one(small_dataset, uninterrupted, tmp_path):
+    """Two agents on loopback, one process each."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run = tmp_path / "run"
+    arguments = (
+        "--dataset",
+        small_dataset.path,
+        "--run",
+        run,
+        *OPTIONS,
+        "--nnodes",
+        2,
+        "--rdzv-endpoint",
+        f"127.0.0.1:{port}",
+    )
+    nodes = [Process(*arguments), Process(*arguments)]
+    for code, output in (node.wait() for node in nodes):
+        assert code == 0, output
+    assert_same_bytes(run, uninterrupted[2], tmp_path)
+
+
+def test_a_second_run_on_the_same_folder_is_refused(small_dataset, dlrm, tmp_path):
+    run = tmp_path / "run"
+    arguments = ("--dataset", small_dataset.path, "--run", run, *OPTIONS, "--train.epochs", 200)
+    process = Process(*arguments)
+    try:
+        wait_until(lambda: logged_steps(run), process)
+        done = dlrm("train", CONFIG, *arguments)
+        assert done.returncode == 2
+        assert "another process is training in" in done.stderr
+    finally:
+        process.kill_all()
+
+
+def test_changes_of_the_config_are_told_key_by_key(small_dataset, dlrm, tmp_path):
+    run = tmp_path / "run"
+    arguments = ("train", CONFIG, "--dataset", small_dataset.path, "--run", run, "--train.max-steps", 5)
+    assert dlrm(*arguments).returncode == 0
+    done = dlrm(*arguments, "--seed", 9, "--table-optimizer.name", "sgd", "--logging.every-steps", 7)
+    assert done.returncode == 2
+    for text in (
+        "seed: was 0, is 9; the saved state",
+        "table_optimizer.name: was rowwise_adagrad, is sgd; the saved state",
+        "logging.every_steps: was 100, is 7; would do no harm",
+        "--restart",
+    ):
+        assert text in done.stderr
+    done = dlrm(*arguments, "--logging.every-steps", 7)
+    assert done.returncode == 0
+    assert "changed since the run was started: logging.every_steps: was 100, is 7" in done.stderr
+    assert dlrm(*arguments, "--seed", 9, "--restart").returncode == 0
+    assert "seed = 9" in (run / "config.toml").read_text()
+    assert checkpoints(run) == [5]
+
+
+def test_a_damaged_checkpoint_is_found_and_the_one_before_is_used(small_dataset, uninterrupted, dlrm, tmp_path):
+    run = tmp_path / "run"
+    arguments = ("train", CONFIG, "--dataset", small_dataset.path, "--run", run, *OPTIONS)
+    assert dlrm(*arguments, "--train.max-steps", 55).returncode == 0
+    assert checkpoints(run) == [50, 55]
+    path = run / "checkpoints" / "step-00000055" / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    done = dlrm("evaluate", run)
+    assert done.returncode == 2
+    assert "__0_0.distcp: damaged, its sha256 is not that in checkpoint.json" in done.stderr
+    done = dlrm(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "going back to the checkpoint before" in done.stderr
+    assert "taken up after 50" in done.stderr
+    assert_same_bytes(run, uninterrupted[1], tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 7 MB."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_during_a_checkpoint_keeps_the_ones_before_and_the_run_going(
+    small_disk, small_dataset, uninterrupted, dlrm, tmp_path
+):
+    arguments = ("train", CONFIG, "--dataset", small_dataset.path, "--run", small_disk, *OPTIONS)
+    done = dlrm(*arguments, "--checkpoint.keep-last", 100)
+    assert done.returncode == 1
+    assert "could not be written, training goes on without it" in done.stderr
+    assert "No space left" in done.stderr
+    assert f"trained to step {STEPS}, but it could not be saved" in done.stderr
+    assert "Traceback" not in done.stderr
+    saved = checkpoints(small_disk)
+    assert saved[:1] == [10]
+    assert saved[-1] < STEPS
+    subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
+    done = dlrm(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"taken up after {saved[-1]}" in done.stderr
+    assert_same_bytes(small_disk, uninterrupted[1], tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rows(small_dataset, dlrm, tmp_path):
+    done = dlrm(
+        *("train", CONFIG, "--dataset", small_dataset.path, "--run", tmp_path / "run", *OPTIONS),
+        *("--dense-optimizer.name", "sgd", "--dense-optimizer.learning-rate", 1e12),
+    )
+    assert done.returncode == 1
+    assert "the loss is" in done.stderr
+    assert "(training rows " in done.stderr
+    assert "try a lower table_optimizer.learning_rate" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_stopping_early_by_target_and_by_patience(small_dataset, dlrm, tmp_path):
+    for name, value in (("target-auc", 0.51), ("patience-validations", 1)):
+        done = dlrm(
+            *("train", CONFIG, "--dataset", small_dataset.path, "--run", tmp_path / name, "--json"),
+            *(f"--stop.{name}", value, "--validation.every-steps", 10, "--train.epochs", 20),
+        )
+        assert done.returncode == 0, done.stderr
+        summary = json.loads(done.stdout)
+        assert summary["stopped_because"] == name.split("-")[0].replace("target", "target_auc")
+        assert summary["step"] < 20 * 67
+        assert checkpoints(tmp_path / name)[-1] == summary["step"]
+        assert summary["best_step"] in checkpoints(tmp_path / name)
