@@ -19,6 +19,7 @@ from torchdlrm.data.log.cut import plan_chunks, read_chunks
 from torchdlrm.data.log.files import find_files
 from torchdlrm.data.log.text import parse_chunk
 from torchdlrm.data.preprocess import PreprocessOptions, preprocess
+from torchdlrm.data.transforms import encode
 from torchdlrm.errors import LogError
 from torchdlrm.schema import FeatureSchema, load_schema
 
@@ -185,6 +186,18 @@ def test_hashed_values_fill_the_table_and_equal_values_meet(dataset, folder, sch
         assert ids.setdefault(user, found) == found
         assert 0 <= found < 97
     assert len(set(ids.values())) > 60
+
+
+def test_raw_rows_are_encoded_later_as_the_job_encoded_them(folder, schema):
+    ordered = FeatureSchema.model_validate({**dict(schema), "split": {"rule": "order", "val": 0.1, "test": 0.1}})
+    dataset = preprocess([folder / "log.csv"], folder / "in-order", ordered)
+    chunks = b"".join(chunk for chunk, _ in read_chunks(find_files([folder / "log.csv"])[0], schema))
+    frame = parse_chunk(chunks, schema).frame[2700:]
+    vocabularies = {name: dataset.vocabulary(name) for name in ("city", "shop", "tags")}
+    found = encode(frame, dataset.schema, dataset.manifest.dense, vocabularies)
+    expected = pl.read_parquet(dataset.splits["test"].files[0].path).drop("spent")
+    assert found.equals(expected)
+    assert found.schema == expected.schema
 
 
 def test_parquet_with_the_same_cells_gives_the_same_parts(folder, schema, dataset):

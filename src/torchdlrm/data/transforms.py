@@ -21,10 +21,12 @@ from fractions import Fraction
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
+from torchdlrm.data.value_hash import hashed_ids
 from torchdlrm.data.vocabulary import Vocabulary
-from torchdlrm.schema import DenseColumn, DenseTransform, FeatureSchema
+from torchdlrm.schema import DenseColumn, DenseTransform, FeatureSchema, SparseColumn
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _HUGE_EXPONENT = 510
@@ -114,17 +116,42 @@ def encode(
         frame: typed columns, B rows; the label may be absent.
         schema: the columns.
         dense: the fitted transform of each dense column.
-        vocabularies: the vocabulary of each sparse column.
+        vocabularies: the vocabulary of each sparse column that is not hashed.
 
     Returns:
-        Float32 dense columns and Int32 sparse columns in the order of the schema, B rows.
+        Float32 dense columns and Int32 sparse columns (lists of it where a row has several values) in the order of the
+        schema, B rows.
     """
     return pl.DataFrame(
         [
             *encode_dense(frame, dense).iter_columns(),
-            *(vocabularies[column.name].lookup(frame[column.name]) for column in schema.sparse),
+            *(encode_sparse(frame[column.name], column, vocabularies.get(column.name)) for column in schema.sparse),
         ]
     )
+
+
+def encode_sparse(values: pl.Series, column: SparseColumn, vocabulary: Vocabulary | None) -> pl.Series:
+    """The ids of a sparse column's values: Int32, or lists of it; a missing list of values is an empty one.
+
+    Args:
+        values: Int64, UInt32 or String, nullable; or lists of these.
+        column: the feature.
+        vocabulary: its vocabulary; None where its values are hashed.
+    """
+    if column.is_multi_valued:
+        lists = values.fill_null([])
+        flat = _ids(lists.explode(empty_as_null=False), column, vocabulary)
+        ends = lists.list.len().cum_sum().cast(pl.Int64).to_arrow()
+        offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends])
+        return pl.Series(values.name, pa.LargeListArray.from_arrays(offsets, flat.to_arrow()))
+    return _ids(values, column, vocabulary)
+
+
+def _ids(values: pl.Series, column: SparseColumn, vocabulary: Vocabulary | None) -> pl.Series:
+    if column.hash is not None:
+        return pl.Series(values.name, hashed_ids(values, column.hash))
+    assert vocabulary is not None, "a column that is not hashed has a vocabulary"
+    return vocabulary.lookup(values)
 
 
 def encode_dense(frame: pl.DataFrame, dense: Mapping[str, FittedDense]) -> pl.DataFrame:
