@@ -22,7 +22,7 @@ def measured(problem: Problem, config: Config) -> Problem:
     if problem.machine.num_hosts != 1 or problem.machine.device not in {"cpu", "here"} | _gpus():
         msg = f"--measure: times this machine, not {problem.machine.device}; give --device here and one host"
         raise PlanError(msg)
-    found: Measurement = launch(_work, problem, config, nproc_per_node=problem.machine.num_devices)
+    found: Measurement = launch(_work, problem, config, processes=Processes(problem.machine.num_devices))
     after = found.apply(problem)
     table = Table(title="measured on this machine", title_justify="left")
     for name in ("", "ms", "moved", "rate"):
