@@ -80,7 +80,8 @@ def train(
         for change in Run(run, settings).check(encoded):
             console.print(f"changed since the run was started: {change}", markup=False)
     processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id, max_restarts)
-    check_given_plan(settings, encoded.num_embeddings, world_size=processes.world_size)
+    world_size = processes.world_size
+    check_given_plan(settings, encoded.num_embeddings, world_size=world_size, local_world_size=nproc_per_node)
     summary: TrainingSummary | None = launch(work, settings, dataset, run, restart, processes=processes)
     if summary is None:  # another machine has rank 0
         return

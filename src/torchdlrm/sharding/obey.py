@@ -67,13 +67,16 @@ def _check_memory(path: Path, solution: Solution) -> None:
         raise PlanError(msg)
 
 
-def check_given_plan(config: Config, num_embeddings: Mapping[str, int], *, world_size: int) -> None:
+def check_given_plan(
+    config: Config, num_embeddings: Mapping[str, int], *, world_size: int, local_world_size: int
+) -> None:
     """Refuse a plan that training could not obey, before any process is started.
 
     Args:
         config: of the run; without sharding.plan there is nothing to check.
         num_embeddings: rows of each feature's table.
-        world_size: number of ranks, all on this host.
+        world_size: number of ranks.
+        local_world_size: number of ranks on this host, and on every other.
 
     Raises:
         PlanError: the plan is for another model or another number of ranks.
@@ -81,11 +84,11 @@ def check_given_plan(config: Config, num_embeddings: Mapping[str, int], *, world
     if config.sharding.plan is None:
         return
     tables = feature_tables(num_embeddings, config.model.embedding_dim)
-    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= world_size
+    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size
     machine = local_machine(
         config.sharding,
         world_size=world_size,
-        local_world_size=world_size,
+        local_world_size=local_world_size,
         device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
     )
     saved = read_saved_plan(Path(config.sharding.plan))
