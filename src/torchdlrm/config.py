@@ -46,6 +46,9 @@ class TrainConfig(_Section):
     batch_size_global: PositiveInt = Field(2048, description="rows per step over all ranks")
     epochs: PositiveInt = Field(1, description="passes over the training split")
     max_steps: PositiveInt | None = Field(None, description="stop after this many steps, whatever epochs says")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the dense parts' matrix products; auto asks the device, weights stay float32"
+    )
     timeout_s: PositiveFloat = Field(
         600.0, description="a process that the others have waited for so long ends the job, in seconds"
     )

@@ -23,6 +23,7 @@ def step(
     rows_per_table: Positive = 100_000,
     steps_per_round: Positive = 10,
     rounds: Positive = 7,
+    nproc_per_node: Positive = 1,
     json: bool = False,
 ) -> None:
     """Time the training step: ours, plain TorchRec's, and the floor (its matrix products alone), interleaved.
@@ -39,24 +40,27 @@ def step(
         Steps of each contestant before the next has its turn.
     rounds
         Turns of each contestant; medians are printed.
+    nproc_per_node
+        Processes of each contestant.
     json
         Print one JSON object on standard output.
     """
     settings = load_config(config, parse_overrides(overrides))
 
     from torchdlrm.bench.step import benchmark_step
-    from torchdlrm.train.process_group import join_process_group
 
-    with progress_bars("") as progress, join_process_group() as ranks:
+    with progress_bars("") as progress:
         result = benchmark_step(
             settings,
             num_embeddings={f"cat_{i}": rows_per_table for i in range(num_tables)},
             steps_per_round=steps_per_round,
             rounds=rounds,
-            ranks=ranks,
+            nproc=nproc_per_node,
             progress=progress,
         )
-    table = Table(title=f"training step, batch {result.batch_size_global:,}, {result.num_threads} threads")
+    table = Table(
+        title=f"training step, batch {result.batch_size_global:,}, {result.num_processes} process(es) of {result.num_threads} thread(s)"
+    )
     for column in ("", "rows/s", "ms a step"):
         table.add_column(column, justify="left" if not column else "right")
     for name, rows_per_s in (
@@ -66,6 +70,7 @@ def step(
     ):
         table.add_row(name, f"{rows_per_s:,.0f}", f"{1000 * result.batch_size_global / rows_per_s:.1f}")
     console.print(table)
+    console.print(f"precision of ours and of the floor: {result.precision}; of TorchRec: float32")
     console.print(
         f"{result.ratio_to_torchrec:.2f} times plain TorchRec; {result.ratio_to_floor_time:.2f} times the floor's time"
     )

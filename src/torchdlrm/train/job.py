@@ -6,6 +6,7 @@ from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import UserError
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.train.allocator import keep_freed_memory
 from torchdlrm.train.process_group import Ranks, join_process_group
 from torchdlrm.train.run import Run
 from torchdlrm.train.trainer import Trainer, TrainingSummary
@@ -36,6 +37,7 @@ def train(
         Interrupted: SIGTERM or Ctrl-C; the run is saved.
     """
     with join_process_group(config.train.timeout_s) as ranks:
+        keep_freed_memory()
         encoded = Dataset.open(dataset)
         taken_up = _start_run(config, encoded, run, ranks, restart=restart)
         with ranks.answering(config.train.timeout_s):

@@ -47,12 +47,12 @@ def build_optimizer(model: nn.Module, config: DenseOptimizerConfig) -> CombinedO
 
 def _dense_factory(config: DenseOptimizerConfig) -> Any:
     def make(params: list[torch.Tensor]) -> torch.optim.Optimizer:
-        # foreach: one kernel call for all parameters instead of several for each.
+        # fused: one pass over parameter, gradient and state instead of one for each operation.
         if config.name == "adagrad":
-            return torch.optim.Adagrad(params, lr=config.learning_rate, eps=config.eps, foreach=True)
+            return torch.optim.Adagrad(params, lr=config.learning_rate, eps=config.eps, fused=True)
         if config.name == "adamw":
-            return torch.optim.AdamW(params, lr=config.learning_rate, eps=config.eps, foreach=True)
-        return torch.optim.SGD(params, lr=config.learning_rate, foreach=True)
+            return torch.optim.AdamW(params, lr=config.learning_rate, eps=config.eps, fused=True)
+        return torch.optim.SGD(params, lr=config.learning_rate, fused=True)
 
     return make
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
@@ -26,6 +25,8 @@ from torchdlrm.train.checkpoint import Checkpointer, Position, list_checkpoints
 from torchdlrm.train.clock import Stopwatch, Timer
 from torchdlrm.train.metrics_log import MetricsLog
 from torchdlrm.train.optimizers import Schedule, build_optimizer
+from torchdlrm.train.pipeline import build_pipeline
+from torchdlrm.train.precision import choose_precision
 from torchdlrm.train.predictions import PredictionBuffer, measure
 from torchdlrm.train.process_group import Ranks
 from torchdlrm.train.run import PLAN_NAME, Run
@@ -86,6 +87,12 @@ class Trainer:
             torch.set_num_threads(
                 config.train.num_threads or useful_threads(config, len(dataset.sparse_names), ranks.world_size)
             )
+        self.precision = choose_precision(
+            config,
+            num_sparse_features=len(dataset.sparse_names),
+            world_size=ranks.world_size,
+            device=ranks.device,
+        )
         self._has_validation = dataset.splits["val"].rows > 0
         self._loader = self._make_loader("train", config.train.batch_size_global, epochs=config.train.epochs)
         num_steps = self._loader.batches_per_epoch * config.train.epochs
@@ -103,7 +110,7 @@ class Trainer:
             write_plan(run.path / PLAN_NAME, sharded.solution)
         optimizer = build_optimizer(self.model, config.dense_optimizer)
         self._schedule = Schedule(config.schedule, optimizer)
-        self._pipeline = TrainPipelineSparseDist(self.model, optimizer, ranks.device, execute_all_batches=True)
+        self._pipeline = build_pipeline(self.model, optimizer, dtype=self.precision.dtype, device=ranks.device)
         self._checkpointer = Checkpointer(
             run.checkpoints, self.model, optimizer, ranks, keep_last=config.checkpoint.keep_last
         )
