@@ -7,12 +7,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from torchdlrm.data.dataset import Dataset, sha256_of
+from torchdlrm.data.job.read import read_chunk
 from torchdlrm.data.preprocess import PreprocessOptions, Resources, preprocess, work_folder
 from torchdlrm.errors import ConfigError, DatasetError
 from torchdlrm.progress import SilentProgress
@@ -35,7 +37,9 @@ PHASES = ("read", "count", "encode", "write")
 # Runs the job and tells the phase that begins, so that a test can kill it there.
 JOB = """
 import sys
+import threading
 from pathlib import Path
+from torchdlrm.data.job.read import read_chunk
 from torchdlrm.data.preprocess import PreprocessOptions, Resources, preprocess
 from torchdlrm.progress import SilentProgress
 from torchdlrm.schema import load_schema
@@ -213,6 +217,30 @@ def test_memory_workers_and_allowed_bad_rows_may_change_when_a_job_goes_on(log, 
     assert {path.name: path.stat().st_mtime_ns for path in chunks.iterdir()} == before, "nothing was read again"
     preprocess([log], tmp_path / "dataset", SCHEMA, options, Recorder(), resources=resources)
     assert told == list(PHASES)
+    assert checksums(tmp_path / "dataset") == uninterrupted
+
+
+def test_a_job_that_goes_on_with_less_memory_runs_fewer_tasks_at_a_time(log, uninterrupted, tmp_path, monkeypatch):
+    from torchdlrm.data.job import job as module
+
+    running, most, lock = [], [], threading.Lock()
+
+    def read(*arguments):
+        with lock:
+            running.append(1)
+            most.append(len(running))
+        try:
+            return read_chunk(*arguments)
+        finally:
+            with lock:
+                running.pop()
+
+    monkeypatch.setattr(module, "read_chunk", read)
+    resources = Resources(memory_bytes=4 << 30, workers=4)
+    interrupt(log, tmp_path / "dataset", "read", resources=resources)
+    resources = Resources(memory_bytes=300 << 20, workers=4)
+    preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS, resources=resources)
+    assert max(most) == 1
     assert checksums(tmp_path / "dataset") == uninterrupted
 
 

@@ -16,7 +16,7 @@ from torchdlrm.data.atomic import sync
 from torchdlrm.data.dataset import MANIFEST_NAME, Dataset, Manifest, sha256_of
 from torchdlrm.data.job.executors import start_workers
 from torchdlrm.data.job.job import Job
-from torchdlrm.data.job.layout import check_disk, choose_layout
+from torchdlrm.data.job.layout import check_disk, choose_layout, tasks_that_fit
 from torchdlrm.data.job.options import PART_ROWS, PreprocessOptions, Resources
 from torchdlrm.data.job.work_folder import WorkFolder, holds_job
 from torchdlrm.data.log.files import LogFile, find_files
@@ -82,6 +82,9 @@ def preprocess(
             work = WorkFolder.open(partial, settings, layout)
             try:
                 check_disk(files, partial, work.size_bytes)
+                fitting = tasks_that_fit(work.layout, resources.memory_bytes)
+                if fitting < workers.tasks_in_memory:
+                    workers.tasks_at_a_time = max(1, workers.capacity * fitting // workers.tasks_in_memory)
                 job = Job(files, schema, options, work, workers, resources.memory_bytes, progress, known)
                 manifest = job.run()
                 _finish(manifest, partial / "dataset", out)

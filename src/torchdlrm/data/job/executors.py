@@ -34,11 +34,15 @@ class Task:
 
 @dataclass
 class Workers:
-    """An executor, how many tasks it runs at a time, and how many of these share the memory that was given."""
+    """An executor, how many tasks it can run at a time, and how many of these share the memory that was given.
+
+    `tasks_at_a_time` are run, which are fewer where the memory asks for it.
+    """
 
     executor: Executor
-    tasks_at_a_time: int
+    capacity: int
     tasks_in_memory: int
+    tasks_at_a_time: int
 
     def run(self, tasks: Iterable[Task], work: WorkFolder, at_a_time: int | None = None) -> Iterator[Result]:
         """Run tasks that are not done yet; yields the results of all in their order.
@@ -49,7 +53,7 @@ class Workers:
             at_a_time: most tasks at a time, where they need much memory.
         """
         limit = min(self.tasks_at_a_time, at_a_time or self.tasks_at_a_time)
-        ahead = limit if at_a_time else limit + _TASKS_AHEAD
+        ahead = limit + _TASKS_AHEAD if limit == self.capacity else limit
         waiting: deque[Result | tuple[Task, Future[Result]]] = deque()
         running: dict[Future[Result], Task] = {}
         try:
@@ -110,7 +114,7 @@ def start_workers(resources: Resources) -> Iterator[Workers]:
     if resources.cluster is None:
         count = resources.num_workers
         with ThreadPoolExecutor(count, thread_name_prefix="preprocess") as threads:
-            yield Workers(threads, count, count)
+            yield Workers(threads, count, count, count)
         return
     try:
         import distributed  # noqa: PLC0415 - an extra
@@ -129,4 +133,5 @@ def start_workers(resources: Resources) -> Iterator[Workers]:
             raise ConfigError(msg)
         # The executor goes first: it cancels what has not begun.
         with client.get_executor(retries=3, pure=False) as executor:
-            yield Workers(executor, sum(threads_of_workers), max(threads_of_workers))
+            count = sum(threads_of_workers)
+            yield Workers(executor, count, max(threads_of_workers), count)

@@ -362,7 +362,7 @@ class Job:
         rows = min(self.options.part_rows, max(parts.rows_of_split))
         at_a_time = (self.memory_bytes - BASE_BYTES) // part_memory_bytes(rows, self.schema)
         files: list[list[FileRecord]] = [[] for _ in SPLIT_NAMES]
-        at_a_time = max(1, at_a_time * self.workers.tasks_at_a_time // self.workers.tasks_in_memory)
+        at_a_time = max(1, at_a_time * self.workers.capacity // self.workers.tasks_in_memory)
         for part, result in enumerate(self.workers.run(tasks, self.work, at_a_time)):
             split = max(i for i in range(len(SPLIT_NAMES)) if part >= parts.first_part(i) and parts.num_parts[i])
             files[split].append(FileRecord(**result))

@@ -61,6 +61,16 @@ def choose_layout(
     return Layout(chunk_bytes, partitions, group_bytes, values_per_task, tasks_in_memory)
 
 
+def tasks_that_fit(layout: Layout, memory_bytes: int) -> int:
+    """How many tasks of a layout, which an earlier run may have chosen, this memory holds at a time; at least one."""
+    largest = max(
+        layout.chunk_bytes * _MEMORY_A_TEXT_BYTE,
+        int(layout.group_bytes * _MEMORY_A_GROUP_BYTE),
+        layout.values_per_task * (BYTES_A_VALUE + BYTES_A_VALUE // 4),
+    )
+    return max(1, (memory_bytes - BASE_BYTES) // largest)
+
+
 def part_memory_bytes(rows: int, schema: FeatureSchema) -> int:
     """What writing a part of so many rows takes."""
     return int(_MEMORY_A_PART_BYTE * rows * bytes_a_row(schema)) + (8 << 20)
