@@ -58,9 +58,8 @@ def step(
             nproc=nproc_per_node,
             progress=progress,
         )
-    table = Table(
-        title=f"training step, batch {result.batch_size_global:,}, {result.num_processes} process(es) of {result.num_threads} thread(s)"
-    )
+    processes = f"{result.num_processes} process(es) of {result.num_threads} thread(s)"
+    table = Table(title=f"training step, batch {result.batch_size_global:,}, {processes}")
     for column in ("", "rows/s", "ms a step"):
         table.add_column(column, justify="left" if not column else "right")
     for name, rows_per_s in (
