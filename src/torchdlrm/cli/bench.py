@@ -1,13 +1,12 @@
 """`dlrm bench`: hot paths of this machine, beside what users have today and their physical floor."""
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.overrides import Overrides, parse_overrides
+from torchdlrm.cli.overrides import Overrides, split_config
 from torchdlrm.cli.terminal import console, print_json, progress_bars
 from torchdlrm.config import load_config
 
@@ -17,8 +16,7 @@ bench = App(name="bench", result_action="return_value")
 
 @bench.command
 def step(
-    config: Path | None = None,
-    *overrides: Overrides,
+    *config: Overrides,
     num_tables: Positive = 26,
     rows_per_table: Positive = 100_000,
     steps_per_round: Positive = 10,
@@ -31,7 +29,7 @@ def step(
     Parameters
     ----------
     config
-        TOML file; without it the paper's model at batch 2,048. Any key can be overridden by its dotted name.
+        TOML file, the paper's model at batch 2,048 without it; then keys to override by their dotted names.
     num_tables
         Sparse features, each with a table.
     rows_per_table
@@ -45,7 +43,7 @@ def step(
     json
         Print one JSON object on standard output.
     """
-    settings = load_config(config, parse_overrides(overrides))
+    settings = load_config(*split_config(config))
 
     from torchdlrm.bench.step import benchmark_step
 

@@ -135,10 +135,10 @@ def test_a_damaged_row_group_is_an_error_that_names_the_file(small_log, tmp_path
 def test_multi_valued_features_become_lists_of_the_kjt(tmp_path):
     """A CSV with a list of tags in a cell: ids and lengths against the Parquet files as DuckDB reads them."""
     rng = np.random.default_rng(0)
-    rows = [
-        f"{rng.integers(2)},{rng.random():.3f},u{rng.integers(9)},{'|'.join(f't{t}' for t in rng.integers(7, size=rng.integers(1, 5)))}"
-        for _ in range(700)
-    ]
+    rows = []
+    for _ in range(700):
+        tags = "|".join(f"t{tag}" for tag in rng.integers(7, size=rng.integers(1, 5)))
+        rows.append(f"{rng.integers(2)},{rng.random():.3f},u{rng.integers(9)},{tags}")
     (tmp_path / "log.csv").write_text("clicked,price,user,tags\n" + "\n".join(rows) + "\n")
     schema = FeatureSchema(
         name="tags",
