@@ -37,7 +37,8 @@ class Loader:
         pin_memory: hand out batches in page-locked memory, for a GPU.
 
     Raises:
-        DatasetError: the split is not there, or holds no rows, or a file of it cannot be read.
+        DatasetError: the split is not there, or holds no rows, or a file of it cannot be read; while iterating, also
+            when a row group is damaged or an id is outside its table.
     """
 
     def __init__(
@@ -114,6 +115,14 @@ class _Columns:
         self.dense = [columns[name] for name in dataset.dense_names]
         self.ids = [columns[name] for name in dataset.sparse_names]
 
+    def outside(self, num_embeddings: Mapping[str, int]) -> tuple[str, int, int] | None:
+        """The first feature that has an id outside its table, with that id and its row in the group; None is well."""
+        for values, (name, rows) in zip(self.ids, num_embeddings.items(), strict=True):
+            if values.size and not 0 <= values.min() <= values.max() < rows:
+                row = int(np.argmax((values < 0) | (values >= rows)))
+                return name, int(values[row]), row
+        return None
+
 
 class _RowGroupReader:
     """Opens the files of a split and decodes their row groups."""
@@ -121,6 +130,7 @@ class _RowGroupReader:
     def __init__(self, dataset: Dataset, split: str) -> None:
         self._dataset = dataset
         self._paths = [file.path for file in dataset.splits[split].files]
+        self._num_embeddings = dataset.num_embeddings
         self._open: tuple[int, Any] | None = None
         self.num_dense, self.num_sparse = len(dataset.dense_names), len(dataset.sparse_names)
         self.row_groups: list[RowGroup] = []
@@ -147,7 +157,19 @@ class _RowGroupReader:
         except OSError as error:
             msg = f"{self._paths[where.file_index]}: row group {where.group_index} is damaged: {error}"
             raise DatasetError(msg) from error
-        return _Columns(table, self._dataset)
+        columns = _Columns(table, self._dataset)
+        # Checksums hold only what preprocessing wrote, and files may come from elsewhere. FBGEMM would read and write
+        # past the end of the table: a crash, or worse, none. 26 columns of a row group take a few milliseconds.
+        found = columns.outside(self._num_embeddings)
+        if found is not None:
+            feature, value, row = found
+            msg = (
+                f"{self._paths[where.file_index]}: row group {where.group_index}, row {row}: {feature} has the id "
+                f"{value}, but its table has {self._num_embeddings[feature]:,} rows (ids from 0, num_embeddings in "
+                "dataset.json); run dlrm preprocess again"
+            )
+            raise DatasetError(msg)
+        return columns
 
 
 class _RowStream:
