@@ -18,8 +18,7 @@ Axes = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")]
 
 
 def plan(
-    config: Path | None = None,
-    *overrides: Overrides,
+    *config: Overrides,
     ask: Ask = Ask(),  # noqa: B008 - frozen, and what the parser fills
     out: Path | None = None,
     html: Path | None = None,
@@ -33,8 +32,7 @@ def plan(
     Plans as training does. Any key of the config can be overridden, as in `--train.batch-size-global 65536`.
 
     Args:
-        config: TOML file of the training; without it every key has its default.
-        *overrides: Keys of the config by their dotted name.
+        *config: TOML file of the training, every key has its default without it; then keys to override.
         ask: tables and machine.
         out: Write the plan as JSON: what `dlrm train --plan` obeys.
         html: Write the plan as one page with a picture of ranks and tables.
@@ -48,17 +46,19 @@ def plan(
     if compare is not None:
         result = show.comparison(compare)
     else:
-        problem = _problem(config, overrides, ask, measure=measure)
+        problem = _problem(config, ask, measure=measure)
         result = show.sweep(problem, sweep, html) if sweep else _one_plan(problem, out, html, as_json=as_json)
     if as_json:
         print_json(result)
 
 
-def _problem(config: Path | None, overrides: tuple[str, ...], ask: Ask, *, measure: bool) -> "Problem":
+def _problem(tokens: tuple[str, ...], ask: Ask, *, measure: bool) -> "Problem":
     from torchdlrm.sharding import question
 
-    config_path = ask.run / "config.toml" if ask.run is not None and config is None else config
-    settings = load_config(config_path, parse_overrides(overrides))
+    # An optional positional of its own would leave the parser no place for `--train.epochs 2` without a config.
+    path = Path(tokens[0]) if tokens and not tokens[0].startswith("--") else None
+    overrides = parse_overrides(tokens[1:] if path is not None else tokens)
+    settings = load_config(ask.run / "config.toml" if ask.run is not None and path is None else path, overrides)
     machine = question.question_machine(
         question.MachineQuestion(ask.device_name, ask.num_devices, ask.hosts, ask.sizes), settings
     )

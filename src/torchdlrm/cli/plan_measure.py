@@ -28,8 +28,8 @@ def measured(problem: Problem, config: Config) -> Problem:
     for name in ("", "ms", "moved", "rate"):
         table.add_column(name, justify="right" if name else "left")
     rate, link = after.machine.memory_bytes_per_s, after.machine.intra_host_bytes_per_s
-    moved, sent = show_bytes(found.lookup_bytes), show_bytes(found.exchange_bytes)
-    table.add_row("look-ups of a rank, forward", f"{found.lookup_forward_ms:.3f}", moved, f"{show_bytes(rate)}/s")
+    sent = show_bytes(found.exchange_bytes)
+    table.add_row("look-ups of a rank, forward", f"{found.lookup_forward_ms:.3f}", "", f"{show_bytes(rate)}/s")
     table.add_row("the same, backward and update", f"{found.lookup_backward_ms:.3f}", "", "")
     table.add_row("exchange of embeddings", f"{found.exchange_ms:.3f}", sent, f"{show_bytes(link)}/s")
     table.add_row("dense parts, with update", f"{found.dense_ms:.3f}", "", "")

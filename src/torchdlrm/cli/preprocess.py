@@ -1,19 +1,14 @@
 """`dlrm preprocess`: a raw click log becomes a dataset."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from rich.table import Table
 
+from torchdlrm.cli.preprocess_summary import phase_record, print_phase, print_summary, result_record
 from torchdlrm.cli.terminal import console, print_json, progress_bars
-from torchdlrm.data.bad_rows import describe_bad_rows
-from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.job.options import parse_bytes
-from torchdlrm.data.job.phases import PhaseTime, PhaseTimes
+from torchdlrm.data.job.phases import PhaseTimes
 from torchdlrm.data.preprocess import PreprocessOptions, Resources, work_folder
 from torchdlrm.data.preprocess import preprocess as run_preprocess
 from torchdlrm.data.vocabulary import DEFAULT_MIN_COUNT
@@ -79,7 +74,7 @@ def preprocess(
     columns = with_split(load_schema(schema), split, val, test)
     try:
         if as_json:
-            times = PhaseTimes(SILENT, on_phase=_print_phase)
+            times = PhaseTimes(SILENT, on_phase=print_phase)
             dataset = run_preprocess(logs, out, columns, options, times, resources=resources, restart=restart)
         else:
             with progress_bars(f"preprocess into {out}") as progress:
@@ -91,57 +86,8 @@ def preprocess(
         )
         raise
     times.finish()
-    _print_summary(dataset, times.phases)
+    print_summary(dataset, times.phases)
     if as_json:
         print_json(
-            {"dataset": str(out), **_result(dataset), "phases": [_phase_record(phase) for phase in times.phases]}
+            {"dataset": str(out), **result_record(dataset), "phases": [phase_record(phase) for phase in times.phases]}
         )
-
-
-def _result(dataset: Dataset) -> dict[str, object]:
-    manifest = dataset.manifest
-    return {
-        "rows": {name: part.rows for name, part in manifest.splits.items()},
-        "clicks": {name: part.clicks for name, part in manifest.splits.items()},
-        "split_rule": manifest.split_rule,
-        "num_embeddings": dataset.num_embeddings,
-        "bad_rows": manifest.bad_rows.model_dump(mode="json"),
-    }
-
-
-def _phase_record(phase: PhaseTime) -> dict[str, object]:
-    return {**asdict(phase), "per_s": phase.per_s}
-
-
-def _print_phase(phase: PhaseTime) -> None:
-    record = {"phase": phase.name, **_phase_record(phase)}
-    console.print(json.dumps(record), markup=False, soft_wrap=True)
-
-
-def _print_summary(dataset: Dataset, phases: Sequence[PhaseTime]) -> None:
-    manifest = dataset.manifest
-    table = Table("split", "rows", "click rate", "files")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, part in manifest.splits.items():
-        rate = f"{part.clicks / part.rows:.4f}" if part.rows else ""
-        table.add_row(name, f"{part.rows:,}", rate, f"{len(part.files):,}")
-    console.print(table)
-    console.print(f"split: {manifest.split_rule}", soft_wrap=True)
-    console.print(
-        f"tables: {len(dataset.num_embeddings)} features, {sum(dataset.num_embeddings.values()):,} rows in all, "
-        f"the largest {max(dataset.num_embeddings.values()):,}"
-    )
-    seconds = sum(phase.seconds for phase in phases)
-    rows = sum(part.rows for part in manifest.splits.values())
-    if seconds:
-        parts = ", ".join(f"{phase.name} {phase.seconds:.1f} s" for phase in phases)
-        console.print(f"time: {parts}; {rows / seconds:,.0f} rows/s", soft_wrap=True)
-    if manifest.bad_rows.total:
-        console.print(f"[yellow]bad rows skipped: {manifest.bad_rows.total:,}[/]")
-        console.print(
-            "\n".join(describe_bad_rows(manifest.bad_rows.counts, manifest.bad_rows.examples)),
-            markup=False,
-            soft_wrap=True,
-        )
-    console.print(f"next: dlrm inspect {dataset.path}", soft_wrap=True)

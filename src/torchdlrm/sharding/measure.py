@@ -18,7 +18,8 @@ from torch import nn
 
 from torchdlrm.config import Config
 from torchdlrm.model.interaction import InteractionArch
-from torchdlrm.sharding.estimate import NUM_DENSE_FEATURES, DensePart
+from torchdlrm.sharding.estimate import NUM_DENSE_FEATURES, DensePart, shard_costs
+from torchdlrm.sharding.layout import PlacedShard, PlacedTable
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.sharding.tables import Table
 
@@ -33,7 +34,8 @@ class Measurement:
     Attributes:
         lookup_forward_ms: of all tables of a rank.
         lookup_backward_ms: of the same, with the update.
-        lookup_bytes: that the forward moves by TorchRec's count: ids, rows, output.
+        memory_bytes_per_s: the rate at which TorchRec's estimate of that forward comes true. It is no bandwidth of the
+            hardware: the estimate has penalties for narrow rows that were found on GPUs.
         exchange_ms: an all-to-all of the embeddings of a step.
         exchange_bytes: that each rank takes part with.
         dense_ms: dense arch, interaction and over arch with their update.
@@ -42,7 +44,7 @@ class Measurement:
 
     lookup_forward_ms: float
     lookup_backward_ms: float
-    lookup_bytes: float
+    memory_bytes_per_s: float
     exchange_ms: float
     exchange_bytes: float
     dense_ms: float
@@ -52,7 +54,7 @@ class Measurement:
         """The problem with the machine's own rates in place of peak ones."""
         machine = replace(
             problem.machine,
-            memory_bytes_per_s=1000 * self.lookup_bytes / self.lookup_forward_ms,
+            memory_bytes_per_s=self.memory_bytes_per_s,
             backward_multiplier=self.lookup_backward_ms / self.lookup_forward_ms,
             intra_host_bytes_per_s=1000 * self.exchange_bytes / self.exchange_ms,
             source="measured on this machine",
@@ -72,11 +74,9 @@ def measure(problem: Problem, config: Config, device: torch.device) -> Measureme
     rows = -(-problem.options.batch_size_global // world_size)
     mine = list(problem.tables)[dist.get_rank() :: world_size] or list(problem.tables)[:1]
     forward_ms, backward_ms = _time_lookups(mine, rows * world_size, config, device)
-    lookups = sum(table.pooling_factor for table in mine)
-    values = sum(table.pooling_factor * table.dim for table in mine)
-    outputs = sum(table.dim for table in mine)
-    batch = rows * world_size
-    exchange_bytes = float(4 * outputs * batch)
+    rate = torch.tensor(problem.machine.memory_bytes_per_s * _estimated_forward_ms(problem, mine) / forward_ms)
+    dist.all_reduce(rate, op=dist.ReduceOp.MIN)
+    exchange_bytes = 4.0 * sum(table.dim for table in mine) * rows * world_size
     exchange_ms = _time_exchange(int(exchange_bytes), device)
     dense_ms, dense_bytes = _time_dense(problem, config, rows, device)
     all_reduce_ms = _time_all_reduce(dense_bytes, device) if world_size > 1 else 0.0
@@ -86,12 +86,23 @@ def measure(problem: Problem, config: Config, device: torch.device) -> Measureme
     return Measurement(
         forward_ms,
         backward_ms,
-        batch * (8 * lookups + 4 * values + 4 * outputs),
+        rate.item(),
         exchange_ms,
         exchange_bytes,
         dense_ms,
         all_reduce_ms,
     )
+
+
+def _estimated_forward_ms(problem: Problem, tables: Sequence[Table]) -> float:
+    """What TorchRec expects of the forward of these tables on one rank, at the machine's present rates."""
+    layout = {
+        table.name: PlacedTable("table_wise", "fused", (PlacedShard(0, (0, 0), (table.rows, table.dim)),))
+        for table in tables
+    }
+    unbound = replace(problem.options, constraints=())
+    costs = shard_costs(layout, tables, problem.machine, unbound, "float32")
+    return sum(cost.forward_ms for shards in costs.values() for cost in shards)
 
 
 def _time_lookups(

@@ -78,9 +78,9 @@ def sweep_page(problem: Problem, points: Sequence[SweepPoint]) -> str:
         "<h1>Sharding sweep</h1>",
         f"<p>{escape(intro)}</p>",
         "<h2>Rows a second</h2>",
-        _sweep_picture(points, [point.rows_per_s for point in points], "rows/s"),
+        _sweep_picture(points, [point.rows_per_s for point in points], "rows/s", _millions),
         "<h2>Memory of the fullest rank</h2>",
-        _sweep_picture(points, [_share(point) for point in points], "share of memory"),
+        _sweep_picture(points, [_share(point) for point in points], "share of memory", "{:.0%}".format),
         "<h2>Figures</h2>",
         _table(*report.sweep_rows(points)),
     ]
@@ -199,7 +199,9 @@ def _time_picture(solution: Solution) -> str:
     return _svg(parts, height + 44)
 
 
-def _sweep_picture(points: Sequence[SweepPoint], values: Sequence[float | None], unit: str) -> str:
+def _sweep_picture(
+    points: Sequence[SweepPoint], values: Sequence[float | None], unit: str, show: Callable[[float], str]
+) -> str:
     height, colours = 240, list(_KIND_COLOURS.values())
     known = [value for value in values if value is not None]
     if not known:
@@ -208,7 +210,7 @@ def _sweep_picture(points: Sequence[SweepPoint], values: Sequence[float | None],
     devices = sorted({point.num_devices for point in points})
     batches = list(dict.fromkeys(point.batch_size_global for point in points))
     place = {n: _LEFT + (i + 0.5) * _WIDTH / len(devices) for i, n in enumerate(devices)}
-    parts = [_axis(top, lambda value: f"{value:,.3g}", height)]
+    parts = [_axis(top, show, height)]
     for index, batch in enumerate(batches):
         colour = colours[index % len(colours)]
         line = [
@@ -219,11 +221,18 @@ def _sweep_picture(points: Sequence[SweepPoint], values: Sequence[float | None],
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in line]
+    fitting = {point.num_devices for point in points if point.solution}
     parts += [
-        f'<text x="{x:.1f}" y="{_TOP + height + 16}" text-anchor="middle">{n} devices</text>' for n, x in place.items()
+        f'<text x="{x:.1f}" y="{_TOP + height + 16}" text-anchor="middle">{n} devices'
+        f"{'' if n in fitting else ': too few'}</text>"
+        for n, x in place.items()
     ]
     key = [(colours[i % len(colours)], f"{unit}, {batch:,} rows a step") for i, batch in enumerate(batches)]
     return _svg(parts, height + 44) + _key(key)
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:.3g} M"
 
 
 def _share(point: SweepPoint) -> float | None:

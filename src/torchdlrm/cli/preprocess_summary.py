@@ -1,0 +1,65 @@
+"""What `dlrm preprocess` tells when a phase, and when all is done."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.table import Table
+
+from torchdlrm.cli.terminal import console
+from torchdlrm.data.bad_rows import describe_bad_rows
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.job.phases import PhaseTime
+
+
+def result_record(dataset: Dataset) -> dict[str, object]:
+    """What `--json` tells of the dataset."""
+    manifest = dataset.manifest
+    return {
+        "rows": {name: part.rows for name, part in manifest.splits.items()},
+        "clicks": {name: part.clicks for name, part in manifest.splits.items()},
+        "split_rule": manifest.split_rule,
+        "num_embeddings": dataset.num_embeddings,
+        "bad_rows": manifest.bad_rows.model_dump(mode="json"),
+    }
+
+
+def phase_record(phase: PhaseTime) -> dict[str, object]:
+    """What `--json` tells of a phase."""
+    return {**asdict(phase), "per_s": phase.per_s}
+
+
+def print_phase(phase: PhaseTime) -> None:
+    """Write a phase that is over as a JSON line on standard error."""
+    record = {"phase": phase.name, **phase_record(phase)}
+    console.print(json.dumps(record), markup=False, soft_wrap=True)
+
+
+def print_summary(dataset: Dataset, phases: Sequence[PhaseTime]) -> None:
+    """Tell people what was made, how long it took and what to type next."""
+    manifest = dataset.manifest
+    table = Table("split", "rows", "click rate", "files")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, part in manifest.splits.items():
+        rate = f"{part.clicks / part.rows:.4f}" if part.rows else ""
+        table.add_row(name, f"{part.rows:,}", rate, f"{len(part.files):,}")
+    console.print(table)
+    console.print(f"split: {manifest.split_rule}", soft_wrap=True)
+    console.print(
+        f"tables: {len(dataset.num_embeddings)} features, {sum(dataset.num_embeddings.values()):,} rows in all, "
+        f"the largest {max(dataset.num_embeddings.values()):,}"
+    )
+    seconds = sum(phase.seconds for phase in phases)
+    rows = sum(part.rows for part in manifest.splits.values())
+    if seconds:
+        parts = ", ".join(f"{phase.name} {phase.seconds:.1f} s" for phase in phases)
+        console.print(f"time: {parts}; {rows / seconds:,.0f} rows/s", soft_wrap=True)
+    if manifest.bad_rows.total:
+        console.print(f"[yellow]bad rows skipped: {manifest.bad_rows.total:,}[/]")
+        console.print(
+            "\n".join(describe_bad_rows(manifest.bad_rows.counts, manifest.bad_rows.examples)),
+            markup=False,
+            soft_wrap=True,
+        )
+    console.print(f"next: dlrm inspect {dataset.path}", soft_wrap=True)
