@@ -39,7 +39,8 @@ class Loader:
         pin_memory: hand out batches in page-locked memory, for a GPU.
 
     Raises:
-        DatasetError: the split is not there, or holds no rows, or a file of it cannot be read.
+        DatasetError: the split is not there, or holds no rows, or a file of it cannot be read; while iterating, also
+            when a row group is damaged or an id is outside its table.
     """
 
     def __init__(
@@ -129,6 +130,10 @@ class _IdColumn:
         offsets = self.offsets[rows.start : rows.stop + 1]
         return self.values[offsets[0] : offsets[-1]], np.diff(offsets).astype(np.int32)
 
+    def row_of(self, position: int) -> int:
+        """The row that the id at this position of `values` belongs to."""
+        return position if self.offsets is None else int(np.searchsorted(self.offsets, position, side="right")) - 1
+
 
 class _Columns:
     """The rows of one row group: labels [n], and a column for each dense and each sparse feature."""
@@ -138,6 +143,15 @@ class _Columns:
         self.dense = [table.column(name).to_numpy() for name in dataset.dense_names]
         self.ids = [_IdColumn(table.column(name)) for name in dataset.sparse_names]
 
+    def outside(self, num_embeddings: Mapping[str, int]) -> tuple[str, int, int] | None:
+        """The first feature that has an id outside its table, with that id and its row in the group; None is well."""
+        for column, (name, rows) in zip(self.ids, num_embeddings.items(), strict=True):
+            values = column.values
+            if values.size and not 0 <= values.min() <= values.max() < rows:
+                position = int(np.argmax((values < 0) | (values >= rows)))
+                return name, int(values[position]), column.row_of(position)
+        return None
+
 
 class _RowGroupReader:
     """Opens the files of a split and decodes their row groups."""
@@ -145,6 +159,7 @@ class _RowGroupReader:
     def __init__(self, dataset: Dataset, split: str) -> None:
         self._dataset = dataset
         self._paths = [file.path for file in dataset.splits[split].files]
+        self._num_embeddings = dataset.num_embeddings
         self._open: tuple[int, Any] | None = None
         self.num_dense, self.feature_names = len(dataset.dense_names), dataset.sparse_names
         self.row_groups: list[RowGroup] = []
@@ -171,7 +186,19 @@ class _RowGroupReader:
         except OSError as error:
             msg = f"{self._paths[where.file_index]}: row group {where.group_index} is damaged: {error}"
             raise DatasetError(msg) from error
-        return _Columns(table, self._dataset)
+        columns = _Columns(table, self._dataset)
+        # Checksums hold only what preprocessing wrote, and files may come from elsewhere. FBGEMM would read and write
+        # past the end of the table: a crash, or worse, none. 26 columns of a row group take a few milliseconds.
+        found = columns.outside(self._num_embeddings)
+        if found is not None:
+            feature, value, row = found
+            msg = (
+                f"{self._paths[where.file_index]}: row group {where.group_index}, row {row}: {feature} has the id "
+                f"{value}, but its table has {self._num_embeddings[feature]:,} rows (ids from 0, num_embeddings in "
+                "dataset.json); run dlrm preprocess again"
+            )
+            raise DatasetError(msg)
+        return columns
 
 
 class _RowStream:

@@ -1,7 +1,10 @@
 """The loader against the Parquet files, read by DuckDB."""
 
+import re
+
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -164,3 +167,22 @@ def test_multi_valued_features_become_lists_of_the_kjt(tmp_path):
     assert users == [user for user, _ in expected]
     assert tags == [list(ids) for _, ids in expected]
     assert len({len(ids) for ids in tags}) > 2
+
+
+@pytest.mark.parametrize("wrong_id", [-1, 10_000_000])
+def test_an_id_outside_its_table_is_an_error_that_names_file_row_group_feature_and_value(small_log, tmp_path, wrong_id):
+    """Files with valid checksums, as another program may write them: the kernel must never see such an id."""
+    preprocess([small_log], tmp_path / "dataset", criteo_schema(), PreprocessOptions())
+    dataset = Dataset.open(tmp_path / "dataset")
+    path = dataset.splits["train"].files[0].path
+    table = pq.read_table(path)
+    ids = table.column("cat_5").to_numpy().copy()
+    ids[1_234] = wrong_id
+    index = table.schema.get_field_index("cat_5")
+    table = table.set_column(index, table.schema.field(index), pa.array(ids, type=table.schema.field(index).type))
+    pq.write_table(table, path, row_group_size=1_000)
+    rows = dataset.num_embeddings["cat_5"]
+    loader = Loader(dataset, "train", batch_size_global=500)
+    expected = f"{path.name}: row group 1, row 234: cat_5 has the id {wrong_id}, but its table has {rows:,} rows"
+    with pytest.raises(DatasetError, match=re.escape(expected)):
+        list(loader)
