@@ -21,6 +21,9 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 ShareOfOne = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+TableOptimizerName = Literal[
+    "rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb", "partial_rowwise_lamb"
+]
 
 
 class _Section(BaseModel):
@@ -46,6 +49,17 @@ class TrainConfig(_Section):
     batch_size_global: PositiveInt = Field(2048, description="rows per step over all ranks")
     epochs: PositiveInt = Field(1, description="passes over the training split")
     max_steps: PositiveInt | None = Field(None, description="stop after this many steps, whatever epochs says")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the dense parts' matrix products; auto asks the device, weights stay float32"
+    )
+    dropout_share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+        0.0, description="share of the hidden units of dense and over arch that each training row leaves out"
+    )
+    negative_weight: PositiveFloat = Field(
+        1.0,
+        description="weight of a row without a click in the loss, as if only this share of them had been kept; the "
+        "predictions are corrected for it, so that they stay probabilities",
+    )
     timeout_s: PositiveFloat = Field(
         600.0, description="a process that the others have waited for so long ends the job, in seconds"
     )
@@ -55,11 +69,19 @@ class TrainConfig(_Section):
 
 
 class TableOptimizerConfig(_Section):
-    """The tables' optimizer, fused into their backward."""
+    """The tables' optimizer, fused into their backward; FBGEMM has the last four for GPUs alone."""
 
-    name: Literal["rowwise_adagrad", "adagrad", "sgd"] = Field("rowwise_adagrad", description="FBGEMM's name for it")
+    name: TableOptimizerName = Field("rowwise_adagrad", description="FBGEMM's name for it")
     learning_rate: PositiveFloat = Field(0.05, description="base learning rate")
-    eps: PositiveFloat = Field(1e-8, description="added to the root of the accumulated squares")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the accumulated squares (not for sgd)")
+    beta1: ShareOfOne = Field(0.9, description="of the gradients' running mean, in the kinds of adam and lamb")
+    beta2: ShareOfOne = Field(0.999, description="of the squares' running mean, in the kinds of adam and lamb")
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="times the learning rate, decoupled; of the rows that a step looks up; not on CPU (FBGEMM)"
+    )
+    initial_accumulator: NonNegativeFloat = Field(
+        0.0, description="what the sums of squares start from, in adagrad and rowwise_adagrad"
+    )
 
 
 class DenseOptimizerConfig(_Section):
@@ -68,24 +90,45 @@ class DenseOptimizerConfig(_Section):
     name: Literal["adagrad", "sgd", "adamw"] = Field("adagrad", description="torch.optim's name for it")
     learning_rate: PositiveFloat = Field(0.01, description="base learning rate")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the accumulated squares (not for sgd)")
+    beta1: ShareOfOne = Field(0.9, description="of the gradients' running mean, in adamw")
+    beta2: ShareOfOne = Field(0.999, description="of the squares' running mean, in adamw")
+    momentum: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(0.0, description="of sgd")
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="decoupled in adamw, added to the gradient in adagrad and sgd, as torch.optim does"
+    )
+    initial_accumulator: NonNegativeFloat = Field(0.0, description="what the sums of squares start from, in adagrad")
+    clip_norm: PositiveFloat | None = Field(
+        None,
+        description="longest gradient of the dense and over arch together, after its mean over all ranks; a longer one "
+        "is scaled down; tables, which update in the backward, are not clipped; no limit when not set",
+    )
 
 
 class ScheduleConfig(_Section):
     """Learning rate over steps, for all optimizers alike.
 
-    Linear to the base rate while step <= warmup_steps; the base rate until decay_start_step; then over decay_steps
-    down to zero by the square, not below 1e-7; then held: the policy of facebookresearch/dlrm.
+    Every kind: linear to the base rate while step <= warmup_steps, then the base rate until decay_start_step. Then
+    constant holds it; warmup_polynomial goes down over decay_steps by the square (facebookresearch/dlrm), cosine along
+    half a cosine, both to zero but not below 1e-7, and hold that.
     """
 
+    name: Literal["constant", "warmup_polynomial", "cosine"] | None = Field(
+        None, description="kind of decay; when not set, warmup_polynomial where decay_steps is above 0, else constant"
+    )
     warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up")
-    decay_start_step: NonNegativeInt = Field(0, description="last step at the base rate (with decay_steps > 0)")
-    decay_steps: NonNegativeInt = Field(0, description="steps of quadratic decay; 0 means none")
+    decay_start_step: NonNegativeInt = Field(
+        0, description="last step at the base rate before decay; the warm-up's end where that is later and this is 0"
+    )
+    decay_steps: NonNegativeInt | None = Field(
+        None, description="steps of decay; 0 for none; to the run's last step when not set"
+    )
 
 
 class ValidationConfig(_Section):
-    """Metrics on the val split during training."""
+    """Metrics on the val split during training; always at its end."""
 
-    every_steps: NonNegativeInt = Field(0, description="validate every so many steps; 0 means at the end only")
+    every_steps: NonNegativeInt = Field(0, description="validate every so many steps; 0 means not by steps")
+    every_rows: NonNegativeInt = Field(0, description="validate every so many training rows; 0 means not by rows")
     batch_size_global: PositiveInt = Field(8192, description="rows per forward pass over all ranks")
     max_rows: PositiveInt | None = Field(None, description="validate on the first so many rows; all when not set")
 
@@ -102,7 +145,7 @@ class CheckpointConfig(_Section):
 
 
 class StopConfig(_Section):
-    """Reasons to stop before the last epoch ends; all look at the val split, so set validation.every_steps."""
+    """Reasons to stop before the last epoch ends; all look at the val split, so set validation.every_steps or _rows."""
 
     target_auc: ShareOfOne | None = Field(None, description="stop once the val AUC has reached this")
     patience_validations: PositiveInt | None = Field(
@@ -115,6 +158,13 @@ class LoggingConfig(_Section):
 
     every_steps: PositiveInt = Field(100, description="steps between two lines of metrics.jsonl")
     tensorboard: bool = Field(default=True, description="also write TensorBoard event files")
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = Field(
+        (),
+        strict=False,
+        description="trackers to tell as well: wandb (Weights & Biases), mlflow; where they are is said by their own "
+        "environment variables",
+    )
+    experiment: str = Field("torchdlrm", description="wandb's project, MLflow's experiment")
 
 
 class ShardingConfig(_Section):
@@ -286,12 +336,50 @@ def _contradictions(config: Config) -> list[str]:
         found.append(f"model.embedding_dim: must be a multiple of 4 (FBGEMM's rows), got {model.embedding_dim}")
     if model.over_arch_layer_sizes[-1] != 1:
         found.append(f"model.over_arch_layer_sizes: must end with 1, the logit, got {model.over_arch_layer_sizes[-1]}")
-    schedule = config.schedule
-    if schedule.decay_steps and schedule.decay_start_step < schedule.warmup_steps:
+    return [*found, *_schedule_contradictions(config.schedule), *_unread_knobs(config)]
+
+
+def _schedule_contradictions(schedule: ScheduleConfig) -> list[str]:
+    found = []
+    if schedule.decay_start_step and schedule.decay_start_step < schedule.warmup_steps:
         found.append(
             f"schedule.decay_start_step: {schedule.decay_start_step} is before the end of the warm-up "
             f"(schedule.warmup_steps = {schedule.warmup_steps})"
         )
+    if schedule.name == "constant" and (schedule.decay_steps or schedule.decay_start_step):
+        found.append("schedule.name: constant has no decay, but decay_start_step or decay_steps is set")
+    if schedule.name is None and schedule.decay_start_step and not schedule.decay_steps:
+        found.append("schedule.decay_start_step: is set, but neither schedule.name nor schedule.decay_steps")
+    return found
+
+
+# Which optimizers read a knob that not all of them have.
+_ADAM_KINDS = ("adam", "partial_rowwise_adam", "lamb", "partial_rowwise_lamb", "adamw")
+_READERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "table_optimizer": {
+        "beta1": _ADAM_KINDS,
+        "beta2": _ADAM_KINDS,
+        "weight_decay": ("rowwise_adagrad", *_ADAM_KINDS),
+        "initial_accumulator": ("rowwise_adagrad", "adagrad"),
+    },
+    "dense_optimizer": {
+        "beta1": _ADAM_KINDS,
+        "beta2": _ADAM_KINDS,
+        "momentum": ("sgd",),
+        "initial_accumulator": ("adagrad",),
+    },
+}
+
+
+def _unread_knobs(config: Config) -> list[str]:
+    """Knobs that were changed although the chosen optimizer has no such thing."""
+    found = []
+    for section, readers in _READERS.items():
+        chosen = getattr(config, section)
+        for leaf, names in readers.items():
+            value = getattr(chosen, leaf)
+            if chosen.name not in names and value != type(chosen).model_fields[leaf].default:
+                found.append(f"{section}.{leaf}: {section}.name = {chosen.name} has no such thing, got {value!r}")
     return found
 
 

@@ -39,7 +39,11 @@ def test_keys_that_contradict_each_other_are_told():
         "model.embedding_dim": "6",
         "model.over_arch_layer_sizes": "8,2",
         "schedule.warmup_steps": "10",
+        "schedule.decay_start_step": "9",
         "schedule.decay_steps": "5",
+        "table_optimizer.weight_decay": "0.1",
+        "table_optimizer.name": "sgd",
+        "dense_optimizer.momentum": "0.9",
     }
     with pytest.raises(ConfigError) as error:
         load_config(None, overrides)
@@ -47,7 +51,18 @@ def test_keys_that_contradict_each_other_are_told():
     assert "ends with 128, but must end with model.embedding_dim = 6" in message
     assert "model.embedding_dim: must be a multiple of 4" in message
     assert "model.over_arch_layer_sizes: must end with 1, the logit, got 2" in message
-    assert "schedule.decay_start_step: 0 is before the end of the warm-up" in message
+    assert "schedule.decay_start_step: 9 is before the end of the warm-up" in message
+    assert "table_optimizer.weight_decay: table_optimizer.name = sgd has no such thing, got 0.1" in message
+    assert "dense_optimizer.momentum: dense_optimizer.name = adagrad has no such thing, got 0.9" in message
+
+
+def test_a_decay_that_is_half_said_is_refused():
+    for overrides, expected in (
+        ({"schedule.name": "constant", "schedule.decay_steps": "5"}, "constant has no decay"),
+        ({"schedule.decay_start_step": "5"}, "neither schedule.name nor schedule.decay_steps"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            load_config(None, overrides)
 
 
 def test_a_missing_or_broken_file_is_an_error_that_names_it(tmp_path):

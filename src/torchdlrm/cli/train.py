@@ -16,7 +16,7 @@ from torchdlrm.errors import ConfigError
 from torchdlrm.progress import SILENT
 
 if TYPE_CHECKING:
-    from torchdlrm.train.trainer import TrainingSummary
+    from torchdlrm.train.summary import TrainingSummary
 
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 

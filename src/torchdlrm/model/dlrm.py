@@ -5,6 +5,7 @@ Weights and code move both ways between the two; ours copies the embeddings less
 B rows of the batch on this rank, F sparse features, D embedding dimension, N = F + 1 vectors that interact.
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -109,15 +110,23 @@ class DLRM(nn.Module):
 
 
 @fx.wrap
-def batch_loss(logits_B: Tensor, labels_B: Tensor, batch: TrainingBatch) -> Tensor:
+def batch_loss(logits_B: Tensor, labels_B: Tensor, batch: TrainingBatch, negative_weight: float = 1.0) -> Tensor:
     """Mean binary cross-entropy, so weighted that its mean over ranks is the mean over the global batch.
 
     The slices of the last batch of an epoch may differ in size by one; a batch of ours says by `loss_weight` how much
     this rank's rows count.
+
+    With negatives weighted by w, what minimises the loss has odds of a click 1 / w times too high; He et al. (2014)
+    take predictions p back by q = p / (p + (1 - p) / w), which is logit(q) = logit(p) + log(w). Here the loss is taken
+    of p, and the model's own logit is that of q: whoever predicts with its weights needs no correction.
     """
     if logits_B.numel() == 0:
         return logits_B.sum()
-    return binary_cross_entropy_with_logits(logits_B, labels_B) * getattr(batch, "loss_weight", 1.0)
+    weights_B = None
+    if negative_weight != 1.0:
+        weights_B = labels_B + (1 - labels_B) * negative_weight
+        logits_B = logits_B - math.log(negative_weight)
+    return binary_cross_entropy_with_logits(logits_B, labels_B, weights_B) * getattr(batch, "loss_weight", 1.0)
 
 
 class DLRMTrain(nn.Module):
@@ -125,15 +134,19 @@ class DLRMTrain(nn.Module):
 
     Args:
         dlrm_module: the model.
+
+    Attributes:
+        negative_weight: weight of rows without a click in the loss; logits are corrected for it.
     """
 
     def __init__(self, dlrm_module: DLRM) -> None:
         super().__init__()
         self.model = dlrm_module
+        self.negative_weight = 1.0
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Returns the loss, and (loss, logits [B], labels [B]) detached."""
         logits_B = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
         labels_B = batch.labels.float()
-        loss = batch_loss(logits_B, labels_B, batch)
+        loss = batch_loss(logits_B, labels_B, batch, self.negative_weight)
         return loss, (loss.detach(), logits_B.detach(), labels_B.detach())

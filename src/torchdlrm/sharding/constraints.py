@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torchdlrm.errors import PlanError
-from torchdlrm.sharding.tables import Optimizer, Table, table_name
+from torchdlrm.sharding.tables import ROWWISE_OPTIMIZERS, Optimizer, Table, table_name
 
 TABLE_WISE, COLUMN_WISE, ROW_WISE = "table_wise", "column_wise", "row_wise"
 TABLE_ROW_WISE, GRID_SHARD = "table_row_wise", "grid_shard"
@@ -160,8 +160,8 @@ def _free(
     )
     cut = _is_cut(table.dim, min_columns or _MIN_SHARD_COLUMNS)
     pointless = {
-        COLUMN_WISE: num_devices == 1 or not cut or (optimizer == "rowwise_adagrad" and not asked),
-        GRID_SHARD: num_hosts == 1 or not cut or (optimizer == "rowwise_adagrad" and not asked),
+        COLUMN_WISE: num_devices == 1 or not cut or (optimizer in ROWWISE_OPTIMIZERS and not asked),
+        GRID_SHARD: num_hosts == 1 or not cut or (optimizer in ROWWISE_OPTIMIZERS and not asked),
         TABLE_ROW_WISE: num_hosts == 1,
         ROW_WISE: num_devices == 1,
     }

@@ -184,12 +184,17 @@ def _by_columns(problem: Problem) -> Iterator[Remedy]:
 
 def _leaner_optimizer(problem: Problem) -> Iterator[Remedy]:
     prices: dict[Optimizer, tuple[Optimizer, ...]] = {
-        "adam": ("adagrad", "rowwise_adagrad", "sgd"),
+        "adam": ("partial_rowwise_adam", "adagrad", "rowwise_adagrad", "sgd"),
+        "lamb": ("partial_rowwise_lamb", "adagrad", "rowwise_adagrad", "sgd"),
+        "partial_rowwise_adam": ("rowwise_adagrad", "sgd"),
+        "partial_rowwise_lamb": ("rowwise_adagrad", "sgd"),
         "adagrad": ("rowwise_adagrad", "sgd"),
         "rowwise_adagrad": ("sgd",),
         "sgd": (),
     }
     words = {
+        "partial_rowwise_adam": "one squared mean for a row in place of one for each value",
+        "partial_rowwise_lamb": "one squared mean for a row in place of one for each value",
         "adagrad": "half of Adam's state; no momentum",
         "rowwise_adagrad": "one learning rate for a row instead of one for each value; usually as accurate for tables",
         "sgd": "no state; rare ids learn slowly, so expect a lower AUC or a longer training",

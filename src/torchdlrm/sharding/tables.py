@@ -11,16 +11,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from torchdlrm.config import TableOptimizerName
 from torchdlrm.errors import PlanError
 
 Precision = Literal["float32", "float16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 BYTES_PER_VALUE: Mapping[Precision, int] = {"float32": 4, "float16": 2}
 
-Optimizer = Literal["sgd", "rowwise_adagrad", "adagrad", "adam"]
+Optimizer = TableOptimizerName
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 # float32 values of state, whatever the precision of the weights: FBGEMM keeps them so.
-_STATE_VALUES_PER_WEIGHT: Mapping[Optimizer, int] = {"sgd": 0, "rowwise_adagrad": 0, "adagrad": 1, "adam": 2}
+_STATE_VALUES_PER_WEIGHT: Mapping[Optimizer, int] = {
+    "sgd": 0,
+    "rowwise_adagrad": 0,
+    "adagrad": 1,
+    "partial_rowwise_adam": 1,
+    "partial_rowwise_lamb": 1,
+    "adam": 2,
+    "lamb": 2,
+}
+# These keep one value for each row of a shard, so a table that is cut by columns learns a little differently.
+ROWWISE_OPTIMIZERS = frozenset[Optimizer]({"rowwise_adagrad", "partial_rowwise_adam", "partial_rowwise_lamb"})
 
 # Sizes by column: the logs' vocabularies, as facebookresearch/dlrm and MLPerf publish them.
 _KAGGLE_ROWS = (
@@ -74,7 +85,7 @@ class Table:
 def state_bytes(rows: int, columns: int, optimizer: Optimizer) -> int:
     """Bytes of the optimizer's state for a shard of a table, float32.
 
-    Row-wise Adagrad keeps one value a row of every shard, so a table that is cut by columns has several a row.
+    Row-wise optimizers keep a value a row of every shard, so a table that is cut by columns has several a row.
 
     Args:
         rows: of the shard.
@@ -82,7 +93,7 @@ def state_bytes(rows: int, columns: int, optimizer: Optimizer) -> int:
         optimizer: of the tables.
     """
     values = rows * columns * _STATE_VALUES_PER_WEIGHT[optimizer]
-    return 4 * (values + (rows if optimizer == "rowwise_adagrad" else 0))
+    return 4 * (values + (rows if optimizer in ROWWISE_OPTIMIZERS else 0))
 
 
 def table_name(feature: str) -> str:

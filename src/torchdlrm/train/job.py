@@ -6,9 +6,12 @@ from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import UserError
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.train.allocator import keep_freed_memory
+from torchdlrm.train.optimizers import check_table_optimizer
 from torchdlrm.train.process_group import Ranks, join_process_group
 from torchdlrm.train.run import Run
-from torchdlrm.train.trainer import Trainer, TrainingSummary
+from torchdlrm.train.summary import TrainingSummary
+from torchdlrm.train.trainer import Trainer
 
 
 def train(
@@ -29,6 +32,7 @@ def train(
         How it ended on rank 0, None elsewhere.
 
     Raises:
+        ConfigError: the device lacks the tables' optimizer.
         RunError: the folder is in use, holds something else, or a run that cannot go on with this config.
         PlanError: the tables do not fit the machine.
         DatasetError: the dataset is missing, damaged, or has no training rows.
@@ -36,10 +40,15 @@ def train(
         Interrupted: SIGTERM or Ctrl-C; the run is saved.
     """
     with join_process_group(config.train.timeout_s) as ranks:
+        keep_freed_memory()
+        check_table_optimizer(config.table_optimizer, ranks.device)
         encoded = Dataset.open(dataset)
         taken_up = _start_run(config, encoded, run, ranks, restart=restart)
-        with ranks.answering(config.train.timeout_s):
-            summary = Trainer(config, encoded, taken_up, ranks, progress if ranks.is_first else SILENT).fit()
+        try:
+            with ranks.answering(config.train.timeout_s):
+                summary = Trainer(config, encoded, taken_up, ranks, progress if ranks.is_first else SILENT).fit()
+        finally:
+            taken_up.close()
         return summary if ranks.is_first else None
 
 

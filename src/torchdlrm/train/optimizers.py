@@ -1,22 +1,56 @@
-"""Optimizers and learning rates: one inside the backward of the tables, one for the rest, one schedule for both."""
+"""Optimizers: one inside the backward of the tables, which FBGEMM runs, and one of torch for everything else."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+    WeightDecayMode,
+)
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.nn.utils import clip_grad_norm_
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
-from torchdlrm.config import DenseOptimizerConfig, ScheduleConfig, TableOptimizerConfig
+from torchdlrm.config import DenseOptimizerConfig, TableOptimizerConfig, TableOptimizerName
+from torchdlrm.errors import ConfigError
 
-MIN_LEARNING_RATE = 1e-7
-
-_TABLE_OPTIMIZERS = {
+_TABLE_OPTIMIZERS: Mapping[TableOptimizerName, EmbOptimType] = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
     "sgd": EmbOptimType.EXACT_SGD,
+    "adam": EmbOptimType.ADAM,
+    "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM,
+    "lamb": EmbOptimType.LAMB,
+    "partial_rowwise_lamb": EmbOptimType.PARTIAL_ROWWISE_LAMB,
 }
+# FBGEMM 1.8 asserts this. LARS, which it has too, cannot be saved: it gives TorchRec no state by name.
+ON_CPU: tuple[TableOptimizerName, ...] = ("rowwise_adagrad", "adagrad", "sgd")
+
+
+def check_table_optimizer(config: TableOptimizerConfig, device: torch.device) -> None:
+    """Refuse what FBGEMM does not have on this device.
+
+    Raises:
+        ConfigError: the optimizer, or its weight decay, has no CPU kernel; lists both.
+    """
+    if device.type != "cpu":
+        return
+    problems = []
+    if config.name not in ON_CPU:
+        problems.append(
+            f"table_optimizer.name: FBGEMM has {config.name} for GPUs alone; on CPU choose one of {', '.join(ON_CPU)}"
+        )
+    if config.weight_decay:
+        # The CPU kernel takes the argument and ignores it.
+        problems.append(
+            f"table_optimizer.weight_decay: FBGEMM's CPU kernels have none, got {config.weight_decay}; leave it at 0 "
+            "on CPU (dense_optimizer.weight_decay works everywhere)"
+        )
+    if problems:
+        raise ConfigError("\n".join(["the tables cannot be trained so on this device:", *(f"  {p}" for p in problems)]))
 
 
 def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
@@ -27,7 +61,25 @@ def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
     }
     if config.name != "sgd":
         params["eps"] = config.eps
+    if config.name.endswith(("adam", "lamb")):
+        params |= {"beta1": config.beta1, "beta2": config.beta2, "weight_decay": config.weight_decay}
+    elif config.weight_decay:  # the kinds of adam and lamb have no other mode than decoupled
+        params |= {"weight_decay": config.weight_decay, "weight_decay_mode": WeightDecayMode.DECOUPLE}
     return params
+
+
+def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """FBGEMM's modules inside a sharded model; each holds several of this rank's tables and their optimizer."""
+    for module in model.modules():
+        for lookup in getattr(module, "_lookups", ()):  # a plain list in TorchRec: modules() does not look into it
+            yield from (part for part in lookup.modules() if isinstance(part, SplitTableBatchedEmbeddingBagsCodegen))
+
+
+def fill_accumulators(model: nn.Module, value: float) -> None:
+    """Let the tables' sums of squares start from `value`; FBGEMM knows zero alone."""
+    for kernel in table_kernels(model):
+        for states in kernel.split_optimizer_states():
+            states[0].fill_(value)
 
 
 def build_optimizer(model: nn.Module, config: DenseOptimizerConfig) -> CombinedOptimizer:
@@ -47,51 +99,39 @@ def build_optimizer(model: nn.Module, config: DenseOptimizerConfig) -> CombinedO
 
 def _dense_factory(config: DenseOptimizerConfig) -> Any:
     def make(params: list[torch.Tensor]) -> torch.optim.Optimizer:
-        # foreach: one kernel call for all parameters instead of several for each.
-        if config.name == "adagrad":
-            return torch.optim.Adagrad(params, lr=config.learning_rate, eps=config.eps, foreach=True)
-        if config.name == "adamw":
-            return torch.optim.AdamW(params, lr=config.learning_rate, eps=config.eps, foreach=True)
-        return torch.optim.SGD(params, lr=config.learning_rate, foreach=True)
+        optimizer = _dense_optimizer(config, params)
+        if config.clip_norm is not None:
+            clip_norm = config.clip_norm
+
+            def clip(*_: object) -> None:
+                # Every rank has the mean gradient already, so this norm is that of the global batch.
+                clip_grad_norm_(params, clip_norm)
+
+            optimizer.register_step_pre_hook(clip)
+        return optimizer
 
     return make
 
 
-class Schedule:
-    """Sets the learning rate of every step.
-
-    Args:
-        config: the policy.
-        optimizer: its parameter groups hold their base rates when the schedule is made.
-    """
-
-    def __init__(self, config: ScheduleConfig, optimizer: CombinedOptimizer) -> None:
-        self._config = config
-        self._groups = [(group, float(group["lr"])) for group in optimizer.param_groups]
-
-    def set(self, step: int) -> float:
-        """Set the rates of step `step` (from 1); returns that of the dense optimizer."""
-        rate = 0.0
-        for group, base in self._groups:
-            rate = learning_rate(base, step, self._config)
-            group["lr"] = rate
-        return rate
-
-
-def learning_rate(base: float, step: int, config: ScheduleConfig) -> float:
-    """The policy of facebookresearch/dlrm as it was meant: warm-up reaches the base rate, decay needs no warm-up.
-
-    Args:
-        base: the base rate.
-        step: from 1.
-        config: warm-up steps W, decay start D, decay steps N.
-
-    Returns:
-        base * step / W while step <= W; base until D; then base * ((N - (step - D)) / N)^2, not below 1e-7.
-    """
-    if step <= config.warmup_steps:
-        return base * step / config.warmup_steps
-    if not config.decay_steps or step <= config.decay_start_step:
-        return base
-    left = max(0.0, 1 - (step - config.decay_start_step) / config.decay_steps)
-    return max(MIN_LEARNING_RATE, base * left**2)
+def _dense_optimizer(config: DenseOptimizerConfig, params: list[torch.Tensor]) -> torch.optim.Optimizer:
+    """An optimizer of torch, its state in place before the first step: a checkpoint is loaded into it."""
+    # fused: one pass over parameter, gradient and state instead of one for each operation.
+    shared: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    if config.name == "adagrad":
+        return torch.optim.Adagrad(
+            params, eps=config.eps, initial_accumulator_value=config.initial_accumulator, **shared
+        )
+    if config.name == "adamw":
+        adamw = torch.optim.AdamW(params, betas=(config.beta1, config.beta2), eps=config.eps, **shared)
+        for param in params:
+            adamw.state[param] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(param),
+                "exp_avg_sq": torch.zeros_like(param),
+            }
+        return adamw
+    sgd = torch.optim.SGD(params, momentum=config.momentum, **shared)
+    if config.momentum:
+        for param in params:
+            sgd.state[param] = {"momentum_buffer": torch.zeros_like(param)}
+    return sgd

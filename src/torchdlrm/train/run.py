@@ -90,8 +90,12 @@ class Run:
                 _write_whole(path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
             _write_whole(path / CONFIG_NAME, config_toml(config))
         except OSError as error:
+            run.close()
             msg = f"--run: cannot write to {path}: {error.strerror}"
             raise RunError(msg) from error
+        except RunError:
+            run.close()
+            raise
         return run
 
     @classmethod
@@ -174,6 +178,12 @@ class Run:
         path.parent.mkdir(exist_ok=True)
         _write_whole(path, json.dumps(result, indent=1) + "\n")
         return path
+
+    def close(self) -> None:
+        """Let others train in the folder; the end of the process does it too."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _changes(self) -> list[Change]:
         before = load_config(self.path / CONFIG_NAME)

@@ -11,12 +11,13 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
 from torchdlrm.config import Config
 from torchdlrm.model.build import build_model, standardize_dense_input
+from torchdlrm.model.dropout import add_dropout
 from torchdlrm.sharding.obey import plan_or_obey
 from torchdlrm.sharding.planner import table_sharder
 from torchdlrm.sharding.problem import Solution
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.sharding.weights import initialize_tables
-from torchdlrm.train.optimizers import fused_params
+from torchdlrm.train.optimizers import fill_accumulators, fused_params
 from torchdlrm.train.process_group import Ranks
 
 
@@ -56,6 +57,9 @@ def build_sharded_model(
     model = build_model(
         config.model, num_dense_features=num_dense_features, num_embeddings=num_embeddings, device=ranks.device
     )
+    model.negative_weight = config.train.negative_weight
+    if config.train.dropout_share:
+        add_dropout(model.model.dense_arch, model.model.over_arch, config.train.dropout_share)
     if dense_sample is not None:
         standardize_dense_input(model.model.dense_arch, dense_sample)
     sharder = table_sharder(fused_params(config.table_optimizer))
@@ -80,4 +84,6 @@ def build_sharded_model(
         sharders=[sharder],
     )
     initialize_tables(module, seed=config.seed)
+    if config.table_optimizer.initial_accumulator:
+        fill_accumulators(module, config.table_optimizer.initial_accumulator)
     return ShardedModel(module, plan, solution)

@@ -6,13 +6,11 @@ Every rank runs this; batch k holds the same rows whatever their number, and ran
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
@@ -22,47 +20,22 @@ from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.plan_file import write_plan
+from torchdlrm.train.agenda import Agenda
 from torchdlrm.train.checkpoint import Checkpointer, Position, list_checkpoints
 from torchdlrm.train.clock import Stopwatch, Timer
 from torchdlrm.train.metrics_log import MetricsLog
-from torchdlrm.train.optimizers import Schedule, build_optimizer
+from torchdlrm.train.optimizers import build_optimizer
+from torchdlrm.train.pipeline import build_pipeline
+from torchdlrm.train.precision import choose_precision
 from torchdlrm.train.predictions import PredictionBuffer, measure
 from torchdlrm.train.process_group import Ranks
 from torchdlrm.train.run import PLAN_NAME, Run
+from torchdlrm.train.schedule import Schedule
 from torchdlrm.train.sharded import build_sharded_model
 from torchdlrm.train.signals import StopRequest
+from torchdlrm.train.step_counters import StepCounters
+from torchdlrm.train.summary import TrainingSummary
 from torchdlrm.train.threads import useful_threads
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """How a run ended.
-
-    Attributes:
-        step: the last optimizer step.
-        rows: training rows read up to then, over all ranks.
-        resumed_from_step: where this process took the run up; 0 for a new run.
-        seconds: wall time of this process's training steps, validation left out.
-        rows_per_s: rows that these steps read, per second; 0 when there was nothing left to do.
-        stopped_because: `finished`, `target_auc` or `patience`.
-        best_auc: highest AUC of the val split, None without validation.
-        best_step: the step that had it.
-        validation: metrics of the val split after the last step, None when nothing was validated.
-    """
-
-    step: int
-    rows: int
-    resumed_from_step: int
-    seconds: float
-    rows_per_s: float
-    stopped_because: str
-    best_auc: float | None
-    best_step: int | None
-    validation: dict[str, int | float] | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 class Trainer:
@@ -86,10 +59,15 @@ class Trainer:
             torch.set_num_threads(
                 config.train.num_threads or useful_threads(config, len(dataset.sparse_names), ranks.world_size)
             )
+        self.precision = choose_precision(
+            config,
+            num_sparse_features=len(dataset.sparse_names),
+            world_size=ranks.world_size,
+            device=ranks.device,
+        )
         self._has_validation = dataset.splits["val"].rows > 0
         self._loader = self._make_loader("train", config.train.batch_size_global, epochs=config.train.epochs)
-        num_steps = self._loader.batches_per_epoch * config.train.epochs
-        self.num_steps = min(num_steps, config.train.max_steps or num_steps)
+        self._agenda = Agenda.of(config, self._loader.rows)
         sharded = build_sharded_model(
             config,
             num_embeddings=dataset.num_embeddings,
@@ -102,8 +80,9 @@ class Trainer:
         if ranks.is_first:
             write_plan(run.path / PLAN_NAME, sharded.solution)
         optimizer = build_optimizer(self.model, config.dense_optimizer)
-        self._schedule = Schedule(config.schedule, optimizer)
-        self._pipeline = TrainPipelineSparseDist(self.model, optimizer, ranks.device, execute_all_batches=True)
+        self._schedule = Schedule(config.schedule, optimizer, num_steps=self._agenda.num_steps)
+        self._counters = StepCounters(self.model, seed=config.seed, rank=ranks.rank)
+        self._pipeline = build_pipeline(self.model, optimizer, dtype=self.precision.dtype, device=ranks.device)
         self._checkpointer = Checkpointer(
             run.checkpoints, self.model, optimizer, ranks, keep_last=config.checkpoint.keep_last
         )
@@ -129,20 +108,19 @@ class Trainer:
         stopped_because = "finished"
         self.model.train()
         with self._stop_request.listening(), self._watch.running():
-            for step in range(start + 1, self.num_steps + 1):
+            for step in range(start + 1, self._agenda.num_steps + 1):
                 self._train_step(step, batches)
                 improved = self._measure_if_due(step)
                 stop, save = self._stop_request.poll(step, save_is_due=self._save_timer.is_due())
                 if stop:
                     self._save(step, wait=True)
-                    msg = (
-                        f"interrupted after step {step} of {self.num_steps}; saved: the same command goes on from there"
-                    )
+                    done = f"after step {step} of {self._agenda.num_steps}"
+                    msg = f"interrupted {done}; saved: the same command goes on from there"
                     raise Interrupted(msg)
                 if self._reason_to_stop() is not None:
                     stopped_because = str(self._reason_to_stop())
                     break
-                if save or improved or self._is_every(step, self._config.checkpoint.every_steps):
+                if save or improved or self._agenda.is_every(step, self._config.checkpoint.every_steps):
                     self._save(step, wait=not self._config.checkpoint.asynchronous)
         if self._position.step > start:
             self._save_last()
@@ -151,19 +129,21 @@ class Trainer:
 
     def _train_step(self, step: int, batches: Iterator[Batch]) -> None:
         self._rate = self._schedule.set(step)
+        self._counters.begin(step)
         loss, logits_B, labels_B = self._pipeline.progress(batches)
         # On a GPU looking at the loss waits for the step; there it is looked at when metrics are due.
-        if self._ranks.device.type == "cpu" or self._is_due(step, self._config.logging.every_steps):
+        if self._ranks.device.type == "cpu" or self._agenda.is_due(step, self._config.logging.every_steps):
             self._refuse_if_not_finite(float(loss), step)
         self._interval.add(logits_B, labels_B)
         self._position = self._position_after(step)
-        self._progress.advance(self._rows_after(step) - self._rows_after(step - 1))
+        self._progress.advance(self._agenda.rows_after(step) - self._agenda.rows_after(step - 1))
 
     def _measure_if_due(self, step: int) -> bool:
         """Log and validate where the config says so; whether the validation was the best so far."""
-        if self._is_due(step, self._config.logging.every_steps):
+        if self._agenda.is_due(step, self._config.logging.every_steps):
             self._log_interval(step)
-        if not (self._has_validation and self._is_due(step, self._config.validation.every_steps)):
+        validation = self._config.validation
+        if not (self._has_validation and self._agenda.is_due(step, validation.every_steps, validation.every_rows)):
             return False
         with self._watch.paused():
             return self._validate(step)
@@ -171,7 +151,7 @@ class Trainer:
     def _log_interval(self, step: int) -> None:
         """Write the metrics of the rows since the last time, each predicted before the model learnt from it."""
         gathered = self._interval.take(self._ranks)
-        rows = self._rows_after(step)
+        rows = self._agenda.rows_after(step)
         rows_per_s = (rows - self._logged_rows) / (self._watch.elapsed_s - self._logged_s)
         self._logged_rows, self._logged_s = rows, self._watch.elapsed_s
         if gathered is None or self._metrics is None:
@@ -195,7 +175,7 @@ class Trainer:
         self._validation = metrics
         if self._metrics is not None:
             self._metrics.write(
-                {"step": step, "rows": self._rows_after(step), "split": "val", "loss": metrics.logloss}
+                {"step": step, "rows": self._agenda.rows_after(step), "split": "val", "loss": metrics.logloss}
                 | {"ne": metrics.ne, "auc": metrics.auc, "learning_rate": self._rate}
                 | {"rows_per_s": metrics.rows / (time.monotonic() - started_s)}
             )
@@ -218,9 +198,10 @@ class Trainer:
     def _refuse_if_not_finite(self, loss: float, step: int) -> None:
         if math.isfinite(loss):
             return
-        first_row, saved = self._rows_after(step - 1), list_checkpoints(self._run.checkpoints)
+        first_row, end_row = self._agenda.rows_after(step - 1), self._agenda.rows_after(step)
+        saved = list_checkpoints(self._run.checkpoints)
         msg = (
-            f"the loss is {loss} at step {step} (training rows {first_row:,} to {self._rows_after(step) - 1:,}): try "
+            f"the loss is {loss} at step {step} (training rows {first_row:,} to {end_row - 1:,}): try "
             "a lower table_optimizer.learning_rate or dense_optimizer.learning_rate, schedule.warmup_steps, or look at "
             f"these rows; {f'the last checkpoint is of step {saved[-1]}' if saved else 'nothing was saved yet'}"
         )
@@ -243,13 +224,13 @@ class Trainer:
         if self._ranks.is_first:
             tensorboard = self._config.logging.tensorboard
             self._metrics = MetricsLog(self._run.path, from_step=start, tensorboard=tensorboard)
-        self._logged_rows = self._rows_after(start)
-        self._progress.start_phase("train", self._rows_after(self.num_steps))
-        self._progress.advance(self._rows_after(start))
+        self._logged_rows = self._agenda.rows_after(start)
+        self._progress.start_phase("train", self._agenda.rows_after(self._agenda.num_steps))
+        self._progress.advance(self._agenda.rows_after(start))
 
     def _remaining_batches(self, start: int) -> Iterator[Batch]:
         self._loader.load_state_dict(self._position.loader)
-        return islice(iter(self._loader), self.num_steps - start)
+        return islice(iter(self._loader), self._agenda.num_steps - start)
 
     def _close(self) -> None:
         self._checkpointer.close()
@@ -258,13 +239,13 @@ class Trainer:
 
     def _summary(self, start: int, stopped_because: str) -> TrainingSummary:
         position, seconds = self._position, self._watch.elapsed_s
-        rows = self._rows_after(position.step)
+        rows = self._agenda.rows_after(position.step)
         return TrainingSummary(
             step=position.step,
             rows=rows,
             resumed_from_step=start,
             seconds=seconds,
-            rows_per_s=(rows - self._rows_after(start)) / seconds if position.step > start else 0.0,
+            rows_per_s=(rows - self._agenda.rows_after(start)) / seconds if position.step > start else 0.0,
             stopped_because=stopped_because,
             best_auc=position.best_auc,
             best_step=position.best_step,
@@ -272,7 +253,7 @@ class Trainer:
         )
 
     def _position_after(self, step: int) -> Position:
-        epoch, batches = divmod(step, self._loader.batches_per_epoch)
+        epoch, batches = divmod(step, self._agenda.steps_per_epoch)
         loader = {"epoch": epoch, "batches_consumed": batches}
         return replace(self._position, step=step, loader=loader) if step else Position(step=0, loader=loader)
 
@@ -291,14 +272,3 @@ class Trainer:
             prefetch_batches=self._config.loader.prefetch_batches,
             pin_memory=self._ranks.device.type == "cuda",
         )
-
-    def _is_every(self, step: int, every_steps: int) -> bool:
-        return every_steps > 0 and step % every_steps == 0
-
-    def _is_due(self, step: int, every_steps: int) -> bool:
-        return step == self.num_steps or self._is_every(step, every_steps)
-
-    def _rows_after(self, step: int) -> int:
-        """Training rows that all ranks have read in the first `step` steps."""
-        epochs, batches = divmod(step, self._loader.batches_per_epoch)
-        return epochs * self._loader.rows + batches * self._config.train.batch_size_global

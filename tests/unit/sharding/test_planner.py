@@ -21,7 +21,16 @@ from torchdlrm.sharding.topology import machine_of, with_memory
 
 
 def state_values(optimizer, rows, columns):
-    return {"sgd": 0, "rowwise_adagrad": rows, "adagrad": rows * columns, "adam": 2 * rows * columns}[optimizer]
+    values = rows * columns
+    return {
+        "sgd": 0,
+        "rowwise_adagrad": rows,
+        "adagrad": values,
+        "partial_rowwise_adam": values + rows,
+        "partial_rowwise_lamb": values + rows,
+        "adam": 2 * values,
+        "lamb": 2 * values,
+    }[optimizer]
 
 
 def problem(tables, devices=8, device="a100-80gb", hosts=None, optimizer="rowwise_adagrad", batch=65_536, **options):

@@ -1,0 +1,193 @@
+"""Every optimizer against arithmetic of its own, and taken up where it stopped."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torchrec.optim.keyed import CombinedOptimizer
+
+from torchdlrm.config import DenseOptimizerConfig, TableOptimizerConfig, load_config
+from torchdlrm.errors import ConfigError
+from torchdlrm.model.build import build_model
+from torchdlrm.train.job import train
+from torchdlrm.train.optimizers import build_optimizer, check_table_optimizer, fused_params, table_kernels
+from torchdlrm.train.process_group import join_process_group
+from torchdlrm.train.sharded import build_sharded_model
+from torchdlrm.train.step_counters import StepCounters
+
+SMALL = {
+    "model.embedding_dim": "8",
+    "model.dense_arch_layer_sizes": "16,8",
+    "model.over_arch_layer_sizes": "16,1",
+    "train.batch_size_global": "256",
+    "checkpoint.every_minutes": "0",
+    "logging.tensorboard": "false",
+}
+CASES = {
+    "rowwise_adagrad, adagrad": {
+        "table_optimizer.initial_accumulator": "0.1",
+        "dense_optimizer.initial_accumulator": "0.1",
+        "dense_optimizer.weight_decay": "0.01",
+        "dense_optimizer.clip_norm": "0.05",
+    },
+    "adagrad, adamw": {"dense_optimizer.weight_decay": "0.1", "schedule.name": "cosine", "schedule.decay_steps": "6"},
+    "sgd, sgd": {"dense_optimizer.momentum": "0.9", "train.dropout_share": "0.3", "schedule.warmup_steps": "4"},
+}
+
+
+def state(run, step, tmp_path):
+    """Every tensor of a checkpoint by its path."""
+    dcp_to_torch_save(run / "checkpoints" / f"step-{step:08d}", tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(loaded)
+    return {torch.utils._pytree.keystr(path): torch.as_tensor(leaf) for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_has_the_bytes_of_an_uninterrupted_one(case, small_dataset, tmp_path):
+    table, dense = case.split(", ")
+    names = {"table_optimizer.name": table, "dense_optimizer.name": dense, "validation.every_steps": "2"}
+    options = {**SMALL, **names, **CASES[case]}
+
+    def trained(run, max_steps):
+        train(load_config(None, {**options, "train.max_steps": str(max_steps)}), small_dataset.path, tmp_path / run)
+        return state(tmp_path / run, max_steps, tmp_path)
+
+    whole, half, parts = trained("whole", 6), trained("parts", 3), trained("parts", 6)
+    assert whole.keys() == parts.keys()
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+    assert [name for name in whole if torch.equal(whole[name], half[name])] == []  # everything moves
+
+
+@pytest.fixture
+def sharded(small_dataset):
+    """Builds the model that training builds: sharded(config) -> module on one rank."""
+    with join_process_group() as ranks:
+        yield (
+            lambda config: (
+                build_sharded_model(
+                    config,
+                    num_embeddings=small_dataset.num_embeddings,
+                    num_dense_features=13,
+                    dense_sample=None,
+                    ranks=ranks,
+                ).module
+            )
+        )
+
+
+def table_step(sharded, name, **options):
+    """Weights of a table before and after one step on two looks at row 3 and one at row 5; and its gradients."""
+    config = load_config(None, {**SMALL, "table_optimizer.name": name, **options})
+    kernel = next(table_kernels(sharded(config)))
+    weights = kernel.split_embedding_weights()[0]
+    before = weights.detach().clone()
+    num_tables = len(kernel.embedding_specs)
+    ids = torch.tensor([3, 3, 5] + [0] * 3 * (num_tables - 1))
+    out = kernel(ids, torch.arange(3 * num_tables + 1))
+    grads = torch.zeros(3, 8, dtype=out.dtype)
+    grads[0], grads[1], grads[2] = 0.3, -0.1, torch.arange(8) / 8
+    out[:, :8].backward(grads)
+    return before.double().numpy(), weights.detach().double().numpy(), grads.double().numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulator"),
+    [("rowwise_adagrad", 0.0), ("rowwise_adagrad", 0.5), ("adagrad", 0.0), ("adagrad", 0.5), ("sgd", 0.0)],
+)
+def test_tables_move_as_the_optimizers_formula_says(name, accumulator, sharded):
+    before, after, grads = table_step(
+        sharded, name, **{"table_optimizer.initial_accumulator": str(accumulator), "table_optimizer.eps": "1e-3"}
+    )
+    expected = before.copy()
+    for row, grad in ((3, grads[0] + grads[1]), (5, grads[2])):
+        squares = {"adagrad": grad**2, "rowwise_adagrad": np.mean(grad**2), "sgd": 1.0}[name]
+        divisor = 1.0 if name == "sgd" else np.sqrt(accumulator + squares) + 1e-3
+        expected[row] -= 0.05 * grad / divisor
+    np.testing.assert_allclose(after, expected, atol=1e-6)
+    assert not np.allclose(after, before)
+
+
+def dense_parameters(config, steps, seed):
+    """Parameters of the dense part before and after steps with known gradients, and these gradients."""
+    torch.manual_seed(seed)
+    model = build_model(
+        load_config(None, SMALL).model, num_dense_features=3, num_embeddings={"a": 4}, device=torch.device("cpu")
+    ).model.over_arch
+    model.fused_optimizer = CombinedOptimizer([])
+    optimizer = build_optimizer(model, config)
+    before = [parameter.detach().double().numpy().copy() for parameter in model.parameters()]
+    grads = []
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        grads.append([parameter.grad.double().numpy().copy() for parameter in model.parameters()])
+        optimizer.step()
+    return before, [parameter.detach().double().numpy() for parameter in model.parameters()], grads
+
+
+def clipped(grads, norm):
+    length = math.sqrt(sum(float((grad**2).sum()) for grad in grads))
+    return [grad * min(1.0, norm / length) for grad in grads]
+
+
+def test_gradients_of_the_dense_part_are_clipped_together(seed):
+    config = DenseOptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=2.0)
+    before, after, grads = dense_parameters(config, 1, seed)
+    for was, now, grad in zip(before, after, clipped(grads[0], 2.0), strict=True):
+        np.testing.assert_allclose(now, was - 0.5 * grad, atol=1e-5)
+    loose = DenseOptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=1e6)
+    before, after, grads = dense_parameters(loose, 1, seed)
+    np.testing.assert_allclose(after[0], before[0] - 0.5 * grads[0][0], atol=1e-5)
+
+
+def test_adamw_and_momentum_follow_their_formulas(seed):
+    config = DenseOptimizerConfig(name="adamw", learning_rate=0.1, beta1=0.8, beta2=0.9, eps=1e-4, weight_decay=0.5)
+    before, after, grads = dense_parameters(config, 3, seed)
+    for index, weight in enumerate(before):
+        mean = square = 0.0
+        for step in range(1, 4):
+            grad = grads[step - 1][index]
+            mean, square = 0.8 * mean + 0.2 * grad, 0.9 * square + 0.1 * grad**2
+            weight = weight - 0.1 * 0.5 * weight  # noqa: PLW2901 - the weight moves
+            weight -= 0.1 * (mean / (1 - 0.8**step)) / (np.sqrt(square / (1 - 0.9**step)) + 1e-4)  # noqa: PLW2901
+        np.testing.assert_allclose(after[index], weight, atol=1e-5)
+    config = DenseOptimizerConfig(name="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.5)
+    before, after, grads = dense_parameters(config, 3, seed)
+    for index, weight in enumerate(before):
+        velocity = 0.0
+        for step in range(3):
+            velocity = 0.9 * velocity + grads[step][index] + 0.5 * weight
+            weight = weight - 0.1 * velocity  # noqa: PLW2901
+        np.testing.assert_allclose(after[index], weight, atol=1e-5)
+
+
+def test_fbgemms_counter_is_the_step_whatever_was_forwarded_before(sharded):
+    """Adam's bias correction in FBGEMM counts forward passes, also those of a validation, from when it was built."""
+    model = sharded(load_config(None, SMALL))
+    kernel = next(table_kernels(model))
+    offsets = torch.zeros(len(kernel.embedding_specs) + 1, dtype=torch.int64)
+    for _ in range(3):
+        kernel(torch.empty(0, dtype=torch.int64), offsets)
+    assert (int(kernel.iter), int(kernel.iter_cpu)) == (3, 3)
+    StepCounters(model, seed=0, rank=0).begin(41)
+    kernel(torch.empty(0, dtype=torch.int64), offsets)
+    assert (int(kernel.iter), int(kernel.iter_cpu)) == (41, 41)
+
+
+@pytest.mark.parametrize("name", ["adam", "partial_rowwise_adam", "lamb", "partial_rowwise_lamb"])
+def test_what_fbgemm_has_for_gpus_alone_is_refused_on_cpu_and_accepted_on_a_gpu(name, small_dataset, tmp_path):
+    config = load_config(None, {**SMALL, "table_optimizer.name": name, "table_optimizer.weight_decay": "0.1"})
+    with pytest.raises(ConfigError, match=f"FBGEMM has {name} for GPUs alone; on CPU choose one of rowwise_adagrad"):
+        train(config, small_dataset.path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    check_table_optimizer(config.table_optimizer, torch.device("cuda"))
+    assert fused_params(config.table_optimizer)["weight_decay"] == 0.1
+
+
+def test_weight_decay_that_fbgemms_cpu_kernel_would_ignore_is_refused():
+    config = TableOptimizerConfig(weight_decay=0.1)
+    with pytest.raises(ConfigError, match=r"table_optimizer\.weight_decay: FBGEMM's CPU kernels have none, got 0\.1"):
+        check_table_optimizer(config, torch.device("cpu"))
