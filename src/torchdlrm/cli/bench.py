@@ -1,5 +1,6 @@
 """`dlrm bench`: hot paths of this machine, beside what users have today and their physical floor."""
 
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
@@ -71,5 +72,45 @@ def step(
     console.print(
         f"{result.ratio_to_torchrec:.2f} times plain TorchRec; {result.ratio_to_floor_time:.2f} times the floor's time"
     )
+    if json:
+        print_json(result.as_dict())
+
+
+@bench.command
+def loader(
+    dataset: Path,
+    *,
+    batch_size_global: Positive = 2048,
+    max_rows: Positive = 1_000_000,
+    rounds: Positive = 5,
+    json: bool = False,
+) -> None:
+    """Time the loader alone, from the dataset's files to batches.
+
+    Parameters
+    ----------
+    dataset
+        Folder written by `dlrm preprocess`.
+    batch_size_global
+        Rows of a batch.
+    max_rows
+        Read only so many training rows a round.
+    rounds
+        Turns; the median is printed.
+    json
+        Print one JSON object on standard output.
+    """
+    from torchdlrm.bench.loader import benchmark_loader
+    from torchdlrm.data.dataset import Dataset
+
+    with progress_bars("") as progress:
+        result = benchmark_loader(
+            Dataset.open(dataset),
+            batch_size_global=batch_size_global,
+            max_rows=max_rows,
+            rounds=rounds,
+            progress=progress,
+        )
+    console.print(f"loader: {result.rows_per_s:,.0f} rows/s in batches of {result.batch_size_global:,}")
     if json:
         print_json(result.as_dict())

@@ -7,10 +7,10 @@ from torchdlrm.config import Config
 from torchdlrm.errors import PlanError
 from torchdlrm.sharding.measure import Measurement, measure
 from torchdlrm.sharding.problem import Problem
-from torchdlrm.sharding.units import show_bytes
 from torchdlrm.train.launch import Processes, launch
 from torchdlrm.train.process_group import join_process_group
 from torchdlrm.train.threads import useful_threads
+from torchdlrm.units import show_bytes
 
 
 def measured(problem: Problem, config: Config) -> Problem:

@@ -7,13 +7,13 @@ from cyclopts import Parameter
 
 from torchdlrm.cli.preprocess_summary import phase_record, print_phase, print_summary, result_record
 from torchdlrm.cli.terminal import console, print_json, progress_bars
-from torchdlrm.data.job.options import parse_bytes
 from torchdlrm.data.job.phases import PhaseTimes
 from torchdlrm.data.preprocess import PreprocessOptions, Resources, work_folder
 from torchdlrm.data.preprocess import preprocess as run_preprocess
 from torchdlrm.data.vocabulary import DEFAULT_MIN_COUNT
 from torchdlrm.progress import SILENT
 from torchdlrm.schema import load_schema, with_split
+from torchdlrm.units import parse_bytes
 
 Flag = Parameter(negative="")
 

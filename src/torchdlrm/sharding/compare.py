@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchdlrm.errors import PlanError
-from torchdlrm.sharding.units import show_bytes
+from torchdlrm.units import show_bytes
 
 
 @dataclass(frozen=True)

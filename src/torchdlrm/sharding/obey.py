@@ -15,7 +15,7 @@ from torchdlrm.sharding.planner import PlanOptions, plan_sharding, tables_of
 from torchdlrm.sharding.problem import Problem, Solution, solution_of
 from torchdlrm.sharding.tables import feature_tables
 from torchdlrm.sharding.topology import Machine, local_machine
-from torchdlrm.sharding.units import show_bytes
+from torchdlrm.units import show_bytes
 
 
 def plan_or_obey(

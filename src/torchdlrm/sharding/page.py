@@ -12,7 +12,7 @@ from torchdlrm.errors import PlanError
 from torchdlrm.sharding import report
 from torchdlrm.sharding.problem import Problem, Solution
 from torchdlrm.sharding.sweep import SweepPoint
-from torchdlrm.sharding.units import show_bytes
+from torchdlrm.units import show_bytes
 
 _KIND_COLOURS = {
     "table_wise": "#3b6fb6",

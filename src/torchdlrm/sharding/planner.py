@@ -29,7 +29,7 @@ from torchdlrm.sharding.estimators import MemoryEstimator, OrderedEnumerator, Re
 from torchdlrm.sharding.search import BestPlan, PlacingPartitioner, proposers
 from torchdlrm.sharding.tables import Optimizer, Precision, Table
 from torchdlrm.sharding.topology import Machine
-from torchdlrm.sharding.units import show_bytes
+from torchdlrm.units import show_bytes
 
 
 class DoesNotFitError(PlanError):

@@ -25,7 +25,7 @@ from torchdlrm.sharding.tables import (
     read_tables,
 )
 from torchdlrm.sharding.topology import Machine, local_machine, machine_of
-from torchdlrm.sharding.units import parse_bytes
+from torchdlrm.units import parse_bytes
 
 THIS_MACHINE = "here"
 _RATES = {

@@ -8,7 +8,7 @@ from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.constraints import COLUMN_WISE, TABLE_WISE
 from torchdlrm.sharding.problem import Problem, Solution, try_solve
 from torchdlrm.sharding.tables import Optimizer, cap_rows
-from torchdlrm.sharding.units import show_bytes
+from torchdlrm.units import show_bytes
 
 _CACHE_SHARES = (0.2, 0.1, 0.05)
 

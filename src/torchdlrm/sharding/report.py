@@ -7,7 +7,7 @@ from torchdlrm.sharding.estimate import Cost
 from torchdlrm.sharding.problem import Solution
 from torchdlrm.sharding.remedies import Remedy, Shortfall
 from torchdlrm.sharding.sweep import SweepPoint
-from torchdlrm.sharding.units import show_bytes
+from torchdlrm.units import show_bytes
 
 LEFT_ALIGNED = frozenset({"memory", "time", "kind", "kernel", "ranks", "rows/s plot"})
 _MAX_ROWS = 40

@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 
 from torchdlrm.data import drift
 from torchdlrm.data.job.count import rank_values
-from torchdlrm.data.job.options import parse_bytes
 from torchdlrm.data.job.place import smallest
 from torchdlrm.data.job.read import partitions_of
 from torchdlrm.data.job.sections import Sections, write_sections
 from torchdlrm.data.transforms import Moments
 from torchdlrm.data.value_hash import hash_values, hashed_ids
 from torchdlrm.data.vocabulary import VALUE_TYPES, Vocabulary
-from torchdlrm.errors import ConfigError
 from torchdlrm.schema import SparseColumn
 
 
@@ -149,16 +147,3 @@ def test_huge_numbers_are_standardised():
     assert (fitted.missing, fitted.deviation) == (0.0, pytest.approx(1e300))
     frame = pl.DataFrame({"x": [1e300, None, -1.7e308]})
     assert frame.select(fitted.expression("x"))["x"].to_list() == [1.0, 0.0, pytest.approx(-1.7e8)]
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("4GB", 4 << 30), ("512 mb", 512 << 20), ("1.5GB", 3 << 29), ("1000", 1000)]
-)
-def test_sizes_are_read(text, size):
-    assert parse_bytes(text, "--memory") == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "4 PB", "-1GB", "1..5GB"])
-def test_what_is_no_size_is_named(text):
-    with pytest.raises(ConfigError, match="--memory: expected a size"):
-        parse_bytes(text, "--memory")

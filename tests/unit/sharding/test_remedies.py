@@ -13,7 +13,6 @@ from torchdlrm.sharding.remedies import remedies, shortfall
 from torchdlrm.sharding.sweep import parse_sweep, run_sweep
 from torchdlrm.sharding.tables import check_tables, preset_tables, read_tables
 from torchdlrm.sharding.topology import machine_of
-from torchdlrm.sharding.units import parse_bytes
 
 
 def asked(devices=4, optimizer="rowwise_adagrad", preset="criteo-1tb-40m"):
@@ -65,19 +64,6 @@ def test_a_sweep_says_from_where_on_tables_fit():
 def test_a_wrong_axis_is_refused(axis):
     with pytest.raises(PlanError, match="--sweep"):
         parse_sweep([axis])
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("80GB", 80 * 10**9), ("79.1GiB", round(79.1 * 2**30)), ("512", 512), ("1.5 tb", 15 * 10**11)]
-)
-def test_sizes_are_read(text, size):
-    assert parse_bytes(text, "--hbm") == size
-
-
-@pytest.mark.parametrize("text", ["-80GB", "0", "80XB", "much", ""])
-def test_wrong_sizes_are_refused(text):
-    with pytest.raises(PlanError, match="--hbm"):
-        parse_bytes(text, "--hbm")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from torchdlrm.errors import ConfigError
 
 PART_ROWS = 1 << 20
 DEFAULT_MEMORY_BYTES = 4 << 30
-_UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
 # Python with Polars and PyArrow loaded, before it has read a byte.
 BASE_BYTES = 160 << 20
 
@@ -74,18 +73,3 @@ class Resources:
     def num_workers(self) -> int:
         """Tasks at a time on this machine."""
         return self.workers or len(os.sched_getaffinity(0))
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """`4GB`, `512MB` or a number of bytes; units are powers of 1,024.
-
-    Raises:
-        ConfigError: it is none of these.
-    """
-    unit = text.strip().lstrip("0123456789.").strip().upper()
-    number = text.strip()[: len(text.strip()) - len(text.strip().lstrip("0123456789."))]
-    try:
-        return int(float(number) * _UNITS[unit])
-    except (KeyError, ValueError):
-        msg = f"{option}: expected a size such as 4GB or 512MB, got {text!r}"
-        raise ConfigError(msg) from None

@@ -2,7 +2,7 @@
 
 import re
 
-from torchdlrm.errors import PlanError
+from torchdlrm.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -12,16 +12,16 @@ def parse_bytes(text: str, option: str) -> int:
     """A size such as `80GB`, `79.1GiB` or a plain number of bytes.
 
     Raises:
-        PlanError: it is none, or not above zero.
+        ConfigError: it is none, or not above zero.
     """
     match = re.fullmatch(r"\s*(-?[\d_]*\.?\d+)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
         msg = f"{option}: expected a size such as 80GB, 79GiB or a number of bytes, got {text!r}"
-        raise PlanError(msg)
+        raise ConfigError(msg)
     size_bytes = round(float(match[1]) * _UNITS[match[2].upper()])
     if size_bytes <= 0:
         msg = f"{option}: must be above zero, got {text!r}"
-        raise PlanError(msg)
+        raise ConfigError(msg)
     return size_bytes
 
 

@@ -1,0 +1,59 @@
+"""The loader alone: rows per second from the Parquet files of a dataset to batches, nothing trained."""
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.loader.loader import Loader
+from torchdlrm.progress import SILENT, ProgressListener
+
+
+@dataclass(frozen=True)
+class LoaderBenchmark:
+    """Rows per second of the loader, and what it read.
+
+    Attributes:
+        rows_per_s: median over rounds, of one rank that reads whole batches.
+        rows: of a round.
+        batch_size_global: rows of a batch.
+        rounds: how often the rows were read.
+    """
+
+    rows_per_s: float
+    rows: int
+    batch_size_global: int
+    rounds: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def benchmark_loader(
+    dataset: Dataset, *, batch_size_global: int, max_rows: int, rounds: int, progress: ProgressListener = SILENT
+) -> LoaderBenchmark:
+    """Read the training split again and again.
+
+    Args:
+        dataset: an encoded dataset.
+        batch_size_global: rows of a batch.
+        max_rows: read only so many rows a round.
+        rounds: turns that count, after one that does not.
+        progress: is told of every turn.
+
+    Raises:
+        DatasetError: the dataset has no training rows, or is damaged.
+    """
+    speeds_per_s = []
+    progress.start_phase("bench loader", rounds + 1, unit="turns")
+    for turn in range(rounds + 1):
+        loader = Loader(dataset, "train", batch_size_global=batch_size_global, max_rows=max_rows)
+        started_s = time.perf_counter()
+        for _ in loader:
+            pass
+        if turn > 0:  # the first brings the files into the page cache
+            speeds_per_s.append(loader.rows / (time.perf_counter() - started_s))
+        progress.advance(1)
+    return LoaderBenchmark(statistics.median(speeds_per_s), loader.rows, batch_size_global, rounds)
