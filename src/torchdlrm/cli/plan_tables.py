@@ -22,8 +22,8 @@ from torchdlrm.sharding.sweep import parse_sweep, run_sweep
 def solution(found: Solution) -> None:
     """A plan: ranks with bars, tables, totals, how far to trust it."""
     console.print(report.headline(found), markup=False, soft_wrap=True)
-    _print("ranks", *report.rank_rows(found))
-    _print("tables", *report.table_rows(found))
+    print_table("ranks", *report.rank_rows(found))
+    print_table("tables", *report.table_rows(found))
     for line in report.summary_lines(found):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -32,9 +32,9 @@ def does_not_fit(problem: Problem, progress: ProgressListener) -> tuple[dict[str
     """How much is missing and what helps; the JSON of it, and the message to end with."""
     missing = shortfall(problem)
     helps = remedies(problem, progress)
-    _print("largest tables", *report.largest_rows(missing))
+    print_table("largest tables", *report.largest_rows(missing))
     if helps:
-        _print("what would make it fit (each planned again to be sure)", *report.remedy_rows(helps))
+        print_table("what would make it fit (each planned again to be sure)", *report.remedy_rows(helps))
     answer = problem_as_dict(problem) | {
         "fits": False,
         "shortfall": shortfall_as_dict(missing),
@@ -46,7 +46,7 @@ def does_not_fit(problem: Problem, progress: ProgressListener) -> tuple[dict[str
 def sweep(problem: Problem, axes: Sequence[str], html: Path | None) -> dict[str, object]:
     """A table and a plot over devices and batch sizes."""
     points = run_sweep(problem, parse_sweep(axes))
-    _print("sweep", *report.sweep_rows(points))
+    print_table("sweep", *report.sweep_rows(points))
     if html is not None:
         write_page(html, sweep_page(problem, points))
         console.print(f"wrote {html}", markup=False, soft_wrap=True)
@@ -59,14 +59,15 @@ def comparison(paths: Sequence[Path]) -> dict[str, object]:
         msg = f"--compare: expected two files that dlrm plan --out wrote, got {len(paths)}"
         raise PlanError(msg)
     compared = compare_plans(*(read_plan(path) for path in paths))
-    _print("plans", ["", str(paths[0]), str(paths[1]), "b / a"], compared.figures)
-    _print("tables that differ", ["table", str(paths[0]), str(paths[1])], compared.tables)
+    print_table("plans", ["", str(paths[0]), str(paths[1]), "b / a"], compared.figures)
+    print_table("tables that differ", ["table", str(paths[0]), str(paths[1])], compared.tables)
     if not compared.tables:
         console.print("every table is in the same place")
     return compared.as_dict()
 
 
-def _print(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table with numbers to the right; nothing where there is no row."""
     if not rows:
         return
     table = Table(title=title, title_justify="left")
