@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does; read when torch loads
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read when torch loads
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.preprocess import PreprocessOptions, preprocess

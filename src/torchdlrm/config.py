@@ -49,6 +49,9 @@ class TrainConfig(_Section):
     batch_size_global: PositiveInt = Field(2048, description="rows per step over all ranks")
     epochs: PositiveInt = Field(1, description="passes over the training split")
     max_steps: PositiveInt | None = Field(None, description="stop after this many steps, whatever epochs says")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the dense parts' matrix products; auto asks the device, weights stay float32"
+    )
     dropout_share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
         0.0, description="share of the hidden units of dense and over arch that each training row leaves out"
     )

@@ -4,9 +4,10 @@ import json
 import re
 
 import pytest
+from rich.console import Console
 
 from torchdlrm.cli.main import app
-from torchdlrm.errors import UserError
+from torchdlrm.errors import PlanError, UserError
 
 CONFIG = """
 [model]
@@ -32,51 +33,69 @@ def placed(plan):
     return {name: (table["sharding_type"], table["shards"]) for name, table in plan["tables"].items()}
 
 
+@pytest.fixture
+def plan(capsys, monkeypatch):
+    """Runs the verb in this process, which has torch already, and gives back what a program and a person would read."""
+
+    monkeypatch.setattr("torchdlrm.cli.plan_tables.console", Console(stderr=True, highlight=False, width=200))
+
+    def run(*arguments):
+        app(["plan", *map(str, arguments)], exit_on_error=False)
+        return capsys.readouterr()
+
+    return run
+
+
 @pytest.mark.slow
-def test_the_plan_that_is_shown_is_the_plan_that_training_uses(dlrm, config, small_dataset, tmp_path):
-    shown = dlrm("plan", config, "--dataset", small_dataset.path, "--devices", 2, "--json")
-    assert shown.returncode == 0, shown.stderr
+def test_the_plan_that_is_shown_is_the_plan_that_training_uses(dlrm, plan, config, small_dataset, tmp_path):
+    shown = plan(config, "--dataset", small_dataset.path, "--devices", 2, "--json")
     done = dlrm("train", config, "--dataset", small_dataset.path, "--run", tmp_path / "run", "--nproc-per-node", 2)
     assert done.returncode == 0, done.stderr
     used = json.loads((tmp_path / "run" / "plan.json").read_text())
-    assert placed(used) == placed(json.loads(shown.stdout))
+    assert placed(used) == placed(json.loads(shown.out))
     assert {shard["rank"] for table in used["tables"].values() for shard in table["shards"]} == {0, 1}
+    again = plan("--run", tmp_path / "run", "--devices", 2, "--json")
+    assert placed(json.loads(again.out)) == placed(used)
 
 
 @pytest.mark.slow
-def test_a_saved_plan_is_obeyed_and_refused_on_another_world_size(dlrm, config, small_dataset, tmp_path):
-    plan = tmp_path / "plan.json"
+def test_a_saved_plan_is_obeyed_and_refused_on_another_world_size(dlrm, plan, config, small_dataset, tmp_path):
+    path = tmp_path / "plan.json"
     rules = ["--constraint", "cat_0@1", "--constraint", "cat_1@0,1"]
-    made = dlrm("plan", config, "--dataset", small_dataset.path, "--devices", 2, "--out", plan, *rules)
-    assert made.returncode == 0, made.stderr
-    train = ["train", config, "--dataset", small_dataset.path, "--plan", plan]
-    refused = dlrm(*train, "--run", tmp_path / "one")
-    assert refused.returncode == 2
-    assert "it is for 2 rank(s), there are 1" in refused.stderr
+    plan(config, "--dataset", small_dataset.path, "--devices", 2, "--out", path, *rules)
+    train = ["train", str(config), "--dataset", str(small_dataset.path), "--plan", str(path)]
+    with pytest.raises(PlanError, match=r"it is for 2 rank\(s\), there are 1"):
+        app([*train, "--run", str(tmp_path / "one")], exit_on_error=False)
     assert not (tmp_path / "one").exists()
     done = dlrm(*train, "--run", tmp_path / "two", "--nproc-per-node", 2)
     assert done.returncode == 0, done.stderr
     used = json.loads((tmp_path / "two" / "plan.json").read_text())
-    assert placed(used) == placed(json.loads(plan.read_text()))
+    assert placed(used) == placed(json.loads(path.read_text()))
     assert used["tables"]["t_cat_0"]["ranks"] == [1]
     assert used["tables"]["t_cat_1"]["ranks"] == [0, 1]
 
 
-@pytest.mark.slow
-def test_a_plan_is_written_as_json_and_as_one_page_that_fetches_nothing(dlrm, tmp_path):
-    done = dlrm(
-        "plan", "--tables", "criteo-1tb-40m", "--devices", 8, "--hbm", "80GB", "--json",
-        "--out", tmp_path / "plan.json", "--html", tmp_path / "plan.html",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads((tmp_path / "plan.json").read_text())
+def test_a_plan_is_written_as_json_and_as_one_page_that_fetches_nothing(plan, tmp_path):
+    asked = ["--tables", "criteo-1tb-40m", "--devices", 8, "--hbm", "80GB", "--json"]
+    shown = plan(*asked, "--out", tmp_path / "plan.json", "--html", tmp_path / "plan.html")
+    assert json.loads(shown.out) == json.loads((tmp_path / "plan.json").read_text())
     for words in ("bottleneck", "t_cat_25", "532.5 GB", "lower bound", "rows/s", "█"):
-        assert words in done.stderr
+        assert words in shown.err
     page = (tmp_path / "plan.html").read_text()
     assert page.count("<rect") > 26
     assert not re.search(r"(src|href)=|https?://|<script", page)
-    compared = dlrm("plan", "--compare", tmp_path / "plan.json", tmp_path / "plan.json", "--json")
-    assert json.loads(compared.stdout)["tables"] == []
+    compared = plan("--compare", tmp_path / "plan.json", tmp_path / "plan.json", "--json")
+    assert json.loads(compared.out)["tables"] == []
+
+
+def test_measured_rates_replace_those_of_the_datasheet(plan, tmp_path):
+    (tmp_path / "tables.csv").write_text("rows,dim\n" + "1000,16\n" * 3)
+    small = ["--model.embedding-dim", 16, "--model.dense-arch-layer-sizes", "16", "--train.batch-size-global", 64]
+    shown = plan("--tables", tmp_path / "tables.csv", "--device", "here", "--devices", 1, "--measure", "--json", *small)
+    answer = json.loads(shown.out)
+    assert answer["machine"]["source"] == "measured on this machine"
+    assert answer["estimate"]["dense"]["compute_ms"] > 0
+    assert "measured on this machine" in shown.err
 
 
 def test_tables_that_do_not_fit_get_a_clear_no_and_what_helps(dlrm):

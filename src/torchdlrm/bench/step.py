@@ -1,4 +1,4 @@
-"""The training step: ours, plain TorchRec's and the floor, interleaved in one process.
+"""The training step: ours, plain TorchRec's and the floor, taking turns.
 
 The floor is the matrix products of one step alone: every linear layer forward and backward and the interaction's
 batched products, into buffers that are there already. No step can be faster without computing less.
@@ -7,8 +7,8 @@ B rows of the batch, F sparse features, D embedding dimension, N = F + 1 vectors
 """
 
 import itertools
+import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,12 +27,16 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchdlrm.bench.turns import Contestant, Step
 from torchdlrm.config import Config
 from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.planner import PlanOptions, plan_sharding, table_sharder
 from torchdlrm.sharding.topology import local_machine
+from torchdlrm.train.allocator import keep_freed_memory
 from torchdlrm.train.optimizers import build_optimizer, fused_params
+from torchdlrm.train.pipeline import build_pipeline
+from torchdlrm.train.precision import choose_precision
 from torchdlrm.train.process_group import Ranks
 from torchdlrm.train.sharded import build_sharded_model
 
@@ -47,11 +51,13 @@ class StepBenchmark:
     Attributes:
         rows_per_s: ours.
         torchrec_rows_per_s: TorchRec's own DLRM, row-wise Adagrad, TrainPipelineSparseDist, float32.
-        floor_rows_per_s: the step's matrix products alone.
+        floor_rows_per_s: the step's matrix products alone, in the precision of ours.
         ratio_to_torchrec: the first over the second, median of the rounds' ratios.
         ratio_to_floor_time: our time over the floor's, median of the rounds' ratios.
         batch_size_global: rows per step.
-        num_threads: of torch.
+        precision: of ours and of the floor, and why.
+        num_processes: of each contestant.
+        num_threads: of torch in each process.
         rounds: how often each was measured.
     """
 
@@ -61,6 +67,8 @@ class StepBenchmark:
     ratio_to_torchrec: float
     ratio_to_floor_time: float
     batch_size_global: int
+    precision: str
+    num_processes: int
     num_threads: int
     rounds: int
 
@@ -75,7 +83,7 @@ def benchmark_step(
     num_embeddings: dict[str, int],
     steps_per_round: int,
     rounds: int,
-    ranks: Ranks,
+    nproc: int = 1,
     progress: ProgressListener = SILENT,
 ) -> StepBenchmark:
     """Measure the training step on random batches that lie in memory.
@@ -85,32 +93,38 @@ def benchmark_step(
         num_embeddings: rows of each feature's table.
         steps_per_round: steps of each contestant before the next has its turn.
         rounds: turns that count, after one that does not.
-        ranks: one process.
+        nproc: processes of each contestant.
         progress: is told of every turn.
     """
-    batch_size = config.train.batch_size_global
-    contestants: dict[str, Callable[[], object]] = {
-        "ours": _our_step(config, num_embeddings, ranks),
-        "torchrec": _torchrec_step(config, num_embeddings, ranks),
-        "floor": _floor_step(config, len(num_embeddings), ranks.device),
+    precision = choose_precision(
+        config, num_sparse_features=len(num_embeddings), world_size=nproc, device=_device(nproc)
+    )
+    contestants = {
+        "ours": Contestant(our_step, config, num_embeddings, precision.dtype, nproc=nproc),
+        "torchrec": Contestant(torchrec_step, config, num_embeddings, nproc=nproc),
+        "floor": Contestant(floor_step, config, len(num_embeddings), precision.dtype, nproc=nproc),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     progress.start_phase("bench step", (rounds + 1) * len(contestants), unit="turns")
     for turn in range(rounds + 1):
-        for name, step in contestants.items():
-            elapsed_s = _time(step, steps_per_round, ranks.device)
+        for name, contestant in contestants.items():
+            elapsed_s = contestant.run(steps_per_round)
             if turn > 0:  # the first warms up: allocator, pipeline, page faults
                 seconds[name].append(elapsed_s)
             progress.advance(1)
-    rows = batch_size * steps_per_round
+    for contestant in contestants.values():
+        contestant.close()
+    rows = config.train.batch_size_global * steps_per_round
     return StepBenchmark(
         rows_per_s=rows / statistics.median(seconds["ours"]),
         torchrec_rows_per_s=rows / statistics.median(seconds["torchrec"]),
         floor_rows_per_s=rows / statistics.median(seconds["floor"]),
         ratio_to_torchrec=statistics.median(map(_ratio, seconds["torchrec"], seconds["ours"])),
         ratio_to_floor_time=statistics.median(map(_ratio, seconds["ours"], seconds["floor"])),
-        batch_size_global=batch_size,
-        num_threads=torch.get_num_threads(),
+        batch_size_global=config.train.batch_size_global,
+        precision=str(precision),
+        num_processes=nproc,
+        num_threads=max(1, len(os.sched_getaffinity(0)) // nproc),
         rounds=rounds,
     )
 
@@ -119,32 +133,31 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator
 
 
-def _time(step: Callable[[], object], steps: int, device: torch.device) -> float:
-    started_s = time.perf_counter()
-    for _ in range(steps):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started_s
+def _device(nproc: int) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= nproc else "cpu")
 
 
-def _our_step(config: Config, num_embeddings: dict[str, int], ranks: Ranks) -> Callable[[], object]:
+def our_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype) -> Step:
+    """What `dlrm train` does in a step."""
+    keep_freed_memory()
     model = build_sharded_model(
         config, num_embeddings=num_embeddings, num_dense_features=NUM_DENSE, dense_sample=None, ranks=ranks
     ).module
     optimizer = build_optimizer(model, config.dense_optimizer)
-    pipeline = TrainPipelineSparseDist(model, optimizer, ranks.device, execute_all_batches=True)
+    pipeline = build_pipeline(model, optimizer, dtype=dtype, device=ranks.device)
     names = list(num_embeddings)
     batches = itertools.cycle(
         [
             Batch(torch.from_numpy(dense), single_valued_kjt(names, ids_FB), torch.from_numpy(labels_B))
-            for dense, ids_FB, labels_B in _random_arrays(config.train.batch_size_global, num_embeddings)
+            for dense, ids_FB, labels_B in _random_arrays(
+                config.train.batch_size_global // ranks.world_size, num_embeddings, ranks.rank
+            )
         ]
     )
     return lambda: pipeline.progress(batches)
 
 
-def _torchrec_step(config: Config, num_embeddings: dict[str, int], ranks: Ranks) -> Callable[[], object]:
+def torchrec_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) -> Step:
     """TorchRec's own model, batch, sharder and pipeline, as its examples put them together."""
     tables = EmbeddingBagCollection(
         tables=[
@@ -166,7 +179,12 @@ def _torchrec_step(config: Config, num_embeddings: dict[str, int], ranks: Ranks)
     unsharded = TorchRecDLRMTrain(dlrm)
     plan = plan_sharding(
         unsharded,
-        machine=local_machine(config.sharding, world_size=1, local_world_size=1, device=ranks.device),
+        machine=local_machine(
+            config.sharding,
+            world_size=ranks.world_size,
+            local_world_size=ranks.local_world_size,
+            device=ranks.device,
+        ),
         options=PlanOptions.of(config),
         sharders=[sharder],
         process_group=ranks.process_group,
@@ -192,26 +210,30 @@ def _torchrec_step(config: Config, num_embeddings: dict[str, int], ranks: Ranks)
                 ),
                 torch.from_numpy(labels_B),
             )
-            for dense, ids_FB, labels_B in _random_arrays(config.train.batch_size_global, num_embeddings)
+            for dense, ids_FB, labels_B in _random_arrays(
+                config.train.batch_size_global // ranks.world_size, num_embeddings, ranks.rank
+            )
         ]
     )
     return lambda: pipeline.progress(batches)
 
 
 def _random_arrays(
-    num_rows: int, num_embeddings: dict[str, int]
+    num_rows: int, num_embeddings: dict[str, int], seed: int
 ) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
     """Dense float32 [B, 13], ids int64 [F, B] (uniform: the hardest case for the caches), labels float32 [B]."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     for _ in range(NUM_DISTINCT_BATCHES):
         dense = generator.random((num_rows, NUM_DENSE), dtype=np.float32)
         ids_FB = np.stack([generator.integers(rows, size=num_rows) for rows in num_embeddings.values()])
         yield dense, ids_FB, generator.integers(2, size=num_rows).astype(np.float32)
 
 
-def _floor_step(config: Config, num_features: int, device: torch.device) -> Callable[[], object]:
+def floor_step(ranks: Ranks, config: Config, num_features: int, dtype: torch.dtype) -> Step:
     """The matrix products of one step, and nothing else."""
-    num_rows, dim = config.train.batch_size_global, config.model.embedding_dim
+    keep_freed_memory()
+    device = ranks.device
+    num_rows, dim = config.train.batch_size_global // ranks.world_size, config.model.embedding_dim
     num_vectors = num_features + 1
     over_in = dim + num_vectors * (num_vectors - 1) // 2
     products: list[Callable[[], object]] = []
@@ -220,14 +242,17 @@ def _floor_step(config: Config, num_features: int, device: torch.device) -> Call
         ([over_in, *config.model.over_arch_layer_sizes], True),
     ):
         for index, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
-            x, weight = torch.rand(num_rows, inputs, device=device), torch.rand(outputs, inputs, device=device)
-            grad = torch.rand(num_rows, outputs, device=device)
+            x, weight = (
+                torch.rand(num_rows, inputs, device=device, dtype=dtype),
+                torch.rand(outputs, inputs, device=device, dtype=dtype),
+            )
+            grad = torch.rand(num_rows, outputs, device=device, dtype=dtype)
             products.append(_product(x, weight.t()))
             products.append(_product(grad.t(), x))
             if index > 0 or input_needs_grad:
                 products.append(_product(grad, weight))
-    vectors_BND = torch.rand(num_rows, num_vectors, dim, device=device)
-    square_BNN = torch.rand(num_rows, num_vectors, num_vectors, device=device)
+    vectors_BND = torch.rand(num_rows, num_vectors, dim, device=device, dtype=dtype)
+    square_BNN = torch.rand(num_rows, num_vectors, num_vectors, device=device, dtype=dtype)
     products.append(_product(vectors_BND, vectors_BND.transpose(1, 2)))
     products.append(_product(square_BNN, vectors_BND))
 

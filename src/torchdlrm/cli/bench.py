@@ -1,13 +1,12 @@
 """`dlrm bench`: hot paths of this machine, beside what users have today and their physical floor."""
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.overrides import Overrides, parse_overrides
+from torchdlrm.cli.overrides import Overrides, split_config
 from torchdlrm.cli.terminal import console, print_json, progress_bars
 from torchdlrm.config import load_config
 
@@ -17,12 +16,12 @@ bench = App(name="bench", result_action="return_value")
 
 @bench.command
 def step(
-    config: Path | None = None,
-    *overrides: Overrides,
+    *config: Overrides,
     num_tables: Positive = 26,
     rows_per_table: Positive = 100_000,
     steps_per_round: Positive = 10,
     rounds: Positive = 7,
+    nproc_per_node: Positive = 1,
     json: bool = False,
 ) -> None:
     """Time the training step: ours, plain TorchRec's, and the floor (its matrix products alone), interleaved.
@@ -30,7 +29,7 @@ def step(
     Parameters
     ----------
     config
-        TOML file; without it the paper's model at batch 2,048. Any key can be overridden by its dotted name.
+        TOML file, the paper's model at batch 2,048 without it; then keys to override by their dotted names.
     num_tables
         Sparse features, each with a table.
     rows_per_table
@@ -39,24 +38,26 @@ def step(
         Steps of each contestant before the next has its turn.
     rounds
         Turns of each contestant; medians are printed.
+    nproc_per_node
+        Processes of each contestant.
     json
         Print one JSON object on standard output.
     """
-    settings = load_config(config, parse_overrides(overrides))
+    settings = load_config(*split_config(config))
 
     from torchdlrm.bench.step import benchmark_step
-    from torchdlrm.train.process_group import join_process_group
 
-    with progress_bars("") as progress, join_process_group() as ranks:
+    with progress_bars("") as progress:
         result = benchmark_step(
             settings,
             num_embeddings={f"cat_{i}": rows_per_table for i in range(num_tables)},
             steps_per_round=steps_per_round,
             rounds=rounds,
-            ranks=ranks,
+            nproc=nproc_per_node,
             progress=progress,
         )
-    table = Table(title=f"training step, batch {result.batch_size_global:,}, {result.num_threads} threads")
+    processes = f"{result.num_processes} process(es) of {result.num_threads} thread(s)"
+    table = Table(title=f"training step, batch {result.batch_size_global:,}, {processes}")
     for column in ("", "rows/s", "ms a step"):
         table.add_column(column, justify="left" if not column else "right")
     for name, rows_per_s in (
@@ -66,6 +67,7 @@ def step(
     ):
         table.add_row(name, f"{rows_per_s:,.0f}", f"{1000 * result.batch_size_global / rows_per_s:.1f}")
     console.print(table)
+    console.print(f"precision of ours and of the floor: {result.precision}; of TorchRec: float32")
     console.print(
         f"{result.ratio_to_torchrec:.2f} times plain TorchRec; {result.ratio_to_floor_time:.2f} times the floor's time"
     )

@@ -35,9 +35,10 @@ app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset, a run or
 
 def main() -> None:
     """Run the verb on the command line; exit code 0 done, 2 the input is wrong, 1 anything else."""
-    # Idle OpenMP threads sleep. Spinning, they take the core that the loader, another rank or another program needs:
-    # with two busy programs on two cores a small matrix product took 20 to 50 times as long. Read when torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Idle OpenMP threads spin for a tenth of a millisecond and then sleep. By default they spin ten times as long, and
+    # when other programs need the cores a step took ten times as long; docs/benchmarks.md has the figures. Read when
+    # torch loads.
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     try:
         app(exit_on_error=False)
     except UserError as error:

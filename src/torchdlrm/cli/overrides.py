@@ -4,6 +4,7 @@ The config knows its keys and types, not the parser: so that a wrong key in a fi
 found by the same code and told in the same message.
 """
 
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -11,6 +12,19 @@ from cyclopts import Parameter
 from torchdlrm.errors import ConfigError
 
 Overrides = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
+
+
+def split_config(tokens: tuple[str, ...]) -> tuple[Path | None, dict[str, str]]:
+    """The config's path, if the first token is one, and the keys that the others override.
+
+    An optional positional of its own would leave the parser no place for `--train.epochs 2` without a config.
+
+    Raises:
+        ConfigError: a token is neither.
+    """
+    if tokens and not tokens[0].startswith("--"):
+        return Path(tokens[0]), parse_overrides(tokens[1:])
+    return None, parse_overrides(tokens)
 
 
 def parse_overrides(tokens: tuple[str, ...]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from torchdlrm.cli.overrides import Overrides, parse_overrides
+from torchdlrm.cli.overrides import Overrides, split_config
 from torchdlrm.cli.plan_options import Ask
 from torchdlrm.cli.terminal import console, print_json, progress_bars
 from torchdlrm.config import load_config
@@ -55,9 +55,7 @@ def plan(
 def _problem(tokens: tuple[str, ...], ask: Ask, *, measure: bool) -> "Problem":
     from torchdlrm.sharding import question
 
-    # An optional positional of its own would leave the parser no place for `--train.epochs 2` without a config.
-    path = Path(tokens[0]) if tokens and not tokens[0].startswith("--") else None
-    overrides = parse_overrides(tokens[1:] if path is not None else tokens)
+    path, overrides = split_config(tokens)
     settings = load_config(ask.run / "config.toml" if ask.run is not None and path is None else path, overrides)
     machine = question.question_machine(
         question.MachineQuestion(ask.device_name, ask.num_devices, ask.hosts, ask.sizes), settings

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from torchdlrm.cli.terminal import console
@@ -22,8 +23,10 @@ from torchdlrm.sharding.sweep import parse_sweep, run_sweep
 def solution(found: Solution) -> None:
     """A plan: ranks with bars, tables, totals, how far to trust it."""
     console.print(report.headline(found), markup=False, soft_wrap=True)
-    print_table("ranks", *report.rank_rows(found))
-    print_table("tables", *report.table_rows(found))
+    ranks = report.rank_rows(found)
+    print_table("ranks: memory", *report.pick(report.MEMORY_COLUMNS, *ranks))
+    print_table("ranks: time of a step", *report.pick(report.TIME_COLUMNS, *ranks))
+    print_table("tables (bytes of weights and optimizer state)", *report.table_rows(found))
     for line in report.summary_lines(found):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -34,7 +37,8 @@ def does_not_fit(problem: Problem, progress: ProgressListener) -> tuple[dict[str
     helps = remedies(problem, progress)
     print_table("largest tables", *report.largest_rows(missing))
     if helps:
-        print_table("what would make it fit (each planned again to be sure)", *report.remedy_rows(helps))
+        console.print("what would make it fit (each planned again to be sure):")
+        console.print("\n".join(report.remedy_lines(helps)), markup=False, soft_wrap=True)
     answer = problem_as_dict(problem) | {
         "fits": False,
         "shortfall": shortfall_as_dict(missing),
@@ -70,7 +74,7 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) 
     """A table with numbers to the right; nothing where there is no row."""
     if not rows:
         return
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for index, name in enumerate(head):
         numeric = index > 0 and name not in report.LEFT_ALIGNED
         table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric)

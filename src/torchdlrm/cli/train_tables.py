@@ -1,6 +1,5 @@
 """What `dlrm train` shows people before and after."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -12,28 +11,20 @@ from torchdlrm.train.prospect import Prospect
 from torchdlrm.train.summary import TrainingSummary
 
 MAX_TABLES = 6
-RANK_COLUMNS = ("rank", "shards", "weights", "state", "activations", "share")
-TABLE_COLUMNS = ("table", "rows", "dim", "kind", "ranks", "weights", "state")
 
 
 def show_prospect(prospect: Prospect) -> None:
     """Where the tables go, what each rank holds, how many steps."""
     console.print(report.headline(prospect.solution), markup=False, soft_wrap=True)
     # As many columns as a narrow terminal has room for; dlrm plan shows them all.
-    print_table("ranks", *_columns(report.rank_rows(prospect.solution, limit=16), RANK_COLUMNS))
-    head, rows = _columns(report.table_rows(prospect.solution, limit=None), TABLE_COLUMNS)
+    print_table("ranks", *report.pick(report.MEMORY_COLUMNS, *report.rank_rows(prospect.solution, limit=16)))
+    head, rows = report.table_rows(prospect.solution, limit=None)
     left_out = len(rows) - MAX_TABLES
     print_table("largest tables", head, rows[:MAX_TABLES])
     if left_out > 0:
         console.print(f"and {left_out} more, in plan.json")
     for line in prospect.lines():
         console.print(line, markup=False, soft_wrap=True)
-
-
-def _columns(table: tuple[list[str], list[list[str]]], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    head, rows = table
-    chosen = [head.index(name) for name in names]
-    return list(names), [[row[index] if index < len(row) else "" for index in chosen] for row in rows]
 
 
 def show_summary(run: Path, summary: TrainingSummary) -> None:

@@ -11,9 +11,11 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
@@ -62,7 +64,6 @@ class Loader:
         self.rows = min(dataset.splits[split].rows, max_rows or dataset.splits[split].rows)
         self.batches_per_epoch = num_batches(self.rows, batch_size_global)
         self._reader = _RowGroupReader(dataset, split)
-        self._feature_names = dataset.sparse_names
         self._batch_size_global = batch_size_global
         self._rank, self._world_size = rank, world_size
         self._epochs, self._seed = epochs, seed
@@ -96,31 +97,59 @@ class Loader:
             for index in range(first_batch if current_epoch == epoch else 0, self.batches_per_epoch):
                 everyone = batch_rows(index, rows=self.rows, batch_size_global=self._batch_size_global)
                 mine = rank_rows(everyone, rank=self._rank, world_size=self._world_size)
-                labels_B, dense, ids_FB = stream.read(mine)
+                labels_B, dense, kjt = stream.read(mine)
                 batch = Batch(
                     dense_features=torch.from_numpy(dense),
-                    sparse_features=single_valued_kjt(self._feature_names, ids_FB),
+                    sparse_features=kjt,
                     labels=torch.from_numpy(labels_B),
                     loss_weight=len(mine) * self._world_size / len(everyone),
                 )
                 yield batch.pin_memory() if self._pin_memory else batch
 
 
+class _IdColumn:
+    """The ids of one feature in one row group.
+
+    Attributes:
+        values: int32, the ids of all rows one after the other.
+        offsets: where each row's ids begin, int [n + 1]; None when every row has exactly one.
+    """
+
+    def __init__(self, column: Any) -> None:
+        array = column.combine_chunks()
+        self.offsets: NDArray[Any] | None = None
+        if pa.types.is_list(array.type):
+            self.offsets = array.offsets.to_numpy()
+            array = array.values
+        self.values: NDArray[np.int32] = array.to_numpy(zero_copy_only=False)
+
+    def part(self, rows: slice) -> tuple[NDArray[np.int32], NDArray[np.int32] | None]:
+        """The ids of these rows, and how many each row has (None for one each)."""
+        if self.offsets is None:
+            return self.values[rows], None
+        offsets = self.offsets[rows.start : rows.stop + 1]
+        return self.values[offsets[0] : offsets[-1]], np.diff(offsets).astype(np.int32)
+
+    def row_of(self, position: int) -> int:
+        """The row that the id at this position of `values` belongs to."""
+        return position if self.offsets is None else int(np.searchsorted(self.offsets, position, side="right")) - 1
+
+
 class _Columns:
-    """The rows of one row group: labels [n], dense features [13, n], ids [26, n] as lists of NumPy columns."""
+    """The rows of one row group: labels [n], and a column for each dense and each sparse feature."""
 
     def __init__(self, table: Any, dataset: Dataset) -> None:
-        columns = {name: table.column(name).to_numpy() for name in table.column_names}
-        self.labels: NDArray[Any] = columns[dataset.label_name]
-        self.dense = [columns[name] for name in dataset.dense_names]
-        self.ids = [columns[name] for name in dataset.sparse_names]
+        self.labels: NDArray[Any] = table.column(dataset.label_name).to_numpy()
+        self.dense = [table.column(name).to_numpy() for name in dataset.dense_names]
+        self.ids = [_IdColumn(table.column(name)) for name in dataset.sparse_names]
 
     def outside(self, num_embeddings: Mapping[str, int]) -> tuple[str, int, int] | None:
         """The first feature that has an id outside its table, with that id and its row in the group; None is well."""
-        for values, (name, rows) in zip(self.ids, num_embeddings.items(), strict=True):
+        for column, (name, rows) in zip(self.ids, num_embeddings.items(), strict=True):
+            values = column.values
             if values.size and not 0 <= values.min() <= values.max() < rows:
-                row = int(np.argmax((values < 0) | (values >= rows)))
-                return name, int(values[row]), row
+                position = int(np.argmax((values < 0) | (values >= rows)))
+                return name, int(values[position]), column.row_of(position)
         return None
 
 
@@ -132,7 +161,7 @@ class _RowGroupReader:
         self._paths = [file.path for file in dataset.splits[split].files]
         self._num_embeddings = dataset.num_embeddings
         self._open: tuple[int, Any] | None = None
-        self.num_dense, self.num_sparse = len(dataset.dense_names), len(dataset.sparse_names)
+        self.num_dense, self.feature_names = len(dataset.dense_names), dataset.sparse_names
         self.row_groups: list[RowGroup] = []
         for file_index, path in enumerate(self._paths):
             try:
@@ -181,11 +210,11 @@ class _RowStream:
         self._starts = np.concatenate([[0], np.cumsum([group.rows for group in order])])
         self._current: tuple[int, _Columns] | None = None
 
-    def read(self, rows: range) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
-        """Labels [B], dense features [B, num_dense] and ids [F, B] of these rows of the stream."""
+    def read(self, rows: range) -> tuple[NDArray[np.float32], NDArray[np.float32], KeyedJaggedTensor]:
+        """Labels [B], dense features [B, num_dense] and ids (F keys, stride B) of these rows of the stream."""
         labels_B = np.empty(len(rows), dtype=np.float32)
         dense = np.empty((len(rows), self._reader.num_dense), dtype=np.float32)
-        ids_FB = np.empty((self._reader.num_sparse, len(rows)), dtype=np.int64)
+        pieces: list[list[tuple[NDArray[np.int32], NDArray[np.int32] | None]]] = []
         position = rows.start
         while position < rows.stop:
             index = int(np.searchsorted(self._starts, position, side="right")) - 1
@@ -198,10 +227,35 @@ class _RowStream:
             labels_B[target] = group.labels[source]
             for column, values in enumerate(group.dense):
                 dense[target, column] = values[source]
-            for column, values in enumerate(group.ids):
-                ids_FB[column, target] = values[source]
+            pieces.append([column.part(source) for column in group.ids])
             position = stop
-        return labels_B, dense, ids_FB
+        return labels_B, dense, _to_kjt(self._reader.feature_names, pieces, num_rows=len(rows))
+
+
+def _to_kjt(
+    feature_names: Sequence[str], pieces: Sequence[Sequence[tuple[Any, Any]]], *, num_rows: int
+) -> KeyedJaggedTensor:
+    """Pieces of row groups, each with (ids, lengths) of every feature -> one KJT of int64 ids, copied once."""
+    by_feature = [[piece[feature] for piece in pieces] for feature in range(len(feature_names))]
+    if all(lengths is None for parts in by_feature for _, lengths in parts):
+        ids_FB = np.empty((len(feature_names), num_rows), dtype=np.int64)
+        for feature, parts in enumerate(by_feature):
+            np.concatenate([ids for ids, _ in parts] or [ids_FB[feature]], out=ids_FB[feature], casting="safe")
+        return single_valued_kjt(feature_names, ids_FB)
+    ids = [part for parts in by_feature for part, _ in parts]
+    lengths = [
+        np.ones(len(part), dtype=np.int32) if counts is None else counts
+        for parts in by_feature
+        for part, counts in parts
+    ]
+    return KeyedJaggedTensor(
+        keys=list(feature_names),
+        values=torch.from_numpy(np.concatenate(ids, dtype=np.int64) if ids else np.empty(0, dtype=np.int64)),
+        lengths=torch.from_numpy(
+            np.concatenate(lengths) if lengths else np.zeros(len(feature_names) * num_rows, dtype=np.int32)
+        ),
+        stride=num_rows,
+    )
 
 
 def _read_ahead(batches: Iterator[Batch], *, depth: int) -> Iterator[Batch]:

@@ -24,7 +24,8 @@ from torchdlrm.sharding.tables import Table
 from torchdlrm.sharding.topology import Machine
 
 FORMAT, FORMAT_VERSION = "torchdlrm-plan", 1
-_KERNELS = ("fused", "fused_uvm_caching")
+_CACHED_KERNEL = "fused_uvm_caching"
+_KERNELS = ("fused", _CACHED_KERNEL)
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,17 @@ def layout_of(plan: ShardingPlan) -> dict[str, PlacedTable]:
                     PlacedShard(shard.placement.rank(), tuple(shard.shard_offsets), tuple(shard.shard_sizes))
                     for shard in sharding.sharding_spec.shards
                 ),
-                sharding.cache_params.load_factor if sharding.cache_params else None,
+                _cache_share(sharding),
             )
     return layout
+
+
+def _cache_share(sharding: ParameterSharding) -> float | None:
+    """The planner hands cache parameters to every table that might have had a cache."""
+    if sharding.compute_kernel != _CACHED_KERNEL or sharding.cache_params is None:
+        return None
+    share: float | None = sharding.cache_params.load_factor
+    return share
 
 
 def layout_as_dict(layout: Layout) -> dict[str, Any]:

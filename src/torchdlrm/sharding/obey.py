@@ -76,7 +76,7 @@ def foreseen_plan(
         config: of the run; where sharding.plan is set, that plan is looked at.
         num_embeddings: rows of each feature's table.
         world_size: number of ranks.
-        local_world_size: number of ranks on this host.
+        local_world_size: number of ranks on this host, and on every other.
         device: where the ranks will compute.
 
     Raises:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torchdlrm.errors import PlanError
 from torchdlrm.sharding.estimate import Cost
 from torchdlrm.sharding.layout import FORMAT, FORMAT_VERSION, layout_as_dict
 from torchdlrm.sharding.problem import Problem, Solution
@@ -66,10 +67,18 @@ def write_plan(path: Path, solution: Solution) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object to a file, whole or not at all."""
+    """Write a JSON object to a file, whole or not at all.
+
+    Raises:
+        PlanError: the file cannot be written.
+    """
     beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    beside.rename(path)
+    try:
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        beside.rename(path)
+    except OSError as error:
+        msg = f"cannot write the plan to {path}: {error.strerror}; give a file in a folder that exists"
+        raise PlanError(msg) from error
 
 
 def _cost_as_dict(cost: Cost) -> dict[str, Any]:

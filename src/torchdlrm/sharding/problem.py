@@ -8,7 +8,15 @@ from typing import Any
 from torchdlrm.config import ModelConfig
 from torchdlrm.sharding.estimate import Cost, DensePart, dense_part, shard_costs
 from torchdlrm.sharding.layout import PlacedTable, layout_of
-from torchdlrm.sharding.planner import DoesNotFitError, Found, PlanOptions, meta_tables, plan_sharding, table_sharder
+from torchdlrm.sharding.planner import (
+    DoesNotFitError,
+    Found,
+    PlanOptions,
+    meta_tables,
+    plan_sharding,
+    planner_constraints,
+    table_sharder,
+)
 from torchdlrm.sharding.tables import Precision, Table
 from torchdlrm.sharding.topology import Machine
 
@@ -158,7 +166,15 @@ def solution_of(problem: Problem, layout: Mapping[str, PlacedTable], found: Foun
 
 
 def try_solve(problem: Problem) -> Solution | None:
-    """The solution, or None where the tables do not fit."""
+    """The solution, or None where the tables do not fit.
+
+    Raises:
+        PlanError: a constraint is wrong.
+    """
+    planner_constraints(problem.tables, problem.machine, problem.options)  # a wrong one is an error, not a no
+    on_devices = problem.options.host_cache_share is None
+    if on_devices and problem.table_bytes > problem.usable_bytes * problem.machine.num_devices:
+        return None  # no need to search: of 1,000 tables on 64 devices that takes 20 s
     try:
         return solve(problem)
     except DoesNotFitError:

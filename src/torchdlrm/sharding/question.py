@@ -62,6 +62,9 @@ def question_machine(asked: MachineQuestion, config: Config) -> Machine:
     if asked.num_devices < 1:
         msg = f"--devices: must be at least 1, got {asked.num_devices}"
         raise PlanError(msg)
+    if asked.num_hosts is not None and (asked.num_hosts < 1 or asked.num_devices % asked.num_hosts):
+        msg = f"--hosts: {asked.num_devices} devices cannot be spread evenly over {asked.num_hosts} hosts"
+        raise PlanError(msg)
     if asked.device == THIS_MACHINE:
         hosts = asked.num_hosts or 1
         on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= asked.num_devices // hosts

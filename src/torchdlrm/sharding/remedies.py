@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.sharding.constraints import COLUMN_WISE
+from torchdlrm.sharding.constraints import COLUMN_WISE, TABLE_WISE
 from torchdlrm.sharding.problem import Problem, Solution, try_solve
 from torchdlrm.sharding.tables import Optimizer, cap_rows
 from torchdlrm.sharding.units import show_bytes
@@ -229,14 +229,24 @@ def _half_precision(problem: Problem) -> Iterator[Remedy]:
 def _host_memory(problem: Problem) -> Iterator[Remedy]:
     if problem.machine.kind != "cuda" or problem.options.host_cache_share is not None:
         return
+    # The greedy proposers cut a table by rows before they move it to the host; asked for table-wise alone they move the
+    # largest one by one, which is often faster and keeps more tables on the device.
+    ways = [((f"*={TABLE_WISE}", *problem.options.constraints), f" --constraint '*={TABLE_WISE}'"), ((), "")]
     for share in _CACHE_SHARES:
-        solution = try_solve(problem.with_options(host_cache_share=share))
-        if solution is not None:
+        found: list[tuple[Solution, str]] = []
+        for rules, words in ways:
+            solution = try_solve(
+                problem.with_options(host_cache_share=share, constraints=rules or problem.options.constraints)
+            )
+            if solution is not None:
+                found.append((solution, words))
+        if found:
+            solution, words = min(found, key=lambda pair: pair[0].step_ms)
             moved = [name for name, placed in solution.layout.items() if placed.cache_share is not None]
-            host = sum((cost.host_bytes for cost in solution.ranks), 0)
+            host = sum(cost.host_bytes for cost in solution.ranks)
             yield Remedy(
                 f"{len(moved)} tables in host memory, {share:.0%} of their rows cached on the GPU (UVM caching)",
-                f"--sharding.host-cache-share {share}",
+                f"--sharding.host-cache-share {share}{words}",
                 f"{show_bytes(host)} of host memory; every row that is not cached crosses the host link",
                 solution,
             )

@@ -9,9 +9,9 @@ from torchdlrm.sharding.remedies import Remedy, Shortfall
 from torchdlrm.sharding.sweep import SweepPoint
 from torchdlrm.sharding.units import show_bytes
 
-LEFT_ALIGNED = frozenset({"memory", "time", "kind", "kernel", "ranks", "change", "price", "options", "rows/s plot"})
+LEFT_ALIGNED = frozenset({"memory", "time", "kind", "kernel", "ranks", "rows/s plot"})
 _MAX_ROWS = 40
-_BAR_CELLS = 20
+_BAR_CELLS = 14
 
 
 def bar(share: float, cells: int = _BAR_CELLS) -> str:
@@ -52,7 +52,7 @@ def rank_rows(solution: Solution, limit: int | None = _MAX_ROWS) -> tuple[list[s
             f"{cost.forward_ms:.3f}",
             f"{cost.backward_ms:.3f}",
             f"{cost.communication_ms:.3f}",
-            bar(cost.total_ms / slowest, 10),
+            bar(cost.total_ms / slowest),
             "bottleneck" if rank == solution.bottleneck_rank else "",
         ]
         for rank, cost in enumerate(solution.ranks)
@@ -64,26 +64,26 @@ def rank_rows(solution: Solution, limit: int | None = _MAX_ROWS) -> tuple[list[s
     return head, rows
 
 
+MEMORY_COLUMNS = ("rank", "shards", "weights", "state", "activations", "memory", "share")
+TIME_COLUMNS = ("rank", "forward ms", "backward ms", "exchange ms", "time", "")
+
+
+def pick(names: Sequence[str], head: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Some columns of a table, for windows that are not wide; a row that ends before the second of them is left out."""
+    places = [list(head).index(name) for name in names]
+    return list(names), [[row[p] for p in places if p < len(row)] for row in rows if len(row) > places[1]]
+
+
 def table_rows(solution: Solution, limit: int | None = _MAX_ROWS) -> tuple[list[str], list[list[str]]]:
     """Per table: how it is sharded, where, and what it takes."""
-    head = ["table", "rows", "dim", "kind", "kernel", "ranks", "weights", "state", "ms"]
+    head = ["table", "rows", "dim", "kind", "kernel", "ranks", "bytes", "ms"]
     rows = []
     for table in sorted(solution.problem.tables, key=lambda table: -table.rows * table.dim):
         placed = solution.layout[table.name]
         cost = sum(solution.costs[table.name], Cost())
-        rows.append(
-            [
-                table.name,
-                f"{table.rows:,}",
-                str(table.dim),
-                placed.sharding_type,
-                placed.compute_kernel,
-                show_ranks(placed.ranks),
-                show_bytes(cost.weight_bytes),
-                show_bytes(cost.state_bytes),
-                f"{cost.total_ms:.3f}",
-            ]
-        )
+        row = [table.name, f"{table.rows:,}", str(table.dim), placed.sharding_type, placed.compute_kernel]
+        row += [show_ranks(placed.ranks), show_bytes(cost.weight_bytes + cost.state_bytes), f"{cost.total_ms:.3f}"]
+        rows.append(row)
     return head, _shorten(rows, limit)
 
 
@@ -135,19 +135,17 @@ def largest_rows(missing: Shortfall) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def remedy_rows(found: Sequence[Remedy]) -> tuple[list[str], list[list[str]]]:
-    """What helps, how to say so, and its price."""
-    return ["change", "options", "price", "fullest rank", "step ms", "rows/s"], [
-        [
-            remedy.change,
-            remedy.options,
-            remedy.price,
-            f"{remedy.solution.memory_share(remedy.solution.fullest_rank):.1%}",
-            f"{remedy.solution.step_ms:.2f}",
-            f"{remedy.solution.rows_per_s:,.0f}",
-        ]
-        for remedy in found
-    ]
+def remedy_lines(found: Sequence[Remedy]) -> list[str]:
+    """What helps, how to say so, and its price: four lines each, for they are words and no figures."""
+    lines = []
+    for number, remedy in enumerate(found, start=1):
+        solution = remedy.solution
+        full = f"{solution.memory_share(solution.fullest_rank):.1%} of the fullest rank"
+        lines.append(f"{number}. {remedy.change}")
+        lines.append(f"     say    {remedy.options}")
+        lines.append(f"     price  {remedy.price}")
+        lines.append(f"     then   {full}, {solution.step_ms:.2f} ms a step, {solution.rows_per_s:,.0f} rows/s")
+    return lines
 
 
 def sweep_rows(points: Sequence[SweepPoint]) -> tuple[list[str], list[list[str]]]:

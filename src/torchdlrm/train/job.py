@@ -6,6 +6,7 @@ from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import UserError
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.train.allocator import keep_freed_memory
 from torchdlrm.train.optimizers import check_table_optimizer
 from torchdlrm.train.process_group import Ranks, join_process_group
 from torchdlrm.train.run import Run
@@ -40,6 +41,7 @@ def train(
         Interrupted: SIGTERM or Ctrl-C; the run is saved.
     """
     with join_process_group(config.train.timeout_s) as ranks:
+        keep_freed_memory()
         check_table_optimizer(config.table_optimizer, ranks.device)
         check_trackers(config.logging.trackers)
         encoded = Dataset.open(dataset)

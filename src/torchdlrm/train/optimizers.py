@@ -115,8 +115,8 @@ def _dense_factory(config: DenseOptimizerConfig) -> Any:
 
 def _dense_optimizer(config: DenseOptimizerConfig, params: list[torch.Tensor]) -> torch.optim.Optimizer:
     """An optimizer of torch, its state in place before the first step: a checkpoint is loaded into it."""
-    # foreach: one kernel call for all parameters instead of several for each.
-    shared: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "foreach": True}
+    # fused: one pass over parameter, gradient and state instead of one for each operation.
+    shared: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     if config.name == "adagrad":
         return torch.optim.Adagrad(
             params, eps=config.eps, initial_accumulator_value=config.initial_accumulator, **shared

@@ -15,6 +15,7 @@ from torchdlrm.sharding.problem import Solution
 from torchdlrm.train.agenda import Agenda
 from torchdlrm.train.checkpoint import list_checkpoints
 from torchdlrm.train.optimizers import check_table_optimizer
+from torchdlrm.train.precision import Precision, choose_precision
 from torchdlrm.train.schedule import decay_kind
 from torchdlrm.train.trackers import check_trackers
 
@@ -27,6 +28,7 @@ class Prospect:
         config: of the run.
         agenda: its steps.
         solution: where the tables go, and what that costs.
+        precision: of the dense parts' matrix products.
         validation_rows: rows of the val split that a validation reads.
         from_step: where the run is now; 0 for a new one.
     """
@@ -34,6 +36,7 @@ class Prospect:
     config: Config
     agenda: Agenda
     solution: Solution
+    precision: Precision
     validation_rows: int
     from_step: int
 
@@ -53,6 +56,7 @@ class Prospect:
         return [
             f"an epoch: {agenda.rows_per_epoch:,} rows, {steps}",
             f"the run: {agenda.num_steps:,} steps, {agenda.rows_after(agenda.num_steps):,} rows{start}",
+            f"precision of the dense parts: {self.precision}",
             f"validation: {self._validation()}",
             f"optimizers: {', '.join(optimizers)}; rate {decay_kind(schedule)}{warm_up}",
         ]
@@ -71,6 +75,7 @@ class Prospect:
             **asdict(self.agenda),
             "steps_per_epoch": self.agenda.steps_per_epoch,
             "num_rows": self.agenda.rows_after(self.agenda.num_steps),
+            "precision": str(self.precision),
             "validation_rows": self.validation_rows,
             "from_step": self.from_step,
             "plan": plan_as_dict(self.solution),
@@ -108,4 +113,7 @@ def foresee(
     )
     validation_rows = min(dataset.splits["val"].rows, config.validation.max_rows or dataset.splits["val"].rows)
     steps = [] if restart else list_checkpoints(run / "checkpoints")
-    return Prospect(config, Agenda.of(config, rows), solution, validation_rows, max(steps, default=0))
+    precision = choose_precision(
+        config, num_sparse_features=len(dataset.sparse_names), world_size=world_size, device=device
+    )
+    return Prospect(config, Agenda.of(config, rows), solution, precision, validation_rows, max(steps, default=0))

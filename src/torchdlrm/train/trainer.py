@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
@@ -26,6 +25,8 @@ from torchdlrm.train.checkpoint import Checkpointer, Position, list_checkpoints
 from torchdlrm.train.clock import Stopwatch, Timer
 from torchdlrm.train.metrics_log import MetricsLog
 from torchdlrm.train.optimizers import build_optimizer
+from torchdlrm.train.pipeline import build_pipeline
+from torchdlrm.train.precision import choose_precision
 from torchdlrm.train.predictions import PredictionBuffer, measure
 from torchdlrm.train.process_group import Ranks
 from torchdlrm.train.run import PLAN_NAME, Run
@@ -59,6 +60,12 @@ class Trainer:
             torch.set_num_threads(
                 config.train.num_threads or useful_threads(config, len(dataset.sparse_names), ranks.world_size)
             )
+        self.precision = choose_precision(
+            config,
+            num_sparse_features=len(dataset.sparse_names),
+            world_size=ranks.world_size,
+            device=ranks.device,
+        )
         self._has_validation = dataset.splits["val"].rows > 0
         self._loader = self._make_loader("train", config.train.batch_size_global, epochs=config.train.epochs)
         self._agenda = Agenda.of(config, self._loader.rows)
@@ -76,7 +83,7 @@ class Trainer:
         optimizer = build_optimizer(self.model, config.dense_optimizer)
         self._schedule = Schedule(config.schedule, optimizer, num_steps=self._agenda.num_steps)
         self._counters = StepCounters(self.model, seed=config.seed, rank=ranks.rank)
-        self._pipeline = TrainPipelineSparseDist(self.model, optimizer, ranks.device, execute_all_batches=True)
+        self._pipeline = build_pipeline(self.model, optimizer, dtype=self.precision.dtype, device=ranks.device)
         self._checkpointer = Checkpointer(
             run.checkpoints, self.model, optimizer, ranks, keep_last=config.checkpoint.keep_last
         )

@@ -15,7 +15,7 @@ from torchdlrm.data.preprocess import PreprocessOptions, preprocess
 from torchdlrm.errors import DatasetError
 from torchdlrm.loader.loader import Loader
 from torchdlrm.loader.plan import RowGroup, batch_rows, epoch_order, num_batches, rank_rows
-from torchdlrm.schema import criteo_schema
+from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, criteo_schema
 
 
 @given(rows=st.integers(1, 5_000), batch_size=st.integers(1, 700), world_size=st.integers(1, 9))
@@ -133,6 +133,40 @@ def test_a_damaged_row_group_is_an_error_that_names_the_file(small_log, tmp_path
     path.write_bytes(data)
     with pytest.raises(DatasetError, match=rf"{path.name}: row group 0 is damaged"):
         list(Loader(dataset, "train", batch_size_global=300))
+
+
+def test_multi_valued_features_become_lists_of_the_kjt(tmp_path):
+    """A CSV with a list of tags in a cell: ids and lengths against the Parquet files as DuckDB reads them."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(700):
+        tags = "|".join(f"t{tag}" for tag in rng.integers(7, size=rng.integers(1, 5)))
+        rows.append(f"{rng.integers(2)},{rng.random():.3f},u{rng.integers(9)},{tags}")
+    (tmp_path / "log.csv").write_text("clicked,price,user,tags\n" + "\n".join(rows) + "\n")
+    schema = FeatureSchema(
+        name="tags",
+        separator=",",
+        header=True,
+        columns=(
+            LabelColumn(name="clicked"),
+            DenseColumn(name="price", transform="none"),
+            SparseColumn(name="user"),
+            SparseColumn(name="tags", value_separator="|"),
+        ),
+    )
+    preprocess([tmp_path / "log.csv"], tmp_path / "dataset", schema, PreprocessOptions(min_count=1, part_rows=200))
+    dataset = Dataset.open(tmp_path / "dataset")
+    files = [str(file.path) for file in dataset.splits["train"].files]
+    expected = duckdb.sql(f"select user, tags from read_parquet({files})").fetchall()
+    users, tags = [], []
+    for batch in Loader(dataset, "train", batch_size_global=64):
+        by_name = batch.sparse_features.to_dict()
+        users += by_name["user"].values().tolist()
+        assert set(by_name["user"].lengths().tolist()) == {1}
+        tags += [ids.tolist() for ids in by_name["tags"].to_dense()]
+    assert users == [user for user, _ in expected]
+    assert tags == [list(ids) for _, ids in expected]
+    assert len({len(ids) for ids in tags}) > 2
 
 
 @pytest.mark.parametrize("wrong_id", [-1, 10_000_000])

@@ -1,0 +1,80 @@
+"""Contestants of a benchmark, each in processes of its own, that take turns.
+
+What one sets for its process (allocator, threads) does not help or hurt another, and the machine's mood is the same for
+all, because they alternate within seconds.
+"""
+
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from torchdlrm.train.process_group import Ranks, join_process_group
+
+Step = Callable[[], object]
+
+
+class Contestant:
+    """N processes that do the same steps together when they are told to.
+
+    Args:
+        build: called in each process with its ranks and `arguments`; returns the step. A function of a module.
+        arguments: picklable.
+        nproc: number of processes.
+    """
+
+    def __init__(self, build: Callable[..., Step], *arguments: object, nproc: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(nproc):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, nproc, port, build, arguments), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, steps: int) -> float:
+        """Let all processes do `steps` steps; seconds from start to end of the slowest."""
+        for pipe in self._pipes:
+            pipe.send(steps)
+        return max(pipe.recv() for pipe in self._pipes)
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.send(0)
+        for process in self._processes:
+            process.join()
+
+
+def _serve(
+    pipe: Connection, rank: int, nproc: int, port: int, build: Callable[..., Step], arguments: tuple[Any, ...]
+) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(nproc), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(nproc)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with join_process_group() as ranks:
+        step = build(ranks, *arguments)
+        while steps := pipe.recv():
+            pipe.send(_time(step, steps, ranks))
+
+
+def _time(step: Step, steps: int, ranks: Ranks) -> float:
+    if ranks.world_size > 1:
+        dist.barrier()
+    started_s = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)
+    return time.perf_counter() - started_s

@@ -1,0 +1,60 @@
+"""In which precision the dense parts compute: asked of the processor, not assumed.
+
+Weights, tables, optimizer state, loss and metrics are float32 whatever this says; bfloat16 is for the matrix products
+of the dense arch, the interaction arch and the over arch, forward and backward.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from torchdlrm.config import Config
+from torchdlrm.train.threads import step_flops
+
+# Below this a step spends its time between kernels, and casting costs more than faster products save: the models of
+# configs/criteo-small.toml and configs/quickstart.toml are slower in bfloat16.
+MIN_BFLOAT16_FLOPS = 2e9
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the dense parts compute in, and why.
+
+    Attributes:
+        dtype: float32 or bfloat16.
+        reason: for people.
+    """
+
+    dtype: torch.dtype
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} ({self.reason})"
+
+
+def choose_precision(config: Config, *, num_sparse_features: int, world_size: int, device: torch.device) -> Precision:
+    """What `train.precision` says; `auto` takes bfloat16 where the device multiplies it faster and the work is enough.
+
+    Args:
+        config: of the run.
+        num_sparse_features: F.
+        world_size: number of ranks that share a batch.
+        device: where this rank computes.
+    """
+    if config.train.precision != "auto":
+        return Precision(getattr(torch, config.train.precision), "as asked")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision(torch.bfloat16, "the GPU has it")
+        return Precision(torch.float32, "the GPU has no bfloat16")
+    units = [name for name, has in _bfloat16_units().items() if has]
+    if not units:
+        return Precision(torch.float32, "the processor has neither AVX512-BF16 nor AMX")
+    if step_flops(config, num_sparse_features, world_size) < MIN_BFLOAT16_FLOPS:
+        return Precision(torch.float32, "steps are too short for bfloat16 to pay")
+    return Precision(torch.bfloat16, f"the processor has {units[0]}")
+
+
+def _bfloat16_units() -> dict[str, bool]:
+    capabilities = torch.cpu.get_capabilities()
+    return {"AMX": bool(capabilities.get("amx_bf16")), "AVX512-BF16": bool(capabilities.get("avx512_bf16"))}
