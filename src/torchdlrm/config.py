@@ -294,6 +294,8 @@ def _typed(key: str, text: str) -> object:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        if tuple in kinds:  # names without quotation marks
+            return [int(part) if part.strip().isdigit() else part.strip() for part in text.strip("[]").split(",")]
         return text
     return float(value) if float in kinds and isinstance(value, int) and not isinstance(value, bool) else value
 

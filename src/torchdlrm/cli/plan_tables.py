@@ -24,9 +24,9 @@ def solution(found: Solution) -> None:
     """A plan: ranks with bars, tables, totals, how far to trust it."""
     console.print(report.headline(found), markup=False, soft_wrap=True)
     ranks = report.rank_rows(found)
-    _print("ranks: memory", *report.pick(report.MEMORY_COLUMNS, *ranks))
-    _print("ranks: time of a step", *report.pick(report.TIME_COLUMNS, *ranks))
-    _print("tables (bytes of weights and optimizer state)", *report.table_rows(found))
+    print_table("ranks: memory", *report.pick(report.MEMORY_COLUMNS, *ranks))
+    print_table("ranks: time of a step", *report.pick(report.TIME_COLUMNS, *ranks))
+    print_table("tables (bytes of weights and optimizer state)", *report.table_rows(found))
     for line in report.summary_lines(found):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -35,7 +35,7 @@ def does_not_fit(problem: Problem, progress: ProgressListener) -> tuple[dict[str
     """How much is missing and what helps; the JSON of it, and the message to end with."""
     missing = shortfall(problem)
     helps = remedies(problem, progress)
-    _print("largest tables", *report.largest_rows(missing))
+    print_table("largest tables", *report.largest_rows(missing))
     if helps:
         console.print("what would make it fit (each planned again to be sure):")
         console.print("\n".join(report.remedy_lines(helps)), markup=False, soft_wrap=True)
@@ -50,7 +50,7 @@ def does_not_fit(problem: Problem, progress: ProgressListener) -> tuple[dict[str
 def sweep(problem: Problem, axes: Sequence[str], html: Path | None) -> dict[str, object]:
     """A table and a plot over devices and batch sizes."""
     points = run_sweep(problem, parse_sweep(axes))
-    _print("sweep", *report.sweep_rows(points))
+    print_table("sweep", *report.sweep_rows(points))
     if html is not None:
         write_page(html, sweep_page(problem, points))
         console.print(f"wrote {html}", markup=False, soft_wrap=True)
@@ -63,14 +63,15 @@ def comparison(paths: Sequence[Path]) -> dict[str, object]:
         msg = f"--compare: expected two files that dlrm plan --out wrote, got {len(paths)}"
         raise PlanError(msg)
     compared = compare_plans(*(read_plan(path) for path in paths))
-    _print("plans", ["", str(paths[0]), str(paths[1]), "b / a"], compared.figures)
-    _print("tables that differ", ["table", str(paths[0]), str(paths[1])], compared.tables)
+    print_table("plans", ["", str(paths[0]), str(paths[1]), "b / a"], compared.figures)
+    print_table("tables that differ", ["table", str(paths[0]), str(paths[1])], compared.tables)
     if not compared.tables:
         console.print("every table is in the same place")
     return compared.as_dict()
 
 
-def _print(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table with numbers to the right; nothing where there is no row."""
     if not rows:
         return
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)

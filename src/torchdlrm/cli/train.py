@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
-from rich.table import Table
 
 from torchdlrm.cli.overrides import Overrides, parse_overrides
 from torchdlrm.cli.terminal import console, print_json, progress_bars
@@ -33,6 +32,7 @@ def train(
     rdzv_id: str = "torchdlrm",
     max_restarts: Annotated[int, Parameter(validator=Number(gte=0))] = 0,
     plan: Path | None = None,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
     json: bool = False,
 ) -> None:
     """Train a DLRM, or take up a run where it stopped.
@@ -62,6 +62,8 @@ def train(
         How often all processes are started again after one has died, from the last checkpoint.
     plan
         A plan.json that `dlrm plan --out` wrote, to obey; without it training plans by itself.
+    dry_run
+        Show the plan, the rows and the steps, refuse what would be refused, and write nothing.
     json
         Print one JSON object on standard output.
     """
@@ -70,9 +72,10 @@ def train(
     if nnodes > 1 and not rdzv_endpoint:
         raise ConfigError("--rdzv-endpoint: needed with --nnodes, HOST:PORT of one of the machines, the same on each")
 
+    from torchdlrm.cli.train_tables import show_prospect, show_summary
     from torchdlrm.data.dataset import Dataset
-    from torchdlrm.sharding.obey import check_given_plan
     from torchdlrm.train.launch import Processes, launch
+    from torchdlrm.train.prospect import foresee
     from torchdlrm.train.run import Run
 
     encoded = Dataset.open(dataset)
@@ -80,8 +83,14 @@ def train(
         for change in Run(run, settings).check(encoded):
             console.print(f"changed since the run was started: {change}", markup=False)
     processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id, max_restarts)
-    world_size = processes.world_size
-    check_given_plan(settings, encoded.num_embeddings, world_size=world_size, local_world_size=nproc_per_node)
+    prospect = foresee(
+        settings, encoded, run, world_size=processes.world_size, local_world_size=nproc_per_node, restart=restart
+    )
+    show_prospect(prospect)
+    if dry_run:
+        if json:
+            print_json({"run": str(run), "dry_run": True, **prospect.as_dict()})
+        return
     summary: TrainingSummary | None = launch(work, settings, dataset, run, restart, processes=processes)
     if summary is None:  # another machine has rank 0
         return
@@ -103,20 +112,3 @@ def work(
     restart = restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     with progress_bars("") if draws else nullcontext(SILENT) as progress:
         return train_here(settings, dataset, run, restart=restart, progress=progress)
-
-
-def show_summary(run: Path, summary: "TrainingSummary") -> None:
-    """What was trained, for people."""
-    table = Table(title=f"trained {run}", title_justify="left", show_header=False)
-    resumed = f" (taken up after {summary.resumed_from_step:,})" if summary.resumed_from_step else ""
-    table.add_row("steps", f"{summary.step:,}{resumed}")
-    table.add_row("rows", f"{summary.rows:,}")
-    if summary.rows_per_s:
-        table.add_row("speed", f"{summary.rows_per_s:,.0f} rows/s")
-    if summary.stopped_because != "finished":
-        table.add_row("stopped by", f"stop.{summary.stopped_because}")
-    if summary.validation is not None:
-        for name in ("auc", "logloss", "ne", "calibration"):
-            table.add_row(f"val {name}", f"{summary.validation[name]:.4f}")
-    console.print(table)
-    console.print(f"next: dlrm evaluate {run} --split test", markup=False)

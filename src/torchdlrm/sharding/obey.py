@@ -12,7 +12,7 @@ from torchdlrm.config import Config
 from torchdlrm.errors import PlanError
 from torchdlrm.sharding.layout import check_layout, layout_of, read_saved_plan, sharding_plan
 from torchdlrm.sharding.planner import PlanOptions, plan_sharding, tables_of
-from torchdlrm.sharding.problem import Problem, Solution, solution_of
+from torchdlrm.sharding.problem import Problem, Solution, solution_of, solve
 from torchdlrm.sharding.tables import feature_tables
 from torchdlrm.sharding.topology import Machine, local_machine
 from torchdlrm.units import show_bytes
@@ -67,31 +67,28 @@ def _check_memory(path: Path, solution: Solution) -> None:
         raise PlanError(msg)
 
 
-def check_given_plan(
-    config: Config, num_embeddings: Mapping[str, int], *, world_size: int, local_world_size: int
-) -> None:
-    """Refuse a plan that training could not obey, before any process is started.
+def foreseen_plan(
+    config: Config, num_embeddings: Mapping[str, int], *, world_size: int, local_world_size: int, device: torch.device
+) -> Solution:
+    """The plan that a training will follow, before any process of it is started.
 
     Args:
-        config: of the run; without sharding.plan there is nothing to check.
+        config: of the run; where sharding.plan is set, that plan is looked at.
         num_embeddings: rows of each feature's table.
         world_size: number of ranks.
         local_world_size: number of ranks on this host, and on every other.
+        device: where the ranks will compute.
 
     Raises:
-        PlanError: the plan is for another model or another number of ranks.
+        PlanError: the tables do not fit; or the given plan is for another model or number of ranks, or does not fit.
     """
-    if config.sharding.plan is None:
-        return
     tables = feature_tables(num_embeddings, config.model.embedding_dim)
-    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size
-    machine = local_machine(
-        config.sharding,
-        world_size=world_size,
-        local_world_size=local_world_size,
-        device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
-    )
+    machine = local_machine(config.sharding, world_size=world_size, local_world_size=local_world_size, device=device)
+    problem = Problem(tuple(tables), machine, PlanOptions.of(config), model=config.model)
+    if config.sharding.plan is None:
+        return solve(problem)
     saved = read_saved_plan(Path(config.sharding.plan))
     check_layout(saved, tables, machine)
-    problem = Problem(tuple(tables), machine, PlanOptions.of(config), model=config.model)
-    _check_memory(Path(config.sharding.plan), solution_of(problem, saved.layout, None))
+    solution = solution_of(problem, saved.layout, None)
+    _check_memory(Path(config.sharding.plan), solution)
+    return solution

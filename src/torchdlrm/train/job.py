@@ -11,6 +11,7 @@ from torchdlrm.train.optimizers import check_table_optimizer
 from torchdlrm.train.process_group import Ranks, join_process_group
 from torchdlrm.train.run import Run
 from torchdlrm.train.summary import TrainingSummary
+from torchdlrm.train.trackers import check_trackers
 from torchdlrm.train.trainer import Trainer
 
 
@@ -32,7 +33,7 @@ def train(
         How it ended on rank 0, None elsewhere.
 
     Raises:
-        ConfigError: the device lacks the tables' optimizer.
+        ConfigError: the device lacks the tables' optimizer, or a tracker's package is missing.
         RunError: the folder is in use, holds something else, or a run that cannot go on with this config.
         PlanError: the tables do not fit the machine.
         DatasetError: the dataset is missing, damaged, or has no training rows.
@@ -42,6 +43,7 @@ def train(
     with join_process_group(config.train.timeout_s) as ranks:
         keep_freed_memory()
         check_table_optimizer(config.table_optimizer, ranks.device)
+        check_trackers(config.logging.trackers)
         encoded = Dataset.open(dataset)
         taken_up = _start_run(config, encoded, run, ranks, restart=restart)
         try:

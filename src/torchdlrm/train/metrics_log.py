@@ -1,15 +1,16 @@
-"""The metrics of a run over time: a line an interval in metrics.jsonl, and scalars for TensorBoard."""
+"""The metrics of a run over time: a line an interval in metrics.jsonl, and the same for trackers."""
 
 import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torchdlrm.train.run import METRICS_NAME
+from torchdlrm.train.trackers import Tracker
 
 logger = logging.getLogger("torchdlrm")
 
@@ -20,19 +21,15 @@ class MetricsLog:
     Args:
         run_path: the run's folder.
         from_step: where the run goes on; what an interrupted process has written beyond it is removed.
-        tensorboard: whether to write event files too.
+        trackers: are told as well; closed with this.
     """
 
-    def __init__(self, run_path: Path, *, from_step: int, tensorboard: bool) -> None:
+    def __init__(self, run_path: Path, *, from_step: int, trackers: Sequence[Tracker] = ()) -> None:
         path = run_path / METRICS_NAME
         if path.exists():
             _keep_until(path, from_step)
         self._file = path.open("a", encoding="utf-8")
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - half a second, and optional
-
-            self._writer = SummaryWriter(run_path / "tensorboard", purge_step=from_step + 1)
+        self._trackers = trackers
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line; it holds `step` and `split`. NaN becomes null, which JSON knows."""
@@ -42,17 +39,20 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:  # a full disk must not end a training
             logger.warning("the metrics of step %d could not be written: %s", line["step"], error)
-        if self._writer is not None:
-            for key, value in clean.items():
-                if key not in {"step", "split", "rows"} and value is not None:
-                    self._writer.add_scalar(f"{line['split']}/{key}", value, line["step"])
+        values = {
+            f"{line['split']}/{key}": value
+            for key, value in clean.items()
+            if key not in {"step", "split", "rows"} and value is not None
+        }
+        for tracker in self._trackers:
+            tracker.log(line["step"], values)
 
     def close(self) -> None:
         """Write out what is buffered."""
         with suppress(OSError):
             self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -203,9 +203,9 @@ class Run:
         """Remove what a run has written, and nothing else."""
         if not self.exists:
             return
-        for name in ("tensorboard", "checkpoints", "evaluation"):
+        for name in ("tensorboard", "checkpoints", "evaluation", "wandb"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in (METRICS_NAME, PLAN_NAME, ENVIRONMENT_NAME, CONFIG_NAME):
+        for name in (METRICS_NAME, PLAN_NAME, ENVIRONMENT_NAME, "trackers.json", CONFIG_NAME):
             (self.path / name).unlink(missing_ok=True)
 
 

@@ -36,6 +36,7 @@ from torchdlrm.train.signals import StopRequest
 from torchdlrm.train.step_counters import StepCounters
 from torchdlrm.train.summary import TrainingSummary
 from torchdlrm.train.threads import useful_threads
+from torchdlrm.train.trackers import open_trackers
 
 
 class Trainer:
@@ -222,8 +223,8 @@ class Trainer:
 
     def _open_log(self, start: int) -> None:
         if self._ranks.is_first:
-            tensorboard = self._config.logging.tensorboard
-            self._metrics = MetricsLog(self._run.path, from_step=start, tensorboard=tensorboard)
+            trackers = open_trackers(self._run.path, self._config, from_step=start)
+            self._metrics = MetricsLog(self._run.path, from_step=start, trackers=trackers)
         self._logged_rows = self._agenda.rows_after(start)
         self._progress.start_phase("train", self._agenda.rows_after(self._agenda.num_steps))
         self._progress.advance(self._agenda.rows_after(start))

@@ -1,0 +1,119 @@
+"""What a training is going to do, known before any process of it is started and before anything is written."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchdlrm.config import Config
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.errors import DatasetError
+from torchdlrm.sharding.obey import foreseen_plan
+from torchdlrm.sharding.plan_file import plan_as_dict
+from torchdlrm.sharding.problem import Solution
+from torchdlrm.train.agenda import Agenda
+from torchdlrm.train.checkpoint import list_checkpoints
+from torchdlrm.train.optimizers import check_table_optimizer
+from torchdlrm.train.precision import Precision, choose_precision
+from torchdlrm.train.schedule import decay_kind
+from torchdlrm.train.trackers import check_trackers
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """A training to come.
+
+    Attributes:
+        config: of the run.
+        agenda: its steps.
+        solution: where the tables go, and what that costs.
+        precision: of the dense parts' matrix products.
+        validation_rows: rows of the val split that a validation reads.
+        from_step: where the run is now; 0 for a new one.
+    """
+
+    config: Config
+    agenda: Agenda
+    solution: Solution
+    precision: Precision
+    validation_rows: int
+    from_step: int
+
+    def lines(self) -> list[str]:
+        """Rows, steps and rates in words."""
+        config, agenda = self.config, self.agenda
+        last = agenda.rows_per_epoch - (agenda.steps_per_epoch - 1) * agenda.batch_size_global
+        smaller = f", the last one {last:,}" if last != agenda.batch_size_global else ""
+        start = f", going on after step {self.from_step:,}" if self.from_step else ""
+        schedule = config.schedule
+        warm_up = f", {schedule.warmup_steps:,} steps of warm-up" if schedule.warmup_steps else ""
+        optimizers = [
+            f"{chosen.name} {chosen.learning_rate:g} for {what}"
+            for chosen, what in ((config.table_optimizer, "the tables"), (config.dense_optimizer, "the rest"))
+        ]
+        steps = f"{agenda.steps_per_epoch:,} steps of {agenda.batch_size_global:,} rows{smaller}"
+        return [
+            f"an epoch: {agenda.rows_per_epoch:,} rows, {steps}",
+            f"the run: {agenda.num_steps:,} steps, {agenda.rows_after(agenda.num_steps):,} rows{start}",
+            f"precision of the dense parts: {self.precision}",
+            f"validation: {self._validation()}",
+            f"optimizers: {', '.join(optimizers)}; rate {decay_kind(schedule)}{warm_up}",
+        ]
+
+    def _validation(self) -> str:
+        if not self.validation_rows:
+            return "none, the val split has no rows"
+        chosen = self.config.validation
+        times = [f"every {chosen.every_steps:,} steps"] if chosen.every_steps else []
+        times += [f"every {chosen.every_rows:,} training rows"] if chosen.every_rows else []
+        return f"{self.validation_rows:,} rows, {', '.join([*times, 'at the end'])}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **asdict(self.agenda),
+            "steps_per_epoch": self.agenda.steps_per_epoch,
+            "num_rows": self.agenda.rows_after(self.agenda.num_steps),
+            "precision": str(self.precision),
+            "validation_rows": self.validation_rows,
+            "from_step": self.from_step,
+            "plan": plan_as_dict(self.solution),
+        }
+
+
+def foresee(
+    config: Config, dataset: Dataset, run: Path, *, world_size: int, local_world_size: int, restart: bool
+) -> Prospect:
+    """Look ahead, and refuse now what would be refused later.
+
+    Args:
+        config: of the run.
+        dataset: to train on.
+        run: folder of the run, which need not be there.
+        world_size: number of processes.
+        local_world_size: number of processes on this host.
+        restart: what is in the folder will be removed.
+
+    Raises:
+        ConfigError: the device lacks the tables' optimizer, or a tracker's package is missing.
+        DatasetError: there are no training rows.
+        PlanError: the tables do not fit, or the given plan does not.
+    """
+    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    check_table_optimizer(config.table_optimizer, device)
+    check_trackers(config.logging.trackers)
+    rows = dataset.splits["train"].rows
+    if not rows:
+        msg = f"{dataset.path}: the train split has no rows"
+        raise DatasetError(msg)
+    solution = foreseen_plan(
+        config, dataset.num_embeddings, world_size=world_size, local_world_size=local_world_size, device=device
+    )
+    validation_rows = min(dataset.splits["val"].rows, config.validation.max_rows or dataset.splits["val"].rows)
+    steps = [] if restart else list_checkpoints(run / "checkpoints")
+    precision = choose_precision(
+        config, num_sparse_features=len(dataset.sparse_names), world_size=world_size, device=device
+    )
+    return Prospect(config, Agenda.of(config, rows), solution, precision, validation_rows, max(steps, default=0))

@@ -1,0 +1,155 @@
+"""Where metrics go besides metrics.jsonl: one small interface, and TensorBoard, Weights & Biases and MLflow behind it.
+
+TensorBoard comes with torchdlrm; the other two are optional. Where they send to is said by their own environment
+variables (WANDB_MODE, WANDB_BASE_URL, MLFLOW_TRACKING_URI, ...). What they call the run is kept in trackers.json, so
+that a run that is taken up again goes on in the same place.
+"""
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from torchdlrm.config import Config, knobs
+from torchdlrm.errors import ConfigError
+
+IDS_NAME = "trackers.json"
+# Tracker -> what is imported; the extra has the tracker's name.
+_PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
+logger = logging.getLogger("torchdlrm")
+
+
+class Tracker(Protocol):
+    """Is told the metrics of a run. A tracker that cannot be reached must not end the training."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Metrics by name, such as `val/auc`, after `step`."""
+
+    def close(self) -> None:
+        """The process ends; the run may go on in another."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers whose package is not installed.
+
+    Raises:
+        ConfigError: names every missing one and how to install it.
+    """
+    missing = [name for name in names if find_spec(_PACKAGES[name]) is None]
+    if missing:
+        lines = [
+            f"logging.trackers: {name} is not installed; pip install 'torchdlrm[{name}]', or leave it out"
+            for name in missing
+        ]
+        raise ConfigError("\n".join(lines))
+
+
+def open_trackers(run_path: Path, config: Config, *, from_step: int) -> list[Tracker]:
+    """The trackers that a config asks for.
+
+    Args:
+        run_path: the run's folder.
+        config: of the run.
+        from_step: where the run goes on.
+
+    Raises:
+        ConfigError: a tracker cannot be reached, or does not let us in.
+    """
+    names = config.logging.trackers
+    found: list[Tracker] = [_TensorBoard(run_path, from_step)] if config.logging.tensorboard else []
+    if not names:
+        return found
+    path = run_path / IDS_NAME
+    ids: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name in names:
+        kind = _Wandb if name == "wandb" else _Mlflow
+        try:
+            tracker = kind(run_path, config, ids.get(name))
+        except Exception as error:  # what wandb and MLflow raise has no common root, and all of it means this
+            msg = f"logging.trackers: {name} cannot be used: {str(error).splitlines()[0]}"
+            raise ConfigError(msg) from error
+        ids[name] = tracker.run_id
+        found.append(tracker)
+    path.write_text(json.dumps(ids) + "\n", encoding="utf-8")
+    return found
+
+
+class _TensorBoard:
+    def __init__(self, run_path: Path, from_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - half a second, and optional
+
+        self._writer = SummaryWriter(run_path / "tensorboard", purge_step=from_step + 1)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, run_path: Path, config: Config, run_id: str | None) -> None:
+        import wandb  # noqa: PLC0415 - optional
+
+        self.run_id = run_id or uuid.uuid4().hex[:12]
+        self._run: Any = wandb.init(
+            project=config.logging.experiment,
+            name=run_path.resolve().name,
+            id=self.run_id,
+            resume="allow",
+            dir=run_path,
+            config=_flat(config),
+        )
+        # wandb's own step never goes back, but a run that was killed does.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Mlflow:
+    def __init__(self, run_path: Path, config: Config, run_id: str | None) -> None:
+        import mlflow  # noqa: PLC0415 - optional
+
+        self._mlflow: Any = mlflow
+        self._client: Any = mlflow.MlflowClient()
+        if run_id is not None:
+            self.run_id = run_id
+            self._client.update_run(run_id, status="RUNNING")
+            return
+        name = config.logging.experiment
+        experiment = self._client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        self.run_id = self._client.create_run(experiment_id, run_name=run_path.resolve().name).info.run_id
+        params = [self._mlflow.entities.Param(key, str(value)) for key, value in _flat(config).items()]
+        self._client.log_batch(self.run_id, params=params)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        now_ms = int(time.time() * 1000)
+        metrics = [self._mlflow.entities.Metric(name, value, now_ms, step) for name, value in values.items()]
+        try:
+            self._client.log_batch(self.run_id, metrics=metrics)
+        except (OSError, self._mlflow.MlflowException) as error:
+            logger.warning("MLflow did not take the metrics of step %d: %s", step, error)
+
+    def close(self) -> None:
+        try:
+            self._client.set_terminated(self.run_id)
+        except (OSError, self._mlflow.MlflowException) as error:
+            logger.warning("MLflow was not told that the run has ended: %s", error)
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """Every knob's value by its dotted name."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    return {
+        name: values[name] if "." not in name else values[name.split(".")[0]][name.split(".")[1]] for name, _ in knobs()
+    }
