@@ -38,9 +38,9 @@ def test_documented_commands_parse(command, monkeypatch):
     function, bound, _ = App.parse_args(app, tokens, print_error=False, exit_on_error=False)
     assert function.__module__.startswith("torchdlrm.cli.")
     if tokens[0] == "train":
-        from torchdlrm.cli.overrides import parse_overrides
+        from torchdlrm.cli.overrides import split_config
 
-        load_config(bound.arguments.get("config"), parse_overrides(bound.arguments.get("overrides", ())))
+        load_config(*split_config(bound.arguments["config"]))
 
 
 def test_every_verb_is_in_the_readme():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from torchdlrm.cli.overrides import Overrides, parse_overrides
+from torchdlrm.cli.overrides import Overrides, split_config
 from torchdlrm.cli.terminal import console, print_json, progress_bars
 from torchdlrm.config import Config, load_config
 from torchdlrm.errors import ConfigError
@@ -21,8 +21,7 @@ Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 
 
 def train(
-    config: Path | None = None,
-    *overrides: Overrides,
+    *config: Overrides,
     dataset: Path,
     run: Path,
     restart: bool = False,
@@ -43,7 +42,8 @@ def train(
     Parameters
     ----------
     config
-        TOML file; configs/ holds ready-made ones. Without it every key has its default: the paper's model.
+        TOML file, every key has its default (the paper's model) without it; then keys to override. configs/ holds
+        ready-made ones.
     dataset
         Folder written by `dlrm preprocess`.
     run
@@ -67,8 +67,10 @@ def train(
     json
         Print one JSON object on standard output.
     """
-    chosen = {} if plan is None else {"sharding.plan": str(plan.resolve())}
-    settings = load_config(config, {**parse_overrides(overrides), **chosen})
+    path, overrides = split_config(config)
+    if plan is not None:
+        overrides["sharding.plan"] = str(plan.resolve())
+    settings = load_config(path, overrides)
     if nnodes > 1 and not rdzv_endpoint:
         raise ConfigError("--rdzv-endpoint: needed with --nnodes, HOST:PORT of one of the machines, the same on each")
 

@@ -1,0 +1,40 @@
+"""Every knob of a run, from a TOML file and the command line to a checked `Config`."""
+
+from torchdlrm.config.document import configuration_markdown
+from torchdlrm.config.sections import (
+    CheckpointConfig,
+    Config,
+    DenseOptimizerConfig,
+    LoaderConfig,
+    LoggingConfig,
+    ModelConfig,
+    ScheduleConfig,
+    ShardingConfig,
+    StopConfig,
+    TableOptimizerConfig,
+    TableOptimizerName,
+    TrainConfig,
+    ValidationConfig,
+    knobs,
+)
+from torchdlrm.config.text import config_toml, load_config
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DenseOptimizerConfig",
+    "LoaderConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "ScheduleConfig",
+    "ShardingConfig",
+    "StopConfig",
+    "TableOptimizerConfig",
+    "TableOptimizerName",
+    "TrainConfig",
+    "ValidationConfig",
+    "config_toml",
+    "configuration_markdown",
+    "knobs",
+    "load_config",
+]

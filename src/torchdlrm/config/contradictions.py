@@ -1,0 +1,65 @@
+"""What no single key of a config can see."""
+
+from collections.abc import Mapping
+
+from torchdlrm.config.sections import Config, ScheduleConfig
+
+
+def contradictions(config: Config) -> list[str]:
+    """Keys that do not go together, each with its value and what to do."""
+    model = config.model
+    found = []
+    if model.dense_arch_layer_sizes[-1] != model.embedding_dim:
+        found.append(
+            f"model.dense_arch_layer_sizes: ends with {model.dense_arch_layer_sizes[-1]}, but must end with "
+            f"model.embedding_dim = {model.embedding_dim}"
+        )
+    if model.embedding_dim % 4:
+        found.append(f"model.embedding_dim: must be a multiple of 4 (FBGEMM's rows), got {model.embedding_dim}")
+    if model.over_arch_layer_sizes[-1] != 1:
+        found.append(f"model.over_arch_layer_sizes: must end with 1, the logit, got {model.over_arch_layer_sizes[-1]}")
+    return [*found, *_schedule_contradictions(config.schedule), *_unread_knobs(config)]
+
+
+def _schedule_contradictions(schedule: ScheduleConfig) -> list[str]:
+    found = []
+    if schedule.decay_start_step and schedule.decay_start_step < schedule.warmup_steps:
+        found.append(
+            f"schedule.decay_start_step: {schedule.decay_start_step} is before the end of the warm-up "
+            f"(schedule.warmup_steps = {schedule.warmup_steps})"
+        )
+    if schedule.name == "constant" and (schedule.decay_steps or schedule.decay_start_step):
+        found.append("schedule.name: constant has no decay, but decay_start_step or decay_steps is set")
+    if schedule.name is None and schedule.decay_start_step and not schedule.decay_steps:
+        found.append("schedule.decay_start_step: is set, but neither schedule.name nor schedule.decay_steps")
+    return found
+
+
+# Which optimizers read a knob that not all of them have.
+_ADAM_KINDS = ("adam", "partial_rowwise_adam", "lamb", "partial_rowwise_lamb", "adamw")
+_READERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "table_optimizer": {
+        "beta1": _ADAM_KINDS,
+        "beta2": _ADAM_KINDS,
+        "weight_decay": ("rowwise_adagrad", *_ADAM_KINDS),
+        "initial_accumulator": ("rowwise_adagrad", "adagrad"),
+    },
+    "dense_optimizer": {
+        "beta1": _ADAM_KINDS,
+        "beta2": _ADAM_KINDS,
+        "momentum": ("sgd",),
+        "initial_accumulator": ("adagrad",),
+    },
+}
+
+
+def _unread_knobs(config: Config) -> list[str]:
+    """Knobs that were changed although the chosen optimizer has no such thing."""
+    found = []
+    for section, readers in _READERS.items():
+        chosen = getattr(config, section)
+        for leaf, names in readers.items():
+            value = getattr(chosen, leaf)
+            if chosen.name not in names and value != type(chosen).model_fields[leaf].default:
+                found.append(f"{section}.{leaf}: {section}.name = {chosen.name} has no such thing, got {value!r}")
+    return found

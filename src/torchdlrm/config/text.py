@@ -1,0 +1,122 @@
+"""Config <-> TOML text, from files and from the command line.
+
+In: a TOML file and overrides by dotted name.  Out: a `Config`, or one error that lists every problem.
+"""
+
+import difflib
+import tomllib
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+
+from torchdlrm.config.contradictions import contradictions
+from torchdlrm.config.sections import Config, knobs
+from torchdlrm.errors import ConfigError
+
+
+def load_config(path: Path | None, overrides: Mapping[str, str] | None = None) -> Config:
+    """The config in a TOML file (defaults where it is silent), changed by overrides such as {"train.epochs": "2"}.
+
+    Raises:
+        ConfigError: the file cannot be read, or keys or values are wrong; every problem in one message.
+    """
+    raw: dict[str, Any] = {}
+    where: dict[str, str] = {}
+    if path is not None:
+        try:
+            with path.open("rb") as file:
+                raw = tomllib.load(file)
+        except OSError as error:
+            msg = f"{path}: cannot read the config: {error.strerror}. configs/ holds ready-made ones"
+            raise ConfigError(msg) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            msg = f"{path}: not a TOML file: {error}"
+            raise ConfigError(msg) from error
+    problems: list[str] = []
+    for name, text in (overrides or {}).items():
+        key = name.replace("-", "_")
+        where[key] = f"--{name}"
+        section, _, leaf = key.rpartition(".")
+        target = raw.setdefault(section, {}) if section else raw
+        if not isinstance(target, dict):
+            problems.append(f"--{name}: {section} is not a section")
+            continue
+        target[leaf] = _typed(key, text)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        problems += [_describe(item, path, where) for item in error.errors(include_url=False)]
+    else:
+        problems += contradictions(config)
+        if not problems:
+            return config
+    raise ConfigError("\n".join(["the config is wrong:", *(f"  {problem}" for problem in problems)]))
+
+
+def config_toml(config: Config) -> str:
+    """The config as TOML text that `load_config` reads back; keys that are not set are left out."""
+    top: list[str] = []
+    sections: list[str] = []
+    for name, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            leaves = [f"{leaf} = {toml_value(v)}" for leaf, v in value.items() if v is not None]
+            sections += ["", f"[{name}]", *leaves]
+        else:
+            top.append(f"{name} = {toml_value(value)}")
+    return "\n".join([*top, *sections]) + "\n"
+
+
+def toml_value(value: object) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    return repr(value)
+
+
+def _typed(key: str, text: str) -> object:
+    """An override's text as TOML would read it, so that both ways in are validated alike."""
+    field = dict(knobs()).get(key)
+    kinds = _plain_types(field.annotation) if field is not None else set()
+    if str in kinds:
+        return text
+    if tuple in kinds and not text.startswith("["):
+        text = f"[{text}]"
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        if tuple in kinds:  # names without quotation marks
+            return [int(part) if part.strip().isdigit() else part.strip() for part in text.strip("[]").split(",")]
+        return text
+    return float(value) if float in kinds and isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _plain_types(annotation: object) -> set[object]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _plain_types(get_args(annotation)[0])
+    if origin is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if origin in {Union, types.UnionType}:
+        return {kind for part in get_args(annotation) for kind in _plain_types(part)}
+    return {origin or annotation}
+
+
+def _describe(item: Any, path: Path | None, where: Mapping[str, str]) -> str:
+    names = [str(part) for part in item["loc"]]
+    key = ".".join(names)
+    named = [flag for name, flag in where.items() if f"{name}.".startswith(f"{key}.")]
+    place = named[0] if named else f"{path}: {key}"
+    if item["type"] == "extra_forbidden":
+        known = [name for name, _ in knobs()] + list(Config.model_fields)
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        leaf = [name for name in known if name.rpartition(".")[2] == names[-1]]
+        hint = (leaf or close or [""])[0]
+        return f"{place}: there is no such key" + (f"; did you mean {hint}?" if hint else "")
+    return f"{place}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
