@@ -96,9 +96,7 @@ def benchmark_step(
         nproc: processes of each contestant.
         progress: is told of every turn.
     """
-    precision = choose_precision(
-        config, num_sparse_features=len(num_embeddings), world_size=nproc, device=_device(nproc)
-    )
+    precision = choose_precision(config, num_sparse_features=len(num_embeddings), device=_device(nproc))
     contestants = {
         "ours": Contestant(our_step, config, num_embeddings, precision.dtype, nproc=nproc),
         "torchrec": Contestant(torchrec_step, config, num_embeddings, nproc=nproc),

@@ -13,7 +13,7 @@ from torchdlrm.train.threads import step_flops
 
 # Below this a step spends its time between kernels, and casting costs more than faster products save: the models of
 # configs/criteo-small.toml and configs/quickstart.toml are slower in bfloat16.
-MIN_BFLOAT16_FLOPS = 2e9
+MIN_BFLOAT16_FLOPS = 5e9
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,12 @@ class Precision:
         return f"{str(self.dtype).removeprefix('torch.')} ({self.reason})"
 
 
-def choose_precision(config: Config, *, num_sparse_features: int, world_size: int, device: torch.device) -> Precision:
+def choose_precision(config: Config, *, num_sparse_features: int, device: torch.device) -> Precision:
     """What `train.precision` says; `auto` takes bfloat16 where the device multiplies it faster and the work is enough.
 
     Args:
         config: of the run.
         num_sparse_features: F.
-        world_size: number of ranks that share a batch.
         device: where this rank computes.
     """
     if config.train.precision != "auto":
@@ -50,7 +49,8 @@ def choose_precision(config: Config, *, num_sparse_features: int, world_size: in
     units = [name for name, has in _bfloat16_units().items() if has]
     if not units:
         return Precision(torch.float32, "the processor has neither AVX512-BF16 nor AMX")
-    if step_flops(config, num_sparse_features, world_size) < MIN_BFLOAT16_FLOPS:
+    # Of the global batch: a run must not change its precision with the number of processes.
+    if step_flops(config, num_sparse_features, 1) < MIN_BFLOAT16_FLOPS:
         return Precision(torch.float32, "steps are too short for bfloat16 to pay")
     return Precision(torch.bfloat16, f"the processor has {units[0]}")
 

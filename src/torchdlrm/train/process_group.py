@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from torchdlrm.errors import LostProcessError
 
@@ -91,15 +92,35 @@ def join_process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
         device = torch.device("cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        _form_group(backend, device, timeout_s)
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
     try:
         yield Ranks(rank, world_size, local_world_size, device)
     finally:
         dist.destroy_process_group()
+
+
+def _form_group(backend: str, device: torch.device, timeout_s: float) -> None:
+    """Connect to the other processes, under keys of the store that no earlier start of the job has used.
+
+    The launcher's store outlives the processes. With the keys of a start before, gloo may find the address of a process
+    that is dead, and both sides wait until the timeout.
+    """
+    store, rank, world_size = next(rendezvous("env://"))
+    if world_size == int(os.environ["LOCAL_WORLD_SIZE"]):
+        start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    else:  # agents of several nodes count restarts each for itself: count who has come instead
+        start = (store.add("torchdlrm/processes", 1) - 1) // world_size
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"torchdlrm/start-{start}", store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
 
 
 def hush_engines() -> None:

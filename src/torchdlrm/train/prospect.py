@@ -113,7 +113,5 @@ def foresee(
     )
     validation_rows = min(dataset.splits["val"].rows, config.validation.max_rows or dataset.splits["val"].rows)
     steps = [] if restart else list_checkpoints(run / "checkpoints")
-    precision = choose_precision(
-        config, num_sparse_features=len(dataset.sparse_names), world_size=world_size, device=device
-    )
+    precision = choose_precision(config, num_sparse_features=len(dataset.sparse_names), device=device)
     return Prospect(config, Agenda.of(config, rows), solution, precision, validation_rows, max(steps, default=0))

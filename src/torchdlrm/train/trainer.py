@@ -63,7 +63,6 @@ class Trainer:
         self.precision = choose_precision(
             config,
             num_sparse_features=len(dataset.sparse_names),
-            world_size=ranks.world_size,
             device=ranks.device,
         )
         self._has_validation = dataset.splits["val"].rows > 0
