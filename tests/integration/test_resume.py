@@ -42,7 +42,11 @@ class Process:
         )
 
     def wait(self, timeout_s=240):
-        output, _ = self.process.communicate(timeout=timeout_s)
+        try:
+            output, _ = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            raise
         return self.process.returncode, output
 
     def workers(self):

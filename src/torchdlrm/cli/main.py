@@ -30,7 +30,7 @@ app.command("torchdlrm.cli.plan:plan", help="Show where tables go on a machine, 
 app.command("torchdlrm.cli.train:train", help="Train a DLRM on a dataset.")
 app.command("torchdlrm.cli.evaluate:evaluate", help="Measure a trained run on every row of a split.")
 app.command("torchdlrm.cli.bench:bench", name="bench", help="Time the hot paths on this machine.")
-app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset, a run or a bundle holds.")
+app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset holds.")
 
 
 def main() -> None:
