@@ -149,7 +149,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory", "lots"], "--memory: expected a size such as 4GB or 512MB, got 'lots'"),
+        (["--memory", "lots"], "--memory: expected a size such as 80GB, 79GiB or a number of bytes, got 'lots'"),
         (["--memory", "1MB"], "--memory: 1 MB is too little"),
         (["--workers", "0"], "--workers: must be at least 1, got 0"),
         (["--split", "time"], "a split by time needs one"),

@@ -13,6 +13,7 @@ from torchdlrm.data.log.cut import CHUNK_BYTES
 from torchdlrm.data.log.files import LogFile
 from torchdlrm.errors import ConfigError, DatasetError
 from torchdlrm.schema import FeatureSchema
+from torchdlrm.units import show_bytes
 
 BYTES_A_VALUE = 100
 _TEXT_OF_FORMAT = {"text": 1.0, "gzip": 3.5, "parquet": 3.0}
@@ -45,8 +46,8 @@ def choose_layout(
     needed = BASE_BYTES + part_memory_bytes(min(options.part_rows, most_rows), schema)
     if memory_bytes < needed:
         msg = (
-            f"--memory: {memory_bytes >> 20:,} MB is too little: one part of the dataset and the program itself take "
-            f"{(needed >> 20) + 1:,} MB"
+            f"--memory: {show_bytes(memory_bytes)} is too little: one part of the dataset and the program itself take "
+            f"{show_bytes(needed)}"
         )
         raise ConfigError(msg)
     share_bytes = (memory_bytes - BASE_BYTES) // tasks_in_memory
