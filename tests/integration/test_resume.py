@@ -256,7 +256,7 @@ def test_a_hung_process_ends_the_job_with_a_message(small_dataset, tmp_path):
     os.kill(hung, signal.SIGSTOP)
     poll = threading.Event()
     try:
-        for _ in range(400):
+        for _ in range(2000):
             if len(process.workers()) < 2 or process.process.poll() is not None:
                 break
             poll.wait(0.05)

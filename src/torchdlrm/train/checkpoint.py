@@ -91,8 +91,7 @@ class Checkpointer:
     ) -> None:
         self._folder, self._model, self._optimizer, self._ranks = folder, model, optimizer, ranks
         self._keep_last = keep_last
-        # A group of its own: its messages must not mix with those of the steps that go on meanwhile.
-        self._group = dist.new_group(backend="gloo")
+        self._group = ranks.new_group()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torchdlrm-checkpoint")
         self._pending: Future[None] | None = None
 

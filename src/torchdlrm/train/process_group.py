@@ -25,12 +25,14 @@ class Ranks:
         world_size: number of processes.
         local_world_size: number of processes on this host.
         device: where this process computes.
+        timeout_s: how long to wait for a process that does not answer, in seconds.
     """
 
     rank: int
     world_size: int
     local_world_size: int
     device: torch.device
+    timeout_s: float = 600.0
 
     @property
     def is_first(self) -> bool:
@@ -42,6 +44,14 @@ class Ranks:
         """All processes of the run."""
         group = dist.group.WORLD
         assert group is not None, "the group exists inside `join_process_group`"
+        return group
+
+    def new_group(self) -> dist.ProcessGroup:
+        """All processes once more, for messages that must not mix with those of the steps; every rank must call this.
+
+        It loses patience when the group itself does: torch's default is half an hour, whatever the first group has.
+        """
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
         return group
 
     def from_first(self, value: Any) -> Any:
@@ -97,7 +107,7 @@ def join_process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
     try:
-        yield Ranks(rank, world_size, local_world_size, device)
+        yield Ranks(rank, world_size, local_world_size, device, timeout_s)
     finally:
         dist.destroy_process_group()
 

@@ -25,7 +25,7 @@ class StopRequest:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._asked = False
-        self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+        self._group = ranks.new_group() if ranks.world_size > 1 else None
 
     def poll(self, step: int, *, save_is_due: bool) -> tuple[bool, bool]:
         """Whether to stop after `step`, and whether to save: the same answer on every rank.
