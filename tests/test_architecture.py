@@ -18,9 +18,10 @@ FLOORS = {
     "train": 5,
     "evaluate": 6,
     "export": 6,
-    "serve": 7,
-    "bench": 7,
-    "cli": 8,
+    "predict": 7,
+    "serve": 8,
+    "bench": 8,
+    "cli": 9,
 }
 NO_TORCH = {"errors", "schema", "progress", "metrics", "units", "config", "data"}
 # The root exception's floor: these may import each other, as long as there is no circle.
