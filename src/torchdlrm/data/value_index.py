@@ -145,8 +145,8 @@ class ValueIndex:
         hashes = hash_values(pl.Series(wanted))
         ids, slots = self._find(hashes, hashes)
         found = np.flatnonzero(ids)
-        same = pc.fill_null(pc.equal(texts.take(pa.array(slots[found])), wanted.take(pa.array(found))), fill_value=False)
-        for i in found[~same.to_numpy(zero_copy_only=False)]:
+        same = pc.equal(texts.take(pa.array(slots[found])), wanted.take(pa.array(found)))
+        for i in found[~pc.fill_null(same, fill_value=False).to_numpy(zero_copy_only=False)]:
             ids[i] = self._id_of(wanted[int(i)].as_py())
         if wanted.null_count:
             ids[wanted.is_null().to_numpy(zero_copy_only=False)] = self._missing_id
