@@ -37,6 +37,14 @@ def hash_numbers(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     return _hash(numbers, 0, _VALUE_STREAM)
 
 
+def hash_number(number: int) -> int:
+    """The hash that `hash_numbers` gives one number, in plain Python: a microsecond instead of ten for so few."""
+    x = (_VALUE_START + (number + 1) * int(_GOLDEN)) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
 def _hash(positions: npt.NDArray[np.int64], seed: int, stream: int) -> npt.NDArray[np.uint64]:
     """SplitMix64 (Steele, Lea and Flood 2014) started at a mix of seed and stream: one jump a row."""
     start = _mix(_mix(np.array([seed], np.uint64) * _GOLDEN) + np.uint64(stream))
@@ -47,3 +55,6 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+_VALUE_START = int(_mix(np.array([_VALUE_STREAM], np.uint64))[0])  # what `_hash` starts at with the seed 0

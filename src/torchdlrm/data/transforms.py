@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 import polars as pl
@@ -25,12 +26,18 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from torchdlrm.data.value_hash import hashed_ids
-from torchdlrm.data.vocabulary import Vocabulary
 from torchdlrm.schema import DenseColumn, DenseTransform, FeatureSchema, SparseColumn
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _HUGE_EXPONENT = 510
 _HUGE = 2.0**_HUGE_EXPONENT  # squares of larger values do not fit float64
+
+
+class ValueLookup(Protocol):
+    """Gives values their ids: a `Vocabulary` in memory, or a `ValueIndex` on disk."""
+
+    def lookup(self, values: pl.Series) -> pl.Series:
+        """The id of each value: Int32, 0 for a value without one; the name of `values`."""
 
 
 class FittedDense(BaseModel):
@@ -108,7 +115,7 @@ def encode(
     frame: pl.DataFrame,
     schema: FeatureSchema,
     dense: Mapping[str, FittedDense],
-    vocabularies: Mapping[str, Vocabulary],
+    vocabularies: Mapping[str, ValueLookup],
 ) -> pl.DataFrame:
     """Raw rows as the model reads them.
 
@@ -130,7 +137,7 @@ def encode(
     )
 
 
-def encode_sparse(values: pl.Series, column: SparseColumn, vocabulary: Vocabulary | None) -> pl.Series:
+def encode_sparse(values: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:
     """The ids of a sparse column's values: Int32, or lists of it; a missing list of values is an empty one.
 
     Args:
@@ -147,7 +154,7 @@ def encode_sparse(values: pl.Series, column: SparseColumn, vocabulary: Vocabular
     return _ids(values, column, vocabulary)
 
 
-def _ids(values: pl.Series, column: SparseColumn, vocabulary: Vocabulary | None) -> pl.Series:
+def _ids(values: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:
     if column.hash is not None:
         return pl.Series(values.name, hashed_ids(values, column.hash))
     assert vocabulary is not None, "a column that is not hashed has a vocabulary"

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from torchdlrm.data.shuffle import hash_numbers
+from torchdlrm.data.shuffle import hash_number, hash_numbers
 
 _FNV_START, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _MISSING = np.uint64(0x6D697373696E6721)
@@ -29,6 +29,14 @@ def hash_values(values: pl.Series) -> npt.NDArray[np.uint64]:
 def hashed_ids(values: pl.Series, num_embeddings: int) -> npt.NDArray[np.int32]:
     """The id of each value of a hashed feature, from 0 to `num_embeddings` - 1: int32 [D]."""
     return (hash_values(values) % np.uint64(num_embeddings)).astype(np.int32)
+
+
+def hash_text(value: str) -> int:
+    """The hash that `hash_values` gives a text, in plain Python: microseconds for one, slow for many."""
+    x = int(_FNV_START)
+    for byte in value.encode():
+        x = (x ^ byte) * int(_FNV_PRIME) % 2**64
+    return hash_number(x)
 
 
 def _hash_text(values: pl.Series) -> npt.NDArray[np.uint64]:
