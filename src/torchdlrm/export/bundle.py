@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from torchdlrm.data.dataset import sha256_of
 from torchdlrm.data.transforms import FittedDense, ValueLookup
-from torchdlrm.data.vocabulary import UNKNOWN_ID, Vocabulary
+from torchdlrm.data.value_index import ValueIndex
+from torchdlrm.data.vocabulary import UNKNOWN_ID
 from torchdlrm.errors import BundleError
 from torchdlrm.export.manifest import SAMPLE_NAME, WEIGHTS_NAME, BundleManifest, FileRecord
 from torchdlrm.export.verification import BlockVerifier
@@ -130,9 +131,9 @@ class Bundle:
         column = next(column for column in self.schema.sparse if column.name == name)
         assert column.hash is None, f"{name} is hashed"
         record = self.manifest.sparse[name]
-        if record.vocabulary is None:
+        if record.index is None:
             return PlainIds(record.num_embeddings)
-        return Vocabulary.read(self.path / record.vocabulary, name, column.kind)
+        return ValueIndex.open(self.path / record.index, kind=column.kind)
 
     @cached_property
     def vocabularies(self) -> dict[str, ValueLookup]:

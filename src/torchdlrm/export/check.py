@@ -99,16 +99,16 @@ def compare(
     )
     if not difference <= allowed.difference:  # also where it is NaN
         msg = (
-            f"the bundle predicts other than the checkpoint: a probability differs by {difference:.2g} on {len(labels):,} "
-            f"rows of {split}, and the precision explains {allowed.difference:.2g}; nothing was left behind. Export "
+            f"the bundle predicts other than the checkpoint: a probability differs by {difference:.2g} on "
+            f"{len(labels):,} rows of {split}, and the precision explains {allowed.difference:.2g}; nothing was left behind. Export "
             "with a higher --precision or --dense-precision float32"
         )
         raise BundleError(msg)
     increase, error = _increase(labels, before, after)
     if increase - _STANDARD_ERRORS * error > allowed.logloss_increase:
         msg = (
-            f"the bundle's logloss on {len(labels):,} rows of {split} is {increase:.6f} higher than the checkpoint's, and "
-            f"the precision explains {allowed.logloss_increase:.6f}; nothing was left behind. Export with a higher "
+            f"the bundle's logloss on {len(labels):,} rows of {split} is {increase:.6f} higher than the checkpoint's, "
+            f"and the precision explains {allowed.logloss_increase:.6f}; nothing was left behind. Export with a higher "
             "--precision or --dense-precision float32"
         )
         raise BundleError(msg)

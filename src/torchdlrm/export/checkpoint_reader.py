@@ -1,9 +1,9 @@
 """The weights of a checkpoint, read in place: any rows of any table, whatever number of ranks wrote it.
 
 In: a folder that `torch.distributed.checkpoint` wrote.  Out: float32 tensors.  `torch.distributed.checkpoint` itself
-loads a whole shard to give a part of it, and a shard may be a table of 20 GB.  Its files hold each shard as `torch.save`
-writes it, a zip archive whose entries are not compressed, so the numbers of a shard lie in one piece and are mapped into
-memory: what is read is what is touched.
+loads a whole shard to give a part of it, and a shard may be a table of 20 GB.  Its files hold each shard as
+`torch.save` writes it, a zip archive whose entries are not compressed, so the numbers of a shard lie in one piece and
+are mapped into memory: what is read is what is touched.
 """
 
 import io
@@ -72,8 +72,7 @@ class CheckpointReader:
         whole = np.empty(self.shapes[name], np.float32)
         for chunk in self._chunks[name]:
             where = tuple(
-                slice(offset, offset + size)
-                for offset, size in zip(chunk.offsets, chunk.values.shape, strict=True)
+                slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.values.shape, strict=True)
             )
             whole[where] = chunk.values
         return torch.from_numpy(whole)

@@ -45,8 +45,8 @@ class EncodedRows:
         if any(column.is_multi_valued for column in schema.sparse):
             return cls(dense, tuple(_bags(frame[column.name]) for column in schema.sparse))
         ids_FB = np.empty((len(schema.sparse), frame.height), np.int32)
-        for index, column in enumerate(schema.sparse):
-            ids_FB[index] = frame[column.name].to_numpy()
+        for index, feature in enumerate(schema.sparse):
+            ids_FB[index] = frame[feature.name].to_numpy()
         return cls(dense, ids_FB)
 
     def part(self, start: int, stop: int) -> Self:

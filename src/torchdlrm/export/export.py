@@ -106,7 +106,7 @@ def export(
         written = write_weights(checkpoint, options.precisions, folder / WEIGHTS_NAME, progress)
         vocabularies = copy_vocabularies(dataset, folder)
         files = {WEIGHTS_NAME: written.record}
-        files |= {path: file_record(folder / path) for path in vocabularies.values()}
+        files |= {path: file_record(folder / path) for paths in vocabularies.values() for path in paths}
         manifest = _manifest(run, dataset, options, step, written, vocabularies, files)
         _write_manifest(folder, manifest)
         bundle = Bundle.open(folder, progress=progress)
@@ -133,7 +133,7 @@ def _manifest(
     options: ExportOptions,
     step: int,
     written: WrittenWeights,
-    vocabularies: Mapping[str, str],
+    vocabularies: Mapping[str, tuple[str, str]],
     files: dict[str, FileRecord],
 ) -> BundleManifest:
     environment = run.environment
@@ -145,7 +145,8 @@ def _manifest(
             feature: SparseRecord(
                 num_embeddings=num_embeddings,
                 precision=options.precisions[feature],
-                vocabulary=vocabularies.get(feature),
+                vocabulary=vocabularies[feature][0] if feature in vocabularies else None,
+                index=vocabularies[feature][1] if feature in vocabularies else None,
             )
             for feature, num_embeddings in dataset.num_embeddings.items()
         },
@@ -170,7 +171,11 @@ def _write_manifest(folder: Path, manifest: BundleManifest) -> None:
 
 def _write_sample(dataset: Dataset, split: str, bundle: Bundle, model: ServedModel) -> None:
     encoded = next(held_out_rows(dataset, split, 4 * _SAMPLE_ROWS))
-    raw = raw_sample(encoded, bundle.schema, bundle.dense, bundle.vocabularies, max_rows=_SAMPLE_ROWS)
+    vocabularies = {
+        name: dataset.vocabulary(name) if bundle.manifest.sparse[name].vocabulary is not None else lookup
+        for name, lookup in bundle.vocabularies.items()
+    }
+    raw = raw_sample(encoded, bundle.schema, bundle.dense, vocabularies, max_rows=_SAMPLE_ROWS)
     rows = encode(raw, bundle.schema, bundle.dense, bundle.vocabularies)
     predictions = model.predict(EncodedRows.from_frame(rows, bundle.schema))
     raw.with_columns(pl.Series(PREDICTION_COLUMN, predictions)).write_parquet(bundle.path / SAMPLE_NAME)

@@ -1,4 +1,4 @@
-"""`bundle.json`: what a bundle holds, and the checksums by which every bit of it is known.  See docs/bundle-format.md."""
+"""`bundle.json`: what a bundle holds, and checksums by which every bit of it is known.  See docs/bundle-format.md."""
 
 import hashlib
 import json

@@ -1,8 +1,8 @@
 """Raw rows made back from encoded ones: what a bundle carries to be checked with wherever it is opened.
 
-A dataset holds encoded rows alone.  An id becomes its value again by the vocabulary, id 0 a value outside of it, a dense
-value what its transform maps to it; and a row is kept where encoding it gives exactly the encoded row again.  For a
-hashed feature any value will do.
+A dataset holds encoded rows alone.  An id becomes its value again by the vocabulary, id 0 a value outside of it, a
+dense value what its transform maps to it; and a row is kept where encoding it gives exactly the encoded row again.  For
+a hashed feature any value will do.
 
 B rows.
 """
@@ -86,11 +86,12 @@ def _values(ids: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None
     return found.zip_with(~is_unknown, pl.Series([unknown], dtype=dtype))
 
 
-def _outside(vocabulary: Vocabulary, dtype: type[pl.DataType]) -> object:
+def _outside(vocabulary: Vocabulary, dtype: type[pl.DataType]) -> str | int:
     """A value that has no id of its own."""
     numbers = pl.Series(np.random.default_rng(0).integers(2**31, size=_CANDIDATES))
     candidates = pl.select(pl.lit("unknown-") + numbers.cast(pl.String)).to_series() if dtype == pl.String else numbers
     candidates = candidates.cast(dtype)
     outside = candidates.filter(vocabulary.lookup(candidates) == UNKNOWN_ID)
     assert len(outside), "64 values out of 2^31 that are all in one vocabulary"
-    return outside[0]
+    value: str | int = outside[0]
+    return value

@@ -87,8 +87,8 @@ class BlockVerifier:
         data = os.pread(self._file, BLOCK_BYTES, block * BLOCK_BYTES)
         if hashlib.sha256(data).digest() != self._digests[block]:
             msg = (
-                f"{self._path}: damaged: the sha256 of block {block} (from byte {block * BLOCK_BYTES:,}) is not what was "
-                "written; copy or export the bundle again"
+                f"{self._path}: damaged: the sha256 of block {block} (from byte {block * BLOCK_BYTES:,}) is not what "
+                "was written; copy or export the bundle again"
             )
             self._damage = BundleError(msg)
             raise self._damage

@@ -1,9 +1,9 @@
 """`weights.safetensors`: written block by block, read in place, each block with a checksum of its own.
 
-The file is a plain safetensors file (https://github.com/huggingface/safetensors), which other programs read too: 8 bytes
-with the length of a JSON header, the header, the numbers.  All sizes are known beforehand, so that the header is written
-first and tables are appended a block of rows at a time.  Reading maps the file: several processes share the pages, and
-pages that nobody looks up are not read.
+The file is a plain safetensors file (https://github.com/huggingface/safetensors), which other programs read too: 8
+bytes with the length of a JSON header, the header, the numbers.  All sizes are known beforehand, so that the header is
+written first and tables are appended a block of rows at a time.  Reading maps the file: several processes share the
+pages, and pages that nobody looks up are not read.
 """
 
 import hashlib
@@ -79,7 +79,7 @@ class WeightsWriter:
     def append(self, piece: Tensor) -> None:
         """The next numbers: a contiguous tensor."""
         self._left -= piece.nbytes
-        self._write(memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy()))
+        self._write(memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy().data))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from torchdlrm.data.atomic import sync
 from torchdlrm.data.dataset import Dataset, sha256_of
-from torchdlrm.errors import BundleError
+from torchdlrm.data.value_index import write_index
+from torchdlrm.errors import BundleError, DatasetError
 from torchdlrm.export.bundle import table_name
 from torchdlrm.export.checkpoint_reader import CheckpointReader
 from torchdlrm.export.manifest import FileRecord
@@ -119,9 +120,7 @@ def write_weights(
                 quantized = quantize_rows(rows, tables[record.name])
                 writer.append(quantized)
                 progress.advance(quantized.nbytes)
-    return WrittenWeights(
-        FileRecord(size_bytes=path.stat().st_size, sha256=writer.sha256), tuple(writer.block_sha256)
-    )
+    return WrittenWeights(FileRecord(size_bytes=path.stat().st_size, sha256=writer.sha256), tuple(writer.block_sha256))
 
 
 def _records(checkpoint: CheckpointReader, precisions: Mapping[str, TablePrecision]) -> list[TensorRecord]:
@@ -142,21 +141,23 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def copy_vocabularies(dataset: Dataset, folder: Path) -> dict[str, str]:
-    """Copy the vocabularies of a dataset to `folder`/vocabulary.
+def copy_vocabularies(dataset: Dataset, folder: Path) -> dict[str, tuple[str, str]]:
+    """Copy the vocabularies of a dataset to `folder`/vocabulary, and write an index of each.
 
     Returns:
-        The path within `folder` of each feature's file; hashed features have none.
+        The paths within `folder` of each feature's vocabulary and index; features without a vocabulary have none.
     """
     (folder / "vocabulary").mkdir()
     paths = {}
     for feature, sparse in dataset.manifest.sparse.items():
         if sparse.vocabulary is not None:
-            paths[feature] = f"vocabulary/{feature}.parquet"
-            shutil.copyfile(dataset.path / sparse.vocabulary.path, folder / paths[feature])
-            if sha256_of(folder / paths[feature]) != sparse.vocabulary.sha256:
+            table, index = f"vocabulary/{feature}.parquet", f"vocabulary/{feature}.index"
+            shutil.copyfile(dataset.path / sparse.vocabulary.path, folder / table)
+            if sha256_of(folder / table) != sparse.vocabulary.sha256:
                 msg = f"{dataset.path / sparse.vocabulary.path}: damaged; copy or preprocess the dataset again"
-                raise BundleError(msg)
+                raise DatasetError(msg)
+            write_index(dataset.vocabulary(feature), folder / index)
+            paths[feature] = (table, index)
     return paths
 
 
