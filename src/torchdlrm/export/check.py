@@ -1,8 +1,8 @@
 """Do a bundle and its checkpoint predict the same, as far as the precision allows?
 
 The same encoded rows go through both.  Two questions: how far is the worst row off, and how much worse is the logloss?
-The second is a mean over rows whose errors have either sign, so few rows say little about it: it counts as too high when
-it is so by more than three standard errors.
+The second is a mean over rows whose errors have either sign, so few rows say little about it: it counts as too high
+when it is so by more than three standard errors.
 """
 
 import math
@@ -100,8 +100,8 @@ def compare(
     if not difference <= allowed.difference:  # also where it is NaN
         msg = (
             f"the bundle predicts other than the checkpoint: a probability differs by {difference:.2g} on "
-            f"{len(labels):,} rows of {split}, and the precision explains {allowed.difference:.2g}; nothing was left behind. Export "
-            "with a higher --precision or --dense-precision float32"
+            f"{len(labels):,} rows of {split}, and the precision explains {allowed.difference:.2g}; nothing was left behind. "
+            "Export with a higher --precision or --dense-precision float32"
         )
         raise BundleError(msg)
     increase, error = _increase(labels, before, after)
