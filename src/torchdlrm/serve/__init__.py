@@ -1,0 +1,1 @@
+"""Predictions over HTTP and gRPC, and a page for people."""

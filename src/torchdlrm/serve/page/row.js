@@ -1,0 +1,172 @@
+// One row: fields to edit, its probability, and which columns moved it.
+
+import { bar, element, percent, points } from "/page/figures.js";
+import { cellText, featuresOf, parseLog, rowJson } from "/page/log.js";
+import { postPredict } from "/page/server.js";
+
+const NUM_SHOWN = 12;
+const PAUSE_MS = 180; // after the last key stroke: typing a number asks once
+const byId = (id) => document.getElementById(id);
+
+/** Sets up the panel; `onError` gets what is not about the row (a missing key). */
+export function startRow(schema, onError) {
+  const features = featuresOf(schema);
+  const fields = new Map();
+  const form = byId("row-form");
+  let running = new AbortController(), timer = 0, showsAll = false, contributions = [];
+
+  for (const [role, title, hint] of [["dense", "Dense", "numbers"], ["sparse", "Sparse", "categories"]]) {
+    const columns = features.filter((column) => column.role === role);
+    const grid = element("div", { className: `fields ${role}` });
+    for (const column of columns) grid.append(makeField(column, fields));
+    byId("fields").append(element("fieldset", {},
+      element("legend", {}, title, element("span", {}, ` ${columns.length} ${hint}`)), grid));
+  }
+  (schema.examples ?? []).forEach((example, i) => {
+    const button = element("button", { type: "button", textContent: `Example ${i + 1}` });
+    button.addEventListener("click", () => fill(new Map(features.map((c) => [c.name, cellText(c, example[c.name])]))));
+    byId("examples").append(button);
+  });
+  byId("paste-hint").textContent = pasteHint(schema, features);
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    predict();
+  });
+  byId("fields").addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(predict, PAUSE_MS);
+  });
+  byId("clear").addEventListener("click", () => fill(new Map()));
+  byId("paste").addEventListener("input", (event) => paste(event.target.value));
+  byId("all-contributions").addEventListener("click", () => {
+    showsAll = !showsAll;
+    drawContributions();
+  });
+  const first = byId("examples").firstElementChild;
+  if (first) first.click();
+  else predict();
+
+  function paste(text) {
+    const note = byId("paste-note");
+    note.className = "note";
+    note.textContent = "";
+    if (text.trim() === "") return;
+    try {
+      const log = parseLog(text, schema);
+      if (log.rows.length === 0) throw new Error("There is a header, but no line after it.");
+      fill(log.rows[0]);
+      const label = log.labels?.[0] ?? null;
+      const told = label === null ? "" : ` Its label says: ${label === 1 ? "clicked" : "not clicked"}.`;
+      note.textContent = log.rows.length > 1 ? `Filled in the first of ${log.rows.length} lines.${told}` : `Filled in.${told}`;
+    } catch (error) {
+      note.textContent = error.message;
+      note.className = "note error";
+    }
+  }
+
+  function fill(row) {
+    for (const [name, input] of fields) input.value = row.get(name) ?? "";
+    predict();
+  }
+
+  async function predict() {
+    clearTimeout(timer);
+    running.abort();
+    const { signal } = running = new AbortController();
+    const row = new Map([...fields].map(([name, input]) => [name, input.value]));
+    const present = features.filter((column) => row.get(column.name) !== "");
+    const without = (name) => new Map([...row].filter(([other]) => other !== name));
+    const rows = [row, ...present.map((column) => without(column.name))].map((r) => rowJson(features, r));
+    byId("answer").setAttribute("aria-busy", "true");
+    try {
+      const { predictions, model, version } = await predictAll(rows, schema.max_rows ?? rows.length, signal);
+      byId("model").replaceChildren(...modelLine(model, version));
+      showProbability(predictions[0]);
+      contributions = present.map((column, i) => ({
+        name: column.name, value: row.get(column.name), difference: predictions[0] - predictions[i + 1],
+      }));
+      contributions.sort((a, b) => Math.abs(b.difference) - Math.abs(a.difference));
+      showError("");
+      drawContributions();
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      if (error.status === 401) onError(error);
+      showProbability(null);
+      showError(error.message);
+      contributions = [];
+      drawContributions();
+    } finally {
+      if (!signal.aborted) byId("answer").removeAttribute("aria-busy");
+    }
+  }
+
+  function showError(text) {
+    byId("row-error").textContent = text;
+    const words = new Set(text.match(/[A-Za-z_][A-Za-z0-9_]*/g));
+    for (const [name, input] of fields) input.setAttribute("aria-invalid", String(words.has(name)));
+  }
+
+  function drawContributions() {
+    byId("why").hidden = contributions.length === 0;
+    const least = Math.min(0, ...contributions.map(({ difference }) => difference));
+    const most = Math.max(0, ...contributions.map(({ difference }) => difference));
+    const shown = showsAll ? contributions : contributions.slice(0, NUM_SHOWN);
+    byId("contributions").tBodies[0].replaceChildren(...shown.map(({ name, value, difference }) => element("tr", {},
+      element("th", { scope: "row", textContent: name, title: name }),
+      element("td", { textContent: value, title: value, className: "value" }),
+      element("td", {}, bar(difference, least, most)),
+      element("td", { className: "num" }, element("data", { value: difference, textContent: points(difference) })))));
+    const button = byId("all-contributions");
+    button.hidden = contributions.length <= NUM_SHOWN;
+    button.textContent = showsAll ? "Show fewer" : `Show all ${contributions.length}`;
+  }
+}
+
+/** "model name · version" for the head of the page. */
+export function modelLine(model, version) {
+  return [element("b", { textContent: model }), element("span", { textContent: version, title: "version of the bundle" })];
+}
+
+async function predictAll(rows, maxRows, signal) {
+  const predictions = [];
+  let answer;
+  for (let start = 0; start < rows.length; start += maxRows) {
+    answer = await postPredict(`{"rows":[${rows.slice(start, start + maxRows).join(",")}]}`, signal);
+    predictions.push(...answer.predictions);
+  }
+  return { ...answer, predictions };
+}
+
+function makeField(column, fields) {
+  const input = element("input", {
+    id: `field-${column.name}`, placeholder: "missing", spellcheck: false, autocomplete: "off",
+    inputMode: column.kind === "float" ? "decimal" : "text",
+  });
+  const hint = column.value_separator ? `${column.kind}, values between “${column.value_separator}”` : column.kind;
+  input.title = hint ?? "";
+  fields.set(column.name, input);
+  const label = element("label", { textContent: column.name, title: `${column.name}: ${hint}` });
+  label.htmlFor = input.id;
+  return element("div", { className: column.value_separator ? "field long" : "field" }, label, input);
+}
+
+function pasteHint(schema, features) {
+  const names = { "\t": "tabs", ",": "commas", ";": "semicolons" };
+  const between = names[schema.separator] ?? `“${schema.separator}”`;
+  return schema.columns.length === features.length
+    ? `${features.length} cells between ${between}. It fills the fields below.`
+    : `${schema.columns.length} cells between ${between}, or the ${features.length} features alone. It fills the fields below.`;
+}
+
+function showProbability(probability) {
+  const shown = byId("probability");
+  if (probability === null) {
+    shown.textContent = "–";
+    byId("odds").textContent = "";
+    return;
+  }
+  shown.replaceChildren(element("data", { value: probability, textContent: percent(probability) }));
+  const oneIn = 1 / probability;
+  byId("odds").textContent = probability > 0 && probability < 0.5
+    ? `about one click in ${oneIn >= 9.5 ? Math.round(oneIn).toLocaleString("en") : oneIn.toFixed(1)}` : "";
+}
