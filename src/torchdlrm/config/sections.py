@@ -147,6 +147,9 @@ class LoggingConfig(_Section):
     """What a run writes while it trains."""
 
     every_steps: PositiveInt = Field(100, description="steps between two lines of metrics.jsonl")
+    profile_steps: NonNegativeInt = Field(
+        0, description="write a Chrome trace of so many steps to the run's profile/, and what is in it; 0 for none"
+    )
     tensorboard: bool = Field(default=True, description="also write TensorBoard event files")
     trackers: tuple[Literal["wandb", "mlflow"], ...] = Field(
         (),
