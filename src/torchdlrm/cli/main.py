@@ -41,6 +41,7 @@ def main() -> None:
     # when other programs need the cores a step took ten times as long; docs/benchmarks.md has the figures. Read when
     # torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would tell people when it starts and stops
     try:
         app(exit_on_error=False)
     except UserError as error:

@@ -100,8 +100,8 @@ def compare(
     if not difference <= allowed.difference:  # also where it is NaN
         msg = (
             f"the bundle predicts other than the checkpoint: a probability differs by {difference:.2g} on "
-            f"{len(labels):,} rows of {split}, and the precision explains {allowed.difference:.2g}; nothing was left behind. "
-            "Export with a higher --precision or --dense-precision float32"
+            f"{len(labels):,} rows of {split}, and the precision explains {allowed.difference:.2g}; nothing "
+            "was left behind. Export with a higher --precision or --dense-precision float32"
         )
         raise BundleError(msg)
     increase, error = _increase(labels, before, after)
