@@ -103,3 +103,31 @@ def small_bundle(small_run, small_dataset, tmp_path_factory):
         ExportOptions("small"),
     )
     return path
+
+
+def evaluated(run, dataset, split):
+    """Probabilities by the sharded model that `dlrm evaluate` builds, float32 [rows]."""
+    import torch
+
+    from torchdlrm.loader.loader import Loader
+    from torchdlrm.train.checkpoint import Checkpointer, find_checkpoint
+    from torchdlrm.train.process_group import join_process_group
+    from torchdlrm.train.run import Run
+    from torchdlrm.train.sharded import build_sharded_model
+
+    run = Run.open(run)
+    with join_process_group() as ranks:
+        model = build_sharded_model(
+            run.config,
+            num_embeddings=dataset.num_embeddings,
+            num_dense_features=len(dataset.dense_names),
+            dense_sample=None,
+            ranks=ranks,
+        ).module
+        checkpointer = Checkpointer(run.checkpoints, model, None, ranks)
+        checkpointer.load(find_checkpoint(run.checkpoints, "last"))
+        checkpointer.close()
+        model.eval()
+        with torch.no_grad():
+            logits = [model(batch)[1][1] for batch in Loader(dataset, split, batch_size_global=500)]
+    return torch.cat(logits).sigmoid().numpy()
