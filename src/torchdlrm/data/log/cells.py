@@ -79,6 +79,22 @@ def to_typed_columns(
     return frame, None if good is None else pl.Series(good)
 
 
+def typed_cells(text: pl.Series, column: DenseColumn | SparseColumn) -> tuple[pl.Series, npt.NDArray[np.bool_] | None]:
+    """Cast the cells of one column, apart from its row.
+
+    Args:
+        text: String cells, null where missing; B rows.
+        column: what they are.
+
+    Returns:
+        The typed column, B rows; and bool [B], which cells are bad, or None when all are good.
+    """
+    if isinstance(column, SparseColumn) and column.is_multi_valued:
+        return _typed_lists(text.alias(column.name), column)
+    typed = pl.DataFrame({column.name: text}).select(_cast(column)).to_series()
+    return typed, None if _is_clean(text, typed, column) else _is_bad(text, typed, column).to_numpy()
+
+
 def _as_text(cell: object, column: Column) -> str:
     if isinstance(cell, pl.Series):
         return (getattr(column, "value_separator", None) or ",").join(map(str, cell))
