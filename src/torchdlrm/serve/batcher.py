@@ -1,6 +1,6 @@
 """Many small requests -> few large batches: the queue in front of the model.
 
-In: frames of raw rows, each with a deadline.  Out: their probabilities.  The model runs in a thread of its own, so the
+In: raw rows, each request with a deadline.  Out: their probabilities.  The model runs in a thread of its own, so the
 event loop goes on reading and answering; what arrives while the model is busy is gathered and makes up the next batch.
 So there is no waiting time to choose: an idle server starts on a row at once, and the busier the model, the more rows
 share a batch.  Everything is counted in rows, because a request may have one or thousands.
@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,18 +38,47 @@ class Predictions(Protocol):
         """Values with the id "unknown", by feature."""
 
 
+# Rows by column name, or typed columns.
+Rows = Sequence[Mapping[str, object]] | pl.DataFrame
+
+
 class Model(Protocol):
     """What predicts; only one thread calls it."""
+
+    def read(self, requests: Sequence[Rows]) -> pl.DataFrame:
+        """The rows of some requests, one after another, as typed columns.
+
+        Raises:
+            UserError: a row of them is wrong.
+        """
 
     def predict(self, frame: pl.DataFrame) -> Predictions:
         """Typed columns, B rows -> B probabilities."""
 
 
-class BatchListener(Protocol):
-    """Is told of each batch, in the model's thread."""
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What became of a batch of B rows.
 
-    def batch_done(self, model: Model, num_rows: int, model_s: float, predictions: Sequence[Predictions]) -> None:
-        """A batch of `num_rows` took the model `model_s`; `predictions` of its parts, one after the other."""
+    Attributes:
+        model: what predicted.
+        frame: the typed columns, B rows.
+        request_ids: of the requests in it; `num_rows` how many rows each has.
+        predictions: of its parts, one after another.
+        parse_s, model_s: how long it took to read the rows and to predict.
+    """
+
+    model: Model
+    frame: pl.DataFrame
+    request_ids: Sequence[str]
+    num_rows: Sequence[int]
+    predictions: Sequence[Predictions]
+    parse_s: float
+    model_s: float
+
+
+# Is told of each batch, in the model's thread.
+BatchListener = Callable[[BatchReport], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +87,16 @@ class Answer:
 
     probabilities: NDArray[np.float32]
     queue_s: float
+    parse_s: float
     model_s: float
 
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
     model: Model
-    frame: pl.DataFrame
+    rows: Rows
     num_rows: int
+    request_id: str
     arrived_s: float
     is_abandoned: Callable[[], bool]
     future: asyncio.Future[Answer]
@@ -136,8 +167,9 @@ class Batcher:
     async def submit(
         self,
         model: Model,
-        frame: pl.DataFrame,
+        rows: Rows,
         *,
+        request_id: str,
         deadline_s: float,
         is_abandoned: Callable[[], bool],
     ) -> Answer:
@@ -145,21 +177,25 @@ class Batcher:
 
         Args:
             model: what predicts them; rows for different models never share a batch.
-            frame: typed columns, B rows.
+            rows: B rows.
+            request_id: what the log calls the request.
             deadline_s: when nobody wants them any more, by `time.perf_counter`.
             is_abandoned: whether whoever asked has gone.
 
         Raises:
             RefusedRequest: the queue is full, or the deadline has passed.
+            UserError: a row is wrong.
         """
         assert self._loop is not None, "start() comes first"
         now_s = time.perf_counter()
-        if not frame.height:
-            return Answer(np.empty(0, np.float32), 0.0, 0.0)
+        num_rows = len(rows)
+        if not num_rows:
+            return Answer(np.empty(0, np.float32), 0.0, 0.0, 0.0)
         if now_s >= deadline_s:
             raise too_late("the deadline passed before the rows were read; nothing was computed")
-        self.check_room(frame.height)
-        waiting = _Waiting(model, frame, frame.height, now_s, is_abandoned, self._loop.create_future())
+        self.check_room(num_rows)
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        waiting = _Waiting(model, rows, num_rows, request_id, now_s, is_abandoned, future)
         waiting.future.add_done_callback(lambda _: self._leave_queue(waiting))
         timer = self._loop.call_later(deadline_s - now_s, _expire, waiting)
         self._waiting.append(waiting)
@@ -198,10 +234,9 @@ class Batcher:
         if parts:
             self._batches.put(_Batch(parts[0].model, parts, time.perf_counter()))
 
-    def _finish(self, batch: _Batch, results: list[NDArray[np.float32] | Exception], model_s: float) -> None:
+    def _finish(self, batch: _Batch, results: list[Answer | Exception], batch_s: float) -> None:
         self._start_batch()  # first of all: the model shall not wait for the answers to be written
-        num_rows = sum(part.num_rows for part in batch.parts)
-        speed = num_rows / max(model_s, 1e-6)
+        speed = sum(part.num_rows for part in batch.parts) / max(batch_s, 1e-6)
         self._rows_per_s = speed if not self._rows_per_s else 0.9 * self._rows_per_s + 0.1 * speed
         for part, result in zip(batch.parts, results, strict=True):
             if part.future.done():
@@ -209,40 +244,47 @@ class Batcher:
             if isinstance(result, Exception):
                 part.future.set_exception(result)
             else:
-                part.future.set_result(Answer(result, batch.started_s - part.arrived_s, model_s))
+                part.future.set_result(result)
 
     def _work(self) -> None:
         """The model's thread."""
         assert self._loop is not None
         while (batch := self._batches.get()) is not None:
             started_s = time.perf_counter()
-            results = self._predict(batch)
-            model_s = time.perf_counter() - started_s
+            results = self._answer(batch)
             try:
-                self._loop.call_soon_threadsafe(self._finish, batch, results, model_s)
+                self._loop.call_soon_threadsafe(self._finish, batch, results, time.perf_counter() - started_s)
             except RuntimeError:
                 return  # the loop is closed: nobody waits for an answer any more
             del batch, results  # while the thread waits, nothing keeps a bundle that was swapped away
 
-    def _predict(self, batch: _Batch) -> list[NDArray[np.float32] | Exception]:
+    def _answer(self, batch: _Batch) -> list[Answer | Exception]:
         try:
-            frames = [part.frame for part in batch.parts]
-            probabilities = self._predict_rows(batch.model, pl.concat(frames) if len(frames) > 1 else frames[0])
+            return list(self._predict(batch))
         except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on, and the sender is told
             if len(batch.parts) == 1:
                 return [error]
             # One of the requests may be to blame: each by itself, so that the others are answered.
-            return [self._predict(_Batch(batch.model, [part], batch.started_s))[0] for part in batch.parts]
-        edges = np.cumsum([part.num_rows for part in batch.parts])[:-1]
-        return list(np.split(probabilities, edges))
+            return [self._answer(_Batch(batch.model, [part], batch.started_s))[0] for part in batch.parts]
 
-    def _predict_rows(self, model: Model, frame: pl.DataFrame) -> NDArray[np.float32]:
+    def _predict(self, batch: _Batch) -> Iterator[Answer]:
         started_s = time.perf_counter()
+        frame = batch.model.read([part.rows for part in batch.parts])
+        parse_s = time.perf_counter() - started_s
         step = self._max_batch_rows
         pieces = [frame] if frame.height <= step else [frame[at : at + step] for at in range(0, frame.height, step)]
-        predictions = [model.predict(piece) for piece in pieces]
-        self._listener.batch_done(model, frame.height, time.perf_counter() - started_s, predictions)
-        return np.concatenate([piece.probabilities for piece in predictions])
+        predictions = [batch.model.predict(piece) for piece in pieces]
+        model_s = time.perf_counter() - started_s - parse_s
+        num_rows = [part.num_rows for part in batch.parts]
+        request_ids = [part.request_id for part in batch.parts]
+        self._listener(BatchReport(batch.model, frame, request_ids, num_rows, predictions, parse_s, model_s))
+        probabilities = np.concatenate([piece.probabilities for piece in predictions])
+        end = 0
+        for part in batch.parts:
+            end += part.num_rows
+            yield Answer(
+                probabilities[end - part.num_rows : end], batch.started_s - part.arrived_s, parse_s, model_s
+            )
 
 
 def _abandon(waiting: _Waiting) -> None:

@@ -11,18 +11,18 @@ frame with every dense and sparse column of the schema; what was not sent is mis
 | sparse string, sparse with several values | BYTES |
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from torchdlrm.data.bad_rows import REASONS
-from torchdlrm.data.log.cells import typed_cells
+from torchdlrm.data.bad_rows import REASONS, BadRows
+from torchdlrm.data.log.cells import to_typed_columns
 from torchdlrm.data.vocabulary import VALUE_TYPES
 from torchdlrm.schema import DenseColumn, FeatureSchema, SparseColumn
 from torchdlrm.serve.open_inference.tensors import BYTES, Tensor
-from torchdlrm.serve.refusals import bad_request, too_large
+from torchdlrm.serve.refusals import RefusedRequest, bad_request, too_large
 
 DENSE, SPARSE = "dense", "sparse"
 Feature = DenseColumn | SparseColumn
@@ -58,29 +58,41 @@ def frame_of(tensors: Sequence[Tensor], schema: FeatureSchema, max_rows: int) ->
     if num_rows > max_rows:
         msg = f"{num_rows:,} rows in a request, and at most {max_rows:,} are taken; send several requests"
         raise too_large(msg)
-    found: dict[str, pl.Series] = {}
+    texts: dict[str, pl.Series] = {}
+    typed: dict[str, pl.Series] = {}
     for tensor in tensors:
         if tensor.shape[0] != num_rows:
             msg = f"input {tensor.name!r} has {tensor.shape[0]:,} rows, and {tensors[0].name!r} has {num_rows:,}"
             raise bad_request(msg)
-        for name, values in _by_column(tensor, schema, features):
-            if name in found:
-                msg = f"column {name} is given twice"
-                raise bad_request(msg)
-            found[name] = _typed(values, features[name], tensor)
-    missing = {name: pl.Series(name, [None], dtype=feature_type(features[name])) for name in features.keys() - found}
-    columns = [found[name] if name in found else missing[name].new_from_index(0, num_rows) for name in features]
-    return pl.DataFrame(columns)
+        columns = _columns_of(tensor, schema, features)
+        twice = [column.name for column in columns if column.name in texts or column.name in typed]
+        if twice:
+            msg = f"column {twice[0]} is given twice"
+            raise bad_request(msg)
+        if tensor.datatype == BYTES:
+            for index, column in enumerate(columns):
+                texts[column.name] = tensor.values.gather_every(len(columns), index).alias(column.name)
+        else:
+            typed |= _from_numbers(tensor, columns)
+    if texts:
+        layout = schema.with_columns([features[name] for name in texts])
+        bad_rows = BadRows()
+        frame, _ = to_typed_columns(pl.DataFrame(texts), layout, bad_rows)
+        for reason, examples in bad_rows.examples.items():
+            raise _bad_cell(examples[0].line - 1, str(examples[0].column), reason, examples[0].value)
+        typed |= frame.to_dict()
+    for name in features.keys() - typed.keys():
+        typed[name] = pl.Series(name, [None], dtype=feature_type(features[name])).new_from_index(0, num_rows)
+    return pl.DataFrame([typed[name] for name in features])
 
 
-def _by_column(tensor: Tensor, schema: FeatureSchema, features: dict[str, Feature]) -> Iterator[tuple[str, pl.Series]]:
-    """The columns of a tensor, each with its values."""
+def _columns_of(tensor: Tensor, schema: FeatureSchema, features: dict[str, Feature]) -> Sequence[Feature]:
+    """The columns that a tensor holds."""
     if tensor.name in features:
         if len(tensor.shape) == 2 and tensor.shape[1] != 1:
             msg = f"input {tensor.name!r}: a column has the shape [N] or [N, 1], not {list(tensor.shape)}"
             raise bad_request(msg)
-        yield tensor.name, tensor.values
-        return
+        return [features[tensor.name]]
     packed: dict[str, Sequence[Feature]] = {DENSE: schema.dense, SPARSE: schema.sparse}
     if tensor.name not in packed:
         msg = f"input {tensor.name!r} is no column of this model, and neither 'dense' nor 'sparse'"
@@ -89,40 +101,55 @@ def _by_column(tensor: Tensor, schema: FeatureSchema, features: dict[str, Featur
     if len(tensor.shape) != 2 or tensor.shape[1] != len(columns):
         msg = f"input {tensor.name!r}: the shape is [N, {len(columns)}], not {list(tensor.shape)}"
         raise bad_request(msg)
-    for index, column in enumerate(columns):
-        yield column.name, tensor.values.gather_every(len(columns), index)
+    return columns
 
 
-def _typed(values: pl.Series, column: Feature, tensor: Tensor) -> pl.Series:
-    if tensor.datatype == BYTES:
-        typed, bad = typed_cells(values, column)
-    elif isinstance(column, SparseColumn) and (
-        column.is_multi_valued or column.kind == "string" or not values.dtype.is_integer()
-    ):
-        wanted = BYTES if column.is_multi_valued or column.kind == "string" else f"INT64 or {BYTES}"
+def _from_numbers(tensor: Tensor, columns: Sequence[Feature]) -> dict[str, pl.Series]:
+    """The typed columns of a tensor of numbers."""
+    for column in columns:
+        _check_takes_numbers(tensor, column)
+    num_columns = len(columns)
+    if len({column.kind for column in columns}) == 1:  # cast as one: the cost of few rows is that of the casts
+        parts = [(columns, tensor.values)]
+    else:
+        parts = [([column], tensor.values.gather_every(num_columns, i)) for i, column in enumerate(columns)]
+    typed = {}
+    for alike, values in parts:
+        cast, bad = _cast(values, alike[0])
+        if bad is not None:
+            row, index = divmod(int(np.argmax(bad)), len(alike))
+            raise _bad_cell(row, alike[index].name, alike[index].kind, values[int(np.argmax(bad))])
+        for index, column in enumerate(alike):
+            typed[column.name] = cast.gather_every(len(alike), index).alias(column.name)
+    return typed
+
+
+def _check_takes_numbers(tensor: Tensor, column: Feature) -> None:
+    if isinstance(column, DenseColumn):
+        return
+    wanted = BYTES if column.is_multi_valued or column.kind == "string" else f"INT64 or {BYTES}"
+    if wanted == BYTES or not tensor.values.dtype.is_integer():
         msg = f"input {tensor.name!r}: column {column.name} takes {wanted}, not {tensor.datatype}"
         raise bad_request(msg)
-    else:
-        typed, bad = _from_numbers(values, column)
-    if bad is not None and bad.any():
-        row = int(np.argmax(bad))
-        msg = f"row {row}, column {column.name}: {REASONS[column.kind]}: {str(values[row])[:80]!r}"
-        raise bad_request(msg)
-    return typed.alias(column.name)
 
 
-def _from_numbers(values: pl.Series, column: Feature) -> tuple[pl.Series, NDArray[np.bool_] | None]:
-    """Typed values, and which are bad."""
+def _cast(values: pl.Series, column: Feature) -> tuple[pl.Series, NDArray[np.bool_] | None]:
+    """Typed values, and which are bad; None where none is."""
+    target = feature_type(column)
     if values.dtype.is_float():
         values = values.cast(pl.Float64).fill_nan(None)
         bad = ~values.is_finite()
-        if isinstance(column, DenseColumn) and column.kind == "int":
+        if target == pl.Int64:
             bad |= (values != values.floor()) | (values < -_MAX_INT64) | (values >= _MAX_INT64)
-    elif isinstance(column, SparseColumn) and column.kind == "hex":
+    elif target == pl.UInt32:
         bad = (values < 0) | (values > 2**32 - 1)
-    elif values.dtype == pl.UInt64 and feature_type(column) == pl.Int64:
+    elif values.dtype == pl.UInt64 and target == pl.Int64:
         bad = values > _MAX_INT64 - 1
     else:
-        bad = pl.Series([False])
-    typed = values.cast(feature_type(column), strict=False)
-    return typed, bad.fill_null(value=False).to_numpy() if bad.any() else None
+        return values.cast(target), None
+    return values.cast(target, strict=False), bad.fill_null(value=False).to_numpy() if bad.any() else None
+
+
+def _bad_cell(row: int, column: str, reason: str, value: object) -> RefusedRequest:
+    msg = f"row {row}, column {column}: {REASONS[reason]}: {str(value)[:80]!r}"
+    return bad_request(msg)
