@@ -21,68 +21,93 @@ from torchdlrm.errors import RowError
 from torchdlrm.schema import Column, DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn, TimeColumn
 
 Row = Mapping[str, object]
-_PLAIN = {str, type(None)}
+_MISSING, _TEXT = type(None), {str, type(None)}
 
 
-def parse_rows(rows: Sequence[Row], schema: FeatureSchema) -> pl.DataFrame:
-    """Read rows; what a row does not name is missing.
+class RowReader:
+    """Reads rows of a schema; safe to use from many threads.
 
     Args:
-        rows: B rows by column name.
         schema: the columns; a label is read where a row has one, and other columns that are no features are not.
-
-    Returns:
-        The features in the order of the schema, and the label (Int8, nullable) if a row has one; B rows.
-
-    Raises:
-        RowError: a column that the schema does not have, or a cell that does not fit; names row (from 0) and column.
     """
-    _check_names(rows, schema)
-    try:
-        columns = _typed_features(rows, schema)
-        if any(row.get(schema.label.name) is not None for row in rows):
-            columns.append(_typed_label(rows, schema.label, schema))
-    except UnicodeEncodeError as error:
-        msg = f"a row holds the text {error.object!r:.80}, which is not Unicode: half of a surrogate pair stands alone"
-        raise RowError(msg) from error
-    return pl.DataFrame(columns)
 
-
-def _check_names(rows: Sequence[object], schema: FeatureSchema) -> None:
-    names = frozenset(column.name for column in schema.columns)
-    for i, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            msg = f"row {i}: expected the row's cells by column name, not {row!r:.80}"
-            raise RowError(msg)
-        if not names.issuperset(row):
-            unknown = next(name for name in row if name not in names)
-            has = ", ".join(column.name for column in _features(schema))
-            msg = f"row {i}, column {unknown!r}: the model has no such column; it has {has}"
-            raise RowError(msg)
-
-
-def _features(schema: FeatureSchema) -> list[DenseColumn | SparseColumn]:
-    return [*schema.dense, *schema.sparse]
-
-
-def _typed_features(rows: Sequence[Row], schema: FeatureSchema) -> list[pl.Series]:
-    """The features, columns of the same kind cast as one: the cost of few rows is that of the casts."""
-    alike: dict[tuple[str, str], list[DenseColumn | SparseColumn]] = {}
-    typed: dict[str, pl.Series] = {}
-    for column in _features(schema):
-        if isinstance(column, SparseColumn) and column.is_multi_valued:
-            typed[column.name] = _typed_alone(rows, column, schema)
-        else:
-            alike.setdefault((column.role, column.kind), []).append(column)
-    for group in alike.values():
-        cells = [cell for column in group for cell in _cells(rows, column)]
-        together, is_clean = typed_cells(pl.Series(cells, dtype=pl.String), group[0])
-        for i, column in enumerate(group):
-            if is_clean:
-                typed[column.name] = together.slice(i * len(rows), len(rows)).alias(column.name)
+    def __init__(self, schema: FeatureSchema) -> None:
+        self._schema = schema
+        self._features: list[DenseColumn | SparseColumn] = [*schema.dense, *schema.sparse]
+        self._names = frozenset(column.name for column in schema.columns)
+        alike: dict[tuple[str, str], list[DenseColumn | SparseColumn]] = {}
+        self._lists: list[SparseColumn] = []
+        for column in self._features:
+            if isinstance(column, SparseColumn) and column.is_multi_valued:
+                self._lists.append(column)
             else:
-                typed[column.name] = _typed_alone(rows, column, schema)
-    return [typed[column.name] for column in _features(schema)]
+                alike.setdefault((column.role, column.kind), []).append(column)
+        # Columns of the same kind are cast as one: the cost of few rows is that of the casts.
+        self._groups = list(alike.values())
+
+    def read(self, rows: Sequence[Row]) -> pl.DataFrame:
+        """Read B rows; what a row does not name is missing.
+
+        Returns:
+            The features in the order of the schema, and the label (Int8, nullable) if a row has one; B rows.
+
+        Raises:
+            RowError: a column that the schema does not have, or a cell that does not fit; names the row, from 0.
+        """
+        self._check_names(rows)
+        label = self._schema.label
+        try:
+            typed = {column.name: _typed_alone(rows, column, self._schema) for column in self._lists}
+            for group in self._groups:
+                typed |= self._typed_group(rows, group)
+            columns = [typed[column.name] for column in self._features]
+            if any(row.get(label.name) is not None for row in rows):
+                columns.append(_typed_label(rows, label, self._schema))
+        except UnicodeEncodeError as error:
+            msg = f"a row holds the text {error.object!r:.80}, which is not Unicode: a surrogate stands alone"
+            raise RowError(msg) from error
+        return pl.DataFrame(columns)
+
+    def _check_names(self, rows: Sequence[object]) -> None:
+        for i, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                msg = f"row {i}: expected the row's cells by column name, not {row!r:.80}"
+                raise RowError(msg)
+            if not self._names.issuperset(row):
+                unknown = next(name for name in row if name not in self._names)
+                has = ", ".join(column.name for column in self._features)
+                msg = f"row {i}, column {unknown!r}: the model has no such column; it has {has}"
+                raise RowError(msg)
+
+    def _typed_group(self, rows: Sequence[Row], group: Sequence[DenseColumn | SparseColumn]) -> dict[str, pl.Series]:
+        """Columns of one kind: their cells one after another as a single column."""
+        cells = [row.get(column.name) for column in group for row in rows]
+        together = _numbers(cells, group[0])
+        if together is None:
+            if not _TEXT.issuperset(map(type, cells)) or "" in cells:
+                columns = (column for column in group for _ in rows)
+                numbers = (i for _ in group for i in range(len(rows)))
+                cells = [_text(*cell) for cell in zip(cells, columns, numbers, strict=True)]
+            together, is_clean = typed_cells(pl.Series(cells, dtype=pl.String), group[0])
+            if not is_clean:  # one of them has a bad cell; which, and where?
+                return {column.name: _typed_alone(rows, column, self._schema) for column in group}
+        return {
+            column.name: together.slice(i * len(rows), len(rows)).alias(column.name) for i, column in enumerate(group)
+        }
+
+
+def _numbers(cells: Sequence[object], column: DenseColumn | SparseColumn) -> pl.Series | None:
+    """Cells that are JSON numbers of the column's kind, or missing; None where any is something else."""
+    kinds = set(map(type, cells)) - {_MISSING}
+    try:
+        if column.kind == "int" and kinds == {int}:
+            return pl.Series(cells, dtype=pl.Int64)
+        if column.kind == "float" and kinds and kinds <= {int, float}:
+            numbers = pl.Series([None if cell is None else float(cell) for cell in cells], dtype=pl.Float64)  # type: ignore[arg-type]  # as just seen
+            return numbers if numbers.is_finite().all() else None
+    except (OverflowError, TypeError):
+        return None  # too large: read as text it is told where
+    return None
 
 
 def _typed_label(rows: Sequence[Row], label: LabelColumn, schema: FeatureSchema) -> pl.Series:
@@ -117,11 +142,7 @@ def _typed_alone(
 
 def _cells(rows: Sequence[Row], column: Column, numbers: Sequence[int] | None = None) -> list[str | None]:
     name = column.name
-    cells = [row.get(name) for row in rows]
-    # Nearly always only text: then nothing is done for each cell by itself.
-    if _PLAIN.issuperset(map(type, cells)) and "" not in cells:
-        return cells  # type: ignore[return-value]  # as just seen
-    return [_text(cell, column, i if numbers is None else numbers[i]) for i, cell in enumerate(cells)]
+    return [_text(row.get(name), column, i if numbers is None else numbers[i]) for i, row in enumerate(rows)]
 
 
 def _list(cell: object, column: SparseColumn, row: int) -> list[str | None] | None:

@@ -22,7 +22,7 @@ from torchdlrm.errors import BundleError, RowError
 from torchdlrm.export.bundle import Bundle, Verify
 from torchdlrm.export.check import tolerance
 from torchdlrm.export.served_model import EncodedRows, ServedModel
-from torchdlrm.predict.json_rows import Row, parse_rows
+from torchdlrm.predict.json_rows import Row, RowReader
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.schema import SparseColumn
 
@@ -54,7 +54,9 @@ class Predictor:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self.schema = bundle.schema
+        self._reader = RowReader(bundle.schema)
         self._model = ServedModel(bundle)
+        self._dense_names = [column.name for column in self.schema.dense]
         self._sparse_types = {column.name: _type_of(column) for column in self.schema.sparse}
         self._counted = [(i, column.name) for i, column in enumerate(self.schema.sparse) if column.hash is None]
 
@@ -88,7 +90,7 @@ class Predictor:
         Raises:
             RowError: an unknown column, or a cell that does not fit; names the row (from 0), the column and the value.
         """
-        return parse_rows(rows, self.schema)
+        return self._reader.read(rows)
 
     def encode(self, frame: pl.DataFrame) -> EncodedRows:
         """Typed columns -> what the model reads, by the code that preprocessing runs.
@@ -137,9 +139,9 @@ class Predictor:
 
     def _check_types(self, frame: pl.DataFrame) -> None:
         found = frame.schema
-        for column in self.schema.dense:
-            if found.get(column.name) not in (pl.Int64, pl.Float64):
-                raise RowError(_wrong_type(column.name, "Int64 or Float64", found.get(column.name)))
+        for name in self._dense_names:
+            if found.get(name) not in (pl.Int64, pl.Float64):
+                raise RowError(_wrong_type(name, "Int64 or Float64", found.get(name)))
         for name, expected in self._sparse_types.items():
             if found.get(name) != expected:
                 raise RowError(_wrong_type(name, str(expected), found.get(name)))

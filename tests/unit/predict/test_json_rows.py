@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from torchdlrm.data.log.text import parse_chunk
 from torchdlrm.errors import RowError
-from torchdlrm.predict.json_rows import parse_rows
+from torchdlrm.predict.json_rows import RowReader
 from torchdlrm.schema import DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn
 
 SCHEMA = FeatureSchema(
@@ -27,6 +27,7 @@ SCHEMA = FeatureSchema(
         SparseColumn(name="text", kind="string"),
     ),
 )
+READER = RowReader(SCHEMA)
 FEATURES = [column.name for column in (*SCHEMA.dense, *SCHEMA.sparse)]
 CELLS = {
     "tags": st.sampled_from(["", "a", "a;b", ";a;;b;c;d", ";"]),
@@ -48,14 +49,14 @@ def test_texts_mean_what_they_mean_in_a_log(row):
     chunk = parse_chunk("\t".join(row[column.name] for column in SCHEMA.columns).encode() + b"\n", SCHEMA)
     if chunk.bad_rows.total:
         with pytest.raises(RowError, match=r"^row 0, column '\w+': "):
-            parse_rows([row], SCHEMA)
+            READER.read([row])
     else:
-        assert parse_rows([row], SCHEMA).equals(chunk.frame.select(*FEATURES, "label"))
+        assert READER.read([row]).equals(chunk.frame.select(*FEATURES, "label"))
 
 
 def test_many_rows_are_read_as_each_by_itself():
     rows = [{"count": str(i), "hex": f"{i:x}", "price": i / 7, "numbers": [i, i + 1]} for i in range(300)]
-    assert parse_rows(rows, SCHEMA).equals(pl.concat([parse_rows([row], SCHEMA) for row in rows]))
+    assert READER.read(rows).equals(pl.concat([READER.read([row]) for row in rows]))
 
 
 def test_numbers_are_themselves_and_what_is_absent_is_missing():
@@ -63,7 +64,7 @@ def test_numbers_are_themselves_and_what_is_absent_is_missing():
         '[{"count": 3, "price": 0.1, "number": -1, "text": 5, "numbers": [1, 2], "tags": ["a;b", "", "c"]},'
         ' {"count": 3.0, "price": 7, "number": 2e3, "hex": null, "numbers": 4, "tags": []}, {}]'
     )
-    frame = parse_rows(rows, SCHEMA)
+    frame = READER.read(rows)
     assert frame.columns == FEATURES
     assert frame["count"].to_list() == [3, 3, None]
     assert frame["price"].to_list() == [0.1, 7.0, None]
@@ -72,12 +73,12 @@ def test_numbers_are_themselves_and_what_is_absent_is_missing():
     assert frame["numbers"].to_list() == [[1, 2], [4], None]
     assert frame["tags"].to_list() == [["a;b", "c"], None, None]
     assert frame["hex"].to_list() == [None, None, None]
-    assert parse_rows([], SCHEMA).schema == frame.schema
+    assert READER.read([]).schema == frame.schema
 
 
 def test_a_label_is_read_where_it_is_given():
     rows = [{}, {"label": 1}, {"label": None}, {"label": "0"}, {"label": True}, {"note": "x"}]
-    assert parse_rows(rows, SCHEMA)["label"].to_list() == [None, 1, None, 0, 1, None]
+    assert READER.read(rows)["label"].to_list() == [None, 1, None, 0, 1, None]
 
 
 @pytest.mark.parametrize(
@@ -100,4 +101,4 @@ def test_a_label_is_read_where_it_is_given():
 )
 def test_a_cell_that_does_not_fit_is_told_with_row_column_and_value(cells, message):
     with pytest.raises(RowError, match=message):
-        parse_rows([{"count": 1}, cells], SCHEMA)
+        READER.read([{"count": 1}, cells])
