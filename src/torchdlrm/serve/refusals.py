@@ -6,7 +6,7 @@ from http import HTTPStatus
 from torchdlrm.errors import TorchDLRMError
 
 
-class RefusedRequest(TorchDLRMError):
+class RefusedRequest(TorchDLRMError):  # noqa: N818 - it is an answer
     """A request that is not answered with a prediction.
 
     Args:

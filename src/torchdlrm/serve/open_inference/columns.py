@@ -12,6 +12,7 @@ frame with every dense and sparse column of the schema; what was not sent is mis
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -24,7 +25,9 @@ from torchdlrm.schema import DenseColumn, FeatureSchema, SparseColumn
 from torchdlrm.serve.open_inference.tensors import BYTES, Tensor
 from torchdlrm.serve.refusals import RefusedRequest, bad_request, too_large
 
-DENSE, SPARSE = "dense", "sparse"
+DENSE, SPARSE = "dense", "sparse"  # of the packed inputs
+OUTPUT = "prediction"
+PLATFORM = "torchdlrm"
 Feature = DenseColumn | SparseColumn
 _MAX_INT64 = 2**63
 
@@ -35,6 +38,29 @@ def feature_type(column: Feature) -> pl.DataType:
         return pl.Int64() if column.kind == "int" else pl.Float64()
     value = VALUE_TYPES[column.kind]
     return pl.List(value) if column.is_multi_valued else value()
+
+
+def model_metadata(name: str, version: str, schema: FeatureSchema) -> dict[str, Any]:
+    """What the protocol tells of a model: an input for each column, and the output."""
+    inputs = [{"name": column.name, "datatype": _datatype(column), "shape": [-1]} for column in _features(schema)]
+    return {
+        "name": name,
+        "versions": [version],
+        "platform": PLATFORM,
+        "inputs": inputs,
+        "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1]}],
+    }
+
+
+def _features(schema: FeatureSchema) -> tuple[Feature, ...]:
+    return (*schema.dense, *schema.sparse)
+
+
+def _datatype(column: Feature) -> str:
+    """The one of a column's datatypes that can say everything, a missing value too where that is possible."""
+    if isinstance(column, DenseColumn):
+        return "FP64" if column.kind == "float" else "INT64"
+    return "INT64" if column.kind == "int" and not column.is_multi_valued else BYTES
 
 
 def frame_of(tensors: Sequence[Tensor], schema: FeatureSchema, max_rows: int) -> pl.DataFrame:
@@ -53,7 +79,7 @@ def frame_of(tensors: Sequence[Tensor], schema: FeatureSchema, max_rows: int) ->
     """
     if not tensors:
         raise bad_request("inputs: no tensor; send one for a column at least, or 'dense' and 'sparse'")
-    features: dict[str, Feature] = {column.name: column for column in (*schema.dense, *schema.sparse)}
+    features: dict[str, Feature] = {column.name: column for column in _features(schema)}
     num_rows = tensors[0].shape[0]
     if num_rows > max_rows:
         msg = f"{num_rows:,} rows in a request, and at most {max_rows:,} are taken; send several requests"

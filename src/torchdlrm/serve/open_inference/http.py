@@ -13,11 +13,11 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from torchdlrm.serve.open_inference.columns import OUTPUT
 from torchdlrm.serve.open_inference.tensors import Tensor, check_shape, from_bytes, from_json
 from torchdlrm.serve.refusals import bad_request
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-OUTPUT = "prediction"
 MAX_ID_CHARACTERS = 256
 
 
