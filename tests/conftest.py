@@ -100,6 +100,6 @@ def small_bundle(small_run, small_dataset, tmp_path_factory):
         Run.open(small_run),
         small_dataset,
         path,
-        ExportOptions("small", dict.fromkeys(small_dataset.sparse_names, "float32")),
+        ExportOptions("small"),
     )
     return path

@@ -34,10 +34,12 @@ class Predictions:
     Attributes:
         probabilities: of a click, float32 [B].
         num_unknown: for each sparse feature with a vocabulary, how many of its values have no id of their own.
+        logits: the log-odds that the probabilities are made of, float32 [B].
     """
 
     probabilities: NDArray[np.float32]
     num_unknown: Mapping[str, int]
+    logits: NDArray[np.float32]
 
 
 class Predictor:
@@ -117,7 +119,8 @@ class Predictor:
 
     def predict_encoded(self, rows: EncodedRows) -> Predictions:
         """The predictions of rows that are encoded; raises as `predict`."""
-        return Predictions(self._model.predict(rows), self._count_unknown(rows))
+        logits = self._model.logits(rows)
+        return Predictions(torch.from_numpy(logits).sigmoid().numpy(), self._count_unknown(rows), logits)
 
     def check_sample(self) -> None:
         """Predict the rows that the bundle carries.

@@ -86,7 +86,7 @@ def read_chunks(file: LogFile, schema: FeatureSchema, chunk_bytes: int = CHUNK_B
         LogError: the file cannot be read, is not what the schema says, ends in the middle of its gzip stream, or has no
             row end in `chunk_bytes`.
     """
-    with _told_as_log_error(file), file.path.open("rb") as raw:
+    with reading(file), file.path.open("rb") as raw:
         is_gzip = file.format == "gzip"
         text: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if is_gzip else raw
         rest = _without_header(text, file, schema)
@@ -105,7 +105,7 @@ def cut_stream(
     Raises:
         LogError: as `read_chunks`.
     """
-    with _told_as_log_error(file):
+    with reading(file):
         yield from _cut(text, start, file, schema, chunk_bytes)
 
 
@@ -125,7 +125,12 @@ def _cut(text: IO[bytes], rest: bytes, file: LogFile, schema: FeatureSchema, chu
 
 
 @contextmanager
-def _told_as_log_error(file: LogFile) -> Iterator[None]:
+def reading(file: LogFile) -> Iterator[None]:
+    """What goes wrong inside is told as a fault of the file.
+
+    Raises:
+        LogError: it cannot be read, or its gzip stream is damaged.
+    """
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
