@@ -104,7 +104,8 @@ def serve(
     options = ServeOptions(**given, api_keys=read_api_keys(api_key_file))
 
     def started(at: Listening) -> None:
-        console.print(f"{at.model} {at.version} at {at.url}" + (f", gRPC at {at.grpc}" if at.grpc else ""))
+        if console.is_terminal:  # where it is not, whoever reads the log expects JSON alone
+            console.print(f"{at.model} {at.version} at {at.url}" + (f", gRPC at {at.grpc}" if at.grpc else ""))
         if json:
             print_json({"url": at.url, "grpc": at.grpc, "model": at.model, "version": at.version, "pid": os.getpid()})
 

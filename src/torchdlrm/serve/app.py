@@ -187,7 +187,7 @@ async def _read_body(request: Request, service: Service) -> tuple[bytes, float]:
         raise RefusedRequest(HTTPStatus.REQUEST_TIMEOUT, msg) from error
     except ClientDisconnect as error:
         raise RefusedRequest(HTTPStatus.BAD_REQUEST, "the connection was closed within the body") from error
-    if len(pieces) > 2:  # noqa: PLR2004 - the whole body and the empty end of it
+    if len(pieces) > 2:  # more than the whole body and the empty end of it
         started_s = time.perf_counter()
     return b"".join(pieces), started_s
 

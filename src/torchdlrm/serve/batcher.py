@@ -127,12 +127,19 @@ class Batcher:
         self._swept_s = 0.0
         self._rows_per_s = 0.0
         self.queued_rows = 0
+        self._warm_up: Callable[[], object] = lambda: None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
 
-    def start(self) -> None:
-        """Start the model's thread; from the event loop that will submit."""
+    def start(self, warm_up: Callable[[], object] = lambda: None) -> None:
+        """Start the model's thread; from the event loop that will submit.
+
+        Args:
+            warm_up: is called in that thread first of all: libraries make buffers and threads of their own for each
+                thread that calls them, and the first request shall not wait for that.
+        """
         self._loop = asyncio.get_running_loop()
+        self._warm_up = warm_up
         self._thread.start()
 
     def stop(self) -> None:
@@ -223,7 +230,9 @@ class Batcher:
                 self._leave_queue(first)
                 _abandon(first)
                 continue
-            fits = num_rows + first.num_rows <= self._max_batch_rows and first.model is parts[0].model if parts else True
+            fits = (
+                num_rows + first.num_rows <= self._max_batch_rows and first.model is parts[0].model if parts else True
+            )
             if not fits:
                 break
             self._waiting.popleft()
@@ -249,6 +258,7 @@ class Batcher:
     def _work(self) -> None:
         """The model's thread."""
         assert self._loop is not None
+        self._warm_up()
         while (batch := self._batches.get()) is not None:
             started_s = time.perf_counter()
             results = self._answer(batch)
@@ -282,9 +292,7 @@ class Batcher:
         end = 0
         for part in batch.parts:
             end += part.num_rows
-            yield Answer(
-                probabilities[end - part.num_rows : end], batch.started_s - part.arrived_s, parse_s, model_s
-            )
+            yield Answer(probabilities[end - part.num_rows : end], batch.started_s - part.arrived_s, parse_s, model_s)
 
 
 def _abandon(waiting: _Waiting) -> None:

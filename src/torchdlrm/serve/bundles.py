@@ -1,7 +1,7 @@
 """The bundle that is served, and how another takes its place without a request lost.
 
-In: a folder, or a symbolic link that somebody moves.  Out: a `ServedBundle`, always whole.  A request keeps the one that
-it began with, so no answer is made of two; the old one is forgotten with its last request.
+In: a folder, or a symbolic link that somebody moves.  Out: a `ServedBundle`, always whole.  A request keeps the one
+that it began with, so no answer is made of two; the old one is forgotten with its last request.
 """
 
 import asyncio

@@ -33,14 +33,17 @@ class LimitedConnection(HttpToolsProtocol):
         return type("Connection", (cls,), {"header_timeout_s": header_timeout_s})
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        """Somebody has connected: headers must come."""
         super().connection_made(transport)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is closed."""
         self._stop_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Bytes of a request."""
         if self._is_between_headers:
             if self._header_timer is None:
                 self._start_timer()  # the first bytes of another request on this connection
@@ -50,22 +53,26 @@ class LimitedConnection(HttpToolsProtocol):
             self._refuse(431, f"the headers have more than {MAX_HEADER_BYTES:,} bytes")
 
     def on_message_begin(self) -> None:
+        """A request begins."""
         super().on_message_begin()
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]  # a server may add keys of its own
         scope[ARRIVED] = time.perf_counter()
         scope[IS_GONE] = self.transport.is_closing
 
     def on_headers_complete(self) -> None:
+        """The headers are there."""
         self._stop_timer()
         self._is_between_headers = False
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        """The body is there; the next request may follow."""
         self._is_between_headers = True
         self._header_bytes = 0
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP."""
         self._refuse(400, msg)
 
     def _start_timer(self) -> None:

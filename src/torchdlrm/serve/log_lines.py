@@ -56,7 +56,9 @@ class LogLines:
         while (line := self._lines.get()) is not None:
             if self._num_lost:
                 line["lines_lost_before"], self._num_lost = self._num_lost, 0
-            line["time"] = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(line["time"])) + f".{line['time'] % 1:.3f}"[2:] + "Z"
+            line["time"] = (
+                time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(line["time"])) + f".{line['time'] % 1:.3f}"[2:] + "Z"
+            )
             try:
                 self._stream.write(orjson.dumps(line, default=str).decode() + "\n")
                 self._stream.flush()

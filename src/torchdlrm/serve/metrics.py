@@ -36,9 +36,7 @@ class ServerMetrics:
     def __init__(self, queued_rows: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
         self._queued_rows = queued_rows
-        self._requests = Counter(
-            "dlrm_requests", "Requests answered.", ["route", "code"], registry=self.registry
-        )
+        self._requests = Counter("dlrm_requests", "Requests answered.", ["route", "code"], registry=self.registry)
         self._rows = Counter("dlrm_rows", "Rows predicted.", registry=self.registry)
         self._queue = Gauge(
             "dlrm_queue_rows", "Rows that wait for the model.", registry=self.registry, multiprocess_mode="livesum"
@@ -118,5 +116,5 @@ class ServerMetrics:
         if MULTIPROCESS_FOLDER not in os.environ:
             return generate_latest(self.registry)
         together = CollectorRegistry()
-        MultiProcessCollector(together)
+        MultiProcessCollector(together)  # type: ignore[no-untyped-call]
         return generate_latest(together)

@@ -8,13 +8,13 @@ from typing import Any
 
 from torchdlrm import __version__
 from torchdlrm.schema import DenseColumn, SparseColumn
-from torchdlrm.serve.open_inference.columns import OUTPUT
+from torchdlrm.serve.open_inference.columns import OUTPUT, features_of
 from torchdlrm.serve.open_inference.tensors import DATATYPES
 from torchdlrm.serve.service import Service
 
 Json = dict[str, Any]
 _INT64 = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
-_TEXT_CELLS = {
+_TEXT_CELLS: dict[str, Json] = {
     "hex": {"type": "string", "pattern": "^[0-9a-fA-F]{0,8}$", "maxLength": 8},
     "string": {"type": "string"},
 }
@@ -26,7 +26,7 @@ def document(service: Service) -> Json:
     row = {
         "type": "object",
         "description": "Cells by column name; a column that is left out, null or empty is a missing value.",
-        "properties": {column.name: _cell(column) for column in (*served.schema.dense, *served.schema.sparse)},
+        "properties": {column.name: _cell(column) for column in features_of(served.schema)},
         "additionalProperties": False,
     }
     secured = bool(service.keys)
@@ -46,8 +46,9 @@ def document(service: Service) -> Json:
 
 
 def _cell(column: DenseColumn | SparseColumn) -> Json:
+    cell: Json
     if column.kind == "int":
-        cell: Json = _INT64
+        cell = _INT64
     elif column.kind == "float":
         cell = {"type": "number"}
     else:
@@ -59,9 +60,9 @@ def _cell(column: DenseColumn | SparseColumn) -> Json:
 
 
 def _schemas(service: Service) -> Json:
-    rows = {"type": "array", "items": _ref("Row"), "maxItems": service.options.max_rows_per_request}
+    rows: Json = {"type": "array", "items": _ref("Row"), "maxItems": service.options.max_rows_per_request}
     names = [column.name for column in service.bundles.current.schema.columns]
-    tensor = {
+    tensor: Json = {
         "type": "object",
         "required": ["name", "datatype", "shape"],
         "properties": {

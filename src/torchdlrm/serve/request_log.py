@@ -7,8 +7,8 @@ In: batches, as the model was given them.  Out: files in a folder, each whole fr
     request_id, request_row                        which row of which request: what a label is joined by
     requested_at, prediction, model_version
 
-The label is not there: nobody knows it yet.  docs/serving.md says how it is joined.  Rows wait in memory until there are
-enough for a file, and no more than a fixed number: beyond, they are dropped and counted.
+The label is not there: nobody knows it yet.  docs/serving.md says how it is joined.  Rows wait in memory until there
+are enough for a file, and no more than a fixed number: beyond, they are dropped and counted.
 """
 
 import os
@@ -149,7 +149,9 @@ def _log_frame(entry: _Entry) -> pl.DataFrame:
     columns = []
     for column in (*entry.schema.dense, *entry.schema.sparse):
         values = report.frame[column.name]
-        columns.append((digits_of(values, column) if isinstance(column, SparseColumn) else values).alias(column.log_name))
+        columns.append(
+            (digits_of(values, column) if isinstance(column, SparseColumn) else values).alias(column.log_name)
+        )
     height = report.frame.height
     if entry.schema.time is not None:
         columns.append(_as_time(entry.time_us, entry.schema.time).new_from_index(0, height))

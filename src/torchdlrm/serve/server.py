@@ -145,9 +145,8 @@ class _Supervisor:
     def _watch(self) -> int:
         while not self._is_stopping:
             wait([process.sentinel for process in self._processes], timeout=1.0)
-            for process in [process for process in self._processes if process.exitcode is not None]:
-                if self._is_stopping:
-                    break
+            dead = [process for process in self._processes if process.exitcode is not None]
+            for process in [] if self._is_stopping else dead:
                 self._forget(process)
                 if time.monotonic() - self._started_s.pop(process) < _SECONDS_BETWEEN_STARTS:
                     return self._stop(1)  # it cannot even begin: starting it again would not help
@@ -190,6 +189,4 @@ def _work(options: ServeOptions, listener: socket.socket, ready: Connection) -> 
     """What a process of several does."""
     from torchdlrm.serve.worker import run_worker  # noqa: PLC0415 - loads torch
 
-    raise SystemExit(
-        run_worker(options, listener, lambda it: ready.send((it.model, it.version)), is_first_check=False)
-    )
+    raise SystemExit(run_worker(options, listener, lambda it: ready.send((it.model, it.version)), is_first_check=False))

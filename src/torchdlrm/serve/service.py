@@ -37,7 +37,9 @@ class Service:
         name: what clients call the model, whichever bundle is served.
     """
 
-    def __init__(self, options: ServeOptions, served: ServedBundle, lines: LogLines, tell_others: Callable[[], None]) -> None:
+    def __init__(
+        self, options: ServeOptions, served: ServedBundle, lines: LogLines, tell_others: Callable[[], None]
+    ) -> None:
         self.options, self.lines, self.tell_others = options, lines, tell_others
         self.name = options.name or served.name
         self.keys = ApiKeys(options.api_keys)
@@ -57,7 +59,8 @@ class Service:
 
     def start(self) -> None:
         """Begin to predict; in the event loop."""
-        self.batcher.start()
+        served = self.bundles.current
+        self.batcher.start(lambda: [served.predict(served.read([[{}] * num_rows])) for num_rows in (1, 64, 256, 1)])
 
     def close(self) -> None:
         """Stop, after the last request; what was logged is written."""

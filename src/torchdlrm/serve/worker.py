@@ -102,7 +102,7 @@ async def _serve(
 
     service = Service(options, served, lines, tell_others)
     config = uvicorn.Config(
-        build_app(service),  # type: ignore[arg-type]  # uvicorn's types of scopes are narrower than ASGI's
+        build_app(service),
         http=LimitedConnection.with_timeout(options.header_timeout_s),
         ws="none",
         lifespan="off",

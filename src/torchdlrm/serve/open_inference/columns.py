@@ -42,7 +42,7 @@ def feature_type(column: Feature) -> pl.DataType:
 
 def model_metadata(name: str, version: str, schema: FeatureSchema) -> dict[str, Any]:
     """What the protocol tells of a model: an input for each column, and the output."""
-    inputs = [{"name": column.name, "datatype": _datatype(column), "shape": [-1]} for column in _features(schema)]
+    inputs = [{"name": column.name, "datatype": _datatype(column), "shape": [-1]} for column in features_of(schema)]
     return {
         "name": name,
         "versions": [version],
@@ -52,7 +52,8 @@ def model_metadata(name: str, version: str, schema: FeatureSchema) -> dict[str, 
     }
 
 
-def _features(schema: FeatureSchema) -> tuple[Feature, ...]:
+def features_of(schema: FeatureSchema) -> tuple[Feature, ...]:
+    """The columns that a model reads: dense, then sparse."""
     return (*schema.dense, *schema.sparse)
 
 
@@ -79,7 +80,7 @@ def frame_of(tensors: Sequence[Tensor], schema: FeatureSchema, max_rows: int) ->
     """
     if not tensors:
         raise bad_request("inputs: no tensor; send one for a column at least, or 'dense' and 'sparse'")
-    features: dict[str, Feature] = {column.name: column for column in _features(schema)}
+    features: dict[str, Feature] = {column.name: column for column in features_of(schema)}
     num_rows = tensors[0].shape[0]
     if num_rows > max_rows:
         msg = f"{num_rows:,} rows in a request, and at most {max_rows:,} are taken; send several requests"

@@ -27,7 +27,7 @@ from torchdlrm.serve.open_inference.tensors import (
 from torchdlrm.serve.refusals import RefusedRequest, bad_request
 from torchdlrm.serve.service import Service
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context = Any  # grpc.aio.ServicerContext; grpc comes without types
 Method = Callable[[Any, Context], Awaitable[Any]]
 
 _STATUS = {
@@ -162,9 +162,7 @@ class _Methods:
             timeout_us=None if remaining_s is None else max(0, int(1e6 * remaining_s)),
             is_gone=context.cancelled,
         )
-        response = CLASSES["ModelInferResponse"](
-            model_name=service.name, model_version=served.version, id=request.id
-        )
+        response = CLASSES["ModelInferResponse"](model_name=service.name, model_version=served.version, id=request.id)
         output = response.outputs.add(name=OUTPUT, datatype="FP32", shape=[len(answer.probabilities)])
         if request.raw_input_contents:
             response.raw_output_contents.append(answer.probabilities.astype("<f4").tobytes())

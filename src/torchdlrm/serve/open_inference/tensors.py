@@ -86,7 +86,7 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) ->
             msg = f"input {name!r}: half of a surrogate pair is no text"
             raise bad_request(msg) from error
     dtype = NUMBER_TYPES[datatype]
-    accepted = {int, float} if dtype.kind == "f" else {int}
+    accepted: set[type] = {int, float} if dtype.kind == "f" else {int}
     if kinds - accepted:
         what = "numbers" if dtype.kind == "f" else "whole numbers"
         msg = f"input {name!r}: {datatype} are {what}, but there is {_short(_first(flat, accepted))}"
@@ -119,7 +119,9 @@ def from_bytes(name: str, datatype: str, shape: tuple[int, ...], data: memoryvie
 def from_texts(name: str, shape: tuple[int, ...], texts: Sequence[bytes]) -> Tensor:
     """A tensor of BYTES, each by itself."""
     _check_count(name, shape, len(texts))
-    return Tensor(name, BYTES, shape, _without_empty(pl.Series(name, [_decode(name, text) for text in texts], pl.String)))
+    return Tensor(
+        name, BYTES, shape, _without_empty(pl.Series(name, [_decode(name, text) for text in texts], pl.String))
+    )
 
 
 def from_numbers(name: str, datatype: str, shape: tuple[int, ...], numbers: Sequence[float]) -> Tensor:
@@ -135,7 +137,9 @@ def from_numbers(name: str, datatype: str, shape: tuple[int, ...], numbers: Sequ
 def _texts(name: str, shape: tuple[int, ...], data: memoryview | bytes) -> list[str]:
     count = math.prod(shape)
     if count * _LENGTH.size > len(data):
-        msg = f"input {name!r}: shape {list(shape)} of BYTES needs at least {count * 4:,} bytes, there are {len(data):,}"
+        msg = (
+            f"input {name!r}: shape {list(shape)} of BYTES needs at least {count * 4:,} bytes, there are {len(data):,}"
+        )
         raise bad_request(msg)
     texts = []
     position, end, whole = 0, len(data), bytes(data)
