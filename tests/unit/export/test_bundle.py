@@ -29,7 +29,7 @@ def flip(path, position, bit=3):
 
 def rows_of(bundle, ids):
     sparse = np.zeros((len(bundle.schema.sparse), len(ids)), np.int32)
-    sparse[0] = ids
+    sparse[-1] = ids  # of the table at the end of the file
     return EncodedRows(np.zeros((len(ids), len(bundle.schema.dense)), np.float32), sparse)
 
 
@@ -104,8 +104,8 @@ def many_blocks(small_blocks, small_run, small_dataset, tmp_path):
 def test_lazily_a_damaged_row_is_found_before_it_is_used_and_others_are_served(many_blocks, monkeypatch):
     monkeypatch.setattr(verification.BlockVerifier, "check_all_in_background", lambda _: None)
     whole = Bundle.open(many_blocks)
-    start, end = whole.weights.span(table_name("cat_0"))
-    num_rows, length = whole.manifest.sparse["cat_0"].num_embeddings, 4 * whole.manifest.model.embedding_dim
+    start, end = whole.weights.span(table_name("cat_25"))
+    num_rows, length = whole.manifest.sparse["cat_25"].num_embeddings, 4 * whole.manifest.model.embedding_dim
     assert end - start == num_rows * length
     last = num_rows - 1
     assert (start + last * length) // 1024 > (start + 2 * length) // 1024, "rows 0 and last are in different blocks"
@@ -145,9 +145,9 @@ def test_lazily_an_undamaged_bundle_is_checked_to_the_end(many_blocks):
 
 def test_an_id_outside_its_table_is_an_error(small_bundle):
     bundle = Bundle.open(small_bundle)
-    model, rows = ServedModel(bundle), bundle.manifest.sparse["cat_0"].num_embeddings
+    model, rows = ServedModel(bundle), bundle.manifest.sparse["cat_25"].num_embeddings
     for wrong in (rows, -1, 2**31 - 1):
-        with pytest.raises(UserError, match=f"cat_0: id {wrong} is outside its table, which has {rows:,} rows"):
+        with pytest.raises(UserError, match=f"cat_25: id {wrong} is outside its table, which has {rows:,} rows"):
             model.predict(rows_of(bundle, [0, wrong]))
 
 
