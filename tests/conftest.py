@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +78,19 @@ def dlrm():
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium; skips where none is installed. Of a module: while it runs, this thread has an event loop."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next((path for path in map(shutil.which, names) if path), None)
+    if program is None:
+        pytest.skip(f"needs a browser: none of {', '.join(names)} is on the path")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # As root, which CI often is, Chromium starts without its sandbox alone. It sees no page but ours.
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"] * (os.geteuid() == 0))
+        yield browser
+        browser.close()
