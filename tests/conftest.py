@@ -94,3 +94,29 @@ def browser():
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"] * (os.geteuid() == 0))
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def small_run(small_dataset, dlrm, tmp_path_factory):
+    """The folder of a run on `small_dataset`."""
+    path = tmp_path_factory.mktemp("run") / "run"
+    config = Path(__file__).parents[1] / "configs" / "criteo-small.toml"
+    done = dlrm("train", config, "--dataset", small_dataset.path, "--run", path, "--logging.tensorboard", "false")
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_bundle(small_run, small_dataset, tmp_path_factory):
+    """The folder of a float32 bundle of `small_run`; not to be changed."""
+    from torchdlrm.export.export import ExportOptions, export
+    from torchdlrm.train.run import Run
+
+    path = tmp_path_factory.mktemp("bundle") / "small"
+    export(
+        Run.open(small_run),
+        small_dataset,
+        path,
+        ExportOptions("small", dict.fromkeys(small_dataset.sparse_names, "float32")),
+    )
+    return path

@@ -7,7 +7,8 @@
     │   ├── LogError             a raw log: a file, a line, a column
     │   ├── DatasetError         an encoded dataset on disk
     │   ├── PlanError            a sharding plan that does not exist, or does not fit
-    │   └── RunError             a run on disk
+    │   ├── RunError             a run on disk
+    │   └── BundleError          an exported model on disk
     ├── TrainingError            training cannot go on (not the input's fault as far as we can tell)
     │   └── LostProcessError     another process of the training has died or does not answer
     └── Interrupted              somebody has asked a job to stop, and it has saved what it had
@@ -46,6 +47,10 @@ class PlanError(UserError):
 
 class RunError(UserError):
     """A run on disk is missing, incomplete or in use."""
+
+
+class BundleError(UserError):
+    """A bundle on disk is missing, damaged, of a newer format version, or predicts other than it should."""
 
 
 class TrainingError(TorchDLRMError):

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.errors import RunError
 from torchdlrm.loader.loader import Loader
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.train.checkpoint import Checkpointer, list_checkpoints, read_position
+from torchdlrm.train.checkpoint import Checkpointer, find_checkpoint
 from torchdlrm.train.predictions import measure
 from torchdlrm.train.process_group import Ranks
 from torchdlrm.train.run import Run
@@ -49,7 +48,7 @@ def evaluate(
         dense_sample=None,
         ranks=ranks,
     ).module
-    step = _find_checkpoint(run, checkpoint)
+    step = find_checkpoint(run.checkpoints, checkpoint)
     Checkpointer(run.checkpoints, model, None, ranks).load(step)
     loaders = [
         Loader(
@@ -65,18 +64,3 @@ def evaluate(
     progress.start_phase("evaluate", sum(loader.batches_per_epoch for loader in loaders), unit="batches")
     metrics = measure(model, loaders, ranks, progress)
     return None if metrics is None else {"split": "+".join(splits), "step": step, **metrics.as_dict()}
-
-
-def _find_checkpoint(run: Run, name: str) -> int:
-    steps = list_checkpoints(run.checkpoints)
-    if not steps:
-        msg = f"{run.path}: the run has no checkpoint yet; train it first"
-        raise RunError(msg)
-    if name == "last":
-        return steps[-1]
-    wanted = read_position(run.checkpoints, steps[-1]).best_step if name == "best" else name
-    if str(wanted) not in map(str, steps):
-        there = ", ".join(map(str, steps))
-        msg = f"--checkpoint: {run.path} has none of {name!r}; it has the steps {there} (or last, or best if validated)"
-        raise RunError(msg)
-    return int(str(wanted))

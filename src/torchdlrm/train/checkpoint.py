@@ -75,6 +75,33 @@ def read_position(folder: Path, step: int) -> Position:
     return Position(**record["position"])
 
 
+def find_checkpoint(folder: Path, name: str) -> int:
+    """The step of a checkpoint in a run's checkpoints/.
+
+    Args:
+        folder: the run's checkpoints/.
+        name: `last`, `best` (of the val split) or a step.
+
+    Raises:
+        RunError: there is none of that name.
+    """
+    steps = list_checkpoints(folder)
+    if not steps:
+        msg = f"{folder.parent}: the run has no checkpoint yet; train it first"
+        raise RunError(msg)
+    if name == "last":
+        return steps[-1]
+    wanted = read_position(folder, steps[-1]).best_step if name == "best" else name
+    if str(wanted) not in map(str, steps):
+        there = ", ".join(map(str, steps))
+        msg = (
+            f"--checkpoint: {folder.parent} has none of {name!r}; it has the steps {there} "
+            "(or last, or best if validated)"
+        )
+        raise RunError(msg)
+    return int(str(wanted))
+
+
 class Checkpointer:
     """Saves and loads the checkpoints of one run; every rank has one and must make the same calls.
 

@@ -1,0 +1,1 @@
+"""A run -> a bundle: one folder that predicts from raw rows."""

@@ -1,0 +1,133 @@
+"""Do a bundle and its checkpoint predict the same, as far as the precision allows?
+
+The same encoded rows go through both.  Two questions: how far is the worst row off, and how much worse is the logloss?
+The second is a mean over rows whose errors have either sign, so few rows say little about it: it counts as too high
+when it is so by more than three standard errors.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from torchdlrm.errors import BundleError
+from torchdlrm.export.encoded_rows import EncodedRows
+from torchdlrm.export.manifest import CheckRecord, DensePrecision, PredictionRecord
+from torchdlrm.export.precision import TablePrecision
+from torchdlrm.metrics import binary_metrics
+from torchdlrm.progress import ProgressListener
+from torchdlrm.schema import FeatureSchema
+
+_STANDARD_ERRORS = 3.0
+
+Logits = Callable[[EncodedRows], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a precision explains.
+
+    Attributes:
+        difference: between two probabilities of a row.
+        logloss_increase: over many rows, in nats.
+    """
+
+    difference: float
+    logloss_increase: float
+
+
+# float32 differs by the order of additions alone. The others are several times what trained models have shown; a table
+# that is in the wrong place is off by more.
+_OF_TABLES: dict[TablePrecision, Tolerance] = {
+    "float32": Tolerance(1e-5, 1e-6),
+    "float16": Tolerance(5e-3, 2e-5),
+    "int8": Tolerance(0.05, 2e-4),
+    "int4": Tolerance(0.4, 5e-3),
+}
+_OF_DENSE: dict[DensePrecision, Tolerance] = {"float32": Tolerance(0.0, 0.0), "bfloat16": Tolerance(0.05, 2e-4)}
+
+
+def tolerance(tables: Iterable[TablePrecision], dense: DensePrecision) -> Tolerance:
+    """What these precisions explain together."""
+    worst = max((_OF_TABLES[precision] for precision in tables), key=lambda allowed: allowed.difference)
+    return Tolerance(
+        worst.difference + _OF_DENSE[dense].difference, worst.logloss_increase + _OF_DENSE[dense].logloss_increase
+    )
+
+
+def compare(
+    frames: Iterable[pl.DataFrame],
+    schema: FeatureSchema,
+    *,
+    split: str,
+    checkpoint: Logits,
+    bundle: Logits,
+    allowed: Tolerance,
+    progress: ProgressListener,
+) -> CheckRecord:
+    """Predict the same rows by checkpoint and bundle.
+
+    Args:
+        frames: encoded rows with their label.
+        schema: of the columns.
+        split: which rows they are, for the record.
+        checkpoint: log-odds by the checkpoint.
+        bundle: log-odds by the bundle.
+        allowed: what the precision explains.
+        progress: is told of the rows done.
+
+    Raises:
+        BundleError: they differ by more than is allowed.
+    """
+    pieces: list[tuple[NDArray[np.floating], ...]] = []
+    for frame in frames:
+        rows = EncodedRows.from_frame(frame, schema)
+        pieces.append((frame[schema.label.name].to_numpy(), checkpoint(rows), bundle(rows)))
+        progress.advance(frame.height)
+    labels, before, after = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    difference = float(np.abs(_probability(before) - _probability(after)).max())
+    record = CheckRecord(
+        split=split,
+        rows=len(labels),
+        largest_difference=difference,
+        largest_allowed=allowed.difference,
+        checkpoint=_judged(labels, before),
+        bundle=_judged(labels, after),
+    )
+    if not difference <= allowed.difference:  # also where it is NaN
+        msg = (
+            f"the bundle predicts other than the checkpoint: a probability differs by {difference:.2g} on "
+            f"{len(labels):,} rows of {split}, and the precision explains {allowed.difference:.2g}; nothing was left behind. "
+            "Export with a higher --precision or --dense-precision float32"
+        )
+        raise BundleError(msg)
+    increase, error = _increase(labels, before, after)
+    if increase - _STANDARD_ERRORS * error > allowed.logloss_increase:
+        msg = (
+            f"the bundle's logloss on {len(labels):,} rows of {split} is {increase:.6f} higher than the checkpoint's, "
+            f"and the precision explains {allowed.logloss_increase:.6f}; nothing was left behind. Export with a higher "
+            "--precision or --dense-precision float32"
+        )
+        raise BundleError(msg)
+    return record
+
+
+def _increase(
+    labels: NDArray[np.floating], before: NDArray[np.floating], after: NDArray[np.floating]
+) -> tuple[float, float]:
+    """The mean increase of a row's logloss, and its standard error."""
+    sign = np.where(labels != 0, -1.0, 1.0)
+    increase = np.logaddexp(0, sign * after.astype(np.float64)) - np.logaddexp(0, sign * before.astype(np.float64))
+    return float(increase.mean()), float(increase.std()) / math.sqrt(len(increase))
+
+
+def _probability(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+    return 1 / (1 + np.exp(-logits.astype(np.float64)))
+
+
+def _judged(labels: NDArray[np.floating], logits: NDArray[np.floating]) -> PredictionRecord:
+    metrics = binary_metrics(labels, logits)
+    return PredictionRecord(auc=None if math.isnan(metrics.auc) else metrics.auc, logloss=metrics.logloss)

@@ -1,0 +1,61 @@
+"""What the checkpoint itself predicts: the eager float32 model, its tables read in place.
+
+This is what a bundle is compared with, and shares no code with the model as served but the reading of rows: TorchRec's
+dense and over arch, the interaction of training, float32 throughout.
+
+B rows, F sparse features, D embedding dimension.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchdlrm.config import ModelConfig
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.export.bundle import table_name
+from torchdlrm.export.checkpoint_reader import CheckpointReader
+from torchdlrm.export.encoded_rows import EncodedRows
+from torchdlrm.model.build import build_model
+
+
+class CheckpointModel:
+    """A checkpoint that predicts.
+
+    Args:
+        checkpoint: its weights.
+        config: the shape of the model.
+        dataset: what it was trained on.
+    """
+
+    def __init__(self, checkpoint: CheckpointReader, config: ModelConfig, dataset: Dataset) -> None:
+        self._checkpoint = checkpoint
+        self._tables = [table_name(feature) for feature in dataset.num_embeddings]
+        self._model = build_model(
+            config,
+            num_dense_features=len(dataset.dense_names),
+            num_embeddings=dataset.num_embeddings,
+            device=torch.device("cpu"),
+        ).model.eval()
+        dense = {name: checkpoint.tensor(name) for name in checkpoint.shapes if name not in self._tables}
+        missing, unexpected = self._model.load_state_dict(dense, strict=False)
+        assert not unexpected, unexpected
+        assert set(missing) == set(self._tables), missing
+
+    def logits(self, rows: EncodedRows) -> NDArray[np.float32]:
+        """The log-odds of a click of each row: float32 [B]."""
+        with torch.inference_mode():
+            sparse_BFD = torch.stack([self._pooled(rows, feature) for feature in range(len(self._tables))], dim=1)
+            dense_BD = self._model.dense_arch(torch.from_numpy(rows.dense))
+            interactions = self._model.inter_arch(dense_features=dense_BD, sparse_features=sparse_BFD)
+            logits_B: NDArray[np.float32] = self._model.over_arch(interactions).squeeze(1).numpy()
+            return logits_B
+
+    def _pooled(self, rows: EncodedRows, feature: int) -> Tensor:
+        """The sum of a feature's embeddings: [B, D]."""
+        if not isinstance(rows.sparse, tuple):
+            return self._checkpoint.gather(self._tables[feature], rows.sparse[feature])
+        ids, offsets = rows.sparse[feature]
+        found = self._checkpoint.gather(self._tables[feature], ids)
+        bags = torch.repeat_interleave(torch.arange(rows.num_rows), torch.from_numpy(np.diff(offsets)))
+        return torch.zeros(rows.num_rows, found.shape[1]).index_add_(0, bags, found)

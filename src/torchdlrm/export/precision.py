@@ -1,0 +1,90 @@
+"""In which precision a table is served: the layout of its rows, and the FBGEMM kernels that quantise them.
+
+| precision | a row of D numbers | bytes |
+| --- | --- | ---: |
+| float32 | as trained | 4 D |
+| float16 | rounded | 2 D |
+| int8 | float16 scale, float16 bias, then D bytes | 4 + D |
+| int4 | float16 scale, float16 bias, then two numbers a byte, the first in the low half | 4 + D / 2 |
+
+A number is `scale * integer + bias`; scale and bias are of the row.  These are the rows that FBGEMM's
+`IntNBitTableBatchedEmbeddingBagsCodegen` reads, the module under TorchRec's quantised EmbeddingBagCollection, and they
+are quantised by the same kernels.
+"""
+
+from typing import Literal
+
+import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
+from torch import Tensor
+
+TablePrecision = Literal["float32", "float16", "int8", "int4"]
+TABLE_PRECISIONS: tuple[TablePrecision, ...] = ("float32", "float16", "int8", "int4")
+_SPARSE_TYPES: dict[TablePrecision, SparseType] = {
+    "float32": SparseType.FP32,
+    "float16": SparseType.FP16,
+    "int8": SparseType.INT8,
+    "int4": SparseType.INT4,
+}
+_SCALE_BIAS_BYTES = 4
+
+
+def sparse_type(precision: TablePrecision) -> SparseType:
+    """What FBGEMM calls it."""
+    return _SPARSE_TYPES[precision]
+
+
+def row_bytes(precision: TablePrecision, dim: int) -> int:
+    """The bytes of a row of `dim` numbers; `dim` is a multiple of 4."""
+    return {
+        "float32": 4 * dim,
+        "float16": 2 * dim,
+        "int8": _SCALE_BIAS_BYTES + dim,
+        "int4": _SCALE_BIAS_BYTES + dim // 2,
+    }[precision]
+
+
+def quantize_rows(rows: Tensor, precision: TablePrecision) -> Tensor:
+    """Rows of a table as they are served.
+
+    Args:
+        rows: float32 [R, D].
+        precision: of the result.
+
+    Returns:
+        uint8 [R, row_bytes]; for float32 a view.
+    """
+    assert rows.dtype == torch.float32, rows.dtype
+    if precision == "float32":
+        return rows.contiguous().view(torch.uint8)
+    if precision == "float16":
+        return rows.half().view(torch.uint8)
+    if precision == "int8":
+        # FBGEMM writes numbers, float32 scale, float32 bias; its lookup wants the two as float16 and in front.
+        fused = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(rows)
+        scale_bias = fused[:, -8:].contiguous().view(torch.float32).half().view(torch.uint8)
+        return torch.cat([scale_bias, fused[:, :-8]], dim=1)
+    fused = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(rows, 4)
+    return torch.cat([fused[:, -_SCALE_BIAS_BYTES:], fused[:, :-_SCALE_BIAS_BYTES]], dim=1)
+
+
+def dequantize_rows(quantized: Tensor, precision: TablePrecision, dim: int) -> Tensor:
+    """What the lookup makes of rows.
+
+    Args:
+        quantized: uint8 [R, row_bytes], contiguous.
+        precision: of the rows.
+        dim: D.
+
+    Returns:
+        float32 [R, D].
+    """
+    if precision == "float32":
+        return quantized.view(torch.float32)
+    if precision == "float16":
+        return quantized.view(torch.float16).float()
+    scale, bias = quantized[:, :_SCALE_BIAS_BYTES].contiguous().view(torch.float16).float().split(1, dim=1)
+    numbers = quantized[:, _SCALE_BIAS_BYTES:]
+    if precision == "int4":
+        numbers = torch.stack([numbers & 15, numbers >> 4], dim=2).view(len(quantized), dim)
+    return scale * numbers.float() + bias

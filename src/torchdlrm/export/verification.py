@@ -1,0 +1,95 @@
+"""Checksums of a bundle's files, all at once or, for the weights, block by block while they are already in use."""
+
+import hashlib
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchdlrm.errors import BundleError
+from torchdlrm.export.weights_file import BLOCK_BYTES
+from torchdlrm.progress import ProgressListener
+
+
+class BlockVerifier:
+    """Knows which blocks of a weights file have been checked, and checks the others.
+
+    Blocks are read from the file and not through the mapping, so that checking 100 GB does not make them resident in
+    this process; both see the same pages of the page cache.
+
+    Args:
+        path: the weights file.
+        block_sha256: of each block.
+
+    Attributes:
+        is_done: whether all blocks have been found good.
+    """
+
+    def __init__(self, path: Path, block_sha256: Sequence[str]) -> None:
+        self._path = path
+        self._digests = [bytes.fromhex(digest) for digest in block_sha256]
+        self._good: NDArray[np.bool_] = np.zeros(len(block_sha256), np.bool_)
+        self._file = os.open(path, os.O_RDONLY)
+        self._damage: BundleError | None = None
+        self.is_done = False
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the file."""
+        return len(self._digests)
+
+    def require(self, touched: NDArray[np.bool_]) -> None:
+        """Check the blocks that are not checked yet.
+
+        Args:
+            touched: bool [num_blocks].
+
+        Raises:
+            BundleError: one of them is damaged, or another block was found to be.
+        """
+        if self._damage is not None:
+            raise self._damage
+        for block in np.flatnonzero(touched & ~self._good):
+            self._check(int(block))
+
+    def check_all(self, progress: ProgressListener, *, num_threads: int) -> None:
+        """Check every block.
+
+        Raises:
+            BundleError: one is damaged.
+        """
+        with ThreadPoolExecutor(num_threads) as pool:
+            for _ in pool.map(self._check, np.flatnonzero(~self._good).tolist()):
+                progress.advance(BLOCK_BYTES)
+        self.is_done = True
+
+    def check_all_in_background(self) -> None:
+        """Let a thread check every block; what it finds is raised by the next `require`."""
+        threading.Thread(target=self._check_quietly, name="torchdlrm-verify", daemon=True).start()
+
+    def _check_quietly(self) -> None:
+        try:
+            for block in range(self.num_blocks):
+                if not self._good[block]:
+                    self._check(block)
+        except BundleError:
+            return  # kept in `_damage`
+        self.is_done = True
+
+    def _check(self, block: int) -> None:
+        data = os.pread(self._file, BLOCK_BYTES, block * BLOCK_BYTES)
+        if hashlib.sha256(data).digest() != self._digests[block]:
+            msg = (
+                f"{self._path}: damaged: the sha256 of block {block} (from byte {block * BLOCK_BYTES:,}) is not what "
+                "was written; copy or export the bundle again"
+            )
+            self._damage = BundleError(msg)
+            raise self._damage
+        self._good[block] = True

@@ -1,0 +1,168 @@
+"""`weights.safetensors`: written block by block, read in place, each block with a checksum of its own.
+
+The file is a plain safetensors file (https://github.com/huggingface/safetensors), which other programs read too: 8
+bytes with the length of a JSON header, the header, the numbers.  All sizes are known beforehand, so that the header is
+written first and tables are appended a block of rows at a time.  Reading maps the file: several processes share the
+pages, and pages that nobody looks up are not read.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchdlrm.errors import BundleError
+
+BLOCK_BYTES = 16 * 2**20
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "U8": torch.uint8}
+_ALIGNMENT_BYTES = 64
+_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A tensor to be written: its name, safetensors' name of its type, its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its numbers."""
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+
+def header_bytes(records: Sequence[TensorRecord]) -> bytes:
+    """The length and the header of a file that holds these tensors one after the other."""
+    header: dict[str, Any] = {}
+    end = 0
+    for record in records:
+        start, end = end, end + record.size_bytes
+        header[record.name] = {"dtype": record.dtype, "shape": list(record.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGNMENT_BYTES)  # numbers lie as their types want it
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+class WeightsWriter:
+    """Writes the tensors of `records` in their order, a piece at a time, and hashes what it writes.  A context manager.
+
+    Attributes:
+        sha256: of the whole file, once it is closed.
+        block_sha256: of each block of `BLOCK_BYTES`, the last may be shorter.
+    """
+
+    def __init__(self, path: Path, records: Sequence[TensorRecord]) -> None:
+        self.sha256 = ""
+        self.block_sha256: list[str] = []
+        self._whole, self._block, self._block_filled = hashlib.sha256(), hashlib.sha256(), 0
+        self._left = sum(record.size_bytes for record in records)
+        self._file = path.open("wb")
+        self._write(memoryview(header_bytes(records)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def append(self, piece: Tensor) -> None:
+        """The next numbers: a contiguous tensor."""
+        self._left -= piece.nbytes
+        self._write(memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy().data))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if error is not None:
+                return
+            assert self._left == 0, f"{self._left} bytes of the tensors in the header have not been written"
+            if self._block_filled:
+                self.block_sha256.append(self._block.hexdigest())
+            self.sha256 = self._whole.hexdigest()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _write(self, piece: memoryview) -> None:
+        while piece:
+            part = piece[: BLOCK_BYTES - self._block_filled]
+            self._file.write(part)
+            self._whole.update(part)
+            self._block.update(part)
+            self._block_filled += len(part)
+            if self._block_filled == BLOCK_BYTES:
+                self.block_sha256.append(self._block.hexdigest())
+                self._block, self._block_filled = hashlib.sha256(), 0
+            piece = piece[len(part) :]
+
+
+class MappedWeights:
+    """A weights file in memory, read-only; nothing is read before it is used.
+
+    Attributes:
+        data: the whole file, uint8 [size].  Not to be written to.
+        shapes: of each tensor, in the order of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        # A lookup wants the rows it asks for, not the pages around them.
+        self._map.madvise(mmap.MADV_RANDOM)
+        header_length = int.from_bytes(self._map[:_LENGTH_BYTES], "little")
+        self._start = _LENGTH_BYTES + header_length
+        self._header: dict[str, Any] = _parse_header(self._map[_LENGTH_BYTES : self._start], path)
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in self._header.items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable.*")
+            self.data: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def span(self, name: str) -> tuple[int, int]:
+        """Where the tensor's numbers begin and end in the file, in bytes."""
+        start, end = self._header[name]["data_offsets"]
+        return self._start + start, self._start + end
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of a tensor; not to be written to.
+
+        Raises:
+            BundleError: the header contradicts itself.
+        """
+        entry, (start, end) = self._header[name], self.span(name)
+        dtype, shape = _DTYPES.get(entry["dtype"]), self.shapes[name]
+        if dtype is None or not self._start <= start <= end <= len(self.data):
+            msg = f"{self._path}: tensor {name} lies outside the file or has the unknown type {entry['dtype']!r}"
+            raise BundleError(msg)
+        if end - start != math.prod(shape) * dtype.itemsize:
+            msg = f"{self._path}: tensor {name} is {end - start:,} bytes long, which is not shape {list(shape)}"
+            raise BundleError(msg)
+        return self.data[start:end].view(dtype).view(shape)
+
+
+def _parse_header(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        header: Mapping[str, Any] = json.loads(text)
+        return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, AttributeError) as error:
+        msg = f"{path}: not a safetensors file ({error}); export the bundle again"
+        raise BundleError(msg) from error
+
+
+def blocks_of(starts: NDArray[np.int64], length: int, num_blocks: int) -> NDArray[np.bool_]:
+    """Which blocks hold any of the pieces of `length` bytes that begin at `starts`: bool [num_blocks]."""
+    touched = np.zeros(num_blocks, np.bool_)
+    touched[starts // BLOCK_BYTES] = True
+    touched[(starts + length - 1) // BLOCK_BYTES] = True
+    return touched
