@@ -16,9 +16,10 @@ export function useKey(text) {
   key = text;
 }
 
-/** The model's name and version, the columns of its log, and example rows. */
-export function getSchema() {
-  return ask("/schema", { method: "GET" });
+/** The model's name and version, the columns of its log and how its lines are written, example rows, and limits. */
+export async function getSchema() {
+  const { log, ...rest } = await ask("/schema", { method: "GET" });
+  return { ...rest, ...log };
 }
 
 /** Predictions of rows; `body` is JSON text. */
