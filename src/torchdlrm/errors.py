@@ -8,7 +8,8 @@
     │   ├── DatasetError         an encoded dataset on disk
     │   ├── PlanError            a sharding plan that does not exist, or does not fit
     │   ├── RunError             a run on disk
-    │   └── BundleError          an exported model on disk
+    │   ├── BundleError          an exported model on disk
+    │   └── RowError             a row to predict
     ├── TrainingError            training cannot go on (not the input's fault as far as we can tell)
     │   └── LostProcessError     another process of the training has died or does not answer
     └── Interrupted              somebody has asked a job to stop, and it has saved what it had
@@ -47,6 +48,10 @@ class PlanError(UserError):
 
 class RunError(UserError):
     """A run on disk is missing, incomplete or in use."""
+
+
+class RowError(UserError):
+    """A row to predict cannot be read as the model's schema says; names its number, its column and the value."""
 
 
 class BundleError(UserError):

@@ -175,6 +175,13 @@ class FeatureSchema(_Frozen):
         """The sparse columns, in the order of the file: the order of the KJT's keys."""
         return tuple(column for column in self.columns if isinstance(column, SparseColumn))
 
+    def with_columns(self, columns: Sequence[Column]) -> Self:
+        """The layout of a log to predict: its features are those of this schema, and what else it has may differ.
+
+        Such a log need not have a label: without one, the property `label` is not there either.
+        """
+        return self.model_copy(update={"columns": tuple(columns)})
+
 
 def criteo_schema() -> FeatureSchema:
     """The layout of Criteo's public logs; column names are those of `torchrec.datasets.criteo`."""

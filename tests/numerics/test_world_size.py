@@ -16,10 +16,11 @@ def runs(small_dataset, dlrm, tmp_path_factory):
     """The same config trained for 20 steps by one process and by two; batch 301 cannot be halved."""
     folder = tmp_path_factory.mktemp("runs")
     made = {}
-    for nproc in (1, 2):
-        made[nproc] = folder / f"run-{nproc}"
+    for name, nproc, communication in ((1, 1, "auto"), (2, 2, "auto"), ("float16", 2, "float16")):
+        made[name] = folder / f"run-{name}"
         done = dlrm(
-            *("train", "configs/criteo-small.toml", "--dataset", small_dataset.path, "--run", made[nproc]),
+            *("train", "configs/criteo-small.toml", "--dataset", small_dataset.path, "--run", made[name]),
+            *("--train.communication", communication),
             *("--nproc-per-node", nproc, "--train.batch-size-global", 301, "--train.epochs", 2),
             *("--train.max-steps", STEPS, "--logging.every-steps", 1, "--json"),
         )
@@ -41,6 +42,11 @@ def test_every_step_has_the_same_loss(runs):
     assert len(losses(runs[1])) == STEPS
     assert losses(runs[2]) == pytest.approx(losses(runs[1]), abs=1e-4)
     assert losses(runs[1])[-1] != pytest.approx(losses(runs[1])[0], abs=1e-3)  # something was learnt
+
+
+def test_embeddings_sent_as_float16_train_nearly_the_same(runs):
+    assert losses(runs["float16"]) == pytest.approx(losses(runs[2]), abs=5e-3)
+    assert losses(runs["float16"]) != losses(runs[2])  # they were rounded
 
 
 def test_the_weights_are_the_same(runs, tmp_path):

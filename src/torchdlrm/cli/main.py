@@ -31,8 +31,10 @@ app.command("torchdlrm.cli.train:train", help="Train a DLRM on a dataset.")
 app.command("torchdlrm.cli.evaluate:evaluate", help="Measure a trained run on every row of a split.")
 app.command("torchdlrm.cli.report:report", help="Write a run as one HTML page.")
 app.command("torchdlrm.cli.export:export", help="Turn a trained run into a bundle that predicts from raw rows.")
+app.command("torchdlrm.cli.predict:predict", help="Predict every row of a raw log.")
+app.command("torchdlrm.cli.serve:serve", help="Serve a bundle over HTTP and gRPC.")
 app.command("torchdlrm.cli.bench:bench", name="bench", help="Time the hot paths on this machine.")
-app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset holds.")
+app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset or a bundle holds.")
 
 
 def main() -> None:
@@ -41,6 +43,7 @@ def main() -> None:
     # when other programs need the cores a step took ten times as long; docs/benchmarks.md has the figures. Read when
     # torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would tell people when it starts and stops
     try:
         app(exit_on_error=False)
     except UserError as error:

@@ -31,6 +31,7 @@ def train(
     rdzv_id: str = "torchdlrm",
     max_restarts: Annotated[int, Parameter(validator=Number(gte=0))] = 0,
     plan: Path | None = None,
+    profile: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     json: bool = False,
 ) -> None:
@@ -62,6 +63,9 @@ def train(
         How often all processes are started again after one has died, from the last checkpoint.
     plan
         A plan.json that `dlrm plan --out` wrote, to obey; without it training plans by itself.
+    profile
+        Write a Chrome trace of 20 steps to the run's profile/ and say where their time went and which share of the
+        communication was hidden (`--logging.profile-steps N` for another number).
     dry_run
         Show the plan, the rows and the steps, refuse what would be refused, and write nothing.
     json
@@ -70,11 +74,13 @@ def train(
     path, overrides = split_config(config)
     if plan is not None:
         overrides["sharding.plan"] = str(plan.resolve())
+    if profile and "logging.profile-steps" not in overrides:
+        overrides["logging.profile_steps"] = "20"
     settings = load_config(path, overrides)
     if nnodes > 1 and not rdzv_endpoint:
         raise ConfigError("--rdzv-endpoint: needed with --nnodes, HOST:PORT of one of the machines, the same on each")
 
-    from torchdlrm.cli.train_tables import show_prospect, show_summary
+    from torchdlrm.cli.train_tables import show_profile, show_prospect, show_summary
     from torchdlrm.data.dataset import Dataset
     from torchdlrm.train.launch import Processes, launch
     from torchdlrm.train.prospect import foresee
@@ -97,6 +103,8 @@ def train(
     if summary is None:  # another machine has rank 0
         return
     show_summary(run, summary)
+    if settings.logging.profile_steps:
+        show_profile(Run(run, settings).profile)
     if json:
         print_json({"run": str(run), **summary.as_dict()})
 

@@ -8,6 +8,7 @@ from torchdlrm.cli.plan_tables import print_table
 from torchdlrm.cli.terminal import console
 from torchdlrm.sharding import report
 from torchdlrm.train.prospect import Prospect
+from torchdlrm.train.step_profile import read_profiles
 from torchdlrm.train.summary import TrainingSummary
 
 MAX_TABLES = 6
@@ -42,3 +43,24 @@ def show_summary(run: Path, summary: TrainingSummary) -> None:
             table.add_row(f"val {name}", f"{summary.validation[name]:.4f}")
     console.print(table)
     console.print(f"next: dlrm evaluate {run} --split test", markup=False)
+
+
+def show_profile(folder: Path) -> None:
+    """Where the profiled steps' time went, on each rank."""
+    profiles = read_profiles(folder)
+    if not profiles:
+        console.print("profile: too few steps were left to profile any", markup=False)
+        return
+    table = Table(title=f"ms a step, over {profiles[0].num_steps} profiled steps", title_justify="left")
+    table.add_column("")
+    for profile in profiles:
+        table.add_column(f"rank {profile.rank}", justify="right")
+    for part in profiles[0].ms_per_step_by_part:
+        table.add_row(part, *(f"{profile.ms_per_step_by_part.get(part, 0.0):.2f}" for profile in profiles))
+    table.add_section()
+    table.add_row("the step", *(f"{profile.ms_per_step:.2f}" for profile in profiles))
+    table.add_row("communication", *(f"{profile.communication_ms_per_step:.2f}" for profile in profiles))
+    shares = ("-" if profile.hidden_share is None else f"{profile.hidden_share:.0%}" for profile in profiles)
+    table.add_row("of which hidden", *shares)
+    console.print(table)
+    console.print(f"traces for chrome://tracing or Perfetto: {folder}", markup=False)

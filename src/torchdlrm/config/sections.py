@@ -42,6 +42,12 @@ class TrainConfig(_Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the dense parts' matrix products; auto asks the device, weights stay float32"
     )
+    tf32: bool = Field(default=True, description="GPUs multiply what is float32 in TF32; means nothing on CPU")
+    communication: Literal["auto", "float32", "float16"] = Field(
+        "auto",
+        description="of embeddings on their way between ranks; with float16 gradients travel as bfloat16 on GPUs; auto "
+        "is float16 on GPUs, and on CPU what the dense parts compute in",
+    )
     dropout_share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
         0.0, description="share of the hidden units of dense and over arch that each training row leaves out"
     )
@@ -147,6 +153,9 @@ class LoggingConfig(_Section):
     """What a run writes while it trains."""
 
     every_steps: PositiveInt = Field(100, description="steps between two lines of metrics.jsonl")
+    profile_steps: NonNegativeInt = Field(
+        0, description="write a Chrome trace of so many steps to the run's profile/, and what is in it; 0 for none"
+    )
     tensorboard: bool = Field(default=True, description="also write TensorBoard event files")
     trackers: tuple[Literal["wandb", "mlflow"], ...] = Field(
         (),

@@ -4,6 +4,8 @@ In: the positions of rows in the whole log and a seed.  Out: for each row a buck
 position: a shuffle of the whole split that any number of workers can carry out, in any order, with the same result.
 """
 
+from functools import cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -47,8 +49,12 @@ def hash_number(number: int) -> int:
 
 def _hash(positions: npt.NDArray[np.int64], seed: int, stream: int) -> npt.NDArray[np.uint64]:
     """SplitMix64 (Steele, Lea and Flood 2014) started at a mix of seed and stream: one jump a row."""
-    start = _mix(_mix(np.array([seed], np.uint64) * _GOLDEN) + np.uint64(stream))
-    return _mix(start + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    return _mix(_start(seed, stream) + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+
+
+@cache
+def _start(seed: int, stream: int) -> npt.NDArray[np.uint64]:
+    return _mix(_mix(np.array([seed], np.uint64) * _GOLDEN) + np.uint64(stream))
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -57,4 +63,4 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-_VALUE_START = int(_mix(np.array([_VALUE_STREAM], np.uint64))[0])  # what `_hash` starts at with the seed 0
+_VALUE_START = int(_start(0, _VALUE_STREAM)[0])

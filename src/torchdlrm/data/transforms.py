@@ -29,6 +29,7 @@ from torchdlrm.data.value_hash import hashed_ids
 from torchdlrm.schema import DenseColumn, DenseTransform, FeatureSchema, SparseColumn
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_FEW_ROWS = 4_096
 _HUGE_EXPONENT = 510
 _HUGE = 2.0**_HUGE_EXPONENT  # squares of larger values do not fit float64
 
@@ -163,7 +164,19 @@ def _ids(values: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None
 
 def encode_dense(frame: pl.DataFrame, dense: Mapping[str, FittedDense]) -> pl.DataFrame:
     """The dense columns of `frame` alone, each through its transform."""
-    return frame.select(_expressions(dense.items()))
+    if frame.height > _FEW_ROWS:
+        return frame.select(_expressions(dense.items()))
+    # Of few rows, the cost is that of the expressions: columns of the same constants are transformed as one.
+    alike: dict[FittedDense, list[str]] = {}
+    for name, fitted in dense.items():
+        alike.setdefault(fitted, []).append(name)
+    columns = {}
+    for fitted, names in alike.items():
+        x = pl.concat([frame[name].cast(pl.Float64) for name in names])
+        encoded = x.to_frame("x").select(fitted.expression("x")).to_series()
+        for i, name in enumerate(names):
+            columns[name] = encoded.slice(i * frame.height, frame.height).alias(name)
+    return pl.DataFrame([columns[name] for name in dense])
 
 
 def _square_root(x: Fraction) -> float:

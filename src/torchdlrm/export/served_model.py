@@ -1,22 +1,45 @@
 """The forward pass as served: encoded rows -> probabilities.
 
-B rows, F sparse features, D embedding dimension, N = F + 1 vectors that interact.
+Rows go through in chunks that stay in the processor's caches.  Of a chunk: look the embeddings up, straight in the
+precision of the arches; run the dense arch and put its vector beside them; one batched product gives all dot products;
+pick each pair once; run the over arch.  docs/benchmarks.md says what each part costs.
+
+B rows, F sparse features, D embedding dimension, N = F + 1 vectors that interact, M slots for them (N, or one more).
 """
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import linear
 
+from torchdlrm.errors import BundleError
 from torchdlrm.export.bundle import Bundle
 from torchdlrm.export.encoded_rows import EncodedRows
+from torchdlrm.export.layers import PackedLinear, run_layers
+from torchdlrm.export.manifest import BundleManifest, DensePrecision
+from torchdlrm.export.pairs import PairLayout
 from torchdlrm.export.table_lookup import TableLookup
 from torchdlrm.export.weights_file import MappedWeights
 
-__all__ = ["EncodedRows", "ServedModel"]
+__all__ = ["EncodedRows", "ServedModel", "choose_dense_precision"]
 
-_CHUNK_ROWS = 512
+_CHUNK_BYTES = 16 * 2**20
+_MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 256, 8192
+
+
+def choose_dense_precision(allowed: DensePrecision) -> tuple[DensePrecision, str]:
+    """What the arches compute in on this machine, and why.
+
+    Args:
+        allowed: by the bundle; bfloat16 without hardware for it would be slower than float32, and less exact.
+    """
+    if allowed == "float32":
+        return "float32", "the bundle says so"
+    capabilities = torch.cpu.get_capabilities()
+    for name, key in (("AMX", "amx_bf16"), ("AVX512-BF16", "avx512_bf16")):
+        if capabilities.get(key):
+            return "bfloat16", f"the processor has {name}"
+    return "float32", "the processor has neither AVX512-BF16 nor AMX"
 
 
 class ServedModel:
@@ -25,18 +48,27 @@ class ServedModel:
     Args:
         bundle: opened.
 
+    Attributes:
+        dense_precision: what the arches compute in here.
+        reason: why, for people.
+
     Raises:
         BundleError: the weights do not fit the manifest.
     """
 
     def __init__(self, bundle: Bundle) -> None:
-        weights = bundle.weights
-        self._lookup = TableLookup(bundle, torch.float32)
-        self._dense_arch = [(w, b) for w, b in _layers(weights, "dense_arch.")]
-        self._over_arch = [(w, b) for w, b in _layers(weights, "over_arch.")]
-        num_vectors = len(bundle.manifest.sparse) + 1
-        first_P, second_P = torch.triu_indices(num_vectors, num_vectors, offset=1)
-        self._pairs_P = first_P * num_vectors + second_P
+        manifest = bundle.manifest
+        self.dense_precision, self.reason = choose_dense_precision(manifest.dense_precision)
+        self._dtype: torch.dtype = getattr(torch, self.dense_precision)
+        self._dim, self._num_dense = manifest.model.embedding_dim, len(bundle.schema.dense)
+        self._pairs = PairLayout(len(manifest.sparse) + 1, self._dtype)
+        self._chunk_rows = _chunk_rows(manifest, self._pairs, self._dtype)
+        self._lookup = TableLookup(bundle, self._dtype, self._pairs.num_slots)
+        dense, over = _layers(bundle.weights, "dense_arch."), _layers(bundle.weights, "over_arch.")
+        _check_shapes(bundle, dense, over)
+        over[0] = (self._pairs.spread(over[0][0], self._dim), over[0][1])
+        self._dense_arch = [self._packed(*layer, relu=True) for layer in dense]
+        self._over_arch = [self._packed(*layer, relu=layer is not over[-1]) for layer in over]
 
     def predict(self, encoded: EncodedRows) -> NDArray[np.float32]:
         """The probability of a click of each row.
@@ -55,26 +87,51 @@ class ServedModel:
 
     def logits(self, encoded: EncodedRows) -> NDArray[np.float32]:
         """The log-odds of a click of each row: float32 [B]; raises as `predict`."""
-        logits_B = np.empty(encoded.num_rows, np.float32)
+        assert encoded.dense.shape[1] == self._num_dense, encoded.dense.shape
+        logits_B = torch.empty(encoded.num_rows, dtype=torch.float32)
         with torch.inference_mode():
-            for start in range(0, encoded.num_rows, _CHUNK_ROWS):
-                stop = min(start + _CHUNK_ROWS, encoded.num_rows)
-                logits_B[start:stop] = self._logits(encoded.part(start, stop)).numpy()
-        return logits_B
+            num_chunks = -(-encoded.num_rows // self._chunk_rows)
+            for chunk in range(num_chunks):  # of equal size: a short one at the end would keep one core waiting
+                start, stop = (encoded.num_rows * edge // num_chunks for edge in (chunk, chunk + 1))
+                logits_B[start:stop] = self._logits(encoded.part(start, stop))
+        return logits_B.numpy()
 
     def _logits(self, rows: EncodedRows) -> Tensor:
-        vectors_BND = self._lookup(rows)
-        dense_BD = torch.from_numpy(np.ascontiguousarray(rows.dense))
-        for weight, bias in self._dense_arch:
-            dense_BD = linear(dense_BD, weight, bias).relu_()
-        vectors_BND[:, 0] = dense_BD
-        square_BNN = torch.bmm(vectors_BND, vectors_BND.transpose(1, 2))
-        hidden = torch.cat([dense_BD, square_BNN.flatten(1).index_select(1, self._pairs_P)], dim=1)
-        for weight, bias in self._over_arch[:-1]:
-            hidden = linear(hidden, weight, bias).relu_()
-        return linear(hidden, *self._over_arch[-1]).squeeze(1)
+        vectors_BMD = self._lookup(rows)
+        dense_BD = run_layers(self._dense_arch, torch.from_numpy(np.ascontiguousarray(rows.dense)).to(self._dtype))
+        vectors_BMD[:, 0] = dense_BD
+        square_BMM = torch.bmm(vectors_BMD, vectors_BMD.transpose(1, 2))
+        interactions = dense_BD.new_empty(rows.num_rows, self._dim + self._pairs.num_columns)
+        interactions[:, : self._dim] = dense_BD
+        self._pairs.pick(square_BMM, interactions[:, self._dim :])
+        return run_layers(self._over_arch, interactions).squeeze(1)
+
+    def _packed(self, weight: Tensor, bias: Tensor, *, relu: bool) -> PackedLinear:
+        return PackedLinear(weight, bias, self._dtype, relu=relu, batch_rows=self._chunk_rows)
 
 
 def _layers(weights: MappedWeights, arch: str) -> list[tuple[Tensor, Tensor]]:
     names = [name for name in weights.shapes if name.startswith(arch) and name.endswith(".weight")]
     return [(weights.tensor(name), weights.tensor(name.removesuffix("weight") + "bias")) for name in names]
+
+
+def _check_shapes(bundle: Bundle, dense: list[tuple[Tensor, Tensor]], over: list[tuple[Tensor, Tensor]]) -> None:
+    model, num_vectors = bundle.manifest.model, len(bundle.manifest.sparse) + 1
+    num_pairs = num_vectors * (num_vectors - 1) // 2
+    for arch, layers, first, sizes in (
+        ("dense_arch", dense, len(bundle.schema.dense), model.dense_arch_layer_sizes),
+        ("over_arch", over, model.embedding_dim + num_pairs, model.over_arch_layer_sizes),
+    ):
+        expected = [(outputs, inputs) for inputs, outputs in zip((first, *sizes), sizes, strict=False)]
+        found = [tuple(weight.shape) for weight, _ in layers]
+        if found != expected:
+            msg = f"{bundle.path}: the layers of {arch} are {found}, but the model's shape asks for {expected}"
+            raise BundleError(msg)
+
+
+def _chunk_rows(manifest: BundleManifest, pairs: PairLayout, dtype: torch.dtype) -> int:
+    """So many rows that what lies between the layers stays in the caches."""
+    model = manifest.model
+    numbers = pairs.num_slots * (model.embedding_dim + pairs.num_slots) + model.embedding_dim + pairs.num_columns
+    numbers += sum(model.dense_arch_layer_sizes) + sum(model.over_arch_layer_sizes)
+    return max(_MIN_CHUNK_ROWS, min(_MAX_CHUNK_ROWS, _CHUNK_BYTES // (numbers * dtype.itemsize)))

@@ -4,7 +4,7 @@ The kernel is that of FBGEMM's `IntNBitTableBatchedEmbeddingBagsCodegen`, on whi
 EmbeddingBagCollection stands.  It takes one buffer for all tables and an offset for each: here the buffer is the mapped
 file itself, so nothing is copied and only the pages of the rows that are asked for are touched.
 
-B rows, F sparse features, D embedding dimension, N = F + 1 vectors that interact.
+B rows, F sparse features, D embedding dimension, M slots for vectors (F + 1, or one more).
 """
 
 import fbgemm_gpu.split_table_batched_embeddings_ops_inference  # noqa: F401 - registers the kernel
@@ -30,12 +30,14 @@ class TableLookup:
     Args:
         bundle: opened; its weights are used in place.
         dtype: of the vectors, float32 or bfloat16.
+        num_slots: M, vectors of a row of the result: the first is for the dense vector, then come the F embeddings;
+            what is left stays zero.
 
     Raises:
         BundleError: a table is not as long as the manifest says.
     """
 
-    def __init__(self, bundle: Bundle, dtype: torch.dtype) -> None:
+    def __init__(self, bundle: Bundle, dtype: torch.dtype, num_slots: int) -> None:
         features, dim = bundle.manifest.sparse, bundle.manifest.model.embedding_dim
         self._verifier = bundle.verifier
         self._num_rows = np.array([record.num_embeddings for record in features.values()])
@@ -48,16 +50,18 @@ class TableLookup:
                 raise BundleError(msg)
         self._starts = [start for start, _ in spans]
         self._dim, self._dtype = dim, dtype
-        # Slot 0 of the result is for the dense vector: the kernel sees a feature without ids there and writes zeros.
-        # Without it the embeddings would have to be copied once more to make room.
-        num_slots = len(features) + 1
+        # In the slots without a feature the kernel sees one that has no ids, and writes zeros. Otherwise the embeddings
+        # would have to be copied once more to make room for the dense vector.
+        self._num_slots, self._num_behind = num_slots, num_slots - len(features) - 1
+        assert self._num_behind >= 0, num_slots
         types = [sparse_type(record.precision).as_int() for record in features.values()]
+        behind = range(self._num_behind)
         self._tables = (
             bundle.weights.data,
             torch.empty(0, dtype=torch.uint8),
             torch.full((num_slots,), EmbeddingLocation.HOST.value, dtype=torch.int32),
-            torch.tensor([self._starts[0], *self._starts]),
-            torch.tensor([types[0], *types], dtype=torch.uint8),
+            torch.tensor([self._starts[0], *self._starts, *(self._starts[0] for _ in behind)]),
+            torch.tensor([types[0], *types, *(types[0] for _ in behind)], dtype=torch.uint8),
             torch.arange(num_slots + 1, dtype=torch.int32) * dim,
             num_slots * dim,
             *(dim if bits in types else 0 for bits in (SparseType.INT2.as_int(), SparseType.INT4.as_int())),
@@ -67,7 +71,7 @@ class TableLookup:
         self._offsets: dict[int, Tensor] = {}
 
     def __call__(self, rows: EncodedRows) -> Tensor:
-        """The sum of each feature's embeddings: [B, N, D], of which [:, 0] is zero.
+        """The sum of each feature's embeddings: [B, M, D], of which [:, 0] is zero.
 
         Raises:
             DatasetError: an id is outside its table.
@@ -83,7 +87,7 @@ class TableLookup:
             _OUTPUT_TYPES[self._dtype].as_int(),
             row_alignment=1,
         )
-        return vectors.view(rows.num_rows, len(self._names) + 1, self._dim)
+        return vectors.view(rows.num_rows, self._num_slots, self._dim)
 
     def _flat(self, rows: EncodedRows) -> tuple[Tensor, Tensor]:
         """All ids, feature by feature, and where each bag begins, the empty ones of slot 0 first."""
@@ -98,8 +102,9 @@ class TableLookup:
             if offsets is None or offsets.dtype != torch.from_numpy(ids_FB).dtype:
                 if len(self._offsets) > 64:  # batches of ever other sizes must not fill the memory
                     self._offsets.clear()
+                first, behind = num_rows, self._num_behind * num_rows
                 offsets = torch.from_numpy(
-                    np.concatenate([np.zeros(num_rows, ids_FB.dtype), np.arange(ids_FB.size + 1, dtype=ids_FB.dtype)])
+                    np.pad(np.arange(ids_FB.size + 1, dtype=ids_FB.dtype), (first, behind), mode="edge")
                 )
                 self._offsets[num_rows] = offsets
             return torch.from_numpy(ids_FB).view(-1), offsets
@@ -111,10 +116,10 @@ class TableLookup:
         )
         if not self._verifier.is_done:
             self._verify(values)
-        lengths = np.concatenate([np.zeros(num_rows, np.int64), *(np.diff(offsets) for _, offsets in rows.sparse)])
-        offsets_ = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=offsets_[1:])
-        return torch.from_numpy(np.concatenate(values)), torch.from_numpy(offsets_)
+        ends = np.cumsum(np.concatenate([np.diff(offsets) for _, offsets in rows.sparse]), dtype=np.int64)
+        first, behind = num_rows + 1, self._num_behind * num_rows
+        padded = np.pad(ends, (first, behind), constant_values=(0, ends[-1] if ends.size else 0))
+        return torch.from_numpy(np.concatenate(values)), torch.from_numpy(padded)
 
     def _check(self, smallest_F: NDArray[np.integer], largest_F: NDArray[np.integer]) -> None:
         """The kernel itself would read past the end of a table."""

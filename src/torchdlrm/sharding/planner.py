@@ -70,9 +70,16 @@ class PlanOptions:
         )
 
 
-def table_sharder(fused_params: Mapping[str, Any]) -> EmbeddingBagCollectionSharder:
-    """The sharder of all tables; `fused_params` name the optimizer that runs inside their backward."""
-    return EmbeddingBagCollectionSharder(fused_params=dict(fused_params))
+def table_sharder(
+    fused_params: Mapping[str, Any], codecs: dict[str, Any] | None = None
+) -> EmbeddingBagCollectionSharder:
+    """The sharder of all tables.
+
+    Args:
+        fused_params: name the optimizer that runs inside the tables' backward.
+        codecs: TorchRec's registry of what embeddings are encoded with between ranks.
+    """
+    return EmbeddingBagCollectionSharder(fused_params=dict(fused_params), qcomm_codecs_registry=codecs)
 
 
 def meta_tables(tables: Sequence[Table], precision: Precision = "float32") -> nn.Module:

@@ -7,6 +7,7 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import UserError
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.train.allocator import keep_freed_memory
+from torchdlrm.train.communication import allow_tf32
 from torchdlrm.train.optimizers import check_table_optimizer
 from torchdlrm.train.process_group import Ranks, join_process_group
 from torchdlrm.train.run import Run
@@ -42,6 +43,7 @@ def train(
     """
     with join_process_group(config.train.timeout_s) as ranks:
         keep_freed_memory()
+        allow_tf32(config.train, ranks.device)
         check_table_optimizer(config.table_optimizer, ranks.device)
         check_trackers(config.logging.trackers)
         encoded = Dataset.open(dataset)

@@ -7,6 +7,8 @@ from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import KeyedOptimizer
 
+from torchdlrm.train.table_threads import use_table_threads
+
 
 def build_pipeline(
     model: nn.Module, optimizer: KeyedOptimizer, *, dtype: torch.dtype, device: torch.device
@@ -19,6 +21,8 @@ def build_pipeline(
         dtype: in which the dense parts compute.
         device: of this rank.
     """
+    if device.type == "cpu":
+        use_table_threads(model, num_threads=torch.get_num_threads())
 
     def forward(batch: Any) -> Any:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):

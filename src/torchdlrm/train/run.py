@@ -2,6 +2,7 @@
 
 run/
   config.toml  plan.json  environment.json  metrics.jsonl  tensorboard/  checkpoints/step-00001000/  evaluation/
+  profile/
 """
 
 import fcntl
@@ -121,6 +122,11 @@ class Run:
         return self.path / "checkpoints"
 
     @property
+    def profile(self) -> Path:
+        """The folder of traces of single steps."""
+        return self.path / "profile"
+
+    @property
     def environment(self) -> dict[str, Any]:
         """Versions, machine and dataset that the run started with."""
         environment: dict[str, Any] = json.loads((self.path / ENVIRONMENT_NAME).read_text(encoding="utf-8"))
@@ -203,7 +209,7 @@ class Run:
         """Remove what a run has written, and nothing else."""
         if not self.exists:
             return
-        for name in ("tensorboard", "checkpoints", "evaluation", "wandb"):
+        for name in ("tensorboard", "checkpoints", "evaluation", "profile", "wandb"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in (METRICS_NAME, PLAN_NAME, ENVIRONMENT_NAME, "trackers.json", CONFIG_NAME):
             (self.path / name).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from torchdlrm.sharding.planner import table_sharder
 from torchdlrm.sharding.problem import Solution
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.sharding.weights import initialize_tables
+from torchdlrm.train.communication import communication_codecs
 from torchdlrm.train.optimizers import fill_accumulators, fused_params
 from torchdlrm.train.process_group import Ranks
 
@@ -81,7 +82,10 @@ def build_sharded_model(
         env=ShardingEnv.from_process_group(ranks.process_group),
         device=ranks.device,
         plan=plan,
-        sharders=[sharder],
+        # Not the planner's: `dlrm plan`, which knows no codecs, must find the plan that training uses.
+        sharders=[
+            table_sharder(fused_params(config.table_optimizer), communication_codecs(config.train, ranks.device))
+        ],
     )
     initialize_tables(module, seed=config.seed)
     if config.table_optimizer.initial_accumulator:

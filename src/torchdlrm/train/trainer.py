@@ -34,6 +34,7 @@ from torchdlrm.train.schedule import Schedule
 from torchdlrm.train.sharded import build_sharded_model
 from torchdlrm.train.signals import StopRequest
 from torchdlrm.train.step_counters import StepCounters
+from torchdlrm.train.step_profile import WARM_UP_STEPS, StepProfiler
 from torchdlrm.train.summary import TrainingSummary
 from torchdlrm.train.threads import useful_threads
 from torchdlrm.train.trackers import open_trackers
@@ -104,12 +105,19 @@ class Trainer:
         self._position = self._checkpointer.restore() or self._position_after(0)
         start = self._position.step
         self._open_log(start)
+        profiler = StepProfiler(
+            self._run.profile,
+            self._ranks,
+            after_step=start + WARM_UP_STEPS,
+            num_steps=self._config.logging.profile_steps,
+        )
         batches = self._remaining_batches(start)
         stopped_because = "finished"
         self.model.train()
         with self._stop_request.listening(), self._watch.running():
             for step in range(start + 1, self._agenda.num_steps + 1):
                 self._train_step(step, batches)
+                profiler.step_done(step)
                 improved = self._measure_if_due(step)
                 stop, save = self._stop_request.poll(step, save_is_due=self._save_timer.is_due())
                 if stop:
@@ -122,6 +130,7 @@ class Trainer:
                     break
                 if save or improved or self._agenda.is_every(step, self._config.checkpoint.every_steps):
                     self._save(step, wait=not self._config.checkpoint.asynchronous)
+        profiler.close()
         if self._position.step > start:
             self._save_last()
         self._close()

@@ -12,6 +12,8 @@
 | time | Int64 | a number, or a date and time as ISO 8601 writes it; never missing; ordered as the times are |
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import polars as pl
@@ -20,6 +22,7 @@ import pyarrow as pa
 from torchdlrm.data.bad_rows import BadRow, BadRows
 from torchdlrm.schema import Column, DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn, TimeColumn
 
+_FEW_ROWS = 4_096
 _DATETIME_FORMATS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")  # without a zone: UTC
 
 
@@ -48,20 +51,27 @@ def to_typed_columns(
     """
     used = [column for column in schema.columns if not isinstance(column, IgnoredColumn)]
     lists = [column for column in used if isinstance(column, SparseColumn) and column.is_multi_valued]
-    frame = text.select(_cast(column) for column in used if column not in lists)
+    plain = [column for column in used if column not in lists]
+    clean: set[str] = set()
+    if text.height > _FEW_ROWS:
+        typed = text.select(_cast(column) for column in plain).to_dict()
+    else:
+        typed, clean = _typed_few(text, plain)
     good: npt.NDArray[np.bool_] | None = None
     for column in used:
+        if column.name in clean:
+            continue
         if isinstance(column, SparseColumn) and column.is_multi_valued:
-            values, bad = _typed_lists(text[column.name], column)
-            frame = frame.with_columns(values)
+            typed[column.name], bad = _typed_lists(text[column.name], column)
             if bad is None:
                 continue
         else:
-            if isinstance(column, LabelColumn) and frame[column.name].null_count():
-                frame = frame.with_columns(_with_words(text[column.name], frame[column.name]))
-            if _is_clean(text[column.name], frame[column.name], column):
+            cells = typed[column.name]
+            if isinstance(column, LabelColumn) and cells.null_count():
+                cells = typed[column.name] = _with_words(text[column.name], cells)
+            if _is_clean(text[column.name], cells, column):
                 continue
-            bad = _is_bad(text[column.name], frame[column.name], column).to_numpy()
+            bad = _is_bad(text[column.name], cells, column).to_numpy()
         rows = np.flatnonzero(bad if good is None else bad & good)
         examples = [
             BadRow(
@@ -75,8 +85,43 @@ def to_typed_columns(
             column.kind if isinstance(column, DenseColumn | SparseColumn) else column.role, len(rows), examples
         )
         good = ~bad if good is None else good & ~bad
-    frame = frame.select(column.name for column in used)
+    frame = pl.DataFrame([typed[column.name] for column in used])
     return frame, None if good is None else pl.Series(good)
+
+
+def typed_cells(text: pl.Series, column: DenseColumn | SparseColumn) -> tuple[pl.Series, bool]:
+    """Cast the cells of a column with one value a row.
+
+    Args:
+        text: String; the cells of the column, or those of several columns of the same role and kind one after another.
+        column: it, or one of them.
+
+    Returns:
+        The typed cells, null where one is missing or bad; and whether none is bad.
+    """
+    typed = pl.DataFrame([text.alias(column.name)]).select(_cast(column)).to_series()
+    return typed, _is_clean(text, typed, column)
+
+
+def _typed_few(text: pl.DataFrame, columns: Sequence[Column]) -> tuple[dict[str, pl.Series], set[str]]:
+    """The typed columns of few rows, and the names of some that are clean.
+
+    The cost is then that of the casts, not of the cells: columns of the same kind are cast as one.
+    """
+    alike: dict[tuple[str, str], list[DenseColumn | SparseColumn]] = {}
+    typed: dict[str, pl.Series] = {}
+    clean: set[str] = set()
+    for column in columns:
+        if isinstance(column, DenseColumn | SparseColumn):
+            alike.setdefault((column.role, column.kind), []).append(column)
+        else:
+            typed[column.name] = text.select(_cast(column)).to_series()
+    for group in alike.values():
+        cells, is_clean = typed_cells(pl.concat([text[column.name] for column in group]), group[0])
+        for i, column in enumerate(group):
+            typed[column.name] = cells.slice(i * text.height, text.height).alias(column.name)
+        clean |= {column.name for column in group if is_clean}
+    return typed, clean
 
 
 def _as_text(cell: object, column: Column) -> str:
@@ -176,4 +221,5 @@ def _is_bad(text: pl.Series, typed: pl.Series, column: Column) -> pl.Series:
 
 def _is_odd_hex(text: pl.Series) -> pl.Series:
     """What the cast takes and the schema does not: leading zeros past 8 digits, and a sign."""
-    return (text.str.len_bytes() > 8) | text.str.starts_with("+")
+    cell = pl.col(text.name)
+    return text.to_frame().select((cell.str.len_bytes() > 8) | cell.str.starts_with("+")).to_series()

@@ -9,6 +9,7 @@ A line end inside a quoted cell ends no row.
 import gzip
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, cast
 
@@ -85,24 +86,53 @@ def read_chunks(file: LogFile, schema: FeatureSchema, chunk_bytes: int = CHUNK_B
         LogError: the file cannot be read, is not what the schema says, ends in the middle of its gzip stream, or has no
             row end in `chunk_bytes`.
     """
-    try:
-        with file.path.open("rb") as raw:
-            is_gzip = file.format == "gzip"
-            text: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if is_gzip else raw
-            rest = _without_header(text, file, schema)
-            while block := text.read(chunk_bytes - len(rest)):
-                lines = rest + block
-                end = _last_row_end(lines, schema)
-                if end:
-                    yield lines[:end], raw.tell() if is_gzip else raw.tell() - (len(lines) - end)
-                    rest = lines[end:]
-                else:
-                    rest = lines
-                    if len(rest) >= chunk_bytes:
-                        raise LogError(_unended(rest, file, schema, chunk_bytes))
-            if rest:
-                yield rest, raw.tell()
+    with reading(file), file.path.open("rb") as raw:
+        is_gzip = file.format == "gzip"
+        text: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if is_gzip else raw
+        rest = _without_header(text, file, schema)
+        offset_bytes = raw.tell() - len(rest)
+        for lines in _cut(text, rest, file, schema, chunk_bytes):
+            offset_bytes += len(lines)
+            yield lines, raw.tell() if is_gzip else offset_bytes
         file.check_unchanged()
+
+
+def cut_stream(
+    text: IO[bytes], start: bytes, file: LogFile, schema: FeatureSchema, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[bytes]:
+    """Cut a stream of rows, of which `start` has been read, as `read_chunks` cuts a file; `file` is for messages.
+
+    Raises:
+        LogError: as `read_chunks`.
+    """
+    with reading(file):
+        yield from _cut(text, start, file, schema, chunk_bytes)
+
+
+def _cut(text: IO[bytes], rest: bytes, file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> Iterator[bytes]:
+    while block := text.read(max(1, chunk_bytes - len(rest))):
+        lines = rest + block
+        end = _last_row_end(lines, schema)
+        if end:
+            yield lines[:end]
+            rest = lines[end:]
+        else:
+            rest = lines
+            if len(rest) >= chunk_bytes:
+                raise LogError(_unended(rest, file, schema, chunk_bytes))
+    if rest:
+        yield rest
+
+
+@contextmanager
+def reading(file: LogFile) -> Iterator[None]:
+    """What goes wrong inside is told as a fault of the file.
+
+    Raises:
+        LogError: it cannot be read, or its gzip stream is damaged.
+    """
+    try:
+        yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         msg = f"{file.path}: the gzip stream is damaged or cut off ({error}); fetch the file again"
         raise LogError(msg) from error

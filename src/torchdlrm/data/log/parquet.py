@@ -61,7 +61,7 @@ def read_row_groups(file: LogFile, row_groups: range, schema: FeatureSchema) -> 
     text = pl.DataFrame([_as_text(frame[column.log_name], column, file) for column in used])
     bad_rows = BadRows()
     typed, good = to_typed_columns(text, schema, bad_rows)
-    return ParsedChunk(typed if good is None else typed.filter(good), frame.height, bad_rows)
+    return ParsedChunk.of(typed, good, frame.height, bad_rows)
 
 
 def _used(schema: FeatureSchema) -> list[Column]:

@@ -26,11 +26,42 @@ _COUNT_BLOCK_BYTES = 256 << 10
 
 @dataclass(frozen=True)
 class ParsedChunk:
-    """The good rows of a chunk as typed columns, its number of lines, and its bad rows (lines counted from 1)."""
+    """The good rows of a chunk as typed columns, its number of lines, and its bad rows (lines counted from 1).
+
+    `bad_positions`: int64, where the bad rows stand among all rows of the chunk, from 0; a quoted row may have several
+    lines.
+    """
 
     frame: pl.DataFrame
     num_lines: int
     bad_rows: BadRows
+    bad_positions: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls,
+        frame: pl.DataFrame,
+        good: pl.Series | None,
+        num_lines: int,
+        bad_rows: BadRows,
+        whole: npt.NDArray[np.bool_] | None = None,
+    ) -> Self:
+        """What is left of a chunk.
+
+        Args:
+            frame: the rows that could be cut into cells.
+            good: Boolean, which of these are good; None: all.
+            num_lines: lines of the chunk.
+            bad_rows: its bad rows.
+            whole: bool, which rows of the chunk are in `frame`; None: all.
+        """
+        if good is None and whole is None:
+            return cls(frame, num_lines, bad_rows, np.zeros(0, np.int64))
+        is_good = np.ones(frame.height, np.bool_) if whole is None else whole.copy()
+        if good is not None:
+            is_good[is_good] = good.to_numpy()
+            frame = frame.filter(good)
+        return cls(frame, num_lines, bad_rows, np.flatnonzero(~is_good))
 
 
 def parse_chunk(lines: bytes, schema: FeatureSchema) -> ParsedChunk:
@@ -41,16 +72,17 @@ def parse_chunk(lines: bytes, schema: FeatureSchema) -> ParsedChunk:
     """
     bad_rows = BadRows()
     line_numbers: npt.NDArray[np.int64] | None = None
+    whole: npt.NDArray[np.bool_] | None = None
     num_lines = lines.count(b"\n") + (not lines.endswith(b"\n"))
     quoted = schema.quote is not None and b'"' in lines
     text = None if quoted else _read_text(lines, schema, quoted=False)
     if text is None or text.height != num_lines or b"\0" in lines or _count(lines, schema) != num_lines:
-        lines, line_numbers = _drop_broken_rows(lines, schema, bad_rows, quoted=quoted)
+        lines, line_numbers, whole = _drop_broken_rows(lines, schema, bad_rows, quoted=quoted)
         text = _read_text(lines, schema, quoted=quoted) if lines else text_frame(schema, {})
         assert text is not None, "the rows that are left are UTF-8 and have the right number of columns"
         assert text.height == len(line_numbers), "the parser cuts rows where we do"
     frame, good = to_typed_columns(text, schema, bad_rows, line_numbers)
-    return ParsedChunk(frame if good is None else frame.filter(good), num_lines, bad_rows)
+    return ParsedChunk.of(frame, good, num_lines, bad_rows, whole)
 
 
 def _read_text(lines: bytes, schema: FeatureSchema, *, quoted: bool) -> pl.DataFrame | None:
@@ -122,8 +154,12 @@ class _Rows:
 
 def _drop_broken_rows(
     lines: bytes, schema: FeatureSchema, bad_rows: BadRows, *, quoted: bool
-) -> tuple[bytes, npt.NDArray[np.int64]]:
-    """The rows that have the right number of columns and are UTF-8 without NUL, and the lines from 0 they start on."""
+) -> tuple[bytes, npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Leave out the rows that have the wrong number of columns, a NUL, or bytes that are not UTF-8.
+
+    Returns:
+        The R rows that are left; int64 [R], the lines from 0 they start on; bool, which of all rows they are.
+    """
     if not lines.endswith(b"\n"):
         lines += b"\n"
     rows = _Rows.of(lines, schema.separator, quoted=quoted)
@@ -151,9 +187,9 @@ def _drop_broken_rows(
         examples = [_broken_row(rows.cells(i), int(line_numbers[i]) + 1, reason, schema) for i in first_few]
         bad_rows.add(reason, int(mask.sum()), examples)
     if fine.all():
-        return lines, line_numbers
+        return lines, line_numbers, fine
     good = np.flatnonzero(fine)
-    return b"".join(lines[rows.starts[i] : rows.ends[i] + 1] for i in good), line_numbers[good]
+    return b"".join(lines[rows.starts[i] : rows.ends[i] + 1] for i in good), line_numbers[good], fine
 
 
 def _broken_row(cells: list[bytes], line: int, reason: str, schema: FeatureSchema) -> BadRow:

@@ -1,0 +1,78 @@
+"""`dlrm predict`: a bundle and raw rows -> click probabilities, a row out for each row in."""
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich.table import Table
+
+from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.errors import UserError
+
+if TYPE_CHECKING:
+    from torchdlrm.predict.files import PredictSummary
+
+Hyphen = Parameter(allow_leading_hyphen=True)  # a lone one is standard input or output
+
+
+def predict(
+    bundle: Path,
+    rows: Annotated[list[Path], Hyphen],
+    *,
+    out: Annotated[Path, Hyphen] = Path("-"),
+    columns: str = "",
+    bad_rows: Literal["refuse", "null"] = "refuse",
+    log_format: Annotated[Literal["log", "csv", "tsv"], Parameter(name="--format")] = "log",
+    verify: Literal["full", "lazy"] = "full",
+    num_threads: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Predict the probability of a click of every row of a log: a row out for each row in, in order.
+
+    The log is text, gzipped text or Parquet, with labels or without; with them, the metrics of the predictions are
+    shown. Text without a header has the columns of the model's schema, in their order, with or without the label.
+
+    Args:
+        bundle: Folder written by `dlrm export`.
+        rows: Files of raw rows, or - for standard input.
+        out: File to write, .parquet, .csv or .csv.gz; - is CSV on standard output.
+        columns: Columns of the log to write beside `prediction`, by name with commas between, as in label,cat_3.
+        bad_rows: A row that cannot be read stops everything (refuse), or has no prediction (null).
+        log_format: How text is written: as the model's schema says (log); with commas, quotes and a header (csv); with
+            tabs (tsv).
+        verify: Check every byte of the bundle before anything else (full), or its tables when they are used (lazy).
+        num_threads: Threads of the model; by default one a core.
+        as_json: Print one JSON object on standard output.
+    """
+    if as_json and out == Path("-"):
+        raise UserError("--json: standard output takes either the JSON object or the scores; write these to --out FILE")
+    from torchdlrm.predict.files import predict_file
+    from torchdlrm.predict.predictor import Predictor
+    from torchdlrm.predict.rows_in import RowsIn
+
+    # As Ctrl-C does: what was begun is removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with progress_bars("") as progress:
+        predictor = Predictor.open(bundle, verify=verify, num_threads=num_threads, progress=progress)
+        log = RowsIn(rows, predictor.schema, log_format, [name for name in columns.split(",") if name])
+        summary = predict_file(predictor, log, out, bad_rows=bad_rows, progress=progress)
+    _print_summary(summary, out)
+    if as_json:
+        print_json({"bundle": str(bundle), "version": predictor.bundle.version, "out": str(out), **summary.as_dict()})
+
+
+def _print_summary(summary: "PredictSummary", out: Path) -> None:
+    table = Table(title="" if out == Path("-") else str(out), title_justify="left")
+    cells = {"rows": f"{summary.rows:,}", "bad rows": f"{summary.bad_rows:,}", "rows/s": f"{summary.rows_per_s:,.0f}"}
+    if summary.mean_prediction is not None:
+        cells["mean prediction"] = f"{summary.mean_prediction:.5f}"
+    if summary.metrics is not None:
+        cells |= {name: f"{getattr(summary.metrics, name):.5f}" for name in ("auc", "logloss", "ne", "calibration")}
+    for name in cells:
+        table.add_column(name, justify="right")
+    table.add_row(*cells.values())
+    console.print(table)
+    for line in summary.described_bad_rows():
+        console.print(line, markup=False, soft_wrap=True)

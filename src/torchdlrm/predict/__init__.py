@@ -1,0 +1,1 @@
+"""A bundle and raw rows -> click probabilities, by the transform code of preprocessing."""

@@ -1,0 +1,183 @@
+"""A log to predict -> chunks of its rows, good and bad, in order and in bounded memory.
+
+In: files (text, gzipped text or Parquet, told apart by their first bytes) or standard input.  Out: `RowChunk`s.
+"""
+
+import gzip
+import io
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, BinaryIO, cast
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from torchdlrm.data.bad_rows import BadRows
+from torchdlrm.data.log.cut import BYTE_ORDER_MARK, cut_stream, reading
+from torchdlrm.data.log.files import LogFile, find_files
+from torchdlrm.data.log.parquet import plan_row_groups, read_row_groups
+from torchdlrm.data.log.text import ParsedChunk, parse_chunk
+from torchdlrm.errors import LogError
+from torchdlrm.predict.layout import Layout, LogFormat, as_written, layout_of_names, layout_of_text
+from torchdlrm.schema import FeatureSchema
+
+STANDARD_INPUT = Path("-")
+CHUNK_BYTES = 8 << 20
+_HEAD_BYTES = 64 << 10
+_MAGIC_BYTES = 4
+
+
+@dataclass(frozen=True)
+class RowChunk:
+    """Some rows of the log, one after another.
+
+    Attributes:
+        frame: the good ones, as typed columns.
+        num_rows: good and bad.
+        bad_positions: where the bad ones stand among all, from 0: int64.
+        bad_rows: what is wrong with them, by file and line.
+        has_label: whether the frame has the label.
+        num_bytes: how far the reader came in its file since the last chunk.
+    """
+
+    frame: pl.DataFrame
+    num_rows: int
+    bad_positions: NDArray[np.int64]
+    bad_rows: BadRows
+    has_label: bool
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class RowsIn:
+    """A log to predict.
+
+    Attributes:
+        paths: its files in order, or `-` alone for standard input.
+        schema: the model's columns.
+        log_format: how text is written.
+        handed_on: other columns that are wanted, by name.
+        chunk_bytes: of text, about, that are read at a time.
+    """
+
+    paths: Sequence[Path]
+    schema: FeatureSchema
+    log_format: LogFormat = "log"
+    handed_on: Sequence[str] = ()
+    chunk_bytes: int = CHUNK_BYTES
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Of all files; None for standard input.
+
+        Raises:
+            LogError: a file is not there, or is empty.
+        """
+        return None if self._is_stream else sum(file.size_bytes for file in find_files(self.paths))
+
+    def __iter__(self) -> Iterator[RowChunk]:
+        """Read everything once.
+
+        Raises:
+            LogError: a file cannot be read, is damaged, or lacks a column.
+        """
+        if self._is_stream:
+            yield from self._of_stream(sys.stdin.buffer)
+            return
+        for file in find_files(self.paths):
+            if file.format == "parquet":
+                yield from self._of_parquet(file)
+            else:
+                with reading(file), file.path.open("rb") as raw:
+                    yield from self._of_text(raw, file)
+                file.check_unchanged()
+
+    @property
+    def _is_stream(self) -> bool:
+        if STANDARD_INPUT in self.paths and len(self.paths) > 1:
+            msg = "-: standard input is read alone, not among files"
+            raise LogError(msg)
+        return STANDARD_INPUT in self.paths
+
+    def _of_stream(self, stream: BinaryIO) -> Iterator[RowChunk]:
+        start = stream.read(_MAGIC_BYTES)
+        if not start:
+            raise LogError("standard input: is empty")
+        name = Path("standard input")
+        if start == b"PAR1":
+            # The columns of a Parquet file are named at its end, so it is read whole before anything else.
+            with tempfile.NamedTemporaryFile(suffix=".parquet") as copy:
+                copy.write(start)
+                shutil.copyfileobj(stream, copy)
+                copy.flush()
+                path = Path(copy.name)
+                yield from self._of_parquet(LogFile(path, path.stat().st_size, None, format="parquet"))
+            return
+        is_gzip = start.startswith(b"\x1f\x8b")
+        raw = cast("BinaryIO", io.BufferedReader(_Joined(start, stream)))
+        yield from self._of_text(raw, LogFile(name, 0, None, format="gzip" if is_gzip else "text"))
+
+    def _of_text(self, raw: BinaryIO, file: LogFile) -> Iterator[RowChunk]:
+        text: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if file.format == "gzip" else raw
+        with reading(file):
+            head = text.read(_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK)
+        layout = layout_of_text(_whole_lines(head), file.path, as_written(self.schema, self.log_format), self.handed_on)
+        num_lines, consumed = 0, 0
+        if layout.header:
+            _, _, head = head.partition(b"\n")
+            num_lines = 1
+        for lines in cut_stream(text, head, file, layout.schema, self.chunk_bytes):
+            parsed = parse_chunk(lines, layout.schema)
+            at = raw.tell() if raw.seekable() else consumed
+            yield _placed(parsed, file, num_lines, layout, at - consumed)
+            num_lines += parsed.num_lines
+            consumed = at
+
+    def _of_parquet(self, file: LogFile) -> Iterator[RowChunk]:
+        try:
+            metadata = pq.read_metadata(file.path)
+        except (OSError, pa.ArrowException) as error:
+            msg = f"{file.path}: the Parquet file cannot be read ({error}); fetch the file again"
+            raise LogError(msg) from error
+        layout = layout_of_names(metadata.schema.to_arrow_schema().names, file.path, self.schema, self.handed_on)
+        num_rows = 0
+        for chunk in plan_row_groups(file, layout.schema, self.chunk_bytes):
+            parsed = read_row_groups(file, range(chunk.start, chunk.end), layout.schema)
+            share = parsed.num_lines / max(1, metadata.num_rows)
+            yield _placed(parsed, file, num_rows, layout, int(share * file.size_bytes))
+            num_rows += parsed.num_lines
+
+
+def _placed(parsed: ParsedChunk, file: LogFile, num_lines: int, layout: Layout, num_bytes: int) -> RowChunk:
+    bad_rows = BadRows()
+    bad_rows.add_chunk(parsed.bad_rows, str(file.path), num_lines)
+    num_rows = parsed.frame.height + len(parsed.bad_positions)
+    return RowChunk(parsed.frame, num_rows, parsed.bad_positions, bad_rows, layout.has_label, num_bytes)
+
+
+def _whole_lines(head: bytes) -> bytes:
+    return head[: head.rfind(b"\n") + 1] or head
+
+
+class _Joined(io.RawIOBase):
+    """Bytes that were read from a stream, and then the rest of it."""
+
+    def __init__(self, start: bytes, stream: BinaryIO) -> None:
+        super().__init__()
+        self._start, self._stream = start, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # narrower than any buffer
+        data = self._start[: len(buffer)] or self._stream.read(len(buffer))
+        self._start = self._start[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)

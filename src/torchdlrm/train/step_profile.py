@@ -1,0 +1,182 @@
+"""Where the time of a step goes: a Chrome trace of some steps, and what is in it.
+
+In: the steps of a run, once it is warm.  Out: run/profile/rank-0.json for chrome://tracing or Perfetto, one a rank, and
+run/profile/summary.json: milliseconds a step by part, and how much of the communication was hidden.
+
+Communication is hidden while this rank computes: sending goes on in threads of gloo, or in a stream of its own on a
+GPU, and costs time only where the step has nothing else to do. So the hidden share is the time in which something was
+on its way and something was computed, over the time in which something was on its way.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import distributed as dist
+from torch.profiler import ProfilerActivity
+
+from torchdlrm.train.process_group import Ranks
+
+WARM_UP_STEPS = 5
+Intervals = NDArray[np.float64]  # [n, 2]: start and end in microseconds, sorted, apart from each other
+
+# The first that fits an operator's name says which part of the step it belongs to.
+_PARTS = (
+    ("tables", ("fbgemm::", "_Lookup", "split_embedding")),
+    ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "gemm", "cutlass")),
+    ("sending and waiting", ("c10d::", "All2All", "AllReduce")),
+    ("copies and casts", ("aten::copy_", "aten::cat", "Memcpy")),
+    ("interaction", ("aten::index_", "_PairwiseDots")),
+    ("optimizer", ("aten::_fused", "Optimizer.", "multi_tensor_apply")),
+    ("element by element", ("aten::clamp", "aten::threshold", "aten::sum", "aten::add", "aten::mul", "aten::fill")),
+)
+_COMMUNICATION = ("gloo:", "nccl")
+_COMPUTATION = ("aten::", "fbgemm::", "_Lookup", "_PairwiseDots")
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """What the profiler has seen on one rank.
+
+    Attributes:
+        rank: which.
+        num_steps: how many steps.
+        ms_per_step: wall time, the profiler's own cost included.
+        ms_per_step_by_part: time of the operators themselves, by part of the step, largest first.
+        communication_ms_per_step: time in which something was on its way to or from other ranks.
+        hidden_share: of that, while this rank computed; None for a single rank.
+    """
+
+    rank: int
+    num_steps: int
+    ms_per_step: float
+    ms_per_step_by_part: dict[str, float]
+    communication_ms_per_step: float
+    hidden_share: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class StepProfiler:
+    """Profiles some steps of a run; every rank has one and must make the same calls.
+
+    Args:
+        folder: where to write; made when there is something to write.
+        ranks: the processes of the run.
+        after_step: the step after which profiling starts.
+        num_steps: how many steps; none for 0.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, *, after_step: int, num_steps: int) -> None:
+        self._folder, self._ranks, self._num_steps = folder, ranks, num_steps
+        self._first, self._last = after_step, after_step + num_steps
+        self._profiler: torch.profiler.profile | None = None
+        self._profiled_steps = 0
+
+    def step_done(self, step: int) -> None:
+        """Start after the step before the first one, write after the last."""
+        if not self._num_steps:
+            return
+        if self._profiler is not None:
+            self._profiled_steps += 1
+        if step == self._first:
+            activities = [ProfilerActivity.CPU]
+            if self._ranks.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self._profiler = torch.profiler.profile(activities=activities)
+            self._profiler.start()
+        elif step == self._last:
+            self.close()
+
+    def close(self) -> None:
+        """Write what there is: all steps that were asked for, or fewer where the run has ended before."""
+        profiler, self._profiler = self._profiler, None
+        if profiler is None:
+            return
+        profiler.stop()
+        if not self._profiled_steps:
+            return
+        self._folder.mkdir(exist_ok=True)
+        beside = self._folder / f".rank-{self._ranks.rank}.json"
+        profiler.export_chrome_trace(str(beside))
+        beside.rename(self._folder / f"rank-{self._ranks.rank}.json")
+        mine = summarize(profiler.events() or (), self._ranks, num_steps=self._profiled_steps)
+        everyone: list[StepProfile | None] = [None] * self._ranks.world_size
+        dist.all_gather_object(everyone, mine, group=self._ranks.process_group)
+        if self._ranks.is_first:
+            text = json.dumps([profile.as_dict() for profile in everyone if profile is not None], indent=1)
+            beside = self._folder / ".summary.json"
+            beside.write_text(text + "\n", encoding="utf-8")
+            beside.rename(self._folder / "summary.json")
+
+
+def read_profiles(folder: Path) -> list[StepProfile]:
+    """What a profiler has written into a run's profile/; empty when there is nothing."""
+    path = folder / "summary.json"
+    return [StepProfile(**record) for record in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+
+
+def summarize(events: Iterable[Any], ranks: Ranks, *, num_steps: int) -> StepProfile:
+    """Add up the profiler's events: on a GPU its kernels, on CPU the operators.
+
+    Args:
+        events: `torch.autograd.profiler_util.FunctionEvent`s.
+        ranks: who has seen them.
+        num_steps: how many steps they are of.
+    """
+    on_gpu = ranks.device.type == "cuda"
+    computation, communication, everything = [], [], []
+    parts: dict[str, float] = {}
+    for event in events:
+        interval = (event.time_range.start, event.time_range.end)
+        everything.append(interval)
+        if event.name.lower().startswith(_COMMUNICATION):
+            communication.append(interval)
+            continue
+        if on_gpu != (event.device_type.name == "CUDA"):
+            continue
+        if on_gpu or event.name.startswith(_COMPUTATION):
+            computation.append(interval)
+        part = next((part for part, names in _PARTS if any(name in event.name for name in names)), "the rest")
+        self_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        parts[part] = parts.get(part, 0.0) + self_us / 1e3 / num_steps
+    sent = merged(communication if ranks.world_size > 1 else [])  # a single rank reduces with itself
+    whole = merged(everything)
+    sent_us = total_us(sent)
+    return StepProfile(
+        rank=ranks.rank,
+        num_steps=num_steps,
+        ms_per_step=float(whole[-1, 1] - whole[0, 0]) / 1e3 / num_steps if len(whole) else 0.0,
+        ms_per_step_by_part=dict(sorted(parts.items(), key=lambda item: -item[1])),
+        communication_ms_per_step=sent_us / 1e3 / num_steps,
+        hidden_share=overlap_us(sent, merged(computation)) / sent_us if sent_us else None,
+    )
+
+
+def merged(intervals: list[tuple[float, float]]) -> Intervals:
+    """The union of intervals, as intervals apart from each other."""
+    if not intervals:
+        return np.zeros((0, 2))
+    sorted_intervals = np.array(sorted(intervals), dtype=np.float64)
+    starts, furthest = sorted_intervals[:, 0], np.maximum.accumulate(sorted_intervals[:, 1])
+    is_first = np.concatenate([[True], starts[1:] > furthest[:-1]])
+    is_last = np.concatenate([is_first[1:], [True]])
+    return np.stack([starts[is_first], furthest[is_last]], axis=1)
+
+
+def total_us(intervals: Intervals) -> float:
+    """The length of all intervals, which are apart from each other."""
+    return float((intervals[:, 1] - intervals[:, 0]).sum())
+
+
+def overlap_us(some: Intervals, others: Intervals) -> float:
+    """The length of what two unions have in common: both lengths less that of the union of both."""
+    union = merged([*map(tuple, some.tolist()), *map(tuple, others.tolist())])
+    return total_us(some) + total_us(others) - total_us(union)

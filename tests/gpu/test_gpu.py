@@ -1,0 +1,62 @@
+"""What needs a GPU: skipped where there is none. Nothing in here has been seen to pass yet."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
+NUM_GPUS = torch.cuda.device_count()
+FLOAT32 = ("--train.precision", "float32", "--train.tf32", "false", "--train.communication", "float32")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(NUM_GPUS == 0, reason="needs a CUDA device"),
+]
+
+
+def losses(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["split"] == "train"]
+
+
+@pytest.fixture
+def train(small_dataset, dlrm, tmp_path):
+    def run(name, *options, max_steps=20, **environment):
+        path = tmp_path / name
+        done = dlrm(
+            *("train", CONFIG, "--dataset", small_dataset.path, "--run", path, "--train.max-steps", max_steps),
+            *("--logging.every-steps", 1, "--checkpoint.every-steps", 10, *options),
+            **environment,
+        )
+        assert done.returncode == 0, done.stderr
+        return path
+
+    return run
+
+
+def test_a_gpu_trains_what_the_cpu_trains(train):
+    on_gpu, on_cpu = train("gpu", *FLOAT32), train("cpu", *FLOAT32, CUDA_VISIBLE_DEVICES="")
+    assert losses(on_gpu) == pytest.approx(losses(on_cpu), abs=1e-3)
+
+
+@pytest.mark.parametrize("options", [("--train.precision", "float32"), ("--train.precision", "bfloat16")])
+def test_tf32_and_bfloat16_stay_near_float32(train, options):
+    assert losses(train("faster", *options)) == pytest.approx(losses(train("exact", *FLOAT32)), abs=0.02)
+
+
+def test_a_run_on_a_gpu_goes_on_where_it_stopped(train):
+    whole = train("whole")
+    train("halves", max_steps=10)
+    assert losses(train("halves", max_steps=20)) == pytest.approx(losses(whole), abs=1e-4)
+
+
+@pytest.mark.skipif(NUM_GPUS < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise"])
+def test_two_gpus_train_what_one_trains(train, kind):
+    two_gpus = ("--sharding.constraints", json.dumps([f"cat_0={kind}", f"cat_1={kind}"]), "--nproc-per-node", 2)
+    one = losses(train("one", *FLOAT32))
+    assert losses(train("two", *FLOAT32, *two_gpus)) == pytest.approx(one, abs=1e-3)
+    assert losses(train("float16-between", *FLOAT32[:4], *two_gpus)) == pytest.approx(one, abs=0.02)

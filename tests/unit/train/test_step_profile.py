@@ -1,0 +1,71 @@
+"""What the profile of some steps says: intervals, parts, and the share of communication that was hidden."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchdlrm.train.process_group import Ranks
+from torchdlrm.train.step_profile import merged, overlap_us, summarize, total_us
+
+INTERVALS = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(1, 10)).map(lambda pair: (float(pair[0]), float(sum(pair)))), max_size=12
+)
+
+
+def covered(intervals):
+    """Which of the microseconds are inside an interval: an independent way to the same figures."""
+    microseconds = np.zeros(64, dtype=bool)
+    for start, end in intervals:
+        microseconds[int(start) : int(end)] = True
+    return microseconds
+
+
+@given(INTERVALS, INTERVALS)
+def test_lengths_of_unions_and_of_what_they_share(some, others):
+    assert total_us(merged(some)) == covered(some).sum()
+    assert overlap_us(merged(some), merged(others)) == (covered(some) & covered(others)).sum()
+
+
+def event(name, start, end, *, device="CPU"):
+    return SimpleNamespace(
+        name=name,
+        time_range=SimpleNamespace(start=start, end=end),
+        device_type=SimpleNamespace(name=device),
+        self_cpu_time_total=end - start if device == "CPU" else 0,
+        self_device_time_total=end - start if device == "CUDA" else 0,
+    )
+
+
+def test_communication_beside_an_operator_is_hidden_and_beside_nothing_is_not():
+    events = [
+        event("aten::mm", 0, 4_000),
+        event("gloo:all_to_all", 2_000, 6_000),  # half of it while the product was computed
+        event("fbgemm::split_embedding_codegen_forward_cpu", 6_000, 9_000),
+        event("DistributedDataParallel.forward", 0, 10_000),
+    ]
+    profile = summarize(events, Ranks(0, 2, 2, torch.device("cpu")), num_steps=2)
+    assert profile.hidden_share == pytest.approx(0.5)
+    assert profile.communication_ms_per_step == pytest.approx(2.0)
+    assert profile.ms_per_step == pytest.approx(5.0)
+    assert profile.ms_per_step_by_part["matrix products"] == pytest.approx(2.0)
+    assert profile.ms_per_step_by_part["tables"] == pytest.approx(1.5)
+
+
+def test_on_a_gpu_kernels_count_and_operators_do_not():
+    events = [
+        event("aten::mm", 0, 1_000),
+        event("ampere_bf16_gemm", 1_000, 5_000, device="CUDA"),
+        event("ncclDevKernel_SendRecv", 4_000, 8_000, device="CUDA"),
+    ]
+    profile = summarize(events, Ranks(0, 2, 2, torch.device("cuda", 0)), num_steps=1)
+    assert profile.hidden_share == pytest.approx(0.25)
+    assert profile.ms_per_step_by_part == {"matrix products": pytest.approx(4.0)}
+
+
+def test_without_other_ranks_there_is_nothing_to_hide():
+    profile = summarize([event("aten::mm", 0, 10)], Ranks(0, 1, 1, torch.device("cpu")), num_steps=1)
+    assert profile.hidden_share is None
