@@ -6,8 +6,10 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,26 @@ def browser():
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"] * (os.geteuid() == 0))
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def page_server():
+    """The page's files on a server of their own, without model or bundle: its address, and the app."""
+    import uvicorn
+    from fastapi import FastAPI
+
+    from torchdlrm.serve.page_routes import page_router
+
+    app = FastAPI()
+    app.include_router(page_router())
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}", app
+    server.should_exit = True
+    thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="session")

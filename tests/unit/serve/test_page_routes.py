@@ -10,7 +10,7 @@ from torchdlrm.serve.page_routes import page_files
 
 @pytest.fixture(scope="module")
 def client(page_server):
-    with httpx.Client(base_url=page_server.url) as client:
+    with httpx.Client(base_url=page_server[0]) as client:
         yield client
 
 
@@ -61,4 +61,4 @@ def test_a_file_that_the_browser_has_is_not_sent_again(client):
 
 
 def test_the_page_is_not_part_of_the_api(page_server):
-    assert page_server.app.openapi()["paths"] == {}
+    assert page_server[1].openapi()["paths"] == {}

@@ -69,7 +69,7 @@ export function startFile(schema, onError) {
 
   async function predictRows(log, signal, note) {
     const predictions = [];
-    let batchRows = Math.min(BATCH_ROWS, schema.max_rows_per_request);
+    let batchRows = Math.min(BATCH_ROWS, schema.max_rows);
     const onWait = (waitS) => { byId("file-note").textContent = `${note} · the server is full, trying again in ${waitS} s`; };
     while (predictions.length < log.rows.length) {
       const start = predictions.length, end = Math.min(start + batchRows, log.rows.length);

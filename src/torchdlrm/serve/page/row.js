@@ -79,7 +79,7 @@ export function startRow(schema, onError) {
     const rows = [row, ...present.map((column) => without(column.name))].map((r) => rowJson(features, r));
     byId("answer").setAttribute("aria-busy", "true");
     try {
-      const { predictions, model, version } = await predictAll(rows, schema.max_rows_per_request, signal);
+      const { predictions, model, version } = await predictAll(rows, schema.max_rows, signal);
       byId("model").replaceChildren(...modelLine(model, version));
       showProbability(predictions[0]);
       contributions = present.map((column, i) => ({

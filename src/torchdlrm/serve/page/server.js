@@ -17,9 +17,8 @@ export function useKey(text) {
 }
 
 /** The model's name and version, the columns of its log and how its lines are written, example rows, and limits. */
-export async function getSchema() {
-  const { log, ...rest } = await ask("/schema", { method: "GET" });
-  return { ...rest, ...log };
+export function getSchema() {
+  return ask("/schema", { method: "GET" });
 }
 
 /** Predictions of rows; `body` is JSON text. */
