@@ -162,7 +162,7 @@ class RunningServer:
 
 @pytest.fixture(scope="session")
 def serve():
-    """Starts the real server on free ports: serve(bundle, "--workers", 2) -> RunningServer; all end with the session."""
+    """Starts the real server on free ports, until the session ends: serve(bundle, "--workers", 2) -> RunningServer."""
     started = []
 
     def start(bundle, *args, **environment):
