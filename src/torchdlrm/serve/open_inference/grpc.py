@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from torchdlrm import __version__
 from torchdlrm.serve.open_inference.columns import OUTPUT, frame_of, model_metadata
@@ -75,7 +76,6 @@ def grpc_server(service: Service, address: str, *, share_port: bool) -> tuple[gr
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
             _guarded(getattr(methods, name), name, service),
-            request_deserializer=CLASSES[f"{name}Request"].FromString,
             response_serializer=CLASSES[f"{name}Response"].SerializeToString,
         )
         for name in METHODS
@@ -87,7 +87,7 @@ def grpc_server(service: Service, address: str, *, share_port: bool) -> tuple[gr
 def _guarded(method: Method, name: str, service: Service) -> Method:
     """A method behind the checks, figures and log that HTTP has too."""
 
-    async def answer(request: Any, context: Context) -> Any:
+    async def answer(message: bytes, context: Context) -> Any:
         started_s = time.perf_counter()
         refused: RefusedRequest | None = None
         answered = None
@@ -97,7 +97,9 @@ def _guarded(method: Method, name: str, service: Service) -> Method:
             refused = RefusedRequest(HTTPStatus.UNAUTHORIZED, msg)
         else:
             try:
-                answered = await method(request, context)
+                answered = await method(CLASSES[f"{name}Request"].FromString(message), context)
+            except DecodeError:
+                refused = bad_request(f"the message is no {name}Request")
             except RefusedRequest as error:
                 refused = error
             except Exception as error:  # noqa: BLE001 - told in the log, and to the client without the inside
