@@ -74,7 +74,7 @@ def exact_checks(case):
         return []
     body = case.body if isinstance(case.body, dict) else {}
     shared, candidates = body.get("shared"), body.get("candidates")
-    if isinstance(shared, dict) and isinstance(candidates, list):
-        if any(isinstance(candidate, dict) and shared.keys() & candidate for candidate in candidates):
-            return [negative_data_rejection]
+    objects = candidates if isinstance(shared, dict) and isinstance(candidates, list) else []
+    if any(isinstance(candidate, dict) and shared.keys() & candidate for candidate in objects):
+        return [negative_data_rejection]
     return [negative_data_rejection, positive_data_acceptance]
