@@ -11,20 +11,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from torchdlrm.data.atomic import sync
 from torchdlrm.data.dataset import Dataset, sha256_of
 from torchdlrm.data.value_index import write_index
 from torchdlrm.errors import BundleError, DatasetError
 from torchdlrm.export.bundle import table_name
-from torchdlrm.export.checkpoint_reader import CheckpointReader
 from torchdlrm.export.manifest import FileRecord
 from torchdlrm.export.precision import TABLE_PRECISIONS, TablePrecision, quantize_rows, row_bytes
-from torchdlrm.export.weights_file import TensorRecord, WeightsWriter
+from torchdlrm.export.weights_file import PADDING_NAME, TensorRecord, WeightsWriter
 from torchdlrm.progress import ProgressListener
 from torchdlrm.units import show_bytes
 
 _BLOCK_BYTES = 32 * 2**20
+_PADDING_BYTES = 128
 _STORED = {"float32": "F32", "float16": "F16", "int8": "U8", "int4": "U8"}
 
 
@@ -70,7 +74,21 @@ class WrittenWeights:
     block_sha256: tuple[str, ...]
 
 
-def weights_bytes(checkpoint: CheckpointReader, precisions: Mapping[str, TablePrecision]) -> int:
+class WeightSource(Protocol):
+    """Gives the weights of a model: a `CheckpointReader`, or whatever has them."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of each tensor, by the names of TorchRec's DLRM."""
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor, float32."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a table, float32 [stop - start, D]."""
+
+
+def weights_bytes(checkpoint: WeightSource, precisions: Mapping[str, TablePrecision]) -> int:
     """How large the weights file gets, but for its header."""
     return sum(record.size_bytes for record in _records(checkpoint, precisions))
 
@@ -91,7 +109,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 
 def write_weights(
-    checkpoint: CheckpointReader,
+    checkpoint: WeightSource,
     precisions: Mapping[str, TablePrecision],
     path: Path,
     progress: ProgressListener,
@@ -108,7 +126,7 @@ def write_weights(
     tables = {table_name(feature): precision for feature, precision in precisions.items()}
     progress.start_phase("write weights", sum(record.size_bytes for record in records), unit="bytes")
     with WeightsWriter(path, records) as writer:
-        for record in records:
+        for record in records[:-1]:
             if record.name not in tables:
                 writer.append(checkpoint.tensor(record.name))
                 progress.advance(record.size_bytes)
@@ -120,10 +138,11 @@ def write_weights(
                 quantized = quantize_rows(rows, tables[record.name])
                 writer.append(quantized)
                 progress.advance(quantized.nbytes)
+        writer.append(torch.zeros(records[-1].shape, dtype=torch.uint8))
     return WrittenWeights(FileRecord(size_bytes=path.stat().st_size, sha256=writer.sha256), tuple(writer.block_sha256))
 
 
-def _records(checkpoint: CheckpointReader, precisions: Mapping[str, TablePrecision]) -> list[TensorRecord]:
+def _records(checkpoint: WeightSource, precisions: Mapping[str, TablePrecision]) -> list[TensorRecord]:
     """The tensors in the order of the file: wide types first, so that every tensor lies as its type wants it."""
     dense = [name for name in checkpoint.shapes if not name.startswith("sparse_arch.")]
     records = [TensorRecord(name, "F32", checkpoint.shapes[name]) for name in sorted(dense, key=_natural)]
@@ -133,7 +152,8 @@ def _records(checkpoint: CheckpointReader, precisions: Mapping[str, TablePrecisi
                 num_rows, dim = checkpoint.shapes[table_name(feature)]
                 width = dim if precision in {"float32", "float16"} else row_bytes(precision, dim)
                 records.append(TensorRecord(table_name(feature), _STORED[precision], (num_rows, width)))
-    return records
+    # FBGEMM ends its own buffers with whole cache lines, so its kernels may load past the last row.
+    return [*records, TensorRecord(PADDING_NAME, "U8", (_PADDING_BYTES,))]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -83,7 +83,14 @@ def _examples(served: ServedBundle) -> list[dict[str, object]]:
         digits_of(frame[column.name], column) if isinstance(column, SparseColumn) else frame[column.name]
         for column in (*served.schema.dense, *served.schema.sparse)
     ]
-    return pl.DataFrame(features).to_dicts()
+    return [{name: _exact(cell) for name, cell in row.items()} for row in pl.DataFrame(features).to_dicts()]
+
+
+def _exact(cell: object) -> object:
+    """Integers as text where a reader of JSON that knows only float64, such as a browser, would round them."""
+    if isinstance(cell, list):
+        return [_exact(value) for value in cell]
+    return str(cell) if isinstance(cell, int) and abs(cell) > 2**53 else cell
 
 
 def _rows(value: object, where: str) -> list[Mapping[str, object]]:
