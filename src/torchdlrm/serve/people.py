@@ -41,6 +41,8 @@ def rows_of(body: object) -> list[Mapping[str, object]]:
     if not isinstance(shared, dict):
         msg = f"shared: needs an object of cells by column name, not {_kind(shared)}"
         raise bad_request(msg)
+    if not candidates:
+        raise bad_request("candidates: needs one at least")
     for index, candidate in enumerate(candidates):
         if not shared.keys().isdisjoint(candidate):
             name = next(name for name in candidate if name in shared)
