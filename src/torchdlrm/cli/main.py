@@ -31,6 +31,7 @@ app.command("torchdlrm.cli.train:train", help="Train a DLRM on a dataset.")
 app.command("torchdlrm.cli.evaluate:evaluate", help="Measure a trained run on every row of a split.")
 app.command("torchdlrm.cli.export:export", help="Turn a trained run into a bundle that predicts from raw rows.")
 app.command("torchdlrm.cli.predict:predict", help="Predict every row of a raw log.")
+app.command("torchdlrm.cli.verify:verify", help="Compare checkpoint, bundle and server on the same raw rows.")
 app.command("torchdlrm.cli.bench:bench", name="bench", help="Time the hot paths on this machine.")
 app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset holds.")
 
