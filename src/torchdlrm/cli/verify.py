@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def verify(
     bundle: Path,
-    *rows: Path,
+    *rows: Annotated[Path, Parameter(allow_leading_hyphen=True)],
     dataset: Path,
     run: Path | None = None,
     url: str | None = None,

@@ -67,7 +67,7 @@ class PredictSummary:
         """As JSON has it."""
         content = asdict(self) | {"rows_per_s": self.rows_per_s, "bad_rows_by_reason": self.details.counts}
         del content["details"]
-        return content
+        return content | {"metrics": None if self.metrics is None else self.metrics.as_json()}
 
 
 def predict_file(

@@ -54,8 +54,7 @@ class Way:
 
     @property
     def agrees(self) -> bool:
-        """Whether the precision explains the difference."""
-        # A NaN is no agreement.
+        """Whether the precision explains the difference; NaN, which it never does, included."""
         return self.largest_difference is None or self.largest_difference <= (self.largest_allowed or 0.0)
 
 
@@ -74,7 +73,10 @@ class Verification:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        ways = [asdict(way) | {"agrees": way.agrees} for way in self.ways]
+        ways = [
+            asdict(way) | {"agrees": way.agrees, "metrics": None if way.metrics is None else way.metrics.as_json()}
+            for way in self.ways
+        ]
         return {"rows": self.rows, "bad_rows": self.bad_rows, "agrees": self.agrees, "ways": ways}
 
 
