@@ -1,8 +1,10 @@
 """What tests share: seeds, a small click log whose labels can be learnt, and the dataset that it becomes."""
 
+import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +102,46 @@ def small_bundle(small_run, small_dataset, tmp_path_factory):
         Run.open(small_run),
         small_dataset,
         path,
-        ExportOptions("small", dict.fromkeys(small_dataset.sparse_names, "float32")),
+        ExportOptions("small"),
     )
     return path
+
+
+class RunningServer:
+    """A `dlrm serve` process: where it is, and its end."""
+
+    def __init__(self, process, told):
+        self.process, self.url, self.grpc = process, told["url"], told["grpc"]
+        self.model, self.version = told["model"], told["version"]
+
+    def stop(self, number=signal.SIGTERM):
+        """The exit code after a signal, and the lines of the log."""
+        self.process.send_signal(number)
+        _, log = self.process.communicate(timeout=60)
+        return self.process.returncode, [json.loads(line) for line in log.splitlines()]
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """Starts the real server on free ports, until the session ends: serve(bundle, "--workers", 2) -> RunningServer."""
+    started = []
+
+    def start(bundle, *args, **environment):
+        command = [str(Path(sys.executable).with_name("dlrm")), "serve", str(bundle), "--json", "--port", "0"]
+        process = subprocess.Popen(
+            [*command, *map(str, args)],
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        told = process.stdout.readline()
+        assert told, process.communicate(timeout=60)[1]
+        return RunningServer(process, json.loads(told))
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=60)

@@ -23,7 +23,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 
 
 def by_checkpoint(run, dataset, log, folder):
-    """Of all rows, in the order of the log but for a few first ones, which are training rows, and how many these are."""
+    """Of all rows in the order of the log, but for a few first ones, the training rows; and how many these are."""
     schema = with_split(criteo_schema(), "order", val=0.0, test=0.9997)
     options = PreprocessOptions(vocabulary=dataset.path)
     ordered = Dataset.open(preprocess([log], folder / "ordered", schema, options).path)

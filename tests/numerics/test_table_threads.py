@@ -88,3 +88,16 @@ def test_casting_in_threads_leaves_this_threads_number_alone(seed):
     ids, offsets, gradient = next(batches(seed, multi_valued=False))
     ours.kernel(ids, offsets).backward(gradient)
     assert torch.get_num_threads() == before
+
+
+def test_many_steps_on_many_threads_are_not_recorded_by_the_threads(seed):
+    """Two threads write into one buffer: had one of them recorded it, the other could not write any more."""
+    ours = kernel_and_model(EmbOptimType.EXACT_SGD, seed)
+    use_table_threads(ours.model, num_threads=4)
+    for ids, offsets, gradient in batches(seed, multi_valued=False, num_batches=300):
+        out = ours.kernel(ids, offsets)
+        assert [type(node).__name__ for node, _ in out.grad_fn.next_functions] == [
+            "AccumulateGrad",
+            *["NoneType"] * (len(out.grad_fn.next_functions) - 1),
+        ]
+        out.backward(gradient)

@@ -8,14 +8,14 @@ from cyclopts.validators import Number
 
 from torchdlrm.cli.terminal import console, print_json, progress_bars
 
-Precision = Literal["float32", "float16", "int8", "int4"]
-
 
 def export(
     run: Path,
     *,
     out: Path,
-    precision: Precision = "float32",
+    precision: Literal["float32", "float16", "int8", "int4", "auto"] = "float32",
+    dense_precision: Literal["float32", "bfloat16", "auto"] = "auto",
+    max_logloss_increase: Annotated[float | None, Parameter(validator=Number(gte=0))] = None,
     checkpoint: str = "last",
     dataset: Path | None = None,
     name: str | None = None,
@@ -31,18 +31,24 @@ def export(
     out
         Folder to write; nothing may be there.
     precision
-        Of the tables.
+        Of the tables; auto measures what each table would cost at each precision, and chooses.
+    dense_precision
+        Of the matrix products; auto takes bfloat16 where the tables are not float32 and the model is large enough.
+    max_logloss_increase
+        What a lower precision may cost in nats, in the choice of auto (0.0001 when not given) and in the check at the
+        end (when not given: what the precision usually explains).
     checkpoint
         last, best (the highest AUC of the val split), or a step.
     dataset
         Where the dataset is now, if it has moved since the training.
     name
-        Name of the model, shown by the server; the folder's name by default.
+        Name of the model, shown by the server; the folder's name when not given.
     check_rows
         Predict at most so many held-out rows by checkpoint and by bundle.
     json
         Print one JSON object on standard output.
     """
+    from torchdlrm.cli.inspect_bundle import print_check, print_trade, summary
     from torchdlrm.export.export import ExportOptions
     from torchdlrm.export.export import export as export_run
     from torchdlrm.train.run import Run
@@ -50,13 +56,20 @@ def export(
     trained = Run.open(run)
     data = trained.open_dataset(dataset)
     options = ExportOptions(
-        name=name or out.name,
-        precisions=dict.fromkeys(data.sparse_names, precision),
+        name=name or out.resolve().name,
+        precision=precision,
+        dense_precision=dense_precision,
+        max_logloss_increase=max_logloss_increase,
         checkpoint=checkpoint,
         check_rows=check_rows,
     )
     with progress_bars("") as progress:
-        bundle = export_run(trained, data, out, options, progress)
-    console.print(bundle.manifest.check)
+        exported = export_run(trained, data, out, options, progress)
+    bundle = exported.bundle
+    if exported.trade is not None:
+        print_trade(exported.trade)
+    print_check(bundle)
+    console.print(f"matrix products: {bundle.manifest.dense_precision} ({exported.dense_reason})", soft_wrap=True)
+    console.print(f"next: dlrm predict {out} ROWS, or dlrm serve {out}", soft_wrap=True)
     if json:
-        print_json({"bundle": str(out), "name": bundle.name, "version": bundle.version})
+        print_json(summary(bundle, exported.trade))

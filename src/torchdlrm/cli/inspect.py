@@ -9,7 +9,10 @@ from cyclopts import Parameter
 from torchdlrm.errors import UserError
 
 # The file that tells what a folder is -> what it is called, and the module whose `show` knows it.
-_KINDS = {"dataset.json": ("a dataset", "torchdlrm.cli.inspect_dataset")}
+_KINDS = {
+    "dataset.json": ("a dataset", "torchdlrm.cli.inspect_dataset"),
+    "bundle.json": ("a bundle", "torchdlrm.cli.inspect_bundle"),
+}
 
 
 def inspect(
@@ -18,11 +21,15 @@ def inspect(
     values: int = 3,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Show what a dataset holds: rows, click rates, tables, unknown and missing values.
+    """Show what a dataset or a bundle holds.
+
+    Of a dataset: rows, click rates, tables, unknown and missing values. Of a bundle: tables and their precision, the
+    check at the end of the export; all of it is read and its checksums compared.
+
 
     Args:
         folder: What to look at.
-        values: How many of a feature's most frequent values to show.
+        values: How many of a feature's most frequent values to show, of a dataset.
         as_json: Print one JSON object on standard output, and nothing else.
     """
     if values < 0:

@@ -104,24 +104,36 @@ def compare(
             "was left behind. Export with a higher --precision or --dense-precision float32"
         )
         raise BundleError(msg)
-    increase, error = _increase(labels, before, after)
-    if increase - _STANDARD_ERRORS * error > allowed.logloss_increase:
+    increase = logloss_increase(labels, before, after)
+    if not increase.is_within(allowed.logloss_increase):
         msg = (
-            f"the bundle's logloss on {len(labels):,} rows of {split} is {increase:.6f} higher than the checkpoint's, "
-            f"and the precision explains {allowed.logloss_increase:.6f}; nothing was left behind. Export with a higher "
-            "--precision or --dense-precision float32"
+            f"the bundle's logloss on {len(labels):,} rows of {split} is {increase.mean:.6f} higher than the "
+            f"checkpoint's, and {allowed.logloss_increase:.6f} is allowed; nothing was left behind. Export with "
+            "a higher --precision or --dense-precision float32"
         )
         raise BundleError(msg)
     return record
 
 
-def _increase(
+@dataclass(frozen=True)
+class LoglossIncrease:
+    """How much higher a logloss is than another on the same rows, in nats, and the standard error of that."""
+
+    mean: float
+    standard_error: float
+
+    def is_within(self, allowed: float) -> bool:
+        """Whether it is not surely higher than this."""
+        return self.mean - _STANDARD_ERRORS * self.standard_error <= allowed
+
+
+def logloss_increase(
     labels: NDArray[np.floating], before: NDArray[np.floating], after: NDArray[np.floating]
-) -> tuple[float, float]:
-    """The mean increase of a row's logloss, and its standard error."""
+) -> LoglossIncrease:
+    """Of log-odds `after` over log-odds `before`, each [rows]."""
     sign = np.where(labels != 0, -1.0, 1.0)
     increase = np.logaddexp(0, sign * after.astype(np.float64)) - np.logaddexp(0, sign * before.astype(np.float64))
-    return float(increase.mean()), float(increase.std()) / math.sqrt(len(increase))
+    return LoglossIncrease(float(increase.mean()), float(increase.std()) / math.sqrt(len(increase)))
 
 
 def _probability(logits: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -6,6 +6,9 @@ dense and over arch, the interaction of training, float32 throughout.
 B rows, F sparse features, D embedding dimension.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,6 +20,33 @@ from torchdlrm.export.bundle import table_name
 from torchdlrm.export.checkpoint_reader import CheckpointReader
 from torchdlrm.export.encoded_rows import EncodedRows
 from torchdlrm.model.build import build_model
+from torchdlrm.model.dlrm import DLRM
+
+
+def _as_it_is(rows: Tensor) -> Tensor:
+    return rows
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The dense vector [B, D] and the pooled embeddings [B, F, D] of B rows, and the model that they go through."""
+
+    model: DLRM
+    dense: Tensor
+    sparse: Tensor
+
+    def with_feature(self, feature: int, pooled_BD: Tensor) -> "Vectors":
+        """The same with other embeddings of one feature."""
+        sparse_BFD = self.sparse.clone()
+        sparse_BFD[:, feature] = pooled_BD
+        return Vectors(self.model, self.dense, sparse_BFD)
+
+    def logits(self) -> NDArray[np.float32]:
+        """The log-odds of a click of each row: float32 [B]."""
+        with torch.inference_mode():
+            interactions = self.model.inter_arch(dense_features=self.dense, sparse_features=self.sparse)
+            logits_B: NDArray[np.float32] = self.model.over_arch(interactions).squeeze(1).numpy()
+            return logits_B
 
 
 class CheckpointModel:
@@ -44,18 +74,26 @@ class CheckpointModel:
 
     def logits(self, rows: EncodedRows) -> NDArray[np.float32]:
         """The log-odds of a click of each row: float32 [B]."""
-        with torch.inference_mode():
-            sparse_BFD = torch.stack([self._pooled(rows, feature) for feature in range(len(self._tables))], dim=1)
-            dense_BD = self._model.dense_arch(torch.from_numpy(rows.dense))
-            interactions = self._model.inter_arch(dense_features=dense_BD, sparse_features=sparse_BFD)
-            logits_B: NDArray[np.float32] = self._model.over_arch(interactions).squeeze(1).numpy()
-            return logits_B
+        return self.vectors(rows).logits()
 
-    def _pooled(self, rows: EncodedRows, feature: int) -> Tensor:
-        """The sum of a feature's embeddings: [B, D]."""
+    def vectors(self, rows: EncodedRows) -> "Vectors":
+        """What interacts, before it does."""
+        sparse = [self.pooled(rows, feature) for feature in range(len(self._tables))]
+        with torch.inference_mode():
+            dense_BD = self._model.dense_arch(torch.from_numpy(rows.dense))
+        return Vectors(self._model, dense_BD, torch.stack(sparse, dim=1))
+
+    def pooled(self, rows: EncodedRows, feature: int, served: Callable[[Tensor], Tensor] = _as_it_is) -> Tensor:
+        """The sum of a feature's embeddings: [B, D].
+
+        Args:
+            rows: B rows.
+            feature: its position in the schema.
+            served: what becomes of rows of the table, float32 [n, D], before they are added up.
+        """
         if not isinstance(rows.sparse, tuple):
-            return self._checkpoint.gather(self._tables[feature], rows.sparse[feature])
+            return served(self._checkpoint.gather(self._tables[feature], rows.sparse[feature]))
         ids, offsets = rows.sparse[feature]
-        found = self._checkpoint.gather(self._tables[feature], ids)
+        found = served(self._checkpoint.gather(self._tables[feature], ids))
         bags = torch.repeat_interleave(torch.arange(rows.num_rows), torch.from_numpy(np.diff(offsets)))
         return torch.zeros(rows.num_rows, found.shape[1]).index_add_(0, bags, found)

@@ -3,17 +3,20 @@
 In: a run and the dataset it was trained on.  Out: the bundle's folder, whole and checked, or nothing.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 
+from torchdlrm.config import ModelConfig
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.transforms import encode
 from torchdlrm.errors import RunError
 from torchdlrm.export.bundle import PREDICTION_COLUMN, Bundle
-from torchdlrm.export.check import compare, tolerance
+from torchdlrm.export.check import Tolerance, compare, tolerance
 from torchdlrm.export.checkpoint_model import CheckpointModel
 from torchdlrm.export.checkpoint_reader import CheckpointReader
 from torchdlrm.export.encoded_rows import EncodedRows
@@ -24,16 +27,15 @@ from torchdlrm.export.manifest import (
     WEIGHTS_NAME,
     BundleManifest,
     DensePrecision,
-    FileRecord,
     SourceRecord,
     SparseRecord,
 )
 from torchdlrm.export.precision import TablePrecision
 from torchdlrm.export.sample import raw_sample
+from torchdlrm.export.sensitivity import SENSITIVITY_ROWS, Trade, choose_precisions
 from torchdlrm.export.served_model import ServedModel
 from torchdlrm.export.weights_file import BLOCK_BYTES
 from torchdlrm.export.write import (
-    WrittenWeights,
     copy_vocabularies,
     file_record,
     require_space,
@@ -46,6 +48,9 @@ from torchdlrm.train.checkpoint import checkpoint_path, find_checkpoint, find_da
 from torchdlrm.train.run import Run
 
 DEFAULT_CHECK_ROWS = 100_000
+AUTO_LOGLOSS_INCREASE = 1e-4
+# Of a row. Smaller models spend their time between the kernels; bfloat16 makes none of that faster.
+MIN_BFLOAT16_MULTIPLY_ADDS = 500_000
 _SAMPLE_ROWS = 256
 
 
@@ -55,15 +60,19 @@ class ExportOptions:
 
     Attributes:
         name: the model's name, which the server shows.
-        precisions: of each feature's table, in schema order.
-        dense_precision: what the arches may compute in.
+        precision: of the tables; `auto` chooses for each by what it costs.
+        dense_precision: what the arches may compute in; `auto` takes bfloat16 where a table is not float32 anyway and
+            the arches are large enough for it to be faster.
+        max_logloss_increase: what a lower precision may cost in nats; None asks for what each precision usually
+            explains, and for 0.0001 where tables are chosen by cost.
         checkpoint: `last`, `best` (of the val split) or a step.
         check_rows: predict at most so many held-out rows to check the bundle.
     """
 
     name: str
-    precisions: Mapping[str, TablePrecision]
-    dense_precision: DensePrecision = "float32"
+    precision: TablePrecision | Literal["auto"] = "float32"
+    dense_precision: DensePrecision | Literal["auto"] = "auto"
+    max_logloss_increase: float | None = None
     checkpoint: str = "last"
     check_rows: int = DEFAULT_CHECK_ROWS
 
@@ -82,9 +91,24 @@ def open_checkpoint(run: Run, name: str) -> tuple[int, CheckpointReader]:
     return step, CheckpointReader(path)
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A bundle, and why it is as it is.
+
+    Attributes:
+        bundle: opened.
+        trade: what tables cost and save, where they were chosen by it.
+        dense_reason: why the arches may compute in what they do, for people.
+    """
+
+    bundle: Bundle
+    trade: Trade | None
+    dense_reason: str
+
+
 def export(
     run: Run, dataset: Dataset, out: Path, options: ExportOptions, progress: ProgressListener = SILENT
-) -> Bundle:
+) -> Exported:
     """Write a bundle and check it.
 
     Args:
@@ -101,67 +125,121 @@ def export(
     """
     split = held_out_split(dataset)
     step, checkpoint = open_checkpoint(run, options.checkpoint)
+    model = CheckpointModel(checkpoint, run.config.model, dataset)
     with whole_folder(out) as folder:
-        require_space(folder, weights_bytes(checkpoint, options.precisions))
-        written = write_weights(checkpoint, options.precisions, folder / WEIGHTS_NAME, progress)
+        trade = _trade(model, run, dataset, options, progress) if options.precision == "auto" else None
+        precisions = _precisions(dataset, options, trade)
+        dense_precision, reason = _dense_precision(run, dataset, options, precisions)
+        require_space(folder, weights_bytes(checkpoint, precisions))
+        written = write_weights(checkpoint, precisions, folder / WEIGHTS_NAME, progress)
         vocabularies = copy_vocabularies(dataset, folder)
         files = {WEIGHTS_NAME: written.record}
         files |= {path: file_record(folder / path) for paths in vocabularies.values() for path in paths}
-        manifest = _manifest(run, dataset, options, step, written, vocabularies, files)
+        manifest = BundleManifest(
+            name=options.name,
+            feature_schema=dataset.schema,
+            dense={column.name: dataset.manifest.dense[column.name] for column in dataset.schema.dense},
+            sparse={
+                feature: SparseRecord(
+                    num_embeddings=num_embeddings,
+                    precision=precisions[feature],
+                    vocabulary=vocabularies[feature][0] if feature in vocabularies else None,
+                    index=vocabularies[feature][1] if feature in vocabularies else None,
+                )
+                for feature, num_embeddings in dataset.num_embeddings.items()
+            },
+            model=run.config.model,
+            dense_precision=dense_precision,
+            source=_source(run, step),
+            check=None,
+            files=files,
+            block_bytes=BLOCK_BYTES,
+            block_sha256=written.block_sha256,
+        )
         _write_manifest(folder, manifest)
         bundle = Bundle.open(folder, progress=progress)
-        model = ServedModel(bundle)
+        served = ServedModel(bundle)
         progress.start_phase("check", min(options.check_rows, dataset.splits[split].rows))
         record = compare(
             held_out_rows(dataset, split, options.check_rows),
             dataset.schema,
             split=split,
-            checkpoint=CheckpointModel(checkpoint, run.config.model, dataset).logits,
-            bundle=model.logits,
-            allowed=tolerance(options.precisions.values(), options.dense_precision),
+            checkpoint=model.logits,
+            bundle=served.logits,
+            allowed=_allowed(options, precisions, dense_precision),
             progress=progress,
         )
-        _write_sample(dataset, split, bundle, model)
+        _write_sample(dataset, split, bundle, served)
         files[SAMPLE_NAME] = file_record(folder / SAMPLE_NAME)
         _write_manifest(folder, manifest.model_copy(update={"check": record, "files": files}))
-    return Bundle.open(out, verify="lazy")
+    return Exported(Bundle.open(out, verify="lazy"), trade, reason)
 
 
-def _manifest(
-    run: Run,
-    dataset: Dataset,
-    options: ExportOptions,
-    step: int,
-    written: WrittenWeights,
-    vocabularies: Mapping[str, tuple[str, str]],
-    files: dict[str, FileRecord],
-) -> BundleManifest:
+def _trade(
+    model: CheckpointModel, run: Run, dataset: Dataset, options: ExportOptions, progress: ProgressListener
+) -> Trade:
+    # The rows of the check stay unseen where there are others.
+    split = "val" if dataset.splits["val"].rows else held_out_split(dataset)
+    return choose_precisions(
+        model,
+        held_out_rows(dataset, split, min(options.check_rows, SENSITIVITY_ROWS)),
+        dataset.schema,
+        dataset.num_embeddings,
+        dim=run.config.model.embedding_dim,
+        max_logloss_increase=_max_increase(options),
+        progress=progress,
+    )
+
+
+def _max_increase(options: ExportOptions) -> float:
+    return AUTO_LOGLOSS_INCREASE if options.max_logloss_increase is None else options.max_logloss_increase
+
+
+def _precisions(dataset: Dataset, options: ExportOptions, trade: Trade | None) -> dict[str, TablePrecision]:
+    if trade is not None:
+        return trade.precisions
+    assert options.precision != "auto"
+    return dict.fromkeys(dataset.sparse_names, options.precision)
+
+
+def _dense_precision(
+    run: Run, dataset: Dataset, options: ExportOptions, precisions: Mapping[str, TablePrecision]
+) -> tuple[DensePrecision, str]:
+    """What the arches may compute in, and why."""
+    if options.dense_precision != "auto":
+        return options.dense_precision, "as asked"
+    if set(precisions.values()) == {"float32"}:
+        return "float32", "so that predictions equal the checkpoint's, as with float32 tables they can"
+    if row_multiply_adds(run.config.model, dataset) < MIN_BFLOAT16_MULTIPLY_ADDS:
+        return "float32", "the arches are too small for bfloat16 to pay"
+    return "bfloat16", "where the processor has it"
+
+
+def row_multiply_adds(model: ModelConfig, dataset: Dataset) -> int:
+    """Multiply-adds of a row's forward pass."""
+    num_vectors = len(dataset.sparse_names) + 1
+    dense = (len(dataset.dense_names), *model.dense_arch_layer_sizes)
+    over = (model.embedding_dim + num_vectors * (num_vectors - 1) // 2, *model.over_arch_layer_sizes)
+    products = sum(a * b for sizes in (dense, over) for a, b in itertools.pairwise(sizes))
+    return products + num_vectors * num_vectors * model.embedding_dim
+
+
+def _allowed(
+    options: ExportOptions, precisions: Mapping[str, TablePrecision], dense_precision: DensePrecision
+) -> Tolerance:
+    allowed = tolerance(precisions.values(), dense_precision)
+    if options.max_logloss_increase is None and options.precision != "auto":
+        return allowed
+    return Tolerance(allowed.difference, _max_increase(options))
+
+
+def _source(run: Run, step: int) -> SourceRecord:
     environment = run.environment
-    return BundleManifest(
-        name=options.name,
-        feature_schema=dataset.schema,
-        dense={column.name: dataset.manifest.dense[column.name] for column in dataset.schema.dense},
-        sparse={
-            feature: SparseRecord(
-                num_embeddings=num_embeddings,
-                precision=options.precisions[feature],
-                vocabulary=vocabularies[feature][0] if feature in vocabularies else None,
-                index=vocabularies[feature][1] if feature in vocabularies else None,
-            )
-            for feature, num_embeddings in dataset.num_embeddings.items()
-        },
-        model=run.config.model,
-        dense_precision=options.dense_precision,
-        source=SourceRecord(
-            run=run.path.resolve().name,
-            step=step,
-            dataset_sha256=environment["dataset"]["manifest_sha256"],
-            versions={name: environment[name] for name in ("torchdlrm", "torch", "torchrec", "fbgemm_gpu")},
-        ),
-        check=None,
-        files=files,
-        block_bytes=BLOCK_BYTES,
-        block_sha256=written.block_sha256,
+    return SourceRecord(
+        run=run.path.resolve().name,
+        step=step,
+        dataset_sha256=environment["dataset"]["manifest_sha256"],
+        versions={name: environment[name] for name in ("torchdlrm", "torch", "torchrec", "fbgemm_gpu")},
     )
 
 

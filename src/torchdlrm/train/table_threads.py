@@ -112,11 +112,16 @@ class _TableThreads:
         return _Lookup.apply(self._placeholder, self, indices, offsets)  # type: ignore[no-untyped-call]
 
     def each_share(self, task: Callable[[_Share], None]) -> None:
-        """Do a task for all shares at once."""
+        """Do a task for all shares at once, without recording it: each thread has a grad mode of its own."""
+
+        def unrecorded(share: _Share) -> None:
+            with torch.no_grad():
+                task(share)
+
         if len(self.shares) == 1:
-            task(self.shares[0])
+            unrecorded(self.shares[0])
             return
-        for future in [self.pool.submit(task, share) for share in self.shares]:
+        for future in [self.pool.submit(unrecorded, share) for share in self.shares]:
             future.result()
 
     def cells_of(self, share: _Share, indices: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,219 @@
+"""The routes of the HTTP server.
+
+In: a `Service`.  Out: an ASGI app.  Bodies are read by hand, within limits, and parsed by orjson: a model of every row,
+checked cell by cell in Python, would take longer than predicting it.  What the routes take and answer stands in
+`openapi.py`.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from torchdlrm import __version__
+from torchdlrm.errors import TorchDLRMError
+from torchdlrm.serve.connection import ARRIVED, IS_GONE
+from torchdlrm.serve.gate import REQUEST_ID, Gate, refusal
+from torchdlrm.serve.metrics import CONTENT_TYPE
+from torchdlrm.serve.open_inference.columns import frame_of, model_metadata
+from torchdlrm.serve.open_inference.http import HEADER_LENGTH, format_infer, parse_infer, parse_json
+from torchdlrm.serve.openapi import document
+from torchdlrm.serve.page_routes import page_router
+from torchdlrm.serve.people import describe, rows_of
+from torchdlrm.serve.refusals import RefusedRequest, too_large
+from torchdlrm.serve.service import Service
+
+MODEL = "/v2/models/{name}"
+VERSION = MODEL + "/versions/{version}"
+# A body as large as this is parsed by a thread, so that other requests need not wait for it.
+_LARGE_BODY_BYTES = 256 << 10
+
+
+def build_app(service: Service) -> Gate:
+    """Everything that is answered over HTTP."""
+    app = FastAPI(title="torchdlrm", version=__version__, docs_url=None, redoc_url=None)
+    app.openapi = lambda: document(service)  # type: ignore[method-assign]  # as FastAPI's documentation has it
+    app.include_router(page_router())
+    app.include_router(_people(service))
+    app.include_router(_open_inference(service))
+    app.include_router(_operators(service))
+
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RefusedRequest)
+        return refusal(error)
+
+    async def http_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _json({"error": error.detail}, error.status_code, dict(error.headers or {}))
+
+    async def unforeseen(_: Request, __: Exception) -> Response:
+        return _json({"error": "the server failed; its log says why"}, HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    app.add_exception_handler(RefusedRequest, refused)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, unforeseen)
+    return Gate(app, service)
+
+
+def _people(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    async def predict(request: Request) -> Response:
+        body, started_s = await _read_body(request, service)
+        served = service.bundles.current
+        rows = rows_of(await _off_loop_if_large(parse_json, body))
+        answer = await service.predict(
+            served,
+            rows,
+            request_id=request.scope[REQUEST_ID],
+            started_s=started_s,
+            is_gone=request.scope.get(IS_GONE, _never),
+        )
+        return _json({"predictions": answer.probabilities, "model": service.name, "version": served.version})
+
+    async def schema(_: Request) -> Response:
+        return _json(describe(service.name, service.bundles.current, service.options.max_rows_per_request))
+
+    _add(router, "/predict", predict, "POST")
+    _add(router, "/schema", schema, "GET")
+    return router
+
+
+def _open_inference(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    async def server(_: Request) -> Response:
+        return _json({"name": "torchdlrm", "version": __version__, "extensions": ["binary_tensor_data"]})
+
+    async def live(_: Request) -> Response:
+        return _state(service.is_live, "live")
+
+    async def ready(_: Request) -> Response:
+        return _state(service.is_ready, "ready")
+
+    async def metadata(request: Request) -> Response:
+        served = service.check_model(**request.path_params)
+        return _json(model_metadata(service.name, served.version, served.schema))
+
+    async def model_ready(request: Request) -> Response:
+        served = service.check_model(**request.path_params)
+        if not service.is_ready:
+            return _state(service.is_ready, "ready")
+        return _json({"name": service.name, "version": served.version, "ready": True})
+
+    async def infer(request: Request) -> Response:
+        service.check_model(**request.path_params)
+        body, started_s = await _read_body(request, service)
+        served = service.check_model(**request.path_params)
+        max_rows = service.options.max_rows_per_request
+
+        def parse() -> tuple[Any, Any]:
+            asked = parse_infer(body, request.headers.get(HEADER_LENGTH))
+            return asked, frame_of(asked.tensors, served.schema, max_rows)
+
+        asked, frame = await asyncio.to_thread(parse) if len(body) > _LARGE_BODY_BYTES else parse()
+        answer = await service.predict(
+            served,
+            frame,
+            request_id=request.scope[REQUEST_ID],
+            started_s=started_s,
+            timeout_us=asked.timeout_us,
+            is_gone=request.scope.get(IS_GONE, _never),
+        )
+        content, headers = format_infer(service.name, served.version, asked, answer.probabilities)
+        return Response(content, headers=headers)
+
+    _add(router, "/v2", server, "GET")
+    _add(router, "/v2/health/live", live, "GET")
+    _add(router, "/v2/health/ready", ready, "GET")
+    for prefix in (MODEL, VERSION):
+        _add(router, prefix, metadata, "GET")
+        _add(router, prefix + "/ready", model_ready, "GET")
+        _add(router, prefix + "/infer", infer, "POST")
+    return router
+
+
+def _operators(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    async def metrics(_: Request) -> Response:
+        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def reload(_: Request) -> Response:
+        if not service.keys:
+            msg = "swapping over HTTP needs an API key; start the server with one, or send it SIGHUP"
+            raise RefusedRequest(HTTPStatus.FORBIDDEN, msg)
+        try:
+            outcome = await service.reload()
+        except TorchDLRMError as error:
+            msg = "the bundle cannot be served, and the one before still is; the server's log says why"
+            raise RefusedRequest(HTTPStatus.CONFLICT, msg) from error
+        service.tell_others()
+        return _json(outcome)
+
+    _add(router, "/metrics", metrics, "GET")
+    _add(router, "/admin/reload", reload, "POST")
+    return router
+
+
+async def _read_body(request: Request, service: Service) -> tuple[bytes, float]:
+    """The body, and when the request's time began: at its headers, or, of a body that came slowly, at its end."""
+    options = service.options
+    started_s: float = request.scope.get(ARRIVED, time.perf_counter())
+    service.batcher.check_room()
+    if request.headers.get("content-encoding", "identity") != "identity":
+        msg = "Content-Encoding: a compressed body is not taken; send it as it is"
+        raise RefusedRequest(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, msg)
+    length = request.headers.get("content-length", "0")
+    if length.isdigit() and int(length) > options.max_body_bytes:
+        raise _body_too_large(options.max_body_bytes)
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(options.body_timeout_s):
+            async for piece in request.stream():
+                size += len(piece)
+                if size > options.max_body_bytes:
+                    raise _body_too_large(options.max_body_bytes)
+                pieces.append(piece)
+    except TimeoutError as error:
+        msg = f"the body did not come within {options.body_timeout_s:g} s"
+        raise RefusedRequest(HTTPStatus.REQUEST_TIMEOUT, msg) from error
+    except ClientDisconnect as error:
+        raise RefusedRequest(HTTPStatus.BAD_REQUEST, "the connection was closed within the body") from error
+    if len(pieces) > 2:  # more than the whole body and the empty end of it
+        started_s = time.perf_counter()
+    return b"".join(pieces), started_s
+
+
+def _body_too_large(max_body_bytes: int) -> RefusedRequest:
+    return too_large(f"the body has more than {max_body_bytes:,} bytes, and no more are taken; send several requests")
+
+
+async def _off_loop_if_large(function: Callable[[bytes], Any], body: bytes) -> Any:
+    return await asyncio.to_thread(function, body) if len(body) > _LARGE_BODY_BYTES else function(body)
+
+
+def _never() -> bool:
+    return False
+
+
+def _state(is_so: bool, what: str) -> Response:  # noqa: FBT001 - it is the value that is told
+    if is_so:
+        return _json({what: True})
+    return _json({what: False, "error": f"not {what}"}, HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+def _json(content: Any, status: int = HTTPStatus.OK, headers: dict[str, str] | None = None) -> Response:
+    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(body, status, headers, media_type="application/json")
+
+
+def _add(router: APIRouter, path: str, answer: Callable[[Request], Awaitable[Response]], method: str) -> None:
+    router.add_api_route(path, answer, methods=[method], response_model=None, include_in_schema=False)

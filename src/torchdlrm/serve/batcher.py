@@ -1,0 +1,305 @@
+"""Many small requests -> few large batches: the queue in front of the model.
+
+In: raw rows, each request with a deadline.  Out: their probabilities.  The model runs in a thread of its own, so the
+event loop goes on reading and answering; what arrives while the model is busy is gathered and makes up the next batch.
+So there is no waiting time to choose: an idle server starts on a row at once, and the busier the model, the more rows
+share a batch.  Everything is counted in rows, because a request may have one or thousands.
+
+All methods belong to the event loop's thread, except where it is said.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from torchdlrm.serve.refusals import bad_request, overloaded, too_late
+
+_SWEEP_INTERVAL_S = 0.01
+
+
+class Predictions(Protocol):
+    """What a model says of B rows."""
+
+    @property
+    def probabilities(self) -> NDArray[np.float32]:
+        """[B]."""
+
+    @property
+    def num_unknown(self) -> Mapping[str, int]:
+        """Values with the id "unknown", by feature."""
+
+
+# Rows by column name, or typed columns.
+Rows = Sequence[Mapping[str, object]] | pl.DataFrame
+
+
+class Model(Protocol):
+    """What predicts; only one thread calls it."""
+
+    def read(self, requests: Sequence[Rows]) -> pl.DataFrame:
+        """The rows of some requests, one after another, as typed columns.
+
+        Raises:
+            UserError: a row of them is wrong.
+        """
+
+    def predict(self, frame: pl.DataFrame) -> Predictions:
+        """Typed columns, B rows -> B probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What became of a batch of B rows.
+
+    Attributes:
+        model: what predicted.
+        frame: the typed columns, B rows.
+        request_ids: of the requests in it; `num_rows` how many rows each has.
+        predictions: of its parts, one after another.
+        parse_s, model_s: how long it took to read the rows and to predict.
+    """
+
+    model: Model
+    frame: pl.DataFrame
+    request_ids: Sequence[str]
+    num_rows: Sequence[int]
+    predictions: Sequence[Predictions]
+    parse_s: float
+    model_s: float
+
+
+# Is told of each batch, in the model's thread.
+BatchListener = Callable[[BatchReport], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The probabilities of a request's rows, float32 [B], and how long they took."""
+
+    probabilities: NDArray[np.float32]
+    queue_s: float
+    parse_s: float
+    model_s: float
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    model: Model
+    rows: Rows
+    num_rows: int
+    request_id: str
+    arrived_s: float
+    is_abandoned: Callable[[], bool]
+    future: asyncio.Future[Answer]
+    is_queued: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    model: Model
+    parts: list[_Waiting]
+    started_s: float
+
+
+class Batcher:
+    """Gathers rows for one model thread; `start` makes it run.
+
+    Args:
+        max_batch_rows: the model gets no more at once; a request that has more is cut into several calls.
+        max_queue_rows: rows that may wait; a request that does not fit is refused.
+        listener: is told of each batch.
+    """
+
+    def __init__(self, *, max_batch_rows: int, max_queue_rows: int, listener: BatchListener) -> None:
+        self._max_batch_rows, self._max_queue_rows, self._listener = max_batch_rows, max_queue_rows, listener
+        self._waiting: deque[_Waiting] = deque()
+        self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._is_busy = False
+        self._swept_s = 0.0
+        self._rows_per_s = 0.0
+        self.queued_rows = 0
+        self._warm_up: Callable[[], object] = lambda: None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+
+    def start(self, warm_up: Callable[[], object] = lambda: None) -> None:
+        """Start the model's thread; from the event loop that will submit.
+
+        Args:
+            warm_up: is called in that thread first of all: libraries make buffers and threads of their own for each
+                thread that calls them, and the first request shall not wait for that.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._warm_up = warm_up
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the model's thread end after what it has been given."""
+        self._batches.put(None)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the model's thread is running."""
+        return self._thread.is_alive()
+
+    def check_room(self, num_rows: int = 1) -> None:
+        """See whether rows would be taken, before work goes into reading them.
+
+        Raises:
+            RefusedRequest: the queue is full.
+        """
+        if self.queued_rows + num_rows <= self._max_queue_rows:
+            return
+        now_s = time.perf_counter()
+        if now_s - self._swept_s >= _SWEEP_INTERVAL_S:
+            self._swept_s = now_s
+            for waiting in self._waiting:
+                if waiting.is_queued and waiting.is_abandoned():
+                    self._leave_queue(waiting)
+                    _abandon(waiting)
+        if self.queued_rows + num_rows > self._max_queue_rows:
+            wait_s = self.queued_rows / self._rows_per_s if self._rows_per_s else 1.0
+            msg = f"{self.queued_rows:,} rows are waiting and at most {self._max_queue_rows:,} may; ask again later"
+            raise overloaded(msg, max(1, round(wait_s)))
+
+    async def submit(
+        self,
+        model: Model,
+        rows: Rows,
+        *,
+        request_id: str,
+        deadline_s: float,
+        is_abandoned: Callable[[], bool],
+    ) -> Answer:
+        """Wait for the probabilities of some rows.
+
+        Args:
+            model: what predicts them; rows for different models never share a batch.
+            rows: B rows.
+            request_id: what the log calls the request.
+            deadline_s: when nobody wants them any more, by `time.perf_counter`.
+            is_abandoned: whether whoever asked has gone.
+
+        Raises:
+            RefusedRequest: the queue is full, or the deadline has passed.
+            UserError: a row is wrong.
+        """
+        assert self._loop is not None, "start() comes first"
+        now_s = time.perf_counter()
+        num_rows = len(rows)
+        if not num_rows:
+            return Answer(np.empty(0, np.float32), 0.0, 0.0, 0.0)
+        if now_s >= deadline_s:
+            raise too_late("the deadline passed before the rows were read; nothing was computed")
+        self.check_room(num_rows)
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        waiting = _Waiting(model, rows, num_rows, request_id, now_s, is_abandoned, future)
+        waiting.future.add_done_callback(lambda _: self._leave_queue(waiting))
+        timer = self._loop.call_later(deadline_s - now_s, _expire, waiting)
+        self._waiting.append(waiting)
+        self.queued_rows += waiting.num_rows
+        if not self._is_busy:
+            self._start_batch()
+        try:
+            return await waiting.future
+        finally:
+            timer.cancel()
+
+    def _leave_queue(self, waiting: _Waiting) -> None:
+        if waiting.is_queued:
+            waiting.is_queued = False
+            self.queued_rows -= waiting.num_rows
+
+    def _start_batch(self) -> None:
+        """Give the model what is waiting, up to the limit; whatever nobody waits for any more is dropped here."""
+        parts: list[_Waiting] = []
+        num_rows = 0
+        while self._waiting:
+            first = self._waiting[0]
+            if first.future.done() or first.is_abandoned():
+                self._waiting.popleft()
+                self._leave_queue(first)
+                _abandon(first)
+                continue
+            fits = (
+                num_rows + first.num_rows <= self._max_batch_rows and first.model is parts[0].model if parts else True
+            )
+            if not fits:
+                break
+            self._waiting.popleft()
+            self._leave_queue(first)
+            parts.append(first)
+            num_rows += first.num_rows
+        self._is_busy = bool(parts)
+        if parts:
+            self._batches.put(_Batch(parts[0].model, parts, time.perf_counter()))
+
+    def _finish(self, batch: _Batch, results: list[Answer | Exception], batch_s: float) -> None:
+        self._start_batch()  # first of all: the model shall not wait for the answers to be written
+        speed = sum(part.num_rows for part in batch.parts) / max(batch_s, 1e-6)
+        self._rows_per_s = speed if not self._rows_per_s else 0.9 * self._rows_per_s + 0.1 * speed
+        for part, result in zip(batch.parts, results, strict=True):
+            if part.future.done():
+                continue
+            if isinstance(result, Exception):
+                part.future.set_exception(result)
+            else:
+                part.future.set_result(result)
+
+    def _work(self) -> None:
+        """The model's thread."""
+        assert self._loop is not None
+        self._warm_up()
+        while (batch := self._batches.get()) is not None:
+            started_s = time.perf_counter()
+            results = self._answer(batch)
+            try:
+                self._loop.call_soon_threadsafe(self._finish, batch, results, time.perf_counter() - started_s)
+            except RuntimeError:
+                return  # the loop is closed: nobody waits for an answer any more
+            del batch, results  # while the thread waits, nothing keeps a bundle that was swapped away
+
+    def _answer(self, batch: _Batch) -> list[Answer | Exception]:
+        try:
+            return list(self._predict(batch))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on, and the sender is told
+            if len(batch.parts) == 1:
+                return [error]
+            # One of the requests may be to blame: each by itself, so that the others are answered.
+            return [self._answer(_Batch(batch.model, [part], batch.started_s))[0] for part in batch.parts]
+
+    def _predict(self, batch: _Batch) -> Iterator[Answer]:
+        started_s = time.perf_counter()
+        frame = batch.model.read([part.rows for part in batch.parts])
+        parse_s = time.perf_counter() - started_s
+        step = self._max_batch_rows
+        pieces = [frame] if frame.height <= step else [frame[at : at + step] for at in range(0, frame.height, step)]
+        predictions = [batch.model.predict(piece) for piece in pieces]
+        model_s = time.perf_counter() - started_s - parse_s
+        num_rows = [part.num_rows for part in batch.parts]
+        request_ids = [part.request_id for part in batch.parts]
+        self._listener(BatchReport(batch.model, frame, request_ids, num_rows, predictions, parse_s, model_s))
+        probabilities = np.concatenate([piece.probabilities for piece in predictions])
+        end = 0
+        for part in batch.parts:
+            end += part.num_rows
+            yield Answer(probabilities[end - part.num_rows : end], batch.started_s - part.arrived_s, parse_s, model_s)
+
+
+def _abandon(waiting: _Waiting) -> None:
+    if not waiting.future.done():
+        waiting.future.set_exception(bad_request("whoever asked has closed the connection"))
+
+
+def _expire(waiting: _Waiting) -> None:
+    if not waiting.future.done():
+        waiting.future.set_exception(too_late("the deadline passed; the server has more to do than it can do in time"))

@@ -1,0 +1,137 @@
+"""The bundle that is served, and how another takes its place without a request lost.
+
+In: a folder, or a symbolic link that somebody moves.  Out: a `ServedBundle`, always whole.  A request keeps the one
+that it began with, so no answer is made of two; the old one is forgotten with its last request.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from torchdlrm.errors import TorchDLRMError
+from torchdlrm.predict.predictor import Predictions, Predictor
+from torchdlrm.schema import FeatureSchema
+from torchdlrm.serve.batcher import Rows
+
+Outcome = Literal["swapped", "unchanged"]
+
+
+class ServedBundle:
+    """A bundle in memory.
+
+    Args:
+        predictor: of it.
+
+    Attributes:
+        version: changes with any byte of the bundle.
+        schema: its columns.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self.version: str = predictor.bundle.version
+        self.schema: FeatureSchema = predictor.schema
+
+    @classmethod
+    def open(cls, path: Path, *, verify: Literal["full", "lazy"], num_threads: int | None = None) -> "ServedBundle":
+        """Open a bundle and see that it predicts what it says it must.
+
+        Raises:
+            BundleError: it is damaged, or predicts something else.
+        """
+        predictor = Predictor.open(path.resolve(), verify=verify, num_threads=num_threads)
+        predictor.check_sample()
+        return cls(predictor)
+
+    @property
+    def name(self) -> str:
+        """What the bundle calls itself."""
+        return self._predictor.bundle.name
+
+    def sample(self, num_rows: int) -> pl.DataFrame:
+        """The first raw rows that the bundle carries."""
+        return self._predictor.bundle.sample()[0].head(num_rows)
+
+    def read(self, requests: Sequence[Rows]) -> pl.DataFrame:
+        """The rows of some requests, one after another, as typed columns.
+
+        Raises:
+            RowError: a row has a column that there is not, or a cell that does not fit.
+        """
+        frames: list[pl.DataFrame] = []
+        rows: list[Mapping[str, object]] = []
+        for request in requests:
+            if isinstance(request, pl.DataFrame):
+                if rows:
+                    frames.append(self._features(rows))
+                    rows = []
+                frames.append(request)
+            else:
+                rows.extend(request)
+        if rows:
+            frames.append(self._features(rows))
+        return frames[0] if len(frames) == 1 else pl.concat(frames)
+
+    def predict(self, frame: pl.DataFrame) -> Predictions:
+        """Typed columns, B rows -> B probabilities."""
+        return self._predictor.predict(frame)
+
+    def _features(self, rows: Sequence[Mapping[str, object]]) -> pl.DataFrame:
+        frame = self._predictor.parse_rows(rows)
+        return frame.select(column.name for column in (*self.schema.dense, *self.schema.sparse))
+
+
+class Bundles:
+    """Holds the bundle that is served now.
+
+    Args:
+        path: where it lies; read again at each swap.
+        current: opened from there.
+        verify: as for `Bundle.open`.
+        swapped: is told the old and the new one; in the event loop.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        current: ServedBundle,
+        *,
+        verify: Literal["full", "lazy"],
+        swapped: Callable[[ServedBundle, ServedBundle], None],
+    ) -> None:
+        self._path, self._verify, self._swapped = path, verify, swapped
+        self.current = current
+        self._one_at_a_time = asyncio.Lock()
+        self._loader = ThreadPoolExecutor(1, "loader")
+
+    async def reload(self) -> Outcome:
+        """Load what lies at the path now, check it, and serve it from then on.
+
+        Raises:
+            BundleError: it is damaged, or fails its own sample; the old one is served as before.
+        """
+        async with self._one_at_a_time:
+            loop = asyncio.get_running_loop()
+            try:
+                loaded = await loop.run_in_executor(self._loader, self._load)
+            except TorchDLRMError:
+                raise
+            except Exception as error:
+                msg = f"{self._path}: cannot be loaded: {error}"
+                raise TorchDLRMError(msg) from error
+            if loaded.version == self.current.version:
+                return "unchanged"
+            before, self.current = self.current, loaded
+            self._swapped(before, loaded)
+            return "swapped"
+
+    def close(self) -> None:
+        """Load nothing more."""
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self) -> ServedBundle:
+        return ServedBundle.open(self._path, verify=self._verify)

@@ -1,0 +1,203 @@
+"""The gRPC half of the Open Inference Protocol.
+
+In: messages of `GRPCInferenceService`.  Out: the same answers as over HTTP; a request that is refused ends with the
+status of gRPC that says the same as HTTP's.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from torchdlrm import __version__
+from torchdlrm.serve.open_inference.columns import OUTPUT, frame_of, model_metadata
+from torchdlrm.serve.open_inference.http import MAX_ID_CHARACTERS, check_output
+from torchdlrm.serve.open_inference.messages import CLASSES, METHODS, PACKAGE, SERVICE
+from torchdlrm.serve.open_inference.tensors import (
+    BYTES,
+    Tensor,
+    check_shape,
+    from_bytes,
+    from_numbers,
+    from_texts,
+)
+from torchdlrm.serve.refusals import RefusedRequest, bad_request
+from torchdlrm.serve.service import Service
+
+Context = Any  # grpc.aio.ServicerContext; grpc comes without types
+Method = Callable[[Any, Context], Awaitable[Any]]
+
+_STATUS = {
+    HTTPStatus.BAD_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
+    HTTPStatus.UNAUTHORIZED: grpc.StatusCode.UNAUTHENTICATED,
+    HTTPStatus.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: grpc.StatusCode.INVALID_ARGUMENT,
+    HTTPStatus.SERVICE_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_OPEN = {"ServerLive", "ServerReady"}  # without a key
+_CONTENTS = {
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    BYTES: "bytes_contents",
+}
+
+
+def grpc_server(service: Service, address: str, *, share_port: bool) -> tuple[grpc.aio.Server, int]:
+    """A server that is not started yet, and the port that it has.
+
+    Args:
+        service: what answers.
+        address: host and port; port 0 takes a free one.
+        share_port: whether other processes may listen to the same port.
+
+    Raises:
+        RuntimeError: the address cannot be had.
+    """
+    options = [
+        ("grpc.so_reuseport", int(share_port)),
+        ("grpc.max_receive_message_length", service.options.max_body_bytes),
+        ("grpc.max_metadata_size", 32 << 10),
+    ]
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=service.options.max_concurrent_requests)
+    methods = _Methods(service)
+    handlers = {
+        name: grpc.unary_unary_rpc_method_handler(
+            _guarded(getattr(methods, name), name, service),
+            response_serializer=CLASSES[f"{name}Response"].SerializeToString,
+        )
+        for name in METHODS
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(f"{PACKAGE}.{SERVICE}", handlers),))
+    return server, server.add_insecure_port(address)
+
+
+def _guarded(method: Method, name: str, service: Service) -> Method:
+    """A method behind the checks, figures and log that HTTP has too."""
+
+    async def answer(message: bytes, context: Context) -> Any:
+        started_s = time.perf_counter()
+        refused: RefusedRequest | None = None
+        answered = None
+        metadata = {str(key).encode(): _bytes(value) for key, value in context.invocation_metadata() or ()}
+        if name not in _OPEN and not service.keys.accept(metadata):
+            msg = "this needs an API key; send the metadata 'authorization: Bearer KEY' or 'x-api-key: KEY'"
+            refused = RefusedRequest(HTTPStatus.UNAUTHORIZED, msg)
+        else:
+            try:
+                answered = await method(CLASSES[f"{name}Request"].FromString(message), context)
+            except DecodeError:
+                refused = bad_request(f"the message is no {name}Request")
+            except RefusedRequest as error:
+                refused = error
+            except Exception as error:  # noqa: BLE001 - told in the log, and to the client without the inside
+                service.lines.write("error", "failure", method=name, message=repr(error))
+                refused = RefusedRequest(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed; its log says why")
+        status = HTTPStatus.OK if refused is None else refused.status
+        total_s = time.perf_counter() - started_s
+        service.metrics.request_done(f"grpc {name}", status, total_s)
+        level = "debug" if name in _OPEN else "info"
+        service.lines.write(
+            level,  # type: ignore[arg-type]  # one of two that are
+            "request",
+            method="grpc",
+            path=name,
+            status=int(status),
+            milliseconds=round(1e3 * total_s, 3),
+        )
+        if refused is not None:
+            await context.abort(_STATUS.get(refused.status, grpc.StatusCode.INTERNAL), refused.message)
+        return answered
+
+    return answer
+
+
+class _Methods:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def ServerLive(self, _request: Any, _context: Context) -> Any:  # noqa: N802 - the protocol's names
+        return CLASSES["ServerLiveResponse"](live=self._service.is_live)
+
+    async def ServerReady(self, _request: Any, _context: Context) -> Any:  # noqa: N802
+        return CLASSES["ServerReadyResponse"](ready=self._service.is_ready)
+
+    async def ModelReady(self, request: Any, _context: Context) -> Any:  # noqa: N802
+        self._service.check_model(request.name, request.version)
+        return CLASSES["ModelReadyResponse"](ready=self._service.is_ready)
+
+    async def ServerMetadata(self, _request: Any, _context: Context) -> Any:  # noqa: N802
+        return CLASSES["ServerMetadataResponse"](name="torchdlrm", version=__version__)
+
+    async def ModelMetadata(self, request: Any, _context: Context) -> Any:  # noqa: N802
+        served = self._service.check_model(request.name, request.version)
+        return CLASSES["ModelMetadataResponse"](**model_metadata(self._service.name, served.version, served.schema))
+
+    async def ModelInfer(self, request: Any, context: Context) -> Any:  # noqa: N802
+        service, started_s = self._service, time.perf_counter()
+        served = service.check_model(request.model_name, request.model_version)
+        service.batcher.check_room()
+        if len(request.id) > MAX_ID_CHARACTERS:
+            msg = f"id: needs a text of at most {MAX_ID_CHARACTERS} characters"
+            raise bad_request(msg)
+        for output in request.outputs:
+            check_output(output.name)
+        frame = frame_of(_tensors(request), served.schema, service.options.max_rows_per_request)
+        remaining_s = context.time_remaining()
+        answer = await service.predict(
+            served,
+            frame,
+            request_id=service.new_request_id(),
+            started_s=started_s,
+            timeout_us=None if remaining_s is None else max(0, int(1e6 * remaining_s)),
+            is_gone=context.cancelled,
+        )
+        response = CLASSES["ModelInferResponse"](model_name=service.name, model_version=served.version, id=request.id)
+        output = response.outputs.add(name=OUTPUT, datatype="FP32", shape=[len(answer.probabilities)])
+        if request.raw_input_contents:
+            response.raw_output_contents.append(answer.probabilities.astype("<f4").tobytes())
+        else:
+            output.contents.fp32_contents.extend(answer.probabilities.tolist())
+        return response
+
+
+def _tensors(request: Any) -> list[Tensor]:
+    inputs: Sequence[Any] = request.inputs
+    raw: Sequence[bytes] = request.raw_input_contents
+    if raw and len(raw) != len(inputs):
+        msg = f"raw_input_contents: {len(raw)} pieces for {len(inputs)} inputs; each input needs one"
+        raise bad_request(msg)
+    tensors = []
+    for index, item in enumerate(inputs):
+        datatype, shape = check_shape(item.name, item.datatype, list(item.shape))
+        if any(name.startswith("shared_memory") for name in item.parameters):
+            msg = f"input {item.name!r}: this server shares no memory with clients; send the data"
+            raise bad_request(msg)
+        if raw:
+            tensors.append(from_bytes(item.name, datatype, shape, raw[index]))
+            continue
+        if datatype not in _CONTENTS:
+            msg = f"input {item.name!r}: {datatype} has no contents field; send raw_input_contents"
+            raise bad_request(msg)
+        values = getattr(item.contents, _CONTENTS[datatype])
+        if datatype == BYTES:
+            tensors.append(from_texts(item.name, shape, values))
+        else:
+            tensors.append(from_numbers(item.name, datatype, shape, values))
+    return tensors
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value if isinstance(value, bytes) else value.encode()

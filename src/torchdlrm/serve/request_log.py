@@ -1,0 +1,186 @@
+"""A log of rows and predictions, in Parquet that `dlrm preprocess` reads as it reads any log.
+
+In: batches, as the model was given them.  Out: files in a folder, each whole from the moment it has its name:
+
+    features as the schema calls them in a log    hex values as 8 digits, lists as lists
+    the column of time, if the schema has one      when the rows were predicted
+    request_id, request_row                        which row of which request: what a label is joined by
+    requested_at, prediction, model_version
+
+The label is not there: nobody knows it yet.  docs/serving.md says how it is joined.  Rows wait in memory until there
+are enough for a file, and no more than a fixed number: beyond, they are dropped and counted.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from torchdlrm.data.atomic import replacing
+from torchdlrm.data.vocabulary import hex_digits
+from torchdlrm.errors import ConfigError
+from torchdlrm.schema import FeatureSchema, SparseColumn, TimeColumn
+from torchdlrm.serve.batcher import BatchReport
+
+OWN_COLUMNS = ("request_id", "request_row", "requested_at", "prediction", "model_version")
+MAX_WAITING_ROWS = 1 << 19
+FILE_ROWS = 1 << 16
+FILE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class _Entry:
+    report: BatchReport
+    schema: FeatureSchema
+    version: str
+    time_us: int
+
+
+class RequestLog:
+    """Writes batches to Parquet files in a thread of its own.
+
+    Args:
+        folder: is made.
+        dropped: is told how many rows were dropped.
+        file_rows, file_s: a file is written when it has that many rows, or its first row is that old.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dropped: Callable[[int], None],
+        *,
+        file_rows: int = FILE_ROWS,
+        file_s: float = FILE_SECONDS,
+    ) -> None:
+        self._folder, self._dropped = folder, dropped
+        self._file_rows, self._file_s = file_rows, file_s
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            msg = f"--log-predictions {folder}: cannot be written to: {error.strerror or error}"
+            raise ConfigError(msg) from error
+        self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._waiting_rows = 0
+        self._lock = threading.Lock()
+        self._num_files = 0
+        self._thread = threading.Thread(target=self._work, name="request log", daemon=True)
+        self._thread.start()
+
+    def add(self, report: BatchReport, schema: FeatureSchema, version: str) -> None:
+        """Keep a batch; never waits."""
+        num_rows = report.frame.height
+        with self._lock:
+            if self._waiting_rows + num_rows > MAX_WAITING_ROWS:
+                self._dropped(num_rows)
+                return
+            self._waiting_rows += num_rows
+        self._entries.put(_Entry(report, schema, version, time.time_ns() // 1000))
+
+    def close(self) -> None:
+        """Write what is waiting."""
+        self._entries.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        kept: list[_Entry] = []
+        oldest_s = 0.0
+        while True:
+            timeout_s = max(0.0, oldest_s + self._file_s - time.monotonic()) if kept else None
+            try:
+                entry = self._entries.get(timeout=timeout_s)
+            except queue.Empty:
+                self._write(kept)
+                kept = []
+                continue
+            other = entry is not None and bool(kept) and kept[0].schema is not entry.schema
+            if kept and (entry is None or other):
+                self._write(kept)
+                kept = []
+            if entry is None:
+                return
+            if not kept:
+                oldest_s = time.monotonic()
+            kept.append(entry)
+            if sum(one.report.frame.height for one in kept) >= self._file_rows:
+                self._write(kept)
+                kept = []
+
+    def _write(self, entries: list[_Entry]) -> None:
+        frame = pl.concat([_log_frame(entry) for entry in entries])
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(entries[0].time_us / 1e6))
+        path = self._folder / f"{stamp}-{os.getpid()}-{self._num_files:06d}.parquet"
+        self._num_files += 1
+        try:
+            with replacing(path) as beside:
+                frame.write_parquet(beside)
+        except OSError:
+            self._dropped(frame.height)  # a full disk must not stop the predictions
+        with self._lock:
+            self._waiting_rows -= frame.height
+
+
+def check_loggable(schema: FeatureSchema) -> None:
+    """See that the log's own columns have names of their own.
+
+    Raises:
+        ConfigError: a column of the schema is called as one of them.
+    """
+    taken = sorted({column.log_name for column in schema.columns} & set(OWN_COLUMNS))
+    if taken:
+        msg = f"--log-predictions: the log has a column {taken[0]!r} of its own; give the schema's another header_name"
+        raise ConfigError(msg)
+
+
+def _log_frame(entry: _Entry) -> pl.DataFrame:
+    report = entry.report
+    columns = []
+    for column in (*entry.schema.dense, *entry.schema.sparse):
+        values = report.frame[column.name]
+        columns.append(
+            (digits_of(values, column) if isinstance(column, SparseColumn) else values).alias(column.log_name)
+        )
+    height = report.frame.height
+    if entry.schema.time is not None:
+        columns.append(_as_time(entry.time_us, entry.schema.time).new_from_index(0, height))
+    counts = np.asarray(report.num_rows)
+    starts = np.cumsum(counts) - counts
+    columns += [
+        pl.Series("request_id", np.repeat(np.asarray(report.request_ids, object), counts).tolist(), pl.String),
+        pl.Series("request_row", np.arange(height) - np.repeat(starts, counts)),
+        pl.Series("requested_at", [entry.time_us]).cast(pl.Datetime("us", "UTC")).new_from_index(0, height),
+        pl.Series("prediction", np.concatenate([part.probabilities for part in report.predictions])),
+        pl.Series("model_version", [entry.version]).new_from_index(0, height),
+    ]
+    return pl.DataFrame(columns)
+
+
+def digits_of(values: pl.Series, column: SparseColumn) -> pl.Series:
+    """Hex values as a log writes them; other values as they are."""
+    if column.kind != "hex":
+        return values
+    if not column.is_multi_valued:
+        return hex_digits(values)
+    rows = pl.DataFrame({"row": np.arange(len(values)), "value": values}).explode("value")
+    digits = rows.with_columns(hex_digits(rows["value"])).group_by("row", maintain_order=True).agg("value")["value"]
+    return pl.select(pl.when(values.is_not_null()).then(digits)).to_series()
+
+
+def _as_time(time_us: int, column: TimeColumn) -> pl.Series:
+    moment = pl.Series(column.log_name, [time_us])
+    if column.kind == "datetime":
+        return moment.cast(pl.Datetime("us"))
+    seconds = moment / 1e6
+    return seconds.cast(pl.Int64) if column.kind == "int" else seconds

@@ -1,0 +1,205 @@
+"""What all ways into the server share: the bundle, the batcher, figures, logs and limits of one process.
+
+In: rows, whoever brought them.  Out: probabilities, or why there are none.
+"""
+
+import asyncio
+import itertools
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+
+import torch
+
+from torchdlrm.errors import BundleError, RowError, TorchDLRMError
+from torchdlrm.serve.api_keys import ApiKeys
+from torchdlrm.serve.batcher import Answer, Batcher, BatchReport, Rows
+from torchdlrm.serve.bundles import Bundles, ServedBundle
+from torchdlrm.serve.log_lines import LogLines
+from torchdlrm.serve.metrics import ServerMetrics
+from torchdlrm.serve.options import ServeOptions
+from torchdlrm.serve.refusals import RefusedRequest, bad_request, not_found, too_large
+from torchdlrm.serve.request_log import RequestLog, check_loggable
+
+
+class Service:
+    """One process of a server; `start` in its event loop.
+
+    Args:
+        options: of the server.
+        served: the bundle to begin with.
+        lines: takes what is logged.
+        tell_others: asks the server's other processes to swap too.
+
+    Attributes:
+        name: what clients call the model, whichever bundle is served.
+    """
+
+    def __init__(
+        self, options: ServeOptions, served: ServedBundle, lines: LogLines, tell_others: Callable[[], None]
+    ) -> None:
+        self.options, self.lines, self.tell_others = options, lines, tell_others
+        self.name = options.name or served.name
+        self.keys = ApiKeys(options.api_keys)
+        self.metrics = ServerMetrics(lambda: self.batcher.queued_rows)
+        self.batcher = Batcher(
+            max_batch_rows=options.max_batch_rows, max_queue_rows=options.max_queue_rows, listener=self._batch_done
+        )
+        self.bundles = Bundles(options.bundle, served, verify=options.verify, swapped=self._swapped)
+        self._request_log: RequestLog | None = None
+        if options.log_predictions is not None:
+            check_loggable(served.schema)
+            self._request_log = RequestLog(options.log_predictions, self.metrics.rows_lost)
+        self._is_draining = self._is_damaged = False
+        self._numbers = itertools.count(1)
+        self._id_prefix = f"{os.getpid():x}-{secrets.token_hex(4)}"
+        self.metrics.bundle_served(self.name, served.version, before=None)
+
+    def start(self) -> None:
+        """Begin to predict; in the event loop."""
+        served = self.bundles.current
+        self.batcher.start(lambda: [served.predict(served.read([[{}] * num_rows])) for num_rows in (1, 64, 256, 1)])
+
+    def close(self) -> None:
+        """Stop, after the last request; what was logged is written."""
+        self.batcher.stop()
+        self.bundles.close()
+        if self._request_log is not None:
+            self._request_log.close()
+
+    def drain(self) -> None:
+        """Say from now on that the server is not ready."""
+        self._is_draining = True
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the server is about to stop."""
+        return self._is_draining
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests should be sent here."""
+        return not (self._is_draining or self._is_damaged) and self.is_live
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the process can still predict; if not, it should be started again."""
+        return self.batcher.is_alive
+
+    def new_request_id(self) -> str:
+        """A name for a request that came without one."""
+        return f"{self._id_prefix}-{next(self._numbers)}"
+
+    def check_model(self, name: str, version: str | None = None) -> ServedBundle:
+        """The bundle that a client means.
+
+        Raises:
+            RefusedRequest: there is no such model, or it is served in another version.
+        """
+        served = self.bundles.current
+        if name != self.name:
+            msg = f"there is no model {name[:80]!r}; this server has {self.name!r}"
+            raise not_found(msg)
+        if version and version != served.version:
+            msg = f"model {self.name!r} has no version {version[:80]!r}; it is served in {served.version!r}"
+            raise not_found(msg)
+        return served
+
+    def check_rows(self, num_rows: int) -> None:
+        """See that a request has not too many rows.
+
+        Raises:
+            RefusedRequest: it has.
+        """
+        if num_rows > self.options.max_rows_per_request:
+            msg = (
+                f"{num_rows:,} rows in a request, and at most {self.options.max_rows_per_request:,} are taken; "
+                "send several requests"
+            )
+            raise too_large(msg)
+
+    async def predict(
+        self,
+        served: ServedBundle,
+        rows: Rows,
+        *,
+        request_id: str,
+        started_s: float,
+        timeout_us: int | None = None,
+        is_gone: Callable[[], bool] = lambda: False,
+    ) -> Answer:
+        """The probabilities of rows.
+
+        Args:
+            served: what predicts them.
+            rows: B rows.
+            request_id: for the log.
+            started_s: when the request came, by `time.perf_counter`.
+            timeout_us: the client's own deadline, from then.
+            is_gone: whether the client has closed the connection.
+
+        Raises:
+            RefusedRequest: a row is wrong, or there is no time or room for the rows.
+        """
+        self.check_rows(len(rows))
+        limit_s = self.options.deadline_ms / 1e3
+        if timeout_us is not None:
+            limit_s = min(limit_s, timeout_us / 1e6)
+        self.metrics.stage_done("read", time.perf_counter() - started_s)
+        try:
+            answer = await self.batcher.submit(
+                served, rows, request_id=request_id, deadline_s=started_s + limit_s, is_abandoned=is_gone
+            )
+        except RowError as error:
+            raise bad_request(str(error)) from error
+        except BundleError as error:
+            self._is_damaged = True  # of no use to anybody until another bundle is loaded
+            self.lines.write("error", "damaged", message=str(error))
+            msg = "the model on this server is damaged"
+            raise RefusedRequest(HTTPStatus.INTERNAL_SERVER_ERROR, msg) from error
+        self.metrics.stage_done("queue", answer.queue_s)
+        self.metrics.stage_done("parse", answer.parse_s)
+        self.metrics.stage_done("model", answer.model_s)
+        return answer
+
+    async def reload(self) -> Mapping[str, str]:
+        """Serve what lies at the bundle's path now: what came of it.
+
+        Raises:
+            TorchDLRMError: it cannot be served; the old bundle is, as before.
+        """
+        before = self.bundles.current.version
+        try:
+            outcome = await self.bundles.reload()
+        except TorchDLRMError as error:
+            self.metrics.swap_done("failed")
+            self.lines.write("error", "swap failed", version=before, message=str(error))
+            raise
+        self.metrics.swap_done(outcome)
+        self.lines.write("warning", f"bundle {outcome}", before=before, version=self.bundles.current.version)
+        return {"outcome": outcome, "model": self.name, "version": self.bundles.current.version}
+
+    def _swapped(self, before: ServedBundle, after: ServedBundle) -> None:
+        self._is_damaged = False
+        self.metrics.bundle_served(self.name, after.version, before=before.version)
+
+    def _batch_done(self, report: BatchReport) -> None:
+        self.metrics.batch_done(report)
+        if self._request_log is not None:
+            assert isinstance(report.model, ServedBundle)
+            self._request_log.add(report, report.model.schema, report.model.version)
+
+
+def settle_threads(options: ServeOptions) -> None:
+    """Share the cores between the processes of a server."""
+    threads = options.num_threads or max(1, len(os.sched_getaffinity(0)) // options.workers)
+    torch.set_num_threads(threads)
+
+
+async def report_queue(service: Service, interval_s: float = 1.0) -> None:
+    """Keep the gauge of waiting rows fresh for the scrapes that other processes answer."""
+    while True:
+        service.metrics.note_queue()
+        await asyncio.sleep(interval_s)

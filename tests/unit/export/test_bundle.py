@@ -1,0 +1,165 @@
+"""What a bundle lets be found out about itself before it is used."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from torchdlrm.errors import BundleError, UserError
+from torchdlrm.export import verification, weights_file
+from torchdlrm.export.bundle import Bundle, table_name
+from torchdlrm.export.manifest import MANIFEST_NAME, WEIGHTS_NAME, BundleManifest
+from torchdlrm.export.served_model import EncodedRows, ServedModel
+
+
+@pytest.fixture
+def copied(small_bundle, tmp_path):
+    return shutil.copytree(small_bundle, tmp_path / "bundle")
+
+
+def flip(path, position, bit=3):
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ (1 << bit)]))
+
+
+def rows_of(bundle, ids):
+    sparse = np.zeros((len(bundle.schema.sparse), len(ids)), np.int32)
+    sparse[-1] = ids  # of the table at the end of the file
+    return EncodedRows(np.zeros((len(ids), len(bundle.schema.dense)), np.float32), sparse)
+
+
+def test_a_flipped_bit_in_any_file_is_found(copied, seed):
+    rng = np.random.default_rng(seed)
+    files = [path for path in copied.rglob("*") if path.is_file()]
+    assert {path.name for path in files} > {MANIFEST_NAME, WEIGHTS_NAME, "sample.parquet", "cat_25.index"}
+    for path in files:
+        size_bytes = path.stat().st_size
+        for position in {0, size_bytes - 1, int(rng.integers(size_bytes))}:
+            bit = int(rng.integers(8))
+            flip(path, position, bit)
+            with pytest.raises(BundleError, match=path.name):
+                Bundle.open(copied)
+            flip(path, position, bit)
+    Bundle.open(copied)
+
+
+def test_every_bit_of_the_manifest_counts(copied, seed):
+    path = copied / MANIFEST_NAME
+    for position in np.random.default_rng(seed).integers(path.stat().st_size, size=150):
+        flip(path, int(position))
+        with pytest.raises(BundleError):
+            BundleManifest.read(copied)
+        flip(path, int(position))
+
+
+def test_a_file_of_another_length_is_found(copied):
+    path = copied / "vocabulary" / "cat_3.parquet"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"cat_3\.parquet: .* bytes long"):
+        Bundle.open(copied)
+    path.unlink()
+    with pytest.raises(BundleError, match=r"cat_3\.parquet: missing"):
+        Bundle.open(copied)
+
+
+def test_a_newer_format_is_refused_by_name(copied):
+    path = copied / MANIFEST_NAME
+    content = json.loads(path.read_text())
+    content |= {"format_version": 2, "something_new": 1}
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="format_version is 2, and this version of torchdlrm reads up to 1"):
+        Bundle.open(copied)
+
+
+def test_what_is_no_bundle_is_told_so(tmp_path, small_run):
+    with pytest.raises(BundleError, match="is not a folder"):
+        Bundle.open(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match=r"has no bundle\.json, so it is no bundle; make one with `dlrm export"):
+        Bundle.open(small_run)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 1 KiB, so that a small bundle has many."""
+    monkeypatch.setattr(weights_file, "BLOCK_BYTES", 1024)
+    monkeypatch.setattr(verification, "BLOCK_BYTES", 1024)
+    monkeypatch.setattr("torchdlrm.export.bundle.BLOCK_BYTES", 1024)
+    monkeypatch.setattr("torchdlrm.export.export.BLOCK_BYTES", 1024)
+
+
+@pytest.fixture
+def many_blocks(small_blocks, small_run, small_dataset, tmp_path):
+    from torchdlrm.export.export import ExportOptions, export
+    from torchdlrm.train.run import Run
+
+    export(Run.open(small_run), small_dataset, tmp_path / "many", ExportOptions("many"))
+    return tmp_path / "many"
+
+
+def test_lazily_a_damaged_row_is_found_before_it_is_used_and_others_are_served(many_blocks, monkeypatch):
+    monkeypatch.setattr(verification.BlockVerifier, "check_all_in_background", lambda _: None)
+    whole = Bundle.open(many_blocks)
+    start, end = whole.weights.span(table_name("cat_25"))
+    num_rows, length = whole.manifest.sparse["cat_25"].num_embeddings, 4 * whole.manifest.model.embedding_dim
+    assert end - start == num_rows * length
+    last = num_rows - 1
+    assert (start + last * length) // 1024 > (start + 2 * length) // 1024, "rows 0 and last are in different blocks"
+    expected = ServedModel(whole).predict(rows_of(whole, [1, 0]))
+    flip(many_blocks / WEIGHTS_NAME, start + last * length)
+    lazy = Bundle.open(many_blocks, verify="lazy")
+    model = ServedModel(lazy)
+    assert np.array_equal(model.predict(rows_of(lazy, [1, 0])), expected)
+    assert not lazy.verifier.is_done
+    with pytest.raises(BundleError, match="damaged: the sha256 of block"):
+        model.predict(rows_of(lazy, [1, last]))
+    with pytest.raises(BundleError, match="damaged"):  # and from then on nothing is served
+        model.predict(rows_of(lazy, [1, 0]))
+
+
+def test_lazily_the_background_finds_what_nobody_has_asked_for(many_blocks):
+    start, _ = Bundle.open(many_blocks).weights.span(table_name("cat_25"))
+    flip(many_blocks / WEIGHTS_NAME, start)
+    lazy = Bundle.open(many_blocks, verify="lazy")
+    lazy.verifier.wait()
+    with pytest.raises(BundleError, match="damaged"):
+        ServedModel(lazy).predict(rows_of(lazy, [1]))
+    assert not lazy.verifier.is_done
+
+
+def test_lazily_a_damaged_layer_is_found_at_once(many_blocks):
+    flip(many_blocks / WEIGHTS_NAME, Bundle.open(many_blocks).weights.span("over_arch.model.1.weight")[0])
+    with pytest.raises(BundleError, match="damaged"):
+        Bundle.open(many_blocks, verify="lazy")
+
+
+def test_lazily_an_undamaged_bundle_is_checked_to_the_end(many_blocks):
+    lazy = Bundle.open(many_blocks, verify="lazy")
+    lazy.verifier.wait()
+    assert lazy.verifier.is_done
+
+
+def test_an_id_outside_its_table_is_an_error(small_bundle):
+    bundle = Bundle.open(small_bundle)
+    model, rows = ServedModel(bundle), bundle.manifest.sparse["cat_25"].num_embeddings
+    for wrong in (rows, -1, 2**31 - 1):
+        with pytest.raises(UserError, match=f"cat_25: id {wrong} is outside its table, which has {rows:,} rows"):
+            model.predict(rows_of(bundle, [0, wrong]))
+
+
+def test_the_weights_are_a_plain_safetensors_file(small_bundle):
+    bundle = Bundle.open(small_bundle)
+    tensors = load_file(small_bundle / WEIGHTS_NAME)
+    assert set(tensors) == set(bundle.weights.shapes)
+    for name, tensor in tensors.items():
+        assert np.array_equal(tensor.numpy(), bundle.weights.tensor(name).numpy())
+
+
+def test_the_version_follows_the_content(small_bundle, many_blocks):
+    one, other = BundleManifest.read(small_bundle), BundleManifest.read(many_blocks)
+    assert one.version != other.version
+    assert len(one.version) == 12
