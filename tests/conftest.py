@@ -4,9 +4,12 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,42 @@ def dlrm():
     return run
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium; skips where none is installed. Of a module: while it runs, this thread has an event loop."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next((path for path in map(shutil.which, names) if path), None)
+    if program is None:
+        pytest.skip(f"needs a browser: none of {', '.join(names)} is on the path")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # As root, which CI often is, Chromium starts without its sandbox alone. It sees no page but ours.
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"] * (os.geteuid() == 0))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page_server():
+    """The page's files on a server of their own, without model or bundle: its address, and the app."""
+    import uvicorn
+    from fastapi import FastAPI
+
+    from torchdlrm.serve.page_routes import page_router
+
+    app = FastAPI()
+    app.include_router(page_router())
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}", app
+    server.should_exit = True
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
 @pytest.fixture(scope="session")
 def small_run(small_dataset, dlrm, tmp_path_factory):
     """The folder of a run on `small_dataset`."""
@@ -105,6 +144,34 @@ def small_bundle(small_run, small_dataset, tmp_path_factory):
         ExportOptions("small"),
     )
     return path
+
+
+def evaluated(run, dataset, split):
+    """Probabilities by the sharded model that `dlrm evaluate` builds, float32 [rows]."""
+    import torch
+
+    from torchdlrm.loader.loader import Loader
+    from torchdlrm.train.checkpoint import Checkpointer, find_checkpoint
+    from torchdlrm.train.process_group import join_process_group
+    from torchdlrm.train.run import Run
+    from torchdlrm.train.sharded import build_sharded_model
+
+    run = Run.open(run)
+    with join_process_group() as ranks:
+        model = build_sharded_model(
+            run.config,
+            num_embeddings=dataset.num_embeddings,
+            num_dense_features=len(dataset.dense_names),
+            dense_sample=None,
+            ranks=ranks,
+        ).module
+        checkpointer = Checkpointer(run.checkpoints, model, None, ranks)
+        checkpointer.load(find_checkpoint(run.checkpoints, "last"))
+        checkpointer.close()
+        model.eval()
+        with torch.no_grad():
+            logits = [model(batch)[1][1] for batch in Loader(dataset, split, batch_size_global=500)]
+    return torch.cat(logits).sigmoid().numpy()
 
 
 class RunningServer:

@@ -1,43 +1,16 @@
 """A bundle predicts what the run predicts that it was made of."""
 
 import numpy as np
+import polars as pl
 import pytest
-import torch
 
+from conftest import evaluated
 from torchdlrm.data.transforms import encode
 from torchdlrm.export.bundle import Bundle
-from torchdlrm.export.export import open_checkpoint
 from torchdlrm.export.served_model import EncodedRows, ServedModel
-from torchdlrm.loader.loader import Loader
-from torchdlrm.train.checkpoint import Checkpointer
-from torchdlrm.train.process_group import join_process_group
-from torchdlrm.train.run import Run
-from torchdlrm.train.sharded import build_sharded_model
-
-
-def evaluated(run, dataset, split):
-    """Probabilities by the sharded model that `dlrm evaluate` builds, float32 [rows]."""
-    run = Run.open(run)
-    with join_process_group() as ranks:
-        model = build_sharded_model(
-            run.config,
-            num_embeddings=dataset.num_embeddings,
-            num_dense_features=len(dataset.dense_names),
-            dense_sample=None,
-            ranks=ranks,
-        ).module
-        checkpointer = Checkpointer(run.checkpoints, model, None, ranks)
-        checkpointer.load(open_checkpoint(run, "last")[0])
-        checkpointer.close()
-        model.eval()
-        with torch.no_grad():
-            logits = [model(batch)[1][1] for batch in Loader(dataset, split, batch_size_global=500)]
-    return torch.cat(logits).sigmoid().numpy()
 
 
 def encoded_rows(dataset, split):
-    import polars as pl
-
     frame = pl.concat([pl.read_parquet(file.path) for file in dataset.splits[split].files])
     return EncodedRows.from_frame(frame, dataset.schema)
 

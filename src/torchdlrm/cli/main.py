@@ -29,6 +29,7 @@ app.command("torchdlrm.cli.import_encoded:import_encoded", name="import", help="
 app.command("torchdlrm.cli.plan:plan", help="Show where tables go on a machine, before renting it.")
 app.command("torchdlrm.cli.train:train", help="Train a DLRM on a dataset.")
 app.command("torchdlrm.cli.evaluate:evaluate", help="Measure a trained run on every row of a split.")
+app.command("torchdlrm.cli.report:report", help="Write a run as one HTML page.")
 app.command("torchdlrm.cli.export:export", help="Turn a trained run into a bundle that predicts from raw rows.")
 app.command("torchdlrm.cli.predict:predict", help="Predict every row of a raw log.")
 app.command("torchdlrm.cli.verify:verify", help="Compare checkpoint, bundle and server on the same raw rows.")

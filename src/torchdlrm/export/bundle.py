@@ -26,7 +26,7 @@ from torchdlrm.data.vocabulary import UNKNOWN_ID
 from torchdlrm.errors import BundleError
 from torchdlrm.export.manifest import SAMPLE_NAME, WEIGHTS_NAME, BundleManifest, FileRecord
 from torchdlrm.export.verification import BlockVerifier
-from torchdlrm.export.weights_file import BLOCK_BYTES, MappedWeights, blocks_of
+from torchdlrm.export.weights_file import BLOCK_BYTES, PADDING_NAME, MappedWeights, blocks_of
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.schema import FeatureSchema
 
@@ -147,7 +147,7 @@ class Bundle:
 
     def _require_all_but_tables(self) -> None:
         """Check the blocks of the header and of the small tensors."""
-        tables = {table_name(feature) for feature in self.manifest.sparse}
+        tables = {PADDING_NAME, *(table_name(feature) for feature in self.manifest.sparse)}
         header_end = min((self.weights.span(name)[0] for name in self.weights.shapes), default=0)
         spans = [(0, header_end)] + [self.weights.span(name) for name in self.weights.shapes if name not in tables]
         touched = np.zeros(self.verifier.num_blocks, np.bool_)

@@ -26,6 +26,7 @@ from torch import Tensor
 from torchdlrm.errors import BundleError
 
 BLOCK_BYTES = 16 * 2**20
+PADDING_NAME = "padding"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "U8": torch.uint8}
 _ALIGNMENT_BYTES = 64
 _LENGTH_BYTES = 8

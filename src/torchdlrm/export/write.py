@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from torchdlrm.data.atomic import sync
 from torchdlrm.data.dataset import Dataset, sha256_of
 from torchdlrm.data.value_index import write_index
@@ -20,11 +22,12 @@ from torchdlrm.export.bundle import table_name
 from torchdlrm.export.checkpoint_reader import CheckpointReader
 from torchdlrm.export.manifest import FileRecord
 from torchdlrm.export.precision import TABLE_PRECISIONS, TablePrecision, quantize_rows, row_bytes
-from torchdlrm.export.weights_file import TensorRecord, WeightsWriter
+from torchdlrm.export.weights_file import PADDING_NAME, TensorRecord, WeightsWriter
 from torchdlrm.progress import ProgressListener
 from torchdlrm.units import show_bytes
 
 _BLOCK_BYTES = 32 * 2**20
+_PADDING_BYTES = 128
 _STORED = {"float32": "F32", "float16": "F16", "int8": "U8", "int4": "U8"}
 
 
@@ -108,7 +111,7 @@ def write_weights(
     tables = {table_name(feature): precision for feature, precision in precisions.items()}
     progress.start_phase("write weights", sum(record.size_bytes for record in records), unit="bytes")
     with WeightsWriter(path, records) as writer:
-        for record in records:
+        for record in records[:-1]:
             if record.name not in tables:
                 writer.append(checkpoint.tensor(record.name))
                 progress.advance(record.size_bytes)
@@ -120,6 +123,7 @@ def write_weights(
                 quantized = quantize_rows(rows, tables[record.name])
                 writer.append(quantized)
                 progress.advance(quantized.nbytes)
+        writer.append(torch.zeros(records[-1].shape, dtype=torch.uint8))
     return WrittenWeights(FileRecord(size_bytes=path.stat().st_size, sha256=writer.sha256), tuple(writer.block_sha256))
 
 
@@ -133,7 +137,8 @@ def _records(checkpoint: CheckpointReader, precisions: Mapping[str, TablePrecisi
                 num_rows, dim = checkpoint.shapes[table_name(feature)]
                 width = dim if precision in {"float32", "float16"} else row_bytes(precision, dim)
                 records.append(TensorRecord(table_name(feature), _STORED[precision], (num_rows, width)))
-    return records
+    # FBGEMM ends its own buffers with whole cache lines, so its kernels may load past the last row.
+    return [*records, TensorRecord(PADDING_NAME, "U8", (_PADDING_BYTES,))]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

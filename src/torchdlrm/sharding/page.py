@@ -4,7 +4,7 @@ Each rank is a column as high as its memory; each shard is a block as high as it
 the page can be mailed, and prints.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from html import escape
 from pathlib import Path
 
@@ -61,11 +61,11 @@ def plan_page(solution: Solution) -> str:
         _key([("#3b6fb6", "forward"), ("#27497a", "backward and update"), ("#c26a3a", "exchange between ranks")]),
         *(f"<p>{escape(line)}</p>" for line in report.summary_lines(solution)),
         "<h2>Ranks</h2>",
-        _table(*report.rank_rows(solution, limit=None)),
+        figures_table(*report.rank_rows(solution, limit=None)),
         "<h2>Tables</h2>",
-        _table(*report.table_rows(solution, limit=None)),
+        figures_table(*report.table_rows(solution, limit=None)),
     ]
-    return _page("Sharding plan", body)
+    return whole_page("Sharding plan", body)
 
 
 def sweep_page(problem: Problem, points: Sequence[SweepPoint]) -> str:
@@ -82,9 +82,9 @@ def sweep_page(problem: Problem, points: Sequence[SweepPoint]) -> str:
         "<h2>Memory of the fullest rank</h2>",
         _sweep_picture(points, [_share(point) for point in points], "share of memory", "{:.0%}".format),
         "<h2>Figures</h2>",
-        _table(*report.sweep_rows(points)),
+        figures_table(*report.sweep_rows(points)),
     ]
-    return _page("Sharding sweep", body)
+    return whole_page("Sharding sweep", body)
 
 
 def write_page(path: Path, page: str) -> None:
@@ -100,7 +100,8 @@ def write_page(path: Path, page: str) -> None:
         raise PlanError(msg) from error
 
 
-def _page(title: str, body: Sequence[str]) -> str:
+def whole_page(title: str, body: Sequence[str]) -> str:
+    """A page in the style of all our pages; the title and the body are HTML already."""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>' + "\n".join(body) + "</html>\n"
@@ -258,8 +259,11 @@ def _key(entries: Sequence[tuple[str, str]]) -> str:
     return f'<div class="key">{items}</div>'
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    left = [index == 0 or name in report.LEFT_ALIGNED for index, name in enumerate(head)]
+def figures_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], left_aligned: Collection[str] = report.LEFT_ALIGNED
+) -> str:
+    """Rows of text as a table: the first column and `left_aligned` ones to the left, figures to the right."""
+    left = [index == 0 or name in left_aligned for index, name in enumerate(head)]
 
     def cells(tag: str, row: Sequence[str]) -> str:
         aligned = zip(row, left, strict=False)

@@ -155,6 +155,7 @@ def test_the_weights_are_a_plain_safetensors_file(small_bundle):
     bundle = Bundle.open(small_bundle)
     tensors = load_file(small_bundle / WEIGHTS_NAME)
     assert set(tensors) == set(bundle.weights.shapes)
+    assert tensors.pop("padding").sum() == 0
     for name, tensor in tensors.items():
         assert np.array_equal(tensor.numpy(), bundle.weights.tensor(name).numpy())
 

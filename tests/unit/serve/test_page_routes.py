@@ -1,35 +1,17 @@
 """The page's files over real HTTP: what a browser gets, and what it may do with it."""
 
 import re
-import socket
-import threading
 
 import httpx
 import pytest
-import uvicorn
-from fastapi import FastAPI
 
-from torchdlrm.serve.page_routes import page_files, page_router
+from torchdlrm.serve.page_routes import page_files
 
 
 @pytest.fixture(scope="module")
-def app():
-    app = FastAPI()
-    app.include_router(page_router())
-    return app
-
-
-@pytest.fixture(scope="module")
-def client(app):
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
+def client(page_server):
+    with httpx.Client(base_url=page_server[0]) as client:
         yield client
-    server.should_exit = True
-    thread.join(timeout=10)
-    assert not thread.is_alive()
 
 
 def test_the_page_and_every_file_that_it_names_are_there_with_their_types(client):
@@ -78,5 +60,5 @@ def test_a_file_that_the_browser_has_is_not_sent_again(client):
     assert head.headers["content-length"] == str(len(first.content))
 
 
-def test_the_page_is_not_part_of_the_api(app):
-    assert app.openapi()["paths"] == {}
+def test_the_page_is_not_part_of_the_api(page_server):
+    assert page_server[1].openapi()["paths"] == {}

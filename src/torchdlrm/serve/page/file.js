@@ -69,7 +69,7 @@ export function startFile(schema, onError) {
 
   async function predictRows(log, signal, note) {
     const predictions = [];
-    let batchRows = Math.min(BATCH_ROWS, schema.max_rows ?? BATCH_ROWS);
+    let batchRows = Math.min(BATCH_ROWS, schema.max_rows);
     const onWait = (waitS) => { byId("file-note").textContent = `${note} · the server is full, trying again in ${waitS} s`; };
     while (predictions.length < log.rows.length) {
       const start = predictions.length, end = Math.min(start + batchRows, log.rows.length);
@@ -82,7 +82,8 @@ export function startFile(schema, onError) {
           batchRows = Math.floor(batchRows / 2);
           continue;
         }
-        if (error.status) error.message = `Lines ${log.lines[start]} to ${log.lines[end - 1]}: ${error.message}`;
+        // The server counts the rows of a request from 0; people look for a line of their file.
+        if (error.status) error.message = error.message.replace(/\brow (\d+)\b/, (_, row) => `line ${log.lines[start + Number(row)]}`);
         throw error;
       }
       byId("file-note").textContent = note;

@@ -28,7 +28,7 @@ export function rowJson(columns, row) {
 
 function cellJson(column, text) {
   if (column.value_separator) {
-    const values = text.split(column.value_separator);
+    const values = text.split(column.value_separator).filter((value) => value !== ""); // as preprocessing does
     return `[${values.map((value) => valueJson(column, value)).join(",")}]`;
   }
   return valueJson(column, text);

@@ -22,7 +22,7 @@ export function startRow(schema, onError) {
     byId("fields").append(element("fieldset", {},
       element("legend", {}, title, element("span", {}, ` ${columns.length} ${hint}`)), grid));
   }
-  (schema.examples ?? []).forEach((example, i) => {
+  schema.examples.forEach((example, i) => {
     const button = element("button", { type: "button", textContent: `Example ${i + 1}` });
     button.addEventListener("click", () => fill(new Map(features.map((c) => [c.name, cellText(c, example[c.name])]))));
     byId("examples").append(button);
@@ -79,7 +79,7 @@ export function startRow(schema, onError) {
     const rows = [row, ...present.map((column) => without(column.name))].map((r) => rowJson(features, r));
     byId("answer").setAttribute("aria-busy", "true");
     try {
-      const { predictions, model, version } = await predictAll(rows, schema.max_rows ?? rows.length, signal);
+      const { predictions, model, version } = await predictAll(rows, schema.max_rows, signal);
       byId("model").replaceChildren(...modelLine(model, version));
       showProbability(predictions[0]);
       contributions = present.map((column, i) => ({

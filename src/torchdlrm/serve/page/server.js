@@ -16,7 +16,7 @@ export function useKey(text) {
   key = text;
 }
 
-/** The model's name and version, the columns of its log, and example rows. */
+/** The model's name and version, the columns of its log and how its lines are written, example rows, and limits. */
 export function getSchema() {
   return ask("/schema", { method: "GET" });
 }

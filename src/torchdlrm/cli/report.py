@@ -1,0 +1,34 @@
+"""`dlrm report`: a run as one HTML page."""
+
+from pathlib import Path
+
+from torchdlrm.cli.terminal import console, print_json
+
+
+def report(run: Path, *, out: Path = Path("report.html"), json: bool = False) -> None:
+    """Write a run's curves, evaluations, config, dataset and plan as one HTML page, to mail or to keep.
+
+    Parameters
+    ----------
+    run
+        Folder written by `dlrm train`; it may still be training.
+    out
+        The page; replaced if it is there.
+    json
+        Print one JSON object on standard output.
+    """
+    from torchdlrm.data.atomic import replacing
+    from torchdlrm.errors import RunError
+    from torchdlrm.evaluate.report import report_page
+    from torchdlrm.train.run import Run
+
+    page = report_page(Run.open(run))
+    try:
+        with replacing(out) as beside:
+            beside.write_text(page, encoding="utf-8")
+    except OSError as error:
+        msg = f"--out: cannot write {out}: {error.strerror}"
+        raise RunError(msg) from error
+    console.print(f"report of {run}: {out}")
+    if json:
+        print_json({"run": str(run), "report": str(out), "bytes": out.stat().st_size})

@@ -1,0 +1,193 @@
+"""`dlrm export` as a user runs it, on logs of one's own, and when it is interrupted."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from test_preprocess_own_log import SCHEMA_TEXT, rows
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from conftest import evaluated
+from torchdlrm.data.preprocess import PreprocessOptions, preprocess
+from torchdlrm.data.transforms import encode
+from torchdlrm.errors import BundleError, RunError
+from torchdlrm.export.bundle import Bundle, table_name
+from torchdlrm.export.checkpoint_reader import CheckpointReader
+from torchdlrm.export.export import ExportOptions, export
+from torchdlrm.export.served_model import EncodedRows, ServedModel
+from torchdlrm.export.write import require_space, write_weights
+from torchdlrm.schema import load_schema
+from torchdlrm.train.checkpoint import checkpoint_path, list_checkpoints
+from torchdlrm.train.run import Run
+
+
+@pytest.fixture(scope="module")
+def shop(dlrm, tmp_path_factory):
+    """A run by two processes on a log with text, lists of values and hashed users: (run, dataset)."""
+    folder = tmp_path_factory.mktemp("shop")
+    (folder / "schema.toml").write_text(SCHEMA_TEXT, encoding="utf-8")
+    pl.DataFrame(list(rows(3000))).write_csv(folder / "log.csv")
+    schema = load_schema(str(folder / "schema.toml"))
+    dataset = preprocess([folder / "log.csv"], folder / "dataset", schema, PreprocessOptions(min_count=2))
+    config = folder / "config.toml"
+    config.write_text(
+        "[model]\nembedding_dim = 8\ndense_arch_layer_sizes = [16, 8]\nover_arch_layer_sizes = [16, 1]\n"
+        "[train]\nbatch_size_global = 128\nepochs = 3\n[logging]\ntensorboard = false\n"
+        # A table in pieces: columns on both ranks.
+        '[sharding]\nconstraints = ["city=column_wise"]\n'
+    )
+    done = dlrm("train", config, "--dataset", dataset.path, "--run", folder / "run", "--nproc-per-node", 2)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", dataset
+
+
+def test_a_run_of_two_processes_with_lists_text_and_hashes_is_exported_by_one(shop, tmp_path):
+    run, dataset = shop
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
+    bundle = export(Run.open(run), dataset, tmp_path / "bundle", ExportOptions("shop")).bundle
+    expected = evaluated(run, dataset, "test")
+    frame = pl.concat([pl.read_parquet(file.path) for file in dataset.splits["test"].files])
+    rows = EncodedRows.from_frame(frame, dataset.schema)
+    assert isinstance(rows.sparse, tuple)
+    model = ServedModel(bundle)
+    np.testing.assert_allclose(model.predict(rows), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(model.predict(rows.part(11, 40)), expected[11:40], rtol=0, atol=1e-6)
+    joined = EncodedRows.concatenated([rows.part(11, 40), rows.part(3, 11)])
+    np.testing.assert_allclose(model.predict(joined), np.r_[expected[11:40], expected[3:11]], rtol=0, atol=1e-6)
+    raw, predictions = bundle.sample()
+    assert raw.height > 100
+    assert raw.schema["tags"] == pl.List(pl.String)
+    encoded = encode(raw, bundle.schema, bundle.dense, bundle.vocabularies)
+    again = model.predict(EncodedRows.from_frame(encoded, bundle.schema))
+    np.testing.assert_allclose(again, predictions, rtol=0, atol=1e-6)
+
+
+def test_int4_and_bfloat16_know_lists_too(shop, tmp_path):
+    run, dataset = shop
+    options = ExportOptions("shop", precision="int4", dense_precision="bfloat16")
+    record = export(Run.open(run), dataset, tmp_path / "bundle", options).bundle.manifest.check
+    assert 0 < record.largest_difference < 0.05
+
+
+def test_the_command_tells_people_and_programs(dlrm, small_run, tmp_path):
+    done = dlrm("export", small_run, "--out", tmp_path / "b", "--precision", "auto", "--name", "clicks", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["name"], result["check"]["split"]) == ("clicks", "test")
+    assert set(result["trade"]["tables"]) == {f"cat_{i}" for i in range(26)}
+    assert "allowed" in done.stderr
+    assert "largest difference" in done.stderr
+    shown = dlrm("inspect", tmp_path / "b", "--json")
+    assert json.loads(shown.stdout)["version"] == result["version"]
+
+
+def test_nothing_is_written_over(small_run, small_dataset, small_bundle):
+    with pytest.raises(BundleError, match="is there already; give another name"):
+        export(Run.open(small_run), small_dataset, small_bundle, ExportOptions("small"))
+    assert Bundle.open(small_bundle).name == "small"
+
+
+class Interrupting:
+    """Stops a job in one of its phases: a listener of progress."""
+
+    def __init__(self, phase, error):
+        self.phase, self.error, self.now = phase, error, ""
+
+    def start_phase(self, name, *_, **__):
+        self.now = name
+
+    def advance(self, *_, **__):
+        if self.now == self.phase:
+            raise self.error
+
+
+@pytest.mark.parametrize("phase", ["write weights", "check"])
+def test_an_interrupted_export_leaves_nothing(small_run, small_dataset, tmp_path, phase):
+    options = ExportOptions("small")
+    with pytest.raises(KeyboardInterrupt):
+        export(
+            Run.open(small_run), small_dataset, tmp_path / "bundle", options, Interrupting(phase, KeyboardInterrupt())
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_left_is_cleared_away(small_run, small_dataset, tmp_path):
+    left = tmp_path / ".bundle.partial" / "vocabulary"
+    left.mkdir(parents=True)
+    (left / "old").write_text("half")
+    export(Run.open(small_run), small_dataset, tmp_path / "bundle", ExportOptions("small"))
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert not (tmp_path / "bundle" / "vocabulary" / "old").exists()
+
+
+def test_a_bundle_that_predicts_other_than_the_checkpoint_is_not_left(small_run, small_dataset, tmp_path, monkeypatch):
+    right = ServedModel.logits
+    monkeypatch.setattr(ServedModel, "logits", lambda self, rows: right(self, rows) + np.float32(1e-3))
+    with pytest.raises(BundleError, match=r"a probability differs by 0\.0002.* on 357 rows of test"):
+        export(Run.open(small_run), small_dataset, tmp_path / "bundle", ExportOptions("small"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_logloss_that_rises_beyond_what_is_allowed_is_refused(small_run, small_dataset, tmp_path, monkeypatch):
+    right = ServedModel.logits
+    # Within the largest difference that int8 explains for a row, but to the same side for all of them.
+    monkeypatch.setattr(ServedModel, "logits", lambda self, rows: right(self, rows) + np.float32(1))
+    options = ExportOptions("small", precision="int4", max_logloss_increase=0.0)
+    with pytest.raises(BundleError, match=r"logloss on 357 rows of test is 0\.\d+ higher"):
+        export(Run.open(small_run), small_dataset, tmp_path / "bundle", options)
+
+
+def test_a_damaged_checkpoint_is_not_exported(small_run, small_dataset, tmp_path):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    checkpoints = Run.open(run).checkpoints
+    data = next(checkpoint_path(checkpoints, list_checkpoints(checkpoints)[-1]).glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(RunError, match="damaged"):
+        export(Run.open(run), small_dataset, tmp_path / "bundle", ExportOptions("small"))
+
+
+def test_a_full_disk_is_told_before_it_is_full(tmp_path):
+    with pytest.raises(BundleError, match=r"the bundle needs 4,611,686 TB, and .* are free"):
+        require_space(tmp_path, 2**62)
+
+
+def test_memory_is_for_a_block_of_rows_and_not_for_a_table(tmp_path):
+    """A table of 256 MB in one shard becomes int8 in less than 150 MB."""
+    rows, dim, name = 500_000, 128, table_name("big")
+    table = torch.arange(rows * dim, dtype=torch.float32).view(rows, dim).remainder_(1009)
+    with pytest.warns(UserWarning, match="single process"):
+        save({"model": {"model": {name: table}}}, storage_writer=FileSystemWriter(tmp_path / "checkpoint"))
+    expected_row = table[rows - 1].clone()
+    del table
+
+    def anonymous_bytes():
+        with Path("/proc/self/status").open() as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+    class Watching:
+        peak = 0
+
+        def start_phase(self, *_, **__):
+            self.before = anonymous_bytes()
+
+        def advance(self, *_, **__):
+            self.peak = max(self.peak, anonymous_bytes() - self.before)
+
+    watching = Watching()
+    checkpoint = CheckpointReader(tmp_path / "checkpoint")
+    assert torch.equal(checkpoint.gather(name, np.array([rows - 1]))[0], expected_row)
+    write_weights(checkpoint, {"big": "int8"}, tmp_path / "weights.safetensors", watching)
+    assert 0 < watching.peak < 150e6
+
+
+def test_a_wrong_folder_is_an_error_of_the_users(small_bundle, dlrm, tmp_path):
+    done = dlrm("export", small_bundle, "--out", tmp_path / "b")
+    assert done.returncode == 2
+    assert "there is no run here" in done.stderr

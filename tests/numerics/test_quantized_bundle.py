@@ -1,0 +1,165 @@
+"""Tables at lower precision: how far rows, predictions and the logloss may move, and by which kernels."""
+
+import dataclasses
+
+import fbgemm_gpu.split_table_batched_embeddings_ops_inference as inference
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
+from sklearn.metrics import log_loss
+
+from torchdlrm.export.bundle import Bundle, table_name
+from torchdlrm.export.check import logloss_increase, tolerance
+from torchdlrm.export.export import ExportOptions, export
+from torchdlrm.export.precision import dequantize_rows, quantize_rows, row_bytes
+from torchdlrm.export.sensitivity import choose
+from torchdlrm.export.served_model import EncodedRows, ServedModel
+from torchdlrm.train.run import Run
+
+PRECISIONS = ["float32", "float16", "int8", "int4"]
+
+
+@pytest.fixture(scope="module")
+def bundles(small_run, small_dataset, small_bundle, tmp_path_factory):
+    """A bundle of every precision."""
+    folder = tmp_path_factory.mktemp("bundles")
+    made = {"float32": Bundle.open(small_bundle)}
+    for precision in PRECISIONS[1:]:
+        options = ExportOptions("small", precision=precision)
+        made[precision] = export(Run.open(small_run), small_dataset, folder / precision, options).bundle
+    options = ExportOptions("small", precision="int8", dense_precision="bfloat16")
+    made["bfloat16"] = export(Run.open(small_run), small_dataset, folder / "bfloat16", options).bundle
+    return made
+
+
+@pytest.fixture(scope="module")
+def everything(small_dataset):
+    """All 5,000 rows: labels and encoded rows."""
+    files = [file.path for split in small_dataset.splits.values() for file in split.files]
+    frame = pl.concat([pl.read_parquet(path) for path in files])
+    return frame["label"].to_numpy(), EncodedRows.from_frame(frame, small_dataset.schema)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dim", [4, 16, 36, 128])
+def test_fbgemm_reads_rows_as_they_are_described(precision, dim, seed):
+    torch.manual_seed(seed)
+    table = torch.randn(50, dim) * torch.rand(50, 1)
+    rows = quantize_rows(table, precision)
+    assert rows.shape == (50, row_bytes(precision, dim))
+    kind = {"float32": SparseType.FP32, "float16": SparseType.FP16, "int8": SparseType.INT8, "int4": SparseType.INT4}
+    lookup = inference.IntNBitTableBatchedEmbeddingBagsCodegen(
+        [("t", 50, dim, kind[precision], inference.EmbeddingLocation.HOST)],
+        device="cpu",
+        output_dtype=SparseType.FP32,
+    )
+    lookup.initialize_weights()
+    lookup.weights_host[: rows.numel()] = rows.flatten()  # it is as long as whole cache lines
+    ids = torch.randint(50, (200,), dtype=torch.int32)
+    looked_up = lookup(ids, torch.arange(201, dtype=torch.int32))
+    torch.testing.assert_close(looked_up, dequantize_rows(rows, precision, dim)[ids], rtol=1e-6, atol=1e-6)
+    # Half a step of the grid, and the rounding of scale and bias to float16.
+    span = (table.max(dim=1).values - table.min(dim=1).values)[:, None]
+    steps = {"float32": 0.0, "float16": 0.0, "int8": 1 / 255, "int4": 1 / 15}[precision]
+    bound = span * steps / 2 + table.abs().max() * (0 if precision == "float32" else 2**-9)
+    assert ((dequantize_rows(rows, precision, dim) - table).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("float16", 1e-3), ("int8", 5e-3), ("int4", 0.1), ("bfloat16", 2e-2)])
+def test_predictions_stay_within_what_is_stated(bundles, everything, precision, bound):
+    _, rows = everything
+    expected, got = (ServedModel(bundles[name]).predict(rows) for name in ("float32", precision))
+    difference = np.abs(expected - got).max()
+    assert 0 < difference <= bound
+    manifest = bundles[precision].manifest
+    allowed = tolerance([r.precision for r in manifest.sparse.values()], manifest.dense_precision)
+    assert bound <= allowed.difference
+    assert manifest.check.largest_difference <= allowed.difference
+
+
+def test_int8_raises_the_logloss_by_less_than_0_0002(bundles, everything):
+    labels, rows = everything
+    float32, int8, bfloat16 = (
+        log_loss(labels, ServedModel(bundles[name]).predict(rows).astype(np.float64))
+        for name in ("float32", "int8", "bfloat16")
+    )
+    assert float32 < 0.69  # it has learnt something
+    assert int8 - float32 < 0.0002
+    assert bfloat16 - float32 < 0.0002
+
+
+def test_the_served_model_is_the_dequantized_checkpoint(bundles, everything):
+    """What is not explained by rounding the tables is not there: the layout is right for every table."""
+    _, rows = everything
+    float32 = bundles["float32"]
+    dim = float32.manifest.model.embedding_dim
+    for precision in PRECISIONS[1:]:
+        bundle = bundles[precision]
+        model = ServedModel(float32)
+        tables = dict.fromkeys(float32.manifest.sparse)
+        for name in tables:
+            table = float32.weights.tensor(table_name(name))
+            start, end = bundle.weights.span(table_name(name))
+            stored = bundle.weights.data[start:end].view(len(table), row_bytes(precision, dim))
+            assert torch.equal(stored, quantize_rows(table.clone(), precision))
+        exact = _eager(float32, rows, lambda t, p=precision: dequantize_rows(quantize_rows(t, p), p, dim))
+        np.testing.assert_allclose(ServedModel(bundle).logits(rows), exact, rtol=0, atol=2e-5)
+        assert np.abs(model.logits(rows) - exact).max() > 2e-5
+
+
+def _eager(bundle, rows, served):
+    """The model written out with plain torch."""
+    weights = {name: bundle.weights.tensor(name).clone() for name in bundle.weights.shapes}
+    tables = [served(weights[table_name(name)]) for name in bundle.manifest.sparse]
+    dense = torch.from_numpy(rows.dense)
+    for layer in range(len(bundle.manifest.model.dense_arch_layer_sizes)):
+        name = f"dense_arch.model._mlp.{layer}._linear"
+        dense = torch.relu(dense @ weights[f"{name}.weight"].T + weights[f"{name}.bias"])
+    vectors = torch.stack([dense, *(t[i] for t, i in zip(tables, torch.from_numpy(rows.sparse), strict=True))], dim=1)
+    first, second = torch.triu_indices(vectors.shape[1], vectors.shape[1], offset=1)
+    hidden = torch.cat([dense, (vectors[:, first] * vectors[:, second]).sum(dim=2)], dim=1)
+    for layer in range(len(bundle.manifest.model.over_arch_layer_sizes) - 1):
+        name = f"over_arch.model.0._mlp.{layer}._linear"
+        hidden = torch.relu(hidden @ weights[f"{name}.weight"].T + weights[f"{name}.bias"])
+    return (hidden @ weights["over_arch.model.1.weight"].T + weights["over_arch.model.1.bias"])[:, 0].numpy()
+
+
+def test_a_batch_of_any_size_gives_each_row_the_same(bundles, everything):
+    _, rows = everything
+    for name in ("float32", "bfloat16"):
+        model = ServedModel(bundles[name])
+        whole = model.predict(rows)
+        for start, stop in ((0, 1), (7, 9), (100, 1123), (4000, 5000)):
+            part = model.predict(rows.part(start, stop))
+            np.testing.assert_allclose(part, whole[start:stop], rtol=0, atol=1e-6 if name == "float32" else 5e-3)
+        assert model.predict(rows.part(0, 0)).shape == (0,)
+        wide = dataclasses.replace(rows, sparse=rows.sparse.astype(np.int64))
+        assert np.array_equal(model.predict(wide), whole)
+
+
+def test_auto_takes_the_cheapest_bytes_first_and_stays_within_the_allowance():
+    sizes = {name: {"float32": 400, "float16": 200, "int8": 104, "int4": 54} for name in "abc"}
+    costs = {
+        "a": {"float32": 0, "float16": 0.0, "int8": 1e-6, "int4": 2e-6},
+        "b": {"float32": 0, "float16": 1e-5, "int8": 2e-5, "int4": 9e-4},
+        "c": {"float32": 0, "float16": 1e-3, "int8": 1e-2, "int4": 1e-1},
+    }
+    assert choose(costs, sizes, 0.0) == {"a": "float16", "b": "float32", "c": "float32"}
+    assert choose(costs, sizes, 1e-4) == {"a": "int4", "b": "int8", "c": "float32"}
+    assert choose(costs, sizes, 1.0) == {"a": "int4", "b": "int4", "c": "int4"}
+
+
+def test_auto_keeps_the_logloss_where_it_was_told_to(small_run, small_dataset, everything, bundles, tmp_path):
+    labels, rows = everything
+    sizes = []
+    for allowed in (0.0, 1e-6, 1e-2):
+        options = ExportOptions("small", precision="auto", max_logloss_increase=allowed)
+        done = export(Run.open(small_run), small_dataset, tmp_path / str(allowed), options)
+        assert done.trade.expected_increase <= allowed
+        assert {n: r.precision for n, r in done.bundle.manifest.sparse.items()} == done.trade.precisions
+        before, after = (ServedModel(bundle).logits(rows) for bundle in (bundles["float32"], done.bundle))
+        assert logloss_increase(labels, before, after).mean <= allowed + 2e-4
+        sizes.append(sum(table.size_bytes[table.chosen] for table in done.trade.tables.values()))
+    assert sizes[0] > sizes[1] > sizes[2]
