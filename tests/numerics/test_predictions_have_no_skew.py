@@ -76,6 +76,5 @@ def test_every_row_of_the_real_samples(name, dlrm, tmp_path):
     options = ["--train.batch-size-global", 512, "--logging.tensorboard", "false"]
     done = dlrm("train", CONFIG, "--dataset", dataset.path, "--run", run, *options)
     assert done.returncode == 0, done.stderr
-    precisions = dict.fromkeys(dataset.sparse_names, "float32")
-    export(Run.open(run), dataset, tmp_path / "bundle", ExportOptions("real", precisions))
+    export(Run.open(run), dataset, tmp_path / "bundle", ExportOptions("real"))
     assert_no_skew(tmp_path / "bundle", run, dataset, log, tmp_path)

@@ -1,6 +1,7 @@
 """Typed columns -> cells as a log has them: for the scores of a file, and for rows sent to a server."""
 
 import polars as pl
+import pyarrow as pa
 
 from torchdlrm.data.vocabulary import hex_digits
 from torchdlrm.schema import FeatureSchema
@@ -19,12 +20,11 @@ def as_written(cells: pl.Series, schema: FeatureSchema, *, as_text: bool) -> pl.
     if column is None:
         return cells
     if column.kind == "hex" and column.is_multi_valued:
-        flat = hex_digits(cells.explode(empty_as_null=False, keep_nulls=False))
-        lengths = pl.Series(cells.list.len())
-        rows = pl.DataFrame({"row": pl.int_range(len(cells), eager=True), "length": lengths})
-        grouped = pl.DataFrame({"row": rows["row"].repeat_by(rows["length"]).explode(), "value": flat})
-        lists = grouped.group_by("row", maintain_order=True).agg("value")
-        cells = rows.join(lists, on="row", how="left", maintain_order="left")["value"].alias(cells.name)
+        lists = cells.fill_null([])
+        flat = hex_digits(lists.explode(empty_as_null=False))
+        offsets = pa.concat_arrays([pa.array([0], pa.int64()), lists.list.len().cum_sum().cast(pl.Int64).to_arrow()])
+        digits = pl.Series(cells.name, pa.LargeListArray.from_arrays(offsets, flat.to_arrow().cast(pa.large_string())))
+        cells = pl.select(pl.when(cells.is_not_null()).then(digits).alias(cells.name)).to_series()
     elif column.kind == "hex":
         return hex_digits(cells)
     if column.is_multi_valued and as_text:
