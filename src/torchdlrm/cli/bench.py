@@ -13,6 +13,7 @@ from torchdlrm.config import load_config
 
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 bench = App(name="bench", result_action="return_value")
+bench.command("torchdlrm.cli.bench_predict:predict")
 
 
 @bench.command

@@ -87,16 +87,17 @@ def serve(
     verify
         full checks every byte before serving; lazy each block before its first use.
     num_threads
-        Threads of the model in each process; by default the cores are shared out between processes.
+        Threads of the model in each process; by default half of the cores that it has.
     log_level
         Of the log on standard error: info has a line for every request.
     json
         Print one JSON object on standard output when requests can be sent.
     """
-    # Read when the libraries load: one row is not worth many threads, and those of several processes would fight.
-    os.environ.setdefault("POLARS_MAX_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
     from torchdlrm.serve.api_keys import read_api_keys
-    from torchdlrm.serve.options import ServeOptions
+    from torchdlrm.serve.options import ServeOptions, threads_of_model
+
+    # Read when the library loads: one row is not worth many threads, and those of several processes would fight.
+    os.environ.setdefault("POLARS_MAX_THREADS", str(threads_of_model(workers)))
     from torchdlrm.serve.server import Listening
     from torchdlrm.serve.server import serve as serve_until_stopped
 

@@ -57,8 +57,12 @@ class BlockVerifier:
         """
         if self._damage is not None:
             raise self._damage
-        for block in np.flatnonzero(touched & ~self._good):
-            self._check(int(block))
+        wanted = np.flatnonzero(touched & ~self._good).tolist()
+        if len(wanted) > 1:
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                list(pool.map(self._check, wanted))
+        elif wanted:
+            self._check(wanted[0])
 
     def check_all(self, progress: ProgressListener, *, num_threads: int) -> None:
         """Check every block.
@@ -83,14 +87,16 @@ class BlockVerifier:
 
     def _check_quietly(self) -> None:
         try:
-            for block in range(self.num_blocks):
-                if not self._good[block]:
-                    self._check(block)
+            # From the end, since whoever waits for many blocks checks them from the start: they meet in the middle.
+            for block in reversed(range(self.num_blocks)):
+                self._check(block)
         except BundleError:
             return  # kept in `_damage`
         self.is_done = True
 
     def _check(self, block: int) -> None:
+        if self._good[block]:
+            return
         data = os.pread(self._file, BLOCK_BYTES, block * BLOCK_BYTES)
         if hashlib.sha256(data).digest() != self._digests[block]:
             msg = (

@@ -11,15 +11,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from torchdlrm.data.atomic import sync
 from torchdlrm.data.dataset import Dataset, sha256_of
 from torchdlrm.data.value_index import write_index
 from torchdlrm.errors import BundleError, DatasetError
 from torchdlrm.export.bundle import table_name
-from torchdlrm.export.checkpoint_reader import CheckpointReader
 from torchdlrm.export.manifest import FileRecord
 from torchdlrm.export.precision import TABLE_PRECISIONS, TablePrecision, quantize_rows, row_bytes
 from torchdlrm.export.weights_file import PADDING_NAME, TensorRecord, WeightsWriter
@@ -73,7 +74,21 @@ class WrittenWeights:
     block_sha256: tuple[str, ...]
 
 
-def weights_bytes(checkpoint: CheckpointReader, precisions: Mapping[str, TablePrecision]) -> int:
+class WeightSource(Protocol):
+    """Gives the weights of a model: a `CheckpointReader`, or whatever has them."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of each tensor, by the names of TorchRec's DLRM."""
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor, float32."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a table, float32 [stop - start, D]."""
+
+
+def weights_bytes(checkpoint: WeightSource, precisions: Mapping[str, TablePrecision]) -> int:
     """How large the weights file gets, but for its header."""
     return sum(record.size_bytes for record in _records(checkpoint, precisions))
 
@@ -94,7 +109,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 
 def write_weights(
-    checkpoint: CheckpointReader,
+    checkpoint: WeightSource,
     precisions: Mapping[str, TablePrecision],
     path: Path,
     progress: ProgressListener,
@@ -127,7 +142,7 @@ def write_weights(
     return WrittenWeights(FileRecord(size_bytes=path.stat().st_size, sha256=writer.sha256), tuple(writer.block_sha256))
 
 
-def _records(checkpoint: CheckpointReader, precisions: Mapping[str, TablePrecision]) -> list[TensorRecord]:
+def _records(checkpoint: WeightSource, precisions: Mapping[str, TablePrecision]) -> list[TensorRecord]:
     """The tensors in the order of the file: wide types first, so that every tensor lies as its type wants it."""
     dense = [name for name in checkpoint.shapes if not name.startswith("sparse_arch.")]
     records = [TensorRecord(name, "F32", checkpoint.shapes[name]) for name in sorted(dense, key=_natural)]

@@ -96,7 +96,7 @@ class Gate:
         route = getattr(scope.get("route"), "path", "none")
         self._service.metrics.request_done(route, status, total_s)
         lines = self._service.lines
-        level = "info" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "warning"
+        level = "error" if status == HTTPStatus.INTERNAL_SERVER_ERROR else "info"
         if scope["path"].startswith(_HEALTH):
             level = "debug"
         lines.write(

@@ -79,7 +79,10 @@ def _schemas(service: Service) -> Json:
             "anyOf": [
                 _ref("Rows"),
                 _object({"rows": _ref("Rows")}),
-                _object({"shared": _ref("Row"), "candidates": _ref("Rows")}),
+                {
+                    **_object({"shared": _ref("Row"), "candidates": {**rows, "minItems": 1}}),
+                    "description": "Rows that share columns; a candidate has none of the shared ones.",
+                },
             ]
         },
         "Predictions": _object(

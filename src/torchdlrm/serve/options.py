@@ -1,5 +1,6 @@
 """Everything about a server that can be chosen; `dlrm serve` has an option for each."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,11 @@ from typing import Literal
 from torchdlrm.errors import ConfigError
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def threads_of_model(workers: int) -> int:
+    """Half of the cores that each of so many processes has; the other half reads and writes requests."""
+    return max(1, len(os.sched_getaffinity(0)) // workers // 2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,8 @@ def rows_of(body: object) -> list[Mapping[str, object]]:
     if not isinstance(shared, dict):
         msg = f"shared: needs an object of cells by column name, not {_kind(shared)}"
         raise bad_request(msg)
+    if not candidates:
+        raise bad_request("candidates: needs one at least")
     for index, candidate in enumerate(candidates):
         if not shared.keys().isdisjoint(candidate):
             name = next(name for name in candidate if name in shared)
@@ -81,7 +83,14 @@ def _examples(served: ServedBundle) -> list[dict[str, object]]:
         digits_of(frame[column.name], column) if isinstance(column, SparseColumn) else frame[column.name]
         for column in (*served.schema.dense, *served.schema.sparse)
     ]
-    return pl.DataFrame(features).to_dicts()
+    return [{name: _exact(cell) for name, cell in row.items()} for row in pl.DataFrame(features).to_dicts()]
+
+
+def _exact(cell: object) -> object:
+    """Integers as text where a reader of JSON that knows only float64, such as a browser, would round them."""
+    if isinstance(cell, list):
+        return [_exact(value) for value in cell]
+    return str(cell) if isinstance(cell, int) and abs(cell) > 2**53 else cell
 
 
 def _rows(value: object, where: str) -> list[Mapping[str, object]]:

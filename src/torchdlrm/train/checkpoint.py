@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,10 +30,12 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchdlrm.errors import RunError
+from torchdlrm.train.allocator import give_back_freed_memory
 from torchdlrm.train.process_group import Ranks
 
 FORMAT_VERSION = 1
 RECORD_NAME = "checkpoint.json"
+_NUMPY_HAS = (torch.float32, torch.float16, torch.float64, torch.int32, torch.int64)
 logger = logging.getLogger("torchdlrm")
 
 
@@ -134,9 +137,9 @@ class Checkpointer:
         self.join()
         state = self._state()
         if wait:
-            self._write(state, position)
+            self._write(_with_tensors(state, _as_whole_storage), position)
         else:
-            self._pending = self._writer.submit(self._write, _copied(state), position)
+            self._pending = self._writer.submit(self._write_copy, [_with_tensors(state, _copied)], position)
 
     def join(self) -> None:
         """Wait until no save is going on."""
@@ -182,6 +185,11 @@ class Checkpointer:
         if self._optimizer is not None:
             state["optimizer"] = self._optimizer.state_dict()
         return state
+
+    def _write_copy(self, holder: list[dict[str, Any]], position: Position) -> None:
+        """Write a copy of the state and let go of its memory."""
+        self._write(holder.pop(), position)
+        give_back_freed_memory()
 
     def _write(self, state: dict[str, Any], position: Position) -> None:
         """Write, hash, rename; a failure leaves the checkpoints that are there and is logged."""
@@ -257,19 +265,30 @@ def _read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _copied(state: Any) -> Any:
-    """The same nested state with tensors of its own, in host memory."""
+def _with_tensors(state: Any, task: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same nested state with what the task makes of its tensors, and copies of everything else."""
     if isinstance(state, dict):
-        return {key: _copied(value) for key, value in state.items()}
+        return {key: _with_tensors(value, task) for key, value in state.items()}
     if isinstance(state, ShardedTensor):
-        shards = [
-            Shard(shard.tensor.detach().to("cpu", copy=True), copy.deepcopy(shard.metadata))
-            for shard in state.local_shards()
-        ]
+        shards = [Shard(task(shard.tensor), copy.deepcopy(shard.metadata)) for shard in state.local_shards()]
         return ShardedTensor._init_from_local_shards_and_global_metadata(shards, state.metadata())
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    return copy.deepcopy(state)
+    return task(state) if isinstance(state, torch.Tensor) else copy.deepcopy(state)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _as_whole_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage that ends where the tensor ends.
+
+    FBGEMM keeps all tables in one buffer, and torch saves of a part of a storage a copy: a table's worth of memory for
+    each of them, which the allocator may not find again.
+    """
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype in _NUMPY_HAS:
+        return torch.from_numpy(tensor.numpy())
+    return tensor
 
 
 def _make_empty(folder: Path) -> None:

@@ -82,6 +82,7 @@ def build_sharded_model(
         env=ShardingEnv.from_process_group(ranks.process_group),
         device=ranks.device,
         plan=plan,
+        init_data_parallel=ranks.world_size > 1,  # a single rank would reduce gradients with itself
         # Not the planner's: `dlrm plan`, which knows no codecs, must find the plan that training uses.
         sharders=[
             table_sharder(fused_params(config.table_optimizer), communication_codecs(config.train, ranks.device))

@@ -128,7 +128,8 @@ class Trainer:
                 if self._reason_to_stop() is not None:
                     stopped_because = str(self._reason_to_stop())
                     break
-                if save or improved or self._agenda.is_every(step, self._config.checkpoint.every_steps):
+                is_due = save or improved or self._agenda.is_every(step, self._config.checkpoint.every_steps)
+                if is_due and step < self._agenda.num_steps:  # the last step is saved below
                     self._save(step, wait=not self._config.checkpoint.asynchronous)
         profiler.close()
         if self._position.step > start:

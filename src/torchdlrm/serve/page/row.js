@@ -15,12 +15,12 @@ export function startRow(schema, onError) {
   const form = byId("row-form");
   let running = new AbortController(), timer = 0, showsAll = false, contributions = [];
 
-  for (const [role, title, hint] of [["dense", "Dense", "numbers"], ["sparse", "Sparse", "categories"]]) {
+  for (const [role, title, [one, many]] of [["dense", "Dense", ["number", "numbers"]], ["sparse", "Sparse", ["category", "categories"]]]) {
     const columns = features.filter((column) => column.role === role);
     const grid = element("div", { className: `fields ${role}` });
     for (const column of columns) grid.append(makeField(column, fields));
     byId("fields").append(element("fieldset", {},
-      element("legend", {}, title, element("span", {}, ` ${columns.length} ${hint}`)), grid));
+      element("legend", {}, title, element("span", {}, ` ${columns.length} ${columns.length === 1 ? one : many}`)), grid));
   }
   schema.examples.forEach((example, i) => {
     const button = element("button", { type: "button", textContent: `Example ${i + 1}` });

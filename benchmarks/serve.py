@@ -1,0 +1,190 @@
+"""How long a served prediction takes, and what happens when more is asked than can be done.
+
+    dlrm synthesize --rows 200000 --out log.tsv
+    dlrm preprocess log.tsv --out dataset --min-count 1
+    dlrm train configs/criteo-1tb.toml --dataset dataset --run run --train.batch-size-global 8192 --train.max-steps 5
+    dlrm export run --out bundle --precision int8
+    python benchmarks/serve.py bundle log.tsv
+
+An open-loop load generator: requests leave at random moments of a fixed mean rate (a Poisson process), whether or not
+those before are answered, and each latency counts from the moment at which its request was due.  So a server that
+stalls is charged with all who came meanwhile.  The generator is a process of its own on the same machine, and shares
+its cores with the server: figures are an upper bound.  It speaks plain HTTP/1.1 over connections that stay
+open, one request at a time on each, because a client library would need more of the processor than the server does.
+
+Prints a table; `--json` writes all figures to a file.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvloop
+
+CRITEO = ["label", *(f"int_{i}" for i in range(13)), *(f"cat_{i}" for i in range(26))]
+MAX_CONNECTIONS = 2000
+
+
+def read_rows(log: Path, num_rows: int) -> list[dict[str, object]]:
+    """The first rows of a log in Criteo's layout, as JSON objects without the label."""
+    rows = []
+    with log.open() as file:
+        for line, _ in zip(file, range(num_rows), strict=False):
+            cells = dict(zip(CRITEO, line.rstrip("\n").split("\t"), strict=True))
+            del cells["label"]
+            rows.append({name: int(cell) if name.startswith("int") else cell for name, cell in cells.items() if cell})
+    return rows
+
+
+def request(body: object) -> bytes:
+    """A request to `/predict`."""
+    content = json.dumps(body, separators=(",", ":")).encode()
+    return b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+
+
+class Load:
+    """Sends requests to a server and notes what becomes of them."""
+
+    def __init__(self, host: str, port: int, requests: list[bytes]) -> None:
+        self._host, self._port, self._requests = host, port, requests
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._num_connections = 0
+        self.latencies_s: dict[int, list[float]] = {}
+        self.late_s: list[float] = []
+
+    async def run(self, per_s: float, seconds: float, seed: int = 0) -> dict[str, Any]:
+        """Send at that rate for so long, and wait for all answers."""
+        self.latencies_s, self.late_s = {}, []
+        chance = random.Random(seed)  # noqa: S311 - nothing secret
+        begin_s = time.perf_counter() + 0.05
+        due_s, tasks = begin_s, []
+        while (due_s := due_s + chance.expovariate(per_s)) < begin_s + seconds:
+            wait_s = due_s - time.perf_counter()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+            self.late_s.append(time.perf_counter() - due_s)
+            tasks.append(asyncio.ensure_future(self._ask(chance.choice(self._requests), due_s)))
+        await asyncio.gather(*tasks)
+        return self._summary(per_s, time.perf_counter() - begin_s)
+
+    async def _ask(self, sent: bytes, due_s: float) -> None:
+        status = 0  # of a connection that could not be had, or was cut
+        connection = None
+        try:
+            connection = self._idle.pop() if self._idle else await self._connect()
+            reader, writer = connection
+            writer.write(sent)
+            head = await reader.readuntil(b"\r\n\r\n")
+            status = int(head[9:12])
+            lower = head.lower()
+            start = lower.index(b"content-length: ") + 16
+            await reader.readexactly(int(lower[start : lower.index(b"\r\n", start)]))
+            self._idle.append(connection)
+        except (OSError, asyncio.IncompleteReadError):
+            if connection is not None:
+                connection[1].close()
+                self._num_connections -= 1
+        self.latencies_s.setdefault(status, []).append(time.perf_counter() - due_s)
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self._num_connections >= MAX_CONNECTIONS:
+            msg = "too many connections"
+            raise OSError(msg)
+        self._num_connections += 1
+        try:
+            return await asyncio.open_connection(self._host, self._port)
+        except OSError:
+            self._num_connections -= 1
+            raise
+
+    def _summary(self, per_s: float, seconds: float) -> dict[str, Any]:
+        answered = np.array(self.latencies_s.get(200, [np.nan])) * 1e3
+        refused = np.array([x for code, xs in self.latencies_s.items() if code != 200 for x in xs] or [np.nan]) * 1e3
+        return {
+            "asked_per_s": per_s,
+            "answered_per_s": len(self.latencies_s.get(200, [])) / seconds,
+            "codes": dict(Counter({code: len(found) for code, found in self.latencies_s.items()})),
+            "answered_ms": {f"p{q}": round(float(np.percentile(answered, q)), 3) for q in (50, 90, 99, 99.9)},
+            "refused_ms": {f"p{q}": round(float(np.percentile(refused, q)), 3) for q in (50, 99)},
+            "generator_late_ms_p99": round(float(np.percentile(self.late_s, 99)) * 1e3, 3),
+        }
+
+
+async def measure(host: str, port: int, rows: list[dict[str, object]], seconds: float) -> list[dict[str, Any]]:
+    """All cases, one after another."""
+    ones = [request([row]) for row in rows[:500]]
+    shared_names = [*(f"int_{i}" for i in range(8)), *(f"cat_{i}" for i in range(16))]
+    many = []
+    for start in range(0, 2000, 256):
+        shared = {name: rows[start][name] for name in shared_names if name in rows[start]}
+        own = [{n: c for n, c in row.items() if n not in shared_names} for row in rows[start : start + 256]]
+        many.append(request({"shared": shared, "candidates": own}))
+    results = []
+
+    async def case(what: str, load: Load, per_s: float, seconds: float) -> dict[str, Any]:
+        result = {"case": what, **await load.run(per_s, seconds)}
+        results.append(result)
+        print(show(result), flush=True)
+        return result
+
+    single, candidates = Load(host, port, ones), Load(host, port, many)
+    await single.run(100, 1)
+    await candidates.run(5, 1)
+    await case("1 row", single, 100, seconds)
+    await case("256 candidates", candidates, 10, seconds)
+    # What it can bear: the highest rate at which nothing is refused and answers stay quick.
+    bearable = 100.0
+    for per_s in (400, 600, 800, 1000, 1250, 1500, 2000, 2500, 3000):
+        found = await case("1 row", single, per_s, min(seconds, 4))
+        if found["answered_per_s"] < 0.97 * per_s or found["answered_ms"]["p99"] > 100:
+            break
+        bearable = per_s
+    await case("1 row, twice what it bears", single, 2 * bearable, seconds)
+    await asyncio.sleep(0.5)
+    await case("1 row, afterwards", single, 100, seconds)
+    return results
+
+
+def show(result: dict[str, Any]) -> str:
+    """A line of the table."""
+    answered, refused = result["answered_ms"], result["refused_ms"]
+    codes = " ".join(f"{code}:{count}" for code, count in sorted(result["codes"].items()))
+    return (
+        f"{result['case']:27s} {result['asked_per_s']:7,.0f}/s  answered {result['answered_per_s']:7,.0f}/s  "
+        f"p50 {answered['p50']:8.2f}  p99 {answered['p99']:8.2f}  p99.9 {answered['p99.9']:8.2f} ms  "
+        f"refused p99 {refused['p99']:8.2f} ms  {codes}  (generator late by {result['generator_late_ms_p99']:.1f} ms)"
+    )
+
+
+def main() -> None:
+    """Start a server, measure it, stop it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("log", type=Path, help="in Criteo's layout, 2,500 rows at least")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each case")
+    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="options of `dlrm serve`; last")
+    options = parser.parse_args()
+    dlrm = str(Path(sys.executable).with_name("dlrm"))
+    command = [dlrm, "serve", str(options.bundle), "--port", "0", "--json", "--log-level", "warning", *options.serve]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            host, port = json.loads(server.stdout.readline())["url"].removeprefix("http://").split(":")
+            results = uvloop.run(measure(host, int(port), read_rows(options.log, 2500), options.seconds))
+        finally:
+            server.terminate()
+    if options.json is not None:
+        options.json.write_text(json.dumps({"command": command, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

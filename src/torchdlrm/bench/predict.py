@@ -1,0 +1,268 @@
+"""Prediction from encoded batches: the served model beside TorchRec's own modules with the same weights.
+
+Contestants take turns, each in a process of its own: TorchRec's DLRM as it is trained (eager, float32), the same after
+`torchrec.inference.modules.quantize_embeddings` (int8), and the served model at several precisions.
+
+B rows of the batch, F sparse features.
+"""
+
+import itertools
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.inference.modules import quantize_embeddings
+from torchrec.models.dlrm import DLRM as TorchRecDLRM  # noqa: N811 - an acronym
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchdlrm.bench.turns import Contestant, Step
+from torchdlrm.config import ModelConfig
+from torchdlrm.data.transforms import FittedDense
+from torchdlrm.export.bundle import Bundle
+from torchdlrm.export.manifest import (
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    BundleManifest,
+    DensePrecision,
+    SourceRecord,
+    SparseRecord,
+)
+from torchdlrm.export.precision import TablePrecision
+from torchdlrm.export.served_model import EncodedRows, ServedModel
+from torchdlrm.export.weights_file import BLOCK_BYTES
+from torchdlrm.export.write import write_weights
+from torchdlrm.model.build import build_model
+from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.train.process_group import Ranks
+
+NUM_DENSE = 13
+NUM_DISTINCT_BATCHES = 16
+SERVED: tuple[tuple[TablePrecision, DensePrecision], ...] = (
+    ("float32", "float32"),
+    ("int8", "float32"),
+    ("int4", "float32"),
+    ("float32", "bfloat16"),
+    ("int8", "bfloat16"),
+    ("int4", "bfloat16"),
+)
+EAGER, QUANTIZED = "TorchRec eager, float32", "TorchRec quantized, int8"
+
+
+@dataclass(frozen=True)
+class PredictBenchmark:
+    """Medians over rounds, and what they were measured on.
+
+    Attributes:
+        rows_per_s: of each contestant.
+        ratio_to_eager: median of the rounds' ratios, of each contestant over TorchRec's eager model.
+        batch_rows: rows of a batch.
+        num_threads: of torch in each process.
+        rounds: how often each was measured.
+    """
+
+    rows_per_s: dict[str, float]
+    ratio_to_eager: dict[str, float]
+    batch_rows: int
+    num_threads: int
+    rounds: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def benchmark_predict(
+    *,
+    num_tables: int,
+    rows_per_table: int,
+    batch_rows: int,
+    batches_per_round: int,
+    rounds: int,
+    folder: Path | None = None,
+    progress: ProgressListener = SILENT,
+) -> PredictBenchmark:
+    """Measure predictions of the paper's model with random weights, on random batches that lie in memory.
+
+    Args:
+        num_tables: sparse features.
+        rows_per_table: rows of each feature's table.
+        batch_rows: B.
+        batches_per_round: batches of each contestant before the next has its turn.
+        rounds: turns that count, after one that does not.
+        folder: where to keep the weights meanwhile; needs 5 bytes a weight.
+        progress: is told of every turn.
+    """
+    sizes = {f"cat_{i}": rows_per_table for i in range(num_tables)}
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        bundles = {
+            precision: _write_bundle(Path(scratch) / precision, sizes, precision)
+            for precision in dict.fromkeys(tables for tables, _ in SERVED)
+        }
+        float32 = bundles["float32"]
+        contestants = {
+            EAGER: Contestant(eager_step, float32, batch_rows, nproc=1),
+            QUANTIZED: Contestant(quantized_step, float32, batch_rows, nproc=1),
+        }
+        for tables, dense in SERVED:
+            name = f"served, {tables} tables, {dense} products"
+            contestants[name] = Contestant(served_step, bundles[tables], batch_rows, dense, nproc=1)
+        seconds: dict[str, list[float]] = {name: [] for name in contestants}
+        progress.start_phase("bench predict", (rounds + 1) * len(contestants), unit="turns")
+        for turn in range(rounds + 1):
+            for name, contestant in contestants.items():
+                elapsed_s = contestant.run(batches_per_round)
+                if turn > 0:  # the first warms up: page faults, packed weights
+                    seconds[name].append(elapsed_s)
+                progress.advance(1)
+        for contestant in contestants.values():
+            contestant.close()
+    rows = batch_rows * batches_per_round
+    return PredictBenchmark(
+        rows_per_s={name: rows / statistics.median(times) for name, times in seconds.items()},
+        ratio_to_eager={
+            name: statistics.median(eager / ours for eager, ours in zip(seconds[EAGER], times, strict=True))
+            for name, times in seconds.items()
+        },
+        batch_rows=batch_rows,
+        num_threads=len(os.sched_getaffinity(0)),
+        rounds=rounds,
+    )
+
+
+def served_step(_: Ranks, bundle_path: Path, batch_rows: int, dense_precision: DensePrecision) -> Step:
+    """What the server does with encoded rows."""
+    bundle = Bundle.open(bundle_path)
+    bundle.manifest = bundle.manifest.model_copy(update={"dense_precision": dense_precision})
+    model = ServedModel(bundle)
+    batches = itertools.cycle([EncodedRows(dense, ids_FB) for dense, ids_FB in _random_batches(bundle, batch_rows)])
+    return lambda: model.predict(next(batches))
+
+
+def eager_step(_: Ranks, bundle_path: Path, batch_rows: int) -> Step:
+    """TorchRec's own model as it is trained."""
+    bundle = Bundle.open(bundle_path)
+    return _torchrec_step(_torchrec_model(bundle), bundle, batch_rows)
+
+
+def quantized_step(_: Ranks, bundle_path: Path, batch_rows: int) -> Step:
+    """TorchRec's own model, its tables quantised as TorchRec does it."""
+    bundle = Bundle.open(bundle_path)
+    model = quantize_embeddings(_torchrec_model(bundle), dtype=torch.qint8, inplace=True)
+    return _torchrec_step(model, bundle, batch_rows)
+
+
+def _torchrec_model(bundle: Bundle) -> Any:
+    model_config, sparse = bundle.manifest.model, bundle.manifest.sparse
+    model: Any = TorchRecDLRM(
+        EmbeddingBagCollection(
+            tables=[
+                EmbeddingBagConfig(
+                    name=f"t_{name}",
+                    embedding_dim=model_config.embedding_dim,
+                    num_embeddings=record.num_embeddings,
+                    feature_names=[name],
+                )
+                for name, record in sparse.items()
+            ],
+            device=torch.device("cpu"),
+        ),
+        dense_in_features=NUM_DENSE,
+        dense_arch_layer_sizes=list(model_config.dense_arch_layer_sizes),
+        over_arch_layer_sizes=list(model_config.over_arch_layer_sizes),
+        dense_device=torch.device("cpu"),
+    )
+    model.load_state_dict({name: bundle.weights.tensor(name) for name in model.state_dict()})
+    return model.eval()
+
+
+def _torchrec_step(model: Any, bundle: Bundle, batch_rows: int) -> Step:
+    batches = itertools.cycle(
+        [
+            (
+                torch.from_numpy(dense),
+                KeyedJaggedTensor.from_lengths_sync(
+                    keys=list(bundle.manifest.sparse),
+                    values=torch.from_numpy(ids_FB).view(-1),
+                    lengths=torch.ones(ids_FB.size, dtype=torch.int32),
+                ),
+            )
+            for dense, ids_FB in _random_batches(bundle, batch_rows)
+        ]
+    )
+
+    def step() -> None:
+        with torch.inference_mode():
+            torch.sigmoid(model(*next(batches))).squeeze(1).numpy()
+
+    return step
+
+
+def _random_batches(
+    bundle: Bundle, num_rows: int
+) -> Iterator[tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.int32]]]]:
+    """Dense float32 [B, 13], ids int32 [F, B] (uniform: the hardest case for the caches)."""
+    generator = np.random.default_rng(0)
+    for _ in range(NUM_DISTINCT_BATCHES):
+        dense = generator.random((num_rows, NUM_DENSE), dtype=np.float32)
+        sizes = [record.num_embeddings for record in bundle.manifest.sparse.values()]
+        yield dense, np.stack([generator.integers(rows, size=num_rows, dtype=np.int32) for rows in sizes])
+
+
+class _RandomWeights:
+    """Weights as a fresh model has them; rows of tables are drawn when they are asked for."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        torch.manual_seed(0)
+        model = build_model(
+            ModelConfig(), num_dense_features=NUM_DENSE, num_embeddings=sizes, device=torch.device("cpu")
+        ).model
+        self._weights = model.state_dict()
+        self.shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        return self._weights[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        num_rows, dim = self.shapes[name]
+        generator = torch.Generator().manual_seed(start)
+        return (torch.rand(stop - start, dim, generator=generator) * 2 - 1) / num_rows**0.5
+
+
+def _write_bundle(path: Path, sizes: dict[str, int], precision: TablePrecision) -> Path:
+    """A bundle without vocabularies, for encoded rows."""
+    path.mkdir()
+    written = write_weights(_RandomWeights(sizes), dict.fromkeys(sizes, precision), path / WEIGHTS_NAME, SILENT)
+    dense = [f"int_{i}" for i in range(NUM_DENSE)]
+    columns = (
+        LabelColumn(name="label"),
+        *(DenseColumn(name=name, transform="none") for name in dense),
+        *(SparseColumn(name=name, kind="int") for name in sizes),
+    )
+    manifest = BundleManifest(
+        name="random",
+        feature_schema=FeatureSchema(name="random", columns=columns),
+        dense={name: FittedDense(transform="none") for name in dense},
+        sparse={
+            name: SparseRecord(num_embeddings=rows, precision=precision, vocabulary=None)
+            for name, rows in sizes.items()
+        },
+        model=ModelConfig(),
+        dense_precision="float32",
+        source=SourceRecord(run="random", step=0, dataset_sha256="", versions={}),
+        check=None,
+        files={WEIGHTS_NAME: written.record},
+        block_bytes=BLOCK_BYTES,
+        block_sha256=written.block_sha256,
+    )
+    (path / MANIFEST_NAME).write_text(manifest.sealed().to_json(), encoding="utf-8")
+    return path

@@ -1,0 +1,80 @@
+"""The OpenAPI document is true: a fuzzer that reads it gets no answer of which it does not tell."""
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    allow_header_conformance,
+    content_type_conformance,
+    negative_data_rejection,
+    positive_data_acceptance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    response_headers_conformance,
+    unsupported_method,
+    allow_header_conformance,
+]
+NUM_OPERATIONS = 13
+
+
+@pytest.fixture(scope="module")
+def api(serve, small_bundle):
+    server = serve(small_bundle, "--log-level", "warning")
+    yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    code, log = server.stop()
+    assert code == 0
+    assert [line for line in log if line["level"] == "error"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", GenerationMode)
+def test_a_fuzzer_finds_nothing_that_the_document_does_not_say(api, mode):
+    operations = [found.ok() for found in api.get_all_operations()]
+    assert len(operations) == NUM_OPERATIONS
+    for operation in operations:
+        takes_body = operation.method == "post" and "reload" not in operation.path
+        if mode == GenerationMode.POSITIVE or takes_body:  # elsewhere nothing could be wrong
+            fuzz(operation, mode, num_examples=60 if takes_body else 3)
+
+
+def fuzz(operation, mode, num_examples):
+    @settings(
+        max_examples=num_examples,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        database=None,
+    )
+    @given(case=operation.as_strategy(mode))
+    def check(case):
+        case.call_and_validate(checks=CHECKS + exact_checks(case), timeout=10)
+
+    check()
+
+
+def exact_checks(case):
+    """That data are taken exactly when they are as the document says: where a schema can say how they must be.
+
+    It cannot say that the sizes of a tensor and the number of its values belong together, nor that two objects have no
+    key in common.
+    """
+    if case.path != "/predict":
+        return []
+    body = case.body if isinstance(case.body, dict) else {}
+    shared, candidates = body.get("shared"), body.get("candidates")
+    objects = candidates if isinstance(shared, dict) and isinstance(candidates, list) else []
+    if any(isinstance(candidate, dict) and shared.keys() & candidate for candidate in objects):
+        return [negative_data_rejection]
+    return [negative_data_rejection, positive_data_acceptance]

@@ -1,0 +1,210 @@
+"""The queue in front of the model: batches by rows, no wait when idle, a bound, deadlines, nobody else's mistakes."""
+
+import asyncio
+import threading
+import time
+from dataclasses import dataclass
+from http import HTTPStatus
+
+import numpy as np
+import polars as pl
+import pytest
+
+from torchdlrm.serve.batcher import Batcher
+from torchdlrm.serve.refusals import RefusedRequest
+
+
+@dataclass
+class Found:
+    probabilities: np.ndarray
+    num_unknown: dict
+
+
+class Doubling:
+    """Predicts twice a row's x; waits while `hold` is set, and cannot read a row without x."""
+
+    def __init__(self):
+        self.batches = []
+        self.go = threading.Event()
+        self.go.set()
+
+    def read(self, requests):
+        return pl.concat([pl.DataFrame({"x": [row["x"] for row in rows]}) for rows in requests])
+
+    def predict(self, frame):
+        self.go.wait(10)
+        self.batches.append(frame["x"].to_list())
+        return Found(2 * frame["x"].to_numpy().astype(np.float32), {})
+
+
+def rows(*values):
+    return [{"x": value} for value in values]
+
+
+def run(scenario, *, max_batch_rows=8, max_queue_rows=16):
+    """Runs a scenario(batcher, model, ask) in an event loop."""
+
+    async def main():
+        model, reports = Doubling(), []
+        batcher = Batcher(max_batch_rows=max_batch_rows, max_queue_rows=max_queue_rows, listener=reports.append)
+        batcher.start()
+
+        def ask(*values, model=model, seconds=5.0, is_gone=lambda: False):
+            return asyncio.ensure_future(
+                batcher.submit(
+                    model,
+                    rows(*values),
+                    request_id=str(values[0]),
+                    deadline_s=time.perf_counter() + seconds,
+                    is_abandoned=is_gone,
+                )
+            )
+
+        async def hold():
+            """Keep the model busy with row 0."""
+            model.go.clear()
+            first = ask(0)
+            await asyncio.sleep(0)
+            return first
+
+        try:
+            await scenario(batcher, model, ask, hold)
+        finally:
+            model.go.set()
+            batcher.stop()
+        return reports
+
+    return asyncio.run(main())
+
+
+def probabilities(answer):
+    return answer.probabilities.tolist()
+
+
+def test_an_idle_batcher_does_not_wait():
+    async def scenario(_batcher, model, ask, _hold):
+        assert probabilities(await ask(1)) == [2]
+        assert probabilities(await ask(2, 3)) == [4, 6]
+        assert model.batches == [[1], [2, 3]]
+
+    run(scenario)
+
+
+def test_what_queues_while_the_model_is_busy_shares_a_batch_up_to_the_limit_of_rows():
+    async def scenario(batcher, model, ask, hold):
+        first = await hold()
+        waiting = [ask(10 * i, 10 * i + 1, 10 * i + 2) for i in range(1, 5)]
+        await asyncio.sleep(0)
+        assert batcher.queued_rows == 12
+        model.go.set()
+        await first
+        assert [probabilities(await answer) for answer in waiting] == [
+            [20 * i, 20 * i + 2, 20 * i + 4] for i in range(1, 5)
+        ]
+        assert [len(batch) for batch in model.batches] == [1, 6, 6]  # a request is not torn apart to fill up 8
+        assert batcher.queued_rows == 0
+
+    reports = run(scenario)
+    assert [report.request_ids for report in reports] == [["0"], ["10", "20"], ["30", "40"]]
+
+
+def test_a_request_beyond_the_limit_is_cut_into_several_calls():
+    async def scenario(_batcher, model, ask, _hold):
+        assert probabilities(await ask(*range(20))) == [2 * i for i in range(20)]
+        assert [len(batch) for batch in model.batches] == [8, 8, 4]
+
+    run(scenario, max_queue_rows=20)
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again():
+    async def scenario(batcher, model, ask, hold):
+        first = await hold()
+        waiting = [ask(*range(8)), ask(*range(7))]
+        await asyncio.sleep(0)
+        with pytest.raises(RefusedRequest) as refused:
+            await ask(1, 2)
+        assert refused.value.status == HTTPStatus.SERVICE_UNAVAILABLE
+        assert int(refused.value.headers["Retry-After"]) >= 1
+        batcher.check_room(1)
+        model.go.set()
+        assert [len(probabilities(answer)) for answer in await asyncio.gather(first, *waiting)] == [1, 8, 7]
+        assert probabilities(await ask(1, 2)) == [2, 4]
+
+    run(scenario)
+
+
+def test_rows_past_their_deadline_never_reach_the_model():
+    async def scenario(batcher, model, ask, hold):
+        first = await hold()
+        late = ask(5, seconds=0.01)
+        with pytest.raises(RefusedRequest) as refused:
+            await late
+        assert refused.value.status == HTTPStatus.GATEWAY_TIMEOUT
+        with pytest.raises(RefusedRequest):
+            await ask(6, seconds=-1)
+        model.go.set()
+        await first
+        await ask(7)
+        assert model.batches == [[0], [7]]
+        assert batcher.queued_rows == 0
+
+    run(scenario)
+
+
+def test_rows_that_nobody_waits_for_never_reach_the_model():
+    async def scenario(batcher, model, ask, hold):
+        first = await hold()
+        gone, cancelled, kept = ask(5, is_gone=lambda: True), ask(6), ask(7)
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        model.go.set()
+        await first
+        assert probabilities(await kept) == [14]
+        assert model.batches == [[0], [7]]
+        assert gone.done()
+        assert isinstance(gone.exception(), RefusedRequest)
+        assert batcher.queued_rows == 0
+
+    run(scenario)
+
+
+def test_room_that_clients_who_have_gone_took_is_given_to_others():
+    async def scenario(_batcher, model, ask, hold):
+        first = await hold()
+        gone = ask(*range(16), is_gone=lambda: True)
+        await asyncio.sleep(0)
+        kept = ask(1)
+        model.go.set()
+        await asyncio.gather(first, gone, return_exceptions=True)
+        assert probabilities(await kept) == [2]
+
+    run(scenario)
+
+
+def test_a_request_that_fails_spoils_no_other():
+    async def scenario(_batcher, model, ask, hold):
+        first = await hold()
+        good, bad, better = ask(1), ask("one"), ask(3)
+        await asyncio.sleep(0)
+        model.go.set()
+        await first
+        assert probabilities(await good) == [2]
+        assert probabilities(await better) == [6]
+        with pytest.raises(Exception, match=r"."):
+            await bad
+
+    run(scenario)
+
+
+def test_rows_for_different_models_share_no_batch():
+    async def scenario(_batcher, model, ask, hold):
+        other = Doubling()
+        first = await hold()
+        waiting = [ask(1), ask(2), ask(3, model=other), ask(4, model=other), ask(5)]
+        await asyncio.sleep(0)
+        model.go.set()
+        await first
+        await asyncio.gather(*waiting)
+        assert (model.batches, other.batches) == ([[0], [1, 2], [5]], [[3, 4]])
+
+    run(scenario)
