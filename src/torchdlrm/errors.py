@@ -12,6 +12,7 @@
     │   └── RowError             a row to predict
     ├── TrainingError            training cannot go on (not the input's fault as far as we can tell)
     │   └── LostProcessError     another process of the training has died or does not answer
+    ├── SkewError                two ways to predict the same rows do not agree
     └── Interrupted              somebody has asked a job to stop, and it has saved what it had
 
 A `UserError` says in one message which key, file or line is wrong, which value it has and what to do about it.
@@ -64,6 +65,10 @@ class TrainingError(TorchDLRMError):
 
 class LostProcessError(TrainingError):
     """Another process of the training has died or does not answer; starting again may help."""
+
+
+class SkewError(TorchDLRMError):
+    """Training and serving, or two ways to serve, do not predict the same from the same rows."""
 
 
 class Interrupted(TorchDLRMError):  # noqa: N818 - it is no error

@@ -48,6 +48,10 @@ class BinaryMetrics:
         """The metrics by name, in the order of the fields."""
         return asdict(self)
 
+    def as_json(self) -> dict[str, int | float | None]:
+        """The same where NaN, which JSON does not have, is None."""
+        return {name: None if math.isnan(value) else value for name, value in self.as_dict().items()}
+
 
 def auc(labels: Labels, scores: Scores) -> float:
     """Exact area under the ROC curve, by the Mann-Whitney statistic; equal scores count half.

@@ -32,6 +32,7 @@ app.command("torchdlrm.cli.evaluate:evaluate", help="Measure a trained run on ev
 app.command("torchdlrm.cli.report:report", help="Write a run as one HTML page.")
 app.command("torchdlrm.cli.export:export", help="Turn a trained run into a bundle that predicts from raw rows.")
 app.command("torchdlrm.cli.predict:predict", help="Predict every row of a raw log.")
+app.command("torchdlrm.cli.verify:verify", help="Compare checkpoint, bundle and server on the same raw rows.")
 app.command("torchdlrm.cli.serve:serve", help="Serve a bundle over HTTP and gRPC.")
 app.command("torchdlrm.cli.bench:bench", name="bench", help="Time the hot paths on this machine.")
 app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset or a bundle holds.")

@@ -9,7 +9,7 @@ from cyclopts.validators import Number
 from rich.table import Table
 
 from torchdlrm.cli.terminal import console, print_json, progress_bars
-from torchdlrm.errors import UserError
+from torchdlrm.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from torchdlrm.predict.files import PredictSummary
@@ -52,12 +52,17 @@ def predict(
     from torchdlrm.predict.predictor import Predictor
     from torchdlrm.predict.rows_in import RowsIn
 
-    # As Ctrl-C does: what was begun is removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with progress_bars("") as progress:
-        predictor = Predictor.open(bundle, verify=verify, num_threads=num_threads, progress=progress)
-        log = RowsIn(rows, predictor.schema, log_format, [name for name in columns.split(",") if name])
-        summary = predict_file(predictor, log, out, bad_rows=bad_rows, progress=progress)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was begun is removed
+    try:
+        with progress_bars("") as progress:
+            predictor = Predictor.open(bundle, verify=verify, num_threads=num_threads, progress=progress)
+            log = RowsIn(rows, predictor.schema, log_format, [name for name in columns.split(",") if name])
+            summary = predict_file(predictor, log, out, bad_rows=bad_rows, progress=progress)
+    except KeyboardInterrupt as interrupt:
+        done = "" if out == Path("-") else f": nothing was written to {out}"
+        raise Interrupted("interrupted" + done) from interrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
     _print_summary(summary, out)
     if as_json:
         print_json({"bundle": str(bundle), "version": predictor.bundle.version, "out": str(out), **summary.as_dict()})

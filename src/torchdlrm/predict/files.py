@@ -17,11 +17,11 @@ import polars as pl
 from numpy.typing import NDArray
 
 from torchdlrm.data.bad_rows import BadRows, describe_bad_rows
-from torchdlrm.data.vocabulary import hex_digits
 from torchdlrm.errors import LogError, UserError
 from torchdlrm.export.bundle import PREDICTION_COLUMN
 from torchdlrm.export.encoded_rows import EncodedRows
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
+from torchdlrm.predict.cells_out import as_written
 from torchdlrm.predict.predictor import Predictions, Predictor
 from torchdlrm.predict.rows_in import RowChunk, RowsIn
 from torchdlrm.predict.scores_out import check_name, writing_scores
@@ -67,7 +67,7 @@ class PredictSummary:
         """As JSON has it."""
         content = asdict(self) | {"rows_per_s": self.rows_per_s, "bad_rows_by_reason": self.details.counts}
         del content["details"]
-        return content
+        return content | {"metrics": None if self.metrics is None else self.metrics.as_json()}
 
 
 def predict_file(
@@ -148,7 +148,7 @@ def _refusal(bad_rows: BadRows) -> str:
 
 def _scores(chunk: RowChunk, probabilities: NDArray[np.float32], rows: RowsIn, *, as_text: bool) -> pl.DataFrame:
     """The columns handed on and the prediction, with nulls in the places of bad rows."""
-    columns = [_as_written(chunk.frame[name], rows.schema, as_text=as_text) for name in rows.handed_on]
+    columns = [as_written(chunk.frame[name], rows.schema, as_text=as_text) for name in rows.handed_on]
     frame = pl.DataFrame([*columns, pl.Series(PREDICTION_COLUMN, probabilities)])
     if not len(chunk.bad_positions):
         return frame
@@ -156,25 +156,6 @@ def _scores(chunk: RowChunk, probabilities: NDArray[np.float32], rows: RowsIn, *
     is_good[chunk.bad_positions] = False
     places = pl.Series(np.cumsum(is_good) - 1)
     return frame.select(pl.all().gather(places.zip_with(pl.Series(is_good), pl.Series([None], dtype=places.dtype))))
-
-
-def _as_written(cells: pl.Series, schema: FeatureSchema, *, as_text: bool) -> pl.Series:
-    """A column as a log has it: hex values as digits; lists as lists, or in a CSV file joined."""
-    column = next((column for column in schema.sparse if column.name == cells.name), None)
-    if column is None:
-        return cells
-    if column.kind == "hex" and column.is_multi_valued:
-        flat = hex_digits(cells.explode(empty_as_null=False, keep_nulls=False))
-        lengths = pl.Series(cells.list.len())
-        rows = pl.DataFrame({"row": pl.int_range(len(cells), eager=True), "length": lengths})
-        grouped = pl.DataFrame({"row": rows["row"].repeat_by(rows["length"]).explode(), "value": flat})
-        lists = grouped.group_by("row", maintain_order=True).agg("value")
-        cells = rows.join(lists, on="row", how="left", maintain_order="left")["value"].alias(cells.name)
-    elif column.kind == "hex":
-        return hex_digits(cells)
-    if column.is_multi_valued and as_text:
-        return cells.cast(pl.List(pl.String)).list.join(column.value_separator or "")
-    return cells
 
 
 class _Tally:

@@ -82,8 +82,8 @@ class _CsvWriter:
         self._file, self._is_first = file, True
 
     def write(self, frame: pl.DataFrame) -> None:
-        # A line that is empty would be no row to many a reader.
-        null = '""' if frame.width == 1 else ""
+        # An empty line would be no row to many a reader.
+        null = "NaN" if frame.width == 1 else ""
         self._file.write(frame.write_csv(include_header=self._is_first, null_value=null).encode())
         self._is_first = False
 

@@ -1,0 +1,82 @@
+"""`dlrm verify`: do checkpoint, bundle and server predict the same from the same raw rows?"""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich.table import Table
+
+from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.errors import SkewError
+
+if TYPE_CHECKING:
+    from torchdlrm.predict.verify import Verification
+
+
+def verify(
+    bundle: Path,
+    *rows: Annotated[Path, Parameter(allow_leading_hyphen=True)],
+    dataset: Path,
+    run: Path | None = None,
+    url: str | None = None,
+    max_rows: Annotated[int, Parameter(name="--rows", validator=Number(gte=1))] = 10_000,
+    log_format: Annotated[Literal["log", "csv", "tsv"], Parameter(name="--format")] = "log",
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Predict the same raw rows by preprocessing and checkpoint, by the bundle and by a live server, and compare.
+
+    Fails (exit code 1) where two of them differ by more than the bundle's precision explains.
+
+    Args:
+        bundle: Folder written by `dlrm export`.
+        rows: Files of raw rows; by default the log that the dataset was made of, if it is still beside it or here.
+        dataset: The dataset that the run was trained on.
+        run: The run that the bundle was made of; by default looked for by its name beside the bundle and the dataset.
+        url: Address of a server of the bundle, as in http://localhost:8080; a key is taken from DLRM_API_KEY.
+        max_rows: At most so many rows.
+        log_format: How text is written: as the model's schema says (log); with commas, quotes and a header (csv); with
+            tabs (tsv).
+        as_json: Print one JSON object on standard output.
+    """
+    from torchdlrm.data.dataset import Dataset
+    from torchdlrm.predict.client import PredictionClient
+    from torchdlrm.predict.predictor import Predictor
+    from torchdlrm.predict.rows_in import RowsIn
+    from torchdlrm.predict.verify import check_dataset, find_log, find_run
+    from torchdlrm.predict.verify import verify as verify_bundle
+
+    encoded = Dataset.open(dataset)
+    with (
+        progress_bars("") as progress,
+        PredictionClient(url) if url is not None else nullcontext() as client,
+    ):
+        predictor = Predictor.open(bundle, progress=progress)
+        check_dataset(predictor, encoded)
+        trained = find_run(predictor, dataset, run)
+        log = RowsIn(list(rows) or find_log(encoded), predictor.schema, log_format)
+        found = verify_bundle(predictor, trained, encoded, log, max_rows=max_rows, client=client, progress=progress)
+    _print_table(found, ", ".join(map(str, log.paths)))
+    if as_json:
+        print_json({"bundle": str(bundle), "version": predictor.bundle.version, **found.as_dict()})
+    for before, way in zip(found.ways, found.ways[1:], strict=False):
+        if not way.agrees:
+            msg = (
+                f"{way.name} and {before.name} do not predict the same: a probability differs by "
+                f"{way.largest_difference:.2g}, and the precision explains {way.largest_allowed:.2g}"
+            )
+            raise SkewError(msg)
+
+
+def _print_table(found: "Verification", log: str) -> None:
+    bad = f", {found.bad_rows:,} bad ones left out" if found.bad_rows else ""
+    table = Table(title=f"{found.rows:,} rows of {log}{bad}", title_justify="left")
+    for name in ("by", "largest difference", "allowed", "AUC", "logloss"):
+        table.add_column(name, justify="left" if name == "by" else "right")
+    for way in found.ways:
+        difference = "" if way.largest_difference is None else f"{way.largest_difference:.2g}"
+        allowed = "" if way.largest_allowed is None else f"{way.largest_allowed:.2g}"
+        judged = ("", "") if way.metrics is None else (f"{way.metrics.auc:.6f}", f"{way.metrics.logloss:.6f}")
+        table.add_row(way.name, difference, allowed, *judged)
+    console.print(table)
