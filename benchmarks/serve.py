@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -118,6 +119,25 @@ class Load:
         }
 
 
+async def stages(host: str, port: int) -> dict[str, tuple[float, float]]:
+    """What the server itself has measured so far: seconds and number by stage."""
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    text = (await reader.read()).decode()
+    writer.close()
+    found = dict(re.findall(r'^dlrm_latency_seconds_((?:sum|count)\{stage="\w+"\}) (\S+)$', text, re.MULTILINE))
+    names = ("read", "queue", "parse", "model", "total")
+    return {n: (float(found[f'sum{{stage="{n}"}}']), float(found[f'count{{stage="{n}"}}'])) for n in names}
+
+
+def means(before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Mean milliseconds of each stage between two moments."""
+    return {
+        stage: round(1e3 * (after[stage][0] - seconds) / max(1.0, after[stage][1] - count), 3)
+        for stage, (seconds, count) in before.items()
+    }
+
+
 async def measure(host: str, port: int, rows: list[dict[str, object]], seconds: float) -> list[dict[str, Any]]:
     """All cases, one after another."""
     ones = [request([row]) for row in rows[:500]]
@@ -130,7 +150,9 @@ async def measure(host: str, port: int, rows: list[dict[str, object]], seconds: 
     results = []
 
     async def case(what: str, load: Load, per_s: float, seconds: float) -> dict[str, Any]:
+        before = await stages(host, port)
         result = {"case": what, **await load.run(per_s, seconds)}
+        result["server_mean_ms"] = means(before, await stages(host, port))
         results.append(result)
         print(show(result), flush=True)
         return result
@@ -160,7 +182,8 @@ def show(result: dict[str, Any]) -> str:
     return (
         f"{result['case']:27s} {result['asked_per_s']:7,.0f}/s  answered {result['answered_per_s']:7,.0f}/s  "
         f"p50 {answered['p50']:8.2f}  p99 {answered['p99']:8.2f}  p99.9 {answered['p99.9']:8.2f} ms  "
-        f"refused p99 {refused['p99']:8.2f} ms  {codes}  (generator late by {result['generator_late_ms_p99']:.1f} ms)"
+        f"refused p99 {refused['p99']:8.2f} ms  {codes}  (generator late by {result['generator_late_ms_p99']:.1f} ms; "
+        f"server's own mean {result['server_mean_ms']['total']:.2f} ms)"
     )
 
 
