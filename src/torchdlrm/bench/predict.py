@@ -105,7 +105,7 @@ def benchmark_predict(
     sizes = {f"cat_{i}": rows_per_table for i in range(num_tables)}
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         bundles = {
-            precision: _write_bundle(Path(scratch) / precision, sizes, precision)
+            precision: write_random_bundle(Path(scratch) / precision, sizes, precision)
             for precision in dict.fromkeys(tables for tables, _ in SERVED)
         }
         float32 = bundles["float32"]
@@ -151,17 +151,18 @@ def served_step(_: Ranks, bundle_path: Path, batch_rows: int, dense_precision: D
 def eager_step(_: Ranks, bundle_path: Path, batch_rows: int) -> Step:
     """TorchRec's own model as it is trained."""
     bundle = Bundle.open(bundle_path)
-    return _torchrec_step(_torchrec_model(bundle), bundle, batch_rows)
+    return _torchrec_step(torchrec_model(bundle), bundle, batch_rows)
 
 
 def quantized_step(_: Ranks, bundle_path: Path, batch_rows: int) -> Step:
     """TorchRec's own model, its tables quantised as TorchRec does it."""
     bundle = Bundle.open(bundle_path)
-    model = quantize_embeddings(_torchrec_model(bundle), dtype=torch.qint8, inplace=True)
+    model = quantize_embeddings(torchrec_model(bundle), dtype=torch.qint8, inplace=True)
     return _torchrec_step(model, bundle, batch_rows)
 
 
-def _torchrec_model(bundle: Bundle) -> Any:
+def torchrec_model(bundle: Bundle) -> Any:
+    """TorchRec's own DLRM with the weights of a float32 bundle."""
     model_config, sparse = bundle.manifest.model, bundle.manifest.sparse
     model: Any = TorchRecDLRM(
         EmbeddingBagCollection(
@@ -238,7 +239,7 @@ class _RandomWeights:
         return (torch.rand(stop - start, dim, generator=generator) * 2 - 1) / num_rows**0.5
 
 
-def _write_bundle(path: Path, sizes: dict[str, int], precision: TablePrecision) -> Path:
+def write_random_bundle(path: Path, sizes: dict[str, int], precision: TablePrecision) -> Path:
     """A bundle without vocabularies, for encoded rows."""
     path.mkdir()
     written = write_weights(_RandomWeights(sizes), dict.fromkeys(sizes, precision), path / WEIGHTS_NAME, SILENT)
