@@ -1,6 +1,7 @@
 """Lines -> typed columns: what is accepted, what is a bad row, and that cuts do not matter."""
 
 import gzip
+import random
 from itertools import pairwise
 
 import polars as pl
@@ -256,3 +257,22 @@ def test_files_that_cannot_be_a_log_are_reported(tmp_path):
 def test_the_criteo_preset_reads_forty_columns():
     cells = [b"1", *[b"%d" % i for i in range(13)], *[b"%08x" % i for i in range(26)]]
     assert parse_chunk(b"\t".join(cells) + b"\n", criteo_schema()).frame.row(0) == (1, *range(13), *range(26))
+
+
+def test_few_rows_are_read_as_they_are_among_many(seed):
+    """Columns of few rows are cast together, with a bad cell in none, one or several of them."""
+    rng = random.Random(seed)
+    hexes, counts = ["", "0fe", "FF", "ffffffff"], ["", "1", "-3"]
+    schema = criteo_schema()
+    lines = []
+    for i in range(9_000):
+        bad = {0: ["x"], 1: ["+f", "1.5"]}.get(i % 100, [])
+        cells = ["1", *rng.choices(counts + bad, k=13), *rng.choices(hexes + bad, k=26)]
+        lines.append("\t".join(cells).encode() + b"\n")
+    whole = parse_chunk(b"".join(lines), schema)
+    parts = [parse_chunk(b"".join(lines[i : i + 50]), schema) for i in range(0, 9_000, 50)]
+    assert 50 < whole.bad_rows.total < 9_000
+    assert pl.concat(part.frame for part in parts).equals(whole.frame)
+    bad = [i * 50 + position for i, part in enumerate(parts) for position in part.bad_positions]
+    assert bad == whole.bad_positions.tolist()
+    assert sum(part.bad_rows.total for part in parts) == whole.bad_rows.total == len(bad)

@@ -68,3 +68,16 @@ def test_moments_are_exact_and_so_do_not_depend_on_how_rows_are_cut(values, cut)
 def test_fitted_transforms_survive_json():
     fitted = FittedDense(transform="standardize", missing=0.1, shift=-0.1, deviation=1 / 3)
     assert FittedDense.model_validate_json(fitted.model_dump_json()) == fitted
+
+
+def test_few_rows_are_encoded_to_the_bit_as_they_are_among_many(seed):
+    rng = np.random.default_rng(seed)
+    columns = {"a": "log_plus_3", "b": "log1p", "c": "log_plus_3", "d": "none", "e": "log_plus_3"}
+    dense = {name: fit_dense(DenseColumn(name=name, transform=transform), None) for name, transform in columns.items()}
+    numbers = {name: pl.Series(rng.integers(-5, 10**9, 10_000)) for name in columns}
+    numbers["c"] = pl.Series(rng.normal(0, 1e3, 10_000))
+    frame = pl.DataFrame(numbers).with_columns(pl.when(pl.all() % 7 > 0).then(pl.all()))
+    many = encode_dense(frame, dense)
+    assert many.columns == list(columns)
+    assert pl.concat(encode_dense(frame.slice(i, 777), dense) for i in range(0, 10_000, 777)).equals(many)
+    assert encode_dense(frame.head(0), dense).schema == many.schema

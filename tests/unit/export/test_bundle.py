@@ -83,6 +83,18 @@ def test_what_is_no_bundle_is_told_so(tmp_path, small_run):
         Bundle.open(small_run)
 
 
+def test_files_without_a_checksum_or_outside_are_not_opened(copied):
+    manifest = BundleManifest.read(copied)
+    for name, files in (
+        ("vocabulary/cat_0.index", {k: v for k, v in manifest.files.items() if k != "vocabulary/cat_0.index"}),
+        ("../other", manifest.files | {"../other": manifest.files[WEIGHTS_NAME]}),
+    ):
+        changed = manifest.model_copy(update={"files": files}).sealed()
+        (copied / MANIFEST_NAME).write_text(changed.to_json(), encoding="utf-8")
+        with pytest.raises(BundleError, match=f"names {name}, without a checksum or outside"):
+            Bundle.open(copied)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 1 KiB, so that a small bundle has many."""
