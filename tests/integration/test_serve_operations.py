@@ -187,6 +187,7 @@ def test_a_deadline_that_cannot_be_kept_is_told(serve, small_bundle, rows):
     assert "deadline" in answer.json()["error"]
 
 
+@pytest.mark.slow
 def test_several_processes_share_a_port_and_their_figures(serve, link, small_bundle, other_bundle, rows):
     path, move = link
     server = serve(path, "--workers", 2, "--grpc-port", 0, "--log-level", "warning", DLRM_API_KEY=KEY)

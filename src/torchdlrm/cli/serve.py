@@ -29,7 +29,7 @@ def serve(
     max_body_bytes: Count = 16 << 20,
     max_batch_rows: Count = 2048,
     max_queue_rows: Count = 16384,
-    max_concurrent_requests: Count = 256,
+    max_concurrent_requests: Count = 128,
     deadline_ms: LongerThan0 = 1000.0,
     header_timeout_s: LongerThan0 = 10.0,
     body_timeout_s: LongerThan0 = 30.0,

@@ -53,7 +53,7 @@ class ServeOptions:
     max_body_bytes: int = 16 << 20
     max_batch_rows: int = 2048
     max_queue_rows: int = 16384
-    max_concurrent_requests: int = 256
+    max_concurrent_requests: int = 128
     deadline_ms: float = 1000.0
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
