@@ -211,4 +211,5 @@ def serve():
     for process in started:
         if process.poll() is None:
             process.terminate()
+        if not process.stderr.closed:
             process.communicate(timeout=60)

@@ -197,9 +197,9 @@ def figures(client):
 
 
 def test_the_server_drains_and_exits_with_0(serve, small_bundle, rows):
-    server = serve(small_bundle, "--drain-s", 1, "--num-threads", 1)
+    server = serve(small_bundle, "--drain-s", 2, "--num-threads", 1)
     with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=server.url, timeout=30) as client:
-        futures = [pool.submit(client.post, "/predict", json=rows) for _ in range(200)]
+        futures = [pool.submit(client.post, "/predict", json=rows) for _ in range(40)]
         while not futures[8].done():
             time.sleep(0.001)
         server.process.send_signal(signal.SIGTERM)
@@ -211,4 +211,4 @@ def test_the_server_drains_and_exits_with_0(serve, small_bundle, rows):
     assert server.process.returncode == 0
     events = [json.loads(line) for line in log.splitlines()]
     assert [event["event"] for event in events if event["level"] == "warning"] == ["serving", "draining", "stopped"]
-    assert sum(event.get("path") == "/predict" for event in events) == 200
+    assert sum(event.get("path") == "/predict" for event in events) == 40
