@@ -299,7 +299,7 @@ CELL = st.text(st.sampled_from(list('ab ,"\n\r\té1')), max_size=6)
 
 
 @settings(max_examples=120, deadline=None)
-@given(cells=st.lists(st.tuples(CELL, CELL), min_size=1, max_size=12), chunk_bytes=st.integers(30, 120), data=st.data())
+@given(cells=st.lists(st.tuples(CELL, CELL), min_size=1, max_size=12), chunk_bytes=st.integers(48, 120), data=st.data())
 def test_any_cut_of_a_quoted_file_gives_the_rows_that_pythons_csv_module_reads(
     tmp_path_factory, cells, chunk_bytes, data
 ):
