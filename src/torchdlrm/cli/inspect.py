@@ -12,6 +12,7 @@ from torchdlrm.errors import UserError
 _KINDS = {
     "dataset.json": ("a dataset", "torchdlrm.cli.inspect_dataset"),
     "bundle.json": ("a bundle", "torchdlrm.cli.inspect_bundle"),
+    "environment.json": ("a run", "torchdlrm.cli.inspect_run"),
 }
 
 
@@ -21,11 +22,11 @@ def inspect(
     values: int = 3,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Show what a dataset or a bundle holds.
+    """Show what a dataset, a run or a bundle holds.
 
-    Of a dataset: rows, click rates, tables, unknown and missing values. Of a bundle: tables and their precision, the
-    check at the end of the export; all of it is read and its checksums compared.
-
+    Of a dataset: rows, click rates, tables, unknown and missing values. Of a run: how far it is, its checkpoints, its
+    evaluations. Of a bundle: tables and their precision, the check at the end of the export. Bundles and checkpoints
+    are read whole and their checksums compared.
 
     Args:
         folder: What to look at.
