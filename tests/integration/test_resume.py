@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -136,16 +137,16 @@ def test_killed_runs_end_with_the_bytes_of_an_uninterrupted_one(nproc, small_dat
     rng = random.Random(seed + nproc)
     kills, run = 0, tmp_path / "run-0"
     while True:
+        left_over = half_written(run)  # by the kill before: is not what this process writes
         process = Process("--dataset", small_dataset.path, "--run", run, *OPTIONS, "--nproc-per-node", nproc)
         done = max(checkpoints(run), default=0)
         if kills < NUM_KILLS and done < STEPS - 30:
             if rng.random() < 0.5:
-                target = done + rng.randrange(0, 30)
-                wait_until(
-                    lambda run=run, target=target: max(logged_steps(run), default=0) >= target // 10 * 10, process
-                )
+                target = done + rng.choice((10, 20))
+                wait_until(lambda run=run, target=target: max(logged_steps(run), default=0) >= target, process)
+                threading.Event().wait(rng.random() * 0.1)  # anywhere between two lines of the log
             else:
-                wait_until(lambda run=run, n=done: is_writing(run) or max(checkpoints(run), default=0) > n, process)
+                wait_until(lambda run=run, before=left_over: half_written(run) - before, process)
             workers = process.workers()
             if workers and rng.random() < 0.5:
                 os.kill(rng.choice(workers), signal.SIGKILL)
@@ -166,8 +167,13 @@ def test_killed_runs_end_with_the_bytes_of_an_uninterrupted_one(nproc, small_dat
         run = tmp_path / f"run-{kills}"
 
 
-def is_writing(run):
-    return any((run / "checkpoints").glob(".step-*.partial"))
+def half_written(run):
+    """The checkpoints that are being written, or were when their writer was killed."""
+    folders = set()
+    for path in (run / "checkpoints").glob(".step-*.partial"):
+        with suppress(FileNotFoundError):  # renamed meanwhile
+            folders.add((path.name, path.stat().st_ino))
+    return folders
 
 
 @pytest.mark.slow
