@@ -146,7 +146,13 @@ def test_killed_runs_end_with_the_bytes_of_an_uninterrupted_one(nproc, small_dat
                 wait_until(lambda run=run, target=target: max(logged_steps(run), default=0) >= target, process)
                 threading.Event().wait(rng.random() * 0.1)  # anywhere between two lines of the log
             else:
-                wait_until(lambda run=run, before=left_over: half_written(run) - before, process)
+                # Or just after, where the write fell between two looks.
+                wait_until(
+                    lambda run=run, before=left_over, done=done: (
+                        half_written(run) - before or max(checkpoints(run), default=0) > done
+                    ),
+                    process,
+                )
             workers = process.workers()
             if workers and rng.random() < 0.5:
                 os.kill(rng.choice(workers), signal.SIGKILL)
