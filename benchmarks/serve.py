@@ -126,7 +126,7 @@ async def stages(host: str, port: int) -> dict[str, tuple[float, float]]:
     text = (await reader.read()).decode()
     writer.close()
     found = dict(re.findall(r'^dlrm_latency_seconds_((?:sum|count)\{stage="\w+"\}) (\S+)$', text, re.MULTILINE))
-    names = ("read", "queue", "parse", "model", "total")
+    names = ("read", "queue", "encode", "model", "total")
     return {n: (float(found[f'sum{{stage="{n}"}}']), float(found[f'count{{stage="{n}"}}'])) for n in names}
 
 

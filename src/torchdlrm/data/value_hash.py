@@ -18,11 +18,24 @@ _MISSING = np.uint64(0x6D697373696E6721)
 def hash_values(values: pl.Series) -> npt.NDArray[np.uint64]:
     """The hash of each value (Int64, UInt32 or String): uint64 [D]."""
     if values.dtype == pl.String:
-        hashes = hash_numbers(_hash_text(values).view(np.int64))
+        numbers = _hash_text(values).view(np.int64)
     else:
-        hashes = hash_numbers(values.fill_null(0).to_numpy().astype(np.int64))
-    if values.null_count():
-        hashes[values.is_null().to_numpy()] = _MISSING
+        numbers = values.fill_null(0).to_numpy().astype(np.int64)
+    return hash_integers(numbers, values.is_null().to_numpy() if values.null_count() else None)
+
+
+def hash_integers(
+    numbers: npt.NDArray[np.int64], is_missing: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.uint64]:
+    """The hash of each integer: uint64, of the shape of `numbers`.
+
+    Args:
+        numbers: of any shape.
+        is_missing: where there is none, whatever stands in its place, of the same shape; None: nowhere.
+    """
+    hashes = hash_numbers(numbers)
+    if is_missing is not None:
+        hashes[is_missing] = _MISSING
     return hashes
 
 

@@ -126,17 +126,29 @@ class ValueIndex:
             values: UInt32 (hex), Int64 (int) or String, nullable, B rows.
         """
         if len(values) <= (_FEW_NUMBERS if self._texts is None else _FEW_TEXTS):
-            return pl.Series(values.name, [self._id_of(value) for value in values.to_list()], pl.Int32)
+            return pl.Series(values.name, [self.id_of(value) for value in values.to_list()], pl.Int32)
         if self._texts is not None:
             return pl.Series(values.name, self._ids_of_texts(values, self._texts))
         array = values.rechunk().to_arrow()
         start, width = array.offset, self._keys.dtype.itemsize
         # The buffer itself, null or not: filling nulls would cost more than finding the ids of some hundred rows.
         numbers = np.frombuffer(array.buffers()[1], self._keys.dtype, len(array), start * width)
+        is_missing = array.is_null().to_numpy(zero_copy_only=False) if array.null_count else None
+        return pl.Series(values.name, self.ids_of_numbers(numbers, is_missing))
+
+    def ids_of_numbers(
+        self, numbers: npt.NDArray[np.integer], is_missing: npt.NDArray[np.bool_] | None = None
+    ) -> npt.NDArray[np.int32]:
+        """The id of each number: int32 [B].
+
+        Args:
+            numbers: uint32 (hex) or int64 (int), [B].
+            is_missing: where there is none, whatever stands in its place, [B]; None: nowhere.
+        """
         ids, _ = self._find(numbers, hash_numbers(numbers.astype(np.int64)))
-        if array.null_count:
-            ids[array.is_null().to_numpy(zero_copy_only=False)] = self._missing_id
-        return pl.Series(values.name, ids)
+        if is_missing is not None:
+            ids[is_missing] = self._missing_id
+        return ids
 
     def _ids_of_texts(self, values: pl.Series, texts: pa.LargeStringArray) -> npt.NDArray[np.int32]:
         """Every distinct text is hashed and compared once: int32 [B]."""
@@ -147,7 +159,7 @@ class ValueIndex:
         found = np.flatnonzero(ids)
         same = pc.equal(texts.take(pa.array(slots[found])), wanted.take(pa.array(found)))
         for i in found[~pc.fill_null(same, fill_value=False).to_numpy(zero_copy_only=False)]:
-            ids[i] = self._id_of(wanted[int(i)].as_py())
+            ids[i] = self.id_of(wanted[int(i)].as_py())
         if wanted.null_count:
             ids[wanted.is_null().to_numpy(zero_copy_only=False)] = self._missing_id
         return ids[encoded.indices.to_numpy()]
@@ -177,8 +189,8 @@ class ValueIndex:
             starts, wanted = starts[rest] + width, wanted[rest]
             width = max(_WIDE, 2 * width)
 
-    def _id_of(self, value: int | str | None) -> int:
-        """The id of one value."""
+    def id_of(self, value: int | str | None) -> int:
+        """The id of one value, in a microsecond; None is a missing one."""
         if value is None:
             return self._missing_id
         hashed = hash_text(value) if isinstance(value, str) else hash_number(value)

@@ -20,7 +20,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from torchdlrm.data.dataset import sha256_of
-from torchdlrm.data.transforms import FittedDense, ValueLookup
+from torchdlrm.data.transforms import FittedDense
 from torchdlrm.data.value_index import ValueIndex
 from torchdlrm.data.vocabulary import UNKNOWN_ID
 from torchdlrm.errors import BundleError
@@ -48,6 +48,19 @@ class PlainIds:
         """Int64 values, nullable -> Int32 ids."""
         is_row = values.is_between(0, self._num_embeddings - 1).fill_null(value=False)
         return values.zip_with(is_row, pl.Series([UNKNOWN_ID], dtype=values.dtype)).cast(pl.Int32)
+
+    def ids_of_numbers(
+        self, numbers: NDArray[np.integer], is_missing: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.int32]:
+        """As `ValueIndex.ids_of_numbers`."""
+        is_row = (numbers >= 0) & (numbers < self._num_embeddings)
+        if is_missing is not None:
+            is_row &= ~is_missing
+        return np.where(is_row, numbers, UNKNOWN_ID).astype(np.int32)
+
+    def id_of(self, value: int | str | None) -> int:
+        """As `ValueIndex.id_of`."""
+        return value if isinstance(value, int) and 0 <= value < self._num_embeddings else UNKNOWN_ID
 
 
 class Bundle:
@@ -132,7 +145,7 @@ class Bundle:
         """The fitted transform of each dense column."""
         return self.manifest.dense
 
-    def vocabulary(self, name: str) -> ValueLookup:
+    def vocabulary(self, name: str) -> ValueIndex | PlainIds:
         """What maps the values of a sparse feature to ids; a hashed feature has none."""
         column = next(column for column in self.schema.sparse if column.name == name)
         assert column.hash is None, f"{name} is hashed"
@@ -142,7 +155,7 @@ class Bundle:
         return ValueIndex.open(self.path / record.index, kind=column.kind)
 
     @cached_property
-    def vocabularies(self) -> dict[str, ValueLookup]:
+    def vocabularies(self) -> dict[str, ValueIndex | PlainIds]:
         """The vocabulary of each sparse feature that is not hashed: what `torchdlrm.data.transforms.encode` takes."""
         return {column.name: self.vocabulary(column.name) for column in self.schema.sparse if column.hash is None}
 

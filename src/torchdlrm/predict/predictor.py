@@ -23,6 +23,7 @@ from torchdlrm.export.bundle import Bundle, Verify
 from torchdlrm.export.check import tolerance
 from torchdlrm.export.served_model import EncodedRows, ServedModel
 from torchdlrm.predict.json_rows import Row, RowReader
+from torchdlrm.predict.plain_rows import PlainRowEncoder
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.schema import SparseColumn
 
@@ -57,6 +58,7 @@ class Predictor:
         self.bundle = bundle
         self.schema = bundle.schema
         self._reader = RowReader(bundle.schema)
+        self._plain_rows = PlainRowEncoder(bundle.schema, bundle.dense, bundle.vocabularies)
         self._model = ServedModel(bundle)
         self._dense_names = [column.name for column in self.schema.dense]
         self._sparse_types = {column.name: _type_of(column) for column in self.schema.sparse}
@@ -107,6 +109,15 @@ class Predictor:
         self._check_types(frame)
         encoded = encode(frame, self.schema, self.bundle.dense, self.bundle.vocabularies)
         return EncodedRows.from_frame(encoded, self.schema)
+
+    def encode_rows(self, rows: Sequence[Row]) -> EncodedRows:
+        """`encode(parse_rows(rows))`, to the bit; of plain rows in a fraction of the time.
+
+        Raises:
+            RowError: an unknown column, or a cell that does not fit; names the row (from 0), the column and the value.
+        """
+        encoded = self._plain_rows.encode(rows)
+        return self.encode(self.parse_rows(rows)) if encoded is None else encoded
 
     def predict(self, frame: pl.DataFrame) -> Predictions:
         """The predictions of raw rows; `frame` as in `encode`.

@@ -5,6 +5,9 @@ event loop goes on reading and answering; what arrives while the model is busy i
 So there is no waiting time to choose: an idle server starts on a row at once, and the busier the model, the more rows
 share a batch.  Everything is counted in rows, because a request may have one or thousands.
 
+A batch of few rows takes less time than waking a thread, twice.  It is predicted where it is, in the loop, as long as
+that is quick; requests that come meanwhile are read together after it, and share the next.
+
 All methods belong to the event loop's thread, except where it is said.
 """
 
@@ -21,9 +24,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from torchdlrm.export.encoded_rows import EncodedRows
 from torchdlrm.serve.refusals import bad_request, overloaded, too_late
 
 _SWEEP_INTERVAL_S = 0.01
+_FEW_ROWS, _QUICK_S = 16, 0.003  # predicted in the loop: so many rows, if the last so few took no longer
 
 
 class Predictions(Protocol):
@@ -43,17 +48,21 @@ Rows = Sequence[Mapping[str, object]] | pl.DataFrame
 
 
 class Model(Protocol):
-    """What predicts; only one thread calls it."""
+    """What predicts; called by one thread at a time."""
 
-    def read(self, requests: Sequence[Rows]) -> pl.DataFrame:
-        """The rows of some requests, one after another, as typed columns.
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to do before its first predictions, so that few rows take the time of few rows."""
+
+    def encode(self, requests: Sequence[Rows]) -> EncodedRows:
+        """The rows of some requests, one after another.
 
         Raises:
             UserError: a row of them is wrong.
         """
 
-    def predict(self, frame: pl.DataFrame) -> Predictions:
-        """Typed columns, B rows -> B probabilities."""
+    def predict(self, rows: EncodedRows) -> Predictions:
+        """B rows -> B probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +71,27 @@ class BatchReport:
 
     Attributes:
         model: what predicted.
-        frame: the typed columns, B rows.
-        request_ids: of the requests in it; `num_rows` how many rows each has.
+        requests: the rows of each request in it.
+        request_ids: of these; `num_rows` how many rows each has.
         predictions: of its parts, one after another.
-        parse_s, model_s: how long it took to read the rows and to predict.
+        encode_s, model_s: how long it took to encode the rows and to predict.
     """
 
     model: Model
-    frame: pl.DataFrame
+    requests: Sequence[Rows]
     request_ids: Sequence[str]
     num_rows: Sequence[int]
     predictions: Sequence[Predictions]
-    parse_s: float
+    encode_s: float
     model_s: float
 
+    @property
+    def total_rows(self) -> int:
+        """B."""
+        return sum(self.num_rows)
 
-# Is told of each batch, in the model's thread.
+
+# Is told of each batch, in the thread that predicts it.
 BatchListener = Callable[[BatchReport], None]
 
 
@@ -87,7 +101,7 @@ class Answer:
 
     probabilities: NDArray[np.float32]
     queue_s: float
-    parse_s: float
+    encode_s: float
     model_s: float
 
 
@@ -109,6 +123,10 @@ class _Batch:
     parts: list[_Waiting]
     started_s: float
 
+    @property
+    def num_rows(self) -> int:
+        return sum(part.num_rows for part in self.parts)
+
 
 class Batcher:
     """Gathers rows for one model thread; `start` makes it run.
@@ -123,7 +141,8 @@ class Batcher:
         self._max_batch_rows, self._max_queue_rows, self._listener = max_batch_rows, max_queue_rows, listener
         self._waiting: deque[_Waiting] = deque()
         self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
-        self._is_busy = False
+        self._is_busy = self._is_beginning = False
+        self._few_rows_s = 0.0
         self._swept_s = 0.0
         self._rows_per_s = 0.0
         self.queued_rows = 0
@@ -135,11 +154,12 @@ class Batcher:
         """Start the model's thread; from the event loop that will submit.
 
         Args:
-            warm_up: is called in that thread first of all: libraries make buffers and threads of their own for each
-                thread that calls them, and the first request shall not wait for that.
+            warm_up: is called here and in that thread first of all: libraries make buffers and threads of their own
+                for each thread that calls them, and the first request shall not wait for that.
         """
         self._loop = asyncio.get_running_loop()
         self._warm_up = warm_up
+        warm_up()
         self._thread.start()
 
     def stop(self) -> None:
@@ -197,7 +217,7 @@ class Batcher:
         now_s = time.perf_counter()
         num_rows = len(rows)
         if not num_rows:
-            return Answer(np.empty(0, np.float32), 0.0, 0.0, 0.0)
+            return Answer(np.empty(0, np.float32), queue_s=0.0, encode_s=0.0, model_s=0.0)
         if now_s >= deadline_s:
             raise too_late("the deadline passed before the rows were read; nothing was computed")
         self.check_room(num_rows)
@@ -207,8 +227,7 @@ class Batcher:
         timer = self._loop.call_later(deadline_s - now_s, _expire, waiting)
         self._waiting.append(waiting)
         self.queued_rows += waiting.num_rows
-        if not self._is_busy:
-            self._start_batch()
+        self._begin_soon()
         try:
             return await waiting.future
         finally:
@@ -219,8 +238,29 @@ class Batcher:
             waiting.is_queued = False
             self.queued_rows -= waiting.num_rows
 
-    def _start_batch(self) -> None:
-        """Give the model what is waiting, up to the limit; whatever nobody waits for any more is dropped here."""
+    def _begin_soon(self) -> None:
+        """Start a batch when the loop has read all that has arrived."""
+        if not (self._is_busy or self._is_beginning):
+            assert self._loop is not None
+            self._is_beginning = True
+            self._loop.call_soon(self._begin)
+
+    def _begin(self) -> None:
+        self._is_beginning = False
+        if self._is_busy or (batch := self._next_batch()) is None:
+            return
+        if batch.num_rows > _FEW_ROWS or self._few_rows_s > _QUICK_S or not batch.model.is_settled:
+            self._is_busy = True
+            self._batches.put(batch)
+            return
+        started_s = time.perf_counter()
+        results = self._answer(batch)
+        self._settle(batch, results, time.perf_counter() - started_s)
+        if self._waiting:  # for another model
+            self._begin_soon()
+
+    def _next_batch(self) -> _Batch | None:
+        """What is waiting, up to the limit; whatever nobody waits for any more is dropped here."""
         parts: list[_Waiting] = []
         num_rows = 0
         while self._waiting:
@@ -239,13 +279,22 @@ class Batcher:
             self._leave_queue(first)
             parts.append(first)
             num_rows += first.num_rows
-        self._is_busy = bool(parts)
-        if parts:
-            self._batches.put(_Batch(parts[0].model, parts, time.perf_counter()))
+        return _Batch(parts[0].model, parts, time.perf_counter()) if parts else None
 
     def _finish(self, batch: _Batch, results: list[Answer | Exception], batch_s: float) -> None:
-        self._start_batch()  # first of all: the model shall not wait for the answers to be written
-        speed = sum(part.num_rows for part in batch.parts) / max(batch_s, 1e-6)
+        """The model's thread has answered."""
+        self._is_busy = False
+        if self.queued_rows > _FEW_ROWS:
+            self._begin()  # first of all: the model shall not wait for the answers to be written
+        self._settle(batch, results, batch_s)
+        if self._waiting:
+            self._begin_soon()
+
+    def _settle(self, batch: _Batch, results: list[Answer | Exception], batch_s: float) -> None:
+        num_rows = batch.num_rows
+        if num_rows <= _FEW_ROWS:
+            self._few_rows_s = batch_s
+        speed = num_rows / max(batch_s, 1e-6)
         self._rows_per_s = speed if not self._rows_per_s else 0.9 * self._rows_per_s + 0.1 * speed
         for part, result in zip(batch.parts, results, strict=True):
             if part.future.done():
@@ -279,20 +328,21 @@ class Batcher:
 
     def _predict(self, batch: _Batch) -> Iterator[Answer]:
         started_s = time.perf_counter()
-        frame = batch.model.read([part.rows for part in batch.parts])
-        parse_s = time.perf_counter() - started_s
+        requests = [part.rows for part in batch.parts]
+        rows = batch.model.encode(requests)
+        encode_s = time.perf_counter() - started_s
         step = self._max_batch_rows
-        pieces = [frame] if frame.height <= step else [frame[at : at + step] for at in range(0, frame.height, step)]
+        pieces = (rows.part(at, min(at + step, rows.num_rows)) for at in range(0, rows.num_rows, step))
         predictions = [batch.model.predict(piece) for piece in pieces]
-        model_s = time.perf_counter() - started_s - parse_s
+        model_s = time.perf_counter() - started_s - encode_s
         num_rows = [part.num_rows for part in batch.parts]
         request_ids = [part.request_id for part in batch.parts]
-        self._listener(BatchReport(batch.model, frame, request_ids, num_rows, predictions, parse_s, model_s))
+        self._listener(BatchReport(batch.model, requests, request_ids, num_rows, predictions, encode_s, model_s))
         probabilities = np.concatenate([piece.probabilities for piece in predictions])
         end = 0
         for part in batch.parts:
             end += part.num_rows
-            yield Answer(probabilities[end - part.num_rows : end], batch.started_s - part.arrived_s, parse_s, model_s)
+            yield Answer(probabilities[end - part.num_rows : end], batch.started_s - part.arrived_s, encode_s, model_s)
 
 
 def _abandon(waiting: _Waiting) -> None:

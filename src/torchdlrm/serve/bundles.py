@@ -13,6 +13,7 @@ from typing import Literal
 import polars as pl
 
 from torchdlrm.errors import TorchDLRMError
+from torchdlrm.export.encoded_rows import EncodedRows
 from torchdlrm.predict.predictor import Predictions, Predictor
 from torchdlrm.schema import FeatureSchema
 from torchdlrm.serve.batcher import Rows
@@ -56,29 +57,42 @@ class ServedBundle:
         """The first raw rows that the bundle carries."""
         return self._predictor.bundle.sample()[0].head(num_rows)
 
-    def read(self, requests: Sequence[Rows]) -> pl.DataFrame:
-        """The rows of some requests, one after another, as typed columns.
+    @property
+    def is_settled(self) -> bool:
+        """Whether all of its weights are checked: what is not is checked before it is used first, which takes time."""
+        return self._predictor.bundle.verifier.is_done
+
+    def encode(self, requests: Sequence[Rows]) -> EncodedRows:
+        """The rows of some requests, one after another, as the model reads them.
 
         Raises:
             RowError: a row has a column that there is not, or a cell that does not fit.
         """
-        frames: list[pl.DataFrame] = []
-        rows: list[Mapping[str, object]] = []
+        frames = [request for request in requests if isinstance(request, pl.DataFrame)]
+        rows = [row for request in requests if not isinstance(request, pl.DataFrame) for row in request]
+        if not frames:
+            return self._predictor.encode_rows(rows)
+        typed = self._predictor.encode(frames[0] if len(frames) == 1 else pl.concat(frames))
+        if not rows:
+            return typed
+        # Rows of the same form are encoded together, then each request's put in its place.
+        plain = self._predictor.encode_rows(rows)
+        pieces, ends = [], {False: 0, True: 0}
         for request in requests:
-            if isinstance(request, pl.DataFrame):
-                if rows:
-                    frames.append(self._features(rows))
-                    rows = []
-                frames.append(request)
-            else:
-                rows.extend(request)
-        if rows:
-            frames.append(self._features(rows))
-        return frames[0] if len(frames) == 1 else pl.concat(frames)
+            is_frame = isinstance(request, pl.DataFrame)
+            start, ends[is_frame] = ends[is_frame], ends[is_frame] + len(request)
+            pieces.append((typed if is_frame else plain).part(start, ends[is_frame]))
+        return EncodedRows.concatenated(pieces)
 
-    def predict(self, frame: pl.DataFrame) -> Predictions:
-        """Typed columns, B rows -> B probabilities."""
-        return self._predictor.predict(frame)
+    def read(self, requests: Sequence[Rows]) -> pl.DataFrame:
+        """The rows of some requests, one after another, as typed columns; raises as `encode`."""
+        return pl.concat(
+            request if isinstance(request, pl.DataFrame) else self._features(request) for request in requests
+        )
+
+    def predict(self, rows: EncodedRows) -> Predictions:
+        """B rows -> B probabilities."""
+        return self._predictor.predict_encoded(rows)
 
     def _features(self, rows: Sequence[Mapping[str, object]]) -> pl.DataFrame:
         frame = self._predictor.parse_rows(rows)

@@ -23,7 +23,7 @@ MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-STAGES = ("read", "queue", "parse", "model", "total")
+STAGES = ("read", "queue", "encode", "model", "total")
 
 
 class ServerMetrics:
@@ -46,7 +46,7 @@ class ServerMetrics:
         )
         latency = Histogram(
             "dlrm_latency_seconds",
-            "Time of a request: reading its body, in the queue, turning rows into columns, the model, all in all.",
+            "Time of a request: reading its body, in the queue, encoding its rows, the model, all in all.",
             ["stage"],
             buckets=_SECONDS,
             registry=self.registry,
@@ -84,8 +84,8 @@ class ServerMetrics:
 
     def batch_done(self, report: BatchReport) -> None:
         """A batch was predicted; may be called in any thread."""
-        self._rows.inc(report.frame.height)
-        self._batch_rows.observe(report.frame.height)
+        self._rows.inc(report.total_rows)
+        self._batch_rows.observe(report.total_rows)
         for part in report.predictions:
             self._predictions.inc(float(part.probabilities.sum(dtype="float64")))
             for feature, count in part.num_unknown.items():

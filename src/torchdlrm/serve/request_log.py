@@ -8,16 +8,18 @@ In: batches, as the model was given them.  Out: files in a folder, each whole fr
     requested_at, prediction, model_version
 
 The label is not there: nobody knows it yet.  docs/serving.md says how it is joined.  Rows wait in memory until there
-are enough for a file, and no more than a fixed number: beyond, they are dropped and counted.
+are enough for a file, and no more than a fixed number: beyond, they are dropped and counted.  They are made columns in
+the log's own thread, because the model may not need them as such.
 """
 
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import polars as pl
@@ -26,19 +28,28 @@ from torchdlrm.data.atomic import replacing
 from torchdlrm.data.vocabulary import hex_digits
 from torchdlrm.errors import ConfigError
 from torchdlrm.schema import FeatureSchema, SparseColumn, TimeColumn
-from torchdlrm.serve.batcher import BatchReport
+from torchdlrm.serve.batcher import BatchReport, Rows
 
 OWN_COLUMNS = ("request_id", "request_row", "requested_at", "prediction", "model_version")
-MAX_WAITING_ROWS = 1 << 19
+MAX_WAITING_ROWS = 1 << 17
 FILE_ROWS = 1 << 16
 FILE_SECONDS = 60.0
+
+
+class LoggedModel(Protocol):
+    """What predicted a batch."""
+
+    schema: FeatureSchema
+    version: str
+
+    def read(self, requests: Sequence[Rows]) -> pl.DataFrame:
+        """The rows of some requests, one after another, as typed columns."""
 
 
 @dataclass(frozen=True)
 class _Entry:
     report: BatchReport
-    schema: FeatureSchema
-    version: str
+    model: LoggedModel
     time_us: int
 
 
@@ -79,15 +90,15 @@ class RequestLog:
         self._thread = threading.Thread(target=self._work, name="request log", daemon=True)
         self._thread.start()
 
-    def add(self, report: BatchReport, schema: FeatureSchema, version: str) -> None:
+    def add(self, report: BatchReport, model: LoggedModel) -> None:
         """Keep a batch; never waits."""
-        num_rows = report.frame.height
+        num_rows = report.total_rows
         with self._lock:
             if self._waiting_rows + num_rows > MAX_WAITING_ROWS:
                 self._dropped(num_rows)
                 return
             self._waiting_rows += num_rows
-        self._entries.put(_Entry(report, schema, version, time.time_ns() // 1000))
+        self._entries.put(_Entry(report, model, time.time_ns() // 1000))
 
     def close(self) -> None:
         """Write what is waiting."""
@@ -95,7 +106,8 @@ class RequestLog:
         self._thread.join()
 
     def _work(self) -> None:
-        kept: list[_Entry] = []
+        kept: list[pl.DataFrame] = []
+        schema: FeatureSchema | None = None
         oldest_s = 0.0
         while True:
             timeout_s = max(0.0, oldest_s + self._file_s - time.monotonic()) if kept else None
@@ -105,22 +117,23 @@ class RequestLog:
                 self._write(kept)
                 kept = []
                 continue
-            other = entry is not None and bool(kept) and kept[0].schema is not entry.schema
-            if kept and (entry is None or other):
+            if kept and (entry is None or entry.model.schema is not schema):
                 self._write(kept)
                 kept = []
             if entry is None:
                 return
             if not kept:
                 oldest_s = time.monotonic()
-            kept.append(entry)
-            if sum(one.report.frame.height for one in kept) >= self._file_rows:
+            schema = entry.model.schema
+            kept.append(_log_frame(entry))
+            del entry  # while the thread waits, nothing keeps a bundle that was swapped away
+            if sum(frame.height for frame in kept) >= self._file_rows:
                 self._write(kept)
                 kept = []
 
-    def _write(self, entries: list[_Entry]) -> None:
-        frame = pl.concat([_log_frame(entry) for entry in entries])
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(entries[0].time_us / 1e6))
+    def _write(self, frames: list[pl.DataFrame]) -> None:
+        frame = pl.concat(frames)
+        stamp = frame["requested_at"][0].strftime("%Y%m%dT%H%M%S")
         path = self._folder / f"{stamp}-{os.getpid()}-{self._num_files:06d}.parquet"
         self._num_files += 1
         try:
@@ -145,16 +158,17 @@ def check_loggable(schema: FeatureSchema) -> None:
 
 
 def _log_frame(entry: _Entry) -> pl.DataFrame:
-    report = entry.report
+    report, schema = entry.report, entry.model.schema
+    frame = entry.model.read(report.requests)
     columns = []
-    for column in (*entry.schema.dense, *entry.schema.sparse):
-        values = report.frame[column.name]
+    for column in (*schema.dense, *schema.sparse):
+        values = frame[column.name]
         columns.append(
             (digits_of(values, column) if isinstance(column, SparseColumn) else values).alias(column.log_name)
         )
-    height = report.frame.height
-    if entry.schema.time is not None:
-        columns.append(_as_time(entry.time_us, entry.schema.time).new_from_index(0, height))
+    height = frame.height
+    if schema.time is not None:
+        columns.append(_as_time(entry.time_us, schema.time).new_from_index(0, height))
     counts = np.asarray(report.num_rows)
     starts = np.cumsum(counts) - counts
     columns += [
@@ -162,7 +176,7 @@ def _log_frame(entry: _Entry) -> pl.DataFrame:
         pl.Series("request_row", np.arange(height) - np.repeat(starts, counts)),
         pl.Series("requested_at", [entry.time_us]).cast(pl.Datetime("us", "UTC")).new_from_index(0, height),
         pl.Series("prediction", np.concatenate([part.probabilities for part in report.predictions])),
-        pl.Series("model_version", [entry.version]).new_from_index(0, height),
+        pl.Series("model_version", [entry.model.version]).new_from_index(0, height),
     ]
     return pl.DataFrame(columns)
 

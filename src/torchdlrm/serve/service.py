@@ -63,7 +63,7 @@ class Service:
     def start(self) -> None:
         """Begin to predict; in the event loop."""
         served = self.bundles.current
-        self.batcher.start(lambda: [served.predict(served.read([[{}] * num_rows])) for num_rows in (1, 64, 256, 1)])
+        self.batcher.start(lambda: [served.predict(served.encode([[{}] * num_rows])) for num_rows in (1, 64, 256, 1)])
 
     def close(self) -> None:
         """Stop, after the last request; what was logged is written."""
@@ -163,7 +163,7 @@ class Service:
             msg = "the model on this server is damaged"
             raise RefusedRequest(HTTPStatus.INTERNAL_SERVER_ERROR, msg) from error
         self.metrics.stage_done("queue", answer.queue_s)
-        self.metrics.stage_done("parse", answer.parse_s)
+        self.metrics.stage_done("encode", answer.encode_s)
         self.metrics.stage_done("model", answer.model_s)
         return answer
 
@@ -192,7 +192,7 @@ class Service:
         self.metrics.batch_done(report)
         if self._request_log is not None:
             assert isinstance(report.model, ServedBundle)
-            self._request_log.add(report, report.model.schema, report.model.version)
+            self._request_log.add(report, report.model)
 
 
 def settle_threads(options: ServeOptions) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 import numpy as np
-import polars as pl
 import pytest
 
+from torchdlrm.export.encoded_rows import EncodedRows
 from torchdlrm.serve.batcher import Batcher
 from torchdlrm.serve.refusals import RefusedRequest
 
@@ -21,31 +21,42 @@ class Found:
 
 
 class Doubling:
-    """Predicts twice a row's x; waits while `hold` is set, and cannot read a row without x."""
+    """Predicts twice a row's x; waits while `go` is not set, and cannot read a row whose x is no number."""
 
-    def __init__(self):
-        self.batches = []
+    def __init__(self, *, is_settled=False):
+        self.is_settled = is_settled
+        self.batches, self.threads = [], []
+        self.seconds = 0.0
         self.go = threading.Event()
         self.go.set()
 
-    def read(self, requests):
-        return pl.concat([pl.DataFrame({"x": [row["x"] for row in rows]}) for rows in requests])
+    def encode(self, requests):
+        x = [float(row["x"]) for rows in requests for row in rows]
+        return EncodedRows(np.array(x, np.float32)[:, None], np.zeros((0, len(x)), np.int32))
 
-    def predict(self, frame):
+    def predict(self, rows):
         self.go.wait(10)
-        self.batches.append(frame["x"].to_list())
-        return Found(2 * frame["x"].to_numpy().astype(np.float32), {})
+        time.sleep(self.seconds)
+        self.batches.append(rows.dense[:, 0].astype(int).tolist())
+        self.threads.append(threading.current_thread().name)
+        return Found(2 * rows.dense[:, 0], {})
+
+
+async def begun():
+    """When what was asked has reached the batcher, and what could begin has begun."""
+    for _ in range(3):
+        await asyncio.sleep(0)
 
 
 def rows(*values):
     return [{"x": value} for value in values]
 
 
-def run(scenario, *, max_batch_rows=8, max_queue_rows=16):
+def run(scenario, *, max_batch_rows=8, max_queue_rows=16, is_settled=False):
     """Runs a scenario(batcher, model, ask) in an event loop."""
 
     async def main():
-        model, reports = Doubling(), []
+        model, reports = Doubling(is_settled=is_settled), []
         batcher = Batcher(max_batch_rows=max_batch_rows, max_queue_rows=max_queue_rows, listener=reports.append)
         batcher.start()
 
@@ -64,7 +75,7 @@ def run(scenario, *, max_batch_rows=8, max_queue_rows=16):
             """Keep the model busy with row 0."""
             model.go.clear()
             first = ask(0)
-            await asyncio.sleep(0)
+            await begun()
             return first
 
         try:
@@ -94,7 +105,7 @@ def test_what_queues_while_the_model_is_busy_shares_a_batch_up_to_the_limit_of_r
     async def scenario(batcher, model, ask, hold):
         first = await hold()
         waiting = [ask(10 * i, 10 * i + 1, 10 * i + 2) for i in range(1, 5)]
-        await asyncio.sleep(0)
+        await begun()
         assert batcher.queued_rows == 12
         model.go.set()
         await first
@@ -208,3 +219,40 @@ def test_rows_for_different_models_share_no_batch():
         assert (model.batches, other.batches) == ([[0], [1, 2], [5]], [[3, 4]])
 
     run(scenario)
+
+
+def test_few_rows_are_predicted_in_the_loop_and_many_in_the_model_s_thread():
+    async def scenario(_batcher, model, ask, _hold):
+        await ask(1, 2)
+        await ask(*range(20))
+        await asyncio.gather(*(ask(i) for i in range(5)))  # what is read together shares a batch here too
+        assert model.batches == [[1, 2], list(range(20)), list(range(5))]
+        assert model.threads == ["MainThread", "model", "MainThread"]
+
+    run(scenario, max_batch_rows=32, max_queue_rows=32, is_settled=True)
+
+
+def test_few_rows_that_take_long_do_not_hold_up_the_loop_twice():
+    async def scenario(_batcher, model, ask, _hold):
+        model.seconds = 0.02
+        await ask(1)
+        await ask(2)
+        model.seconds = 0.0
+        await ask(3)
+        await ask(4)
+        assert model.threads == ["MainThread", "model", "model", "MainThread"]
+
+    run(scenario, is_settled=True)
+
+
+def test_in_the_loop_too_models_are_kept_apart_and_a_bad_request_spoils_no_other():
+    async def scenario(_batcher, model, ask, _hold):
+        other = Doubling(is_settled=True)
+        good, bad, others = ask(1), ask("one"), ask(3, model=other)
+        assert probabilities(await others) == [6]
+        assert probabilities(await good) == [2]
+        with pytest.raises(ValueError, match="one"):
+            await bad
+        assert set(model.threads + other.threads) == {"MainThread"}
+
+    run(scenario, is_settled=True)

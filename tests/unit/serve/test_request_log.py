@@ -43,15 +43,25 @@ class Found:
     num_unknown: dict
 
 
+@dataclass
+class Model:
+    schema: FeatureSchema = SCHEMA
+    version: str = "v1"
+
+    def read(self, requests):
+        return pl.concat(requests)
+
+
 def report(frame=FRAME):
     probabilities = np.linspace(0, 1, frame.height, dtype=np.float32)
-    counts = [1, frame.height - 1]
-    return BatchReport(None, frame, ["a", "b"], counts, [Found(probabilities, {})], 0.0, 0.0)
+    requests = [frame[:1], frame[1:]]
+    counts = [part.height for part in requests]
+    return BatchReport(None, requests, ["a", "b"], counts, [Found(probabilities, {})], 0.0, 0.0)
 
 
 def test_what_was_logged_is_read_as_what_was_asked(tmp_path):
     log = RequestLog(tmp_path, pytest.fail)
-    log.add(report(), SCHEMA, "v1")
+    log.add(report(), Model())
     log.close()
     path = next(tmp_path.iterdir())
     logged = pl.read_parquet(path)
@@ -71,7 +81,7 @@ def test_what_was_logged_is_read_as_what_was_asked(tmp_path):
 def test_files_are_written_when_they_are_full_and_by_version_of_the_schema(tmp_path):
     log = RequestLog(tmp_path, pytest.fail, file_rows=6)
     for schema in (SCHEMA, SCHEMA, SCHEMA, SCHEMA.model_copy()):
-        log.add(report(), schema, "v1")
+        log.add(report(), Model(schema))
     log.close()
     assert sorted(pl.read_parquet(path).height for path in tmp_path.iterdir()) == [3, 3, 6]
 
@@ -81,7 +91,7 @@ def test_rows_beyond_the_bound_are_dropped_and_counted(tmp_path, monkeypatch):
     dropped = []
     log = RequestLog(tmp_path, dropped.append)
     for _ in range(3):
-        log.add(report(), SCHEMA, "v1")
+        log.add(report(), Model())
     log.close()
     assert dropped == [3]
     assert sum(pl.read_parquet(path).height for path in tmp_path.iterdir()) == 6
@@ -92,7 +102,7 @@ def test_a_disk_that_takes_nothing_stops_nothing(tmp_path):
     folder = tmp_path / "log"
     log = RequestLog(folder, dropped.append)
     folder.rmdir()
-    log.add(report(), SCHEMA, "v1")
+    log.add(report(), Model())
     log.close()
     assert dropped == [3]
 
