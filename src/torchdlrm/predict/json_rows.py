@@ -163,8 +163,8 @@ def _text(cell: object, column: Column, row: int) -> str | None:
         if isinstance(column, LabelColumn):
             return str(int(cell))
     elif isinstance(cell, int | float) and not (isinstance(column, SparseColumn) and column.kind == "hex"):
-        # JavaScript writes 3 for 3.0, others 3.0 for 3: as numbers they are the same.  But a large one has been rounded:
-        # parsers of JSON make a float of an integer of more than 64 bits.
+        # JavaScript writes 3 for 3.0, others 3.0 for 3: as numbers they are the same.  But a large one has been
+        # rounded: parsers of JSON make a float of an integer of more than 64 bits.
         is_exact = isinstance(cell, float) and cell.is_integer() and abs(cell) <= 2**53
         whole = is_exact and getattr(column, "kind", "") == "int"
         return str(int(cell)) if whole else str(cell)
