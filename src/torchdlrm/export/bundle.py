@@ -114,7 +114,7 @@ class Bundle:
         for name in small:
             _check_sha256(path / name, manifest.files[name])
             progress.advance(manifest.files[name].size_bytes)
-        verifier = BlockVerifier(path / WEIGHTS_NAME, manifest.block_sha256)
+        verifier = BlockVerifier(path / WEIGHTS_NAME, manifest.block_sha256, in_pages=verify == "lazy")
         if verify == "full":
             verifier.check_all(progress, num_threads=len(os.sched_getaffinity(0)))
         else:

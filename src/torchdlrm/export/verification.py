@@ -24,16 +24,20 @@ class BlockVerifier:
     Args:
         path: the weights file.
         block_sha256: of each block.
+        in_pages: whether what is not in the page cache yet is brought there in single pages.  That takes longer than in
+            pieces of megabytes; but the cache maps a piece as a whole, so that a lookup makes all of it resident.
 
     Attributes:
         is_done: whether all blocks have been found good.
     """
 
-    def __init__(self, path: Path, block_sha256: Sequence[str]) -> None:
+    def __init__(self, path: Path, block_sha256: Sequence[str], *, in_pages: bool) -> None:
         self._path = path
         self._digests = [bytes.fromhex(digest) for digest in block_sha256]
         self._good: NDArray[np.bool_] = np.zeros(len(block_sha256), np.bool_)
         self._file = os.open(path, os.O_RDONLY)
+        if in_pages:
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
         self._damage: BundleError | None = None
         self.is_done = False
         self._thread: threading.Thread | None = None

@@ -1,0 +1,154 @@
+"""How soon a bundle with large tables answers under `--verify lazy`, and how much memory the answers make resident.
+
+    dlrm export run --out bundle
+    python benchmarks/lazy_bundle.py bundle --gigabytes 10
+
+The tables of a float32 bundle are made larger by random rows behind their own, in a folder that is removed at the end.
+Then, in a process of its own: open it, predict a row, a hundred, two thousand, all of ids that are uniform over the
+tables, which real ids are not. Memory is what the process has beyond what it had before opening; pages of the file
+belong to the page cache, and all processes that serve the bundle share them.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from shutil import copy, copytree
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchdlrm.export.bundle import Bundle, table_name
+from torchdlrm.export.encoded_rows import EncodedRows
+from torchdlrm.export.manifest import MANIFEST_NAME, SAMPLE_NAME, WEIGHTS_NAME
+from torchdlrm.export.served_model import ServedModel
+from torchdlrm.export.write import write_weights
+from torchdlrm.progress import SILENT
+
+NUM_ROWS = (1, 100, 2000)
+
+
+class Grown:
+    """The weights of a bundle, with random rows behind those of each table."""
+
+    def __init__(self, bundle: Bundle, table_rows: int) -> None:
+        self._bundle, self._rows = bundle, table_rows
+        dim = bundle.manifest.model.embedding_dim
+        tables = {table_name(name): (table_rows, dim) for name in bundle.manifest.sparse}
+        self.shapes: Mapping[str, tuple[int, ...]] = {**bundle.weights.shapes, **tables}
+        self.shapes = {name: shape for name, shape in self.shapes.items() if name != "padding"}
+
+    def tensor(self, name: str) -> Tensor:
+        """A layer, as it is."""
+        return self._bundle.weights.tensor(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The table's own rows, then random ones."""
+        own = self._bundle.weights.tensor(name)[start:stop]
+        return torch.cat([own, torch.empty(stop - start - len(own), own.shape[1]).uniform_(-0.01, 0.01)])
+
+
+def grow(source: Path, folder: Path, num_bytes: int) -> Path:
+    """Write the larger bundle; its first rows predict what those of the source predict."""
+    bundle = Bundle.open(source)
+    manifest = bundle.manifest
+    if any(record.precision != "float32" for record in manifest.sparse.values()):
+        sys.exit(f"{source}: has quantised tables; export the run with --precision float32")
+    table_rows = num_bytes // (4 * manifest.model.embedding_dim * len(manifest.sparse))
+    if table_rows < max(record.num_embeddings for record in manifest.sparse.values()):
+        sys.exit(f"{source}: has a table with more rows than {table_rows:,}; ask for more --gigabytes")
+    path = folder / "bundle"
+    path.mkdir()
+    copy(source / SAMPLE_NAME, path)
+    copytree(source / "vocabulary", path / "vocabulary")
+    written = write_weights(
+        Grown(bundle, table_rows), dict.fromkeys(manifest.sparse, "float32"), path / WEIGHTS_NAME, SILENT
+    )
+    larger = manifest.model_copy(
+        update={
+            "sparse": {
+                name: record.model_copy(update={"num_embeddings": table_rows})
+                for name, record in manifest.sparse.items()
+            },
+            "files": {**manifest.files, WEIGHTS_NAME: written.record},
+            "block_sha256": written.block_sha256,
+        }
+    )
+    (path / MANIFEST_NAME).write_text(larger.sealed().to_json(), encoding="utf-8")
+    return path
+
+
+def resident_mb() -> tuple[float, float]:
+    """Anonymous memory and pages of files."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    sizes = {line.split()[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
+    return sizes["RssAnon:"] / 1e3, sizes["RssFile:"] / 1e3
+
+
+def measure(path: Path) -> list[dict[str, float | str]]:
+    """In this process: what it takes to open the bundle and to predict ever more rows."""
+    random = np.random.default_rng(0)
+    torch.empty(1).sigmoid_()
+    before_mb, begun_s = resident_mb(), time.perf_counter()
+    results: list[dict[str, float | str]] = []
+
+    def note(what: str, touched_mb: float) -> None:
+        anonymous_mb, file_mb = (now - then for now, then in zip(resident_mb(), before_mb, strict=True))
+        results.append(
+            {
+                "what": what,
+                "after_s": time.perf_counter() - begun_s,
+                "touched_mb": touched_mb,
+                "anonymous_mb": anonymous_mb,
+                "file_mb": file_mb,
+            }
+        )
+
+    bundle = Bundle.open(path, verify="lazy")
+    model = ServedModel(bundle)
+    note("open", 0.0)
+    table_rows = [record.num_embeddings for record in bundle.manifest.sparse.values()]
+    pages = [np.empty(0, np.int64)]
+    for num_rows in NUM_ROWS:
+        ids_FB = np.array([random.integers(0, rows, num_rows) for rows in table_rows])
+        model.predict(EncodedRows(np.zeros((num_rows, len(bundle.schema.dense)), np.float32), ids_FB))
+        starts = np.array([bundle.weights.span(table_name(name))[0] for name in bundle.manifest.sparse])
+        row_bytes = 4 * bundle.manifest.model.embedding_dim
+        pages.append(((starts[:, None] + ids_FB * row_bytes) // 4096).ravel())
+        note(f"{num_rows:,} rows predicted", 4096 * len(np.unique(np.concatenate(pages))) / 1e6)
+    bundle.verifier.wait()
+    note("everything checked", float(results[-1]["touched_mb"]))
+    return results
+
+
+def main() -> None:
+    """Grow, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="with float32 tables")
+    parser.add_argument("--gigabytes", type=float, default=10.0, help="of tables")
+    parser.add_argument("--folder", type=Path, default=Path(), help="where there is room for them")
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    parser.add_argument("--measure", action="store_true", help="the bundle is large already: measure, print JSON")
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.bundle)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        path = grow(options.bundle, Path(folder), int(options.gigabytes * 1e9))
+        command = [sys.executable, __file__, str(path), "--measure"]
+        results = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(f"{'':24}{'after s':>10}{'touched MB':>12}{'anonymous MB':>14}{'of files MB':>13}")
+    for row in results:
+        figures = f"{row['after_s']:10.2f}{row['touched_mb']:12.1f}{row['anonymous_mb']:14.0f}{row['file_mb']:13.0f}"
+        print(f"{row['what']:24}{figures}")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
