@@ -25,7 +25,7 @@ from torch import Tensor
 
 from torchdlrm.export.bundle import Bundle, table_name
 from torchdlrm.export.encoded_rows import EncodedRows
-from torchdlrm.export.manifest import MANIFEST_NAME, SAMPLE_NAME, WEIGHTS_NAME
+from torchdlrm.export.manifest import MANIFEST_NAME, SAMPLE_NAME, WEIGHTS_NAME, BundleManifest
 from torchdlrm.export.served_model import ServedModel
 from torchdlrm.export.write import write_weights
 from torchdlrm.progress import SILENT
@@ -34,12 +34,12 @@ NUM_ROWS = (1, 100, 2000)
 
 
 class Grown:
-    """The weights of a bundle, with random rows behind those of each table."""
+    """The weights of a bundle, with random rows behind those of its tables."""
 
-    def __init__(self, bundle: Bundle, table_rows: int) -> None:
-        self._bundle, self._rows = bundle, table_rows
+    def __init__(self, bundle: Bundle, num_rows: Mapping[str, int]) -> None:
+        self._bundle = bundle
         dim = bundle.manifest.model.embedding_dim
-        tables = {table_name(name): (table_rows, dim) for name in bundle.manifest.sparse}
+        tables = {table_name(name): (rows, dim) for name, rows in num_rows.items()}
         self.shapes: Mapping[str, tuple[int, ...]] = {**bundle.weights.shapes, **tables}
         self.shapes = {name: shape for name, shape in self.shapes.items() if name != "padding"}
 
@@ -53,33 +53,27 @@ class Grown:
         return torch.cat([own, torch.empty(stop - start - len(own), own.shape[1]).uniform_(-0.01, 0.01)])
 
 
-def grow(source: Path, folder: Path, num_bytes: int) -> Path:
-    """Write the larger bundle; its first rows predict what those of the source predict."""
+def grow(source: Path, folder: Path, num_rows: Mapping[str, int]) -> Path:
+    """Write the bundle with larger tables, of `num_rows` of each feature; its first rows predict what they did."""
     bundle = Bundle.open(source)
     manifest = bundle.manifest
-    if any(record.precision != "float32" for record in manifest.sparse.values()):
-        sys.exit(f"{source}: has quantised tables; export the run with --precision float32")
-    table_rows = num_bytes // (4 * manifest.model.embedding_dim * len(manifest.sparse))
-    if table_rows < max(record.num_embeddings for record in manifest.sparse.values()):
-        sys.exit(f"{source}: has a table with more rows than {table_rows:,}; ask for more --gigabytes")
+    for name, record in manifest.sparse.items():
+        if record.precision != "float32" or record.num_embeddings > num_rows[name]:
+            sys.exit(f"{source}: the table of {name} is not of float32, or has more rows than {num_rows[name]:,}")
     path = folder / "bundle"
     path.mkdir()
     copy(source / SAMPLE_NAME, path)
     copytree(source / "vocabulary", path / "vocabulary")
-    written = write_weights(
-        Grown(bundle, table_rows), dict.fromkeys(manifest.sparse, "float32"), path / WEIGHTS_NAME, SILENT
+    precisions = dict.fromkeys(manifest.sparse, "float32")
+    written = write_weights(Grown(bundle, num_rows), precisions, path / WEIGHTS_NAME, SILENT)
+    larger = {
+        name: record.model_copy(update={"num_embeddings": num_rows[name]}) for name, record in manifest.sparse.items()
+    }
+    files = {**manifest.files, WEIGHTS_NAME: written.record}
+    manifest = manifest.model_copy(
+        update={"sparse": larger, "files": files, "block_sha256": written.block_sha256},
     )
-    larger = manifest.model_copy(
-        update={
-            "sparse": {
-                name: record.model_copy(update={"num_embeddings": table_rows})
-                for name, record in manifest.sparse.items()
-            },
-            "files": {**manifest.files, WEIGHTS_NAME: written.record},
-            "block_sha256": written.block_sha256,
-        }
-    )
-    (path / MANIFEST_NAME).write_text(larger.sealed().to_json(), encoding="utf-8")
+    (path / MANIFEST_NAME).write_text(manifest.sealed().to_json(), encoding="utf-8")
     return path
 
 
@@ -139,7 +133,10 @@ def main() -> None:
         print(json.dumps(measure(options.bundle)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        path = grow(options.bundle, Path(folder), int(options.gigabytes * 1e9))
+        manifest = BundleManifest.read(options.bundle)
+        row_bytes = 4 * manifest.model.embedding_dim
+        num_rows = dict.fromkeys(manifest.sparse, int(options.gigabytes * 1e9 / row_bytes / len(manifest.sparse)))
+        path = grow(options.bundle, Path(folder), num_rows)
         command = [sys.executable, __file__, str(path), "--measure"]
         results = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(f"{'':24}{'after s':>10}{'touched MB':>12}{'anonymous MB':>14}{'of files MB':>13}")

@@ -3,10 +3,13 @@
 import asyncio
 import json
 import os
+import runpy
 import shutil
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -16,10 +19,19 @@ import tritonclient.grpc as triton_grpc
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.preprocess import PreprocessOptions, preprocess
+from torchdlrm.errors import BundleError
+from torchdlrm.export.manifest import BundleManifest
+from torchdlrm.export.verification import BlockVerifier
 from torchdlrm.predict.predictor import Predictor
 from torchdlrm.schema import criteo_schema
+from torchdlrm.serve.app import build_app
+from torchdlrm.serve.bundles import ServedBundle
+from torchdlrm.serve.log_lines import LogLines
+from torchdlrm.serve.options import ServeOptions
 from torchdlrm.serve.people import digits_of
+from torchdlrm.serve.service import Service
 
+ROOT = Path(__file__).parents[2]
 KEY = "correct horse battery staple"
 
 
@@ -140,6 +152,52 @@ def test_a_bundle_that_fails_is_not_served(serve, link, small_bundle, other_bund
     failed = [line for line in log if line["event"] == "swap failed"]
     assert len(failed) == 1
     assert "sha256" in failed[0]["message"] or "damaged" in failed[0]["message"]
+
+
+def test_a_block_found_damaged_while_it_is_served_ends_the_predictions(small_bundle, rows, tmp_path, monkeypatch):
+    """Lazily checked, a server may have been ready before the damage was met: then nothing more is predicted by it."""
+    grow = runpy.run_path(str(ROOT / "benchmarks" / "lazy_bundle.py"))["grow"]
+    bundle = tmp_path / "current"
+    tables = BundleManifest.read(small_bundle).sparse
+    num_rows = {name: record.num_embeddings for name, record in tables.items()} | {"cat_25": 1_000_000}
+    bundle.symlink_to(grow(small_bundle, tmp_path, num_rows))
+    with (bundle / "weights.safetensors").open("r+b") as file:
+        file.seek(-1_000, os.SEEK_END)  # far behind the rows that have an id
+        bit = bytes([file.read(1)[0] ^ 1])
+        file.seek(-1_000, os.SEEK_END)
+        file.write(bit)
+    with pytest.raises(BundleError, match="damaged"):
+        Predictor.open(bundle)
+    check, may_check = BlockVerifier._check_quietly, threading.Event()
+    monkeypatch.setattr(BlockVerifier, "_check_quietly", lambda verifier: may_check.wait(30) and check(verifier))
+
+    async def main():
+        service = Service(
+            ServeOptions(bundle=bundle, verify="lazy"),
+            ServedBundle.open(bundle, verify="lazy"),
+            LogLines("error"),
+            lambda: None,
+        )
+        service.start()
+        transport = httpx.ASGITransport(build_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            assert (await client.post("/predict", json=rows)).status_code == 200
+            may_check.set()
+            await asyncio.to_thread(service.bundles.current._predictor.bundle.verifier.wait)
+            for _ in range(2):
+                answer = await client.post("/predict", json=rows)
+                assert (answer.status_code, answer.json()) == (500, {"error": "the model on this server is damaged"})
+            assert (await client.get("/v2/health/ready")).status_code == 503
+            assert (await client.get("/v2/health/live")).status_code == 200
+            bundle.unlink()
+            bundle.symlink_to(small_bundle)
+            assert (await service.reload())["outcome"] == "swapped"
+            assert (await client.get("/v2/health/ready")).status_code == 200
+            assert (await client.post("/predict", json=rows)).status_code == 200
+        service.close()
+        service.lines.close()
+
+    asyncio.run(main())
 
 
 def test_without_its_key_a_request_gets_nothing_but_health_and_the_page(serve, small_bundle, tmp_path):
