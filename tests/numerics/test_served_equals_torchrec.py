@@ -6,7 +6,8 @@ import torch
 from torchrec.inference.modules import quantize_embeddings
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchdlrm.bench.predict import torchrec_model, write_random_bundle
+from torchdlrm.bench.predict import torchrec_model
+from torchdlrm.bench.random_bundle import write_random_bundle
 from torchdlrm.export.bundle import Bundle
 from torchdlrm.export.served_model import EncodedRows, ServedModel
 

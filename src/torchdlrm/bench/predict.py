@@ -1,7 +1,8 @@
-"""Prediction from encoded batches: the served model beside TorchRec's own modules with the same weights.
+"""Prediction: the served model beside TorchRec's own modules with the same weights, and from raw rows.
 
 Contestants take turns, each in a process of its own: TorchRec's DLRM as it is trained (eager, float32), the same after
-`torchrec.inference.modules.quantize_embeddings` (int8), and the served model at several precisions.
+`torchrec.inference.modules.quantize_embeddings` (int8), and the served model at several precisions, all on encoded
+batches; and what `dlrm predict` does, from a log of text to a file of scores.
 
 B rows of the batch, F sparse features.
 """
@@ -17,35 +18,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torchrec.inference.modules import quantize_embeddings
 from torchrec.models.dlrm import DLRM as TorchRecDLRM  # noqa: N811 - an acronym
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchdlrm.bench.random_bundle import write_random_bundle, write_random_log
 from torchdlrm.bench.turns import Contestant, Step
-from torchdlrm.config import ModelConfig
-from torchdlrm.data.transforms import FittedDense
 from torchdlrm.export.bundle import Bundle
-from torchdlrm.export.manifest import (
-    MANIFEST_NAME,
-    WEIGHTS_NAME,
-    BundleManifest,
-    DensePrecision,
-    SourceRecord,
-    SparseRecord,
-)
+from torchdlrm.export.manifest import DensePrecision
 from torchdlrm.export.precision import TablePrecision
 from torchdlrm.export.served_model import EncodedRows, ServedModel
-from torchdlrm.export.weights_file import BLOCK_BYTES
-from torchdlrm.export.write import write_weights
-from torchdlrm.model.build import build_model
+from torchdlrm.predict.files import predict_file
+from torchdlrm.predict.predictor import Predictor
+from torchdlrm.predict.rows_in import RowsIn
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.schema import NUM_CRITEO_DENSE
 from torchdlrm.train.process_group import Ranks
 
-NUM_DENSE = 13
 NUM_DISTINCT_BATCHES = 16
 SERVED: tuple[tuple[TablePrecision, DensePrecision], ...] = (
     ("float32", "float32"),
@@ -56,6 +47,7 @@ SERVED: tuple[tuple[TablePrecision, DensePrecision], ...] = (
     ("int4", "bfloat16"),
 )
 EAGER, QUANTIZED = "TorchRec eager, float32", "TorchRec quantized, int8"
+FROM_LOG = "dlrm predict, int8, from text"
 
 
 @dataclass(frozen=True)
@@ -66,6 +58,7 @@ class PredictBenchmark:
         rows_per_s: of each contestant.
         ratio_to_eager: median of the rounds' ratios, of each contestant over TorchRec's eager model.
         batch_rows: rows of a batch.
+        log_rows: rows of the log.
         num_threads: of torch in each process.
         rounds: how often each was measured.
     """
@@ -73,6 +66,7 @@ class PredictBenchmark:
     rows_per_s: dict[str, float]
     ratio_to_eager: dict[str, float]
     batch_rows: int
+    log_rows: int
     num_threads: int
     rounds: int
 
@@ -87,19 +81,21 @@ def benchmark_predict(
     rows_per_table: int,
     batch_rows: int,
     batches_per_round: int,
+    log_rows: int,
     rounds: int,
     folder: Path | None = None,
     progress: ProgressListener = SILENT,
 ) -> PredictBenchmark:
-    """Measure predictions of the paper's model with random weights, on random batches that lie in memory.
+    """Measure predictions of the paper's model with random weights: of random batches in memory, and of a random log.
 
     Args:
         num_tables: sparse features.
         rows_per_table: rows of each feature's table.
         batch_rows: B.
         batches_per_round: batches of each contestant before the next has its turn.
+        log_rows: rows of the log.
         rounds: turns that count, after one that does not.
-        folder: where to keep the weights meanwhile; needs 5 bytes a weight.
+        folder: where to keep weights and log meanwhile; needs 7 bytes a weight and 250 a row.
         progress: is told of every turn.
     """
     sizes = {f"cat_{i}": rows_per_table for i in range(num_tables)}
@@ -116,24 +112,28 @@ def benchmark_predict(
         for tables, dense in SERVED:
             name = f"served, {tables} tables, {dense} products"
             contestants[name] = Contestant(served_step, bundles[tables], batch_rows, dense, nproc=1)
+        raw = write_random_bundle(Path(scratch) / "raw", sizes, "int8", for_raw_rows=True)
+        log = write_random_log(Path(scratch) / "log.tsv", sizes, log_rows)
+        contestants[FROM_LOG] = Contestant(from_log_step, raw, log, nproc=1)
+        rows = dict.fromkeys(contestants, batch_rows * batches_per_round) | {FROM_LOG: log_rows}
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
         progress.start_phase("bench predict", (rounds + 1) * len(contestants), unit="turns")
         for turn in range(rounds + 1):
             for name, contestant in contestants.items():
-                elapsed_s = contestant.run(batches_per_round)
+                elapsed_s = contestant.run(1 if name == FROM_LOG else batches_per_round)
                 if turn > 0:  # the first warms up: page faults, packed weights
-                    seconds[name].append(elapsed_s)
+                    seconds[name].append(elapsed_s / rows[name])
                 progress.advance(1)
         for contestant in contestants.values():
             contestant.close()
-    rows = batch_rows * batches_per_round
     return PredictBenchmark(
-        rows_per_s={name: rows / statistics.median(times) for name, times in seconds.items()},
+        rows_per_s={name: 1 / statistics.median(times) for name, times in seconds.items()},
         ratio_to_eager={
             name: statistics.median(eager / ours for eager, ours in zip(seconds[EAGER], times, strict=True))
             for name, times in seconds.items()
         },
         batch_rows=batch_rows,
+        log_rows=log_rows,
         num_threads=len(os.sched_getaffinity(0)),
         rounds=rounds,
     )
@@ -146,6 +146,15 @@ def served_step(_: Ranks, bundle_path: Path, batch_rows: int, dense_precision: D
     model = ServedModel(bundle)
     batches = itertools.cycle([EncodedRows(dense, ids_FB) for dense, ids_FB in _random_batches(bundle, batch_rows)])
     return lambda: model.predict(next(batches))
+
+
+def from_log_step(_: Ranks, bundle_path: Path, log: Path) -> Step:
+    """What `dlrm predict` does."""
+    bundle = Bundle.open(bundle_path)
+    bundle.manifest = bundle.manifest.model_copy(update={"dense_precision": "bfloat16"})
+    predictor = Predictor(bundle)
+    rows = RowsIn([log], predictor.schema)
+    return lambda: predict_file(predictor, rows, log.with_name("scores.parquet"))
 
 
 def eager_step(_: Ranks, bundle_path: Path, batch_rows: int) -> Step:
@@ -177,7 +186,7 @@ def torchrec_model(bundle: Bundle) -> Any:
             ],
             device=torch.device("cpu"),
         ),
-        dense_in_features=NUM_DENSE,
+        dense_in_features=NUM_CRITEO_DENSE,
         dense_arch_layer_sizes=list(model_config.dense_arch_layer_sizes),
         over_arch_layer_sizes=list(model_config.over_arch_layer_sizes),
         dense_device=torch.device("cpu"),
@@ -214,56 +223,6 @@ def _random_batches(
     """Dense float32 [B, 13], ids int32 [F, B] (uniform: the hardest case for the caches)."""
     generator = np.random.default_rng(0)
     for _ in range(NUM_DISTINCT_BATCHES):
-        dense = generator.random((num_rows, NUM_DENSE), dtype=np.float32)
+        dense = generator.random((num_rows, NUM_CRITEO_DENSE), dtype=np.float32)
         sizes = [record.num_embeddings for record in bundle.manifest.sparse.values()]
         yield dense, np.stack([generator.integers(rows, size=num_rows, dtype=np.int32) for rows in sizes])
-
-
-class _RandomWeights:
-    """Weights as a fresh model has them; rows of tables are drawn when they are asked for."""
-
-    def __init__(self, sizes: dict[str, int]) -> None:
-        torch.manual_seed(0)
-        model = build_model(
-            ModelConfig(), num_dense_features=NUM_DENSE, num_embeddings=sizes, device=torch.device("cpu")
-        ).model
-        self._weights = model.state_dict()
-        self.shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
-
-    def tensor(self, name: str) -> Tensor:
-        return self._weights[name]
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        num_rows, dim = self.shapes[name]
-        generator = torch.Generator().manual_seed(start)
-        return (torch.rand(stop - start, dim, generator=generator) * 2 - 1) / num_rows**0.5
-
-
-def write_random_bundle(path: Path, sizes: dict[str, int], precision: TablePrecision) -> Path:
-    """A bundle without vocabularies, for encoded rows."""
-    path.mkdir()
-    written = write_weights(_RandomWeights(sizes), dict.fromkeys(sizes, precision), path / WEIGHTS_NAME, SILENT)
-    dense = [f"int_{i}" for i in range(NUM_DENSE)]
-    columns = (
-        LabelColumn(name="label"),
-        *(DenseColumn(name=name, transform="none") for name in dense),
-        *(SparseColumn(name=name, kind="int") for name in sizes),
-    )
-    manifest = BundleManifest(
-        name="random",
-        feature_schema=FeatureSchema(name="random", columns=columns),
-        dense={name: FittedDense(transform="none") for name in dense},
-        sparse={
-            name: SparseRecord(num_embeddings=rows, precision=precision, vocabulary=None)
-            for name, rows in sizes.items()
-        },
-        model=ModelConfig(),
-        dense_precision="float32",
-        source=SourceRecord(run="random", step=0, dataset_sha256="", versions={}),
-        check=None,
-        files={WEIGHTS_NAME: written.record},
-        block_bytes=BLOCK_BYTES,
-        block_sha256=written.block_sha256,
-    )
-    (path / MANIFEST_NAME).write_text(manifest.sealed().to_json(), encoding="utf-8")
-    return path

@@ -1,4 +1,4 @@
-"""`dlrm bench predict`: predictions from encoded batches, beside TorchRec's own modules."""
+"""`dlrm bench predict`: predictions from encoded batches, beside TorchRec's own modules, and from a log."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +18,7 @@ def predict(
     rows_per_table: Positive = 100_000,
     batch_rows: Positive = 2048,
     batches_per_round: Positive = 10,
+    log_rows: Positive = 100_000,
     rounds: Positive = 7,
     folder: Path | None = None,
     json: bool = False,
@@ -34,6 +35,8 @@ def predict(
         Rows of a batch.
     batches_per_round
         Batches of each contestant before the next has its turn.
+    log_rows
+        Rows of the log that `dlrm predict` is timed with.
     rounds
         Turns of each contestant; medians are printed.
     folder
@@ -49,12 +52,13 @@ def predict(
             rows_per_table=rows_per_table,
             batch_rows=batch_rows,
             batches_per_round=batches_per_round,
+            log_rows=log_rows,
             rounds=rounds,
             folder=folder,
             progress=progress,
         )
-    table = Table(title=f"prediction, batches of {batch_rows:,} encoded rows, {result.num_threads} thread(s)")
-    for column in ("", "rows/s", "ms a batch", "of eager"):
+    table = Table(title=f"prediction, encoded rows in batches of {batch_rows:,}, {result.num_threads} thread(s)")
+    for column in ("", "rows/s", "ms a batch's rows", "of eager"):
         table.add_column(column, justify="right" if column else "left")
     for name, rows_per_s in result.rows_per_s.items():
         ratio = f"{result.ratio_to_eager[name]:.2f} x"

@@ -1,0 +1,131 @@
+"""A bundle of the paper's model with random weights, and a log of raw rows that it can predict.
+
+In: the rows of each table.  Out: a bundle's folder; and text in Criteo's layout whose values the bundle's vocabularies
+have, uniform over them, which is the hardest case for the caches.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchdlrm.config import ModelConfig
+from torchdlrm.data.transforms import fit_dense
+from torchdlrm.data.value_index import write_index
+from torchdlrm.data.vocabulary import Vocabulary, hex_digits
+from torchdlrm.export.manifest import (
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    BundleManifest,
+    SourceRecord,
+    SparseRecord,
+)
+from torchdlrm.export.precision import TablePrecision
+from torchdlrm.export.weights_file import BLOCK_BYTES
+from torchdlrm.export.write import file_record, write_weights
+from torchdlrm.model.build import build_model
+from torchdlrm.progress import SILENT
+from torchdlrm.schema import NUM_CRITEO_DENSE, DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+
+_DENSE = [f"int_{i}" for i in range(NUM_CRITEO_DENSE)]
+_MISSING_SHARE = 0.1  # of Criteo's cells about as many are empty
+_MAX_COUNT = 1000
+
+
+class _RandomWeights:
+    """Weights as a fresh model has them; rows of tables are drawn when they are asked for."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        torch.manual_seed(0)
+        model = build_model(
+            ModelConfig(), num_dense_features=NUM_CRITEO_DENSE, num_embeddings=sizes, device=torch.device("cpu")
+        ).model
+        self._weights = model.state_dict()
+        self.shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        return self._weights[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        num_rows, dim = self.shapes[name]
+        generator = torch.Generator().manual_seed(start)
+        return (torch.rand(stop - start, dim, generator=generator) * 2 - 1) / num_rows**0.5
+
+
+def write_random_bundle(
+    path: Path, sizes: dict[str, int], precision: TablePrecision, *, for_raw_rows: bool = False
+) -> Path:
+    """Write a bundle.
+
+    Args:
+        path: its folder, which is made.
+        sizes: rows of each feature's table.
+        precision: of the tables.
+        for_raw_rows: with a vocabulary of each feature, for rows of `write_random_log`; otherwise its values are ids.
+    """
+    path.mkdir()
+    written = write_weights(_RandomWeights(sizes), dict.fromkeys(sizes, precision), path / WEIGHTS_NAME, SILENT)
+    files = {WEIGHTS_NAME: written.record}
+    sparse = {
+        name: SparseRecord(num_embeddings=rows, precision=precision, vocabulary=None) for name, rows in sizes.items()
+    }
+    if for_raw_rows:
+        for name, rows in sizes.items():
+            table, index = f"{name}.parquet", f"{name}.index"
+            values = pl.Series(_values(rows))
+            counts = pl.DataFrame({"value": values, "count": np.ones(len(values), np.int64)})
+            vocabulary = Vocabulary.from_counts(name, "hex", counts, min_count=1, max_rows=rows)
+            vocabulary.write(path / table)
+            write_index(vocabulary, path / index)
+            files |= {file: file_record(path / file) for file in (table, index)}
+            sparse[name] = sparse[name].model_copy(update={"vocabulary": table, "index": index})
+    dense = [
+        DenseColumn(name=name, kind="int", transform="log_plus_3")
+        if for_raw_rows
+        else DenseColumn(name=name, transform="none")
+        for name in _DENSE
+    ]
+    columns = (
+        LabelColumn(name="label"),
+        *dense,
+        *(SparseColumn(name=name, kind="hex" if for_raw_rows else "int") for name in sizes),
+    )
+    manifest = BundleManifest(
+        name="random",
+        feature_schema=FeatureSchema(name="random", columns=columns),
+        dense={column.name: fit_dense(column, None) for column in dense},
+        sparse=sparse,
+        model=ModelConfig(),
+        dense_precision="float32",
+        source=SourceRecord(run="random", step=0, dataset_sha256="", versions={}),
+        check=None,
+        files=files,
+        block_bytes=BLOCK_BYTES,
+        block_sha256=written.block_sha256,
+    )
+    (path / MANIFEST_NAME).write_text(manifest.sealed().to_json(), encoding="utf-8")
+    return path
+
+
+def write_random_log(path: Path, sizes: dict[str, int], num_rows: int) -> Path:
+    """Write rows of text in Criteo's layout, with labels, for a bundle of these `sizes` that is `for_raw_rows`."""
+    generator = np.random.default_rng(0)
+
+    def some(values: pl.Series) -> pl.Series:
+        return values.zip_with(pl.Series(generator.random(num_rows) >= _MISSING_SHARE), values.clear(1))
+
+    columns = {"label": pl.Series(generator.integers(2, size=num_rows))}
+    for name in _DENSE:
+        columns[name] = some(pl.Series(generator.integers(_MAX_COUNT, size=num_rows)))
+    for name, rows in sizes.items():
+        columns[name] = some(hex_digits(pl.Series(generator.choice(_values(rows), num_rows))))
+    pl.DataFrame(columns).write_csv(path, separator="\t", include_header=False)
+    return path
+
+
+def _values(num_embeddings: int) -> NDArray[np.uint32]:
+    """A value for each row of a table but that of the unknown: distinct, and spread as hashes are."""
+    return np.arange(1, num_embeddings, dtype=np.uint32) * np.uint32(0x9E3779B1)
