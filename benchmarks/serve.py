@@ -51,6 +51,23 @@ def request(body: object) -> bytes:
     return b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content) + content
 
 
+def tensor_request(model: str, rows: list[dict[str, object]]) -> bytes:
+    """A request to `infer` of the Open Inference Protocol, as Triton's clients send it: packed, as bytes."""
+    dense = np.array([[row.get(f"int_{i}", np.nan) for i in range(13)] for row in rows], np.float32).tobytes()
+    cells = [str(row.get(f"cat_{i}", "")).encode() for row in rows for i in range(26)]
+    sparse = b"".join(len(cell).to_bytes(4, "little") + cell for cell in cells)
+    inputs = [
+        {"name": name, "datatype": kind, "shape": [len(rows), width], "parameters": {"binary_data_size": len(data)}}
+        for name, kind, width, data in (("dense", "FP32", 13, dense), ("sparse", "BYTES", 26, sparse))
+    ]
+    header = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    lengths = (len(header), len(header) + len(dense) + len(sparse))
+    line = b"POST /v2/models/%s/infer HTTP/1.1\r\nHost: x\r\n" % model.encode()
+    return (
+        line + b"Inference-Header-Content-Length: %d\r\nContent-Length: %d\r\n\r\n" % lengths + header + dense + sparse
+    )
+
+
 class Load:
     """Sends requests to a server and notes what becomes of them."""
 
@@ -86,7 +103,7 @@ class Load:
             head = await reader.readuntil(b"\r\n\r\n")
             status = int(head[9:12])
             lower = head.lower()
-            start = lower.index(b"content-length: ") + 16
+            start = lower.index(b"\r\ncontent-length: ") + 18
             await reader.readexactly(int(lower[start : lower.index(b"\r\n", start)]))
             self._idle.append(connection)
         except (OSError, asyncio.IncompleteReadError):
@@ -138,7 +155,9 @@ def means(before: dict[str, tuple[float, float]], after: dict[str, tuple[float, 
     }
 
 
-async def measure(host: str, port: int, rows: list[dict[str, object]], seconds: float) -> list[dict[str, Any]]:
+async def measure(
+    host: str, port: int, model: str, rows: list[dict[str, object]], seconds: float
+) -> list[dict[str, Any]]:
     """All cases, one after another."""
     ones = [request([row]) for row in rows[:500]]
     shared_names = [*(f"int_{i}" for i in range(8)), *(f"cat_{i}" for i in range(16))]
@@ -158,9 +177,12 @@ async def measure(host: str, port: int, rows: list[dict[str, object]], seconds: 
         return result
 
     single, candidates = Load(host, port, ones), Load(host, port, many)
+    tensors = Load(host, port, [tensor_request(model, [row]) for row in rows[:500]])
     await single.run(100, 1)
+    await tensors.run(100, 1)
     await candidates.run(5, 1)
     await case("1 row", single, 100, seconds)
+    await case("1 row, as tensors", tensors, 100, seconds)
     await case("256 candidates", candidates, 10, seconds)
     # What it can bear: the highest rate at which nothing is refused and answers stay quick.
     bearable = 100.0
@@ -201,8 +223,10 @@ def main() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            host, port = json.loads(server.stdout.readline())["url"].removeprefix("http://").split(":")
-            results = uvloop.run(measure(host, int(port), read_rows(options.log, 2500), options.seconds))
+            told = json.loads(server.stdout.readline())
+            host, port = told["url"].removeprefix("http://").split(":")
+            rows = read_rows(options.log, 2500)
+            results = uvloop.run(measure(host, int(port), told["model"], rows, options.seconds))
         finally:
             server.terminate()
     if options.json is not None:

@@ -23,7 +23,7 @@ from torchdlrm.errors import TorchDLRMError
 from torchdlrm.serve.connection import ARRIVED, IS_GONE
 from torchdlrm.serve.gate import REQUEST_ID, Gate, refusal
 from torchdlrm.serve.metrics import CONTENT_TYPE
-from torchdlrm.serve.open_inference.columns import frame_of, model_metadata
+from torchdlrm.serve.open_inference.columns import model_metadata, rows_of_tensors
 from torchdlrm.serve.open_inference.http import HEADER_LENGTH, format_infer, parse_infer, parse_json
 from torchdlrm.serve.openapi import document
 from torchdlrm.serve.page_routes import page_router
@@ -122,12 +122,12 @@ def _open_inference(service: Service) -> list[Route]:
 
         def parse() -> tuple[Any, Any]:
             asked = parse_infer(body, request.headers.get(HEADER_LENGTH))
-            return asked, frame_of(asked.tensors, served.schema, max_rows)
+            return asked, rows_of_tensors(asked.tensors, served.schema, max_rows)
 
-        asked, frame = await asyncio.to_thread(parse) if len(body) > _LARGE_BODY_BYTES else parse()
+        asked, rows = await asyncio.to_thread(parse) if len(body) > _LARGE_BODY_BYTES else parse()
         answer = await service.predict(
             served,
-            frame,
+            rows,
             request_id=request.scope[REQUEST_ID],
             started_s=started_s,
             timeout_us=asked.timeout_us,

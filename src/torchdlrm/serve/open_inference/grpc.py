@@ -14,7 +14,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from torchdlrm import __version__
-from torchdlrm.serve.open_inference.columns import OUTPUT, frame_of, model_metadata
+from torchdlrm.serve.open_inference.columns import OUTPUT, model_metadata, rows_of_tensors
 from torchdlrm.serve.open_inference.http import MAX_ID_CHARACTERS, check_output
 from torchdlrm.serve.open_inference.messages import CLASSES, METHODS, PACKAGE, SERVICE
 from torchdlrm.serve.open_inference.tensors import (
@@ -154,11 +154,11 @@ class _Methods:
             raise bad_request(msg)
         for output in request.outputs:
             check_output(output.name)
-        frame = frame_of(_tensors(request), served.schema, service.options.max_rows_per_request)
+        rows = rows_of_tensors(_tensors(request), served.schema, service.options.max_rows_per_request)
         remaining_s = context.time_remaining()
         answer = await service.predict(
             served,
-            frame,
+            rows,
             request_id=service.new_request_id(),
             started_s=started_s,
             timeout_us=None if remaining_s is None else max(0, int(1e6 * remaining_s)),
