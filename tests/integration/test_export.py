@@ -16,11 +16,15 @@ from conftest import evaluated
 from torchdlrm.data.preprocess import PreprocessOptions, preprocess
 from torchdlrm.data.transforms import encode
 from torchdlrm.errors import BundleError, RunError
+from torchdlrm.export import write
 from torchdlrm.export.bundle import Bundle, table_name
+from torchdlrm.export.check import Tolerance, compare
 from torchdlrm.export.checkpoint_reader import CheckpointReader
 from torchdlrm.export.export import ExportOptions, export
+from torchdlrm.export.held_out import held_out_rows
 from torchdlrm.export.served_model import EncodedRows, ServedModel
 from torchdlrm.export.write import require_space, write_weights
+from torchdlrm.progress import SILENT
 from torchdlrm.schema import load_schema
 from torchdlrm.train.checkpoint import checkpoint_path, list_checkpoints
 from torchdlrm.train.run import Run
@@ -133,13 +137,32 @@ def test_a_bundle_that_predicts_other_than_the_checkpoint_is_not_left(small_run,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_logloss_that_rises_beyond_what_is_allowed_is_refused(small_run, small_dataset, tmp_path, monkeypatch):
-    right = ServedModel.logits
-    # Within the largest difference that int8 explains for a row, but to the same side for all of them.
-    monkeypatch.setattr(ServedModel, "logits", lambda self, rows: right(self, rows) + np.float32(1))
-    options = ExportOptions("small", precision="int4", max_logloss_increase=0.0)
-    with pytest.raises(BundleError, match=r"logloss on 357 rows of test is 0\.\d+ higher"):
+def test_rows_of_coarse_tables_in_each_other_s_place_are_found(small_run, small_dataset, tmp_path, monkeypatch):
+    """Rounding to 4 bits may move a probability by as much as the wrong row of a table does; it hides it no longer."""
+    right = write.quantize_rows
+    monkeypatch.setattr(write, "quantize_rows", lambda rows, precision: right(rows, precision).roll(1, dims=0))
+    options = ExportOptions("small", precision="int4", dense_precision="float32")
+    with pytest.raises(BundleError, match=r"with the same embeddings: a probability differs by 0\.\d+ on 357 rows"):
         export(Run.open(small_run), small_dataset, tmp_path / "bundle", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_logloss_that_rises_beyond_what_is_allowed_is_refused(small_dataset):
+    def shifted(rows):  # to the same side for all rows, and by no more than 4 bits may move one
+        return np.full(rows.num_rows, 1.0, np.float32)
+
+    with pytest.raises(BundleError, match=r"logloss on 357 rows of test is 0\.\d+ higher"):
+        compare(
+            held_out_rows(small_dataset, "test", 1_000),
+            small_dataset.schema,
+            split="test",
+            checkpoint=lambda rows: np.zeros(rows.num_rows, np.float32),
+            rounded=shifted,
+            bundle=shifted,
+            allowed=Tolerance(0.4, 0.0),
+            arithmetic=1e-5,
+            progress=SILENT,
+        )
 
 
 def test_a_damaged_checkpoint_is_not_exported(small_run, small_dataset, tmp_path):

@@ -6,7 +6,7 @@ dense and over arch, the interaction of training, float32 throughout.
 B rows, F sparse features, D embedding dimension.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +19,9 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.export.bundle import table_name
 from torchdlrm.export.checkpoint_reader import CheckpointReader
 from torchdlrm.export.encoded_rows import EncodedRows
+from torchdlrm.export.precision import TablePrecision, as_looked_up
 from torchdlrm.model.build import build_model
 from torchdlrm.model.dlrm import DLRM
-
-
-def _as_it_is(rows: Tensor) -> Tensor:
-    return rows
 
 
 @dataclass(frozen=True)
@@ -72,28 +69,34 @@ class CheckpointModel:
         assert not unexpected, unexpected
         assert set(missing) == set(self._tables), missing
 
-    def logits(self, rows: EncodedRows) -> NDArray[np.float32]:
-        """The log-odds of a click of each row: float32 [B]."""
-        return self.vectors(rows).logits()
+    def logits(self, rows: EncodedRows, precisions: Sequence[TablePrecision] | None = None) -> NDArray[np.float32]:
+        """The log-odds of a click of each row: float32 [B]; `precisions` as in `vectors`."""
+        return self.vectors(rows, precisions).logits()
 
-    def vectors(self, rows: EncodedRows) -> "Vectors":
-        """What interacts, before it does."""
-        sparse = [self.pooled(rows, feature) for feature in range(len(self._tables))]
+    def vectors(self, rows: EncodedRows, precisions: Sequence[TablePrecision] | None = None) -> "Vectors":
+        """What interacts, before it does.
+
+        Args:
+            rows: B rows.
+            precisions: that each feature's embeddings are rounded to, F of them; None: none is rounded.
+        """
+        chosen: Sequence[TablePrecision] = precisions or ["float32"] * len(self._tables)
+        sparse = [self.pooled(rows, feature, precision) for feature, precision in enumerate(chosen)]
         with torch.inference_mode():
             dense_BD = self._model.dense_arch(torch.from_numpy(rows.dense))
         return Vectors(self._model, dense_BD, torch.stack(sparse, dim=1))
 
-    def pooled(self, rows: EncodedRows, feature: int, served: Callable[[Tensor], Tensor] = _as_it_is) -> Tensor:
+    def pooled(self, rows: EncodedRows, feature: int, precision: TablePrecision) -> Tensor:
         """The sum of a feature's embeddings: [B, D].
 
         Args:
             rows: B rows.
             feature: its position in the schema.
-            served: what becomes of rows of the table, float32 [n, D], before they are added up.
+            precision: that rows of the table are rounded to before they are added up.
         """
         if not isinstance(rows.sparse, tuple):
-            return served(self._checkpoint.gather(self._tables[feature], rows.sparse[feature]))
+            return as_looked_up(self._checkpoint.gather(self._tables[feature], rows.sparse[feature]), precision)
         ids, offsets = rows.sparse[feature]
-        found = served(self._checkpoint.gather(self._tables[feature], ids))
+        found = as_looked_up(self._checkpoint.gather(self._tables[feature], ids), precision)
         bags = torch.repeat_interleave(torch.arange(rows.num_rows), torch.from_numpy(np.diff(offsets)))
         return torch.zeros(rows.num_rows, found.shape[1]).index_add_(0, bags, found)

@@ -6,6 +6,7 @@ In: a run and the dataset it was trained on.  Out: the bundle's folder, whole an
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.transforms import encode
 from torchdlrm.errors import RunError
 from torchdlrm.export.bundle import PREDICTION_COLUMN, Bundle
-from torchdlrm.export.check import Tolerance, compare, tolerance
+from torchdlrm.export.check import Tolerance, arithmetic_difference, compare, tolerance
 from torchdlrm.export.checkpoint_model import CheckpointModel
 from torchdlrm.export.checkpoint_reader import CheckpointReader
 from torchdlrm.export.encoded_rows import EncodedRows
@@ -158,15 +159,17 @@ def export(
         )
         _write_manifest(folder, manifest)
         bundle = Bundle.open(folder, progress=progress)
-        served = ServedModel(bundle)
+        served, chosen = ServedModel(bundle), list(precisions.values())
         progress.start_phase("check", min(options.check_rows, dataset.splits[split].rows))
         record = compare(
             held_out_rows(dataset, split, options.check_rows),
             dataset.schema,
             split=split,
             checkpoint=model.logits,
+            rounded=None if set(precisions.values()) == {"float32"} else partial(model.logits, precisions=chosen),
             bundle=served.logits,
             allowed=_allowed(options, precisions, dense_precision),
+            arithmetic=arithmetic_difference(dense_precision),
             progress=progress,
         )
         _write_sample(dataset, split, bundle, served)

@@ -85,3 +85,8 @@ def dequantize_rows(quantized: Tensor, precision: TablePrecision, dim: int) -> T
     if precision == "int4":
         numbers = torch.stack([numbers & 15, numbers >> 4], dim=2).view(len(quantized), dim)
     return scale * numbers.float() + bias
+
+
+def as_looked_up(rows: Tensor, precision: TablePrecision) -> Tensor:
+    """What a lookup at that precision gives of rows of a table: float32 [R, D]."""
+    return dequantize_rows(quantize_rows(rows, precision), precision, rows.shape[1])

@@ -12,18 +12,17 @@ made again with half of the allowance while it raises the logloss by more than w
 B rows, F sparse features, D embedding dimension.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from torch import Tensor
 
 from torchdlrm.export.check import LoglossIncrease, logloss_increase
 from torchdlrm.export.checkpoint_model import CheckpointModel
 from torchdlrm.export.encoded_rows import EncodedRows
-from torchdlrm.export.precision import TABLE_PRECISIONS, TablePrecision, dequantize_rows, quantize_rows, row_bytes
+from torchdlrm.export.precision import TABLE_PRECISIONS, TablePrecision, row_bytes
 from torchdlrm.progress import ProgressListener
 from torchdlrm.schema import FeatureSchema
 
@@ -109,7 +108,7 @@ def choose_precisions(
         before.append(logits)
         for feature, name in enumerate(num_embeddings):
             for precision in _LOWER:
-                served = vectors.with_feature(feature, model.pooled(batch, feature, _served_as(precision, dim)))
+                served = vectors.with_feature(feature, model.pooled(batch, feature, precision))
                 costs[name][precision] += float(_divergence(logits, served.logits()).sum()) / len(labels)
             progress.advance(batch.num_rows)
     sizes = {
@@ -125,7 +124,7 @@ def choose_precisions(
             vectors = model.vectors(batch)
             for feature, precision in enumerate(chosen.values()):
                 if precision != "float32":
-                    vectors = vectors.with_feature(feature, model.pooled(batch, feature, _served_as(precision, dim)))
+                    vectors = vectors.with_feature(feature, model.pooled(batch, feature, precision))
             after.append(vectors.logits())
             progress.advance(batch.num_rows)
         measured = logloss_increase(labels, np.concatenate(before), np.concatenate(after))
@@ -170,11 +169,6 @@ def choose(
         if best is None:
             return chosen
         chosen[best[1]] = best[2]
-
-
-def _served_as(precision: TablePrecision, dim: int) -> Callable[[Tensor], Tensor]:
-    """What makes of rows what a lookup at that precision gives."""
-    return lambda rows: dequantize_rows(quantize_rows(rows, precision), precision, dim)
 
 
 def _divergence(before: NDArray[np.float32], after: NDArray[np.float32]) -> NDArray[np.float64]:

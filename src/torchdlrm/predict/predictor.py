@@ -20,7 +20,7 @@ from torchdlrm.data.transforms import encode
 from torchdlrm.data.vocabulary import UNKNOWN_ID, VALUE_TYPES
 from torchdlrm.errors import BundleError, RowError
 from torchdlrm.export.bundle import Bundle, Verify
-from torchdlrm.export.check import tolerance
+from torchdlrm.export.check import arithmetic_difference
 from torchdlrm.export.served_model import EncodedRows, ServedModel
 from torchdlrm.predict.json_rows import Row, RowReader
 from torchdlrm.predict.plain_rows import PlainRowEncoder
@@ -142,7 +142,7 @@ class Predictor:
         frame, expected = self.bundle.sample()
         found = self.predict(frame).probabilities
         # The tables are the same bytes wherever they are read: only the arithmetic may differ between machines.
-        allowed = tolerance(["float32"], self.bundle.manifest.dense_precision).difference
+        allowed = arithmetic_difference(self.bundle.manifest.dense_precision)
         difference = float(np.abs(found - expected).max(initial=0.0))
         if not difference <= allowed:  # also where it is NaN
             msg = (

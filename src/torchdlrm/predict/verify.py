@@ -3,10 +3,11 @@
 | way | from raw rows to ids | the model |
 | --- | --- | --- |
 | checkpoint | the dataset's vocabularies and transforms | the run's checkpoint, eager, float32 |
+| rounded | the same | the same, but for embeddings rounded as the bundle stores them |
 | bundle | the bundle's | as served |
 | server | over HTTP, as JSON | as served, there |
 
-Each is compared with the one before it, row by row.
+Each is compared with the one before it, row by row: so rounding, which costs what it costs, hides nothing else.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
 from torchdlrm.data.transforms import encode
 from torchdlrm.errors import LogError, RunError
-from torchdlrm.export.check import tolerance
+from torchdlrm.export.check import arithmetic_difference, tolerance
 from torchdlrm.export.checkpoint_model import CheckpointModel
 from torchdlrm.export.encoded_rows import EncodedRows
 from torchdlrm.export.export import open_checkpoint
@@ -41,7 +42,7 @@ class Way:
     """A way to the predictions, and how far they are from those of the way before.
 
     Attributes:
-        name: checkpoint, bundle or server.
+        name: checkpoint, rounded, bundle or server.
         largest_difference: between two probabilities of a row; None for the first way.
         largest_allowed: what the precision explains.
         metrics: where the log has labels.
@@ -116,7 +117,8 @@ def verify(
         for column in dataset.schema.sparse
         if column.hash is None
     }
-    logits: dict[str, list[NDArray[np.floating]]] = {"checkpoint": [], "bundle": [], "server": []}
+    precisions = [record.precision for record in bundle.manifest.sparse.values()]
+    logits: dict[str, list[NDArray[np.floating]]] = {"checkpoint": [], "rounded": [], "bundle": [], "server": []}
     labels: list[NDArray[np.int8]] = []
     has_labels, bad_rows, rows_left = True, 0, max_rows
     progress.start_phase("verify", max_rows)
@@ -128,7 +130,10 @@ def verify(
         for start in range(0, frame.height, _BATCH_ROWS):
             part = frame.slice(start, _BATCH_ROWS)
             encoded = encode(part, dataset.schema, dataset.manifest.dense, vocabularies)
-            logits["checkpoint"].append(model.logits(EncodedRows.from_frame(encoded, dataset.schema)))
+            rows = EncodedRows.from_frame(encoded, dataset.schema)
+            logits["checkpoint"].append(model.logits(rows))
+            if set(precisions) != {"float32"}:
+                logits["rounded"].append(model.logits(rows, precisions))
             logits["bundle"].append(predictor.predict(part).logits)
             if client is not None:
                 probabilities = client.predict(as_json_rows(part, bundle.schema), version=bundle.version)
@@ -151,9 +156,10 @@ def _compared(
 ) -> tuple[Way, ...]:
     manifest = predictor.bundle.manifest
     allowed = {
-        "bundle": tolerance([record.precision for record in manifest.sparse.values()], manifest.dense_precision),
-        # The same tables: only the arithmetic may differ, of other batches or on another machine.
-        "server": tolerance(["float32"], manifest.dense_precision),
+        "rounded": tolerance([record.precision for record in manifest.sparse.values()], "float32").difference,
+        # The same embeddings: only the arithmetic may differ, of other batches or on another machine.
+        "bundle": arithmetic_difference(manifest.dense_precision),
+        "server": arithmetic_difference(manifest.dense_precision),
     }
     ways = []
     before: NDArray[np.float64] | None = None
@@ -161,7 +167,7 @@ def _compared(
         probabilities = 1.0 / (1.0 + np.exp(-found.astype(np.float64)))
         difference = None if before is None else float(np.abs(probabilities - before).max())
         metrics = None if labels is None else binary_metrics(labels, found)
-        ways.append(Way(name, difference, allowed[name].difference if name in allowed else None, metrics))
+        ways.append(Way(name, difference, allowed.get(name), metrics))
         before = probabilities
     return tuple(ways)
 
