@@ -1,7 +1,9 @@
-"""Raw rows by file and by JSON are predicted as the checkpoint does when the preprocessing job has encoded them."""
+"""Raw rows by file, by JSON and over HTTP are predicted as the checkpoint does after the preprocessing job."""
 
+import itertools
 from pathlib import Path
 
+import httpx
 import numpy as np
 import polars as pl
 import pytest
@@ -53,23 +55,41 @@ def by_json(bundle, log, folder):
     return np.concatenate(found)
 
 
-def assert_no_skew(bundle, run, dataset, log, folder):
+def by_http(server, bundle, log):
+    """Requests of 1 to 40 rows: few and many take different ways through the server."""
+    predictor = Predictor.open(bundle)
+    found, size = [], itertools.cycle(range(1, 41))
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        for chunk in RowsIn([log], predictor.schema):
+            rows = as_json_rows(chunk.frame, predictor.schema)
+            while rows:
+                taken = next(size)
+                answer = client.post("/predict", json=rows[:taken])
+                assert answer.status_code == 200, answer.text
+                found += answer.json()["predictions"]
+                rows = rows[taken:]
+    return np.array(found)
+
+
+def assert_no_skew(serve, bundle, run, dataset, log, folder):
     expected, few = by_checkpoint(run, dataset, log, folder)
     assert expected.std() > 0.01
     assert few < 8
-    for way in (by_file, by_json):
-        found = way(bundle, log, folder)
+    server = serve(bundle, "--log-level", "warning")
+    ways = (by_file(bundle, log, folder), by_json(bundle, log, folder), by_http(server, bundle, log))
+    server.stop()
+    for found in ways:
         np.testing.assert_allclose(found[few:], expected[few:], rtol=0, atol=1e-6)
         np.testing.assert_allclose(np.sort(found[:few]), np.sort(expected[:few]), rtol=0, atol=1e-6)
 
 
-def test_every_row_of_a_synthetic_log(small_bundle, small_run, small_dataset, small_log, tmp_path):
-    assert_no_skew(small_bundle, small_run, small_dataset, small_log, tmp_path)
+def test_every_row_of_a_synthetic_log(serve, small_bundle, small_run, small_dataset, small_log, tmp_path):
+    assert_no_skew(serve, small_bundle, small_run, small_dataset, small_log, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["criteo_kaggle_sample.tsv.gz", "criteo_1tb_day_0_sample.tsv.gz"])
-def test_every_row_of_the_real_samples(name, dlrm, tmp_path):
+def test_every_row_of_the_real_samples(name, serve, dlrm, tmp_path):
     log = real_log(name)
     dataset = preprocess([log], tmp_path / "dataset", criteo_schema(), PreprocessOptions(min_count=2))
     run = tmp_path / "run"
@@ -77,4 +97,4 @@ def test_every_row_of_the_real_samples(name, dlrm, tmp_path):
     done = dlrm("train", CONFIG, "--dataset", dataset.path, "--run", run, *options)
     assert done.returncode == 0, done.stderr
     export(Run.open(run), dataset, tmp_path / "bundle", ExportOptions("real"))
-    assert_no_skew(tmp_path / "bundle", run, dataset, log, tmp_path)
+    assert_no_skew(serve, tmp_path / "bundle", run, dataset, log, tmp_path)
