@@ -149,6 +149,9 @@ def test_auto_takes_the_cheapest_bytes_first_and_stays_within_the_allowance():
     assert choose(costs, sizes, 0.0) == {"a": "float16", "b": "float32", "c": "float32"}
     assert choose(costs, sizes, 1e-4) == {"a": "int4", "b": "int8", "c": "float32"}
     assert choose(costs, sizes, 1.0) == {"a": "int4", "b": "int4", "c": "int4"}
+    # A table that is next to nothing beside the others stays as it is: its bytes are not worth any logloss.
+    sizes["b"] = {precision: size // 100_000 for precision, size in sizes["b"].items()}
+    assert choose(costs, sizes, 1.0) == {"a": "int4", "b": "float32", "c": "int4"}
 
 
 def test_auto_keeps_the_logloss_where_it_was_told_to(small_run, small_dataset, everything, bundles, tmp_path):

@@ -6,8 +6,10 @@ checkpoint's probability p is right, a row answered with q instead loses the div
 as long as it is small, and needs far fewer rows than the difference of two loglosses, whose noise drowns it.
 
 Choice: all tables begin as float32; the step down that saves most bytes for its cost is taken as long as the sum of
-the costs stays within what is allowed.  Then the choice as a whole is tried on the same rows with their labels, and
-made again with half of the allowance while it raises the logloss by more than was asked for, noise considered.
+the costs stays within what is allowed.  Steps that save next to nothing are left out: the tables of a few rows would
+otherwise use up, for some kilobytes, what is left of it.  Then the choice as a whole is tried on the same rows with
+their labels, and made again with half of the allowance while it raises the logloss by more than was asked for, noise
+considered.
 
 B rows, F sparse features, D embedding dimension.
 """
@@ -29,6 +31,7 @@ from torchdlrm.schema import FeatureSchema
 SENSITIVITY_ROWS = 20_000
 _BATCH_ROWS = 2_048
 _MAX_ATTEMPTS = 6
+_LEAST_SAVED_SHARE = 1e-4  # of the bytes of all tables in float32, by a step down
 _LOWER = TABLE_PRECISIONS[1:]
 
 
@@ -157,6 +160,7 @@ def choose(
         allowance: for the sum of the costs.
     """
     chosen: dict[str, TablePrecision] = dict.fromkeys(costs, "float32")
+    least_saved = _LEAST_SAVED_SHARE * sum(size["float32"] for size in sizes.values())
     while True:
         spent = sum(costs[name][precision] for name, precision in chosen.items())
         best: tuple[float, str, TablePrecision] | None = None
@@ -164,7 +168,7 @@ def choose(
             for precision in TABLE_PRECISIONS[TABLE_PRECISIONS.index(now) + 1 :]:
                 price = costs[name][precision] - costs[name][now]
                 saved = sizes[name][now] - sizes[name][precision]
-                if saved > 0 and spent + price <= allowance and (best is None or price / saved < best[0]):
+                if saved > least_saved and spent + price <= allowance and (best is None or price / saved < best[0]):
                     best = (price / saved, name, precision)
         if best is None:
             return chosen
