@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +131,20 @@ def test_what_a_killed_export_left_is_cleared_away(small_run, small_dataset, tmp
     export(Run.open(small_run), small_dataset, tmp_path / "bundle", ExportOptions("small"))
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert not (tmp_path / "bundle" / "vocabulary" / "old").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_export_that_is_told_to_end_leaves_nothing_behind(number, small_run, small_dataset, tmp_path):
+    command = [str(Path(sys.executable).with_name("dlrm")), "export", str(small_run), "--out", str(tmp_path / "bundle")]
+    command += ["--dataset", str(small_dataset.path), "--precision", "auto"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        deadline_s = time.monotonic() + 60
+        while not list(tmp_path.iterdir()) and time.monotonic() < deadline_s:
+            time.sleep(0.002)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60)
+    assert (process.returncode, told.splitlines()[-1]) == (1, b"interrupted")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bundle_that_predicts_other_than_the_checkpoint_is_not_left(small_run, small_dataset, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ Verbs are named as strings: a module is imported when its verb runs, so that `--
 """
 
 import os
+import signal
 import sys
 
 from cyclopts import App
@@ -19,6 +20,7 @@ app = App(
     help="From a raw click log to click probabilities, with DLRM on TorchRec.",
     help_on_error=False,
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # it is told below, as everything else
 )
 app.command("torchdlrm.cli.quickstart:quickstart", help="Everything below on a synthetic log, in minutes.")
 app.command("torchdlrm.cli.synthesize:synthesize", help="Write a click log whose truth is known.")
@@ -45,6 +47,8 @@ def main() -> None:
     # torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would tell people when it starts and stops
+    # As after Ctrl-C, what was begun is removed; verbs that can save, or drain, have handlers of their own.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(exit_on_error=False)
     except UserError as error:

@@ -1,6 +1,5 @@
 """`dlrm predict`: a bundle and raw rows -> click probabilities, a row out for each row in."""
 
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -52,7 +51,6 @@ def predict(
     from torchdlrm.predict.predictor import Predictor
     from torchdlrm.predict.rows_in import RowsIn
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was begun is removed
     try:
         with progress_bars("") as progress:
             predictor = Predictor.open(bundle, verify=verify, num_threads=num_threads, progress=progress)
@@ -61,8 +59,6 @@ def predict(
     except KeyboardInterrupt as interrupt:
         done = "" if out == Path("-") else f": nothing was written to {out}"
         raise Interrupted("interrupted" + done) from interrupt
-    finally:
-        signal.signal(signal.SIGTERM, before)
     _print_summary(summary, out)
     if as_json:
         print_json({"bundle": str(bundle), "version": predictor.bundle.version, "out": str(out), **summary.as_dict()})
