@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from torchdlrm.cli.preprocess_summary import phase_record, print_phase, print_summary, result_record
-from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.cli.terminal import print_json, progress_bars
 from torchdlrm.data.job.phases import PhaseTimes
 from torchdlrm.data.preprocess import PreprocessOptions, Resources, work_folder
 from torchdlrm.data.preprocess import preprocess as run_preprocess
 from torchdlrm.data.vocabulary import DEFAULT_MIN_COUNT
+from torchdlrm.errors import Interrupted
 from torchdlrm.progress import SILENT
 from torchdlrm.schema import load_schema, with_split
 from torchdlrm.units import parse_bytes
@@ -80,11 +81,9 @@ def preprocess(
             with progress_bars(f"preprocess into {out}") as progress:
                 times = PhaseTimes(progress)
                 dataset = run_preprocess(logs, out, columns, options, times, resources=resources, restart=restart)
-    except KeyboardInterrupt:
-        console.print(
-            f"stopped; what is done is kept in {work_folder(out)}: the same command goes on from there", soft_wrap=True
-        )
-        raise
+    except KeyboardInterrupt as interrupt:
+        msg = f"stopped; what is done is kept in {work_folder(out)}: the same command goes on from there"
+        raise Interrupted(msg) from interrupt
     times.finish()
     print_summary(dataset, times.phases)
     if as_json:
