@@ -6,7 +6,8 @@
 The tables of a float32 bundle are made larger by random rows behind their own, in a folder that is removed at the end.
 Then, in a process of its own: open it, predict a row, a hundred, two thousand, all of ids that are uniform over the
 tables, which real ids are not. Memory is what the process has beyond what it had before opening; pages of the file
-belong to the page cache, and all processes that serve the bundle share them.
+belong to the page cache, and all processes that serve the bundle share them. And `dlrm serve`, lazy and full: when it
+says that it is ready, and all of its memory after the first answer.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from shutil import copy, copytree
+from urllib import request
 
 import numpy as np
 import torch
@@ -77,11 +79,36 @@ def grow(source: Path, folder: Path, num_rows: Mapping[str, int]) -> Path:
     return path
 
 
-def resident_mb() -> tuple[float, float]:
+def resident_mb(process: int | str = "self") -> tuple[float, float]:
     """Anonymous memory and pages of files."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     sizes = {line.split()[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
     return sizes["RssAnon:"] / 1e3, sizes["RssFile:"] / 1e3
+
+
+def measure_server(path: Path, verify: str) -> dict[str, float | str]:
+    """From the start of `dlrm serve` to its first answer."""
+    command = [str(Path(sys.executable).with_name("dlrm")), "serve", str(path), "--verify", verify, "--json"]
+    begun_s = time.perf_counter()
+    with subprocess.Popen(
+        [*command, "--port", "0", "--log-level", "warning"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as server:
+        assert server.stdout is not None
+        url = json.loads(server.stdout.readline())["url"]
+        ready_s = time.perf_counter() - begun_s
+        request.urlopen(f"{url}/predict", b"[{}]", timeout=60).close()  # noqa: S310 - it is ours
+        anonymous_mb, file_mb = resident_mb(server.pid)
+        server.terminate()
+    return {
+        "what": f"dlrm serve, {verify}: ready",
+        "after_s": ready_s,
+        "touched_mb": 0.0,
+        "anonymous_mb": anonymous_mb,
+        "file_mb": file_mb,
+    }
 
 
 def measure(path: Path) -> list[dict[str, float | str]]:
@@ -139,10 +166,11 @@ def main() -> None:
         path = grow(options.bundle, Path(folder), num_rows)
         command = [sys.executable, __file__, str(path), "--measure"]
         results = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    print(f"{'':24}{'after s':>10}{'touched MB':>12}{'anonymous MB':>14}{'of files MB':>13}")
+        results += [measure_server(path, verify) for verify in ("lazy", "full")]
+    print(f"{'':26}{'after s':>10}{'touched MB':>12}{'anonymous MB':>14}{'of files MB':>13}")
     for row in results:
         figures = f"{row['after_s']:10.2f}{row['touched_mb']:12.1f}{row['anonymous_mb']:14.0f}{row['file_mb']:13.0f}"
-        print(f"{row['what']:24}{figures}")
+        print(f"{row['what']:26}{figures}")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
