@@ -1,6 +1,7 @@
 """What whoever runs a server relies on: swaps, limits, keys, processes, the log of predictions."""
 
 import asyncio
+import gc
 import json
 import os
 import runpy
@@ -8,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -178,7 +180,8 @@ def test_a_block_found_damaged_while_it_is_served_ends_the_predictions(small_bun
             LogLines("error"),
             lambda: None,
         )
-        service.start()
+        await service.start()
+        first = weakref.ref(service.bundles.current)
         transport = httpx.ASGITransport(build_app(service))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             assert (await client.post("/predict", json=rows)).status_code == 200
@@ -194,6 +197,8 @@ def test_a_block_found_damaged_while_it_is_served_ends_the_predictions(small_bun
             assert (await service.reload())["outcome"] == "swapped"
             assert (await client.get("/v2/health/ready")).status_code == 200
             assert (await client.post("/predict", json=rows)).status_code == 200
+        gc.collect()
+        assert first() is None, "what was swapped away must not stay in memory"
         service.close()
         service.lines.close()
 

@@ -1,6 +1,7 @@
 """`dlrm serve`: a bundle -> predictions over HTTP and gRPC, until somebody says stop."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -93,6 +94,8 @@ def serve(
     json
         Print one JSON object on standard output when requests can be sent.
     """
+    # Until the server has handlers of its own it has begun nothing, and may end as any program does.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     from torchdlrm.serve.api_keys import read_api_keys
     from torchdlrm.serve.options import ServeOptions, threads_of_model
 

@@ -81,12 +81,13 @@ class FittedDense(BaseModel):
         x = np.where(np.isnan(numbers), self.missing, numbers)
         if self.minimum is not None:
             x = np.maximum(x, self.minimum)
-        if self.shift:
-            x += self.shift
-        if self.log:
-            # The C library's, as Polars': NumPy's own differs in the last bit of one number in a thousand.
-            x = np.fromiter(map(math.log, x.tolist()), np.float64, len(x))
-        x /= self.deviation
+        with np.errstate(over="ignore"):  # clipped below
+            if self.shift:
+                x += self.shift
+            if self.log:
+                # The C library's, as Polars': NumPy's own differs in the last bit of one number in a thousand.
+                x = np.fromiter(map(math.log, x.tolist()), np.float64, len(x))
+            x /= self.deviation
         if not self.log:
             x = x.clip(-_FLOAT32_MAX, _FLOAT32_MAX)
         return x.astype(np.float32)

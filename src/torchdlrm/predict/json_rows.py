@@ -163,11 +163,14 @@ def _text(cell: object, column: Column, row: int) -> str | None:
         if isinstance(column, LabelColumn):
             return str(int(cell))
     elif isinstance(cell, int | float) and not (isinstance(column, SparseColumn) and column.kind == "hex"):
-        # JavaScript writes 3 for 3.0, others 3.0 for 3: as numbers they are the same.  But a large one has been
-        # rounded: parsers of JSON make a float of an integer of more than 64 bits.
-        is_exact = isinstance(cell, float) and cell.is_integer() and abs(cell) <= 2**53
-        whole = is_exact and getattr(column, "kind", "") == "int"
-        return str(int(cell)) if whole else str(cell)
+        # JavaScript writes 3 for 3.0, others 3.0 for 3: as numbers they are the same.
+        if not (isinstance(cell, float) and cell.is_integer() and getattr(column, "kind", "") == "int"):
+            return str(cell)
+        if abs(cell) <= 2**53:
+            return str(int(cell))
+        # Parsers of JSON make a float of an integer of more than 64 bits.
+        msg = f"row {row}, column {column.name!r}: the float {cell!r} may have been rounded; send an integer of 64 bits"
+        raise RowError(msg)
     msg = f"row {row}, column {column.name!r}: {_expected(column)}, not {cell!r:.80}"
     raise RowError(msg)
 

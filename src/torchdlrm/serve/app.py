@@ -62,7 +62,7 @@ def build_app(service: Service) -> Gate:
 
 
 class _PlainRoute(Route):
-    """A route whose function takes the request as it is.
+    """A route whose function takes the request as it is; one for GET answers HEAD too.
 
     FastAPI's own routes find out, for each request, what a function's arguments are made of: here there is nothing to
     find out, and a prediction takes hardly longer than that.
@@ -82,6 +82,7 @@ def _people(service: Service) -> list[Route]:
         answer = await service.predict(
             served,
             rows,
+            num_bytes=len(body),
             request_id=request.scope[REQUEST_ID],
             started_s=started_s,
             is_gone=request.scope.get(IS_GONE, _never),
@@ -128,6 +129,7 @@ def _open_inference(service: Service) -> list[Route]:
         answer = await service.predict(
             served,
             rows,
+            num_bytes=len(body),
             request_id=request.scope[REQUEST_ID],
             started_s=started_s,
             timeout_us=asked.timeout_us,

@@ -5,8 +5,8 @@ event loop goes on reading and answering; what arrives while the model is busy i
 So there is no waiting time to choose: an idle server starts on a row at once, and the busier the model, the more rows
 share a batch.  Everything is counted in rows, because a request may have one or thousands.
 
-A batch of few rows takes less time than waking a thread, twice.  It is predicted where it is, in the loop, as long as
-that is quick; requests that come meanwhile are read together after it, and share the next.
+A batch of few rows, and of few bytes, takes less time than waking a thread, twice.  It is predicted where it is, in the
+loop, as long as that is quick; requests that come meanwhile are read together after it, and share the next.
 
 All methods belong to the event loop's thread, except where it is said.
 """
@@ -28,7 +28,8 @@ from torchdlrm.export.encoded_rows import EncodedRows
 from torchdlrm.serve.refusals import bad_request, overloaded, too_late
 
 _SWEEP_INTERVAL_S = 0.01
-_FEW_ROWS, _QUICK_S = 16, 0.003  # predicted in the loop: so many rows, if the last so few took no longer
+# Predicted in the loop: so many rows that came as so many bytes, if the last so few took no longer.
+_FEW_ROWS, _FEW_BYTES, _QUICK_S = 16, 16 << 10, 0.003
 
 
 class Predictions(Protocol):
@@ -110,6 +111,7 @@ class _Waiting:
     model: Model
     rows: Rows
     num_rows: int
+    num_bytes: int
     request_id: str
     arrived_s: float
     is_abandoned: Callable[[], bool]
@@ -127,30 +129,38 @@ class _Batch:
     def num_rows(self) -> int:
         return sum(part.num_rows for part in self.parts)
 
+    @property
+    def is_small(self) -> bool:
+        return self.num_rows <= _FEW_ROWS and sum(part.num_bytes for part in self.parts) <= _FEW_BYTES
+
 
 class Batcher:
-    """Gathers rows for one model thread; `start` makes it run.
+    """Gathers rows for a model, which is in one thread at a time; `start` makes it run.
 
     Args:
         max_batch_rows: the model gets no more at once; a request that has more is cut into several calls.
         max_queue_rows: rows that may wait; a request that does not fit is refused.
         listener: is told of each batch.
+        quick_s: a batch is predicted in the loop only if the last one as small took no longer.
     """
 
-    def __init__(self, *, max_batch_rows: int, max_queue_rows: int, listener: BatchListener) -> None:
+    def __init__(
+        self, *, max_batch_rows: int, max_queue_rows: int, listener: BatchListener, quick_s: float = _QUICK_S
+    ) -> None:
         self._max_batch_rows, self._max_queue_rows, self._listener = max_batch_rows, max_queue_rows, listener
+        self._quick_s = quick_s
         self._waiting: deque[_Waiting] = deque()
         self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._is_busy = self._is_beginning = False
-        self._few_rows_s = 0.0
+        self._last_small_s = 0.0
         self._swept_s = 0.0
         self._rows_per_s = 0.0
         self.queued_rows = 0
-        self._warm_up: Callable[[], object] = lambda: None
+        self._warm_up: Callable[[], object] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+        self._thread: threading.Thread | None = None
 
-    def start(self, warm_up: Callable[[], object] = lambda: None) -> None:
+    async def start(self, warm_up: Callable[[], object] = lambda: None) -> None:
         """Start the model's thread; from the event loop that will submit.
 
         Args:
@@ -158,9 +168,12 @@ class Batcher:
                 for each thread that calls them, and the first request shall not wait for that.
         """
         self._loop = asyncio.get_running_loop()
-        self._warm_up = warm_up
         warm_up()
+        self._warm_up = warm_up
+        is_warm = asyncio.Event()
+        self._thread = threading.Thread(target=self._work, args=(is_warm,), name="model", daemon=True)
         self._thread.start()
+        await is_warm.wait()
 
     def stop(self) -> None:
         """Let the model's thread end after what it has been given."""
@@ -169,7 +182,7 @@ class Batcher:
     @property
     def is_alive(self) -> bool:
         """Whether the model's thread is running."""
-        return self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive()
 
     def check_room(self, num_rows: int = 1) -> None:
         """See whether rows would be taken, before work goes into reading them.
@@ -196,6 +209,7 @@ class Batcher:
         model: Model,
         rows: Rows,
         *,
+        num_bytes: int,
         request_id: str,
         deadline_s: float,
         is_abandoned: Callable[[], bool],
@@ -205,6 +219,7 @@ class Batcher:
         Args:
             model: what predicts them; rows for different models never share a batch.
             rows: B rows.
+            num_bytes: how many they came as, which tells how much work they are.
             request_id: what the log calls the request.
             deadline_s: when nobody wants them any more, by `time.perf_counter`.
             is_abandoned: whether whoever asked has gone.
@@ -222,7 +237,7 @@ class Batcher:
             raise too_late("the deadline passed before the rows were read; nothing was computed")
         self.check_room(num_rows)
         future: asyncio.Future[Answer] = self._loop.create_future()
-        waiting = _Waiting(model, rows, num_rows, request_id, now_s, is_abandoned, future)
+        waiting = _Waiting(model, rows, num_rows, num_bytes, request_id, now_s, is_abandoned, future)
         waiting.future.add_done_callback(lambda _: self._leave_queue(waiting))
         timer = self._loop.call_later(deadline_s - now_s, _expire, waiting)
         self._waiting.append(waiting)
@@ -249,12 +264,14 @@ class Batcher:
         self._is_beginning = False
         if self._is_busy or (batch := self._next_batch()) is None:
             return
-        if batch.num_rows > _FEW_ROWS or self._few_rows_s > _QUICK_S or not batch.model.is_settled:
+        results: list[Answer | Exception] | None = None
+        started_s = time.perf_counter()
+        if batch.is_small and self._last_small_s <= self._quick_s and batch.model.is_settled:
+            results = self._answer_at_once(batch)
+        if results is None:
             self._is_busy = True
             self._batches.put(batch)
             return
-        started_s = time.perf_counter()
-        results = self._answer(batch)
         self._settle(batch, results, time.perf_counter() - started_s)
         if self._waiting:  # for another model
             self._begin_soon()
@@ -291,10 +308,9 @@ class Batcher:
             self._begin_soon()
 
     def _settle(self, batch: _Batch, results: list[Answer | Exception], batch_s: float) -> None:
-        num_rows = batch.num_rows
-        if num_rows <= _FEW_ROWS:
-            self._few_rows_s = batch_s
-        speed = num_rows / max(batch_s, 1e-6)
+        if batch.is_small:
+            self._last_small_s = batch_s
+        speed = batch.num_rows / max(batch_s, 1e-6)
         self._rows_per_s = speed if not self._rows_per_s else 0.9 * self._rows_per_s + 0.1 * speed
         for part, result in zip(batch.parts, results, strict=True):
             if part.future.done():
@@ -304,10 +320,15 @@ class Batcher:
             else:
                 part.future.set_result(result)
 
-    def _work(self) -> None:
+    def _work(self, is_warm: asyncio.Event) -> None:
         """The model's thread."""
         assert self._loop is not None
-        self._warm_up()
+        assert self._warm_up is not None
+        try:
+            self._warm_up()
+        finally:
+            self._warm_up = None  # it may know a bundle, which must not outlive its last request
+            self._loop.call_soon_threadsafe(is_warm.set)
         while (batch := self._batches.get()) is not None:
             started_s = time.perf_counter()
             results = self._answer(batch)
@@ -316,6 +337,13 @@ class Batcher:
             except RuntimeError:
                 return  # the loop is closed: nobody waits for an answer any more
             del batch, results  # while the thread waits, nothing keeps a bundle that was swapped away
+
+    def _answer_at_once(self, batch: _Batch) -> list[Answer | Exception] | None:
+        """In the loop; None where one of several requests makes them fail: to find it takes too long here."""
+        try:
+            return list(self._predict(batch))
+        except Exception as error:  # noqa: BLE001 - as below
+            return [error] if len(batch.parts) == 1 else None
 
     def _answer(self, batch: _Batch) -> list[Answer | Exception]:
         try:

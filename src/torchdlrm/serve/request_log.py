@@ -9,7 +9,8 @@ In: batches, as the model was given them.  Out: files in a folder, each whole fr
 
 The label is not there: nobody knows it yet.  docs/serving.md says how it is joined.  Rows wait in memory until there
 are enough for a file, and no more than a fixed number: beyond, they are dropped and counted.  They are made columns in
-the log's own thread, because the model may not need them as such.
+the log's own thread, because the model may not need them as such, and those of many batches together, because the cost
+is that of the columns.
 """
 
 import os
@@ -34,6 +35,7 @@ OWN_COLUMNS = ("request_id", "request_row", "requested_at", "prediction", "model
 MAX_WAITING_ROWS = 1 << 17
 FILE_ROWS = 1 << 16
 FILE_SECONDS = 60.0
+_GATHER_S, _GATHER_ROWS = 0.25, 4_096  # of batches that are made columns together
 
 
 class LoggedModel(Protocol):
@@ -87,6 +89,8 @@ class RequestLog:
         self._waiting_rows = 0
         self._lock = threading.Lock()
         self._num_files = 0
+        self._is_closing = threading.Event()
+        self._next: _Entry | None = None  # taken from the queue already
         self._thread = threading.Thread(target=self._work, name="request log", daemon=True)
         self._thread.start()
 
@@ -102,34 +106,53 @@ class RequestLog:
 
     def close(self) -> None:
         """Write what is waiting."""
+        self._is_closing.set()
         self._entries.put(None)
         self._thread.join()
 
     def _work(self) -> None:
         kept: list[pl.DataFrame] = []
+        kept_rows = 0
         schema: FeatureSchema | None = None
         oldest_s = 0.0
         while True:
-            timeout_s = max(0.0, oldest_s + self._file_s - time.monotonic()) if kept else None
-            try:
-                entry = self._entries.get(timeout=timeout_s)
-            except queue.Empty:
+            group, is_end = self._next_group(oldest_s + self._file_s - time.monotonic() if kept else None)
+            is_old = bool(kept) and time.monotonic() >= oldest_s + self._file_s
+            if kept and (is_old or is_end or (group and group[0].model.schema is not schema)):
                 self._write(kept)
-                kept = []
-                continue
-            if kept and (entry is None or entry.model.schema is not schema):
+                kept, kept_rows = [], 0
+            if group:
+                if not kept:
+                    oldest_s = time.monotonic()
+                schema = group[0].model.schema
+                kept.append(_log_frame(group))
+                kept_rows += kept[-1].height
+                del group  # while the thread waits, nothing keeps a bundle that was swapped away
+            if kept and (is_end or kept_rows >= self._file_rows):
                 self._write(kept)
-                kept = []
-            if entry is None:
+                kept, kept_rows = [], 0
+            if is_end:
                 return
-            if not kept:
-                oldest_s = time.monotonic()
-            schema = entry.model.schema
-            kept.append(_log_frame(entry))
-            del entry  # while the thread waits, nothing keeps a bundle that was swapped away
-            if sum(frame.height for frame in kept) >= self._file_rows:
-                self._write(kept)
-                kept = []
+
+    def _next_group(self, timeout_s: float | None) -> tuple[list[_Entry], bool]:
+        """Batches of one model, none if none come in that time; and whether they are the last."""
+        group: list[_Entry] = []
+        num_rows = 0
+        try:
+            if self._next is None:
+                self._next = self._entries.get(timeout=None if timeout_s is None else max(0.0, timeout_s))
+                if self._next is not None:
+                    self._is_closing.wait(_GATHER_S)
+            while self._next is not None:
+                if group and (self._next.model is not group[0].model or num_rows >= _GATHER_ROWS):
+                    return group, False
+                group.append(self._next)
+                num_rows += self._next.report.total_rows
+                self._next = None
+                self._next = self._entries.get_nowait()
+        except queue.Empty:
+            return group, False
+        return group, True
 
     def _write(self, frames: list[pl.DataFrame]) -> None:
         frame = pl.concat(frames)
@@ -157,26 +180,30 @@ def check_loggable(schema: FeatureSchema) -> None:
         raise ConfigError(msg)
 
 
-def _log_frame(entry: _Entry) -> pl.DataFrame:
-    report, schema = entry.report, entry.model.schema
-    frame = entry.model.read(report.requests)
+def _log_frame(entries: Sequence[_Entry]) -> pl.DataFrame:
+    """The rows of some batches of one model."""
+    model, reports = entries[0].model, [entry.report for entry in entries]
+    schema = model.schema
+    frame = model.read([request for report in reports for request in report.requests])
     columns = []
     for column in (*schema.dense, *schema.sparse):
         values = frame[column.name]
         columns.append(
             (digits_of(values, column) if isinstance(column, SparseColumn) else values).alias(column.log_name)
         )
-    height = frame.height
+    times_us = pl.Series(np.repeat([entry.time_us for entry in entries], [report.total_rows for report in reports]))
     if schema.time is not None:
-        columns.append(_as_time(entry.time_us, schema.time).new_from_index(0, height))
-    counts = np.asarray(report.num_rows)
+        columns.append(_as_time(times_us, schema.time))
+    counts = np.concatenate([report.num_rows for report in reports])
     starts = np.cumsum(counts) - counts
+    request_ids = np.concatenate([np.asarray(report.request_ids, object) for report in reports])
+    probabilities = [part.probabilities for report in reports for part in report.predictions]
     columns += [
-        pl.Series("request_id", np.repeat(np.asarray(report.request_ids, object), counts).tolist(), pl.String),
-        pl.Series("request_row", np.arange(height) - np.repeat(starts, counts)),
-        pl.Series("requested_at", [entry.time_us]).cast(pl.Datetime("us", "UTC")).new_from_index(0, height),
-        pl.Series("prediction", np.concatenate([part.probabilities for part in report.predictions])),
-        pl.Series("model_version", [entry.model.version]).new_from_index(0, height),
+        pl.Series("request_id", np.repeat(request_ids, counts).tolist(), pl.String),
+        pl.Series("request_row", np.arange(frame.height) - np.repeat(starts, counts)),
+        times_us.cast(pl.Datetime("us", "UTC")).alias("requested_at"),
+        pl.Series("prediction", np.concatenate(probabilities)),
+        pl.Series("model_version", [model.version]).new_from_index(0, frame.height),
     ]
     return pl.DataFrame(columns)
 
@@ -192,9 +219,9 @@ def digits_of(values: pl.Series, column: SparseColumn) -> pl.Series:
     return pl.select(pl.when(values.is_not_null()).then(digits)).to_series()
 
 
-def _as_time(time_us: int, column: TimeColumn) -> pl.Series:
-    moment = pl.Series(column.log_name, [time_us])
+def _as_time(times_us: pl.Series, column: TimeColumn) -> pl.Series:
+    times_us = times_us.alias(column.log_name)
     if column.kind == "datetime":
-        return moment.cast(pl.Datetime("us"))
-    seconds = moment / 1e6
+        return times_us.cast(pl.Datetime("us"))
+    seconds = times_us / 1e6
     return seconds.cast(pl.Int64) if column.kind == "int" else seconds

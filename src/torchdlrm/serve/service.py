@@ -60,10 +60,12 @@ class Service:
         self._id_prefix = f"{os.getpid():x}-{secrets.token_hex(4)}"
         self.metrics.bundle_served(self.name, served.version, before=None)
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Begin to predict; in the event loop."""
         served = self.bundles.current
-        self.batcher.start(lambda: [served.predict(served.encode([[{}] * num_rows])) for num_rows in (1, 64, 256, 1)])
+        await self.batcher.start(
+            lambda: [served.predict(served.encode([[{}] * num_rows])) for num_rows in (1, 64, 256, 1)]
+        )
 
     def close(self) -> None:
         """Stop, after the last request; what was logged is written."""
@@ -128,6 +130,7 @@ class Service:
         served: ServedBundle,
         rows: Rows,
         *,
+        num_bytes: int,
         request_id: str,
         started_s: float,
         timeout_us: int | None = None,
@@ -138,6 +141,7 @@ class Service:
         Args:
             served: what predicts them.
             rows: B rows.
+            num_bytes: how many they came as.
             request_id: for the log.
             started_s: when the request came, by `time.perf_counter`.
             timeout_us: the client's own deadline, from then.
@@ -153,7 +157,12 @@ class Service:
         self.metrics.stage_done("read", time.perf_counter() - started_s)
         try:
             answer = await self.batcher.submit(
-                served, rows, request_id=request_id, deadline_s=started_s + limit_s, is_abandoned=is_gone
+                served,
+                rows,
+                num_bytes=num_bytes,
+                request_id=request_id,
+                deadline_s=started_s + limit_s,
+                is_abandoned=is_gone,
             )
         except RowError as error:
             raise bad_request(str(error)) from error

@@ -67,14 +67,15 @@ def run_worker(
     lines = LogLines(options.log_level)
     logging.getLogger().handlers = [LibraryHandler(lines)]
     verify = options.verify if is_first_check else "lazy"
-    served = ServedBundle.open(options.bundle, verify=verify)
+    # The service alone knows the bundle: after a swap nothing else keeps the old one.
+    service = Service(options, ServedBundle.open(options.bundle, verify=verify), lines, _tell_others)
     # What is loaded stays: the collector need not look at it again, least of all while somebody waits.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
     try:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
-            runner.run(_serve(options, served, lines, listener, ready))
+            runner.run(_serve(service, listener, ready))
     finally:
         lines.close()
     return 0
@@ -86,21 +87,15 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-async def _serve(
-    options: ServeOptions,
-    served: ServedBundle,
-    lines: LogLines,
-    listener: socket.socket,
-    ready: Callable[[Ready], None],
-) -> None:
-    loop = asyncio.get_running_loop()
+def _tell_others() -> None:
     parent = parent_process()
+    if parent is not None and parent.pid is not None:
+        os.kill(parent.pid, signal.SIGHUP)
 
-    def tell_others() -> None:
-        if parent is not None and parent.pid is not None:
-            os.kill(parent.pid, signal.SIGHUP)
 
-    service = Service(options, served, lines, tell_others)
+async def _serve(service: Service, listener: socket.socket, ready: Callable[[Ready], None]) -> None:
+    loop = asyncio.get_running_loop()
+    options, lines, parent = service.options, service.lines, parent_process()
     config = uvicorn.Config(
         build_app(service),
         http=LimitedConnection.with_timeout(options.header_timeout_s),
@@ -119,7 +114,7 @@ async def _serve(
         address = f"[{options.host}]" if ":" in options.host else options.host
         rpc, grpc_port = grpc_server(service, f"{address}:{options.grpc_port}", share_port=options.workers > 1)
         await rpc.start()
-    service.start()
+    await service.start()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
@@ -138,10 +133,9 @@ async def _serve(
     serving = loop.create_task(server.serve([listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
-    lines.write(
-        "warning", "serving", model=service.name, version=served.version, address=list(listener.getsockname()[:2])
-    )
-    ready(Ready(service.name, served.version, grpc_port))
+    version = service.bundles.current.version
+    lines.write("warning", "serving", model=service.name, version=version, address=list(listener.getsockname()[:2]))
+    ready(Ready(service.name, version, grpc_port))
     await asyncio.wait({serving, loop.create_task(stopping.wait())}, return_when=asyncio.FIRST_COMPLETED)
     service.drain()
     lines.write("warning", "draining")

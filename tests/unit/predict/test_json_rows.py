@@ -87,7 +87,7 @@ def test_a_label_is_read_where_it_is_given():
         ({"nme": 1}, "row 1, column 'nme': the model has no such column; it has count, price, tags"),
         ({"count": 2.5}, "row 1, column 'count': the cell is not an integer of 64 bits: '2.5'"),
         ({"count": 2**63}, "row 1, column 'count': the cell is not an integer of 64 bits: '9223372036854775808'"),
-        ({"count": -(2.0**63)}, "row 1, column 'count': the cell is not an integer of 64 bits: '-9.22337203685"),
+        ({"count": -(2.0**63)}, "row 1, column 'count': the float -9.22.* may have been rounded; send an integer"),
         ({"count": True}, "row 1, column 'count': expected an integer, not True"),
         ({"count": [1]}, "row 1, column 'count': expected an integer, not \\[1\\]"),
         ({"price": float("nan")}, "row 1, column 'price': the cell is not a finite number: 'nan'"),

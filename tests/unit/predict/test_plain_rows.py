@@ -163,9 +163,14 @@ def test_lists_and_no_rows_are_left_to_the_general_way(ways):
 def test_transforms_of_numbers_are_those_of_columns_to_the_bit():
     generator = np.random.default_rng(0)
     numbers = np.concatenate(
-        [np.arange(-10.0, 1e5), generator.lognormal(0, 30, 100_000) * generator.choice([-1, 1], 100_000), [math.nan]]
+        [
+            np.arange(-10.0, 1e5),
+            generator.lognormal(0, 30, 100_000) * generator.choice([-1, 1], 100_000),
+            [math.nan, 1.7e308, -1.7e308],
+        ]
     )
     column = pl.Series("x", numbers).fill_nan(None)
-    for fitted in DENSE.values():
+    steep = FittedDense(transform="standardize", missing=-1e307, shift=1e307, deviation=0.3)
+    for fitted in (*DENSE.values(), steep):
         expected = column.to_frame().select(fitted.expression("x")).to_series().to_numpy()
         assert fitted.of_numbers(numbers).tobytes() == expected.tobytes(), fitted.transform

@@ -1,5 +1,6 @@
 """The log of predictions: what preprocessing reads back, whole files, a bound, never in the way."""
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +85,34 @@ def test_files_are_written_when_they_are_full_and_by_version_of_the_schema(tmp_p
         log.add(report(), Model(schema))
     log.close()
     assert sorted(pl.read_parquet(path).height for path in tmp_path.iterdir()) == [3, 3, 6]
+
+
+def test_a_file_is_written_in_its_time_while_rows_keep_coming(tmp_path):
+    log = RequestLog(tmp_path, pytest.fail, file_s=0.3)
+    model, deadline_s = Model(), time.monotonic() + 10
+    while not list(tmp_path.glob("*.parquet")) and time.monotonic() < deadline_s:
+        log.add(report(), model)
+        time.sleep(0.001)
+    assert time.monotonic() < deadline_s
+    log.close()
+
+
+def test_small_batches_become_columns_together(tmp_path):
+    class Counting(Model):
+        reads = 0
+
+        def read(self, requests):
+            self.reads += 1
+            return super().read(requests)
+
+    log, model = RequestLog(tmp_path, pytest.fail), Counting()
+    for _ in range(500):
+        log.add(report(), model)
+    log.close()
+    assert model.reads <= 3
+    logged = pl.read_parquet(next(tmp_path.iterdir()))
+    assert logged["prediction"].to_list() == [0.0, 0.5, 1.0] * 500
+    assert logged["request_row"].to_list() == [0, 0, 1] * 500
 
 
 def test_rows_beyond_the_bound_are_dropped_and_counted(tmp_path, monkeypatch):

@@ -159,6 +159,7 @@ class _Methods:
         answer = await service.predict(
             served,
             rows,
+            num_bytes=request.ByteSize(),
             request_id=service.new_request_id(),
             started_s=started_s,
             timeout_us=None if remaining_s is None else max(0, int(1e6 * remaining_s)),
