@@ -155,11 +155,14 @@ def test_a_bundle_that_predicts_other_than_the_checkpoint_is_not_left(small_run,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rows_of_coarse_tables_in_each_other_s_place_are_found(small_run, small_dataset, tmp_path, monkeypatch):
-    """Rounding to 4 bits may move a probability by as much as the wrong row of a table does; it hides it no longer."""
+@pytest.mark.parametrize("dense_precision", ["float32", "bfloat16"])
+def test_rows_of_coarse_tables_in_each_other_s_place_are_found(
+    dense_precision, small_run, small_dataset, tmp_path, monkeypatch
+):
+    """Rounding and bfloat16 may move a probability by as much as the wrong row of a table does; they do not hide it."""
     right = write.quantize_rows
     monkeypatch.setattr(write, "quantize_rows", lambda rows, precision: right(rows, precision).roll(1, dims=0))
-    options = ExportOptions("small", precision="int4", dense_precision="float32")
+    options = ExportOptions("small", precision="int4", dense_precision=dense_precision)
     with pytest.raises(BundleError, match=r"with the same embeddings: a probability differs by 0\.\d+ on 357 rows"):
         export(Run.open(small_run), small_dataset, tmp_path / "bundle", options)
     assert list(tmp_path.iterdir()) == []
@@ -176,9 +179,9 @@ def test_a_logloss_that_rises_beyond_what_is_allowed_is_refused(small_dataset):
             split="test",
             checkpoint=lambda rows: np.zeros(rows.num_rows, np.float32),
             rounded=shifted,
+            in_float32=None,
             bundle=shifted,
             allowed=Tolerance(0.4, 0.0),
-            arithmetic=1e-5,
             progress=SILENT,
         )
 

@@ -1,8 +1,9 @@
 """Do a bundle and its checkpoint predict the same, as far as the precision allows?
 
-The same encoded rows go through three models: the checkpoint; the checkpoint with each embedding rounded as the bundle
-stores it, in float32 otherwise; the bundle.  Between the first two lies what rounding costs, and between the last two
-nothing may lie but the arithmetic: there a row of a table in the wrong place shows, however coarse the tables are.
+The same encoded rows go through four models: the checkpoint; the checkpoint with each embedding rounded as the bundle
+stores it; the bundle computing in float32; the bundle as served.  Between the first two lies what rounding costs, and
+between the last two what bfloat16 does.  Between the second and the third nothing may lie but the order of additions:
+there a row of a table in the wrong place shows, however coarse the tables are.
 
 And how much worse is the logloss?  That is a mean over rows whose errors have either sign, so few rows say little about
 it: it counts as too high when it is so by more than three standard errors.
@@ -72,9 +73,9 @@ def compare(
     split: str,
     checkpoint: Logits,
     rounded: Logits | None,
+    in_float32: Logits | None,
     bundle: Logits,
     allowed: Tolerance,
-    arithmetic: float,
     progress: ProgressListener,
 ) -> CheckRecord:
     """Predict the same rows by checkpoint and bundle.
@@ -85,9 +86,9 @@ def compare(
         split: which rows they are, for the record.
         checkpoint: log-odds by the checkpoint.
         rounded: log-odds by the checkpoint with its embeddings rounded as the bundle's; None where they are not.
-        bundle: log-odds by the bundle.
+        in_float32: log-odds by the bundle computing in float32; None where it does so anyway.
+        bundle: log-odds by the bundle as served.
         allowed: what precisions explain.
-        arithmetic: how far a probability may be off between the last two.
         progress: is told of the rows done.
 
     Raises:
@@ -97,26 +98,28 @@ def compare(
     for frame in frames:
         rows = EncodedRows.from_frame(frame, schema)
         labels_B = frame[schema.label.name].to_numpy()
-        before = checkpoint(rows)
-        pieces.append((labels_B, before, before if rounded is None else rounded(rows), bundle(rows)))
+        before, after = checkpoint(rows), bundle(rows)
+        expected = before if rounded is None else rounded(rows)
+        pieces.append((labels_B, before, expected, after if in_float32 is None else in_float32(rows), after))
         progress.advance(frame.height)
-    labels, exact, between, after = (np.concatenate(column) for column in zip(*pieces, strict=True))
-    difference = _largest_difference(exact, after)
-    explained = min(_largest_difference(exact, between) + arithmetic, allowed.difference)
+    labels, before, expected, exact, after = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    difference = _largest_difference(before, after)
+    dense: DensePrecision = "float32" if in_float32 is None else "bfloat16"
+    explained = _largest_difference(before, expected) + arithmetic_difference(dense)
     record = CheckRecord(
         split=split,
         rows=len(labels),
         largest_difference=difference,
-        largest_allowed=explained,
-        checkpoint=_judged(labels, exact),
+        largest_allowed=min(explained, allowed.difference),
+        checkpoint=_judged(labels, before),
         bundle=_judged(labels, after),
     )
-    unexplained = _largest_difference(between, after)
-    if not unexplained <= arithmetic:  # also where it is NaN
+    unexplained = _largest_difference(expected, exact)
+    if not unexplained <= arithmetic_difference("float32"):  # also where it is NaN
         msg = (
             f"the bundle predicts other than the checkpoint with the same embeddings: a probability differs by "
-            f"{unexplained:.2g} on {len(labels):,} rows of {split}, and the arithmetic explains {arithmetic:.2g}; "
-            "nothing was left behind. Export again; if that does not help, with --dense-precision float32"
+            f"{unexplained:.2g} on {len(labels):,} rows of {split}, and the order of additions explains "
+            f"{arithmetic_difference('float32'):.2g}; nothing was left behind. Export again"
         )
         raise BundleError(msg)
     if not difference <= allowed.difference:
@@ -126,7 +129,7 @@ def compare(
             "Export with a higher --precision or --dense-precision float32"
         )
         raise BundleError(msg)
-    increase = logloss_increase(labels, exact, after)
+    increase = logloss_increase(labels, before, after)
     if not increase.is_within(allowed.logloss_increase):
         msg = (
             f"the bundle's logloss on {len(labels):,} rows of {split} is {increase.mean:.6f} higher than the "

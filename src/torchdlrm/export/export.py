@@ -17,7 +17,7 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.transforms import encode
 from torchdlrm.errors import RunError
 from torchdlrm.export.bundle import PREDICTION_COLUMN, Bundle
-from torchdlrm.export.check import Tolerance, arithmetic_difference, compare, tolerance
+from torchdlrm.export.check import Tolerance, compare, tolerance
 from torchdlrm.export.checkpoint_model import CheckpointModel
 from torchdlrm.export.checkpoint_reader import CheckpointReader
 from torchdlrm.export.encoded_rows import EncodedRows
@@ -168,9 +168,9 @@ def export(
             split=split,
             checkpoint=model.logits,
             rounded=None if set(precisions.values()) == {"float32"} else partial(model.logits, precisions=chosen),
+            in_float32=None if served.dense_precision == "float32" else ServedModel(bundle, "float32").logits,
             bundle=served.logits,
             allowed=_allowed(options, precisions, dense_precision),
-            arithmetic=arithmetic_difference(dense_precision),
             progress=progress,
         )
         _write_sample(dataset, split, bundle, served)

@@ -70,7 +70,7 @@ class CheckRecord(_Frozen):
         split: which rows were predicted.
         rows: how many.
         largest_difference: between the two probabilities of a row.
-        largest_allowed: what the precision explains.
+        largest_allowed: what rounding the embeddings did on these rows, and what the arithmetic may do.
         checkpoint: by the eager float32 model.
         bundle: as served.
     """

@@ -47,6 +47,7 @@ class ServedModel:
 
     Args:
         bundle: opened.
+        dense_precision: what the arches may compute in; None: what the bundle says.
 
     Attributes:
         dense_precision: what the arches compute in here.
@@ -56,9 +57,9 @@ class ServedModel:
         BundleError: the weights do not fit the manifest.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, dense_precision: DensePrecision | None = None) -> None:
         manifest = bundle.manifest
-        self.dense_precision, self.reason = choose_dense_precision(manifest.dense_precision)
+        self.dense_precision, self.reason = choose_dense_precision(dense_precision or manifest.dense_precision)
         self._dtype: torch.dtype = getattr(torch, self.dense_precision)
         self._dim, self._num_dense = manifest.model.embedding_dim, len(bundle.schema.dense)
         self._pairs = PairLayout(len(manifest.sparse) + 1, self._dtype)

@@ -21,6 +21,7 @@ from torchdlrm.data.vocabulary import UNKNOWN_ID, VALUE_TYPES
 from torchdlrm.errors import BundleError, RowError
 from torchdlrm.export.bundle import Bundle, Verify
 from torchdlrm.export.check import arithmetic_difference
+from torchdlrm.export.manifest import DensePrecision
 from torchdlrm.export.served_model import EncodedRows, ServedModel
 from torchdlrm.predict.json_rows import Row, RowReader
 from torchdlrm.predict.plain_rows import PlainRowEncoder
@@ -87,6 +88,11 @@ class Predictor:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         return cls(Bundle.open(path, verify=verify, progress=progress))
+
+    @property
+    def dense_precision(self) -> DensePrecision:
+        """What the arches compute in on this machine."""
+        return self._model.dense_precision
 
     def parse_rows(self, rows: Sequence[Row]) -> pl.DataFrame:
         """Rows by column name -> typed columns, B rows; what a row does not name is missing.

@@ -4,7 +4,8 @@
 | --- | --- | --- |
 | checkpoint | the dataset's vocabularies and transforms | the run's checkpoint, eager, float32 |
 | rounded | the same | the same, but for embeddings rounded as the bundle stores them |
-| bundle | the bundle's | as served |
+| float32 | the bundle's | as served, but computing in float32 where it would in bfloat16 |
+| bundle | the same | as served |
 | server | over HTTP, as JSON | as served, there |
 
 Each is compared with the one before it, row by row: so rounding, which costs what it costs, hides nothing else.
@@ -26,6 +27,7 @@ from torchdlrm.export.check import arithmetic_difference, tolerance
 from torchdlrm.export.checkpoint_model import CheckpointModel
 from torchdlrm.export.encoded_rows import EncodedRows
 from torchdlrm.export.export import open_checkpoint
+from torchdlrm.export.served_model import ServedModel
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.predict.cells_out import as_json_rows
 from torchdlrm.predict.client import PredictionClient
@@ -42,7 +44,7 @@ class Way:
     """A way to the predictions, and how far they are from those of the way before.
 
     Attributes:
-        name: checkpoint, rounded, bundle or server.
+        name: checkpoint, rounded, float32, bundle or server.
         largest_difference: between two probabilities of a row; None for the first way.
         largest_allowed: what the precision explains.
         metrics: where the log has labels.
@@ -118,7 +120,10 @@ def verify(
         if column.hash is None
     }
     precisions = [record.precision for record in bundle.manifest.sparse.values()]
-    logits: dict[str, list[NDArray[np.floating]]] = {"checkpoint": [], "rounded": [], "bundle": [], "server": []}
+    in_float32 = ServedModel(bundle, "float32")
+    logits: dict[str, list[NDArray[np.floating]]] = {
+        name: [] for name in ("checkpoint", "rounded", "float32", "bundle", "server")
+    }
     labels: list[NDArray[np.int8]] = []
     has_labels, bad_rows, rows_left = True, 0, max_rows
     progress.start_phase("verify", max_rows)
@@ -134,7 +139,10 @@ def verify(
             logits["checkpoint"].append(model.logits(rows))
             if set(precisions) != {"float32"}:
                 logits["rounded"].append(model.logits(rows, precisions))
-            logits["bundle"].append(predictor.predict(part).logits)
+            served = predictor.encode(part)
+            if predictor.dense_precision != "float32":
+                logits["float32"].append(in_float32.logits(served))
+            logits["bundle"].append(predictor.predict_encoded(served).logits)
             if client is not None:
                 probabilities = client.predict(as_json_rows(part, bundle.schema), version=bundle.version)
                 logits["server"].append(_log_odds(probabilities))
@@ -157,6 +165,7 @@ def _compared(
     manifest = predictor.bundle.manifest
     allowed = {
         "rounded": tolerance([record.precision for record in manifest.sparse.values()], "float32").difference,
+        "float32": arithmetic_difference("float32"),
         # The same embeddings: only the arithmetic may differ, of other batches or on another machine.
         "bundle": arithmetic_difference(manifest.dense_precision),
         "server": arithmetic_difference(manifest.dense_precision),
