@@ -7,10 +7,12 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -203,6 +205,26 @@ def test_a_block_found_damaged_while_it_is_served_ends_the_predictions(small_bun
         service.lines.close()
 
     asyncio.run(main())
+
+
+def test_slow_bodies_do_not_take_the_place_of_others(serve, small_bundle, rows):
+    server = serve(small_bundle, "--max-concurrent-requests", 4, "--log-level", "warning")
+    host, port = server.url.removeprefix("http://").split(":")
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
+    with ExitStack() as open_until_the_end, httpx.Client(base_url=server.url, timeout=30) as client:
+        slow = []
+        for number in range(33):  # 8 times as many may
+            connection = open_until_the_end.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            connection.sendall(head + b"[" * (number % 2))
+            slow.append(connection)
+        assert b"408 Request Timeout" in slow[0].recv(4096)  # the oldest has to go
+        for _ in range(10):  # this client sends head and body apart, and so each of its requests gives up another one
+            assert client.post("/predict", json=rows[:2]).status_code == 200
+        slow[-1].sendall(b"[]")
+        slow[-2].sendall(b"]")
+        assert all(b"200 OK" in connection.recv(4096) for connection in slow[-2:])
+    code, _ = server.stop()
+    assert code == 0
 
 
 def test_without_its_key_a_request_gets_nothing_but_health_and_the_page(serve, small_bundle, tmp_path):

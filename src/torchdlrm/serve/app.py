@@ -8,19 +8,19 @@ checked cell by cell in Python, would take longer than predicting it.  What the 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from torchdlrm import __version__
 from torchdlrm.errors import TorchDLRMError
-from torchdlrm.serve.connection import ARRIVED, IS_GONE
+from torchdlrm.serve.connection import ARRIVED, IS_GONE, IS_WHOLE
 from torchdlrm.serve.gate import REQUEST_ID, Gate, refusal
 from torchdlrm.serve.metrics import CONTENT_TYPE
 from torchdlrm.serve.open_inference.columns import model_metadata, rows_of_tensors
@@ -182,23 +182,36 @@ async def _read_body(request: Request, service: Service) -> tuple[bytes, float]:
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > options.max_body_bytes:
         raise _body_too_large(options.max_body_bytes)
-    pieces: list[bytes] = []
-    size = 0
     try:
-        async with asyncio.timeout(options.body_timeout_s):
-            async for piece in request.stream():
-                size += len(piece)
-                if size > options.max_body_bytes:
-                    raise _body_too_large(options.max_body_bytes)
-                pieces.append(piece)
+        async with asyncio.timeout(options.body_timeout_s) as timeout:
+            pieces = await _pieces(request, service, timeout)
     except TimeoutError as error:
-        msg = f"the body did not come within {options.body_timeout_s:g} s"
+        msg = f"the body did not come within {options.body_timeout_s:g} s, or was slow while many others were"
         raise RefusedRequest(HTTPStatus.REQUEST_TIMEOUT, msg) from error
-    except ClientDisconnect as error:
-        raise RefusedRequest(HTTPStatus.BAD_REQUEST, "the connection was closed within the body") from error
-    if len(pieces) > 2:  # more than the whole body and the empty end of it
+    if len(pieces) > 1:
         started_s = time.perf_counter()
     return b"".join(pieces), started_s
+
+
+async def _pieces(request: Request, service: Service, timeout: asyncio.Timeout) -> list[bytes]:
+    """The body as it comes, within the limits of one body and of all that have come in part."""
+    pieces: list[bytes] = []
+    size = 0
+    with ExitStack() as until_whole:
+        came = None if request.scope.get(IS_WHOLE, True) else until_whole.enter_context(service.uploads.one(timeout))
+        while True:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise RefusedRequest(HTTPStatus.BAD_REQUEST, "the connection was closed within the body")
+            piece: bytes = message.get("body", b"")
+            size += len(piece)
+            if size > service.options.max_body_bytes:
+                raise _body_too_large(service.options.max_body_bytes)
+            pieces.append(piece)
+            if not message.get("more_body", False):
+                return pieces
+            if came is not None:
+                came(len(piece))
 
 
 def _body_too_large(max_body_bytes: int) -> RefusedRequest:

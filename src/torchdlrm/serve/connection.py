@@ -12,6 +12,7 @@ import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 ARRIVED = "torchdlrm.arrived_s"  # in a request's scope: when it began, by `time.perf_counter`
+IS_WHOLE = "torchdlrm.is_whole"  # in a request's scope: whether all of its body has come
 IS_GONE = "torchdlrm.is_gone"  # in a request's scope: says whether the client has closed the connection
 MAX_HEADER_BYTES = 32 << 10
 
@@ -58,6 +59,7 @@ class LimitedConnection(HttpToolsProtocol):
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]  # a server may add keys of its own
         scope[ARRIVED] = time.perf_counter()
         scope[IS_GONE] = self.transport.is_closing
+        scope[IS_WHOLE] = False
 
     def on_headers_complete(self) -> None:
         """The headers are there."""
@@ -69,6 +71,8 @@ class LimitedConnection(HttpToolsProtocol):
         """The body is there; the next request may follow."""
         self._is_between_headers = True
         self._header_bytes = 0
+        scope: dict[str, Any] = self.scope  # type: ignore[assignment]  # as above
+        scope[IS_WHOLE] = True
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:

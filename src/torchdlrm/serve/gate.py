@@ -84,7 +84,7 @@ class Gate:
         if path.startswith(_HEALTH):
             return None
         limit = self._service.options.max_concurrent_requests
-        if self._num_under_way >= limit:
+        if self._num_under_way - self._service.uploads.num_bodies >= limit:
             return overloaded(f"{limit:,} requests are under way, and no more are taken at once; ask again later")
         is_open = path == "/" or path.startswith("/page/")
         if is_open or self._service.keys.accept(headers):

@@ -23,8 +23,10 @@ from torchdlrm.serve.metrics import ServerMetrics
 from torchdlrm.serve.options import ServeOptions, threads_of_model
 from torchdlrm.serve.refusals import RefusedRequest, bad_request, not_found, too_large
 from torchdlrm.serve.request_log import RequestLog, check_loggable
+from torchdlrm.serve.uploads import Uploads
 
 _SWITCH_INTERVAL_S = 0.0005
+_UPLOADS_PER_REQUEST = 8  # bodies that may come slowly, for each request that may be under way
 
 
 class Service:
@@ -50,6 +52,8 @@ class Service:
         self.batcher = Batcher(
             max_batch_rows=options.max_batch_rows, max_queue_rows=options.max_queue_rows, listener=self._batch_done
         )
+        most = options.max_concurrent_requests
+        self.uploads = Uploads(max_bodies=_UPLOADS_PER_REQUEST * most, max_bytes=most * options.max_body_bytes)
         self.bundles = Bundles(options.bundle, served, verify=options.verify, swapped=self._swapped)
         self._request_log: RequestLog | None = None
         if options.log_predictions is not None:
