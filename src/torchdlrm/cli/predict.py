@@ -65,15 +65,16 @@ def predict(
 
 
 def _print_summary(summary: "PredictSummary", out: Path) -> None:
-    table = Table(title="" if out == Path("-") else str(out), title_justify="left")
+    table = Table(title="" if out == Path("-") else str(out), title_justify="left", show_header=False)
     cells = {"rows": f"{summary.rows:,}", "bad rows": f"{summary.bad_rows:,}", "rows/s": f"{summary.rows_per_s:,.0f}"}
     if summary.mean_prediction is not None:
         cells["mean prediction"] = f"{summary.mean_prediction:.5f}"
     if summary.metrics is not None:
         cells |= {name: f"{getattr(summary.metrics, name):.5f}" for name in ("auc", "logloss", "ne", "calibration")}
-    for name in cells:
-        table.add_column(name, justify="right")
-    table.add_row(*cells.values())
+    table.add_column()
+    table.add_column(justify="right")
+    for cell in cells.items():
+        table.add_row(*cell)
     console.print(table)
     for line in summary.described_bad_rows():
         console.print(line, markup=False, soft_wrap=True)
