@@ -64,7 +64,8 @@ class Uploads:
             self._num_bytes -= body.num_bytes
 
     def _give_up_oldest(self) -> None:
-        oldest = next((body for body in self._coming if not body.is_given_up), None)
+        waiting = (body for body in self._coming if not (body.is_given_up or body.timeout.expired()))
+        oldest = next(waiting, None)
         if oldest is not None:
             oldest.is_given_up = True
             oldest.timeout.reschedule(asyncio.get_running_loop().time())
