@@ -17,7 +17,7 @@ from torchdlrm.errors import TorchDLRMError
 from torchdlrm.export.encoded_rows import EncodedRows
 from torchdlrm.predict.predictor import Predictions, Predictor
 from torchdlrm.schema import FeatureSchema
-from torchdlrm.serve.batcher import Rows
+from torchdlrm.serve.batch import Rows
 
 Outcome = Literal["swapped", "unchanged"]
 

@@ -29,7 +29,7 @@ from torchdlrm.data.atomic import replacing
 from torchdlrm.data.vocabulary import hex_digits
 from torchdlrm.errors import ConfigError
 from torchdlrm.schema import FeatureSchema, SparseColumn, TimeColumn
-from torchdlrm.serve.batcher import BatchReport, Rows
+from torchdlrm.serve.batch import BatchReport, Rows
 
 OWN_COLUMNS = ("request_id", "request_row", "requested_at", "prediction", "model_version")
 MAX_WAITING_ROWS = 1 << 17

@@ -16,7 +16,8 @@ import torch
 
 from torchdlrm.errors import BundleError, RowError, TorchDLRMError
 from torchdlrm.serve.api_keys import ApiKeys
-from torchdlrm.serve.batcher import Answer, Batcher, BatchReport, Rows
+from torchdlrm.serve.batch import Answer, BatchReport, Rows
+from torchdlrm.serve.batcher import Batcher
 from torchdlrm.serve.bundles import Bundles, ServedBundle
 from torchdlrm.serve.log_lines import LogLines
 from torchdlrm.serve.metrics import ServerMetrics

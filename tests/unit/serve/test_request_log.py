@@ -13,7 +13,7 @@ from torchdlrm.data.log.parquet import read_row_groups
 from torchdlrm.errors import ConfigError
 from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, TimeColumn
 from torchdlrm.serve import request_log
-from torchdlrm.serve.batcher import BatchReport
+from torchdlrm.serve.batch import BatchReport
 from torchdlrm.serve.request_log import RequestLog, check_loggable
 
 SCHEMA = FeatureSchema(

@@ -11,8 +11,7 @@ Out: the rows; what was not sent is missing.
 | sparse string, sparse with several values | BYTES |
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,15 +21,15 @@ from numpy.typing import NDArray
 from torchdlrm.data.bad_rows import REASONS, BadRows
 from torchdlrm.data.log.cells import to_typed_columns
 from torchdlrm.data.vocabulary import VALUE_TYPES
-from torchdlrm.schema import DenseColumn, FeatureSchema, SparseColumn
-from torchdlrm.serve.batcher import Rows
+from torchdlrm.schema import DenseColumn, FeatureSchema
+from torchdlrm.serve.batch import Rows
+from torchdlrm.serve.open_inference.few_rows import Feature, few_rows
 from torchdlrm.serve.open_inference.tensors import BYTES, Tensor
 from torchdlrm.serve.refusals import RefusedRequest, bad_request, too_large
 
 DENSE, SPARSE = "dense", "sparse"  # of the packed inputs
 OUTPUT = "prediction"
 PLATFORM = "torchdlrm"
-Feature = DenseColumn | SparseColumn
 _MAX_INT64 = 2**63
 _FEW_ROWS = 16
 
@@ -83,7 +82,7 @@ def rows_of_tensors(tensors: Sequence[Tensor], schema: FeatureSchema, max_rows: 
         RefusedRequest: a tensor is unknown or given twice, the sizes differ, or a value does not fit its column.
     """
     placed = _placed(tensors, schema, max_rows)
-    few = _few_rows(placed) if 0 < tensors[0].shape[0] <= _FEW_ROWS else None
+    few = few_rows(placed) if 0 < tensors[0].shape[0] <= _FEW_ROWS else None
     return _frame(placed, schema) if few is None else few
 
 
@@ -112,63 +111,6 @@ def _placed(
             seen.add(column.name)
         placed.append((tensor, columns))
     return placed
-
-
-def _few_rows(placed: Sequence[tuple[Tensor, Sequence[Feature]]]) -> list[dict[str, object]] | None:
-    """The rows by column name, or None where a value is not plainly one of its column."""
-    rows: list[dict[str, object]] = [{} for _ in range(placed[0][0].shape[0])]
-    for tensor, columns in placed:
-        values = tensor.values.to_list()
-        for i, column in enumerate(columns):
-            as_cell = _as_cell(tensor, column)
-            if as_cell is None:
-                return None
-            try:
-                for row, value in zip(rows, values[i :: len(columns)], strict=True):
-                    row[column.name] = None if value is None else as_cell(value)
-            except (ValueError, OverflowError):
-                return None
-    return rows
-
-
-def _as_cell(tensor: Tensor, column: Feature) -> Callable[[Any], object] | None:
-    """What makes a value of the tensor a cell as JSON has it, or raises ValueError; None: nothing does."""
-    is_text = tensor.datatype == BYTES
-    if isinstance(column, SparseColumn):
-        if column.is_multi_valued or not (is_text or tensor.values.dtype.is_integer()):
-            return None
-        return _SPARSE_CELLS.get((column.kind, is_text))
-    if is_text:
-        return None
-    if tensor.values.dtype.is_integer():
-        return int
-    return _whole_or_missing if column.kind == "int" else _number_or_missing
-
-
-def _as_digits(value: int) -> str:
-    if not 0 <= value < 2**32:
-        raise ValueError
-    return f"{value:08x}"
-
-
-def _number_or_missing(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _whole_or_missing(value: float) -> int | None:
-    if math.isnan(value):
-        return None
-    if not value.is_integer():
-        raise ValueError
-    return int(value)
-
-
-_SPARSE_CELLS: dict[tuple[str, bool], Callable[[Any], object]] = {
-    ("hex", True): str,
-    ("string", True): str,
-    ("hex", False): _as_digits,
-    ("int", False): int,
-}
 
 
 def _frame(placed: Sequence[tuple[Tensor, Sequence[Feature]]], schema: FeatureSchema) -> pl.DataFrame:
