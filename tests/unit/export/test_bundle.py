@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from torchdlrm.errors import BundleError, UserError
@@ -12,6 +14,7 @@ from torchdlrm.export import verification, weights_file
 from torchdlrm.export.bundle import Bundle, table_name
 from torchdlrm.export.manifest import MANIFEST_NAME, WEIGHTS_NAME, BundleManifest
 from torchdlrm.export.served_model import EncodedRows, ServedModel
+from torchdlrm.export.weights_file import MappedWeights, TensorRecord, WeightsWriter
 
 
 @pytest.fixture
@@ -176,3 +179,20 @@ def test_the_version_follows_the_content(small_bundle, many_blocks):
     one, other = BundleManifest.read(small_bundle), BundleManifest.read(many_blocks)
     assert one.version != other.version
     assert len(one.version) == 12
+
+
+def test_a_lookup_makes_no_more_resident_than_linux_maps_around_a_page(tmp_path):
+    """The page cache maps what was written at once as a whole: written by 16 MiB, 100 bytes would bring 100 MB."""
+    path, num_bytes = tmp_path / "weights", 128 << 20
+    with WeightsWriter(path, [TensorRecord("table", "U8", (num_bytes,))]) as writer:
+        for _ in range(8):
+            writer.append(torch.zeros(num_bytes // 8, dtype=torch.uint8))
+    table = MappedWeights(path).tensor("table")
+    before = resident_file_bytes()
+    assert sum(int(table[place]) for place in range(0, num_bytes, num_bytes // 100)) == 0
+    assert resident_file_bytes() - before < 3 * 100 * 65_536
+
+
+def resident_file_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssFile"))

@@ -174,3 +174,14 @@ def test_transforms_of_numbers_are_those_of_columns_to_the_bit():
     for fitted in (*DENSE.values(), steep):
         expected = column.to_frame().select(fitted.expression("x")).to_series().to_numpy()
         assert fitted.of_numbers(numbers).tobytes() == expected.tobytes(), fitted.transform
+
+
+def test_a_logarithm_between_two_float32_falls_to_the_same_side():
+    """There the last bit of a float64 logarithm decides; random numbers hardly ever lie there."""
+    below = np.linspace(math.log(4.1), math.log(7.9), 50_000).astype(np.float32)
+    halfway = (below.astype(np.float64) + np.nextafter(below, np.float32(np.inf)).astype(np.float64)) / 2
+    around = np.exp(halfway).view(np.int64)[:, None] + np.arange(-3, 4)
+    numbers = around.ravel().view(np.float64) - 3.0  # exact, and so is adding 3 again
+    fitted = DENSE["count"]
+    column = pl.DataFrame({"x": numbers}).select(fitted.expression("x")).to_series().to_numpy()
+    assert fitted.of_numbers(numbers).tobytes() == column.tobytes()
