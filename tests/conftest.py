@@ -134,7 +134,7 @@ def small_run(small_dataset, dlrm, tmp_path_factory):
 def small_bundle(small_run, small_dataset, tmp_path_factory):
     """The folder of a float32 bundle of `small_run`; not to be changed."""
     from torchdlrm.export.export import ExportOptions, export
-    from torchdlrm.train.run import Run
+    from torchdlrm.training.run import Run
 
     path = tmp_path_factory.mktemp("bundle") / "small"
     export(
@@ -151,10 +151,10 @@ def evaluated(run, dataset, split):
     import torch
 
     from torchdlrm.loader.loader import Loader
-    from torchdlrm.train.checkpoint import Checkpointer, find_checkpoint
-    from torchdlrm.train.process_group import join_process_group
-    from torchdlrm.train.run import Run
-    from torchdlrm.train.sharded import build_sharded_model
+    from torchdlrm.training.checkpoint import Checkpointer, find_checkpoint
+    from torchdlrm.training.process_group import join_process_group
+    from torchdlrm.training.run import Run
+    from torchdlrm.training.sharded import build_sharded_model
 
     run = Run.open(run)
     with join_process_group() as ranks:

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from torchdlrm.data.dataset import Dataset
     from torchdlrm.data.preprocess import PreprocessOptions, preprocess
     from torchdlrm.data.synthetic import synthesize
-    from torchdlrm.evaluate.evaluate import evaluate
+    from torchdlrm.evaluation.evaluate import evaluate
     from torchdlrm.loader.loader import Loader
     from torchdlrm.metrics import BinaryMetrics, binary_metrics
     from torchdlrm.model.dlrm import DLRM, DLRMTrain
     from torchdlrm.schema import FeatureSchema, criteo_schema, load_schema
-    from torchdlrm.train.job import train
-    from torchdlrm.train.run import Run
+    from torchdlrm.training.job import train
+    from torchdlrm.training.run import Run
 
 __version__ = "0.1.0"
 
@@ -26,13 +26,13 @@ _HOMES = {
     "torchdlrm.data.dataset": ("Dataset",),
     "torchdlrm.data.preprocess": ("PreprocessOptions", "preprocess"),
     "torchdlrm.data.synthetic": ("synthesize",),
-    "torchdlrm.evaluate.evaluate": ("evaluate",),
+    "torchdlrm.evaluation.evaluate": ("evaluate",),
     "torchdlrm.loader.loader": ("Loader",),
     "torchdlrm.metrics": ("BinaryMetrics", "binary_metrics"),
     "torchdlrm.model.dlrm": ("DLRM", "DLRMTrain"),
     "torchdlrm.schema": ("FeatureSchema", "criteo_schema", "load_schema"),
-    "torchdlrm.train.run": ("Run",),
-    "torchdlrm.train.job": ("train",),
+    "torchdlrm.training.run": ("Run",),
+    "torchdlrm.training.job": ("train",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -30,8 +30,8 @@ from torchdlrm.export.served_model import EncodedRows, ServedModel
 from torchdlrm.export.write import require_space, write_weights
 from torchdlrm.progress import SILENT
 from torchdlrm.schema import load_schema
-from torchdlrm.train.checkpoint import checkpoint_path, list_checkpoints
-from torchdlrm.train.run import Run
+from torchdlrm.training.checkpoint import checkpoint_path, list_checkpoints
+from torchdlrm.training.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from torchdlrm.errors import UserError
 from torchdlrm.export.export import ExportOptions, export
 from torchdlrm.predict.predictor import Predictor
 from torchdlrm.schema import DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn, criteo_schema
-from torchdlrm.train.run import Run
+from torchdlrm.training.run import Run
 
 NAMES = [column.name for column in criteo_schema().columns]
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"

@@ -43,7 +43,7 @@ KEY = "correct horse battery staple"
 def other_bundle(small_run, small_dataset, tmp_path_factory):
     """The same run with coarser tables: other predictions, and so another version."""
     from torchdlrm.export.export import ExportOptions, export
-    from torchdlrm.train.run import Run
+    from torchdlrm.training.run import Run
 
     path = tmp_path_factory.mktemp("bundle") / "coarse"
     export(Run.open(small_run), small_dataset, path, ExportOptions("small", "int4"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from torchdlrm.config import load_config
-from torchdlrm.train.metrics_log import MetricsLog
+from torchdlrm.training.metrics_log import MetricsLog
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 OPTIONS = ("--logging.every-steps", 5, "--logging.tensorboard", "false", "--table-optimizer.learning-rate", 0.04)
@@ -110,7 +110,7 @@ def test_wandb_keeps_a_run_on_disk_when_offline(small_dataset, dlrm, tmp_path):
 
 
 def test_tensorboard_can_be_left_out(tmp_path):
-    from torchdlrm.train.trackers import open_trackers
+    from torchdlrm.training.trackers import open_trackers
 
     assert open_trackers(tmp_path, load_config(None, {"logging.tensorboard": "false"}), from_step=0) == []
     (tracker,) = open_trackers(tmp_path, load_config(None), from_step=0)

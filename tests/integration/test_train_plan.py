@@ -7,7 +7,7 @@ import pytest
 
 from torchdlrm.config import load_config
 from torchdlrm.errors import UserError
-from torchdlrm.train.prospect import foresee
+from torchdlrm.training.prospect import foresee
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 

@@ -11,11 +11,11 @@ from torchrec.optim.keyed import CombinedOptimizer
 from torchdlrm.config import DenseOptimizerConfig, TableOptimizerConfig, load_config
 from torchdlrm.errors import ConfigError
 from torchdlrm.model.build import build_model
-from torchdlrm.train.job import train
-from torchdlrm.train.optimizers import build_optimizer, check_table_optimizer, fused_params, table_kernels
-from torchdlrm.train.process_group import join_process_group
-from torchdlrm.train.sharded import build_sharded_model
-from torchdlrm.train.step_counters import StepCounters
+from torchdlrm.training.job import train
+from torchdlrm.training.optimizers import build_optimizer, check_table_optimizer, fused_params, table_kernels
+from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.sharded import build_sharded_model
+from torchdlrm.training.step_counters import StepCounters
 
 SMALL = {
     "model.embedding_dim": "8",

@@ -19,7 +19,7 @@ from torchdlrm.predict.files import predict_file
 from torchdlrm.predict.predictor import Predictor
 from torchdlrm.predict.rows_in import RowsIn
 from torchdlrm.schema import criteo_schema, with_split
-from torchdlrm.train.run import Run
+from torchdlrm.training.run import Run
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 

@@ -16,7 +16,7 @@ from torchdlrm.export.export import ExportOptions, export
 from torchdlrm.export.precision import dequantize_rows, quantize_rows, row_bytes
 from torchdlrm.export.sensitivity import choose
 from torchdlrm.export.served_model import EncodedRows, ServedModel
-from torchdlrm.train.run import Run
+from torchdlrm.training.run import Run
 
 PRECISIONS = ["float32", "float16", "int8", "int4"]
 

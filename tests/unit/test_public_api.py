@@ -12,3 +12,19 @@ def test_every_public_name_can_be_imported():
 def test_importing_the_package_imports_no_torch():
     code = "import sys, torchdlrm; torchdlrm.load_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_public_names_are_what_they_are_after_every_module_was_imported():
+    """A sub-package of the same name would take a function's place the moment that it is imported."""
+    code = """
+import importlib, pkgutil, types, torchdlrm
+before = {name: getattr(torchdlrm, name) for name in torchdlrm.__all__}
+for module in pkgutil.iter_modules(torchdlrm.__path__):
+    importlib.import_module(f"torchdlrm.{module.name}")
+importlib.import_module("torchdlrm.training.job"), importlib.import_module("torchdlrm.evaluation.evaluate")
+from torchdlrm import evaluate, preprocess, synthesize, train
+assert all(isinstance(function, types.FunctionType) for function in (evaluate, preprocess, synthesize, train))
+assert all(getattr(torchdlrm, name) is value for name, value in before.items())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -35,7 +35,7 @@ from torchdlrm.predict.predictor import Predictor
 from torchdlrm.predict.rows_in import RowsIn
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.schema import NUM_CRITEO_DENSE
-from torchdlrm.train.process_group import Ranks
+from torchdlrm.training.process_group import Ranks
 
 NUM_DISTINCT_BATCHES = 16
 SERVED: tuple[tuple[TablePrecision, DensePrecision], ...] = (

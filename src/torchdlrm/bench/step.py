@@ -33,12 +33,12 @@ from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.planner import PlanOptions, plan_sharding, table_sharder
 from torchdlrm.sharding.topology import local_machine
-from torchdlrm.train.allocator import keep_freed_memory
-from torchdlrm.train.optimizers import build_optimizer, fused_params
-from torchdlrm.train.pipeline import build_pipeline
-from torchdlrm.train.precision import choose_precision
-from torchdlrm.train.process_group import Ranks
-from torchdlrm.train.sharded import build_sharded_model
+from torchdlrm.training.allocator import keep_freed_memory
+from torchdlrm.training.optimizers import build_optimizer, fused_params
+from torchdlrm.training.pipeline import build_pipeline
+from torchdlrm.training.precision import choose_precision
+from torchdlrm.training.process_group import Ranks
+from torchdlrm.training.sharded import build_sharded_model
 
 NUM_DENSE = 13
 NUM_DISTINCT_BATCHES = 16

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from torchdlrm.train.process_group import Ranks, join_process_group
+from torchdlrm.training.process_group import Ranks, join_process_group
 
 Step = Callable[[], object]
 

@@ -42,8 +42,8 @@ def evaluate(
     json
         Print one JSON object on standard output.
     """
-    from torchdlrm.train.launch import Processes, launch
-    from torchdlrm.train.run import Run
+    from torchdlrm.training.launch import Processes, launch
+    from torchdlrm.training.run import Run
 
     trained = Run.open(run)
     trained.open_dataset(dataset)
@@ -68,9 +68,9 @@ def work(
     run: Path, dataset: Path | None, splits: list[str], checkpoint: str, batch_size_global: int
 ) -> dict[str, Any] | None:
     """What every process of an evaluation does; only the first one draws."""
-    from torchdlrm.evaluate.evaluate import evaluate as evaluate_run
-    from torchdlrm.train.process_group import join_process_group
-    from torchdlrm.train.run import Run
+    from torchdlrm.evaluation.evaluate import evaluate as evaluate_run
+    from torchdlrm.training.process_group import join_process_group
+    from torchdlrm.training.run import Run
 
     trained = Run.open(run)
     draws = os.environ.get("RANK", "0") == "0"

@@ -51,7 +51,7 @@ def export(
     from torchdlrm.cli.inspect_bundle import print_check, print_trade, summary
     from torchdlrm.export.export import ExportOptions
     from torchdlrm.export.export import export as export_run
-    from torchdlrm.train.run import Run
+    from torchdlrm.training.run import Run
 
     trained = Run.open(run)
     data = trained.open_dataset(dataset)

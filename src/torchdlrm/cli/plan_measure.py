@@ -7,9 +7,9 @@ from torchdlrm.config import Config
 from torchdlrm.errors import PlanError
 from torchdlrm.sharding.measure import Measurement, measure
 from torchdlrm.sharding.problem import Problem
-from torchdlrm.train.launch import Processes, launch
-from torchdlrm.train.process_group import join_process_group
-from torchdlrm.train.threads import useful_threads
+from torchdlrm.training.launch import Processes, launch
+from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.threads import useful_threads
 from torchdlrm.units import show_bytes
 
 

@@ -41,10 +41,10 @@ def quickstart(
     from torchdlrm.cli import evaluate, train
     from torchdlrm.data.preprocess import PreprocessOptions, preprocess
     from torchdlrm.data.synthetic import synthesize
-    from torchdlrm.evaluate.logistic_regression import fit_logistic_regression
+    from torchdlrm.evaluation.logistic_regression import fit_logistic_regression
     from torchdlrm.schema import criteo_schema
-    from torchdlrm.train.launch import Processes, launch
-    from torchdlrm.train.run import Run
+    from torchdlrm.training.launch import Processes, launch
+    from torchdlrm.training.run import Run
 
     log, run = out / "log.tsv", out / "run"
     out.mkdir(parents=True, exist_ok=True)

@@ -19,8 +19,8 @@ def report(run: Path, *, out: Path = Path("report.html"), json: bool = False) ->
     """
     from torchdlrm.data.atomic import replacing
     from torchdlrm.errors import RunError
-    from torchdlrm.evaluate.report import report_page
-    from torchdlrm.train.run import Run
+    from torchdlrm.evaluation.report import report_page
+    from torchdlrm.training.run import Run
 
     page = report_page(Run.open(run))
     try:

@@ -15,7 +15,7 @@ from torchdlrm.errors import ConfigError
 from torchdlrm.progress import SILENT
 
 if TYPE_CHECKING:
-    from torchdlrm.train.summary import TrainingSummary
+    from torchdlrm.training.summary import TrainingSummary
 
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 
@@ -82,9 +82,9 @@ def train(
 
     from torchdlrm.cli.train_tables import show_profile, show_prospect, show_summary
     from torchdlrm.data.dataset import Dataset
-    from torchdlrm.train.launch import Processes, launch
-    from torchdlrm.train.prospect import foresee
-    from torchdlrm.train.run import Run
+    from torchdlrm.training.launch import Processes, launch
+    from torchdlrm.training.prospect import foresee
+    from torchdlrm.training.run import Run
 
     encoded = Dataset.open(dataset)
     if not restart:
@@ -116,7 +116,7 @@ def work(
     restart: bool = False,  # noqa: FBT001, FBT002 - launch() takes no names
 ) -> "TrainingSummary | None":
     """What every process of a training does; only the first one draws."""
-    from torchdlrm.train.job import train as train_here
+    from torchdlrm.training.job import train as train_here
 
     draws = os.environ.get("RANK", "0") == "0"
     restart = restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"

@@ -7,9 +7,9 @@ from rich.table import Table
 from torchdlrm.cli.plan_tables import print_table
 from torchdlrm.cli.terminal import console
 from torchdlrm.sharding import report
-from torchdlrm.train.prospect import Prospect
-from torchdlrm.train.step_profile import read_profiles
-from torchdlrm.train.summary import TrainingSummary
+from torchdlrm.training.prospect import Prospect
+from torchdlrm.training.step_profile import read_profiles
+from torchdlrm.training.summary import TrainingSummary
 
 MAX_TABLES = 6
 

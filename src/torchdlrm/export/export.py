@@ -45,8 +45,8 @@ from torchdlrm.export.write import (
     write_weights,
 )
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.train.checkpoint import checkpoint_path, find_checkpoint, find_damage
-from torchdlrm.train.run import Run
+from torchdlrm.training.checkpoint import checkpoint_path, find_checkpoint, find_damage
+from torchdlrm.training.run import Run
 
 DEFAULT_CHECK_ROWS = 100_000
 AUTO_LOGLOSS_INCREASE = 1e-4

@@ -34,7 +34,7 @@ from torchdlrm.predict.client import PredictionClient
 from torchdlrm.predict.predictor import Predictor
 from torchdlrm.predict.rows_in import RowsIn
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.train.run import Run
+from torchdlrm.training.run import Run
 
 _BATCH_ROWS = 1_024
 

@@ -110,7 +110,7 @@ def small_blocks(monkeypatch):
 @pytest.fixture
 def many_blocks(small_blocks, small_run, small_dataset, tmp_path):
     from torchdlrm.export.export import ExportOptions, export
-    from torchdlrm.train.run import Run
+    from torchdlrm.training.run import Run
 
     export(Run.open(small_run), small_dataset, tmp_path / "many", ExportOptions("many"))
     return tmp_path / "many"

@@ -13,9 +13,9 @@ from typing import Any
 
 from torchdlrm.config import Config, knobs
 from torchdlrm.errors import TorchDLRMError
-from torchdlrm.evaluate.curves import Curve, curve_chart
+from torchdlrm.evaluation.curves import Curve, curve_chart
 from torchdlrm.sharding.page import figures_table, whole_page
-from torchdlrm.train.run import METRICS_NAME, PLAN_NAME, Run
+from torchdlrm.training.run import METRICS_NAME, PLAN_NAME, Run
 from torchdlrm.units import show_bytes
 
 Line = Mapping[str, Any]

@@ -12,12 +12,12 @@ from torchdlrm.errors import DatasetError
 from torchdlrm.sharding.obey import foreseen_plan
 from torchdlrm.sharding.plan_file import plan_as_dict
 from torchdlrm.sharding.problem import Solution
-from torchdlrm.train.agenda import Agenda
-from torchdlrm.train.checkpoint import list_checkpoints
-from torchdlrm.train.optimizers import check_table_optimizer
-from torchdlrm.train.precision import Precision, choose_precision
-from torchdlrm.train.schedule import decay_kind
-from torchdlrm.train.trackers import check_trackers
+from torchdlrm.training.agenda import Agenda
+from torchdlrm.training.checkpoint import list_checkpoints
+from torchdlrm.training.optimizers import check_table_optimizer
+from torchdlrm.training.precision import Precision, choose_precision
+from torchdlrm.training.schedule import decay_kind
+from torchdlrm.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchdlrm.train.process_group import Ranks
-from torchdlrm.train.step_profile import merged, overlap_us, summarize, total_us
+from torchdlrm.training.process_group import Ranks
+from torchdlrm.training.step_profile import merged, overlap_us, summarize, total_us
 
 INTERVALS = st.lists(
     st.tuples(st.integers(0, 40), st.integers(1, 10)).map(lambda pair: (float(pair[0]), float(sum(pair)))), max_size=12

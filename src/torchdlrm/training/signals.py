@@ -9,7 +9,7 @@ from types import FrameType
 import torch
 from torch import distributed as dist
 
-from torchdlrm.train.process_group import Ranks
+from torchdlrm.training.process_group import Ranks
 
 
 class StopRequest:

@@ -6,11 +6,11 @@ from typing import Any
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.loader.loader import Loader
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.train.checkpoint import Checkpointer, find_checkpoint
-from torchdlrm.train.predictions import measure
-from torchdlrm.train.process_group import Ranks
-from torchdlrm.train.run import Run
-from torchdlrm.train.sharded import build_sharded_model
+from torchdlrm.training.checkpoint import Checkpointer, find_checkpoint
+from torchdlrm.training.predictions import measure
+from torchdlrm.training.process_group import Ranks
+from torchdlrm.training.run import Run
+from torchdlrm.training.sharded import build_sharded_model
 
 
 def evaluate(

@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchdlrm.errors import RunError
-from torchdlrm.train.allocator import give_back_freed_memory
-from torchdlrm.train.process_group import Ranks
+from torchdlrm.training.allocator import give_back_freed_memory
+from torchdlrm.training.process_group import Ranks
 
 FORMAT_VERSION = 1
 RECORD_NAME = "checkpoint.json"

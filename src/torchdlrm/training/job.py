@@ -6,14 +6,14 @@ from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import UserError
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.train.allocator import keep_freed_memory
-from torchdlrm.train.communication import allow_tf32
-from torchdlrm.train.optimizers import check_table_optimizer
-from torchdlrm.train.process_group import Ranks, join_process_group
-from torchdlrm.train.run import Run
-from torchdlrm.train.summary import TrainingSummary
-from torchdlrm.train.trackers import check_trackers
-from torchdlrm.train.trainer import Trainer
+from torchdlrm.training.allocator import keep_freed_memory
+from torchdlrm.training.communication import allow_tf32
+from torchdlrm.training.optimizers import check_table_optimizer
+from torchdlrm.training.process_group import Ranks, join_process_group
+from torchdlrm.training.run import Run
+from torchdlrm.training.summary import TrainingSummary
+from torchdlrm.training.trackers import check_trackers
+from torchdlrm.training.trainer import Trainer
 
 
 def train(

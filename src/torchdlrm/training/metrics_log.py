@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torchdlrm.train.run import METRICS_NAME
-from torchdlrm.train.trackers import Tracker
+from torchdlrm.training.run import METRICS_NAME
+from torchdlrm.training.trackers import Tracker
 
 logger = logging.getLogger("torchdlrm")
 

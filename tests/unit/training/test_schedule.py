@@ -3,7 +3,7 @@ import math
 import pytest
 
 from torchdlrm.config import ScheduleConfig, load_config
-from torchdlrm.train.schedule import learning_rate
+from torchdlrm.training.schedule import learning_rate
 
 
 def rates(config, steps, num_steps=10_000):

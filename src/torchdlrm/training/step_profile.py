@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import distributed as dist
 from torch.profiler import ProfilerActivity
 
-from torchdlrm.train.process_group import Ranks
+from torchdlrm.training.process_group import Ranks
 
 WARM_UP_STEPS = 5
 Intervals = NDArray[np.float64]  # [n, 2]: start and end in microseconds, sorted, apart from each other

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchdlrm.config import load_config
-from torchdlrm.train.agenda import Agenda
+from torchdlrm.training.agenda import Agenda
 
 
 def agenda(rows, batch_size, epochs=1, **more):

@@ -15,7 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from torchdlrm import errors
 from torchdlrm.errors import Interrupted, LostProcessError, TorchDLRMError, TrainingError
-from torchdlrm.train.process_group import hush_engines
+from torchdlrm.training.process_group import hush_engines
 
 
 @dataclass(frozen=True)

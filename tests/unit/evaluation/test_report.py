@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 import pytest
 
 from torchdlrm.config import load_config
-from torchdlrm.evaluate.curves import Curve, curve_chart, short, ticks
-from torchdlrm.evaluate.report import report_page
-from torchdlrm.train.run import Run
+from torchdlrm.evaluation.curves import Curve, curve_chart, short, ticks
+from torchdlrm.evaluation.report import report_page
+from torchdlrm.training.run import Run
 
 
 class Tables(HTMLParser):

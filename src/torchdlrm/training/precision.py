@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from torchdlrm.config import Config
-from torchdlrm.train.threads import step_flops
+from torchdlrm.training.threads import step_flops
 
 # Below this a step spends its time between kernels, and casting costs more than faster products save: a step of
 # configs/criteo-small.toml (0.06e9) is slower in bfloat16, one of configs/quickstart.toml (0.45e9) a third faster.

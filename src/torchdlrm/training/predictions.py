@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.progress import ProgressListener
-from torchdlrm.train.process_group import Ranks
+from torchdlrm.training.process_group import Ranks
 
 
 class PredictionBuffer:

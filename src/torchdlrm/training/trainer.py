@@ -20,24 +20,24 @@ from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.plan_file import write_plan
-from torchdlrm.train.agenda import Agenda
-from torchdlrm.train.checkpoint import Checkpointer, Position, list_checkpoints
-from torchdlrm.train.clock import Stopwatch, Timer
-from torchdlrm.train.metrics_log import MetricsLog
-from torchdlrm.train.optimizers import build_optimizer
-from torchdlrm.train.pipeline import build_pipeline
-from torchdlrm.train.precision import choose_precision
-from torchdlrm.train.predictions import PredictionBuffer, measure
-from torchdlrm.train.process_group import Ranks
-from torchdlrm.train.run import PLAN_NAME, Run
-from torchdlrm.train.schedule import Schedule
-from torchdlrm.train.sharded import build_sharded_model
-from torchdlrm.train.signals import StopRequest
-from torchdlrm.train.step_counters import StepCounters
-from torchdlrm.train.step_profile import WARM_UP_STEPS, StepProfiler
-from torchdlrm.train.summary import TrainingSummary
-from torchdlrm.train.threads import useful_threads
-from torchdlrm.train.trackers import open_trackers
+from torchdlrm.training.agenda import Agenda
+from torchdlrm.training.checkpoint import Checkpointer, Position, list_checkpoints
+from torchdlrm.training.clock import Stopwatch, Timer
+from torchdlrm.training.metrics_log import MetricsLog
+from torchdlrm.training.optimizers import build_optimizer
+from torchdlrm.training.pipeline import build_pipeline
+from torchdlrm.training.precision import choose_precision
+from torchdlrm.training.predictions import PredictionBuffer, measure
+from torchdlrm.training.process_group import Ranks
+from torchdlrm.training.run import PLAN_NAME, Run
+from torchdlrm.training.schedule import Schedule
+from torchdlrm.training.sharded import build_sharded_model
+from torchdlrm.training.signals import StopRequest
+from torchdlrm.training.step_counters import StepCounters
+from torchdlrm.training.step_profile import WARM_UP_STEPS, StepProfiler
+from torchdlrm.training.summary import TrainingSummary
+from torchdlrm.training.threads import useful_threads
+from torchdlrm.training.trackers import open_trackers
 
 
 class Trainer:

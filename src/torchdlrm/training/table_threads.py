@@ -19,7 +19,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 
-from torchdlrm.train.optimizers import table_kernels
+from torchdlrm.training.optimizers import table_kernels
 
 _BACKWARD = {
     EmbOptimType.EXACT_ROWWISE_ADAGRAD: "split_embedding_backward_codegen_rowwise_adagrad_cpu",
