@@ -3,7 +3,7 @@
 from pydantic import BaseModel
 
 from torchdlrm.config.sections import Config, knobs
-from torchdlrm.config.text import toml_value
+from torchdlrm.toml import toml_value
 
 _DOCUMENT_HEAD = """
 # Configuration
@@ -19,14 +19,10 @@ def configuration_markdown() -> str:
     """docs/configuration.md: every knob with its default and meaning."""
     lines = [_DOCUMENT_HEAD.strip(), "", "| key | default | meaning |", "| --- | --- | --- |"]
     for name, field in knobs():
-        default = "not set" if field.default is None else f"`{toml_value(_plain(field.default))}`"
+        default = "not set" if field.default is None else f"`{toml_value(field.default)}`"
         lines.append(f"| `{name}` | {default} | {field.description} |")
     for name, field in Config.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             text = " ".join((field.annotation.__doc__ or "").split())
             lines += ["", f"`[{name}]`: {text}"]
     return "\n".join(lines) + "\n"
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value

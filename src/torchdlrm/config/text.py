@@ -3,7 +3,6 @@
 In: a TOML file and overrides by dotted name.  Out: a `Config`, or one error that lists every problem.
 """
 
-import difflib
 import tomllib
 import types
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 from torchdlrm.config.contradictions import contradictions
 from torchdlrm.config.sections import Config, knobs
 from torchdlrm.errors import ConfigError
+from torchdlrm.toml import did_you_mean, explain, toml_value
 
 
 def load_config(path: Path | None, overrides: Mapping[str, str] | None = None) -> Config:
@@ -69,17 +69,6 @@ def config_toml(config: Config) -> str:
     return "\n".join([*top, *sections]) + "\n"
 
 
-def toml_value(value: object) -> str:
-    """A value as TOML writes it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, list):
-        return "[" + ", ".join(toml_value(item) for item in value) + "]"
-    return repr(value)
-
-
 def _typed(key: str, text: str) -> object:
     """An override's text as TOML would read it, so that both ways in are validated alike."""
     field = dict(knobs()).get(key)
@@ -115,8 +104,7 @@ def _describe(item: Any, path: Path | None, where: Mapping[str, str]) -> str:
     place = named[0] if named else f"{path}: {key}"
     if item["type"] == "extra_forbidden":
         known = [name for name, _ in knobs()] + list(Config.model_fields)
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         leaf = [name for name in known if name.rpartition(".")[2] == names[-1]]
-        hint = (leaf or close or [""])[0]
-        return f"{place}: there is no such key" + (f"; did you mean {hint}?" if hint else "")
-    return f"{place}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
+        hint = f"; did you mean {leaf[0]}?" if leaf else did_you_mean(key, known)
+        return f"{place}: there is no such key{hint}"
+    return f"{place}: {explain(item)}"

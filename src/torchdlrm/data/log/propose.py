@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from torchdlrm.data.log.files import LogFile, find_files
 from torchdlrm.errors import LogError
+from torchdlrm.toml import toml_value
 
 _SAMPLE_ROWS = 2_000
 _SAMPLE_BYTES = 8 << 20
@@ -65,7 +66,7 @@ def propose_schema(path: Path) -> str:
         f"# Proposed by `dlrm schema` from the first {len(sample.rows):,} rows of {path.name}; read it and edit.",
         "# Roles: label, dense (a number), sparse (a category), time, ignore.",
         f'name = "{_identifier(path.name.split(".")[0], set())}"',
-        f"separator = {_toml(sample.separator)}",
+        f"separator = {toml_value(sample.separator)}",
         *(["quote = '\"'"] if sample.quoted else []),
         f"header = {str(sample.header).lower()}",
         *([] if label is not None else ["# No column looks like a label of 0 and 1: choose one below."]),
@@ -149,7 +150,7 @@ def _column(name: str, cells: Sequence[str], sample: _Sample, taken: set[str], *
     identifier = _identifier(name, taken)
     parts = ["", f'name = "{identifier}"']
     if identifier != name:
-        parts.append(f"header_name = {_toml(name)}")
+        parts.append(f"header_name = {toml_value(name)}")
     distinct = len(set(cells))
     if is_label:
         parts[0] = 'role = "label"'
@@ -159,11 +160,11 @@ def _column(name: str, cells: Sequence[str], sample: _Sample, taken: set[str], *
         values = [value for cell in cells for value in cell.split("," if is_list else separator or ",")]
         kind = "int" if all(map(_INT.fullmatch, values)) else "string"
         parts[0] = 'role = "sparse"'
-        parts += [f'kind = "{kind}"', f"value_separator = {_toml(',' if is_list else separator or ',')}"]
+        parts += [f'kind = "{kind}"', f"value_separator = {toml_value(',' if is_list else separator or ',')}"]
     else:
         parts[0], *more = _role(name, cells, distinct)
         parts += more
-    seen = f"{distinct:,} different, for example {_toml(cells[0][:40])}" if cells else "always missing"
+    seen = f"{distinct:,} different, for example {toml_value(cells[0][:40])}" if cells else "always missing"
     return f"    {{ {', '.join(parts)} }},  # {seen}"
 
 
@@ -206,14 +207,3 @@ def _identifier(name: str, taken: set[str]) -> str:
         found, number = f"{base}_{number}", number + 1
     taken.add(found)
     return found
-
-
-def _toml(text: str) -> str:
-    """A basic TOML string."""
-    escaped = "".join(
-        {'"': '\\"', "\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}.get(
-            mark, mark if mark.isprintable() else f"\\u{ord(mark):04x}"
-        )
-        for mark in text
-    )
-    return f'"{escaped}"'

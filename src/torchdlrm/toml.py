@@ -1,0 +1,57 @@
+"""TOML that people write: values as text, and what is wrong with a document in words.
+
+In: a value; or a problem that pydantic found.  Out: a line of text.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+_MAX_VALUE_CHARACTERS = 80
+
+
+def toml_value(value: object) -> str:
+    """A string, a number, a truth value or a list of these as TOML writes it, in one line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        # A JSON string is a TOML string, except for DEL, which JSON does not escape.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    return repr(value)
+
+
+def did_you_mean(text: str, known: Iterable[str]) -> str:
+    """A question that ends a message, where something known is much like `text`; otherwise nothing."""
+    close = difflib.get_close_matches(text, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def explain(item: Any) -> str:
+    """What is wrong with a value, which value it is and what would be right; the caller names the key.
+
+    Args:
+        item: one of the `errors()` of a pydantic `ValidationError`; for an unknown key the caller knows better.
+    """
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "missing":
+        return "is missing"
+    if kind == "value_error":
+        return str(item["msg"]).removeprefix("Value error, ")
+    if kind == "union_tag_not_found":
+        return f"has no {context['discriminator'].strip(chr(39))}"
+    value = item["input"]
+    if kind in {"literal_error", "union_tag_invalid"}:
+        tags = context.get("expected") or context["expected_tags"]
+        value = context.get("tag", value)
+        hint = did_you_mean(str(value), re.findall(r"'(.*?)'", tags))
+        return f"must be one of {tags.replace(' or ', ', ')}, not {_shown(value)}{hint}"
+    return f"{item['msg'][0].lower()}{item['msg'][1:]}, got {_shown(value)}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_VALUE_CHARACTERS else text[:_MAX_VALUE_CHARACTERS] + "..."
