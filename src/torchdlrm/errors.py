@@ -1,4 +1,4 @@
-"""Every exception that torchdlrm raises on purpose; catch `TorchDLRMError` to catch them all.
+"""Every exception that torchdlrm raises on purpose, or the class it is a kind of; `TorchDLRMError` catches them all.
 
     TorchDLRMError
     ├── UserError (ValueError)   the input is wrong; the command line prints it and exits with 2
@@ -7,6 +7,7 @@
     │   ├── LogError             a raw log: a file, a line, a column
     │   ├── DatasetError         an encoded dataset on disk
     │   ├── PlanError            a sharding plan that does not exist, or does not fit
+    │   │   └── DoesNotFitError  the tables are too large for the machine
     │   ├── RunError             a run on disk
     │   ├── BundleError          an exported model on disk
     │   └── RowError             a row to predict
@@ -45,6 +46,10 @@ class DatasetError(UserError):
 
 class PlanError(UserError):
     """No sharding plan fits the machine, or a given plan does not fit the model."""
+
+
+class DoesNotFitError(PlanError):
+    """The tables do not fit the machine; what is wrong is not how the question was asked."""
 
 
 class RunError(UserError):

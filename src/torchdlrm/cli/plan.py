@@ -75,9 +75,9 @@ def _problem(tokens: tuple[str, ...], ask: Ask, *, measure: bool) -> "Problem":
 
 def _one_plan(problem: "Problem", out: Path | None, html: Path | None, *, as_json: bool) -> dict[str, object]:
     from torchdlrm.cli import plan_tables as show
+    from torchdlrm.errors import DoesNotFitError
     from torchdlrm.sharding.page import plan_page, write_page
     from torchdlrm.sharding.plan_file import plan_as_dict, write_json
-    from torchdlrm.sharding.planner import DoesNotFitError
     from torchdlrm.sharding.problem import try_solve
 
     solution = try_solve(problem)

@@ -23,18 +23,13 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchdlrm.config import Config
-from torchdlrm.errors import PlanError
+from torchdlrm.errors import DoesNotFitError
 from torchdlrm.sharding.constraints import TableConstraint, table_constraints
 from torchdlrm.sharding.estimators import MemoryEstimator, OrderedEnumerator, ReservedShare, TimeEstimator
 from torchdlrm.sharding.search import BestPlan, PlacingPartitioner, proposers
 from torchdlrm.sharding.tables import Optimizer, Precision, Table
 from torchdlrm.sharding.topology import Machine
 from torchdlrm.units import show_bytes
-
-
-class DoesNotFitError(PlanError):
-    """The tables do not fit the machine; what is wrong is not how the question was asked."""
-
 
 # Up to this many tables times devices both orders of placing tables are tried for every proposal.
 _THOROUGH_UP_TO = 4_000

@@ -6,10 +6,10 @@ from functools import cached_property
 from typing import Any
 
 from torchdlrm.config import ModelConfig
+from torchdlrm.errors import DoesNotFitError
 from torchdlrm.sharding.estimate import Cost, DensePart, dense_part, shard_costs
 from torchdlrm.sharding.layout import PlacedTable, layout_of
 from torchdlrm.sharding.planner import (
-    DoesNotFitError,
     Found,
     PlanOptions,
     meta_tables,
