@@ -120,6 +120,18 @@ def page_server():
     assert not thread.is_alive()
 
 
+@pytest.fixture
+def full_disk(tmp_path):
+    """A folder on a file system of its own with 16 kB; skips where a test may not mount one."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs to mount a small file system, which only root may")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
 @pytest.fixture(scope="session")
 def small_run(small_dataset, dlrm, tmp_path_factory):
     """The folder of a run on `small_dataset`."""

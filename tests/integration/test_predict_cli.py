@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -131,13 +133,59 @@ def test_scores_on_standard_output_and_what_cannot_be_written(dlrm, small_bundle
         ({"out": tmp_path / "none" / "scores.csv"}, r"none/scores\.csv cannot be written: No such file"),
         ({"columns": "prediction"}, r"--columns: prediction is what the scores' own column is called"),
         ({"columns": "user", "out": tmp_path / "a.csv"}, r"has no column user; it has label, int_0"),
+        ({"columns": "label, cat_3,label", "out": tmp_path / "a.csv"}, r"--columns: label is given more than once"),
+        ({"out": tmp_path / f"{'x' * 248}.csv"}, r"x\.csv cannot be written: File name too long"),
     ]:
         with pytest.raises(UserError, match=message):
             predict_verb(small_bundle, [small_log], **options)
     assert list(tmp_path.iterdir()) == []
+    folder, log = tmp_path / "folder.csv", tmp_path / "log.csv"
+    folder.mkdir()
+    shutil.copy(small_log, log)
+    with pytest.raises(UserError, match=r"folder\.csv is a folder; name a file in it"):
+        predict_verb(small_bundle, [small_log], out=folder)
+    with pytest.raises(UserError, match=r"log\.csv is the log itself"):
+        predict_verb(small_bundle, [log], out=log)
+    assert log.read_bytes() == small_log.read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("redirected", "code", "message"),
+    [
+        ("{log} > /dev/full", 1, "failed: standard output: No space left on device; free some space and start the"),
+        ("{log} >&-", 2, "error: --out: standard output is closed; name a file to write to"),
+        ("- <&-", 2, "error: standard input: is closed; give the log as a file, or pipe it in"),
+    ],
+)
+def test_standard_streams_that_fail_are_one_line(redirected, code, message, small_bundle, small_log):
+    command = f"{COMMAND} predict {small_bundle} {redirected.format(log=small_log)}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == code
+    assert done.stderr.startswith(message), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(small_bundle, small_log, full_disk):
+    for name in ("scores.csv", "scores.parquet"):
+        command = [COMMAND, "predict", str(small_bundle), str(small_log), "--out", str(full_disk / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"failed: {full_disk / name}: No space left on device; free some space")
+        assert list(full_disk.iterdir()) == []
+
+
+def test_a_log_can_come_through_a_named_pipe(predict, few_rows, expected, tmp_path):
+    pipe = tmp_path / "rows"
+    os.mkfifo(pipe)
+    text = few_rows.write_csv(separator="\t", include_header=False)
+    writer = threading.Thread(target=pipe.write_text, args=(text,))
+    writer.start()
+    scores, _ = predict(pipe)
+    writer.join(timeout=60)
+    np.testing.assert_allclose(scores["prediction"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_leaves_nothing_behind(number, small_bundle, few_rows, tmp_path):
     out = tmp_path / "scores.csv"
     command = [COMMAND, "predict", str(small_bundle), "-", "--out", str(out)]

@@ -3,6 +3,7 @@
 Verbs are named as strings: a module is imported when its verb runs, so that `--help` answers at once.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -49,6 +50,8 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would tell people when it starts and stops
     # As after Ctrl-C, what was begun is removed; verbs that can save, or drain, have handlers of their own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup the end of the terminal is no reason to stop
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         app(exit_on_error=False)
     except UserError as error:
@@ -64,6 +67,21 @@ def main() -> None:
         console.print("[red bold]failed[/]:", end=" ")
         console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(1)
+    except OSError as error:
+        console.print("[red bold]failed[/]:", end=" ")
+        console.print(_what_the_system_said(error), markup=False, soft_wrap=True)
+        sys.exit(1 if error.errno in _NOT_THE_INPUT else 2)
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(1)
+
+
+# A full or failing disk is nobody's input; a path that is missing, read-only or too long is.
+_NOT_THE_INPUT = {None, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPIPE}
+
+
+def _what_the_system_said(error: OSError) -> str:
+    """Which file, what happened, and what helps."""
+    where = "" if error.filename is None else f"{error.filename}: "
+    remedy = "; free some space and start the same command again" if error.errno in {errno.ENOSPC, errno.EDQUOT} else ""
+    return f"{where}{os.strerror(error.errno) if error.errno else error}{remedy}"

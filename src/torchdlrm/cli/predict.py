@@ -37,7 +37,8 @@ def predict(
         bundle: Folder written by `dlrm export`.
         rows: Files of raw rows, or - for standard input.
         out: File to write, .parquet, .csv or .csv.gz; - is CSV on standard output.
-        columns: Columns of the log to write beside `prediction`, by name with commas between, as in label,cat_3.
+        columns: Columns of the log to write beside `prediction`, with commas between, as in label,cat_3; by the log's
+            name or the schema's.
         bad_rows: A row that cannot be read stops everything (refuse), or has no prediction (null).
         log_format: How text is written: as the model's schema says (log); with commas, quotes and a header (csv); with
             tabs (tsv).
@@ -54,7 +55,9 @@ def predict(
     try:
         with progress_bars("") as progress:
             predictor = Predictor.open(bundle, verify=verify, num_threads=num_threads, progress=progress)
-            log = RowsIn(rows, predictor.schema, log_format, [name for name in columns.split(",") if name])
+            log = RowsIn(
+                rows, predictor.schema, log_format, [name.strip() for name in columns.split(",") if name.strip()]
+            )
             summary = predict_file(predictor, log, out, bad_rows=bad_rows, progress=progress)
     except KeyboardInterrupt as interrupt:
         done = "" if out == Path("-") else f": nothing was written to {out}"

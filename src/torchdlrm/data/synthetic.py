@@ -29,6 +29,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from torchdlrm.data.atomic import replacing
 from torchdlrm.data.synthetic_model import NUM_LOGITS, click_thresholds
 from torchdlrm.data.synthetic_rows import BLOCK_ROWS, RowGenerator
 from torchdlrm.data.synthetic_shapes import PRESETS
@@ -116,7 +117,7 @@ def synthesize(
     _check(rows, seed, preset)
     counts = [_LogitCounts(first, num) for first, num in _ranges(rows).values()]
     # The truth takes its name first: a log that is there is never without it.
-    with _replacing(path) as log_file, _replacing(truth_path(path)) as truth_file:
+    with _writing(path) as log_file, _writing(truth_path(path)) as truth_file:
         compressed = _GzipFile(log_file) if path.name.endswith(".gz") else None
         progress.start_phase("write rows", rows)
         for chunk in _chunks(RowGenerator(preset, seed), rows, compress=compressed is not None):
@@ -258,18 +259,14 @@ def _deflate(text: bytes) -> bytes:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def _writing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the name `path` when the block ends well, and leaves nothing behind when it does not."""
-    beside = path.with_name(f".{path.name}.incomplete")
     try:
-        with beside.open("wb") as file:
+        with replacing(path) as beside, beside.open("wb") as file:
             yield file
-        beside.replace(path)
     except OSError as error:
         msg = f"{path}: cannot be written ({error.strerror}); choose a folder that exists, may be written and has room"
         raise LogError(msg) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _without_nan(fields: dict[str, object]) -> dict[str, object]:

@@ -96,6 +96,9 @@ def predict_file(
         UserError: `out` cannot be written.
     """
     check_name(out)
+    if out.exists() and any(path.exists() and path.samefile(out) for path in rows.paths):
+        msg = f"--out: {out} is the log itself; name another file"
+        raise UserError(msg)
     if PREDICTION_COLUMN in rows.handed_on:
         msg = f"--columns: {PREDICTION_COLUMN} is what the scores' own column is called"
         raise UserError(msg)

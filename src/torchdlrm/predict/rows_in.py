@@ -60,10 +60,10 @@ class RowsIn:
     """A log to predict.
 
     Attributes:
-        paths: its files in order, or `-` alone for standard input.
+        paths: its files in order; or alone `-` for standard input, or a pipe that has a name.
         schema: the model's columns.
         log_format: how text is written.
-        handed_on: other columns that are wanted, by name.
+        handed_on: other columns that are wanted, by the schema's name or the log's.
         chunk_bytes: of text, about, that are read at a time.
     """
 
@@ -73,9 +73,23 @@ class RowsIn:
     handed_on: Sequence[str] = ()
     chunk_bytes: int = CHUNK_BYTES
 
+    def __post_init__(self) -> None:
+        """Take columns by either name.
+
+        Raises:
+            LogError: a column is asked for twice.
+        """
+        names = {column.log_name: column.name for column in self.schema.columns}
+        handed_on = [names.get(name, name) for name in self.handed_on]
+        twice = sorted({name for name in handed_on if handed_on.count(name) > 1})
+        if twice:
+            msg = f"--columns: {', '.join(twice)} is given more than once"
+            raise LogError(msg)
+        object.__setattr__(self, "handed_on", handed_on)
+
     @property
     def size_bytes(self) -> int | None:
-        """Of all files; None for standard input.
+        """Of all files; None for standard input and pipes.
 
         Raises:
             LogError: a file is not there, or is empty.
@@ -89,7 +103,13 @@ class RowsIn:
             LogError: a file cannot be read, is damaged, or lacks a column.
         """
         if self._is_stream:
-            yield from self._of_stream(sys.stdin.buffer)
+            if self.paths[0] != STANDARD_INPUT:
+                with self.paths[0].open("rb") as pipe:
+                    yield from self._of_stream(pipe, self.paths[0])
+                return
+            if sys.stdin is None:
+                raise LogError("standard input: is closed; give the log as a file, or pipe it in")
+            yield from self._of_stream(sys.stdin.buffer, Path("standard input"))
             return
         for file in find_files(self.paths):
             if file.format == "parquet":
@@ -101,16 +121,18 @@ class RowsIn:
 
     @property
     def _is_stream(self) -> bool:
-        if STANDARD_INPUT in self.paths and len(self.paths) > 1:
-            msg = "-: standard input is read alone, not among files"
+        streams = [path for path in self.paths if path == STANDARD_INPUT or path.is_fifo()]
+        if streams and len(self.paths) > 1:
+            name = "standard input" if streams[0] == STANDARD_INPUT else "a pipe"
+            msg = f"{streams[0]}: {name} is read alone, not among files"
             raise LogError(msg)
-        return STANDARD_INPUT in self.paths
+        return bool(streams)
 
-    def _of_stream(self, stream: BinaryIO) -> Iterator[RowChunk]:
+    def _of_stream(self, stream: BinaryIO, name: Path) -> Iterator[RowChunk]:
         start = stream.read(_MAGIC_BYTES)
         if not start:
-            raise LogError("standard input: is empty")
-        name = Path("standard input")
+            msg = f"{name}: is empty"
+            raise LogError(msg)
         if start == b"PAR1":
             # The columns of a Parquet file are named at its end, so it is read whole before anything else.
             with tempfile.NamedTemporaryFile(suffix=".parquet") as copy:

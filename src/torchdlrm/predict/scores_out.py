@@ -3,6 +3,7 @@
 In: frames, one after another.  Out: a file that appears under its name when it is whole.
 """
 
+import errno
 import gzip
 import os
 import sys
@@ -34,19 +35,23 @@ def writing_scores(path: Path) -> Iterator[ScoreWriter]:
     """Write to `path`, in the format that its name asks for; `-` is standard output.
 
     Raises:
-        UserError: the name asks for no format, or the folder cannot be written to.
+        UserError: the name asks for no format, or cannot be written to.
+        OSError: the disk is full, or fails.
         Interrupted: whoever reads standard output has gone.
     """
+    check_name(path)
     if path == STANDARD_OUTPUT:
         try:
             yield _CsvWriter(sys.stdout.buffer)
             sys.stdout.buffer.flush()
-        except BrokenPipeError as error:
+        except OSError as error:
             # Python would flush once more when it ends, and complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise Interrupted("whoever read the scores has gone") from error
+            if isinstance(error, BrokenPipeError):
+                raise Interrupted("whoever read the scores has gone") from error
+            error.filename = error.filename or "standard output"
+            raise
         return
-    check_name(path)
     try:
         with replacing(path) as beside:
             if path.suffix == ".parquet":
@@ -59,19 +64,28 @@ def writing_scores(path: Path) -> Iterator[ScoreWriter]:
             else:
                 with beside.open("wb") as file:
                     yield _CsvWriter(file)
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
+        if error.filename != str(path) or error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
+            raise
         msg = f"--out: {path} cannot be written: {error.strerror}"
         raise UserError(msg) from error
 
 
 def check_name(path: Path) -> None:
-    """See that a file's name asks for a format.
+    """See that scores can be written under a name, before any is predicted.
 
     Raises:
-        UserError: it does not.
+        UserError: the name asks for no format, is that of a folder, or standard output is closed.
     """
-    if path != STANDARD_OUTPUT and not path.name.endswith((".parquet", ".csv", ".csv.gz")):
+    if path == STANDARD_OUTPUT:
+        if sys.stdout is None:
+            raise UserError("--out: standard output is closed; name a file to write to")
+        return
+    if not path.name.endswith((".parquet", ".csv", ".csv.gz")):
         msg = f"--out: {path} must end in .parquet, .csv or .csv.gz, or be - for CSV on standard output"
+        raise UserError(msg)
+    if path.is_dir():
+        msg = f"--out: {path} is a folder; name a file in it"
         raise UserError(msg)
 
 

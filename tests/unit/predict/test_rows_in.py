@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from torchdlrm.errors import LogError
 from torchdlrm.predict.rows_in import STANDARD_INPUT, RowsIn
-from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.schema import DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn
 
 SCHEMA = FeatureSchema(
     name="small",
@@ -102,3 +102,13 @@ def test_a_gzip_stream_that_is_cut_off_is_told(tmp_path):
     path.write_bytes(gzip.compress(b"1,2,a\n" * 100_000)[:-20])
     with pytest.raises(LogError, match=r"log\.csv\.gz: the gzip stream is damaged or cut off"):
         list(RowsIn([path], SCHEMA))
+
+
+def test_columns_are_handed_on_by_either_name(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("label,count,text,user id\n1,2,a,u\n")
+    columns = [*SCHEMA.columns, IgnoredColumn(name="user_id", header_name="user id")]
+    schema = SCHEMA.with_columns(columns).model_copy(update={"header": True})
+    for name in ("user id", "user_id"):
+        (chunk,) = RowsIn([path], schema, handed_on=[name])
+        assert chunk.frame["user_id"].to_list() == ["u"]
