@@ -15,14 +15,16 @@ The columns stand in the order of the file (in a Parquet file they are found by 
 every key.
 """
 
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from torchdlrm.errors import SchemaError
+from torchdlrm.toml import did_you_mean, explain, toml_value
 
 NUM_CRITEO_DENSE = 13
 NUM_CRITEO_SPARSE = 26
@@ -86,10 +88,10 @@ class SparseColumn(_Column):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.max_values is not None and self.value_separator is None:
-            msg = f"column {self.name}: max_values needs value_separator, the text between two values of a cell"
+            msg = "max_values needs value_separator, the text between two values of a cell"
             raise ValueError(msg)
         if self.hash is not None and (self.min_count is not None or self.max_rows is not None):
-            msg = f"column {self.name}: hash goes without min_count and max_rows, which are for vocabularies"
+            msg = "hash goes without min_count and max_rows, which are for vocabularies"
             raise ValueError(msg)
         return self
 
@@ -107,7 +109,9 @@ class IgnoredColumn(_Column):
     role: Literal["ignore"] = "ignore"
 
 
-Column = Annotated[LabelColumn | DenseColumn | SparseColumn | TimeColumn | IgnoredColumn, Field(discriminator="role")]
+_AnyColumn = LabelColumn | DenseColumn | SparseColumn | TimeColumn | IgnoredColumn
+Column = Annotated[_AnyColumn, Field(discriminator="role")]
+_ROLES: dict[str, type[_Column]] = {kind.model_fields["role"].default: kind for kind in get_args(_AnyColumn)}
 
 
 class SplitRule(_Frozen):
@@ -138,10 +142,10 @@ class FeatureSchema(_Frozen):
     @model_validator(mode="after")
     def _check(self) -> Self:
         names = [column.name for column in self.columns]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            msg = f"column names must be unique, but {', '.join(twice)} stands more than once"
-            raise ValueError(msg)
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                msg = f"columns {names.index(name) + 1} and {i + 1} are both named {name!r}; a name is for one column"
+                raise ValueError(msg)
         if not self.separator.isascii() or self.separator in '\r\n\0"':
             msg = f"separator must be one ASCII character, no line end and no quote, not {self.separator!r}"
             raise ValueError(msg)
@@ -208,12 +212,18 @@ def load_schema(name_or_path: str) -> FeatureSchema:
         raise SchemaError(msg)
     try:
         with path.open("rb") as file:
-            return FeatureSchema.model_validate(tomllib.load(file))
+            raw = tomllib.load(file)
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror or error}"
+        raise SchemaError(msg) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         msg = f"{path}: not a TOML file: {error}"
         raise SchemaError(msg) from error
+    try:
+        return FeatureSchema.model_validate(raw)
     except ValidationError as error:
-        raise SchemaError("\n".join([f"{path}: not a valid schema", *problems(error)])) from error
+        found = [f"  {_in_schema_file(item, raw)}" for item in error.errors(include_url=False)]
+        raise SchemaError("\n".join([f"{path}: the schema is wrong:", *found])) from error
 
 
 def with_split(
@@ -239,9 +249,33 @@ def with_split(
 
 def problems(error: ValidationError) -> Sequence[str]:
     """One line for each problem that pydantic found: key, what is wrong, the value."""
-    lines = []
-    for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"]) or "(whole)"
-        value = "" if item["type"] in {"missing", "value_error"} else f" (got {item['input']!r})"
-        lines.append(f"  {key}: {item['msg'].removeprefix('Value error, ')}{value}")
-    return lines
+    items = [(".".join(map(str, item["loc"])), explain(item)) for item in error.errors(include_url=False)]
+    return [f"  {key}: {text}" if key else f"  {text}" for key, text in items]
+
+
+def _in_schema_file(item: Any, raw: dict[str, Any]) -> str:
+    """A problem as a line about the file: the column by number and name, key, value and remedy."""
+    place: list[str] = []
+    keys, known, role = list(map(str, item["loc"])), list(FeatureSchema.model_fields), ""
+    if len(keys) > 1 and keys[0] == "columns":
+        column = raw["columns"][int(keys[1])]
+        name = column.get("name") if isinstance(column, dict) else None
+        place = [f"column {int(keys[1]) + 1}" + (f" ({name})" if name else "")]
+        role = keys[2] if len(keys) > 2 else ""
+        keys, known = keys[3:], list(_ROLES[role].model_fields) if role else []
+    elif len(keys) > 1 and keys[0] == "split":
+        known = list(SplitRule.model_fields)
+    if item["type"] == "extra_forbidden":
+        hint = did_you_mean(keys[-1], known) or f"; there are {', '.join(known)}"
+        if keys[0] == "split" and keys[-1] in FeatureSchema.model_fields:
+            hint = "; it stands below [split] and so belongs to it: move it above"
+        text = f"there is no such key{f' of a {role} column' if role else ''}{hint}"
+    elif item["type"] == "union_tag_not_found":
+        text = f"has no role; it is one of {', '.join(_ROLES)}"
+    elif item["type"] == "string_pattern_mismatch":
+        name = re.sub(r"\W", "_", re.sub(r"^(?=\d)", "_", item["input"]), flags=re.ASCII) or "column"
+        text = f"{item['input']!r} is not made of letters, digits and _, no digit first; "
+        text += f'write name = "{name}", header_name = {toml_value(item["input"])}'
+    else:
+        text = explain(item)
+    return ": ".join([*place, *([".".join(keys)] if keys else []), text])

@@ -26,7 +26,7 @@ def toml_value(value: object) -> str:
 
 def did_you_mean(text: str, known: Iterable[str]) -> str:
     """A question that ends a message, where something known is much like `text`; otherwise nothing."""
-    close = difflib.get_close_matches(text, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(text, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -49,7 +49,10 @@ def explain(item: Any) -> str:
         value = context.get("tag", value)
         hint = did_you_mean(str(value), re.findall(r"'(.*?)'", tags))
         return f"must be one of {tags.replace(' or ', ', ')}, not {_shown(value)}{hint}"
-    return f"{item['msg'][0].lower()}{item['msg'][1:]}, got {_shown(value)}"
+    if kind in {"model_type", "model_attributes_type", "dict_type"}:
+        return f"must be a table {{ key = value, ... }}, got {_shown(value)}"
+    message = re.sub(r"^\w+ should ", "must ", item["msg"]).replace("valid tuple", "list")
+    return f"{message[0].lower()}{message[1:]}, got {_shown(value)}"
 
 
 def _shown(value: object) -> str:

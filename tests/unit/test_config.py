@@ -37,11 +37,11 @@ def test_all_problems_are_told_at_once_with_key_value_and_remedy(tmp_path):
         load_config(path, {"dense-optimizer.learning-rate": "-1", "train.epohcs": "3"})
     message = str(error.value)
     assert f"{path}: train.batch_size: there is no such key; did you mean train.batch_size_global?" in message
-    assert f"{path}: train.epochs: input should be a valid integer, got 'two'" in message
+    assert f"{path}: train.epochs: must be a valid integer, got 'two'" in message
     assert f"{path}: optimiser: there is no such key" in message
     assert f"{path}: table_optimizer.name: must be one of 'rowwise_adagrad'" in message
     assert "not 'adm'; did you mean adam?" in message
-    assert "--dense-optimizer.learning-rate: input should be greater than 0, got -1.0" in message
+    assert "--dense-optimizer.learning-rate: must be greater than 0, got -1.0" in message
     assert "--train.epohcs: there is no such key; did you mean train.epochs?" in message
 
 
