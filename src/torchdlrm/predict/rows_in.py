@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from torchdlrm.data.bad_rows import BadRows
 from torchdlrm.data.log.cut import BYTE_ORDER_MARK, cut_stream, reading
-from torchdlrm.data.log.files import LogFile, find_files
+from torchdlrm.data.log.files import MAGIC_BYTES, LogFile, find_files, recognize_format
 from torchdlrm.data.log.parquet import plan_row_groups, read_row_groups
 from torchdlrm.data.log.text import ParsedChunk, parse_chunk
 from torchdlrm.errors import LogError
@@ -31,7 +31,6 @@ from torchdlrm.schema import FeatureSchema
 STANDARD_INPUT = Path("-")
 CHUNK_BYTES = 8 << 20
 _HEAD_BYTES = 64 << 10
-_MAGIC_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -129,11 +128,12 @@ class RowsIn:
         return bool(streams)
 
     def _of_stream(self, stream: BinaryIO, name: Path) -> Iterator[RowChunk]:
-        start = stream.read(_MAGIC_BYTES)
+        start = stream.read(MAGIC_BYTES)
         if not start:
             msg = f"{name}: is empty"
             raise LogError(msg)
-        if start == b"PAR1":
+        form = recognize_format(start, name)
+        if form == "parquet":
             # The columns of a Parquet file are named at its end, so it is read whole before anything else.
             with tempfile.NamedTemporaryFile(suffix=".parquet") as copy:
                 copy.write(start)
@@ -142,9 +142,8 @@ class RowsIn:
                 path = Path(copy.name)
                 yield from self._of_parquet(LogFile(path, path.stat().st_size, None, format="parquet"))
             return
-        is_gzip = start.startswith(b"\x1f\x8b")
         raw = cast("BinaryIO", io.BufferedReader(_Joined(start, stream)))
-        yield from self._of_text(raw, LogFile(name, 0, None, format="gzip" if is_gzip else "text"))
+        yield from self._of_text(raw, LogFile(name, 0, None, format=form))
 
     def _of_text(self, raw: BinaryIO, file: LogFile) -> Iterator[RowChunk]:
         text: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if file.format == "gzip" else raw

@@ -1,10 +1,18 @@
 """Lines -> typed columns: what is accepted, what is a bad row, and that cuts do not matter."""
 
+import bz2
 import gzip
+import io
+import lzma
 import random
+import shutil
+import subprocess
+import zipfile
 from itertools import pairwise
+from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -252,6 +260,45 @@ def test_files_that_cannot_be_a_log_are_reported(tmp_path):
     ):
         with pytest.raises(LogError, match=message):
             find_files(paths)
+
+
+def zipped(content):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("log", content)
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("log.zst", pa.compress(GOOD, "zstd", asbytes=True), "log.zst: is packed by zstd"),
+        ("log.bz2", bz2.compress(GOOD, 1), "log.bz2: is packed by bzip2"),
+        ("log.xz", lzma.compress(GOOD), "log.xz: is packed by xz"),
+        ("log.zip", zipped(GOOD), "log.zip: is a zip archive"),
+        ("a log.csv", GOOD.decode().encode("utf-16"), "iconv -f UTF-16 -t UTF-8 'a log.csv'"),
+    ],
+)
+def test_a_file_of_a_kind_that_is_not_read_is_told_with_what_makes_a_log_of_it(
+    tmp_path, monkeypatch, name, content, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(content)
+    with pytest.raises(LogError, match="a log is UTF-8 text") as caught:
+        find_files([Path(name)])
+    assert message in str(caught.value)
+
+
+@pytest.mark.skipif(shutil.which("xzcat") is None, reason="needs xzcat")
+def test_a_packed_file_becomes_a_log_by_the_command_that_is_told(tmp_path):
+    path = tmp_path / "a log.xz"
+    path.write_bytes(lzma.compress(GOOD))
+    with pytest.raises(LogError, match="is packed by xz") as caught:
+        find_files([path])
+    subprocess.run(["sh", "-c", str(caught.value).partition("This makes one: ")[2]], check=True)
+    made = tmp_path / "a log.xz.gz"
+    assert gzip.decompress(made.read_bytes()) == GOOD
+    assert find_files([made])[0].format == "gzip"
 
 
 def test_the_criteo_preset_reads_forty_columns():

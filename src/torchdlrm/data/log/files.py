@@ -4,6 +4,7 @@ In: paths.  Out: `LogFile`s in the order of time, each with a fingerprint.
 """
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,19 @@ from torchdlrm.errors import LogError
 FileFormat = Literal["text", "gzip", "parquet"]
 
 _DAY = re.compile(r"day_(\d+)(?!\d)")
+MAGIC_BYTES = 16
 _GZIP_MAGIC = b"\x1f\x8b"
 _PARQUET_MAGIC = b"PAR1"
+# What files of other kinds start with, what they are, and what makes a log of them that can be read.
+_OTHERS = (
+    (rb"PK\x03\x04", "a zip archive", "unzip -p {path} | gzip > {path}.gz"),
+    (rb"\x28\xb5\x2f\xfd", "packed by zstd", "zstdcat {path} | gzip > {path}.gz"),
+    (rb"BZh\d1AY&SY", "packed by bzip2", "bzcat {path} | gzip > {path}.gz"),
+    (rb"\xfd7zXZ\x00", "packed by xz", "xzcat {path} | gzip > {path}.gz"),
+    (rb"\x04\x22\x4d\x18", "packed by lz4", "lz4cat {path} | gzip > {path}.gz"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z e -so {path} | gzip > {path}.gz"),
+    (rb"\xff\xfe|\xfe\xff", "text in UTF-16", "iconv -f UTF-16 -t UTF-8 {path} > {path}.utf8"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ def find_files(paths: Sequence[Path]) -> tuple[LogFile, ...]:
     """The files of a log in the order of time: by day where all are named `day_N...`, else as given.
 
     Raises:
-        LogError: a file is missing, is none, is empty, or is given twice.
+        LogError: a file is missing, is none, is empty, is packed or coded as none is read, or is given twice.
     """
     if not paths:
         raise LogError("no log given: name at least one file")
@@ -82,10 +94,24 @@ def find_files(paths: Sequence[Path]) -> tuple[LogFile, ...]:
 def _format_of(path: Path) -> FileFormat:
     try:
         with path.open("rb") as file:
-            magic = file.read(4)
+            start = file.read(MAGIC_BYTES)
     except OSError as error:
         msg = f"{path}: cannot be read: {error.strerror or error}"
         raise LogError(msg) from error
-    if magic.startswith(_GZIP_MAGIC):
+    return recognize_format(start, path)
+
+
+def recognize_format(start: bytes, path: Path) -> FileFormat:
+    """The format of a file that starts with these `MAGIC_BYTES`.
+
+    Raises:
+        LogError: it is of a kind that is not read; says what makes a log of it.
+    """
+    for pattern, kind, template in _OTHERS:
+        if re.match(pattern, start):
+            command = template.format(path=shlex.quote(str(path)) if path.exists() else "FILE")
+            msg = f"{path}: is {kind}; a log is UTF-8 text, gzipped or not, or Parquet. This makes one: {command}"
+            raise LogError(msg)
+    if start.startswith(_GZIP_MAGIC):
         return "gzip"
-    return "parquet" if magic == _PARQUET_MAGIC else "text"
+    return "parquet" if start.startswith(_PARQUET_MAGIC) else "text"
