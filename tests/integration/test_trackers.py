@@ -1,13 +1,20 @@
 """Metrics reach the trackers that a config names; the optional ones run where they are installed."""
 
 import json
+import os
+import shutil
+import signal
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from torchdlrm.config import load_config
+from torchdlrm.errors import Interrupted, TrainingError
+from torchdlrm.training.job import train
 from torchdlrm.training.metrics_log import MetricsLog
+from torchdlrm.training.trackers import open_trackers
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 OPTIONS = ("--logging.every-steps", 5, "--logging.tensorboard", "false", "--table-optimizer.learning-rate", 0.04)
@@ -21,24 +28,89 @@ def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_every_tracker_is_told_the_figures_of_metrics_jsonl_and_closed(tmp_path):
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (None, "finished"),
+        (Interrupted("asked to"), "interrupted"),
+        (KeyboardInterrupt(), "interrupted"),
+        (TrainingError("the loss is nan"), "failed"),
+    ],
+)
+def test_every_tracker_is_told_the_figures_of_metrics_jsonl_and_how_it_ended(error, outcome, tmp_path):
     class Tracker:
-        told, closed = (), False
+        told, outcome = (), None
 
         def log(self, step, values):
             self.told += ((step, values),)
 
-        def close(self):
-            self.closed = True
+        def close(self, outcome):
+            self.outcome = outcome
+            if self is trackers[-1]:  # the first to be closed
+                msg = "unreachable"
+                raise ConnectionError(msg)
 
     trackers = [Tracker(), Tracker()]
-    log = MetricsLog(tmp_path, from_step=0, trackers=trackers)
-    log.write({"step": 7, "rows": 70, "split": "val", "auc": 0.75, "ne": float("nan")})
-    log.close()
+
+    def train():
+        with MetricsLog(tmp_path, from_step=0, trackers=trackers) as log:
+            log.write({"step": 7, "rows": 70, "split": "val", "auc": 0.75, "ne": float("nan")})
+            if error is not None:
+                raise error
+
+    with pytest.raises(ConnectionError):
+        train()
     for tracker in trackers:
         assert tracker.told == ((7, {"val/auc": 0.75}),)
-        assert tracker.closed
+        assert tracker.outcome == outcome
     assert [line["step"] for line in lines(tmp_path)] == [7]
+
+
+class Ending:
+    """Listens to a training and ends it after some rows, in a way."""
+
+    def __init__(self, way, after_rows=1_000):
+        self.way, self.rows_left = way, after_rows
+
+    def start_phase(self, name, total, unit="rows"):
+        pass
+
+    def advance(self, amount, **figures):  # noqa: ARG002
+        self.rows_left -= amount
+        if self.rows_left < 0 and self.way == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.rows_left < 0 and self.way == "exception":
+            msg = "of the listener"
+            raise ZeroDivisionError(msg)
+
+
+ENDINGS = {"signal": Interrupted, "nan": TrainingError, "exception": ZeroDivisionError}
+
+
+def train_to_an_end(way, dataset, run, **options):
+    """Train until something ends it before its time."""
+    settings = {"logging.every_steps": "1", "train.batch_size_global": "64", "logging.profile_steps": "200"}
+    if way == "nan":
+        settings |= {
+            "dense_optimizer.name": "sgd",
+            "dense_optimizer.learning_rate": "1e30",
+            "schedule.warmup_steps": "9",
+        }
+    with pytest.raises(ENDINGS[way]):
+        train(load_config(CONFIG, settings | options), dataset, run, progress=Ending(way))
+
+
+@pytest.mark.parametrize("way", ENDINGS)
+def test_events_of_a_training_that_did_not_finish_are_on_disk_and_nothing_of_it_lives_on(way, small_dataset, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    before = set(threading.enumerate())
+    train_to_an_end(way, small_dataset.path, tmp_path / "run")
+    written = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("train/loss")
+    expected = [line["step"] for line in lines(tmp_path / "run")]
+    assert [event.step for event in written] == expected
+    assert expected
+    assert {thread for thread in set(threading.enumerate()) - before if "Dummy" not in thread.name} == set()
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
@@ -81,6 +153,20 @@ def test_mlflow_holds_the_metrics_and_the_config_of_a_run_that_was_taken_up_agai
 
 @needs("mlflow")
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("way", "status"), [("signal", "KILLED"), ("nan", "FAILED"), ("exception", "FAILED")])
+def test_mlflow_is_told_how_a_training_ended(way, status, small_dataset, tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    train_to_an_end(way, small_dataset.path, tmp_path / "run", **{"logging.trackers": "mlflow"})
+    run_id = json.loads((tmp_path / "run" / "trackers.json").read_text())["mlflow"]
+    assert mlflow.MlflowClient().get_run(run_id).info.status == status
+
+
+@needs("mlflow")
+@pytest.mark.slow
 def test_a_tracker_that_cannot_be_opened_is_told_in_one_message(small_dataset, dlrm, tmp_path):
     run = tmp_path / "run"
     done = dlrm(
@@ -110,10 +196,20 @@ def test_wandb_keeps_a_run_on_disk_when_offline(small_dataset, dlrm, tmp_path):
 
 
 def test_tensorboard_can_be_left_out(tmp_path):
-    from torchdlrm.training.trackers import open_trackers
-
     assert open_trackers(tmp_path, load_config(None, {"logging.tensorboard": "false"}), from_step=0) == []
     (tracker,) = open_trackers(tmp_path, load_config(None), from_step=0)
     tracker.log(3, {"train/loss": 0.5})
-    tracker.close()
+    tracker.close("finished")
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_events_that_cannot_be_written_are_told_once_and_the_training_goes_on(tmp_path, caplog):
+    (tracker,) = open_trackers(tmp_path, load_config(None), from_step=0)
+    shutil.rmtree(tmp_path / "tensorboard")  # as a full disk: its thread cannot write any more
+    for step in range(1_000):
+        tracker.log(step, {"train/loss": 0.5})
+    tracker.close("failed")
+    assert [record.message.partition(":")[0] for record in caplog.records if record.name == "torchdlrm"] == [
+        "TensorBoard's last events could not be written, and no more will be"
+    ]

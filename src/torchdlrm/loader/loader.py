@@ -6,7 +6,7 @@ Cost: a rank decodes every row group and copies only its own rows.
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -82,7 +82,7 @@ class Loader:
         """Go on from `state`, which may come from a loader of another world size."""
         self._epoch, self._batches_consumed = state["epoch"], state["batches_consumed"]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         for batch in _read_ahead(self._batches(self._epoch, self._batches_consumed), depth=self._prefetch_batches):
             yield batch
             self._batches_consumed += 1

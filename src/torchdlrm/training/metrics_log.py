@@ -5,18 +5,20 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from torchdlrm.errors import Interrupted
 from torchdlrm.training.run import METRICS_NAME
-from torchdlrm.training.trackers import Tracker
+from torchdlrm.training.trackers import Outcome, Tracker
 
+_STOPPED = (Interrupted, KeyboardInterrupt)
 logger = logging.getLogger("torchdlrm")
 
 
 class MetricsLog:
-    """Appends to the metrics of a run.
+    """Appends to the metrics of a run, inside a `with`: whatever ends it, what was buffered reaches disk and trackers.
 
     Args:
         run_path: the run's folder.
@@ -47,12 +49,16 @@ class MetricsLog:
         for tracker in self._trackers:
             tracker.log(line["step"], values)
 
-    def close(self) -> None:
-        """Write out what is buffered."""
-        with suppress(OSError):
-            self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        outcome: Outcome = "finished" if kind is None else "interrupted" if issubclass(kind, _STOPPED) else "failed"
+        with ExitStack() as closing:  # all of them, also when one cannot be closed
+            for tracker in self._trackers:
+                closing.callback(tracker.close, outcome)
+            with suppress(OSError):
+                self._file.close()
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ class StepProfile:
 
 
 class StepProfiler:
-    """Profiles some steps of a run; every rank has one and must make the same calls.
+    """Profiles some steps of a run, inside a `with`; every rank has one and must make the same calls.
 
     Args:
         folder: where to write; made when there is something to write.
@@ -79,6 +79,15 @@ class StepProfiler:
         self._first, self._last = after_step, after_step + num_steps
         self._profiler: torch.profiler.profile | None = None
         self._profiled_steps = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        elif self._profiler is not None:  # nothing is written: the other ranks may not be there to say what they saw
+            self._profiler.stop()
 
     def step_done(self, step: int) -> None:
         """Start after the step before the first one, write after the last."""

@@ -9,10 +9,10 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torchdlrm.config import Config, knobs
 from torchdlrm.errors import ConfigError
@@ -20,6 +20,9 @@ from torchdlrm.errors import ConfigError
 IDS_NAME = "trackers.json"
 # Tracker -> what is imported; the extra has the tracker's name.
 _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
+Outcome = Literal["finished", "interrupted", "failed"]
+# What MLflow calls them.
+_STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 logger = logging.getLogger("torchdlrm")
 
 
@@ -29,8 +32,8 @@ class Tracker(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics by name, such as `val/auc`, after `step`."""
 
-    def close(self) -> None:
-        """The process ends; the run may go on in another."""
+    def close(self, outcome: Outcome) -> None:
+        """The process ends, and this is how; an interrupted or failed run may be resumed by another."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -70,6 +73,8 @@ def open_trackers(run_path: Path, config: Config, *, from_step: int) -> list[Tra
         try:
             tracker = kind(run_path, config, ids.get(name))
         except Exception as error:  # what wandb and MLflow raise has no common root, and all of it means this
+            for opened in found:
+                opened.close("failed")
             msg = f"logging.trackers: {name} cannot be used: {str(error).splitlines()[0]}"
             raise ConfigError(msg) from error
         ids[name] = tracker.run_id
@@ -83,13 +88,23 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - half a second, and optional
 
         self._writer = SummaryWriter(run_path / "tensorboard", purge_step=from_step + 1)
+        self._is_broken = False
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        if not self._is_broken:
+            self._try(lambda: [self._writer.add_scalar(name, value, step) for name, value in values.items()])
 
-    def close(self) -> None:
-        self._writer.close()
+    def close(self, outcome: Outcome) -> None:  # noqa: ARG002 - an event file has no such thing
+        self._try(self._writer.close)
+
+    def _try(self, task: Callable[[], object]) -> None:
+        """A full disk ends the thread that writes events, which tells with a later one; the training goes on."""
+        try:
+            task()
+        except OSError as error:
+            if not self._is_broken:
+                logger.warning("TensorBoard's last events could not be written, and no more will be: %s", error)
+            self._is_broken = True
 
 
 class _Wandb:
@@ -111,8 +126,8 @@ class _Wandb:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**values, "step": step})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, outcome: Outcome) -> None:
+        self._run.finish(exit_code=int(outcome != "finished"))
 
 
 class _Mlflow:
@@ -140,9 +155,9 @@ class _Mlflow:
         except (OSError, self._mlflow.MlflowException) as error:
             logger.warning("MLflow did not take the metrics of step %d: %s", step, error)
 
-    def close(self) -> None:
+    def close(self, outcome: Outcome) -> None:
         try:
-            self._client.set_terminated(self.run_id)
+            self._client.set_terminated(self.run_id, _STATUS[outcome])
         except (OSError, self._mlflow.MlflowException) as error:
             logger.warning("MLflow was not told that the run has ended: %s", error)
 

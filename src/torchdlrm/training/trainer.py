@@ -6,6 +6,7 @@ Every rank runs this; batch k holds the same rows whatever their number, and ran
 import math
 import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -104,17 +105,18 @@ class Trainer:
         """
         self._position = self._checkpointer.restore() or self._position_after(0)
         start = self._position.step
-        self._open_log(start)
-        profiler = StepProfiler(
-            self._run.profile,
-            self._ranks,
-            after_step=start + WARM_UP_STEPS,
-            num_steps=self._config.logging.profile_steps,
-        )
-        batches = self._remaining_batches(start)
-        stopped_because = "finished"
+        with closing(self._checkpointer), self._log(start), self._stop_request.listening(), self._watch.running():
+            stopped_because = self._train(start)
+            if self._position.step > start:
+                self._save_last()
+        return self._summary(start, stopped_because)
+
+    def _train(self, start: int) -> str:
+        """Train after step `start` until something says to stop; what that was."""
+        self._loader.load_state_dict(self._position.loader)
         self.model.train()
-        with self._stop_request.listening(), self._watch.running():
+        with self._profiler(start) as profiler, closing(iter(self._loader)) as all_batches:
+            batches = islice(all_batches, self._agenda.num_steps - start)
             for step in range(start + 1, self._agenda.num_steps + 1):
                 self._train_step(step, batches)
                 profiler.step_done(step)
@@ -125,17 +127,13 @@ class Trainer:
                     done = f"after step {step} of {self._agenda.num_steps}"
                     msg = f"interrupted {done}; saved: the same command goes on from there"
                     raise Interrupted(msg)
-                if self._reason_to_stop() is not None:
-                    stopped_because = str(self._reason_to_stop())
-                    break
+                reason = self._reason_to_stop()
+                if reason is not None:
+                    return reason
                 is_due = save or improved or self._agenda.is_every(step, self._config.checkpoint.every_steps)
-                if is_due and step < self._agenda.num_steps:  # the last step is saved below
+                if is_due and step < self._agenda.num_steps:  # the last step is saved by `fit`
                     self._save(step, wait=not self._config.checkpoint.asynchronous)
-        profiler.close()
-        if self._position.step > start:
-            self._save_last()
-        self._close()
-        return self._summary(start, stopped_because)
+        return "finished"
 
     def _train_step(self, step: int, batches: Iterator[Batch]) -> None:
         self._rate = self._schedule.set(step)
@@ -230,22 +228,26 @@ class Trainer:
             msg = f"trained to step {step}, but it could not be saved (see above); make room and start the same command"
             raise TrainingError(msg)
 
-    def _open_log(self, start: int) -> None:
-        if self._ranks.is_first:
-            trackers = open_trackers(self._run.path, self._config, from_step=start)
-            self._metrics = MetricsLog(self._run.path, from_step=start, trackers=trackers)
+    @contextmanager
+    def _log(self, start: int) -> Iterator[None]:
+        """Inside, metrics are written; whichever way out is taken, they and the trackers end with it."""
         self._logged_rows = self._agenda.rows_after(start)
         self._progress.start_phase("train", self._agenda.rows_after(self._agenda.num_steps))
         self._progress.advance(self._agenda.rows_after(start))
+        if not self._ranks.is_first:
+            yield
+            return
+        trackers = open_trackers(self._run.path, self._config, from_step=start)
+        with MetricsLog(self._run.path, from_step=start, trackers=trackers) as self._metrics:
+            yield
 
-    def _remaining_batches(self, start: int) -> Iterator[Batch]:
-        self._loader.load_state_dict(self._position.loader)
-        return islice(iter(self._loader), self._agenda.num_steps - start)
-
-    def _close(self) -> None:
-        self._checkpointer.close()
-        if self._metrics is not None:
-            self._metrics.close()
+    def _profiler(self, start: int) -> StepProfiler:
+        return StepProfiler(
+            self._run.profile,
+            self._ranks,
+            after_step=start + WARM_UP_STEPS,
+            num_steps=self._config.logging.profile_steps,
+        )
 
     def _summary(self, start: int, stopped_because: str) -> TrainingSummary:
         position, seconds = self._position, self._watch.elapsed_s
