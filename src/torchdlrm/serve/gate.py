@@ -14,6 +14,7 @@ from fastapi import Response
 
 from torchdlrm.serve.connection import ARRIVED
 from torchdlrm.serve.refusals import RefusedRequest, overloaded
+from torchdlrm.serve.request_id import request_id_of
 from torchdlrm.serve.service import Service
 
 Scope = MutableMapping[str, Any]
@@ -24,7 +25,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 REQUEST_ID = "torchdlrm.request_id"
 _HEALTH = "/v2/health/"
-_MAX_ID_CHARACTERS = 128
 
 
 def refusal(error: RefusedRequest) -> Response:
@@ -56,7 +56,7 @@ class Gate:
             return
         started_s = scope.setdefault(ARRIVED, time.perf_counter())
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        request_id = _request_id(headers) or self._service.new_request_id()
+        request_id = request_id_of(headers.get(b"x-request-id", b"")) or self._service.new_request_id()
         scope[REQUEST_ID] = request_id
         status = 0
 
@@ -109,12 +109,3 @@ class Gate:
             milliseconds=round(1e3 * total_s, 3),
             client=scope["client"][0] if scope.get("client") else None,
         )
-
-
-def _request_id(headers: dict[bytes, bytes]) -> str | None:
-    """The name that the client gave the request, if it is one that can stand in a log and a header."""
-    given = headers.get(b"x-request-id", b"")
-    if not 0 < len(given) <= _MAX_ID_CHARACTERS or not given.isascii():
-        return None
-    text = given.decode("ascii")
-    return text if text.isprintable() else None

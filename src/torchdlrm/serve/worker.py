@@ -22,7 +22,7 @@ from torchdlrm.serve.app import build_app
 from torchdlrm.serve.bundles import ServedBundle
 from torchdlrm.serve.connection import LimitedConnection
 from torchdlrm.serve.log_lines import LibraryHandler, LogLines
-from torchdlrm.serve.open_inference.grpc import grpc_server
+from torchdlrm.serve.open_inference.grpc import GrpcServer
 from torchdlrm.serve.options import ServeOptions
 from torchdlrm.serve.service import Service, report_queue, settle_threads
 
@@ -109,10 +109,10 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
         backlog=2048,
     )
     server = _Server(config)
-    rpc, grpc_port = None, None
+    rpc = None
     if options.grpc_port is not None:
         address = f"[{options.host}]" if ":" in options.host else options.host
-        rpc, grpc_port = grpc_server(service, f"{address}:{options.grpc_port}", share_port=options.workers > 1)
+        rpc = GrpcServer(service, f"{address}:{options.grpc_port}", share_port=options.workers > 1)
         await rpc.start()
     await service.start()
     stopping = asyncio.Event()
@@ -135,7 +135,7 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
         await asyncio.sleep(0.005)
     version = service.bundles.current.version
     lines.write("warning", "serving", model=service.name, version=version, address=list(listener.getsockname()[:2]))
-    ready(Ready(service.name, version, grpc_port))
+    ready(Ready(service.name, version, None if rpc is None else rpc.port))
     await asyncio.wait({serving, loop.create_task(stopping.wait())}, return_when=asyncio.FIRST_COMPLETED)
     service.drain()
     lines.write("warning", "draining")

@@ -4,10 +4,13 @@ In: messages of `GRPCInferenceService`.  Out: the same answers as over HTTP; a r
 status of gRPC that says the same as HTTP's.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -26,10 +29,21 @@ from torchdlrm.serve.open_inference.tensors import (
     from_texts,
 )
 from torchdlrm.serve.refusals import RefusedRequest, bad_request
+from torchdlrm.serve.request_id import request_id_of
 from torchdlrm.serve.service import Service
 
 Context = Any  # grpc.aio.ServicerContext; grpc comes without types
-Method = Callable[[Any, Context], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a method knows of its call, beside the message."""
+
+    context: Context
+    request_id: str
+
+
+Method = Callable[[Any, Call], Awaitable[Any]]
 
 _STATUS = {
     HTTPStatus.BAD_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
@@ -39,6 +53,8 @@ _STATUS = {
     HTTPStatus.SERVICE_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     HTTPStatus.GATEWAY_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+# Before the server stops: calls are waited for until none has arrived for so long, or at most so long.
+_QUIET_S, _MAX_WAIT_S = 0.05, 0.5
 _OPEN = {"ServerLive", "ServerReady"}  # without a key
 _CONTENTS = {
     "INT8": "int_contents",
@@ -55,33 +71,74 @@ _CONTENTS = {
 }
 
 
-def grpc_server(service: Service, address: str, *, share_port: bool) -> tuple[grpc.aio.Server, int]:
-    """A server that is not started yet, and the port that it has.
+class GrpcServer:
+    """The server of the gRPC protocol, which stops without losing a call.
+
+    grpc.aio sends GOAWAY only when it stops, and at that moment its core drops, as CANCELLED, every call that has
+    arrived but that no handler has taken (https://github.com/grpc/grpc/issues/41785); busy clients always have some.
+    So before it stops, calls are taken and kept waiting until no more arrive: then the core holds none.  Clients read
+    GOAWAY before the answers, and so they send what follows elsewhere, or are refused with UNAVAILABLE.
 
     Args:
         service: what answers.
         address: host and port; port 0 takes a free one.
         share_port: whether other processes may listen to the same port.
 
+    Attributes:
+        port: that it has.
+
     Raises:
         RuntimeError: the address cannot be had.
     """
-    options = [
-        ("grpc.so_reuseport", int(share_port)),
-        ("grpc.max_receive_message_length", service.options.max_body_bytes),
-        ("grpc.max_metadata_size", 32 << 10),
-    ]
-    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=service.options.max_concurrent_requests)
-    methods = _Methods(service)
-    handlers = {
-        name: grpc.unary_unary_rpc_method_handler(
-            _guarded(getattr(methods, name), name, service),
-            response_serializer=CLASSES[f"{name}Response"].SerializeToString,
-        )
-        for name in METHODS
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(f"{PACKAGE}.{SERVICE}", handlers),))
-    return server, server.add_insecure_port(address)
+
+    def __init__(self, service: Service, address: str, *, share_port: bool) -> None:
+        self._num_calls = 0
+        self._may_answer = asyncio.Event()
+        self._may_answer.set()
+        options = [
+            ("grpc.so_reuseport", int(share_port)),
+            ("grpc.max_receive_message_length", service.options.max_body_bytes),
+            ("grpc.max_metadata_size", 32 << 10),
+        ]
+        self._server = grpc.aio.server(options=options, maximum_concurrent_rpcs=service.options.max_concurrent_requests)
+        methods = _Methods(service)
+        handlers = {
+            name: grpc.unary_unary_rpc_method_handler(
+                self._waiting(_guarded(getattr(methods, name), name, service)),
+                response_serializer=CLASSES[f"{name}Response"].SerializeToString,
+            )
+            for name in METHODS
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(f"{PACKAGE}.{SERVICE}", handlers),))
+        self.port: int = self._server.add_insecure_port(address)
+
+    async def start(self) -> None:
+        """Begin to answer."""
+        await self._server.start()
+
+    async def stop(self, timeout_s: float) -> None:
+        """Answer the calls that have arrived, for up to that time, and take no more."""
+        self._may_answer.clear()
+        deadline_s = time.monotonic() + _MAX_WAIT_S
+        num_calls = -1
+        while num_calls != self._num_calls and time.monotonic() < deadline_s:
+            num_calls = self._num_calls
+            await asyncio.sleep(_QUIET_S)
+        stopping = asyncio.create_task(self._server.stop(timeout_s))
+        await asyncio.wait({stopping}, timeout=_QUIET_S)  # clients have GOAWAY then
+        self._may_answer.set()
+        await stopping
+
+    def _waiting(
+        self, answer: Callable[[bytes, Context], Awaitable[Any]]
+    ) -> Callable[[bytes, Context], Awaitable[Any]]:
+        async def wait_and_answer(message: bytes, context: Context) -> Any:
+            self._num_calls += 1
+            if not self._may_answer.is_set():
+                await self._may_answer.wait()
+            return await answer(message, context)
+
+        return wait_and_answer
 
 
 def _guarded(method: Method, name: str, service: Service) -> Method:
@@ -92,19 +149,24 @@ def _guarded(method: Method, name: str, service: Service) -> Method:
         refused: RefusedRequest | None = None
         answered = None
         metadata = {str(key).encode(): _bytes(value) for key, value in context.invocation_metadata() or ()}
+        request_id = request_id_of(metadata.get(b"x-request-id", b""))
         if name not in _OPEN and not service.keys.accept(metadata):
             msg = "this needs an API key; send the metadata 'authorization: Bearer KEY' or 'x-api-key: KEY'"
             refused = RefusedRequest(HTTPStatus.UNAUTHORIZED, msg)
         else:
             try:
-                answered = await method(CLASSES[f"{name}Request"].FromString(message), context)
+                request = CLASSES[f"{name}Request"].FromString(message)
+                request_id = request_id or request_id_of(getattr(request, "id", "")) or service.new_request_id()
+                answered = await method(request, Call(context, request_id))
             except DecodeError:
                 refused = bad_request(f"the message is no {name}Request")
             except RefusedRequest as error:
                 refused = error
             except Exception as error:  # noqa: BLE001 - told in the log, and to the client without the inside
-                service.lines.write("error", "failure", method=name, message=repr(error))
+                service.lines.write("error", "failure", request_id=request_id, method=name, message=repr(error))
                 refused = RefusedRequest(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed; its log says why")
+        request_id = request_id or service.new_request_id()
+        context.set_trailing_metadata((("x-request-id", request_id),))
         status = HTTPStatus.OK if refused is None else refused.status
         total_s = time.perf_counter() - started_s
         service.metrics.request_done(f"grpc {name}", status, total_s)
@@ -112,10 +174,12 @@ def _guarded(method: Method, name: str, service: Service) -> Method:
         service.lines.write(
             level,  # type: ignore[arg-type]  # one of two that are
             "request",
+            request_id=request_id,
             method="grpc",
             path=name,
             status=int(status),
             milliseconds=round(1e3 * total_s, 3),
+            client=_client(context.peer()),
         )
         if refused is not None:
             await context.abort(_STATUS.get(refused.status, grpc.StatusCode.INTERNAL), refused.message)
@@ -128,24 +192,24 @@ class _Methods:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def ServerLive(self, _request: Any, _context: Context) -> Any:  # noqa: N802 - the protocol's names
+    async def ServerLive(self, _request: Any, _call: Call) -> Any:  # noqa: N802 - the protocol's names
         return CLASSES["ServerLiveResponse"](live=self._service.is_live)
 
-    async def ServerReady(self, _request: Any, _context: Context) -> Any:  # noqa: N802
+    async def ServerReady(self, _request: Any, _call: Call) -> Any:  # noqa: N802
         return CLASSES["ServerReadyResponse"](ready=self._service.is_ready)
 
-    async def ModelReady(self, request: Any, _context: Context) -> Any:  # noqa: N802
+    async def ModelReady(self, request: Any, _call: Call) -> Any:  # noqa: N802
         self._service.check_model(request.name, request.version)
         return CLASSES["ModelReadyResponse"](ready=self._service.is_ready)
 
-    async def ServerMetadata(self, _request: Any, _context: Context) -> Any:  # noqa: N802
+    async def ServerMetadata(self, _request: Any, _call: Call) -> Any:  # noqa: N802
         return CLASSES["ServerMetadataResponse"](name="torchdlrm", version=__version__)
 
-    async def ModelMetadata(self, request: Any, _context: Context) -> Any:  # noqa: N802
+    async def ModelMetadata(self, request: Any, _call: Call) -> Any:  # noqa: N802
         served = self._service.check_model(request.name, request.version)
         return CLASSES["ModelMetadataResponse"](**model_metadata(self._service.name, served.version, served.schema))
 
-    async def ModelInfer(self, request: Any, context: Context) -> Any:  # noqa: N802
+    async def ModelInfer(self, request: Any, call: Call) -> Any:  # noqa: N802
         service, started_s = self._service, time.perf_counter()
         served = service.check_model(request.model_name, request.model_version)
         service.batcher.check_room()
@@ -155,15 +219,15 @@ class _Methods:
         for output in request.outputs:
             check_output(output.name)
         rows = rows_of_tensors(_tensors(request), served.schema, service.options.max_rows_per_request)
-        remaining_s = context.time_remaining()
+        remaining_s = call.context.time_remaining()
         answer = await service.predict(
             served,
             rows,
             num_bytes=request.ByteSize(),
-            request_id=service.new_request_id(),
+            request_id=call.request_id,
             started_s=started_s,
             timeout_us=None if remaining_s is None else max(0, int(1e6 * remaining_s)),
-            is_gone=context.cancelled,
+            is_gone=call.context.cancelled,
         )
         response = CLASSES["ModelInferResponse"](model_name=service.name, model_version=served.version, id=request.id)
         output = response.outputs.add(name=OUTPUT, datatype="FP32", shape=[len(answer.probabilities)])
@@ -198,6 +262,11 @@ def _tensors(request: Any) -> list[Tensor]:
         else:
             tensors.append(from_numbers(item.name, datatype, shape, values))
     return tensors
+
+
+def _client(peer: str) -> str:
+    """The client's address, of "ipv4:127.0.0.1:5000" or "ipv6:%5B::1%5D:5000"."""
+    return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
 
 
 def _bytes(value: str | bytes) -> bytes:
