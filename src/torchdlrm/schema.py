@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from torchdlrm.errors import SchemaError
 from torchdlrm.toml import did_you_mean, explain, toml_value
@@ -33,15 +33,32 @@ ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 DenseTransform = Literal["log_plus_3", "log1p", "standardize", "none"]
 
 
+def _as_texts(given: object) -> object:
+    """One value or a list of them, as texts: a log is text, so `1`, `"1"` and `["1"]` say the same."""
+    several = given if isinstance(given, list | tuple) else [given]
+    return tuple(
+        str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
+        for value in several
+    )
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class _Column(_Frozen):
-    """What every column has; `header_name` is its name in the log, where that differs from `name`."""
+    """What every column has.
+
+    `header_name` is its name in the log, where that differs from `name`.  `null_values` are texts that stand for a
+    missing value, as an empty cell does; where a column has none of its own, they are those of the file.
+    """
 
     name: ColumnName
     header_name: str | None = None
+    null_values: Texts | None = None
 
     @property
     def log_name(self) -> str:
@@ -50,10 +67,28 @@ class _Column(_Frozen):
 
 
 class LabelColumn(_Column):
-    """Whether the row was clicked: 0 or 1, true or false; with `threshold`, a number that must reach it."""
+    """Whether the row was clicked: 0 or 1, true or false; with `threshold`, a number that must reach it.
+
+    With `positive`, these values are clicks; the others are none, or, with `negative`, these alone are none.
+    """
 
     role: Literal["label"] = "label"
     threshold: float | None = None
+    positive: Annotated[Texts, Field(min_length=1)] | None = None
+    negative: Annotated[Texts, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.threshold is not None and self.positive is not None:
+            msg = f"column {self.name}: has threshold and positive; one of them says what a click is"
+            raise ValueError(msg)
+        if self.negative is not None and self.positive is None:
+            msg = f"column {self.name}: negative needs positive, the values that are clicks"
+            raise ValueError(msg)
+        if both := set(self.positive or ()) & set(self.negative or ()):
+            msg = f"column {self.name}: {', '.join(sorted(both))} stands in positive and in negative"
+            raise ValueError(msg)
+        return self
 
 
 class DenseColumn(_Column):
@@ -136,11 +171,15 @@ class FeatureSchema(_Frozen):
     separator: Annotated[str, Field(min_length=1, max_length=1)] = "\t"
     quote: Literal['"'] | None = None
     header: bool = False
+    null_values: Texts | None = None
     split: SplitRule = SplitRule()
     columns: tuple[Column, ...] = Field(strict=False)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.null_values is not None:
+            # Each column has its own from here on: whatever reads cells knows the column alone.
+            object.__setattr__(self, "columns", tuple(map(self._with_null_values, self.columns)))
         names = [column.name for column in self.columns]
         for i, name in enumerate(names):
             if name in names[:i]:
@@ -158,6 +197,11 @@ class FeatureSchema(_Frozen):
         if not self.dense or not self.sparse:
             raise ValueError("DLRM needs at least one dense and one sparse column")
         return self
+
+    def _with_null_values(self, column: Column) -> Column:
+        if column.null_values is not None or isinstance(column, IgnoredColumn):
+            return column
+        return column.model_copy(update={"null_values": self.null_values})
 
     @property
     def label(self) -> LabelColumn:

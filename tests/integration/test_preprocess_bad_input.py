@@ -36,7 +36,7 @@ def bytes_of(line):
         (with_cell(20, "é").encode("latin-1"), "line 31, column cat_6: the cell is not UTF-8: '\\\\xe9'"),
         (GOOD.replace("\n", "\t1\n"), "line 31: the line has the wrong number of columns (41 columns, not 40)"),
         (GOOD[:-10] + "\n", "line 31: the line has the wrong number of columns (39 columns, not 40)"),
-        (with_cell(0, "2"), "line 31, column label: the label is neither 0 nor 1: '2'"),
+        (with_cell(0, "2"), "line 31, column label: the label means neither 0 nor 1: '2'"),
         (with_cell(14, "123456789"), "line 31, column cat_0: the cell is not 1 to 8 hexadecimal digits: '123456789'"),
         (with_cell(5, "9" * 19), f"line 31, column int_4: the cell is not an integer of 64 bits: '{'9' * 19}'"),
     ],

@@ -188,7 +188,7 @@ def test_parts_are_parquet_files_with_equal_row_groups_and_page_checksums(log, t
 
 BAD_LINES = {
     "columns": ("1\t2\n", "6 columns, not 7", "1\t2\t3\t4\t5\t6\n"),
-    "label": ("2", "column label: the label is neither 0 nor 1: '2'", "2\t0\t\t\t\t\t\n"),
+    "label": ("2", "column label: the label means neither 0 nor 1: '2'", "2\t0\t\t\t\t\t\n"),
     "int": ("1.5", "column position: the cell is not an integer of 64 bits: '1.5'", "0\t1.5\t\t\t\t\t\n"),
     "float": ("inf", "column price: the cell is not a finite number: 'inf'", "0\t0\tinf\t\t\t\t\n"),
     "hex": (

@@ -4,6 +4,8 @@ In: the bad rows of each chunk, lines counted from the chunk's start.  Out: coun
 each, for the manifest, the summary and the error that stops a job.
 """
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -17,13 +19,15 @@ REASONS = {
     "columns": "the line has the wrong number of columns",
     "nul_byte": "the cell contains a NUL byte",
     "utf8": "the cell is not UTF-8",
-    "label": "the label is neither 0 nor 1",
+    "no_label": "the label is missing",
+    "label": "the label means neither 0 nor 1",
     "time": "the cell is not a time as the schema says",
     "int": "the cell is not an integer of 64 bits",
     "float": "the cell is not a finite number",
     "hex": "the cell is not 1 to 8 hexadecimal digits",
 }
 _MAX_VALUE_CHARACTERS = 80
+_LONGEST_NULL = 12  # of texts that may stand for a missing value
 
 
 class BadRow(BaseModel):
@@ -92,6 +96,7 @@ class BadRows:
             f"the log has bad rows: {self.total:,} so far, {max_bad_rows:,} allowed",
             *describe_bad_rows(self.counts, self.examples),
         ]
+        lines += _remedies(self.examples)
         lines.append("Mend the log, check the schema, or skip such rows with --max-bad-rows N.")
         raise LogError("\n".join(lines))
 
@@ -107,6 +112,24 @@ def describe_bad_rows(counts: Mapping[str, int], examples: Mapping[str, Sequence
         hidden = counts.get(reason, 0) - len(examples.get(reason, []))
         if hidden:
             lines.append(f"  and {hidden:,} more where {meaning}")
+    return lines
+
+
+def _remedies(examples: Mapping[str, Sequence[BadRow]]) -> list[str]:
+    """Keys of the schema by which such cells can be read."""
+    lines = [
+        f"Say in the schema which labels are clicks: positive = {json.dumps(row.value)} (or a list; negative names "
+        "those that are none), or threshold = 0.5 for numbers."
+        for row in examples.get("label", [])[:1]
+    ]
+    nulls = [row.value for reason in ("int", "float", "hex") for row in examples.get(reason, [])]
+    nulls = sorted({value for value in nulls if not re.search(r"\d", value) and len(value) <= _LONGEST_NULL})
+    if nulls:
+        lines.append(
+            f"Texts that stand for a missing value are named in the schema: null_values = {json.dumps(nulls)}."
+        )
+    if any(row.value.isdigit() and int(row.value) >= 2**63 for row in examples.get("int", [])):
+        lines.append('Ids of 2^63 and more are read as text: kind = "string".')
     return lines
 
 

@@ -41,7 +41,7 @@ class PredictSummary:
         bad_rows: of these, rows without a prediction.
         mean_prediction: over the others; None where there are none.
         unknown_rate: for each sparse feature with a vocabulary, the share of its rows' values without an id.
-        metrics: of the predictions, where every file has labels.
+        metrics: of the rows with a label, where every file has the label's column and a row has one.
         duration_s: from the first byte read to the last one written.
         details: the bad rows by reason, with their first few positions.
     """
@@ -189,8 +189,9 @@ class _Tally:
             self._num_unknown[name] = self._num_unknown.get(name, 0) + count
         self._has_labels &= chunk.has_label
         if self._has_labels:
-            self._labels.append(chunk.frame[self._schema.label.name].to_numpy())
-            self._logits.append(predictions.logits)
+            labels = chunk.frame[self._schema.label.name]
+            self._labels.append(labels.drop_nulls().to_numpy())
+            self._logits.append(predictions.logits[labels.is_not_null().to_numpy()])
 
     def finish(self, duration_s: float) -> PredictSummary:
         """The whole summary."""
@@ -201,6 +202,6 @@ class _Tally:
         summary.unknown_rate = {
             name: count / max(1, self._num_values[name]) for name, count in self._num_unknown.items()
         }
-        if self._has_labels and predicted:
+        if self._has_labels and any(map(len, self._labels)):
             summary.metrics = binary_metrics(np.concatenate(self._labels), np.concatenate(self._logits))
         return summary

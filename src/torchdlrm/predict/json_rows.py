@@ -5,7 +5,7 @@ millisecond for one row of Criteo's 39 features, a millisecond for 256.
 
 | cell | read as |
 | --- | --- |
-| absent, null, or an empty text | missing |
+| absent, null, or an empty text | missing; so is what the column's `null_values` name |
 | text | what the same text means in a log |
 | a number | itself, in int and float columns; for hex, which is digits of text, an error; for string, its text |
 | a list | the values of a multi-valued column |
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import polars as pl
 
 from torchdlrm.data.bad_rows import REASONS, BadRows
-from torchdlrm.data.log.cells import text_frame, to_typed_columns, typed_cells
+from torchdlrm.data.log.cells import text_frame, to_typed_columns, typed_cells, without_null_values
 from torchdlrm.errors import RowError
 from torchdlrm.schema import Column, DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn, TimeColumn
 
@@ -35,13 +35,13 @@ class RowReader:
         self._schema = schema
         self._features: list[DenseColumn | SparseColumn] = [*schema.dense, *schema.sparse]
         self._names = frozenset(column.name for column in schema.columns)
-        alike: dict[tuple[str, str], list[DenseColumn | SparseColumn]] = {}
+        alike: dict[tuple[object, ...], list[DenseColumn | SparseColumn]] = {}
         self._lists: list[SparseColumn] = []
         for column in self._features:
             if isinstance(column, SparseColumn) and column.is_multi_valued:
                 self._lists.append(column)
             else:
-                alike.setdefault((column.role, column.kind), []).append(column)
+                alike.setdefault((column.role, column.kind, column.null_values), []).append(column)
         # Columns of the same kind are cast as one: the cost of few rows is that of the casts.
         self._groups = list(alike.values())
 
@@ -62,7 +62,7 @@ class RowReader:
                 typed |= self._typed_group(rows, group)
             columns = [typed[column.name] for column in self._features]
             if any(row.get(label.name) is not None for row in rows):
-                columns.append(_typed_label(rows, label, self._schema))
+                columns.append(_typed_alone(rows, label, self._schema))
         except UnicodeEncodeError as error:
             msg = f"a row holds the text {error.object!r:.80}, which is not Unicode: a surrogate stands alone"
             raise RowError(msg) from error
@@ -83,7 +83,9 @@ class RowReader:
         """Columns of one kind: their cells one after another as a single column."""
         cells = [row.get(column.name) for column in group for row in rows]
         together = _numbers(cells, group[0])
-        if together is None:
+        if together is not None:
+            together = without_null_values(together, group[0])
+        else:
             if not _TEXT.issuperset(map(type, cells)) or "" in cells:
                 columns = (column for column in group for _ in rows)
                 numbers = (i for _ in group for i in range(len(rows)))
@@ -110,39 +112,21 @@ def _numbers(cells: Sequence[object], column: DenseColumn | SparseColumn) -> pl.
     return None
 
 
-def _typed_label(rows: Sequence[Row], label: LabelColumn, schema: FeatureSchema) -> pl.Series:
-    """The labels: of a log no label may be missing, here it may."""
-    there = [i for i, row in enumerate(rows) if row.get(label.name) is not None]
-    typed = _typed_alone([rows[i] for i in there], label, schema, there)
-    labels: list[int | None] = [None] * len(rows)
-    for i, value in zip(there, typed.to_list(), strict=True):
-        labels[i] = value
-    return pl.Series(label.name, labels, dtype=typed.dtype)
-
-
-def _typed_alone(
-    rows: Sequence[Row], column: Column, schema: FeatureSchema, numbers: Sequence[int] | None = None
-) -> pl.Series:
-    """A column as the reader of logs has it; `numbers` are those of the rows, where they are not 0, 1, ..."""
+def _typed_alone(rows: Sequence[Row], column: Column, schema: FeatureSchema) -> pl.Series:
+    """A column as the reader of logs has it; a label may be missing, as in any row to predict."""
     bad_rows = BadRows()
     layout = schema.with_columns([column])
     if isinstance(column, SparseColumn) and column.is_multi_valued:
         lists = [_list(row.get(column.name), column, i) for i, row in enumerate(rows)]
         text = pl.DataFrame({column.name: lists}, schema={column.name: pl.List(pl.String)})
     else:
-        text = text_frame(layout, {column.name: _cells(rows, column, numbers)})
-    typed, _ = to_typed_columns(text, layout, bad_rows)
+        cells = [_text(row.get(column.name), column, i) for i, row in enumerate(rows)]
+        text = text_frame(layout, {column.name: cells})
+    typed, _ = to_typed_columns(text, layout, bad_rows, is_label_optional=True)
     for reason, examples in bad_rows.examples.items():
-        row = examples[0].line - 1
-        at = row if numbers is None else numbers[row]
-        msg = f"row {at}, column {column.name!r}: {REASONS[reason]}: {examples[0].value!r}"
+        msg = f"row {examples[0].line - 1}, column {column.name!r}: {REASONS[reason]}: {examples[0].value!r}"
         raise RowError(msg)
     return typed[column.name]
-
-
-def _cells(rows: Sequence[Row], column: Column, numbers: Sequence[int] | None = None) -> list[str | None]:
-    name = column.name
-    return [_text(row.get(name), column, i if numbers is None else numbers[i]) for i, row in enumerate(rows)]
 
 
 def _list(cell: object, column: SparseColumn, row: int) -> list[str | None] | None:
@@ -150,7 +134,7 @@ def _list(cell: object, column: SparseColumn, row: int) -> list[str | None] | No
     if isinstance(cell, list | tuple):
         return [_text(value, column, row) or "" for value in cell]
     text = _text(cell, column, row)
-    return None if text is None else list(text.split(column.value_separator))
+    return None if text is None or text in (column.null_values or ()) else list(text.split(column.value_separator))
 
 
 def _text(cell: object, column: Column, row: int) -> str | None:
@@ -161,7 +145,7 @@ def _text(cell: object, column: Column, row: int) -> str | None:
         return cell
     if isinstance(cell, bool):
         if isinstance(column, LabelColumn):
-            return str(int(cell))
+            return str(cell).lower()
     elif isinstance(cell, int | float) and not (isinstance(column, SparseColumn) and column.kind == "hex"):
         # JavaScript writes 3 for 3.0, others 3.0 for 3: as numbers they are the same.
         if not (isinstance(cell, float) and cell.is_integer() and getattr(column, "kind", "") == "int"):

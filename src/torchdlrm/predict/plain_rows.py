@@ -11,7 +11,9 @@ forty calls of Polars, whatever the number of rows: a millisecond for one row, w
 | hex | a text of 8 digits, or an empty one |
 | string | a text |
 
-B rows, D dense columns of the same kind and transform, F sparse features of the same kind.
+A cell that is one of the column's `null_values` is missing.
+
+B rows, D dense columns of the same kind, transform and null values, F sparse features of the same kind and null values.
 """
 
 import math
@@ -22,10 +24,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from torchdlrm.data.log.cells import null_numbers
 from torchdlrm.data.transforms import FittedDense, encode_sparse
 from torchdlrm.data.value_hash import hash_integers
 from torchdlrm.data.value_index import ValueIndex
-from torchdlrm.data.vocabulary import Kind
 from torchdlrm.export.bundle import PlainIds
 from torchdlrm.export.encoded_rows import EncodedRows
 from torchdlrm.predict.json_rows import Row
@@ -63,20 +65,20 @@ class PlainRowEncoder:
         self._num_dense, self._num_sparse = len(schema.dense), len(schema.sparse)
         # A label is checked by the general way; what else is no feature may stand in a row and is not read.
         self._names = frozenset(column.name for column in schema.columns if not isinstance(column, LabelColumn))
-        alike_dense: dict[tuple[str, FittedDense], list[int]] = {}
+        alike_dense: dict[tuple[object, ...], list[int]] = {}
         for i, column in enumerate(schema.dense):
-            alike_dense.setdefault((column.kind, dense[column.name]), []).append(i)
+            alike_dense.setdefault((column.kind, column.null_values, dense[column.name]), []).append(i)
         self._dense = [
-            _DenseGroup([schema.dense[i] for i in places], places, fitted)
-            for (_, fitted), places in alike_dense.items()
+            _DenseGroup([schema.dense[i] for i in places], places, dense[schema.dense[places[0]].name])
+            for places in alike_dense.values()
         ]
-        alike: dict[tuple[Kind, bool], list[int]] = {}
+        alike: dict[tuple[object, ...], list[int]] = {}
         for i, feature in enumerate(schema.sparse):
-            alike.setdefault((feature.kind, feature.hash is not None), []).append(i)
+            alike.setdefault((feature.kind, feature.hash is not None, feature.null_values), []).append(i)
         self._sparse: list[_NumberFeatures | _TextFeatures] = []
-        for (kind, _), places in alike.items():
+        for places in alike.values():
             features = [schema.sparse[i] for i in places]
-            group = _TextFeatures if kind == "string" else _NumberFeatures
+            group = _TextFeatures if features[0].kind == "string" else _NumberFeatures
             self._sparse.append(group(features, places, vocabularies))
 
     def encode(self, rows: Sequence[Row]) -> EncodedRows | None:
@@ -106,10 +108,13 @@ class _DenseGroup:
         self._allowed = _INTEGER if columns[0].kind == "int" else _NUMBER
         self._dtype = np.int64 if columns[0].kind == "int" else np.float64
         self._places, self._fitted = places, fitted
+        self._nulls = null_numbers(columns[0]).to_numpy()
 
     def encode(self, rows: Sequence[Row], dense_BD: NDArray[np.float32]) -> None:
         cells, is_missing = _cells(rows, self._names, self._allowed, 0)
-        numbers = np.array(cells, self._dtype).astype(np.float64)
+        values = np.array(cells, self._dtype)
+        is_missing = _with_null_numbers(is_missing, values, self._nulls)
+        numbers = values.astype(np.float64)
         if not (self._dtype is np.int64 or np.isfinite(numbers).all()):
             raise _NotPlainError
         if is_missing is not None:
@@ -123,6 +128,7 @@ class _NumberFeatures:
     def __init__(self, features: Sequence[SparseColumn], places: list[int], vocabularies: Vocabularies) -> None:
         self._names = [feature.name for feature in features]
         self._places, self._is_hex = places, features[0].kind == "hex"
+        self._nulls = null_numbers(features[0]).to_numpy()
         self._hash_sizes = np.array([[feature.hash] for feature in features if feature.hash is not None], np.uint64)
         self._vocabularies = [vocabularies[feature.name] for feature in features if feature.hash is None]
 
@@ -133,6 +139,7 @@ class _NumberFeatures:
         else:
             cells, is_missing = _cells(rows, self._names, _INTEGER, 0)
             numbers = np.array(cells, np.int64)
+        is_missing = _with_null_numbers(is_missing, numbers, self._nulls)
         num_rows = len(rows)
         if not self._vocabularies:
             hashes_FB = hash_integers(numbers.astype(np.int64), is_missing).reshape(-1, num_rows)
@@ -167,6 +174,8 @@ class _TextFeatures:
     def encode(self, rows: Sequence[Row], ids_FB: NDArray[np.int32]) -> None:
         for feature, place, vocabulary in self._features:
             cells, _ = _cells(rows, [feature.name], _TEXT, None)
+            if feature.null_values:
+                cells = [None if cell in feature.null_values else cell for cell in cells]
             ids_FB[place] = encode_sparse(pl.Series(cells, dtype=pl.String), feature, vocabulary).to_numpy()
 
 
@@ -194,6 +203,16 @@ def _cells(
     is_missing = np.zeros(len(cells), np.bool_)
     is_missing[missing] = True
     return cells, is_missing
+
+
+def _with_null_numbers(
+    is_missing: NDArray[np.bool_] | None, numbers: NDArray[Any], nulls: NDArray[Any]
+) -> NDArray[np.bool_] | None:
+    """Which cells are missing, those among them that are null values."""
+    if not len(nulls):
+        return is_missing
+    is_null = np.isin(numbers, nulls)
+    return is_null if is_missing is None else is_missing | is_null
 
 
 def _hex_numbers(cells: list[str]) -> NDArray[np.uint32]:

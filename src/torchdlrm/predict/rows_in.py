@@ -42,7 +42,7 @@ class RowChunk:
         num_rows: good and bad.
         bad_positions: where the bad ones stand among all, from 0: int64.
         bad_rows: what is wrong with them, by file and line.
-        has_label: whether the frame has the label.
+        has_label: whether the frame has the label, which may be null.
         num_bytes: how far the reader came in its file since the last chunk.
     """
 
@@ -155,7 +155,7 @@ class RowsIn:
             _, _, head = head.partition(b"\n")
             num_lines = 1
         for lines in cut_stream(text, head, file, layout.schema, self.chunk_bytes):
-            parsed = parse_chunk(lines, layout.schema)
+            parsed = parse_chunk(lines, layout.schema, is_label_optional=True)
             at = raw.tell() if raw.seekable() else consumed
             yield _placed(parsed, file, num_lines, layout, at - consumed)
             num_lines += parsed.num_lines
@@ -170,7 +170,8 @@ class RowsIn:
         layout = layout_of_names(metadata.schema.to_arrow_schema().names, file.path, self.schema, self.handed_on)
         num_rows = 0
         for chunk in plan_row_groups(file, layout.schema, self.chunk_bytes):
-            parsed = read_row_groups(file, range(chunk.start, chunk.end), layout.schema)
+            row_groups = range(chunk.start, chunk.end)
+            parsed = read_row_groups(file, row_groups, layout.schema, is_label_optional=True)
             share = parsed.num_lines / max(1, metadata.num_rows)
             yield _placed(parsed, file, num_rows, layout, int(share * file.size_bytes))
             num_rows += parsed.num_lines

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
@@ -124,7 +125,7 @@ def verify(
     logits: dict[str, list[NDArray[np.floating]]] = {
         name: [] for name in ("checkpoint", "rounded", "float32", "bundle", "server")
     }
-    labels: list[NDArray[np.int8]] = []
+    labels: list[pl.Series] = []
     has_labels, bad_rows, rows_left = True, 0, max_rows
     progress.start_phase("verify", max_rows)
     for chunk in log:
@@ -148,19 +149,19 @@ def verify(
                 logits["server"].append(_log_odds(probabilities))
             progress.advance(part.height)
         if has_labels:
-            labels.append(frame[dataset.label_name].to_numpy())
+            labels.append(frame[dataset.label_name])
         if not rows_left:
             break
     if rows_left == max_rows:
         msg = f"{', '.join(map(str, log.paths))}: no row that can be read"
         raise LogError(msg)
     joined = {name: np.concatenate(pieces) for name, pieces in logits.items() if pieces}
-    ways = _compared(joined, np.concatenate(labels) if has_labels else None, predictor)
+    ways = _compared(joined, pl.concat(labels) if has_labels else None, predictor)
     return Verification(max_rows - rows_left, bad_rows, ways)
 
 
 def _compared(
-    logits: dict[str, NDArray[np.floating]], labels: NDArray[np.int8] | None, predictor: Predictor
+    logits: dict[str, NDArray[np.floating]], labels: pl.Series | None, predictor: Predictor
 ) -> tuple[Way, ...]:
     manifest = predictor.bundle.manifest
     allowed = {
@@ -171,11 +172,15 @@ def _compared(
         "server": arithmetic_difference(manifest.dense_precision),
     }
     ways = []
+    # The rows that tell what came of them; the others are compared all the same.
+    is_labelled = None if labels is None or not labels.count() else labels.is_not_null().to_numpy()
     before: NDArray[np.float64] | None = None
     for name, found in logits.items():
         probabilities = 1.0 / (1.0 + np.exp(-found.astype(np.float64)))
         difference = None if before is None else float(np.abs(probabilities - before).max())
-        metrics = None if labels is None else binary_metrics(labels, found)
+        metrics = None
+        if labels is not None and is_labelled is not None:
+            metrics = binary_metrics(labels.drop_nulls().to_numpy(), found[is_labelled])
         ways.append(Way(name, difference, allowed.get(name), metrics))
         before = probabilities
     return tuple(ways)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from torchdlrm.data.bad_rows import BadRows
 from torchdlrm.data.log.cut import plan_chunks, read_chunks
@@ -80,7 +81,7 @@ def test_quotes_and_hashes_are_text_like_any_other():
         (b"", "columns", None, "1 columns, not 6"),
         (b"2\t2\t3\t4\t5\t6", "label", "label", "2"),
         (b"-1\t2\t3\t4\t5\t6", "label", "label", "-1"),
-        (b"\t2\t3\t4\t5\t6", "label", "label", ""),
+        (b"\t2\t3\t4\t5\t6", "no_label", "label", ""),
         (b"yes\t2\t3\t4\t5\t6", "label", "label", "yes"),
         (b"1\t2.0\t3\t4\t5\t6", "int", "count", "2.0"),
         (b"1\t 2\t3\t4\t5\t6", "int", "count", " 2"),
@@ -323,3 +324,81 @@ def test_few_rows_are_read_as_they_are_among_many(seed):
     bad = [i * 50 + position for i, part in enumerate(parts) for position in part.bad_positions]
     assert bad == whole.bad_positions.tolist()
     assert sum(part.bad_rows.total for part in parts) == whole.bad_rows.total == len(bad)
+
+
+def test_null_values_of_the_file_and_of_a_column_are_missing():
+    schema = FeatureSchema(
+        name="nulls",
+        null_values=("NULL", "-"),
+        columns=(
+            LabelColumn(name="label"),
+            DenseColumn(name="count", kind="int", null_values=("-999",)),
+            DenseColumn(name="price", kind="float", null_values=("nan", "-1")),
+            SparseColumn(name="hex", kind="hex"),
+            SparseColumn(name="text", kind="string"),
+            SparseColumn(name="tags", kind="int", value_separator="|"),
+        ),
+    )
+    lines = b"1\t-999\tnan\tNULL\t-\tNULL\n0\t-0999\t-1.0\t-\tNULL \t1|-|2\n-\t1\t1\t1\t1\t1\n0\tNULL\t1\t1\t1\t1\n"
+    for copies in (1, 2_000):  # few rows and many are cast in different ways
+        chunk = parse_chunk(lines * copies, schema)
+        assert chunk.frame.rows() == copies * [
+            (1, None, None, None, None, None),
+            (0, None, None, None, "NULL ", [1, 2]),
+        ]
+        # A column with null values of its own does not have the file's, and a label is never missing.
+        assert chunk.bad_rows.counts == {"no_label": copies, "int": copies}
+
+
+@pytest.mark.parametrize(
+    ("keys", "labels"),
+    [
+        ({}, {"0": 0, "1": 1, "true": 1, "False": 0, "1.0": 1, "0.0": 0, "2": None, "-1": None, "yes": None}),
+        ({"positive": "yes"}, {"yes": 1, "no": 0, "Yes": 0, "": None}),
+        ({"positive": 1}, {"1": 1, "-1": 0, "1.0": 1, "true": 1, "0": 0}),
+        ({"positive": ["buy", "cart"], "negative": "view"}, {"buy": 1, "cart": 1, "view": 0, "1": None, "": None}),
+        ({"positive": True, "negative": [-1, 0]}, {"TRUE": 1, "1": 1, "0.0": 0, "-1": 0, "2": None}),
+        ({"threshold": 4.0}, {"4": 1, "3.5": 0, "5.0": 1, "x": None}),
+        ({"positive": "1", "null_values": "?"}, {"1": 1, "?": None, "0": 0}),
+    ],
+)
+def test_the_schema_says_which_labels_are_clicks(keys, labels):
+    column = {"role": "label", "name": "label", **keys}
+    schema = FeatureSchema.model_validate({**SCHEMA.model_dump(), "columns": [column, *SCHEMA.columns[1:]]})
+    for copies in (1, 5_000):
+        chunk = parse_chunk("".join(f"{label}\t\t\t\t\t\n" for label in labels).encode() * copies, schema)
+        assert chunk.frame["label"].to_list() == [label for label in labels.values() if label is not None] * copies
+    to_predict = parse_chunk(
+        "".join(f"{label}\t\t\t\t\t\n" for label in labels).encode(), schema, is_label_optional=True
+    )
+    missing = [label for label in labels if label in ("", "?")]
+    assert to_predict.frame["label"].null_count() == len(missing)
+    assert chunk.bad_rows.counts.get("no_label", 0) == 5_000 * len(missing)
+
+
+def test_bad_cells_are_told_with_the_key_of_the_schema_that_reads_them():
+    bad_rows = parse_chunk(
+        b"yes\t1\t1\t1\t1\tx\n1\tNULL\t1\t1\t1\tx\n1\t1\t-\t1\t1\tx\n1\t1\t1\t1\t9223372036854775808\tx\n", SCHEMA
+    ).bad_rows
+    with pytest.raises(LogError) as caught:
+        bad_rows.check(0)
+    assert 'positive = "yes"' in str(caught.value)
+    assert "threshold = 0.5" in str(caught.value)
+    assert 'null_values = ["-", "NULL"]' in str(caught.value)
+    assert 'kind = "string"' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"threshold": 1.0, "positive": "1"}, "has threshold and positive"),
+        ({"negative": "no"}, "negative needs positive"),
+        ({"positive": ["a", "b"], "negative": ["b"]}, "b stands in positive and in negative"),
+        ({"positive": []}, "at least 1 item"),
+        ({"null_values": [None]}, "null_values"),
+    ],
+)
+def test_contradicting_keys_of_a_label_are_refused(keys, message):
+    column = {"role": "label", "name": "label", **keys}
+    with pytest.raises(ValidationError, match=message):
+        FeatureSchema.model_validate({**SCHEMA.model_dump(), "columns": [column, *SCHEMA.columns[1:]]})

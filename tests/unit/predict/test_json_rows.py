@@ -14,12 +14,13 @@ from torchdlrm.schema import DenseColumn, FeatureSchema, IgnoredColumn, LabelCol
 
 SCHEMA = FeatureSchema(
     name="mixed",
+    null_values=("NULL", "-7"),
     columns=(
-        SparseColumn(name="tags", kind="string", value_separator=";", max_values=3),
+        SparseColumn(name="tags", kind="string", value_separator=";", max_values=3, null_values=("d", "b;d")),
         DenseColumn(name="count", kind="int"),
         LabelColumn(name="label"),
-        DenseColumn(name="price", kind="float"),
-        SparseColumn(name="hex", kind="hex"),
+        DenseColumn(name="price", kind="float", null_values=("n/a", "2.50", "x")),
+        SparseColumn(name="hex", kind="hex", null_values=("g", "00ff")),
         SparseColumn(name="hex_2", kind="hex"),
         IgnoredColumn(name="note"),
         SparseColumn(name="number", kind="int"),
@@ -30,16 +31,18 @@ SCHEMA = FeatureSchema(
 READER = RowReader(SCHEMA)
 FEATURES = [column.name for column in (*SCHEMA.dense, *SCHEMA.sparse)]
 CELLS = {
-    "tags": st.sampled_from(["", "a", "a;b", ";a;;b;c;d", ";"]),
-    "count": st.sampled_from(["", "0", "-7", "+7", "9223372036854775807", "9223372036854775808", "1.0", "x", " 1"]),
-    "label": st.sampled_from(["0", "1"]),
-    "price": st.sampled_from(["", "1", "-2.5", "1e-300", "nan", "inf", "1e400", "2,5"]),
+    "tags": st.sampled_from(["", "a", "a;b", ";a;;b;c;d", ";", "NULL", "d", "b;d", "d;d"]),
+    "count": st.sampled_from(
+        ["", "0", "NULL", "-07", "-7", "+7", "9223372036854775807", "9223372036854775808", "1.0", "x", " 1"]
+    ),
+    "label": st.sampled_from(["0", "1", "1.0", "-1", "TRUE", "yes"]),
+    "price": st.sampled_from(["", "1", "-2.5", "2.5", "NULL", "x", "1e-300", "nan", "inf", "1e400", "2,5"]),
     "hex": st.sampled_from(["", "0", "Ff", "ffffffff", "0ffffffff", "+f", "0x1", "g"]),
-    "hex_2": st.sampled_from(["", "1", "+1"]),
+    "hex_2": st.sampled_from(["", "1", "+1", "NULL"]),
     "note": st.sampled_from(["", "anything"]),
-    "number": st.sampled_from(["", "-9223372036854775808", "5", "5.0", "five"]),
-    "numbers": st.sampled_from(["", "1;2", ";", "1;x"]),
-    "text": st.sampled_from(["", "a", "Köln", '"']),
+    "number": st.sampled_from(["", "-7", "NULL", "-9223372036854775808", "5", "5.0", "five"]),
+    "numbers": st.sampled_from(["", "1;2", ";", "1;x", "NULL", "1;-07;NULL"]),
+    "text": st.sampled_from(["", "a", "Köln", '"', "NULL", "-7"]),
 }
 
 
@@ -95,7 +98,7 @@ def test_a_label_is_read_where_it_is_given():
         ({"text": {"a": 1}}, "row 1, column 'text': expected text, not {'a': 1}"),
         ({"text": "\ud800"}, "a row holds the text '.*', which is not Unicode"),
         ({"numbers": [1, [2]]}, "row 1, column 'numbers': expected an integer, or a list of such, not \\[2\\]"),
-        ({"label": 2}, "row 1, column 'label': the label is neither 0 nor 1: '2'"),
+        ({"label": 2}, "row 1, column 'label': the label means neither 0 nor 1: '2'"),
         ({"label": []}, "row 1, column 'label': a label is 0 or 1, not \\[\\]"),
         (["a"], "row 1: expected the row's cells by column name, not \\['a'\\]"),
     ],

@@ -21,8 +21,9 @@ from torchdlrm.schema import DenseColumn, FeatureSchema, IgnoredColumn, LabelCol
 
 SCHEMA = FeatureSchema(
     name="mixed",
+    null_values=("5", "a"),
     columns=(
-        SparseColumn(name="hex", kind="hex"),
+        SparseColumn(name="hex", kind="hex", null_values=("68FD1E64", "-")),
         DenseColumn(name="count", kind="int", transform="log_plus_3"),
         LabelColumn(name="label"),
         DenseColumn(name="price", kind="float", transform="standardize"),
@@ -31,7 +32,7 @@ SCHEMA = FeatureSchema(
         DenseColumn(name="views", kind="int", transform="log_plus_3"),
         SparseColumn(name="hex_hashed", kind="hex", hash=1000),
         IgnoredColumn(name="note"),
-        SparseColumn(name="number", kind="int"),
+        SparseColumn(name="number", kind="int", null_values=("NULL",)),
         SparseColumn(name="number_hashed", kind="int", hash=7),
         SparseColumn(name="number_hashed_2", kind="int", hash=2**31 - 1),
         SparseColumn(name="row", kind="int"),

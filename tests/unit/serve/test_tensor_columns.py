@@ -15,11 +15,12 @@ from torchdlrm.serve.refusals import RefusedRequest
 
 SCHEMA = FeatureSchema(
     name="mixed",
+    null_values=("-7", "x"),
     columns=(
         LabelColumn(name="label"),
         DenseColumn(name="count", kind="int"),
-        DenseColumn(name="price", kind="float"),
-        SparseColumn(name="hex", kind="hex"),
+        DenseColumn(name="price", kind="float", null_values=("1.50", "0")),
+        SparseColumn(name="hex", kind="hex", null_values=("0", "1A")),
         SparseColumn(name="number", kind="int"),
         SparseColumn(name="text", kind="string"),
         SparseColumn(name="tags", kind="string", value_separator=";"),

@@ -2,7 +2,7 @@
 
 | kind | type of the column | accepted |
 | --- | --- | --- |
-| label | Int8 | 0 or 1, true or false, never missing; with a threshold any number |
+| label | Int8 | 0 or 1, true or false; with a threshold any number; or the values that the schema names |
 | dense int | Int64 | a decimal number of 64 bits, with or without a sign |
 | dense float | Float64 | a finite decimal number |
 | sparse hex | UInt32 | 1 to 8 hexadecimal digits, upper or lower case |
@@ -10,9 +10,13 @@
 | sparse string | String | anything |
 | sparse, several values | List of these | the values between separators; empty ones are left out |
 | time | Int64 | a number, or a date and time as ISO 8601 writes it; never missing; ordered as the times are |
+
+An empty cell is missing, and so is one of the column's `null_values`: the text itself, or, where it is a number of the
+column's kind, that number however it is written.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +25,8 @@ import pyarrow as pa
 
 from torchdlrm.data.bad_rows import BadRow, BadRows
 from torchdlrm.schema import Column, DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn, TimeColumn
+
+Feature = DenseColumn | SparseColumn
 
 _FEW_ROWS = 4_096
 _DATETIME_FORMATS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")  # without a zone: UTC
@@ -37,6 +43,8 @@ def to_typed_columns(
     schema: FeatureSchema,
     bad_rows: BadRows,
     line_numbers: npt.NDArray[np.int64] | None = None,
+    *,
+    is_label_optional: bool = False,
 ) -> tuple[pl.DataFrame, pl.Series | None]:
     """Cast raw cells to the types of their columns.
 
@@ -45,11 +53,15 @@ def to_typed_columns(
         schema: the columns.
         bad_rows: takes the rows whose cells do not fit, each by its leftmost fault.
         line_numbers: int64 [B], the line of each row from 0; by default its position.
+        is_label_optional: whether a row without a label is good, as rows to predict are; its label is null.
 
     Returns:
         The typed columns, B rows; and a Boolean mask of the good rows, or None when all are good.
     """
     used = [column for column in schema.columns if not isinstance(column, IgnoredColumn)]
+    if any(column.null_values for column in used):
+        plain_texts = [column for column in used if column.null_values and text[column.name].dtype == pl.String]
+        text = text.with_columns(map(_without_null_texts, plain_texts))
     lists = [column for column in used if isinstance(column, SparseColumn) and column.is_multi_valued]
     plain = [column for column in used if column not in lists]
     clean: set[str] = set()
@@ -63,44 +75,74 @@ def to_typed_columns(
             continue
         if isinstance(column, SparseColumn) and column.is_multi_valued:
             typed[column.name], bad = _typed_lists(text[column.name], column)
-            if bad is None:
-                continue
+            faults: list[tuple[str, npt.NDArray[np.bool_]]] = [] if bad is None else [(column.kind, bad)]
         else:
             cells = typed[column.name]
-            if isinstance(column, LabelColumn) and cells.null_count():
+            if isinstance(column, LabelColumn) and column.positive is None and cells.null_count():
                 cells = typed[column.name] = _with_words(text[column.name], cells)
-            if _is_clean(text[column.name], cells, column):
+            faults = list(_faults(text[column.name], cells, column, is_label_optional=is_label_optional))
+            if isinstance(column, DenseColumn | SparseColumn):
+                typed[column.name] = without_null_values(cells, column)
+        for reason, bad in faults:
+            if not bad.any():
                 continue
-            bad = _is_bad(text[column.name], cells, column).to_numpy()
-        rows = np.flatnonzero(bad if good is None else bad & good)
-        examples = [
-            BadRow(
-                line=int(row if line_numbers is None else line_numbers[row]) + 1,
-                column=column.name,
-                value=_as_text(text[column.name][int(row)], column),
-            )
-            for row in rows[: BadRows.NUM_EXAMPLES]
-        ]
-        bad_rows.add(
-            column.kind if isinstance(column, DenseColumn | SparseColumn) else column.role, len(rows), examples
-        )
-        good = ~bad if good is None else good & ~bad
+            rows = np.flatnonzero(bad if good is None else bad & good)
+            examples = [
+                BadRow(
+                    line=int(row if line_numbers is None else line_numbers[row]) + 1,
+                    column=column.name,
+                    value=_as_text(text[column.name][int(row)], column),
+                )
+                for row in rows[: BadRows.NUM_EXAMPLES]
+            ]
+            bad_rows.add(reason, len(rows), examples)
+            good = ~bad if good is None else good & ~bad
     frame = pl.DataFrame([typed[column.name] for column in used])
     return frame, None if good is None else pl.Series(good)
 
 
-def typed_cells(text: pl.Series, column: DenseColumn | SparseColumn) -> tuple[pl.Series, bool]:
+def typed_cells(text: pl.Series, column: Feature) -> tuple[pl.Series, bool]:
     """Cast the cells of a column with one value a row.
 
     Args:
-        text: String; the cells of the column, or those of several columns of the same role and kind one after another.
+        text: String; the cells of the column, or those of several columns of the same role, kind and null values one
+            after another.
         column: it, or one of them.
 
     Returns:
-        The typed cells, null where one is missing or bad; and whether none is bad.
+        The typed cells, null where one is missing or bad; and whether none is bad.  (Where one is, `null_values` that
+        are numbers are still there: which cell is bad must be found first.)
     """
-    typed = pl.DataFrame([text.alias(column.name)]).select(_cast(column)).to_series()
-    return typed, _is_clean(text, typed, column)
+    frame = pl.DataFrame([text.alias(column.name)])
+    if column.null_values:
+        frame = frame.select(_without_null_texts(column))
+    typed = frame.select(_cast(column)).to_series()
+    is_clean = _is_clean(frame.to_series(), typed, column)
+    return without_null_values(typed, column) if is_clean else typed, is_clean
+
+
+def without_null_values(typed: pl.Series, column: Feature) -> pl.Series:
+    """Typed cells, null where one is a number that the column's `null_values` name."""
+    if not column.null_values or len(numbers := null_numbers(column)) == 0:
+        return typed
+    return pl.select(pl.when(~typed.is_in(numbers)).then(typed).alias(typed.name)).to_series()
+
+
+@cache
+def null_numbers(column: Feature) -> pl.Series:
+    """Those of a column's `null_values` that are numbers of its kind: of the type of the column, none for texts."""
+    texts = pl.Series(column.name, column.null_values or [], dtype=pl.String)
+    if isinstance(column, SparseColumn) and column.kind == "string":
+        return texts.head(0)
+    numbers = texts.to_frame().select(_cast(column)).to_series()
+    return numbers.filter(~_is_bad(texts, numbers, column))
+
+
+def _without_null_texts(column: Column) -> pl.Expr:
+    """The cells of a column, null where they are one of its `null_values`."""
+    cell = pl.col(column.name)
+    assert column.null_values, "only of columns that have some"
+    return pl.when(~cell.is_in(column.null_values)).then(cell).alias(column.name)
 
 
 def _typed_few(text: pl.DataFrame, columns: Sequence[Column]) -> tuple[dict[str, pl.Series], set[str]]:
@@ -108,12 +150,12 @@ def _typed_few(text: pl.DataFrame, columns: Sequence[Column]) -> tuple[dict[str,
 
     The cost is then that of the casts, not of the cells: columns of the same kind are cast as one.
     """
-    alike: dict[tuple[str, str], list[DenseColumn | SparseColumn]] = {}
+    alike: dict[tuple[object, ...], list[Feature]] = {}
     typed: dict[str, pl.Series] = {}
     clean: set[str] = set()
     for column in columns:
         if isinstance(column, DenseColumn | SparseColumn):
-            alike.setdefault((column.role, column.kind), []).append(column)
+            alike.setdefault((column.role, column.kind, column.null_values), []).append(column)
         else:
             typed[column.name] = text.select(_cast(column)).to_series()
     for group in alike.values():
@@ -136,6 +178,8 @@ def _typed_lists(text: pl.Series, column: SparseColumn) -> tuple[pl.Series, npt.
     lists = text if text.dtype == pl.List else text.str.split(column.value_separator)
     flat = pl.DataFrame({"row": pl.int_range(len(lists), dtype=pl.Int64, eager=True), "value": lists}).explode("value")
     flat = flat.filter(pl.col("value") != "")
+    if column.null_values:
+        flat = flat.filter(~pl.col("value").is_in(column.null_values))
     if column.max_values is not None:
         flat = flat.group_by("row", maintain_order=True).head(column.max_values)
     values = flat["value"]
@@ -143,6 +187,9 @@ def _typed_lists(text: pl.Series, column: SparseColumn) -> tuple[pl.Series, npt.
     bad_rows: npt.NDArray[np.bool_] | None = None
     if not _is_clean(values, typed, column):
         bad_rows = np.bincount(flat["row"].filter(_is_bad(values, typed, column)).to_numpy(), minlength=len(lists)) > 0
+    if column.null_values and len(numbers := null_numbers(column)):
+        kept = ~typed.is_in(numbers)
+        flat, typed = flat.filter(kept.fill_null(value=True)), typed.filter(kept.fill_null(value=True))
     counts = np.bincount(flat["row"].to_numpy(), minlength=len(lists))
     offsets = np.concatenate([[0], np.cumsum(counts)])
     grouped = pl.Series(column.name, pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), typed.to_arrow()))
@@ -153,6 +200,8 @@ def _typed_lists(text: pl.Series, column: SparseColumn) -> tuple[pl.Series, npt.
 def _cast(column: Column) -> pl.Expr:
     cell = pl.col(column.name)
     if isinstance(column, LabelColumn):
+        if column.positive is not None:
+            return _cast_named_label(cell, column)
         if column.threshold is None:
             return cell.cast(pl.Int8, strict=False)
         number = cell.cast(pl.Float64, strict=False)
@@ -187,10 +236,45 @@ def _cast_time(cell: pl.Expr, column: TimeColumn) -> pl.Expr:
     return pl.when(number.is_finite()).then(ascending).alias(column.name)
 
 
+def _label_number(cell: pl.Expr) -> pl.Expr:
+    """A label as a number, `true` as 1 and `false` as 0; null where it is none."""
+    words = cell.str.to_lowercase().replace_strict({"true": 1.0, "false": 0.0}, default=None, return_dtype=pl.Float64)
+    return pl.coalesce(cell.cast(pl.Float64, strict=False), words)
+
+
+def _cast_named_label(cell: pl.Expr, column: LabelColumn) -> pl.Expr:
+    """1 for the values that are clicks, 0 for those that are none; they are compared as texts, numbers as numbers."""
+
+    def is_one_of(values: Sequence[str]) -> pl.Expr:
+        texts = pl.Series(column.name, values)
+        numbers = texts.to_frame().select(_label_number(pl.col(column.name))).to_series().drop_nulls()
+        return cell.is_in(values) | _label_number(cell).is_in(numbers).fill_null(value=False)
+
+    assert column.positive is not None, "the caller saw to it"
+    others = cell.is_not_null() if column.negative is None else is_one_of(column.negative)
+    return pl.when(is_one_of(column.positive)).then(1).when(others).then(0).cast(pl.Int8).alias(column.name)
+
+
 def _with_words(text: pl.Series, typed: pl.Series) -> pl.Series:
-    """A label with `true` and `false` read as 1 and 0."""
-    words = text.str.to_lowercase().replace_strict({"true": 1, "false": 0}, default=None, return_dtype=pl.Int8)
-    return typed.fill_null(words) if (typed.is_null() & words.is_not_null()).any() else typed
+    """A label with `true`, `false`, `1.0` and `0.0` read as the numbers that they are."""
+    number = text.to_frame().select(_label_number(pl.col(text.name))).to_series()
+    return typed.fill_null(
+        pl.select(pl.when(number.is_in([0.0, 1.0])).then(number.cast(pl.Int8, strict=False))).to_series()
+    )
+
+
+def _faults(
+    text: pl.Series, typed: pl.Series, column: Column, *, is_label_optional: bool
+) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+    """What is wrong with cells: each reason, and in which rows."""
+    if _is_clean(text, typed, column):
+        return
+    bad = _is_bad(text, typed, column)
+    if isinstance(column, LabelColumn):
+        if not is_label_optional:
+            yield "no_label", text.is_null().to_numpy()
+        bad &= text.is_not_null()
+    yield column.kind if isinstance(column, DenseColumn | SparseColumn) else column.role, bad.to_numpy()
 
 
 def _is_clean(text: pl.Series, typed: pl.Series, column: Column) -> bool:

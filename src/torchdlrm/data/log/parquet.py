@@ -45,8 +45,10 @@ def plan_row_groups(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> l
     return chunks
 
 
-def read_row_groups(file: LogFile, row_groups: range, schema: FeatureSchema) -> ParsedChunk:
-    """Read row groups as the schema says.
+def read_row_groups(
+    file: LogFile, row_groups: range, schema: FeatureSchema, *, is_label_optional: bool = False
+) -> ParsedChunk:
+    """Read row groups as the schema says; a label may be missing where `is_label_optional`.
 
     Raises:
         LogError: the file is damaged, or a list stands where the schema has one value.
@@ -60,7 +62,7 @@ def read_row_groups(file: LogFile, row_groups: range, schema: FeatureSchema) -> 
     frame = pl.DataFrame(table)
     text = pl.DataFrame([_as_text(frame[column.log_name], column, file) for column in used])
     bad_rows = BadRows()
-    typed, good = to_typed_columns(text, schema, bad_rows)
+    typed, good = to_typed_columns(text, schema, bad_rows, is_label_optional=is_label_optional)
     return ParsedChunk.of(typed, good, frame.height, bad_rows)
 
 

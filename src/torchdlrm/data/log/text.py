@@ -64,8 +64,8 @@ class ParsedChunk:
         return cls(frame, num_lines, bad_rows, np.flatnonzero(~is_good))
 
 
-def parse_chunk(lines: bytes, schema: FeatureSchema) -> ParsedChunk:
-    """Parse whole lines into typed columns.
+def parse_chunk(lines: bytes, schema: FeatureSchema, *, is_label_optional: bool = False) -> ParsedChunk:
+    """Parse whole lines into typed columns; a label may be missing where `is_label_optional`.
 
     Everything is read as text first and cast afterwards, so that a row is good or bad by itself: a parser that gives up
     on the first bad value of a block cannot tell which rows of it are good.
@@ -81,7 +81,7 @@ def parse_chunk(lines: bytes, schema: FeatureSchema) -> ParsedChunk:
         text = _read_text(lines, schema, quoted=quoted) if lines else text_frame(schema, {})
         assert text is not None, "the rows that are left are UTF-8 and have the right number of columns"
         assert text.height == len(line_numbers), "the parser cuts rows where we do"
-    frame, good = to_typed_columns(text, schema, bad_rows, line_numbers)
+    frame, good = to_typed_columns(text, schema, bad_rows, line_numbers, is_label_optional=is_label_optional)
     return ParsedChunk.of(frame, good, num_lines, bad_rows, whole)
 
 

@@ -1,7 +1,7 @@
 """Tensors -> rows: a frame of typed columns, as a log gives them, or, of few, by column name, as JSON gives them.
 
 In: one tensor a column, [N] or [N, 1]; or packed, `dense` [N, dense columns] and `sparse` [N, sparse columns].
-Out: the rows; what was not sent is missing.
+Out: the rows; what was not sent is missing, and what a column's `null_values` name.
 
 | column | takes |
 | --- | --- |
@@ -19,7 +19,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from torchdlrm.data.bad_rows import REASONS, BadRows
-from torchdlrm.data.log.cells import to_typed_columns
+from torchdlrm.data.log.cells import to_typed_columns, without_null_values
 from torchdlrm.data.vocabulary import VALUE_TYPES
 from torchdlrm.schema import DenseColumn, FeatureSchema
 from torchdlrm.serve.batch import Rows
@@ -170,7 +170,7 @@ def _from_numbers(tensor: Tensor, columns: Sequence[Feature]) -> dict[str, pl.Se
             row, index = divmod(int(np.argmax(bad)), len(alike))
             raise _bad_cell(row, alike[index].name, alike[index].kind, values[int(np.argmax(bad))])
         for index, column in enumerate(alike):
-            typed[column.name] = cast.gather_every(len(alike), index).alias(column.name)
+            typed[column.name] = without_null_values(cast.gather_every(len(alike), index).alias(column.name), column)
     return typed
 
 
