@@ -115,7 +115,7 @@ def calibration(rounds: int) -> list[dict[str, Any]]:
         all_threads = torch.get_num_threads()
         for name, config in CALIBRATED.items():
             torch.set_num_threads(all_threads)
-            torch.set_num_threads(useful_threads(config, 26, 1))
+            torch.set_num_threads(useful_threads(config, 13, 26, 1))
             ratios, measured = [], []
             for _ in range(rounds):
                 before_ms = predicted_ms(config, num_embeddings, ranks)

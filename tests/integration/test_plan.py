@@ -130,3 +130,14 @@ def test_wrong_input_exits_with_two(dlrm):
     assert done.returncode == 2
     assert "unknown device 'abacus'" in done.stderr
     assert done.stdout == ""
+
+
+def test_a_sweep_fits_a_terminal_of_80_columns(plan, monkeypatch):
+    monkeypatch.setattr("torchdlrm.cli.plan_tables.console", Console(stderr=True, highlight=False, width=80))
+    shown = plan("--tables", "criteo-1tb-40m", "--sweep", "devices=4,8", "batch=8192", "--json")
+    lines = [line.split() for line in shown.err.splitlines()]
+    assert ["4", "8,192", "no", "264.6", "GB", "missing"] in lines
+    point = json.loads(shown.out)["sweep"][1]
+    assert [line[-1] for line in lines if line[:3] == ["8", "8,192", "yes"]] == [
+        f"{point['rows_per_device_hour']:,.0f}"
+    ]

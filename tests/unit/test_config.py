@@ -67,6 +67,18 @@ def test_keys_that_contradict_each_other_are_told():
     assert "dense_optimizer.momentum: dense_optimizer.name = adagrad has no such thing, got 0.9" in message
 
 
+def test_keys_that_contradict_each_other_do_not_wait_for_those_that_are_wrong():
+    overrides = {"train.epochs": "two", "lr": "0.1", "model.embedding_dim": "15", "schedule.name": "nope"}
+    with pytest.raises(ConfigError) as error:
+        load_config(None, {**overrides, "schedule.decay_start_step": "5"})
+    message = str(error.value)
+    assert "--train.epochs: input should be a valid integer, got 'two'" in message
+    both = "table_optimizer.learning_rate or dense_optimizer.learning_rate"
+    assert f"--lr: there is no such key; did you mean {both}?" in message
+    assert "model.embedding_dim: must be a multiple of 4 (FBGEMM's rows), got 15" in message
+    assert "neither schedule.name" not in message  # nobody knows yet which name was meant
+
+
 def test_a_decay_that_is_half_said_is_refused():
     for overrides, expected in (
         ({"schedule.name": "constant", "schedule.decay_steps": "5"}, "constant has no decay"),
@@ -77,7 +89,7 @@ def test_a_decay_that_is_half_said_is_refused():
 
 
 def test_a_missing_or_broken_file_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere\.toml: cannot read the config: No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: no such config; name a TOML file, or one of criteo-1tb"):
         load_config(tmp_path / "nowhere.toml")
     (tmp_path / "broken.toml").write_text("[train\n")
     with pytest.raises(ConfigError, match=r"broken\.toml: not a TOML file"):

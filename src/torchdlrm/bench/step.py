@@ -96,7 +96,9 @@ def benchmark_step(
         nproc: processes of each contestant.
         progress: is told of every turn.
     """
-    precision = choose_precision(config, num_sparse_features=len(num_embeddings), device=_device(nproc))
+    precision = choose_precision(
+        config, num_dense_features=NUM_DENSE, num_sparse_features=len(num_embeddings), device=_device(nproc)
+    )
     contestants = {
         "ours": Contestant(our_step, config, num_embeddings, precision.dtype, nproc=nproc),
         "torchrec": Contestant(torchrec_step, config, num_embeddings, nproc=nproc),

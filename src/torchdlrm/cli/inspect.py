@@ -25,8 +25,8 @@ def inspect(
     """Show what a dataset, a run or a bundle holds.
 
     Of a dataset: rows, click rates, tables, unknown and missing values. Of a run: how far it is, its checkpoints, its
-    evaluations. Of a bundle: tables and their precision, the check at the end of the export. Bundles and checkpoints
-    are read whole and their checksums compared.
+    evaluations. Of a bundle: tables and their precision, the check at the end of the export. All files are read and
+    their checksums compared.
 
     Args:
         folder: What to look at.

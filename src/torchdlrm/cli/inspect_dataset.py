@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from torchdlrm.cli.terminal import console, print_json
+from torchdlrm.cli.terminal import console, print_json, progress_bars
 from torchdlrm.data.bad_rows import describe_bad_rows
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.splits import SPLIT_NAMES, SplitName
@@ -19,12 +19,14 @@ _HELD_OUT = "".join(f"{name:>5}" for name in SPLIT_NAMES[1:])
 
 
 def show(folder: Path, *, num_values: int, as_json: bool) -> None:
-    """Print what a dataset holds.
+    """Print what a dataset holds, after comparing every byte with its checksum.
 
     Raises:
         DatasetError: the dataset is not whole, or damaged.
     """
     dataset = Dataset.open(folder)
+    with progress_bars("") as progress:
+        dataset.verify(progress)
     summary = summarize(dataset, num_values)
     manifest = dataset.manifest
     if as_json:

@@ -12,6 +12,7 @@ from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 
 from torchdlrm import __version__
+from torchdlrm.cli.mistakes import describe_mistake
 from torchdlrm.cli.terminal import console
 from torchdlrm.errors import Interrupted, TorchDLRMError, UserError
 
@@ -20,17 +21,24 @@ app = App(
     version=__version__,
     help="From a raw click log to click probabilities, with DLRM on TorchRec.",
     help_on_error=False,
+    print_error=False,
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # it is told below, as everything else
 )
-app.command("torchdlrm.cli.quickstart:quickstart", help="Everything below on a synthetic log, in minutes.")
+app.command("torchdlrm.cli.quickstart:quickstart", help="Synthesize, preprocess, train and evaluate, in minutes.")
 app.command("torchdlrm.cli.synthesize:synthesize", help="Write a click log whose truth is known.")
 app.command("torchdlrm.cli.download:download", help="Fetch a public click log.")
 app.command("torchdlrm.cli.schema:schema", help="Propose a schema file for a log of your own.")
 app.command("torchdlrm.cli.preprocess:preprocess", help="Turn a raw click log into a dataset.")
 app.command("torchdlrm.cli.import_encoded:import_encoded", name="import", help="Take in data encoded elsewhere.")
+app.command("torchdlrm.cli.config:config", help="List the keys of a config, or print one to start from.")
 app.command("torchdlrm.cli.plan:plan", help="Show where tables go on a machine, before renting it.")
-app.command("torchdlrm.cli.train:train", help="Train a DLRM on a dataset.")
+app.command(
+    "torchdlrm.cli.train:train",
+    help="Train a DLRM on a dataset.",
+    usage="Usage: dlrm train CONFIG --dataset PATH --run PATH [--KEY VALUE] [OPTIONS]\n\n"
+    "KEY is any key of the config by its dotted name, as in --train.batch-size-global 8192; dlrm config lists them.\n",
+)
 app.command("torchdlrm.cli.evaluate:evaluate", help="Measure a trained run on every row of a split.")
 app.command("torchdlrm.cli.report:report", help="Write a run as one HTML page.")
 app.command("torchdlrm.cli.export:export", help="Turn a trained run into a bundle that predicts from raw rows.")
@@ -38,7 +46,7 @@ app.command("torchdlrm.cli.predict:predict", help="Predict every row of a raw lo
 app.command("torchdlrm.cli.verify:verify", help="Compare checkpoint, bundle and server on the same raw rows.")
 app.command("torchdlrm.cli.serve:serve", help="Serve a bundle over HTTP and gRPC.")
 app.command("torchdlrm.cli.bench:bench", name="bench", help="Time the hot paths on this machine.")
-app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset or a bundle holds.")
+app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset, a run or a bundle holds, and check its files.")
 
 
 def main() -> None:
@@ -53,7 +61,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup the end of the terminal is no reason to stop
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
-        app(exit_on_error=False)
+        app(sys.argv[1:], exit_on_error=False)
     except UserError as error:
         console.print("[red bold]error[/]:", end=" ")
         console.print(str(error), markup=False, soft_wrap=True)
@@ -61,12 +69,20 @@ def main() -> None:
     except Interrupted as interruption:
         console.print(str(interruption), markup=False, soft_wrap=True)
         sys.exit(1)
-    except CycloptsError:
-        sys.exit(2)  # cyclopts has printed what is wrong
+    except CycloptsError as mistake:
+        console.print("[red bold]error[/]:", end=" ")
+        console.print(describe_mistake(mistake), markup=False, soft_wrap=True)
+        sys.exit(2)
     except TorchDLRMError as error:
         console.print("[red bold]failed[/]:", end=" ")
         console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        console.print("[red bold]error[/]:", end=" ")
+        console.print(f"{error.name} is not installed: {PACKAGES[error.name]}", markup=False, soft_wrap=True)
+        sys.exit(2)
     except OSError as error:
         console.print("[red bold]failed[/]:", end=" ")
         console.print(_what_the_system_said(error), markup=False, soft_wrap=True)
@@ -76,6 +92,11 @@ def main() -> None:
         sys.exit(1)
 
 
+# TorchRec's wheel names the CUDA build of FBGEMM as its need, so no extra of ours can bring it to a CPU machine.
+PACKAGES = {
+    "torchrec": "pip install --no-deps 'torchrec>=1.8,<1.9'",
+    "fbgemm_gpu": "pip install 'fbgemm-gpu-cpu>=1.8,<1.9', or 'fbgemm-gpu>=1.8,<1.9' where there is a GPU",
+}
 # A full or failing disk is nobody's input; a path that is missing, read-only or too long is.
 _NOT_THE_INPUT = {None, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPIPE}
 

@@ -4,18 +4,17 @@ The config knows its keys and types, not the parser: so that a wrong key in a fi
 found by the same code and told in the same message.
 """
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from torchdlrm.errors import ConfigError
 
-Overrides = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True)]
 
 
-def split_config(tokens: tuple[str, ...]) -> tuple[Path | None, dict[str, str]]:
-    """The config's path, if the first token is one, and the keys that the others override.
+def split_config(tokens: tuple[str, ...]) -> tuple[str | None, dict[str, str]]:
+    """The config's file or name, if the first token is one, and the keys that the others override.
 
     An optional positional of its own would leave the parser no place for `--train.epochs 2` without a config.
 
@@ -23,7 +22,7 @@ def split_config(tokens: tuple[str, ...]) -> tuple[Path | None, dict[str, str]]:
         ConfigError: a token is neither.
     """
     if tokens and not tokens[0].startswith("--"):
-        return Path(tokens[0]), parse_overrides(tokens[1:])
+        return tokens[0], parse_overrides(tokens[1:])
     return None, parse_overrides(tokens)
 
 
@@ -39,9 +38,7 @@ def parse_overrides(tokens: tuple[str, ...]) -> dict[str, str]:
         token = left.pop(0)
         name, equals, value = token.removeprefix("--").partition("=")
         if not token.startswith("--") or not name:
-            msg = (
-                f"{token!r}: expected --KEY VALUE; dlrm train --help lists the options, docs/configuration.md the keys"
-            )
+            msg = f"{token!r}: expected --KEY VALUE; dlrm train --help lists the options, dlrm config the keys"
             raise ConfigError(msg)
         if not equals:
             if not left:

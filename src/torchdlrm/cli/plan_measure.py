@@ -5,6 +5,7 @@ from rich.table import Table
 from torchdlrm.cli.terminal import console
 from torchdlrm.config import Config
 from torchdlrm.errors import PlanError
+from torchdlrm.sharding.estimate import NUM_DENSE_FEATURES
 from torchdlrm.sharding.measure import Measurement, measure
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.training.launch import Processes, launch
@@ -43,7 +44,9 @@ def _work(problem: Problem, config: Config) -> Measurement:
 
     with join_process_group() as ranks:
         if ranks.device.type == "cpu":
-            threads = config.train.num_threads or useful_threads(config, len(problem.tables), ranks.world_size)
+            threads = config.train.num_threads or useful_threads(
+                config, NUM_DENSE_FEATURES, len(problem.tables), ranks.world_size
+            )
             torch.set_num_threads(threads)
         return measure(problem, config, ranks.device)
 

@@ -71,13 +71,21 @@ def comparison(paths: Sequence[Path]) -> dict[str, object]:
 
 
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table with numbers to the right; nothing where there is no row."""
+    """A table with numbers to the right; nothing without rows, and no bars where the terminal is too narrow."""
     if not rows:
         return
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for index, name in enumerate(head):
-        numeric = index > 0 and name not in report.LEFT_ALIGNED
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric)
-    for row in rows:
-        table.add_row(*map(str, row))
+    table = _table(title, head, rows, range(len(head)))
+    if console.measure(table).maximum > console.width:
+        table = _table(title, head, rows, [i for i, name in enumerate(head) if name not in report.PICTURES])
     console.print(table)
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]], shown: Sequence[int]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for index in shown:
+        is_number = index > 0 and head[index] not in report.LEFT_ALIGNED
+        # The first column says which row it is: it does not give way either.
+        table.add_column(head[index], justify="right" if is_number else "left", no_wrap=is_number or index == 0)
+    for row in rows:
+        table.add_row(*(str(row[index]) for index in shown if index < len(row)))
+    return table

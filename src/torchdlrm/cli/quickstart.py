@@ -81,7 +81,7 @@ def quickstart(
         f"  dlrm inspect {out}/dataset              what the log became\n"
         f"  tensorboard --logdir {run}/tensorboard  how the training went\n"
         f"  dlrm preprocess YOUR_LOG.tsv --out dataset && "
-        "dlrm train configs/criteo-small.toml --dataset dataset --run run",
+        "dlrm train criteo-small --dataset dataset --run run",
         markup=False,
         soft_wrap=True,
     )

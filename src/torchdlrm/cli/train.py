@@ -10,7 +10,7 @@ from cyclopts.validators import Number
 
 from torchdlrm.cli.overrides import Overrides, split_config
 from torchdlrm.cli.terminal import console, print_json, progress_bars
-from torchdlrm.config import Config, load_config
+from torchdlrm.config import Config, load_config, shipped_config_names
 from torchdlrm.errors import ConfigError
 from torchdlrm.progress import SILENT
 
@@ -38,13 +38,12 @@ def train(
     """Train a DLRM, or take up a run where it stopped.
 
     Any key of the config can be overridden by its dotted name, for example `--train.batch-size-global 8192`;
-    docs/configuration.md lists them all. SIGTERM and Ctrl-C save and exit; the same command goes on.
+    `dlrm config` lists them all. SIGTERM and Ctrl-C save and exit; the same command goes on.
 
     Parameters
     ----------
     config
-        TOML file, every key has its default (the paper's model) without it; then keys to override. configs/ holds
-        ready-made ones.
+        TOML file, or the name of one that comes with torchdlrm, such as criteo-small; then keys to override.
     dataset
         Folder written by `dlrm preprocess`.
     run
@@ -72,6 +71,10 @@ def train(
         Print one JSON object on standard output.
     """
     path, overrides = split_config(config)
+    if path is None:
+        names = ", ".join(shipped_config_names())
+        msg = f"CONFIG is missing: name a TOML file, or one of {names} (dlrm config NAME shows it)"
+        raise ConfigError(msg)
     if plan is not None:
         overrides["sharding.plan"] = str(plan.resolve())
     if profile and "logging.profile-steps" not in overrides:

@@ -17,7 +17,7 @@ from torchdlrm.config.sections import (
     ValidationConfig,
     knobs,
 )
-from torchdlrm.config.text import config_toml, load_config
+from torchdlrm.config.text import config_toml, find_config, load_config, shipped_config_names
 
 __all__ = [
     "CheckpointConfig",
@@ -35,6 +35,8 @@ __all__ = [
     "ValidationConfig",
     "config_toml",
     "configuration_markdown",
+    "find_config",
     "knobs",
     "load_config",
+    "shipped_config_names",
 ]

@@ -8,10 +8,11 @@ from torchdlrm.toml import toml_value
 _DOCUMENT_HEAD = """
 # Configuration
 
-A run is described by one TOML file; `configs/` holds ready-made ones. Keys that it leaves out have the defaults below,
-which are the paper's Criteo model. Any key can be overridden on the command line by its dotted name, with `-` or `_`:
-`--train.batch-size-global 8192`, `--model.dense-arch-layer-sizes 512,256,64`. All mistakes, in the file and on the
-command line, are reported together. (Made by `make docs` from `src/torchdlrm/config/sections.py`.)
+A run is described by one TOML file. Some come with torchdlrm and go by their names: `dlrm train criteo-small ...`, and
+`dlrm config criteo-small > my.toml` to start from one. Keys that a file leaves out have the defaults below, which are
+the paper's Criteo model; `dlrm config` prints them. Any key can be overridden on the command line by its dotted name,
+with `-` or `_`: `--train.batch-size-global 8192`, `--model.dense-arch-layer-sizes 512,256,64`. All mistakes, in the
+file and on the command line, are reported together. (Made by `make docs` from `src/torchdlrm/config/sections.py`.)
 """
 
 

@@ -16,9 +16,38 @@ from torchdlrm.config.sections import Config, knobs
 from torchdlrm.errors import ConfigError
 from torchdlrm.toml import did_you_mean, explain, toml_value
 
+SHIPPED_CONFIGS = Path(__file__).parents[1] / "configs"
 
-def load_config(path: Path | None, overrides: Mapping[str, str] | None = None) -> Config:
+
+def shipped_config_names() -> list[str]:
+    """Names of the configs that come with torchdlrm, such as `criteo-small`."""
+    return sorted(path.stem for path in SHIPPED_CONFIGS.glob("*.toml"))
+
+
+def find_config(name: str | Path) -> Path:
+    """The file of a config.
+
+    Args:
+        name: a TOML file, or the name of a config that comes with torchdlrm.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    path, names = Path(name), shipped_config_names()
+    if path.exists():
+        return path
+    if str(name) in names:
+        return SHIPPED_CONFIGS / f"{name}.toml"
+    msg = f"{name}: no such config; name a TOML file, or one of {', '.join(names)}{did_you_mean(path.stem, names)}"
+    raise ConfigError(msg)
+
+
+def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> Config:
     """The config in a TOML file (defaults where it is silent), changed by overrides such as {"train.epochs": "2"}.
+
+    Args:
+        path: the file, the name of a config that comes with torchdlrm (`"criteo-small"`), or None for the defaults.
+        overrides: values as TOML text by dotted name.
 
     Raises:
         ConfigError: the file cannot be read, or keys or values are wrong; every problem in one message.
@@ -26,11 +55,12 @@ def load_config(path: Path | None, overrides: Mapping[str, str] | None = None) -
     raw: dict[str, Any] = {}
     where: dict[str, str] = {}
     if path is not None:
+        path = find_config(path)
         try:
             with path.open("rb") as file:
                 raw = tomllib.load(file)
         except OSError as error:
-            msg = f"{path}: cannot read the config: {error.strerror}. configs/ holds ready-made ones"
+            msg = f"{path}: cannot read the config: {error.strerror}"
             raise ConfigError(msg) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             msg = f"{path}: not a TOML file: {error}"
@@ -48,12 +78,25 @@ def load_config(path: Path | None, overrides: Mapping[str, str] | None = None) -
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        problems += [_describe(item, path, where) for item in error.errors(include_url=False)]
+        items = error.errors(include_url=False)
+        problems += [_describe(item, path, where) for item in items]
+        problems += _contradictions_of_the_rest(raw, [[str(part) for part in item["loc"]] for item in items])
     else:
         problems += contradictions(config)
         if not problems:
             return config
     raise ConfigError("\n".join(["the config is wrong:", *(f"  {problem}" for problem in problems)]))
+
+
+def _contradictions_of_the_rest(raw: dict[str, Any], wrong: list[list[str]]) -> list[str]:
+    """What the keys that are right by themselves contradict, so that it need not wait for the others' correction."""
+    for section, *leaf in wrong:
+        if leaf and isinstance(raw.get(section), dict):
+            raw[section].pop(leaf[0], None)
+        else:
+            raw.pop(section, None)
+    names = [".".join(loc[:2]) for loc in wrong]
+    return [line for line in contradictions(Config.model_validate(raw)) if not any(name in line for name in names)]
 
 
 def config_toml(config: Config) -> str:
@@ -104,7 +147,12 @@ def _describe(item: Any, path: Path | None, where: Mapping[str, str]) -> str:
     place = named[0] if named else f"{path}: {key}"
     if item["type"] == "extra_forbidden":
         known = [name for name, _ in knobs()] + list(Config.model_fields)
-        leaf = [name for name in known if name.rpartition(".")[2] == names[-1]]
-        hint = f"; did you mean {leaf[0]}?" if leaf else did_you_mean(key, known)
-        return f"{place}: there is no such key{hint}"
+        leaf = [name for name in known if names[-1] in _also_called(name.rpartition(".")[2])]
+        hint = f"; did you mean {' or '.join(leaf)}?" if leaf else did_you_mean(key, known)
+        return f"{place}: there is no such key{hint or '; dlrm config shows all'}"
     return f"{place}: {explain(item)}"
+
+
+def _also_called(leaf: str) -> set[str]:
+    """A key without its section, and its initials: people write lr for learning_rate."""
+    return {leaf, "".join(word[0] for word in leaf.split("_"))}

@@ -23,6 +23,7 @@ from torchdlrm.data.splits import SplitName
 from torchdlrm.data.transforms import FittedDense
 from torchdlrm.data.vocabulary import Vocabulary
 from torchdlrm.errors import DatasetError
+from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.schema import FeatureSchema, problems
 
 FORMAT_VERSION = 1
@@ -218,13 +219,18 @@ class Dataset:
         vocabularies = tuple(record.vocabulary for record in self.manifest.sparse.values() if record.vocabulary)
         return vocabularies + tuple(file for split in self.manifest.splits.values() for file in split.files)
 
-    def verify(self) -> None:
+    def verify(self, progress: ProgressListener = SILENT) -> None:
         """Read every file and compare its checksum.
+
+        Args:
+            progress: is told of the bytes read.
 
         Raises:
             DatasetError: a file is not what was written.
         """
-        for record in self.file_records():
+        records = list(self.file_records())
+        progress.start_phase("verify", sum(record.size_bytes for record in records), unit="bytes")
+        for record in records:
             self._check_size(record)
             found = sha256_of(self.path / record.path)
             if found != record.sha256:
@@ -232,6 +238,7 @@ class Dataset:
                     f"{self.path / record.path}: damaged: sha256 is {found}, written was {record.sha256}; copy it again"
                 )
                 raise DatasetError(msg)
+            progress.advance(record.size_bytes)
 
     def _check_size(self, record: FileRecord) -> None:
         path = self.path / record.path

@@ -3,7 +3,6 @@
 In: a run and the dataset it was trained on.  Out: the bundle's folder, whole and checked, or nothing.
 """
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Literal
 
 import polars as pl
 
-from torchdlrm.config import ModelConfig
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.transforms import encode
 from torchdlrm.errors import RunError
@@ -214,18 +212,10 @@ def _dense_precision(
         return options.dense_precision, "as asked"
     if set(precisions.values()) == {"float32"}:
         return "float32", "so that predictions equal the checkpoint's, as with float32 tables they can"
-    if row_multiply_adds(run.config.model, dataset) < MIN_BFLOAT16_MULTIPLY_ADDS:
+    multiply_adds = run.config.model.row_multiply_adds(len(dataset.dense_names), len(dataset.sparse_names))
+    if multiply_adds < MIN_BFLOAT16_MULTIPLY_ADDS:
         return "float32", "the arches are small: float32 is fast enough, and more exact"
     return "bfloat16", "where the processor has it"
-
-
-def row_multiply_adds(model: ModelConfig, dataset: Dataset) -> int:
-    """Multiply-adds of a row's forward pass."""
-    num_vectors = len(dataset.sparse_names) + 1
-    dense = (len(dataset.dense_names), *model.dense_arch_layer_sizes)
-    over = (model.embedding_dim + num_vectors * (num_vectors - 1) // 2, *model.over_arch_layer_sizes)
-    products = sum(a * b for sizes in (dense, over) for a, b in itertools.pairwise(sizes))
-    return products + num_vectors * num_vectors * model.embedding_dim
 
 
 def _allowed(

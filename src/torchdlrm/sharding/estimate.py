@@ -6,7 +6,6 @@ update. Nothing is taken to overlap, though training overlaps the exchange of id
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from torchrec.distributed.planner.enumerators import get_partition_by_type
 from torchrec.distributed.planner.types import Shard, ShardingOption
@@ -170,16 +169,10 @@ def dense_part(model: ModelConfig, num_sparse_features: int, machine: Machine, b
         machine: its peak rate, of which matrix products of this size reach about half.
         batch_size_global: rows per step over all ranks.
     """
-    num_vectors = num_sparse_features + 1
-    over_in = model.embedding_dim + num_vectors * (num_vectors - 1) // 2
-    layers = [
-        *pairwise([NUM_DENSE_FEATURES, *model.dense_arch_layer_sizes]),
-        *pairwise([over_in, *model.over_arch_layer_sizes]),
-    ]
-    weights = sum(inputs * outputs for inputs, outputs in layers)
+    weights = sum(inputs * outputs for inputs, outputs in model.layer_shapes(NUM_DENSE_FEATURES, num_sparse_features))
     rows = -(-batch_size_global // machine.num_devices)
     # Two operations a multiply-add; once forward, twice backward.
-    flops = 6 * rows * (weights + num_vectors**2 * model.embedding_dim)
+    flops = 6 * rows * model.row_multiply_adds(NUM_DENSE_FEATURES, num_sparse_features)
     link = machine.intra_host_bytes_per_s if machine.num_hosts == 1 else machine.inter_host_bytes_per_s
     sent_bytes = 2 * 4 * weights * (machine.num_devices - 1) / machine.num_devices  # a ring
     return DensePart(1000 * flops / (MATRIX_EFFICIENCY * machine.float32_flops_per_s), 1000 * sent_bytes / link)

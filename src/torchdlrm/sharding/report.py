@@ -9,7 +9,8 @@ from torchdlrm.sharding.remedies import Remedy, Shortfall
 from torchdlrm.sharding.sweep import SweepPoint
 from torchdlrm.units import show_bytes
 
-LEFT_ALIGNED = frozenset({"memory", "time", "kind", "kernel", "ranks", "rows/s plot"})
+PICTURES = frozenset({"memory", "time", "rows/s plot"})  # columns of bars
+LEFT_ALIGNED = PICTURES | {"kind", "kernel", "ranks"}
 _MAX_ROWS = 40
 _BAR_CELLS = 14
 
@@ -159,7 +160,7 @@ def sweep_rows(points: Sequence[SweepPoint]) -> tuple[list[str], list[list[str]]
         "memory",
         "step ms",
         "rows/s",
-        "rows/device-hour",
+        "rows per\ndevice-hour",
         "rows/s plot",
     ]
     rows = []

@@ -32,11 +32,14 @@ class Precision:
         return f"{str(self.dtype).removeprefix('torch.')} ({self.reason})"
 
 
-def choose_precision(config: Config, *, num_sparse_features: int, device: torch.device) -> Precision:
+def choose_precision(
+    config: Config, *, num_dense_features: int, num_sparse_features: int, device: torch.device
+) -> Precision:
     """What `train.precision` says; `auto` takes bfloat16 where the device multiplies it faster and the work is enough.
 
     Args:
         config: of the run.
+        num_dense_features: number of dense features.
         num_sparse_features: F.
         device: where this rank computes.
     """
@@ -50,7 +53,7 @@ def choose_precision(config: Config, *, num_sparse_features: int, device: torch.
     if not units:
         return Precision(torch.float32, "the processor has neither AVX512-BF16 nor AMX")
     # Of the global batch: a run must not change its precision with the number of processes.
-    if step_flops(config, num_sparse_features, 1) < MIN_BFLOAT16_FLOPS:
+    if step_flops(config, num_dense_features, num_sparse_features, 1) < MIN_BFLOAT16_FLOPS:
         return Precision(torch.float32, "steps are too short for bfloat16 to pay")
     return Precision(torch.bfloat16, f"the processor has {units[0]}")
 

@@ -113,5 +113,10 @@ def foresee(
     )
     validation_rows = min(dataset.splits["val"].rows, config.validation.max_rows or dataset.splits["val"].rows)
     steps = [] if restart else list_checkpoints(run / "checkpoints")
-    precision = choose_precision(config, num_sparse_features=len(dataset.sparse_names), device=device)
+    precision = choose_precision(
+        config,
+        num_dense_features=len(dataset.dense_names),
+        num_sparse_features=len(dataset.sparse_names),
+        device=device,
+    )
     return Prospect(config, Agenda.of(config, rows), solution, precision, validation_rows, max(steps, default=0))

@@ -60,10 +60,12 @@ class Trainer:
         self._config, self._dataset, self._run, self._ranks, self._progress = config, dataset, run, ranks, progress
         if ranks.device.type == "cpu":
             torch.set_num_threads(
-                config.train.num_threads or useful_threads(config, len(dataset.sparse_names), ranks.world_size)
+                config.train.num_threads
+                or useful_threads(config, len(dataset.dense_names), len(dataset.sparse_names), ranks.world_size)
             )
         self.precision = choose_precision(
             config,
+            num_dense_features=len(dataset.dense_names),
             num_sparse_features=len(dataset.sparse_names),
             device=ranks.device,
         )

@@ -1,0 +1,40 @@
+"""`dlrm config`: the keys of a config with their defaults, or a config to start from."""
+
+import sys
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from torchdlrm.cli.terminal import console, print_json
+from torchdlrm.config import find_config, knobs, shipped_config_names
+from torchdlrm.toml import toml_value
+
+
+def config(name: str | None = None, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
+    """List every key of a config with its default and meaning; with NAME, print that config to start one of your own.
+
+    Args:
+        name: A config that comes with torchdlrm, as in `dlrm config criteo-small > my.toml`.
+        as_json: Print one JSON object on standard output.
+    """
+    if name is not None:
+        path = find_config(name)
+        text = path.read_text(encoding="utf-8")
+        if as_json:
+            print_json({"name": name, "path": str(path), "toml": text})
+        else:
+            sys.stdout.write(text)
+        return
+    if as_json:
+        keys = {key: {"default": field.default, "description": field.description} for key, field in knobs()}
+        print_json({"configs": shipped_config_names(), "keys": keys})
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("key", "default", "meaning"):
+        table.add_column(title, no_wrap=title == "key")
+    for key, field in knobs():
+        table.add_row(key, "not set" if field.default is None else toml_value(field.default), field.description)
+    console.print(table)
+    console.print(f"to start from: dlrm config NAME > my.toml, with one of {', '.join(shipped_config_names())}")

@@ -1,0 +1,85 @@
+"""What `dlrm` answers to a command line that is wrong, in this process: one line, exit code 2, and what to do."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import torchdlrm.cli.main
+from torchdlrm.cli.main import main
+from torchdlrm.config import load_config, shipped_config_names
+from torchdlrm.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@pytest.fixture
+def dlrm_says(monkeypatch, capsys):
+    """Runs `dlrm ARGS`: its exit code, and what it wrote on standard error."""
+    monkeypatch.setattr(torchdlrm.cli.main, "console", Console(stderr=True, highlight=False, width=80))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["dlrm", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("train", "dlrm train: --dataset is missing; dlrm train --help shows all options"),
+        ("train criteo-small --datset d --run r", "dlrm train: --dataset is missing; did you mean it by --datset?"),
+        ("train --dataset d --run r", "CONFIG is missing: name a TOML file, or one of criteo-1tb, criteo-kaggle, "),
+        ("train criteo-smal --dataset d --run r", "criteo-smal: no such config; name a TOML file, or one of "),
+        ("predict", "dlrm predict: BUNDLE is missing; dlrm predict --help"),
+        ("predict b", "dlrm predict: ROWS is missing; dlrm predict --help"),
+        ("trian", 'Unknown command "trian". Did you mean "train"?'),
+        ("serve b --prot 9", "Unknown option: --prot. Did you mean --port?"),
+        ("synthesize --rows x --out y", 'Invalid value for --rows: unable to convert "x" into int.'),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_that_helps(args, message, dlrm_says):
+    code, told = dlrm_says(*args.split())
+    assert code == 2
+    assert told.startswith(f"error: {message}"), told
+    assert told.count("\n") == 1
+
+
+def test_a_package_that_is_not_installed_is_named_with_the_command_that_installs_it(dlrm_says, monkeypatch):
+    for name, remedy in (("torchrec", "--no-deps 'torchrec"), ("fbgemm_gpu", "fbgemm-gpu-cpu")):
+        monkeypatch.setattr(torchdlrm.cli.main, "app", _importing(name))
+        monkeypatch.setitem(sys.modules, name, None)
+        code, told = dlrm_says("train")
+        assert code == 2
+        assert told.startswith(f"error: {name} is not installed: pip install "), told
+        assert remedy in told
+
+
+def _importing(name):
+    def app(*_, **__):
+        __import__(name)
+
+    return app
+
+
+def test_a_config_goes_by_its_name():
+    assert {"criteo-small", "criteo-kaggle", "criteo-1tb", "quickstart"} <= set(shipped_config_names())
+    assert load_config("criteo-small") == load_config(CONFIGS / "criteo-small.toml")
+    with pytest.raises(ConfigError, match=r"criteo-smal: no such config; .*; did you mean criteo-small\?"):
+        load_config("criteo-smal")
+
+
+def test_a_config_can_be_printed_to_start_from(capsys, tmp_path):
+    from torchdlrm.cli.config import config
+
+    config("criteo-small")
+    mine = tmp_path / "mine.toml"
+    mine.write_text(capsys.readouterr().out)
+    assert load_config(mine) == load_config("criteo-small")
+    config()
+    assert "table_optimizer.learning_rate" in capsys.readouterr().err.replace("\n", "")
