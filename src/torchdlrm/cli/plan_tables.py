@@ -75,7 +75,7 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) 
     if not rows:
         return
     table = _table(title, head, rows, range(len(head)))
-    if console.measure(table).maximum > console.width:
+    if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
         table = _table(title, head, rows, [i for i, name in enumerate(head) if name not in report.PICTURES])
     console.print(table)
 
