@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchdlrm.config import ModelConfig
 from torchdlrm.data.dataset import Dataset
+from torchdlrm.errors import RunError
 from torchdlrm.export.bundle import table_name
 from torchdlrm.export.checkpoint_reader import CheckpointReader
 from torchdlrm.export.encoded_rows import EncodedRows
@@ -53,6 +54,9 @@ class CheckpointModel:
         checkpoint: its weights.
         config: the shape of the model.
         dataset: what it was trained on.
+
+    Raises:
+        RunError: its tensors are not those of the model.
     """
 
     def __init__(self, checkpoint: CheckpointReader, config: ModelConfig, dataset: Dataset) -> None:
@@ -64,10 +68,15 @@ class CheckpointModel:
             num_embeddings=dataset.num_embeddings,
             device=torch.device("cpu"),
         ).model.eval()
+        expected = {name: tuple(weight.shape) for name, weight in self._model.state_dict().items()}
+        if checkpoint.shapes != expected:
+            wrong = sorted(dict(checkpoint.shapes.items() ^ expected.items()))
+            msg = (
+                f"{checkpoint.path}: not a checkpoint of the run's model on this dataset; {', '.join(wrong[:4])} differ"
+            )
+            raise RunError(msg)
         dense = {name: checkpoint.tensor(name) for name in checkpoint.shapes if name not in self._tables}
-        missing, unexpected = self._model.load_state_dict(dense, strict=False)
-        assert not unexpected, unexpected
-        assert set(missing) == set(self._tables), missing
+        self._model.load_state_dict(dense, strict=False)
 
     def logits(self, rows: EncodedRows, precisions: Sequence[TablePrecision] | None = None) -> NDArray[np.float32]:
         """The log-odds of a click of each row: float32 [B]; `precisions` as in `vectors`."""

@@ -7,18 +7,22 @@ are mapped into memory: what is read is what is touched.
 """
 
 import io
+import math
+import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
+from torchdlrm.data.files import regular_file
 from torchdlrm.errors import RunError
+from torchdlrm.training.checkpoint_files import read_metadata
 
 _PREFIX = "model.model."  # the state's name for the model, then DLRMTrain's for the DLRM
 _LOCAL_HEADER_BYTES = 30
@@ -47,8 +51,8 @@ class CheckpointReader:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        metadata = FileSystemReader(path).read_metadata()
+        self.path = path
+        metadata = read_metadata(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
         for name, tensor in metadata.state_dict_metadata.items():
@@ -60,7 +64,7 @@ class CheckpointReader:
                 raise RunError(msg)
             self.shapes[short] = tuple(tensor.size)
             self._chunks[short] = [
-                self._map(short, metadata.storage_data[MetadataIndex(name, chunk.offsets)], tuple(chunk.offsets))
+                self._map(short, chunk, metadata.storage_data[MetadataIndex(name, chunk.offsets)])
                 for chunk in tensor.chunks
             ]
         if not self.shapes:
@@ -103,32 +107,48 @@ class CheckpointReader:
             rows[here, columns] = chunk.values[ids[here] - chunk.offsets[0]]
         return torch.from_numpy(rows)
 
-    def _map(self, name: str, stored: object, offsets: tuple[int, ...]) -> _Chunk:
-        relative_path, offset, length = (getattr(stored, key) for key in ("relative_path", "offset", "length"))
-        if getattr(stored, "transform_descriptors", None):
-            msg = f"{self._path}: {name} is compressed or encrypted, which torchdlrm does not write"
-            raise RunError(msg)
-        path = self._path / relative_path
-        with path.open("rb") as file:
-            file.seek(offset)
-            # The archive's directory stands at its end; a bounded view of the file finds it without reading the data.
-            archive = _Part(file, offset, length)
-            with zipfile.ZipFile(archive) as entries:
-                data = next(entry for entry in entries.infolist() if entry.filename.endswith("/data/0"))
-            archive.seek(0)
-            described = torch.load(archive, map_location="meta", weights_only=True)  # type: ignore[arg-type]
-            if data.compress_type != zipfile.ZIP_STORED or not described.is_contiguous() or described.storage_offset():
-                msg = f"{path}: {name} is not stored in one piece"
-                raise RunError(msg)
-            archive.seek(data.header_offset)
-            header = archive.read(_LOCAL_HEADER_BYTES)
-        name_bytes, extra_bytes = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
-        first_byte = offset + data.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
-        shape = tuple(described.shape)
+    def _map(self, name: str, chunk: ChunkStorageMetadata, stored: Any) -> _Chunk:
+        path = regular_file(self.path, stored.relative_path)
+        try:
+            first_byte = _first_byte(path, chunk, stored.offset, stored.length)
+        except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+            msg = f"{path}: {name} is not stored in one piece, as torchdlrm stores it ({str(error).splitlines()[0]})"
+            raise RunError(msg) from error
+        shape = tuple(chunk.sizes)
         values: NDArray[np.float32] = (
-            np.memmap(path, np.float32, "r", first_byte, shape) if described.numel() else np.empty(shape, np.float32)
+            np.memmap(path, np.float32, "r", first_byte, shape) if math.prod(shape) else np.empty(shape, np.float32)
         )
-        return _Chunk(offsets, values)
+        return _Chunk(tuple(chunk.offsets), values)
+
+
+def _first_byte(path: Path, chunk: ChunkStorageMetadata, offset: int, length: int) -> int:
+    """Where the numbers of a chunk begin in a file whose `length` bytes from `offset` are what `torch.save` wrote.
+
+    Raises:
+        ValueError: they are not there in one piece, or other ones are; reading the archive raises other things.
+    """
+    with path.open("rb") as file:
+        # The archive's directory stands at its end; a bounded view of the file finds it without reading the data.
+        archive = _Part(file, offset, length)
+        with zipfile.ZipFile(archive) as entries:
+            data = next((entry for entry in entries.infolist() if entry.filename.endswith("/data/0")), None)
+        archive.seek(0)
+        described = torch.load(archive, map_location="meta", weights_only=True)  # type: ignore[arg-type]
+        if not isinstance(described, Tensor) or described.dtype != torch.float32 or described.shape != chunk.sizes:
+            msg = f"not float32 of {list(chunk.sizes)}"
+            raise ValueError(msg)
+        if data is None or data.compress_type != zipfile.ZIP_STORED:
+            msg = "no data, or compressed data"
+            raise ValueError(msg)
+        archive.seek(data.header_offset)
+        header = archive.read(_LOCAL_HEADER_BYTES)
+    name_bytes, extra_bytes = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    start = data.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
+    is_whole = described.is_contiguous() and not described.storage_offset()
+    if not is_whole or data.file_size < described.nbytes or not 0 <= start <= length - described.nbytes:
+        msg = "a part of a storage"
+        raise ValueError(msg)
+    return offset + start
 
 
 class _Part(io.RawIOBase):

@@ -20,17 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torchrec.optim.keyed import KeyedOptimizer
 
+from torchdlrm.data.files import regular_file
 from torchdlrm.errors import RunError
+from torchdlrm.schema import problems
 from torchdlrm.training.allocator import give_back_freed_memory
+from torchdlrm.training.checkpoint_files import load_state, read_metadata
 from torchdlrm.training.process_group import Ranks
 
 FORMAT_VERSION = 1
@@ -58,6 +61,15 @@ class Position:
     stale_validations: int = 0
 
 
+@dataclass(frozen=True)
+class _Record:
+    """What `checkpoint.json` holds."""
+
+    format_version: int
+    position: Position
+    sha256: dict[str, str]
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
     return folder / f"step-{step:08d}"
@@ -72,10 +84,9 @@ def read_position(folder: Path, step: int) -> Position:
     """What `checkpoint.json` says.
 
     Raises:
-        RunError: its format version is another.
+        RunError: it is damaged, or its format version is another.
     """
-    record = _read_record(checkpoint_path(folder, step))
-    return Position(**record["position"])
+    return _read_record(checkpoint_path(folder, step)).position
 
 
 def find_checkpoint(folder: Path, name: str) -> int:
@@ -174,7 +185,7 @@ class Checkpointer:
             if problem is not None:
                 raise RunError(problem)
         state = self._state()
-        load_distributed(state, storage_reader=FileSystemReader(path), process_group=self._group)
+        load_state(state, path, self._group)
         self._model.load_state_dict(state["model"])
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
@@ -213,8 +224,8 @@ class Checkpointer:
 
     def _finish(self, partial: Path, final: Path, digests: list[dict[str, str]], position: Position) -> None:
         files = {name: digest for part in digests for name, digest in part.items()}
-        record = {"format_version": FORMAT_VERSION, "position": asdict(position), "sha256": dict(sorted(files.items()))}
-        (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record = _Record(FORMAT_VERSION, position, dict(sorted(files.items())))
+        (partial / RECORD_NAME).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
         if final.exists():  # damaged, or saved by a run that was longer and has been resumed from before it
             shutil.rmtree(final)
         partial.rename(final)
@@ -248,21 +259,32 @@ class Checkpointer:
 def find_damage(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None; reads them all."""
     try:
-        record = _read_record(path)
-        for name, expected in record["sha256"].items():
-            if _sha256(path / name) != expected:
+        for name, expected in _read_record(path).sha256.items():
+            if _sha256(regular_file(path, name)) != expected:
                 return f"{path / name}: damaged, its sha256 is not that in {RECORD_NAME}"
-    except (OSError, ValueError, KeyError) as error:
+        read_metadata(path)
+    except RunError as error:
+        return str(error)
+    except OSError as error:
         return f"{path}: damaged: {error}"
     return None
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((path / RECORD_NAME).read_text(encoding="utf-8"))
-    if record["format_version"] != FORMAT_VERSION:
-        msg = f"{path}: format version {record['format_version']}, this torchdlrm reads {FORMAT_VERSION}"
+def _read_record(path: Path) -> _Record:
+    try:
+        content = json.loads(regular_file(path, RECORD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        msg = f"{path / RECORD_NAME}: damaged: {error}"
+        raise RunError(msg) from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        msg = f"{path}: format version {version}, this torchdlrm reads {FORMAT_VERSION}"
         raise RunError(msg)
-    return record
+    try:
+        return TypeAdapter(_Record).validate_python(content)
+    except ValidationError as error:
+        msg = "\n".join([f"{path / RECORD_NAME}: damaged:", *problems(error)])
+        raise RunError(msg) from error
 
 
 def _with_tensors(state: Any, task: Callable[[torch.Tensor], torch.Tensor]) -> Any:

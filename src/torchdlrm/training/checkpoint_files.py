@@ -1,0 +1,259 @@
+"""The files of a checkpoint, read without trusting them: nothing that they hold is executed.
+
+`torch.distributed.checkpoint` describes a checkpoint in `.metadata`, a pickle, and unpickling calls whatever a pickle
+names; it also unpickles those values of a state that are no tensors.  Here the pickle is read into inert records, of an
+allow-list of names; the description is built from them anew, each part of it checked; and values are loaded by
+`torch.load(weights_only=True)`.
+"""
+
+import io
+import math
+import pickle
+import re
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+
+from torchdlrm.data.files import regular_file
+from torchdlrm.errors import RunError
+
+METADATA_NAME = ".metadata"
+_DATA_NAME = re.compile(r"__\d+_\d+\.distcp")
+_CLASSES = {
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # Python 3.13
+}
+
+
+class _Record:
+    """What stands for an object of the pickle: the arguments it would have been made with, and its state."""
+
+    def __new__(cls, *args: Any) -> Self:
+        record = super().__new__(cls)
+        record.args, record.state = args, None
+        return record
+
+    args: tuple[Any, ...]
+    state: Any
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows data types of torch, and for each class of the allow-list an inert one of the same name."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        # Of this file alone: a pickle may set attributes of the classes that it is given.
+        self._records = {name: type(name[1], (_Record,), {}) for name in _CLASSES}
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = getattr(torch, name, None) if module == "torch" and "." not in name else None
+        found = dtype if isinstance(dtype, torch.dtype) else self._records.get((module, name))
+        if found is None:
+            msg = (
+                f"it names {module}.{name}, which no checkpoint of torchdlrm has; was it made by somebody to run code?"
+            )
+            raise pickle.UnpicklingError(msg)
+        return found
+
+    def persistent_load(self, _: Any) -> Any:
+        msg = "it refers to something outside of itself"
+        raise pickle.UnpicklingError(msg)
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The description of a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        Tensors whose chunks cover them, and for each chunk a part of a file of the folder.
+
+    Raises:
+        RunError: it is missing, or is not what torchdlrm writes.
+    """
+    path = folder / METADATA_NAME
+    try:
+        root = _Unpickler(io.BytesIO(regular_file(folder, METADATA_NAME).read_bytes())).load()
+        return _metadata(root, _FileSizes(folder))
+    except Exception as error:  # unpickling raises anything at all
+        msg = f"{path}: cannot be read: {_told(error)}"
+        raise RunError(msg) from error
+
+
+def load_state(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> None:
+    """Load a checkpoint into a state dict; every rank of the group must call it.
+
+    Raises:
+        RunError: it does not hold that state, or is not what torchdlrm writes.
+    """
+    try:
+        load_distributed(state, storage_reader=_Reader(folder), planner=_Planner(), process_group=group)
+    except CheckpointException as error:
+        reasons = sorted({_told(failure) for failure, _ in error.failures.values()})
+        msg = f"{folder}: cannot be loaded: {'; '.join(reasons)}"
+        raise RunError(msg) from error
+
+
+class _Reader(FileSystemReader):
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        metadata = read_metadata(Path(self.path))
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        if isinstance(self.state_dict[name], torch.Tensor | ShardedTensor):
+            msg = f"{name} is no tensor"
+            raise TypeError(msg)
+        # Torch's own planner unpickles it, whatever it holds: what it is given is written anew, from what is data.
+        data = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), data)
+        data.seek(0)
+        super().load_bytes(read_item, data)
+
+
+class _FileSizes:
+    """Sizes of a checkpoint's files, each looked up once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._bytes: dict[str, int] = {}
+
+    def __getitem__(self, name: str) -> int:
+        if name not in self._bytes:
+            if not _DATA_NAME.fullmatch(name):
+                msg = f"it names {name!r}, which is no file of a checkpoint"
+                raise ValueError(msg)
+            self._bytes[name] = regular_file(self._folder, name).stat().st_size
+        return self._bytes[name]
+
+
+def _metadata(root: Any, file_bytes: _FileSizes) -> Metadata:
+    fields = _state(root, "Metadata")
+    stored = {_index(key): _storage(value, file_bytes) for key, value in fields["storage_data"].items()}
+    state: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for name, value in fields["state_dict_metadata"].items():
+        if type(name) is str and _kind(value) == "BytesStorageMetadata":
+            state[name] = BytesStorageMetadata()
+            needed = [MetadataIndex(name)]
+        else:
+            state[name] = tensor = _tensor(value)
+            needed = [MetadataIndex(name, chunk.offsets) for chunk in tensor.chunks]
+        if not stored.keys() >= {*needed}:
+            msg = f"{name} is not in any file"
+            raise ValueError(msg)
+    return Metadata(state, storage_data=stored)
+
+
+def _tensor(record: Any) -> TensorStorageMetadata:
+    fields = _state(record, "TensorStorageMetadata")
+    if _kind(fields["properties"]) != "TensorProperties":
+        raise TypeError(_kind(fields["properties"]))
+    dtype, size = fields["properties"].state[0], _size(fields["size"])
+    chunks = [
+        ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"]))
+        for chunk in (_state(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"])
+    ]
+    are_inside = all(
+        len(chunk.offsets) == len(chunk.sizes) == len(size)
+        and all(start + length <= end for start, length, end in zip(chunk.offsets, chunk.sizes, size, strict=True))
+        for chunk in chunks
+    )
+    if not are_inside or sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
+        msg = f"parts of {[list(chunk.sizes) for chunk in chunks[:4]]} are not a tensor of {list(size)}"
+        raise ValueError(msg)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(type(dtype).__name__)
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+
+
+def _index(record: Any) -> MetadataIndex:
+    fields = _state(record, "MetadataIndex")
+    offset = fields.get("offset")
+    return MetadataIndex(_text(fields["fqn"]), None if offset is None else _size(offset))
+
+
+def _storage(record: Any, file_bytes: _FileSizes) -> _StorageInfo:
+    fields = _state(record, "_StorageInfo")
+    name, (offset, length) = _text(fields["relative_path"]), _size((fields["offset"], fields["length"]))
+    if fields.get("transform_descriptors"):
+        msg = "it is compressed or encrypted, which torchdlrm does not write"
+        raise ValueError(msg)
+    if offset + length > file_bytes[name]:
+        msg = f"bytes {offset:,} to {offset + length:,} are not in {name}"
+        raise ValueError(msg)
+    return _StorageInfo(name, offset, length)
+
+
+def _state(record: Any, kind: str) -> dict[str, Any]:
+    """The fields of a record of a class."""
+    if _kind(record) != kind or not isinstance(record.state, dict):
+        msg = f"{_kind(record)} stands in the place of {kind}"
+        raise TypeError(msg)
+    return record.state
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def _size(value: Any) -> torch.Size:
+    numbers = value.args[0] if _kind(value) == "Size" else value
+    if not isinstance(numbers, tuple) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        msg = f"{numbers!r:.80} is not a size"
+        raise TypeError(msg)
+    return torch.Size(numbers)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(_kind(value))
+    return value
+
+
+def _told(error: BaseException) -> str:
+    """One line."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    if text.startswith("Weights only load failed"):  # and torch's advice is to load it all the same
+        return "a file holds something else than numbers, which may run code"
+    is_ours = isinstance(error, RunError | pickle.UnpicklingError | OSError | RuntimeError)
+    return text if is_ours and text else f"not what torchdlrm writes ({type(error).__name__}: {text})"

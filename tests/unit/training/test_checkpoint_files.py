@@ -1,0 +1,220 @@
+"""A checkpoint is data: whatever its files hold, nothing of it is executed."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
+from torchdlrm.errors import RunError
+from torchdlrm.export.checkpoint_reader import CheckpointReader
+from torchdlrm.training.checkpoint import find_damage
+from torchdlrm.training.checkpoint_files import load_state, read_metadata
+from torchdlrm.training.process_group import join_process_group
+
+
+class Call:
+    """Pickles as a call of a function, of which `then` is the rest of the pickle."""
+
+    def __init__(self, function, *args):
+        self._function, self._args = function, args
+
+    def __reduce__(self):
+        return self._function, self._args
+
+
+@pytest.fixture
+def checkpoint(small_run, tmp_path):
+    """The folder of a checkpoint of one's own, to be changed."""
+    (found,) = (small_run / "checkpoints").iterdir()
+    return shutil.copytree(found, tmp_path / found.name)
+
+
+def with_metadata(checkpoint, change):
+    """The real description, changed, with its checksum."""
+    path = checkpoint / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(change(metadata) or metadata))
+    seal(checkpoint)
+
+
+def seal(checkpoint):
+    path = checkpoint / "checkpoint.json"
+    record = json.loads(path.read_text())
+    record["sha256"] = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in record["sha256"]}
+    path.write_text(json.dumps(record))
+
+
+def refused(checkpoint, why):
+    """Every reader refuses it, with the file's name."""
+    for read in (read_metadata, CheckpointReader):
+        with pytest.raises(RunError, match=why) as caught:
+            read(checkpoint)
+        assert str(checkpoint) in str(caught.value)
+    assert why in find_damage(checkpoint)
+
+
+def test_a_description_is_read_as_torch_reads_it(checkpoint):
+    theirs, ours = pickle.loads((checkpoint / ".metadata").read_bytes()), read_metadata(checkpoint)
+    assert ours.state_dict_metadata == theirs.state_dict_metadata
+    assert ours.storage_data == theirs.storage_data
+    assert any(isinstance(value, TensorStorageMetadata) for value in ours.state_dict_metadata.values())
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_what_a_description_calls_is_not_called(checkpoint, tmp_path, protocol):
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    metadata.planner_data = Call(os.mkdir, str(tmp_path / "called"))
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata, protocol))
+    seal(checkpoint)
+    refused(checkpoint, "which no checkpoint of torchdlrm has")
+    assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize(
+    "function", [eval, getattr, torch.load, torch.hub.load, pickle.loads, type(sys.modules), io.open]
+)
+def test_no_function_is_on_the_list(checkpoint, function):
+    with_metadata(checkpoint, lambda metadata: setattr(metadata, "planner_data", Call(function, "x")))
+    refused(checkpoint, "which no checkpoint of torchdlrm has")
+
+
+def test_a_description_cannot_change_the_classes_of_torch(checkpoint):
+    # Opcodes: the class itself, then BUILD with a pair, of which the second half sets attributes.
+    name = b"ctorch.distributed.checkpoint.metadata\nTensorStorageMetadata\n"
+    (checkpoint / ".metadata").write_bytes(name + b"(N}VPOISON\nI1\nstb.")
+    with pytest.raises(RunError, match="cannot be read"):
+        read_metadata(checkpoint)
+    assert not hasattr(TensorStorageMetadata, "POISON")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"relative_path": "../../../../../../../etc/passwd"},
+        {"relative_path": "/etc/passwd"},
+        {"relative_path": "checkpoint.json"},
+        {"relative_path": "__9_9.distcp"},
+        {"relative_path": 7},
+        {"offset": -1},
+        {"offset": 2**62},
+        {"length": 2**62},
+        {"length": 1.5},
+        {"transform_descriptors": ["stream.zstd"]},
+    ],
+    ids=str,
+)
+def test_a_part_that_is_not_in_the_folder_s_files_is_refused(checkpoint, fields):
+    def change(metadata):
+        index = next(index for index in metadata.storage_data if "over_arch" in index.fqn)
+        stored = metadata.storage_data[index]
+        metadata.storage_data[index] = _StorageInfo(**{"offset": 0, "length": 10, **vars(stored), **fields})
+
+    with_metadata(checkpoint, change)
+    refused(checkpoint, "metadata: cannot be read")
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "loop"])
+def test_a_file_that_is_none_is_refused(checkpoint, tmp_path, kind):
+    path = next(checkpoint.glob("*.distcp"))
+    path.rename(tmp_path / "elsewhere")
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path if kind == "loop" else tmp_path / "elsewhere")
+    refused(checkpoint, path.name)
+
+
+def size_of(number):
+    def change(metadata):
+        tensor = next(value for key, value in metadata.state_dict_metadata.items() if "over_arch" in key)
+        tensor.size = torch.Size([number])
+
+    return change
+
+
+def no_chunks(metadata):
+    next(value for key, value in metadata.state_dict_metadata.items() if "over_arch" in key).chunks.clear()
+
+
+@pytest.mark.parametrize("change", [size_of(2**62), no_chunks, lambda _: {0: 0}, lambda _: [1] * 3])
+def test_a_description_that_contradicts_itself_is_refused(checkpoint, change):
+    with_metadata(checkpoint, change)
+    refused(checkpoint, "not what torchdlrm writes")
+
+
+def test_a_tensor_of_another_shape_than_described_is_refused(checkpoint):
+    def change(metadata):
+        bias, weight = (f"model.model.over_arch.model.1.{name}" for name in ("bias", "weight"))
+        data = metadata.storage_data
+        data[MetadataIndex(weight, [0, 0])] = data[MetadataIndex(bias, [0])]
+
+    with_metadata(checkpoint, change)
+    with pytest.raises(RunError, match=r"over_arch\.model\.1\.weight is not stored in one piece"):
+        CheckpointReader(checkpoint)
+
+
+@pytest.mark.parametrize("at", [0, 0.3, 0.6, 0.999], ids=str)
+def test_a_cut_description_is_refused(checkpoint, at):
+    path = checkpoint / ".metadata"
+    path.write_bytes(path.read_bytes()[: int(at * path.stat().st_size)])
+    seal(checkpoint)
+    refused(checkpoint, "metadata: cannot be read")
+
+
+@pytest.mark.parametrize("place", ["value", "tensor"])
+def test_a_value_that_is_no_tensor_is_loaded_as_data(tmp_path, checkpoint, place):
+    """Torch's own planner unpickles those values, whatever they hold."""
+    called = tmp_path / "called"
+    held = io.BytesIO()
+    torch.save(Call(os.mkdir, str(called)), held)
+    (checkpoint / "__0_0.distcp").write_bytes(held.getvalue())
+
+    def change(metadata):
+        metadata.state_dict_metadata = {"key": BytesStorageMetadata()}
+        metadata.storage_data = {MetadataIndex("key"): _StorageInfo("__0_0.distcp", 0, len(held.getvalue()))}
+
+    with_metadata(checkpoint, change)
+    state = {"key": torch.zeros(2) if place == "tensor" else 7}
+    why = "key is no tensor" if place == "tensor" else "which may run code"
+    with join_process_group(), pytest.raises(RunError, match=f"cannot be loaded: .*{why}"):
+        load_state(state, checkpoint, None)
+    assert not called.exists()
+
+
+def test_values_that_are_no_tensors_are_loaded(tmp_path):
+    with join_process_group():
+        saved = {"numbers": {"step": 7, "rate": 0.5, "names": ["a", None]}, "tensor": torch.arange(3)}
+        save_distributed(saved, storage_writer=FileSystemWriter(tmp_path))
+        state = {"numbers": {"step": 0, "rate": 0.0, "names": ["", ""]}, "tensor": torch.zeros(3, dtype=torch.int64)}
+        load_state(state, tmp_path, None)
+    assert state["numbers"] == saved["numbers"]
+    assert state["tensor"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"format_version": 1}', "[" * 100_000, '{"format_version": 2}', "1" * 5_000],
+    ids=lambda text: text[:25],
+)
+def test_a_record_that_is_none_is_damage(checkpoint, text):
+    (checkpoint / "checkpoint.json").write_text(text)
+    assert str(checkpoint) in find_damage(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "fifo"])
+def test_a_record_names_files_of_the_folder_alone(checkpoint, name):
+    path = checkpoint / "checkpoint.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"sha256": {name: "0" * 64}}))
+    os.mkfifo(checkpoint / "fifo")
+    (checkpoint.parent / "x").touch()
+    assert "damaged" in find_damage(checkpoint)
