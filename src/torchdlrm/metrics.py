@@ -110,9 +110,14 @@ def binary_metrics(labels: Labels, logits: Scores) -> BinaryMetrics:
 
     Args:
         labels: 0 or 1 [N].
-        logits: log-odds of a click, as the model gives them before the sigmoid [N].
+        logits: log-odds of a click, as the model gives them before the sigmoid [N]; of a probability p that is
+            log(p / (1 - p)).
+
+    Raises:
+        ValueError: the shapes differ, or a label is neither 0 nor 1.
     """
     _check_shapes(labels, logits)
+    _check_labels(labels)
     rows = labels.size
     blocks = list(_blocks(labels, logits))
     logloss = _mean(rows, [block.logloss_sum for block in blocks])
@@ -155,8 +160,18 @@ def _blocks(labels: Labels, logits: Scores) -> Iterator[_Block]:
 
 
 def _check_shapes(labels: Labels, scores: Scores) -> None:
-    assert labels.ndim == 1, labels.shape
-    assert labels.shape == scores.shape, (labels.shape, scores.shape)
+    if labels.ndim != 1 or labels.shape != scores.shape:
+        msg = f"labels and scores: must be of one dimension and as many, got shapes {labels.shape} and {scores.shape}"
+        raise ValueError(msg)
+
+
+def _check_labels(labels: Labels) -> None:
+    for start in range(0, labels.size, _BLOCK_ROWS):
+        block = labels[start : start + _BLOCK_ROWS]
+        others = block[(block != 0) & (block != 1)]
+        if others.size:
+            msg = f"labels: must be 0 or 1, got {others[0]}; the order is binary_metrics(labels, logits)"
+            raise ValueError(msg)
 
 
 def _mean(rows: int, sums: list[int] | list[float]) -> float:

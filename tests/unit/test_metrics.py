@@ -119,3 +119,11 @@ def test_as_dict_has_the_fields_in_order():
         ("calibration", 0.8),
         ("accuracy", 0.9),
     ]
+
+
+def test_arguments_the_wrong_way_round_are_refused():
+    labels, logits = np.array([0, 1, 1]), np.array([-1.5, 0.25, 2.0])
+    with pytest.raises(ValueError, match=r"labels: must be 0 or 1, got -1\.5; the order is binary_metrics\(labels, "):
+        binary_metrics(logits, labels)
+    with pytest.raises(ValueError, match=r"got shapes \(3,\) and \(2,\)"):
+        binary_metrics(labels, logits[:2])
