@@ -80,13 +80,13 @@ class LabelColumn(_Column):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.threshold is not None and self.positive is not None:
-            msg = f"column {self.name}: has threshold and positive; one of them says what a click is"
+            msg = "has threshold and positive; one of them says what a click is"
             raise ValueError(msg)
         if self.negative is not None and self.positive is None:
-            msg = f"column {self.name}: negative needs positive, the values that are clicks"
+            msg = "negative needs positive, the values that are clicks"
             raise ValueError(msg)
         if both := set(self.positive or ()) & set(self.negative or ()):
-            msg = f"column {self.name}: {', '.join(sorted(both))} stands in positive and in negative"
+            msg = f"{', '.join(sorted(both))} stands in positive and in negative"
             raise ValueError(msg)
         return self
 

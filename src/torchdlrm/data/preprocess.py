@@ -20,6 +20,7 @@ from torchdlrm.data.job.layout import check_disk, choose_layout, tasks_that_fit
 from torchdlrm.data.job.options import PART_ROWS, PreprocessOptions, Resources
 from torchdlrm.data.job.work_folder import WorkFolder, holds_job
 from torchdlrm.data.log.files import LogFile, find_files
+from torchdlrm.data.log.sniff import check_layout
 from torchdlrm.errors import DatasetError, LogError
 from torchdlrm.progress import ProgressListener, SilentProgress
 from torchdlrm.schema import FeatureSchema
@@ -63,6 +64,8 @@ def preprocess(
     options, resources = options or PreprocessOptions(), resources or Resources()
     progress = progress or SilentProgress()
     files = tuple(replace(file, path=file.path.resolve()) for file in find_files(logs))
+    for file in files:
+        check_layout(file, schema, options.max_bad_rows)
     known = None if options.vocabulary is None else _open_known(options.vocabulary, schema)
     settings = _settings(files, schema, options, known)
     partial = work_folder(out).absolute()

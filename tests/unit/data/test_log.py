@@ -78,7 +78,7 @@ def test_quotes_and_hashes_are_text_like_any_other():
     [
         (b"1\t2\t3\t4\t5", "columns", None, "5 columns, not 6"),
         (b"1\t2\t3\t4\t5\t6\t7", "columns", None, "7 columns, not 6"),
-        (b"", "columns", None, "1 columns, not 6"),
+        (b"", "columns", None, "an empty line"),
         (b"2\t2\t3\t4\t5\t6", "label", "label", "2"),
         (b"-1\t2\t3\t4\t5\t6", "label", "label", "-1"),
         (b"\t2\t3\t4\t5\t6", "no_label", "label", ""),

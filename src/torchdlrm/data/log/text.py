@@ -194,7 +194,10 @@ def _drop_broken_rows(
 
 def _broken_row(cells: list[bytes], line: int, reason: str, schema: FeatureSchema) -> BadRow:
     if reason == "columns":
-        return BadRow(line=line, column=None, value=f"{len(cells)} columns, not {len(schema.columns)}")
+        found = f"{len(cells)} columns, not {len(schema.columns)}"
+        if len(cells) == 1:
+            found = f"{found}: a comment?" if cells[0].startswith(b"#") else found if cells[0] else "an empty line"
+        return BadRow(line=line, column=None, value=found)
     if reason == "quotes":
         return BadRow(line=line, column=None, value=_as_text(schema.separator.encode().join(cells)))
     for column, cell in zip(schema.columns, cells, strict=True):
