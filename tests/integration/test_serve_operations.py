@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import os
+import resource
 import runpy
 import shutil
 import signal
@@ -326,3 +327,38 @@ def test_logged_predictions_are_a_log_to_preprocess(serve, small_bundle, rows, t
     preprocess([tmp_path / "joined.parquet"], tmp_path / "again", criteo_schema(), PreprocessOptions(min_count=1))
     dataset = Dataset.open(tmp_path / "again")
     assert sum(split.rows for split in dataset.manifest.splits.values()) == 50
+
+
+@pytest.mark.slow
+def test_while_no_file_can_be_written_predictions_go_on_and_no_row_is_lost_uncounted(serve, small_bundle, tmp_path):
+    """As on a full disk, but without one: the server may write no file longer than a byte, and later it may."""
+    folder = tmp_path / "log"
+    server = serve(small_bundle, "--log-predictions", folder, "--log-level", "error", "--deadline-ms", 30_000)
+
+    def dropped_rows(client):
+        lines = client.get("/metrics").text.splitlines()
+        return next(int(float(line.split()[1])) for line in lines if line.startswith("dlrm_log_dropped_rows_total "))
+
+    def predict(client, num_requests):
+        for _ in range(num_requests):
+            assert client.post("/predict", content=b"[" + b",".join([b"{}"] * 4096) + b"]").status_code == 200
+
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        predict(client, 40)
+        assert dropped_rows(client) == 8 * 4096, "32 requests wait in memory"
+        assert list(folder.iterdir()) == []
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        deadline_s = time.monotonic() + 60
+        while not list(folder.glob("*.parquet")):
+            assert time.monotonic() < deadline_s, "it is tried again"
+            time.sleep(0.05)
+        predict(client, 4)
+        assert dropped_rows(client) == 8 * 4096
+    code, log = server.stop()
+    assert code == 0
+    assert sum(pl.read_parquet(path).height for path in folder.iterdir()) == 36 * 4096
+    failed = [line for line in log if line["event"] == "predictions not logged"]
+    assert {"File too large"} < {line["message"] for line in failed}
+    assert sum(line.get("dropped_rows", 0) for line in log) == 8 * 4096
+    assert len(failed) <= 3

@@ -37,12 +37,12 @@ class LogLines:
 
     def write(self, level: LogLevel, event: str, **fields: object) -> None:
         """Write a line; never waits."""
-        if _LEVELS[level] < self.level:
-            return
-        try:
-            self._lines.put_nowait({"time": time.time(), "level": level, "event": event, **fields})
-        except queue.Full:
-            self._num_lost += 1
+        if _LEVELS[level] >= self.level:
+            self._put(level, event, fields)
+
+    def note(self, event: str, **fields: object) -> None:
+        """Write what happens to the server itself, such as its start: nothing to warn of, but there at every level."""
+        self._put("info", event, fields)
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Write what is waiting, unless nobody reads it."""
@@ -51,6 +51,12 @@ class LogLines:
         except queue.Full:
             return
         self._thread.join(timeout_s)
+
+    def _put(self, level: LogLevel, event: str, fields: dict[str, object]) -> None:
+        try:
+            self._lines.put_nowait({"time": time.time(), "level": level, "event": event, **fields})
+        except queue.Full:
+            self._num_lost += 1
 
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:

@@ -70,7 +70,7 @@ class ServerMetrics:
         )
         self._swaps = Counter("dlrm_bundle_swaps", "Attempts to swap the bundle.", ["outcome"], registry=self.registry)
         self._lost_rows = Counter(
-            "dlrm_log_dropped_rows", "Rows that the log of predictions had no room for.", registry=self.registry
+            "dlrm_log_dropped_rows", "Predicted rows that the log of predictions dropped.", registry=self.registry
         )
 
     def request_done(self, route: str, code: int, total_s: float) -> None:

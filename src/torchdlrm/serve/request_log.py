@@ -8,13 +8,15 @@ In: batches, as the model was given them.  Out: files in a folder, each whole fr
     requested_at, prediction, model_version
 
 The label is not there: nobody knows it yet.  docs/serving.md says how it is joined.  Rows wait in memory until there
-are enough for a file, and no more than a fixed number: beyond, they are dropped and counted.  They are made columns in
-the log's own thread, because the model may not need them as such, and those of many batches together, because the cost
-is that of the columns.
+are enough for a file, and no more than a fixed number: beyond, they are dropped, counted and told.  A file that the
+disk does not take is tried again and again.  Rows are made columns in the log's own thread, because the model may not
+need them as such, and those of many batches together, because the cost is that of the columns.
 """
 
+import io
 import os
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -30,12 +32,17 @@ from torchdlrm.data.vocabulary import hex_digits
 from torchdlrm.errors import ConfigError
 from torchdlrm.schema import FeatureSchema, SparseColumn, TimeColumn
 from torchdlrm.serve.batch import BatchReport, Rows
+from torchdlrm.serve.log_lines import LogLines
 
 OWN_COLUMNS = ("request_id", "request_row", "requested_at", "prediction", "model_version")
 MAX_WAITING_ROWS = 1 << 17
 FILE_ROWS = 1 << 16
 FILE_SECONDS = 60.0
 _GATHER_S, _GATHER_ROWS = 0.25, 4_096  # of batches that are made columns together
+_FIRST_RETRY_S, _MAX_RETRY_S = 1.0, 30.0
+_SECONDS_BETWEEN_LINES = 60.0
+# What building columns and Parquet may raise: Polars' panics are no `Exception`.
+_ANY_FAILURE = (Exception, pl.exceptions.PanicException)
 
 
 class LoggedModel(Protocol):
@@ -59,8 +66,9 @@ class RequestLog:
     """Writes batches to Parquet files in a thread of its own.
 
     Args:
-        folder: is made.
+        folder: is made, also again when it has been removed.
         dropped: is told how many rows were dropped.
+        lines: are told, not too often, why rows wait or were dropped.
         file_rows, file_s: a file is written when it has that many rows, or its first row is that old.
 
     Raises:
@@ -71,15 +79,17 @@ class RequestLog:
         self,
         folder: Path,
         dropped: Callable[[int], None],
+        lines: LogLines,
         *,
         file_rows: int = FILE_ROWS,
         file_s: float = FILE_SECONDS,
     ) -> None:
-        self._folder, self._dropped = folder, dropped
+        self._folder, self._dropped, self._lines = folder, dropped, lines
+        self._name = f"{os.getpid()}-{secrets.token_hex(3)}"  # process ids alone are the same in many containers
         self._file_rows, self._file_s = file_rows, file_s
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".probe-{os.getpid()}"
+            probe = folder / f".probe-{self._name}"
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -88,6 +98,8 @@ class RequestLog:
         self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._waiting_rows = 0
         self._lock = threading.Lock()
+        self._untold_rows = 0
+        self._next_line_s: dict[str, float] = {}
         self._num_files = 0
         self._is_closing = threading.Event()
         self._next: _Entry | None = None  # taken from the queue already
@@ -98,17 +110,21 @@ class RequestLog:
         """Keep a batch; never waits."""
         num_rows = report.total_rows
         with self._lock:
-            if self._waiting_rows + num_rows > MAX_WAITING_ROWS:
-                self._dropped(num_rows)
-                return
-            self._waiting_rows += num_rows
-        self._entries.put(_Entry(report, model, time.time_ns() // 1000))
+            has_room = self._waiting_rows + num_rows <= MAX_WAITING_ROWS
+            if has_room:
+                self._waiting_rows += num_rows
+        if has_room:
+            self._entries.put(_Entry(report, model, time.time_ns() // 1000))
+        else:
+            self._drop(num_rows, "memory", f"{MAX_WAITING_ROWS:,} rows wait to be written, and no more are kept")
 
     def close(self) -> None:
         """Write what is waiting."""
         self._is_closing.set()
         self._entries.put(None)
         self._thread.join()
+        if self._untold_rows:
+            self._tell("end", "the server stops")
 
     def _work(self) -> None:
         kept: list[pl.DataFrame] = []
@@ -125,8 +141,11 @@ class RequestLog:
                 if not kept:
                     oldest_s = time.monotonic()
                 schema = group[0].model.schema
-                kept.append(_log_frame(group))
-                kept_rows += kept[-1].height
+                try:
+                    kept.append(_log_frame(group))
+                    kept_rows += kept[-1].height
+                except _ANY_FAILURE as error:
+                    self._drop_waiting(sum(entry.report.total_rows for entry in group), "rows", repr(error))
                 del group  # while the thread waits, nothing keeps a bundle that was swapped away
             if kept and (is_end or kept_rows >= self._file_rows):
                 self._write(kept)
@@ -155,17 +174,67 @@ class RequestLog:
         return group, True
 
     def _write(self, frames: list[pl.DataFrame]) -> None:
-        frame = pl.concat(frames)
-        stamp = frame["requested_at"][0].strftime("%Y%m%dT%H%M%S")
-        path = self._folder / f"{stamp}-{os.getpid()}-{self._num_files:06d}.parquet"
-        self._num_files += 1
+        """Write a file: again and again until the disk takes it, but only once more when the log is closed."""
+        num_rows = sum(frame.height for frame in frames)
+        parquet = io.BytesIO()  # so that what fails from here on is the disk
         try:
-            with replacing(path) as beside:
-                frame.write_parquet(beside)
-        except OSError:
-            self._dropped(frame.height)  # a full disk must not stop the predictions
+            frame = pl.concat(frames)
+            frame.write_parquet(parquet)
+        except _ANY_FAILURE as error:
+            self._drop_waiting(num_rows, "rows", repr(error))
+            return
+        stamp = frame["requested_at"][0].strftime("%Y%m%dT%H%M%S")
+        path = self._folder / f"{stamp}-{self._name}-{self._num_files:06d}.parquet"
+        self._num_files += 1
+        retry_s, is_late = _FIRST_RETRY_S, False
+        while (failure := _try_to_write(path, parquet)) is not None:
+            if self._is_closing.is_set():
+                self._drop_waiting(num_rows, "disk", failure)
+                return
+            self._tell("disk", failure)
+            is_late = True
+            self._is_closing.wait(retry_s)
+            retry_s = min(2 * retry_s, _MAX_RETRY_S)
         with self._lock:
-            self._waiting_rows -= frame.height
+            self._waiting_rows -= num_rows
+        if is_late:
+            self._lines.note("predictions logged again", **self._counts())
+
+    def _drop_waiting(self, num_rows: int, cause: str, message: str) -> None:
+        with self._lock:
+            self._waiting_rows -= num_rows
+        self._drop(num_rows, cause, message)
+
+    def _drop(self, num_rows: int, cause: str, message: str) -> None:
+        self._dropped(num_rows)
+        with self._lock:
+            self._untold_rows += num_rows
+        self._tell(cause, message)
+
+    def _tell(self, cause: str, message: str) -> None:
+        """Write a line, unless one of this cause was written just now: then the next line tells the rows."""
+        with self._lock:
+            now_s = time.monotonic()
+            if now_s < self._next_line_s.get(cause, 0.0):
+                return
+            self._next_line_s[cause] = now_s + _SECONDS_BETWEEN_LINES
+        self._lines.write("error", "predictions not logged", message=message, **self._counts())
+
+    def _counts(self) -> dict[str, object]:
+        with self._lock:
+            dropped_rows, self._untold_rows = self._untold_rows, 0
+            return {"dropped_rows": dropped_rows, "waiting_rows": self._waiting_rows, "folder": str(self._folder)}
+
+
+def _try_to_write(path: Path, parquet: io.BytesIO) -> str | None:
+    """Write a file: why it could not be written, or None."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as beside:
+            beside.write_bytes(parquet.getbuffer())
+    except OSError as error:
+        return error.strerror or repr(error)
+    return None
 
 
 def check_loggable(schema: FeatureSchema) -> None:

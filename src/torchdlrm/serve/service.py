@@ -59,7 +59,7 @@ class Service:
         self._request_log: RequestLog | None = None
         if options.log_predictions is not None:
             check_loggable(served.schema)
-            self._request_log = RequestLog(options.log_predictions, self.metrics.rows_lost)
+            self._request_log = RequestLog(options.log_predictions, self.metrics.rows_lost, lines)
         self._is_draining = self._is_damaged = False
         self._numbers = itertools.count(1)
         self._id_prefix = f"{os.getpid():x}-{secrets.token_hex(4)}"
@@ -195,7 +195,7 @@ class Service:
             self.lines.write("error", "swap failed", version=before, message=str(error))
             raise
         self.metrics.swap_done(outcome)
-        self.lines.write("warning", f"bundle {outcome}", before=before, version=self.bundles.current.version)
+        self.lines.note(f"bundle {outcome}", before=before, version=self.bundles.current.version)
         return {"outcome": outcome, "model": self.name, "version": self.bundles.current.version}
 
     def _swapped(self, before: ServedBundle, after: ServedBundle) -> None:

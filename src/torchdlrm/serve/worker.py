@@ -134,11 +134,11 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
     version = service.bundles.current.version
-    lines.write("warning", "serving", model=service.name, version=version, address=list(listener.getsockname()[:2]))
+    lines.note("serving", model=service.name, version=version, address=list(listener.getsockname()[:2]))
     ready(Ready(service.name, version, None if rpc is None else rpc.port))
     await asyncio.wait({serving, loop.create_task(stopping.wait())}, return_when=asyncio.FIRST_COMPLETED)
     service.drain()
-    lines.write("warning", "draining")
+    lines.note("draining")
     await asyncio.sleep(options.drain_s)
     server.should_exit = True
     if rpc is not None:
@@ -146,7 +146,7 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
     await serving
     gauge.cancel()
     service.close()
-    lines.write("warning", "stopped")
+    lines.note("stopped")
 
 
 async def _reload(service: Service) -> None:
