@@ -106,7 +106,9 @@ def test_events_of_a_training_that_did_not_finish_are_on_disk_and_nothing_of_it_
 
     before = set(threading.enumerate())
     train_to_an_end(way, small_dataset.path, tmp_path / "run")
-    written = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("train/loss")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    written = events.Scalars("train/loss")
+    assert b"[table_optimizer]" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     expected = [line["step"] for line in lines(tmp_path / "run")]
     assert [event.step for event in written] == expected
     assert expected

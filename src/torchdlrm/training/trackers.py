@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from torchdlrm.config import Config, knobs
+from torchdlrm.config import Config, config_toml, knobs
 from torchdlrm.errors import ConfigError
 
 IDS_NAME = "trackers.json"
@@ -63,7 +63,7 @@ def open_trackers(run_path: Path, config: Config, *, from_step: int) -> list[Tra
         ConfigError: a tracker cannot be reached, or does not let us in.
     """
     names = config.logging.trackers
-    found: list[Tracker] = [_TensorBoard(run_path, from_step)] if config.logging.tensorboard else []
+    found: list[Tracker] = [_TensorBoard(run_path, config, from_step)] if config.logging.tensorboard else []
     if not names:
         return found
     path = run_path / IDS_NAME
@@ -84,10 +84,11 @@ def open_trackers(run_path: Path, config: Config, *, from_step: int) -> list[Tra
 
 
 class _TensorBoard:
-    def __init__(self, run_path: Path, from_step: int) -> None:
+    def __init__(self, run_path: Path, config: Config, from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - half a second, and optional
 
         self._writer = SummaryWriter(run_path / "tensorboard", purge_step=from_step + 1)
+        self._writer.add_text("config", f"```toml\n{config_toml(config)}```", from_step)
         self._is_broken = False
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
