@@ -25,7 +25,13 @@ class TorchDLRMError(Exception):
 
 
 class UserError(TorchDLRMError, ValueError):
-    """What the user gave is wrong; the message names place, value and remedy."""
+    """What the user gave is wrong; the message names place, value and remedy.
+
+    Attributes:
+        is_everywhere: every process of a training raises it, so none waits for another and none must be started again.
+    """
+
+    is_everywhere = False
 
 
 class SchemaError(UserError):

@@ -56,6 +56,7 @@ def main() -> None:
     # torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would tell people when it starts and stops
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # C++ stack traces where another machine's store is gone
     # As after Ctrl-C, what was begun is removed; verbs that can save, or drain, have handlers of their own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup the end of the terminal is no reason to stop

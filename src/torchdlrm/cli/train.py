@@ -85,18 +85,19 @@ def train(
 
     from torchdlrm.cli.train_tables import show_profile, show_prospect, show_summary
     from torchdlrm.data.dataset import Dataset
-    from torchdlrm.training.launch import Processes, launch
+    from torchdlrm.training.launch import Processes, launch, refusing_everywhere
     from torchdlrm.training.prospect import foresee
     from torchdlrm.training.run import Run
 
-    encoded = Dataset.open(dataset)
-    if not restart:
-        for change in Run(run, settings).check(encoded):
-            console.print(f"changed since the run was started: {change}", markup=False)
     processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id, max_restarts)
-    prospect = foresee(
-        settings, encoded, run, world_size=processes.world_size, local_world_size=nproc_per_node, restart=restart
-    )
+    with nullcontext() if dry_run else refusing_everywhere(processes):
+        encoded = Dataset.open(dataset)
+        if not restart:
+            for change in Run(run, settings).check(encoded):
+                console.print(f"changed since the run was started: {change}", markup=False)
+        prospect = foresee(
+            settings, encoded, run, world_size=processes.world_size, local_world_size=nproc_per_node, restart=restart
+        )
     show_prospect(prospect)
     if dry_run:
         if json:

@@ -16,6 +16,7 @@ from torchdlrm.config.sections import (
     TrainConfig,
     ValidationConfig,
     knobs,
+    setting_values,
 )
 from torchdlrm.config.text import config_toml, find_config, load_config, shipped_config_names
 
@@ -38,5 +39,6 @@ __all__ = [
     "find_config",
     "knobs",
     "load_config",
+    "setting_values",
     "shipped_config_names",
 ]

@@ -230,6 +230,15 @@ class Config(_Section):
     loader: LoaderConfig = LoaderConfig()
 
 
+def setting_values(config: Config) -> dict[str, object]:
+    """The value of every knob by its dotted name."""
+    values: dict[str, object] = {}
+    for name, _ in knobs():
+        section, _, leaf = name.rpartition(".")
+        values[name] = getattr(getattr(config, section) if section else config, leaf)
+    return values
+
+
 def knobs() -> Iterator[tuple[str, FieldInfo]]:
     """Every knob by its dotted name, with its type, default and description."""
     for name, field in Config.model_fields.items():

@@ -6,6 +6,7 @@ from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import UserError
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.training.agreement import Settings, settings_of
 from torchdlrm.training.allocator import keep_freed_memory
 from torchdlrm.training.communication import allow_tf32
 from torchdlrm.training.optimizers import check_table_optimizer
@@ -34,14 +35,19 @@ def train(
         How it ended on rank 0, None elsewhere.
 
     Raises:
-        ConfigError: the device lacks the tables' optimizer, or a tracker's package is missing.
+        ConfigError: the device lacks the tables' optimizer, a tracker's package is missing, or the machines of the
+            training were started with different settings.
         RunError: the folder is in use, holds something else, or a run that cannot go on with this config.
         PlanError: the tables do not fit the machine.
         DatasetError: the dataset is missing, damaged, or has no training rows.
         TrainingError: the loss is not finite, or another process does not answer.
         Interrupted: SIGTERM or Ctrl-C; the run is saved.
     """
-    with join_process_group(config.train.timeout_s) as ranks:
+
+    def describe() -> Settings:
+        return settings_of(config, Dataset.open(dataset), restart=restart)
+
+    with join_process_group(config.train.timeout_s, describe) as ranks:
         keep_freed_memory()
         allow_tf32(config.train, ranks.device)
         check_table_optimizer(config.table_optimizer, ranks.device)
@@ -66,5 +72,6 @@ def _start_run(config: Config, dataset: Dataset, path: Path, ranks: Ranks, *, re
             problem = error
     problem = ranks.from_first(problem)
     if problem is not None:
+        problem.is_everywhere = True
         raise problem
     return run

@@ -5,17 +5,23 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from torchdlrm.errors import Interrupted, LostProcessError, TorchDLRMError, TrainingError
-from torchdlrm.training.process_group import hush_engines
+from torchdlrm.errors import Interrupted, LostProcessError, TorchDLRMError, TrainingError, UserError
+from torchdlrm.training.agreement import NNODES_VARIABLE, Settings
+from torchdlrm.training.process_group import hush_engines, join_process_group
+
+# To tell nodes that are waiting already; they may also have refused by themselves.
+_REFUSAL_TIMEOUT_S = 15
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Processes:
         rdzv_id: name of the job, the same on all nodes.
         max_restarts: how often all processes are started again after one has died.
         shutdown_timeout_s: how long a process that is asked to stop may take to save.
+        join_timeout_s: how long to wait for the other nodes.
     """
 
     nproc_per_node: int = 1
@@ -37,6 +44,7 @@ class Processes:
     rdzv_id: str = "torchdlrm"
     max_restarts: int = 0
     shutdown_timeout_s: int = 600
+    join_timeout_s: int = 600
 
     @property
     def world_size(self) -> int:
@@ -71,6 +79,7 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
         run_id=processes.rdzv_id if several_nodes else uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint=processes.rdzv_endpoint if several_nodes else "localhost:0",
+        rdzv_configs={"join_timeout": processes.join_timeout_s},
         max_restarts=processes.max_restarts,
         monitor_interval=0.1,
         shutdown_timeout=processes.shutdown_timeout_s,
@@ -78,17 +87,48 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
     with tempfile.TemporaryDirectory(prefix="torchdlrm-") as folder:
         said = Path(folder)
         try:
-            results = elastic_launch(config, _recorded)(entrypoint, said, *args)
+            results = elastic_launch(config, _recorded)(entrypoint, said, processes.nnodes, *args)
         except ChildFailedError as error:
             raise _error_that_was_said(said) or _error_of_child(error, processes) from error
+        except RendezvousError as error:
+            msg = (
+                f"not all of {processes.nnodes} nodes have met at {processes.rdzv_endpoint} within "
+                f"{processes.join_timeout_s} s; each needs the same --nnodes, --rdzv-endpoint and --rdzv-id, and one "
+                "that has refused to start says why"
+            )
+            raise _error_that_was_said(said) or TrainingError(msg) from error
         except SignalException as error:
             msg = "interrupted: the processes have saved what they had; the same command goes on from there"
             raise Interrupted(msg) from error
+        refusal = _error_that_was_said(said)
+    if isinstance(refusal, UserError):  # not a lost process that another start has made up for
+        raise refusal
     return results[min(results)]
 
 
-def _recorded(entrypoint: Callable[..., Any], said: Path, *args: object) -> Any:
+@contextmanager
+def refusing_everywhere(processes: Processes) -> Iterator[None]:
+    """What is refused inside, before `launch`, is refused on the other nodes too, which would wait for this one."""
+    try:
+        yield
+    except UserError as error:
+        if processes.nnodes > 1:
+            with suppress(TorchDLRMError):  # this very error, or nobody is waiting
+                launch(_refuse, error, processes=replace(processes, max_restarts=0, join_timeout_s=_REFUSAL_TIMEOUT_S))
+        raise
+
+
+def _refuse(error: UserError) -> None:
+    def describe() -> Settings:
+        raise error
+
+    with join_process_group(describe=describe):
+        pass
+
+
+def _recorded(entrypoint: Callable[..., Any], said: Path, nnodes: int, *args: object) -> Any:
     """Call the entrypoint; what it raises on purpose is written down for the parent, who knows only exit codes."""
+    os.environ[NNODES_VARIABLE] = str(nnodes)
     earlier = _error_that_was_said(said)
     if earlier is not None and not isinstance(earlier, LostProcessError):
         raise earlier  # started again, but an error of this kind would only come again
@@ -100,6 +140,8 @@ def _recorded(entrypoint: Callable[..., Any], said: Path, *args: object) -> Any:
         record = {"module": kind.__module__, "class": kind.__name__, "message": str(error)}
         beside.write_text(json.dumps(record), encoding="utf-8")
         beside.rename(said / f"error-{os.environ.get('RANK', '0')}.json")
+        if isinstance(error, UserError) and error.is_everywhere:
+            return None  # every process of every machine: the launchers part in peace, and none starts another round
         raise
 
 

@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +14,7 @@ from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from torchdlrm.errors import LostProcessError
+from torchdlrm.training.agreement import Settings, agree
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ _SIGNS_OF_A_LOST_PROCESS = ("imed out", "imeout", "onnection closed", "onnection
 
 
 @contextmanager
-def join_process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
+def join_process_group(timeout_s: float = 600.0, describe: Callable[[], Settings] = dict) -> Iterator[Ranks]:
     """Join the group that torch's launcher has described in the environment, or form one of a single process.
 
     NCCL where there is a GPU for each process of the host, gloo otherwise. On CPU each process takes its share of
@@ -91,6 +92,11 @@ def join_process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
 
     Args:
         timeout_s: how long to wait for a process that does not answer before the job ends, in seconds.
+        describe: gives the settings that all machines must have been started with, see `torchdlrm.training.agreement`.
+
+    Raises:
+        UserError: machines were started with different settings, or one cannot take part.
+        LostProcessError: a machine does not come.
     """
     hush_engines()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -103,7 +109,7 @@ def join_process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        _form_group(backend, device, timeout_s)
+        _form_group(backend, device, timeout_s, describe)
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
     try:
@@ -112,7 +118,7 @@ def join_process_group(timeout_s: float = 600.0) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _form_group(backend: str, device: torch.device, timeout_s: float) -> None:
+def _form_group(backend: str, device: torch.device, timeout_s: float, describe: Callable[[], Settings]) -> None:
     """Connect to the other processes, under keys of the store that no earlier start of the job has used.
 
     The launcher's store outlives the processes. With the keys of a start before, gloo may find the address of a process
@@ -123,9 +129,13 @@ def _form_group(backend: str, device: torch.device, timeout_s: float) -> None:
         start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     else:  # agents of several nodes count restarts each for itself: count who has come instead
         start = (store.add("torchdlrm/processes", 1) - 1) // world_size
+    store = dist.PrefixStore(f"torchdlrm/start-{start}", store)  # type: ignore[attr-defined]
+    if int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+        settings = dist.PrefixStore("settings", store)  # type: ignore[attr-defined]
+        agree(settings, describe, device=device, timeout_s=timeout_s)
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(f"torchdlrm/start-{start}", store),  # type: ignore[attr-defined]
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),

@@ -21,7 +21,7 @@ from typing import IO, Any, Self
 import torch
 
 from torchdlrm import __version__
-from torchdlrm.config import Config, config_toml, knobs, load_config
+from torchdlrm.config import Config, config_toml, load_config, setting_values
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import RunError
 
@@ -48,7 +48,7 @@ class Change:
         )
 
     def __str__(self) -> str:
-        return f"{self.key}: was {_shown(self.before)}, is {_shown(self.now)}"
+        return f"{self.key}: was {shown(self.before)}, is {shown(self.now)}"
 
 
 class Run:
@@ -150,7 +150,7 @@ class Run:
             return []
         changes = self._changes()
         fatal = [f"{change}; the saved state means something else with it" for change in changes if change.is_fatal]
-        if _manifest_sha256(dataset) != self.environment["dataset"]["manifest_sha256"]:
+        if manifest_sha256(dataset) != self.environment["dataset"]["manifest_sha256"]:
             fatal.append(
                 f"--dataset: was {self.environment['dataset']['path']}, is {dataset.path} (another dataset.json)"
             )
@@ -170,7 +170,7 @@ class Run:
         """
         trained_on = self.environment["dataset"]
         dataset = Dataset.open(path or Path(trained_on["path"]))
-        if _manifest_sha256(dataset) != trained_on["manifest_sha256"]:
+        if manifest_sha256(dataset) != trained_on["manifest_sha256"]:
             msg = (
                 f"{dataset.path}: not the dataset that {self.path} was trained on (its dataset.json differs), so the "
                 "ids do not mean the same; say with --dataset where that one is"
@@ -192,9 +192,8 @@ class Run:
             self._lock = None
 
     def _changes(self) -> list[Change]:
-        before = load_config(self.path / CONFIG_NAME)
-        pairs = ((name, _value(before, name), _value(self.config, name)) for name, _ in knobs())
-        return [Change(name, then, now) for name, then, now in pairs if then != now]
+        before, now = setting_values(load_config(self.path / CONFIG_NAME)), setting_values(self.config)
+        return [Change(name, before[name], now[name]) for name in now if before[name] != now[name]]
 
     def _lock_folder(self) -> None:
         """Hold the folder until this process ends, however it ends."""
@@ -215,14 +214,8 @@ class Run:
             (self.path / name).unlink(missing_ok=True)
 
 
-def _value(config: Config, dotted_name: str) -> object:
-    value: object = config
-    for part in dotted_name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _shown(value: object) -> object:
+def shown(value: object) -> object:
+    """A setting's value for people."""
     return "not set" if value is None else list(value) if isinstance(value, tuple) else value
 
 
@@ -232,26 +225,34 @@ def _write_whole(path: Path, text: str) -> None:
     beside.rename(path)
 
 
-def _environment(dataset: Dataset, world_size: int) -> dict[str, Any]:
+def versions() -> dict[str, str]:
+    """Of what computes."""
     import fbgemm_gpu  # noqa: PLC0415 - only its version
     import torchrec  # noqa: PLC0415 - only its version
 
-    processor = ""
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-        processor = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
     return {
         "torchdlrm": __version__,
         "torch": torch.__version__,
         "torchrec": torchrec.__version__,
         "fbgemm_gpu": fbgemm_gpu.__version__,
         "python": platform.python_version(),
+    }
+
+
+def _environment(dataset: Dataset, world_size: int) -> dict[str, Any]:
+    processor = ""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+        processor = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
+    return {
+        **versions(),
         "processor": processor,
         "num_cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "world_size": world_size,
-        "dataset": {"path": str(dataset.path.resolve()), "manifest_sha256": _manifest_sha256(dataset)},
+        "dataset": {"path": str(dataset.path.resolve()), "manifest_sha256": manifest_sha256(dataset)},
     }
 
 
-def _manifest_sha256(dataset: Dataset) -> str:
+def manifest_sha256(dataset: Dataset) -> str:
+    """What tells one dataset from another: its manifest holds the checksums of its files."""
     return hashlib.sha256((dataset.path / "dataset.json").read_bytes()).hexdigest()

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from torchdlrm.config import Config, config_toml, knobs
+from torchdlrm.config import Config, config_toml, setting_values
 from torchdlrm.errors import ConfigError
 
 IDS_NAME = "trackers.json"
@@ -119,7 +119,7 @@ class _Wandb:
             id=self.run_id,
             resume="allow",
             dir=run_path,
-            config=_flat(config),
+            config=setting_values(config),
         )
         # wandb's own step never goes back, but a run that was killed does.
         self._run.define_metric("*", step_metric="step")
@@ -145,7 +145,7 @@ class _Mlflow:
         experiment = self._client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
         self.run_id = self._client.create_run(experiment_id, run_name=run_path.resolve().name).info.run_id
-        params = [self._mlflow.entities.Param(key, str(value)) for key, value in _flat(config).items()]
+        params = [self._mlflow.entities.Param(key, str(value)) for key, value in setting_values(config).items()]
         self._client.log_batch(self.run_id, params=params)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -161,11 +161,3 @@ class _Mlflow:
             self._client.set_terminated(self.run_id, _STATUS[outcome])
         except (OSError, self._mlflow.MlflowException) as error:
             logger.warning("MLflow was not told that the run has ended: %s", error)
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    """Every knob's value by its dotted name."""
-    values: dict[str, Any] = config.model_dump(mode="json")
-    return {
-        name: values[name] if "." not in name else values[name.split(".")[0]][name.split(".")[1]] for name, _ in knobs()
-    }
