@@ -92,7 +92,7 @@ def preprocess(
                 manifest = job.run()
                 _finish(manifest, partial / "dataset", out)
             except LogError:
-                if sum(file.size_bytes for file in files) < _KEPT_LOG_BYTES:
+                if work.is_fresh or sum(file.size_bytes for file in files) < _KEPT_LOG_BYTES:
                     work.remove()
                 raise
             finally:

@@ -84,6 +84,11 @@ class WorkFolder:
         """What a task gave that is done, else None."""
         return self._results.get(task)
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no task is done yet."""
+        return not self._results
+
     def record(self, task: str, result: Result) -> None:
         """Note that a task is done."""
         self._results[task] = result

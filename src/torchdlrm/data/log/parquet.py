@@ -3,6 +3,9 @@
 In: row groups of a file.  Out: a `ParsedChunk`; a row's "line" is its number in the file, from 1.  Cells are written
 out as text and read as the schema says, so that a value is good or bad as it would be in a text file; lists are taken
 as the values of a multi-valued column.
+
+A number is itself, as it is in a request to a server: for a column of kind `hex` it is no row of digits, 3.0 is 3 where
+the column holds integers, and NaN is a missing value.
 """
 
 import polars as pl
@@ -14,21 +17,42 @@ from torchdlrm.data.log.cells import to_typed_columns
 from torchdlrm.data.log.cut import Chunk
 from torchdlrm.data.log.files import LogFile
 from torchdlrm.data.log.text import ParsedChunk
+from torchdlrm.data.vocabulary import hex_digits
 from torchdlrm.errors import LogError
 from torchdlrm.schema import Column, FeatureSchema, IgnoredColumn, SparseColumn, TimeColumn
+
+_LIST_TYPES = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+_CELL_TYPES = (
+    pa.types.is_boolean,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_decimal,
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_fixed_size_binary,
+    pa.types.is_date,
+    pa.types.is_timestamp,
+    pa.types.is_time,
+    pa.types.is_null,
+)
+_EXACT_BELOW = 2**53  # every integer up to here is a float64
 
 
 def plan_row_groups(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> list[Chunk]:
     """Cut a Parquet file between row groups into chunks of about `chunk_bytes` in memory, at least a row group each.
 
     Raises:
-        LogError: the file cannot be read, or lacks a column of the schema.
+        LogError: the file cannot be read, lacks a column of the schema, or has one of a type that is no cell.
     """
     try:
         metadata = pq.read_metadata(file.path)
+        arrow_schema = metadata.schema.to_arrow_schema()
     except (OSError, pa.ArrowException) as error:
         raise LogError(_unreadable(file, error)) from error
-    found = metadata.schema.to_arrow_schema().names
+    found = arrow_schema.names
     missing = [column.log_name for column in _used(schema) if column.log_name not in found]
     if missing:
         msg = (
@@ -36,6 +60,15 @@ def plan_row_groups(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> l
             f"its columns are {', '.join(found)}"
         )
         raise LogError(msg)
+    twice = sorted({column.log_name for column in _used(schema) if found.count(column.log_name) > 1})
+    if twice:
+        msg = f"{file.path}: has the column {', '.join(twice)} more than once"
+        raise LogError(msg)
+    wrong = [
+        fault for column in _used(schema) if (fault := _type_fault(arrow_schema.field(column.log_name).type, column))
+    ]
+    if wrong:
+        raise LogError("\n".join([f"{file.path}: columns that cannot be read as the schema says", *wrong]))
     chunks, start, size_bytes = [], 0, 0
     for i in range(metadata.num_row_groups):
         size_bytes += metadata.row_group(i).total_byte_size
@@ -74,25 +107,67 @@ def _unreadable(file: LogFile, error: Exception) -> str:
     return f"{file.path}: the Parquet file cannot be read ({error}); fetch the file again"
 
 
-def _as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Series:
-    cells = cells.alias(column.name)
-    is_multi_valued = isinstance(column, SparseColumn) and column.is_multi_valued
-    if isinstance(cells.dtype, pl.List | pl.Array):
-        if not is_multi_valued:
-            msg = (
-                f"{file.path}, column {column.log_name}: holds lists, and the schema has one value a row; "
+def _type_fault(arrow_type: pa.DataType, column: Column) -> str | None:
+    """What is wrong with the type of a column."""
+    value_type = arrow_type
+    if any(is_list(arrow_type) for is_list in _LIST_TYPES):
+        if not (isinstance(column, SparseColumn) and column.is_multi_valued):
+            return (
+                f"  column {column.log_name}: holds lists, and the schema has one value a row; "
                 'give the column a value_separator = "," to take all values'
             )
-            raise LogError(msg)
-        return cells.cast(pl.List(pl.String))
-    if isinstance(cells.dtype, pl.Categorical | pl.Enum | pl.Decimal):
-        cells = cells.cast(pl.String)
+        value_type = arrow_type.value_type
+    if pa.types.is_dictionary(value_type):
+        value_type = value_type.value_type
+    if any(is_cell(value_type) for is_cell in _CELL_TYPES):
+        return None
+    return (
+        f"  column {column.log_name}: is of the Parquet type {arrow_type}, which is no number, text or time; "
+        "write it as one of these, or leave the column out of the schema"
+    )
+
+
+def _as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Series:
+    cells = cells.alias(column.name)
+    if not isinstance(cells.dtype, pl.List | pl.Array):
+        text = _cells_as_text(cells, column, file)
+        # In a text file an empty cell is a missing one.
+        return pl.select(pl.when(text != "").then(text).alias(column.name)).to_series()
+    lists = cells.cast(pl.List(cells.dtype.inner)).fill_null([])
+    ends = lists.list.len().cum_sum().cast(pl.Int64).to_arrow()
+    values = _cells_as_text(lists.explode(empty_as_null=False), column, file).to_arrow()
+    offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends])
+    return pl.Series(column.name, pa.LargeListArray.from_arrays(offsets, values))
+
+
+def _cells_as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Series:
+    kind = getattr(column, "kind", None)
+    if kind == "hex" and cells.dtype.is_numeric():
+        return _numbers_as_digits(cells)
+    if cells.dtype.is_float():
+        cells = cells.fill_nan(None)
+        if kind != "int":
+            return cells.cast(pl.String)
+        is_whole = (cells == cells.floor()) & (cells.abs() <= _EXACT_BELOW)
+        whole = cells.cast(pl.Int64, strict=False).cast(pl.String)
+        return whole.zip_with(is_whole.fill_null(value=False), cells.cast(pl.String))
     if cells.dtype == pl.Binary:
-        return cells.cast(pl.String, strict=False)
+        try:
+            return cells.cast(pl.String)
+        except pl.exceptions.PolarsError as error:
+            msg = f"{file.path}, column {column.log_name}: holds bytes that are no text in UTF-8; write them as text"
+            raise LogError(msg) from error
     if isinstance(column, TimeColumn) and cells.dtype in (pl.Datetime, pl.Date):
         if getattr(cells.dtype, "time_zone", None):
             cells = cells.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
         return cells.cast(pl.Datetime("us")).dt.to_string("%Y-%m-%d %H:%M:%S%.6f")
-    text = cells.cast(pl.String)
-    # In a text file an empty cell is a missing one.
-    return pl.select(pl.when(text != "").then(text).alias(column.name)).to_series()
+    return cells.cast(pl.String)
+
+
+def _numbers_as_digits(cells: pl.Series) -> pl.Series:
+    """Numbers as the hexadecimal digits that they are; others as a text that is no digits."""
+    numbers = cells.cast(pl.Float64).fill_nan(None)  # wide enough for all that a hex column takes
+    fits = ((numbers == numbers.floor()) & numbers.is_between(0, 2**32 - 1)).fill_null(value=False)
+    digits = hex_digits(pl.select(pl.when(fits).then(numbers).cast(pl.UInt32)).to_series())
+    others = pl.select(pl.when(numbers.is_not_null()).then(pl.format("the number {}", cells))).to_series()
+    return digits.zip_with(fits, others).alias(cells.name)
