@@ -1,6 +1,7 @@
 """A log of the user's own, as CSV and as Parquet, against DuckDB reading the same file."""
 
 import csv
+import gzip
 import json
 import random
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.log.cut import plan_chunks, read_chunks
 from torchdlrm.data.log.files import find_files
 from torchdlrm.data.log.text import parse_chunk
@@ -339,3 +341,22 @@ def test_a_quote_out_of_place_spoils_its_own_row_alone(lines):
     bad = [line for line in lines if line in (b'0,1,a"b,c', b'1,1,"a"b,c')]
     assert parsed.frame.height == len(lines) - len(bad)
     assert parsed.bad_rows.counts == ({"quotes": len(bad)} if bad else {})
+
+
+def test_columns_in_another_order_and_more_of_them_give_the_same_parts(folder, dataset, tmp_path):
+    """Two files, each with its columns in an order of its own; the schema's ignored column is not there."""
+    names = [name for name in next(rows(1)) if name != "note"]
+    table = pl.DataFrame([{**row, "": "", "added upstream": "x,y"} for row in rows(3000)])
+    table.head(1100).select(*reversed(names), "added upstream", "").write_csv(tmp_path / "a.csv")
+    with gzip.open(tmp_path / "b.csv.gz", "wb") as file:
+        table.tail(1900).select("added upstream", *sorted(names)).write_csv(file)
+    command = [sys.executable, "-c", "from torchdlrm.cli.main import main; main()", "preprocess", "a.csv", "b.csv.gz"]
+    options = ["--schema", folder / "schema.toml", "--min-count", "2", "--out", "out"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, cwd=tmp_path, timeout=60)
+    assert done.returncode == 0, done.stderr
+    told = " ".join(done.stderr.split())
+    assert told.count("columns that the schema does not name, not read: 'added upstream', ''") == 1
+    other = Dataset.open(tmp_path / "out")
+    assert other.manifest.splits == dataset.manifest.splits
+    assert [source.extra_columns for source in other.manifest.source] == [("added upstream", ""), ("added upstream",)]
+    assert "extra_columns" not in dataset.manifest.to_json()

@@ -55,6 +55,10 @@ def print_summary(dataset: Dataset, phases: Sequence[PhaseTime]) -> None:
     if seconds:
         parts = ", ".join(f"{phase.name} {phase.seconds:.1f} s" for phase in phases)
         console.print(f"time: {parts}; {rows / seconds:,.0f} rows/s", soft_wrap=True)
+    extra = dict.fromkeys(repr(name) for source in manifest.source for name in source.extra_columns or ())
+    if extra:
+        told = f"columns that the schema does not name, not read: {', '.join(extra)}"
+        console.print(told, markup=False, soft_wrap=True)
     if manifest.bad_rows.total:
         console.print(f"[yellow]bad rows skipped: {manifest.bad_rows.total:,}[/]")
         console.print(

@@ -72,11 +72,12 @@ class SparseRecord(_Frozen):
 
 
 class SourceRecord(_Frozen):
-    """A file of the log; `rows` are its good rows."""
+    """A file of the log; `rows` are its good rows, `extra_columns` what its header names and the schema does not."""
 
     name: str
     size_bytes: int
     rows: int
+    extra_columns: tuple[str, ...] | None = None
 
 
 class BadRowsRecord(_Frozen):
@@ -115,6 +116,7 @@ class Manifest(_Frozen):
         """The text of `dataset.json`."""
         content = self.model_dump(mode="json", by_alias=True)
         content["schema"] = self.feature_schema.model_dump(mode="json", exclude_none=True)
+        content["source"] = [record.model_dump(mode="json", exclude_none=True) for record in self.source]
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from torchdlrm.data.log.names import found_by_name, ignored
 from torchdlrm.errors import LogError
 from torchdlrm.schema import Column, DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn
 
@@ -90,19 +91,8 @@ def layout_of_names(names: Sequence[str], path: Path, schema: FeatureSchema, han
 
 
 def _by_name(names: Sequence[str], where: str, schema: FeatureSchema, handed_on: Sequence[str]) -> FeatureSchema:
-    known = {column.log_name: column for column in schema.columns}
-    missing = [column.log_name for column in _features(schema) if column.log_name not in names]
-    if missing:
-        msg = (
-            f"{where}: has no column {', '.join(missing)}, which the model reads; its columns are "
-            f"{', '.join(names[: len(schema.columns) + 1])}"
-        )
-        raise LogError(msg)
-    twice = sorted({name for name in names if name in known and list(names).count(name) > 1})
-    if twice:
-        msg = f"{where}: names the column {', '.join(twice)} more than once"
-        raise LogError(msg)
-    columns = [_as_read(known.get(name), name, handed_on, at=i) for i, name in enumerate(names)]
+    found = found_by_name(names, where, schema, _features(schema), "the model")
+    columns = [_as_read(column, names[i], handed_on, at=i) for i, column in enumerate(found)]
     wanted = set(handed_on) - {column.name for column in columns}
     if wanted:
         raise LogError(_not_there([name for name in handed_on if name in wanted], where, names))
@@ -117,7 +107,9 @@ def _as_read(column: Column | None, log_name: str, handed_on: Sequence[str], *, 
     if name in handed_on:
         # Any text may name a column of somebody's log, not only what a schema allows.
         return SparseColumn.model_construct(name=name, header_name=log_name, kind="string", role="sparse")
-    return IgnoredColumn.model_construct(name=f"@{at}" if column is None else name, header_name=log_name, role="ignore")
+    if column is None:
+        return ignored(at, log_name)
+    return IgnoredColumn.model_construct(name=name, header_name=log_name, role="ignore")
 
 
 def _features(schema: FeatureSchema) -> list[DenseColumn | SparseColumn]:

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from torchdlrm.data.bad_rows import BadRows
 from torchdlrm.data.log.cut import plan_chunks, read_chunks
 from torchdlrm.data.log.files import find_files
+from torchdlrm.data.log.names import extra_columns, schema_of_file
 from torchdlrm.data.log.text import parse_chunk
 from torchdlrm.errors import LogError
 from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, criteo_schema
@@ -222,20 +223,35 @@ def test_a_header_is_skipped_when_it_names_the_columns(tmp_path):
     assert [chunk for chunk, _ in read_chunks(find_files([path])[0], schema)] == [b"1,2,3,4,5,6\r\n"]
 
 
+def test_a_header_may_name_the_columns_in_any_order_and_others_too(tmp_path):
+    schema = SCHEMA.model_copy(update={"header": True, "separator": ",", "quote": '"'})
+    path = tmp_path / "log.csv"
+    lines = b'text,"of, another",count,label,hex,price,number,\n"K\xc3\xb6ln",x,-3,1,0Fe,2.5,7,y\n'
+    path.write_bytes(b"\xef\xbb\xbf" + lines)
+    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(lines.replace(b"\n", b"\r\n")))
+    for file in find_files([path, tmp_path / "log.csv.gz"]):
+        layout = schema_of_file(file, schema)
+        ((chunk, _),) = read_chunks(file, schema)
+        assert parse_chunk(chunk, layout).frame.select(column.name for column in SCHEMA.columns).rows() == [GOOD_ROW]
+        assert extra_columns(layout) == ("of, another", "")
+    assert extra_columns(schema) is None
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"label,count,prize,hex,number,text\n", "column 3 is 'prize' where the schema 'small' has 'price'"),
-        (b"label,count\n", "2 columns where the schema 'small' has 6"),
-        (b"\n", "column 1 is '' where the schema 'small' has 'label'"),
+        (b"label,count,prize,hex,number,title\n", "has no column price, text, which the schema 'small' reads"),
+        (b"label,count\n", "has no column price, hex, number, text,"),
+        (b"\n", "has no column label, count, price, hex, number, text,"),
+        (b"label,count,count,price,hex,hex,number,text\n", "names the column count, hex more than once"),
     ],
 )
-def test_a_header_with_other_names_is_reported(tmp_path, header, message):
+def test_a_header_that_lacks_columns_or_has_one_twice_is_reported(tmp_path, header, message):
     schema = SCHEMA.model_copy(update={"header": True, "separator": ","})
     path = tmp_path / "log.csv"
     path.write_bytes(header + b"1,2,3,4,5,6\n")
     with pytest.raises(LogError, match=r"line 1 \(header\)") as caught:
-        list(read_chunks(find_files([path])[0], schema))
+        schema_of_file(find_files([path])[0], schema)
     assert message in str(caught.value)
 
 

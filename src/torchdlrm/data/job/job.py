@@ -38,6 +38,7 @@ from torchdlrm.data.job.work_folder import Result, WorkFolder
 from torchdlrm.data.job.write import write_rows
 from torchdlrm.data.log.cut import Chunk, plan_chunks
 from torchdlrm.data.log.files import LogFile
+from torchdlrm.data.log.names import extra_columns, schema_of_file
 from torchdlrm.data.log.parquet import plan_row_groups
 from torchdlrm.data.splits import SPLIT_NAMES, RowSplit
 from torchdlrm.data.transforms import FittedDense, Moments, fit_dense
@@ -62,6 +63,8 @@ class Job:
     progress: ProgressListener
     known: Dataset | None
     bad_rows: BadRows = field(default_factory=BadRows)
+    # The schema with its columns in the order of each file.
+    layouts: Sequence[FeatureSchema] = ()
 
     @property
     def dataset_folder(self) -> Path:
@@ -74,6 +77,7 @@ class Job:
         Raises:
             LogError: the log cannot be read, or has too many bad rows, or too few good ones.
         """
+        self.layouts = [schema_of_file(file, self.schema) for file in self.files]
         for name in ("vocabulary", *SPLIT_NAMES):
             (self.dataset_folder / name).mkdir(exist_ok=True)
         rows_of_files, read = self._read()
@@ -103,8 +107,10 @@ class Job:
                 for i, (name, tally) in enumerate(zip(SPLIT_NAMES, tallies, strict=True))
             },
             source=tuple(
-                SourceRecord(name=file.name, size_bytes=file.size_bytes, rows=num_rows)
-                for file, num_rows in zip(self.files, rows_of_files, strict=True)
+                SourceRecord(
+                    name=file.name, size_bytes=file.size_bytes, rows=num_rows, extra_columns=extra_columns(layout)
+                )
+                for file, num_rows, layout in zip(self.files, rows_of_files, self.layouts, strict=True)
             ),
             bad_rows=BadRowsRecord.of(self.bad_rows),
         )
@@ -154,7 +160,8 @@ class Job:
         def tasks() -> Iterator[Task]:
             for i, chunk in enumerate(chunks):
                 text = texts[i] if file.format == "gzip" else None
-                task = ReadTask(file, chunk, text, self.schema, self.work.layout.num_partitions, targets[i])
+                num_partitions = self.work.layout.num_partitions
+                task = ReadTask(file, chunk, text, self.schema, self.layouts[number], num_partitions, targets[i])
                 yield Task(f"read-{number}-{i}", read_chunk, (task,))
 
         results = []

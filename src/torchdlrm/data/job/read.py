@@ -34,12 +34,17 @@ TIME = "@time"
 
 @dataclass(frozen=True)
 class ReadTask:
-    """What reading a chunk needs; `text` is the chunk's unpacked text where the file is gzipped."""
+    """What reading a chunk needs.
+
+    `text` is the chunk's unpacked text where the file is gzipped; `layout` is the schema with its columns in the order
+    of the file.
+    """
 
     file: LogFile
     chunk: Chunk
     text: Path | None
     schema: FeatureSchema
+    layout: FeatureSchema
     num_partitions: int
     target: Path
 
@@ -97,12 +102,12 @@ def read_chunk(task: ReadTask) -> Result:
 def _parse(task: ReadTask) -> ParsedChunk:
     task.file.check_unchanged()
     if task.file.format == "parquet":
-        parsed = read_row_groups(task.file, range(task.chunk.start, task.chunk.end), task.schema)
+        parsed = read_row_groups(task.file, range(task.chunk.start, task.chunk.end), task.layout)
     elif task.text is not None:
         with pa.CompressedInputStream(pa.OSFile(str(task.text), "rb"), "lz4") as packed:
-            parsed = parse_chunk(packed.read(), task.schema)
+            parsed = parse_chunk(packed.read(), task.layout)
     else:
-        parsed = parse_chunk(_read_bytes(task.file, task.chunk), task.schema)
+        parsed = parse_chunk(_read_bytes(task.file, task.chunk), task.layout)
     task.file.check_unchanged()
     return parsed
 

@@ -36,7 +36,7 @@ def plan_chunks(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> list[
     """Cut a plain text file at row ends into chunks of about `chunk_bytes`; a header belongs to none.
 
     Raises:
-        LogError: the file cannot be read, its header is not the schema's, or a row is longer than a chunk.
+        LogError: the file cannot be read, or a row is longer than a chunk.
     """
     if schema.quote is not None:
         chunks = []
@@ -45,7 +45,7 @@ def plan_chunks(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> list[
         return chunks
     try:
         with file.path.open("rb") as text:
-            rest = _without_header(text, file, schema)
+            rest = _without_header(text, schema)
             start = text.tell() - len(rest)
             chunks = []
             while start < file.size_bytes:
@@ -83,13 +83,12 @@ def read_chunks(file: LogFile, schema: FeatureSchema, chunk_bytes: int = CHUNK_B
     is dropped, and the header where the schema has one.
 
     Raises:
-        LogError: the file cannot be read, is not what the schema says, ends in the middle of its gzip stream, or has no
-            row end in `chunk_bytes`.
+        LogError: the file cannot be read, ends in the middle of its gzip stream, or has no row end in `chunk_bytes`.
     """
     with reading(file), file.path.open("rb") as raw:
         is_gzip = file.format == "gzip"
         text: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if is_gzip else raw
-        rest = _without_header(text, file, schema)
+        rest = _without_header(text, schema)
         offset_bytes = raw.tell() - len(rest)
         for lines in _cut(text, rest, file, schema, chunk_bytes):
             offset_bytes += len(lines)
@@ -158,24 +157,15 @@ def _unended(rest: bytes, file: LogFile, schema: FeatureSchema, chunk_bytes: int
     )
 
 
-def _without_header(text: IO[bytes], file: LogFile, schema: FeatureSchema) -> bytes:
-    """The first bytes of the file that belong to rows."""
+def read_header(text: IO[bytes]) -> tuple[bytes, bytes]:
+    """The first line of a text, without a byte-order mark, and the first bytes behind it that were read too."""
     start = text.read(len(BYTE_ORDER_MARK)).removeprefix(BYTE_ORDER_MARK)
-    if not schema.header:
-        return start
     line, _, rest = (start if b"\n" in start else start + text.readline(_MAX_HEADER_BYTES)).partition(b"\n")
-    found = [
-        name.strip('"') if schema.quote else name
-        for name in line.decode(errors="replace").rstrip("\r").split(schema.separator)
-    ]
-    expected = [column.log_name for column in schema.columns]
-    if found != expected:
-        at = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
-        where = (
-            f"{len(found)} columns where the schema {schema.name!r} has {len(expected)}"
-            if at is None
-            else f"column {at + 1} is {found[at]!r} where the schema {schema.name!r} has {expected[at]!r}"
-        )
-        msg = f"{file.path}, line 1 (header): {where}; change the schema or the file"
-        raise LogError(msg)
-    return rest
+    return line, rest
+
+
+def _without_header(text: IO[bytes], schema: FeatureSchema) -> bytes:
+    """The first bytes of the file that belong to rows."""
+    if schema.header:
+        return read_header(text)[1]
+    return text.read(len(BYTE_ORDER_MARK)).removeprefix(BYTE_ORDER_MARK)

@@ -16,6 +16,7 @@ from torchdlrm.data.bad_rows import BadRows
 from torchdlrm.data.log.cells import to_typed_columns
 from torchdlrm.data.log.cut import Chunk
 from torchdlrm.data.log.files import LogFile
+from torchdlrm.data.log.names import found_by_name
 from torchdlrm.data.log.text import ParsedChunk
 from torchdlrm.data.vocabulary import hex_digits
 from torchdlrm.errors import LogError
@@ -52,18 +53,7 @@ def plan_row_groups(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> l
         arrow_schema = metadata.schema.to_arrow_schema()
     except (OSError, pa.ArrowException) as error:
         raise LogError(_unreadable(file, error)) from error
-    found = arrow_schema.names
-    missing = [column.log_name for column in _used(schema) if column.log_name not in found]
-    if missing:
-        msg = (
-            f"{file.path}: has no column {', '.join(missing)}, which the schema {schema.name!r} names; "
-            f"its columns are {', '.join(found)}"
-        )
-        raise LogError(msg)
-    twice = sorted({column.log_name for column in _used(schema) if found.count(column.log_name) > 1})
-    if twice:
-        msg = f"{file.path}: has the column {', '.join(twice)} more than once"
-        raise LogError(msg)
+    found_by_name(arrow_schema.names, str(file.path), schema, _used(schema), f"the schema {schema.name!r}")
     wrong = [
         fault for column in _used(schema) if (fault := _type_fault(arrow_schema.field(column.log_name).type, column))
     ]

@@ -19,7 +19,7 @@ from torchdlrm.data.bad_rows import BadRow, BadRows
 from torchdlrm.data.log.cells import text_frame, to_typed_columns
 from torchdlrm.data.log.cut import BYTE_ORDER_MARK
 from torchdlrm.data.log.quotes import find_quoted
-from torchdlrm.schema import FeatureSchema
+from torchdlrm.schema import FeatureSchema, IgnoredColumn
 
 _COUNT_BLOCK_BYTES = 256 << 10
 
@@ -202,7 +202,8 @@ def _broken_row(cells: list[bytes], line: int, reason: str, schema: FeatureSchem
         return BadRow(line=line, column=None, value=_as_text(schema.separator.encode().join(cells)))
     for column, cell in zip(schema.columns, cells, strict=True):
         if (b"\0" in cell) if reason == "nul_byte" else ("\ufffd" in cell.decode(errors="replace")):
-            return BadRow(line=line, column=column.name, value=_as_text(cell))
+            name = column.log_name if isinstance(column, IgnoredColumn) else column.name
+            return BadRow(line=line, column=name, value=_as_text(cell))
     raise AssertionError("the fault of a broken row lies in one of its cells")
 
 
