@@ -20,7 +20,7 @@ from starlette.types import Scope
 
 from torchdlrm import __version__
 from torchdlrm.errors import TorchDLRMError
-from torchdlrm.serve.connection import ARRIVED, IS_GONE, IS_WHOLE
+from torchdlrm.serve.exchange import ARRIVED, IS_GONE, IS_WHOLE
 from torchdlrm.serve.gate import REQUEST_ID, Gate, refusal
 from torchdlrm.serve.metrics import CONTENT_TYPE
 from torchdlrm.serve.open_inference.columns import model_metadata, rows_of_tensors
@@ -39,7 +39,7 @@ _LARGE_BODY_BYTES = 256 << 10
 
 def build_app(service: Service) -> Gate:
     """Everything that is answered over HTTP."""
-    app = FastAPI(title="torchdlrm", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="torchdlrm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.openapi = lambda: document(service)  # type: ignore[method-assign]  # as FastAPI's documentation has it
     app.include_router(page_router())
     app.router.routes += [*_people(service), *_open_inference(service), *_operators(service)]

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 from fastapi import Response
 
-from torchdlrm.serve.connection import ARRIVED
+from torchdlrm.serve.exchange import ARRIVED
 from torchdlrm.serve.refusals import RefusedRequest, overloaded
 from torchdlrm.serve.request_id import request_id_of
 from torchdlrm.serve.service import Service
@@ -32,8 +32,6 @@ def refusal(error: RefusedRequest) -> Response:
     headers = dict(error.headers)
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
-    if error.status in {HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_TIMEOUT}:
-        headers["Connection"] = "close"  # what is still to come of the body shall not be read
     return Response(orjson.dumps({"error": error.message}), error.status, headers, media_type="application/json")
 
 

@@ -20,7 +20,7 @@ import uvicorn
 from torchdlrm.errors import TorchDLRMError
 from torchdlrm.serve.app import build_app
 from torchdlrm.serve.bundles import ServedBundle
-from torchdlrm.serve.connection import LimitedConnection
+from torchdlrm.serve.connection import Connections
 from torchdlrm.serve.log_lines import LibraryHandler, LogLines
 from torchdlrm.serve.open_inference.grpc import GrpcServer
 from torchdlrm.serve.options import ServeOptions
@@ -96,15 +96,18 @@ def _tell_others() -> None:
 async def _serve(service: Service, listener: socket.socket, ready: Callable[[Ready], None]) -> None:
     loop = asyncio.get_running_loop()
     options, lines, parent = service.options, service.lines, parent_process()
+    # Answers are small: who does not take them need not fill megabytes of the kernel's memory.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 256 << 10)
+    connections = Connections(options, lines)
     config = uvicorn.Config(
         build_app(service),
-        http=LimitedConnection.with_timeout(options.header_timeout_s),
+        http=connections,  # type: ignore[arg-type]  # what makes a protocol, if no class of it
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=int(options.keep_alive_s),
+        proxy_headers=False,  # anybody on this machine could write any client into the log
         timeout_graceful_shutdown=int(options.shutdown_timeout_s),
         backlog=2048,
     )
@@ -129,7 +132,7 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
 
     loop.add_signal_handler(signal.SIGHUP, swap)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-    gauge = loop.create_task(report_queue(service))
+    beside = [loop.create_task(report_queue(service)), loop.create_task(connections.watch())]
     serving = loop.create_task(server.serve([listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
@@ -144,7 +147,8 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
     if rpc is not None:
         await rpc.stop(options.shutdown_timeout_s)
     await serving
-    gauge.cancel()
+    for task in beside:
+        task.cancel()
     service.close()
     lines.note("stopped")
 
