@@ -263,12 +263,17 @@ def test_the_proposed_schema_reads_the_log(folder):
     (folder / "clicks.csv").write_text(
         "clicked,user id,price,tags,time,city\n"
         + "".join(
-            f'{str(i % 3 == 0).lower()},{i % 7 + 100},{i / 4},"a|b",2024-01-{i % 28 + 1:02d} 10:00:00,"Köln, {i % 5}"\n'
+            f'{i % 3 == 0},{i % 7 + 100},{i / 4},"a|{i % 2}",2024-01-{i % 28 + 1:02d} 10:00:00,"Köln, {i % 5}"\n'
             for i in range(140)
         )
     )
-    done = dlrm("schema", folder / "clicks.csv", "--out", folder / "proposed.toml")
+    done = dlrm("schema", folder / "clicks.csv", "--out", folder / "proposed.toml", "--json", "--rows", "100000")
     assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["text"] == (folder / "proposed.toml").read_text()
+    assert (told["read"], told["preset"], told["warnings"]) == ("all 140 rows", None, [])
+    assert told["reasons"]["user_id"] == "a code by its name"
+    assert dlrm("schema", folder / "clicks.csv").stdout == told["text"]
     found = load_schema(str(folder / "proposed.toml"))
     assert [(column.role, column.name) for column in found.columns] == [
         ("label", "clicked"),
@@ -289,7 +294,7 @@ def test_the_proposed_schema_reads_the_log(folder):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["rows"] == {"train": 112, "val": 14, "test": 14}
+    assert result["rows"] == {"train": 110, "val": 15, "test": 15}, "by time, of which every fifth row is the same"
     assert [phase["name"] for phase in result["phases"]] == ["read", "count", "encode", "write"]
     told = [json.loads(line) for line in done.stderr.splitlines() if line.startswith('{"phase"')]
     assert [(line["phase"], line["amount"]) for line in told] == [

@@ -2,29 +2,60 @@
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
-from torchdlrm.cli.terminal import console
-from torchdlrm.data.log.propose import propose_schema
+from cyclopts import Parameter
+from rich.markup import escape
+
+from torchdlrm.cli.terminal import console, print_json
+from torchdlrm.data.proposal.propose import SAMPLE_ROWS, propose_schema
 from torchdlrm.errors import UserError
 
 
-def schema(log: Path, *, out: Path | None = None) -> None:
-    """Propose a schema file for a log, from its first rows, for you to edit.
+def schema(
+    log: Path,
+    *,
+    out: Path | None = None,
+    rows: int = SAMPLE_ROWS,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Propose a schema file for a log, from rows all over it, for you to edit.
 
     Args:
         log: A file of the log: CSV, TSV (plain or gzipped) or Parquet.
         out: Where to write the file; by default it is printed.
+        rows: How many rows to read, about, from the beginning, the middle and the end.
+        as_json: Print one JSON object: schema, text of the file, reasons, warnings, preset.
     """
-    text = propose_schema(log)
-    if out is None:
-        sys.stdout.write(text)
-        return
-    if out.exists():
+    if rows < 1:
+        msg = f"--rows: must be at least 1, got {rows}"
+        raise UserError(msg)
+    if out is not None and out.exists():
         msg = f"{out}: exists; choose another --out, or remove it first"
         raise UserError(msg)
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        msg = f"{out}: cannot be written: {error.strerror}"
-        raise UserError(msg) from error
-    console.print(f"wrote {out}; edit it, then: dlrm preprocess {log} --schema {out} --out dataset", soft_wrap=True)
+    proposal = propose_schema(log, rows)
+    for warning in proposal.warnings:
+        console.print(f"[yellow]look[/]: {escape(warning)}", soft_wrap=True)
+    if out is not None:
+        try:
+            out.write_text(proposal.text, encoding="utf-8")
+        except OSError as error:
+            msg = f"{out}: cannot be written: {error.strerror}"
+            raise UserError(msg) from error
+        console.print(f"wrote {out} from {proposal.origin}; read and edit it, then:", soft_wrap=True, markup=False)
+        console.print(f"dlrm preprocess {log} --schema {out} --out dataset", soft_wrap=True, markup=False)
+    if as_json:
+        print_json(
+            {
+                "log": str(log),
+                "out": None if out is None else str(out),
+                "preset": proposal.preset,
+                "read": proposal.origin,
+                "warnings": proposal.warnings,
+                "reasons": proposal.reasons,
+                "schema": proposal.schema,
+                "text": proposal.text,
+            }
+        )
+    elif out is None:
+        sys.stdout.write(proposal.text)

@@ -1,9 +1,11 @@
 """How a text log is written is told from its first lines, and before any work of one that its schema does not fit."""
 
 import gzip
+from pathlib import Path
 
 import pytest
 
+from torchdlrm.data.log.files import LogFile
 from torchdlrm.data.log.sniff import sniff
 from torchdlrm.data.preprocess import PreprocessOptions, preprocess
 from torchdlrm.errors import LogError
@@ -25,7 +27,7 @@ from torchdlrm.schema import FeatureSchema, criteo_schema
     ],
 )
 def test_the_separator_is_the_mark_that_cuts_the_lines_alike(text, separator, is_quoted, num_columns):
-    layout = sniff(text.encode())
+    layout = sniff(text.encode(), LogFile(Path("log"), len(text), None))
     assert (layout.separator, layout.is_quoted, layout.num_columns) == (separator, is_quoted, num_columns)
 
 
@@ -40,6 +42,10 @@ def test_a_log_that_is_cut_otherwise_than_its_schema_says_is_refused_before_any_
     )
     assert expected in str(error.value)
     assert list(tmp_path.iterdir()) == [path]
+    path.write_bytes(pack(b"1,2,3\r4,5,6\r"))
+    with pytest.raises(LogError, match="its lines end with a carriage return alone"):
+        preprocess([path], tmp_path / "dataset", criteo_schema())
+    path.write_bytes(pack(b"1,2,3\n4,5,6\n" * 10))
     columns = [{"role": "label", "name": "a"}, {"role": "dense", "name": "b"}, {"role": "sparse", "name": "c"}]
     with_header = FeatureSchema.model_validate({"name": "small", "header": True, "columns": columns})
     with pytest.raises(LogError, match="looks comma-separated"):

@@ -27,6 +27,12 @@ _OTHERS = (
     (rb"\x04\x22\x4d\x18", "packed by lz4", "lz4cat {path} | gzip > {path}.gz"),
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z e -so {path} | gzip > {path}.gz"),
     (rb"\xff\xfe|\xfe\xff", "text in UTF-16", "iconv -f UTF-16 -t UTF-8 {path} > {path}.utf8"),
+    (
+        rb"\s*\{\s*[\"\}]",
+        "JSON",
+        "python -c 'import polars, sys; polars.read_ndjson(sys.argv[1]).write_parquet(sys.argv[2])' {path} NEW.parquet",
+    ),
+    (rb"(?i)\s*<(!doctype|html|\?xml)", "a page of HTML or XML, not the log itself", "fetching it again"),
 )
 
 
@@ -110,7 +116,7 @@ def recognize_format(start: bytes, path: Path) -> FileFormat:
     for pattern, kind, template in _OTHERS:
         if re.match(pattern, start):
             command = template.format(path=shlex.quote(str(path)) if path.exists() else "FILE")
-            msg = f"{path}: is {kind}; a log is UTF-8 text, gzipped or not, or Parquet. This makes one: {command}"
+            msg = f"{path}: is {kind}; a log is UTF-8 text, gzipped or not, or Parquet; this makes one: {command}"
             raise LogError(msg)
     if start.startswith(_GZIP_MAGIC):
         return "gzip"

@@ -52,10 +52,10 @@ def plan_row_groups(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> l
         metadata = pq.read_metadata(file.path)
         arrow_schema = metadata.schema.to_arrow_schema()
     except (OSError, pa.ArrowException) as error:
-        raise LogError(_unreadable(file, error)) from error
+        raise LogError(unreadable(file, error)) from error
     found_by_name(arrow_schema.names, str(file.path), schema, _used(schema), f"the schema {schema.name!r}")
     wrong = [
-        fault for column in _used(schema) if (fault := _type_fault(arrow_schema.field(column.log_name).type, column))
+        fault for column in _used(schema) if (fault := type_fault(arrow_schema.field(column.log_name).type, column))
     ]
     if wrong:
         raise LogError("\n".join([f"{file.path}: columns that cannot be read as the schema says", *wrong]))
@@ -81,9 +81,9 @@ def read_row_groups(
         names = [column.log_name for column in used]
         table = pq.ParquetFile(file.path).read_row_groups(list(row_groups), columns=names)
     except (OSError, pa.ArrowException) as error:
-        raise LogError(_unreadable(file, error)) from error
+        raise LogError(unreadable(file, error)) from error
     frame = pl.DataFrame(table)
-    text = pl.DataFrame([_as_text(frame[column.log_name], column, file) for column in used])
+    text = pl.DataFrame([cells_as_text(frame[column.log_name], column, file) for column in used])
     bad_rows = BadRows()
     typed, good = to_typed_columns(text, schema, bad_rows, is_label_optional=is_label_optional)
     return ParsedChunk.of(typed, good, frame.height, bad_rows)
@@ -93,12 +93,13 @@ def _used(schema: FeatureSchema) -> list[Column]:
     return [column for column in schema.columns if not isinstance(column, IgnoredColumn)]
 
 
-def _unreadable(file: LogFile, error: Exception) -> str:
+def unreadable(file: LogFile, error: Exception) -> str:
+    """What is told of a file that cannot be read."""
     return f"{file.path}: the Parquet file cannot be read ({error}); fetch the file again"
 
 
-def _type_fault(arrow_type: pa.DataType, column: Column) -> str | None:
-    """What is wrong with the type of a column."""
+def type_fault(arrow_type: pa.DataType, column: Column) -> str | None:
+    """What is wrong with the type of a column; None: nothing."""
     value_type = arrow_type
     if any(is_list(arrow_type) for is_list in _LIST_TYPES):
         if not (isinstance(column, SparseColumn) and column.is_multi_valued):
@@ -117,20 +118,25 @@ def _type_fault(arrow_type: pa.DataType, column: Column) -> str | None:
     )
 
 
-def _as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Series:
+def cells_as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Series:
+    """Cells of a Parquet file as a text file would have them: String, or lists of it; null where one is missing.
+
+    Raises:
+        LogError: they are bytes that are no text.
+    """
     cells = cells.alias(column.name)
     if not isinstance(cells.dtype, pl.List | pl.Array):
-        text = _cells_as_text(cells, column, file)
+        text = _values_as_text(cells, column, file)
         # In a text file an empty cell is a missing one.
         return pl.select(pl.when(text != "").then(text).alias(column.name)).to_series()
     lists = cells.cast(pl.List(cells.dtype.inner)).fill_null([])
     ends = lists.list.len().cum_sum().cast(pl.Int64).to_arrow()
-    values = _cells_as_text(lists.explode(empty_as_null=False), column, file).to_arrow()
+    values = _values_as_text(lists.explode(empty_as_null=False), column, file).to_arrow()
     offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends])
     return pl.Series(column.name, pa.LargeListArray.from_arrays(offsets, values))
 
 
-def _cells_as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Series:
+def _values_as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Series:
     kind = getattr(column, "kind", None)
     if kind == "hex" and cells.dtype.is_numeric():
         return _numbers_as_digits(cells)

@@ -41,8 +41,18 @@ class TextLayout:
         return f"{SEPARATORS.get(self.separator, self.separator)}-separated ({self.num_columns:,} columns)"
 
 
-def sniff(head: bytes) -> TextLayout:
-    """The layout of a text, from its first bytes, which end anywhere; blank lines do not count."""
+def sniff(head: bytes, file: LogFile) -> TextLayout:
+    """The layout of a text, from its first bytes, which end anywhere; blank lines do not count.
+
+    Raises:
+        LogError: the lines end as none does that is read.
+    """
+    if b"\r" in head and b"\n" not in head:
+        path = shlex.quote(str(file.path))
+        msg = (
+            f"{file.path}: its lines end with a carriage return alone; this makes a log: tr '\\r' '\\n' < {path} > NEW"
+        )
+        raise LogError(msg)
     head = _whole_lines(head)
     text = head.decode(errors="replace")
     found = [_Cut.of(_lines(text, mark), mark) for mark in SEPARATORS]
@@ -89,7 +99,7 @@ def check_layout(file: LogFile, schema: FeatureSchema, max_bad_rows: int) -> Non
     # With a header columns are found by name, and others may stand among them.
     if (max(widths, default=0) > 1 if schema.header else len(schema.columns) in widths) or len(widths) <= max_bad_rows:
         return
-    layout = sniff(head)
+    layout = sniff(head, file)
     if layout.num_columns < 2:
         return
     expected = TextLayout(schema.separator, schema.quote is not None, len(schema.columns))

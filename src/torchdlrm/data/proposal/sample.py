@@ -1,0 +1,264 @@
+"""A log of any size -> rows from all over it, in bounded time and memory.
+
+In: a file, a number of rows.  Out: their cells as preprocessing reads them, and in words what was read.
+
+| file | what is read |
+| --- | --- |
+| small text | everything |
+| text | blocks at evenly spaced places |
+| gzipped text | up to 256 MiB of text from the start; of that, evenly spaced blocks are kept |
+| Parquet | up to 16 evenly spaced row groups; of half a million of their rows, evenly spaced batches are kept |
+"""
+
+import gzip
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, TypeVar, cast
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from torchdlrm.data.bad_rows import BadRow, BadRows, describe_bad_rows
+from torchdlrm.data.log.cut import BYTE_ORDER_MARK, reading
+from torchdlrm.data.log.files import LogFile
+from torchdlrm.data.log.parquet import cells_as_text, type_fault, unreadable
+from torchdlrm.data.log.quotes import find_quoted, last_row_end
+from torchdlrm.data.log.sniff import SEPARATORS, TextLayout, sniff
+from torchdlrm.data.log.text import ParsedChunk, parse_chunk
+from torchdlrm.data.proposal.facts import USUAL_NULLS
+from torchdlrm.errors import LogError
+from torchdlrm.schema import FeatureSchema, SparseColumn, TimeColumn, criteo_schema
+from torchdlrm.units import show_bytes
+
+NUM_PLACES = 16
+_MIN_BLOCK_BYTES = 1 << 20
+_BYTES_A_ROW = 800  # twice that of a row of a wide log
+_MAX_UNPACKED_BYTES = 256 << 20
+_MAX_PARQUET_ROWS = 500_000
+_VALUE = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[0-9a-fA-F]{8}"
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of a log.
+
+    Attributes:
+        names: of the columns, as the log has them.
+        frame: String, or lists of it, under `column_0`, `column_1` and so on; null where a cell is missing.
+        layout: how text is written; None for Parquet.
+        has_header: whether the first line names the columns.
+        is_whole: whether every row of the log was read.
+        origin: what was read, in words.
+        bad_lines: lines of the text that are no rows, in words.
+        unread: why a column of Parquet cannot be read, by its place.
+        floating: places of Parquet columns of floats.
+    """
+
+    names: Sequence[str]
+    frame: pl.DataFrame
+    layout: TextLayout | None
+    has_header: bool
+    is_whole: bool
+    origin: str
+    bad_lines: Sequence[str] = ()
+    unread: Mapping[int, str] = field(default_factory=dict)
+    floating: Sequence[int] = ()
+
+
+def take_sample(file: LogFile, num_rows: int) -> Sample:
+    """About `num_rows` rows from the beginning, the middle and the end of a log.
+
+    Raises:
+        LogError: the file cannot be read, has no columns that can be told apart, or names two of them alike.
+    """
+    sample = _of_parquet(file, num_rows) if file.format == "parquet" else _of_text(file, num_rows)
+    if len(sample.names) < 2 or not sample.frame.height:
+        msg = f"{file.path}: found {len(sample.names)} columns and {sample.frame.height} rows; "
+        raise LogError(msg + "a log has a label and features, and a row a line")
+    check_names(file, sample.names)
+    return sample
+
+
+def check_names(file: LogFile, names: Sequence[str]) -> None:
+    """See that every column of a log has a name of its own.
+
+    Raises:
+        LogError: two have the same.
+    """
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            msg = (
+                f"{file.path}: columns {names.index(name) + 1} and {i + 1} are both named {name!r}; rename one of them"
+            )
+            raise LogError(msg)
+
+
+def _of_text(file: LogFile, num_rows: int) -> Sample:
+    block_bytes = max(_MIN_BLOCK_BYTES, num_rows * _BYTES_A_ROW // NUM_PLACES)
+    with reading(file), file.path.open("rb") as raw:
+        if file.format == "gzip":
+            blocks, origin = _gzip_blocks(raw, block_bytes)
+        else:
+            blocks, origin = _plain_blocks(raw, file.size_bytes, block_bytes)
+        file.check_unchanged()
+    start = blocks[0].removeprefix(BYTE_ORDER_MARK)
+    layout = sniff(start, file)
+    if layout.num_columns < 2:
+        msg = f"{file.path}: no separator cuts its lines into columns; looked for {', '.join(SEPARATORS.values())}"
+        raise LogError(msg)
+    columns = [SparseColumn(name=f"column_{i}") for i in range(layout.num_columns)]
+    as_text = criteo_schema().model_copy(
+        update={"columns": tuple(columns), "separator": layout.separator, "quote": '"' if layout.is_quoted else None}
+    )
+    is_whole = len(blocks) == 1
+    first = parse_chunk(start if is_whole else _whole_rows(start, as_text), as_text)
+    names, has_header = [column.name for column in columns], False
+    if first.frame.height and _looks_like_header(first.frame):
+        names, has_header = [name or "" for name in first.frame.row(0)], True
+        if 0 in first.bad_positions:
+            msg = (
+                f"{file.path}: the names of the columns are not on line 1, where a header must be; remove what is above"
+            )
+            raise LogError(msg)
+    chunks = [first.frame[int(has_header) :], *(_rows_inside(block, as_text).frame for block in blocks[1:])]
+    frame = pl.concat([_spread(chunk, -(-num_rows // len(chunks))) for chunk in chunks])
+    bad_lines = [line.strip(" ,") for line in describe_bad_rows(first.bad_rows.counts, _named(first.bad_rows, names))]
+    is_whole = is_whole and frame.height == chunks[0].height
+    return Sample(names, frame, layout, has_header, is_whole, _origin(frame, origin, is_whole=is_whole), bad_lines)
+
+
+def _named(bad_rows: BadRows, names: Sequence[str]) -> dict[str, list[BadRow]]:
+    """Examples of bad rows with the columns' names in the log."""
+    known = {f"column_{i}": name for i, name in enumerate(names)}
+    return {
+        reason: [row.model_copy(update={"column": known.get(row.column or "")}) for row in rows]
+        for reason, rows in bad_rows.examples.items()
+    }
+
+
+def _origin(frame: pl.DataFrame, places: str, *, is_whole: bool) -> str:
+    return f"all {frame.height:,} rows" if is_whole else f"{frame.height:,} rows from {places}"
+
+
+def _plain_blocks(raw: IO[bytes], size_bytes: int, block_bytes: int) -> tuple[list[bytes], str]:
+    if size_bytes <= NUM_PLACES * block_bytes:
+        return [raw.read()], "all over it"
+    blocks = []
+    for place in range(NUM_PLACES):
+        raw.seek((size_bytes - block_bytes) * place // (NUM_PLACES - 1))
+        blocks.append(raw.read(block_bytes))
+    return blocks, f"{NUM_PLACES} places of its {show_bytes(size_bytes)}"
+
+
+def _gzip_blocks(raw: IO[bytes], block_bytes: int) -> tuple[list[bytes], str]:
+    text = cast("IO[bytes]", gzip.GzipFile(fileobj=raw))
+    blocks, stride, num_read = _thinned(iter(lambda: text.read(block_bytes), b""), _MAX_UNPACKED_BYTES // block_bytes)
+    if stride == 1:
+        return [b"".join(blocks)], "all over it"
+    where = "of its text" if not text.read(1) else f"of the first {show_bytes(num_read * block_bytes)} of its text"
+    return blocks, f"{len(blocks)} places {where}"
+
+
+def _thinned(items: Iterable[_Item], max_items: int) -> tuple[list[_Item], int, int]:
+    """Of the first `max_items`, every `stride`-th, so that 16 to 32 are left; also `stride` and how many were met."""
+    kept: list[_Item] = []
+    stride, met = 1, 0
+    for item in itertools.islice(items, max_items):
+        if met % stride == 0:
+            kept.append(item)
+            if len(kept) > 2 * NUM_PLACES:
+                kept, stride = kept[::2], stride * 2
+        met += 1
+    return kept, stride, met
+
+
+def _whole_rows(text: bytes, schema: FeatureSchema) -> bytes:
+    return text[: last_row_end(text, schema.separator) if schema.quote else text.rfind(b"\n") + 1]
+
+
+def _rows_inside(block: bytes, schema: FeatureSchema) -> ParsedChunk:
+    """The rows of a block that starts and ends anywhere."""
+    if schema.quote is None:
+        return parse_chunk(_whole_rows(block[block.find(b"\n") + 1 :], schema), schema)
+    # It starts in a quoted cell or not: the way that makes more good rows is the right one.
+    found = []
+    for text in (block, b'"' + block):
+        inside, _ = find_quoted(text, schema.separator)
+        ends = np.flatnonzero((np.frombuffer(text, np.uint8) == ord("\n")) & ~inside)
+        found.append(parse_chunk(_whole_rows(text[int(ends[0]) + 1 :] if len(ends) else b"", schema), schema))
+    return max(found, key=lambda chunk: chunk.frame.height)
+
+
+def _spread(frame: pl.DataFrame, num_rows: int) -> pl.DataFrame:
+    """Evenly spaced rows, at most `num_rows`."""
+    return frame.gather_every(max(1, -(-frame.height // num_rows)))
+
+
+def _looks_like_header(frame: pl.DataFrame) -> bool:
+    """Whether the first row has names: at most one is empty, none stands below, and they are no values.
+
+    A name may be a number where another stands above a column of numbers.
+    """
+    cells, below = frame.row(0), frame[1:]
+    columns = [(cell, below.to_series(i).drop_nulls()) for i, cell in enumerate(cells) if cell is not None]
+    if len(columns) < len(cells) - 1 or any((column == cell).any() for cell, column in columns):
+        return False
+    texts = [column for cell, column in columns if not re.fullmatch(_VALUE, cell) and cell not in USUAL_NULLS]
+    above_numbers = any(len(column) and column.str.contains(f"^({_VALUE})$").all() for column in texts)
+    return above_numbers or len(texts) == len(columns)
+
+
+def _of_parquet(file: LogFile, num_rows: int) -> Sample:
+    batch_rows = max(1, num_rows // NUM_PLACES)
+    try:
+        parquet = pq.ParquetFile(file.path, memory_map=True)
+        names, num_groups = parquet.schema_arrow.names, parquet.metadata.num_row_groups
+        check_names(file, names)
+        groups = [int(i * max(1, num_groups / NUM_PLACES)) for i in range(min(num_groups, NUM_PLACES))]
+        max_batches = -(-_MAX_PARQUET_ROWS // batch_rows)
+        batches = (
+            batch
+            for group in groups
+            for batch in itertools.islice(
+                parquet.iter_batches(batch_rows, row_groups=[group], use_threads=False),
+                -(-max_batches // len(groups)),
+            )
+        )
+        kept, _, _ = _thinned(batches, max_batches)
+        table = pa.Table.from_batches(kept, parquet.schema_arrow)
+    except (OSError, pa.ArrowException) as error:
+        raise LogError(unreadable(file, error)) from error
+    columns, unread, floating = [], {}, []
+    for i, cells in enumerate(table.columns):
+        column = _column_of(cells.type, f"column_{i}")
+        try:
+            if type_fault(cells.type, column) is not None:
+                unread[i] = f"is of the Parquet type {cells.type}"
+            else:
+                columns.append(cells_as_text(pl.Series(cells), column, file))
+                floating += [i] if pa.types.is_floating(cells.type) else []
+        except LogError:
+            unread[i] = "holds bytes that are no text"
+        if i in unread:
+            columns.append(pl.Series(column.name, [None] * len(cells), pl.String))
+    frame = _spread(pl.DataFrame(columns), num_rows)
+    is_whole = frame.height == parquet.metadata.num_rows
+    places = f"{len(kept)} places in {len(groups):,} of its {num_groups:,} row groups"
+    origin = _origin(frame, places, is_whole=is_whole)
+    return Sample(
+        names, frame, None, has_header=True, is_whole=is_whole, origin=origin, unread=unread, floating=floating
+    )
+
+
+def _column_of(kind: pa.DataType, name: str) -> SparseColumn | TimeColumn:
+    """A column as which cells of a type of Parquet are read to the text that a user sees."""
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return TimeColumn(name=name, kind="datetime")
+    separator = "," if pa.types.is_nested(kind) else None
+    # As kind int, whole floats are the integers that they are.
+    return SparseColumn(name=name, kind="int" if pa.types.is_floating(kind) else "string", value_separator=separator)
