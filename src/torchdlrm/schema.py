@@ -11,8 +11,8 @@ In: the name of a preset (`criteo`) or a TOML file.  Out: a `FeatureSchema`, whi
         { role = "sparse", name = "cat_0", kind = "hex" },
     ]
 
-The columns stand in the order of the file (in a Parquet file they are found by name).  docs/preprocessing.md describes
-every key.
+The columns stand in the order of the file (in Parquet, and where a header names them, they are found by name).
+docs/preprocessing.md describes every key.
 """
 
 import re

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torchdlrm.errors import LogError
 
 REASONS = {
+    "long": "the line is longer than 1 MiB",
     "quotes": "a quote stands inside a cell, or text behind a quoted one, or a quote is not closed",
     "columns": "the line has the wrong number of columns",
     "nul_byte": "the cell contains a NUL byte",

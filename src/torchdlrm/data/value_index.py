@@ -5,7 +5,7 @@ In: a `Vocabulary`.  Out: a file, and a `ValueIndex` over it that gives the same
 The file is an Arrow IPC file of one record batch whose rows are the slots of the table, 2 for each value.  A value
 stands in the slot that its hash points to, or behind it in the first one that was free (linear probing); so a lookup
 starts at that slot and ends at the value or at an empty slot.  Nothing is compressed: the file is mapped into memory as
-it is, opening it reads only its schema, and only the pages that are met are ever read.
+it is, and only the pages that are met become resident.
 
 | column | type | holds |
 | --- | --- | --- |
@@ -14,6 +14,7 @@ it is, opening it reads only its schema, and only the pages that are met are eve
 | text | large_string | the text itself, where the kind is `string`: equal hashes are no equal texts |
 """
 
+import struct
 from pathlib import Path
 from typing import Self
 
@@ -31,7 +32,16 @@ from torchdlrm.errors import DatasetError
 
 FORMAT_VERSION = 1
 _KEY_TYPES: dict[Kind, type[np.generic]] = {"hex": np.uint32, "int": np.int64, "string": np.uint64}
+_ARROW_TYPES = {
+    "key": (pa.uint32(), pa.int64(), pa.uint64()),
+    "id": (pa.int32(),),
+    "text": (pa.large_string(),),
+}
+_MAGIC, _MAGIC_BYTES = b"ARROW1", 8
 _SLOTS_PER_VALUE = 2
+# Of half-empty slots a run of hundreds is not to be expected. One of so many takes two milliseconds to walk.
+_MAX_RUN = 65_536
+_CHECKED_SLOTS = 1 << 22
 # Up to this many rows plain Python is faster than some dozen calls of NumPy, or of Arrow for texts.
 _FEW_NUMBERS, _FEW_TEXTS = 32, 64
 # A probe of many rows looks at one slot first, since most end there; of fewer rows at several, to need fewer calls.
@@ -93,31 +103,35 @@ class ValueIndex:
         self._key_at, self._id_at = memoryview(self._keys), memoryview(self._ids)
 
     @classmethod
-    def open(cls, path: Path, *, kind: Kind) -> Self:
-        """Map the file into memory; takes a millisecond whatever its size.
+    def open(cls, path: Path, *, kind: Kind, num_ids: int) -> Self:
+        """Map the file into memory, after one pass over it: whatever it holds, a lookup ends, and with an id.
 
         Args:
             path: written by `write_index`.
             kind: the kind of the values that will be looked up.
+            num_ids: ids are below it.
 
         Raises:
             DatasetError: the file is missing, damaged, of another version, or of another kind of values.
         """
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path), "r"))
-            batch = reader.get_batch(0)
-            about = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
+            batch, about = _read(path)
             names = ["key", "id", "text"] if kind == "string" else ["key", "id"]
             if about["format_version"] != str(FORMAT_VERSION) or about["kind"] != kind or batch.schema.names != names:
                 found = f"version {about['format_version']}, of values of kind {about['kind']}"
                 msg = f"{path}: an index of {found}; expected version {FORMAT_VERSION}, kind {kind}; export again"
                 raise DatasetError(msg)
-            return cls(batch, kind, int(about["missing_id"]), int(about["num_home_slots"]))
-        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+            missing_id, num_home_slots = int(about["missing_id"]), int(about["num_home_slots"])
+            if not 0 <= missing_id < num_ids:
+                msg = f"the id of a missing value is {missing_id} of {num_ids}"
+                raise ValueError(msg)
+            _check(_read(path)[0], kind, num_ids, num_home_slots)  # in a mapping whose pages do not stay resident
+        except (OSError, pa.ArrowException, StopIteration, struct.error, KeyError, ValueError) as error:
             if isinstance(error, DatasetError):
                 raise
             msg = f"{path}: the index of a vocabulary cannot be read ({error}); copy or export it again"
             raise DatasetError(msg) from error
+        return cls(batch, kind, missing_id, num_home_slots)
 
     def lookup(self, values: pl.Series) -> pl.Series:
         """The id of each value: Int32, 0 for a value without one; the name of `values`.
@@ -201,6 +215,90 @@ class ValueIndex:
                 return found
             slot += 1
         return UNKNOWN_ID
+
+
+def _read(path: Path) -> tuple[pa.RecordBatch, dict[str, str]]:
+    """The record batch of an index, mapped and as yet unchecked, and what its schema says about it."""
+    with pa.memory_map(str(path), "r") as file:
+        if file.size() < 2 * _MAGIC_BYTES or file.read_at(len(_MAGIC), file.size() - len(_MAGIC)) != _MAGIC:
+            raise ValueError("it has no end")
+        _check_messages(file)
+        file.seek(_MAGIC_BYTES)  # what follows is a stream, which also says all that the footer does
+        with pa.ipc.open_stream(file) as reader:
+            schema = reader.schema
+            if any(field.type not in _ARROW_TYPES.get(field.name, ()) for field in schema):
+                msg = f"it has the columns {schema.names} of {schema.types}"
+                raise ValueError(msg)
+            batch = reader.read_next_batch()
+    return batch, {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+
+
+def _check_messages(file: pa.MemoryMappedFile) -> None:
+    """See that Arrow will unpack nothing, which could get any size: that the record batch names no compression.
+
+    Arrow does not tell; the place is that of its format (Message.fbs).
+    """
+    schema, start = _message(file, _MAGIC_BYTES)
+    body = schema.field(schema.root, 3)
+    if body is not None and struct.unpack_from("<q", schema.data, body)[0]:
+        raise ValueError("its schema has a body")
+    batch, _ = _message(file, start)
+    header = batch.field(batch.root, 2)
+    if header is None or batch.field(batch.follow(header), 3) is not None:
+        raise ValueError("it is compressed")
+
+
+def _message(file: pa.MemoryMappedFile, start: int) -> tuple["_Flatbuffer", int]:
+    """The metadata of the message that begins at a byte of the file, and where the next one does if it has no body."""
+    marker, length = struct.unpack("<Ii", file.read_at(8, start))
+    if marker != 0xFFFFFFFF or not 0 <= length <= file.size() - start:
+        raise ValueError("it is no stream of messages")
+    return _Flatbuffer(file.read_at(length, start + 8)), start + 8 + length
+
+
+class _Flatbuffer:
+    """Finds fields of tables in a flatbuffer; raises ValueError or struct.error where they are outside of it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.root = self.follow(0)
+
+    def follow(self, place: int) -> int:
+        """Where the table begins whose offset stands at a place."""
+        return place + int(struct.unpack_from("<I", self.data, place)[0])
+
+    def field(self, table: int, number: int) -> int | None:
+        """Where a field of a table stands; None where it is left out."""
+        places = table - struct.unpack_from("<i", self.data, table)[0]
+        if places < 0:
+            raise ValueError("a table without places")
+        place = 4 + 2 * number
+        if place >= struct.unpack_from("<H", self.data, places)[0]:
+            return None
+        offset = int(struct.unpack_from("<H", self.data, places + place)[0])
+        return table + offset if offset else None
+
+
+def _check(batch: pa.RecordBatch, kind: Kind, num_ids: int, num_home_slots: int) -> None:
+    """See that lookups in an index stay inside of it, and end; raises ValueError, or what Arrow finds."""
+    batch.validate(full=True)
+    ids: npt.NDArray[np.int32] = batch.column("id").to_numpy()
+    keys = batch.column("key").to_numpy()
+    if keys.dtype != _KEY_TYPES[kind] or any(column.null_count for column in batch.columns):
+        raise ValueError("its keys are of another type, or missing")
+    if not 1 <= num_home_slots <= len(ids) or ids[-1] != UNKNOWN_ID:
+        msg = f"{len(ids)} slots, the last of them taken, or {num_home_slots} to begin at"
+        raise ValueError(msg)
+    run = 0  # of slots without an empty one, which a lookup may have to walk
+    for start in range(0, len(ids), _CHECKED_SLOTS):
+        part = ids[start : start + _CHECKED_SLOTS]
+        empty = np.flatnonzero(part == UNKNOWN_ID)
+        edges = np.concatenate([[-1 - run], empty])
+        run = int(len(part) - 1 - edges[-1])
+        longest = max(int(np.diff(edges).max(initial=0)), run)
+        if part.min() < 0 or part.max() >= num_ids or longest > _MAX_RUN:
+            msg = f"ids from {part.min()} to {part.max()} of {num_ids}, {longest:,} slots in a row without an empty one"
+            raise ValueError(msg)
 
 
 def _home_slots(hashes: npt.NDArray[np.uint64], num_slots: int) -> npt.NDArray[np.int64]:

@@ -20,17 +20,19 @@ import polars as pl
 from numpy.typing import NDArray
 
 from torchdlrm.data.dataset import sha256_of
+from torchdlrm.data.files import OpenFiles, regular_file
 from torchdlrm.data.transforms import FittedDense
 from torchdlrm.data.value_index import ValueIndex
 from torchdlrm.data.vocabulary import UNKNOWN_ID
-from torchdlrm.errors import BundleError
+from torchdlrm.errors import BundleError, DatasetError
 from torchdlrm.export.manifest import SAMPLE_NAME, WEIGHTS_NAME, BundleManifest, FileRecord
+from torchdlrm.export.precision import stored_rows
+from torchdlrm.export.sample import PREDICTION_COLUMN, read_sample, sample_types
 from torchdlrm.export.verification import BlockVerifier
-from torchdlrm.export.weights_file import BLOCK_BYTES, PADDING_NAME, MappedWeights, blocks_of
+from torchdlrm.export.weights_file import BLOCK_BYTES, PADDING_BYTES, PADDING_NAME, MappedWeights, blocks_of
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.schema import FeatureSchema
 
-PREDICTION_COLUMN = "prediction"
 Verify = Literal["full", "lazy"]
 
 
@@ -70,14 +72,22 @@ class Bundle:
         path: its folder.
         manifest: what it holds.
         verifier: of its weights.
+        files: those that are mapped.
 
     Attributes:
         weights: the weights, mapped.
+
+    Raises:
+        BundleError: the weights are not those of the manifest.
     """
 
-    def __init__(self, path: Path, manifest: BundleManifest, verifier: BlockVerifier) -> None:
-        self.path, self.manifest, self.verifier = path, manifest, verifier
+    def __init__(self, path: Path, manifest: BundleManifest, verifier: BlockVerifier, files: OpenFiles) -> None:
+        self.path, self.manifest, self.verifier, self.files = path, manifest, verifier, files
         self.weights = MappedWeights(path / WEIGHTS_NAME)
+        for feature, record in manifest.sparse.items():
+            dtype, width = stored_rows(record.precision, manifest.model.embedding_dim)
+            shape = (record.num_embeddings, width)
+            self.weights.require(table_name(feature), dtype, shape, bytes_behind=PADDING_BYTES)
 
     @classmethod
     def open(cls, path: Path, *, verify: Verify = "full", progress: ProgressListener = SILENT) -> Self:
@@ -100,14 +110,17 @@ class Bundle:
         wrong = sorted({*used} - manifest.files.keys())
         wrong += [name for name in manifest.files if Path(name).is_absolute() or ".." in Path(name).parts]
         if wrong:
-            msg = f"{path}: bundle.json names {', '.join(wrong)}, without a checksum or outside of the folder"
+            msg = f"{path}: bundle.json names {', '.join(wrong)[:200]}, without a checksum or outside of the folder"
             raise BundleError(msg)
         for name, record in manifest.files.items():
-            _check_size(path / name, record)
+            _check_size(path, name, record)
         weights_bytes = manifest.files[WEIGHTS_NAME].size_bytes
-        if len(manifest.block_sha256) != -(-weights_bytes // BLOCK_BYTES):
+        if not weights_bytes or len(manifest.block_sha256) != -(-weights_bytes // BLOCK_BYTES):
             msg = f"{path}: {len(manifest.block_sha256)} checksums are not those of {weights_bytes:,} bytes"
             raise BundleError(msg)
+        files = OpenFiles(
+            [path / name for name in (WEIGHTS_NAME, *(r.index for r in manifest.sparse.values())) if name]
+        )
         small = [name for name in manifest.files if name != WEIGHTS_NAME]
         total = sum(manifest.files[name].size_bytes for name in small)
         progress.start_phase("verify", total + (weights_bytes if verify == "full" else 0), unit="bytes")
@@ -119,7 +132,7 @@ class Bundle:
             verifier.check_all(progress, num_threads=len(os.sched_getaffinity(0)))
         else:
             verifier.require(blocks_of(np.zeros(1, np.int64), 1, verifier.num_blocks))
-        bundle = cls(path, manifest, verifier)
+        bundle = cls(path, manifest, verifier, files)
         if verify == "lazy":
             bundle._require_all_but_tables()
             verifier.check_all_in_background()
@@ -152,7 +165,10 @@ class Bundle:
         record = self.manifest.sparse[name]
         if record.index is None:
             return PlainIds(record.num_embeddings)
-        return ValueIndex.open(self.path / record.index, kind=column.kind)
+        try:
+            return ValueIndex.open(self.path / record.index, kind=column.kind, num_ids=record.num_embeddings)
+        except DatasetError as error:
+            raise BundleError(str(error)) from error
 
     @cached_property
     def vocabularies(self) -> dict[str, ValueIndex | PlainIds]:
@@ -160,9 +176,32 @@ class Bundle:
         return {column.name: self.vocabulary(column.name) for column in self.schema.sparse if column.hash is None}
 
     def sample(self) -> tuple[pl.DataFrame, NDArray[np.float32]]:
-        """Raw typed rows of the held-out rows, and the probabilities that this bundle must give for them [B]."""
-        frame = pl.read_parquet(self.path / SAMPLE_NAME)
+        """Raw typed rows of the held-out rows, and the probabilities that this bundle must give for them [B].
+
+        No rows where the sample has no checksum: only what was checked is read.
+
+        Raises:
+            BundleError: the sample is not what was written.
+        """
+        return self._sample
+
+    @cached_property
+    def _sample(self) -> tuple[pl.DataFrame, NDArray[np.float32]]:
+        """Kept in memory: the file may be removed, and be another one's."""
+        record = self.manifest.files.get(SAMPLE_NAME)
+        if record is None:
+            return pl.DataFrame(schema=sample_types(self.schema)), np.empty(0, np.float32)
+        frame = read_sample(self.path / SAMPLE_NAME, self.schema, sha256=record.sha256)
         return frame.drop(PREDICTION_COLUMN), frame[PREDICTION_COLUMN].to_numpy()
+
+    def changed(self) -> BundleError | None:
+        """What has happened to files that are in use: they are mapped, so whoever writes to one changes predictions.
+
+        Costs some microseconds: nothing is read.  Files that are removed, or that others take the place of, are still
+        as they were for whoever has them open.
+        """
+        path = self.files.changed()
+        return None if path is None else BundleError(_changed(path))
 
     def _require_all_but_tables(self) -> None:
         """Check the blocks of the header and of the small tensors."""
@@ -180,8 +219,22 @@ def table_name(feature: str) -> str:
     return f"sparse_arch.embedding_bag_collection.embedding_bags.t_{feature}.weight"
 
 
-def _check_size(path: Path, record: FileRecord) -> None:
-    size_bytes = path.stat().st_size if path.is_file() else None
+def _changed(path: Path) -> str:
+    return (
+        f"{path}: written to while it is in use, so predictions mean nothing; write a bundle to a folder of its own, "
+        "and load that"
+    )
+
+
+def _check_size(folder: Path, name: str, record: FileRecord) -> None:
+    path = folder / name
+    try:
+        size_bytes = regular_file(folder, name).stat().st_size
+    except FileNotFoundError:
+        size_bytes = None
+    except OSError as error:
+        msg = f"{error}; a bundle is made of files of its own"
+        raise BundleError(msg) from error
     if size_bytes != record.size_bytes:
         found = "missing" if size_bytes is None else f"{size_bytes:,} bytes long"
         msg = f"{path}: {found}, but it was written with {record.size_bytes:,} bytes; copy the bundle again"

@@ -14,7 +14,7 @@ import polars as pl
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.transforms import encode
 from torchdlrm.errors import RunError
-from torchdlrm.export.bundle import PREDICTION_COLUMN, Bundle
+from torchdlrm.export.bundle import Bundle
 from torchdlrm.export.check import Tolerance, compare, tolerance
 from torchdlrm.export.checkpoint_model import CheckpointModel
 from torchdlrm.export.checkpoint_reader import CheckpointReader
@@ -30,7 +30,7 @@ from torchdlrm.export.manifest import (
     SparseRecord,
 )
 from torchdlrm.export.precision import TablePrecision
-from torchdlrm.export.sample import raw_sample
+from torchdlrm.export.sample import PREDICTION_COLUMN, raw_sample
 from torchdlrm.export.sensitivity import SENSITIVITY_ROWS, Trade, choose_precisions
 from torchdlrm.export.served_model import ServedModel
 from torchdlrm.export.weights_file import BLOCK_BYTES

@@ -3,11 +3,12 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from torchdlrm.config import ModelConfig
+from torchdlrm.data.files import regular_file
 from torchdlrm.data.transforms import FittedDense
 from torchdlrm.errors import BundleError
 from torchdlrm.export.precision import TablePrecision
@@ -16,8 +17,14 @@ from torchdlrm.schema import FeatureSchema, problems
 FORMAT_VERSION = 1
 MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME = "bundle.json", "weights.safetensors", "sample.parquet"
 _VERSION_DIGITS = 12
+# Of 1 TB of weights it has 5 MB.
+_MAX_BYTES = 64 * 2**20
+# Numbers that a row may be on its way through the model: the paper's has 3,500.
+_MAX_ROW_NUMBERS = 2**20
+_MAX_PROBLEMS, _MAX_PROBLEM_LENGTH = 5, 300
 
 DensePrecision = Literal["float32", "bfloat16"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Frozen(BaseModel):
@@ -27,8 +34,8 @@ class _Frozen(BaseModel):
 class FileRecord(_Frozen):
     """A file of the bundle."""
 
-    size_bytes: int
-    sha256: str
+    size_bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
 
 
 class SparseRecord(_Frozen):
@@ -41,7 +48,7 @@ class SparseRecord(_Frozen):
         index: the same vocabulary's file made for looking up, memory-mapped; None where there is no vocabulary.
     """
 
-    num_embeddings: int
+    num_embeddings: Annotated[int, Field(ge=1, lt=2**31)]  # ids are int32
     precision: TablePrecision
     vocabulary: str | None
     index: str | None = None
@@ -114,7 +121,35 @@ class BundleManifest(_Frozen):
     check: CheckRecord | None
     files: dict[str, FileRecord]
     block_bytes: int
-    block_sha256: tuple[str, ...]
+    block_sha256: tuple[Sha256, ...]
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        """What the parts say of each other, so that whatever predicts by them may rely on it."""
+        schema, model = self.feature_schema, self.model
+        for key, records, columns in (("dense", self.dense, schema.dense), ("sparse", self.sparse, schema.sparse)):
+            if list(records) != [column.name for column in columns]:
+                msg = f"{key} does not have the {key} columns of the schema in their order"
+                raise ValueError(msg)
+        for column in schema.sparse:
+            record = self.sparse[column.name]
+            if (record.vocabulary is None) != (record.index is None) or (column.hash is not None and record.index):
+                msg = f"sparse.{column.name}: has one of vocabulary and index, or is hashed and has both"
+                raise ValueError(msg)
+            if column.hash is None and record.index is None and column.kind == "string":
+                msg = f"sparse.{column.name}: texts are not ids, and it has no vocabulary"
+                raise ValueError(msg)
+            if column.hash is not None and column.hash > record.num_embeddings:
+                msg = f"sparse.{column.name}: hashed into {column.hash:,} rows, its table has {record.num_embeddings:,}"
+                raise ValueError(msg)
+        dim, num_vectors = model.embedding_dim, len(self.sparse) + 2
+        if dim % 4 or model.dense_arch_layer_sizes[-1] != dim or model.over_arch_layer_sizes[-1] != 1:
+            msg = f"model: embedding_dim {dim} is no multiple of 4, or the arches do not end with it and with 1"
+            raise ValueError(msg)
+        if max(dim * num_vectors, *model.dense_arch_layer_sizes, *model.over_arch_layer_sizes) > _MAX_ROW_NUMBERS:
+            msg = f"model: a row would be more than {_MAX_ROW_NUMBERS:,} numbers"
+            raise ValueError(msg)
+        return self
 
     @property
     def version(self) -> str:
@@ -144,13 +179,21 @@ class BundleManifest(_Frozen):
         """
         path = folder / MANIFEST_NAME
         try:
+            size_bytes = regular_file(folder, MANIFEST_NAME).stat().st_size
+            if size_bytes > _MAX_BYTES:
+                raise BundleError(_damaged(path, f"{size_bytes:,} bytes long"))
             text = path.read_bytes().decode("utf-8")
             content = json.loads(text)
-        except OSError as error:
+        except FileNotFoundError as error:
             found = f"has no {MANIFEST_NAME}, so it is no bundle" if folder.is_dir() else "is not a folder"
             msg = f"{folder}: {found}; make one with `dlrm export RUN --out {folder}`"
             raise BundleError(msg) from error
-        except ValueError as error:
+        except OSError as error:
+            msg = f"{path}: cannot be read: {error}"
+            raise BundleError(msg) from error
+        except BundleError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise BundleError(_damaged(path, f"not JSON ({error})")) from error
         version = content.get("format_version") if isinstance(content, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -162,7 +205,8 @@ class BundleManifest(_Frozen):
         try:
             manifest = cls.model_validate(content)
         except ValidationError as error:
-            raise BundleError("\n".join([_damaged(path, "not what was written"), *problems(error)])) from error
+            lines = [line[:_MAX_PROBLEM_LENGTH] for line in problems(error)[:_MAX_PROBLEMS]]
+            raise BundleError("\n".join([_damaged(path, "not what was written"), *lines])) from error
         # Whatever bit is flipped, either the text is no longer what this content gives, or the content has another sum.
         if manifest.to_json() != text or manifest.sealed().content_sha256 != manifest.content_sha256:
             raise BundleError(_damaged(path, "its checksum is not that of its content"))

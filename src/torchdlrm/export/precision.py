@@ -44,6 +44,12 @@ def row_bytes(precision: TablePrecision, dim: int) -> int:
     }[precision]
 
 
+def stored_rows(precision: TablePrecision, dim: int) -> tuple[str, int]:
+    """How a weights file holds a table: safetensors' name of the type, and how many numbers of it a row is."""
+    stored = {"float32": ("F32", dim), "float16": ("F16", dim)}
+    return stored.get(precision, ("U8", row_bytes(precision, dim)))
+
+
 def quantize_rows(rows: Tensor, precision: TablePrecision) -> Tensor:
     """Rows of a table as they are served.
 

@@ -7,16 +7,76 @@ a hashed feature any value will do.
 B rows.
 """
 
+import hashlib
+import io
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from torchdlrm.data.transforms import FittedDense, ValueLookup, encode
 from torchdlrm.data.vocabulary import UNKNOWN_ID, VALUE_TYPES, Vocabulary
+from torchdlrm.errors import BundleError
 from torchdlrm.schema import DenseColumn, FeatureSchema, SparseColumn
 
+PREDICTION_COLUMN = "prediction"
+_MAX_SAMPLE_ROWS = 1_024
+_MAX_SAMPLE_BYTES = 64 * 2**20
 _CANDIDATES = 64
+
+
+def sample_types(schema: FeatureSchema) -> dict[str, pl.DataType]:
+    """The features of raw rows and their types."""
+    types: dict[str, pl.DataType] = {
+        column.name: pl.Int64() if column.kind == "int" else pl.Float64() for column in schema.dense
+    }
+    for column in schema.sparse:
+        one = VALUE_TYPES[column.kind]()
+        types[column.name] = pl.List(one) if column.is_multi_valued else one
+    return types
+
+
+def read_sample(path: Path, schema: FeatureSchema, *, sha256: str) -> pl.DataFrame:
+    """What a bundle's sample holds.
+
+    Args:
+        path: the file, a regular one.
+        schema: the columns of a raw row.
+        sha256: of the file.
+
+    Returns:
+        The features and `prediction`, a probability: at most 1,024 rows.
+
+    Raises:
+        BundleError: it holds something else.
+    """
+    try:
+        size_bytes = path.stat().st_size
+        data = path.read_bytes() if size_bytes <= _MAX_SAMPLE_BYTES else b""
+        if hashlib.sha256(data).hexdigest() != sha256:
+            msg = f"{size_bytes:,} bytes that are not those that were written"
+            raise pa.ArrowInvalid(msg)
+        file = pq.ParquetFile(io.BytesIO(data))
+        about = file.metadata
+        groups = range(min(about.num_row_groups, _MAX_SAMPLE_ROWS))
+        unpacked_bytes = sum(about.row_group(i).total_byte_size for i in groups)
+        if max(about.num_rows, about.num_row_groups) > _MAX_SAMPLE_ROWS or unpacked_bytes > _MAX_SAMPLE_BYTES:
+            msg = f"{about.num_rows:,} rows of {unpacked_bytes:,} bytes"
+            raise pa.ArrowInvalid(msg)
+        table = file.read(use_threads=False)
+        table.validate(full=True)
+        frame = pl.DataFrame(pl.from_arrow(table))
+    except (pa.ArrowException, OSError, ValueError, MemoryError, pl.exceptions.PolarsError) as error:
+        msg = f"{path}: not a sample of rows: {str(error)[:200]}; export the run again"
+        raise BundleError(msg) from error
+    expected = {**sample_types(schema), PREDICTION_COLUMN: pl.Float32()}
+    if frame.schema != expected or frame.height > _MAX_SAMPLE_ROWS or frame[PREDICTION_COLUMN].null_count():
+        msg = f"{path}: its columns are not those of the schema; export the run again"
+        raise BundleError(msg)
+    return frame
 
 
 def raw_sample(

@@ -62,11 +62,11 @@ class ServedModel:
         self.dense_precision, self.reason = choose_dense_precision(dense_precision or manifest.dense_precision)
         self._dtype: torch.dtype = getattr(torch, self.dense_precision)
         self._dim, self._num_dense = manifest.model.embedding_dim, len(bundle.schema.dense)
+        dense, over = _layers(bundle.weights, "dense_arch."), _layers(bundle.weights, "over_arch.")
+        _check_shapes(bundle, dense, over)
         self._pairs = PairLayout(len(manifest.sparse) + 1, self._dtype)
         self._chunk_rows = _chunk_rows(manifest, self._pairs, self._dtype)
         self._lookup = TableLookup(bundle, self._dtype, self._pairs.num_slots)
-        dense, over = _layers(bundle.weights, "dense_arch."), _layers(bundle.weights, "over_arch.")
-        _check_shapes(bundle, dense, over)
         over[0] = (self._pairs.spread(over[0][0], self._dim), over[0][1])
         self._dense_arch = [self._packed(*layer, relu=True) for layer in dense]
         self._over_arch = [self._packed(*layer, relu=layer is not over[-1]) for layer in over]
@@ -117,16 +117,16 @@ def _layers(weights: MappedWeights, arch: str) -> list[tuple[Tensor, Tensor]]:
 
 
 def _check_shapes(bundle: Bundle, dense: list[tuple[Tensor, Tensor]], over: list[tuple[Tensor, Tensor]]) -> None:
-    model, num_vectors = bundle.manifest.model, len(bundle.manifest.sparse) + 1
-    num_pairs = num_vectors * (num_vectors - 1) // 2
-    for arch, layers, first, sizes in (
-        ("dense_arch", dense, len(bundle.schema.dense), model.dense_arch_layer_sizes),
-        ("over_arch", over, model.embedding_dim + num_pairs, model.over_arch_layer_sizes),
-    ):
-        expected = [(outputs, inputs) for inputs, outputs in zip((first, *sizes), sizes, strict=False)]
+    model, num_dense = bundle.manifest.model, len(bundle.schema.dense)
+    shapes = [(outputs, inputs) for inputs, outputs in model.layer_shapes(num_dense, len(bundle.manifest.sparse))]
+    num_layers = len(model.dense_arch_layer_sizes)
+    for arch, layers, expected in (("dense", dense, shapes[:num_layers]), ("over", over, shapes[num_layers:])):
         found = [tuple(weight.shape) for weight, _ in layers]
-        if found != expected:
-            msg = f"{bundle.path}: the layers of {arch} are {found}, but the model's shape asks for {expected}"
+        fit = all(
+            weight.dtype == bias.dtype == torch.float32 and bias.shape == weight.shape[:1] for weight, bias in layers
+        )
+        if found != expected or not fit:
+            msg = f"{bundle.path}: the layers of {arch}_arch are {found}, but the model's shape asks for {expected}"
             raise BundleError(msg)
 
 

@@ -15,7 +15,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocati
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchdlrm.errors import BundleError, DatasetError
+from torchdlrm.errors import DatasetError
 from torchdlrm.export.bundle import Bundle, table_name
 from torchdlrm.export.encoded_rows import EncodedRows
 from torchdlrm.export.precision import row_bytes, sparse_type
@@ -32,9 +32,6 @@ class TableLookup:
         dtype: of the vectors, float32 or bfloat16.
         num_slots: M, vectors of a row of the result: the first is for the dense vector, then come the F embeddings;
             what is left stays zero.
-
-    Raises:
-        BundleError: a table is not as long as the manifest says.
     """
 
     def __init__(self, bundle: Bundle, dtype: torch.dtype, num_slots: int) -> None:
@@ -43,12 +40,7 @@ class TableLookup:
         self._num_rows = np.array([record.num_embeddings for record in features.values()])
         self._names = list(features)
         self._row_bytes = [row_bytes(record.precision, dim) for record in features.values()]
-        spans = [bundle.weights.span(table_name(name)) for name in features]
-        for name, rows, length, (start, end) in zip(features, self._num_rows, self._row_bytes, spans, strict=True):
-            if end - start != rows * length or end > len(bundle.weights.data):
-                msg = f"{bundle.path}: the table of {name} is {end - start:,} bytes long, not {rows:,} x {length:,}"
-                raise BundleError(msg)
-        self._starts = [start for start, _ in spans]
+        self._starts = [bundle.weights.span(table_name(name))[0] for name in features]
         self._dim, self._dtype = dim, dtype
         # In the slots without a feature the kernel sees one that has no ids, and writes zeros. Otherwise the embeddings
         # would have to be copied once more to make room for the dense vector.

@@ -16,23 +16,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from torch import Tensor
 
 from torchdlrm.errors import BundleError
 
 BLOCK_BYTES = 16 * 2**20
-PADDING_NAME = "padding"
+# FBGEMM ends its own buffers with whole cache lines, so its kernels may load past the last row.
+PADDING_NAME, PADDING_BYTES = "padding", 128
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "U8": torch.uint8}
 _ALIGNMENT_BYTES = 64
 # The page cache keeps what is written at once in one piece, and maps a piece as a whole when a byte of it is read:
 # written by 16 MiB, a lookup of 512 bytes makes 2 MiB resident.  This is as much as Linux maps around any page.
 _WRITE_BYTES = 64 * 2**10
 _LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000  # as safetensors itself
 
 
 @dataclass(frozen=True)
@@ -122,47 +125,96 @@ class MappedWeights:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        size_bytes = path.stat().st_size
+        if size_bytes <= _LENGTH_BYTES:
+            msg = f"{path}: not a safetensors file ({size_bytes} bytes long); export the bundle again"
+            raise BundleError(msg)
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         # A lookup wants the rows it asks for, not the pages around them.
         self._map.madvise(mmap.MADV_RANDOM)
         header_length = int.from_bytes(self._map[:_LENGTH_BYTES], "little")
         self._start = _LENGTH_BYTES + header_length
-        self._header: dict[str, Any] = _parse_header(self._map[_LENGTH_BYTES : self._start], path)
-        self.shapes = {name: tuple(entry["shape"]) for name, entry in self._header.items()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable.*")
             self.data: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        try:
+            if header_length > min(len(self.data) - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+                msg = f"its header is {header_length:,} bytes long"
+                raise ValueError(msg)
+            self._entries = _parse_header(self._map[_LENGTH_BYTES : self._start])
+            _check_places(self._entries, self._start, len(self.data))
+        except (ValueError, RecursionError) as error:
+            msg = f"{path}: not a safetensors file of torchdlrm ({str(error)[:300]}); export the bundle again"
+            raise BundleError(msg) from error
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
     def span(self, name: str) -> tuple[int, int]:
         """Where the tensor's numbers begin and end in the file, in bytes."""
-        start, end = self._header[name]["data_offsets"]
+        start, end = self._entries[name].data_offsets
         return self._start + start, self._start + end
 
     def tensor(self, name: str) -> Tensor:
         """A view of a tensor; not to be written to.
 
         Raises:
-            BundleError: the header contradicts itself.
+            BundleError: there is none of that name.
         """
-        entry, (start, end) = self._header[name], self.span(name)
-        dtype, shape = _DTYPES.get(entry["dtype"]), self.shapes[name]
-        if dtype is None or not self._start <= start <= end <= len(self.data):
-            msg = f"{self._path}: tensor {name} lies outside the file or has the unknown type {entry['dtype']!r}"
+        entry = self._entries.get(name)
+        if entry is None:
+            msg = f"{self._path}: tensor {name} is missing; export the bundle again"
             raise BundleError(msg)
-        if end - start != math.prod(shape) * dtype.itemsize:
-            msg = f"{self._path}: tensor {name} is {end - start:,} bytes long, which is not shape {list(shape)}"
+        start, end = self.span(name)
+        return self.data[start:end].view(_DTYPES[entry.dtype]).view(entry.shape)
+
+    def require(self, name: str, dtype: str, shape: tuple[int, ...], bytes_behind: int = 0) -> None:
+        """See that there is such a tensor.
+
+        Raises:
+            BundleError: it is missing, has another type or shape, or ends too near to the end of the file.
+        """
+        entry = self._entries.get(name)
+        found = None if entry is None else (entry.dtype, entry.shape)
+        if found != (dtype, shape) or self.span(name)[1] + bytes_behind > len(self.data):
+            msg = f"{self._path}: {name} is {found}, expected {(dtype, shape)} with {bytes_behind} bytes behind it"
             raise BundleError(msg)
-        return self.data[start:end].view(dtype).view(shape)
 
 
-def _parse_header(text: bytes, path: Path) -> dict[str, Any]:
-    try:
-        header: Mapping[str, Any] = json.loads(text)
-        return {name: entry for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, AttributeError) as error:
-        msg = f"{path}: not a safetensors file ({error}); export the bundle again"
-        raise BundleError(msg) from error
+class _Entry(BaseModel):
+    """A tensor in the header."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dtype: Literal["F32", "F16", "U8"]
+    shape: tuple[Annotated[int, Field(ge=0, strict=True)], ...]
+    data_offsets: tuple[Annotated[int, Field(ge=0, strict=True)], Annotated[int, Field(ge=0, strict=True)]]
+
+    @model_validator(mode="after")
+    def _has_its_size(self) -> Self:
+        start, end = self.data_offsets
+        if end - start != math.prod(self.shape) * _DTYPES[self.dtype].itemsize:
+            msg = f"{end - start:,} bytes are not shape {list(self.shape)} of {self.dtype}"
+            raise ValueError(msg)
+        return self
+
+
+def _parse_header(text: bytes) -> dict[str, _Entry]:
+    """The tensors in the order of the file's header; raises ValueError."""
+    header = json.loads(text)
+    if isinstance(header, dict):
+        header.pop("__metadata__", None)
+    return TypeAdapter(dict[str, _Entry]).validate_python(header)
+
+
+def _check_places(entries: Mapping[str, _Entry], start: int, size_bytes: int) -> None:
+    """See that each tensor lies in the file, as its type wants it, and that no two share a byte; raises ValueError."""
+    behind = start
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        first, end = (start + offset for offset in entry.data_offsets)
+        if first < behind or end > size_bytes or first % _DTYPES[entry.dtype].itemsize:
+            msg = f"tensor {name} lies across another, outside of the file, or not as its type wants it"
+            raise ValueError(msg)
+        behind = end
 
 
 def blocks_of(starts: NDArray[np.int64], length: int, num_blocks: int) -> NDArray[np.bool_]:

@@ -22,14 +22,12 @@ from torchdlrm.data.value_index import write_index
 from torchdlrm.errors import BundleError, DatasetError
 from torchdlrm.export.bundle import table_name
 from torchdlrm.export.manifest import FileRecord
-from torchdlrm.export.precision import TABLE_PRECISIONS, TablePrecision, quantize_rows, row_bytes
-from torchdlrm.export.weights_file import PADDING_NAME, TensorRecord, WeightsWriter
+from torchdlrm.export.precision import TABLE_PRECISIONS, TablePrecision, quantize_rows, stored_rows
+from torchdlrm.export.weights_file import PADDING_BYTES, PADDING_NAME, TensorRecord, WeightsWriter
 from torchdlrm.progress import ProgressListener
 from torchdlrm.units import show_bytes
 
 _BLOCK_BYTES = 32 * 2**20
-_PADDING_BYTES = 128
-_STORED = {"float32": "F32", "float16": "F16", "int8": "U8", "int4": "U8"}
 
 
 @contextmanager
@@ -150,10 +148,9 @@ def _records(checkpoint: WeightSource, precisions: Mapping[str, TablePrecision])
         for feature, chosen in precisions.items():
             if chosen == precision:
                 num_rows, dim = checkpoint.shapes[table_name(feature)]
-                width = dim if precision in {"float32", "float16"} else row_bytes(precision, dim)
-                records.append(TensorRecord(table_name(feature), _STORED[precision], (num_rows, width)))
-    # FBGEMM ends its own buffers with whole cache lines, so its kernels may load past the last row.
-    return [*records, TensorRecord(PADDING_NAME, "U8", (_PADDING_BYTES,))]
+                dtype, width = stored_rows(precision, dim)
+                records.append(TensorRecord(table_name(feature), dtype, (num_rows, width)))
+    return [*records, TensorRecord(PADDING_NAME, "U8", (PADDING_BYTES,))]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

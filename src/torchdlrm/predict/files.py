@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from torchdlrm.data.bad_rows import BadRows, describe_bad_rows
 from torchdlrm.errors import LogError, UserError
-from torchdlrm.export.bundle import PREDICTION_COLUMN
 from torchdlrm.export.encoded_rows import EncodedRows
+from torchdlrm.export.sample import PREDICTION_COLUMN
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.predict.cells_out import as_written
 from torchdlrm.predict.predictor import Predictions, Predictor

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from torchdlrm.data.bad_rows import BadRows
-from torchdlrm.data.log.cut import plan_chunks, read_chunks
+from torchdlrm.data.log.cut import MAX_ROW_BYTES, plan_chunks, read_chunks
 from torchdlrm.data.log.files import find_files
 from torchdlrm.data.log.names import extra_columns, schema_of_file
 from torchdlrm.data.log.text import parse_chunk
 from torchdlrm.errors import LogError
+from torchdlrm.predict.rows_in import RowsIn
 from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, criteo_schema
 
 SCHEMA = FeatureSchema(
@@ -200,11 +201,63 @@ def test_a_truncated_gzip_file_is_reported(tmp_path):
         list(read_chunks(find_files([path])[0], SCHEMA))
 
 
-def test_a_file_without_line_ends_is_reported_instead_of_filling_the_memory(tmp_path):
+def test_a_file_without_line_ends_is_one_bad_row_and_does_not_fill_the_memory(tmp_path):
     path = tmp_path / "log"
-    path.write_bytes(b"x" * 5000)
-    with pytest.raises(LogError, match="no line end in 1,000 bytes"):
-        list(read_chunks(find_files([path])[0], SCHEMA, 1000))
+    with path.open("wb") as file:
+        file.truncate(200 << 20)
+    (file,) = find_files([path])
+    chunks = [chunk for chunk, _ in read_chunks(file, SCHEMA, 1000)]
+    planned = plan_chunks(file, SCHEMA, 1000)
+    assert [len(chunk) for chunk in chunks] == [MAX_ROW_BYTES + 1]
+    assert sum(chunk.end - chunk.start for chunk in planned) <= MAX_ROW_BYTES + 1001
+    assert parse_chunk(chunks[0], SCHEMA).bad_rows.counts == {"long": 1}
+
+
+def whole_file(file, schema, chunk_bytes, *, planned):
+    """All good rows, the bad rows with their lines in the file, and where they stand."""
+    if planned:
+        data = file.path.read_bytes()
+        texts = [data[chunk.start : chunk.end] for chunk in plan_chunks(file, schema, chunk_bytes)]
+    else:
+        texts = [chunk for chunk, _ in read_chunks(file, schema, chunk_bytes)]
+    frames, bad_rows, num_lines = [], BadRows(), 0
+    for text in texts:
+        assert len(text) <= max(chunk_bytes, 16 << 20) + MAX_ROW_BYTES + 1
+        parsed = parse_chunk(text, schema)
+        frames.append(parsed.frame)
+        bad_rows.add_chunk(parsed.bad_rows, file.name, num_lines)
+        num_lines += parsed.num_lines
+    return pl.concat(frames), bad_rows
+
+
+@pytest.mark.parametrize("chunk_bytes", [5_000, 1 << 20, 64 << 20])
+@pytest.mark.parametrize("way", ["plain", "no quotes", "quoted"])
+def test_a_row_of_more_than_a_mebibyte_is_bad_however_the_file_is_cut(tmp_path, way, chunk_bytes):
+    schema = SCHEMA if way == "plain" else SCHEMA.model_copy(update={"quote": '"'})
+    cell = b'"a ""long""\tcell %s"' if way == "quoted" else b"a long cell %s"
+    long_row = b"1\t2\t3\t4\t5\t" + cell + b"\n"
+    limit = MAX_ROW_BYTES - len(long_row) + 3
+    rows = [long_row % (b"x" * num) for num in (limit + 1, 3 << 20, limit, limit + 1)]
+    lines = [GOOD * 50, rows[0], GOOD, rows[1], GOOD * 200, rows[2], GOOD * 3, rows[3].removesuffix(b"\n")]
+    (tmp_path / "log").write_bytes(b"".join(lines))
+    (tmp_path / "log.gz").write_bytes(gzip.compress(b"".join(lines), 1))
+    for file in find_files([tmp_path / "log", tmp_path / "log.gz"]):
+        frame, bad_rows = whole_file(file, schema, chunk_bytes, planned=file.format == "text")
+        assert frame.height == 255
+        assert [len(text) > 1000 for text in frame["text"]].index(True) == 251
+        assert bad_rows.counts == {"long": 3}
+        assert [row.line for row in bad_rows.examples["long"]] == [51, 53, 258]
+        assert bad_rows.examples["long"][0].value.startswith("1\t2\t3\t4\t5\t")
+    log = RowsIn([tmp_path / "log"], schema)
+    assert sum(chunk.frame.height for chunk in log) == 255
+    assert sum(chunk.bad_rows.counts.get("long", 0) for chunk in log) == 3
+
+
+def test_a_quote_that_is_never_closed_is_told(tmp_path):
+    (tmp_path / "log").write_bytes(GOOD * 9 + b'1\t2\t3\t4\t5\t"opened\n' + GOOD * (1 << 20))
+    (file,) = find_files([tmp_path / "log"])
+    with pytest.raises(LogError, match=r"a row that starts with '1.*opened' has no end in \d\d,"):
+        plan_chunks(file, SCHEMA.model_copy(update={"quote": '"'}), 1 << 20)
 
 
 def test_a_file_that_grows_while_it_is_read_is_reported(tmp_path):

@@ -29,7 +29,7 @@ def fit(kind, values, *, min_count=1):
 
 def indexed(vocabulary, path):
     write_index(vocabulary, path)
-    return ValueIndex.open(path, kind=vocabulary.kind)
+    return ValueIndex.open(path, kind=vocabulary.kind, num_ids=2**31)
 
 
 def assert_same_ids(index, vocabulary, values):
@@ -89,9 +89,9 @@ def test_a_wrong_file_is_refused_with_a_message(tmp_path):
     path = tmp_path / "f.index"
     write_index(fit("hex", [1, 2, 3]), path)
     with pytest.raises(DatasetError, match=r"f\.index: an index of version 1, of values of kind hex; .*kind int"):
-        ValueIndex.open(path, kind="int")
+        ValueIndex.open(path, kind="int", num_ids=9)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DatasetError, match=r"f\.index: the index of a vocabulary cannot be read"):
-        ValueIndex.open(path, kind="hex")
+        ValueIndex.open(path, kind="hex", num_ids=9)
     with pytest.raises(DatasetError, match=r"none\.index: the index of a vocabulary cannot be read"):
-        ValueIndex.open(tmp_path / "none.index", kind="hex")
+        ValueIndex.open(tmp_path / "none.index", kind="hex", num_ids=9)

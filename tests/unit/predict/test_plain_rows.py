@@ -82,7 +82,7 @@ def ways(tmp_path_factory):
             counts = pl.DataFrame({"value": pl.Series(values, dtype=dtype), "count": [9] * len(values)})
             vocabulary = Vocabulary.from_counts(column.name, column.kind, counts, min_count=1, max_rows=None)
             write_index(vocabulary, folder / column.name)
-            vocabularies[column.name] = ValueIndex.open(folder / column.name, kind=column.kind)
+            vocabularies[column.name] = ValueIndex.open(folder / column.name, kind=column.kind, num_ids=2**31)
     reader = RowReader(SCHEMA)
 
     def general(rows):

@@ -3,7 +3,8 @@
 In: a text file, plain or gzipped.  Out: for a plain file the bounds of its chunks, without reading more than a few
 bytes around each; for a gzipped one, or one with quoted cells, the chunks in one pass.
 
-A line end inside a quoted cell ends no row.
+A line end inside a quoted cell ends no row.  Of a line that is longer than any row may be, only the start is handed on:
+it is a bad row, and must not fill the memory.
 """
 
 import gzip
@@ -22,6 +23,10 @@ CHUNK_BYTES = 32 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MAX_HEADER_BYTES = 1 << 20
 _PROBE_BYTES = 64 << 10
+# Longer rows are bad ones, however large the chunks are.
+MAX_ROW_BYTES = 1 << 20
+# Of text with quotes, so much is read for the end of a row: what comes behind a quote that is not closed is no row.
+_MAX_QUOTED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -36,29 +41,27 @@ def plan_chunks(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> list[
     """Cut a plain text file at row ends into chunks of about `chunk_bytes`; a header belongs to none.
 
     Raises:
-        LogError: the file cannot be read, or a row is longer than a chunk.
+        LogError: the file cannot be read, or a quoted cell has no end.
     """
-    if schema.quote is not None:
+    with reading(file), file.path.open("rb") as text:
+        rest = _without_header(text, schema)
+        start = text.tell() - len(rest)
         chunks = []
-        for lines, offset_bytes in read_chunks(file, schema, chunk_bytes):
-            chunks.append(Chunk(offset_bytes - len(lines), offset_bytes))
-        return chunks
-    try:
-        with file.path.open("rb") as text:
-            rest = _without_header(text, schema)
-            start = text.tell() - len(rest)
-            chunks = []
+        if schema.quote is not None:
+            for lines, num_bytes in _cut(text, rest, file, schema, chunk_bytes):
+                chunks.append(Chunk(start, start + len(lines)))
+                start += num_bytes
+            file.check_unchanged()
+        else:
             while start < file.size_bytes:
-                end = _next_line_end(text, min(start + chunk_bytes, file.size_bytes), file, chunk_bytes)
-                chunks.append(Chunk(start, end))
+                about = min(start + chunk_bytes, file.size_bytes)
+                end = _next_line_end(text, about, file)
+                chunks.append(Chunk(start, min(end, about + MAX_ROW_BYTES + 1)))
                 start = end
-            return chunks
-    except OSError as error:
-        msg = f"{file.path}: cannot be read: {error.strerror or error}"
-        raise LogError(msg) from error
+        return chunks
 
 
-def _next_line_end(text: IO[bytes], at: int, file: LogFile, chunk_bytes: int) -> int:
+def _next_line_end(text: IO[bytes], at: int, file: LogFile) -> int:
     """The offset behind the first line end at `at` - 1 or later; the end of the file where there is none."""
     text.seek(at - 1)
     position = at - 1
@@ -67,31 +70,24 @@ def _next_line_end(text: IO[bytes], at: int, file: LogFile, chunk_bytes: int) ->
         if found >= 0:
             return position + found + 1
         position += len(block)
-        if position - at > chunk_bytes:
-            raise LogError(_no_line_end(file, chunk_bytes))
     return file.size_bytes
-
-
-def _no_line_end(file: LogFile, chunk_bytes: int) -> str:
-    return f"{file.path}: no line end in {chunk_bytes:,} bytes: not a text file with a row a line?"
 
 
 def read_chunks(file: LogFile, schema: FeatureSchema, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[bytes, int]]:
     """Cut a file at row ends into chunks of at most `chunk_bytes`; yields (rows, bytes of the file read so far).
 
-    Of a plain file, the bytes read so far are those of the chunks and what stood before the first.  A byte-order mark
-    is dropped, and the header where the schema has one.
+    A chunk is larger where a row is.  A byte-order mark is dropped, and the header where the schema has one.
 
     Raises:
-        LogError: the file cannot be read, ends in the middle of its gzip stream, or has no row end in `chunk_bytes`.
+        LogError: the file cannot be read, ends in the middle of its gzip stream, or has a quoted cell without an end.
     """
     with reading(file), file.path.open("rb") as raw:
         is_gzip = file.format == "gzip"
         text: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if is_gzip else raw
         rest = _without_header(text, schema)
         offset_bytes = raw.tell() - len(rest)
-        for lines in _cut(text, rest, file, schema, chunk_bytes):
-            offset_bytes += len(lines)
+        for lines, num_bytes in _cut(text, rest, file, schema, chunk_bytes):
+            offset_bytes += num_bytes
             yield lines, raw.tell() if is_gzip else offset_bytes
         file.check_unchanged()
 
@@ -105,22 +101,41 @@ def cut_stream(
         LogError: as `read_chunks`.
     """
     with reading(file):
-        yield from _cut(text, start, file, schema, chunk_bytes)
+        for lines, _ in _cut(text, start, file, schema, chunk_bytes):
+            yield lines
 
 
-def _cut(text: IO[bytes], rest: bytes, file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> Iterator[bytes]:
-    while block := text.read(max(1, chunk_bytes - len(rest))):
+def _cut(
+    text: IO[bytes], rest: bytes, file: LogFile, schema: FeatureSchema, chunk_bytes: int
+) -> Iterator[tuple[bytes, int]]:
+    """Whole rows, and how many bytes of the text they took."""
+    # Of a row that is longer than a chunk twice as much each time: what was read is searched anew.
+    while block := text.read(chunk_bytes - len(rest) if len(rest) < chunk_bytes else len(rest)):
         lines = rest + block
         end = _last_row_end(lines, schema)
         if end:
-            yield lines[:end]
-            rest = lines[end:]
-        else:
-            rest = lines
-            if len(rest) >= chunk_bytes:
-                raise LogError(_unended(rest, file, schema, chunk_bytes))
+            yield lines[:end], end
+        elif schema.quote is not None and b'"' in lines:
+            if len(lines) > max(chunk_bytes, _MAX_QUOTED_BYTES):
+                raise LogError(_unclosed(lines, file))
+        elif len(lines) > max(chunk_bytes, MAX_ROW_BYTES):
+            num_skipped, rest = _skip_line(text)
+            yield lines[: MAX_ROW_BYTES + 1], len(lines) + num_skipped
+            continue
+        rest = lines[end:]
     if rest:
-        yield rest
+        yield rest, len(rest)
+
+
+def _skip_line(text: IO[bytes]) -> tuple[int, bytes]:
+    """Read to the end of a line: how many bytes it still had, and those that were read behind it."""
+    num_bytes = 0
+    while block := text.read(_PROBE_BYTES):
+        line, end, rest = block.partition(b"\n")
+        num_bytes += len(line) + len(end)
+        if end:
+            return num_bytes, rest
+    return num_bytes, b""
 
 
 @contextmanager
@@ -147,12 +162,10 @@ def _last_row_end(lines: bytes, schema: FeatureSchema) -> int:
     return last_row_end(lines, schema.separator)
 
 
-def _unended(rest: bytes, file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> str:
-    if schema.quote is None or b'"' not in rest:
-        return _no_line_end(file, chunk_bytes)
+def _unclosed(rest: bytes, file: LogFile) -> str:
     start = rest[:80].split(b"\n")[0].decode(errors="replace")
     return (
-        f"{file.path}: a row that starts with {start!r} has no end in {chunk_bytes:,} bytes: a quote that is opened "
+        f"{file.path}: a row that starts with {start!r} has no end in {len(rest):,} bytes: a quote that is opened "
         "there is not closed; mend the file, or leave `quote` out of the schema"
     )
 

@@ -7,6 +7,7 @@ ignored.
 import csv
 import gzip
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import IO, cast
 
 from torchdlrm.data.log.cut import read_header, reading
@@ -39,7 +40,8 @@ def names_of(line: bytes, schema: FeatureSchema) -> list[str]:
     """The names in a header, which is written as the rows are."""
     text = line.decode(errors="replace").removesuffix("\n").removesuffix("\r")
     if schema.quote:
-        return next(csv.reader([text], delimiter=schema.separator), [])
+        with suppress(csv.Error):  # a name of more than 128 KiB is none
+            return next(csv.reader([text], delimiter=schema.separator), [])
     return text.split(schema.separator)
 
 

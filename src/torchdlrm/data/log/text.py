@@ -17,11 +17,12 @@ import polars as pl
 
 from torchdlrm.data.bad_rows import BadRow, BadRows
 from torchdlrm.data.log.cells import text_frame, to_typed_columns
-from torchdlrm.data.log.cut import BYTE_ORDER_MARK
+from torchdlrm.data.log.cut import BYTE_ORDER_MARK, MAX_ROW_BYTES
 from torchdlrm.data.log.quotes import find_quoted
 from torchdlrm.schema import FeatureSchema, IgnoredColumn
 
 _COUNT_BLOCK_BYTES = 256 << 10
+_SHOWN_BYTES = 400  # of a cell that is at fault
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def parse_chunk(lines: bytes, schema: FeatureSchema, *, is_label_optional: bool 
     num_lines = lines.count(b"\n") + (not lines.endswith(b"\n"))
     quoted = schema.quote is not None and b'"' in lines
     text = None if quoted else _read_text(lines, schema, quoted=False)
-    if text is None or text.height != num_lines or b"\0" in lines or _count(lines, schema) != num_lines:
+    is_odd = b"\0" in lines or _may_hold_long_row(lines)
+    if text is None or text.height != num_lines or is_odd or _count(lines, schema) != num_lines:
         lines, line_numbers, whole = _drop_broken_rows(lines, schema, bad_rows, quoted=quoted)
         text = _read_text(lines, schema, quoted=quoted) if lines else text_frame(schema, {})
         assert text is not None, "the rows that are left are UTF-8 and have the right number of columns"
@@ -100,6 +102,12 @@ def _read_text(lines: bytes, schema: FeatureSchema, *, quoted: bool) -> pl.DataF
         return None  # a line that is too long, or bytes that are not UTF-8: `_drop_broken_rows` finds them
     # An empty cell is a missing one, whether or not the writer put quotes around it.
     return text.with_columns(pl.when(pl.all() != "").then(pl.all())) if quoted else text
+
+
+def _may_hold_long_row(lines: bytes) -> bool:
+    """Whether a part of the text has no line end that is so long that every row which is too long has one such part."""
+    size = MAX_ROW_BYTES // 2
+    return any(lines.find(b"\n", start, start + size) < 0 for start in range(0, len(lines) - size + 1, size))
 
 
 def _count(lines: bytes, schema: FeatureSchema) -> float:
@@ -155,7 +163,7 @@ class _Rows:
 def _drop_broken_rows(
     lines: bytes, schema: FeatureSchema, bad_rows: BadRows, *, quoted: bool
 ) -> tuple[bytes, npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Leave out the rows that have the wrong number of columns, a NUL, or bytes that are not UTF-8.
+    """Leave out the rows that are too long, have the wrong number of columns, a NUL, or bytes that are not UTF-8.
 
     Returns:
         The R rows that are left; int64 [R], the lines from 0 they start on; bool, which of all rows they are.
@@ -164,10 +172,10 @@ def _drop_broken_rows(
         lines += b"\n"
     rows = _Rows.of(lines, schema.separator, quoted=quoted)
     codes = rows.codes
-    masks: dict[str, npt.NDArray[np.bool_]] = {}
-    fine = np.ones(len(rows.ends), np.bool_)
+    masks: dict[str, npt.NDArray[np.bool_]] = {"long": rows.ends - rows.starts > MAX_ROW_BYTES}
+    fine = ~masks["long"]
     if rows.stray_quotes is not None:
-        masks["quotes"] = rows.count(rows.stray_quotes) > 0
+        masks["quotes"] = (rows.count(rows.stray_quotes) > 0) & fine
         fine &= ~masks["quotes"]
     masks["columns"] = (rows.count(rows.separators) + 1 != len(schema.columns)) & fine
     fine &= ~masks["columns"]
@@ -198,7 +206,7 @@ def _broken_row(cells: list[bytes], line: int, reason: str, schema: FeatureSchem
         if len(cells) == 1:
             found = f"{found}: a comment?" if cells[0].startswith(b"#") else found if cells[0] else "an empty line"
         return BadRow(line=line, column=None, value=found)
-    if reason == "quotes":
+    if reason in ("long", "quotes"):
         return BadRow(line=line, column=None, value=_as_text(schema.separator.encode().join(cells)))
     for column, cell in zip(schema.columns, cells, strict=True):
         if (b"\0" in cell) if reason == "nul_byte" else ("\ufffd" in cell.decode(errors="replace")):
@@ -208,4 +216,4 @@ def _broken_row(cells: list[bytes], line: int, reason: str, schema: FeatureSchem
 
 
 def _as_text(cell: bytes) -> str:
-    return cell.decode(errors="backslashreplace")
+    return cell[:_SHOWN_BYTES].decode(errors="backslashreplace")
