@@ -92,8 +92,11 @@ def write_index(vocabulary: Vocabulary, path: Path) -> None:
 class ValueIndex:
     """Ids of the values of a sparse feature, out of mapped memory; safe to use from many threads."""
 
-    def __init__(self, batch: pa.RecordBatch, kind: Kind, missing_id: int, num_home_slots: int) -> None:
+    def __init__(
+        self, batch: pa.RecordBatch, kind: Kind, missing_id: int, num_home_slots: int, longest_bytes: int
+    ) -> None:
         self._kind = kind
+        self._longest_bytes = longest_bytes  # of its texts: a longer one is not worth hashing
         self._missing_id = missing_id
         self._num_home_slots = num_home_slots
         self._keys: npt.NDArray[np.integer] = batch.column("key").to_numpy()
@@ -125,13 +128,15 @@ class ValueIndex:
             if not 0 <= missing_id < num_ids:
                 msg = f"the id of a missing value is {missing_id} of {num_ids}"
                 raise ValueError(msg)
-            _check(_read(path)[0], kind, num_ids, num_home_slots)  # in a mapping whose pages do not stay resident
+            passed_over = _read(path)[0]  # in a mapping whose pages do not stay resident
+            _check(passed_over, kind, num_ids, num_home_slots)
+            longest_bytes = _longest_bytes(passed_over.column("text")) if kind == "string" else 0
         except (OSError, pa.ArrowException, StopIteration, struct.error, KeyError, ValueError) as error:
             if isinstance(error, DatasetError):
                 raise
             msg = f"{path}: the index of a vocabulary cannot be read ({error}); copy or export it again"
             raise DatasetError(msg) from error
-        return cls(batch, kind, missing_id, num_home_slots)
+        return cls(batch, kind, missing_id, num_home_slots, longest_bytes)
 
     def lookup(self, values: pl.Series) -> pl.Series:
         """The id of each value: Int32, 0 for a value without one; the name of `values`.
@@ -168,12 +173,17 @@ class ValueIndex:
         """Every distinct text is hashed and compared once: int32 [B]."""
         encoded = pc.dictionary_encode(values.to_arrow(compat_level=pl.CompatLevel.oldest()), null_encoding="encode")
         wanted = encoded.dictionary.cast(pa.large_string())
+        is_long = pc.fill_null(pc.greater(pc.binary_length(wanted), self._longest_bytes), fill_value=False)
+        if has_long := pc.any(is_long).as_py():
+            wanted = pc.if_else(is_long, "", wanted)
         hashes = hash_values(pl.Series(wanted))
         ids, slots = self._find(hashes, hashes)
         found = np.flatnonzero(ids)
         same = pc.equal(texts.take(pa.array(slots[found])), wanted.take(pa.array(found)))
         for i in found[~pc.fill_null(same, fill_value=False).to_numpy(zero_copy_only=False)]:
             ids[i] = self.id_of(wanted[int(i)].as_py())
+        if has_long:
+            ids[is_long.to_numpy(zero_copy_only=False)] = UNKNOWN_ID
         if wanted.null_count:
             ids[wanted.is_null().to_numpy(zero_copy_only=False)] = self._missing_id
         return ids[encoded.indices.to_numpy()]
@@ -207,6 +217,8 @@ class ValueIndex:
         """The id of one value, in a microsecond; None is a missing one."""
         if value is None:
             return self._missing_id
+        if isinstance(value, str) and len(value) > self._longest_bytes:
+            return UNKNOWN_ID
         hashed = hash_text(value) if isinstance(value, str) else hash_number(value)
         key = hashed if isinstance(value, str) else value
         slot = (hashed >> 32) * self._num_home_slots >> 32
@@ -299,6 +311,11 @@ def _check(batch: pa.RecordBatch, kind: Kind, num_ids: int, num_home_slots: int)
         if part.min() < 0 or part.max() >= num_ids or longest > _MAX_RUN:
             msg = f"ids from {part.min()} to {part.max()} of {num_ids}, {longest:,} slots in a row without an empty one"
             raise ValueError(msg)
+
+
+def _longest_bytes(texts: pa.LargeStringArray) -> int:
+    pieces = (texts.slice(start, _CHECKED_SLOTS) for start in range(0, len(texts), _CHECKED_SLOTS))
+    return max((pc.max(pc.binary_length(piece)).as_py() for piece in pieces), default=0)
 
 
 def _home_slots(hashes: npt.NDArray[np.uint64], num_slots: int) -> npt.NDArray[np.int64]:

@@ -1,5 +1,7 @@
 """The index of a vocabulary gives the ids that the vocabulary gives, for one row and for many."""
 
+import time
+
 import numpy as np
 import polars as pl
 import pytest
@@ -75,6 +77,49 @@ def test_texts_with_the_same_hash_are_told_apart(known, tmp_path):
 def test_one_value_hashes_as_it_does_among_many(number, text):
     assert hash_number(number) == hash_numbers(np.array([number]))[0]
     assert hash_text(text) == hash_values(pl.Series([text]))[0]
+
+
+def fnv1a(text):
+    """As its inventors have it: a byte, a product, the next byte."""
+    hashed = 0xCBF29CE484222325
+    for byte in text.encode():
+        hashed = (hashed ^ byte) * 0x100000001B3 % 2**64
+    return hash_number(hashed)
+
+
+LENGTHS = [0, 1, 20, 63, 64, 65, 127, 128, 129, 1_000, 3_000, 70_000, 200_000]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from(LENGTHS), min_size=1, max_size=4),
+    num_short=st.sampled_from([0, 3, 100]),
+    seed=st.integers(0, 99),
+)
+def test_a_text_of_any_length_among_any_others_has_the_hash_of_the_textbook(lengths, num_short, seed):
+    generator = np.random.default_rng(seed)
+    texts = ["".join(map(chr, generator.integers(1, 0x7FF, length))) for length in [*lengths, *[7] * num_short]]
+    expected = [fnv1a(text) for text in texts]
+    assert hash_values(pl.Series([*texts, None]))[:-1].tolist() == expected
+    assert [hash_text(text) for text in texts[:4]] == expected[:4]
+
+
+def test_one_long_text_among_short_ones_costs_what_its_bytes_cost():
+    """Place by place, with a call or more of NumPy for each, two million places would take ten seconds."""
+    short = pl.Series([f"{i:04x}" for i in range(500)])
+    together = pl.concat([short, pl.Series(["a" * 2_000_000])])
+    started_s = time.process_time()
+    hash_values(together)
+    assert time.process_time() - started_s < 2.0
+
+
+def test_a_text_longer_than_all_of_the_vocabulary_is_unknown_unhashed(tmp_path, monkeypatch):
+    vocabulary = fit("string", ["a", None, "Köln " * 10])
+    index = indexed(vocabulary, tmp_path / "f.index")
+    texts = ["a", "Köln " * 10, "x" * 60, "x" * 3_000_000, None, "Köln " * 10 + "s", ""]
+    assert_same_ids(index, vocabulary, pl.Series("f", texts))
+    monkeypatch.setattr("torchdlrm.data.value_index.hash_text", None)
+    assert index.id_of("x" * 61) == 0
 
 
 def test_the_bytes_depend_on_the_vocabulary_alone(tmp_path):
