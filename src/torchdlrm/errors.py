@@ -19,6 +19,11 @@
 A `UserError` says in one message which key, file or line is wrong, which value it has and what to do about it.
 """
 
+import reprlib
+from itertools import islice
+
+_MAX_SHOWN_CHARACTERS = 80
+
 
 class TorchDLRMError(Exception):
     """Root of all exceptions raised on purpose."""
@@ -84,3 +89,19 @@ class SkewError(TorchDLRMError):
 
 class Interrupted(TorchDLRMError):  # noqa: N818 - it is no error
     """A job was asked to stop (SIGTERM, Ctrl-C), has saved what it had, and can be started again."""
+
+
+class _Short(reprlib.Repr):
+    def repr_dict(self, x: dict[object, object], level: int) -> str:
+        """As of other dicts, but without sorting all the keys of a large one."""
+        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
+
+
+_short = _Short()
+_short.maxlevel, _short.maxstring = 2, _MAX_SHOWN_CHARACTERS
+
+
+def shown(value: object) -> str:
+    """A value as a message repeats it: as Python writes it, but short, whatever its size and however deep it is."""
+    text = _short.repr(value[:_MAX_SHOWN_CHARACTERS] if isinstance(value, bytes) else value)
+    return text if len(text) <= _MAX_SHOWN_CHARACTERS else text[: _MAX_SHOWN_CHARACTERS - 3] + "..."

@@ -87,7 +87,7 @@ MALFORMED = {
     "2^40 rows": (binary(52, shape=[HUGE, 13]), ZEROS),
     "2^40 rows of nothing": ({"inputs": [{"name": "int_0", "datatype": "INT64", "shape": [HUGE, 0], "data": []}]}, b""),
     "2^70 rows": (binary(52, shape=[2**63 - 1, 13]), ZEROS),
-    "2^40 texts": ({"inputs": [{"name": "cat_0", "datatype": "BYTES", "shape": [HUGE], "data": []}]}, b""),
+    "2^40 rows of texts": ({"inputs": [{"name": "cat_0", "datatype": "BYTES", "shape": [HUGE], "data": []}]}, b""),
     "no columns": (binary(0, shape=[1, 0]), b""),
     "wrong number of columns": (binary(48, shape=[1, 12]), bytes(48)),
     "too many bytes": (binary(52), ZEROS + b"x"),

@@ -9,7 +9,7 @@ forty calls of Polars, whatever the number of rows: a millisecond for one row, w
 | int | a JSON integer of 64 bits |
 | float | a finite JSON number |
 | hex | a text of 8 digits, or an empty one |
-| string | a text |
+| string | a text that is not too long |
 
 A cell that is one of the column's `null_values` is missing.
 
@@ -30,7 +30,8 @@ from torchdlrm.data.value_hash import hash_integers
 from torchdlrm.data.value_index import ValueIndex
 from torchdlrm.export.bundle import PlainIds
 from torchdlrm.export.encoded_rows import EncodedRows
-from torchdlrm.predict.json_rows import Row
+from torchdlrm.predict.json_rows import MAX_CELL_CHARACTERS
+from torchdlrm.predict.shared_rows import Part, Row, cells_of, parts_of
 from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
 
 Vocabularies = Mapping[str, ValueIndex | PlainIds]
@@ -85,16 +86,20 @@ class PlainRowEncoder:
         """What the model reads of B rows, or None where one of them is not plain or has a cell that is wrong."""
         if self._has_lists or not rows:
             return None
-        for row in rows:
-            if type(row) is not dict or not self._names.issuperset(row):
+        parts = parts_of(rows)
+        for shared, own in parts:
+            if not self._names.issuperset(shared):
                 return None
+            for row in own:
+                if type(row) is not dict or not self._names.issuperset(row):
+                    return None
         dense_BD = np.empty((len(rows), self._num_dense), np.float32)
         ids_FB = np.empty((self._num_sparse, len(rows)), np.int32)
         try:
             for group in self._dense:
-                group.encode(rows, dense_BD)
+                group.encode(parts, dense_BD)
             for features in self._sparse:
-                features.encode(rows, ids_FB)
+                features.encode(parts, ids_FB)
         except (_NotPlainError, OverflowError, UnicodeEncodeError):
             return None
         return EncodedRows(dense_BD, ids_FB)
@@ -110,8 +115,8 @@ class _DenseGroup:
         self._places, self._fitted = places, fitted
         self._nulls = null_numbers(columns[0]).to_numpy()
 
-    def encode(self, rows: Sequence[Row], dense_BD: NDArray[np.float32]) -> None:
-        cells, is_missing = _cells(rows, self._names, self._allowed, 0)
+    def encode(self, parts: Sequence[Part], dense_BD: NDArray[np.float32]) -> None:
+        cells, is_missing = _cells(parts, self._names, self._allowed, 0)
         values = np.array(cells, self._dtype)
         is_missing = _with_null_numbers(is_missing, values, self._nulls)
         numbers = values.astype(np.float64)
@@ -132,15 +137,15 @@ class _NumberFeatures:
         self._hash_sizes = np.array([[feature.hash] for feature in features if feature.hash is not None], np.uint64)
         self._vocabularies = [vocabularies[feature.name] for feature in features if feature.hash is None]
 
-    def encode(self, rows: Sequence[Row], ids_FB: NDArray[np.int32]) -> None:
+    def encode(self, parts: Sequence[Part], ids_FB: NDArray[np.int32]) -> None:
         if self._is_hex:
-            cells, is_missing = _cells(rows, self._names, _TEXT, _NO_DIGITS)
+            cells, is_missing = _cells(parts, self._names, _TEXT, _NO_DIGITS)
             numbers = _hex_numbers(cells)
         else:
-            cells, is_missing = _cells(rows, self._names, _INTEGER, 0)
+            cells, is_missing = _cells(parts, self._names, _INTEGER, 0)
             numbers = np.array(cells, np.int64)
         is_missing = _with_null_numbers(is_missing, numbers, self._nulls)
-        num_rows = len(rows)
+        num_rows = ids_FB.shape[1]
         if not self._vocabularies:
             hashes_FB = hash_integers(numbers.astype(np.int64), is_missing).reshape(-1, num_rows)
             ids_FB[self._places] = hashes_FB % self._hash_sizes
@@ -171,23 +176,25 @@ class _TextFeatures:
             (feature, place, vocabularies.get(feature.name)) for feature, place in zip(features, places, strict=True)
         ]
 
-    def encode(self, rows: Sequence[Row], ids_FB: NDArray[np.int32]) -> None:
+    def encode(self, parts: Sequence[Part], ids_FB: NDArray[np.int32]) -> None:
         for feature, place, vocabulary in self._features:
-            cells, _ = _cells(rows, [feature.name], _TEXT, None)
+            cells, _ = _cells(parts, [feature.name], _TEXT, None)
+            if max(map(len, filter(None, cells)), default=0) > MAX_CELL_CHARACTERS:
+                raise _NotPlainError
             if feature.null_values:
                 cells = [None if cell in feature.null_values else cell for cell in cells]
             ids_FB[place] = encode_sparse(pl.Series(cells, dtype=pl.String), feature, vocabulary).to_numpy()
 
 
 def _cells(
-    rows: Sequence[Row], names: Sequence[str], allowed: set[type], stand_in: object
+    parts: Sequence[Part], names: Sequence[str], allowed: set[type], stand_in: object
 ) -> tuple[list[Any], NDArray[np.bool_] | None]:
     """The cells of columns, one column after another, with a stand-in for missing ones; and which are missing.
 
     Raises:
         _NotPlainError: a cell is of another type.
     """
-    cells: list[Any] = [row.get(name) for name in names for row in rows]
+    cells = cells_of(parts, names)
     if not allowed.issuperset(map(type, cells)):
         raise _NotPlainError
     if allowed is _TEXT:

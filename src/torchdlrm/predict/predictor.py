@@ -23,8 +23,9 @@ from torchdlrm.export.bundle import Bundle, Verify
 from torchdlrm.export.check import arithmetic_difference
 from torchdlrm.export.manifest import DensePrecision
 from torchdlrm.export.served_model import EncodedRows, ServedModel
-from torchdlrm.predict.json_rows import Row, RowReader
+from torchdlrm.predict.json_rows import RowReader
 from torchdlrm.predict.plain_rows import PlainRowEncoder
+from torchdlrm.predict.shared_rows import Row
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.schema import SparseColumn
 

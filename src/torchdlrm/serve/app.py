@@ -7,7 +7,7 @@ checked cell by cell in Python, would take longer than predicting it.  What the 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any
@@ -20,21 +20,21 @@ from starlette.types import Scope
 
 from torchdlrm import __version__
 from torchdlrm.errors import TorchDLRMError
+from torchdlrm.predict.shared_rows import Row
 from torchdlrm.serve.exchange import ARRIVED, IS_GONE, IS_WHOLE
 from torchdlrm.serve.gate import REQUEST_ID, Gate, refusal
+from torchdlrm.serve.json_body import parse_json
 from torchdlrm.serve.metrics import CONTENT_TYPE
-from torchdlrm.serve.open_inference.columns import model_metadata, rows_of_tensors
-from torchdlrm.serve.open_inference.http import HEADER_LENGTH, format_infer, parse_infer, parse_json
+from torchdlrm.serve.open_inference.columns import model_metadata
+from torchdlrm.serve.open_inference.http import EXTENSIONS, HEADER_LENGTH, InferRequest, format_infer, parse_infer
 from torchdlrm.serve.openapi import document
 from torchdlrm.serve.page_routes import page_router
-from torchdlrm.serve.people import describe, rows_of
+from torchdlrm.serve.people import describe, num_bytes_written_out, rows_of
 from torchdlrm.serve.refusals import RefusedRequest, too_large
-from torchdlrm.serve.service import Service
+from torchdlrm.serve.service import Service, off_loop_if_large
 
 MODEL = "/v2/models/{name}"
 VERSION = MODEL + "/versions/{version}"
-# A body as large as this is parsed by a thread, so that other requests need not wait for it.
-_LARGE_BODY_BYTES = 256 << 10
 
 
 def build_app(service: Service) -> Gate:
@@ -78,11 +78,16 @@ def _people(service: Service) -> list[Route]:
     async def predict(request: Request) -> Response:
         body, started_s = await _read_body(request, service)
         served = service.bundles.current
-        rows = rows_of(await _off_loop_if_large(parse_json, body))
+        max_rows = service.options.max_rows_per_request
+
+        def parse() -> Sequence[Row]:
+            return rows_of(parse_json(body, served.schema, max_rows), served.schema, max_rows)
+
+        rows = await off_loop_if_large(parse, len(body))
         answer = await service.predict(
             served,
             rows,
-            num_bytes=len(body),
+            num_bytes=num_bytes_written_out(len(body), rows),
             request_id=request.scope[REQUEST_ID],
             started_s=started_s,
             is_gone=request.scope.get(IS_GONE, _never),
@@ -97,7 +102,7 @@ def _people(service: Service) -> list[Route]:
 
 def _open_inference(service: Service) -> list[Route]:
     async def server(_: Request) -> Response:
-        return _json({"name": "torchdlrm", "version": __version__, "extensions": ["binary_tensor_data"]})
+        return _json({"name": "torchdlrm", "version": __version__, "extensions": EXTENSIONS})
 
     async def live(_: Request) -> Response:
         return _state(service.is_live, "live")
@@ -121,14 +126,13 @@ def _open_inference(service: Service) -> list[Route]:
         served = service.check_model(**request.path_params)
         max_rows = service.options.max_rows_per_request
 
-        def parse() -> tuple[Any, Any]:
-            asked = parse_infer(body, request.headers.get(HEADER_LENGTH))
-            return asked, rows_of_tensors(asked.tensors, served.schema, max_rows)
+        def parse() -> InferRequest:
+            return parse_infer(body, request.headers.get(HEADER_LENGTH), served.schema, max_rows)
 
-        asked, rows = await asyncio.to_thread(parse) if len(body) > _LARGE_BODY_BYTES else parse()
+        asked = await off_loop_if_large(parse, len(body))
         answer = await service.predict(
             served,
-            rows,
+            asked.rows,
             num_bytes=len(body),
             request_id=request.scope[REQUEST_ID],
             started_s=started_s,
@@ -216,10 +220,6 @@ async def _pieces(request: Request, service: Service, timeout: asyncio.Timeout) 
 
 def _body_too_large(max_body_bytes: int) -> RefusedRequest:
     return too_large(f"the body has more than {max_body_bytes:,} bytes, and no more are taken; send several requests")
-
-
-async def _off_loop_if_large(function: Callable[[bytes], Any], body: bytes) -> Any:
-    return await asyncio.to_thread(function, body) if len(body) > _LARGE_BODY_BYTES else function(body)
 
 
 def _never() -> bool:

@@ -6,7 +6,7 @@ that it began with, so no answer is made of two; the old one is forgotten with i
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ import polars as pl
 from torchdlrm.errors import TorchDLRMError
 from torchdlrm.export.encoded_rows import EncodedRows
 from torchdlrm.predict.predictor import Predictions, Predictor
+from torchdlrm.predict.shared_rows import Row, joined
 from torchdlrm.schema import FeatureSchema
 from torchdlrm.serve.batch import Rows
 
@@ -70,7 +71,7 @@ class ServedBundle:
             RowError: a row has a column that there is not, or a cell that does not fit.
         """
         frames = [request for request in requests if isinstance(request, pl.DataFrame)]
-        rows = [row for request in requests if not isinstance(request, pl.DataFrame) for row in request]
+        rows = joined([request for request in requests if not isinstance(request, pl.DataFrame)])
         if not frames:
             return self._predictor.encode_rows(rows)
         typed = self._predictor.encode(frames[0] if len(frames) == 1 else pl.concat(frames))
@@ -92,14 +93,14 @@ class ServedBundle:
             if is_frame:
                 frames += group  # type: ignore[arg-type]  # as was asked
             else:  # those of several requests together: the cost is that of the calls
-                frames.append(self._features([row for request in group for row in request]))  # type: ignore[misc]
+                frames.append(self._features(joined(list(group))))  # type: ignore[arg-type]  # as was asked
         return pl.concat(frames)
 
     def predict(self, rows: EncodedRows) -> Predictions:
         """B rows -> B probabilities."""
         return self._predictor.predict_encoded(rows)
 
-    def _features(self, rows: Sequence[Mapping[str, object]]) -> pl.DataFrame:
+    def _features(self, rows: Sequence[Row]) -> pl.DataFrame:
         frame = self._predictor.parse_rows(rows)
         return frame.select(column.name for column in (*self.schema.dense, *self.schema.sparse))
 

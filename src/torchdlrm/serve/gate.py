@@ -24,7 +24,6 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 REQUEST_ID = "torchdlrm.request_id"
-_HEALTH = "/v2/health/"
 
 
 def refusal(error: RefusedRequest) -> Response:
@@ -79,7 +78,7 @@ class Gate:
             self._note_end(scope, status, time.perf_counter() - started_s, request_id)
 
     def _refused(self, path: str, headers: dict[bytes, bytes]) -> RefusedRequest | None:
-        if path.startswith(_HEALTH):
+        if self._service.is_health(path):
             return None
         limit = self._service.options.max_concurrent_requests
         if self._num_under_way - self._service.uploads.num_bodies >= limit:
@@ -95,7 +94,7 @@ class Gate:
         self._service.metrics.request_done(route, status, total_s)
         lines = self._service.lines
         level = "error" if status == HTTPStatus.INTERNAL_SERVER_ERROR else "info"
-        if scope["path"].startswith(_HEALTH):
+        if self._service.is_health(scope["path"]):
             level = "debug"
         lines.write(
             level,  # type: ignore[arg-type]  # one of three that are

@@ -3,52 +3,106 @@
 In: the body of `POST /predict`.  Out: rows.  And the columns of the model, with examples, for `GET /schema`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import polars as pl
 
-from torchdlrm.schema import DenseColumn, LabelColumn, SparseColumn
+from torchdlrm.errors import shown
+from torchdlrm.predict.shared_rows import Part, Row, SharedRows, parts_of
+from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
 from torchdlrm.serve.bundles import ServedBundle
-from torchdlrm.serve.refusals import bad_request
+from torchdlrm.serve.refusals import bad_request, check_num_rows, check_num_values, too_large
 from torchdlrm.serve.request_log import digits_of
 
 NUM_EXAMPLES = 3
+# What `shared` may come to with all candidates: the characters of its texts, its other cells, the values of its lists.
+MAX_SHARED_CHARACTERS = 1 << 24
+_MAX_KEYS_SHOWN = 8
 
 
-def rows_of(body: object) -> list[Mapping[str, object]]:
+def rows_of(body: object, schema: FeatureSchema, max_rows: int) -> Sequence[Row]:
     """The rows of a request, one after another.
 
     Args:
         body: a list of rows; or `{"rows": [...]}`; or `{"shared": {...}, "candidates": [...]}`, where every candidate
             also has the shared columns.
+        schema: the columns.
+        max_rows: more are refused, before anything is done with them.
 
     Raises:
-        RefusedRequest: it is none of these.
+        RefusedRequest: it is none of these, or too much.
     """
+    rows = _rows_of(body, schema, max_rows)
+    for column in schema.sparse:
+        if column.value_separator is not None:
+            check_num_values(sum(_num_values(part, column) for part in parts_of(rows)), column)
+    return rows
+
+
+def _rows_of(body: object, schema: FeatureSchema, max_rows: int) -> Sequence[Row]:
     if isinstance(body, list):
-        return _rows(body, "")
+        return _rows(body, "", max_rows)
     if not isinstance(body, dict):
         msg = f"the body is {_kind(body)}; send a list of rows, or an object with 'rows', or 'shared' and 'candidates'"
         raise bad_request(msg)
-    names = set(body)
-    if names == {"rows"}:
-        return _rows(body["rows"], "rows: ")
-    if names != {"shared", "candidates"}:
-        msg = f"the body has the keys {sorted(names)[:8]}; it needs 'rows', or 'shared' and 'candidates', and no others"
+    if body.keys() == {"rows"}:
+        return _rows(body["rows"], "rows: ", max_rows)
+    if body.keys() != {"shared", "candidates"}:
+        keys = ", ".join(map(shown, islice(body, _MAX_KEYS_SHOWN)))
+        msg = f"the body has the keys {keys or '(none)'}; it needs 'rows', or 'shared' and 'candidates', and no others"
         raise bad_request(msg)
-    shared, candidates = body["shared"], _rows(body["candidates"], "candidates: ")
+    shared, candidates = body["shared"], _rows(body["candidates"], "candidates: ", max_rows)
     if not isinstance(shared, dict):
         msg = f"shared: needs an object of cells by column name, not {_kind(shared)}"
         raise bad_request(msg)
     if not candidates:
         raise bad_request("candidates: needs one at least")
+    _check_shared(shared, schema, len(candidates))
     for index, candidate in enumerate(candidates):
         if not shared.keys().isdisjoint(candidate):
             name = next(name for name in candidate if name in shared)
             msg = f"row {index}, column {name!r}: stands in 'shared' and in the candidate; leave it out of one"
             raise bad_request(msg)
-    return [{**shared, **candidate} for candidate in candidates]
+    return SharedRows([(shared, candidates)])
+
+
+def num_bytes_written_out(num_bytes: int, rows: Sequence[Row]) -> int:
+    """About how many bytes a request would have without `shared`, which tells how much work its rows are."""
+    copies = sum(_characters(shared) * (len(own) - 1) for shared, own in parts_of(rows))
+    return num_bytes + copies
+
+
+def _check_shared(shared: Row, schema: FeatureSchema, num_candidates: int) -> None:
+    known = {column.name for column in schema.columns}
+    if not known.issuperset(shared):
+        unknown = next(name for name in shared if name not in known)
+        has = ", ".join(column.name for column in (*schema.dense, *schema.sparse))
+        msg = f"shared, column {shown(unknown)}: the model has no such column; it has {has}"
+        raise bad_request(msg)
+    if (size := _characters(shared) * num_candidates) > MAX_SHARED_CHARACTERS:
+        msg = (
+            f"shared: with {num_candidates:,} candidates it comes to {size:,} characters and values, and at most "
+            f"{MAX_SHARED_CHARACTERS:,} are taken; send several requests"
+        )
+        raise too_large(msg)
+
+
+def _num_values(part: Part, column: SparseColumn) -> int:
+    shared, rows = part
+    if column.name in shared:
+        return len(rows) * _num_values(({}, [shared]), column)
+    cells = [row.get(column.name) for row in rows]
+    assert column.value_separator is not None
+    num_in_texts = sum(1 + cell.count(column.value_separator) for cell in cells if isinstance(cell, str))
+    return num_in_texts + sum(len(cell) for cell in cells if isinstance(cell, list))
+
+
+def _characters(row: Row) -> int:
+    """Of the texts of a row, and 1 for every other cell and for each value of a list."""
+    values = (value for cell in row.values() for value in (cell if isinstance(cell, list) else (cell,)))
+    return sum(1 + len(value) if isinstance(value, str) else 1 for value in values)
 
 
 def describe(name: str, served: ServedBundle, max_rows: int) -> dict[str, Any]:
@@ -93,10 +147,11 @@ def _exact(cell: object) -> object:
     return str(cell) if isinstance(cell, int) and abs(cell) > 2**53 else cell
 
 
-def _rows(value: object, where: str) -> list[Mapping[str, object]]:
+def _rows(value: object, where: str, max_rows: int) -> list[Row]:
     if not isinstance(value, list):
         msg = f"{where}needs a list of rows, not {_kind(value)}"
         raise bad_request(msg)
+    check_num_rows(len(value), max_rows)
     for index, row in enumerate(value):
         if not isinstance(row, dict):
             msg = f"{where}row {index}: needs an object of cells by column name, not {_kind(row)}"

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from http import HTTPStatus
 
 from torchdlrm.errors import TorchDLRMError
+from torchdlrm.schema import SparseColumn
+
+MAX_VALUES = 1 << 19  # of all that a request may have in JSON; of a column, in all of its lists
 
 
 class RefusedRequest(TorchDLRMError):  # noqa: N818 - it is an answer
@@ -38,6 +41,31 @@ def not_found(message: str) -> RefusedRequest:
 def too_large(message: str) -> RefusedRequest:
     """The body has more bytes, or the request more rows, than this server takes."""
     return RefusedRequest(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
+
+
+def check_num_rows(num_rows: int, max_rows: int) -> None:
+    """See that a request has not too many rows.
+
+    Raises:
+        RefusedRequest: it has.
+    """
+    if num_rows > max_rows:
+        msg = f"{num_rows:,} rows in a request, and at most {max_rows:,} are taken; send several requests"
+        raise too_large(msg)
+
+
+def check_num_values(num_values: int, column: SparseColumn) -> None:
+    """See that a column has not too many values in the lists of a request.
+
+    Raises:
+        RefusedRequest: it has.
+    """
+    if num_values > MAX_VALUES:
+        msg = (
+            f"column {column.name!r}: {num_values:,} values in a request, and at most {MAX_VALUES:,} are taken; send "
+            "several requests"
+        )
+        raise too_large(msg)
 
 
 def overloaded(message: str, retry_after_s: int = 1) -> RefusedRequest:

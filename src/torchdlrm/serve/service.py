@@ -11,23 +11,27 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
+from typing import TypeVar
 
 import torch
 
-from torchdlrm.errors import BundleError, RowError, TorchDLRMError
+from torchdlrm.errors import BundleError, RowError, TorchDLRMError, shown
 from torchdlrm.serve.api_keys import ApiKeys
 from torchdlrm.serve.batch import Answer, BatchReport, Rows
 from torchdlrm.serve.batcher import Batcher
 from torchdlrm.serve.bundles import Bundles, ServedBundle
 from torchdlrm.serve.log_lines import LogLines
 from torchdlrm.serve.metrics import ServerMetrics
-from torchdlrm.serve.options import ServeOptions, threads_of_model
-from torchdlrm.serve.refusals import RefusedRequest, bad_request, not_found, too_large
+from torchdlrm.serve.options import ServeOptions, check_name, threads_of_model
+from torchdlrm.serve.refusals import RefusedRequest, bad_request, check_num_rows, not_found
 from torchdlrm.serve.request_log import RequestLog, check_loggable
 from torchdlrm.serve.uploads import Uploads
 
 _SWITCH_INTERVAL_S = 0.0005
+LARGE_BYTES = 256 << 10
 _UPLOADS_PER_REQUEST = 8  # bodies that may come slowly, for each request that may be under way
+
+Parsed = TypeVar("Parsed")
 
 
 class Service:
@@ -48,6 +52,7 @@ class Service:
     ) -> None:
         self.options, self.lines, self.tell_others = options, lines, tell_others
         self.name = options.name or served.name
+        check_name(self.name)
         self.keys = ApiKeys(options.api_keys)
         self.metrics = ServerMetrics(lambda: self.batcher.queued_rows)
         self.batcher = Batcher(
@@ -98,6 +103,13 @@ class Service:
         """Whether the process can still predict; if not, it should be started again."""
         return self.batcher.is_alive
 
+    def is_health(self, path: str) -> bool:
+        """Whether a path asks for nothing but health: needs no key, and is answered however much there is to do."""
+        if path.startswith("/v2/health/"):
+            return True
+        model = f"/v2/models/{self.name}"
+        return path in {f"{model}/ready", f"{model}/versions/{self.bundles.current.version}/ready"}
+
     def new_request_id(self) -> str:
         """A name for a request that came without one."""
         return f"{self._id_prefix}-{next(self._numbers)}"
@@ -110,25 +122,12 @@ class Service:
         """
         served = self.bundles.current
         if name != self.name:
-            msg = f"there is no model {name[:80]!r}; this server has {self.name!r}"
+            msg = f"there is no model {shown(name)}; this server has {self.name!r}"
             raise not_found(msg)
         if version and version != served.version:
-            msg = f"model {self.name!r} has no version {version[:80]!r}; it is served in {served.version!r}"
+            msg = f"model {self.name!r} has no version {shown(version)}; it is served in {served.version!r}"
             raise not_found(msg)
         return served
-
-    def check_rows(self, num_rows: int) -> None:
-        """See that a request has not too many rows.
-
-        Raises:
-            RefusedRequest: it has.
-        """
-        if num_rows > self.options.max_rows_per_request:
-            msg = (
-                f"{num_rows:,} rows in a request, and at most {self.options.max_rows_per_request:,} are taken; "
-                "send several requests"
-            )
-            raise too_large(msg)
 
     async def predict(
         self,
@@ -155,7 +154,7 @@ class Service:
         Raises:
             RefusedRequest: a row is wrong, or there is no time or room for the rows.
         """
-        self.check_rows(len(rows))
+        check_num_rows(len(rows), self.options.max_rows_per_request)
         limit_s = self.options.deadline_ms / 1e3
         if timeout_us is not None:
             limit_s = min(limit_s, timeout_us / 1e6)
@@ -207,6 +206,11 @@ class Service:
         if self._request_log is not None:
             assert isinstance(report.model, ServedBundle)
             self._request_log.add(report, report.model)
+
+
+async def off_loop_if_large(parse: Callable[[], Parsed], num_bytes: int) -> Parsed:
+    """What `parse` gives; in a thread where there are many bytes to parse, so that other requests need not wait."""
+    return await asyncio.to_thread(parse) if num_bytes > LARGE_BYTES else parse()
 
 
 def settle_threads(options: ServeOptions) -> None:

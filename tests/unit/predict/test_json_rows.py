@@ -29,6 +29,7 @@ SCHEMA = FeatureSchema(
     ),
 )
 READER = RowReader(SCHEMA)
+DEEP = json.loads("[" * 900 + "]" * 900)
 FEATURES = [column.name for column in (*SCHEMA.dense, *SCHEMA.sparse)]
 CELLS = {
     "tags": st.sampled_from(["", "a", "a;b", ";a;;b;c;d", ";", "NULL", "d", "b;d", "d;d"]),
@@ -101,8 +102,32 @@ def test_a_label_is_read_where_it_is_given():
         ({"label": 2}, "row 1, column 'label': the label means neither 0 nor 1: '2'"),
         ({"label": []}, "row 1, column 'label': a label is 0 or 1, not \\[\\]"),
         (["a"], "row 1: expected the row's cells by column name, not \\['a'\\]"),
+        ({"tags": ["a"] * 65_537}, "row 1, column 'tags': the cell has 65,537 values; at most 65,536 are taken"),
+        ({"numbers": "1;" * 40_000}, "row 1, column 'numbers': the cell has 80,000 characters; at most 65,536"),
+        ({"count": DEEP}, r"row 1, column 'count': expected an integer, not \[\[\[\.\.\.\]\]\]"),
+        ({"count": {"a": DEEP}}, r"row 1, column 'count': expected an integer, not {'a': \[\[\.\.\.\]\]}"),
     ],
 )
 def test_a_cell_that_does_not_fit_is_told_with_row_column_and_value(cells, message):
     with pytest.raises(RowError, match=message):
         READER.read([{"count": 1}, cells])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"\U0010ffff" * 100_000: 1},
+        {"hex": "\U0010ffff" * 50_000},
+        {"count": "x" * 50_000},
+        {"count": ["y" * 50_000] * 10},
+        {"count": {"y" * 50_000: "z" * 50_000}},
+        {"text": "\ud800" * 50_000},
+        {"numbers": ["x" * 50_000]},
+        {"label": "x" * 50_000},
+        ["x" * 50_000],
+    ],
+)
+def test_a_message_repeats_little_of_what_was_sent(row):
+    with pytest.raises(RowError) as refused:
+        READER.read([row])
+    assert len(str(refused.value)) < 250

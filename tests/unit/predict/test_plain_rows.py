@@ -15,8 +15,9 @@ from torchdlrm.data.vocabulary import Vocabulary
 from torchdlrm.errors import RowError
 from torchdlrm.export.bundle import PlainIds
 from torchdlrm.export.encoded_rows import EncodedRows
-from torchdlrm.predict.json_rows import RowReader
+from torchdlrm.predict.json_rows import MAX_CELL_CHARACTERS, RowReader
 from torchdlrm.predict.plain_rows import PlainRowEncoder
+from torchdlrm.predict.shared_rows import SharedRows, joined
 from torchdlrm.schema import DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn
 
 SCHEMA = FeatureSchema(
@@ -105,6 +106,29 @@ def test_plain_rows_give_the_bits_of_the_general_way(ways, rows, copies):
     found = plain(rows)
     assert found is not None
     assert same_bits(found, general(rows))
+
+
+@settings(max_examples=150, deadline=None)
+@given(shared=PLAIN, rows=st.lists(PLAIN, min_size=1, max_size=3), copies=st.sampled_from([1, 30]), more=PLAIN)
+def test_shared_cells_are_those_of_every_row_whichever_way_they_are_read(ways, shared, rows, copies, more):
+    plain, general = ways
+    own = [{name: cell for name, cell in row.items() if name not in shared} for row in rows * copies]
+    together = joined([[more], SharedRows([(shared, own)]), [more, more]])
+    written_out = [more, *({**shared, **row} for row in own), more, more]
+    assert len(together) == len(written_out)
+    assert list(together) == written_out
+    assert same_bits(plain(together), plain(written_out))
+    assert same_bits(general(together), general(written_out))
+
+
+def test_a_text_that_is_too_long_is_left_to_the_general_way_which_refuses_it(ways):
+    plain, general = ways
+    for name in ("text", "text_hashed", "hex", "count"):
+        rows = [{}, {name: "7" * (MAX_CELL_CHARACTERS + 1)}]
+        assert plain(rows) is None
+        with pytest.raises(RowError, match=f"row 1, column '{name}': the cell has 65,537 characters; at most 65,536"):
+            general(rows)
+    assert plain([{"text": "7" * MAX_CELL_CHARACTERS}]) is not None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torchdlrm.errors import RowError
 from torchdlrm.predict.json_rows import RowReader
 from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
-from torchdlrm.serve.open_inference.columns import rows_of_tensors
+from torchdlrm.serve.open_inference.columns import Inputs, rows_of_tensors
 from torchdlrm.serve.open_inference.tensors import NUMBER_TYPES, Tensor, from_bytes, from_json
 from torchdlrm.serve.refusals import RefusedRequest
 
@@ -31,10 +31,17 @@ COLUMNS = ["count", "price", "hex", "number", "text", "tags"]
 NUM_MANY = 17  # rows from which on tensors become columns at once
 
 
+def rows_of(tensors):
+    inputs = Inputs(SCHEMA, 100, len(tensors))
+    for tensor in tensors:
+        inputs.place(tensor.name, tensor.datatype, tensor.shape)
+    return rows_of_tensors(tensors, inputs, SCHEMA)
+
+
 def typed(tensors, num_rows):
     """The first rows as typed columns, or None where they are refused."""
     try:
-        rows = rows_of_tensors(tensors, SCHEMA, 100)
+        rows = rows_of(tensors)
         if not isinstance(rows, pl.DataFrame):
             rows = READER.read(rows).select(COLUMNS)
     except (RefusedRequest, RowError):
@@ -83,15 +90,15 @@ def tensor(name, datatype, rows) -> Tensor:
 def test_few_plain_rows_are_no_columns():
     """Otherwise the test above would compare one way with itself."""
     tensors = [tensor("count", "FP32", [[3.0], [np.nan]]), tensor("hex", "INT64", [[255], [0]])]
-    assert rows_of_tensors(tensors, SCHEMA, 100) == [
+    assert rows_of(tensors) == [
         {"count": 3, "hex": "000000ff"},
         {"count": None, "hex": "00000000"},
     ]
-    assert isinstance(rows_of_tensors([tensor("hex", "INT64", [[1]] * NUM_MANY)], SCHEMA, 100), pl.DataFrame)
+    assert isinstance(rows_of([tensor("hex", "INT64", [[1]] * NUM_MANY)]), pl.DataFrame)
 
 
 @pytest.mark.parametrize("names", [["hex", "hex"], ["dense", "count"]])
 def test_a_column_is_given_once(names):
     tensors = [tensor(name, "INT64", [[1, 2]] if name == "dense" else [[1]]) for name in names]
     with pytest.raises(RefusedRequest, match="given twice"):
-        rows_of_tensors(tensors, SCHEMA, 100)
+        rows_of(tensors)

@@ -11,7 +11,7 @@ Out: the rows; what was not sent is missing, and what a column's `null_values` n
 | sparse string, sparse with several values | BYTES |
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 from torchdlrm.data.bad_rows import REASONS, BadRows
 from torchdlrm.data.log.cells import to_typed_columns, without_null_values
 from torchdlrm.data.vocabulary import VALUE_TYPES
-from torchdlrm.schema import DenseColumn, FeatureSchema
+from torchdlrm.errors import shown
+from torchdlrm.predict.json_rows import MAX_CELL_CHARACTERS, too_long
+from torchdlrm.schema import DenseColumn, FeatureSchema, SparseColumn
 from torchdlrm.serve.batch import Rows
 from torchdlrm.serve.open_inference.few_rows import Feature, few_rows
-from torchdlrm.serve.open_inference.tensors import BYTES, Tensor
-from torchdlrm.serve.refusals import RefusedRequest, bad_request, too_large
+from torchdlrm.serve.open_inference.tensors import BYTES, Tensor, check_shape
+from torchdlrm.serve.refusals import RefusedRequest, bad_request, check_num_rows, check_num_values
 
 DENSE, SPARSE = "dense", "sparse"  # of the packed inputs
 OUTPUT = "prediction"
@@ -66,55 +68,95 @@ def _datatype(column: Feature) -> str:
     return "INT64" if column.kind == "int" and not column.is_multi_valued else BYTES
 
 
-def rows_of_tensors(tensors: Sequence[Tensor], schema: FeatureSchema, max_rows: int) -> Rows:
+class Inputs:
+    """The tensors of a request, each of which is placed before its data are read.
+
+    Args:
+        schema: the columns.
+        max_rows: more are refused.
+        num_inputs: how many tensors there are.
+
+    Attributes:
+        columns: which each of them holds, as far as they are placed.
+
+    Raises:
+        RefusedRequest: there is none, or more than columns.
+    """
+
+    def __init__(self, schema: FeatureSchema, max_rows: int, num_inputs: int) -> None:
+        self._schema, self._max_rows = schema, max_rows
+        self.features: dict[str, Feature] = {column.name: column for column in features_of(schema)}
+        self.columns: list[Sequence[Feature]] = []
+        self._num_rows: int | None = None
+        self._seen: set[str] = set()
+        if not num_inputs:
+            raise bad_request("inputs: no tensor; send one for a column at least, or 'dense' and 'sparse'")
+        if num_inputs > len(self.features):
+            msg = f"inputs: {num_inputs:,} tensors, and the model has {len(self.features)} columns"
+            raise bad_request(msg)
+
+    def place(self, name: str, datatype: object, shape: object) -> tuple[str, tuple[int, ...]]:
+        """The datatype and shape of the next tensor, which fit its columns.
+
+        Raises:
+            RefusedRequest: it is unknown or given twice, or its rows are too many or not as many as another's.
+        """
+        columns = self._columns_named(name)
+        datatype, sizes = check_shape(name, datatype, shape)
+        check_num_rows(sizes[0], self._max_rows)
+        if name in self.features:
+            if sizes[1:] not in {(), (1,)}:
+                msg = f"input {name!r}: a column has the shape [N] or [N, 1], not {list(sizes)}"
+                raise bad_request(msg)
+        elif sizes[1:] != (len(columns),):
+            msg = f"input {name!r}: the shape is [N, {len(columns)}], not {list(sizes)}"
+            raise bad_request(msg)
+        if self._num_rows is None:
+            self._num_rows = sizes[0]
+        elif self._num_rows != sizes[0]:
+            msg = f"input {name!r} has {sizes[0]:,} rows, and the one before has {self._num_rows:,}"
+            raise bad_request(msg)
+        for column in columns:
+            if column.name in self._seen:
+                msg = f"column {column.name} is given twice"
+                raise bad_request(msg)
+            self._seen.add(column.name)
+        self.columns.append(columns)
+        return datatype, sizes
+
+    def _columns_named(self, name: str) -> Sequence[Feature]:
+        if name in self.features:
+            return [self.features[name]]
+        packed: dict[str, Sequence[Feature]] = {DENSE: self._schema.dense, SPARSE: self._schema.sparse}
+        if name not in packed:
+            msg = f"input {shown(name)} is no column of this model, and neither 'dense' nor 'sparse'"
+            raise bad_request(msg)
+        return packed[name]
+
+
+def rows_of_tensors(tensors: Sequence[Tensor], inputs: Inputs, schema: FeatureSchema) -> Rows:
     """The rows that tensors hold.
 
     Args:
         tensors: of one request.
+        inputs: where these were placed.
         schema: the columns.
-        max_rows: more are refused.
 
     Returns:
         Few rows as mappings from column name to cell, which are encoded in a fraction of the time; otherwise typed
         columns in the order of the schema: first the dense, then the sparse ones.
 
     Raises:
-        RefusedRequest: a tensor is unknown or given twice, the sizes differ, or a value does not fit its column.
+        RefusedRequest: a value does not fit its column.
     """
-    placed = _placed(tensors, schema, max_rows)
+    placed = list(zip(tensors, inputs.columns, strict=True))
     few = few_rows(placed) if 0 < tensors[0].shape[0] <= _FEW_ROWS else None
-    return _frame(placed, schema) if few is None else few
+    return _frame(placed, inputs.features, schema) if few is None else few
 
 
-def _placed(
-    tensors: Sequence[Tensor], schema: FeatureSchema, max_rows: int
-) -> Sequence[tuple[Tensor, Sequence[Feature]]]:
-    """Each tensor with the columns that it holds."""
-    if not tensors:
-        raise bad_request("inputs: no tensor; send one for a column at least, or 'dense' and 'sparse'")
-    features: dict[str, Feature] = {column.name: column for column in features_of(schema)}
-    num_rows = tensors[0].shape[0]
-    if num_rows > max_rows:
-        msg = f"{num_rows:,} rows in a request, and at most {max_rows:,} are taken; send several requests"
-        raise too_large(msg)
-    placed = []
-    seen: set[str] = set()
-    for tensor in tensors:
-        if tensor.shape[0] != num_rows:
-            msg = f"input {tensor.name!r} has {tensor.shape[0]:,} rows, and {tensors[0].name!r} has {num_rows:,}"
-            raise bad_request(msg)
-        columns = _columns_of(tensor, schema, features)
-        for column in columns:
-            if column.name in seen:
-                msg = f"column {column.name} is given twice"
-                raise bad_request(msg)
-            seen.add(column.name)
-        placed.append((tensor, columns))
-    return placed
-
-
-def _frame(placed: Sequence[tuple[Tensor, Sequence[Feature]]], schema: FeatureSchema) -> pl.DataFrame:
-    features: dict[str, Feature] = {column.name: column for column in features_of(schema)}
+def _frame(
+    placed: Sequence[tuple[Tensor, Sequence[Feature]]], features: Mapping[str, Feature], schema: FeatureSchema
+) -> pl.DataFrame:
     num_rows = placed[0][0].shape[0]
     texts: dict[str, pl.Series] = {}
     typed: dict[str, pl.Series] = {}
@@ -122,6 +164,7 @@ def _frame(placed: Sequence[tuple[Tensor, Sequence[Feature]]], schema: FeatureSc
         if tensor.datatype == BYTES:
             for index, column in enumerate(columns):
                 texts[column.name] = tensor.values.gather_every(len(columns), index).alias(column.name)
+                _check_lengths(texts[column.name], column)
         else:
             typed |= _from_numbers(tensor, columns)
     if texts:
@@ -134,24 +177,6 @@ def _frame(placed: Sequence[tuple[Tensor, Sequence[Feature]]], schema: FeatureSc
     for name in features.keys() - typed.keys():
         typed[name] = pl.Series(name, [None], dtype=feature_type(features[name])).new_from_index(0, num_rows)
     return pl.DataFrame([typed[name] for name in features])
-
-
-def _columns_of(tensor: Tensor, schema: FeatureSchema, features: dict[str, Feature]) -> Sequence[Feature]:
-    """The columns that a tensor holds."""
-    if tensor.name in features:
-        if len(tensor.shape) == 2 and tensor.shape[1] != 1:
-            msg = f"input {tensor.name!r}: a column has the shape [N] or [N, 1], not {list(tensor.shape)}"
-            raise bad_request(msg)
-        return [features[tensor.name]]
-    packed: dict[str, Sequence[Feature]] = {DENSE: schema.dense, SPARSE: schema.sparse}
-    if tensor.name not in packed:
-        msg = f"input {tensor.name!r} is no column of this model, and neither 'dense' nor 'sparse'"
-        raise bad_request(msg)
-    columns = packed[tensor.name]
-    if len(tensor.shape) != 2 or tensor.shape[1] != len(columns):
-        msg = f"input {tensor.name!r}: the shape is [N, {len(columns)}], not {list(tensor.shape)}"
-        raise bad_request(msg)
-    return columns
 
 
 def _from_numbers(tensor: Tensor, columns: Sequence[Feature]) -> dict[str, pl.Series]:
@@ -172,6 +197,16 @@ def _from_numbers(tensor: Tensor, columns: Sequence[Feature]) -> dict[str, pl.Se
         for index, column in enumerate(alike):
             typed[column.name] = without_null_values(cast.gather_every(len(alike), index).alias(column.name), column)
     return typed
+
+
+def _check_lengths(texts: pl.Series, column: Feature) -> None:
+    """As of the cells of rows in JSON."""
+    lengths = texts.str.len_chars()
+    if (row := (lengths > MAX_CELL_CHARACTERS).arg_max()) is not None and lengths[row] > MAX_CELL_CHARACTERS:
+        raise bad_request(too_long(row, column, lengths[row], "characters"))
+    if isinstance(column, SparseColumn) and column.value_separator is not None:
+        num_separators = texts.str.count_matches(column.value_separator, literal=True).sum()
+        check_num_values(int(num_separators) + len(texts), column)
 
 
 def _check_takes_numbers(tensor: Tensor, column: Feature) -> None:
@@ -203,5 +238,5 @@ def _cast(values: pl.Series, column: Feature) -> tuple[pl.Series, NDArray[np.boo
 
 
 def _bad_cell(row: int, column: str, reason: str, value: object) -> RefusedRequest:
-    msg = f"row {row}, column {column}: {REASONS[reason]}: {str(value)[:80]!r}"
+    msg = f"row {row}, column {column}: {REASONS[reason]}: {shown(str(value))}"
     return bad_request(msg)

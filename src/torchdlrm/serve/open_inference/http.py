@@ -5,7 +5,7 @@ header `Inference-Header-Content-Length` the JSON is that many bytes long, and t
 `binary_data_size` follow it in the order of the inputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,61 +13,72 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from torchdlrm.serve.open_inference.columns import OUTPUT
-from torchdlrm.serve.open_inference.tensors import Tensor, check_shape, from_bytes, from_json
+from torchdlrm.errors import shown
+from torchdlrm.schema import FeatureSchema
+from torchdlrm.serve.batch import Rows
+from torchdlrm.serve.json_body import parse_json
+from torchdlrm.serve.open_inference.columns import OUTPUT, Inputs, rows_of_tensors
+from torchdlrm.serve.open_inference.tensors import from_bytes, from_json
 from torchdlrm.serve.refusals import bad_request
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_ID_CHARACTERS = 256
+EXTENSIONS = ["binary_tensor_data"]
 
 
 @dataclass(frozen=True)
 class InferRequest:
-    """What a client asks: tensors in; how the answer shall come.
+    """What a client asks: rows; how the answer shall come.
 
     Attributes:
+        rows: as `rows_of_tensors` gives them.
         request_id: comes back with the answer, if there is one.
         is_binary: whether the predictions shall come as bytes.
         timeout_us: the client's own deadline, if it has one.
     """
 
-    tensors: Sequence[Tensor]
+    rows: Rows
     request_id: str | None
     is_binary: bool
     timeout_us: int | None
 
 
-def parse_infer(body: bytes | bytearray, header_length: str | None) -> InferRequest:
+def parse_infer(
+    body: bytes | bytearray, header_length: str | None, schema: FeatureSchema, max_rows: int
+) -> InferRequest:
     """Read the body of a request.
 
     Args:
         body: all of it.
         header_length: the value of `Inference-Header-Content-Length`, if the request has one.
+        schema: the columns.
+        max_rows: more are refused.
 
     Raises:
         RefusedRequest: it is not as the protocol says.
     """
     view = memoryview(body)
     json_bytes = len(view) if header_length is None else _header_length(header_length, len(view))
-    request = _object(parse_json(view[:json_bytes]), "the request")
+    request = _object(parse_json(view[:json_bytes], schema, max_rows), "the request")
     rest = view[json_bytes:]
-    inputs = request.get("inputs")
-    if not isinstance(inputs, list):
+    items = request.get("inputs")
+    if not isinstance(items, list):
         raise bad_request("inputs: needs a list of tensors")
+    inputs = Inputs(schema, max_rows, len(items))
     tensors = []
     position = 0
-    for item in inputs:
+    for item in items:
         tensor = _object(item, "an input")
         name = tensor.get("name")
         if not isinstance(name, str):
             raise bad_request("an input: needs a name")
-        datatype, shape = check_shape(name, tensor.get("datatype"), tensor.get("shape"))
+        datatype, shape = inputs.place(name, tensor.get("datatype"), tensor.get("shape"))
         size = _parameters(tensor, name).get("binary_data_size")
         if size is None:
             tensors.append(from_json(name, datatype, shape, tensor.get("data")))
             continue
         if type(size) is not int or size < 0 or position + size > len(rest):
-            msg = f"input {name!r}: binary_data_size {str(size)[:40]}, but {len(rest) - position:,} bytes are left"
+            msg = f"input {name!r}: binary_data_size {shown(size)}, but {len(rest) - position:,} bytes are left"
             raise bad_request(msg)
         if "data" in tensor:
             msg = f"input {name!r}: has both data and binary_data_size"
@@ -78,7 +89,12 @@ def parse_infer(body: bytes | bytearray, header_length: str | None) -> InferRequ
         msg = f"{len(rest):,} bytes follow the JSON, but the inputs' binary_data_size account for {position:,}"
         raise bad_request(msg)
     parameters = _parameters(request, "the request")
-    return InferRequest(tensors, _request_id(request), _wants_binary(request, parameters), _timeout_us(parameters))
+    request_id, is_binary, timeout_us = (
+        _request_id(request),
+        _wants_binary(request, parameters),
+        _timeout_us(parameters),
+    )
+    return InferRequest(rows_of_tensors(tensors, inputs, schema), request_id, is_binary, timeout_us)
 
 
 def format_infer(
@@ -105,22 +121,9 @@ def format_infer(
     return header + data, {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(header))}
 
 
-def parse_json(body: bytes | bytearray | memoryview) -> Any:
-    """Whatever JSON it is.
-
-    Raises:
-        RefusedRequest: it is none.
-    """
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        msg = f"the body is not JSON: {error}"
-        raise bad_request(msg) from error
-
-
 def _header_length(text: str, num_bytes: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20) or int(text) > num_bytes:
-        msg = f"{HEADER_LENGTH}: {text[:40]!r} is not a number of bytes within the body's {num_bytes:,}"
+        msg = f"{HEADER_LENGTH}: {shown(text)} is not a number of bytes within the body's {num_bytes:,}"
         raise bad_request(msg)
     return int(text)
 
@@ -137,10 +140,7 @@ def _parameters(holder: Mapping[str, Any], what: str) -> Mapping[str, Any]:
     if parameters is None:
         return {}
     parameters = _object(parameters, f"parameters of {what}")
-    for name in parameters:
-        if name.startswith("shared_memory"):
-            msg = f"parameters of {what}: {name}: this server shares no memory with clients; send the data"
-            raise bad_request(msg)
+    check_parameters(parameters, what)
     return parameters
 
 
@@ -159,25 +159,49 @@ def _wants_binary(request: Mapping[str, Any], parameters: Mapping[str, Any]) -> 
         return wanted
     if not isinstance(outputs, list):
         raise bad_request("outputs: needs a list")
+    check_num_outputs(len(outputs))
     for item in outputs:
         output = _object(item, "an output")
-        check_output(output.get("name"))
         own = _parameters(output, "an output")
-        if own.get("classification"):
-            raise bad_request("outputs: classification is not offered; a prediction is one probability")
+        check_output(output.get("name"), own)
         wanted = _flag(own.get("binary_data", wanted), "binary_data")
     return wanted
 
 
-def check_output(name: object) -> None:
-    """See that a client asks for an output that there is.
+def check_num_outputs(num_outputs: int) -> None:
+    """See that a client asks for no more outputs than there are.
 
     Raises:
-        RefusedRequest: there is none of that name.
+        RefusedRequest: it does.
+    """
+    if num_outputs > 1:
+        msg = f"outputs: {num_outputs:,} are asked for, and there is one, {OUTPUT!r}"
+        raise bad_request(msg)
+
+
+def check_output(name: object, parameters: Mapping[str, Any]) -> None:
+    """See that a client asks for an output that there is, and in a way that there is.
+
+    Raises:
+        RefusedRequest: there is none of that name, or no such way.
     """
     if name != OUTPUT:
-        msg = f"outputs: {str(name)[:80]!r} is none; the only output is {OUTPUT!r}"
+        msg = f"outputs: {shown(name)} is none; the only output is {OUTPUT!r}"
         raise bad_request(msg)
+    if parameters.get("classification"):
+        raise bad_request("outputs: classification is not offered; a prediction is one probability")
+
+
+def check_parameters(names: Iterable[str], what: str) -> None:
+    """See that a client does not ask for memory to be shared.
+
+    Raises:
+        RefusedRequest: it does.
+    """
+    for name in names:
+        if name.startswith("shared_memory"):
+            msg = f"parameters of {what}: {shown(name)}: this server shares no memory with clients; send the data"
+            raise bad_request(msg)
 
 
 def _flag(value: object, name: str) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from torchdlrm.errors import shown
 from torchdlrm.serve.refusals import bad_request
 
 MAX_DIMENSIONS = 2
@@ -58,11 +59,11 @@ def check_shape(name: str, datatype: object, shape: object) -> tuple[str, tuple[
         RefusedRequest: it is no datatype or no shape that the server takes.
     """
     if not isinstance(datatype, str) or datatype not in DATATYPES:
-        msg = f"input {name!r}: datatype {_short(datatype)} is none of {', '.join(DATATYPES)}"
+        msg = f"input {name!r}: datatype {shown(datatype)} is none of {', '.join(DATATYPES)}"
         raise bad_request(msg)
     sizes = list(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else []
     if not 1 <= len(sizes) <= MAX_DIMENSIONS or not all(type(size) is int and size >= 0 for size in sizes):
-        msg = f"input {name!r}: shape {_short(shape)} is not one or two sizes of 0 or more, such as [1] or [1, 13]"
+        msg = f"input {name!r}: shape {shown(shape)} is not one or two sizes of 0 or more, such as [1] or [1, 13]"
         raise bad_request(msg)
     return datatype, tuple(sizes)
 
@@ -78,7 +79,7 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) ->
     kinds = set(map(type, flat)) - {type(None)}
     if datatype == BYTES:
         if kinds - {str}:
-            msg = f"input {name!r}: BYTES are strings in JSON, but there is {_short(_first(flat, {str}))}"
+            msg = f"input {name!r}: BYTES are strings in JSON, but there is {shown(_first(flat, {str}))}"
             raise bad_request(msg)
         try:
             return Tensor(name, datatype, shape, _without_empty(pl.Series(name, flat, pl.String)))
@@ -89,7 +90,7 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) ->
     accepted: set[type] = {int, float} if dtype.kind == "f" else {int}
     if kinds - accepted:
         what = "numbers" if dtype.kind == "f" else "whole numbers"
-        msg = f"input {name!r}: {datatype} are {what}, but there is {_short(_first(flat, accepted))}"
+        msg = f"input {name!r}: {datatype} are {what}, but there is {shown(_first(flat, accepted))}"
         raise bad_request(msg)
     try:
         values = pl.Series(name, flat, _polars_type(dtype), strict=True)
@@ -161,7 +162,7 @@ def _decode(name: str, text: bytes) -> str:
     try:
         return text.decode()
     except UnicodeDecodeError as error:
-        msg = f"input {name!r}: {_short(text)} is not UTF-8"
+        msg = f"input {name!r}: {shown(text)} is not UTF-8"
         raise bad_request(msg) from error
 
 
@@ -194,8 +195,3 @@ def _polars_type(dtype: np.dtype[Any]) -> pl.DataType | type[pl.DataType]:
 def _without_empty(texts: pl.Series) -> pl.Series:
     """As in a log, an empty text is a missing value."""
     return texts.set(texts == "", None) if (texts == "").any() else texts
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
