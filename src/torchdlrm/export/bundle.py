@@ -136,6 +136,9 @@ class Bundle:
         if verify == "lazy":
             bundle._require_all_but_tables()
             verifier.check_all_in_background()
+        damage = bundle.find_damage()  # since before the first byte was checked
+        if damage is not None:
+            raise damage
         return bundle
 
     @property
@@ -194,14 +197,20 @@ class Bundle:
         frame = read_sample(self.path / SAMPLE_NAME, self.schema, sha256=record.sha256)
         return frame.drop(PREDICTION_COLUMN), frame[PREDICTION_COLUMN].to_numpy()
 
-    def changed(self) -> BundleError | None:
-        """What has happened to files that are in use: they are mapped, so whoever writes to one changes predictions.
+    def find_damage(self) -> BundleError | None:
+        """What is wrong with files that are in use: they are mapped, so whoever writes to one changes predictions.
 
-        Costs some microseconds: nothing is read.  Files that are removed, or that others take the place of, are still
-        as they were for whoever has them open.
+        Costs some microseconds: nothing is read.  Files that are removed, or that others take the place of, remain as
+        they were for whoever has them open.
         """
-        path = self.files.changed()
-        return None if path is None else BundleError(_changed(path))
+        changed = self.files.changed()
+        if changed is None:
+            return self.verifier.damage
+        msg = (
+            f"{changed}: written to while it is in use, so predictions mean nothing; write a bundle to a folder of its "
+            "own, never over another, and load that"
+        )
+        return BundleError(msg)
 
     def _require_all_but_tables(self) -> None:
         """Check the blocks of the header and of the small tensors."""
@@ -217,13 +226,6 @@ class Bundle:
 def table_name(feature: str) -> str:
     """The name of a feature's table among the weights: that of TorchRec's state dict."""
     return f"sparse_arch.embedding_bag_collection.embedding_bags.t_{feature}.weight"
-
-
-def _changed(path: Path) -> str:
-    return (
-        f"{path}: written to while it is in use, so predictions mean nothing; write a bundle to a folder of its own, "
-        "and load that"
-    )
 
 
 def _check_size(folder: Path, name: str, record: FileRecord) -> None:

@@ -29,6 +29,7 @@ class BlockVerifier:
 
     Attributes:
         is_done: whether all blocks have been found good.
+        damage: a block that was not, if any.
     """
 
     def __init__(self, path: Path, block_sha256: Sequence[str], *, in_pages: bool) -> None:
@@ -38,7 +39,7 @@ class BlockVerifier:
         self._file = os.open(path, os.O_RDONLY)
         if in_pages:
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
-        self._damage: BundleError | None = None
+        self.damage: BundleError | None = None
         self.is_done = False
         self._thread: threading.Thread | None = None
 
@@ -59,8 +60,8 @@ class BlockVerifier:
         Raises:
             BundleError: one of them is damaged, or another block was found to be.
         """
-        if self._damage is not None:
-            raise self._damage
+        if self.damage is not None:
+            raise self.damage
         wanted = np.flatnonzero(touched & ~self._good).tolist()
         if len(wanted) > 1:
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -95,7 +96,7 @@ class BlockVerifier:
             for block in reversed(range(self.num_blocks)):
                 self._check(block)
         except BundleError:
-            return  # kept in `_damage`
+            return  # kept in `damage`
         self.is_done = True
 
     def _check(self, block: int) -> None:
@@ -107,6 +108,6 @@ class BlockVerifier:
                 f"{self._path}: damaged: the sha256 of block {block} (from byte {block * BLOCK_BYTES:,}) is not what "
                 "was written; copy or export the bundle again"
             )
-            self._damage = BundleError(msg)
-            raise self._damage
+            self.damage = BundleError(msg)
+            raise self.damage
         self._good[block] = True

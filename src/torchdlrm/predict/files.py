@@ -94,6 +94,7 @@ def predict_file(
     Raises:
         LogError: the log cannot be read, or has bad rows that are refused.
         UserError: `out` cannot be written.
+        BundleError: the bundle was damaged, or somebody wrote to its files meanwhile.
     """
     check_name(out)
     if out.exists() and any(path.exists() and path.samefile(out) for path in rows.paths):
@@ -114,6 +115,9 @@ def predict_file(
         if not tally.summary.rows:
             columns = dict.fromkeys(rows.handed_on, pl.String) | {PREDICTION_COLUMN: pl.Float32}
             writer.write(pl.DataFrame(schema=columns))
+        damage = predictor.bundle.find_damage()
+        if damage is not None:
+            raise damage
     return tally.finish(time.perf_counter() - started_s)
 
 

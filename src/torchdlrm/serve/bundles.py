@@ -13,7 +13,7 @@ from typing import Literal
 
 import polars as pl
 
-from torchdlrm.errors import TorchDLRMError
+from torchdlrm.errors import BundleError, TorchDLRMError
 from torchdlrm.export.encoded_rows import EncodedRows
 from torchdlrm.predict.predictor import Predictions, Predictor
 from torchdlrm.predict.shared_rows import Row, joined
@@ -58,6 +58,15 @@ class ServedBundle:
     def sample(self, num_rows: int) -> pl.DataFrame:
         """The first raw rows that the bundle carries."""
         return self._predictor.bundle.sample()[0].head(num_rows)
+
+    def find_damage(self) -> BundleError | None:
+        """What is wrong with its files, if that is known; takes microseconds."""
+        return self._predictor.bundle.find_damage()
+
+    def is_same_as(self, other: "ServedBundle") -> bool:
+        """Whether it is the same version out of the same files."""
+        files, others = self._predictor.bundle.files, other._predictor.bundle.files
+        return self.version == other.version and files.identity == others.identity
 
     @property
     def is_settled(self) -> bool:
@@ -143,7 +152,9 @@ class Bundles:
             except Exception as error:
                 msg = f"{self._path}: cannot be loaded: {error}"
                 raise TorchDLRMError(msg) from error
-            if loaded.version == self.current.version:
+            # The same version out of other files is a bundle that was copied again, because of damage perhaps that
+            # is found only later.
+            if loaded.is_same_as(self.current) and self.current.find_damage() is None:
                 return "unchanged"
             before, self.current = self.current, loaded
             self._swapped(before, loaded)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from torchdlrm.errors import BundleError, RowError, TorchDLRMError, shown
+from torchdlrm.errors import RowError, TorchDLRMError, shown
 from torchdlrm.serve.api_keys import ApiKeys
 from torchdlrm.serve.batch import Answer, BatchReport, Rows
 from torchdlrm.serve.batcher import Batcher
@@ -65,7 +65,8 @@ class Service:
         if options.log_predictions is not None:
             check_loggable(served.schema)
             self._request_log = RequestLog(options.log_predictions, self.metrics.rows_lost, lines)
-        self._is_draining = self._is_damaged = False
+        self._is_draining = False
+        self._damaged: ServedBundle | None = None
         self._numbers = itertools.count(1)
         self._id_prefix = f"{os.getpid():x}-{secrets.token_hex(4)}"
         self.metrics.bundle_served(self.name, served.version, before=None)
@@ -96,7 +97,18 @@ class Service:
     @property
     def is_ready(self) -> bool:
         """Whether requests should be sent here."""
-        return not (self._is_draining or self._is_damaged) and self.is_live
+        return not (self._is_draining or self.is_damaged()) and self.is_live
+
+    def is_damaged(self) -> bool:
+        """Whether the bundle's files are not what was loaded any more; looks at them, and logs it the first time."""
+        served = self.bundles.current
+        if served is not self._damaged:
+            damage = served.find_damage()
+            if damage is None:
+                return False
+            self._damaged = served  # of no use to anybody until another bundle is loaded
+            self.lines.write("error", "damaged", version=served.version, message=str(damage))
+        return True
 
     @property
     def is_live(self) -> bool:
@@ -152,8 +164,10 @@ class Service:
             is_gone: whether the client has closed the connection.
 
         Raises:
-            RefusedRequest: a row is wrong, or there is no time or room for the rows.
+            RefusedRequest: a row is wrong, there is no time or room for the rows, or the bundle is damaged.
         """
+        if served is self._damaged:
+            raise _damaged()
         check_num_rows(len(rows), self.options.max_rows_per_request)
         limit_s = self.options.deadline_ms / 1e3
         if timeout_us is not None:
@@ -170,11 +184,14 @@ class Service:
             )
         except RowError as error:
             raise bad_request(str(error)) from error
-        except BundleError as error:
-            self._is_damaged = True  # of no use to anybody until another bundle is loaded
-            self.lines.write("error", "damaged", message=str(error))
-            msg = "the model on this server is damaged"
-            raise RefusedRequest(HTTPStatus.INTERNAL_SERVER_ERROR, msg) from error
+        except RefusedRequest:
+            raise
+        except Exception as error:
+            # Of a bundle that is damaged any error may come.
+            if served.find_damage() is None:
+                raise
+            self.is_damaged()
+            raise _damaged() from error
         self.metrics.stage_done("queue", answer.queue_s)
         self.metrics.stage_done("encode", answer.encode_s)
         self.metrics.stage_done("model", answer.model_s)
@@ -198,7 +215,7 @@ class Service:
         return {"outcome": outcome, "model": self.name, "version": self.bundles.current.version}
 
     def _swapped(self, before: ServedBundle, after: ServedBundle) -> None:
-        self._is_damaged = False
+        self._damaged = None
         self.metrics.bundle_served(self.name, after.version, before=before.version)
 
     def _batch_done(self, report: BatchReport) -> None:
@@ -213,6 +230,11 @@ async def off_loop_if_large(parse: Callable[[], Parsed], num_bytes: int) -> Pars
     return await asyncio.to_thread(parse) if num_bytes > LARGE_BYTES else parse()
 
 
+def _damaged() -> RefusedRequest:
+    msg = "the model on this server is damaged, and nothing is predicted until another bundle is loaded"
+    return RefusedRequest(HTTPStatus.SERVICE_UNAVAILABLE, msg)
+
+
 def settle_threads(options: ServeOptions) -> None:
     """Share the cores between the processes of a server, and those of each between its model and everything else.
 
@@ -223,8 +245,9 @@ def settle_threads(options: ServeOptions) -> None:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
-async def report_queue(service: Service, interval_s: float = 1.0) -> None:
-    """Keep the gauge of waiting rows fresh for the scrapes that other processes answer."""
+async def watch(service: Service, interval_s: float = 1.0) -> None:
+    """Keep the gauge of waiting rows fresh for the scrapes that other processes answer, and an eye on the bundle."""
     while True:
         service.metrics.note_queue()
+        service.is_damaged()
         await asyncio.sleep(interval_s)

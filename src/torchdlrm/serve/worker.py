@@ -24,7 +24,7 @@ from torchdlrm.serve.connection import Connections
 from torchdlrm.serve.log_lines import LibraryHandler, LogLines
 from torchdlrm.serve.open_inference.grpc import GrpcServer
 from torchdlrm.serve.options import ServeOptions
-from torchdlrm.serve.service import Service, report_queue, settle_threads
+from torchdlrm.serve.service import Service, settle_threads, watch
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
 
     loop.add_signal_handler(signal.SIGHUP, swap)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-    beside = [loop.create_task(report_queue(service)), loop.create_task(connections.watch())]
+    beside = [loop.create_task(watch(service)), loop.create_task(connections.watch())]
     serving = loop.create_task(server.serve([listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
