@@ -256,6 +256,25 @@ def test_sigterm_to_a_job_of_two_processes_saves(small_dataset, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("after_start_s", [0, 1, 4])
+def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved(after_start_s, small_dataset, tmp_path):
+    """As from a terminal: all processes of the job get it, in whatever they are just doing."""
+    run = tmp_path / "run"
+    process = Process("--dataset", small_dataset.path, "--run", run, *OPTIONS, "--nproc-per-node", 2)
+    wait_until(lambda: len(process.workers()) == 2, process)
+    threading.Event().wait(after_start_s)
+    os.killpg(process.process.pid, signal.SIGINT)
+    code, output = process.wait()
+    assert code == 1, output
+    assert "Traceback" not in output
+    assert "KeyboardInterrupt" not in output
+    if checkpoints(run):
+        assert "saved: the same command goes on from there" in output
+    else:
+        assert "interrupted; nothing was saved after the last checkpoint, if any" in output
+
+
+@pytest.mark.slow
 def test_a_hung_process_ends_the_job_with_a_message(small_dataset, tmp_path):
     run = tmp_path / "run"
     process = Process(

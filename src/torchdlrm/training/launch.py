@@ -3,11 +3,14 @@
 import importlib
 import json
 import os
+import signal
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +69,7 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
     Raises:
         TorchDLRMError: what a process has raised on purpose.
         TrainingError: a process failed otherwise; the message names the rank and why.
-        Interrupted: SIGTERM or Ctrl-C; the processes have been told and have had time to save.
+        Interrupted: SIGTERM or Ctrl-C; the processes have been told, have had time to save, and say what they saved.
     """
     if processes.world_size == 1 and not processes.max_restarts:
         return entrypoint(*args)
@@ -83,11 +86,13 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
         max_restarts=processes.max_restarts,
         monitor_interval=0.1,
         shutdown_timeout=processes.shutdown_timeout_s,
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
     )
     with tempfile.TemporaryDirectory(prefix="torchdlrm-") as folder:
         said = Path(folder)
         try:
-            results = elastic_launch(config, _recorded)(entrypoint, said, processes.nnodes, *args)
+            with _ctrl_c_for_the_launcher():
+                results = elastic_launch(config, _recorded)(entrypoint, said, processes.nnodes, *args)
         except ChildFailedError as error:
             raise _error_that_was_said(said) or _error_of_child(error, processes) from error
         except RendezvousError as error:
@@ -98,8 +103,8 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
             )
             raise _error_that_was_said(said) or TrainingError(msg) from error
         except SignalException as error:
-            msg = "interrupted: the processes have saved what they had; the same command goes on from there"
-            raise Interrupted(msg) from error
+            msg = "interrupted; nothing was saved after the last checkpoint, if any; the same command resumes there"
+            raise _error_that_was_said(said) or Interrupted(msg) from error
         refusal = _error_that_was_said(said)
     if isinstance(refusal, UserError):  # not a lost process that another start has made up for
         raise refusal
@@ -126,15 +131,48 @@ def _refuse(error: UserError) -> None:
         pass
 
 
+@contextmanager
+def _ctrl_c_for_the_launcher() -> Iterator[None]:
+    """Inside, Ctrl-C becomes a SIGTERM to the processes: it ends them quietly unless a training listens to it.
+
+    The terminal sends Ctrl-C to them as well, and while they import torch, for seconds, each would print a traceback.
+    So they start with it blocked, until `_recorded` can say that it means nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever is in a hurry asks again
+        raise SignalException("Ctrl-C", signal.SIGTERM)
+
+    # multiprocessing starts its tracker with the first process, and would unblock Ctrl-C then.
+    resource_tracker.ensure_running()
+    # New processes inherit what this thread blocks. It needs one that blocks nothing, to be interrupted all the same.
+    is_over = threading.Event()
+    threading.Thread(target=is_over.wait, name="torchdlrm-ctrl-c", daemon=True).start()
+    handler = signal.signal(signal.SIGINT, stop)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        is_over.set()
+
+
 def _recorded(entrypoint: Callable[..., Any], said: Path, nnodes: int, *args: object) -> Any:
     """Call the entrypoint; what it raises on purpose is written down for the parent, who knows only exit codes."""
     os.environ[NNODES_VARIABLE] = str(nnodes)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     earlier = _error_that_was_said(said)
     if earlier is not None and not isinstance(earlier, LostProcessError):
         raise earlier  # started again, but an error of this kind would only come again
     try:
         return entrypoint(*args)
     except TorchDLRMError as error:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # what is said now must arrive
         beside = said / f"{os.getpid()}.partial"
         kind = type(error)
         record = {"module": kind.__module__, "class": kind.__name__, "message": str(error)}

@@ -151,5 +151,6 @@ def hush_engines() -> None:
     logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     # The launcher's own account of a failed process, with its traceback: `launch` tells it once, in our words.
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+    launcher = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
+    for name in (*launcher, "torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

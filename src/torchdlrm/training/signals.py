@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: asked to stop, a run finishes its step, saves and exits."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -44,14 +45,15 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the first SIGTERM or Ctrl-C asks to stop; a second Ctrl-C interrupts at once."""
+        """Inside, the first SIGTERM or Ctrl-C asks to stop; a second Ctrl-C interrupts a lone process at once."""
         if threading.current_thread() is not threading.main_thread():  # a library's user runs us in a thread
             yield
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
         def ask(number: int, _: FrameType | None) -> None:
-            if self._asked and number == signal.SIGINT and self._ranks.world_size == 1:
+            # A process of several hears of a Ctrl-C twice: from the terminal, and by its launcher.
+            if self._asked and number == signal.SIGINT and "RANK" not in os.environ:
                 raise KeyboardInterrupt
             self._asked = True
 

@@ -107,7 +107,7 @@ class Trainer:
         """
         self._position = self._checkpointer.restore() or self._position_after(0)
         start = self._position.step
-        with closing(self._checkpointer), self._log(start), self._stop_request.listening(), self._watch.running():
+        with self._stop_request.listening(), closing(self._checkpointer), self._log(start), self._watch.running():
             stopped_because = self._train(start)
             if self._position.step > start:
                 self._save_last()
