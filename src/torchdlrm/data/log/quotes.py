@@ -29,7 +29,9 @@ def find_quoted(text: bytes, separator: str) -> tuple[npt.NDArray[np.bool_], npt
     inside = np.bitwise_xor.accumulate(is_quote)
     is_edge = is_quote | (codes == ord(separator)) | (codes == _LINE_END)
     at_start = np.concatenate([[True], is_edge[:-1]])
-    at_end = np.concatenate([is_edge[1:] | (codes[1:] == _RETURN), [True]])
+    at_end = np.concatenate([is_edge[1:], [True]])
+    if b"\r" in text:  # which ends a cell before a line end alone
+        at_end[:-1] |= (codes[1:] == _RETURN) & np.concatenate([codes[2:] == _LINE_END, [True]])
     if not (is_quote & ~np.where(inside, at_start, at_end)).any():
         return inside, None
     spans = np.array([match.span() for match in _quoted_cell(separator).finditer(text)], np.int64).reshape(-1, 2)
