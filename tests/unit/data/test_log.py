@@ -348,6 +348,7 @@ def zipped(content):
         ("log.json", b'{"click": 1, "price": 2.5}\n', "log.json: is JSON"),
         ("log.html", b"<!DOCTYPE html><html>", "log.html: is a page of HTML"),
         ("log.zip", zipped(GOOD), "log.zip: is a zip archive"),
+        ("bare", GOOD.decode().encode("utf-16-be"), "iconv -f UTF-16BE -t UTF-8 bare > bare.utf8"),
         ("a log.csv", GOOD.decode().encode("utf-16"), "iconv -f UTF-16 -t UTF-8 'a log.csv'"),
     ],
 )

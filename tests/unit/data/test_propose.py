@@ -1,5 +1,6 @@
 """A proposed schema reads the log it was proposed for, and its roles are those that a person would give."""
 
+import contextlib
 import gzip
 import random
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from torchdlrm.data.log.files import find_files
 from torchdlrm.data.preprocess import preprocess
@@ -280,6 +282,15 @@ def test_a_sample_comes_from_the_whole_of_a_large_log(tmp_path, packed, monkeypa
     assert "places of its" in sample.origin
 
 
+def test_quotes_that_come_late_are_seen(tmp_path):
+    rows = [f"{i % 2},note {i % 7},{i % 90}\n" for i in range(20_000)]
+    (tmp_path / "log").write_text("click,note,number\n" + "".join(rows) + '1,"a, b",5\n' * 20)
+    proposal = propose_schema(tmp_path / "log")
+    assert proposal.schema["quote"] == '"'
+    assert proposal.warnings == []
+    assert proposal.origin.startswith("20,000 rows from")
+
+
 def test_a_sample_of_parquet_comes_from_several_row_groups(tmp_path):
     table = pa.table({"click": [i % 2 for i in range(50_000)], "number": range(50_000)})
     for group_rows, words in ((1_000, "16 of its 50 row groups"), (50_000, "1 of its 1 row groups")):
@@ -370,3 +381,42 @@ def test_columns_of_any_name_go_to_the_schema_and_back(tmp_path_factory, names):
     proposal = propose_schema(path)
     found = [column.get("header_name", column["name"]) for column in proposal.schema["columns"]]
     assert found == ["click", *names]
+
+
+CELLS = [
+    "0",
+    "1",
+    "1.5",
+    "NULL",
+    "nan",
+    "-",
+    "",
+    "abc",
+    "yes",
+    "no",
+    "2024-01-01",
+    "1700000000",
+    "9" * 20,
+    "007",
+    "a|b",
+]
+CELLS += ['"a,b"', '"a"\r', '"un', "1e400", "é", "\ufeff", "#x", "\0", "click", "id", "time"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.sampled_from(CELLS), min_size=1, max_size=4), max_size=8),
+    repeats=st.sampled_from([1, 20]),
+    separator=st.sampled_from([",", "\t", "|"]),
+    line_end=st.sampled_from(["\n", "\r\n", "\r"]),
+)
+def test_whatever_a_log_is_it_gets_a_proposal_or_a_reason_why_not(tmp_path_factory, rows, repeats, separator, line_end):
+    path = tmp_path_factory.mktemp("log") / "log"
+    path.write_text(line_end.join(map(separator.join, rows * repeats)), newline="")
+    with contextlib.suppress(LogError):
+        proposal = propose_schema(path)
+        assert len(proposal.schema["columns"]) == len(proposal.reasons)
+        try:
+            FeatureSchema.model_validate(proposal.schema)
+        except ValidationError:
+            assert proposal.warnings

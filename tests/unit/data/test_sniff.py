@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from torchdlrm.data.log.files import LogFile
-from torchdlrm.data.log.sniff import sniff
+from torchdlrm.data.log.sniff import is_quoted, sniff
 from torchdlrm.data.preprocess import PreprocessOptions, preprocess
 from torchdlrm.errors import LogError
 from torchdlrm.schema import FeatureSchema, criteo_schema
 
 
 @pytest.mark.parametrize(
-    ("text", "separator", "is_quoted", "num_columns"),
+    ("text", "separator", "quoted", "num_columns"),
     [
         ("a,b,c\n1,2,3\n", ",", False, 3),
         ("a\tb\n1,2\t3\n1,2\t5\n", "\t", False, 2),
@@ -26,9 +26,10 @@ from torchdlrm.schema import FeatureSchema, criteo_schema
         ("a\x01b,\n" * 5, "\x01", False, 2),
     ],
 )
-def test_the_separator_is_the_mark_that_cuts_the_lines_alike(text, separator, is_quoted, num_columns):
-    layout = sniff(text.encode(), LogFile(Path("log"), len(text), None))
-    assert (layout.separator, layout.is_quoted, layout.num_columns) == (separator, is_quoted, num_columns)
+def test_the_separator_is_the_mark_that_cuts_the_lines_alike(text, separator, quoted, num_columns):
+    cut = sniff(text.encode(), LogFile(Path("log"), len(text), None))
+    assert (cut.mark, cut.num_columns) == (separator, num_columns)
+    assert is_quoted([text.encode()], cut.mark) == quoted
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
@@ -50,6 +51,16 @@ def test_a_log_that_is_cut_otherwise_than_its_schema_says_is_refused_before_any_
     with_header = FeatureSchema.model_validate({"name": "small", "header": True, "columns": columns})
     with pytest.raises(LogError, match="looks comma-separated"):
         preprocess([path], tmp_path / "dataset", with_header)
+
+
+@pytest.mark.parametrize("cell", ["x" * 100_000, '"' + "x\n" * 50_000 + '"'])
+def test_a_first_row_that_is_longer_than_what_is_looked_at_is_no_reason_to_refuse(tmp_path, cell):
+    path = tmp_path / "log"
+    path.write_text(f"1,2,{cell}\n" + "0,3,a\n" * 20)
+    columns = [{"role": "label", "name": "a"}, {"role": "dense", "name": "b"}, {"role": "sparse", "name": "c"}]
+    schema = {"name": "small", "separator": ",", "quote": '"', "columns": columns}
+    dataset = preprocess([path], tmp_path / "dataset", FeatureSchema.model_validate(schema))
+    assert sum(split.rows for split in dataset.splits.values()) == 21
 
 
 def test_empty_lines_and_comments_are_told_as_such(tmp_path):

@@ -27,6 +27,8 @@ _OTHERS = (
     (rb"\x04\x22\x4d\x18", "packed by lz4", "lz4cat {path} | gzip > {path}.gz"),
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z e -so {path} | gzip > {path}.gz"),
     (rb"\xff\xfe|\xfe\xff", "text in UTF-16", "iconv -f UTF-16 -t UTF-8 {path} > {path}.utf8"),
+    (rb"([^\0]\0){8}", "text in UTF-16", "iconv -f UTF-16LE -t UTF-8 {path} > {path}.utf8"),
+    (rb"(\0[^\0]){8}", "text in UTF-16", "iconv -f UTF-16BE -t UTF-8 {path} > {path}.utf8"),
     (
         rb"\s*\{\s*[\"\}]",
         "JSON",

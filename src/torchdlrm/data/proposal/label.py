@@ -12,7 +12,7 @@ import polars as pl
 from torchdlrm.data.proposal.facts import Facts, words_of
 from torchdlrm.metrics import auc
 
-_NAMES = words_of("label click clicked target y conversion converted purchased purchase installed response isclick")
+_NAMES = words_of("label click clicked clk target y conversion converted purchased purchase installed response isclick")
 _RATINGS = words_of("rating star score grade")
 # What is no click and what is one, in lower case; numbers as `_normal` writes them.
 _PAIRS = (("0", "1"), ("false", "true"), ("-1", "1"), ("no", "yes"), ("n", "y"), ("f", "t"), ("noclick", "click"))

@@ -96,9 +96,9 @@ def propose_schema(path: Path, num_rows: int = SAMPLE_ROWS) -> Proposal:
         warnings.append(f"lines that are no rows, at which preprocess stops: {_few(sample.bad_lines)}")
     nulls = _nulls_of_file(facts, choices)
     head = [f"name = {toml_value(_identifiers([path.name.split('.')[0]])[0])}"]
-    if sample.layout is not None:
-        head += [f"separator = {toml_value(sample.layout.separator)}"]
-        head += [f"quote = {toml_value(chr(34))}"] if sample.layout.is_quoted else []
+    if sample.separator is not None:
+        head += [f"separator = {toml_value(sample.separator)}"]
+        head += ["quote = '\"'"] if sample.is_quoted else []
         head += [f"header = {toml_value(sample.has_header)}"]
     head += [f"null_values = {toml_value(nulls)}"] if nulls else []
     columns = [
@@ -126,11 +126,11 @@ def _identifiers(names: Sequence[str]) -> list[str]:
 
 def _preset_of(sample: Sample) -> str | None:
     """The preset as which nearly all rows of a log without a header can be read."""
-    if sample.layout is None or sample.has_header:
+    if sample.separator is None or sample.has_header:
         return None
     for name, make in PRESETS.items():
         schema = make()
-        if sample.layout.separator == schema.separator and len(sample.names) == len(schema.columns):
+        if sample.separator == schema.separator and len(sample.names) == len(schema.columns):
             bad_rows = _bad_rows(schema, sample)
             if bad_rows.total <= _MAX_BAD_SHARE * sample.frame.height:
                 return name

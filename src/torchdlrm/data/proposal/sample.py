@@ -27,7 +27,7 @@ from torchdlrm.data.log.cut import BYTE_ORDER_MARK, reading
 from torchdlrm.data.log.files import LogFile
 from torchdlrm.data.log.parquet import cells_as_text, type_fault, unreadable
 from torchdlrm.data.log.quotes import find_quoted, last_row_end
-from torchdlrm.data.log.sniff import SEPARATORS, TextLayout, sniff
+from torchdlrm.data.log.sniff import SEPARATORS, is_quoted, sniff
 from torchdlrm.data.log.text import ParsedChunk, parse_chunk
 from torchdlrm.data.proposal.facts import USUAL_NULLS
 from torchdlrm.errors import LogError
@@ -50,7 +50,8 @@ class Sample:
     Attributes:
         names: of the columns, as the log has them.
         frame: String, or lists of it, under `column_0`, `column_1` and so on; null where a cell is missing.
-        layout: how text is written; None for Parquet.
+        separator: of text; None for Parquet.
+        is_quoted: whether cells are quoted.
         has_header: whether the first line names the columns.
         is_whole: whether every row of the log was read.
         origin: what was read, in words.
@@ -61,7 +62,8 @@ class Sample:
 
     names: Sequence[str]
     frame: pl.DataFrame
-    layout: TextLayout | None
+    separator: str | None
+    is_quoted: bool
     has_header: bool
     is_whole: bool
     origin: str
@@ -79,7 +81,7 @@ def take_sample(file: LogFile, num_rows: int) -> Sample:
     sample = _of_parquet(file, num_rows) if file.format == "parquet" else _of_text(file, num_rows)
     if len(sample.names) < 2 or not sample.frame.height:
         msg = f"{file.path}: found {len(sample.names)} columns and {sample.frame.height} rows; "
-        raise LogError(msg + "a log has a label and features, and a row a line")
+        raise LogError(msg + "; ".join(["a log has a label and features, and a row a line", *sample.bad_lines[:1]]))
     check_names(file, sample.names)
     return sample
 
@@ -107,16 +109,16 @@ def _of_text(file: LogFile, num_rows: int) -> Sample:
             blocks, origin = _plain_blocks(raw, file.size_bytes, block_bytes)
         file.check_unchanged()
     start = blocks[0].removeprefix(BYTE_ORDER_MARK)
-    layout = sniff(start, file)
-    if layout.num_columns < 2:
+    cut = sniff(start, file)
+    if cut.num_columns < 2:
         msg = f"{file.path}: no separator cuts its lines into columns; looked for {', '.join(SEPARATORS.values())}"
         raise LogError(msg)
-    columns = [SparseColumn(name=f"column_{i}") for i in range(layout.num_columns)]
+    columns = [SparseColumn(name=f"column_{i}") for i in range(cut.num_columns)]
+    quoted = is_quoted([start, *blocks[1:]], cut.mark)
     as_text = criteo_schema().model_copy(
-        update={"columns": tuple(columns), "separator": layout.separator, "quote": '"' if layout.is_quoted else None}
+        update={"columns": tuple(columns), "separator": cut.mark, "quote": '"' if quoted else None}
     )
-    is_whole = len(blocks) == 1
-    first = parse_chunk(start if is_whole else _whole_rows(start, as_text), as_text)
+    first = parse_chunk(start if len(blocks) == 1 else _whole_rows(start, as_text), as_text)
     names, has_header = [column.name for column in columns], False
     if first.frame.height and _looks_like_header(first.frame):
         names, has_header = [name or "" for name in first.frame.row(0)], True
@@ -125,11 +127,23 @@ def _of_text(file: LogFile, num_rows: int) -> Sample:
                 f"{file.path}: the names of the columns are not on line 1, where a header must be; remove what is above"
             )
             raise LogError(msg)
-    chunks = [first.frame[int(has_header) :], *(_rows_inside(block, as_text).frame for block in blocks[1:])]
+    others = [_rows_inside(block, as_text) for block in blocks[1:]]
+    chunks = [first.frame[int(has_header) :], *(chunk.frame for chunk in others)]
     frame = pl.concat([_spread(chunk, -(-num_rows // len(chunks))) for chunk in chunks])
+    is_whole = frame.height == chunks[0].height and not others
     bad_lines = [line.strip(" ,") for line in describe_bad_rows(first.bad_rows.counts, _named(first.bad_rows, names))]
-    is_whole = is_whole and frame.height == chunks[0].height
-    return Sample(names, frame, layout, has_header, is_whole, _origin(frame, origin, is_whole=is_whole), bad_lines)
+    if more := sum(chunk.bad_rows.total for chunk in others):
+        bad_lines.append(f"{more:,} in other places")
+    return Sample(
+        names,
+        frame,
+        cut.mark,
+        quoted,
+        has_header,
+        is_whole,
+        _origin(frame, origin, is_whole=is_whole),
+        bad_lines=bad_lines,
+    )
 
 
 def _named(bad_rows: BadRows, names: Sequence[str]) -> dict[str, list[BadRow]]:
@@ -196,7 +210,9 @@ def _rows_inside(block: bytes, schema: FeatureSchema) -> ParsedChunk:
 
 def _spread(frame: pl.DataFrame, num_rows: int) -> pl.DataFrame:
     """Evenly spaced rows, at most `num_rows`."""
-    return frame.gather_every(max(1, -(-frame.height // num_rows)))
+    if frame.height <= num_rows:
+        return frame
+    return frame[np.linspace(0, frame.height - 1, num_rows).astype(np.int64)]
 
 
 def _looks_like_header(frame: pl.DataFrame) -> bool:
@@ -251,7 +267,15 @@ def _of_parquet(file: LogFile, num_rows: int) -> Sample:
     places = f"{len(kept)} places in {len(groups):,} of its {num_groups:,} row groups"
     origin = _origin(frame, places, is_whole=is_whole)
     return Sample(
-        names, frame, None, has_header=True, is_whole=is_whole, origin=origin, unread=unread, floating=floating
+        names,
+        frame,
+        separator=None,
+        is_quoted=False,
+        has_header=True,
+        is_whole=is_whole,
+        origin=origin,
+        unread=unread,
+        floating=floating,
     )
 
 
