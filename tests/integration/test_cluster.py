@@ -2,8 +2,9 @@
 
 import socket
 
+import psutil
 import pytest
-from test_resume import OPTIONS, Process, checkpoints
+from test_resume import CONFIG, OPTIONS, STEPS, Process, checkpoints, logged_steps, wait_until
 
 
 def two_nodes(*arguments, first=(), second=()):
@@ -47,3 +48,59 @@ def test_what_one_machine_refuses_before_it_starts_ends_the_other(small_dataset,
         assert f"{tmp_path}/nowhere: is not a folder" in output
         assert "Traceback" not in output
     assert checkpoints(tmp_path / "run") == []
+
+
+def events(run):
+    """Every (step, name) that TensorBoard shows of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    return [(event.step, name) for name in found.Tags()["scalars"] for event in found.Scalars(name)]
+
+
+@pytest.mark.slow
+def test_after_a_launcher_is_killed_nothing_of_it_lives_on_and_each_step_is_logged_once(small_dataset, tmp_path, dlrm):
+    """Twice: the first start leaves a run at step 0, the second one beyond its checkpoint."""
+    run = tmp_path / "run"
+    arguments = ("--dataset", small_dataset.path, "--run", run, *OPTIONS, "--checkpoint.every-steps", 50)
+    arguments = (*arguments, "--logging.every-steps", 1, "--logging.tensorboard", "true", "--nproc-per-node", 2)
+    for least_step in (30, 80):
+        process = Process(*arguments)
+        wait_until(lambda step=least_step: max(logged_steps(run), default=0) >= step, process)
+        workers = [psutil.Process(pid) for pid in process.workers()]
+        workers[1].suspend()  # one that is stopped, or hangs in a driver, must not outlive its launcher either
+        process.process.kill()
+        process.wait()
+        gone, alive = psutil.wait_procs(workers, timeout=20)
+        assert (len(gone), alive) == (2, [])
+    (run / "checkpoints" / ".step-00000040.old").mkdir()
+    (run / "checkpoints" / ".step-00000099.partial").mkdir()
+    (run / "checkpoints" / ".step-00000099.partial" / "__0_0.distcp").write_text("half")
+    for name in ("config.toml", "plan.json", "metrics.jsonl", "trackers.json"):
+        (run / f".{name}.partial").write_text("half")
+    done = dlrm("train", CONFIG, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in run.rglob(".*")} == {".lock", ".metadata"}
+    steps = [*range(1, STEPS + 1), STEPS]  # the last one of val
+    assert logged_steps(run) == steps
+    told = events(run)
+    assert sorted(told) == sorted(set(told))
+    assert sorted(step for step, name in told if name == "train/loss") == steps[:-1]
+
+
+@pytest.mark.slow
+def test_when_one_machine_loses_its_launcher_the_others_end_with_a_message(small_dataset, tmp_path):
+    run = tmp_path / "run"
+    options = (*OPTIONS, "--train.epochs", 50, "--train.timeout-s", 300)
+    nodes = two_nodes("--dataset", small_dataset.path, "--run", run, *options)
+    wait_until(lambda: len(logged_steps(run)) >= 2, nodes[0])
+    workers = [psutil.Process(pid) for pid in nodes[0].workers()]
+    nodes[0].process.kill()
+    nodes[0].wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []
+    code, output = nodes[1].wait(timeout_s=60)  # long before the timeout, which is for processes that say nothing
+    assert code == 1, output
+    assert "has lost another one, which died" in output
+    assert "Traceback" not in output

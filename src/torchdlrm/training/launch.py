@@ -4,13 +4,14 @@ import importlib
 import json
 import os
 import signal
+import sys
 import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from multiprocessing import resource_tracker
+from multiprocessing import parent_process, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from torchdlrm.errors import Interrupted, LostProcessError, TorchDLRMError, TrainingError, UserError
 from torchdlrm.training.agreement import NNODES_VARIABLE, Settings
@@ -163,6 +165,7 @@ def _ctrl_c_for_the_launcher() -> Iterator[None]:
 
 def _recorded(entrypoint: Callable[..., Any], said: Path, nnodes: int, *args: object) -> Any:
     """Call the entrypoint; what it raises on purpose is written down for the parent, who knows only exit codes."""
+    _die_with_the_launcher()
     os.environ[NNODES_VARIABLE] = str(nnodes)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -180,7 +183,23 @@ def _recorded(entrypoint: Callable[..., Any], said: Path, nnodes: int, *args: ob
         beside.rename(said / f"error-{os.environ.get('RANK', '0')}.json")
         if isinstance(error, UserError) and error.is_everywhere:
             return None  # every process of every machine: the launchers part in peace, and none starts another round
+        if isinstance(error, LostProcessError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)  # what is left of the group would wait for the lost process, for as long as it may be silent
         raise
+
+
+def _die_with_the_launcher() -> None:
+    """From here on this process is killed when the launcher is, also while it is stopped or hangs.
+
+    torch has asked for SIGINT, on which a training goes on until its ranks agree to stop, and saves beside the next
+    start of the job. Linux sends the signal when the thread that has started us ends: it stays in `launch` meanwhile.
+    """
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    launcher = parent_process()
+    if launcher is not None and os.getppid() != launcher.pid:  # it died before we could ask
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _error_that_was_said(said: Path) -> TorchDLRMError | None:
