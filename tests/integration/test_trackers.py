@@ -219,3 +219,20 @@ def test_events_that_cannot_be_written_are_told_once_and_the_training_goes_on(tm
     assert [record.message.partition(":")[0] for record in caplog.records if record.name == "torchdlrm"] == [
         "TensorBoard's last events could not be written, and no more will be"
     ]
+
+
+@needs("mlflow")
+def test_mlflow_holds_each_step_once_after_a_kill(tmp_path, monkeypatch):
+    """The process that resumes tells the steps after its checkpoint again."""
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    config = load_config(None, {"logging.tensorboard": "false", "logging.trackers": "mlflow"})
+    for from_step, until_step in ((0, 7), (4, 10)):
+        (tracker,) = open_trackers(tmp_path, config, from_step=from_step)
+        for step in range(from_step + 1, until_step + 1):
+            tracker.log(step, {"train/loss": 1 / step} | ({"val/auc": 0.5} if step == 7 else {}))
+    run_id = json.loads((tmp_path / "trackers.json").read_text())["mlflow"]
+    for name, expected in (("train/loss", [*range(1, 11)]), ("val/auc", [7])):
+        assert [metric.step for metric in mlflow.MlflowClient().get_metric_history(run_id, name)] == expected

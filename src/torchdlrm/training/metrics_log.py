@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from torchdlrm.errors import Interrupted
-from torchdlrm.training.run import METRICS_NAME
+from torchdlrm.training.run import METRICS_NAME, write_whole
 from torchdlrm.training.trackers import Outcome, Tracker
 
 _STOPPED = (Interrupted, KeyboardInterrupt)
@@ -64,12 +64,10 @@ class MetricsLog:
 def _keep_until(path: Path, step: int) -> None:
     """Drop lines beyond `step`, and a last line that was cut short."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    beside.rename(path)
+    write_whole(path, "".join(f"{line}\n" for line in kept))

@@ -22,11 +22,12 @@ import torch
 
 from torchdlrm import __version__
 from torchdlrm.config import Config, config_toml, load_config, setting_values
+from torchdlrm.data.atomic import sync
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import RunError
 
 CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME = "config.toml", "plan.json", "environment.json", "metrics.jsonl"
-LOCK_NAME = ".lock"
+LOCK_NAME, TRACKERS_NAME = ".lock", "trackers.json"
 # With another value of these, the saved weights, optimizer state or position mean something else.
 KEYS_THAT_CANNOT_CHANGE = ("seed", "model.", "train.batch_size_global", "table_optimizer.name", "dense_optimizer.name")
 logger = logging.getLogger("torchdlrm")
@@ -83,13 +84,14 @@ class Run:
         try:
             path.mkdir(parents=True, exist_ok=True)
             run._lock_folder()
+            run._remove_left_overs()
             if restart:
                 run._clear()
             run.check(dataset)
             if not run.exists:
                 environment = _environment(dataset, world_size)
-                _write_whole(path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
-            _write_whole(path / CONFIG_NAME, config_toml(config))
+                write_whole(path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
+            write_whole(path / CONFIG_NAME, config_toml(config))
         except OSError as error:
             run.close()
             msg = f"--run: cannot write to {path}: {error.strerror}"
@@ -182,7 +184,7 @@ class Run:
         """Write a result under evaluation/, whole or not at all."""
         path = self.path / "evaluation" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
-        _write_whole(path, json.dumps(result, indent=1) + "\n")
+        write_whole(path, json.dumps(result, indent=1) + "\n")
         return path
 
     def close(self) -> None:
@@ -204,13 +206,23 @@ class Run:
             msg = f"--run: another process is training in {self.path}; wait for it, or give another folder"
             raise RunError(msg) from error
 
+    def _remove_left_overs(self) -> None:
+        """Remove what a process that was killed has half written; whoever holds the lock knows that nobody writes."""
+        names = (CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME, TRACKERS_NAME)
+        for path in (self.path / f".{name}.partial" for name in names):
+            path.unlink(missing_ok=True)
+        for path in self.profile.glob(".*.json"):
+            path.unlink()
+        for path in self.checkpoints.glob(".step-*"):  # .partial, and .old: one that was being removed
+            shutil.rmtree(path)
+
     def _clear(self) -> None:
         """Remove what a run has written, and nothing else."""
         if not self.exists:
             return
         for name in ("tensorboard", "checkpoints", "evaluation", "profile", "wandb"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in (METRICS_NAME, PLAN_NAME, ENVIRONMENT_NAME, "trackers.json", CONFIG_NAME):
+        for name in (METRICS_NAME, PLAN_NAME, ENVIRONMENT_NAME, TRACKERS_NAME, CONFIG_NAME):
             (self.path / name).unlink(missing_ok=True)
 
 
@@ -219,9 +231,11 @@ def shown(value: object) -> object:
     return "not set" if value is None else list(value) if isinstance(value, tuple) else value
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all, whatever ends this process or the machine."""
     beside = path.with_name(f".{path.name}.partial")
     beside.write_text(text, encoding="utf-8")
+    sync(beside)
     beside.rename(path)
 
 

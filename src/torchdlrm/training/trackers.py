@@ -16,8 +16,8 @@ from typing import Any, Literal, Protocol
 
 from torchdlrm.config import Config, config_toml, setting_values
 from torchdlrm.errors import ConfigError
+from torchdlrm.training.run import TRACKERS_NAME, shown, write_whole
 
-IDS_NAME = "trackers.json"
 # Tracker -> what is imported; the extra has the tracker's name.
 _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
 Outcome = Literal["finished", "interrupted", "failed"]
@@ -66,7 +66,7 @@ def open_trackers(run_path: Path, config: Config, *, from_step: int) -> list[Tra
     found: list[Tracker] = [_TensorBoard(run_path, config, from_step)] if config.logging.tensorboard else []
     if not names:
         return found
-    path = run_path / IDS_NAME
+    path = run_path / TRACKERS_NAME
     ids: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name in names:
         kind = _Wandb if name == "wandb" else _Mlflow
@@ -79,7 +79,7 @@ def open_trackers(run_path: Path, config: Config, *, from_step: int) -> list[Tra
             raise ConfigError(msg) from error
         ids[name] = tracker.run_id
         found.append(tracker)
-    path.write_text(json.dumps(ids) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(ids) + "\n")
     return found
 
 
@@ -93,10 +93,15 @@ class _TensorBoard:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if not self._is_broken:
-            self._try(lambda: [self._writer.add_scalar(name, value, step) for name, value in values.items()])
+            self._try(lambda: self._write(step, values))
 
     def close(self, outcome: Outcome) -> None:  # noqa: ARG002 - an event file has no such thing
         self._try(self._writer.close)
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # what it would hold back for two minutes is lost when the process is killed
 
     def _try(self, task: Callable[[], object]) -> None:
         """A full disk ends the thread that writes events, which tells with a later one; the training goes on."""
@@ -123,8 +128,11 @@ class _Wandb:
         )
         # wandb's own step never goes back, but a run that was killed does.
         self._run.define_metric("*", step_metric="step")
+        self._last_step = int(self._run.summary.get("step") or 0)  # offline it does not know of the run's parts before
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        if step < self._last_step:
+            return  # told before the process was killed; wandb takes nothing back
         self._run.log({**values, "step": step})
 
     def close(self, outcome: Outcome) -> None:
@@ -137,20 +145,27 @@ class _Mlflow:
 
         self._mlflow: Any = mlflow
         self._client: Any = mlflow.MlflowClient()
+        self._last_steps: dict[str, int] = {}
         if run_id is not None:
             self.run_id = run_id
             self._client.update_run(run_id, status="RUNNING")
+            for metric in self._client.get_run(run_id).data.metrics:
+                self._last_steps[metric] = max(m.step for m in self._client.get_metric_history(run_id, metric))
             return
         name = config.logging.experiment
         experiment = self._client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
         self.run_id = self._client.create_run(experiment_id, run_name=run_path.resolve().name).info.run_id
-        params = [self._mlflow.entities.Param(key, str(value)) for key, value in setting_values(config).items()]
+        params = [self._mlflow.entities.Param(key, str(shown(value))) for key, value in setting_values(config).items()]
         self._client.log_batch(self.run_id, params=params)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         now_ms = int(time.time() * 1000)
-        metrics = [self._mlflow.entities.Metric(name, value, now_ms, step) for name, value in values.items()]
+        metrics = [
+            self._mlflow.entities.Metric(name, value, now_ms, step)
+            for name, value in values.items()
+            if step > self._last_steps.get(name, 0)  # told before the process was killed; MLflow takes nothing back
+        ]
         try:
             self._client.log_batch(self.run_id, metrics=metrics)
         except (OSError, self._mlflow.MlflowException) as error:
