@@ -10,11 +10,14 @@ need not be in it: what is random during training (dropout) is drawn from seed, 
 
 import copy
 import hashlib
+import io
 import json
 import logging
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +28,11 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torchrec.optim.keyed import KeyedOptimizer
 
+from torchdlrm.data.atomic import sync
 from torchdlrm.data.files import regular_file
 from torchdlrm.errors import RunError
 from torchdlrm.schema import problems
@@ -116,6 +120,21 @@ def find_checkpoint(folder: Path, name: str) -> int:
     return int(str(wanted))
 
 
+class _TellingFileSystem(FileSystem):
+    """Says what the disk has said, where torch says that its archive is shorter than it should be."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        try:
+            with super().create_stream(path, mode) as stream:
+                yield stream
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from error
+
+
 class Checkpointer:
     """Saves and loads the checkpoints of one run; every rank has one and must make the same calls.
 
@@ -164,14 +183,27 @@ class Checkpointer:
         self._writer.shutdown()
 
     def restore(self) -> Position | None:
-        """Load the newest checkpoint that is undamaged; None when there is none. Damaged ones are named in the log."""
-        for step in reversed(list_checkpoints(self._folder)):
+        """Load the newest checkpoint that is undamaged; None when there is none. Damaged ones are named in the log.
+
+        Raises:
+            RunError: all are damaged; training from the start would remove them, and a disk may only be away for now.
+        """
+        steps = self._on_first_rank(lambda: list_checkpoints(self._folder))
+        for step in reversed(steps):
             problem = self._on_first_rank(lambda step=step: find_damage(checkpoint_path(self._folder, step)))
             if problem is None:
                 return self.load(step, verify=False)
             if self._ranks.is_first:
                 logger.warning("%s; going back to the checkpoint before", problem)
-        return None
+        if not steps:
+            return None
+        msg = (
+            f"{self._folder}: all {len(steps)} checkpoints are damaged, the oldest: {problem}; put one back from a "
+            "copy, or give --restart to remove the run and begin again"
+        )
+        error = RunError(msg)
+        error.is_everywhere = True
+        raise error
 
     def load(self, step: int, *, verify: bool = True) -> Position:
         """Load a checkpoint, which may come from another number of ranks.
@@ -208,9 +240,9 @@ class Checkpointer:
         partial = final.with_name(f".{final.name}.partial")
         try:
             self._together(lambda: _make_empty(partial) if self._ranks.is_first else None)
-            save_distributed(
-                state, storage_writer=FileSystemWriter(partial, sync_files=True), process_group=self._group
-            )
+            writer = FileSystemWriter(partial, sync_files=True)
+            writer.fs = _TellingFileSystem()
+            save_distributed(state, storage_writer=writer, process_group=self._group)
             digests = self._together(lambda: _digests(partial, self._ranks.rank))
             self._together(lambda: self._finish(partial, final, digests, position) if self._ranks.is_first else None)
         except (OSError, CheckpointException, RuntimeError) as error:
@@ -226,9 +258,12 @@ class Checkpointer:
         files = {name: digest for part in digests for name, digest in part.items()}
         record = _Record(FORMAT_VERSION, position, dict(sorted(files.items())))
         (partial / RECORD_NAME).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+        sync(partial / RECORD_NAME)
+        sync(partial)
         if final.exists():  # damaged, or saved by a run that was longer and has been resumed from before it
             shutil.rmtree(final)
         partial.rename(final)
+        sync(final.parent)  # before older ones are removed
         keep = {*list_checkpoints(self._folder)[-self._keep_last :], position.step, position.best_step}
         for step in set(list_checkpoints(self._folder)) - keep:
             # Renamed first, so that one that is half removed is never taken for a checkpoint.
