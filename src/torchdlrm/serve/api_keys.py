@@ -42,17 +42,29 @@ class ApiKeys:
 def read_api_keys(path: Path | None) -> tuple[str, ...]:
     """The keys in a file, one a line; without a file, that of the variable DLRM_API_KEY; without that, none.
 
+    Blank lines, lines that begin with #, and a byte order mark are no keys.
+
     Raises:
-        ConfigError: the file cannot be read, or holds no key.
+        ConfigError: the file cannot be read or holds no key, or a key cannot be sent as a header.
     """
     if path is None:
         key = os.environ.get(VARIABLE, "").strip()
         return (key,) if key else ()
     try:
-        keys = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        msg = f"--api-key-file {path}: cannot be read: {error}"
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        msg = f"--api-key-file {path}: is no text in UTF-8; write one key a line"
         raise ConfigError(msg) from error
+    except OSError as error:
+        msg = f"--api-key-file {path}: cannot be read: {error.strerror or error}"
+        raise ConfigError(msg) from error
+    for number, line in enumerate(lines, start=1):
+        if not line.isprintable():
+            msg = (
+                f"--api-key-file {path}: line {number} holds a character that no header may have; write one key a line"
+            )
+            raise ConfigError(msg)
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         msg = f"--api-key-file {path}: holds no key; write one a line"
         raise ConfigError(msg)
