@@ -60,7 +60,8 @@ def serve(
     name
         What clients call the model; by default as the bundle does.
     api_key_file
-        File of keys, one a line, of which a request must bring one; else the variable DLRM_API_KEY, if it is set.
+        File of keys, one a line (# begins a comment), of which a request must bring one; else the variable
+        DLRM_API_KEY, if it is set.
     max_rows_per_request
         A request with more rows is refused.
     max_body_bytes
@@ -96,6 +97,7 @@ def serve(
     """
     # Until the server has handlers of its own it has begun nothing, and may end as any program does.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # to swap: waits until there is something to swap
     from torchdlrm.serve.api_keys import read_api_keys
     from torchdlrm.serve.options import ServeOptions, threads_of_model
 

@@ -1,12 +1,15 @@
 """What Prometheus may ask: requests, rows, batches, waiting times, and what the rows and predictions are like.
 
 With several processes each writes its figures to files of a shared folder (named by `PROMETHEUS_MULTIPROC_DIR`, which
-is read when prometheus_client loads), and whichever process is asked sums them up.
+is read when prometheus_client loads), and whichever process is asked sums them up.  The folder is temporary, and may be
+cleaned away: then the files are made again, and the counters begin at 0, as after a restart.
 """
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
+import prometheus_client.values
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -34,6 +37,9 @@ class ServerMetrics:
     """
 
     def __init__(self, queued_rows: Callable[[], int]) -> None:
+        folder = os.environ.get(MULTIPROCESS_FOLDER)
+        self._files = None if folder is None else _SharedFiles(Path(folder))
+        self._served: tuple[str, str] | None = None
         self.registry = CollectorRegistry()
         self._queued_rows = queued_rows
         self._requests = Counter("dlrm_requests", "Requests answered.", ["route", "code"], registry=self.registry)
@@ -101,20 +107,47 @@ class ServerMetrics:
         if before is not None:
             self._bundle.labels(model, before).set(0)
         self._bundle.labels(model, version).set(1)
+        self._served = model, version
 
     def swap_done(self, outcome: str) -> None:
         """Somebody has asked for a swap."""
         self._swaps.labels(outcome).inc()
 
     def note_queue(self) -> None:
-        """Bring the gauge of waiting rows up to date."""
+        """Bring the gauge of waiting rows up to date, and the files back if somebody has removed them."""
+        if self._files is not None and self._files.restore() and self._served is not None:
+            self._bundle.labels(*self._served).set(1)
         self._queue.set(self._queued_rows())
 
     def text(self) -> bytes:
         """All figures, over all processes, as Prometheus reads them."""
         self.note_queue()
-        if MULTIPROCESS_FOLDER not in os.environ:
+        if self._files is None:
             return generate_latest(self.registry)
         together = CollectorRegistry()
         MultiProcessCollector(together)  # type: ignore[no-untyped-call]
         return generate_latest(together)
+
+
+class _SharedFiles:
+    """The files of this process in the folder that the processes share, one for each type of metric."""
+
+    _TYPES = ("counter", "gauge_livesum", "histogram")
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._num_times_restored = folder, 0
+        self._process = f"{os.getpid()}"  # `supervisor.py` knows the files of a process that has died by this
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # prometheus_client opens files of another name, with all values 0, when the process has another one.
+        prometheus_client.values.ValueClass = prometheus_client.values.MultiProcessValue(  # type: ignore[no-untyped-call]
+            lambda: self._process
+        )
+
+    def restore(self) -> bool:
+        """Have the files made again if one is missing; whether that was so."""
+        if all((self._folder / f"{kind}_{self._process}.db").exists() for kind in self._TYPES):
+            return False
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._num_times_restored += 1
+        self._process = f"{os.getpid()}-{self._num_times_restored}"
+        return True

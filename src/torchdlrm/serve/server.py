@@ -1,27 +1,15 @@
 """A server of one process or many: one port, one bundle in memory.
 
-In: options.  Out: the exit code.  With several processes, this one listens, checks the bundle once, starts the others,
-which inherit the socket and map the same files, hands signals on to them, and starts one again that has died.
+In: options.  Out: the exit code.  With several processes, `supervisor.py` starts them and watches over them.
 """
 
-import multiprocessing
-import os
-import shutil
-import signal
 import socket
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from types import FrameType
 
 from torchdlrm.errors import ConfigError
 from torchdlrm.serve.options import ServeOptions
-
-_MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # as in metrics.py, which must not be loaded before it is set
-_SECONDS_BETWEEN_STARTS = 1.0
+from torchdlrm.serve.supervisor import Supervisor
 
 
 @dataclass(frozen=True)
@@ -50,6 +38,7 @@ def serve(options: ServeOptions, started: Callable[[Listening], None]) -> int:
     """
     options.check()
     listener = _listen(options.host, options.port)
+    _check_grpc_port(options)
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{listener.getsockname()[1]}"
     if options.workers == 1:
@@ -60,133 +49,47 @@ def serve(options: ServeOptions, started: Callable[[Listening], None]) -> int:
             started(Listening(url, grpc, ready.model, ready.version))
 
         return run_worker(options, listener, tell)
-    return _Supervisor(options, listener, url, host).run(started)
+    holder, options = _reserve_grpc_port(options)
+    grpc = None if holder is None else f"{host}:{options.grpc_port}"
+    return Supervisor(options, listener).run(lambda model, version: started(Listening(url, grpc, model, version)))
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        msg = f"--host {host} --port {port}: cannot be listened to: {error.strerror or error}; choose another"
-        raise ConfigError(msg) from error
-    listener.listen(2048)
+    listener = _bound(host, port, "--port", socket.SO_REUSEADDR)
     listener.setblocking(False)  # noqa: FBT003 - the name of the call says it
     return listener
 
 
-class _Supervisor:
-    def __init__(self, options: ServeOptions, listener: socket.socket, url: str, host: str) -> None:
-        self._options, self._listener, self._url, self._host = options, listener, url, host
-        self._processes: dict[SpawnProcess, Connection] = {}
-        self._started_s: dict[SpawnProcess, float] = {}
-        self._is_stopping = False
-        self._context = multiprocessing.get_context("spawn")
-        self._grpc_reservation: socket.socket | None = None
+def _check_grpc_port(options: ServeOptions) -> None:
+    """See that gRPC's port is free before the bundle is read, which takes longer.
 
-    def run(self, started: Callable[[Listening], None]) -> int:
-        from torchdlrm.export.bundle import Bundle  # noqa: PLC0415 - loads torch
+    With several workers it is also the one place that notices: they share the port, and would share that of another
+    server too.
 
-        # Once for all: each process then checks the blocks that it touches.
-        Bundle.open(self._options.bundle.resolve(), verify=self._options.verify)
-        folder = tempfile.mkdtemp(prefix="dlrm-metrics-")
-        os.environ[_MULTIPROCESS_FOLDER] = folder
-        self._reserve_grpc_port()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._hand_on)
-        try:
-            for _ in range(self._options.workers):
-                self._start()
-            if not self._tell_when_all_are_ready(started):
-                return self._stop(1)
-            return self._watch()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _reserve_grpc_port(self) -> None:
-        """Find a free port for all processes, where one is asked for, and keep it for them."""
-        if self._options.grpc_port is None:
-            return
-        holder = socket.socket(socket.AF_INET6 if ":" in self._options.host else socket.AF_INET)
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        try:
-            holder.bind((self._options.host, self._options.grpc_port))
-        except OSError as error:
-            msg = f"--grpc-port {self._options.grpc_port}: cannot be listened to: {error.strerror}; choose another"
-            raise ConfigError(msg) from error
-        self._options = replace(self._options, grpc_port=holder.getsockname()[1])
-        self._grpc_reservation = holder
-
-    def _start(self) -> None:
-        ours, theirs = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_work, args=(self._options, self._listener, theirs))
-        # A new process has handlers only after it has loaded: until then a signal to swap waits for it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-        process.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        theirs.close()
-        self._processes[process], self._started_s[process] = ours, time.monotonic()
-
-    def _tell_when_all_are_ready(self, started: Callable[[Listening], None]) -> bool:
-        said: tuple[str, str] | None = None
-        for process, ours in self._processes.items():
-            wait([ours, process.sentinel])
-            try:
-                said = ours.recv()
-            except EOFError:
-                return self._is_stopping  # asked to stop before it began
-        assert said is not None
-        grpc = None if self._options.grpc_port is None else f"{self._host}:{self._options.grpc_port}"
-        started(Listening(self._url, grpc, *said))
-        return True
-
-    def _watch(self) -> int:
-        while not self._is_stopping:
-            wait([process.sentinel for process in self._processes], timeout=1.0)
-            dead = [process for process in self._processes if process.exitcode is not None]
-            for process in [] if self._is_stopping else dead:
-                self._forget(process)
-                if time.monotonic() - self._started_s.pop(process) < _SECONDS_BETWEEN_STARTS:
-                    return self._stop(1)  # it cannot even begin: starting it again would not help
-                self._start()
-        return self._stop(0)
-
-    def _forget(self, process: SpawnProcess) -> None:
-        from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415 - after the folder was named
-
-        self._processes.pop(process).close()
-        if process.pid is not None:
-            mark_process_dead(process.pid)  # type: ignore[no-untyped-call]
-
-    def _stop(self, code: int) -> int:
-        self._is_stopping = True
-        self._signal_all(signal.SIGTERM)
-        for process in self._processes:
-            process.join(self._options.drain_s + self._options.shutdown_timeout_s + 10)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-            if process.exitcode not in {0, -signal.SIGTERM}:  # the latter: before it had a handler
-                code = 1
-        return code
-
-    def _hand_on(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            self._signal_all(signal.SIGHUP)
-        else:
-            self._is_stopping = True
-            self._signal_all(signal.SIGTERM)
-
-    def _signal_all(self, number: signal.Signals) -> None:
-        for process in self._processes:
-            if process.exitcode is None and process.pid is not None:
-                os.kill(process.pid, number)
+    Raises:
+        ConfigError: it is not.
+    """
+    if options.grpc_port:
+        _bound(options.host, options.grpc_port, "--grpc-port", socket.SO_REUSEADDR).close()
 
 
-def _work(options: ServeOptions, listener: socket.socket, ready: Connection) -> None:
-    """What a process of several does."""
-    from torchdlrm.serve.worker import run_worker  # noqa: PLC0415 - loads torch
+def _reserve_grpc_port(options: ServeOptions) -> tuple[socket.socket | None, ServeOptions]:
+    """A socket that keeps the port for all workers, and the options with its number: port 0 is any that is free."""
+    if options.grpc_port is None:
+        return None, options
+    holder = _bound(options.host, options.grpc_port, "--grpc-port", socket.SO_REUSEPORT, listens=False)
+    return holder, replace(options, grpc_port=holder.getsockname()[1])
 
-    raise SystemExit(run_worker(options, listener, lambda it: ready.send((it.model, it.version)), is_first_check=False))
+
+def _bound(host: str, port: int, name: str, option: int, *, listens: bool = True) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family)
+        bound.setsockopt(socket.SOL_SOCKET, option, 1)
+        bound.bind(address)
+        if listens:
+            bound.listen(2048)
+    except OSError as error:
+        msg = f"--host {host} {name} {port}: cannot be listened to: {error.strerror or error}; choose another"
+        raise ConfigError(msg) from error
+    return bound

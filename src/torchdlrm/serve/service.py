@@ -4,6 +4,7 @@ In: rows, whoever brought them.  Out: probabilities, or why there are none.
 """
 
 import asyncio
+import contextlib
 import itertools
 import os
 import secrets
@@ -248,6 +249,7 @@ def settle_threads(options: ServeOptions) -> None:
 async def watch(service: Service, interval_s: float = 1.0) -> None:
     """Keep the gauge of waiting rows fresh for the scrapes that other processes answer, and an eye on the bundle."""
     while True:
-        service.metrics.note_queue()
+        with contextlib.suppress(OSError):  # where the files of several processes are; whoever asks for them is told
+            service.metrics.note_queue()
         service.is_damaged()
         await asyncio.sleep(interval_s)

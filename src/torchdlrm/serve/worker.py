@@ -61,6 +61,7 @@ def run_worker(
 
     Raises:
         BundleError: the bundle cannot be served.
+        ConfigError: the port of gRPC cannot be had, or the log of predictions cannot be written.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # waits until there is a handler
     settle_threads(options)
@@ -114,8 +115,8 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
     server = _Server(config)
     rpc = None
     if options.grpc_port is not None:
-        address = f"[{options.host}]" if ":" in options.host else options.host
-        rpc = GrpcServer(service, f"{address}:{options.grpc_port}", share_port=options.workers > 1)
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        rpc = GrpcServer(service, f"{host}:{options.grpc_port}", share_port=options.workers > 1)
         await rpc.start()
     await service.start()
     stopping = asyncio.Event()
@@ -137,7 +138,8 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
     version = service.bundles.current.version
-    lines.note("serving", model=service.name, version=version, address=list(listener.getsockname()[:2]))
+    address = list(listener.getsockname()[:2])
+    lines.note("serving", pid=os.getpid(), model=service.name, version=version, address=address)
     ready(Ready(service.name, version, None if rpc is None else rpc.port))
     await asyncio.wait({serving, loop.create_task(stopping.wait())}, return_when=asyncio.FIRST_COMPLETED)
     service.drain()

@@ -17,6 +17,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from torchdlrm import __version__
+from torchdlrm.errors import ConfigError
 from torchdlrm.schema import FeatureSchema
 from torchdlrm.serve.batch import Rows
 from torchdlrm.serve.open_inference.columns import OUTPUT, Inputs, features_of, model_metadata, rows_of_tensors
@@ -94,7 +95,7 @@ class GrpcServer:
         port: that it has.
 
     Raises:
-        RuntimeError: the address cannot be had.
+        ConfigError: the address cannot be had.
     """
 
     def __init__(self, service: Service, address: str, *, share_port: bool) -> None:
@@ -117,7 +118,11 @@ class GrpcServer:
             for name in METHODS
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(f"{PACKAGE}.{SERVICE}", handlers),))
-        self.port: int = self._server.add_insecure_port(address)
+        try:
+            self.port: int = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            msg = f"--grpc-port {service.options.grpc_port}: {address} cannot be listened to; choose another"
+            raise ConfigError(msg) from error
 
     async def start(self) -> None:
         """Begin to answer."""

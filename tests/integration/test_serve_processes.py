@@ -1,0 +1,182 @@
+"""Several processes that serve: what happens when one dies or none can start, and a server's first and last seconds."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pytest
+
+
+def wait_for(condition, timeout_s=120):
+    """What a condition says once it says anything."""
+    deadline_s = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline_s, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def workers(server, *but):
+    """The process ids of its workers, but for some."""
+    pid = server.process.pid
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [
+        int(pid) for pid in found if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text() and int(pid) not in but
+    ]
+
+
+def ready_workers(server, metrics="dlrm_bundle_workers"):
+    """How many processes serve, as /metrics says."""
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        answer = client.get("/metrics")
+    assert answer.status_code == 200
+    return sum(float(line.split()[-1]) for line in answer.text.splitlines() if line.startswith(metrics))
+
+
+@pytest.mark.slow
+def test_workers_that_die_are_replaced_and_logged_while_the_others_serve(serve, small_bundle):
+    server = serve(small_bundle, "--workers", 2)
+    first, second = workers(server)
+
+    def predict():
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            return client.post("/predict", json=[{}]).status_code
+
+    killed = [first]
+    os.kill(first, signal.SIGKILL)
+    for _ in range(2):  # as soon as the next one is there, in less than a second
+        wait_for(partial(workers, server, second, *killed))
+        killed += workers(server, second, *killed)
+        os.kill(killed[-1], signal.SIGKILL)
+        assert predict() == 200
+    wait_for(lambda: ready_workers(server) == 2)
+    assert predict() == 200
+
+    maps = Path(f"/proc/{second}/maps").read_text()
+    metrics = Path(re.search(r"(/\S*/dlrm-metrics-[^/]+)/", maps)[1])
+    shutil.rmtree(metrics)  # as one who cleans the temporary folder does
+    wait_for(lambda: ready_workers(server) == 2)
+    assert predict() == 200
+    assert ready_workers(server, 'dlrm_requests_total{code="200",route="/predict"}') == 1
+    shutil.rmtree(metrics)
+    os.kill(second, signal.SIGKILL)
+    killed.append(second)
+    wait_for(lambda: len(workers(server, *killed)) == 2 and ready_workers(server) == 2)
+
+    code, log = server.stop()
+    assert code == 0
+    died = [line for line in log if line["event"] == "worker died"]
+    assert [(line["pid"], line["signal"], line["level"]) for line in died] == [
+        (pid, "SIGKILL", "error") for pid in killed
+    ]
+    assert [line["replaced_in_s"] for line in died[:3]] == [0, 1, 2], "the delay grows while they die young"
+
+
+@pytest.mark.slow
+def test_a_service_of_which_no_worker_can_start_ends_and_says_why(serve, small_bundle, tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(small_bundle, bundle)
+    server = serve(bundle, "--workers", 2)
+    (bundle / "bundle.json").unlink()
+    for pid in workers(server):
+        os.kill(pid, signal.SIGKILL)
+    _, log = server.process.communicate(timeout=240)
+    assert server.process.returncode == 1
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert (lines[-1]["event"], lines[-1]["failed_starts"]) == ("no worker can start", 4)
+    failed = [line for line in lines if line["event"] == "worker died" and "exit_code" in line]
+    assert len(failed) == 4
+    assert all("bundle.json" in line["message"] for line in failed)
+    assert [line["replaced_in_s"] for line in failed] == sorted(line["replaced_in_s"] for line in failed)
+
+
+def test_what_a_worker_finds_wrong_at_the_start_is_one_line(dlrm, small_bundle):
+    done = dlrm("serve", small_bundle, "--port", 0, "--workers", 2, "--log-predictions", "/proc/nothing")
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    assert errors == ["error: --log-predictions /proc/nothing: cannot be written to: No such file or directory"]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("option", ["--port", "--grpc-port"])
+def test_a_port_in_use_is_one_line(dlrm, small_bundle, option, num_workers):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ports = {"--port": 0, option: port}
+        done = dlrm("serve", small_bundle, "--workers", num_workers, *(text for pair in ports.items() for text in pair))
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: --host 127.0.0.1 {option} {port}: cannot be listened to: Address already in use; choose another\n"
+    )
+
+
+def test_the_port_of_another_server_is_in_use_also_where_workers_share_it(dlrm, small_bundle):
+    with socket.socket() as other:  # as a server with several workers keeps it
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        done = dlrm("serve", small_bundle, "--port", 0, "--workers", 2, "--grpc-port", port)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"--grpc-port {port}: cannot be listened to: Address already in use" in done.stderr
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_signal_to_swap_in_the_first_seconds_waits(small_bundle, num_workers):
+    command = [str(Path(sys.executable).with_name("dlrm")), "serve", str(small_bundle), "--json", "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--workers", str(num_workers)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+
+        def blocks_the_signal():
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            return int(re.search(r"SigBlk:\s+(\w+)", status)[1], 16) >> (signal.SIGHUP - 1) & 1
+
+        wait_for(blocks_the_signal)
+        process.send_signal(signal.SIGHUP)
+        told = json.loads(process.stdout.readline())
+        assert httpx.get(f"{told['url']}/v2/health/ready", timeout=30).status_code == 200
+        process.send_signal(signal.SIGHUP)
+        events = []
+        for line in process.stderr:
+            events.append(json.loads(line)["event"])
+            if events[-1] == "bundle unchanged" and events.count("bundle unchanged") == 1:
+                process.terminate()
+    assert process.returncode == 0
+    assert set(events) == {"serving", "bundle unchanged", "draining", "stopped"}
+
+
+@pytest.mark.slow
+def test_while_workers_stop_new_connections_are_refused(serve, small_bundle):
+    """Not queued where nobody will accept them."""
+    server = serve(small_bundle, "--workers", 2, "--shutdown-timeout-s", 20)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as slow:
+        slow.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n[{"
+        )  # keeps its worker from ending
+        wait_for(lambda: ready_workers(server) == 2)
+        server.process.terminate()
+
+        def is_refused():
+            try:
+                with socket.create_connection((host, int(port)), timeout=30):
+                    return False
+            except ConnectionRefusedError:
+                return True
+
+        wait_for(is_refused)
+        assert server.process.poll() is None
+        slow.sendall(b"}]")
+        assert b"200 OK" in slow.recv(4096)
+    code, _ = server.stop()
+    assert code == 0
