@@ -107,10 +107,13 @@ def test_an_edited_row_shows_what_predict_answers(page, server):
 
 
 def test_examples_and_clear_fill_every_field(page, server):
-    examples = server.client.get("/schema").json()["examples"]
+    schema = server.client.get("/schema").json()
     page.get_by_role("button", name="Example 2").click()
     settled(page)
-    assert row_on(page) == {name: str(cell) for name, cell in examples[1].items() if cell is not None}
+    assert row_on(page) == {name: str(cell) for name, cell in schema["examples"][1].items() if cell is not None}
+    marked = "all => all.map((input) => input.id.replace('field-', ''))"
+    assert sorted(page.eval_on_selector_all("[data-unknown]", marked)) == sorted(schema["unknown"][1])
+    assert page.is_visible("#examples-note")
     page.get_by_role("button", name="Clear").click()
     settled(page)
     assert row_on(page) == {}

@@ -156,11 +156,16 @@ def bad_column():
     return tensor
 
 
-def test_the_schema_and_its_examples_are_what_predict_takes(client):
+def test_the_schema_and_its_examples_are_what_predict_takes(client, small_dataset):
     schema = client.get("/schema").json()
     assert {"name": "cat_25", "role": "sparse", "kind": "hex", "multi_valued": False} in schema["columns"]
     assert len(schema["examples"]) == 3
     assert client.post("/predict", json=schema["examples"]).status_code == 200
+    known = {name: {*small_dataset.vocabulary(name).table["value"]} for name in small_dataset.sparse_names}
+    for row, unknown in zip(schema["examples"], schema["unknown"], strict=True):
+        values = {name: None if row[name] is None else int(row[name], 16) for name in known}
+        assert unknown == [name for name, value in values.items() if value not in known[name]]
+    assert any(schema["unknown"])
 
 
 def test_what_is_not_there_is_told_in_json(client, server):

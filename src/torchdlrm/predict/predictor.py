@@ -126,6 +126,20 @@ class Predictor:
         encoded = self._plain_rows.encode(rows)
         return self.encode(self.parse_rows(rows)) if encoded is None else encoded
 
+    def unknown_features(self, frame: pl.DataFrame) -> list[list[str]]:
+        """For each row the features that have a value which is not in their vocabulary; `frame` as in `encode`."""
+        encoded = encode(frame, self.schema, self.bundle.dense, self.bundle.vocabularies)
+        counted = [column for column in self.schema.sparse if column.hash is None]
+        has_unknown = {
+            column.name: (
+                encoded[column.name].list.contains(UNKNOWN_ID)
+                if column.is_multi_valued
+                else encoded[column.name] == UNKNOWN_ID
+            )
+            for column in counted
+        }
+        return [[name for name, is_unknown in has_unknown.items() if is_unknown[i]] for i in range(frame.height)]
+
     def predict(self, frame: pl.DataFrame) -> Predictions:
         """The predictions of raw rows; `frame` as in `encode`.
 

@@ -55,9 +55,10 @@ class ServedBundle:
         """What the bundle calls itself."""
         return self._predictor.bundle.name
 
-    def sample(self, num_rows: int) -> pl.DataFrame:
-        """The first raw rows that the bundle carries."""
-        return self._predictor.bundle.sample()[0].head(num_rows)
+    def sample(self, num_rows: int) -> tuple[pl.DataFrame, list[list[str]]]:
+        """The first raw rows that the bundle carries, and of each the features whose value the model does not know."""
+        rows = self._predictor.bundle.sample()[0].head(num_rows)
+        return rows, self._predictor.unknown_features(rows)
 
     def find_damage(self) -> BundleError | None:
         """What is wrong with its files, if that is known; takes microseconds."""

@@ -106,7 +106,12 @@ def _characters(row: Row) -> int:
 
 
 def describe(name: str, served: ServedBundle, max_rows: int) -> dict[str, Any]:
-    """The columns of the model's log, in its order, and a few rows: what `GET /schema` answers."""
+    """The columns of the model's log, in its order, and a few rows: what `GET /schema` answers.
+
+    The rows are made back from encoded ones: where `unknown` names a feature, its value stands for any that is not in
+    the vocabulary.
+    """
+    examples, unknown = _examples(served)
     columns = []
     for column in served.schema.columns:
         described: dict[str, Any] = {"name": column.name, "role": column.role}
@@ -127,17 +132,19 @@ def describe(name: str, served: ServedBundle, max_rows: int) -> dict[str, Any]:
         "quote": served.schema.quote,
         "max_rows": max_rows,
         "columns": columns,
-        "examples": _examples(served),
+        "examples": examples,
+        "unknown": unknown,
     }
 
 
-def _examples(served: ServedBundle) -> list[dict[str, object]]:
-    frame = served.sample(NUM_EXAMPLES)
+def _examples(served: ServedBundle) -> tuple[list[dict[str, object]], list[list[str]]]:
+    frame, unknown = served.sample(NUM_EXAMPLES)
     features = [
         digits_of(frame[column.name], column) if isinstance(column, SparseColumn) else frame[column.name]
         for column in (*served.schema.dense, *served.schema.sparse)
     ]
-    return [{name: _exact(cell) for name, cell in row.items()} for row in pl.DataFrame(features).to_dicts()]
+    rows = [{name: _exact(cell) for name, cell in row.items()} for row in pl.DataFrame(features).to_dicts()]
+    return rows, unknown
 
 
 def _exact(cell: object) -> object:

@@ -34,7 +34,7 @@ class ServedRows:
     schema, version = SCHEMA, "1"
 
     def sample(self, num_rows):
-        return ROWS.head(num_rows)
+        return ROWS.head(num_rows), [["seen"], []]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ export function startRow(schema, onError) {
   }
   schema.examples.forEach((example, i) => {
     const button = element("button", { type: "button", textContent: `Example ${i + 1}` });
-    button.addEventListener("click", () => fill(new Map(features.map((c) => [c.name, cellText(c, example[c.name])]))));
+    const cells = new Map(features.map((c) => [c.name, cellText(c, example[c.name])]));
+    button.addEventListener("click", () => fill(cells, schema.unknown[i]));
     byId("examples").append(button);
   });
   byId("paste-hint").textContent = pasteHint(schema, features);
@@ -32,7 +33,9 @@ export function startRow(schema, onError) {
     event.preventDefault();
     predict();
   });
-  byId("fields").addEventListener("input", () => {
+  byId("examples-note").hidden = schema.examples.length === 0;
+  byId("fields").addEventListener("input", (event) => {
+    markUnknown(event.target, false);
     clearTimeout(timer);
     timer = setTimeout(predict, PAUSE_MS);
   });
@@ -64,8 +67,12 @@ export function startRow(schema, onError) {
     }
   }
 
-  function fill(row) {
-    for (const [name, input] of fields) input.value = row.get(name) ?? "";
+  /** `unknown`: names of features whose value is not in the vocabulary. */
+  function fill(row, unknown = []) {
+    for (const [name, input] of fields) {
+      input.value = row.get(name) ?? "";
+      markUnknown(input, unknown.includes(name));
+    }
     predict();
   }
 
@@ -135,6 +142,11 @@ async function predictAll(rows, maxRows, signal) {
     predictions.push(...answer.predictions);
   }
   return { ...answer, predictions };
+}
+
+function markUnknown(input, isUnknown) {
+  input.toggleAttribute("data-unknown", isUnknown);
+  input.setAttribute("aria-description", isUnknown ? "unknown to the model" : "");
 }
 
 function makeField(column, fields) {
