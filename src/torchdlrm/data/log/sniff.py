@@ -21,7 +21,7 @@ from torchdlrm.schema import FeatureSchema
 SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar", "\x01": "^A"}
 _HEAD_BYTES = 64 << 10
 _HEAD_LINES = 100
-_QUOTED_CELL = r'(?:(?<={mark})|(?<=\n)|\A)"(?:[^"]++|"")*+"(?={mark}|\r?\n|\Z)'
+_QUOTED_CELL = r'(?:(?<=[{marks}\n])|\A)"(?:[^"]++|"")*+"(?=[{marks}]|\r?\n|\Z)'
 # Of the quotes in a text whose cells are quoted, at most this many in a hundred are out of place.
 _MAX_STRAY_PERCENT = 1
 _SURE_SHARE = 0.9
@@ -69,7 +69,8 @@ def sniff(text: bytes, file: LogFile) -> Cut:
         )
         raise LogError(msg)
     head = text[: text.find(b"\n", _HEAD_BYTES) + 1 or None].decode(errors="replace")
-    return max((Cut.of(_lines(head, mark), mark) for mark in SEPARATORS), key=lambda cut: cut.rank)
+    lines = _lines(head, quoted_by="".join(SEPARATORS))
+    return max((Cut.of(lines, mark) for mark in SEPARATORS), key=lambda cut: cut.rank)
 
 
 def is_quoted(texts: Iterable[bytes], separator: str) -> bool:
@@ -97,7 +98,7 @@ def check_layout(file: LogFile, schema: FeatureSchema, max_bad_rows: int) -> Non
         head = text.read(_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK)
     if len(head) == _HEAD_BYTES:
         head = head[: last_row_end(head, schema.separator) if schema.quote else head.rfind(b"\n") + 1]
-    lines = _lines(head.decode(errors="replace"), schema.separator if schema.quote else None)
+    lines = _lines(head.decode(errors="replace"), schema.separator if schema.quote else "")
     widths = [line.count(schema.separator) + 1 for line in lines]
     # With a header columns are found by name, and others may stand among them.
     if (max(widths, default=0) > 1 if schema.header else len(schema.columns) in widths) or len(widths) <= max_bad_rows:
@@ -112,8 +113,8 @@ def check_layout(file: LogFile, schema: FeatureSchema, max_bad_rows: int) -> Non
     raise LogError(msg)
 
 
-def _lines(text: str, quoted_by: str | None) -> Sequence[str]:
-    """The first rows that are not blank, each quoted cell empty, as lines."""
-    if quoted_by is not None and '"' in text:
-        text = re.sub(_QUOTED_CELL.replace("{mark}", re.escape(quoted_by)), "", text)
+def _lines(text: str, quoted_by: str) -> Sequence[str]:
+    """The first rows that are not blank, as lines; the quoted cells between these marks are empty."""
+    if quoted_by and '"' in text:
+        text = re.sub(_QUOTED_CELL.replace("{marks}", re.escape(quoted_by)), "", text)
     return [line for line in text.split("\n") if line.strip()][:_HEAD_LINES]

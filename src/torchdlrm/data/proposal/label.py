@@ -12,8 +12,9 @@ import polars as pl
 from torchdlrm.data.proposal.facts import Facts, words_of
 from torchdlrm.metrics import auc
 
-_NAMES = words_of("label click clicked clk target y conversion converted purchased purchase installed response isclick")
-_RATINGS = words_of("rating star score grade")
+_NAMES_IN_ORDER = "label click clicked clk isclick target y conversion converted purchased purchase installed response"
+_NAMES = words_of(_NAMES_IN_ORDER)
+_RATINGS = words_of("rating star")
 # What is no click and what is one, in lower case; numbers as `_normal` writes them.
 _PAIRS = (("0", "1"), ("false", "true"), ("-1", "1"), ("no", "yes"), ("n", "y"), ("f", "t"), ("noclick", "click"))
 _PLAIN_PAIRS = _PAIRS[:2]  # which are read without being told
@@ -92,8 +93,9 @@ def _pair_of(facts: Facts) -> tuple[str, str] | None:
 
 
 def _rank(facts: Facts) -> tuple[bool, int]:
-    """Names of one word before longer ones."""
-    return facts.name.lower() not in _NAMES, len(facts.words)
+    """Names that say nothing else before longer ones, then in the order of the names."""
+    names = [i for i, name in enumerate(_NAMES_IN_ORDER.split()) if name in facts.words]
+    return facts.name.lower() not in _NAMES, min(names)
 
 
 def _keys(facts: Facts, pair: tuple[str, str]) -> dict[str, object]:

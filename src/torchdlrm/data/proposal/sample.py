@@ -113,12 +113,17 @@ def _of_text(file: LogFile, num_rows: int) -> Sample:
     if cut.num_columns < 2:
         msg = f"{file.path}: no separator cuts its lines into columns; looked for {', '.join(SEPARATORS.values())}"
         raise LogError(msg)
-    columns = [SparseColumn(name=f"column_{i}") for i in range(cut.num_columns)]
-    quoted = is_quoted([start, *blocks[1:]], cut.mark)
-    as_text = criteo_schema().model_copy(
-        update={"columns": tuple(columns), "separator": cut.mark, "quote": '"' if quoted else None}
-    )
-    first = parse_chunk(start if len(blocks) == 1 else _whole_rows(start, as_text), as_text)
+    columns = tuple(SparseColumn(name=f"column_{i}") for i in range(cut.num_columns))
+    as_text = criteo_schema().model_copy(update={"columns": columns, "separator": cut.mark})
+    if is_quoted([start, *blocks[1:]], cut.mark):
+        quoted = as_text.model_copy(update={"quote": '"'})
+        # A quote that is never closed hides all rows behind it.
+        as_text = quoted if 2 * len(_whole_rows(start, quoted)) > len(_whole_rows(start, as_text)) else as_text
+    start = start if len(blocks) == 1 else _whole_rows(start, as_text)
+    if not start:
+        msg = f"{file.path}: no row ends in the first {block_bytes:,} bytes; is it text with a row a line?"
+        raise LogError(msg)
+    first = parse_chunk(start, as_text)
     names, has_header = [column.name for column in columns], False
     if first.frame.height and _looks_like_header(first.frame):
         names, has_header = [name or "" for name in first.frame.row(0)], True
@@ -127,7 +132,7 @@ def _of_text(file: LogFile, num_rows: int) -> Sample:
                 f"{file.path}: the names of the columns are not on line 1, where a header must be; remove what is above"
             )
             raise LogError(msg)
-    others = [_rows_inside(block, as_text) for block in blocks[1:]]
+    others = [chunk for block in blocks[1:] if (chunk := _rows_inside(block, as_text)) is not None]
     chunks = [first.frame[int(has_header) :], *(chunk.frame for chunk in others)]
     frame = pl.concat([_spread(chunk, -(-num_rows // len(chunks))) for chunk in chunks])
     is_whole = frame.height == chunks[0].height and not others
@@ -138,7 +143,7 @@ def _of_text(file: LogFile, num_rows: int) -> Sample:
         names,
         frame,
         cut.mark,
-        quoted,
+        as_text.quote is not None,
         has_header,
         is_whole,
         _origin(frame, origin, is_whole=is_whole),
@@ -195,17 +200,18 @@ def _whole_rows(text: bytes, schema: FeatureSchema) -> bytes:
     return text[: last_row_end(text, schema.separator) if schema.quote else text.rfind(b"\n") + 1]
 
 
-def _rows_inside(block: bytes, schema: FeatureSchema) -> ParsedChunk:
-    """The rows of a block that starts and ends anywhere."""
-    if schema.quote is None:
-        return parse_chunk(_whole_rows(block[block.find(b"\n") + 1 :], schema), schema)
-    # It starts in a quoted cell or not: the way that makes more good rows is the right one.
-    found = []
-    for text in (block, b'"' + block):
-        inside, _ = find_quoted(text, schema.separator)
-        ends = np.flatnonzero((np.frombuffer(text, np.uint8) == ord("\n")) & ~inside)
-        found.append(parse_chunk(_whole_rows(text[int(ends[0]) + 1 :] if len(ends) else b"", schema), schema))
-    return max(found, key=lambda chunk: chunk.frame.height)
+def _rows_inside(block: bytes, schema: FeatureSchema) -> ParsedChunk | None:
+    """The rows of a block that starts and ends anywhere; None where there is no whole one."""
+    starts = [block[block.find(b"\n") + 1 :]]
+    if schema.quote is not None:
+        # It starts in a quoted cell or not: the way that makes more good rows is the right one.
+        starts = []
+        for text in (block, b'"' + block):
+            inside, _ = find_quoted(text, schema.separator)
+            ends = np.flatnonzero((np.frombuffer(text, np.uint8) == ord("\n")) & ~inside)
+            starts += [text[int(ends[0]) + 1 :]] if len(ends) else []
+    chunks = [parse_chunk(rows, schema) for start in starts if (rows := _whole_rows(start, schema))]
+    return max(chunks, key=lambda chunk: chunk.frame.height, default=None)
 
 
 def _spread(frame: pl.DataFrame, num_rows: int) -> pl.DataFrame:
