@@ -194,8 +194,8 @@ class FeatureSchema(_Frozen):
             raise ValueError(msg)
         if sum(isinstance(column, LabelColumn) for column in self.columns) != 1:
             raise ValueError("exactly one column must have the role 'label'")
-        if not self.dense or not self.sparse:
-            raise ValueError("DLRM needs at least one dense and one sparse column")
+        if not self.sparse:
+            raise ValueError("at least one column must have the role 'sparse': a DLRM is built of embedding tables")
         return self
 
     def _with_null_values(self, column: Column) -> Column:

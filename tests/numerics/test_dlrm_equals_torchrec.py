@@ -1,5 +1,7 @@
 """Our DLRM against TorchRec's own module, with the same weights on the same rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torchrec.models import dlrm as torchrec_dlrm
@@ -15,13 +17,13 @@ NUM_ROWS, NUM_DENSE, NUM_FEATURES, DIM = 37, 13, 26, 16
 FEATURES = [f"cat_{i}" for i in range(NUM_FEATURES)]
 
 
-def build(module):
+def build(module, num_dense=NUM_DENSE):
     tables = [
         EmbeddingBagConfig(name=f"t_{name}", embedding_dim=DIM, num_embeddings=50, feature_names=[name])
         for name in FEATURES
     ]
     ebc = EmbeddingBagCollection(tables=tables)
-    return module.DLRMTrain(module.DLRM(ebc, NUM_DENSE, [32, DIM], [32, 8, 1]))
+    return module.DLRMTrain(module.DLRM(ebc, num_dense, [32, DIM], [32, 8, 1]))
 
 
 @pytest.fixture
@@ -49,6 +51,21 @@ def test_logits_loss_and_gradients_equal_torchrecs(batch, seed):
     for name, parameter in ours.named_parameters():
         assert parameter.grad.abs().max() > 0, name
         torch.testing.assert_close(parameter.grad, theirs_by_name[name].grad, atol=1e-5, rtol=0)
+
+
+def test_without_dense_features_it_equals_torchrecs_with_one_that_is_always_1(batch, seed):
+    torch.manual_seed(seed)
+    ours, theirs = build(dlrm, num_dense=0), build(torchrec_dlrm, num_dense=1)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    our_loss, (_, our_logits, _) = ours(replace(batch, dense_features=torch.empty(NUM_ROWS, 0)))
+    their_loss, (_, their_logits, _) = theirs(replace(batch, dense_features=torch.ones(NUM_ROWS, 1)))
+    torch.testing.assert_close(our_logits, their_logits, atol=1e-5, rtol=0)
+    our_loss.backward()
+    their_loss.backward()
+    their_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, their_gradients[name], atol=1e-5, rtol=0)
 
 
 def test_state_dicts_load_both_ways():

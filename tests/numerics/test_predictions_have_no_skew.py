@@ -1,6 +1,9 @@
 """Raw rows by file, by JSON and over HTTP are predicted as the checkpoint does after the preprocessing job."""
 
 import itertools
+import math
+import random
+import tomllib
 from pathlib import Path
 
 import httpx
@@ -18,7 +21,9 @@ from torchdlrm.predict.cells_out import as_json_rows
 from torchdlrm.predict.files import predict_file
 from torchdlrm.predict.predictor import Predictor
 from torchdlrm.predict.rows_in import RowsIn
-from torchdlrm.schema import criteo_schema, with_split
+from torchdlrm.schema import FeatureSchema, criteo_schema, with_split
+from torchdlrm.serve.open_inference.columns import rows_of_tensors
+from torchdlrm.serve.open_inference.tensors import Tensor
 from torchdlrm.training.run import Run
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
@@ -26,7 +31,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 
 def by_checkpoint(run, dataset, log, folder):
     """Of all rows in the order of the log, but for a few first ones, the training rows; and how many these are."""
-    schema = with_split(criteo_schema(), "order", val=0.0, test=0.9997)
+    schema = with_split(dataset.schema, "order", val=0.0, test=0.9997)
     options = PreprocessOptions(vocabulary=dataset.path)
     ordered = Dataset.open(preprocess([log], folder / "ordered", schema, options).path)
     files = (file.path for split in ("train", "test") for file in ordered.splits[split].files)
@@ -98,3 +103,136 @@ def test_every_row_of_the_real_samples(name, serve, dlrm, tmp_path):
     assert done.returncode == 0, done.stderr
     export(Run.open(run), dataset, tmp_path / "bundle", ExportOptions("real"))
     assert_no_skew(serve, tmp_path / "bundle", run, dataset, log, tmp_path)
+
+
+OWN_SCHEMA = """
+name = "own"
+separator = ","
+header = true
+null_values = ["NULL", "-"]
+columns = [
+    { role = "label", name = "bought", positive = "yes", negative = "no" },
+    { role = "dense", name = "price", kind = "float", transform = "standardize", null_values = ["-1", "nan"] },
+    { role = "dense", name = "age", kind = "int", transform = "log1p" },
+    { role = "sparse", name = "code", kind = "hex" },
+    { role = "sparse", name = "user", kind = "int" },
+    { role = "sparse", name = "city", kind = "string" },
+    { role = "sparse", name = "shop", kind = "int", hash = 50 },
+]
+
+[split]
+rule = "order"
+"""
+
+
+def own_rows(num_rows, seed):
+    """Typed rows, None where a value is missing."""
+    draw = random.Random(seed)
+    for _ in range(num_rows):
+        user = draw.randrange(20)
+        yield {
+            "bought": "yes" if draw.random() < (0.8 if user % 3 else 0.2) else "no",
+            "price": draw.choice([None, 0.5, 3.0, 1e-3]),
+            "age": draw.choice([None, 17, 40, -4]),
+            "code": draw.choice([None, 9, 10, 0x68FD1E64, 2**32 - 1]),
+            "user": draw.choice([None, user]),
+            "city": draw.choice([None, "Köln", "nan", "-1"]),
+            "shop": draw.choice([None, 7, 2**62]),
+        }
+
+
+def write_own_logs(rows, schema, folder):
+    """The same rows as CSV, with its columns in another order and one more, and as Parquet of other types."""
+    draw = random.Random(1)
+
+    def as_text(name, value):
+        if value is None:
+            return draw.choice(["-1", "-1.00", "nan", ""] if name == "price" else ["NULL", "-", ""])
+        return f"{value:x}" if name == "code" else str(value)
+
+    names = [*sorted(column.name for column in schema.columns), "added"]
+    lines = [",".join(names), *(",".join([*(as_text(n, row[n]) for n in names[:-1]), "x"]) for row in rows)]
+    (folder / "own.csv").write_text("\n".join(lines) + "\n")
+    columns = {name: [row[name] for row in rows] for name in names[:-1]}
+    columns["city"] = [draw.choice(["NULL", "-", "", None]) if city is None else city for city in columns["city"]]
+    if "price" in columns:
+        columns["price"] = [draw.choice([math.nan, -1.0, None]) if x is None else x for x in columns["price"]]
+        columns["age"] = [math.nan if x is None else float(x) for x in columns["age"]]  # as pandas writes it
+    columns["user"] = [math.nan if x is None else float(x) for x in columns["user"]]
+    columns["bought"][5] = None  # rows to predict need no label
+    pl.DataFrame(columns, schema_overrides={"code": pl.UInt32}, strict=False).write_parquet(folder / "own.parquet")
+    return folder / "own.csv", folder / "own.parquet"
+
+
+def own_json(rows, schema):
+    """Cells as a client has them: numbers and texts, null values as such or written out."""
+    nulls = {"price": -1, "age": None, "code": "-", "user": "NULL", "city": "-", "shop": None}
+    for row in rows:
+        cells = {n: nulls[n] if row[n] is None else row[n] for n in (c.name for c in (*schema.dense, *schema.sparse))}
+        yield cells | ({"code": f"{row['code']:08x}"} if row["code"] is not None else {})
+
+
+def own_tensors(rows, schema):
+    """A tensor a column, of numbers where that can be."""
+    for column in (*schema.dense, *schema.sparse):
+        cells = [row[column.name] for row in rows]
+        if column.kind == "float" or column.name == "age":
+            values = pl.Series([math.nan if cell is None else float(cell) for cell in cells], dtype=pl.Float64)
+            yield Tensor(column.name, "FP64", (len(rows),), values)
+        elif column.kind == "string" or None in cells:
+            as_hex = column.kind == "hex"
+            texts = ["NULL" if cell is None else f"{cell:x}" if as_hex else str(cell) for cell in cells]
+            yield Tensor(column.name, "BYTES", (len(rows),), pl.Series(texts))
+        else:
+            yield Tensor(column.name, "INT64", (len(rows),), pl.Series(cells, dtype=pl.Int64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_dense", [True, False], ids=["with dense columns", "purely categorical"])
+def test_null_values_named_labels_and_numbers_of_parquet_mean_the_same_everywhere(has_dense, dlrm, tmp_path):
+    content = tomllib.loads(OWN_SCHEMA)
+    content["columns"] = [column for column in content["columns"] if has_dense or column["role"] != "dense"]
+    schema = FeatureSchema.model_validate(content)
+    rows = list(own_rows(3_000, seed=0))
+    text, parquet = write_own_logs(rows, schema, tmp_path)
+    dataset = preprocess([text], tmp_path / "dataset", schema)
+    assert dataset.manifest.bad_rows.total == 0
+    clicks = sum(split.clicks for split in dataset.manifest.splits.values())
+    assert clicks == sum(row["bought"] == "yes" for row in rows)
+    missing = {name: split.missing_rows for name, split in dataset.manifest.splits.items()}
+    for name in missing["train"]:
+        assert sum(split[name] for split in missing.values()) == sum(row[name] is None for row in rows)
+    without_label = parquet.with_name("labelled.parquet")
+    pl.read_parquet(parquet).with_columns(pl.col("bought").fill_null(rows[5]["bought"])).write_parquet(without_label)
+    same = preprocess([without_label], tmp_path / "same", schema)
+    assert same.manifest.splits == dataset.manifest.splits
+    assert same.manifest.sparse == dataset.manifest.sparse
+
+    options = ["--train.batch-size-global", 64, "--logging.tensorboard", "false"]
+    done = dlrm("train", CONFIG, "--dataset", dataset.path, "--run", tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr
+    done = dlrm("evaluate", tmp_path / "run", "--split", "test", "--json")
+    assert done.returncode == 0, done.stderr
+    export(Run.open(tmp_path / "run"), dataset, tmp_path / "bundle", ExportOptions("own"))
+    expected, few = by_checkpoint(tmp_path / "run", dataset, text, tmp_path)
+    assert expected.std() > 0.01
+
+    predictor = Predictor.open(tmp_path / "bundle")
+    cells, tensors = list(own_json(rows, schema)), [*own_tensors(rows[:2_000], schema)]
+    parts = [tuple(own_tensors(rows[i : i + 3], schema)) for i in range(2_000, 3_000, 3)]
+    of_tensors = [rows_of_tensors(tensors, schema, 4_096), *(rows_of_tensors(part, schema, 4_096) for part in parts)]
+    by_tensors = [
+        predictor.predict(given).probabilities
+        if isinstance(given, pl.DataFrame)
+        else predictor.predict_encoded(predictor.encode_rows(given)).probabilities
+        for given in of_tensors
+    ]
+    by_rows = [predictor.predict_encoded(predictor.encode_rows(cells[i : i + 7])) for i in range(0, 3_000, 7)]
+    for found in (
+        by_file(tmp_path / "bundle", text, tmp_path),
+        by_file(tmp_path / "bundle", parquet, tmp_path),
+        predictor.predict(predictor.parse_rows(cells)).probabilities,
+        np.concatenate([part.probabilities for part in by_rows]),
+        np.concatenate(by_tensors),
+    ):
+        np.testing.assert_allclose(found[few:], expected[few:], rtol=0, atol=1e-6)

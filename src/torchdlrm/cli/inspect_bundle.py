@@ -107,4 +107,4 @@ def _table_bytes(bundle: "Bundle", feature: str) -> int:
 
 def _layers(bundle: "Bundle") -> tuple[tuple[int, ...], tuple[int, ...]]:
     model = bundle.manifest.model
-    return (len(bundle.schema.dense), *model.dense_arch_layer_sizes), model.over_arch_layer_sizes
+    return (max(1, len(bundle.schema.dense)), *model.dense_arch_layer_sizes), model.over_arch_layer_sizes

@@ -37,13 +37,13 @@ class ModelConfig(_Section):
         """Inputs and outputs of every layer, those of the dense arch first.
 
         Args:
-            num_dense: number of dense features.
+            num_dense: number of dense features; without any, the dense arch has one input, which is always 1.
             num_sparse: F, number of sparse features.
         """
         num_vectors = num_sparse + 1
         over_in = self.embedding_dim + num_vectors * (num_vectors - 1) // 2
         return [
-            *pairwise((num_dense, *self.dense_arch_layer_sizes)),
+            *pairwise((max(1, num_dense), *self.dense_arch_layer_sizes)),
             *pairwise((over_in, *self.over_arch_layer_sizes)),
         ]
 

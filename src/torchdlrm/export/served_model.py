@@ -99,7 +99,9 @@ class ServedModel:
 
     def _logits(self, rows: EncodedRows) -> Tensor:
         vectors_BMD = self._lookup(rows)
-        dense_BD = run_layers(self._dense_arch, torch.from_numpy(np.ascontiguousarray(rows.dense)).to(self._dtype))
+        # Without dense features the input is a 1, see `torchdlrm.model.dlrm.ConstantArch`.
+        dense = np.ascontiguousarray(rows.dense) if self._num_dense else np.ones((rows.num_rows, 1), np.float32)
+        dense_BD = run_layers(self._dense_arch, torch.from_numpy(dense).to(self._dtype))
         vectors_BMD[:, 0] = dense_BD
         square_BMM = torch.bmm(vectors_BMD, vectors_BMD.transpose(1, 2))
         interactions = dense_BD.new_empty(rows.num_rows, self._dim + self._pairs.num_columns)

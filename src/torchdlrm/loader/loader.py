@@ -72,7 +72,8 @@ class Loader:
 
     def first_dense_rows(self) -> NDArray[np.float32]:
         """Dense features of the split's first row group, float32 [rows, num_dense]: a sample, the same on each rank."""
-        return np.stack(self._reader.read(self._reader.row_groups[0]).dense, axis=1)
+        group = self._reader.read(self._reader.row_groups[0])
+        return np.array(group.dense, np.float32).reshape(len(group.dense), len(group.labels)).T
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch is: `epoch`, and `batches_consumed` of it; the same on every rank and world size."""

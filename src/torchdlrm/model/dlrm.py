@@ -59,12 +59,31 @@ class SparseArch(nn.Module):
         return stack_embeddings(self.embedding_bag_collection(features), self.sparse_feature_names, self.D)
 
 
+class ConstantArch(DenseArch):  # type: ignore[misc]  # TorchRec is untyped
+    """The dense arch of a model without dense features: its input is a 1 in every row.
+
+    So the model is TorchRec's DLRM with one dense feature that is always 1, and has the same keys.  What the arch makes
+    of the 1 is a learnt vector; its products with the embeddings are what each value says by itself.
+
+    Args:
+        layer_sizes: as of `DenseArch`.
+        device: likewise.
+    """
+
+    def __init__(self, layer_sizes: list[int], device: torch.device | None = None) -> None:
+        super().__init__(1, layer_sizes, device=device)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Maps [B, 0] to [B, D], the same vector in each row."""
+        return super().forward(features.new_ones(features.shape[0], 1))
+
+
 class DLRM(nn.Module):
     """Dense arch and sparse arch, their interaction, and the over arch that turns it into a logit.
 
     Args:
         embedding_bag_collection: the tables, all of the same dimension D.
-        dense_in_features: number of dense features.
+        dense_in_features: number of dense features; without any, the dense arch is a `ConstantArch`.
         dense_arch_layer_sizes: output sizes of the dense arch's layers; the last is D.
         over_arch_layer_sizes: output sizes of the over arch's layers; the last is 1.
         dense_device: where to create everything but the tables.
@@ -93,7 +112,11 @@ class DLRM(nn.Module):
             msg = f"the dense arch ends with {dense_arch_layer_sizes[-1]}, but the tables have dimension {sorted(dims)}"
             raise ValueError(msg)
         self.sparse_arch = SparseArch(embedding_bag_collection)
-        self.dense_arch = DenseArch(dense_in_features, dense_arch_layer_sizes, device=dense_device)
+        self.dense_arch = (
+            DenseArch(dense_in_features, dense_arch_layer_sizes, device=dense_device)
+            if dense_in_features
+            else ConstantArch(dense_arch_layer_sizes, device=dense_device)
+        )
         self.inter_arch = InteractionArch(num_sparse_features=self.sparse_arch.F)
         if dense_device is not None:
             self.inter_arch.to(dense_device)

@@ -61,7 +61,7 @@ def build_sharded_model(
     model.negative_weight = config.train.negative_weight
     if config.train.dropout_share:
         add_dropout(model.model.dense_arch, model.model.over_arch, config.train.dropout_share)
-    if dense_sample is not None:
+    if dense_sample is not None and num_dense_features:
         standardize_dense_input(model.model.dense_arch, dense_sample)
     sharder = table_sharder(fused_params(config.table_optimizer))
     plan, solution = plan_or_obey(

@@ -474,3 +474,10 @@ def test_contradicting_keys_of_a_label_are_refused(keys, message):
     column = {"role": "label", "name": "label", **keys}
     with pytest.raises(ValidationError, match=message):
         FeatureSchema.model_validate({**SCHEMA.model_dump(), "columns": [column, *SCHEMA.columns[1:]]})
+
+
+def test_a_log_may_have_no_dense_column_but_must_have_a_sparse_one():
+    label, dense, sparse = LabelColumn(name="l"), DenseColumn(name="d"), SparseColumn(name="s")
+    assert FeatureSchema(name="categorical", columns=(label, sparse)).dense == ()
+    with pytest.raises(ValidationError, match="at least one column must have the role 'sparse'"):
+        FeatureSchema(name="numbers", columns=(label, dense))
