@@ -133,6 +133,17 @@ def test_what_a_killed_export_left_is_cleared_away(small_run, small_dataset, tmp
     assert not (tmp_path / "bundle" / "vocabulary" / "old").exists()
 
 
+def test_a_link_in_the_place_of_unfinished_work_is_not_followed(small_run, small_dataset, tmp_path, dlrm):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "file").write_text("precious")
+    (tmp_path / ".bundle.partial").symlink_to("victim")
+    done = dlrm("export", small_run, "--dataset", small_dataset.path, "--out", tmp_path / "bundle")
+    assert done.returncode == 2
+    assert "is not what an interrupted job leaves there: it is not a folder" in " ".join(done.stderr.split())
+    assert [path.name for path in (tmp_path / "victim").iterdir()] == ["file"]
+    assert not (tmp_path / "bundle").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_export_that_is_told_to_end_leaves_nothing_behind(number, small_run, small_dataset, tmp_path):
     command = [str(Path(sys.executable).with_name("dlrm")), "export", str(small_run), "--out", str(tmp_path / "bundle")]

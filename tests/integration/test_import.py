@@ -169,3 +169,14 @@ def test_files_that_do_not_belong_together_are_named(tmp_path):
     assert "day_1_sparse.npy: there is no such file" in done.stderr
     done = dlrm(tmp_path / "npy", "--out", tmp_path / "no", "--format", "npy", "--table-sizes", "3,4")
     assert "expected a positive whole number for each of the 26 features, got 2" in " ".join(done.stderr.split())
+
+
+def test_a_link_in_the_place_of_unfinished_work_is_not_followed(tmp_path):
+    write_days(tmp_path / "days")
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "file").write_text("precious")
+    (tmp_path / ".out.importing").symlink_to("victim")
+    done = dlrm(tmp_path / "days", "--out", tmp_path / "out", "--format", "npy")
+    assert done.returncode == 2
+    assert "is not what an interrupted job leaves there" in done.stderr
+    assert [path.name for path in (tmp_path / "victim").iterdir()] == ["file"]

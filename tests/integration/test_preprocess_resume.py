@@ -191,6 +191,19 @@ def test_other_settings_are_named_and_stop_the_job_and_restart_forgets(log, unin
     assert checksums(out) == uninterrupted
 
 
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("kind", ["link", "content"])
+def test_what_no_job_has_left_is_neither_written_to_nor_removed(log, tmp_path, kind, restart):
+    place = tmp_path / (".dataset.partial" if kind == "content" else "victim")
+    place.mkdir()
+    (place / "thesis").write_text("precious")
+    if kind == "link":
+        (tmp_path / ".dataset.partial").symlink_to(place)
+    with pytest.raises(DatasetError, match="is not what an interrupted job leaves there"):
+        preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS, restart=restart)
+    assert [path.name for path in place.iterdir()] == ["thesis"]
+
+
 def test_a_log_that_changed_since_is_named(log, tmp_path):
     copy = tmp_path / "log.tsv"
     copy.write_bytes(log.read_bytes())

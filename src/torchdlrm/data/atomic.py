@@ -1,9 +1,13 @@
-"""Files that are whole or absent."""
+"""Files and folders that are complete or absent, also where others can write beside them."""
 
+import errno
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR
+from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 
@@ -25,6 +29,64 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # on a read-only file system even what is not there cannot be removed
             beside.unlink(missing_ok=True)
+
+
+def claim_folder(path: Path, names: Collection[str]) -> int:
+    """Make a folder for unfinished work, or take the one that a job of ours has left when it was killed.
+
+    Its name is known beforehand, so somebody may have put something else there, for us to write into or to remove.
+
+    Args:
+        path: of the folder.
+        names: what such a job leaves in it, besides temporary files of these names.
+
+    Returns:
+        The folder, open: what is removed by means of it is in that folder, whatever takes its place meanwhile.
+
+    Raises:
+        OSError: it cannot be made, or there is something else: a link, a file, another user's folder, other content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir()
+        is_new = True
+    except FileExistsError:
+        is_new = False
+        if not S_ISDIR(path.lstat().st_mode):
+            raise _not_ours(path, "it is not a folder") from None
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not is_new:
+            with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as mine:  # some file systems map users
+                if os.fstat(folder).st_uid != Path(mine).stat().st_uid:
+                    raise _not_ours(path, "it belongs to another user")
+            for name in _names(folder):
+                if name not in names and not any(name.startswith(f".{known}.") for known in names):
+                    raise _not_ours(path, f"it holds {name}")
+    except OSError:
+        os.close(folder)
+        raise
+    return folder
+
+
+def clear_folder(folder: int, *, keep: Collection[str] = ()) -> None:
+    """Remove what is in a folder that `claim_folder` has opened; of links, what they are and not where they lead."""
+    for name in {*_names(folder)} - {*keep}:
+        if S_ISDIR(os.lstat(name, dir_fd=folder).st_mode):
+            shutil.rmtree(name, dir_fd=folder)
+        else:
+            os.unlink(name, dir_fd=folder)
+
+
+def _names(folder: int) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries]
+
+
+def _not_ours(path: Path, why: str) -> OSError:
+    return OSError(
+        errno.EEXIST, f"{path} is not what an interrupted job leaves there: {why}; remove it, or give another name"
+    )
 
 
 def sync(path: Path) -> None:

@@ -169,6 +169,9 @@ class _Fetcher:
         if self._target.exists():
             self._check(self._target)
             return
+        if self._part.is_symlink() or self._tag.is_symlink():
+            msg = f"{self._part}: a link, which no interrupted download leaves; remove it, or give another --out"
+            raise DatasetError(msg)
         failures = 0
         while True:
             before = self._part.stat().st_size if self._part.exists() else 0

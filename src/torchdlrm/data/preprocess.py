@@ -76,13 +76,11 @@ def preprocess(
         msg = f"{out}: exists; choose another --out, or remove it first"
         raise DatasetError(msg)
     try:
-        if restart and partial.exists():
-            shutil.rmtree(partial)
         with start_workers(resources) as workers:
             layout = choose_layout(files, schema, options, resources.memory_bytes, workers.tasks_in_memory)
             if chunk_bytes is not None:
                 layout = replace(layout, chunk_bytes=chunk_bytes)
-            work = WorkFolder.open(partial, settings, layout)
+            work = WorkFolder.open(partial, settings, layout, restart=restart)
             try:
                 check_disk(files, partial, work.size_bytes)
                 fitting = tasks_that_fit(work.layout, resources.memory_bytes)

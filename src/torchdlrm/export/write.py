@@ -16,18 +16,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torchdlrm.data.atomic import sync
+from torchdlrm.data.atomic import claim_folder, clear_folder, sync
 from torchdlrm.data.dataset import Dataset, sha256_of
 from torchdlrm.data.value_index import write_index
 from torchdlrm.errors import BundleError, DatasetError
 from torchdlrm.export.bundle import table_name
-from torchdlrm.export.manifest import FileRecord
+from torchdlrm.export.manifest import MANIFEST_NAME, SAMPLE_NAME, WEIGHTS_NAME, FileRecord
 from torchdlrm.export.precision import TABLE_PRECISIONS, TablePrecision, quantize_rows, stored_rows
 from torchdlrm.export.weights_file import PADDING_BYTES, PADDING_NAME, TensorRecord, WeightsWriter
 from torchdlrm.progress import ProgressListener
 from torchdlrm.units import show_bytes
 
 _BLOCK_BYTES = 32 * 2**20
+_VOCABULARY_FOLDER = "vocabulary"
 
 
 @contextmanager
@@ -42,20 +43,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise BundleError(msg)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        folder = os.open(partial, os.O_RDONLY)
+        folder = claim_folder(partial, (MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME, _VOCABULARY_FOLDER))
     except OSError as error:
         msg = f"--out: cannot write to {path}: {error.strerror}"
         raise BundleError(msg) from error
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        if not os.path.samestat(os.fstat(folder), partial.lstat()):
+            raise BlockingIOError  # has just been finished by another process, and is its bundle
+    except (BlockingIOError, FileNotFoundError) as error:
         os.close(folder)
         msg = f"--out: another process is writing {path}; wait for it, or give another name"
         raise BundleError(msg) from error
     try:
-        for left in partial.iterdir():  # of an export that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        clear_folder(folder)  # of what an export that was killed left
         yield partial
         sync(partial)
         partial.rename(path)
@@ -164,11 +165,11 @@ def copy_vocabularies(dataset: Dataset, folder: Path) -> dict[str, tuple[str, st
     Returns:
         The paths within `folder` of each feature's vocabulary and index; features without a vocabulary have none.
     """
-    (folder / "vocabulary").mkdir()
+    (folder / _VOCABULARY_FOLDER).mkdir()
     paths = {}
     for feature, sparse in dataset.manifest.sparse.items():
         if sparse.vocabulary is not None:
-            table, index = f"vocabulary/{feature}.parquet", f"vocabulary/{feature}.index"
+            table, index = f"{_VOCABULARY_FOLDER}/{feature}.parquet", f"{_VOCABULARY_FOLDER}/{feature}.index"
             shutil.copyfile(dataset.path / sparse.vocabulary.path, folder / table)
             if sha256_of(folder / table) != sparse.vocabulary.sha256:
                 msg = f"{dataset.path / sparse.vocabulary.path}: damaged; copy or preprocess the dataset again"

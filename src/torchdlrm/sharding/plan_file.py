@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torchdlrm.data.atomic import replacing
 from torchdlrm.errors import PlanError
 from torchdlrm.sharding.estimate import Cost
 from torchdlrm.sharding.layout import FORMAT, FORMAT_VERSION, layout_as_dict
@@ -72,10 +73,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         PlanError: the file cannot be written.
     """
-    beside = path.with_name(f".{path.name}.partial")
     try:
-        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        beside.rename(path)
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         msg = f"cannot write the plan to {path}: {error.strerror}; give a file in a folder that exists"
         raise PlanError(msg) from error

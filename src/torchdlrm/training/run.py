@@ -22,7 +22,7 @@ import torch
 
 from torchdlrm import __version__
 from torchdlrm.config import Config, config_toml, load_config, setting_values
-from torchdlrm.data.atomic import sync
+from torchdlrm.data.atomic import replacing, sync
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import RunError
 
@@ -233,10 +233,9 @@ def shown(value: object) -> object:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file, whole or not at all, whatever ends this process or the machine."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    beside.rename(path)
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+        sync(beside)
 
 
 def versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import distributed as dist
 from torch.profiler import ProfilerActivity
 
+from torchdlrm.data.atomic import replacing
 from torchdlrm.training.process_group import Ranks
 
 WARM_UP_STEPS = 5
@@ -113,17 +114,15 @@ class StepProfiler:
         if not self._profiled_steps:
             return
         self._folder.mkdir(exist_ok=True)
-        beside = self._folder / f".rank-{self._ranks.rank}.json"
-        profiler.export_chrome_trace(str(beside))
-        beside.rename(self._folder / f"rank-{self._ranks.rank}.json")
+        with replacing(self._folder / f"rank-{self._ranks.rank}.json") as beside:
+            profiler.export_chrome_trace(str(beside))
         mine = summarize(profiler.events() or (), self._ranks, num_steps=self._profiled_steps)
         everyone: list[StepProfile | None] = [None] * self._ranks.world_size
         dist.all_gather_object(everyone, mine, group=self._ranks.process_group)
         if self._ranks.is_first:
             text = json.dumps([profile.as_dict() for profile in everyone if profile is not None], indent=1)
-            beside = self._folder / ".summary.json"
-            beside.write_text(text + "\n", encoding="utf-8")
-            beside.rename(self._folder / "summary.json")
+            with replacing(self._folder / "summary.json") as beside:
+                beside.write_text(text + "\n", encoding="utf-8")
 
 
 def read_profiles(folder: Path) -> list[StepProfile]:

@@ -4,6 +4,7 @@ In: `Blocks` and the columns.  Out: a `Dataset`: training rows shuffled by the s
 Two passes: one that deals the rows out to the parts and checks them, one that writes the parts.
 """
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from torchdlrm.data.atomic import claim_folder, clear_folder
 from torchdlrm.data.dataset import (
     MANIFEST_NAME,
     ROW_GROUP_ROWS,
@@ -78,19 +80,22 @@ def import_blocks(
         raise DatasetError(msg)
     partial = out.parent / f".{out.name}.importing"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        for name in ("groups", "dataset", *(f"dataset/{split}" for split in SPLIT_NAMES)):
-            (partial / name).mkdir(parents=True)
-        manifest = _write(
-            blocks, schema, partial, dict(table_sizes or {}), seed, part_rows, progress or SilentProgress()
-        )
-        (partial / "dataset" / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-        (partial / "dataset").rename(out)
+        folder = claim_folder(partial, ("groups", "dataset"))
+        try:
+            clear_folder(folder)
+            for name in ("groups", "dataset", *(f"dataset/{split}" for split in SPLIT_NAMES)):
+                (partial / name).mkdir(parents=True)
+            manifest = _write(
+                blocks, schema, partial, dict(table_sizes or {}), seed, part_rows, progress or SilentProgress()
+            )
+            (partial / "dataset" / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+            (partial / "dataset").rename(out)
+        finally:
+            os.close(folder)
+            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         msg = f"{out}: cannot be written: {error.strerror or error}"
         raise DatasetError(msg) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Dataset.open(out)
 
 

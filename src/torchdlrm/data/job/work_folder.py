@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from torchdlrm.data.atomic import replacing, sync
+from torchdlrm.data.atomic import claim_folder, clear_folder, replacing, sync
 from torchdlrm.errors import DatasetError
 
 Result = dict[str, Any]
@@ -56,18 +56,26 @@ class WorkFolder:
         self._journal = (path / _JOURNAL_NAME).open("a", encoding="utf-8")
 
     @classmethod
-    def open(cls, path: Path, settings: Mapping[str, Any], layout: Layout) -> Self:
-        """Make the folder, or take up the one that a job with the same settings left.
+    def open(cls, path: Path, settings: Mapping[str, Any], layout: Layout, *, restart: bool = False) -> Self:
+        """Make the folder, or take up the one that a job with the same settings left; `restart`: forget what it did.
 
         Raises:
             DatasetError: a job is at work there, or one with other settings left it.
+            OSError: it cannot be made, or something else is there.
         """
-        path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
+        folder = claim_folder(path, (*FOLDERS, _JOB_NAME, _JOURNAL_NAME, _LOCK_NAME))
         try:
-            found = _read_job(path)
+            return cls._open(path, folder, settings, layout, restart=restart)
+        finally:
+            os.close(folder)
+
+    @classmethod
+    def _open(cls, path: Path, folder: int, settings: Mapping[str, Any], layout: Layout, *, restart: bool) -> Self:
+        lock = _lock(path, folder)
+        try:
+            found = None if restart else _read_job(path)
             if found is None:
-                _clear(path)
+                clear_folder(folder, keep=(_LOCK_NAME,))
                 for name in FOLDERS:
                     (path / name).mkdir()
                 with replacing(path / _JOB_NAME) as beside:
@@ -120,8 +128,8 @@ def holds_job(path: Path, settings: Mapping[str, Any]) -> bool:
     return found is not None and not _differences(found["settings"], json.loads(json.dumps(settings)))
 
 
-def _lock(path: Path) -> int:
-    lock = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+def _lock(path: Path, folder: int) -> int:
+    lock = os.open(_LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -173,9 +181,3 @@ def _differences(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[
 def _shortened(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 160 else text[:160] + "..."
-
-
-def _clear(path: Path) -> None:
-    for child in path.iterdir():
-        if child.name != _LOCK_NAME:
-            shutil.rmtree(child) if child.is_dir() else child.unlink()
