@@ -209,12 +209,12 @@ class Run:
     def _remove_left_overs(self) -> None:
         """Remove what a process that was killed has half written; whoever holds the lock knows that nobody writes."""
         names = (CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME, TRACKERS_NAME)
-        for path in (self.path / f".{name}.partial" for name in names):
-            path.unlink(missing_ok=True)
-        for path in self.profile.glob(".*.json"):
+        for path in (path for name in names for path in self.path.glob(f".{name}.*")):
+            path.unlink()
+        for path in self.profile.glob(".*.json*"):
             path.unlink()
         for path in self.checkpoints.glob(".step-*"):  # .partial, and .old: one that was being removed
-            shutil.rmtree(path)
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
     def _clear(self) -> None:
         """Remove what a run has written, and nothing else."""
