@@ -26,6 +26,7 @@ def serve(
     workers: Count = 1,
     name: str | None = None,
     api_key_file: Path | None = None,
+    allowed_hosts: str = "",
     max_rows_per_request: Count = 4096,
     max_body_bytes: Count = 16 << 20,
     max_batch_rows: Count = 2048,
@@ -62,6 +63,9 @@ def serve(
     api_key_file
         File of keys, one a line (# begins a comment), of which a request must bring one; else the variable
         DLRM_API_KEY, if it is set.
+    allowed_hosts
+        Without a key, names by which clients may ask beside this machine's own, with commas between: of a proxy in
+        front, for example. *.example.com is all names below, * is any.
     max_rows_per_request
         A request with more rows is refused.
     max_body_bytes
@@ -107,6 +111,7 @@ def serve(
     from torchdlrm.serve.server import serve as serve_until_stopped
 
     given = {key: value for key, value in locals().items() if key in ServeOptions.__dataclass_fields__}
+    given["allowed_hosts"] = tuple(name.strip() for name in allowed_hosts.split(",") if name.strip())
     options = ServeOptions(**given, api_keys=read_api_keys(api_key_file))
 
     def started(at: Listening) -> None:

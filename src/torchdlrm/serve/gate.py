@@ -1,4 +1,4 @@
-"""What every HTTP request passes first and last: keys, the number of requests at once, figures, the log.
+"""What every HTTP request passes first and last: hosts, keys, the number of requests at once, figures, the log.
 
 In: the app.  Out: the same app behind a gate.  Refusing costs next to nothing here: before routing, and before the body
 is read, so that a server with too much to do can say so to all whom it cannot answer.
@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 from fastapi import Response
 
+from torchdlrm.serve.allowed_hosts import AllowedHosts
 from torchdlrm.serve.exchange import ARRIVED
 from torchdlrm.serve.refusals import RefusedRequest, overloaded
 from torchdlrm.serve.request_id import request_id_of
@@ -45,6 +46,8 @@ class Gate:
     def __init__(self, app: App, service: Service) -> None:
         self._app, self._service = app, service
         self._num_under_way = 0
+        options = service.options
+        self._hosts = None if service.keys else AllowedHosts(options.host, options.allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
@@ -66,7 +69,7 @@ class Gate:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
-        refused = self._refused(scope["path"], headers)
+        refused = self._refused(scope["method"], scope["path"], headers)
         self._num_under_way += 1
         try:
             if refused is None:
@@ -77,13 +80,17 @@ class Gate:
             self._num_under_way -= 1
             self._note_end(scope, status, time.perf_counter() - started_s, request_id)
 
-    def _refused(self, path: str, headers: dict[bytes, bytes]) -> RefusedRequest | None:
+    def _refused(self, method: str, path: str, headers: dict[bytes, bytes]) -> RefusedRequest | None:
         if self._service.is_health(path):
             return None
+        is_open = path == "/" or path.startswith("/page/")
+        if self._hosts is not None:
+            msg = self._hosts.refusal(method, headers, is_for_all=is_open)
+            if msg is not None:
+                return RefusedRequest(HTTPStatus.FORBIDDEN, msg)
         limit = self._service.options.max_concurrent_requests
         if self._num_under_way - self._service.uploads.num_bodies >= limit:
             return overloaded(f"{limit:,} requests are under way, and no more are taken at once; ask again later")
-        is_open = path == "/" or path.startswith("/page/")
         if is_open or self._service.keys.accept(headers):
             return None
         msg = "this needs an API key; send the header 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"

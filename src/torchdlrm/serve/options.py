@@ -37,6 +37,7 @@ class ServeOptions:
         workers: processes.
         name: what clients call the model; None: as the bundle does.
         api_keys: one of them must come with a request, if there are any.
+        allowed_hosts: names by which a server without a key may be asked beside its own; `*.example.com` and `*` too.
         max_rows_per_request: a request with more is refused.
         max_body_bytes: a body with more is refused.
         max_batch_rows: what the model gets at once.
@@ -60,6 +61,7 @@ class ServeOptions:
     workers: int = 1
     name: str | None = None
     api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     max_rows_per_request: int = 4096
     max_body_bytes: int = 16 << 20
     max_batch_rows: int = 2048

@@ -7,6 +7,7 @@ requests go on being answered, and when the last one is, the process ends with 0
 import asyncio
 import contextlib
 import gc
+import ipaddress
 import logging
 import os
 import signal
@@ -140,6 +141,9 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
     version = service.bundles.current.version
     address = list(listener.getsockname()[:2])
     lines.note("serving", pid=os.getpid(), model=service.name, version=version, address=address)
+    if not service.keys and not ipaddress.ip_address(address[0]).is_loopback:
+        msg = "whoever can reach this address is answered; --api-key-file lets in those alone who have a key"
+        lines.write("warning", "no API key", message=msg)
     ready(Ready(service.name, version, None if rpc is None else rpc.port))
     await asyncio.wait({serving, loop.create_task(stopping.wait())}, return_when=asyncio.FIRST_COMPLETED)
     service.drain()
