@@ -54,6 +54,7 @@ class Connections:
         self.open: set[Connection] = set()
         self.waiting: dict[Connection, None] = {}  # for their clients, the longest first
         self._max_descriptor = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_DESCRIPTORS
+        self._num_other_descriptors: int | None = None  # when the first connection came
         self._num_given_up, self._next_line_s = 0, -math.inf
 
     def __call__(self, *, config: Config, server_state: ServerState, **_: Any) -> "Connection":
@@ -70,7 +71,9 @@ class Connections:
 
     def make_room(self, descriptor: int, now_s: float) -> None:
         """See that there are file descriptors for whoever comes next."""
-        if descriptor <= self._max_descriptor:
+        if self._num_other_descriptors is None:
+            self._num_other_descriptors = descriptor  # the lowest that is free is taken: those below were in use
+        if max(descriptor, self._num_other_descriptors + len(self.open)) <= self._max_descriptor:
             return
         longest = next(iter(self.waiting), None)
         if longest is not None:
@@ -160,7 +163,7 @@ class Connection(asyncio.Protocol):
     def shutdown(self) -> None:
         """The server stops: what is being answered is the last."""
         self._is_stopping, self._moved_s = True, self._loop.time()
-        if self._exchange is None or self._exchange.is_answered:
+        if self._exchange is None or self._is_lingering:
             self._transport.close()
         else:
             self._exchange.keeps_alive = False
@@ -198,7 +201,7 @@ class Connection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Send bytes, without waiting."""
-        if not self._transport.is_closing():
+        if not (self._is_lingering or self._transport.is_closing()):
             self._transport.write(data)
 
     def regulate(self) -> None:
@@ -217,8 +220,8 @@ class Connection(asyncio.Protocol):
         """A request is answered: the next may be looked at."""
         self._state.total_requests += 1
         self._connections.waiting[self] = None
-        if self._transport.is_closing():
-            return
+        if self._is_lingering or self._transport.is_closing():
+            return  # another answer was given while this one was made
         if not exchange.is_whole:
             self._linger()
         elif not exchange.keeps_alive:
@@ -238,6 +241,8 @@ class Connection(asyncio.Protocol):
                 self._loop.call_soon(self._go_on)
         except Unreadable as error:
             self._refuse(error.status, error.message)
+            if self._exchange is not None:
+                self._exchange.lose()
             self._linger()
         self.regulate()
 
