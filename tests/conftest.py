@@ -180,7 +180,7 @@ def evaluated(run, dataset, split):
             ranks=ranks,
         ).module
         checkpointer = Checkpointer(run.checkpoints, model, None, ranks)
-        checkpointer.load(find_checkpoint(run.checkpoints, "last"))
+        checkpointer.load(find_checkpoint(run.checkpoints).step)
         checkpointer.close()
         model.eval()
         with torch.no_grad():

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -441,3 +442,47 @@ def test_stopping_early_by_target_and_by_patience(small_dataset, dlrm, tmp_path)
         assert summary["step"] < 20 * 67
         assert checkpoints(tmp_path / name)[-1] == summary["step"]
         assert summary["best_step"] in checkpoints(tmp_path / name)
+
+
+@pytest.mark.slow
+def test_evaluation_and_export_take_the_best_checkpoint_and_say_so(small_log, small_dataset, dlrm, tmp_path):
+    """A run that early stopping ended: its last checkpoint is worse, by the validations that stopped it."""
+    run = tmp_path / "run"
+    done = dlrm(
+        *("train", CONFIG, "--dataset", small_dataset.path, "--run", run, "--json", "--checkpoint.keep-last", 1),
+        *("--stop.patience-validations", 2, "--validation.every-steps", 10, "--train.epochs", 20),
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    best, last = summary["best_step"], summary["step"]
+    assert best < last
+    assert f"takes step {best}, the best of the val split" in done.stderr
+    assert checkpoints(run) == [best, last]
+    aucs = {}
+    for asked, step, kind in (("", best, "best"), ("last", last, "last"), (best, best, "step")):
+        done = dlrm("evaluate", run, "--split", "val", "--json", *(("--checkpoint", asked) if asked else ()))
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert (result["step"], result["checkpoint"]) == (step, kind)
+        aucs[kind] = result["auc"]
+    assert aucs["best"] == aucs["step"] == pytest.approx(summary["best_auc"])
+    assert aucs["last"] < aucs["best"]
+    done = dlrm("export", run, "--out", tmp_path / "bundle")
+    assert done.returncode == 0, done.stderr
+    assert f"at step {best}, the best of the val split" in done.stderr
+    source = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["source"]
+    assert (source["step"], source["checkpoint"]) == (best, "best")
+    done = dlrm("verify", tmp_path / "bundle", small_log, "--dataset", small_dataset.path, "--run", run)
+    assert f"at step {best}, the best of the val split" in done.stderr, done.stderr
+    shutil.rmtree(run / "checkpoints" / f"step-{best:08d}")
+    done = dlrm("evaluate", run)
+    assert done.returncode == 2
+    assert f"does not have the best of the val split, step {best}; give last, or one of the steps {last}" in done.stderr
+
+
+def test_early_stopping_that_can_never_act_is_refused_before_anything_is_written(small_dataset, dlrm, tmp_path):
+    run = tmp_path / "run"
+    done = dlrm("train", CONFIG, "--dataset", small_dataset.path, "--run", run, "--stop.patience-validations", 2)
+    assert done.returncode == 2
+    assert "stop.patience_validations: is 2 and could never stop the run: " in done.stderr
+    assert not run.exists()

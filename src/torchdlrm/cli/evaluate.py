@@ -17,7 +17,7 @@ def evaluate(
     run: Path,
     *,
     split: str = "test",
-    checkpoint: str = "last",
+    checkpoint: str = "best",
     dataset: Path | None = None,
     batch_size_global: Annotated[int, Parameter(validator=Number(gte=1))] = 8192,
     nproc_per_node: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
@@ -32,7 +32,7 @@ def evaluate(
     split
         train, val or test; several joined by + are judged together, as in val+test.
     checkpoint
-        last, best (the highest AUC of the val split), or a step.
+        best (the highest AUC of the val split; the last where nothing was validated), last, or a step.
     dataset
         Where the dataset is now, if it has moved since the training.
     batch_size_global
@@ -42,6 +42,7 @@ def evaluate(
     json
         Print one JSON object on standard output.
     """
+    from torchdlrm.training.checkpoint import ChosenCheckpoint
     from torchdlrm.training.launch import Processes, launch
     from torchdlrm.training.run import Run
 
@@ -52,13 +53,12 @@ def evaluate(
         work, run, dataset, splits, checkpoint, batch_size_global, processes=Processes(nproc_per_node)
     )
     trained.write_evaluation(result["split"], result)
-    table = Table(title=f"{run} at step {result['step']:,}, split {result['split']}", title_justify="left")
-    for name in result:
-        if name not in {"split", "step"}:
-            table.add_column(name, justify="right")
-    table.add_row(
-        *(f"{v:,}" if isinstance(v, int) else f"{v:.5f}" for k, v in result.items() if k not in {"split", "step"})
-    )
+    chosen = ChosenCheckpoint(result["step"], result["checkpoint"])
+    table = Table(title=f"{run} at {chosen}: split {result['split']}", title_justify="left")
+    values = {name: value for name, value in result.items() if name not in {"split", "step", "checkpoint"}}
+    for name in values:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{v:,}" if isinstance(v, int) else f"{v:.5f}" for v in values.values()))
     console.print(table)
     if json:
         print_json(result)

@@ -16,7 +16,7 @@ def export(
     precision: Literal["float32", "float16", "int8", "int4", "auto"] = "float32",
     dense_precision: Literal["float32", "bfloat16", "auto"] = "auto",
     max_logloss_increase: Annotated[float | None, Parameter(validator=Number(gte=0))] = None,
-    checkpoint: str = "last",
+    checkpoint: str = "best",
     dataset: Path | None = None,
     name: str | None = None,
     check_rows: Annotated[int, Parameter(validator=Number(gte=1))] = 100_000,
@@ -38,7 +38,7 @@ def export(
         What a lower precision may cost in nats, in the choice of auto (0.0001 when not given) and in the check at the
         end (when not given: what the precision usually explains).
     checkpoint
-        last, best (the highest AUC of the val split), or a step.
+        best (the highest AUC of the val split; the last where nothing was validated), last, or a step.
     dataset
         Where the dataset is now, if it has moved since the training.
     name
@@ -66,6 +66,7 @@ def export(
     with progress_bars("") as progress:
         exported = export_run(trained, data, out, options, progress)
     bundle = exported.bundle
+    console.print(f"exported {run} at {exported.checkpoint} to {out}", markup=False, soft_wrap=True)
     if exported.trade is not None:
         print_trade(exported.trade)
     print_check(bundle)

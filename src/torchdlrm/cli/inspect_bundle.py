@@ -29,9 +29,10 @@ def show(folder: Path, *, num_values: int, as_json: bool) -> None:  # noqa: ARG0
         return
     manifest = bundle.manifest
     source = manifest.source
+    best = ", the best of the val split" if source.checkpoint == "best" else ""
     console.print(
         f"bundle {folder}, model {bundle.name}, version {bundle.version}: whole and undamaged; from run {source.run}, "
-        f"step {source.step:,}; schema {bundle.schema.name}",
+        f"step {source.step:,}{best}; schema {bundle.schema.name}",
         soft_wrap=True,
     )
     hashed = {column.name for column in bundle.schema.sparse if column.hash is not None}

@@ -38,11 +38,14 @@ def show_summary(run: Path, summary: TrainingSummary) -> None:
         table.add_row("speed", f"{summary.rows_per_s:,.0f} rows/s")
     if summary.stopped_because != "finished":
         table.add_row("stopped by", f"stop.{summary.stopped_because}")
+    if summary.best_auc is not None:
+        table.add_row("best val auc", f"{summary.best_auc:.4f}, step {summary.best_step:,}")
     if summary.validation is not None:
         for name in ("auc", "logloss", "ne", "calibration"):
-            table.add_row(f"val {name}", f"{summary.validation[name]:.4f}")
+            table.add_row(f"last val {name}", f"{summary.validation[name]:.4f}")
     console.print(table)
-    console.print(f"next: dlrm evaluate {run} --split test", markup=False)
+    taken = "" if summary.best_step is None else f" (takes step {summary.best_step:,}, the best of the val split)"
+    console.print(f"next: dlrm evaluate {run} --split test{taken}", markup=False, soft_wrap=True)
 
 
 def show_profile(folder: Path) -> None:

@@ -57,9 +57,13 @@ def verify(
         trained = find_run(predictor, dataset, run)
         log = RowsIn(list(rows) or find_log(encoded), predictor.schema, log_format)
         found = verify_bundle(predictor, trained, encoded, log, max_rows=max_rows, client=client, progress=progress)
+    source = predictor.bundle.manifest.source
+    best = ", the best of the val split" if source.checkpoint == "best" else ""
+    console.print(f"checkpoint: {trained.path} at step {source.step:,}{best}", markup=False, soft_wrap=True)
     _print_table(found, ", ".join(map(str, log.paths)))
     if as_json:
-        print_json({"bundle": str(bundle), "version": predictor.bundle.version, **found.as_dict()})
+        about = {"bundle": str(bundle), "version": predictor.bundle.version}
+        print_json({**about, "step": source.step, "checkpoint": source.checkpoint, **found.as_dict()})
     for before, way in zip(found.ways, found.ways[1:], strict=False):
         if not way.agrees:
             msg = (

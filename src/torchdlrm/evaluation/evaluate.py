@@ -19,7 +19,7 @@ def evaluate(
     splits: Sequence[str],
     ranks: Ranks,
     *,
-    checkpoint: str = "last",
+    checkpoint: str = "best",
     batch_size_global: int = 8192,
     progress: ProgressListener = SILENT,
 ) -> dict[str, Any] | None:
@@ -30,12 +30,13 @@ def evaluate(
         dataset: what it was trained on.
         splits: names of splits; their rows are judged together.
         ranks: the processes that share the work.
-        checkpoint: `last`, `best` (of the val split) or a step.
+        checkpoint: `best` of the val split (the last where nothing was validated), `last`, or a step.
         batch_size_global: rows per forward pass over all ranks; does not change the result.
         progress: is told of the rows done.
 
     Returns:
-        On rank 0 `split`, `step`, `rows`, `auc`, `logloss`, `ne`, `calibration`, `accuracy`; elsewhere None.
+        On rank 0 `split`, `step`, `checkpoint` (`best`, `last` or `step`: what it was chosen for), `rows`, `auc`,
+        `logloss`, `ne`, `calibration`, `accuracy`; elsewhere None.
 
     Raises:
         RunError: the run has no such checkpoint, or it is damaged.
@@ -48,8 +49,8 @@ def evaluate(
         dense_sample=None,
         ranks=ranks,
     ).module
-    step = find_checkpoint(run.checkpoints, checkpoint)
-    Checkpointer(run.checkpoints, model, None, ranks).load(step)
+    chosen = find_checkpoint(run.checkpoints, checkpoint)
+    Checkpointer(run.checkpoints, model, None, ranks).load(chosen.step)
     loaders = [
         Loader(
             dataset,
@@ -63,4 +64,5 @@ def evaluate(
     ]
     progress.start_phase("evaluate", sum(loader.batches_per_epoch for loader in loaders), unit="batches")
     metrics = measure(model, loaders, ranks, progress)
-    return None if metrics is None else {"split": "+".join(splits), "step": step, **metrics.as_dict()}
+    about = {"split": "+".join(splits), "step": chosen.step, "checkpoint": chosen.kind}
+    return None if metrics is None else about | metrics.as_dict()

@@ -103,9 +103,14 @@ def _evaluations(run: Run) -> list[str]:
     ]
     if not results:
         return ["<h2>Evaluation</h2>", "<p>None yet: <code>dlrm evaluate</code> judges every row of a split.</p>"]
-    head = ["split", "step", *_FIGURES]
+    head = ["split", "step", "chosen as", *_FIGURES]
     rows = [
-        [str(result.get("split", "")), f"{result.get('step', 0):,}", *(_shown(result.get(name)) for name in _FIGURES)]
+        [
+            str(result.get("split", "")),
+            f"{result.get('step', 0):,}",
+            str(result.get("checkpoint", "")),
+            *(_shown(result.get(name)) for name in _FIGURES),
+        ]
         for result in results
     ]
     return ["<h2>Evaluation</h2>", figures_table(head, rows)]

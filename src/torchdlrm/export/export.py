@@ -43,7 +43,7 @@ from torchdlrm.export.write import (
     write_weights,
 )
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.training.checkpoint import checkpoint_path, find_checkpoint, find_damage
+from torchdlrm.training.checkpoint import ChosenCheckpoint, checkpoint_path, find_checkpoint, find_damage
 from torchdlrm.training.run import Run
 
 DEFAULT_CHECK_ROWS = 100_000
@@ -65,7 +65,7 @@ class ExportOptions:
             the arches are large enough for it to be faster.
         max_logloss_increase: what a lower precision may cost in nats; None asks for what each precision usually
             explains, and for 0.0001 where tables are chosen by cost.
-        checkpoint: `last`, `best` (of the val split) or a step.
+        checkpoint: `best` of the val split (the last where nothing was validated), `last`, or a step.
         check_rows: predict at most so many held-out rows to check the bundle.
     """
 
@@ -73,22 +73,22 @@ class ExportOptions:
     precision: TablePrecision | Literal["auto"] = "float32"
     dense_precision: DensePrecision | Literal["auto"] = "auto"
     max_logloss_increase: float | None = None
-    checkpoint: str = "last"
+    checkpoint: str = "best"
     check_rows: int = DEFAULT_CHECK_ROWS
 
 
-def open_checkpoint(run: Run, name: str) -> tuple[int, CheckpointReader]:
-    """A run's checkpoint, checked, and its step.
+def open_checkpoint(run: Run, name: str) -> tuple[ChosenCheckpoint, CheckpointReader]:
+    """A run's checkpoint, checked, and which it is.
 
     Raises:
         RunError: the run has none of that name, or it is damaged.
     """
-    step = find_checkpoint(run.checkpoints, name)
-    path = checkpoint_path(run.checkpoints, step)
+    chosen = find_checkpoint(run.checkpoints, name)
+    path = checkpoint_path(run.checkpoints, chosen.step)
     damage = find_damage(path)
     if damage is not None:
         raise RunError(damage)
-    return step, CheckpointReader(path)
+    return chosen, CheckpointReader(path)
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,13 @@ class Exported:
 
     Attributes:
         bundle: opened.
+        checkpoint: that it was made of.
         trade: what tables cost and save, where they were chosen by it.
         dense_reason: why the arches may compute in what they do, for people.
     """
 
     bundle: Bundle
+    checkpoint: ChosenCheckpoint
     trade: Trade | None
     dense_reason: str
 
@@ -124,7 +126,7 @@ def export(
         BundleError: `out` cannot be written, or the bundle predicts other than its precision explains.
     """
     split = held_out_split(dataset)
-    step, checkpoint = open_checkpoint(run, options.checkpoint)
+    chosen, checkpoint = open_checkpoint(run, options.checkpoint)
     model = CheckpointModel(checkpoint, run.config.model, dataset)
     with whole_folder(out) as folder:
         trade = _trade(model, run, dataset, options, progress) if options.precision == "auto" else None
@@ -150,7 +152,7 @@ def export(
             },
             model=run.config.model,
             dense_precision=dense_precision,
-            source=_source(run, step),
+            source=_source(run, chosen),
             check=None,
             files=files,
             block_bytes=BLOCK_BYTES,
@@ -158,14 +160,14 @@ def export(
         )
         _write_manifest(folder, manifest)
         bundle = Bundle.open(folder, progress=progress)
-        served, chosen = ServedModel(bundle), list(precisions.values())
+        served, by_table = ServedModel(bundle), list(precisions.values())
         progress.start_phase("check", min(options.check_rows, dataset.splits[split].rows))
         record = compare(
             held_out_rows(dataset, split, options.check_rows),
             dataset.schema,
             split=split,
             checkpoint=model.logits,
-            rounded=None if set(precisions.values()) == {"float32"} else partial(model.logits, precisions=chosen),
+            rounded=None if set(precisions.values()) == {"float32"} else partial(model.logits, precisions=by_table),
             in_float32=None if served.dense_precision == "float32" else ServedModel(bundle, "float32").logits,
             bundle=served.logits,
             allowed=_allowed(options, precisions, dense_precision),
@@ -174,7 +176,7 @@ def export(
         _write_sample(dataset, split, bundle, served)
         files[SAMPLE_NAME] = file_record(folder / SAMPLE_NAME)
         _write_manifest(folder, manifest.model_copy(update={"check": record, "files": files}))
-    return Exported(Bundle.open(out, verify="lazy"), trade, reason)
+    return Exported(Bundle.open(out, verify="lazy"), chosen, trade, reason)
 
 
 def _trade(
@@ -227,11 +229,12 @@ def _allowed(
     return Tolerance(allowed.difference, _max_increase(options))
 
 
-def _source(run: Run, step: int) -> SourceRecord:
+def _source(run: Run, chosen: ChosenCheckpoint) -> SourceRecord:
     environment = run.environment
     return SourceRecord(
         run=run.path.resolve().name,
-        step=step,
+        step=chosen.step,
+        checkpoint=chosen.kind,
         dataset_sha256=environment["dataset"]["manifest_sha256"],
         versions={name: environment[name] for name in ("torchdlrm", "torch", "torchrec", "fbgemm_gpu")},
     )

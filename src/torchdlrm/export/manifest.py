@@ -14,7 +14,7 @@ from torchdlrm.errors import BundleError
 from torchdlrm.export.precision import TablePrecision
 from torchdlrm.schema import FeatureSchema, problems
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME = "bundle.json", "weights.safetensors", "sample.parquet"
 _VERSION_DIGITS = 12
 # Of 1 TB of weights it has 5 MB.
@@ -55,10 +55,20 @@ class SparseRecord(_Frozen):
 
 
 class SourceRecord(_Frozen):
-    """Where the weights came from: the run's folder by its name, the step, the dataset, and the versions of then."""
+    """Where the weights came from.
+
+    Attributes:
+        run: its folder's name.
+        step: after which the checkpoint was saved.
+        checkpoint: what it was chosen for: the best of the val split, the last, or the step itself; None in a bundle of
+            format version 1, which does not say.
+        dataset_sha256: of the dataset's manifest.
+        versions: of the libraries that trained.
+    """
 
     run: str
     step: int
+    checkpoint: Literal["best", "last", "step"] | None = None
     dataset_sha256: str
     versions: dict[str, str]
 
@@ -167,6 +177,8 @@ class BundleManifest(_Frozen):
 
     def _content(self) -> dict[str, Any]:
         content = self.model_dump(mode="json", by_alias=True)
+        if self.source.checkpoint is None:
+            del content["source"]["checkpoint"]
         content["schema"] = self.feature_schema.model_dump(mode="json", exclude_none=True)
         return content
 

@@ -1,9 +1,48 @@
 """Which step is the last, how many rows are read after each, and what is due: arithmetic, no files."""
 
 from dataclasses import dataclass
+from itertools import islice
 
 from torchdlrm.config import Config
+from torchdlrm.errors import ConfigError
 from torchdlrm.loader.plan import num_batches
+
+
+def check_early_stopping(config: Config, agenda: "Agenda", *, validation_rows: int) -> None:
+    """Refuse early stopping that can never act: it looks at validations before the last step.
+
+    Args:
+        config: of the run.
+        agenda: its steps.
+        validation_rows: of the val split.
+
+    Raises:
+        ConfigError: there are no such validations, or fewer than are needed; names the keys.
+    """
+    stop, validation = config.stop, config.validation
+    for key, value, needed in (
+        ("target_auc", stop.target_auc, 1),
+        # The first is the best so far.
+        ("patience_validations", stop.patience_validations, (stop.patience_validations or 0) + 1),
+    ):
+        if value is None:
+            continue
+        if not validation_rows:
+            reason = "the dataset's val split has no rows; preprocess with one, or leave it out"
+        elif not (validation.every_steps or validation.every_rows):
+            reason = "the run is validated at its end only; set validation.every_steps or validation.every_rows"
+        else:
+            steps = range(1, agenda.num_steps)
+            due = (step for step in steps if agenda.is_due(step, validation.every_steps, validation.every_rows))
+            found = sum(1 for _ in islice(due, needed))
+            if found == needed:
+                continue
+            reason = (
+                f"needs {needed:,} validations before the last step, {agenda.num_steps:,}, and the run has {found:,}; "
+                "lower validation.every_steps or validation.every_rows, or train longer"
+            )
+        msg = f"stop.{key}: is {value} and could never stop the run: {reason}"
+        raise ConfigError(msg)
 
 
 @dataclass(frozen=True)

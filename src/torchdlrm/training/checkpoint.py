@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -93,12 +93,32 @@ def read_position(folder: Path, step: int) -> Position:
     return _read_record(checkpoint_path(folder, step)).position
 
 
-def find_checkpoint(folder: Path, name: str) -> int:
-    """The step of a checkpoint in a run's checkpoints/.
+CheckpointKind = Literal["best", "last", "step"]
+
+
+@dataclass(frozen=True)
+class ChosenCheckpoint:
+    """A checkpoint of a run, and what it was chosen for.
+
+    Attributes:
+        step: the optimizer step after which it was saved.
+        kind: `best` of the val split, `last`, or the `step` that was asked for.
+    """
+
+    step: int
+    kind: CheckpointKind
+
+    def __str__(self) -> str:
+        why = {"best": ", the best of the val split", "last": ", the last", "step": ""}
+        return f"step {self.step:,}{why[self.kind]}"
+
+
+def find_checkpoint(folder: Path, name: str = "best") -> ChosenCheckpoint:
+    """A checkpoint in a run's checkpoints/.
 
     Args:
         folder: the run's checkpoints/.
-        name: `last`, `best` (of the val split) or a step.
+        name: `best` of the val split, which is the last where nothing was validated; `last`; or a step.
 
     Raises:
         RunError: there is none of that name.
@@ -107,17 +127,16 @@ def find_checkpoint(folder: Path, name: str) -> int:
     if not steps:
         msg = f"{folder.parent}: the run has no checkpoint yet; train it first"
         raise RunError(msg)
-    if name == "last":
-        return steps[-1]
-    wanted = read_position(folder, steps[-1]).best_step if name == "best" else name
-    if str(wanted) not in map(str, steps):
+    best = read_position(folder, steps[-1]).best_step if name == "best" else None
+    if name == "last" or (name == "best" and best is None):
+        return ChosenCheckpoint(steps[-1], "last")
+    wanted = name if best is None else str(best)
+    if wanted not in map(str, steps):
+        which = repr(name) if best is None else f"the best of the val split, step {best}"
         there = ", ".join(map(str, steps))
-        msg = (
-            f"--checkpoint: {folder.parent} has none of {name!r}; it has the steps {there} "
-            "(or last, or best if validated)"
-        )
+        msg = f"--checkpoint: {folder.parent} does not have {which}; give last, or one of the steps {there}"
         raise RunError(msg)
-    return int(str(wanted))
+    return ChosenCheckpoint(int(wanted), "step" if best is None else "best")
 
 
 class _TellingFileSystem(FileSystem):

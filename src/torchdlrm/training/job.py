@@ -6,6 +6,7 @@ from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import UserError
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.training.agenda import Agenda, check_early_stopping
 from torchdlrm.training.agreement import Settings, settings_of
 from torchdlrm.training.allocator import keep_freed_memory
 from torchdlrm.training.communication import allow_tf32
@@ -35,8 +36,8 @@ def train(
         How it ended on rank 0, None elsewhere.
 
     Raises:
-        ConfigError: the device lacks the tables' optimizer, a tracker's package is missing, or the machines of the
-            training were started with different settings.
+        ConfigError: early stopping could never act, the device lacks the tables' optimizer, a tracker's package is
+            missing, or the machines of the training were started with different settings.
         RunError: the folder is in use, holds something else, or a run that cannot go on with this config.
         PlanError: the tables do not fit the machine.
         DatasetError: the dataset is missing, damaged, or has no training rows.
@@ -53,6 +54,8 @@ def train(
         check_table_optimizer(config.table_optimizer, ranks.device)
         check_trackers(config.logging.trackers)
         encoded = Dataset.open(dataset)
+        agenda = Agenda.of(config, encoded.splits["train"].rows)
+        check_early_stopping(config, agenda, validation_rows=encoded.splits["val"].rows)
         taken_up = _start_run(config, encoded, run, ranks, restart=restart)
         try:
             with ranks.answering(config.train.timeout_s):

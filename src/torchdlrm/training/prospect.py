@@ -12,7 +12,7 @@ from torchdlrm.errors import DatasetError
 from torchdlrm.sharding.obey import foreseen_plan
 from torchdlrm.sharding.plan_file import plan_as_dict
 from torchdlrm.sharding.problem import Solution
-from torchdlrm.training.agenda import Agenda
+from torchdlrm.training.agenda import Agenda, check_early_stopping
 from torchdlrm.training.checkpoint import list_checkpoints
 from torchdlrm.training.optimizers import check_table_optimizer
 from torchdlrm.training.precision import Precision, choose_precision
@@ -96,7 +96,8 @@ def foresee(
         restart: what is in the folder will be removed.
 
     Raises:
-        ConfigError: the device lacks the tables' optimizer, or a tracker's package is missing.
+        ConfigError: early stopping could never act, the device lacks the tables' optimizer, or a tracker's package is
+            missing.
         DatasetError: there are no training rows.
         PlanError: the tables do not fit, or the given plan does not.
     """
@@ -108,6 +109,8 @@ def foresee(
     if not rows:
         msg = f"{dataset.path}: the train split has no rows"
         raise DatasetError(msg)
+    agenda = Agenda.of(config, rows)
+    check_early_stopping(config, agenda, validation_rows=dataset.splits["val"].rows)
     solution = foreseen_plan(
         config, dataset.num_embeddings, world_size=world_size, local_world_size=local_world_size, device=device
     )
@@ -119,4 +122,4 @@ def foresee(
         num_sparse_features=len(dataset.sparse_names),
         device=device,
     )
-    return Prospect(config, Agenda.of(config, rows), solution, precision, validation_rows, max(steps, default=0))
+    return Prospect(config, agenda, solution, precision, validation_rows, max(steps, default=0))

@@ -82,12 +82,14 @@ def line(split, step, **figures):
 def test_the_page_tells_what_is_in_the_runs_files(run, small_dataset):
     train = [line("train", step, rows_per_s=1_000 + step) for step in (1, 2, 3)]
     write_metrics(run, [*train, line("val", 2, auc=0.71234), line("val", 3, auc=0.65)], cut='{"step": 4, "sp')
-    run.write_evaluation("test", {"split": "test", "step": 3, "rows": 357, "auc": 0.7654321, "logloss": 0.4})
+    run.write_evaluation(
+        "test", {"split": "test", "step": 3, "checkpoint": "best", "rows": 357, "auc": 0.7654321, "logloss": 0.4}
+    )
     page = report_page(run)
     rows = tables_of(page)
     assert ["train.batch_size_global", "77", "2048"] in rows
     assert {row[0] for row in rows if row[0].count(".") or row[0] == "seed"} == {"train.batch_size_global", "seed"}
-    assert ["test", "3", "357", "0.76543", "0.40000", "-", "-", "-"] in rows
+    assert ["test", "3", "best", "357", "0.76543", "0.40000", "-", "-", "-"] in rows
     for split, record in small_dataset.manifest.splits.items():
         assert [split, f"{record.rows:,}", f"{record.clicks / record.rows:.4f}"] in rows
     assert ["world_size", "2"] in rows

@@ -73,9 +73,9 @@ def test_a_file_of_another_length_is_found(copied):
 def test_a_newer_format_is_refused_by_name(copied):
     path = copied / MANIFEST_NAME
     content = json.loads(path.read_text())
-    content |= {"format_version": 2, "something_new": 1}
+    content |= {"format_version": 3, "something_new": 1}
     path.write_text(json.dumps(content))
-    with pytest.raises(BundleError, match="format_version is 2, and this version of torchdlrm reads up to 1"):
+    with pytest.raises(BundleError, match="format_version is 3, and this version of torchdlrm reads up to 2"):
         Bundle.open(copied)
 
 
@@ -196,3 +196,13 @@ def test_a_lookup_makes_no_more_resident_than_linux_maps_around_a_page(tmp_path)
 def resident_file_bytes():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+
+def test_a_bundle_of_format_version_1_which_does_not_say_what_its_checkpoint_was_is_read(small_bundle, tmp_path):
+    now = BundleManifest.read(small_bundle)
+    then = now.model_copy(
+        update={"format_version": 1, "source": now.source.model_copy(update={"checkpoint": None})}
+    ).sealed()
+    (tmp_path / MANIFEST_NAME).write_text(then.to_json(), encoding="utf-8")
+    assert '"checkpoint": "' not in then.to_json()
+    assert BundleManifest.read(tmp_path) == then
