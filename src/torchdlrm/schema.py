@@ -253,6 +253,7 @@ def load_schema(name_or_path: str) -> FeatureSchema:
     path = Path(name_or_path)
     if not path.is_file():
         msg = f"--schema: {name_or_path!r} is neither a preset ({', '.join(PRESETS)}) nor a file"
+        msg += did_you_mean(name_or_path, PRESETS)
         raise SchemaError(msg)
     try:
         with path.open("rb") as file:

@@ -75,41 +75,34 @@ def propose_schema(path: Path, num_rows: int = SAMPLE_ROWS) -> Proposal:
     label = find_label(facts)
     leaks, suspects = find_leaks(label, facts, sample.frame) if label is not None else ({}, {})
     time, other_times = find_time(facts, {*leaks, *([label.place] if label is not None else [])})
-    choices: list[Choice] = []
-    for i, about in enumerate(facts):
-        if i in sample.unread:
-            choices.append(Choice("ignore", f"cannot be read: {sample.unread[i]}"))
-        elif label is not None and i == label.place:
-            choices.append(Choice("label", label.reason, dict(label.keys)))
-        elif i in leaks:
-            choices.append(Choice("ignore", f"LEAK? {leaks[i]}"))
-        elif time is not None and i == time.place:
-            choices.append(Choice("time", time.reason, {"kind": time.kind}))
-        elif i in other_times:
-            choices.append(Choice("ignore", other_times[i]))
-        else:
-            choices.append(choose_role(about, is_whole_log=sample.is_whole))
+    known = {i: Choice("ignore", why) for i, why in other_times.items()}
+    known |= {i: Choice("ignore", f"LEAK? {why}") for i, why in leaks.items()}
+    known |= {i: Choice("ignore", f"cannot be read: {why}") for i, why in sample.unread.items()}
+    if time is not None:
+        known[time.place] = Choice("time", time.reason, {"kind": time.kind})
+    if label is not None:
+        known[label.place] = Choice("label", label.reason, dict(label.keys))
+    choices = [known.get(i) or choose_role(about, is_whole_log=sample.is_whole) for i, about in enumerate(facts)]
+    body = [*_head(path, sample, facts, choices), "", *_split(label, time, facts)]
     warnings = [f"{names[i]} looks like the label and is left out: {why}" for i, why in leaks.items()]
     warnings += [f"{names[i]} is {why}" for i, why in suspects.items()]
-    warnings += _about_label(label, facts)
-    if sample.bad_lines:
-        warnings.append(f"lines that are no rows, at which preprocess stops: {_few(sample.bad_lines)}")
-    nulls = _nulls_of_file(facts, choices)
-    head = [f"name = {toml_value(_identifiers([path.name.split('.')[0]])[0])}"]
-    if sample.separator is not None:
-        head += [f"separator = {toml_value(sample.separator)}"]
-        head += ["quote = '\"'"] if sample.is_quoted else []
-        head += [f"header = {toml_value(sample.has_header)}"]
-    head += [f"null_values = {toml_value(nulls)}"] if nulls else []
-    columns = [
-        _line(names[i], about, choice, nulls) for i, (about, choice) in enumerate(zip(facts, choices, strict=True))
-    ]
-    body = [*head, "columns = [", *columns, "]", "", *_split(label, time, facts)]
-    warnings += _check(body, sample)
+    warnings += [*_about_label(label, facts), *_about_lines(sample), *_check(body, sample)]
     text = "\n".join([*_title(path, sample, warnings), *body]) + "\n"
-    return Proposal(
-        text, None, sample.origin, warnings, {name: c.reason for name, c in zip(names, choices, strict=True)}
-    )
+    reasons = {name: choice.reason for name, choice in zip(names, choices, strict=True)}
+    return Proposal(text, None, sample.origin, warnings, reasons)
+
+
+def _head(path: Path, sample: Sample, facts: Sequence[Facts], choices: Sequence[Choice]) -> list[str]:
+    """How the log is written, and its columns."""
+    nulls = _nulls_of_file(facts, choices)
+    lines = [f"name = {toml_value(_identifiers([path.name.split('.')[0]])[0])}"]
+    if sample.separator is not None:
+        lines += [f"separator = {toml_value(sample.separator)}"]
+        lines += ["quote = '\"'"] if sample.is_quoted else []
+        lines += [f"header = {toml_value(sample.has_header)}"]
+    lines += [f"null_values = {toml_value(nulls)}"] if nulls else []
+    columns = zip(_identifiers(sample.names), facts, choices, strict=True)
+    return [*lines, "columns = [", *(_line(*column, nulls) for column in columns), "]"]
 
 
 def _identifiers(names: Sequence[str]) -> list[str]:
@@ -202,6 +195,12 @@ def _about_label(label: Label | None, facts: Sequence[Facts]) -> list[str]:
     if facts[label.place].num_distinct == 1:
         return [f"every row read has the same label, {toml_value(facts[label.place].cells[0])}"]
     return []
+
+
+def _about_lines(sample: Sample) -> list[str]:
+    if not sample.bad_lines:
+        return []
+    return [f"lines that are no rows, at which preprocess stops: {_few(sample.bad_lines)}"]
 
 
 def _split(label: Label | None, time: Time | None, facts: Sequence[Facts]) -> list[str]:

@@ -7,7 +7,7 @@ In: a file, a number of rows.  Out: their cells as preprocessing reads them, and
 | small text | everything |
 | text | blocks at evenly spaced places |
 | gzipped text | up to 256 MiB of text from the start; of that, evenly spaced blocks are kept |
-| Parquet | up to 16 evenly spaced row groups; of half a million of their rows, evenly spaced batches are kept |
+| Parquet | half a million rows, or 256 MiB, of up to 16 row groups; of that, evenly spaced batches are kept |
 """
 
 import gzip
@@ -236,23 +236,11 @@ def _looks_like_header(frame: pl.DataFrame) -> bool:
 
 
 def _of_parquet(file: LogFile, num_rows: int) -> Sample:
-    batch_rows = max(1, num_rows // NUM_PLACES)
     try:
-        parquet = pq.ParquetFile(file.path, memory_map=True)
-        names, num_groups = parquet.schema_arrow.names, parquet.metadata.num_row_groups
-        check_names(file, names)
-        groups = [int(i * max(1, num_groups / NUM_PLACES)) for i in range(min(num_groups, NUM_PLACES))]
-        max_batches = -(-_MAX_PARQUET_ROWS // batch_rows)
-        batches = (
-            batch
-            for group in groups
-            for batch in itertools.islice(
-                parquet.iter_batches(batch_rows, row_groups=[group], use_threads=False),
-                -(-max_batches // len(groups)),
-            )
-        )
-        kept, _, _ = _thinned(batches, max_batches)
-        table = pa.Table.from_batches(kept, parquet.schema_arrow)
+        with pq.ParquetFile(file.path, memory_map=True) as parquet:
+            names, about = parquet.schema_arrow.names, parquet.metadata
+            check_names(file, names)
+            table, places = _spread_batches(parquet, num_rows)
     except (OSError, pa.ArrowException) as error:
         raise LogError(unreadable(file, error)) from error
     columns, unread, floating = [], {}, []
@@ -269,8 +257,7 @@ def _of_parquet(file: LogFile, num_rows: int) -> Sample:
         if i in unread:
             columns.append(pl.Series(column.name, [None] * len(cells), pl.String))
     frame = _spread(pl.DataFrame(columns), num_rows)
-    is_whole = frame.height == parquet.metadata.num_rows
-    places = f"{len(kept)} places in {len(groups):,} of its {num_groups:,} row groups"
+    is_whole = frame.height == about.num_rows
     origin = _origin(frame, places, is_whole=is_whole)
     return Sample(
         names,
@@ -283,6 +270,27 @@ def _of_parquet(file: LogFile, num_rows: int) -> Sample:
         unread=unread,
         floating=floating,
     )
+
+
+def _spread_batches(parquet: pq.ParquetFile, num_rows: int) -> tuple[pa.Table, str]:
+    """Evenly spaced batches of a file with at least about `num_rows` rows, and in words where they are from."""
+    about = parquet.metadata
+    groups = [int(i * max(1, about.num_row_groups / NUM_PLACES)) for i in range(min(about.num_row_groups, NUM_PLACES))]
+    sizes = [about.row_group(group) for group in groups]
+    bytes_a_row = sum(size.total_byte_size for size in sizes) // max(1, sum(size.num_rows for size in sizes)) + 1
+    batch_rows = max(1, min(num_rows // NUM_PLACES, _MIN_BLOCK_BYTES // bytes_a_row))
+    max_rows = min(_MAX_PARQUET_ROWS, _MAX_UNPACKED_BYTES // bytes_a_row)
+    batches = (
+        batch
+        for group in groups
+        for batch in itertools.islice(
+            parquet.iter_batches(batch_rows, row_groups=[group], use_threads=False),
+            -(-max_rows // batch_rows // len(groups)),
+        )
+    )
+    kept, _, _ = _thinned(batches, -(-max_rows // batch_rows))
+    places = f"{len(kept)} places in {len(groups):,} of its {about.num_row_groups:,} row groups"
+    return pa.Table.from_batches(kept, parquet.schema_arrow), places
 
 
 def _column_of(kind: pa.DataType, name: str) -> SparseColumn | TimeColumn:
