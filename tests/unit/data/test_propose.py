@@ -12,88 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from raw_logs import avazu_like, clicks, movielens_like, write
 from torchdlrm.data.log.files import find_files
 from torchdlrm.data.preprocess import preprocess
 from torchdlrm.data.proposal.propose import propose_schema
 from torchdlrm.data.proposal.sample import take_sample
 from torchdlrm.errors import LogError
 from torchdlrm.schema import FeatureSchema, criteo_schema, load_schema
-
-
-def csv_of(header, rows):
-    return "".join(",".join(map(str, row)) + "\n" for row in [header, *rows])
-
-
-def avazu_like(num_rows, rng):
-    """Rows with the columns of Avazu's log, and values as it has them."""
-
-    def category(num_values):
-        return f"{rng.randrange(num_values) * 2654435761 % 2**32:08x}"
-
-    hexes = [
-        "site_id",
-        "site_domain",
-        "site_category",
-        "app_id",
-        "app_domain",
-        "app_category",
-        "device_id",
-        "device_ip",
-    ]
-    codes = {
-        "device_type": [1, 1, 0, 4],
-        "device_conn_type": [0, 2, 3],
-        "C14": range(15_000, 24_000),
-        "C15": [320, 300, 216],
-        "C16": [50, 250, 36],
-        "C17": range(1_700, 2_800),
-        "C18": [0, 1, 2, 3],
-        "C19": [35, 39, 167, 1063],
-        "C20": [-1, 100_084, 100_148],
-        "C21": [79, 23, 157],
-    }
-    header = ["id", "click", "hour", "C1", "banner_pos", *hexes, "device_model", *codes]
-    for i in range(num_rows):
-        hours = i * 240 // num_rows
-        yield (
-            header,
-            [
-                rng.randrange(10**16, 18 * 10**18),
-                int(rng.random() < 0.17),
-                14_102_100 + hours // 24 * 100 + hours % 24,
-                rng.choice([1005, 1002, 1010]),
-                rng.choice([0, 1, 7]),
-                *(category(300) for _ in [*hexes, "device_model"]),
-                *(rng.choice(values) for values in codes.values()),
-            ],
-        )
-
-
-def movielens_like(num_rows, rng):
-    """Ratings with what is known of user and film."""
-    header = ["user id", "item", "rating", "timestamp", "age", "gender", "zip", "genres"]
-    genres = ["Action", "Comedy", "Drama"]
-    for _ in range(num_rows):
-        user = rng.randrange(1, 944)
-        yield (
-            header,
-            [
-                user,
-                min(1682, int(rng.paretovariate(0.7))),
-                rng.choice([1, 2, 3, 3, 4, 4, 5]),
-                880_000_000 + rng.randrange(10**7),
-                20 + user % 40,
-                "MF"[user % 2],
-                f"{user * 7919 % 99_999:05d}",
-                "|".join(rng.sample(genres, rng.randrange(1, 4))),
-            ],
-        )
-
-
-def write(path, rows):
-    rows = list(rows)
-    path.write_text(csv_of(rows[0][0], [row for _, row in rows]))
-    return path
 
 
 def roles_of(proposal):
@@ -138,15 +63,6 @@ def test_a_log_like_movielens_has_a_threshold_codes_and_lists(tmp_path, seed):
     assert columns["zip"]["kind"] == "string", "007 and 7 are two places"
     dataset = preprocessed(proposal, path, tmp_path)
     assert sum(split.rows for split in dataset.splits.values()) == 3_000
-
-
-def clicks(num_rows, rng, **columns):
-    """A log of a label, a price and a city, and columns by name: a function of the label, or a list of values."""
-    header = ["click", "price", "city", *columns]
-    for i in range(num_rows):
-        label = int(rng.random() < 0.3)
-        more = [make(label) if callable(make) else make[i % len(make)] for make in columns.values()]
-        yield header, [label, rng.randrange(500), rng.choice("abcdef"), *more]
 
 
 @pytest.mark.parametrize(
