@@ -173,9 +173,10 @@ class ValueIndex:
         """Every distinct text is hashed and compared once: int32 [B]."""
         encoded = pc.dictionary_encode(values.to_arrow(compat_level=pl.CompatLevel.oldest()), null_encoding="encode")
         wanted = encoded.dictionary.cast(pa.large_string())
-        is_long = pc.fill_null(pc.greater(pc.binary_length(wanted), self._longest_bytes), fill_value=False)
-        if has_long := pc.any(is_long).as_py():
-            wanted = pc.if_else(is_long, "", wanted)
+        offsets = np.frombuffer(wanted.buffers()[1], np.int64)[wanted.offset : wanted.offset + len(wanted) + 1]
+        is_long = np.diff(offsets) > self._longest_bytes
+        if has_long := is_long.any():
+            wanted = pc.if_else(pa.array(is_long), "", wanted)
         hashes = hash_values(pl.Series(wanted))
         ids, slots = self._find(hashes, hashes)
         found = np.flatnonzero(ids)
@@ -183,7 +184,7 @@ class ValueIndex:
         for i in found[~pc.fill_null(same, fill_value=False).to_numpy(zero_copy_only=False)]:
             ids[i] = self.id_of(wanted[int(i)].as_py())
         if has_long:
-            ids[is_long.to_numpy(zero_copy_only=False)] = UNKNOWN_ID
+            ids[is_long] = UNKNOWN_ID
         if wanted.null_count:
             ids[wanted.is_null().to_numpy(zero_copy_only=False)] = self._missing_id
         return ids[encoded.indices.to_numpy()]

@@ -7,7 +7,7 @@ checked cell by cell in Python, would take longer than predicting it.  What the 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any
@@ -20,16 +20,14 @@ from starlette.types import Scope
 
 from torchdlrm import __version__
 from torchdlrm.errors import TorchDLRMError
-from torchdlrm.predict.shared_rows import Row
 from torchdlrm.serve.exchange import ARRIVED, IS_GONE, IS_WHOLE
 from torchdlrm.serve.gate import REQUEST_ID, Gate, refusal
-from torchdlrm.serve.json_body import parse_json
 from torchdlrm.serve.metrics import CONTENT_TYPE
 from torchdlrm.serve.open_inference.columns import model_metadata
 from torchdlrm.serve.open_inference.http import EXTENSIONS, HEADER_LENGTH, InferRequest, format_infer, parse_infer
 from torchdlrm.serve.openapi import document
 from torchdlrm.serve.page_routes import page_router
-from torchdlrm.serve.people import describe, num_bytes_written_out, rows_of
+from torchdlrm.serve.people import describe, read_rows
 from torchdlrm.serve.refusals import RefusedRequest, too_large
 from torchdlrm.serve.service import Service, off_loop_if_large
 
@@ -80,14 +78,11 @@ def _people(service: Service) -> list[Route]:
         served = service.bundles.current
         max_rows = service.options.max_rows_per_request
 
-        def parse() -> Sequence[Row]:
-            return rows_of(parse_json(body, served.schema, max_rows), served.schema, max_rows)
-
-        rows = await off_loop_if_large(parse, len(body))
+        rows, num_bytes = await off_loop_if_large(lambda: read_rows(body, served.schema, max_rows), len(body))
         answer = await service.predict(
             served,
             rows,
-            num_bytes=num_bytes_written_out(len(body), rows),
+            num_bytes=num_bytes,
             request_id=request.scope[REQUEST_ID],
             started_s=started_s,
             is_gone=request.scope.get(IS_GONE, _never),

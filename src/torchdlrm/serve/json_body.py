@@ -24,8 +24,8 @@ def parse_json(body: bytes | bytearray | memoryview, schema: FeatureSchema, max_
     Raises:
         RefusedRequest: it is no JSON, or too much.
     """
-    max_values = max(MAX_VALUES, 2 * max_rows * (len(schema.dense) + len(schema.sparse)))
-    if len(body) > max_values:
+    if len(body) > MAX_VALUES:
+        max_values = max(MAX_VALUES, 2 * max_rows * (len(schema.dense) + len(schema.sparse)))
         # Each value but the first of its list or object has a comma before it.  NumPy counts beside other threads.
         codes = np.frombuffer(body, np.uint8)
         num_values = sum(int(np.count_nonzero(codes == ord(mark))) for mark in ",[{")

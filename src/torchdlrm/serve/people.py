@@ -13,7 +13,8 @@ from torchdlrm.errors import shown
 from torchdlrm.predict.shared_rows import Part, Row, SharedRows, parts_of
 from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
 from torchdlrm.serve.bundles import ServedBundle
-from torchdlrm.serve.refusals import bad_request, check_num_rows, check_num_values, too_large
+from torchdlrm.serve.json_body import parse_json
+from torchdlrm.serve.refusals import MAX_VALUES, bad_request, check_num_rows, check_num_values, too_large
 from torchdlrm.serve.request_log import digits_of
 
 NUM_EXAMPLES = 3
@@ -22,23 +23,28 @@ MAX_SHARED_CHARACTERS = 1 << 24
 _MAX_KEYS_SHOWN = 8
 
 
-def rows_of(body: object, schema: FeatureSchema, max_rows: int) -> Sequence[Row]:
+def read_rows(body: bytes, schema: FeatureSchema, max_rows: int) -> tuple[Sequence[Row], int]:
     """The rows of a request, one after another.
 
     Args:
-        body: a list of rows; or `{"rows": [...]}`; or `{"shared": {...}, "candidates": [...]}`, where every candidate
-            also has the shared columns.
+        body: JSON: a list of rows; or `{"rows": [...]}`; or `{"shared": {...}, "candidates": [...]}`, where every
+            candidate also has the shared columns.
         schema: the columns.
         max_rows: more are refused, before anything is done with them.
+
+    Returns:
+        The rows, and about how many bytes they would have without `shared`, which tells how much work they are.
 
     Raises:
         RefusedRequest: it is none of these, or too much.
     """
-    rows = _rows_of(body, schema, max_rows)
-    for column in schema.sparse:
-        if column.value_separator is not None:
-            check_num_values(sum(_num_values(part, column) for part in parts_of(rows)), column)
-    return rows
+    rows = _rows_of(parse_json(body, schema, max_rows), schema, max_rows)
+    num_bytes = len(body) + sum(_characters(shared) * (len(own) - 1) for shared, own in parts_of(rows) if shared)
+    if num_bytes > MAX_VALUES:
+        for column in schema.sparse:
+            if column.value_separator is not None:
+                check_num_values(sum(_num_values(part, column) for part in parts_of(rows)), column)
+    return rows, num_bytes
 
 
 def _rows_of(body: object, schema: FeatureSchema, max_rows: int) -> Sequence[Row]:
@@ -66,12 +72,6 @@ def _rows_of(body: object, schema: FeatureSchema, max_rows: int) -> Sequence[Row
             msg = f"row {index}, column {name!r}: stands in 'shared' and in the candidate; leave it out of one"
             raise bad_request(msg)
     return SharedRows([(shared, candidates)])
-
-
-def num_bytes_written_out(num_bytes: int, rows: Sequence[Row]) -> int:
-    """About how many bytes a request would have without `shared`, which tells how much work its rows are."""
-    copies = sum(_characters(shared) * (len(own) - 1) for shared, own in parts_of(rows))
-    return num_bytes + copies
 
 
 def _check_shared(shared: Row, schema: FeatureSchema, num_candidates: int) -> None:
