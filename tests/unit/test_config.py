@@ -72,7 +72,7 @@ def test_keys_that_contradict_each_other_do_not_wait_for_those_that_are_wrong():
     with pytest.raises(ConfigError) as error:
         load_config(None, {**overrides, "schedule.decay_start_step": "5"})
     message = str(error.value)
-    assert "--train.epochs: input should be a valid integer, got 'two'" in message
+    assert "--train.epochs: must be a valid integer, got 'two'" in message
     both = "table_optimizer.learning_rate or dense_optimizer.learning_rate"
     assert f"--lr: there is no such key; did you mean {both}?" in message
     assert "model.embedding_dim: must be a multiple of 4 (FBGEMM's rows), got 15" in message
