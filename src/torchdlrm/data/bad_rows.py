@@ -118,11 +118,14 @@ def describe_bad_rows(counts: Mapping[str, int], examples: Mapping[str, Sequence
 
 def _remedies(examples: Mapping[str, Sequence[BadRow]]) -> list[str]:
     """Keys of the schema by which such cells can be read."""
-    lines = [
-        f"Say in the schema which labels are clicks: positive = {json.dumps(row.value)} (or a list; negative names "
-        "those that are none), or threshold = 0.5 for numbers."
-        for row in examples.get("label", [])[:1]
-    ]
+    lines = []
+    labels = sorted({row.value for row in examples.get("label", [])})
+    if labels:
+        told = ", ".join(json.dumps(label, ensure_ascii=False) for label in labels)
+        lines.append(
+            f"Say in the schema which of the labels {told} are clicks: positive = one or a list of them (negative: "
+            "those that are none), or threshold = a number to reach."
+        )
     nulls = [row.value for reason in ("int", "float", "hex") for row in examples.get(reason, [])]
     nulls = sorted({value for value in nulls if not re.search(r"\d", value) and len(value) <= _LONGEST_NULL})
     if nulls:

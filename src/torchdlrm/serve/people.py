@@ -117,8 +117,11 @@ def describe(name: str, served: ServedBundle, max_rows: int) -> dict[str, Any]:
         described: dict[str, Any] = {"name": column.name, "role": column.role}
         if column.header_name is not None:
             described["header_name"] = column.header_name
-        if isinstance(column, LabelColumn) and column.threshold is not None:
-            described["threshold"] = column.threshold
+        if isinstance(column, LabelColumn):
+            about = {"threshold": column.threshold, "positive": column.positive, "negative": column.negative}
+            described |= {key: value for key, value in about.items() if value is not None}
+        if column.null_values:
+            described["null_values"] = column.null_values
         if isinstance(column, DenseColumn | SparseColumn):
             described["kind"] = column.kind
             described["multi_valued"] = isinstance(column, SparseColumn) and column.is_multi_valued

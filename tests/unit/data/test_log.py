@@ -454,8 +454,8 @@ def test_bad_cells_are_told_with_the_key_of_the_schema_that_reads_them():
     ).bad_rows
     with pytest.raises(LogError) as caught:
         bad_rows.check(0)
-    assert 'positive = "yes"' in str(caught.value)
-    assert "threshold = 0.5" in str(caught.value)
+    assert 'which of the labels "yes" are clicks: positive = ' in str(caught.value)
+    assert "threshold = " in str(caught.value)
     assert 'null_values = ["-", "NULL"]' in str(caught.value)
     assert 'kind = "string"' in str(caught.value)
 

@@ -56,6 +56,20 @@ def line(label=None, dense="7", sparse="0a1b2c3d"):
     return "\t".join([*([] if label is None else [label]), *[dense] * 13, *[sparse] * 26])
 
 
+@pytest.mark.parametrize(
+    ("keys", "labels"),
+    [
+        ({"positive": ["yes", "1"]}, {"yes": 1, "no": 0, "true": 1, "1.0": 1, "": None, "0": 0}),
+        ({"positive": ["buy"], "negative": ["-1"], "null_values": ["NULL"]}, {"buy": 1, "-1.0": 0, "NULL": None}),
+        ({"threshold": 4}, {"4": 1, "3.5": 0}),
+        ({}, {"1.0": 1, "False": 0}),
+    ],
+)
+def test_labels_mean_what_the_schema_says(read, keys, labels):
+    schema = CRITEO | {"columns": [{**CRITEO["columns"][0], **keys}, *CRITEO["columns"][1:]]}
+    assert read("".join(line(label) + "\n" for label in labels), schema)["labels"] == list(labels.values())
+
+
 def test_lines_are_read_with_and_without_labels_and_headers(read):
     names = [column["name"] for column in CRITEO["columns"]]
     want = {name: 7 if name.startswith("int") else "0a1b2c3d" for name in names[1:]}
@@ -102,7 +116,7 @@ def test_a_logs_own_order_thresholds_and_quotes_are_kept(read):
             "The first line has 3 cells between tabs. A line of this model's log has 40, or 39",
         ),
         (line("1") + "\n" + "1\t2\n", CRITEO, "Line 2 has 2 cells; the first has 40."),
-        (line("yes") + "\n", CRITEO, 'Line 1: the label is "yes", neither 0 nor 1.'),
+        (line("yes") + "\n", CRITEO, 'Line 1: the label "yes" means neither 0 nor 1.'),
         ('user,price,tags\n1,2,"never closed\n', SHOP, "Line 2: a quoted cell is not closed."),
         ("  \n", CRITEO, "There is nothing in the first line."),
     ],

@@ -160,13 +160,24 @@ function split(text, separator, quote) {
 }
 
 function parseLabel(text, column, line) {
-  if (text === "") return null;
-  const lower = text.toLowerCase();
-  const value = lower === "true" ? 1 : lower === "false" ? 0 : Number(lower);
+  if (text === "" || column.null_values?.includes(text)) return null;
+  const value = labelNumber(text);
+  const isOneOf = (values) => values.some((other) => other === text || labelNumber(other) === value);
   const threshold = column.threshold ?? null;
-  if (threshold !== null && !Number.isNaN(value)) return value >= threshold ? 1 : 0;
-  if (value !== 0 && value !== 1) throw new LogError(`Line ${line}: the label is ${JSON.stringify(text)}, neither 0 nor 1.`);
-  return value;
+  if (column.positive) {
+    if (isOneOf(column.positive)) return 1;
+    if (!column.negative || isOneOf(column.negative)) return 0;
+  } else if (threshold !== null && !Number.isNaN(value)) {
+    return value >= threshold ? 1 : 0;
+  } else if (value === 0 || value === 1) {
+    return value;
+  }
+  throw new LogError(`Line ${line}: the label ${JSON.stringify(text)} means neither 0 nor 1.`);
+}
+
+function labelNumber(text) {
+  const lower = text.toLowerCase();
+  return lower === "true" ? 1 : lower === "false" ? 0 : Number(lower);
 }
 
 /** "1 row", "2,000 rows". */
