@@ -59,5 +59,6 @@ def test_a_resumed_training_does_not_run_what_a_run_brought(trap, small_dataset,
     run, sprung = trap
     done = dlrm("train", run / "config.toml", "--dataset", small_dataset.path, "--run", run, "--train.epochs", 2)
     assert not sprung.exists()
+    assert done.returncode == 2
     assert "it names builtins.eval" in done.stderr
     assert "Traceback" not in done.stderr

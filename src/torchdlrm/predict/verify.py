@@ -202,7 +202,7 @@ def find_run(predictor: Predictor, dataset: Path, run: Path | None) -> Run:
     name = predictor.bundle.manifest.source.run
     places = [folder / name for folder in (predictor.bundle.path.resolve().parent, dataset.resolve().parent, Path())]
     for place in places:
-        if place.is_dir():
+        if place.is_dir() and Path(name).name == name:  # it is the bundle's word for it
             return Run.open(place)
     msg = f"the bundle was made of a run called {name!r}, and none is at {', '.join(map(str, places))}; say --run RUN"
     raise RunError(msg)
