@@ -25,6 +25,10 @@ from torchdlrm.schema import DenseColumn, FeatureSchema, SparseColumn
 PREDICTION_COLUMN = "prediction"
 _MAX_SAMPLE_ROWS = 1_024
 _MAX_SAMPLE_BYTES = 64 * 2**20
+_UNREADABLE = (
+    *(pa.ArrowException, OSError, ValueError, KeyError, MemoryError),
+    *(pl.exceptions.PolarsError, pl.exceptions.PanicException),
+)
 _CANDIDATES = 64
 
 
@@ -53,6 +57,7 @@ def read_sample(path: Path, schema: FeatureSchema, *, sha256: str) -> pl.DataFra
     Raises:
         BundleError: it holds something else.
     """
+    expected = {**sample_types(schema), PREDICTION_COLUMN: pl.Float32()}
     try:
         size_bytes = path.stat().st_size
         data = path.read_bytes() if size_bytes <= _MAX_SAMPLE_BYTES else b""
@@ -68,11 +73,11 @@ def read_sample(path: Path, schema: FeatureSchema, *, sha256: str) -> pl.DataFra
             raise pa.ArrowInvalid(msg)
         table = file.read(use_threads=False)
         table.validate(full=True)
-        frame = pl.DataFrame(pl.from_arrow(table))
-    except (pa.ArrowException, OSError, ValueError, MemoryError, pl.exceptions.PolarsError) as error:
+        # The names that are known and no metadata: of others that are no text Polars would panic.
+        frame = pl.DataFrame(pl.from_arrow(pa.table({name: table.column(name) for name in expected})))
+    except _UNREADABLE as error:
         msg = f"{path}: not a sample of rows: {str(error)[:200]}; export the run again"
         raise BundleError(msg) from error
-    expected = {**sample_types(schema), PREDICTION_COLUMN: pl.Float32()}
     if frame.schema != expected or frame.height > _MAX_SAMPLE_ROWS or frame[PREDICTION_COLUMN].null_count():
         msg = f"{path}: its columns are not those of the schema; export the run again"
         raise BundleError(msg)
