@@ -257,10 +257,10 @@ def test_a_stop_does_not_wait_for_clients_that_do_not_read(serve, small_bundle):
 def test_who_reads_slowly_gets_all_answers(abused):
     num_requests = 200
     with abused.connect(receive_bytes=2048) as connection:
-        connection.sendall(GET * num_requests)
-        connection.shutdown(socket.SHUT_WR)
+        connection.sendall(GET * num_requests + b"garbage\r\n\r\n")
         answer = b"".join(iter(lambda: connection.recv(2048), b""))
     assert answer.count(b"HTTP/1.1 200 OK") == num_requests
+    assert answer.count(b"HTTP/1.1 400 Bad Request") == 1
 
 
 # Headers, trailers, pipelining

@@ -15,6 +15,7 @@ What of uvicorn is touched beyond its documentation: it calls what it has for it
 """
 
 import asyncio
+import contextlib
 import math
 import resource
 import socket
@@ -109,9 +110,10 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Somebody has connected: a head must come."""
         self._transport = cast("asyncio.Transport", transport)
-        self.client, self.server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
-        if self.client is not None:
-            self.client = self.client[:2]
+        # Who has gone again already has no address.
+        self.client, self.server = (
+            None if name is None else name[:2] for name in map(transport.get_extra_info, ("peername", "sockname"))
+        )
         self._connections.open.add(self)
         self._state.connections.add(self)  # type: ignore[arg-type]  # its own classes are named
         self._await_head()
@@ -131,7 +133,7 @@ class Connection(asyncio.Protocol):
         if self._is_lingering:
             self._num_discarded += len(data)
             if self._num_discarded > self._connections.options.max_body_bytes:
-                self.cut()
+                self._transport.abort()
             return
         self._reader.feed(data)
         if self._exchange is None and not (self._is_head_due or self._cannot_write):
@@ -151,7 +153,7 @@ class Connection(asyncio.Protocol):
         """The client does not take what it is sent: nothing more is read from it."""
         self._cannot_write = True
         if self._exchange is None:
-            self._deadline_s, self._is_head_due = math.inf, False  # it has as long as for taking an answer
+            self._await_next()
 
     def resume_writing(self) -> None:
         """It does again."""
@@ -170,13 +172,12 @@ class Connection(asyncio.Protocol):
 
     def look(self, now_s: float) -> None:
         """See whether the client takes too long."""
-        if now_s >= self._deadline_s:
-            self._deadline_s = math.inf
-            self._time_is_up()
-            return
         num_unsent = self._transport.get_write_buffer_size()
         if num_unsent == 0:
             self._num_unsent = 0
+            if now_s >= self._deadline_s:
+                self._deadline_s = math.inf
+                self._time_is_up()
             return
         if self._num_unsent == 0:
             self._unsent_since_s = now_s
@@ -191,8 +192,9 @@ class Connection(asyncio.Protocol):
         self._deadline_s = math.inf
         self._connections.waiting.pop(self, None)
         if not self._transport.is_closing() or self._transport.get_write_buffer_size():
-            socket_of = self._transport.get_extra_info("socket")
-            socket_of.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with contextlib.suppress(OSError):  # it is closed already
+                linger_not = struct.pack("ii", 1, 0)
+                self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_not)
         self._transport.abort()
 
     def is_gone(self) -> bool:
@@ -222,7 +224,7 @@ class Connection(asyncio.Protocol):
         self._connections.waiting[self] = None
         if self._is_lingering or self._transport.is_closing():
             return  # another answer was given while this one was made
-        if not exchange.is_whole:
+        if not exchange.is_whole or (self._reader.num_waiting and not exchange.keeps_alive):
             self._linger()
         elif not exchange.keeps_alive:
             self._transport.close()
@@ -276,14 +278,17 @@ class Connection(asyncio.Protocol):
         self._deadline_s, self._is_head_due = self._loop.time() + self._connections.options.header_timeout_s, True
 
     def _await_next(self) -> None:
-        if self._reader.num_waiting:
+        self._is_head_due = False
+        if self._cannot_write:
+            self._deadline_s = math.inf  # first it must take what it was sent
+        elif self._reader.num_waiting:
             self._await_head()
         else:
             self._deadline_s = self._loop.time() + self._connections.options.keep_alive_s
 
     def _linger(self) -> None:
         """Close; but first let the client see the answer, who may still be sending."""
-        if self._ended_s < math.inf:
+        if self._ended_s < math.inf or self._is_stopping:
             self._transport.close()
             return
         self._is_lingering, self._reader = True, RequestReader()
@@ -293,7 +298,7 @@ class Connection(asyncio.Protocol):
 
     def _time_is_up(self) -> None:
         if self._is_lingering:
-            self.cut()
+            self._transport.abort()
             return
         if self._is_head_due:
             self._refuse(408, f"the headers did not come within {self._connections.options.header_timeout_s:g} s")

@@ -140,11 +140,13 @@ def _paths(service: Service, *, secured: bool) -> Json:
         # The bytes of tensors may follow the JSON; their sizes stand in it, which no schema can say.
         infer["responses"]["200"]["content"]["application/octet-stream"] = {}
         paths[f"{path}/infer"] = {"parameters": parameters, "post": infer}
+    code, reason = "403", "asked by a name that is not the server's, or by a page of another site"
     if secured:
-        for item in paths.values():
-            for verb in ("get", "post"):
-                if verb in item and item[verb].get("security") != []:
-                    item[verb]["responses"]["401"] = _answer("Error", "no API key, or another one")
+        code, reason = "401", "no API key, or another one"
+    for item in paths.values():
+        for verb in ("get", "post"):
+            if verb in item and item[verb].get("security") != []:
+                item[verb]["responses"].setdefault(code, _answer("Error", reason))
     return paths
 
 
