@@ -284,6 +284,15 @@ def test_long_cells_quoted_line_ends_blank_lines_and_comments_are_read_or_told(t
     assert "line 2: the line has the wrong number of columns (an empty line)" in proposal.text
 
 
+def test_a_header_that_stands_between_the_rows_is_told(tmp_path, seed):
+    path = write(tmp_path / "log", clicks(200, random.Random(seed)))
+    path.write_text(path.read_text() * 3)
+    proposal = propose_schema(path)
+    assert roles_of(proposal) == {"click": "label", "price": "dense", "city": "sparse"}
+    assert "null_values" not in proposal.schema
+    assert proposal.warnings == ["lines that are no rows, at which preprocess stops: 2 are the header once more"]
+
+
 NAME = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), min_size=1)
 
 

@@ -134,11 +134,18 @@ def _of_text(file: LogFile, num_rows: int) -> Sample:
             raise LogError(msg)
     others = [chunk for block in blocks[1:] if (chunk := _rows_inside(block, as_text)) is not None]
     chunks = [first.frame[int(has_header) :], *(chunk.frame for chunk in others)]
+    repeats = 0
+    if has_header:  # as of files that were put one behind the other
+        rows = sum(chunk.height for chunk in chunks)
+        chunks = [_without(chunk, first.frame.row(0)) for chunk in chunks]
+        repeats = rows - sum(chunk.height for chunk in chunks)
     frame = pl.concat([_spread(chunk, -(-num_rows // len(chunks))) for chunk in chunks])
     is_whole = frame.height == chunks[0].height and not others
     bad_lines = [line.strip(" ,") for line in describe_bad_rows(first.bad_rows.counts, _named(first.bad_rows, names))]
     if more := sum(chunk.bad_rows.total for chunk in others):
         bad_lines.append(f"{more:,} in other places")
+    if repeats:
+        bad_lines.append(f"{repeats:,} are the header once more")
     return Sample(
         names,
         frame,
@@ -221,12 +228,18 @@ def _spread(frame: pl.DataFrame, num_rows: int) -> pl.DataFrame:
     return frame[np.linspace(0, frame.height - 1, num_rows).astype(np.int64)]
 
 
+def _without(frame: pl.DataFrame, row: tuple[str | None, ...]) -> pl.DataFrame:
+    """The rows that are not this one."""
+    return frame.filter(~pl.all_horizontal(pl.nth(i).eq_missing(pl.lit(cell)) for i, cell in enumerate(row)))
+
+
 def _looks_like_header(frame: pl.DataFrame) -> bool:
     """Whether the first row has names: at most one is empty, none stands below, and they are no values.
 
     A name may be a number where another stands above a column of numbers.
     """
-    cells, below = frame.row(0), frame[1:]
+    cells = frame.row(0)
+    below = _without(frame, cells)
     columns = [(cell, below.to_series(i).drop_nulls()) for i, cell in enumerate(cells) if cell is not None]
     if len(columns) < len(cells) - 1 or any((column == cell).any() for cell, column in columns):
         return False
