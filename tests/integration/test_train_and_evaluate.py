@@ -1,6 +1,7 @@
 """`dlrm train` and `dlrm evaluate` as a user runs them."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -96,6 +97,16 @@ def test_evaluate_equals_scikit_learn_on_predictions_made_without_a_shard(run, s
     assert result["ne"] == pytest.approx(log_loss(labels, probabilities) / entropy, abs=1e-5)
     assert result["calibration"] == pytest.approx(probabilities.mean() / click_rate, abs=1e-5)
     assert result["accuracy"] == pytest.approx(((probabilities > 0.5) == labels).mean(), abs=1e-6)
+
+
+def test_a_run_that_cannot_be_written_to_is_evaluated_all_the_same(run, dlrm, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run[0], copy, ignore=shutil.ignore_patterns("evaluation"))
+    (copy / "evaluation").write_text("in the way of a folder")
+    done = dlrm("evaluate", copy, "--json")
+    assert done.returncode == 0, done.stderr
+    assert f"warning: not kept in {copy / 'evaluation'}: File exists" in done.stderr
+    assert 0.5 < json.loads(done.stdout)["auc"] < 1
 
 
 def test_wrong_input_exits_with_two_and_says_what_to_do(run, small_dataset, dlrm, tmp_path):

@@ -52,7 +52,10 @@ def evaluate(
     result: dict[str, Any] = launch(
         work, run, dataset, splits, checkpoint, batch_size_global, processes=Processes(nproc_per_node)
     )
-    trained.write_evaluation(result["split"], result)
+    try:
+        trained.write_evaluation(result["split"], result)
+    except OSError as error:  # a run may lie where it can only be read
+        console.print(f"warning: not kept in {run / 'evaluation'}: {error.strerror}", markup=False, soft_wrap=True)
     chosen = ChosenCheckpoint(result["step"], result["checkpoint"])
     table = Table(title=f"{run} at {chosen}: split {result['split']}", title_justify="left")
     values = {name: value for name, value in result.items() if name not in {"split", "step", "checkpoint"}}
