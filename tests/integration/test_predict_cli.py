@@ -80,6 +80,30 @@ def test_standard_input_without_labels_gzipped(predict, few_rows, expected):
     assert told["unknown_rate"]["cat_0"] < 0.2
 
 
+@pytest.mark.parametrize("labelled_rows", [0, 25])
+def test_rows_without_a_label_are_scored_and_metrics_are_of_the_others(
+    predict, few_rows, expected, tmp_path, labelled_rows
+):
+    is_labelled = pl.Series(range(60)) < labelled_rows
+    rows = few_rows.with_columns(pl.when(is_labelled).then("label"))
+    scores, told = predict(
+        "-", "--columns", "label", stdin=rows.write_csv(separator="\t", include_header=False).encode()
+    )
+    np.testing.assert_allclose(scores["prediction"], expected, rtol=0, atol=1e-6)
+    assert scores["label"].to_list() == [None if label is None else int(label) for label in rows["label"]]
+    rows.with_columns(pl.col("label").cast(pl.Float64)).write_parquet(tmp_path / "rows.parquet")
+    by_parquet, told_of_parquet = predict(tmp_path / "rows.parquet", "--columns", "label", out="p.parquet")
+    assert by_parquet.equals(scores)
+    assert told_of_parquet["metrics"] == told["metrics"]
+    if labelled_rows:
+        assert told["metrics"]["rows"] == labelled_rows
+        labels, found = few_rows["label"].head(labelled_rows).cast(int).to_numpy(), expected[:labelled_rows]
+        logloss = -np.log(np.where(labels == 1, found, 1 - found)).mean()
+        assert told["metrics"]["logloss"] == pytest.approx(logloss, abs=1e-6)
+    else:
+        assert told["metrics"] is None
+
+
 def test_csv_with_header_quotes_and_other_columns(predict, few_rows, expected, tmp_path):
     ids = pl.Series("user id", [f'no "{i}", or so' for i in range(60)])
     rows = few_rows.drop("label").select(reversed(NAMES[1:])).insert_column(3, ids)
