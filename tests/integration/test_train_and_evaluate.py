@@ -84,7 +84,7 @@ def test_evaluate_equals_scikit_learn_on_predictions_made_without_a_shard(run, s
         for name, rows in small_dataset.num_embeddings.items()
     ]
     model = DLRMTrain(DLRM(EmbeddingBagCollection(tables=tables), 13, [256, 64, 16], [256, 128, 1]))
-    dcp_to_torch_save(path / "checkpoints" / "step-00000067", tmp_path / "weights.pt")
+    dcp_to_torch_save(path / "checkpoints" / f"step-{result['step']:08}", tmp_path / "weights.pt")
     model.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True)["model"], strict=True)
     batch = next(iter(Loader(small_dataset, "test", batch_size_global=10_000)))
     probabilities = torch.sigmoid(model(batch)[1][1]).double().numpy()
