@@ -265,8 +265,8 @@ def test_an_interrupted_job_leaves_no_dataset_and_the_next_one_succeeds(log, tmp
         preprocess([log], tmp_path / "dataset", SCHEMA, progress=Interrupted())
     with pytest.raises(DatasetError):
         Dataset.open(tmp_path / "dataset")
-    (tmp_path / ".dataset.partial").mkdir(exist_ok=True)
-    (tmp_path / ".dataset.partial" / "left over by kill -9").touch()
+    (tmp_path / ".dataset.partial" / "chunks").mkdir(parents=True, exist_ok=True)
+    (tmp_path / ".dataset.partial" / "chunks" / "left over by kill -9").touch()
     dataset = preprocess([log], tmp_path / "dataset", SCHEMA)
     assert sorted(path.name for path in dataset.path.iterdir()) == [
         "dataset.json",

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from torchdlrm.cli.terminal import console, print_json
-from torchdlrm.config import find_config, knobs, shipped_config_names
+from torchdlrm.config import find_config, knobs, load_config, shipped_config_names
 from torchdlrm.toml import toml_value
 
 
@@ -20,6 +20,7 @@ def config(name: str | None = None, *, as_json: Annotated[bool, Parameter(name="
         as_json: Print one JSON object on standard output.
     """
     if name is not None:
+        load_config(name)  # nothing but a config is printed
         path = find_config(name)
         text = path.read_text(encoding="utf-8")
         if as_json:

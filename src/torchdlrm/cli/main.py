@@ -85,9 +85,10 @@ def main() -> None:
         console.print(f"{error.name} is not installed: {PACKAGES[error.name]}", markup=False, soft_wrap=True)
         sys.exit(2)
     except OSError as error:
-        console.print("[red bold]failed[/]:", end=" ")
+        code = 1 if error.errno in _NOT_THE_INPUT else 2
+        console.print(f"[red bold]{'failed' if code == 1 else 'error'}[/]:", end=" ")
         console.print(_what_the_system_said(error), markup=False, soft_wrap=True)
-        sys.exit(1 if error.errno in _NOT_THE_INPUT else 2)
+        sys.exit(code)
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(1)

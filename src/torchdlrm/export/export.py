@@ -29,6 +29,7 @@ from torchdlrm.export.manifest import (
     SourceRecord,
     SparseRecord,
 )
+from torchdlrm.export.model_name import check_model_name
 from torchdlrm.export.precision import TablePrecision
 from torchdlrm.export.sample import PREDICTION_COLUMN, raw_sample
 from torchdlrm.export.sensitivity import SENSITIVITY_ROWS, Trade, choose_precisions
@@ -121,10 +122,12 @@ def export(
         progress: is told of bytes and rows.
 
     Raises:
+        ConfigError: the name cannot be a model's.
         RunError: the run has no such checkpoint, or it is damaged.
         DatasetError: the dataset is damaged, or has no rows to check with.
         BundleError: `out` cannot be written, or the bundle predicts other than its precision explains.
     """
+    check_model_name(options.name)
     split = held_out_split(dataset)
     chosen, checkpoint = open_checkpoint(run, options.checkpoint)
     model = CheckpointModel(checkpoint, run.config.model, dataset)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torchdlrm.errors import ConfigError, shown
+from torchdlrm.errors import ConfigError
+from torchdlrm.export.model_name import check_model_name
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -13,17 +14,6 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 def threads_of_model(workers: int) -> int:
     """Half of the cores that each of so many processes has; the other half reads and writes requests."""
     return max(1, len(os.sched_getaffinity(0)) // workers // 2)
-
-
-def check_name(name: str) -> None:
-    """See that a model's name can stand in an address.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    if not name or "/" in name or not name.isprintable():
-        msg = f"name: {shown(name)} cannot stand in /v2/models/NAME: give one of printable characters without a slash"
-        raise ConfigError(msg)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +75,7 @@ class ServeOptions:
             ConfigError: a limit leaves no room for what another one allows, or the name is none.
         """
         if self.name is not None:
-            check_name(self.name)
+            check_model_name(self.name)
         if self.max_queue_rows < self.max_rows_per_request:
             msg = (
                 f"--max-queue-rows {self.max_queue_rows}: a request may have {self.max_rows_per_request} rows "

@@ -5,6 +5,7 @@ In: options.  Out: the exit code.  With several processes, `supervisor.py` start
 
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from torchdlrm.errors import ConfigError
@@ -37,21 +38,24 @@ def serve(options: ServeOptions, started: Callable[[Listening], None]) -> int:
         BundleError: the bundle cannot be served.
     """
     options.check()
-    listener = _listen(options.host, options.port)
-    _check_grpc_port(options)
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    url = f"http://{host}:{listener.getsockname()[1]}"
-    if options.workers == 1:
-        from torchdlrm.serve.worker import Ready, run_worker  # noqa: PLC0415 - loads torch, here and nowhere else
+    with ExitStack() as sockets:
+        listener = sockets.enter_context(_listen(options.host, options.port))
+        _check_grpc_port(options)
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        url = f"http://{host}:{listener.getsockname()[1]}"
+        if options.workers == 1:
+            from torchdlrm.serve.worker import Ready, run_worker  # noqa: PLC0415 - loads torch, here and nowhere else
 
-        def tell(ready: Ready) -> None:
-            grpc = None if ready.grpc_port is None else f"{host}:{ready.grpc_port}"
-            started(Listening(url, grpc, ready.model, ready.version))
+            def tell(ready: Ready) -> None:
+                grpc = None if ready.grpc_port is None else f"{host}:{ready.grpc_port}"
+                started(Listening(url, grpc, ready.model, ready.version))
 
-        return run_worker(options, listener, tell)
-    holder, options = _reserve_grpc_port(options)
-    grpc = None if holder is None else f"{host}:{options.grpc_port}"
-    return Supervisor(options, listener).run(lambda model, version: started(Listening(url, grpc, model, version)))
+            return run_worker(options, listener, tell)
+        holder, options = _reserve_grpc_port(options)
+        if holder is not None:
+            sockets.enter_context(holder)
+        grpc = None if holder is None else f"{host}:{options.grpc_port}"
+        return Supervisor(options, listener).run(lambda model, version: started(Listening(url, grpc, model, version)))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -84,11 +88,13 @@ def _reserve_grpc_port(options: ServeOptions) -> tuple[socket.socket | None, Ser
 def _bound(host: str, port: int, name: str, option: int, *, listens: bool = True) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family)
-        bound.setsockopt(socket.SOL_SOCKET, option, 1)
-        bound.bind(address)
-        if listens:
-            bound.listen(2048)
+        with ExitStack() as on_failure:
+            bound = on_failure.enter_context(socket.socket(family))
+            bound.setsockopt(socket.SOL_SOCKET, option, 1)
+            bound.bind(address)
+            if listens:
+                bound.listen(2048)
+            on_failure.pop_all()
     except OSError as error:
         msg = f"--host {host} {name} {port}: cannot be listened to: {error.strerror or error}; choose another"
         raise ConfigError(msg) from error

@@ -17,13 +17,14 @@ from typing import TypeVar
 import torch
 
 from torchdlrm.errors import RowError, TorchDLRMError, shown
+from torchdlrm.export.model_name import check_model_name
 from torchdlrm.serve.api_keys import ApiKeys
 from torchdlrm.serve.batch import Answer, BatchReport, Rows
 from torchdlrm.serve.batcher import Batcher
 from torchdlrm.serve.bundles import Bundles, ServedBundle
 from torchdlrm.serve.log_lines import LogLines
 from torchdlrm.serve.metrics import ServerMetrics
-from torchdlrm.serve.options import ServeOptions, check_name, threads_of_model
+from torchdlrm.serve.options import ServeOptions, threads_of_model
 from torchdlrm.serve.refusals import RefusedRequest, bad_request, check_num_rows, not_found
 from torchdlrm.serve.request_log import RequestLog, check_loggable
 from torchdlrm.serve.uploads import Uploads
@@ -53,7 +54,7 @@ class Service:
     ) -> None:
         self.options, self.lines, self.tell_others = options, lines, tell_others
         self.name = options.name or served.name
-        check_name(self.name)
+        check_model_name(self.name)
         self.keys = ApiKeys(options.api_keys)
         self.metrics = ServerMetrics(lambda: self.batcher.queued_rows)
         self.batcher = Batcher(

@@ -135,7 +135,7 @@ def read_tables(path: Path, dim: int) -> list[Table]:
     `pooling_factor` (1 when missing).
 
     Raises:
-        PlanError: the file cannot be read, or a value is wrong; every problem in one message.
+        PlanError: the file cannot be read, or a value is wrong; the first few problems in one message.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -149,7 +149,8 @@ def read_tables(path: Path, dim: int) -> list[Table]:
     problems: list[str] = []
     tables = [_read_table(record, index, dim, problems) for index, record in enumerate(records)]
     if problems:
-        raise PlanError("\n".join([f"--tables: {path} is wrong:", *(f"  {problem}" for problem in problems)]))
+        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+        raise PlanError("\n  ".join([f"--tables: {path} is wrong:", *problems[:5], *more]))
     check_tables(tables, str(path))
     return tables
 

@@ -1,0 +1,287 @@
+"""What people mistype, misplace and misunderstand, verb by verb: never a traceback, and the exit code says whose fault.
+
+Each command line runs in this process, on a folder with a log, a dataset, a run, a bundle and files that are none of
+these. What a message says is tested where it is made; here, that there is one.
+"""
+
+import datetime
+import math
+import random
+import shutil
+import sys
+
+import polars as pl
+import pytest
+from rich.console import Console
+
+import torchdlrm.cli.main
+from torchdlrm.cli.main import main
+
+pytestmark = pytest.mark.slow
+
+# One a line, run in a folder as `odd_things` makes it. All are refused: exit code 2.
+REFUSED = """
+preprocess
+preprocess log.tsv
+preprocess --out d
+preprocess no-such-file.tsv --out d
+preprocess dataset --out d
+preprocess empty.tsv --out d
+preprocess binary.bin --out d
+preprocess cut.gz --out d
+preprocess named-gz.gz --out d
+preprocess archive.zip --out d
+preprocess utf16.tsv --out d
+preprocess comma.csv --out d
+preprocess log.tsv --out dataset
+preprocess log.tsv --out log.tsv
+preprocess log.tsv --out log.tsv/d
+preprocess log.tsv --out d --schema no-such-schema.toml
+preprocess log.tsv --out d --schema criteoo
+preprocess log.tsv --out d --schema log.tsv
+preprocess log.tsv --out d --schema broken.toml
+preprocess log.tsv --out d --schema target-role.toml
+preprocess log.tsv --out d --schema two-times.toml
+preprocess log.tsv --out d --schema no-label.toml
+preprocess log.tsv --out d --schema dataset
+preprocess log.tsv --out d --split random --val 0.9 --test 0.9
+preprocess log.tsv --out d --split weekly
+preprocess log.tsv --out d --split time
+preprocess log.tsv --out d --val -1
+preprocess log.tsv --out d --val nan
+preprocess log.tsv --out d --min-count 0
+preprocess log.tsv --out d --min-count -3
+preprocess log.tsv --out d --max-rows 0
+preprocess log.tsv --out d --seed -1
+preprocess log.tsv --out d --max-bad-rows -1
+preprocess log.tsv --out d --memory lots
+preprocess log.tsv --out d --memory 1
+preprocess log.tsv --out d --workers 0
+preprocess log.tsv --out d --cluster nowhere
+preprocess log.tsv --out d --vocabulary nowhere
+preprocess log.tsv --out d --vocabulary bundle
+preprocess log.tsv --out d --extend-vocabulary
+preprocess duration.parquet --out d --schema duration.toml
+preprocess nan.parquet --out d
+preprocess log.tsv nan.parquet --out d
+schema
+schema no-such-file.csv
+schema dataset
+schema empty.tsv
+schema binary.bin
+schema archive.zip
+schema utf16.tsv
+schema comma.csv --out log.tsv
+schema comma.csv --out nowhere/s.toml
+schema comma.csv --rows 0
+inspect
+inspect nowhere
+inspect log.tsv
+inspect .
+train
+train --dataset dataset --run r
+train criteo-smal --dataset dataset --run r
+train criteo-small --datset dataset --run r
+train criteo-small --dataset nowhere --run r
+train criteo-small --dataset run --run r
+train criteo-small --dataset log.tsv --run r
+train criteo-small --dataset dataset
+train criteo-small --dataset dataset --run log.tsv
+train criteo-small --dataset dataset --run bundle
+train criteo-small --dataset dataset --run run --seed 99
+train criteo-small --dataset dataset --run r --lr 0.1
+train criteo-small --dataset dataset --run r --train.epochs two
+train criteo-small --dataset dataset --run r --train.epochs -1
+train criteo-small --dataset dataset --run r --train.epochs two --model.embedding-dim 15
+train criteo-small --dataset dataset --run r --model.embedding-dim 0
+train criteo-small --dataset dataset --run r --table-optimizer.learning-rate nan
+train criteo-small --dataset dataset --run r --table-optimizer.name adamm
+train criteo-small --dataset dataset --run r --nproc-per-node 0
+train criteo-small --dataset dataset --run r --nproc-per-node two
+train criteo-small --dataset dataset --run r --stop.patience-validations 2
+train criteo-small --dataset dataset --run r --plan log.tsv
+train criteo-small --dataset dataset --run r --plan nowhere.json
+train criteo-small --dataset dataset --run r --device cuda
+train criteo-small --dataset dataset --run r --nnodes 2
+train log.tsv --dataset dataset --run r
+train broken.toml --dataset dataset --run r
+train dataset --dataset dataset --run r
+evaluate
+evaluate nowhere
+evaluate dataset
+evaluate bundle
+evaluate log.tsv
+evaluate run --split tset
+evaluate run --split ""
+evaluate run --checkpoint 12345
+evaluate run --checkpoint newest
+evaluate run --dataset nowhere
+evaluate run --dataset bundle
+report
+report nowhere
+report dataset --out r.html
+report run --out nowhere/r.html
+report run --out dataset
+export
+export run
+export nowhere --out b
+export dataset --out b
+export bundle --out b
+export run --out bundle
+export run --out log.tsv
+export run --out b --precision int7
+export run --out b --checkpoint 12345
+export run --out b --dataset nowhere
+export run --out b --name a/b
+export run --out b --check-rows -1
+predict
+predict bundle
+predict nowhere log.tsv
+predict run log.tsv
+predict dataset log.tsv
+predict log.tsv bundle
+predict bundle no-such-file.tsv
+predict bundle dataset
+predict bundle empty.tsv
+predict bundle comma.csv
+predict bundle archive.zip
+predict bundle nan.parquet
+predict bundle log.tsv --out log.tsv
+predict bundle log.tsv --out dataset
+predict bundle log.tsv --out nowhere/p.csv
+predict bundle log.tsv --out p.xlsx
+predict bundle log.tsv --out LONG.csv
+predict bundle log.tsv --out p.csv --columns label,label
+predict bundle log.tsv --out p.csv --columns click
+predict bundle log.tsv --out p.csv --bad-rows maybe
+predict bundle log.tsv --out p.csv --num-threads 0
+predict bundle log.tsv --out p.csv --format xml
+predict damaged log.tsv --out p.csv
+inspect damaged
+verify bundle
+verify bundle --dataset nowhere
+verify bundle log.tsv --dataset run
+verify bundle log.tsv --dataset dataset --run nowhere
+verify bundle log.tsv --dataset dataset --run run --url http://localhost:1
+verify bundle log.tsv --dataset dataset --run run --url gopher://x
+verify damaged log.tsv --dataset dataset --run run
+serve
+serve nowhere
+serve run
+serve log.tsv
+serve damaged
+serve bundle --port 99999
+serve bundle --port http
+serve bundle --port -1
+serve bundle --workers 0
+serve bundle --api-key-file nowhere
+serve bundle --api-key-file empty.tsv
+serve bundle --api-key-file binary.bin
+serve bundle --log-predictions log.tsv
+serve bundle --name a/b
+serve bundle --deadline-ms 0
+serve bundle --max-batch-rows 0
+serve bundle --max-body-bytes -1
+serve bundle --host nowhere.invalid
+plan
+plan --tables no-such-preset
+plan --tables log.tsv
+plan --dataset nowhere
+plan --dataset run
+plan --run dataset
+plan --tables criteo-1tb-40m --device toaster
+plan --tables criteo-1tb-40m --devices 0
+plan --tables criteo-1tb-40m --devices 8 --hosts 3
+plan --tables criteo-1tb-40m --hbm big
+plan --tables criteo-1tb-40m --sweep devices
+plan --tables criteo-1tb-40m --sweep colour=red
+plan --tables criteo-1tb-40m --constraint cat_3
+plan --tables criteo-1tb-40m --constraint cat_99=row_wise
+plan --tables criteo-1tb-40m --optimizer best
+plan --compare nowhere.json log.tsv
+plan --compare log.tsv
+synthesize
+synthesize --rows 10
+synthesize --rows -5 --out s.tsv
+synthesize --rows 0 --out s.tsv
+synthesize --rows many --out s.tsv
+synthesize --rows 10 --out log.tsv
+synthesize --rows 10 --out dataset
+synthesize --rows 10 --out nowhere/s.tsv
+synthesize --rows 10 --out s.tsv --preset criteo-2tb
+download criteo-9 --out logs
+download
+import dataset --out i --format npy
+import nowhere --out i --format parquet
+import log.tsv --out i --format parquet
+import dataset --out i --format csv
+import dataset --format npy
+config criteo-smal
+config log.tsv
+quickstart --out dataset
+quickstart --rows -1 --out q
+quickstart --rows 3 --out q
+bench step --batch-size 0
+bench loader nowhere
+bench loader log.tsv
+bench predict --rounds 0
+trian
+--verbose
+"""
+
+
+@pytest.fixture(scope="module")
+def odd_things(small_log, small_dataset, small_run, small_bundle, tmp_path_factory):
+    """A folder with all that the command lines above name."""
+    folder = tmp_path_factory.mktemp("odd")
+    shutil.copy(small_log, folder / "log.tsv")
+    for name, source in (("dataset", small_dataset.path), ("run", small_run), ("bundle", small_bundle)):
+        shutil.copytree(source, folder / name)
+    shutil.copytree(small_bundle, folder / "damaged")
+    weights = folder / "damaged" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (folder / "empty.tsv").write_bytes(b"")
+    (folder / "binary.bin").write_bytes(random.Random(0).randbytes(3_000))
+    (folder / "cut.gz").write_bytes(bytes.fromhex("1f8b080000000000000a") + b"\x00" * 5)
+    (folder / "named-gz.gz").write_text("1\t2\n")
+    (folder / "archive.zip").write_bytes(b"PK\x03\x04" + bytes(200))
+    (folder / "utf16.tsv").write_text("1\t2\t3\n" * 30, encoding="utf-16")
+    rows = [f"{row % 2},{row}.5,x{row % 7}" for row in range(300)]
+    (folder / "comma.csv").write_text("\n".join(["click,price,shop", *rows]) + "\n")
+    (folder / "broken.toml").write_text('name = "unfinished\n')
+    for name, columns in (
+        ("target-role", '{ role = "target", name = "click" }, { role = "sparse", name = "c", kind = "string" }'),
+        ("no-label", '{ role = "sparse", name = "c", kind = "string" }'),
+        ("two-times", '{ role = "label", name = "y" }, { role = "time", name = "a" }, { role = "time", name = "b" }'),
+    ):
+        (folder / f"{name}.toml").write_text(f'name = "x"\ncolumns = [{columns}]\n')
+    seconds = [datetime.timedelta(seconds=row) for row in range(100)]
+    pl.DataFrame({"click": [0, 1] * 50, "d": seconds}).write_parquet(folder / "duration.parquet")
+    (folder / "duration.toml").write_text(
+        'name = "x"\ncolumns = [{ role = "label", name = "click" }, { role = "sparse", name = "d", kind = "string" }]\n'
+    )
+    pl.DataFrame({"click": [0, 1] * 50, "p": [1.5, math.nan] * 50}).write_parquet(folder / "nan.parquet")
+    return folder
+
+
+def _files(folder):
+    return {path.relative_to(folder): path.lstat().st_size for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("line", REFUSED.strip().splitlines())
+def test_a_misuse_is_refused_in_words_and_leaves_nothing(line, odd_things, monkeypatch, capfd):
+    monkeypatch.chdir(odd_things)
+    monkeypatch.setattr(torchdlrm.cli.main, "console", Console(stderr=True, highlight=False, width=200))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    arguments = [argument.replace("LONG", "x" * 300).strip('"') for argument in line.split()]
+    monkeypatch.setattr(sys, "argv", ["dlrm", *arguments])
+    before = _files(odd_things)
+    with pytest.raises(SystemExit) as end:
+        main()
+    told = capfd.readouterr()
+    assert end.value.code == 2, told.err
+    assert told.err.count("error: ") == 1, told.err
+    assert len(told.err) < 2_000
+    assert "Traceback" not in told.err
+    assert told.out == ""
+    assert _files(odd_things) == before
