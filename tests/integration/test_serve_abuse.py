@@ -5,7 +5,6 @@ Short here; TORCHDLRM_ABUSE=20 sends twenty times as much, and takes minutes.  A
 
 import contextlib
 import json
-import os
 import resource
 import shutil
 import signal
@@ -14,13 +13,10 @@ import subprocess
 import time
 
 import httpx
-import psutil
 import pytest
 
-KEY = "correct horse battery staple"
-KEY_BYTES = b"correct horse battery staple"
-SCALE = int(os.environ.get("TORCHDLRM_ABUSE", "1"))
-ROWS = b"[{}]"
+from abused import KEY, KEY_BYTES, ROWS, SCALE, Abused, send_all_of, sent_until_cut, until
+
 GET = b"GET /page/style.css HTTP/1.1\r\nHost: x\r\n\r\n"
 RELOAD = b"POST /admin/reload HTTP/1.1\r\nHost: x\r\nX-API-Key: " + KEY_BYTES + b"\r\nContent-Length: 0\r\n\r\n"
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
@@ -36,50 +32,6 @@ def post(body, headers=b"", path=b"/predict", key=KEY_BYTES):
     return head, body
 
 
-class Abused:
-    """A server with a key, and clients that know it and do not."""
-
-    def __init__(self, running):
-        host, port = running.url.removeprefix("http://").split(":")
-        self.address, self.running = (host, int(port)), running
-        self.process = psutil.Process(running.process.pid)
-        self.good = httpx.Client(base_url=running.url, headers={"X-API-Key": KEY}, timeout=10)
-
-    def connect(self, receive_bytes=None):
-        connection = socket.socket()
-        if receive_bytes is not None:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-        connection.settimeout(10)
-        connection.connect(self.address)
-        return connection
-
-    def exchange(self, *pieces, is_half_closed=False):
-        """What is answered to pieces, each a segment of its own, until the server closes: statuses, and all bytes."""
-        with self.connect() as connection:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for number, piece in enumerate(pieces):
-                if number:  # the server has read what came before once it has answered somebody who came later
-                    assert self.good.get("/v2/health/live").status_code == 200
-                connection.sendall(piece)
-            if is_half_closed:
-                connection.shutdown(socket.SHUT_WR)
-            answer = b"".join(iter(lambda: connection.recv(65536), b""))
-        return [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:]], answer
-
-    def memory_mb(self):
-        return self.process.memory_info().rss / 1e6
-
-    def serves_others(self):
-        """The best of several times that a client with a key waits: other work of the machine is not the server's."""
-        times_s = []
-        for path in ("/predict", "/v2/health/ready") * 3:
-            started_s = time.monotonic()
-            answer = self.good.post(path, content=ROWS) if path == "/predict" else self.good.get(path)
-            assert answer.status_code == 200, answer.text
-            times_s.append(time.monotonic() - started_s)
-        return min(times_s) < 0.5
-
-
 @pytest.fixture(scope="module")
 def abused(serve, small_bundle):
     """One for all tests that do not stop it."""
@@ -92,30 +44,6 @@ def abused(serve, small_bundle):
     code, log = abused.running.stop()
     assert code == 0
     assert [line for line in log if line["level"] == "error"] == []
-
-
-def until(condition, seconds):
-    """Wait for something to become true."""
-    started_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started_s < seconds
-        time.sleep(0.05)
-
-
-def send_all_of(connection, data):
-    """As much as the other side takes."""
-    with contextlib.suppress(BlockingIOError, ConnectionError):
-        return connection.send(data)
-    return 0
-
-
-def sent_until_cut(connection, data):
-    """How many bytes the other side lets be sent before it cuts the connection, or a very large number."""
-    num_bytes = 0
-    with contextlib.suppress(ConnectionError):
-        while num_bytes < 200e6 * SCALE:
-            num_bytes += connection.send(data)
-    return num_bytes
 
 
 # Upgrade
@@ -298,6 +226,12 @@ def test_the_next_headers_have_their_time_also_where_they_begin_in_one_segment(a
     started_s = time.monotonic()
     assert abused.exchange(GET + b"GET /v2 HTT")[0] == [200, 408]
     assert 1.5 < time.monotonic() - started_s < 3.9, "less than a silent connection has"
+
+
+def test_empty_lines_have_an_end(abused):
+    with abused.connect() as connection:
+        assert sent_until_cut(connection, b"\r\n" * 100_000) < 50e6
+    assert abused.exchange(GET + b"\r\n" + GET + b"\r\n\r\n")[0] == [200, 200, 400]
 
 
 def test_many_requests_sent_ahead_are_looked_at_one_by_one(abused):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from abused import SCALE
 from torchdlrm.serve.open_inference.messages import CLASSES
 
 
@@ -162,7 +163,7 @@ def test_nan_is_a_missing_value_and_no_rows_are_no_predictions(client, server):
     assert (nothing["outputs"][0]["shape"], nothing["outputs"][0]["data"]) == ([0], [])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150 * SCALE, deadline=None, suppress_health_check=list(HealthCheck))
 @given(header=st.binary(max_size=40) | st.just(json.dumps(binary(52)).encode()), data=st.binary(max_size=80))
 def test_any_bytes_get_an_answer(client, server, header, data):
     assert infer(client, server, header, data).status_code in {200, 400}
@@ -174,7 +175,7 @@ CELLS = (
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150 * SCALE, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(st.dictionaries(st.sampled_from(["int_0", "cat_0", "cat_1", "label", "x"]), CELLS), max_size=4))
 def test_any_cells_get_an_answer(client, rows):
     answer = client.post("/predict", content=json.dumps(rows))

@@ -67,7 +67,7 @@ class RequestReader:
 
     def __init__(self) -> None:
         self._data, self._at = b"", 0
-        self._next = self._head
+        self._next = RequestReader._head  # not bound: an object that refers to itself waits for the collector
         self._left = 0  # bytes of the body, or of its chunk
         self._header_bytes = 0  # of this request: its head, what its chunks carry beside the body, its trailers
 
@@ -87,13 +87,12 @@ class RequestReader:
         Raises:
             Unreadable: this is no HTTP, or more of it than is taken.
         """
-        return self._next()
+        return self._next(self)
 
     def _head(self) -> Event | None:
-        data = self._data
-        while data.startswith(b"\r\n", self._at):  # of a client that ends its bodies with a line
-            self._at += 2
-        at = self._at
+        data, at = self._data, self._at
+        if data.startswith(b"\r\n", at):  # of a client that ends its bodies with a line; one, or they had no end
+            at += 2
         end = data.find(b"\r\n\r\n", at)
         if (len(data) if end < 0 else end + 4) - at > MAX_HEADER_BYTES:
             raise _too_long()
@@ -144,20 +143,20 @@ class RequestReader:
 
     def _begin_body(self, fields: dict[bytes, bytes], version: str) -> None:
         length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
-        self._next = self._end
+        self._next = RequestReader._end
         if coding is not None:
             if coding.lower() != b"chunked" or version == "1.0" or length is not None:
                 raise _bad("Transfer-Encoding: only 'chunked' is taken, in HTTP/1.1, and without Content-Length")
-            self._next = self._chunk_size
+            self._next = RequestReader._chunk_size
         elif length is not None:
             if not length.isdigit() or len(length) > 18:
                 raise _bad("Content-Length: this is no length")
             self._left = int(length)
             if self._left:
-                self._next = self._body
+                self._next = RequestReader._body
 
     def _end(self) -> Event:
-        self._next = self._head
+        self._next = RequestReader._head
         if self._at == len(self._data):
             self._data, self._at = b"", 0  # a silent connection keeps nothing
         return END
@@ -165,7 +164,7 @@ class RequestReader:
     def _body(self) -> Event | None:
         piece = self._piece()
         if not self._left:
-            self._next = self._end
+            self._next = RequestReader._end
         return piece
 
     def _piece(self) -> bytes | None:
@@ -188,13 +187,13 @@ class RequestReader:
         self._count_header_bytes(len(size.group(2)))
         self._at = end + 2
         self._left = int(size.group(1), 16)
-        self._next = self._chunk if self._left else self._trailers
-        return self._next()
+        self._next = RequestReader._chunk if self._left else RequestReader._trailers
+        return self._next(self)
 
     def _chunk(self) -> Event | None:
         piece = self._piece()
         if not self._left:
-            self._next = self._chunk_end
+            self._next = RequestReader._chunk_end
         return piece
 
     def _chunk_end(self) -> Event | None:
@@ -204,7 +203,7 @@ class RequestReader:
                 return None
             raise _bad("the body is not chunked as it should be")
         self._at += 2
-        self._next = self._chunk_size
+        self._next = RequestReader._chunk_size
         return self._chunk_size()
 
     def _trailers(self) -> Event | None:
@@ -237,7 +236,7 @@ class _Found:
         self.is_complete = self.is_longer = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.lower(), value))
+        self.headers.append((name.lower(), value.strip(b" \t")))
 
     def on_headers_complete(self) -> None:
         self.is_complete = True

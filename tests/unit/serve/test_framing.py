@@ -1,11 +1,14 @@
 """Bytes of a connection become requests as RFC 9112 has it, however they are cut, and nothing else does."""
 
+import random
+import weakref
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from abused import SCALE
 from torchdlrm.serve.framing import END, MAX_HEADER_BYTES, Head, RequestReader, Unreadable
 
 HOST = b"Host: x\r\n"
@@ -83,6 +86,34 @@ def test_an_offered_protocol_changes_nothing(token, protocol):
             assert bodies(sent + inner)[-2:] == [("POST", body), ("GET", b"")]
 
 
+PARTS = [
+    *(b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b"\0", b"\x0b", b"\x85", b"hello", b"GET / HTTP/1.1"),
+    *(b"A: b", b"A:", b" A: b", b"A : b", b"Host: x", b"Host:", b"Connection: close", b"Connection: Upgrade"),
+    *(b"Content-Length: 5", b"content-length: 0", b"Content-Length:5 ", b"Content-Length: 0x5", b" Content-Length: 5"),
+    *(b"Transfer-Encoding: chunked", b"Transfer-Encoding:", b"Transfer-Encoding : chunked", b"Upgrade: h2c"),
+]
+
+
+def test_a_head_that_is_taken_means_line_by_line_what_it_says(seed):
+    rng, num_taken = random.Random(seed), 0
+    for _ in range(10_000 * SCALE):
+        lines = b"".join(
+            rng.choice(PARTS) + rng.choice([b"", b"\r\n", b"\r\n", b"\r\n"]) for _ in range(rng.randint(0, 6))
+        )
+        head = b"POST / HTTP/1.1\r\n" + rng.choice([b"", HOST]) + lines + rng.choice([b"\r\n", b"\r\n\r\n", b"\n"])
+        sent = head + rng.choice([b"", b"hello", b"GET /b HTTP/1.1\r\nHost: x\r\n\r\n", b"5\r\nhello\r\n0\r\n\r\n"])
+        found, status = requests_of([sent])
+        if found:
+            written = sent.partition(b"\r\n\r\n")[0].split(b"\r\n")[1:]
+            pairs = [line.partition(b":") for line in written]
+            assert found[0][0].headers == [(name.lower(), value.strip(b" \t")) for name, _, value in pairs], sent
+            assert not any(line[:1] in b" \t" or b"\r" in line or b"\n" in line for line in written), sent
+            num_taken += 1
+        else:
+            assert status is not None or b"\r\n\r\n" not in sent
+    assert num_taken > 500
+
+
 REFUSED = {
     "no Host": (b"GET / HTTP/1.1\r\n\r\n", 400),
     "two Hosts": (b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", 400),
@@ -111,6 +142,8 @@ REFUSED = {
     "long": (POST + b"A: " + b"a" * MAX_HEADER_BYTES + b"\r\n\r\n", 431),
     "long and not ended": (POST + b"A: " + b"a" * MAX_HEADER_BYTES, 431),
     "many": (POST + b"a: b\r\n" * 6_000, 431),
+    "empty lines": (b"\r\n\r\n", 400),
+    "empty lines before a request": (b"\r\n\r\n" + POST + b"\r\n", 400),
     "no size of a chunk": (CHUNKED + b"\r\n", 400),
     "a signed size": (CHUNKED + b"+1\r\na\r\n0\r\n\r\n", 400),
     "a size with a prefix": (CHUNKED + b"0x1\r\na\r\n0\r\n\r\n", 400),
@@ -131,6 +164,22 @@ REFUSED = {
 def test_what_could_be_read_in_two_ways_or_is_too_long_is_refused(what):
     sent, status = REFUSED[what]
     assert status_of(sent) == status
+
+
+def test_one_empty_line_before_a_request_and_white_space_around_a_value_mean_nothing():
+    request = POST + b"Content-Length: \t4 \r\nX-API-Key:a\t\r\n\r\nabcd"
+    for sent in ([request * 2], [request + b"\r\n" + request], [b"\r", b"\n" + request, b"\r\n", request]):
+        assert bodies(*sent) == [("POST", b"abcd")] * 2
+    assert requests_of([request])[0][0][0].headers[1:] == [(b"content-length", b"4"), (b"x-api-key", b"a")]
+
+
+def test_a_reader_that_is_dropped_is_gone_at_once():
+    reader = RequestReader()
+    reader.feed(POST)
+    reader.next_event()
+    was_there = weakref.ref(reader)
+    del reader
+    assert was_there() is None, "what it has read would stay until the collector comes"
 
 
 def test_a_trailer_is_no_header():
