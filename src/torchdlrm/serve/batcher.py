@@ -18,9 +18,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from torchdlrm.errors import TorchDLRMError
 from torchdlrm.serve.batch import Answer, BatchListener, BatchReport, Model, Rows
 from torchdlrm.serve.refusals import bad_request, overloaded, too_late
 
@@ -161,17 +163,18 @@ class Batcher:
         self.check_room(num_rows)
         future: asyncio.Future[Answer] = self._loop.create_future()
         waiting = _Waiting(model, rows, num_rows, num_bytes, request_id, now_s, is_abandoned, future)
-        waiting.future.add_done_callback(lambda _: self._leave_queue(waiting))
+        future.add_done_callback(partial(self._leave_queue, waiting))
         timer = self._loop.call_later(deadline_s - now_s, _expire, waiting)
         self._waiting.append(waiting)
         self.queued_rows += waiting.num_rows
         self._begin_soon()
         try:
-            return await waiting.future
+            return await future
         finally:
             timer.cancel()
+            del future, waiting, rows  # an error that is raised here knows this frame, and the future the error
 
-    def _leave_queue(self, waiting: _Waiting) -> None:
+    def _leave_queue(self, waiting: _Waiting, _: object = None) -> None:
         if waiting.is_queued:
             waiting.is_queued = False
             self.queued_rows -= waiting.num_rows
@@ -266,14 +269,14 @@ class Batcher:
         try:
             return list(self._predict(batch))
         except Exception as error:  # noqa: BLE001 - as below
-            return [error] if len(batch.parts) == 1 else None
+            return [_without_trace(error)] if len(batch.parts) == 1 else None
 
     def _answer(self, batch: _Batch) -> list[Answer | Exception]:
         try:
             return list(self._predict(batch))
         except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on, and the sender is told
             if len(batch.parts) == 1:
-                return [error]
+                return [_without_trace(error)]
             # One of the requests may be to blame: each by itself, so that the others are answered.
             return [self._answer(_Batch(batch.model, [part], batch.started_s))[0] for part in batch.parts]
 
@@ -294,6 +297,17 @@ class Batcher:
         for part in batch.parts:
             end += part.num_rows
             yield Answer(probabilities[end - part.num_rows : end], batch.started_s - part.arrived_s, encode_s, model_s)
+
+
+def _without_trace(error: Exception) -> Exception:
+    """An error without the frames that it and its causes came by, which know the batch, that knows the error again.
+
+    Only the collector would free such a circle, rows of many megabytes with it, and it looks at how many objects there
+    are, not at their sizes.  What nobody has foreseen keeps its frames, for the log.
+    """
+    if isinstance(error, TorchDLRMError):
+        error.__cause__ = error.__context__ = error.__traceback__ = None
+    return error
 
 
 def _abandon(waiting: _Waiting) -> None:

@@ -102,7 +102,8 @@ class Connection(asyncio.Protocol):
         self._is_paused = self._cannot_write = self._is_lingering = self._is_stopping = False
         self._ended_s = math.inf  # when the client closed its side
         self._deadline_s, self._is_head_due = math.inf, False
-        self._num_unsent, self._unsent_since_s, self._moved_s = 0, 0.0, 0.0
+        # What was written and is due: all that was so at that time.  What was taken by then, and when some last was.
+        self._num_written, self._num_due, self._due_since_s, self._num_taken, self._taken_s = 0, 0, 0.0, 0, 0.0
         self._num_discarded = 0
         self.client: tuple[str, int] | None = None
         self.server: tuple[str, int] | None = None
@@ -125,8 +126,10 @@ class Connection(asyncio.Protocol):
         self._connections.open.discard(self)
         self._connections.waiting.pop(self, None)
         self._state.connections.discard(self)
-        if self._exchange is not None:
-            self._exchange.lose()
+        # Neither keeps the other, nor bytes that nobody will read, until the collector comes.
+        exchange, self._exchange, self._reader = self._exchange, None, RequestReader()
+        if exchange is not None:
+            exchange.lose()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request."""
@@ -164,7 +167,7 @@ class Connection(asyncio.Protocol):
 
     def shutdown(self) -> None:
         """The server stops: what is being answered is the last."""
-        self._is_stopping, self._moved_s = True, self._loop.time()
+        self._is_stopping, self._taken_s = True, self._loop.time()
         if self._exchange is None or self._is_lingering:
             self._transport.close()
         else:
@@ -172,19 +175,18 @@ class Connection(asyncio.Protocol):
 
     def look(self, now_s: float) -> None:
         """See whether the client takes too long."""
-        num_unsent = self._transport.get_write_buffer_size()
-        if num_unsent == 0:
-            self._num_unsent = 0
-            if now_s >= self._deadline_s:
-                self._deadline_s = math.inf
-                self._time_is_up()
+        num_taken = self._num_written - self._transport.get_write_buffer_size()
+        if num_taken == self._num_written and now_s >= self._deadline_s:
+            self._deadline_s = math.inf
+            self._time_is_up()
             return
-        if self._num_unsent == 0:
-            self._unsent_since_s = now_s
-        if num_unsent != self._num_unsent:
-            self._num_unsent, self._moved_s = num_unsent, now_s
-        stands_still = self._is_stopping and now_s - self._moved_s > _STANDSTILL_S
-        if stands_still or now_s - self._unsent_since_s > self._connections.options.body_timeout_s:
+        if num_taken > self._num_taken:
+            self._num_taken, self._taken_s = num_taken, now_s
+        if num_taken >= self._num_due:
+            self._num_due, self._due_since_s, self._taken_s = self._num_written, now_s, now_s
+            return
+        stands_still = self._is_stopping and now_s - self._taken_s > _STANDSTILL_S
+        if stands_still or now_s - self._due_since_s > self._connections.options.body_timeout_s:
             self.cut()
 
     def cut(self) -> None:
@@ -204,6 +206,7 @@ class Connection(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         """Send bytes, without waiting."""
         if not (self._is_lingering or self._transport.is_closing()):
+            self._num_written += len(data)
             self._transport.write(data)
 
     def regulate(self) -> None:
@@ -221,9 +224,9 @@ class Connection(asyncio.Protocol):
     def answered(self, exchange: Exchange) -> None:
         """A request is answered: the next may be looked at."""
         self._state.total_requests += 1
-        self._connections.waiting[self] = None
         if self._is_lingering or self._transport.is_closing():
-            return  # another answer was given while this one was made
+            return  # another answer was given while this one was made, or nobody is there any more
+        self._connections.waiting[self] = None
         if not exchange.is_whole or (self._reader.num_waiting and not exchange.keeps_alive):
             self._linger()
         elif not exchange.keeps_alive:

@@ -1,15 +1,19 @@
 """The queue in front of the model: batches by rows, no wait when idle, a bound, deadlines, nobody else's mistakes."""
 
 import asyncio
+import contextlib
+import gc
 import math
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from http import HTTPStatus
 
 import numpy as np
 import pytest
 
+from torchdlrm.errors import RowError
 from torchdlrm.export.encoded_rows import EncodedRows
 from torchdlrm.serve.batcher import Batcher
 from torchdlrm.serve.refusals import RefusedRequest
@@ -32,7 +36,10 @@ class Doubling:
         self.go.set()
 
     def encode(self, requests):
-        x = [float(row["x"]) for rows in requests for row in rows]
+        try:
+            x = [float(row["x"]) for rows in requests for row in rows]
+        except ValueError as error:
+            raise RowError(str(error)) from error
         return EncodedRows(np.array(x, np.float32)[:, None], np.zeros((0, len(x)), np.int32))
 
     def predict(self, rows):
@@ -53,13 +60,16 @@ def rows(*values):
     return [{"x": value} for value in values]
 
 
-def run(scenario, *, max_batch_rows=8, max_queue_rows=16, is_settled=False, quick_s=math.inf):
+def run(scenario, *, max_batch_rows=8, max_queue_rows=16, is_settled=False, quick_s=math.inf, listener=None):
     """Runs a scenario(batcher, model, ask) in an event loop."""
 
     async def main():
         model, reports = Doubling(is_settled=is_settled), []
         batcher = Batcher(
-            max_batch_rows=max_batch_rows, max_queue_rows=max_queue_rows, listener=reports.append, quick_s=quick_s
+            max_batch_rows=max_batch_rows,
+            max_queue_rows=max_queue_rows,
+            listener=listener or reports.append,
+            quick_s=quick_s,
         )
         await batcher.start()
 
@@ -274,3 +284,33 @@ def test_in_the_loop_too_models_are_kept_apart_and_a_bad_request_spoils_no_other
             await ask("two")
 
     run(scenario, is_settled=True)
+
+
+class Cell(float):
+    """A cell that can be asked whether it is still there."""
+
+
+@pytest.mark.parametrize(
+    ("what", "is_settled"),
+    [("read", True), ("read", False), ("refused", True), ("refused", False), ("too late", False)],
+)
+def test_rows_are_freed_with_their_answer_and_do_not_wait_for_the_collector(what, is_settled):
+    async def scenario(_batcher, model, ask, _hold):
+        cell = Cell(2)
+        was_there = weakref.ref(cell)
+        model.seconds = 0.2 if what == "too late" else 0
+        asked = ask(cell, *["no number"] * (what == "refused"), seconds=0.05 if what == "too late" else 5)
+        del cell
+        with contextlib.suppress(RefusedRequest, RowError):
+            await asked
+            assert what == "read"
+        del asked
+        await ask(3)  # the model has done with the one before
+        await begun()
+        assert was_there() is None
+
+    gc.disable()
+    try:
+        run(scenario, is_settled=is_settled, listener=lambda _: None)
+    finally:
+        gc.enable()
