@@ -28,7 +28,7 @@ from torchdlrm.serve.open_inference.http import EXTENSIONS, HEADER_LENGTH, Infer
 from torchdlrm.serve.openapi import document
 from torchdlrm.serve.page_routes import page_router
 from torchdlrm.serve.people import describe, read_rows
-from torchdlrm.serve.refusals import RefusedRequest, too_large
+from torchdlrm.serve.refusals import RefusedRequest, too_large, too_slow
 from torchdlrm.serve.service import Service, off_loop_if_large
 
 MODEL = "/v2/models/{name}"
@@ -185,8 +185,7 @@ async def _read_body(request: Request, service: Service) -> tuple[bytes, float]:
         async with asyncio.timeout(options.body_timeout_s) as timeout:
             pieces = await _pieces(request, service, timeout)
     except TimeoutError as error:
-        msg = f"the body did not come within {options.body_timeout_s:g} s, or was slow while many others were"
-        raise RefusedRequest(HTTPStatus.REQUEST_TIMEOUT, msg) from error
+        raise too_slow(options.body_timeout_s) from error
     if len(pieces) > 1:
         started_s = time.perf_counter()
     return b"".join(pieces), started_s

@@ -73,6 +73,12 @@ def overloaded(message: str, retry_after_s: int = 1) -> RefusedRequest:
     return RefusedRequest(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after_s)
 
 
+def too_slow(body_timeout_s: float) -> RefusedRequest:
+    """What belongs to a request did not come."""
+    msg = f"the body did not come within {body_timeout_s:g} s, or was slow while many others were"
+    return RefusedRequest(HTTPStatus.REQUEST_TIMEOUT, msg)
+
+
 def too_late(message: str) -> RefusedRequest:
     """The deadline has passed."""
     return RefusedRequest(HTTPStatus.GATEWAY_TIMEOUT, message)
