@@ -188,6 +188,16 @@ def evaluated(run, dataset, split):
     return torch.cat(logits).sigmoid().numpy()
 
 
+def rows_of_request(tensors, schema, max_rows):
+    """The rows of a request of the Open Inference Protocol that holds these tensors."""
+    from torchdlrm.serve.open_inference.columns import Inputs, rows_of_tensors
+
+    inputs = Inputs(schema, max_rows, len(tensors))
+    for tensor in tensors:
+        inputs.place(tensor.name, tensor.datatype, tensor.shape)
+    return rows_of_tensors(tensors, inputs, schema)
+
+
 class RunningServer:
     """A `dlrm serve` process: where it is, and its end."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from conftest import real_log
+from conftest import real_log, rows_of_request
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.preprocess import PreprocessOptions, preprocess
 from torchdlrm.export.checkpoint_model import CheckpointModel
@@ -22,7 +22,6 @@ from torchdlrm.predict.files import predict_file
 from torchdlrm.predict.predictor import Predictor
 from torchdlrm.predict.rows_in import RowsIn
 from torchdlrm.schema import FeatureSchema, criteo_schema, with_split
-from torchdlrm.serve.open_inference.columns import rows_of_tensors
 from torchdlrm.serve.open_inference.tensors import Tensor
 from torchdlrm.training.run import Run
 
@@ -220,7 +219,7 @@ def test_null_values_named_labels_and_numbers_of_parquet_mean_the_same_everywher
     predictor = Predictor.open(tmp_path / "bundle")
     cells, tensors = list(own_json(rows, schema)), [*own_tensors(rows[:2_000], schema)]
     parts = [tuple(own_tensors(rows[i : i + 3], schema)) for i in range(2_000, 3_000, 3)]
-    of_tensors = [rows_of_tensors(tensors, schema, 4_096), *(rows_of_tensors(part, schema, 4_096) for part in parts)]
+    of_tensors = [rows_of_request(tensors, schema, 4_096), *(rows_of_request(part, schema, 4_096) for part in parts)]
     by_tensors = [
         predictor.predict(given).probabilities
         if isinstance(given, pl.DataFrame)

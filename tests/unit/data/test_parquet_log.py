@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import rows_of_request
 from torchdlrm.data.log.files import find_files
 from torchdlrm.data.log.parquet import plan_row_groups, read_row_groups
 from torchdlrm.data.preprocess import preprocess, work_folder
 from torchdlrm.errors import LogError
 from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
-from torchdlrm.serve.open_inference.columns import rows_of_tensors
 from torchdlrm.serve.open_inference.tensors import Tensor
 
 SCHEMA = FeatureSchema(
@@ -67,7 +67,7 @@ def test_a_hex_column_takes_the_numbers_that_the_protocol_takes(tmp_path, dtype)
         {name: array[:1].take([0] * 4) for name, array in COLUMNS.items()} | {"hex": columns["hex"]},
     )
     tensor = Tensor("hex", "INT64", (20,), pl.Series(numbers * 5, dtype=pl.Int64))
-    frame = rows_of_tensors([tensor], SCHEMA, 100)
+    frame = rows_of_request([tensor], SCHEMA, 100)
     assert isinstance(frame, pl.DataFrame)
     assert chunk.frame["hex"].to_list() == frame["hex"].to_list()[:4] == numbers
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import rows_of_request
 from torchdlrm.errors import RowError
 from torchdlrm.predict.json_rows import RowReader
 from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
-from torchdlrm.serve.open_inference.columns import Inputs, rows_of_tensors
 from torchdlrm.serve.open_inference.tensors import NUMBER_TYPES, Tensor, from_bytes, from_json
 from torchdlrm.serve.refusals import RefusedRequest
 
@@ -32,10 +32,7 @@ NUM_MANY = 17  # rows from which on tensors become columns at once
 
 
 def rows_of(tensors):
-    inputs = Inputs(SCHEMA, 100, len(tensors))
-    for tensor in tensors:
-        inputs.place(tensor.name, tensor.datatype, tensor.shape)
-    return rows_of_tensors(tensors, inputs, SCHEMA)
+    return rows_of_request(tensors, SCHEMA, 100)
 
 
 def typed(tensors, num_rows):
