@@ -6,7 +6,7 @@ the last digit that floating point gives.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -51,6 +51,24 @@ class BinaryMetrics:
     def as_json(self) -> dict[str, int | float | None]:
         """The same where NaN, which JSON does not have, is None."""
         return {name: None if math.isnan(value) else value for name, value in self.as_dict().items()}
+
+
+def why_undefined(metrics: Mapping[str, float | None]) -> str:
+    """What is to be said where AUC and NE are not defined, for example `all labels are 0`; empty where they are.
+
+    Args:
+        metrics: of `BinaryMetrics`, by name; what is not defined is NaN or None.
+    """
+
+    def is_missing(name: str) -> bool:
+        value = metrics[name]
+        return value is None or math.isnan(value)
+
+    if not metrics["rows"]:
+        return "there are no rows"
+    if not is_missing("auc") or is_missing("logloss"):
+        return ""
+    return f"all labels are {0 if is_missing('calibration') else 1}"
 
 
 def auc(labels: Labels, scores: Scores) -> float:

@@ -6,20 +6,33 @@ from typing import Protocol
 class ProgressListener(Protocol):
     """Receives the progress of a job that has phases, one after the other."""
 
-    def start_phase(self, name: str, total: int | None, unit: str = "rows") -> None:
-        """A phase begins (and the one before it, if any, is over); `total` units of work, None when unknown."""
+    def start_phase(self, name: str, total: int | None, unit: str = "rows", done: int = 0) -> None:
+        """A phase begins (and the one before it, if any, is over).
+
+        Args:
+            name: of the phase.
+            total: units of work, None when unknown.
+            unit: what is counted; `bytes` are shown as sizes.
+            done: how much of it an earlier process has done, and no time of this one.
+        """
 
     def advance(self, amount: int, **figures: str) -> None:
         """`amount` more units are done; `figures` are shown beside the bar, for example `loss="0.4512"`."""
+
+    def note(self, line: str) -> None:
+        """Something happened that is worth a line that stays, for example a validation."""
 
 
 class SilentProgress:
     """Listens to nothing: the default in the library."""
 
-    def start_phase(self, name: str, total: int | None, unit: str = "rows") -> None:
+    def start_phase(self, name: str, total: int | None, unit: str = "rows", done: int = 0) -> None:
         """Ignored."""
 
     def advance(self, amount: int, **figures: str) -> None:
+        """Ignored."""
+
+    def note(self, line: str) -> None:
         """Ignored."""
 
 

@@ -1,4 +1,4 @@
-"""Bytes as people write and read them: GB is 10^9 bytes, GiB is 2^30."""
+"""Bytes and counts as people write and read them: GB is 10^9 bytes, GiB is 2^30."""
 
 import re
 
@@ -32,3 +32,11 @@ def show_bytes(size_bytes: float) -> str:
             value = size_bytes / size
             return f"{value:,.0f} {unit}" if abs(value) >= 1000 else f"{value:.4g} {unit}"
     return f"{size_bytes:.0f} B"
+
+
+def show_count(count: float) -> str:
+    """A number of things, from a million on with four digits: `257,143`, `39.29M`."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
+        if count >= size:
+            return f"{count / size:.4g}{unit}"
+    return f"{count:,.0f}"

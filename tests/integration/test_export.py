@@ -214,6 +214,23 @@ def test_a_full_disk_is_told_before_it_is_full(tmp_path):
         require_space(tmp_path, 2**62)
 
 
+def test_the_bytes_told_while_a_bundle_is_checked_are_those_of_its_files(small_bundle):
+    class Listener:
+        done = 0
+
+        def start_phase(self, name, total, unit="rows", *_):
+            self.phase = (name, total, unit)
+
+        def advance(self, amount):
+            self.done += amount
+
+    listener = Listener()
+    manifest = Bundle.open(small_bundle, progress=listener).manifest
+    size_bytes = sum(record.size_bytes for record in manifest.files.values())
+    assert listener.phase == ("verify", size_bytes, "bytes")
+    assert listener.done == size_bytes
+
+
 def test_memory_is_for_a_block_of_rows_and_not_for_a_table(tmp_path):
     """A table of 256 MB in one shard becomes int8 in less than 150 MB."""
     rows, dim, name = 500_000, 128, table_name("big")

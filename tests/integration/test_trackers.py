@@ -72,7 +72,10 @@ class Ending:
     def __init__(self, way, after_rows=1_000):
         self.way, self.rows_left = way, after_rows
 
-    def start_phase(self, name, total, unit="rows"):
+    def start_phase(self, name, total, unit="rows", done=0):
+        pass
+
+    def note(self, line):
         pass
 
     def advance(self, amount, **figures):  # noqa: ARG002

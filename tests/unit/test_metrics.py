@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
 from torchdlrm import metrics
-from torchdlrm.metrics import BinaryMetrics, auc, auc_from_counts, binary_metrics, logloss_from_logits
+from torchdlrm.metrics import BinaryMetrics, auc, auc_from_counts, binary_metrics, logloss_from_logits, why_undefined
 
 # Few distinct scores: most pairs are ties.
 tied_rows = st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=2, max_size=80)
@@ -127,3 +127,15 @@ def test_arguments_the_wrong_way_round_are_refused():
         binary_metrics(logits, labels)
     with pytest.raises(ValueError, match=r"got shapes \(3,\) and \(2,\)"):
         binary_metrics(labels, logits[:2])
+
+
+def test_why_there_is_no_auc_is_known_from_the_metrics_alone():
+    def why(labels, logits, form=BinaryMetrics.as_dict):
+        return why_undefined(form(binary_metrics(np.array(labels, np.float32), np.array(logits, np.float32))))
+
+    for form in (BinaryMetrics.as_dict, BinaryMetrics.as_json):
+        assert why([0, 0], [1, 2], form) == "all labels are 0"
+        assert why([1, 1], [1, 2], form) == "all labels are 1"
+        assert why([], [], form) == "there are no rows"
+        assert why([0, 1], [1, 2], form) == ""
+    assert why([0, 1], [1, math.nan]) == "", "the predictions' fault, not the labels'"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.cli.terminal import announce, console, print_json, progress_bars
 
 
 def export(
@@ -48,6 +48,8 @@ def export(
     json
         Print one JSON object on standard output.
     """
+    announce(f"export {run} to {out}")
+
     from torchdlrm.cli.inspect_bundle import print_check, print_trade, summary
     from torchdlrm.export.export import ExportOptions
     from torchdlrm.export.export import export as export_run

@@ -12,7 +12,6 @@ from torchdlrm.data.preprocess import PreprocessOptions, Resources, work_folder
 from torchdlrm.data.preprocess import preprocess as run_preprocess
 from torchdlrm.data.vocabulary import DEFAULT_MIN_COUNT
 from torchdlrm.errors import Interrupted
-from torchdlrm.progress import SILENT
 from torchdlrm.schema import load_schema, with_split
 from torchdlrm.units import parse_bytes
 
@@ -74,13 +73,9 @@ def preprocess(
     resources = Resources(memory_bytes=parse_bytes(memory, "--memory"), workers=workers, cluster=cluster)
     columns = with_split(load_schema(schema), split, val, test)
     try:
-        if as_json:
-            times = PhaseTimes(SILENT, on_phase=print_phase)
+        with progress_bars(f"preprocess into {out}") as progress:
+            times = PhaseTimes(progress, on_phase=print_phase if as_json else None)
             dataset = run_preprocess(logs, out, columns, options, times, resources=resources, restart=restart)
-        else:
-            with progress_bars(f"preprocess into {out}") as progress:
-                times = PhaseTimes(progress)
-                dataset = run_preprocess(logs, out, columns, options, times, resources=resources, restart=restart)
     except KeyboardInterrupt as interrupt:
         msg = f"stopped; what is done is kept in {work_folder(out)}: the same command goes on from there"
         raise Interrupted(msg) from interrupt

@@ -1,24 +1,17 @@
 """What all verbs share: people read standard error, programs read one JSON object on standard output."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from rich.markup import escape
 
+from torchdlrm.cli.progress import ProgressBars, ProgressLines
+from torchdlrm.metrics import why_undefined
 from torchdlrm.progress import ProgressListener
 
 console = Console(stderr=True, highlight=False)
@@ -26,56 +19,48 @@ console = Console(stderr=True, highlight=False)
 
 def print_json(result: Mapping[str, object]) -> None:
     """Write the one JSON object that `--json` promises."""
-    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.write(json.dumps(_without_nan(result), allow_nan=False) + "\n")
     sys.stdout.flush()
 
 
-class _SpeedColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed_per_s = task.finished_speed or task.speed
-        unit = task.fields["unit"]
-        return Text("" if speed_per_s is None else f"{speed_per_s:,.0f} {unit}/s", style="progress.data.speed")
+def announce(job: str) -> None:
+    """Say at once on a terminal what is being done: torch takes seconds to load."""
+    if console.is_terminal:
+        console.print(f"{job} ...", markup=False, soft_wrap=True)
 
 
-class _ProgressBars:
-    """Draws a bar for each phase of a job."""
+def warn(message: str) -> None:
+    """Write a line that people should read before they go on."""
+    console.print(f"[yellow]warning[/]: {escape(message)}", soft_wrap=True)
 
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._task: TaskID | None = None
 
-    def start_phase(self, name: str, total: int | None, unit: str = "rows") -> None:
-        self._close_phase()
-        self._task = self._bars.add_task(name, total=total, unit=unit, figures="")
+def shown_metric(value: float | None, digits: int = 5) -> str:
+    """A metric as it stands in a table; a dash where it is not defined."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
-    def advance(self, amount: int, **figures: str) -> None:
-        assert self._task is not None, "advance() comes after start_phase()"
-        self._bars.advance(self._task, amount)
-        if figures:
-            self._bars.update(self._task, figures="  ".join(f"{name} {value}" for name, value in figures.items()))
 
-    def _close_phase(self) -> None:
-        if self._task is not None:
-            task = self._bars.tasks[self._task]
-            self._bars.update(self._task, total=task.completed, completed=task.completed)
+def say_undefined(metrics: Mapping[str, Any], of: str = "") -> None:
+    """Say why AUC and NE are not there, if they are not; `of` names the rows."""
+    if why := why_undefined(metrics):
+        console.print(f"AUC and NE are undefined{of}: {why}", markup=False, soft_wrap=True)
 
 
 @contextmanager
 def progress_bars(description: str) -> Iterator[ProgressListener]:
-    """A listener that draws bars with speed and time left on standard error; `description` names the whole job."""
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        _SpeedColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    """A listener that tells people on standard error how far a job is; `description` names the whole job."""
     if description:
-        console.print(description)
-    # No bars into a file or a pipe: there they would be noise; the summary at the end says it all.
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        listener = _ProgressBars(bars)
-        yield listener
-        listener._close_phase()
+        console.print(description, markup=False, soft_wrap=True)
+    # Not by the console's own word alone: FORCE_COLOR makes it take every file for a terminal.
+    draws = sys.stderr is not None and sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal
+    with ProgressBars(console) if draws else ProgressLines() as shown:
+        yield shown
+        shown.finish()
+
+
+def _without_nan(value: object) -> object:
+    """What is not defined is null: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

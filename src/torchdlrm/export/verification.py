@@ -75,9 +75,11 @@ class BlockVerifier:
         Raises:
             BundleError: one is damaged.
         """
+        size_bytes = os.fstat(self._file).st_size
+        blocks = np.flatnonzero(~self._good).tolist()
         with ThreadPoolExecutor(num_threads) as pool:
-            for _ in pool.map(self._check, np.flatnonzero(~self._good).tolist()):
-                progress.advance(BLOCK_BYTES)
+            for block, _ in zip(blocks, pool.map(self._check, blocks), strict=True):
+                progress.advance(min(BLOCK_BYTES, size_bytes - block * BLOCK_BYTES))
         self.is_done = True
 
     def check_all_in_background(self) -> None:

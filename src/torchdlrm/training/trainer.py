@@ -36,7 +36,7 @@ from torchdlrm.training.sharded import build_sharded_model
 from torchdlrm.training.signals import StopRequest
 from torchdlrm.training.step_counters import StepCounters
 from torchdlrm.training.step_profile import WARM_UP_STEPS, StepProfiler
-from torchdlrm.training.summary import TrainingSummary
+from torchdlrm.training.summary import TrainingSummary, validation_line
 from torchdlrm.training.threads import useful_threads
 from torchdlrm.training.trackers import open_trackers
 
@@ -118,7 +118,7 @@ class Trainer:
         self._loader.load_state_dict(self._position.loader)
         self.model.train()
         with self._profiler(start) as profiler, closing(iter(self._loader)) as all_batches:
-            batches = islice(all_batches, self._agenda.num_steps - start)
+            batches = islice(all_batches, max(self._agenda.num_steps - start, 0))  # epochs may be fewer than before
             for step in range(start + 1, self._agenda.num_steps + 1):
                 self._train_step(step, batches)
                 profiler.step_done(step)
@@ -171,7 +171,8 @@ class Trainer:
             {"step": step, "rows": rows, "split": "train", "loss": metrics.logloss, "ne": metrics.ne}
             | {"auc": metrics.auc, "learning_rate": self._rate, "rows_per_s": rows_per_s}
         )
-        self._progress.advance(0, loss=f"{metrics.logloss:.4f}", ne=f"{metrics.ne:.4f}")
+        ne = "-" if math.isnan(metrics.ne) else f"{metrics.ne:.4f}"
+        self._progress.advance(0, loss=f"{metrics.logloss:.4f}", NE=ne)
 
     def _validate(self, step: int) -> bool:
         """Write the metrics of the val split as it is predicted now; whether its AUC is the best so far."""
@@ -189,9 +190,10 @@ class Trainer:
                 | {"ne": metrics.ne, "auc": metrics.auc, "learning_rate": self._rate}
                 | {"rows_per_s": metrics.rows / (time.monotonic() - started_s)}
             )
-            self._progress.advance(0, val_auc=f"{metrics.auc:.4f}", val_ne=f"{metrics.ne:.4f}")
         # NaN, when the split holds one class only, is never the best.
-        if metrics.auc > (-1.0 if self._position.best_auc is None else self._position.best_auc):
+        is_best = metrics.auc > (-1.0 if self._position.best_auc is None else self._position.best_auc)
+        self._progress.note(validation_line(step, self._agenda, metrics, is_best=is_best))
+        if is_best:
             self._position = replace(self._position, best_auc=metrics.auc, best_step=step, stale_validations=0)
             return True
         self._position = replace(self._position, stale_validations=self._position.stale_validations + 1)
@@ -234,8 +236,8 @@ class Trainer:
     def _log(self, start: int) -> Iterator[None]:
         """Inside, metrics are written; whichever way out is taken, they and the trackers end with it."""
         self._logged_rows = self._agenda.rows_after(start)
-        self._progress.start_phase("train", self._agenda.rows_after(self._agenda.num_steps))
-        self._progress.advance(self._agenda.rows_after(start))
+        rows = self._agenda.rows_after(max(self._agenda.num_steps, start))
+        self._progress.start_phase("train", rows, done=self._logged_rows)
         if not self._ranks.is_first:
             yield
             return
@@ -263,7 +265,7 @@ class Trainer:
             stopped_because=stopped_because,
             best_auc=position.best_auc,
             best_step=position.best_step,
-            validation=self._validation.as_dict() if self._validation is not None else None,
+            validation=self._validation.as_json() if self._validation is not None else None,
         )
 
     def _position_after(self, step: int) -> Position:

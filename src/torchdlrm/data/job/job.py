@@ -194,9 +194,11 @@ class Job:
         if self.known is not None:
             tasks = [self._spread_task(column, ranges[column.name], self.known) for column in counted]
             list(self.workers.run(tasks, self.work))
-        if counts_anything:
-            list(self.workers.run(self._count_tasks(counted, ranges, split, chunks), self.work))
-        self.progress.advance(num_values)
+        tasks = self._count_tasks(counted, ranges, split, chunks) if counts_anything else []
+        for done, _ in enumerate(self.workers.run(tasks, self.work)):
+            self.progress.advance(num_values * (done + 1) // len(tasks) - num_values * done // len(tasks))
+        if not tasks:
+            self.progress.advance(num_values)
         if counts_anything:
             list(self.workers.run([self._rank_task(column, ranges[column.name]) for column in counted], self.work))
         tasks = [

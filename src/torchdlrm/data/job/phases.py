@@ -31,17 +31,21 @@ class PhaseTimes:
         self._on_phase = on_phase
         self._started_at_s = 0.0
 
-    def start_phase(self, name: str, total: int | None, unit: str = "rows") -> None:
+    def start_phase(self, name: str, total: int | None, unit: str = "rows", done: int = 0) -> None:
         """A phase begins."""
         self.finish()
-        self.phases.append(PhaseTime(name, 0, unit, 0.0))
+        self.phases.append(PhaseTime(name, done, unit, 0.0))
         self._started_at_s = time.perf_counter()
-        self._listener.start_phase(name, total, unit)
+        self._listener.start_phase(name, total, unit, done)
 
     def advance(self, amount: int, **figures: str) -> None:
         """More is done."""
         self.phases[-1].amount += amount
         self._listener.advance(amount, **figures)
+
+    def note(self, line: str) -> None:
+        """Passed on."""
+        self._listener.note(line)
 
     def finish(self) -> None:
         """The last phase is over."""

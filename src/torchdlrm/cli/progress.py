@@ -1,0 +1,117 @@
+"""The progress of a job for people: a bar on a terminal, plain lines where standard error is a file or a pipe.
+
+In: what a `ProgressListener` is told.  Out, on a terminal: one bar, with the current figures below it, and above it a
+line for each phase that is over and for each note.  Out, elsewhere: a line when a phase begins, every ten seconds, at
+each note and when it ends; no escapes and no carriage returns, so that a log of nohup, CI or a cluster can be read.
+"""
+
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+
+from torchdlrm.cli.meter import Meter
+
+LINE_EVERY_S = 10.0
+
+
+class _Shown:
+    """Follows the phases; how they are shown is its subclasses' matter. Safe for several threads."""
+
+    def __init__(self) -> None:
+        self._meter: Meter | None = None
+        self._lock = threading.RLock()
+
+    def start_phase(self, name: str, total: int | None, unit: str = "rows", done: int = 0) -> None:
+        with self._lock:
+            self.finish()
+            self._meter = Meter(name, total, unit, done, time.monotonic())
+            self._begun(self._meter)
+
+    def advance(self, amount: int, **figures: str) -> None:
+        with self._lock:
+            assert self._meter is not None, "advance() comes after start_phase()"
+            self._meter.advance(amount, time.monotonic())
+            if figures:
+                self._meter.figures = self._meter.figures | figures  # a new one: the bar is drawn from another thread
+
+    def note(self, line: str) -> None:
+        with self._lock:
+            self._write(line)
+
+    def finish(self) -> None:
+        """The last phase is over, and went well."""
+        with self._lock:
+            if self._meter is not None:
+                self._write(self._meter.ends(time.monotonic()))
+                self._meter = None
+
+    def _begun(self, meter: Meter) -> None:
+        """A phase has begun."""
+
+    def _write(self, line: str) -> None:
+        raise NotImplementedError
+
+
+class ProgressBars(_Shown):
+    """Draws a bar, and keeps what is over above it. A context manager: the bar goes with it."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self._live = Live(console=console, get_renderable=self._bar, refresh_per_second=5, transient=True)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def _bar(self) -> Group:
+        # Without our lock: whoever has it may be waiting for the console, which is ours now.
+        meter = self._meter
+        return Group() if meter is None else meter.bar(self._console.width, time.monotonic())
+
+    def _write(self, line: str) -> None:
+        self._console.print(line, markup=False, soft_wrap=True)
+
+
+class ProgressLines(_Shown):
+    """Writes plain lines, with the time of day. A context manager: the lines end with it."""
+
+    def __init__(self, every_s: float = LINE_EVERY_S) -> None:
+        super().__init__()
+        self._every_s = every_s
+        self._is_over = threading.Event()
+        # A thread, so that a phase whose single task takes an hour does not look dead.
+        self._thread = threading.Thread(target=self._tell, name="torchdlrm-progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _tell(self) -> None:
+        while not self._is_over.wait(self._every_s):
+            with self._lock:
+                if self._meter is not None:
+                    self._write(self._meter.status(time.monotonic()))
+
+    def _begun(self, meter: Meter) -> None:
+        self._write(meter.begins())
+
+    def _write(self, line: str) -> None:
+        if sys.stderr is None:  # the command was started with it closed
+            return
+        # A full disk, or a reader that has gone, must not end what is being told about.
+        with suppress(OSError):
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+            sys.stderr.flush()

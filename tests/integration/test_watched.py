@@ -1,0 +1,97 @@
+"""What a person sees of jobs: through a file, and on a terminal of 80 columns."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+TRAINING = ("--validation.every-steps", "25", "--logging.every-steps", "10", "--logging.tensorboard", "false")
+
+
+@pytest.fixture
+def on_a_terminal():
+    """Runs the real command in a terminal of 80 columns: on_a_terminal("train", ...) -> all that it was sent."""
+
+    def run(*args):
+        terminal, inner = pty.openpty()
+        fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+        command = [str(Path(sys.executable).with_name("dlrm")), *map(str, args)]
+        environment = {**os.environ, "TERM": "xterm-256color"}
+        environment.pop("COLUMNS", None)
+        process = subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, env=environment)
+        os.close(inner)
+        shown = b""
+        try:
+            while block := os.read(terminal, 1 << 16):
+                shown += block
+        except OSError:  # EIO: nobody holds the other end any more
+            pass
+        os.close(terminal)
+        assert process.wait(timeout=60) == 0, shown
+        return shown.decode()
+
+    return run
+
+
+def validations_of(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == "val"]
+
+
+def test_a_training_into_a_file_tells_its_begin_each_validation_and_its_end_in_plain_lines(
+    small_dataset, dlrm, tmp_path
+):
+    run = tmp_path / "run"
+    done = dlrm(
+        *("train", "criteo-small", "--dataset", small_dataset.path, "--run", run, "--json", *TRAINING), FORCE_COLOR="1"
+    )
+    assert done.returncode == 0, done.stderr
+    json.loads(done.stdout)
+    told = [line for line in done.stderr.splitlines() if re.match(r"\d\d:\d\d:\d\d ", line)]
+    assert all("\x1b" not in line and "\r" not in line for line in told)
+    texts = [line.partition(" ")[2] for line in told]
+    assert texts[0] == "train: begins, 4,286 rows"
+    assert re.fullmatch(r"train: done, 4,286 rows in \d+\.\d s(, [\d,]+ rows/s)?", texts[-1])
+    best = 0.0
+    for text, line in zip([text for text in texts if "val AUC" in text], validations_of(run), strict=True):
+        mark = " best" if line["auc"] > best else ""
+        best = max(best, line["auc"])
+        assert text == (
+            f"step {line['step']} epoch {line['step'] / 67:.2f} {line['rows']:>7,} rows  val AUC {line['auc']:.4f} "
+            f"logloss {line['loss']:.4f} NE {line['ne']:.4f}{mark}"
+        )
+
+
+def test_each_phase_of_a_preprocessing_into_a_file_begins_and_ends_with_a_line(small_log, dlrm, tmp_path):
+    done = dlrm("preprocess", small_log, "--out", tmp_path / "dataset", "--json")
+    assert done.returncode == 0, done.stderr
+    json.loads(done.stdout)
+    told = re.findall(r"^\d\d:\d\d:\d\d (\w+: (?:begins|done), .*)$", done.stderr, re.MULTILINE)
+    assert [text.split(",")[0] for text in told] == [
+        f"{phase}: {what}" for phase in ("read", "count", "encode", "write") for what in ("begins", "done")
+    ]
+    assert re.fullmatch(r"read: begins, \S+ MB", told[0])
+    assert re.fullmatch(r"write: done, 5,000 rows in \d+\.\d s(, [\d,]+ rows/s)?", told[-1])
+
+
+def test_a_terminal_of_80_columns_keeps_the_validations_above_a_bar_that_fits(small_dataset, on_a_terminal, tmp_path):
+    run = tmp_path / "run"
+    shown = on_a_terminal("train", "criteo-small", "--dataset", small_dataset.path, "--run", run, *TRAINING)
+    assert shown.index("train criteo-small on") < shown.index("it fits"), "what is done is said while torch loads"
+    lines = [re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", shown)]
+    kept = [line for line in lines if "val AUC" in line]
+    assert [int(line.split()[1]) for line in kept] == [line["step"] for line in validations_of(run)]
+    assert all(len(line) <= 80 for line in kept)
+    bars = [line.rstrip() for line in lines if "━" in line and line.startswith("train")]
+    assert bars, lines
+    assert all(len(line) <= 80 and "…" not in line for line in bars)
+    assert all(re.search(r" \d+ %  [\d,]+/4,286 rows  .*\d:\d\d:\d\d (gone|left)$", line) for line in bars), bars
+    assert any(line.startswith("train: done, 4,286 rows in ") for line in lines)
