@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from torchdlrm.cli.terminal import console, print_json
+from torchdlrm.cli.terminal import console, print_json, shown_metric
 from torchdlrm.units import show_bytes
 
 if TYPE_CHECKING:
@@ -58,8 +58,10 @@ def print_check(bundle: "Bundle") -> None:
     for title in ("", "AUC", "logloss"):
         table.add_column(title, justify="right" if title else "left")
     for name, judged in (("checkpoint", check.checkpoint), ("bundle", check.bundle)):
-        table.add_row(name, "-" if judged.auc is None else f"{judged.auc:.6f}", f"{judged.logloss:.6f}")
+        table.add_row(name, shown_metric(judged.auc, 6), shown_metric(judged.logloss, 6))
     console.print(table)
+    if check.checkpoint.auc is None:
+        console.print("AUC is undefined: it needs rows of both labels")
     console.print(
         f"largest difference of two probabilities: {check.largest_difference:.2g} (the precision explains "
         f"{check.largest_allowed:.2g})",

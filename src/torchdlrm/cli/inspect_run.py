@@ -7,7 +7,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from torchdlrm.cli.terminal import console, print_json
+from torchdlrm.cli.terminal import console, print_json, shown_metric
 
 
 def show(folder: Path, *, num_values: int, as_json: bool) -> None:  # noqa: ARG001 - a run has no values to show
@@ -39,7 +39,8 @@ def show(folder: Path, *, num_values: int, as_json: bool) -> None:  # noqa: ARG0
         )
     console.print(table)
     for name, result in content["evaluations"].items():
-        console.print(f"evaluated {name}: AUC {result['auc']:.4f}, logloss {result['logloss']:.4f}", markup=False)
+        judged = f"AUC {shown_metric(result['auc'], 4)}, logloss {shown_metric(result['logloss'], 4)}"
+        console.print(f"evaluated {name}: {judged}", markup=False)
 
 
 def summary(folder: Path) -> dict[str, Any]:

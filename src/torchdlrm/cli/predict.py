@@ -7,7 +7,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.cli.terminal import announce, console, print_json, progress_bars, say_undefined, shown_metric
 from torchdlrm.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def predict(
     """
     if as_json and out == Path("-"):
         raise UserError("--json: standard output takes either the JSON object or the scores; write these to --out FILE")
+    announce(f"predict by {bundle}")
+
     from torchdlrm.predict.files import predict_file
     from torchdlrm.predict.predictor import Predictor
     from torchdlrm.predict.rows_in import RowsIn
@@ -73,11 +75,14 @@ def _print_summary(summary: "PredictSummary", out: Path) -> None:
     if summary.mean_prediction is not None:
         cells["mean prediction"] = f"{summary.mean_prediction:.5f}"
     if summary.metrics is not None:
-        cells |= {name: f"{getattr(summary.metrics, name):.5f}" for name in ("auc", "logloss", "ne", "calibration")}
+        names = ("auc", "logloss", "ne", "calibration")
+        cells |= {name: shown_metric(getattr(summary.metrics, name)) for name in names}
     table.add_column()
     table.add_column(justify="right")
     for cell in cells.items():
         table.add_row(*cell)
     console.print(table)
+    if summary.metrics is not None:
+        say_undefined(summary.metrics.as_dict())
     for line in summary.described_bad_rows():
         console.print(line, markup=False, soft_wrap=True)

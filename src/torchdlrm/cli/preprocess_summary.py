@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from torchdlrm.cli.terminal import console
+from torchdlrm.cli.terminal import console, warn
 from torchdlrm.data.bad_rows import describe_bad_rows
-from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.dataset import Dataset, Manifest
 from torchdlrm.data.job.phases import PhaseTime
 
 
@@ -35,6 +35,23 @@ def print_phase(phase: PhaseTime) -> None:
     console.print(json.dumps(record), markup=False, soft_wrap=True)
 
 
+def about_constant_label(manifest: Manifest) -> str:
+    """What to say where a split has rows of one label only; empty where each has both."""
+    constant = {
+        name: int(part.clicks > 0)
+        for name, part in manifest.splits.items()
+        if part.rows and part.clicks in {0, part.rows}
+    }
+    if not constant:
+        return ""
+    splits_of = {label: [name for name in constant if constant[name] == label] for label in (0, 1)}
+    found = ", ".join(f"{label} in all rows of {' and '.join(names)}" for label, names in splits_of.items() if names)
+    learnt = "nothing can be learnt, and " if "train" in constant else ""
+    what = "AUC and normalised entropy are undefined there"
+    label = manifest.feature_schema.label.name
+    return f"the label {label!r} is {found}: {learnt}{what}; positive or threshold in the schema say what a click is"
+
+
 def print_summary(dataset: Dataset, phases: Sequence[PhaseTime]) -> None:
     """Tell people what was made, how long it took and what to type next."""
     manifest = dataset.manifest
@@ -59,6 +76,8 @@ def print_summary(dataset: Dataset, phases: Sequence[PhaseTime]) -> None:
     if extra:
         told = f"columns that the schema does not name, not read: {', '.join(extra)}"
         console.print(told, markup=False, soft_wrap=True)
+    if warning := about_constant_label(manifest):
+        warn(warning)
     if manifest.bad_rows.total:
         console.print(f"[yellow]bad rows skipped: {manifest.bad_rows.total:,}[/]")
         console.print(

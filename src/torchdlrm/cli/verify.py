@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.cli.terminal import console, print_json, progress_bars, say_undefined, shown_metric
 from torchdlrm.errors import SkewError
 
 if TYPE_CHECKING:
@@ -81,6 +81,12 @@ def _print_table(found: "Verification", log: str) -> None:
     for way in found.ways:
         difference = "" if way.largest_difference is None else f"{way.largest_difference:.2g}"
         allowed = "" if way.largest_allowed is None else f"{way.largest_allowed:.2g}"
-        judged = ("", "") if way.metrics is None else (f"{way.metrics.auc:.6f}", f"{way.metrics.logloss:.6f}")
+        judged = (
+            ("", "")
+            if way.metrics is None
+            else tuple(shown_metric(value, digits=6) for value in (way.metrics.auc, way.metrics.logloss))
+        )
         table.add_row(way.name, difference, allowed, *judged)
     console.print(table)
+    if found.ways[0].metrics is not None:
+        say_undefined(found.ways[0].metrics.as_dict())

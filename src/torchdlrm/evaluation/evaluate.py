@@ -36,7 +36,8 @@ def evaluate(
 
     Returns:
         On rank 0 `split`, `step`, `checkpoint` (`best`, `last` or `step`: what it was chosen for), `rows`, `auc`,
-        `logloss`, `ne`, `calibration`, `accuracy`; elsewhere None.
+        `logloss`, `ne`, `calibration`, `accuracy` (None where not defined, as the AUC of rows of one label); elsewhere
+        None.
 
     Raises:
         RunError: the run has no such checkpoint, or it is damaged.
@@ -65,4 +66,4 @@ def evaluate(
     progress.start_phase("evaluate", sum(loader.batches_per_epoch for loader in loaders), unit="batches")
     metrics = measure(model, loaders, ranks, progress)
     about = {"split": "+".join(splits), "step": chosen.step, "checkpoint": chosen.kind}
-    return None if metrics is None else about | metrics.as_dict()
+    return None if metrics is None else about | metrics.as_json()

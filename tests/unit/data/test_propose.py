@@ -247,6 +247,18 @@ def test_parquet_keeps_numbers_with_nan_and_leaves_out_what_is_no_cell(tmp_path)
     preprocessed(proposal, tmp_path / "log", tmp_path)
 
 
+@pytest.mark.parametrize("label", ["0", "1"])
+def test_a_label_that_is_the_same_in_all_rows_is_told_of_the_preset_and_of_ones_own_log(label, small_log, tmp_path):
+    same = [f"{label}\t{line.partition(chr(9))[2]}" for line in small_log.read_text().splitlines()]
+    (tmp_path / "log.tsv").write_text("\n".join(same) + "\n")
+    names = ["label", *(f"column_{i}" for i in range(1, 40))]
+    (tmp_path / "own.tsv").write_text("\n".join(["\t".join(names), *same]) + "\n")
+    for name in ("log.tsv", "own.tsv"):
+        warnings = propose_schema(tmp_path / name).warnings
+        assert f'every row read has the same label, "{label}": nothing can be learnt from it' in warnings
+    assert not [warning for warning in propose_schema(small_log).warnings if "same label" in warning]
+
+
 def test_a_log_in_criteos_layout_is_told_to_be_the_preset(small_log, tmp_path):
     proposal = propose_schema(small_log)
     assert proposal.preset == "criteo"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from pydantic import ValidationError
 
 from torchdlrm.data.bad_rows import BadRows, describe_bad_rows
@@ -134,14 +135,15 @@ def _of_preset(preset: str, path: Path, sample: Sample) -> Proposal:
     schema = PRESETS[preset]()
     warning = f"this is the layout of the preset `{preset}`, which needs no schema file: "
     warning += f"dlrm preprocess {shlex.quote(str(path))} --schema {preset} --out dataset"
+    warnings = [warning, *_about_constant(sample.frame.to_series(schema.columns.index(schema.label)))]
     raw = schema.model_dump(mode="json", exclude_none=True)
     columns = raw.pop("columns")
     split = raw.pop("split")
     body = [f"{key} = {toml_value(value)}" for key, value in raw.items()]
     body += ["columns = [", *(f"    {{ {_pairs(column)} }}," for column in columns), "]", "", "[split]"]
     body += [f"{key} = {toml_value(value)}" for key, value in split.items()]
-    text = "\n".join([*_title(path, sample, [warning]), *body]) + "\n"
-    return Proposal(text, preset, sample.origin, [warning], {column["name"]: f"preset {preset}" for column in columns})
+    text = "\n".join([*_title(path, sample, warnings), *body]) + "\n"
+    return Proposal(text, preset, sample.origin, warnings, {column["name"]: f"preset {preset}" for column in columns})
 
 
 def _title(path: Path, sample: Sample, warnings: Sequence[str]) -> list[str]:
@@ -192,9 +194,14 @@ def _nulls_of_file(facts: Sequence[Facts], choices: Sequence[Choice]) -> list[st
 def _about_label(label: Label | None, facts: Sequence[Facts]) -> list[str]:
     if label is None:
         return ["no column looks like a label: give one the role label; threshold or positive say what a click is"]
-    if facts[label.place].num_distinct == 1:
-        return [f"every row read has the same label, {toml_value(facts[label.place].cells[0])}"]
-    return []
+    return _about_constant(facts[label.place].cells)
+
+
+def _about_constant(labels: pl.Series) -> list[str]:
+    found = labels.drop_nulls().unique()
+    if len(found) != 1:
+        return []
+    return [f"every row read has the same label, {toml_value(found[0])}: nothing can be learnt from it"]
 
 
 def _about_lines(sample: Sample) -> list[str]:
