@@ -1,6 +1,7 @@
 """`dlrm train` and `dlrm evaluate` as a user runs them."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from conftest import real_log
+from torchdlrm.data.dataset import Dataset
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 
@@ -53,6 +55,38 @@ def test_the_metrics_say_how_far_the_run_was(run):
     keys = {"step", "rows", "split", "loss", "ne", "auc", "learning_rate", "rows_per_s", "time"}
     assert all(line.keys() == keys for line in lines)
     assert train[-1]["ne"] < train[0]["ne"]
+
+
+@pytest.mark.slow
+def test_a_label_that_is_always_the_same_is_told_and_has_no_auc_anywhere(small_log, dlrm, tmp_path):
+    lines = small_log.read_text().splitlines()[:1_000]
+    (tmp_path / "log.tsv").write_text("".join(f"0\t{line.partition(chr(9))[2]}\n" for line in lines))
+
+    def told(*args):
+        done = dlrm(*args, "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "nan" not in (done.stdout + done.stderr).lower()
+        return json.loads(done.stdout), done.stderr
+
+    _, warned = told("preprocess", "log.tsv", "--out", "dataset")
+    found = [line for line in warned.splitlines() if line.startswith("warning: ")]
+    assert len(found) == 1
+    assert "the label 'label' is 0 in all rows of train and val and test: nothing can be learnt" in found[0]
+    summary, shown = told("train", CONFIG, "--dataset", "dataset", "--run", "run", "--train.max-steps", 5)
+    assert (summary["validation"]["auc"], summary["validation"]["ne"], summary["best_auc"]) == (None, None, None)
+    assert "AUC and NE are undefined on the val split: all labels are 0" in shown
+    assert f" val AUC - logloss {summary['validation']['logloss']:.4f} NE - (all labels are 0)\n" in shown
+    result, shown = told("evaluate", "run")
+    assert (result["auc"], result["ne"]) == (None, None)
+    assert result["logloss"] >= 0
+    assert "AUC and NE are undefined: all labels are 0" in shown
+    assert json.loads((tmp_path / "run" / "evaluation" / "test.json").read_text()) == result
+    exported, shown = told("export", "run", "--out", "bundle")
+    assert exported["check"]["checkpoint"]["auc"] is None
+    assert "AUC is undefined: it needs rows of both labels" in shown
+    predicted, shown = told("predict", "bundle", "log.tsv", "--out", "scores.csv")
+    assert predicted["metrics"]["auc"] is None
+    assert "AUC and NE are undefined: all labels are 0" in shown
 
 
 def test_nothing_but_json_on_standard_output_and_no_warnings_on_the_screen(run):
@@ -185,3 +219,53 @@ def test_rows_of_the_terabyte_log_run_through(dlrm, tmp_path):
     result = json.loads(dlrm("evaluate", tmp_path / "run", "--split", "val+test", "--json").stdout)
     assert result["rows"] == 10_000 // 7
     assert result["auc"] > 0.5
+
+
+def test_more_processes_than_cores_are_told_before_the_start_with_the_number_that_fits(small_dataset, dlrm, tmp_path):
+    num_cores = len(os.sched_getaffinity(0))
+
+    def told(num_processes):
+        done = dlrm(
+            *("train", CONFIG, "--dataset", small_dataset.path, "--run", tmp_path / "run", "--dry-run"),
+            *("--nproc-per-node", num_processes),
+        )
+        assert done.returncode == 0, done.stderr
+        return [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+
+    (line,) = told(num_cores + 38)
+    assert f"--nproc-per-node {num_cores + 38}: this machine has {num_cores} cores" in line
+    assert line.endswith(f"{num_cores} or fewer fit")
+    assert told(num_cores) == []
+
+
+def test_a_complete_run_says_what_would_make_it_go_on_and_not_its_plan_again(small_run, small_dataset, dlrm, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    command = ("train", CONFIG, "--dataset", small_dataset.path, "--run", run, "--logging.tensorboard", "false")
+    done = dlrm(*command, "--json")
+    assert done.returncode == 0, done.stderr
+    assert f"{run} is complete: step 67 of 67; raise train.epochs, which is 1, to go on\n" in done.stderr
+    assert "largest tables" not in done.stderr
+    assert "taken up" not in done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["step"], summary["resumed_from_step"], summary["rows_per_s"]) == (67, 67, 0)
+    # Farther than is asked now.
+    done = dlrm(*command, "--train.max-steps", 10)
+    assert done.returncode == 0, done.stderr
+    assert f"{run} is complete: step 67 of 10; raise train.max_steps, which is 10, to go on\n" in done.stderr
+
+
+def test_what_is_named_next_is_a_split_with_rows(small_dataset, capsys):
+    from torchdlrm.cli.train_tables import show_summary
+    from torchdlrm.training.summary import TrainingSummary
+
+    def told(*empty):
+        manifest = small_dataset.manifest
+        nothing = {name: manifest.splits[name].model_copy(update={"rows": 0}) for name in empty}
+        dataset = Dataset(small_dataset.path, manifest.model_copy(update={"splits": manifest.splits | nothing}))
+        show_summary(Path("run"), TrainingSummary(1, 64, 0, 1.0, 64.0, "finished", None, None, None), dataset)
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert told() == "next: dlrm evaluate run --split test"
+    assert told("test") == "next: dlrm evaluate run --split val"
+    assert told("test", "val") == "next: dlrm evaluate run --split train"

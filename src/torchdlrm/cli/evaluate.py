@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.cli.terminal import announce, console, print_json, progress_bars, say_undefined, shown_metric, warn
 from torchdlrm.progress import SILENT
 
 
@@ -42,6 +42,8 @@ def evaluate(
     json
         Print one JSON object on standard output.
     """
+    announce(f"evaluate {run} on {split}")
+
     from torchdlrm.training.checkpoint import ChosenCheckpoint
     from torchdlrm.training.launch import Processes, launch
     from torchdlrm.training.run import Run
@@ -49,20 +51,22 @@ def evaluate(
     trained = Run.open(run)
     trained.open_dataset(dataset)
     splits = split.split("+")
-    result: dict[str, Any] = launch(
-        work, run, dataset, splits, checkpoint, batch_size_global, processes=Processes(nproc_per_node)
-    )
+    processes = Processes(nproc_per_node)
+    if processes.crowding:
+        warn(processes.crowding)
+    result: dict[str, Any] = launch(work, run, dataset, splits, checkpoint, batch_size_global, processes=processes)
     try:
         trained.write_evaluation(result["split"], result)
     except OSError as error:  # a run may lie where it can only be read
-        console.print(f"warning: not kept in {run / 'evaluation'}: {error.strerror}", markup=False, soft_wrap=True)
+        warn(f"not kept in {run / 'evaluation'}: {error.strerror}")
     chosen = ChosenCheckpoint(result["step"], result["checkpoint"])
     table = Table(title=f"{run} at {chosen}: split {result['split']}", title_justify="left")
     values = {name: value for name, value in result.items() if name not in {"split", "step", "checkpoint"}}
     for name in values:
         table.add_column(name, justify="right")
-    table.add_row(*(f"{v:,}" if isinstance(v, int) else f"{v:.5f}" for v in values.values()))
+    table.add_row(*(f"{v:,}" if isinstance(v, int) else shown_metric(v) for v in values.values()))
     console.print(table)
+    say_undefined(result)
     if json:
         print_json(result)
 

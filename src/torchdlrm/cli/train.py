@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from torchdlrm.cli.overrides import Overrides, split_config
-from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.cli.terminal import announce, console, print_json, progress_bars, warn
 from torchdlrm.config import Config, load_config, shipped_config_names
 from torchdlrm.errors import ConfigError
 from torchdlrm.progress import SILENT
@@ -83,6 +83,8 @@ def train(
     if nnodes > 1 and not rdzv_endpoint:
         raise ConfigError("--rdzv-endpoint: needed with --nnodes, HOST:PORT of one of the machines, the same on each")
 
+    announce(f"train {path} on {dataset}, run {run}")
+
     from torchdlrm.cli.train_tables import show_profile, show_prospect, show_summary
     from torchdlrm.data.dataset import Dataset
     from torchdlrm.training.launch import Processes, launch, refusing_everywhere
@@ -98,7 +100,9 @@ def train(
         prospect = foresee(
             settings, encoded, run, world_size=processes.world_size, local_world_size=nproc_per_node, restart=restart
         )
-    show_prospect(prospect)
+    if processes.crowding:
+        warn(processes.crowding)
+    show_prospect(prospect, run, dry_run=dry_run)
     if dry_run:
         if json:
             print_json({"run": str(run), "dry_run": True, **prospect.as_dict()})
@@ -106,7 +110,7 @@ def train(
     summary: TrainingSummary | None = launch(work, settings, dataset, run, restart, processes=processes)
     if summary is None:  # another machine has rank 0
         return
-    show_summary(run, summary)
+    show_summary(run, summary, encoded)
     if settings.logging.profile_steps:
         show_profile(Run(run, settings).profile)
     if json:

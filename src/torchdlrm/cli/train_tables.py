@@ -5,7 +5,8 @@ from pathlib import Path
 from rich.table import Table
 
 from torchdlrm.cli.plan_tables import print_table
-from torchdlrm.cli.terminal import console
+from torchdlrm.cli.terminal import console, say_undefined, shown_metric
+from torchdlrm.data.dataset import Dataset
 from torchdlrm.sharding import report
 from torchdlrm.training.prospect import Prospect
 from torchdlrm.training.step_profile import read_profiles
@@ -14,8 +15,11 @@ from torchdlrm.training.summary import TrainingSummary
 MAX_TABLES = 6
 
 
-def show_prospect(prospect: Prospect) -> None:
-    """Where the tables go, what each rank holds, how many steps."""
+def show_prospect(prospect: Prospect, run: Path, *, dry_run: bool) -> None:
+    """Where the tables go, what each rank holds, how many steps; of a run that is complete, that it is."""
+    if prospect.is_complete and not dry_run:
+        console.print(f"{run} is complete: {prospect.completion}", markup=False, soft_wrap=True)
+        return
     console.print(report.headline(prospect.solution), markup=False, soft_wrap=True)
     # As many columns as a narrow terminal has room for; dlrm plan shows them all.
     print_table("ranks", *report.pick(report.MEMORY_COLUMNS, *report.rank_rows(prospect.solution, limit=16)))
@@ -28,10 +32,11 @@ def show_prospect(prospect: Prospect) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def show_summary(run: Path, summary: TrainingSummary) -> None:
+def show_summary(run: Path, summary: TrainingSummary, dataset: Dataset) -> None:
     """What was trained."""
     table = Table(title=f"trained {run}", title_justify="left", show_header=False)
-    resumed = f" (taken up after {summary.resumed_from_step:,})" if summary.resumed_from_step else ""
+    went_on = 0 < summary.resumed_from_step < summary.step
+    resumed = f" (taken up after {summary.resumed_from_step:,})" if went_on else ""
     table.add_row("steps", f"{summary.step:,}{resumed}")
     table.add_row("rows", f"{summary.rows:,}")
     if summary.rows_per_s:
@@ -42,10 +47,13 @@ def show_summary(run: Path, summary: TrainingSummary) -> None:
         table.add_row("best val auc", f"{summary.best_auc:.4f}, step {summary.best_step:,}")
     if summary.validation is not None:
         for name in ("auc", "logloss", "ne", "calibration"):
-            table.add_row(f"last val {name}", f"{summary.validation[name]:.4f}")
+            table.add_row(f"last val {name}", shown_metric(summary.validation[name], digits=4))
     console.print(table)
+    if summary.validation is not None:
+        say_undefined(summary.validation, " on the val split")
     taken = "" if summary.best_step is None else f" (takes step {summary.best_step:,}, the best of the val split)"
-    console.print(f"next: dlrm evaluate {run} --split test{taken}", markup=False, soft_wrap=True)
+    split = next(name for name in ("test", "val", "train") if dataset.splits[name].rows)
+    console.print(f"next: dlrm evaluate {run} --split {split}{taken}", markup=False, soft_wrap=True)
 
 
 def show_profile(folder: Path) -> None:

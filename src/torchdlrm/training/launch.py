@@ -15,6 +15,7 @@ from multiprocessing import parent_process, resource_tracker
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -55,6 +56,17 @@ class Processes:
     def world_size(self) -> int:
         """All processes together."""
         return self.nproc_per_node * self.nnodes
+
+    @property
+    def crowding(self) -> str:
+        """What to expect where this machine has fewer cores than processes; empty where it has enough, or GPUs."""
+        num_cores = len(os.sched_getaffinity(0))
+        if self.nproc_per_node <= max(num_cores, torch.cuda.device_count()):
+            return ""
+        return (
+            f"--nproc-per-node {self.nproc_per_node}: this machine has {num_cores} cores, and at every step all "
+            f"processes wait for the last one; expect many times what {num_cores} need: {num_cores} or fewer fit"
+        )
 
 
 def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) -> Any:

@@ -40,6 +40,19 @@ class Prospect:
     validation_rows: int
     from_step: int
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.from_step >= self.agenda.num_steps
+
+    @property
+    def completion(self) -> str:
+        """How far a complete run is, and what would make it go on."""
+        train = self.config.train
+        wanted = self.agenda.steps_per_epoch * train.epochs
+        key, value = ("max_steps", train.max_steps) if self.agenda.num_steps < wanted else ("epochs", train.epochs)
+        return f"step {self.from_step:,} of {self.agenda.num_steps:,}; raise train.{key}, which is {value}, to go on"
+
     def lines(self) -> list[str]:
         """Rows, steps and rates in words."""
         config, agenda = self.config, self.agenda
