@@ -1,6 +1,20 @@
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 
 import pytest
+
+from torchdlrm import __version__
+
+# The real command on fewer rows, so that it can be interrupted often.
+SMALL = (
+    "import torchdlrm.cli.quickstart as verb; verb.NUM_ROWS = 35_000; from torchdlrm.cli.main import main; "
+    "__name__ == '__main__' and main()"
+)
+COMMAND = [sys.executable, "-c", SMALL, "quickstart", "--out", "q", "--json"]
 
 
 @pytest.mark.slow
@@ -21,4 +35,51 @@ def test_quickstart_refuses_a_folder_that_holds_something(dlrm, tmp_path):
     (tmp_path / "quickstart" / "mine.txt").write_text("x")
     done = dlrm("quickstart", cwd=tmp_path)
     assert done.returncode == 2
-    assert "--out: quickstart is not an empty folder; remove it" in done.stderr
+    assert "--out: quickstart is not an empty folder, nor that of an interrupted quickstart; remove it" in done.stderr
+
+
+@pytest.mark.parametrize("mark", ['{"torchdlrm": "0.0.1", "rows": 1000000}', "x"])
+def test_quickstart_refuses_a_quickstart_with_other_settings(dlrm, tmp_path, mark):
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "quickstart.json").write_text(mark)
+    done = dlrm("quickstart", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--out: quickstart holds a quickstart with other settings (quickstart.json: " in done.stderr
+    assert [path.name for path in (tmp_path / "quickstart").iterdir()] == ["quickstart.json"], "nothing was begun"
+
+
+def interrupted_when(said, folder):
+    """Start the quickstart, press Ctrl-C (which all its processes get) when it says this; what it said in all."""
+    process = subprocess.Popen(
+        COMMAND, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    told = ""
+    for line in process.stderr:
+        told += line
+        if re.search(said, line):
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    output, rest = process.communicate(timeout=120)
+    assert process.returncode == 1, told + rest
+    assert not output
+    assert "Traceback" not in told + rest
+    return told + rest
+
+
+@pytest.mark.slow
+def test_quickstart_interrupted_at_every_stage_goes_on_with_the_same_command(tmp_path):
+    stopped = "stopped; the same command goes on from there: dlrm quickstart --out q"
+    for stage in ("write rows: begins", "count: begins"):
+        assert stopped in interrupted_when(stage, tmp_path)
+    assert json.loads((tmp_path / "q" / "quickstart.json").read_text()) == {"torchdlrm": __version__, "rows": 35_000}
+    told = interrupted_when("train: begins", tmp_path)
+    assert re.search(r"interrupted after step \d+ of 59; saved: the same command goes on from there", told), told
+    told = interrupted_when("4/5 evaluate", tmp_path)
+    assert "1/5 synthesize: q/log.tsv is there already" in told
+    assert re.search(r"train: (goes on after [1-9]|done, 0 rows)", told), told
+    assert stopped in told
+    done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == 5_000
+    assert "on 5,000 held-out rows" in done.stderr

@@ -1,5 +1,6 @@
 """`dlrm quickstart`: everything on a synthetic log whose attainable AUC is known."""
 
+import shlex
 import time
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -9,9 +10,10 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.cli.quickstart_folder import claim
+from torchdlrm.cli.terminal import console, print_json, progress_bars, warn
 from torchdlrm.config import load_config
-from torchdlrm.errors import ConfigError
+from torchdlrm.errors import Interrupted
 
 NUM_ROWS = 1_000_000
 
@@ -24,40 +26,59 @@ def quickstart(
 ) -> None:
     """Make a synthetic click log, preprocess it, train a DLRM on it, and compare with what is attainable.
 
+    Interrupted at whatever moment, it goes on when the same command is given again.
+
     Parameters
     ----------
     out
-        Folder for the log, the dataset and the run; must be new or empty.
+        Folder for the log, the dataset and the run; new, empty, or that of an interrupted quickstart.
     nproc_per_node
         Processes that train together.
     json
         Print one JSON object on standard output.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        msg = f"--out: {out} is not an empty folder; remove it, or give another: dlrm quickstart --out FOLDER"
-        raise ConfigError(msg)
+    claim(out, NUM_ROWS)
+    try:
+        _run(out, nproc_per_node, json=json)
+    except KeyboardInterrupt as interrupt:
+        msg = f"stopped; the same command goes on from there: dlrm quickstart --out {shlex.quote(str(out))}"
+        raise Interrupted(msg) from interrupt
+
+
+def _run(out: Path, nproc_per_node: int, *, json: bool) -> None:
     started_s = time.monotonic()
 
     from torchdlrm.cli import evaluate, train
-    from torchdlrm.data.preprocess import PreprocessOptions, preprocess
-    from torchdlrm.data.synthetic import synthesize
+    from torchdlrm.data.dataset import Dataset
+    from torchdlrm.data.preprocess import PreprocessOptions, preprocess, work_folder
+    from torchdlrm.data.synthetic import read_truth, synthesize
     from torchdlrm.evaluation.logistic_regression import fit_logistic_regression
     from torchdlrm.schema import criteo_schema
     from torchdlrm.training.launch import Processes, launch
     from torchdlrm.training.run import Run
 
-    log, run = out / "log.tsv", out / "run"
-    out.mkdir(parents=True, exist_ok=True)
-    with progress_bars(f"1/5 synthesize: a click log of {NUM_ROWS:,} rows whose truth is known") as progress:
-        truth = synthesize(log, rows=NUM_ROWS, progress=progress)
-    with progress_bars("2/5 preprocess: values become ids, the last seventh of the rows is held out") as progress:
-        dataset = preprocess([log], out / "dataset", criteo_schema(), PreprocessOptions(), progress=progress)
+    log, run, encoded = out / "log.tsv", out / "run", out / "dataset"
+    if log.exists():
+        console.print(f"1/5 synthesize: {log} is there already", markup=False, soft_wrap=True)
+        truth = read_truth(log)
+    else:
+        with progress_bars(f"1/5 synthesize: a click log of {NUM_ROWS:,} rows whose truth is known") as progress:
+            truth = synthesize(log, rows=NUM_ROWS, progress=progress)
+    if encoded.exists() and not work_folder(encoded).exists():
+        console.print(f"2/5 preprocess: {encoded} is there already", markup=False, soft_wrap=True)
+        dataset = Dataset.open(encoded)
+    else:
+        with progress_bars("2/5 preprocess: values become ids, the last seventh of the rows is held out") as progress:
+            dataset = preprocess([log], encoded, criteo_schema(), PreprocessOptions(), progress=progress)
     with as_file(files("torchdlrm") / "configs" / "quickstart.toml") as path:
         settings = load_config(path)
     console.print(
         f"3/5 train: a DLRM of {sum(dataset.num_embeddings.values()):,} embeddings on {nproc_per_node} process(es)"
     )
-    summary = launch(train.work, settings, dataset.path, run, processes=Processes(nproc_per_node))
+    processes = Processes(nproc_per_node)
+    if processes.crowding:
+        warn(processes.crowding)
+    summary = launch(train.work, settings, dataset.path, run, processes=processes)
     console.print("4/5 evaluate: every held-out row once")
     result = launch(evaluate.work, run, None, ["val", "test"], "best", 8192, processes=Processes())
     Run.open(run).write_evaluation(result["split"], result)
@@ -76,8 +97,10 @@ def quickstart(
         table.add_row(name, f"{auc:.4f}", f"{logloss:.4f}", f"{(auc - 0.5) / (attainable.auc - 0.5):.1%}")
     console.print(table)
     seconds = time.monotonic() - started_s
+    # A training that was over already has read nothing now.
+    speed = f"; the training read {summary.rows_per_s:,.0f} rows/s" if summary.rows_per_s else ""
     console.print(
-        f"done in {seconds:.0f} s; the training read {summary.rows_per_s:,.0f} rows/s. Next:\n"
+        f"done in {seconds:.0f} s{speed}. Next:\n"
         f"  dlrm inspect {out}/dataset              what the log became\n"
         f"  tensorboard --logdir {run}/tensorboard  how the training went\n"
         f"  dlrm preprocess YOUR_LOG.tsv --out dataset && "
@@ -87,4 +110,4 @@ def quickstart(
     )
     if json:
         figures = {"auc": result["auc"], "attainable_auc": attainable.auc, "logistic_regression_auc": baseline.auc}
-        print_json({**figures, "rows": result["rows"], "rows_per_s": summary.rows_per_s, "seconds": seconds})
+        print_json({**figures, "rows": result["rows"], "rows_per_s": summary.rows_per_s or None, "seconds": seconds})

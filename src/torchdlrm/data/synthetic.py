@@ -24,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +96,22 @@ class SyntheticTruth:
 def truth_path(log: Path) -> Path:
     """Where the truth about a log stands."""
     return log.with_name(log.name + ".truth.json")
+
+
+def read_truth(log: Path) -> SyntheticTruth:
+    """The truth about a log that is whole, as `synthesize` gave it.
+
+    Raises:
+        LogError: there is none, or it is not what `synthesize` writes.
+    """
+    path = truth_path(log)
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        splits = {name: Attainable(**_with_nan(split)) for name, split in fields.pop("splits").items()}
+        return SyntheticTruth(**_with_nan(fields), splits=splits)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        msg = f"{path}: not what dlrm synthesize writes beside a log ({error}); remove the log and synthesize it again"
+        raise LogError(msg) from error
 
 
 def synthesize(
@@ -272,3 +288,8 @@ def _writing(path: Path) -> Iterator[IO[bytes]]:
 def _without_nan(fields: dict[str, object]) -> dict[str, object]:
     """JSON has no NaN."""
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in fields.items()}
+
+
+def _with_nan(fields: dict[str, Any]) -> dict[str, Any]:
+    """The other way round."""
+    return {k: math.nan if v is None else v for k, v in fields.items()}
