@@ -1,6 +1,5 @@
 """How `dlrm inspect` shows a run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +58,10 @@ def summary(folder: Path) -> dict[str, Any]:
             "best_auc": position.best_auc if position is not None else None,
             "damage": damage,
         }
-    evaluations = sorted((folder / "evaluation").glob("*.json"))
     return {
         "path": str(folder),
         "environment": run.environment,
         "last_metrics": {line["split"]: line for line in read_metrics(folder / METRICS_NAME)},
         "checkpoints": checkpoints,
-        "evaluations": {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in evaluations},
+        "evaluations": run.evaluations(),
     }

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from torchdlrm.config import Config, knobs
-from torchdlrm.errors import TorchDLRMError
+from torchdlrm.errors import RunError, TorchDLRMError
 from torchdlrm.evaluation.curves import Curve, curve_chart
+from torchdlrm.sharding.layout import read_plan
 from torchdlrm.sharding.page import figures_table, whole_page
 from torchdlrm.training.run import METRICS_NAME, PLAN_NAME, Run
 from torchdlrm.units import show_bytes
@@ -28,7 +29,11 @@ td{overflow-wrap:anywhere;white-space:normal}
 
 
 def report_page(run: Run) -> str:
-    """The page of a run; parts that the run does not have yet are left out or say so."""
+    """The page of a run; parts that the run does not have yet are left out or say so.
+
+    Raises:
+        RunError: a part is damaged.
+    """
     lines = read_metrics(run.path / METRICS_NAME)
     name = escape(run.path.resolve().name)
     body = [_STYLE, f"<h1>Run {name}</h1>", *_cards(lines), *_curves(lines), *_evaluations(run), *_config(run.config)]
@@ -37,15 +42,17 @@ def report_page(run: Run) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in their order; a last line that is just being written is left out."""
+    """The lines of metrics.jsonl in their order; what is damaged or just being written is left out."""
     if not path.is_file():
         return []
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().splitlines():
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(line, dict) and line.get("split") in ("train", "val") and _is_number(line, "rows", "step"):
+            lines.append(line)
     return lines
 
 
@@ -53,16 +60,16 @@ def _cards(lines: Sequence[Line]) -> list[str]:
     if not lines:
         return ["<p>Nothing has been logged yet.</p>"]
     training = [line for line in lines if line["split"] == "train"]
-    judged = [line for line in lines if line["split"] == "val" and line.get("auc") is not None]
+    judged = [line for line in lines if line["split"] == "val" and _is_number(line, "auc")]
     cards = [("steps", f"{lines[-1]['step']:,}"), ("rows", f"{lines[-1]['rows']:,}")]
-    speeds = sorted(line["rows_per_s"] for line in training if line.get("rows_per_s"))
+    speeds = sorted(line["rows_per_s"] for line in training if _is_number(line, "rows_per_s"))
     if speeds:
         cards.append(("rows/s, median", f"{speeds[len(speeds) // 2]:,.0f}"))
     if judged:
         best = max(judged, key=lambda line: line["auc"])
         cards.append(("val AUC, last", f"{judged[-1]['auc']:.4f}"))
         cards.append((f"val AUC, best (step {best['step']:,})", f"{best['auc']:.4f}"))
-        if judged[-1].get("ne") is not None:
+        if _is_number(judged[-1], "ne"):
             cards.append(("val normalised entropy, last", f"{judged[-1]['ne']:.4f}"))
     shown = (f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for name, value in cards)
     return ['<div class="cards">', *shown, "</div>"]
@@ -93,14 +100,12 @@ def _without_remainders(lines: Sequence[Line]) -> list[Line]:
     return [line for line in lines if line["split"] != "train" or spans[line["rows"]] >= typical / 2]
 
 
-def _is_number(line: Line, key: str) -> bool:
-    return isinstance(line.get(key), int | float)
+def _is_number(line: Line, *keys: str) -> bool:
+    return all(isinstance(line.get(key), int | float) for key in keys)
 
 
 def _evaluations(run: Run) -> list[str]:
-    results = [
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted((run.path / "evaluation").glob("*.json"))
-    ]
+    results = run.evaluations()
     if not results:
         return ["<h2>Evaluation</h2>", "<p>None yet: <code>dlrm evaluate</code> judges every row of a split.</p>"]
     head = ["split", "step", "chosen as", *_FIGURES]
@@ -111,7 +116,7 @@ def _evaluations(run: Run) -> list[str]:
             str(result.get("checkpoint", "")),
             *(_shown(result.get(name)) for name in _FIGURES),
         ]
-        for result in results
+        for result in results.values()
     ]
     return ["<h2>Evaluation</h2>", figures_table(head, rows)]
 
@@ -168,7 +173,14 @@ def _plan(run: Run) -> list[str]:
     path = run.path / PLAN_NAME
     if not path.is_file():
         return []
-    plan = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return _plan_table(read_plan(path))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        msg = f"{path}: damaged; remove it: dlrm train writes it anew, and the report can do without it"
+        raise RunError(msg) from error
+
+
+def _plan_table(plan: Mapping[str, Any]) -> list[str]:
     tables = sorted(plan["tables"].items(), key=lambda item: -item[1]["weight_bytes"])
     rows = [
         [

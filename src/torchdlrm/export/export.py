@@ -239,7 +239,12 @@ def _source(run: Run, chosen: ChosenCheckpoint) -> SourceRecord:
         step=chosen.step,
         checkpoint=chosen.kind,
         dataset_sha256=environment["dataset"]["manifest_sha256"],
-        versions={name: environment[name] for name in ("torchdlrm", "torch", "torchrec", "fbgemm_gpu")},
+        versions={
+            "torchdlrm": environment["torchdlrm"],
+            "torch": environment["torch"],
+            "torchrec": environment["torchrec"],
+            "fbgemm_gpu": environment["fbgemm_gpu"],
+        },
     )
 
 

@@ -21,7 +21,8 @@ from torch import distributed as dist
 from torchdlrm.config import Config, setting_values
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, LostProcessError, UserError
-from torchdlrm.training.run import shown, versions
+from torchdlrm.training.environment import versions
+from torchdlrm.training.run import shown
 
 # Machines import torch at different speeds, which a short `train.timeout_s` must not call a lost process.
 _LEAST_WAIT_S = 60.0

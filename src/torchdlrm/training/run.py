@@ -6,31 +6,25 @@ run/
 """
 
 import fcntl
-import hashlib
 import json
-import logging
-import os
-import platform
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
-import torch
+from pydantic import TypeAdapter, ValidationError
 
-from torchdlrm import __version__
 from torchdlrm.config import Config, config_toml, load_config, setting_values
 from torchdlrm.data.atomic import replacing, sync
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import RunError
+from torchdlrm.training.environment import Environment, environment_now, manifest_sha256, read_environment
 
 CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME = "config.toml", "plan.json", "environment.json", "metrics.jsonl"
 LOCK_NAME, TRACKERS_NAME = ".lock", "trackers.json"
 # With another value of these, the saved weights, optimizer state or position mean something else.
 KEYS_THAT_CANNOT_CHANGE = ("seed", "model.", "train.batch_size_global", "table_optimizer.name", "dense_optimizer.name")
-logger = logging.getLogger("torchdlrm")
 
 
 @dataclass(frozen=True)
@@ -88,8 +82,9 @@ class Run:
             if restart:
                 run._clear()
             run.check(dataset)
-            if not run.exists:
-                environment = _environment(dataset, world_size)
+            environment = run.environment if run.exists else environment_now(dataset, world_size)
+            if not run.exists or environment["dataset"]["path"] != str(dataset.path.resolve()):  # it may have moved
+                environment["dataset"]["path"] = str(dataset.path.resolve())
                 write_whole(path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
             write_whole(path / CONFIG_NAME, config_toml(config))
         except OSError as error:
@@ -129,10 +124,13 @@ class Run:
         return self.path / "profile"
 
     @property
-    def environment(self) -> dict[str, Any]:
-        """Versions, machine and dataset that the run started with."""
-        environment: dict[str, Any] = json.loads((self.path / ENVIRONMENT_NAME).read_text(encoding="utf-8"))
-        return environment
+    def environment(self) -> Environment:
+        """Versions, machine and dataset that the run started with.
+
+        Raises:
+            RunError: the file that says it is damaged or missing.
+        """
+        return read_environment(self.path / ENVIRONMENT_NAME)
 
     def check(self, dataset: Dataset) -> list[Change]:
         """See whether the run can be started, or taken up where it is.
@@ -144,9 +142,7 @@ class Run:
             RunError: it cannot; lists every difference.
         """
         if not self.exists:
-            if self.path.exists() and (
-                not self.path.is_dir() or {entry.name for entry in self.path.iterdir()} - {LOCK_NAME}
-            ):
+            if self.path.exists() and not (self.path.is_dir() and all(map(_is_of_a_start, self.path.iterdir()))):
                 msg = f"--run: {self.path} is not empty and holds no run; give another folder"
                 raise RunError(msg)
             return []
@@ -187,6 +183,21 @@ class Run:
         write_whole(path, json.dumps(result, indent=1) + "\n")
         return path
 
+    def evaluations(self) -> dict[str, dict[str, Any]]:
+        """What `write_evaluation` has written, by name.
+
+        Raises:
+            RunError: a file is damaged.
+        """
+        results = {}
+        for path in sorted((self.path / "evaluation").glob("*.json")):
+            try:
+                results[path.stem] = TypeAdapter(dict[str, Any]).validate_json(path.read_bytes())
+            except (OSError, ValidationError) as error:
+                msg = f"{path}: damaged; remove it, and let dlrm evaluate write it again"
+                raise RunError(msg) from error
+        return results
+
     def close(self) -> None:
         """Let others train in the folder; the end of the process does it too."""
         if self._lock is not None:
@@ -226,6 +237,12 @@ class Run:
             (self.path / name).unlink(missing_ok=True)
 
 
+def _is_of_a_start(path: Path) -> bool:
+    """Whether a first start leaves this that was killed, or found the disk full, before it had written the config."""
+    temporary = tuple(f".{name}." for name in (ENVIRONMENT_NAME, CONFIG_NAME))
+    return path.name in {LOCK_NAME, ENVIRONMENT_NAME} or path.name.startswith(temporary)
+
+
 def shown(value: object) -> object:
     """A setting's value for people."""
     return "not set" if value is None else list(value) if isinstance(value, tuple) else value
@@ -236,36 +253,3 @@ def write_whole(path: Path, text: str) -> None:
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
         sync(beside)
-
-
-def versions() -> dict[str, str]:
-    """Of what computes."""
-    import fbgemm_gpu  # noqa: PLC0415 - only its version
-    import torchrec  # noqa: PLC0415 - only its version
-
-    return {
-        "torchdlrm": __version__,
-        "torch": torch.__version__,
-        "torchrec": torchrec.__version__,
-        "fbgemm_gpu": fbgemm_gpu.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _environment(dataset: Dataset, world_size: int) -> dict[str, Any]:
-    processor = ""
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-        processor = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
-    return {
-        **versions(),
-        "processor": processor,
-        "num_cores": len(os.sched_getaffinity(0)),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "world_size": world_size,
-        "dataset": {"path": str(dataset.path.resolve()), "manifest_sha256": manifest_sha256(dataset)},
-    }
-
-
-def manifest_sha256(dataset: Dataset) -> str:
-    """What tells one dataset from another: its manifest holds the checksums of its files."""
-    return hashlib.sha256((dataset.path / "dataset.json").read_bytes()).hexdigest()
