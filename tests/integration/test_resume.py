@@ -418,6 +418,22 @@ def test_a_full_disk_during_a_checkpoint_keeps_the_ones_before_and_the_run_going
     assert_same_bytes(small_disk, uninterrupted[1], tmp_path)
 
 
+def test_whoever_is_interrupted_on_a_full_disk_is_not_told_that_it_was_saved(small_disk, small_dataset):
+    subprocess.run(["mount", "-o", "remount,size=200k", small_disk], check=True)
+    process = Process(
+        *("--dataset", small_dataset.path, "--run", small_disk / "run", *OPTIONS, "--train.epochs", 50),
+        *("--checkpoint.every-steps", 0, "--logging.tensorboard", "true"),
+    )
+    wait_until(lambda: len(logged_steps(small_disk / "run")) >= 2, process)
+    process.process.send_signal(signal.SIGTERM)
+    code, output = process.wait()
+    assert code == 1, output
+    assert "but it could not be saved (see above)" in output
+    assert "saved: the same command" not in output
+    assert "Traceback" not in output
+    assert checkpoints(small_disk / "run") == []
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(small_dataset, dlrm, tmp_path):
     done = dlrm(
         *("train", CONFIG, "--dataset", small_dataset.path, "--run", tmp_path / "run", *OPTIONS),

@@ -209,7 +209,8 @@ def test_tensorboard_can_be_left_out(tmp_path):
 
 
 def test_events_that_cannot_be_written_are_told_once_and_the_training_goes_on(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's thread tells it there too
+    tracebacks = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)  # where TensorBoard's thread would tell it too
     before = set(threading.enumerate())
     (tracker,) = open_trackers(tmp_path, load_config(None), from_step=0)
     threads = set(threading.enumerate()) - before
@@ -222,6 +223,8 @@ def test_events_that_cannot_be_written_are_told_once_and_the_training_goes_on(tm
     assert [record.message.partition(":")[0] for record in caplog.records if record.name == "torchdlrm"] == [
         "TensorBoard's last events could not be written, and no more will be"
     ]
+    assert tracebacks == []
+    assert threading.excepthook == tracebacks.append
 
 
 @needs("mlflow")

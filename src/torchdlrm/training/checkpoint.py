@@ -67,11 +67,15 @@ class Position:
 
 @dataclass(frozen=True)
 class _Record:
-    """What `checkpoint.json` holds."""
+    """What `checkpoint.json` holds: `sha256` of the other files, and under its own name that of the position."""
 
     format_version: int
     position: Position
     sha256: dict[str, str]
+
+    @property
+    def sha256_of_position(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self.position), sort_keys=True).encode()).hexdigest()
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -80,8 +84,9 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[int]:
-    """The steps of all whole checkpoints in a run's checkpoints/, in rising order."""
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob(f"step-*/{RECORD_NAME}"))
+    """The steps of all checkpoints in a run's checkpoints/, damaged ones too, in rising order; not of copies beside."""
+    folders = (path for path in folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir())
+    return sorted(step for path in folders if path == checkpoint_path(folder, step := int(path.name[5:])))
 
 
 def read_position(folder: Path, step: int) -> Position:
@@ -174,7 +179,7 @@ class Checkpointer:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torchdlrm-checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, position: Position, *, wait: bool) -> None:
+    def save(self, position: Position, *, wait: bool) -> bool:
         """Copy the state now and write it in the background; waits first for a save that is still going on.
 
         Memory: a copy of this rank's tables and optimizer state until it is written; with `wait`, none.
@@ -182,13 +187,16 @@ class Checkpointer:
         Args:
             position: goes into the checkpoint.
             wait: write it here and return when the checkpoint is whole (or has failed, which is logged).
+
+        Returns:
+            False where it has failed, the same on every rank; True where it is whole or still being written.
         """
         self.join()
         state = self._state()
         if wait:
-            self._write(_with_tensors(state, _as_whole_storage), position)
-        else:
-            self._pending = self._writer.submit(self._write_copy, [_with_tensors(state, _copied)], position)
+            return self._write(_with_tensors(state, _as_whole_storage), position)
+        self._pending = self._writer.submit(self._write_copy, [_with_tensors(state, _copied)], position)
+        return True
 
     def join(self) -> None:
         """Wait until no save is going on."""
@@ -253,7 +261,7 @@ class Checkpointer:
         self._write(holder.pop(), position)
         give_back_freed_memory()
 
-    def _write(self, state: dict[str, Any], position: Position) -> None:
+    def _write(self, state: dict[str, Any], position: Position) -> bool:
         """Write, hash, rename; a failure leaves the checkpoints that are there and is logged."""
         final = checkpoint_path(self._folder, position.step)
         partial = final.with_name(f".{final.name}.partial")
@@ -265,6 +273,8 @@ class Checkpointer:
             digests = self._together(lambda: _digests(partial, self._ranks.rank))
             self._together(lambda: self._finish(partial, final, digests, position) if self._ranks.is_first else None)
         except (OSError, CheckpointException, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and self._ranks.are_fewer(error):
+                raise
             if self._ranks.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
                 logger.warning(
@@ -272,22 +282,23 @@ class Checkpointer:
                     position.step,
                     _reason(error),
                 )
+            return False
+        return True
 
     def _finish(self, partial: Path, final: Path, digests: list[dict[str, str]], position: Position) -> None:
         files = {name: digest for part in digests for name, digest in part.items()}
         record = _Record(FORMAT_VERSION, position, dict(sorted(files.items())))
+        record.sha256[RECORD_NAME] = record.sha256_of_position
         (partial / RECORD_NAME).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
         sync(partial / RECORD_NAME)
         sync(partial)
         if final.exists():  # damaged, or saved by a run that was longer and has been resumed from before it
-            shutil.rmtree(final)
+            _remove(final)
         partial.rename(final)
         sync(final.parent)  # before older ones are removed
         keep = {*list_checkpoints(self._folder)[-self._keep_last :], position.step, position.best_step}
         for step in set(list_checkpoints(self._folder)) - keep:
-            # Renamed first, so that one that is half removed is never taken for a checkpoint.
-            doomed = checkpoint_path(self._folder, step)
-            shutil.rmtree(doomed.rename(doomed.with_name(f".{doomed.name}.old")))
+            _remove(checkpoint_path(self._folder, step))
 
     def _together(self, task: Any) -> list[Any]:
         """Run a task on every rank and return all results; raises on every rank when it fails on one."""
@@ -314,7 +325,7 @@ def find_damage(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None; reads them all."""
     try:
         for name, expected in _read_record(path).sha256.items():
-            if _sha256(regular_file(path, name)) != expected:
+            if name != RECORD_NAME and _sha256(regular_file(path, name)) != expected:
                 return f"{path / name}: damaged, its sha256 is not that in {RECORD_NAME}"
         read_metadata(path)
     except RunError as error:
@@ -335,10 +346,14 @@ def _read_record(path: Path) -> _Record:
         msg = f"{path}: format version {version}, this torchdlrm reads {FORMAT_VERSION}"
         raise RunError(msg)
     try:
-        return TypeAdapter(_Record).validate_python(content)
+        record = TypeAdapter(_Record).validate_python(content)
     except ValidationError as error:
         msg = "\n".join([f"{path / RECORD_NAME}: damaged:", *problems(error)])
         raise RunError(msg) from error
+    if record.sha256.get(RECORD_NAME, record.sha256_of_position) != record.sha256_of_position:  # early ones have none
+        msg = f"{path / RECORD_NAME}: damaged, the sha256 of its position is not that which it holds"
+        raise RunError(msg)
+    return record
 
 
 def _with_tensors(state: Any, task: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -365,6 +380,11 @@ def _as_whole_storage(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype in _NUMPY_HAS:
         return torch.from_numpy(tensor.numpy())
     return tensor
+
+
+def _remove(checkpoint: Path) -> None:
+    """Renamed first, so that one that is half removed is never taken for a checkpoint."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")))
 
 
 def _make_empty(folder: Path) -> None:

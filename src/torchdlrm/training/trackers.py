@@ -7,6 +7,7 @@ that a run that is taken up again goes on in the same place.
 
 import json
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,8 @@ class _TensorBoard:
     def __init__(self, run_path: Path, config: Config, from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - half a second, and optional
 
+        # Before its thread, which may find the disk full at once.
+        self._excepthook, threading.excepthook = threading.excepthook, self._thread_ended
         self._writer = SummaryWriter(run_path / "tensorboard", purge_step=from_step + 1)
         self._writer.add_text("config", f"```toml\n{config_toml(config)}```", from_step)
         self._is_broken = False
@@ -97,6 +100,12 @@ class _TensorBoard:
 
     def close(self, outcome: Outcome) -> None:  # noqa: ARG002 - an event file has no such thing
         self._try(self._writer.close)
+        threading.excepthook = self._excepthook
+
+    def _thread_ended(self, args: threading.ExceptHookArgs) -> None:
+        """Python prints the traceback of a thread; that of the writer's says nothing that `_try` does not say."""
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
+            self._excepthook(args)
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

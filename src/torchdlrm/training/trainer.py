@@ -40,6 +40,10 @@ from torchdlrm.training.summary import TrainingSummary, validation_line
 from torchdlrm.training.threads import useful_threads
 from torchdlrm.training.trackers import open_trackers
 
+_NOT_SAVED = (
+    "but it could not be saved (see above); make room and start the same command: it goes on from the last checkpoint"
+)
+
 
 class Trainer:
     """Trains one model; `fit` does it all.
@@ -125,9 +129,9 @@ class Trainer:
                 improved = self._measure_if_due(step)
                 stop, save = self._stop_request.poll(step, save_is_due=self._save_timer.is_due())
                 if stop:
-                    self._save(step, wait=True)
-                    done = f"after step {step} of {self._agenda.num_steps}"
-                    msg = f"interrupted {done}; saved: the same command goes on from there"
+                    is_saved = self._save(step, wait=True)
+                    told = "saved: the same command goes on from there" if is_saved else _NOT_SAVED
+                    msg = f"interrupted after step {step} of {self._agenda.num_steps}; {told}"
                     raise Interrupted(msg)
                 reason = self._reason_to_stop()
                 if reason is not None:
@@ -219,17 +223,18 @@ class Trainer:
         )
         raise TrainingError(msg)
 
-    def _save(self, step: int, *, wait: bool) -> None:
+    def _save(self, step: int, *, wait: bool) -> bool:
+        """Whether it is, as far as is known now."""
         assert step == self._position.step
         with self._watch.paused():
-            self._checkpointer.save(self._position, wait=wait)
+            is_saved = self._checkpointer.save(self._position, wait=wait)
         self._save_timer.restart()
+        return is_saved
 
     def _save_last(self) -> None:
         step = self._position.step
-        self._save(step, wait=True)
-        if step not in list_checkpoints(self._run.checkpoints):
-            msg = f"trained to step {step}, but it could not be saved (see above); make room and start the same command"
+        if not self._save(step, wait=True):
+            msg = f"trained to step {step}, {_NOT_SAVED}"
             raise TrainingError(msg)
 
     @contextmanager

@@ -1,12 +1,14 @@
 """Checkpoints on disks that are full or damaged."""
 
 import errno
+import json
+import shutil
 
 import pytest
 import torch
 
 from torchdlrm.errors import RunError
-from torchdlrm.training.checkpoint import Checkpointer, Position, _TellingFileSystem, list_checkpoints
+from torchdlrm.training.checkpoint import Checkpointer, Position, _TellingFileSystem, find_damage, list_checkpoints
 from torchdlrm.training.process_group import join_process_group
 
 
@@ -36,3 +38,60 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(tmp_path):
         assert caught.value.is_everywhere
         assert list_checkpoints(tmp_path) == [10, 20]
         checkpointer.close()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpointer whose steps 10 and 20 are saved."""
+    with join_process_group() as ranks:
+        checkpointer = Checkpointer(tmp_path, torch.nn.Linear(2, 1), None, ranks, keep_last=3)
+        for step in (10, 20):
+            position = Position(step, {"epoch": 0, "batches_consumed": step}, best_auc=0.75, best_step=10)
+            assert checkpointer.save(position, wait=True)
+        yield checkpointer
+        checkpointer.close()
+
+
+def test_a_checkpoint_that_has_lost_its_record_is_damaged_and_not_absent(saved, tmp_path):
+    """Else a run whose only checkpoint has lost it would begin anew without a word."""
+    (tmp_path / "step-00000020" / "checkpoint.json").unlink()
+    assert list_checkpoints(tmp_path) == [10, 20]
+    assert saved.restore().step == 10
+    (tmp_path / "step-00000010" / "checkpoint.json").unlink()
+    with pytest.raises(RunError, match=r"all 2 checkpoints are damaged, .*step-00000010/checkpoint.json: damaged"):
+        saved.restore()
+
+
+def test_a_copy_beside_a_checkpoint_is_no_checkpoint(saved, tmp_path):
+    for name in ("step-00000020.old", "step-copy", "step-20", "step-²"):
+        shutil.copytree(tmp_path / "step-00000020", tmp_path / name)
+    assert list_checkpoints(tmp_path) == [10, 20]
+    assert saved.restore().step == 20
+
+
+@pytest.mark.parametrize(
+    ("written", "damaged"), [('"step": 20', '"step": 21'), ("0.75", "0.35"), ('"best_step"', '"best_stop"')]
+)
+def test_a_position_that_has_changed_is_damage(written, damaged, saved, tmp_path):
+    path = tmp_path / "step-00000020" / "checkpoint.json"
+    text = path.read_text()
+    assert find_damage(path.parent) is None
+    path.write_text(text.replace(written, damaged))
+    assert "checkpoint.json: damaged" in find_damage(path.parent)
+    assert saved.restore().step == 10
+    content = json.loads(text)
+    del content["sha256"]["checkpoint.json"]  # as early versions have it
+    path.write_text(json.dumps(content))
+    assert saved.restore().step == 20
+
+
+def test_whoever_saves_learns_that_it_failed(saved, tmp_path, caplog):
+    shutil.rmtree(tmp_path)
+    tmp_path.write_text("no folder")
+    position = Position(30, {"epoch": 0, "batches_consumed": 30})
+    assert not saved.save(position, wait=True)
+    assert "the checkpoint of step 30 could not be written" in caplog.text
+    tmp_path.unlink()
+    tmp_path.mkdir()
+    assert saved.save(position, wait=True)
+    assert list_checkpoints(tmp_path) == [30]

@@ -49,7 +49,8 @@ def with_metadata(checkpoint, change):
 def seal(checkpoint):
     path = checkpoint / "checkpoint.json"
     record = json.loads(path.read_text())
-    record["sha256"] = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in record["sha256"]}
+    for name in record["sha256"].keys() - {"checkpoint.json"}:  # that is of the position
+        record["sha256"][name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
     path.write_text(json.dumps(record))
 
 
