@@ -1,11 +1,14 @@
 """What a process of a job raises reaches whoever started the job, as it was."""
 
+import os
 import shutil
+import time
 
 import pytest
 
-from torchdlrm.errors import TrainingError
+from torchdlrm.errors import LostProcessError, TrainingError
 from torchdlrm.training.launch import Processes, launch
+from torchdlrm.training.process_group import join_process_group
 
 
 class UnknownColourError(TrainingError):
@@ -23,6 +26,28 @@ def mix():
 def test_an_exception_of_any_module_comes_back_from_a_process_as_itself():
     with pytest.raises(UnknownColourError, match=r"^mauve on rank 3$"):
         launch(mix, processes=Processes(2))
+
+
+def break_down():
+    raise ZeroDivisionError("by the second process")
+
+
+def test_an_exception_that_nobody_expects_is_told_with_its_words():
+    with pytest.raises(TrainingError, match=r"^process \d of 2 failed: ZeroDivisionError: by the second process$"):
+        launch(break_down, processes=Processes(2))
+
+
+def join_but_one():
+    if os.environ["RANK"] == "1":
+        time.sleep(120)  # until it is told to end
+    with join_process_group(timeout_s=2):
+        pass
+
+
+@pytest.mark.slow
+def test_a_process_that_never_joins_the_others_is_told_as_a_lost_one():
+    with pytest.raises(LostProcessError, match="has lost another one, which died or has not answered for 2 s"):
+        launch(join_but_one, processes=Processes(2))
 
 
 def test_tables_that_do_not_fit_are_wrong_input_also_where_a_child_process_finds_out(small_run, dlrm, tmp_path):

@@ -58,8 +58,7 @@ def train(
         check_early_stopping(config, agenda, validation_rows=encoded.splits["val"].rows)
         taken_up = _start_run(config, encoded, run, ranks, restart=restart)
         try:
-            with ranks.answering(config.train.timeout_s):
-                summary = Trainer(config, encoded, taken_up, ranks, progress if ranks.is_first else SILENT).fit()
+            summary = Trainer(config, encoded, taken_up, ranks, progress if ranks.is_first else SILENT).fit()
         finally:
             taken_up.close()
         return summary if ranks.is_first else None

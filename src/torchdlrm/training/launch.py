@@ -227,6 +227,7 @@ def _error_that_was_said(said: Path) -> TorchDLRMError | None:
 
 def _error_of_child(error: ChildFailedError, processes: Processes) -> TrainingError:
     rank, failure = error.get_first_failure()
-    reason = failure.message.strip() if failure.message else f"exit code {failure.exitcode}"
+    said: Any = failure.message  # of an exception torch has written down message, traceback and time
+    reason = (said["message"] if isinstance(said, dict) else said).strip() or f"exit code {failure.exitcode}"
     after = f" (after {processes.max_restarts} restarts)" if processes.max_restarts else ""
     return TrainingError(f"process {rank} of {processes.world_size} failed{after}: {reason}")

@@ -63,18 +63,22 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self.process_group)
         return values[0]
 
+    def are_fewer(self, error: RuntimeError) -> bool:
+        """Whether an error says that another process is gone or late."""
+        return self.world_size > 1 and any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PROCESS)
+
     @contextmanager
-    def answering(self, timeout_s: float) -> Iterator[None]:
+    def answering(self) -> Iterator[None]:
         """Inside, a process that died or hangs becomes one clear error on those that wait for it."""
         try:
             yield
         except RuntimeError as error:
-            first_line = str(error).splitlines()[0] if str(error) else ""
-            if self.world_size == 1 or not any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PROCESS):
+            if not self.are_fewer(error):
                 raise
+            first_line = str(error).splitlines()[0]
             msg = (
                 f"process {self.rank} of {self.world_size} has lost another one, which died or has not answered for "
-                f"{timeout_s:g} s (train.timeout_s): {first_line}"
+                f"{self.timeout_s:g} s (train.timeout_s): {first_line}"
             )
             raise LostProcessError(msg) from error
 
@@ -96,7 +100,7 @@ def join_process_group(timeout_s: float = 600.0, describe: Callable[[], Settings
 
     Raises:
         UserError: machines were started with different settings, or one cannot take part.
-        LostProcessError: a machine does not come.
+        LostProcessError: a process does not come, dies, or does not answer, also inside.
     """
     hush_engines()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -108,14 +112,16 @@ def join_process_group(timeout_s: float = 600.0, describe: Callable[[], Settings
         device = torch.device("cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        _form_group(backend, device, timeout_s, describe)
-    else:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
-    try:
-        yield Ranks(rank, world_size, local_world_size, device, timeout_s)
-    finally:
-        dist.destroy_process_group()
+    ranks = Ranks(rank, world_size, local_world_size, device, timeout_s)
+    with ranks.answering():
+        if "RANK" in os.environ:
+            _form_group(backend, device, timeout_s, describe)
+        else:
+            dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
+        try:
+            yield ranks
+        finally:
+            dist.destroy_process_group()
 
 
 def _form_group(backend: str, device: torch.device, timeout_s: float, describe: Callable[[], Settings]) -> None:
