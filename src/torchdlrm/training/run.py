@@ -163,10 +163,13 @@ class Run:
         """The dataset that the run was trained on, found where it was then or at `path`.
 
         Raises:
-            DatasetError: it is not there.
-            RunError: another dataset is there.
+            DatasetError: `path` is no dataset.
+            RunError: it has moved, or another dataset is there.
         """
         trained_on = self.environment["dataset"]
+        if path is None and not Path(trained_on["path"]).is_dir():
+            msg = f"{self.path}: its dataset is not at {trained_on['path']} any more; say with --dataset where it is"
+            raise RunError(msg)
         dataset = Dataset.open(path or Path(trained_on["path"]))
         if manifest_sha256(dataset) != trained_on["manifest_sha256"]:
             msg = (
