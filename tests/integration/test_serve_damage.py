@@ -1,6 +1,7 @@
 """A server whose bundle's files are written to, removed, or copied again, or that is told to load what is crafted."""
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -8,8 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from torchdlrm.errors import BundleError
 from torchdlrm.export.bundle import Bundle, table_name
 from torchdlrm.export.manifest import WEIGHTS_NAME, BundleManifest
+from torchdlrm.export.served_model import ServedModel
+from torchdlrm.serve.bundles import ServedBundle
 
 KEY = "correct horse battery staple"
 ROW = [{"int_0": 3}]
@@ -64,6 +68,34 @@ def test_files_that_are_written_to_are_noticed_and_a_copy_is_loaded_again(client
     (line,) = [line for line in log if line["event"] == "damaged"]
     assert Path(name).name in line["message"]
     assert "written to while it is in use" in line["message"]
+
+
+def test_no_answer_is_made_of_what_was_written_over(client, live):
+    """Not even before the server's next look: a file that is cut would end the process when a row is looked up."""
+    assert client.post("/predict", json=ROW).status_code == 200
+    for path in live.rglob("*.index"):
+        os.truncate(path, 100)
+    os.truncate(live / WEIGHTS_NAME, 100)
+    assert client.post("/predict", json=ROW).status_code == 503
+    assert client.get("/v2/health/ready").status_code == 503
+    schema = client.get("/schema")
+    assert (schema.status_code, len(schema.json()["examples"])) == (200, 3), "kept in memory"
+    assert client.server.stop()[0] == 0
+
+
+def test_what_is_written_while_rows_are_predicted_is_no_answer(live, monkeypatch):
+    served = ServedBundle.open(live, verify="full")
+    rows = served.encode([ROW])
+    served.predict(rows)
+    logits = ServedModel.logits
+
+    def meanwhile(model, encoded):
+        (live / WEIGHTS_NAME).touch()
+        return logits(model, encoded)
+
+    monkeypatch.setattr(ServedModel, "logits", meanwhile)
+    with pytest.raises(BundleError, match="written to while it is in use"):
+        served.predict(rows)
 
 
 def test_readiness_itself_looks_at_the_files(client, live):

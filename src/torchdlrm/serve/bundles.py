@@ -17,9 +17,11 @@ from torchdlrm.errors import BundleError, TorchDLRMError
 from torchdlrm.export.encoded_rows import EncodedRows
 from torchdlrm.predict.predictor import Predictions, Predictor
 from torchdlrm.predict.shared_rows import Row, joined
-from torchdlrm.schema import FeatureSchema
+from torchdlrm.schema import FeatureSchema, SparseColumn
 from torchdlrm.serve.batch import Rows
+from torchdlrm.serve.request_log import digits_of
 
+NUM_EXAMPLES = 3
 Outcome = Literal["swapped", "unchanged"]
 
 
@@ -32,12 +34,15 @@ class ServedBundle:
     Attributes:
         version: changes with any byte of the bundle.
         schema: its columns.
+        examples: a few raw rows as a log has them, and of each the features whose value the model does not know.
     """
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
         self.version: str = predictor.bundle.version
         self.schema: FeatureSchema = predictor.schema
+        frame, unknown = self.sample(NUM_EXAMPLES)  # now: its files are what was checked, and who asks need not wait
+        self.examples = rows_as_logged(frame, self.schema), unknown
 
     @classmethod
     def open(cls, path: Path, *, verify: Literal["full", "lazy"], num_threads: int | None = None) -> "ServedBundle":
@@ -79,7 +84,9 @@ class ServedBundle:
 
         Raises:
             RowError: a row has a column that there is not, or a cell that does not fit.
+            BundleError: somebody has written to the bundle's files.
         """
+        self._require_undamaged()  # where a file has been cut, to look a value up would end the process
         frames = [request for request in requests if isinstance(request, pl.DataFrame)]
         rows = joined([request for request in requests if not isinstance(request, pl.DataFrame)])
         if not frames:
@@ -107,12 +114,32 @@ class ServedBundle:
         return pl.concat(frames)
 
     def predict(self, rows: EncodedRows) -> Predictions:
-        """B rows -> B probabilities."""
-        return self._predictor.predict_encoded(rows)
+        """B rows -> B probabilities.
+
+        Raises:
+            BundleError: somebody has written to the bundle's files.
+        """
+        predictions = self._predictor.predict_encoded(rows)
+        self._require_undamaged()  # or they were made of what has been written, or of a part of it
+        return predictions
+
+    def _require_undamaged(self) -> None:
+        damage = self.find_damage()
+        if damage is not None:
+            raise damage
 
     def _features(self, rows: Sequence[Row]) -> pl.DataFrame:
         frame = self._predictor.parse_rows(rows)
         return frame.select(column.name for column in (*self.schema.dense, *self.schema.sparse))
+
+
+def rows_as_logged(frame: pl.DataFrame, schema: FeatureSchema) -> list[dict[str, object]]:
+    """The features of typed rows, each by its column's name, as a log has them."""
+    features = [
+        digits_of(frame[column.name], column) if isinstance(column, SparseColumn) else frame[column.name]
+        for column in (*schema.dense, *schema.sparse)
+    ]
+    return pl.DataFrame(features).to_dicts()
 
 
 class Bundles:

@@ -7,17 +7,13 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-import polars as pl
-
 from torchdlrm.errors import shown
 from torchdlrm.predict.shared_rows import Part, Row, SharedRows, parts_of
 from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
 from torchdlrm.serve.bundles import ServedBundle
 from torchdlrm.serve.json_body import parse_json
 from torchdlrm.serve.refusals import MAX_VALUES, bad_request, check_num_rows, check_num_values, too_large
-from torchdlrm.serve.request_log import digits_of
 
-NUM_EXAMPLES = 3
 # What `shared` may come to with all candidates: the characters of its texts, its other cells, the values of its lists.
 MAX_SHARED_CHARACTERS = 1 << 24
 _MAX_KEYS_SHOWN = 8
@@ -111,7 +107,7 @@ def describe(name: str, served: ServedBundle, max_rows: int) -> dict[str, Any]:
     The rows are made back from encoded ones: where `unknown` names a feature, its value stands for any that is not in
     the vocabulary.
     """
-    examples, unknown = _examples(served)
+    examples, unknown = served.examples
     columns = []
     for column in served.schema.columns:
         described: dict[str, Any] = {"name": column.name, "role": column.role}
@@ -135,19 +131,9 @@ def describe(name: str, served: ServedBundle, max_rows: int) -> dict[str, Any]:
         "quote": served.schema.quote,
         "max_rows": max_rows,
         "columns": columns,
-        "examples": examples,
+        "examples": [{name: _exact(cell) for name, cell in row.items()} for row in examples],
         "unknown": unknown,
     }
-
-
-def _examples(served: ServedBundle) -> tuple[list[dict[str, object]], list[list[str]]]:
-    frame, unknown = served.sample(NUM_EXAMPLES)
-    features = [
-        digits_of(frame[column.name], column) if isinstance(column, SparseColumn) else frame[column.name]
-        for column in (*served.schema.dense, *served.schema.sparse)
-    ]
-    rows = [{name: _exact(cell) for name, cell in row.items()} for row in pl.DataFrame(features).to_dicts()]
-    return rows, unknown
 
 
 def _exact(cell: object) -> object:

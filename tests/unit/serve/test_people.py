@@ -6,6 +6,7 @@ import pytest
 
 from torchdlrm.predict.json_rows import RowReader
 from torchdlrm.schema import FeatureSchema
+from torchdlrm.serve.bundles import rows_as_logged
 from torchdlrm.serve.people import describe
 
 SCHEMA = FeatureSchema.model_validate(
@@ -32,9 +33,7 @@ class ServedRows:
     """A bundle as far as `describe` looks at it: what it describes is a schema and some rows."""
 
     schema, version = SCHEMA, "1"
-
-    def sample(self, num_rows):
-        return ROWS.head(num_rows), [["seen"], []]
+    examples = rows_as_logged(ROWS, SCHEMA), [["seen"], []]
 
 
 @pytest.fixture(scope="module")
