@@ -102,6 +102,21 @@ def test_of_large_messages_that_are_refused_nothing_stays(abused):
         assert abused.memory_mb() - before_mb < 10 * LARGE / 1e6
 
 
+@pytest.mark.parametrize("key", [KEY, "wrong"])
+def test_messages_that_are_too_long_or_missing_are_refused_without_a_trace_in_the_log(abused, key):
+    with grpc.insecure_channel(abused.running.grpc, [("grpc.max_send_message_length", -1)]) as channel:
+        call = channel.stream_unary(INFER)
+        for sent, compression, code in (
+            ([bytes(17 << 20)], None, grpc.StatusCode.RESOURCE_EXHAUSTED),
+            ([bytes(100 << 20)], grpc.Compression.Gzip, grpc.StatusCode.RESOURCE_EXHAUSTED),
+            ([], None, grpc.StatusCode.INVALID_ARGUMENT),
+        ):
+            for _ in range(3 * SCALE):
+                with pytest.raises(grpc.RpcError) as error:
+                    call(iter(sent), timeout=20, metadata=(("x-api-key", key),), compression=compression)
+                assert error.value.code() == (code if key == KEY else grpc.StatusCode.UNAUTHENTICATED)
+
+
 def test_connections_without_calls_are_closed(abused):
     started_s = time.monotonic()
     with (

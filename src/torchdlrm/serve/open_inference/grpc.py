@@ -135,7 +135,10 @@ class GrpcServer:
                 client=_client(context.peer()),
             )
             if refused is not None:
-                await context.abort(_STATUS.get(refused.status, grpc.StatusCode.INTERNAL), refused.message)
+                try:
+                    await context.abort(_STATUS.get(refused.status, grpc.StatusCode.INTERNAL), refused.message)
+                except grpc.aio.InternalError:  # grpc has ended the call already: its message is too long
+                    raise asyncio.CancelledError from None
             return answered
 
         return answer
