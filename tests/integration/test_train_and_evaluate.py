@@ -233,7 +233,7 @@ def test_more_processes_than_cores_are_told_before_the_start_with_the_number_tha
         return [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
 
     (line,) = told(num_cores + 38)
-    assert f"--nproc-per-node {num_cores + 38}: this machine has {num_cores} cores" in line
+    assert f"--nproc-per-node {num_cores + 38}: this machine has {num_cores} core" in line
     assert line.endswith(f"{num_cores} or fewer fit")
     assert told(num_cores) == []
 
@@ -247,6 +247,7 @@ def test_a_complete_run_says_what_would_make_it_go_on_and_not_its_plan_again(sma
     assert f"{run} is complete: step 67 of 67; raise train.epochs, which is 1, to go on\n" in done.stderr
     assert "largest tables" not in done.stderr
     assert "taken up" not in done.stderr
+    assert " train: nothing is left of 4,286 rows\n" in done.stderr
     summary = json.loads(done.stdout)
     assert (summary["step"], summary["resumed_from_step"], summary["rows_per_s"]) == (67, 67, 0)
     # Farther than is asked now.

@@ -68,6 +68,8 @@ def test_a_training_into_a_file_tells_its_begin_each_validation_and_its_end_in_p
             f"step {line['step']} epoch {line['step'] / 67:.2f} {line['rows']:>7,} rows  val AUC {line['auc']:.4f} "
             f"logloss {line['loss']:.4f} NE {line['ne']:.4f}{mark}"
         )
+    done = dlrm("evaluate", run, "--split", "val+test", "--batch-size-global", 100)
+    assert re.search(r"^\d\d:\d\d:\d\d evaluate: done, 714 rows in ", done.stderr, re.MULTILINE), done.stderr
 
 
 def test_each_phase_of_a_preprocessing_into_a_file_begins_and_ends_with_a_line(small_log, dlrm, tmp_path):

@@ -68,6 +68,8 @@ class Meter:
         """The line at its begin."""
         if self.total is None:
             return f"{self.name}: begins"
+        if self._before >= self.total > 0:
+            return f"{self.name}: nothing is left of {_counted(self.total, self.unit)}"
         done = f"goes on after {_counted(self._before, self.unit)} of" if self._before else "begins,"
         return f"{self.name}: {done} {_counted(self.total, self.unit)}"
 

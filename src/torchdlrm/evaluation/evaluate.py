@@ -63,7 +63,7 @@ def evaluate(
         )
         for split in splits
     ]
-    progress.start_phase("evaluate", sum(loader.batches_per_epoch for loader in loaders), unit="batches")
+    progress.start_phase("evaluate", sum(loader.rows for loader in loaders))
     metrics = measure(model, loaders, ranks, progress)
     about = {"split": "+".join(splits), "step": chosen.step, "checkpoint": chosen.kind}
     return None if metrics is None else about | metrics.as_json()

@@ -61,10 +61,11 @@ class Processes:
     def crowding(self) -> str:
         """What to expect where this machine has fewer cores than processes; empty where it has enough, or GPUs."""
         num_cores = len(os.sched_getaffinity(0))
+        cores = "1 core" if num_cores == 1 else f"{num_cores} cores"
         if self.nproc_per_node <= max(num_cores, torch.cuda.device_count()):
             return ""
         return (
-            f"--nproc-per-node {self.nproc_per_node}: this machine has {num_cores} cores, and at every step all "
+            f"--nproc-per-node {self.nproc_per_node}: this machine has {cores}, and at every step all "
             f"processes wait for the last one; expect many times what {num_cores} need: {num_cores} or fewer fit"
         )
 

@@ -1,7 +1,6 @@
 """Logits and labels of many batches, gathered from all ranks: what exact metrics are computed from."""
 
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 import torch
@@ -54,16 +53,18 @@ def measure(
         model: a `DLRMTrain` inside `DistributedModelParallel`, not held by a pipeline.
         loaders: of one epoch each; their rows are judged together. Every rank has its own.
         ranks: the processes that hold the model.
-        progress: is told of every batch.
+        progress: is told of the rows of all ranks.
     """
     predictions = PredictionBuffer()
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for batch in chain.from_iterable(loaders):
-            _, (_, logits_B, labels_B) = model(batch.to(ranks.device))
-            predictions.add(logits_B, labels_B)
-            progress.advance(1)
+        for loader in loaders:
+            rows, num_batches = loader.rows, loader.batches_per_epoch
+            for i, batch in enumerate(loader):
+                _, (_, logits_B, labels_B) = model(batch.to(ranks.device))
+                predictions.add(logits_B, labels_B)
+                progress.advance(rows * (i + 1) // num_batches - rows * i // num_batches)
     model.train(was_training)
     gathered = predictions.take(ranks)
     return binary_metrics(*gathered) if gathered is not None else None
