@@ -12,12 +12,19 @@ stalls is charged with all who came meanwhile.  The generator is a process of it
 its cores with the server: figures are an upper bound.  It speaks plain HTTP/1.1 over connections that stay
 open, one request at a time on each, because a client library would need more of the processor than the server does.
 
+With `--versus`, servers of another state of the source take turns with this one's, and medians over the rounds are
+set side by side:
+
+    git worktree add ../before COMMIT
+    python benchmarks/serve.py bundle log.tsv --versus ../before/src --rounds 5
+
 Prints a table; `--json` writes all figures to a file.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import subprocess
@@ -25,6 +32,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -48,7 +56,7 @@ def read_rows(log: Path, num_rows: int) -> list[dict[str, object]]:
 def request(body: object) -> bytes:
     """A request to `/predict`."""
     content = json.dumps(body, separators=(",", ":")).encode()
-    return b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+    return b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(content) + content
 
 
 def tensor_request(model: str, rows: list[dict[str, object]]) -> bytes:
@@ -62,7 +70,7 @@ def tensor_request(model: str, rows: list[dict[str, object]]) -> bytes:
     ]
     header = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
     lengths = (len(header), len(header) + len(dense) + len(sparse))
-    line = b"POST /v2/models/%s/infer HTTP/1.1\r\nHost: x\r\n" % model.encode()
+    line = b"POST /v2/models/%s/infer HTTP/1.1\r\nHost: localhost\r\n" % model.encode()
     return (
         line + b"Inference-Header-Content-Length: %d\r\nContent-Length: %d\r\n\r\n" % lengths + header + dense + sparse
     )
@@ -139,7 +147,7 @@ class Load:
 async def stages(host: str, port: int) -> dict[str, tuple[float, float]]:
     """What the server itself has measured so far: seconds and number by stage."""
     reader, writer = await asyncio.open_connection(host, port)
-    writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     text = (await reader.read()).decode()
     writer.close()
     found = dict(re.findall(r'^dlrm_latency_seconds_((?:sum|count)\{stage="\w+"\}) (\S+)$', text, re.MULTILINE))
@@ -209,28 +217,59 @@ def show(result: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    """Start a server, measure it, stop it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("log", type=Path, help="in Criteo's layout, 2,500 rows at least")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each case")
-    parser.add_argument("--json", type=Path, help="where to write all figures")
-    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="options of `dlrm serve`; last")
-    options = parser.parse_args()
-    dlrm = str(Path(sys.executable).with_name("dlrm"))
-    command = [dlrm, "serve", str(options.bundle), "--port", "0", "--json", "--log-level", "warning", *options.serve]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+def measure_server(source: Path, options: argparse.Namespace, rows: list[dict[str, object]]) -> list[dict[str, Any]]:
+    """Start a server of a state of the source, measure it, stop it."""
+    dlrm = [sys.executable, "-c", "from torchdlrm.cli.main import main; main()"]
+    command = [*dlrm, "serve", str(options.bundle), "--port", "0", "--json", "--log-level", "warning", *options.serve]
+    environment = {**os.environ, "PYTHONPATH": str(source)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         try:
             assert server.stdout is not None
             told = json.loads(server.stdout.readline())
             host, port = told["url"].removeprefix("http://").split(":")
-            rows = read_rows(options.log, 2500)
-            results = uvloop.run(measure(host, int(port), told["model"], rows, options.seconds))
+            return uvloop.run(measure(host, int(port), told["model"], rows, options.seconds))
         finally:
             server.terminate()
+
+
+def figures(results: list[dict[str, Any]]) -> dict[str, float]:
+    """What two servers are compared by: latencies at rates that both bear, and the most requests answered a second."""
+    quiet = {result["case"]: result["answered_ms"] for result in results if result["case"] != "1 row"}
+    quiet = {"1 row": results[0]["answered_ms"], **quiet}
+    found = {
+        f"{case}, {q} (ms)": times[q] for case, times in quiet.items() if "twice" not in case for q in ("p50", "p99")
+    }
+    return {**found, "most answered (1/s)": max(result["answered_per_s"] for result in results)}
+
+
+def main() -> None:
+    """Measure this source's server, or it and another one by turns."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("log", type=Path, help="in Criteo's layout, 2,500 rows at least")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each case")
+    parser.add_argument("--versus", type=Path, help="the folder src of another checkout, to compare with")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each server is measured")
+    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="options of `dlrm serve`; last")
+    options = parser.parse_args()
+    rows = read_rows(options.log, 2500)
+    sources = {"this": Path(__file__).resolve().parents[1] / "src"}
+    sources |= {} if options.versus is None else {"versus": options.versus.resolve()}
+    results: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in sources}
+    for index in range(options.rounds):
+        for name in sources if index % 2 == 0 else reversed(sources):
+            print(f"round {index + 1}, {name}: {sources[name]}", flush=True)
+            results[name].append(measure_server(sources[name], options, rows))
+    by_name = {name: [figures(of_round) for of_round in rounds] for name, rounds in results.items()}
+    medians = {name: {k: median(found[k] for found in rounds) for k in rounds[0]} for name, rounds in by_name.items()}
+    if options.versus is not None:
+        for key, value in medians["this"].items():
+            other = medians["versus"][key]
+            print(f"{key:32s} this {value:9.2f}  versus {other:9.2f}  ratio {value / other:.3f}")
     if options.json is not None:
-        options.json.write_text(json.dumps({"command": command, "results": results}, indent=1) + "\n")
+        told = {"sources": {name: str(path) for name, path in sources.items()}, "medians": medians, "results": results}
+        options.json.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":
