@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -19,26 +20,34 @@ OPTIONS = PreprocessOptions(min_count=2, part_rows=1000)
 WORKER = [sys.executable, "-m", "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """The address of a scheduler, and its two workers' processes."""
-    folder = tmp_path_factory.mktemp("dask")
+@contextmanager
+def running_cluster(folder, num_workers=2):
+    """The address of a scheduler, its workers' processes and its own."""
     environment = {**os.environ, "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "5"}
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard"]
     options = {"cwd": folder, "env": environment, "stderr": subprocess.PIPE, "text": True}
     scheduler = subprocess.Popen([*command, "--host", "127.0.0.1"], **options)
     address = next(found[0] for line in scheduler.stderr if (found := re.search(r"tcp://[\d.]+:\d+", line)))
     quiet = {**options, "stderr": subprocess.DEVNULL}
-    workers = [subprocess.Popen([*WORKER, address], **quiet) for _ in range(2)]
+    workers = [subprocess.Popen([*WORKER, address], **quiet) for _ in range(num_workers)]
     from distributed import Client
 
     with Client(address, set_as_default=False) as client:
-        client.wait_for_workers(2, timeout=60)
-    yield address, workers
-    for process in (*workers, scheduler):
-        process.terminate()
-        process.wait(timeout=30)
-    scheduler.stderr.close()
+        client.wait_for_workers(num_workers, timeout=60)
+    try:
+        yield address, workers, scheduler
+    finally:
+        for process in (*workers, scheduler):
+            process.terminate()
+            process.wait(timeout=30)
+        scheduler.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The address of a scheduler, and its two workers' processes."""
+    with running_cluster(tmp_path_factory.mktemp("dask")) as (address, workers, _):
+        yield address, workers
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +90,32 @@ def test_a_cluster_gives_the_same_bytes_although_a_worker_is_killed(cluster, log
     assert workers[0].wait(timeout=10) == -signal.SIGKILL
     assert workers[1].poll() is None
     assert checksums(tmp_path / "there") == checksums(tmp_path / "here")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_scheduler_that_dies_is_told_and_the_job_goes_on_elsewhere(log, tmp_path, monkeypatch):
+    """The futures of a client that has lost its scheduler are never done."""
+    from torchdlrm.data.job import executors
+
+    monkeypatch.setattr(executors, "CONNECT_TIMEOUT_S", 3)  # and how long the client tries to come back
+    with running_cluster(tmp_path, num_workers=1) as (address, _, scheduler):
+
+        class Kills(SilentProgress):
+            def advance(self, *_, **__):
+                scheduler.send_signal(signal.SIGKILL)
+
+        with pytest.raises(
+            ConfigError, match=f"--cluster: the scheduler at {address} is gone; the same command goes on"
+        ):
+            preprocess(
+                *([log], tmp_path / "out", criteo_schema(), OPTIONS, Kills()),
+                chunk_bytes=20_000,
+                resources=Resources(cluster=address),
+            )
+    preprocess([log], tmp_path / "out", criteo_schema(), OPTIONS)
+    preprocess([log], tmp_path / "here", criteo_schema(), OPTIONS)
+    assert checksums(tmp_path / "out") == checksums(tmp_path / "here")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,8 +8,8 @@ process; that process needs the memory of its libraries once, and no task outliv
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from torchdlrm.errors import ConfigError
 # So many tasks beyond those that run are handed over, so that no worker waits for the next.
 _TASKS_AHEAD = 2
 CONNECT_TIMEOUT_S = 10
+_LOOK_EVERY_S = 2
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,16 @@ class Task:
 class Workers:
     """An executor, how many tasks it can run at a time, and how many of these share the memory that was given.
 
-    `tasks_at_a_time` are run, which are fewer where the memory asks for it.
+    `tasks_at_a_time` are run, which are fewer where the memory asks for it.  `is_closed` says that nobody is left to
+    run them: the futures of a Dask client that has lost the scheduler of its `cluster` may be waited for without end.
     """
 
     executor: Executor
     capacity: int
     tasks_in_memory: int
     tasks_at_a_time: int
+    cluster: str | None = None
+    is_closed: Callable[[], bool] = lambda: False
 
     def run(self, tasks: Iterable[Task], work: WorkFolder, at_a_time: int | None = None) -> Iterator[Result]:
         """Run tasks that are not done yet; yields the results of all in their order.
@@ -63,7 +67,7 @@ class Workers:
                     waiting.append(done)
                 else:
                     while len(running) >= ahead:
-                        _collect(running, work)
+                        self._collect(running, work)
                     future = self.executor.submit(task.function, *task.arguments)
                     running[future] = task
                     waiting.append((task, future))
@@ -72,7 +76,7 @@ class Workers:
                     yield result
             while waiting:
                 while (result := _result(waiting[0], work)) is None:
-                    _collect(running, work)
+                    self._collect(running, work)
                 waiting.popleft()
                 yield result
         finally:
@@ -80,28 +84,44 @@ class Workers:
                 future.cancel()
             # What runs on is let finish: it is minutes of work at most, and its result is not lost.
             wait([future for future in running if not future.cancelled()])
-            _collect(running, work, block=False)
+            _note({future for future in running if future.done()}, running, work)
+
+    def _collect(self, running: dict[Future[Result], Task], work: WorkFolder) -> None:
+        """Wait for tasks and note their results; the first exception among them is raised when they are noted."""
+        done: set[Future[Result]] = set()
+        while not done:
+            if self.is_closed():
+                raise self._lost()
+            done = wait(running, _LOOK_EVERY_S, return_when=FIRST_COMPLETED).done
+        errors = _note(done, running, work)
+        if errors:
+            error = min(errors, key=lambda found: isinstance(found, CancelledError))
+            raise self._lost() if isinstance(error, CancelledError) else error
+
+    def _lost(self) -> ConfigError:
+        return ConfigError(
+            f"--cluster: the scheduler at {self.cluster} is gone; the same command goes on from what is done, also on "
+            "another cluster, or here without --cluster"
+        )
 
 
 def _result(item: Result | tuple[Task, Future[Result]], work: WorkFolder) -> Result | None:
     return work.result(item[0].key) if isinstance(item, tuple) else item
 
 
-def _collect(running: dict[Future[Result], Task], work: WorkFolder, *, block: bool = True) -> None:
-    """Note the results of tasks that are done; the first exception among them is raised when they are noted."""
-    done = wait(running, return_when=FIRST_COMPLETED).done if block else {f for f in running if f.done()}
-    errors = []
+def _note(
+    done: Collection[Future[Result]], running: dict[Future[Result], Task], work: WorkFolder
+) -> list[BaseException]:
+    """Note the results of tasks that are done; the exceptions among them."""
+    errors: list[BaseException] = []
     for future in [future for future in running if future in done]:
         task = running.pop(future)
-        if future.cancelled():
-            continue
-        error = future.exception()
+        error = CancelledError(task.key) if future.cancelled() else future.exception()
         if error is None:
             work.record(task.key, future.result())
         else:
             errors.append(error)
-    if errors and block:
-        raise errors[0]
+    return errors
 
 
 @contextmanager
@@ -134,4 +154,8 @@ def start_workers(resources: Resources) -> Iterator[Workers]:
         # The executor goes first: it cancels what has not begun.
         with client.get_executor(retries=3, pure=False) as executor:
             count = sum(threads_of_workers)
-            yield Workers(executor, count, max(threads_of_workers), count)
+
+            def is_closed() -> bool:
+                return client.status in {"closing", "closed"}
+
+            yield Workers(executor, count, max(threads_of_workers), count, resources.cluster, is_closed)
