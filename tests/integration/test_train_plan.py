@@ -79,3 +79,30 @@ def test_what_would_be_refused_is_refused_before_anything_is_written(option, val
     with pytest.raises(UserError, match=expected):
         foresee(config, small_dataset, tmp_path / "run", world_size=1, local_world_size=1, restart=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_is_written_at_once_where_the_memory_has_no_room_for_a_copy(small_dataset, tmp_path, monkeypatch):
+    """A plan that fits would else end with the first checkpoint, by the memory killer."""
+    from torchdlrm.training import trainer
+    from torchdlrm.training.job import train
+
+    waited = []
+    save = trainer.Checkpointer.save
+
+    def watched(checkpointer, position, *, wait):
+        waited.append(wait)
+        return save(checkpointer, position, wait=wait)
+
+    monkeypatch.setattr(trainer.Checkpointer, "save", watched)
+    options = {"train.max_steps": "4", "checkpoint.every_steps": "1", "logging.tensorboard": "false"}
+    memory_bytes = 10_000_000
+    for name in ("roomy", "narrow"):
+        config = load_config(CONFIG, {**options, "sharding.host_memory_bytes": str(memory_bytes)})
+        about = foresee(config, small_dataset, tmp_path / name, world_size=1, local_world_size=1, restart=False)
+        (rank,) = about.solution.ranks
+        half_a_copy = (rank.weight_bytes + rank.state_bytes) / 2
+        memory_bytes = int((rank.total_bytes + half_a_copy) / 0.85)
+        assert ("checkpoints: the steps wait" in "\n".join(about.lines())) == (name == "narrow")
+        train(config, small_dataset.path, tmp_path / name)
+        assert waited == [*[name == "narrow"] * 3, True]  # the last is waited for in any case
+        waited.clear()

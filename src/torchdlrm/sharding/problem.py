@@ -123,6 +123,15 @@ class Solution:
             return None
         return self.ranks[self.bottleneck_rank].total_ms / self.lower_bound_ms - 1
 
+    @property
+    def copy_fits(self) -> bool:
+        """Whether every rank's host memory holds weights and state once more, as an asynchronous checkpoint needs."""
+        machine = self.problem.machine
+        usable_bytes = machine.host_memory_bytes * (1 - self.problem.options.reserved_share)
+        on_host = [rank.total_bytes if machine.kind == "cpu" else rank.host_bytes for rank in self.ranks]
+        copies = [rank.weight_bytes + rank.state_bytes for rank in self.ranks]
+        return all(held + copy <= usable_bytes for held, copy in zip(on_host, copies, strict=True))
+
     def memory_share(self, rank: int) -> float:
         """Share of a rank's memory that its tables take."""
         return self.ranks[rank].device_bytes / self.problem.machine.memory_bytes

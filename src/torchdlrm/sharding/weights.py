@@ -31,7 +31,10 @@ def initialize_tables(model: nn.Module, *, seed: int) -> None:
                 start = block * _BLOCK_ROWS
                 generator = np.random.default_rng([seed, table_index, block])
                 values = generator.random((min(_BLOCK_ROWS, num_rows - start), dim), dtype=np.float32)
+                values *= 2  # in place: what is freed stays with the process
+                values *= bound
+                values -= bound
                 begin, end = max(first_row, start), min(first_row + rows, start + values.shape[0])
                 part = values[begin - start : end - start, first_column : first_column + columns]
                 with torch.no_grad():
-                    shard.tensor[begin - first_row : end - first_row].copy_(torch.from_numpy(part * 2 * bound - bound))
+                    shard.tensor[begin - first_row : end - first_row].copy_(torch.from_numpy(part))

@@ -19,6 +19,8 @@ from torchdlrm.training.precision import Precision, choose_precision
 from torchdlrm.training.schedule import decay_kind
 from torchdlrm.training.trackers import check_trackers
 
+_WAITS = "checkpoints: the steps wait while one is written, since there is no memory for a copy of the tables"
+
 
 @dataclass(frozen=True)
 class Prospect:
@@ -66,12 +68,14 @@ class Prospect:
             for chosen, what in ((config.table_optimizer, "the tables"), (config.dense_optimizer, "the rest"))
         ]
         steps = f"{agenda.steps_per_epoch:,} steps of {agenda.batch_size_global:,} rows{smaller}"
+        waits = config.checkpoint.asynchronous and not self.solution.copy_fits
         return [
             f"an epoch: {agenda.rows_per_epoch:,} rows, {steps}",
             f"the run: {agenda.num_steps:,} steps, {agenda.rows_after(agenda.num_steps):,} rows{start}",
             f"precision of the dense parts: {self.precision}",
             f"validation: {self._validation()}",
             f"optimizers: {', '.join(optimizers)}; rate {decay_kind(schedule)}{warm_up}",
+            *([_WAITS] if waits else []),
         ]
 
     def _validation(self) -> str:

@@ -85,6 +85,7 @@ class Trainer:
             saved_plan=Path(config.sharding.plan) if config.sharding.plan is not None else None,
         )
         self.model = sharded.module
+        self._saves_copies = config.checkpoint.asynchronous and sharded.solution.copy_fits
         if ranks.is_first:
             write_plan(run.path / PLAN_NAME, sharded.solution)
         optimizer = build_optimizer(self.model, config.dense_optimizer)
@@ -138,7 +139,7 @@ class Trainer:
                     return reason
                 is_due = save or improved or self._agenda.is_every(step, self._config.checkpoint.every_steps)
                 if is_due and step < self._agenda.num_steps:  # the last step is saved by `fit`
-                    self._save(step, wait=not self._config.checkpoint.asynchronous)
+                    self._save(step, wait=not self._saves_copies)
         return "finished"
 
     def _train_step(self, step: int, batches: Iterator[Batch]) -> None:
