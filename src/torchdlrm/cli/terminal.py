@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from torchdlrm.cli.progress import ProgressBars, ProgressLines
-from torchdlrm.metrics import why_undefined
 from torchdlrm.progress import ProgressListener
 
 console = Console(stderr=True, highlight=False)
@@ -41,6 +40,8 @@ def shown_metric(value: float | None, digits: int = 5) -> str:
 
 def say_undefined(metrics: Mapping[str, Any], of: str = "") -> None:
     """Say why AUC and NE are not there, if they are not; `of` names the rows."""
+    from torchdlrm.metrics import why_undefined
+
     if why := why_undefined(metrics):
         console.print(f"AUC and NE are undefined{of}: {why}", markup=False, soft_wrap=True)
 
