@@ -63,7 +63,7 @@ def test_the_own_page_and_links_to_it_work(page, server, page_server):
     page.goto(page_server[0].replace("127.0.0.1", "evil.example") + "/nothing")
     with page.expect_navigation():
         page.evaluate("(url) => { location.href = url }", server.url)
-    page.wait_for_selector("text=bundle", state="attached")
+    page.wait_for_selector("text=Probability of a click", state="attached")
     assert page.evaluate("async () => (await fetch('/schema')).status") == 200
     post = """async () => (await fetch("/predict", {method: "POST", body: "[{}]"})).status"""
     assert page.evaluate(post) == 200
