@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
 from torchdlrm.data.files import regular_file
-from torchdlrm.errors import RunError
+from torchdlrm.errors import RunError, shown
 
 METADATA_NAME = ".metadata"
 _DATA_NAME = re.compile(r"__\d+_\d+\.distcp")
@@ -73,8 +73,11 @@ class _Record:
         self.state = state
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows data types of torch, and for each class of the allow-list an inert one of the same name."""
+class _Unpickler(pickle._Unpickler):
+    """Knows data types of torch, and for each class of the allow-list an inert one of the same name.
+
+    The one in Python, since that in C makes room for as many objects as a pickle says that it will number.
+    """
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -198,12 +201,27 @@ def _tensor(record: Any) -> TensorStorageMetadata:
         and all(start + length <= end for start, length, end in zip(chunk.offsets, chunk.sizes, size, strict=True))
         for chunk in chunks
     )
-    if not are_inside or sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
+    num_held = sum(math.prod(chunk.sizes) for chunk in chunks)
+    if not are_inside or num_held != math.prod(size) or _overlap(chunks):
         msg = f"parts of {[list(chunk.sizes) for chunk in chunks[:4]]} are not a tensor of {list(size)}"
         raise ValueError(msg)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(type(dtype).__name__)
     return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+
+
+def _overlap(chunks: list[ChunkStorageMetadata]) -> bool:
+    """Whether two parts of a tensor share a number, so that another one is in none."""
+    ordered = sorted((chunk for chunk in chunks if math.prod(chunk.sizes)), key=lambda chunk: tuple(chunk.offsets))
+    for i, chunk in enumerate(ordered):
+        ends = [start + length for start, length in zip(chunk.offsets, chunk.sizes, strict=True)]
+        for other in ordered[i + 1 :]:
+            if other.offsets[0] >= ends[0]:
+                break  # and so do all behind it
+            others = zip(other.offsets, other.sizes, chunk.offsets, ends, strict=True)
+            if all(start < end and first < start + length for start, length, first, end in others):
+                return True
+    return False
 
 
 def _index(record: Any) -> MetadataIndex:
@@ -239,7 +257,7 @@ def _kind(value: Any) -> str:
 def _size(value: Any) -> torch.Size:
     numbers = value.args[0] if _kind(value) == "Size" else value
     if not isinstance(numbers, tuple) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-        msg = f"{numbers!r:.80} is not a size"
+        msg = f"{shown(numbers)} is not a size"
         raise TypeError(msg)
     return torch.Size(numbers)
 

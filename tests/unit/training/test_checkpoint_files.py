@@ -6,19 +6,27 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from torchdlrm.errors import RunError
+from torchdlrm.export.checkpoint_model import CheckpointModel
 from torchdlrm.export.checkpoint_reader import CheckpointReader
 from torchdlrm.training.checkpoint import find_damage
 from torchdlrm.training.checkpoint_files import load_state, read_metadata
 from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.run import Run
 
 
 class Call:
@@ -146,10 +154,55 @@ def no_chunks(metadata):
     next(value for key, value in metadata.state_dict_metadata.items() if "over_arch" in key).chunks.clear()
 
 
-@pytest.mark.parametrize("change", [size_of(2**62), no_chunks, lambda _: {0: 0}, lambda _: [1] * 3])
+def one_half_twice(metadata):
+    """A tensor of two parts, the same one twice: nobody would say what the other half is."""
+    name = "model.model.over_arch.model.0._mlp.0._linear.weight"
+    tensor = metadata.state_dict_metadata[name]
+    rows, columns = tensor.size
+    tensor.chunks = [ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([rows // 2, columns])) for _ in range(2)]
+    assert MetadataIndex(name, [0, 0]) in metadata.storage_data
+
+
+def nested(depth):
+    """Nothing, in so many pairs, of which all that are as deep are one."""
+    pair = ()
+    for _ in range(depth):
+        pair = (pair, pair)
+    return pair
+
+
+@pytest.mark.parametrize(
+    "change",
+    [size_of(2**62), no_chunks, one_half_twice, lambda _: {0: 0}, lambda _: [1] * 3],
+)
 def test_a_description_that_contradicts_itself_is_refused(checkpoint, change):
     with_metadata(checkpoint, change)
     refused(checkpoint, "not what torchdlrm writes")
+
+
+def test_a_number_of_a_size_that_is_no_number_is_told_shortly(checkpoint):
+    def change(metadata):
+        next(iter(metadata.state_dict_metadata.values())).size = nested(20)  # 2^20 pairs, if it is written out
+
+    with_metadata(checkpoint, change)
+    refused(checkpoint, "is not a size")
+    assert "(...), (...)" in find_damage(checkpoint)
+
+
+def test_memory_is_taken_for_what_a_description_holds_and_not_for_what_it_announces(checkpoint):
+    """An opcode of 5 bytes numbers an object; here as the 2^29th, and Python's own reader takes 8 GB."""
+    code = (
+        "import resource, sys; from pathlib import Path; from torchdlrm.errors import RunError;"
+        "from torchdlrm.training.checkpoint_files import read_metadata;"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: read_metadata(Path(sys.argv[1]))\n"
+        "except RunError as error: print(error)\n"
+        "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000"
+    )
+    (checkpoint / ".metadata").write_bytes(b"\x80\x04K\x01" + pickle.LONG_BINPUT + (2**29).to_bytes(4, "little") + b".")
+    done = subprocess.run([sys.executable, "-c", code, checkpoint], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "int stands in the place of Metadata" in done.stdout
 
 
 def test_a_tensor_of_another_shape_than_described_is_refused(checkpoint):
@@ -161,6 +214,24 @@ def test_a_tensor_of_another_shape_than_described_is_refused(checkpoint):
     with_metadata(checkpoint, change)
     with pytest.raises(RunError, match=r"over_arch\.model\.1\.weight is not stored in one piece"):
         CheckpointReader(checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["shape", "missing"])
+def test_a_checkpoint_of_another_model_is_refused_by_the_names_that_differ(checkpoint, small_run, small_dataset, kind):
+    config, name = Run.open(small_run).config.model, "over_arch.model.1.weight"
+    CheckpointModel(CheckpointReader(checkpoint), config, small_dataset)
+
+    def without(metadata):
+        del metadata.state_dict_metadata[f"model.model.{name}"]
+
+    if kind == "missing":
+        with_metadata(checkpoint, without)
+    else:
+        config = config.model_copy(update={"over_arch_layer_sizes": (config.over_arch_layer_sizes[0] + 1, 1)})
+        name = "over_arch.model.0._mlp.1._linear.bias"
+    with pytest.raises(RunError, match="not a checkpoint of the run's model on this dataset") as caught:
+        CheckpointModel(CheckpointReader(checkpoint), config, small_dataset)
+    assert name in str(caught.value)
 
 
 @pytest.mark.parametrize("at", [0, 0.3, 0.6, 0.999], ids=str)
