@@ -1,6 +1,9 @@
 """Data flows one way: a module imports only from lower floors, never sideways between the rooms of one floor."""
 
 import ast
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "src" / "torchdlrm"
@@ -88,3 +91,18 @@ def code_lines(path):
 def test_verbs_are_short():
     lengths = {path.name: len(code_lines(path)) for path in (ROOT / "cli").glob("*.py")}
     assert {name: length for name, length in lengths.items() if length > 100} == {}
+
+
+def test_whatever_is_imported_is_declared():
+    """A dependency's own dependency may be another one's tomorrow."""
+    named_otherwise = {"google": "protobuf", "grpc": "grpcio", "mlflow": "mlflow-skinny"}
+    project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text())["project"]
+    lists = [
+        project["dependencies"],
+        *(lines for name, lines in project["optional-dependencies"].items() if name != "dev"),
+    ]
+    declared = {re.split(r"[^\w-]", line)[0] for lines in lists for line in lines}
+    imported = {name.partition(".")[0] for path in modules() for name in imports_of(path)}
+    imported -= {"torchdlrm", *sys.stdlib_module_names}
+    missing = {name for name in imported if named_otherwise.get(name, name.replace("_", "-")) not in declared}
+    assert not missing
