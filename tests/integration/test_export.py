@@ -100,6 +100,14 @@ def test_nothing_is_written_over(small_run, small_dataset, small_bundle):
     assert Bundle.open(small_bundle).name == "small"
 
 
+def test_a_link_that_leads_nowhere_is_something_too(small_run, small_dataset, tmp_path):
+    """Refused before the work, and not when the folder cannot be renamed to it."""
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(BundleError, match="is there already; give another name"):
+        export(Run.open(small_run), small_dataset, tmp_path / "link", ExportOptions("small"))
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
 class Interrupting:
     """Stops a job in one of its phases: a listener of progress."""
 

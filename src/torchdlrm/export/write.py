@@ -38,7 +38,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         BundleError: something is at `path`, or another process is writing it.
     """
-    if path.exists():
+    if os.path.lexists(path):  # also a link that leads nowhere
         msg = f"--out: {path} is there already; give another name, or remove it first"
         raise BundleError(msg)
     partial = path.with_name(f".{path.name}.partial")
