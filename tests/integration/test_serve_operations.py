@@ -33,7 +33,7 @@ from torchdlrm.serve.app import build_app
 from torchdlrm.serve.bundles import ServedBundle
 from torchdlrm.serve.log_lines import LogLines
 from torchdlrm.serve.options import ServeOptions
-from torchdlrm.serve.people import digits_of
+from torchdlrm.serve.request_log import digits_of
 from torchdlrm.serve.service import Service
 
 ROOT = Path(__file__).parents[2]
