@@ -234,6 +234,19 @@ def test_slow_bodies_do_not_take_the_place_of_others(serve, small_bundle, rows):
     assert code == 0
 
 
+def test_the_time_of_a_request_begins_when_its_body_has_come(serve, small_bundle):
+    """Also where all of it comes at once, but late: the deadline is for what the server does."""
+    server = serve(small_bundle, "--deadline-ms", 300)
+    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\n")
+        client.settimeout(0.6)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        client.settimeout(20)
+        client.sendall(b"[{}]")
+        assert client.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
 def test_without_its_key_a_request_gets_nothing_but_health_and_the_page(serve, small_bundle, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text(f"{KEY}\nanother\n")

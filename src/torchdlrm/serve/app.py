@@ -181,12 +181,13 @@ async def _read_body(request: Request, service: Service) -> tuple[bytes, float]:
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > options.max_body_bytes:
         raise _body_too_large(options.max_body_bytes)
+    is_slow = not request.scope.get(IS_WHOLE, True)
     try:
         async with asyncio.timeout(options.body_timeout_s) as timeout:
             pieces = await _pieces(request, service, timeout)
     except TimeoutError as error:
         raise too_slow(options.body_timeout_s) from error
-    if len(pieces) > 1:
+    if is_slow or len(pieces) > 1:
         started_s = time.perf_counter()
     return b"".join(pieces), started_s
 
