@@ -87,6 +87,10 @@ def sent_until_cut(connection, data):
 class Http2:
     """A client of HTTP/2 that begins calls of gRPC and does not end them, as no library lets one do.
 
+    Args:
+        address: of the server.
+        answer_bytes: how much of each answer it takes.
+
     Attributes:
         answers: the headers that ended a call, by stream; the server writes its message in plain letters.
         is_closed: whether the server has closed the connection.
@@ -94,10 +98,10 @@ class Http2:
 
     _DATA, _HEADERS, _SETTINGS, _PING, _WINDOW = 0, 1, 4, 6, 8
 
-    def __init__(self, address):
+    def __init__(self, address, answer_bytes=65535):
         self._socket = socket.create_connection(address, timeout=10)
         self._socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-        self._send(self._SETTINGS)
+        self._send(self._SETTINGS, struct.pack(">HI", 4, answer_bytes))
         self._received, self._window, self._windows, self._first_window = b"", 65535, {}, 65535
         self.answers, self.is_closed = {}, False
 

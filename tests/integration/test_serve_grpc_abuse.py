@@ -129,6 +129,30 @@ def test_connections_without_calls_are_closed(abused):
     assert 1 < time.monotonic() - started_s < 12
 
 
+@pytest.mark.slow
+def test_answers_that_are_not_taken_are_kept_for_a_time_and_other_clients_notice_nothing(serve, small_bundle):
+    times = ("--keep-alive-s", 1, "--body-timeout-s", 1)  # so a connection becomes 8 s old, and its calls 2 s more
+    running = serve(small_bundle, "--grpc-port", 0, "--log-level", "warning", *times)
+    started_s, stream, num_answered = time.monotonic(), 1, 0
+    with Http2(address(running), answer_bytes=0) as client, grpc.insecure_channel(running.grpc) as channel:
+        live = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+        client.listen(1)
+        while not client.is_closed:
+            for _ in range(20):  # one would do: while there are new calls, a connection is not silent
+                client.call(stream, b"ServerLive", b"", 0)
+                stream += 2
+            client.listen(0.1)
+            assert CLASSES["ServerLiveResponse"].FromString(live(b"", timeout=5)).live
+            num_answered += 1
+            assert time.monotonic() - started_s < 25
+        until(lambda: live(b"", timeout=5) and time.monotonic() - started_s > 12, 15)
+    assert time.monotonic() - started_s > 5, "not for being silent"
+    assert num_answered > 20
+    code, log = running.stop()
+    assert code == 0
+    assert log == [line for line in log if line["level"] == "info"], "a client that leaves is no news"
+
+
 def test_connections_of_grpc_leave_http_its_file_descriptors(serve, small_bundle):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))

@@ -5,6 +5,7 @@ status of gRPC that says the same as HTTP's.
 """
 
 import asyncio
+import logging
 import resource
 import time
 from collections.abc import Awaitable, Callable
@@ -38,6 +39,8 @@ _STATUS = {
 # Before the server stops: calls are waited for until none has arrived for so long, or at most so long.
 _QUIET_S, _MAX_WAIT_S = 0.05, 0.5
 _SOON_S = 0.05  # after so long a message that has not come whole is one that comes slowly
+_AGE_IN_KEEP_ALIVES = 8  # how old a connection becomes: ten minutes
+_MIN_STREAMS = 256  # of a connection; its client sends a call beyond them later
 _HEALTH = {"ServerLive", "ServerReady", "ModelReady"}  # without a key, and however much there is to do
 
 
@@ -72,9 +75,15 @@ class GrpcServer:
             ("grpc.max_metadata_size", 32 << 10),
             ("grpc.server_handshake_timeout_ms", int(1e3 * service.options.header_timeout_s)),
             ("grpc.max_connection_idle_ms", int(1e3 * service.options.keep_alive_s)),
+            # An answer that its client does not take is kept as long as the connection, and there is no way to end the
+            # call: so both have a limit.  The client is told, and goes on over another.
+            ("grpc.max_connection_age_ms", int(1e3 * _AGE_IN_KEEP_ALIVES * service.options.keep_alive_s)),
+            ("grpc.max_connection_age_grace_ms", int(2e3 * service.options.body_timeout_s)),
+            ("grpc.max_concurrent_streams", max(_MIN_STREAMS, 2 * service.options.max_concurrent_requests)),
             # HTTP has the other half of the descriptors: health is asked over both.
             ("grpc.max_allowed_incoming_connections", resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2),
         ]
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
         self._server = grpc.aio.server(options=options)
         methods = Methods(service)
         handlers = {
@@ -135,10 +144,7 @@ class GrpcServer:
                 client=_client(context.peer()),
             )
             if refused is not None:
-                try:
-                    await context.abort(_STATUS.get(refused.status, grpc.StatusCode.INTERNAL), refused.message)
-                except grpc.aio.InternalError:  # grpc has ended the call already: its message is too long
-                    raise asyncio.CancelledError from None
+                await context.abort(_STATUS.get(refused.status, grpc.StatusCode.INTERNAL), refused.message)
             return answered
 
         return answer
@@ -219,6 +225,11 @@ class GrpcServer:
             raise overloaded(msg)
         if name == "ModelInfer":
             self._service.batcher.check_room()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether the log shall have what grpc says; not that a call had ended before its answer: clients do leave."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], grpc.aio.InternalError)
 
 
 def _no_key() -> RefusedRequest:
