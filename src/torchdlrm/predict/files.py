@@ -7,7 +7,7 @@ cores busy by itself.
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.schema import FeatureSchema
 
 BadRowsRule = Literal["refuse", "null"]
+_WAIT_S = 0.2
 _CHUNKS_AHEAD = 2
 
 
@@ -139,11 +140,15 @@ def _encoded_ahead(predictor: Predictor, rows: RowsIn, bad_rows: BadRowsRule) ->
             while True:
                 while len(ahead) < _CHUNKS_AHEAD:
                     ahead.append(reader.submit(read))
+                # By short waits: Polars' handler of Ctrl-C restarts a long one, and a stream may never say more.
+                while not wait([ahead[0]], _WAIT_S).done:
+                    pass
                 done = ahead.popleft().result()
                 if done is None:
                     return
                 yield done
         finally:
+            rows.is_over.set()
             reader.shutdown(wait=True, cancel_futures=True)
 
 

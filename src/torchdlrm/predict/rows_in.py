@@ -5,12 +5,15 @@ In: files (text, gzipped text or Parquet, told apart by their first bytes) or st
 
 import gzip
 import io
+import os
+import select
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import IO, BinaryIO, cast
 
 import numpy as np
@@ -31,6 +34,7 @@ from torchdlrm.schema import FeatureSchema
 STANDARD_INPUT = Path("-")
 CHUNK_BYTES = 8 << 20
 _HEAD_BYTES = 64 << 10
+_POLL_MS = 100
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class RowsIn:
         log_format: how text is written.
         handed_on: other columns that are wanted, by the schema's name or the log's.
         chunk_bytes: of text, about, that are read at a time.
+        is_over: ends a stream for the thread that waits for more of it, when nobody wants more.
     """
 
     paths: Sequence[Path]
@@ -71,6 +76,7 @@ class RowsIn:
     log_format: LogFormat = "log"
     handed_on: Sequence[str] = ()
     chunk_bytes: int = CHUNK_BYTES
+    is_over: Event = field(default_factory=Event)
 
     def __post_init__(self) -> None:
         """Take columns by either name.
@@ -103,12 +109,15 @@ class RowsIn:
         """
         if self._is_stream:
             if self.paths[0] != STANDARD_INPUT:
-                with self.paths[0].open("rb") as pipe:
+                pipe = os.open(self.paths[0], os.O_RDONLY | os.O_NONBLOCK)  # there may be no writer yet
+                try:
                     yield from self._of_stream(pipe, self.paths[0])
+                finally:
+                    os.close(pipe)
                 return
             if sys.stdin is None:
                 raise LogError("standard input: is closed; give the log as a file, or pipe it in")
-            yield from self._of_stream(sys.stdin.buffer, Path("standard input"))
+            yield from self._of_stream(sys.stdin.fileno(), Path("standard input"))
             return
         for file in find_files(self.paths):
             if file.format == "parquet":
@@ -127,7 +136,8 @@ class RowsIn:
             raise LogError(msg)
         return bool(streams)
 
-    def _of_stream(self, stream: BinaryIO, name: Path) -> Iterator[RowChunk]:
+    def _of_stream(self, handle: int, name: Path) -> Iterator[RowChunk]:
+        stream = cast("BinaryIO", io.BufferedReader(_Stream(handle, self.is_over)))
         start = stream.read(MAGIC_BYTES)
         if not start:
             msg = f"{name}: is empty"
@@ -186,6 +196,25 @@ def _placed(parsed: ParsedChunk, file: LogFile, num_lines: int, layout: Layout, 
 
 def _whole_lines(head: bytes) -> bytes:
     return head[: head.rfind(b"\n") + 1] or head
+
+
+class _Stream(io.RawIOBase):
+    """Bytes that may be long in coming, and end when it is over."""
+
+    def __init__(self, handle: int, is_over: Event) -> None:
+        super().__init__()
+        self._handle, self._is_over = handle, is_over
+        self._poll = select.poll()
+        self._poll.register(handle, select.POLLIN)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # narrower than any buffer
+        while not self._poll.poll(_POLL_MS):
+            if self._is_over.is_set():
+                return 0
+        return os.readv(self._handle, [buffer])
 
 
 class _Joined(io.RawIOBase):

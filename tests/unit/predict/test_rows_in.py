@@ -1,7 +1,8 @@
 """A log is read in chunks, and every row of it is either good or has its place among the bad."""
 
 import gzip
-import io
+import os
+import threading
 
 import numpy as np
 import polars as pl
@@ -80,14 +81,19 @@ def test_standard_input_is_read_like_a_file(kind, tmp_path, monkeypatch):
     text = rows.write_csv(include_header=False).encode()
     content = {"text": text, "gzip": gzip.compress(text), "parquet": (tmp_path / "log.parquet").read_bytes()}[kind]
 
-    class Slow(io.BytesIO):
-        """As a pipe: no way to know the end, and no seeking."""
+    reading, writing = os.pipe()
 
-        def seekable(self):
-            return False
+    def write():
+        with os.fdopen(writing, "wb", buffering=0) as pipe:
+            for start in range(0, len(content), 3_000):
+                pipe.write(content[start : start + 3_000])
 
-    monkeypatch.setattr("sys.stdin", type("Standard", (), {"buffer": io.BufferedReader(Slow(content))}))
-    frame, bad, num_rows, _ = read([STANDARD_INPUT], chunk_bytes=1_000)
+    writer = threading.Thread(target=write)
+    writer.start()
+    with os.fdopen(reading, "rb") as pipe:
+        monkeypatch.setattr("sys.stdin", pipe)
+        frame, bad, num_rows, _ = read([STANDARD_INPUT], chunk_bytes=1_000)
+    writer.join(timeout=60)
     assert (bad, num_rows) == ([], 1000)
     assert frame.select(rows.columns).rows() == rows.rows()
 
