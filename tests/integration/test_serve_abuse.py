@@ -272,22 +272,36 @@ EARLY = {
 }
 
 
-@pytest.mark.parametrize("what", EARLY)
-@pytest.mark.parametrize("length", [b"Content-Length: 9000000000", b"Transfer-Encoding: chunked"])
-def test_a_body_behind_its_answer_is_limited(abused, what, length):
+LENGTHS = {
+    b"Content-Length: 9000000000": b"x" * 65536,
+    b"Transfer-Encoding: chunked": b"10000\r\n" + b"x" * 65536 + b"\r\n",
+}
+
+
+def answered_early(abused, what, length):
+    """A connection whose body is still to come, and whose answer is there."""
     method, path, headers, status = EARLY[what]
-    head = method + b" " + path + b" HTTP/1.1\r\nHost: x\r\n" + headers + length + b"\r\n\r\n"
-    piece = b"10000\r\n" + b"x" * 65536 + b"\r\n" if b"chunked" in length else b"x" * 65536
+    connection = abused.connect()
+    connection.sendall(method + b" " + path + b" HTTP/1.1\r\nHost: x\r\n" + headers + length + b"\r\n\r\n")
+    answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert b"connection: close" in answer
+    return connection
+
+
+@pytest.mark.parametrize("what", EARLY)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_body_behind_its_answer_has_a_size(abused, what, length):
     before_mb = abused.memory_mb()
-    with abused.connect() as fast, abused.connect() as slow:
-        for connection in (fast, slow):
-            connection.sendall(head)
-            answer = connection.recv(65536)
-            assert answer.startswith(b"HTTP/1.1 %d " % status)
-            assert b"connection: close" in answer
-        assert sent_until_cut(fast, piece) < 16e6 + 30e6, "a body's worth, and what lies between two programs"
-        until(lambda: not send_all_of(slow, b"x"), 12)
+    with answered_early(abused, what, length) as connection:
+        assert sent_until_cut(connection, LENGTHS[length]) < 16e6 + 30e6, "a body's worth, and what lies between"
     assert abused.memory_mb() - before_mb < 20
+
+
+def test_a_body_behind_its_answer_has_a_time(abused):
+    with contextlib.ExitStack() as until_the_end:
+        slow = [until_the_end.enter_context(answered_early(abused, what, of)) for what in EARLY for of in LENGTHS]
+        until(lambda: sum(send_all_of(connection, b"x") for connection in slow) == 0, 12)
 
 
 def test_who_sends_all_of_a_body_that_is_not_wanted_still_reads_why(abused):
