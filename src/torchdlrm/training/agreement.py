@@ -67,7 +67,7 @@ def agree(
         UserError: settings differ, or a machine cannot take part.
         LostProcessError: a machine does not come.
     """
-    node, num_nodes = int(os.environ["GROUP_RANK"]), int(os.environ["GROUP_WORLD_SIZE"])
+    node, num_nodes = _node()
     mine: dict[str, Any] = {"host": socket.gethostname()}
     problem: UserError | None = None
     try:
@@ -123,12 +123,20 @@ def _who(shown: str, nodes: Sequence[str]) -> str:
     return f"{shown} on {named}" + (f" and {len(nodes) - 3} more" if len(nodes) > 3 else "")
 
 
+def _node() -> tuple[int, int]:
+    """Which machine this is, and of how many; launchers other than torch's (Slurm, MPI) only number the processes."""
+    rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return int(os.environ.get("GROUP_RANK", rank // local)), int(
+        os.environ.get("GROUP_WORLD_SIZE", world_size // local)
+    )
+
+
 def _of_this_process(device: torch.device) -> Settings:
     """What the launcher has set, and the versions that compute."""
     found = {f"version of {name}": text for name, text in versions().items()}
     found["version of python"] = found["version of python"].rpartition(".")[0]  # patches of Python compute alike
     found |= {"--nproc-per-node": os.environ["LOCAL_WORLD_SIZE"], "device": device.type}
-    found |= {"--nnodes": os.environ.get(NNODES_VARIABLE, os.environ["GROUP_WORLD_SIZE"])}
+    found |= {"--nnodes": os.environ.get(NNODES_VARIABLE, str(_node()[1]))}
     found |= {"--max-restarts": os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")}
     return {name: _plain(value) for name, value in found.items()}
 

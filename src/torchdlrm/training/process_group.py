@@ -131,12 +131,13 @@ def _form_group(backend: str, device: torch.device, timeout_s: float, describe: 
     that is dead, and both sides wait until the timeout.
     """
     store, rank, world_size = next(rendezvous("env://"))
-    if world_size == int(os.environ["LOCAL_WORLD_SIZE"]):
+    is_one_node = world_size == int(os.environ["LOCAL_WORLD_SIZE"])
+    if is_one_node:
         start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     else:  # agents of several nodes count restarts each for itself: count who has come instead
         start = (store.add("torchdlrm/processes", 1) - 1) // world_size
     store = dist.PrefixStore(f"torchdlrm/start-{start}", store)  # type: ignore[attr-defined]
-    if int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+    if not is_one_node:
         settings = dist.PrefixStore("settings", store)  # type: ignore[attr-defined]
         agree(settings, describe, device=device, timeout_s=timeout_s)
     dist.init_process_group(

@@ -17,7 +17,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def nodes(small_dataset, monkeypatch):
     """Settings of two machines, by the overrides and options of each, as they stand in the store."""
-    for name, value in (("GROUP_WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+    of_torch = (("GROUP_WORLD_SIZE", "2"), ("GROUP_RANK", "0"))
+    of_all = (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+    for name, value in (*of_torch, *of_all):
         monkeypatch.setenv(name, value)
 
     def record(overrides=(), *, dataset=small_dataset, restart=False):
@@ -93,7 +95,6 @@ def test_what_the_launcher_and_the_versions_say_is_compared_before_the_ranks_tal
     store = dist.HashStore()
     other = {"host": "b", "settings": {**nodes()["settings"]}}
     store.set("1", json.dumps(other))
-    monkeypatch.setenv("GROUP_RANK", "0")
     with pytest.raises(ConfigError) as caught:
         agree(store, lambda: nodes()["settings"], device=CPU, timeout_s=1)
     assert caught.value.is_everywhere
@@ -110,7 +111,6 @@ def test_what_the_launcher_and_the_versions_say_is_compared_before_the_ranks_tal
 def test_a_machine_that_cannot_take_part_ends_the_others(nodes, monkeypatch):
     store = dist.HashStore()
     store.set("1", json.dumps({"host": "b", "problem": "/data: is not a folder"}))
-    monkeypatch.setenv("GROUP_RANK", "0")
     with pytest.raises(ConfigError, match=r"node 1 \(b\): /data: is not a folder"):
         agree(store, lambda: nodes()["settings"], device=CPU, timeout_s=1)
 
@@ -123,8 +123,20 @@ def test_a_machine_that_cannot_take_part_ends_the_others(nodes, monkeypatch):
     assert json.loads(store.get("0"))["problem"] == "mine"
 
 
+def test_launchers_that_only_number_the_processes_will_do(nodes, monkeypatch):
+    monkeypatch.delenv("GROUP_WORLD_SIZE")
+    monkeypatch.delenv("GROUP_RANK")
+    store = dist.HashStore()
+    for rank, local_rank in (("2", "0"), ("3", "1")):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", "4"), ("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        store.set("0", json.dumps({"host": "b", "problem": "no disk"}))
+        with pytest.raises(ConfigError, match=r"node 0 \(b\): no disk"):
+            agree(store, lambda: nodes()["settings"], device=CPU, timeout_s=1)
+    assert json.loads(store.get("1"))["settings"]["--nnodes"] == ["2", "2"]
+
+
 def test_a_machine_that_does_not_come_is_named(nodes, monkeypatch):
-    monkeypatch.setenv("GROUP_RANK", "0")
     monkeypatch.setattr("torchdlrm.training.agreement._LEAST_WAIT_S", 0.1)
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=0.1))
