@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+# A suite that a shell has started in the background ignores Ctrl-C, and so would every command that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read when torch loads
 
 from torchdlrm.data.dataset import Dataset

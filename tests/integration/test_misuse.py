@@ -273,6 +273,7 @@ def test_a_misuse_is_refused_in_words_and_leaves_nothing(line, odd_things, monke
     monkeypatch.chdir(odd_things)
     monkeypatch.setattr(torchdlrm.cli.main, "console", Console(stderr=True, highlight=False, width=200))
     monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("signal.pthread_sigmask", lambda *_: set())  # what this process blocks, later ones would too
     arguments = [argument.replace("LONG", "x" * 300).strip('"') for argument in line.split()]
     monkeypatch.setattr(sys, "argv", ["dlrm", *arguments])
     before = _files(odd_things)

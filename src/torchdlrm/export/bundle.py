@@ -135,10 +135,11 @@ class Bundle:
         bundle = cls(path, manifest, verifier, files)
         if verify == "lazy":
             bundle._require_all_but_tables()
-            verifier.check_all_in_background()
         damage = bundle.find_damage()  # since before the first byte was checked
         if damage is not None:
             raise damage
+        if verify == "lazy":
+            verifier.check_all_in_background()
         return bundle
 
     @property
