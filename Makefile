@@ -26,7 +26,7 @@ test: $(INSTALLED)  ## the whole test suite
 	$(BIN)/python -m pytest
 
 test-fast: $(INSTALLED)  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest tests/unit tests/test_architecture.py -m "not slow"
 
 check: $(INSTALLED)  ## lint, format and types
 	$(BIN)/ruff check .

@@ -113,6 +113,7 @@ def test_nothing_of_a_connection_waits_for_the_collector():
     run(scenario)
 
 
+@pytest.mark.slow
 def test_who_takes_its_answers_slowly_but_one_after_another_is_not_cut_off():
     num_requests = 60
 

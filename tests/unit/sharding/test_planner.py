@@ -171,6 +171,7 @@ def test_1000_tables_on_64_devices_take_a_minute_and_4_gb_at_most():
     assert peak_bytes < 4e9
 
 
+@pytest.mark.slow
 def test_a_plan_does_not_hang_on_the_order_of_sets_of_strings():
     code = (
         "import sys; sys.path.insert(0, 'tests/unit/sharding')\n"
