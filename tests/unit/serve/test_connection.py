@@ -9,6 +9,7 @@ import struct
 import weakref
 from pathlib import Path
 
+import pytest
 import uvicorn
 import uvloop
 from uvicorn.server import ServerState
