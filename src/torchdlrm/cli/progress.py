@@ -8,6 +8,7 @@ each note and when it ends; no escapes and no carriage returns, so that a log of
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import Self
 
@@ -19,7 +20,7 @@ from torchdlrm.cli.meter import Meter
 LINE_EVERY_S = 10.0
 
 
-class _Shown:
+class _Shown(ABC):
     """Follows the phases; how they are shown is its subclasses' matter. Safe for several threads."""
 
     def __init__(self) -> None:
@@ -50,11 +51,13 @@ class _Shown:
                 self._write(self._meter.ends(time.monotonic()))
                 self._meter = None
 
+    @abstractmethod
     def _begun(self, meter: Meter) -> None:
         """A phase has begun."""
 
+    @abstractmethod
     def _write(self, line: str) -> None:
-        raise NotImplementedError
+        """Show a line that stays."""
 
 
 class ProgressBars(_Shown):
@@ -76,6 +79,9 @@ class ProgressBars(_Shown):
         # Without our lock: whoever has it may be waiting for the console, which is ours now.
         meter = self._meter
         return Group() if meter is None else meter.bar(self._console.width, time.monotonic())
+
+    def _begun(self, meter: Meter) -> None:
+        """The bar shows it."""
 
     def _write(self, line: str) -> None:
         self._console.print(line, markup=False, soft_wrap=True)
