@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchdlrm.export.bundle import Bundle, table_name
-from torchdlrm.export.encoded_rows import EncodedRows
-from torchdlrm.export.manifest import MANIFEST_NAME, SAMPLE_NAME, WEIGHTS_NAME, BundleManifest
-from torchdlrm.export.served_model import ServedModel
-from torchdlrm.export.write import write_weights
+from torchdlrm.bundle.bundle import Bundle, table_name
+from torchdlrm.bundle.encoded_rows import EncodedRows
+from torchdlrm.bundle.manifest import MANIFEST_NAME, SAMPLE_NAME, WEIGHTS_NAME, BundleManifest
+from torchdlrm.bundle.served_model import ServedModel
+from torchdlrm.bundle.write import write_weights
 from torchdlrm.progress import SILENT
 
 NUM_ROWS = (1, 100, 2000)

@@ -26,9 +26,9 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 
 from torchdlrm.bench.step import benchmark_step
 from torchdlrm.config import Config, ModelConfig, TrainConfig
+from torchdlrm.planning.measure import measure
 from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.layout import layout_of
-from torchdlrm.sharding.measure import measure
 from torchdlrm.sharding.planner import PlanOptions, meta_tables, planner_constraints, table_sharder
 from torchdlrm.sharding.problem import Problem, solution_of, solve
 from torchdlrm.sharding.tables import Table, feature_tables

@@ -19,8 +19,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read when torch loads
 
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.data.preprocess import PreprocessOptions, preprocess
-from torchdlrm.schema import criteo_schema
+from torchdlrm.features.schema import criteo_schema
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 REAL_ROWS = Path(__file__).parents[2] / "shared" / "data"
 
@@ -110,7 +110,7 @@ def page_server():
     import uvicorn
     from fastapi import FastAPI
 
-    from torchdlrm.serve.page_routes import page_router
+    from torchdlrm.serving.page_routes import page_router
 
     app = FastAPI()
     app.include_router(page_router())
@@ -149,7 +149,7 @@ def small_run(small_dataset, dlrm, tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_bundle(small_run, small_dataset, tmp_path_factory):
     """The folder of a float32 bundle of `small_run`; not to be changed."""
-    from torchdlrm.export.export import ExportOptions, export
+    from torchdlrm.exporting.export import ExportOptions, export
     from torchdlrm.training.run import Run
 
     path = tmp_path_factory.mktemp("bundle") / "small"
@@ -192,7 +192,7 @@ def evaluated(run, dataset, split):
 
 def rows_of_request(tensors, schema, max_rows):
     """The rows of a request of the Open Inference Protocol that holds these tensors."""
-    from torchdlrm.serve.open_inference.columns import Inputs, rows_of_tensors
+    from torchdlrm.serving.open_inference.columns import Inputs, rows_of_tensors
 
     inputs = Inputs(schema, max_rows, len(tensors))
     for tensor in tensors:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchdlrm.config import Config, load_config
     from torchdlrm.data.dataset import Dataset
-    from torchdlrm.data.preprocess import PreprocessOptions, preprocess
     from torchdlrm.data.synthetic import synthesize
     from torchdlrm.evaluation.evaluate import evaluate
+    from torchdlrm.features.schema import FeatureSchema, criteo_schema, load_schema
     from torchdlrm.loader.loader import Loader
     from torchdlrm.metrics import BinaryMetrics, binary_metrics
     from torchdlrm.model.dlrm import DLRM, DLRMTrain
-    from torchdlrm.schema import FeatureSchema, criteo_schema, load_schema
+    from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
     from torchdlrm.training.job import train
     from torchdlrm.training.run import Run
 
@@ -24,13 +24,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "torchdlrm.config": ("Config", "load_config"),
     "torchdlrm.data.dataset": ("Dataset",),
-    "torchdlrm.data.preprocess": ("PreprocessOptions", "preprocess"),
+    "torchdlrm.preprocessing.preprocess": ("PreprocessOptions", "preprocess"),
     "torchdlrm.data.synthetic": ("synthesize",),
     "torchdlrm.evaluation.evaluate": ("evaluate",),
     "torchdlrm.loader.loader": ("Loader",),
     "torchdlrm.metrics": ("BinaryMetrics", "binary_metrics"),
     "torchdlrm.model.dlrm": ("DLRM", "DLRMTrain"),
-    "torchdlrm.schema": ("FeatureSchema", "criteo_schema", "load_schema"),
+    "torchdlrm.features.schema": ("FeatureSchema", "criteo_schema", "load_schema"),
     "torchdlrm.training.run": ("Run",),
     "torchdlrm.training.job": ("train",),
 }

@@ -17,19 +17,19 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from conftest import evaluated
-from torchdlrm.data.preprocess import PreprocessOptions, preprocess
-from torchdlrm.data.transforms import encode
+from torchdlrm.bundle import write
+from torchdlrm.bundle.bundle import Bundle, table_name
+from torchdlrm.bundle.check import Tolerance, compare
+from torchdlrm.bundle.served_model import EncodedRows, ServedModel
+from torchdlrm.bundle.write import require_space, write_weights
 from torchdlrm.errors import BundleError, RunError
-from torchdlrm.export import write
-from torchdlrm.export.bundle import Bundle, table_name
-from torchdlrm.export.check import Tolerance, compare
-from torchdlrm.export.checkpoint_reader import CheckpointReader
-from torchdlrm.export.export import ExportOptions, export
-from torchdlrm.export.held_out import held_out_rows
-from torchdlrm.export.served_model import EncodedRows, ServedModel
-from torchdlrm.export.write import require_space, write_weights
+from torchdlrm.exporting.checkpoint_reader import CheckpointReader
+from torchdlrm.exporting.export import ExportOptions, export
+from torchdlrm.exporting.held_out import held_out_rows
+from torchdlrm.features.schema import load_schema
+from torchdlrm.features.transforms import encode
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.progress import SILENT
-from torchdlrm.schema import load_schema
 from torchdlrm.training.checkpoint import checkpoint_path, list_checkpoints
 from torchdlrm.training.run import Run
 

@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from conftest import learnable_rows
-from torchdlrm.schema import criteo_schema
+from torchdlrm.features.schema import criteo_schema
 
 FEATURES = [column.name for column in (*criteo_schema().dense, *criteo_schema().sparse)]
 KEY = "only-for-this-test"

@@ -18,11 +18,18 @@ import pytest
 
 from torchdlrm.cli.predict import predict as predict_verb
 from torchdlrm.cli.verify import verify as verify_verb
-from torchdlrm.data.preprocess import PreprocessOptions, preprocess
 from torchdlrm.errors import UserError
-from torchdlrm.export.export import ExportOptions, export
-from torchdlrm.predict.predictor import Predictor
-from torchdlrm.schema import DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn, criteo_schema
+from torchdlrm.exporting.export import ExportOptions, export
+from torchdlrm.features.schema import (
+    DenseColumn,
+    FeatureSchema,
+    IgnoredColumn,
+    LabelColumn,
+    SparseColumn,
+    criteo_schema,
+)
+from torchdlrm.prediction.predictor import Predictor
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.training.run import Run
 
 NAMES = [column.name for column in criteo_schema().columns]

@@ -7,8 +7,8 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from torchdlrm.data.preprocess import PreprocessOptions, preprocess
-from torchdlrm.schema import criteo_schema
+from torchdlrm.features.schema import criteo_schema
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 SAMPLES = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 MIN_COUNT, MAX_ROWS = 2, 1000

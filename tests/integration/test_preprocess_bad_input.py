@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from torchdlrm.data.preprocess import work_folder
+from torchdlrm.preprocessing.preprocess import work_folder
 
 GOOD = "\t".join(["1", *["3"] * 13, *["0000000a"] * 26]) + "\n"
 
@@ -75,10 +75,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
-    from torchdlrm.data.preprocess import preprocess
     from torchdlrm.errors import LogError
+    from torchdlrm.features.schema import criteo_schema
+    from torchdlrm.preprocessing.preprocess import preprocess
     from torchdlrm.progress import SilentProgress
-    from torchdlrm.schema import criteo_schema
 
     log = tmp_path / "log"
     log.write_bytes(GOOD.encode() * 5000)
@@ -109,7 +109,7 @@ def test_a_full_disk_is_told_and_the_job_goes_on_when_there_is_room(tmp_path):
         ballast = small / "ballast"
         ballast.write_bytes(bytes(5_800_000))
         code = (
-            "from torchdlrm.data import preprocess as module; module.check_disk = lambda *_: None;"
+            "from torchdlrm.preprocessing import preprocess as module; module.check_disk = lambda *_: None;"
             "from torchdlrm.cli.main import main; main()"
         )
         command = [sys.executable, "-c", code, "preprocess", log, "--out", small / "dataset"]

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import pytest
 
 from torchdlrm.data.dataset import sha256_of
-from torchdlrm.data.preprocess import PreprocessOptions, Resources, preprocess
 from torchdlrm.errors import ConfigError, LogError
+from torchdlrm.features.schema import criteo_schema
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, preprocess
 from torchdlrm.progress import SilentProgress
-from torchdlrm.schema import criteo_schema
 
 OPTIONS = PreprocessOptions(min_count=2, part_rows=1000)
 WORKER = [sys.executable, "-m", "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
@@ -96,7 +96,7 @@ def test_a_cluster_gives_the_same_bytes_although_a_worker_is_killed(cluster, log
 @pytest.mark.filterwarnings("ignore")
 def test_a_scheduler_that_dies_is_told_and_the_job_goes_on_elsewhere(log, tmp_path, monkeypatch):
     """The futures of a client that has lost its scheduler are never done."""
-    from torchdlrm.data.job import executors
+    from torchdlrm.preprocessing import executors
 
     monkeypatch.setattr(executors, "CONNECT_TIMEOUT_S", 3)  # and how long the client tries to come back
     with running_cluster(tmp_path, num_workers=1) as (address, _, scheduler):
@@ -120,7 +120,7 @@ def test_a_scheduler_that_dies_is_told_and_the_job_goes_on_elsewhere(log, tmp_pa
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_cluster_that_does_not_answer_is_named(log, tmp_path, monkeypatch):
-    from torchdlrm.data.job import executors
+    from torchdlrm.preprocessing import executors
 
     monkeypatch.setattr(executors, "CONNECT_TIMEOUT_S", 1)
     with pytest.raises(ConfigError, match="--cluster: no Dask scheduler answers at tcp:"):

@@ -10,11 +10,11 @@ import pytest
 
 from torchdlrm.data.dataset import Dataset, sha256_of
 from torchdlrm.data.log.text import parse_chunk
-from torchdlrm.data.preprocess import PreprocessOptions, preprocess
-from torchdlrm.data.transforms import encode
 from torchdlrm.errors import ConfigError, DatasetError, LogError
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.transforms import encode
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.progress import SilentProgress
-from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
 
 # `position` tells where in the log a row stood.
 SCHEMA = FeatureSchema(

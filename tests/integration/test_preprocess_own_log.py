@@ -20,10 +20,10 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.log.cut import plan_chunks, read_chunks
 from torchdlrm.data.log.files import find_files
 from torchdlrm.data.log.text import parse_chunk
-from torchdlrm.data.preprocess import PreprocessOptions, preprocess
-from torchdlrm.data.transforms import encode
 from torchdlrm.errors import LogError
-from torchdlrm.schema import FeatureSchema, load_schema
+from torchdlrm.features.schema import FeatureSchema, load_schema
+from torchdlrm.features.transforms import encode
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 SCHEMA_TEXT = """
 name = "shop"

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 
 from torchdlrm.data.dataset import Dataset, sha256_of
-from torchdlrm.data.job.read import read_chunk
-from torchdlrm.data.preprocess import PreprocessOptions, Resources, preprocess, work_folder
 from torchdlrm.errors import ConfigError, DatasetError
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, preprocess, work_folder
+from torchdlrm.preprocessing.read import read_chunk
 from torchdlrm.progress import SilentProgress
-from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
 
 SCHEMA = FeatureSchema(
     name="small",
@@ -39,10 +39,10 @@ JOB = """
 import sys
 import threading
 from pathlib import Path
-from torchdlrm.data.job.read import read_chunk
-from torchdlrm.data.preprocess import PreprocessOptions, Resources, preprocess
+from torchdlrm.preprocessing.read import read_chunk
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, preprocess
 from torchdlrm.progress import SilentProgress
-from torchdlrm.schema import load_schema
+from torchdlrm.features.schema import load_schema
 class Told(SilentProgress):
     def start_phase(self, name, *_):
         print(name, flush=True)
@@ -154,8 +154,8 @@ def test_the_bytes_do_not_depend_on_workers_memory_and_chunks(log, uninterrupted
 def test_the_bytes_do_not_depend_on_how_values_are_partitioned(
     log, uninterrupted, tmp_path, monkeypatch, partitions, values_per_task, group_bytes
 ):
-    from torchdlrm.data import preprocess as module
-    from torchdlrm.data.job.work_folder import Layout
+    from torchdlrm.preprocessing import preprocess as module
+    from torchdlrm.preprocessing.work_folder import Layout
 
     layout = Layout(5000, partitions, group_bytes, values_per_task, 2)
     monkeypatch.setattr(module, "choose_layout", lambda *_: layout)
@@ -234,7 +234,7 @@ def test_memory_workers_and_allowed_bad_rows_may_change_when_a_job_goes_on(log, 
 
 
 def test_a_job_that_goes_on_with_less_memory_runs_fewer_tasks_at_a_time(log, uninterrupted, tmp_path, monkeypatch):
-    from torchdlrm.data.job import job as module
+    from torchdlrm.preprocessing import job as module
 
     running, most, lock = [], [], threading.Lock()
 
@@ -294,7 +294,7 @@ def test_too_little_memory_is_refused_with_the_least_that_is_enough(log, tmp_pat
 
 
 def test_a_disk_without_room_is_told_before_the_work_starts(log, tmp_path, monkeypatch):
-    from torchdlrm.data.job import layout
+    from torchdlrm.preprocessing import layout
 
     monkeypatch.setattr(layout.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(DatasetError, match=r"the disk has 0\.0 GB free, and the job needs up to"):

@@ -5,10 +5,10 @@ import random
 import polars as pl
 import pytest
 
-from torchdlrm.data.preprocess import PreprocessOptions, preprocess
 from torchdlrm.data.summary import summarize
 from torchdlrm.errors import ConfigError, DatasetError
-from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, with_split
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, with_split
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 SCHEMA = FeatureSchema(
     name="days",

@@ -11,8 +11,8 @@ import polars as pl
 import pytest
 import tritonclient.grpc as triton_grpc
 
-from torchdlrm.data.vocabulary import hex_digits
-from torchdlrm.predict.predictor import Predictor
+from torchdlrm.features.vocabulary import hex_digits
+from torchdlrm.prediction.predictor import Predictor
 
 
 @pytest.fixture(scope="module")

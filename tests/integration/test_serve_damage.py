@@ -9,11 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from torchdlrm.bundle.bundle import Bundle, table_name
+from torchdlrm.bundle.manifest import WEIGHTS_NAME, BundleManifest
+from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.errors import BundleError
-from torchdlrm.export.bundle import Bundle, table_name
-from torchdlrm.export.manifest import WEIGHTS_NAME, BundleManifest
-from torchdlrm.export.served_model import ServedModel
-from torchdlrm.serve.bundles import ServedBundle
+from torchdlrm.serving.bundles import ServedBundle
 
 KEY = "correct horse battery staple"
 ROW = [{"int_0": 3}]

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from abused import SCALE
-from torchdlrm.serve.open_inference.messages import CLASSES
+from torchdlrm.serving.open_inference.messages import CLASSES
 
 
 @pytest.fixture(scope="module")

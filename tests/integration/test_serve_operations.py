@@ -22,19 +22,19 @@ import polars as pl
 import pytest
 import tritonclient.grpc as triton_grpc
 
+from torchdlrm.bundle.manifest import BundleManifest
+from torchdlrm.bundle.verification import BlockVerifier
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.data.preprocess import PreprocessOptions, preprocess
 from torchdlrm.errors import BundleError
-from torchdlrm.export.manifest import BundleManifest
-from torchdlrm.export.verification import BlockVerifier
-from torchdlrm.predict.predictor import Predictor
-from torchdlrm.schema import criteo_schema
-from torchdlrm.serve.app import build_app
-from torchdlrm.serve.bundles import ServedBundle
-from torchdlrm.serve.log_lines import LogLines
-from torchdlrm.serve.options import ServeOptions
-from torchdlrm.serve.request_log import digits_of
-from torchdlrm.serve.service import Service
+from torchdlrm.features.schema import criteo_schema
+from torchdlrm.prediction.predictor import Predictor
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
+from torchdlrm.serving.app import build_app
+from torchdlrm.serving.bundles import ServedBundle
+from torchdlrm.serving.log_lines import LogLines
+from torchdlrm.serving.options import ServeOptions
+from torchdlrm.serving.request_log import digits_of
+from torchdlrm.serving.service import Service
 
 ROOT = Path(__file__).parents[2]
 KEY = "correct horse battery staple"
@@ -43,7 +43,7 @@ KEY = "correct horse battery staple"
 @pytest.fixture(scope="module")
 def other_bundle(small_run, small_dataset, tmp_path_factory):
     """The same run with coarser tables: other predictions, and so another version."""
-    from torchdlrm.export.export import ExportOptions, export
+    from torchdlrm.exporting.export import ExportOptions, export
     from torchdlrm.training.run import Run
 
     path = tmp_path_factory.mktemp("bundle") / "coarse"

@@ -5,9 +5,9 @@ import polars as pl
 import pytest
 
 from conftest import evaluated
-from torchdlrm.data.transforms import encode
-from torchdlrm.export.bundle import Bundle
-from torchdlrm.export.served_model import EncodedRows, ServedModel
+from torchdlrm.bundle.bundle import Bundle
+from torchdlrm.bundle.served_model import EncodedRows, ServedModel
+from torchdlrm.features.transforms import encode
 
 
 def encoded_rows(dataset, split):

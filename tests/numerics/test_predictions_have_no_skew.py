@@ -12,17 +12,17 @@ import polars as pl
 import pytest
 
 from conftest import real_log, rows_of_request
+from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.data.preprocess import PreprocessOptions, preprocess
-from torchdlrm.export.checkpoint_model import CheckpointModel
-from torchdlrm.export.encoded_rows import EncodedRows
-from torchdlrm.export.export import ExportOptions, export, open_checkpoint
-from torchdlrm.predict.cells_out import as_json_rows
-from torchdlrm.predict.files import predict_file
-from torchdlrm.predict.predictor import Predictor
-from torchdlrm.predict.rows_in import RowsIn
-from torchdlrm.schema import FeatureSchema, criteo_schema, with_split
-from torchdlrm.serve.open_inference.tensors import Tensor
+from torchdlrm.exporting.checkpoint_model import CheckpointModel
+from torchdlrm.exporting.export import ExportOptions, export, open_checkpoint
+from torchdlrm.features.schema import FeatureSchema, criteo_schema, with_split
+from torchdlrm.prediction.cells_out import as_json_rows
+from torchdlrm.prediction.files import predict_file
+from torchdlrm.prediction.predictor import Predictor
+from torchdlrm.prediction.rows_in import RowsIn
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
+from torchdlrm.serving.open_inference.tensors import Tensor
 from torchdlrm.training.run import Run
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"

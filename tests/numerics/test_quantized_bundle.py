@@ -10,12 +10,12 @@ import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from sklearn.metrics import log_loss
 
-from torchdlrm.export.bundle import Bundle, table_name
-from torchdlrm.export.check import logloss_increase, tolerance
-from torchdlrm.export.export import ExportOptions, export
-from torchdlrm.export.precision import dequantize_rows, quantize_rows, row_bytes
-from torchdlrm.export.sensitivity import choose
-from torchdlrm.export.served_model import EncodedRows, ServedModel
+from torchdlrm.bundle.bundle import Bundle, table_name
+from torchdlrm.bundle.check import logloss_increase, tolerance
+from torchdlrm.bundle.precision import dequantize_rows, quantize_rows, row_bytes
+from torchdlrm.bundle.served_model import EncodedRows, ServedModel
+from torchdlrm.exporting.export import ExportOptions, export
+from torchdlrm.exporting.sensitivity import choose
 from torchdlrm.training.run import Run
 
 PRECISIONS = ["float32", "float16", "int8", "int4"]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from torchdlrm.config import load_config
 from torchdlrm.loader.loader import Loader
-from torchdlrm.training import table_threads
-from torchdlrm.training.optimizers import build_optimizer, table_kernels
+from torchdlrm.tables import table_threads
+from torchdlrm.tables.optimizers import table_kernels
+from torchdlrm.training.optimizers import build_optimizer
 from torchdlrm.training.pipeline import build_pipeline
 from torchdlrm.training.process_group import join_process_group
 from torchdlrm.training.sharded import build_sharded_model

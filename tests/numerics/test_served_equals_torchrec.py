@@ -8,8 +8,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.bench.predict import torchrec_model
 from torchdlrm.bench.random_bundle import write_random_bundle
-from torchdlrm.export.bundle import Bundle
-from torchdlrm.export.served_model import EncodedRows, ServedModel
+from torchdlrm.bundle.bundle import Bundle
+from torchdlrm.bundle.served_model import EncodedRows, ServedModel
 
 SIZES = {"cat_0": 50, "cat_1": 3, "cat_2": 700}
 

@@ -12,7 +12,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import nn
 
-from torchdlrm.training.table_threads import use_table_threads
+from torchdlrm.tables.table_threads import use_table_threads
 
 TABLES = [(50, 16), (3, 8), (400, 16), (7, 4), (120, 16)]  # rows, dimension
 BATCH = 64

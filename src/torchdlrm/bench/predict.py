@@ -26,15 +26,15 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.bench.random_bundle import write_random_bundle, write_random_log
 from torchdlrm.bench.turns import Contestant, Step
-from torchdlrm.export.bundle import Bundle
-from torchdlrm.export.manifest import DensePrecision
-from torchdlrm.export.precision import TablePrecision
-from torchdlrm.export.served_model import EncodedRows, ServedModel
-from torchdlrm.predict.files import predict_file
-from torchdlrm.predict.predictor import Predictor
-from torchdlrm.predict.rows_in import RowsIn
+from torchdlrm.bundle.bundle import Bundle
+from torchdlrm.bundle.manifest import DensePrecision
+from torchdlrm.bundle.precision import TablePrecision
+from torchdlrm.bundle.served_model import EncodedRows, ServedModel
+from torchdlrm.features.schema import NUM_CRITEO_DENSE
+from torchdlrm.prediction.files import predict_file
+from torchdlrm.prediction.predictor import Predictor
+from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.schema import NUM_CRITEO_DENSE
 from torchdlrm.training.process_group import Ranks
 
 NUM_DISTINCT_BATCHES = 16

@@ -12,23 +12,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchdlrm.config import ModelConfig
-from torchdlrm.data.transforms import fit_dense
-from torchdlrm.data.value_index import write_index
-from torchdlrm.data.vocabulary import Vocabulary, hex_digits
-from torchdlrm.export.manifest import (
+from torchdlrm.bundle.manifest import (
     MANIFEST_NAME,
     WEIGHTS_NAME,
     BundleManifest,
     SourceRecord,
     SparseRecord,
 )
-from torchdlrm.export.precision import TablePrecision
-from torchdlrm.export.weights_file import BLOCK_BYTES
-from torchdlrm.export.write import file_record, write_weights
+from torchdlrm.bundle.precision import TablePrecision
+from torchdlrm.bundle.weights_file import BLOCK_BYTES
+from torchdlrm.bundle.write import file_record, write_weights
+from torchdlrm.config import ModelConfig
+from torchdlrm.features.schema import NUM_CRITEO_DENSE, DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.transforms import fit_dense
+from torchdlrm.features.value_index import write_index
+from torchdlrm.features.vocabulary import Vocabulary, hex_digits
 from torchdlrm.model.build import build_model
 from torchdlrm.progress import SILENT
-from torchdlrm.schema import NUM_CRITEO_DENSE, DenseColumn, FeatureSchema, LabelColumn, SparseColumn
 
 _DENSE = [f"int_{i}" for i in range(NUM_CRITEO_DENSE)]
 _MISSING_SHARE = 0.1  # of Criteo's cells about as many are empty

@@ -33,8 +33,9 @@ from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.planner import PlanOptions, plan_sharding, table_sharder
 from torchdlrm.sharding.topology import local_machine
+from torchdlrm.tables.optimizers import fused_params
 from torchdlrm.training.allocator import keep_freed_memory
-from torchdlrm.training.optimizers import build_optimizer, fused_params
+from torchdlrm.training.optimizers import build_optimizer
 from torchdlrm.training.pipeline import build_pipeline
 from torchdlrm.training.precision import choose_precision
 from torchdlrm.training.process_group import Ranks

@@ -51,8 +51,8 @@ def export(
     announce(f"export {run} to {out}")
 
     from torchdlrm.cli.inspect_bundle import print_check, print_trade, summary
-    from torchdlrm.export.export import ExportOptions
-    from torchdlrm.export.export import export as export_run
+    from torchdlrm.exporting.export import ExportOptions
+    from torchdlrm.exporting.export import export as export_run
     from torchdlrm.training.run import Run
 
     trained = Run.open(run)

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from torchdlrm.cli.terminal import console, print_json, progress_bars
-from torchdlrm.data.imports.blocks import encoded_schema
-from torchdlrm.data.imports.importer import import_blocks
-from torchdlrm.data.imports.parquet import find_parquet
-from torchdlrm.data.imports.upstream import DENSE_NAMES, SPARSE_NAMES, find_npy_days, find_nvt_folders
 from torchdlrm.errors import ConfigError, LogError
+from torchdlrm.preprocessing.imports.blocks import encoded_schema
+from torchdlrm.preprocessing.imports.importer import import_blocks
+from torchdlrm.preprocessing.imports.parquet import find_parquet
+from torchdlrm.preprocessing.imports.upstream import DENSE_NAMES, SPARSE_NAMES, find_npy_days, find_nvt_folders
 
 
 def import_encoded(

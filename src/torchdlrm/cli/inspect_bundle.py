@@ -11,8 +11,8 @@ from torchdlrm.cli.terminal import console, print_json, shown_metric
 from torchdlrm.units import show_bytes
 
 if TYPE_CHECKING:
-    from torchdlrm.export.bundle import Bundle
-    from torchdlrm.export.sensitivity import Trade
+    from torchdlrm.bundle.bundle import Bundle
+    from torchdlrm.exporting.sensitivity import Trade
 
 
 def show(folder: Path, *, num_values: int, as_json: bool) -> None:  # noqa: ARG001 - a bundle has no values to show
@@ -21,7 +21,7 @@ def show(folder: Path, *, num_values: int, as_json: bool) -> None:  # noqa: ARG0
     Raises:
         BundleError: it is damaged.
     """
-    from torchdlrm.export.bundle import Bundle
+    from torchdlrm.bundle.bundle import Bundle
 
     bundle = Bundle.open(folder)
     if as_json:
@@ -102,7 +102,7 @@ def summary(bundle: "Bundle", trade: "Trade | None") -> dict[str, Any]:
 
 
 def _table_bytes(bundle: "Bundle", feature: str) -> int:
-    from torchdlrm.export.bundle import table_name
+    from torchdlrm.bundle.bundle import table_name
 
     start, end = bundle.weights.span(table_name(feature))
     return end - start

@@ -9,10 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from torchdlrm.cli.terminal import console, print_json, progress_bars
-from torchdlrm.data.bad_rows import describe_bad_rows
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.splits import SPLIT_NAMES, SplitName
 from torchdlrm.data.summary import DatasetSummary, FrequentValue, summarize
+from torchdlrm.features.bad_rows import describe_bad_rows
 
 _SPLITS = "".join(f"{name:>6}" for name in SPLIT_NAMES)
 _HELD_OUT = "".join(f"{name:>5}" for name in SPLIT_NAMES[1:])

@@ -53,7 +53,7 @@ def plan(
 
 
 def _problem(tokens: tuple[str, ...], ask: Ask, *, measure: bool) -> "Problem":
-    from torchdlrm.sharding import question
+    from torchdlrm.planning import question
 
     path, overrides = split_config(tokens)
     settings = load_config(ask.run / "config.toml" if ask.run is not None and path is None else path, overrides)
@@ -76,7 +76,7 @@ def _problem(tokens: tuple[str, ...], ask: Ask, *, measure: bool) -> "Problem":
 def _one_plan(problem: "Problem", out: Path | None, html: Path | None, *, as_json: bool) -> dict[str, object]:
     from torchdlrm.cli import plan_tables as show
     from torchdlrm.errors import DoesNotFitError
-    from torchdlrm.sharding.page import plan_page, write_page
+    from torchdlrm.planning.page import plan_page, write_page
     from torchdlrm.sharding.plan_file import plan_as_dict, write_json
     from torchdlrm.sharding.problem import try_solve
 

@@ -5,8 +5,8 @@ from rich.table import Table
 from torchdlrm.cli.terminal import console
 from torchdlrm.config import Config
 from torchdlrm.errors import PlanError
+from torchdlrm.planning.measure import Measurement, measure
 from torchdlrm.sharding.estimate import NUM_DENSE_FEATURES
-from torchdlrm.sharding.measure import Measurement, measure
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.training.launch import Processes, launch
 from torchdlrm.training.process_group import join_process_group

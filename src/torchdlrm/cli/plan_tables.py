@@ -9,15 +9,15 @@ from rich.table import Table
 
 from torchdlrm.cli.terminal import console
 from torchdlrm.errors import PlanError
+from torchdlrm.planning import report
+from torchdlrm.planning.compare import compare_plans
+from torchdlrm.planning.page import sweep_page, write_page
+from torchdlrm.planning.remedies import remedies, shortfall, shortfall_as_dict
+from torchdlrm.planning.sweep import parse_sweep, run_sweep
 from torchdlrm.progress import ProgressListener
-from torchdlrm.sharding import report
-from torchdlrm.sharding.compare import compare_plans
 from torchdlrm.sharding.layout import read_plan
-from torchdlrm.sharding.page import sweep_page, write_page
 from torchdlrm.sharding.plan_file import problem_as_dict
 from torchdlrm.sharding.problem import Problem, Solution
-from torchdlrm.sharding.remedies import remedies, shortfall, shortfall_as_dict
-from torchdlrm.sharding.sweep import parse_sweep, run_sweep
 
 
 def solution(found: Solution) -> None:

@@ -11,7 +11,7 @@ from torchdlrm.cli.terminal import announce, console, print_json, progress_bars,
 from torchdlrm.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
-    from torchdlrm.predict.files import PredictSummary
+    from torchdlrm.prediction.files import PredictSummary
 
 Hyphen = Parameter(allow_leading_hyphen=True)  # a lone one is standard input or output
 
@@ -50,9 +50,9 @@ def predict(
         raise UserError("--json: standard output takes either the JSON object or the scores; write these to --out FILE")
     announce(f"predict by {bundle}")
 
-    from torchdlrm.predict.files import predict_file
-    from torchdlrm.predict.predictor import Predictor
-    from torchdlrm.predict.rows_in import RowsIn
+    from torchdlrm.prediction.files import predict_file
+    from torchdlrm.prediction.predictor import Predictor
+    from torchdlrm.prediction.rows_in import RowsIn
 
     try:
         with progress_bars("") as progress:

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from rich.table import Table
 
 from torchdlrm.cli.terminal import console, warn
-from torchdlrm.data.bad_rows import describe_bad_rows
 from torchdlrm.data.dataset import Dataset, Manifest
-from torchdlrm.data.job.phases import PhaseTime
+from torchdlrm.features.bad_rows import describe_bad_rows
+from torchdlrm.preprocessing.phases import PhaseTime
 
 
 def result_record(dataset: Dataset) -> dict[str, object]:

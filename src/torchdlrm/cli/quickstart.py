@@ -50,10 +50,10 @@ def _run(out: Path, nproc_per_node: int, *, json: bool) -> None:
 
     from torchdlrm.cli import evaluate, train
     from torchdlrm.data.dataset import Dataset
-    from torchdlrm.data.preprocess import PreprocessOptions, preprocess, work_folder
     from torchdlrm.data.synthetic import read_truth, synthesize
     from torchdlrm.evaluation.logistic_regression import fit_logistic_regression
-    from torchdlrm.schema import criteo_schema
+    from torchdlrm.features.schema import criteo_schema
+    from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess, work_folder
     from torchdlrm.training.launch import Processes, launch
     from torchdlrm.training.run import Run
 

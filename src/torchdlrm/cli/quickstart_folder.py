@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from torchdlrm import __version__
-from torchdlrm.data.atomic import replacing
 from torchdlrm.errors import ConfigError
+from torchdlrm.files import replacing
 
 # In the folder from its first moment on, by which an interrupted quickstart is told from a folder of somebody's.
 MARK_NAME = "quickstart.json"

@@ -17,9 +17,9 @@ def report(run: Path, *, out: Path = Path("report.html"), json: bool = False) ->
     json
         Print one JSON object on standard output.
     """
-    from torchdlrm.data.atomic import replacing
     from torchdlrm.errors import RunError
     from torchdlrm.evaluation.report import report_page
+    from torchdlrm.files import replacing
     from torchdlrm.training.run import Run
 
     page = report_page(Run.open(run))

@@ -102,13 +102,13 @@ def serve(
     # Until the server has handlers of its own it has begun nothing, and may end as any program does.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # to swap: waits until there is something to swap
-    from torchdlrm.serve.api_keys import read_api_keys
-    from torchdlrm.serve.options import ServeOptions, threads_of_model
+    from torchdlrm.serving.api_keys import read_api_keys
+    from torchdlrm.serving.options import ServeOptions, threads_of_model
 
     # Read when the library loads: one row is not worth many threads, and those of several processes would fight.
     os.environ.setdefault("POLARS_MAX_THREADS", str(threads_of_model(workers)))
-    from torchdlrm.serve.server import Listening
-    from torchdlrm.serve.server import serve as serve_until_stopped
+    from torchdlrm.serving.server import Listening
+    from torchdlrm.serving.server import serve as serve_until_stopped
 
     given = {key: value for key, value in locals().items() if key in ServeOptions.__dataclass_fields__}
     given["allowed_hosts"] = tuple(name.strip() for name in allowed_hosts.split(",") if name.strip())

@@ -7,7 +7,7 @@ from rich.table import Table
 from torchdlrm.cli.plan_tables import print_table
 from torchdlrm.cli.terminal import console, say_undefined, shown_metric
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.sharding import report
+from torchdlrm.planning import report
 from torchdlrm.training.prospect import Prospect
 from torchdlrm.training.step_profile import read_profiles
 from torchdlrm.training.summary import TrainingSummary

@@ -12,7 +12,7 @@ from torchdlrm.cli.terminal import console, print_json, progress_bars, say_undef
 from torchdlrm.errors import SkewError
 
 if TYPE_CHECKING:
-    from torchdlrm.predict.verify import Verification
+    from torchdlrm.exporting.verify import Verification
 
 
 def verify(
@@ -41,11 +41,11 @@ def verify(
         as_json: Print one JSON object on standard output.
     """
     from torchdlrm.data.dataset import Dataset
-    from torchdlrm.predict.client import PredictionClient
-    from torchdlrm.predict.predictor import Predictor
-    from torchdlrm.predict.rows_in import RowsIn
-    from torchdlrm.predict.verify import check_dataset, find_log, find_run
-    from torchdlrm.predict.verify import verify as verify_bundle
+    from torchdlrm.exporting.verify import check_dataset, find_log, find_run
+    from torchdlrm.exporting.verify import verify as verify_bundle
+    from torchdlrm.prediction.client import PredictionClient
+    from torchdlrm.prediction.predictor import Predictor
+    from torchdlrm.prediction.rows_in import RowsIn
 
     encoded = Dataset.open(dataset)
     with (

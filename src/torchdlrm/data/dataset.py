@@ -1,6 +1,6 @@
 """The encoded dataset on disk: its manifest, its files and their checksums.  Specified in docs/dataset-format.md.
 
-In: a folder written by `torchdlrm.data.preprocess`.  Out: a `Dataset`, which names the files of each split, the
+In: a folder written by `torchdlrm.preprocess`.  Out: a `Dataset`, which names the files of each split, the
 columns, the fitted transforms and the vocabularies.  Opening one reads `dataset.json` and asks for the size of every
 file; `verify` reads them all.
 """
@@ -17,14 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from torchdlrm.data.atomic import replacing, sync
-from torchdlrm.data.bad_rows import BadRow, BadRows
 from torchdlrm.data.splits import SplitName
-from torchdlrm.data.transforms import FittedDense
-from torchdlrm.data.vocabulary import Vocabulary
 from torchdlrm.errors import DatasetError
+from torchdlrm.features.bad_rows import BadRow, BadRows
+from torchdlrm.features.schema import FeatureSchema, problems
+from torchdlrm.features.transforms import FittedDense
+from torchdlrm.features.vocabulary import Vocabulary
+from torchdlrm.files import replacing, sync
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.schema import FeatureSchema, problems
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"

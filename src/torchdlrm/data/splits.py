@@ -22,7 +22,7 @@ import numpy.typing as npt
 from torchdlrm.data import shuffle
 from torchdlrm.data.log.files import LogFile
 from torchdlrm.errors import LogError
-from torchdlrm.schema import SplitRule, TimeColumn
+from torchdlrm.features.schema import SplitRule, TimeColumn
 
 SplitName = Literal["train", "val", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "val", "test")

@@ -29,11 +29,11 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchdlrm.data.atomic import replacing
 from torchdlrm.data.synthetic_model import NUM_LOGITS, click_thresholds
 from torchdlrm.data.synthetic_rows import BLOCK_ROWS, RowGenerator
 from torchdlrm.data.synthetic_shapes import PRESETS
 from torchdlrm.errors import ConfigError, LogError
+from torchdlrm.files import replacing
 from torchdlrm.metrics import auc_from_counts
 from torchdlrm.progress import SILENT, ProgressListener
 

@@ -14,8 +14,8 @@ from typing import Any
 from torchdlrm.config import Config, knobs
 from torchdlrm.errors import RunError, TorchDLRMError
 from torchdlrm.evaluation.curves import Curve, curve_chart
+from torchdlrm.html import figures_table, whole_page
 from torchdlrm.sharding.layout import read_plan
-from torchdlrm.sharding.page import figures_table, whole_page
 from torchdlrm.training.run import METRICS_NAME, PLAN_NAME, Run
 from torchdlrm.units import show_bytes
 

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torchdlrm.data.atomic import replacing
 from torchdlrm.errors import PlanError
+from torchdlrm.files import replacing
 from torchdlrm.sharding.estimate import Cost
 from torchdlrm.sharding.layout import FORMAT, FORMAT_VERSION, layout_as_dict
 from torchdlrm.sharding.problem import Problem, Solution

@@ -32,10 +32,9 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torchrec.optim.keyed import KeyedOptimizer
 
-from torchdlrm.data.atomic import sync
-from torchdlrm.data.files import regular_file
 from torchdlrm.errors import RunError
-from torchdlrm.schema import problems
+from torchdlrm.features.schema import problems
+from torchdlrm.files import regular_file, sync
 from torchdlrm.training.allocator import give_back_freed_memory
 from torchdlrm.training.checkpoint_files import load_state, read_metadata
 from torchdlrm.training.process_group import Ranks

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
-from torchdlrm.data.files import regular_file
 from torchdlrm.errors import RunError, shown
+from torchdlrm.files import regular_file
 
 METADATA_NAME = ".metadata"
 _DATA_NAME = re.compile(r"__\d+_\d+\.distcp")

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from torchdlrm import __version__
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import RunError
-from torchdlrm.schema import problems
+from torchdlrm.features.schema import problems
 
 
 class _DatasetRecord(TypedDict):

@@ -6,11 +6,11 @@ from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import UserError
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.tables.optimizers import check_table_optimizer
 from torchdlrm.training.agenda import Agenda, check_early_stopping
 from torchdlrm.training.agreement import Settings, settings_of
 from torchdlrm.training.allocator import keep_freed_memory
 from torchdlrm.training.communication import allow_tf32
-from torchdlrm.training.optimizers import check_table_optimizer
 from torchdlrm.training.process_group import Ranks, join_process_group
 from torchdlrm.training.run import Run
 from torchdlrm.training.summary import TrainingSummary

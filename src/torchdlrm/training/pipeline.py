@@ -7,7 +7,7 @@ from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import KeyedOptimizer
 
-from torchdlrm.training.table_threads import use_table_threads
+from torchdlrm.tables.table_threads import use_table_threads
 
 
 def build_pipeline(

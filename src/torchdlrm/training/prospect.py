@@ -12,9 +12,9 @@ from torchdlrm.errors import DatasetError
 from torchdlrm.sharding.obey import foreseen_plan
 from torchdlrm.sharding.plan_file import plan_as_dict
 from torchdlrm.sharding.problem import Solution
+from torchdlrm.tables.optimizers import check_table_optimizer
 from torchdlrm.training.agenda import Agenda, check_early_stopping
 from torchdlrm.training.checkpoint import list_checkpoints
-from torchdlrm.training.optimizers import check_table_optimizer
 from torchdlrm.training.precision import Precision, choose_precision
 from torchdlrm.training.schedule import decay_kind
 from torchdlrm.training.trackers import check_trackers

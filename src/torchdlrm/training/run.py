@@ -16,9 +16,9 @@ from typing import IO, Any, Self
 from pydantic import TypeAdapter, ValidationError
 
 from torchdlrm.config import Config, config_toml, load_config, setting_values
-from torchdlrm.data.atomic import replacing, sync
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import RunError
+from torchdlrm.files import replacing, sync
 from torchdlrm.training.environment import Environment, environment_now, manifest_sha256, read_environment
 
 CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME = "config.toml", "plan.json", "environment.json", "metrics.jsonl"

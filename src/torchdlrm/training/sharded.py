@@ -17,8 +17,8 @@ from torchdlrm.sharding.planner import table_sharder
 from torchdlrm.sharding.problem import Solution
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.sharding.weights import initialize_tables
+from torchdlrm.tables.optimizers import fill_accumulators, fused_params
 from torchdlrm.training.communication import communication_codecs
-from torchdlrm.training.optimizers import fill_accumulators, fused_params
 from torchdlrm.training.process_group import Ranks
 
 

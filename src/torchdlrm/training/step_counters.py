@@ -3,7 +3,7 @@
 from torch import nn
 
 from torchdlrm.model.dropout import DroppedActivation
-from torchdlrm.training.optimizers import table_kernels
+from torchdlrm.tables.optimizers import table_kernels
 
 
 class StepCounters:

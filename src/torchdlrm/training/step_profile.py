@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import distributed as dist
 from torch.profiler import ProfilerActivity
 
-from torchdlrm.data.atomic import replacing
+from torchdlrm.files import replacing
 from torchdlrm.training.process_group import Ranks
 
 WARM_UP_STEPS = 5

@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from torchdlrm.data.bad_rows import BadRows
 from torchdlrm.data.log.cut import MAX_ROW_BYTES, plan_chunks, read_chunks
 from torchdlrm.data.log.files import find_files
 from torchdlrm.data.log.names import extra_columns, schema_of_file
 from torchdlrm.data.log.text import parse_chunk
 from torchdlrm.errors import LogError
-from torchdlrm.predict.rows_in import RowsIn
-from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, criteo_schema
+from torchdlrm.features.bad_rows import BadRows
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, criteo_schema
+from torchdlrm.prediction.rows_in import RowsIn
 
 SCHEMA = FeatureSchema(
     name="small",

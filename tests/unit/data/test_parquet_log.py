@@ -11,10 +11,10 @@ import pytest
 from conftest import rows_of_request
 from torchdlrm.data.log.files import find_files
 from torchdlrm.data.log.parquet import plan_row_groups, read_row_groups
-from torchdlrm.data.preprocess import preprocess, work_folder
 from torchdlrm.errors import LogError
-from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
-from torchdlrm.serve.open_inference.tensors import Tensor
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.preprocessing.preprocess import preprocess, work_folder
+from torchdlrm.serving.open_inference.tensors import Tensor
 
 SCHEMA = FeatureSchema(
     name="parquet",

@@ -14,11 +14,11 @@ from pydantic import ValidationError
 
 from raw_logs import avazu_like, clicks, movielens_like, write
 from torchdlrm.data.log.files import find_files
-from torchdlrm.data.preprocess import preprocess
 from torchdlrm.data.proposal.propose import propose_schema
 from torchdlrm.data.proposal.sample import take_sample
 from torchdlrm.errors import LogError
-from torchdlrm.schema import FeatureSchema, criteo_schema, load_schema
+from torchdlrm.features.schema import FeatureSchema, criteo_schema, load_schema
+from torchdlrm.preprocessing.preprocess import preprocess
 
 
 def roles_of(proposal):

@@ -7,9 +7,9 @@ import pytest
 
 from torchdlrm.data.log.files import LogFile
 from torchdlrm.data.log.sniff import is_quoted, sniff
-from torchdlrm.data.preprocess import PreprocessOptions, preprocess
 from torchdlrm.errors import LogError
-from torchdlrm.schema import FeatureSchema, criteo_schema
+from torchdlrm.features.schema import FeatureSchema, criteo_schema
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 
 @pytest.mark.parametrize(

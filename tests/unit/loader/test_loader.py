@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.data.preprocess import PreprocessOptions, preprocess
 from torchdlrm.errors import DatasetError
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, criteo_schema
 from torchdlrm.loader.loader import Loader
 from torchdlrm.loader.plan import RowGroup, batch_rows, epoch_order, num_batches, rank_rows
-from torchdlrm.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, criteo_schema
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 
 @given(rows=st.integers(1, 5_000), batch_size=st.integers(1, 700), world_size=st.integers(1, 9))

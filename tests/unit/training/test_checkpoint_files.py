@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from torchdlrm.errors import RunError
-from torchdlrm.export.checkpoint_model import CheckpointModel
-from torchdlrm.export.checkpoint_reader import CheckpointReader
+from torchdlrm.exporting.checkpoint_model import CheckpointModel
+from torchdlrm.exporting.checkpoint_reader import CheckpointReader
 from torchdlrm.training.checkpoint import find_damage
 from torchdlrm.training.checkpoint_files import load_state, read_metadata
 from torchdlrm.training.process_group import join_process_group

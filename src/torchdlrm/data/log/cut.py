@@ -17,7 +17,7 @@ from typing import IO, cast
 from torchdlrm.data.log.files import LogFile
 from torchdlrm.data.log.quotes import last_row_end
 from torchdlrm.errors import LogError
-from torchdlrm.schema import FeatureSchema
+from torchdlrm.features.schema import FeatureSchema
 
 CHUNK_BYTES = 32 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -13,7 +13,7 @@ from typing import IO, cast
 from torchdlrm.data.log.cut import read_header, reading
 from torchdlrm.data.log.files import LogFile
 from torchdlrm.errors import LogError
-from torchdlrm.schema import Column, FeatureSchema, IgnoredColumn
+from torchdlrm.features.schema import Column, FeatureSchema, IgnoredColumn
 
 _MOST_NAMES_TOLD = 100
 _EXTRA = "@"  # no column of a schema is called so

@@ -12,15 +12,15 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torchdlrm.data.bad_rows import BadRows
-from torchdlrm.data.log.cells import to_typed_columns
 from torchdlrm.data.log.cut import Chunk
 from torchdlrm.data.log.files import LogFile
 from torchdlrm.data.log.names import found_by_name
 from torchdlrm.data.log.text import ParsedChunk
-from torchdlrm.data.vocabulary import hex_digits
 from torchdlrm.errors import LogError
-from torchdlrm.schema import Column, FeatureSchema, IgnoredColumn, SparseColumn, TimeColumn
+from torchdlrm.features.bad_rows import BadRows
+from torchdlrm.features.cells import to_typed_columns
+from torchdlrm.features.schema import Column, FeatureSchema, IgnoredColumn, SparseColumn, TimeColumn
+from torchdlrm.features.vocabulary import hex_digits
 
 _LIST_TYPES = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _CELL_TYPES = (

@@ -16,7 +16,7 @@ from torchdlrm.data.log.cut import BYTE_ORDER_MARK, reading
 from torchdlrm.data.log.files import LogFile
 from torchdlrm.data.log.quotes import find_quoted, last_row_end
 from torchdlrm.errors import LogError
-from torchdlrm.schema import FeatureSchema
+from torchdlrm.features.schema import FeatureSchema
 
 SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar", "\x01": "^A"}
 _HEAD_BYTES = 64 << 10

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from torchdlrm.data.bad_rows import BadRow, BadRows
-from torchdlrm.data.log.cells import text_frame, to_typed_columns
 from torchdlrm.data.log.cut import BYTE_ORDER_MARK, MAX_ROW_BYTES
 from torchdlrm.data.log.quotes import find_quoted
-from torchdlrm.schema import FeatureSchema, IgnoredColumn
+from torchdlrm.features.bad_rows import BadRow, BadRows
+from torchdlrm.features.cells import text_frame, to_typed_columns
+from torchdlrm.features.schema import FeatureSchema, IgnoredColumn
 
 _COUNT_BLOCK_BYTES = 256 << 10
 _SHOWN_BYTES = 400  # of a cell that is at fault

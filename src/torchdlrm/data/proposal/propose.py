@@ -16,15 +16,15 @@ from typing import Any
 import polars as pl
 from pydantic import ValidationError
 
-from torchdlrm.data.bad_rows import BadRows, describe_bad_rows
-from torchdlrm.data.log.cells import to_typed_columns
 from torchdlrm.data.log.files import find_files
 from torchdlrm.data.proposal.columns import Choice, choose_role
 from torchdlrm.data.proposal.facts import USUAL_NULLS, Facts
 from torchdlrm.data.proposal.label import Label, find_label, find_leaks
 from torchdlrm.data.proposal.sample import Sample, take_sample
 from torchdlrm.data.proposal.times import Time, find_time
-from torchdlrm.schema import PRESETS, FeatureSchema, problems
+from torchdlrm.features.bad_rows import BadRows, describe_bad_rows
+from torchdlrm.features.cells import to_typed_columns
+from torchdlrm.features.schema import PRESETS, FeatureSchema, problems
 from torchdlrm.toml import toml_value
 
 SAMPLE_ROWS = 20_000

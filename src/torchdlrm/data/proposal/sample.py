@@ -22,7 +22,6 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torchdlrm.data.bad_rows import BadRow, BadRows, describe_bad_rows
 from torchdlrm.data.log.cut import BYTE_ORDER_MARK, reading
 from torchdlrm.data.log.files import LogFile
 from torchdlrm.data.log.parquet import cells_as_text, type_fault, unreadable
@@ -31,7 +30,8 @@ from torchdlrm.data.log.sniff import SEPARATORS, is_quoted, sniff
 from torchdlrm.data.log.text import ParsedChunk, parse_chunk
 from torchdlrm.data.proposal.facts import USUAL_NULLS
 from torchdlrm.errors import LogError
-from torchdlrm.schema import FeatureSchema, SparseColumn, TimeColumn, criteo_schema
+from torchdlrm.features.bad_rows import BadRow, BadRows, describe_bad_rows
+from torchdlrm.features.schema import FeatureSchema, SparseColumn, TimeColumn, criteo_schema
 from torchdlrm.units import show_bytes
 
 NUM_PLACES = 16

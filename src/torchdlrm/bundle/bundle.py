@@ -1,0 +1,251 @@
+"""A bundle on disk, opened and checked.
+
+    bundle/
+      bundle.json           what it holds, checksums of all files, schema, transforms, model, precision
+      weights.safetensors   the tables as served, memory-mapped; the dense and over arch in float32
+      vocabulary/           value, count, id of each sparse feature, and indexes for looking values up
+      sample.parquet        raw rows and the predictions that they must give
+
+Opening a bundle runs no code that is in it: JSON, safetensors and Parquet hold data alone.
+"""
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from torchdlrm.bundle.manifest import SAMPLE_NAME, WEIGHTS_NAME, BundleManifest, FileRecord
+from torchdlrm.bundle.precision import stored_rows
+from torchdlrm.bundle.sample import PREDICTION_COLUMN, read_sample, sample_types
+from torchdlrm.bundle.verification import BlockVerifier
+from torchdlrm.bundle.weights_file import BLOCK_BYTES, PADDING_BYTES, PADDING_NAME, MappedWeights, blocks_of
+from torchdlrm.data.dataset import sha256_of
+from torchdlrm.errors import BundleError, DatasetError
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.transforms import FittedDense
+from torchdlrm.features.value_index import ValueIndex
+from torchdlrm.features.vocabulary import UNKNOWN_ID
+from torchdlrm.files import OpenFiles, regular_file
+from torchdlrm.progress import SILENT, ProgressListener
+
+Verify = Literal["full", "lazy"]
+
+
+class PlainIds:
+    """Of a feature whose values came as ids: the ids of a table's rows stand for themselves, all else is unknown.
+
+    Args:
+        num_embeddings: rows of the table.
+    """
+
+    def __init__(self, num_embeddings: int) -> None:
+        self._num_embeddings = num_embeddings
+
+    def lookup(self, values: pl.Series) -> pl.Series:
+        """Int64 values, nullable -> Int32 ids."""
+        is_row = values.is_between(0, self._num_embeddings - 1).fill_null(value=False)
+        return values.zip_with(is_row, pl.Series([UNKNOWN_ID], dtype=values.dtype)).cast(pl.Int32)
+
+    def ids_of_numbers(
+        self, numbers: NDArray[np.integer], is_missing: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.int32]:
+        """As `ValueIndex.ids_of_numbers`."""
+        is_row = (numbers >= 0) & (numbers < self._num_embeddings)
+        if is_missing is not None:
+            is_row &= ~is_missing
+        return np.where(is_row, numbers, UNKNOWN_ID).astype(np.int32)
+
+    def id_of(self, value: int | str | None) -> int:
+        """As `ValueIndex.id_of`."""
+        return value if isinstance(value, int) and 0 <= value < self._num_embeddings else UNKNOWN_ID
+
+
+class Bundle:
+    """An exported model; `Bundle.open` makes one.
+
+    Args:
+        path: its folder.
+        manifest: what it holds.
+        verifier: of its weights.
+        files: those that are mapped.
+
+    Attributes:
+        weights: the weights, mapped.
+
+    Raises:
+        BundleError: the weights are not those of the manifest.
+    """
+
+    def __init__(self, path: Path, manifest: BundleManifest, verifier: BlockVerifier, files: OpenFiles) -> None:
+        self.path, self.manifest, self.verifier, self.files = path, manifest, verifier, files
+        self.weights = MappedWeights(path / WEIGHTS_NAME)
+        for feature, record in manifest.sparse.items():
+            dtype, width = stored_rows(record.precision, manifest.model.embedding_dim)
+            shape = (record.num_embeddings, width)
+            self.weights.require(table_name(feature), dtype, shape, bytes_behind=PADDING_BYTES)
+
+    @classmethod
+    def open(cls, path: Path, *, verify: Verify = "full", progress: ProgressListener = SILENT) -> Self:
+        """Read a bundle's manifest and check its files.
+
+        Args:
+            path: the bundle's folder.
+            verify: `full` checks every byte now; `lazy` leaves the weights to a thread, and checks each block of them
+                also before rows of it are used first.
+            progress: is told of the bytes checked.
+
+        Raises:
+            BundleError: there is no bundle, a file of it is missing or damaged, or its format is newer.
+        """
+        manifest = BundleManifest.read(path)
+        if manifest.block_bytes != BLOCK_BYTES or WEIGHTS_NAME not in manifest.files:
+            msg = f"{path}: block_bytes is {manifest.block_bytes:,}, not {BLOCK_BYTES:,}, or {WEIGHTS_NAME} is missing"
+            raise BundleError(msg)
+        used = [path for record in manifest.sparse.values() for path in (record.vocabulary, record.index) if path]
+        wrong = sorted({*used} - manifest.files.keys())
+        wrong += [name for name in manifest.files if Path(name).is_absolute() or ".." in Path(name).parts]
+        if wrong:
+            msg = f"{path}: bundle.json names {', '.join(wrong)[:200]}, without a checksum or outside of the folder"
+            raise BundleError(msg)
+        for name, record in manifest.files.items():
+            _check_size(path, name, record)
+        weights_bytes = manifest.files[WEIGHTS_NAME].size_bytes
+        if not weights_bytes or len(manifest.block_sha256) != -(-weights_bytes // BLOCK_BYTES):
+            msg = f"{path}: {len(manifest.block_sha256)} checksums are not those of {weights_bytes:,} bytes"
+            raise BundleError(msg)
+        files = OpenFiles(
+            [path / name for name in (WEIGHTS_NAME, *(r.index for r in manifest.sparse.values())) if name]
+        )
+        small = [name for name in manifest.files if name != WEIGHTS_NAME]
+        total = sum(manifest.files[name].size_bytes for name in small)
+        progress.start_phase("verify", total + (weights_bytes if verify == "full" else 0), unit="bytes")
+        for name in small:
+            _check_sha256(path / name, manifest.files[name])
+            progress.advance(manifest.files[name].size_bytes)
+        verifier = BlockVerifier(path / WEIGHTS_NAME, manifest.block_sha256, in_pages=verify == "lazy")
+        if verify == "full":
+            verifier.check_all(progress, num_threads=len(os.sched_getaffinity(0)))
+        else:
+            verifier.require(blocks_of(np.zeros(1, np.int64), 1, verifier.num_blocks))
+        bundle = cls(path, manifest, verifier, files)
+        if verify == "lazy":
+            bundle._require_all_but_tables()
+        damage = bundle.find_damage()  # since before the first byte was checked
+        if damage is not None:
+            raise damage
+        if verify == "lazy":
+            verifier.check_all_in_background()
+        return bundle
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.manifest.name
+
+    @property
+    def version(self) -> str:
+        """Changes with any byte of the bundle."""
+        return self.manifest.version
+
+    @property
+    def schema(self) -> FeatureSchema:
+        """The columns of a raw row."""
+        return self.manifest.feature_schema
+
+    @property
+    def dense(self) -> Mapping[str, FittedDense]:
+        """The fitted transform of each dense column."""
+        return self.manifest.dense
+
+    def vocabulary(self, name: str) -> ValueIndex | PlainIds:
+        """What maps the values of a sparse feature to ids; a hashed feature has none."""
+        column = next(column for column in self.schema.sparse if column.name == name)
+        assert column.hash is None, f"{name} is hashed"
+        record = self.manifest.sparse[name]
+        if record.index is None:
+            return PlainIds(record.num_embeddings)
+        try:
+            return ValueIndex.open(self.path / record.index, kind=column.kind, num_ids=record.num_embeddings)
+        except DatasetError as error:
+            raise BundleError(str(error)) from error
+
+    @cached_property
+    def vocabularies(self) -> dict[str, ValueIndex | PlainIds]:
+        """The vocabulary of each sparse feature that is not hashed: what `transforms.encode` takes."""
+        return {column.name: self.vocabulary(column.name) for column in self.schema.sparse if column.hash is None}
+
+    def sample(self) -> tuple[pl.DataFrame, NDArray[np.float32]]:
+        """Raw typed rows of the held-out rows, and the probabilities that this bundle must give for them [B].
+
+        No rows where the sample has no checksum: only what was checked is read.
+
+        Raises:
+            BundleError: the sample is not what was written.
+        """
+        return self._sample
+
+    @cached_property
+    def _sample(self) -> tuple[pl.DataFrame, NDArray[np.float32]]:
+        """Kept in memory: the file may be removed, and be another one's."""
+        record = self.manifest.files.get(SAMPLE_NAME)
+        if record is None:
+            return pl.DataFrame(schema=sample_types(self.schema)), np.empty(0, np.float32)
+        frame = read_sample(self.path / SAMPLE_NAME, self.schema, sha256=record.sha256)
+        return frame.drop(PREDICTION_COLUMN), frame[PREDICTION_COLUMN].to_numpy()
+
+    def find_damage(self) -> BundleError | None:
+        """What is wrong with files that are in use: they are mapped, so whoever writes to one changes predictions.
+
+        Costs some microseconds: nothing is read.  Files that are removed, or that others take the place of, remain as
+        they were for whoever has them open.
+        """
+        changed = self.files.changed()
+        if changed is None:
+            return self.verifier.damage
+        msg = (
+            f"{changed}: written to while it is in use, so predictions mean nothing; write a bundle to a folder of its "
+            "own, never over another, and load that"
+        )
+        return BundleError(msg)
+
+    def _require_all_but_tables(self) -> None:
+        """Check the blocks of the header and of the small tensors."""
+        tables = {PADDING_NAME, *(table_name(feature) for feature in self.manifest.sparse)}
+        header_end = min((self.weights.span(name)[0] for name in self.weights.shapes), default=0)
+        spans = [(0, header_end)] + [self.weights.span(name) for name in self.weights.shapes if name not in tables]
+        touched = np.zeros(self.verifier.num_blocks, np.bool_)
+        for start, end in spans:
+            touched[start // BLOCK_BYTES : -(-end // BLOCK_BYTES)] = True
+        self.verifier.require(touched)
+
+
+def table_name(feature: str) -> str:
+    """The name of a feature's table among the weights: that of TorchRec's state dict."""
+    return f"sparse_arch.embedding_bag_collection.embedding_bags.t_{feature}.weight"
+
+
+def _check_size(folder: Path, name: str, record: FileRecord) -> None:
+    path = folder / name
+    try:
+        size_bytes = regular_file(folder, name).stat().st_size
+    except FileNotFoundError:
+        size_bytes = None
+    except OSError as error:
+        msg = f"{error}; a bundle is made of files of its own"
+        raise BundleError(msg) from error
+    if size_bytes != record.size_bytes:
+        found = "missing" if size_bytes is None else f"{size_bytes:,} bytes long"
+        msg = f"{path}: {found}, but it was written with {record.size_bytes:,} bytes; copy the bundle again"
+        raise BundleError(msg)
+
+
+def _check_sha256(path: Path, record: FileRecord) -> None:
+    found = sha256_of(path)
+    if found != record.sha256:
+        msg = f"{path}: damaged: sha256 is {found}, written was {record.sha256}; copy or export the bundle again"
+        raise BundleError(msg)

@@ -1,0 +1,91 @@
+"""Encoded rows in memory: what a model predicts from.
+
+B rows, F sparse features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from torchdlrm.features.schema import FeatureSchema
+
+# The ids of all rows one after the other, and where each row's begin: int32 or int64 [values], [B + 1].
+Bags = tuple[NDArray[Any], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """B rows.
+
+    Attributes:
+        dense: float32 [B, num_dense], C-contiguous.
+        sparse: ids, int32 or int64 [F, B], where every feature of every row has exactly one; else the bags of each
+            feature.
+    """
+
+    dense: NDArray[np.float32]
+    sparse: NDArray[Any] | tuple[Bags, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.dense)
+
+    @classmethod
+    def from_frame(cls, frame: pl.DataFrame, schema: FeatureSchema) -> Self:
+        """What `torchdlrm.features.transforms.encode` returns."""
+        dense = np.empty((frame.height, len(schema.dense)), np.float32)
+        for index, column in enumerate(schema.dense):
+            dense[:, index] = frame[column.name].to_numpy()
+        if any(column.is_multi_valued for column in schema.sparse):
+            return cls(dense, tuple(_bags(frame[column.name]) for column in schema.sparse))
+        ids_FB = np.empty((len(schema.sparse), frame.height), np.int32)
+        for index, feature in enumerate(schema.sparse):
+            ids_FB[index] = frame[feature.name].to_numpy()
+        return cls(dense, ids_FB)
+
+    def part(self, start: int, stop: int) -> Self:
+        """Rows `start` to `stop`."""
+        if isinstance(self.sparse, tuple):
+            parts = tuple(_part_of(bags, start, stop) for bags in self.sparse)
+            return type(self)(self.dense[start:stop], parts)
+        return type(self)(self.dense[start:stop], self.sparse[:, start:stop])
+
+    @classmethod
+    def concatenated(cls, pieces: Sequence[Self]) -> Self:
+        """The rows of all pieces, in order; all with one id each, or all with bags."""
+        dense = np.concatenate([piece.dense for piece in pieces])
+        first = pieces[0].sparse
+        if not isinstance(first, tuple):
+            return cls(dense, np.concatenate([piece.sparse for piece in pieces], axis=1))
+        joined = []
+        for feature in range(len(first)):
+            bags: list[Bags] = [piece.sparse[feature] for piece in pieces]
+            lengths = np.concatenate([np.diff(offsets) for _, offsets in bags])
+            joined.append((np.concatenate([values for values, _ in bags]), _offsets(lengths)))
+        return cls(dense, tuple(joined))
+
+
+def _bags(column: pl.Series) -> Bags:
+    array = column.rechunk().to_arrow()
+    if not pa.types.is_large_list(array.type):
+        return array.to_numpy(), np.arange(len(array) + 1, dtype=np.int64)
+    offsets = array.offsets.to_numpy()
+    return array.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def _part_of(bags: Bags, start: int, stop: int) -> Bags:
+    values, offsets = bags
+    part = offsets[start : stop + 1]
+    return values[part[0] : part[-1]], part - part[0]
+
+
+def _offsets(lengths: NDArray[Any]) -> NDArray[np.int64]:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets

@@ -1,0 +1,233 @@
+"""`bundle.json`: what a bundle holds, and checksums by which every bit of it is known.  See docs/bundle-format.md."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from torchdlrm.bundle.precision import TablePrecision
+from torchdlrm.config import ModelConfig
+from torchdlrm.errors import BundleError
+from torchdlrm.features.schema import FeatureSchema, problems
+from torchdlrm.features.transforms import FittedDense
+from torchdlrm.files import regular_file
+
+FORMAT_VERSION = 2
+MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME = "bundle.json", "weights.safetensors", "sample.parquet"
+_VERSION_DIGITS = 12
+# Of 1 TB of weights it has 5 MB.
+_MAX_BYTES = 64 * 2**20
+# Numbers that a row may be on its way through the model: the paper's has 3,500.
+_MAX_ROW_NUMBERS = 2**20
+_MAX_PROBLEMS, _MAX_PROBLEM_LENGTH = 5, 300
+
+DensePrecision = Literal["float32", "bfloat16"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class FileRecord(_Frozen):
+    """A file of the bundle."""
+
+    size_bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+class SparseRecord(_Frozen):
+    """A sparse feature.
+
+    Attributes:
+        num_embeddings: rows of its table.
+        precision: of its table.
+        vocabulary: its vocabulary's file; None where values are hashed or are ids already.
+        index: the same vocabulary's file made for looking up, memory-mapped; None where there is no vocabulary.
+    """
+
+    num_embeddings: Annotated[int, Field(ge=1, lt=2**31)]  # ids are int32
+    precision: TablePrecision
+    vocabulary: str | None
+    index: str | None = None
+
+
+class SourceRecord(_Frozen):
+    """Where the weights came from.
+
+    Attributes:
+        run: its folder's name.
+        step: after which the checkpoint was saved.
+        checkpoint: what it was chosen for: the best of the val split, the last, or the step itself; None in a bundle of
+            format version 1, which does not say.
+        dataset_sha256: of the dataset's manifest.
+        versions: of the libraries that trained.
+    """
+
+    run: str
+    step: int
+    checkpoint: Literal["best", "last", "step"] | None = None
+    dataset_sha256: str
+    versions: dict[str, str]
+
+
+class PredictionRecord(_Frozen):
+    """How good predictions are on the rows of the check."""
+
+    auc: float | None
+    logloss: float
+
+
+class CheckRecord(_Frozen):
+    """The check at the end of the export: the same rows by the checkpoint and by the bundle.
+
+    Attributes:
+        split: which rows were predicted.
+        rows: how many.
+        largest_difference: between the two probabilities of a row.
+        largest_allowed: what rounding the embeddings did on these rows, and what the arithmetic may do.
+        checkpoint: by the eager float32 model.
+        bundle: as served.
+    """
+
+    split: str
+    rows: int
+    largest_difference: float
+    largest_allowed: float
+    checkpoint: PredictionRecord
+    bundle: PredictionRecord
+
+
+class BundleManifest(_Frozen):
+    """What `bundle.json` holds.
+
+    Attributes:
+        content_sha256: of this JSON without this key; the bundle's version is its beginning.
+        name: the model's name.
+        feature_schema: the columns of a raw row.
+        dense: the fitted transform of each dense column.
+        sparse: each sparse feature, in the order of the schema.
+        model: the model's shape.
+        dense_precision: what the dense, interaction and over arch may compute in.
+        source: where it came from.
+        check: the check at the export's end.
+        block_bytes: of the weights' file.
+        block_sha256: of its blocks, in order.
+        files: every file but this one, by its path within the bundle.
+    """
+
+    format: Literal["torchdlrm-bundle"] = "torchdlrm-bundle"
+    format_version: int = FORMAT_VERSION
+    content_sha256: str = ""
+    name: str
+    feature_schema: FeatureSchema = Field(alias="schema")
+    dense: dict[str, FittedDense]
+    sparse: dict[str, SparseRecord]
+    model: ModelConfig
+    dense_precision: DensePrecision
+    source: SourceRecord
+    check: CheckRecord | None
+    files: dict[str, FileRecord]
+    block_bytes: int
+    block_sha256: tuple[Sha256, ...]
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        """What the parts say of each other, so that whatever predicts by them may rely on it."""
+        schema, model = self.feature_schema, self.model
+        for key, records, columns in (("dense", self.dense, schema.dense), ("sparse", self.sparse, schema.sparse)):
+            if list(records) != [column.name for column in columns]:
+                msg = f"{key} does not have the {key} columns of the schema in their order"
+                raise ValueError(msg)
+        for column in schema.sparse:
+            record = self.sparse[column.name]
+            if (record.vocabulary is None) != (record.index is None) or (column.hash is not None and record.index):
+                msg = f"sparse.{column.name}: has one of vocabulary and index, or is hashed and has both"
+                raise ValueError(msg)
+            if column.hash is None and record.index is None and column.kind == "string":
+                msg = f"sparse.{column.name}: texts are not ids, and it has no vocabulary"
+                raise ValueError(msg)
+            if column.hash is not None and column.hash > record.num_embeddings:
+                msg = f"sparse.{column.name}: hashed into {column.hash:,} rows, its table has {record.num_embeddings:,}"
+                raise ValueError(msg)
+        dim, num_vectors = model.embedding_dim, len(self.sparse) + 2
+        if dim % 4 or model.dense_arch_layer_sizes[-1] != dim or model.over_arch_layer_sizes[-1] != 1:
+            msg = f"model: embedding_dim {dim} is no multiple of 4, or the arches do not end with it and with 1"
+            raise ValueError(msg)
+        if max(dim * num_vectors, *model.dense_arch_layer_sizes, *model.over_arch_layer_sizes) > _MAX_ROW_NUMBERS:
+            msg = f"model: a row would be more than {_MAX_ROW_NUMBERS:,} numbers"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def version(self) -> str:
+        """Changes with any byte of the bundle."""
+        return self.content_sha256[:_VERSION_DIGITS]
+
+    def sealed(self) -> Self:
+        """The same with its `content_sha256`."""
+        content = self._content() | {"content_sha256": ""}
+        return self.model_copy(update={"content_sha256": _sha256_of(content)})
+
+    def to_json(self) -> str:
+        """The text of `bundle.json`; the same content gives the same text."""
+        return json.dumps(self._content(), indent=1, ensure_ascii=False) + "\n"
+
+    def _content(self) -> dict[str, Any]:
+        content = self.model_dump(mode="json", by_alias=True)
+        if self.source.checkpoint is None:
+            del content["source"]["checkpoint"]
+        content["schema"] = self.feature_schema.model_dump(mode="json", exclude_none=True)
+        return content
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """What is in a bundle's folder, with every bit of `bundle.json` checked.
+
+        Raises:
+            BundleError: there is no bundle, `bundle.json` is damaged, or its format is newer than this program.
+        """
+        path = folder / MANIFEST_NAME
+        try:
+            size_bytes = regular_file(folder, MANIFEST_NAME).stat().st_size
+            if size_bytes > _MAX_BYTES:
+                raise BundleError(_damaged(path, f"{size_bytes:,} bytes long"))
+            text = path.read_bytes().decode("utf-8")
+            content = json.loads(text)
+        except FileNotFoundError as error:
+            found = f"has no {MANIFEST_NAME}, so it is no bundle" if folder.is_dir() else "is not a folder"
+            msg = f"{folder}: {found}; make one with `dlrm export RUN --out {folder}`"
+            raise BundleError(msg) from error
+        except OSError as error:
+            msg = f"{path}: cannot be read: {error}"
+            raise BundleError(msg) from error
+        except BundleError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise BundleError(_damaged(path, f"not JSON ({error})")) from error
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            msg = (
+                f"{path}: format_version is {version}, and this version of torchdlrm reads up to {FORMAT_VERSION}; "
+                "use the version that wrote it, or export the run again with this one"
+            )
+            raise BundleError(msg)
+        try:
+            manifest = cls.model_validate(content)
+        except ValidationError as error:
+            lines = [line[:_MAX_PROBLEM_LENGTH] for line in problems(error)[:_MAX_PROBLEMS]]
+            raise BundleError("\n".join([_damaged(path, "not what was written"), *lines])) from error
+        # Whatever bit is flipped, either the text is no longer what this content gives, or the content has another sum.
+        if manifest.to_json() != text or manifest.sealed().content_sha256 != manifest.content_sha256:
+            raise BundleError(_damaged(path, "its checksum is not that of its content"))
+        return manifest
+
+
+def _sha256_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+def _damaged(path: Path, why: str) -> str:
+    return f"{path}: damaged, {why}; copy or export the bundle again"

@@ -1,0 +1,162 @@
+"""Raw rows made back from encoded ones: what a bundle carries to be checked with wherever it is opened.
+
+A dataset holds encoded rows alone.  An id becomes its value again by the vocabulary, id 0 a value outside of it, a
+dense value what its transform maps to it; and a row is kept where encoding it gives exactly the encoded row again.  For
+a hashed feature any value will do.
+
+B rows.
+"""
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from torchdlrm.errors import BundleError
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, SparseColumn
+from torchdlrm.features.transforms import FittedDense, ValueLookup, encode
+from torchdlrm.features.vocabulary import UNKNOWN_ID, VALUE_TYPES, Vocabulary
+
+PREDICTION_COLUMN = "prediction"
+_MAX_SAMPLE_ROWS = 1_024
+_MAX_SAMPLE_BYTES = 64 * 2**20
+_UNREADABLE = (
+    *(pa.ArrowException, OSError, ValueError, KeyError, MemoryError),
+    *(pl.exceptions.PolarsError, pl.exceptions.PanicException),
+)
+_CANDIDATES = 64
+
+
+def sample_types(schema: FeatureSchema) -> dict[str, pl.DataType]:
+    """The features of raw rows and their types."""
+    types: dict[str, pl.DataType] = {
+        column.name: pl.Int64() if column.kind == "int" else pl.Float64() for column in schema.dense
+    }
+    for column in schema.sparse:
+        one = VALUE_TYPES[column.kind]()
+        types[column.name] = pl.List(one) if column.is_multi_valued else one
+    return types
+
+
+def read_sample(path: Path, schema: FeatureSchema, *, sha256: str) -> pl.DataFrame:
+    """What a bundle's sample holds.
+
+    Args:
+        path: the file, a regular one.
+        schema: the columns of a raw row.
+        sha256: of the file.
+
+    Returns:
+        The features and `prediction`, a probability: at most 1,024 rows.
+
+    Raises:
+        BundleError: it holds something else.
+    """
+    expected = {**sample_types(schema), PREDICTION_COLUMN: pl.Float32()}
+    try:
+        size_bytes = path.stat().st_size
+        data = path.read_bytes() if size_bytes <= _MAX_SAMPLE_BYTES else b""
+        if hashlib.sha256(data).hexdigest() != sha256:
+            msg = f"{size_bytes:,} bytes that are not those that were written"
+            raise pa.ArrowInvalid(msg)
+        file = pq.ParquetFile(io.BytesIO(data))
+        about = file.metadata
+        groups = range(min(about.num_row_groups, _MAX_SAMPLE_ROWS))
+        unpacked_bytes = sum(about.row_group(i).total_byte_size for i in groups)
+        if max(about.num_rows, about.num_row_groups) > _MAX_SAMPLE_ROWS or unpacked_bytes > _MAX_SAMPLE_BYTES:
+            msg = f"{about.num_rows:,} rows of {unpacked_bytes:,} bytes"
+            raise pa.ArrowInvalid(msg)
+        table = file.read(use_threads=False)
+        table.validate(full=True)
+        # The names that are known and no metadata: of others that are no text Polars would panic.
+        frame = pl.DataFrame(pl.from_arrow(pa.table({name: table.column(name) for name in expected})))
+    except _UNREADABLE as error:
+        msg = f"{path}: not a sample of rows: {str(error)[:200]}; export the run again"
+        raise BundleError(msg) from error
+    if frame.schema != expected or frame.height > _MAX_SAMPLE_ROWS or frame[PREDICTION_COLUMN].null_count():
+        msg = f"{path}: its columns are not those of the schema; export the run again"
+        raise BundleError(msg)
+    return frame
+
+
+def raw_sample(
+    encoded: pl.DataFrame,
+    schema: FeatureSchema,
+    dense: Mapping[str, FittedDense],
+    vocabularies: Mapping[str, ValueLookup],
+    *,
+    max_rows: int,
+) -> pl.DataFrame:
+    """Raw typed rows.
+
+    Args:
+        encoded: held-out rows of the dataset.
+        schema: the columns.
+        dense: the fitted transforms.
+        vocabularies: of the features that are not hashed.
+        max_rows: give at most so many.
+
+    Returns:
+        Dense columns Int64 or Float64, sparse columns UInt32, Int64 or String, or lists of it: at most `max_rows` rows.
+    """
+    raw = pl.DataFrame(
+        [_raw_dense(encoded[column.name], column, dense[column.name]) for column in schema.dense]
+        + [_raw_sparse(encoded[column.name], column, vocabularies.get(column.name)) for column in schema.sparse]
+    )
+    again = encode(raw, schema, dense, vocabularies)
+    same = np.ones(raw.height, np.bool_)
+    for column in (*schema.dense, *schema.sparse):
+        if not (isinstance(column, SparseColumn) and column.hash is not None):
+            same &= (again[column.name] == encoded[column.name].cast(again[column.name].dtype)).to_numpy()
+    return raw.filter(pl.Series(same)).head(max_rows)
+
+
+def _raw_dense(values: pl.Series, column: DenseColumn, fitted: FittedDense) -> pl.Series:
+    x = values.cast(pl.Float64).to_numpy()
+    x = (np.exp(x) if fitted.log else x * fitted.deviation) - fitted.shift
+    if column.kind == "int":
+        return pl.Series(column.name, np.clip(np.rint(x), -(2.0**62), 2.0**62).astype(np.int64))
+    return pl.Series(column.name, x)
+
+
+def _raw_sparse(ids: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:
+    flat = ids.explode(empty_as_null=False) if column.is_multi_valued else ids
+    values = _values(flat, column, vocabulary)
+    if not column.is_multi_valued:
+        return values.alias(column.name)
+    lengths = ids.list.len().to_numpy()
+    frame = pl.DataFrame({"row": np.repeat(np.arange(len(ids)), lengths), "value": values})
+    lists = frame.group_by("row", maintain_order=True).agg("value")
+    every = pl.DataFrame({"row": np.arange(len(ids))}).join(lists, on="row", how="left", maintain_order="left")
+    return every["value"].fill_null(pl.Series([[]], dtype=pl.List(values.dtype))).alias(column.name)
+
+
+def _values(ids: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:
+    dtype = VALUE_TYPES[column.kind]
+    if vocabulary is None:
+        return pl.Series((ids.to_numpy().astype(np.int64) * 7919 + 1) % 2**31).cast(dtype)
+    if not isinstance(vocabulary, Vocabulary):
+        return ids.cast(dtype)
+    known = vocabulary.table["value"]
+    found = known.gather((ids.cast(pl.Int64) - 1).clip(0, max(0, len(known) - 1))) if len(known) else None
+    unknown = _outside(vocabulary, dtype)
+    if found is None:
+        return pl.select(pl.repeat(unknown, len(ids), dtype=dtype)).to_series()
+    is_unknown = ids == UNKNOWN_ID
+    return found.zip_with(~is_unknown, pl.Series([unknown], dtype=dtype))
+
+
+def _outside(vocabulary: Vocabulary, dtype: type[pl.DataType]) -> str | int:
+    """A value that has no id of its own."""
+    numbers = pl.Series(np.random.default_rng(0).integers(2**31, size=_CANDIDATES))
+    candidates = pl.select(pl.lit("unknown-") + numbers.cast(pl.String)).to_series() if dtype == pl.String else numbers
+    candidates = candidates.cast(dtype)
+    outside = candidates.filter(vocabulary.lookup(candidates) == UNKNOWN_ID)
+    assert len(outside), "64 values out of 2^31 that are all in one vocabulary"
+    value: str | int = outside[0]
+    return value

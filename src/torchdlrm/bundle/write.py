@@ -1,0 +1,185 @@
+"""A run's checkpoint -> a bundle, a block of rows at a time.
+
+In: a run, the dataset it was trained on.  Out: a folder that is whole or absent.  Memory: one block of rows in float32
+and quantised, whatever the size of the tables and the number of ranks that trained them.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from torchdlrm.bundle.bundle import table_name
+from torchdlrm.bundle.manifest import MANIFEST_NAME, SAMPLE_NAME, WEIGHTS_NAME, FileRecord
+from torchdlrm.bundle.precision import TABLE_PRECISIONS, TablePrecision, quantize_rows, stored_rows
+from torchdlrm.bundle.weights_file import PADDING_BYTES, PADDING_NAME, TensorRecord, WeightsWriter
+from torchdlrm.data.dataset import Dataset, sha256_of
+from torchdlrm.errors import BundleError, DatasetError
+from torchdlrm.features.value_index import write_index
+from torchdlrm.files import claim_folder, clear_folder, sync
+from torchdlrm.progress import ProgressListener
+from torchdlrm.units import show_bytes
+
+_BLOCK_BYTES = 32 * 2**20
+_VOCABULARY_FOLDER = "vocabulary"
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write to, renamed to `path` when all went well and removed otherwise.
+
+    Raises:
+        BundleError: something is at `path`, or another process is writing it.
+    """
+    if os.path.lexists(path):  # also a link that leads nowhere
+        msg = f"--out: {path} is there already; give another name, or remove it first"
+        raise BundleError(msg)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        folder = claim_folder(partial, (MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME, _VOCABULARY_FOLDER))
+    except OSError as error:
+        msg = f"--out: cannot write to {path}: {error.strerror}"
+        raise BundleError(msg) from error
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(folder), partial.lstat()):
+            raise BlockingIOError  # has just been finished by another process, and is its bundle
+    except (BlockingIOError, FileNotFoundError) as error:
+        os.close(folder)
+        msg = f"--out: another process is writing {path}; wait for it, or give another name"
+        raise BundleError(msg) from error
+    try:
+        clear_folder(folder)  # of what an export that was killed left
+        yield partial
+        sync(partial)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(folder)
+
+
+@dataclass(frozen=True)
+class WrittenWeights:
+    """Checksums of a weights file: of all of it, and of its blocks."""
+
+    record: FileRecord
+    block_sha256: tuple[str, ...]
+
+
+class WeightSource(Protocol):
+    """Gives the weights of a model: a `CheckpointReader`, or whatever has them."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of each tensor, by the names of TorchRec's DLRM."""
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor, float32."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a table, float32 [stop - start, D]."""
+
+
+def weights_bytes(checkpoint: WeightSource, precisions: Mapping[str, TablePrecision]) -> int:
+    """How large the weights file gets, but for its header."""
+    return sum(record.size_bytes for record in _records(checkpoint, precisions))
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """See that so much fits on the disk.
+
+    Raises:
+        BundleError: it does not.
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        msg = (
+            f"--out: the bundle needs {show_bytes(needed_bytes)}, and {show_bytes(free_bytes)} are free at {folder}; "
+            "free some, give another place, or export with a smaller --precision"
+        )
+        raise BundleError(msg)
+
+
+def write_weights(
+    checkpoint: WeightSource,
+    precisions: Mapping[str, TablePrecision],
+    path: Path,
+    progress: ProgressListener,
+) -> WrittenWeights:
+    """Write `weights.safetensors`: dense and over arch in float32, then the tables as they are served.
+
+    Args:
+        checkpoint: the weights.
+        precisions: of each feature's table, in schema order.
+        path: the file.
+        progress: is told of the bytes written.
+    """
+    records = _records(checkpoint, precisions)
+    tables = {table_name(feature): precision for feature, precision in precisions.items()}
+    progress.start_phase("write weights", sum(record.size_bytes for record in records), unit="bytes")
+    with WeightsWriter(path, records) as writer:
+        for record in records[:-1]:
+            if record.name not in tables:
+                writer.append(checkpoint.tensor(record.name))
+                progress.advance(record.size_bytes)
+                continue
+            num_rows, dim = checkpoint.shapes[record.name]
+            block_rows = max(1, _BLOCK_BYTES // (4 * dim))
+            for start in range(0, num_rows, block_rows):
+                rows = checkpoint.rows(record.name, start, min(start + block_rows, num_rows))
+                quantized = quantize_rows(rows, tables[record.name])
+                writer.append(quantized)
+                progress.advance(quantized.nbytes)
+        writer.append(torch.zeros(records[-1].shape, dtype=torch.uint8))
+    return WrittenWeights(FileRecord(size_bytes=path.stat().st_size, sha256=writer.sha256), tuple(writer.block_sha256))
+
+
+def _records(checkpoint: WeightSource, precisions: Mapping[str, TablePrecision]) -> list[TensorRecord]:
+    """The tensors in the order of the file: wide types first, so that every tensor lies as its type wants it."""
+    dense = [name for name in checkpoint.shapes if not name.startswith("sparse_arch.")]
+    records = [TensorRecord(name, "F32", checkpoint.shapes[name]) for name in sorted(dense, key=_natural)]
+    for precision in TABLE_PRECISIONS:
+        for feature, chosen in precisions.items():
+            if chosen == precision:
+                num_rows, dim = checkpoint.shapes[table_name(feature)]
+                dtype, width = stored_rows(precision, dim)
+                records.append(TensorRecord(table_name(feature), dtype, (num_rows, width)))
+    return [*records, TensorRecord(PADDING_NAME, "U8", (PADDING_BYTES,))]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def copy_vocabularies(dataset: Dataset, folder: Path) -> dict[str, tuple[str, str]]:
+    """Copy the vocabularies of a dataset to `folder`/vocabulary, and write an index of each.
+
+    Returns:
+        The paths within `folder` of each feature's vocabulary and index; features without a vocabulary have none.
+    """
+    (folder / _VOCABULARY_FOLDER).mkdir()
+    paths = {}
+    for feature, sparse in dataset.manifest.sparse.items():
+        if sparse.vocabulary is not None:
+            table, index = f"{_VOCABULARY_FOLDER}/{feature}.parquet", f"{_VOCABULARY_FOLDER}/{feature}.index"
+            shutil.copyfile(dataset.path / sparse.vocabulary.path, folder / table)
+            if sha256_of(folder / table) != sparse.vocabulary.sha256:
+                msg = f"{dataset.path / sparse.vocabulary.path}: damaged; copy or preprocess the dataset again"
+                raise DatasetError(msg)
+            write_index(dataset.vocabulary(feature), folder / index)
+            paths[feature] = (table, index)
+    return paths
+
+
+def file_record(path: Path) -> FileRecord:
+    """What the manifest says of a file."""
+    sync(path)
+    return FileRecord(size_bytes=path.stat().st_size, sha256=sha256_of(path))

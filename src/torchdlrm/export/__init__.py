@@ -1,1 +1,0 @@
-"""A run -> a bundle: one folder that predicts from raw rows."""

@@ -1,0 +1,1 @@
+"""A run -> a bundle, and the checks of both."""

@@ -1,0 +1,264 @@
+"""A run -> a bundle, which ends by checking itself.
+
+In: a run and the dataset it was trained on.  Out: the bundle's folder, whole and checked, or nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from torchdlrm.bundle.bundle import Bundle
+from torchdlrm.bundle.check import Tolerance, compare, tolerance
+from torchdlrm.bundle.encoded_rows import EncodedRows
+from torchdlrm.bundle.manifest import (
+    MANIFEST_NAME,
+    SAMPLE_NAME,
+    WEIGHTS_NAME,
+    BundleManifest,
+    DensePrecision,
+    SourceRecord,
+    SparseRecord,
+)
+from torchdlrm.bundle.model_name import check_model_name
+from torchdlrm.bundle.precision import TablePrecision
+from torchdlrm.bundle.sample import PREDICTION_COLUMN, raw_sample
+from torchdlrm.bundle.served_model import ServedModel
+from torchdlrm.bundle.weights_file import BLOCK_BYTES
+from torchdlrm.bundle.write import (
+    copy_vocabularies,
+    file_record,
+    require_space,
+    weights_bytes,
+    whole_folder,
+    write_weights,
+)
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.errors import RunError
+from torchdlrm.exporting.checkpoint_model import CheckpointModel
+from torchdlrm.exporting.checkpoint_reader import CheckpointReader
+from torchdlrm.exporting.held_out import held_out_rows, held_out_split
+from torchdlrm.exporting.sensitivity import SENSITIVITY_ROWS, Trade, choose_precisions
+from torchdlrm.features.transforms import encode
+from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.training.checkpoint import ChosenCheckpoint, checkpoint_path, find_checkpoint, find_damage
+from torchdlrm.training.run import Run
+
+DEFAULT_CHECK_ROWS = 100_000
+AUTO_LOGLOSS_INCREASE = 1e-4
+# Of a row. From here on bfloat16 about halves the time of a batch (docs/benchmarks.md); smaller models predict half a
+# million rows a second in float32, and what bfloat16 rounds away is more than int8 tables do.
+MIN_BFLOAT16_MULTIPLY_ADDS = 200_000
+_SAMPLE_ROWS = 256
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export.
+
+    Attributes:
+        name: the model's name, which the server shows.
+        precision: of the tables; `auto` chooses for each by what it costs.
+        dense_precision: what the arches may compute in; `auto` takes bfloat16 where a table is not float32 anyway and
+            the arches are large enough for it to be faster.
+        max_logloss_increase: what a lower precision may cost in nats; None asks for what each precision usually
+            explains, and for 0.0001 where tables are chosen by cost.
+        checkpoint: `best` of the val split (the last where nothing was validated), `last`, or a step.
+        check_rows: predict at most so many held-out rows to check the bundle.
+    """
+
+    name: str
+    precision: TablePrecision | Literal["auto"] = "float32"
+    dense_precision: DensePrecision | Literal["auto"] = "auto"
+    max_logloss_increase: float | None = None
+    checkpoint: str = "best"
+    check_rows: int = DEFAULT_CHECK_ROWS
+
+
+def open_checkpoint(run: Run, name: str) -> tuple[ChosenCheckpoint, CheckpointReader]:
+    """A run's checkpoint, checked, and which it is.
+
+    Raises:
+        RunError: the run has none of that name, or it is damaged.
+    """
+    chosen = find_checkpoint(run.checkpoints, name)
+    path = checkpoint_path(run.checkpoints, chosen.step)
+    damage = find_damage(path)
+    if damage is not None:
+        raise RunError(damage)
+    return chosen, CheckpointReader(path)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A bundle, and why it is as it is.
+
+    Attributes:
+        bundle: opened.
+        checkpoint: that it was made of.
+        trade: what tables cost and save, where they were chosen by it.
+        dense_reason: why the arches may compute in what they do, for people.
+    """
+
+    bundle: Bundle
+    checkpoint: ChosenCheckpoint
+    trade: Trade | None
+    dense_reason: str
+
+
+def export(
+    run: Run, dataset: Dataset, out: Path, options: ExportOptions, progress: ProgressListener = SILENT
+) -> Exported:
+    """Write a bundle and check it.
+
+    Args:
+        run: trained before, on any number of ranks.
+        dataset: what it was trained on.
+        out: the bundle's folder; nothing may be there.
+        options: what to export.
+        progress: is told of bytes and rows.
+
+    Raises:
+        ConfigError: the name cannot be a model's.
+        RunError: the run has no such checkpoint, or it is damaged.
+        DatasetError: the dataset is damaged, or has no rows to check with.
+        BundleError: `out` cannot be written, or the bundle predicts other than its precision explains.
+    """
+    check_model_name(options.name)
+    split = held_out_split(dataset)
+    chosen, checkpoint = open_checkpoint(run, options.checkpoint)
+    model = CheckpointModel(checkpoint, run.config.model, dataset)
+    with whole_folder(out) as folder:
+        trade = _trade(model, run, dataset, options, progress) if options.precision == "auto" else None
+        precisions = _precisions(dataset, options, trade)
+        dense_precision, reason = _dense_precision(run, dataset, options, precisions)
+        require_space(folder, weights_bytes(checkpoint, precisions))
+        written = write_weights(checkpoint, precisions, folder / WEIGHTS_NAME, progress)
+        vocabularies = copy_vocabularies(dataset, folder)
+        files = {WEIGHTS_NAME: written.record}
+        files |= {path: file_record(folder / path) for paths in vocabularies.values() for path in paths}
+        manifest = BundleManifest(
+            name=options.name,
+            feature_schema=dataset.schema,
+            dense={column.name: dataset.manifest.dense[column.name] for column in dataset.schema.dense},
+            sparse={
+                feature: SparseRecord(
+                    num_embeddings=num_embeddings,
+                    precision=precisions[feature],
+                    vocabulary=vocabularies[feature][0] if feature in vocabularies else None,
+                    index=vocabularies[feature][1] if feature in vocabularies else None,
+                )
+                for feature, num_embeddings in dataset.num_embeddings.items()
+            },
+            model=run.config.model,
+            dense_precision=dense_precision,
+            source=_source(run, chosen),
+            check=None,
+            files=files,
+            block_bytes=BLOCK_BYTES,
+            block_sha256=written.block_sha256,
+        )
+        _write_manifest(folder, manifest)
+        bundle = Bundle.open(folder, progress=progress)
+        served, by_table = ServedModel(bundle), list(precisions.values())
+        progress.start_phase("check", min(options.check_rows, dataset.splits[split].rows))
+        record = compare(
+            held_out_rows(dataset, split, options.check_rows),
+            dataset.schema,
+            split=split,
+            checkpoint=model.logits,
+            rounded=None if set(precisions.values()) == {"float32"} else partial(model.logits, precisions=by_table),
+            in_float32=None if served.dense_precision == "float32" else ServedModel(bundle, "float32").logits,
+            bundle=served.logits,
+            allowed=_allowed(options, precisions, dense_precision),
+            progress=progress,
+        )
+        _write_sample(dataset, split, bundle, served)
+        files[SAMPLE_NAME] = file_record(folder / SAMPLE_NAME)
+        _write_manifest(folder, manifest.model_copy(update={"check": record, "files": files}))
+    return Exported(Bundle.open(out, verify="lazy"), chosen, trade, reason)
+
+
+def _trade(
+    model: CheckpointModel, run: Run, dataset: Dataset, options: ExportOptions, progress: ProgressListener
+) -> Trade:
+    # The rows of the check stay unseen where there are others.
+    split = "val" if dataset.splits["val"].rows else held_out_split(dataset)
+    return choose_precisions(
+        model,
+        held_out_rows(dataset, split, min(options.check_rows, SENSITIVITY_ROWS)),
+        dataset.schema,
+        dataset.num_embeddings,
+        dim=run.config.model.embedding_dim,
+        max_logloss_increase=_max_increase(options),
+        progress=progress,
+    )
+
+
+def _max_increase(options: ExportOptions) -> float:
+    return AUTO_LOGLOSS_INCREASE if options.max_logloss_increase is None else options.max_logloss_increase
+
+
+def _precisions(dataset: Dataset, options: ExportOptions, trade: Trade | None) -> dict[str, TablePrecision]:
+    if trade is not None:
+        return trade.precisions
+    assert options.precision != "auto"
+    return dict.fromkeys(dataset.sparse_names, options.precision)
+
+
+def _dense_precision(
+    run: Run, dataset: Dataset, options: ExportOptions, precisions: Mapping[str, TablePrecision]
+) -> tuple[DensePrecision, str]:
+    """What the arches may compute in, and why."""
+    if options.dense_precision != "auto":
+        return options.dense_precision, "as asked"
+    if set(precisions.values()) == {"float32"}:
+        return "float32", "so that predictions equal the checkpoint's, as with float32 tables they can"
+    multiply_adds = run.config.model.row_multiply_adds(len(dataset.dense_names), len(dataset.sparse_names))
+    if multiply_adds < MIN_BFLOAT16_MULTIPLY_ADDS:
+        return "float32", "the arches are small: float32 is fast enough, and more exact"
+    return "bfloat16", "where the processor has it"
+
+
+def _allowed(
+    options: ExportOptions, precisions: Mapping[str, TablePrecision], dense_precision: DensePrecision
+) -> Tolerance:
+    allowed = tolerance(precisions.values(), dense_precision)
+    if options.max_logloss_increase is None and options.precision != "auto":
+        return allowed
+    return Tolerance(allowed.difference, _max_increase(options))
+
+
+def _source(run: Run, chosen: ChosenCheckpoint) -> SourceRecord:
+    environment = run.environment
+    return SourceRecord(
+        run=run.path.resolve().name,
+        step=chosen.step,
+        checkpoint=chosen.kind,
+        dataset_sha256=environment["dataset"]["manifest_sha256"],
+        versions={
+            "torchdlrm": environment["torchdlrm"],
+            "torch": environment["torch"],
+            "torchrec": environment["torchrec"],
+            "fbgemm_gpu": environment["fbgemm_gpu"],
+        },
+    )
+
+
+def _write_manifest(folder: Path, manifest: BundleManifest) -> None:
+    (folder / MANIFEST_NAME).write_text(manifest.sealed().to_json(), encoding="utf-8")
+
+
+def _write_sample(dataset: Dataset, split: str, bundle: Bundle, model: ServedModel) -> None:
+    encoded = next(held_out_rows(dataset, split, 4 * _SAMPLE_ROWS))
+    vocabularies = {
+        name: dataset.vocabulary(name) if bundle.manifest.sparse[name].vocabulary is not None else lookup
+        for name, lookup in bundle.vocabularies.items()
+    }
+    raw = raw_sample(encoded, bundle.schema, bundle.dense, vocabularies, max_rows=_SAMPLE_ROWS)
+    rows = encode(raw, bundle.schema, bundle.dense, bundle.vocabularies)
+    predictions = model.predict(EncodedRows.from_frame(rows, bundle.schema))
+    raw.with_columns(pl.Series(PREDICTION_COLUMN, predictions)).write_parquet(bundle.path / SAMPLE_NAME)

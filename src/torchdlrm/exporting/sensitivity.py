@@ -1,0 +1,183 @@
+"""`--precision auto`: a precision for each table, by what it costs and what it saves.
+
+Cost, of a table at a precision: how much the logloss is expected to rise when this table alone is served so.  If the
+checkpoint's probability p is right, a row answered with q instead loses the divergence of q from p, p log(p / q) +
+(1 - p) log((1 - p) / (1 - q)) nats, on average over its label.  The mean of that is never negative, adds up over tables
+as long as it is small, and needs far fewer rows than the difference of two loglosses, whose noise drowns it.
+
+Choice: all tables begin as float32; the step down that saves most bytes for its cost is taken as long as the sum of
+the costs stays within what is allowed.  Steps that save next to nothing are left out: the tables of a few rows would
+otherwise use up, for some kilobytes, what is left of it.  Then the choice as a whole is tried on the same rows with
+their labels, and made again with half of the allowance while it raises the logloss by more than was asked for, noise
+considered.
+
+B rows, F sparse features, D embedding dimension.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from torchdlrm.bundle.check import LoglossIncrease, logloss_increase
+from torchdlrm.bundle.encoded_rows import EncodedRows
+from torchdlrm.bundle.precision import TABLE_PRECISIONS, TablePrecision, row_bytes
+from torchdlrm.exporting.checkpoint_model import CheckpointModel
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.progress import ProgressListener
+
+SENSITIVITY_ROWS = 20_000
+_BATCH_ROWS = 2_048
+_MAX_ATTEMPTS = 6
+_LEAST_SAVED_SHARE = 1e-4  # of the bytes of all tables in float32, by a step down
+_LOWER = TABLE_PRECISIONS[1:]
+
+
+@dataclass(frozen=True)
+class TableTrade:
+    """A table's costs and what was chosen.
+
+    Attributes:
+        num_embeddings: its rows.
+        size_bytes: at each precision.
+        logloss_increase: expected at each precision, of this table alone; 0 for float32.
+        chosen: its precision.
+    """
+
+    num_embeddings: int
+    size_bytes: dict[TablePrecision, int]
+    logloss_increase: dict[TablePrecision, float]
+    chosen: TablePrecision
+
+
+@dataclass(frozen=True)
+class Trade:
+    """What was chosen for all tables.
+
+    Attributes:
+        tables: by feature.
+        rows: on how many it was measured.
+        max_logloss_increase: what was asked for.
+        expected_increase: the sum of the tables' costs.
+        measured_increase: of the logloss on the labels of these rows, all tables together.
+    """
+
+    tables: dict[str, TableTrade]
+    rows: int
+    max_logloss_increase: float
+    expected_increase: float
+    measured_increase: LoglossIncrease
+
+    @property
+    def precisions(self) -> dict[str, TablePrecision]:
+        """Of each feature's table."""
+        return {feature: table.chosen for feature, table in self.tables.items()}
+
+
+def choose_precisions(
+    model: CheckpointModel,
+    frames: Iterable[pl.DataFrame],
+    schema: FeatureSchema,
+    num_embeddings: Mapping[str, int],
+    *,
+    dim: int,
+    max_logloss_increase: float,
+    progress: ProgressListener,
+) -> Trade:
+    """Measure every table at every precision, and choose.
+
+    Args:
+        model: the checkpoint.
+        frames: encoded rows with their label that the export's own check does not use, where there are such.
+        schema: of the columns.
+        num_embeddings: rows of each feature's table.
+        dim: D.
+        max_logloss_increase: what all tables together may cost, in nats.
+        progress: is told of the rows done.
+    """
+    batches = [part for frame in frames for part in frame.iter_slices(_BATCH_ROWS)]
+    labels = np.concatenate([batch[schema.label.name].to_numpy() for batch in batches])
+    rows = [EncodedRows.from_frame(batch, schema) for batch in batches]
+    progress.start_phase("measure tables", len(labels) * len(num_embeddings))
+    costs: dict[str, dict[TablePrecision, float]] = {
+        name: dict.fromkeys(TABLE_PRECISIONS, 0.0) for name in num_embeddings
+    }
+    before = []
+    for batch in rows:
+        vectors = model.vectors(batch)
+        logits = vectors.logits()
+        before.append(logits)
+        for feature, name in enumerate(num_embeddings):
+            for precision in _LOWER:
+                served = vectors.with_feature(feature, model.pooled(batch, feature, precision))
+                costs[name][precision] += float(_divergence(logits, served.logits()).sum()) / len(labels)
+            progress.advance(batch.num_rows)
+    sizes = {
+        name: {precision: count * row_bytes(precision, dim) for precision in TABLE_PRECISIONS}
+        for name, count in num_embeddings.items()
+    }
+    allowance = max_logloss_increase
+    for attempt in range(_MAX_ATTEMPTS):
+        chosen = choose(costs, sizes, allowance)
+        progress.start_phase(f"try the choice ({attempt + 1})", len(labels))
+        after = []
+        for batch in rows:
+            vectors = model.vectors(batch)
+            for feature, precision in enumerate(chosen.values()):
+                if precision != "float32":
+                    vectors = vectors.with_feature(feature, model.pooled(batch, feature, precision))
+            after.append(vectors.logits())
+            progress.advance(batch.num_rows)
+        measured = logloss_increase(labels, np.concatenate(before), np.concatenate(after))
+        if measured.is_within(max_logloss_increase):
+            break
+        allowance /= 2
+    else:
+        chosen, measured = dict.fromkeys(chosen, "float32"), LoglossIncrease(0.0, 0.0)
+    return Trade(
+        tables={
+            name: TableTrade(num_embeddings[name], sizes[name], costs[name], chosen[name]) for name in num_embeddings
+        },
+        rows=len(labels),
+        max_logloss_increase=max_logloss_increase,
+        expected_increase=sum(costs[name][precision] for name, precision in chosen.items()),
+        measured_increase=measured,
+    )
+
+
+def choose(
+    costs: Mapping[str, Mapping[TablePrecision, float]],
+    sizes: Mapping[str, Mapping[TablePrecision, int]],
+    allowance: float,
+) -> dict[str, TablePrecision]:
+    """A precision for each table, the costs of all within the allowance.
+
+    Args:
+        costs: of each table at each precision.
+        sizes: of each table at each precision, in bytes.
+        allowance: for the sum of the costs.
+    """
+    chosen: dict[str, TablePrecision] = dict.fromkeys(costs, "float32")
+    least_saved = _LEAST_SAVED_SHARE * sum(size["float32"] for size in sizes.values())
+    while True:
+        spent = sum(costs[name][precision] for name, precision in chosen.items())
+        best: tuple[float, str, TablePrecision] | None = None
+        for name, now in chosen.items():
+            for precision in TABLE_PRECISIONS[TABLE_PRECISIONS.index(now) + 1 :]:
+                price = costs[name][precision] - costs[name][now]
+                saved = sizes[name][now] - sizes[name][precision]
+                if saved > least_saved and spent + price <= allowance and (best is None or price / saved < best[0]):
+                    best = (price / saved, name, precision)
+        if best is None:
+            return chosen
+        chosen[best[1]] = best[2]
+
+
+def _divergence(before: NDArray[np.float32], after: NDArray[np.float32]) -> NDArray[np.float64]:
+    """KL of two Bernoulli distributions given by their log-odds: float64 [B]."""
+    x, y = before.astype(np.float64), after.astype(np.float64)
+    p = 1 / (1 + np.exp(-x))
+    # log p - log q = softplus(-y) - softplus(-x), and the same with other signs for 1 - p.
+    return p * (np.logaddexp(0, -y) - np.logaddexp(0, -x)) + (1 - p) * (np.logaddexp(0, y) - np.logaddexp(0, x))

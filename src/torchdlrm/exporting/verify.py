@@ -1,0 +1,249 @@
+"""The same raw rows by every way that there is to a prediction: is there a skew between training and serving?
+
+| way | from raw rows to ids | the model |
+| --- | --- | --- |
+| checkpoint | the dataset's vocabularies and transforms | the run's checkpoint, eager, float32 |
+| rounded | the same | the same, but for embeddings rounded as the bundle stores them |
+| float32 | the bundle's | as served, but computing in float32 where it would in bfloat16 |
+| bundle | the same | as served |
+| server | over HTTP, as JSON | as served, there |
+
+Each is compared with the one before it, row by row: so rounding, which costs what it costs, hides nothing else.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from torchdlrm.bundle.check import arithmetic_difference, tolerance
+from torchdlrm.bundle.encoded_rows import EncodedRows
+from torchdlrm.bundle.served_model import ServedModel
+from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
+from torchdlrm.errors import LogError, RunError
+from torchdlrm.exporting.checkpoint_model import CheckpointModel
+from torchdlrm.exporting.export import open_checkpoint
+from torchdlrm.features.transforms import encode
+from torchdlrm.metrics import BinaryMetrics, binary_metrics
+from torchdlrm.prediction.cells_out import as_json_rows
+from torchdlrm.prediction.client import PredictionClient
+from torchdlrm.prediction.predictor import Predictor
+from torchdlrm.prediction.rows_in import RowsIn
+from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.training.run import Run
+
+_BATCH_ROWS = 1_024
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to the predictions, and how far they are from those of the way before.
+
+    Attributes:
+        name: checkpoint, rounded, float32, bundle or server.
+        largest_difference: between two probabilities of a row; None for the first way.
+        largest_allowed: what the precision explains.
+        metrics: where the log has labels.
+    """
+
+    name: str
+    largest_difference: float | None
+    largest_allowed: float | None
+    metrics: BinaryMetrics | None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the precision explains the difference; NaN, which it never does, included."""
+        return self.largest_difference is None or self.largest_difference <= (self.largest_allowed or 0.0)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came of it; `bad_rows` of the log were left out."""
+
+    rows: int
+    bad_rows: int
+    ways: tuple[Way, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every way agrees with the one before."""
+        return all(way.agrees for way in self.ways)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        ways = [
+            asdict(way) | {"agrees": way.agrees, "metrics": None if way.metrics is None else way.metrics.as_json()}
+            for way in self.ways
+        ]
+        return {"rows": self.rows, "bad_rows": self.bad_rows, "agrees": self.agrees, "ways": ways}
+
+
+def verify(
+    predictor: Predictor,
+    run: Run,
+    dataset: Dataset,
+    log: RowsIn,
+    *,
+    max_rows: int,
+    client: PredictionClient | None = None,
+    progress: ProgressListener = SILENT,
+) -> Verification:
+    """Predict the first rows of a log by all ways.
+
+    Args:
+        predictor: of the bundle.
+        run: that the bundle was made of.
+        dataset: that the run was trained on.
+        log: raw rows.
+        max_rows: how many of them, at most.
+        client: of a server of the bundle, if there is one.
+        progress: is told of the rows done.
+
+    Raises:
+        RunError: the run's checkpoint is not there any more, or is damaged.
+        LogError: the log cannot be read, or has no rows.
+        UserError: the server does not answer.
+    """
+    bundle = predictor.bundle
+    _, checkpoint = open_checkpoint(run, str(bundle.manifest.source.step))
+    model = CheckpointModel(checkpoint, run.config.model, dataset)
+    vocabularies = {
+        column.name: bundle.vocabulary(column.name)
+        if dataset.manifest.sparse[column.name].vocabulary is None
+        else dataset.vocabulary(column.name)
+        for column in dataset.schema.sparse
+        if column.hash is None
+    }
+    precisions = [record.precision for record in bundle.manifest.sparse.values()]
+    in_float32 = ServedModel(bundle, "float32")
+    logits: dict[str, list[NDArray[np.floating]]] = {
+        name: [] for name in ("checkpoint", "rounded", "float32", "bundle", "server")
+    }
+    labels: list[pl.Series] = []
+    has_labels, bad_rows, rows_left = True, 0, max_rows
+    progress.start_phase("verify", max_rows)
+    for chunk in log:
+        frame = chunk.frame.head(rows_left)
+        rows_left -= frame.height
+        bad_rows += len(chunk.bad_positions)
+        has_labels &= chunk.has_label
+        for start in range(0, frame.height, _BATCH_ROWS):
+            part = frame.slice(start, _BATCH_ROWS)
+            encoded = encode(part, dataset.schema, dataset.manifest.dense, vocabularies)
+            rows = EncodedRows.from_frame(encoded, dataset.schema)
+            logits["checkpoint"].append(model.logits(rows))
+            if set(precisions) != {"float32"}:
+                logits["rounded"].append(model.logits(rows, precisions))
+            served = predictor.encode(part)
+            if predictor.dense_precision != "float32":
+                logits["float32"].append(in_float32.logits(served))
+            logits["bundle"].append(predictor.predict_encoded(served).logits)
+            if client is not None:
+                probabilities = client.predict(as_json_rows(part, bundle.schema), version=bundle.version)
+                logits["server"].append(_log_odds(probabilities))
+            progress.advance(part.height)
+        if has_labels:
+            labels.append(frame[dataset.label_name])
+        if not rows_left:
+            break
+    if rows_left == max_rows:
+        msg = f"{', '.join(map(str, log.paths))}: no row that can be read"
+        raise LogError(msg)
+    joined = {name: np.concatenate(pieces) for name, pieces in logits.items() if pieces}
+    ways = _compared(joined, pl.concat(labels) if has_labels else None, predictor)
+    return Verification(max_rows - rows_left, bad_rows, ways)
+
+
+def _compared(
+    logits: dict[str, NDArray[np.floating]], labels: pl.Series | None, predictor: Predictor
+) -> tuple[Way, ...]:
+    manifest = predictor.bundle.manifest
+    allowed = {
+        "rounded": tolerance([record.precision for record in manifest.sparse.values()], "float32").difference,
+        "float32": arithmetic_difference("float32"),
+        # The same embeddings: only the arithmetic may differ, of other batches or on another machine.
+        "bundle": arithmetic_difference(manifest.dense_precision),
+        "server": arithmetic_difference(manifest.dense_precision),
+    }
+    ways = []
+    # The rows that tell what came of them; the others are compared all the same.
+    is_labelled = None if labels is None or not labels.count() else labels.is_not_null().to_numpy()
+    before: NDArray[np.float64] | None = None
+    for name, found in logits.items():
+        probabilities = 1.0 / (1.0 + np.exp(-found.astype(np.float64)))
+        difference = None if before is None else float(np.abs(probabilities - before).max())
+        metrics = None
+        if labels is not None and is_labelled is not None:
+            metrics = binary_metrics(labels.drop_nulls().to_numpy(), found[is_labelled])
+        ways.append(Way(name, difference, allowed.get(name), metrics))
+        before = probabilities
+    return tuple(ways)
+
+
+def _log_odds(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    inside = np.clip(probabilities, 1e-300, 1.0 - 1e-16)
+    return np.log(inside) - np.log1p(-inside)
+
+
+def find_run(predictor: Predictor, dataset: Path, run: Path | None) -> Run:
+    """The run that a bundle was made of: at `run`, or by its name beside the bundle, the dataset, or here.
+
+    Raises:
+        RunError: it is not there.
+    """
+    if run is not None:
+        return Run.open(run)
+    name = predictor.bundle.manifest.source.run
+    places = [folder / name for folder in (predictor.bundle.path.resolve().parent, dataset.resolve().parent, Path())]
+    for place in places:
+        if place.is_dir() and Path(name).name == name:  # it is the bundle's word for it
+            return Run.open(place)
+    msg = f"the bundle was made of a run called {name!r}, and none is at {', '.join(map(str, places))}; say --run RUN"
+    raise RunError(msg)
+
+
+def check_dataset(predictor: Predictor, dataset: Dataset) -> None:
+    """See that a bundle was made of a run on this dataset.
+
+    Raises:
+        RunError: it was not.
+    """
+    found = hashlib.sha256((dataset.path / MANIFEST_NAME).read_bytes()).hexdigest()
+    if found != predictor.bundle.manifest.source.dataset_sha256:
+        msg = (
+            f"--dataset: {dataset.path} is not what the run of the bundle {predictor.bundle.path} was trained on (its "
+            "dataset.json differs), so the ids do not mean the same"
+        )
+        raise RunError(msg)
+
+
+def find_log(dataset: Dataset) -> Sequence[Path]:
+    """The files of the log that a dataset was made of, beside it or here; the last one is named first.
+
+    The manifest knows their names and sizes: a file of another size is another file.
+
+    Raises:
+        LogError: none of them is there.
+    """
+    folders = (dataset.path.resolve().parent, Path())
+    names = [(source.name, source.size_bytes) for source in reversed(dataset.manifest.source)]
+    for folder in folders:
+        found = [folder / name for name, size in names if _has_size(folder / name, size)]
+        if found:
+            return found
+    listed = ", ".join(name for name, _ in names)
+    msg = (
+        f"{dataset.path}: the log that the dataset was made of ({listed}) is neither beside it nor here, or has "
+        "changed; name a log with raw rows after the bundle"
+    )
+    raise LogError(msg)
+
+
+def _has_size(path: Path, size_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == size_bytes

@@ -1,0 +1,317 @@
+"""Raw cells -> typed columns: what counts as a number, a hex value, a label, a list, and what is a bad cell.
+
+| kind | type of the column | accepted |
+| --- | --- | --- |
+| label | Int8 | 0 or 1, true or false; with a threshold any number; or the values that the schema names |
+| dense int | Int64 | a decimal number of 64 bits, with or without a sign |
+| dense float | Float64 | a finite decimal number |
+| sparse hex | UInt32 | 1 to 8 hexadecimal digits, upper or lower case |
+| sparse int | Int64 | as dense int |
+| sparse string | String | anything |
+| sparse, several values | List of these | the values between separators; empty ones are left out |
+| time | Int64 | a number, or a date and time as ISO 8601 writes it; never missing; ordered as the times are |
+
+An empty cell is missing, and so is one of the column's `null_values`: the text itself, or, where it is a number of the
+column's kind, that number however it is written.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+
+from torchdlrm.features.bad_rows import BadRow, BadRows
+from torchdlrm.features.schema import (
+    Column,
+    DenseColumn,
+    FeatureSchema,
+    IgnoredColumn,
+    LabelColumn,
+    SparseColumn,
+    TimeColumn,
+)
+
+Feature = DenseColumn | SparseColumn
+
+_FEW_ROWS = 4_096
+_DATETIME_FORMATS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")  # without a zone: UTC
+
+
+def text_frame(schema: FeatureSchema, columns: dict[str, list[str | None]]) -> pl.DataFrame:
+    """Raw cells as a frame of text columns; columns that are not given have no rows."""
+    names = [column.name for column in schema.columns]
+    return pl.DataFrame({name: columns.get(name, []) for name in names}, schema=dict.fromkeys(names, pl.String))
+
+
+def to_typed_columns(
+    text: pl.DataFrame,
+    schema: FeatureSchema,
+    bad_rows: BadRows,
+    line_numbers: npt.NDArray[np.int64] | None = None,
+    *,
+    is_label_optional: bool = False,
+) -> tuple[pl.DataFrame, pl.Series | None]:
+    """Cast raw cells to the types of their columns.
+
+    Args:
+        text: a String column for each column of the schema, B rows.
+        schema: the columns.
+        bad_rows: takes the rows whose cells do not fit, each by its leftmost fault.
+        line_numbers: int64 [B], the line of each row from 0; by default its position.
+        is_label_optional: whether a row without a label is good, as rows to predict are; its label is null.
+
+    Returns:
+        The typed columns, B rows; and a Boolean mask of the good rows, or None when all are good.
+    """
+    used = [column for column in schema.columns if not isinstance(column, IgnoredColumn)]
+    if any(column.null_values for column in used):
+        plain_texts = [column for column in used if column.null_values and text[column.name].dtype == pl.String]
+        text = text.with_columns(map(_without_null_texts, plain_texts))
+    lists = [column for column in used if isinstance(column, SparseColumn) and column.is_multi_valued]
+    plain = [column for column in used if column not in lists]
+    clean: set[str] = set()
+    if text.height > _FEW_ROWS:
+        typed = text.select(_cast(column) for column in plain).to_dict()
+    else:
+        typed, clean = _typed_few(text, plain)
+    good: npt.NDArray[np.bool_] | None = None
+    for column in used:
+        if column.name in clean:
+            continue
+        if isinstance(column, SparseColumn) and column.is_multi_valued:
+            typed[column.name], bad = _typed_lists(text[column.name], column)
+            faults: list[tuple[str, npt.NDArray[np.bool_]]] = [] if bad is None else [(column.kind, bad)]
+        else:
+            cells = typed[column.name]
+            if isinstance(column, LabelColumn) and column.positive is None and cells.null_count():
+                cells = typed[column.name] = _with_words(text[column.name], cells)
+            faults = list(_faults(text[column.name], cells, column, is_label_optional=is_label_optional))
+            if isinstance(column, DenseColumn | SparseColumn):
+                typed[column.name] = without_null_values(cells, column)
+        for reason, bad in faults:
+            if not bad.any():
+                continue
+            rows = np.flatnonzero(bad if good is None else bad & good)
+            examples = [
+                BadRow(
+                    line=int(row if line_numbers is None else line_numbers[row]) + 1,
+                    column=column.name,
+                    value=_as_text(text[column.name][int(row)], column),
+                )
+                for row in rows[: BadRows.NUM_EXAMPLES]
+            ]
+            bad_rows.add(reason, len(rows), examples)
+            good = ~bad if good is None else good & ~bad
+    frame = pl.DataFrame([typed[column.name] for column in used])
+    return frame, None if good is None else pl.Series(good)
+
+
+def typed_cells(text: pl.Series, column: Feature) -> tuple[pl.Series, bool]:
+    """Cast the cells of a column with one value a row.
+
+    Args:
+        text: String; the cells of the column, or those of several columns of the same role, kind and null values one
+            after another.
+        column: it, or one of them.
+
+    Returns:
+        The typed cells, null where one is missing or bad; and whether none is bad.  (Where one is, `null_values` that
+        are numbers are still there: which cell is bad must be found first.)
+    """
+    frame = pl.DataFrame([text.alias(column.name)])
+    if column.null_values:
+        frame = frame.select(_without_null_texts(column))
+    typed = frame.select(_cast(column)).to_series()
+    is_clean = _is_clean(frame.to_series(), typed, column)
+    return without_null_values(typed, column) if is_clean else typed, is_clean
+
+
+def without_null_values(typed: pl.Series, column: Feature) -> pl.Series:
+    """Typed cells, null where one is a number that the column's `null_values` name."""
+    if not column.null_values or len(numbers := null_numbers(column)) == 0:
+        return typed
+    return pl.select(pl.when(~typed.is_in(numbers)).then(typed).alias(typed.name)).to_series()
+
+
+@cache
+def null_numbers(column: Feature) -> pl.Series:
+    """Those of a column's `null_values` that are numbers of its kind: of the type of the column, none for texts."""
+    texts = pl.Series(column.name, column.null_values or [], dtype=pl.String)
+    if isinstance(column, SparseColumn) and column.kind == "string":
+        return texts.head(0)
+    numbers = texts.to_frame().select(_cast(column)).to_series()
+    return numbers.filter(~_is_bad(texts, numbers, column))
+
+
+def _without_null_texts(column: Column) -> pl.Expr:
+    """The cells of a column, null where they are one of its `null_values`."""
+    cell = pl.col(column.name)
+    assert column.null_values, "only of columns that have some"
+    return pl.when(~cell.is_in(column.null_values)).then(cell).alias(column.name)
+
+
+def _typed_few(text: pl.DataFrame, columns: Sequence[Column]) -> tuple[dict[str, pl.Series], set[str]]:
+    """The typed columns of few rows, and the names of some that are clean.
+
+    The cost is then that of the casts, not of the cells: columns of the same kind are cast as one.
+    """
+    alike: dict[tuple[object, ...], list[Feature]] = {}
+    typed: dict[str, pl.Series] = {}
+    clean: set[str] = set()
+    for column in columns:
+        if isinstance(column, DenseColumn | SparseColumn):
+            alike.setdefault((column.role, column.kind, column.null_values), []).append(column)
+        else:
+            typed[column.name] = text.select(_cast(column)).to_series()
+    for group in alike.values():
+        cells, is_clean = typed_cells(pl.concat([text[column.name] for column in group]), group[0])
+        for i, column in enumerate(group):
+            typed[column.name] = cells.slice(i * text.height, text.height).alias(column.name)
+        clean |= {column.name for column in group if is_clean}
+    return typed, clean
+
+
+def _as_text(cell: object, column: Column) -> str:
+    if isinstance(cell, pl.Series):
+        return (getattr(column, "value_separator", None) or ",").join(map(str, cell))
+    return "" if cell is None else str(cell)
+
+
+def _typed_lists(text: pl.Series, column: SparseColumn) -> tuple[pl.Series, npt.NDArray[np.bool_] | None]:
+    """Lists of typed values, null where the cell is missing; and which rows have a bad one (None: no row)."""
+    assert column.value_separator is not None
+    lists = text if text.dtype == pl.List else text.str.split(column.value_separator)
+    flat = pl.DataFrame({"row": pl.int_range(len(lists), dtype=pl.Int64, eager=True), "value": lists}).explode("value")
+    flat = flat.filter(pl.col("value") != "")
+    if column.null_values:
+        flat = flat.filter(~pl.col("value").is_in(column.null_values))
+    if column.max_values is not None:
+        flat = flat.group_by("row", maintain_order=True).head(column.max_values)
+    values = flat["value"]
+    typed = pl.DataFrame({column.name: values}).select(_cast_value(pl.col(column.name), column)).to_series()
+    bad_rows: npt.NDArray[np.bool_] | None = None
+    if not _is_clean(values, typed, column):
+        bad_rows = np.bincount(flat["row"].filter(_is_bad(values, typed, column)).to_numpy(), minlength=len(lists)) > 0
+    if column.null_values and len(numbers := null_numbers(column)):
+        kept = ~typed.is_in(numbers)
+        flat, typed = flat.filter(kept.fill_null(value=True)), typed.filter(kept.fill_null(value=True))
+    counts = np.bincount(flat["row"].to_numpy(), minlength=len(lists))
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    grouped = pl.Series(column.name, pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), typed.to_arrow()))
+    # A cell of separators alone has no values, and so is missing as an empty one is.
+    return pl.select(pl.when(pl.Series(counts > 0)).then(grouped).alias(column.name)).to_series(), bad_rows
+
+
+def _cast(column: Column) -> pl.Expr:
+    cell = pl.col(column.name)
+    if isinstance(column, LabelColumn):
+        if column.positive is not None:
+            return _cast_named_label(cell, column)
+        if column.threshold is None:
+            return cell.cast(pl.Int8, strict=False)
+        number = cell.cast(pl.Float64, strict=False)
+        return pl.when(number.is_finite()).then((number >= column.threshold).cast(pl.Int8)).alias(column.name)
+    if isinstance(column, TimeColumn):
+        return _cast_time(cell, column)
+    if isinstance(column, DenseColumn):
+        return cell.cast(pl.Int64 if column.kind == "int" else pl.Float64, strict=False)
+    assert isinstance(column, SparseColumn)
+    return _cast_value(cell, column)
+
+
+def _cast_value(cell: pl.Expr, column: SparseColumn) -> pl.Expr:
+    if column.kind == "hex":
+        return cell.str.to_integer(base=16, dtype=pl.UInt32, strict=False)
+    return cell.cast(pl.Int64, strict=False) if column.kind == "int" else cell
+
+
+def _cast_time(cell: pl.Expr, column: TimeColumn) -> pl.Expr:
+    """Int64 numbers in the order of the times: themselves, or microseconds, or the bits of a float64 made to ascend."""
+    if column.kind == "int":
+        return cell.cast(pl.Int64, strict=False)
+    if column.kind == "datetime":
+        # Every format by itself: left to infer one, Polars would judge a row by the others of its chunk.
+        text = cell.str.replace("T", " ", literal=True).str.replace("Z$", "+00:00")
+        times = [text.str.to_datetime(form, time_unit="us", strict=False) for form in _DATETIME_FORMATS]
+        zoned = [text.str.to_datetime(form + "%:z", time_unit="us", strict=False) for form in _DATETIME_FORMATS[1:]]
+        return pl.coalesce(*(time.cast(pl.Int64) for time in (*times, *zoned))).alias(column.name)
+    number = cell.cast(pl.Float64, strict=False)
+    bits = (number + 0.0).reinterpret(dtype=pl.Int64)  # + 0.0 makes -0.0 the same time as 0.0
+    ascending = pl.when(bits >= 0).then(bits).otherwise(bits.xor(pl.lit(2**63 - 1, pl.Int64)))
+    return pl.when(number.is_finite()).then(ascending).alias(column.name)
+
+
+def _label_number(cell: pl.Expr) -> pl.Expr:
+    """A label as a number, `true` as 1 and `false` as 0; null where it is none."""
+    words = cell.str.to_lowercase().replace_strict({"true": 1.0, "false": 0.0}, default=None, return_dtype=pl.Float64)
+    return pl.coalesce(cell.cast(pl.Float64, strict=False), words)
+
+
+def _cast_named_label(cell: pl.Expr, column: LabelColumn) -> pl.Expr:
+    """1 for the values that are clicks, 0 for those that are none; they are compared as texts, numbers as numbers."""
+
+    def is_one_of(values: Sequence[str]) -> pl.Expr:
+        texts = pl.Series(column.name, values)
+        numbers = texts.to_frame().select(_label_number(pl.col(column.name))).to_series().drop_nulls()
+        return cell.is_in(values) | _label_number(cell).is_in(numbers).fill_null(value=False)
+
+    assert column.positive is not None, "the caller saw to it"
+    others = cell.is_not_null() if column.negative is None else is_one_of(column.negative)
+    return pl.when(is_one_of(column.positive)).then(1).when(others).then(0).cast(pl.Int8).alias(column.name)
+
+
+def _with_words(text: pl.Series, typed: pl.Series) -> pl.Series:
+    """A label with `true`, `false`, `1.0` and `0.0` read as the numbers that they are."""
+    number = text.to_frame().select(_label_number(pl.col(text.name))).to_series()
+    return typed.fill_null(
+        pl.select(pl.when(number.is_in([0.0, 1.0])).then(number.cast(pl.Int8, strict=False))).to_series()
+    )
+
+
+def _faults(
+    text: pl.Series, typed: pl.Series, column: Column, *, is_label_optional: bool
+) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+    """What is wrong with cells: each reason, and in which rows."""
+    if _is_clean(text, typed, column):
+        return
+    bad = _is_bad(text, typed, column)
+    if isinstance(column, LabelColumn):
+        if not is_label_optional:
+            yield "no_label", text.is_null().to_numpy()
+        bad &= text.is_not_null()
+    yield column.kind if isinstance(column, DenseColumn | SparseColumn) else column.role, bad.to_numpy()
+
+
+def _is_clean(text: pl.Series, typed: pl.Series, column: Column) -> bool:
+    """Whether a whole column is good, told from figures that cost almost nothing."""
+    if isinstance(column, LabelColumn):
+        return typed.null_count() == 0 and typed.is_between(0, 1).all()
+    if isinstance(column, TimeColumn):
+        return typed.null_count() == 0
+    if typed.null_count() != text.null_count():
+        return False
+    if isinstance(column, SparseColumn) and column.kind == "hex":
+        return not _is_odd_hex(text).any()
+    return not (isinstance(column, DenseColumn) and column.kind == "float") or typed.is_finite().all()
+
+
+def _is_bad(text: pl.Series, typed: pl.Series, column: Column) -> pl.Series:
+    if isinstance(column, LabelColumn):
+        return ~typed.is_between(0, 1).fill_null(value=False)
+    if isinstance(column, TimeColumn):
+        return typed.is_null()
+    bad = typed.is_null() & text.is_not_null()
+    if isinstance(column, SparseColumn) and column.kind == "hex":
+        bad |= _is_odd_hex(text).fill_null(value=False)
+    if isinstance(column, DenseColumn) and column.kind == "float":
+        bad |= ~typed.is_finite().fill_null(value=True)
+    return bad
+
+
+def _is_odd_hex(text: pl.Series) -> pl.Series:
+    """What the cast takes and the schema does not: leading zeros past 8 digits, and a sign."""
+    cell = pl.col(text.name)
+    return text.to_frame().select((cell.str.len_bytes() > 8) | cell.str.starts_with("+")).to_series()

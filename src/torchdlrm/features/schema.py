@@ -1,0 +1,326 @@
+r"""Which columns a click log has, what each is, and how its rows are split.
+
+In: the name of a preset (`criteo`) or a TOML file.  Out: a `FeatureSchema`, which every later stage shares.
+
+    name = "criteo"
+    separator = "\t"
+    header = false
+    columns = [
+        { role = "label", name = "label" },
+        { role = "dense", name = "int_0", kind = "int", transform = "log_plus_3" },
+        { role = "sparse", name = "cat_0", kind = "hex" },
+    ]
+
+The columns stand in the order of the file (in Parquet, and where a header names them, they are found by name).
+docs/preprocessing.md describes every key.
+"""
+
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from torchdlrm.errors import SchemaError
+from torchdlrm.toml import did_you_mean, explain, toml_value
+
+NUM_CRITEO_DENSE = 13
+NUM_CRITEO_SPARSE = 26
+
+ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+DenseTransform = Literal["log_plus_3", "log1p", "standardize", "none"]
+
+
+def _as_texts(given: object) -> object:
+    """One value or a list of them, as texts: a log is text, so `1`, `"1"` and `["1"]` say the same."""
+    several = given if isinstance(given, list | tuple) else [given]
+    return tuple(
+        str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
+        for value in several
+    )
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Column(_Frozen):
+    """What every column has.
+
+    `header_name` is its name in the log, where that differs from `name`.  `null_values` are texts that stand for a
+    missing value, as an empty cell does; where a column has none of its own, they are those of the file.
+    """
+
+    name: ColumnName
+    header_name: str | None = None
+    null_values: Texts | None = None
+
+    @property
+    def log_name(self) -> str:
+        """The column's name in the log's header, or in a Parquet file."""
+        return self.name if self.header_name is None else self.header_name
+
+
+class LabelColumn(_Column):
+    """Whether the row was clicked: 0 or 1, true or false; with `threshold`, a number that must reach it.
+
+    With `positive`, these values are clicks; the others are none, or, with `negative`, these alone are none.
+    """
+
+    role: Literal["label"] = "label"
+    threshold: float | None = None
+    positive: Annotated[Texts, Field(min_length=1)] | None = None
+    negative: Annotated[Texts, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.threshold is not None and self.positive is not None:
+            msg = "has threshold and positive; one of them says what a click is"
+            raise ValueError(msg)
+        if self.negative is not None and self.positive is None:
+            msg = "negative needs positive, the values that are clicks"
+            raise ValueError(msg)
+        if both := set(self.positive or ()) & set(self.negative or ()):
+            msg = f"{', '.join(sorted(both))} stands in positive and in negative"
+            raise ValueError(msg)
+        return self
+
+
+class DenseColumn(_Column):
+    """A number, `float` or `int` of 64 bits; `torchdlrm.features.transforms` says what becomes of it."""
+
+    role: Literal["dense"] = "dense"
+    kind: Literal["int", "float"] = "float"
+    transform: DenseTransform = "log_plus_3"
+
+
+class SparseColumn(_Column):
+    """A categorical value: `hex` is up to 8 hexadecimal digits, `int` a 64-bit integer, `string` any text.
+
+    A column with a `value_separator` holds any number of values in a cell (in Parquet: a list), of which the first
+    `max_values` count.  `min_count` and `max_rows` override the job's; `hash` numbers values by a hash into that many
+    rows instead of by a vocabulary.
+    """
+
+    role: Literal["sparse"] = "sparse"
+    kind: Literal["string", "int", "hex"] = "string"
+    value_separator: Annotated[str, Field(min_length=1)] | None = None
+    max_values: Annotated[int, Field(ge=1)] | None = None
+    min_count: Annotated[int, Field(ge=1)] | None = None
+    max_rows: Annotated[int, Field(ge=2)] | None = None
+    hash: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+    @property
+    def is_multi_valued(self) -> bool:
+        """Whether a cell holds a list of values."""
+        return self.value_separator is not None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_values is not None and self.value_separator is None:
+            msg = "max_values needs value_separator, the text between two values of a cell"
+            raise ValueError(msg)
+        if self.hash is not None and (self.min_count is not None or self.max_rows is not None):
+            msg = "hash goes without min_count and max_rows, which are for vocabularies"
+            raise ValueError(msg)
+        return self
+
+
+class TimeColumn(_Column):
+    """The column that orders the rows in time: a number, or `datetime`, text as ISO 8601 writes it."""
+
+    role: Literal["time"] = "time"
+    kind: Literal["int", "float", "datetime"] = "int"
+
+
+class IgnoredColumn(_Column):
+    """A column of the log that is not used."""
+
+    role: Literal["ignore"] = "ignore"
+
+
+_AnyColumn = LabelColumn | DenseColumn | SparseColumn | TimeColumn | IgnoredColumn
+Column = Annotated[_AnyColumn, Field(discriminator="role")]
+_ROLES: dict[str, type[_Column]] = {kind.model_fields["role"].default: kind for kind in get_args(_AnyColumn)}
+
+
+class SplitRule(_Frozen):
+    """How rows are split; `torchdlrm.data.splits` tells the rules.  `val` and `test` are shares of all rows."""
+
+    rule: Literal["criteo", "order", "random", "time"] = "criteo"
+    val: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.val + self.test >= 1:
+            msg = f"val and test must leave rows for training, but {self.val} + {self.test} is not below 1"
+            raise ValueError(msg)
+        return self
+
+
+class FeatureSchema(_Frozen):
+    """The columns of a log in the order of the file, and how the file is written."""
+
+    name: str
+    separator: Annotated[str, Field(min_length=1, max_length=1)] = "\t"
+    quote: Literal['"'] | None = None
+    header: bool = False
+    null_values: Texts | None = None
+    split: SplitRule = SplitRule()
+    columns: tuple[Column, ...] = Field(strict=False)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.null_values is not None:
+            # Each column has its own from here on: whatever reads cells knows the column alone.
+            object.__setattr__(self, "columns", tuple(map(self._with_null_values, self.columns)))
+        names = [column.name for column in self.columns]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                msg = f"columns {names.index(name) + 1} and {i + 1} are both named {name!r}; a name is for one column"
+                raise ValueError(msg)
+        if not self.separator.isascii() or self.separator in '\r\n\0"':
+            msg = f"separator must be one ASCII character, no line end and no quote, not {self.separator!r}"
+            raise ValueError(msg)
+        num_time = sum(isinstance(column, TimeColumn) for column in self.columns)
+        if num_time > 1 or (self.split.rule == "time" and num_time == 0):
+            msg = f"{num_time} columns have the role 'time'; a split by time needs one, and no log has more"
+            raise ValueError(msg)
+        if sum(isinstance(column, LabelColumn) for column in self.columns) != 1:
+            raise ValueError("exactly one column must have the role 'label'")
+        if not self.sparse:
+            raise ValueError("at least one column must have the role 'sparse': a DLRM is built of embedding tables")
+        return self
+
+    def _with_null_values(self, column: Column) -> Column:
+        if column.null_values is not None or isinstance(column, IgnoredColumn):
+            return column
+        return column.model_copy(update={"null_values": self.null_values})
+
+    @property
+    def label(self) -> LabelColumn:
+        """The label's column."""
+        return next(column for column in self.columns if isinstance(column, LabelColumn))
+
+    @property
+    def time(self) -> TimeColumn | None:
+        """The column that orders the rows, if there is one."""
+        return next((column for column in self.columns if isinstance(column, TimeColumn)), None)
+
+    @property
+    def dense(self) -> tuple[DenseColumn, ...]:
+        """The dense columns, in the order of the file."""
+        return tuple(column for column in self.columns if isinstance(column, DenseColumn))
+
+    @property
+    def sparse(self) -> tuple[SparseColumn, ...]:
+        """The sparse columns, in the order of the file: the order of the KJT's keys."""
+        return tuple(column for column in self.columns if isinstance(column, SparseColumn))
+
+    def with_columns(self, columns: Sequence[Column]) -> Self:
+        """The layout of a log to predict: its features are those of this schema, and what else it has may differ.
+
+        Such a log need not have a label: without one, the property `label` is not there either.
+        """
+        return self.model_copy(update={"columns": tuple(columns)})
+
+
+def criteo_schema() -> FeatureSchema:
+    """The layout of Criteo's public logs; column names are those of `torchrec.datasets.criteo`."""
+    columns: list[LabelColumn | DenseColumn | SparseColumn | TimeColumn | IgnoredColumn] = [LabelColumn(name="label")]
+    columns += [DenseColumn(name=f"int_{i}", kind="int") for i in range(NUM_CRITEO_DENSE)]
+    columns += [SparseColumn(name=f"cat_{i}", kind="hex") for i in range(NUM_CRITEO_SPARSE)]
+    return FeatureSchema(name="criteo", columns=tuple(columns))
+
+
+PRESETS = {"criteo": criteo_schema}
+
+
+def load_schema(name_or_path: str) -> FeatureSchema:
+    """The preset of that name, or the schema in that TOML file.
+
+    Raises:
+        SchemaError: there is neither, or the file is not a valid schema; all problems in one message.
+    """
+    if name_or_path in PRESETS:
+        return PRESETS[name_or_path]()
+    path = Path(name_or_path)
+    if not path.is_file():
+        msg = f"--schema: {name_or_path!r} is neither a preset ({', '.join(PRESETS)}) nor a file"
+        msg += did_you_mean(name_or_path, PRESETS)
+        raise SchemaError(msg)
+    try:
+        with path.open("rb") as file:
+            raw = tomllib.load(file)
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror or error}"
+        raise SchemaError(msg) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        msg = f"{path}: not a TOML file: {error}"
+        raise SchemaError(msg) from error
+    try:
+        return FeatureSchema.model_validate(raw)
+    except ValidationError as error:
+        found = [f"  {_in_schema_file(item, raw)}" for item in error.errors(include_url=False)]
+        raise SchemaError("\n".join([f"{path}: the schema is wrong:", *found])) from error
+
+
+def with_split(
+    schema: FeatureSchema, rule: str | None = None, val: float | None = None, test: float | None = None
+) -> FeatureSchema:
+    """The schema with another split; what is None stays as it is.
+
+    Raises:
+        SchemaError: there is no such split of such a log.
+    """
+    changes = {key: value for key, value in (("rule", rule), ("val", val), ("test", test)) if value is not None}
+    if not changes:
+        return schema
+    try:
+        split = SplitRule.model_validate({**schema.split.model_dump(), **changes})
+        if split.rule == "criteo" and (val is not None or test is not None):
+            msg = "--val, --test: the split 'criteo' holds out what it always does; add --split order, random or time"
+            raise SchemaError(msg)
+        return FeatureSchema.model_validate({**dict(schema), "split": split})
+    except ValidationError as error:
+        raise SchemaError("\n".join(["--split, --val, --test: no such split of this log", *problems(error)])) from error
+
+
+def problems(error: ValidationError) -> Sequence[str]:
+    """One line for each problem that pydantic found: key, what is wrong, the value."""
+    items = [(".".join(map(str, item["loc"])), explain(item)) for item in error.errors(include_url=False)]
+    return [f"  {key}: {text}" if key else f"  {text}" for key, text in items]
+
+
+def _in_schema_file(item: Any, raw: dict[str, Any]) -> str:
+    """A problem as a line about the file: the column by number and name, key, value and remedy."""
+    place: list[str] = []
+    keys, known, role = list(map(str, item["loc"])), list(FeatureSchema.model_fields), ""
+    if len(keys) > 1 and keys[0] == "columns":
+        column = raw["columns"][int(keys[1])]
+        name = column.get("name") if isinstance(column, dict) else None
+        place = [f"column {int(keys[1]) + 1}" + (f" ({name})" if name else "")]
+        role = keys[2] if len(keys) > 2 else ""
+        keys, known = keys[3:], list(_ROLES[role].model_fields) if role else []
+    elif len(keys) > 1 and keys[0] == "split":
+        known = list(SplitRule.model_fields)
+    if item["type"] == "extra_forbidden":
+        hint = did_you_mean(keys[-1], known) or f"; there are {', '.join(known)}"
+        if keys[0] == "split" and keys[-1] in FeatureSchema.model_fields:
+            hint = "; it stands below [split] and so belongs to it: move it above"
+        text = f"there is no such key{f' of a {role} column' if role else ''}{hint}"
+    elif item["type"] == "union_tag_not_found":
+        text = f"has no role; it is one of {', '.join(_ROLES)}"
+    elif item["type"] == "string_pattern_mismatch":
+        name = re.sub(r"\W", "_", re.sub(r"^(?=\d)", "_", item["input"]), flags=re.ASCII) or "column"
+        text = f"{item['input']!r} is not made of letters, digits and _, no digit first; "
+        text += f'write name = "{name}", header_name = {toml_value(item["input"])}'
+    else:
+        text = explain(item)
+    return ": ".join([*place, *([".".join(keys)] if keys else []), text])

@@ -1,1 +1,0 @@
-"""A bundle and raw rows -> click probabilities, by the transform code of preprocessing."""

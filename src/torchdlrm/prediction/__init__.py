@@ -1,0 +1,1 @@
+"""Raw rows -> probabilities, from a bundle."""

@@ -1,0 +1,216 @@
+"""A log of raw rows -> a file of scores: one row out for each row in, in order, in bounded memory.
+
+One thread reads, parses and encodes the next chunk while the model predicts the last one: neither of them keeps all
+cores busy by itself.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from torchdlrm.bundle.encoded_rows import EncodedRows
+from torchdlrm.bundle.sample import PREDICTION_COLUMN
+from torchdlrm.errors import LogError, UserError
+from torchdlrm.features.bad_rows import BadRows, describe_bad_rows
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.metrics import BinaryMetrics, binary_metrics
+from torchdlrm.prediction.cells_out import as_written
+from torchdlrm.prediction.predictor import Predictions, Predictor
+from torchdlrm.prediction.rows_in import RowChunk, RowsIn
+from torchdlrm.prediction.scores_out import check_name, writing_scores
+from torchdlrm.progress import SILENT, ProgressListener
+
+BadRowsRule = Literal["refuse", "null"]
+_WAIT_S = 0.2
+_CHUNKS_AHEAD = 2
+
+
+@dataclass
+class PredictSummary:
+    """What came of a log.
+
+    Attributes:
+        rows: of the log, and so of the scores.
+        bad_rows: of these, rows without a prediction.
+        mean_prediction: over the others; None where there are none.
+        unknown_rate: for each sparse feature with a vocabulary, the share of its rows' values without an id.
+        metrics: of the rows with a label, where every file has the label's column and a row has one.
+        duration_s: from the first byte read to the last one written.
+        details: the bad rows by reason, with their first few positions.
+    """
+
+    rows: int = 0
+    bad_rows: int = 0
+    mean_prediction: float | None = None
+    unknown_rate: dict[str, float] = field(default_factory=dict)
+    metrics: BinaryMetrics | None = None
+    duration_s: float = 0.0
+    details: BadRows = field(default_factory=BadRows)
+
+    @property
+    def rows_per_s(self) -> float:
+        """Rows of the log by the time that everything took."""
+        return self.rows / self.duration_s if self.duration_s else 0.0
+
+    def described_bad_rows(self) -> list[str]:
+        """Lines for people: where the first bad rows are."""
+        return describe_bad_rows(self.details.counts, self.details.examples)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        content = asdict(self) | {"rows_per_s": self.rows_per_s, "bad_rows_by_reason": self.details.counts}
+        del content["details"]
+        return content | {"metrics": None if self.metrics is None else self.metrics.as_json()}
+
+
+def predict_file(
+    predictor: Predictor,
+    rows: RowsIn,
+    out: Path,
+    *,
+    bad_rows: BadRowsRule = "refuse",
+    progress: ProgressListener = SILENT,
+) -> PredictSummary:
+    """Predict every row of a log.
+
+    Args:
+        predictor: opened.
+        rows: the log.  Its labels, where it has some, are kept until the end: 5 bytes a row.
+        out: `.parquet`, `.csv` or `.csv.gz`, or `-`; a column `prediction`, after the columns that are handed on.
+        bad_rows: `refuse` stops at the first chunk with a row that cannot be read; `null` writes a row without
+            prediction in its place.
+        progress: is told of the bytes read.
+
+    Returns:
+        What came of it.
+
+    Raises:
+        LogError: the log cannot be read, or has bad rows that are refused.
+        UserError: `out` cannot be written.
+        BundleError: the bundle was damaged, or somebody wrote to its files meanwhile.
+    """
+    check_name(out)
+    if out.exists() and any(path.exists() and path.samefile(out) for path in rows.paths):
+        msg = f"--out: {out} is the log itself; name another file"
+        raise UserError(msg)
+    if PREDICTION_COLUMN in rows.handed_on:
+        msg = f"--columns: {PREDICTION_COLUMN} is what the scores' own column is called"
+        raise UserError(msg)
+    tally = _Tally(rows.schema)
+    started_s = time.perf_counter()
+    progress.start_phase("predict", rows.size_bytes, unit="bytes")
+    with writing_scores(out) as writer:
+        for chunk, encoded in _encoded_ahead(predictor, rows, bad_rows):
+            predictions = predictor.predict_encoded(encoded)
+            tally.add(chunk, encoded, predictions)
+            writer.write(_scores(chunk, predictions.probabilities, rows, as_text=out.suffix != ".parquet"))
+            progress.advance(chunk.num_bytes, rows=f"{tally.summary.rows:,}")
+        if not tally.summary.rows:
+            columns = dict.fromkeys(rows.handed_on, pl.String) | {PREDICTION_COLUMN: pl.Float32}
+            writer.write(pl.DataFrame(schema=columns))
+        damage = predictor.bundle.find_damage()
+        if damage is not None:
+            raise damage
+    return tally.finish(time.perf_counter() - started_s)
+
+
+def _encoded_ahead(predictor: Predictor, rows: RowsIn, bad_rows: BadRowsRule) -> Iterator[tuple[RowChunk, EncodedRows]]:
+    """The chunks of a log, the next ones read and encoded by a thread meanwhile."""
+    chunks = iter(rows)
+
+    def read() -> tuple[RowChunk, EncodedRows] | None:
+        chunk = next(chunks, None)
+        if chunk is None:
+            return None
+        if chunk.bad_rows.total and bad_rows == "refuse":
+            raise LogError(_refusal(chunk.bad_rows))
+        return chunk, predictor.encode(chunk.frame)
+
+    with ThreadPoolExecutor(1, "torchdlrm-read") as reader:
+        ahead: deque[Future[tuple[RowChunk, EncodedRows] | None]] = deque()
+        try:
+            while True:
+                while len(ahead) < _CHUNKS_AHEAD:
+                    ahead.append(reader.submit(read))
+                # By short waits: Polars' handler of Ctrl-C restarts a long one, and a stream may never say more.
+                while not wait([ahead[0]], _WAIT_S).done:
+                    pass
+                done = ahead.popleft().result()
+                if done is None:
+                    return
+                yield done
+        finally:
+            rows.is_over.set()
+            reader.shutdown(wait=True, cancel_futures=True)
+
+
+def _refusal(bad_rows: BadRows) -> str:
+    lines = ["the log has rows that cannot be read", *describe_bad_rows(bad_rows.counts, bad_rows.examples)]
+    lines.append("Mend the log, or let such rows have no prediction with --bad-rows null.")
+    return "\n".join(lines)
+
+
+def _scores(chunk: RowChunk, probabilities: NDArray[np.float32], rows: RowsIn, *, as_text: bool) -> pl.DataFrame:
+    """The columns handed on and the prediction, with nulls in the places of bad rows."""
+    columns = [as_written(chunk.frame[name], rows.schema, as_text=as_text) for name in rows.handed_on]
+    frame = pl.DataFrame([*columns, pl.Series(PREDICTION_COLUMN, probabilities)])
+    if not len(chunk.bad_positions):
+        return frame
+    is_good = np.ones(chunk.num_rows, np.bool_)
+    is_good[chunk.bad_positions] = False
+    places = pl.Series(np.cumsum(is_good) - 1)
+    return frame.select(pl.all().gather(places.zip_with(pl.Series(is_good), pl.Series([None], dtype=places.dtype))))
+
+
+class _Tally:
+    """Adds up what the summary says."""
+
+    def __init__(self, schema: FeatureSchema) -> None:
+        self._schema = schema
+        self._sum = 0.0
+        self._num_unknown: dict[str, int] = {}
+        self._num_values: dict[str, int] = {}
+        self._has_labels = True
+        self._labels: list[NDArray[np.int8]] = []
+        self._logits: list[NDArray[np.float32]] = []
+        self.summary = PredictSummary()
+
+    def add(self, chunk: RowChunk, encoded: EncodedRows, predictions: Predictions) -> None:
+        """Take in a chunk and what came of it."""
+        self.summary.rows += chunk.num_rows
+        self.summary.bad_rows += len(chunk.bad_positions)
+        for reason, count in chunk.bad_rows.counts.items():
+            self.summary.details.add(reason, count, chunk.bad_rows.examples[reason])
+        self._sum += float(predictions.probabilities.sum(dtype=np.float64))
+        for i, column in enumerate(self._schema.sparse):
+            if column.name in predictions.num_unknown:
+                num_values = len(encoded.sparse[i][0]) if isinstance(encoded.sparse, tuple) else encoded.num_rows
+                self._num_values[column.name] = self._num_values.get(column.name, 0) + num_values
+        for name, count in predictions.num_unknown.items():
+            self._num_unknown[name] = self._num_unknown.get(name, 0) + count
+        self._has_labels &= chunk.has_label
+        if self._has_labels:
+            labels = chunk.frame[self._schema.label.name]
+            self._labels.append(labels.drop_nulls().to_numpy())
+            self._logits.append(predictions.logits[labels.is_not_null().to_numpy()])
+
+    def finish(self, duration_s: float) -> PredictSummary:
+        """The whole summary."""
+        summary = self.summary
+        predicted = summary.rows - summary.bad_rows
+        summary.duration_s = duration_s
+        summary.mean_prediction = self._sum / predicted if predicted else None
+        summary.unknown_rate = {
+            name: count / max(1, self._num_values[name]) for name, count in self._num_unknown.items()
+        }
+        if self._has_labels and any(map(len, self._labels)):
+            summary.metrics = binary_metrics(np.concatenate(self._labels), np.concatenate(self._logits))
+        return summary

@@ -1,0 +1,120 @@
+"""Which columns a log to predict has: those of the model's schema, with or without the label, in the order of the file.
+
+In: the first lines of a text, or the names of a Parquet file's columns.  Out: a schema by which the reader of logs
+reads it: features as they were trained on, a label if there is one, and columns to be handed on as text.
+
+A text with a header, and a Parquet file, are read by name: the order is free, and what is no feature may be missing or
+more.  A text without one has the columns of the schema, or these without the label.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from torchdlrm.data.log.names import found_by_name, ignored
+from torchdlrm.errors import LogError
+from torchdlrm.features.schema import Column, DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn
+
+LogFormat = Literal["log", "csv", "tsv"]
+_LINES_LOOKED_AT = 100
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a log is read.
+
+    Attributes:
+        schema: its columns.
+        header: whether the first line names them.
+    """
+
+    schema: FeatureSchema
+    header: bool
+
+    @property
+    def has_label(self) -> bool:
+        """Whether the rows tell what came of them."""
+        return any(isinstance(column, LabelColumn) for column in self.schema.columns)
+
+
+def as_written(schema: FeatureSchema, log_format: LogFormat) -> FeatureSchema:
+    """The schema of a log that is written as the schema says (`log`), or as `csv` or `tsv` in the usual way."""
+    if log_format == "log":
+        return schema
+    written = {"separator": ",", "quote": '"'} if log_format == "csv" else {"separator": "\t", "quote": None}
+    return schema.model_copy(update=written)
+
+
+def layout_of_text(head: bytes, path: Path, schema: FeatureSchema, handed_on: Sequence[str]) -> Layout:
+    """Look at the beginning of a text.
+
+    Args:
+        head: some whole lines, or all of the text.
+        path: for messages.
+        schema: the model's columns, and how the text is written.
+        handed_on: names of other columns that are wanted.
+
+    Raises:
+        LogError: a feature, or a column that is wanted, is not there.
+    """
+    text = (line.removesuffix("\r") for line in head.decode(errors="replace").removesuffix("\n").split("\n"))
+    cells = (
+        csv.reader(text, delimiter=schema.separator)
+        if schema.quote
+        else csv.reader(text, delimiter=schema.separator, quoting=csv.QUOTE_NONE)
+    )
+    lines = list(islice(cells, _LINES_LOOKED_AT))
+    first = lines[0] if lines else []
+    if schema.header or {column.log_name for column in _features(schema)} <= set(first):
+        return Layout(_by_name(first, f"{path}, line 1 (header)", schema, handed_on), header=True)
+    without_label = [column for column in schema.columns if not isinstance(column, LabelColumn)]
+    # A bad line may have any number of columns: most lines are good.
+    num_unlabelled = sum(len(line) == len(without_label) for line in lines)
+    num_labelled = sum(len(line) == len(schema.columns) for line in lines)
+    columns = without_label if num_unlabelled > num_labelled else list(schema.columns)
+    missing = [name for name in handed_on if name not in {column.name for column in columns}]
+    if missing:
+        raise LogError(_not_there(missing, str(path), [column.name for column in columns]))
+    return Layout(schema.with_columns([_as_read(column, column.name, handed_on) for column in columns]), header=False)
+
+
+def layout_of_names(names: Sequence[str], path: Path, schema: FeatureSchema, handed_on: Sequence[str]) -> Layout:
+    """The layout of a Parquet file with columns of these names.
+
+    Raises:
+        LogError: a feature, or a column that is wanted, is not there.
+    """
+    return Layout(_by_name(names, str(path), schema, handed_on), header=False)
+
+
+def _by_name(names: Sequence[str], where: str, schema: FeatureSchema, handed_on: Sequence[str]) -> FeatureSchema:
+    found = found_by_name(names, where, schema, _features(schema), "the model")
+    columns = [_as_read(column, names[i], handed_on, at=i) for i, column in enumerate(found)]
+    wanted = set(handed_on) - {column.name for column in columns}
+    if wanted:
+        raise LogError(_not_there([name for name in handed_on if name in wanted], where, names))
+    return schema.with_columns(columns)
+
+
+def _as_read(column: Column | None, log_name: str, handed_on: Sequence[str], *, at: int = 0) -> Column:
+    """A column of the log as it is to be read; `column` is that of the schema, None where it is of the log alone."""
+    if isinstance(column, DenseColumn | SparseColumn | LabelColumn):
+        return column
+    name = log_name if column is None else column.name
+    if name in handed_on:
+        # Any text may name a column of somebody's log, not only what a schema allows.
+        return SparseColumn.model_construct(name=name, header_name=log_name, kind="string", role="sparse")
+    if column is None:
+        return ignored(at, log_name)
+    return IgnoredColumn.model_construct(name=name, header_name=log_name, role="ignore")
+
+
+def _features(schema: FeatureSchema) -> list[DenseColumn | SparseColumn]:
+    return [*schema.dense, *schema.sparse]
+
+
+def _not_there(missing: Sequence[str], where: str, names: Sequence[str]) -> str:
+    return f"--columns: {where} has no column {', '.join(missing)}; it has {', '.join(names)}"

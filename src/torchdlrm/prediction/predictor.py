@@ -1,0 +1,200 @@
+"""A bundle that predicts from raw rows: the transform code of preprocessing, then the model as served.
+
+In: raw rows, as JSON has them or as typed columns.  Out: the probability of a click of each, and how many of its values
+the vocabularies do not have.
+
+B rows, F sparse features.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from torchdlrm.bundle.bundle import Bundle, Verify
+from torchdlrm.bundle.check import arithmetic_difference
+from torchdlrm.bundle.manifest import DensePrecision
+from torchdlrm.bundle.served_model import EncodedRows, ServedModel
+from torchdlrm.errors import BundleError, RowError
+from torchdlrm.features.schema import SparseColumn
+from torchdlrm.features.transforms import encode
+from torchdlrm.features.vocabulary import UNKNOWN_ID, VALUE_TYPES
+from torchdlrm.prediction.json_rows import RowReader
+from torchdlrm.prediction.plain_rows import PlainRowEncoder
+from torchdlrm.prediction.shared_rows import Row
+from torchdlrm.progress import SILENT, ProgressListener
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What came of B rows.
+
+    Attributes:
+        probabilities: of a click, float32 [B].
+        num_unknown: for each sparse feature with a vocabulary, how many of its values have no id of their own.
+        logits: the log-odds that the probabilities are made of, float32 [B].
+    """
+
+    probabilities: NDArray[np.float32]
+    num_unknown: Mapping[str, int]
+    logits: NDArray[np.float32]
+
+
+class Predictor:
+    """Predicts from raw rows, for one thread at a time; `Predictor.open` makes one.
+
+    Args:
+        bundle: opened.
+
+    Attributes:
+        bundle: what it predicts with.
+        schema: the columns of a raw row.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.schema = bundle.schema
+        self._reader = RowReader(bundle.schema)
+        self._plain_rows = PlainRowEncoder(bundle.schema, bundle.dense, bundle.vocabularies)
+        self._model = ServedModel(bundle)
+        self._dense_names = [column.name for column in self.schema.dense]
+        self._sparse_types = {column.name: _type_of(column) for column in self.schema.sparse}
+        self._counted = [(i, column.name) for i, column in enumerate(self.schema.sparse) if column.hash is None]
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        verify: Verify = "full",
+        num_threads: int | None = None,
+        progress: ProgressListener = SILENT,
+    ) -> Self:
+        """Open a bundle to predict with.
+
+        Args:
+            path: the bundle's folder.
+            verify: as `Bundle.open`.
+            num_threads: threads of the model in this process; by default PyTorch's choice, one a core.
+            progress: is told of the bytes checked.
+
+        Raises:
+            BundleError: there is no bundle, or it is damaged.
+        """
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        return cls(Bundle.open(path, verify=verify, progress=progress))
+
+    @property
+    def dense_precision(self) -> DensePrecision:
+        """What the arches compute in on this machine."""
+        return self._model.dense_precision
+
+    def parse_rows(self, rows: Sequence[Row]) -> pl.DataFrame:
+        """Rows by column name -> typed columns, B rows; what a row does not name is missing.
+
+        Raises:
+            RowError: an unknown column, or a cell that does not fit; names the row (from 0), the column and the value.
+        """
+        return self._reader.read(rows)
+
+    def encode(self, frame: pl.DataFrame) -> EncodedRows:
+        """Typed columns -> what the model reads, by the code that preprocessing runs.
+
+        Args:
+            frame: the features, of the types that `torchdlrm.data.log` gives (a dense column may have the other number
+                type), B rows; other columns are not read.
+
+        Raises:
+            RowError: a feature is not there, or is of another type.
+        """
+        self._check_types(frame)
+        encoded = encode(frame, self.schema, self.bundle.dense, self.bundle.vocabularies)
+        return EncodedRows.from_frame(encoded, self.schema)
+
+    def encode_rows(self, rows: Sequence[Row]) -> EncodedRows:
+        """`encode(parse_rows(rows))`, to the bit; of plain rows in a fraction of the time.
+
+        Raises:
+            RowError: an unknown column, or a cell that does not fit; names the row (from 0), the column and the value.
+        """
+        encoded = self._plain_rows.encode(rows)
+        return self.encode(self.parse_rows(rows)) if encoded is None else encoded
+
+    def unknown_features(self, frame: pl.DataFrame) -> list[list[str]]:
+        """For each row the features that have a value which is not in their vocabulary; `frame` as in `encode`."""
+        encoded = encode(frame, self.schema, self.bundle.dense, self.bundle.vocabularies)
+        counted = [column for column in self.schema.sparse if column.hash is None]
+        has_unknown = {
+            column.name: (
+                encoded[column.name].list.contains(UNKNOWN_ID)
+                if column.is_multi_valued
+                else encoded[column.name] == UNKNOWN_ID
+            )
+            for column in counted
+        }
+        return [[name for name, is_unknown in has_unknown.items() if is_unknown[i]] for i in range(frame.height)]
+
+    def predict(self, frame: pl.DataFrame) -> Predictions:
+        """The predictions of raw rows; `frame` as in `encode`.
+
+        Raises:
+            RowError: a feature is not there, or is of another type.
+            BundleError: a block of the weights that was not checked before is damaged.
+        """
+        return self.predict_encoded(self.encode(frame))
+
+    def predict_encoded(self, rows: EncodedRows) -> Predictions:
+        """The predictions of rows that are encoded; raises as `predict`."""
+        logits = self._model.logits(rows)
+        return Predictions(torch.from_numpy(logits).sigmoid().numpy(), self._count_unknown(rows), logits)
+
+    def check_sample(self) -> None:
+        """Predict the rows that the bundle carries.
+
+        Raises:
+            BundleError: a prediction is not the one that the bundle says it must be.
+        """
+        frame, expected = self.bundle.sample()
+        if frame.is_empty():
+            return
+        found = self.predict(frame).probabilities
+        # The tables are the same bytes wherever they are read: only the arithmetic may differ between machines.
+        allowed = arithmetic_difference(self.bundle.manifest.dense_precision)
+        difference = float(np.abs(found - expected).max(initial=0.0))
+        if not difference <= allowed:  # also where it is NaN
+            msg = (
+                f"{self.bundle.path}: on its own sample of {len(expected)} rows a prediction is off by "
+                f"{difference:.2g}, and {allowed:.2g} is allowed; export the run again"
+            )
+            raise BundleError(msg)
+
+    def _check_types(self, frame: pl.DataFrame) -> None:
+        found = frame.schema
+        for name in self._dense_names:
+            if found.get(name) not in (pl.Int64, pl.Float64):
+                raise RowError(_wrong_type(name, "Int64 or Float64", found.get(name)))
+        for name, expected in self._sparse_types.items():
+            if found.get(name) != expected:
+                raise RowError(_wrong_type(name, str(expected), found.get(name)))
+
+    def _count_unknown(self, rows: EncodedRows) -> dict[str, int]:
+        if isinstance(rows.sparse, tuple):
+            bags = rows.sparse
+            return {name: int(np.count_nonzero(bags[i][0] == UNKNOWN_ID)) for i, name in self._counted}
+        counts = np.count_nonzero(rows.sparse == UNKNOWN_ID, axis=1).tolist()
+        return {name: counts[i] for i, name in self._counted}
+
+
+def _type_of(column: SparseColumn) -> pl.DataType:
+    one = VALUE_TYPES[column.kind]()
+    return pl.List(one) if column.is_multi_valued else one
+
+
+def _wrong_type(name: str, expected: str, found: object) -> str:
+    return f"column {name!r}: expected a column of {expected}, " + ("found none" if found is None else f"not {found}")

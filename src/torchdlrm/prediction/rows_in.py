@@ -1,0 +1,234 @@
+"""A log to predict -> chunks of its rows, good and bad, in order and in bounded memory.
+
+In: files (text, gzipped text or Parquet, told apart by their first bytes) or standard input.  Out: `RowChunk`s.
+"""
+
+import gzip
+import io
+import os
+import select
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import IO, BinaryIO, cast
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from torchdlrm.data.log.cut import BYTE_ORDER_MARK, cut_stream, reading
+from torchdlrm.data.log.files import MAGIC_BYTES, LogFile, find_files, recognize_format
+from torchdlrm.data.log.parquet import plan_row_groups, read_row_groups
+from torchdlrm.data.log.text import ParsedChunk, parse_chunk
+from torchdlrm.errors import LogError
+from torchdlrm.features.bad_rows import BadRows
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.prediction.layout import Layout, LogFormat, as_written, layout_of_names, layout_of_text
+
+STANDARD_INPUT = Path("-")
+CHUNK_BYTES = 8 << 20
+_HEAD_BYTES = 64 << 10
+_POLL_MS = 100
+
+
+@dataclass(frozen=True)
+class RowChunk:
+    """Some rows of the log, one after another.
+
+    Attributes:
+        frame: the good ones, as typed columns.
+        num_rows: good and bad.
+        bad_positions: where the bad ones stand among all, from 0: int64.
+        bad_rows: what is wrong with them, by file and line.
+        has_label: whether the frame has the label, which may be null.
+        num_bytes: how far the reader came in its file since the last chunk.
+    """
+
+    frame: pl.DataFrame
+    num_rows: int
+    bad_positions: NDArray[np.int64]
+    bad_rows: BadRows
+    has_label: bool
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class RowsIn:
+    """A log to predict.
+
+    Attributes:
+        paths: its files in order; or alone `-` for standard input, or a pipe that has a name.
+        schema: the model's columns.
+        log_format: how text is written.
+        handed_on: other columns that are wanted, by the schema's name or the log's.
+        chunk_bytes: of text, about, that are read at a time.
+        is_over: ends a stream for the thread that waits for more of it, when nobody wants more.
+    """
+
+    paths: Sequence[Path]
+    schema: FeatureSchema
+    log_format: LogFormat = "log"
+    handed_on: Sequence[str] = ()
+    chunk_bytes: int = CHUNK_BYTES
+    is_over: Event = field(default_factory=Event)
+
+    def __post_init__(self) -> None:
+        """Take columns by either name.
+
+        Raises:
+            LogError: a column is asked for twice.
+        """
+        names = {column.log_name: column.name for column in self.schema.columns}
+        handed_on = [names.get(name, name) for name in self.handed_on]
+        twice = sorted({name for name in handed_on if handed_on.count(name) > 1})
+        if twice:
+            msg = f"--columns: {', '.join(twice)} is given more than once"
+            raise LogError(msg)
+        object.__setattr__(self, "handed_on", handed_on)
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Of all files; None for standard input and pipes.
+
+        Raises:
+            LogError: a file is not there, or is empty.
+        """
+        return None if self._is_stream else sum(file.size_bytes for file in find_files(self.paths))
+
+    def __iter__(self) -> Iterator[RowChunk]:
+        """Read everything once.
+
+        Raises:
+            LogError: a file cannot be read, is damaged, or lacks a column.
+        """
+        if self._is_stream:
+            if self.paths[0] != STANDARD_INPUT:
+                pipe = os.open(self.paths[0], os.O_RDONLY | os.O_NONBLOCK)  # there may be no writer yet
+                try:
+                    yield from self._of_stream(pipe, self.paths[0])
+                finally:
+                    os.close(pipe)
+                return
+            if sys.stdin is None:
+                raise LogError("standard input: is closed; give the log as a file, or pipe it in")
+            yield from self._of_stream(sys.stdin.fileno(), Path("standard input"))
+            return
+        for file in find_files(self.paths):
+            if file.format == "parquet":
+                yield from self._of_parquet(file)
+            else:
+                with reading(file), file.path.open("rb") as raw:
+                    yield from self._of_text(raw, file)
+                file.check_unchanged()
+
+    @property
+    def _is_stream(self) -> bool:
+        streams = [path for path in self.paths if path == STANDARD_INPUT or path.is_fifo()]
+        if streams and len(self.paths) > 1:
+            name = "standard input" if streams[0] == STANDARD_INPUT else "a pipe"
+            msg = f"{streams[0]}: {name} is read alone, not among files"
+            raise LogError(msg)
+        return bool(streams)
+
+    def _of_stream(self, handle: int, name: Path) -> Iterator[RowChunk]:
+        stream = cast("BinaryIO", io.BufferedReader(_Stream(handle, self.is_over)))
+        start = stream.read(MAGIC_BYTES)
+        if not start:
+            msg = f"{name}: is empty"
+            raise LogError(msg)
+        form = recognize_format(start, name)
+        if form == "parquet":
+            # The columns of a Parquet file are named at its end, so it is read whole before anything else.
+            with tempfile.NamedTemporaryFile(suffix=".parquet") as copy:
+                copy.write(start)
+                shutil.copyfileobj(stream, copy)
+                copy.flush()
+                path = Path(copy.name)
+                yield from self._of_parquet(LogFile(path, path.stat().st_size, None, format="parquet"))
+            return
+        raw = cast("BinaryIO", io.BufferedReader(_Joined(start, stream)))
+        yield from self._of_text(raw, LogFile(name, 0, None, format=form))
+
+    def _of_text(self, raw: BinaryIO, file: LogFile) -> Iterator[RowChunk]:
+        text: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if file.format == "gzip" else raw
+        with reading(file):
+            head = text.read(_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK)
+        layout = layout_of_text(_whole_lines(head), file.path, as_written(self.schema, self.log_format), self.handed_on)
+        num_lines, consumed = 0, 0
+        if layout.header:
+            _, _, head = head.partition(b"\n")
+            num_lines = 1
+        for lines in cut_stream(text, head, file, layout.schema, self.chunk_bytes):
+            parsed = parse_chunk(lines, layout.schema, is_label_optional=True)
+            at = raw.tell() if raw.seekable() else consumed
+            yield _placed(parsed, file, num_lines, layout, at - consumed)
+            num_lines += parsed.num_lines
+            consumed = at
+
+    def _of_parquet(self, file: LogFile) -> Iterator[RowChunk]:
+        try:
+            metadata = pq.read_metadata(file.path)
+        except (OSError, pa.ArrowException) as error:
+            msg = f"{file.path}: the Parquet file cannot be read ({error}); fetch the file again"
+            raise LogError(msg) from error
+        layout = layout_of_names(metadata.schema.to_arrow_schema().names, file.path, self.schema, self.handed_on)
+        num_rows = 0
+        for chunk in plan_row_groups(file, layout.schema, self.chunk_bytes):
+            row_groups = range(chunk.start, chunk.end)
+            parsed = read_row_groups(file, row_groups, layout.schema, is_label_optional=True)
+            share = parsed.num_lines / max(1, metadata.num_rows)
+            yield _placed(parsed, file, num_rows, layout, int(share * file.size_bytes))
+            num_rows += parsed.num_lines
+
+
+def _placed(parsed: ParsedChunk, file: LogFile, num_lines: int, layout: Layout, num_bytes: int) -> RowChunk:
+    bad_rows = BadRows()
+    bad_rows.add_chunk(parsed.bad_rows, str(file.path), num_lines)
+    num_rows = parsed.frame.height + len(parsed.bad_positions)
+    return RowChunk(parsed.frame, num_rows, parsed.bad_positions, bad_rows, layout.has_label, num_bytes)
+
+
+def _whole_lines(head: bytes) -> bytes:
+    return head[: head.rfind(b"\n") + 1] or head
+
+
+class _Stream(io.RawIOBase):
+    """Bytes that may be long in coming, and end when it is over."""
+
+    def __init__(self, handle: int, is_over: Event) -> None:
+        super().__init__()
+        self._handle, self._is_over = handle, is_over
+        self._poll = select.poll()
+        self._poll.register(handle, select.POLLIN)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # narrower than any buffer
+        while not self._poll.poll(_POLL_MS):
+            if self._is_over.is_set():
+                return 0
+        return os.readv(self._handle, [buffer])
+
+
+class _Joined(io.RawIOBase):
+    """Bytes that were read from a stream, and then the rest of it."""
+
+    def __init__(self, start: bytes, stream: BinaryIO) -> None:
+        super().__init__()
+        self._start, self._stream = start, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # narrower than any buffer
+        data = self._start[: len(buffer)] or self._stream.read(len(buffer))
+        self._start = self._start[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)

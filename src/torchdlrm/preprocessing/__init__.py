@@ -1,0 +1,1 @@
+"""Raw log -> dataset: the job, resumable, in bounded memory."""

@@ -1,0 +1,250 @@
+"""Tasks: the values of all chunks -> vocabularies -> the ids of the values of each chunk.
+
+Each works on one sparse feature, the first and the last on a range of its partitions, so that memory holds it:
+
+    count_values    the values of a range in all chunks -> value, count of the training rows, by falling count
+    rank_values     the ranges of a feature -> its vocabulary; and for each range value, id
+    look_up_values  the values of a range in all chunks, again -> their ids, chunk after chunk
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from torchdlrm.data.splits import RowSplit
+from torchdlrm.features.schema import SparseColumn
+from torchdlrm.features.vocabulary import UNKNOWN_ID, VALUE_TYPES, VocabularyWriter, typed_values
+from torchdlrm.files import replacing
+from torchdlrm.preprocessing.read import TIME, ChunkFile, partitions_of
+from torchdlrm.preprocessing.sections import Sections, write_sections
+from torchdlrm.preprocessing.work_folder import Result
+
+
+@dataclass(frozen=True)
+class ValueRange:
+    """The partitions `start` to `end` of a feature's values; the last range of a feature ends it."""
+
+    column: SparseColumn
+    index: int
+    start: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        """A name for files and tasks."""
+        return f"{self.column.name}-{self.index:03d}"
+
+    def bounds(self, sections: Sections) -> tuple[int, int]:
+        """Where the values of this range stand among the values of a chunk."""
+        if f"bounds/{self.column.name}" not in sections:
+            return 0, sections.table(f"values/{self.column.name}").num_rows
+        starts = sections.table(f"bounds/{self.column.name}")["start"]
+        return starts[self.start].as_py(), starts[self.end].as_py()
+
+
+def count_values(
+    values: ValueRange, chunks: Sequence[ChunkFile], split: RowSplit, min_count: int, known: Path | None, target: Path
+) -> Result:
+    """Task: count the values of a range in the training rows, and keep those of at least `min_count`.
+
+    `known`, where it is given, has values whose ids are fixed: they are left out.
+    """
+    name = values.column.name
+    frames = [pl.DataFrame(schema={"value": VALUE_TYPES[values.column.kind], "count": pl.Int64})]
+    for chunk in chunks:
+        if not chunk.rows_of_split[0]:
+            continue
+        with Sections(chunk.path) as sections:
+            start, end = values.bounds(sections)
+            frame = pl.DataFrame(sections.table(f"values/{name}").slice(start, end - start))
+            if chunk.rows_of_split[0] < chunk.num_rows:
+                counts = _training_counts(values.column, chunk, split, sections)
+                frame = frame.with_columns(pl.Series("count", counts[start:end]))
+            frames.append(frame.with_columns(pl.col("count").cast(pl.Int64)))
+    counted = pl.concat(frames).lazy().filter(pl.col("count") > 0).group_by("value").agg(pl.col("count").sum())
+    del frames
+    kept = counted.filter(pl.col("count") >= min_count).collect()
+    if known is not None:
+        with Sections(known) as sections:
+            kept = kept.join(pl.DataFrame(sections.table("ids")), on="value", how="anti", nulls_equal=True)
+    kept = kept.sort(["count", "value"], descending=[True, False], nulls_last=False)
+    write_sections(target, {"counts": kept.to_arrow()})
+    return {"values": kept.height}
+
+
+def _training_counts(
+    column: SparseColumn, chunk: ChunkFile, split: RowSplit, sections: Sections
+) -> npt.NDArray[np.int64]:
+    """How many training rows (values, where there are several in a row) of a chunk have each value: int64 [D]."""
+    rows = sections.table("rows")
+    times = rows[TIME].to_numpy() if TIME in rows.column_names else None
+    is_train = split.split_of_rows(chunk.first_row, chunk.num_rows, times) == 0
+    codes = rows[column.name].to_numpy()
+    if column.is_multi_valued:
+        is_train = np.repeat(is_train, codes)
+        codes = sections.table(f"codes/{column.name}")["code"].to_numpy()
+    return np.bincount(codes[is_train], minlength=sections.table(f"values/{column.name}").num_rows)
+
+
+def rank_values(
+    column: SparseColumn,
+    counts: Sequence[Path],
+    max_ids: int,
+    values_at_a_time: int,
+    known: Sequence[Path] | None,
+    known_vocabulary: Path | None,
+    targets: Sequence[Path],
+    vocabulary: Path,
+) -> Result:
+    """Task: number the counted values of all ranges of a feature by falling count, ties by value, null first.
+
+    Args:
+        column: the feature.
+        counts: what `count_values` wrote, a file for each range.
+        max_ids: values beyond this many ids get none.
+        values_at_a_time: how many values memory holds.
+        known: value and id of the values of each range whose ids are fixed; new ids follow the largest.
+        known_vocabulary: the vocabulary file of these.
+        targets: the file of value and id of each range.
+        vocabulary: the feature's vocabulary file.
+    """
+    tables = [pl.DataFrame(_section(path, "counts")) for path in counts]
+    ids: list[list[pl.DataFrame]] = [[] for _ in tables]
+    if known is not None:
+        for pieces, path in zip(ids, known, strict=True):
+            pieces.append(pl.DataFrame(_section(path, "ids")))
+    num_ids = 0
+    with replacing(vocabulary) as beside, VocabularyWriter(beside, column.kind) as writer:
+        if known_vocabulary is not None:
+            for piece in _read_vocabulary(known_vocabulary, column):
+                writer.append(piece)
+                num_ids += piece.height
+        for slices in _in_order(tables, values_at_a_time):
+            ranked = _ranked(tables, slices, num_ids, max(0, max_ids - num_ids))
+            writer.append(ranked.select("value", "count", "id"))
+            num_ids += ranked.height
+            for i, pieces in enumerate(ids):
+                pieces.append(ranked.filter(pl.col("table") == i).select("value", "id"))
+            if num_ids >= max_ids:
+                break
+        if not num_ids:
+            writer.append(pl.DataFrame(schema={"value": VALUE_TYPES[column.kind], "count": pl.Int64, "id": pl.Int32}))
+    empty = pl.DataFrame(schema={"value": VALUE_TYPES[column.kind], "id": pl.Int32})
+    for pieces, target in zip(ids, targets, strict=True):
+        write_sections(target, {"ids": pl.concat([empty, *pieces]).to_arrow()})
+    return {"num_ids": num_ids}
+
+
+def _in_order(tables: Sequence[pl.DataFrame], values_at_a_time: int) -> Iterator[list[slice]]:
+    """Slices of the tables, each sorted by falling count and rising value, that together follow that same order."""
+    counts = [table["count"].to_numpy() for table in tables]
+    histogram: dict[int, int] = {}
+    for column in counts:
+        for count, number in zip(*np.unique(column, return_counts=True), strict=True):
+            histogram[int(count)] = histogram.get(int(count), 0) + int(number)
+    starts = [0] * len(tables)
+    gathered = 0
+    falling = sorted(histogram, reverse=True)
+    for i, count in enumerate(falling):
+        gathered += histogram[count]
+        if i + 1 < len(falling) and gathered + histogram[falling[i + 1]] <= values_at_a_time:
+            continue
+        ends = [int(np.searchsorted(-column, -count, side="right")) for column in counts]
+        if histogram[count] == gathered > values_at_a_time:
+            yield from _by_value(tables, starts, ends, -(-gathered // values_at_a_time))
+        else:
+            yield [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+        starts, gathered = ends, 0
+
+
+def _by_value(
+    tables: Sequence[pl.DataFrame], starts: Sequence[int], ends: Sequence[int], num_pieces: int
+) -> Iterator[list[slice]]:
+    """Cut slices of equal count, sorted by value, at the same values; one table alone is a fair sample of all."""
+    values = [table["value"][start:end] for table, start, end in zip(tables, starts, ends, strict=True)]
+    sample = max(values, key=len).drop_nulls()
+    pivots = [sample[i * len(sample) // num_pieces] for i in range(1, num_pieces)]
+    # A null sorts first and takes one place.
+    edges = [
+        [start + column.null_count() + int(column.drop_nulls().search_sorted(pivot)) for pivot in pivots]
+        for column, start in zip(values, starts, strict=True)
+    ]
+    for piece in range(num_pieces):
+        yield [
+            slice(edge[piece - 1] if piece else start, edge[piece] if piece < num_pieces - 1 else end)
+            for edge, start, end in zip(edges, starts, ends, strict=True)
+        ]
+
+
+def _ranked(tables: Sequence[pl.DataFrame], slices: Sequence[slice], num_ids: int, most: int) -> pl.DataFrame:
+    """value, count, id and the number of the table of each row, in the order of ids."""
+    rows = pl.concat(
+        table[rows].with_columns(pl.lit(i, pl.Int32).alias("table"))
+        for i, (table, rows) in enumerate(zip(tables, slices, strict=True))
+    )
+    if len(tables) > 1:
+        rows = rows.sort(["count", "value"], descending=[True, False], nulls_last=False)
+    rows = rows.head(most)
+    return rows.with_columns(
+        pl.int_range(num_ids + 1, num_ids + rows.height + 1, dtype=pl.Int32, eager=True).alias("id")
+    )
+
+
+def look_up_values(values: ValueRange, chunks: Sequence[ChunkFile], ids: Path, target: Path) -> Result:
+    """Task: the ids of a range's values in all chunks: `ids` int32, and where each chunk starts among them: `start`."""
+    frames = [pl.DataFrame(schema={"value": VALUE_TYPES[values.column.kind]})]
+    starts = [0]
+    for chunk in chunks:
+        with Sections(chunk.path) as sections:
+            start, end = values.bounds(sections)
+            found = sections.table(f"values/{values.column.name}").slice(start, end - start)
+            frames.append(pl.DataFrame(found.select(["value"])))
+            starts.append(starts[-1] + end - start)
+    table = pl.DataFrame(_section(ids, "ids"))
+    looked_up = (
+        pl.concat(frames)
+        .lazy()
+        .join(table.lazy(), on="value", how="left", nulls_equal=True, maintain_order="left")
+        .select(pl.col("id").fill_null(UNKNOWN_ID))
+        .collect()
+    )
+    write_sections(target, {"ids": looked_up.to_arrow(), "start": pl.DataFrame({"start": starts}).to_arrow()})
+    return {"values": starts[-1]}
+
+
+def spread_vocabulary(
+    column: SparseColumn, vocabulary: Path, ranges: Sequence[ValueRange], targets: Sequence[Path], num_partitions: int
+) -> Result:
+    """Task: the vocabulary of another dataset -> value and id of each range."""
+    pieces: list[list[pl.DataFrame]] = [
+        [pl.DataFrame(schema={"value": VALUE_TYPES[column.kind], "id": pl.Int32})] for _ in ranges
+    ]
+    num_ids = 0
+    for piece in _read_vocabulary(vocabulary, column):
+        num_ids += piece.height
+        partitions = partitions_of(piece["value"], num_partitions)
+        for values, found in zip(ranges, pieces, strict=True):
+            mask = pl.Series((partitions >= values.start) & (partitions < values.end))
+            found.append(piece.filter(mask).select("value", "id"))
+    for found, target in zip(pieces, targets, strict=True):
+        write_sections(target, {"ids": pl.concat(found).to_arrow()})
+    return {"num_ids": num_ids}
+
+
+def _read_vocabulary(path: Path, column: SparseColumn) -> Iterator[pl.DataFrame]:
+    """value, count and id, a row group at a time."""
+    file = pq.ParquetFile(path, page_checksum_verification=True)
+    for i in range(file.num_row_groups):
+        piece = pl.DataFrame(file.read_row_group(i))
+        yield typed_values(piece, column.kind)
+
+
+def _section(path: Path, name: str) -> pa.Table:
+    with Sections(path) as sections:
+        return sections.table(name)

@@ -1,0 +1,210 @@
+"""Task: a group of chunks -> their rows encoded and dealt out to the parts of the dataset.
+
+A group's file is an Arrow IPC file with a record batch for each part that has rows in it.  Its columns are `@position`
+(int64, of training rows in the log), the label, the dense columns as float32 and the sparse ones as ids of the smallest
+type that holds the feature's, or lists of these.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+
+from torchdlrm.data import drift, shuffle
+from torchdlrm.data.splits import SPLIT_NAMES, RowSplit, SplitCodes
+from torchdlrm.features.schema import FeatureSchema, SparseColumn
+from torchdlrm.features.transforms import FittedDense, encode_dense
+from torchdlrm.features.value_hash import hashed_ids
+from torchdlrm.files import replacing
+from torchdlrm.preprocessing.read import TIME, ChunkFile
+from torchdlrm.preprocessing.sections import Sections
+from torchdlrm.preprocessing.tally import Tally
+from torchdlrm.preprocessing.work_folder import Result
+
+POSITION = "@position"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a dataset, numbered: `num_train` buckets, then those of val and of test, of `part_rows` each."""
+
+    part_rows: int
+    seed: int
+    rows_of_split: tuple[int, int, int]
+
+    @property
+    def num_parts(self) -> tuple[int, int, int]:
+        """Parts of each split; a split without rows has none."""
+        train, val, test = self.rows_of_split
+        train_parts = shuffle.num_buckets(train, self.part_rows) if train else 0
+        return train_parts, -(-val // self.part_rows), -(-test // self.part_rows)
+
+    def first_part(self, split: int) -> int:
+        """The number of a split's first part."""
+        return sum(self.num_parts[:split])
+
+    def part_of_rows(self, chunk: ChunkFile, codes: SplitCodes) -> npt.NDArray[np.int64]:
+        """The part of each of B rows of a chunk: int64 [B]."""
+        parts = np.empty(len(codes), np.int64)
+        if chunk.rows_of_split[0]:
+            is_train = codes == 0
+            positions = chunk.first_row + np.flatnonzero(is_train)
+            parts[is_train] = shuffle.buckets(positions, self.seed, self.num_parts[0])
+        for split in (1, 2):
+            if chunk.rows_of_split[split]:
+                is_there = codes == split
+                ranks = chunk.first_of_split[split] + np.arange(chunk.rows_of_split[split])
+                parts[is_there] = self.first_part(split) + ranks // self.part_rows
+        return parts
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """All that the rows of a log are encoded by; `ids` are the files of `look_up_values`, by feature and range."""
+
+    schema: FeatureSchema
+    dense: Mapping[str, FittedDense]
+    ids: Mapping[str, Sequence[Path]]
+    num_embeddings: Mapping[str, int]
+    split: RowSplit
+    parts: Parts
+
+
+def encode_group(encoding: Encoding, chunks: Sequence[tuple[int, ChunkFile]], target: Path) -> Result:
+    """Task: encode chunks, each with its number, and write their rows by part; returns the parts and the tallies."""
+    tallies = [Tally() for _ in SPLIT_NAMES]
+    columns: dict[str, list[pl.Series]] = {}
+    parts = []
+    for number, chunk in chunks:
+        if not chunk.num_rows:
+            continue
+        with Sections(chunk.path) as sections:
+            frame, codes = _encode_chunk(encoding, number, chunk, sections, tallies)
+        parts.append(encoding.parts.part_of_rows(chunk, codes))
+        for column in frame:
+            columns.setdefault(column.name, []).append(column)
+        del frame
+    part_of_rows = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    num_parts = sum(encoding.parts.num_parts)
+    # NumPy sorts 16 bits by radix, in a fraction of the time.
+    order = np.argsort(part_of_rows.astype(np.uint16) if num_parts <= 1 << 16 else part_of_rows, kind="stable")
+    bounds = np.cumsum(np.bincount(part_of_rows, minlength=num_parts))
+    # Column by column, dropping what was gathered: never all rows twice.
+    gathered = {name: _gather(columns.pop(name), order) for name in list(columns)}
+    found = write_batches(gathered, bounds, target)
+    return {"parts": found, "tallies": [tally.to_json() for tally in tallies]}
+
+
+def _gather(pieces: list[pl.Series], order: npt.NDArray[np.int64]) -> pa.Array:
+    column = pl.concat(pieces, rechunk=True)
+    pieces.clear()
+    return column.gather(order).rechunk().to_arrow()
+
+
+def write_batches(columns: Mapping[str, pa.Array], bounds: npt.NDArray[np.int64], target: Path) -> list[int]:
+    """Write the rows of each part, which stand one after the other, as a batch; returns the parts that have rows."""
+    batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+    found = []
+    with (
+        replacing(target) as beside,
+        pa.OSFile(str(beside), "wb") as file,
+        pa.ipc.new_file(file, batch.schema) as writer,
+    ):
+        for part, (start, end) in enumerate(zip([0, *bounds[:-1].tolist()], bounds.tolist(), strict=True)):
+            if end > start:
+                writer.write_batch(batch.slice(start, end - start))
+                found.append(part)
+    return found
+
+
+def _encode_chunk(
+    encoding: Encoding, number: int, chunk: ChunkFile, sections: Sections, tallies: Sequence[Tally]
+) -> tuple[pl.DataFrame, SplitCodes]:
+    """The rows of a chunk as the dataset has them, and the split of each."""
+    schema = encoding.schema
+    rows = sections.table("rows")
+    times = rows[TIME].to_numpy() if TIME in rows.column_names else None
+    frame = pl.DataFrame(rows)
+    codes = encoding.split.split_of_rows(chunk.first_row, chunk.num_rows, times)
+    masks = [codes == split if 0 < n < chunk.num_rows else None for split, n in enumerate(chunk.rows_of_split)]
+    here = [split for split in range(len(SPLIT_NAMES)) if chunk.rows_of_split[split]]
+
+    positions = np.arange(chunk.first_row, chunk.first_row + chunk.num_rows)
+    columns = [pl.Series(POSITION, positions), frame[schema.label.name]]
+    labels = frame[schema.label.name].to_numpy()
+    for split in here:
+        tallies[split].add_labels(labels if masks[split] is None else labels[masks[split]])
+    dense = encode_dense(frame, encoding.dense)
+    for column in dense:
+        columns.append(column)
+        bins = drift.dense_bins(column.to_numpy())
+        missing = frame[column.name].is_null().to_numpy()
+        for split in here:
+            mask = masks[split]
+            tallies[split].add_dense(
+                column.name, bins if mask is None else bins[mask], missing if mask is None else missing[mask]
+            )
+    for about in schema.sparse:
+        ids = _ids_of_values(encoding, about, number, sections)
+        columns.append(_encode_sparse(encoding, about, frame[about.name], ids, sections))
+        for split in here:
+            _tally_sparse(tallies[split], about, frame[about.name].to_numpy(), ids, sections, masks[split])
+    return pl.DataFrame(columns), codes
+
+
+def _ids_of_values(encoding: Encoding, column: SparseColumn, number: int, sections: Sections) -> npt.NDArray[np.int32]:
+    """The id of each distinct value of the chunk: int32 [D]."""
+    if column.hash is not None:
+        values = pl.Series(sections.table(f"values/{column.name}")["value"])
+        return hashed_ids(values, column.hash)
+    pieces = []
+    for path in encoding.ids[column.name]:
+        with Sections(path) as file:
+            starts = file.table("start")["start"]
+            start, end = starts[number].as_py(), starts[number + 1].as_py()
+            pieces.append(file.table("ids").slice(start, end - start)["id"].to_numpy())
+    return np.concatenate(pieces)
+
+
+def _encode_sparse(
+    encoding: Encoding, column: SparseColumn, rows: pl.Series, ids: npt.NDArray[np.int32], sections: Sections
+) -> pl.Series:
+    narrow = ids.astype(_id_type(encoding.num_embeddings[column.name]))
+    if not column.is_multi_valued:
+        return pl.Series(column.name, narrow[rows.to_numpy()])
+    codes = sections.table(f"codes/{column.name}")["code"].to_numpy()
+    offsets = pa.array(np.concatenate([[0], np.cumsum(rows.to_numpy(), dtype=np.int64)]))
+    return pl.Series(column.name, pa.LargeListArray.from_arrays(offsets, pa.array(narrow[codes])))
+
+
+def _id_type(num_embeddings: int) -> type[np.uint8] | type[np.uint16] | type[np.int32]:
+    return np.uint8 if num_embeddings <= 1 << 8 else np.uint16 if num_embeddings <= 1 << 16 else np.int32
+
+
+def _tally_sparse(
+    tally: Tally,
+    column: SparseColumn,
+    rows: npt.NDArray[np.int64],
+    ids: npt.NDArray[np.int32],
+    sections: Sections,
+    mask: npt.NDArray[np.bool_] | None,
+) -> None:
+    """Count the values of a split's rows (all of the chunk where `mask` is None)."""
+    values = sections.table(f"values/{column.name}")
+    rows_here = rows if mask is None else rows[mask]
+    if mask is None:
+        counts = values["count"].to_numpy().astype(np.int64)
+    elif column.is_multi_valued:
+        codes = sections.table(f"codes/{column.name}")["code"].to_numpy()
+        counts = np.bincount(codes[np.repeat(mask, rows)], minlength=values.num_rows)
+    else:
+        counts = np.bincount(rows_here, minlength=values.num_rows)
+    if column.is_multi_valued:
+        num_missing = int((rows_here == 0).sum())
+    else:
+        num_missing = int(counts[pl.Series(values["value"]).is_null().to_numpy()].sum())
+    tally.add_sparse(column, ids, counts, num_missing)

@@ -1,0 +1,392 @@
+"""The job's phases, one after the other, each a number of tasks.
+
+    read     chunks of the log -> chunk files; bad rows
+    count    values of the training rows -> vocabularies -> ids of all values met
+    encode   groups of chunks -> their rows, dealt out to the parts
+    write    the rows of each part -> its file
+
+Every task's result stands in the work folder's journal, and what a task needs of others it takes from there and from
+their files: so a job goes on wherever it was interrupted.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torchdlrm.data.dataset import (
+    ROW_GROUP_ROWS,
+    BadRowsRecord,
+    Dataset,
+    FileRecord,
+    Manifest,
+    SourceRecord,
+    SparseRecord,
+    file_record,
+)
+from torchdlrm.data.log.cut import Chunk, plan_chunks
+from torchdlrm.data.log.files import LogFile
+from torchdlrm.data.log.names import extra_columns, schema_of_file
+from torchdlrm.data.log.parquet import plan_row_groups
+from torchdlrm.data.splits import SPLIT_NAMES, RowSplit
+from torchdlrm.features.bad_rows import BadRows
+from torchdlrm.features.schema import FeatureSchema, SparseColumn
+from torchdlrm.features.transforms import FittedDense, Moments, fit_dense
+from torchdlrm.features.vocabulary import MAX_ID
+from torchdlrm.preprocessing.count import ValueRange, count_values, look_up_values, rank_values, spread_vocabulary
+from torchdlrm.preprocessing.encode import Encoding, Parts, encode_group
+from torchdlrm.preprocessing.executors import Task, Workers
+from torchdlrm.preprocessing.layout import BYTES_A_VALUE, bytes_a_row, part_memory_bytes
+from torchdlrm.preprocessing.moments import add_moments, sum_moments
+from torchdlrm.preprocessing.options import BASE_BYTES, PreprocessOptions
+from torchdlrm.preprocessing.place import place_chunks
+from torchdlrm.preprocessing.read import ChunkFile, ReadTask, read_chunk, unpack
+from torchdlrm.preprocessing.tally import Tally
+from torchdlrm.preprocessing.work_folder import Result, WorkFolder
+from torchdlrm.preprocessing.write import write_rows
+from torchdlrm.progress import ProgressListener
+
+# A piece of a part that is smaller than this costs more to find than to read.
+_MIN_ROWS_A_PIECE = 4096
+
+
+@dataclass
+class Job:
+    """A preprocessing job at work in its folder."""
+
+    files: Sequence[LogFile]
+    schema: FeatureSchema
+    options: PreprocessOptions
+    work: WorkFolder
+    workers: Workers
+    memory_bytes: int
+    progress: ProgressListener
+    known: Dataset | None
+    bad_rows: BadRows = field(default_factory=BadRows)
+    # The schema with its columns in the order of each file.
+    layouts: Sequence[FeatureSchema] = ()
+
+    @property
+    def dataset_folder(self) -> Path:
+        """Where the dataset grows."""
+        return self.work.path / "dataset"
+
+    def run(self) -> Manifest:
+        """All phases.
+
+        Raises:
+            LogError: the log cannot be read, or has too many bad rows, or too few good ones.
+        """
+        self.layouts = [schema_of_file(file, self.schema) for file in self.files]
+        for name in ("vocabulary", *SPLIT_NAMES):
+            (self.dataset_folder / name).mkdir(exist_ok=True)
+        rows_of_files, read = self._read()
+        split, chunks = place_chunks(
+            self.files, rows_of_files, [(path, result["rows"]) for path, result in read], self.schema, self.options.seed
+        )
+        sparse, ids = self._count(split, chunks, [result for _, result in read])
+        dense = self._fit_dense(split, chunks)
+        rows_of_split = tuple(sum(chunk.rows_of_split[i] for chunk in chunks) for i in range(len(SPLIT_NAMES)))
+        parts = Parts(self.options.part_rows, self.options.seed, rows_of_split)  # type: ignore[arg-type]
+        num_embeddings = {name: record.num_embeddings for name, record in sparse.items()}
+        encoding = Encoding(self.schema, dense, ids, num_embeddings, split, parts)
+        tallies, groups_of_parts = self._encode(encoding, chunks)
+        files = self._write(encoding, groups_of_parts)
+        return Manifest(
+            feature_schema=self.schema,
+            split_rule=split.rule,
+            seed=self.options.seed,
+            min_count=self.options.min_count,
+            max_rows=self.options.max_rows,
+            row_group_rows=ROW_GROUP_ROWS,
+            part_rows=self.options.part_rows,
+            dense=dense,
+            sparse=sparse,
+            splits={
+                name: tally.record(files[i], tallies[0])
+                for i, (name, tally) in enumerate(zip(SPLIT_NAMES, tallies, strict=True))
+            },
+            source=tuple(
+                SourceRecord(
+                    name=file.name, size_bytes=file.size_bytes, rows=num_rows, extra_columns=extra_columns(layout)
+                )
+                for file, num_rows, layout in zip(self.files, rows_of_files, self.layouts, strict=True)
+            ),
+            bad_rows=BadRowsRecord.of(self.bad_rows),
+        )
+
+    # -- read
+
+    def _read(self) -> tuple[list[int], list[tuple[Path, Result]]]:
+        """The rows of each file, and for each chunk its file and what reading it gave."""
+        total = sum(file.size_bytes * (2 if file.format == "gzip" else 1) for file in self.files)
+        self.progress.start_phase("read", total, "bytes")
+        rows_of_files, read = [], []
+        at_a_time = self.workers.tasks_at_a_time
+        for start in range(0, len(self.files), at_a_time):
+            numbers = range(start, min(start + at_a_time, len(self.files)))
+            plans = dict(zip(numbers, self._plan(numbers), strict=True))
+            for number in numbers:
+                results = self._read_file(number, plans[number])
+                rows_of_files.append(sum(result["rows"] for _, result in results))
+                read += results
+        return rows_of_files, read
+
+    def _plan(self, numbers: range) -> list[list[Chunk]]:
+        """The chunks of some files; gzipped ones are unpacked."""
+        tasks = []
+        for number in numbers:
+            file = self.files[number]
+            arguments: tuple[Any, ...] = (file, self.schema, self.work.layout.chunk_bytes)
+            if file.format == "gzip":
+                tasks.append(Task(f"unpack-{number}", unpack, (*arguments, self.work.path / "text", f"{number:05d}")))
+            else:
+                tasks.append(Task(f"plan-{number}", plan_file, arguments))
+        plans = []
+        for number, result in zip(numbers, self.workers.run(tasks, self.work), strict=True):
+            if self.files[number].format == "gzip":
+                ends = [sum(result["sizes"][: i + 1]) for i in range(len(result["sizes"]))]
+                plans.append([Chunk(end - size, end) for end, size in zip(ends, result["sizes"], strict=True)])
+                self.progress.advance(self.files[number].size_bytes)
+            else:
+                plans.append([Chunk(start, end) for start, end in result["chunks"]])
+        return plans
+
+    def _read_file(self, number: int, chunks: Sequence[Chunk]) -> list[tuple[Path, Result]]:
+        file = self.files[number]
+        texts = [self.work.path / "text" / f"{number:05d}-{i:05d}" for i in range(len(chunks))]
+        targets = [self.work.path / "chunks" / f"{number:05d}-{i:05d}" for i in range(len(chunks))]
+
+        def tasks() -> Iterator[Task]:
+            for i, chunk in enumerate(chunks):
+                text = texts[i] if file.format == "gzip" else None
+                num_partitions = self.work.layout.num_partitions
+                task = ReadTask(file, chunk, text, self.schema, self.layouts[number], num_partitions, targets[i])
+                yield Task(f"read-{number}-{i}", read_chunk, (task,))
+
+        results = []
+        num_lines = int(self.schema.header and file.format != "parquet")
+        total = chunks[-1].end if chunks else 1
+        done_bytes = 0
+        for i, result in enumerate(self.workers.run(tasks(), self.work)):
+            self.bad_rows.add_chunk(BadRows.from_json(result["bad_rows"]), file.name, num_lines)
+            self.bad_rows.check(self.options.max_bad_rows)
+            num_lines += result["lines"]
+            results.append((targets[i], result))
+            texts[i].unlink(missing_ok=True)
+            now = file.size_bytes * chunks[i].end // total
+            self.progress.advance(now - done_bytes)
+            done_bytes = now
+        self.progress.advance(file.size_bytes - done_bytes)
+        return results
+
+    # -- count
+
+    def _count(
+        self, split: RowSplit, chunks: Sequence[ChunkFile], read: Sequence[Result]
+    ) -> tuple[dict[str, SparseRecord], dict[str, list[Path]]]:
+        """The sparse features as they stand in the manifest, and the files of the ids of their values."""
+        counted = [column for column in self.schema.sparse if column.hash is None]
+        ranges = {column.name: self._ranges(column, read) for column in counted}
+        num_values = sum(result["num_values"][column.name] for result in read for column in counted)
+        self.progress.start_phase("count", 2 * num_values, "values")
+        counts_anything = self.known is None or self.options.extend_vocabulary
+        if self.known is not None:
+            tasks = [self._spread_task(column, ranges[column.name], self.known) for column in counted]
+            list(self.workers.run(tasks, self.work))
+        tasks = self._count_tasks(counted, ranges, split, chunks) if counts_anything else []
+        for done, _ in enumerate(self.workers.run(tasks, self.work)):
+            self.progress.advance(num_values * (done + 1) // len(tasks) - num_values * done // len(tasks))
+        if not tasks:
+            self.progress.advance(num_values)
+        if counts_anything:
+            list(self.workers.run([self._rank_task(column, ranges[column.name]) for column in counted], self.work))
+        tasks = [
+            Task(
+                f"look-up-{values.name}",
+                look_up_values,
+                (values, chunks, self._table(values), self.work.path / "ids" / values.name),
+            )
+            for column in counted
+            for values in ranges[column.name]
+        ]
+        for result in self.workers.run(tasks, self.work):
+            self.progress.advance(result["values"])
+        ids = {name: [self.work.path / "ids" / values.name for values in found] for name, found in ranges.items()}
+        return {column.name: self._sparse_record(column) for column in self.schema.sparse}, ids
+
+    def _ranges(self, column: SparseColumn, read: Sequence[Result]) -> list[ValueRange]:
+        """Cut a feature's values so that a range fits the memory of a task."""
+        values = sum(result["num_values"][column.name] for result in read)
+        value_bytes = sum(result["value_bytes"][column.name] for result in read)
+        # Numbers and their counts take 12 bytes; longer values weigh more.
+        weight = values + 3 * max(0, value_bytes - 12 * values) // BYTES_A_VALUE
+        partitions = self.work.layout.num_partitions
+        count = min(partitions, max(1, -(-weight // self.work.layout.values_per_task)))
+        edges = [i * partitions // count for i in range(count + 1)]
+        return [ValueRange(column, i, edges[i], edges[i + 1]) for i in range(count)]
+
+    def _table(self, values: ValueRange) -> Path:
+        return self.work.path / "counts" / f"{values.name}-ids"
+
+    def _known_table(self, values: ValueRange) -> Path:
+        return (
+            self.work.path / "counts" / f"{values.name}-known"
+            if self.options.extend_vocabulary
+            else self._table(values)
+        )
+
+    def _spread_task(self, column: SparseColumn, ranges: Sequence[ValueRange], known: Dataset) -> Task:
+        record = known.manifest.sparse[column.name].vocabulary
+        assert record is not None, "the known dataset was checked"
+        targets = [self._known_table(values) for values in ranges]
+        arguments = (column, (known.path / record.path).resolve(), ranges, targets, self.work.layout.num_partitions)
+        return Task(f"spread-{column.name}", spread_vocabulary, arguments)
+
+    def _count_tasks(
+        self,
+        counted: Sequence[SparseColumn],
+        ranges: dict[str, list[ValueRange]],
+        split: RowSplit,
+        chunks: Sequence[ChunkFile],
+    ) -> list[Task]:
+        tasks = []
+        for column in counted:
+            min_count = self.options.min_count if column.min_count is None else column.min_count
+            for values in ranges[column.name]:
+                known = self._known_table(values) if self.options.extend_vocabulary else None
+                target = self.work.path / "counts" / values.name
+                arguments = (values, chunks, split, min_count, known, target)
+                tasks.append(Task(f"count-{values.name}", count_values, arguments))
+        return tasks
+
+    def _rank_task(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Task:
+        max_rows = self.options.max_rows if column.max_rows is None else column.max_rows
+        known_tables, known_vocabulary = None, None
+        if self.options.extend_vocabulary:
+            assert self.known is not None, "the options were checked"
+            record = self.known.manifest.sparse[column.name].vocabulary
+            assert record is not None, "the known dataset was checked"
+            known_tables = [self._known_table(values) for values in ranges]
+            known_vocabulary = (self.known.path / record.path).resolve()
+        arguments = (
+            column,
+            [self.work.path / "counts" / values.name for values in ranges],
+            MAX_ID if max_rows is None else max_rows - 1,
+            self.work.layout.values_per_task,
+            known_tables,
+            known_vocabulary,
+            [self._table(values) for values in ranges],
+            self.dataset_folder / "vocabulary" / f"{column.name}.parquet",
+        )
+        return Task(f"rank-{column.name}", rank_values, arguments)
+
+    def _sparse_record(self, column: SparseColumn) -> SparseRecord:
+        if column.hash is not None:
+            return SparseRecord(num_embeddings=column.hash, vocabulary=None)
+        name = f"vocabulary/{column.name}.parquet"
+        if self.known is not None and not self.options.extend_vocabulary:
+            copy_vocabulary(self.known, column, self.dataset_folder / name)
+        result = self.work.result(f"rank-{column.name}") or self.work.result(f"spread-{column.name}")
+        assert result is not None, "the feature was ranked, or its known vocabulary read"
+        num_ids = result["num_ids"]
+        return SparseRecord(num_embeddings=num_ids + 1, vocabulary=file_record(self.dataset_folder, name, num_ids))
+
+    def _fit_dense(self, split: RowSplit, chunks: Sequence[ChunkFile]) -> dict[str, FittedDense]:
+        """The transform of each dense column with its constants, of the training rows where it needs any."""
+        if self.known is not None:
+            return {column.name: self.known.manifest.dense[column.name] for column in self.schema.dense}
+        moments = {column.name: Moments() for column in self.schema.dense if column.transform == "standardize"}
+        if moments:
+            names = list(moments)
+            tasks = (Task(f"moments-{i}", sum_moments, (chunk, split, names)) for i, chunk in enumerate(chunks))
+            for result in self.workers.run(tasks, self.work):
+                add_moments(moments, result)
+        return {column.name: fit_dense(column, moments.get(column.name)) for column in self.schema.dense}
+
+    # -- encode and write
+
+    def _encode(
+        self, encoding: Encoding, chunks: Sequence[ChunkFile]
+    ) -> tuple[list[Tally], dict[int, list[tuple[Path, int]]]]:
+        """What was counted in each split, and for each part the groups' files with the number of its batch."""
+        self.progress.start_phase("encode", sum(chunk.num_rows for chunk in chunks))
+        groups = self._groups(encoding, chunks)
+        targets = [self.work.path / "groups" / f"{i:05d}" for i in range(len(groups))]
+        tasks = (
+            Task(f"encode-{i}", encode_group, (encoding, [(n, chunks[n]) for n in group], targets[i]))
+            for i, group in enumerate(groups)
+        )
+        tallies = [Tally() for _ in SPLIT_NAMES]
+        groups_of_parts: dict[int, list[tuple[Path, int]]] = {}
+        for i, result in enumerate(self.workers.run(tasks, self.work)):
+            for total, more in zip(tallies, result["tallies"], strict=True):
+                total.add(Tally.from_json(more))
+            for batch, part in enumerate(result["parts"]):
+                groups_of_parts.setdefault(part, []).append((targets[i], batch))
+            for number in groups[i]:
+                chunks[number].path.unlink(missing_ok=True)
+            self.progress.advance(sum(chunks[number].num_rows for number in groups[i]))
+        return tallies, groups_of_parts
+
+    def _groups(self, encoding: Encoding, chunks: Sequence[ChunkFile]) -> list[list[int]]:
+        """Numbers of chunks that are encoded together: few groups make large pieces of parts, memory sets a limit."""
+        layout = self.work.layout
+        fitting = layout.group_bytes // bytes_a_row(self.schema)
+        wanted = max(_MIN_ROWS_A_PIECE * sum(encoding.parts.num_parts), 1)
+        groups: list[list[int]] = []
+        rows = 0
+        for number, chunk in enumerate(chunks):
+            if not groups or rows >= wanted or rows + chunk.num_rows > fitting:
+                groups.append([])
+                rows = 0
+            groups[-1].append(number)
+            rows += chunk.num_rows
+        return groups
+
+    def _write(
+        self, encoding: Encoding, groups_of_parts: dict[int, list[tuple[Path, int]]]
+    ) -> list[tuple[FileRecord, ...]]:
+        """Write all parts; returns the files of each split."""
+        parts = encoding.parts
+        self.progress.start_phase("write", sum(parts.rows_of_split))
+        names = [
+            f"{SPLIT_NAMES[i]}/part-{k:05d}.parquet" for i in range(len(SPLIT_NAMES)) for k in range(parts.num_parts[i])
+        ]
+        tasks = (
+            Task(
+                f"write-{part}",
+                write_rows,
+                (
+                    groups_of_parts.get(part, []),
+                    self.options.seed if part < parts.num_parts[0] else None,
+                    self.schema,
+                    encoding.num_embeddings,
+                    self.dataset_folder,
+                    name,
+                ),
+            )
+            for part, name in enumerate(names)
+        )
+        rows = min(self.options.part_rows, max(parts.rows_of_split))
+        at_a_time = (self.memory_bytes - BASE_BYTES) // part_memory_bytes(rows, self.schema)
+        files: list[list[FileRecord]] = [[] for _ in SPLIT_NAMES]
+        at_a_time = max(1, at_a_time * self.workers.capacity // self.workers.tasks_in_memory)
+        for part, result in enumerate(self.workers.run(tasks, self.work, at_a_time)):
+            split = max(i for i in range(len(SPLIT_NAMES)) if part >= parts.first_part(i) and parts.num_parts[i])
+            files[split].append(FileRecord(**result))
+            self.progress.advance(result["rows"])
+        return [tuple(found) for found in files]
+
+
+def plan_file(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> Result:
+    """Task: where a file may be cut."""
+    plan = plan_row_groups if file.format == "parquet" else plan_chunks
+    return {"chunks": [[chunk.start, chunk.end] for chunk in plan(file, schema, chunk_bytes)]}
+
+
+def copy_vocabulary(known: Dataset, column: SparseColumn, target: Path) -> None:
+    """Take over the vocabulary of another dataset as it is."""
+    record = known.manifest.sparse[column.name].vocabulary
+    assert record is not None, "the known dataset was checked"
+    target.write_bytes((known.path / record.path).read_bytes())

@@ -1,0 +1,98 @@
+"""How much memory and disk a job needs, and how it is cut into tasks so that it keeps to them.
+
+In: the log's files, the schema, what may be used.  Out: a `Layout`.  The figures are measured, with some room.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchdlrm.data.log.cut import CHUNK_BYTES
+from torchdlrm.data.log.files import LogFile
+from torchdlrm.errors import ConfigError, DatasetError
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.preprocessing.options import BASE_BYTES, PreprocessOptions
+from torchdlrm.preprocessing.work_folder import Layout
+from torchdlrm.units import show_bytes
+
+BYTES_A_VALUE = 100
+_TEXT_OF_FORMAT = {"text": 1.0, "gzip": 3.5, "parquet": 3.0}
+_MEMORY_A_TEXT_BYTE = 10
+_MEMORY_A_PART_BYTE = 2.6
+_MEMORY_A_GROUP_BYTE = 2.6
+# What the work folder and the dataset hold at their largest, as a share of the text.
+_DISK_A_TEXT_BYTE = 1.0
+_DISK_A_PACKED_BYTE = 0.6
+_MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 1 << 20, 2 * CHUNK_BYTES
+_MAX_PARTITIONS = 4096
+
+
+def bytes_a_row(schema: FeatureSchema) -> int:
+    """What an encoded row takes in memory, lists counted as 8 values."""
+    num_values = sum(8 if column.is_multi_valued else 1 for column in schema.sparse)
+    return 16 + 4 * (len(schema.dense) + num_values)
+
+
+def choose_layout(
+    files: Sequence[LogFile], schema: FeatureSchema, options: PreprocessOptions, memory_bytes: int, tasks_in_memory: int
+) -> Layout:
+    """Cut a job so that `tasks_in_memory` tasks at a time keep to `memory_bytes`.
+
+    Raises:
+        ConfigError: it is too little for one task.
+    """
+    text_bytes = sum(int(file.size_bytes * _TEXT_OF_FORMAT[file.format]) for file in files)
+    most_rows = text_bytes // len(schema.columns) + 1
+    needed = BASE_BYTES + part_memory_bytes(min(options.part_rows, most_rows), schema)
+    if memory_bytes < needed:
+        msg = (
+            f"--memory: {show_bytes(memory_bytes)} is too little: one part of the dataset and the program itself take "
+            f"{show_bytes(needed)}"
+        )
+        raise ConfigError(msg)
+    share_bytes = (memory_bytes - BASE_BYTES) // tasks_in_memory
+    chunk_bytes = min(_MAX_CHUNK_BYTES, share_bytes // _MEMORY_A_TEXT_BYTE)
+    chunk_bytes = max(_MIN_CHUNK_BYTES, min(chunk_bytes, text_bytes // (4 * tasks_in_memory)))
+    values_per_task = share_bytes // (BYTES_A_VALUE + BYTES_A_VALUE // 4)
+    likely_rows = text_bytes // (4 * len(schema.columns)) + 1
+    partitions = 1
+    while likely_rows > values_per_task and partitions < min(_MAX_PARTITIONS, 4 * likely_rows / values_per_task):
+        partitions *= 2
+    group_bytes = int(share_bytes / _MEMORY_A_GROUP_BYTE)
+    return Layout(chunk_bytes, partitions, group_bytes, values_per_task, tasks_in_memory)
+
+
+def tasks_that_fit(layout: Layout, memory_bytes: int) -> int:
+    """How many tasks of a layout, which an earlier run may have chosen, this memory holds at a time; at least one."""
+    largest = max(
+        layout.chunk_bytes * _MEMORY_A_TEXT_BYTE,
+        int(layout.group_bytes * _MEMORY_A_GROUP_BYTE),
+        layout.values_per_task * (BYTES_A_VALUE + BYTES_A_VALUE // 4),
+    )
+    return max(1, (memory_bytes - BASE_BYTES) // largest)
+
+
+def part_memory_bytes(rows: int, schema: FeatureSchema) -> int:
+    """What writing a part of so many rows takes."""
+    return int(_MEMORY_A_PART_BYTE * rows * bytes_a_row(schema)) + (8 << 20)
+
+
+def check_disk(files: Sequence[LogFile], folder: Path, used_bytes: int) -> None:
+    """See that the disk has room for what the job will write; `used_bytes` are there from before.
+
+    Raises:
+        DatasetError: it has not.
+    """
+    needed = sum(int(file.size_bytes * _TEXT_OF_FORMAT[file.format] * _DISK_A_TEXT_BYTE) for file in files)
+    needed += sum(
+        int(file.size_bytes * _TEXT_OF_FORMAT[file.format] * _DISK_A_PACKED_BYTE)
+        for file in files
+        if file.format == "gzip"
+    )
+    free = shutil.disk_usage(folder).free + used_bytes
+    if free < needed:
+        msg = (
+            f"{folder}: the disk has {free / 1e9:,.1f} GB free, and the job needs up to {needed / 1e9:,.1f} GB there "
+            "while it runs; make room, or choose an --out on another disk"
+        )
+        raise DatasetError(msg)

@@ -1,0 +1,179 @@
+"""The job that turns a raw log into a dataset.
+
+In: log files, a schema, thresholds, a seed.  Out: a `Dataset`, complete or absent.  Memory is bounded, every task that
+is done is kept, and the bytes depend on neither; `torchdlrm.preprocessing.job` tells the phases.
+"""
+
+import errno
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torchdlrm import __version__
+from torchdlrm.data.dataset import MANIFEST_NAME, Dataset, Manifest, sha256_of
+from torchdlrm.data.log.files import LogFile, find_files
+from torchdlrm.data.log.sniff import check_layout
+from torchdlrm.errors import DatasetError, LogError
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.files import sync
+from torchdlrm.preprocessing.executors import start_workers
+from torchdlrm.preprocessing.job import Job
+from torchdlrm.preprocessing.layout import check_disk, choose_layout, tasks_that_fit
+from torchdlrm.preprocessing.options import PART_ROWS, PreprocessOptions, Resources
+from torchdlrm.preprocessing.work_folder import WorkFolder, holds_job
+from torchdlrm.progress import ProgressListener, SilentProgress
+
+__all__ = ["PART_ROWS", "PreprocessOptions", "Resources", "preprocess", "work_folder"]
+
+# What is read within a minute is not kept when the log turns out to be wrong: a corrected schema starts anew at once.
+_KEPT_LOG_BYTES = 1 << 30
+
+
+def preprocess(
+    logs: Sequence[Path],
+    out: Path,
+    schema: FeatureSchema,
+    options: PreprocessOptions | None = None,
+    progress: ProgressListener | None = None,
+    chunk_bytes: int | None = None,
+    *,
+    resources: Resources | None = None,
+    restart: bool = False,
+) -> Dataset:
+    """Turn a raw log into a dataset in the new folder `out`.
+
+    A job that was interrupted, at whatever moment, goes on when it is started again with the same arguments.
+
+    Args:
+        logs: the files of the log.
+        out: the folder to make; until it is whole, its content grows beside it in `work_folder(out)`.
+        schema: the log's columns.
+        options: thresholds and seed.
+        progress: hears of the phases.
+        chunk_bytes: text that is read at a time, by default chosen by the memory; changes no byte of the dataset.
+        resources: memory and workers; change no byte of the dataset.
+        restart: forget what an interrupted job has done.
+
+    Raises:
+        LogError: a file of the log is missing, damaged or empty, or has more bad rows than allowed.
+        DatasetError: `out` exists or cannot be written, or an interrupted job had other settings.
+        ConfigError: the memory is too little.
+    """
+    options, resources = options or PreprocessOptions(), resources or Resources()
+    progress = progress or SilentProgress()
+    files = tuple(replace(file, path=file.path.resolve()) for file in find_files(logs))
+    for file in files:
+        check_layout(file, schema, options.max_bad_rows)
+    known = None if options.vocabulary is None else _open_known(options.vocabulary, schema)
+    settings = _settings(files, schema, options, known)
+    partial = work_folder(out).absolute()
+    if out.exists():
+        if holds_job(partial, settings) and not (partial / "dataset").exists():
+            shutil.rmtree(partial, ignore_errors=True)  # the job was done, and killed while it tidied up
+            return Dataset.open(out)
+        msg = f"{out}: exists; choose another --out, or remove it first"
+        raise DatasetError(msg)
+    try:
+        with start_workers(resources) as workers:
+            layout = choose_layout(files, schema, options, resources.memory_bytes, workers.tasks_in_memory)
+            if chunk_bytes is not None:
+                layout = replace(layout, chunk_bytes=chunk_bytes)
+            work = WorkFolder.open(partial, settings, layout, restart=restart)
+            try:
+                check_disk(files, partial, work.size_bytes)
+                fitting = tasks_that_fit(work.layout, resources.memory_bytes)
+                if fitting < workers.tasks_in_memory:
+                    workers.tasks_at_a_time = max(1, workers.capacity * fitting // workers.tasks_in_memory)
+                job = Job(files, schema, options, work, workers, resources.memory_bytes, progress, known)
+                manifest = job.run()
+                _finish(manifest, partial / "dataset", out)
+            except LogError:
+                if work.is_fresh or sum(file.size_bytes for file in files) < _KEPT_LOG_BYTES:
+                    work.remove()
+                raise
+            finally:
+                work.close()
+    except OSError as error:
+        raise DatasetError(_cannot_write(out, error)) from error
+    work.remove()
+    return Dataset.open(out)
+
+
+def work_folder(out: Path) -> Path:
+    """Where a job keeps what it has done until the dataset `out` is whole."""
+    return out.parent / f".{out.name}.partial"
+
+
+def _finish(manifest: Manifest, folder: Path, out: Path) -> None:
+    """Write the manifest, and give the dataset its name."""
+    named = {record.path for split in manifest.splits.values() for record in split.files}
+    named |= {record.vocabulary.path for record in manifest.sparse.values() if record.vocabulary}
+    for path in folder.rglob("*"):
+        # Left behind by tasks that were killed while they wrote.
+        if path.is_file() and path.relative_to(folder).as_posix() not in named:
+            path.unlink()
+    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    sync(folder / MANIFEST_NAME)
+    for path in (*(child for child in folder.iterdir() if child.is_dir()), folder):
+        sync(path)
+    folder.rename(out)
+    sync(out.absolute().parent)
+
+
+def _settings(
+    files: Sequence[LogFile], schema: FeatureSchema, options: PreprocessOptions, known: Dataset | None
+) -> dict[str, Any]:
+    """All that the bytes of the dataset depend on, by the names that a user knows."""
+    return {
+        "torchdlrm": __version__,
+        "log": [[str(file.path), file.size_bytes, file.modified_ns] for file in files],
+        "schema": schema.model_dump(mode="json", exclude_none=True),
+        "min_count": options.min_count,
+        "max_rows": options.max_rows,
+        "seed": options.seed,
+        "part_rows": options.part_rows,
+        "vocabulary": None if known is None else sha256_of(known.path / MANIFEST_NAME),
+        "extend_vocabulary": options.extend_vocabulary,
+    }
+
+
+def _open_known(path: Path, schema: FeatureSchema) -> Dataset:
+    """The dataset whose vocabularies are used.
+
+    Raises:
+        DatasetError: it is not whole, or its columns are others.
+    """
+    known = Dataset.open(path)
+    problems = []
+    for column in schema.sparse:
+        theirs = next((other for other in known.schema.sparse if other.name == column.name), None)
+        if theirs is None:
+            problems.append(f"  it has no sparse column {column.name}")
+        elif (theirs.kind, theirs.hash) != (column.kind, column.hash):
+            problems.append(
+                f"  column {column.name}: there kind {theirs.kind}, hash {theirs.hash}; "
+                f"here kind {column.kind}, hash {column.hash}"
+            )
+        elif column.hash is None and known.manifest.sparse[column.name].vocabulary is None:
+            problems.append(f"  column {column.name} came as ids, without a vocabulary")
+    problems += [
+        f"  dense column {column.name}: there {getattr(known.manifest.dense.get(column.name), 'transform', 'none')}, "
+        f"here {column.transform}"
+        for column in schema.dense
+        if column.name not in known.manifest.dense or known.manifest.dense[column.name].transform != column.transform
+    ]
+    if problems:
+        lines = [f"--vocabulary: {path} has other columns than the schema {schema.name!r}:", *problems]
+        raise DatasetError("\n".join([*lines, "Give the schema that it was made with, or another dataset."]))
+    return known
+
+
+def _cannot_write(out: Path, error: OSError) -> str:
+    if error.errno == errno.ENOSPC or "No space left" in str(error):
+        return (
+            f"{out}: the disk is full; make room and give the same command again: it goes on with what is kept in "
+            f"{work_folder(out)}"
+        )
+    return f"{out}: cannot be written: {error.strerror or error}"

@@ -1,0 +1,181 @@
+"""Task: a chunk of a log -> a file of its good rows, its sparse values replaced by codes.
+
+The chunk's file holds the tables
+
+    rows         label int8; dense columns as read, in the smallest type; `@time` int64; for each sparse column the
+                 codes of its values, or for a multi-valued one how many values each row has
+    codes/f      the codes of a multi-valued column, one row after the other
+    values/f     the D distinct values of column f: value, count (of all rows of the chunk), by partition
+    bounds/f     where each partition of these values starts, when there is more than one
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+
+from torchdlrm.data.log.cut import Chunk, read_chunks
+from torchdlrm.data.log.files import LogFile
+from torchdlrm.data.log.parquet import read_row_groups
+from torchdlrm.data.log.text import ParsedChunk, parse_chunk
+from torchdlrm.errors import LogError
+from torchdlrm.features.schema import FeatureSchema, SparseColumn
+from torchdlrm.features.value_hash import hash_values
+from torchdlrm.features.vocabulary import dictionary_encode
+from torchdlrm.files import replacing
+from torchdlrm.preprocessing.sections import write_sections
+from torchdlrm.preprocessing.work_folder import Result
+
+TIME = "@time"
+
+
+@dataclass(frozen=True)
+class ReadTask:
+    """What reading a chunk needs.
+
+    `text` is the chunk's unpacked text where the file is gzipped; `layout` is the schema with its columns in the order
+    of the file.
+    """
+
+    file: LogFile
+    chunk: Chunk
+    text: Path | None
+    schema: FeatureSchema
+    layout: FeatureSchema
+    num_partitions: int
+    target: Path
+
+
+def unpack(file: LogFile, schema: FeatureSchema, chunk_bytes: int, folder: Path, name: str) -> Result:
+    """Task: a gzipped file -> its chunks as LZ4-packed text, `folder/name-00000` and so on.
+
+    A gzip stream has no places to start from, so one task reads it from end to end; unpacking is five times as fast as
+    what comes after.
+
+    Raises:
+        LogError: the file is damaged, or not what the schema says.
+    """
+    sizes = []
+    for i, (lines, _) in enumerate(read_chunks(file, schema, chunk_bytes)):
+        path = folder / f"{name}-{i:05d}"
+        if not path.exists():
+            with replacing(path) as beside, pa.CompressedOutputStream(str(beside), "lz4") as packed:
+                packed.write(lines)
+        sizes.append(len(lines))
+    return {"sizes": sizes}
+
+
+def read_chunk(task: ReadTask) -> Result:
+    """Task: parse a chunk and write its file.
+
+    Raises:
+        LogError: the log's file cannot be read, or changed.
+    """
+    parsed = _parse(task)
+    sections: dict[str, pa.Table] = {}
+    rows = parsed.frame
+    columns: list[pl.Series] = [rows[task.schema.label.name]]
+    columns += [_shrunk(rows[column.name]) for column in task.schema.dense]
+    if task.schema.time is not None:
+        columns.append(rows[task.schema.time.name].alias(TIME))
+    num_values, value_bytes = {}, {}
+    for column in task.schema.sparse:
+        codes = _encode_column(rows[column.name], column, task.num_partitions, sections)
+        columns.append(codes)
+        values = sections[f"values/{column.name}"]
+        num_values[column.name] = values.num_rows
+        value_bytes[column.name] = values.nbytes
+    sections["rows"] = pl.DataFrame(columns).to_arrow()
+    write_sections(task.target, sections)
+    return {
+        "rows": rows.height,
+        "lines": parsed.num_lines,
+        "bad_rows": parsed.bad_rows.to_json(),
+        "num_values": num_values,
+        "value_bytes": value_bytes,
+    }
+
+
+def _parse(task: ReadTask) -> ParsedChunk:
+    task.file.check_unchanged()
+    if task.file.format == "parquet":
+        parsed = read_row_groups(task.file, range(task.chunk.start, task.chunk.end), task.layout)
+    elif task.text is not None:
+        with pa.CompressedInputStream(pa.OSFile(str(task.text), "rb"), "lz4") as packed:
+            parsed = parse_chunk(packed.read(), task.layout)
+    else:
+        parsed = parse_chunk(_read_bytes(task.file, task.chunk), task.layout)
+    task.file.check_unchanged()
+    return parsed
+
+
+def _read_bytes(file: LogFile, chunk: Chunk) -> bytes:
+    try:
+        with file.path.open("rb") as text:
+            text.seek(chunk.start)
+            lines = text.read(chunk.end - chunk.start)
+    except OSError as error:
+        msg = f"{file.path}: cannot be read: {error.strerror or error}"
+        raise LogError(msg) from error
+    return lines
+
+
+def _encode_column(
+    column: pl.Series, about: SparseColumn, num_partitions: int, sections: dict[str, pa.Table]
+) -> pl.Series:
+    """Add the sections of a sparse column; returns what stands for it in the rows."""
+    flat = column
+    if about.is_multi_valued:
+        flat = column.drop_nulls().explode(empty_as_null=False)
+    encoded = dictionary_encode(flat)
+    values, codes = encoded.values, encoded.codes
+    counts = np.bincount(codes, minlength=len(values)).astype(np.int32)
+    if num_partitions > 1:
+        order, bounds = _by_partition(values, num_partitions)
+        places = np.empty(len(order), np.int32)
+        places[order] = np.arange(len(order), dtype=np.int32)
+        values, counts, codes = values[order], counts[order], places[codes]
+        sections[f"bounds/{about.name}"] = pa.table({"start": bounds})
+    sections[f"values/{about.name}"] = pa.table({"value": values.to_arrow(), "count": counts})
+    narrow = pl.Series(about.name, codes.astype(_code_type(len(values))))
+    if not about.is_multi_valued:
+        return narrow
+    sections[f"codes/{about.name}"] = pl.DataFrame([narrow.alias("code")]).to_arrow()
+    return column.list.len().fill_null(0).cast(pl.UInt32)
+
+
+def _by_partition(values: pl.Series, num_partitions: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """The order of values by partition, int64 [D]; and where each partition starts, int32 [num_partitions + 1]."""
+    partitions = partitions_of(values, num_partitions)
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(partitions, minlength=num_partitions))])
+    return np.argsort(partitions, kind="stable"), bounds.astype(np.int32)
+
+
+def partitions_of(values: pl.Series, num_partitions: int) -> npt.NDArray[np.uint16]:
+    """The partition of each value, by its hash: uint16 [D]; `num_partitions` is a power of two, at most 65,536."""
+    return ((hash_values(values) >> np.uint64(48)) * np.uint64(num_partitions) >> np.uint64(16)).astype(np.uint16)
+
+
+def _code_type(num_values: int) -> type[np.uint8] | type[np.uint16] | type[np.int32]:
+    return np.uint8 if num_values <= 1 << 8 else np.uint16 if num_values <= 1 << 16 else np.int32
+
+
+def _shrunk(column: pl.Series) -> pl.Series:
+    return column.shrink_dtype() if column.dtype == pl.Int64 else column
+
+
+@dataclass(frozen=True)
+class ChunkFile:
+    """A chunk that was read: its file, where its rows stand in the log, how many are in each split.
+
+    `first_of_split`: for train, val and test, how many rows of the split stand before this chunk.
+    """
+
+    path: Path
+    first_row: int
+    num_rows: int
+    first_of_split: tuple[int, int, int]
+    rows_of_split: tuple[int, int, int]

@@ -1,0 +1,94 @@
+"""What is counted of the rows of a split while they are encoded.
+
+In: rows of chunks.  Out: a `Tally`, which adds up, and from it the split's record in the manifest.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from torchdlrm.data import drift
+from torchdlrm.data.dataset import FileRecord, SplitRecord
+from torchdlrm.features.schema import SparseColumn
+from torchdlrm.features.vocabulary import UNKNOWN_ID
+
+
+@dataclass
+class Tally:
+    """What the manifest says of the rows of a split, and a histogram of each column."""
+
+    rows: int = 0
+    clicks: int = 0
+    values: dict[str, int] = field(default_factory=dict)
+    unknown_rows: dict[str, int] = field(default_factory=dict)
+    missing_rows: dict[str, int] = field(default_factory=dict)
+    histograms: dict[str, drift.Histogram] = field(default_factory=dict)
+
+    def add(self, other: Self) -> None:
+        """Add the counts of more rows."""
+        self.rows += other.rows
+        self.clicks += other.clicks
+        for total, more in (
+            (self.values, other.values),
+            (self.unknown_rows, other.unknown_rows),
+            (self.missing_rows, other.missing_rows),
+        ):
+            for name, count in more.items():
+                total[name] = total.get(name, 0) + count
+        for name, more_of_column in other.histograms.items():
+            drift.add(self.histograms.setdefault(name, {}), more_of_column)
+
+    def add_labels(self, labels: npt.NDArray[np.int8]) -> None:
+        """Count rows by their labels."""
+        self.rows += len(labels)
+        self.clicks += int(labels.sum())
+
+    def add_dense(self, name: str, bins: npt.NDArray[np.int64], missing: npt.NDArray[np.bool_]) -> None:
+        """Count the values of a dense column by their bins."""
+        self.missing_rows[name] = self.missing_rows.get(name, 0) + int(missing.sum())
+        drift.add(self.histograms.setdefault(name, {}), drift.histogram(bins))
+
+    def add_dense_values(self, name: str, values: npt.NDArray[np.float32]) -> None:
+        """Count the values of a dense column none of which is missing."""
+        self.add_dense(name, drift.dense_bins(values), np.zeros(len(values), np.bool_))
+
+    def add_sparse(
+        self, column: SparseColumn, ids: npt.NDArray[np.int32], counts: npt.NDArray[np.int64], num_missing: int
+    ) -> None:
+        """Count values: each has an id (int32 [D]) and is there so many times (int64 [D])."""
+        name = column.name
+        num_unknown = 0 if column.hash is not None else int(counts[ids == UNKNOWN_ID].sum())
+        self.unknown_rows[name] = self.unknown_rows.get(name, 0) + num_unknown
+        self.missing_rows[name] = self.missing_rows.get(name, 0) + num_missing
+        if column.is_multi_valued:
+            self.values[name] = self.values.get(name, 0) + int(counts.sum())
+        drift.add(self.histograms.setdefault(name, {}), drift.histogram(drift.id_bins(ids), counts))
+
+    def to_json(self) -> dict[str, Any]:
+        """As a work folder keeps it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """What `to_json` gave."""
+        histograms = {
+            name: {int(key): count for key, count in found.items()} for name, found in content["histograms"].items()
+        }
+        return cls(**{**content, "histograms": histograms})
+
+    def record(self, files: tuple[FileRecord, ...], train: Self) -> SplitRecord:
+        """The split as it stands in the manifest."""
+        return SplitRecord(
+            rows=self.rows,
+            clicks=self.clicks,
+            unknown_rows=self.unknown_rows,
+            missing_rows=self.missing_rows,
+            values=self.values,
+            drift={
+                name: drift.divergence(found, train.histograms.get(name, {})) for name, found in self.histograms.items()
+            },
+            files=files,
+        )

@@ -1,0 +1,236 @@
+"""The routes of the HTTP server.
+
+In: a `Service`.  Out: an ASGI app.  Bodies are read by hand, within limits, and parsed by orjson: a model of every row,
+checked cell by cell in Python, would take longer than predicting it.  What the routes take and answer stands in
+`openapi.py`.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
+from starlette.types import Scope
+
+from torchdlrm import __version__
+from torchdlrm.errors import TorchDLRMError
+from torchdlrm.serving.exchange import ARRIVED, IS_GONE, IS_WHOLE
+from torchdlrm.serving.gate import REQUEST_ID, Gate, refusal
+from torchdlrm.serving.metrics import CONTENT_TYPE
+from torchdlrm.serving.open_inference.columns import model_metadata
+from torchdlrm.serving.open_inference.http import EXTENSIONS, HEADER_LENGTH, InferRequest, format_infer, parse_infer
+from torchdlrm.serving.openapi import document
+from torchdlrm.serving.page_routes import page_router
+from torchdlrm.serving.people import describe, read_rows
+from torchdlrm.serving.refusals import RefusedRequest, too_large, too_slow
+from torchdlrm.serving.service import Service, off_loop_if_large
+
+MODEL = "/v2/models/{name}"
+VERSION = MODEL + "/versions/{version}"
+
+
+def build_app(service: Service) -> Gate:
+    """Everything that is answered over HTTP."""
+    app = FastAPI(title="torchdlrm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.openapi = lambda: document(service)  # type: ignore[method-assign]  # as FastAPI's documentation has it
+    app.include_router(page_router())
+    app.router.routes += [*_people(service), *_open_inference(service), *_operators(service)]
+
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RefusedRequest)
+        return refusal(error)
+
+    async def http_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _json({"error": error.detail}, error.status_code, dict(error.headers or {}))
+
+    async def unforeseen(_: Request, __: Exception) -> Response:
+        return _json({"error": "the server failed; its log says why"}, HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    app.add_exception_handler(RefusedRequest, refused)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, unforeseen)
+    return Gate(app, service)
+
+
+class _PlainRoute(Route):
+    """A route whose function takes the request as it is; one for GET answers HEAD too.
+
+    FastAPI's own routes find out, for each request, what a function's arguments are made of: here there is nothing to
+    find out, and a prediction takes hardly longer than that.
+    """
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """As Starlette's; and the metrics are told which route it is, as FastAPI's do."""
+        match, child_scope = super().matches(scope)
+        return match, {**child_scope, "route": self}
+
+
+def _people(service: Service) -> list[Route]:
+    async def predict(request: Request) -> Response:
+        body, started_s = await _read_body(request, service)
+        served = service.bundles.current
+        max_rows = service.options.max_rows_per_request
+
+        rows, num_bytes = await off_loop_if_large(lambda: read_rows(body, served.schema, max_rows), len(body))
+        answer = await service.predict(
+            served,
+            rows,
+            num_bytes=num_bytes,
+            request_id=request.scope[REQUEST_ID],
+            started_s=started_s,
+            is_gone=request.scope.get(IS_GONE, _never),
+        )
+        return _json({"predictions": answer.probabilities, "model": service.name, "version": served.version})
+
+    async def schema(_: Request) -> Response:
+        return _json(describe(service.name, service.bundles.current, service.options.max_rows_per_request))
+
+    return [_route("/predict", predict, "POST"), _route("/schema", schema, "GET")]
+
+
+def _open_inference(service: Service) -> list[Route]:
+    async def server(_: Request) -> Response:
+        return _json({"name": "torchdlrm", "version": __version__, "extensions": EXTENSIONS})
+
+    async def live(_: Request) -> Response:
+        return _state(service.is_live, "live")
+
+    async def ready(_: Request) -> Response:
+        return _state(service.is_ready, "ready")
+
+    async def metadata(request: Request) -> Response:
+        served = service.check_model(**request.path_params)
+        return _json(model_metadata(service.name, served.version, served.schema))
+
+    async def model_ready(request: Request) -> Response:
+        served = service.check_model(**request.path_params)
+        if not service.is_ready:
+            return _state(service.is_ready, "ready")
+        return _json({"name": service.name, "version": served.version, "ready": True})
+
+    async def infer(request: Request) -> Response:
+        service.check_model(**request.path_params)
+        body, started_s = await _read_body(request, service)
+        served = service.check_model(**request.path_params)
+        max_rows = service.options.max_rows_per_request
+
+        def parse() -> InferRequest:
+            return parse_infer(body, request.headers.get(HEADER_LENGTH), served.schema, max_rows)
+
+        asked = await off_loop_if_large(parse, len(body))
+        answer = await service.predict(
+            served,
+            asked.rows,
+            num_bytes=len(body),
+            request_id=request.scope[REQUEST_ID],
+            started_s=started_s,
+            timeout_us=asked.timeout_us,
+            is_gone=request.scope.get(IS_GONE, _never),
+        )
+        content, headers = format_infer(service.name, served.version, asked, answer.probabilities)
+        return Response(content, headers=headers)
+
+    routes = [
+        _route("/v2", server, "GET"),
+        _route("/v2/health/live", live, "GET"),
+        _route("/v2/health/ready", ready, "GET"),
+    ]
+    for prefix in (MODEL, VERSION):
+        routes += [
+            _route(prefix, metadata, "GET"),
+            _route(prefix + "/ready", model_ready, "GET"),
+            _route(prefix + "/infer", infer, "POST"),
+        ]
+    return routes
+
+
+def _operators(service: Service) -> list[Route]:
+    async def metrics(_: Request) -> Response:
+        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def reload(_: Request) -> Response:
+        if not service.keys:
+            msg = "swapping over HTTP needs an API key; start the server with one, or send it SIGHUP"
+            raise RefusedRequest(HTTPStatus.FORBIDDEN, msg)
+        try:
+            outcome = await service.reload()
+        except TorchDLRMError as error:
+            msg = "the bundle cannot be served, and the one before still is; the server's log says why"
+            raise RefusedRequest(HTTPStatus.CONFLICT, msg) from error
+        service.tell_others()
+        return _json(outcome)
+
+    return [_route("/metrics", metrics, "GET"), _route("/admin/reload", reload, "POST")]
+
+
+async def _read_body(request: Request, service: Service) -> tuple[bytes, float]:
+    """The body, and when the request's time began: at its headers, or, of a body that came slowly, at its end."""
+    options = service.options
+    started_s: float = request.scope.get(ARRIVED, time.perf_counter())
+    service.batcher.check_room()
+    if request.headers.get("content-encoding", "identity") != "identity":
+        msg = "Content-Encoding: a compressed body is not taken; send it as it is"
+        raise RefusedRequest(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, msg)
+    length = request.headers.get("content-length", "0")
+    if length.isdigit() and int(length) > options.max_body_bytes:
+        raise _body_too_large(options.max_body_bytes)
+    is_slow = not request.scope.get(IS_WHOLE, True)
+    try:
+        async with asyncio.timeout(options.body_timeout_s) as timeout:
+            pieces = await _pieces(request, service, timeout)
+    except TimeoutError as error:
+        raise too_slow(options.body_timeout_s) from error
+    if is_slow or len(pieces) > 1:
+        started_s = time.perf_counter()
+    return b"".join(pieces), started_s
+
+
+async def _pieces(request: Request, service: Service, timeout: asyncio.Timeout) -> list[bytes]:
+    """The body as it comes, within the limits of one body and of all that have come in part."""
+    pieces: list[bytes] = []
+    size = 0
+    with ExitStack() as until_whole:
+        came = None if request.scope.get(IS_WHOLE, True) else until_whole.enter_context(service.uploads.one(timeout))
+        while True:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise RefusedRequest(HTTPStatus.BAD_REQUEST, "the connection was closed within the body")
+            piece: bytes = message.get("body", b"")
+            size += len(piece)
+            if size > service.options.max_body_bytes:
+                raise _body_too_large(service.options.max_body_bytes)
+            pieces.append(piece)
+            if not message.get("more_body", False):
+                return pieces
+            if came is not None:
+                came(len(piece))
+
+
+def _body_too_large(max_body_bytes: int) -> RefusedRequest:
+    return too_large(f"the body has more than {max_body_bytes:,} bytes, and no more are taken; send several requests")
+
+
+def _never() -> bool:
+    return False
+
+
+def _state(is_so: bool, what: str) -> Response:  # noqa: FBT001 - it is the value that is told
+    if is_so:
+        return _json({what: True})
+    return _json({what: False, "error": f"not {what}"}, HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+def _json(content: Any, status: int = HTTPStatus.OK, headers: dict[str, str] | None = None) -> Response:
+    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(body, status, headers, media_type="application/json")
+
+
+def _route(path: str, answer: Callable[[Request], Awaitable[Response]], method: str) -> Route:
+    return _PlainRoute(path, answer, methods=[method])

@@ -1,0 +1,320 @@
+"""Many small requests -> few large batches: the queue in front of the model.
+
+In: raw rows, each request with a deadline.  Out: their probabilities.  The model runs in a thread of its own, so the
+event loop goes on reading and answering; what arrives while the model is busy is gathered and makes up the next batch.
+So there is no waiting time to choose: an idle server starts on a row at once, and the busier the model, the more rows
+share a batch.  Everything is counted in rows, because a request may have one or thousands.
+
+A batch of few rows, and of few bytes, takes less time than waking a thread, twice.  It is predicted where it is, in the
+loop, as long as that is quick; requests that come meanwhile are read together after it, and share the next.
+
+All methods belong to the event loop's thread, except where it is said.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from torchdlrm.errors import TorchDLRMError
+from torchdlrm.serving.batch import Answer, BatchListener, BatchReport, Model, Rows
+from torchdlrm.serving.refusals import bad_request, overloaded, too_late
+
+_SWEEP_INTERVAL_S = 0.01
+# Predicted in the loop: so many rows that came as so many bytes, if the last so few took no longer.
+_FEW_ROWS, _FEW_BYTES, _QUICK_S = 16, 16 << 10, 0.003
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    model: Model
+    rows: Rows
+    num_rows: int
+    num_bytes: int
+    request_id: str
+    arrived_s: float
+    is_abandoned: Callable[[], bool]
+    future: asyncio.Future[Answer]
+    is_queued: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    model: Model
+    parts: list[_Waiting]
+    started_s: float
+
+    @property
+    def num_rows(self) -> int:
+        return sum(part.num_rows for part in self.parts)
+
+    @property
+    def is_small(self) -> bool:
+        return self.num_rows <= _FEW_ROWS and sum(part.num_bytes for part in self.parts) <= _FEW_BYTES
+
+
+class Batcher:
+    """Gathers rows for a model, which is in one thread at a time; `start` makes it run.
+
+    Args:
+        max_batch_rows: the model gets no more at once; a request that has more is cut into several calls.
+        max_queue_rows: rows that may wait; a request that does not fit is refused.
+        listener: is told of each batch.
+        quick_s: a batch is predicted in the loop only if the last one as small took no longer.
+    """
+
+    def __init__(
+        self, *, max_batch_rows: int, max_queue_rows: int, listener: BatchListener, quick_s: float = _QUICK_S
+    ) -> None:
+        self._max_batch_rows, self._max_queue_rows, self._listener = max_batch_rows, max_queue_rows, listener
+        self._quick_s = quick_s
+        self._waiting: deque[_Waiting] = deque()
+        self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._is_busy = self._is_beginning = False
+        self._last_small_s = 0.0
+        self._swept_s = 0.0
+        self._rows_per_s = 0.0
+        self.queued_rows = 0
+        self._warm_up: Callable[[], object] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    async def start(self, warm_up: Callable[[], object] = lambda: None) -> None:
+        """Start the model's thread; from the event loop that will submit.
+
+        Args:
+            warm_up: is called here and in that thread first of all: libraries make buffers and threads of their own
+                for each thread that calls them, and the first request shall not wait for that.
+        """
+        self._loop = asyncio.get_running_loop()
+        warm_up()
+        self._warm_up = warm_up
+        is_warm = asyncio.Event()
+        self._thread = threading.Thread(target=self._work, args=(is_warm,), name="model", daemon=True)
+        self._thread.start()
+        await is_warm.wait()
+
+    def stop(self) -> None:
+        """Let the model's thread end after what it has been given."""
+        self._batches.put(None)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the model's thread is running."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def check_room(self, num_rows: int = 1) -> None:
+        """See whether rows would be taken, before work goes into reading them.
+
+        Raises:
+            RefusedRequest: the queue is full.
+        """
+        if self.queued_rows + num_rows <= self._max_queue_rows:
+            return
+        now_s = time.perf_counter()
+        if now_s - self._swept_s >= _SWEEP_INTERVAL_S:
+            self._swept_s = now_s
+            for waiting in self._waiting:
+                if waiting.is_queued and waiting.is_abandoned():
+                    self._leave_queue(waiting)
+                    _abandon(waiting)
+        if self.queued_rows + num_rows > self._max_queue_rows:
+            wait_s = self.queued_rows / self._rows_per_s if self._rows_per_s else 1.0
+            msg = f"{self.queued_rows:,} rows are waiting and at most {self._max_queue_rows:,} may; ask again later"
+            raise overloaded(msg, max(1, round(wait_s)))
+
+    async def submit(
+        self,
+        model: Model,
+        rows: Rows,
+        *,
+        num_bytes: int,
+        request_id: str,
+        deadline_s: float,
+        is_abandoned: Callable[[], bool],
+    ) -> Answer:
+        """Wait for the probabilities of some rows.
+
+        Args:
+            model: what predicts them; rows for different models never share a batch.
+            rows: B rows.
+            num_bytes: how many they came as, which tells how much work they are.
+            request_id: what the log calls the request.
+            deadline_s: when nobody wants them any more, by `time.perf_counter`.
+            is_abandoned: whether whoever asked has gone.
+
+        Raises:
+            RefusedRequest: the queue is full, or the deadline has passed.
+            UserError: a row is wrong.
+        """
+        assert self._loop is not None, "start() comes first"
+        now_s = time.perf_counter()
+        num_rows = len(rows)
+        if not num_rows:
+            return Answer(np.empty(0, np.float32), queue_s=0.0, encode_s=0.0, model_s=0.0)
+        if now_s >= deadline_s:
+            raise too_late("the deadline passed before the rows were read; nothing was computed")
+        self.check_room(num_rows)
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        waiting = _Waiting(model, rows, num_rows, num_bytes, request_id, now_s, is_abandoned, future)
+        future.add_done_callback(partial(self._leave_queue, waiting))
+        timer = self._loop.call_later(deadline_s - now_s, _expire, waiting)
+        self._waiting.append(waiting)
+        self.queued_rows += waiting.num_rows
+        self._begin_soon()
+        try:
+            return await future
+        finally:
+            timer.cancel()
+            del future, waiting, rows  # an error that is raised here knows this frame, and the future the error
+
+    def _leave_queue(self, waiting: _Waiting, _: object = None) -> None:
+        if waiting.is_queued:
+            waiting.is_queued = False
+            self.queued_rows -= waiting.num_rows
+
+    def _begin_soon(self) -> None:
+        """Start a batch when the loop has read all that has arrived."""
+        if not (self._is_busy or self._is_beginning):
+            assert self._loop is not None
+            self._is_beginning = True
+            self._loop.call_soon(self._begin)
+
+    def _begin(self) -> None:
+        self._is_beginning = False
+        if self._is_busy or (batch := self._next_batch()) is None:
+            return
+        results: list[Answer | Exception] | None = None
+        started_s = time.perf_counter()
+        if batch.is_small and self._last_small_s <= self._quick_s and batch.model.is_settled:
+            results = self._answer_at_once(batch)
+        if results is None:
+            self._is_busy = True
+            self._batches.put(batch)
+            return
+        self._settle(batch, results, time.perf_counter() - started_s)
+        if self._waiting:  # for another model
+            self._begin_soon()
+
+    def _next_batch(self) -> _Batch | None:
+        """What is waiting, up to the limit; whatever nobody waits for any more is dropped here."""
+        parts: list[_Waiting] = []
+        num_rows = 0
+        while self._waiting:
+            first = self._waiting[0]
+            if first.future.done() or first.is_abandoned():
+                self._waiting.popleft()
+                self._leave_queue(first)
+                _abandon(first)
+                continue
+            fits = (
+                num_rows + first.num_rows <= self._max_batch_rows and first.model is parts[0].model if parts else True
+            )
+            if not fits:
+                break
+            self._waiting.popleft()
+            self._leave_queue(first)
+            parts.append(first)
+            num_rows += first.num_rows
+        return _Batch(parts[0].model, parts, time.perf_counter()) if parts else None
+
+    def _finish(self, batch: _Batch, results: list[Answer | Exception], batch_s: float) -> None:
+        """The model's thread has answered."""
+        self._is_busy = False
+        if self.queued_rows > _FEW_ROWS:
+            self._begin()  # first of all: the model shall not wait for the answers to be written
+        self._settle(batch, results, batch_s)
+        if self._waiting:
+            self._begin_soon()
+
+    def _settle(self, batch: _Batch, results: list[Answer | Exception], batch_s: float) -> None:
+        if batch.is_small:
+            self._last_small_s = batch_s
+        speed = batch.num_rows / max(batch_s, 1e-6)
+        self._rows_per_s = speed if not self._rows_per_s else 0.9 * self._rows_per_s + 0.1 * speed
+        for part, result in zip(batch.parts, results, strict=True):
+            if part.future.done():
+                continue
+            if isinstance(result, Exception):
+                part.future.set_exception(result)
+            else:
+                part.future.set_result(result)
+
+    def _work(self, is_warm: asyncio.Event) -> None:
+        """The model's thread."""
+        assert self._loop is not None
+        assert self._warm_up is not None
+        try:
+            self._warm_up()
+        finally:
+            self._warm_up = None  # it may know a bundle, which must not outlive its last request
+            self._loop.call_soon_threadsafe(is_warm.set)
+        while (batch := self._batches.get()) is not None:
+            started_s = time.perf_counter()
+            results = self._answer(batch)
+            try:
+                self._loop.call_soon_threadsafe(self._finish, batch, results, time.perf_counter() - started_s)
+            except RuntimeError:
+                return  # the loop is closed: nobody waits for an answer any more
+            del batch, results  # while the thread waits, nothing keeps a bundle that was swapped away
+
+    def _answer_at_once(self, batch: _Batch) -> list[Answer | Exception] | None:
+        """In the loop; None where one of several requests makes them fail: to find it takes too long here."""
+        try:
+            return list(self._predict(batch))
+        except Exception as error:  # noqa: BLE001 - as below
+            return [_without_trace(error)] if len(batch.parts) == 1 else None
+
+    def _answer(self, batch: _Batch) -> list[Answer | Exception]:
+        try:
+            return list(self._predict(batch))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on, and the sender is told
+            if len(batch.parts) == 1:
+                return [_without_trace(error)]
+            # One of the requests may be to blame: each by itself, so that the others are answered.
+            return [self._answer(_Batch(batch.model, [part], batch.started_s))[0] for part in batch.parts]
+
+    def _predict(self, batch: _Batch) -> Iterator[Answer]:
+        started_s = time.perf_counter()
+        requests = [part.rows for part in batch.parts]
+        rows = batch.model.encode(requests)
+        encode_s = time.perf_counter() - started_s
+        step = self._max_batch_rows
+        pieces = (rows.part(at, min(at + step, rows.num_rows)) for at in range(0, rows.num_rows, step))
+        predictions = [batch.model.predict(piece) for piece in pieces]
+        model_s = time.perf_counter() - started_s - encode_s
+        num_rows = [part.num_rows for part in batch.parts]
+        request_ids = [part.request_id for part in batch.parts]
+        self._listener(BatchReport(batch.model, requests, request_ids, num_rows, predictions, encode_s, model_s))
+        probabilities = np.concatenate([piece.probabilities for piece in predictions])
+        end = 0
+        for part in batch.parts:
+            end += part.num_rows
+            yield Answer(probabilities[end - part.num_rows : end], batch.started_s - part.arrived_s, encode_s, model_s)
+
+
+def _without_trace(error: Exception) -> Exception:
+    """An error without the frames that it and its causes came by, which know the batch, that knows the error again.
+
+    Only the collector would free such a circle, rows of many megabytes with it, and it looks at how many objects there
+    are, not at their sizes.  What nobody has foreseen keeps its frames, for the log.
+    """
+    if isinstance(error, TorchDLRMError):
+        error.__cause__ = error.__context__ = error.__traceback__ = None
+    return error
+
+
+def _abandon(waiting: _Waiting) -> None:
+    if not waiting.future.done():
+        waiting.future.set_exception(bad_request("whoever asked has closed the connection"))
+
+
+def _expire(waiting: _Waiting) -> None:
+    if not waiting.future.done():
+        waiting.future.set_exception(too_late("the deadline passed; the server has more to do than it can do in time"))

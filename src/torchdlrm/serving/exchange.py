@@ -1,0 +1,198 @@
+"""One request and its answer, as an ASGI app sees them.
+
+In: a head, then the body in pieces.  Out: the bytes of the answer, all at once: answers are made whole before they are
+sent, so that the app has done with a request whether or not its client reads.
+"""
+
+import asyncio
+import logging
+import time
+import urllib.parse
+from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
+from typing import Any, Final, Protocol
+
+import httptools
+import orjson
+
+from torchdlrm.serving.framing import Head, Headers
+
+ARRIVED: Final = "torchdlrm.arrived_s"  # in a request's scope: when its head had come, by `time.perf_counter`
+IS_WHOLE: Final = "torchdlrm.is_whole"  # in a request's scope: whether all of its body has come
+IS_GONE: Final = "torchdlrm.is_gone"  # in a request's scope: says whether the client no longer waits for the answer
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Callable[[], Awaitable[Message]], Send], Awaitable[None]]
+
+_STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
+_BODILESS = {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}
+_log = logging.getLogger(__name__)
+
+
+class Side(Protocol):
+    """What an exchange wants of its connection."""
+
+    client: tuple[str, int] | None
+    server: tuple[str, int] | None
+
+    def is_gone(self) -> bool:
+        """Whether the client no longer waits for an answer."""
+
+    def write(self, data: bytes) -> None:
+        """Send bytes, without waiting."""
+
+    def regulate(self) -> None:
+        """The app has taken what there was of the body."""
+
+    def answered(self, exchange: "Exchange") -> None:
+        """The answer has been written."""
+
+
+class Exchange:
+    """A request that is being answered.
+
+    Args:
+        head: of the request.
+        side: the connection that it came by.
+        default_headers: of every answer.
+
+    Attributes:
+        is_whole: all of the body has come.
+        is_answered: the answer has been written.
+        keeps_alive: the connection can take another request after it.
+        num_unread: bytes of the body that have come and that the app has not taken.
+    """
+
+    def __init__(self, head: Head, side: Side, default_headers: Headers) -> None:
+        path, query = _path_and_query(head.target)
+        self._head, self._side, self._default_headers = head, side, default_headers
+        self.is_whole = self.is_answered = False
+        self.keeps_alive = head.keeps_alive
+        self._must_say_continue = head.expects_continue
+        self._is_lost = self._is_read = False
+        self._pieces: list[bytes] = []
+        self.num_unread = 0
+        self._waiting: asyncio.Future[None] | None = None
+        self._start: Message | None = None
+        self._content: list[bytes] = []
+        self.scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": head.version,
+            "method": head.method,
+            "scheme": "http",
+            "server": side.server,
+            "client": side.client,
+            "root_path": "",
+            "path": urllib.parse.unquote(path) if "%" in path else path,
+            "raw_path": path.encode(),
+            "query_string": query,
+            "headers": head.headers,
+            ARRIVED: time.perf_counter(),
+            IS_GONE: side.is_gone,
+            IS_WHOLE: False,
+        }
+
+    def body_came(self, piece: bytes) -> None:
+        """A piece of the body has come."""
+        self._pieces.append(piece)
+        self.num_unread += len(piece)
+        self._wake()
+
+    def end_came(self) -> None:
+        """All of the body has come."""
+        self.is_whole = self.scope[IS_WHOLE] = True
+        self._wake()
+
+    def lose(self) -> None:
+        """The rest of the body will not come, or nobody is there any more to take the answer."""
+        self._is_lost = True
+        self._wake()
+
+    async def run(self, app: App) -> None:
+        """Have the app answer."""
+        try:
+            await app(self.scope, self._receive, self._send)
+        except Exception:  # noqa: BLE001 - whatever it raises is told as 500, and logged
+            _log.exception("the app failed")
+        finally:
+            if not self.is_answered:
+                content = orjson.dumps({"error": "the server failed; its log says why"})
+                self._answer(500, [(b"content-type", b"application/json")], content)
+
+    async def _receive(self) -> Message:
+        if self._must_say_continue and not self.is_whole:
+            self._side.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._must_say_continue = False
+        while not (self._pieces or self._is_lost or self.is_answered or (self.is_whole and not self._is_read)):
+            self._waiting = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiting
+            finally:
+                self._waiting = None
+        if self.is_answered or (self._is_lost and not self.is_whole) or self._is_read:
+            return {"type": "http.disconnect"}
+        body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self.num_unread = 0
+        self._side.regulate()
+        self._is_read = self.is_whole
+        return {"type": "http.request", "body": body, "more_body": not self.is_whole}
+
+    async def _send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        assert self._start is not None, "an answer begins with its start"
+        self._content.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            self._answer(self._start["status"], self._start.get("headers", ()), b"".join(self._content))
+
+    def _answer(self, status: int, headers: Headers, content: bytes) -> None:
+        assert not self.is_answered, "a request has one answer"
+        lines = [_STATUS_LINES[status]]
+        has_length = status in _BODILESS
+        for name, value in [*self._default_headers, *headers]:
+            if name == b"connection" and value == b"close":
+                self.keeps_alive = False
+                continue
+            lines.append(b"%b: %b\r\n" % (name, value))
+            has_length |= name == b"content-length"
+        if not has_length:
+            lines.append(b"content-length: %d\r\n" % len(content))
+        if not self.is_whole:
+            self.keeps_alive = False  # what is still to come of the body is not waited for
+        if not self.keeps_alive:
+            lines.append(b"connection: close\r\n")
+        lines.append(b"\r\n")
+        answer = b"".join(lines)
+        assert answer.count(b"\n") == answer.count(b"\r") == len(lines), "a header is one line"
+        if self._head.method != "HEAD" and status not in _BODILESS:
+            answer += content
+        self.is_answered = True
+        self._wake()
+        self._side.write(answer)
+        self._side.answered(self)
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+
+def error_bytes(status: int, message: str) -> bytes:
+    """The answer to what is no request, after which nothing more is read."""
+    content = orjson.dumps({"error": message})
+    headers = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(content)
+    return _STATUS_LINES[status] + headers + content
+
+
+def _path_and_query(target: bytes) -> tuple[str, bytes]:
+    if not target.startswith(b"/"):  # a whole address, as sent to proxies
+        try:
+            url = httptools.parse_url(target)
+        except httptools.HttpParserInvalidURLError:
+            return target.decode(), b""
+        return (url.path or b"/").decode(), url.query or b""
+    path, _, query = target.partition(b"?")
+    return path.decode(), query

@@ -1,0 +1,115 @@
+"""What every HTTP request passes first and last: hosts, keys, the number of requests at once, figures, the log.
+
+In: the app.  Out: the same app behind a gate.  Refusing costs next to nothing here: before routing, and before the body
+is read, so that a server with too much to do can say so to all whom it cannot answer.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi import Response
+
+from torchdlrm.serving.allowed_hosts import AllowedHosts
+from torchdlrm.serving.exchange import ARRIVED
+from torchdlrm.serving.refusals import RefusedRequest, overloaded
+from torchdlrm.serving.request_id import request_id_of
+from torchdlrm.serving.service import Service
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+REQUEST_ID = "torchdlrm.request_id"
+
+
+def refusal(error: RefusedRequest) -> Response:
+    """The answer to a request that is refused."""
+    headers = dict(error.headers)
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(orjson.dumps({"error": error.message}), error.status, headers, media_type="application/json")
+
+
+class Gate:
+    """An ASGI app in front of another.
+
+    Args:
+        app: what answers.
+        service: whose limits, keys and figures these are.
+    """
+
+    def __init__(self, app: App, service: Service) -> None:
+        self._app, self._service = app, service
+        self._num_under_way = 0
+        options = service.options
+        self._hosts = None if service.keys else AllowedHosts(options.host, options.allowed_hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_s = scope.setdefault(ARRIVED, time.perf_counter())
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        request_id = request_id_of(headers.get(b"x-request-id", b"")) or self._service.new_request_id()
+        scope[REQUEST_ID] = request_id
+        status = 0
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if self._service.is_draining:
+                    message["headers"].append((b"connection", b"close"))
+            await send(message)
+
+        refused = self._refused(scope["method"], scope["path"], headers)
+        self._num_under_way += 1
+        try:
+            if refused is None:
+                await self._app(scope, receive, note)
+            else:
+                await refusal(refused)(scope, receive, note)
+        finally:
+            self._num_under_way -= 1
+            self._note_end(scope, status, time.perf_counter() - started_s, request_id)
+
+    def _refused(self, method: str, path: str, headers: dict[bytes, bytes]) -> RefusedRequest | None:
+        if self._service.is_health(path):
+            return None
+        is_open = path == "/" or path.startswith("/page/")
+        if self._hosts is not None:
+            msg = self._hosts.refusal(method, headers, is_for_all=is_open)
+            if msg is not None:
+                return RefusedRequest(HTTPStatus.FORBIDDEN, msg)
+        limit = self._service.options.max_concurrent_requests
+        if self._num_under_way - self._service.uploads.num_bodies >= limit:
+            return overloaded(f"{limit:,} requests are under way, and no more are taken at once; ask again later")
+        if is_open or self._service.keys.accept(headers):
+            return None
+        msg = "this needs an API key; send the header 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+        return RefusedRequest(HTTPStatus.UNAUTHORIZED, msg)
+
+    def _note_end(self, scope: Scope, status: int, total_s: float, request_id: str) -> None:
+        route = getattr(scope.get("route"), "path", "none")
+        self._service.metrics.request_done(route, status, total_s)
+        lines = self._service.lines
+        level = "error" if status == HTTPStatus.INTERNAL_SERVER_ERROR else "info"
+        if self._service.is_health(scope["path"]):
+            level = "debug"
+        lines.write(
+            level,  # type: ignore[arg-type]  # one of three that are
+            "request",
+            request_id=request_id,
+            method=scope["method"],
+            path=scope["path"],
+            status=status,
+            milliseconds=round(1e3 * total_s, 3),
+            client=scope["client"][0] if scope.get("client") else None,
+        )

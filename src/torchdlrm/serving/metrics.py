@@ -1,0 +1,153 @@
+"""What Prometheus may ask: requests, rows, batches, waiting times, and what the rows and predictions are like.
+
+With several processes each writes its figures to files of a shared folder (named by `PROMETHEUS_MULTIPROC_DIR`, which
+is read when prometheus_client loads), and whichever process is asked sums them up.  The folder is temporary, and may be
+cleaned away: then the files are made again, and the counters begin at 0, as after a restart.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import prometheus_client.values
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from torchdlrm.serving.batch import BatchReport
+
+MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+STAGES = ("read", "queue", "encode", "model", "total")
+
+
+class ServerMetrics:
+    """The figures of one process.
+
+    Args:
+        queued_rows: asked, at each scrape, how many rows are waiting; with several processes a gauge is set instead.
+    """
+
+    def __init__(self, queued_rows: Callable[[], int]) -> None:
+        folder = os.environ.get(MULTIPROCESS_FOLDER)
+        self._files = None if folder is None else _SharedFiles(Path(folder))
+        self._served: tuple[str, str] | None = None
+        self.registry = CollectorRegistry()
+        self._queued_rows = queued_rows
+        self._requests = Counter("dlrm_requests", "Requests answered.", ["route", "code"], registry=self.registry)
+        self._rows = Counter("dlrm_rows", "Rows predicted.", registry=self.registry)
+        self._queue = Gauge(
+            "dlrm_queue_rows", "Rows that wait for the model.", registry=self.registry, multiprocess_mode="livesum"
+        )
+        self._batch_rows = Histogram(
+            "dlrm_batch_rows", "Rows that the model was given at once.", buckets=_ROWS, registry=self.registry
+        )
+        latency = Histogram(
+            "dlrm_latency_seconds",
+            "Time of a request: reading its body, in the queue, encoding its rows, the model, all in all.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._latency = {stage: latency.labels(stage) for stage in STAGES}
+        self._unknown = Counter(
+            "dlrm_unknown_values",
+            "Values that the vocabulary of the feature does not have; of dlrm_rows_total in all.",
+            ["feature"],
+            registry=self.registry,
+        )
+        self._predictions = Counter(
+            "dlrm_predictions_sum", "Sum of all predicted probabilities; of dlrm_rows_total.", registry=self.registry
+        )
+        self._bundle = Gauge(
+            "dlrm_bundle_workers",
+            "Processes that serve this version of the model.",
+            ["model", "version"],
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
+        self._swaps = Counter("dlrm_bundle_swaps", "Attempts to swap the bundle.", ["outcome"], registry=self.registry)
+        self._lost_rows = Counter(
+            "dlrm_log_dropped_rows", "Predicted rows that the log of predictions dropped.", registry=self.registry
+        )
+
+    def request_done(self, route: str, code: int, total_s: float) -> None:
+        """A request was answered."""
+        self._requests.labels(route, str(code)).inc()
+        self._latency["total"].observe(total_s)
+
+    def stage_done(self, stage: str, seconds: float) -> None:
+        """A request has passed a stage."""
+        self._latency[stage].observe(seconds)
+
+    def batch_done(self, report: BatchReport) -> None:
+        """A batch was predicted; may be called in any thread."""
+        self._rows.inc(report.total_rows)
+        self._batch_rows.observe(report.total_rows)
+        for part in report.predictions:
+            self._predictions.inc(float(part.probabilities.sum(dtype="float64")))
+            for feature, count in part.num_unknown.items():
+                if count:
+                    self._unknown.labels(feature).inc(count)
+
+    def rows_lost(self, num_rows: int) -> None:
+        """The log of predictions has dropped rows."""
+        self._lost_rows.inc(num_rows)
+
+    def bundle_served(self, model: str, version: str, *, before: str | None) -> None:
+        """The process now serves a version, in the place of another."""
+        if before is not None:
+            self._bundle.labels(model, before).set(0)
+        self._bundle.labels(model, version).set(1)
+        self._served = model, version
+
+    def swap_done(self, outcome: str) -> None:
+        """Somebody has asked for a swap."""
+        self._swaps.labels(outcome).inc()
+
+    def note_queue(self) -> None:
+        """Bring the gauge of waiting rows up to date, and the files back if somebody has removed them."""
+        if self._files is not None and self._files.restore() and self._served is not None:
+            self._bundle.labels(*self._served).set(1)
+        self._queue.set(self._queued_rows())
+
+    def text(self) -> bytes:
+        """All figures, over all processes, as Prometheus reads them."""
+        self.note_queue()
+        if self._files is None:
+            return generate_latest(self.registry)
+        together = CollectorRegistry()
+        MultiProcessCollector(together)  # type: ignore[no-untyped-call]
+        return generate_latest(together)
+
+
+class _SharedFiles:
+    """The files of this process in the folder that the processes share, one for each type of metric."""
+
+    _TYPES = ("counter", "gauge_livesum", "histogram")
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._num_times_restored = folder, 0
+        self._process = f"{os.getpid()}"  # `supervisor.py` knows the files of a process that has died by this
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # prometheus_client opens files of another name, with all values 0, when the process has another one.
+        prometheus_client.values.ValueClass = prometheus_client.values.MultiProcessValue(  # type: ignore[no-untyped-call]
+            lambda: self._process
+        )
+
+    def restore(self) -> bool:
+        """Have the files made again if one is missing; whether that was so."""
+        if all((self._folder / f"{kind}_{self._process}.db").exists() for kind in self._TYPES):
+            return False
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._num_times_restored += 1
+        self._process = f"{os.getpid()}-{self._num_times_restored}"
+        return True

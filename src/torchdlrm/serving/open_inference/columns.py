@@ -1,0 +1,242 @@
+"""Tensors -> rows: a frame of typed columns, as a log gives them, or, of few, by column name, as JSON gives them.
+
+In: one tensor a column, [N] or [N, 1]; or packed, `dense` [N, dense columns] and `sparse` [N, sparse columns].
+Out: the rows; what was not sent is missing, and what a column's `null_values` name.
+
+| column | takes |
+| --- | --- |
+| dense | any number, NaN is missing; or BYTES, as a log writes it |
+| sparse int | integers, or BYTES |
+| sparse hex | integers, which are the number itself, or BYTES, its digits |
+| sparse string, sparse with several values | BYTES |
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from torchdlrm.errors import shown
+from torchdlrm.features.bad_rows import REASONS, BadRows
+from torchdlrm.features.cells import to_typed_columns, without_null_values
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, SparseColumn
+from torchdlrm.features.vocabulary import VALUE_TYPES
+from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS, too_long
+from torchdlrm.serving.batch import Rows
+from torchdlrm.serving.open_inference.few_rows import Feature, few_rows
+from torchdlrm.serving.open_inference.tensors import BYTES, Tensor, check_shape
+from torchdlrm.serving.refusals import RefusedRequest, bad_request, check_num_rows, check_num_values
+
+DENSE, SPARSE = "dense", "sparse"  # of the packed inputs
+OUTPUT = "prediction"
+PLATFORM = "torchdlrm"
+_MAX_INT64 = 2**63
+_FEW_ROWS = 16
+
+
+def feature_type(column: Feature) -> pl.DataType:
+    """The type of a typed column."""
+    if isinstance(column, DenseColumn):
+        return pl.Int64() if column.kind == "int" else pl.Float64()
+    value = VALUE_TYPES[column.kind]
+    return pl.List(value) if column.is_multi_valued else value()
+
+
+def model_metadata(name: str, version: str, schema: FeatureSchema) -> dict[str, Any]:
+    """What the protocol tells of a model: an input for each column, and the output."""
+    inputs = [{"name": column.name, "datatype": _datatype(column), "shape": [-1]} for column in features_of(schema)]
+    return {
+        "name": name,
+        "versions": [version],
+        "platform": PLATFORM,
+        "inputs": inputs,
+        "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1]}],
+    }
+
+
+def features_of(schema: FeatureSchema) -> tuple[Feature, ...]:
+    """The columns that a model reads: dense, then sparse."""
+    return (*schema.dense, *schema.sparse)
+
+
+def _datatype(column: Feature) -> str:
+    """The one of a column's datatypes that can say everything, a missing value too where that is possible."""
+    if isinstance(column, DenseColumn):
+        return "FP64" if column.kind == "float" else "INT64"
+    return "INT64" if column.kind == "int" and not column.is_multi_valued else BYTES
+
+
+class Inputs:
+    """The tensors of a request, each of which is placed before its data are read.
+
+    Args:
+        schema: the columns.
+        max_rows: more are refused.
+        num_inputs: how many tensors there are.
+
+    Attributes:
+        columns: which each of them holds, as far as they are placed.
+
+    Raises:
+        RefusedRequest: there is none, or more than columns.
+    """
+
+    def __init__(self, schema: FeatureSchema, max_rows: int, num_inputs: int) -> None:
+        self._schema, self._max_rows = schema, max_rows
+        self.features: dict[str, Feature] = {column.name: column for column in features_of(schema)}
+        self.columns: list[Sequence[Feature]] = []
+        self._num_rows: int | None = None
+        self._seen: set[str] = set()
+        if not num_inputs:
+            raise bad_request("inputs: no tensor; send one for a column at least, or 'dense' and 'sparse'")
+        if num_inputs > len(self.features):
+            msg = f"inputs: {num_inputs:,} tensors, and the model has {len(self.features)} columns"
+            raise bad_request(msg)
+
+    def place(self, name: str, datatype: object, shape: object) -> tuple[str, tuple[int, ...]]:
+        """The datatype and shape of the next tensor, which fit its columns.
+
+        Raises:
+            RefusedRequest: it is unknown or given twice, or its rows are too many or not as many as another's.
+        """
+        columns = self._columns_named(name)
+        datatype, sizes = check_shape(name, datatype, shape)
+        check_num_rows(sizes[0], self._max_rows)
+        if name in self.features:
+            if sizes[1:] not in {(), (1,)}:
+                msg = f"input {name!r}: a column has the shape [N] or [N, 1], not {list(sizes)}"
+                raise bad_request(msg)
+        elif sizes[1:] != (len(columns),):
+            msg = f"input {name!r}: the shape is [N, {len(columns)}], not {list(sizes)}"
+            raise bad_request(msg)
+        if self._num_rows is None:
+            self._num_rows = sizes[0]
+        elif self._num_rows != sizes[0]:
+            msg = f"input {name!r} has {sizes[0]:,} rows, and the one before has {self._num_rows:,}"
+            raise bad_request(msg)
+        for column in columns:
+            if column.name in self._seen:
+                msg = f"column {column.name} is given twice"
+                raise bad_request(msg)
+            self._seen.add(column.name)
+        self.columns.append(columns)
+        return datatype, sizes
+
+    def _columns_named(self, name: str) -> Sequence[Feature]:
+        if name in self.features:
+            return [self.features[name]]
+        packed: dict[str, Sequence[Feature]] = {DENSE: self._schema.dense, SPARSE: self._schema.sparse}
+        if name not in packed:
+            msg = f"input {shown(name)} is no column of this model, and neither 'dense' nor 'sparse'"
+            raise bad_request(msg)
+        return packed[name]
+
+
+def rows_of_tensors(tensors: Sequence[Tensor], inputs: Inputs, schema: FeatureSchema) -> Rows:
+    """The rows that tensors hold.
+
+    Args:
+        tensors: of one request.
+        inputs: where these were placed.
+        schema: the columns.
+
+    Returns:
+        Few rows as mappings from column name to cell, which are encoded in a fraction of the time; otherwise typed
+        columns in the order of the schema: first the dense, then the sparse ones.
+
+    Raises:
+        RefusedRequest: a value does not fit its column.
+    """
+    placed = list(zip(tensors, inputs.columns, strict=True))
+    few = few_rows(placed) if 0 < tensors[0].shape[0] <= _FEW_ROWS else None
+    return _frame(placed, inputs.features, schema) if few is None else few
+
+
+def _frame(
+    placed: Sequence[tuple[Tensor, Sequence[Feature]]], features: Mapping[str, Feature], schema: FeatureSchema
+) -> pl.DataFrame:
+    num_rows = placed[0][0].shape[0]
+    texts: dict[str, pl.Series] = {}
+    typed: dict[str, pl.Series] = {}
+    for tensor, columns in placed:
+        if tensor.datatype == BYTES:
+            for index, column in enumerate(columns):
+                texts[column.name] = tensor.values.gather_every(len(columns), index).alias(column.name)
+                _check_lengths(texts[column.name], column)
+        else:
+            typed |= _from_numbers(tensor, columns)
+    if texts:
+        layout = schema.with_columns([features[name] for name in texts])
+        bad_rows = BadRows()
+        frame, _ = to_typed_columns(pl.DataFrame(texts), layout, bad_rows)
+        for reason, examples in bad_rows.examples.items():
+            raise _bad_cell(examples[0].line - 1, str(examples[0].column), reason, examples[0].value)
+        typed |= frame.to_dict()
+    for name in features.keys() - typed.keys():
+        typed[name] = pl.Series(name, [None], dtype=feature_type(features[name])).new_from_index(0, num_rows)
+    return pl.DataFrame([typed[name] for name in features])
+
+
+def _from_numbers(tensor: Tensor, columns: Sequence[Feature]) -> dict[str, pl.Series]:
+    """The typed columns of a tensor of numbers."""
+    for column in columns:
+        _check_takes_numbers(tensor, column)
+    num_columns = len(columns)
+    if len({column.kind for column in columns}) == 1:  # cast as one: the cost of few rows is that of the casts
+        parts = [(columns, tensor.values)]
+    else:
+        parts = [([column], tensor.values.gather_every(num_columns, i)) for i, column in enumerate(columns)]
+    typed = {}
+    for alike, values in parts:
+        cast, bad = _cast(values, alike[0])
+        if bad is not None:
+            row, index = divmod(int(np.argmax(bad)), len(alike))
+            raise _bad_cell(row, alike[index].name, alike[index].kind, values[int(np.argmax(bad))])
+        for index, column in enumerate(alike):
+            typed[column.name] = without_null_values(cast.gather_every(len(alike), index).alias(column.name), column)
+    return typed
+
+
+def _check_lengths(texts: pl.Series, column: Feature) -> None:
+    """As of the cells of rows in JSON."""
+    lengths = texts.str.len_chars()
+    if (row := (lengths > MAX_CELL_CHARACTERS).arg_max()) is not None and lengths[row] > MAX_CELL_CHARACTERS:
+        raise bad_request(too_long(row, column, lengths[row], "characters"))
+    if isinstance(column, SparseColumn) and column.value_separator is not None:
+        num_separators = texts.str.count_matches(column.value_separator, literal=True).sum()
+        check_num_values(int(num_separators) + len(texts), column)
+
+
+def _check_takes_numbers(tensor: Tensor, column: Feature) -> None:
+    if isinstance(column, DenseColumn):
+        return
+    wanted = BYTES if column.is_multi_valued or column.kind == "string" else f"INT64 or {BYTES}"
+    if wanted == BYTES or not tensor.values.dtype.is_integer():
+        msg = f"input {tensor.name!r}: column {column.name} takes {wanted}, not {tensor.datatype}"
+        raise bad_request(msg)
+
+
+def _cast(values: pl.Series, column: Feature) -> tuple[pl.Series, NDArray[np.bool_] | None]:
+    """Typed values, and which are bad; None where none is."""
+    target = feature_type(column)
+    if values.dtype.is_float():
+        values = values.cast(pl.Float64).fill_nan(None)
+        bad = ~values.is_finite()
+        if target == pl.Int64:
+            bad |= (values != values.floor()) | (values < -_MAX_INT64) | (values >= _MAX_INT64)
+    elif target == pl.UInt32:
+        if values.dtype != pl.UInt64:
+            values = values.cast(pl.Int64)  # the limits must fit the type that they are compared in
+        bad = (values < 0) | (values > 2**32 - 1)
+    elif values.dtype == pl.UInt64 and target == pl.Int64:
+        bad = values > _MAX_INT64 - 1
+    else:
+        return values.cast(target), None
+    return values.cast(target, strict=False), bad.fill_null(value=False).to_numpy() if bad.any() else None
+
+
+def _bad_cell(row: int, column: str, reason: str, value: object) -> RefusedRequest:
+    msg = f"row {row}, column {column}: {REASONS[reason]}: {shown(str(value))}"
+    return bad_request(msg)

@@ -1,0 +1,169 @@
+"""The methods of the gRPC half of the Open Inference Protocol.
+
+In: a message of `GRPCInferenceService`, and what is known of its call.  Out: the message that answers it.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchdlrm import __version__
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.serving.batch import Rows
+from torchdlrm.serving.open_inference.columns import OUTPUT, Inputs, features_of, model_metadata, rows_of_tensors
+from torchdlrm.serving.open_inference.http import (
+    EXTENSIONS,
+    MAX_ID_CHARACTERS,
+    check_num_outputs,
+    check_output,
+    check_parameters,
+)
+from torchdlrm.serving.open_inference.message_size import check_num_fields
+from torchdlrm.serving.open_inference.messages import CLASSES
+from torchdlrm.serving.open_inference.tensors import BYTES, MAX_DIMENSIONS, from_bytes, from_numbers, from_texts
+from torchdlrm.serving.refusals import bad_request, too_large
+from torchdlrm.serving.service import LARGE_BYTES, Service, off_loop_if_large
+
+Context = Any  # grpc.aio.ServicerContext; grpc comes without types
+
+_MAX_NAMES_BYTES = 4 << 10  # of a message that has nothing but names
+# Beside the values of a tensor: what it is called and such, four fields for each parameter, and its raw contents.
+_FIELDS_PER_INPUT = 64
+_CONTENTS = {
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    BYTES: "bytes_contents",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a method knows of its call, beside the message."""
+
+    context: Context
+    request_id: str
+    num_bytes: int
+
+
+class Methods:
+    """Answers to calls that are admitted.
+
+    Args:
+        service: whose these are.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def ServerLive(self, _request: Any, _call: Call) -> Any:  # noqa: N802 - the protocol's names
+        """Whether the process can predict."""
+        return CLASSES["ServerLiveResponse"](live=self._service.is_live)
+
+    async def ServerReady(self, _request: Any, _call: Call) -> Any:  # noqa: N802
+        """Whether calls should be sent here."""
+        return CLASSES["ServerReadyResponse"](ready=self._service.is_ready)
+
+    async def ModelReady(self, request: Any, _call: Call) -> Any:  # noqa: N802
+        """The same, of the model."""
+        self._service.check_model(request.name, request.version)
+        return CLASSES["ModelReadyResponse"](ready=self._service.is_ready)
+
+    async def ServerMetadata(self, _request: Any, _call: Call) -> Any:  # noqa: N802
+        """What the server is."""
+        return CLASSES["ServerMetadataResponse"](name="torchdlrm", version=__version__, extensions=EXTENSIONS)
+
+    async def ModelMetadata(self, request: Any, _call: Call) -> Any:  # noqa: N802
+        """The inputs and the output of the model."""
+        served = self._service.check_model(request.name, request.version)
+        return CLASSES["ModelMetadataResponse"](**model_metadata(self._service.name, served.version, served.schema))
+
+    async def ModelInfer(self, request: Any, call: Call) -> Any:  # noqa: N802
+        """The probabilities of rows."""
+        service, started_s = self._service, time.perf_counter()
+        served = service.check_model(request.model_name, request.model_version)
+        max_rows = service.options.max_rows_per_request
+        rows = await off_loop_if_large(lambda: _rows(request, served.schema, max_rows), call.num_bytes)
+        remaining_s = call.context.time_remaining()
+        answer = await service.predict(
+            served,
+            rows,
+            num_bytes=call.num_bytes,
+            request_id=call.request_id,
+            started_s=started_s,
+            timeout_us=None if remaining_s is None else max(0, int(1e6 * remaining_s)),
+            is_gone=call.context.cancelled,
+        )
+        response = CLASSES["ModelInferResponse"](model_name=service.name, model_version=served.version, id=request.id)
+        output = response.outputs.add(name=OUTPUT, datatype="FP32", shape=[len(answer.probabilities)])
+        if request.raw_input_contents:
+            response.raw_output_contents.append(answer.probabilities.astype("<f4").tobytes())
+        else:
+            output.contents.fp32_contents.extend(answer.probabilities.tolist())
+        return response
+
+
+def parse(name: str, message: bytes, service: Service) -> Any:
+    """The request of a method.
+
+    Raises:
+        DecodeError: the bytes are no such message.
+        RefusedRequest: they are too many, or have too many parts.
+    """
+    if name != "ModelInfer" and len(message) > _MAX_NAMES_BYTES:
+        msg = f"the message has {len(message):,} bytes, and a {name}Request at most {_MAX_NAMES_BYTES:,}"
+        raise too_large(msg)
+    if len(message) > LARGE_BYTES:
+        num_columns = len(features_of(service.bundles.current.schema))
+        max_values = num_columns * service.options.max_rows_per_request
+        check_num_fields(message, _FIELDS_PER_INPUT * (num_columns + 1), max_values)
+    return CLASSES[f"{name}Request"].FromString(message)
+
+
+def _rows(request: Any, schema: FeatureSchema, max_rows: int) -> Rows:
+    items: Sequence[Any] = request.inputs
+    raw: Sequence[bytes] = request.raw_input_contents
+    if len(request.id) > MAX_ID_CHARACTERS:
+        msg = f"id: needs a text of at most {MAX_ID_CHARACTERS} characters"
+        raise bad_request(msg)
+    check_parameters(request.parameters, "the request")
+    check_num_outputs(len(request.outputs))
+    for output in request.outputs:
+        check_parameters(output.parameters, "an output")
+        check_output(output.name, {name: _value(given) for name, given in output.parameters.items()})
+    if raw and len(raw) != len(items):
+        msg = f"raw_input_contents: {len(raw):,} pieces for {len(items):,} inputs; each input needs one"
+        raise bad_request(msg)
+    inputs = Inputs(schema, max_rows, len(items))
+    tensors = []
+    for index, item in enumerate(items):
+        datatype, shape = inputs.place(item.name, item.datatype, list(item.shape[: MAX_DIMENSIONS + 1]))
+        check_parameters(item.parameters, item.name)
+        if raw:
+            if item.HasField("contents"):
+                msg = f"input {item.name!r}: has both contents and a piece of raw_input_contents"
+                raise bad_request(msg)
+            tensors.append(from_bytes(item.name, datatype, shape, raw[index]))
+            continue
+        if datatype not in _CONTENTS:
+            msg = f"input {item.name!r}: {datatype} has no contents field; send raw_input_contents"
+            raise bad_request(msg)
+        values = getattr(item.contents, _CONTENTS[datatype])
+        if datatype == BYTES:
+            tensors.append(from_texts(item.name, shape, values))
+        else:
+            tensors.append(from_numbers(item.name, datatype, shape, values))
+    return rows_of_tensors(tensors, inputs, schema)
+
+
+def _value(parameter: Any) -> object:
+    choice = parameter.WhichOneof("parameter_choice")
+    return None if choice is None else getattr(parameter, choice)

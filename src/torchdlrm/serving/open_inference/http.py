@@ -1,0 +1,218 @@
+"""The HTTP form of the Open Inference Protocol: JSON, and tensors as bytes behind it.
+
+In: the body of a request to `infer`.  Out: an `InferRequest`; and, the other way, the body of the answer.  With the
+header `Inference-Header-Content-Length` the JSON is that many bytes long, and the tensors that have a
+`binary_data_size` follow it in the order of the inputs.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from torchdlrm.errors import shown
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.serving.batch import Rows
+from torchdlrm.serving.json_body import parse_json
+from torchdlrm.serving.open_inference.columns import OUTPUT, Inputs, rows_of_tensors
+from torchdlrm.serving.open_inference.tensors import from_bytes, from_json
+from torchdlrm.serving.refusals import bad_request
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+MAX_ID_CHARACTERS = 256
+EXTENSIONS = ["binary_tensor_data"]
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """What a client asks: rows; how the answer shall come.
+
+    Attributes:
+        rows: as `rows_of_tensors` gives them.
+        request_id: comes back with the answer, if there is one.
+        is_binary: whether the predictions shall come as bytes.
+        timeout_us: the client's own deadline, if it has one.
+    """
+
+    rows: Rows
+    request_id: str | None
+    is_binary: bool
+    timeout_us: int | None
+
+
+def parse_infer(
+    body: bytes | bytearray, header_length: str | None, schema: FeatureSchema, max_rows: int
+) -> InferRequest:
+    """Read the body of a request.
+
+    Args:
+        body: all of it.
+        header_length: the value of `Inference-Header-Content-Length`, if the request has one.
+        schema: the columns.
+        max_rows: more are refused.
+
+    Raises:
+        RefusedRequest: it is not as the protocol says.
+    """
+    view = memoryview(body)
+    json_bytes = len(view) if header_length is None else _header_length(header_length, len(view))
+    request = _object(parse_json(view[:json_bytes], schema, max_rows), "the request")
+    rest = view[json_bytes:]
+    items = request.get("inputs")
+    if not isinstance(items, list):
+        raise bad_request("inputs: needs a list of tensors")
+    inputs = Inputs(schema, max_rows, len(items))
+    tensors = []
+    position = 0
+    for item in items:
+        tensor = _object(item, "an input")
+        name = tensor.get("name")
+        if not isinstance(name, str):
+            raise bad_request("an input: needs a name")
+        datatype, shape = inputs.place(name, tensor.get("datatype"), tensor.get("shape"))
+        size = _parameters(tensor, name).get("binary_data_size")
+        if size is None:
+            tensors.append(from_json(name, datatype, shape, tensor.get("data")))
+            continue
+        if type(size) is not int or size < 0 or position + size > len(rest):
+            msg = f"input {name!r}: binary_data_size {shown(size)}, but {len(rest) - position:,} bytes are left"
+            raise bad_request(msg)
+        if "data" in tensor:
+            msg = f"input {name!r}: has both data and binary_data_size"
+            raise bad_request(msg)
+        tensors.append(from_bytes(name, datatype, shape, rest[position : position + size]))
+        position += size
+    if position != len(rest):
+        msg = f"{len(rest):,} bytes follow the JSON, but the inputs' binary_data_size account for {position:,}"
+        raise bad_request(msg)
+    parameters = _parameters(request, "the request")
+    request_id, is_binary, timeout_us = (
+        _request_id(request),
+        _wants_binary(request, parameters),
+        _timeout_us(parameters),
+    )
+    return InferRequest(rows_of_tensors(tensors, inputs, schema), request_id, is_binary, timeout_us)
+
+
+def format_infer(
+    model: str, version: str, request: InferRequest, probabilities: NDArray[np.float32]
+) -> tuple[bytes, dict[str, str]]:
+    """The body of an answer, and its headers.
+
+    Args:
+        model: its name.
+        version: of the bundle that predicted.
+        request: what is answered.
+        probabilities: float32 [N].
+    """
+    output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": [len(probabilities)]}
+    answer: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": [output]}
+    if request.request_id is not None:
+        answer["id"] = request.request_id
+    if not request.is_binary:
+        output["data"] = probabilities
+        return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), {"Content-Type": "application/json"}
+    data = probabilities.astype("<f4").tobytes()
+    output["parameters"] = {"binary_data_size": len(data)}
+    header = orjson.dumps(answer)
+    return header + data, {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(header))}
+
+
+def _header_length(text: str, num_bytes: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20) or int(text) > num_bytes:
+        msg = f"{HEADER_LENGTH}: {shown(text)} is not a number of bytes within the body's {num_bytes:,}"
+        raise bad_request(msg)
+    return int(text)
+
+
+def _object(value: object, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        msg = f"{what}: needs a JSON object, not {type(value).__name__}"
+        raise bad_request(msg)
+    return value
+
+
+def _parameters(holder: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    parameters = holder.get("parameters")
+    if parameters is None:
+        return {}
+    parameters = _object(parameters, f"parameters of {what}")
+    check_parameters(parameters, what)
+    return parameters
+
+
+def _request_id(request: Mapping[str, Any]) -> str | None:
+    request_id = request.get("id")
+    if request_id is not None and (not isinstance(request_id, str) or len(request_id) > MAX_ID_CHARACTERS):
+        msg = f"id: needs a text of at most {MAX_ID_CHARACTERS} characters"
+        raise bad_request(msg)
+    return request_id
+
+
+def _wants_binary(request: Mapping[str, Any], parameters: Mapping[str, Any]) -> bool:
+    wanted = _flag(parameters.get("binary_data_output"), "binary_data_output")
+    outputs = request.get("outputs")
+    if outputs is None or outputs == []:
+        return wanted
+    if not isinstance(outputs, list):
+        raise bad_request("outputs: needs a list")
+    check_num_outputs(len(outputs))
+    for item in outputs:
+        output = _object(item, "an output")
+        own = _parameters(output, "an output")
+        check_output(output.get("name"), own)
+        wanted = _flag(own.get("binary_data", wanted), "binary_data")
+    return wanted
+
+
+def check_num_outputs(num_outputs: int) -> None:
+    """See that a client asks for no more outputs than there are.
+
+    Raises:
+        RefusedRequest: it does.
+    """
+    if num_outputs > 1:
+        msg = f"outputs: {num_outputs:,} are asked for, and there is one, {OUTPUT!r}"
+        raise bad_request(msg)
+
+
+def check_output(name: object, parameters: Mapping[str, Any]) -> None:
+    """See that a client asks for an output that there is, and in a way that there is.
+
+    Raises:
+        RefusedRequest: there is none of that name, or no such way.
+    """
+    if name != OUTPUT:
+        msg = f"outputs: {shown(name)} is none; the only output is {OUTPUT!r}"
+        raise bad_request(msg)
+    if parameters.get("classification"):
+        raise bad_request("outputs: classification is not offered; a prediction is one probability")
+
+
+def check_parameters(names: Iterable[str], what: str) -> None:
+    """See that a client does not ask for memory to be shared.
+
+    Raises:
+        RefusedRequest: it does.
+    """
+    for name in names:
+        if name.startswith("shared_memory"):
+            msg = f"parameters of {what}: {shown(name)}: this server shares no memory with clients; send the data"
+            raise bad_request(msg)
+
+
+def _flag(value: object, name: str) -> bool:
+    if value is not None and not isinstance(value, bool):
+        msg = f"{name}: needs true or false"
+        raise bad_request(msg)
+    return bool(value)
+
+
+def _timeout_us(parameters: Mapping[str, Any]) -> int | None:
+    timeout = parameters.get("timeout")
+    if timeout is not None and (type(timeout) is not int or timeout < 0):
+        raise bad_request("parameters: timeout needs a whole number of microseconds")
+    return timeout or None

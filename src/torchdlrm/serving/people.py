@@ -1,0 +1,160 @@
+"""What people and simple programs send and read: rows as JSON objects by column name.
+
+In: the body of `POST /predict`.  Out: rows.  And the columns of the model, with examples, for `GET /schema`.
+"""
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from torchdlrm.errors import shown
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.prediction.shared_rows import Part, Row, SharedRows, parts_of
+from torchdlrm.serving.bundles import ServedBundle
+from torchdlrm.serving.json_body import parse_json
+from torchdlrm.serving.refusals import MAX_VALUES, bad_request, check_num_rows, check_num_values, too_large
+
+# What `shared` may come to with all candidates: the characters of its texts, its other cells, the values of its lists.
+MAX_SHARED_CHARACTERS = 1 << 24
+_MAX_KEYS_SHOWN = 8
+
+
+def read_rows(body: bytes, schema: FeatureSchema, max_rows: int) -> tuple[Sequence[Row], int]:
+    """The rows of a request, one after another.
+
+    Args:
+        body: JSON: a list of rows; or `{"rows": [...]}`; or `{"shared": {...}, "candidates": [...]}`, where every
+            candidate also has the shared columns.
+        schema: the columns.
+        max_rows: more are refused, before anything is done with them.
+
+    Returns:
+        The rows, and about how many bytes they would have without `shared`, which tells how much work they are.
+
+    Raises:
+        RefusedRequest: it is none of these, or too much.
+    """
+    rows = _rows_of(parse_json(body, schema, max_rows), schema, max_rows)
+    num_bytes = len(body) + sum(_characters(shared) * (len(own) - 1) for shared, own in parts_of(rows) if shared)
+    if num_bytes > MAX_VALUES:
+        for column in schema.sparse:
+            if column.value_separator is not None:
+                check_num_values(sum(_num_values(part, column) for part in parts_of(rows)), column)
+    return rows, num_bytes
+
+
+def _rows_of(body: object, schema: FeatureSchema, max_rows: int) -> Sequence[Row]:
+    if isinstance(body, list):
+        return _rows(body, "", max_rows)
+    if not isinstance(body, dict):
+        msg = f"the body is {_kind(body)}; send a list of rows, or an object with 'rows', or 'shared' and 'candidates'"
+        raise bad_request(msg)
+    if body.keys() == {"rows"}:
+        return _rows(body["rows"], "rows: ", max_rows)
+    if body.keys() != {"shared", "candidates"}:
+        keys = ", ".join(map(shown, islice(body, _MAX_KEYS_SHOWN)))
+        msg = f"the body has the keys {keys or '(none)'}; it needs 'rows', or 'shared' and 'candidates', and no others"
+        raise bad_request(msg)
+    shared, candidates = body["shared"], _rows(body["candidates"], "candidates: ", max_rows)
+    if not isinstance(shared, dict):
+        msg = f"shared: needs an object of cells by column name, not {_kind(shared)}"
+        raise bad_request(msg)
+    if not candidates:
+        raise bad_request("candidates: needs one at least")
+    _check_shared(shared, schema, len(candidates))
+    for index, candidate in enumerate(candidates):
+        if not shared.keys().isdisjoint(candidate):
+            name = next(name for name in candidate if name in shared)
+            msg = f"row {index}, column {name!r}: stands in 'shared' and in the candidate; leave it out of one"
+            raise bad_request(msg)
+    return SharedRows([(shared, candidates)])
+
+
+def _check_shared(shared: Row, schema: FeatureSchema, num_candidates: int) -> None:
+    known = {column.name for column in schema.columns}
+    if not known.issuperset(shared):
+        unknown = next(name for name in shared if name not in known)
+        has = ", ".join(column.name for column in (*schema.dense, *schema.sparse))
+        msg = f"shared, column {shown(unknown)}: the model has no such column; it has {has}"
+        raise bad_request(msg)
+    if (size := _characters(shared) * num_candidates) > MAX_SHARED_CHARACTERS:
+        msg = (
+            f"shared: with {num_candidates:,} candidates it comes to {size:,} characters and values, and at most "
+            f"{MAX_SHARED_CHARACTERS:,} are taken; send several requests"
+        )
+        raise too_large(msg)
+
+
+def _num_values(part: Part, column: SparseColumn) -> int:
+    shared, rows = part
+    if column.name in shared:
+        return len(rows) * _num_values(({}, [shared]), column)
+    cells = [row.get(column.name) for row in rows]
+    assert column.value_separator is not None
+    num_in_texts = sum(1 + cell.count(column.value_separator) for cell in cells if isinstance(cell, str))
+    return num_in_texts + sum(len(cell) for cell in cells if isinstance(cell, list))
+
+
+def _characters(row: Row) -> int:
+    """Of the texts of a row, and 1 for every other cell and for each value of a list."""
+    values = (value for cell in row.values() for value in (cell if isinstance(cell, list) else (cell,)))
+    return sum(1 + len(value) if isinstance(value, str) else 1 for value in values)
+
+
+def describe(name: str, served: ServedBundle, max_rows: int) -> dict[str, Any]:
+    """The columns of the model's log, in its order, and a few rows: what `GET /schema` answers.
+
+    The rows are made back from encoded ones: where `unknown` names a feature, its value stands for any that is not in
+    the vocabulary.
+    """
+    examples, unknown = served.examples
+    columns = []
+    for column in served.schema.columns:
+        described: dict[str, Any] = {"name": column.name, "role": column.role}
+        if column.header_name is not None:
+            described["header_name"] = column.header_name
+        if isinstance(column, LabelColumn):
+            about = {"threshold": column.threshold, "positive": column.positive, "negative": column.negative}
+            described |= {key: value for key, value in about.items() if value is not None}
+        if column.null_values:
+            described["null_values"] = column.null_values
+        if isinstance(column, DenseColumn | SparseColumn):
+            described["kind"] = column.kind
+            described["multi_valued"] = isinstance(column, SparseColumn) and column.is_multi_valued
+        if isinstance(column, SparseColumn) and column.value_separator is not None:
+            described["value_separator"] = column.value_separator
+        columns.append(described)
+    return {
+        "model": name,
+        "version": served.version,
+        "separator": served.schema.separator,
+        "quote": served.schema.quote,
+        "max_rows": max_rows,
+        "columns": columns,
+        "examples": [{name: _exact(cell) for name, cell in row.items()} for row in examples],
+        "unknown": unknown,
+    }
+
+
+def _exact(cell: object) -> object:
+    """Integers as text where a reader of JSON that knows only float64, such as a browser, would round them."""
+    if isinstance(cell, list):
+        return [_exact(value) for value in cell]
+    return str(cell) if isinstance(cell, int) and abs(cell) > 2**53 else cell
+
+
+def _rows(value: object, where: str, max_rows: int) -> list[Row]:
+    if not isinstance(value, list):
+        msg = f"{where}needs a list of rows, not {_kind(value)}"
+        raise bad_request(msg)
+    check_num_rows(len(value), max_rows)
+    for index, row in enumerate(value):
+        if not isinstance(row, dict):
+            msg = f"{where}row {index}: needs an object of cells by column name, not {_kind(row)}"
+            raise bad_request(msg)
+    return value
+
+
+def _kind(value: object) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")

@@ -1,0 +1,84 @@
+"""Why a request gets no prediction: a status, a reason for its sender, and nothing about the inside of the server."""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from torchdlrm.errors import TorchDLRMError
+from torchdlrm.features.schema import SparseColumn
+
+MAX_VALUES = 1 << 19  # of all that a request may have in JSON; of a column, in all of its lists
+
+
+class RefusedRequest(TorchDLRMError):  # noqa: N818 - it is an answer
+    """A request that is not answered with a prediction.
+
+    Args:
+        status: what HTTP calls the reason.
+        message: says to the sender what is wrong, with which value, and what to do.
+        retry_after_s: when it may be worth asking again, in whole seconds.
+    """
+
+    def __init__(self, status: HTTPStatus, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.retry_after_s = status, message, retry_after_s
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Headers of the answer."""
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+
+
+def bad_request(message: str) -> RefusedRequest:
+    """The body is not what the route takes."""
+    return RefusedRequest(HTTPStatus.BAD_REQUEST, message)
+
+
+def not_found(message: str) -> RefusedRequest:
+    """There is no such model or version."""
+    return RefusedRequest(HTTPStatus.NOT_FOUND, message)
+
+
+def too_large(message: str) -> RefusedRequest:
+    """The body has more bytes, or the request more rows, than this server takes."""
+    return RefusedRequest(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
+
+
+def check_num_rows(num_rows: int, max_rows: int) -> None:
+    """See that a request has not too many rows.
+
+    Raises:
+        RefusedRequest: it has.
+    """
+    if num_rows > max_rows:
+        msg = f"{num_rows:,} rows in a request, and at most {max_rows:,} are taken; send several requests"
+        raise too_large(msg)
+
+
+def check_num_values(num_values: int, column: SparseColumn) -> None:
+    """See that a column has not too many values in the lists of a request.
+
+    Raises:
+        RefusedRequest: it has.
+    """
+    if num_values > MAX_VALUES:
+        msg = (
+            f"column {column.name!r}: {num_values:,} values in a request, and at most {MAX_VALUES:,} are taken; send "
+            "several requests"
+        )
+        raise too_large(msg)
+
+
+def overloaded(message: str, retry_after_s: int = 1) -> RefusedRequest:
+    """There is more to do than can be done soon."""
+    return RefusedRequest(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after_s)
+
+
+def too_slow(body_timeout_s: float) -> RefusedRequest:
+    """What belongs to a request did not come."""
+    msg = f"the body did not come within {body_timeout_s:g} s, or was slow while many others were"
+    return RefusedRequest(HTTPStatus.REQUEST_TIMEOUT, msg)
+
+
+def too_late(message: str) -> RefusedRequest:
+    """The deadline has passed."""
+    return RefusedRequest(HTTPStatus.GATEWAY_TIMEOUT, message)

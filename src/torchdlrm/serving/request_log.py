@@ -1,0 +1,296 @@
+"""A log of rows and predictions, in Parquet that `dlrm preprocess` reads as it reads any log.
+
+In: batches, as the model was given them.  Out: files in a folder, each whole from the moment it has its name:
+
+    features as the schema calls them in a log    hex values as 8 digits, lists as lists
+    the column of time, if the schema has one      when the rows were predicted
+    request_id, request_row                        which row of which request: what a label is joined by
+    requested_at, prediction, model_version
+
+The label is not there: nobody knows it yet.  docs/serving.md says how it is joined.  Rows wait in memory until there
+are enough for a file, and no more than a fixed number: beyond, they are dropped, counted and told.  A file that the
+disk does not take is tried again and again.  Rows are made columns in the log's own thread, because the model may not
+need them as such, and those of many batches together, because the cost is that of the columns.
+"""
+
+import io
+import os
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import polars as pl
+
+from torchdlrm.errors import ConfigError
+from torchdlrm.features.schema import FeatureSchema, SparseColumn, TimeColumn
+from torchdlrm.features.vocabulary import hex_digits
+from torchdlrm.files import replacing
+from torchdlrm.serving.batch import BatchReport, Rows
+from torchdlrm.serving.log_lines import LogLines
+
+OWN_COLUMNS = ("request_id", "request_row", "requested_at", "prediction", "model_version")
+MAX_WAITING_ROWS = 1 << 17
+FILE_ROWS = 1 << 16
+FILE_SECONDS = 60.0
+_GATHER_S, _GATHER_ROWS = 0.25, 4_096  # of batches that are made columns together
+_FIRST_RETRY_S, _MAX_RETRY_S = 1.0, 30.0
+_SECONDS_BETWEEN_LINES = 60.0
+# What building columns and Parquet may raise: Polars' panics are no `Exception`.
+_ANY_FAILURE = (Exception, pl.exceptions.PanicException)
+
+
+class LoggedModel(Protocol):
+    """What predicted a batch."""
+
+    schema: FeatureSchema
+    version: str
+
+    def read(self, requests: Sequence[Rows]) -> pl.DataFrame:
+        """The rows of some requests, one after another, as typed columns."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    report: BatchReport
+    model: LoggedModel
+    time_us: int
+
+
+class RequestLog:
+    """Writes batches to Parquet files in a thread of its own.
+
+    Args:
+        folder: is made, also again when it has been removed.
+        dropped: is told how many rows were dropped.
+        lines: are told, not too often, why rows wait or were dropped.
+        file_rows, file_s: a file is written when it has that many rows, or its first row is that old.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dropped: Callable[[int], None],
+        lines: LogLines,
+        *,
+        file_rows: int = FILE_ROWS,
+        file_s: float = FILE_SECONDS,
+    ) -> None:
+        self._folder, self._dropped, self._lines = folder, dropped, lines
+        self._name = f"{os.getpid()}-{secrets.token_hex(3)}"  # process ids alone are the same in many containers
+        self._file_rows, self._file_s = file_rows, file_s
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{self._name}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            msg = f"--log-predictions {folder}: cannot be written to: {error.strerror or error}"
+            raise ConfigError(msg) from error
+        self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._waiting_rows = 0
+        self._lock = threading.Lock()
+        self._untold_rows = 0
+        self._next_line_s: dict[str, float] = {}
+        self._num_files = 0
+        self._is_closing = threading.Event()
+        self._next: _Entry | None = None  # taken from the queue already
+        self._thread = threading.Thread(target=self._work, name="request log", daemon=True)
+        self._thread.start()
+
+    def add(self, report: BatchReport, model: LoggedModel) -> None:
+        """Keep a batch; never waits."""
+        num_rows = report.total_rows
+        with self._lock:
+            has_room = self._waiting_rows + num_rows <= MAX_WAITING_ROWS
+            if has_room:
+                self._waiting_rows += num_rows
+        if has_room:
+            self._entries.put(_Entry(report, model, time.time_ns() // 1000))
+        else:
+            self._drop(num_rows, "memory", f"{MAX_WAITING_ROWS:,} rows wait to be written, and no more are kept")
+
+    def close(self) -> None:
+        """Write what is waiting."""
+        self._is_closing.set()
+        self._entries.put(None)
+        self._thread.join()
+        if self._untold_rows:
+            self._tell("end", "the server stops")
+
+    def _work(self) -> None:
+        kept: list[pl.DataFrame] = []
+        kept_rows = 0
+        schema: FeatureSchema | None = None
+        oldest_s = 0.0
+        while True:
+            group, is_end = self._next_group(oldest_s + self._file_s - time.monotonic() if kept else None)
+            is_old = bool(kept) and time.monotonic() >= oldest_s + self._file_s
+            if kept and (is_old or is_end or (group and group[0].model.schema is not schema)):
+                self._write(kept)
+                kept, kept_rows = [], 0
+            if group:
+                if not kept:
+                    oldest_s = time.monotonic()
+                schema = group[0].model.schema
+                try:
+                    kept.append(_log_frame(group))
+                    kept_rows += kept[-1].height
+                except _ANY_FAILURE as error:
+                    self._drop_waiting(sum(entry.report.total_rows for entry in group), "rows", repr(error))
+                del group  # while the thread waits, nothing keeps a bundle that was swapped away
+            if kept and (is_end or kept_rows >= self._file_rows):
+                self._write(kept)
+                kept, kept_rows = [], 0
+            if is_end:
+                return
+
+    def _next_group(self, timeout_s: float | None) -> tuple[list[_Entry], bool]:
+        """Batches of one model, none if none come in that time; and whether they are the last."""
+        group: list[_Entry] = []
+        num_rows = 0
+        try:
+            if self._next is None:
+                self._next = self._entries.get(timeout=None if timeout_s is None else max(0.0, timeout_s))
+                if self._next is not None:
+                    self._is_closing.wait(_GATHER_S)
+            while self._next is not None:
+                if group and (self._next.model is not group[0].model or num_rows >= _GATHER_ROWS):
+                    return group, False
+                group.append(self._next)
+                num_rows += self._next.report.total_rows
+                self._next = None
+                self._next = self._entries.get_nowait()
+        except queue.Empty:
+            return group, False
+        return group, True
+
+    def _write(self, frames: list[pl.DataFrame]) -> None:
+        """Write a file: again and again until the disk takes it, but only once more when the log is closed."""
+        num_rows = sum(frame.height for frame in frames)
+        parquet = io.BytesIO()  # so that what fails from here on is the disk
+        try:
+            frame = pl.concat(frames)
+            frame.write_parquet(parquet)
+        except _ANY_FAILURE as error:
+            self._drop_waiting(num_rows, "rows", repr(error))
+            return
+        stamp = frame["requested_at"][0].strftime("%Y%m%dT%H%M%S")
+        path = self._folder / f"{stamp}-{self._name}-{self._num_files:06d}.parquet"
+        self._num_files += 1
+        retry_s, is_late = _FIRST_RETRY_S, False
+        while (failure := _try_to_write(path, parquet)) is not None:
+            if self._is_closing.is_set():
+                self._drop_waiting(num_rows, "disk", failure)
+                return
+            self._tell("disk", failure)
+            is_late = True
+            self._is_closing.wait(retry_s)
+            retry_s = min(2 * retry_s, _MAX_RETRY_S)
+        with self._lock:
+            self._waiting_rows -= num_rows
+        if is_late:
+            self._lines.note("predictions logged again", **self._counts())
+
+    def _drop_waiting(self, num_rows: int, cause: str, message: str) -> None:
+        with self._lock:
+            self._waiting_rows -= num_rows
+        self._drop(num_rows, cause, message)
+
+    def _drop(self, num_rows: int, cause: str, message: str) -> None:
+        self._dropped(num_rows)
+        with self._lock:
+            self._untold_rows += num_rows
+        self._tell(cause, message)
+
+    def _tell(self, cause: str, message: str) -> None:
+        """Write a line, unless one of this cause was written just now: then the next line tells the rows."""
+        with self._lock:
+            now_s = time.monotonic()
+            if now_s < self._next_line_s.get(cause, 0.0):
+                return
+            self._next_line_s[cause] = now_s + _SECONDS_BETWEEN_LINES
+        self._lines.write("error", "predictions not logged", message=message, **self._counts())
+
+    def _counts(self) -> dict[str, object]:
+        with self._lock:
+            dropped_rows, self._untold_rows = self._untold_rows, 0
+            return {"dropped_rows": dropped_rows, "waiting_rows": self._waiting_rows, "folder": str(self._folder)}
+
+
+def _try_to_write(path: Path, parquet: io.BytesIO) -> str | None:
+    """Write a file: why it could not be written, or None."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as beside:
+            beside.write_bytes(parquet.getbuffer())
+    except OSError as error:
+        return error.strerror or repr(error)
+    return None
+
+
+def check_loggable(schema: FeatureSchema) -> None:
+    """See that the log's own columns have names of their own.
+
+    Raises:
+        ConfigError: a column of the schema is called as one of them.
+    """
+    taken = sorted({column.log_name for column in schema.columns} & set(OWN_COLUMNS))
+    if taken:
+        msg = f"--log-predictions: the log has a column {taken[0]!r} of its own; give the schema's another header_name"
+        raise ConfigError(msg)
+
+
+def _log_frame(entries: Sequence[_Entry]) -> pl.DataFrame:
+    """The rows of some batches of one model."""
+    model, reports = entries[0].model, [entry.report for entry in entries]
+    schema = model.schema
+    frame = model.read([request for report in reports for request in report.requests])
+    columns = []
+    for column in (*schema.dense, *schema.sparse):
+        values = frame[column.name]
+        columns.append(
+            (digits_of(values, column) if isinstance(column, SparseColumn) else values).alias(column.log_name)
+        )
+    times_us = pl.Series(np.repeat([entry.time_us for entry in entries], [report.total_rows for report in reports]))
+    if schema.time is not None:
+        columns.append(_as_time(times_us, schema.time))
+    counts = np.concatenate([report.num_rows for report in reports])
+    starts = np.cumsum(counts) - counts
+    request_ids = np.concatenate([np.asarray(report.request_ids, object) for report in reports])
+    probabilities = [part.probabilities for report in reports for part in report.predictions]
+    columns += [
+        pl.Series("request_id", np.repeat(request_ids, counts).tolist(), pl.String),
+        pl.Series("request_row", np.arange(frame.height) - np.repeat(starts, counts)),
+        times_us.cast(pl.Datetime("us", "UTC")).alias("requested_at"),
+        pl.Series("prediction", np.concatenate(probabilities)),
+        pl.Series("model_version", [model.version]).new_from_index(0, frame.height),
+    ]
+    return pl.DataFrame(columns)
+
+
+def digits_of(values: pl.Series, column: SparseColumn) -> pl.Series:
+    """Hex values as a log writes them; other values as they are."""
+    if column.kind != "hex":
+        return values
+    if not column.is_multi_valued:
+        return hex_digits(values)
+    rows = pl.DataFrame({"row": np.arange(len(values)), "value": values}).explode("value")
+    digits = rows.with_columns(hex_digits(rows["value"])).group_by("row", maintain_order=True).agg("value")["value"]
+    return pl.select(pl.when(values.is_not_null()).then(digits)).to_series()
+
+
+def _as_time(times_us: pl.Series, column: TimeColumn) -> pl.Series:
+    times_us = times_us.alias(column.log_name)
+    if column.kind == "datetime":
+        return times_us.cast(pl.Datetime("us"))
+    seconds = times_us / 1e6
+    return seconds.cast(pl.Int64) if column.kind == "int" else seconds

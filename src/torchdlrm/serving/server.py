@@ -1,0 +1,101 @@
+"""A server of one process or many: one port, one bundle in memory.
+
+In: options.  Out: the exit code.  With several processes, `supervisor.py` starts them and watches over them.
+"""
+
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from torchdlrm.errors import ConfigError
+from torchdlrm.serving.options import ServeOptions
+from torchdlrm.serving.supervisor import Supervisor
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where a server can be asked, and what it serves; `grpc` is None where it has no gRPC."""
+
+    url: str
+    grpc: str | None
+    model: str
+    version: str
+
+
+def serve(options: ServeOptions, started: Callable[[Listening], None]) -> int:
+    """Serve a bundle until SIGTERM or SIGINT.
+
+    Args:
+        options: of the server.
+        started: is told when all processes can be asked.
+
+    Returns:
+        The exit code: 0 after a signal, 1 when a process could not go on.
+
+    Raises:
+        ConfigError: the options do not go together, or an address cannot be had.
+        BundleError: the bundle cannot be served.
+    """
+    options.check()
+    with ExitStack() as sockets:
+        listener = sockets.enter_context(_listen(options.host, options.port))
+        _check_grpc_port(options)
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        url = f"http://{host}:{listener.getsockname()[1]}"
+        if options.workers == 1:
+            from torchdlrm.serving.worker import Ready, run_worker  # noqa: PLC0415 - loads torch, here and nowhere else
+
+            def tell(ready: Ready) -> None:
+                grpc = None if ready.grpc_port is None else f"{host}:{ready.grpc_port}"
+                started(Listening(url, grpc, ready.model, ready.version))
+
+            return run_worker(options, listener, tell)
+        holder, options = _reserve_grpc_port(options)
+        if holder is not None:
+            sockets.enter_context(holder)
+        grpc = None if holder is None else f"{host}:{options.grpc_port}"
+        return Supervisor(options, listener).run(lambda model, version: started(Listening(url, grpc, model, version)))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = _bound(host, port, "--port", socket.SO_REUSEADDR)
+    listener.setblocking(False)  # noqa: FBT003 - the name of the call says it
+    return listener
+
+
+def _check_grpc_port(options: ServeOptions) -> None:
+    """See that gRPC's port is free before the bundle is read, which takes longer.
+
+    With several workers it is also the one place that notices: they share the port, and would share that of another
+    server too.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if options.grpc_port:
+        _bound(options.host, options.grpc_port, "--grpc-port", socket.SO_REUSEADDR).close()
+
+
+def _reserve_grpc_port(options: ServeOptions) -> tuple[socket.socket | None, ServeOptions]:
+    """A socket that keeps the port for all workers, and the options with its number: port 0 is any that is free."""
+    if options.grpc_port is None:
+        return None, options
+    holder = _bound(options.host, options.grpc_port, "--grpc-port", socket.SO_REUSEPORT, listens=False)
+    return holder, replace(options, grpc_port=holder.getsockname()[1])
+
+
+def _bound(host: str, port: int, name: str, option: int, *, listens: bool = True) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with ExitStack() as on_failure:
+            bound = on_failure.enter_context(socket.socket(family))
+            bound.setsockopt(socket.SOL_SOCKET, option, 1)
+            bound.bind(address)
+            if listens:
+                bound.listen(2048)
+            on_failure.pop_all()
+    except OSError as error:
+        msg = f"--host {host} {name} {port}: cannot be listened to: {error.strerror or error}; choose another"
+        raise ConfigError(msg) from error
+    return bound

@@ -1,0 +1,256 @@
+"""What all ways into the server share: the bundle, the batcher, figures, logs and limits of one process.
+
+In: rows, whoever brought them.  Out: probabilities, or why there are none.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import TypeVar
+
+import torch
+
+from torchdlrm.bundle.model_name import check_model_name
+from torchdlrm.errors import RowError, TorchDLRMError, shown
+from torchdlrm.serving.api_keys import ApiKeys
+from torchdlrm.serving.batch import Answer, BatchReport, Rows
+from torchdlrm.serving.batcher import Batcher
+from torchdlrm.serving.bundles import Bundles, ServedBundle
+from torchdlrm.serving.log_lines import LogLines
+from torchdlrm.serving.metrics import ServerMetrics
+from torchdlrm.serving.options import ServeOptions, threads_of_model
+from torchdlrm.serving.refusals import RefusedRequest, bad_request, check_num_rows, not_found
+from torchdlrm.serving.request_log import RequestLog, check_loggable
+from torchdlrm.serving.uploads import Uploads
+
+_SWITCH_INTERVAL_S = 0.0005
+LARGE_BYTES = 256 << 10
+_UPLOADS_PER_REQUEST = 8  # bodies that may come slowly, for each request that may be under way
+
+Parsed = TypeVar("Parsed")
+
+
+class Service:
+    """One process of a server; `start` in its event loop.
+
+    Args:
+        options: of the server.
+        served: the bundle to begin with.
+        lines: takes what is logged.
+        tell_others: asks the server's other processes to swap too.
+
+    Attributes:
+        name: what clients call the model, whichever bundle is served.
+    """
+
+    def __init__(
+        self, options: ServeOptions, served: ServedBundle, lines: LogLines, tell_others: Callable[[], None]
+    ) -> None:
+        self.options, self.lines, self.tell_others = options, lines, tell_others
+        self.name = options.name or served.name
+        check_model_name(self.name)
+        self.keys = ApiKeys(options.api_keys)
+        self.metrics = ServerMetrics(lambda: self.batcher.queued_rows)
+        self.batcher = Batcher(
+            max_batch_rows=options.max_batch_rows, max_queue_rows=options.max_queue_rows, listener=self._batch_done
+        )
+        most = options.max_concurrent_requests
+        self.uploads = Uploads(max_bodies=_UPLOADS_PER_REQUEST * most, max_bytes=most * options.max_body_bytes)
+        self.bundles = Bundles(options.bundle, served, verify=options.verify, swapped=self._swapped)
+        self._request_log: RequestLog | None = None
+        if options.log_predictions is not None:
+            check_loggable(served.schema)
+            self._request_log = RequestLog(options.log_predictions, self.metrics.rows_lost, lines)
+        self._is_draining = False
+        self._damaged: ServedBundle | None = None
+        self._numbers = itertools.count(1)
+        self._id_prefix = f"{os.getpid():x}-{secrets.token_hex(4)}"
+        self.metrics.bundle_served(self.name, served.version, before=None)
+
+    async def start(self) -> None:
+        """Begin to predict; in the event loop."""
+        served = self.bundles.current
+        await self.batcher.start(
+            lambda: [served.predict(served.encode([[{}] * num_rows])) for num_rows in (1, 64, 256, 1)]
+        )
+
+    def close(self) -> None:
+        """Stop, after the last request; what was logged is written."""
+        self.batcher.stop()
+        self.bundles.close()
+        if self._request_log is not None:
+            self._request_log.close()
+
+    def drain(self) -> None:
+        """Say from now on that the server is not ready."""
+        self._is_draining = True
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the server is about to stop."""
+        return self._is_draining
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests should be sent here."""
+        return not (self._is_draining or self.is_damaged()) and self.is_live
+
+    def is_damaged(self) -> bool:
+        """Whether the bundle's files are not what was loaded any more; looks at them, and logs it the first time."""
+        served = self.bundles.current
+        if served is not self._damaged:
+            damage = served.find_damage()
+            if damage is None:
+                return False
+            self._damaged = served  # of no use to anybody until another bundle is loaded
+            self.lines.write("error", "damaged", version=served.version, message=str(damage))
+        return True
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the process can still predict; if not, it should be started again."""
+        return self.batcher.is_alive
+
+    def is_health(self, path: str) -> bool:
+        """Whether a path asks for nothing but health: needs no key, and is answered however much there is to do."""
+        if path.startswith("/v2/health/"):
+            return True
+        model = f"/v2/models/{self.name}"
+        return path in {f"{model}/ready", f"{model}/versions/{self.bundles.current.version}/ready"}
+
+    def new_request_id(self) -> str:
+        """A name for a request that came without one."""
+        return f"{self._id_prefix}-{next(self._numbers)}"
+
+    def check_model(self, name: str, version: str | None = None) -> ServedBundle:
+        """The bundle that a client means.
+
+        Raises:
+            RefusedRequest: there is no such model, or it is served in another version.
+        """
+        served = self.bundles.current
+        if name != self.name:
+            msg = f"there is no model {shown(name)}; this server has {self.name!r}"
+            raise not_found(msg)
+        if version and version != served.version:
+            msg = f"model {self.name!r} has no version {shown(version)}; it is served in {served.version!r}"
+            raise not_found(msg)
+        return served
+
+    async def predict(
+        self,
+        served: ServedBundle,
+        rows: Rows,
+        *,
+        num_bytes: int,
+        request_id: str,
+        started_s: float,
+        timeout_us: int | None = None,
+        is_gone: Callable[[], bool] = lambda: False,
+    ) -> Answer:
+        """The probabilities of rows.
+
+        Args:
+            served: what predicts them.
+            rows: B rows.
+            num_bytes: how many they came as.
+            request_id: for the log.
+            started_s: when the request came, by `time.perf_counter`.
+            timeout_us: the client's own deadline, from then.
+            is_gone: whether the client has closed the connection.
+
+        Raises:
+            RefusedRequest: a row is wrong, there is no time or room for the rows, or the bundle is damaged.
+        """
+        if served is self._damaged:
+            raise _damaged()
+        check_num_rows(len(rows), self.options.max_rows_per_request)
+        limit_s = self.options.deadline_ms / 1e3
+        if timeout_us is not None:
+            limit_s = min(limit_s, timeout_us / 1e6)
+        self.metrics.stage_done("read", time.perf_counter() - started_s)
+        try:
+            answer = await self.batcher.submit(
+                served,
+                rows,
+                num_bytes=num_bytes,
+                request_id=request_id,
+                deadline_s=started_s + limit_s,
+                is_abandoned=is_gone,
+            )
+        except RowError as error:
+            raise bad_request(str(error)) from error
+        except RefusedRequest:
+            raise
+        except Exception as error:
+            # Of a bundle that is damaged any error may come.
+            if served.find_damage() is None:
+                raise
+            self.is_damaged()
+            raise _damaged() from error
+        self.metrics.stage_done("queue", answer.queue_s)
+        self.metrics.stage_done("encode", answer.encode_s)
+        self.metrics.stage_done("model", answer.model_s)
+        return answer
+
+    async def reload(self) -> Mapping[str, str]:
+        """Serve what lies at the bundle's path now: what came of it.
+
+        Raises:
+            TorchDLRMError: it cannot be served; the old bundle is, as before.
+        """
+        before = self.bundles.current.version
+        try:
+            outcome = await self.bundles.reload()
+        except TorchDLRMError as error:
+            self.metrics.swap_done("failed")
+            self.lines.write("error", "swap failed", version=before, message=str(error))
+            raise
+        self.metrics.swap_done(outcome)
+        self.lines.note(f"bundle {outcome}", before=before, version=self.bundles.current.version)
+        return {"outcome": outcome, "model": self.name, "version": self.bundles.current.version}
+
+    def _swapped(self, before: ServedBundle, after: ServedBundle) -> None:
+        self._damaged = None
+        self.metrics.bundle_served(self.name, after.version, before=before.version)
+
+    def _batch_done(self, report: BatchReport) -> None:
+        self.metrics.batch_done(report)
+        if self._request_log is not None:
+            assert isinstance(report.model, ServedBundle)
+            self._request_log.add(report, report.model)
+
+
+async def off_loop_if_large(parse: Callable[[], Parsed], num_bytes: int) -> Parsed:
+    """What `parse` gives; in a thread where there are many bytes to parse, so that other requests need not wait."""
+    return await asyncio.to_thread(parse) if num_bytes > LARGE_BYTES else parse()
+
+
+def _damaged() -> RefusedRequest:
+    msg = "the model on this server is damaged, and nothing is predicted until another bundle is loaded"
+    return RefusedRequest(HTTPStatus.SERVICE_UNAVAILABLE, msg)
+
+
+def settle_threads(options: ServeOptions) -> None:
+    """Share the cores between the processes of a server, and those of each between its model and everything else.
+
+    A model whose threads must wait for a core that reads requests takes ten times as long as on fewer threads.
+    """
+    torch.set_num_threads(options.num_threads or threads_of_model(options.workers))
+    # How long the loop may have to wait for the interpreter while the model's thread computes in Python.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+
+
+async def watch(service: Service, interval_s: float = 1.0) -> None:
+    """Keep the gauge of waiting rows fresh for the scrapes that other processes answer, and an eye on the bundle."""
+    while True:
+        with contextlib.suppress(OSError):  # where the files of several processes are; whoever asks for them is told
+            service.metrics.note_queue()
+        service.is_damaged()
+        await asyncio.sleep(interval_s)

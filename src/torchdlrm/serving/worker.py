@@ -1,0 +1,169 @@
+"""One process that serves: its event loop, its signals, its end.
+
+In: options and a socket that is listened to.  Out: the exit code.  SIGTERM and SIGINT drain: readiness turns false,
+requests go on being answered, and when the last one is, the process ends with 0.  SIGHUP swaps the bundle.
+"""
+
+import asyncio
+import contextlib
+import gc
+import ipaddress
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import parent_process
+
+import uvicorn
+
+from torchdlrm.errors import TorchDLRMError
+from torchdlrm.serving.app import build_app
+from torchdlrm.serving.bundles import ServedBundle
+from torchdlrm.serving.connection import Connections
+from torchdlrm.serving.log_lines import LibraryHandler, LogLines
+from torchdlrm.serving.open_inference.grpc import GrpcServer
+from torchdlrm.serving.options import ServeOptions
+from torchdlrm.serving.service import Service, settle_threads, watch
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a process says when it can be asked: its model's name and version, and the port of gRPC, if any."""
+
+    model: str
+    version: str
+    grpc_port: int | None
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn without its handlers of signals: the process ends with 0 after a signal, not by it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the loop's handlers."""
+        yield
+
+
+def run_worker(
+    options: ServeOptions, listener: socket.socket, ready: Callable[[Ready], None], *, is_first_check: bool = True
+) -> int:
+    """Serve until a signal says to stop.
+
+    Args:
+        options: of the server.
+        listener: listens for HTTP.
+        ready: is told when requests can be answered.
+        is_first_check: whether nobody has verified the bundle before.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        BundleError: the bundle cannot be served.
+        ConfigError: the port of gRPC cannot be had, or the log of predictions cannot be written.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # waits until there is a handler
+    settle_threads(options)
+    lines = LogLines(options.log_level)
+    logging.getLogger().handlers = [LibraryHandler(lines)]
+    verify = options.verify if is_first_check else "lazy"
+    # The service alone knows the bundle: after a swap nothing else keeps the old one.
+    service = Service(options, ServedBundle.open(options.bundle, verify=verify), lines, _tell_others)
+    # What is loaded stays: the collector need not look at it again, least of all while somebody waits.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+    try:
+        with asyncio.Runner(loop_factory=_new_loop) as runner:
+            runner.run(_serve(service, listener, ready))
+    finally:
+        lines.close()
+    return 0
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    import uvloop  # noqa: PLC0415 - not at all where only the options of a server are wanted
+
+    return uvloop.new_event_loop()
+
+
+def _tell_others() -> None:
+    parent = parent_process()
+    if parent is not None and parent.pid is not None:
+        os.kill(parent.pid, signal.SIGHUP)
+
+
+async def _serve(service: Service, listener: socket.socket, ready: Callable[[Ready], None]) -> None:
+    loop = asyncio.get_running_loop()
+    options, lines, parent = service.options, service.lines, parent_process()
+    # Answers are small: who does not take them need not fill megabytes of the kernel's memory.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 256 << 10)
+    connections = Connections(options, lines)
+    config = uvicorn.Config(
+        build_app(service),
+        http=connections,  # type: ignore[arg-type]  # what makes a protocol, if no class of it
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # anybody on this machine could write any client into the log
+        timeout_graceful_shutdown=int(options.shutdown_timeout_s),
+        backlog=2048,
+    )
+    server = _Server(config)
+    rpc = None
+    if options.grpc_port is not None:
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        rpc = GrpcServer(service, f"{host}:{options.grpc_port}", share_port=options.workers > 1)
+        await rpc.start()
+    await service.start()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    if parent is not None:
+        loop.add_reader(parent.sentinel, _parent_died, loop, parent.sentinel, stopping)
+    swaps: set[asyncio.Task[None]] = set()
+
+    def swap() -> None:
+        task = loop.create_task(_reload(service))
+        swaps.add(task)
+        task.add_done_callback(swaps.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, swap)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+    beside = [loop.create_task(watch(service)), loop.create_task(connections.watch())]
+    serving = loop.create_task(server.serve([listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.005)
+    version = service.bundles.current.version
+    address = list(listener.getsockname()[:2])
+    lines.note("serving", pid=os.getpid(), model=service.name, version=version, address=address)
+    if not service.keys and not ipaddress.ip_address(address[0]).is_loopback:
+        msg = "whoever can reach this address is answered; --api-key-file lets in those alone who have a key"
+        lines.write("warning", "no API key", message=msg)
+    ready(Ready(service.name, version, None if rpc is None else rpc.port))
+    await asyncio.wait({serving, loop.create_task(stopping.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    service.drain()
+    lines.note("draining")
+    await asyncio.sleep(options.drain_s)
+    server.should_exit = True
+    if rpc is not None:
+        await rpc.stop(options.shutdown_timeout_s)
+    await serving
+    for task in beside:
+        task.cancel()
+    service.close()
+    lines.note("stopped")
+
+
+async def _reload(service: Service) -> None:
+    with contextlib.suppress(TorchDLRMError):  # is in the log
+        await service.reload()
+
+
+def _parent_died(loop: asyncio.AbstractEventLoop, sentinel: int, stopping: asyncio.Event) -> None:
+    loop.remove_reader(sentinel)
+    stopping.set()

@@ -1,0 +1,1 @@
+"""The table kernels and their optimizers: all that reaches into FBGEMM."""

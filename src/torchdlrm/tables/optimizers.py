@@ -1,0 +1,79 @@
+"""The optimizers of the tables, which FBGEMM runs inside its backward."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+    WeightDecayMode,
+)
+from torch import nn
+
+from torchdlrm.config import TableOptimizerConfig, TableOptimizerName
+from torchdlrm.errors import ConfigError
+
+_TABLE_OPTIMIZERS: Mapping[TableOptimizerName, EmbOptimType] = {
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adam": EmbOptimType.ADAM,
+    "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM,
+    "lamb": EmbOptimType.LAMB,
+    "partial_rowwise_lamb": EmbOptimType.PARTIAL_ROWWISE_LAMB,
+}
+# FBGEMM 1.8 asserts this. LARS, which it has too, cannot be saved: it gives TorchRec no state by name.
+ON_CPU: tuple[TableOptimizerName, ...] = ("rowwise_adagrad", "adagrad", "sgd")
+
+
+def check_table_optimizer(config: TableOptimizerConfig, device: torch.device) -> None:
+    """Refuse what FBGEMM does not have on this device.
+
+    Raises:
+        ConfigError: the optimizer, or its weight decay, has no CPU kernel; lists both.
+    """
+    if device.type != "cpu":
+        return
+    problems = []
+    if config.name not in ON_CPU:
+        problems.append(
+            f"table_optimizer.name: FBGEMM has {config.name} for GPUs alone; on CPU choose one of {', '.join(ON_CPU)}"
+        )
+    if config.weight_decay:
+        # The CPU kernel takes the argument and ignores it.
+        problems.append(
+            f"table_optimizer.weight_decay: FBGEMM's CPU kernels have none, got {config.weight_decay}; leave it at 0 "
+            "on CPU (dense_optimizer.weight_decay works everywhere)"
+        )
+    if problems:
+        raise ConfigError("\n".join(["the tables cannot be trained so on this device:", *(f"  {p}" for p in problems)]))
+
+
+def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
+    """What FBGEMM's tables need to know to update themselves during the backward."""
+    params: dict[str, Any] = {
+        "optimizer": _TABLE_OPTIMIZERS[config.name],
+        "learning_rate": config.learning_rate,
+    }
+    if config.name != "sgd":
+        params["eps"] = config.eps
+    if config.name.endswith(("adam", "lamb")):
+        params |= {"beta1": config.beta1, "beta2": config.beta2, "weight_decay": config.weight_decay}
+    elif config.weight_decay:  # the kinds of adam and lamb have no other mode than decoupled
+        params |= {"weight_decay": config.weight_decay, "weight_decay_mode": WeightDecayMode.DECOUPLE}
+    return params
+
+
+def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """FBGEMM's modules inside a sharded model; each holds several of this rank's tables and their optimizer."""
+    for module in model.modules():
+        for lookup in getattr(module, "_lookups", ()):  # a plain list in TorchRec: modules() does not look into it
+            yield from (part for part in lookup.modules() if isinstance(part, SplitTableBatchedEmbeddingBagsCodegen))
+
+
+def fill_accumulators(model: nn.Module, value: float) -> None:
+    """Let the tables' sums of squares start from `value`; FBGEMM knows zero alone."""
+    for kernel in table_kernels(model):
+        for states in kernel.split_optimizer_states():
+            states[0].fill_(value)

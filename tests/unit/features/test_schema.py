@@ -1,0 +1,91 @@
+"""What is wrong with a schema file is told in the words of the file."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from torchdlrm.errors import SchemaError
+from torchdlrm.features.schema import FeatureSchema, _in_schema_file, load_schema
+
+GOOD = """
+name = "shop"
+separator = ","
+columns = [
+    { role = "label", name = "click" },
+    { role = "dense", name = "price", kind = "float", transform = "standardize" },
+    { role = "sparse", name = "city", kind = "string" },
+]
+[split]
+rule = "order"
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ('name = "shop"', 'nam = "shop"', "nam: there is no such key; did you mean name?"),
+        ('name = "shop"\n', "", "name: is missing"),
+        ('"order"', '"ordr"', "split.rule: must be one of 'criteo', 'order', 'random', 'time', not 'ordr'"),
+        ("[split]", "[split]\nheader = true", "it stands below [split] and so belongs to it: move it above"),
+        (
+            'role = "dense"',
+            'role = "densee"',
+            "'label', 'dense', 'sparse', 'time', 'ignore', not 'densee'; did you mean dense?",
+        ),
+        ('role = "dense", ', "", "column 2 (price): has no role; it is one of label, dense, sparse, time, ignore"),
+        ("transform", "transfrom", "column 2 (price): transfrom: there is no such key of a dense column; did you mean"),
+        (
+            '"float"',
+            '"flaot"',
+            "column 2 (price): kind: must be one of 'int', 'float', not 'flaot'; did you mean float?",
+        ),
+        (
+            '"city"',
+            '"the city"',
+            "column 3 (the city): name: 'the city' is not made of letters, digits and _, no digit",
+        ),
+        ('"city"', '"the city"', 'write name = "the_city", header_name = "the city"'),
+        ('"city"', '"price"', "columns 2 and 3 are both named 'price'"),
+        ('"city"', '"city", max_values = 3', "column 3 (city): max_values needs value_separator"),
+        ('"click"', '"click", threshold = "x"', "column 1 (click): threshold: must be a valid number, got 'x'"),
+        ('"label"', '"ignore"', "exactly one column must have the role 'label'"),
+        ("columns = [", "columns = [ 3,", "column 1: must be a table { key = value, ... }, got 3"),
+    ],
+)
+def test_a_mistake_in_a_schema_file_is_told_by_column_key_value_and_remedy(tmp_path, right, wrong, message):
+    assert right in GOOD
+    path = tmp_path / "my.toml"
+    path.write_text(GOOD)
+    load_schema(str(path))
+    path.write_text(GOOD.replace(right, wrong, 1))
+    with pytest.raises(SchemaError) as error:
+        load_schema(str(path))
+    told = str(error.value)
+    assert f"{path}: the schema is wrong:" in told
+    assert message in told
+    assert "columns." not in told
+    assert "nput should" not in told
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+)
+COLUMN = {"role": "sparse", "name": "city", "kind": "string"}
+KEYS = st.sampled_from(["role", "name", "kind", "threshold", "value_separator", "max_values", "hash", "x", ""])
+
+
+@given(
+    st.dictionaries(KEYS, VALUES, max_size=3), VALUES, st.dictionaries(st.sampled_from(["columns", "split"]), VALUES)
+)
+def test_every_mistake_has_words(of_column, other_column, of_schema):
+    raw = {"name": "shop", "columns": [{**COLUMN, **of_column}, other_column], **of_schema}
+    try:
+        FeatureSchema.model_validate(raw)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            told = _in_schema_file(item, raw)
+            assert "pydantic" not in told
+            assert not told.startswith("columns.")

@@ -1,0 +1,116 @@
+"""Counts -> ids, and the file that keeps them."""
+
+import random
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchdlrm.errors import DatasetError
+from torchdlrm.features.vocabulary import VALUE_TYPES, Vocabulary, dictionary_encode, hex_digits, merge_counts
+
+VALUES = {
+    "string": st.none()
+    | st.sampled_from(["", "a", "A", "Köln", "東京", "\U0001f600", "a longer text than twelve bytes"]),
+    "int": st.none() | st.sampled_from([0, -1, 2**63 - 1, -(2**63)]),
+    "hex": st.none() | st.sampled_from([0, 1, 0xABCDEF, 2**32 - 1]),
+}
+
+
+def fit(kind, values, *, min_count=1, max_rows=None):
+    column = dictionary_encode(pl.Series("f", values, dtype=VALUE_TYPES[kind]))
+    counts = merge_counts([(column.values, column.counts(slice(None)))])
+    return Vocabulary.from_counts("f", kind, counts, min_count=min_count, max_rows=max_rows)
+
+
+def expected_ids(values, *, min_count, max_rows):
+    """By the contract, in plain Python; text sorts by its UTF-8 bytes."""
+
+    def key(value):
+        return (-counts[value], value is not None, value.encode() if isinstance(value, str) else value)
+
+    counts = Counter(values)
+    kept = sorted((value for value in counts if counts[value] >= min_count), key=key)
+    return {value: i + 1 for i, value in enumerate(kept[: None if max_rows is None else max_rows - 1])}
+
+
+@pytest.mark.parametrize("kind", list(VALUES))
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), min_count=st.integers(1, 3), max_rows=st.none() | st.integers(2, 5))
+def test_ids_fall_with_counts_and_ties_rise_with_values(kind, data, min_count, max_rows):
+    values = data.draw(st.lists(VALUES[kind], min_size=1, max_size=20))
+    vocabulary = fit(kind, values, min_count=min_count, max_rows=max_rows)
+    ids = expected_ids(values, min_count=min_count, max_rows=max_rows)
+    assert dict(zip(vocabulary.table["value"], vocabulary.table["id"], strict=True)) == ids
+    assert vocabulary.num_embeddings == len(ids) + 1
+    assert vocabulary.missing_id == ids.get(None)
+    found = vocabulary.lookup(pl.Series("f", values, dtype=VALUE_TYPES[kind]))
+    assert found.to_list() == [ids.get(value, 0) for value in values]
+    assert found.dtype == pl.Int32
+
+
+def test_a_value_never_met_and_a_missing_one_without_id_are_unknown():
+    vocabulary = fit("int", [5, 5, 7])
+    assert vocabulary.lookup(pl.Series("f", [7, None, 6, 5], dtype=pl.Int64)).to_list() == [2, 0, 0, 1]
+
+
+def test_lookup_keeps_the_order_of_many_rows():
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 50_000, 400_000)
+    vocabulary = fit("int", values, min_count=8)
+    ids = dict(zip(vocabulary.table["value"], vocabulary.table["id"], strict=True))
+    assert vocabulary.lookup(pl.Series("f", values)).to_list() == [ids.get(value, 0) for value in values.tolist()]
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=st.lists(VALUES["string"], max_size=30), cuts=st.lists(st.integers(0, 30), max_size=4))
+def test_partial_counts_add_up_to_the_count_of_the_whole(values, cuts):
+    edges = sorted([0, len(values), *(min(cut, len(values)) for cut in cuts)])
+    columns = [dictionary_encode(pl.Series("f", values[start:end], dtype=pl.String)) for start, end in pairwise(edges)]
+    if columns:
+        merged = merge_counts((column.values, column.counts(slice(None))) for column in columns)
+        assert dict(merged.rows()) == Counter(values)
+
+
+def test_counts_of_a_part_of_the_rows_leave_out_the_other_rows():
+    column = dictionary_encode(pl.Series("f", ["a", None, "b", "a", "c"]))
+    counts = merge_counts([(column.values, column.counts(slice(1, 4)))])
+    assert dict(counts.rows()) == {None: 1, "b": 1, "a": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("string", ["b", "b", None, "Köln", "", "a\tb"]),
+        ("int", [None, -(2**63), 2**63 - 1, 0]),
+        ("hex", [None, 0, 0xDEADBEEF, 2**32 - 1]),
+        ("string", []),
+        ("hex", []),
+    ],
+)
+def test_a_vocabulary_is_read_as_it_was_written(tmp_path, kind, values):
+    vocabulary = fit(kind, values)
+    vocabulary.write(tmp_path / "f.parquet")
+    found = Vocabulary.read(tmp_path / "f.parquet", "f", kind)
+    assert found.table.equals(vocabulary.table)
+    assert found.table.schema == vocabulary.table.schema
+
+
+def test_hex_values_are_written_as_eight_lower_case_digits(tmp_path):
+    rng = random.Random(3)
+    values = [None, 0, 10, 2**32 - 1, *(rng.randrange(2**32) for _ in range(1000))]
+    expected = [None if value is None else f"{value:08x}" for value in values]
+    assert hex_digits(pl.Series("f", values, dtype=pl.UInt32)).to_list() == expected
+    fit("hex", [0xAB]).write(tmp_path / "f.parquet")
+    assert pl.read_parquet(tmp_path / "f.parquet").rows() == [("000000ab", 1, 1)]
+
+
+def test_a_damaged_vocabulary_is_reported(tmp_path):
+    path = tmp_path / "f.parquet"
+    path.write_bytes(b"PAR1 no")
+    with pytest.raises(DatasetError, match=r"f\.parquet: the vocabulary cannot be read"):
+        Vocabulary.read(path, "f", "int")

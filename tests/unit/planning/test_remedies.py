@@ -1,0 +1,86 @@
+"""What is said when tables do not fit, checked by planning again with what it says."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from torchdlrm.errors import PlanError
+from torchdlrm.planning.remedies import remedies, shortfall
+from torchdlrm.planning.sweep import parse_sweep, run_sweep
+from torchdlrm.sharding.devices import device_named
+from torchdlrm.sharding.planner import PlanOptions
+from torchdlrm.sharding.problem import Problem, solve, try_solve
+from torchdlrm.sharding.tables import check_tables, preset_tables, read_tables
+from torchdlrm.sharding.topology import machine_of
+
+
+def asked(devices=4, optimizer="rowwise_adagrad", preset="criteo-1tb-40m"):
+    machine = machine_of(device_named("a100-80gb"), num_devices=devices)
+    return Problem(tuple(preset_tables(preset, 128)), machine, PlanOptions(optimizer, 65_536, 0.15))
+
+
+def test_4_gpus_are_too_few_for_26_tables_of_40_million_and_it_says_by_how_much():
+    missing = shortfall(asked())
+    assert missing.needed_bytes == 26 * 40_000_000 * (128 * 4 + 4)
+    assert missing.usable_bytes == 4 * 68 * 10**9
+    assert missing.missing_bytes == missing.needed_bytes - missing.usable_bytes
+    assert missing.rank_missing_bytes == math.ceil(missing.missing_bytes / 4)
+    assert "264.6 GB are missing" in missing.message(asked())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adagrad", "adam"])
+def test_at_least_three_remedies_hold_when_planned_again(optimizer):
+    found = remedies(asked(optimizer=optimizer))
+    assert len(found) >= 3
+    for remedy in found:
+        again = solve(remedy.solution.problem)
+        assert max(cost.device_bytes for cost in again.ranks) <= 0.85 * 80e9
+        assert remedy.price
+
+
+def test_the_fewest_devices_are_the_fewest():
+    (first, *_) = remedies(asked())
+    assert first.options == "--devices 8 --hosts 1"
+    for fewer in range(4, 8):
+        assert try_solve(replace(asked(), machine=machine_of(device_named("a100-80gb"), num_devices=fewer))) is None
+
+
+def test_a_leaner_optimizer_is_offered_where_it_is_enough():
+    found = remedies(asked(devices=8, optimizer="adagrad"))
+    assert any(remedy.options == "--optimizer rowwise_adagrad" for remedy in found)
+
+
+def test_a_sweep_says_from_where_on_tables_fit():
+    points = run_sweep(asked(), parse_sweep(["devices=1,2,4,8,16", "batch=8192,65536"]))
+    assert [point.num_devices for point in points if point.solution is None] == [1, 2, 4] * 2
+    for point in points:
+        if point.solution is not None:
+            hourly = 3600 * point.batch_size_global / (point.solution.step_ms / 1000) / point.num_devices
+            assert point.rows_per_device_hour == pytest.approx(hourly)
+
+
+@pytest.mark.parametrize("axis", ["devices=0", "devices=", "hosts=2", "devices=a", "batch=-1"])
+def test_a_wrong_axis_is_refused(axis):
+    with pytest.raises(PlanError, match="--sweep"):
+        parse_sweep([axis])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("rows\n-5\n", "rows must be from 1"),
+        ("rows,dim\n5,10\n", "multiple of 4"),
+        ("rows,pooling_factor\n5,0\n", "pooling_factor must be above 0"),
+        ("rows\nmany\n", "expected a number, got 'many'"),
+        ("row\n5\n", "not one of name, rows, dim, pooling_factor"),
+        ("name,rows\na,5\na,6\n", "two tables have this name"),
+        ("rows\n", "there is no table"),
+    ],
+)
+def test_a_wrong_table_file_is_refused(tmp_path, content, words):
+    path = tmp_path / "tables.csv"
+    path.write_text(content)
+    with pytest.raises(PlanError) as failure:
+        check_tables(read_tables(path, 16), str(path))
+    assert words in str(failure.value)

@@ -1,0 +1,120 @@
+"""A log is read in chunks, and every row of it is either good or has its place among the bad."""
+
+import gzip
+import os
+import threading
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchdlrm.errors import LogError
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn
+from torchdlrm.prediction.rows_in import STANDARD_INPUT, RowsIn
+
+SCHEMA = FeatureSchema(
+    name="small",
+    separator=",",
+    quote='"',
+    columns=(
+        LabelColumn(name="label"),
+        DenseColumn(name="count", kind="int"),
+        SparseColumn(name="text", kind="string"),
+    ),
+)
+GOOD = ["1,2,a", '0,,"b,\n""c"""', '1,-3,""']
+BAD = ["2,2,a", "1,x,a", "1,2", "", '1,2,a"b', "1,2,\0"]
+
+
+def read(paths, **options):
+    """All chunks as one: frame, positions of bad rows, number of rows, and (line, reason) of the bad rows."""
+    chunks = list(RowsIn(paths, SCHEMA, **options))
+    starts = np.cumsum([0, *(chunk.num_rows for chunk in chunks)])
+    bad = np.concatenate([chunk.bad_positions + start for chunk, start in zip(chunks, starts, strict=False)])
+    lines = sorted(
+        (row.line, reason) for chunk in chunks for reason, rows in chunk.bad_rows.examples.items() for row in rows
+    )
+    return pl.concat([chunk.frame for chunk in chunks]), bad.tolist(), int(starts[-1]), lines
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=st.lists(st.sampled_from(GOOD + BAD), min_size=1, max_size=12), data=st.data())
+def test_every_row_is_good_or_bad_in_its_place_however_the_log_is_cut(rows, data, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "log.csv"
+    # Good rows first: which layout the log has is told by most of its lines.
+    rows = [*["0,1,x"] * 13, *rows]
+    text = "".join(row + "\n" for row in rows)
+    data = text.encode() if data.draw(st.booleans()) else gzip.compress(text.encode())
+    path.write_bytes(data)
+    frame, bad, num_rows, lines = read([path], chunk_bytes=64)
+    assert num_rows == len(rows)
+    assert bad == [i for i, row in enumerate(rows) if row in BAD]
+    starts = np.cumsum([1, *(row.count("\n") + 1 for row in rows)])
+    told, all_bad = {line for line, _ in lines}, {int(starts[i]) for i in bad}
+    assert told <= all_bad
+    assert told == all_bad or len(bad) > 5  # the first five of a chunk and reason are told
+    assert frame.height == len(rows) - len(bad)
+
+
+def test_a_header_shifts_lines_and_not_rows(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"\xef\xbb\xbftext,more,count\na,?,1\nb,?,x\n")
+    frame, bad, num_rows, lines = read([path])
+    assert frame.rows() == [("a", 1)]
+    assert (bad, num_rows, lines) == ([1], 2, [(3, "int")])
+
+
+def test_parquet_gives_what_text_gives(tmp_path):
+    table = pl.DataFrame({"text": ["a", None, "c"], "count": ["1", "2", "x"], "label": ["1", "0", "1"]})
+    table.write_parquet(tmp_path / "log.parquet", row_group_size=1)
+    frame, bad, num_rows, lines = read([tmp_path / "log.parquet"], chunk_bytes=1)
+    assert frame.select("label", "count", "text").rows() == [(1, 1, "a"), (0, 2, None)]
+    assert (bad, num_rows, lines) == ([2], 3, [(3, "int")])
+
+
+@pytest.mark.parametrize("kind", ["text", "gzip", "parquet"])
+def test_standard_input_is_read_like_a_file(kind, tmp_path, monkeypatch):
+    rows = pl.DataFrame({"label": [1, 0] * 500, "count": range(1000), "text": ["a", "b,c"] * 500})
+    rows.write_parquet(tmp_path / "log.parquet")
+    text = rows.write_csv(include_header=False).encode()
+    content = {"text": text, "gzip": gzip.compress(text), "parquet": (tmp_path / "log.parquet").read_bytes()}[kind]
+
+    reading, writing = os.pipe()
+
+    def write():
+        with os.fdopen(writing, "wb", buffering=0) as pipe:
+            for start in range(0, len(content), 3_000):
+                pipe.write(content[start : start + 3_000])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with os.fdopen(reading, "rb") as pipe:
+        monkeypatch.setattr("sys.stdin", pipe)
+        frame, bad, num_rows, _ = read([STANDARD_INPUT], chunk_bytes=1_000)
+    writer.join(timeout=60)
+    assert (bad, num_rows) == ([], 1000)
+    assert frame.select(rows.columns).rows() == rows.rows()
+
+
+def test_standard_input_goes_alone(tmp_path):
+    with pytest.raises(LogError, match="-: standard input is read alone, not among files"):
+        list(RowsIn([STANDARD_INPUT, tmp_path / "log.csv"], SCHEMA))
+
+
+def test_a_gzip_stream_that_is_cut_off_is_told(tmp_path):
+    path = tmp_path / "log.csv.gz"
+    path.write_bytes(gzip.compress(b"1,2,a\n" * 100_000)[:-20])
+    with pytest.raises(LogError, match=r"log\.csv\.gz: the gzip stream is damaged or cut off"):
+        list(RowsIn([path], SCHEMA))
+
+
+def test_columns_are_handed_on_by_either_name(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("label,count,text,user id\n1,2,a,u\n")
+    columns = [*SCHEMA.columns, IgnoredColumn(name="user_id", header_name="user id")]
+    schema = SCHEMA.with_columns(columns).model_copy(update={"header": True})
+    for name in ("user id", "user_id"):
+        (chunk,) = RowsIn([path], schema, handed_on=[name])
+        assert chunk.frame["user_id"].to_list() == ["u"]

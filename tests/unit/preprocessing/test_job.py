@@ -1,0 +1,149 @@
+"""The parts of the preprocessing job by themselves."""
+
+import random
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchdlrm.data import drift
+from torchdlrm.features.schema import SparseColumn
+from torchdlrm.features.transforms import Moments
+from torchdlrm.features.value_hash import hash_values, hashed_ids
+from torchdlrm.features.vocabulary import VALUE_TYPES, Vocabulary
+from torchdlrm.preprocessing.count import rank_values
+from torchdlrm.preprocessing.place import smallest
+from torchdlrm.preprocessing.read import partitions_of
+from torchdlrm.preprocessing.sections import Sections, write_sections
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    numbers=st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3), min_size=1, max_size=30),
+    cut=st.integers(0, 30),
+    data=st.data(),
+)
+def test_the_number_at_a_rank_equals_sorting(numbers, cut, data):
+    rank = data.draw(st.integers(0, len(numbers) - 1))
+    parts = [np.array(part, np.int64) for part in (numbers[:cut], numbers[cut:])]
+    assert smallest(lambda: iter(parts), rank) == sorted(numbers)[rank]
+
+
+def fnv_then_splitmix(text):
+    """The documented hash, byte by byte in plain Python."""
+    value = 0xCBF29CE484222325
+    for byte in text.encode():
+        value = (value ^ byte) * 0x100000001B3 % 2**64
+    return splitmix(value)
+
+
+def mix(x):
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def splitmix(number):
+    golden = 0x9E3779B97F4A7C15
+    start = mix((mix(0) + 4) % 2**64)
+    return mix((start + (number + 1) * golden) % 2**64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=st.lists(st.none() | st.text(max_size=12), max_size=15))
+def test_text_is_hashed_as_the_format_says(values):
+    expected = [0x6D697373696E6721 if value is None else fnv_then_splitmix(value) for value in values]
+    assert hash_values(pl.Series("f", values, pl.String)).tolist() == expected
+    assert hash_values(pl.Series("f", ["x", *values], pl.String)[1:]).tolist() == expected
+
+
+@given(values=st.lists(st.none() | st.integers(-(2**63), 2**63 - 1), max_size=15))
+def test_numbers_are_hashed_as_the_format_says(values):
+    expected = [0x6D697373696E6721 if value is None else splitmix(value % 2**64) for value in values]
+    found = pl.Series("f", values, pl.Int64)
+    assert hash_values(found).tolist() == expected
+    assert hashed_ids(found, 10).tolist() == [value % 10 for value in expected]
+    assert partitions_of(found, 64).tolist() == [value >> 58 for value in expected]
+
+
+@pytest.mark.parametrize("kind", ["string", "int", "hex"])
+@pytest.mark.parametrize("values_at_a_time", [3, 10, 10_000])
+@pytest.mark.parametrize("max_ids", [5, 37, 2**31])
+def test_ranking_by_ranges_equals_ranking_at_once(tmp_path, kind, values_at_a_time, max_ids):
+    rng = random.Random(values_at_a_time)
+    numbers = [None, *rng.sample(range(10**6), 200)]
+    values = [str(n) if kind == "string" and n is not None else n for n in numbers]
+    counts = pl.DataFrame(
+        {
+            "value": pl.Series(values, dtype=VALUE_TYPES[kind]),
+            "count": [rng.choice([2, 2, 2, 3, 9, 400]) for _ in values],
+        }
+    )
+    whole = Vocabulary.from_counts("f", kind, counts, min_count=1, max_rows=max_ids + 1)
+    whole.write(tmp_path / "whole.parquet")
+    parts = partitions_of(counts["value"], 4)
+    files = []
+    for part in range(4):
+        table = counts.filter(pl.Series(parts == part)).sort(
+            ["count", "value"], descending=[True, False], nulls_last=False
+        )
+        files.append(tmp_path / f"counts{part}")
+        write_sections(files[-1], {"counts": table.to_arrow()})
+    targets = [tmp_path / f"ids{part}" for part in range(4)]
+    column = SparseColumn(name="f", kind=kind)
+    result = rank_values(column, files, max_ids, values_at_a_time, None, None, targets, tmp_path / "f.parquet")
+    assert result["num_ids"] == whole.table.height
+    assert (tmp_path / "f.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    found = {}
+    for part, target in enumerate(targets):
+        with Sections(target) as sections:
+            table = pl.DataFrame(sections.table("ids"))
+        assert (partitions_of(table["value"], 4) == part).all()
+        found |= dict(table.rows())
+    assert found == dict(whole.table.select("value", "id").rows())
+
+
+def test_sections_are_read_as_they_were_written_and_nothing_is_left_beside(tmp_path):
+    tables = {
+        "a": pa.table({"x": [1, 2]}),
+        "b/c": pa.table({"y": ["q", None], "z": [0.5, 1.5]}),
+        "d": pa.table({"w": []}),
+    }
+    write_sections(tmp_path / "f", tables)
+    with Sections(tmp_path / "f") as sections:
+        assert all(sections.table(name).equals(table) for name, table in tables.items())
+        assert "a" in sections
+        assert "e" not in sections
+        kept = sections.table("b/c")
+    assert kept["y"].to_pylist() == ["q", None], "tables outlive the file"
+    with pytest.raises(AttributeError):
+        write_sections(tmp_path / "g", {"a": None})
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_divergence_is_zero_for_equal_one_for_disjoint_and_as_computed_between():
+    assert drift.divergence({1: 10, 2: 30}, {1: 1, 2: 3}) == 0
+    assert drift.divergence({1: 5}, {2: 7}) == 1
+    p, q = np.array([0.5, 0.5, 0]), np.array([0.25, 0.25, 0.5])
+    m = (p + q) / 2
+    expected = (sum(x * np.log2(x / y) for x, y in zip(p, m, strict=True) if x) + sum(q * np.log2(q / m))) / 2
+    assert drift.divergence({0: 2, 1: 2}, {0: 1, 1: 1, 2: 2}) == pytest.approx(expected, abs=1e-6)
+    assert drift.divergence({}, {1: 1}) == 0
+
+
+@given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=20))
+def test_ids_are_binned_by_rank(ids):
+    expected = [i if i < 32 else 32 + i.bit_length() for i in ids]
+    assert drift.id_bins(np.array(ids, np.int32)).tolist() == expected
+
+
+def test_huge_numbers_are_standardised():
+    moments = Moments()
+    moments.add(pl.Series([1e300, -1e300, 1e300, -1e300]))
+    fitted = moments.fit()
+    assert (fitted.missing, fitted.deviation) == (0.0, pytest.approx(1e300))
+    frame = pl.DataFrame({"x": [1e300, None, -1.7e308]})
+    assert frame.select(fitted.expression("x"))["x"].to_list() == [1.0, 0.0, pytest.approx(-1.7e8)]

@@ -1,0 +1,18 @@
+"""What a batch is made of: rows of JSON and typed columns, in the order in which they were asked."""
+
+import numpy as np
+
+from torchdlrm.prediction.cells_out import as_json_rows
+from torchdlrm.serving.bundles import ServedBundle
+
+
+def test_rows_and_columns_in_one_batch_keep_their_places(small_bundle):
+    served = ServedBundle.open(small_bundle, verify="full")
+    frame = served.sample(30)[0].select(column.name for column in (*served.schema.dense, *served.schema.sparse))
+    rows = as_json_rows(frame, served.schema)
+    requests = [rows[:2], frame[10:13], rows[5:9], rows[20:21], frame[:1], frame[25:30]]
+    places = [0, 1, 10, 11, 12, 5, 6, 7, 8, 20, 0, *range(25, 30)]
+    encoded, alone = served.encode(requests), served.encode([frame])
+    assert np.array_equal(encoded.dense, alone.dense[places])
+    assert np.array_equal(encoded.sparse, alone.sparse[:, places])
+    assert served.read(requests).equals(frame[places])
