@@ -7,7 +7,7 @@ import pytest
 
 from torchdlrm.config import load_config
 from torchdlrm.errors import UserError
-from torchdlrm.training.prospect import foresee
+from torchdlrm.training.preview import preview_training
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 
@@ -77,7 +77,7 @@ def test_the_training_does_what_was_foretold(foretold, small_dataset, dlrm, tmp_
 def test_what_would_be_refused_is_refused_before_anything_is_written(option, value, expected, small_dataset, tmp_path):
     config = load_config(CONFIG, {option: value})
     with pytest.raises(UserError, match=expected):
-        foresee(config, small_dataset, tmp_path / "run", world_size=1, local_world_size=1, restart=False)
+        preview_training(config, small_dataset, tmp_path / "run", world_size=1, local_world_size=1, restart=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -98,7 +98,9 @@ def test_a_checkpoint_is_written_at_once_where_the_memory_has_no_room_for_a_copy
     memory_bytes = 10_000_000
     for name in ("roomy", "narrow"):
         config = load_config(CONFIG, {**options, "sharding.host_memory_bytes": str(memory_bytes)})
-        about = foresee(config, small_dataset, tmp_path / name, world_size=1, local_world_size=1, restart=False)
+        about = preview_training(
+            config, small_dataset, tmp_path / name, world_size=1, local_world_size=1, restart=False
+        )
         (rank,) = about.solution.ranks
         half_a_copy = (rank.weight_bytes + rank.state_bytes) / 2
         memory_bytes = int((rank.total_bytes + half_a_copy) / 0.85)

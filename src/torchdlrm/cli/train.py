@@ -88,7 +88,7 @@ def train(
     from torchdlrm.cli.train_tables import show_profile, show_prospect, show_summary
     from torchdlrm.data.dataset import Dataset
     from torchdlrm.training.launch import Processes, launch, refusing_everywhere
-    from torchdlrm.training.prospect import foresee
+    from torchdlrm.training.preview import preview_training
     from torchdlrm.training.run import Run
 
     processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id, max_restarts)
@@ -97,7 +97,7 @@ def train(
         if not restart:
             for change in Run(run, settings).check(encoded):
                 console.print(f"changed since the run was started: {change}", markup=False)
-        prospect = foresee(
+        prospect = preview_training(
             settings, encoded, run, world_size=processes.world_size, local_world_size=nproc_per_node, restart=restart
         )
     if processes.crowding:

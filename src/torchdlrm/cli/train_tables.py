@@ -8,14 +8,14 @@ from torchdlrm.cli.plan_tables import print_table
 from torchdlrm.cli.terminal import console, say_undefined, shown_metric
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.planning import report
-from torchdlrm.training.prospect import Prospect
+from torchdlrm.training.preview import TrainingPreview
 from torchdlrm.training.step_profile import read_profiles
 from torchdlrm.training.summary import TrainingSummary
 
 MAX_TABLES = 6
 
 
-def show_prospect(prospect: Prospect, run: Path, *, dry_run: bool) -> None:
+def show_prospect(prospect: TrainingPreview, run: Path, *, dry_run: bool) -> None:
     """Where the tables go, what each rank holds, how many steps; of a run that is complete, that it is."""
     if prospect.is_complete and not dry_run:
         console.print(f"{run} is complete: {prospect.completion}", markup=False, soft_wrap=True)

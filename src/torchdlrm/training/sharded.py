@@ -12,9 +12,9 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchdlrm.config import Config
 from torchdlrm.model.build import build_model, standardize_dense_input
 from torchdlrm.model.dropout import add_dropout
-from torchdlrm.sharding.obey import plan_or_obey
 from torchdlrm.sharding.planner import table_sharder
 from torchdlrm.sharding.problem import Solution
+from torchdlrm.sharding.resolve import load_or_make_plan
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.sharding.weights import initialize_tables
 from torchdlrm.tables.optimizers import fill_accumulators, fused_params
@@ -64,7 +64,7 @@ def build_sharded_model(
     if dense_sample is not None and num_dense_features:
         standardize_dense_input(model.model.dense_arch, dense_sample)
     sharder = table_sharder(fused_params(config.table_optimizer))
-    plan, solution = plan_or_obey(
+    plan, solution = load_or_make_plan(
         model,
         config,
         machine=local_machine(

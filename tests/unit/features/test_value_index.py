@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchdlrm.features.value_hash import hash_number, hash_numbers
 from torchdlrm.errors import DatasetError
-from torchdlrm.features.value_hash import hash_text, hash_values
+from torchdlrm.features.value_hash import hash_number, hash_numbers, hash_text, hash_values
 from torchdlrm.features.value_index import ValueIndex, write_index
 from torchdlrm.features.vocabulary import VALUE_TYPES, Vocabulary, dictionary_encode, merge_counts
 

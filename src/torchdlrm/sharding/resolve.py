@@ -18,7 +18,7 @@ from torchdlrm.sharding.topology import Machine, local_machine
 from torchdlrm.units import show_bytes
 
 
-def plan_or_obey(
+def load_or_make_plan(
     model: nn.Module,
     config: Config,
     *,
@@ -67,7 +67,7 @@ def _check_memory(path: Path, solution: Solution) -> None:
         raise PlanError(msg)
 
 
-def foreseen_plan(
+def preview_plan(
     config: Config, num_embeddings: Mapping[str, int], *, world_size: int, local_world_size: int, device: torch.device
 ) -> Solution:
     """The plan that a training will follow, before any process of it is started.

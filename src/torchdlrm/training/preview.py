@@ -9,9 +9,9 @@ import torch
 from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
-from torchdlrm.sharding.obey import foreseen_plan
 from torchdlrm.sharding.plan_file import plan_as_dict
 from torchdlrm.sharding.problem import Solution
+from torchdlrm.sharding.resolve import preview_plan
 from torchdlrm.tables.optimizers import check_table_optimizer
 from torchdlrm.training.agenda import Agenda, check_early_stopping
 from torchdlrm.training.checkpoint import list_checkpoints
@@ -23,7 +23,7 @@ _WAITS = "checkpoints: the steps wait while one is written, since there is no me
 
 
 @dataclass(frozen=True)
-class Prospect:
+class TrainingPreview:
     """A training to come.
 
     Attributes:
@@ -99,9 +99,9 @@ class Prospect:
         }
 
 
-def foresee(
+def preview_training(
     config: Config, dataset: Dataset, run: Path, *, world_size: int, local_world_size: int, restart: bool
-) -> Prospect:
+) -> TrainingPreview:
     """Look ahead, and refuse now what would be refused later.
 
     Args:
@@ -128,7 +128,7 @@ def foresee(
         raise DatasetError(msg)
     agenda = Agenda.of(config, rows)
     check_early_stopping(config, agenda, validation_rows=dataset.splits["val"].rows)
-    solution = foreseen_plan(
+    solution = preview_plan(
         config, dataset.num_embeddings, world_size=world_size, local_world_size=local_world_size, device=device
     )
     validation_rows = min(dataset.splits["val"].rows, config.validation.max_rows or dataset.splits["val"].rows)
@@ -139,4 +139,4 @@ def foresee(
         num_sparse_features=len(dataset.sparse_names),
         device=device,
     )
-    return Prospect(config, agenda, solution, precision, validation_rows, max(steps, default=0))
+    return TrainingPreview(config, agenda, solution, precision, validation_rows, max(steps, default=0))
