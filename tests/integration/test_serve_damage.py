@@ -40,7 +40,7 @@ def overwrite(path, data):
 
 
 def until(answer, status, limit_s=20):
-    """Ask again until an answer has that status, and give it."""
+    """PlanRequest again until an answer has that status, and give it."""
     started_s = time.monotonic()
     while (found := answer()).status_code != status:
         assert time.monotonic() - started_s < limit_s, found.text

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from torchdlrm.cli.overrides import Overrides, split_config
-from torchdlrm.cli.plan_options import Ask
+from torchdlrm.cli.plan_options import PlanRequest
 from torchdlrm.cli.terminal import console, print_json, progress_bars
 from torchdlrm.config import load_config
 
@@ -19,7 +19,7 @@ Axes = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")]
 
 def plan(
     *config: Overrides,
-    ask: Ask = Ask(),  # noqa: B008 - frozen, and what the parser fills
+    ask: PlanRequest = PlanRequest(),  # noqa: B008 - frozen, and what the parser fills
     out: Path | None = None,
     html: Path | None = None,
     sweep: Axes = (),
@@ -52,18 +52,18 @@ def plan(
         print_json(result)
 
 
-def _problem(tokens: tuple[str, ...], ask: Ask, *, measure: bool) -> "Problem":
-    from torchdlrm.planning import question
+def _problem(tokens: tuple[str, ...], ask: PlanRequest, *, measure: bool) -> "Problem":
+    from torchdlrm.planning import plan_request
 
     path, overrides = split_config(tokens)
     settings = load_config(ask.run / "config.toml" if ask.run is not None and path is None else path, overrides)
-    machine = question.question_machine(
-        question.MachineQuestion(ask.device_name, ask.num_devices, ask.hosts, ask.sizes), settings
+    machine = plan_request.resolve_machine(
+        plan_request.MachineSpec(ask.device_name, ask.num_devices, ask.hosts, ask.sizes), settings
     )
-    tables = question.question_tables(
+    tables = plan_request.resolve_tables(
         settings, dataset=ask.dataset, run=ask.run, named=ask.tables, max_rows=ask.max_rows
     )
-    problem = question.question_problem(
+    problem = plan_request.resolve_problem(
         settings, tables, machine, optimizer=ask.optimizer, precision=ask.precision, constraints=ask.constraint
     )
     if not measure:

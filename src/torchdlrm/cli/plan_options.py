@@ -14,7 +14,7 @@ Size = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class Ask:
+class PlanRequest:
     """Tables and machine.
 
     Attributes:

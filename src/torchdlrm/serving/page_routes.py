@@ -54,7 +54,7 @@ def _add(router: APIRouter, path: str, name: str, content: bytes) -> None:
         "Content-Security-Policy": CONTENT_SECURITY_POLICY,
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
-        # Ask each time: after an upgrade of the server an old script must not meet a new page.
+        # PlanRequest each time: after an upgrade of the server an old script must not meet a new page.
         "Cache-Control": "no-cache",
         "ETag": etag,
     }

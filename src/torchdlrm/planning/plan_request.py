@@ -37,7 +37,7 @@ _RATES = {
 
 
 @dataclass(frozen=True)
-class MachineQuestion:
+class MachineSpec:
     """The machine as it was asked for.
 
     Attributes:
@@ -53,7 +53,7 @@ class MachineQuestion:
     sizes: Mapping[str, str]
 
 
-def question_machine(asked: MachineQuestion, config: Config) -> Machine:
+def resolve_machine(asked: MachineSpec, config: Config) -> Machine:
     """The machine to plan for.
 
     Raises:
@@ -100,7 +100,7 @@ def _with_sizes(machine: Machine, sizes: Mapping[str, str]) -> Machine:
     )
 
 
-def question_tables(
+def resolve_tables(
     config: Config, *, dataset: Path | None, run: Path | None, named: str | None, max_rows: int | None
 ) -> tuple[Table, ...]:
     """The tables to plan for.
@@ -144,7 +144,7 @@ def question_tables(
     return tuple(tables)
 
 
-def question_problem(
+def resolve_problem(
     config: Config,
     tables: tuple[Table, ...],
     machine: Machine,
