@@ -12,7 +12,7 @@ from torchdlrm.units import show_bytes
 
 if TYPE_CHECKING:
     from torchdlrm.bundle.bundle import Bundle
-    from torchdlrm.exporting.sensitivity import Trade
+    from torchdlrm.exporting.sensitivity import PrecisionSearch
 
 
 def show(folder: Path, *, num_values: int, as_json: bool) -> None:  # noqa: ARG001 - a bundle has no values to show
@@ -69,7 +69,7 @@ def print_check(bundle: "Bundle") -> None:
     )
 
 
-def print_trade(trade: "Trade") -> None:
+def print_trade(trade: "PrecisionSearch") -> None:
     """Print what each table costs and saves at each precision, and what was chosen."""
     title = f"logloss increase expected of each table alone, on {trade.rows:,} rows, in millionths"
     table = Table("feature", title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
@@ -91,7 +91,7 @@ def print_trade(trade: "Trade") -> None:
     )
 
 
-def summary(bundle: "Bundle", trade: "Trade | None") -> dict[str, Any]:
+def summary(bundle: "Bundle", trade: "PrecisionSearch | None") -> dict[str, Any]:
     """For JSON."""
     content = bundle.manifest.model_dump(
         mode="json", exclude={"files", "block_sha256", "block_bytes", "feature_schema"}

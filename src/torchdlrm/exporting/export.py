@@ -41,7 +41,7 @@ from torchdlrm.errors import RunError
 from torchdlrm.exporting.checkpoint_model import CheckpointModel
 from torchdlrm.exporting.checkpoint_reader import CheckpointReader
 from torchdlrm.exporting.held_out import held_out_rows, held_out_split
-from torchdlrm.exporting.sensitivity import SENSITIVITY_ROWS, Trade, choose_precisions
+from torchdlrm.exporting.sensitivity import SENSITIVITY_ROWS, PrecisionSearch, choose_precisions
 from torchdlrm.features.transforms import encode
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.checkpoint import ChosenCheckpoint, checkpoint_path, find_checkpoint, find_damage
@@ -105,7 +105,7 @@ class Exported:
 
     bundle: Bundle
     checkpoint: ChosenCheckpoint
-    trade: Trade | None
+    trade: PrecisionSearch | None
     dense_reason: str
 
 
@@ -184,7 +184,7 @@ def export(
 
 def _trade(
     model: CheckpointModel, run: Run, dataset: Dataset, options: ExportOptions, progress: ProgressListener
-) -> Trade:
+) -> PrecisionSearch:
     # The rows of the check stay unseen where there are others.
     split = "val" if dataset.splits["val"].rows else held_out_split(dataset)
     return choose_precisions(
@@ -202,7 +202,7 @@ def _max_increase(options: ExportOptions) -> float:
     return AUTO_LOGLOSS_INCREASE if options.max_logloss_increase is None else options.max_logloss_increase
 
 
-def _precisions(dataset: Dataset, options: ExportOptions, trade: Trade | None) -> dict[str, TablePrecision]:
+def _precisions(dataset: Dataset, options: ExportOptions, trade: PrecisionSearch | None) -> dict[str, TablePrecision]:
     if trade is not None:
         return trade.precisions
     assert options.precision != "auto"

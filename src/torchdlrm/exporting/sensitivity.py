@@ -36,7 +36,7 @@ _LOWER = TABLE_PRECISIONS[1:]
 
 
 @dataclass(frozen=True)
-class TableTrade:
+class PrecisionChoice:
     """A table's costs and what was chosen.
 
     Attributes:
@@ -53,7 +53,7 @@ class TableTrade:
 
 
 @dataclass(frozen=True)
-class Trade:
+class PrecisionSearch:
     """What was chosen for all tables.
 
     Attributes:
@@ -64,7 +64,7 @@ class Trade:
         measured_increase: of the logloss on the labels of these rows, all tables together.
     """
 
-    tables: dict[str, TableTrade]
+    tables: dict[str, PrecisionChoice]
     rows: int
     max_logloss_increase: float
     expected_increase: float
@@ -85,7 +85,7 @@ def choose_precisions(
     dim: int,
     max_logloss_increase: float,
     progress: ProgressListener,
-) -> Trade:
+) -> PrecisionSearch:
     """Measure every table at every precision, and choose.
 
     Args:
@@ -136,9 +136,10 @@ def choose_precisions(
         allowance /= 2
     else:
         chosen, measured = dict.fromkeys(chosen, "float32"), LoglossIncrease(0.0, 0.0)
-    return Trade(
+    return PrecisionSearch(
         tables={
-            name: TableTrade(num_embeddings[name], sizes[name], costs[name], chosen[name]) for name in num_embeddings
+            name: PrecisionChoice(num_embeddings[name], sizes[name], costs[name], chosen[name])
+            for name in num_embeddings
         },
         rows=len(labels),
         max_logloss_increase=max_logloss_increase,

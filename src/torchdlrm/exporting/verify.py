@@ -41,7 +41,7 @@ _BATCH_ROWS = 1_024
 
 
 @dataclass(frozen=True)
-class Way:
+class PredictionPath:
     """A way to the predictions, and how far they are from those of the way before.
 
     Attributes:
@@ -68,7 +68,7 @@ class Verification:
 
     rows: int
     bad_rows: int
-    ways: tuple[Way, ...]
+    ways: tuple[PredictionPath, ...]
 
     @property
     def agrees(self) -> bool:
@@ -162,7 +162,7 @@ def verify(
 
 def _compared(
     logits: dict[str, NDArray[np.floating]], labels: pl.Series | None, predictor: Predictor
-) -> tuple[Way, ...]:
+) -> tuple[PredictionPath, ...]:
     manifest = predictor.bundle.manifest
     allowed = {
         "rounded": tolerance([record.precision for record in manifest.sparse.values()], "float32").difference,
@@ -181,7 +181,7 @@ def _compared(
         metrics = None
         if labels is not None and is_labelled is not None:
             metrics = binary_metrics(labels.drop_nulls().to_numpy(), found[is_labelled])
-        ways.append(Way(name, difference, allowed.get(name), metrics))
+        ways.append(PredictionPath(name, difference, allowed.get(name), metrics))
         before = probabilities
     return tuple(ways)
 

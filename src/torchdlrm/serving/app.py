@@ -21,26 +21,26 @@ from starlette.types import Scope
 from torchdlrm import __version__
 from torchdlrm.errors import TorchDLRMError
 from torchdlrm.serving.exchange import ARRIVED, IS_GONE, IS_WHOLE
-from torchdlrm.serving.gate import REQUEST_ID, Gate, refusal
 from torchdlrm.serving.metrics import CONTENT_TYPE
 from torchdlrm.serving.open_inference.columns import model_metadata
 from torchdlrm.serving.open_inference.http import EXTENSIONS, HEADER_LENGTH, InferRequest, format_infer, parse_infer
 from torchdlrm.serving.openapi import document
 from torchdlrm.serving.page_routes import page_router
-from torchdlrm.serving.people import describe, read_rows
 from torchdlrm.serving.refusals import RefusedRequest, too_large, too_slow
+from torchdlrm.serving.request_middleware import REQUEST_ID, RequestMiddleware, refusal
+from torchdlrm.serving.row_routes import describe, read_rows
 from torchdlrm.serving.service import Service, off_loop_if_large
 
 MODEL = "/v2/models/{name}"
 VERSION = MODEL + "/versions/{version}"
 
 
-def build_app(service: Service) -> Gate:
+def build_app(service: Service) -> RequestMiddleware:
     """Everything that is answered over HTTP."""
     app = FastAPI(title="torchdlrm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.openapi = lambda: document(service)  # type: ignore[method-assign]  # as FastAPI's documentation has it
     app.include_router(page_router())
-    app.router.routes += [*_people(service), *_open_inference(service), *_operators(service)]
+    app.router.routes += [*_row_routes(service), *_open_inference(service), *_operators(service)]
 
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, RefusedRequest)
@@ -56,7 +56,7 @@ def build_app(service: Service) -> Gate:
     app.add_exception_handler(RefusedRequest, refused)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, unforeseen)
-    return Gate(app, service)
+    return RequestMiddleware(app, service)
 
 
 class _PlainRoute(Route):
@@ -72,7 +72,7 @@ class _PlainRoute(Route):
         return match, {**child_scope, "route": self}
 
 
-def _people(service: Service) -> list[Route]:
+def _row_routes(service: Service) -> list[Route]:
     async def predict(request: Request) -> Response:
         body, started_s = await _read_body(request, service)
         served = service.bundles.current

@@ -35,7 +35,7 @@ class Model(Protocol):
     """What predicts; called by one thread at a time."""
 
     @property
-    def is_settled(self) -> bool:
+    def is_verified(self) -> bool:
         """Whether nothing is left to do before its first predictions, so that few rows take the time of few rows."""
 
     def encode(self, requests: Sequence[Rows]) -> EncodedRows:

@@ -75,7 +75,7 @@ class ServedBundle:
         return self.version == other.version and files.identity == others.identity
 
     @property
-    def is_settled(self) -> bool:
+    def is_verified(self) -> bool:
         """Whether all of its weights are checked: what is not is checked before it is used first, which takes time."""
         return self._predictor.bundle.verifier.is_done
 

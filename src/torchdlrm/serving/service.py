@@ -237,7 +237,7 @@ def _damaged() -> RefusedRequest:
     return RefusedRequest(HTTPStatus.SERVICE_UNAVAILABLE, msg)
 
 
-def settle_threads(options: ServeOptions) -> None:
+def configure_threads(options: ServeOptions) -> None:
     """Share the cores between the processes of a server, and those of each between its model and everything else.
 
     A model whose threads must wait for a core that reads requests takes ten times as long as on fewer threads.

@@ -25,7 +25,7 @@ from torchdlrm.serving.connection import Connections
 from torchdlrm.serving.log_lines import LibraryHandler, LogLines
 from torchdlrm.serving.open_inference.grpc import GrpcServer
 from torchdlrm.serving.options import ServeOptions
-from torchdlrm.serving.service import Service, settle_threads, watch
+from torchdlrm.serving.service import Service, configure_threads, watch
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def run_worker(
         ConfigError: the port of gRPC cannot be had, or the log of predictions cannot be written.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # waits until there is a handler
-    settle_threads(options)
+    configure_threads(options)
     lines = LogLines(options.log_level)
     logging.getLogger().handlers = [LibraryHandler(lines)]
     verify = options.verify if is_first_check else "lazy"

@@ -24,7 +24,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 
 from torchdlrm.errors import Interrupted, LostProcessError, TorchDLRMError, TrainingError, UserError
 from torchdlrm.training.agreement import NNODES_VARIABLE, Settings
-from torchdlrm.training.process_group import hush_engines, join_process_group
+from torchdlrm.training.process_group import join_process_group, silence_library_warnings
 
 # To tell nodes that are waiting already; they may also have refused by themselves.
 _REFUSAL_TIMEOUT_S = 15
@@ -88,7 +88,7 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
     """
     if processes.world_size == 1 and not processes.max_restarts:
         return entrypoint(*args)
-    hush_engines()
+    silence_library_warnings()
     several_nodes = processes.nnodes > 1
     config = LaunchConfig(
         min_nodes=processes.nnodes,

@@ -68,7 +68,7 @@ class Ranks:
         return self.world_size > 1 and any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PROCESS)
 
     @contextmanager
-    def answering(self) -> Iterator[None]:
+    def raising_lost_process(self) -> Iterator[None]:
         """Inside, a process that died or hangs becomes one clear error on those that wait for it."""
         try:
             yield
@@ -102,7 +102,7 @@ def join_process_group(timeout_s: float = 600.0, describe: Callable[[], Settings
         UserError: machines were started with different settings, or one cannot take part.
         LostProcessError: a process does not come, dies, or does not answer, also inside.
     """
-    hush_engines()
+    silence_library_warnings()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size:
@@ -113,7 +113,7 @@ def join_process_group(timeout_s: float = 600.0, describe: Callable[[], Settings
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     ranks = Ranks(rank, world_size, local_world_size, device, timeout_s)
-    with ranks.answering():
+    with ranks.raising_lost_process():
         if "RANK" in os.environ:
             _form_group(backend, device, timeout_s, describe)
         else:
@@ -150,7 +150,7 @@ def _form_group(backend: str, device: torch.device, timeout_s: float, describe: 
     )
 
 
-def hush_engines() -> None:
+def silence_library_warnings() -> None:
     """Keep quiet what TorchRec and torch say of each other's interfaces: no user can act on it."""
     for message in ("Please use DTensor instead", "`broadcast_buffers` is deprecated"):
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)

@@ -28,8 +28,8 @@ class Found:
 class Doubling:
     """Predicts twice a row's x; waits while `go` is not set, and cannot read a row whose x is no number."""
 
-    def __init__(self, *, is_settled=False):
-        self.is_settled = is_settled
+    def __init__(self, *, is_verified=False):
+        self.is_verified = is_verified
         self.batches, self.threads = [], []
         self.seconds = 0.0
         self.go = threading.Event()
@@ -60,11 +60,11 @@ def rows(*values):
     return [{"x": value} for value in values]
 
 
-def run(scenario, *, max_batch_rows=8, max_queue_rows=16, is_settled=False, quick_s=math.inf, listener=None):
+def run(scenario, *, max_batch_rows=8, max_queue_rows=16, is_verified=False, quick_s=math.inf, listener=None):
     """Runs a scenario(batcher, model, ask) in an event loop."""
 
     async def main():
-        model, reports = Doubling(is_settled=is_settled), []
+        model, reports = Doubling(is_verified=is_verified), []
         batcher = Batcher(
             max_batch_rows=max_batch_rows,
             max_queue_rows=max_queue_rows,
@@ -243,7 +243,7 @@ def test_few_rows_are_predicted_in_the_loop_and_many_in_the_model_s_thread():
         assert model.batches == [[1, 2], list(range(20)), list(range(5))]
         assert model.threads == ["MainThread", "model", "MainThread"]
 
-    run(scenario, max_batch_rows=32, max_queue_rows=32, is_settled=True)
+    run(scenario, max_batch_rows=32, max_queue_rows=32, is_verified=True)
 
 
 def test_few_rows_that_take_long_do_not_hold_up_the_loop_twice():
@@ -256,7 +256,7 @@ def test_few_rows_that_take_long_do_not_hold_up_the_loop_twice():
         await ask(4)
         assert model.threads == ["MainThread", "model", "model", "MainThread"]
 
-    run(scenario, is_settled=True, quick_s=0.25)  # a quarter of a second: the machine may have other things to do
+    run(scenario, is_verified=True, quick_s=0.25)  # a quarter of a second: the machine may have other things to do
 
 
 def test_few_rows_of_many_bytes_are_not_predicted_in_the_loop():
@@ -267,12 +267,12 @@ def test_few_rows_of_many_bytes_are_not_predicted_in_the_loop():
         assert model.batches == [[1], [2, 3], [4]]
         assert model.threads == ["model", "model", "MainThread"]
 
-    run(scenario, is_settled=True)
+    run(scenario, is_verified=True)
 
 
 def test_in_the_loop_too_models_are_kept_apart_and_a_bad_request_spoils_no_other():
     async def scenario(_batcher, model, ask, _hold):
-        other = Doubling(is_settled=True)
+        other = Doubling(is_verified=True)
         good, bad, others = ask(1), ask("one"), ask(3, model=other)
         assert probabilities(await others) == [6]
         assert probabilities(await good) == [2]
@@ -283,7 +283,7 @@ def test_in_the_loop_too_models_are_kept_apart_and_a_bad_request_spoils_no_other
         with pytest.raises(ValueError, match="two"):
             await ask("two")
 
-    run(scenario, is_settled=True)
+    run(scenario, is_verified=True)
 
 
 class Cell(float):
@@ -291,10 +291,10 @@ class Cell(float):
 
 
 @pytest.mark.parametrize(
-    ("what", "is_settled"),
+    ("what", "is_verified"),
     [("read", True), ("read", False), ("refused", True), ("refused", False), ("too late", False)],
 )
-def test_rows_are_freed_with_their_answer_and_do_not_wait_for_the_collector(what, is_settled):
+def test_rows_are_freed_with_their_answer_and_do_not_wait_for_the_collector(what, is_verified):
     async def scenario(_batcher, model, ask, _hold):
         cell = Cell(2)
         was_there = weakref.ref(cell)
@@ -311,6 +311,6 @@ def test_rows_are_freed_with_their_answer_and_do_not_wait_for_the_collector(what
 
     gc.disable()
     try:
-        run(scenario, is_settled=is_settled, listener=lambda _: None)
+        run(scenario, is_verified=is_verified, listener=lambda _: None)
     finally:
         gc.enable()

@@ -12,8 +12,8 @@ from torchdlrm.serving.json_body import parse_json
 from torchdlrm.serving.open_inference.http import parse_infer
 from torchdlrm.serving.open_inference.message_size import check_num_fields
 from torchdlrm.serving.open_inference.messages import CLASSES
-from torchdlrm.serving.people import read_rows
 from torchdlrm.serving.refusals import MAX_VALUES, RefusedRequest
+from torchdlrm.serving.row_routes import read_rows
 
 SCHEMA = FeatureSchema(
     name="shop",

@@ -7,7 +7,7 @@ import pytest
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.json_rows import RowReader
 from torchdlrm.serving.bundles import rows_as_logged
-from torchdlrm.serving.people import describe
+from torchdlrm.serving.row_routes import describe
 
 SCHEMA = FeatureSchema.model_validate(
     {

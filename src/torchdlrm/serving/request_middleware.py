@@ -35,7 +35,7 @@ def refusal(error: RefusedRequest) -> Response:
     return Response(orjson.dumps({"error": error.message}), error.status, headers, media_type="application/json")
 
 
-class Gate:
+class RequestMiddleware:
     """An ASGI app in front of another.
 
     Args:
