@@ -1,6 +1,6 @@
 """Prediction: the served model beside TorchRec's own modules with the same weights, and from raw rows.
 
-Contestants take turns, each in a process of its own: TorchRec's DLRM as it is trained (eager, float32), the same after
+Competitors take turns, each in a process of its own: TorchRec's DLRM as it is trained (eager, float32), the same after
 `torchrec.inference.modules.quantize_embeddings` (int8), and the served model at several precisions, all on encoded
 batches; and what `dlrm predict` does, from a log of text to a file of scores.
 
@@ -24,8 +24,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchdlrm.bench.interleaved import Competitor, Step
 from torchdlrm.bench.random_bundle import write_random_bundle, write_random_log
-from torchdlrm.bench.turns import Contestant, Step
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.manifest import DensePrecision
 from torchdlrm.bundle.precision import TablePrecision
@@ -55,8 +55,8 @@ class PredictBenchmark:
     """Medians over rounds, and what they were measured on.
 
     Attributes:
-        rows_per_s: of each contestant.
-        ratio_to_eager: median of the rounds' ratios, of each contestant over TorchRec's eager model.
+        rows_per_s: of each competitor.
+        ratio_to_eager: median of the rounds' ratios, of each competitor over TorchRec's eager model.
         batch_rows: rows of a batch.
         log_rows: rows of the log.
         num_threads: of torch in each process.
@@ -92,7 +92,7 @@ def benchmark_predict(
         num_tables: sparse features.
         rows_per_table: rows of each feature's table.
         batch_rows: B.
-        batches_per_round: batches of each contestant before the next has its turn.
+        batches_per_round: batches of each competitor before the next has its turn.
         log_rows: rows of the log.
         rounds: turns that count, after one that does not.
         folder: where to keep weights and log meanwhile; needs 7 bytes a weight and 270 a row.
@@ -105,27 +105,27 @@ def benchmark_predict(
             for precision in dict.fromkeys(tables for tables, _ in SERVED)
         }
         float32 = bundles["float32"]
-        contestants = {
-            EAGER: Contestant(eager_step, float32, batch_rows, nproc=1),
-            QUANTIZED: Contestant(quantized_step, float32, batch_rows, nproc=1),
+        competitors = {
+            EAGER: Competitor(eager_step, float32, batch_rows, nproc=1),
+            QUANTIZED: Competitor(quantized_step, float32, batch_rows, nproc=1),
         }
         for tables, dense in SERVED:
             name = f"served, {tables} tables, {dense} products"
-            contestants[name] = Contestant(served_step, bundles[tables], batch_rows, dense, nproc=1)
+            competitors[name] = Competitor(served_step, bundles[tables], batch_rows, dense, nproc=1)
         raw = write_random_bundle(Path(scratch) / "raw", sizes, "int8", for_raw_rows=True)
         log = write_random_log(Path(scratch) / "log.tsv", sizes, log_rows)
-        contestants[FROM_LOG] = Contestant(from_log_step, raw, log, nproc=1)
-        rows = dict.fromkeys(contestants, batch_rows * batches_per_round) | {FROM_LOG: log_rows}
-        seconds: dict[str, list[float]] = {name: [] for name in contestants}
-        progress.start_phase("bench predict", (rounds + 1) * len(contestants), unit="turns")
+        competitors[FROM_LOG] = Competitor(from_log_step, raw, log, nproc=1)
+        rows = dict.fromkeys(competitors, batch_rows * batches_per_round) | {FROM_LOG: log_rows}
+        seconds: dict[str, list[float]] = {name: [] for name in competitors}
+        progress.start_phase("bench predict", (rounds + 1) * len(competitors), unit="turns")
         for turn in range(rounds + 1):
-            for name, contestant in contestants.items():
-                elapsed_s = contestant.run(1 if name == FROM_LOG else batches_per_round)
+            for name, competitor in competitors.items():
+                elapsed_s = competitor.run(1 if name == FROM_LOG else batches_per_round)
                 if turn > 0:  # the first warms up: page faults, packed weights
                     seconds[name].append(elapsed_s / rows[name])
                 progress.advance(1)
-        for contestant in contestants.values():
-            contestant.close()
+        for competitor in competitors.values():
+            competitor.close()
     return PredictBenchmark(
         rows_per_s={name: 1 / statistics.median(times) for name, times in seconds.items()},
         ratio_to_eager={

@@ -27,7 +27,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchdlrm.bench.turns import Contestant, Step
+from torchdlrm.bench.interleaved import Competitor, Step
 from torchdlrm.config import Config
 from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.progress import SILENT, ProgressListener
@@ -57,7 +57,7 @@ class StepBenchmark:
         ratio_to_floor_time: our time over the floor's, median of the rounds' ratios.
         batch_size_global: rows per step.
         precision: of ours and of the floor, and why.
-        num_processes: of each contestant.
+        num_processes: of each competitor.
         num_threads: of torch in each process.
         rounds: how often each was measured.
     """
@@ -92,29 +92,29 @@ def benchmark_step(
     Args:
         config: model, optimizers and batch size.
         num_embeddings: rows of each feature's table.
-        steps_per_round: steps of each contestant before the next has its turn.
+        steps_per_round: steps of each competitor before the next has its turn.
         rounds: turns that count, after one that does not.
-        nproc: processes of each contestant.
+        nproc: processes of each competitor.
         progress: is told of every turn.
     """
     precision = choose_precision(
         config, num_dense_features=NUM_DENSE, num_sparse_features=len(num_embeddings), device=_device(nproc)
     )
-    contestants = {
-        "ours": Contestant(our_step, config, num_embeddings, precision.dtype, nproc=nproc),
-        "torchrec": Contestant(torchrec_step, config, num_embeddings, nproc=nproc),
-        "floor": Contestant(floor_step, config, len(num_embeddings), precision.dtype, nproc=nproc),
+    competitors = {
+        "ours": Competitor(our_step, config, num_embeddings, precision.dtype, nproc=nproc),
+        "torchrec": Competitor(torchrec_step, config, num_embeddings, nproc=nproc),
+        "floor": Competitor(floor_step, config, len(num_embeddings), precision.dtype, nproc=nproc),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    progress.start_phase("bench step", (rounds + 1) * len(contestants), unit="turns")
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    progress.start_phase("bench step", (rounds + 1) * len(competitors), unit="turns")
     for turn in range(rounds + 1):
-        for name, contestant in contestants.items():
-            elapsed_s = contestant.run(steps_per_round)
+        for name, competitor in competitors.items():
+            elapsed_s = competitor.run(steps_per_round)
             if turn > 0:  # the first warms up: allocator, pipeline, page faults
                 seconds[name].append(elapsed_s)
             progress.advance(1)
-    for contestant in contestants.values():
-        contestant.close()
+    for competitor in competitors.values():
+        competitor.close()
     rows = config.train.batch_size_global * steps_per_round
     return StepBenchmark(
         rows_per_s=rows / statistics.median(seconds["ours"]),

@@ -37,11 +37,11 @@ def step(
     rows_per_table
         Rows of each table.
     steps_per_round
-        Steps of each contestant before the next has its turn.
+        Steps of each competitor before the next has its turn.
     rounds
-        Turns of each contestant; medians are printed.
+        Turns of each competitor; medians are printed.
     nproc_per_node
-        Processes of each contestant.
+        Processes of each competitor.
     json
         Print one JSON object on standard output.
     """

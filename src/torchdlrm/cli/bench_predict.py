@@ -34,11 +34,11 @@ def predict(
     batch_rows
         Rows of a batch.
     batches_per_round
-        Batches of each contestant before the next has its turn.
+        Batches of each competitor before the next has its turn.
     log_rows
         Rows of the log that `dlrm predict` is timed with.
     rounds
-        Turns of each contestant; medians are printed.
+        Turns of each competitor; medians are printed.
     folder
         Where to keep the weights meanwhile; the system's folder for temporary files when not given.
     json

@@ -1,4 +1,4 @@
-"""Contestants of a benchmark, each in processes of its own, that take turns.
+"""Competitors of a benchmark, each in processes of its own, that take turns.
 
 What one sets for its process (allocator, threads) does not help or hurt another, and the machine's mood is the same for
 all, because they alternate within seconds.
@@ -20,7 +20,7 @@ from torchdlrm.training.process_group import Ranks, join_process_group
 Step = Callable[[], object]
 
 
-class Contestant:
+class Competitor:
     """N processes that do the same steps together when they are told to.
 
     Args:
