@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from torchdlrm.config.contradictions import contradictions
+from torchdlrm.config.cross_checks import cross_checks
 from torchdlrm.config.sections import Config, knobs
 from torchdlrm.errors import ConfigError
 from torchdlrm.toml import did_you_mean, explain, toml_value
@@ -82,7 +82,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = N
         problems += [_describe(item, path, where) for item in items]
         problems += _contradictions_of_the_rest(raw, [[str(part) for part in item["loc"]] for item in items])
     else:
-        problems += contradictions(config)
+        problems += cross_checks(config)
         if not problems:
             return config
     raise ConfigError("\n".join(["the config is wrong:", *(f"  {problem}" for problem in problems)]))
@@ -96,7 +96,7 @@ def _contradictions_of_the_rest(raw: dict[str, Any], wrong: list[list[str]]) -> 
         else:
             raw.pop(section, None)
     names = [".".join(loc[:2]) for loc in wrong]
-    return [line for line in contradictions(Config.model_validate(raw)) if not any(name in line for name in names)]
+    return [line for line in cross_checks(Config.model_validate(raw)) if not any(name in line for name in names)]
 
 
 def config_toml(config: Config) -> str:

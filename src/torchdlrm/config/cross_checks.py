@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torchdlrm.config.sections import Config, ScheduleConfig
 
 
-def contradictions(config: Config) -> list[str]:
+def cross_checks(config: Config) -> list[str]:
     """Keys that do not go together, each with its value and what to do."""
     model = config.model
     found = []
