@@ -20,7 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
 from torchdlrm.loader.batch import Batch, single_valued_kjt
-from torchdlrm.loader.plan import RowGroup, batch_rows, epoch_order, num_batches, rank_rows
+from torchdlrm.loader.row_order import RowGroup, batch_rows, epoch_order, num_batches, rank_rows
 
 
 class Loader:

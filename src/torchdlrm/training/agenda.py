@@ -5,7 +5,7 @@ from itertools import islice
 
 from torchdlrm.config import Config
 from torchdlrm.errors import ConfigError
-from torchdlrm.loader.plan import num_batches
+from torchdlrm.loader.row_order import num_batches
 
 
 def check_early_stopping(config: Config, agenda: "Agenda", *, validation_rows: int) -> None:

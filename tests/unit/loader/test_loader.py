@@ -14,7 +14,7 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, criteo_schema
 from torchdlrm.loader.loader import Loader
-from torchdlrm.loader.plan import RowGroup, batch_rows, epoch_order, num_batches, rank_rows
+from torchdlrm.loader.row_order import RowGroup, batch_rows, epoch_order, num_batches, rank_rows
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 
