@@ -32,7 +32,7 @@ _VOCABULARY_FOLDER = "vocabulary"
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def complete_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to write to, renamed to `path` when all went well and removed otherwise.
 
     Raises:

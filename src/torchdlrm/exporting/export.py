@@ -29,11 +29,11 @@ from torchdlrm.bundle.sample import PREDICTION_COLUMN, raw_sample
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.bundle.weights_file import BLOCK_BYTES
 from torchdlrm.bundle.write import (
+    complete_folder,
     copy_vocabularies,
     file_record,
     require_space,
     weights_bytes,
-    whole_folder,
     write_weights,
 )
 from torchdlrm.data.dataset import Dataset
@@ -131,7 +131,7 @@ def export(
     split = held_out_split(dataset)
     chosen, checkpoint = open_checkpoint(run, options.checkpoint)
     model = CheckpointModel(checkpoint, run.config.model, dataset)
-    with whole_folder(out) as folder:
+    with complete_folder(out) as folder:
         trade = _trade(model, run, dataset, options, progress) if options.precision == "auto" else None
         precisions = _precisions(dataset, options, trade)
         dense_precision, reason = _dense_precision(run, dataset, options, precisions)

@@ -101,7 +101,7 @@ def predict_file(
     if out.exists() and any(path.exists() and path.samefile(out) for path in rows.paths):
         msg = f"--out: {out} is the log itself; name another file"
         raise UserError(msg)
-    if PREDICTION_COLUMN in rows.handed_on:
+    if PREDICTION_COLUMN in rows.passthrough:
         msg = f"--columns: {PREDICTION_COLUMN} is what the scores' own column is called"
         raise UserError(msg)
     tally = _Tally(rows.schema)
@@ -114,7 +114,7 @@ def predict_file(
             writer.write(_scores(chunk, predictions.probabilities, rows, as_text=out.suffix != ".parquet"))
             progress.advance(chunk.num_bytes, rows=f"{tally.summary.rows:,}")
         if not tally.summary.rows:
-            columns = dict.fromkeys(rows.handed_on, pl.String) | {PREDICTION_COLUMN: pl.Float32}
+            columns = dict.fromkeys(rows.passthrough, pl.String) | {PREDICTION_COLUMN: pl.Float32}
             writer.write(pl.DataFrame(schema=columns))
         damage = predictor.bundle.find_damage()
         if damage is not None:
@@ -160,7 +160,7 @@ def _refusal(bad_rows: BadRows) -> str:
 
 def _scores(chunk: RowChunk, probabilities: NDArray[np.float32], rows: RowsIn, *, as_text: bool) -> pl.DataFrame:
     """The columns handed on and the prediction, with nulls in the places of bad rows."""
-    columns = [as_written(chunk.frame[name], rows.schema, as_text=as_text) for name in rows.handed_on]
+    columns = [as_written(chunk.frame[name], rows.schema, as_text=as_text) for name in rows.passthrough]
     frame = pl.DataFrame([*columns, pl.Series(PREDICTION_COLUMN, probabilities)])
     if not len(chunk.bad_positions):
         return frame

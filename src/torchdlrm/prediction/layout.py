@@ -48,14 +48,14 @@ def as_written(schema: FeatureSchema, log_format: LogFormat) -> FeatureSchema:
     return schema.model_copy(update=written)
 
 
-def layout_of_text(head: bytes, path: Path, schema: FeatureSchema, handed_on: Sequence[str]) -> Layout:
+def layout_of_text(head: bytes, path: Path, schema: FeatureSchema, passthrough: Sequence[str]) -> Layout:
     """Look at the beginning of a text.
 
     Args:
         head: some whole lines, or all of the text.
         path: for messages.
         schema: the model's columns, and how the text is written.
-        handed_on: names of other columns that are wanted.
+        passthrough: names of other columns that are wanted.
 
     Raises:
         LogError: a feature, or a column that is wanted, is not there.
@@ -69,42 +69,42 @@ def layout_of_text(head: bytes, path: Path, schema: FeatureSchema, handed_on: Se
     lines = list(islice(cells, _LINES_LOOKED_AT))
     first = lines[0] if lines else []
     if schema.header or {column.log_name for column in _features(schema)} <= set(first):
-        return Layout(_by_name(first, f"{path}, line 1 (header)", schema, handed_on), header=True)
+        return Layout(_by_name(first, f"{path}, line 1 (header)", schema, passthrough), header=True)
     without_label = [column for column in schema.columns if not isinstance(column, LabelColumn)]
     # A bad line may have any number of columns: most lines are good.
     num_unlabelled = sum(len(line) == len(without_label) for line in lines)
     num_labelled = sum(len(line) == len(schema.columns) for line in lines)
     columns = without_label if num_unlabelled > num_labelled else list(schema.columns)
-    missing = [name for name in handed_on if name not in {column.name for column in columns}]
+    missing = [name for name in passthrough if name not in {column.name for column in columns}]
     if missing:
         raise LogError(_not_there(missing, str(path), [column.name for column in columns]))
-    return Layout(schema.with_columns([_as_read(column, column.name, handed_on) for column in columns]), header=False)
+    return Layout(schema.with_columns([_as_read(column, column.name, passthrough) for column in columns]), header=False)
 
 
-def layout_of_names(names: Sequence[str], path: Path, schema: FeatureSchema, handed_on: Sequence[str]) -> Layout:
+def layout_of_names(names: Sequence[str], path: Path, schema: FeatureSchema, passthrough: Sequence[str]) -> Layout:
     """The layout of a Parquet file with columns of these names.
 
     Raises:
         LogError: a feature, or a column that is wanted, is not there.
     """
-    return Layout(_by_name(names, str(path), schema, handed_on), header=False)
+    return Layout(_by_name(names, str(path), schema, passthrough), header=False)
 
 
-def _by_name(names: Sequence[str], where: str, schema: FeatureSchema, handed_on: Sequence[str]) -> FeatureSchema:
+def _by_name(names: Sequence[str], where: str, schema: FeatureSchema, passthrough: Sequence[str]) -> FeatureSchema:
     found = found_by_name(names, where, schema, _features(schema), "the model")
-    columns = [_as_read(column, names[i], handed_on, at=i) for i, column in enumerate(found)]
-    wanted = set(handed_on) - {column.name for column in columns}
+    columns = [_as_read(column, names[i], passthrough, at=i) for i, column in enumerate(found)]
+    wanted = set(passthrough) - {column.name for column in columns}
     if wanted:
-        raise LogError(_not_there([name for name in handed_on if name in wanted], where, names))
+        raise LogError(_not_there([name for name in passthrough if name in wanted], where, names))
     return schema.with_columns(columns)
 
 
-def _as_read(column: Column | None, log_name: str, handed_on: Sequence[str], *, at: int = 0) -> Column:
+def _as_read(column: Column | None, log_name: str, passthrough: Sequence[str], *, at: int = 0) -> Column:
     """A column of the log as it is to be read; `column` is that of the schema, None where it is of the log alone."""
     if isinstance(column, DenseColumn | SparseColumn | LabelColumn):
         return column
     name = log_name if column is None else column.name
-    if name in handed_on:
+    if name in passthrough:
         # Any text may name a column of somebody's log, not only what a schema allows.
         return SparseColumn.model_construct(name=name, header_name=log_name, kind="string", role="sparse")
     if column is None:

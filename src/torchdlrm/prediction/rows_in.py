@@ -66,7 +66,7 @@ class RowsIn:
         paths: its files in order; or alone `-` for standard input, or a pipe that has a name.
         schema: the model's columns.
         log_format: how text is written.
-        handed_on: other columns that are wanted, by the schema's name or the log's.
+        passthrough: other columns that are wanted, by the schema's name or the log's.
         chunk_bytes: of text, about, that are read at a time.
         is_over: ends a stream for the thread that waits for more of it, when nobody wants more.
     """
@@ -74,7 +74,7 @@ class RowsIn:
     paths: Sequence[Path]
     schema: FeatureSchema
     log_format: LogFormat = "log"
-    handed_on: Sequence[str] = ()
+    passthrough: Sequence[str] = ()
     chunk_bytes: int = CHUNK_BYTES
     is_over: Event = field(default_factory=Event)
 
@@ -85,12 +85,12 @@ class RowsIn:
             LogError: a column is asked for twice.
         """
         names = {column.log_name: column.name for column in self.schema.columns}
-        handed_on = [names.get(name, name) for name in self.handed_on]
-        twice = sorted({name for name in handed_on if handed_on.count(name) > 1})
+        passthrough = [names.get(name, name) for name in self.passthrough]
+        twice = sorted({name for name in passthrough if passthrough.count(name) > 1})
         if twice:
             msg = f"--columns: {', '.join(twice)} is given more than once"
             raise LogError(msg)
-        object.__setattr__(self, "handed_on", handed_on)
+        object.__setattr__(self, "passthrough", passthrough)
 
     @property
     def size_bytes(self) -> int | None:
@@ -159,7 +159,9 @@ class RowsIn:
         text: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if file.format == "gzip" else raw
         with reading(file):
             head = text.read(_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK)
-        layout = layout_of_text(_whole_lines(head), file.path, as_written(self.schema, self.log_format), self.handed_on)
+        layout = layout_of_text(
+            _whole_lines(head), file.path, as_written(self.schema, self.log_format), self.passthrough
+        )
         num_lines, consumed = 0, 0
         if layout.header:
             _, _, head = head.partition(b"\n")
@@ -177,7 +179,7 @@ class RowsIn:
         except (OSError, pa.ArrowException) as error:
             msg = f"{file.path}: the Parquet file cannot be read ({error}); fetch the file again"
             raise LogError(msg) from error
-        layout = layout_of_names(metadata.schema.to_arrow_schema().names, file.path, self.schema, self.handed_on)
+        layout = layout_of_names(metadata.schema.to_arrow_schema().names, file.path, self.schema, self.passthrough)
         num_rows = 0
         for chunk in plan_row_groups(file, layout.schema, self.chunk_bytes):
             row_groups = range(chunk.start, chunk.end)

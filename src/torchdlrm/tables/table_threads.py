@@ -37,13 +37,13 @@ def use_table_threads(model: nn.Module, *, num_threads: int) -> None:
         model: after `DistributedModelParallel`.
         num_threads: of this process.
     """
-    pool = ThreadPoolExecutor(num_threads, "torchdlrm-tables", initializer=_stay_alone)
+    pool = ThreadPoolExecutor(num_threads, "torchdlrm-tables", initializer=_single_threaded)
     for kernel in table_kernels(model):
         if kernel.use_cpu and kernel.optimizer in _BACKWARD and _has_a_feature_a_table(kernel):
             kernel.forward = _TableThreads(kernel, pool, num_threads)
 
 
-def _stay_alone() -> None:
+def _single_threaded() -> None:
     """A thread of ours casts by itself: OpenMP would give each one a team of its own."""
     torch.set_num_threads(1)
 
@@ -100,18 +100,18 @@ class _TableThreads:
     ) -> None:
         self.kernel, self.pool = kernel, pool
         self.shares = _deal_out(kernel, num_threads)
-        self._as_it_was = kernel.forward
+        self._original_forward = kernel.forward
         # Tells autograd that somebody wants the gradient; the tables take theirs during the backward.
         self._placeholder = torch.zeros(0, requires_grad=True)
 
     def __call__(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
         """Maps the ids of T x B cells and their offsets, both int64, to pooled embeddings [B, sum of D_t]."""
         if per_sample_weights is not None:
-            return self._as_it_was(indices, offsets, per_sample_weights)
+            return self._original_forward(indices, offsets, per_sample_weights)
         indices, offsets, _, _ = self.kernel.prepare_inputs(indices, offsets, force_cast_input_types=True)
         return _Lookup.apply(self._placeholder, self, indices, offsets)  # type: ignore[no-untyped-call]
 
-    def each_share(self, task: Callable[[_Share], None]) -> None:
+    def each_fraction(self, task: Callable[[_Share], None]) -> None:
         """Do a task for all shares at once, without recording it: each thread has a grad mode of its own."""
 
         def unrecorded(share: _Share) -> None:
@@ -184,7 +184,7 @@ class _Lookup(torch.autograd.Function):
         def look_up(share: _Share) -> None:
             out[:, share.columns] = threads.look_up(share, indices, offsets)
 
-        threads.each_share(look_up)
+        threads.each_fraction(look_up)
         ctx.threads = threads
         ctx.save_for_backward(indices, offsets)
         return out
@@ -197,5 +197,5 @@ class _Lookup(torch.autograd.Function):
         def update(share: _Share) -> None:
             threads.update(share, grad_out[:, share.columns].float().contiguous(), indices, offsets)
 
-        threads.each_share(update)
+        threads.each_fraction(update)
         return None, None, None, None

@@ -56,11 +56,11 @@ def train(
         encoded = Dataset.open(dataset)
         agenda = Agenda.of(config, encoded.splits["train"].rows)
         check_early_stopping(config, agenda, validation_rows=encoded.splits["val"].rows)
-        taken_up = _start_run(config, encoded, run, ranks, restart=restart)
+        resumed = _start_run(config, encoded, run, ranks, restart=restart)
         try:
-            summary = Trainer(config, encoded, taken_up, ranks, progress if ranks.is_first else SILENT).fit()
+            summary = Trainer(config, encoded, resumed, ranks, progress if ranks.is_first else SILENT).fit()
         finally:
-            taken_up.close()
+            resumed.close()
         return summary if ranks.is_first else None
 
 

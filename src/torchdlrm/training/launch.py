@@ -109,18 +109,18 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
             with _ctrl_c_for_the_launcher():
                 results = elastic_launch(config, _recorded)(entrypoint, said, processes.nnodes, *args)
         except ChildFailedError as error:
-            raise _error_that_was_said(said) or _error_of_child(error, processes) from error
+            raise _reported_error(said) or _error_of_child(error, processes) from error
         except RendezvousError as error:
             msg = (
                 f"not all of {processes.nnodes} nodes have met at {processes.rdzv_endpoint} within "
                 f"{processes.join_timeout_s} s; each needs the same --nnodes, --rdzv-endpoint and --rdzv-id, and one "
                 "that has refused to start says why"
             )
-            raise _error_that_was_said(said) or TrainingError(msg) from error
+            raise _reported_error(said) or TrainingError(msg) from error
         except SignalException as error:
             msg = "interrupted; nothing was saved after the last checkpoint, if any; the same command resumes there"
-            raise _error_that_was_said(said) or Interrupted(msg) from error
-        refusal = _error_that_was_said(said)
+            raise _reported_error(said) or Interrupted(msg) from error
+        refusal = _reported_error(said)
     if isinstance(refusal, UserError):  # not a lost process that another start has made up for
         raise refusal
     return results[min(results)]
@@ -182,7 +182,7 @@ def _recorded(entrypoint: Callable[..., Any], said: Path, nnodes: int, *args: ob
     os.environ[NNODES_VARIABLE] = str(nnodes)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    earlier = _error_that_was_said(said)
+    earlier = _reported_error(said)
     if earlier is not None and not isinstance(earlier, LostProcessError):
         raise earlier  # started again, but an error of this kind would only come again
     try:
@@ -215,7 +215,7 @@ def _die_with_the_launcher() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _error_that_was_said(said: Path) -> TorchDLRMError | None:
+def _reported_error(said: Path) -> TorchDLRMError | None:
     """What a process has raised on purpose; that it lost another one only when nobody said why."""
     found: list[TorchDLRMError] = []
     for path in sorted(said.glob("error-*.json")):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from torchdlrm.errors import Interrupted
-from torchdlrm.training.run import METRICS_NAME, write_whole
+from torchdlrm.training.run import METRICS_NAME, write_atomically
 from torchdlrm.training.trackers import Outcome, Tracker
 
 _STOPPED = (Interrupted, KeyboardInterrupt)
@@ -70,4 +70,4 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    write_whole(path, "".join(f"{line}\n" for line in kept))
+    write_atomically(path, "".join(f"{line}\n" for line in kept))

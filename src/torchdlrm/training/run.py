@@ -85,8 +85,8 @@ class Run:
             environment = run.environment if run.exists else environment_now(dataset, world_size)
             if not run.exists or environment["dataset"]["path"] != str(dataset.path.resolve()):  # it may have moved
                 environment["dataset"]["path"] = str(dataset.path.resolve())
-                write_whole(path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
-            write_whole(path / CONFIG_NAME, config_toml(config))
+                write_atomically(path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
+            write_atomically(path / CONFIG_NAME, config_toml(config))
         except OSError as error:
             run.close()
             msg = f"--run: cannot write to {path}: {error.strerror}"
@@ -183,7 +183,7 @@ class Run:
         """Write a result under evaluation/, whole or not at all."""
         path = self.path / "evaluation" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, json.dumps(result, indent=1) + "\n")
+        write_atomically(path, json.dumps(result, indent=1) + "\n")
         return path
 
     def evaluations(self) -> dict[str, dict[str, Any]]:
@@ -251,7 +251,7 @@ def shown(value: object) -> object:
     return "not set" if value is None else list(value) if isinstance(value, tuple) else value
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a file, whole or not at all, whatever ends this process or the machine."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 from torchdlrm.config import Config, config_toml, setting_values
 from torchdlrm.errors import ConfigError
-from torchdlrm.training.run import TRACKERS_NAME, shown, write_whole
+from torchdlrm.training.run import TRACKERS_NAME, shown, write_atomically
 
 # Tracker -> what is imported; the extra has the tracker's name.
 _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
@@ -80,7 +80,7 @@ def open_trackers(run_path: Path, config: Config, *, from_step: int) -> list[Tra
             raise ConfigError(msg) from error
         ids[name] = tracker.run_id
         found.append(tracker)
-    write_whole(path, json.dumps(ids) + "\n")
+    write_atomically(path, json.dumps(ids) + "\n")
     return found
 
 

@@ -116,5 +116,5 @@ def test_columns_are_handed_on_by_either_name(tmp_path):
     columns = [*SCHEMA.columns, IgnoredColumn(name="user_id", header_name="user id")]
     schema = SCHEMA.with_columns(columns).model_copy(update={"header": True})
     for name in ("user id", "user_id"):
-        (chunk,) = RowsIn([path], schema, handed_on=[name])
+        (chunk,) = RowsIn([path], schema, passthrough=[name])
         assert chunk.frame["user_id"].to_list() == ["u"]
