@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchdlrm.config import Config, config_toml, knobs, load_config
+from torchdlrm.config import Config, config_toml, load_config, settings
 from torchdlrm.errors import ConfigError
 from torchdlrm.toml import toml_value
 
@@ -101,7 +101,7 @@ def test_every_knob_has_a_description_and_is_read_somewhere():
     sources = "\n".join(
         path.read_text() for path in source_root.rglob("*.py") if not path.is_relative_to(source_root / "config")
     )
-    for name, field in knobs():
+    for name, field in settings():
         assert field.description, name
         section, _, leaf = name.rpartition(".")
         assert f".{leaf}" in sources, f"nothing reads {section}.{leaf}"

@@ -1,4 +1,4 @@
-"""Every knob of a run, from a TOML file and the command line to a checked `Config`."""
+"""Every setting of a run, from a TOML file and the command line to a checked `Config`."""
 
 from torchdlrm.config.document import configuration_markdown
 from torchdlrm.config.sections import (
@@ -15,8 +15,8 @@ from torchdlrm.config.sections import (
     TableOptimizerName,
     TrainConfig,
     ValidationConfig,
-    knobs,
     setting_values,
+    settings,
 )
 from torchdlrm.config.text import config_toml, find_config, load_config, shipped_config_names
 
@@ -37,8 +37,8 @@ __all__ = [
     "config_toml",
     "configuration_markdown",
     "find_config",
-    "knobs",
     "load_config",
     "setting_values",
+    "settings",
     "shipped_config_names",
 ]

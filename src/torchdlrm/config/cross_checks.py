@@ -18,10 +18,10 @@ def cross_checks(config: Config) -> list[str]:
         found.append(f"model.embedding_dim: must be a multiple of 4 (FBGEMM's rows), got {model.embedding_dim}")
     if model.over_arch_layer_sizes[-1] != 1:
         found.append(f"model.over_arch_layer_sizes: must end with 1, the logit, got {model.over_arch_layer_sizes[-1]}")
-    return [*found, *_schedule_contradictions(config.schedule), *_unread_knobs(config)]
+    return [*found, *_schedule_problems(config.schedule), *_unread_settings(config)]
 
 
-def _schedule_contradictions(schedule: ScheduleConfig) -> list[str]:
+def _schedule_problems(schedule: ScheduleConfig) -> list[str]:
     found = []
     if schedule.decay_start_step and schedule.decay_start_step < schedule.warmup_steps:
         found.append(
@@ -35,7 +35,7 @@ def _schedule_contradictions(schedule: ScheduleConfig) -> list[str]:
     return found
 
 
-# Which optimizers read a knob that not all of them have.
+# Which optimizers read a setting that not all of them have.
 _ADAM_KINDS = ("adam", "partial_rowwise_adam", "lamb", "partial_rowwise_lamb", "adamw")
 _READERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "table_optimizer": {
@@ -53,7 +53,7 @@ _READERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def _unread_knobs(config: Config) -> list[str]:
+def _unread_settings(config: Config) -> list[str]:
     """Knobs that were changed although the chosen optimizer has no such thing."""
     found = []
     for section, readers in _READERS.items():

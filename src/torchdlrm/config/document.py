@@ -1,8 +1,8 @@
-"""docs/configuration.md, from the descriptions of the knobs."""
+"""docs/configuration.md, from the descriptions of the settings."""
 
 from pydantic import BaseModel
 
-from torchdlrm.config.sections import Config, knobs
+from torchdlrm.config.sections import Config, settings
 from torchdlrm.toml import toml_value
 
 _DOCUMENT_HEAD = """
@@ -17,9 +17,9 @@ file and on the command line, are reported together. (Made by `make docs` from `
 
 
 def configuration_markdown() -> str:
-    """docs/configuration.md: every knob with its default and meaning."""
+    """docs/configuration.md: every setting with its default and meaning."""
     lines = [_DOCUMENT_HEAD.strip(), "", "| key | default | meaning |", "| --- | --- | --- |"]
-    for name, field in knobs():
+    for name, field in settings():
         default = "not set" if field.default is None else f"`{toml_value(field.default)}`"
         lines.append(f"| `{name}` | {default} | {field.description} |")
     for name, field in Config.model_fields.items():

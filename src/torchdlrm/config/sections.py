@@ -1,4 +1,4 @@
-"""Every knob of a run: typed, with its default, its unit and what it means; docs/configuration.md is made from it."""
+"""Every setting of a run: typed, with default, unit and meaning; docs/configuration.md is made from it."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -231,16 +231,16 @@ class Config(_Section):
 
 
 def setting_values(config: Config) -> dict[str, object]:
-    """The value of every knob by its dotted name."""
+    """The value of every setting by its dotted name."""
     values: dict[str, object] = {}
-    for name, _ in knobs():
+    for name, _ in settings():
         section, _, leaf = name.rpartition(".")
         values[name] = getattr(getattr(config, section) if section else config, leaf)
     return values
 
 
-def knobs() -> Iterator[tuple[str, FieldInfo]]:
-    """Every knob by its dotted name, with its type, default and description."""
+def settings() -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting by its dotted name, with its type, default and description."""
     for name, field in Config.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             for leaf, inner in field.annotation.model_fields.items():

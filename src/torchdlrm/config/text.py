@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from torchdlrm.config.cross_checks import cross_checks
-from torchdlrm.config.sections import Config, knobs
+from torchdlrm.config.sections import Config, settings
 from torchdlrm.errors import ConfigError
 from torchdlrm.toml import did_you_mean, explain, toml_value
 
@@ -114,7 +114,7 @@ def config_toml(config: Config) -> str:
 
 def _typed(key: str, text: str) -> object:
     """An override's text as TOML would read it, so that both ways in are validated alike."""
-    field = dict(knobs()).get(key)
+    field = dict(settings()).get(key)
     kinds = _plain_types(field.annotation) if field is not None else set()
     if str in kinds:
         return text
@@ -146,7 +146,7 @@ def _describe(item: Any, path: Path | None, where: Mapping[str, str]) -> str:
     named = [flag for name, flag in where.items() if f"{name}.".startswith(f"{key}.")]
     place = named[0] if named else f"{path}: {key}"
     if item["type"] == "extra_forbidden":
-        known = [name for name, _ in knobs()] + list(Config.model_fields)
+        known = [name for name, _ in settings()] + list(Config.model_fields)
         leaf = [name for name in known if names[-1] in _also_called(name.rpartition(".")[2])]
         hint = f"; did you mean {' or '.join(leaf)}?" if leaf else did_you_mean(key, known)
         return f"{place}: there is no such key{hint or '; dlrm config shows all'}"

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from torchdlrm.config import Config, knobs
+from torchdlrm.config import Config, settings
 from torchdlrm.errors import RunError, TorchDLRMError
 from torchdlrm.evaluation.curves import Curve, curve_chart
 from torchdlrm.html import figures_table, whole_page
@@ -129,7 +129,7 @@ def _shown(value: object) -> str:
 
 def _config(config: Config) -> list[str]:
     default = Config()
-    pairs = ((name, _at(config, name), _at(default, name)) for name, _ in knobs())
+    pairs = ((name, _at(config, name), _at(default, name)) for name, _ in settings())
     changed = [[name, _text(now), _text(before)] for name, now, before in pairs if now != before]
     if not changed:
         return ["<h2>Config</h2>", "<p>All defaults.</p>"]

@@ -10,11 +10,11 @@ from torchdlrm.features.vocabulary import hex_digits
 def as_json_rows(frame: pl.DataFrame, schema: FeatureSchema) -> list[dict[str, object]]:
     """The features of each row by column name, without the missing ones; what `RowReader` reads as the same rows."""
     features = [column.name for column in (*schema.dense, *schema.sparse)]
-    written = pl.DataFrame([as_written(frame[name], schema, as_text=False) for name in features])
+    written = pl.DataFrame([format_cells(frame[name], schema, as_text=False) for name in features])
     return [{name: cell for name, cell in row.items() if cell is not None} for row in written.iter_rows(named=True)]
 
 
-def as_written(cells: pl.Series, schema: FeatureSchema, *, as_text: bool) -> pl.Series:
+def format_cells(cells: pl.Series, schema: FeatureSchema, *, as_text: bool) -> pl.Series:
     """A column as a log has it: hex values as digits; lists as lists, or in a CSV file joined."""
     column = next((column for column in schema.sparse if column.name == cells.name), None)
     if column is None:

@@ -22,7 +22,7 @@ from torchdlrm.errors import LogError, UserError
 from torchdlrm.features.bad_rows import BadRows, describe_bad_rows
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
-from torchdlrm.prediction.cells_out import as_written
+from torchdlrm.prediction.cells_out import format_cells
 from torchdlrm.prediction.predictor import Predictions, Predictor
 from torchdlrm.prediction.rows_in import RowChunk, RowsIn
 from torchdlrm.prediction.scores_out import check_name, writing_scores
@@ -160,7 +160,7 @@ def _refusal(bad_rows: BadRows) -> str:
 
 def _scores(chunk: RowChunk, probabilities: NDArray[np.float32], rows: RowsIn, *, as_text: bool) -> pl.DataFrame:
     """The columns handed on and the prediction, with nulls in the places of bad rows."""
-    columns = [as_written(chunk.frame[name], rows.schema, as_text=as_text) for name in rows.passthrough]
+    columns = [format_cells(chunk.frame[name], rows.schema, as_text=as_text) for name in rows.passthrough]
     frame = pl.DataFrame([*columns, pl.Series(PREDICTION_COLUMN, probabilities)])
     if not len(chunk.bad_positions):
         return frame

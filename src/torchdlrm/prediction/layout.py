@@ -40,7 +40,7 @@ class Layout:
         return any(isinstance(column, LabelColumn) for column in self.schema.columns)
 
 
-def as_written(schema: FeatureSchema, log_format: LogFormat) -> FeatureSchema:
+def schema_for_format(schema: FeatureSchema, log_format: LogFormat) -> FeatureSchema:
     """The schema of a log that is written as the schema says (`log`), or as `csv` or `tsv` in the usual way."""
     if log_format == "log":
         return schema

@@ -29,7 +29,7 @@ from torchdlrm.data.log.text import ParsedChunk, parse_chunk
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.prediction.layout import Layout, LogFormat, as_written, layout_of_names, layout_of_text
+from torchdlrm.prediction.layout import Layout, LogFormat, layout_of_names, layout_of_text, schema_for_format
 
 STANDARD_INPUT = Path("-")
 CHUNK_BYTES = 8 << 20
@@ -160,7 +160,7 @@ class RowsIn:
         with reading(file):
             head = text.read(_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK)
         layout = layout_of_text(
-            _whole_lines(head), file.path, as_written(self.schema, self.log_format), self.passthrough
+            _whole_lines(head), file.path, schema_for_format(self.schema, self.log_format), self.passthrough
         )
         num_lines, consumed = 0, 0
         if layout.header:

@@ -1,7 +1,7 @@
 """Many small requests -> few large batches: the queue in front of the model.
 
 In: raw rows, each request with a deadline.  Out: their probabilities.  The model runs in a thread of its own, so the
-event loop goes on reading and raising_lost_process; what arrives while the model is busy is gathered and makes up the next batch.
+event loop goes on reading and answering; what arrives while the model is busy is gathered and makes up the next batch.
 So there is no waiting time to choose: an idle server starts on a row at once, and the busier the model, the more rows
 share a batch.  Everything is counted in rows, because a request may have one or thousands.
 

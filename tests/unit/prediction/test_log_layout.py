@@ -13,7 +13,7 @@ from torchdlrm.features.schema import (
     SparseColumn,
     TimeColumn,
 )
-from torchdlrm.prediction.layout import as_written, layout_of_names, layout_of_text
+from torchdlrm.prediction.layout import layout_of_names, layout_of_text, schema_for_format
 
 SCHEMA = FeatureSchema(
     name="shop",
@@ -50,14 +50,14 @@ def test_or_these_without_the_label_which_most_lines_tell():
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_header_is_found_and_gives_the_order(end):
     head = f'country,"Price in EUR",user id{end}de,1,7{end}'.encode()
-    layout = layout_of_text(head, LOG, as_written(SCHEMA, "csv"), ["user id"])
+    layout = layout_of_text(head, LOG, schema_for_format(SCHEMA, "csv"), ["user id"])
     assert roles(layout) == [("sparse", "country"), ("dense", "price"), ("sparse", "user id")]
     assert layout.header
     assert (layout.schema.separator, layout.schema.quote) == (",", '"')
 
 
 def test_a_quote_is_a_letter_where_the_schema_has_no_quotes():
-    layout = layout_of_text(b'1;2;0;3.5;d"e\n1;2;0;3.5;"de\n', LOG, as_written(SCHEMA, "log"), [])
+    layout = layout_of_text(b'1;2;0;3.5;d"e\n1;2;0;3.5;"de\n', LOG, schema_for_format(SCHEMA, "log"), [])
     assert layout.has_label
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from torchdlrm.config import knobs, load_config
+from torchdlrm.config import load_config, settings
 from torchdlrm.errors import ConfigError, DatasetError, LostProcessError
 from torchdlrm.training.agreement import agree, find_problems, settings_of
 
@@ -45,7 +45,7 @@ CHANGES = {
 
 
 def test_every_key_of_the_config_is_compared(nodes):
-    assert {name for name, _ in knobs()} <= nodes()["settings"].keys()
+    assert {name for name, _ in settings()} <= nodes()["settings"].keys()
     assert find_problems([nodes(), nodes()], 0) == []
 
 
