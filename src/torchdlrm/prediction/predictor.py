@@ -24,8 +24,8 @@ from torchdlrm.errors import BundleError, RowError
 from torchdlrm.features.schema import SparseColumn
 from torchdlrm.features.transforms import encode
 from torchdlrm.features.vocabulary import UNKNOWN_ID, VALUE_TYPES
+from torchdlrm.prediction.fast_path import PlainRowEncoder
 from torchdlrm.prediction.json_rows import RowReader
-from torchdlrm.prediction.plain_rows import PlainRowEncoder
 from torchdlrm.prediction.shared_rows import Row
 from torchdlrm.progress import SILENT, ProgressListener
 

@@ -193,7 +193,7 @@ class Batcher:
         results: list[Answer | Exception] | None = None
         started_s = time.perf_counter()
         if batch.is_small and self._last_small_s <= self._quick_s and batch.model.is_verified:
-            results = self._answer_at_once(batch)
+            results = self._answer_on_fast_path(batch)
         if results is None:
             self._is_busy = True
             self._batches.put(batch)
@@ -264,7 +264,7 @@ class Batcher:
                 return  # the loop is closed: nobody waits for an answer any more
             del batch, results  # while the thread waits, nothing keeps a bundle that was swapped away
 
-    def _answer_at_once(self, batch: _Batch) -> list[Answer | Exception] | None:
+    def _answer_on_fast_path(self, batch: _Batch) -> list[Answer | Exception] | None:
         """In the loop; None where one of several requests makes them fail: to find it takes too long here."""
         try:
             return list(self._predict(batch))

@@ -16,8 +16,8 @@ from torchdlrm.features.schema import DenseColumn, FeatureSchema, IgnoredColumn,
 from torchdlrm.features.transforms import FittedDense, encode, fit_dense
 from torchdlrm.features.value_index import ValueIndex, write_index
 from torchdlrm.features.vocabulary import Vocabulary
+from torchdlrm.prediction.fast_path import PlainRowEncoder
 from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS, RowReader
-from torchdlrm.prediction.plain_rows import PlainRowEncoder
 from torchdlrm.prediction.shared_rows import SharedRows, joined
 
 SCHEMA = FeatureSchema(
