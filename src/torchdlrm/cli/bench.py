@@ -8,7 +8,7 @@ from cyclopts.validators import Number
 from rich.table import Table
 
 from torchdlrm.cli.overrides import Overrides, split_config
-from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.cli.terminal import Json, console, print_json, progress_bars
 from torchdlrm.config import load_config
 
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
@@ -24,7 +24,7 @@ def step(
     steps_per_round: Positive = 10,
     rounds: Positive = 7,
     nproc_per_node: Positive = 1,
-    json: bool = False,
+    as_json: Json = False,
 ) -> None:
     """Time the training step: ours, plain TorchRec's, and the floor (its matrix products alone), interleaved.
 
@@ -42,7 +42,7 @@ def step(
         Turns of each competitor; medians are printed.
     nproc_per_node
         Processes of each competitor.
-    json
+    as_json
         Print one JSON object on standard output.
     """
     settings = load_config(*split_config(config))
@@ -73,7 +73,7 @@ def step(
     console.print(
         f"{result.ratio_to_torchrec:.2f} times plain TorchRec; {result.ratio_to_floor_time:.2f} times the floor's time"
     )
-    if json:
+    if as_json:
         print_json(result.as_dict())
 
 
@@ -84,7 +84,7 @@ def loader(
     batch_size_global: Positive = 2048,
     max_rows: Positive = 1_000_000,
     rounds: Positive = 5,
-    json: bool = False,
+    as_json: Json = False,
 ) -> None:
     """Time the loader alone, from the dataset's files to batches.
 
@@ -98,7 +98,7 @@ def loader(
         Read only so many training rows a round.
     rounds
         Turns; the median is printed.
-    json
+    as_json
         Print one JSON object on standard output.
     """
     from torchdlrm.bench.loader import benchmark_loader
@@ -113,5 +113,5 @@ def loader(
             progress=progress,
         )
     console.print(f"loader: {result.rows_per_s:,.0f} rows/s in batches of {result.batch_size_global:,}")
-    if json:
+    if as_json:
         print_json(result.as_dict())

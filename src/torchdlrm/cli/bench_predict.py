@@ -7,7 +7,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.cli.terminal import Json, console, print_json, progress_bars
 
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 
@@ -21,7 +21,7 @@ def predict(
     log_rows: Positive = 100_000,
     rounds: Positive = 7,
     folder: Path | None = None,
-    json: bool = False,
+    as_json: Json = False,
 ) -> None:
     """Time predictions of the paper's model: the served model and TorchRec's own, interleaved.
 
@@ -41,7 +41,7 @@ def predict(
         Turns of each competitor; medians are printed.
     folder
         Where to keep the weights meanwhile; the system's folder for temporary files when not given.
-    json
+    as_json
         Print one JSON object on standard output.
     """
     from torchdlrm.bench.predict import benchmark_predict
@@ -64,5 +64,5 @@ def predict(
         ratio = f"{result.ratio_to_eager[name]:.2f} x"
         table.add_row(name, f"{rows_per_s:,.0f}", f"{1000 * batch_rows / rows_per_s:.2f}", ratio)
     console.print(table)
-    if json:
+    if as_json:
         print_json(result.as_dict())

@@ -1,18 +1,16 @@
 """`dlrm config`: the keys of a config with their defaults, or a config to start from."""
 
 import sys
-from typing import Annotated
 
-from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from torchdlrm.cli.terminal import console, print_json
+from torchdlrm.cli.terminal import Json, console, print_json
 from torchdlrm.config import find_config, load_config, settings, shipped_config_names
 from torchdlrm.toml import toml_value
 
 
-def config(name: str | None = None, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
+def config(name: str | None = None, *, as_json: Json = False) -> None:
     """List every key of a config with its default and meaning; with NAME, print that config to start one of your own.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.cli.terminal import Json, console, print_json, progress_bars
 from torchdlrm.data.download import SOURCES, parse_days
 from torchdlrm.data.download import download as run_download
 from torchdlrm.errors import ConfigError
@@ -19,7 +19,7 @@ def download(
     days: str | None = None,
     source: Annotated[str | None, Parameter(name="--from")] = None,
     at_a_time: int = 4,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: Json = False,
 ) -> None:
     """Fetch a public click log; a download that was cut off goes on when the same command is given again.
 

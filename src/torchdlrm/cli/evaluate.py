@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.terminal import announce, console, print_json, progress_bars, say_undefined, shown_metric, warn
+from torchdlrm.cli.terminal import Json, announce, console, print_json, progress_bars, say_undefined, shown_metric, warn
 from torchdlrm.progress import SILENT
 
 
@@ -21,7 +21,7 @@ def evaluate(
     dataset: Path | None = None,
     batch_size_global: Annotated[int, Parameter(validator=Number(gte=1))] = 8192,
     nproc_per_node: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
-    json: bool = False,
+    as_json: Json = False,
 ) -> None:
     """Measure a trained run on every row of a split; the result is also written to RUN/evaluation/.
 
@@ -39,7 +39,7 @@ def evaluate(
         Rows per forward pass over all processes; the result does not depend on it.
     nproc_per_node
         Processes on this machine; need not be as many as trained.
-    json
+    as_json
         Print one JSON object on standard output.
     """
     announce(f"evaluate {run} on {split}")
@@ -67,7 +67,7 @@ def evaluate(
     table.add_row(*(f"{v:,}" if isinstance(v, int) else shown_metric(v) for v in values.values()))
     console.print(table)
     say_undefined(result)
-    if json:
+    if as_json:
         print_json(result)
 
 

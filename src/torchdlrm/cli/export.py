@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from torchdlrm.cli.terminal import announce, console, print_json, progress_bars
+from torchdlrm.cli.terminal import Json, announce, console, print_json, progress_bars
 
 
 def export(
@@ -20,7 +20,7 @@ def export(
     dataset: Path | None = None,
     name: str | None = None,
     check_rows: Annotated[int, Parameter(validator=Number(gte=1))] = 100_000,
-    json: bool = False,
+    as_json: Json = False,
 ) -> None:
     """Turn a trained run into a bundle, and check that it predicts what the checkpoint predicts.
 
@@ -45,7 +45,7 @@ def export(
         Name of the model, shown by the server; the folder's name when not given.
     check_rows
         Predict at most so many held-out rows by checkpoint and by bundle.
-    json
+    as_json
         Print one JSON object on standard output.
     """
     announce(f"export {run} to {out}")
@@ -74,5 +74,5 @@ def export(
     print_check(bundle)
     console.print(f"matrix products: {bundle.manifest.dense_precision} ({exported.dense_reason})", soft_wrap=True)
     console.print(f"next: dlrm predict {out} ROWS, or dlrm serve {out}", soft_wrap=True)
-    if json:
+    if as_json:
         print_json(summary(bundle, exported.trade))

@@ -2,11 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from cyclopts import Parameter
-
-from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.cli.terminal import Json, console, print_json, progress_bars
 from torchdlrm.errors import ConfigError, LogError
 from torchdlrm.preprocessing.imports.blocks import encoded_schema
 from torchdlrm.preprocessing.imports.importer import import_blocks
@@ -22,7 +20,7 @@ def import_encoded(
     table_sizes: str | None = None,
     label: str | None = None,
     seed: int = 0,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: Json = False,
 ) -> None:
     """Turn data that is encoded already into a dataset: ids and floats stay as they are, and are checked.
 

@@ -2,10 +2,8 @@
 
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
-
+from torchdlrm.cli.terminal import Json
 from torchdlrm.errors import UserError
 
 # The file that tells what a folder is -> what it is called, and the module whose `show` knows it.
@@ -20,7 +18,7 @@ def inspect(
     folder: Path,
     *,
     values: int = 3,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what a dataset, a run or a bundle holds.
 

@@ -1,18 +1,19 @@
-"""The `dlrm` command: its verbs, and what happens to an exception.
+"""The `dlrm` command: its subcommands, and what happens to an exception.
 
-Verbs are named as strings: a module is imported when its verb runs, so that `--help` answers at once.
+Subcommands are named as strings: a module is imported when its command runs, so that `--help` answers at once.
 """
 
 import errno
 import os
 import signal
 import sys
+from typing import NoReturn
 
 from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 
 from torchdlrm import __version__
-from torchdlrm.cli.mistakes import describe_mistake
+from torchdlrm.cli.mistakes import describe_mistake, in_options
 from torchdlrm.cli.terminal import console
 from torchdlrm.errors import Interrupted, TorchDLRMError, UserError
 
@@ -50,48 +51,43 @@ app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset, a run or
 
 
 def main() -> None:
-    """Run the verb on the command line; exit code 0 done, 2 the input is wrong, 1 anything else."""
+    """Run what the command line says; exit code 0 done, 2 the input is wrong, 1 anything else."""
     # Idle OpenMP threads spin for a tenth of a millisecond and then sleep. By default they spin ten times as long, and
-    # when other programs need the cores a step took ten times as long; docs/benchmarks.md has the figures. Read when
-    # torch loads.
+    # when other programs need the cores a step took ten times as long (docs/benchmarks.md). Read when torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would tell people when it starts and stops
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # C++ stack traces where another machine's store is gone
-    # As after Ctrl-C, what was begun is removed; verbs that can save, or drain, have handlers of their own.
+    # As after Ctrl-C, what was begun is removed; commands that can save, or drain, have handlers of their own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup the end of the terminal is no reason to stop
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         app(sys.argv[1:], exit_on_error=False)
     except UserError as error:
-        console.print("[red bold]error[/]:", end=" ")
-        console.print(str(error), markup=False, soft_wrap=True)
-        sys.exit(2)
+        _end(2, "error", in_options(str(error), app, sys.argv[1:]))
     except Interrupted as interruption:
-        console.print(str(interruption), markup=False, soft_wrap=True)
-        sys.exit(1)
+        _end(1, "", str(interruption))
     except CycloptsError as mistake:
-        console.print("[red bold]error[/]:", end=" ")
-        console.print(describe_mistake(mistake), markup=False, soft_wrap=True)
-        sys.exit(2)
+        _end(2, "error", describe_mistake(mistake))
     except TorchDLRMError as error:
-        console.print("[red bold]failed[/]:", end=" ")
-        console.print(str(error), markup=False, soft_wrap=True)
-        sys.exit(1)
+        _end(1, "failed", in_options(str(error), app, sys.argv[1:]))
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise
-        console.print("[red bold]error[/]:", end=" ")
-        console.print(f"{error.name} is not installed: {PACKAGES[error.name]}", markup=False, soft_wrap=True)
-        sys.exit(2)
+        _end(2, "error", f"{error.name} is not installed: {PACKAGES[error.name]}")
     except OSError as error:
-        code = 1 if error.errno in _NOT_THE_INPUT else 2
-        console.print(f"[red bold]{'failed' if code == 1 else 'error'}[/]:", end=" ")
-        console.print(_what_the_system_said(error), markup=False, soft_wrap=True)
-        sys.exit(code)
+        is_input = error.errno not in _NOT_THE_INPUT
+        _end(2 if is_input else 1, "error" if is_input else "failed", _what_the_system_said(error))
     except KeyboardInterrupt:
-        console.print("interrupted")
-        sys.exit(1)
+        _end(1, "", "interrupted")
+
+
+def _end(exit_code: int, kind: str, message: str) -> NoReturn:
+    """Say why the command ends, in a line of standard error, and end it."""
+    if kind:
+        console.print(f"[red bold]{kind}[/]:", end=" ")
+    console.print(message, markup=False, soft_wrap=True)
+    sys.exit(exit_code)
 
 
 # TorchRec's wheel names the CUDA build of FBGEMM as its need, so no extra of ours can bring it to a CPU machine.

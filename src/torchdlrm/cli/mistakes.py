@@ -1,11 +1,14 @@
-"""What is wrong with a command line, in one line like every other error.
+"""What is wrong with a command line, in the words that people typed.
 
-The parser's own words name `--rows` where nobody has typed it, and take a mistyped option for a value.
+The parser's own words name `--rows` where nobody has typed it, and take a mistyped option for a value. The library's
+messages name arguments of functions; here they become options of the command that was run.
 """
 
 import difflib
 import re
+from collections.abc import Sequence
 
+from cyclopts import App, Argument
 from cyclopts.exceptions import CycloptsError, MissingArgumentError
 
 
@@ -16,10 +19,31 @@ def describe_mistake(error: CycloptsError) -> str:
     argument = error.argument
     if not isinstance(error, MissingArgumentError) or argument is None or error.keyword or argument.tokens:
         return re.sub(r'^Command ".*?" parameter ', "", str(error))
-    option = argument.name
-    if argument.index is not None and not argument.field_info.is_keyword_only:
-        return f"{command}: {option.removeprefix('--').upper()} is missing; {command} --help shows how it is called"
+    option = _name(argument)
+    if not option.startswith("--"):
+        return f"{command}: {option} is missing; {command} --help shows how it is called"
     typed = [token for token in error.root_input_tokens or () if token.startswith("--") and "." not in token]
     close = difflib.get_close_matches(option, typed, n=1, cutoff=0.7)
     hint = f"; did you mean it by {close[0]}?" if close else f"; {command} --help shows all options"
     return f"{command}: {option} is missing{hint}"
+
+
+def in_options(message: str, app: App, tokens: Sequence[str]) -> str:
+    """A message of the library in which each argument in backticks has become an option of the command that was run.
+
+    Args:
+        message: as in "`max_rows`: must be at least 1"; names that are no argument of the command stay as they are.
+        app: of all commands.
+        tokens: the command line.
+    """
+    if "`" not in message:
+        return message
+    _, apps, _ = app.parse_commands(tokens)
+    options = {argument.field_info.name: _name(argument) for argument in apps[-1].assemble_argument_collection()}
+    return re.sub(r"`(\w+)`", lambda found: options.get(found[1], found[0]), message)
+
+
+def _name(argument: Argument) -> str:
+    """`--max-rows` for an option, `RUN` for what is told by its position."""
+    is_positional = argument.index is not None and not argument.field_info.is_keyword_only
+    return argument.name.removeprefix("--").upper() if is_positional else argument.name

@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from torchdlrm.cli.overrides import Overrides, split_config
 from torchdlrm.cli.plan_options import PlanRequest
-from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.cli.terminal import Json, console, print_json, progress_bars
 from torchdlrm.config import load_config
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def plan(
     sweep: Axes = (),
     compare: Files = None,
     measure: Annotated[bool, Parameter(negative="")] = False,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show where every table goes on a machine, whether they fit, and how fast a step will be.
 

@@ -7,7 +7,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.terminal import announce, console, print_json, progress_bars, say_undefined, shown_metric
+from torchdlrm.cli.terminal import Json, announce, console, print_json, progress_bars, say_undefined, shown_metric
 from torchdlrm.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def predict(
     log_format: Annotated[Literal["log", "csv", "tsv"], Parameter(name="--format")] = "log",
     verify: Literal["full", "lazy"] = "full",
     num_threads: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: Json = False,
 ) -> None:
     """Predict the probability of a click of every row of a log: a row out for each row in, in order.
 

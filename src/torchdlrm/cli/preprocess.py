@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from torchdlrm.cli.preprocess_summary import phase_record, print_phase, print_summary, result_record
-from torchdlrm.cli.terminal import print_json, progress_bars
+from torchdlrm.cli.terminal import Json, print_json, progress_bars
 from torchdlrm.errors import Interrupted
 from torchdlrm.features.schema import load_schema, with_split
 from torchdlrm.features.vocabulary import DEFAULT_MIN_COUNT
@@ -36,7 +36,7 @@ def preprocess(
     workers: int | None = None,
     cluster: str | None = None,
     restart: Annotated[bool, Flag] = False,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: Json = False,
 ) -> None:
     """Turn a raw click log into a dataset that can be trained on.
 

@@ -11,7 +11,7 @@ from cyclopts.validators import Number
 from rich.table import Table
 
 from torchdlrm.cli.quickstart_folder import claim
-from torchdlrm.cli.terminal import console, print_json, progress_bars, warn
+from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, warn
 from torchdlrm.config import load_config
 from torchdlrm.errors import Interrupted
 
@@ -22,7 +22,7 @@ def quickstart(
     *,
     out: Path = Path("quickstart"),
     nproc_per_node: Annotated[int, Parameter(validator=Number(gte=1))] = 2,
-    json: bool = False,
+    as_json: Json = False,
 ) -> None:
     """Make a synthetic click log, preprocess it, train a DLRM on it, and compare with what is attainable.
 
@@ -34,18 +34,18 @@ def quickstart(
         Folder for the log, the dataset and the run; new, empty, or that of an interrupted quickstart.
     nproc_per_node
         Processes that train together.
-    json
+    as_json
         Print one JSON object on standard output.
     """
     claim(out, NUM_ROWS)
     try:
-        _run(out, nproc_per_node, json=json)
+        _run(out, nproc_per_node, as_json=as_json)
     except KeyboardInterrupt as interrupt:
         msg = f"stopped; the same command goes on from there: dlrm quickstart --out {shlex.quote(str(out))}"
         raise Interrupted(msg) from interrupt
 
 
-def _run(out: Path, nproc_per_node: int, *, json: bool) -> None:
+def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
     started_s = time.monotonic()
 
     from torchdlrm.cli import evaluate, train
@@ -108,6 +108,6 @@ def _run(out: Path, nproc_per_node: int, *, json: bool) -> None:
         markup=False,
         soft_wrap=True,
     )
-    if json:
+    if as_json:
         figures = {"auc": result["auc"], "attainable_auc": attainable.auc, "logistic_regression_auc": baseline.auc}
         print_json({**figures, "rows": result["rows"], "rows_per_s": summary.rows_per_s or None, "seconds": seconds})

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from torchdlrm.cli.terminal import console, print_json
+from torchdlrm.cli.terminal import Json, console, print_json
 
 
-def report(run: Path, *, out: Path = Path("report.html"), json: bool = False) -> None:
+def report(run: Path, *, out: Path = Path("report.html"), as_json: Json = False) -> None:
     """Write a run's curves, evaluations, config, dataset and plan as one HTML page, to mail or to keep.
 
     Parameters
@@ -14,7 +14,7 @@ def report(run: Path, *, out: Path = Path("report.html"), json: bool = False) ->
         Folder written by `dlrm train`; it may still be training.
     out
         The page; replaced if it is there.
-    json
+    as_json
         Print one JSON object on standard output.
     """
     from torchdlrm.errors import RunError
@@ -30,5 +30,5 @@ def report(run: Path, *, out: Path = Path("report.html"), json: bool = False) ->
         msg = f"--out: cannot write {out}: {error.strerror}"
         raise RunError(msg) from error
     console.print(f"report of {run}: {out}")
-    if json:
+    if as_json:
         print_json({"run": str(run), "report": str(out), "bytes": out.stat().st_size})

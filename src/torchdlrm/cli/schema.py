@@ -2,12 +2,10 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
 from rich.markup import escape
 
-from torchdlrm.cli.terminal import console, print_json
+from torchdlrm.cli.terminal import Json, console, print_json
 from torchdlrm.data.proposal.propose import SAMPLE_ROWS, propose_schema
 from torchdlrm.errors import UserError
 
@@ -17,7 +15,7 @@ def schema(
     *,
     out: Path | None = None,
     rows: int = SAMPLE_ROWS,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: Json = False,
 ) -> None:
     """Propose a schema file for a log, from rows all over it, for you to edit.
 

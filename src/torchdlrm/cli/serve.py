@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from torchdlrm.cli.terminal import console, print_json
+from torchdlrm.cli.terminal import Json, console, print_json
 
 Count = Annotated[int, Parameter(validator=Number(gte=1))]
 Port = Annotated[int, Parameter(validator=Number(gte=0, lte=65535))]
@@ -42,7 +42,7 @@ def serve(
     verify: Literal["full", "lazy"] = "full",
     num_threads: Count | None = None,
     log_level: Literal["debug", "info", "warning", "error"] = "info",
-    json: bool = False,
+    as_json: Json = False,
 ) -> None:
     """Serve a bundle: Open Inference Protocol v2, POST /predict, a page at /, /metrics; SIGTERM drains, SIGHUP swaps.
 
@@ -96,7 +96,7 @@ def serve(
         Threads of the model in each process; by default half of the cores that it has.
     log_level
         Of the log on standard error: info has a line for every request.
-    json
+    as_json
         Print one JSON object on standard output when requests can be sent.
     """
     # Until the server has handlers of its own it has begun nothing, and may end as any program does.
@@ -117,7 +117,7 @@ def serve(
     def started(at: Listening) -> None:
         if console.is_terminal:  # where it is not, whoever reads the log expects JSON alone
             console.print(f"{at.model} {at.version} at {at.url}" + (f", gRPC at {at.grpc}" if at.grpc else ""))
-        if json:
+        if as_json:
             print_json({"url": at.url, "grpc": at.grpc, "model": at.model, "version": at.version, "pid": os.getpid()})
 
     sys.exit(serve_until_stopped(options, started))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from rich.table import Table
 
-from torchdlrm.cli.terminal import console, print_json, progress_bars
+from torchdlrm.cli.terminal import Json, console, print_json, progress_bars
 from torchdlrm.data.synthetic import Attainable, SyntheticTruth, truth_path
 from torchdlrm.data.synthetic import synthesize as write_log
 from torchdlrm.errors import LogError
@@ -20,7 +20,7 @@ def synthesize(
     seed: int = 0,
     preset: Literal["criteo-kaggle", "criteo-1tb"] = "criteo-kaggle",
     force: Annotated[bool, Parameter(negative="")] = False,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a click log in the Criteo layout, and beside it the AUC and logloss that can be reached on it.
 

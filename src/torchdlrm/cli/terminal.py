@@ -1,12 +1,14 @@
-"""What all verbs share: people read standard error, programs read one JSON object on standard output."""
+"""What all commands share: people read standard error, programs read one JSON object on standard output."""
 
 import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.markup import escape
 
@@ -14,6 +16,10 @@ from torchdlrm.cli.progress import ProgressBars, ProgressLines
 from torchdlrm.progress import ProgressListener
 
 console = Console(stderr=True, highlight=False)
+
+# `as_json: Json = False`, last of a command's options: print one JSON object on standard output.
+Json = Annotated[bool, Parameter(name="--json", negative="")]
+Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 
 
 def print_json(result: Mapping[str, object]) -> None:

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from torchdlrm.cli.overrides import Overrides, split_config
-from torchdlrm.cli.terminal import announce, console, print_json, progress_bars, warn
+from torchdlrm.cli.terminal import Json, announce, console, print_json, progress_bars, warn
 from torchdlrm.config import Config, load_config, shipped_config_names
 from torchdlrm.errors import ConfigError
 from torchdlrm.progress import SILENT
@@ -33,7 +33,7 @@ def train(
     plan: Path | None = None,
     profile: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
-    json: bool = False,
+    as_json: Json = False,
 ) -> None:
     """Train a DLRM, or take up a run where it stopped.
 
@@ -67,7 +67,7 @@ def train(
         communication was hidden (`--logging.profile-steps N` for another number).
     dry_run
         Show the plan, the rows and the steps, refuse what would be refused, and write nothing.
-    json
+    as_json
         Print one JSON object on standard output.
     """
     path, overrides = split_config(config)
@@ -104,7 +104,7 @@ def train(
         warn(processes.crowding)
     show_prospect(prospect, run, dry_run=dry_run)
     if dry_run:
-        if json:
+        if as_json:
             print_json({"run": str(run), "dry_run": True, **prospect.as_dict()})
         return
     summary: TrainingSummary | None = launch(work, settings, dataset, run, restart, processes=processes)
@@ -113,7 +113,7 @@ def train(
     show_summary(run, summary, encoded)
     if settings.logging.profile_steps:
         show_profile(Run(run, settings).profile)
-    if json:
+    if as_json:
         print_json({"run": str(run), **summary.as_dict()})
 
 

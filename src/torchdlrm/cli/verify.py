@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.terminal import console, print_json, progress_bars, say_undefined, shown_metric
+from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say_undefined, shown_metric
 from torchdlrm.errors import SkewError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def verify(
     url: str | None = None,
     max_rows: Annotated[int, Parameter(name="--rows", validator=Number(gte=1))] = 10_000,
     log_format: Annotated[Literal["log", "csv", "tsv"], Parameter(name="--format")] = "log",
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: Json = False,
 ) -> None:
     """Predict the same raw rows by preprocessing and checkpoint, by the bundle and by a live server, and compare.
 

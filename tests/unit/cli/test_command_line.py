@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 import torchdlrm.cli.main
-from torchdlrm.cli.main import main
+from torchdlrm.cli.main import app, main
+from torchdlrm.cli.mistakes import in_options
 from torchdlrm.config import load_config, shipped_config_names
 from torchdlrm.errors import ConfigError
 
@@ -49,6 +50,13 @@ def test_a_wrong_command_line_is_one_line_that_helps(args, message, dlrm_says):
     assert code == 2
     assert told.startswith(f"error: {message}"), told
     assert told.count("\n") == 1
+
+
+def test_arguments_that_the_library_names_become_options_of_the_command():
+    said = "`max_rows`: or `bundle`, `rows` and `log_format`, but `auc` and `dlrm verify` are what they are"
+    assert in_options(said, app, ["verify", "b"]) == (
+        "--rows: or BUNDLE, ROWS and --format, but `auc` and `dlrm verify` are what they are"
+    )
 
 
 def test_the_command_itself_loads_nothing_that_starts_threads():
