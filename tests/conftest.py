@@ -106,19 +106,18 @@ def browser():
 
 @pytest.fixture(scope="module")
 def page_server():
-    """The page's files on a server of their own, without model or bundle: its address, and the app."""
+    """The page's files on a server of their own, without model or bundle: its address."""
     import uvicorn
-    from fastapi import FastAPI
+    from starlette.applications import Starlette
 
-    from torchdlrm.serving.page_routes import page_router
+    from torchdlrm.serving.page_routes import page_routes
 
-    app = FastAPI()
-    app.include_router(page_router())
+    app = Starlette(routes=page_routes())
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}", app
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.should_exit = True
     thread.join(timeout=10)
     assert not thread.is_alive()

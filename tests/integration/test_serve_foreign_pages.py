@@ -39,7 +39,7 @@ def counted(server):
 @pytest.mark.parametrize("name", ["127.0.0.1", "evil.example"], ids=["another port", "another site"])
 def test_pages_of_others_get_no_rows_predicted(page, server, page_server, name):
     refused_before, rows_before = counted(server)
-    page.goto(page_server[0].replace("127.0.0.1", name) + "/nothing")  # a page without a policy of its own
+    page.goto(page_server.replace("127.0.0.1", name) + "/nothing")  # a page without a policy of its own
     *fetched, is_queued = page.evaluate(ASK, f"{server.url}/predict")
     assert is_queued
     assert 200 not in fetched
@@ -60,7 +60,7 @@ def test_a_name_that_was_made_to_point_here_reads_nothing(page, server):
 
 
 def test_the_own_page_and_links_to_it_work(page, server, page_server):
-    page.goto(page_server[0].replace("127.0.0.1", "evil.example") + "/nothing")
+    page.goto(page_server.replace("127.0.0.1", "evil.example") + "/nothing")
     with page.expect_navigation():
         page.evaluate("(url) => { location.href = url }", server.url)
     page.wait_for_selector("text=Probability of a click", state="attached")

@@ -13,10 +13,11 @@ from http import HTTPStatus
 from typing import Any
 
 import orjson
-from fastapi import FastAPI, Request, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.routing import Match, Route
-from starlette.types import Scope
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from torchdlrm import __version__
 from torchdlrm.errors import TorchDLRMError
@@ -25,7 +26,7 @@ from torchdlrm.serving.metrics import CONTENT_TYPE
 from torchdlrm.serving.open_inference.columns import model_metadata
 from torchdlrm.serving.open_inference.http import EXTENSIONS, HEADER_LENGTH, InferRequest, format_infer, parse_infer
 from torchdlrm.serving.openapi import document
-from torchdlrm.serving.page_routes import page_router
+from torchdlrm.serving.page_routes import page_routes
 from torchdlrm.serving.refusals import RefusedRequest, too_large, too_slow
 from torchdlrm.serving.request_middleware import REQUEST_ID, RequestMiddleware, refusal
 from torchdlrm.serving.row_routes import describe, read_rows
@@ -37,10 +38,6 @@ VERSION = MODEL + "/versions/{version}"
 
 def build_app(service: Service) -> RequestMiddleware:
     """Everything that is answered over HTTP."""
-    app = FastAPI(title="torchdlrm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.openapi = lambda: document(service)  # type: ignore[method-assign]  # as FastAPI's documentation has it
-    app.include_router(page_router())
-    app.router.routes += [*_row_routes(service), *_open_inference(service), *_operators(service)]
 
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, RefusedRequest)
@@ -53,23 +50,12 @@ def build_app(service: Service) -> RequestMiddleware:
     async def unforeseen(_: Request, __: Exception) -> Response:
         return _json({"error": "the server failed; its log says why"}, HTTPStatus.INTERNAL_SERVER_ERROR)
 
-    app.add_exception_handler(RefusedRequest, refused)
-    app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(Exception, unforeseen)
+    app = Starlette(
+        routes=[*_row_routes(service), *_open_inference(service), *_operators(service), *page_routes()],
+        exception_handlers={RefusedRequest: refused, HTTPException: http_error, Exception: unforeseen},
+    )
+    app.router.redirect_slashes = False
     return RequestMiddleware(app, service)
-
-
-class _PlainRoute(Route):
-    """A route whose function takes the request as it is; one for GET answers HEAD too.
-
-    FastAPI's own routes find out, for each request, what a function's arguments are made of: here there is nothing to
-    find out, and a prediction takes hardly longer than that.
-    """
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """As Starlette's; and the metrics are told which route it is, as FastAPI's do."""
-        match, child_scope = super().matches(scope)
-        return match, {**child_scope, "route": self}
 
 
 def _row_routes(service: Service) -> list[Route]:
@@ -89,10 +75,17 @@ def _row_routes(service: Service) -> list[Route]:
         )
         return _json({"predictions": answer.probabilities, "model": service.name, "version": served.version})
 
+    async def openapi(_: Request) -> Response:
+        return _json(document(service))
+
     async def schema(_: Request) -> Response:
         return _json(describe(service.name, service.bundles.current, service.options.max_rows_per_request))
 
-    return [_route("/predict", predict, "POST"), _route("/schema", schema, "GET")]
+    return [
+        _route("/predict", predict, "POST"),
+        _route("/schema", schema, "GET"),
+        _route("/openapi.json", openapi, "GET"),
+    ]
 
 
 def _open_inference(service: Service) -> list[Route]:
@@ -233,4 +226,4 @@ def _json(content: Any, status: int = HTTPStatus.OK, headers: dict[str, str] | N
 
 
 def _route(path: str, answer: Callable[[Request], Awaitable[Response]], method: str) -> Route:
-    return _PlainRoute(path, answer, methods=[method])
+    return Route(path, answer, methods=[method])

@@ -1,6 +1,6 @@
 """The page at `/`: static files of the package, as they are, for a browser.
 
-In: the files of `page/`, read once.  Out: an `APIRouter` with `/` and one route for each other file under `/page/`.
+In: the files of `page/`, read once.  Out: a route for `/` and one for each other file under `/page/`.
 
 The files need no key: they hold nothing secret, and the page has to be there to ask for one.  Everything else that
 the page shows it fetches from the same server with `GET /schema` and `POST /predict`.
@@ -10,7 +10,9 @@ import hashlib
 from importlib.resources import files
 from typing import Final
 
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 CONTENT_TYPES: Final = {
     ".html": "text/html; charset=utf-8",
@@ -26,15 +28,12 @@ CONTENT_SECURITY_POLICY: Final = (
 INDEX: Final = "index.html"
 
 
-def page_router() -> APIRouter:
-    """The routes of the page, to be mounted without a prefix and without a check of the API key.
+def page_routes() -> list[Route]:
+    """The routes of the page, which are to be reached without an API key.
 
     Each answers GET and HEAD, and 304 to a browser that has the file already.
     """
-    router = APIRouter(include_in_schema=False)
-    for name, content in page_files().items():
-        _add(router, "/" if name == INDEX else f"/page/{name}", name, content)
-    return router
+    return [_route("/" if name == INDEX else f"/page/{name}", name, content) for name, content in page_files().items()]
 
 
 def page_files() -> dict[str, bytes]:
@@ -47,14 +46,14 @@ def page_files() -> dict[str, bytes]:
     }
 
 
-def _add(router: APIRouter, path: str, name: str, content: bytes) -> None:
+def _route(path: str, name: str, content: bytes) -> Route:
     suffix = name[name.rindex(".") :]
     etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
     headers = {
         "Content-Security-Policy": CONTENT_SECURITY_POLICY,
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
-        # PlanRequest each time: after an upgrade of the server an old script must not meet a new page.
+        # Ask each time: after an upgrade of the server an old script must not meet a new page.
         "Cache-Control": "no-cache",
         "ETag": etag,
     }
@@ -64,4 +63,4 @@ def _add(router: APIRouter, path: str, name: str, content: bytes) -> None:
             return Response(status_code=304, headers=headers)
         return Response(content, media_type=CONTENT_TYPES[suffix], headers=headers)
 
-    router.add_api_route(path, serve, methods=["GET", "HEAD"], name=f"page {name}", response_model=None)
+    return Route(path, serve, methods=["GET"], name=f"page {name}")

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import Any
 
 import orjson
-from fastapi import Response
+from starlette.responses import Response
 
 from torchdlrm.serving.allowed_hosts import AllowedHosts
 from torchdlrm.serving.exchange import ARRIVED

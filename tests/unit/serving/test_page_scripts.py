@@ -25,7 +25,7 @@ SHOP = {
 @pytest.fixture(scope="module")
 def page(browser, page_server):
     page = browser.new_page()
-    page.goto(f"{page_server[0]}/page/icon.svg")  # any document of the server: its policy holds here too
+    page.goto(f"{page_server}/page/icon.svg")  # any document of the server: its policy holds here too
     yield page
     page.close()
 
