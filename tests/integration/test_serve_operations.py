@@ -31,7 +31,6 @@ from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.serving.app import build_app
 from torchdlrm.serving.bundles import ServedBundle
-from torchdlrm.serving.log_lines import LogLines
 from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.request_log import digits_of
 from torchdlrm.serving.service import Service
@@ -181,7 +180,6 @@ def test_a_block_found_damaged_while_it_is_served_ends_the_predictions(small_bun
         service = Service(
             ServeOptions(bundle=bundle, verify="lazy"),
             ServedBundle.open(bundle, verify="lazy"),
-            LogLines("error"),
             lambda: None,
         )
         await service.start()

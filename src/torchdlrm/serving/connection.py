@@ -16,6 +16,7 @@ What of uvicorn is touched beyond its documentation: it calls what it has for it
 
 import asyncio
 import contextlib
+import logging
 import math
 import resource
 import socket
@@ -25,9 +26,9 @@ from typing import Any, Final, cast
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+from torchdlrm.serving.event_log import log_event
 from torchdlrm.serving.exchange import Exchange, error_bytes
 from torchdlrm.serving.framing import Head, RequestReader, Unreadable
-from torchdlrm.serving.log_lines import LogLines
 from torchdlrm.serving.options import ServeOptions
 
 _LOOK_S: Final = 0.2
@@ -47,11 +48,10 @@ class Connections:
 
     Args:
         options: whose times these are.
-        lines: takes what is logged.
     """
 
-    def __init__(self, options: ServeOptions, lines: LogLines) -> None:
-        self.options, self.lines = options, lines
+    def __init__(self, options: ServeOptions) -> None:
+        self.options = options
         self.open: set[Connection] = set()
         self.waiting: dict[Connection, None] = {}  # for their clients, the longest first
         self._max_descriptor = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_DESCRIPTORS
@@ -81,8 +81,8 @@ class Connections:
             longest.cut()
         self._num_given_up += 1
         if now_s >= self._next_line_s:
-            self.lines.write(
-                "warning",
+            log_event(
+                logging.WARNING,
                 "file descriptors are running out",
                 connections=len(self.open),
                 cut_off=self._num_given_up,
@@ -310,5 +310,5 @@ class Connection(asyncio.Protocol):
     def _refuse(self, status: int, message: str) -> None:
         """Answer what is no request; the connection is closed next."""
         client = self.client[0] if self.client else None
-        self._connections.lines.write("info", "refused", status=int(status), message=message, client=client)
+        log_event(logging.INFO, "refused", status=int(status), message=message, client=client)
         self.write(error_bytes(status, message))

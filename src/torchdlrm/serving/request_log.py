@@ -14,6 +14,7 @@ need them as such, and those of many batches together, because the cost is that 
 """
 
 import io
+import logging
 import os
 import queue
 import secrets
@@ -32,7 +33,7 @@ from torchdlrm.features.schema import FeatureSchema, SparseColumn, TimeColumn
 from torchdlrm.features.vocabulary import hex_digits
 from torchdlrm.files import replacing
 from torchdlrm.serving.batch import BatchReport, Rows
-from torchdlrm.serving.log_lines import LogLines
+from torchdlrm.serving.event_log import log_event, note_event
 
 OWN_COLUMNS = ("request_id", "request_row", "requested_at", "prediction", "model_version")
 MAX_WAITING_ROWS = 1 << 17
@@ -68,7 +69,6 @@ class RequestLog:
     Args:
         folder: is made, also again when it has been removed.
         dropped: is told how many rows were dropped.
-        lines: are told, not too often, why rows wait or were dropped.
         file_rows, file_s: a file is written when it has that many rows, or its first row is that old.
 
     Raises:
@@ -79,12 +79,11 @@ class RequestLog:
         self,
         folder: Path,
         dropped: Callable[[int], None],
-        lines: LogLines,
         *,
         file_rows: int = FILE_ROWS,
         file_s: float = FILE_SECONDS,
     ) -> None:
-        self._folder, self._dropped, self._lines = folder, dropped, lines
+        self._folder, self._dropped = folder, dropped
         self._name = f"{os.getpid()}-{secrets.token_hex(3)}"  # process ids alone are the same in many containers
         self._file_rows, self._file_s = file_rows, file_s
         try:
@@ -198,7 +197,7 @@ class RequestLog:
         with self._lock:
             self._waiting_rows -= num_rows
         if is_late:
-            self._lines.note("predictions logged again", **self._counts())
+            note_event("predictions logged again", **self._counts())
 
     def _drop_waiting(self, num_rows: int, cause: str, message: str) -> None:
         with self._lock:
@@ -218,7 +217,7 @@ class RequestLog:
             if now_s < self._next_line_s.get(cause, 0.0):
                 return
             self._next_line_s[cause] = now_s + _SECONDS_BETWEEN_LINES
-        self._lines.write("error", "predictions not logged", message=message, **self._counts())
+        log_event(logging.ERROR, "predictions not logged", message=message, **self._counts())
 
     def _counts(self) -> dict[str, object]:
         with self._lock:

@@ -4,6 +4,7 @@ In: the app.  Out: the same app behind a gate.  Refusing costs next to nothing h
 is read, so that a server with too much to do can say so to all whom it cannot answer.
 """
 
+import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
@@ -13,6 +14,7 @@ import orjson
 from starlette.responses import Response
 
 from torchdlrm.serving.allowed_hosts import AllowedHosts
+from torchdlrm.serving.event_log import log_event
 from torchdlrm.serving.exchange import ARRIVED
 from torchdlrm.serving.refusals import RefusedRequest, overloaded
 from torchdlrm.serving.request_id import request_id_of
@@ -99,12 +101,11 @@ class RequestMiddleware:
     def _note_end(self, scope: Scope, status: int, total_s: float, request_id: str) -> None:
         route = getattr(scope.get("route"), "path", "none")
         self._service.metrics.request_done(route, status, total_s)
-        lines = self._service.lines
-        level = "error" if status == HTTPStatus.INTERNAL_SERVER_ERROR else "info"
+        level = logging.ERROR if status == HTTPStatus.INTERNAL_SERVER_ERROR else logging.INFO
         if self._service.is_health(scope["path"]):
-            level = "debug"
-        lines.write(
-            level,  # type: ignore[arg-type]  # one of three that are
+            level = logging.DEBUG
+        log_event(
+            level,
             "request",
             request_id=request_id,
             method=scope["method"],

@@ -6,6 +6,7 @@ In: rows, whoever brought them.  Out: probabilities, or why there are none.
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
 import secrets
 import sys
@@ -22,7 +23,7 @@ from torchdlrm.serving.api_keys import ApiKeys
 from torchdlrm.serving.batch import Answer, BatchReport, Rows
 from torchdlrm.serving.batcher import Batcher
 from torchdlrm.serving.bundles import Bundles, ServedBundle
-from torchdlrm.serving.log_lines import LogLines
+from torchdlrm.serving.event_log import log_event, note_event
 from torchdlrm.serving.metrics import ServerMetrics
 from torchdlrm.serving.options import ServeOptions, threads_of_model
 from torchdlrm.serving.refusals import RefusedRequest, bad_request, check_num_rows, not_found
@@ -42,17 +43,14 @@ class Service:
     Args:
         options: of the server.
         served: the bundle to begin with.
-        lines: takes what is logged.
         tell_others: asks the server's other processes to swap too.
 
     Attributes:
         name: what clients call the model, whichever bundle is served.
     """
 
-    def __init__(
-        self, options: ServeOptions, served: ServedBundle, lines: LogLines, tell_others: Callable[[], None]
-    ) -> None:
-        self.options, self.lines, self.tell_others = options, lines, tell_others
+    def __init__(self, options: ServeOptions, served: ServedBundle, tell_others: Callable[[], None]) -> None:
+        self.options, self.tell_others = options, tell_others
         self.name = options.name or served.name
         check_model_name(self.name)
         self.keys = ApiKeys(options.api_keys)
@@ -66,7 +64,7 @@ class Service:
         self._request_log: RequestLog | None = None
         if options.log_predictions is not None:
             check_loggable(served.schema)
-            self._request_log = RequestLog(options.log_predictions, self.metrics.rows_lost, lines)
+            self._request_log = RequestLog(options.log_predictions, self.metrics.rows_lost)
         self._is_draining = False
         self._damaged: ServedBundle | None = None
         self._numbers = itertools.count(1)
@@ -109,7 +107,7 @@ class Service:
             if damage is None:
                 return False
             self._damaged = served  # of no use to anybody until another bundle is loaded
-            self.lines.write("error", "damaged", version=served.version, message=str(damage))
+            log_event(logging.ERROR, "damaged", version=served.version, message=str(damage))
         return True
 
     @property
@@ -210,10 +208,10 @@ class Service:
             outcome = await self.bundles.reload()
         except TorchDLRMError as error:
             self.metrics.swap_done("failed")
-            self.lines.write("error", "swap failed", version=before, message=str(error))
+            log_event(logging.ERROR, "swap failed", version=before, message=str(error))
             raise
         self.metrics.swap_done(outcome)
-        self.lines.note(f"bundle {outcome}", before=before, version=self.bundles.current.version)
+        note_event(f"bundle {outcome}", before=before, version=self.bundles.current.version)
         return {"outcome": outcome, "model": self.name, "version": self.bundles.current.version}
 
     def _swapped(self, before: ServedBundle, after: ServedBundle) -> None:

@@ -6,6 +6,7 @@ at once, or after a delay that grows while workers die soon after their start.  
 none is left and none can start.
 """
 
+import logging
 import multiprocessing
 import os
 import shutil
@@ -21,7 +22,7 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 
 from torchdlrm.errors import TorchDLRMError, UserError
-from torchdlrm.serving.log_lines import LogLines
+from torchdlrm.serving.event_log import json_log, log_event
 from torchdlrm.serving.options import ServeOptions
 
 _MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # as in metrics.py, which must not be loaded before it is set
@@ -49,7 +50,6 @@ class Supervisor:
 
     def __init__(self, options: ServeOptions, listener: socket.socket) -> None:
         self._options, self._listener = options, listener
-        self._lines = LogLines(options.log_level)
         self._workers: list[_Worker] = []
         self._starts_due_s: list[float] = []
         self._num_early_deaths = self._num_failed_starts = 0
@@ -78,9 +78,9 @@ class Supervisor:
             signal.signal(number, self._hand_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         try:
-            return self._watch(started)
+            with json_log(self._options.log_level):
+                return self._watch(started)
         finally:
-            self._lines.close()
             shutil.rmtree(folder, ignore_errors=True)
 
     def _watch(self, started: Callable[[str, str], None]) -> int:
@@ -101,7 +101,7 @@ class Supervisor:
                 has_started = True
                 started(*self._model)
             if not ready and self._num_failed_starts >= _FAILED_STARTS_PER_WORKER * self._options.workers:
-                self._lines.write("error", "no worker can start", failed_starts=self._num_failed_starts)
+                log_event(logging.ERROR, "no worker can start", failed_starts=self._num_failed_starts)
                 return self._stop(1)
         return self._stop(0)
 
@@ -167,7 +167,7 @@ class Supervisor:
             fields["exit_code"] = code
         if worker.failure is not None:
             fields["message"] = str(worker.failure)
-        self._lines.write("error", "worker died", pid=pid, **fields)
+        log_event(logging.ERROR, "worker died", pid=pid, **fields)
 
     def _stop(self, code: int) -> int:
         self._is_stopping = True

@@ -22,7 +22,7 @@ from torchdlrm.errors import TorchDLRMError
 from torchdlrm.serving.app import build_app
 from torchdlrm.serving.bundles import ServedBundle
 from torchdlrm.serving.connection import Connections
-from torchdlrm.serving.log_lines import LibraryHandler, LogLines
+from torchdlrm.serving.event_log import json_log, log_event, note_event
 from torchdlrm.serving.open_inference.grpc import GrpcServer
 from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.service import Service, configure_threads, watch
@@ -66,20 +66,16 @@ def run_worker(
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # waits until there is a handler
     configure_threads(options)
-    lines = LogLines(options.log_level)
-    logging.getLogger().handlers = [LibraryHandler(lines)]
     verify = options.verify if is_first_check else "lazy"
-    # The service alone knows the bundle: after a swap nothing else keeps the old one.
-    service = Service(options, ServedBundle.open(options.bundle, verify=verify), lines, _tell_others)
-    # What is loaded stays: the collector need not look at it again, least of all while somebody waits.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
-    try:
+    with json_log(options.log_level):
+        # The service alone knows the bundle: after a swap nothing else keeps the old one.
+        service = Service(options, ServedBundle.open(options.bundle, verify=verify), _tell_others)
+        # What is loaded stays: the collector need not look at it again, least of all while somebody waits.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 50)
         with asyncio.Runner(loop_factory=_new_loop) as runner:
             runner.run(_serve(service, listener, ready))
-    finally:
-        lines.close()
     return 0
 
 
@@ -97,10 +93,10 @@ def _tell_others() -> None:
 
 async def _serve(service: Service, listener: socket.socket, ready: Callable[[Ready], None]) -> None:
     loop = asyncio.get_running_loop()
-    options, lines, parent = service.options, service.lines, parent_process()
+    options, parent = service.options, parent_process()
     # Answers are small: who does not take them need not fill megabytes of the kernel's memory.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 256 << 10)
-    connections = Connections(options, lines)
+    connections = Connections(options)
     config = uvicorn.Config(
         build_app(service),
         http=connections,  # type: ignore[arg-type]  # what makes a protocol, if no class of it
@@ -140,14 +136,14 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
         await asyncio.sleep(0.005)
     version = service.bundles.current.version
     address = list(listener.getsockname()[:2])
-    lines.note("serving", pid=os.getpid(), model=service.name, version=version, address=address)
+    note_event("serving", pid=os.getpid(), model=service.name, version=version, address=address)
     if not service.keys and not ipaddress.ip_address(address[0]).is_loopback:
         msg = "whoever can reach this address is answered; --api-key-file lets in those alone who have a key"
-        lines.write("warning", "no API key", message=msg)
+        log_event(logging.WARNING, "no API key", message=msg)
     ready(Ready(service.name, version, None if rpc is None else rpc.port))
     await asyncio.wait({serving, loop.create_task(stopping.wait())}, return_when=asyncio.FIRST_COMPLETED)
     service.drain()
-    lines.note("draining")
+    note_event("draining")
     await asyncio.sleep(options.drain_s)
     server.should_exit = True
     if rpc is not None:
@@ -156,7 +152,7 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
     for task in beside:
         task.cancel()
     service.close()
-    lines.note("stopped")
+    note_event("stopped")
 
 
 async def _reload(service: Service) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gc
-import io
 import socket
 import struct
 import weakref
@@ -15,7 +14,6 @@ import uvloop
 from uvicorn.server import ServerState
 
 from torchdlrm.serving.connection import Connections
-from torchdlrm.serving.log_lines import LogLines
 from torchdlrm.serving.options import ServeOptions
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -35,8 +33,7 @@ def run(scenario, *, send_bytes=None, **times):
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": CONTENT})
 
-        lines = LogLines("error", io.StringIO())
-        connections = Connections(ServeOptions(bundle=Path("none"), **times), lines)
+        connections = Connections(ServeOptions(bundle=Path("none"), **times))
         config = uvicorn.Config(app, http=connections, ws="none", lifespan="off", log_config=None)
         config.load()
         listener = socket.create_server(("127.0.0.1", 0))
@@ -59,7 +56,6 @@ def run(scenario, *, send_bytes=None, **times):
         finally:
             watching.cancel()
             server.close()
-            lines.close()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(asyncio.wait_for(main(), 30))

@@ -1,7 +1,5 @@
 """The log of predictions: what preprocessing reads back, whole files, a bound, never in the way."""
 
-import io
-import json
 import subprocess
 import time
 from dataclasses import dataclass
@@ -17,7 +15,6 @@ from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, TimeColumn
 from torchdlrm.serving import request_log
 from torchdlrm.serving.batch import BatchReport
-from torchdlrm.serving.log_lines import LogLines
 from torchdlrm.serving.request_log import RequestLog, check_loggable
 
 SCHEMA = FeatureSchema(
@@ -57,21 +54,9 @@ class Model:
         return pl.concat(requests)
 
 
-class Told(LogLines):
-    """Lines that end in memory."""
-
-    def __init__(self):
-        self.stream = io.StringIO()
-        super().__init__("error", self.stream)
-
-    def events(self):
-        self.close()
-        return [json.loads(line) for line in self.stream.getvalue().splitlines()]
-
-
-@pytest.fixture
-def told():
-    return Told()
+def told(caplog):
+    """The fields of what was logged."""
+    return [{"event": record.msg, **record.fields} for record in caplog.records]
 
 
 @pytest.fixture
@@ -112,8 +97,8 @@ def report(frame=FRAME):
     return BatchReport(None, requests, ["a", "b"], counts, [Found(probabilities, {})], 0.0, 0.0)
 
 
-def test_what_was_logged_is_read_as_what_was_asked(told, tmp_path):
-    log = RequestLog(tmp_path, pytest.fail, told)
+def test_what_was_logged_is_read_as_what_was_asked(tmp_path):
+    log = RequestLog(tmp_path, pytest.fail)
     log.add(report(), Model())
     log.close()
     path = next(tmp_path.iterdir())
@@ -131,16 +116,16 @@ def test_what_was_logged_is_read_as_what_was_asked(told, tmp_path):
     assert read.frame.select(expected.columns).equals(expected)
 
 
-def test_files_are_written_when_they_are_full_and_by_version_of_the_schema(told, tmp_path):
-    log = RequestLog(tmp_path, pytest.fail, told, file_rows=6)
+def test_files_are_written_when_they_are_full_and_by_version_of_the_schema(tmp_path):
+    log = RequestLog(tmp_path, pytest.fail, file_rows=6)
     for schema in (SCHEMA, SCHEMA, SCHEMA, SCHEMA.model_copy()):
         log.add(report(), Model(schema))
     log.close()
     assert sorted(pl.read_parquet(path).height for path in tmp_path.iterdir()) == [3, 3, 6]
 
 
-def test_a_file_is_written_in_its_time_while_rows_keep_coming(told, tmp_path):
-    log = RequestLog(tmp_path, pytest.fail, told, file_s=0.3)
+def test_a_file_is_written_in_its_time_while_rows_keep_coming(tmp_path):
+    log = RequestLog(tmp_path, pytest.fail, file_s=0.3)
     model, deadline_s = Model(), time.monotonic() + 10
     while not list(tmp_path.glob("*.parquet")) and time.monotonic() < deadline_s:
         log.add(report(), model)
@@ -149,7 +134,7 @@ def test_a_file_is_written_in_its_time_while_rows_keep_coming(told, tmp_path):
     log.close()
 
 
-def test_small_batches_become_columns_together(told, tmp_path):
+def test_small_batches_become_columns_together(tmp_path):
     class Counting(Model):
         reads = 0
 
@@ -157,7 +142,7 @@ def test_small_batches_become_columns_together(told, tmp_path):
             self.reads += 1
             return super().read(requests)
 
-    log, model = RequestLog(tmp_path, pytest.fail, told), Counting()
+    log, model = RequestLog(tmp_path, pytest.fail), Counting()
     for _ in range(500):
         log.add(report(), model)
     log.close()
@@ -167,10 +152,10 @@ def test_small_batches_become_columns_together(told, tmp_path):
     assert logged["request_row"].to_list() == [0, 0, 1] * 500
 
 
-def test_rows_beyond_the_bound_are_dropped_and_counted(told, tmp_path, monkeypatch):
+def test_rows_beyond_the_bound_are_dropped_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(request_log, "MAX_WAITING_ROWS", 7)
     dropped = []
-    log = RequestLog(tmp_path, dropped.append, told)
+    log = RequestLog(tmp_path, dropped.append)
     for _ in range(3):
         log.add(report(), Model())
     log.close()
@@ -178,16 +163,16 @@ def test_rows_beyond_the_bound_are_dropped_and_counted(told, tmp_path, monkeypat
     assert sum(pl.read_parquet(path).height for path in tmp_path.iterdir()) == 6
 
 
-def test_a_full_disk_costs_only_what_does_not_fit_into_memory(told, small_disk, monkeypatch):
+def test_a_full_disk_costs_only_what_does_not_fit_into_memory(caplog, small_disk, monkeypatch):
     monkeypatch.setattr(request_log, "MAX_WAITING_ROWS", 7)
     monkeypatch.setattr(request_log, "_FIRST_RETRY_S", 0.01)
     dropped = []
-    log = RequestLog(small_disk, dropped.append, told, file_rows=3)
+    log = RequestLog(small_disk, dropped.append, file_rows=3)
     filler = fill(small_disk)
     for _ in range(4):
         log.add(report(), Model())
     assert dropped == [3, 3]
-    wait_for(lambda: "No space left" in told.stream.getvalue())
+    wait_for(lambda: "No space left" in str(told(caplog)))
     assert rows_on(small_disk) == 0
     filler.unlink()
     wait_for(lambda: rows_on(small_disk) == 6)
@@ -196,38 +181,38 @@ def test_a_full_disk_costs_only_what_does_not_fit_into_memory(told, small_disk, 
     assert rows_on(small_disk) == 9
     assert dropped == [3, 3]
     assert {path.suffix for path in small_disk.iterdir()} == {".parquet"}
-    lines = told.events()
+    lines = told(caplog)
     assert [line["event"] for line in lines] == [*["predictions not logged"] * 2, "predictions logged again"]
     assert sum(line["dropped_rows"] for line in lines) == 6
     assert {line["folder"] for line in lines} == {str(small_disk)}
 
 
-def test_a_full_disk_does_not_keep_the_log_from_closing(told, small_disk):
+def test_a_full_disk_does_not_keep_the_log_from_closing(caplog, small_disk):
     dropped = []
-    log = RequestLog(small_disk, dropped.append, told, file_rows=3)
+    log = RequestLog(small_disk, dropped.append, file_rows=3)
     fill(small_disk)
     log.add(report(), Model())
-    wait_for(lambda: "No space left" in told.stream.getvalue())
+    wait_for(lambda: "No space left" in str(told(caplog)))
     log.add(report(), Model())
     log.close()
     assert sum(dropped) == 6
-    assert sum(line["dropped_rows"] for line in told.events()) == 6
+    assert sum(line["dropped_rows"] for line in told(caplog)) == 6
 
 
-def test_a_folder_that_was_removed_is_made_again(told, tmp_path):
+def test_a_folder_that_was_removed_is_made_again(tmp_path):
     folder = tmp_path / "log"
-    log = RequestLog(folder, pytest.fail, told)
+    log = RequestLog(folder, pytest.fail)
     folder.rmdir()
     log.add(report(), Model())
     log.close()
     assert rows_on(folder) == 3
 
 
-def test_rows_that_cannot_be_written_are_dropped_and_the_next_are_written(told, tmp_path, monkeypatch):
+def test_rows_that_cannot_be_written_are_dropped_and_the_next_are_written(caplog, tmp_path, monkeypatch):
     """Whatever Polars raises: here, columns of another type than the schema says, and a column that is there twice."""
     monkeypatch.setattr(request_log, "_SECONDS_BETWEEN_LINES", 0)
     dropped = []
-    log = RequestLog(tmp_path, dropped.append, told, file_rows=6)
+    log = RequestLog(tmp_path, dropped.append, file_rows=6)
     no_hex = FRAME.with_columns(ids=pl.Series([["x"], None, []], dtype=pl.List(pl.String)))
     twice = SCHEMA.model_copy(update={"columns": (*SCHEMA.columns, DenseColumn(name="prediction"))})
     other_type = FRAME.with_columns(price=pl.Series(["a", "b", "c"]))
@@ -241,7 +226,7 @@ def test_rows_that_cannot_be_written_are_dropped_and_the_next_are_written(told, 
     log.close()
     assert rows_on(tmp_path) + sum(dropped) == 24
     assert sum(dropped) == 12
-    lines = told.events()
+    lines = told(caplog)
     assert sum(line["dropped_rows"] for line in lines) == 12
     assert all(line["event"] == "predictions not logged" for line in lines)
 

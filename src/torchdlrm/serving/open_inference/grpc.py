@@ -19,6 +19,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from torchdlrm.errors import ConfigError
+from torchdlrm.serving.event_log import log_event
 from torchdlrm.serving.open_inference.grpc_methods import Call, Context, Methods, parse
 from torchdlrm.serving.open_inference.messages import CLASSES, METHODS, PACKAGE, SERVICE
 from torchdlrm.serving.refusals import RefusedRequest, bad_request, overloaded, too_slow
@@ -132,9 +133,8 @@ class GrpcServer:
             status = HTTPStatus.OK if refused is None else refused.status
             total_s = time.perf_counter() - started_s
             service.metrics.request_done(f"grpc {name}", status, total_s)
-            level = "debug" if name in _HEALTH else "info"
-            service.lines.write(
-                level,  # type: ignore[arg-type]  # one of two that are
+            log_event(
+                logging.DEBUG if name in _HEALTH else logging.INFO,
                 "request",
                 request_id=request_id,
                 method="grpc",
@@ -181,7 +181,7 @@ class GrpcServer:
             refused = RefusedRequest(error.status, error.message) if is_told else _no_key()
         except Exception as error:  # noqa: BLE001 - told in the log, and to the client without the inside
             request_id = request_id or service.new_request_id()
-            service.lines.write("error", "failure", request_id=request_id, method=name, message=repr(error))
+            log_event(logging.ERROR, "failure", request_id=request_id, method=name, message=repr(error))
             refused = RefusedRequest(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed; its log says why")
         return None, refused, request_id or service.new_request_id()
 
