@@ -66,7 +66,7 @@ def default_search(problem: Problem) -> tuple[float, float]:
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=-(-problem.options.batch_size_global // problem.machine.num_devices),
-        storage_reservation=FixedPercentageStorageReservation(problem.options.reserved_share),
+        storage_reservation=FixedPercentageStorageReservation(problem.options.reserved_fraction),
         constraints=constraints,
         stats=NoopEmbeddingStats(),
         debug=False,

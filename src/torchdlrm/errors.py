@@ -17,7 +17,7 @@
     └── Interrupted              somebody has asked a job to stop, and it has saved what it had
 
 A `UserError` says in one message which key, file or line is wrong, which value it has and what to do about it. It names
-arguments of the called function in backticks, as in "`max_rows`: must be at least 1, got 0"; the command line writes the
+arguments of the called function in backticks, as in "`max_rows`: must be at least 1, got 0"; the command line says the
 option instead ("--max-rows: must be ..."), so no message outside `cli/` spells an option.
 """
 

@@ -1,27 +1,28 @@
 """TOML that people write: values as text, and what is wrong with a document in words.
 
-In: a value; or a problem that pydantic found.  Out: a line of text.
+In: a value or a document; or a problem that pydantic found.  Out: text.
 """
 
 import difflib
-import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import tomli_w
 
 _MAX_VALUE_CHARACTERS = 80
 
 
+def toml_text(document: Mapping[str, object]) -> str:
+    """A document as TOML, every list in one line."""
+    text = tomli_w.dumps(document, indent=0)
+    # tomli-w writes a line for each item of a list. Strings hold no line breaks, so these are all of lists.
+    return text.replace("[\n", "[").replace(",\n]", "]").replace(",\n", ", ")
+
+
 def toml_value(value: object) -> str:
     """A string, a number, a truth value or a list of these as TOML writes it, in one line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        # A JSON string is a TOML string, except for DEL, which JSON does not escape.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(toml_value(item) for item in value) + "]"
-    return repr(value)
+    return toml_text({"_": value}).removeprefix("_ = ").rstrip("\n")
 
 
 def did_you_mean(text: str, known: Iterable[str]) -> str:

@@ -1,28 +1,51 @@
 """Bytes and counts as people write and read them: GB is 10^9 bytes, GiB is 2^30."""
 
 import re
+from contextlib import suppress
+from typing import Annotated
 
-from torchdlrm.errors import ConfigError
+from pydantic import (
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+from torchdlrm.errors import ConfigError, shown
+from torchdlrm.toml import explain
 
 
-def parse_bytes(text: str, option: str) -> int:
+def _read_size(value: object, read: ValidatorFunctionWrapHandler) -> object:
+    """Read a size, but not as ByteSize alone would: it leaves what it cannot read and takes `80,000GB` for 80 bytes."""
+    with suppress(ValidationError):
+        if not isinstance(value, str) or re.fullmatch(r"\s*\d*\.?\d+\s*[A-Za-z]*\s*", value):
+            return read(value)
+    msg = f"must be a size above zero such as 80GB, 79GiB or a number of bytes, got {shown(value)}"
+    raise ValueError(msg)
+
+
+# `80GB`, `79.1GiB` or a plain number of bytes, in config files and on the command line.
+Size = Annotated[ByteSize, Field(gt=0), WrapValidator(_read_size)]
+
+
+def parse_bytes(text: str, argument: str) -> int:
     """A size such as `80GB`, `79.1GiB` or a plain number of bytes.
+
+    Args:
+        text: what was given.
+        argument: what it was given for, as the message calls it.
 
     Raises:
         ConfigError: it is none, or not above zero.
     """
-    match = re.fullmatch(r"\s*(-?[\d_]*\.?\d+)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS:
-        msg = f"{option}: expected a size such as 80GB, 79GiB or a number of bytes, got {text!r}"
-        raise ConfigError(msg)
-    size_bytes = round(float(match[1]) * _UNITS[match[2].upper()])
-    if size_bytes <= 0:
-        msg = f"{option}: must be above zero, got {text!r}"
-        raise ConfigError(msg)
-    return size_bytes
+    try:
+        return int(TypeAdapter(Size, config=ConfigDict(strict=True)).validate_python(text))
+    except ValidationError as error:
+        msg = f"`{argument}`: {explain(error.errors()[0])}"
+        raise ConfigError(msg) from error
 
 
 def show_bytes(size_bytes: float) -> str:

@@ -34,7 +34,7 @@ CASES = {
         "dense_optimizer.clip_norm": "0.05",
     },
     "adagrad, adamw": {"dense_optimizer.weight_decay": "0.1", "schedule.name": "cosine", "schedule.decay_steps": "6"},
-    "sgd, sgd": {"dense_optimizer.momentum": "0.9", "train.dropout_share": "0.3", "schedule.warmup_steps": "4"},
+    "sgd, sgd": {"dense_optimizer.momentum": "0.9", "train.dropout": "0.3", "schedule.warmup_steps": "4"},
 }
 
 

@@ -20,7 +20,9 @@ def test_a_config_survives_being_written_and_read():
 
 @given(st.text(st.characters(codec="utf-8")))
 def test_every_text_survives_being_written_as_toml(text):
-    assert tomllib.loads(f"value = {toml_value([text])}")["value"] == [text]
+    value = [text, [text, 5, 0.1], True, []]
+    assert tomllib.loads(f"value = {toml_value(value)}")["value"] == value
+    assert "\n" not in toml_value(value)
     config = load_config(None, {"logging.experiment": text})
     assert Config.model_validate(tomllib.loads(config_toml(config))).logging.experiment == text
 
@@ -79,6 +81,30 @@ def test_keys_that_contradict_each_other_do_not_wait_for_those_that_are_wrong():
     assert "neither schedule.name" not in message  # nobody knows yet which name was meant
 
 
+def test_a_key_that_has_another_name_by_now_is_refused_with_it_but_read_from_a_run(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("[train]\ndropout_share = 0.25\n[sharding]\nreserved_share = 0.3\nhost_cache_share = 0.1\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path, {"train.dropout-share": "0.5"})
+    assert "--train.dropout-share: is called train.dropout now" in str(error.value)
+    assert f"{path}: sharding.reserved_share: is called sharding.reserved_fraction now" in str(error.value)
+    assert f"{path}: sharding.host_cache_share: is called sharding.cache_fraction now" in str(error.value)
+    of_run = load_config(path, is_of_run=True)
+    assert (of_run.train.dropout, of_run.sharding.reserved_fraction, of_run.sharding.cache_fraction) == (0.25, 0.3, 0.1)
+
+
+def test_sizes_in_bytes_may_have_units_and_a_run_writes_the_number(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[sharding]\nhbm_bytes = "80GB"\nhost_memory_bytes = 5\n')
+    config = load_config(path)
+    assert (config.sharding.hbm_bytes, config.sharding.host_memory_bytes) == (80 * 10**9, 5)
+    assert "hbm_bytes = 80000000000\n" in config_toml(config)
+    assert load_config(None, {"sharding.hbm-bytes": "79.1GiB"}).sharding.hbm_bytes == int(79.1 * 2**30)
+    for wrong in ("-5", "0", "80XB", "true", "1.5e9"):
+        with pytest.raises(ConfigError, match=r"--sharding\.hbm_bytes: must be .*, got "):
+            load_config(None, {"sharding.hbm_bytes": wrong})
+
+
 def test_a_decay_that_is_half_said_is_refused():
     for overrides, expected in (
         ({"schedule.name": "constant", "schedule.decay_steps": "5"}, "constant has no decay"),
@@ -96,7 +122,7 @@ def test_a_missing_or_broken_file_is_an_error_that_names_it(tmp_path):
         load_config(tmp_path / "broken.toml")
 
 
-def test_every_knob_has_a_description_and_is_read_somewhere():
+def test_every_setting_has_a_description_and_is_read_somewhere():
     source_root = Path(__file__).parents[2] / "src" / "torchdlrm"
     sources = "\n".join(
         path.read_text() for path in source_root.rglob("*.py") if not path.is_relative_to(source_root / "config")

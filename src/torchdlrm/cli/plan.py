@@ -56,7 +56,8 @@ def _problem(tokens: tuple[str, ...], ask: PlanRequest, *, measure: bool) -> "Pr
     from torchdlrm.planning import plan_request
 
     path, overrides = split_config(tokens)
-    settings = load_config(ask.run / "config.toml" if ask.run is not None and path is None else path, overrides)
+    of_run = ask.run is not None and path is None
+    settings = load_config(ask.run / "config.toml" if ask.run and of_run else path, overrides, is_of_run=of_run)
     machine = plan_request.resolve_machine(
         plan_request.MachineSpec(ask.device_name, ask.num_devices, ask.hosts, ask.sizes), settings
     )

@@ -69,11 +69,11 @@ class PlanRequest:
     def sizes(self) -> dict[str, str]:
         """Figures of the machine that were given, by option."""
         given = {
-            "--hbm": self.hbm,
-            "--host-memory": self.host_memory,
-            "--hbm-bandwidth": self.hbm_bandwidth,
-            "--host-link-bandwidth": self.host_link_bandwidth,
-            "--intra-host-bandwidth": self.intra_host_bandwidth,
-            "--inter-host-bandwidth": self.inter_host_bandwidth,
+            "hbm": self.hbm,
+            "host_memory": self.host_memory,
+            "hbm_bandwidth": self.hbm_bandwidth,
+            "host_link_bandwidth": self.host_link_bandwidth,
+            "intra_host_bandwidth": self.intra_host_bandwidth,
+            "inter_host_bandwidth": self.inter_host_bandwidth,
         }
         return {option: text for option, text in given.items() if text is not None}

@@ -70,7 +70,7 @@ def preprocess(
         vocabulary=vocabulary,
         extend_vocabulary=extend_vocabulary,
     )
-    resources = Resources(memory_bytes=parse_bytes(memory, "--memory"), workers=workers, cluster=cluster)
+    resources = Resources(memory_bytes=parse_bytes(memory, "memory"), workers=workers, cluster=cluster)
     columns = with_split(load_schema(schema), split, val, test)
     try:
         with progress_bars(f"preprocess into {out}") as progress:

@@ -1,6 +1,5 @@
 """Every setting of a run, from a TOML file and the command line to a checked `Config`."""
 
-from torchdlrm.config.document import configuration_markdown
 from torchdlrm.config.sections import (
     CheckpointConfig,
     Config,
@@ -18,7 +17,7 @@ from torchdlrm.config.sections import (
     setting_values,
     settings,
 )
-from torchdlrm.config.text import config_toml, find_config, load_config, shipped_config_names
+from torchdlrm.config.text import config_toml, configuration_markdown, find_config, load_config, shipped_config_names
 
 __all__ = [
     "CheckpointConfig",

@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+from torchdlrm.units import Size
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-ShareOfOne = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 TableOptimizerName = Literal[
     "rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb", "partial_rowwise_lamb"
@@ -68,12 +70,12 @@ class TrainConfig(_Section):
         description="of embeddings on their way between ranks; with float16 gradients travel as bfloat16 on GPUs; auto "
         "is float16 on GPUs, and on CPU what the dense parts compute in",
     )
-    dropout_share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
-        0.0, description="share of the hidden units of dense and over arch that each training row leaves out"
+    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+        0.0, description="fraction of the hidden units of dense and over arch that each training row leaves out"
     )
     negative_weight: PositiveFloat = Field(
         1.0,
-        description="weight of a row without a click in the loss, as if only this share of them had been kept; the "
+        description="weight of a row without a click in the loss, as if only this fraction of them had been kept; the "
         "predictions are corrected for it, so that they stay probabilities",
     )
     timeout_s: PositiveFloat = Field(
@@ -90,8 +92,8 @@ class TableOptimizerConfig(_Section):
     name: TableOptimizerName = Field("rowwise_adagrad", description="FBGEMM's name for it")
     learning_rate: PositiveFloat = Field(0.05, description="base learning rate")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the accumulated squares (not for sgd)")
-    beta1: ShareOfOne = Field(0.9, description="of the gradients' running mean, in the kinds of adam and lamb")
-    beta2: ShareOfOne = Field(0.999, description="of the squares' running mean, in the kinds of adam and lamb")
+    beta1: Fraction = Field(0.9, description="of the gradients' running mean, in the kinds of adam and lamb")
+    beta2: Fraction = Field(0.999, description="of the squares' running mean, in the kinds of adam and lamb")
     weight_decay: NonNegativeFloat = Field(
         0.0, description="times the learning rate, decoupled; of the rows that a step looks up; not on CPU (FBGEMM)"
     )
@@ -106,8 +108,8 @@ class DenseOptimizerConfig(_Section):
     name: Literal["adagrad", "sgd", "adamw"] = Field("adagrad", description="torch.optim's name for it")
     learning_rate: PositiveFloat = Field(0.01, description="base learning rate")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the accumulated squares (not for sgd)")
-    beta1: ShareOfOne = Field(0.9, description="of the gradients' running mean, in adamw")
-    beta2: ShareOfOne = Field(0.999, description="of the squares' running mean, in adamw")
+    beta1: Fraction = Field(0.9, description="of the gradients' running mean, in adamw")
+    beta2: Fraction = Field(0.999, description="of the squares' running mean, in adamw")
     momentum: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(0.0, description="of sgd")
     weight_decay: NonNegativeFloat = Field(
         0.0, description="decoupled in adamw, added to the gradient in adagrad and sgd, as torch.optim does"
@@ -156,14 +158,14 @@ class CheckpointConfig(_Section):
     every_minutes: NonNegativeFloat = Field(10.0, description="save every so many minutes; 0 means not by time")
     keep_last: PositiveInt = Field(2, description="checkpoints to keep, besides the one with the best val AUC")
     asynchronous: bool = Field(
-        default=True, description="go on training while a copy of the state is written (needs memory for the copy)"
+        default=True, description="keep training while a copy of the state is written (needs memory for the copy)"
     )
 
 
 class StopConfig(_Section):
     """Reasons to stop before the last epoch ends; all look at the val split, so set validation.every_steps or _rows."""
 
-    target_auc: ShareOfOne | None = Field(None, description="stop once the val AUC has reached this")
+    target_auc: Fraction | None = Field(None, description="stop once the val AUC has reached this")
     patience_validations: PositiveInt | None = Field(
         None, description="stop after so many validations without a better val AUC"
     )
@@ -189,22 +191,27 @@ class LoggingConfig(_Section):
 class ShardingConfig(_Section):
     """What TorchRec's planner is told about the machine."""
 
-    hbm_bytes: PositiveInt | None = Field(None, description="memory of each GPU; asked of the device when not set")
-    host_memory_bytes: PositiveInt | None = Field(
+    hbm_bytes: Size | None = Field(
+        None, description='memory of each GPU, such as "80GB" or a number of bytes; asked of the device when not set'
+    )
+    host_memory_bytes: Size | None = Field(
         None, description="host memory of each rank; the machine's, divided by its ranks, when not set"
     )
-    reserved_share: ShareOfOne = Field(
-        0.15, description="share of each rank's memory that is not for tables: the arches, activations, batches, slack"
+    reserved_fraction: Fraction = Field(
+        0.15,
+        description="fraction of each rank's memory that is not for tables: the arches, activations, batches, slack",
     )
     constraints: tuple[str, ...] = Field(
         (),
         strict=False,
         description="rules for tables, such as cat_3=row_wise or cat_0=table_wise@2 (TABLE=KIND,KIND@RANK,RANK)",
     )
-    host_cache_share: ShareOfOne | None = Field(
-        None, description="GPUs may keep tables in host memory and cache this share of their rows; not when not set"
+    cache_fraction: Fraction | None = Field(
+        None, description="GPUs may keep tables in host memory and cache this fraction of their rows; not when not set"
     )
-    plan: str | None = Field(None, description="a plan.json to obey (dlrm plan writes it); planned anew when not set")
+    plan: str | None = Field(
+        None, description="a plan.json to follow (dlrm plan writes it); training plans by itself when not set"
+    )
 
 
 class LoaderConfig(_Section):

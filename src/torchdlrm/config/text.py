@@ -1,4 +1,4 @@
-"""Config <-> TOML text, from files and from the command line.
+"""Config <-> TOML text, from files and from the command line; and the page that documents every key.
 
 In: a TOML file and overrides by dotted name.  Out: a `Config`, or one error that lists every problem.
 """
@@ -9,14 +9,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from torchdlrm.config.cross_checks import cross_checks
 from torchdlrm.config.sections import Config, settings
 from torchdlrm.errors import ConfigError
-from torchdlrm.toml import did_you_mean, explain, toml_value
+from torchdlrm.toml import did_you_mean, explain, toml_text, toml_value
 
 SHIPPED_CONFIGS = Path(__file__).parents[1] / "configs"
+# What keys were called in earlier versions. People are told the new name; the config of a run is read as it is.
+_RENAMED_KEYS = {
+    "train.dropout_share": "train.dropout",
+    "sharding.reserved_share": "sharding.reserved_fraction",
+    "sharding.host_cache_share": "sharding.cache_fraction",
+}
+_DOCUMENT_HEAD = """
+# Configuration
+
+A run is described by one TOML file. Some come with torchdlrm and go by their names: `dlrm train criteo-small ...`, and
+`dlrm config criteo-small > my.toml` to start from one. Keys that a file leaves out have the defaults below, which are
+the paper's Criteo model; `dlrm config` prints them. Any key can be overridden on the command line by its dotted name,
+with `-` or `_`: `--train.batch-size-global 8192`, `--model.dense-arch-layer-sizes 512,256,64`. All mistakes, in the
+file and on the command line, are reported together. (Made by `make docs` from `src/torchdlrm/config/sections.py`.)
+"""
 
 
 def shipped_config_names() -> list[str]:
@@ -42,12 +57,15 @@ def find_config(name: str | Path) -> Path:
     raise ConfigError(msg)
 
 
-def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> Config:
+def load_config(
+    path: str | Path | None, overrides: Mapping[str, str] | None = None, *, is_of_run: bool = False
+) -> Config:
     """The config in a TOML file (defaults where it is silent), changed by overrides such as {"train.epochs": "2"}.
 
     Args:
         path: the file, the name of a config that comes with torchdlrm (`"criteo-small"`), or None for the defaults.
         overrides: values as TOML text by dotted name.
+        is_of_run: the file is the config.toml of a run: keys that it has under an earlier name are read too.
 
     Raises:
         ConfigError: the file cannot be read, or keys or values are wrong; every problem in one message.
@@ -65,6 +83,8 @@ def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = N
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             msg = f"{path}: not a TOML file: {error}"
             raise ConfigError(msg) from error
+    if is_of_run:
+        _rename_keys(raw)
     problems: list[str] = []
     for name, text in (overrides or {}).items():
         key = name.replace("-", "_")
@@ -88,6 +108,13 @@ def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = N
     raise ConfigError("\n".join(["the config is wrong:", *(f"  {problem}" for problem in problems)]))
 
 
+def _rename_keys(raw: dict[str, Any]) -> None:
+    for old, new in _RENAMED_KEYS.items():
+        (section, old_leaf), new_leaf = old.split("."), new.split(".")[1]
+        if old_leaf in raw.get(section, {}):
+            raw[section][new_leaf] = raw[section].pop(old_leaf)
+
+
 def _contradictions_of_the_rest(raw: dict[str, Any], wrong: list[list[str]]) -> list[str]:
     """What the keys that are right by themselves contradict, so that it need not wait for the others' correction."""
     for section, *leaf in wrong:
@@ -101,15 +128,20 @@ def _contradictions_of_the_rest(raw: dict[str, Any], wrong: list[list[str]]) -> 
 
 def config_toml(config: Config) -> str:
     """The config as TOML text that `load_config` reads back; keys that are not set are left out."""
-    top: list[str] = []
-    sections: list[str] = []
-    for name, value in config.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            leaves = [f"{leaf} = {toml_value(v)}" for leaf, v in value.items() if v is not None]
-            sections += ["", f"[{name}]", *leaves]
-        else:
-            top.append(f"{name} = {toml_value(value)}")
-    return "\n".join([*top, *sections]) + "\n"
+    return toml_text(config.model_dump(mode="json", exclude_none=True))
+
+
+def configuration_markdown() -> str:
+    """docs/configuration.md: every setting with its default and meaning."""
+    lines = [_DOCUMENT_HEAD.strip(), "", "| key | default | meaning |", "| --- | --- | --- |"]
+    for name, field in settings():
+        default = "not set" if field.default is None else f"`{toml_value(field.default)}`"
+        lines.append(f"| `{name}` | {default} | {field.description} |")
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            text = " ".join((field.annotation.__doc__ or "").split())
+            lines += ["", f"`[{name}]`: {text}"]
+    return "\n".join(lines) + "\n"
 
 
 def _typed(key: str, text: str) -> object:
@@ -146,6 +178,8 @@ def _describe(item: Any, path: Path | None, where: Mapping[str, str]) -> str:
     named = [flag for name, flag in where.items() if f"{name}.".startswith(f"{key}.")]
     place = named[0] if named else f"{path}: {key}"
     if item["type"] == "extra_forbidden":
+        if key in _RENAMED_KEYS:
+            return f"{place}: is called {_RENAMED_KEYS[key]} now"
         known = [name for name, _ in settings()] + list(Config.model_fields)
         leaf = [name for name in known if names[-1] in _also_called(name.rpartition(".")[2])]
         hint = f"; did you mean {' or '.join(leaf)}?" if leaf else did_you_mean(key, known)

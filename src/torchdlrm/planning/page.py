@@ -32,7 +32,10 @@ def plan_page(solution: Solution) -> str:
     cards = [
         (show_bytes(solution.total.weight_bytes), "weights"),
         (show_bytes(solution.total.state_bytes), f"state of {solution.problem.options.optimizer}"),
-        (f"{solution.memory_share(solution.fullest_rank):.1%}", f"memory of the fullest rank, {solution.fullest_rank}"),
+        (
+            f"{solution.memory_fraction(solution.fullest_rank):.1%}",
+            f"memory of the fullest rank, {solution.fullest_rank}",
+        ),
         (f"{solution.step_ms:.2f} ms", f"predicted step; bottleneck rank {slowest}"),
         (f"{solution.rows_per_s:,.0f}", "predicted rows/s"),
     ]
@@ -217,7 +220,7 @@ def _millions(value: float) -> str:
 
 
 def _share(point: SweepPoint) -> float | None:
-    return point.solution.memory_share(point.solution.fullest_rank) if point.solution else None
+    return point.solution.memory_fraction(point.solution.fullest_rank) if point.solution else None
 
 
 def _axis(top: float, show: Callable[[float], str], height: int = _HEIGHT) -> str:

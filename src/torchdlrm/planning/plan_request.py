@@ -29,10 +29,10 @@ from torchdlrm.units import parse_bytes
 
 THIS_MACHINE = "here"
 _RATES = {
-    "--hbm-bandwidth": "memory_bytes_per_s",
-    "--host-link-bandwidth": "host_link_bytes_per_s",
-    "--intra-host-bandwidth": "intra_host_bytes_per_s",
-    "--inter-host-bandwidth": "inter_host_bytes_per_s",
+    "hbm_bandwidth": "memory_bytes_per_s",
+    "host_link_bandwidth": "host_link_bytes_per_s",
+    "intra_host_bandwidth": "intra_host_bytes_per_s",
+    "inter_host_bandwidth": "inter_host_bytes_per_s",
 }
 
 
@@ -44,7 +44,7 @@ class MachineSpec:
         device: a name of `torchdlrm.sharding.devices`, or `here`.
         num_devices: ranks.
         num_hosts: hosts; None: as many as the device's usual machine makes of them.
-        sizes: options such as `--hbm` with their text.
+        sizes: such as `hbm`, with their text.
     """
 
     device: str
@@ -86,15 +86,15 @@ def resolve_machine(asked: MachineSpec, config: Config) -> Machine:
 
 def _with_sizes(machine: Machine, sizes: Mapping[str, str]) -> Machine:
     parsed = {option: parse_bytes(text, option) for option, text in sizes.items()}
-    if "--hbm" in parsed and machine.kind != "cuda":
+    if "hbm" in parsed and machine.kind != "cuda":
         msg = f"--hbm: {machine.device} has no memory of its own; --host-memory says what its host has"
         raise PlanError(msg)
     changes: dict[str, float] = {field: parsed[option] for option, field in _RATES.items() if option in parsed}
     return replace(
         machine,
-        hbm_bytes=parsed.get("--hbm", machine.hbm_bytes),
-        host_memory_bytes=parsed["--host-memory"] // machine.devices_per_host
-        if "--host-memory" in parsed
+        hbm_bytes=parsed.get("hbm", machine.hbm_bytes),
+        host_memory_bytes=parsed["host_memory"] // machine.devices_per_host
+        if "host_memory" in parsed
         else machine.host_memory_bytes,
         **changes,  # type: ignore[arg-type]  # all of them rates
     )

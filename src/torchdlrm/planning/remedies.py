@@ -76,7 +76,7 @@ class Remedy:
             "step_ms": self.solution.step_ms,
             "rows_per_s": self.solution.rows_per_s,
             "num_devices": self.solution.problem.machine.num_devices,
-            "fullest_rank_memory_share": self.solution.memory_share(fullest),
+            "fullest_rank_memory_fraction": self.solution.memory_fraction(fullest),
         }
 
 
@@ -227,7 +227,7 @@ def _half_precision(problem: Problem) -> Iterator[Remedy]:
 
 
 def _host_memory(problem: Problem) -> Iterator[Remedy]:
-    if problem.machine.kind != "cuda" or problem.options.host_cache_share is not None:
+    if problem.machine.kind != "cuda" or problem.options.cache_fraction is not None:
         return
     # The greedy proposers cut a table by rows before they move it to the host; asked for table-wise alone they move the
     # largest one by one, which is often faster and keeps more tables on the device.
@@ -236,17 +236,17 @@ def _host_memory(problem: Problem) -> Iterator[Remedy]:
         found: list[tuple[Solution, str]] = []
         for rules, words in ways:
             solution = try_solve(
-                problem.with_options(host_cache_share=share, constraints=rules or problem.options.constraints)
+                problem.with_options(cache_fraction=share, constraints=rules or problem.options.constraints)
             )
             if solution is not None:
                 found.append((solution, words))
         if found:
             solution, words = min(found, key=lambda pair: pair[0].step_ms)
-            moved = [name for name, placed in solution.layout.items() if placed.cache_share is not None]
+            moved = [name for name, placed in solution.layout.items() if placed.cache_fraction is not None]
             host = sum(cost.host_bytes for cost in solution.ranks)
             yield Remedy(
                 f"{len(moved)} tables in host memory, {share:.0%} of their rows cached on the GPU (UVM caching)",
-                f"--sharding.host-cache-share {share}{words}",
+                f"--sharding.cache-fraction {share}{words}",
                 f"{show_bytes(host)} of host memory; every row that is not cached crosses the host link",
                 solution,
             )

@@ -48,8 +48,8 @@ def rank_rows(solution: Solution, limit: int | None = _MAX_ROWS) -> tuple[list[s
             str(rank),
             str(shards[rank]),
             *map(show_bytes, (cost.weight_bytes, cost.state_bytes, cost.activation_bytes)),
-            bar(solution.memory_share(rank)),
-            f"{solution.memory_share(rank):.1%}",
+            bar(solution.memory_fraction(rank)),
+            f"{solution.memory_fraction(rank):.1%}",
             f"{cost.forward_ms:.3f}",
             f"{cost.backward_ms:.3f}",
             f"{cost.communication_ms:.3f}",
@@ -95,8 +95,8 @@ def summary_lines(solution: Solution) -> list[str]:
     lines = []
     lines.append(
         f"bottleneck: rank {slowest}, whose tables take {solution.ranks[slowest].total_ms:.3f} ms a step; fullest: "
-        f"rank {solution.fullest_rank}, {solution.memory_share(solution.fullest_rank):.1%} of its memory by tables, "
-        f"{problem.options.reserved_share:.0%} kept free for the rest"
+        f"rank {solution.fullest_rank}, {solution.memory_fraction(solution.fullest_rank):.1%} of its memory by tables, "
+        f"{problem.options.reserved_fraction:.0%} kept free for the rest"
     )
     if solution.above_lower_bound is not None:
         lines.append(
@@ -141,7 +141,7 @@ def remedy_lines(found: Sequence[Remedy]) -> list[str]:
     lines = []
     for number, remedy in enumerate(found, start=1):
         solution = remedy.solution
-        full = f"{solution.memory_share(solution.fullest_rank):.1%} of the fullest rank"
+        full = f"{solution.memory_fraction(solution.fullest_rank):.1%} of the fullest rank"
         lines.append(f"{number}. {remedy.change}")
         lines.append(f"     say    {remedy.options}")
         lines.append(f"     price  {remedy.price}")
@@ -169,7 +169,7 @@ def sweep_rows(points: Sequence[SweepPoint]) -> tuple[list[str], list[list[str]]
         if point.solution is None:
             rows.append([*row, "no", f"{show_bytes(point.missing_bytes)} missing", "", "", "", "", ""])
             continue
-        share = point.solution.memory_share(point.solution.fullest_rank)
+        share = point.solution.memory_fraction(point.solution.fullest_rank)
         rows.append(
             [
                 *row,

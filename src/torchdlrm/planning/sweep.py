@@ -43,7 +43,7 @@ class SweepPoint:
             return point | {"fits": False, "missing_bytes": self.missing_bytes}
         return point | {
             "fits": True,
-            "fullest_rank_memory_share": self.solution.memory_share(self.solution.fullest_rank),
+            "fullest_rank_memory_fraction": self.solution.memory_fraction(self.solution.fullest_rank),
             "step_ms": self.solution.step_ms,
             "rows_per_s": self.rows_per_s,
             "rows_per_device_hour": self.rows_per_device_hour,

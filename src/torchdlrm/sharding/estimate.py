@@ -157,7 +157,7 @@ def _cost(shard: Shard, optimizer: Optimizer, precision: Precision) -> Cost:
 
 
 def _cache_params(placed: PlacedTable) -> CacheParams | None:
-    return None if placed.cache_share is None else CacheParams(load_factor=placed.cache_share)
+    return None if placed.cache_fraction is None else CacheParams(load_factor=placed.cache_fraction)
 
 
 def dense_part(model: ModelConfig, num_sparse_features: int, machine: Machine, batch_size_global: int) -> DensePart:

@@ -79,7 +79,7 @@ def shard_state_bytes(shard: Shard, optimizer: Optimizer) -> int:
     return state_bytes(rows, columns, optimizer)
 
 
-class ReservedShare(FixedPercentageStorageReservation):  # type: ignore[misc]  # TorchRec is untyped
+class ReservedFraction(FixedPercentageStorageReservation):  # type: ignore[misc]  # TorchRec is untyped
     """Keeps a share of each rank's memory for what is not a table; TorchRec's own keeps none of host memory."""
 
     def reserve(

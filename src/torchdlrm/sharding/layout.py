@@ -56,13 +56,13 @@ class PlacedTable:
         sharding_type: TorchRec's name for it.
         compute_kernel: TorchRec's name for where its rows live and how they are updated.
         shards: in the order that TorchRec has them.
-        cache_share: of the rows that a kernel with a cache keeps on the device.
+        cache_fraction: of the rows that a kernel with a cache keeps on the device.
     """
 
     sharding_type: str
     compute_kernel: str
     shards: tuple[PlacedShard, ...]
-    cache_share: float | None = None
+    cache_fraction: float | None = None
 
     @property
     def ranks(self) -> list[int]:
@@ -85,12 +85,12 @@ def layout_of(plan: ShardingPlan) -> dict[str, PlacedTable]:
                     PlacedShard(shard.placement.rank(), tuple(shard.shard_offsets), tuple(shard.shard_sizes))
                     for shard in sharding.sharding_spec.shards
                 ),
-                _cache_share(sharding),
+                _cache_fraction(sharding),
             )
     return layout
 
 
-def _cache_share(sharding: ParameterSharding) -> float | None:
+def _cache_fraction(sharding: ParameterSharding) -> float | None:
     """The planner hands cache parameters to every table that might have had a cache."""
     if sharding.compute_kernel != _CACHED_KERNEL or sharding.cache_params is None:
         return None
@@ -104,7 +104,7 @@ def layout_as_dict(layout: Layout) -> dict[str, Any]:
         name: {
             "sharding_type": placed.sharding_type,
             "compute_kernel": placed.compute_kernel,
-            "cache_share": placed.cache_share,
+            "cache_share": placed.cache_fraction,
             "ranks": placed.ranks,
             "shards": [asdict(shard) for shard in placed.shards],
         }
@@ -212,7 +212,7 @@ def _parameter_sharding(placed: PlacedTable, machine: Machine) -> ParameterShard
         compute_kernel=placed.compute_kernel,
         ranks=placed.ranks,
         sharding_spec=EnumerableShardingSpec(shards),
-        cache_params=CacheParams(load_factor=placed.cache_share) if placed.cache_share is not None else None,
+        cache_params=CacheParams(load_factor=placed.cache_fraction) if placed.cache_fraction is not None else None,
     )
 
 

@@ -1,4 +1,7 @@
-"""plan.json: where every table goes and what it costs; `dlrm train --plan` obeys it, `dlrm plan --compare` reads it."""
+"""plan.json: where every table goes and what it costs; `dlrm train --plan` follows it, `dlrm plan --compare` reads it.
+
+Its keys are those of format version 1, also where the code has other names by now (`memory_share`).
+"""
 
 import json
 from dataclasses import asdict
@@ -38,7 +41,7 @@ def plan_as_dict(solution: Solution) -> dict[str, Any]:
         },
         "total": _cost_as_dict(solution.total),
         "ranks": [
-            {"rank": rank, "memory_share": solution.memory_share(rank), **_cost_as_dict(cost)}
+            {"rank": rank, "memory_share": solution.memory_fraction(rank), **_cost_as_dict(cost)}
             for rank, cost in enumerate(solution.ranks)
         ],
         "tables": tables,
@@ -56,9 +59,9 @@ def problem_as_dict(problem: Problem) -> dict[str, Any]:
         "optimizer": options.optimizer,
         "precision": problem.precision,
         "batch_size_global": options.batch_size_global,
-        "reserved_share": options.reserved_share,
+        "reserved_share": options.reserved_fraction,
         "constraints": list(options.constraints),
-        "host_cache_share": options.host_cache_share,
+        "host_cache_share": options.cache_fraction,
     }
 
 

@@ -25,7 +25,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchdlrm.config import Config
 from torchdlrm.errors import DoesNotFitError
 from torchdlrm.sharding.constraints import TableConstraint, table_constraints
-from torchdlrm.sharding.estimators import MemoryEstimator, OrderedEnumerator, ReservedShare, TimeEstimator
+from torchdlrm.sharding.estimators import MemoryEstimator, OrderedEnumerator, ReservedFraction, TimeEstimator
 from torchdlrm.sharding.search import BestPlan, PlacingPartitioner, proposers
 from torchdlrm.sharding.tables import Optimizer, Precision, Table
 from torchdlrm.sharding.topology import Machine
@@ -42,16 +42,16 @@ class PlanOptions:
     Attributes:
         optimizer: of the tables; its state takes memory beside the weights.
         batch_size_global: rows per step over all ranks.
-        reserved_share: of each rank's memory, for what is not a table.
+        reserved_fraction: of each rank's memory, for what is not a table.
         constraints: rules as `torchdlrm.sharding.constraints` reads them.
-        host_cache_share: GPUs may keep tables in host memory, with this share of their rows cached; None: they may not.
+        cache_fraction: GPUs may keep tables in host memory, with this share of their rows cached; None: they may not.
     """
 
     optimizer: Optimizer
     batch_size_global: int
-    reserved_share: float
+    reserved_fraction: float
     constraints: tuple[str, ...] = ()
-    host_cache_share: float | None = None
+    cache_fraction: float | None = None
 
     @classmethod
     def of(cls, config: Config) -> "PlanOptions":
@@ -59,9 +59,9 @@ class PlanOptions:
         return cls(
             optimizer=config.table_optimizer.name,
             batch_size_global=config.train.batch_size_global,
-            reserved_share=config.sharding.reserved_share,
+            reserved_fraction=config.sharding.reserved_fraction,
             constraints=config.sharding.constraints,
-            host_cache_share=config.sharding.host_cache_share,
+            cache_fraction=config.sharding.cache_fraction,
         )
 
 
@@ -178,7 +178,7 @@ def _search(
         topology=topology,
         batch_size=batch_size_per_rank,
         enumerator=enumerator,
-        storage_reservation=ReservedShare(percentage=options.reserved_share),
+        storage_reservation=ReservedFraction(percentage=options.reserved_fraction),
         proposer=proposers(len(tables), machine.num_devices),
         partitioner=PlacingPartitioner(
             {name: constraint.ranks for name, constraint in allowed.items() if constraint.ranks},
@@ -252,9 +252,9 @@ def _parameter_constraints(
 ) -> ParameterConstraints:
     kernels = [EmbeddingComputeKernel.FUSED.value]
     cache = None
-    if machine.kind == "cuda" and options.host_cache_share is not None:
+    if machine.kind == "cuda" and options.cache_fraction is not None:
         kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
-        cache = CacheParams(load_factor=options.host_cache_share)
+        cache = CacheParams(load_factor=options.cache_fraction)
     return ParameterConstraints(
         sharding_types=list(allowed.kinds),
         compute_kernels=kernels,
@@ -267,7 +267,7 @@ def _parameter_constraints(
 def _does_not_fit(tables: Sequence[Table], machine: Machine, options: PlanOptions) -> str:
     sizes = {table.name: table.weight_bytes("float32") + table.state_bytes(options.optimizer) for table in tables}
     largest = max(sizes, key=lambda name: sizes[name])
-    usable = int(machine.memory_bytes * (1 - options.reserved_share))
+    usable = int(machine.memory_bytes * (1 - options.reserved_fraction))
     return (
         f"the tables do not fit on {machine.num_devices} rank(s) with {show_bytes(usable)} each for tables: weights "
         f"and state of {options.optimizer} are {show_bytes(sum(sizes.values()))}, the largest, {largest}, "

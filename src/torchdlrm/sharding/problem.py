@@ -44,7 +44,7 @@ class Problem:
     @property
     def usable_bytes(self) -> int:
         """Memory of each rank for tables, where they live by default."""
-        return int(self.machine.memory_bytes * (1 - self.options.reserved_share))
+        return int(self.machine.memory_bytes * (1 - self.options.reserved_fraction))
 
     @property
     def table_bytes(self) -> int:
@@ -127,12 +127,12 @@ class Solution:
     def copy_fits(self) -> bool:
         """Whether every rank's host memory holds weights and state once more, as an asynchronous checkpoint needs."""
         machine = self.problem.machine
-        usable_bytes = machine.host_memory_bytes * (1 - self.problem.options.reserved_share)
+        usable_bytes = machine.host_memory_bytes * (1 - self.problem.options.reserved_fraction)
         on_host = [rank.total_bytes if machine.kind == "cpu" else rank.host_bytes for rank in self.ranks]
         copies = [rank.weight_bytes + rank.state_bytes for rank in self.ranks]
         return all(held + copy <= usable_bytes for held, copy in zip(on_host, copies, strict=True))
 
-    def memory_share(self, rank: int) -> float:
+    def memory_fraction(self, rank: int) -> float:
         """Share of a rank's memory that its tables take."""
         return self.ranks[rank].device_bytes / self.problem.machine.memory_bytes
 
@@ -181,7 +181,7 @@ def try_solve(problem: Problem) -> Solution | None:
         PlanError: a constraint is wrong.
     """
     planner_constraints(problem.tables, problem.machine, problem.options)  # a wrong one is an error, not a no
-    on_devices = problem.options.host_cache_share is None
+    on_devices = problem.options.cache_fraction is None
     if on_devices and problem.table_bytes > problem.usable_bytes * problem.machine.num_devices:
         return None  # no need to search: of 1,000 tables on 64 devices that takes 20 s
     try:

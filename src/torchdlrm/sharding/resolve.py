@@ -62,7 +62,8 @@ def _check_memory(path: Path, solution: Solution) -> None:
         msg = (
             f"{path}: the plan does not fit this machine: rank {fullest} would need {show_bytes(needed_bytes)} for its "
             f"tables with {problem.options.optimizer}, and has {show_bytes(problem.usable_bytes)} "
-            f"(sharding.reserved_share = {problem.options.reserved_share}); plan again for this machine and optimizer"
+            f"(sharding.reserved_fraction = {problem.options.reserved_fraction}); plan again for this machine and "
+            "optimizer"
         )
         raise PlanError(msg)
 

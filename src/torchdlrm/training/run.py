@@ -106,7 +106,7 @@ class Run:
         if not (path / CONFIG_NAME).is_file():
             msg = f"{path}: there is no run here (no {CONFIG_NAME}); dlrm train makes one"
             raise RunError(msg)
-        return cls(path, load_config(path / CONFIG_NAME))
+        return cls(path, load_config(path / CONFIG_NAME, is_of_run=True))
 
     @property
     def exists(self) -> bool:
@@ -208,7 +208,7 @@ class Run:
             self._lock = None
 
     def _changes(self) -> list[Change]:
-        before, now = setting_values(load_config(self.path / CONFIG_NAME)), setting_values(self.config)
+        before, now = setting_values(load_config(self.path / CONFIG_NAME, is_of_run=True)), setting_values(self.config)
         return [Change(name, before[name], now[name]) for name in now if before[name] != now[name]]
 
     def _lock_folder(self) -> None:

@@ -59,8 +59,8 @@ def build_sharded_model(
         config.model, num_dense_features=num_dense_features, num_embeddings=num_embeddings, device=ranks.device
     )
     model.negative_weight = config.train.negative_weight
-    if config.train.dropout_share:
-        add_dropout(model.model.dense_arch, model.model.over_arch, config.train.dropout_share)
+    if config.train.dropout:
+        add_dropout(model.model.dense_arch, model.model.over_arch, config.train.dropout)
     if dense_sample is not None and num_dense_features:
         standardize_dense_input(model.model.dense_arch, dense_sample)
     sharder = table_sharder(fused_params(config.table_optimizer))

@@ -131,7 +131,7 @@ def default_search(asked, *, same_kinds=True):
     planner = EmbeddingShardingPlanner(
         topology=asked.machine.topology(),
         batch_size=-(-asked.options.batch_size_global // asked.machine.num_devices),
-        storage_reservation=FixedPercentageStorageReservation(asked.options.reserved_share),
+        storage_reservation=FixedPercentageStorageReservation(asked.options.reserved_fraction),
         constraints=constraints,
         stats=NoopEmbeddingStats(),
         debug=False,
@@ -188,7 +188,7 @@ def test_a_plan_does_not_hang_on_the_order_of_sets_of_strings():
 
 
 def test_tables_in_host_memory_take_the_host_s_memory_and_a_cache_on_the_device():
-    asked = problem(preset_tables("criteo-1tb-40m", 128), devices=4, host_cache_share=0.2)
+    asked = problem(preset_tables("criteo-1tb-40m", 128), devices=4, cache_fraction=0.2)
     solution = solve(asked)
     kernels = {placed.compute_kernel for placed in solution.layout.values()}
     assert "fused_uvm_caching" in kernels

@@ -94,3 +94,12 @@ def test_metrics_that_are_damaged_are_left_out_of_a_report(begun):
     lines = [b"\xff\xfe", b"7", b'{"split": "train"}', b'{"split": "val", "step": "x", "rows": 1}', b"[" * 100_000]
     (begun.path / "metrics.jsonl").write_bytes(b"\n".join([*lines, json.dumps(whole).encode()]))
     assert "<b>0.7123</b><span>val AUC, last</span>" in report_page(begun)
+
+
+def test_a_run_of_a_version_that_called_keys_otherwise_is_opened_and_resumed(begun, small_dataset):
+    written = begun.path / "config.toml"
+    old = written.read_text().replace("\ndropout =", "\ndropout_share =").replace("reserved_fraction", "reserved_share")
+    assert old != written.read_text()
+    written.write_text(old)
+    assert Run.open(begun.path).config == CONFIG
+    assert not Run(begun.path, CONFIG).check(small_dataset)
