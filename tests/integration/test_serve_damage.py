@@ -13,7 +13,7 @@ from torchdlrm.bundle.bundle import Bundle, table_name
 from torchdlrm.bundle.manifest import WEIGHTS_NAME, BundleManifest
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.errors import BundleError
-from torchdlrm.serving.bundles import ServedBundle
+from torchdlrm.prediction.predictor import Predictor
 
 KEY = "correct horse battery staple"
 ROW = [{"int_0": 3}]
@@ -84,9 +84,9 @@ def test_no_answer_is_made_of_what_was_written_over(client, live):
 
 
 def test_what_is_written_while_rows_are_predicted_is_no_answer(live, monkeypatch):
-    served = ServedBundle.open(live, verify="full")
-    rows = served.encode([ROW])
-    served.predict(rows)
+    served = Predictor.open(live)
+    rows = served.encode_requests([ROW])
+    served.predict_undamaged(rows)
     logits = ServedModel.logits
 
     def meanwhile(model, encoded):
@@ -95,7 +95,7 @@ def test_what_is_written_while_rows_are_predicted_is_no_answer(live, monkeypatch
 
     monkeypatch.setattr(ServedModel, "logits", meanwhile)
     with pytest.raises(BundleError, match="written to while it is in use"):
-        served.predict(rows)
+        served.predict_undamaged(rows)
 
 
 def test_readiness_itself_looks_at_the_files(client, live):

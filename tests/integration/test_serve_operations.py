@@ -30,9 +30,9 @@ from torchdlrm.features.schema import criteo_schema
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.serving.app import build_app
-from torchdlrm.serving.bundles import ServedBundle
+from torchdlrm.serving.bundles import open_checked
 from torchdlrm.serving.options import ServeOptions
-from torchdlrm.serving.request_log import digits_of
+from torchdlrm.serving.row_routes import rows_as_logged
 from torchdlrm.serving.service import Service
 
 ROOT = Path(__file__).parents[2]
@@ -54,8 +54,7 @@ def other_bundle(small_run, small_dataset, tmp_path_factory):
 def rows(small_bundle):
     predictor = Predictor.open(small_bundle)
     frame = predictor.bundle.sample()[0].head(50)
-    features = [frame[column.name] for column in predictor.schema.dense]
-    return pl.DataFrame(features + [digits_of(frame[c.name], c) for c in predictor.schema.sparse]).to_dicts()
+    return rows_as_logged(frame, predictor.schema)
 
 
 @pytest.fixture
@@ -179,7 +178,7 @@ def test_a_block_found_damaged_while_it_is_served_ends_the_predictions(small_bun
     async def main():
         service = Service(
             ServeOptions(bundle=bundle, verify="lazy"),
-            ServedBundle.open(bundle, verify="lazy"),
+            open_checked(bundle, verify="lazy"),
             lambda: None,
         )
         await service.start()
@@ -188,7 +187,7 @@ def test_a_block_found_damaged_while_it_is_served_ends_the_predictions(small_bun
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             assert (await client.post("/predict", json=rows)).status_code == 200
             may_check.set()
-            await asyncio.to_thread(service.bundles.current._predictor.bundle.verifier.wait)
+            await asyncio.to_thread(service.bundles.current.bundle.verifier.wait)
             for _ in range(2):
                 answer = await client.post("/predict", json=rows)
                 assert (answer.status_code, answer.json()["error"][:37]) == (
@@ -207,7 +206,6 @@ def test_a_block_found_damaged_while_it_is_served_ends_the_predictions(small_bun
         gc.collect()
         assert first() is None, "what was swapped away must not stay in memory"
         service.close()
-        service.lines.close()
 
     asyncio.run(main())
 

@@ -6,10 +6,11 @@ the vocabularies do not have.
 B rows, F sparse features.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import polars as pl
@@ -26,8 +27,11 @@ from torchdlrm.features.transforms import encode
 from torchdlrm.features.vocabulary import UNKNOWN_ID, VALUE_TYPES
 from torchdlrm.prediction.fast_path import PlainRowEncoder
 from torchdlrm.prediction.json_rows import RowReader
-from torchdlrm.prediction.shared_rows import Row
+from torchdlrm.prediction.shared_rows import Row, joined
 from torchdlrm.progress import SILENT, ProgressListener
+
+# By column name, as JSON has them, or typed columns.
+Rows = Sequence[Row] | pl.DataFrame
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,16 @@ class Predictor:
         """What the arches compute in on this machine."""
         return self._model.dense_precision
 
+    @property
+    def version(self) -> str:
+        """Changes with any byte of the bundle."""
+        return self.bundle.version
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether all weights are checked: those that are not are checked before their first use, which takes time."""
+        return self.bundle.verifier.is_done
+
     def parse_rows(self, rows: Sequence[Row]) -> pl.DataFrame:
         """Rows by column name -> typed columns, B rows; what a row does not name is missing.
 
@@ -126,6 +140,44 @@ class Predictor:
         encoded = self._plain_rows.encode(rows)
         return self.encode(self.parse_rows(rows)) if encoded is None else encoded
 
+    def encode_requests(self, requests: Sequence[Rows]) -> EncodedRows:
+        """The rows of some requests, one after another, as the model reads them.
+
+        Raises:
+            RowError: a row has a column that there is not, or a cell that does not fit.
+            BundleError: somebody has written to the bundle's files.
+        """
+        self._require_undamaged()  # where a file has been cut, to look a value up would end the process
+        frames = [request for request in requests if isinstance(request, pl.DataFrame)]
+        rows = joined([request for request in requests if not isinstance(request, pl.DataFrame)])
+        if not frames:
+            return self.encode_rows(rows)
+        typed = self.encode(frames[0] if len(frames) == 1 else pl.concat(frames))
+        if not rows:
+            return typed
+        # Rows of the same form are encoded together, then each request's put in its place.
+        plain = self.encode_rows(rows)
+        pieces, ends = [], {False: 0, True: 0}
+        for request in requests:
+            is_frame = isinstance(request, pl.DataFrame)
+            start, ends[is_frame] = ends[is_frame], ends[is_frame] + len(request)
+            pieces.append((typed if is_frame else plain).part(start, ends[is_frame]))
+        return EncodedRows.concatenated(pieces)
+
+    def parse_requests(self, requests: Sequence[Rows]) -> pl.DataFrame:
+        """The rows of some requests, one after another, as the typed columns of the features.
+
+        Raises:
+            RowError: a row has a column that there is not, or a cell that does not fit.
+        """
+        features = [column.name for column in (*self.schema.dense, *self.schema.sparse)]
+        frames: list[pl.DataFrame] = []
+        for is_frame, alike in itertools.groupby(requests, lambda request: isinstance(request, pl.DataFrame)):
+            group: list[Any] = list(alike)
+            # Rows of several requests together: the cost is that of the calls.
+            frames += group if is_frame else [self.parse_rows(joined(group))]
+        return pl.concat([frame.select(features) for frame in frames])
+
     def unknown_features(self, frame: pl.DataFrame) -> list[list[str]]:
         """For each row the features that have a value which is not in their vocabulary; `frame` as in `encode`."""
         encoded = encode(frame, self.schema, self.bundle.dense, self.bundle.vocabularies)
@@ -154,6 +206,16 @@ class Predictor:
         logits = self._model.logits(rows)
         return Predictions(torch.from_numpy(logits).sigmoid().numpy(), self._count_unknown(rows), logits)
 
+    def predict_undamaged(self, rows: EncodedRows) -> Predictions:
+        """As `predict_encoded`, but fails if somebody has written to the bundle's files.
+
+        Raises:
+            BundleError: somebody has, or a block of the weights that was not checked before is damaged.
+        """
+        predictions = self.predict_encoded(rows)
+        self._require_undamaged()  # or they were made of what has been written, or of a part of it
+        return predictions
+
     def check_sample(self) -> None:
         """Predict the rows that the bundle carries.
 
@@ -173,6 +235,11 @@ class Predictor:
                 f"{difference:.2g}, and {allowed:.2g} is allowed; export the run again"
             )
             raise BundleError(msg)
+
+    def _require_undamaged(self) -> None:
+        damage = self.bundle.find_damage()
+        if damage is not None:
+            raise damage
 
     def _check_types(self, frame: pl.DataFrame) -> None:
         found = frame.schema

@@ -29,7 +29,7 @@ from torchdlrm.serving.openapi import document
 from torchdlrm.serving.page_routes import page_routes
 from torchdlrm.serving.refusals import RefusedRequest, too_large, too_slow
 from torchdlrm.serving.request_middleware import REQUEST_ID, RequestMiddleware, refusal
-from torchdlrm.serving.row_routes import describe, read_rows
+from torchdlrm.serving.row_routes import read_rows
 from torchdlrm.serving.service import Service, off_loop_if_large
 
 MODEL = "/v2/models/{name}"
@@ -79,7 +79,7 @@ def _row_routes(service: Service) -> list[Route]:
         return _json(document(service))
 
     async def schema(_: Request) -> Response:
-        return _json(describe(service.name, service.bundles.current, service.options.max_rows_per_request))
+        return _json(service.describe())
 
     return [
         _route("/predict", predict, "POST"),

@@ -16,14 +16,15 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from torchdlrm.errors import TorchDLRMError
-from torchdlrm.serving.batch import Answer, BatchListener, BatchReport, Model, Rows
+from torchdlrm.prediction.predictor import Predictions, Predictor, Rows
 from torchdlrm.serving.refusals import bad_request, overloaded, too_late
 
 _SWEEP_INTERVAL_S = 0.01
@@ -31,9 +32,49 @@ _SWEEP_INTERVAL_S = 0.01
 _FEW_ROWS, _FEW_BYTES, _QUICK_S = 16, 16 << 10, 0.003
 
 
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What became of a batch of B rows.
+
+    Attributes:
+        model: what predicted.
+        requests: the rows of each request in it.
+        request_ids: of these; `num_rows` how many rows each has.
+        predictions: of its parts, one after another.
+        encode_s, model_s: how long it took to encode the rows and to predict.
+    """
+
+    model: Predictor
+    requests: Sequence[Rows]
+    request_ids: Sequence[str]
+    num_rows: Sequence[int]
+    predictions: Sequence[Predictions]
+    encode_s: float
+    model_s: float
+
+    @property
+    def total_rows(self) -> int:
+        """B."""
+        return sum(self.num_rows)
+
+
+# Is told of each batch, in the thread that predicts it.
+BatchListener = Callable[[BatchReport], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The probabilities of a request's rows, float32 [B], and how long they took."""
+
+    probabilities: NDArray[np.float32]
+    queue_s: float
+    encode_s: float
+    model_s: float
+
+
 @dataclass(eq=False, slots=True)
 class _Waiting:
-    model: Model
+    model: Predictor
     rows: Rows
     num_rows: int
     num_bytes: int
@@ -46,7 +87,7 @@ class _Waiting:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    model: Model
+    model: Predictor
     parts: list[_Waiting]
     started_s: float
 
@@ -131,7 +172,7 @@ class Batcher:
 
     async def submit(
         self,
-        model: Model,
+        model: Predictor,
         rows: Rows,
         *,
         num_bytes: int,
@@ -283,11 +324,11 @@ class Batcher:
     def _predict(self, batch: _Batch) -> Iterator[Answer]:
         started_s = time.perf_counter()
         requests = [part.rows for part in batch.parts]
-        rows = batch.model.encode(requests)
+        rows = batch.model.encode_requests(requests)
         encode_s = time.perf_counter() - started_s
         step = self._max_batch_rows
         pieces = (rows.part(at, min(at + step, rows.num_rows)) for at in range(0, rows.num_rows, step))
-        predictions = [batch.model.predict(piece) for piece in pieces]
+        predictions = [batch.model.predict_undamaged(piece) for piece in pieces]
         model_s = time.perf_counter() - started_s - encode_s
         num_rows = [part.num_rows for part in batch.parts]
         request_ids = [part.request_id for part in batch.parts]

@@ -23,16 +23,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import polars as pl
 
 from torchdlrm.errors import ConfigError
-from torchdlrm.features.schema import FeatureSchema, SparseColumn, TimeColumn
-from torchdlrm.features.vocabulary import hex_digits
+from torchdlrm.features.schema import FeatureSchema, TimeColumn
 from torchdlrm.files import replacing
-from torchdlrm.serving.batch import BatchReport, Rows
+from torchdlrm.prediction.cells_out import format_cells
+from torchdlrm.serving.batcher import BatchReport
 from torchdlrm.serving.event_log import log_event, note_event
 
 OWN_COLUMNS = ("request_id", "request_row", "requested_at", "prediction", "model_version")
@@ -46,20 +45,9 @@ _SECONDS_BETWEEN_LINES = 60.0
 _ANY_FAILURE = (Exception, pl.exceptions.PanicException)
 
 
-class LoggedModel(Protocol):
-    """What predicted a batch."""
-
-    schema: FeatureSchema
-    version: str
-
-    def read(self, requests: Sequence[Rows]) -> pl.DataFrame:
-        """The rows of some requests, one after another, as typed columns."""
-
-
 @dataclass(frozen=True)
 class _Entry:
     report: BatchReport
-    model: LoggedModel
     time_us: int
 
 
@@ -105,7 +93,7 @@ class RequestLog:
         self._thread = threading.Thread(target=self._work, name="request log", daemon=True)
         self._thread.start()
 
-    def add(self, report: BatchReport, model: LoggedModel) -> None:
+    def add(self, report: BatchReport) -> None:
         """Keep a batch; never waits."""
         num_rows = report.total_rows
         with self._lock:
@@ -113,7 +101,7 @@ class RequestLog:
             if has_room:
                 self._waiting_rows += num_rows
         if has_room:
-            self._entries.put(_Entry(report, model, time.time_ns() // 1000))
+            self._entries.put(_Entry(report, time.time_ns() // 1000))
         else:
             self._drop(num_rows, "memory", f"{MAX_WAITING_ROWS:,} rows wait to be written, and no more are kept")
 
@@ -133,13 +121,13 @@ class RequestLog:
         while True:
             group, is_end = self._next_group(oldest_s + self._file_s - time.monotonic() if kept else None)
             is_old = bool(kept) and time.monotonic() >= oldest_s + self._file_s
-            if kept and (is_old or is_end or (group and group[0].model.schema is not schema)):
+            if kept and (is_old or is_end or (group and group[0].report.model.schema is not schema)):
                 self._write(kept)
                 kept, kept_rows = [], 0
             if group:
                 if not kept:
                     oldest_s = time.monotonic()
-                schema = group[0].model.schema
+                schema = group[0].report.model.schema
                 try:
                     kept.append(_log_frame(group))
                     kept_rows += kept[-1].height
@@ -162,7 +150,7 @@ class RequestLog:
                 if self._next is not None:
                     self._is_closing.wait(_GATHER_S)
             while self._next is not None:
-                if group and (self._next.model is not group[0].model or num_rows >= _GATHER_ROWS):
+                if group and (self._next.report.model is not group[0].report.model or num_rows >= _GATHER_ROWS):
                     return group, False
                 group.append(self._next)
                 num_rows += self._next.report.total_rows
@@ -250,15 +238,13 @@ def check_loggable(schema: FeatureSchema) -> None:
 
 def _log_frame(entries: Sequence[_Entry]) -> pl.DataFrame:
     """The rows of some batches of one model."""
-    model, reports = entries[0].model, [entry.report for entry in entries]
+    model, reports = entries[0].report.model, [entry.report for entry in entries]
     schema = model.schema
-    frame = model.read([request for report in reports for request in report.requests])
-    columns = []
-    for column in (*schema.dense, *schema.sparse):
-        values = frame[column.name]
-        columns.append(
-            (digits_of(values, column) if isinstance(column, SparseColumn) else values).alias(column.log_name)
-        )
+    frame = model.parse_requests([request for report in reports for request in report.requests])
+    columns = [
+        format_cells(frame[column.name], schema, as_text=False).alias(column.log_name)
+        for column in (*schema.dense, *schema.sparse)
+    ]
     times_us = pl.Series(np.repeat([entry.time_us for entry in entries], [report.total_rows for report in reports]))
     if schema.time is not None:
         columns.append(_as_time(times_us, schema.time))
@@ -274,17 +260,6 @@ def _log_frame(entries: Sequence[_Entry]) -> pl.DataFrame:
         pl.Series("model_version", [model.version]).new_from_index(0, frame.height),
     ]
     return pl.DataFrame(columns)
-
-
-def digits_of(values: pl.Series, column: SparseColumn) -> pl.Series:
-    """Hex values as a log writes them; other values as they are."""
-    if column.kind != "hex":
-        return values
-    if not column.is_multi_valued:
-        return hex_digits(values)
-    rows = pl.DataFrame({"row": np.arange(len(values)), "value": values}).explode("value")
-    digits = rows.with_columns(hex_digits(rows["value"])).group_by("row", maintain_order=True).agg("value")["value"]
-    return pl.select(pl.when(values.is_not_null()).then(digits)).to_series()
 
 
 def _as_time(times_us: pl.Series, column: TimeColumn) -> pl.Series:

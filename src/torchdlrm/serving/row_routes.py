@@ -7,16 +7,23 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+import polars as pl
+
 from torchdlrm.errors import shown
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.prediction.cells_out import format_cells
+from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.shared_rows import Part, Row, SharedRows, parts_of
-from torchdlrm.serving.bundles import ServedBundle
 from torchdlrm.serving.json_body import parse_json
 from torchdlrm.serving.refusals import MAX_VALUES, bad_request, check_num_rows, check_num_values, too_large
 
 # What `shared` may come to with all candidates: the characters of its texts, its other cells, the values of its lists.
 MAX_SHARED_CHARACTERS = 1 << 24
 _MAX_KEYS_SHOWN = 8
+_NUM_EXAMPLES = 3
+
+# Rows as a log has them, and of each the features whose value is not in the vocabulary.
+Examples = tuple[list[dict[str, object]], list[list[str]]]
 
 
 def read_rows(body: bytes, schema: FeatureSchema, max_rows: int) -> tuple[Sequence[Row], int]:
@@ -101,15 +108,27 @@ def _characters(row: Row) -> int:
     return sum(1 + len(value) if isinstance(value, str) else 1 for value in values)
 
 
-def describe(name: str, served: ServedBundle, max_rows: int) -> dict[str, Any]:
+def examples_of(predictor: Predictor) -> Examples:
+    """A few of the rows that a bundle carries."""
+    frame = predictor.bundle.sample()[0].head(_NUM_EXAMPLES)
+    return rows_as_logged(frame, predictor.schema), predictor.unknown_features(frame)
+
+
+def rows_as_logged(frame: pl.DataFrame, schema: FeatureSchema) -> list[dict[str, object]]:
+    """The features of typed rows by column name, as a log has them, missing ones too."""
+    features = [column.name for column in (*schema.dense, *schema.sparse)]
+    return pl.DataFrame([format_cells(frame[name], schema, as_text=False) for name in features]).to_dicts()
+
+
+def describe(name: str, version: str, schema: FeatureSchema, examples: Examples, max_rows: int) -> dict[str, Any]:
     """The columns of the model's log, in its order, and a few rows: what `GET /schema` answers.
 
     The rows are made back from encoded ones: where `unknown` names a feature, its value stands for any that is not in
     the vocabulary.
     """
-    examples, unknown = served.examples
+    rows, unknown = examples
     columns = []
-    for column in served.schema.columns:
+    for column in schema.columns:
         described: dict[str, Any] = {"name": column.name, "role": column.role}
         if column.header_name is not None:
             described["header_name"] = column.header_name
@@ -126,12 +145,12 @@ def describe(name: str, served: ServedBundle, max_rows: int) -> dict[str, Any]:
         columns.append(described)
     return {
         "model": name,
-        "version": served.version,
-        "separator": served.schema.separator,
-        "quote": served.schema.quote,
+        "version": version,
+        "separator": schema.separator,
+        "quote": schema.quote,
         "max_rows": max_rows,
         "columns": columns,
-        "examples": [{name: _exact(cell) for name, cell in row.items()} for row in examples],
+        "examples": [{name: _exact(cell) for name, cell in row.items()} for row in rows],
         "unknown": unknown,
     }
 

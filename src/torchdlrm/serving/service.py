@@ -13,21 +13,22 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from torchdlrm.bundle.model_name import check_model_name
 from torchdlrm.errors import RowError, TorchDLRMError, shown
+from torchdlrm.prediction.predictor import Predictor, Rows
 from torchdlrm.serving.api_keys import ApiKeys
-from torchdlrm.serving.batch import Answer, BatchReport, Rows
-from torchdlrm.serving.batcher import Batcher
-from torchdlrm.serving.bundles import Bundles, ServedBundle
+from torchdlrm.serving.batcher import Answer, Batcher, BatchReport
+from torchdlrm.serving.bundles import Bundles
 from torchdlrm.serving.event_log import log_event, note_event
 from torchdlrm.serving.metrics import ServerMetrics
 from torchdlrm.serving.options import ServeOptions, threads_of_model
 from torchdlrm.serving.refusals import RefusedRequest, bad_request, check_num_rows, not_found
 from torchdlrm.serving.request_log import RequestLog, check_loggable
+from torchdlrm.serving.row_routes import describe
 from torchdlrm.serving.uploads import Uploads
 
 _SWITCH_INTERVAL_S = 0.0005
@@ -49,9 +50,9 @@ class Service:
         name: what clients call the model, whichever bundle is served.
     """
 
-    def __init__(self, options: ServeOptions, served: ServedBundle, tell_others: Callable[[], None]) -> None:
+    def __init__(self, options: ServeOptions, served: Predictor, tell_others: Callable[[], None]) -> None:
         self.options, self.tell_others = options, tell_others
-        self.name = options.name or served.name
+        self.name = options.name or served.bundle.name
         check_model_name(self.name)
         self.keys = ApiKeys(options.api_keys)
         self.metrics = ServerMetrics(lambda: self.batcher.queued_rows)
@@ -66,7 +67,7 @@ class Service:
             check_loggable(served.schema)
             self._request_log = RequestLog(options.log_predictions, self.metrics.rows_lost)
         self._is_draining = False
-        self._damaged: ServedBundle | None = None
+        self._damaged: Predictor | None = None
         self._numbers = itertools.count(1)
         self._id_prefix = f"{os.getpid():x}-{secrets.token_hex(4)}"
         self.metrics.bundle_served(self.name, served.version, before=None)
@@ -75,7 +76,9 @@ class Service:
         """Begin to predict; in the event loop."""
         served = self.bundles.current
         await self.batcher.start(
-            lambda: [served.predict(served.encode([[{}] * num_rows])) for num_rows in (1, 64, 256, 1)]
+            lambda: [
+                served.predict_undamaged(served.encode_requests([[{}] * num_rows])) for num_rows in (1, 64, 256, 1)
+            ]
         )
 
     def close(self) -> None:
@@ -103,7 +106,7 @@ class Service:
         """Whether the bundle's files are not what was loaded any more; looks at them, and logs it the first time."""
         served = self.bundles.current
         if served is not self._damaged:
-            damage = served.find_damage()
+            damage = served.bundle.find_damage()
             if damage is None:
                 return False
             self._damaged = served  # of no use to anybody until another bundle is loaded
@@ -126,7 +129,12 @@ class Service:
         """A name for a request that came without one."""
         return f"{self._id_prefix}-{next(self._numbers)}"
 
-    def check_model(self, name: str, version: str | None = None) -> ServedBundle:
+    def describe(self) -> dict[str, Any]:
+        """What `GET /schema` answers."""
+        served, max_rows = self.bundles.current, self.options.max_rows_per_request
+        return describe(self.name, served.version, served.schema, self.bundles.examples, max_rows)
+
+    def check_model(self, name: str, version: str | None = None) -> Predictor:
         """The bundle that a client means.
 
         Raises:
@@ -143,7 +151,7 @@ class Service:
 
     async def predict(
         self,
-        served: ServedBundle,
+        served: Predictor,
         rows: Rows,
         *,
         num_bytes: int,
@@ -188,7 +196,7 @@ class Service:
             raise
         except Exception as error:
             # Of a bundle that is damaged any error may come.
-            if served.find_damage() is None:
+            if served.bundle.find_damage() is None:
                 raise
             self.is_damaged()
             raise _damaged() from error
@@ -214,15 +222,14 @@ class Service:
         note_event(f"bundle {outcome}", before=before, version=self.bundles.current.version)
         return {"outcome": outcome, "model": self.name, "version": self.bundles.current.version}
 
-    def _swapped(self, before: ServedBundle, after: ServedBundle) -> None:
+    def _swapped(self, before: Predictor, after: Predictor) -> None:
         self._damaged = None
         self.metrics.bundle_served(self.name, after.version, before=before.version)
 
     def _batch_done(self, report: BatchReport) -> None:
         self.metrics.batch_done(report)
         if self._request_log is not None:
-            assert isinstance(report.model, ServedBundle)
-            self._request_log.add(report, report.model)
+            self._request_log.add(report)
 
 
 async def off_loop_if_large(parse: Callable[[], Parsed], num_bytes: int) -> Parsed:

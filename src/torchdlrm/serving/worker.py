@@ -20,7 +20,7 @@ import uvicorn
 
 from torchdlrm.errors import TorchDLRMError
 from torchdlrm.serving.app import build_app
-from torchdlrm.serving.bundles import ServedBundle
+from torchdlrm.serving.bundles import open_checked
 from torchdlrm.serving.connection import Connections
 from torchdlrm.serving.event_log import json_log, log_event, note_event
 from torchdlrm.serving.open_inference.grpc import GrpcServer
@@ -69,7 +69,7 @@ def run_worker(
     verify = options.verify if is_first_check else "lazy"
     with json_log(options.log_level):
         # The service alone knows the bundle: after a swap nothing else keeps the old one.
-        service = Service(options, ServedBundle.open(options.bundle, verify=verify), _tell_others)
+        service = Service(options, open_checked(options.bundle, verify=verify), _tell_others)
         # What is loaded stays: the collector need not look at it again, least of all while somebody waits.
         gc.collect()
         gc.freeze()

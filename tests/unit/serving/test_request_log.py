@@ -14,7 +14,7 @@ from torchdlrm.errors import ConfigError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, TimeColumn
 from torchdlrm.serving import request_log
-from torchdlrm.serving.batch import BatchReport
+from torchdlrm.serving.batcher import BatchReport
 from torchdlrm.serving.request_log import RequestLog, check_loggable
 
 SCHEMA = FeatureSchema(
@@ -50,7 +50,7 @@ class Model:
     schema: FeatureSchema = SCHEMA
     version: str = "v1"
 
-    def read(self, requests):
+    def parse_requests(self, requests):
         return pl.concat(requests)
 
 
@@ -90,16 +90,16 @@ def wait_for(condition, timeout_s=20):
         time.sleep(0.005)
 
 
-def report(frame=FRAME):
+def report(frame=FRAME, model=None):
     probabilities = np.linspace(0, 1, frame.height, dtype=np.float32)
     requests = [frame[:1], frame[1:]]
     counts = [part.height for part in requests]
-    return BatchReport(None, requests, ["a", "b"], counts, [Found(probabilities, {})], 0.0, 0.0)
+    return BatchReport(model or Model(), requests, ["a", "b"], counts, [Found(probabilities, {})], 0.0, 0.0)
 
 
 def test_what_was_logged_is_read_as_what_was_asked(tmp_path):
     log = RequestLog(tmp_path, pytest.fail)
-    log.add(report(), Model())
+    log.add(report())
     log.close()
     path = next(tmp_path.iterdir())
     logged = pl.read_parquet(path)
@@ -119,7 +119,7 @@ def test_what_was_logged_is_read_as_what_was_asked(tmp_path):
 def test_files_are_written_when_they_are_full_and_by_version_of_the_schema(tmp_path):
     log = RequestLog(tmp_path, pytest.fail, file_rows=6)
     for schema in (SCHEMA, SCHEMA, SCHEMA, SCHEMA.model_copy()):
-        log.add(report(), Model(schema))
+        log.add(report(model=Model(schema)))
     log.close()
     assert sorted(pl.read_parquet(path).height for path in tmp_path.iterdir()) == [3, 3, 6]
 
@@ -128,7 +128,7 @@ def test_a_file_is_written_in_its_time_while_rows_keep_coming(tmp_path):
     log = RequestLog(tmp_path, pytest.fail, file_s=0.3)
     model, deadline_s = Model(), time.monotonic() + 10
     while not list(tmp_path.glob("*.parquet")) and time.monotonic() < deadline_s:
-        log.add(report(), model)
+        log.add(report(model=model))
         time.sleep(0.001)
     assert time.monotonic() < deadline_s
     log.close()
@@ -144,7 +144,7 @@ def test_small_batches_become_columns_together(tmp_path):
 
     log, model = RequestLog(tmp_path, pytest.fail), Counting()
     for _ in range(500):
-        log.add(report(), model)
+        log.add(report(model=model))
     log.close()
     assert model.reads <= 3
     logged = pl.read_parquet(next(tmp_path.iterdir()))
@@ -157,7 +157,7 @@ def test_rows_beyond_the_bound_are_dropped_and_counted(tmp_path, monkeypatch):
     dropped = []
     log = RequestLog(tmp_path, dropped.append)
     for _ in range(3):
-        log.add(report(), Model())
+        log.add(report())
     log.close()
     assert dropped == [3]
     assert sum(pl.read_parquet(path).height for path in tmp_path.iterdir()) == 6
@@ -170,13 +170,13 @@ def test_a_full_disk_costs_only_what_does_not_fit_into_memory(caplog, small_disk
     log = RequestLog(small_disk, dropped.append, file_rows=3)
     filler = fill(small_disk)
     for _ in range(4):
-        log.add(report(), Model())
+        log.add(report())
     assert dropped == [3, 3]
     wait_for(lambda: "No space left" in str(told(caplog)))
     assert rows_on(small_disk) == 0
     filler.unlink()
     wait_for(lambda: rows_on(small_disk) == 6)
-    log.add(report(), Model())
+    log.add(report())
     log.close()
     assert rows_on(small_disk) == 9
     assert dropped == [3, 3]
@@ -191,9 +191,9 @@ def test_a_full_disk_does_not_keep_the_log_from_closing(caplog, small_disk):
     dropped = []
     log = RequestLog(small_disk, dropped.append, file_rows=3)
     fill(small_disk)
-    log.add(report(), Model())
+    log.add(report())
     wait_for(lambda: "No space left" in str(told(caplog)))
-    log.add(report(), Model())
+    log.add(report())
     log.close()
     assert sum(dropped) == 6
     assert sum(line["dropped_rows"] for line in told(caplog)) == 6
@@ -203,7 +203,7 @@ def test_a_folder_that_was_removed_is_made_again(tmp_path):
     folder = tmp_path / "log"
     log = RequestLog(folder, pytest.fail)
     folder.rmdir()
-    log.add(report(), Model())
+    log.add(report())
     log.close()
     assert rows_on(folder) == 3
 
@@ -222,7 +222,7 @@ def test_rows_that_cannot_be_written_are_dropped_and_the_next_are_written(caplog
         ([FRAME, other_type, FRAME, FRAME], SCHEMA),
     ]:
         for frame in frames:
-            log.add(report(frame), Model(schema))
+            log.add(report(frame, Model(schema)))
     log.close()
     assert rows_on(tmp_path) + sum(dropped) == 24
     assert sum(dropped) == 12

@@ -24,7 +24,7 @@ from torchdlrm.features.cells import to_typed_columns, without_null_values
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, SparseColumn
 from torchdlrm.features.vocabulary import VALUE_TYPES
 from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS, too_long
-from torchdlrm.serving.batch import Rows
+from torchdlrm.prediction.predictor import Rows
 from torchdlrm.serving.open_inference.fast_path import Feature, few_rows
 from torchdlrm.serving.open_inference.tensors import BYTES, Tensor, check_shape
 from torchdlrm.serving.refusals import RefusedRequest, bad_request, check_num_rows, check_num_values

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchdlrm import __version__
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.serving.batch import Rows
+from torchdlrm.prediction.predictor import Rows
 from torchdlrm.serving.open_inference.columns import OUTPUT, Inputs, features_of, model_metadata, rows_of_tensors
 from torchdlrm.serving.open_inference.http import (
     EXTENSIONS,

@@ -6,8 +6,7 @@ import pytest
 
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.json_rows import RowReader
-from torchdlrm.serving.bundles import rows_as_logged
-from torchdlrm.serving.row_routes import describe
+from torchdlrm.serving.row_routes import describe, rows_as_logged
 
 SCHEMA = FeatureSchema.model_validate(
     {
@@ -29,16 +28,11 @@ ROWS = pl.DataFrame(
 )
 
 
-class ServedRows:
-    """A bundle as far as `describe` looks at it: what it describes is a schema and some rows."""
-
-    schema, version = SCHEMA, "1"
-    examples = rows_as_logged(ROWS, SCHEMA), [["seen"], []]
-
-
 @pytest.fixture(scope="module")
 def described():
-    return orjson.loads(orjson.dumps(describe("shop", ServedRows(), 100)))
+    return orjson.loads(
+        orjson.dumps(describe("shop", "1", SCHEMA, (rows_as_logged(ROWS, SCHEMA), [["seen"], []]), 100))
+    )
 
 
 def test_all_columns_stand_in_the_logs_order_with_what_reading_a_line_needs(described):
