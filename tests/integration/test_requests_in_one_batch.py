@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from torchdlrm.prediction.cells_out import as_json_rows
+from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
 
 

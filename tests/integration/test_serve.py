@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import tritonclient.grpc as triton_grpc
 
-from torchdlrm.features.vocabulary import hex_digits
+from torchdlrm.features.kinds import hex_digits
 from torchdlrm.prediction.predictor import Predictor
 
 

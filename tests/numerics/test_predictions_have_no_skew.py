@@ -17,8 +17,8 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.exporting.checkpoint_model import CheckpointModel
 from torchdlrm.exporting.export import ExportOptions, export, open_checkpoint
 from torchdlrm.features.schema import FeatureSchema, criteo_schema, with_split
-from torchdlrm.prediction.cells_out import as_json_rows
 from torchdlrm.prediction.files import predict_file
+from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess

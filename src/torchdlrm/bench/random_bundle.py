@@ -23,10 +23,11 @@ from torchdlrm.bundle.precision import TablePrecision
 from torchdlrm.bundle.weights_file import BLOCK_BYTES
 from torchdlrm.bundle.write import file_record, write_weights
 from torchdlrm.config import ModelConfig
+from torchdlrm.features.kinds import hex_digits
 from torchdlrm.features.schema import NUM_CRITEO_DENSE, DenseColumn, FeatureSchema, LabelColumn, SparseColumn
 from torchdlrm.features.transforms import fit_dense
 from torchdlrm.features.value_index import write_index
-from torchdlrm.features.vocabulary import Vocabulary, hex_digits
+from torchdlrm.features.vocabulary import Vocabulary
 from torchdlrm.model.build import build_model
 from torchdlrm.progress import SILENT
 

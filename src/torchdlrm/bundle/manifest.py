@@ -146,7 +146,7 @@ class BundleManifest(_Frozen):
             if (record.vocabulary is None) != (record.index is None) or (column.hash is not None and record.index):
                 msg = f"sparse.{column.name}: has one of vocabulary and index, or is hashed and has both"
                 raise ValueError(msg)
-            if column.hash is None and record.index is None and column.kind == "string":
+            if column.hash is None and record.index is None and column.value_kind.is_text:
                 msg = f"sparse.{column.name}: texts are not ids, and it has no vocabulary"
                 raise ValueError(msg)
             if column.hash is not None and column.hash > record.num_embeddings:

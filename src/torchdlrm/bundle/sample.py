@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from torchdlrm.errors import BundleError
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, SparseColumn
 from torchdlrm.features.transforms import FittedDense, ValueLookup, encode
-from torchdlrm.features.vocabulary import UNKNOWN_ID, VALUE_TYPES, Vocabulary
+from torchdlrm.features.vocabulary import UNKNOWN_ID, Vocabulary
 
 PREDICTION_COLUMN = "prediction"
 _MAX_SAMPLE_ROWS = 1_024
@@ -34,13 +34,7 @@ _CANDIDATES = 64
 
 def sample_types(schema: FeatureSchema) -> dict[str, pl.DataType]:
     """The features of raw rows and their types."""
-    types: dict[str, pl.DataType] = {
-        column.name: pl.Int64() if column.kind == "int" else pl.Float64() for column in schema.dense
-    }
-    for column in schema.sparse:
-        one = VALUE_TYPES[column.kind]()
-        types[column.name] = pl.List(one) if column.is_multi_valued else one
-    return types
+    return {column.name: column.dtype for column in schema.features}
 
 
 def read_sample(path: Path, schema: FeatureSchema, *, sha256: str) -> pl.DataFrame:
@@ -110,7 +104,7 @@ def raw_sample(
     )
     again = encode(raw, schema, dense, vocabularies)
     same = np.ones(raw.height, np.bool_)
-    for column in (*schema.dense, *schema.sparse):
+    for column in schema.features:
         if not (isinstance(column, SparseColumn) and column.hash is not None):
             same &= (again[column.name] == encoded[column.name].cast(again[column.name].dtype)).to_numpy()
     return raw.filter(pl.Series(same)).head(max_rows)
@@ -119,9 +113,7 @@ def raw_sample(
 def _raw_dense(values: pl.Series, column: DenseColumn, fitted: FittedDense) -> pl.Series:
     x = values.cast(pl.Float64).to_numpy()
     x = (np.exp(x) if fitted.log else x * fitted.deviation) - fitted.shift
-    if column.kind == "int":
-        return pl.Series(column.name, np.clip(np.rint(x), -(2.0**62), 2.0**62).astype(np.int64))
-    return pl.Series(column.name, x)
+    return column.value_kind.from_floats(x).alias(column.name)
 
 
 def _raw_sparse(ids: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:
@@ -137,7 +129,7 @@ def _raw_sparse(ids: pl.Series, column: SparseColumn, vocabulary: ValueLookup | 
 
 
 def _values(ids: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:
-    dtype = VALUE_TYPES[column.kind]
+    dtype = column.value_kind.dtype
     if vocabulary is None:
         return pl.Series((ids.to_numpy().astype(np.int64) * 7919 + 1) % 2**31).cast(dtype)
     if not isinstance(vocabulary, Vocabulary):

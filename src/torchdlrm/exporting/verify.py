@@ -30,8 +30,8 @@ from torchdlrm.exporting.checkpoint_model import CheckpointModel
 from torchdlrm.exporting.export import open_checkpoint
 from torchdlrm.features.transforms import encode
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
-from torchdlrm.prediction.cells_out import as_json_rows
 from torchdlrm.prediction.client import PredictionClient
+from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.progress import SILENT, ProgressListener

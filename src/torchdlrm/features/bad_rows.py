@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict
 
 from torchdlrm.errors import LogError
+from torchdlrm.features.kinds import KINDS
 
 REASONS = {
     "long": "the line is longer than 1 MiB",
@@ -23,9 +24,7 @@ REASONS = {
     "no_label": "the label is missing",
     "label": "the label means neither 0 nor 1",
     "time": "the cell is not a time as the schema says",
-    "int": "the cell is not an integer of 64 bits",
-    "float": "the cell is not a finite number",
-    "hex": "the cell is not 1 to 8 hexadecimal digits",
+    **{kind.name: kind.fault for kind in KINDS.values() if kind.fault},
 }
 _MAX_VALUE_CHARACTERS = 80
 _LONGEST_NULL = 12  # of texts that may stand for a missing value
@@ -126,7 +125,7 @@ def _remedies(examples: Mapping[str, Sequence[BadRow]]) -> list[str]:
             f"Say in the schema which of the labels {told} are clicks: positive = one or a list of them (negative: "
             "those that are none), or threshold = a number to reach."
         )
-    nulls = [row.value for reason in ("int", "float", "hex") for row in examples.get(reason, [])]
+    nulls = [row.value for reason in KINDS for row in examples.get(reason, [])]
     nulls = sorted({value for value in nulls if not re.search(r"\d", value) and len(value) <= _LONGEST_NULL})
     if nulls:
         lines.append(

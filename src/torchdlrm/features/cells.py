@@ -1,14 +1,10 @@
 """Raw cells -> typed columns: what counts as a number, a hex value, a label, a list, and what is a bad cell.
 
-| kind | type of the column | accepted |
+| column | type | accepted |
 | --- | --- | --- |
 | label | Int8 | 0 or 1, true or false; with a threshold any number; or the values that the schema names |
-| dense int | Int64 | a decimal number of 64 bits, with or without a sign |
-| dense float | Float64 | a finite decimal number |
-| sparse hex | UInt32 | 1 to 8 hexadecimal digits, upper or lower case |
-| sparse int | Int64 | as dense int |
-| sparse string | String | anything |
-| sparse, several values | List of these | the values between separators; empty ones are left out |
+| dense, sparse | that of its kind | as `torchdlrm.features.kinds` says |
+| sparse, several values | List of that | the values between separators; empty ones are left out |
 | time | Int64 | a number, or a date and time as ISO 8601 writes it; never missing; ordered as the times are |
 
 An empty cell is missing, and so is one of the column's `null_values`: the text itself, or, where it is a number of the
@@ -24,17 +20,17 @@ import polars as pl
 import pyarrow as pa
 
 from torchdlrm.features.bad_rows import BadRow, BadRows
+from torchdlrm.features.kinds import map_lists
 from torchdlrm.features.schema import (
     Column,
     DenseColumn,
+    Feature,
     FeatureSchema,
     IgnoredColumn,
     LabelColumn,
     SparseColumn,
     TimeColumn,
 )
-
-Feature = DenseColumn | SparseColumn
 
 _FEW_ROWS = 4_096
 _DATETIME_FORMATS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")  # without a zone: UTC
@@ -140,7 +136,7 @@ def without_null_values(typed: pl.Series, column: Feature) -> pl.Series:
 def null_numbers(column: Feature) -> pl.Series:
     """Those of a column's `null_values` that are numbers of its kind: of the type of the column, none for texts."""
     texts = pl.Series(column.name, column.null_values or [], dtype=pl.String)
-    if isinstance(column, SparseColumn) and column.kind == "string":
+    if column.value_kind.is_text:
         return texts.head(0)
     numbers = texts.to_frame().select(_cast(column)).to_series()
     return numbers.filter(~_is_bad(texts, numbers, column))
@@ -191,7 +187,7 @@ def _typed_lists(text: pl.Series, column: SparseColumn) -> tuple[pl.Series, npt.
     if column.max_values is not None:
         flat = flat.group_by("row", maintain_order=True).head(column.max_values)
     values = flat["value"]
-    typed = pl.DataFrame({column.name: values}).select(_cast_value(pl.col(column.name), column)).to_series()
+    typed = pl.DataFrame({column.name: values}).select(column.value_kind.from_text(pl.col(column.name))).to_series()
     bad_rows: npt.NDArray[np.bool_] | None = None
     if not _is_clean(values, typed, column):
         bad_rows = np.bincount(flat["row"].filter(_is_bad(values, typed, column)).to_numpy(), minlength=len(lists)) > 0
@@ -216,16 +212,8 @@ def _cast(column: Column) -> pl.Expr:
         return pl.when(number.is_finite()).then((number >= column.threshold).cast(pl.Int8)).alias(column.name)
     if isinstance(column, TimeColumn):
         return _cast_time(cell, column)
-    if isinstance(column, DenseColumn):
-        return cell.cast(pl.Int64 if column.kind == "int" else pl.Float64, strict=False)
-    assert isinstance(column, SparseColumn)
-    return _cast_value(cell, column)
-
-
-def _cast_value(cell: pl.Expr, column: SparseColumn) -> pl.Expr:
-    if column.kind == "hex":
-        return cell.str.to_integer(base=16, dtype=pl.UInt32, strict=False)
-    return cell.cast(pl.Int64, strict=False) if column.kind == "int" else cell
+    assert isinstance(column, DenseColumn | SparseColumn)
+    return column.value_kind.from_text(cell)
 
 
 def _cast_time(cell: pl.Expr, column: TimeColumn) -> pl.Expr:
@@ -291,11 +279,8 @@ def _is_clean(text: pl.Series, typed: pl.Series, column: Column) -> bool:
         return typed.null_count() == 0 and typed.is_between(0, 1).all()
     if isinstance(column, TimeColumn):
         return typed.null_count() == 0
-    if typed.null_count() != text.null_count():
-        return False
-    if isinstance(column, SparseColumn) and column.kind == "hex":
-        return not _is_odd_hex(text).any()
-    return not (isinstance(column, DenseColumn) and column.kind == "float") or typed.is_finite().all()
+    assert isinstance(column, DenseColumn | SparseColumn)
+    return column.value_kind.is_clean(text, typed)
 
 
 def _is_bad(text: pl.Series, typed: pl.Series, column: Column) -> pl.Series:
@@ -303,15 +288,13 @@ def _is_bad(text: pl.Series, typed: pl.Series, column: Column) -> pl.Series:
         return ~typed.is_between(0, 1).fill_null(value=False)
     if isinstance(column, TimeColumn):
         return typed.is_null()
-    bad = typed.is_null() & text.is_not_null()
-    if isinstance(column, SparseColumn) and column.kind == "hex":
-        bad |= _is_odd_hex(text).fill_null(value=False)
-    if isinstance(column, DenseColumn) and column.kind == "float":
-        bad |= ~typed.is_finite().fill_null(value=True)
-    return bad
+    assert isinstance(column, DenseColumn | SparseColumn)
+    return column.value_kind.is_bad(text, typed)
 
 
-def _is_odd_hex(text: pl.Series) -> pl.Series:
-    """What the cast takes and the schema does not: leading zeros past 8 digits, and a sign."""
-    cell = pl.col(text.name)
-    return text.to_frame().select((cell.str.len_bytes() > 8) | cell.str.starts_with("+")).to_series()
+def written_cells(values: pl.Series, column: Feature) -> pl.Series:
+    """Typed cells as a log has them, for example hex values as digits; lists stay lists."""
+    to_text = column.value_kind.to_text
+    if not column.is_multi_valued:
+        return to_text(values)
+    return pl.select(pl.when(values.is_not_null()).then(map_lists(values, to_text)).alias(values.name)).to_series()

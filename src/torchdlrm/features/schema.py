@@ -19,11 +19,13 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
+import polars as pl
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from torchdlrm.errors import SchemaError
+from torchdlrm.features.kinds import KINDS, DenseKindName, SparseKindName, ValueKind
 from torchdlrm.toml import did_you_mean, explain, toml_value
 
 NUM_CRITEO_DENSE = 13
@@ -91,15 +93,38 @@ class LabelColumn(_Column):
         return self
 
 
-class DenseColumn(_Column):
+class _FeatureColumn(_Column):
+    """A column that the model reads."""
+
+    if TYPE_CHECKING:
+        kind: str  # not a field of this class, so that the kind stands behind the role
+
+    @property
+    def is_multi_valued(self) -> bool:
+        """Whether a cell holds a list of values."""
+        return False
+
+    @property
+    def value_kind(self) -> ValueKind:
+        """What is true of every value of the column."""
+        return KINDS[self.kind]
+
+    @property
+    def dtype(self) -> pl.DataType:
+        """The type of the typed column."""
+        one = self.value_kind.dtype()
+        return pl.List(one) if self.is_multi_valued else one
+
+
+class DenseColumn(_FeatureColumn):
     """A number, `float` or `int` of 64 bits; `torchdlrm.features.transforms` says what becomes of it."""
 
     role: Literal["dense"] = "dense"
-    kind: Literal["int", "float"] = "float"
+    kind: DenseKindName = "float"
     transform: DenseTransform = "log_plus_3"
 
 
-class SparseColumn(_Column):
+class SparseColumn(_FeatureColumn):
     """A categorical value: `hex` is up to 8 hexadecimal digits, `int` a 64-bit integer, `string` any text.
 
     A column with a `value_separator` holds any number of values in a cell (in Parquet: a list), of which the first
@@ -108,7 +133,7 @@ class SparseColumn(_Column):
     """
 
     role: Literal["sparse"] = "sparse"
-    kind: Literal["string", "int", "hex"] = "string"
+    kind: SparseKindName = "string"
     value_separator: Annotated[str, Field(min_length=1)] | None = None
     max_values: Annotated[int, Field(ge=1)] | None = None
     min_count: Annotated[int, Field(ge=1)] | None = None
@@ -129,6 +154,9 @@ class SparseColumn(_Column):
             msg = "hash goes without min_count and max_rows, which are for vocabularies"
             raise ValueError(msg)
         return self
+
+
+Feature = DenseColumn | SparseColumn
 
 
 class TimeColumn(_Column):
@@ -222,6 +250,11 @@ class FeatureSchema(_Frozen):
     def sparse(self) -> tuple[SparseColumn, ...]:
         """The sparse columns, in the order of the file: the order of the KJT's keys."""
         return tuple(column for column in self.columns if isinstance(column, SparseColumn))
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """What a model reads: the dense columns, then the sparse ones."""
+        return (*self.dense, *self.sparse)
 
     def with_columns(self, columns: Sequence[Column]) -> Self:
         """The layout of a log to predict: its features are those of this schema, and what else it has may differ.

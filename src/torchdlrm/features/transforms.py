@@ -23,9 +23,9 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from torchdlrm.features.kinds import map_lists
 from torchdlrm.features.schema import DenseColumn, DenseTransform, FeatureSchema, SparseColumn
 from torchdlrm.features.value_hash import hashed_ids
 
@@ -178,11 +178,7 @@ def encode_sparse(values: pl.Series, column: SparseColumn, vocabulary: ValueLook
         vocabulary: its vocabulary; None where its values are hashed.
     """
     if column.is_multi_valued:
-        lists = values.fill_null([])
-        flat = _ids(lists.explode(empty_as_null=False), column, vocabulary)
-        ends = lists.list.len().cum_sum().cast(pl.Int64).to_arrow()
-        offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends])
-        return pl.Series(values.name, pa.LargeListArray.from_arrays(offsets, flat.to_arrow()))
+        return map_lists(values, lambda flat: _ids(flat, column, vocabulary))
     return _ids(values, column, vocabulary)
 
 

@@ -25,12 +25,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from torchdlrm.errors import DatasetError
+from torchdlrm.features.kinds import KINDS, SparseKindName
 from torchdlrm.features.value_hash import hash_number, hash_numbers, hash_text, hash_values
-from torchdlrm.features.vocabulary import UNKNOWN_ID, Kind, Vocabulary
+from torchdlrm.features.vocabulary import UNKNOWN_ID, Vocabulary
 from torchdlrm.files import replacing
 
 FORMAT_VERSION = 1
-_KEY_TYPES: dict[Kind, type[np.generic]] = {"hex": np.uint32, "int": np.int64, "string": np.uint64}
 _ARROW_TYPES = {
     "key": (pa.uint32(), pa.int64(), pa.uint64()),
     "id": (pa.int32(),),
@@ -52,6 +52,7 @@ def write_index(vocabulary: Vocabulary, path: Path) -> None:
 
     Costs 16 bytes a value of disk (hex), 24 (int), or 40 and the text (string), and some five times that of memory.
     """
+    kind = KINDS[vocabulary.kind]
     values = vocabulary.table.filter(pl.col("value").is_not_null())
     hashes = hash_values(values["value"])
     num_slots = _SLOTS_PER_VALUE * values.height + 1
@@ -61,12 +62,12 @@ def write_index(vocabulary: Vocabulary, path: Path) -> None:
     rows = np.arange(values.height)
     slots = np.maximum.accumulate(home[order] - rows) + rows
     num_slots = max(num_slots, int(slots[-1]) + 2) if len(slots) else num_slots  # the last slot stays empty
-    keys = np.zeros(num_slots, _KEY_TYPES[vocabulary.kind])
-    keys[slots] = (hashes if vocabulary.kind == "string" else values["value"].to_numpy())[order]
+    keys = np.zeros(num_slots, kind.key_type)
+    keys[slots] = (hashes if kind.is_text else values["value"].to_numpy())[order]
     ids = np.zeros(num_slots, np.int32)
     ids[slots] = values["id"].to_numpy()[order]
     columns = {"key": pa.array(keys), "id": pa.array(ids)}
-    if vocabulary.kind == "string":
+    if kind.is_text:
         places = np.full(num_slots, -1, np.int64)
         places[slots] = order
         text = values["value"].to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.large_string())
@@ -92,20 +93,19 @@ class ValueIndex:
     """Ids of the values of a sparse feature, out of mapped memory; safe to use from many threads."""
 
     def __init__(
-        self, batch: pa.RecordBatch, kind: Kind, missing_id: int, num_home_slots: int, longest_bytes: int
+        self, batch: pa.RecordBatch, kind: SparseKindName, missing_id: int, num_home_slots: int, longest_bytes: int
     ) -> None:
-        self._kind = kind
         self._longest_bytes = longest_bytes  # of its texts: a longer one is not worth hashing
         self._missing_id = missing_id
         self._num_home_slots = num_home_slots
         self._keys: npt.NDArray[np.integer] = batch.column("key").to_numpy()
         self._ids: npt.NDArray[np.int32] = batch.column("id").to_numpy()
-        self._texts: pa.LargeStringArray | None = batch.column("text") if kind == "string" else None
+        self._texts: pa.LargeStringArray | None = batch.column("text") if KINDS[kind].is_text else None
         # Reading an element of a memoryview takes a third of the time that it takes of an array.
         self._key_at, self._id_at = memoryview(self._keys), memoryview(self._ids)
 
     @classmethod
-    def open(cls, path: Path, *, kind: Kind, num_ids: int) -> Self:
+    def open(cls, path: Path, *, kind: SparseKindName, num_ids: int) -> Self:
         """Map the file into memory, after one pass over it: whatever it holds, a lookup ends, and with an id.
 
         Args:
@@ -118,7 +118,7 @@ class ValueIndex:
         """
         try:
             batch, about = _read(path)
-            names = ["key", "id", "text"] if kind == "string" else ["key", "id"]
+            names = ["key", "id", "text"] if KINDS[kind].is_text else ["key", "id"]
             if about["format_version"] != str(FORMAT_VERSION) or about["kind"] != kind or batch.schema.names != names:
                 found = f"version {about['format_version']}, of values of kind {about['kind']}"
                 msg = f"{path}: an index of {found}; expected version {FORMAT_VERSION}, kind {kind}; export again"
@@ -129,7 +129,7 @@ class ValueIndex:
                 raise ValueError(msg)
             passed_over = _read(path)[0]  # in a mapping whose pages do not stay resident
             _check(passed_over, kind, num_ids, num_home_slots)
-            longest_bytes = _longest_bytes(passed_over.column("text")) if kind == "string" else 0
+            longest_bytes = _longest_bytes(passed_over.column("text")) if KINDS[kind].is_text else 0
         except (OSError, pa.ArrowException, StopIteration, struct.error, KeyError, ValueError) as error:
             if isinstance(error, DatasetError):
                 raise
@@ -291,12 +291,12 @@ class _Flatbuffer:
         return table + offset if offset else None
 
 
-def _check(batch: pa.RecordBatch, kind: Kind, num_ids: int, num_home_slots: int) -> None:
+def _check(batch: pa.RecordBatch, kind: SparseKindName, num_ids: int, num_home_slots: int) -> None:
     """See that lookups in an index stay inside of it, and end; raises ValueError, or what Arrow finds."""
     batch.validate(full=True)
     ids: npt.NDArray[np.int32] = batch.column("id").to_numpy()
     keys = batch.column("key").to_numpy()
-    if keys.dtype != _KEY_TYPES[kind] or any(column.null_count for column in batch.columns):
+    if keys.dtype != KINDS[kind].key_type or any(column.null_count for column in batch.columns):
         raise ValueError("its keys are of another type, or missing")
     if not 1 <= num_home_slots <= len(ids) or ids[-1] != UNKNOWN_ID:
         msg = f"{len(ids)} slots, the last of them taken, or {num_home_slots} to begin at"

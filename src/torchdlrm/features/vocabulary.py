@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +21,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from torchdlrm.errors import DatasetError
-
-Kind = Literal["string", "int", "hex"]
+from torchdlrm.features.kinds import KINDS, SparseKindName
 
 DEFAULT_MIN_COUNT = 3
 UNKNOWN_ID = 0
 MAX_ID = 2**31 - 1
 _ROW_GROUP_ROWS = 1 << 20
-VALUE_TYPES: dict[Kind, type[pl.DataType]] = {"string": pl.String, "int": pl.Int64, "hex": pl.UInt32}
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,13 @@ class Vocabulary:
     """
 
     name: str
-    kind: Kind
+    kind: SparseKindName
     table: pl.DataFrame
 
     @classmethod
-    def from_counts(cls, name: str, kind: Kind, counts: pl.DataFrame, *, min_count: int, max_rows: int | None) -> Self:
+    def from_counts(
+        cls, name: str, kind: SparseKindName, counts: pl.DataFrame, *, min_count: int, max_rows: int | None
+    ) -> Self:
         """Number the values of at least `min_count` rows by falling count, ties by value ascending, null first.
 
         Args:
@@ -117,7 +117,7 @@ class Vocabulary:
 
     def text_values(self) -> pl.Series:
         """The values as they are written in the file: hex as 8 lower-case digits."""
-        return hex_digits(self.table["value"]) if self.kind == "hex" else self.table["value"]
+        return KINDS[self.kind].to_text(self.table["value"])
 
     def write(self, path: Path) -> None:
         """Write value, count, id as Parquet."""
@@ -125,7 +125,7 @@ class Vocabulary:
             writer.append(self.table)
 
     @classmethod
-    def read(cls, path: Path, name: str, kind: Kind) -> Self:
+    def read(cls, path: Path, name: str, kind: SparseKindName) -> Self:
         """Read what `write` wrote.
 
         Raises:
@@ -142,11 +142,11 @@ class Vocabulary:
 class VocabularyWriter:
     """Writes a vocabulary piece by piece; the pieces leave no trace in the bytes.  A context manager."""
 
-    def __init__(self, path: Path, kind: Kind) -> None:
-        self._kind = kind
+    def __init__(self, path: Path, kind: SparseKindName) -> None:
+        self._kind = KINDS[kind]
         self._schema = pa.schema(
             [
-                pa.field("value", pa.int64() if kind == "int" else pa.string()),
+                pa.field("value", self._kind.file_type),
                 pa.field("count", pa.int64(), nullable=False),
                 pa.field("id", pa.int32(), nullable=False),
             ]
@@ -175,7 +175,7 @@ class VocabularyWriter:
         self._writer.close()
 
     def _write(self, rows: pl.DataFrame) -> None:
-        values = hex_digits(rows["value"]) if self._kind == "hex" else rows["value"]
+        values = self._kind.to_text(rows["value"])
         columns = [values, rows["count"], rows["id"]]
         arrays = [
             column.rechunk().to_arrow().cast(field.type) for column, field in zip(columns, self._schema, strict=True)
@@ -183,17 +183,6 @@ class VocabularyWriter:
         self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=_ROW_GROUP_ROWS)
 
 
-def typed_values(table: pl.DataFrame, kind: Kind) -> pl.DataFrame:
+def typed_values(table: pl.DataFrame, kind: SparseKindName) -> pl.DataFrame:
     """A vocabulary as it is written -> its values as columns of that kind have them."""
-    if kind == "hex":
-        return table.with_columns(pl.col("value").str.to_integer(base=16, dtype=pl.UInt32))
-    return table
-
-
-def hex_digits(values: pl.Series) -> pl.Series:
-    """UInt32 numbers as 8 lower-case hexadecimal digits; null stays null."""
-    pairs = np.frombuffer(b"".join(b"%02x" % byte for byte in range(256)), np.uint16)  # the two digits of each byte
-    digits = pairs[values.fill_null(0).to_numpy().astype(">u4").view(np.uint8)]
-    offsets = np.arange(0, 8 * len(values) + 1, 8, dtype=np.int64)
-    text = pa.LargeStringArray.from_buffers(len(values), pa.py_buffer(offsets), pa.py_buffer(digits))
-    return pl.select(pl.when(values.is_not_null()).then(pl.Series(text)).alias(values.name)).to_series()
+    return table.with_columns(KINDS[kind].from_file(table["value"]))

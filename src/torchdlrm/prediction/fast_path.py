@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torchdlrm.bundle.bundle import PlainIds
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.features.cells import null_numbers
+from torchdlrm.features.kinds import ValueKind
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
 from torchdlrm.features.transforms import FittedDense, encode_sparse
 from torchdlrm.features.value_hash import hash_integers
@@ -37,14 +38,6 @@ from torchdlrm.prediction.shared_rows import Part, Row, cells_of, parts_of
 Vocabularies = Mapping[str, ValueIndex | PlainIds]
 # Up to so many rows an id is found faster by itself than by a dozen calls of NumPy for the column.
 _FEW_ROWS = 16
-_TEXT: set[type] = {type(None), str}
-_INTEGER: set[type] = {type(None), int}
-_NUMBER: set[type] = {type(None), int, float}
-_NO_DIGITS = "00000000"
-
-
-class _NotPlainError(Exception):
-    """A cell that the general way must read."""
 
 
 class PlainRowEncoder:
@@ -79,7 +72,7 @@ class PlainRowEncoder:
         self._sparse: list[_NumberFeatures | _TextFeatures] = []
         for places in alike.values():
             features = [schema.sparse[i] for i in places]
-            group = _TextFeatures if features[0].kind == "string" else _NumberFeatures
+            group = _TextFeatures if features[0].value_kind.is_text else _NumberFeatures
             self._sparse.append(group(features, places, vocabularies))
 
     def encode(self, rows: Sequence[Row]) -> EncodedRows | None:
@@ -100,7 +93,7 @@ class PlainRowEncoder:
                 group.encode(parts, dense_BD)
             for features in self._sparse:
                 features.encode(parts, ids_FB)
-        except (_NotPlainError, OverflowError, UnicodeEncodeError):
+        except (ValueError, OverflowError):
             return None
         return EncodedRows(dense_BD, ids_FB)
 
@@ -110,40 +103,32 @@ class _DenseGroup:
 
     def __init__(self, columns: Sequence[DenseColumn], places: list[int], fitted: FittedDense) -> None:
         self._names = [column.name for column in columns]
-        self._allowed = _INTEGER if columns[0].kind == "int" else _NUMBER
-        self._dtype = np.int64 if columns[0].kind == "int" else np.float64
-        self._places, self._fitted = places, fitted
+        self._kind, self._places, self._fitted = columns[0].value_kind, places, fitted
         self._nulls = null_numbers(columns[0]).to_numpy()
 
     def encode(self, parts: Sequence[Part], dense_BD: NDArray[np.float32]) -> None:
-        cells, is_missing = _cells(parts, self._names, self._allowed, 0)
-        values = np.array(cells, self._dtype)
+        cells, is_missing = _cells(parts, self._names, self._kind)
+        values = self._kind.numbers_of_cells(cells)
         is_missing = _with_null_numbers(is_missing, values, self._nulls)
         numbers = values.astype(np.float64)
-        if not (self._dtype is np.int64 or np.isfinite(numbers).all()):
-            raise _NotPlainError
         if is_missing is not None:
             numbers[is_missing] = math.nan
         dense_BD[:, self._places] = self._fitted.of_numbers(numbers).reshape(len(self._places), -1).T
 
 
 class _NumberFeatures:
-    """Sparse features of kind `hex` or `int`, all with a vocabulary or all hashed."""
+    """Sparse features of one kind of numbers, all with a vocabulary or all hashed."""
 
     def __init__(self, features: Sequence[SparseColumn], places: list[int], vocabularies: Vocabularies) -> None:
         self._names = [feature.name for feature in features]
-        self._places, self._is_hex = places, features[0].kind == "hex"
+        self._places, self._kind = places, features[0].value_kind
         self._nulls = null_numbers(features[0]).to_numpy()
         self._hash_sizes = np.array([[feature.hash] for feature in features if feature.hash is not None], np.uint64)
         self._vocabularies = [vocabularies[feature.name] for feature in features if feature.hash is None]
 
     def encode(self, parts: Sequence[Part], ids_FB: NDArray[np.int32]) -> None:
-        if self._is_hex:
-            cells, is_missing = _cells(parts, self._names, _TEXT, _NO_DIGITS)
-            numbers = _hex_numbers(cells)
-        else:
-            cells, is_missing = _cells(parts, self._names, _INTEGER, 0)
-            numbers = np.array(cells, np.int64)
+        cells, is_missing = _cells(parts, self._names, self._kind)
+        numbers = self._kind.numbers_of_cells(cells)
         is_missing = _with_null_numbers(is_missing, numbers, self._nulls)
         num_rows = ids_FB.shape[1]
         if not self._vocabularies:
@@ -169,7 +154,7 @@ class _NumberFeatures:
 
 
 class _TextFeatures:
-    """Sparse features of kind `string`, all with a vocabulary or all hashed."""
+    """Sparse features of one kind of texts, all with a vocabulary or all hashed."""
 
     def __init__(self, features: Sequence[SparseColumn], places: list[int], vocabularies: Vocabularies) -> None:
         self._features = [
@@ -178,26 +163,25 @@ class _TextFeatures:
 
     def encode(self, parts: Sequence[Part], ids_FB: NDArray[np.int32]) -> None:
         for feature, place, vocabulary in self._features:
-            cells, _ = _cells(parts, [feature.name], _TEXT, None)
+            cells, _ = _cells(parts, [feature.name], feature.value_kind)
             if max(map(len, filter(None, cells)), default=0) > MAX_CELL_CHARACTERS:
-                raise _NotPlainError
+                raise ValueError("a text is too long")
             if feature.null_values:
                 cells = [None if cell in feature.null_values else cell for cell in cells]
-            ids_FB[place] = encode_sparse(pl.Series(cells, dtype=pl.String), feature, vocabulary).to_numpy()
+            texts = pl.Series(cells, dtype=feature.dtype)
+            ids_FB[place] = encode_sparse(texts, feature, vocabulary).to_numpy()
 
 
-def _cells(
-    parts: Sequence[Part], names: Sequence[str], allowed: set[type], stand_in: object
-) -> tuple[list[Any], NDArray[np.bool_] | None]:
+def _cells(parts: Sequence[Part], names: Sequence[str], kind: ValueKind) -> tuple[list[Any], NDArray[np.bool_] | None]:
     """The cells of columns, one column after another, with a stand-in for missing ones; and which are missing.
 
     Raises:
-        _NotPlainError: a cell is of another type.
+        ValueError: a cell is of another type than plain cells of the kind.
     """
     cells = cells_of(parts, names)
-    if not allowed.issuperset(map(type, cells)):
-        raise _NotPlainError
-    if allowed is _TEXT:
+    if not kind.json_types.issuperset(map(type, cells)):
+        raise ValueError("a cell is of another type")
+    if str in kind.json_types:
         missing = [i for i, cell in enumerate(cells) if not cell]  # an empty text too
     elif None in cells:
         missing = [i for i, cell in enumerate(cells) if cell is None]
@@ -206,7 +190,7 @@ def _cells(
     if not missing:
         return cells, None
     for i in missing:
-        cells[i] = stand_in
+        cells[i] = kind.stand_in
     is_missing = np.zeros(len(cells), np.bool_)
     is_missing[missing] = True
     return cells, is_missing
@@ -220,19 +204,3 @@ def _with_null_numbers(
         return is_missing
     is_null = np.isin(numbers, nulls)
     return is_null if is_missing is None else is_missing | is_null
-
-
-def _hex_numbers(cells: list[str]) -> NDArray[np.uint32]:
-    """Texts of 8 digits as numbers: uint32 [len(cells)].
-
-    Raises:
-        _NotPlainError: a text is none of these.
-    """
-    try:
-        digits = bytes.fromhex("".join(cells))
-    except ValueError as error:
-        raise _NotPlainError from error
-    # Spaces between bytes are left out; so there are enough only where every cell has nothing but digits.
-    if set(map(len, cells)) - {len(_NO_DIGITS)} or len(digits) != 4 * len(cells):
-        raise _NotPlainError
-    return np.frombuffer(digits, ">u4").astype(np.uint32)

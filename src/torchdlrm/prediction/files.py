@@ -20,9 +20,9 @@ from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.sample import PREDICTION_COLUMN
 from torchdlrm.errors import LogError, UserError
 from torchdlrm.features.bad_rows import BadRows, describe_bad_rows
+from torchdlrm.features.cells import written_cells
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
-from torchdlrm.prediction.cells_out import format_cells
 from torchdlrm.prediction.predictor import Predictions, Predictor
 from torchdlrm.prediction.rows_in import RowChunk, RowsIn
 from torchdlrm.prediction.scores_out import check_name, writing_scores
@@ -160,7 +160,7 @@ def _refusal(bad_rows: BadRows) -> str:
 
 def _scores(chunk: RowChunk, probabilities: NDArray[np.float32], rows: RowsIn, *, as_text: bool) -> pl.DataFrame:
     """The columns handed on and the prediction, with nulls in the places of bad rows."""
-    columns = [format_cells(chunk.frame[name], rows.schema, as_text=as_text) for name in rows.passthrough]
+    columns = [_written(chunk.frame[name], rows.schema, as_text=as_text) for name in rows.passthrough]
     frame = pl.DataFrame([*columns, pl.Series(PREDICTION_COLUMN, probabilities)])
     if not len(chunk.bad_positions):
         return frame
@@ -168,6 +168,17 @@ def _scores(chunk: RowChunk, probabilities: NDArray[np.float32], rows: RowsIn, *
     is_good[chunk.bad_positions] = False
     places = pl.Series(np.cumsum(is_good) - 1)
     return frame.select(pl.all().gather(places.zip_with(pl.Series(is_good), pl.Series([None], dtype=places.dtype))))
+
+
+def _written(cells: pl.Series, schema: FeatureSchema, *, as_text: bool) -> pl.Series:
+    """A column as a log has it; in a CSV file lists are joined."""
+    column = next((column for column in schema.sparse if column.name == cells.name), None)
+    if column is None:
+        return cells
+    cells = written_cells(cells, column)
+    if column.value_separator is not None and as_text:
+        return cells.cast(pl.List(pl.String)).list.join(column.value_separator)
+    return cells
 
 
 class _Tally:

@@ -68,7 +68,7 @@ def layout_of_text(head: bytes, path: Path, schema: FeatureSchema, passthrough: 
     )
     lines = list(islice(cells, _LINES_LOOKED_AT))
     first = lines[0] if lines else []
-    if schema.header or {column.log_name for column in _features(schema)} <= set(first):
+    if schema.header or {column.log_name for column in schema.features} <= set(first):
         return Layout(_by_name(first, f"{path}, line 1 (header)", schema, passthrough), header=True)
     without_label = [column for column in schema.columns if not isinstance(column, LabelColumn)]
     # A bad line may have any number of columns: most lines are good.
@@ -91,7 +91,7 @@ def layout_of_names(names: Sequence[str], path: Path, schema: FeatureSchema, pas
 
 
 def _by_name(names: Sequence[str], where: str, schema: FeatureSchema, passthrough: Sequence[str]) -> FeatureSchema:
-    found = found_by_name(names, where, schema, _features(schema), "the model")
+    found = found_by_name(names, where, schema, schema.features, "the model")
     columns = [_as_read(column, names[i], passthrough, at=i) for i, column in enumerate(found)]
     wanted = set(passthrough) - {column.name for column in columns}
     if wanted:
@@ -110,10 +110,6 @@ def _as_read(column: Column | None, log_name: str, passthrough: Sequence[str], *
     if column is None:
         return ignored(at, log_name)
     return IgnoredColumn.model_construct(name=name, header_name=log_name, role="ignore")
-
-
-def _features(schema: FeatureSchema) -> list[DenseColumn | SparseColumn]:
-    return [*schema.dense, *schema.sparse]
 
 
 def _not_there(missing: Sequence[str], where: str, names: Sequence[str]) -> str:

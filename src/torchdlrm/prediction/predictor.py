@@ -22,9 +22,8 @@ from torchdlrm.bundle.check import arithmetic_difference
 from torchdlrm.bundle.manifest import DensePrecision
 from torchdlrm.bundle.served_model import EncodedRows, ServedModel
 from torchdlrm.errors import BundleError, RowError
-from torchdlrm.features.schema import SparseColumn
 from torchdlrm.features.transforms import encode
-from torchdlrm.features.vocabulary import UNKNOWN_ID, VALUE_TYPES
+from torchdlrm.features.vocabulary import UNKNOWN_ID
 from torchdlrm.prediction.fast_path import PlainRowEncoder
 from torchdlrm.prediction.json_rows import RowReader
 from torchdlrm.prediction.shared_rows import Row, joined
@@ -67,7 +66,7 @@ class Predictor:
         self._plain_rows = PlainRowEncoder(bundle.schema, bundle.dense, bundle.vocabularies)
         self._model = ServedModel(bundle)
         self._dense_names = [column.name for column in self.schema.dense]
-        self._sparse_types = {column.name: _type_of(column) for column in self.schema.sparse}
+        self._sparse_types = {column.name: column.dtype for column in self.schema.sparse}
         self._counted = [(i, column.name) for i, column in enumerate(self.schema.sparse) if column.hash is None]
 
     @classmethod
@@ -170,7 +169,7 @@ class Predictor:
         Raises:
             RowError: a row has a column that there is not, or a cell that does not fit.
         """
-        features = [column.name for column in (*self.schema.dense, *self.schema.sparse)]
+        features = [column.name for column in self.schema.features]
         frames: list[pl.DataFrame] = []
         for is_frame, alike in itertools.groupby(requests, lambda request: isinstance(request, pl.DataFrame)):
             group: list[Any] = list(alike)
@@ -256,11 +255,6 @@ class Predictor:
             return {name: int(np.count_nonzero(bags[i][0] == UNKNOWN_ID)) for i, name in self._counted}
         counts = np.count_nonzero(rows.sparse == UNKNOWN_ID, axis=1).tolist()
         return {name: counts[i] for i, name in self._counted}
-
-
-def _type_of(column: SparseColumn) -> pl.DataType:
-    one = VALUE_TYPES[column.kind]()
-    return pl.List(one) if column.is_multi_valued else one
 
 
 def _wrong_type(name: str, expected: str, found: object) -> str:

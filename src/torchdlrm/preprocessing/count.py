@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from torchdlrm.data.splits import RowSplit
 from torchdlrm.features.schema import SparseColumn
-from torchdlrm.features.vocabulary import UNKNOWN_ID, VALUE_TYPES, VocabularyWriter, typed_values
+from torchdlrm.features.vocabulary import UNKNOWN_ID, VocabularyWriter, typed_values
 from torchdlrm.files import replacing
 from torchdlrm.preprocessing.read import TIME, ChunkFile, partitions_of
 from torchdlrm.preprocessing.sections import Sections, write_sections
@@ -56,7 +56,7 @@ def count_values(
     `known`, where it is given, has values whose ids are fixed: they are left out.
     """
     name = values.column.name
-    frames = [pl.DataFrame(schema={"value": VALUE_TYPES[values.column.kind], "count": pl.Int64})]
+    frames = [pl.DataFrame(schema={"value": values.column.value_kind.dtype, "count": pl.Int64})]
     for chunk in chunks:
         if not chunk.rows_of_split[0]:
             continue
@@ -134,8 +134,8 @@ def rank_values(
             if num_ids >= max_ids:
                 break
         if not num_ids:
-            writer.append(pl.DataFrame(schema={"value": VALUE_TYPES[column.kind], "count": pl.Int64, "id": pl.Int32}))
-    empty = pl.DataFrame(schema={"value": VALUE_TYPES[column.kind], "id": pl.Int32})
+            writer.append(pl.DataFrame(schema={"value": column.value_kind.dtype, "count": pl.Int64, "id": pl.Int32}))
+    empty = pl.DataFrame(schema={"value": column.value_kind.dtype, "id": pl.Int32})
     for pieces, target in zip(ids, targets, strict=True):
         write_sections(target, {"ids": pl.concat([empty, *pieces]).to_arrow()})
     return {"num_ids": num_ids}
@@ -198,7 +198,7 @@ def _ranked(tables: Sequence[pl.DataFrame], slices: Sequence[slice], num_ids: in
 
 def look_up_values(values: ValueRange, chunks: Sequence[ChunkFile], ids: Path, target: Path) -> Result:
     """Task: the ids of a range's values in all chunks: `ids` int32, and where each chunk starts among them: `start`."""
-    frames = [pl.DataFrame(schema={"value": VALUE_TYPES[values.column.kind]})]
+    frames = [pl.DataFrame(schema={"value": values.column.value_kind.dtype})]
     starts = [0]
     for chunk in chunks:
         with Sections(chunk.path) as sections:
@@ -223,7 +223,7 @@ def spread_vocabulary(
 ) -> Result:
     """Task: the vocabulary of another dataset -> value and id of each range."""
     pieces: list[list[pl.DataFrame]] = [
-        [pl.DataFrame(schema={"value": VALUE_TYPES[column.kind], "id": pl.Int32})] for _ in ranges
+        [pl.DataFrame(schema={"value": column.value_kind.dtype, "id": pl.Int32})] for _ in ranges
     ]
     num_ids = 0
     for piece in _read_vocabulary(vocabulary, column):

@@ -25,7 +25,7 @@ def parse_json(body: bytes | bytearray | memoryview, schema: FeatureSchema, max_
         RefusedRequest: it is no JSON, or too much.
     """
     if len(body) > MAX_VALUES:
-        max_values = max(MAX_VALUES, 2 * max_rows * (len(schema.dense) + len(schema.sparse)))
+        max_values = max(MAX_VALUES, 2 * max_rows * len(schema.features))
         # Each value but the first of its list or object has a comma before it.  NumPy counts beside other threads.
         codes = np.frombuffer(body, np.uint8)
         num_values = sum(int(np.count_nonzero(codes == ord(mark))) for mark in ",[{")

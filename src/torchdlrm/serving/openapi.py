@@ -7,17 +7,12 @@ holds the server to it.
 from typing import Any
 
 from torchdlrm import __version__
-from torchdlrm.features.schema import DenseColumn, SparseColumn
-from torchdlrm.serving.open_inference.columns import OUTPUT, features_of
+from torchdlrm.features.schema import Feature
+from torchdlrm.serving.open_inference.columns import OUTPUT
 from torchdlrm.serving.open_inference.tensors import DATATYPES
 from torchdlrm.serving.service import Service
 
 Json = dict[str, Any]
-_INT64 = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
-_TEXT_CELLS: dict[str, Json] = {
-    "hex": {"type": "string", "pattern": "^[0-9a-fA-F]{0,8}$", "maxLength": 8},
-    "string": {"type": "string"},
-}
 
 
 def document(service: Service) -> Json:
@@ -26,7 +21,7 @@ def document(service: Service) -> Json:
     row = {
         "type": "object",
         "description": "Cells by column name; a column that is left out, null or empty is a missing value.",
-        "properties": {column.name: _cell(column) for column in features_of(served.schema)},
+        "properties": {column.name: _cell(column) for column in served.schema.features},
         "additionalProperties": False,
     }
     secured = bool(service.keys)
@@ -45,16 +40,10 @@ def document(service: Service) -> Json:
     }
 
 
-def _cell(column: DenseColumn | SparseColumn) -> Json:
-    cell: Json
-    if column.kind == "int":
-        cell = _INT64
-    elif column.kind == "float":
-        cell = {"type": "number"}
-    else:
-        cell = _TEXT_CELLS[column.kind]
+def _cell(column: Feature) -> Json:
+    cell = column.value_kind.openapi
     kinds = [cell, {"type": "null"}]
-    if isinstance(column, SparseColumn) and column.is_multi_valued:
+    if column.is_multi_valued:
         kinds.append({"type": "array", "items": cell})
     return {"anyOf": kinds}
 

@@ -28,9 +28,9 @@ import numpy as np
 import polars as pl
 
 from torchdlrm.errors import ConfigError
+from torchdlrm.features.cells import written_cells
 from torchdlrm.features.schema import FeatureSchema, TimeColumn
 from torchdlrm.files import replacing
-from torchdlrm.prediction.cells_out import format_cells
 from torchdlrm.serving.batcher import BatchReport
 from torchdlrm.serving.event_log import log_event, note_event
 
@@ -241,10 +241,7 @@ def _log_frame(entries: Sequence[_Entry]) -> pl.DataFrame:
     model, reports = entries[0].report.model, [entry.report for entry in entries]
     schema = model.schema
     frame = model.parse_requests([request for report in reports for request in report.requests])
-    columns = [
-        format_cells(frame[column.name], schema, as_text=False).alias(column.log_name)
-        for column in (*schema.dense, *schema.sparse)
-    ]
+    columns = [written_cells(frame[column.name], column).alias(column.log_name) for column in schema.features]
     times_us = pl.Series(np.repeat([entry.time_us for entry in entries], [report.total_rows for report in reports]))
     if schema.time is not None:
         columns.append(_as_time(times_us, schema.time))

@@ -10,8 +10,8 @@ from typing import Any
 import polars as pl
 
 from torchdlrm.errors import shown
+from torchdlrm.features.cells import written_cells
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
-from torchdlrm.prediction.cells_out import format_cells
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.shared_rows import Part, Row, SharedRows, parts_of
 from torchdlrm.serving.json_body import parse_json
@@ -81,7 +81,7 @@ def _check_shared(shared: Row, schema: FeatureSchema, num_candidates: int) -> No
     known = {column.name for column in schema.columns}
     if not known.issuperset(shared):
         unknown = next(name for name in shared if name not in known)
-        has = ", ".join(column.name for column in (*schema.dense, *schema.sparse))
+        has = ", ".join(column.name for column in schema.features)
         msg = f"shared, column {shown(unknown)}: the model has no such column; it has {has}"
         raise bad_request(msg)
     if (size := _characters(shared) * num_candidates) > MAX_SHARED_CHARACTERS:
@@ -116,8 +116,7 @@ def examples_of(predictor: Predictor) -> Examples:
 
 def rows_as_logged(frame: pl.DataFrame, schema: FeatureSchema) -> list[dict[str, object]]:
     """The features of typed rows by column name, as a log has them, missing ones too."""
-    features = [column.name for column in (*schema.dense, *schema.sparse)]
-    return pl.DataFrame([format_cells(frame[name], schema, as_text=False) for name in features]).to_dicts()
+    return pl.DataFrame([written_cells(frame[column.name], column) for column in schema.features]).to_dicts()
 
 
 def describe(name: str, version: str, schema: FeatureSchema, examples: Examples, max_rows: int) -> dict[str, Any]:

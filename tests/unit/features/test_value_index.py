@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchdlrm.errors import DatasetError
+from torchdlrm.features.kinds import KINDS
 from torchdlrm.features.value_hash import hash_number, hash_numbers, hash_text, hash_values
 from torchdlrm.features.value_index import ValueIndex, write_index
-from torchdlrm.features.vocabulary import VALUE_TYPES, Vocabulary, dictionary_encode, merge_counts
+from torchdlrm.features.vocabulary import Vocabulary, dictionary_encode, merge_counts
 
 VALUES = {
     "string": st.none() | st.text(max_size=12) | st.sampled_from(["", "a", "Köln", "東京", "a longer text"]),
@@ -23,7 +24,7 @@ COLLISION = ("8yn0iYCKYHlIj4-BwPqk", "GReLUrM4wMqfg9yzV3KQ")
 
 
 def fit(kind, values, *, min_count=1):
-    column = dictionary_encode(pl.Series("f", values, dtype=VALUE_TYPES[kind]))
+    column = dictionary_encode(pl.Series("f", values, dtype=KINDS[kind].dtype))
     counts = merge_counts([(column.values, column.counts(slice(None)))])
     return Vocabulary.from_counts("f", kind, counts, min_count=min_count, max_rows=None)
 
@@ -51,14 +52,14 @@ def test_index_gives_the_ids_of_its_vocabulary(kind, data, min_count, tmp_path_f
     asked = counted + data.draw(st.lists(VALUES[kind], max_size=90))
     vocabulary = fit(kind, counted, min_count=min_count)
     index = indexed(vocabulary, tmp_path_factory.getbasetemp() / f"{kind}.index")
-    assert_same_ids(index, vocabulary, pl.Series("f", asked, dtype=VALUE_TYPES[kind]))
+    assert_same_ids(index, vocabulary, pl.Series("f", asked, dtype=KINDS[kind].dtype))
 
 
 @pytest.mark.parametrize("kind", list(VALUES))
 def test_a_large_index_gives_the_ids_of_its_vocabulary(kind, seed, tmp_path):
     numbers = np.random.default_rng(seed).integers(0, 200_000, 100_000)
     column = pl.Series("f", numbers)
-    values = column.cast(pl.String) + " as text" if kind == "string" else column.cast(VALUE_TYPES[kind])
+    values = column.cast(pl.String) + " as text" if kind == "string" else column.cast(KINDS[kind].dtype)
     vocabulary = fit(kind, values.head(50_000).to_list())
     assert_same_ids(indexed(vocabulary, tmp_path / "f.index"), vocabulary, values.tail(3_000))
     many = pl.concat([values, pl.Series("f", [None], dtype=values.dtype)])

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchdlrm.errors import DatasetError
-from torchdlrm.features.vocabulary import VALUE_TYPES, Vocabulary, dictionary_encode, hex_digits, merge_counts
+from torchdlrm.features.kinds import KINDS, hex_digits
+from torchdlrm.features.vocabulary import Vocabulary, dictionary_encode, merge_counts
 
 VALUES = {
     "string": st.none()
@@ -22,7 +23,7 @@ VALUES = {
 
 
 def fit(kind, values, *, min_count=1, max_rows=None):
-    column = dictionary_encode(pl.Series("f", values, dtype=VALUE_TYPES[kind]))
+    column = dictionary_encode(pl.Series("f", values, dtype=KINDS[kind].dtype))
     counts = merge_counts([(column.values, column.counts(slice(None)))])
     return Vocabulary.from_counts("f", kind, counts, min_count=min_count, max_rows=max_rows)
 
@@ -48,7 +49,7 @@ def test_ids_fall_with_counts_and_ties_rise_with_values(kind, data, min_count, m
     assert dict(zip(vocabulary.table["value"], vocabulary.table["id"], strict=True)) == ids
     assert vocabulary.num_embeddings == len(ids) + 1
     assert vocabulary.missing_id == ids.get(None)
-    found = vocabulary.lookup(pl.Series("f", values, dtype=VALUE_TYPES[kind]))
+    found = vocabulary.lookup(pl.Series("f", values, dtype=KINDS[kind].dtype))
     assert found.to_list() == [ids.get(value, 0) for value in values]
     assert found.dtype == pl.Int32
 

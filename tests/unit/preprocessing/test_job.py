@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchdlrm.data import drift
+from torchdlrm.features.kinds import KINDS
 from torchdlrm.features.schema import SparseColumn
 from torchdlrm.features.transforms import Moments
 from torchdlrm.features.value_hash import hash_values, hashed_ids
-from torchdlrm.features.vocabulary import VALUE_TYPES, Vocabulary
+from torchdlrm.features.vocabulary import Vocabulary
 from torchdlrm.preprocessing.count import rank_values
 from torchdlrm.preprocessing.place import smallest
 from torchdlrm.preprocessing.read import partitions_of
@@ -78,7 +79,7 @@ def test_ranking_by_ranges_equals_ranking_at_once(tmp_path, kind, values_at_a_ti
     values = [str(n) if kind == "string" and n is not None else n for n in numbers]
     counts = pl.DataFrame(
         {
-            "value": pl.Series(values, dtype=VALUE_TYPES[kind]),
+            "value": pl.Series(values, dtype=KINDS[kind].dtype),
             "count": [rng.choice([2, 2, 2, 3, 9, 400]) for _ in values],
         }
     )

@@ -19,8 +19,8 @@ from torchdlrm.data.log.text import ParsedChunk
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.cells import to_typed_columns
+from torchdlrm.features.kinds import FLOAT, KINDS, map_lists
 from torchdlrm.features.schema import Column, FeatureSchema, IgnoredColumn, SparseColumn, TimeColumn
-from torchdlrm.features.vocabulary import hex_digits
 
 _LIST_TYPES = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _CELL_TYPES = (
@@ -39,7 +39,6 @@ _CELL_TYPES = (
     pa.types.is_time,
     pa.types.is_null,
 )
-_EXACT_BELOW = 2**53  # every integer up to here is a float64
 
 
 def plan_row_groups(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> list[Chunk]:
@@ -129,24 +128,12 @@ def cells_as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Series:
         text = _values_as_text(cells, column, file)
         # In a text file an empty cell is a missing one.
         return pl.select(pl.when(text != "").then(text).alias(column.name)).to_series()
-    lists = cells.cast(pl.List(cells.dtype.inner)).fill_null([])
-    ends = lists.list.len().cum_sum().cast(pl.Int64).to_arrow()
-    values = _values_as_text(lists.explode(empty_as_null=False), column, file).to_arrow()
-    offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends])
-    return pl.Series(column.name, pa.LargeListArray.from_arrays(offsets, values))
+    return map_lists(cells.cast(pl.List(cells.dtype.inner)), lambda flat: _values_as_text(flat, column, file))
 
 
 def _values_as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Series:
-    kind = getattr(column, "kind", None)
-    if kind == "hex" and cells.dtype.is_numeric():
-        return _numbers_as_digits(cells)
-    if cells.dtype.is_float():
-        cells = cells.fill_nan(None)
-        if kind != "int":
-            return cells.cast(pl.String)
-        is_whole = (cells == cells.floor()) & (cells.abs() <= _EXACT_BELOW)
-        whole = cells.cast(pl.Int64, strict=False).cast(pl.String)
-        return whole.zip_with(is_whole.fill_null(value=False), cells.cast(pl.String))
+    if cells.dtype.is_numeric():
+        return KINDS.get(getattr(column, "kind", ""), FLOAT).text_of_numbers(cells)
     if cells.dtype == pl.Binary:
         try:
             return cells.cast(pl.String)
@@ -158,12 +145,3 @@ def _values_as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Serie
             cells = cells.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
         return cells.cast(pl.Datetime("us")).dt.to_string("%Y-%m-%d %H:%M:%S%.6f")
     return cells.cast(pl.String)
-
-
-def _numbers_as_digits(cells: pl.Series) -> pl.Series:
-    """Numbers as the hexadecimal digits that they are; others as a text that is no digits."""
-    numbers = cells.cast(pl.Float64).fill_nan(None)  # wide enough for all that a hex column takes
-    fits = ((numbers == numbers.floor()) & numbers.is_between(0, 2**32 - 1)).fill_null(value=False)
-    digits = hex_digits(pl.select(pl.when(fits).then(numbers).cast(pl.UInt32)).to_series())
-    others = pl.select(pl.when(numbers.is_not_null()).then(pl.format("the number {}", cells))).to_series()
-    return digits.zip_with(fits, others).alias(cells.name)

@@ -16,37 +16,33 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from torchdlrm.errors import shown
 from torchdlrm.features.bad_rows import REASONS, BadRows
 from torchdlrm.features.cells import to_typed_columns, without_null_values
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, SparseColumn
-from torchdlrm.features.vocabulary import VALUE_TYPES
+from torchdlrm.features.schema import DenseColumn, Feature, FeatureSchema, SparseColumn
 from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS, too_long
 from torchdlrm.prediction.predictor import Rows
-from torchdlrm.serving.open_inference.fast_path import Feature, few_rows
+from torchdlrm.serving.open_inference.fast_path import few_rows
 from torchdlrm.serving.open_inference.tensors import BYTES, Tensor, check_shape
 from torchdlrm.serving.refusals import RefusedRequest, bad_request, check_num_rows, check_num_values
 
 DENSE, SPARSE = "dense", "sparse"  # of the packed inputs
 OUTPUT = "prediction"
 PLATFORM = "torchdlrm"
-_MAX_INT64 = 2**63
 _FEW_ROWS = 16
-
-
-def feature_type(column: Feature) -> pl.DataType:
-    """The type of a typed column."""
-    if isinstance(column, DenseColumn):
-        return pl.Int64() if column.kind == "int" else pl.Float64()
-    value = VALUE_TYPES[column.kind]
-    return pl.List(value) if column.is_multi_valued else value()
 
 
 def model_metadata(name: str, version: str, schema: FeatureSchema) -> dict[str, Any]:
     """What the protocol tells of a model: an input for each column, and the output."""
-    inputs = [{"name": column.name, "datatype": _datatype(column), "shape": [-1]} for column in features_of(schema)]
+    inputs = [
+        {
+            "name": column.name,
+            "datatype": BYTES if column.is_multi_valued else column.value_kind.datatype,
+            "shape": [-1],
+        }
+        for column in schema.features
+    ]
     return {
         "name": name,
         "versions": [version],
@@ -54,18 +50,6 @@ def model_metadata(name: str, version: str, schema: FeatureSchema) -> dict[str, 
         "inputs": inputs,
         "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1]}],
     }
-
-
-def features_of(schema: FeatureSchema) -> tuple[Feature, ...]:
-    """The columns that a model reads: dense, then sparse."""
-    return (*schema.dense, *schema.sparse)
-
-
-def _datatype(column: Feature) -> str:
-    """The one of a column's datatypes that can say everything, a missing value too where that is possible."""
-    if isinstance(column, DenseColumn):
-        return "FP64" if column.kind == "float" else "INT64"
-    return "INT64" if column.kind == "int" and not column.is_multi_valued else BYTES
 
 
 class Inputs:
@@ -85,7 +69,7 @@ class Inputs:
 
     def __init__(self, schema: FeatureSchema, max_rows: int, num_inputs: int) -> None:
         self._schema, self._max_rows = schema, max_rows
-        self.features: dict[str, Feature] = {column.name: column for column in features_of(schema)}
+        self.features: dict[str, Feature] = {column.name: column for column in schema.features}
         self.columns: list[Sequence[Feature]] = []
         self._num_rows: int | None = None
         self._seen: set[str] = set()
@@ -175,7 +159,7 @@ def _frame(
             raise _bad_cell(examples[0].line - 1, str(examples[0].column), reason, examples[0].value)
         typed |= frame.to_dict()
     for name in features.keys() - typed.keys():
-        typed[name] = pl.Series(name, [None], dtype=feature_type(features[name])).new_from_index(0, num_rows)
+        typed[name] = pl.Series(name, [None], dtype=features[name].dtype).new_from_index(0, num_rows)
     return pl.DataFrame([typed[name] for name in features])
 
 
@@ -190,10 +174,11 @@ def _from_numbers(tensor: Tensor, columns: Sequence[Feature]) -> dict[str, pl.Se
         parts = [([column], tensor.values.gather_every(num_columns, i)) for i, column in enumerate(columns)]
     typed = {}
     for alike, values in parts:
-        cast, bad = _cast(values, alike[0])
+        cast, bad = alike[0].value_kind.from_numbers(values)
         if bad is not None:
-            row, index = divmod(int(np.argmax(bad)), len(alike))
-            raise _bad_cell(row, alike[index].name, alike[index].kind, values[int(np.argmax(bad))])
+            first = int(np.argmax(bad.to_numpy()))
+            row, index = divmod(first, len(alike))
+            raise _bad_cell(row, alike[index].name, alike[index].kind, values[first])
         for index, column in enumerate(alike):
             typed[column.name] = without_null_values(cast.gather_every(len(alike), index).alias(column.name), column)
     return typed
@@ -212,29 +197,10 @@ def _check_lengths(texts: pl.Series, column: Feature) -> None:
 def _check_takes_numbers(tensor: Tensor, column: Feature) -> None:
     if isinstance(column, DenseColumn):
         return
-    wanted = BYTES if column.is_multi_valued or column.kind == "string" else f"INT64 or {BYTES}"
+    wanted = BYTES if column.is_multi_valued or column.value_kind.is_text else f"INT64 or {BYTES}"
     if wanted == BYTES or not tensor.values.dtype.is_integer():
         msg = f"input {tensor.name!r}: column {column.name} takes {wanted}, not {tensor.datatype}"
         raise bad_request(msg)
-
-
-def _cast(values: pl.Series, column: Feature) -> tuple[pl.Series, NDArray[np.bool_] | None]:
-    """Typed values, and which are bad; None where none is."""
-    target = feature_type(column)
-    if values.dtype.is_float():
-        values = values.cast(pl.Float64).fill_nan(None)
-        bad = ~values.is_finite()
-        if target == pl.Int64:
-            bad |= (values != values.floor()) | (values < -_MAX_INT64) | (values >= _MAX_INT64)
-    elif target == pl.UInt32:
-        if values.dtype != pl.UInt64:
-            values = values.cast(pl.Int64)  # the limits must fit the type that they are compared in
-        bad = (values < 0) | (values > 2**32 - 1)
-    elif values.dtype == pl.UInt64 and target == pl.Int64:
-        bad = values > _MAX_INT64 - 1
-    else:
-        return values.cast(target), None
-    return values.cast(target, strict=False), bad.fill_null(value=False).to_numpy() if bad.any() else None
 
 
 def _bad_cell(row: int, column: str, reason: str, value: object) -> RefusedRequest:

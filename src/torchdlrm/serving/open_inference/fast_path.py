@@ -4,14 +4,11 @@ In: tensors with their columns.  Out: cells that mean what the tensors mean in `
 not plainly one of its column: then that is the way, and it tells what is wrong.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torchdlrm.features.schema import DenseColumn, SparseColumn
+from torchdlrm.features.schema import Feature, SparseColumn
 from torchdlrm.serving.open_inference.tensors import BYTES, Tensor
-
-Feature = DenseColumn | SparseColumn
 
 
 def few_rows(placed: Sequence[tuple[Tensor, Sequence[Feature]]]) -> list[dict[str, object]] | None:
@@ -37,39 +34,7 @@ def few_rows(placed: Sequence[tuple[Tensor, Sequence[Feature]]]) -> list[dict[st
 
 def _as_cell(tensor: Tensor, column: Feature) -> Callable[[Any], object] | None:
     """What makes a value of the tensor a cell as JSON has it, or raises ValueError; None: nothing does."""
-    is_text = tensor.datatype == BYTES
-    if isinstance(column, SparseColumn):
-        if column.is_multi_valued or not (is_text or tensor.values.dtype.is_integer()):
-            return None
-        return _SPARSE_CELLS.get((column.kind, is_text))
-    if is_text:
+    given = "text" if tensor.datatype == BYTES else "integer" if tensor.values.dtype.is_integer() else "float"
+    if column.is_multi_valued or (given == "float" and isinstance(column, SparseColumn)):
         return None
-    if tensor.values.dtype.is_integer():
-        return int
-    return _whole_or_missing if column.kind == "int" else _number_or_missing
-
-
-def _as_digits(value: int) -> str:
-    if not 0 <= value < 2**32:
-        raise ValueError
-    return f"{value:08x}"
-
-
-def _number_or_missing(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _whole_or_missing(value: float) -> int | None:
-    if math.isnan(value):
-        return None
-    if not value.is_integer():
-        raise ValueError
-    return int(value)
-
-
-_SPARSE_CELLS: dict[tuple[str, bool], Callable[[Any], object]] = {
-    ("hex", True): str,
-    ("string", True): str,
-    ("hex", False): _as_digits,
-    ("int", False): int,
-}
+    return column.value_kind.cell_of.get(given)

@@ -11,7 +11,7 @@ from typing import Any
 from torchdlrm import __version__
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.predictor import Rows
-from torchdlrm.serving.open_inference.columns import OUTPUT, Inputs, features_of, model_metadata, rows_of_tensors
+from torchdlrm.serving.open_inference.columns import OUTPUT, Inputs, model_metadata, rows_of_tensors
 from torchdlrm.serving.open_inference.http import (
     EXTENSIONS,
     MAX_ID_CHARACTERS,
@@ -122,7 +122,7 @@ def parse(name: str, message: bytes, service: Service) -> Any:
         msg = f"the message has {len(message):,} bytes, and a {name}Request at most {_MAX_NAMES_BYTES:,}"
         raise too_large(msg)
     if len(message) > LARGE_BYTES:
-        num_columns = len(features_of(service.bundles.current.schema))
+        num_columns = len(service.bundles.current.schema.features)
         max_values = num_columns * service.options.max_rows_per_request
         check_num_fields(message, _FIELDS_PER_INPUT * (num_columns + 1), max_values)
     return CLASSES[f"{name}Request"].FromString(message)
