@@ -74,7 +74,7 @@ def test_quickstart_interrupted_at_every_stage_goes_on_with_the_same_command(tmp
         assert stopped in interrupted_when(stage, tmp_path)
     assert json.loads((tmp_path / "q" / "quickstart.json").read_text()) == {"torchdlrm": __version__, "rows": 35_000}
     told = interrupted_when("train: begins", tmp_path)
-    assert re.search(r"interrupted after step \d+ of 59; saved: the same command goes on from there", told), told
+    assert re.search(r"interrupted after step \d+ of 59; saved: the same command resumes there", told), told
     told = interrupted_when("4/5 evaluate", tmp_path)
     assert "1/5 synthesize: q/log.tsv is there already" in told
     assert re.search(r"train: (goes on after [1-9]|nothing is left)", told), told

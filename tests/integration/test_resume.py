@@ -218,13 +218,13 @@ def test_a_signal_saves_and_exits_and_the_same_command_goes_on(number, small_dat
     process.process.send_signal(number)
     code, output = process.wait()
     assert code == 1, output
-    assert "saved: the same command goes on from there" in output
+    assert "saved: the same command resumes there" in output
     assert "Traceback" not in output
     saved = checkpoints(run)[-1]
     assert 20 <= saved < STEPS
     done = dlrm("train", CONFIG, *arguments)
     assert done.returncode == 0, done.stderr
-    assert f"taken up after {saved}" in done.stderr
+    assert f"resumed after {saved}" in done.stderr
     assert_same_bytes(run, uninterrupted[1], tmp_path)
 
 
@@ -238,7 +238,7 @@ def test_a_killed_process_is_replaced_and_the_job_ends_by_itself(small_dataset, 
     os.kill(process.workers()[1], signal.SIGKILL)
     code, output = process.wait()
     assert code == 0, output
-    assert "taken up after" in output
+    assert "resumed after" in output
     assert_same_bytes(run, uninterrupted[2], tmp_path)
 
 
@@ -252,7 +252,7 @@ def test_sigterm_to_a_job_of_two_processes_saves(small_dataset, tmp_path):
     process.process.send_signal(signal.SIGTERM)
     code, output = process.wait()
     assert code == 1, output
-    assert "the same command goes on from there" in output
+    assert "the same command resumes there" in output
     assert checkpoints(run)[-1] >= 20
 
 
@@ -270,7 +270,7 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved(after_start_s,
     assert "Traceback" not in output
     assert "KeyboardInterrupt" not in output
     if checkpoints(run):
-        assert "saved: the same command goes on from there" in output
+        assert "saved: the same command resumes there" in output
     else:
         assert "interrupted; nothing was saved after the last checkpoint, if any" in output
 
@@ -382,7 +382,7 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_is_used(small_dataset,
     done = dlrm(*arguments)
     assert done.returncode == 0, done.stderr
     assert "going back to the checkpoint before" in done.stderr
-    assert "taken up after 50" in done.stderr
+    assert "resumed after 50" in done.stderr
     assert_same_bytes(run, uninterrupted[1], tmp_path)
 
 
@@ -414,7 +414,7 @@ def test_a_full_disk_during_a_checkpoint_keeps_the_ones_before_and_the_run_going
     subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
     done = dlrm(*arguments)
     assert done.returncode == 0, done.stderr
-    assert f"taken up after {saved[-1]}" in done.stderr
+    assert f"resumed after {saved[-1]}" in done.stderr
     assert_same_bytes(small_disk, uninterrupted[1], tmp_path)
 
 

@@ -13,8 +13,8 @@ import pytest
 from torchdlrm.config import load_config
 from torchdlrm.errors import Interrupted, TrainingError
 from torchdlrm.training.job import train
-from torchdlrm.training.metrics_log import MetricsLog
-from torchdlrm.training.trackers import open_trackers
+from torchdlrm.training.log import Callbacks, MetricsLog
+from torchdlrm.training.trackers import Tracker, open_trackers
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 OPTIONS = ("--logging.every-steps", 5, "--logging.tensorboard", "false", "--table-optimizer.learning-rate", 0.04)
@@ -37,24 +37,24 @@ def lines(run):
         (TrainingError("the loss is nan"), "failed"),
     ],
 )
-def test_every_tracker_is_told_the_figures_of_metrics_jsonl_and_how_it_ended(error, outcome, tmp_path):
-    class Tracker:
+def test_every_tracker_is_told_the_metrics_of_metrics_jsonl_and_how_it_ended(error, outcome, tmp_path):
+    class Listing(Tracker):
         told, outcome = (), None
 
         def log(self, step, values):
             self.told += ((step, values),)
 
-        def close(self, outcome):
+        def on_end(self, outcome):
             self.outcome = outcome
-            if self is trackers[-1]:  # the first to be closed
+            if self is trackers[-1]:  # the first to be told
                 msg = "unreachable"
                 raise ConnectionError(msg)
 
-    trackers = [Tracker(), Tracker()]
+    trackers = [Listing(), Listing()]
 
     def train():
-        with MetricsLog(tmp_path, from_step=0, trackers=trackers) as log:
-            log.write({"step": 7, "rows": 70, "split": "val", "auc": 0.75, "ne": float("nan")})
+        with Callbacks([MetricsLog(tmp_path, from_step=0), *trackers]) as callbacks:
+            callbacks.on_validation(7, {"rows": 70, "auc": 0.75, "ne": None})
             if error is not None:
                 raise error
 
@@ -63,7 +63,9 @@ def test_every_tracker_is_told_the_figures_of_metrics_jsonl_and_how_it_ended(err
     for tracker in trackers:
         assert tracker.told == ((7, {"val/auc": 0.75}),)
         assert tracker.outcome == outcome
-    assert [line["step"] for line in lines(tmp_path)] == [7]
+    (line,) = lines(tmp_path)
+    assert list(line) == ["step", "rows", "split", "auc", "ne", "time"]
+    assert (line["step"], line["rows"], line["split"], line["auc"], line["ne"]) == (7, 70, "val", 0.75, None)
 
 
 class Ending:
@@ -204,7 +206,7 @@ def test_tensorboard_can_be_left_out(tmp_path):
     assert open_trackers(tmp_path, load_config(None, {"logging.tensorboard": "false"}), from_step=0) == []
     (tracker,) = open_trackers(tmp_path, load_config(None), from_step=0)
     tracker.log(3, {"train/loss": 0.5})
-    tracker.close("finished")
+    tracker.on_end("finished")
     assert list((tmp_path / "tensorboard").iterdir())
 
 
@@ -217,7 +219,7 @@ def test_events_that_cannot_be_written_are_told_once_and_the_training_goes_on(tm
     shutil.rmtree(tmp_path / "tensorboard")  # as a full disk: its thread cannot write any more
     for step in range(1_000):
         tracker.log(step, {"train/loss": 0.5})
-    tracker.close("failed")
+    tracker.on_end("failed")
     for thread in threads:
         thread.join()
     assert [record.message.partition(":")[0] for record in caplog.records if record.name == "torchdlrm"] == [

@@ -248,21 +248,21 @@ def test_a_complete_run_says_what_would_make_it_go_on_and_not_its_plan_again(sma
     command = ("train", CONFIG, "--dataset", small_dataset.path, "--run", run, "--logging.tensorboard", "false")
     done = dlrm(*command, "--json")
     assert done.returncode == 0, done.stderr
-    assert f"{run} is complete: step 67 of 67; raise train.epochs, which is 1, to go on\n" in done.stderr
+    assert f"{run} is complete: step 67 of 67; raise train.epochs, which is 1, to continue\n" in done.stderr
     assert "largest tables" not in done.stderr
-    assert "taken up" not in done.stderr
+    assert "resumed" not in done.stderr
     assert " train: nothing is left of 4,286 rows\n" in done.stderr
     summary = json.loads(done.stdout)
     assert (summary["step"], summary["resumed_from_step"], summary["rows_per_s"]) == (67, 67, 0)
     # Farther than is asked now.
     done = dlrm(*command, "--train.max-steps", 10)
     assert done.returncode == 0, done.stderr
-    assert f"{run} is complete: step 67 of 10; raise train.max_steps, which is 10, to go on\n" in done.stderr
+    assert f"{run} is complete: step 67 of 10; raise train.max_steps, which is 10, to continue\n" in done.stderr
 
 
 def test_what_is_named_next_is_a_split_with_rows(small_dataset, capsys):
     from torchdlrm.cli.train_tables import show_summary
-    from torchdlrm.training.summary import TrainingSummary
+    from torchdlrm.training.log import TrainingSummary
 
     def told(*empty):
         manifest = small_dataset.manifest

@@ -7,7 +7,7 @@ import pytest
 
 from torchdlrm.config import load_config
 from torchdlrm.errors import UserError
-from torchdlrm.training.preview import preview_training
+from torchdlrm.training.job import preview_training
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 
@@ -61,7 +61,7 @@ def test_the_training_does_what_was_foretold(foretold, small_dataset, dlrm, tmp_
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     again = dlrm(*arguments, "--dry-run", "--train.epochs", 3)
     assert again.returncode == 0, again.stderr
-    assert f"the run: 201 steps, 12,858 rows, going on after step {summary['step']}" in again.stderr
+    assert f"the run: 201 steps, 12,858 rows, resuming after step {summary['step']}" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
@@ -83,17 +83,17 @@ def test_what_would_be_refused_is_refused_before_anything_is_written(option, val
 
 def test_a_checkpoint_is_written_at_once_where_the_memory_has_no_room_for_a_copy(small_dataset, tmp_path, monkeypatch):
     """A plan that fits would else end with the first checkpoint, by the memory killer."""
-    from torchdlrm.training import trainer
+    from torchdlrm.training.checkpointer import Checkpointer
     from torchdlrm.training.job import train
 
     waited = []
-    save = trainer.Checkpointer.save
+    save = Checkpointer.save
 
     def watched(checkpointer, position, *, wait):
         waited.append(wait)
         return save(checkpointer, position, wait=wait)
 
-    monkeypatch.setattr(trainer.Checkpointer, "save", watched)
+    monkeypatch.setattr(Checkpointer, "save", watched)
     options = {"train.max_steps": "4", "checkpoint.every_steps": "1", "logging.tensorboard": "false"}
     memory_bytes = 10_000_000
     for name in ("roomy", "narrow"):

@@ -13,10 +13,8 @@ from torchdlrm.errors import ConfigError
 from torchdlrm.model.build import build_model
 from torchdlrm.tables.optimizers import check_table_optimizer, fused_params, table_kernels
 from torchdlrm.training.job import train
-from torchdlrm.training.optimizers import build_optimizer
 from torchdlrm.training.process_group import join_process_group
-from torchdlrm.training.sharded import build_sharded_model
-from torchdlrm.training.step_counters import StepCounters
+from torchdlrm.training.sharded import StepCounters, build_optimizer, build_sharded_model
 
 SMALL = {
     "model.embedding_dim": "8",

@@ -13,11 +13,8 @@ from torchdlrm.config import load_config
 from torchdlrm.loader.loader import Loader
 from torchdlrm.tables import table_threads
 from torchdlrm.tables.optimizers import table_kernels
-from torchdlrm.training.optimizers import build_optimizer
-from torchdlrm.training.pipeline import build_pipeline
 from torchdlrm.training.process_group import join_process_group
-from torchdlrm.training.sharded import build_sharded_model
-from torchdlrm.training.step_counters import StepCounters
+from torchdlrm.training.sharded import StepCounters, build_optimizer, build_pipeline, build_sharded_model
 
 UNIT = 2.0**-24  # half of the distance of 1 to the next float32
 RATE, EPS, D = 0.05, 1e-8, 8

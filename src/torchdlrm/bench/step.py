@@ -34,12 +34,9 @@ from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.planner import PlanOptions, plan_sharding, table_sharder
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.tables.optimizers import fused_params
-from torchdlrm.training.allocator import keep_freed_memory
-from torchdlrm.training.optimizers import build_optimizer
-from torchdlrm.training.pipeline import build_pipeline
-from torchdlrm.training.precision import choose_precision
+from torchdlrm.training.compute import choose_precision, keep_freed_memory
 from torchdlrm.training.process_group import Ranks
-from torchdlrm.training.sharded import build_sharded_model
+from torchdlrm.training.sharded import build_optimizer, build_pipeline, build_sharded_model
 
 NUM_DENSE = 13
 NUM_DISTINCT_BATCHES = 16

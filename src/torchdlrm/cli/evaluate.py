@@ -53,7 +53,7 @@ def evaluate(
     splits = split.split("+")
     processes = Processes(nproc_per_node)
     if processes.crowding:
-        warn(processes.crowding)
+        warn(f"--nproc-per-node {nproc_per_node}: {processes.crowding}")
     result: dict[str, Any] = launch(work, run, dataset, splits, checkpoint, batch_size_global, processes=processes)
     try:
         trained.write_evaluation(result["split"], result)

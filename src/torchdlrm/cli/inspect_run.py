@@ -44,8 +44,8 @@ def show(folder: Path, *, num_values: int, as_json: bool) -> None:  # noqa: ARG0
 
 def summary(folder: Path) -> dict[str, Any]:
     """For JSON: the last line of each split's metrics, every checkpoint with what is wrong with it, evaluations."""
-    from torchdlrm.evaluation.report import read_metrics
     from torchdlrm.training.checkpoint import checkpoint_path, find_damage, list_checkpoints, read_position
+    from torchdlrm.training.log import read_metrics
     from torchdlrm.training.run import METRICS_NAME, Run
 
     run = Run.open(folder)

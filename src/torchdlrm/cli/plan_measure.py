@@ -8,9 +8,9 @@ from torchdlrm.errors import PlanError
 from torchdlrm.planning.measure import Measurement, measure
 from torchdlrm.sharding.estimate import NUM_DENSE_FEATURES
 from torchdlrm.sharding.problem import Problem
+from torchdlrm.training.compute import useful_threads
 from torchdlrm.training.launch import Processes, launch
 from torchdlrm.training.process_group import join_process_group
-from torchdlrm.training.threads import useful_threads
 from torchdlrm.units import show_bytes
 
 

@@ -77,7 +77,7 @@ def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
     )
     processes = Processes(nproc_per_node)
     if processes.crowding:
-        warn(processes.crowding)
+        warn(f"--nproc-per-node {nproc_per_node}: {processes.crowding}")
     summary = launch(train.work, settings, dataset.path, run, processes=processes)
     console.print("4/5 evaluate: every held-out row once")
     result = launch(evaluate.work, run, None, ["val", "test"], "best", 8192, processes=Processes())

@@ -15,7 +15,7 @@ from torchdlrm.errors import ConfigError
 from torchdlrm.progress import SILENT
 
 if TYPE_CHECKING:
-    from torchdlrm.training.summary import TrainingSummary
+    from torchdlrm.training.log import TrainingSummary
 
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 
@@ -35,10 +35,10 @@ def train(
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a DLRM, or take up a run where it stopped.
+    """Train a DLRM, or resume a run where it stopped.
 
     Any key of the config can be overridden by its dotted name, for example `--train.batch-size-global 8192`;
-    `dlrm config` lists them all. SIGTERM and Ctrl-C save and exit; the same command goes on.
+    `dlrm config` lists them all. SIGTERM and Ctrl-C save and exit; the same command resumes.
 
     Parameters
     ----------
@@ -47,9 +47,9 @@ def train(
     dataset
         Folder written by `dlrm preprocess`.
     run
-        Folder to write. A run that is in it goes on from its newest checkpoint.
+        Folder to write. A run that is in it is resumed from its newest checkpoint.
     restart
-        Remove the run that is in the folder and begin anew.
+        Remove the run that is in the folder and begin again.
     nproc_per_node
         Processes on this machine: one for each GPU, or one for a few CPU cores.
     nnodes
@@ -61,7 +61,7 @@ def train(
     max_restarts
         How often all processes are started again after one has died, from the last checkpoint.
     plan
-        A plan.json that `dlrm plan --out` wrote, to obey; without it training plans by itself.
+        A plan.json that `dlrm plan --out` wrote, to follow; without it training makes a plan.
     profile
         Write a Chrome trace of 20 steps to the run's profile/ and say where their time went and which share of the
         communication was hidden (`--logging.profile-steps N` for another number).
@@ -87,8 +87,8 @@ def train(
 
     from torchdlrm.cli.train_tables import show_profile, show_prospect, show_summary
     from torchdlrm.data.dataset import Dataset
+    from torchdlrm.training.job import preview_training
     from torchdlrm.training.launch import Processes, launch, refusing_everywhere
-    from torchdlrm.training.preview import preview_training
     from torchdlrm.training.run import Run
 
     processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id, max_restarts)
@@ -101,7 +101,7 @@ def train(
             settings, encoded, run, world_size=processes.world_size, local_world_size=nproc_per_node, restart=restart
         )
     if processes.crowding:
-        warn(processes.crowding)
+        warn(f"--nproc-per-node {nproc_per_node}: {processes.crowding}")
     show_prospect(prospect, run, dry_run=dry_run)
     if dry_run:
         if as_json:
@@ -129,4 +129,5 @@ def work(
     draws = os.environ.get("RANK", "0") == "0"
     restart = restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     with progress_bars("") if draws else nullcontext(SILENT) as progress:
-        return train_here(settings, dataset, run, restart=restart, progress=progress)
+        history = train_here(settings, dataset, run, restart=restart, progress=progress)
+    return history.summary if history is not None else None

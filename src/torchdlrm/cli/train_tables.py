@@ -8,9 +8,9 @@ from torchdlrm.cli.plan_tables import print_table
 from torchdlrm.cli.terminal import console, say_undefined, shown_metric
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.planning import report
-from torchdlrm.training.preview import TrainingPreview
+from torchdlrm.training.job import TrainingPreview
+from torchdlrm.training.log import TrainingSummary
 from torchdlrm.training.step_profile import read_profiles
-from torchdlrm.training.summary import TrainingSummary
 
 MAX_TABLES = 6
 
@@ -35,8 +35,8 @@ def show_prospect(prospect: TrainingPreview, run: Path, *, dry_run: bool) -> Non
 def show_summary(run: Path, summary: TrainingSummary, dataset: Dataset) -> None:
     """What was trained."""
     table = Table(title=f"trained {run}", title_justify="left", show_header=False)
-    went_on = 0 < summary.resumed_from_step < summary.step
-    resumed = f" (taken up after {summary.resumed_from_step:,})" if went_on else ""
+    is_resumed = 0 < summary.resumed_from_step < summary.step
+    resumed = f" (resumed after {summary.resumed_from_step:,})" if is_resumed else ""
     table.add_row("steps", f"{summary.step:,}{resumed}")
     table.add_row("rows", f"{summary.rows:,}")
     if summary.rows_per_s:

@@ -6,7 +6,8 @@ from typing import Any
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.loader.loader import Loader
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.training.checkpoint import Checkpointer, find_checkpoint
+from torchdlrm.training.checkpoint import find_checkpoint
+from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.predictions import measure
 from torchdlrm.training.process_group import Ranks
 from torchdlrm.training.run import Run

@@ -4,11 +4,9 @@ In: the folder of a run, also of one that is still training.  Out: HTML, in the 
 nothing fetched, to be mailed, printed, and kept beside the weights.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from torchdlrm.config import Config, settings
@@ -16,6 +14,7 @@ from torchdlrm.errors import RunError, TorchDLRMError
 from torchdlrm.evaluation.curves import Curve, curve_chart
 from torchdlrm.html import figures_table, whole_page
 from torchdlrm.sharding.layout import read_plan
+from torchdlrm.training.log import read_metrics
 from torchdlrm.training.run import METRICS_NAME, PLAN_NAME, Run
 from torchdlrm.units import show_bytes
 
@@ -39,21 +38,6 @@ def report_page(run: Run) -> str:
     body = [_STYLE, f"<h1>Run {name}</h1>", *_cards(lines), *_curves(lines), *_evaluations(run), *_config(run.config)]
     body += [*_dataset(run), *_plan(run), *_environment(run)]
     return whole_page(f"Run {name}", body)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in their order; what is damaged or just being written is left out."""
-    if not path.is_file():
-        return []
-    lines: list[dict[str, Any]] = []
-    for text in path.read_bytes().splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and line.get("split") in ("train", "val") and _is_number(line, "rows", "step"):
-            lines.append(line)
-    return lines
 
 
 def _cards(lines: Sequence[Line]) -> list[str]:

@@ -1,6 +1,6 @@
 """The optimizers of the tables, which FBGEMM runs inside its backward."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,6 +70,16 @@ def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCo
     for module in model.modules():
         for lookup in getattr(module, "_lookups", ()):  # a plain list in TorchRec: modules() does not look into it
             yield from (part for part in lookup.modules() if isinstance(part, SplitTableBatchedEmbeddingBagsCodegen))
+
+
+def set_steps_done(kernels: Iterable[SplitTableBatchedEmbeddingBagsCodegen], steps: int) -> None:
+    """Say how many steps were done, on which Adam's and LAMB's bias correction depends.
+
+    FBGEMM counts forward passes, also those of a validation, and its count is in no state dict.
+    """
+    for kernel in kernels:
+        kernel.iter.fill_(steps)  # its forward adds one
+        kernel.iter_cpu.fill_(steps)
 
 
 def fill_accumulators(model: nn.Module, value: float) -> None:

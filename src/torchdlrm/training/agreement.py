@@ -21,8 +21,7 @@ from torch import distributed as dist
 from torchdlrm.config import Config, setting_values
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, LostProcessError, UserError
-from torchdlrm.training.environment import versions
-from torchdlrm.training.run import shown
+from torchdlrm.training.run import shown, versions
 
 # Machines import torch at different speeds, which a short `train.timeout_s` must not call a lost process.
 _LEAST_WAIT_S = 60.0
@@ -41,11 +40,11 @@ Settings = Mapping[str, Setting]
 
 
 def settings_of(config: Config, dataset: Dataset, *, restart: bool) -> Settings:
-    """What a training was started with: every key of the config, the content of dataset and plan, --restart."""
+    """What a training was started with: every key of the config, the content of dataset and plan, `restart`."""
     found = {name: _plain(value) for name, value in setting_values(config).items()}
     if config.sharding.plan is not None:
         found["sharding.plan"] = _content(Path(config.sharding.plan))
-    return found | {"--dataset": _content(dataset.path / "dataset.json"), "--restart": _plain(restart)}
+    return found | {"`dataset`": _content(dataset.path / "dataset.json"), "`restart`": _plain(restart)}
 
 
 def agree(
@@ -135,9 +134,9 @@ def _of_this_process(device: torch.device) -> Settings:
     """What the launcher has set, and the versions that compute."""
     found = {f"version of {name}": text for name, text in versions().items()}
     found["version of python"] = found["version of python"].rpartition(".")[0]  # patches of Python compute alike
-    found |= {"--nproc-per-node": os.environ["LOCAL_WORLD_SIZE"], "device": device.type}
-    found |= {"--nnodes": os.environ.get(NNODES_VARIABLE, str(_node()[1]))}
-    found |= {"--max-restarts": os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")}
+    found |= {"`nproc_per_node`": os.environ["LOCAL_WORLD_SIZE"], "device": device.type}
+    found |= {"`nnodes`": os.environ.get(NNODES_VARIABLE, str(_node()[1]))}
+    found |= {"`max_restarts`": os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")}
     return {name: _plain(value) for name, value in found.items()}
 
 

@@ -1,71 +1,219 @@
-"""What every process of a training does, from joining the others to the summary."""
+"""A training from the outside: what it is going to do, known before anything is written, and doing it."""
 
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from torchdlrm.config import Config
+import torch
+
+from torchdlrm.config import Config, load_config
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.errors import UserError
+from torchdlrm.errors import DatasetError, UserError
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.sharding.plan_file import plan_as_dict
+from torchdlrm.sharding.problem import Solution
+from torchdlrm.sharding.resolve import preview_plan
 from torchdlrm.tables.optimizers import check_table_optimizer
-from torchdlrm.training.agenda import Agenda, check_early_stopping
 from torchdlrm.training.agreement import Settings, settings_of
-from torchdlrm.training.allocator import keep_freed_memory
-from torchdlrm.training.communication import allow_tf32
+from torchdlrm.training.checkpoint import list_checkpoints
+from torchdlrm.training.compute import Precision, allow_tf32, choose_precision, keep_freed_memory
+from torchdlrm.training.log import Callback, TrainingHistory, read_metrics
 from torchdlrm.training.process_group import Ranks, join_process_group
-from torchdlrm.training.run import Run
-from torchdlrm.training.summary import TrainingSummary
+from torchdlrm.training.run import METRICS_NAME, Run
+from torchdlrm.training.steps import Agenda, check_early_stopping, decay_kind
 from torchdlrm.training.trackers import check_trackers
 from torchdlrm.training.trainer import Trainer
 
+_WAITS = "checkpoints: the steps wait while one is written, since there is no memory for a copy of the tables"
 
-def train(
-    config: Config, dataset: Path, run: Path, *, restart: bool = False, progress: ProgressListener = SILENT
-) -> TrainingSummary | None:
-    """Train in this process and all others that torch's launcher has started with it.
 
-    A run that is in the folder already goes on from its newest checkpoint, also on another number of processes.
+@dataclass(frozen=True)
+class TrainingPreview:
+    """A training to come.
+
+    Attributes:
+        config: of the run.
+        agenda: its steps.
+        solution: where the tables go, and what that costs.
+        precision: of the dense parts' matrix products.
+        validation_rows: rows of the val split that a validation reads.
+        from_step: where the run is now; 0 for a new one.
+    """
+
+    config: Config
+    agenda: Agenda
+    solution: Solution
+    precision: Precision
+    validation_rows: int
+    from_step: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.from_step >= self.agenda.num_steps
+
+    @property
+    def completion(self) -> str:
+        """How far a complete run is, and what would make it continue."""
+        train = self.config.train
+        wanted = self.agenda.steps_per_epoch * train.epochs
+        key, value = ("max_steps", train.max_steps) if self.agenda.num_steps < wanted else ("epochs", train.epochs)
+        return f"step {self.from_step:,} of {self.agenda.num_steps:,}; raise train.{key}, which is {value}, to continue"
+
+    def lines(self) -> list[str]:
+        """Rows, steps and rates in words."""
+        config, agenda = self.config, self.agenda
+        last = agenda.rows_per_epoch - (agenda.steps_per_epoch - 1) * agenda.batch_size_global
+        smaller = f", the last one {last:,}" if last != agenda.batch_size_global else ""
+        start = f", resuming after step {self.from_step:,}" if self.from_step else ""
+        schedule = config.schedule
+        warm_up = f", {schedule.warmup_steps:,} steps of warm-up" if schedule.warmup_steps else ""
+        optimizers = [
+            f"{chosen.name} {chosen.learning_rate:g} for {what}"
+            for chosen, what in ((config.table_optimizer, "the tables"), (config.dense_optimizer, "the rest"))
+        ]
+        steps = f"{agenda.steps_per_epoch:,} steps of {agenda.batch_size_global:,} rows{smaller}"
+        waits = config.checkpoint.asynchronous and not self.solution.copy_fits
+        return [
+            f"an epoch: {agenda.rows_per_epoch:,} rows, {steps}",
+            f"the run: {agenda.num_steps:,} steps, {agenda.rows_after(agenda.num_steps):,} rows{start}",
+            f"precision of the dense parts: {self.precision}",
+            f"validation: {self._validation()}",
+            f"optimizers: {', '.join(optimizers)}; rate {decay_kind(schedule)}{warm_up}",
+            *([_WAITS] if waits else []),
+        ]
+
+    def _validation(self) -> str:
+        if not self.validation_rows:
+            return "none, the val split has no rows"
+        chosen = self.config.validation
+        times = [f"every {chosen.every_steps:,} steps"] if chosen.every_steps else []
+        times += [f"every {chosen.every_rows:,} training rows"] if chosen.every_rows else []
+        return f"{self.validation_rows:,} rows, {', '.join([*times, 'at the end'])}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **asdict(self.agenda),
+            "steps_per_epoch": self.agenda.steps_per_epoch,
+            "num_rows": self.agenda.rows_after(self.agenda.num_steps),
+            "precision": str(self.precision),
+            "validation_rows": self.validation_rows,
+            "from_step": self.from_step,
+            "plan": plan_as_dict(self.solution),
+        }
+
+
+def preview_training(
+    config: Config, dataset: Dataset, run: Path, *, world_size: int, local_world_size: int, restart: bool
+) -> TrainingPreview:
+    """Look ahead, and refuse now what would be refused later.
 
     Args:
         config: of the run.
-        dataset: folder of an encoded dataset.
-        run: folder of the run.
-        restart: remove what is in it and begin anew.
-        progress: is told of every step.
-
-    Returns:
-        How it ended on rank 0, None elsewhere.
+        dataset: to train on.
+        run: folder of the run, which need not be there.
+        world_size: number of processes.
+        local_world_size: number of processes on this host.
+        restart: what is in the folder will be removed.
 
     Raises:
-        ConfigError: early stopping could never act, the device lacks the tables' optimizer, a tracker's package is
-            missing, or the machines of the training were started with different settings.
-        RunError: the folder is in use, holds something else, or a run that cannot go on with this config.
+        ConfigError: early stopping could never act, the device lacks the tables' optimizer, or a tracker's package is
+            missing.
+        DatasetError: there are no training rows.
+        PlanError: the tables do not fit, or the given plan does not.
+    """
+    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    agenda = _checked_agenda(config, dataset, device)
+    solution = preview_plan(
+        config, dataset.num_embeddings, world_size=world_size, local_world_size=local_world_size, device=device
+    )
+    validation_rows = min(dataset.splits["val"].rows, config.validation.max_rows or dataset.splits["val"].rows)
+    steps = [] if restart else list_checkpoints(run / "checkpoints")
+    precision = choose_precision(
+        config,
+        num_dense_features=len(dataset.dense_names),
+        num_sparse_features=len(dataset.sparse_names),
+        device=device,
+    )
+    return TrainingPreview(config, agenda, solution, precision, validation_rows, max(steps, default=0))
+
+
+def train(
+    config: Config | str | Path,
+    dataset: Dataset | str | Path,
+    run: str | Path,
+    *,
+    restart: bool = False,
+    callbacks: Sequence[Callback] = (),
+    progress: ProgressListener = SILENT,
+) -> TrainingHistory | None:
+    """Train in this process and all others that torch's launcher has started with it.
+
+    A run that is in the folder already is resumed from its newest checkpoint, also on another number of processes. A
+    process group that exists is used; where there is none, one is joined and left again. Process-wide settings are
+    afterwards what they were (see `join_process_group`), with one exception: glibc goes on keeping freed memory.
+
+    Args:
+        config: of the run: a `Config`, a TOML file, or the name of a config that comes with torchdlrm.
+        dataset: an encoded dataset or its folder.
+        run: folder of the run.
+        restart: remove what is in it and begin again.
+        callbacks: are told on rank 0 how it goes, after metrics.jsonl and the trackers that the config names.
+        progress: is told of every step on rank 0.
+
+    Returns:
+        How it went and ended on rank 0, None elsewhere.
+
+    Raises:
+        ConfigError: the config is wrong, early stopping could never act, the device lacks the tables' optimizer, a
+            tracker's package is missing, or the machines of the training were started with different settings.
+        RunError: the folder is in use, holds something else, or a run that cannot be resumed with this config.
         PlanError: the tables do not fit the machine.
         DatasetError: the dataset is missing, damaged, or has no training rows.
         TrainingError: the loss is not finite, or another process does not answer.
         Interrupted: SIGTERM or Ctrl-C; the run is saved.
     """
+    settings = config if isinstance(config, Config) else load_config(config)
+    path = Path(run)
+
+    def opened() -> Dataset:
+        return dataset if isinstance(dataset, Dataset) else Dataset.open(Path(dataset))
 
     def describe() -> Settings:
-        return settings_of(config, Dataset.open(dataset), restart=restart)
+        return settings_of(settings, opened(), restart=restart)
 
-    with join_process_group(config.train.timeout_s, describe) as ranks:
+    with join_process_group(settings.train.timeout_s, describe) as ranks:
         keep_freed_memory()
-        allow_tf32(config.train, ranks.device)
-        check_table_optimizer(config.table_optimizer, ranks.device)
-        check_trackers(config.logging.trackers)
-        encoded = Dataset.open(dataset)
-        agenda = Agenda.of(config, encoded.splits["train"].rows)
-        check_early_stopping(config, agenda, validation_rows=encoded.splits["val"].rows)
-        resumed = _start_run(config, encoded, run, ranks, restart=restart)
+        allow_tf32(settings.train, ranks.device)
+        encoded = opened()
+        _checked_agenda(settings, encoded, ranks.device)
+        started = _start_run(settings, encoded, path, ranks, restart=restart)
         try:
-            summary = Trainer(config, encoded, resumed, ranks, progress if ranks.is_first else SILENT).fit()
+            trainer = Trainer(settings, encoded, started, ranks, progress if ranks.is_first else SILENT)
+            summary = trainer.fit(callbacks)
         finally:
-            resumed.close()
-        return summary if ranks.is_first else None
+            started.close()
+    return TrainingHistory(summary, read_metrics(path / METRICS_NAME)) if ranks.is_first else None
+
+
+def _checked_agenda(config: Config, dataset: Dataset, device: torch.device) -> Agenda:
+    """The steps of a training, after refusing what no plan of the tables could change."""
+    check_table_optimizer(config.table_optimizer, device)
+    check_trackers(config.logging.trackers)
+    rows = dataset.splits["train"].rows
+    if not rows:
+        msg = f"{dataset.path}: the train split has no rows"
+        raise DatasetError(msg)
+    agenda = Agenda.of(config, rows)
+    check_early_stopping(config, agenda, validation_rows=dataset.splits["val"].rows)
+    return agenda
 
 
 def _start_run(config: Config, dataset: Dataset, path: Path, ranks: Ranks, *, restart: bool) -> Run:
-    """Rank 0 takes the folder; when it may not, no rank goes on."""
+    """Rank 0 takes the folder; when it may not, no rank continues."""
     run, problem = Run(path, config), None
     if ranks.is_first:
         try:

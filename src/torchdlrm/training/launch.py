@@ -24,7 +24,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 
 from torchdlrm.errors import Interrupted, LostProcessError, TorchDLRMError, TrainingError, UserError
 from torchdlrm.training.agreement import NNODES_VARIABLE, Settings
-from torchdlrm.training.process_group import join_process_group, silence_library_warnings
+from torchdlrm.training.process_group import join_process_group, silenced_libraries
 
 # To tell nodes that are waiting already; they may also have refused by themselves.
 _REFUSAL_TIMEOUT_S = 15
@@ -65,8 +65,8 @@ class Processes:
         if self.nproc_per_node <= max(num_cores, torch.cuda.device_count()):
             return ""
         return (
-            f"--nproc-per-node {self.nproc_per_node}: this machine has {cores}, and at every step all "
-            f"processes wait for the last one; expect many times what {num_cores} need: {num_cores} or fewer fit"
+            f"this machine has {cores}, and at every step all processes wait for the last one; expect many times what "
+            f"{num_cores} need: {num_cores} or fewer fit"
         )
 
 
@@ -88,7 +88,6 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
     """
     if processes.world_size == 1 and not processes.max_restarts:
         return entrypoint(*args)
-    silence_library_warnings()
     several_nodes = processes.nnodes > 1
     config = LaunchConfig(
         min_nodes=processes.nnodes,
@@ -103,27 +102,41 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
         shutdown_timeout=processes.shutdown_timeout_s,
         signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
     )
-    with tempfile.TemporaryDirectory(prefix="torchdlrm-") as folder:
-        said = Path(folder)
+    with silenced_libraries(), _restored_handlers(), tempfile.TemporaryDirectory(prefix="torchdlrm-") as folder:
+        error_folder = Path(folder)
         try:
             with _ctrl_c_for_the_launcher():
-                results = elastic_launch(config, _recorded)(entrypoint, said, processes.nnodes, *args)
+                results = elastic_launch(config, _recorded)(entrypoint, error_folder, processes.nnodes, *args)
         except ChildFailedError as error:
-            raise _reported_error(said) or _error_of_child(error, processes) from error
+            raise _reported_error(error_folder) or _error_of_child(error, processes) from error
         except RendezvousError as error:
             msg = (
                 f"not all of {processes.nnodes} nodes have met at {processes.rdzv_endpoint} within "
-                f"{processes.join_timeout_s} s; each needs the same --nnodes, --rdzv-endpoint and --rdzv-id, and one "
+                f"{processes.join_timeout_s} s; each needs the same `nnodes`, `rdzv_endpoint` and `rdzv_id`, and one "
                 "that has refused to start says why"
             )
-            raise _reported_error(said) or TrainingError(msg) from error
+            raise _reported_error(error_folder) or TrainingError(msg) from error
         except SignalException as error:
             msg = "interrupted; nothing was saved after the last checkpoint, if any; the same command resumes there"
-            raise _reported_error(said) or Interrupted(msg) from error
-        refusal = _reported_error(said)
+            raise _reported_error(error_folder) or Interrupted(msg) from error
+        refusal = _reported_error(error_folder)
     if isinstance(refusal, UserError):  # not a lost process that another start has made up for
         raise refusal
     return results[min(results)]
+
+
+@contextmanager
+def _restored_handlers() -> Iterator[None]:
+    """Afterwards the signals that torch's launcher has handled have the handlers that they had."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -176,24 +189,24 @@ def _ctrl_c_for_the_launcher() -> Iterator[None]:
         is_over.set()
 
 
-def _recorded(entrypoint: Callable[..., Any], said: Path, nnodes: int, *args: object) -> Any:
+def _recorded(entrypoint: Callable[..., Any], error_folder: Path, nnodes: int, *args: object) -> Any:
     """Call the entrypoint; what it raises on purpose is written down for the parent, who knows only exit codes."""
     _die_with_the_launcher()
     os.environ[NNODES_VARIABLE] = str(nnodes)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    earlier = _reported_error(said)
+    earlier = _reported_error(error_folder)
     if earlier is not None and not isinstance(earlier, LostProcessError):
         raise earlier  # started again, but an error of this kind would only come again
     try:
         return entrypoint(*args)
     except TorchDLRMError as error:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # what is said now must arrive
-        beside = said / f"{os.getpid()}.partial"
+        partial = error_folder / f"{os.getpid()}.partial"
         kind = type(error)
         record = {"module": kind.__module__, "class": kind.__name__, "message": str(error)}
-        beside.write_text(json.dumps(record), encoding="utf-8")
-        beside.rename(said / f"error-{os.environ.get('RANK', '0')}.json")
+        partial.write_text(json.dumps(record), encoding="utf-8")
+        partial.rename(error_folder / f"error-{os.environ.get('RANK', '0')}.json")
         if isinstance(error, UserError) and error.is_everywhere:
             return None  # every process of every machine: the launchers part in peace, and none starts another round
         if isinstance(error, LostProcessError):
@@ -206,8 +219,8 @@ def _recorded(entrypoint: Callable[..., Any], said: Path, nnodes: int, *args: ob
 def _die_with_the_launcher() -> None:
     """From here on this process is killed when the launcher is, also while it is stopped or hangs.
 
-    torch has asked for SIGINT, on which a training goes on until its ranks agree to stop, and saves beside the next
-    start of the job. Linux sends the signal when the thread that has started us ends: it stays in `launch` meanwhile.
+    torch has asked for SIGINT, on which a training continues until its ranks agree to stop, and would save while the
+    job is started again. Linux sends the signal when the thread that has started us ends: it stays in `launch`.
     """
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     launcher = parent_process()
@@ -215,10 +228,10 @@ def _die_with_the_launcher() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _reported_error(said: Path) -> TorchDLRMError | None:
+def _reported_error(error_folder: Path) -> TorchDLRMError | None:
     """What a process has raised on purpose; that it lost another one only when nobody said why."""
     found: list[TorchDLRMError] = []
-    for path in sorted(said.glob("error-*.json")):
+    for path in sorted(error_folder.glob("error-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         kind = getattr(importlib.import_module(record["module"]), record["class"], TorchDLRMError)
         # Without __init__, which may want more than the message; str() and the exit code need no more than that.

@@ -26,22 +26,23 @@ class PredictionBuffer:
         self._logits.append(logits_B)
         self._labels.append(labels_B)
 
-    def take(self, ranks: Ranks) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-        """Labels and logits of all ranks, float32 [rows] each, on rank 0 and None elsewhere; empties the buffer.
+    def take_metrics(self, ranks: Ranks) -> BinaryMetrics | None:
+        """Exact metrics of the rows that all ranks have kept, on rank 0 and None elsewhere; empties the buffer.
 
-        The rows come rank by rank. Every rank must call this.
+        Every rank must call this.
         """
         mine = (torch.cat(self._labels).float().cpu().numpy(), torch.cat(self._logits).float().cpu().numpy())
         self._logits, self._labels = [], []
         if ranks.world_size == 1:
-            return mine
+            return binary_metrics(*mine)
         everyone: list[tuple[NDArray[np.float32], NDArray[np.float32]]] | None = None
         if ranks.is_first:
             everyone = [mine] * ranks.world_size
         dist.gather_object(mine, everyone, dst=0, group=ranks.process_group)
         if everyone is None:
             return None
-        return np.concatenate([labels for labels, _ in everyone]), np.concatenate([logits for _, logits in everyone])
+        labels, logits = (np.concatenate(parts) for parts in zip(*everyone, strict=True))
+        return binary_metrics(labels, logits)
 
 
 def measure(
@@ -66,5 +67,4 @@ def measure(
                 predictions.add(logits_B, labels_B)
                 progress.advance(rows * (i + 1) // num_batches - rows * i // num_batches)
     model.train(was_training)
-    gathered = predictions.take(ranks)
-    return binary_metrics(*gathered) if gathered is not None else None
+    return predictions.take_metrics(ranks)

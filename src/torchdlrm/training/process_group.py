@@ -1,12 +1,15 @@
-"""The processes of a run: who I am among them, where I compute, and how the group begins and ends."""
+"""The processes of a run: which this one is, where it computes, how the group begins and ends, how it is stopped."""
 
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ class Ranks:
     """This process among all.
 
     Attributes:
-        rank: from 0; rank 0 writes files and talks to people.
+        rank: from 0; rank 0 writes files and reports progress.
         world_size: number of processes.
         local_world_size: number of processes on this host.
         device: where this process computes.
@@ -34,10 +37,11 @@ class Ranks:
     local_world_size: int
     device: torch.device
     timeout_s: float = 600.0
+    _made_groups: list[dist.ProcessGroup] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and talks to people."""
+        """Whether this process writes files and reports progress."""
         return self.rank == 0
 
     @property
@@ -50,9 +54,10 @@ class Ranks:
     def new_group(self) -> dist.ProcessGroup:
         """All processes once more, for messages that must not mix with those of the steps; every rank must call this.
 
-        It loses patience when the group itself does: torch's default is half an hour, whatever the first group has.
+        It has the timeout of the group itself: torch's default is half an hour, whatever the first group has.
         """
         group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+        self._made_groups.append(group)
         return group
 
     def from_first(self, value: Any) -> Any:
@@ -92,7 +97,9 @@ def join_process_group(timeout_s: float = 600.0, describe: Callable[[], Settings
     """Join the group that torch's launcher has described in the environment, or form one of a single process.
 
     NCCL where there is a GPU for each process of the host, gloo otherwise. On CPU each process takes its share of
-    the cores that it may run on.
+    the cores that it may run on. Where a group exists already, it is used and left as it is. Afterwards torch's number
+    of threads, random state, current GPU and matrix precision, the filters of warnings and the levels of other
+    libraries' loggers are what they were.
 
     Args:
         timeout_s: how long to wait for a process that does not answer before the job ends, in seconds.
@@ -102,26 +109,30 @@ def join_process_group(timeout_s: float = 600.0, describe: Callable[[], Settings
         UserError: machines were started with different settings, or one cannot take part.
         LostProcessError: a process does not come, dies, or does not answer, also inside.
     """
-    silence_library_warnings()
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size:
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     else:
-        device = torch.device("cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1" if is_ours else str(world_size)))
+    device = torch.device("cpu")
+    has_nccl = is_ours or "cuda:nccl" in str(dist.get_backend_config())
+    if has_nccl and torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", str(rank % local_world_size))))
     ranks = Ranks(rank, world_size, local_world_size, device, timeout_s)
-    with ranks.raising_lost_process():
-        if "RANK" in os.environ:
+    with silenced_libraries(), _restored_settings(device), ranks.raising_lost_process():
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if is_ours and "RANK" in os.environ:
             _form_group(backend, device, timeout_s, describe)
-        else:
+        elif is_ours:
             dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
         try:
             yield ranks
         finally:
-            dist.destroy_process_group()
+            for group in [None] if is_ours else ranks._made_groups:
+                dist.destroy_process_group(group)
 
 
 def _form_group(backend: str, device: torch.device, timeout_s: float, describe: Callable[[], Settings]) -> None:
@@ -150,14 +161,89 @@ def _form_group(backend: str, device: torch.device, timeout_s: float, describe: 
     )
 
 
-def silence_library_warnings() -> None:
-    """Keep quiet what TorchRec and torch say of each other's interfaces: no user can act on it."""
-    for message in ("Please use DTensor instead", "`broadcast_buffers` is deprecated"):
-        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+@contextmanager
+def _restored_settings(device: torch.device) -> Iterator[None]:
+    """Afterwards what torch keeps for the whole process is what it was; inside, the device is the current one."""
+    num_threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    on_gpu = device.type == "cuda"
+    with torch.cuda.device(device) if on_gpu else nullcontext(), torch.random.fork_rng([device] if on_gpu else []):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
+            torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def silenced_libraries() -> Iterator[None]:
+    """Inside, TorchRec and torch do not say what they have to say of each other's interfaces: no user can act on it."""
     # "The topology was constructed directly": its factory adds nothing but presets of Meta's own machines.
-    logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    levels = dict.fromkeys(("torchrec.distributed.planner.types", "torch.fx._symbolic_trace"), logging.ERROR)
     # The launcher's own account of a failed process, with its traceback: `launch` tells it once, in our words.
     launcher = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
-    for name in (*launcher, "torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    names = (*launcher, "torch.distributed.elastic", "torch.multiprocessing.spawn")
+    levels |= dict.fromkeys(names, logging.CRITICAL)
+    before = {name: logging.getLogger(name).level for name in levels}
+    with warnings.catch_warnings():
+        for message in ("Please use DTensor instead", "`broadcast_buffers` is deprecated"):
+            warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        try:
+            yield
+        finally:
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)
+
+
+class StopRequest:
+    """Whether somebody has asked this run to stop, by SIGTERM or Ctrl-C.
+
+    Args:
+        ranks: the processes, which must all stop after the same step.
+    """
+
+    # Every so many steps the ranks ask each other; a single process asks itself after every step.
+    AGREE_EVERY_STEPS = 8
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._asked = False
+        self._group = ranks.new_group() if ranks.world_size > 1 else None
+
+    def poll(self, step: int, *, save_is_due: bool) -> tuple[bool, bool]:
+        """Whether to stop after `step`, and whether to save: the same answer on every rank.
+
+        Args:
+            step: the step that is done.
+            save_is_due: this rank's wish; clocks differ, so the ranks must agree.
+        """
+        if self._group is None:
+            return self._asked, save_is_due
+        if step % self.AGREE_EVERY_STEPS:
+            return False, False
+        wishes = torch.tensor([self._asked, save_is_due], dtype=torch.int32)
+        dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(wishes[0]), bool(wishes[1])
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, the first SIGTERM or Ctrl-C asks to stop; a second Ctrl-C interrupts a lone process at once."""
+        if threading.current_thread() is not threading.main_thread():  # a library's user runs us in a thread
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def ask(number: int, _: FrameType | None) -> None:
+            # A process of several hears of a Ctrl-C twice: from the terminal, and by its launcher.
+            if self._asked and number == signal.SIGINT and "RANK" not in os.environ:
+                raise KeyboardInterrupt
+            self._asked = True
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

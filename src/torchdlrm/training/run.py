@@ -1,4 +1,4 @@
-"""A run on disk: its folder, what it was started with, and whether it can go on.
+"""A run on disk: its folder, what it was started with and on, and whether it can be resumed.
 
 run/
   config.toml  plan.json  environment.json  metrics.jsonl  tensorboard/  checkpoints/step-00001000/  evaluation/
@@ -6,25 +6,54 @@ run/
 """
 
 import fcntl
+import hashlib
 import json
+import os
+import platform
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
+import torch
 from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
+from torchdlrm import __version__
 from torchdlrm.config import Config, config_toml, load_config, setting_values
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import RunError
+from torchdlrm.features.schema import problems
 from torchdlrm.files import replacing, sync
-from torchdlrm.training.environment import Environment, environment_now, manifest_sha256, read_environment
+from torchdlrm.sharding.plan_file import write_plan
+from torchdlrm.sharding.problem import Solution
 
 CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME = "config.toml", "plan.json", "environment.json", "metrics.jsonl"
 LOCK_NAME, TRACKERS_NAME = ".lock", "trackers.json"
 # With another value of these, the saved weights, optimizer state or position mean something else.
 KEYS_THAT_CANNOT_CHANGE = ("seed", "model.", "train.batch_size_global", "table_optimizer.name", "dense_optimizer.name")
+
+
+class _DatasetRecord(TypedDict):
+    path: str
+    manifest_sha256: str
+
+
+class Environment(TypedDict):
+    """What environment.json holds."""
+
+    torchdlrm: str
+    torch: str
+    torchrec: str
+    fbgemm_gpu: str
+    python: str
+    processor: str
+    num_cores: int
+    gpus: list[str]
+    world_size: int
+    dataset: _DatasetRecord
 
 
 @dataclass(frozen=True)
@@ -37,7 +66,7 @@ class Change:
 
     @property
     def is_fatal(self) -> bool:
-        """Whether the run cannot go on with it."""
+        """Whether the run cannot be resumed with it."""
         return any(
             self.key == name or (name.endswith(".") and self.key.startswith(name)) for name in KEYS_THAT_CANNOT_CHANGE
         )
@@ -61,18 +90,18 @@ class Run:
 
     @classmethod
     def start(cls, path: Path, config: Config, dataset: Dataset, *, world_size: int, restart: bool = False) -> Self:
-        """Make the folder, or take up the run that is in it, and keep others out until this process ends.
+        """Make the folder, or resume the run that is in it, and keep others out until this process ends.
 
         Args:
             path: the folder.
             config: what to train with; where the run is there already, some keys may have changed.
             dataset: what to train on; must be the same.
             world_size: number of processes, which may have changed.
-            restart: remove what is there and begin anew.
+            restart: remove what is there and begin again.
 
         Raises:
             RunError: another process is training in it, something else is in it, or the config or dataset has
-                changed in a way that makes going on impossible; lists every difference.
+                changed in a way that makes resuming impossible; lists every difference.
         """
         run = cls(path, config)
         try:
@@ -89,7 +118,7 @@ class Run:
             write_atomically(path / CONFIG_NAME, config_toml(config))
         except OSError as error:
             run.close()
-            msg = f"--run: cannot write to {path}: {error.strerror}"
+            msg = f"`run`: cannot write to {path}: {error.strerror}"
             raise RunError(msg) from error
         except RunError:
             run.close()
@@ -133,7 +162,7 @@ class Run:
         return read_environment(self.path / ENVIRONMENT_NAME)
 
     def check(self, dataset: Dataset) -> list[Change]:
-        """See whether the run can be started, or taken up where it is.
+        """See whether the run can be started, or resumed where it is.
 
         Returns:
             The keys that have changed without harm.
@@ -143,7 +172,7 @@ class Run:
         """
         if not self.exists:
             if self.path.exists() and not (self.path.is_dir() and all(map(_is_of_a_start, self.path.iterdir()))):
-                msg = f"--run: {self.path} is not empty and holds no run; give another folder"
+                msg = f"`run`: {self.path} is not empty and holds no run; give another folder"
                 raise RunError(msg)
             return []
         changes = self._changes()
@@ -154,8 +183,8 @@ class Run:
             )
         if fatal:
             harmless = [f"{change}; would do no harm" for change in changes if not change.is_fatal]
-            lines = [f"{self.path}: the run in it cannot go on with what is asked now:", *fatal, *harmless]
-            remedy = "give what it was started with, another --run, or --restart to remove it and begin anew"
+            lines = [f"{self.path}: the run in it cannot be resumed with what is asked now:", *fatal, *harmless]
+            remedy = "give what it was started with, another `run`, or `restart` to remove it and begin again"
             raise RunError("\n  ".join([*lines, remedy]))
         return changes
 
@@ -168,19 +197,23 @@ class Run:
         """
         trained_on = self.environment["dataset"]
         if path is None and not Path(trained_on["path"]).is_dir():
-            msg = f"{self.path}: its dataset is not at {trained_on['path']} any more; say with --dataset where it is"
+            msg = f"{self.path}: its dataset is not at {trained_on['path']} any more; say with `dataset` where it is"
             raise RunError(msg)
         dataset = Dataset.open(path or Path(trained_on["path"]))
         if manifest_sha256(dataset) != trained_on["manifest_sha256"]:
             msg = (
                 f"{dataset.path}: not the dataset that {self.path} was trained on (its dataset.json differs), so the "
-                "ids do not mean the same; say with --dataset where that one is"
+                "ids do not mean the same; say with `dataset` where that one is"
             )
             raise RunError(msg)
         return dataset
 
+    def write_plan(self, solution: Solution) -> None:
+        """Write down where each table is."""
+        write_plan(self.path / PLAN_NAME, solution)
+
     def write_evaluation(self, name: str, result: Mapping[str, object]) -> Path:
-        """Write a result under evaluation/, whole or not at all."""
+        """Write a result under evaluation/, atomically."""
         path = self.path / "evaluation" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps(result, indent=1) + "\n")
@@ -217,7 +250,7 @@ class Run:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            msg = f"--run: another process is training in {self.path}; wait for it, or give another folder"
+            msg = f"`run`: another process is training in {self.path}; wait for it, or give another folder"
             raise RunError(msg) from error
 
     def _remove_left_overs(self) -> None:
@@ -252,7 +285,62 @@ def shown(value: object) -> object:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file, whole or not at all, whatever ends this process or the machine."""
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-        sync(beside)
+    """Write a file that is complete or absent, whatever ends this process or the machine."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes."""
+    import fbgemm_gpu  # noqa: PLC0415 - only its version
+    import torchrec  # noqa: PLC0415 - only its version
+
+    return {
+        "torchdlrm": __version__,
+        "torch": torch.__version__,
+        "torchrec": torchrec.__version__,
+        "fbgemm_gpu": fbgemm_gpu.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def environment_now(dataset: Dataset, world_size: int) -> dict[str, Any]:
+    """What environment.json says of a run that starts now."""
+    processor = ""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+        processor = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
+    return {
+        **versions(),
+        "processor": processor,
+        "num_cores": len(os.sched_getaffinity(0)),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "world_size": world_size,
+        "dataset": {"path": str(dataset.path.resolve()), "manifest_sha256": manifest_sha256(dataset)},
+    }
+
+
+def read_environment(path: Path) -> Environment:
+    """What an environment.json holds.
+
+    Raises:
+        RunError: it is damaged or missing.
+    """
+    try:
+        return TypeAdapter(Environment).validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        why = error.strerror or str(error)
+    except ValidationError as error:
+        why = "; ".join(["damaged", *(line.strip() for line in problems(error))])
+    except (ValueError, RecursionError) as error:
+        why = f"damaged: {error}"
+    msg = (
+        f"{path}: {why}. It says which dataset the run belongs to: put it back from a copy, or from another run on the "
+        "same dataset"
+    )
+    raise RunError(msg)
+
+
+def manifest_sha256(dataset: Dataset) -> str:
+    """What tells one dataset from another: its manifest holds the checksums of its files."""
+    return hashlib.sha256((dataset.path / "dataset.json").read_bytes()).hexdigest()

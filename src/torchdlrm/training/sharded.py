@@ -1,33 +1,38 @@
-"""Config and dataset -> the sharded model with its initial weights: the same for training and for evaluation."""
+"""Config and dataset -> the sharded model with its initial weights, its optimizers, and the pipeline around them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.nn.utils import clip_grad_norm_
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.types import ShardingEnv
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
-from torchdlrm.config import Config
+from torchdlrm.config import Config, DenseOptimizerConfig
 from torchdlrm.model.build import build_model, standardize_dense_input
-from torchdlrm.model.dropout import add_dropout
+from torchdlrm.model.dropout import DroppedActivation, add_dropout
 from torchdlrm.sharding.planner import table_sharder
 from torchdlrm.sharding.problem import Solution
 from torchdlrm.sharding.resolve import load_or_make_plan
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.sharding.weights import initialize_tables
-from torchdlrm.tables.optimizers import fill_accumulators, fused_params
-from torchdlrm.training.communication import communication_codecs
+from torchdlrm.tables.optimizers import fill_accumulators, fused_params, set_steps_done, table_kernels
+from torchdlrm.tables.table_threads import use_table_threads
+from torchdlrm.training.compute import communication_codecs
 from torchdlrm.training.process_group import Ranks
 
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A `DLRMTrain` inside `DistributedModelParallel`, and the plan that it follows, with what it costs."""
+    """A `DLRMTrain` inside `DistributedModelParallel`, and what its sharding costs."""
 
     module: nn.Module
-    plan: ShardingPlan
     solution: Solution
 
 
@@ -42,6 +47,8 @@ def build_sharded_model(
 ) -> ShardedModel:
     """Build, plan and shard the model, then give it initial weights that do not depend on the number of ranks.
 
+    Seeds torch's random numbers with `config.seed`.
+
     Args:
         config: of the run.
         num_embeddings: rows of each feature's table, in schema order.
@@ -49,7 +56,7 @@ def build_sharded_model(
         dense_sample: encoded dense features of some training rows, float32 [rows, num_dense_features], from which
             the dense arch learns the scale of its input; None leaves it as TorchRec initialises it.
         ranks: the processes that share the model.
-        saved_plan: a plan.json to obey; planned anew when None.
+        saved_plan: a plan.json to follow; None makes a plan.
 
     Raises:
         PlanError: the tables do not fit the machine, or the saved plan is for another model or number of ranks.
@@ -63,7 +70,7 @@ def build_sharded_model(
         add_dropout(model.model.dense_arch, model.model.over_arch, config.train.dropout)
     if dense_sample is not None and num_dense_features:
         standardize_dense_input(model.model.dense_arch, dense_sample)
-    sharder = table_sharder(fused_params(config.table_optimizer))
+    fused = fused_params(config.table_optimizer)
     plan, solution = load_or_make_plan(
         model,
         config,
@@ -73,7 +80,7 @@ def build_sharded_model(
             local_world_size=ranks.local_world_size,
             device=ranks.device,
         ),
-        sharders=[sharder],
+        sharders=[table_sharder(fused)],  # without codecs, so that `dlrm plan` finds the same plan
         process_group=ranks.process_group,
         saved_plan=saved_plan,
     )
@@ -83,12 +90,106 @@ def build_sharded_model(
         device=ranks.device,
         plan=plan,
         init_data_parallel=ranks.world_size > 1,  # a single rank would reduce gradients with itself
-        # Not the planner's: `dlrm plan`, which knows no codecs, must find the plan that training uses.
-        sharders=[
-            table_sharder(fused_params(config.table_optimizer), communication_codecs(config.train, ranks.device))
-        ],
+        sharders=[table_sharder(fused, communication_codecs(config.train, ranks.device))],
     )
     initialize_tables(module, seed=config.seed)
     if config.table_optimizer.initial_accumulator:
         fill_accumulators(module, config.table_optimizer.initial_accumulator)
-    return ShardedModel(module, plan, solution)
+    return ShardedModel(module, solution)
+
+
+def build_optimizer(model: nn.Module, config: DenseOptimizerConfig) -> CombinedOptimizer:
+    """The tables' fused optimizer and one for all other parameters, as one with names for its state.
+
+    Args:
+        model: after `DistributedModelParallel`.
+        config: the optimizer for everything that is not a table.
+    """
+    fused: KeyedOptimizer = model.fused_optimizer
+    # Not "what the fused optimizer lacks": it has this rank's tables alone, and a column-wise table has a parameter
+    # on every rank.
+    tables = {name for name, value in model.state_dict().items() if isinstance(value, ShardedTensor)}
+    dense = {name: param for name, param in model.named_parameters() if name not in tables}
+
+    def make(params: list[Tensor]) -> torch.optim.Optimizer:
+        return _dense_optimizer(config, params)
+
+    return CombinedOptimizer([("tables", fused), ("dense", KeyedOptimizerWrapper(dense, make))])
+
+
+def _dense_optimizer(config: DenseOptimizerConfig, params: list[Tensor]) -> torch.optim.Optimizer:
+    """An optimizer of torch, its state in place before the first step: a checkpoint is loaded into it."""
+    # fused: one pass over parameter, gradient and state instead of one for each operation.
+    shared: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    optimizer: torch.optim.Optimizer
+    if config.name == "adagrad":
+        optimizer = torch.optim.Adagrad(
+            params, eps=config.eps, initial_accumulator_value=config.initial_accumulator, **shared
+        )
+    elif config.name == "adamw":
+        optimizer = torch.optim.AdamW(params, betas=(config.beta1, config.beta2), eps=config.eps, **shared)
+        for param in params:
+            optimizer.state[param] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(param),
+                "exp_avg_sq": torch.zeros_like(param),
+            }
+    else:
+        optimizer = torch.optim.SGD(params, momentum=config.momentum, **shared)
+        if config.momentum:
+            for param in params:
+                optimizer.state[param] = {"momentum_buffer": torch.zeros_like(param)}
+    limit = config.clip_norm
+    if limit is not None:
+
+        def clip(*_: object) -> None:
+            # Every rank has the mean gradient already, so this norm is that of the global batch.
+            clip_grad_norm_(params, limit)
+
+        optimizer.register_step_pre_hook(clip)
+    return optimizer
+
+
+def build_pipeline(
+    model: nn.Module, optimizer: KeyedOptimizer, *, dtype: torch.dtype, device: torch.device
+) -> TrainPipelineSparseDist:
+    """TorchRec's pipeline, which exchanges the next batch's ids while this one computes.
+
+    Args:
+        model: a `DLRMTrain` inside `DistributedModelParallel`.
+        optimizer: steps after every backward.
+        dtype: in which the dense parts compute.
+        device: of this rank.
+    """
+    if device.type == "cpu":
+        use_table_threads(model, num_threads=torch.get_num_threads())
+
+    def forward(batch: Any) -> Any:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return model(batch)
+
+    return TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True, custom_model_fwd=forward)
+
+
+class StepCounters:
+    """Tells FBGEMM's tables and the dropout layers which step begins, so that a resumed run counts as if uninterrupted.
+
+    Dropout draws its random numbers from seed, step and rank, so that no checkpoint needs to hold the state of a
+    generator.
+
+    Args:
+        model: after `DistributedModelParallel`.
+        seed: of the run.
+        rank: of this process.
+    """
+
+    def __init__(self, model: nn.Module, *, seed: int, rank: int) -> None:
+        self._kernels = list(table_kernels(model))
+        self._dropped = [module for module in model.modules() if isinstance(module, DroppedActivation)]
+        self._seed, self._rank = seed, rank
+
+    def begin(self, step: int) -> None:
+        """Step `step` (from 1) comes next."""
+        set_steps_done(self._kernels, step - 1)
+        for module in self._dropped:
+            module.drawn_from = (self._seed, step, self._rank)

@@ -1,8 +1,8 @@
-"""Where metrics go besides metrics.jsonl: one small interface, and TensorBoard, Weights & Biases and MLflow behind it.
+"""Callbacks that send metrics elsewhere: TensorBoard, Weights & Biases and MLflow.
 
-TensorBoard comes with torchdlrm; the other two are optional. Where they send to is said by their own environment
-variables (WANDB_MODE, WANDB_BASE_URL, MLFLOW_TRACKING_URI, ...). What they call the run is kept in trackers.json, so
-that a run that is taken up again goes on in the same place.
+TensorBoard comes with torchdlrm; the other two are optional. Their own environment variables say where they send to
+(WANDB_MODE, WANDB_BASE_URL, MLFLOW_TRACKING_URI, ...). trackers.json keeps what they call the run, so that a resumed
+run continues in the same place. A tracker that cannot be reached does not end the training.
 """
 
 import json
@@ -13,28 +13,54 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from torchdlrm.config import Config, config_toml, setting_values
 from torchdlrm.errors import ConfigError
+from torchdlrm.training.log import Callback, Callbacks, Metrics, MetricsLog, Outcome
 from torchdlrm.training.run import TRACKERS_NAME, shown, write_atomically
 
 # Tracker -> what is imported; the extra has the tracker's name.
 _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
-Outcome = Literal["finished", "interrupted", "failed"]
-# What MLflow calls them.
+# What MLflow calls an outcome.
 _STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 logger = logging.getLogger("torchdlrm")
 
 
-class Tracker(Protocol):
-    """Is told the metrics of a run. A tracker that cannot be reached must not end the training."""
+class Tracker(Callback):
+    """Is told each metric under a name such as `val/auc`, where it is defined."""
+
+    def on_log(self, step: int, metrics: Metrics) -> None:
+        """Send the metrics of the train split."""
+        self.log(step, _named("train", metrics))
+
+    def on_validation(self, step: int, metrics: Metrics) -> None:
+        """Send the metrics of the val split."""
+        self.log(step, _named("val", metrics))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Metrics by name, such as `val/auc`, after `step`."""
+        """Send metrics by name after `step`."""
+        raise NotImplementedError
 
-    def close(self, outcome: Outcome) -> None:
-        """The process ends, and this is how; an interrupted or failed run may be resumed by another."""
+
+def _named(split: str, metrics: Metrics) -> dict[str, float]:
+    return {f"{split}/{name}": value for name, value in metrics.items() if name != "rows" and value is not None}
+
+
+def open_callbacks(run_path: Path, config: Config, *, from_step: int, callbacks: Sequence[Callback] = ()) -> Callbacks:
+    """metrics.jsonl, the trackers that a config asks for, and further callbacks, as one.
+
+    Args:
+        run_path: the run's folder.
+        config: of the run.
+        from_step: where the run resumes.
+        callbacks: of the caller.
+
+    Raises:
+        ConfigError: a tracker cannot be reached, or does not let us in.
+    """
+    trackers = open_trackers(run_path, config, from_step=from_step)
+    return Callbacks([MetricsLog(run_path, from_step=from_step), *trackers, *callbacks])
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -58,7 +84,7 @@ def open_trackers(run_path: Path, config: Config, *, from_step: int) -> list[Tra
     Args:
         run_path: the run's folder.
         config: of the run.
-        from_step: where the run goes on.
+        from_step: where the run resumes.
 
     Raises:
         ConfigError: a tracker cannot be reached, or does not let us in.
@@ -75,7 +101,7 @@ def open_trackers(run_path: Path, config: Config, *, from_step: int) -> list[Tra
             tracker = kind(run_path, config, ids.get(name))
         except Exception as error:  # what wandb and MLflow raise has no common root, and all of it means this
             for opened in found:
-                opened.close("failed")
+                opened.on_end("failed")
             msg = f"logging.trackers: {name} cannot be used: {str(error).splitlines()[0]}"
             raise ConfigError(msg) from error
         ids[name] = tracker.run_id
@@ -84,7 +110,7 @@ def open_trackers(run_path: Path, config: Config, *, from_step: int) -> list[Tra
     return found
 
 
-class _TensorBoard:
+class _TensorBoard(Tracker):
     def __init__(self, run_path: Path, config: Config, from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - half a second, and optional
 
@@ -98,7 +124,7 @@ class _TensorBoard:
         if not self._is_broken:
             self._try(lambda: self._write(step, values))
 
-    def close(self, outcome: Outcome) -> None:  # noqa: ARG002 - an event file has no such thing
+    def on_end(self, outcome: Outcome) -> None:  # noqa: ARG002 - an event file has no such thing
         self._try(self._writer.close)
         threading.excepthook = self._excepthook
 
@@ -122,7 +148,7 @@ class _TensorBoard:
             self._is_broken = True
 
 
-class _Wandb:
+class _Wandb(Tracker):
     def __init__(self, run_path: Path, config: Config, run_id: str | None) -> None:
         import wandb  # noqa: PLC0415 - optional
 
@@ -144,11 +170,11 @@ class _Wandb:
             return  # told before the process was killed; wandb takes nothing back
         self._run.log({**values, "step": step})
 
-    def close(self, outcome: Outcome) -> None:
+    def on_end(self, outcome: Outcome) -> None:
         self._run.finish(exit_code=int(outcome != "finished"))
 
 
-class _Mlflow:
+class _Mlflow(Tracker):
     def __init__(self, run_path: Path, config: Config, run_id: str | None) -> None:
         import mlflow  # noqa: PLC0415 - optional
 
@@ -180,7 +206,7 @@ class _Mlflow:
         except (OSError, self._mlflow.MlflowException) as error:
             logger.warning("MLflow did not take the metrics of step %d: %s", step, error)
 
-    def close(self, outcome: Outcome) -> None:
+    def on_end(self, outcome: Outcome) -> None:
         try:
             self._client.set_terminated(self.run_id, _STATUS[outcome])
         except (OSError, self._mlflow.MlflowException) as error:

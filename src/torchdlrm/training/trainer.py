@@ -1,13 +1,12 @@
 """Dataset and config -> run: the training loop.
 
-Every rank runs this; batch k holds the same rows whatever their number, and rank 0 writes and talks.
+Every rank runs this; batch k holds the same rows whatever their number. Rank 0 writes files and reports progress.
 """
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,30 +17,21 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import Interrupted, TrainingError
 from torchdlrm.loader.batch import Batch
 from torchdlrm.loader.loader import Loader
-from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.sharding.plan_file import write_plan
-from torchdlrm.training.agenda import Agenda
-from torchdlrm.training.checkpoint import Checkpointer, Position, list_checkpoints
-from torchdlrm.training.clock import Stopwatch, Timer
-from torchdlrm.training.metrics_log import MetricsLog
-from torchdlrm.training.optimizers import build_optimizer
-from torchdlrm.training.pipeline import build_pipeline
-from torchdlrm.training.precision import choose_precision
+from torchdlrm.training.checkpoint import Position, checkpoint_path, list_checkpoints
+from torchdlrm.training.checkpointer import Checkpointer
+from torchdlrm.training.compute import choose_precision, set_threads
+from torchdlrm.training.log import Callback, TrainingSummary, metrics_for_callbacks, validation_line
 from torchdlrm.training.predictions import PredictionBuffer, measure
-from torchdlrm.training.process_group import Ranks
-from torchdlrm.training.run import PLAN_NAME, Run
-from torchdlrm.training.schedule import Schedule
-from torchdlrm.training.sharded import build_sharded_model
-from torchdlrm.training.signals import StopRequest
-from torchdlrm.training.step_counters import StepCounters
+from torchdlrm.training.process_group import Ranks, StopRequest
+from torchdlrm.training.run import Run
+from torchdlrm.training.sharded import StepCounters, build_optimizer, build_pipeline, build_sharded_model
 from torchdlrm.training.step_profile import WARM_UP_STEPS, StepProfiler
-from torchdlrm.training.summary import TrainingSummary, validation_line
-from torchdlrm.training.threads import useful_threads
-from torchdlrm.training.trackers import open_trackers
+from torchdlrm.training.steps import Agenda, Schedule, Stopwatch, Timer
+from torchdlrm.training.trackers import open_callbacks
 
 _NOT_SAVED = (
-    "but it could not be saved (see above); make room and start the same command: it goes on from the last checkpoint"
+    "but it could not be saved (see above); make room and start the same command: it resumes from the last checkpoint"
 )
 
 
@@ -62,16 +52,11 @@ class Trainer:
 
     def __init__(self, config: Config, dataset: Dataset, run: Run, ranks: Ranks, progress: ProgressListener) -> None:
         self._config, self._dataset, self._run, self._ranks, self._progress = config, dataset, run, ranks, progress
+        num_dense, num_sparse = len(dataset.dense_names), len(dataset.sparse_names)
         if ranks.device.type == "cpu":
-            torch.set_num_threads(
-                config.train.num_threads
-                or useful_threads(config, len(dataset.dense_names), len(dataset.sparse_names), ranks.world_size)
-            )
-        self.precision = choose_precision(
-            config,
-            num_dense_features=len(dataset.dense_names),
-            num_sparse_features=len(dataset.sparse_names),
-            device=ranks.device,
+            set_threads(config, num_dense, num_sparse, ranks.world_size)
+        precision = choose_precision(
+            config, num_dense_features=num_dense, num_sparse_features=num_sparse, device=ranks.device
         )
         self._has_validation = dataset.splits["val"].rows > 0
         self._loader = self._make_loader("train", config.train.batch_size_global, epochs=config.train.epochs)
@@ -79,49 +64,68 @@ class Trainer:
         sharded = build_sharded_model(
             config,
             num_embeddings=dataset.num_embeddings,
-            num_dense_features=len(dataset.dense_names),
+            num_dense_features=num_dense,
             dense_sample=torch.from_numpy(self._loader.first_dense_rows()),
             ranks=ranks,
             saved_plan=Path(config.sharding.plan) if config.sharding.plan is not None else None,
         )
-        self.model = sharded.module
+        model = sharded.module
         self._saves_copies = config.checkpoint.asynchronous and sharded.solution.copy_fits
         if ranks.is_first:
-            write_plan(run.path / PLAN_NAME, sharded.solution)
-        optimizer = build_optimizer(self.model, config.dense_optimizer)
+            run.write_plan(sharded.solution)
+        optimizer = build_optimizer(model, config.dense_optimizer)
         self._schedule = Schedule(config.schedule, optimizer, num_steps=self._agenda.num_steps)
-        self._counters = StepCounters(self.model, seed=config.seed, rank=ranks.rank)
-        self._pipeline = build_pipeline(self.model, optimizer, dtype=self.precision.dtype, device=ranks.device)
+        self._counters = StepCounters(model, seed=config.seed, rank=ranks.rank)
+        self._pipeline = build_pipeline(model, optimizer, dtype=precision.dtype, device=ranks.device)
         self._checkpointer = Checkpointer(
-            run.checkpoints, self.model, optimizer, ranks, keep_last=config.checkpoint.keep_last
+            run.checkpoints, model, optimizer, ranks, keep_last=config.checkpoint.keep_last
         )
-        self._stop_request = StopRequest(ranks)
+        self._model, self._stop_request = model, StopRequest(ranks)
+        self._step, self._rate = 0, 0.0
+        self._best_auc: float | None = None
+        self._best_step: int | None = None
+        self._stale_validations = 0
         self._interval = PredictionBuffer()
-        self._validation: BinaryMetrics | None = None
-        self._metrics: MetricsLog | None = None
+        self._validation: dict[str, int | float | None] | None = None
+        self._callbacks = Callback()
         self._logged_rows, self._logged_s = 0, 0.0
         self._watch = Stopwatch()
         self._save_timer = Timer(config.checkpoint.every_minutes * 60)
 
-    def fit(self) -> TrainingSummary:
-        """Take the run up where it is and train to the end, validating and saving at intervals.
+    def fit(self, callbacks: Sequence[Callback] = ()) -> TrainingSummary:
+        """Resume the run where it is and train to the end, validating and saving at intervals.
+
+        Args:
+            callbacks: are told on rank 0 how it goes, after metrics.jsonl and the trackers.
 
         Raises:
-            Interrupted: asked to stop; the run is saved and can be taken up again.
+            Interrupted: asked to stop; the run is saved and can be resumed.
             TrainingError: the loss is not finite.
         """
-        self._position = self._checkpointer.restore() or self._position_after(0)
-        start = self._position.step
-        with self._stop_request.listening(), closing(self._checkpointer), self._log(start), self._watch.running():
+        start = self._restore()
+        with (
+            self._stop_request.listening(),
+            closing(self._checkpointer),
+            self._told(callbacks, start),
+            self._watch.running(),
+        ):
             stopped_because = self._train(start)
-            if self._position.step > start:
+            if self._step > start:
                 self._save_last()
         return self._summary(start, stopped_because)
 
+    def _restore(self) -> int:
+        """Load the newest checkpoint, if there is one; the step after which it was saved, 0 without one."""
+        position = self._checkpointer.restore()
+        if position is not None:
+            self._step, self._stale_validations = position.step, position.stale_validations
+            self._best_auc, self._best_step = position.best_auc, position.best_step
+        return self._step
+
     def _train(self, start: int) -> str:
         """Train after step `start` until something says to stop; what that was."""
-        self._loader.load_state_dict(self._position.loader)
-        self.model.train()
+        self._loader.load_state_dict(self._agenda.loader_state(start))
+        self._model.train()
         with self._profiler(start) as profiler, closing(iter(self._loader)) as all_batches:
             batches = islice(all_batches, max(self._agenda.num_steps - start, 0))  # epochs may be fewer than before
             for step in range(start + 1, self._agenda.num_steps + 1):
@@ -130,8 +134,8 @@ class Trainer:
                 improved = self._measure_if_due(step)
                 stop, save = self._stop_request.poll(step, save_is_due=self._save_timer.is_due())
                 if stop:
-                    is_saved = self._save(step, wait=True)
-                    told = "saved: the same command goes on from there" if is_saved else _NOT_SAVED
+                    is_saved = self._save(wait=True)
+                    told = "saved: the same command resumes there" if is_saved else _NOT_SAVED
                     msg = f"interrupted after step {step} of {self._agenda.num_steps}; {told}"
                     raise Interrupted(msg)
                 reason = self._reason_to_stop()
@@ -139,7 +143,8 @@ class Trainer:
                     return reason
                 is_due = save or improved or self._agenda.is_every(step, self._config.checkpoint.every_steps)
                 if is_due and step < self._agenda.num_steps:  # the last step is saved by `fit`
-                    self._save(step, wait=not self._saves_copies)
+                    self._save(wait=not self._saves_copies)
+                self._tell_of_checkpoints()
         return "finished"
 
     def _train_step(self, step: int, batches: Iterator[Batch]) -> None:
@@ -150,7 +155,7 @@ class Trainer:
         if self._ranks.device.type == "cpu" or self._agenda.is_due(step, self._config.logging.every_steps):
             self._refuse_if_not_finite(float(loss), step)
         self._interval.add(logits_B, labels_B)
-        self._position = self._position_after(step)
+        self._step = step
         self._progress.advance(self._agenda.rows_after(step) - self._agenda.rows_after(step - 1))
 
     def _measure_if_due(self, step: int) -> bool:
@@ -165,17 +170,14 @@ class Trainer:
 
     def _log_interval(self, step: int) -> None:
         """Write the metrics of the rows since the last time, each predicted before the model learnt from it."""
-        gathered = self._interval.take(self._ranks)
+        metrics = self._interval.take_metrics(self._ranks)
         rows = self._agenda.rows_after(step)
         rows_per_s = (rows - self._logged_rows) / (self._watch.elapsed_s - self._logged_s)
         self._logged_rows, self._logged_s = rows, self._watch.elapsed_s
-        if gathered is None or self._metrics is None:
+        if metrics is None:
             return
-        metrics = binary_metrics(*gathered)
-        self._metrics.write(
-            {"step": step, "rows": rows, "split": "train", "loss": metrics.logloss, "ne": metrics.ne}
-            | {"auc": metrics.auc, "learning_rate": self._rate, "rows_per_s": rows_per_s}
-        )
+        told = metrics_for_callbacks(metrics, rows=rows, learning_rate=self._rate, rows_per_s=rows_per_s)
+        self._callbacks.on_log(step, told)
         ne = "-" if math.isnan(metrics.ne) else f"{metrics.ne:.4f}"
         self._progress.advance(0, loss=f"{metrics.logloss:.4f}", NE=ne)
 
@@ -188,27 +190,25 @@ class Trainer:
         # The pipeline holds batches in flight and has replaced the tables' forward; it goes on by itself afterwards.
         metrics = self._ranks.from_first(measure(self._pipeline.detach(), [loader], self._ranks, SILENT))
         assert metrics is not None
-        self._validation = metrics
-        if self._metrics is not None:
-            self._metrics.write(
-                {"step": step, "rows": self._agenda.rows_after(step), "split": "val", "loss": metrics.logloss}
-                | {"ne": metrics.ne, "auc": metrics.auc, "learning_rate": self._rate}
-                | {"rows_per_s": metrics.rows / (time.monotonic() - started_s)}
-            )
+        self._validation = metrics.as_json()
+        rows_per_s = metrics.rows / (time.monotonic() - started_s)
+        rows = self._agenda.rows_after(step)
+        told = metrics_for_callbacks(metrics, rows=rows, learning_rate=self._rate, rows_per_s=rows_per_s)
+        self._callbacks.on_validation(step, told)
         # NaN, when the split holds one class only, is never the best.
-        is_best = metrics.auc > (-1.0 if self._position.best_auc is None else self._position.best_auc)
+        is_best = metrics.auc > (-1.0 if self._best_auc is None else self._best_auc)
         self._progress.note(validation_line(step, self._agenda, metrics, is_best=is_best))
         if is_best:
-            self._position = replace(self._position, best_auc=metrics.auc, best_step=step, stale_validations=0)
-            return True
-        self._position = replace(self._position, stale_validations=self._position.stale_validations + 1)
-        return False
+            self._best_auc, self._best_step, self._stale_validations = metrics.auc, step, 0
+        else:
+            self._stale_validations += 1
+        return is_best
 
     def _reason_to_stop(self) -> str | None:
-        stop, position = self._config.stop, self._position
-        if stop.target_auc is not None and (position.best_auc or 0.0) >= stop.target_auc:
+        stop = self._config.stop
+        if stop.target_auc is not None and (self._best_auc or 0.0) >= stop.target_auc:
             return "target_auc"
-        if stop.patience_validations is not None and position.stale_validations >= stop.patience_validations:
+        if stop.patience_validations is not None and self._stale_validations >= stop.patience_validations:
             return "patience"
         return None
 
@@ -224,31 +224,36 @@ class Trainer:
         )
         raise TrainingError(msg)
 
-    def _save(self, step: int, *, wait: bool) -> bool:
-        """Whether it is, as far as is known now."""
-        assert step == self._position.step
+    def _save(self, *, wait: bool) -> bool:
+        """Save the state after this step; whether that has worked, as far as is known now."""
+        loader_state = self._agenda.loader_state(self._step)
+        position = Position(self._step, loader_state, self._best_auc, self._best_step, self._stale_validations)
         with self._watch.paused():
-            is_saved = self._checkpointer.save(self._position, wait=wait)
+            is_saved = self._checkpointer.save(position, wait=wait)
         self._save_timer.restart()
+        self._tell_of_checkpoints()
         return is_saved
 
     def _save_last(self) -> None:
-        step = self._position.step
-        if not self._save(step, wait=True):
-            msg = f"trained to step {step}, {_NOT_SAVED}"
+        if not self._save(wait=True):
+            msg = f"trained to step {self._step}, {_NOT_SAVED}"
             raise TrainingError(msg)
 
+    def _tell_of_checkpoints(self) -> None:
+        for step in self._checkpointer.take_written():
+            self._callbacks.on_checkpoint(step, checkpoint_path(self._run.checkpoints, step))
+
     @contextmanager
-    def _log(self, start: int) -> Iterator[None]:
-        """Inside, metrics are written; whichever way out is taken, they and the trackers end with it."""
+    def _told(self, callbacks: Sequence[Callback], start: int) -> Iterator[None]:
+        """Inside, metrics are written and callbacks told; whatever way out is taken, they are told of the end."""
         self._logged_rows = self._agenda.rows_after(start)
         rows = self._agenda.rows_after(max(self._agenda.num_steps, start))
         self._progress.start_phase("train", rows, done=self._logged_rows)
         if not self._ranks.is_first:
             yield
             return
-        trackers = open_trackers(self._run.path, self._config, from_step=start)
-        with MetricsLog(self._run.path, from_step=start, trackers=trackers) as self._metrics:
+        opened = open_callbacks(self._run.path, self._config, from_step=start, callbacks=callbacks)
+        with opened as self._callbacks:
             yield
 
     def _profiler(self, start: int) -> StepProfiler:
@@ -260,24 +265,18 @@ class Trainer:
         )
 
     def _summary(self, start: int, stopped_because: str) -> TrainingSummary:
-        position, seconds = self._position, self._watch.elapsed_s
-        rows = self._agenda.rows_after(position.step)
+        seconds, rows = self._watch.elapsed_s, self._agenda.rows_after(self._step)
         return TrainingSummary(
-            step=position.step,
+            step=self._step,
             rows=rows,
             resumed_from_step=start,
             seconds=seconds,
-            rows_per_s=(rows - self._agenda.rows_after(start)) / seconds if position.step > start else 0.0,
+            rows_per_s=(rows - self._agenda.rows_after(start)) / seconds if self._step > start else 0.0,
             stopped_because=stopped_because,
-            best_auc=position.best_auc,
-            best_step=position.best_step,
-            validation=self._validation.as_json() if self._validation is not None else None,
+            best_auc=self._best_auc,
+            best_step=self._best_step,
+            validation=self._validation,
         )
-
-    def _position_after(self, step: int) -> Position:
-        epoch, batches = divmod(step, self._agenda.steps_per_epoch)
-        loader = {"epoch": epoch, "batches_consumed": batches}
-        return replace(self._position, step=step, loader=loader) if step else Position(step=0, loader=loader)
 
     def _make_loader(
         self, split: str, batch_size_global: int, *, epochs: int = 1, max_rows: int | None = None

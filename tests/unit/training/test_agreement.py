@@ -80,8 +80,8 @@ def test_content_counts_and_not_where_it_is(nodes, small_dataset, tmp_path):
     assert find_problems([nodes(), nodes(dataset=Elsewhere)], 0) == []
     (tmp_path / "one" / "dataset.json").write_text("{}")
     (problem,) = find_problems([nodes(), nodes(dataset=Elsewhere)], 0)[1:-1]
-    assert problem.startswith(f"--dataset: {small_dataset.path}/dataset.json (sha256 ")
-    assert find_problems([nodes(), nodes(restart=True)], 0)[1].startswith("--restart: False on node 0 (a, this one)")
+    assert problem.startswith(f"`dataset`: {small_dataset.path}/dataset.json (sha256 ")
+    assert find_problems([nodes(), nodes(restart=True)], 0)[1].startswith("`restart`: False on node 0 (a, this one)")
 
 
 def test_many_machines_are_told_by_value():
@@ -98,13 +98,13 @@ def test_what_the_launcher_and_the_versions_say_is_compared_before_the_ranks_tal
     with pytest.raises(ConfigError) as caught:
         agree(store, lambda: nodes()["settings"], device=CPU, timeout_s=1)
     assert caught.value.is_everywhere
-    for text in (f"version of torch: {torch.__version__} on node 0", "--nproc-per-node: 1 on", "device: cpu on"):
+    for text in (f"version of torch: {torch.__version__} on node 0", "`nproc_per_node`: 1 on", "device: cpu on"):
         assert text in str(caught.value)
     mine = json.loads(store.get("0"))
     store.set("1", json.dumps({**mine, "host": "b"}))
     agree(store, lambda: nodes()["settings"], device=CPU, timeout_s=1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"--nproc-per-node: 2 on node 0 .*, this one\); 1 on node 1 \(b\)"):
+    with pytest.raises(ConfigError, match=r"`nproc_per_node`: 2 on node 0 .*, this one\); 1 on node 1 \(b\)"):
         agree(store, lambda: nodes()["settings"], device=CPU, timeout_s=1)
 
 
@@ -133,7 +133,7 @@ def test_launchers_that_only_number_the_processes_will_do(nodes, monkeypatch):
         store.set("0", json.dumps({"host": "b", "problem": "no disk"}))
         with pytest.raises(ConfigError, match=r"node 0 \(b\): no disk"):
             agree(store, lambda: nodes()["settings"], device=CPU, timeout_s=1)
-    assert json.loads(store.get("1"))["settings"]["--nnodes"] == ["2", "2"]
+    assert json.loads(store.get("1"))["settings"]["`nnodes`"] == ["2", "2"]
 
 
 def test_a_machine_that_does_not_come_is_named(nodes, monkeypatch):

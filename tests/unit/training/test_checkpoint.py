@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from torchdlrm.errors import RunError
-from torchdlrm.training.checkpoint import Checkpointer, Position, _TellingFileSystem, find_damage, list_checkpoints
+from torchdlrm.training.checkpoint import Position, find_damage, list_checkpoints
+from torchdlrm.training.checkpointer import Checkpointer, _TellingFileSystem
 from torchdlrm.training.process_group import join_process_group
 
 

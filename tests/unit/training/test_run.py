@@ -68,7 +68,7 @@ def test_a_dataset_that_has_moved_is_found_again_after_the_run_went_on_with_it(b
     assert begun.open_dataset().path == moved.path
     assert begun.environment["world_size"] == 1  # what it was begun with
     moved.path.rename(tmp_path / "again")
-    with pytest.raises(RunError, match=f"its dataset is not at {moved.path} any more; say with --dataset where it is"):
+    with pytest.raises(RunError, match=f"its dataset is not at {moved.path} any more; say with `dataset` where it is"):
         begun.open_dataset()
     assert begun.open_dataset(tmp_path / "again").path == tmp_path / "again"
 

@@ -1,0 +1,282 @@
+"""Writes checkpoints while training goes on, and loads them; each is complete or absent.
+
+A checkpoint is written under another name and renamed when every rank has written and hashed its part.
+"""
+
+import copy
+import io
+import json
+import logging
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torchrec.optim.keyed import KeyedOptimizer
+
+from torchdlrm.data.dataset import sha256_of
+from torchdlrm.errors import RunError
+from torchdlrm.files import sync
+from torchdlrm.training.checkpoint import (
+    FORMAT_VERSION,
+    RECORD_NAME,
+    CheckpointRecord,
+    Position,
+    checkpoint_path,
+    find_damage,
+    list_checkpoints,
+    read_position,
+)
+from torchdlrm.training.checkpoint_files import load_state
+from torchdlrm.training.compute import give_back_freed_memory
+from torchdlrm.training.process_group import Ranks
+
+_NUMPY_HAS = (torch.float32, torch.float16, torch.float64, torch.int32, torch.int64)
+logger = logging.getLogger("torchdlrm")
+
+
+class _TellingFileSystem(FileSystem):
+    """Says what the disk has said, where torch says that its archive is shorter than it should be."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        try:
+            with super().create_stream(path, mode) as stream:
+                yield stream
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from error
+
+
+class Checkpointer:
+    """Saves and loads the checkpoints of one run; every rank has one and must make the same calls.
+
+    Args:
+        folder: the run's checkpoints/.
+        model: after `DistributedModelParallel`.
+        optimizer: of the model, or None to load weights alone.
+        ranks: the processes of the run.
+        keep_last: how many checkpoints to keep besides the best.
+    """
+
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizer: KeyedOptimizer | None, ranks: Ranks, *, keep_last: int = 1
+    ) -> None:
+        self._folder, self._model, self._optimizer, self._ranks = folder, model, optimizer, ranks
+        self._keep_last = keep_last
+        self._group = ranks.new_group()
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torchdlrm-checkpoint")
+        self._pending: Future[None] | None = None
+        self._written: deque[int] = deque()  # filled by the writing thread
+
+    def save(self, position: Position, *, wait: bool) -> bool:
+        """Copy the state now and write it in the background; waits first for a save that is still going on.
+
+        Memory: a copy of this rank's tables and optimizer state until it is written; with `wait`, none.
+
+        Args:
+            position: goes into the checkpoint.
+            wait: write it here and return when the checkpoint is complete (or has failed, which is logged).
+
+        Returns:
+            False where it has failed, the same on every rank; True where it is complete or still being written.
+        """
+        self.join()
+        state = self._state()
+        if wait:
+            return self._write(_with_tensors(state, _as_whole_storage), position)
+        self._pending = self._writer.submit(self._write_copy, [_with_tensors(state, _copied)], position)
+        return True
+
+    def take_written(self) -> list[int]:
+        """The steps whose checkpoints have become complete since this was last asked."""
+        written = []
+        while self._written:
+            written.append(self._written.popleft())
+        return written
+
+    def join(self) -> None:
+        """Wait until no save is going on."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        """Wait for a save that is going on, and end the writing thread."""
+        self.join()
+        self._writer.shutdown()
+
+    def restore(self) -> Position | None:
+        """Load the newest checkpoint that is undamaged; None when there is none. Damaged ones are named in the log.
+
+        Raises:
+            RunError: all are damaged; training from the start would remove them, and a disk may only be away for now.
+        """
+        steps = self._on_first_rank(lambda: list_checkpoints(self._folder))
+        for step in reversed(steps):
+            problem = self._on_first_rank(lambda step=step: find_damage(checkpoint_path(self._folder, step)))
+            if problem is None:
+                return self.load(step, verify=False)
+            if self._ranks.is_first:
+                logger.warning("%s; going back to the checkpoint before", problem)
+        if not steps:
+            return None
+        msg = (
+            f"{self._folder}: all {len(steps)} checkpoints are damaged, the oldest: {problem}; put one back from a "
+            "copy, or give `restart` to remove the run and begin again"
+        )
+        error = RunError(msg)
+        error.is_everywhere = True
+        raise error
+
+    def load(self, step: int, *, verify: bool = True) -> Position:
+        """Load a checkpoint, which may come from another number of ranks.
+
+        Raises:
+            RunError: it is damaged or of another format version.
+        """
+        path = checkpoint_path(self._folder, step)
+        if verify:
+            problem = self._on_first_rank(lambda: find_damage(path))
+            if problem is not None:
+                raise RunError(problem)
+        state = self._state()
+        load_state(state, path, self._group)
+        self._model.load_state_dict(state["model"])
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
+        return read_position(self._folder, step)
+
+    def _state(self) -> dict[str, Any]:
+        state = {"model": self._model.state_dict()}
+        if self._optimizer is not None:
+            state["optimizer"] = self._optimizer.state_dict()
+        return state
+
+    def _write_copy(self, holder: list[dict[str, Any]], position: Position) -> None:
+        """Write a copy of the state and let go of its memory."""
+        self._write(holder.pop(), position)
+        give_back_freed_memory()
+
+    def _write(self, state: dict[str, Any], position: Position) -> bool:
+        """Write, hash, rename; a failure leaves the checkpoints that are there and is logged."""
+        final = checkpoint_path(self._folder, position.step)
+        partial = final.with_name(f".{final.name}.partial")
+        try:
+            self._together(lambda: _make_empty(partial) if self._ranks.is_first else None)
+            writer = FileSystemWriter(partial, sync_files=True)
+            writer.fs = _TellingFileSystem()
+            save_distributed(state, storage_writer=writer, process_group=self._group)
+            digests = self._together(lambda: _digests(partial, self._ranks.rank))
+            self._together(lambda: self._finish(partial, final, digests, position) if self._ranks.is_first else None)
+        except (OSError, CheckpointException, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and self._ranks.are_fewer(error):
+                raise
+            if self._ranks.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+                logger.warning(
+                    "the checkpoint of step %d could not be written, training goes on without it: %s",
+                    position.step,
+                    _reason(error),
+                )
+            return False
+        self._written.append(position.step)
+        return True
+
+    def _finish(self, partial: Path, final: Path, digests: list[dict[str, str]], position: Position) -> None:
+        files = {name: digest for part in digests for name, digest in part.items()}
+        record = CheckpointRecord(FORMAT_VERSION, position, dict(sorted(files.items())))
+        record.sha256[RECORD_NAME] = record.sha256_of_position
+        (partial / RECORD_NAME).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+        sync(partial / RECORD_NAME)
+        sync(partial)
+        if final.exists():  # damaged, or saved by a run that was longer and has been resumed from before it
+            _remove(final)
+        partial.rename(final)
+        sync(final.parent)  # before older ones are removed
+        keep = {*list_checkpoints(self._folder)[-self._keep_last :], position.step, position.best_step}
+        for step in set(list_checkpoints(self._folder)) - keep:
+            _remove(checkpoint_path(self._folder, step))
+
+    def _together(self, task: Any) -> list[Any]:
+        """Run a task on every rank and return all results; raises on every rank when it fails on one."""
+        result: Any = None
+        problem: str | None = None
+        try:
+            result = task()
+        except OSError as error:
+            problem = f"rank {self._ranks.rank}: {_reason(error)}"
+        everyone: list[Any] = [None] * self._ranks.world_size
+        dist.all_gather_object(everyone, (problem, result), group=self._group)
+        problems = [found for found, _ in everyone if found is not None]
+        if problems:
+            raise OSError("; ".join(problems))
+        return [found for _, found in everyone]
+
+    def _on_first_rank(self, task: Any) -> Any:
+        answer = [task() if self._ranks.is_first else None]
+        dist.broadcast_object_list(answer, src=0, group=self._group)
+        return answer[0]
+
+
+def _with_tensors(state: Any, task: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same nested state with what the task makes of its tensors, and copies of everything else."""
+    if isinstance(state, dict):
+        return {key: _with_tensors(value, task) for key, value in state.items()}
+    if isinstance(state, ShardedTensor):
+        shards = [Shard(task(shard.tensor), copy.deepcopy(shard.metadata)) for shard in state.local_shards()]
+        return ShardedTensor._init_from_local_shards_and_global_metadata(shards, state.metadata())
+    return task(state) if isinstance(state, torch.Tensor) else copy.deepcopy(state)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _as_whole_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage that ends where the tensor ends.
+
+    FBGEMM keeps all tables in one buffer, and torch saves of a part of a storage a copy: a table's worth of memory for
+    each of them, which the allocator may not find again.
+    """
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype in _NUMPY_HAS:
+        return torch.from_numpy(tensor.numpy())
+    return tensor
+
+
+def _remove(checkpoint: Path) -> None:
+    """Renamed first, so that one that is half removed is never taken for a checkpoint."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")))
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _digests(folder: Path, rank: int) -> dict[str, str]:
+    """sha256 of the files that this rank has written; the first one also has the metadata."""
+    names = [path.name for path in folder.glob(f"__{rank}_*.distcp")]
+    return {name: sha256_of(folder / name) for name in [*names, *([".metadata"] if rank == 0 else [])]}
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line: torch wraps what the disk said."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,147 @@
+"""How this device computes: precision, threads, what travels between ranks, and what becomes of freed memory.
+
+Weights, tables, optimizer state, loss and metrics are float32 whatever the precision says; bfloat16 is for the matrix
+products of the dense arch, the interaction arch and the over arch, forward and backward. What a device can do is asked
+of it, not assumed.
+"""
+
+import ctypes
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+
+from torchdlrm.config import Config, TrainConfig
+
+# Below this a step spends its time between kernels, and casting costs more than faster products save: a step of
+# configs/criteo-small.toml (0.06e9) is slower in bfloat16, one of configs/quickstart.toml (0.45e9) a third faster.
+MIN_BFLOAT16_FLOPS = 0.3e9
+# Below this much work a step is so short that waking a second thread for each of its hundred kernels costs more than
+# the thread saves: measured on two cores with the model of configs/criteo-small.toml.
+FLOPS_PER_THREAD = 0.5e9
+# From malloc.h: when to give memory at the top of the heap back, and how many buffers may bypass the heap.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_NEVER = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the dense parts compute in, and why.
+
+    Attributes:
+        dtype: float32 or bfloat16.
+        reason: for people.
+    """
+
+    dtype: torch.dtype
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} ({self.reason})"
+
+
+def choose_precision(
+    config: Config, *, num_dense_features: int, num_sparse_features: int, device: torch.device
+) -> Precision:
+    """What `train.precision` says; `auto` takes bfloat16 where the device multiplies it faster and the work is enough.
+
+    Args:
+        config: of the run.
+        num_dense_features: number of dense features.
+        num_sparse_features: F.
+        device: where this rank computes.
+    """
+    if config.train.precision != "auto":
+        return Precision(getattr(torch, config.train.precision), "as asked")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision(torch.bfloat16, "the GPU has it")
+        return Precision(torch.float32, "the GPU has no bfloat16")
+    capabilities = torch.cpu.get_capabilities()
+    units = [name for name, key in (("AMX", "amx_bf16"), ("AVX512-BF16", "avx512_bf16")) if capabilities.get(key)]
+    if not units:
+        return Precision(torch.float32, "the processor has neither AVX512-BF16 nor AMX")
+    # Of the global batch: a run must not change its precision with the number of processes.
+    if step_flops(config, num_dense_features, num_sparse_features, 1) < MIN_BFLOAT16_FLOPS:
+        return Precision(torch.float32, "steps are too short for bfloat16 to pay")
+    return Precision(torch.bfloat16, f"the processor has {units[0]}")
+
+
+def set_threads(config: Config, num_dense_features: int, num_sparse_features: int, world_size: int) -> None:
+    """Let this process compute on CPU with `train.num_threads`, or with as many threads as its steps can use."""
+    torch.set_num_threads(
+        config.train.num_threads or useful_threads(config, num_dense_features, num_sparse_features, world_size)
+    )
+
+
+def useful_threads(config: Config, num_dense_features: int, num_sparse_features: int, world_size: int) -> int:
+    """The threads that this process may use (`torch.get_num_threads`), or fewer where a step is small.
+
+    Args:
+        config: model and batch size.
+        num_dense_features: number of dense features.
+        num_sparse_features: F.
+        world_size: number of ranks that share a batch.
+    """
+    wanted = round(step_flops(config, num_dense_features, num_sparse_features, world_size) / FLOPS_PER_THREAD)
+    return max(1, min(torch.get_num_threads(), wanted))
+
+
+def step_flops(config: Config, num_dense_features: int, num_sparse_features: int, world_size: int) -> float:
+    """Floating point operations of the matrix products of one step on one rank, forward and backward."""
+    rows = config.train.batch_size_global / world_size
+    # Two a multiply-add; forward, and two products backward.
+    return 6 * rows * config.model.row_multiply_adds(num_dense_features, num_sparse_features)
+
+
+def allow_tf32(config: TrainConfig, device: torch.device) -> None:
+    """Let a GPU multiply float32 matrices in TF32, with ten bits of mantissa, if the config wants it."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+
+
+def communication_codecs(config: TrainConfig, device: torch.device) -> dict[str, Any] | None:
+    """What TorchRec's sharder needs to send pooled embeddings as float16 and their gradients as bfloat16.
+
+    These are the precisions of TorchRec's own example (golden_training): activations are small and want mantissa,
+    gradients want range. TorchRec has no bfloat16 for gloo, so between CPUs gradients are float16 too and the smallest
+    are lost: there it is for trials, and nothing that `auto` would choose.
+
+    Args:
+        config: of the training; `auto` takes float16 between GPUs.
+        device: where this rank computes.
+
+    Returns:
+        The registry, or None where everything travels as it is.
+    """
+    precision = config.communication
+    if precision == "auto":
+        precision = "float16" if device.type == "cuda" else "float32"
+    if precision == "float32":
+        return None
+    backward = CommType.BF16 if device.type == "cuda" else CommType.FP16
+    registry: dict[str, Any] | None = get_qcomm_codecs_registry(
+        QCommsConfig(forward_precision=CommType.FP16, backward_precision=backward), device=device
+    )
+    return registry
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse freed memory, since a training step asks for the same buffers again and again.
+
+    glibc gives large buffers back to the kernel when they are freed and gets them again as untouched pages. For the
+    paper's model at batch 2,048 that was 16,700 page faults a step, about a quarter of its time on two cores. It stays
+    so until the process ends: glibc cannot be asked what it did before. Another C library is left alone.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)
+        mallopt(_M_MMAP_MAX, 0)
+
+
+def give_back_freed_memory() -> None:
+    """Return what is free to the kernel, once: after something large that the steps do not need again."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,240 @@
+"""What a training tells while it runs and when it ends: callbacks, metrics.jsonl, the history.
+
+In: metrics of an interval or a validation.  Out: a line of metrics.jsonl, and the same for every callback. Trackers
+(`torchdlrm.training.trackers`) are callbacks too.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from torchdlrm.errors import Interrupted
+from torchdlrm.metrics import BinaryMetrics, why_undefined
+from torchdlrm.training.run import METRICS_NAME, write_atomically
+from torchdlrm.training.steps import Agenda
+from torchdlrm.units import show_count
+
+Outcome = Literal["finished", "interrupted", "failed"]
+Metrics = Mapping[str, float | None]
+_STOPPED = (Interrupted, KeyboardInterrupt)
+logger = logging.getLogger("torchdlrm")
+
+
+class Callback:
+    """Is told what happens in a training, on rank 0 alone; a subclass overrides what it wants to know.
+
+    Metrics come by name: `rows` (training rows read up to then, over all ranks), `loss`, `ne`, `auc`, `learning_rate`
+    of the dense optimizer, and `rows_per_s`. One that is not defined, as the AUC of rows of one label, is None. An
+    exception that a callback raises ends the training.
+    """
+
+    def on_log(self, step: int, metrics: Metrics) -> None:
+        """An interval of `logging.every_steps` is over.
+
+        Args:
+            step: optimizer steps done.
+            metrics: of the interval's rows, each predicted before the model learnt from it.
+        """
+
+    def on_validation(self, step: int, metrics: Metrics) -> None:
+        """The val split was predicted.
+
+        Args:
+            step: optimizer steps done.
+            metrics: of the split's rows; `rows_per_s` is the speed of the validation.
+        """
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        """A checkpoint is complete and on disk.
+
+        Args:
+            step: after which the state was saved; with `checkpoint.asynchronous` later steps may be done by now.
+            path: its folder, which is removed when `checkpoint.keep_last` newer ones are there, unless it is the best.
+        """
+
+    def on_end(self, outcome: Outcome) -> None:
+        """The training of this process ends, whatever the reason; every callback is told, the last one first.
+
+        Args:
+            outcome: `finished`, also by early stopping; `interrupted` by SIGTERM or Ctrl-C; `failed` by an exception.
+                An interrupted or failed run may be resumed by another process.
+        """
+
+
+class Callbacks(Callback):
+    """Several callbacks as one, inside a `with`: whatever ends it, each of them is told."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = callbacks
+
+    def on_log(self, step: int, metrics: Metrics) -> None:
+        """Tell all."""
+        for callback in self._callbacks:
+            callback.on_log(step, metrics)
+
+    def on_validation(self, step: int, metrics: Metrics) -> None:
+        """Tell all."""
+        for callback in self._callbacks:
+            callback.on_validation(step, metrics)
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        """Tell all."""
+        for callback in self._callbacks:
+            callback.on_checkpoint(step, path)
+
+    def on_end(self, outcome: Outcome) -> None:
+        """Tell all, also when one of them raises."""
+        with ExitStack() as ending:
+            for callback in self._callbacks:
+                ending.callback(callback.on_end, outcome)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.on_end("finished" if kind is None else "interrupted" if issubclass(kind, _STOPPED) else "failed")
+
+
+class MetricsLog(Callback):
+    """Appends every interval and every validation to the metrics.jsonl of a run.
+
+    Args:
+        run_path: the run's folder.
+        from_step: where the run resumes; what an interrupted process has written beyond it is removed.
+    """
+
+    def __init__(self, run_path: Path, *, from_step: int) -> None:
+        path = run_path / METRICS_NAME
+        if path.exists():
+            _keep_until(path, from_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def on_log(self, step: int, metrics: Metrics) -> None:
+        """Write a line of the train split."""
+        self._write(step, "train", metrics)
+
+    def on_validation(self, step: int, metrics: Metrics) -> None:
+        """Write a line of the val split."""
+        self._write(step, "val", metrics)
+
+    def on_end(self, outcome: Outcome) -> None:  # noqa: ARG002 - the file is the same
+        """Close the file."""
+        with suppress(OSError):
+            self._file.close()
+
+    def _write(self, step: int, split: str, metrics: Metrics) -> None:
+        line = {"step": step, "rows": metrics["rows"], "split": split, **metrics, "time": time.time()}
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk must not end a training
+            logger.warning("the metrics of step %d could not be written: %s", step, error)
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop lines beyond `step`, and a last line that was cut short."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl in their order; what is damaged or just being written is left out."""
+    if not path.is_file():
+        return []
+    lines: list[dict[str, Any]] = []
+    for text in path.read_bytes().splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and line.get("split") in ("train", "val") and _has_position(line):
+            lines.append(line)
+    return lines
+
+
+def _has_position(line: Mapping[str, Any]) -> bool:
+    return all(isinstance(line.get(key), int | float) for key in ("rows", "step"))
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """How a run ended.
+
+    Attributes:
+        step: the last optimizer step.
+        rows: training rows read up to then, over all ranks.
+        resumed_from_step: where this process resumed the run; 0 for a new run.
+        seconds: wall time of this process's training steps, validation left out.
+        rows_per_s: rows that these steps read, per second; 0 when there was nothing left to do.
+        stopped_because: `finished`, `target_auc` or `patience`.
+        best_auc: highest AUC of the val split, None without validation.
+        best_step: the step that had it.
+        validation: metrics of the val split after the last step, None when nothing was validated; in it what is not
+            defined is None.
+    """
+
+    step: int
+    rows: int
+    resumed_from_step: int
+    seconds: float
+    rows_per_s: float
+    stopped_because: str
+    best_auc: float | None
+    best_step: int | None
+    validation: dict[str, int | float | None] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainingHistory:
+    """What a call of `train` gives back: how the run went and how it ended.
+
+    Attributes:
+        summary: how it ended.
+        metrics: all lines of metrics.jsonl in their order, also those from before the run was resumed.
+    """
+
+    summary: TrainingSummary
+    metrics: list[dict[str, Any]]
+
+    def series(self, split: str, name: str) -> list[tuple[int, float]]:
+        """One metric over the steps, where it is defined.
+
+        Args:
+            split: `train` (each interval's rows, before the model learnt from them) or `val`.
+            name: such as `auc` or `loss`.
+        """
+        lines = (line for line in self.metrics if line["split"] == split and line.get(name) is not None)
+        return [(line["step"], line[name]) for line in lines]
+
+
+def validation_line(step: int, agenda: Agenda, metrics: BinaryMetrics, *, is_best: bool) -> str:
+    """A validation in a line; those of a run have the same width."""
+    width = len(f"{agenda.num_steps:,}")
+    where = f"step {step:>{width},} epoch {step / agenda.steps_per_epoch:.2f}"
+    rows = show_count(agenda.rows_after(step))
+    undefined = why_undefined(metrics.as_dict())
+    auc, ne = ("-", "-") if undefined else (f"{metrics.auc:.4f}", f"{metrics.ne:.4f}")
+    best = " best" if is_best else f" ({undefined})" if undefined else ""
+    return f"{where} {rows:>7} rows  val AUC {auc} logloss {metrics.logloss:.4f} NE {ne}{best}"
+
+
+def metrics_for_callbacks(metrics: BinaryMetrics, *, rows: int, learning_rate: float, rows_per_s: float) -> Metrics:
+    """The metrics that callbacks are told, by the names and in the order of metrics.jsonl."""
+    values = metrics.as_json()
+    chosen = {"rows": rows, "loss": values["logloss"], "ne": values["ne"], "auc": values["auc"]}
+    return {**chosen, "learning_rate": learning_rate, "rows_per_s": rows_per_s}

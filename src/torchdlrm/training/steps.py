@@ -1,0 +1,206 @@
+"""The steps of a run: which is the last, how many rows each has read, its learning rate, and what is due. No files."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+from torchrec.optim.keyed import CombinedOptimizer
+
+from torchdlrm.config import Config, ScheduleConfig
+from torchdlrm.errors import ConfigError
+from torchdlrm.loader.row_order import num_batches
+
+MIN_LEARNING_RATE = 1e-7
+
+
+@dataclass(frozen=True)
+class Agenda:
+    """The steps of a run.
+
+    Attributes:
+        rows_per_epoch: training rows.
+        batch_size_global: rows of a step over all ranks.
+        num_steps: the run's last step.
+    """
+
+    rows_per_epoch: int
+    batch_size_global: int
+    num_steps: int
+
+    @classmethod
+    def of(cls, config: Config, rows_per_epoch: int) -> "Agenda":
+        """The steps that a config asks for."""
+        train = config.train
+        wanted = num_batches(rows_per_epoch, train.batch_size_global) * train.epochs
+        return cls(rows_per_epoch, train.batch_size_global, min(wanted, train.max_steps or wanted))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch; the last one may be smaller."""
+        return num_batches(self.rows_per_epoch, self.batch_size_global)
+
+    def rows_after(self, step: int) -> int:
+        """Training rows that all ranks have read in the first `step` steps."""
+        epochs, batches = divmod(step, self.steps_per_epoch)
+        return epochs * self.rows_per_epoch + batches * self.batch_size_global
+
+    def loader_state(self, step: int) -> dict[str, int]:
+        """The state of the training loader after `step`."""
+        epoch, batches_consumed = divmod(step, self.steps_per_epoch)
+        return {"epoch": epoch, "batches_consumed": batches_consumed}
+
+    def is_every(self, step: int, every_steps: int) -> bool:
+        """Whether it is time again after `step`; 0 is never."""
+        return every_steps > 0 and step % every_steps == 0
+
+    def is_due(self, step: int, every_steps: int, every_rows: int = 0) -> bool:
+        """Whether it is time again after `step`, by steps or by rows, or for the last time."""
+        by_rows = every_rows > 0 and self.rows_after(step) // every_rows > self.rows_after(step - 1) // every_rows
+        return step == self.num_steps or by_rows or self.is_every(step, every_steps)
+
+
+def check_early_stopping(config: Config, agenda: Agenda, *, validation_rows: int) -> None:
+    """Refuse early stopping that can never act: it looks at validations before the last step.
+
+    Args:
+        config: of the run.
+        agenda: its steps.
+        validation_rows: of the val split.
+
+    Raises:
+        ConfigError: there are no such validations, or fewer than are needed; names the keys.
+    """
+    stop, validation = config.stop, config.validation
+    for key, value, needed in (
+        ("target_auc", stop.target_auc, 1),
+        # The first is the best so far.
+        ("patience_validations", stop.patience_validations, (stop.patience_validations or 0) + 1),
+    ):
+        if value is None:
+            continue
+        if not validation_rows:
+            reason = "the dataset's val split has no rows; preprocess with one, or leave it out"
+        elif not (validation.every_steps or validation.every_rows):
+            reason = "the run is validated at its end only; set validation.every_steps or validation.every_rows"
+        else:
+            steps = range(1, agenda.num_steps)
+            due = (step for step in steps if agenda.is_due(step, validation.every_steps, validation.every_rows))
+            found = sum(1 for _ in islice(due, needed))
+            if found == needed:
+                continue
+            reason = (
+                f"needs {needed:,} validations before the last step, {agenda.num_steps:,}, and the run has {found:,}; "
+                "lower validation.every_steps or validation.every_rows, or train longer"
+            )
+        msg = f"stop.{key}: is {value} and could never stop the run: {reason}"
+        raise ConfigError(msg)
+
+
+class Schedule:
+    """Sets the learning rate of every step.
+
+    Args:
+        config: the policy.
+        optimizer: its parameter groups hold their base rates when the schedule is made.
+        num_steps: the run's last step.
+    """
+
+    def __init__(self, config: ScheduleConfig, optimizer: CombinedOptimizer, *, num_steps: int) -> None:
+        self._config, self._num_steps = config, num_steps
+        self._groups = [(group, float(group["lr"])) for group in optimizer.param_groups]
+
+    def set(self, step: int) -> float:
+        """Set the rates of step `step` (from 1); returns that of the dense optimizer."""
+        rate = 0.0
+        for group, base in self._groups:
+            rate = learning_rate(base, step, self._config, num_steps=self._num_steps)
+            group["lr"] = rate
+        return rate
+
+
+def decay_kind(config: ScheduleConfig) -> str:
+    """The kind of decay that a config stands for: `constant`, `warmup_polynomial` or `cosine`."""
+    return config.name or ("warmup_polynomial" if config.decay_steps else "constant")
+
+
+def learning_rate(base: float, step: int, config: ScheduleConfig, *, num_steps: int) -> float:
+    """The rate of a step; `warmup_polynomial` is the policy of facebookresearch/dlrm as it was meant.
+
+    Upstream's code never quite reaches the base rate after its warm-up, and crashes when it decays without one.
+
+    Args:
+        base: the base rate.
+        step: from 1.
+        config: kind, warm-up steps W, decay start D (at least W), decay steps N.
+        num_steps: the run's last step, where decay ends when N is not set.
+
+    Returns:
+        base * step / W while step <= W; base until D; then with x = (step - D) / N, at most 1, base * (1 - x)^2 or
+        base * (1 + cos(pi x)) / 2, not below 1e-7.
+    """
+    if step <= config.warmup_steps:
+        return base * step / config.warmup_steps
+    start = max(config.decay_start_step, config.warmup_steps)
+    decay_steps = num_steps - start if config.decay_steps is None else config.decay_steps
+    kind = decay_kind(config)
+    if kind == "constant" or decay_steps <= 0 or step <= start:
+        return base
+    done = min(1.0, (step - start) / decay_steps)
+    left = (1 - done) ** 2 if kind == "warmup_polynomial" else (1 + math.cos(math.pi * done)) / 2
+    return max(MIN_LEARNING_RATE, base * left)
+
+
+class Stopwatch:
+    """Measures wall time that can be paused."""
+
+    def __init__(self) -> None:
+        self._banked_s = 0.0
+        self._started_s: float | None = None
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds that the watch has been running."""
+        return self._banked_s + (time.monotonic() - self._started_s if self._started_s is not None else 0.0)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What happens inside is measured."""
+        self._started_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._banked_s, self._started_s = self.elapsed_s, None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not measured."""
+        was_running = self._started_s is not None
+        self._banked_s, self._started_s = self.elapsed_s, None
+        try:
+            yield
+        finally:
+            if was_running:
+                self._started_s = time.monotonic()
+
+
+class Timer:
+    """Says when an interval has passed since it was last restarted.
+
+    Args:
+        interval_s: seconds; 0 for never.
+    """
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self.restart()
+
+    def restart(self) -> None:
+        """Wait for a whole interval again."""
+        self._started_s = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether the interval has passed."""
+        return self._interval_s > 0 and time.monotonic() - self._started_s >= self._interval_s

@@ -1,0 +1,112 @@
+"""The steps of a run: when it ends, validates and stops early, and at which learning rate."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchdlrm.config import ScheduleConfig, load_config
+from torchdlrm.errors import ConfigError
+from torchdlrm.training.steps import Agenda, check_early_stopping, learning_rate
+
+
+def agenda(rows, batch_size, epochs=1, **more):
+    overrides = {"train.batch_size_global": str(batch_size), "train.epochs": str(epochs)}
+    return Agenda.of(load_config(None, overrides | {f"train.{key}": str(value) for key, value in more.items()}), rows)
+
+
+def test_the_last_batch_of_an_epoch_may_be_smaller():
+    found = agenda(10, 4, epochs=2)
+    assert (found.steps_per_epoch, found.num_steps) == (3, 6)
+    assert [found.rows_after(step) for step in range(7)] == [0, 4, 8, 10, 14, 18, 20]
+
+
+def test_max_steps_ends_a_run_and_never_lengthens_it():
+    assert agenda(10, 4, epochs=2, max_steps=5).num_steps == 5
+    assert agenda(10, 4, epochs=2, max_steps=50).num_steps == 6
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 3), st.integers(1, 500))
+def test_by_rows_it_is_time_at_the_first_step_that_reaches_each_multiple(rows, batch_size, epochs, every_rows):
+    found = agenda(rows, batch_size, epochs)
+    due = [step for step in range(1, found.num_steps + 1) if found.is_due(step, 0, every_rows)]
+    expected = {
+        next(step for step in range(1, found.num_steps + 1) if found.rows_after(step) >= multiple)
+        for multiple in range(every_rows, rows * epochs + 1, every_rows)
+    }
+    assert due == sorted(expected | {found.num_steps})
+
+
+def check(*, rows=1_000, validation_rows=100, **keys):
+    settings = {name.replace("__", "."): str(value) for name, value in keys.items()}
+    config = load_config(None, {"train.batch_size_global": "10"} | settings)
+    check_early_stopping(config, Agenda.of(config, rows), validation_rows=validation_rows)
+
+
+@pytest.mark.parametrize("stop", [{"stop__target_auc": 0.8}, {"stop__patience_validations": 2}])
+def test_without_validations_before_the_end_it_is_refused(stop):
+    key = next(iter(stop)).replace("__", ".")
+    with pytest.raises(ConfigError, match=rf"{key}: is .* validated at its end only; set validation\.every_steps"):
+        check(**stop)
+    with pytest.raises(ConfigError, match=rf"{key}: is .* the dataset's val split has no rows"):
+        check(**stop, validation__every_steps=10, validation_rows=0)
+    check(**stop, validation__every_steps=10)
+    check(**stop, validation__every_rows=100)
+
+
+@pytest.mark.parametrize("unit", [{"validation__every_steps": 25}, {"validation__every_rows": 250}])
+def test_patience_needs_one_validation_more_than_it_waits_for_before_the_last_step(unit):
+    check(stop__patience_validations=2, **unit)  # at the steps 25, 50 and 75 of 100
+    message = r"stop\.patience_validations: is 3 .* needs 4 validations before the last step, 100, and the run has 3"
+    with pytest.raises(ConfigError, match=message):
+        check(stop__patience_validations=3, **unit)
+    check(stop__patience_validations=3, train__epochs=2, **unit)
+
+
+def rates(config, steps, num_steps=10_000):
+    return [learning_rate(0.5, step, config, num_steps=num_steps) for step in steps]
+
+
+def test_without_a_schedule_the_rate_is_the_base_rate():
+    assert rates(ScheduleConfig(), [1, 10, 10_000]) == [0.5, 0.5, 0.5]
+
+
+def test_warm_up_is_linear_and_reaches_the_base_rate():
+    config = ScheduleConfig(warmup_steps=4)
+    assert rates(config, range(1, 7)) == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
+
+
+def test_decay_is_quadratic_from_its_start_and_stops_at_the_floor():
+    config = ScheduleConfig(warmup_steps=2, decay_start_step=4, decay_steps=10)
+    expected = [0.25, 0.5, 0.5, 0.5] + [0.5 * ((10 - (step - 4)) / 10) ** 2 for step in range(5, 14)] + [1e-7, 1e-7]
+    assert rates(config, range(1, 16)) == pytest.approx(expected)
+
+
+def test_decay_works_without_warm_up():
+    config = ScheduleConfig(decay_start_step=0, decay_steps=2)
+    assert rates(config, [1, 2, 3]) == pytest.approx([0.125, 1e-7, 1e-7])
+
+
+def test_cosine_goes_from_the_end_of_the_warm_up_to_the_last_step():
+    config = ScheduleConfig(name="cosine", warmup_steps=2)
+    expected = [0.25, 0.5] + [0.25 * (1 + math.cos(math.pi * (step - 2) / 8)) for step in range(3, 10)] + [1e-7]
+    assert rates(config, range(1, 11), num_steps=10) == pytest.approx(expected)
+
+
+def test_a_decay_without_a_length_ends_with_the_run_and_one_with_a_length_where_it_says():
+    open_end = ScheduleConfig(name="warmup_polynomial", decay_start_step=4)
+    said = ScheduleConfig(name="warmup_polynomial", decay_start_step=4, decay_steps=6)
+    assert rates(open_end, range(1, 11), num_steps=10) == rates(said, range(1, 11), num_steps=99)
+    assert rates(open_end, [10], num_steps=10) == [1e-7]
+
+
+def test_constant_holds_the_base_rate_after_its_warm_up():
+    config = ScheduleConfig(name="constant", warmup_steps=2)
+    assert rates(config, range(1, 6), num_steps=5) == [0.25, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_configs_without_a_name_mean_what_they_meant():
+    decays = load_config(None, {"schedule.decay_start_step": "3", "schedule.decay_steps": "4"}).schedule
+    assert rates(decays, [3, 5, 7, 8], num_steps=100) == pytest.approx([0.5, 0.125, 1e-7, 1e-7])
+    assert rates(load_config(None, {"schedule.decay_steps": "0"}).schedule, [1, 9], num_steps=9) == [0.5, 0.5]
