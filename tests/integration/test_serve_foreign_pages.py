@@ -54,7 +54,7 @@ def test_a_name_that_was_made_to_point_here_reads_nothing(page, server):
     rebound = server.url.replace("127.0.0.1", "rebound.example")
     answer = page.goto(rebound)
     assert answer.status == 403
-    assert "--allowed-hosts rebound.example" in json.loads(answer.text())["error"]
+    assert "`allowed_hosts` rebound.example" in json.loads(answer.text())["error"]
     for path in ("/schema", "/predict", "/v2", "/metrics"):
         assert page.evaluate("async (path) => (await fetch(path)).status", path) == 403
 

@@ -30,7 +30,6 @@ from torchdlrm.features.schema import criteo_schema
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.serving.app import build_app
-from torchdlrm.serving.bundles import open_checked
 from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.row_routes import rows_as_logged
 from torchdlrm.serving.service import Service
@@ -177,8 +176,8 @@ def test_a_block_found_damaged_while_it_is_served_ends_the_predictions(small_bun
 
     async def main():
         service = Service(
-            ServeOptions(bundle=bundle, verify="lazy"),
-            open_checked(bundle, verify="lazy"),
+            bundle,
+            ServeOptions(verify="lazy"),
             lambda: None,
         )
         await service.start()

@@ -116,7 +116,7 @@ def test_a_port_in_use_is_one_line(dlrm, small_bundle, option, num_workers):
         done = dlrm("serve", small_bundle, "--workers", num_workers, *(text for pair in ports.items() for text in pair))
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: --host 127.0.0.1 {option} {port}: cannot be listened to: Address already in use; choose another\n"
+        f"error: --host 127.0.0.1 {option} {port}: cannot listen there: Address already in use; choose another\n"
     )
 
 
@@ -127,7 +127,7 @@ def test_the_port_of_another_server_is_in_use_also_where_workers_share_it(dlrm, 
         port = other.getsockname()[1]
         done = dlrm("serve", small_bundle, "--port", 0, "--workers", 2, "--grpc-port", port)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"--grpc-port {port}: cannot be listened to: Address already in use" in done.stderr
+    assert f"--grpc-port {port}: cannot listen there: Address already in use" in done.stderr
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

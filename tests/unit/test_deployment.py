@@ -35,19 +35,19 @@ def parsed(arguments):
 
     _, bound, _ = App.parse_args(app, ["serve", *arguments], print_error=False, exit_on_error=False)
     bound.apply_defaults()
-    return bound.arguments
+    return bound.arguments["options"]
 
 
 @pytest.mark.parametrize(("pod", "container"), pods())
 def test_the_server_takes_the_arguments_and_listens_where_it_is_asked(pod, container):
     options = parsed(container["args"])
-    assert options["host"] == "0.0.0.0"
-    assert {port["containerPort"] for port in container["ports"]} == {options["port"]}
+    assert options.host == "0.0.0.0"
+    assert {port["containerPort"] for port in container["ports"]} == {options.port}
     names = {port.get("name"): port["containerPort"] for port in container["ports"]}
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         port = container[probe]["httpGet"]["port"]
-        assert names.get(port, port) == options["port"]
-    assert pod["terminationGracePeriodSeconds"] > options["drain_s"] + options["shutdown_timeout_s"]
+        assert names.get(port, port) == options.port
+    assert pod["terminationGracePeriodSeconds"] > options.drain_s + options.shutdown_timeout_s
 
 
 @pytest.mark.parametrize(("pod", "container"), pods())
@@ -96,8 +96,8 @@ def test_dockerfiles_start_a_verb_that_is_there_as_somebody_who_is_not_root(dock
     assert entrypoint[0] == "dlrm"
     if entrypoint[1:] == ["serve"]:
         options = parsed(command)
-        assert f"EXPOSE {options['port']}\n" in last_stage
-        assert f"127.0.0.1:{options['port']}/v2/health/live" in last_stage
+        assert f"EXPOSE {options.port}\n" in last_stage
+        assert f"127.0.0.1:{options.port}/v2/health/live" in last_stage
     for copied in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE):
         assert all((ROOT / name).exists() for name in copied.split())
 

@@ -23,32 +23,24 @@ class _Served(NamedTuple):
     examples: Examples
 
 
-def open_checked(path: Path, *, verify: Verify) -> Predictor:
-    """Open a bundle and see that it predicts what it says it must.
-
-    Raises:
-        BundleError: it is damaged, or predicts something else.
-    """
-    predictor = Predictor.open(path.resolve(), verify=verify)
-    predictor.check_sample()
-    return predictor
-
-
 class Bundles:
     """Holds the bundle that is served now.
 
     Args:
         path: where it lies; read again at each swap.
-        current: opened from there.
         verify: as for `Bundle.open`.
         swapped: is told the old and the new one; in the event loop.
+        is_checked: whether all of the first one has just been checked.
+
+    Raises:
+        BundleError: the bundle there cannot be served.
     """
 
     def __init__(
-        self, path: Path, current: Predictor, *, verify: Verify, swapped: Callable[[Predictor, Predictor], None]
+        self, path: Path, *, verify: Verify, swapped: Callable[[Predictor, Predictor], None], is_checked: bool
     ) -> None:
         self._path, self._verify, self._swapped = path, verify, swapped
-        self._served = _Served(current, examples_of(current))
+        self._served = self._load("lazy" if is_checked else verify)
         self._one_at_a_time = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, "loader")
 
@@ -71,7 +63,7 @@ class Bundles:
         async with self._one_at_a_time:
             loop = asyncio.get_running_loop()
             try:
-                loaded = await loop.run_in_executor(self._loader, self._load)
+                loaded = await loop.run_in_executor(self._loader, self._load, self._verify)
             except TorchDLRMError:
                 raise
             except Exception as error:
@@ -91,6 +83,8 @@ class Bundles:
         """Load nothing more."""
         self._loader.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self) -> _Served:
-        predictor = open_checked(self._path, verify=self._verify)
+    def _load(self, verify: Verify) -> _Served:
+        """Open the bundle, and see that it predicts what it says it must."""
+        predictor = Predictor.open(self._path.resolve(), verify=verify)
+        predictor.check_sample()
         return _Served(predictor, examples_of(predictor))

@@ -1,72 +1,88 @@
-"""Everything about a server that can be chosen; `dlrm serve` has an option for each."""
+"""Everything about a server that can be chosen: the options of `dlrm serve`, and what `serve` takes in Python."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter, Token
+from cyclopts.validators import Number
 
 from torchdlrm.bundle.model_name import check_model_name
 from torchdlrm.errors import ConfigError
 
-LogLevel = Literal["debug", "info", "warning", "error"]
+
+def _split_names(_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
+    return tuple(name.strip() for token in tokens for name in token.value.split(",") if name.strip())
 
 
-def threads_of_model(workers: int) -> int:
-    """Half of the cores that each of so many processes has; the other half reads and writes requests."""
-    return max(1, len(os.sched_getaffinity(0)) // workers // 2)
+Count = Annotated[int, Parameter(validator=Number(gte=1))]
+Port = Annotated[int, Parameter(validator=Number(gte=0, lte=65535))]
+Duration = Annotated[float, Parameter(validator=Number(gte=0))]
+LongerThan0 = Annotated[float, Parameter(validator=Number(gt=0))]
+Names = Annotated[
+    tuple[str, ...], Parameter(converter=_split_names, n_tokens=1, negative="", metavar="NAME,NAME", show_default=False)
+]
 
 
+@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """What a server serves, where, and within which limits.
+    """Where a bundle is served, and within which limits.
 
     Attributes:
-        bundle: folder of the bundle, or a symbolic link to it, which may be moved for a swap.
-        host, port: where HTTP is listened to; port 0 takes a free one.
-        grpc_port: where gRPC is listened to; None: nowhere.
-        workers: processes.
-        name: what clients call the model; None: as the bundle does.
-        api_keys: one of them must come with a request, if there are any.
-        allowed_hosts: names by which a server without a key may be asked beside its own; `*.example.com` and `*` too.
-        max_rows_per_request: a request with more is refused.
-        max_body_bytes: a body with more is refused.
-        max_batch_rows: what the model gets at once.
-        max_queue_rows: what may wait for the model, in each process.
-        max_concurrent_requests: what may be under way at once, in each process.
-        deadline_ms: a request that is not answered by then is given up.
-        header_timeout_s, body_timeout_s, keep_alive_s: how long a client may take to send headers, to send a body or
-            take an answer, and may keep a silent connection.
-        drain_s: how long the server goes on taking requests after SIGTERM, with readiness false.
-        shutdown_timeout_s: how long it then waits for requests under way.
-        log_predictions: folder for Parquet files of requests and predictions; None: none are kept.
-        verify: whether all of the bundle is checked before it is served, or each block before its first use.
-        num_threads: of the model, in each process.
-        log_level: what is logged; `info` has a line for every request.
+        host: Address to listen on; 0.0.0.0 is open to the network.
+        port: Port of HTTP; 0 takes a free one.
+        grpc_port: Port of gRPC; without it there is none.
+        workers: Processes; they share the port and the memory of the tables.
+        name: What clients call the model; by default as the bundle does.
+        api_key_file: File of keys, one a line (# begins a comment), of which a request must bring one; else the
+            variable DLRM_API_KEY, if it is set.
+        api_keys: The keys themselves, in place of a file.
+        allowed_hosts: Without a key, names that clients may use for this server besides its own, with commas between:
+            of a proxy in front, for example. *.example.com is all names below, * is any.
+        max_rows_per_request: A request with more rows is refused.
+        max_body_bytes: A request with a longer body is refused.
+        max_batch_rows: Rows that the model is given at once.
+        max_queue_rows: Rows that may wait, in each process; beyond, requests are refused and told when to try again.
+        max_concurrent_requests: Requests that are answered at the same time, in each process; beyond, they are refused
+            likewise.
+        deadline_ms: A request that is not answered by then is given up.
+        header_timeout_s: How long a client may take to send the headers of a request.
+        body_timeout_s: How long a client may take to send the body of a request, or to read an answer.
+        keep_alive_s: How long a connection may be silent between requests.
+        drain_s: After SIGTERM, how long to keep taking requests with readiness false, for load balancers to notice.
+        shutdown_timeout_s: How long to wait then for requests that are not answered yet.
+        log_predictions: Folder for Parquet files of all rows and their predictions, which `dlrm preprocess` reads.
+        verify: full checks every byte before serving; lazy each block before its first use.
+        num_threads: Threads of the model in each process; by default half of the cores that it has.
+        log_level: Of the log on standard error: info has a line for every request.
     """
 
-    bundle: Path
     host: str = "127.0.0.1"
-    port: int = 8080
-    grpc_port: int | None = None
-    workers: int = 1
+    port: Port = 8080
+    grpc_port: Port | None = None
+    workers: Count = 1
     name: str | None = None
-    api_keys: tuple[str, ...] = ()
-    allowed_hosts: tuple[str, ...] = ()
-    max_rows_per_request: int = 4096
-    max_body_bytes: int = 16 << 20
-    max_batch_rows: int = 2048
-    max_queue_rows: int = 16384
-    max_concurrent_requests: int = 128
-    deadline_ms: float = 1000.0
-    header_timeout_s: float = 10.0
-    body_timeout_s: float = 30.0
-    keep_alive_s: float = 75.0
-    drain_s: float = 0.0
-    shutdown_timeout_s: float = 30.0
+    api_key_file: Path | None = None
+    api_keys: Annotated[tuple[str, ...], Parameter(parse=False)] = ()
+    allowed_hosts: Names = ()
+    max_rows_per_request: Count = 4096
+    max_body_bytes: Count = 16 << 20
+    max_batch_rows: Count = 2048
+    max_queue_rows: Count = 16384
+    max_concurrent_requests: Count = 128
+    deadline_ms: LongerThan0 = 1000.0
+    header_timeout_s: LongerThan0 = 10.0
+    body_timeout_s: LongerThan0 = 30.0
+    keep_alive_s: LongerThan0 = 75.0
+    drain_s: Duration = 0.0
+    shutdown_timeout_s: Duration = 30.0
     log_predictions: Path | None = None
     verify: Literal["full", "lazy"] = "full"
-    num_threads: int | None = None
-    log_level: LogLevel = "info"
+    num_threads: Count | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def check(self) -> None:
         """See that the options go together.
@@ -78,7 +94,12 @@ class ServeOptions:
             check_model_name(self.name)
         if self.max_queue_rows < self.max_rows_per_request:
             msg = (
-                f"--max-queue-rows {self.max_queue_rows}: a request may have {self.max_rows_per_request} rows "
-                "(--max-rows-per-request), which would never fit the queue; raise the one or lower the other"
+                f"`max_queue_rows` {self.max_queue_rows}: a request may have {self.max_rows_per_request} rows "
+                "(`max_rows_per_request`), which would never fit the queue; raise the one or lower the other"
             )
             raise ConfigError(msg)
+
+    @property
+    def num_cores_of_model(self) -> int:
+        """Half of the cores that each process has; the other half reads and writes requests."""
+        return max(1, len(os.sched_getaffinity(0)) // self.workers // 2)

@@ -80,7 +80,7 @@ class RequestLog:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            msg = f"--log-predictions {folder}: cannot be written to: {error.strerror or error}"
+            msg = f"`log_predictions` {folder}: cannot be written to: {error.strerror or error}"
             raise ConfigError(msg) from error
         self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._waiting_rows = 0
@@ -232,7 +232,7 @@ def check_loggable(schema: FeatureSchema) -> None:
     """
     taken = sorted({column.log_name for column in schema.columns} & set(OWN_COLUMNS))
     if taken:
-        msg = f"--log-predictions: the log has a column {taken[0]!r} of its own; give the schema's another header_name"
+        msg = f"`log_predictions`: the log has a column {taken[0]!r} of its own; give the schema's another header_name"
         raise ConfigError(msg)
 
 

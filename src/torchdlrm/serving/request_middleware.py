@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
-from torchdlrm.serving.allowed_hosts import AllowedHosts
+from torchdlrm.serving.access import AllowedHosts
 from torchdlrm.serving.event_log import log_event
 from torchdlrm.serving.exchange import ARRIVED
 from torchdlrm.serving.refusals import RefusedRequest, overloaded

@@ -3,12 +3,15 @@
 In: options.  Out: the exit code.  With several processes, `supervisor.py` starts them and watches over them.
 """
 
+import os
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torchdlrm.errors import ConfigError
+from torchdlrm.serving.access import read_api_keys
 from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.supervisor import Supervisor
 
@@ -23,43 +26,58 @@ class Listening:
     version: str
 
 
-def serve(options: ServeOptions, started: Callable[[Listening], None]) -> int:
-    """Serve a bundle until SIGTERM or SIGINT.
+def serve(
+    bundle: Path,
+    *,
+    options: ServeOptions = ServeOptions(),  # noqa: B008 - frozen
+    started: Callable[[Listening], None] = lambda _: None,
+) -> int:
+    """Serve a bundle over HTTP and gRPC until SIGTERM or SIGINT; call it in the main thread.
+
+    The process is the server's until then: it handles SIGTERM, SIGINT and SIGHUP (which swaps the bundle), sets how
+    many threads PyTorch and Polars have, how often Python collects garbage and switches threads, and writes all that is
+    logged as lines of JSON on standard error.  With several workers, the script that calls it must do so under
+    `if __name__ == "__main__":`, because each worker imports it.
 
     Args:
+        bundle: the bundle's folder, or a symbolic link to one: move it and send SIGHUP to serve another.
         options: of the server.
-        started: is told when all processes can be asked.
+        started: is called once all processes can answer requests.
 
     Returns:
         The exit code: 0 after a signal, 1 when a process could not go on.
 
     Raises:
-        ConfigError: the options do not go together, or an address cannot be had.
+        ConfigError: the options do not go together, there is no API key where one should be, or an address is taken.
         BundleError: the bundle cannot be served.
     """
     options.check()
+    options = replace(options, api_keys=options.api_keys or read_api_keys(options.api_key_file))
+    # Read when Polars loads: one row is not worth many threads, and those of several processes would fight.
+    os.environ.setdefault("POLARS_MAX_THREADS", str(options.num_cores_of_model))
     with ExitStack() as sockets:
         listener = sockets.enter_context(_listen(options.host, options.port))
         _check_grpc_port(options)
         host = f"[{options.host}]" if ":" in options.host else options.host
         url = f"http://{host}:{listener.getsockname()[1]}"
         if options.workers == 1:
-            from torchdlrm.serving.worker import Ready, run_worker  # noqa: PLC0415 - loads torch, here and nowhere else
+            from torchdlrm.serving.worker import Ready, run_worker  # noqa: PLC0415 - loads torch
 
             def tell(ready: Ready) -> None:
                 grpc = None if ready.grpc_port is None else f"{host}:{ready.grpc_port}"
                 started(Listening(url, grpc, ready.model, ready.version))
 
-            return run_worker(options, listener, tell)
+            return run_worker(bundle, options, listener, tell)
         holder, options = _reserve_grpc_port(options)
         if holder is not None:
             sockets.enter_context(holder)
         grpc = None if holder is None else f"{host}:{options.grpc_port}"
-        return Supervisor(options, listener).run(lambda model, version: started(Listening(url, grpc, model, version)))
+        supervisor = Supervisor(bundle, options, listener)
+        return supervisor.run(lambda model, version: started(Listening(url, grpc, model, version)))
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    listener = _bound(host, port, "--port", socket.SO_REUSEADDR)
+    listener = _bound(host, port, "`port`", socket.SO_REUSEADDR)
     listener.setblocking(False)  # noqa: FBT003 - the name of the call says it
     return listener
 
@@ -74,14 +92,14 @@ def _check_grpc_port(options: ServeOptions) -> None:
         ConfigError: it is not.
     """
     if options.grpc_port:
-        _bound(options.host, options.grpc_port, "--grpc-port", socket.SO_REUSEADDR).close()
+        _bound(options.host, options.grpc_port, "`grpc_port`", socket.SO_REUSEADDR).close()
 
 
 def _reserve_grpc_port(options: ServeOptions) -> tuple[socket.socket | None, ServeOptions]:
     """A socket that keeps the port for all workers, and the options with its number: port 0 is any that is free."""
     if options.grpc_port is None:
         return None, options
-    holder = _bound(options.host, options.grpc_port, "--grpc-port", socket.SO_REUSEPORT, listens=False)
+    holder = _bound(options.host, options.grpc_port, "`grpc_port`", socket.SO_REUSEPORT, listens=False)
     return holder, replace(options, grpc_port=holder.getsockname()[1])
 
 
@@ -96,6 +114,6 @@ def _bound(host: str, port: int, name: str, option: int, *, listens: bool = True
                 bound.listen(2048)
             on_failure.pop_all()
     except OSError as error:
-        msg = f"--host {host} {name} {port}: cannot be listened to: {error.strerror or error}; choose another"
+        msg = f"`host` {host} {name} {port}: cannot listen there: {error.strerror or error}; choose another"
         raise ConfigError(msg) from error
     return bound

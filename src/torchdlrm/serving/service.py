@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,12 +21,12 @@ import torch
 from torchdlrm.bundle.model_name import check_model_name
 from torchdlrm.errors import RowError, TorchDLRMError, shown
 from torchdlrm.prediction.predictor import Predictor, Rows
-from torchdlrm.serving.api_keys import ApiKeys
+from torchdlrm.serving.access import ApiKeys
 from torchdlrm.serving.batcher import Answer, Batcher, BatchReport
 from torchdlrm.serving.bundles import Bundles
 from torchdlrm.serving.event_log import log_event, note_event
 from torchdlrm.serving.metrics import ServerMetrics
-from torchdlrm.serving.options import ServeOptions, threads_of_model
+from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.refusals import RefusedRequest, bad_request, check_num_rows, not_found
 from torchdlrm.serving.request_log import RequestLog, check_loggable
 from torchdlrm.serving.row_routes import describe
@@ -42,16 +43,25 @@ class Service:
     """One process of a server; `start` in its event loop.
 
     Args:
+        bundle: the bundle's folder, or a symbolic link to one, which may be moved for a swap.
         options: of the server.
-        served: the bundle to begin with.
         tell_others: asks the server's other processes to swap too.
+        is_checked: whether another process has just checked all of the bundle.
+
+    Raises:
+        BundleError: the bundle cannot be served.
+        ConfigError: the log of predictions cannot be written.
 
     Attributes:
         name: what clients call the model, whichever bundle is served.
     """
 
-    def __init__(self, options: ServeOptions, served: Predictor, tell_others: Callable[[], None]) -> None:
+    def __init__(
+        self, bundle: Path, options: ServeOptions, tell_others: Callable[[], None], *, is_checked: bool = False
+    ) -> None:
         self.options, self.tell_others = options, tell_others
+        self.bundles = Bundles(bundle, verify=options.verify, swapped=self._swapped, is_checked=is_checked)
+        served = self.bundles.current
         self.name = options.name or served.bundle.name
         check_model_name(self.name)
         self.keys = ApiKeys(options.api_keys)
@@ -61,7 +71,6 @@ class Service:
         )
         most = options.max_concurrent_requests
         self.uploads = Uploads(max_bodies=_UPLOADS_PER_REQUEST * most, max_bytes=most * options.max_body_bytes)
-        self.bundles = Bundles(options.bundle, served, verify=options.verify, swapped=self._swapped)
         self._request_log: RequestLog | None = None
         if options.log_predictions is not None:
             check_loggable(served.schema)
@@ -247,7 +256,7 @@ def configure_threads(options: ServeOptions) -> None:
 
     A model whose threads must wait for a core that reads requests takes ten times as long as on fewer threads.
     """
-    torch.set_num_threads(options.num_threads or threads_of_model(options.workers))
+    torch.set_num_threads(options.num_threads or options.num_cores_of_model)
     # How long the loop may have to wait for the interpreter while the model's thread computes in Python.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from types import FrameType
 
 from torchdlrm.errors import TorchDLRMError, UserError
@@ -44,12 +45,13 @@ class Supervisor:
     """Starts and replaces the workers of a server; `run` in the main thread.
 
     Args:
+        bundle: the bundle's folder, or a symbolic link to one.
         options: of the server.
         listener: listens for HTTP; is closed when the server stops.
     """
 
-    def __init__(self, options: ServeOptions, listener: socket.socket) -> None:
-        self._options, self._listener = options, listener
+    def __init__(self, bundle: Path, options: ServeOptions, listener: socket.socket) -> None:
+        self._bundle, self._options, self._listener = bundle, options, listener
         self._workers: list[_Worker] = []
         self._starts_due_s: list[float] = []
         self._num_early_deaths = self._num_failed_starts = 0
@@ -71,7 +73,7 @@ class Supervisor:
         from torchdlrm.bundle.bundle import Bundle  # noqa: PLC0415 - loads torch
 
         # Once for all: each process then checks the blocks that it touches.
-        Bundle.open(self._options.bundle.resolve(), verify=self._options.verify)
+        Bundle.open(self._bundle.resolve(), verify=self._options.verify)
         folder = tempfile.mkdtemp(prefix="dlrm-metrics-")
         os.environ[_MULTIPROCESS_FOLDER] = folder
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -114,7 +116,7 @@ class Supervisor:
         self._starts_due_s = [due_s for due_s in self._starts_due_s if due_s > now_s]
         for _ in range(num_due):
             ours, theirs = self._context.Pipe(duplex=False)
-            process = self._context.Process(target=_work, args=(self._options, self._listener, theirs))
+            process = self._context.Process(target=_work, args=(self._bundle, self._options, self._listener, theirs))
             # A new process has handlers only after it has loaded: until then a signal to swap waits for it.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
             process.start()
@@ -204,12 +206,12 @@ def _send(worker: _Worker, number: signal.Signals) -> None:
         os.kill(worker.process.pid, number)
 
 
-def _work(options: ServeOptions, listener: socket.socket, told: Connection) -> None:
+def _work(bundle: Path, options: ServeOptions, listener: socket.socket, told: Connection) -> None:
     """What a process of several does."""
     from torchdlrm.serving.worker import run_worker  # noqa: PLC0415 - loads torch
 
     try:
-        code = run_worker(options, listener, lambda it: told.send((it.model, it.version)), is_first_check=False)
+        code = run_worker(bundle, options, listener, lambda it: told.send((it.model, it.version)), is_checked=True)
     except TorchDLRMError as error:
         told.send(error)
         code = 2

@@ -15,12 +15,12 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import parent_process
+from pathlib import Path
 
 import uvicorn
 
 from torchdlrm.errors import TorchDLRMError
 from torchdlrm.serving.app import build_app
-from torchdlrm.serving.bundles import open_checked
 from torchdlrm.serving.connection import Connections
 from torchdlrm.serving.event_log import json_log, log_event, note_event
 from torchdlrm.serving.open_inference.grpc import GrpcServer
@@ -47,15 +47,21 @@ class _Server(uvicorn.Server):
 
 
 def run_worker(
-    options: ServeOptions, listener: socket.socket, ready: Callable[[Ready], None], *, is_first_check: bool = True
+    bundle: Path,
+    options: ServeOptions,
+    listener: socket.socket,
+    ready: Callable[[Ready], None],
+    *,
+    is_checked: bool = False,
 ) -> int:
     """Serve until a signal says to stop.
 
     Args:
+        bundle: the bundle's folder, or a symbolic link to one.
         options: of the server.
         listener: listens for HTTP.
         ready: is told when requests can be answered.
-        is_first_check: whether nobody has verified the bundle before.
+        is_checked: whether another process has just checked all of the bundle.
 
     Returns:
         The exit code.
@@ -66,10 +72,9 @@ def run_worker(
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # waits until there is a handler
     configure_threads(options)
-    verify = options.verify if is_first_check else "lazy"
     with json_log(options.log_level):
         # The service alone knows the bundle: after a swap nothing else keeps the old one.
-        service = Service(options, open_checked(options.bundle, verify=verify), _tell_others)
+        service = Service(bundle, options, _tell_others, is_checked=is_checked)
         # What is loaded stays: the collector need not look at it again, least of all while somebody waits.
         gc.collect()
         gc.freeze()
@@ -138,7 +143,7 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
     address = list(listener.getsockname()[:2])
     note_event("serving", pid=os.getpid(), model=service.name, version=version, address=address)
     if not service.keys and not ipaddress.ip_address(address[0]).is_loopback:
-        msg = "whoever can reach this address is answered; --api-key-file lets in those alone who have a key"
+        msg = "whoever can reach this address is answered; with `api_key_file` only those who have a key"
         log_event(logging.WARNING, "no API key", message=msg)
     ready(Ready(service.name, version, None if rpc is None else rpc.port))
     await asyncio.wait({serving, loop.create_task(stopping.wait())}, return_when=asyncio.FIRST_COMPLETED)

@@ -6,7 +6,6 @@ import gc
 import socket
 import struct
 import weakref
-from pathlib import Path
 
 import pytest
 import uvicorn
@@ -33,7 +32,7 @@ def run(scenario, *, send_bytes=None, **times):
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": CONTENT})
 
-        connections = Connections(ServeOptions(bundle=Path("none"), **times))
+        connections = Connections(ServeOptions(**times))
         config = uvicorn.Config(app, http=connections, ws="none", lifespan="off", log_config=None)
         config.load()
         listener = socket.create_server(("127.0.0.1", 0))

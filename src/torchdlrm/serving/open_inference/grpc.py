@@ -99,7 +99,7 @@ class GrpcServer:
         try:
             self.port: int = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            msg = f"--grpc-port {service.options.grpc_port}: {address} cannot be listened to; choose another"
+            msg = f"`grpc_port` {service.options.grpc_port}: cannot listen on {address}; choose another"
             raise ConfigError(msg) from error
 
     async def start(self) -> None:

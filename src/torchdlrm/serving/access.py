@@ -1,19 +1,87 @@
-"""Whether a request was meant for this server, where no key says so: other pages must not speak through a browser.
+"""Who may ask: clients with an API key; or, where there are no keys, whoever calls the server by its own name.
 
-A page from anywhere can have the browser of whoever looks at it send requests to this machine, and, once its own
-name is made to point here (DNS rebinding), read the answers.  The headers give it away: `Host` has a name that is not
-the server's, or `Sec-Fetch-Site` and `Origin` name another site.  A server with a key needs none of this.
+A server without a key must not answer pages of other sites.  A page from anywhere can have the browser of whoever looks
+at it send requests to this machine, and, once its own name is made to point here (DNS rebinding), read the answers.
+The headers give it away: `Host` has a name that is not the server's, or `Sec-Fetch-Site` and `Origin` name another
+site.
 """
 
+import hmac
 import ipaddress
+import os
 import socket
 from collections.abc import Mapping
 from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Final
+
+from torchdlrm.errors import ConfigError
+from torchdlrm.prediction.client import API_KEY_VARIABLE
 
 # Names that nobody on the internet can be given: of this machine, of containers, of a cluster's services.
 _PRIVATE_SUFFIXES: Final = (".localhost", ".internal", ".svc", ".svc.cluster.local")
 _OF_THE_SAME_SITE: Final = {b"same-origin", b"none"}
+
+
+class ApiKeys:
+    """The keys that are accepted; none means that everything is open.
+
+    Args:
+        keys: any number, so that one can be replaced while clients still use the other.
+    """
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self._digests = [sha256(key.encode()).digest() for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def accept(self, headers: Mapping[bytes, bytes]) -> bool:
+        """Whether one of the keys stands in the headers: `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+
+        Args:
+            headers: names in lower case.
+        """
+        if not self._digests:
+            return True
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        key = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        digest = sha256(key).digest()
+        # Every key is compared, in a time that tells nothing of it.
+        return bool(key) and sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+
+
+def read_api_keys(path: Path | None) -> tuple[str, ...]:
+    """The keys in a file, one a line; without a file, that of the variable DLRM_API_KEY; without that, none.
+
+    Blank lines, lines that begin with #, and a byte order mark are no keys.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no key, or a key cannot be sent as a header.
+    """
+    if path is None:
+        key = os.environ.get(API_KEY_VARIABLE, "").strip()
+        return (key,) if key else ()
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        msg = f"`api_key_file` {path}: is no text in UTF-8; write one key a line"
+        raise ConfigError(msg) from error
+    except OSError as error:
+        msg = f"`api_key_file` {path}: cannot be read: {error.strerror or error}"
+        raise ConfigError(msg) from error
+    for number, line in enumerate(lines, start=1):
+        if not line.isprintable():
+            msg = (
+                f"`api_key_file` {path}: line {number} holds a character that no header may have; write one key a line"
+            )
+            raise ConfigError(msg)
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        msg = f"`api_key_file` {path}: holds no key; write one a line"
+        raise ConfigError(msg)
+    return keys
 
 
 class AllowedHosts:
@@ -46,12 +114,12 @@ class AllowedHosts:
             name = _name_of(host)[:80]
             return (
                 f"Host: {name!r} is not known as a name of this server, which has no API key and so answers to its own "
-                f"names alone; start it with --allowed-hosts {name}, or with a key"
+                f"names alone; start it with `allowed_hosts` {name}, or with a key"
             )
         if not is_for_all and self._is_foreign(method, host, headers):
             return (
                 "this request comes from a page of another site, which a server without an API key does not answer; "
-                "start it with --allowed-hosts and that site's name, or with a key"
+                "start it with `allowed_hosts` and that site's name, or with a key"
             )
         return None
 
