@@ -5,10 +5,7 @@ checked cell by cell in Python, would take longer than predicting it.  What the 
 `openapi.py`.
 """
 
-import asyncio
-import time
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any
 
@@ -21,13 +18,14 @@ from starlette.routing import Route
 
 from torchdlrm import __version__
 from torchdlrm.errors import TorchDLRMError
-from torchdlrm.serving.exchange import ARRIVED, IS_GONE, IS_WHOLE
+from torchdlrm.serving.bodies import read_body
+from torchdlrm.serving.exchange import IS_GONE
 from torchdlrm.serving.metrics import CONTENT_TYPE
 from torchdlrm.serving.open_inference.columns import model_metadata
 from torchdlrm.serving.open_inference.http import EXTENSIONS, HEADER_LENGTH, InferRequest, format_infer, parse_infer
 from torchdlrm.serving.openapi import document
 from torchdlrm.serving.page_routes import page_routes
-from torchdlrm.serving.refusals import RefusedRequest, too_large, too_slow
+from torchdlrm.serving.refusals import RefusedRequest
 from torchdlrm.serving.request_middleware import REQUEST_ID, RequestMiddleware, refusal
 from torchdlrm.serving.row_routes import read_rows
 from torchdlrm.serving.service import Service, off_loop_if_large
@@ -60,7 +58,7 @@ def build_app(service: Service) -> RequestMiddleware:
 
 def _row_routes(service: Service) -> list[Route]:
     async def predict(request: Request) -> Response:
-        body, started_s = await _read_body(request, service)
+        body, started_s = await _body(request, service)
         served = service.bundles.current
         max_rows = service.options.max_rows_per_request
 
@@ -110,7 +108,7 @@ def _open_inference(service: Service) -> list[Route]:
 
     async def infer(request: Request) -> Response:
         service.check_model(**request.path_params)
-        body, started_s = await _read_body(request, service)
+        body, started_s = await _body(request, service)
         served = service.check_model(**request.path_params)
         max_rows = service.options.max_rows_per_request
 
@@ -163,51 +161,9 @@ def _operators(service: Service) -> list[Route]:
     return [_route("/metrics", metrics, "GET"), _route("/admin/reload", reload, "POST")]
 
 
-async def _read_body(request: Request, service: Service) -> tuple[bytes, float]:
-    """The body, and when the request's time began: at its headers, or, of a body that came slowly, at its end."""
-    options = service.options
-    started_s: float = request.scope.get(ARRIVED, time.perf_counter())
+async def _body(request: Request, service: Service) -> tuple[bytes, float]:
     service.batcher.check_room()
-    if request.headers.get("content-encoding", "identity") != "identity":
-        msg = "Content-Encoding: a compressed body is not taken; send it as it is"
-        raise RefusedRequest(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, msg)
-    length = request.headers.get("content-length", "0")
-    if length.isdigit() and int(length) > options.max_body_bytes:
-        raise _body_too_large(options.max_body_bytes)
-    is_slow = not request.scope.get(IS_WHOLE, True)
-    try:
-        async with asyncio.timeout(options.body_timeout_s) as timeout:
-            pieces = await _pieces(request, service, timeout)
-    except TimeoutError as error:
-        raise too_slow(options.body_timeout_s) from error
-    if is_slow or len(pieces) > 1:
-        started_s = time.perf_counter()
-    return b"".join(pieces), started_s
-
-
-async def _pieces(request: Request, service: Service, timeout: asyncio.Timeout) -> list[bytes]:
-    """The body as it comes, within the limits of one body and of all that have come in part."""
-    pieces: list[bytes] = []
-    size = 0
-    with ExitStack() as until_whole:
-        came = None if request.scope.get(IS_WHOLE, True) else until_whole.enter_context(service.uploads.one(timeout))
-        while True:
-            message = await request.receive()
-            if message["type"] == "http.disconnect":
-                raise RefusedRequest(HTTPStatus.BAD_REQUEST, "the connection was closed within the body")
-            piece: bytes = message.get("body", b"")
-            size += len(piece)
-            if size > service.options.max_body_bytes:
-                raise _body_too_large(service.options.max_body_bytes)
-            pieces.append(piece)
-            if not message.get("more_body", False):
-                return pieces
-            if came is not None:
-                came(len(piece))
-
-
-def _body_too_large(max_body_bytes: int) -> RefusedRequest:
-    return too_large(f"the body has more than {max_body_bytes:,} bytes, and no more are taken; send several requests")
+    return await read_body(request, service.options, service.uploads)
 
 
 def _never() -> bool:

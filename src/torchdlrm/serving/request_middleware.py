@@ -17,8 +17,7 @@ from torchdlrm.serving.access import AllowedHosts
 from torchdlrm.serving.event_log import log_event
 from torchdlrm.serving.exchange import ARRIVED
 from torchdlrm.serving.refusals import RefusedRequest, overloaded
-from torchdlrm.serving.request_id import request_id_of
-from torchdlrm.serving.service import Service
+from torchdlrm.serving.service import Service, request_id_of
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

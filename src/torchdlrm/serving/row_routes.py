@@ -14,7 +14,7 @@ from torchdlrm.features.cells import written_cells
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.shared_rows import Part, Row, SharedRows, parts_of
-from torchdlrm.serving.json_body import parse_json
+from torchdlrm.serving.bodies import parse_json
 from torchdlrm.serving.refusals import MAX_VALUES, bad_request, check_num_rows, check_num_values, too_large
 
 # What `shared` may come to with all candidates: the characters of its texts, its other cells, the values of its lists.

@@ -23,6 +23,7 @@ from torchdlrm.errors import RowError, TorchDLRMError, shown
 from torchdlrm.prediction.predictor import Predictor, Rows
 from torchdlrm.serving.access import ApiKeys
 from torchdlrm.serving.batcher import Answer, Batcher, BatchReport
+from torchdlrm.serving.bodies import Uploads
 from torchdlrm.serving.bundles import Bundles
 from torchdlrm.serving.event_log import log_event, note_event
 from torchdlrm.serving.metrics import ServerMetrics
@@ -30,10 +31,10 @@ from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.refusals import RefusedRequest, bad_request, check_num_rows, not_found
 from torchdlrm.serving.request_log import RequestLog, check_loggable
 from torchdlrm.serving.row_routes import describe
-from torchdlrm.serving.uploads import Uploads
 
 _SWITCH_INTERVAL_S = 0.0005
 LARGE_BYTES = 256 << 10
+_MAX_REQUEST_ID_CHARACTERS = 128
 _UPLOADS_PER_REQUEST = 8  # bodies that may come slowly, for each request that may be under way
 
 Parsed = TypeVar("Parsed")
@@ -244,6 +245,21 @@ class Service:
 async def off_loop_if_large(parse: Callable[[], Parsed], num_bytes: int) -> Parsed:
     """What `parse` gives; in a thread where there are many bytes to parse, so that other requests need not wait."""
     return await asyncio.to_thread(parse) if num_bytes > LARGE_BYTES else parse()
+
+
+def request_id_of(given: bytes | str) -> str | None:
+    """The name that the client gave a request, if it is one that can stand in a log and a header.
+
+    Args:
+        given: the header or metadata `x-request-id`, or the field `id` of a message.
+
+    Returns:
+        The name; None where it is empty, too long, or not of printable ASCII.
+    """
+    if not 0 < len(given) <= _MAX_REQUEST_ID_CHARACTERS or not given.isascii():
+        return None
+    text = given if isinstance(given, str) else given.decode("ascii")
+    return text if text.isprintable() else None
 
 
 def _damaged() -> RefusedRequest:

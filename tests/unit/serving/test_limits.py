@@ -8,10 +8,9 @@ import pytest
 
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
 from torchdlrm.prediction.shared_rows import SharedRows
-from torchdlrm.serving.json_body import parse_json
+from torchdlrm.serving.bodies import parse_json
 from torchdlrm.serving.open_inference.http import parse_infer
-from torchdlrm.serving.open_inference.message_size import check_num_fields
-from torchdlrm.serving.open_inference.messages import CLASSES
+from torchdlrm.serving.open_inference.messages import CLASSES, check_num_fields
 from torchdlrm.serving.refusals import MAX_VALUES, RefusedRequest
 from torchdlrm.serving.row_routes import read_rows
 

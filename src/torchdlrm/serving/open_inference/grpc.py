@@ -23,8 +23,7 @@ from torchdlrm.serving.event_log import log_event
 from torchdlrm.serving.open_inference.grpc_methods import Call, Context, Methods, parse
 from torchdlrm.serving.open_inference.messages import CLASSES, METHODS, PACKAGE, SERVICE
 from torchdlrm.serving.refusals import RefusedRequest, bad_request, overloaded, too_slow
-from torchdlrm.serving.request_id import request_id_of
-from torchdlrm.serving.service import Service, off_loop_if_large
+from torchdlrm.serving.service import Service, off_loop_if_large, request_id_of
 
 Method = Callable[[Any, Call], Awaitable[Any]]
 

@@ -19,8 +19,7 @@ from torchdlrm.serving.open_inference.http import (
     check_output,
     check_parameters,
 )
-from torchdlrm.serving.open_inference.message_size import check_num_fields
-from torchdlrm.serving.open_inference.messages import CLASSES
+from torchdlrm.serving.open_inference.messages import CLASSES, check_num_fields
 from torchdlrm.serving.open_inference.tensors import BYTES, MAX_DIMENSIONS, from_bytes, from_numbers, from_texts
 from torchdlrm.serving.refusals import bad_request, too_large
 from torchdlrm.serving.service import LARGE_BYTES, Service, off_loop_if_large

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torchdlrm.errors import shown
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.predictor import Rows
-from torchdlrm.serving.json_body import parse_json
+from torchdlrm.serving.bodies import parse_json
 from torchdlrm.serving.open_inference.columns import OUTPUT, Inputs, rows_of_tensors
 from torchdlrm.serving.open_inference.tensors import from_bytes, from_json
 from torchdlrm.serving.refusals import bad_request

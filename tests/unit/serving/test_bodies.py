@@ -2,7 +2,7 @@
 
 import asyncio
 
-from torchdlrm.serving.uploads import Uploads
+from torchdlrm.serving.bodies import Uploads
 
 
 async def receive(uploads, pieces, outcome, name, seconds=5.0):

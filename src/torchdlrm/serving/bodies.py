@@ -1,0 +1,160 @@
+"""The body of a request, from its first byte to the JSON that it is, within limits.
+
+In: a request whose body is still coming.  Out: its bytes, then what they say.  A slow client must not take the place of
+others, nor fill the memory: a request whose body comes in pieces does not count as under way before the last one.
+Instead all such bodies together have limits of their own; beyond, the one that has been coming for longest is given up,
+so that whoever sends a body in two pieces a moment apart, as many clients do, is not refused because of those who take
+their time.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import numpy as np
+import orjson
+from starlette.requests import Request
+
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.serving.exchange import ARRIVED, IS_WHOLE
+from torchdlrm.serving.options import ServeOptions
+from torchdlrm.serving.refusals import MAX_VALUES, RefusedRequest, bad_request, too_large, too_slow
+
+
+@dataclass(eq=False, slots=True)
+class _Coming:
+    timeout: asyncio.Timeout
+    num_bytes: int = 0
+    is_given_up: bool = False
+
+
+class Uploads:
+    """The bodies of a process that have come in part.
+
+    Args:
+        max_bodies: so many at most.
+        max_bytes: so much of all of them at most.
+    """
+
+    def __init__(self, *, max_bodies: int, max_bytes: int) -> None:
+        self._max_bodies, self._max_bytes = max_bodies, max_bytes
+        self._num_bytes = 0
+        self._coming: dict[_Coming, None] = {}  # the oldest first
+
+    @property
+    def num_bodies(self) -> int:
+        """How many there are."""
+        return len(self._coming)
+
+    @contextmanager
+    def one(self, timeout: asyncio.Timeout) -> Iterator[Callable[[int], None]]:
+        """Another body, until all of it has come.
+
+        Args:
+            timeout: ends the waiting for it; is made to end it at once where the body is given up.
+
+        Returns:
+            What is told of each piece's bytes.
+        """
+        body = _Coming(timeout)
+
+        def came(num_bytes: int) -> None:
+            body.num_bytes += num_bytes
+            self._num_bytes += num_bytes
+            if self._num_bytes > self._max_bytes:
+                self._give_up_oldest()
+
+        if len(self._coming) >= self._max_bodies:
+            self._give_up_oldest()
+        self._coming[body] = None
+        try:
+            yield came
+        finally:
+            del self._coming[body]
+            self._num_bytes -= body.num_bytes
+
+    def _give_up_oldest(self) -> None:
+        waiting = (body for body in self._coming if not (body.is_given_up or body.timeout.expired()))
+        oldest = next(waiting, None)
+        if oldest is not None:
+            oldest.is_given_up = True
+            oldest.timeout.reschedule(asyncio.get_running_loop().time())
+
+
+async def read_body(request: Request, options: ServeOptions, uploads: Uploads) -> tuple[bytes, float]:
+    """The body, and when the request's time began: at its headers, or, of a body that came slowly, at its end.
+
+    Raises:
+        RefusedRequest: it is too long, compressed or too slow, or its client has gone.
+    """
+    started_s: float = request.scope.get(ARRIVED, time.perf_counter())
+    if request.headers.get("content-encoding", "identity") != "identity":
+        msg = "Content-Encoding: a compressed body is not taken; send it as it is"
+        raise RefusedRequest(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, msg)
+    length = request.headers.get("content-length", "0")
+    _check_length(int(length) if length.isdigit() else 0, options)
+    is_slow = not request.scope.get(IS_WHOLE, True)
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(options.body_timeout_s) as timeout:
+            with ExitStack() as until_whole:
+                came = until_whole.enter_context(uploads.one(timeout)) if is_slow else None
+                has_more = True
+                while has_more:
+                    message = await request.receive()
+                    if message["type"] == "http.disconnect":
+                        raise bad_request("the connection was closed within the body")
+                    pieces.append(message.get("body", b""))
+                    size += len(pieces[-1])
+                    _check_length(size, options)
+                    has_more = message.get("more_body", False)
+                    if has_more and came is not None:
+                        came(len(pieces[-1]))
+    except TimeoutError as error:
+        raise too_slow(options.body_timeout_s) from error
+    if is_slow or len(pieces) > 1:
+        started_s = time.perf_counter()
+    return b"".join(pieces), started_s
+
+
+def _check_length(num_bytes: int, options: ServeOptions) -> None:
+    if num_bytes > options.max_body_bytes:
+        msg = f"the body has more than {options.max_body_bytes:,} bytes, and no more are taken; send several requests"
+        raise too_large(msg)
+
+
+def parse_json(body: bytes | bytearray | memoryview, schema: FeatureSchema, max_rows: int) -> Any:
+    """The JSON of a request, if it has not too many values.
+
+    orjson builds all of it in one call, during which nothing else of the process can run: 5 million empty objects, in a
+    body of 16 MiB, would hold everybody up for half a second, in whatever thread.
+
+    Args:
+        body: all of it.
+        schema: the columns.
+        max_rows: so many, with a value in all columns, are never too much.
+
+    Raises:
+        RefusedRequest: it is no JSON, or too much.
+    """
+    if len(body) > MAX_VALUES:
+        max_values = max(MAX_VALUES, 2 * max_rows * len(schema.features))
+        # Each value but the first of its list or object has a comma before it.  NumPy counts beside other threads.
+        codes = np.frombuffer(body, np.uint8)
+        num_values = sum(int(np.count_nonzero(codes == ord(mark))) for mark in ",[{")
+        if num_values > max_values:
+            msg = (
+                f"the body has {num_values:,} values (by its commas and opening brackets), and at most "
+                f"{max_values:,} are taken; send several requests"
+            )
+            raise too_large(msg)
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        msg = f"the body is not JSON: {error}"
+        raise bad_request(msg) from error
