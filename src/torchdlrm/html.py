@@ -1,38 +1,134 @@
-"""Self-contained HTML pages: no scripts and nothing fetched, so that a page can be mailed, and prints."""
+"""Self-contained HTML pages and SVG charts: no scripts and nothing fetched, so that a page can be mailed, and prints.
 
-from collections.abc import Collection, Sequence
-from html import escape
-
-_STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;color:#1c2430;max-width:1120px;margin:2em auto;padding:0 1em;background:#fff}
-h1{font-size:1.45em;margin:0 0 .2em}h2{font-size:1.1em;margin:1.8em 0 .4em}p{margin:.4em 0}
-.cards{display:flex;flex-wrap:wrap;gap:12px;margin:1em 0}
-.card{border:1px solid #d8dde4;border-radius:8px;padding:8px 16px}
-.card b{display:block;font-size:1.35em;font-variant-numeric:tabular-nums}.card span{color:#5b6675;font-size:.86em}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%;font-size:.88em}
-th,td{padding:3px 9px;text-align:right;border-bottom:1px solid #e8ebef;white-space:nowrap}
-th{color:#5b6675;font-weight:600}.l{text-align:left}.scroll{overflow-x:auto}
-svg{width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:#5b6675}svg text.in{fill:#fff}
-.key{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:.86em;color:#5b6675}
-.key i{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:6px;vertical-align:-1px}
+In: values for a template in `templates/`, which escapes every one of them, and charts.  Out: HTML.
 """
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from html import escape
 
-def whole_page(title: str, body: Sequence[str]) -> str:
-    """A page in the style of all our pages; the title and the body are HTML already."""
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>' + "\n".join(body) + "</html>\n"
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+COLOURS = ("#3b6fb6", "#b6703b", "#3f9464", "#7d5ba6", "#a63f5b")
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 14, 14, 30  # pixels around the area of a chart that is drawn in
+_MAX_POINTS = 600  # more than the pixels of a chart: beyond it, every n-th point and the last
+_MAX_DOTS = 40
+
+
+def render(template: str, **values: object) -> str:
+    """A page from a template of `templates/`."""
+    return _environment().get_template(template).render(values)
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("torchdlrm"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 
-def figures_table(head: Sequence[str], rows: Sequence[Sequence[str]], left_aligned: Collection[str] = ()) -> str:
-    """Rows of text as a table: the first column and `left_aligned` ones to the left, figures to the right."""
-    left = [index == 0 or name in left_aligned for index, name in enumerate(head)]
+@dataclass
+class Chart:
+    """An SVG chart: the methods draw in the units of its axes, and `svg` is the result.
 
-    def cells(tag: str, row: Sequence[str]) -> str:
-        aligned = zip(row, left, strict=False)
-        return "".join(f"<{tag}{' class=l' if is_left else ''}>{escape(cell)}</{tag}>" for cell, is_left in aligned)
+    Attributes:
+        x_range: values at the left and at the right edge.
+        y_range: values at the lower and at the upper edge.
+        width: pixels between the left and the right edge.
+        height: pixels between the lower and the upper edge.
+        caption: what the chart shows, as text.
+        key: colours and what they mean.
+    """
 
-    lines = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{cells("th", head)}</tr>{lines}</table></div>'
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    width: float
+    height: float
+    caption: str
+    key: list[tuple[str, str]] = field(default_factory=list)
+    _parts: list[str] = field(default_factory=list)
+
+    def x(self, value: float) -> float:
+        """Pixels from the left."""
+        low, high = self.x_range
+        return _LEFT + (value - low) / (high - low or 1.0) * self.width
+
+    def y(self, value: float) -> float:
+        """Pixels from the top."""
+        low, high = self.y_range
+        return _TOP + (high - value) / (high - low or 1.0) * self.height
+
+    def y_axis(self, show: Callable[[float], str]) -> None:
+        """Horizontal lines at round values, with the values beside them."""
+        for value in ticks(*self.y_range):
+            if self.y_range[0] <= value <= self.y_range[1]:
+                self.line(value, 'stroke="#e8ebef"')
+                self._text(_LEFT - 7, self.y(value) + 4, show(value), 'text-anchor="end"')
+
+    def line(self, y: float, style: str, label: str = "") -> None:
+        """A horizontal line over the whole width, with a label above its end."""
+        ends = f'x1="{_LEFT}" x2="{_LEFT + self.width}" y1="{self.y(y):.1f}" y2="{self.y(y):.1f}"'
+        self._parts.append(f"<line {ends} {style}/>")
+        if label:
+            self._text(_LEFT + self.width, self.y(y) - 4, label, 'text-anchor="end" style="fill:#111"')
+
+    def x_label(self, x: float, text: str) -> None:
+        """Text below the chart."""
+        self._text(self.x(x), _TOP + self.height + 16, text, 'text-anchor="middle"')
+
+    def block(self, x: float, low: float, high: float, colour: str, title: str, label: str = "") -> None:
+        """A part of the column at x: its title is seen when it is pointed at, its label where there is room for it."""
+        pitch = self.width / (self.x_range[1] - self.x_range[0])
+        width, height = min(110.0, 0.86 * pitch), self.y(low) - self.y(high)
+        left, top = self.x(x) - width / 2, self.y(high)
+        size = f'x="{left:.1f}" y="{top:.2f}" width="{width:.1f}" height="{max(height - 0.6, 0.2):.2f}"'
+        self._parts.append(f'<rect {size} fill="{colour}"><title>{escape(title)}</title></rect>')
+        if label and height > 12 and width > 6.2 * len(label):
+            self._text(left + 5, top + height / 2 + 4, label, 'class="in"')
+
+    def curve(
+        self, points: Sequence[tuple[float, float]], colour: str, name: str, show: Callable[[float, float], str]
+    ) -> None:
+        """Points by rising x, joined by a line; where they are few, each tells its values when it is pointed at."""
+        every = math.ceil(len(points) / _MAX_POINTS)
+        drawn = [*points[:-1:every], *points[-1:]]
+        path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in drawn)
+        self._parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8" stroke-linejoin="round"/>'
+        )
+        for x, y in drawn if len(drawn) <= _MAX_DOTS else ():
+            place = f'cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="3" fill="{colour}"'
+            self._parts.append(f"<circle {place}><title>{escape(f'{name}: {show(x, y)}')}</title></circle>")
+        self.key.append((colour, name))
+
+    @property
+    def svg(self) -> str:
+        """The chart as text that stands in a page; `key` is not in it."""
+        size = f"0 0 {_LEFT + self.width + _RIGHT:g} {_TOP + self.height + _BOTTOM:g}"
+        return f'<svg viewBox="{size}" role="img"><title>{escape(self.caption)}</title>{"".join(self._parts)}</svg>'
+
+    def _text(self, x: float, y: float, text: str, style: str) -> None:
+        self._parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>')
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers at equal distances, about five, from at most `low` to at least `high`."""
+    rough = (high - low) / 4 or max(abs(high), 1.0) / 4
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [step * number for number in range(first, max(last, first + 1) + 1)]
+
+
+def short(value: float) -> str:
+    """A number as an axis shows it: 250k, 1.5M, 0.775."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"

@@ -37,7 +37,7 @@ def placed(plan):
 def plan(capsys, monkeypatch):
     """Runs the verb in this process, which has torch already, and gives back what a program and a person would read."""
 
-    monkeypatch.setattr("torchdlrm.cli.plan_tables.console", Console(stderr=True, highlight=False, width=200))
+    monkeypatch.setattr("torchdlrm.cli.terminal.console", Console(stderr=True, highlight=False, width=200))
 
     def run(*arguments):
         app(["plan", *map(str, arguments)], exit_on_error=False)
@@ -111,11 +111,11 @@ def test_tables_that_do_not_fit_get_a_clear_no_and_what_helps(dlrm):
     ("arguments", "words"),
     [
         (("--tables", "criteo-1tb", "--device", "a100"), "unknown device 'a100'"),
-        (("--tables", "criteo-1tb", "--devices", "-2"), "--devices: must be at least 1, got -2"),
-        (("--tables", "criteo-1tb", "--hbm", "-80GB"), "--hbm: must be a size above zero"),
+        (("--tables", "criteo-1tb", "--devices", "-2"), "`devices`: must be at least 1, got -2"),
+        (("--tables", "criteo-1tb", "--hbm", "-80GB"), "`hbm`: must be a size above zero"),
         (("--tables", "criteo-2tb"), "there is no preset and no file 'criteo-2tb'"),
         (("--tables", "criteo-1tb", "--devices", "2", "--device", "cpu", "--constraint", "cat_0=row_wise"), "leaves"),
-        ((), "give one of --dataset, --run and --tables"),
+        ((), "give one of `dataset`, `run` and `tables`"),
     ],
 )
 def test_wrong_input_says_what_is_wrong(arguments, words, capsys):
@@ -133,7 +133,7 @@ def test_wrong_input_exits_with_two(dlrm):
 
 
 def test_a_sweep_fits_a_terminal_of_80_columns(plan, monkeypatch):
-    monkeypatch.setattr("torchdlrm.cli.plan_tables.console", Console(stderr=True, highlight=False, width=80))
+    monkeypatch.setattr("torchdlrm.cli.terminal.console", Console(stderr=True, highlight=False, width=80))
     shown = plan("--tables", "criteo-1tb-40m", "--sweep", "devices=4,8", "batch=8192", "--json")
     lines = [line.split() for line in shown.err.splitlines()]
     assert ["4", "8,192", "no", "264.6", "GB", "missing"] in lines

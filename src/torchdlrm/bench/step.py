@@ -35,7 +35,7 @@ from torchdlrm.sharding.planner import PlanOptions, plan_sharding, table_sharder
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.tables.optimizers import fused_params
 from torchdlrm.training.compute import choose_precision, keep_freed_memory
-from torchdlrm.training.process_group import Ranks
+from torchdlrm.training.process_group import Ranks, rank_device
 from torchdlrm.training.sharded import build_optimizer, build_pipeline, build_sharded_model
 
 NUM_DENSE = 13
@@ -95,7 +95,7 @@ def benchmark_step(
         progress: is told of every turn.
     """
     precision = choose_precision(
-        config, num_dense_features=NUM_DENSE, num_sparse_features=len(num_embeddings), device=_device(nproc)
+        config, num_dense_features=NUM_DENSE, num_sparse_features=len(num_embeddings), device=rank_device(0, nproc)
     )
     competitors = {
         "ours": Competitor(our_step, config, num_embeddings, precision.dtype, nproc=nproc),
@@ -129,10 +129,6 @@ def benchmark_step(
 
 def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator
-
-
-def _device(nproc: int) -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= nproc else "cpu")
 
 
 def our_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype) -> Step:

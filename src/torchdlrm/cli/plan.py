@@ -1,17 +1,22 @@
 """`dlrm plan`: will the tables fit, where does each go, how fast will a step be; no GPU and no data needed."""
 
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from torchdlrm.cli.overrides import Overrides, split_config
-from torchdlrm.cli.plan_options import PlanRequest
-from torchdlrm.cli.terminal import Json, console, print_json, progress_bars
+from torchdlrm.cli.terminal import Json, print_json, print_table, progress_bars, say
 from torchdlrm.config import load_config
+from torchdlrm.errors import ConfigError, DoesNotFitError, PlanError
+from torchdlrm.planning.plan_request import PlanRequest
+from torchdlrm.units import show_bytes
 
 if TYPE_CHECKING:
-    from torchdlrm.sharding.problem import Problem
+    from torchdlrm.planning.measure import Measurement
+    from torchdlrm.sharding.problem import Problem, Solution
 
 Files = Annotated[tuple[Path, ...] | None, Parameter(consume_multiple=True, negative="")]
 Axes = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")]
@@ -19,7 +24,7 @@ Axes = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")]
 
 def plan(
     *config: Overrides,
-    ask: PlanRequest = PlanRequest(),  # noqa: B008 - frozen, and what the parser fills
+    request: PlanRequest = PlanRequest(),  # noqa: B008 - frozen, and what the parser fills
     out: Path | None = None,
     html: Path | None = None,
     sweep: Axes = (),
@@ -33,67 +38,169 @@ def plan(
 
     Args:
         *config: TOML file of the training, every key has its default without it; then keys to override.
-        ask: tables and machine.
-        out: Write the plan as JSON: what `dlrm train --plan` obeys.
+        request: tables and machine.
+        out: Write the plan as JSON: what `dlrm train --plan` follows.
         html: Write the plan as one page with a picture of ranks and tables.
         sweep: Plan for several numbers of devices or batch sizes: devices=1,2,4,8 batch=8192,65536.
         compare: Two files that `--out` wrote, to set side by side.
         measure: Time this machine first, and plan with what it does.
         as_json: Print one JSON object on standard output.
     """
-    from torchdlrm.cli import plan_tables as show
-
     if compare is not None:
-        result = show.comparison(compare)
+        result = _compare(compare)
     else:
-        problem = _problem(config, ask, measure=measure)
-        result = show.sweep(problem, sweep, html) if sweep else _one_plan(problem, out, html, as_json=as_json)
+        problem = _problem(config, request, measure=measure)
+        result = _sweep(problem, sweep, html) if sweep else _solve(problem, out, html, as_json=as_json)
     if as_json:
         print_json(result)
 
 
-def _problem(tokens: tuple[str, ...], ask: PlanRequest, *, measure: bool) -> "Problem":
-    from torchdlrm.planning import plan_request
+def _problem(tokens: tuple[str, ...], request: PlanRequest, *, measure: bool) -> "Problem":
+    from torchdlrm.planning.measure import measured
+    from torchdlrm.planning.plan import problem_of
 
     path, overrides = split_config(tokens)
-    of_run = ask.run is not None and path is None
-    settings = load_config(ask.run / "config.toml" if ask.run and of_run else path, overrides, is_of_run=of_run)
-    machine = plan_request.resolve_machine(
-        plan_request.MachineSpec(ask.device_name, ask.num_devices, ask.hosts, ask.sizes), settings
-    )
-    tables = plan_request.resolve_tables(
-        settings, dataset=ask.dataset, run=ask.run, named=ask.tables, max_rows=ask.max_rows
-    )
-    problem = plan_request.resolve_problem(
-        settings, tables, machine, optimizer=ask.optimizer, precision=ask.precision, constraints=ask.constraint
-    )
-    if not measure:
-        return problem
-    from torchdlrm.cli.plan_measure import measured
-
-    return measured(problem, settings)
+    if {"max-rows", "max_rows"} & overrides.keys():
+        raise ConfigError("--max-rows: is called --max-embeddings now")
+    if request.run is not None and path is None:
+        config = load_config(request.run / "config.toml", overrides, is_of_run=True)
+    else:
+        config = load_config(path, overrides)
+    problem = problem_of(request, config)
+    if measure:
+        problem, found = measured(problem, config)
+        _show_measurement(problem, found)
+    return problem
 
 
-def _one_plan(problem: "Problem", out: Path | None, html: Path | None, *, as_json: bool) -> dict[str, object]:
-    from torchdlrm.cli import plan_tables as show
-    from torchdlrm.errors import DoesNotFitError
+def _solve(problem: "Problem", out: Path | None, html: Path | None, *, as_json: bool) -> dict[str, Any]:
     from torchdlrm.planning.page import plan_page, write_page
     from torchdlrm.sharding.plan_file import plan_as_dict, write_json
     from torchdlrm.sharding.problem import try_solve
 
     solution = try_solve(problem)
     if solution is None:
-        with progress_bars("") as progress:
-            answer, message = show.does_not_fit(problem, progress)
+        answer, message = _does_not_fit(problem)
         if as_json:
             print_json(answer)
         raise DoesNotFitError(message)
-    show.solution(solution)
+    _show_solution(solution)
     result = plan_as_dict(solution)
     if out is not None:
         write_json(out, result)
-        console.print(f"wrote {out}; dlrm train --plan {out} obeys it", markup=False, soft_wrap=True)
+        say(f"wrote {out}; dlrm train --plan {out} follows it")
     if html is not None:
         write_page(html, plan_page(solution))
-        console.print(f"wrote {html}", markup=False, soft_wrap=True)
+        say(f"wrote {html}")
     return result
+
+
+def _show_solution(solution: "Solution") -> None:
+    """A plan: ranks with bars, tables, totals, how far to trust it."""
+    from torchdlrm.planning import report
+
+    say(report.headline(solution))
+    ranks = report.rank_rows(solution)
+    _print("ranks: memory", [*ranks, report.total_row(solution)], report.MEMORY_COLUMNS)
+    _print("ranks: time of a step", ranks, report.TIME_COLUMNS)
+    _print("tables (bytes of weights and optimizer state)", report.table_rows(solution))
+    for line in report.summary_lines(solution):
+        say(line.replace("`measure`", "--measure"))
+
+
+def _does_not_fit(problem: "Problem") -> tuple[dict[str, Any], str]:
+    """How much is missing and what helps; the JSON of it, and the message to end with."""
+    from torchdlrm.planning import report
+    from torchdlrm.planning.remedies import remedies, shortfall
+    from torchdlrm.sharding.plan_file import problem_as_dict
+
+    missing = shortfall(problem)
+    with progress_bars("") as progress:
+        found = remedies(problem, progress)
+    _print("largest tables", report.largest_rows(missing))
+    if found:
+        say("what would make it fit (each planned again to be sure):")
+    for number, remedy in enumerate(found, start=1):
+        solution = remedy.solution
+        full = f"{solution.memory_fraction(solution.fullest_rank):.1%} of the fullest rank"
+        say(f"{number}. {remedy.change}")
+        say(f"     say    {_as_options(remedy.settings)}")
+        say(f"     price  {remedy.price}")
+        say(f"     then   {full}, {solution.step_ms:.2f} ms a step, {solution.rows_per_s:,.0f} rows/s")
+    answer = problem_as_dict(problem) | {
+        "fits": False,
+        "shortfall": missing.as_dict(),
+        "remedies": [remedy.as_dict() | {"options": _as_options(remedy.settings)} for remedy in found],
+    }
+    return answer, missing.message(problem)
+
+
+def _as_options(settings: Mapping[str, object]) -> str:
+    """Settings as they are given to `dlrm plan`."""
+    options = []
+    for name, value in settings.items():
+        option = "--constraint" if name == "constraints" else f"--{name.replace('_', '-')}"
+        values = value if isinstance(value, tuple) else (value,)
+        options += [f"{option} {shlex.quote(str(part))}" for part in values] or [f"leave out {option}"]
+    return " ".join(options)
+
+
+def _sweep(problem: "Problem", axes: Sequence[str], html: Path | None) -> dict[str, Any]:
+    """A table and a plot over devices and batch sizes."""
+    from torchdlrm.planning import report
+    from torchdlrm.planning.page import sweep_page, write_page
+    from torchdlrm.planning.sweep import parse_sweep, run_sweep
+    from torchdlrm.sharding.plan_file import problem_as_dict
+
+    points = run_sweep(problem, parse_sweep(axes))
+    _print("sweep", report.sweep_rows(points))
+    if html is not None:
+        write_page(html, sweep_page(problem, points))
+        say(f"wrote {html}")
+    return {**problem_as_dict(problem), "sweep": [point.as_dict() for point in points]}
+
+
+def _compare(paths: Sequence[Path]) -> dict[str, Any]:
+    """Two plans side by side."""
+    from torchdlrm.planning.compare import compare_plans, show_value
+
+    if len(paths) != 2:
+        msg = f"--compare: expected two files that dlrm plan --out wrote, got {len(paths)}"
+        raise PlanError(msg)
+    first, second = map(str, paths)
+    found = compare_plans(*paths)
+    rows = [
+        {
+            "": name,
+            first: show_value(name, pair["a"]),
+            second: show_value(name, pair["b"]),
+            "b / a": "" if pair["ratio"] is None else f"{pair['ratio']:.2f}",
+        }
+        for name, pair in found["values"].items()
+    ]
+    print_table("plans", rows)
+    print_table("tables that differ", [{"table": t["table"], first: t["a"], second: t["b"]} for t in found["tables"]])
+    if not found["tables"]:
+        say("every table is in the same place")
+    return found
+
+
+def _show_measurement(problem: "Problem", found: "Measurement") -> None:
+    rate, link = problem.machine.memory_bytes_per_s, problem.machine.intra_host_bytes_per_s
+    rows = [
+        ("look-ups of a rank, forward", found.lookup_forward_ms, "", f"{show_bytes(rate)}/s"),
+        ("the same, backward and update", found.lookup_backward_ms, "", ""),
+        ("exchange of embeddings", found.exchange_ms, show_bytes(found.exchange_bytes), f"{show_bytes(link)}/s"),
+        ("dense parts, with update", found.dense_ms, "", ""),
+        ("all-reduce of their gradients", found.all_reduce_ms, "", ""),
+    ]
+    print_table(
+        "measured on this machine",
+        [{"": name, "ms": f"{ms:.3f}", "moved": moved, "rate": rate} for name, ms, moved, rate in rows],
+    )
+
+
+def _print(title: str, rows: Sequence[Mapping[str, str]], columns: Sequence[str] = ()) -> None:
+    from torchdlrm.planning import report
+
+    print_table(title, rows, columns, left_aligned=report.LEFT_ALIGNED, droppable=report.PICTURES)

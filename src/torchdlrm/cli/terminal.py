@@ -3,14 +3,16 @@
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from torchdlrm.cli.progress import ProgressBars, ProgressLines
 from torchdlrm.progress import ProgressListener
@@ -22,6 +24,50 @@ Json = Annotated[bool, Parameter(name="--json", negative="")]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 
 
+def say(line: str) -> None:
+    """Write a line to people, as it is: nothing in it is markup, and it is not wrapped."""
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def print_table(
+    title: str,
+    rows: Sequence[Mapping[str, str]],
+    columns: Sequence[str] = (),
+    *,
+    left_aligned: Collection[str] = (),
+    droppable: Collection[str] = (),
+) -> None:
+    """Write rows as a table, numbers to the right; nothing where there are none.
+
+    Args:
+        title: above it.
+        rows: text by column; what a row lacks stays empty.
+        columns: which to show; those of the first row when not given.
+        left_aligned: columns of text, besides the first one.
+        droppable: columns that are left out where the terminal is too narrow for all.
+    """
+    if not rows:
+        return
+    columns = columns or list(rows[0])
+    table = _table(title, rows, columns, left_aligned)
+    if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
+        table = _table(title, rows, [name for name in columns if name not in droppable], left_aligned)
+    console.print(table)
+
+
+def _table(
+    title: str, rows: Sequence[Mapping[str, str]], columns: Sequence[str], left_aligned: Collection[str]
+) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, name in enumerate(columns):
+        is_number = index > 0 and name not in left_aligned
+        # The first column says which row it is: it does not give way either.
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=is_number or index == 0)
+    for row in rows:
+        table.add_row(*(escape(row.get(name, "")) for name in columns))
+    return table
+
+
 def print_json(result: Mapping[str, object]) -> None:
     """Write the one JSON object that `--json` promises."""
     sys.stdout.write(json.dumps(_without_nan(result), allow_nan=False) + "\n")
@@ -31,7 +77,7 @@ def print_json(result: Mapping[str, object]) -> None:
 def announce(job: str) -> None:
     """Say at once on a terminal what is being done: torch takes seconds to load."""
     if console.is_terminal:
-        console.print(f"{job} ...", markup=False, soft_wrap=True)
+        say(f"{job} ...")
 
 
 def warn(message: str) -> None:
@@ -49,14 +95,14 @@ def say_undefined(metrics: Mapping[str, Any], of: str = "") -> None:
     from torchdlrm.metrics import why_undefined
 
     if why := why_undefined(metrics):
-        console.print(f"AUC and NE are undefined{of}: {why}", markup=False, soft_wrap=True)
+        say(f"AUC and NE are undefined{of}: {why}")
 
 
 @contextmanager
 def progress_bars(description: str) -> Iterator[ProgressListener]:
     """A listener that tells people on standard error how far a job is; `description` names the whole job."""
     if description:
-        console.print(description, markup=False, soft_wrap=True)
+        say(description)
     # Not by the console's own word alone: FORCE_COLOR makes it take every file for a terminal.
     draws = sys.stderr is not None and sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal
     with ProgressBars(console) if draws else ProgressLines() as shown:

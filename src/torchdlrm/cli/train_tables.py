@@ -4,8 +4,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from torchdlrm.cli.plan_tables import print_table
-from torchdlrm.cli.terminal import console, say_undefined, shown_metric
+from torchdlrm.cli.terminal import console, print_table, say_undefined, shown_metric
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.planning import report
 from torchdlrm.training.job import TrainingPreview
@@ -22,10 +21,11 @@ def show_prospect(prospect: TrainingPreview, run: Path, *, dry_run: bool) -> Non
         return
     console.print(report.headline(prospect.solution), markup=False, soft_wrap=True)
     # As many columns as a narrow terminal has room for; dlrm plan shows them all.
-    print_table("ranks", *report.pick(report.MEMORY_COLUMNS, *report.rank_rows(prospect.solution, limit=16)))
-    head, rows = report.table_rows(prospect.solution, limit=None)
+    ranks = [*report.rank_rows(prospect.solution, limit=16), report.total_row(prospect.solution)]
+    print_table("ranks", ranks, report.MEMORY_COLUMNS, left_aligned=report.LEFT_ALIGNED, droppable=report.PICTURES)
+    rows = report.table_rows(prospect.solution, limit=None)
     left_out = len(rows) - MAX_TABLES
-    print_table("largest tables", head, rows[:MAX_TABLES])
+    print_table("largest tables", rows[:MAX_TABLES], left_aligned=report.LEFT_ALIGNED)
     if left_out > 0:
         console.print(f"and {left_out} more, in plan.json")
     for line in prospect.lines():

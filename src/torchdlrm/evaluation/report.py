@@ -4,27 +4,22 @@ In: the folder of a run, also of one that is still training.  Out: HTML, in the 
 nothing fetched, to be mailed, printed, and kept beside the weights.
 """
 
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from torchdlrm.config import Config, settings
+from torchdlrm.config import Config, setting_values
 from torchdlrm.errors import RunError, TorchDLRMError
-from torchdlrm.evaluation.curves import Curve, curve_chart
-from torchdlrm.html import figures_table, whole_page
+from torchdlrm.html import Chart, render, short, ticks
 from torchdlrm.sharding.layout import read_plan
 from torchdlrm.training.log import read_metrics
 from torchdlrm.training.run import METRICS_NAME, PLAN_NAME, Run
 from torchdlrm.units import show_bytes
 
 Line = Mapping[str, Any]
-_CHARTS = (("loss", "loss: logloss, nats"), ("auc", "AUC"), ("ne", "normalised entropy"), ("rows_per_s", "rows/s"))
-_FIGURES = ("rows", "auc", "logloss", "ne", "calibration", "accuracy")
-_STYLE = """<style>.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:8px 24px}
-figure{margin:0}figcaption{font-weight:600;font-size:.9em;margin:.6em 0 .2em}
-td{overflow-wrap:anywhere;white-space:normal}
-@media print{body{max-width:none}}</style>"""
+_CHARTS = {"loss": "loss: logloss, nats", "auc": "AUC", "ne": "normalised entropy", "rows_per_s": "rows/s"}
+_COLOURS = {"train": "#8fb0dc", "val": "#b0521c"}
+_METRICS = ("rows", "auc", "logloss", "ne", "calibration", "accuracy")
 
 
 def report_page(run: Run) -> str:
@@ -34,46 +29,73 @@ def report_page(run: Run) -> str:
         RunError: a part is damaged.
     """
     lines = read_metrics(run.path / METRICS_NAME)
-    name = escape(run.path.resolve().name)
-    body = [_STYLE, f"<h1>Run {name}</h1>", *_cards(lines), *_curves(lines), *_evaluations(run), *_config(run.config)]
-    body += [*_dataset(run), *_plan(run), *_environment(run)]
-    return whole_page(f"Run {name}", body)
+    now, default = setting_values(run.config), setting_values(Config())
+    return render(
+        "run.html",
+        title=f"Run {run.path.resolve().name}",
+        entries=list(_cards(lines)),
+        charts=_charts(_without_remainders(lines)),
+        evaluations=[_evaluation(result) for result in run.evaluations().values()],
+        changed=[
+            {"key": key, "value": _text(value), "default": _text(default[key])}
+            for key, value in now.items()
+            if value != default[key]
+        ],
+        environment=[
+            {"": name, "at the start": _text(value)} for name, value in run.environment.items() if name != "dataset"
+        ],
+        **_dataset(run),
+        **_plan(run),
+    )
 
 
-def _cards(lines: Sequence[Line]) -> list[str]:
+def _cards(lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
+    """The most important values, each with its name."""
     if not lines:
-        return ["<p>Nothing has been logged yet.</p>"]
-    training = [line for line in lines if line["split"] == "train"]
-    judged = [line for line in lines if line["split"] == "val" and _is_number(line, "auc")]
-    cards = [("steps", f"{lines[-1]['step']:,}"), ("rows", f"{lines[-1]['rows']:,}")]
-    speeds = sorted(line["rows_per_s"] for line in training if _is_number(line, "rows_per_s"))
+        return
+    yield "steps", f"{lines[-1]['step']:,}"
+    yield "rows", f"{lines[-1]['rows']:,}"
+    speeds = sorted(line["rows_per_s"] for line in lines if line["split"] == "train" and _is_number(line, "rows_per_s"))
     if speeds:
-        cards.append(("rows/s, median", f"{speeds[len(speeds) // 2]:,.0f}"))
+        yield "rows/s, median", f"{speeds[len(speeds) // 2]:,.0f}"
+    judged = [line for line in lines if line["split"] == "val" and _is_number(line, "auc")]
     if judged:
         best = max(judged, key=lambda line: line["auc"])
-        cards.append(("val AUC, last", f"{judged[-1]['auc']:.4f}"))
-        cards.append((f"val AUC, best (step {best['step']:,})", f"{best['auc']:.4f}"))
+        yield "val AUC, last", f"{judged[-1]['auc']:.4f}"
+        yield f"val AUC, best (step {best['step']:,})", f"{best['auc']:.4f}"
         if _is_number(judged[-1], "ne"):
-            cards.append(("val normalised entropy, last", f"{judged[-1]['ne']:.4f}"))
-    shown = (f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for name, value in cards)
-    return ['<div class="cards">', *shown, "</div>"]
+            yield "val normalised entropy, last", f"{judged[-1]['ne']:.4f}"
 
 
-def _curves(lines: Sequence[Line]) -> list[str]:
-    lines = _without_remainders(lines)
+def _charts(lines: Sequence[Line]) -> list[Chart]:
+    """Every metric that was logged, over the rows seen."""
     charts = []
-    for key, title in _CHARTS:
-        splits = ("train", "val") if key != "rows_per_s" else ("train",)
-        curves = [
-            Curve(
-                split, [(line["rows"], line[key]) for line in lines if line["split"] == split and _is_number(line, key)]
-            )
-            for split in splits
-        ]
-        drawn = [curve for curve in curves if curve.points]
-        if drawn:
-            charts.append(f"<figure><figcaption>{escape(title)}</figcaption>{curve_chart(drawn, title)}</figure>")
-    return ["<h2>Learning curves</h2>", '<div class="charts">', *charts, "</div>"] if charts else []
+    for metric, caption in _CHARTS.items():
+        curves = {
+            split: [
+                (line["rows"], line[metric]) for line in lines if line["split"] == split and _is_number(line, metric)
+            ]
+            for split in (("train",) if metric == "rows_per_s" else ("train", "val"))
+        }
+        curves = {split: points for split, points in curves.items() if points}
+        if curves:
+            charts.append(curve_chart(caption, curves))
+    return charts
+
+
+def curve_chart(caption: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Chart:
+    """A chart of the curves of splits, by (rows, value), that share both axes; none of them may be empty."""
+    points = [point for curve in curves.values() for point in curve]
+    last_row = max(rows for rows, _ in points)
+    values = ticks(min(value for _, value in points), max(value for _, value in points))
+    chart = Chart((0, last_row), (values[0], values[-1]), 440, 190, caption)
+    chart.y_axis(short)
+    for rows in ticks(0, last_row):
+        if rows <= last_row:
+            chart.x_label(rows, short(rows) if rows else "0 rows")
+    for split, curve in curves.items():
+        chart.curve(curve, _COLOURS[split], split, lambda rows, value: f"{value:.5g} at {rows:,.0f} rows")
+    return chart
 
 
 def _without_remainders(lines: Sequence[Line]) -> list[Line]:
@@ -88,107 +110,74 @@ def _is_number(line: Line, *keys: str) -> bool:
     return all(isinstance(line.get(key), int | float) for key in keys)
 
 
-def _evaluations(run: Run) -> list[str]:
-    results = run.evaluations()
-    if not results:
-        return ["<h2>Evaluation</h2>", "<p>None yet: <code>dlrm evaluate</code> judges every row of a split.</p>"]
-    head = ["split", "step", "chosen as", *_FIGURES]
-    rows = [
-        [
-            str(result.get("split", "")),
-            f"{result.get('step', 0):,}",
-            str(result.get("checkpoint", "")),
-            *(_shown(result.get(name)) for name in _FIGURES),
-        ]
-        for result in results.values()
-    ]
-    return ["<h2>Evaluation</h2>", figures_table(head, rows)]
+def _evaluation(result: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "split": str(result.get("split", "")),
+        "step": f"{result.get('step', 0):,}",
+        "chosen as": str(result.get("checkpoint", "")),
+        **{name: _metric(result.get(name)) for name in _METRICS},
+    }
 
 
-def _shown(value: object) -> str:
+def _metric(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.5f}" if isinstance(value, float) and value == value else "-"  # noqa: PLR0124 - NaN is not itself
 
 
-def _config(config: Config) -> list[str]:
-    default = Config()
-    pairs = ((name, _at(config, name), _at(default, name)) for name, _ in settings())
-    changed = [[name, _text(now), _text(before)] for name, now, before in pairs if now != before]
-    if not changed:
-        return ["<h2>Config</h2>", "<p>All defaults.</p>"]
-    return ["<h2>Config, where it differs from the defaults</h2>", figures_table(["key", "value", "default"], changed)]
-
-
-def _at(config: Config, dotted_name: str) -> object:
-    value: object = config
-    for part in dotted_name.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def _text(value: object) -> str:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return ", ".join(map(str, value))
     return "not set" if value is None else str(value)
 
 
-def _dataset(run: Run) -> list[str]:
-    title = "<h2>Dataset</h2>"
+def _dataset(run: Run) -> dict[str, Any]:
     try:
         dataset = run.open_dataset()
     except TorchDLRMError:
         path, sha256 = (run.environment["dataset"][name] for name in ("path", "manifest_sha256"))
-        told = f"{path}, no longer there or changed; sha256 of its dataset.json: {sha256}"
-        return [title, f"<p>{escape(told)}</p>"]
+        return {
+            "dataset": f"{path}, no longer there or changed; sha256 of its dataset.json: {sha256}",
+            "splits": [],
+        }
     tables = dataset.num_embeddings
-    rows = [
-        [split, f"{record.rows:,}", f"{record.clicks / record.rows:.4f}" if record.rows else "-"]
-        for split, record in dataset.manifest.splits.items()
-    ]
-    told = (
-        f"{dataset.path}: schema {dataset.schema.name}, {len(dataset.dense_names)} dense and {len(tables)} sparse "
-        f"features, {sum(tables.values()):,} rows in all tables"
-    )
-    return [title, f"<p>{escape(told)}</p>", figures_table(["split", "rows", "click rate"], rows)]
+    return {
+        "dataset": f"{dataset.path}: schema {dataset.schema.name}, {len(dataset.dense_names)} dense and {len(tables)} "
+        f"sparse features, {sum(tables.values()):,} rows in all tables",
+        "splits": [
+            {
+                "split": split,
+                "rows": f"{record.rows:,}",
+                "click rate": f"{record.clicks / record.rows:.4f}" if record.rows else "-",
+            }
+            for split, record in dataset.manifest.splits.items()
+        ],
+    }
 
 
-def _plan(run: Run) -> list[str]:
+def _plan(run: Run) -> dict[str, Any]:
     path = run.path / PLAN_NAME
     if not path.is_file():
-        return []
+        return {"plan": "", "tables": []}
     try:
-        return _plan_table(read_plan(path))
+        plan = read_plan(path)
+        ranks = "one rank" if plan["world_size"] == 1 else f"{plan['world_size']} ranks"
+        weights = show_bytes(plan["total"]["weight_bytes"])
+        return {
+            "plan": f"{weights} of weights on {ranks}, planned for {plan['machine']['device']}",
+            "tables": [
+                {
+                    "table": name,
+                    "sharding": table["sharding_type"],
+                    "kernel": table["compute_kernel"],
+                    "rows": f"{table['rows']:,}",
+                    "dim": f"{table['dim']:,}",
+                    "weights": show_bytes(table["weight_bytes"]),
+                    "ranks": ", ".join(map(str, table["ranks"])),
+                }
+                for name, table in sorted(plan["tables"].items(), key=lambda item: -item[1]["weight_bytes"])
+            ],
+        }
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        msg = f"{path}: damaged; remove it: dlrm train writes it anew, and the report can do without it"
+        msg = f"{path}: damaged; remove it: dlrm train writes it again, and the report can do without it"
         raise RunError(msg) from error
-
-
-def _plan_table(plan: Mapping[str, Any]) -> list[str]:
-    tables = sorted(plan["tables"].items(), key=lambda item: -item[1]["weight_bytes"])
-    rows = [
-        [
-            name,
-            table["sharding_type"],
-            table["compute_kernel"],
-            f"{table['rows']:,}",
-            f"{table['dim']:,}",
-            show_bytes(table["weight_bytes"]),
-            ", ".join(map(str, table["ranks"])),
-        ]
-        for name, table in tables
-    ]
-    weights = show_bytes(plan["total"]["weight_bytes"])
-    ranks = "one rank" if plan["world_size"] == 1 else f"{plan['world_size']} ranks"
-    told = f"{weights} of weights on {ranks}, planned for {plan['machine']['device']}"
-    head = ["table", "sharding", "kernel", "rows", "dim", "weights", "ranks"]
-    return ["<h2>Plan</h2>", f"<p>{escape(told)}</p>", figures_table(head, rows, left_aligned=("sharding", "kernel"))]
-
-
-def _environment(run: Run) -> list[str]:
-    rows = [
-        [name, _text(tuple(v) if isinstance(v, list) else v)]
-        for name, v in run.environment.items()
-        if name != "dataset"
-    ]
-    return ["<h2>Environment</h2>", figures_table(["", "at the start"], rows, left_aligned=("at the start",))]

@@ -1,58 +1,53 @@
 """Two plans that were written to files, side by side."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torchdlrm.errors import PlanError
+from torchdlrm.sharding.layout import read_plan
 from torchdlrm.units import show_bytes
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What differs.
+def compare_plans(first: Path, second: Path) -> dict[str, Any]:
+    """What differs between two plan files.
 
-    Attributes:
-        figures: rows of name, first, second, quotient.
-        tables: rows of table, how the first places it, how the second does.
-        values: the figures as numbers.
-    """
-
-    figures: list[list[str]]
-    tables: list[list[str]]
-    values: dict[str, tuple[Any, Any]]
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return {
-            "figures": {name: {"a": first, "b": second} for name, (first, second) in self.values.items()},
-            "tables": [{"table": name, "a": first, "b": second} for name, first, second in self.tables],
-        }
-
-
-def compare_plans(first: Mapping[str, Any], second: Mapping[str, Any]) -> Comparison:
-    """Set two plans beside one another.
+    Returns:
+        `values` by name, each with `a`, `b` and, of numbers, their `ratio` (b / a); and `tables`, a list of those that
+        are placed differently, with how `a` and how `b` places them.
 
     Raises:
-        PlanError: one of them places no tables, or lacks its estimate.
+        PlanError: a file is no plan, places no tables, or lacks its estimate.
     """
+    plans = [read_plan(first), read_plan(second)]
     try:
-        plans = [_figures(first), _figures(second)]
+        a, b = (_values(plan) for plan in plans)
     except (KeyError, TypeError) as error:
-        msg = f"--compare: one of the plans has no {error}: it does not fit, or an older version wrote it; plan again"
+        msg = f"`compare`: one of the plans has no {error}: it does not fit, or an older version wrote it; plan again"
         raise PlanError(msg) from error
-    values = {name: (plans[0][name], plans[1][name]) for name in plans[0]}
-    figures = []
-    for name, pair in values.items():
-        numbers = [value for value in pair if isinstance(value, int | float)]
-        quotient = f"{numbers[1] / numbers[0]:.2f}" if len(numbers) == 2 and numbers[0] else ""
-        figures.append([name, *(_show(name, value) for value in pair), quotient])
-    names = dict.fromkeys([*first["tables"], *second["tables"]])
-    places = [[name, _place(first["tables"].get(name)), _place(second["tables"].get(name))] for name in names]
-    return Comparison(figures, [row for row in places if row[1] != row[2]], values)
+    places = [{name: _place(table) for name, table in plan["tables"].items()} for plan in plans]
+    tables = (
+        {"table": name, "a": places[0].get(name, "not there"), "b": places[1].get(name, "not there")}
+        for name in dict.fromkeys([*places[0], *places[1]])
+    )
+    return {
+        "values": {name: {"a": a[name], "b": b[name], "ratio": _ratio(a[name], b[name])} for name in a},
+        "tables": [table for table in tables if table["a"] != table["b"]],
+    }
 
 
-def _figures(plan: Mapping[str, Any]) -> dict[str, Any]:
+def show_value(name: str, value: Any) -> str:
+    """A value of a comparison as text."""
+    if "bytes" in name:
+        return show_bytes(value)
+    if "fraction" in name:
+        return f"{value:.1%}"
+    if isinstance(value, float):
+        return f"{value:,.3f}" if value < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _values(plan: Mapping[str, Any]) -> dict[str, Any]:
     fullest = plan["ranks"][plan["estimate"]["fullest_rank"]]
     return {
         "device": f"{plan['world_size']} x {plan['machine']['device']}",
@@ -62,26 +57,18 @@ def _figures(plan: Mapping[str, Any]) -> dict[str, Any]:
         "weights (bytes)": plan["total"]["weight_bytes"],
         "optimizer state (bytes)": plan["total"]["state_bytes"],
         "fullest rank (bytes)": fullest["device_bytes"],
-        "fullest rank (share)": fullest["memory_share"],
+        "fullest rank (fraction)": fullest["memory_share"],
         "slowest rank's tables (ms)": plan["estimate"]["worst_rank_ms"],
         "step (ms)": plan["estimate"]["step_ms"],
         "rows/s": plan["estimate"]["rows_per_s"],
     }
 
 
-def _show(name: str, value: Any) -> str:
-    if "bytes" in name:
-        return show_bytes(value)
-    if "share" in name:
-        return f"{value:.1%}"
-    if isinstance(value, float):
-        return f"{value:,.3f}" if value < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _ratio(a: Any, b: Any) -> float | None:
+    return b / a if isinstance(a, int | float) and isinstance(b, int | float) and a else None
 
 
-def _place(table: Mapping[str, Any] | None) -> str:
-    if table is None:
-        return "not there"
+def _place(table: Mapping[str, Any]) -> str:
     kernel = "" if table["compute_kernel"] == "fused" else f" {table['compute_kernel']}"
     ranks = ", ".join(map(str, table["ranks"])) if len(table["ranks"]) <= 4 else f"{len(table['ranks'])} shards"
     return f"{table['sharding_type']}{kernel} on {ranks}"

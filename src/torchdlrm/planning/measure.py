@@ -17,11 +17,16 @@ from torch import distributed as dist
 from torch import nn
 
 from torchdlrm.config import Config
+from torchdlrm.errors import PlanError
 from torchdlrm.model.interaction import InteractionArch
+from torchdlrm.sharding.devices import device_of_gpu
 from torchdlrm.sharding.estimate import NUM_DENSE_FEATURES, DensePart, shard_costs
 from torchdlrm.sharding.layout import PlacedShard, PlacedTable
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.sharding.tables import Table
+from torchdlrm.training.compute import useful_threads
+from torchdlrm.training.launch import Processes, launch
+from torchdlrm.training.process_group import join_process_group
 
 _WEIGHTS_LIMIT_BYTES = 2 * 10**9
 _ROUNDS = 9
@@ -60,6 +65,31 @@ class Measurement:
             source="measured on this machine",
         )
         return replace(problem, machine=machine, measured=DensePart(self.dense_ms, self.all_reduce_ms))
+
+
+def measured(problem: Problem, config: Config) -> tuple[Problem, Measurement]:
+    """The problem with this machine's own rates, timed in as many processes as the plan has ranks.
+
+    Raises:
+        PlanError: the plan is for another machine than this one.
+    """
+    devices = {"cpu", "here"}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        devices.add(device_of_gpu(properties.name, properties.total_memory).name)
+    if problem.machine.num_hosts != 1 or problem.machine.device not in devices:
+        msg = f"`measure`: times this machine, not {problem.machine.device}; give here as `device`, and one host"
+        raise PlanError(msg)
+    found: Measurement = launch(_measure_rank, problem, config, processes=Processes(problem.machine.num_devices))
+    return found.apply(problem), found
+
+
+def _measure_rank(problem: Problem, config: Config) -> Measurement:
+    with join_process_group() as ranks:
+        if ranks.device.type == "cpu":
+            wanted = useful_threads(config, NUM_DENSE_FEATURES, len(problem.tables), ranks.world_size)
+            torch.set_num_threads(config.train.num_threads or wanted)
+        return measure(problem, config, ranks.device)
 
 
 def measure(problem: Problem, config: Config, device: torch.device) -> Measurement:

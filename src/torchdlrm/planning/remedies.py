@@ -1,16 +1,34 @@
 """When the tables do not fit: how much is missing and where, and what would make them fit, each tried and priced."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.constraints import COLUMN_WISE, TABLE_WISE
 from torchdlrm.sharding.problem import Problem, Solution, try_solve
-from torchdlrm.sharding.tables import Optimizer, cap_rows
+from torchdlrm.sharding.tables import Optimizer, cap_embeddings
 from torchdlrm.units import show_bytes
 
-_CACHE_SHARES = (0.2, 0.1, 0.05)
+_CACHE_FRACTIONS = (0.2, 0.1, 0.05)
+_CAP_FRACTIONS = (0.98, 0.93, 0.85, 0.7, 0.5)
+# What saves memory in place of an optimizer, the most similar first, and what it costs.
+_LEANER: Mapping[Optimizer, tuple[Optimizer, ...]] = {
+    "adam": ("partial_rowwise_adam", "adagrad", "rowwise_adagrad", "sgd"),
+    "lamb": ("partial_rowwise_lamb", "adagrad", "rowwise_adagrad", "sgd"),
+    "partial_rowwise_adam": ("rowwise_adagrad", "sgd"),
+    "partial_rowwise_lamb": ("rowwise_adagrad", "sgd"),
+    "adagrad": ("rowwise_adagrad", "sgd"),
+    "rowwise_adagrad": ("sgd",),
+    "sgd": (),
+}
+_PRICES_OF_LEANER = {
+    "partial_rowwise_adam": "one squared mean for a row in place of one for each value",
+    "partial_rowwise_lamb": "one squared mean for a row in place of one for each value",
+    "adagrad": "half of Adam's state; no momentum",
+    "rowwise_adagrad": "one learning rate for a row instead of one for each value; usually as accurate for tables",
+    "sgd": "no state; rare ids learn slowly, so expect a lower AUC or a longer training",
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +67,10 @@ class Shortfall:
             return head + f"a shard of {', '.join(self.undividable[:3])} is larger than a rank's memory"
         return head + "the sum would fit, but the tables cannot be cut into pieces that do"
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "largest": [{"table": name, "bytes": size} for name, size in self.largest]}
+
 
 @dataclass(frozen=True)
 class Remedy:
@@ -56,27 +78,25 @@ class Remedy:
 
     Attributes:
         change: what to change.
-        options: how to say so to `dlrm plan`.
+        settings: the change as fields of a `PlanRequest` or keys of the config, with their values.
         price: what it costs.
         solution: the plan that it leads to.
     """
 
     change: str
-    options: str
+    settings: Mapping[str, object]
     price: str
     solution: Solution
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, with the figures of its plan."""
-        fullest = self.solution.fullest_rank
+        """For JSON, with the main values of its plan."""
         return {
             "change": self.change,
-            "options": self.options,
             "price": self.price,
             "step_ms": self.solution.step_ms,
             "rows_per_s": self.solution.rows_per_s,
             "num_devices": self.solution.problem.machine.num_devices,
-            "fullest_rank_memory_fraction": self.solution.memory_fraction(fullest),
+            "fullest_rank_memory_fraction": self.solution.memory_fraction(self.solution.fullest_rank),
         }
 
 
@@ -101,11 +121,6 @@ def shortfall(problem: Problem) -> Shortfall:
     )
 
 
-def shortfall_as_dict(found: Shortfall) -> dict[str, Any]:
-    """For JSON."""
-    return {**asdict(found), "largest": [{"table": name, "bytes": size} for name, size in found.largest]}
-
-
 def remedies(problem: Problem, progress: ProgressListener = SILENT) -> list[Remedy]:
     """Everything that makes the tables fit by itself, planned again to be sure.
 
@@ -113,190 +128,172 @@ def remedies(problem: Problem, progress: ProgressListener = SILENT) -> list[Reme
         problem: one that does not fit.
         progress: is told of every attempt.
     """
-    attempts: list[Callable[[Problem], Iterator[Remedy]]] = [
+    attempts: list[Callable[[Problem], Remedy | None]] = [
         _more_devices,
         _without_constraints,
         _by_columns,
         _leaner_optimizer,
         _half_precision,
         _host_memory,
-        _fewer_rows,
+        _fewer_embeddings,
         _smaller_dim,
     ]
     progress.start_phase("look for remedies", len(attempts), unit="ideas")
-    found: list[Remedy] = []
+    found = []
     for attempt in attempts:
-        found += attempt(problem)
+        remedy = attempt(problem)
+        found += [remedy] if remedy is not None else []
         progress.advance(1)
     return found
 
 
-def _more_devices(problem: Problem) -> Iterator[Remedy]:
+def _more_devices(problem: Problem) -> Remedy | None:
     machine = problem.machine
-    per_host = max(machine.devices_per_host, 8) if machine.kind == "cuda" else machine.devices_per_host
+    per_host = machine.usual_devices_per_host
     least = max(machine.num_devices + 1, -(-problem.table_bytes // problem.usable_bytes))
     whole_hosts = -(-max(least, per_host) // per_host) * per_host
     candidates = [*range(least, per_host), *range(whole_hosts, whole_hosts + 4 * per_host, per_host)]
     for num_devices in candidates[:8]:
-        hosts = max(1, num_devices // per_host)
-        solution = try_solve(replace(problem, machine=replace(machine, num_devices=num_devices, num_hosts=hosts)))
+        larger = machine.resized(num_devices)
+        solution = try_solve(replace(problem, machine=larger))
         if solution is not None:
             extra = num_devices - machine.num_devices
-            yield Remedy(
+            return Remedy(
                 f"{num_devices} devices (the fewest that do)",
-                f"--devices {num_devices} --hosts {hosts}",
+                {"devices": num_devices, "hosts": larger.num_hosts},
                 f"{extra} more {machine.device}: {num_devices / machine.num_devices:.2g} times the rent",
                 solution,
             )
-            return
+    return None
 
 
-def _without_constraints(problem: Problem) -> Iterator[Remedy]:
-    if not problem.options.constraints:
-        return
-    solution = try_solve(problem.with_options(constraints=()))
-    if solution is not None:
-        cut = _cut_tables(solution)
-        yield Remedy(
-            f"no constraints, so that tables can be cut ({cut})",
-            "leave out --constraint",
-            "more exchange between ranks; tables are no longer where you wanted them",
-            solution,
-        )
+def _without_constraints(problem: Problem) -> Remedy | None:
+    solution = try_solve(problem.with_options(constraints=())) if problem.options.constraints else None
+    if solution is None:
+        return None
+    cut = [f"{name} {p.sharding_type}" for name, p in solution.layout.items() if p.sharding_type != TABLE_WISE]
+    return Remedy(
+        f"no constraints, so that tables can be cut ({_some(cut) or 'all table_wise'})",
+        {"constraints": ()},
+        "more exchange between ranks; tables are no longer where you wanted them",
+        solution,
+    )
 
 
-def _by_columns(problem: Problem) -> Iterator[Remedy]:
+def _by_columns(problem: Problem) -> Remedy | None:
     """On CPU tables can be cut by columns alone, and with row-wise Adagrad only when asked for."""
     if problem.machine.kind != "cpu" or problem.options.constraints or problem.machine.num_devices == 1:
-        return
+        return None
     large = sorted(problem.tables, key=lambda table: -table.rows * table.dim)[:8]
     rules = tuple(f"{table.name}={COLUMN_WISE}" for table in large if table.dim >= 8)
     solution = try_solve(problem.with_options(constraints=rules)) if rules else None
-    if solution is not None:
-        yield Remedy(
-            f"the {len(rules)} largest tables cut by columns",
-            " ".join(f"--constraint {rule}" for rule in rules),
-            "each rank looks up every id of those tables; row-wise Adagrad keeps a state for each half, so the "
-            "weights differ slightly from those of an uncut table",
-            solution,
-        )
+    if solution is None:
+        return None
+    return Remedy(
+        f"the {len(rules)} largest tables cut by columns",
+        {"constraints": rules},
+        "each rank looks up every id of those tables; row-wise Adagrad keeps a state for each half, so the "
+        "weights differ slightly from those of an uncut table",
+        solution,
+    )
 
 
-def _leaner_optimizer(problem: Problem) -> Iterator[Remedy]:
-    prices: dict[Optimizer, tuple[Optimizer, ...]] = {
-        "adam": ("partial_rowwise_adam", "adagrad", "rowwise_adagrad", "sgd"),
-        "lamb": ("partial_rowwise_lamb", "adagrad", "rowwise_adagrad", "sgd"),
-        "partial_rowwise_adam": ("rowwise_adagrad", "sgd"),
-        "partial_rowwise_lamb": ("rowwise_adagrad", "sgd"),
-        "adagrad": ("rowwise_adagrad", "sgd"),
-        "rowwise_adagrad": ("sgd",),
-        "sgd": (),
-    }
-    words = {
-        "partial_rowwise_adam": "one squared mean for a row in place of one for each value",
-        "partial_rowwise_lamb": "one squared mean for a row in place of one for each value",
-        "adagrad": "half of Adam's state; no momentum",
-        "rowwise_adagrad": "one learning rate for a row instead of one for each value; usually as accurate for tables",
-        "sgd": "no state; rare ids learn slowly, so expect a lower AUC or a longer training",
-    }
-    for optimizer in prices[problem.options.optimizer]:
+def _leaner_optimizer(problem: Problem) -> Remedy | None:
+    for optimizer in _LEANER[problem.options.optimizer]:
         solution = try_solve(problem.with_options(optimizer=optimizer))
         if solution is not None:
             saved = problem.table_bytes - solution.problem.table_bytes
-            yield Remedy(
+            return Remedy(
                 f"{optimizer} in place of {problem.options.optimizer}",
-                f"--optimizer {optimizer}",
-                f"{show_bytes(saved)} less; {words[optimizer]}",
+                {"optimizer": optimizer},
+                f"{show_bytes(saved)} less; {_PRICES_OF_LEANER[optimizer]}",
                 solution,
             )
-            return
+    return None
 
 
-def _half_precision(problem: Problem) -> Iterator[Remedy]:
-    if problem.precision != "float32":
-        return
-    solution = try_solve(replace(problem, precision="float16"))
-    if solution is not None:
-        yield Remedy(
-            "float16 weights",
-            "--precision float16",
-            "weights keep 11 bits, small updates are lost without stochastic rounding (needs a GPU); TorchRec has no "
-            "int8 tables for training, and dlrm train keeps float32 ones",
-            solution,
-        )
+def _half_precision(problem: Problem) -> Remedy | None:
+    solution = try_solve(replace(problem, precision="float16")) if problem.precision == "float32" else None
+    if solution is None:
+        return None
+    return Remedy(
+        "float16 weights",
+        {"precision": "float16"},
+        "weights keep 11 bits, small updates are lost without stochastic rounding (needs a GPU); TorchRec has no "
+        "int8 tables for training, and dlrm train keeps float32 ones",
+        solution,
+    )
 
 
-def _host_memory(problem: Problem) -> Iterator[Remedy]:
-    if problem.machine.kind != "cuda" or problem.options.cache_fraction is not None:
-        return
+def _host_memory(problem: Problem) -> Remedy | None:
+    options = problem.options
+    if problem.machine.kind != "cuda" or options.cache_fraction is not None:
+        return None
     # The greedy proposers cut a table by rows before they move it to the host; asked for table-wise alone they move the
     # largest one by one, which is often faster and keeps more tables on the device.
-    ways = [((f"*={TABLE_WISE}", *problem.options.constraints), f" --constraint '*={TABLE_WISE}'"), ((), "")]
-    for share in _CACHE_SHARES:
-        found: list[tuple[Solution, str]] = []
-        for rules, words in ways:
-            solution = try_solve(
-                problem.with_options(cache_fraction=share, constraints=rules or problem.options.constraints)
+    for fraction in _CACHE_FRACTIONS:
+        solutions = [
+            (solution, rules)
+            for rules in ((f"*={TABLE_WISE}",), ())
+            if (
+                solution := try_solve(
+                    problem.with_options(cache_fraction=fraction, constraints=(*rules, *options.constraints))
+                )
             )
-            if solution is not None:
-                found.append((solution, words))
-        if found:
-            solution, words = min(found, key=lambda pair: pair[0].step_ms)
+        ]
+        if solutions:
+            solution, rules = min(solutions, key=lambda pair: pair[0].step_ms)
             moved = [name for name, placed in solution.layout.items() if placed.cache_fraction is not None]
-            host = sum(cost.host_bytes for cost in solution.ranks)
-            yield Remedy(
-                f"{len(moved)} tables in host memory, {share:.0%} of their rows cached on the GPU (UVM caching)",
-                f"--sharding.cache-fraction {share}{words}",
-                f"{show_bytes(host)} of host memory; every row that is not cached crosses the host link",
+            host_bytes = sum(cost.host_bytes for cost in solution.ranks)
+            return Remedy(
+                f"{len(moved)} tables in host memory, {fraction:.0%} of their rows cached on the GPU (UVM caching)",
+                {"sharding.cache_fraction": fraction} | ({"constraints": rules} if rules else {}),
+                f"{show_bytes(host_bytes)} of host memory; every row that is not cached crosses the host link",
                 solution,
             )
-            return
+    return None
 
 
-def _fewer_rows(problem: Problem) -> Iterator[Remedy]:
+def _fewer_embeddings(problem: Problem) -> Remedy | None:
     """The highest cap under which the sum fits, then a little less until a plan is found."""
     low, high = 1, max(table.rows for table in problem.tables)
     budget = problem.usable_bytes * problem.machine.num_devices
     while low < high:
         middle = (low + high + 1) // 2
-        if replace(problem, tables=tuple(cap_rows(problem.tables, middle))).table_bytes <= budget:
+        if replace(problem, tables=tuple(cap_embeddings(problem.tables, middle))).table_bytes <= budget:
             low = middle
         else:
             high = middle - 1
-    for slack in (0.98, 0.93, 0.85, 0.7, 0.5):
-        max_rows = max(1, int(low * slack))
-        solution = try_solve(replace(problem, tables=tuple(cap_rows(problem.tables, max_rows))))
+    for fraction in _CAP_FRACTIONS:
+        cap = max(1, int(low * fraction))
+        solution = try_solve(replace(problem, tables=tuple(cap_embeddings(problem.tables, cap))))
         if solution is not None:
-            capped = [table for table in problem.tables if table.rows > max_rows]
-            lost = sum(table.rows - max_rows for table in capped)
-            yield Remedy(
-                f"at most {max_rows:,} rows a table: caps {_some([table.name for table in capped])}",
-                f"--max-rows {max_rows}  (dlrm preprocess --max-rows {max_rows})",
+            capped = [table for table in problem.tables if table.rows > cap]
+            lost = sum(table.rows - cap for table in capped)
+            return Remedy(
+                f"at most {cap:,} rows a table, as dlrm preprocess can make them: caps "
+                f"{_some([table.name for table in capped])}",
+                {"max_embeddings": cap},
                 f"{lost:,} rare ids ({lost / sum(table.rows for table in problem.tables):.0%}) become unknown",
                 solution,
             )
-            return
+    return None
 
 
-def _smaller_dim(problem: Problem) -> Iterator[Remedy]:
+def _smaller_dim(problem: Problem) -> Remedy | None:
     dims = {table.dim for table in problem.tables}
     if len(dims) != 1 or max(dims) % 8:
-        return
+        return None
     dim = max(dims) // 2
-    tables = tuple(replace(table, dim=dim) for table in problem.tables)
-    solution = try_solve(replace(problem, tables=tables))
-    if solution is not None:
-        yield Remedy(
-            f"dimension {dim} in place of {max(dims)}",
-            f"--model.embedding-dim {dim} (and model.dense_arch_layer_sizes must end with {dim})",
-            "half the weights of every id; measure what it does to the AUC",
-            solution,
-        )
-
-
-def _cut_tables(solution: Solution) -> str:
-    cut = [f"{name} {p.sharding_type}" for name, p in solution.layout.items() if p.sharding_type != "table_wise"]
-    return _some(cut) or "all table_wise"
+    solution = try_solve(replace(problem, tables=tuple(replace(table, dim=dim) for table in problem.tables)))
+    if solution is None:
+        return None
+    return Remedy(
+        f"dimension {dim} in place of {max(dims)} (model.dense_arch_layer_sizes must end with it too)",
+        {"model.embedding_dim": dim},
+        "half the weights of every id; measure what it does to the AUC",
+        solution,
+    )
 
 
 def _some(names: list[str]) -> str:

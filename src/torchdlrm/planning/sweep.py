@@ -7,7 +7,6 @@ from typing import Any
 from torchdlrm.errors import PlanError
 from torchdlrm.planning.remedies import shortfall
 from torchdlrm.sharding.problem import Problem, Solution, try_solve
-from torchdlrm.sharding.topology import Machine
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,6 @@ class SweepPoint:
     missing_bytes: int
 
     @property
-    def rows_per_s(self) -> float | None:
-        """Training rows a second over all ranks."""
-        return self.solution.rows_per_s if self.solution else None
-
-    @property
     def rows_per_device_hour(self) -> float | None:
         """Rows for an hour of one device: what the rent buys."""
         return 3600 * self.solution.rows_per_s / self.num_devices if self.solution else None
@@ -45,7 +39,7 @@ class SweepPoint:
             "fits": True,
             "fullest_rank_memory_fraction": self.solution.memory_fraction(self.solution.fullest_rank),
             "step_ms": self.solution.step_ms,
-            "rows_per_s": self.rows_per_s,
+            "rows_per_s": self.solution.rows_per_s,
             "rows_per_device_hour": self.rows_per_device_hour,
         }
 
@@ -64,40 +58,26 @@ def parse_sweep(axes: Sequence[str]) -> dict[str, list[int]]:
         except ValueError:
             numbers = []
         if name not in {"devices", "batch"} or not numbers or min(numbers) < 1:
-            msg = f"--sweep: {axis!r}: expected devices=1,2,4,8 or batch=8192,65536 with numbers above zero"
+            msg = f"`sweep`: {axis!r}: expected devices=1,2,4,8 or batch=8192,65536 with numbers above zero"
             raise PlanError(msg)
         parsed[name] = numbers
     return parsed
 
 
 def run_sweep(problem: Problem, axes: dict[str, list[int]]) -> list[SweepPoint]:
-    """Plan for every pair of a number of devices and a batch size."""
+    """Plan for every pair of a number of devices and a batch size.
+
+    Raises:
+        PlanError: a number of devices cannot be spread evenly over hosts.
+    """
     return [
-        _point(replace(problem, machine=resized(problem.machine, num_devices)).with_options(batch_size_global=batch))
+        _point(replace(problem, machine=problem.machine.resized(num_devices)).with_options(batch_size_global=batch))
         for batch in axes.get("batch", [problem.options.batch_size_global])
         for num_devices in axes.get("devices", [problem.machine.num_devices])
     ]
 
 
-def resized(machine: Machine, num_devices: int) -> Machine:
-    """The machine with another number of devices, on as many hosts as they need.
-
-    Raises:
-        PlanError: they cannot be spread evenly.
-    """
-    per_host = max(machine.devices_per_host, 8) if machine.kind == "cuda" else machine.devices_per_host
-    hosts = max(1, -(-num_devices // per_host))
-    if num_devices % hosts:
-        msg = f"--sweep: {num_devices} devices cannot be spread evenly over {hosts} hosts of {per_host}"
-        raise PlanError(msg)
-    return replace(machine, num_devices=num_devices, num_hosts=hosts)
-
-
 def _point(problem: Problem) -> SweepPoint:
     solution = try_solve(problem)
-    return SweepPoint(
-        problem.machine.num_devices,
-        problem.options.batch_size_global,
-        solution,
-        0 if solution else shortfall(problem).missing_bytes,
-    )
+    missing_bytes = 0 if solution else shortfall(problem).missing_bytes
+    return SweepPoint(problem.machine.num_devices, problem.options.batch_size_global, solution, missing_bytes)

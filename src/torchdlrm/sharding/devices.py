@@ -17,7 +17,7 @@ class Device:
     """What one device, and the host around it, can do.
 
     Attributes:
-        name: what `--device` calls it.
+        name: what `device` calls it.
         kind: `cuda`, or `cpu` for a process on a host without GPUs.
         memory_bytes: memory of the device where tables live; None on CPU, where it is the host's, shared.
         host_memory_bytes: memory of the whole host; None means the host that plans.
@@ -78,7 +78,7 @@ DEVICES: Mapping[str, Device] = {device.name: device for device in _DEVICES}
 
 
 def device_named(name: str) -> Device:
-    """The device that `--device` names.
+    """The device of a name.
 
     Raises:
         PlanError: there is none of this name.
@@ -87,7 +87,7 @@ def device_named(name: str) -> Device:
         return DEVICES[name]
     close = difflib.get_close_matches(name.lower(), DEVICES, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    msg = f"--device: unknown device {name!r}{hint} Known: {', '.join(DEVICES)}; --hbm and the like change its figures"
+    msg = f"`device`: unknown device {name!r}{hint} Known: {', '.join(DEVICES)}; `hbm` and the like change its rates"
     raise PlanError(msg)
 
 

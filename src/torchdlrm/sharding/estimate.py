@@ -85,17 +85,15 @@ class DensePart:
     Attributes:
         compute_ms: dense arch, interaction and over arch, forward, backward and update.
         all_reduce_ms: averaging their gradients over the ranks.
-        overhead_ms: everything else of a step; 0 where it was not measured.
     """
 
     compute_ms: float
     all_reduce_ms: float
-    overhead_ms: float = 0.0
 
     @property
     def total_ms(self) -> float:
         """One after the other."""
-        return self.compute_ms + self.all_reduce_ms + self.overhead_ms
+        return self.compute_ms + self.all_reduce_ms
 
 
 def shard_costs(

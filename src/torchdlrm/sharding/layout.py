@@ -121,10 +121,10 @@ def read_plan(path: Path) -> dict[str, Any]:
     try:
         plan: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        msg = f"{path}: cannot read the plan: {error}; dlrm plan --out writes one"
+        msg = f"{path}: cannot read the plan: {error}; dlrm plan writes one"
         raise PlanError(msg) from error
     if not isinstance(plan, dict) or "tables" not in plan or "format_version" not in plan:
-        msg = f"{path}: not a plan (no tables, no format_version); dlrm plan --out writes one"
+        msg = f"{path}: not a plan (no tables, no format_version); dlrm plan writes one"
         raise PlanError(msg)
     if plan["format_version"] != FORMAT_VERSION:
         msg = f"{path}: format_version is {plan['format_version']!r}, this version reads {FORMAT_VERSION}; plan again"

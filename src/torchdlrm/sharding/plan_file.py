@@ -32,7 +32,7 @@ def plan_as_dict(solution: Solution) -> dict[str, Any]:
         "estimate": {
             "step_ms": solution.step_ms,
             "rows_per_s": solution.rows_per_s,
-            "dense": asdict(solution.dense),
+            "dense": asdict(solution.dense) | {"overhead_ms": 0.0},  # never measured, but format version 1 has it
             "bottleneck_rank": solution.bottleneck_rank,
             "fullest_rank": solution.fullest_rank,
             "worst_rank_ms": solution.ranks[solution.bottleneck_rank].total_ms,

@@ -119,7 +119,7 @@ def preset_tables(name: str, dim: int) -> list[Table]:
     """
     if name not in _PRESETS:
         known = "; ".join(f"{preset} ({about})" for preset, (_, _, about) in _PRESETS.items())
-        msg = f"--tables: there is no preset and no file {name!r}; presets are {known}"
+        msg = f"`tables`: there is no preset and no file {name!r}; presets are {known}"
         raise PlanError(msg)
     rows, pooling_factors, _ = _PRESETS[name]
     return [
@@ -141,16 +141,16 @@ def read_tables(path: Path, dim: int) -> list[Table]:
         text = path.read_text(encoding="utf-8")
         records: Any = json.loads(text) if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        msg = f"--tables: cannot read {path}: {error}; expected CSV with a header, or a JSON list"
+        msg = f"`tables`: cannot read {path}: {error}; expected CSV with a header, or a JSON list"
         raise PlanError(msg) from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        msg = f"--tables: {path}: expected a list of objects with rows, and optionally name, dim, pooling_factor"
+        msg = f"`tables`: {path}: expected a list of objects with rows, and optionally name, dim, pooling_factor"
         raise PlanError(msg)
     problems: list[str] = []
     tables = [_read_table(record, index, dim, problems) for index, record in enumerate(records)]
     if problems:
         more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-        raise PlanError("\n  ".join([f"--tables: {path} is wrong:", *problems[:5], *more]))
+        raise PlanError("\n  ".join([f"`tables`: {path} is wrong:", *problems[:5], *more]))
     check_tables(tables, str(path))
     return tables
 
@@ -196,6 +196,6 @@ def check_tables(tables: Sequence[Table], place: str) -> None:
         raise PlanError("\n".join([f"the tables of {place} are wrong:", *(f"  {problem}" for problem in problems)]))
 
 
-def cap_rows(tables: Sequence[Table], max_rows: int) -> list[Table]:
-    """The same tables with at most `max_rows` rows each."""
-    return [replace(table, rows=min(table.rows, max_rows)) for table in tables]
+def cap_embeddings(tables: Sequence[Table], max_embeddings: int) -> list[Table]:
+    """The same tables with at most `max_embeddings` rows each."""
+    return [replace(table, rows=min(table.rows, max_embeddings)) for table in tables]

@@ -32,7 +32,7 @@ class Machine:
         inter_host_bytes_per_s: to other hosts.
         float32_flops_per_s: matrix products in float32.
         backward_multiplier: a table's backward with its update, over its forward.
-        source: where the figures come from.
+        source: where the rates come from.
     """
 
     device: str
@@ -58,6 +58,24 @@ class Machine:
     def memory_bytes(self) -> int:
         """Memory of each rank where its tables live."""
         return self.hbm_bytes if self.kind == "cuda" else self.host_memory_bytes
+
+    @property
+    def usual_devices_per_host(self) -> int:
+        """Ranks of a host that is full: GPUs are rented by eight, processes on CPU as they are now."""
+        return max(self.devices_per_host, 8) if self.kind == "cuda" else self.devices_per_host
+
+    def resized(self, num_devices: int) -> "Machine":
+        """The machine with another number of devices, on as many hosts as they need.
+
+        Raises:
+            PlanError: they cannot be spread evenly.
+        """
+        per_host = self.usual_devices_per_host
+        hosts = max(1, -(-num_devices // per_host))
+        if num_devices % hosts:
+            msg = f"{num_devices} devices cannot be spread evenly over {hosts} hosts of {per_host}"
+            raise PlanError(msg)
+        return replace(self, num_devices=num_devices, num_hosts=hosts)
 
     def topology(self) -> Topology:
         """The machine in TorchRec's words; its rates are bytes per millisecond."""
@@ -90,14 +108,14 @@ def machine_of(device: Device, *, num_devices: int, num_hosts: int | None = None
         PlanError: the devices cannot be spread evenly.
     """
     if num_devices < 1:
-        msg = f"--devices: must be at least 1, got {num_devices}"
+        msg = f"`devices`: must be at least 1, got {num_devices}"
         raise PlanError(msg)
     per_host = device.devices_per_host if device.kind == "cuda" else num_devices
     hosts = num_hosts if num_hosts is not None else max(1, -(-num_devices // per_host))
     if hosts < 1 or num_devices % hosts:
         msg = (
-            f"--hosts: {num_devices} devices cannot be spread evenly over {hosts} hosts ({per_host} a host is usual "
-            f"for {device.name}); give --devices and --hosts so that one divides the other"
+            f"`hosts`: {num_devices} devices cannot be spread evenly over {hosts} hosts ({per_host} a host is usual "
+            f"for {device.name}); give `devices` and `hosts` so that one divides the other"
         )
         raise PlanError(msg)
     local = num_devices // hosts
@@ -146,17 +164,5 @@ def local_machine(config: ShardingConfig, *, world_size: int, local_world_size: 
         named = device_of_gpu(properties.name, properties.total_memory)
         hbm_bytes = config.hbm_bytes or properties.total_memory
     machine = machine_of(named, num_devices=world_size, num_hosts=max(1, world_size // local_world_size))
-    return with_memory(
-        machine,
-        hbm_bytes=hbm_bytes,
-        host_memory_bytes=config.host_memory_bytes or host_memory_bytes() // local_world_size,
-    )
-
-
-def with_memory(machine: Machine, *, hbm_bytes: int | None, host_memory_bytes: int | None) -> Machine:
-    """The same machine with other memory, in bytes of each rank; None leaves it."""
-    return replace(
-        machine,
-        hbm_bytes=machine.hbm_bytes if hbm_bytes is None else hbm_bytes,
-        host_memory_bytes=machine.host_memory_bytes if host_memory_bytes is None else host_memory_bytes,
-    )
+    host_bytes = config.host_memory_bytes or host_memory_bytes() // local_world_size
+    return replace(machine, hbm_bytes=hbm_bytes, host_memory_bytes=host_bytes)

@@ -19,7 +19,7 @@ from torchdlrm.training.agreement import Settings, settings_of
 from torchdlrm.training.checkpoint import list_checkpoints
 from torchdlrm.training.compute import Precision, allow_tf32, choose_precision, keep_freed_memory
 from torchdlrm.training.log import Callback, TrainingHistory, read_metrics
-from torchdlrm.training.process_group import Ranks, join_process_group
+from torchdlrm.training.process_group import Ranks, join_process_group, rank_device
 from torchdlrm.training.run import METRICS_NAME, Run
 from torchdlrm.training.steps import Agenda, check_early_stopping, decay_kind
 from torchdlrm.training.trackers import check_trackers
@@ -124,8 +124,7 @@ def preview_training(
         DatasetError: there are no training rows.
         PlanError: the tables do not fit, or the given plan does not.
     """
-    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    device = rank_device(0, local_world_size)
     agenda = _checked_agenda(config, dataset, device)
     solution = preview_plan(
         config, dataset.num_embeddings, world_size=world_size, local_world_size=local_world_size, device=device

@@ -115,10 +115,9 @@ def join_process_group(timeout_s: float = 600.0, describe: Callable[[], Settings
     else:
         rank, world_size = dist.get_rank(), dist.get_world_size()
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1" if is_ours else str(world_size)))
-    device = torch.device("cpu")
     has_nccl = is_ours or "cuda:nccl" in str(dist.get_backend_config())
-    if has_nccl and torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", str(rank % local_world_size))))
+    local_rank = int(os.environ.get("LOCAL_RANK", str(rank % local_world_size)))
+    device = rank_device(local_rank, local_world_size) if has_nccl else torch.device("cpu")
     ranks = Ranks(rank, world_size, local_world_size, device, timeout_s)
     with silenced_libraries(), _restored_settings(device), ranks.raising_lost_process():
         if device.type == "cpu":
@@ -133,6 +132,13 @@ def join_process_group(timeout_s: float = 600.0, describe: Callable[[], Settings
         finally:
             for group in [None] if is_ours else ranks._made_groups:
                 dist.destroy_process_group(group)
+
+
+def rank_device(local_rank: int, local_world_size: int) -> torch.device:
+    """Where a rank computes: on its own GPU where there is one for each rank of the host, else on CPU."""
+    if torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size:
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
 
 
 def _form_group(backend: str, device: torch.device, timeout_s: float, describe: Callable[[], Settings]) -> None:

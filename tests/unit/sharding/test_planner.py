@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -17,7 +18,7 @@ from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.planner import PlanOptions, meta_tables, planner_constraints, table_sharder
 from torchdlrm.sharding.problem import Problem, solve, try_solve
 from torchdlrm.sharding.tables import OPTIMIZERS, Table, preset_tables
-from torchdlrm.sharding.topology import machine_of, with_memory
+from torchdlrm.sharding.topology import machine_of
 
 
 def state_values(optimizer, rows, columns):
@@ -68,9 +69,8 @@ def problems(draw):
         draw(st.sampled_from([64, 2048])),
     )
     memory = draw(st.sampled_from([10**8, 10**9, 10**10]))
-    machine = with_memory(
-        asked.machine, hbm_bytes=memory if asked.machine.kind == "cuda" else 0, host_memory_bytes=memory
-    )
+    hbm_bytes = memory if asked.machine.kind == "cuda" else 0
+    machine = replace(asked.machine, hbm_bytes=hbm_bytes, host_memory_bytes=memory)
     return Problem(asked.tables, machine, asked.options)
 
 

@@ -1,0 +1,140 @@
+"""What is asked of a plan -> a `Problem`, and its `Solution`: what `dlrm plan` does, as one function."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from torchdlrm.config import Config, load_config
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.errors import PlanError
+from torchdlrm.planning.measure import measured
+from torchdlrm.planning.plan_request import PlanRequest
+from torchdlrm.sharding.devices import device_named
+from torchdlrm.sharding.layout import read_plan
+from torchdlrm.sharding.planner import PlanOptions
+from torchdlrm.sharding.problem import Problem, Solution, solve
+from torchdlrm.sharding.tables import (
+    PRESETS,
+    Table,
+    cap_embeddings,
+    check_tables,
+    feature_tables,
+    preset_tables,
+    read_tables,
+)
+from torchdlrm.sharding.topology import Machine, local_machine, machine_of
+from torchdlrm.training.process_group import rank_device
+from torchdlrm.units import parse_bytes
+
+THIS_MACHINE = "here"
+_RATES = {
+    "hbm_bandwidth": "memory_bytes_per_s",
+    "host_link_bandwidth": "host_link_bytes_per_s",
+    "intra_host_bandwidth": "intra_host_bytes_per_s",
+    "inter_host_bandwidth": "inter_host_bytes_per_s",
+}
+
+
+def plan(request: PlanRequest, config: Config | None = None, *, measure: bool = False) -> Solution:
+    """Place tables on a machine that need not be there, by the function that training plans with.
+
+        >>> solution = plan(PlanRequest(tables="criteo-1tb-40m", devices=8))
+        >>> solution.layout["t_cat_0"].sharding_type, solution.layout["t_cat_0"].ranks
+        ('table_wise', [0])
+        >>> f"{solution.memory_fraction(solution.fullest_rank):.0%}"
+        '90%'
+
+    Args:
+        request: tables and machine.
+        config: of the training; that of the run where the request names one, else the defaults.
+        measure: time this machine first, in as many processes as there are ranks, and plan with what it does.
+
+    Raises:
+        DoesNotFitError: the tables do not fit; `torchdlrm.planning.remedies` says what would make them fit.
+        PlanError: the request is wrong, or contradicts itself.
+    """
+    if config is None:
+        config = load_config(request.run / "config.toml" if request.run else None, is_of_run=request.run is not None)
+    problem = problem_of(request, config)
+    return solve(measured(problem, config)[0] if measure else problem)
+
+
+def problem_of(request: PlanRequest, config: Config) -> Problem:
+    """The problem that a request and a config describe.
+
+    Raises:
+        PlanError: the request is wrong, or contradicts itself.
+        DatasetError: the dataset is damaged.
+    """
+    options = PlanOptions.of(config)
+    options = replace(
+        options,
+        optimizer=request.optimizer or options.optimizer,
+        constraints=(*options.constraints, *request.constraints),  # of rules for the same table the last one counts
+    )
+    machine = _machine(request, config)
+    return Problem(_tables(request, config.model.embedding_dim), machine, options, request.precision, config.model)
+
+
+def _machine(request: PlanRequest, config: Config) -> Machine:
+    devices, hosts, sharding = request.num_devices, request.hosts, config.sharding
+    if devices < 1:
+        msg = f"`devices`: must be at least 1, got {devices}"
+        raise PlanError(msg)
+    if hosts is not None and (hosts < 1 or devices % hosts):
+        msg = f"`hosts`: {devices} devices cannot be spread evenly over {hosts} hosts"
+        raise PlanError(msg)
+    if request.device_name == THIS_MACHINE:
+        local_world_size = devices // (hosts or 1)
+        device = rank_device(0, local_world_size)
+        machine = local_machine(sharding, world_size=devices, local_world_size=local_world_size, device=device)
+    else:
+        machine = machine_of(device_named(request.device_name), num_devices=devices, num_hosts=hosts)
+        machine = replace(
+            machine,
+            hbm_bytes=(sharding.hbm_bytes or machine.hbm_bytes) if machine.kind == "cuda" else 0,
+            host_memory_bytes=sharding.host_memory_bytes or machine.host_memory_bytes,
+        )
+    return _with_sizes(machine, request)
+
+
+def _with_sizes(machine: Machine, request: PlanRequest) -> Machine:
+    """The machine with the memory and the rates that the request gives."""
+    names = ("hbm", "host_memory", *_RATES)
+    sizes = {name: parse_bytes(text, name) for name in names if (text := getattr(request, name)) is not None}
+    if "hbm" in sizes and machine.kind != "cuda":
+        msg = f"`hbm`: {machine.device} has no memory of its own; `host_memory` says what its host has"
+        raise PlanError(msg)
+    changes: dict[str, float] = {field: sizes[name] for name, field in _RATES.items() if name in sizes}
+    if "hbm" in sizes:
+        changes["hbm_bytes"] = sizes["hbm"]
+    if "host_memory" in sizes:
+        changes["host_memory_bytes"] = sizes["host_memory"] // machine.devices_per_host
+    return replace(machine, **changes)  # type: ignore[arg-type]  # sizes are integers
+
+
+def _tables(request: PlanRequest, dim: int) -> tuple[Table, ...]:
+    given = [name for name in ("dataset", "run", "tables") if getattr(request, name) is not None]
+    if len(given) != 1:
+        msg = (
+            f"{' and '.join(f'`{name}`' for name in given) or 'no tables'}: give one of `dataset`, `run` and `tables` "
+            f"({', '.join(PRESETS)}, or a CSV or JSON file of rows, dim, pooling_factor)"
+        )
+        raise PlanError(msg)
+    if request.dataset is not None:
+        tables = feature_tables(Dataset.open(request.dataset).num_embeddings, dim)
+    elif request.run is not None:
+        tables = [
+            Table(name, placed["rows"], placed["dim"], placed["pooling_factor"])
+            for name, placed in read_plan(request.run / "plan.json")["tables"].items()
+        ]
+    else:
+        assert request.tables is not None
+        path = Path(request.tables)
+        tables = read_tables(path, dim) if path.is_file() else preset_tables(request.tables, dim)
+    if request.max_embeddings is not None:
+        if request.max_embeddings < 1:
+            msg = f"`max_embeddings`: must be at least 1, got {request.max_embeddings}"
+            raise PlanError(msg)
+        tables = cap_embeddings(tables, request.max_embeddings)
+    check_tables(tables, "the model")
+    return tuple(tables)
