@@ -5,7 +5,6 @@ checked cell by cell in Python, would take longer than predicting it.  What the 
 `openapi.py`.
 """
 
-from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -18,11 +17,13 @@ from starlette.routing import Route
 
 from torchdlrm import __version__
 from torchdlrm.errors import TorchDLRMError
+from torchdlrm.prediction.predictor import Predictor, Rows
+from torchdlrm.serving.batcher import Answer
 from torchdlrm.serving.bodies import read_body
 from torchdlrm.serving.exchange import IS_GONE
 from torchdlrm.serving.metrics import CONTENT_TYPE
 from torchdlrm.serving.open_inference.columns import model_metadata
-from torchdlrm.serving.open_inference.http import EXTENSIONS, HEADER_LENGTH, InferRequest, format_infer, parse_infer
+from torchdlrm.serving.open_inference.http import EXTENSIONS, HEADER_LENGTH, format_infer, parse_infer
 from torchdlrm.serving.openapi import document
 from torchdlrm.serving.page_routes import page_routes
 from torchdlrm.serving.refusals import RefusedRequest
@@ -30,144 +31,135 @@ from torchdlrm.serving.request_middleware import REQUEST_ID, RequestMiddleware, 
 from torchdlrm.serving.row_routes import read_rows
 from torchdlrm.serving.service import Service, off_loop_if_large
 
-MODEL = "/v2/models/{name}"
-VERSION = MODEL + "/versions/{version}"
-
 
 def build_app(service: Service) -> RequestMiddleware:
     """Everything that is answered over HTTP."""
-
-    async def refused(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RefusedRequest)
-        return refusal(error)
-
-    async def http_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return _json({"error": error.detail}, error.status_code, dict(error.headers or {}))
-
-    async def unforeseen(_: Request, __: Exception) -> Response:
-        return _json({"error": "the server failed; its log says why"}, HTTPStatus.INTERNAL_SERVER_ERROR)
-
+    answers = _Answers(service)
+    routes = [
+        Route("/predict", answers.predict, methods=["POST"]),
+        Route("/schema", answers.schema),
+        Route("/openapi.json", answers.openapi),
+        Route("/metrics", answers.metrics),
+        Route("/admin/reload", answers.reload, methods=["POST"]),
+        Route("/v2", answers.server),
+        Route("/v2/health/live", answers.live),
+        Route("/v2/health/ready", answers.ready),
+    ]
+    for model in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+        routes += [
+            Route(model, answers.model),
+            Route(f"{model}/ready", answers.model_ready),
+            Route(f"{model}/infer", answers.infer, methods=["POST"]),
+        ]
     app = Starlette(
-        routes=[*_row_routes(service), *_open_inference(service), *_operators(service), *page_routes()],
-        exception_handlers={RefusedRequest: refused, HTTPException: http_error, Exception: unforeseen},
+        routes=[*routes, *page_routes()],
+        exception_handlers={RefusedRequest: _refused, HTTPException: _http_error, Exception: _failed},
     )
     app.router.redirect_slashes = False
     return RequestMiddleware(app, service)
 
 
-def _row_routes(service: Service) -> list[Route]:
-    async def predict(request: Request) -> Response:
-        body, started_s = await _body(request, service)
-        served = service.bundles.current
-        max_rows = service.options.max_rows_per_request
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedRequest)
+    return refusal(error)
 
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _json({"error": error.detail}, error.status_code, dict(error.headers or {}))
+
+
+async def _failed(_: Request, __: Exception) -> Response:
+    return _json({"error": "the server failed; its log says why"}, HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+class _Answers:
+    """What each route answers."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def predict(self, request: Request) -> Response:
+        service = self._service
+        body, started_s = await self._body(request)
+        served, max_rows = service.bundles.current, service.options.max_rows_per_request
         rows, num_bytes = await off_loop_if_large(lambda: read_rows(body, served.schema, max_rows), len(body))
-        answer = await service.predict(
+        answer = await self._predicted(request, served, rows, num_bytes, started_s)
+        return _json({"predictions": answer.probabilities, "model": service.name, "version": served.version})
+
+    async def schema(self, _: Request) -> Response:
+        return _json(self._service.describe())
+
+    async def openapi(self, _: Request) -> Response:
+        return _json(document(self._service))
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(self._service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def reload(self, _: Request) -> Response:
+        if not self._service.keys:
+            msg = "swapping over HTTP needs an API key; start the server with one, or send it SIGHUP"
+            raise RefusedRequest(HTTPStatus.FORBIDDEN, msg)
+        try:
+            outcome = await self._service.reload()
+        except TorchDLRMError as error:
+            msg = "the bundle cannot be served, and the one before still is; the server's log says why"
+            raise RefusedRequest(HTTPStatus.CONFLICT, msg) from error
+        self._service.tell_others()
+        return _json(outcome)
+
+    async def server(self, _: Request) -> Response:
+        return _json({"name": "torchdlrm", "version": __version__, "extensions": EXTENSIONS})
+
+    async def live(self, _: Request) -> Response:
+        return _state(self._service.is_live, "live")
+
+    async def ready(self, _: Request) -> Response:
+        return _state(self._service.is_ready, "ready")
+
+    async def model(self, request: Request) -> Response:
+        served = self._service.check_model(**request.path_params)
+        return _json(model_metadata(self._service.name, served.version, served.schema))
+
+    async def model_ready(self, request: Request) -> Response:
+        served = self._service.check_model(**request.path_params)
+        if not self._service.is_ready:
+            return _state(self._service.is_ready, "ready")
+        return _json({"name": self._service.name, "version": served.version, "ready": True})
+
+    async def infer(self, request: Request) -> Response:
+        service = self._service
+        service.check_model(**request.path_params)
+        body, started_s = await self._body(request)
+        served, max_rows = service.check_model(**request.path_params), service.options.max_rows_per_request
+        header_length = request.headers.get(HEADER_LENGTH)
+        asked = await off_loop_if_large(lambda: parse_infer(body, header_length, served.schema, max_rows), len(body))
+        answer = await self._predicted(request, served, asked.rows, len(body), started_s, asked.timeout_us)
+        content, headers = format_infer(service.name, served.version, asked, answer.probabilities)
+        return Response(content, headers=headers)
+
+    async def _body(self, request: Request) -> tuple[bytes, float]:
+        self._service.batcher.check_room()
+        return await read_body(request, self._service.options, self._service.uploads)
+
+    async def _predicted(
+        self,
+        request: Request,
+        served: Predictor,
+        rows: Rows,
+        num_bytes: int,
+        started_s: float,
+        timeout_us: int | None = None,
+    ) -> Answer:
+        return await self._service.predict(
             served,
             rows,
             num_bytes=num_bytes,
             request_id=request.scope[REQUEST_ID],
             started_s=started_s,
-            is_gone=request.scope.get(IS_GONE, _never),
+            timeout_us=timeout_us,
+            is_gone=request.scope.get(IS_GONE, lambda: False),
         )
-        return _json({"predictions": answer.probabilities, "model": service.name, "version": served.version})
-
-    async def openapi(_: Request) -> Response:
-        return _json(document(service))
-
-    async def schema(_: Request) -> Response:
-        return _json(service.describe())
-
-    return [
-        _route("/predict", predict, "POST"),
-        _route("/schema", schema, "GET"),
-        _route("/openapi.json", openapi, "GET"),
-    ]
-
-
-def _open_inference(service: Service) -> list[Route]:
-    async def server(_: Request) -> Response:
-        return _json({"name": "torchdlrm", "version": __version__, "extensions": EXTENSIONS})
-
-    async def live(_: Request) -> Response:
-        return _state(service.is_live, "live")
-
-    async def ready(_: Request) -> Response:
-        return _state(service.is_ready, "ready")
-
-    async def metadata(request: Request) -> Response:
-        served = service.check_model(**request.path_params)
-        return _json(model_metadata(service.name, served.version, served.schema))
-
-    async def model_ready(request: Request) -> Response:
-        served = service.check_model(**request.path_params)
-        if not service.is_ready:
-            return _state(service.is_ready, "ready")
-        return _json({"name": service.name, "version": served.version, "ready": True})
-
-    async def infer(request: Request) -> Response:
-        service.check_model(**request.path_params)
-        body, started_s = await _body(request, service)
-        served = service.check_model(**request.path_params)
-        max_rows = service.options.max_rows_per_request
-
-        def parse() -> InferRequest:
-            return parse_infer(body, request.headers.get(HEADER_LENGTH), served.schema, max_rows)
-
-        asked = await off_loop_if_large(parse, len(body))
-        answer = await service.predict(
-            served,
-            asked.rows,
-            num_bytes=len(body),
-            request_id=request.scope[REQUEST_ID],
-            started_s=started_s,
-            timeout_us=asked.timeout_us,
-            is_gone=request.scope.get(IS_GONE, _never),
-        )
-        content, headers = format_infer(service.name, served.version, asked, answer.probabilities)
-        return Response(content, headers=headers)
-
-    routes = [
-        _route("/v2", server, "GET"),
-        _route("/v2/health/live", live, "GET"),
-        _route("/v2/health/ready", ready, "GET"),
-    ]
-    for prefix in (MODEL, VERSION):
-        routes += [
-            _route(prefix, metadata, "GET"),
-            _route(prefix + "/ready", model_ready, "GET"),
-            _route(prefix + "/infer", infer, "POST"),
-        ]
-    return routes
-
-
-def _operators(service: Service) -> list[Route]:
-    async def metrics(_: Request) -> Response:
-        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
-
-    async def reload(_: Request) -> Response:
-        if not service.keys:
-            msg = "swapping over HTTP needs an API key; start the server with one, or send it SIGHUP"
-            raise RefusedRequest(HTTPStatus.FORBIDDEN, msg)
-        try:
-            outcome = await service.reload()
-        except TorchDLRMError as error:
-            msg = "the bundle cannot be served, and the one before still is; the server's log says why"
-            raise RefusedRequest(HTTPStatus.CONFLICT, msg) from error
-        service.tell_others()
-        return _json(outcome)
-
-    return [_route("/metrics", metrics, "GET"), _route("/admin/reload", reload, "POST")]
-
-
-async def _body(request: Request, service: Service) -> tuple[bytes, float]:
-    service.batcher.check_room()
-    return await read_body(request, service.options, service.uploads)
-
-
-def _never() -> bool:
-    return False
 
 
 def _state(is_so: bool, what: str) -> Response:  # noqa: FBT001 - it is the value that is told
@@ -179,7 +171,3 @@ def _state(is_so: bool, what: str) -> Response:  # noqa: FBT001 - it is the valu
 def _json(content: Any, status: int = HTTPStatus.OK, headers: dict[str, str] | None = None) -> Response:
     body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(body, status, headers, media_type="application/json")
-
-
-def _route(path: str, answer: Callable[[Request], Awaitable[Response]], method: str) -> Route:
-    return Route(path, answer, methods=[method])

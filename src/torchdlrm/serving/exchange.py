@@ -10,12 +10,15 @@ import time
 import urllib.parse
 from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import httptools
 import orjson
 
 from torchdlrm.serving.framing import Head, Headers
+
+if TYPE_CHECKING:
+    from torchdlrm.serving.connection import Connection
 
 ARRIVED: Final = "torchdlrm.arrived_s"  # in a request's scope: when its head had come, by `time.perf_counter`
 IS_WHOLE: Final = "torchdlrm.is_whole"  # in a request's scope: whether all of its body has come
@@ -30,31 +33,12 @@ _BODILESS = {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}
 _log = logging.getLogger(__name__)
 
 
-class Side(Protocol):
-    """What an exchange wants of its connection."""
-
-    client: tuple[str, int] | None
-    server: tuple[str, int] | None
-
-    def is_gone(self) -> bool:
-        """Whether the client no longer waits for an answer."""
-
-    def write(self, data: bytes) -> None:
-        """Send bytes, without waiting."""
-
-    def regulate(self) -> None:
-        """The app has taken what there was of the body."""
-
-    def answered(self, exchange: "Exchange") -> None:
-        """The answer has been written."""
-
-
 class Exchange:
     """A request that is being answered.
 
     Args:
         head: of the request.
-        side: the connection that it came by.
+        connection: that it came by.
         default_headers: of every answer.
 
     Attributes:
@@ -64,9 +48,9 @@ class Exchange:
         num_unread: bytes of the body that have come and that the app has not taken.
     """
 
-    def __init__(self, head: Head, side: Side, default_headers: Headers) -> None:
+    def __init__(self, head: Head, connection: "Connection", default_headers: Headers) -> None:
         path, query = _path_and_query(head.target)
-        self._head, self._side, self._default_headers = head, side, default_headers
+        self._head, self._connection, self._default_headers = head, connection, default_headers
         self.is_whole = self.is_answered = False
         self.keeps_alive = head.keeps_alive
         self._must_say_continue = head.expects_continue
@@ -82,15 +66,15 @@ class Exchange:
             "http_version": head.version,
             "method": head.method,
             "scheme": "http",
-            "server": side.server,
-            "client": side.client,
+            "server": connection.server,
+            "client": connection.client,
             "root_path": "",
             "path": urllib.parse.unquote(path) if "%" in path else path,
             "raw_path": path.encode(),
             "query_string": query,
             "headers": head.headers,
             ARRIVED: time.perf_counter(),
-            IS_GONE: side.is_gone,
+            IS_GONE: connection.is_gone,
             IS_WHOLE: False,
         }
 
@@ -123,7 +107,7 @@ class Exchange:
 
     async def _receive(self) -> Message:
         if self._must_say_continue and not self.is_whole:
-            self._side.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._must_say_continue = False
         while not (self._pieces or self._is_lost or self.is_answered or (self.is_whole and not self._is_read)):
             self._waiting = asyncio.get_running_loop().create_future()
@@ -136,7 +120,7 @@ class Exchange:
         body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         self.num_unread = 0
-        self._side.regulate()
+        self._connection.regulate()
         self._is_read = self.is_whole
         return {"type": "http.request", "body": body, "more_body": not self.is_whole}
 
@@ -172,8 +156,8 @@ class Exchange:
             answer += content
         self.is_answered = True
         self._wake()
-        self._side.write(answer)
-        self._side.answered(self)
+        self._connection.write(answer)
+        self._connection.answered(self)
 
     def _wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():

@@ -20,12 +20,10 @@ from google.protobuf.message import DecodeError
 
 from torchdlrm.errors import ConfigError
 from torchdlrm.serving.event_log import log_event
-from torchdlrm.serving.open_inference.grpc_methods import Call, Context, Methods, parse
+from torchdlrm.serving.open_inference.grpc_methods import Call, Context, answer, parse
 from torchdlrm.serving.open_inference.messages import CLASSES, METHODS, PACKAGE, SERVICE
 from torchdlrm.serving.refusals import RefusedRequest, bad_request, overloaded, too_slow
 from torchdlrm.serving.service import Service, off_loop_if_large, request_id_of
-
-Method = Callable[[Any, Call], Awaitable[Any]]
 
 _STATUS = {
     HTTPStatus.BAD_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
@@ -85,11 +83,10 @@ class GrpcServer:
         ]
         logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
         self._server = grpc.aio.server(options=options)
-        methods = Methods(service)
         handlers = {
             # The same to a client as unary_unary; but of those grpc reads all of a message before it asks anybody.
             name: grpc.stream_unary_rpc_method_handler(
-                self._guarded(getattr(methods, name), name),
+                self._guarded(name),
                 response_serializer=CLASSES[f"{name}Response"].SerializeToString,
             )
             for name in METHODS
@@ -118,16 +115,16 @@ class GrpcServer:
         self._may_answer.set()
         await stopping
 
-    def _guarded(self, method: Method, name: str) -> Callable[[object, Context], Awaitable[Any]]:
+    def _guarded(self, name: str) -> Callable[[object, Context], Awaitable[Any]]:
         """A method behind the checks, figures and log that HTTP has too."""
         service = self._service
 
-        async def answer(_: object, context: Context) -> Any:
+        async def guarded(_: object, context: Context) -> Any:
             self._num_calls += 1
             if not self._may_answer.is_set():
                 await self._may_answer.wait()
             started_s = time.perf_counter()
-            answered, refused, request_id = await self._outcome(method, name, context)
+            answered, refused, request_id = await self._outcome(name, context)
             context.set_trailing_metadata((("x-request-id", request_id),))
             status = HTTPStatus.OK if refused is None else refused.status
             total_s = time.perf_counter() - started_s
@@ -146,9 +143,9 @@ class GrpcServer:
                 await context.abort(_STATUS.get(refused.status, grpc.StatusCode.INTERNAL), refused.message)
             return answered
 
-        return answer
+        return guarded
 
-    async def _outcome(self, method: Method, name: str, context: Context) -> tuple[Any, RefusedRequest | None, str]:
+    async def _outcome(self, name: str, context: Context) -> tuple[Any, RefusedRequest | None, str]:
         """The answer to a call or why there is none, and the call's name.
 
         What grpc raises to end a call knows the frames that it goes through, and they know it: until the collector
@@ -169,7 +166,8 @@ class GrpcServer:
                 self._check_room(name)
                 request = await off_loop_if_large(lambda: parse(name, message, service), len(message))
                 request_id = request_id or request_id_of(getattr(request, "id", "")) or service.new_request_id()
-                return await method(request, Call(context, request_id, len(message))), None, request_id
+                call = Call(context, request_id, len(message))
+                return await answer(service, name, request, call), None, request_id
             finally:
                 self._num_under_way -= 1
         except DecodeError:

@@ -53,61 +53,52 @@ class Call:
     num_bytes: int
 
 
-class Methods:
-    """Answers to calls that are admitted.
+async def answer(service: Service, name: str, request: Any, call: Call) -> Any:
+    """The response to a call of a method that is admitted.
 
-    Args:
-        service: whose these are.
+    Raises:
+        RefusedRequest: there is no such model or version, or no prediction for the rows.
     """
+    response = CLASSES[f"{name}Response"]
+    match name:
+        case "ServerLive":
+            return response(live=service.is_live)
+        case "ServerReady":
+            return response(ready=service.is_ready)
+        case "ModelReady":
+            service.check_model(request.name, request.version)
+            return response(ready=service.is_ready)
+        case "ServerMetadata":
+            return response(name="torchdlrm", version=__version__, extensions=EXTENSIONS)
+        case "ModelMetadata":
+            served = service.check_model(request.name, request.version)
+            return response(**model_metadata(service.name, served.version, served.schema))
+        case _:
+            return await _infer(service, request, call)
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
 
-    async def ServerLive(self, _request: Any, _call: Call) -> Any:  # noqa: N802 - the protocol's names
-        """Whether the process can predict."""
-        return CLASSES["ServerLiveResponse"](live=self._service.is_live)
-
-    async def ServerReady(self, _request: Any, _call: Call) -> Any:  # noqa: N802
-        """Whether calls should be sent here."""
-        return CLASSES["ServerReadyResponse"](ready=self._service.is_ready)
-
-    async def ModelReady(self, request: Any, _call: Call) -> Any:  # noqa: N802
-        """The same, of the model."""
-        self._service.check_model(request.name, request.version)
-        return CLASSES["ModelReadyResponse"](ready=self._service.is_ready)
-
-    async def ServerMetadata(self, _request: Any, _call: Call) -> Any:  # noqa: N802
-        """What the server is."""
-        return CLASSES["ServerMetadataResponse"](name="torchdlrm", version=__version__, extensions=EXTENSIONS)
-
-    async def ModelMetadata(self, request: Any, _call: Call) -> Any:  # noqa: N802
-        """The inputs and the output of the model."""
-        served = self._service.check_model(request.name, request.version)
-        return CLASSES["ModelMetadataResponse"](**model_metadata(self._service.name, served.version, served.schema))
-
-    async def ModelInfer(self, request: Any, call: Call) -> Any:  # noqa: N802
-        """The probabilities of rows."""
-        service, started_s = self._service, time.perf_counter()
-        served = service.check_model(request.model_name, request.model_version)
-        max_rows = service.options.max_rows_per_request
-        rows = await off_loop_if_large(lambda: _rows(request, served.schema, max_rows), call.num_bytes)
-        remaining_s = call.context.time_remaining()
-        answer = await service.predict(
-            served,
-            rows,
-            num_bytes=call.num_bytes,
-            request_id=call.request_id,
-            started_s=started_s,
-            timeout_us=None if remaining_s is None else max(0, int(1e6 * remaining_s)),
-            is_gone=call.context.cancelled,
-        )
-        response = CLASSES["ModelInferResponse"](model_name=service.name, model_version=served.version, id=request.id)
-        output = response.outputs.add(name=OUTPUT, datatype="FP32", shape=[len(answer.probabilities)])
-        if request.raw_input_contents:
-            response.raw_output_contents.append(answer.probabilities.astype("<f4").tobytes())
-        else:
-            output.contents.fp32_contents.extend(answer.probabilities.tolist())
-        return response
+async def _infer(service: Service, request: Any, call: Call) -> Any:
+    started_s = time.perf_counter()
+    served = service.check_model(request.model_name, request.model_version)
+    max_rows = service.options.max_rows_per_request
+    rows = await off_loop_if_large(lambda: _rows(request, served.schema, max_rows), call.num_bytes)
+    remaining_s = call.context.time_remaining()
+    predicted = await service.predict(
+        served,
+        rows,
+        num_bytes=call.num_bytes,
+        request_id=call.request_id,
+        started_s=started_s,
+        timeout_us=None if remaining_s is None else max(0, int(1e6 * remaining_s)),
+        is_gone=call.context.cancelled,
+    )
+    response = CLASSES["ModelInferResponse"](model_name=service.name, model_version=served.version, id=request.id)
+    output = response.outputs.add(name=OUTPUT, datatype="FP32", shape=[len(predicted.probabilities)])
+    if request.raw_input_contents:
+        response.raw_output_contents.append(predicted.probabilities.astype("<f4").tobytes())
+    else:
+        output.contents.fp32_contents.extend(predicted.probabilities.tolist())
+    return response
 
 
 def parse(name: str, message: bytes, service: Service) -> Any:
