@@ -26,8 +26,8 @@ from torchdlrm.errors import BundleError, RunError
 from torchdlrm.exporting.checkpoint_reader import CheckpointReader
 from torchdlrm.exporting.export import ExportOptions, export
 from torchdlrm.exporting.held_out import held_out_rows
+from torchdlrm.features.encode import encode
 from torchdlrm.features.schema import load_schema
-from torchdlrm.features.transforms import encode
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.progress import SILENT
 from torchdlrm.training.checkpoint import checkpoint_path, list_checkpoints

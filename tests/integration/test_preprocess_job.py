@@ -11,8 +11,8 @@ import pytest
 from torchdlrm.data.dataset import Dataset, sha256_of
 from torchdlrm.data.log.text import parse_chunk
 from torchdlrm.errors import ConfigError, DatasetError, LogError
+from torchdlrm.features.encode import encode
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
-from torchdlrm.features.transforms import encode
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.progress import SilentProgress
 
@@ -170,7 +170,7 @@ def test_parts_are_parquet_files_with_equal_row_groups_and_page_checksums(log, t
     (part,) = big.splits["train"].files
     file = pq.ParquetFile(part.path, page_checksum_verification=True)
     sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    assert set(sizes[:-1]) == {big.row_group_rows}
+    assert set(sizes[:-1]) == {big.manifest.row_group_rows}
     assert sum(sizes) == part.rows == big.splits["train"].rows
     types = {field.name: (str(field.type), field.nullable) for field in file.schema_arrow}
     assert types == {

@@ -21,8 +21,8 @@ from torchdlrm.data.log.cut import plan_chunks, read_chunks
 from torchdlrm.data.log.files import find_files
 from torchdlrm.data.log.text import parse_chunk
 from torchdlrm.errors import LogError
+from torchdlrm.features.encode import encode
 from torchdlrm.features.schema import FeatureSchema, load_schema
-from torchdlrm.features.transforms import encode
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 SCHEMA_TEXT = """

@@ -7,7 +7,7 @@ import pytest
 from conftest import evaluated
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.served_model import EncodedRows, ServedModel
-from torchdlrm.features.transforms import encode
+from torchdlrm.features.encode import encode
 
 
 def encoded_rows(dataset, split):

@@ -25,9 +25,9 @@ from torchdlrm.bundle.write import file_record, write_weights
 from torchdlrm.config import ModelConfig
 from torchdlrm.features.kinds import hex_digits
 from torchdlrm.features.schema import NUM_CRITEO_DENSE, DenseColumn, FeatureSchema, LabelColumn, SparseColumn
-from torchdlrm.features.transforms import fit_dense
+from torchdlrm.features.transforms import TRANSFORMS
 from torchdlrm.features.value_index import write_index
-from torchdlrm.features.vocabulary import Vocabulary
+from torchdlrm.features.vocabulary import Vocabulary, number_values, rank_counts
 from torchdlrm.model.build import build_model
 from torchdlrm.progress import SILENT
 
@@ -78,7 +78,7 @@ def write_random_bundle(
             table, index = f"{name}.parquet", f"{name}.index"
             values = pl.Series(_values(rows))
             counts = pl.DataFrame({"value": values, "count": np.ones(len(values), np.int64)})
-            vocabulary = Vocabulary.from_counts(name, "hex", counts, min_count=1, max_rows=rows)
+            vocabulary = Vocabulary(name, "hex", number_values(rank_counts(counts)))
             vocabulary.write(path / table)
             write_index(vocabulary, path / index)
             files |= {file: file_record(path / file) for file in (table, index)}
@@ -97,7 +97,7 @@ def write_random_bundle(
     manifest = BundleManifest(
         name="random",
         feature_schema=FeatureSchema(name="random", columns=columns),
-        dense={column.name: fit_dense(column, None) for column in dense},
+        dense={column.name: TRANSFORMS[column.transform].fit(None) for column in dense},
         sparse=sparse,
         model=ModelConfig(),
         dense_precision="float32",

@@ -27,7 +27,7 @@ from torchdlrm.bundle.weights_file import BLOCK_BYTES, PADDING_BYTES, PADDING_NA
 from torchdlrm.data.dataset import sha256_of
 from torchdlrm.errors import BundleError, DatasetError
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.features.transforms import FittedDense
+from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_index import ValueIndex
 from torchdlrm.features.vocabulary import UNKNOWN_ID
 from torchdlrm.files import OpenFiles, regular_file
@@ -158,7 +158,7 @@ class Bundle:
         return self.manifest.feature_schema
 
     @property
-    def dense(self) -> Mapping[str, FittedDense]:
+    def dense(self) -> Mapping[str, DenseTransform]:
         """The fitted transform of each dense column."""
         return self.manifest.dense
 

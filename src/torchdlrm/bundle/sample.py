@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from torchdlrm.errors import BundleError
+from torchdlrm.features.encode import ValueLookup, encode
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, SparseColumn
-from torchdlrm.features.transforms import FittedDense, ValueLookup, encode
+from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.vocabulary import UNKNOWN_ID, Vocabulary
 
 PREDICTION_COLUMN = "prediction"
@@ -81,7 +82,7 @@ def read_sample(path: Path, schema: FeatureSchema, *, sha256: str) -> pl.DataFra
 def raw_sample(
     encoded: pl.DataFrame,
     schema: FeatureSchema,
-    dense: Mapping[str, FittedDense],
+    dense: Mapping[str, DenseTransform],
     vocabularies: Mapping[str, ValueLookup],
     *,
     max_rows: int,
@@ -110,9 +111,8 @@ def raw_sample(
     return raw.filter(pl.Series(same)).head(max_rows)
 
 
-def _raw_dense(values: pl.Series, column: DenseColumn, fitted: FittedDense) -> pl.Series:
-    x = values.cast(pl.Float64).to_numpy()
-    x = (np.exp(x) if fitted.log else x * fitted.deviation) - fitted.shift
+def _raw_dense(values: pl.Series, column: DenseColumn, fitted: DenseTransform) -> pl.Series:
+    x = fitted.inverse(values.cast(pl.Float64).to_numpy())
     return column.value_kind.from_floats(x).alias(column.name)
 
 

@@ -5,12 +5,11 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from torchdlrm.cli.preprocess_summary import phase_record, print_phase, print_summary, result_record
+from torchdlrm.cli.preprocess_summary import PhaseTimes, phase_record, print_phase, print_summary, result_record
 from torchdlrm.cli.terminal import Json, print_json, progress_bars
 from torchdlrm.errors import Interrupted
 from torchdlrm.features.schema import load_schema, with_split
 from torchdlrm.features.vocabulary import DEFAULT_MIN_COUNT
-from torchdlrm.preprocessing.phases import PhaseTimes
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, work_folder
 from torchdlrm.preprocessing.preprocess import preprocess as run_preprocess
 from torchdlrm.units import parse_bytes

@@ -52,7 +52,7 @@ class SplitRecord(_Frozen):
     """A split: its rows, how many were clicked, its files in order, how often its values were unknown or missing.
 
     Where a column holds several values a row, `values` is the number of all, and `unknown_rows` counts values.  `drift`
-    is how far each column's distribution is from that in `train`, see `torchdlrm.data.drift`.
+    is how far each column's distribution is from that in `train`, see `torchdlrm.preprocessing.tally`.
     """
 
     rows: int
@@ -189,11 +189,6 @@ class Dataset:
     def sparse_names(self) -> tuple[str, ...]:
         """The sparse columns: int32, from 0 to `num_embeddings` - 1."""
         return tuple(column.name for column in self.schema.sparse)
-
-    @property
-    def row_group_rows(self) -> int:
-        """Rows of every row group but the last of a file, which may be shorter."""
-        return self.manifest.row_group_rows
 
     @property
     def splits(self) -> dict[str, Split]:

@@ -1,4 +1,4 @@
-"""Which rows of a log are for training, which for validation, which for the test.
+"""Which rows of a log are for training, validation and the test, and where training rows go when they are shuffled.
 
 In: the log's files, the number of good rows in each, and the schema's rule.  Out: a `RowSplit`, which tells the split
 of any row by its position among the good rows of the log, or by its time.
@@ -9,6 +9,9 @@ of any row by its position among the good rows of the log, or by its time.
 | order | the last rows of the log, `val` before `test` |
 | random | rows chosen by a hash of their position and the seed |
 | time | the rows of the latest times, `val` before `test`; rows of one time stay together |
+
+Training rows are shuffled: the bucket (part file) of a row and its place there are hashes of its position in the log
+and a seed, so any number of workers can shuffle the whole split, in any order, with the same result.
 """
 
 from collections.abc import Sequence
@@ -19,16 +22,17 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from torchdlrm.data import shuffle
 from torchdlrm.data.log.files import LogFile
 from torchdlrm.errors import LogError
 from torchdlrm.features.schema import SplitRule, TimeColumn
+from torchdlrm.features.value_hash import splitmix
 
 SplitName = Literal["train", "val", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "val", "test")
 # As the Kaggle log is cut by facebookresearch/dlrm: seven days without day marks, a remainder going to the first parts.
 _NUM_PARTS = 7
 
+_BUCKET_STREAM, _ORDER_STREAM, _SPLIT_STREAM = 1, 2, 3  # 4 is that of raw values
 
 SplitCodes = npt.NDArray[np.uint8]  # positions in SPLIT_NAMES
 
@@ -125,7 +129,7 @@ class RandomSplit:
 
     def split_of_rows(self, first_row: int, num_rows: int, times: npt.NDArray[np.int64] | None) -> SplitCodes:  # noqa: ARG002
         """The split of B rows that follow each other in the log: uint8 [B]."""
-        draws = shuffle.uniform_draws(np.arange(first_row, first_row + num_rows), self.seed)
+        draws = uniform_draws(np.arange(first_row, first_row + num_rows), self.seed)
         edges = np.array([round(self.val * 2**32), round((self.val + self.test) * 2**32)], np.uint64)
         # 0 below the first edge is val, then test, then train.
         return np.array([1, 2, 0], np.uint8)[np.searchsorted(edges, draws, side="right")]
@@ -182,3 +186,24 @@ def check_split(rule: SplitRule, rows: Sequence[int]) -> None:
             f"{' and '.join(empty)}; give more rows, or other shares of val and test"
         )
         raise LogError(msg)
+
+
+def num_buckets(num_rows: int, part_rows: int) -> int:
+    """Buckets, each of `part_rows` rows on average at most; of the rows of the split alone, so that all runs agree."""
+    return max(1, -(-num_rows // part_rows))
+
+
+def buckets(positions: npt.NDArray[np.int64], seed: int, num_buckets: int) -> npt.NDArray[np.int64]:
+    """The bucket of each row, uniform: int64 [B]."""
+    high = splitmix(positions, seed, _BUCKET_STREAM) >> np.uint64(32)
+    return ((high * np.uint64(num_buckets)) >> np.uint64(32)).astype(np.int64)
+
+
+def order_in_bucket(positions: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
+    """The permutation of a bucket's rows, given in the order of the log: int64 [B]."""
+    return np.argsort(splitmix(positions, seed, _ORDER_STREAM), kind="stable")
+
+
+def uniform_draws(positions: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
+    """A number of each row, uniform from 0 to 2^32 - 1: uint64 [B]."""
+    return splitmix(positions, seed, _SPLIT_STREAM) >> np.uint64(32)

@@ -43,7 +43,7 @@ class SparseSummary:
     """A sparse feature; shares are of the rows of each split.  A missing value without an id is unknown as well.
 
     Where a row has several values, the unknown share is of the values.  `drift` is how far the distribution in a split
-    is from that in train (`torchdlrm.data.drift`).  Without a vocabulary there are no most frequent values.
+    is from that in train (`torchdlrm.preprocessing.tally`).  Without a vocabulary there are no most frequent values.
     """
 
     num_embeddings: int

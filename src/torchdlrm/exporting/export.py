@@ -42,7 +42,7 @@ from torchdlrm.exporting.checkpoint_model import CheckpointModel
 from torchdlrm.exporting.checkpoint_reader import CheckpointReader
 from torchdlrm.exporting.held_out import held_out_rows, held_out_split
 from torchdlrm.exporting.sensitivity import SENSITIVITY_ROWS, PrecisionSearch, choose_precisions
-from torchdlrm.features.transforms import encode
+from torchdlrm.features.encode import encode
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.checkpoint import ChosenCheckpoint, checkpoint_path, find_checkpoint, find_damage
 from torchdlrm.training.run import Run

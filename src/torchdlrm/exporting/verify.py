@@ -28,7 +28,7 @@ from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
 from torchdlrm.errors import LogError, RunError
 from torchdlrm.exporting.checkpoint_model import CheckpointModel
 from torchdlrm.exporting.export import open_checkpoint
-from torchdlrm.features.transforms import encode
+from torchdlrm.features.encode import encode
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.prediction.client import PredictionClient
 from torchdlrm.prediction.json_rows import as_json_rows

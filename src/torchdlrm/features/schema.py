@@ -26,13 +26,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from torchdlrm.errors import SchemaError
 from torchdlrm.features.kinds import KINDS, DenseKindName, SparseKindName, ValueKind
+from torchdlrm.features.transforms import TransformName
 from torchdlrm.toml import did_you_mean, explain, toml_value
 
 NUM_CRITEO_DENSE = 13
 NUM_CRITEO_SPARSE = 26
 
 ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-DenseTransform = Literal["log_plus_3", "log1p", "standardize", "none"]
 
 
 def _as_texts(given: object) -> object:
@@ -121,7 +121,7 @@ class DenseColumn(_FeatureColumn):
 
     role: Literal["dense"] = "dense"
     kind: DenseKindName = "float"
-    transform: DenseTransform = "log_plus_3"
+    transform: TransformName = "log_plus_3"
 
 
 class SparseColumn(_FeatureColumn):

@@ -1,8 +1,4 @@
-"""Typed columns -> what the model reads: dense values as float32, categorical values as int32 ids.
-
-In: a frame of the types that `torchdlrm.data.log` gives, missing values null.  Out: the same columns encoded.  Both
-the preprocessing job and everything that meets raw rows later run this code, with the same constants: they are stored
-with the dataset and with every model trained on it.
+"""What becomes of a dense value: each transform is one class, with the constants that were fitted on the training rows.
 
 | transform | missing becomes | then |
 | --- | --- | --- |
@@ -11,93 +7,26 @@ with the dataset and with every model trained on it.
 | standardize | the mean | (x - mean) / deviation, both of the training rows |
 | none | 0 | x |
 
-All of it is computed in float64 and rounded once.
+All of it is computed in float64 and rounded once.  The constants are stored with the dataset and with every model
+trained on it, in one form for all transforms (docs/dataset-format.md).
+
+To add a transform, write a class and enter it, and its name, behind the others.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Protocol, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from pydantic import BaseModel, ConfigDict, model_validator
-
-from torchdlrm.features.kinds import map_lists
-from torchdlrm.features.schema import DenseColumn, DenseTransform, FeatureSchema, SparseColumn
-from torchdlrm.features.value_hash import hashed_ids
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-_FEW_ROWS = 4_096
 _HUGE_EXPONENT = 510
 _HUGE = 2.0**_HUGE_EXPONENT  # squares of larger values do not fit float64
-
-
-class ValueLookup(Protocol):
-    """Gives values their ids: a `Vocabulary` in memory, or a `ValueIndex` on disk."""
-
-    def lookup(self, values: pl.Series) -> pl.Series:
-        """The id of each value: Int32, 0 for a value without one; the name of `values`."""
-
-
-class FittedDense(BaseModel):
-    """A dense transform with all its constants: `scale((max(x, minimum) + shift))`, and what stands for a missing x."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    transform: DenseTransform
-    missing: float = 0.0
-    minimum: float | None = None
-    shift: float = 0.0
-    log: bool = False
-    deviation: float = 1.0
-
-    def expression(self, name: str) -> pl.Expr:
-        """Column `name` (Int64 or Float64, nullable) as Float32 without nulls."""
-        x = pl.col(name).cast(pl.Float64).fill_null(self.missing)
-        if self.minimum is not None:
-            x = pl.max_horizontal(x, pl.lit(self.minimum))
-        if self.shift:
-            x += self.shift
-        if self.log:
-            x = x.log()
-        if self.deviation != 1.0:
-            x /= self.deviation
-        if not self.log:
-            x = x.clip(-_FLOAT32_MAX, _FLOAT32_MAX)  # a float64 may be too large; the model must not meet infinity
-        return x.cast(pl.Float32).alias(name)
-
-    def of_numbers(self, numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-        """What `expression` makes of few numbers, to the bit, in microseconds; NaN is a missing one.
-
-        Args:
-            numbers: finite or NaN, [B].
-
-        Returns:
-            Without NaN, [B].
-        """
-        x = np.where(np.isnan(numbers), self.missing, numbers)
-        if self.minimum is not None:
-            x = np.maximum(x, self.minimum)
-        with np.errstate(over="ignore"):  # clipped below
-            if self.shift:
-                x += self.shift
-            if self.log:
-                # The C library's, as Polars': NumPy's own differs in the last bit of one number in a thousand.
-                x = np.fromiter(map(math.log, x.tolist()), np.float64, len(x))
-            x /= self.deviation
-        if not self.log:
-            x = x.clip(-_FLOAT32_MAX, _FLOAT32_MAX)
-        return x.astype(np.float32)
-
-    @model_validator(mode="after")
-    def _has_a_logarithm(self) -> Self:
-        if self.log and (self.minimum is None or self.minimum + self.shift <= 0):
-            msg = "a logarithm needs a minimum above -shift"
-            raise ValueError(msg)
-        return self
 
 
 @dataclass
@@ -121,99 +50,161 @@ class Moments:
             scaled = np.square(np.ldexp(values[huge], -_HUGE_EXPONENT))
             self.total_of_squares += _exact_sum(scaled) * Fraction(2) ** (2 * _HUGE_EXPONENT)
 
-    def fit(self) -> FittedDense:
-        """The standardisation that these values ask for; of a constant column it leaves zeros."""
-        if not self.count:
-            return FittedDense(transform="standardize")
-        mean = float(self.total / self.count)
-        variance = self.total_of_squares / self.count - (self.total / self.count) ** 2
-        deviation = _square_root(variance)
-        return FittedDense(transform="standardize", missing=mean, shift=-mean, deviation=deviation or 1.0)
+
+class DenseTransform(BaseModel, ABC):
+    """A transform with all its constants.
+
+    Attributes:
+        transform: its name.
+        missing: what stands for a missing x.
+        minimum: x is no less than it; None: x may be anything.
+        shift: added to x then.
+        log: whether a logarithm comes then.
+        deviation: what it is divided by then.
+        needs_moments: whether `fit` needs the moments of the training rows.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    needs_moments: ClassVar[bool] = False
+
+    transform: str
+    missing: float = 0.0
+    minimum: float | None = None
+    shift: float = 0.0
+    log: bool = False
+    deviation: float = 1.0
+
+    @classmethod
+    def fit(cls, moments: Moments | None) -> Self:  # noqa: ARG003
+        """The transform of a column; `moments` of its training rows where it needs them."""
+        return cls()  # type: ignore[call-arg]  # each class has a name
+
+    def expression(self, name: str) -> pl.Expr:
+        """Column `name` (Int64 or Float64, nullable) as Float32 without nulls."""
+        x = self._of_column(pl.col(name).cast(pl.Float64).fill_null(self.missing))
+        return x.cast(pl.Float32).alias(name)
+
+    def of_numbers(self, numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+        """What `expression` makes of few numbers, to the bit, in microseconds; NaN is a missing one.
+
+        Args:
+            numbers: finite or NaN, [B].
+
+        Returns:
+            Without NaN, [B].
+        """
+        return self._of_array(np.where(np.isnan(numbers), self.missing, numbers)).astype(np.float32)
+
+    @abstractmethod
+    def _of_column(self, x: pl.Expr) -> pl.Expr: ...
+
+    @abstractmethod
+    def _of_array(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]: ...
+
+    @abstractmethod
+    def inverse(self, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Numbers that become y, as nearly as float64 has them: [B]."""
 
 
-def fit_dense(column: DenseColumn, moments: Moments | None) -> FittedDense:
-    """The constants of a column's transform; `moments` of the training rows where it is `standardize`."""
-    if column.transform == "log_plus_3":
-        return FittedDense(transform="log_plus_3", minimum=-2.0, shift=3.0, log=True)
-    if column.transform == "log1p":
-        return FittedDense(transform="log1p", minimum=0.0, shift=1.0, log=True)
-    if column.transform == "standardize":
+class _Logarithm(DenseTransform):
+    """log(max(x, minimum) + shift)."""
+
+    minimum: float
+    log: Literal[True] = True
+    deviation: Annotated[float, Field(ge=1, le=1)] = 1.0
+
+    def _of_column(self, x: pl.Expr) -> pl.Expr:
+        return (pl.max_horizontal(x, pl.lit(self.minimum)) + self.shift).log()
+
+    def _of_array(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        # The C library's, as Polars': NumPy's own differs in the last bit of one number in a thousand.
+        shifted = np.maximum(x, self.minimum) + self.shift
+        return np.fromiter(map(math.log, shifted.tolist()), np.float64, len(x))
+
+    def inverse(self, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return np.exp(y) - self.shift
+
+    @model_validator(mode="after")
+    def _has_a_logarithm(self) -> Self:
+        if self.minimum + self.shift <= 0:
+            msg = "a logarithm needs a minimum above -shift"
+            raise ValueError(msg)
+        return self
+
+
+class LogPlus3(_Logarithm):
+    """log(x + 3), for counts from -2 on."""
+
+    transform: Literal["log_plus_3"] = "log_plus_3"
+    minimum: float = -2.0
+    shift: float = 3.0
+
+
+class Log1p(_Logarithm):
+    """log(x + 1), for counts."""
+
+    transform: Literal["log1p"] = "log1p"
+    minimum: float = 0.0
+    shift: float = 1.0
+
+
+class _Linear(DenseTransform):
+    """(x + shift) / deviation."""
+
+    minimum: None = None
+    log: Literal[False] = False
+
+    def _of_column(self, x: pl.Expr) -> pl.Expr:
+        if self.shift:
+            x += self.shift
+        if self.deviation != 1.0:
+            x /= self.deviation
+        return x.clip(-_FLOAT32_MAX, _FLOAT32_MAX)  # a float64 may be too large; the model must not meet infinity
+
+    def _of_array(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        with np.errstate(over="ignore"):
+            if self.shift:
+                x = x + self.shift
+            return (x / self.deviation).clip(-_FLOAT32_MAX, _FLOAT32_MAX)
+
+    def inverse(self, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return y * self.deviation - self.shift
+
+
+class Standardize(_Linear):
+    """Mean 0 and deviation 1 over the training rows; zeros of a constant column."""
+
+    needs_moments: ClassVar[bool] = True
+    transform: Literal["standardize"] = "standardize"
+
+    @classmethod
+    def fit(cls, moments: Moments | None) -> Self:
+        """The standardisation that the training rows ask for."""
         assert moments is not None, "a standardized column is counted first"
-        return moments.fit()
-    return FittedDense(transform="none")
+        if not moments.count:
+            return cls()
+        mean = float(moments.total / moments.count)
+        variance = moments.total_of_squares / moments.count - (moments.total / moments.count) ** 2
+        return cls(missing=mean, shift=-mean, deviation=_square_root(variance) or 1.0)
 
 
-def encode(
-    frame: pl.DataFrame,
-    schema: FeatureSchema,
-    dense: Mapping[str, FittedDense],
-    vocabularies: Mapping[str, ValueLookup],
-) -> pl.DataFrame:
-    """Raw rows as the model reads them.
+class Unchanged(_Linear):
+    """x itself."""
 
-    Args:
-        frame: typed columns, B rows; the label may be absent.
-        schema: the columns.
-        dense: the fitted transform of each dense column.
-        vocabularies: the vocabulary of each sparse column that is not hashed.
-
-    Returns:
-        Float32 dense columns and Int32 sparse columns (lists of it where a row has several values) in the order of the
-        schema, B rows.
-    """
-    return pl.DataFrame(
-        [
-            *encode_dense(frame, dense).iter_columns(),
-            *(encode_sparse(frame[column.name], column, vocabularies.get(column.name)) for column in schema.sparse),
-        ]
-    )
+    transform: Literal["none"] = "none"
 
 
-def encode_sparse(values: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:
-    """The ids of a sparse column's values: Int32, or lists of it; a missing list of values is an empty one.
-
-    Args:
-        values: Int64, UInt32 or String, nullable; or lists of these.
-        column: the feature.
-        vocabulary: its vocabulary; None where its values are hashed.
-    """
-    if column.is_multi_valued:
-        return map_lists(values, lambda flat: _ids(flat, column, vocabulary))
-    return _ids(values, column, vocabulary)
-
-
-def _ids(values: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:
-    if column.hash is not None:
-        return pl.Series(values.name, hashed_ids(values, column.hash))
-    assert vocabulary is not None, "a column that is not hashed has a vocabulary"
-    return vocabulary.lookup(values)
-
-
-def encode_dense(frame: pl.DataFrame, dense: Mapping[str, FittedDense]) -> pl.DataFrame:
-    """The dense columns of `frame` alone, each through its transform."""
-    if frame.height > _FEW_ROWS:
-        return frame.select(_expressions(dense.items()))
-    # Of few rows, the cost is that of the expressions: columns of the same constants are transformed as one.
-    alike: dict[FittedDense, list[str]] = {}
-    for name, fitted in dense.items():
-        alike.setdefault(fitted, []).append(name)
-    columns = {}
-    for fitted, names in alike.items():
-        x = pl.concat([frame[name].cast(pl.Float64) for name in names])
-        encoded = x.to_frame("x").select(fitted.expression("x")).to_series()
-        for i, name in enumerate(names):
-            columns[name] = encoded.slice(i * frame.height, frame.height).alias(name)
-    return pl.DataFrame([columns[name] for name in dense])
+FittedDense = Annotated[LogPlus3 | Log1p | Standardize | Unchanged, Field(discriminator="transform")]
+TransformName = Literal["log_plus_3", "log1p", "standardize", "none"]
+TRANSFORMS: dict[str, type[DenseTransform]] = {
+    transform.model_fields["transform"].default: transform for transform in (LogPlus3, Log1p, Standardize, Unchanged)
+}
 
 
 def _square_root(x: Fraction) -> float:
     """The square root of x, of any size; 0 for one below 0."""
     scale = 0 if x < 2**1000 else 512
     return math.sqrt(max(0.0, float(x / Fraction(4) ** scale))) * 2.0**scale
-
-
-def _expressions(dense: Iterable[tuple[str, FittedDense]]) -> list[pl.Expr]:
-    return [fitted.expression(name) for name, fitted in dense]
 
 
 def _exact_sum(values: npt.NDArray[np.float64]) -> Fraction:

@@ -1,23 +1,18 @@
 """Values of a sparse feature -> ids: counted, cut by a threshold and a cap, numbered by falling count.
 
 In: columns of raw values, missing ones null.  Out: a `Vocabulary`, which is also a Parquet file (value, count, id) that
-anything can read.  Counting works on chunks: `dictionary_encode` hashes each value of a chunk once, and both the counts
-and, later, the ids are got from its codes.
+anything can read.  `torchdlrm.preprocessing.count` counts and ranks the values of a log of any size by the rules here.
 
 Id 0 is "unknown".  A missing value is counted and numbered like any other; it sorts before all others.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from torchdlrm.errors import DatasetError
@@ -29,33 +24,15 @@ MAX_ID = 2**31 - 1
 _ROW_GROUP_ROWS = 1 << 20
 
 
-@dataclass(frozen=True)
-class DictionaryColumn:
-    """A column of B rows as its D distinct values (null among them) and, for each row, the position of its value.
-
-    `values`: Series [D], in the order of first appearance.  `codes`: int32 [B].
-    """
-
-    values: pl.Series
-    codes: npt.NDArray[np.int32]
-
-    def counts(self, rows: slice) -> npt.NDArray[np.int64]:
-        """How many of `rows` have each value: int64 [D]."""
-        return np.bincount(self.codes[rows], minlength=len(self.values))
+def rank_counts(counts: pl.DataFrame) -> pl.DataFrame:
+    """Rows of value and count in the order of ids: by falling count, ties by value ascending, null first."""
+    return counts.sort(["count", "value"], descending=[True, False], nulls_last=False)
 
 
-def dictionary_encode(column: pl.Series) -> DictionaryColumn:
-    """Hash every value of a column once."""
-    encoded = pc.dictionary_encode(column.to_arrow(), null_encoding="encode")
-    values = pl.Series(column.name, encoded.dictionary, dtype=column.dtype)
-    return DictionaryColumn(values, encoded.indices.to_numpy())
-
-
-def merge_counts(partial_counts: Iterable[tuple[pl.Series, npt.NDArray[np.int64]]]) -> pl.DataFrame:
-    """Add up (values, count of each): a frame of value and count (Int64), each value once, none that was never met."""
-    frames = [pl.DataFrame({"value": values, "count": counts}) for values, counts in partial_counts]
-    counts = pl.concat(frames).lazy().filter(pl.col("count") > 0).group_by("value").agg(pl.col("count").sum())
-    return counts.collect()
+def number_values(ranked: pl.DataFrame, *, first_id: int = UNKNOWN_ID + 1) -> pl.DataFrame:
+    """Give rows in the order of ids their id."""
+    ids = pl.int_range(first_id, first_id + ranked.height, dtype=pl.Int32, eager=True)
+    return ranked.with_columns(ids.alias("id"))
 
 
 @dataclass(frozen=True)
@@ -69,27 +46,6 @@ class Vocabulary:
     name: str
     kind: SparseKindName
     table: pl.DataFrame
-
-    @classmethod
-    def from_counts(
-        cls, name: str, kind: SparseKindName, counts: pl.DataFrame, *, min_count: int, max_rows: int | None
-    ) -> Self:
-        """Number the values of at least `min_count` rows by falling count, ties by value ascending, null first.
-
-        Args:
-            name: the feature.
-            kind: the kind of its values.
-            counts: value and count, each value once.
-            min_count: a value of fewer rows is unknown.
-            max_rows: rows of the feature's table, row 0 for the unknown among them; rarer values are cut.
-        """
-        kept = (
-            counts.filter(pl.col("count") >= min_count)
-            .sort(["count", "value"], descending=[True, False], nulls_last=False)
-            .head(min(MAX_ID, max_rows - 1 if max_rows is not None else MAX_ID))
-        )
-        ids = pl.int_range(1, kept.height + 1, dtype=pl.Int32, eager=True).alias("id")
-        return cls(name, kind, kept.with_columns(ids))
 
     @property
     def num_embeddings(self) -> int:

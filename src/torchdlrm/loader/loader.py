@@ -19,12 +19,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
-from torchdlrm.loader.batch import Batch, single_valued_kjt
-from torchdlrm.loader.row_order import RowGroup, batch_rows, epoch_order, num_batches, rank_rows
+from torchdlrm.loader.batch import Batch, RowGroup, batch_rows, epoch_order, num_batches, rank_rows, single_valued_kjt
 
 
 class Loader:
-    """Iterates over the batches of one or more epochs, from where `load_state_dict` has put it.
+    """Iterates over the batches of one or more epochs, any number of times; from where `load_state_dict` has put it.
+
+    In a process of its own, `for batch in Loader(dataset, "train")` reads the whole split.
 
     Args:
         dataset: an encoded dataset.
@@ -48,7 +49,7 @@ class Loader:
         dataset: Dataset,
         split: str,
         *,
-        batch_size_global: int,
+        batch_size_global: int = 2048,
         rank: int = 0,
         world_size: int = 1,
         epochs: int = 1,
@@ -68,34 +69,27 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._epochs, self._seed = epochs, seed
         self._prefetch_batches, self._pin_memory = prefetch_batches, pin_memory
-        self._epoch, self._batches_consumed = 0, 0
+        self._first_epoch, self._first_batch = 0, 0
 
     def first_dense_rows(self) -> NDArray[np.float32]:
         """Dense features of the split's first row group, float32 [rows, num_dense]: a sample, the same on each rank."""
         group = self._reader.read(self._reader.row_groups[0])
         return np.array(group.dense, np.float32).reshape(len(group.dense), len(group.labels)).T
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the next batch is: `epoch`, and `batches_consumed` of it; the same on every rank and world size."""
-        return {"epoch": self._epoch, "batches_consumed": self._batches_consumed}
-
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from `state`, which may come from a loader of another world size."""
-        self._epoch, self._batches_consumed = state["epoch"], state["batches_consumed"]
+        """Start behind the first `batches_consumed` batches of `epoch`, whatever the world size was that consumed them.
 
-    def __iter__(self) -> Generator[Batch, None, None]:
-        for batch in _read_ahead(self._batches(self._epoch, self._batches_consumed), depth=self._prefetch_batches):
-            yield batch
-            self._batches_consumed += 1
-            if self._batches_consumed == self.batches_per_epoch:
-                self._epoch, self._batches_consumed = self._epoch + 1, 0
+        The trainer knows the state: batches that were read ahead may not have been trained on.
+        """
+        self._first_epoch, self._first_batch = state["epoch"], state["batches_consumed"]
 
-    def _batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
-        for current_epoch in range(epoch, self._epochs):
-            stream = _RowStream(
-                self._reader, epoch_order(self._reader.row_groups, epoch=current_epoch, seed=self._seed)
-            )
-            for index in range(first_batch if current_epoch == epoch else 0, self.batches_per_epoch):
+    def __iter__(self) -> Generator[Batch, None, None]:  # noqa: PYI058 - who stops early closes it
+        return _read_ahead(self._batches(), depth=self._prefetch_batches)
+
+    def _batches(self) -> Iterator[Batch]:
+        for epoch in range(self._first_epoch, self._epochs):
+            stream = _RowStream(self._reader, epoch_order(self._reader.row_groups, epoch=epoch, seed=self._seed))
+            for index in range(self._first_batch if epoch == self._first_epoch else 0, self.batches_per_epoch):
                 everyone = batch_rows(index, rows=self.rows, batch_size_global=self._batch_size_global)
                 mine = rank_rows(everyone, rank=self._rank, world_size=self._world_size)
                 labels_B, dense, kjt = stream.read(mine)
@@ -259,7 +253,7 @@ def _to_kjt(
     )
 
 
-def _read_ahead(batches: Iterator[Batch], *, depth: int) -> Iterator[Batch]:
+def _read_ahead(batches: Iterator[Batch], *, depth: int) -> Generator[Batch, None, None]:
     """The same batches, made by a thread that is up to `depth` ahead; its errors arrive here."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
     stopped = threading.Event()

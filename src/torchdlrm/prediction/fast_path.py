@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from torchdlrm.bundle.bundle import PlainIds
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.features.cells import null_numbers
+from torchdlrm.features.encode import encode_sparse
 from torchdlrm.features.kinds import ValueKind
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
-from torchdlrm.features.transforms import FittedDense, encode_sparse
+from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_hash import hash_integers
 from torchdlrm.features.value_index import ValueIndex
 from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS
@@ -52,7 +53,7 @@ class PlainRowEncoder:
     def __init__(
         self,
         schema: FeatureSchema,
-        dense: Mapping[str, FittedDense],
+        dense: Mapping[str, DenseTransform],
         vocabularies: Vocabularies,
     ) -> None:
         self._has_lists = any(column.is_multi_valued for column in schema.sparse)
@@ -101,7 +102,7 @@ class PlainRowEncoder:
 class _DenseGroup:
     """Dense columns of one kind and one transform."""
 
-    def __init__(self, columns: Sequence[DenseColumn], places: list[int], fitted: FittedDense) -> None:
+    def __init__(self, columns: Sequence[DenseColumn], places: list[int], fitted: DenseTransform) -> None:
         self._names = [column.name for column in columns]
         self._kind, self._places, self._fitted = columns[0].value_kind, places, fitted
         self._nulls = null_numbers(columns[0]).to_numpy()

@@ -22,7 +22,7 @@ from torchdlrm.bundle.check import arithmetic_difference
 from torchdlrm.bundle.manifest import DensePrecision
 from torchdlrm.bundle.served_model import EncodedRows, ServedModel
 from torchdlrm.errors import BundleError, RowError
-from torchdlrm.features.transforms import encode
+from torchdlrm.features.encode import encode
 from torchdlrm.features.vocabulary import UNKNOWN_ID
 from torchdlrm.prediction.fast_path import PlainRowEncoder
 from torchdlrm.prediction.json_rows import RowReader

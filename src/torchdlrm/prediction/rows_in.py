@@ -29,7 +29,7 @@ from torchdlrm.data.log.text import ParsedChunk, parse_chunk
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.prediction.layout import Layout, LogFormat, layout_of_names, layout_of_text, schema_for_format
+from torchdlrm.prediction.log_columns import LogColumns, LogFormat, columns_of_names, columns_of_text, schema_for_format
 
 STANDARD_INPUT = Path("-")
 CHUNK_BYTES = 8 << 20
@@ -159,17 +159,17 @@ class RowsIn:
         text: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if file.format == "gzip" else raw
         with reading(file):
             head = text.read(_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK)
-        layout = layout_of_text(
+        columns = columns_of_text(
             _whole_lines(head), file.path, schema_for_format(self.schema, self.log_format), self.passthrough
         )
         num_lines, consumed = 0, 0
-        if layout.header:
+        if columns.header:
             _, _, head = head.partition(b"\n")
             num_lines = 1
-        for lines in cut_stream(text, head, file, layout.schema, self.chunk_bytes):
-            parsed = parse_chunk(lines, layout.schema, is_label_optional=True)
+        for lines in cut_stream(text, head, file, columns.schema, self.chunk_bytes):
+            parsed = parse_chunk(lines, columns.schema, is_label_optional=True)
             at = raw.tell() if raw.seekable() else consumed
-            yield _placed(parsed, file, num_lines, layout, at - consumed)
+            yield _placed(parsed, file, num_lines, columns, at - consumed)
             num_lines += parsed.num_lines
             consumed = at
 
@@ -179,21 +179,21 @@ class RowsIn:
         except (OSError, pa.ArrowException) as error:
             msg = f"{file.path}: the Parquet file cannot be read ({error}); fetch the file again"
             raise LogError(msg) from error
-        layout = layout_of_names(metadata.schema.to_arrow_schema().names, file.path, self.schema, self.passthrough)
+        columns = columns_of_names(metadata.schema.to_arrow_schema().names, file.path, self.schema, self.passthrough)
         num_rows = 0
-        for chunk in plan_row_groups(file, layout.schema, self.chunk_bytes):
+        for chunk in plan_row_groups(file, columns.schema, self.chunk_bytes):
             row_groups = range(chunk.start, chunk.end)
-            parsed = read_row_groups(file, row_groups, layout.schema, is_label_optional=True)
+            parsed = read_row_groups(file, row_groups, columns.schema, is_label_optional=True)
             share = parsed.num_lines / max(1, metadata.num_rows)
-            yield _placed(parsed, file, num_rows, layout, int(share * file.size_bytes))
+            yield _placed(parsed, file, num_rows, columns, int(share * file.size_bytes))
             num_rows += parsed.num_lines
 
 
-def _placed(parsed: ParsedChunk, file: LogFile, num_lines: int, layout: Layout, num_bytes: int) -> RowChunk:
+def _placed(parsed: ParsedChunk, file: LogFile, num_lines: int, columns: LogColumns, num_bytes: int) -> RowChunk:
     bad_rows = BadRows()
     bad_rows.add_chunk(parsed.bad_rows, str(file.path), num_lines)
     num_rows = parsed.frame.height + len(parsed.bad_positions)
-    return RowChunk(parsed.frame, num_rows, parsed.bad_positions, bad_rows, layout.has_label, num_bytes)
+    return RowChunk(parsed.frame, num_rows, parsed.bad_positions, bad_rows, columns.has_label, num_bytes)
 
 
 def _whole_lines(head: bytes) -> bytes:

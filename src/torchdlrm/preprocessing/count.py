@@ -1,15 +1,19 @@
-"""Tasks: the values of all chunks -> vocabularies -> the ids of the values of each chunk.
+"""Tasks: the values of all chunks -> vocabularies -> the ids of the values of each chunk; and exact sums of numbers.
 
-Each works on one sparse feature, the first and the last on a range of its partitions, so that memory holds it:
+These work on one sparse feature, the first and the last on a range of its partitions, so that memory holds it:
 
     count_values    the values of a range in all chunks -> value, count of the training rows, by falling count
     rank_values     the ranges of a feature -> its vocabulary; and for each range value, id
     look_up_values  the values of a range in all chunks, again -> their ids, chunk after chunk
+
+and `sum_moments` on the dense columns of one chunk.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +23,11 @@ import pyarrow.parquet as pq
 
 from torchdlrm.data.splits import RowSplit
 from torchdlrm.features.schema import SparseColumn
-from torchdlrm.features.vocabulary import UNKNOWN_ID, VocabularyWriter, typed_values
+from torchdlrm.features.transforms import Moments
+from torchdlrm.features.vocabulary import UNKNOWN_ID, VocabularyWriter, number_values, rank_counts, typed_values
 from torchdlrm.files import replacing
 from torchdlrm.preprocessing.read import TIME, ChunkFile, partitions_of
-from torchdlrm.preprocessing.sections import Sections, write_sections
-from torchdlrm.preprocessing.work_folder import Result
+from torchdlrm.preprocessing.work_folder import Result, Sections, write_sections
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,7 @@ def count_values(
     if known is not None:
         with Sections(known) as sections:
             kept = kept.join(pl.DataFrame(sections.table("ids")), on="value", how="anti", nulls_equal=True)
-    kept = kept.sort(["count", "value"], descending=[True, False], nulls_last=False)
-    write_sections(target, {"counts": kept.to_arrow()})
+    write_sections(target, {"counts": rank_counts(kept).to_arrow()})
     return {"values": kept.height}
 
 
@@ -189,11 +192,8 @@ def _ranked(tables: Sequence[pl.DataFrame], slices: Sequence[slice], num_ids: in
         for i, (table, rows) in enumerate(zip(tables, slices, strict=True))
     )
     if len(tables) > 1:
-        rows = rows.sort(["count", "value"], descending=[True, False], nulls_last=False)
-    rows = rows.head(most)
-    return rows.with_columns(
-        pl.int_range(num_ids + 1, num_ids + rows.height + 1, dtype=pl.Int32, eager=True).alias("id")
-    )
+        rows = rank_counts(rows)
+    return number_values(rows.head(most), first_id=num_ids + 1)
 
 
 def look_up_values(values: ValueRange, chunks: Sequence[ChunkFile], ids: Path, target: Path) -> Result:
@@ -243,6 +243,28 @@ def _read_vocabulary(path: Path, column: SparseColumn) -> Iterator[pl.DataFrame]
     for i in range(file.num_row_groups):
         piece = pl.DataFrame(file.read_row_group(i))
         yield typed_values(piece, column.kind)
+
+
+def sum_moments(chunk: ChunkFile, split: RowSplit, names: Sequence[str]) -> Result:
+    """Task: the exact sums of the dense columns `names` over the training rows of a chunk."""
+    found = {name: Moments() for name in names}
+    if chunk.rows_of_split[0]:
+        with Sections(chunk.path) as sections:
+            rows = sections.table("rows")
+            times = rows[TIME].to_numpy() if TIME in rows.column_names else None
+            is_train = pl.Series(split.split_of_rows(chunk.first_row, chunk.num_rows, times) == 0)
+            frame = pl.DataFrame(rows.select(list(names))).filter(is_train)
+            for name in names:
+                found[name].add(frame[name])
+    return {name: [moments.count, str(moments.total), str(moments.total_of_squares)] for name, moments in found.items()}
+
+
+def add_moments(total: dict[str, Moments], result: dict[str, Any]) -> None:
+    """Add what a task found."""
+    for name, (count, values, squares) in result.items():
+        total[name].count += count
+        total[name].total += Fraction(values)
+        total[name].total_of_squares += Fraction(squares)
 
 
 def _section(path: Path, name: str) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Task: a group of chunks -> their rows encoded and dealt out to the parts of the dataset.
+"""Tasks: a group of chunks -> their rows encoded and dealt out to the parts; a part from all groups -> its file.
 
 A group's file is an Arrow IPC file with a record batch for each part that has rows in it.  Its columns are `@position`
 (int64, of training rows in the log), the label, the dense columns as float32 and the sparse ones as ids of the smallest
@@ -14,16 +14,16 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from torchdlrm.data import drift, shuffle
-from torchdlrm.data.splits import SPLIT_NAMES, RowSplit, SplitCodes
+from torchdlrm.data.dataset import write_part
+from torchdlrm.data.splits import SPLIT_NAMES, RowSplit, SplitCodes, buckets, num_buckets, order_in_bucket
+from torchdlrm.features.encode import encode_dense
 from torchdlrm.features.schema import FeatureSchema, SparseColumn
-from torchdlrm.features.transforms import FittedDense, encode_dense
+from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_hash import hashed_ids
 from torchdlrm.files import replacing
-from torchdlrm.preprocessing.read import TIME, ChunkFile
-from torchdlrm.preprocessing.sections import Sections
-from torchdlrm.preprocessing.tally import Tally
-from torchdlrm.preprocessing.work_folder import Result
+from torchdlrm.preprocessing.read import TIME, ChunkFile, smallest_type
+from torchdlrm.preprocessing.tally import Tally, dense_bins
+from torchdlrm.preprocessing.work_folder import Result, Sections
 
 POSITION = "@position"
 
@@ -40,7 +40,7 @@ class Parts:
     def num_parts(self) -> tuple[int, int, int]:
         """Parts of each split; a split without rows has none."""
         train, val, test = self.rows_of_split
-        train_parts = shuffle.num_buckets(train, self.part_rows) if train else 0
+        train_parts = num_buckets(train, self.part_rows) if train else 0
         return train_parts, -(-val // self.part_rows), -(-test // self.part_rows)
 
     def first_part(self, split: int) -> int:
@@ -53,7 +53,7 @@ class Parts:
         if chunk.rows_of_split[0]:
             is_train = codes == 0
             positions = chunk.first_row + np.flatnonzero(is_train)
-            parts[is_train] = shuffle.buckets(positions, self.seed, self.num_parts[0])
+            parts[is_train] = buckets(positions, self.seed, self.num_parts[0])
         for split in (1, 2):
             if chunk.rows_of_split[split]:
                 is_there = codes == split
@@ -67,7 +67,7 @@ class Encoding:
     """All that the rows of a log are encoded by; `ids` are the files of `look_up_values`, by feature and range."""
 
     schema: FeatureSchema
-    dense: Mapping[str, FittedDense]
+    dense: Mapping[str, DenseTransform]
     ids: Mapping[str, Sequence[Path]]
     num_embeddings: Mapping[str, int]
     split: RowSplit
@@ -141,7 +141,7 @@ def _encode_chunk(
     dense = encode_dense(frame, encoding.dense)
     for column in dense:
         columns.append(column)
-        bins = drift.dense_bins(column.to_numpy())
+        bins = dense_bins(column.to_numpy())
         missing = frame[column.name].is_null().to_numpy()
         for split in here:
             mask = masks[split]
@@ -173,16 +173,12 @@ def _ids_of_values(encoding: Encoding, column: SparseColumn, number: int, sectio
 def _encode_sparse(
     encoding: Encoding, column: SparseColumn, rows: pl.Series, ids: npt.NDArray[np.int32], sections: Sections
 ) -> pl.Series:
-    narrow = ids.astype(_id_type(encoding.num_embeddings[column.name]))
+    narrow = ids.astype(smallest_type(encoding.num_embeddings[column.name]))
     if not column.is_multi_valued:
         return pl.Series(column.name, narrow[rows.to_numpy()])
     codes = sections.table(f"codes/{column.name}")["code"].to_numpy()
     offsets = pa.array(np.concatenate([[0], np.cumsum(rows.to_numpy(), dtype=np.int64)]))
     return pl.Series(column.name, pa.LargeListArray.from_arrays(offsets, pa.array(narrow[codes])))
-
-
-def _id_type(num_embeddings: int) -> type[np.uint8] | type[np.uint16] | type[np.int32]:
-    return np.uint8 if num_embeddings <= 1 << 8 else np.uint16 if num_embeddings <= 1 << 16 else np.int32
 
 
 def _tally_sparse(
@@ -208,3 +204,40 @@ def _tally_sparse(
     else:
         num_missing = int(counts[pl.Series(values["value"]).is_null().to_numpy()].sum())
     tally.add_sparse(column, ids, counts, num_missing)
+
+
+def write_rows(
+    groups: Sequence[tuple[Path, int]],
+    shuffle_seed: int | None,
+    schema: FeatureSchema,
+    num_embeddings: Mapping[str, int],
+    folder: Path,
+    name: str,
+) -> Result:
+    """Task: gather the rows of a part and write them as `folder/name`.
+
+    Args:
+        groups: the files of groups in the order of the log, and in each the number of the batch that holds the part.
+        shuffle_seed: the seed of their order; None keeps that of the log.
+        schema: the columns.
+        num_embeddings: rows of each feature's table.
+        folder: the dataset.
+        name: the file in it.
+    """
+    batches = []
+    for path, number in groups:
+        with pa.memory_map(str(path), "r") as file:
+            batches.append(pa.ipc.open_file(file).get_batch(number))
+    order: pl.Series | None = None
+    if shuffle_seed is not None:
+        positions = np.concatenate([batch.column(POSITION).to_numpy() for batch in batches])
+        order = pl.Series(order_in_bucket(positions, shuffle_seed))
+    columns = []
+    for column in (schema.label, *schema.features):
+        values = pl.Series(column.name, pa.chunked_array([batch.column(column.name) for batch in batches]))
+        values = values.rechunk() if order is None else values.rechunk().gather(order)
+        if column in schema.sparse:
+            values = values.cast(pl.List(pl.Int32) if values.dtype == pl.List else pl.Int32)
+        columns.append(values)
+    record = write_part(pl.DataFrame(columns), schema, num_embeddings, folder, name)
+    return record.model_dump()

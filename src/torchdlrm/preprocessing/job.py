@@ -31,19 +31,25 @@ from torchdlrm.data.log.parquet import plan_row_groups
 from torchdlrm.data.splits import SPLIT_NAMES, RowSplit
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.schema import FeatureSchema, SparseColumn
-from torchdlrm.features.transforms import FittedDense, Moments, fit_dense
+from torchdlrm.features.transforms import TRANSFORMS, DenseTransform, Moments
 from torchdlrm.features.vocabulary import MAX_ID
-from torchdlrm.preprocessing.count import ValueRange, count_values, look_up_values, rank_values, spread_vocabulary
-from torchdlrm.preprocessing.encode import Encoding, Parts, encode_group
+from torchdlrm.preprocessing.count import (
+    ValueRange,
+    add_moments,
+    count_values,
+    look_up_values,
+    rank_values,
+    spread_vocabulary,
+    sum_moments,
+)
+from torchdlrm.preprocessing.encode import Encoding, Parts, encode_group, write_rows
 from torchdlrm.preprocessing.executors import Task, Workers
-from torchdlrm.preprocessing.layout import BYTES_A_VALUE, bytes_a_row, part_memory_bytes
-from torchdlrm.preprocessing.moments import add_moments, sum_moments
 from torchdlrm.preprocessing.options import BASE_BYTES, PreprocessOptions
 from torchdlrm.preprocessing.place import place_chunks
 from torchdlrm.preprocessing.read import ChunkFile, ReadTask, read_chunk, unpack
+from torchdlrm.preprocessing.sizing import BYTES_A_VALUE, bytes_a_row, part_memory_bytes
 from torchdlrm.preprocessing.tally import Tally
 from torchdlrm.preprocessing.work_folder import Result, WorkFolder
-from torchdlrm.preprocessing.write import write_rows
 from torchdlrm.progress import ProgressListener
 
 # A piece of a part that is smaller than this costs more to find than to read.
@@ -137,7 +143,7 @@ class Job:
         tasks = []
         for number in numbers:
             file = self.files[number]
-            arguments: tuple[Any, ...] = (file, self.schema, self.work.layout.chunk_bytes)
+            arguments: tuple[Any, ...] = (file, self.schema, self.work.sizing.chunk_bytes)
             if file.format == "gzip":
                 tasks.append(Task(f"unpack-{number}", unpack, (*arguments, self.work.path / "text", f"{number:05d}")))
             else:
@@ -160,7 +166,7 @@ class Job:
         def tasks() -> Iterator[Task]:
             for i, chunk in enumerate(chunks):
                 text = texts[i] if file.format == "gzip" else None
-                num_partitions = self.work.layout.num_partitions
+                num_partitions = self.work.sizing.num_partitions
                 task = ReadTask(file, chunk, text, self.schema, self.layouts[number], num_partitions, targets[i])
                 yield Task(f"read-{number}-{i}", read_chunk, (task,))
 
@@ -221,8 +227,8 @@ class Job:
         value_bytes = sum(result["value_bytes"][column.name] for result in read)
         # Numbers and their counts take 12 bytes; longer values weigh more.
         weight = values + 3 * max(0, value_bytes - 12 * values) // BYTES_A_VALUE
-        partitions = self.work.layout.num_partitions
-        count = min(partitions, max(1, -(-weight // self.work.layout.values_per_task)))
+        partitions = self.work.sizing.num_partitions
+        count = min(partitions, max(1, -(-weight // self.work.sizing.values_per_task)))
         edges = [i * partitions // count for i in range(count + 1)]
         return [ValueRange(column, i, edges[i], edges[i + 1]) for i in range(count)]
 
@@ -240,7 +246,7 @@ class Job:
         record = known.manifest.sparse[column.name].vocabulary
         assert record is not None, "the known dataset was checked"
         targets = [self._known_table(values) for values in ranges]
-        arguments = (column, (known.path / record.path).resolve(), ranges, targets, self.work.layout.num_partitions)
+        arguments = (column, (known.path / record.path).resolve(), ranges, targets, self.work.sizing.num_partitions)
         return Task(f"spread-{column.name}", spread_vocabulary, arguments)
 
     def _count_tasks(
@@ -273,7 +279,7 @@ class Job:
             column,
             [self.work.path / "counts" / values.name for values in ranges],
             MAX_ID if max_rows is None else max_rows - 1,
-            self.work.layout.values_per_task,
+            self.work.sizing.values_per_task,
             known_tables,
             known_vocabulary,
             [self._table(values) for values in ranges],
@@ -292,17 +298,18 @@ class Job:
         num_ids = result["num_ids"]
         return SparseRecord(num_embeddings=num_ids + 1, vocabulary=file_record(self.dataset_folder, name, num_ids))
 
-    def _fit_dense(self, split: RowSplit, chunks: Sequence[ChunkFile]) -> dict[str, FittedDense]:
+    def _fit_dense(self, split: RowSplit, chunks: Sequence[ChunkFile]) -> dict[str, DenseTransform]:
         """The transform of each dense column with its constants, of the training rows where it needs any."""
         if self.known is not None:
             return {column.name: self.known.manifest.dense[column.name] for column in self.schema.dense}
-        moments = {column.name: Moments() for column in self.schema.dense if column.transform == "standardize"}
+        transforms = {column.name: TRANSFORMS[column.transform] for column in self.schema.dense}
+        moments = {name: Moments() for name, transform in transforms.items() if transform.needs_moments}
         if moments:
             names = list(moments)
             tasks = (Task(f"moments-{i}", sum_moments, (chunk, split, names)) for i, chunk in enumerate(chunks))
             for result in self.workers.run(tasks, self.work):
                 add_moments(moments, result)
-        return {column.name: fit_dense(column, moments.get(column.name)) for column in self.schema.dense}
+        return {name: transform.fit(moments.get(name)) for name, transform in transforms.items()}
 
     # -- encode and write
 
@@ -331,8 +338,8 @@ class Job:
 
     def _groups(self, encoding: Encoding, chunks: Sequence[ChunkFile]) -> list[list[int]]:
         """Numbers of chunks that are encoded together: few groups make large pieces of parts, memory sets a limit."""
-        layout = self.work.layout
-        fitting = layout.group_bytes // bytes_a_row(self.schema)
+        sizing = self.work.sizing
+        fitting = sizing.group_bytes // bytes_a_row(self.schema)
         wanted = max(_MIN_ROWS_A_PIECE * sum(encoding.parts.num_parts), 1)
         groups: list[list[int]] = []
         rows = 0

@@ -21,7 +21,7 @@ from torchdlrm.data.splits import (
 )
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.preprocessing.read import TIME, ChunkFile
-from torchdlrm.preprocessing.sections import Sections
+from torchdlrm.preprocessing.work_folder import Sections
 
 Times = Callable[[], Iterator[npt.NDArray[np.int64]]]
 

@@ -20,8 +20,8 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.files import sync
 from torchdlrm.preprocessing.executors import start_workers
 from torchdlrm.preprocessing.job import Job
-from torchdlrm.preprocessing.layout import check_disk, choose_layout, tasks_that_fit
 from torchdlrm.preprocessing.options import PART_ROWS, PreprocessOptions, Resources
+from torchdlrm.preprocessing.sizing import check_disk, choose_sizing, tasks_that_fit
 from torchdlrm.preprocessing.work_folder import WorkFolder, holds_job
 from torchdlrm.progress import ProgressListener, SilentProgress
 
@@ -77,13 +77,13 @@ def preprocess(
         raise DatasetError(msg)
     try:
         with start_workers(resources) as workers:
-            layout = choose_layout(files, schema, options, resources.memory_bytes, workers.tasks_in_memory)
+            sizing = choose_sizing(files, schema, options, resources.memory_bytes, workers.tasks_in_memory)
             if chunk_bytes is not None:
-                layout = replace(layout, chunk_bytes=chunk_bytes)
-            work = WorkFolder.open(partial, settings, layout, restart=restart)
+                sizing = replace(sizing, chunk_bytes=chunk_bytes)
+            work = WorkFolder.open(partial, settings, sizing, restart=restart)
             try:
                 check_disk(files, partial, work.size_bytes)
-                fitting = tasks_that_fit(work.layout, resources.memory_bytes)
+                fitting = tasks_that_fit(work.sizing, resources.memory_bytes)
                 if fitting < workers.tasks_in_memory:
                     workers.tasks_at_a_time = max(1, workers.capacity * fitting // workers.tasks_in_memory)
                 job = Job(files, schema, options, work, workers, resources.memory_bytes, progress, known)

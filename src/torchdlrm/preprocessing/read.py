@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from torchdlrm.data.log.cut import Chunk, read_chunks
 from torchdlrm.data.log.files import LogFile
@@ -24,10 +25,8 @@ from torchdlrm.data.log.text import ParsedChunk, parse_chunk
 from torchdlrm.errors import LogError
 from torchdlrm.features.schema import FeatureSchema, SparseColumn
 from torchdlrm.features.value_hash import hash_values
-from torchdlrm.features.vocabulary import dictionary_encode
 from torchdlrm.files import replacing
-from torchdlrm.preprocessing.sections import write_sections
-from torchdlrm.preprocessing.work_folder import Result
+from torchdlrm.preprocessing.work_folder import Result, write_sections
 
 TIME = "@time"
 
@@ -83,7 +82,7 @@ def read_chunk(task: ReadTask) -> Result:
         columns.append(rows[task.schema.time.name].alias(TIME))
     num_values, value_bytes = {}, {}
     for column in task.schema.sparse:
-        codes = _encode_column(rows[column.name], column, task.num_partitions, sections)
+        codes = encode_column(rows[column.name], column, task.num_partitions, sections)
         columns.append(codes)
         values = sections[f"values/{column.name}"]
         num_values[column.name] = values.num_rows
@@ -123,15 +122,15 @@ def _read_bytes(file: LogFile, chunk: Chunk) -> bytes:
     return lines
 
 
-def _encode_column(
+def encode_column(
     column: pl.Series, about: SparseColumn, num_partitions: int, sections: dict[str, pa.Table]
 ) -> pl.Series:
     """Add the sections of a sparse column; returns what stands for it in the rows."""
     flat = column
     if about.is_multi_valued:
         flat = column.drop_nulls().explode(empty_as_null=False)
-    encoded = dictionary_encode(flat)
-    values, codes = encoded.values, encoded.codes
+    encoded = pc.dictionary_encode(flat.to_arrow(), null_encoding="encode")  # hashes every value once
+    values, codes = pl.Series(flat.name, encoded.dictionary, dtype=flat.dtype), encoded.indices.to_numpy()
     counts = np.bincount(codes, minlength=len(values)).astype(np.int32)
     if num_partitions > 1:
         order, bounds = _by_partition(values, num_partitions)
@@ -140,7 +139,7 @@ def _encode_column(
         values, counts, codes = values[order], counts[order], places[codes]
         sections[f"bounds/{about.name}"] = pa.table({"start": bounds})
     sections[f"values/{about.name}"] = pa.table({"value": values.to_arrow(), "count": counts})
-    narrow = pl.Series(about.name, codes.astype(_code_type(len(values))))
+    narrow = pl.Series(about.name, codes.astype(smallest_type(len(values))))
     if not about.is_multi_valued:
         return narrow
     sections[f"codes/{about.name}"] = pl.DataFrame([narrow.alias("code")]).to_arrow()
@@ -159,7 +158,8 @@ def partitions_of(values: pl.Series, num_partitions: int) -> npt.NDArray[np.uint
     return ((hash_values(values) >> np.uint64(48)) * np.uint64(num_partitions) >> np.uint64(16)).astype(np.uint16)
 
 
-def _code_type(num_values: int) -> type[np.uint8] | type[np.uint16] | type[np.int32]:
+def smallest_type(num_values: int) -> type[np.uint8] | type[np.uint16] | type[np.int32]:
+    """The type of fewest bytes that holds the numbers from 0 to `num_values` - 1."""
     return np.uint8 if num_values <= 1 << 8 else np.uint16 if num_values <= 1 << 16 else np.int32
 
 

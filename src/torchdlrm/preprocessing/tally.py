@@ -1,6 +1,10 @@
 """What is counted of the rows of a split while they are encoded.
 
 In: rows of chunks.  Out: a `Tally`, which adds up, and from it the split's record in the manifest.
+
+How far the distribution of a column is from that in `train` is told from two histograms of its encoded values, of few
+enough bins to add up and keep.  Ids are binned by rank: 0 (unknown) and the 31 most frequent by themselves, the others
+by powers of two.  Dense values are binned by sign, exponent and the first two bits of the mantissa.
 """
 
 from collections.abc import Mapping
@@ -10,10 +14,14 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from torchdlrm.data import drift
 from torchdlrm.data.dataset import FileRecord, SplitRecord
 from torchdlrm.features.schema import SparseColumn
 from torchdlrm.features.vocabulary import UNKNOWN_ID
+
+Histogram = dict[int, int]  # bin -> values
+
+_OWN_BINS = 32
+_DENSE_SHIFT = 21
 
 
 @dataclass
@@ -25,7 +33,7 @@ class Tally:
     values: dict[str, int] = field(default_factory=dict)
     unknown_rows: dict[str, int] = field(default_factory=dict)
     missing_rows: dict[str, int] = field(default_factory=dict)
-    histograms: dict[str, drift.Histogram] = field(default_factory=dict)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
 
     def add(self, other: Self) -> None:
         """Add the counts of more rows."""
@@ -39,7 +47,7 @@ class Tally:
             for name, count in more.items():
                 total[name] = total.get(name, 0) + count
         for name, more_of_column in other.histograms.items():
-            drift.add(self.histograms.setdefault(name, {}), more_of_column)
+            add_histogram(self.histograms.setdefault(name, {}), more_of_column)
 
     def add_labels(self, labels: npt.NDArray[np.int8]) -> None:
         """Count rows by their labels."""
@@ -49,11 +57,11 @@ class Tally:
     def add_dense(self, name: str, bins: npt.NDArray[np.int64], missing: npt.NDArray[np.bool_]) -> None:
         """Count the values of a dense column by their bins."""
         self.missing_rows[name] = self.missing_rows.get(name, 0) + int(missing.sum())
-        drift.add(self.histograms.setdefault(name, {}), drift.histogram(bins))
+        add_histogram(self.histograms.setdefault(name, {}), histogram(bins))
 
     def add_dense_values(self, name: str, values: npt.NDArray[np.float32]) -> None:
         """Count the values of a dense column none of which is missing."""
-        self.add_dense(name, drift.dense_bins(values), np.zeros(len(values), np.bool_))
+        self.add_dense(name, dense_bins(values), np.zeros(len(values), np.bool_))
 
     def add_sparse(
         self, column: SparseColumn, ids: npt.NDArray[np.int32], counts: npt.NDArray[np.int64], num_missing: int
@@ -65,7 +73,7 @@ class Tally:
         self.missing_rows[name] = self.missing_rows.get(name, 0) + num_missing
         if column.is_multi_valued:
             self.values[name] = self.values.get(name, 0) + int(counts.sum())
-        drift.add(self.histograms.setdefault(name, {}), drift.histogram(drift.id_bins(ids), counts))
+        add_histogram(self.histograms.setdefault(name, {}), histogram(id_bins(ids), counts))
 
     def to_json(self) -> dict[str, Any]:
         """As a work folder keeps it."""
@@ -87,8 +95,43 @@ class Tally:
             unknown_rows=self.unknown_rows,
             missing_rows=self.missing_rows,
             values=self.values,
-            drift={
-                name: drift.divergence(found, train.histograms.get(name, {})) for name, found in self.histograms.items()
-            },
+            drift={name: divergence(found, train.histograms.get(name, {})) for name, found in self.histograms.items()},
             files=files,
         )
+
+
+def id_bins(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """The bin of each id: int64 [D]."""
+    exponents = np.frexp(np.maximum(ids, 1).astype(np.float64))[1]
+    return np.where(ids < _OWN_BINS, ids, _OWN_BINS + exponents).astype(np.int64)
+
+
+def dense_bins(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """The bin of each dense value: int64 [B]."""
+    return ((values + np.float32(0)).view(np.uint32) >> _DENSE_SHIFT).astype(np.int64)
+
+
+def histogram(bins: npt.NDArray[np.int64], weights: npt.NDArray[np.int64] | None = None) -> Histogram:
+    """How many values, or how much weight, each bin has."""
+    counts = np.bincount(bins, weights)
+    found = np.flatnonzero(counts)
+    return dict(zip(found.tolist(), counts[found].astype(np.int64).tolist(), strict=True))
+
+
+def add_histogram(total: Histogram, more: Mapping[int, int]) -> None:
+    """Add one histogram to another."""
+    for key, count in more.items():
+        total[key] = total.get(key, 0) + count
+
+
+def divergence(found: Mapping[int, int], reference: Mapping[int, int]) -> float:
+    """The Jensen-Shannon divergence of two histograms, in bits; 0 where one is empty."""
+    keys = sorted({*found, *reference})
+    p, q = (np.array([counts.get(key, 0) for key in keys], np.float64) for counts in (found, reference))
+    if not p.sum() or not q.sum():
+        return 0.0
+    p, q = p / p.sum(), q / q.sum()
+    middle = (p + q) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = [np.where(x > 0, x * np.log2(x / middle), 0.0).sum() for x in (p, q)]
+    return round(max(0.0, float(sum(terms)) / 2), 6)

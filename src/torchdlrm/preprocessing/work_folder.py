@@ -1,14 +1,19 @@
 """Where a job keeps what it has done, so that it goes on after any interruption.
 
     .dataset.partial/
-      job.json       the settings and the log's files, by which a job is known again; the layout of its tasks
+      job.json       the settings and the log's files, by which a job is known again; how it is cut into tasks
       journal.jsonl  a line for each task that is done, with its result
       lock           held while a job runs
       chunks/ counts/ ids/ groups/   what tasks left for later ones
       dataset/       the dataset, as far as it is written
 
-A task writes beside and renames, and only then stands in the journal: a task that is not there runs again and leaves
-the same bytes.
+A task writes to a temporary file and renames it, and only then stands in the journal: a task that is not there runs
+again and leaves the same bytes.
+
+What tasks leave for later ones are files of named Arrow tables (`write_sections`), each of which is read without the
+others.  Nothing is compressed, so that a table is mapped into memory and only the pages that are used are read.
+
+    table | table | ... | JSON: name -> [offset, length] | length of the JSON, 8 bytes
 """
 
 import fcntl
@@ -16,47 +21,36 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
+
+import pyarrow as pa
 
 from torchdlrm.errors import DatasetError
 from torchdlrm.files import claim_folder, clear_folder, replacing, sync
+from torchdlrm.preprocessing.sizing import JobSizing
 
 Result = dict[str, Any]
 
+_LENGTH_BYTES = 8
 _JOB_NAME, _JOURNAL_NAME, _LOCK_NAME = "job.json", "journal.jsonl", "lock"
 FOLDERS = ("text", "chunks", "counts", "ids", "groups", "dataset")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the job is cut into tasks; chosen when it starts, and kept when it goes on.
-
-    `chunk_bytes` of text are read at a time; values are dealt out to `num_partitions` by a hash; `group_bytes` of
-    encoded rows are dealt out to the parts at a time; `values_per_task` are counted at a time.  These fit the memory
-    with `tasks_in_memory` tasks at a time.
-    """
-
-    chunk_bytes: int
-    num_partitions: int
-    group_bytes: int
-    values_per_task: int
-    tasks_in_memory: int
 
 
 class WorkFolder:
     """The work folder of a running job, locked against others."""
 
-    def __init__(self, path: Path, layout: Layout, results: dict[str, Result], lock: int) -> None:
+    def __init__(self, path: Path, sizing: JobSizing, results: dict[str, Result], lock: int) -> None:
         self.path = path
-        self.layout = layout
+        self.sizing = sizing
         self._results = results
         self._lock = lock
         self._journal = (path / _JOURNAL_NAME).open("a", encoding="utf-8")
 
     @classmethod
-    def open(cls, path: Path, settings: Mapping[str, Any], layout: Layout, *, restart: bool = False) -> Self:
+    def open(cls, path: Path, settings: Mapping[str, Any], sizing: JobSizing, *, restart: bool = False) -> Self:
         """Make the folder, or take up the one that a job with the same settings left; `restart`: forget what it did.
 
         Raises:
@@ -65,12 +59,12 @@ class WorkFolder:
         """
         folder = claim_folder(path, (*FOLDERS, _JOB_NAME, _JOURNAL_NAME, _LOCK_NAME))
         try:
-            return cls._open(path, folder, settings, layout, restart=restart)
+            return cls._open(path, folder, settings, sizing, restart=restart)
         finally:
             os.close(folder)
 
     @classmethod
-    def _open(cls, path: Path, folder: int, settings: Mapping[str, Any], layout: Layout, *, restart: bool) -> Self:
+    def _open(cls, path: Path, folder: int, settings: Mapping[str, Any], sizing: JobSizing, *, restart: bool) -> Self:
         lock = _lock(path, folder)
         try:
             found = None if restart else _read_job(path)
@@ -79,11 +73,11 @@ class WorkFolder:
                 for name in FOLDERS:
                     (path / name).mkdir()
                 with replacing(path / _JOB_NAME) as beside:
-                    beside.write_text(json.dumps({"settings": settings, "layout": asdict(layout)}), encoding="utf-8")
+                    beside.write_text(json.dumps({"settings": settings, "layout": asdict(sizing)}), encoding="utf-8")
                     sync(beside)
-                return cls(path, layout, {}, lock)
+                return cls(path, sizing, {}, lock)
             _compare(path, found["settings"], json.loads(json.dumps(settings)))
-            return cls(path, Layout(**found["layout"]), _read_journal(path / _JOURNAL_NAME), lock)
+            return cls(path, JobSizing(**found["layout"]), _read_journal(path / _JOURNAL_NAME), lock)
         except BaseException:
             os.close(lock)
             raise
@@ -181,3 +175,44 @@ def _differences(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[
 def _shortened(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 160 else text[:160] + "..."
+
+
+def write_sections(path: Path, tables: Mapping[str, pa.Table]) -> None:
+    """Write tables under their names; the file appears when it is whole."""
+    places: dict[str, tuple[int, int]] = {}
+    with replacing(path) as beside, pa.OSFile(str(beside), "wb") as file:
+        for name, table in tables.items():
+            start = file.tell()
+            with pa.ipc.new_stream(file, table.schema) as stream:
+                stream.write_table(table)
+            places[name] = (start, file.tell() - start)
+        footer = json.dumps(places).encode()
+        file.write(footer)
+        file.write(len(footer).to_bytes(_LENGTH_BYTES, "little"))
+
+
+class Sections:
+    """Reads what `write_sections` wrote; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = pa.memory_map(str(path), "r")
+        size_bytes = self._file.size()
+        length = int.from_bytes(self._file.read_at(_LENGTH_BYTES, size_bytes - _LENGTH_BYTES), "little")
+        self._places = json.loads(self._file.read_at(length, size_bytes - _LENGTH_BYTES - length))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def table(self, name: str) -> pa.Table:
+        """The table of that name, in mapped memory."""
+        start, length = self._places[name]
+        self._file.seek(start)
+        return pa.ipc.open_stream(pa.BufferReader(self._file.read_buffer(length))).read_all()

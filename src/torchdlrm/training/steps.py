@@ -11,7 +11,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from torchdlrm.config import Config, ScheduleConfig
 from torchdlrm.errors import ConfigError
-from torchdlrm.loader.row_order import num_batches
+from torchdlrm.loader.batch import num_batches
 
 MIN_LEARNING_RATE = 1e-7
 

@@ -260,11 +260,11 @@ def test_a_bundle_with_its_checksums_made_again_is_none_of_them(small_bundle, tm
 @pytest.mark.parametrize("offset", ["beyond", "falling", "not text"])
 def test_an_index_whose_texts_are_none_is_refused(tmp_path, offset):
     from torchdlrm.features.value_index import ValueIndex, write_index
-    from torchdlrm.features.vocabulary import Vocabulary
+    from torchdlrm.features.vocabulary import Vocabulary, number_values
 
     counts = pl.DataFrame({"value": ["a", "bb", "ccc"], "count": np.array([3, 2, 1])})
     path = tmp_path / "f.index"
-    write_index(Vocabulary.from_counts("f", "string", counts, min_count=1, max_rows=None), path)
+    write_index(Vocabulary("f", "string", number_values(counts)), path)
     data = path.read_bytes()
     texts = next(text for text in (b"abbccc", b"accbba", b"bbaccc", b"bbccca", b"cccabb", b"cccbba") if text in data)
     place = data.index(texts)

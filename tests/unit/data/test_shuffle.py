@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from torchdlrm.data import shuffle
+from torchdlrm.data import splits as shuffle
 
 
 def splitmix64(x: int) -> int:

@@ -8,9 +8,10 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
-from torchdlrm.features.schema import DenseColumn
-from torchdlrm.features.transforms import FittedDense, Moments, encode_dense, fit_dense
+from torchdlrm.features.encode import encode_dense
+from torchdlrm.features.transforms import TRANSFORMS, FittedDense, Log1p, LogPlus3, Moments, Standardize, Unchanged
 
 INTEGERS = [None, 0, 1, 2, -1, -2, -3, -(2**63), 2**63 - 1, 12345]
 FORMULAS = {
@@ -27,7 +28,7 @@ def apply(fitted, values, dtype):
 @pytest.mark.parametrize("transform", FORMULAS)
 @pytest.mark.parametrize("dtype", [pl.Int64, pl.Float64])
 def test_dense_values_equal_the_formula_rounded_once_to_float32(transform, dtype):
-    fitted = fit_dense(DenseColumn(name="x", transform=transform), None)
+    fitted = TRANSFORMS[transform].fit(None)
     found = apply(fitted, INTEGERS, dtype)
     assert found.dtype == pl.Float32
     assert found.to_list() == [float(np.float32(FORMULAS[transform](value))) for value in INTEGERS]
@@ -36,7 +37,7 @@ def test_dense_values_equal_the_formula_rounded_once_to_float32(transform, dtype
 def test_standardised_missing_values_become_the_mean():
     moments = Moments()
     moments.add(pl.Series([1, None, 3, 8], dtype=pl.Int64))
-    found = apply(moments.fit(), [1, None, 3, 8], pl.Int64)
+    found = apply(Standardize.fit(moments), [1, None, 3, 8], pl.Int64)
     mean, deviation = np.mean([1, 3, 8]), np.std([1, 3, 8])
     expected = [(value - mean) / deviation for value in (1, mean, 3, 8)]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -46,7 +47,7 @@ def test_standardised_missing_values_become_the_mean():
 def test_a_column_without_spread_is_standardised_to_zeros(values):
     moments = Moments()
     moments.add(pl.Series(values, dtype=pl.Int64))
-    found = apply(moments.fit(), values, pl.Int64).to_list()
+    found = apply(Standardize.fit(moments), values, pl.Int64).to_list()
     assert found == [0.0] * len(values)
 
 
@@ -65,15 +66,41 @@ def test_moments_are_exact_and_so_do_not_depend_on_how_rows_are_cut(values, cut)
     assert whole.total_of_squares == sum(Fraction(value * value) for value in values)
 
 
-def test_fitted_transforms_survive_json():
-    fitted = FittedDense(transform="standardize", missing=0.1, shift=-0.1, deviation=1 / 3)
-    assert FittedDense.model_validate_json(fitted.model_dump_json()) == fitted
+FITTED = [LogPlus3(), Log1p(), Standardize(missing=0.1, shift=-0.1, deviation=1 / 3), Unchanged()]
+
+
+@pytest.mark.parametrize("fitted", FITTED, ids=lambda fitted: fitted.transform)
+def test_fitted_transforms_survive_json(fitted):
+    assert TypeAdapter(FittedDense).validate_json(fitted.model_dump_json()) == fitted
+    assert list(fitted.model_dump()) == ["transform", "missing", "minimum", "shift", "log", "deviation"]
+
+
+@pytest.mark.parametrize("fitted", FITTED, ids=lambda fitted: fitted.transform)
+@given(x=st.integers(0, 10**6))
+def test_the_inverse_of_what_a_transform_gives_is_what_it_was_given(fitted, x):
+    y = fitted.of_numbers(np.array([float(x)])).astype(np.float64)
+    np.testing.assert_allclose(fitted.inverse(y), [x], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"transform": "log1p", "minimum": -1.0},
+        {"transform": "log1p", "deviation": 2.0},
+        {"transform": "log_plus_3", "log": False},
+        {"transform": "none", "log": True},
+        {"transform": "square"},
+    ],
+)
+def test_constants_that_a_transform_cannot_have_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        TypeAdapter(FittedDense).validate_python(wrong)
 
 
 def test_few_rows_are_encoded_to_the_bit_as_they_are_among_many(seed):
     rng = np.random.default_rng(seed)
     columns = {"a": "log_plus_3", "b": "log1p", "c": "log_plus_3", "d": "none", "e": "log_plus_3"}
-    dense = {name: fit_dense(DenseColumn(name=name, transform=transform), None) for name, transform in columns.items()}
+    dense = {name: TRANSFORMS[transform].fit(None) for name, transform in columns.items()}
     numbers = {name: pl.Series(rng.integers(-5, 10**9, 10_000)) for name in columns}
     numbers["c"] = pl.Series(rng.normal(0, 1e3, 10_000))
     frame = pl.DataFrame(numbers).with_columns(pl.when(pl.all() % 7 > 0).then(pl.all()))

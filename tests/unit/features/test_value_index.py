@@ -12,7 +12,7 @@ from torchdlrm.errors import DatasetError
 from torchdlrm.features.kinds import KINDS
 from torchdlrm.features.value_hash import hash_number, hash_numbers, hash_text, hash_values
 from torchdlrm.features.value_index import ValueIndex, write_index
-from torchdlrm.features.vocabulary import Vocabulary, dictionary_encode, merge_counts
+from vocabularies import fit
 
 VALUES = {
     "string": st.none() | st.text(max_size=12) | st.sampled_from(["", "a", "Köln", "東京", "a longer text"]),
@@ -21,12 +21,6 @@ VALUES = {
 }
 # Two texts whose FNV-1a hashes of 64 bits are the same.
 COLLISION = ("8yn0iYCKYHlIj4-BwPqk", "GReLUrM4wMqfg9yzV3KQ")
-
-
-def fit(kind, values, *, min_count=1):
-    column = dictionary_encode(pl.Series("f", values, dtype=KINDS[kind].dtype))
-    counts = merge_counts([(column.values, column.counts(slice(None)))])
-    return Vocabulary.from_counts("f", kind, counts, min_count=min_count, max_rows=None)
 
 
 def indexed(vocabulary, path):

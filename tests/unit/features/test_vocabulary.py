@@ -2,7 +2,6 @@
 
 import random
 from collections import Counter
-from itertools import pairwise
 
 import numpy as np
 import polars as pl
@@ -12,7 +11,8 @@ from hypothesis import strategies as st
 
 from torchdlrm.errors import DatasetError
 from torchdlrm.features.kinds import KINDS, hex_digits
-from torchdlrm.features.vocabulary import Vocabulary, dictionary_encode, merge_counts
+from torchdlrm.features.vocabulary import Vocabulary
+from vocabularies import fit
 
 VALUES = {
     "string": st.none()
@@ -22,13 +22,7 @@ VALUES = {
 }
 
 
-def fit(kind, values, *, min_count=1, max_rows=None):
-    column = dictionary_encode(pl.Series("f", values, dtype=KINDS[kind].dtype))
-    counts = merge_counts([(column.values, column.counts(slice(None)))])
-    return Vocabulary.from_counts("f", kind, counts, min_count=min_count, max_rows=max_rows)
-
-
-def expected_ids(values, *, min_count, max_rows):
+def expected_ids(values, *, min_count, max_embeddings):
     """By the contract, in plain Python; text sorts by its UTF-8 bytes."""
 
     def key(value):
@@ -36,16 +30,25 @@ def expected_ids(values, *, min_count, max_rows):
 
     counts = Counter(values)
     kept = sorted((value for value in counts if counts[value] >= min_count), key=key)
-    return {value: i + 1 for i, value in enumerate(kept[: None if max_rows is None else max_rows - 1])}
+    return {value: i + 1 for i, value in enumerate(kept[: None if max_embeddings is None else max_embeddings - 1])}
 
 
 @pytest.mark.parametrize("kind", list(VALUES))
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), min_count=st.integers(1, 3), max_rows=st.none() | st.integers(2, 5))
-def test_ids_fall_with_counts_and_ties_rise_with_values(kind, data, min_count, max_rows):
+@given(data=st.data(), min_count=st.integers(1, 3), max_embeddings=st.none() | st.integers(2, 5))
+def test_ids_fall_with_counts_and_ties_rise_with_values(kind, data, min_count, max_embeddings):
+    """However the rows are cut into chunks and the values into ranges; counts are of the training rows alone."""
     values = data.draw(st.lists(VALUES[kind], min_size=1, max_size=20))
-    vocabulary = fit(kind, values, min_count=min_count, max_rows=max_rows)
-    ids = expected_ids(values, min_count=min_count, max_rows=max_rows)
+    vocabulary = fit(
+        kind,
+        values,
+        min_count=min_count,
+        max_embeddings=max_embeddings,
+        cuts=data.draw(st.lists(st.integers(0, 20), max_size=3)),
+        num_train=(num_train := data.draw(st.integers(1, len(values)))),
+        num_partitions=data.draw(st.sampled_from([1, 4])),
+    )
+    ids = expected_ids(values[:num_train], min_count=min_count, max_embeddings=max_embeddings)
     assert dict(zip(vocabulary.table["value"], vocabulary.table["id"], strict=True)) == ids
     assert vocabulary.num_embeddings == len(ids) + 1
     assert vocabulary.missing_id == ids.get(None)
@@ -65,22 +68,6 @@ def test_lookup_keeps_the_order_of_many_rows():
     vocabulary = fit("int", values, min_count=8)
     ids = dict(zip(vocabulary.table["value"], vocabulary.table["id"], strict=True))
     assert vocabulary.lookup(pl.Series("f", values)).to_list() == [ids.get(value, 0) for value in values.tolist()]
-
-
-@settings(max_examples=50, deadline=None)
-@given(values=st.lists(VALUES["string"], max_size=30), cuts=st.lists(st.integers(0, 30), max_size=4))
-def test_partial_counts_add_up_to_the_count_of_the_whole(values, cuts):
-    edges = sorted([0, len(values), *(min(cut, len(values)) for cut in cuts)])
-    columns = [dictionary_encode(pl.Series("f", values[start:end], dtype=pl.String)) for start, end in pairwise(edges)]
-    if columns:
-        merged = merge_counts((column.values, column.counts(slice(None))) for column in columns)
-        assert dict(merged.rows()) == Counter(values)
-
-
-def test_counts_of_a_part_of_the_rows_leave_out_the_other_rows():
-    column = dictionary_encode(pl.Series("f", ["a", None, "b", "a", "c"]))
-    counts = merge_counts([(column.values, column.counts(slice(1, 4)))])
-    assert dict(counts.rows()) == {None: 1, "b": 1, "a": 1}
 
 
 @pytest.mark.parametrize(

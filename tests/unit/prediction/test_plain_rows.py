@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torchdlrm.bundle.bundle import PlainIds
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.errors import RowError
+from torchdlrm.features.encode import encode
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn
-from torchdlrm.features.transforms import FittedDense, encode, fit_dense
+from torchdlrm.features.transforms import TRANSFORMS, Standardize
 from torchdlrm.features.value_index import ValueIndex, write_index
-from torchdlrm.features.vocabulary import Vocabulary
+from torchdlrm.features.vocabulary import Vocabulary, number_values, rank_counts
 from torchdlrm.prediction.fast_path import PlainRowEncoder
 from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS, RowReader
 from torchdlrm.prediction.shared_rows import SharedRows, joined
@@ -46,9 +47,9 @@ KNOWN_HEX = [0, 1, 0x68FD1E64, 2**32 - 1]
 KNOWN_NUMBERS = [0, -1, 5, 2**63 - 1, -(2**63)]
 KNOWN_TEXTS = ["a", "Köln", "00000000", " "]
 DENSE = {
-    column.name: FittedDense(transform="standardize", missing=2.0, shift=-2.0, deviation=3.7)
+    column.name: Standardize(missing=2.0, shift=-2.0, deviation=3.7)
     if column.transform == "standardize"
-    else fit_dense(column, None)
+    else TRANSFORMS[column.transform].fit(None)
     for column in SCHEMA.dense
 }
 INT64 = st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1), st.integers(-5, 100), st.sampled_from(KNOWN_NUMBERS))
@@ -81,7 +82,7 @@ def ways(tmp_path_factory):
             values, dtype = known[column.kind]
             values = [*values, None] if column.name == "hex" else values  # a missing value may have an id of its own
             counts = pl.DataFrame({"value": pl.Series(values, dtype=dtype), "count": [9] * len(values)})
-            vocabulary = Vocabulary.from_counts(column.name, column.kind, counts, min_count=1, max_rows=None)
+            vocabulary = Vocabulary(column.name, column.kind, number_values(rank_counts(counts)))
             write_index(vocabulary, folder / column.name)
             vocabularies[column.name] = ValueIndex.open(folder / column.name, kind=column.kind, num_ids=2**31)
     reader = RowReader(SCHEMA)
@@ -195,7 +196,7 @@ def test_transforms_of_numbers_are_those_of_columns_to_the_bit():
         ]
     )
     column = pl.Series("x", numbers).fill_nan(None)
-    steep = FittedDense(transform="standardize", missing=-1e307, shift=1e307, deviation=0.3)
+    steep = Standardize(missing=-1e307, shift=1e307, deviation=0.3)
     for fitted in (*DENSE.values(), steep):
         expected = column.to_frame().select(fitted.expression("x")).to_series().to_numpy()
         assert fitted.of_numbers(numbers).tobytes() == expected.tobytes(), fitted.transform

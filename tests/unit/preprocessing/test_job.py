@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchdlrm.data import drift
 from torchdlrm.features.kinds import KINDS
 from torchdlrm.features.schema import SparseColumn
-from torchdlrm.features.transforms import Moments
+from torchdlrm.features.transforms import Moments, Standardize
 from torchdlrm.features.value_hash import hash_values, hashed_ids
-from torchdlrm.features.vocabulary import Vocabulary
+from torchdlrm.features.vocabulary import Vocabulary, number_values, rank_counts
 from torchdlrm.preprocessing.count import rank_values
 from torchdlrm.preprocessing.place import smallest
 from torchdlrm.preprocessing.read import partitions_of
-from torchdlrm.preprocessing.sections import Sections, write_sections
+from torchdlrm.preprocessing.tally import divergence, id_bins
+from torchdlrm.preprocessing.work_folder import Sections, write_sections
 
 
 @settings(max_examples=100, deadline=None)
@@ -83,14 +83,12 @@ def test_ranking_by_ranges_equals_ranking_at_once(tmp_path, kind, values_at_a_ti
             "count": [rng.choice([2, 2, 2, 3, 9, 400]) for _ in values],
         }
     )
-    whole = Vocabulary.from_counts("f", kind, counts, min_count=1, max_rows=max_ids + 1)
+    whole = Vocabulary("f", kind, number_values(rank_counts(counts).head(max_ids)))
     whole.write(tmp_path / "whole.parquet")
     parts = partitions_of(counts["value"], 4)
     files = []
     for part in range(4):
-        table = counts.filter(pl.Series(parts == part)).sort(
-            ["count", "value"], descending=[True, False], nulls_last=False
-        )
+        table = rank_counts(counts.filter(pl.Series(parts == part)))
         files.append(tmp_path / f"counts{part}")
         write_sections(files[-1], {"counts": table.to_arrow()})
     targets = [tmp_path / f"ids{part}" for part in range(4)]
@@ -126,25 +124,25 @@ def test_sections_are_read_as_they_were_written_and_nothing_is_left_beside(tmp_p
 
 
 def test_divergence_is_zero_for_equal_one_for_disjoint_and_as_computed_between():
-    assert drift.divergence({1: 10, 2: 30}, {1: 1, 2: 3}) == 0
-    assert drift.divergence({1: 5}, {2: 7}) == 1
+    assert divergence({1: 10, 2: 30}, {1: 1, 2: 3}) == 0
+    assert divergence({1: 5}, {2: 7}) == 1
     p, q = np.array([0.5, 0.5, 0]), np.array([0.25, 0.25, 0.5])
     m = (p + q) / 2
     expected = (sum(x * np.log2(x / y) for x, y in zip(p, m, strict=True) if x) + sum(q * np.log2(q / m))) / 2
-    assert drift.divergence({0: 2, 1: 2}, {0: 1, 1: 1, 2: 2}) == pytest.approx(expected, abs=1e-6)
-    assert drift.divergence({}, {1: 1}) == 0
+    assert divergence({0: 2, 1: 2}, {0: 1, 1: 1, 2: 2}) == pytest.approx(expected, abs=1e-6)
+    assert divergence({}, {1: 1}) == 0
 
 
 @given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=20))
 def test_ids_are_binned_by_rank(ids):
     expected = [i if i < 32 else 32 + i.bit_length() for i in ids]
-    assert drift.id_bins(np.array(ids, np.int32)).tolist() == expected
+    assert id_bins(np.array(ids, np.int32)).tolist() == expected
 
 
 def test_huge_numbers_are_standardised():
     moments = Moments()
     moments.add(pl.Series([1e300, -1e300, 1e300, -1e300]))
-    fitted = moments.fit()
+    fitted = Standardize.fit(moments)
     assert (fitted.missing, fitted.deviation) == (0.0, pytest.approx(1e300))
     frame = pl.DataFrame({"x": [1e300, None, -1.7e308]})
     assert frame.select(fitted.expression("x"))["x"].to_list() == [1.0, 0.0, pytest.approx(-1.7e8)]

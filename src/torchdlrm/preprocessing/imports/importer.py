@@ -28,14 +28,13 @@ from torchdlrm.data.log.files import LogFile
 from torchdlrm.data.splits import SPLIT_NAMES, SplitBounds, criteo_split
 from torchdlrm.errors import DatasetError, LogError
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.features.transforms import FittedDense
+from torchdlrm.features.transforms import Unchanged
 from torchdlrm.files import claim_folder, clear_folder
-from torchdlrm.preprocessing.encode import POSITION, Parts, write_batches
+from torchdlrm.preprocessing.encode import POSITION, Parts, write_batches, write_rows
 from torchdlrm.preprocessing.imports.blocks import Blocks
 from torchdlrm.preprocessing.options import PART_ROWS
 from torchdlrm.preprocessing.read import ChunkFile
 from torchdlrm.preprocessing.tally import Tally
-from torchdlrm.preprocessing.write import write_rows
 from torchdlrm.progress import ProgressListener, SilentProgress
 
 _GROUP_ROWS = 1 << 20
@@ -142,7 +141,7 @@ def _write(
         max_rows=None,
         row_group_rows=ROW_GROUP_ROWS,
         part_rows=part_rows,
-        dense={column.name: FittedDense(transform="none") for column in schema.dense},
+        dense={column.name: Unchanged() for column in schema.dense},
         sparse={name: SparseRecord(num_embeddings=size, vocabulary=None) for name, size in sizes.items()},
         splits={
             name: tally.record(tuple(files[i]), tallies[0])

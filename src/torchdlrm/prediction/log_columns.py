@@ -23,7 +23,7 @@ _LINES_LOOKED_AT = 100
 
 
 @dataclass(frozen=True)
-class Layout:
+class LogColumns:
     """How a log is read.
 
     Attributes:
@@ -48,7 +48,7 @@ def schema_for_format(schema: FeatureSchema, log_format: LogFormat) -> FeatureSc
     return schema.model_copy(update=written)
 
 
-def layout_of_text(head: bytes, path: Path, schema: FeatureSchema, passthrough: Sequence[str]) -> Layout:
+def columns_of_text(head: bytes, path: Path, schema: FeatureSchema, passthrough: Sequence[str]) -> LogColumns:
     """Look at the beginning of a text.
 
     Args:
@@ -69,7 +69,7 @@ def layout_of_text(head: bytes, path: Path, schema: FeatureSchema, passthrough: 
     lines = list(islice(cells, _LINES_LOOKED_AT))
     first = lines[0] if lines else []
     if schema.header or {column.log_name for column in schema.features} <= set(first):
-        return Layout(_by_name(first, f"{path}, line 1 (header)", schema, passthrough), header=True)
+        return LogColumns(_by_name(first, f"{path}, line 1 (header)", schema, passthrough), header=True)
     without_label = [column for column in schema.columns if not isinstance(column, LabelColumn)]
     # A bad line may have any number of columns: most lines are good.
     num_unlabelled = sum(len(line) == len(without_label) for line in lines)
@@ -78,16 +78,18 @@ def layout_of_text(head: bytes, path: Path, schema: FeatureSchema, passthrough: 
     missing = [name for name in passthrough if name not in {column.name for column in columns}]
     if missing:
         raise LogError(_not_there(missing, str(path), [column.name for column in columns]))
-    return Layout(schema.with_columns([_as_read(column, column.name, passthrough) for column in columns]), header=False)
+    return LogColumns(
+        schema.with_columns([_as_read(column, column.name, passthrough) for column in columns]), header=False
+    )
 
 
-def layout_of_names(names: Sequence[str], path: Path, schema: FeatureSchema, passthrough: Sequence[str]) -> Layout:
+def columns_of_names(names: Sequence[str], path: Path, schema: FeatureSchema, passthrough: Sequence[str]) -> LogColumns:
     """The layout of a Parquet file with columns of these names.
 
     Raises:
         LogError: a feature, or a column that is wanted, is not there.
     """
-    return Layout(_by_name(names, str(path), schema, passthrough), header=False)
+    return LogColumns(_by_name(names, str(path), schema, passthrough), header=False)
 
 
 def _by_name(names: Sequence[str], where: str, schema: FeatureSchema, passthrough: Sequence[str]) -> FeatureSchema:

@@ -13,7 +13,7 @@ from torchdlrm.features.schema import (
     SparseColumn,
     TimeColumn,
 )
-from torchdlrm.prediction.layout import layout_of_names, layout_of_text, schema_for_format
+from torchdlrm.prediction.log_columns import columns_of_names, columns_of_text, schema_for_format
 
 SCHEMA = FeatureSchema(
     name="shop",
@@ -29,41 +29,41 @@ SCHEMA = FeatureSchema(
 LOG = Path("log.csv")
 
 
-def roles(layout):
-    return [(column.role, column.name) for column in layout.schema.columns]
+def roles(columns):
+    return [(column.role, column.name) for column in columns.schema.columns]
 
 
 def test_a_text_without_a_header_has_the_columns_of_the_schema_in_order():
-    layout = layout_of_text(b"1;2;0;3.5;de\n", LOG, SCHEMA, [])
+    columns = columns_of_text(b"1;2;0;3.5;de\n", LOG, SCHEMA, [])
     expected = [("ignore", "order_id"), ("ignore", "time"), ("label", "label"), ("dense", "price")]
-    assert roles(layout) == [*expected, ("sparse", "country")]
-    assert layout.has_label
-    assert not layout.header
+    assert roles(columns) == [*expected, ("sparse", "country")]
+    assert columns.has_label
+    assert not columns.header
 
 
 def test_or_these_without_the_label_which_most_lines_tell():
-    layout = layout_of_text(b"1;2;0;3.5;de\n" + b"1;2;3.5;de\nbad\n" * 2, LOG, SCHEMA, ["order_id"])
-    assert roles(layout) == [("sparse", "order_id"), ("ignore", "time"), ("dense", "price"), ("sparse", "country")]
-    assert not layout.has_label
+    columns = columns_of_text(b"1;2;0;3.5;de\n" + b"1;2;3.5;de\nbad\n" * 2, LOG, SCHEMA, ["order_id"])
+    assert roles(columns) == [("sparse", "order_id"), ("ignore", "time"), ("dense", "price"), ("sparse", "country")]
+    assert not columns.has_label
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_header_is_found_and_gives_the_order(end):
     head = f'country,"Price in EUR",user id{end}de,1,7{end}'.encode()
-    layout = layout_of_text(head, LOG, schema_for_format(SCHEMA, "csv"), ["user id"])
-    assert roles(layout) == [("sparse", "country"), ("dense", "price"), ("sparse", "user id")]
-    assert layout.header
-    assert (layout.schema.separator, layout.schema.quote) == (",", '"')
+    columns = columns_of_text(head, LOG, schema_for_format(SCHEMA, "csv"), ["user id"])
+    assert roles(columns) == [("sparse", "country"), ("dense", "price"), ("sparse", "user id")]
+    assert columns.header
+    assert (columns.schema.separator, columns.schema.quote) == (",", '"')
 
 
 def test_a_quote_is_a_letter_where_the_schema_has_no_quotes():
-    layout = layout_of_text(b'1;2;0;3.5;d"e\n1;2;0;3.5;"de\n', LOG, schema_for_format(SCHEMA, "log"), [])
-    assert layout.has_label
+    columns = columns_of_text(b'1;2;0;3.5;d"e\n1;2;0;3.5;"de\n', LOG, schema_for_format(SCHEMA, "log"), [])
+    assert columns.has_label
 
 
 def test_what_is_no_feature_may_be_missing_or_more():
-    layout = layout_of_names(["x", "country", "label", "Price in EUR", "x2"], LOG, SCHEMA, ["label"])
-    assert roles(layout) == [
+    columns = columns_of_names(["x", "country", "label", "Price in EUR", "x2"], LOG, SCHEMA, ["label"])
+    assert roles(columns) == [
         ("ignore", "@0"),
         ("sparse", "country"),
         ("label", "label"),
@@ -90,14 +90,14 @@ def test_what_is_no_feature_may_be_missing_or_more():
 )
 def test_what_is_missing_is_told(names, wanted, message):
     with pytest.raises(LogError, match=message):
-        layout_of_names(names, LOG, SCHEMA, wanted)
+        columns_of_names(names, LOG, SCHEMA, wanted)
 
 
 def test_a_column_that_is_wanted_and_not_there_is_told_without_a_header_too():
     with pytest.raises(LogError, match=r"^--columns: log\.csv has no column label; it has order_id, time, price"):
-        layout_of_text(b"1;2;3.5;de\n", LOG, SCHEMA, ["label"])
+        columns_of_text(b"1;2;3.5;de\n", LOG, SCHEMA, ["label"])
 
 
 def test_a_schema_with_a_header_needs_one():
     with pytest.raises(LogError, match=r"log.csv, line 1 \(header\): has no column Price in EUR, country"):
-        layout_of_text(b"1;2;0;3.5;de\n", LOG, SCHEMA.model_copy(update={"header": True}), [])
+        columns_of_text(b"1;2;0;3.5;de\n", LOG, SCHEMA.model_copy(update={"header": True}), [])

@@ -1,10 +1,11 @@
 """How much memory and disk a job needs, and how it is cut into tasks so that it keeps to them.
 
-In: the log's files, the schema, what may be used.  Out: a `Layout`.  The figures are measured, with some room.
+In: the log's files, the schema, what may be used.  Out: a `JobSizing`.  The numbers are measured, with some room.
 """
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torchdlrm.data.log.cut import CHUNK_BYTES
@@ -12,7 +13,6 @@ from torchdlrm.data.log.files import LogFile
 from torchdlrm.errors import ConfigError, DatasetError
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.preprocessing.options import BASE_BYTES, PreprocessOptions
-from torchdlrm.preprocessing.work_folder import Layout
 from torchdlrm.units import show_bytes
 
 BYTES_A_VALUE = 100
@@ -27,15 +27,31 @@ _MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 1 << 20, 2 * CHUNK_BYTES
 _MAX_PARTITIONS = 4096
 
 
+@dataclass(frozen=True)
+class JobSizing:
+    """How the job is cut into tasks; chosen when it starts, and kept when it is resumed.
+
+    `chunk_bytes` of text are read at a time; values are dealt out to `num_partitions` by a hash; `group_bytes` of
+    encoded rows are dealt out to the parts at a time; `values_per_task` are counted at a time.  These fit the memory
+    with `tasks_in_memory` tasks at a time.
+    """
+
+    chunk_bytes: int
+    num_partitions: int
+    group_bytes: int
+    values_per_task: int
+    tasks_in_memory: int
+
+
 def bytes_a_row(schema: FeatureSchema) -> int:
     """What an encoded row takes in memory, lists counted as 8 values."""
     num_values = sum(8 if column.is_multi_valued else 1 for column in schema.sparse)
     return 16 + 4 * (len(schema.dense) + num_values)
 
 
-def choose_layout(
+def choose_sizing(
     files: Sequence[LogFile], schema: FeatureSchema, options: PreprocessOptions, memory_bytes: int, tasks_in_memory: int
-) -> Layout:
+) -> JobSizing:
     """Cut a job so that `tasks_in_memory` tasks at a time keep to `memory_bytes`.
 
     Raises:
@@ -59,15 +75,15 @@ def choose_layout(
     while likely_rows > values_per_task and partitions < min(_MAX_PARTITIONS, 4 * likely_rows / values_per_task):
         partitions *= 2
     group_bytes = int(share_bytes / _MEMORY_A_GROUP_BYTE)
-    return Layout(chunk_bytes, partitions, group_bytes, values_per_task, tasks_in_memory)
+    return JobSizing(chunk_bytes, partitions, group_bytes, values_per_task, tasks_in_memory)
 
 
-def tasks_that_fit(layout: Layout, memory_bytes: int) -> int:
-    """How many tasks of a layout, which an earlier run may have chosen, this memory holds at a time; at least one."""
+def tasks_that_fit(sizing: JobSizing, memory_bytes: int) -> int:
+    """How many tasks of a sizing, which an earlier run may have chosen, this memory holds at a time; at least one."""
     largest = max(
-        layout.chunk_bytes * _MEMORY_A_TEXT_BYTE,
-        int(layout.group_bytes * _MEMORY_A_GROUP_BYTE),
-        layout.values_per_task * (BYTES_A_VALUE + BYTES_A_VALUE // 4),
+        sizing.chunk_bytes * _MEMORY_A_TEXT_BYTE,
+        int(sizing.group_bytes * _MEMORY_A_GROUP_BYTE),
+        sizing.values_per_task * (BYTES_A_VALUE + BYTES_A_VALUE // 4),
     )
     return max(1, (memory_bytes - BASE_BYTES) // largest)
 
