@@ -48,6 +48,6 @@ WORKDIR /work
 VOLUME /work
 # A job ends by itself and says with its exit code how: there is nothing to ask while it runs.
 HEALTHCHECK NONE
-# SIGTERM, which `docker stop` sends, lets a training save a checkpoint; the same command goes on from it.
+# SIGTERM, which `docker stop` sends, lets a training save a checkpoint; the same command resumes from it.
 ENTRYPOINT ["dlrm"]
 CMD ["--help"]

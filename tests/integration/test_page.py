@@ -187,10 +187,10 @@ def test_a_labelled_file_is_scored_and_judged(page, server, tmp_path):
     score_file(page, path)
     labels = [int(line.split("\t", 1)[0]) for line in lines]
     predictions = server.predict(rows_of(lines))
-    area, loss = values(page, "#figures data")
+    area, loss = values(page, "#metrics data")
     assert area == pytest.approx(roc_auc_score(labels, predictions), abs=1e-6)
     assert loss == pytest.approx(log_loss(labels, predictions), abs=1e-6)
-    assert f"{area:.4f}" in page.inner_text("#figures")
+    assert f"{area:.4f}" in page.inner_text("#metrics")
     bins = page.eval_on_selector_all(
         "#calibration-table tbody tr", "all => all.map((one) => [one.cells[1].textContent, one.cells[2].textContent])"
     )

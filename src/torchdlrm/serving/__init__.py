@@ -1,1 +1,1 @@
-"""Predictions over HTTP and gRPC, and a page for people."""
+"""Predictions over HTTP and gRPC, and a page."""

@@ -1,7 +1,7 @@
-"""Who may ask: clients with an API key; or, where there are no keys, whoever calls the server by its own name.
+"""Who may ask: clients with an API key; or, where there are no keys, those who call the server by its own name.
 
-A server without a key must not answer pages of other sites.  A page from anywhere can have the browser of whoever looks
-at it send requests to this machine, and, once its own name is made to point here (DNS rebinding), read the answers.
+A server without a key must not answer pages of other sites.  A page from anywhere can have the browser of its
+visitor send requests to this machine, and, once its own name is made to point here (DNS rebinding), read the answers.
 The headers give it away: `Host` has a name that is not the server's, or `Sec-Fetch-Site` and `Origin` name another
 site.
 """
@@ -131,7 +131,7 @@ class AllowedHosts:
             ipaddress.ip_address(name)
         except ValueError:
             return False
-        return True  # whoever knows the address did not need a name to be pointed here
+        return True  # a page that knows the address did not need a name to be pointed here
 
     def _is_listed(self, name: str) -> bool:
         return name in self._also or name.endswith(self._suffixes)

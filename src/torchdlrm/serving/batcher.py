@@ -1,7 +1,7 @@
 """Many small requests -> few large batches: the queue in front of the model.
 
 In: raw rows, each request with a deadline.  Out: their probabilities.  The model runs in a thread of its own, so the
-event loop goes on reading and answering; what arrives while the model is busy is gathered and makes up the next batch.
+event loop keeps reading and answering; what arrives while the model is busy is gathered and makes up the next batch.
 So there is no waiting time to choose: an idle server starts on a row at once, and the busier the model, the more rows
 share a batch.  Everything is counted in rows, because a request may have one or thousands.
 
@@ -58,7 +58,7 @@ class BatchReport:
         return sum(self.num_rows)
 
 
-# Is told of each batch, in the thread that predicts it.
+# Is called after each batch, in the thread that predicted it.
 BatchListener = Callable[[BatchReport], None]
 
 
@@ -106,7 +106,7 @@ class Batcher:
     Args:
         max_batch_rows: the model gets no more at once; a request that has more is cut into several calls.
         max_queue_rows: rows that may wait; a request that does not fit is refused.
-        listener: is told of each batch.
+        listener: is called with a report of each batch.
         quick_s: a batch is predicted in the loop only if the last one as small took no longer.
     """
 
@@ -131,7 +131,7 @@ class Batcher:
 
         Args:
             warm_up: is called here and in that thread first of all: libraries make buffers and threads of their own
-                for each thread that calls them, and the first request shall not wait for that.
+                for each thread that calls them, and the first request should not wait for that.
         """
         self._loop = asyncio.get_running_loop()
         warm_up()
@@ -188,7 +188,7 @@ class Batcher:
             num_bytes: how many they came as, which tells how much work they are.
             request_id: what the log calls the request.
             deadline_s: when nobody wants them any more, by `time.perf_counter`.
-            is_abandoned: whether whoever asked has gone.
+            is_abandoned: whether the client has gone.
 
         Raises:
             RefusedRequest: the queue is full, or the deadline has passed.
@@ -239,7 +239,7 @@ class Batcher:
             self._is_busy = True
             self._batches.put(batch)
             return
-        self._settle(batch, results, time.perf_counter() - started_s)
+        self._deliver(batch, results, time.perf_counter() - started_s)
         if self._waiting:  # for another model
             self._begin_soon()
 
@@ -269,12 +269,12 @@ class Batcher:
         """The model's thread has answered."""
         self._is_busy = False
         if self.queued_rows > _FEW_ROWS:
-            self._begin()  # first of all: the model shall not wait for the answers to be written
-        self._settle(batch, results, batch_s)
+            self._begin()  # first of all: the model should not wait for the answers to be written
+        self._deliver(batch, results, batch_s)
         if self._waiting:
             self._begin_soon()
 
-    def _settle(self, batch: _Batch, results: list[Answer | Exception], batch_s: float) -> None:
+    def _deliver(self, batch: _Batch, results: list[Answer | Exception], batch_s: float) -> None:
         if batch.is_small:
             self._last_small_s = batch_s
         speed = batch.num_rows / max(batch_s, 1e-6)
@@ -315,7 +315,7 @@ class Batcher:
     def _answer(self, batch: _Batch) -> list[Answer | Exception]:
         try:
             return list(self._predict(batch))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on, and the sender is told
+        except Exception as error:  # noqa: BLE001 - whatever it is, the server continues, and the client gets an answer
             if len(batch.parts) == 1:
                 return [_without_trace(error)]
             # One of the requests may be to blame: each by itself, so that the others are answered.
@@ -353,7 +353,7 @@ def _without_trace(error: Exception) -> Exception:
 
 def _abandon(waiting: _Waiting) -> None:
     if not waiting.future.done():
-        waiting.future.set_exception(bad_request("whoever asked has closed the connection"))
+        waiting.future.set_exception(bad_request("the client has closed the connection"))
 
 
 def _expire(waiting: _Waiting) -> None:

@@ -3,7 +3,7 @@
 In: a request whose body is still coming.  Out: its bytes, then what they say.  A slow client must not take the place of
 others, nor fill the memory: a request whose body comes in pieces does not count as under way before the last one.
 Instead all such bodies together have limits of their own; beyond, the one that has been coming for longest is given up,
-so that whoever sends a body in two pieces a moment apart, as many clients do, is not refused because of those who take
+so that a client that sends a body in two pieces a moment apart, as many do, is not refused because of others that take
 their time.
 """
 
@@ -55,10 +55,10 @@ class Uploads:
         """Another body, until all of it has come.
 
         Args:
-            timeout: ends the waiting for it; is made to end it at once where the body is given up.
+            timeout: ends the waiting for it; is made to end it immediately where the body is given up.
 
         Returns:
-            What is told of each piece's bytes.
+            A function to call with the number of bytes of each piece.
         """
         body = _Coming(timeout)
 
@@ -144,7 +144,7 @@ def parse_json(body: bytes | bytearray | memoryview, schema: FeatureSchema, max_
     """
     if len(body) > MAX_VALUES:
         max_values = max(MAX_VALUES, 2 * max_rows * len(schema.features))
-        # Each value but the first of its list or object has a comma before it.  NumPy counts beside other threads.
+        # Each value but the first of its list or object has a comma before it.  NumPy counts while other threads run.
         codes = np.frombuffer(body, np.uint8)
         num_values = sum(int(np.count_nonzero(codes == ord(mark))) for mark in ",[{")
         if num_values > max_values:

@@ -29,7 +29,7 @@ class Bundles:
     Args:
         path: where it lies; read again at each swap.
         verify: as for `Bundle.open`.
-        swapped: is told the old and the new one; in the event loop.
+        swapped: is called with the old and the new one, in the event loop.
         is_checked: whether all of the first one has just been checked.
 
     Raises:

@@ -5,9 +5,9 @@ connections over, and waits for them at the end.  Its own protocols are not used
 trailers for headers, skip the body of a request that offers another protocol, and wait for clients that do not read.
 
 A request is not looked at before the one ahead of it is answered; while an answer is not taken, nothing more is read.
-`Connections.watch` looks at all connections a few times a second, instead of a timer for each: who takes too long to
-send a head, to take an answer, or to say anything at all is cut off.  Near the limit of file descriptors whoever has
-let the server wait for longest makes room for who comes.
+`Connections.watch` looks at all connections a few times a second, instead of a timer for each: a client that takes too
+long to send a head, to read an answer, or to send anything at all is cut off.  Near the limit of file descriptors the
+client that has let the server wait for longest makes room for the next.
 
 What of uvicorn is touched beyond its documentation: it calls what it has for its `http` class with `config`,
 `server_state`, `app_state` and `_loop`, and `shutdown()` of each connection; `config.loaded_app`; it waits for
@@ -34,7 +34,7 @@ from torchdlrm.serving.options import ServeOptions
 _LOOK_S: Final = 0.2
 _EVENTS_PER_TURN: Final = 256  # then others have theirs
 _MAX_AHEAD_BYTES: Final = 64 << 10  # read before they can be used, of a body or of later requests; then nothing more is
-# A client that sends on after its answer is listened to for a while: closed at once, it might never see the answer.
+# What a client sends after its answer is read for a while: closed at once, it might never see the answer.
 _LINGER_S: Final = 5.0
 # Who has closed its side may still wait for the answer, or be gone: after this time it is taken to be gone.
 _HALF_CLOSED_S: Final = 0.25
@@ -63,7 +63,7 @@ class Connections:
         return Connection(self, config, server_state)
 
     async def watch(self) -> None:
-        """Cut off, for as long as this runs, whoever takes too long."""
+        """Cut off clients that take too long, for as long as this runs."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_LOOK_S)
@@ -71,7 +71,7 @@ class Connections:
                 connection.look(loop.time())
 
     def make_room(self, descriptor: int, now_s: float) -> None:
-        """See that there are file descriptors for whoever comes next."""
+        """See that there are file descriptors for the next client."""
         if self._num_other_descriptors is None:
             self._num_other_descriptors = descriptor  # the lowest that is free is taken: those below were in use
         if max(descriptor, self._num_other_descriptors + len(self.open)) <= self._max_descriptor:
@@ -111,7 +111,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Somebody has connected: a head must come."""
         self._transport = cast("asyncio.Transport", transport)
-        # Who has gone again already has no address.
+        # A client that has gone already has no address.
         self.client, self.server = (
             None if name is None else name[:2] for name in map(transport.get_extra_info, ("peername", "sockname"))
         )
@@ -190,7 +190,7 @@ class Connection(asyncio.Protocol):
             self.cut()
 
     def cut(self) -> None:
-        """Close the connection at once, and have the kernel forget what it still has to send."""
+        """Close the connection immediately, and have the kernel forget what it still has to send."""
         self._deadline_s = math.inf
         self._connections.waiting.pop(self, None)
         if not self._transport.is_closing() or self._transport.get_write_buffer_size():

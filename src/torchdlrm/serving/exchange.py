@@ -1,6 +1,6 @@
 """One request and its answer, as an ASGI app sees them.
 
-In: a head, then the body in pieces.  Out: the bytes of the answer, all at once: answers are made whole before they are
+In: a head, then the body in pieces.  Out: the bytes of the answer, all together: answers are complete before they are
 sent, so that the app has done with a request whether or not its client reads.
 """
 
@@ -98,7 +98,7 @@ class Exchange:
         """Have the app answer."""
         try:
             await app(self.scope, self._receive, self._send)
-        except Exception:  # noqa: BLE001 - whatever it raises is told as 500, and logged
+        except Exception:  # noqa: BLE001 - whatever it raises is answered with 500, and logged
             _log.exception("the app failed")
         finally:
             if not self.is_answered:

@@ -46,7 +46,7 @@ class Head:
         target: as it came, a path with a query or an address.
         version: "1.0" or "1.1".
         headers: names in lower case.
-        keeps_alive: whether the client goes on with the connection.
+        keeps_alive: whether the client keeps the connection open.
         expects_continue: whether it waits to be told to send the body.
     """
 
@@ -69,7 +69,7 @@ class RequestReader:
         self._data, self._at = b"", 0
         self._next = RequestReader._head  # not bound: an object that refers to itself waits for the collector
         self._left = 0  # bytes of the body, or of its chunk
-        self._header_bytes = 0  # of this request: its head, what its chunks carry beside the body, its trailers
+        self._header_bytes = 0  # of this request: its head, what its chunks carry besides the body, its trailers
 
     @property
     def num_waiting(self) -> int:
@@ -116,7 +116,7 @@ class RequestReader:
         try:
             httptools.HttpRequestParser(found).feed_data(text)
         except httptools.HttpParserUpgrade:
-            pass  # an offer, which is declined by going on in HTTP/1.1 (RFC 9110, 7.8)
+            pass  # an offer, which is declined by continuing in HTTP/1.1 (RFC 9110, 7.8)
         except httptools.HttpParserError as error:
             msg = f"the headers are not those of HTTP/1.1: {error}"
             raise _bad(msg) from error
@@ -229,7 +229,7 @@ class RequestReader:
 
 
 class _Found:
-    """What llhttp says of a head."""
+    """Collects what llhttp finds in a head."""
 
     def __init__(self) -> None:
         self.headers: Headers = []
@@ -249,7 +249,7 @@ class _Found:
 
 
 def _check_beginning(data: bytes, at: int) -> None:
-    """See whether what has come of a head can be one, so that who speaks another protocol is told at once."""
+    """See whether what has come of a head can be one, so that a client of another protocol is refused immediately."""
     line_end = data.find(b"\n", at)
     if at < len(data) and data[at : at + 1] != b"\r" and not data[at : at + 1].isalpha():
         raise _bad("this is no HTTP/1.1")

@@ -1,6 +1,6 @@
 """What Prometheus may ask: requests, rows, batches, waiting times, and what the rows and predictions are like.
 
-With several processes each writes its figures to files of a shared folder (named by `PROMETHEUS_MULTIPROC_DIR`, which
+With several processes each writes its values to files of a shared folder (named by `PROMETHEUS_MULTIPROC_DIR`, which
 is read when prometheus_client loads), and whichever process is asked sums them up.  The folder is temporary, and may be
 cleaned away: then the files are made again, and the counters begin at 0, as after a restart.
 """
@@ -30,10 +30,10 @@ STAGES = ("read", "queue", "encode", "model", "total")
 
 
 class ServerMetrics:
-    """The figures of one process.
+    """The metrics of one process.
 
     Args:
-        queued_rows: asked, at each scrape, how many rows are waiting; with several processes a gauge is set instead.
+        queued_rows: called at each scrape: how many rows are waiting; with several processes a gauge is set instead.
     """
 
     def __init__(self, queued_rows: Callable[[], int]) -> None:
@@ -120,7 +120,7 @@ class ServerMetrics:
         self._queue.set(self._queued_rows())
 
     def text(self) -> bytes:
-        """All figures, over all processes, as Prometheus reads them."""
+        """All metrics, summed over the processes, in the format of Prometheus."""
         self.note_queue()
         if self._files is None:
             return generate_latest(self.registry)

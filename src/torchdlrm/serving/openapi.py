@@ -110,7 +110,7 @@ def _paths(service: Service, *, secured: bool) -> Json:
     paths: Json = {
         "/predict": {"post": _operation("Probabilities of rows", "Predictions", "PredictRequest", *_REFUSED)},
         "/schema": {"get": _operation("The model's columns, and example rows", "Object")},
-        "/metrics": {"get": _operation("Figures for Prometheus", None)},
+        "/metrics": {"get": _operation("Metrics for Prometheus", None)},
         "/admin/reload": {"post": _operation("Serve what the bundle's path holds now", "Object", None, 403, 409)},
         "/v2": {"get": _operation("The server", "Object")},
         "/v2/health/live": {"get": {**_operation("Whether it runs", "Object", None, 503), "security": []}},
@@ -133,9 +133,9 @@ def _paths(service: Service, *, secured: bool) -> Json:
     if secured:
         code, reason = "401", "no API key, or another one"
     for item in paths.values():
-        for verb in ("get", "post"):
-            if verb in item and item[verb].get("security") != []:
-                item[verb]["responses"].setdefault(code, _answer("Error", reason))
+        for method in ("get", "post"):
+            if method in item and item[method].get("security") != []:
+                item[method]["responses"].setdefault(code, _answer("Error", reason))
     return paths
 
 
@@ -162,7 +162,7 @@ def _operation(summary: str, answer: str | None, request: str | None = None, *er
         responses["503"]["headers"] = {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "description": "s"}}
     operation: Json = {"summary": summary, "responses": responses}
     if "503" not in responses:
-        responses["503"] = _answer("Error", _REASONS[503])  # the gate refuses whatever is one too many
+        responses["503"] = _answer("Error", _REASONS[503])  # the middleware refuses what is one too many
     if request is not None:
         content = {"application/json": {"schema": _ref(request)}}
         operation["requestBody"] = {"required": True, "content": content}

@@ -1,6 +1,6 @@
 """A log of rows and predictions, in Parquet that `dlrm preprocess` reads as it reads any log.
 
-In: batches, as the model was given them.  Out: files in a folder, each whole from the moment it has its name:
+In: batches, as the model was given them.  Out: files in a folder, each complete from the moment it has its name:
 
     features as the schema calls them in a log    hex values as 8 digits, lists as lists
     the column of time, if the schema has one      when the rows were predicted
@@ -8,7 +8,7 @@ In: batches, as the model was given them.  Out: files in a folder, each whole fr
     requested_at, prediction, model_version
 
 The label is not there: nobody knows it yet.  docs/serving.md says how it is joined.  Rows wait in memory until there
-are enough for a file, and no more than a fixed number: beyond, they are dropped, counted and told.  A file that the
+are enough for a file, and no more than a fixed number: beyond, they are dropped, counted and logged.  A file that the
 disk does not take is tried again and again.  Rows are made columns in the log's own thread, because the model may not
 need them as such, and those of many batches together, because the cost is that of the columns.
 """
@@ -56,7 +56,7 @@ class RequestLog:
 
     Args:
         folder: is made, also again when it has been removed.
-        dropped: is told how many rows were dropped.
+        dropped: is called with the number of rows that were dropped.
         file_rows, file_s: a file is written when it has that many rows, or its first row is that old.
 
     Raises:
@@ -217,8 +217,8 @@ def _try_to_write(path: Path, parquet: io.BytesIO) -> str | None:
     """Write a file: why it could not be written, or None."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside:
-            beside.write_bytes(parquet.getbuffer())
+        with replacing(path) as temporary:
+            temporary.write_bytes(parquet.getbuffer())
     except OSError as error:
         return error.strerror or repr(error)
     return None

@@ -1,7 +1,7 @@
-"""What every HTTP request passes first and last: hosts, keys, the number of requests at once, figures, the log.
+"""What every HTTP request passes first and last: hosts, keys, the number of concurrent requests, metrics, the log.
 
-In: the app.  Out: the same app behind a gate.  Refusing costs next to nothing here: before routing, and before the body
-is read, so that a server with too much to do can say so to all whom it cannot answer.
+In: the app.  Out: the same app behind these checks.  Refusing costs next to nothing here: before routing, and before
+the body is read, so that a server with too much to do can say so to every client that it cannot answer.
 """
 
 import logging
@@ -41,7 +41,7 @@ class RequestMiddleware:
 
     Args:
         app: what answers.
-        service: whose limits, keys and figures these are.
+        service: whose limits, keys and metrics these are.
     """
 
     def __init__(self, app: App, service: Service) -> None:
@@ -91,7 +91,9 @@ class RequestMiddleware:
                 return RefusedRequest(HTTPStatus.FORBIDDEN, msg)
         limit = self._service.options.max_concurrent_requests
         if self._num_under_way - self._service.uploads.num_bodies >= limit:
-            return overloaded(f"{limit:,} requests are under way, and no more are taken at once; ask again later")
+            return overloaded(
+                f"{limit:,} requests are being answered, and no more are taken meanwhile; try again later"
+            )
         if is_open or self._service.keys.accept(headers):
             return None
         msg = "this needs an API key; send the header 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"

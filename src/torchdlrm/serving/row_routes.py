@@ -1,4 +1,4 @@
-"""What people and simple programs send and read: rows as JSON objects by column name.
+"""The simple JSON API: rows as objects by column name.
 
 In: the body of `POST /predict`.  Out: rows.  And the columns of the model, with examples, for `GET /schema`.
 """
@@ -103,7 +103,7 @@ def _num_values(part: Part, column: SparseColumn) -> int:
 
 
 def _characters(row: Row) -> int:
-    """Of the texts of a row, and 1 for every other cell and for each value of a list."""
+    """How many characters a row's texts have, and 1 for every other cell and for each value of a list."""
     values = (value for cell in row.values() for value in (cell if isinstance(cell, list) else (cell,)))
     return sum(1 + len(value) if isinstance(value, str) else 1 for value in values)
 

@@ -45,7 +45,7 @@ def serve(
         started: is called once all processes can answer requests.
 
     Returns:
-        The exit code: 0 after a signal, 1 when a process could not go on.
+        The exit code: 0 after a signal, 1 when a process failed.
 
     Raises:
         ConfigError: the options do not go together, there is no API key where one should be, or an address is taken.

@@ -1,6 +1,6 @@
-"""What all ways into the server share: the bundle, the batcher, figures, logs and limits of one process.
+"""What all ways into the server share: the bundle, the batcher, metrics, logs and limits of one process.
 
-In: rows, whoever brought them.  Out: probabilities, or why there are none.
+In: rows, over HTTP or gRPC.  Out: probabilities, or why there are none.
 """
 
 import asyncio
@@ -280,7 +280,7 @@ def configure_threads(options: ServeOptions) -> None:
 async def watch(service: Service, interval_s: float = 1.0) -> None:
     """Keep the gauge of waiting rows fresh for the scrapes that other processes answer, and an eye on the bundle."""
     while True:
-        with contextlib.suppress(OSError):  # where the files of several processes are; whoever asks for them is told
+        with contextlib.suppress(OSError):  # of the shared files; a scrape reports it
             service.metrics.note_queue()
         service.is_damaged()
         await asyncio.sleep(interval_s)

@@ -1,6 +1,6 @@
 """Several processes that serve on one port, and the one that watches over them.
 
-In: options and a socket that is listened to.  Out: the exit code.  The supervisor checks the bundle once, starts the
+In: a bundle, options and a listening socket.  Out: the exit code.  The supervisor checks the bundle once, starts the
 workers, which inherit the socket and map the same files, and hands signals on to them.  A worker that dies is replaced:
 at once, or after a delay that grows while workers die soon after their start.  The service ends by itself only where
 none is left and none can start.
@@ -62,7 +62,7 @@ class Supervisor:
         """Serve until a signal says to stop.
 
         Args:
-            started: is told the model's name and version when all workers can be asked.
+            started: is called with the model's name and version when all workers can answer.
 
         Returns:
             The exit code: 0 after a signal, 1 when no worker can start or one did not stop as it should.

@@ -1,7 +1,7 @@
 """One process that serves: its event loop, its signals, its end.
 
-In: options and a socket that is listened to.  Out: the exit code.  SIGTERM and SIGINT drain: readiness turns false,
-requests go on being answered, and when the last one is, the process ends with 0.  SIGHUP swaps the bundle.
+In: a bundle, options and a listening socket.  Out: the exit code.  SIGTERM and SIGINT drain: readiness turns false,
+requests are still answered, and after the last one the process ends with 0.  SIGHUP swaps the bundle.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from torchdlrm.serving.service import Service, configure_threads, watch
 
 @dataclass(frozen=True)
 class Ready:
-    """What a process says when it can be asked: its model's name and version, and the port of gRPC, if any."""
+    """What a process reports when it can answer: its model's name and version, and the port of gRPC, if any."""
 
     model: str
     version: str
@@ -60,7 +60,7 @@ def run_worker(
         bundle: the bundle's folder, or a symbolic link to one.
         options: of the server.
         listener: listens for HTTP.
-        ready: is told when requests can be answered.
+        ready: is called when requests can be answered.
         is_checked: whether another process has just checked all of the bundle.
 
     Returns:
@@ -135,7 +135,7 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
 
     loop.add_signal_handler(signal.SIGHUP, swap)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-    beside = [loop.create_task(watch(service)), loop.create_task(connections.watch())]
+    watching = [loop.create_task(watch(service)), loop.create_task(connections.watch())]
     serving = loop.create_task(server.serve([listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
@@ -154,7 +154,7 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
     if rpc is not None:
         await rpc.stop(options.shutdown_timeout_s)
     await serving
-    for task in beside:
+    for task in watching:
         task.cancel()
     service.close()
     note_event("stopped")

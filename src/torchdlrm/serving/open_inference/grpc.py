@@ -36,7 +36,7 @@ _STATUS = {
 }
 # Before the server stops: calls are waited for until none has arrived for so long, or at most so long.
 _QUIET_S, _MAX_WAIT_S = 0.05, 0.5
-_SOON_S = 0.05  # after so long a message that has not come whole is one that comes slowly
+_SOON_S = 0.05  # after so long a message that has not come completely counts as slow
 _AGE_IN_KEEP_ALIVES = 8  # how old a connection becomes: ten minutes
 _MIN_STREAMS = 256  # of a connection; its client sends a call beyond them later
 _HEALTH = {"ServerLive", "ServerReady", "ModelReady"}  # without a key, and however much there is to do
@@ -74,7 +74,7 @@ class GrpcServer:
             ("grpc.server_handshake_timeout_ms", int(1e3 * service.options.header_timeout_s)),
             ("grpc.max_connection_idle_ms", int(1e3 * service.options.keep_alive_s)),
             # An answer that its client does not take is kept as long as the connection, and there is no way to end the
-            # call: so both have a limit.  The client is told, and goes on over another.
+            # call: so both have a limit.  The client is told, and continues over another.
             ("grpc.max_connection_age_ms", int(1e3 * _AGE_IN_KEEP_ALIVES * service.options.keep_alive_s)),
             ("grpc.max_connection_age_grace_ms", int(2e3 * service.options.body_timeout_s)),
             ("grpc.max_concurrent_streams", max(_MIN_STREAMS, 2 * service.options.max_concurrent_requests)),
@@ -116,7 +116,7 @@ class GrpcServer:
         await stopping
 
     def _guarded(self, name: str) -> Callable[[object, Context], Awaitable[Any]]:
-        """A method behind the checks, figures and log that HTTP has too."""
+        """A method behind the same checks, metrics and log as HTTP."""
         service = self._service
 
         async def guarded(_: object, context: Context) -> Any:
@@ -173,10 +173,10 @@ class GrpcServer:
         except DecodeError:
             refused = bad_request(f"the message is no {name}Request")
         except RefusedRequest as error:
-            # Which models there are is told to nobody without a key, nor by the way of health.
+            # A client without a key must not learn, through the health methods, which models there are.
             is_told = error.status != HTTPStatus.NOT_FOUND or has_key
             refused = RefusedRequest(error.status, error.message) if is_told else _no_key()
-        except Exception as error:  # noqa: BLE001 - told in the log, and to the client without the inside
+        except Exception as error:  # noqa: BLE001 - logged; the client learns nothing of the inside
             request_id = request_id or service.new_request_id()
             log_event(logging.ERROR, "failure", request_id=request_id, method=name, message=repr(error))
             refused = RefusedRequest(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed; its log says why")
@@ -212,20 +212,20 @@ class GrpcServer:
         """Before anything is done for a call.
 
         Raises:
-            RefusedRequest: too many are under way; health is always told.
+            RefusedRequest: too many are being answered; health is always answered.
         """
         if name in _HEALTH:
             return
         limit = self._service.options.max_concurrent_requests
         if self._num_under_way > limit:
-            msg = f"{limit:,} calls are under way, and no more are taken at once; ask again later"
+            msg = f"{limit:,} calls are being answered, and no more are taken meanwhile; try again later"
             raise overloaded(msg)
         if name == "ModelInfer":
             self._service.batcher.check_room()
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether the log shall have what grpc says; not that a call had ended before its answer: clients do leave."""
+    """Whether a record of grpc is worth logging; clients do leave, so a call that ended before its answer is not."""
     return record.exc_info is None or not isinstance(record.exc_info[1], grpc.aio.InternalError)
 
 

@@ -27,7 +27,7 @@ from torchdlrm.serving.service import LARGE_BYTES, Service, off_loop_if_large
 Context = Any  # grpc.aio.ServicerContext; grpc comes without types
 
 _MAX_NAMES_BYTES = 4 << 10  # of a message that has nothing but names
-# Beside the values of a tensor: what it is called and such, four fields for each parameter, and its raw contents.
+# Besides the values of a tensor: its name, datatype and shape, four fields for each parameter, and its raw contents.
 _FIELDS_PER_INPUT = 64
 _CONTENTS = {
     "INT8": "int_contents",
@@ -46,7 +46,7 @@ _CONTENTS = {
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a method knows of its call, beside the message."""
+    """What a method knows of its call, besides the message."""
 
     context: Context
     request_id: str

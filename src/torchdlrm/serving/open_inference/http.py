@@ -28,12 +28,12 @@ EXTENSIONS = ["binary_tensor_data"]
 
 @dataclass(frozen=True)
 class InferRequest:
-    """What a client asks: rows; how the answer shall come.
+    """What a client asks: rows; the form of the answer.
 
     Attributes:
         rows: as `rows_of_tensors` gives them.
         request_id: comes back with the answer, if there is one.
-        is_binary: whether the predictions shall come as bytes.
+        is_binary: whether the predictions are sent as bytes.
         timeout_us: the client's own deadline, if it has one.
     """
 

@@ -182,7 +182,7 @@ def check_num_fields(message: bytes, max_fields: int, max_values: int) -> None:
             num_values += weight if is_contents else 0
             num_fields += 0 if is_contents else weight
             if num_fields > max_fields or num_values > max_values:
-                what = f"{max_values:,} values" if is_contents else f"{max_fields:,} fields beside values"
+                what = f"{max_values:,} values" if is_contents else f"{max_fields:,} fields besides values"
                 msg = f"the message has more than {what}, and no more are taken; send several requests"
                 raise too_large(msg)
 

@@ -1,6 +1,6 @@
 // A small file: scores for every row, and how good they are where labels are given.
 
-import { calibrationPlot, element, percent } from "/page/figures.js";
+import { calibrationPlot, element, percent } from "/page/charts.js";
 import { count, featuresOf, parseLog, rowJson } from "/page/log.js";
 import { auc, calibrationBins, logloss, mean } from "/page/metrics.js";
 import { postPredictPatiently } from "/page/server.js";
@@ -78,11 +78,11 @@ export function startFile(schema, onError) {
         const answer = await postPredictPatiently(`{"rows":[${rows.join(",")}]}`, signal, onWait);
         predictions.push(...answer.predictions);
       } catch (error) {
-        if (error.status === 413 && batchRows > 1) { // rows of this log are longer than the server takes at once
+        if (error.status === 413 && batchRows > 1) { // rows of this log are longer than the server takes in a request
           batchRows = Math.floor(batchRows / 2);
           continue;
         }
-        // The server counts the rows of a request from 0; people look for a line of their file.
+        // The server counts the rows of a request from 0; a reader looks for a line of the file.
         if (error.status) error.message = error.message.replace(/\brow (\d+)\b/, (_, row) => `line ${log.lines[start + Number(row)]}`);
         throw error;
       }
@@ -94,20 +94,20 @@ export function startFile(schema, onError) {
 
   function show() {
     const { labels, predictions } = scored;
-    const figures = [["rows", predictions.length.toLocaleString("en")], ["mean prediction", percent(mean(predictions))]];
+    const shown = [["rows", predictions.length.toLocaleString("en")], ["mean prediction", percent(mean(predictions))]];
     byId("calibration").hidden = labels === null;
     if (labels !== null) {
       const judged = [...labels.keys()].filter((i) => labels[i] !== null);
       const truth = judged.map((i) => labels[i]), guesses = judged.map((i) => predictions[i]);
       const area = auc(truth, guesses);
-      figures.push(
+      shown.push(
         ["click rate", percent(mean(truth))],
         ["AUC", Number.isNaN(area) ? "–" : area.toFixed(4), area],
         ["logloss", logloss(truth, guesses).toFixed(4), logloss(truth, guesses)],
       );
       drawCalibration(calibrationBins(truth, guesses));
     }
-    byId("figures").replaceChildren(...figures.map(([name, text, value]) => element("div", {},
+    byId("metrics").replaceChildren(...shown.map(([name, text, value]) => element("div", {},
       element("dt", { textContent: name }),
       element("dd", {}, value === undefined ? text : element("data", { value, textContent: text })))));
     drawPage(0);

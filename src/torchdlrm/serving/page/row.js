@@ -1,6 +1,6 @@
 // One row: fields to edit, its probability, and which columns moved it.
 
-import { bar, element, percent, points } from "/page/figures.js";
+import { bar, element, percent, points } from "/page/charts.js";
 import { cellText, featuresOf, parseLog, rowJson } from "/page/log.js";
 import { postPredict } from "/page/server.js";
 

@@ -1,4 +1,4 @@
-// Numbers as people read them, elements, and the two charts.
+// Numbers as text, elements, and the two charts.
 
 /** A probability as a percentage with three digits that matter. */
 export function percent(probability) {
