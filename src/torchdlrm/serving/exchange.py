@@ -8,12 +8,12 @@ import asyncio
 import logging
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 import httptools
 import orjson
+from starlette.types import ASGIApp, Message
 
 from torchdlrm.serving.framing import Head, Headers
 
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 ARRIVED: Final = "torchdlrm.arrived_s"  # in a request's scope: when its head had come, by `time.perf_counter`
 IS_WHOLE: Final = "torchdlrm.is_whole"  # in a request's scope: whether all of its body has come
 IS_GONE: Final = "torchdlrm.is_gone"  # in a request's scope: says whether the client no longer waits for the answer
-
-Message = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Callable[[], Awaitable[Message]], Send], Awaitable[None]]
 
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
 _BODILESS = {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}
@@ -94,7 +90,7 @@ class Exchange:
         self._is_lost = True
         self._wake()
 
-    async def run(self, app: App) -> None:
+    async def run(self, app: ASGIApp) -> None:
         """Have the app answer."""
         try:
             await app(self.scope, self._receive, self._send)

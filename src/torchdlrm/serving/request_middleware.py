@@ -6,24 +6,17 @@ the body is read, so that a server with too much to do can say so to every clien
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
-from typing import Any
 
 import orjson
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from torchdlrm.serving.access import AllowedHosts
 from torchdlrm.serving.event_log import log_event
 from torchdlrm.serving.exchange import ARRIVED
 from torchdlrm.serving.refusals import RefusedRequest, overloaded
 from torchdlrm.serving.service import Service, request_id_of
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 REQUEST_ID = "torchdlrm.request_id"
 
@@ -44,7 +37,7 @@ class RequestMiddleware:
         service: whose limits, keys and metrics these are.
     """
 
-    def __init__(self, app: App, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
         self._num_under_way = 0
         options = service.options

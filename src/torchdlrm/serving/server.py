@@ -56,54 +56,30 @@ def serve(
     # Read when Polars loads: one row is not worth many threads, and those of several processes would fight.
     os.environ.setdefault("POLARS_MAX_THREADS", str(options.num_cores_of_model))
     with ExitStack() as sockets:
-        listener = sockets.enter_context(_listen(options.host, options.port))
-        _check_grpc_port(options)
+        listener = sockets.enter_context(_bound(options.host, "`port`", options.port, socket.SO_REUSEADDR))
+        listener.setblocking(False)  # noqa: FBT003 - the name of the call says it
+        if options.grpc_port:
+            # Before the bundle is read, which takes longer.  Workers share the port, and would share that of another
+            # server too: only here is it noticed.
+            _bound(options.host, "`grpc_port`", options.grpc_port, socket.SO_REUSEADDR).close()
         host = f"[{options.host}]" if ":" in options.host else options.host
         url = f"http://{host}:{listener.getsockname()[1]}"
+
+        def ready(model: str, version: str, grpc_port: int | None) -> None:
+            started(Listening(url, None if grpc_port is None else f"{host}:{grpc_port}", model, version))
+
         if options.workers == 1:
-            from torchdlrm.serving.worker import Ready, run_worker  # noqa: PLC0415 - loads torch
+            from torchdlrm.serving.worker import run_worker  # noqa: PLC0415 - loads torch
 
-            def tell(ready: Ready) -> None:
-                grpc = None if ready.grpc_port is None else f"{host}:{ready.grpc_port}"
-                started(Listening(url, grpc, ready.model, ready.version))
-
-            return run_worker(bundle, options, listener, tell)
-        holder, options = _reserve_grpc_port(options)
-        if holder is not None:
-            sockets.enter_context(holder)
-        grpc = None if holder is None else f"{host}:{options.grpc_port}"
-        supervisor = Supervisor(bundle, options, listener)
-        return supervisor.run(lambda model, version: started(Listening(url, grpc, model, version)))
+            return run_worker(bundle, options, listener, ready)
+        if options.grpc_port is not None:
+            # Keeps the port for all workers: 0 is any that is free.
+            holder = _bound(options.host, "`grpc_port`", options.grpc_port, socket.SO_REUSEPORT, listens=False)
+            options = replace(options, grpc_port=sockets.enter_context(holder).getsockname()[1])
+        return Supervisor(bundle, options, listener).run(ready)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    listener = _bound(host, port, "`port`", socket.SO_REUSEADDR)
-    listener.setblocking(False)  # noqa: FBT003 - the name of the call says it
-    return listener
-
-
-def _check_grpc_port(options: ServeOptions) -> None:
-    """See that gRPC's port is free before the bundle is read, which takes longer.
-
-    With several workers it is also the one place that notices: they share the port, and would share that of another
-    server too.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if options.grpc_port:
-        _bound(options.host, options.grpc_port, "`grpc_port`", socket.SO_REUSEADDR).close()
-
-
-def _reserve_grpc_port(options: ServeOptions) -> tuple[socket.socket | None, ServeOptions]:
-    """A socket that keeps the port for all workers, and the options with its number: port 0 is any that is free."""
-    if options.grpc_port is None:
-        return None, options
-    holder = _bound(options.host, options.grpc_port, "`grpc_port`", socket.SO_REUSEPORT, listens=False)
-    return holder, replace(options, grpc_port=holder.getsockname()[1])
-
-
-def _bound(host: str, port: int, name: str, option: int, *, listens: bool = True) -> socket.socket:
+def _bound(host: str, name: str, port: int, option: int, *, listens: bool = True) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with ExitStack() as on_failure:

@@ -35,7 +35,7 @@ _FAILED_STARTS_PER_WORKER = 2  # in a row, before the service ends
 @dataclass(eq=False)
 class _Worker:
     process: SpawnProcess
-    said: Connection  # (model, version) when it is ready; an exception or its trace when it fails
+    said: Connection  # (model, version, port of gRPC) when it is ready; an exception or its trace when it fails
     ready_s: float | None = None
     failure: TorchDLRMError | str | None = None
     is_asked_to_stop: bool = False
@@ -58,11 +58,11 @@ class Supervisor:
         self._is_stopping = False
         self._context = multiprocessing.get_context("spawn")
 
-    def run(self, started: Callable[[str, str], None]) -> int:
+    def run(self, started: Callable[[str, str, int | None], None]) -> int:
         """Serve until a signal says to stop.
 
         Args:
-            started: is called with the model's name and version when all workers can answer.
+            started: is called when all workers can answer: with the model's name and version, and the port of gRPC.
 
         Returns:
             The exit code: 0 after a signal, 1 when no worker can start or one did not stop as it should.
@@ -85,7 +85,7 @@ class Supervisor:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _watch(self, started: Callable[[str, str], None]) -> int:
+    def _watch(self, started: Callable[[str, str, int | None], None]) -> int:
         has_started = False
         self._starts_due_s = [0.0] * self._options.workers
         while not self._has_to_stop():
@@ -211,7 +211,7 @@ def _work(bundle: Path, options: ServeOptions, listener: socket.socket, told: Co
     from torchdlrm.serving.worker import run_worker  # noqa: PLC0415 - loads torch
 
     try:
-        code = run_worker(bundle, options, listener, lambda it: told.send((it.model, it.version)), is_checked=True)
+        code = run_worker(bundle, options, listener, lambda *ready: told.send(ready), is_checked=True)
     except TorchDLRMError as error:
         told.send(error)
         code = 2

@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from multiprocessing import parent_process
 from pathlib import Path
 
@@ -27,14 +26,8 @@ from torchdlrm.serving.open_inference.grpc import GrpcServer
 from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.service import Service, configure_threads, watch
 
-
-@dataclass(frozen=True)
-class Ready:
-    """What a process reports when it can answer: its model's name and version, and the port of gRPC, if any."""
-
-    model: str
-    version: str
-    grpc_port: int | None
+# Called when a process can answer: with its model's name and version, and the port of gRPC, if any.
+Ready = Callable[[str, str, int | None], None]
 
 
 class _Server(uvicorn.Server):
@@ -50,7 +43,7 @@ def run_worker(
     bundle: Path,
     options: ServeOptions,
     listener: socket.socket,
-    ready: Callable[[Ready], None],
+    ready: Ready,
     *,
     is_checked: bool = False,
 ) -> int:
@@ -96,7 +89,7 @@ def _tell_others() -> None:
         os.kill(parent.pid, signal.SIGHUP)
 
 
-async def _serve(service: Service, listener: socket.socket, ready: Callable[[Ready], None]) -> None:
+async def _serve(service: Service, listener: socket.socket, ready: Ready) -> None:
     loop = asyncio.get_running_loop()
     options, parent = service.options, parent_process()
     # Answers are small: who does not take them need not fill megabytes of the kernel's memory.
@@ -145,7 +138,7 @@ async def _serve(service: Service, listener: socket.socket, ready: Callable[[Rea
     if not service.keys and not ipaddress.ip_address(address[0]).is_loopback:
         msg = "whoever can reach this address is answered; with `api_key_file` only those who have a key"
         log_event(logging.WARNING, "no API key", message=msg)
-    ready(Ready(service.name, version, None if rpc is None else rpc.port))
+    ready(service.name, version, None if rpc is None else rpc.port)
     await asyncio.wait({serving, loop.create_task(stopping.wait())}, return_when=asyncio.FIRST_COMPLETED)
     service.drain()
     note_event("draining")
