@@ -69,7 +69,7 @@ def interrupted_when(said, folder):
 
 @pytest.mark.slow
 def test_quickstart_interrupted_at_every_stage_goes_on_with_the_same_command(tmp_path):
-    stopped = "stopped; the same command goes on from there: dlrm quickstart --out q"
+    stopped = "stopped; the same command resumes: dlrm quickstart --out q"
     for stage in ("write rows: begins", "count: begins"):
         assert stopped in interrupted_when(stage, tmp_path)
     assert json.loads((tmp_path / "q" / "quickstart.json").read_text()) == {"torchdlrm": __version__, "rows": 35_000}

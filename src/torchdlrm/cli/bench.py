@@ -1,19 +1,15 @@
 """`dlrm bench`: hot paths of this machine, beside what users have today and their physical floor."""
 
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import App, Parameter
-from cyclopts.validators import Number
+from cyclopts import App
 from rich.table import Table
 
-from torchdlrm.cli.overrides import Overrides, split_config
-from torchdlrm.cli.terminal import Json, console, print_json, progress_bars
+from torchdlrm.cli.options import Overrides, split_config
+from torchdlrm.cli.terminal import Json, Positive, console, print_json, progress_bars
 from torchdlrm.config import load_config
 
-Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 bench = App(name="bench", result_action="return_value")
-bench.command("torchdlrm.cli.bench_predict:predict")
 
 
 @bench.command
@@ -28,22 +24,14 @@ def step(
 ) -> None:
     """Time the training step: ours, plain TorchRec's, and the floor (its matrix products alone), interleaved.
 
-    Parameters
-    ----------
-    config
-        TOML file, the paper's model at batch 2,048 without it; then keys to override by their dotted names.
-    num_tables
-        Sparse features, each with a table.
-    rows_per_table
-        Rows of each table.
-    steps_per_round
-        Steps of each competitor before the next has its turn.
-    rounds
-        Turns of each competitor; medians are printed.
-    nproc_per_node
-        Processes of each competitor.
-    as_json
-        Print one JSON object on standard output.
+    Args:
+        *config: TOML file, the paper's model at batch 2,048 without it; then keys to override by their dotted names.
+        num_tables: Sparse features, each with a table.
+        rows_per_table: Rows of each table.
+        steps_per_round: Steps of each competitor before the next has its turn.
+        rounds: Turns of each competitor; medians are printed.
+        nproc_per_node: Processes of each competitor.
+        as_json: Print one JSON object on standard output.
     """
     settings = load_config(*split_config(config))
 
@@ -78,6 +66,54 @@ def step(
 
 
 @bench.command
+def predict(
+    *,
+    num_tables: Positive = 26,
+    rows_per_table: Positive = 100_000,
+    batch_rows: Positive = 2048,
+    batches_per_round: Positive = 10,
+    log_rows: Positive = 100_000,
+    rounds: Positive = 7,
+    folder: Path | None = None,
+    as_json: Json = False,
+) -> None:
+    """Time predictions of the paper's model: the served model and TorchRec's own, interleaved.
+
+    Args:
+        num_tables: Sparse features, each with a table.
+        rows_per_table: Rows of each table.
+        batch_rows: Rows of a batch.
+        batches_per_round: Batches of each competitor before the next has its turn.
+        log_rows: Rows of the log that `dlrm predict` is timed with.
+        rounds: Turns of each competitor; medians are printed.
+        folder: Where to keep the weights meanwhile; the system's folder for temporary files when not given.
+        as_json: Print one JSON object on standard output.
+    """
+    from torchdlrm.bench.predict import benchmark_predict
+
+    with progress_bars("") as progress:
+        result = benchmark_predict(
+            num_tables=num_tables,
+            rows_per_table=rows_per_table,
+            batch_rows=batch_rows,
+            batches_per_round=batches_per_round,
+            log_rows=log_rows,
+            rounds=rounds,
+            folder=folder,
+            progress=progress,
+        )
+    table = Table(title=f"prediction, encoded rows in batches of {batch_rows:,}, {result.num_threads} thread(s)")
+    for column in ("", "rows/s", "ms a batch's rows", "of eager"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, rows_per_s in result.rows_per_s.items():
+        ratio = f"{result.ratio_to_eager[name]:.2f} x"
+        table.add_row(name, f"{rows_per_s:,.0f}", f"{1000 * batch_rows / rows_per_s:.2f}", ratio)
+    console.print(table)
+    if as_json:
+        print_json(result.as_dict())
+
+
+@bench.command
 def loader(
     dataset: Path,
     *,
@@ -88,18 +124,12 @@ def loader(
 ) -> None:
     """Time the loader alone, from the dataset's files to batches.
 
-    Parameters
-    ----------
-    dataset
-        Folder written by `dlrm preprocess`.
-    batch_size_global
-        Rows of a batch.
-    max_rows
-        Read only so many training rows a round.
-    rounds
-        Turns; the median is printed.
-    as_json
-        Print one JSON object on standard output.
+    Args:
+        dataset: Folder written by `dlrm preprocess`.
+        batch_size_global: Rows of a batch.
+        max_rows: Read only so many training rows a round.
+        rounds: Turns; the median is printed.
+        as_json: Print one JSON object on standard output.
     """
     from torchdlrm.bench.loader import benchmark_loader
     from torchdlrm.data.dataset import Dataset

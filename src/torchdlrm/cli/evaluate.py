@@ -25,22 +25,14 @@ def evaluate(
 ) -> None:
     """Measure a trained run on every row of a split; the result is also written to RUN/evaluation/.
 
-    Parameters
-    ----------
-    run
-        Folder written by `dlrm train`.
-    split
-        train, val or test; several joined by + are judged together, as in val+test.
-    checkpoint
-        best (the highest AUC of the val split; the last where nothing was validated), last, or a step.
-    dataset
-        Where the dataset is now, if it has moved since the training.
-    batch_size_global
-        Rows per forward pass over all processes; the result does not depend on it.
-    nproc_per_node
-        Processes on this machine; need not be as many as trained.
-    as_json
-        Print one JSON object on standard output.
+    Args:
+        run: Folder written by `dlrm train`.
+        split: train, val or test; several joined by + are judged together, as in val+test.
+        checkpoint: best (the highest AUC of the val split; the last where nothing was validated), last, or a step.
+        dataset: Where the dataset is now, if it has moved since the training.
+        batch_size_global: Rows per forward pass over all processes; the result does not depend on it.
+        nproc_per_node: Processes on this machine; need not be as many as trained.
+        as_json: Print one JSON object on standard output.
     """
     announce(f"evaluate {run} on {split}")
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from torchdlrm.cli.terminal import Json, announce, console, print_json, progress_bars
+from torchdlrm.cli.terminal import Json, announce, print_json, progress_bars, say
 
 
 def export(
@@ -24,33 +24,23 @@ def export(
 ) -> None:
     """Turn a trained run into a bundle, and check that it predicts what the checkpoint predicts.
 
-    Parameters
-    ----------
-    run
-        Folder written by `dlrm train`.
-    out
-        Folder to write; nothing may be there.
-    precision
-        Of the tables; auto measures what each table would cost at each precision, and chooses.
-    dense_precision
-        Of the matrix products; auto takes bfloat16 where the tables are not float32 and the model is large enough.
-    max_logloss_increase
-        What a lower precision may cost in nats, in the choice of auto (0.0001 when not given) and in the check at the
-        end (when not given: what the precision usually explains).
-    checkpoint
-        best (the highest AUC of the val split; the last where nothing was validated), last, or a step.
-    dataset
-        Where the dataset is now, if it has moved since the training.
-    name
-        Name of the model, shown by the server; the folder's name when not given.
-    check_rows
-        Predict at most so many held-out rows by checkpoint and by bundle.
-    as_json
-        Print one JSON object on standard output.
+    Args:
+        run: Folder written by `dlrm train`.
+        out: Folder to write; nothing may be there.
+        precision: Of the tables; auto measures what each table would cost at each precision, and chooses.
+        dense_precision: Of the matrix products; auto takes bfloat16 where the tables are not float32 and the model is
+            large enough.
+        max_logloss_increase: What a lower precision may cost in nats, in the choice of auto (0.0001 when not given) and
+            in the check at the end (when not given: what the precision usually explains).
+        checkpoint: best (the highest AUC of the val split; the last where nothing was validated), last, or a step.
+        dataset: Where the dataset is now, if it has moved since the training.
+        name: Name of the model, shown by the server; the folder's name when not given.
+        check_rows: Predict at most so many held-out rows by checkpoint and by bundle.
+        as_json: Print one JSON object on standard output.
     """
     announce(f"export {run} to {out}")
 
-    from torchdlrm.cli.inspect_bundle import print_check, print_trade, summary
+    from torchdlrm.cli.inspect import bundle_as_dict, print_check, print_precision_search
     from torchdlrm.exporting.export import ExportOptions
     from torchdlrm.exporting.export import export as export_run
     from torchdlrm.training.run import Run
@@ -68,11 +58,11 @@ def export(
     with progress_bars("") as progress:
         exported = export_run(trained, data, out, options, progress)
     bundle = exported.bundle
-    console.print(f"exported {run} at {exported.checkpoint} to {out}", markup=False, soft_wrap=True)
+    say(f"exported {run} at {exported.checkpoint} to {out}")
     if exported.trade is not None:
-        print_trade(exported.trade)
+        print_precision_search(exported.trade)
     print_check(bundle)
-    console.print(f"matrix products: {bundle.manifest.dense_precision} ({exported.dense_reason})", soft_wrap=True)
-    console.print(f"next: dlrm predict {out} ROWS, or dlrm serve {out}", soft_wrap=True)
+    say(f"matrix products: {bundle.manifest.dense_precision} ({exported.dense_reason})")
+    say(f"next: dlrm predict {out} ROWS, or dlrm serve {out}")
     if as_json:
-        print_json(summary(bundle, exported.trade))
+        print_json(bundle_as_dict(bundle, exported.trade))

@@ -1,25 +1,25 @@
-"""`dlrm inspect`: what a folder that another verb wrote holds."""
+"""`dlrm inspect`: what a folder that another command wrote holds."""
 
-from importlib import import_module
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torchdlrm.cli.terminal import Json
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from torchdlrm.cli.terminal import Json, console, print_json, print_table, progress_bars, say, shown_metric
 from torchdlrm.errors import UserError
+from torchdlrm.units import show_bytes
 
-# The file that tells what a folder is -> what it is called, and the module whose `show` knows it.
-_KINDS = {
-    "dataset.json": ("a dataset", "torchdlrm.cli.inspect_dataset"),
-    "bundle.json": ("a bundle", "torchdlrm.cli.inspect_bundle"),
-    "environment.json": ("a run", "torchdlrm.cli.inspect_run"),
-}
+if TYPE_CHECKING:
+    from torchdlrm.bundle.bundle import Bundle
+    from torchdlrm.data.summary import DatasetSummary, FrequentValue
+    from torchdlrm.exporting.sensitivity import PrecisionSearch
 
 
-def inspect(
-    folder: Path,
-    *,
-    values: int = 3,
-    as_json: Json = False,
-) -> None:
+def inspect(folder: Path, *, values: int = 3, as_json: Json = False) -> None:
     """Show what a dataset, a run or a bundle holds.
 
     Of a dataset: rows, click rates, tables, unknown and missing values. Of a run: how far it is, its checkpoints, its
@@ -32,13 +32,238 @@ def inspect(
         as_json: Print one JSON object on standard output, and nothing else.
     """
     if values < 0:
-        msg = f"--values: must not be negative, got {values}"
+        msg = f"`values`: must not be negative, got {values}"
         raise UserError(msg)
-    for marker, (_, module) in _KINDS.items():
+    # The file that tells what a folder is -> what it is called, and who shows it.
+    kinds: Mapping[str, tuple[str, Callable[[], None]]] = {
+        "dataset.json": ("a dataset", lambda: _show_dataset(folder, values, as_json=as_json)),
+        "bundle.json": ("a bundle", lambda: _show_bundle(folder, as_json=as_json)),
+        "environment.json": ("a run", lambda: _show_run(folder, as_json=as_json)),
+    }
+    for marker, (_, show) in kinds.items():
         if (folder / marker).exists():
-            import_module(module).show(folder, num_values=values, as_json=as_json)
+            show()
             return
     found = "holds none of these" if folder.is_dir() else "is not a folder"
-    kinds = " or ".join(f"{name} ({marker})" for marker, (name, _) in _KINDS.items())
-    msg = f"{folder}: {found}: {kinds}; give the folder that another `dlrm` command wrote"
+    names = " or ".join(f"{name} ({marker})" for marker, (name, _) in kinds.items())
+    msg = f"{folder}: {found}: {names}; give the folder that another `dlrm` command wrote"
     raise UserError(msg)
+
+
+def _show_run(folder: Path, *, as_json: bool) -> None:
+    """Print what a run was started with, how far it is, and its checkpoints, after checking all of them."""
+    content = _run_as_dict(folder)
+    if as_json:
+        print_json({"kind": "run"} | content)
+        return
+    environment = content["environment"]
+    say(
+        f"run {folder}: {environment['world_size']} process(es), torchdlrm {environment['torchdlrm']}, "
+        f"torch {environment['torch']}; dataset {environment['dataset']['path']}"
+    )
+    for split, line in content["last_metrics"].items():
+        metrics = (f"{name} {line[name]:.4f}" for name in ("loss", "ne", "auc") if line.get(name) is not None)
+        say(f"{split} at step {line['step']:,}: {', '.join(metrics)}")
+    rows = [
+        {
+            "checkpoint": f"step {step:,}",
+            "epoch": "-" if about["epoch"] is None else str(about["epoch"]),
+            "best val AUC so far": "-" if about["best_auc"] is None else f"{about['best_auc']:.4f}",
+            "files": about["damage"] or "undamaged",
+        }
+        for step, about in content["checkpoints"].items()
+    ]
+    print_table("checkpoints", rows, left_aligned=("files",))
+    for name, result in content["evaluations"].items():
+        say(f"evaluated {name}: AUC {shown_metric(result['auc'], 4)}, logloss {shown_metric(result['logloss'], 4)}")
+
+
+def _run_as_dict(folder: Path) -> dict[str, Any]:
+    """For JSON: the last line of each split's metrics, every checkpoint with what is wrong with it, evaluations."""
+    from torchdlrm.training.checkpoint import checkpoint_path, find_damage, list_checkpoints, read_position
+    from torchdlrm.training.log import read_metrics
+    from torchdlrm.training.run import METRICS_NAME, Run
+
+    run = Run.open(folder)
+    checkpoints = {}
+    for step in list_checkpoints(run.checkpoints):
+        damage = find_damage(checkpoint_path(run.checkpoints, step))
+        position = read_position(run.checkpoints, step) if damage is None else None
+        checkpoints[step] = {
+            "epoch": position.loader["epoch"] if position is not None else None,
+            "best_auc": position.best_auc if position is not None else None,
+            "damage": damage,
+        }
+    return {
+        "path": str(folder),
+        "environment": run.environment,
+        "last_metrics": {line["split"]: line for line in read_metrics(folder / METRICS_NAME)},
+        "checkpoints": checkpoints,
+        "evaluations": run.evaluations(),
+    }
+
+
+def _show_bundle(folder: Path, *, as_json: bool) -> None:
+    """Print what a bundle holds, after checking all of it."""
+    from torchdlrm.bundle.bundle import Bundle, table_name
+
+    bundle = Bundle.open(folder)
+    if as_json:
+        print_json({"kind": "bundle"} | bundle_as_dict(bundle, None))
+        return
+    manifest, source = bundle.manifest, bundle.manifest.source
+    best = ", the best of the val split" if source.checkpoint == "best" else ""
+    say(
+        f"bundle {folder}, model {bundle.name}, version {bundle.version}: complete and undamaged; from run "
+        f"{source.run}, step {source.step:,}{best}; schema {bundle.schema.name}"
+    )
+    hashed = {column.name for column in bundle.schema.sparse if column.hash is not None}
+    rows = []
+    for name, record in manifest.sparse.items():
+        start, end = bundle.weights.span(table_name(name))
+        known = "yes" if record.vocabulary is not None else "hashed" if name in hashed else "ids as they are"
+        rows.append(
+            {
+                "feature": name,
+                "table rows": f"{record.num_embeddings:,}",
+                "precision": record.precision,
+                "bytes": show_bytes(end - start),
+                "vocabulary": known,
+            }
+        )
+    print_table("", rows)
+    model = manifest.model
+    sizes = (max(1, len(bundle.schema.dense)), *model.dense_arch_layer_sizes), model.over_arch_layer_sizes
+    layers = " and ".join("-".join(map(str, arch)) for arch in sizes)
+    say(f"arches {layers}, dimension {model.embedding_dim}; products in {manifest.dense_precision}")
+    print_check(bundle)
+
+
+def print_check(bundle: "Bundle") -> None:
+    """Print how the bundle's predictions compare with the checkpoint's."""
+    check = bundle.manifest.check
+    if check is None:
+        return
+    rows = [
+        {"": name, "AUC": shown_metric(metrics.auc, 6), "logloss": shown_metric(metrics.logloss, 6)}
+        for name, metrics in (("checkpoint", check.checkpoint), ("bundle", check.bundle))
+    ]
+    print_table(f"{check.rows:,} rows of {check.split}", rows)
+    if check.checkpoint.auc is None:
+        say("AUC is undefined: it needs rows of both labels")
+    say(
+        f"largest difference of two probabilities: {check.largest_difference:.2g} (the precision explains "
+        f"{check.largest_allowed:.2g})"
+    )
+
+
+def print_precision_search(search: "PrecisionSearch") -> None:
+    """Print what each table costs and saves at each precision, and what was chosen."""
+    rows = [
+        {
+            "feature": name,
+            "table rows": f"{choice.num_embeddings:,}",
+            "float32": show_bytes(choice.size_bytes["float32"]),
+            **{
+                precision: f"{1e6 * choice.logloss_increase[precision]:.2f}"
+                for precision in ("float16", "int8", "int4")
+            },
+            "chosen": choice.chosen,
+            "bytes": show_bytes(choice.size_bytes[choice.chosen]),
+        }
+        for name, choice in search.tables.items()
+    ]
+    print_table(f"logloss increase expected of each table alone, on {search.rows:,} rows, in millionths", rows)
+    before = sum(choice.size_bytes["float32"] for choice in search.tables.values())
+    after = sum(choice.size_bytes[choice.chosen] for choice in search.tables.values())
+    measured = search.measured_increase
+    say(
+        f"tables: {show_bytes(before)} -> {show_bytes(after)}; logloss increase {search.expected_increase:.2g} "
+        f"expected, {measured.mean:.2g} (standard error {measured.standard_error:.1g}) measured,"
+        f" {search.max_logloss_increase:.2g} allowed"
+    )
+
+
+def bundle_as_dict(bundle: "Bundle", search: "PrecisionSearch | None") -> dict[str, Any]:
+    """For JSON."""
+    content = bundle.manifest.model_dump(
+        mode="json", exclude={"files", "block_sha256", "block_bytes", "feature_schema"}
+    )
+    about: dict[str, Any] = {"path": str(bundle.path), "version": bundle.version, "schema": bundle.schema.name}
+    about["size_bytes"] = sum(record.size_bytes for record in bundle.manifest.files.values())
+    return about | content | ({} if search is None else {"trade": asdict(search)})
+
+
+def _show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:
+    """Print what a dataset holds, after comparing every byte with its checksum."""
+    from torchdlrm.data.dataset import Dataset
+    from torchdlrm.data.summary import summarize
+    from torchdlrm.features.bad_rows import describe_bad_rows
+
+    dataset = Dataset.open(folder)
+    with progress_bars("") as progress:
+        dataset.verify(progress)
+    summary = summarize(dataset, num_values)
+    manifest = dataset.manifest
+    if as_json:
+        about = manifest.model_dump(
+            mode="json", include={"format_version", "split_rule", "seed", "min_count", "max_rows", "source", "bad_rows"}
+        )
+        print_json(
+            {"kind": "dataset", "path": str(folder), "schema": manifest.feature_schema.name} | about | asdict(summary)
+        )
+        return
+    say(f"dataset {folder}, schema {manifest.feature_schema.name}, seed {manifest.seed}")
+    say(f"split: {manifest.split_rule}")
+    _print_summary(summary)
+    say("drift: from train, 0 where the distribution is the same, 1 where nothing is in common")
+    if manifest.bad_rows.total:
+        say(f"bad rows that were skipped: {manifest.bad_rows.total:,}")
+        say("\n".join(describe_bad_rows(manifest.bad_rows.counts, manifest.bad_rows.examples)))
+
+
+def _print_summary(summary: "DatasetSummary") -> None:
+    """Three tables; what is told of each split stands in one column, below the splits' names."""
+    splits = list(summary.splits)
+    six, five = "".join(f"{name:>6}" for name in splits), "".join(f"{name:>5}" for name in splits[1:])
+
+    def percents(fractions: Mapping[Any, float]) -> str:
+        return "".join(f"{100 * fractions[name]:6.1f}" for name in splits)
+
+    def drifts(drift: Mapping[Any, float]) -> str:
+        return "".join(f"{drift[name]:5.2f}" for name in splits[1:])
+
+    table = _tight_table("split", "rows", "click rate", "files")
+    for split, size in summary.splits.items():
+        table.add_row(split, f"{size.rows:,}", f"{size.click_rate:.4f}", f"{size.files:,}")
+    console.print(table)
+    table = _tight_table("dense column", "transform", f"missing %\n{six}", f"drift\n{five}")
+    for name, column in summary.dense.items():
+        table.add_row(name, column.transform, percents(column.missing_share), drifts(column.drift))
+    console.print(table)
+    table = _tight_table("feature", "table\nrows", f"unknown %\n{six}", f"missing %\n{six}", f"drift\n{five}")
+    # The one column that gives way where the terminal is narrow.
+    table.add_column("most frequent\nand their share %", no_wrap=True, overflow="ellipsis")
+    for name, feature in summary.sparse.items():
+        table.add_row(
+            name,
+            f"{feature.num_embeddings:,}",
+            percents(feature.unknown_share),
+            percents(feature.missing_share),
+            drifts(feature.drift),
+            ", ".join(_frequent(value) for value in feature.most_frequent),
+        )
+    console.print(table)
+
+
+def _tight_table(first: str, *others: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column(first, min_width=6)
+    for header in others:
+        table.add_column(header, justify="right", min_width=max(len(line) for line in header.splitlines()))
+    return table
+
+
+def _frequent(value: "FrequentValue") -> str:
+    text = "(missing)" if value.value is None else escape(str(value.value))
+    return f"{text} {100 * value.share:.1f}"

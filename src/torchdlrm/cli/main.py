@@ -13,7 +13,7 @@ from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 
 from torchdlrm import __version__
-from torchdlrm.cli.mistakes import describe_mistake, in_options
+from torchdlrm.cli.options import describe_mistake, in_options
 from torchdlrm.cli.terminal import console
 from torchdlrm.errors import Interrupted, TorchDLRMError, UserError
 

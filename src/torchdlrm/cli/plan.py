@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from torchdlrm.cli.overrides import Overrides, split_config
+from torchdlrm.cli.options import Overrides, split_config
 from torchdlrm.cli.terminal import Json, print_json, print_table, progress_bars, say
 from torchdlrm.config import load_config
 from torchdlrm.errors import ConfigError, DoesNotFitError, PlanError
@@ -105,7 +105,9 @@ def _show_solution(solution: "Solution") -> None:
     _print("ranks: time of a step", ranks, report.TIME_COLUMNS)
     _print("tables (bytes of weights and optimizer state)", report.table_rows(solution))
     for line in report.summary_lines(solution):
-        say(line.replace("`measure`", "--measure"))
+        say(line)
+    if solution.problem.measured is None:
+        say("--measure times the machine at hand")
 
 
 def _does_not_fit(problem: "Problem") -> tuple[dict[str, Any], str]:

@@ -7,7 +7,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.terminal import Json, announce, console, print_json, progress_bars, say_undefined, shown_metric
+from torchdlrm.cli.terminal import Json, announce, console, print_json, progress_bars, say, say_undefined, shown_metric
 from torchdlrm.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -85,4 +85,4 @@ def _print_summary(summary: "PredictSummary", out: Path) -> None:
     if summary.metrics is not None:
         say_undefined(summary.metrics.as_dict())
     for line in summary.described_bad_rows():
-        console.print(line, markup=False, soft_wrap=True)
+        say(line)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
-from torchdlrm.cli.terminal import console, warn
+from torchdlrm.cli.terminal import console, say, warn
 from torchdlrm.data.dataset import Dataset, Manifest
 from torchdlrm.features.bad_rows import describe_bad_rows
 from torchdlrm.progress import ProgressListener
@@ -81,7 +81,7 @@ def phase_record(phase: PhaseTime) -> dict[str, object]:
 def print_phase(phase: PhaseTime) -> None:
     """Write a phase that is over as a JSON line on standard error."""
     record = {"phase": phase.name, **phase_record(phase)}
-    console.print(json.dumps(record), markup=False, soft_wrap=True)
+    say(json.dumps(record))
 
 
 def about_constant_label(manifest: Manifest) -> str:
@@ -124,14 +124,10 @@ def print_summary(dataset: Dataset, phases: Sequence[PhaseTime]) -> None:
     extra = dict.fromkeys(repr(name) for source in manifest.source for name in source.extra_columns or ())
     if extra:
         told = f"columns that the schema does not name, not read: {', '.join(extra)}"
-        console.print(told, markup=False, soft_wrap=True)
+        say(told)
     if warning := about_constant_label(manifest):
         warn(warning)
     if manifest.bad_rows.total:
         console.print(f"[yellow]bad rows skipped: {manifest.bad_rows.total:,}[/]")
-        console.print(
-            "\n".join(describe_bad_rows(manifest.bad_rows.counts, manifest.bad_rows.examples)),
-            markup=False,
-            soft_wrap=True,
-        )
+        say("\n".join(describe_bad_rows(manifest.bad_rows.counts, manifest.bad_rows.examples)))
     console.print(f"next: dlrm inspect {dataset.path}", soft_wrap=True)

@@ -1,47 +1,44 @@
 """`dlrm quickstart`: everything on a synthetic log whose attainable AUC is known."""
 
+import json
 import shlex
 import time
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
-from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.quickstart_folder import claim
-from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, warn
+from torchdlrm import __version__
+from torchdlrm.cli.terminal import Json, Positive, console, print_json, progress_bars, say, warn
 from torchdlrm.config import load_config
-from torchdlrm.errors import Interrupted
+from torchdlrm.errors import ConfigError, Interrupted
+from torchdlrm.files import replacing
 
 NUM_ROWS = 1_000_000
+# In the folder from its first moment on, by which an interrupted quickstart is told from a folder of somebody's.
+MARK_NAME = "quickstart.json"
 
 
 def quickstart(
     *,
     out: Path = Path("quickstart"),
-    nproc_per_node: Annotated[int, Parameter(validator=Number(gte=1))] = 2,
+    nproc_per_node: Positive = 2,
     as_json: Json = False,
 ) -> None:
     """Make a synthetic click log, preprocess it, train a DLRM on it, and compare with what is attainable.
 
-    Interrupted at whatever moment, it goes on when the same command is given again.
+    Interrupted at whatever moment, it resumes when the same command is given again.
 
-    Parameters
-    ----------
-    out
-        Folder for the log, the dataset and the run; new, empty, or that of an interrupted quickstart.
-    nproc_per_node
-        Processes that train together.
-    as_json
-        Print one JSON object on standard output.
+    Args:
+        out: Folder for the log, the dataset and the run; new, empty, or that of an interrupted quickstart.
+        nproc_per_node: Processes that train together.
+        as_json: Print one JSON object on standard output.
     """
-    claim(out, NUM_ROWS)
+    _claim(out, NUM_ROWS)
     try:
         _run(out, nproc_per_node, as_json=as_json)
     except KeyboardInterrupt as interrupt:
-        msg = f"stopped; the same command goes on from there: dlrm quickstart --out {shlex.quote(str(out))}"
+        msg = f"stopped; the same command resumes: dlrm quickstart --out {shlex.quote(str(out))}"
         raise Interrupted(msg) from interrupt
 
 
@@ -59,13 +56,13 @@ def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
 
     log, run, encoded = out / "log.tsv", out / "run", out / "dataset"
     if log.exists():
-        console.print(f"1/5 synthesize: {log} is there already", markup=False, soft_wrap=True)
+        say(f"1/5 synthesize: {log} is there already")
         truth = read_truth(log)
     else:
         with progress_bars(f"1/5 synthesize: a click log of {NUM_ROWS:,} rows whose truth is known") as progress:
             truth = synthesize(log, rows=NUM_ROWS, progress=progress)
     if encoded.exists() and not work_folder(encoded).exists():
-        console.print(f"2/5 preprocess: {encoded} is there already", markup=False, soft_wrap=True)
+        say(f"2/5 preprocess: {encoded} is there already")
         dataset = Dataset.open(encoded)
     else:
         with progress_bars("2/5 preprocess: values become ids, the last seventh of the rows is held out") as progress:
@@ -99,15 +96,39 @@ def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
     seconds = time.monotonic() - started_s
     # A training that was over already has read nothing now.
     speed = f"; the training read {summary.rows_per_s:,.0f} rows/s" if summary.rows_per_s else ""
-    console.print(
+    say(
         f"done in {seconds:.0f} s{speed}. Next:\n"
         f"  dlrm inspect {out}/dataset              what the log became\n"
         f"  tensorboard --logdir {run}/tensorboard  how the training went\n"
         f"  dlrm preprocess YOUR_LOG.tsv --out dataset && "
-        "dlrm train criteo-small --dataset dataset --run run",
-        markup=False,
-        soft_wrap=True,
+        "dlrm train criteo-small --dataset dataset --run run"
     )
     if as_json:
-        figures = {"auc": result["auc"], "attainable_auc": attainable.auc, "logistic_regression_auc": baseline.auc}
-        print_json({**figures, "rows": result["rows"], "rows_per_s": summary.rows_per_s or None, "seconds": seconds})
+        metrics = {"auc": result["auc"], "attainable_auc": attainable.auc, "logistic_regression_auc": baseline.auc}
+        print_json({**metrics, "rows": result["rows"], "rows_per_s": summary.rows_per_s or None, "seconds": seconds})
+
+
+def _claim(out: Path, num_rows: int) -> None:
+    """Make the folder, or resume that of an interrupted quickstart.
+
+    Raises:
+        ConfigError: there is something else.
+    """
+    settings = {"torchdlrm": __version__, "rows": num_rows}
+    mark = out / MARK_NAME
+    remedy = "remove it, or give another: dlrm quickstart --out FOLDER"
+    if mark.is_file():
+        try:
+            found = json.loads(mark.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if found != settings:
+            msg = f"--out: {out} holds a quickstart with other settings ({MARK_NAME}: {found}); {remedy}"
+            raise ConfigError(msg)
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        msg = f"--out: {out} is not an empty folder, nor that of an interrupted quickstart; {remedy}"
+        raise ConfigError(msg)
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(mark) as temporary:
+        temporary.write_text(json.dumps(settings) + "\n", encoding="utf-8")

@@ -8,14 +8,10 @@ from torchdlrm.cli.terminal import Json, console, print_json
 def report(run: Path, *, out: Path = Path("report.html"), as_json: Json = False) -> None:
     """Write a run's curves, evaluations, config, dataset and plan as one HTML page, to mail or to keep.
 
-    Parameters
-    ----------
-    run
-        Folder written by `dlrm train`; it may still be training.
-    out
-        The page; replaced if it is there.
-    as_json
-        Print one JSON object on standard output.
+    Args:
+        run: Folder written by `dlrm train`; it may still be training.
+        out: The page; replaced if it is there.
+        as_json: Print one JSON object on standard output.
     """
     from torchdlrm.errors import RunError
     from torchdlrm.evaluation.report import report_page

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from torchdlrm.cli.terminal import Json, console, print_json
+from torchdlrm.cli.terminal import Json, console, print_json, say
 from torchdlrm.data.proposal.propose import SAMPLE_ROWS, propose_schema
 from torchdlrm.errors import UserError
 
@@ -40,8 +40,8 @@ def schema(
         except OSError as error:
             msg = f"{out}: cannot be written: {error.strerror}"
             raise UserError(msg) from error
-        console.print(f"wrote {out} from {proposal.origin}; read and edit it, then:", soft_wrap=True, markup=False)
-        console.print(f"dlrm preprocess {log} --schema {out} --out dataset", soft_wrap=True, markup=False)
+        say(f"wrote {out} from {proposal.origin}; read and edit it, then:")
+        say(f"dlrm preprocess {log} --schema {out} --out dataset")
     if as_json:
         print_json(
             {

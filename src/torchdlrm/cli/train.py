@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from torchdlrm.cli.overrides import Overrides, split_config
+from torchdlrm.cli.options import Overrides, split_config
 from torchdlrm.cli.terminal import Json, announce, console, print_json, progress_bars, warn
 from torchdlrm.config import Config, load_config, shipped_config_names
 from torchdlrm.errors import ConfigError
@@ -40,35 +40,21 @@ def train(
     Any key of the config can be overridden by its dotted name, for example `--train.batch-size-global 8192`;
     `dlrm config` lists them all. SIGTERM and Ctrl-C save and exit; the same command resumes.
 
-    Parameters
-    ----------
-    config
-        TOML file, or the name of one that comes with torchdlrm, such as criteo-small; then keys to override.
-    dataset
-        Folder written by `dlrm preprocess`.
-    run
-        Folder to write. A run that is in it is resumed from its newest checkpoint.
-    restart
-        Remove the run that is in the folder and begin again.
-    nproc_per_node
-        Processes on this machine: one for each GPU, or one for a few CPU cores.
-    nnodes
-        Machines; start the same command on each, with the run on storage that they share.
-    rdzv_endpoint
-        HOST:PORT of one of the machines, where they find each other; needed with --nnodes.
-    rdzv_id
-        Name of the job, the same on all machines.
-    max_restarts
-        How often all processes are started again after one has died, from the last checkpoint.
-    plan
-        A plan.json that `dlrm plan --out` wrote, to follow; without it training makes a plan.
-    profile
-        Write a Chrome trace of 20 steps to the run's profile/ and say where their time went and which share of the
-        communication was hidden (`--logging.profile-steps N` for another number).
-    dry_run
-        Show the plan, the rows and the steps, refuse what would be refused, and write nothing.
-    as_json
-        Print one JSON object on standard output.
+    Args:
+        config: TOML file, or the name of one that comes with torchdlrm, such as criteo-small; then keys to override.
+        dataset: Folder written by `dlrm preprocess`.
+        run: Folder to write. A run that is in it is resumed from its newest checkpoint.
+        restart: Remove the run that is in the folder and begin again.
+        nproc_per_node: Processes on this machine: one for each GPU, or one for a few CPU cores.
+        nnodes: Machines; start the same command on each, with the run on storage that they share.
+        rdzv_endpoint: HOST:PORT of one of the machines, where they find each other; needed with --nnodes.
+        rdzv_id: Name of the job, the same on all machines.
+        max_restarts: How often all processes are started again after one has died, from the last checkpoint.
+        plan: A plan.json that `dlrm plan --out` wrote, to follow; without it training makes a plan.
+        profile: Write a Chrome trace of 20 steps to the run's profile/ and say where their time went and which share of
+            the communication was hidden (`--logging.profile-steps N` for another number).
+        dry_run: Show the plan, the rows and the steps, refuse what would be refused, and write nothing.
+        as_json: Print one JSON object on standard output.
     """
     path, overrides = split_config(config)
     if path is None:

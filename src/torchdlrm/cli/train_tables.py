@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from torchdlrm.cli.terminal import console, print_table, say_undefined, shown_metric
+from torchdlrm.cli.terminal import console, print_table, say, say_undefined, shown_metric
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.planning import report
 from torchdlrm.training.job import TrainingPreview
@@ -17,9 +17,9 @@ MAX_TABLES = 6
 def show_prospect(prospect: TrainingPreview, run: Path, *, dry_run: bool) -> None:
     """Where the tables go, what each rank holds, how many steps; of a run that is complete, that it is."""
     if prospect.is_complete and not dry_run:
-        console.print(f"{run} is complete: {prospect.completion}", markup=False, soft_wrap=True)
+        say(f"{run} is complete: {prospect.completion}")
         return
-    console.print(report.headline(prospect.solution), markup=False, soft_wrap=True)
+    say(report.headline(prospect.solution))
     # As many columns as a narrow terminal has room for; dlrm plan shows them all.
     ranks = [*report.rank_rows(prospect.solution, limit=16), report.total_row(prospect.solution)]
     print_table("ranks", ranks, report.MEMORY_COLUMNS, left_aligned=report.LEFT_ALIGNED, droppable=report.PICTURES)
@@ -29,7 +29,7 @@ def show_prospect(prospect: TrainingPreview, run: Path, *, dry_run: bool) -> Non
     if left_out > 0:
         console.print(f"and {left_out} more, in plan.json")
     for line in prospect.lines():
-        console.print(line, markup=False, soft_wrap=True)
+        say(line)
 
 
 def show_summary(run: Path, summary: TrainingSummary, dataset: Dataset) -> None:
@@ -53,7 +53,7 @@ def show_summary(run: Path, summary: TrainingSummary, dataset: Dataset) -> None:
         say_undefined(summary.validation, " on the val split")
     taken = "" if summary.best_step is None else f" (takes step {summary.best_step:,}, the best of the val split)"
     split = next(name for name in ("test", "val", "train") if dataset.splits[name].rows)
-    console.print(f"next: dlrm evaluate {run} --split {split}{taken}", markup=False, soft_wrap=True)
+    say(f"next: dlrm evaluate {run} --split {split}{taken}")
 
 
 def show_profile(folder: Path) -> None:

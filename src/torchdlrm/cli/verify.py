@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say_undefined, shown_metric
+from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say, say_undefined, shown_metric
 from torchdlrm.errors import SkewError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def verify(
         found = verify_bundle(predictor, trained, encoded, log, max_rows=max_rows, client=client, progress=progress)
     source = predictor.bundle.manifest.source
     best = ", the best of the val split" if source.checkpoint == "best" else ""
-    console.print(f"checkpoint: {trained.path} at step {source.step:,}{best}", markup=False, soft_wrap=True)
+    say(f"checkpoint: {trained.path} at step {source.step:,}{best}")
     _print_table(found, ", ".join(map(str, log.paths)))
     if as_json:
         about = {"bundle": str(bundle), "version": predictor.bundle.version}

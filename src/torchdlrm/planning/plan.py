@@ -41,7 +41,7 @@ def plan(request: PlanRequest, config: Config | None = None, *, measure: bool = 
         >>> solution.layout["t_cat_0"].sharding_type, solution.layout["t_cat_0"].ranks
         ('table_wise', [0])
         >>> f"{solution.memory_fraction(solution.fullest_rank):.0%}"
-        '90%'
+        '84%'
 
     Args:
         request: tables and machine.

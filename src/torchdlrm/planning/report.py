@@ -107,7 +107,7 @@ def summary_lines(solution: Solution) -> list[str]:
             f"estimate: TorchRec's model of bytes moved over the peak rates of {machine.device} ({machine.source}) and "
             "matrix products at half of peak, nothing overlapping. Trust the bytes to a few percent and the order of "
             "plans; the milliseconds only to a factor of two or so, for they leave out kernel launches, skewed ids and "
-            "input. `measure` times the machine at hand"
+            "input"
         )
     return lines
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 import torchdlrm.cli.main
 from torchdlrm.cli.main import app, main
-from torchdlrm.cli.mistakes import in_options
+from torchdlrm.cli.options import in_options
 from torchdlrm.config import load_config, shipped_config_names
 from torchdlrm.errors import ConfigError
 

@@ -1,15 +1,58 @@
-"""What is wrong with a command line, in the words that people typed.
+"""What commands have in common: options of one type, keys of the config as options, and words for what is wrong.
 
-The parser's own words name `--rows` where nobody has typed it, and take a mistyped option for a value. The library's
-messages name arguments of functions; here they become options of the command that was run.
+The config knows its keys and types, not the parser: so a wrong key in a file and one on the command line are found by
+the same code and told in the same message. The parser's own words name `--rows` where nobody has typed it, and take a
+mistyped option for a value. The library's messages name arguments of functions; here they become options of the command
+that was run.
 """
 
 import difflib
 import re
 from collections.abc import Sequence
+from typing import Annotated
 
-from cyclopts import App, Argument
+from cyclopts import App, Argument, Parameter
 from cyclopts.exceptions import CycloptsError, MissingArgumentError
+
+from torchdlrm.errors import ConfigError
+
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True)]
+
+
+def split_config(tokens: tuple[str, ...]) -> tuple[str | None, dict[str, str]]:
+    """The config's file or name, if the first token is one, and the keys that the others override.
+
+    An optional positional of its own would leave the parser no place for `--train.epochs 2` without a config.
+
+    Raises:
+        ConfigError: a token is neither.
+    """
+    if tokens and not tokens[0].startswith("--"):
+        return tokens[0], parse_overrides(tokens[1:])
+    return None, parse_overrides(tokens)
+
+
+def parse_overrides(tokens: tuple[str, ...]) -> dict[str, str]:
+    """Dotted names and the text of their values, from `--name value` and `--name=value`.
+
+    Raises:
+        ConfigError: a token is not part of such a pair.
+    """
+    overrides: dict[str, str] = {}
+    left = list(tokens)
+    while left:
+        token = left.pop(0)
+        name, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or not name:
+            msg = f"{token!r}: expected --KEY VALUE; dlrm train --help lists the options, dlrm config the keys"
+            raise ConfigError(msg)
+        if not equals:
+            if not left:
+                msg = f"{token}: needs a value"
+                raise ConfigError(msg)
+            value = left.pop(0)
+        overrides[name] = value
+    return overrides
 
 
 def describe_mistake(error: CycloptsError) -> str:
