@@ -58,10 +58,6 @@ class BatchReport:
         return sum(self.num_rows)
 
 
-# Is called after each batch, in the thread that predicted it.
-BatchListener = Callable[[BatchReport], None]
-
-
 @dataclass(frozen=True, slots=True)
 class Answer:
     """The probabilities of a request's rows, float32 [B], and how long they took."""
@@ -106,12 +102,17 @@ class Batcher:
     Args:
         max_batch_rows: the model gets no more at once; a request that has more is cut into several calls.
         max_queue_rows: rows that may wait; a request that does not fit is refused.
-        listener: is called with a report of each batch.
+        listener: is called with a report of each batch, in the thread that predicted it.
         quick_s: a batch is predicted in the loop only if the last one as small took no longer.
     """
 
     def __init__(
-        self, *, max_batch_rows: int, max_queue_rows: int, listener: BatchListener, quick_s: float = _QUICK_S
+        self,
+        *,
+        max_batch_rows: int,
+        max_queue_rows: int,
+        listener: Callable[[BatchReport], None],
+        quick_s: float = _QUICK_S,
     ) -> None:
         self._max_batch_rows, self._max_queue_rows, self._listener = max_batch_rows, max_queue_rows, listener
         self._quick_s = quick_s

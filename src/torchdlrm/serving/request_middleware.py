@@ -13,7 +13,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from torchdlrm.serving.access import AllowedHosts
-from torchdlrm.serving.event_log import log_event
 from torchdlrm.serving.exchange import ARRIVED
 from torchdlrm.serving.refusals import RefusedRequest, overloaded
 from torchdlrm.serving.service import Service, request_id_of
@@ -93,18 +92,10 @@ class RequestMiddleware:
         return RefusedRequest(HTTPStatus.UNAUTHORIZED, msg)
 
     def _note_end(self, scope: Scope, status: int, total_s: float, request_id: str) -> None:
-        route = getattr(scope.get("route"), "path", "none")
-        self._service.metrics.request_done(route, status, total_s)
+        method, path, client = scope["method"], scope["path"], scope["client"][0] if scope.get("client") else None
         level = logging.ERROR if status == HTTPStatus.INTERNAL_SERVER_ERROR else logging.INFO
-        if self._service.is_health(scope["path"]):
+        if self._service.is_health(path):
             level = logging.DEBUG
-        log_event(
-            level,
-            "request",
-            request_id=request_id,
-            method=scope["method"],
-            path=scope["path"],
-            status=status,
-            milliseconds=round(1e3 * total_s, 3),
-            client=scope["client"][0] if scope.get("client") else None,
-        )
+        route = getattr(scope.get("route"), "path", "none")
+        fields = {"request_id": request_id, "method": method, "path": path, "client": client}
+        self._service.request_done(level, route, status, total_s, **fields)

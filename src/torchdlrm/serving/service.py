@@ -215,6 +215,11 @@ class Service:
         self.metrics.stage_done("model", answer.model_s)
         return answer
 
+    def request_done(self, level: int, route: str, status: int, total_s: float, **fields: object) -> None:
+        """Count a request that was answered, and log it with these fields."""
+        self.metrics.request_done(route, status, total_s)
+        log_event(level, "request", **fields, status=int(status), milliseconds=round(1e3 * total_s, 3))
+
     async def reload(self) -> Mapping[str, str]:
         """Serve what lies at the bundle's path now: what came of it.
 

@@ -127,18 +127,9 @@ class GrpcServer:
             answered, refused, request_id = await self._outcome(name, context)
             context.set_trailing_metadata((("x-request-id", request_id),))
             status = HTTPStatus.OK if refused is None else refused.status
-            total_s = time.perf_counter() - started_s
-            service.metrics.request_done(f"grpc {name}", status, total_s)
-            log_event(
-                logging.DEBUG if name in _HEALTH else logging.INFO,
-                "request",
-                request_id=request_id,
-                method="grpc",
-                path=name,
-                status=int(status),
-                milliseconds=round(1e3 * total_s, 3),
-                client=_client(context.peer()),
-            )
+            level = logging.DEBUG if name in _HEALTH else logging.INFO
+            fields = {"request_id": request_id, "method": "grpc", "path": name, "client": _client(context.peer())}
+            service.request_done(level, f"grpc {name}", status, time.perf_counter() - started_s, **fields)
             if refused is not None:
                 await context.abort(_STATUS.get(refused.status, grpc.StatusCode.INTERNAL), refused.message)
             return answered

@@ -92,12 +92,7 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) ->
         what = "numbers" if dtype.kind == "f" else "whole numbers"
         msg = f"input {name!r}: {datatype} are {what}, but there is {shown(_first(flat, accepted))}"
         raise bad_request(msg)
-    try:
-        values = pl.Series(name, flat, _polars_type(dtype), strict=True)
-    except (pl.exceptions.PolarsError, OverflowError, TypeError) as error:
-        msg = f"input {name!r}: a number is beyond what {datatype} can hold"
-        raise bad_request(msg) from error
-    return Tensor(name, datatype, shape, values)
+    return from_numbers(name, datatype, shape, flat)
 
 
 def from_bytes(name: str, datatype: str, shape: tuple[int, ...], data: memoryview | bytes) -> Tensor:
@@ -189,7 +184,7 @@ def _first(values: Sequence[object], accepted: set[type]) -> object:
 
 
 def _polars_type(dtype: np.dtype[Any]) -> pl.DataType | type[pl.DataType]:
-    return pl.Series(np.empty(0, np.dtype("<f4") if dtype.itemsize == 2 and dtype.kind == "f" else dtype)).dtype
+    return pl.Series(np.empty(0, np.float32 if dtype == np.float16 else dtype)).dtype
 
 
 def _without_empty(texts: pl.Series) -> pl.Series:
