@@ -26,6 +26,7 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 
 from torchdlrm.bench.step import benchmark_step
 from torchdlrm.config import Config, ModelConfig, TrainConfig
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.planning.measure import measure
 from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.layout import layout_of
@@ -115,7 +116,7 @@ def calibration(rounds: int) -> list[dict[str, Any]]:
         all_threads = torch.get_num_threads()
         for name, config in CALIBRATED.items():
             torch.set_num_threads(all_threads)
-            torch.set_num_threads(useful_threads(config, 13, 26, 1))
+            torch.set_num_threads(useful_threads(config, ModelShape(config.model, 13, 26), 1))
             ratios, measured = [], []
             for _ in range(rounds):
                 before_ms = predicted_ms(config, num_embeddings, ranks)

@@ -176,8 +176,8 @@ def evaluated(run, dataset, split):
     with join_process_group() as ranks:
         model = build_sharded_model(
             run.config,
+            run.shape(dataset),
             num_embeddings=dataset.num_embeddings,
-            num_dense_features=len(dataset.dense_names),
             dense_sample=None,
             ranks=ranks,
         ).module

@@ -1,6 +1,7 @@
 """Files and folders: complete or absent, also where others can write beside them; regular; unchanged while in use."""
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
@@ -96,6 +97,12 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def regular_file(folder: Path, name: str) -> Path:

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from torchdlrm.errors import RunError
-from torchdlrm.exporting.checkpoint_model import CheckpointModel
-from torchdlrm.exporting.checkpoint_reader import CheckpointReader
+from torchdlrm.exporting.checkpoint import CheckpointModel, CheckpointReader
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.training.checkpoint import find_damage
 from torchdlrm.training.checkpoint_files import load_state, read_metadata
 from torchdlrm.training.process_group import join_process_group
@@ -219,7 +219,7 @@ def test_a_tensor_of_another_shape_than_described_is_refused(checkpoint):
 @pytest.mark.parametrize("kind", ["shape", "missing"])
 def test_a_checkpoint_of_another_model_is_refused_by_the_names_that_differ(checkpoint, small_run, small_dataset, kind):
     config, name = Run.open(small_run).config.model, "over_arch.model.1.weight"
-    CheckpointModel(CheckpointReader(checkpoint), config, small_dataset)
+    CheckpointModel(CheckpointReader(checkpoint), ModelShape(config, 13, 26), small_dataset.num_embeddings)
 
     def without(metadata):
         del metadata.state_dict_metadata[f"model.model.{name}"]
@@ -230,7 +230,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_names_that_differ(check
         config = config.model_copy(update={"over_arch_layer_sizes": (config.over_arch_layer_sizes[0] + 1, 1)})
         name = "over_arch.model.0._mlp.1._linear.bias"
     with pytest.raises(RunError, match="not a checkpoint of the run's model on this dataset") as caught:
-        CheckpointModel(CheckpointReader(checkpoint), config, small_dataset)
+        CheckpointModel(CheckpointReader(checkpoint), ModelShape(config, 13, 26), small_dataset.num_embeddings)
     assert name in str(caught.value)
 
 

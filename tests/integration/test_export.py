@@ -18,16 +18,17 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from conftest import evaluated
 from torchdlrm.bundle import write
-from torchdlrm.bundle.bundle import Bundle, table_name
+from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.check import Tolerance, compare
-from torchdlrm.bundle.served_model import EncodedRows, ServedModel
+from torchdlrm.bundle.encoded_rows import EncodedRows
+from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.bundle.write import require_space, write_weights
 from torchdlrm.errors import BundleError, RunError
-from torchdlrm.exporting.checkpoint_reader import CheckpointReader
-from torchdlrm.exporting.export import ExportOptions, export
-from torchdlrm.exporting.held_out import held_out_rows
+from torchdlrm.exporting.checkpoint import CheckpointReader
+from torchdlrm.exporting.export import ExportOptions, export, held_out_rows
 from torchdlrm.features.encode import encode
 from torchdlrm.features.schema import load_schema
+from torchdlrm.model import table_weight
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.progress import SILENT
 from torchdlrm.training.checkpoint import checkpoint_path, list_checkpoints
@@ -241,7 +242,7 @@ def test_the_bytes_told_while_a_bundle_is_checked_are_those_of_its_files(small_b
 
 def test_memory_is_for_a_block_of_rows_and_not_for_a_table(tmp_path):
     """A table of 256 MB in one shard becomes int8 in less than 150 MB."""
-    rows, dim, name = 500_000, 128, table_name("big")
+    rows, dim, name = 500_000, 128, table_weight("big")
     table = torch.arange(rows * dim, dtype=torch.float32).view(rows, dim).remainder_(1009)
     with pytest.warns(UserWarning, match="single process"):
         save({"model": {"model": {name: table}}}, storage_writer=FileSystemWriter(tmp_path / "checkpoint"))

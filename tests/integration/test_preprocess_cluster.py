@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from torchdlrm.data.dataset import sha256_of
 from torchdlrm.errors import ConfigError, LogError
 from torchdlrm.features.schema import criteo_schema
+from torchdlrm.files import sha256_of
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, preprocess
 from torchdlrm.progress import SilentProgress
 

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from torchdlrm.data.dataset import Dataset, sha256_of
+from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, DatasetError
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.files import sha256_of
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, preprocess, work_folder
 from torchdlrm.preprocessing.read import read_chunk
 from torchdlrm.progress import SilentProgress

@@ -9,10 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from torchdlrm.bundle.bundle import Bundle, table_name
+from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.manifest import WEIGHTS_NAME, BundleManifest
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.errors import BundleError
+from torchdlrm.model import table_weight
 from torchdlrm.prediction.predictor import Predictor
 
 KEY = "correct horse battery staple"
@@ -120,11 +121,11 @@ def test_a_crafted_bundle_does_not_take_the_server_down(client, live, small_bund
     """Its checksums are right, and a table of it lies before the file: to look a row up there would be a SIGSEGV."""
     before = client.post("/predict", json=ROW).json()
     bundle = Bundle.open(small_bundle)
-    start, end = (place - 10**9 for place in bundle.weights.span(table_name("cat_0")))
+    start, end = (place - 10**9 for place in bundle.weights.span(table_weight("cat_0")))
     data = (live / WEIGHTS_NAME).read_bytes()
     header_bytes = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + header_bytes])
-    header[table_name("cat_0")]["data_offsets"] = [start - 8 - header_bytes, end - 8 - header_bytes]
+    header[table_weight("cat_0")]["data_offsets"] = [start - 8 - header_bytes, end - 8 - header_bytes]
     text = json.dumps(header).encode().ljust(header_bytes + 4_096 // 64 * 64)
     crafted = shutil.copytree(small_bundle, tmp_path / "crafted")
     (crafted / WEIGHTS_NAME).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + header_bytes :])

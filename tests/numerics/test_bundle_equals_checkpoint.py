@@ -6,7 +6,8 @@ import pytest
 
 from conftest import evaluated
 from torchdlrm.bundle.bundle import Bundle
-from torchdlrm.bundle.served_model import EncodedRows, ServedModel
+from torchdlrm.bundle.encoded_rows import EncodedRows
+from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.features.encode import encode
 
 

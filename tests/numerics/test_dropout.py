@@ -5,8 +5,9 @@ import torch
 from torchrec.modules.mlp import Perceptron
 
 from torchdlrm.config import load_config
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model
-from torchdlrm.model.dropout import DroppedActivation, add_dropout, drop
+from torchdlrm.model.dropout import DroppedActivation, drop
 
 SHAPE = {
     "model.embedding_dim": "8",
@@ -17,12 +18,8 @@ SHAPE = {
 
 def built(seed, share):
     torch.manual_seed(seed)
-    model = build_model(
-        load_config(None, SHAPE).model, num_dense_features=3, num_embeddings={"a": 4}, device=torch.device("cpu")
-    ).model
-    if share:
-        add_dropout(model.dense_arch, model.over_arch, share)
-    return model
+    shape = ModelShape(load_config(None, SHAPE).model, 3, 1)
+    return build_model(shape, {"a": 4}, torch.device("cpu"), dropout=share).model
 
 
 def test_a_share_of_the_units_is_zero_and_the_mean_stays(seed):

@@ -10,6 +10,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from torchdlrm.config import DenseOptimizerConfig, TableOptimizerConfig, load_config
 from torchdlrm.errors import ConfigError
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model
 from torchdlrm.tables.optimizers import check_table_optimizer, fused_params, table_kernels
 from torchdlrm.training.job import train
@@ -68,8 +69,8 @@ def sharded(small_dataset):
             lambda config: (
                 build_sharded_model(
                     config,
+                    ModelShape.of(config.model, small_dataset),
                     num_embeddings=small_dataset.num_embeddings,
-                    num_dense_features=13,
                     dense_sample=None,
                     ranks=ranks,
                 ).module
@@ -112,9 +113,8 @@ def test_tables_move_as_the_optimizers_formula_says(name, accumulator, sharded):
 def dense_parameters(config, steps, seed):
     """Parameters of the dense part before and after steps with known gradients, and these gradients."""
     torch.manual_seed(seed)
-    model = build_model(
-        load_config(None, SMALL).model, num_dense_features=3, num_embeddings={"a": 4}, device=torch.device("cpu")
-    ).model.over_arch
+    shape = ModelShape(load_config(None, SMALL).model, 3, 1)
+    model = build_model(shape, {"a": 4}, torch.device("cpu")).model.over_arch
     model.fused_optimizer = CombinedOptimizer([])
     optimizer = build_optimizer(model, config)
     before = [parameter.detach().double().numpy().copy() for parameter in model.parameters()]

@@ -14,7 +14,7 @@ import pytest
 from conftest import real_log, rows_of_request
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.exporting.checkpoint_model import CheckpointModel
+from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.export import ExportOptions, export, open_checkpoint
 from torchdlrm.features.schema import FeatureSchema, criteo_schema, with_split
 from torchdlrm.prediction.files import predict_file
@@ -36,7 +36,7 @@ def by_checkpoint(run, dataset, log, folder):
     files = (file.path for split in ("train", "test") for file in ordered.splits[split].files)
     frame = pl.concat(pl.read_parquet(path) for path in files)
     _, checkpoint = open_checkpoint(Run.open(run), "last")
-    model = CheckpointModel(checkpoint, Run.open(run).config.model, dataset)
+    model = CheckpointModel(checkpoint, Run.open(run).shape(dataset), dataset.num_embeddings)
     rows = EncodedRows.from_frame(frame, dataset.schema)
     logits = np.concatenate([model.logits(rows.part(i, i + 2_048)) for i in range(0, rows.num_rows, 2_048)])
     return 1 / (1 + np.exp(-logits.astype(np.float64))), ordered.splits["train"].rows

@@ -10,12 +10,14 @@ import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from sklearn.metrics import log_loss
 
-from torchdlrm.bundle.bundle import Bundle, table_name
+from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.check import logloss_increase, tolerance
+from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.precision import dequantize_rows, quantize_rows, row_bytes
-from torchdlrm.bundle.served_model import EncodedRows, ServedModel
+from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.exporting.export import ExportOptions, export
 from torchdlrm.exporting.sensitivity import choose
+from torchdlrm.model import table_weight
 from torchdlrm.training.run import Run
 
 PRECISIONS = ["float32", "float16", "int8", "int4"]
@@ -100,8 +102,8 @@ def test_the_served_model_is_the_dequantized_checkpoint(bundles, everything):
         model = ServedModel(float32)
         tables = dict.fromkeys(float32.manifest.sparse)
         for name in tables:
-            table = float32.weights.tensor(table_name(name))
-            start, end = bundle.weights.span(table_name(name))
+            table = float32.weights.tensor(table_weight(name))
+            start, end = bundle.weights.span(table_weight(name))
             stored = bundle.weights.data[start:end].view(len(table), row_bytes(precision, dim))
             assert torch.equal(stored, quantize_rows(table.clone(), precision))
         exact = _eager(float32, rows, lambda t, p=precision: dequantize_rows(quantize_rows(t, p), p, dim))
@@ -112,7 +114,7 @@ def test_the_served_model_is_the_dequantized_checkpoint(bundles, everything):
 def _eager(bundle, rows, served):
     """The model written out with plain torch."""
     weights = {name: bundle.weights.tensor(name).clone() for name in bundle.weights.shapes}
-    tables = [served(weights[table_name(name)]) for name in bundle.manifest.sparse]
+    tables = [served(weights[table_weight(name)]) for name in bundle.manifest.sparse]
     dense = torch.from_numpy(rows.dense)
     for layer in range(len(bundle.manifest.model.dense_arch_layer_sizes)):
         name = f"dense_arch.model._mlp.{layer}._linear"

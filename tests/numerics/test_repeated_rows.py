@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchdlrm.config import load_config
 from torchdlrm.loader.loader import Loader
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.tables import table_threads
 from torchdlrm.tables.optimizers import table_kernels
 from torchdlrm.training.process_group import join_process_group
@@ -38,8 +39,8 @@ def built(small_dataset):
             config = load_config(None, {**OPTIONS, "table_optimizer.name": name, **start})
             model = build_sharded_model(
                 config,
+                ModelShape.of(config.model, small_dataset),
                 num_embeddings=small_dataset.num_embeddings,
-                num_dense_features=13,
                 dense_sample=None,
                 ranks=ranks,
             ).module

@@ -9,7 +9,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchdlrm.bench.predict import torchrec_model
 from torchdlrm.bench.random_bundle import write_random_bundle
 from torchdlrm.bundle.bundle import Bundle
-from torchdlrm.bundle.served_model import EncodedRows, ServedModel
+from torchdlrm.bundle.encoded_rows import EncodedRows
+from torchdlrm.bundle.served_model import ServedModel
 
 SIZES = {"cat_0": 50, "cat_1": 3, "cat_2": 700}
 

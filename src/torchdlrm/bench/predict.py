@@ -19,17 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from torchrec.inference.modules import quantize_embeddings
-from torchrec.models.dlrm import DLRM as TorchRecDLRM  # noqa: N811 - an acronym
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.bench.interleaved import Competitor, Step
 from torchdlrm.bench.random_bundle import write_random_bundle, write_random_log
+from torchdlrm.bench.upstream import torchrec_dlrm, torchrec_kjt
 from torchdlrm.bundle.bundle import Bundle
+from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import DensePrecision
 from torchdlrm.bundle.precision import TablePrecision
-from torchdlrm.bundle.served_model import EncodedRows, ServedModel
+from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.prediction.files import predict_file
 from torchdlrm.prediction.predictor import Predictor
@@ -171,25 +169,9 @@ def quantized_step(_: Ranks, bundle_path: Path, batch_rows: int) -> Step:
 
 def torchrec_model(bundle: Bundle) -> Any:
     """TorchRec's own DLRM with the weights of a float32 bundle."""
-    model_config, sparse = bundle.manifest.model, bundle.manifest.sparse
-    model: Any = TorchRecDLRM(
-        EmbeddingBagCollection(
-            tables=[
-                EmbeddingBagConfig(
-                    name=f"t_{name}",
-                    embedding_dim=model_config.embedding_dim,
-                    num_embeddings=record.num_embeddings,
-                    feature_names=[name],
-                )
-                for name, record in sparse.items()
-            ],
-            device=torch.device("cpu"),
-        ),
-        dense_in_features=NUM_CRITEO_DENSE,
-        dense_arch_layer_sizes=list(model_config.dense_arch_layer_sizes),
-        over_arch_layer_sizes=list(model_config.over_arch_layer_sizes),
-        dense_device=torch.device("cpu"),
-    )
+    num_embeddings = {name: record.num_embeddings for name, record in bundle.manifest.sparse.items()}
+    cpu = torch.device("cpu")
+    model = torchrec_dlrm(bundle.shape, num_embeddings, tables=cpu, dense=cpu)
     model.load_state_dict({name: bundle.weights.tensor(name) for name in model.state_dict()})
     return model.eval()
 
@@ -199,11 +181,7 @@ def _torchrec_step(model: Any, bundle: Bundle, batch_rows: int) -> Step:
         [
             (
                 torch.from_numpy(dense),
-                KeyedJaggedTensor.from_lengths_sync(
-                    keys=list(bundle.manifest.sparse),
-                    values=torch.from_numpy(ids_FB).view(-1),
-                    lengths=torch.ones(ids_FB.size, dtype=torch.int32),
-                ),
+                torchrec_kjt(bundle.manifest.sparse, ids_FB),
             )
             for dense, ids_FB in _random_batches(bundle, batch_rows)
         ]

@@ -16,18 +16,20 @@ from torchdlrm.bundle.manifest import (
     MANIFEST_NAME,
     WEIGHTS_NAME,
     BundleManifest,
-    SourceRecord,
-    SparseRecord,
+    Origin,
+    ServedFeature,
+    StoredFile,
 )
 from torchdlrm.bundle.precision import TablePrecision
 from torchdlrm.bundle.weights_file import BLOCK_BYTES
-from torchdlrm.bundle.write import file_record, write_weights
+from torchdlrm.bundle.write import write_weights
 from torchdlrm.config import ModelConfig
 from torchdlrm.features.kinds import hex_digits
 from torchdlrm.features.schema import NUM_CRITEO_DENSE, DenseColumn, FeatureSchema, LabelColumn, SparseColumn
 from torchdlrm.features.transforms import TRANSFORMS
 from torchdlrm.features.value_index import write_index
 from torchdlrm.features.vocabulary import Vocabulary, number_values, rank_counts
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model
 from torchdlrm.progress import SILENT
 
@@ -41,9 +43,8 @@ class _RandomWeights:
 
     def __init__(self, sizes: dict[str, int]) -> None:
         torch.manual_seed(0)
-        model = build_model(
-            ModelConfig(), num_dense_features=NUM_CRITEO_DENSE, num_embeddings=sizes, device=torch.device("cpu")
-        ).model
+        shape = ModelShape(ModelConfig(), NUM_CRITEO_DENSE, len(sizes))
+        model = build_model(shape, sizes, torch.device("cpu")).model
         self._weights = model.state_dict()
         self.shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
 
@@ -71,7 +72,7 @@ def write_random_bundle(
     written = write_weights(_RandomWeights(sizes), dict.fromkeys(sizes, precision), path / WEIGHTS_NAME, SILENT)
     files = {WEIGHTS_NAME: written.record}
     sparse = {
-        name: SparseRecord(num_embeddings=rows, precision=precision, vocabulary=None) for name, rows in sizes.items()
+        name: ServedFeature(num_embeddings=rows, precision=precision, vocabulary=None) for name, rows in sizes.items()
     }
     if for_raw_rows:
         for name, rows in sizes.items():
@@ -81,7 +82,7 @@ def write_random_bundle(
             vocabulary = Vocabulary(name, "hex", number_values(rank_counts(counts)))
             vocabulary.write(path / table)
             write_index(vocabulary, path / index)
-            files |= {file: file_record(path / file) for file in (table, index)}
+            files |= {file: StoredFile.of(path / file) for file in (table, index)}
             sparse[name] = sparse[name].model_copy(update={"vocabulary": table, "index": index})
     dense = [
         DenseColumn(name=name, kind="int", transform="log_plus_3")
@@ -101,7 +102,7 @@ def write_random_bundle(
         sparse=sparse,
         model=ModelConfig(),
         dense_precision="float32",
-        source=SourceRecord(run="random", step=0, dataset_sha256="", versions={}),
+        source=Origin(run="random", step=0, dataset_sha256="", versions={}),
         check=None,
         files=files,
         block_bytes=BLOCK_BYTES,

@@ -1,9 +1,10 @@
 """The training step: ours, plain TorchRec's and the floor, taking turns.
 
-The floor is the matrix products of one step alone: every linear layer forward and backward and the interaction's
-batched products, into buffers that are there already. No step can be faster without computing less.
+The floor is the matrix products of one step alone, as the model's architecture names them: every linear layer forward
+and backward and the interaction's batched products, into buffers that are there already. No step can be faster without
+computing less.
 
-B rows of the batch, F sparse features, D embedding dimension, N = F + 1 vectors that interact.
+B rows of the batch, F sparse features.
 """
 
 import itertools
@@ -20,16 +21,15 @@ from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingEnv
-from torchrec.models.dlrm import DLRM as TorchRecDLRM  # noqa: N811 - an acronym
 from torchrec.models.dlrm import DLRMTrain as TorchRecDLRMTrain
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.bench.interleaved import Competitor, Step
+from torchdlrm.bench.upstream import torchrec_dlrm, torchrec_kjt
 from torchdlrm.config import Config
+from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.loader.batch import Batch, single_valued_kjt
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.planner import PlanOptions, plan_sharding, table_sharder
 from torchdlrm.sharding.topology import local_machine
@@ -38,7 +38,6 @@ from torchdlrm.training.compute import choose_precision, keep_freed_memory
 from torchdlrm.training.process_group import Ranks, rank_device
 from torchdlrm.training.sharded import build_optimizer, build_pipeline, build_sharded_model
 
-NUM_DENSE = 13
 NUM_DISTINCT_BATCHES = 16
 
 
@@ -94,13 +93,11 @@ def benchmark_step(
         nproc: processes of each competitor.
         progress: is told of every turn.
     """
-    precision = choose_precision(
-        config, num_dense_features=NUM_DENSE, num_sparse_features=len(num_embeddings), device=rank_device(0, nproc)
-    )
+    precision = choose_precision(config, _shape(config, num_embeddings), rank_device(0, nproc))
     competitors = {
         "ours": Competitor(our_step, config, num_embeddings, precision.dtype, nproc=nproc),
         "torchrec": Competitor(torchrec_step, config, num_embeddings, nproc=nproc),
-        "floor": Competitor(floor_step, config, len(num_embeddings), precision.dtype, nproc=nproc),
+        "floor": Competitor(floor_step, config, num_embeddings, precision.dtype, nproc=nproc),
     }
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     progress.start_phase("bench step", (rounds + 1) * len(competitors), unit="turns")
@@ -131,11 +128,15 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator
 
 
+def _shape(config: Config, num_embeddings: dict[str, int]) -> ModelShape:
+    return ModelShape(config.model, NUM_CRITEO_DENSE, len(num_embeddings))
+
+
 def our_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype) -> Step:
     """What `dlrm train` does in a step."""
     keep_freed_memory()
     model = build_sharded_model(
-        config, num_embeddings=num_embeddings, num_dense_features=NUM_DENSE, dense_sample=None, ranks=ranks
+        config, _shape(config, num_embeddings), num_embeddings=num_embeddings, dense_sample=None, ranks=ranks
     ).module
     optimizer = build_optimizer(model, config.dense_optimizer)
     pipeline = build_pipeline(model, optimizer, dtype=dtype, device=ranks.device)
@@ -153,21 +154,8 @@ def our_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype
 
 def torchrec_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) -> Step:
     """TorchRec's own model, batch, sharder and pipeline, as its examples put them together."""
-    tables = EmbeddingBagCollection(
-        tables=[
-            EmbeddingBagConfig(
-                name=f"t_{name}", embedding_dim=config.model.embedding_dim, num_embeddings=rows, feature_names=[name]
-            )
-            for name, rows in num_embeddings.items()
-        ],
-        device=torch.device("meta"),
-    )
-    dlrm = TorchRecDLRM(
-        tables,
-        dense_in_features=NUM_DENSE,
-        dense_arch_layer_sizes=list(config.model.dense_arch_layer_sizes),
-        over_arch_layer_sizes=list(config.model.over_arch_layer_sizes),
-        dense_device=ranks.device,
+    dlrm = torchrec_dlrm(
+        _shape(config, num_embeddings), num_embeddings, tables=torch.device("meta"), dense=ranks.device
     )
     sharder = table_sharder(fused_params(config.table_optimizer))
     unsharded = TorchRecDLRMTrain(dlrm)
@@ -197,11 +185,7 @@ def torchrec_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) 
         [
             TorchRecBatch(
                 torch.from_numpy(dense),
-                KeyedJaggedTensor.from_lengths_sync(
-                    keys=list(num_embeddings),
-                    values=torch.from_numpy(ids_FB).view(-1),
-                    lengths=torch.ones(ids_FB.size, dtype=torch.int32),
-                ),
+                torchrec_kjt(num_embeddings, ids_FB),
                 torch.from_numpy(labels_B),
             )
             for dense, ids_FB, labels_B in _random_arrays(
@@ -218,37 +202,30 @@ def _random_arrays(
     """Dense float32 [B, 13], ids int64 [F, B] (uniform: the hardest case for the caches), labels float32 [B]."""
     generator = np.random.default_rng(seed)
     for _ in range(NUM_DISTINCT_BATCHES):
-        dense = generator.random((num_rows, NUM_DENSE), dtype=np.float32)
+        dense = generator.random((num_rows, NUM_CRITEO_DENSE), dtype=np.float32)
         ids_FB = np.stack([generator.integers(rows, size=num_rows) for rows in num_embeddings.values()])
         yield dense, ids_FB, generator.integers(2, size=num_rows).astype(np.float32)
 
 
-def floor_step(ranks: Ranks, config: Config, num_features: int, dtype: torch.dtype) -> Step:
+def floor_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype) -> Step:
     """The matrix products of one step, and nothing else."""
     keep_freed_memory()
-    device = ranks.device
-    num_rows, dim = config.train.batch_size_global // ranks.world_size, config.model.embedding_dim
-    num_vectors = num_features + 1
-    over_in = dim + num_vectors * (num_vectors - 1) // 2
+    num_rows = config.train.batch_size_global // ranks.world_size
+
+    def some(*sizes: int) -> Tensor:
+        return torch.rand(sizes, device=ranks.device, dtype=dtype)
+
     products: list[Callable[[], object]] = []
-    for sizes, input_needs_grad in (
-        ([NUM_DENSE, *config.model.dense_arch_layer_sizes], False),
-        ([over_in, *config.model.over_arch_layer_sizes], True),
-    ):
-        for index, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
-            x, weight = (
-                torch.rand(num_rows, inputs, device=device, dtype=dtype),
-                torch.rand(outputs, inputs, device=device, dtype=dtype),
-            )
-            grad = torch.rand(num_rows, outputs, device=device, dtype=dtype)
-            products.append(_product(x, weight.t()))
-            products.append(_product(grad.t(), x))
-            if index > 0 or input_needs_grad:
-                products.append(_product(grad, weight))
-    vectors_BND = torch.rand(num_rows, num_vectors, dim, device=device, dtype=dtype)
-    square_BNN = torch.rand(num_rows, num_vectors, num_vectors, device=device, dtype=dtype)
-    products.append(_product(vectors_BND, vectors_BND.transpose(1, 2)))
-    products.append(_product(square_BNN, vectors_BND))
+    for product in _shape(config, num_embeddings).products:
+        rows, inputs, outputs = product.rows, product.inputs, product.outputs
+        if product.has_weight:
+            left, right, grad = some(num_rows * rows, inputs), some(outputs, inputs).t(), some(num_rows * rows, outputs)
+            gradients = [(grad.t(), left), (grad, right.t())]
+        else:
+            left, grad = some(num_rows, rows, inputs), some(num_rows, rows, outputs)
+            right = left.transpose(1, 2) if rows == outputs else some(num_rows, inputs, outputs)
+            gradients = [(grad, right.transpose(1, 2)), (left.transpose(1, 2), grad)]
+        products += [_product(*factors) for factors in [(left, right), *gradients[: product.num_gradients]]]
 
     def step() -> None:
         for product in products:

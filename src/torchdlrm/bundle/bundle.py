@@ -19,18 +19,20 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from torchdlrm.bundle.manifest import SAMPLE_NAME, WEIGHTS_NAME, BundleManifest, FileRecord
+from torchdlrm.bundle.manifest import SAMPLE_NAME, WEIGHTS_NAME, BundleManifest, StoredFile
 from torchdlrm.bundle.precision import stored_rows
 from torchdlrm.bundle.sample import PREDICTION_COLUMN, read_sample, sample_types
 from torchdlrm.bundle.verification import BlockVerifier
 from torchdlrm.bundle.weights_file import BLOCK_BYTES, PADDING_BYTES, PADDING_NAME, MappedWeights, blocks_of
-from torchdlrm.data.dataset import sha256_of
 from torchdlrm.errors import BundleError, DatasetError
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_index import ValueIndex
 from torchdlrm.features.vocabulary import UNKNOWN_ID
-from torchdlrm.files import OpenFiles, regular_file
+from torchdlrm.files import OpenFiles, regular_file, sha256_of
+from torchdlrm.model import table_weight
+from torchdlrm.model.architecture import Architecture, ModelShape
+from torchdlrm.model.model_class import ModelClass, architecture_of, difference_from
 from torchdlrm.progress import SILENT, ProgressListener
 
 Verify = Literal["full", "lazy"]
@@ -73,6 +75,7 @@ class Bundle:
         manifest: what it holds.
         verifier: of its weights.
         files: those that are mapped.
+        architecture: the one that the model is said to have.
 
     Attributes:
         weights: the weights, mapped.
@@ -81,27 +84,46 @@ class Bundle:
         BundleError: the weights are not those of the manifest.
     """
 
-    def __init__(self, path: Path, manifest: BundleManifest, verifier: BlockVerifier, files: OpenFiles) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: BundleManifest,
+        verifier: BlockVerifier,
+        files: OpenFiles,
+        architecture: Architecture,
+    ) -> None:
         self.path, self.manifest, self.verifier, self.files = path, manifest, verifier, files
+        self._architecture = architecture
         self.weights = MappedWeights(path / WEIGHTS_NAME)
         for feature, record in manifest.sparse.items():
             dtype, width = stored_rows(record.precision, manifest.model.embedding_dim)
             shape = (record.num_embeddings, width)
-            self.weights.require(table_name(feature), dtype, shape, bytes_behind=PADDING_BYTES)
+            self.weights.require(table_weight(feature), dtype, shape, bytes_behind=PADDING_BYTES)
 
     @classmethod
-    def open(cls, path: Path, *, verify: Verify = "full", progress: ProgressListener = SILENT) -> Self:
+    def open(
+        cls,
+        path: Path,
+        *,
+        model_class: ModelClass | None = None,
+        verify: Verify = "full",
+        progress: ProgressListener = SILENT,
+    ) -> Self:
         """Read a bundle's manifest and check its files.
 
         Args:
             path: the bundle's folder.
+            model_class: of a model of somebody's own, the class that it was trained with: a bundle holds no code.  Only
+                what predicts needs it.
             verify: `full` checks every byte now; `lazy` leaves the weights to a thread, and checks each block of them
                 also before rows of it are used first.
             progress: is told of the bytes checked.
 
         Raises:
             BundleError: there is no bundle, a file of it is missing or damaged, or its format is newer.
+            ConfigError: there is no such model class.
         """
+        architecture = architecture_of(model_class)
         manifest = BundleManifest.read(path)
         if manifest.block_bytes != BLOCK_BYTES or WEIGHTS_NAME not in manifest.files:
             msg = f"{path}: block_bytes is {manifest.block_bytes:,}, not {BLOCK_BYTES:,}, or {WEIGHTS_NAME} is missing"
@@ -132,7 +154,7 @@ class Bundle:
             verifier.check_all(progress, num_threads=len(os.sched_getaffinity(0)))
         else:
             verifier.require(blocks_of(np.zeros(1, np.int64), 1, verifier.num_blocks))
-        bundle = cls(path, manifest, verifier, files)
+        bundle = cls(path, manifest, verifier, files, architecture)
         if verify == "lazy":
             bundle._require_all_but_tables()
         damage = bundle.find_damage()  # since before the first byte was checked
@@ -156,6 +178,19 @@ class Bundle:
     def schema(self) -> FeatureSchema:
         """The columns of a raw row."""
         return self.manifest.feature_schema
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Architecture and sizes of the model.
+
+        Raises:
+            BundleError: the bundle is of a model class, and was not opened with it.
+        """
+        difference = difference_from(self.manifest.model_class, self._architecture, "bundle")
+        if difference is not None:
+            msg = f"{self.path}: {difference}"
+            raise BundleError(msg)
+        return ModelShape(self.manifest.model, len(self.schema.dense), len(self.manifest.sparse), self._architecture)
 
     @property
     def dense(self) -> Mapping[str, DenseTransform]:
@@ -215,7 +250,7 @@ class Bundle:
 
     def _require_all_but_tables(self) -> None:
         """Check the blocks of the header and of the small tensors."""
-        tables = {PADDING_NAME, *(table_name(feature) for feature in self.manifest.sparse)}
+        tables = {PADDING_NAME, *(table_weight(feature) for feature in self.manifest.sparse)}
         header_end = min((self.weights.span(name)[0] for name in self.weights.shapes), default=0)
         spans = [(0, header_end)] + [self.weights.span(name) for name in self.weights.shapes if name not in tables]
         touched = np.zeros(self.verifier.num_blocks, np.bool_)
@@ -224,12 +259,7 @@ class Bundle:
         self.verifier.require(touched)
 
 
-def table_name(feature: str) -> str:
-    """The name of a feature's table among the weights: that of TorchRec's state dict."""
-    return f"sparse_arch.embedding_bag_collection.embedding_bags.t_{feature}.weight"
-
-
-def _check_size(folder: Path, name: str, record: FileRecord) -> None:
+def _check_size(folder: Path, name: str, record: StoredFile) -> None:
     path = folder / name
     try:
         size_bytes = regular_file(folder, name).stat().st_size
@@ -244,7 +274,7 @@ def _check_size(folder: Path, name: str, record: FileRecord) -> None:
         raise BundleError(msg)
 
 
-def _check_sha256(path: Path, record: FileRecord) -> None:
+def _check_sha256(path: Path, record: StoredFile) -> None:
     found = sha256_of(path)
     if found != record.sha256:
         msg = f"{path}: damaged: sha256 is {found}, written was {record.sha256}; copy or export the bundle again"

@@ -56,6 +56,13 @@ class EncodedRows:
             return type(self)(self.dense[start:stop], parts)
         return type(self)(self.dense[start:stop], self.sparse[:, start:stop])
 
+    def flat(self) -> tuple[NDArray[Any], NDArray[np.int32]]:
+        """All ids, feature by feature, and how many each row has of each feature: [F * B]."""
+        if not isinstance(self.sparse, tuple):
+            return np.ascontiguousarray(self.sparse).reshape(-1), np.ones(self.sparse.size, np.int32)
+        ids = np.concatenate([values.astype(np.int64, copy=False) for values, _ in self.sparse])
+        return ids, np.concatenate([np.diff(offsets) for _, offsets in self.sparse]).astype(np.int32)
+
     @classmethod
     def concatenated(cls, pieces: Sequence[Self]) -> Self:
         """The rows of all pieces, in order; all with one id each, or all with bags."""

@@ -12,9 +12,10 @@ from torchdlrm.config import ModelConfig
 from torchdlrm.errors import BundleError
 from torchdlrm.features.schema import FeatureSchema, problems
 from torchdlrm.features.transforms import FittedDense
-from torchdlrm.files import regular_file
+from torchdlrm.files import regular_file, sha256_of, sync
+from torchdlrm.model.model_class import ModelClassRecord
 
-FORMAT_VERSION = 2
+FORMAT_VERSION, _WITHOUT_MODEL_CLASS = 3, 2
 MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME = "bundle.json", "weights.safetensors", "sample.parquet"
 _VERSION_DIGITS = 12
 # Of 1 TB of weights it has 5 MB.
@@ -27,18 +28,29 @@ DensePrecision = Literal["float32", "bfloat16"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+def oldest_version(model_class: ModelClassRecord | None) -> int:
+    """The oldest version of the format that says what must be said: older programs read all other bundles."""
+    return _WITHOUT_MODEL_CLASS if model_class is None else FORMAT_VERSION
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
-class FileRecord(_Frozen):
+class StoredFile(_Frozen):
     """A file of the bundle."""
 
     size_bytes: Annotated[int, Field(ge=0)]
     sha256: Sha256
 
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """A file that has been written, once it is on the disk itself."""
+        sync(path)
+        return cls(size_bytes=path.stat().st_size, sha256=sha256_of(path))
 
-class SparseRecord(_Frozen):
+
+class ServedFeature(_Frozen):
     """A sparse feature.
 
     Attributes:
@@ -54,7 +66,7 @@ class SparseRecord(_Frozen):
     index: str | None = None
 
 
-class SourceRecord(_Frozen):
+class Origin(_Frozen):
     """Where the weights came from.
 
     Attributes:
@@ -110,6 +122,7 @@ class BundleManifest(_Frozen):
         dense: the fitted transform of each dense column.
         sparse: each sparse feature, in the order of the schema.
         model: the model's shape.
+        model_class: of a model of somebody's own, by what its class is known again; none of its code is in here.
         dense_precision: what the dense, interaction and over arch may compute in.
         source: where it came from.
         check: the check at the export's end.
@@ -119,17 +132,18 @@ class BundleManifest(_Frozen):
     """
 
     format: Literal["torchdlrm-bundle"] = "torchdlrm-bundle"
-    format_version: int = FORMAT_VERSION
+    format_version: int = _WITHOUT_MODEL_CLASS
     content_sha256: str = ""
     name: str
     feature_schema: FeatureSchema = Field(alias="schema")
     dense: dict[str, FittedDense]
-    sparse: dict[str, SparseRecord]
+    sparse: dict[str, ServedFeature]
     model: ModelConfig
+    model_class: ModelClassRecord | None = None
     dense_precision: DensePrecision
-    source: SourceRecord
+    source: Origin
     check: CheckRecord | None
-    files: dict[str, FileRecord]
+    files: dict[str, StoredFile]
     block_bytes: int
     block_sha256: tuple[Sha256, ...]
 
@@ -179,6 +193,8 @@ class BundleManifest(_Frozen):
         content = self.model_dump(mode="json", by_alias=True)
         if self.source.checkpoint is None:
             del content["source"]["checkpoint"]
+        if self.model_class is None:
+            del content["model_class"]
         content["schema"] = self.feature_schema.model_dump(mode="json", exclude_none=True)
         return content
 

@@ -1,75 +1,69 @@
 """The forward pass as served: encoded rows -> probabilities.
 
-Rows go through in chunks that stay in the processor's caches.  Of a chunk: look the embeddings up, straight in the
-precision of the arches; run the dense arch and put its vector beside them; one batched product gives all dot products;
-pick each pair once; run the over arch.  docs/benchmarks.md says what each part costs.
+Rows go through in chunks that stay in the processor's caches.  Of a chunk, where the architecture has a fast
+interaction: look the embeddings up, straight in the precision of the arches; run the dense arch and put its vector
+beside them; let the vectors interact; run the over arch.  docs/benchmarks.md says what each part costs.  A model
+without a fast interaction runs its own forward over the embeddings that were looked up.
 
-B rows, F sparse features, D embedding dimension, N = F + 1 vectors that interact, M slots for them (N, or one more).
+B rows, F sparse features, D embedding dimension, M slots for vectors (F + 1, or one more), I inputs and O outputs of a
+layer.
 """
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import linear
 
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.layers import PackedLinear, run_layers
-from torchdlrm.bundle.manifest import BundleManifest, DensePrecision
-from torchdlrm.bundle.pairs import PairLayout
+from torchdlrm.bundle.manifest import DensePrecision
 from torchdlrm.bundle.table_lookup import TableLookup
-from torchdlrm.bundle.weights_file import MappedWeights
 from torchdlrm.errors import BundleError
-
-__all__ = ["EncodedRows", "ServedModel", "choose_dense_precision"]
+from torchdlrm.model import table_weight
+from torchdlrm.model.architecture import FastInteraction
+from torchdlrm.model.precision import Precision, precision_of_processor
 
 _CHUNK_BYTES = 16 * 2**20
 _MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 256, 8192
 
-
-def choose_dense_precision(allowed: DensePrecision) -> tuple[DensePrecision, str]:
-    """What the arches compute in on this machine, and why.
-
-    Args:
-        allowed: by the bundle; bfloat16 without hardware for it would be slower than float32, and less exact.
-    """
-    if allowed == "float32":
-        return "float32", "the bundle says so"
-    capabilities = torch.cpu.get_capabilities()
-    for name, key in (("AMX", "amx_bf16"), ("AVX512-BF16", "avx512_bf16")):
-        if capabilities.get(key):
-            return "bfloat16", f"the processor has {name}"
-    return "float32", "the processor has neither AVX512-BF16 nor AMX"
+Forward = Callable[[EncodedRows], Tensor]
 
 
 class ServedModel:
     """The model of a bundle, for one thread at a time.
 
     Args:
-        bundle: opened.
+        bundle: opened, with its model class where it has one.
         dense_precision: what the arches may compute in; None: what the bundle says.
 
     Attributes:
-        dense_precision: what the arches compute in here.
-        reason: why, for people.
+        precision: what the arches compute in on this machine, and why.
 
     Raises:
-        BundleError: the weights do not fit the manifest.
+        BundleError: the weights do not fit the manifest, or the bundle was not opened with its model class.
     """
 
     def __init__(self, bundle: Bundle, dense_precision: DensePrecision | None = None) -> None:
-        manifest = bundle.manifest
-        self.dense_precision, self.reason = choose_dense_precision(dense_precision or manifest.dense_precision)
-        self._dtype: torch.dtype = getattr(torch, self.dense_precision)
-        self._dim, self._num_dense = manifest.model.embedding_dim, len(bundle.schema.dense)
-        dense, over = _layers(bundle.weights, "dense_arch."), _layers(bundle.weights, "over_arch.")
-        _check_shapes(bundle, dense, over)
-        self._pairs = PairLayout(len(manifest.sparse) + 1, self._dtype)
-        self._chunk_rows = _chunk_rows(manifest, self._pairs, self._dtype)
-        self._lookup = TableLookup(bundle, self._dtype, self._pairs.num_slots)
-        over[0] = (self._pairs.spread(over[0][0], self._dim), over[0][1])
-        self._dense_arch = [self._packed(*layer, relu=True) for layer in dense]
-        self._over_arch = [self._packed(*layer, relu=layer is not over[-1]) for layer in over]
+        allowed = dense_precision or bundle.manifest.dense_precision
+        self.precision = (
+            precision_of_processor() if allowed == "bfloat16" else Precision(torch.float32, "the bundle says so")
+        )
+        self._num_dense = len(bundle.schema.dense)
+        fast = bundle.shape.architecture.fast_interaction(bundle.shape, self.precision.dtype)
+        self._chunk_rows = _chunk_rows(bundle, fast, self.precision.dtype)
+        self._forward: Forward = (
+            _eager_forward(bundle, self.precision.dtype)
+            if fast is None
+            else _FastForward(bundle, fast, self.precision.dtype, self._chunk_rows)
+        )
+
+    @property
+    def dense_precision(self) -> DensePrecision:
+        """What the arches compute in on this machine."""
+        return "bfloat16" if self.precision.dtype == torch.bfloat16 else "float32"
 
     def predict(self, encoded: EncodedRows) -> NDArray[np.float32]:
         """The probability of a click of each row.
@@ -94,47 +88,127 @@ class ServedModel:
             num_chunks = -(-encoded.num_rows // self._chunk_rows)
             for chunk in range(num_chunks):  # of equal size: a short one at the end would keep one core waiting
                 start, stop = (encoded.num_rows * edge // num_chunks for edge in (chunk, chunk + 1))
-                logits_B[start:stop] = self._logits(encoded.part(start, stop))
+                logits_B[start:stop] = self._forward(encoded.part(start, stop))
         return logits_B.numpy()
 
-    def _logits(self, rows: EncodedRows) -> Tensor:
+
+class _FastForward:
+    """Dense arch, fast interaction, over arch: weights packed once, and nothing copied that need not be.
+
+    Args:
+        bundle: opened.
+        interaction: of its architecture.
+        dtype: in which all computes.
+        chunk_rows: the usual B; others work too.
+    """
+
+    def __init__(self, bundle: Bundle, interaction: FastInteraction, dtype: torch.dtype, chunk_rows: int) -> None:
+        dense, over = _layers(bundle)
+        over[0] = (interaction.spread(over[0][0]), over[0][1])
+        self._interaction, self._dtype, self._num_dense = interaction, dtype, len(bundle.schema.dense)
+        self._lookup = TableLookup(bundle, dtype, interaction.num_slots)
+        self._dense_arch = [_PackedLinear(*layer, dtype, relu=True, batch_rows=chunk_rows) for layer in dense]
+        self._over_arch = [
+            _PackedLinear(*layer, dtype, relu=layer is not over[-1], batch_rows=chunk_rows) for layer in over
+        ]
+
+    def __call__(self, rows: EncodedRows) -> Tensor:
         vectors_BMD = self._lookup(rows)
         # Without dense features the input is a 1, see `torchdlrm.model.dlrm.ConstantArch`.
         dense = np.ascontiguousarray(rows.dense) if self._num_dense else np.ones((rows.num_rows, 1), np.float32)
-        dense_BD = run_layers(self._dense_arch, torch.from_numpy(dense).to(self._dtype))
-        vectors_BMD[:, 0] = dense_BD
-        square_BMM = torch.bmm(vectors_BMD, vectors_BMD.transpose(1, 2))
-        interactions = dense_BD.new_empty(rows.num_rows, self._dim + self._pairs.num_columns)
-        interactions[:, : self._dim] = dense_BD
-        self._pairs.pick(square_BMM, interactions[:, self._dim :])
-        return run_layers(self._over_arch, interactions).squeeze(1)
-
-    def _packed(self, weight: Tensor, bias: Tensor, *, relu: bool) -> PackedLinear:
-        return PackedLinear(weight, bias, self._dtype, relu=relu, batch_rows=self._chunk_rows)
+        vectors_BMD[:, 0] = _run(self._dense_arch, torch.from_numpy(dense).to(self._dtype))
+        return _run(self._over_arch, self._interaction.interact(vectors_BMD)).squeeze(1)
 
 
-def _layers(weights: MappedWeights, arch: str) -> list[tuple[Tensor, Tensor]]:
-    names = [name for name in weights.shapes if name.startswith(arch) and name.endswith(".weight")]
-    return [(weights.tensor(name), weights.tensor(name.removesuffix("weight") + "bias")) for name in names]
+def _eager_forward(bundle: Bundle, dtype: torch.dtype) -> Forward:
+    """The model's own forward, in which bfloat16 is autocast as in training."""
+    from torchdlrm.model.eager import EagerModel  # noqa: PLC0415 - with TorchRec, which the fast path can do without
+
+    num_embeddings = {feature: record.num_embeddings for feature, record in bundle.manifest.sparse.items()}
+    model = EagerModel(bundle.shape, num_embeddings)
+    lookup = TableLookup(bundle, torch.float32, len(num_embeddings) + 1)
+    tables = {table_weight(feature) for feature in num_embeddings}
+    shapes = {name: shape for name, shape in model.weight_shapes.items() if name not in tables}
+    for name, shape in shapes.items():
+        bundle.weights.require(name, "F32", shape)
+    model.module.load_state_dict({name: bundle.weights.tensor(name) for name in shapes})
+
+    def forward(rows: EncodedRows) -> Tensor:
+        ids, lengths = map(torch.from_numpy, rows.flat())
+        dense_BI = torch.from_numpy(np.ascontiguousarray(rows.dense))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return model.logits(dense_BI, ids, lengths, lookup(rows)[:, 1:])
+
+    return forward
 
 
-def _check_shapes(bundle: Bundle, dense: list[tuple[Tensor, Tensor]], over: list[tuple[Tensor, Tensor]]) -> None:
-    model, num_dense = bundle.manifest.model, len(bundle.schema.dense)
-    shapes = [(outputs, inputs) for inputs, outputs in model.layer_shapes(num_dense, len(bundle.manifest.sparse))]
-    num_layers = len(model.dense_arch_layer_sizes)
-    for arch, layers, expected in (("dense", dense, shapes[:num_layers]), ("over", over, shapes[num_layers:])):
-        found = [tuple(weight.shape) for weight, _ in layers]
+class _PackedLinear:
+    """A linear layer, and a ReLU where it has one, its weight packed once as the processor's matrix kernels want it.
+
+    oneDNN reorders a weight for every product unless it is given one that it has reordered before; so do the graphs
+    that `torch.compile` freezes, by the same two operators.  Bias and ReLU are part of the product.
+
+    Args:
+        weight: float32 [O, I].
+        bias: float32 [O].
+        dtype: of inputs and outputs; inside, products are added up in float32.
+        relu: whether there is one.
+        batch_rows: the usual B; others work too.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, *, relu: bool, batch_rows: int) -> None:
+        self._relu = relu
+        self._bias = bias.to(dtype, copy=True)
+        self._weight = weight.to(dtype, copy=True)
+        self._is_packed = torch.backends.mkldnn.is_available()
+        if self._is_packed:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, batch_rows)
+
+    def __call__(self, inputs_BI: Tensor) -> Tensor:
+        """Maps [B, I] to [B, O]."""
+        if self._is_packed:
+            activation = "relu" if self._relu else "none"
+            return torch.ops.mkldnn._linear_pointwise(inputs_BI, self._weight, self._bias, activation, [], "")
+        outputs_BO = linear(inputs_BI, self._weight, self._bias)
+        return outputs_BO.relu_() if self._relu else outputs_BO
+
+
+def _run(layers: Sequence[_PackedLinear], inputs_BI: Tensor) -> Tensor:
+    for layer in layers:
+        inputs_BI = layer(inputs_BI)
+    return inputs_BI
+
+
+def _layers(bundle: Bundle) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Weights [O, I] and biases [O] of the dense arch and of the over arch.
+
+    Raises:
+        BundleError: they are not those of the model's shape.
+    """
+    weights, config = bundle.weights, bundle.shape.config
+    sizes = [(product.outputs, product.inputs) for product in bundle.shape.products if product.has_weight]
+    num_dense = len(config.dense_arch_layer_sizes)
+    found = []
+    for arch, expected in (("dense_arch", sizes[:num_dense]), ("over_arch", sizes[num_dense:])):
+        names = [name for name in weights.shapes if name.startswith(f"{arch}.") and name.endswith(".weight")]
+        layers = [(weights.tensor(name), weights.tensor(name.removesuffix("weight") + "bias")) for name in names]
+        shapes = [tuple(weight.shape) for weight, _ in layers]
         fit = all(
             weight.dtype == bias.dtype == torch.float32 and bias.shape == weight.shape[:1] for weight, bias in layers
         )
-        if found != expected or not fit:
-            msg = f"{bundle.path}: the layers of {arch}_arch are {found}, but the model's shape asks for {expected}"
+        if shapes != expected or not fit:
+            msg = f"{bundle.path}: the layers of {arch} are {shapes}, but the model's shape asks for {expected}"
             raise BundleError(msg)
+        found.append(layers)
+    return found[0], found[1]
 
 
-def _chunk_rows(manifest: BundleManifest, pairs: PairLayout, dtype: torch.dtype) -> int:
+def _chunk_rows(bundle: Bundle, fast: FastInteraction | None, dtype: torch.dtype) -> int:
     """So many rows that what lies between the layers stays in the caches."""
-    model = manifest.model
-    numbers = pairs.num_slots * (model.embedding_dim + pairs.num_slots) + model.embedding_dim + pairs.num_columns
-    numbers += sum(model.dense_arch_layer_sizes) + sum(model.over_arch_layer_sizes)
+    config = bundle.shape.config
+    numbers = sum(config.dense_arch_layer_sizes) + sum(config.over_arch_layer_sizes)
+    if fast is not None:
+        numbers += fast.num_slots * (config.embedding_dim + fast.num_slots) + fast.output_size
+    else:
+        numbers += sum(product.rows * product.outputs for product in bundle.shape.products)
     return max(_MIN_CHUNK_ROWS, min(_MAX_CHUNK_ROWS, _CHUNK_BYTES // (numbers * dtype.itemsize)))

@@ -15,11 +15,12 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocati
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchdlrm.bundle.bundle import Bundle, table_name
+from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.precision import row_bytes, sparse_type
 from torchdlrm.bundle.weights_file import blocks_of
 from torchdlrm.errors import DatasetError
+from torchdlrm.model import table_weight
 
 _OUTPUT_TYPES = {torch.float32: SparseType.FP32, torch.bfloat16: SparseType.BF16}
 
@@ -40,7 +41,7 @@ class TableLookup:
         self._num_rows = np.array([record.num_embeddings for record in features.values()])
         self._names = list(features)
         self._row_bytes = [row_bytes(record.precision, dim) for record in features.values()]
-        self._starts = [bundle.weights.span(table_name(name))[0] for name in features]
+        self._starts = [bundle.weights.span(table_weight(name))[0] for name in features]
         self._dim, self._dtype = dim, dtype
         # In the slots without a feature the kernel sees one that has no ids, and writes zeros. Otherwise the embeddings
         # would have to be copied once more to make room for the dense vector.

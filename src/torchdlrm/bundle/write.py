@@ -16,14 +16,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torchdlrm.bundle.bundle import table_name
-from torchdlrm.bundle.manifest import MANIFEST_NAME, SAMPLE_NAME, WEIGHTS_NAME, FileRecord
+from torchdlrm.bundle.manifest import MANIFEST_NAME, SAMPLE_NAME, WEIGHTS_NAME, StoredFile
 from torchdlrm.bundle.precision import TABLE_PRECISIONS, TablePrecision, quantize_rows, stored_rows
 from torchdlrm.bundle.weights_file import PADDING_BYTES, PADDING_NAME, TensorRecord, WeightsWriter
-from torchdlrm.data.dataset import Dataset, sha256_of
+from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import BundleError, DatasetError
 from torchdlrm.features.value_index import write_index
-from torchdlrm.files import claim_folder, clear_folder, sync
+from torchdlrm.files import claim_folder, clear_folder, sha256_of, sync
+from torchdlrm.model import table_weight
 from torchdlrm.progress import ProgressListener
 from torchdlrm.units import show_bytes
 
@@ -69,7 +69,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
 class WrittenWeights:
     """Checksums of a weights file: of all of it, and of its blocks."""
 
-    record: FileRecord
+    record: StoredFile
     block_sha256: tuple[str, ...]
 
 
@@ -122,7 +122,7 @@ def write_weights(
         progress: is told of the bytes written.
     """
     records = _records(checkpoint, precisions)
-    tables = {table_name(feature): precision for feature, precision in precisions.items()}
+    tables = {table_weight(feature): precision for feature, precision in precisions.items()}
     progress.start_phase("write weights", sum(record.size_bytes for record in records), unit="bytes")
     with WeightsWriter(path, records) as writer:
         for record in records[:-1]:
@@ -138,19 +138,20 @@ def write_weights(
                 writer.append(quantized)
                 progress.advance(quantized.nbytes)
         writer.append(torch.zeros(records[-1].shape, dtype=torch.uint8))
-    return WrittenWeights(FileRecord(size_bytes=path.stat().st_size, sha256=writer.sha256), tuple(writer.block_sha256))
+    return WrittenWeights(StoredFile(size_bytes=path.stat().st_size, sha256=writer.sha256), tuple(writer.block_sha256))
 
 
 def _records(checkpoint: WeightSource, precisions: Mapping[str, TablePrecision]) -> list[TensorRecord]:
     """The tensors in the order of the file: wide types first, so that every tensor lies as its type wants it."""
-    dense = [name for name in checkpoint.shapes if not name.startswith("sparse_arch.")]
+    tables = {table_weight(feature) for feature in precisions}
+    dense = [name for name in checkpoint.shapes if name not in tables]
     records = [TensorRecord(name, "F32", checkpoint.shapes[name]) for name in sorted(dense, key=_natural)]
     for precision in TABLE_PRECISIONS:
         for feature, chosen in precisions.items():
             if chosen == precision:
-                num_rows, dim = checkpoint.shapes[table_name(feature)]
+                num_rows, dim = checkpoint.shapes[table_weight(feature)]
                 dtype, width = stored_rows(precision, dim)
-                records.append(TensorRecord(table_name(feature), dtype, (num_rows, width)))
+                records.append(TensorRecord(table_weight(feature), dtype, (num_rows, width)))
     return [*records, TensorRecord(PADDING_NAME, "U8", (PADDING_BYTES,))]
 
 
@@ -177,9 +178,3 @@ def copy_vocabularies(dataset: Dataset, folder: Path) -> dict[str, tuple[str, st
             write_index(dataset.vocabulary(feature), folder / index)
             paths[feature] = (table, index)
     return paths
-
-
-def file_record(path: Path) -> FileRecord:
-    """What the manifest says of a file."""
-    sync(path)
-    return FileRecord(size_bytes=path.stat().st_size, sha256=sha256_of(path))

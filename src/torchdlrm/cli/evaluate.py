@@ -19,6 +19,7 @@ def evaluate(
     split: str = "test",
     checkpoint: str = "best",
     dataset: Path | None = None,
+    model_class: str | None = None,
     batch_size_global: Annotated[int, Parameter(validator=Number(gte=1))] = 8192,
     nproc_per_node: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
     as_json: Json = False,
@@ -30,6 +31,8 @@ def evaluate(
         split: train, val or test; several joined by + are judged together, as in val+test.
         checkpoint: best (the highest AUC of the val split; the last where nothing was validated), last, or a step.
         dataset: Where the dataset is now, if it has moved since the training.
+        model_class: The model class that the run was trained with, FILE.py:NAME or MODULE:NAME; only where it is not
+            the DLRM.
         batch_size_global: Rows per forward pass over all processes; the result does not depend on it.
         nproc_per_node: Processes on this machine; need not be as many as trained.
         as_json: Print one JSON object on standard output.
@@ -41,12 +44,14 @@ def evaluate(
     from torchdlrm.training.run import Run
 
     trained = Run.open(run)
-    trained.open_dataset(dataset)
+    trained.shape(trained.open_dataset(dataset), model_class)
     splits = split.split("+")
     processes = Processes(nproc_per_node)
     if processes.crowding:
         warn(f"--nproc-per-node {nproc_per_node}: {processes.crowding}")
-    result: dict[str, Any] = launch(work, run, dataset, splits, checkpoint, batch_size_global, processes=processes)
+    result: dict[str, Any] = launch(
+        work, run, dataset, splits, checkpoint, batch_size_global, model_class, processes=processes
+    )
     try:
         trained.write_evaluation(result["split"], result)
     except OSError as error:  # a run may lie where it can only be read
@@ -64,7 +69,7 @@ def evaluate(
 
 
 def work(
-    run: Path, dataset: Path | None, splits: list[str], checkpoint: str, batch_size_global: int
+    run: Path, dataset: Path | None, splits: list[str], checkpoint: str, batch_size_global: int, model_class: str | None
 ) -> dict[str, Any] | None:
     """What every process of an evaluation does; only the first one draws."""
     from torchdlrm.evaluation.evaluate import evaluate as evaluate_run
@@ -82,6 +87,7 @@ def work(
             trained.open_dataset(dataset),
             splits,
             ranks,
+            model_class=model_class,
             checkpoint=checkpoint,
             batch_size_global=batch_size_global,
             progress=progress,

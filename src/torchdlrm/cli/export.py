@@ -18,6 +18,7 @@ def export(
     max_logloss_increase: Annotated[float | None, Parameter(validator=Number(gte=0))] = None,
     checkpoint: str = "best",
     dataset: Path | None = None,
+    model_class: str | None = None,
     name: str | None = None,
     check_rows: Annotated[int, Parameter(validator=Number(gte=1))] = 100_000,
     as_json: Json = False,
@@ -34,6 +35,8 @@ def export(
             in the check at the end (when not given: what the precision usually explains).
         checkpoint: best (the highest AUC of the val split; the last where nothing was validated), last, or a step.
         dataset: Where the dataset is now, if it has moved since the training.
+        model_class: The model class that the run was trained with, FILE.py:NAME or MODULE:NAME; only where it is not
+            the DLRM.
         name: Name of the model, shown by the server; the folder's name when not given.
         check_rows: Predict at most so many held-out rows by checkpoint and by bundle.
         as_json: Print one JSON object on standard output.
@@ -54,6 +57,7 @@ def export(
         max_logloss_increase=max_logloss_increase,
         checkpoint=checkpoint,
         check_rows=check_rows,
+        model_class=model_class,
     )
     with progress_bars("") as progress:
         exported = export_run(trained, data, out, options, progress)

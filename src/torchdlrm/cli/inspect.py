@@ -105,7 +105,8 @@ def _run_as_dict(folder: Path) -> dict[str, Any]:
 
 def _show_bundle(folder: Path, *, as_json: bool) -> None:
     """Print what a bundle holds, after checking all of it."""
-    from torchdlrm.bundle.bundle import Bundle, table_name
+    from torchdlrm.bundle.bundle import Bundle
+    from torchdlrm.model import table_weight
 
     bundle = Bundle.open(folder)
     if as_json:
@@ -120,7 +121,7 @@ def _show_bundle(folder: Path, *, as_json: bool) -> None:
     hashed = {column.name for column in bundle.schema.sparse if column.hash is not None}
     rows = []
     for name, record in manifest.sparse.items():
-        start, end = bundle.weights.span(table_name(name))
+        start, end = bundle.weights.span(table_weight(name))
         known = "yes" if record.vocabulary is not None else "hashed" if name in hashed else "ids as they are"
         rows.append(
             {
@@ -136,6 +137,8 @@ def _show_bundle(folder: Path, *, as_json: bool) -> None:
     sizes = (max(1, len(bundle.schema.dense)), *model.dense_arch_layer_sizes), model.over_arch_layer_sizes
     layers = " and ".join("-".join(map(str, arch)) for arch in sizes)
     say(f"arches {layers}, dimension {model.embedding_dim}; products in {manifest.dense_precision}")
+    if manifest.model_class is not None:
+        say(f"model class {manifest.model_class.name}: --model-class of whatever predicts")
     print_check(bundle)
 
 

@@ -25,6 +25,7 @@ def predict(
     bad_rows: Literal["refuse", "null"] = "refuse",
     log_format: Annotated[Literal["log", "csv", "tsv"], Parameter(name="--format")] = "log",
     verify: Literal["full", "lazy"] = "full",
+    model_class: str | None = None,
     num_threads: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
     as_json: Json = False,
 ) -> None:
@@ -43,6 +44,8 @@ def predict(
         log_format: How text is written: as the model's schema says (log); with commas, quotes and a header (csv); with
             tabs (tsv).
         verify: Check every byte of the bundle before anything else (full), or its tables when they are used (lazy).
+        model_class: The model class that the bundle was made with, FILE.py:NAME or MODULE:NAME; only where it is
+            not the DLRM.
         num_threads: Threads of the model; by default one a core.
         as_json: Print one JSON object on standard output.
     """
@@ -56,7 +59,9 @@ def predict(
 
     try:
         with progress_bars("") as progress:
-            predictor = Predictor.open(bundle, verify=verify, num_threads=num_threads, progress=progress)
+            predictor = Predictor.open(
+                bundle, model_class=model_class, verify=verify, num_threads=num_threads, progress=progress
+            )
             log = RowsIn(
                 rows, predictor.schema, log_format, [name.strip() for name in columns.split(",") if name.strip()]
             )

@@ -24,6 +24,7 @@ def train(
     *config: Overrides,
     dataset: Path,
     run: Path,
+    model_class: str | None = None,
     restart: bool = False,
     nproc_per_node: Positive = 1,
     nnodes: Positive = 1,
@@ -44,6 +45,8 @@ def train(
         config: TOML file, or the name of one that comes with torchdlrm, such as criteo-small; then keys to override.
         dataset: Folder written by `dlrm preprocess`.
         run: Folder to write. A run that is in it is resumed from its newest checkpoint.
+        model_class: A model of your own in place of the DLRM: FILE.py:NAME or MODULE:NAME of a class or function
+            (docs/models.md).
         restart: Remove the run that is in the folder and begin again.
         nproc_per_node: Processes on this machine: one for each GPU, or one for a few CPU cores.
         nnodes: Machines; start the same command on each, with the run on storage that they share.
@@ -73,18 +76,25 @@ def train(
 
     from torchdlrm.cli.train_tables import show_profile, show_prospect, show_summary
     from torchdlrm.data.dataset import Dataset
+    from torchdlrm.model.model_class import architecture_of
     from torchdlrm.training.job import preview_training
     from torchdlrm.training.launch import Processes, launch, refusing_everywhere
     from torchdlrm.training.run import Run
 
     processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id, max_restarts)
     with nullcontext() if dry_run else refusing_everywhere(processes):
-        encoded = Dataset.open(dataset)
+        encoded, architecture = Dataset.open(dataset), architecture_of(model_class)
         if not restart:
-            for change in Run(run, settings).check(encoded):
+            for change in Run(run, settings).check(encoded, architecture):
                 console.print(f"changed since the run was started: {change}", markup=False)
         prospect = preview_training(
-            settings, encoded, run, world_size=processes.world_size, local_world_size=nproc_per_node, restart=restart
+            settings,
+            encoded,
+            run,
+            world_size=processes.world_size,
+            local_world_size=nproc_per_node,
+            restart=restart,
+            architecture=architecture,
         )
     if processes.crowding:
         warn(f"--nproc-per-node {nproc_per_node}: {processes.crowding}")
@@ -93,7 +103,7 @@ def train(
         if as_json:
             print_json({"run": str(run), "dry_run": True, **prospect.as_dict()})
         return
-    summary: TrainingSummary | None = launch(work, settings, dataset, run, restart, processes=processes)
+    summary: TrainingSummary | None = launch(work, settings, dataset, run, model_class, restart, processes=processes)
     if summary is None:  # another machine has rank 0
         return
     show_summary(run, summary, encoded)
@@ -107,6 +117,7 @@ def work(
     settings: Config,
     dataset: Path,
     run: Path,
+    model_class: str | None = None,
     restart: bool = False,  # noqa: FBT001, FBT002 - launch() takes no names
 ) -> "TrainingSummary | None":
     """What every process of a training does; only the first one draws."""
@@ -115,5 +126,5 @@ def work(
     draws = os.environ.get("RANK", "0") == "0"
     restart = restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     with progress_bars("") if draws else nullcontext(SILENT) as progress:
-        history = train_here(settings, dataset, run, restart=restart, progress=progress)
+        history = train_here(settings, dataset, run, model_class=model_class, restart=restart, progress=progress)
     return history.summary if history is not None else None

@@ -21,6 +21,7 @@ def verify(
     dataset: Path,
     run: Path | None = None,
     url: str | None = None,
+    model_class: str | None = None,
     max_rows: Annotated[int, Parameter(name="--rows", validator=Number(gte=1))] = 10_000,
     log_format: Annotated[Literal["log", "csv", "tsv"], Parameter(name="--format")] = "log",
     as_json: Json = False,
@@ -35,6 +36,8 @@ def verify(
         dataset: The dataset that the run was trained on.
         run: The run that the bundle was made of; by default looked for by its name beside the bundle and the dataset.
         url: Address of a server of the bundle, as in http://localhost:8080; a key is taken from DLRM_API_KEY.
+        model_class: The model class that the bundle was made with, FILE.py:NAME or MODULE:NAME; only where it is
+            not the DLRM.
         max_rows: At most so many rows.
         log_format: How text is written: as the model's schema says (log); with commas, quotes and a header (csv); with
             tabs (tsv).
@@ -52,11 +55,20 @@ def verify(
         progress_bars("") as progress,
         PredictionClient(url) if url is not None else nullcontext() as client,
     ):
-        predictor = Predictor.open(bundle, progress=progress)
+        predictor = Predictor.open(bundle, model_class=model_class, progress=progress)
         check_dataset(predictor, encoded)
         trained = find_run(predictor, dataset, run)
         log = RowsIn(list(rows) or find_log(encoded), predictor.schema, log_format)
-        found = verify_bundle(predictor, trained, encoded, log, max_rows=max_rows, client=client, progress=progress)
+        found = verify_bundle(
+            predictor,
+            trained,
+            encoded,
+            log,
+            max_rows=max_rows,
+            model_class=model_class,
+            client=client,
+            progress=progress,
+        )
     source = predictor.bundle.manifest.source
     best = ", the best of the val split" if source.checkpoint == "best" else ""
     say(f"checkpoint: {trained.path} at step {source.step:,}{best}")

@@ -1,7 +1,6 @@
 """Every setting of a run: typed, with default, unit and meaning; docs/configuration.md is made from it."""
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,25 +33,6 @@ class ModelConfig(_Section):
     over_arch_layer_sizes: tuple[PositiveInt, ...] = Field(
         (1024, 512, 256, 1), strict=False, min_length=2, description="output sizes of the over arch; the last is 1"
     )
-
-    def layer_shapes(self, num_dense: int, num_sparse: int) -> list[tuple[int, int]]:
-        """Inputs and outputs of every layer, those of the dense arch first.
-
-        Args:
-            num_dense: number of dense features; without any, the dense arch has one input, which is always 1.
-            num_sparse: F, number of sparse features.
-        """
-        num_vectors = num_sparse + 1
-        over_in = self.embedding_dim + num_vectors * (num_vectors - 1) // 2
-        return [
-            *pairwise((max(1, num_dense), *self.dense_arch_layer_sizes)),
-            *pairwise((over_in, *self.over_arch_layer_sizes)),
-        ]
-
-    def row_multiply_adds(self, num_dense: int, num_sparse: int) -> int:
-        """Multiply-adds of the matrix products of a row's forward pass, the interaction's included."""
-        products = sum(inputs * outputs for inputs, outputs in self.layer_shapes(num_dense, num_sparse))
-        return products + (num_sparse + 1) ** 2 * self.embedding_dim
 
 
 class TrainConfig(_Section):

@@ -5,7 +5,6 @@ columns, the fitted transforms and the vocabularies.  Opening one reads `dataset
 file; `verify` reads them all.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torchdlrm.features.bad_rows import BadRow, BadRows
 from torchdlrm.features.schema import FeatureSchema, problems
 from torchdlrm.features.transforms import FittedDense
 from torchdlrm.features.vocabulary import Vocabulary
-from torchdlrm.files import replacing, sync
+from torchdlrm.files import replacing, sha256_of, sync
 from torchdlrm.progress import SILENT, ProgressListener
 
 FORMAT_VERSION = 1
@@ -304,9 +303,3 @@ def file_record(folder: Path, name: str, rows: int) -> FileRecord:
     """What the manifest says of the file `name` in the dataset's folder."""
     path = folder / name
     return FileRecord(path=name, rows=rows, size_bytes=path.stat().st_size, sha256=sha256_of(path))
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

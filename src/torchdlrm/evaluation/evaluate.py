@@ -5,6 +5,7 @@ from typing import Any
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.loader.loader import Loader
+from torchdlrm.model.model_class import ModelClass
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.checkpoint import find_checkpoint
 from torchdlrm.training.checkpointer import Checkpointer
@@ -20,6 +21,7 @@ def evaluate(
     splits: Sequence[str],
     ranks: Ranks,
     *,
+    model_class: ModelClass | None = None,
     checkpoint: str = "best",
     batch_size_global: int = 8192,
     progress: ProgressListener = SILENT,
@@ -31,6 +33,7 @@ def evaluate(
         dataset: what it was trained on.
         splits: names of splits; their rows are judged together.
         ranks: the processes that share the work.
+        model_class: that the run was trained with, where it was a class of somebody's own.
         checkpoint: `best` of the val split (the last where nothing was validated), `last`, or a step.
         batch_size_global: rows per forward pass over all ranks; does not change the result.
         progress: is told of the rows done.
@@ -41,13 +44,13 @@ def evaluate(
         None.
 
     Raises:
-        RunError: the run has no such checkpoint, or it is damaged.
+        RunError: the run has no such checkpoint, it is damaged, or the run is of another model class.
         DatasetError: a split is not there or is empty.
     """
     model = build_sharded_model(
         run.config,
+        run.shape(dataset, model_class),
         num_embeddings=dataset.num_embeddings,
-        num_dense_features=len(dataset.dense_names),
         dense_sample=None,
         ranks=ranks,
     ).module

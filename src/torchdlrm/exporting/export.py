@@ -3,14 +3,16 @@
 In: a run and the dataset it was trained on.  Out: the bundle's folder, whole and checked, or nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import polars as pl
+import pyarrow.parquet as pq
 
+from torchdlrm.bundle import check_model_name
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.check import Tolerance, compare, tolerance
 from torchdlrm.bundle.encoded_rows import EncodedRows
@@ -20,10 +22,11 @@ from torchdlrm.bundle.manifest import (
     WEIGHTS_NAME,
     BundleManifest,
     DensePrecision,
-    SourceRecord,
-    SparseRecord,
+    Origin,
+    ServedFeature,
+    StoredFile,
+    oldest_version,
 )
-from torchdlrm.bundle.model_name import check_model_name
 from torchdlrm.bundle.precision import TablePrecision
 from torchdlrm.bundle.sample import PREDICTION_COLUMN, raw_sample
 from torchdlrm.bundle.served_model import ServedModel
@@ -31,18 +34,17 @@ from torchdlrm.bundle.weights_file import BLOCK_BYTES
 from torchdlrm.bundle.write import (
     complete_folder,
     copy_vocabularies,
-    file_record,
     require_space,
     weights_bytes,
     write_weights,
 )
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.errors import RunError
-from torchdlrm.exporting.checkpoint_model import CheckpointModel
-from torchdlrm.exporting.checkpoint_reader import CheckpointReader
-from torchdlrm.exporting.held_out import held_out_rows, held_out_split
+from torchdlrm.errors import DatasetError, RunError
+from torchdlrm.exporting.checkpoint import CheckpointModel, CheckpointReader
 from torchdlrm.exporting.sensitivity import SENSITIVITY_ROWS, PrecisionSearch, choose_precisions
 from torchdlrm.features.encode import encode
+from torchdlrm.model.architecture import ModelShape
+from torchdlrm.model.model_class import ModelClass, record_of
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.checkpoint import ChosenCheckpoint, checkpoint_path, find_checkpoint, find_damage
 from torchdlrm.training.run import Run
@@ -68,6 +70,7 @@ class ExportOptions:
             explains, and for 0.0001 where tables are chosen by cost.
         checkpoint: `best` of the val split (the last where nothing was validated), `last`, or a step.
         check_rows: predict at most so many held-out rows to check the bundle.
+        model_class: that the run was trained with, where it was a class of somebody's own.
     """
 
     name: str
@@ -76,6 +79,7 @@ class ExportOptions:
     max_logloss_increase: float | None = None
     checkpoint: str = "best"
     check_rows: int = DEFAULT_CHECK_ROWS
+    model_class: ModelClass | None = None
 
 
 def open_checkpoint(run: Run, name: str) -> tuple[ChosenCheckpoint, CheckpointReader]:
@@ -130,22 +134,23 @@ def export(
     check_model_name(options.name)
     split = held_out_split(dataset)
     chosen, checkpoint = open_checkpoint(run, options.checkpoint)
-    model = CheckpointModel(checkpoint, run.config.model, dataset)
+    shape = run.shape(dataset, options.model_class)
+    model = CheckpointModel(checkpoint, shape, dataset.num_embeddings)
     with complete_folder(out) as folder:
         trade = _trade(model, run, dataset, options, progress) if options.precision == "auto" else None
         precisions = _precisions(dataset, options, trade)
-        dense_precision, reason = _dense_precision(run, dataset, options, precisions)
+        dense_precision, reason = _dense_precision(shape, options, precisions)
         require_space(folder, weights_bytes(checkpoint, precisions))
         written = write_weights(checkpoint, precisions, folder / WEIGHTS_NAME, progress)
         vocabularies = copy_vocabularies(dataset, folder)
         files = {WEIGHTS_NAME: written.record}
-        files |= {path: file_record(folder / path) for paths in vocabularies.values() for path in paths}
+        files |= {path: StoredFile.of(folder / path) for paths in vocabularies.values() for path in paths}
         manifest = BundleManifest(
             name=options.name,
             feature_schema=dataset.schema,
             dense={column.name: dataset.manifest.dense[column.name] for column in dataset.schema.dense},
             sparse={
-                feature: SparseRecord(
+                feature: ServedFeature(
                     num_embeddings=num_embeddings,
                     precision=precisions[feature],
                     vocabulary=vocabularies[feature][0] if feature in vocabularies else None,
@@ -153,7 +158,9 @@ def export(
                 )
                 for feature, num_embeddings in dataset.num_embeddings.items()
             },
+            format_version=oldest_version(record_of(shape.architecture)),
             model=run.config.model,
+            model_class=record_of(shape.architecture),
             dense_precision=dense_precision,
             source=_source(run, chosen),
             check=None,
@@ -162,7 +169,7 @@ def export(
             block_sha256=written.block_sha256,
         )
         _write_manifest(folder, manifest)
-        bundle = Bundle.open(folder, progress=progress)
+        bundle = Bundle.open(folder, model_class=options.model_class, progress=progress)
         served, by_table = ServedModel(bundle), list(precisions.values())
         progress.start_phase("check", min(options.check_rows, dataset.splits[split].rows))
         record = compare(
@@ -177,9 +184,9 @@ def export(
             progress=progress,
         )
         _write_sample(dataset, split, bundle, served)
-        files[SAMPLE_NAME] = file_record(folder / SAMPLE_NAME)
+        files[SAMPLE_NAME] = StoredFile.of(folder / SAMPLE_NAME)
         _write_manifest(folder, manifest.model_copy(update={"check": record, "files": files}))
-    return Exported(Bundle.open(out, verify="lazy"), chosen, trade, reason)
+    return Exported(Bundle.open(out, model_class=options.model_class, verify="lazy"), chosen, trade, reason)
 
 
 def _trade(
@@ -210,15 +217,14 @@ def _precisions(dataset: Dataset, options: ExportOptions, trade: PrecisionSearch
 
 
 def _dense_precision(
-    run: Run, dataset: Dataset, options: ExportOptions, precisions: Mapping[str, TablePrecision]
+    shape: ModelShape, options: ExportOptions, precisions: Mapping[str, TablePrecision]
 ) -> tuple[DensePrecision, str]:
     """What the arches may compute in, and why."""
     if options.dense_precision != "auto":
         return options.dense_precision, "as asked"
     if set(precisions.values()) == {"float32"}:
         return "float32", "so that predictions equal the checkpoint's, as with float32 tables they can"
-    multiply_adds = run.config.model.row_multiply_adds(len(dataset.dense_names), len(dataset.sparse_names))
-    if multiply_adds < MIN_BFLOAT16_MULTIPLY_ADDS:
+    if shape.multiply_adds < MIN_BFLOAT16_MULTIPLY_ADDS:
         return "float32", "the arches are small: float32 is fast enough, and more exact"
     return "bfloat16", "where the processor has it"
 
@@ -232,9 +238,9 @@ def _allowed(
     return Tolerance(allowed.difference, _max_increase(options))
 
 
-def _source(run: Run, chosen: ChosenCheckpoint) -> SourceRecord:
+def _source(run: Run, chosen: ChosenCheckpoint) -> Origin:
     environment = run.environment
-    return SourceRecord(
+    return Origin(
         run=run.path.resolve().name,
         step=chosen.step,
         checkpoint=chosen.kind,
@@ -262,3 +268,34 @@ def _write_sample(dataset: Dataset, split: str, bundle: Bundle, model: ServedMod
     rows = encode(raw, bundle.schema, bundle.dense, bundle.vocabularies)
     predictions = model.predict(EncodedRows.from_frame(rows, bundle.schema))
     raw.with_columns(pl.Series(PREDICTION_COLUMN, predictions)).write_parquet(bundle.path / SAMPLE_NAME)
+
+
+def held_out_split(dataset: Dataset) -> str:
+    """`test`, or `val` where there is none, or `train` where nothing was held out.
+
+    Raises:
+        DatasetError: the dataset has no rows.
+    """
+    for name in ("test", "val", "train"):
+        if name in dataset.splits and dataset.splits[name].rows:
+            return name
+    msg = f"{dataset.path}: the dataset has no rows to check the bundle on"
+    raise DatasetError(msg)
+
+
+def held_out_rows(dataset: Dataset, split: str, max_rows: int) -> Iterator[pl.DataFrame]:
+    """The first rows of a split, a row group at a time: label, Float32 dense columns, Int32 sparse columns or lists."""
+    left = max_rows
+    for file in dataset.splits[split].files:
+        parquet = pq.ParquetFile(file.path, page_checksum_verification=True)
+        for group in range(parquet.num_row_groups):
+            if not left:
+                return
+            try:
+                frame = pl.DataFrame(parquet.read_row_group(group))
+            except OSError as error:
+                msg = f"{file.path}: row group {group} is damaged: {error}"
+                raise DatasetError(msg) from error
+            frame = frame.head(left)
+            left -= frame.height
+            yield frame

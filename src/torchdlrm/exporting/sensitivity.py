@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torchdlrm.bundle.check import LoglossIncrease, logloss_increase
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.precision import TABLE_PRECISIONS, TablePrecision, row_bytes
-from torchdlrm.exporting.checkpoint_model import CheckpointModel
+from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.progress import ProgressListener
 
@@ -106,13 +106,15 @@ def choose_precisions(
     }
     before = []
     for batch in rows:
-        vectors = model.vectors(batch)
-        logits = vectors.logits()
+        pooled_BFD = model.all_pooled(batch)
+        logits = model.logits_of(batch, pooled_BFD)
         before.append(logits)
         for feature, name in enumerate(num_embeddings):
             for precision in _LOWER:
-                served = vectors.with_feature(feature, model.pooled(batch, feature, precision))
-                costs[name][precision] += float(_divergence(logits, served.logits()).sum()) / len(labels)
+                served_BFD = pooled_BFD.clone()
+                served_BFD[:, feature] = model.pooled(batch, feature, precision)
+                changed = model.logits_of(batch, served_BFD)
+                costs[name][precision] += float(_divergence(logits, changed).sum()) / len(labels)
             progress.advance(batch.num_rows)
     sizes = {
         name: {precision: count * row_bytes(precision, dim) for precision in TABLE_PRECISIONS}
@@ -124,11 +126,7 @@ def choose_precisions(
         progress.start_phase(f"try the choice ({attempt + 1})", len(labels))
         after = []
         for batch in rows:
-            vectors = model.vectors(batch)
-            for feature, precision in enumerate(chosen.values()):
-                if precision != "float32":
-                    vectors = vectors.with_feature(feature, model.pooled(batch, feature, precision))
-            after.append(vectors.logits())
+            after.append(model.logits(batch, list(chosen.values())))
             progress.advance(batch.num_rows)
         measured = logloss_increase(labels, np.concatenate(before), np.concatenate(after))
         if measured.is_within(max_logloss_increase):

@@ -11,7 +11,6 @@
 Each is compared with the one before it, row by row: so rounding, which costs what it costs, hides nothing else.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,18 +23,19 @@ from numpy.typing import NDArray
 from torchdlrm.bundle.check import arithmetic_difference, tolerance
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.served_model import ServedModel
-from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
+from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import LogError, RunError
-from torchdlrm.exporting.checkpoint_model import CheckpointModel
+from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.export import open_checkpoint
 from torchdlrm.features.encode import encode
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
+from torchdlrm.model.model_class import ModelClass
 from torchdlrm.prediction.client import PredictionClient
 from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.training.run import Run
+from torchdlrm.training.run import Run, manifest_sha256
 
 _BATCH_ROWS = 1_024
 
@@ -91,6 +91,7 @@ def verify(
     log: RowsIn,
     *,
     max_rows: int,
+    model_class: ModelClass | None = None,
     client: PredictionClient | None = None,
     progress: ProgressListener = SILENT,
 ) -> Verification:
@@ -102,6 +103,7 @@ def verify(
         dataset: that the run was trained on.
         log: raw rows.
         max_rows: how many of them, at most.
+        model_class: that the run was trained with, where it was a class of somebody's own.
         client: of a server of the bundle, if there is one.
         progress: is told of the rows done.
 
@@ -112,7 +114,7 @@ def verify(
     """
     bundle = predictor.bundle
     _, checkpoint = open_checkpoint(run, str(bundle.manifest.source.step))
-    model = CheckpointModel(checkpoint, run.config.model, dataset)
+    model = CheckpointModel(checkpoint, run.shape(dataset, model_class), dataset.num_embeddings)
     vocabularies = {
         column.name: bundle.vocabulary(column.name)
         if dataset.manifest.sparse[column.name].vocabulary is None
@@ -214,8 +216,7 @@ def check_dataset(predictor: Predictor, dataset: Dataset) -> None:
     Raises:
         RunError: it was not.
     """
-    found = hashlib.sha256((dataset.path / MANIFEST_NAME).read_bytes()).hexdigest()
-    if found != predictor.bundle.manifest.source.dataset_sha256:
+    if manifest_sha256(dataset) != predictor.bundle.manifest.source.dataset_sha256:
         msg = (
             f"--dataset: {dataset.path} is not what the run of the bundle {predictor.bundle.path} was trained on (its "
             "dataset.json differs), so the ids do not mean the same"

@@ -1,49 +1,76 @@
-"""Config and table sizes -> a DLRM that is not sharded yet, its tables on the meta device."""
+"""Sizes of a model and of its tables -> a model that is not sharded yet, its tables on the meta device."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchdlrm.config import ModelConfig
-from torchdlrm.model.dlrm import DLRM, DLRMTrain
+from torchdlrm.errors import ConfigError
+from torchdlrm.model import table_name
+from torchdlrm.model.architecture import ModelShape
+from torchdlrm.model.dlrm import DLRMTrain
+from torchdlrm.model.dropout import add_dropout
+
+
+def meta_collection(
+    tables: Iterable[tuple[str, str, int, int]], data_type: DataType = DataType.FP32
+) -> EmbeddingBagCollection:
+    """Tables on the meta device, which have no memory: they are initialised once they are sharded, as on one rank.
+
+    Args:
+        tables: of each its name, its feature, its rows and its dimension.
+        data_type: of all.
+    """
+    configs = [
+        EmbeddingBagConfig(
+            name=name,
+            embedding_dim=dim,
+            num_embeddings=rows,
+            feature_names=[feature],
+            data_type=data_type,
+            init_fn=_leave_as_is,
+        )
+        for name, feature, rows, dim in tables
+    ]
+    return EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
 
 
 def build_model(
-    config: ModelConfig, *, num_dense_features: int, num_embeddings: Mapping[str, int], device: torch.device
+    shape: ModelShape,
+    num_embeddings: Mapping[str, int],
+    device: torch.device,
+    *,
+    dropout: float = 0.0,
+    negative_weight: float = 1.0,
 ) -> DLRMTrain:
     """A model for training; its tables have no memory until they are sharded.
 
     Args:
-        config: the shape.
-        num_dense_features: number of dense features.
+        shape: of the model.
         num_embeddings: rows of the table of each sparse feature, in the order of the KJT's keys.
-        device: where the dense and over arch are created.
+        device: where everything but the tables is created.
+        dropout: fraction of the hidden units of dense and over arch that each training row leaves out.
+        negative_weight: weight of rows without a click in the loss.
+
+    Raises:
+        ConfigError: a model class makes no model, or one without arches to drop units of.
     """
-    tables = [
-        EmbeddingBagConfig(
-            name=f"t_{feature}",
-            embedding_dim=config.embedding_dim,
-            num_embeddings=rows,
-            feature_names=[feature],
-            init_fn=_leave_as_is,
-        )
-        for feature, rows in num_embeddings.items()
-    ]
-    dlrm = DLRM(
-        EmbeddingBagCollection(tables=tables, device=torch.device("meta")),
-        dense_in_features=num_dense_features,
-        dense_arch_layer_sizes=list(config.dense_arch_layer_sizes),
-        over_arch_layer_sizes=list(config.over_arch_layer_sizes),
-        dense_device=device,
-    )
-    return DLRMTrain(dlrm)
+    dim = shape.config.embedding_dim
+    collection = meta_collection((table_name(feature), feature, rows, dim) for feature, rows in num_embeddings.items())
+    model = shape.architecture.build(shape, collection, device)
+    if dropout:
+        dense_arch, over_arch = getattr(model, "dense_arch", None), getattr(model, "over_arch", None)
+        if not isinstance(dense_arch, nn.Module) or not isinstance(over_arch, nn.Module):
+            msg = f"train.dropout: {type(model).__name__} has no dense_arch and over_arch to drop units of"
+            raise ConfigError(msg)
+        add_dropout(dense_arch, over_arch, dropout)
+    return DLRMTrain(model, negative_weight)
 
 
-def standardize_dense_input(dense_arch: nn.Module, dense_rows: Tensor) -> None:
-    """Change a fresh dense arch so that it starts as if its input had mean 0 and standard deviation 1.
+def standardize_dense_input(model: nn.Module, dense_rows: Tensor) -> None:
+    """Change a fresh model so that its dense arch starts as if its input had mean 0 and standard deviation 1.
 
     The transformed integers are positive and far from 0, so every unit of the first layer moves with their common
     mean; with Adagrad, whose first steps have the size of the learning rate whatever the gradient, the last ReLU of
@@ -51,10 +78,14 @@ def standardize_dense_input(dense_arch: nn.Module, dense_rows: Tensor) -> None:
     weight and bias, so the model and its state dict stay TorchRec's.
 
     Args:
-        dense_arch: the arch; its first parameters are the first layer's weight and bias.
-        dense_rows: a sample of the encoded dense features, float32 [rows, num_dense_features].
+        model: with a `dense_arch` whose first parameters are the first layer's weight and bias; another one is left
+            as it is.
+        dense_rows: a sample of the encoded dense features, float32 [rows, num_dense].
     """
-    weight, bias = list(dense_arch.parameters())[:2]
+    first = [*getattr(model, "dense_arch", nn.Identity()).parameters()][:2]
+    if len(first) < 2 or first[0].shape != (len(first[1]), dense_rows.shape[1]):
+        return
+    weight, bias = first
     deviation, mean = torch.std_mean(dense_rows.double(), dim=0, correction=0)
     deviation[deviation < 1e-3] = 1.0  # a column that is (nearly) constant in the sample is only centred
     with torch.no_grad():
@@ -63,4 +94,4 @@ def standardize_dense_input(dense_arch: nn.Module, dense_rows: Tensor) -> None:
 
 
 def _leave_as_is(_: Tensor) -> None:
-    """Tables are initialised once they are sharded, in the same way on any number of ranks."""
+    """Without it each table would be initialised here."""

@@ -15,7 +15,7 @@ from torchrec.models.dlrm import DenseArch, OverArch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from torchdlrm.model.interaction import InteractionArch
+from torchdlrm.model.interaction import InteractionArch, dot_output_size
 
 
 class TrainingBatch(Protocol):
@@ -81,6 +81,8 @@ class ConstantArch(DenseArch):  # type: ignore[misc]  # TorchRec is untyped
 class DLRM(nn.Module):
     """Dense arch and sparse arch, their interaction, and the over arch that turns it into a logit.
 
+    A subclass that makes another interaction (`make_interaction`) is a model of its own: docs/models.md.
+
     Args:
         embedding_bag_collection: the tables, all of the same dimension D.
         dense_in_features: number of dense features; without any, the dense arch is a `ConstantArch`.
@@ -117,12 +119,22 @@ class DLRM(nn.Module):
             if dense_in_features
             else ConstantArch(dense_arch_layer_sizes, device=dense_device)
         )
-        self.inter_arch = InteractionArch(num_sparse_features=self.sparse_arch.F)
+        self.inter_arch, over_in_features = self.make_interaction(self.sparse_arch.F, self.sparse_arch.D)
         if dense_device is not None:
             self.inter_arch.to(dense_device)
-        num_vectors = self.sparse_arch.F + 1
-        over_in_features = self.sparse_arch.D + num_vectors * (num_vectors - 1) // 2
         self.over_arch = OverArch(over_in_features, over_arch_layer_sizes, device=dense_device)
+
+    def make_interaction(self, num_sparse_features: int, embedding_dim: int) -> tuple[nn.Module, int]:
+        """The interaction arch, and how many numbers of a row it gives to the over arch.
+
+        Args:
+            num_sparse_features: F.
+            embedding_dim: D.
+
+        Returns:
+            A module whose `forward(dense_features, sparse_features)` maps [B, D] and [B, F, D] to [B, K]; and K.
+        """
+        return InteractionArch(num_sparse_features), dot_output_size(num_sparse_features, embedding_dim)
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
         """Maps [B, dense_in_features] and a KJT of F keys and stride B to logits [B, 1]."""
@@ -156,16 +168,14 @@ class DLRMTrain(nn.Module):
     """A DLRM with its loss, for TorchRec's train pipelines.
 
     Args:
-        dlrm_module: the model.
-
-    Attributes:
+        dlrm_module: the model, a `DLRM` or another one that maps dense features and a KJT to logits [B, 1].
         negative_weight: weight of rows without a click in the loss; logits are corrected for it.
     """
 
-    def __init__(self, dlrm_module: DLRM) -> None:
+    def __init__(self, dlrm_module: nn.Module, negative_weight: float = 1.0) -> None:
         super().__init__()
         self.model = dlrm_module
-        self.negative_weight = 1.0
+        self.negative_weight = negative_weight
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Returns the loss, and (loss, logits [B], labels [B]) detached."""

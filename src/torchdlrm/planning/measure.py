@@ -18,13 +18,14 @@ from torch import nn
 
 from torchdlrm.config import Config
 from torchdlrm.errors import PlanError
-from torchdlrm.model.interaction import InteractionArch
+from torchdlrm.model.architecture import ModelShape
+from torchdlrm.model.eager import EagerModel
 from torchdlrm.sharding.devices import device_of_gpu
-from torchdlrm.sharding.estimate import NUM_DENSE_FEATURES, DensePart, shard_costs
+from torchdlrm.sharding.estimate import DensePart, shard_costs
 from torchdlrm.sharding.layout import PlacedShard, PlacedTable
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.sharding.tables import Table
-from torchdlrm.training.compute import useful_threads
+from torchdlrm.training.compute import set_threads
 from torchdlrm.training.launch import Processes, launch
 from torchdlrm.training.process_group import join_process_group
 
@@ -87,8 +88,7 @@ def measured(problem: Problem, config: Config) -> tuple[Problem, Measurement]:
 def _measure_rank(problem: Problem, config: Config) -> Measurement:
     with join_process_group() as ranks:
         if ranks.device.type == "cpu":
-            wanted = useful_threads(config, NUM_DENSE_FEATURES, len(problem.tables), ranks.world_size)
-            torch.set_num_threads(config.train.num_threads or wanted)
+            set_threads(config, problem.shape, ranks.world_size)
         return measure(problem, config, ranks.device)
 
 
@@ -108,7 +108,7 @@ def measure(problem: Problem, config: Config, device: torch.device) -> Measureme
     dist.all_reduce(rate, op=dist.ReduceOp.MIN)
     exchange_bytes = 4.0 * sum(table.dim for table in mine) * rows * world_size
     exchange_ms = _time_exchange(int(exchange_bytes), device)
-    dense_ms, dense_bytes = _time_dense(problem, config, rows, device)
+    dense_ms, dense_bytes = _time_dense(problem.shape, config, rows, device)
     all_reduce_ms = _time_all_reduce(dense_bytes, device) if world_size > 1 else 0.0
     slowest = torch.tensor([forward_ms, backward_ms, exchange_ms, dense_ms, all_reduce_ms])
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
@@ -185,39 +185,27 @@ def _time_all_reduce(num_bytes: int, device: torch.device) -> float:
     return _median_ms(lambda: dist.all_reduce(gradient), device)
 
 
-def _time_dense(problem: Problem, config: Config, rows: int, device: torch.device) -> tuple[float, int]:
+def _time_dense(shape: ModelShape, config: Config, rows: int, device: torch.device) -> tuple[float, int]:
     """Milliseconds of the dense parts with loss and update, and the bytes of their parameters."""
-    model = problem.model
-    dense_arch = _layers([NUM_DENSE_FEATURES, *model.dense_arch_layer_sizes], last_relu=True).to(device)
-    num_features = len(problem.tables)
-    interaction = InteractionArch(num_features).to(device)
-    over_in = model.embedding_dim + num_features * (num_features + 1) // 2
-    over_arch = _layers([over_in, *model.over_arch_layer_sizes], last_relu=False).to(device)
-    parameters = [*dense_arch.parameters(), *over_arch.parameters()]
+    num_sparse = shape.num_sparse
+    model = EagerModel(shape, {f"feature_{i}": 1 for i in range(num_sparse)}, device)
+    parameters = list(model.module.train().parameters())
     optimizer = {"adagrad": torch.optim.Adagrad, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[
         config.dense_optimizer.name
     ](parameters, lr=1e-3, foreach=True)
-    dense_rows = torch.rand(rows, NUM_DENSE_FEATURES, device=device)
-    sparse_BFD = torch.rand(rows, num_features, model.embedding_dim, device=device, requires_grad=True)
+    dense_rows = torch.rand(rows, shape.num_dense, device=device)
+    ids = torch.zeros(num_sparse * rows, dtype=torch.int32, device=device)
+    sparse_BFD = torch.rand(rows, num_sparse, shape.config.embedding_dim, device=device, requires_grad=True)
     labels_B = torch.ones(rows, device=device)
 
     def step() -> None:
-        logits_B = over_arch(interaction(dense_arch(dense_rows), sparse_BFD)).squeeze(-1)
+        logits_B = model.logits(dense_rows, ids, torch.ones_like(ids), sparse_BFD)
         nn.functional.binary_cross_entropy_with_logits(logits_B, labels_B).backward()
         optimizer.step()
         optimizer.zero_grad()
         sparse_BFD.grad = None
 
     return _median_ms(step, device), sum(4 * parameter.numel() for parameter in parameters)
-
-
-def _layers(sizes: Sequence[int], *, last_relu: bool) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for index in range(len(sizes) - 1):
-        layers.append(nn.Linear(sizes[index], sizes[index + 1]))
-        if last_relu or index < len(sizes) - 2:
-            layers.append(nn.ReLU())
-    return nn.Sequential(*layers)
 
 
 def _median_ms(work: Callable[[], object], device: torch.device) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 from torchdlrm.config import Config, load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import PlanError
+from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.planning.measure import measured
 from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.sharding.devices import device_named
@@ -72,7 +73,15 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         constraints=(*options.constraints, *request.constraints),  # of rules for the same table the last one counts
     )
     machine = _machine(request, config)
-    return Problem(_tables(request, config.model.embedding_dim), machine, options, request.precision, config.model)
+    return Problem(
+        _tables(request, config.model.embedding_dim),
+        machine,
+        options,
+        request.precision,
+        config.model,
+        # Tables alone do not say; of a run or a list of tables it is taken to be Criteo's.
+        NUM_CRITEO_DENSE if request.dataset is None else len(Dataset.open(request.dataset).dense_names),
+    )
 
 
 def _machine(request: PlanRequest, config: Config) -> Machine:

@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 
 from torchdlrm.bundle.bundle import Bundle, Verify
 from torchdlrm.bundle.check import arithmetic_difference
+from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import DensePrecision
-from torchdlrm.bundle.served_model import EncodedRows, ServedModel
+from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.errors import BundleError, RowError
 from torchdlrm.features.encode import encode
 from torchdlrm.features.vocabulary import UNKNOWN_ID
+from torchdlrm.model.model_class import ModelClass
 from torchdlrm.prediction.fast_path import PlainRowEncoder
 from torchdlrm.prediction.json_rows import RowReader
 from torchdlrm.prediction.shared_rows import Row, joined
@@ -74,6 +76,7 @@ class Predictor:
         cls,
         path: Path,
         *,
+        model_class: ModelClass | None = None,
         verify: Verify = "full",
         num_threads: int | None = None,
         progress: ProgressListener = SILENT,
@@ -82,16 +85,19 @@ class Predictor:
 
         Args:
             path: the bundle's folder.
+            model_class: of a model of somebody's own, the class or function that it was trained with, or where it
+                stands, as `my_models.py:GatedDLRM`.
             verify: as `Bundle.open`.
             num_threads: threads of the model in this process; by default PyTorch's choice, one a core.
             progress: is told of the bytes checked.
 
         Raises:
-            BundleError: there is no bundle, or it is damaged.
+            BundleError: there is no bundle, it is damaged, or it is of another model class.
+            ConfigError: there is no such model class.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        return cls(Bundle.open(path, verify=verify, progress=progress))
+        return cls(Bundle.open(path, model_class=model_class, verify=verify, progress=progress))
 
     @property
     def dense_precision(self) -> DensePrecision:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from torchdlrm import __version__
-from torchdlrm.data.dataset import MANIFEST_NAME, Dataset, Manifest, sha256_of
+from torchdlrm.data.dataset import MANIFEST_NAME, Dataset, Manifest
 from torchdlrm.data.log.files import LogFile, find_files
 from torchdlrm.data.log.sniff import check_layout
 from torchdlrm.errors import DatasetError, LogError
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.files import sync
+from torchdlrm.files import sha256_of, sync
 from torchdlrm.preprocessing.executors import start_workers
 from torchdlrm.preprocessing.job import Job
 from torchdlrm.preprocessing.options import PART_ROWS, PreprocessOptions, Resources

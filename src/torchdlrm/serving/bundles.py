@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from torchdlrm.bundle.bundle import Verify
 from torchdlrm.errors import TorchDLRMError
+from torchdlrm.model.model_class import ModelClass
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.serving.row_routes import Examples, examples_of
 
@@ -28,7 +29,8 @@ class Bundles:
 
     Args:
         path: where it lies; read again at each swap.
-        verify: as for `Bundle.open`.
+        model_class: as for `Bundle.open`.
+        verify: likewise.
         swapped: is called with the old and the new one, in the event loop.
         is_checked: whether all of the first one has just been checked.
 
@@ -37,9 +39,15 @@ class Bundles:
     """
 
     def __init__(
-        self, path: Path, *, verify: Verify, swapped: Callable[[Predictor, Predictor], None], is_checked: bool
+        self,
+        path: Path,
+        *,
+        model_class: ModelClass | None,
+        verify: Verify,
+        swapped: Callable[[Predictor, Predictor], None],
+        is_checked: bool,
     ) -> None:
-        self._path, self._verify, self._swapped = path, verify, swapped
+        self._path, self._model_class, self._verify, self._swapped = path, model_class, verify, swapped
         self._served = self._load("lazy" if is_checked else verify)
         self._one_at_a_time = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, "loader")
@@ -85,6 +93,6 @@ class Bundles:
 
     def _load(self, verify: Verify) -> _Served:
         """Open the bundle, and see that it predicts what it says it must."""
-        predictor = Predictor.open(self._path.resolve(), verify=verify)
+        predictor = Predictor.open(self._path.resolve(), model_class=self._model_class, verify=verify)
         predictor.check_sample()
         return _Served(predictor, examples_of(predictor))

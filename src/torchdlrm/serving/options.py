@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter, Token
 from cyclopts.validators import Number
 
-from torchdlrm.bundle.model_name import check_model_name
+from torchdlrm.bundle import check_model_name
 from torchdlrm.errors import ConfigError
 
 
@@ -37,6 +37,8 @@ class ServeOptions:
         grpc_port: Port of gRPC; without it there is none.
         workers: Processes; they share the port and the memory of the tables.
         name: What clients call the model; by default as the bundle does.
+        model_class: The model class that the bundle was made with, FILE.py:NAME or MODULE:NAME; only where it is not
+            the DLRM.
         api_key_file: File of keys, one a line (# begins a comment), of which a request must bring one; else the
             variable DLRM_API_KEY, if it is set.
         api_keys: The keys themselves, in place of a file.
@@ -65,6 +67,7 @@ class ServeOptions:
     grpc_port: Port | None = None
     workers: Count = 1
     name: str | None = None
+    model_class: str | None = None
     api_key_file: Path | None = None
     api_keys: Annotated[tuple[str, ...], Parameter(parse=False)] = ()
     allowed_hosts: Names = ()

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from torchdlrm.bundle.model_name import check_model_name
+from torchdlrm.bundle import check_model_name
 from torchdlrm.errors import RowError, TorchDLRMError, shown
 from torchdlrm.prediction.predictor import Predictor, Rows
 from torchdlrm.serving.access import ApiKeys
@@ -61,7 +61,13 @@ class Service:
         self, bundle: Path, options: ServeOptions, tell_others: Callable[[], None], *, is_checked: bool = False
     ) -> None:
         self.options, self.tell_others = options, tell_others
-        self.bundles = Bundles(bundle, verify=options.verify, swapped=self._swapped, is_checked=is_checked)
+        self.bundles = Bundles(
+            bundle,
+            model_class=options.model_class,
+            verify=options.verify,
+            swapped=self._swapped,
+            is_checked=is_checked,
+        )
         served = self.bundles.current
         self.name = options.name or served.bundle.name
         check_model_name(self.name)

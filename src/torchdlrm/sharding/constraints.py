@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torchdlrm.errors import PlanError
-from torchdlrm.sharding.tables import ROWWISE_OPTIMIZERS, Optimizer, Table, table_name
+from torchdlrm.model import table_name
+from torchdlrm.sharding.tables import ROWWISE_OPTIMIZERS, Optimizer, Table
 
 TABLE_WISE, COLUMN_WISE, ROW_WISE = "table_wise", "column_wise", "row_wise"
 TABLE_ROW_WISE, GRID_SHARD = "table_row_wise", "grid_shard"

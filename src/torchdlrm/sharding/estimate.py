@@ -12,7 +12,7 @@ from torchrec.distributed.planner.types import Shard, ShardingOption
 from torchrec.distributed.planner.utils import build_sharder_data_map, sharder_name
 from torchrec.distributed.types import CacheParams
 
-from torchdlrm.config import ModelConfig
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.sharding.layout import Layout, PlacedTable
 from torchdlrm.sharding.planner import (
     PlanOptions,
@@ -25,7 +25,6 @@ from torchdlrm.sharding.planner import (
 from torchdlrm.sharding.tables import BYTES_PER_VALUE, Optimizer, Precision, Table, state_bytes
 from torchdlrm.sharding.topology import Machine
 
-NUM_DENSE_FEATURES = 13  # Criteo's; the first layer is a thousandth of the work
 MATRIX_EFFICIENCY = 0.5
 
 
@@ -158,19 +157,16 @@ def _cache_params(placed: PlacedTable) -> CacheParams | None:
     return None if placed.cache_fraction is None else CacheParams(load_factor=placed.cache_fraction)
 
 
-def dense_part(model: ModelConfig, num_sparse_features: int, machine: Machine, batch_size_global: int) -> DensePart:
+def dense_part(shape: ModelShape, machine: Machine, batch_size_global: int) -> DensePart:
     """What the dense parts take, by their arithmetic.
 
     Args:
-        model: the shape.
-        num_sparse_features: F.
+        shape: of the model.
         machine: its peak rate, of which matrix products of this size reach about half.
         batch_size_global: rows per step over all ranks.
     """
-    weights = sum(inputs * outputs for inputs, outputs in model.layer_shapes(NUM_DENSE_FEATURES, num_sparse_features))
-    rows = -(-batch_size_global // machine.num_devices)
-    # Two operations a multiply-add; once forward, twice backward.
-    flops = 6 * rows * model.row_multiply_adds(NUM_DENSE_FEATURES, num_sparse_features)
+    weights = sum(product.inputs * product.outputs for product in shape.products if product.has_weight)
+    flops = shape.step_flops(-(-batch_size_global // machine.num_devices))
     link = machine.intra_host_bytes_per_s if machine.num_hosts == 1 else machine.inter_host_bytes_per_s
     sent_bytes = 2 * 4 * weights * (machine.num_devices - 1) / machine.num_devices  # a ring
     return DensePart(1000 * flops / (MATRIX_EFFICIENCY * machine.float32_flops_per_s), 1000 * sent_bytes / link)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import distributed as dist
 from torch import nn
 from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
@@ -19,11 +18,12 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.planner.perf_models import NoopPerfModel
 from torchrec.distributed.planner.types import PlannerError, ShardEstimator, ShardingOption
 from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
+from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchdlrm.config import Config
 from torchdlrm.errors import DoesNotFitError
+from torchdlrm.model.build import meta_collection
 from torchdlrm.sharding.constraints import TableConstraint, table_constraints
 from torchdlrm.sharding.estimators import MemoryEstimator, OrderedEnumerator, ReservedFraction, TimeEstimator
 from torchdlrm.sharding.search import BestPlan, PlacingPartitioner, proposers
@@ -80,20 +80,7 @@ def table_sharder(
 def meta_tables(tables: Sequence[Table], precision: Precision = "float32") -> nn.Module:
     """A module with these tables and no memory, to plan for a model that need not be there."""
     data_type = {"float32": DataType.FP32, "float16": DataType.FP16}[precision]
-    collection = EmbeddingBagCollection(
-        tables=[
-            EmbeddingBagConfig(
-                name=table.name,
-                embedding_dim=table.dim,
-                num_embeddings=table.rows,
-                feature_names=[table.name],
-                data_type=data_type,
-                init_fn=_leave_as_is,
-            )
-            for table in tables
-        ],
-        device=torch.device("meta"),
-    )
+    collection = meta_collection(((table.name, table.name, table.rows, table.dim) for table in tables), data_type)
     return nn.ModuleDict({"embedding_bag_collection": collection})
 
 
@@ -276,7 +263,3 @@ def _does_not_fit(tables: Sequence[Table], machine: Machine, options: PlanOption
         "--min-count, --max-rows), a smaller model.embedding_dim, another table_optimizer.name; "
         "sharding.host_memory_bytes and sharding.hbm_bytes say what each rank may use"
     )
-
-
-def _leave_as_is(_: torch.Tensor) -> None:
-    """Tables without memory have no values."""

@@ -7,6 +7,8 @@ from typing import Any
 
 from torchdlrm.config import ModelConfig
 from torchdlrm.errors import DoesNotFitError
+from torchdlrm.features.schema import NUM_CRITEO_DENSE
+from torchdlrm.model.architecture import DOT, Architecture, ModelShape
 from torchdlrm.sharding.estimate import Cost, DensePart, dense_part, shard_costs
 from torchdlrm.sharding.layout import PlacedTable, layout_of
 from torchdlrm.sharding.planner import (
@@ -30,7 +32,9 @@ class Problem:
         machine: the ranks.
         options: optimizer, batch, reserve, constraints.
         precision: of the tables' weights.
-        model: the dense parts' shape.
+        model: sizes of the dense parts.
+        num_dense: number of dense features.
+        architecture: of the model.
         measured: what the dense parts take where that was measured; by their arithmetic when None.
     """
 
@@ -39,7 +43,14 @@ class Problem:
     options: PlanOptions
     precision: Precision = "float32"
     model: ModelConfig = field(default_factory=ModelConfig)
+    num_dense: int = NUM_CRITEO_DENSE
+    architecture: Architecture = DOT
     measured: DensePart | None = None
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of the model with one sparse feature a table."""
+        return ModelShape(self.model, self.num_dense, len(self.tables), self.architecture)
 
     @property
     def usable_bytes(self) -> int:
@@ -166,8 +177,7 @@ def solution_of(problem: Problem, layout: Mapping[str, PlacedTable], found: Foun
         problem,
         layout,
         shard_costs(layout, problem.tables, problem.machine, problem.options, problem.precision),
-        problem.measured
-        or dense_part(problem.model, len(problem.tables), problem.machine, problem.options.batch_size_global),
+        problem.measured or dense_part(problem.shape, problem.machine, problem.options.batch_size_global),
         found.lower_bound_ms if found else None,
         found.num_proposals if found else 0,
         found.search_s if found else 0.0,

@@ -10,10 +10,11 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from torchdlrm.config import Config
 from torchdlrm.errors import PlanError
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.sharding.layout import check_layout, layout_of, read_saved_plan, sharding_plan
 from torchdlrm.sharding.planner import PlanOptions, plan_sharding, tables_of
 from torchdlrm.sharding.problem import Problem, Solution, solution_of, solve
-from torchdlrm.sharding.tables import feature_tables
+from torchdlrm.sharding.tables import Table, feature_tables
 from torchdlrm.sharding.topology import Machine, local_machine
 from torchdlrm.units import show_bytes
 
@@ -21,6 +22,7 @@ from torchdlrm.units import show_bytes
 def load_or_make_plan(
     model: nn.Module,
     config: Config,
+    shape: ModelShape,
     *,
     machine: Machine,
     sharders: Sequence[ModuleSharder[nn.Module]],
@@ -32,6 +34,7 @@ def load_or_make_plan(
     Args:
         model: holds the tables, on the meta device.
         config: of the run.
+        shape: of the model.
         machine: the ranks.
         sharders: what can be sharded, and how.
         process_group: rank 0 plans for all; None plans in this process.
@@ -40,7 +43,7 @@ def load_or_make_plan(
     Raises:
         PlanError: the tables do not fit; or the saved plan is for another model or number of ranks, or does not fit.
     """
-    problem = Problem(tuple(tables_of(model)), machine, PlanOptions.of(config), model=config.model)
+    problem = _problem(tables_of(model), machine, config, shape)
     if saved_plan is None:
         found = plan_sharding(
             model, machine=machine, options=problem.options, sharders=sharders, process_group=process_group
@@ -51,6 +54,17 @@ def load_or_make_plan(
     solution = solution_of(problem, saved.layout, None)
     _check_memory(saved_plan, solution)
     return plan, solution
+
+
+def _problem(tables: Sequence[Table], machine: Machine, config: Config, shape: ModelShape) -> Problem:
+    return Problem(
+        tuple(tables),
+        machine,
+        PlanOptions.of(config),
+        model=config.model,
+        num_dense=shape.num_dense,
+        architecture=shape.architecture,
+    )
 
 
 def _check_memory(path: Path, solution: Solution) -> None:
@@ -69,12 +83,19 @@ def _check_memory(path: Path, solution: Solution) -> None:
 
 
 def preview_plan(
-    config: Config, num_embeddings: Mapping[str, int], *, world_size: int, local_world_size: int, device: torch.device
+    config: Config,
+    shape: ModelShape,
+    num_embeddings: Mapping[str, int],
+    *,
+    world_size: int,
+    local_world_size: int,
+    device: torch.device,
 ) -> Solution:
     """The plan that a training will follow, before any process of it is started.
 
     Args:
         config: of the run; where sharding.plan is set, that plan is looked at.
+        shape: of the model.
         num_embeddings: rows of each feature's table.
         world_size: number of ranks.
         local_world_size: number of ranks on this host, and on every other.
@@ -85,7 +106,7 @@ def preview_plan(
     """
     tables = feature_tables(num_embeddings, config.model.embedding_dim)
     machine = local_machine(config.sharding, world_size=world_size, local_world_size=local_world_size, device=device)
-    problem = Problem(tuple(tables), machine, PlanOptions.of(config), model=config.model)
+    problem = _problem(tables, machine, config, shape)
     if config.sharding.plan is None:
         return solve(problem)
     saved = read_saved_plan(Path(config.sharding.plan))

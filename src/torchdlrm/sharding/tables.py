@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from torchdlrm.config import TableOptimizerName
 from torchdlrm.errors import PlanError
+from torchdlrm.model import table_name
 
 Precision = Literal["float32", "float16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -94,11 +95,6 @@ def state_bytes(rows: int, columns: int, optimizer: Optimizer) -> int:
     """
     values = rows * columns * _STATE_VALUES_PER_WEIGHT[optimizer]
     return 4 * (values + (rows if optimizer in ROWWISE_OPTIMIZERS else 0))
-
-
-def table_name(feature: str) -> str:
-    """The name of a feature's table in our model."""
-    return f"t_{feature}"
 
 
 def feature_tables(num_embeddings: Mapping[str, int], dim: int) -> list[Table]:

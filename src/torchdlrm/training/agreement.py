@@ -21,6 +21,8 @@ from torch import distributed as dist
 from torchdlrm.config import Config, setting_values
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, LostProcessError, UserError
+from torchdlrm.model.architecture import Architecture
+from torchdlrm.model.model_class import record_of
 from torchdlrm.training.run import shown, versions
 
 # Machines import torch at different speeds, which a short `train.timeout_s` must not call a lost process.
@@ -39,11 +41,14 @@ class Setting(NamedTuple):
 Settings = Mapping[str, Setting]
 
 
-def settings_of(config: Config, dataset: Dataset, *, restart: bool) -> Settings:
-    """What a training was started with: every key of the config, the content of dataset and plan, `restart`."""
+def settings_of(config: Config, dataset: Dataset, architecture: Architecture, *, restart: bool) -> Settings:
+    """What a training was started with: every key of the config, the content of dataset, plan and model class."""
     found = {name: _plain(value) for name, value in setting_values(config).items()}
     if config.sharding.plan is not None:
         found["sharding.plan"] = _content(Path(config.sharding.plan))
+    record = record_of(architecture)
+    if record is not None:
+        found["`model_class`"] = Setting(f"{record.name} {record.sha256}", f"{record.name} (sha256 {record.sha256})")
     return found | {"`dataset`": _content(dataset.path / "dataset.json"), "`restart`": _plain(restart)}
 
 

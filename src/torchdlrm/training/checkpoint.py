@@ -15,10 +15,9 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from torchdlrm.data.dataset import sha256_of
 from torchdlrm.errors import RunError
 from torchdlrm.features.schema import problems
-from torchdlrm.files import regular_file
+from torchdlrm.files import regular_file, sha256_of
 from torchdlrm.training.checkpoint_files import read_metadata
 
 FORMAT_VERSION = 1

@@ -26,9 +26,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torchrec.optim.keyed import KeyedOptimizer
 
-from torchdlrm.data.dataset import sha256_of
 from torchdlrm.errors import RunError
-from torchdlrm.files import sync
+from torchdlrm.files import sha256_of, sync
 from torchdlrm.training.checkpoint import (
     FORMAT_VERSION,
     RECORD_NAME,

@@ -7,13 +7,14 @@ of it, not assumed.
 
 import ctypes
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 
 from torchdlrm.config import Config, TrainConfig
+from torchdlrm.model.architecture import ModelShape
+from torchdlrm.model.precision import Precision, precision_of_processor
 
 # Below this a step spends its time between kernels, and casting costs more than faster products save: a step of
 # configs/criteo-small.toml (0.06e9) is slower in bfloat16, one of configs/quickstart.toml (0.45e9) a third faster.
@@ -26,31 +27,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class Precision:
-    """What the dense parts compute in, and why.
-
-    Attributes:
-        dtype: float32 or bfloat16.
-        reason: for people.
-    """
-
-    dtype: torch.dtype
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} ({self.reason})"
-
-
-def choose_precision(
-    config: Config, *, num_dense_features: int, num_sparse_features: int, device: torch.device
-) -> Precision:
+def choose_precision(config: Config, shape: ModelShape, device: torch.device) -> Precision:
     """What `train.precision` says; `auto` takes bfloat16 where the device multiplies it faster and the work is enough.
 
     Args:
         config: of the run.
-        num_dense_features: number of dense features.
-        num_sparse_features: F.
+        shape: of the model.
         device: where this rank computes.
     """
     if config.train.precision != "auto":
@@ -59,41 +41,29 @@ def choose_precision(
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Precision(torch.bfloat16, "the GPU has it")
         return Precision(torch.float32, "the GPU has no bfloat16")
-    capabilities = torch.cpu.get_capabilities()
-    units = [name for name, key in (("AMX", "amx_bf16"), ("AVX512-BF16", "avx512_bf16")) if capabilities.get(key)]
-    if not units:
-        return Precision(torch.float32, "the processor has neither AVX512-BF16 nor AMX")
+    precision = precision_of_processor()
     # Of the global batch: a run must not change its precision with the number of processes.
-    if step_flops(config, num_dense_features, num_sparse_features, 1) < MIN_BFLOAT16_FLOPS:
+    is_short = shape.step_flops(config.train.batch_size_global) < MIN_BFLOAT16_FLOPS
+    if precision.dtype == torch.bfloat16 and is_short:
         return Precision(torch.float32, "steps are too short for bfloat16 to pay")
-    return Precision(torch.bfloat16, f"the processor has {units[0]}")
+    return precision
 
 
-def set_threads(config: Config, num_dense_features: int, num_sparse_features: int, world_size: int) -> None:
+def set_threads(config: Config, shape: ModelShape, world_size: int) -> None:
     """Let this process compute on CPU with `train.num_threads`, or with as many threads as its steps can use."""
-    torch.set_num_threads(
-        config.train.num_threads or useful_threads(config, num_dense_features, num_sparse_features, world_size)
-    )
+    torch.set_num_threads(config.train.num_threads or useful_threads(config, shape, world_size))
 
 
-def useful_threads(config: Config, num_dense_features: int, num_sparse_features: int, world_size: int) -> int:
+def useful_threads(config: Config, shape: ModelShape, world_size: int) -> int:
     """The threads that this process may use (`torch.get_num_threads`), or fewer where a step is small.
 
     Args:
-        config: model and batch size.
-        num_dense_features: number of dense features.
-        num_sparse_features: F.
+        config: has the batch size.
+        shape: of the model.
         world_size: number of ranks that share a batch.
     """
-    wanted = round(step_flops(config, num_dense_features, num_sparse_features, world_size) / FLOPS_PER_THREAD)
+    wanted = round(shape.step_flops(config.train.batch_size_global / world_size) / FLOPS_PER_THREAD)
     return max(1, min(torch.get_num_threads(), wanted))
-
-
-def step_flops(config: Config, num_dense_features: int, num_sparse_features: int, world_size: int) -> float:
-    """Floating point operations of the matrix products of one step on one rank, forward and backward."""
-    rows = config.train.batch_size_global / world_size
-    # Two a multiply-add; forward, and two products backward.
-    return 6 * rows * config.model.row_multiply_adds(num_dense_features, num_sparse_features)
 
 
 def allow_tf32(config: TrainConfig, device: torch.device) -> None:

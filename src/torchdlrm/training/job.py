@@ -10,6 +10,9 @@ import torch
 from torchdlrm.config import Config, load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError, UserError
+from torchdlrm.model.architecture import DOT, Architecture, ModelShape
+from torchdlrm.model.model_class import ModelClass, architecture_of
+from torchdlrm.model.precision import Precision
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.plan_file import plan_as_dict
 from torchdlrm.sharding.problem import Solution
@@ -17,7 +20,7 @@ from torchdlrm.sharding.resolve import preview_plan
 from torchdlrm.tables.optimizers import check_table_optimizer
 from torchdlrm.training.agreement import Settings, settings_of
 from torchdlrm.training.checkpoint import list_checkpoints
-from torchdlrm.training.compute import Precision, allow_tf32, choose_precision, keep_freed_memory
+from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory
 from torchdlrm.training.log import Callback, TrainingHistory, read_metrics
 from torchdlrm.training.process_group import Ranks, join_process_group, rank_device
 from torchdlrm.training.run import METRICS_NAME, Run
@@ -106,7 +109,14 @@ class TrainingPreview:
 
 
 def preview_training(
-    config: Config, dataset: Dataset, run: Path, *, world_size: int, local_world_size: int, restart: bool
+    config: Config,
+    dataset: Dataset,
+    run: Path,
+    *,
+    world_size: int,
+    local_world_size: int,
+    restart: bool,
+    architecture: Architecture = DOT,
 ) -> TrainingPreview:
     """Look ahead, and refuse now what would be refused later.
 
@@ -117,6 +127,7 @@ def preview_training(
         world_size: number of processes.
         local_world_size: number of processes on this host.
         restart: what is in the folder will be removed.
+        architecture: of the model.
 
     Raises:
         ConfigError: early stopping could never act, the device lacks the tables' optimizer, or a tracker's package is
@@ -126,17 +137,13 @@ def preview_training(
     """
     device = rank_device(0, local_world_size)
     agenda = _checked_agenda(config, dataset, device)
+    shape = ModelShape.of(config.model, dataset, architecture)
     solution = preview_plan(
-        config, dataset.num_embeddings, world_size=world_size, local_world_size=local_world_size, device=device
+        config, shape, dataset.num_embeddings, world_size=world_size, local_world_size=local_world_size, device=device
     )
     validation_rows = min(dataset.splits["val"].rows, config.validation.max_rows or dataset.splits["val"].rows)
     steps = [] if restart else list_checkpoints(run / "checkpoints")
-    precision = choose_precision(
-        config,
-        num_dense_features=len(dataset.dense_names),
-        num_sparse_features=len(dataset.sparse_names),
-        device=device,
-    )
+    precision = choose_precision(config, shape, device)
     return TrainingPreview(config, agenda, solution, precision, validation_rows, max(steps, default=0))
 
 
@@ -145,6 +152,7 @@ def train(
     dataset: Dataset | str | Path,
     run: str | Path,
     *,
+    model_class: ModelClass | None = None,
     restart: bool = False,
     callbacks: Sequence[Callback] = (),
     progress: ProgressListener = SILENT,
@@ -159,6 +167,8 @@ def train(
         config: of the run: a `Config`, a TOML file, or the name of a config that comes with torchdlrm.
         dataset: an encoded dataset or its folder.
         run: folder of the run.
+        model_class: a model of one's own in place of the DLRM: a class or function, or where it stands, as
+            `my_models.py:GatedDLRM`; docs/models.md says what it must do.
         restart: remove what is in it and begin again.
         callbacks: are told on rank 0 how it goes, after metrics.jsonl and the trackers that the config names.
         progress: is told of every step on rank 0.
@@ -167,8 +177,9 @@ def train(
         How it went and ended on rank 0, None elsewhere.
 
     Raises:
-        ConfigError: the config is wrong, early stopping could never act, the device lacks the tables' optimizer, a
-            tracker's package is missing, or the machines of the training were started with different settings.
+        ConfigError: the config or the model class is wrong, early stopping could never act, the device lacks the
+            tables' optimizer, a tracker's package is missing, or the machines of the training were started with
+            different settings.
         RunError: the folder is in use, holds something else, or a run that cannot be resumed with this config.
         PlanError: the tables do not fit the machine.
         DatasetError: the dataset is missing, damaged, or has no training rows.
@@ -176,22 +187,23 @@ def train(
         Interrupted: SIGTERM or Ctrl-C; the run is saved.
     """
     settings = config if isinstance(config, Config) else load_config(config)
-    path = Path(run)
+    path, architecture = Path(run), architecture_of(model_class)
 
     def opened() -> Dataset:
         return dataset if isinstance(dataset, Dataset) else Dataset.open(Path(dataset))
 
     def describe() -> Settings:
-        return settings_of(settings, opened(), restart=restart)
+        return settings_of(settings, opened(), architecture, restart=restart)
 
     with join_process_group(settings.train.timeout_s, describe) as ranks:
         keep_freed_memory()
         allow_tf32(settings.train, ranks.device)
         encoded = opened()
         _checked_agenda(settings, encoded, ranks.device)
-        started = _start_run(settings, encoded, path, ranks, restart=restart)
+        started = _start_run(settings, encoded, path, ranks, architecture, restart=restart)
         try:
-            trainer = Trainer(settings, encoded, started, ranks, progress if ranks.is_first else SILENT)
+            shape = ModelShape.of(settings.model, encoded, architecture)
+            trainer = Trainer(settings, shape, encoded, started, ranks, progress if ranks.is_first else SILENT)
             summary = trainer.fit(callbacks)
         finally:
             started.close()
@@ -211,12 +223,16 @@ def _checked_agenda(config: Config, dataset: Dataset, device: torch.device) -> A
     return agenda
 
 
-def _start_run(config: Config, dataset: Dataset, path: Path, ranks: Ranks, *, restart: bool) -> Run:
+def _start_run(
+    config: Config, dataset: Dataset, path: Path, ranks: Ranks, architecture: Architecture, *, restart: bool
+) -> Run:
     """Rank 0 takes the folder; when it may not, no rank continues."""
     run, problem = Run(path, config), None
     if ranks.is_first:
         try:
-            run = Run.start(path, config, dataset, world_size=ranks.world_size, restart=restart)
+            run = Run.start(
+                path, config, dataset, world_size=ranks.world_size, restart=restart, architecture=architecture
+            )
         except UserError as error:
             problem = error
     problem = ranks.from_first(problem)

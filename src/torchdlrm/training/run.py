@@ -6,7 +6,6 @@ run/
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, NotRequired, Self
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -23,10 +22,12 @@ from typing_extensions import TypedDict
 
 from torchdlrm import __version__
 from torchdlrm.config import Config, config_toml, load_config, setting_values
-from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
 from torchdlrm.errors import RunError
 from torchdlrm.features.schema import problems
-from torchdlrm.files import replacing, sync
+from torchdlrm.files import replacing, sha256_of, sync
+from torchdlrm.model.architecture import DOT, Architecture, ModelShape
+from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architecture_of, difference_from, record_of
 from torchdlrm.sharding.plan_file import write_plan
 from torchdlrm.sharding.problem import Solution
 
@@ -39,6 +40,11 @@ KEYS_THAT_CANNOT_CHANGE = ("seed", "model.", "train.batch_size_global", "table_o
 class _DatasetRecord(TypedDict):
     path: str
     manifest_sha256: str
+
+
+class _ModelClassRecord(TypedDict):
+    name: str
+    sha256: str | None
 
 
 class Environment(TypedDict):
@@ -54,6 +60,7 @@ class Environment(TypedDict):
     gpus: list[str]
     world_size: int
     dataset: _DatasetRecord
+    model_class: NotRequired[_ModelClassRecord]
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,16 @@ class Run:
         self._lock: IO[str] | None = None
 
     @classmethod
-    def start(cls, path: Path, config: Config, dataset: Dataset, *, world_size: int, restart: bool = False) -> Self:
+    def start(
+        cls,
+        path: Path,
+        config: Config,
+        dataset: Dataset,
+        *,
+        world_size: int,
+        restart: bool = False,
+        architecture: Architecture = DOT,
+    ) -> Self:
         """Make the folder, or resume the run that is in it, and keep others out until this process ends.
 
         Args:
@@ -98,10 +114,11 @@ class Run:
             dataset: what to train on; must be the same.
             world_size: number of processes, which may have changed.
             restart: remove what is there and begin again.
+            architecture: of the model; must be the same.
 
         Raises:
-            RunError: another process is training in it, something else is in it, or the config or dataset has
-                changed in a way that makes resuming impossible; lists every difference.
+            RunError: another process is training in it, something else is in it, or config, dataset or model class
+                have changed in a way that makes resuming impossible; lists every difference.
         """
         run = cls(path, config)
         try:
@@ -110,8 +127,8 @@ class Run:
             run._remove_left_overs()
             if restart:
                 run._clear()
-            run.check(dataset)
-            environment = run.environment if run.exists else environment_now(dataset, world_size)
+            run.check(dataset, architecture)
+            environment = run.environment if run.exists else environment_now(dataset, world_size, architecture)
             if not run.exists or environment["dataset"]["path"] != str(dataset.path.resolve()):  # it may have moved
                 environment["dataset"]["path"] = str(dataset.path.resolve())
                 write_atomically(path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
@@ -161,7 +178,30 @@ class Run:
         """
         return read_environment(self.path / ENVIRONMENT_NAME)
 
-    def check(self, dataset: Dataset) -> list[Change]:
+    @property
+    def _model_class(self) -> ModelClassRecord | None:
+        recorded = self.environment.get("model_class")
+        return None if recorded is None else ModelClassRecord.model_validate(recorded)
+
+    def shape(self, dataset: Dataset, model_class: ModelClass | None = None) -> ModelShape:
+        """Architecture and sizes of the run's model.
+
+        Args:
+            dataset: that it was trained on.
+            model_class: that it was trained with, where it was a class of somebody's own.
+
+        Raises:
+            ConfigError: there is no such model class.
+            RunError: the run was trained with another one.
+        """
+        architecture = architecture_of(model_class)
+        difference = difference_from(self._model_class, architecture, "run")
+        if difference is not None:
+            msg = f"{self.path}: {difference}"
+            raise RunError(msg)
+        return ModelShape.of(self.config.model, dataset, architecture)
+
+    def check(self, dataset: Dataset, architecture: Architecture = DOT) -> list[Change]:
         """See whether the run can be started, or resumed where it is.
 
         Returns:
@@ -181,6 +221,9 @@ class Run:
             fatal.append(
                 f"--dataset: was {self.environment['dataset']['path']}, is {dataset.path} (another dataset.json)"
             )
+        difference = difference_from(self._model_class, architecture, "run")
+        if difference is not None:
+            fatal.append(difference)
         if fatal:
             harmless = [f"{change}; would do no harm" for change in changes if not change.is_fatal]
             lines = [f"{self.path}: the run in it cannot be resumed with what is asked now:", *fatal, *harmless]
@@ -305,8 +348,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def environment_now(dataset: Dataset, world_size: int) -> dict[str, Any]:
+def environment_now(dataset: Dataset, world_size: int, architecture: Architecture) -> dict[str, Any]:
     """What environment.json says of a run that starts now."""
+    record = record_of(architecture)
     processor = ""
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
         processor = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
@@ -317,6 +361,7 @@ def environment_now(dataset: Dataset, world_size: int) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "world_size": world_size,
         "dataset": {"path": str(dataset.path.resolve()), "manifest_sha256": manifest_sha256(dataset)},
+        **({} if record is None else {"model_class": record.model_dump()}),
     }
 
 
@@ -343,4 +388,4 @@ def read_environment(path: Path) -> Environment:
 
 def manifest_sha256(dataset: Dataset) -> str:
     """What tells one dataset from another: its manifest holds the checksums of its files."""
-    return hashlib.sha256((dataset.path / "dataset.json").read_bytes()).hexdigest()
+    return sha256_of(dataset.path / MANIFEST_NAME)

@@ -15,8 +15,9 @@ from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
 from torchdlrm.config import Config, DenseOptimizerConfig
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model, standardize_dense_input
-from torchdlrm.model.dropout import DroppedActivation, add_dropout
+from torchdlrm.model.dropout import DroppedActivation
 from torchdlrm.sharding.planner import table_sharder
 from torchdlrm.sharding.problem import Solution
 from torchdlrm.sharding.resolve import load_or_make_plan
@@ -38,9 +39,9 @@ class ShardedModel:
 
 def build_sharded_model(
     config: Config,
+    shape: ModelShape,
     *,
     num_embeddings: Mapping[str, int],
-    num_dense_features: int,
     dense_sample: Tensor | None,
     ranks: Ranks,
     saved_plan: Path | None = None,
@@ -51,10 +52,10 @@ def build_sharded_model(
 
     Args:
         config: of the run.
+        shape: of the model.
         num_embeddings: rows of each feature's table, in schema order.
-        num_dense_features: number of dense features.
-        dense_sample: encoded dense features of some training rows, float32 [rows, num_dense_features], from which
-            the dense arch learns the scale of its input; None leaves it as TorchRec initialises it.
+        dense_sample: encoded dense features of some training rows, float32 [rows, num_dense], from which the dense
+            arch learns the scale of its input; None leaves it as TorchRec initialises it.
         ranks: the processes that share the model.
         saved_plan: a plan.json to follow; None makes a plan.
 
@@ -63,17 +64,19 @@ def build_sharded_model(
     """
     torch.manual_seed(config.seed)  # every rank draws the same dense and over arch
     model = build_model(
-        config.model, num_dense_features=num_dense_features, num_embeddings=num_embeddings, device=ranks.device
+        shape,
+        num_embeddings,
+        ranks.device,
+        dropout=config.train.dropout,
+        negative_weight=config.train.negative_weight,
     )
-    model.negative_weight = config.train.negative_weight
-    if config.train.dropout:
-        add_dropout(model.model.dense_arch, model.model.over_arch, config.train.dropout)
-    if dense_sample is not None and num_dense_features:
-        standardize_dense_input(model.model.dense_arch, dense_sample)
+    if dense_sample is not None and shape.num_dense:
+        standardize_dense_input(model.model, dense_sample)
     fused = fused_params(config.table_optimizer)
     plan, solution = load_or_make_plan(
         model,
         config,
+        shape,
         machine=local_machine(
             config.sharding,
             world_size=ranks.world_size,

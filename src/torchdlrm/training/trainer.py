@@ -17,6 +17,7 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import Interrupted, TrainingError
 from torchdlrm.loader.batch import Batch
 from torchdlrm.loader.loader import Loader
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.checkpoint import Position, checkpoint_path, list_checkpoints
 from torchdlrm.training.checkpointer import Checkpointer
@@ -40,6 +41,7 @@ class Trainer:
 
     Args:
         config: of the run.
+        shape: of the model.
         dataset: what to train on.
         run: where to write.
         ranks: the processes that train together.
@@ -50,21 +52,26 @@ class Trainer:
         DatasetError: the dataset has no training rows.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, run: Run, ranks: Ranks, progress: ProgressListener) -> None:
+    def __init__(
+        self,
+        config: Config,
+        shape: ModelShape,
+        dataset: Dataset,
+        run: Run,
+        ranks: Ranks,
+        progress: ProgressListener,
+    ) -> None:
         self._config, self._dataset, self._run, self._ranks, self._progress = config, dataset, run, ranks, progress
-        num_dense, num_sparse = len(dataset.dense_names), len(dataset.sparse_names)
         if ranks.device.type == "cpu":
-            set_threads(config, num_dense, num_sparse, ranks.world_size)
-        precision = choose_precision(
-            config, num_dense_features=num_dense, num_sparse_features=num_sparse, device=ranks.device
-        )
+            set_threads(config, shape, ranks.world_size)
+        precision = choose_precision(config, shape, ranks.device)
         self._has_validation = dataset.splits["val"].rows > 0
         self._loader = self._make_loader("train", config.train.batch_size_global, epochs=config.train.epochs)
         self._agenda = Agenda.of(config, self._loader.rows)
         sharded = build_sharded_model(
             config,
+            shape,
             num_embeddings=dataset.num_embeddings,
-            num_dense_features=num_dense,
             dense_sample=torch.from_numpy(self._loader.first_dense_rows()),
             ranks=ranks,
             saved_plan=Path(config.sharding.plan) if config.sharding.plan is not None else None,

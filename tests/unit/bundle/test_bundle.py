@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from torchdlrm.bundle import verification, weights_file
-from torchdlrm.bundle.bundle import Bundle, table_name
+from torchdlrm.bundle.bundle import Bundle
+from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, BundleManifest
-from torchdlrm.bundle.served_model import EncodedRows, ServedModel
+from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.bundle.weights_file import MappedWeights, TensorRecord, WeightsWriter
 from torchdlrm.errors import BundleError, UserError
+from torchdlrm.model import table_weight
 
 
 @pytest.fixture
@@ -73,9 +75,9 @@ def test_a_file_of_another_length_is_found(copied):
 def test_a_newer_format_is_refused_by_name(copied):
     path = copied / MANIFEST_NAME
     content = json.loads(path.read_text())
-    content |= {"format_version": 3, "something_new": 1}
+    content |= {"format_version": 4, "something_new": 1}
     path.write_text(json.dumps(content))
-    with pytest.raises(BundleError, match="format_version is 3, and this version of torchdlrm reads up to 2"):
+    with pytest.raises(BundleError, match="format_version is 4, and this version of torchdlrm reads up to 3"):
         Bundle.open(copied)
 
 
@@ -119,7 +121,7 @@ def many_blocks(small_blocks, small_run, small_dataset, tmp_path):
 def test_lazily_a_damaged_row_is_found_before_it_is_used_and_others_are_served(many_blocks, monkeypatch):
     monkeypatch.setattr(verification.BlockVerifier, "check_all_in_background", lambda _: None)
     whole = Bundle.open(many_blocks)
-    start, end = whole.weights.span(table_name("cat_25"))
+    start, end = whole.weights.span(table_weight("cat_25"))
     num_rows, length = whole.manifest.sparse["cat_25"].num_embeddings, 4 * whole.manifest.model.embedding_dim
     assert end - start == num_rows * length
     last = num_rows - 1
@@ -137,7 +139,7 @@ def test_lazily_a_damaged_row_is_found_before_it_is_used_and_others_are_served(m
 
 
 def test_lazily_the_background_finds_what_nobody_has_asked_for(many_blocks):
-    start, _ = Bundle.open(many_blocks).weights.span(table_name("cat_25"))
+    start, _ = Bundle.open(many_blocks).weights.span(table_weight("cat_25"))
     flip(many_blocks / WEIGHTS_NAME, start)
     lazy = Bundle.open(many_blocks, verify="lazy")
     lazy.verifier.wait()

@@ -1,15 +1,23 @@
-"""The weights of a checkpoint, read in place: any rows of any table, whatever number of ranks wrote it.
+"""A checkpoint that predicts: its weights, read in place, and the eager float32 model on them.
 
-In: a folder that `torch.distributed.checkpoint` wrote.  Out: float32 tensors.  `torch.distributed.checkpoint` itself
-loads a whole shard to give a part of it, and a shard may be a table of 20 GB.  Its files hold each shard as
-`torch.save` writes it, a zip archive whose entries are not compressed, so the numbers of a shard lie in one piece and
-are mapped into memory: what is read is what is touched.
+In: a folder that `torch.distributed.checkpoint` wrote, whatever number of ranks trained it.  Out: float32 tensors, and
+what the checkpoint itself predicts: what a bundle is compared with.
+
+`torch.distributed.checkpoint` itself loads a whole shard to give a part of it, and a shard may be a table of 20 GB.
+Its files hold each shard as `torch.save` writes it, a zip archive whose entries are not compressed, so the numbers of a
+shard lie in one piece and are mapped into memory: what is read is what is touched.
+
+The predictions share no code with the fast path as served but the reading of rows: the model's own forward, float32
+throughout.
+
+B rows, F sparse features, D embedding dimension.
 """
 
 import io
 import math
 import pickle
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +28,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
+from torchdlrm.bundle.encoded_rows import EncodedRows
+from torchdlrm.bundle.precision import TablePrecision, as_looked_up
 from torchdlrm.errors import RunError
 from torchdlrm.files import regular_file
+from torchdlrm.model import table_weight
+from torchdlrm.model.architecture import ModelShape
+from torchdlrm.model.eager import EagerModel
 from torchdlrm.training.checkpoint_files import read_metadata
 
 _PREFIX = "model.model."  # the state's name for the model, then DLRMTrain's for the DLRM
@@ -119,6 +132,70 @@ class CheckpointReader:
             np.memmap(path, np.float32, "r", first_byte, shape) if math.prod(shape) else np.empty(shape, np.float32)
         )
         return _Chunk(tuple(chunk.offsets), values)
+
+
+class CheckpointModel:
+    """A checkpoint that predicts, for one thread at a time.
+
+    Args:
+        checkpoint: its weights.
+        shape: of the model.
+        num_embeddings: rows of each feature's table, in schema order.
+
+    Raises:
+        RunError: its tensors are not those of the model.
+    """
+
+    def __init__(self, checkpoint: CheckpointReader, shape: ModelShape, num_embeddings: Mapping[str, int]) -> None:
+        self._checkpoint = checkpoint
+        self._tables = [table_weight(feature) for feature in num_embeddings]
+        self._model = EagerModel(shape, num_embeddings)
+        if checkpoint.shapes != self._model.weight_shapes:
+            wrong = sorted(dict(checkpoint.shapes.items() ^ self._model.weight_shapes.items()))
+            msg = (
+                f"{checkpoint.path}: not a checkpoint of the run's model on this dataset; {', '.join(wrong[:4])} differ"
+            )
+            raise RunError(msg)
+        dense = {name: checkpoint.tensor(name) for name in checkpoint.shapes if name not in self._tables}
+        self._model.module.load_state_dict(dense)
+
+    def logits(self, rows: EncodedRows, precisions: Sequence[TablePrecision] | None = None) -> NDArray[np.float32]:
+        """The log-odds of a click of each row: float32 [B].
+
+        Args:
+            rows: B rows.
+            precisions: that each feature's embeddings are rounded to, F of them; None: none is rounded.
+        """
+        return self.logits_of(rows, self.all_pooled(rows, precisions))
+
+    def logits_of(self, rows: EncodedRows, pooled_BFD: Tensor) -> NDArray[np.float32]:
+        """The log-odds of rows whose embeddings were looked up before: float32 [B]."""
+        ids, lengths = map(torch.from_numpy, rows.flat())
+        with torch.inference_mode():
+            logits_B: NDArray[np.float32] = self._model.logits(
+                torch.from_numpy(rows.dense), ids, lengths, pooled_BFD
+            ).numpy()
+        return logits_B
+
+    def all_pooled(self, rows: EncodedRows, precisions: Sequence[TablePrecision] | None = None) -> Tensor:
+        """The sums of all features' embeddings: [B, F, D]; `precisions` as in `logits`."""
+        chosen: Sequence[TablePrecision] = precisions or ["float32"] * len(self._tables)
+        return torch.stack([self.pooled(rows, feature, chosen[feature]) for feature in range(len(chosen))], dim=1)
+
+    def pooled(self, rows: EncodedRows, feature: int, precision: TablePrecision) -> Tensor:
+        """The sum of a feature's embeddings: [B, D].
+
+        Args:
+            rows: B rows.
+            feature: its position in the schema.
+            precision: that rows of the table are rounded to before they are added up.
+        """
+        if not isinstance(rows.sparse, tuple):
+            return as_looked_up(self._checkpoint.gather(self._tables[feature], rows.sparse[feature]), precision)
+        ids, offsets = rows.sparse[feature]
+        found = as_looked_up(self._checkpoint.gather(self._tables[feature], ids), precision)
+        bags = torch.repeat_interleave(torch.arange(rows.num_rows), torch.from_numpy(np.diff(offsets)))
+        return torch.zeros(rows.num_rows, found.shape[1]).index_add_(0, bags, found)
 
 
 def _first_byte(path: Path, chunk: ChunkStorageMetadata, offset: int, length: int) -> int:

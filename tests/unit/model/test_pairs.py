@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from torchdlrm.bundle.pairs import PairLayout
+from torchdlrm.model.interaction import PairLayout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -9,15 +9,13 @@ from torchdlrm.bundle.pairs import PairLayout
 def test_the_over_arch_sees_every_pair_once_and_nothing_else(num_vectors, dtype, seed):
     torch.manual_seed(seed)
     dim = 4
-    layout = PairLayout(num_vectors, dtype)
+    layout = PairLayout(num_vectors, dim, dtype)
     # Small integers: sums and products are exact in bfloat16 too, and every number tells where it comes from.
     vectors = torch.zeros(3, layout.num_slots, dim, dtype=dtype)
     vectors[:, :num_vectors] = torch.randint(-3, 4, (3, num_vectors, dim)).to(dtype)
     first, second = torch.triu_indices(num_vectors, num_vectors, offset=1)
     weight = torch.randint(-2, 3, (5, dim + len(first))).float()
     square = torch.bmm(vectors, vectors.transpose(1, 2))
-    inputs = torch.full((3, dim + layout.num_columns), torch.nan, dtype=dtype)
-    inputs[:, :dim] = vectors[:, 0]
-    layout.pick(square, inputs[:, dim:])
+    inputs = layout.interact(vectors)
     expected = torch.cat([vectors[:, 0], square[:, first, second]], dim=1).float() @ weight.T
-    assert torch.equal(inputs.float() @ layout.spread(weight, dim).T, expected)
+    assert torch.equal(inputs.float() @ layout.spread(weight).T, expected)

@@ -1,0 +1,119 @@
+"""What an architecture says of itself before it is built."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from torchdlrm.config import ModelConfig
+from torchdlrm.errors import ConfigError
+from torchdlrm.model.architecture import DOT, ModelShape
+from torchdlrm.model.dlrm import DLRM
+from torchdlrm.model.eager import EagerModel, trace_products
+from torchdlrm.model.model_class import architecture_of, difference_from, record_of
+
+CONFIG = ModelConfig(embedding_dim=8, dense_arch_layer_sizes=(12, 8), over_arch_layer_sizes=(10, 6, 1))
+
+
+class SumDLRM(DLRM):
+    """Over arch on the sum of all vectors."""
+
+    def make_interaction(self, num_sparse_features, embedding_dim):  # noqa: ARG002
+        class Sum(torch.nn.Module):
+            def forward(self, dense_features, sparse_features):
+                return dense_features + sparse_features.sum(dim=1)
+
+        return Sum(), embedding_dim
+
+
+class WithoutTables(torch.nn.Module):
+    def __init__(self, **_):
+        super().__init__()
+
+
+def make_dlrm(**arguments):
+    return DLRM(**arguments)
+
+
+def make_nothing(**_):
+    return None
+
+
+def counted_flops(shape, rows):
+    model = EagerModel(shape, {f"f{i}": 3 for i in range(shape.num_sparse)})
+    ids = torch.zeros(shape.num_sparse * rows, dtype=torch.int64)
+    pooled = torch.rand(rows, shape.num_sparse, shape.config.embedding_dim)
+    with FlopCounterMode(display=False) as counter:
+        model.logits(torch.rand(rows, shape.num_dense), ids, torch.ones_like(ids), pooled)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("num_dense", "num_sparse"), [(13, 26), (5, 1), (0, 3)])
+def test_the_products_that_dot_names_are_those_that_run(num_dense, num_sparse):
+    shape = ModelShape(CONFIG, num_dense, num_sparse)
+    named = [(p.rows, p.inputs, p.outputs, p.has_weight) for p in shape.products]
+    assert named == [(p.rows, p.inputs, p.outputs, p.has_weight) for p in trace_products(shape)]
+    assert 2 * 7 * shape.multiply_adds == counted_flops(shape, rows=7)
+
+
+def test_a_model_class_names_the_products_that_run():
+    shape = ModelShape(CONFIG, 4, 3, architecture_of(SumDLRM))
+    assert [(p.inputs, p.outputs) for p in shape.products] == [(4, 12), (12, 8), (8, 10), (10, 6), (6, 1)]
+    assert 2 * 5 * shape.multiply_adds == counted_flops(shape, rows=5)
+
+
+def test_to_find_products_leaves_the_random_numbers_as_they_were(seed):
+    torch.manual_seed(seed)
+    expected = torch.rand(3)
+    torch.manual_seed(seed)
+    trace_products(ModelShape(CONFIG, 4, 3))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_no_model_class_is_the_dlrm_itself():
+    assert architecture_of(None) is DOT
+    assert record_of(DOT) is None
+
+
+def test_a_model_class_is_known_by_its_file_and_what_is_in_it(tmp_path, monkeypatch):
+    file = tmp_path / "my_models.py"
+    file.write_text("from torchdlrm.model.dlrm import DLRM\n\nclass Mine(DLRM):\n    pass\n")
+    mine = architecture_of(f"{file}:Mine")
+    assert record_of(mine).name == "my_models.py:Mine"
+    again = architecture_of(f"{file}:Mine")
+    assert difference_from(record_of(mine), again, "run") is None
+    assert "has changed since the run" in difference_from(
+        record_of(mine).model_copy(update={"sha256": "0" * 64}), again, "run"
+    )
+    assert "give `model_class` my_models.py:Mine" in difference_from(record_of(mine), DOT, "bundle")
+    assert "leave it out" in difference_from(None, mine, "bundle")
+    assert "got test_model_class.py:SumDLRM" in difference_from(record_of(mine), architecture_of(SumDLRM), "bundle")
+
+
+@pytest.mark.parametrize(
+    ("model_class", "message"),
+    [
+        ("my_models.py", "not of the form"),
+        ("nowhere.py:Mine", "cannot be imported"),
+        ("torchdlrm.nowhere:Mine", "cannot be imported"),
+        ("torchdlrm.model.dlrm:Nothing", "there is no Nothing in torchdlrm.model.dlrm"),
+        (lambda **_: None, "no class or function with a name"),
+        (7, "no class or function with a name"),
+    ],
+)
+def test_what_is_no_model_class_is_refused(model_class, message):
+    with pytest.raises(ConfigError, match=message):
+        architecture_of(model_class)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "message"), [(WithoutTables, "must hold the tables"), (make_nothing, "no torch.nn.Module")]
+)
+def test_what_a_model_class_makes_must_be_a_model(model_class, message):
+    shape = ModelShape(CONFIG, 4, 3, architecture_of(model_class))
+    with pytest.raises(ConfigError, match=message):
+        EagerModel(shape, {"a": 3, "b": 3, "c": 3})
+
+
+def test_a_function_may_make_the_model():
+    shape = ModelShape(CONFIG, 4, 3, architecture_of(make_dlrm))
+    assert shape.multiply_adds == ModelShape(CONFIG, 4, 3).multiply_adds
