@@ -38,7 +38,7 @@ def test_documented_commands_parse(command, monkeypatch):
     function, bound, _ = App.parse_args(app, tokens, print_error=False, exit_on_error=False)
     assert function.__module__.startswith("torchdlrm.cli.")
     if tokens[0] == "train":
-        from torchdlrm.cli.overrides import split_config
+        from torchdlrm.cli.options import split_config
 
         load_config(*split_config(bound.arguments["config"]))
 
