@@ -18,7 +18,7 @@ from starlette.routing import Route
 from torchdlrm import __version__
 from torchdlrm.errors import TorchDLRMError
 from torchdlrm.prediction.predictor import Predictor, Rows
-from torchdlrm.serving.batcher import Answer
+from torchdlrm.serving.batcher import Answer, PredictionRequest
 from torchdlrm.serving.bodies import read_body
 from torchdlrm.serving.exchange import IS_GONE
 from torchdlrm.serving.metrics import CONTENT_TYPE
@@ -151,14 +151,10 @@ class _Answers:
         started_s: float,
         timeout_us: int | None = None,
     ) -> Answer:
+        is_gone = request.scope.get(IS_GONE, lambda: False)
+        request_id = request.scope[REQUEST_ID]
         return await self._service.predict(
-            served,
-            rows,
-            num_bytes=num_bytes,
-            request_id=request.scope[REQUEST_ID],
-            started_s=started_s,
-            timeout_us=timeout_us,
-            is_gone=request.scope.get(IS_GONE, lambda: False),
+            PredictionRequest(served, rows, num_bytes, request_id, started_s, is_gone, timeout_us)
         )
 
 

@@ -33,6 +33,29 @@ _FEW_ROWS, _FEW_BYTES, _QUICK_S = 16, 16 << 10, 0.003
 
 
 @dataclass(frozen=True, slots=True)
+class PredictionRequest:
+    """Rows that a client sent.
+
+    Attributes:
+        model: predicts them; rows for different models never share a batch.
+        rows: B rows.
+        num_bytes: how many they came as, which tells how much work they are.
+        request_id: what the log calls the request.
+        started_s: when it came, by `time.perf_counter`.
+        is_gone: whether the client has closed the connection.
+        timeout_us: the client's own deadline, from `started_s`.
+    """
+
+    model: Predictor
+    rows: Rows
+    num_bytes: int
+    request_id: str
+    started_s: float
+    is_gone: Callable[[], bool]
+    timeout_us: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BatchReport:
     """What became of a batch of B rows.
 
@@ -70,13 +93,9 @@ class Answer:
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
-    model: Predictor
-    rows: Rows
+    request: PredictionRequest
     num_rows: int
-    num_bytes: int
-    request_id: str
     arrived_s: float
-    is_abandoned: Callable[[], bool]
     future: asyncio.Future[Answer]
     is_queued: bool = True
 
@@ -93,7 +112,7 @@ class _Batch:
 
     @property
     def is_small(self) -> bool:
-        return self.num_rows <= _FEW_ROWS and sum(part.num_bytes for part in self.parts) <= _FEW_BYTES
+        return self.num_rows <= _FEW_ROWS and sum(part.request.num_bytes for part in self.parts) <= _FEW_BYTES
 
 
 class Batcher:
@@ -163,7 +182,7 @@ class Batcher:
         if now_s - self._swept_s >= _SWEEP_INTERVAL_S:
             self._swept_s = now_s
             for waiting in self._waiting:
-                if waiting.is_queued and waiting.is_abandoned():
+                if waiting.is_queued and waiting.request.is_gone():
                     self._leave_queue(waiting)
                     _abandon(waiting)
         if self.queued_rows + num_rows > self._max_queue_rows:
@@ -171,25 +190,12 @@ class Batcher:
             msg = f"{self.queued_rows:,} rows are waiting and at most {self._max_queue_rows:,} may; ask again later"
             raise overloaded(msg, max(1, round(wait_s)))
 
-    async def submit(
-        self,
-        model: Predictor,
-        rows: Rows,
-        *,
-        num_bytes: int,
-        request_id: str,
-        deadline_s: float,
-        is_abandoned: Callable[[], bool],
-    ) -> Answer:
+    async def submit(self, request: PredictionRequest, deadline_s: float) -> Answer:
         """Wait for the probabilities of some rows.
 
         Args:
-            model: what predicts them; rows for different models never share a batch.
-            rows: B rows.
-            num_bytes: how many they came as, which tells how much work they are.
-            request_id: what the log calls the request.
-            deadline_s: when nobody wants them any more, by `time.perf_counter`.
-            is_abandoned: whether the client has gone.
+            request: what is asked.
+            deadline_s: when the answer is of no use any more, by `time.perf_counter`.
 
         Raises:
             RefusedRequest: the queue is full, or the deadline has passed.
@@ -197,14 +203,14 @@ class Batcher:
         """
         assert self._loop is not None, "start() comes first"
         now_s = time.perf_counter()
-        num_rows = len(rows)
+        num_rows = len(request.rows)
         if not num_rows:
             return Answer(np.empty(0, np.float32), queue_s=0.0, encode_s=0.0, model_s=0.0)
         if now_s >= deadline_s:
             raise too_late("the deadline passed before the rows were read; nothing was computed")
         self.check_room(num_rows)
         future: asyncio.Future[Answer] = self._loop.create_future()
-        waiting = _Waiting(model, rows, num_rows, num_bytes, request_id, now_s, is_abandoned, future)
+        waiting = _Waiting(request, num_rows, now_s, future)
         future.add_done_callback(partial(self._leave_queue, waiting))
         timer = self._loop.call_later(deadline_s - now_s, _expire, waiting)
         self._waiting.append(waiting)
@@ -214,7 +220,7 @@ class Batcher:
             return await future
         finally:
             timer.cancel()
-            del future, waiting, rows  # an error that is raised here knows this frame, and the future the error
+            del future, waiting, request  # an error that is raised here knows this frame, and the future the error
 
     def _leave_queue(self, waiting: _Waiting, _: object = None) -> None:
         if waiting.is_queued:
@@ -250,21 +256,19 @@ class Batcher:
         num_rows = 0
         while self._waiting:
             first = self._waiting[0]
-            if first.future.done() or first.is_abandoned():
+            if first.future.done() or first.request.is_gone():
                 self._waiting.popleft()
                 self._leave_queue(first)
                 _abandon(first)
                 continue
-            fits = (
-                num_rows + first.num_rows <= self._max_batch_rows and first.model is parts[0].model if parts else True
-            )
-            if not fits:
+            is_too_much = num_rows + first.num_rows > self._max_batch_rows
+            if parts and (is_too_much or first.request.model is not parts[0].request.model):
                 break
             self._waiting.popleft()
             self._leave_queue(first)
             parts.append(first)
             num_rows += first.num_rows
-        return _Batch(parts[0].model, parts, time.perf_counter()) if parts else None
+        return _Batch(parts[0].request.model, parts, time.perf_counter()) if parts else None
 
     def _finish(self, batch: _Batch, results: list[Answer | Exception], batch_s: float) -> None:
         """The model's thread has answered."""
@@ -324,7 +328,7 @@ class Batcher:
 
     def _predict(self, batch: _Batch) -> Iterator[Answer]:
         started_s = time.perf_counter()
-        requests = [part.rows for part in batch.parts]
+        requests = [part.request.rows for part in batch.parts]
         rows = batch.model.encode_requests(requests)
         encode_s = time.perf_counter() - started_s
         step = self._max_batch_rows
@@ -332,7 +336,7 @@ class Batcher:
         predictions = [batch.model.predict_undamaged(piece) for piece in pieces]
         model_s = time.perf_counter() - started_s - encode_s
         num_rows = [part.num_rows for part in batch.parts]
-        request_ids = [part.request_id for part in batch.parts]
+        request_ids = [part.request.request_id for part in batch.parts]
         self._listener(BatchReport(batch.model, requests, request_ids, num_rows, predictions, encode_s, model_s))
         probabilities = np.concatenate([piece.probabilities for piece in predictions])
         end = 0

@@ -20,9 +20,9 @@ import torch
 
 from torchdlrm.bundle import check_model_name
 from torchdlrm.errors import RowError, TorchDLRMError, shown
-from torchdlrm.prediction.predictor import Predictor, Rows
+from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.serving.access import ApiKeys
-from torchdlrm.serving.batcher import Answer, Batcher, BatchReport
+from torchdlrm.serving.batcher import Answer, Batcher, BatchReport, PredictionRequest
 from torchdlrm.serving.bodies import Uploads
 from torchdlrm.serving.bundles import Bundles
 from torchdlrm.serving.event_log import log_event, note_event
@@ -165,54 +165,28 @@ class Service:
             raise not_found(msg)
         return served
 
-    async def predict(
-        self,
-        served: Predictor,
-        rows: Rows,
-        *,
-        num_bytes: int,
-        request_id: str,
-        started_s: float,
-        timeout_us: int | None = None,
-        is_gone: Callable[[], bool] = lambda: False,
-    ) -> Answer:
+    async def predict(self, request: PredictionRequest) -> Answer:
         """The probabilities of rows.
-
-        Args:
-            served: what predicts them.
-            rows: B rows.
-            num_bytes: how many they came as.
-            request_id: for the log.
-            started_s: when the request came, by `time.perf_counter`.
-            timeout_us: the client's own deadline, from then.
-            is_gone: whether the client has closed the connection.
 
         Raises:
             RefusedRequest: a row is wrong, there is no time or room for the rows, or the bundle is damaged.
         """
-        if served is self._damaged:
+        if request.model is self._damaged:
             raise _damaged()
-        check_num_rows(len(rows), self.options.max_rows_per_request)
+        check_num_rows(len(request.rows), self.options.max_rows_per_request)
         limit_s = self.options.deadline_ms / 1e3
-        if timeout_us is not None:
-            limit_s = min(limit_s, timeout_us / 1e6)
-        self.metrics.stage_done("read", time.perf_counter() - started_s)
+        if request.timeout_us is not None:
+            limit_s = min(limit_s, request.timeout_us / 1e6)
+        self.metrics.stage_done("read", time.perf_counter() - request.started_s)
         try:
-            answer = await self.batcher.submit(
-                served,
-                rows,
-                num_bytes=num_bytes,
-                request_id=request_id,
-                deadline_s=started_s + limit_s,
-                is_abandoned=is_gone,
-            )
+            answer = await self.batcher.submit(request, request.started_s + limit_s)
         except RowError as error:
             raise bad_request(str(error)) from error
         except RefusedRequest:
             raise
         except Exception as error:
             # Of a bundle that is damaged any error may come.
-            if served.bundle.find_damage() is None:
+            if request.model.bundle.find_damage() is None:
                 raise
             self.is_damaged()
             raise _damaged() from error

@@ -15,7 +15,7 @@ import pytest
 
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.errors import RowError
-from torchdlrm.serving.batcher import Batcher
+from torchdlrm.serving.batcher import Batcher, PredictionRequest
 from torchdlrm.serving.refusals import RefusedRequest
 
 
@@ -74,16 +74,9 @@ def run(scenario, *, max_batch_rows=8, max_queue_rows=16, is_verified=False, qui
         await batcher.start()
 
         def ask(*values, model=model, seconds=5.0, is_gone=lambda: False, num_bytes=100):
-            return asyncio.ensure_future(
-                batcher.submit(
-                    model,
-                    rows(*values),
-                    num_bytes=num_bytes,
-                    request_id=str(values[0]),
-                    deadline_s=time.perf_counter() + seconds,
-                    is_abandoned=is_gone,
-                )
-            )
+            now_s = time.perf_counter()
+            request = PredictionRequest(model, rows(*values), num_bytes, str(values[0]), now_s, is_gone)
+            return asyncio.ensure_future(batcher.submit(request, now_s + seconds))
 
         async def hold():
             """Keep the model busy with row 0."""

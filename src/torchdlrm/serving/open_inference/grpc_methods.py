@@ -11,6 +11,7 @@ from typing import Any
 from torchdlrm import __version__
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.predictor import Rows
+from torchdlrm.serving.batcher import PredictionRequest
 from torchdlrm.serving.open_inference.columns import OUTPUT, Inputs, model_metadata, rows_of_tensors
 from torchdlrm.serving.open_inference.http import (
     EXTENSIONS,
@@ -83,14 +84,9 @@ async def _infer(service: Service, request: Any, call: Call) -> Any:
     max_rows = service.options.max_rows_per_request
     rows = await off_loop_if_large(lambda: _rows(request, served.schema, max_rows), call.num_bytes)
     remaining_s = call.context.time_remaining()
+    timeout_us = None if remaining_s is None else max(0, int(1e6 * remaining_s))
     predicted = await service.predict(
-        served,
-        rows,
-        num_bytes=call.num_bytes,
-        request_id=call.request_id,
-        started_s=started_s,
-        timeout_us=None if remaining_s is None else max(0, int(1e6 * remaining_s)),
-        is_gone=call.context.cancelled,
+        PredictionRequest(served, rows, call.num_bytes, call.request_id, started_s, call.context.cancelled, timeout_us)
     )
     response = CLASSES["ModelInferResponse"](model_name=service.name, model_version=served.version, id=request.id)
     output = response.outputs.add(name=OUTPUT, datatype="FP32", shape=[len(predicted.probabilities)])
