@@ -7,6 +7,7 @@ cleaned away: then the files are made again, and the counters begin at 0, as aft
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import prometheus_client.values
@@ -42,42 +43,24 @@ class ServerMetrics:
         self._served: tuple[str, str] | None = None
         self.registry = CollectorRegistry()
         self._queued_rows = queued_rows
-        self._requests = Counter("dlrm_requests", "Requests answered.", ["route", "code"], registry=self.registry)
-        self._rows = Counter("dlrm_rows", "Rows predicted.", registry=self.registry)
-        self._queue = Gauge(
-            "dlrm_queue_rows", "Rows that wait for the model.", registry=self.registry, multiprocess_mode="livesum"
-        )
-        self._batch_rows = Histogram(
-            "dlrm_batch_rows", "Rows that the model was given at once.", buckets=_ROWS, registry=self.registry
-        )
-        latency = Histogram(
-            "dlrm_latency_seconds",
-            "Time of a request: reading its body, in the queue, encoding its rows, the model, all in all.",
-            ["stage"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry, multiprocess_mode="livesum")
+        histogram = partial(Histogram, registry=self.registry)
+        about_unknown = "Values that the vocabulary of the feature does not have; of dlrm_rows_total in all."
+        about_stages = "Time of a request: reading its body, in the queue, encoding its rows, the model, all in all."
+        latency = histogram("dlrm_latency_seconds", about_stages, ["stage"], buckets=_SECONDS)
         self._latency = {stage: latency.labels(stage) for stage in STAGES}
-        self._unknown = Counter(
-            "dlrm_unknown_values",
-            "Values that the vocabulary of the feature does not have; of dlrm_rows_total in all.",
-            ["feature"],
-            registry=self.registry,
+        self._requests = counter("dlrm_requests", "Requests answered.", ["route", "code"])
+        self._rows = counter("dlrm_rows", "Rows predicted.")
+        self._queue = gauge("dlrm_queue_rows", "Rows that wait for the model.")
+        self._batch_rows = histogram("dlrm_batch_rows", "Rows that the model was given at once.", buckets=_ROWS)
+        self._unknown = counter("dlrm_unknown_values", about_unknown, ["feature"])
+        self._predictions = counter("dlrm_predictions_sum", "Sum of all predicted probabilities; of dlrm_rows_total.")
+        self._bundle = gauge(
+            "dlrm_bundle_workers", "Processes that serve this version of the model.", ["model", "version"]
         )
-        self._predictions = Counter(
-            "dlrm_predictions_sum", "Sum of all predicted probabilities; of dlrm_rows_total.", registry=self.registry
-        )
-        self._bundle = Gauge(
-            "dlrm_bundle_workers",
-            "Processes that serve this version of the model.",
-            ["model", "version"],
-            registry=self.registry,
-            multiprocess_mode="livesum",
-        )
-        self._swaps = Counter("dlrm_bundle_swaps", "Attempts to swap the bundle.", ["outcome"], registry=self.registry)
-        self._lost_rows = Counter(
-            "dlrm_log_dropped_rows", "Predicted rows that the log of predictions dropped.", registry=self.registry
-        )
+        self._swaps = counter("dlrm_bundle_swaps", "Attempts to swap the bundle.", ["outcome"])
+        self._lost_rows = counter("dlrm_log_dropped_rows", "Predicted rows that the log of predictions dropped.")
 
     def request_done(self, route: str, code: int, total_s: float) -> None:
         """A request was answered."""
