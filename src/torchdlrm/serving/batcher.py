@@ -65,6 +65,7 @@ class BatchReport:
         request_ids: of these; `num_rows` how many rows each has.
         predictions: of its parts, one after another.
         encode_s, model_s: how long it took to encode the rows and to predict.
+        time_us: when it was predicted, in microseconds since 1970.
     """
 
     model: Predictor
@@ -74,6 +75,7 @@ class BatchReport:
     predictions: Sequence[Predictions]
     encode_s: float
     model_s: float
+    time_us: int
 
     @property
     def total_rows(self) -> int:
@@ -337,7 +339,10 @@ class Batcher:
         model_s = time.perf_counter() - started_s - encode_s
         num_rows = [part.num_rows for part in batch.parts]
         request_ids = [part.request.request_id for part in batch.parts]
-        self._listener(BatchReport(batch.model, requests, request_ids, num_rows, predictions, encode_s, model_s))
+        time_us = time.time_ns() // 1000
+        self._listener(
+            BatchReport(batch.model, requests, request_ids, num_rows, predictions, encode_s, model_s, time_us)
+        )
         probabilities = np.concatenate([piece.probabilities for piece in predictions])
         end = 0
         for part in batch.parts:

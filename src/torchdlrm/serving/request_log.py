@@ -21,7 +21,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +42,6 @@ _FIRST_RETRY_S, _MAX_RETRY_S = 1.0, 30.0
 _SECONDS_BETWEEN_LINES = 60.0
 # What building columns and Parquet may raise: Polars' panics are no `Exception`.
 _ANY_FAILURE = (Exception, pl.exceptions.PanicException)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    report: BatchReport
-    time_us: int
 
 
 class RequestLog:
@@ -82,14 +75,14 @@ class RequestLog:
         except OSError as error:
             msg = f"`log_predictions` {folder}: cannot be written to: {error.strerror or error}"
             raise ConfigError(msg) from error
-        self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[BatchReport | None] = queue.SimpleQueue()
         self._waiting_rows = 0
         self._lock = threading.Lock()
         self._untold_rows = 0
         self._next_line_s: dict[str, float] = {}
         self._num_files = 0
         self._is_closing = threading.Event()
-        self._next: _Entry | None = None  # taken from the queue already
+        self._next: BatchReport | None = None  # taken from the queue already
         self._thread = threading.Thread(target=self._work, name="request log", daemon=True)
         self._thread.start()
 
@@ -101,14 +94,14 @@ class RequestLog:
             if has_room:
                 self._waiting_rows += num_rows
         if has_room:
-            self._entries.put(_Entry(report, time.time_ns() // 1000))
+            self._reports.put(report)
         else:
             self._drop(num_rows, "memory", f"{MAX_WAITING_ROWS:,} rows wait to be written, and no more are kept")
 
     def close(self) -> None:
         """Write what is waiting."""
         self._is_closing.set()
-        self._entries.put(None)
+        self._reports.put(None)
         self._thread.join()
         if self._untold_rows:
             self._tell("end", "the server stops")
@@ -121,18 +114,18 @@ class RequestLog:
         while True:
             group, is_end = self._next_group(oldest_s + self._file_s - time.monotonic() if kept else None)
             is_old = bool(kept) and time.monotonic() >= oldest_s + self._file_s
-            if kept and (is_old or is_end or (group and group[0].report.model.schema is not schema)):
+            if kept and (is_old or is_end or (group and group[0].model.schema is not schema)):
                 self._write(kept)
                 kept, kept_rows = [], 0
             if group:
                 if not kept:
                     oldest_s = time.monotonic()
-                schema = group[0].report.model.schema
+                schema = group[0].model.schema
                 try:
                     kept.append(_log_frame(group))
                     kept_rows += kept[-1].height
                 except _ANY_FAILURE as error:
-                    self._drop_waiting(sum(entry.report.total_rows for entry in group), "rows", repr(error))
+                    self._drop_waiting(sum(report.total_rows for report in group), "rows", repr(error))
                 del group  # while the thread waits, nothing keeps a bundle that was swapped away
             if kept and (is_end or kept_rows >= self._file_rows):
                 self._write(kept)
@@ -140,22 +133,22 @@ class RequestLog:
             if is_end:
                 return
 
-    def _next_group(self, timeout_s: float | None) -> tuple[list[_Entry], bool]:
+    def _next_group(self, timeout_s: float | None) -> tuple[list[BatchReport], bool]:
         """Batches of one model, none if none come in that time; and whether they are the last."""
-        group: list[_Entry] = []
+        group: list[BatchReport] = []
         num_rows = 0
         try:
             if self._next is None:
-                self._next = self._entries.get(timeout=None if timeout_s is None else max(0.0, timeout_s))
+                self._next = self._reports.get(timeout=None if timeout_s is None else max(0.0, timeout_s))
                 if self._next is not None:
                     self._is_closing.wait(_GATHER_S)
             while self._next is not None:
-                if group and (self._next.report.model is not group[0].report.model or num_rows >= _GATHER_ROWS):
+                if group and (self._next.model is not group[0].model or num_rows >= _GATHER_ROWS):
                     return group, False
                 group.append(self._next)
-                num_rows += self._next.report.total_rows
+                num_rows += self._next.total_rows
                 self._next = None
-                self._next = self._entries.get_nowait()
+                self._next = self._reports.get_nowait()
         except queue.Empty:
             return group, False
         return group, True
@@ -236,13 +229,13 @@ def check_loggable(schema: FeatureSchema) -> None:
         raise ConfigError(msg)
 
 
-def _log_frame(entries: Sequence[_Entry]) -> pl.DataFrame:
+def _log_frame(reports: Sequence[BatchReport]) -> pl.DataFrame:
     """The rows of some batches of one model."""
-    model, reports = entries[0].report.model, [entry.report for entry in entries]
+    model = reports[0].model
     schema = model.schema
     frame = model.parse_requests([request for report in reports for request in report.requests])
     columns = [written_cells(frame[column.name], column).alias(column.log_name) for column in schema.features]
-    times_us = pl.Series(np.repeat([entry.time_us for entry in entries], [report.total_rows for report in reports]))
+    times_us = pl.Series(np.repeat([report.time_us for report in reports], [report.total_rows for report in reports]))
     if schema.time is not None:
         columns.append(_as_time(times_us, schema.time))
     counts = np.concatenate([report.num_rows for report in reports])

@@ -94,7 +94,9 @@ def report(frame=FRAME, model=None):
     probabilities = np.linspace(0, 1, frame.height, dtype=np.float32)
     requests = [frame[:1], frame[1:]]
     counts = [part.height for part in requests]
-    return BatchReport(model or Model(), requests, ["a", "b"], counts, [Found(probabilities, {})], 0.0, 0.0)
+    return BatchReport(
+        model or Model(), requests, ["a", "b"], counts, [Found(probabilities, {})], 0.0, 0.0, time.time_ns() // 1000
+    )
 
 
 def test_what_was_logged_is_read_as_what_was_asked(tmp_path):
