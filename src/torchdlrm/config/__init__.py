@@ -1,5 +1,6 @@
 """Every setting of a run, from a TOML file and the command line to a checked `Config`."""
 
+from torchdlrm.config.optimizers import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, TableOptimizerName
 from torchdlrm.config.sections import (
     CheckpointConfig,
     Config,
@@ -11,7 +12,6 @@ from torchdlrm.config.sections import (
     ShardingConfig,
     StopConfig,
     TableOptimizerConfig,
-    TableOptimizerName,
     TrainConfig,
     ValidationConfig,
     setting_values,
@@ -20,6 +20,8 @@ from torchdlrm.config.sections import (
 from torchdlrm.config.text import config_toml, configuration_markdown, find_config, load_config, shipped_config_names
 
 __all__ = [
+    "DENSE_OPTIMIZERS",
+    "TABLE_OPTIMIZERS",
     "CheckpointConfig",
     "Config",
     "DenseOptimizerConfig",

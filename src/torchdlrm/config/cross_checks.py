@@ -1,7 +1,6 @@
 """What no single key of a config can see."""
 
-from collections.abc import Mapping
-
+from torchdlrm.config.optimizers import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS
 from torchdlrm.config.sections import Config, ScheduleConfig
 
 
@@ -35,31 +34,20 @@ def _schedule_problems(schedule: ScheduleConfig) -> list[str]:
     return found
 
 
-# Which optimizers read a setting that not all of them have.
-_ADAM_KINDS = ("adam", "partial_rowwise_adam", "lamb", "partial_rowwise_lamb", "adamw")
-_READERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "table_optimizer": {
-        "beta1": _ADAM_KINDS,
-        "beta2": _ADAM_KINDS,
-        "weight_decay": ("rowwise_adagrad", *_ADAM_KINDS),
-        "initial_accumulator": ("rowwise_adagrad", "adagrad"),
-    },
-    "dense_optimizer": {
-        "beta1": _ADAM_KINDS,
-        "beta2": _ADAM_KINDS,
-        "momentum": ("sgd",),
-        "initial_accumulator": ("adagrad",),
-    },
-}
+# Settings that are refused where the chosen optimizer does not read them. Not `eps`, which all but sgd read, so that a
+# file that sets it may change to sgd and back.
+_REFUSED_IF_UNREAD = ("beta1", "beta2", "momentum", "weight_decay", "initial_accumulator")
 
 
 def _unread_settings(config: Config) -> list[str]:
-    """Knobs that were changed although the chosen optimizer has no such thing."""
+    """Settings that were changed although the chosen optimizer does not read them."""
     found = []
-    for section, readers in _READERS.items():
-        chosen = getattr(config, section)
-        for leaf, names in readers.items():
+    for section, chosen, read in (
+        ("table_optimizer", config.table_optimizer, TABLE_OPTIMIZERS[config.table_optimizer.name].settings),
+        ("dense_optimizer", config.dense_optimizer, DENSE_OPTIMIZERS[config.dense_optimizer.name].settings),
+    ):
+        for leaf, field in type(chosen).model_fields.items():
             value = getattr(chosen, leaf)
-            if chosen.name not in names and value != type(chosen).model_fields[leaf].default:
+            if leaf in _REFUSED_IF_UNREAD and leaf not in read and value != field.default:
                 found.append(f"{section}.{leaf}: {section}.name = {chosen.name} has no such thing, got {value!r}")
     return found

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+from torchdlrm.config.optimizers import DenseOptimizerName, TableOptimizerName
 from torchdlrm.units import Size
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -13,9 +14,6 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-TableOptimizerName = Literal[
-    "rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb", "partial_rowwise_lamb"
-]
 
 
 class _Section(BaseModel):
@@ -85,7 +83,7 @@ class TableOptimizerConfig(_Section):
 class DenseOptimizerConfig(_Section):
     """The optimizer of the dense and over arch."""
 
-    name: Literal["adagrad", "sgd", "adamw"] = Field("adagrad", description="torch.optim's name for it")
+    name: DenseOptimizerName = Field("adagrad", description="torch.optim's name for it")
     learning_rate: PositiveFloat = Field(0.01, description="base learning rate")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the accumulated squares (not for sgd)")
     beta1: Fraction = Field(0.9, description="of the gradients' running mean, in adamw")

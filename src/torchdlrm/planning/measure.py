@@ -16,7 +16,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice
 from torch import distributed as dist
 from torch import nn
 
-from torchdlrm.config import Config
+from torchdlrm.config import DENSE_OPTIMIZERS, Config
 from torchdlrm.errors import PlanError
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.eager import EagerModel
@@ -190,9 +190,8 @@ def _time_dense(shape: ModelShape, config: Config, rows: int, device: torch.devi
     num_sparse = shape.num_sparse
     model = EagerModel(shape, {f"feature_{i}": 1 for i in range(num_sparse)}, device)
     parameters = list(model.module.train().parameters())
-    optimizer = {"adagrad": torch.optim.Adagrad, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[
-        config.dense_optimizer.name
-    ](parameters, lr=1e-3, foreach=True)
+    kind = getattr(torch.optim, DENSE_OPTIMIZERS[config.dense_optimizer.name].torch_name)
+    optimizer: torch.optim.Optimizer = kind(parameters, lr=1e-3, foreach=True)
     dense_rows = torch.rand(rows, shape.num_dense, device=device)
     ids = torch.zeros(num_sparse * rows, dtype=torch.int32, device=device)
     sparse_BFD = torch.rand(rows, num_sparse, shape.config.embedding_dim, device=device, requires_grad=True)

@@ -4,31 +4,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torchdlrm.config import TABLE_OPTIMIZERS
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.constraints import COLUMN_WISE, TABLE_WISE
 from torchdlrm.sharding.problem import Problem, Solution, try_solve
-from torchdlrm.sharding.tables import Optimizer, cap_embeddings
+from torchdlrm.sharding.tables import cap_embeddings
 from torchdlrm.units import show_bytes
 
 _CACHE_FRACTIONS = (0.2, 0.1, 0.05)
 _CAP_FRACTIONS = (0.98, 0.93, 0.85, 0.7, 0.5)
-# What saves memory in place of an optimizer, the most similar first, and what it costs.
-_LEANER: Mapping[Optimizer, tuple[Optimizer, ...]] = {
-    "adam": ("partial_rowwise_adam", "adagrad", "rowwise_adagrad", "sgd"),
-    "lamb": ("partial_rowwise_lamb", "adagrad", "rowwise_adagrad", "sgd"),
-    "partial_rowwise_adam": ("rowwise_adagrad", "sgd"),
-    "partial_rowwise_lamb": ("rowwise_adagrad", "sgd"),
-    "adagrad": ("rowwise_adagrad", "sgd"),
-    "rowwise_adagrad": ("sgd",),
-    "sgd": (),
-}
-_PRICES_OF_LEANER = {
-    "partial_rowwise_adam": "one squared mean for a row in place of one for each value",
-    "partial_rowwise_lamb": "one squared mean for a row in place of one for each value",
-    "adagrad": "half of Adam's state; no momentum",
-    "rowwise_adagrad": "one learning rate for a row instead of one for each value; usually as accurate for tables",
-    "sgd": "no state; rare ids learn slowly, so expect a lower AUC or a longer training",
-}
 
 
 @dataclass(frozen=True)
@@ -199,14 +183,14 @@ def _by_columns(problem: Problem) -> Remedy | None:
 
 
 def _leaner_optimizer(problem: Problem) -> Remedy | None:
-    for optimizer in _LEANER[problem.options.optimizer]:
-        solution = try_solve(problem.with_options(optimizer=optimizer))
+    for leaner in TABLE_OPTIMIZERS[problem.options.optimizer].leaner():
+        solution = try_solve(problem.with_options(optimizer=leaner.name))
         if solution is not None:
             saved = problem.table_bytes - solution.problem.table_bytes
             return Remedy(
-                f"{optimizer} in place of {problem.options.optimizer}",
-                {"optimizer": optimizer},
-                f"{show_bytes(saved)} less; {_PRICES_OF_LEANER[optimizer]}",
+                f"{leaner.name} in place of {problem.options.optimizer}",
+                {"optimizer": leaner.name},
+                f"{show_bytes(saved)} less; {leaner.trade}",
                 solution,
             )
     return None

@@ -8,9 +8,10 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torchdlrm.config import TABLE_OPTIMIZERS
 from torchdlrm.errors import PlanError
 from torchdlrm.model import table_name
-from torchdlrm.sharding.tables import ROWWISE_OPTIMIZERS, Optimizer, Table
+from torchdlrm.sharding.tables import Optimizer, Table
 
 TABLE_WISE, COLUMN_WISE, ROW_WISE = "table_wise", "column_wise", "row_wise"
 TABLE_ROW_WISE, GRID_SHARD = "table_row_wise", "grid_shard"
@@ -160,9 +161,10 @@ def _free(
         max(4, min(_MIN_SHARD_COLUMNS, table.dim // 2 // 4 * 4)) if asked & {COLUMN_WISE, GRID_SHARD} else None
     )
     cut = _is_cut(table.dim, min_columns or _MIN_SHARD_COLUMNS)
+    has_state_per_row = TABLE_OPTIMIZERS[optimizer].state_per_row > 0
     pointless = {
-        COLUMN_WISE: num_devices == 1 or not cut or (optimizer in ROWWISE_OPTIMIZERS and not asked),
-        GRID_SHARD: num_hosts == 1 or not cut or (optimizer in ROWWISE_OPTIMIZERS and not asked),
+        COLUMN_WISE: num_devices == 1 or not cut or (has_state_per_row and not asked),
+        GRID_SHARD: num_hosts == 1 or not cut or (has_state_per_row and not asked),
         TABLE_ROW_WISE: num_hosts == 1,
         ROW_WISE: num_devices == 1,
     }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torchdlrm.config import TableOptimizerName
+from torchdlrm.config import TABLE_OPTIMIZERS, TableOptimizerName
 from torchdlrm.errors import PlanError
 from torchdlrm.model import table_name
 
@@ -20,19 +20,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 BYTES_PER_VALUE: Mapping[Precision, int] = {"float32": 4, "float16": 2}
 
 Optimizer = TableOptimizerName
-OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
-# float32 values of state, whatever the precision of the weights: FBGEMM keeps them so.
-_STATE_VALUES_PER_WEIGHT: Mapping[Optimizer, int] = {
-    "sgd": 0,
-    "rowwise_adagrad": 0,
-    "adagrad": 1,
-    "partial_rowwise_adam": 1,
-    "partial_rowwise_lamb": 1,
-    "adam": 2,
-    "lamb": 2,
-}
-# These keep one value for each row of a shard, so a table that is cut by columns learns a little differently.
-ROWWISE_OPTIMIZERS = frozenset[Optimizer]({"rowwise_adagrad", "partial_rowwise_adam", "partial_rowwise_lamb"})
+OPTIMIZERS = tuple(TABLE_OPTIMIZERS)
 
 # Sizes by column: the logs' vocabularies, as facebookresearch/dlrm and MLPerf publish them.
 _KAGGLE_ROWS = (
@@ -93,8 +81,8 @@ def state_bytes(rows: int, columns: int, optimizer: Optimizer) -> int:
         columns: of the shard.
         optimizer: of the tables.
     """
-    values = rows * columns * _STATE_VALUES_PER_WEIGHT[optimizer]
-    return 4 * (values + (rows if optimizer in ROWWISE_OPTIMIZERS else 0))
+    record = TABLE_OPTIMIZERS[optimizer]
+    return 4 * rows * (columns * record.state_per_weight + record.state_per_row)
 
 
 def feature_tables(num_embeddings: Mapping[str, int], dim: int) -> list[Table]:

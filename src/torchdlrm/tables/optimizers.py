@@ -11,10 +11,11 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import nn
 
-from torchdlrm.config import TableOptimizerConfig, TableOptimizerName
+from torchdlrm.config import TABLE_OPTIMIZERS, TableOptimizerConfig, TableOptimizerName
 from torchdlrm.errors import ConfigError
 
-_TABLE_OPTIMIZERS: Mapping[TableOptimizerName, EmbOptimType] = {
+# LARS, which FBGEMM has too, cannot be saved: it gives TorchRec no state by name.
+_FBGEMM_NAMES: Mapping[TableOptimizerName, EmbOptimType] = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
     "sgd": EmbOptimType.EXACT_SGD,
@@ -23,8 +24,6 @@ _TABLE_OPTIMIZERS: Mapping[TableOptimizerName, EmbOptimType] = {
     "lamb": EmbOptimType.LAMB,
     "partial_rowwise_lamb": EmbOptimType.PARTIAL_ROWWISE_LAMB,
 }
-# FBGEMM 1.8 asserts this. LARS, which it has too, cannot be saved: it gives TorchRec no state by name.
-ON_CPU: tuple[TableOptimizerName, ...] = ("rowwise_adagrad", "adagrad", "sgd")
 
 
 def check_table_optimizer(config: TableOptimizerConfig, device: torch.device) -> None:
@@ -36,11 +35,11 @@ def check_table_optimizer(config: TableOptimizerConfig, device: torch.device) ->
     if device.type != "cpu":
         return
     problems = []
-    if config.name not in ON_CPU:
-        problems.append(
-            f"table_optimizer.name: FBGEMM has {config.name} for GPUs alone; on CPU choose one of {', '.join(ON_CPU)}"
-        )
-    if config.weight_decay:
+    record = TABLE_OPTIMIZERS[config.name]
+    if not record.on_cpu:
+        others = ", ".join(other.name for other in TABLE_OPTIMIZERS.values() if other.on_cpu)
+        problems.append(f"table_optimizer.name: FBGEMM has {config.name} for GPUs alone; on CPU choose one of {others}")
+    if config.weight_decay and not record.decays_on_cpu:
         # The CPU kernel takes the argument and ignores it.
         problems.append(
             f"table_optimizer.weight_decay: FBGEMM's CPU kernels have none, got {config.weight_decay}; leave it at 0 "
@@ -53,14 +52,14 @@ def check_table_optimizer(config: TableOptimizerConfig, device: torch.device) ->
 def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
     """What FBGEMM's tables need to know to update themselves during the backward."""
     params: dict[str, Any] = {
-        "optimizer": _TABLE_OPTIMIZERS[config.name],
+        "optimizer": _FBGEMM_NAMES[config.name],
         "learning_rate": config.learning_rate,
     }
-    if config.name != "sgd":
-        params["eps"] = config.eps
-    if config.name.endswith(("adam", "lamb")):
-        params |= {"beta1": config.beta1, "beta2": config.beta2, "weight_decay": config.weight_decay}
-    elif config.weight_decay:  # the kinds of adam and lamb have no other mode than decoupled
+    record = TABLE_OPTIMIZERS[config.name]
+    params |= {name: getattr(config, name) for name in ("eps", "beta1", "beta2") if name in record.settings}
+    if record.momentum:
+        params["weight_decay"] = config.weight_decay  # decoupled: these have no other mode
+    elif config.weight_decay:
         params |= {"weight_decay": config.weight_decay, "weight_decay_mode": WeightDecayMode.DECOUPLE}
     return params
 

@@ -1,0 +1,77 @@
+"""What is said of each optimizer, against what it is said for."""
+
+import inspect
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from torchdlrm.config import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, Config, TableOptimizerName
+from torchdlrm.config.optimizers import DenseOptimizerName
+from torchdlrm.tables.optimizers import fused_params
+
+TRAINING = Path(__file__).parents[2] / "docs" / "training.md"
+
+
+def test_every_name_has_a_record_of_that_name():
+    assert tuple(TABLE_OPTIMIZERS) == get_args(TableOptimizerName)
+    assert set(DENSE_OPTIMIZERS) == set(get_args(DenseOptimizerName))
+    assert all(record.name == name for name, record in {**TABLE_OPTIMIZERS, **DENSE_OPTIMIZERS}.items())
+
+
+def test_every_setting_that_is_read_is_a_setting():
+    for records, section in ((TABLE_OPTIMIZERS, "table_optimizer"), (DENSE_OPTIMIZERS, "dense_optimizer")):
+        known = Config.model_fields[section].annotation.model_fields
+        assert {name for record in records.values() for name in record.settings} <= set(known)
+
+
+@pytest.mark.parametrize("record", DENSE_OPTIMIZERS.values(), ids=list(DENSE_OPTIMIZERS))
+def test_what_a_dense_optimizer_reads_is_what_torch_has_for_it(record):
+    parameters = inspect.signature(getattr(torch.optim, record.torch_name)).parameters
+    in_torch = {"betas": {"beta1", "beta2"}, "initial_accumulator_value": {"initial_accumulator"}}
+    known = set().union(*(in_torch.get(name, {name}) for name in parameters))
+    ours = {"eps", "beta1", "beta2", "momentum", "weight_decay", "initial_accumulator"}
+    assert record.settings == known & ours
+
+
+@pytest.mark.parametrize("record", TABLE_OPTIMIZERS.values(), ids=list(TABLE_OPTIMIZERS))
+def test_tables_are_given_the_settings_that_their_optimizer_reads(record):
+    values = {"eps": 0.5, "beta1": 0.25, "beta2": 0.75, "weight_decay": 0.125}
+    told = {name: value for name, value in values.items() if name in record.settings}
+    params = fused_params(Config().table_optimizer.model_copy(update={"name": record.name, **told}))
+    assert {name: params[name] for name in values if name in params} == told
+    assert params["learning_rate"] == Config().table_optimizer.learning_rate
+
+
+def test_leaner_optimizers_are_proposed_from_the_most_state_to_the_least():
+    assert {name: [other.name for other in record.leaner()] for name, record in TABLE_OPTIMIZERS.items()} == {
+        "adam": ["partial_rowwise_adam", "adagrad", "rowwise_adagrad", "sgd"],
+        "lamb": ["partial_rowwise_lamb", "adagrad", "rowwise_adagrad", "sgd"],
+        "partial_rowwise_adam": ["rowwise_adagrad", "sgd"],
+        "partial_rowwise_lamb": ["rowwise_adagrad", "sgd"],
+        "adagrad": ["rowwise_adagrad", "sgd"],
+        "rowwise_adagrad": ["sgd"],
+        "sgd": [],
+    }
+    assert all(other.trade for record in TABLE_OPTIMIZERS.values() for other in record.leaner())
+
+
+def test_the_table_of_docs_training_is_that_of_the_records():
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in TRAINING.read_text().splitlines()]
+    first = next(i for i, row in enumerate(rows) if row[0] == "`table_optimizer.name`")
+    states = {"none": (0, 0), "a value a row": (0, 1), "a value a weight": (1, 0), "two values a weight": (2, 0)}
+    states["a value a weight and one a row"] = (1, 1)
+    found = {}
+    for names, on_cpu, _, state, decay, accumulator in rows[first + 2 : first + 7]:
+        for name in names.split(", "):
+            found[name.strip("`")] = (on_cpu == "yes", states[state], decay == "GPU", accumulator == "yes")
+    assert found == {
+        name: (
+            record.on_cpu,
+            (record.state_per_weight, record.state_per_row),
+            "weight_decay" in record.settings,
+            "initial_accumulator" in record.settings,
+        )
+        for name, record in TABLE_OPTIMIZERS.items()
+    }
