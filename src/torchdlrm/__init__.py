@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torchdlrm.model.dlrm import DLRM, DLRMTrain
     from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
     from torchdlrm.training.job import train
+    from torchdlrm.training.log import Callback, TrainingHistory
     from torchdlrm.training.run import Run
 
 __version__ = "0.1.0"
@@ -33,12 +34,14 @@ _HOMES = {
     "torchdlrm.features.schema": ("FeatureSchema", "criteo_schema", "load_schema"),
     "torchdlrm.training.run": ("Run",),
     "torchdlrm.training.job": ("train",),
+    "torchdlrm.training.log": ("Callback", "TrainingHistory"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "DLRM",
     "BinaryMetrics",
+    "Callback",
     "Config",
     "DLRMTrain",
     "Dataset",
@@ -46,6 +49,7 @@ __all__ = [
     "Loader",
     "PreprocessOptions",
     "Run",
+    "TrainingHistory",
     "binary_metrics",
     "criteo_schema",
     "evaluate",

@@ -45,12 +45,11 @@ def evaluate(
 
     trained = Run.open(run)
     trained.shape(trained.open_dataset(dataset), model_class)
-    splits = split.split("+")
     processes = Processes(nproc_per_node)
     if processes.crowding:
         warn(f"--nproc-per-node {nproc_per_node}: {processes.crowding}")
     result: dict[str, Any] = launch(
-        work, run, dataset, splits, checkpoint, batch_size_global, model_class, processes=processes
+        work, run, dataset, split, checkpoint, batch_size_global, model_class, processes=processes
     )
     try:
         trained.write_evaluation(result["split"], result)
@@ -69,24 +68,17 @@ def evaluate(
 
 
 def work(
-    run: Path, dataset: Path | None, splits: list[str], checkpoint: str, batch_size_global: int, model_class: str | None
+    run: Path, dataset: Path | None, split: str, checkpoint: str, batch_size_global: int, model_class: str | None
 ) -> dict[str, Any] | None:
     """What every process of an evaluation does; only the first one draws."""
     from torchdlrm.evaluation.evaluate import evaluate as evaluate_run
-    from torchdlrm.training.process_group import join_process_group
-    from torchdlrm.training.run import Run
 
-    trained = Run.open(run)
     draws = os.environ.get("RANK", "0") == "0"
-    with (
-        progress_bars("") if draws else nullcontext(SILENT) as progress,
-        join_process_group() as ranks,
-    ):
+    with progress_bars("") if draws else nullcontext(SILENT) as progress:
         return evaluate_run(
-            trained,
-            trained.open_dataset(dataset),
-            splits,
-            ranks,
+            run,
+            dataset,
+            split,
             model_class=model_class,
             checkpoint=checkpoint,
             batch_size_global=batch_size_global,

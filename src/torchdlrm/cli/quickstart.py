@@ -77,7 +77,7 @@ def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
         warn(f"--nproc-per-node {nproc_per_node}: {processes.crowding}")
     summary = launch(train.work, settings, dataset.path, run, processes=processes)
     console.print("4/5 evaluate: every held-out row once")
-    result = launch(evaluate.work, run, None, ["val", "test"], "best", 8192, processes=Processes())
+    result = launch(evaluate.work, run, None, "val+test", "best", 8192, processes=Processes())
     Run.open(run).write_evaluation(result["split"], result)
     console.print("5/5 compare: a logistic regression on the same rows")
     baseline = fit_logistic_regression(dataset, ["val", "test"])

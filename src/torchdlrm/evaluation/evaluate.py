@@ -1,6 +1,6 @@
 """A trained run and a split -> exact metrics over every row of it, each once."""
 
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torchdlrm.data.dataset import Dataset
@@ -10,16 +10,15 @@ from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.checkpoint import find_checkpoint
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.predictions import measure
-from torchdlrm.training.process_group import Ranks
+from torchdlrm.training.process_group import join_process_group
 from torchdlrm.training.run import Run
 from torchdlrm.training.sharded import build_sharded_model
 
 
 def evaluate(
-    run: Run,
-    dataset: Dataset,
-    splits: Sequence[str],
-    ranks: Ranks,
+    run: Run | str | Path,
+    dataset: Dataset | str | Path | None = None,
+    split: str = "test",
     *,
     model_class: ModelClass | None = None,
     checkpoint: str = "best",
@@ -28,15 +27,17 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Metrics of a run's weights over the rows of one split, or of several together.
 
+    Works in this process and all others that torch's launcher has started with it. A process group that exists is used;
+    where there is none, one is joined and left again. Process-wide settings are afterwards what they were.
+
     Args:
-        run: trained before, on any number of ranks.
-        dataset: what it was trained on.
-        splits: names of splits; their rows are judged together.
-        ranks: the processes that share the work.
+        run: a run or its folder; trained on any number of ranks.
+        dataset: what it was trained on, or its folder; None where it is still where it was.
+        split: `train`, `val` or `test`; several joined by + are judged together, as in `val+test`.
         model_class: that the run was trained with, where it was a class of somebody's own.
         checkpoint: `best` of the val split (the last where nothing was validated), `last`, or a step.
         batch_size_global: rows per forward pass over all ranks; does not change the result.
-        progress: is told of the rows done.
+        progress: is told of the rows done on rank 0.
 
     Returns:
         On rank 0 `split`, `step`, `checkpoint` (`best`, `last` or `step`: what it was chosen for), `rows`, `auc`,
@@ -44,30 +45,36 @@ def evaluate(
         None.
 
     Raises:
-        RunError: the run has no such checkpoint, it is damaged, or the run is of another model class.
-        DatasetError: a split is not there or is empty.
+        RunError: there is no such run, it was trained on another dataset or is of another model class, or the checkpoint
+            is missing or damaged.
+        DatasetError: the dataset or a split is not there, or is empty.
+        PlanError: the tables do not fit the machine.
     """
-    model = build_sharded_model(
-        run.config,
-        run.shape(dataset, model_class),
-        num_embeddings=dataset.num_embeddings,
-        dense_sample=None,
-        ranks=ranks,
-    ).module
-    chosen = find_checkpoint(run.checkpoints, checkpoint)
-    Checkpointer(run.checkpoints, model, None, ranks).load(chosen.step)
-    loaders = [
-        Loader(
-            dataset,
-            split,
-            batch_size_global=batch_size_global,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            pin_memory=ranks.device.type == "cuda",
-        )
-        for split in splits
-    ]
-    progress.start_phase("evaluate", sum(loader.rows for loader in loaders))
-    metrics = measure(model, loaders, ranks, progress)
-    about = {"split": "+".join(splits), "step": chosen.step, "checkpoint": chosen.kind}
+    trained = run if isinstance(run, Run) else Run.open(Path(run))
+    encoded = trained.open_dataset(dataset)
+    with join_process_group() as ranks:
+        model = build_sharded_model(
+            trained.config,
+            trained.shape(encoded, model_class),
+            num_embeddings=encoded.num_embeddings,
+            dense_sample=None,
+            ranks=ranks,
+        ).module
+        chosen = find_checkpoint(trained.checkpoints, checkpoint)
+        Checkpointer(trained.checkpoints, model, None, ranks).load(chosen.step)
+        loaders = [
+            Loader(
+                encoded,
+                name,
+                batch_size_global=batch_size_global,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                pin_memory=ranks.device.type == "cuda",
+            )
+            for name in split.split("+")
+        ]
+        listener = progress if ranks.is_first else SILENT
+        listener.start_phase("evaluate", sum(loader.rows for loader in loaders))
+        metrics = measure(model, loaders, ranks, listener)
+    about = {"split": split, "step": chosen.step, "checkpoint": chosen.kind}
     return None if metrics is None else about | metrics.as_json()

@@ -231,18 +231,22 @@ class Run:
             raise RunError("\n  ".join([*lines, remedy]))
         return changes
 
-    def open_dataset(self, path: Path | None = None) -> Dataset:
-        """The dataset that the run was trained on, found where it was then or at `path`.
+    def open_dataset(self, dataset: Dataset | str | Path | None = None) -> Dataset:
+        """The dataset that the run was trained on.
+
+        Args:
+            dataset: it or its folder; None where it is still where it was.
 
         Raises:
-            DatasetError: `path` is no dataset.
+            DatasetError: there is no dataset in the folder.
             RunError: it has moved, or another dataset is there.
         """
         trained_on = self.environment["dataset"]
-        if path is None and not Path(trained_on["path"]).is_dir():
+        if dataset is None and not Path(trained_on["path"]).is_dir():
             msg = f"{self.path}: its dataset is not at {trained_on['path']} any more; say with `dataset` where it is"
             raise RunError(msg)
-        dataset = Dataset.open(path or Path(trained_on["path"]))
+        if not isinstance(dataset, Dataset):
+            dataset = Dataset.open(Path(dataset or trained_on["path"]))
         if manifest_sha256(dataset) != trained_on["manifest_sha256"]:
             msg = (
                 f"{dataset.path}: not the dataset that {self.path} was trained on (its dataset.json differs), so the "

@@ -1,0 +1,135 @@
+"""Training and evaluation as functions: what callbacks and callers are told, and what a call leaves behind."""
+
+import json
+import logging
+import os
+import signal
+import threading
+import warnings
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from torchdlrm import Callback, evaluate, load_config, train
+from torchdlrm.training.checkpoint import find_damage
+
+SMALL = {
+    "model.embedding_dim": "8",
+    "model.dense_arch_layer_sizes": "[16, 8]",
+    "model.over_arch_layer_sizes": "[16, 1]",
+    "train.batch_size_global": "512",
+    "logging.every_steps": "2",
+    "logging.tensorboard": "false",
+}
+
+
+def small(**more):
+    return load_config(None, SMALL | {name.replace("__", "."): str(value) for name, value in more.items()})
+
+
+class Listing(Callback):
+    def __init__(self):
+        self.logged, self.validated, self.saved, self.ends = [], [], [], []
+
+    def on_log(self, step, metrics):
+        self.logged.append((step, dict(metrics)))
+
+    def on_validation(self, step, metrics):
+        self.validated.append((step, dict(metrics)))
+
+    def on_checkpoint(self, step, path):
+        self.saved.append((step, path.name, find_damage(path)))
+
+    def on_end(self, outcome):
+        self.ends.append(outcome)
+
+
+def lines(run, *splits):
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["split"] in splits]
+
+
+def without_time(line):
+    return {key: value for key, value in line.items() if key not in {"time", "split", "step"}}
+
+
+def test_a_callback_is_told_what_metrics_jsonl_has_and_every_checkpoint_when_it_is_complete(small_dataset, tmp_path):
+    listing = Listing()
+    config = small(train__max_steps=6, validation__every_steps=3, checkpoint__every_steps=2)
+    history = train(config, small_dataset, tmp_path / "run", callbacks=[listing])
+    for told, split in ((listing.logged, "train"), (listing.validated, "val")):
+        written = lines(tmp_path / "run", split)
+        assert told == [(line["step"], without_time(line)) for line in written]
+    assert [step for step, _ in listing.logged] == [2, 4, 6]
+    assert [step for step, _ in listing.validated] == [3, 6]
+    assert [name for _, name, _ in listing.saved] == [f"step-{step:08d}" for step, _, _ in listing.saved]
+    assert {2, 4, 6} <= {step for step, _, _ in listing.saved}
+    assert [damage for _, _, damage in listing.saved if damage is not None] == []
+    assert listing.ends == ["finished"]
+    assert history.summary.step == 6
+    assert history.series("val", "auc") == [(step, metrics["auc"]) for step, metrics in listing.validated]
+
+
+def test_the_history_of_a_resumed_run_begins_with_the_run(small_dataset, tmp_path):
+    for max_steps in (2, 4):
+        history = train(small(train__max_steps=max_steps), small_dataset.path, tmp_path / "run")
+    assert history.summary.resumed_from_step == 2
+    assert [step for step, _ in history.series("train", "loss")] == [2, 4]
+    assert history.metrics == lines(tmp_path / "run", "train", "val")
+
+
+def test_what_a_callback_raises_ends_the_training_and_all_are_told(small_dataset, tmp_path):
+    class Breaking(Callback):
+        def on_log(self, step, metrics):  # noqa: ARG002
+            msg = "of a callback"
+            raise ZeroDivisionError(msg)
+
+    before, after = Listing(), Listing()
+    with pytest.raises(ZeroDivisionError, match="of a callback"):
+        train(small(), small_dataset, tmp_path / "run", callbacks=[before, Breaking(), after])
+    assert (before.ends, after.ends) == (["failed"], ["failed"])
+    assert (len(before.logged), len(after.logged)) == (1, 0)
+
+
+def process_wide():
+    """What a library shares with whoever calls it."""
+    return {
+        "threads": torch.get_num_threads(),
+        "random numbers": torch.get_rng_state().tolist(),
+        "matrix precision": torch.get_float32_matmul_precision(),
+        "filters": list(warnings.filters),
+        "levels": {name: logging.getLogger(name).level for name in LOGGERS},
+        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+        "excepthook": threading.excepthook,
+        "environment": dict(os.environ),
+        "has a group": dist.is_initialized(),
+    }
+
+
+LOGGERS = ("torchrec.distributed.planner.types", "torch.fx._symbolic_trace", "torch.distributed.elastic")
+
+
+def test_training_and_evaluation_work_twice_and_leave_the_process_as_it_was(small_dataset, tmp_path):
+    torch.manual_seed(7)
+    before = process_wide()
+    for name in ("first", "second"):
+        config = small(train__max_steps=3, train__num_threads=1, logging__tensorboard="true")
+        assert train(config, str(small_dataset.path), str(tmp_path / name)).summary.step == 3
+        found = evaluate(tmp_path / name, split="val+test")
+        assert (found["split"], found["step"]) == ("val+test", 3)
+        assert found["rows"] == small_dataset.splits["val"].rows + small_dataset.splits["test"].rows
+    assert process_wide() == before
+    assert evaluate(tmp_path / "first", small_dataset, "val") == evaluate(tmp_path / "second", split="val")
+
+
+def test_a_process_group_that_exists_is_used_and_left_as_it_is(small_dataset, tmp_path):
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        before = set(dist.distributed_c10d._world.pg_map)
+        train(small(train__max_steps=2), small_dataset, tmp_path / "run")
+        evaluate(tmp_path / "run", split="val")
+        assert set(dist.distributed_c10d._world.pg_map) == before
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()

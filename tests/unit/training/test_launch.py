@@ -1,0 +1,76 @@
+"""What a job of several processes says when one of them fails, without starting any."""
+
+import json
+import os
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from torchdlrm.errors import LostProcessError, PlanError, TorchDLRMError, TrainingError
+from torchdlrm.training.launch import Processes, _error_of_child, _reported_error
+
+
+def report(folder, rank, kind, message, module="torchdlrm.errors"):
+    record = {"module": module, "class": kind, "message": message}
+    (folder / f"error-{rank}.json").write_text(json.dumps(record))
+
+
+def test_nothing_is_reported_where_no_process_has_said_why(tmp_path):
+    assert _reported_error(tmp_path) is None
+
+
+def test_an_error_comes_back_as_itself_so_that_its_exit_code_does_too(tmp_path):
+    report(tmp_path, 0, "PlanError", "the tables do not fit")
+    found = _reported_error(tmp_path)
+    assert type(found) is PlanError
+    assert str(found) == "the tables do not fit"
+
+
+def test_that_another_process_is_lost_is_reported_only_where_nobody_said_why(tmp_path):
+    report(tmp_path, 0, "LostProcessError", "has lost another one")
+    assert type(_reported_error(tmp_path)) is LostProcessError
+    report(tmp_path, 1, "TrainingError", "the loss is nan")
+    assert str(_reported_error(tmp_path)) == "the loss is nan"
+
+
+def test_an_error_of_an_unknown_class_is_still_one_of_ours(tmp_path):
+    report(tmp_path, 0, "NoSuchError", "of another version")
+    assert type(_reported_error(tmp_path)) is TorchDLRMError
+
+
+def failure(message, timestamp=0):
+    found = ProcessFailure(local_rank=1, pid=7, exitcode=-9, error_file="<N/A>")
+    found.message, found.timestamp = message, timestamp
+    return found
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ({"message": "ZeroDivisionError: by zero"}, "process 1 of 2 failed: ZeroDivisionError: by zero"),
+        ("Signal 9 (SIGKILL) received", "process 1 of 2 failed: Signal 9 (SIGKILL) received"),
+        ("", "process 1 of 2 failed: exit code -9"),
+    ],
+)
+def test_a_process_that_said_nothing_is_named_with_what_the_system_said(message, told):
+    error = _error_of_child(ChildFailedError("work", {1: failure(message)}), Processes(2))
+    assert type(error) is TrainingError
+    assert str(error) == told
+    after = _error_of_child(ChildFailedError("work", {1: failure(message)}), Processes(2, max_restarts=3))
+    assert str(after).startswith("process 1 of 2 failed (after 3 restarts): ")
+
+
+def test_more_processes_than_cores_are_crowded_and_gpus_count_as_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert Processes(2, nnodes=9).crowding == ""
+    assert Processes(3).crowding.startswith("this machine has 2 cores, ")
+    assert Processes(3).crowding.endswith("2 or fewer fit")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert Processes(4).crowding == ""
+    assert Processes(2, nnodes=3).world_size == 6
+
+
+def test_a_failure_is_that_of_the_process_that_failed_first():
+    failures = {0: failure("zero", timestamp=2), 1: failure("one", timestamp=1)}
+    assert str(_error_of_child(ChildFailedError("work", failures), Processes(2))) == "process 1 of 2 failed: one"
