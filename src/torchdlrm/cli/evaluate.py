@@ -68,7 +68,12 @@ def evaluate(
 
 
 def work(
-    run: Path, dataset: Path | None, split: str, checkpoint: str, batch_size_global: int, model_class: str | None
+    run: Path,
+    dataset: Path | None,
+    split: str,
+    checkpoint: str,
+    batch_size_global: int,
+    model_class: str | None = None,
 ) -> dict[str, Any] | None:
     """What every process of an evaluation does; only the first one draws."""
     from torchdlrm.evaluation.evaluate import evaluate as evaluate_run

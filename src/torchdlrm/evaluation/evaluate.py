@@ -45,8 +45,7 @@ def evaluate(
         None.
 
     Raises:
-        RunError: there is no such run, it was trained on another dataset or is of another model class, or the checkpoint
-            is missing or damaged.
+        RunError: there is no such run, it is of another dataset or model class, or it lacks an undamaged checkpoint.
         DatasetError: the dataset or a split is not there, or is empty.
         PlanError: the tables do not fit the machine.
     """
