@@ -404,7 +404,7 @@ def test_a_full_disk_during_a_checkpoint_keeps_the_ones_before_and_the_run_going
     arguments = ("train", CONFIG, "--dataset", small_dataset.path, "--run", small_disk, *OPTIONS)
     done = dlrm(*arguments, "--checkpoint.keep-last", 100)
     assert done.returncode == 1
-    assert "could not be written, training goes on without it" in done.stderr
+    assert "could not be written, training continues without it" in done.stderr
     assert "No space left" in done.stderr
     assert f"trained to step {STEPS}, but it could not be saved" in done.stderr
     assert "Traceback" not in done.stderr

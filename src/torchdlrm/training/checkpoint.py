@@ -63,7 +63,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[int]:
-    """The steps of all checkpoints in a run's checkpoints/, damaged ones too, in rising order; not of copies beside."""
+    """The steps of all checkpoints in a run's checkpoints/ in rising order: damaged ones too, but no copies."""
     folders = (path for path in folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir())
     return sorted(step for path in folders if path == checkpoint_path(folder, step := int(path.name[5:])))
 

@@ -2,7 +2,7 @@
 
 `torch.distributed.checkpoint` describes a checkpoint in `.metadata`, a pickle, and unpickling calls whatever a pickle
 names; it also unpickles those values of a state that are no tensors.  Here the pickle is read into inert records, of an
-allow-list of names; the description is built from them anew, each part of it checked; and values are loaded by
+allow-list of names; the description is built again from them, each part of it checked; and values are loaded by
 `torch.load(weights_only=True)`.
 """
 
@@ -116,7 +116,7 @@ def read_metadata(folder: Path) -> Metadata:
         root = _Unpickler(io.BytesIO(regular_file(folder, METADATA_NAME).read_bytes())).load()
         return _metadata(root, _FileSizes(folder))
     except Exception as error:  # unpickling raises anything at all
-        msg = f"{path}: cannot be read: {_told(error)}"
+        msg = f"{path}: cannot be read: {_one_line(error)}"
         raise RunError(msg) from error
 
 
@@ -129,7 +129,7 @@ def load_state(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | N
     try:
         load_distributed(state, storage_reader=_Reader(folder), planner=_Planner(), process_group=group)
     except CheckpointException as error:
-        reasons = sorted({_told(failure) for failure, _ in error.failures.values()})
+        reasons = sorted({_one_line(failure) for failure, _ in error.failures.values()})
         msg = f"{folder}: cannot be loaded: {'; '.join(reasons)}"
         raise RunError(msg) from error
 
@@ -147,7 +147,7 @@ class _Planner(DefaultLoadPlanner):
         if isinstance(self.state_dict[name], torch.Tensor | ShardedTensor):
             msg = f"{name} is no tensor"
             raise TypeError(msg)
-        # Torch's own planner unpickles it, whatever it holds: what it is given is written anew, from what is data.
+        # Torch's own planner unpickles it, whatever it holds: it is given a copy that was written from data alone.
         data = io.BytesIO()
         torch.save(torch.load(value, weights_only=True), data)
         data.seek(0)
@@ -268,8 +268,8 @@ def _text(value: Any) -> str:
     return value
 
 
-def _told(error: BaseException) -> str:
-    """One line."""
+def _one_line(error: BaseException) -> str:
+    """The first line of an error's message, where it helps; what it is otherwise."""
     text = str(error).splitlines()[0] if str(error) else ""
     if text.startswith("Weights only load failed"):  # and torch's advice is to load it all the same
         return "a file holds something else than numbers, which may run code"

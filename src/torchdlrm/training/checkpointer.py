@@ -1,4 +1,4 @@
-"""Writes checkpoints while training goes on, and loads them; each is complete or absent.
+"""Writes checkpoints while training continues, and loads them; each is complete or absent.
 
 A checkpoint is written under another name and renamed when every rank has written and hashed its part.
 """
@@ -46,8 +46,8 @@ _NUMPY_HAS = (torch.float32, torch.float16, torch.float64, torch.int32, torch.in
 logger = logging.getLogger("torchdlrm")
 
 
-class _TellingFileSystem(FileSystem):
-    """Says what the disk has said, where torch says that its archive is shorter than it should be."""
+class _ReportingFileSystem(FileSystem):
+    """Raises the error of the disk, where torch raises that its archive is shorter than it should be."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
@@ -83,7 +83,7 @@ class Checkpointer:
         self._written: deque[int] = deque()  # filled by the writing thread
 
     def save(self, position: Position, *, wait: bool) -> bool:
-        """Copy the state now and write it in the background; waits first for a save that is still going on.
+        """Copy the state now and write it in the background; waits first for a save that is not over yet.
 
         Memory: a copy of this rank's tables and optimizer state until it is written; with `wait`, none.
 
@@ -97,7 +97,7 @@ class Checkpointer:
         self.join()
         state = self._state()
         if wait:
-            return self._write(_with_tensors(state, _as_whole_storage), position)
+            return self._write(_with_tensors(state, _in_own_storage), position)
         self._pending = self._writer.submit(self._write_copy, [_with_tensors(state, _copied)], position)
         return True
 
@@ -109,13 +109,13 @@ class Checkpointer:
         return written
 
     def join(self) -> None:
-        """Wait until no save is going on."""
+        """Wait until no save is being written."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
     def close(self) -> None:
-        """Wait for a save that is going on, and end the writing thread."""
+        """Wait for a save that is being written, and end the writing thread."""
         self.join()
         self._writer.shutdown()
 
@@ -178,7 +178,7 @@ class Checkpointer:
         try:
             self._together(lambda: _make_empty(partial) if self._ranks.is_first else None)
             writer = FileSystemWriter(partial, sync_files=True)
-            writer.fs = _TellingFileSystem()
+            writer.fs = _ReportingFileSystem()
             save_distributed(state, storage_writer=writer, process_group=self._group)
             digests = self._together(lambda: _digests(partial, self._ranks.rank))
             self._together(lambda: self._finish(partial, final, digests, position) if self._ranks.is_first else None)
@@ -188,7 +188,7 @@ class Checkpointer:
             if self._ranks.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
                 logger.warning(
-                    "the checkpoint of step %d could not be written, training goes on without it: %s",
+                    "the checkpoint of step %d could not be written, training continues without it: %s",
                     position.step,
                     _reason(error),
                 )
@@ -246,7 +246,7 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _as_whole_storage(tensor: torch.Tensor) -> torch.Tensor:
+def _in_own_storage(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as a storage that ends where the tensor ends.
 
     FBGEMM keeps all tables in one buffer, and torch saves of a part of a storage a copy: a table's worth of memory for

@@ -96,7 +96,7 @@ class TrainingPreview:
         return f"{self.validation_rows:,} rows, {', '.join([*times, 'at the end'])}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The preview as JSON has it."""
         return {
             **asdict(self.agenda),
             "steps_per_epoch": self.agenda.steps_per_epoch,
@@ -161,7 +161,7 @@ def train(
 
     A run that is in the folder already is resumed from its newest checkpoint, also on another number of processes. A
     process group that exists is used; where there is none, one is joined and left again. Process-wide settings are
-    afterwards what they were (see `join_process_group`), with one exception: glibc goes on keeping freed memory.
+    afterwards what they were (see `join_process_group`), with one exception: glibc keeps freed memory from then on.
 
     Args:
         config: of the run: a `Config`, a TOML file, or the name of a config that comes with torchdlrm.

@@ -195,7 +195,7 @@ class TrainingSummary:
     validation: dict[str, int | float | None] | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The summary as JSON has it."""
         return asdict(self)
 
 

@@ -327,7 +327,7 @@ def _is_of_a_start(path: Path) -> bool:
 
 
 def shown(value: object) -> object:
-    """A setting's value for people."""
+    """A setting's value as messages show it."""
     return "not set" if value is None else list(value) if isinstance(value, tuple) else value
 
 

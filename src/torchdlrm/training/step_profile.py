@@ -3,9 +3,9 @@
 In: the steps of a run, once it is warm.  Out: run/profile/rank-0.json for chrome://tracing or Perfetto, one a rank, and
 run/profile/summary.json: milliseconds a step by part, and how much of the communication was hidden.
 
-Communication is hidden while this rank computes: sending goes on in threads of gloo, or in a stream of its own on a
-GPU, and costs time only where the step has nothing else to do. So the hidden share is the time in which something was
-on its way and something was computed, over the time in which something was on its way.
+Communication is hidden while this rank computes: threads of gloo, or a stream of its own on a GPU, do the sending,
+which costs time only where the step has nothing else to do. So the hidden part is the time in which something was on
+its way and something was computed, over the time in which something was on its way.
 """
 
 import json
@@ -61,7 +61,7 @@ class StepProfile:
     hidden_share: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The profile as JSON has it."""
         return asdict(self)
 
 
@@ -114,15 +114,15 @@ class StepProfiler:
         if not self._profiled_steps:
             return
         self._folder.mkdir(exist_ok=True)
-        with replacing(self._folder / f"rank-{self._ranks.rank}.json") as beside:
-            profiler.export_chrome_trace(str(beside))
+        with replacing(self._folder / f"rank-{self._ranks.rank}.json") as temporary:
+            profiler.export_chrome_trace(str(temporary))
         mine = summarize(profiler.events() or (), self._ranks, num_steps=self._profiled_steps)
         everyone: list[StepProfile | None] = [None] * self._ranks.world_size
         dist.all_gather_object(everyone, mine, group=self._ranks.process_group)
         if self._ranks.is_first:
             text = json.dumps([profile.as_dict() for profile in everyone if profile is not None], indent=1)
-            with replacing(self._folder / "summary.json") as beside:
-                beside.write_text(text + "\n", encoding="utf-8")
+            with replacing(self._folder / "summary.json") as temporary:
+                temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_profiles(folder: Path) -> list[StepProfile]:
@@ -156,12 +156,12 @@ def summarize(events: Iterable[Any], ranks: Ranks, *, num_steps: int) -> StepPro
         self_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         parts[part] = parts.get(part, 0.0) + self_us / 1e3 / num_steps
     sent = merged(communication if ranks.world_size > 1 else [])  # a single rank reduces with itself
-    whole = merged(everything)
+    measured = merged(everything)
     sent_us = total_us(sent)
     return StepProfile(
         rank=ranks.rank,
         num_steps=num_steps,
-        ms_per_step=float(whole[-1, 1] - whole[0, 0]) / 1e3 / num_steps if len(whole) else 0.0,
+        ms_per_step=float(measured[-1, 1] - measured[0, 0]) / 1e3 / num_steps if len(measured) else 0.0,
         ms_per_step_by_part=dict(sorted(parts.items(), key=lambda item: -item[1])),
         communication_ms_per_step=sent_us / 1e3 / num_steps,
         hidden_share=overlap_us(sent, merged(computation)) / sent_us if sent_us else None,

@@ -139,7 +139,7 @@ class _TensorBoard(Tracker):
         self._writer.flush()  # what it would hold back for two minutes is lost when the process is killed
 
     def _try(self, task: Callable[[], object]) -> None:
-        """A full disk ends the thread that writes events, which tells with a later one; the training goes on."""
+        """A full disk ends the thread that writes events, which a later event reports; the training continues."""
         try:
             task()
         except OSError as error:

@@ -194,7 +194,7 @@ class Trainer:
         loader = self._make_loader(
             "val", self._config.validation.batch_size_global, max_rows=self._config.validation.max_rows
         )
-        # The pipeline holds batches in flight and has replaced the tables' forward; it goes on by itself afterwards.
+        # The pipeline holds batches in flight and has replaced the tables' forward; its next step does so again.
         metrics = self._ranks.from_first(measure(self._pipeline.detach(), [loader], self._ranks, SILENT))
         assert metrics is not None
         self._validation = metrics.as_json()

@@ -9,7 +9,7 @@ import torch
 
 from torchdlrm.errors import RunError
 from torchdlrm.training.checkpoint import Position, find_damage, list_checkpoints
-from torchdlrm.training.checkpointer import Checkpointer, _TellingFileSystem
+from torchdlrm.training.checkpointer import Checkpointer, _ReportingFileSystem
 from torchdlrm.training.process_group import join_process_group
 
 
@@ -17,7 +17,7 @@ def test_a_full_disk_is_told_in_its_own_words():
     """Torch's archive would say `enforce fail at inline_container.cc: unexpected pos`."""
     with (
         pytest.raises(OSError, match="No space left on device") as caught,
-        _TellingFileSystem().create_stream("/dev/full", "wb") as stream,
+        _ReportingFileSystem().create_stream("/dev/full", "wb") as stream,
     ):
         torch.save(torch.zeros(100_000), stream)
     assert caught.value.errno == errno.ENOSPC
