@@ -28,7 +28,7 @@ from torchdlrm.training.process_group import Ranks, StopRequest
 from torchdlrm.training.run import Run
 from torchdlrm.training.sharded import StepCounters, build_optimizer, build_pipeline, build_sharded_model
 from torchdlrm.training.step_profile import WARM_UP_STEPS, StepProfiler
-from torchdlrm.training.steps import Agenda, Schedule, Stopwatch, Timer
+from torchdlrm.training.steps import Agenda, Schedule, Stopwatch
 from torchdlrm.training.trackers import open_callbacks
 
 _NOT_SAVED = (
@@ -96,8 +96,7 @@ class Trainer:
         self._validation: dict[str, int | float | None] | None = None
         self._callbacks = Callback()
         self._logged_rows, self._logged_s = 0, 0.0
-        self._watch = Stopwatch()
-        self._save_timer = Timer(config.checkpoint.every_minutes * 60)
+        self._watch, self._since_save = Stopwatch(), Stopwatch()
 
     def fit(self, callbacks: Sequence[Callback] = ()) -> TrainingSummary:
         """Resume the run where it is and train to the end, validating and saving at intervals.
@@ -110,16 +109,12 @@ class Trainer:
             TrainingError: the loss is not finite.
         """
         start = self._restore()
-        with (
-            self._stop_request.listening(),
-            closing(self._checkpointer),
-            self._told(callbacks, start),
-            self._watch.running(),
-        ):
+        with self._stop_request.listening(), closing(self._checkpointer), self._told(callbacks, start):
+            self._watch.restart()
             stopped_because = self._train(start)
             if self._step > start:
                 self._save_last()
-        return self._summary(start, stopped_because)
+            return self._summary(start, stopped_because)
 
     def _restore(self) -> int:
         """Load the newest checkpoint, if there is one; the step after which it was saved, 0 without one."""
@@ -139,7 +134,7 @@ class Trainer:
                 self._train_step(step, batches)
                 profiler.step_done(step)
                 improved = self._measure_if_due(step)
-                stop, save = self._stop_request.poll(step, save_is_due=self._save_timer.is_due())
+                stop, save = self._stop_request.poll(step, save_is_due=self._save_is_due())
                 if stop:
                     is_saved = self._save(wait=True)
                     told = "saved: the same command resumes there" if is_saved else _NOT_SAVED
@@ -231,13 +226,17 @@ class Trainer:
         )
         raise TrainingError(msg)
 
+    def _save_is_due(self) -> bool:
+        """Whether it is time again, by the clock of this process."""
+        return 0 < self._config.checkpoint.every_minutes * 60 <= self._since_save.elapsed_s
+
     def _save(self, *, wait: bool) -> bool:
         """Save the state after this step; whether that has worked, as far as is known now."""
         loader_state = self._agenda.loader_state(self._step)
         position = Position(self._step, loader_state, self._best_auc, self._best_step, self._stale_validations)
         with self._watch.paused():
             is_saved = self._checkpointer.save(position, wait=wait)
-        self._save_timer.restart()
+        self._since_save.restart()
         self._tell_of_checkpoints()
         return is_saved
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from torchdlrm.config import ScheduleConfig, load_config
 from torchdlrm.errors import ConfigError
-from torchdlrm.training.steps import Agenda, check_early_stopping, learning_rate
+from torchdlrm.training.steps import Agenda, Stopwatch, check_early_stopping, learning_rate
 
 
 def agenda(rows, batch_size, epochs=1, **more):
@@ -110,3 +110,22 @@ def test_configs_without_a_name_mean_what_they_meant():
     decays = load_config(None, {"schedule.decay_start_step": "3", "schedule.decay_steps": "4"}).schedule
     assert rates(decays, [3, 5, 7, 8], num_steps=100) == pytest.approx([0.5, 0.125, 1e-7, 1e-7])
     assert rates(load_config(None, {"schedule.decay_steps": "0"}).schedule, [1, 9], num_steps=9) == [0.5, 0.5]
+
+
+def test_a_pause_is_no_time_of_a_stopwatch(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("torchdlrm.training.steps.time.monotonic", lambda: now[0])
+    watch = Stopwatch()
+    now[0] += 3
+    with watch.paused():
+        now[0] += 50
+    now[0] += 4
+    assert watch.elapsed_s == 7
+    watch.restart()
+    assert watch.elapsed_s == 0
+
+
+def test_the_loader_is_where_the_step_is():
+    found = agenda(10, 4, epochs=2)
+    expected = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
+    assert [tuple(found.loader_state(step).values()) for step in range(7)] == expected
