@@ -357,7 +357,7 @@ def test_verify_says_what_it_cannot_find(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"\(small\.tsv\) is neither beside it nor here"):
         verify_verb(moved, dataset=elsewhere, run=small_run)
-    with pytest.raises(UserError, match=r"the bundle was made of a run called 'run', and none is at .*; say --run RUN"):
+    with pytest.raises(UserError, match=r"a run called 'run', and none is at .*; say where it is with `run`"):
         verify_verb(moved, small_log, dataset=elsewhere)
     with pytest.raises(UserError, match="--url: 'localhost:8080' is no address of a server"):
         verify_verb(moved, small_log, dataset=elsewhere, run=small_run, url="localhost:8080")

@@ -126,7 +126,7 @@ def compare(
         msg = (
             f"the bundle predicts other than the checkpoint: a probability differs by {difference:.2g} on "
             f"{len(labels):,} rows of {split}, and {allowed.difference:.2g} is allowed; nothing was left behind. "
-            "Export with a higher --precision or --dense-precision float32"
+            "Export with a higher `precision` or `dense_precision` float32"
         )
         raise BundleError(msg)
     increase = logloss_increase(labels, before, after)
@@ -134,7 +134,7 @@ def compare(
         msg = (
             f"the bundle's logloss on {len(labels):,} rows of {split} is {increase.mean:.6f} higher than the "
             f"checkpoint's, and {allowed.logloss_increase:.6f} is allowed; nothing was left behind. Export with "
-            "a higher --precision or --dense-precision float32"
+            "a higher `precision` or `dense_precision` float32"
         )
         raise BundleError(msg)
     return record

@@ -39,13 +39,13 @@ def complete_folder(path: Path) -> Iterator[Path]:
         BundleError: something is at `path`, or another process is writing it.
     """
     if os.path.lexists(path):  # also a link that leads nowhere
-        msg = f"--out: {path} is there already; give another name, or remove it first"
+        msg = f"`out`: {path} is there already; give another name, or remove it first"
         raise BundleError(msg)
     partial = path.with_name(f".{path.name}.partial")
     try:
         folder = claim_folder(partial, (MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME, _VOCABULARY_FOLDER))
     except OSError as error:
-        msg = f"--out: cannot write to {path}: {error.strerror}"
+        msg = f"`out`: cannot write to {path}: {error.strerror}"
         raise BundleError(msg) from error
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,7 +53,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
             raise BlockingIOError  # has just been finished by another process, and is its bundle
     except (BlockingIOError, FileNotFoundError) as error:
         os.close(folder)
-        msg = f"--out: another process is writing {path}; wait for it, or give another name"
+        msg = f"`out`: another process is writing {path}; wait for it, or give another name"
         raise BundleError(msg) from error
     try:
         clear_folder(folder)  # of what an export that was killed left
@@ -101,8 +101,8 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         msg = (
-            f"--out: the bundle needs {show_bytes(needed_bytes)}, and {show_bytes(free_bytes)} are free at {folder}; "
-            "free some, give another place, or export with a smaller --precision"
+            f"`out`: the bundle needs {show_bytes(needed_bytes)}, and {show_bytes(free_bytes)} are free at {folder}; "
+            "free some, give another place, or export with a smaller `precision`"
         )
         raise BundleError(msg)
 

@@ -206,7 +206,8 @@ def find_run(predictor: Predictor, dataset: Path, run: Path | None) -> Run:
     for place in places:
         if place.is_dir() and Path(name).name == name:  # it is the bundle's word for it
             return Run.open(place)
-    msg = f"the bundle was made of a run called {name!r}, and none is at {', '.join(map(str, places))}; say --run RUN"
+    where = ", ".join(map(str, places))
+    msg = f"the bundle was made of a run called {name!r}, and none is at {where}; say where it is with `run`"
     raise RunError(msg)
 
 
@@ -218,7 +219,7 @@ def check_dataset(predictor: Predictor, dataset: Dataset) -> None:
     """
     if manifest_sha256(dataset) != predictor.bundle.manifest.source.dataset_sha256:
         msg = (
-            f"--dataset: {dataset.path} is not what the run of the bundle {predictor.bundle.path} was trained on (its "
+            f"`dataset`: {dataset.path} is not what the run of the bundle {predictor.bundle.path} was trained on (its "
             "dataset.json differs), so the ids do not mean the same"
         )
         raise RunError(msg)

@@ -1,6 +1,6 @@
-"""Devices to plan for, with figures that anyone can look up.
+"""Devices to plan for, with rates that anyone can look up.
 
-All rates are peak figures of the makers' datasheets, in bytes or floating-point operations per second and in one
+All rates are peak rates of the makers' datasheets, in bytes or floating-point operations per second and in one
 direction; real kernels reach a part of them, so times planned from them are too short rather than too long, and
 `dlrm plan --measure` replaces them by what the machine at hand does.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torchdlrm.errors import PlanError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Device:
     """What one device, and the host around it, can do.
 
@@ -27,11 +27,10 @@ class Device:
         inter_host_bytes_per_s: from a device to other hosts.
         float32_flops_per_s: matrix products in float32 (on CPU of the whole host).
         devices_per_host: in the usual machine.
-        source: where the figures come from.
+        source: where the rates come from.
     """
 
     name: str
-    kind: str
     memory_bytes: int | None
     host_memory_bytes: int | None
     memory_bytes_per_s: float
@@ -39,38 +38,90 @@ class Device:
     intra_host_bytes_per_s: float
     inter_host_bytes_per_s: float
     float32_flops_per_s: float
-    devices_per_host: int
     source: str
+    kind: str = "cuda"
+    devices_per_host: int = 8
 
 
 _DEVICES = (
     Device(
-        *("v100-32gb", "cuda", 32 * 10**9, 1536 * 10**9, 900e9, 16e9, 150e9, 12.5e9, 15.7e12, 8),
-        "NVIDIA V100 SXM2 datasheet; DGX-1 / DGX-2: PCIe 3 x16, NVLink 2, 100 Gb/s a GPU",
+        name="v100-32gb",
+        memory_bytes=32 * 10**9,
+        host_memory_bytes=1536 * 10**9,
+        memory_bytes_per_s=900e9,
+        host_link_bytes_per_s=16e9,
+        intra_host_bytes_per_s=150e9,
+        inter_host_bytes_per_s=12.5e9,
+        float32_flops_per_s=15.7e12,
+        source="NVIDIA V100 SXM2 datasheet; DGX-1 / DGX-2: PCIe 3 x16, NVLink 2, 100 Gb/s a GPU",
     ),
     Device(
-        *("a100-40gb", "cuda", 40 * 10**9, 1024 * 10**9, 1555e9, 32e9, 300e9, 25e9, 19.5e12, 8),
-        "NVIDIA A100 SXM4 40GB datasheet; DGX A100: PCIe 4 x16, NVLink 3, HDR InfiniBand 200 Gb/s a GPU",
+        name="a100-40gb",
+        memory_bytes=40 * 10**9,
+        host_memory_bytes=1024 * 10**9,
+        memory_bytes_per_s=1555e9,
+        host_link_bytes_per_s=32e9,
+        intra_host_bytes_per_s=300e9,
+        inter_host_bytes_per_s=25e9,
+        float32_flops_per_s=19.5e12,
+        source="NVIDIA A100 SXM4 40GB datasheet; DGX A100: PCIe 4 x16, NVLink 3, HDR InfiniBand 200 Gb/s a GPU",
     ),
     Device(
-        *("a100-80gb", "cuda", 80 * 10**9, 2048 * 10**9, 2039e9, 32e9, 300e9, 25e9, 19.5e12, 8),
-        "NVIDIA A100 SXM4 80GB datasheet; DGX A100: PCIe 4 x16, NVLink 3, HDR InfiniBand 200 Gb/s a GPU",
+        name="a100-80gb",
+        memory_bytes=80 * 10**9,
+        host_memory_bytes=2048 * 10**9,
+        memory_bytes_per_s=2039e9,
+        host_link_bytes_per_s=32e9,
+        intra_host_bytes_per_s=300e9,
+        inter_host_bytes_per_s=25e9,
+        float32_flops_per_s=19.5e12,
+        source="NVIDIA A100 SXM4 80GB datasheet; DGX A100: PCIe 4 x16, NVLink 3, HDR InfiniBand 200 Gb/s a GPU",
     ),
     Device(
-        *("h100-80gb", "cuda", 80 * 10**9, 2048 * 10**9, 3350e9, 64e9, 450e9, 50e9, 67e12, 8),
-        "NVIDIA H100 SXM5 datasheet; DGX H100: PCIe 5 x16, NVLink 4, NDR InfiniBand 400 Gb/s a GPU",
+        name="h100-80gb",
+        memory_bytes=80 * 10**9,
+        host_memory_bytes=2048 * 10**9,
+        memory_bytes_per_s=3350e9,
+        host_link_bytes_per_s=64e9,
+        intra_host_bytes_per_s=450e9,
+        inter_host_bytes_per_s=50e9,
+        float32_flops_per_s=67e12,
+        source="NVIDIA H100 SXM5 datasheet; DGX H100: PCIe 5 x16, NVLink 4, NDR InfiniBand 400 Gb/s a GPU",
     ),
     Device(
-        *("h200", "cuda", 141 * 10**9, 2048 * 10**9, 4800e9, 64e9, 450e9, 50e9, 67e12, 8),
-        "NVIDIA H200 SXM datasheet; DGX H200: PCIe 5 x16, NVLink 4, NDR InfiniBand 400 Gb/s a GPU",
+        name="h200",
+        memory_bytes=141 * 10**9,
+        host_memory_bytes=2048 * 10**9,
+        memory_bytes_per_s=4800e9,
+        host_link_bytes_per_s=64e9,
+        intra_host_bytes_per_s=450e9,
+        inter_host_bytes_per_s=50e9,
+        float32_flops_per_s=67e12,
+        source="NVIDIA H200 SXM datasheet; DGX H200: PCIe 5 x16, NVLink 4, NDR InfiniBand 400 Gb/s a GPU",
     ),
     Device(
-        *("b200", "cuda", 180 * 10**9, 2048 * 10**9, 8000e9, 64e9, 900e9, 50e9, 75e12, 8),
-        "NVIDIA DGX B200 datasheet: 1,440 GB and 64 TB/s over 8 GPUs, NVLink 5, 400 Gb/s a GPU",
+        name="b200",
+        memory_bytes=180 * 10**9,
+        host_memory_bytes=2048 * 10**9,
+        memory_bytes_per_s=8000e9,
+        host_link_bytes_per_s=64e9,
+        intra_host_bytes_per_s=900e9,
+        inter_host_bytes_per_s=50e9,
+        float32_flops_per_s=75e12,
+        source="NVIDIA DGX B200 datasheet: 1,440 GB and 64 TB/s over 8 GPUs, NVLink 5, 400 Gb/s a GPU",
     ),
     Device(
-        *("cpu", "cpu", None, None, 204.8e9, 204.8e9, 10e9, 3.125e9, 2.6e12, 1),
-        "one socket of a server: 8 channels of DDR4-3200, 32 cores with AVX2 at 2.5 GHz, 25 Gb/s Ethernet; "
+        name="cpu",
+        kind="cpu",
+        memory_bytes=None,
+        host_memory_bytes=None,
+        memory_bytes_per_s=204.8e9,
+        host_link_bytes_per_s=204.8e9,
+        intra_host_bytes_per_s=10e9,
+        inter_host_bytes_per_s=3.125e9,
+        float32_flops_per_s=2.6e12,
+        devices_per_host=1,
+        source="one socket of a server: 8 channels of DDR4-3200, 32 cores with AVX2 at 2.5 GHz, 25 Gb/s Ethernet; "
         "memory is that of this machine when not told",
     ),
 )

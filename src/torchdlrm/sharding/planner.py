@@ -259,7 +259,7 @@ def _does_not_fit(tables: Sequence[Table], machine: Machine, options: PlanOption
         f"the tables do not fit on {machine.num_devices} rank(s) with {show_bytes(usable)} each for tables: weights "
         f"and state of {options.optimizer} are {show_bytes(sum(sizes.values()))}, the largest, {largest}, "
         f"{show_bytes(sizes[largest])}\n"
-        "dlrm plan shows what is missing and what would make it fit: more ranks, fewer rows (dlrm preprocess "
-        "--min-count, --max-rows), a smaller model.embedding_dim, another table_optimizer.name; "
+        "dlrm plan shows what is missing and what would make it fit: more ranks, fewer rows (`min_count` "
+        "and `max_embeddings` of dlrm preprocess), a smaller model.embedding_dim, another table_optimizer.name; "
         "sharding.host_memory_bytes and sharding.hbm_bytes say what each rank may use"
     )

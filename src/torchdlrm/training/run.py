@@ -219,7 +219,7 @@ class Run:
         fatal = [f"{change}; the saved state means something else with it" for change in changes if change.is_fatal]
         if manifest_sha256(dataset) != self.environment["dataset"]["manifest_sha256"]:
             fatal.append(
-                f"--dataset: was {self.environment['dataset']['path']}, is {dataset.path} (another dataset.json)"
+                f"`dataset`: was {self.environment['dataset']['path']}, is {dataset.path} (another dataset.json)"
             )
         difference = difference_from(self._model_class, architecture, "run")
         if difference is not None:
