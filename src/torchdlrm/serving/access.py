@@ -38,7 +38,7 @@ class ApiKeys:
         return bool(self._digests)
 
     def accept(self, headers: Mapping[bytes, bytes]) -> bool:
-        """Whether one of the keys stands in the headers: `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+        """Tell whether one of the keys stands in the headers: `Authorization: Bearer KEY` or `X-API-Key: KEY`.
 
         Args:
             headers: names in lower case.
@@ -53,7 +53,7 @@ class ApiKeys:
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:
-    """The keys in a file, one a line; without a file, that of the variable DLRM_API_KEY; without that, none.
+    """Read the keys in a file, one a line; without a file, the key in the variable DLRM_API_KEY, if it is set.
 
     Blank lines, lines that begin with #, and a byte order mark are no keys.
 
@@ -85,7 +85,7 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
 
 
 class AllowedHosts:
-    """The names by which a server may be asked.
+    """The names that clients may use for a server.
 
     Args:
         host: where it listens.
@@ -100,7 +100,7 @@ class AllowedHosts:
         self._accepts_host = lru_cache(maxsize=256)(self._is_own)
 
     def refusal(self, method: str, headers: Mapping[bytes, bytes], *, is_for_all: bool) -> str | None:
-        """Why a request is not answered, if it is not.
+        """Say why a request is not answered, or None if it is.
 
         Args:
             method: of the request.
@@ -147,7 +147,7 @@ class AllowedHosts:
 
 
 def _name_of(host: bytes) -> str:
-    """`Model.example.com.:8080` -> `model.example.com`; `[::1]:8080` -> `::1`."""
+    """Return the name alone: `Model.example.com.:8080` -> `model.example.com`; `[::1]:8080` -> `::1`."""
     text = host.decode("latin-1").lower()
     if text.startswith("["):
         return text[1:].partition("]")[0]

@@ -33,7 +33,7 @@ from torchdlrm.serving.service import Service, off_loop_if_large
 
 
 def build_app(service: Service) -> RequestMiddleware:
-    """Everything that is answered over HTTP."""
+    """Build the app that answers over HTTP."""
     answers = _Answers(service)
     routes = [
         Route("/predict", answers.predict, methods=["POST"]),
@@ -105,7 +105,7 @@ class _Answers:
         except TorchDLRMError as error:
             msg = "the bundle cannot be served, and the one before still is; the server's log says why"
             raise RefusedRequest(HTTPStatus.CONFLICT, msg) from error
-        self._service.tell_others()
+        self._service.notify_others()
         return _json(outcome)
 
     async def server(self, _: Request) -> Response:

@@ -79,7 +79,7 @@ class BatchReport:
 
     @property
     def total_rows(self) -> int:
-        """B."""
+        """The number of rows, B."""
         return sum(self.num_rows)
 
 
@@ -149,7 +149,7 @@ class Batcher:
         self._thread: threading.Thread | None = None
 
     async def start(self, warm_up: Callable[[], object] = lambda: None) -> None:
-        """Start the model's thread; from the event loop that will submit.
+        """Start the model's thread; call this in the event loop that will submit.
 
         Args:
             warm_up: is called here and in that thread first of all: libraries make buffers and threads of their own
@@ -253,7 +253,7 @@ class Batcher:
             self._begin_soon()
 
     def _next_batch(self) -> _Batch | None:
-        """What is waiting, up to the limit; whatever nobody waits for any more is dropped here."""
+        """Take what is waiting, up to the limit; requests that nobody waits for any more are dropped here."""
         parts: list[_Waiting] = []
         num_rows = 0
         while self._waiting:
@@ -273,7 +273,7 @@ class Batcher:
         return _Batch(parts[0].request.model, parts, time.perf_counter()) if parts else None
 
     def _finish(self, batch: _Batch, results: list[Answer | Exception], batch_s: float) -> None:
-        """The model's thread has answered."""
+        """Take the results of the model's thread; called in the event loop."""
         self._is_busy = False
         if self.queued_rows > _FEW_ROWS:
             self._begin()  # first of all: the model should not wait for the answers to be written
@@ -295,7 +295,7 @@ class Batcher:
                 part.future.set_result(result)
 
     def _work(self, is_warm: asyncio.Event) -> None:
-        """The model's thread."""
+        """Run batches until there are no more; this is the model's thread."""
         assert self._loop is not None
         assert self._warm_up is not None
         try:
@@ -313,7 +313,7 @@ class Batcher:
             del batch, results  # while the thread waits, nothing keeps a bundle that was swapped away
 
     def _answer_on_fast_path(self, batch: _Batch) -> list[Answer | Exception] | None:
-        """In the loop; None where one of several requests makes them fail: to find it takes too long here."""
+        """Predict in the event loop; None where one of several requests fails: to find it takes too long here."""
         try:
             return list(self._predict(batch))
         except Exception as error:  # noqa: BLE001 - as below
@@ -351,7 +351,7 @@ class Batcher:
 
 
 def _without_trace(error: Exception) -> Exception:
-    """An error without the frames that it and its causes came by, which know the batch, that knows the error again.
+    """Remove the frames from an error and its causes: they refer to the batch, which refers to the error again.
 
     Only the collector would free such a circle, rows of many megabytes with it, and it looks at how many objects there
     are, not at their sizes.  What nobody has foreseen keeps its frames, for the log.

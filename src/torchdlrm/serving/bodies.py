@@ -1,10 +1,10 @@
 """The body of a request, from its first byte to the JSON that it is, within limits.
 
 In: a request whose body is still coming.  Out: its bytes, then what they say.  A slow client must not take the place of
-others, nor fill the memory: a request whose body comes in pieces does not count as under way before the last one.
-Instead all such bodies together have limits of their own; beyond, the one that has been coming for longest is given up,
-so that a client that sends a body in two pieces a moment apart, as many do, is not refused because of others that take
-their time.
+others, nor fill the memory: a request whose body comes in pieces is not counted as being answered before its last
+piece.  Instead all such bodies together have limits of their own; beyond, the one that has been coming for longest is
+given up, so that a client that sends a body in two pieces a moment apart, as many do, is not refused because of others
+that take their time.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from torchdlrm.serving.refusals import MAX_VALUES, RefusedRequest, bad_request, 
 
 
 @dataclass(eq=False, slots=True)
-class _Coming:
+class _PartialBody:
     timeout: asyncio.Timeout
     num_bytes: int = 0
     is_given_up: bool = False
@@ -43,16 +43,16 @@ class Uploads:
     def __init__(self, *, max_bodies: int, max_bytes: int) -> None:
         self._max_bodies, self._max_bytes = max_bodies, max_bytes
         self._num_bytes = 0
-        self._coming: dict[_Coming, None] = {}  # the oldest first
+        self._bodies: dict[_PartialBody, None] = {}  # the oldest first
 
     @property
     def num_bodies(self) -> int:
-        """How many there are."""
-        return len(self._coming)
+        """The number of bodies that have come in part."""
+        return len(self._bodies)
 
     @contextmanager
-    def one(self, timeout: asyncio.Timeout) -> Iterator[Callable[[int], None]]:
-        """Another body, until all of it has come.
+    def track(self, timeout: asyncio.Timeout) -> Iterator[Callable[[int], None]]:
+        """Register another body until all of it has come.
 
         Args:
             timeout: ends the waiting for it; is made to end it immediately where the body is given up.
@@ -60,25 +60,25 @@ class Uploads:
         Returns:
             A function to call with the number of bytes of each piece.
         """
-        body = _Coming(timeout)
+        body = _PartialBody(timeout)
 
-        def came(num_bytes: int) -> None:
+        def count(num_bytes: int) -> None:
             body.num_bytes += num_bytes
             self._num_bytes += num_bytes
             if self._num_bytes > self._max_bytes:
                 self._give_up_oldest()
 
-        if len(self._coming) >= self._max_bodies:
+        if len(self._bodies) >= self._max_bodies:
             self._give_up_oldest()
-        self._coming[body] = None
+        self._bodies[body] = None
         try:
-            yield came
+            yield count
         finally:
-            del self._coming[body]
+            del self._bodies[body]
             self._num_bytes -= body.num_bytes
 
     def _give_up_oldest(self) -> None:
-        waiting = (body for body in self._coming if not (body.is_given_up or body.timeout.expired()))
+        waiting = (body for body in self._bodies if not (body.is_given_up or body.timeout.expired()))
         oldest = next(waiting, None)
         if oldest is not None:
             oldest.is_given_up = True
@@ -86,7 +86,7 @@ class Uploads:
 
 
 async def read_body(request: Request, options: ServeOptions, uploads: Uploads) -> tuple[bytes, float]:
-    """The body, and when the request's time began: at its headers, or, of a body that came slowly, at its end.
+    """Read the body; also return when the request's time began: at its headers, or at the end of a slow body.
 
     Raises:
         RefusedRequest: it is too long, compressed or too slow, or its client has gone.
@@ -103,7 +103,7 @@ async def read_body(request: Request, options: ServeOptions, uploads: Uploads) -
     try:
         async with asyncio.timeout(options.body_timeout_s) as timeout:
             with ExitStack() as until_whole:
-                came = until_whole.enter_context(uploads.one(timeout)) if is_slow else None
+                count = until_whole.enter_context(uploads.track(timeout)) if is_slow else None
                 has_more = True
                 while has_more:
                     message = await request.receive()
@@ -113,8 +113,8 @@ async def read_body(request: Request, options: ServeOptions, uploads: Uploads) -
                     size += len(pieces[-1])
                     _check_length(size, options)
                     has_more = message.get("more_body", False)
-                    if has_more and came is not None:
-                        came(len(pieces[-1]))
+                    if has_more and count is not None:
+                        count(len(pieces[-1]))
     except TimeoutError as error:
         raise too_slow(options.body_timeout_s) from error
     if is_slow or len(pieces) > 1:
@@ -129,7 +129,7 @@ def _check_length(num_bytes: int, options: ServeOptions) -> None:
 
 
 def parse_json(body: bytes | bytearray | memoryview, schema: FeatureSchema, max_rows: int) -> Any:
-    """The JSON of a request, if it has not too many values.
+    """Parse the JSON of a request, unless it has too many values.
 
     orjson builds all of it in one call, during which nothing else of the process can run: 5 million empty objects, in a
     body of 16 MiB, would hold everybody up for half a second, in whatever thread.

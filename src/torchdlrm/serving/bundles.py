@@ -54,12 +54,12 @@ class Bundles:
 
     @property
     def current(self) -> Predictor:
-        """What predicts from now on."""
+        """The predictor of the bundle that is served now."""
         return self._served.predictor
 
     @property
     def examples(self) -> Examples:
-        """A few rows that it carries; made when it was loaded, while its files were what was checked."""
+        """A few rows of its sample; read when it was loaded, while its files were as checked."""
         return self._served.examples
 
     async def reload(self) -> Outcome:
@@ -88,7 +88,7 @@ class Bundles:
             return "swapped"
 
     def close(self) -> None:
-        """Load nothing more."""
+        """Stop loading bundles."""
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     def _load(self, verify: Verify) -> _Served:

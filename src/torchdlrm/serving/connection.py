@@ -59,7 +59,7 @@ class Connections:
         self._num_given_up, self._next_line_s = 0, -math.inf
 
     def __call__(self, *, config: Config, server_state: ServerState, **_: Any) -> "Connection":
-        """Another connection; uvicorn takes this for its class."""
+        """Make a connection; uvicorn calls this in place of a class."""
         return Connection(self, config, server_state)
 
     async def watch(self) -> None:
@@ -109,7 +109,7 @@ class Connection(asyncio.Protocol):
         self.server: tuple[str, int] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Somebody has connected: a head must come."""
+        """Begin to wait for a head; asyncio calls this when a client has connected."""
         self._transport = cast("asyncio.Transport", transport)
         # A client that has gone already has no address.
         self.client, self.server = (
@@ -122,7 +122,7 @@ class Connection(asyncio.Protocol):
         self._connections.make_room(transport.get_extra_info("socket").fileno(), self._loop.time())
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - as asyncio calls it
-        """The connection is closed."""
+        """Forget the connection; asyncio calls this when it is closed."""
         self._connections.open.discard(self)
         self._connections.waiting.pop(self, None)
         self._state.connections.discard(self)
@@ -132,7 +132,7 @@ class Connection(asyncio.Protocol):
             exchange.lose()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a request."""
+        """Take bytes that have come."""
         if self._is_lingering:
             self._num_discarded += len(data)
             if self._num_discarded > self._connections.options.max_body_bytes:
@@ -141,10 +141,10 @@ class Connection(asyncio.Protocol):
         self._reader.feed(data)
         if self._exchange is None and not (self._is_head_due or self._cannot_write):
             self._await_head()  # of another request
-        self._go_on()
+        self._handle_events()
 
     def eof_received(self) -> bool:
-        """The client has closed its side: what it has asked is answered."""
+        """Take note that the client has closed its side; requests that have come are still answered."""
         self._ended_s = self._loop.time()
         if self._is_lingering or (self._exchange is None and not self._cannot_write):
             return False
@@ -153,20 +153,20 @@ class Connection(asyncio.Protocol):
         return True
 
     def pause_writing(self) -> None:
-        """The client does not take what it is sent: nothing more is read from it."""
+        """Stop reading: the client does not read what it is sent."""
         self._cannot_write = True
         if self._exchange is None:
             self._await_next()
 
     def resume_writing(self) -> None:
-        """It does again."""
+        """Continue reading: the client reads again."""
         self._cannot_write = False
         if self._exchange is None:
             self._await_next()
-            self._go_on()
+            self._handle_events()
 
     def shutdown(self) -> None:
-        """The server stops: what is being answered is the last."""
+        """Close the connection after the request that is being answered; the server stops."""
         self._is_stopping, self._taken_s = True, self._loop.time()
         if self._exchange is None or self._is_lingering:
             self._transport.close()
@@ -174,7 +174,7 @@ class Connection(asyncio.Protocol):
             self._exchange.keeps_alive = False
 
     def look(self, now_s: float) -> None:
-        """See whether the client takes too long."""
+        """Cut the connection off if the client takes too long."""
         num_taken = self._num_written - self._transport.get_write_buffer_size()
         if num_taken == self._num_written and now_s >= self._deadline_s:
             self._deadline_s = math.inf
@@ -200,7 +200,7 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def is_gone(self) -> bool:
-        """Whether the client no longer waits for an answer."""
+        """Tell whether the client no longer waits for an answer."""
         return self._transport.is_closing() or self._loop.time() - self._ended_s > _HALF_CLOSED_S
 
     def write(self, data: bytes) -> None:
@@ -210,7 +210,7 @@ class Connection(asyncio.Protocol):
             self._transport.write(data)
 
     def regulate(self) -> None:
-        """Read on, unless there is enough to do with what has been read."""
+        """Pause reading while enough has been read ahead, and resume it afterwards."""
         num_unread = 0 if self._exchange is None else self._exchange.num_unread
         is_enough = max(num_unread, self._reader.num_waiting) > _MAX_AHEAD_BYTES and not self._is_lingering
         if is_enough == self._is_paused or self._ended_s < math.inf or self._transport.is_closing():
@@ -222,7 +222,7 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def answered(self, exchange: Exchange) -> None:
-        """A request is answered: the next may be looked at."""
+        """Turn to the next request; the exchange calls this when its answer is written."""
         self._state.total_requests += 1
         if self._is_lingering or self._transport.is_closing():
             return  # another answer was given while this one was made, or nobody is there any more
@@ -234,16 +234,16 @@ class Connection(asyncio.Protocol):
         else:
             self._exchange = None
             self._await_next()
-            self._go_on()
+            self._handle_events()
 
-    def _go_on(self) -> None:
-        """Take what has come, as far as it can be answered now."""
+    def _handle_events(self) -> None:
+        """Handle what has come, as far as it can be answered now."""
         try:
             for _ in range(_EVENTS_PER_TURN):
                 if not self._take_event():
                     break
             else:
-                self._loop.call_soon(self._go_on)
+                self._loop.call_soon(self._handle_events)
         except Unreadable as error:
             self._refuse(error.status, error.message)
             if self._exchange is not None:
@@ -252,7 +252,7 @@ class Connection(asyncio.Protocol):
         self.regulate()
 
     def _take_event(self) -> bool:
-        """Whether there may be more to take."""
+        """Handle the next event; whether there may be more."""
         exchange = self._exchange
         is_busy = self._cannot_write or (exchange is not None and exchange.is_whole)
         if is_busy or self._is_lingering or self._transport.is_closing():
@@ -290,7 +290,7 @@ class Connection(asyncio.Protocol):
             self._deadline_s = self._loop.time() + self._connections.options.keep_alive_s
 
     def _linger(self) -> None:
-        """Close; but first let the client see the answer, who may still be sending."""
+        """Close the connection, but first let a client that is still sending see the answer."""
         if self._ended_s < math.inf or self._is_stopping:
             self._transport.close()
             return
@@ -308,7 +308,7 @@ class Connection(asyncio.Protocol):
         self._transport.close()
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer what is no request; the connection is closed next."""
+        """Answer something that is no request; the caller closes the connection next."""
         client = self.client[0] if self.client else None
         log_event(logging.INFO, "refused", status=int(status), message=message, client=client)
         self.write(error_bytes(status, message))

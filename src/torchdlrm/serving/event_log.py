@@ -23,13 +23,13 @@ _log = logging.getLogger("torchdlrm.serving")
 
 
 def log_event(level: int, event: str, **fields: object) -> None:
-    """Log an event, if its level is one that is logged; never waits."""
+    """Log an event, if its level is one that is logged; never wait."""
     if _log.isEnabledFor(level):
         _handle(level, event, fields)
 
 
 def note_event(event: str, **fields: object) -> None:
-    """Log what happens to the server itself, such as its start, whichever level is logged; never waits."""
+    """Log what happens to the server itself, such as its start, whichever level is logged; never wait."""
     _handle(logging.INFO, event, fields)
 
 
@@ -95,7 +95,7 @@ class _DroppingHandler(QueueHandler):
         return record
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Never waits."""
+        """Put a record into the queue, or count it where the queue is full; never wait."""
         try:
             self.queue.put_nowait(record)
         except queue.Full:
@@ -113,12 +113,12 @@ class _Output(logging.StreamHandler[TextIO]):
         return super().handle(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - as logging calls it
-        """Nobody is there to read."""
+        """Ignore that nobody is there to read."""
 
 
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        """One object: when, how grave, what; then the fields."""
+        """Format a record as one object: time, level and event, then its fields."""
         fields: dict[str, object] | None = getattr(record, "fields", None)
         if fields is None:
             fields = {"logger": record.name, "message": record.getMessage()}

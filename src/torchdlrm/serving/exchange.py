@@ -75,18 +75,18 @@ class Exchange:
         }
 
     def body_came(self, piece: bytes) -> None:
-        """A piece of the body has come."""
+        """Take a piece of the body."""
         self._pieces.append(piece)
         self.num_unread += len(piece)
         self._wake()
 
     def end_came(self) -> None:
-        """All of the body has come."""
+        """Take note that all of the body has come."""
         self.is_whole = self.scope[IS_WHOLE] = True
         self._wake()
 
     def lose(self) -> None:
-        """The rest of the body will not come, or nobody is there any more to take the answer."""
+        """Take note that the rest of the body will not come, or that nobody is there any more to read the answer."""
         self._is_lost = True
         self._wake()
 
@@ -161,7 +161,7 @@ class Exchange:
 
 
 def error_bytes(status: int, message: str) -> bytes:
-    """The answer to what is no request, after which nothing more is read."""
+    """Make the answer to what is no request, after which nothing more is read."""
     content = orjson.dumps({"error": message})
     headers = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(content)
     return _STATUS_LINES[status] + headers + content

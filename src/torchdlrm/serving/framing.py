@@ -73,16 +73,16 @@ class RequestReader:
 
     @property
     def num_waiting(self) -> int:
-        """Bytes that have come and were not asked for."""
+        """The number of bytes that have come and were not asked for."""
         return len(self._data) - self._at
 
     def feed(self, data: bytes) -> None:
-        """Bytes have come."""
+        """Take bytes that have come."""
         self._data = self._data[self._at :] + data if self._at < len(self._data) else data
         self._at = 0
 
     def next_event(self) -> Event | None:
-        """A head, then pieces of its body, then `END`; None: more has to come.
+        """Return a head, then pieces of its body, then `END`; None where more has to come first.
 
         Raises:
             Unreadable: this is no HTTP, or more of it than is taken.
@@ -249,7 +249,7 @@ class _Found:
 
 
 def _check_beginning(data: bytes, at: int) -> None:
-    """See whether what has come of a head can be one, so that a client of another protocol is refused immediately."""
+    """Refuse what cannot be the beginning of a head, so that a client of another protocol learns it immediately."""
     line_end = data.find(b"\n", at)
     if at < len(data) and data[at : at + 1] != b"\r" and not data[at : at + 1].isalpha():
         raise _bad("this is no HTTP/1.1")
@@ -258,7 +258,7 @@ def _check_beginning(data: bytes, at: int) -> None:
 
 
 def _check_repeated(headers: Headers, fields: dict[bytes, bytes]) -> None:
-    """Some headers come more than once: those that say where a request goes and ends must not; others are lists."""
+    """Refuse repeated headers that say where a request goes and ends; others are lists."""
     seen: set[bytes] = set()
     for name, value in headers:
         if name in seen and name in {b"host", b"content-length", b"transfer-encoding"}:

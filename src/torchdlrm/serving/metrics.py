@@ -63,16 +63,16 @@ class ServerMetrics:
         self._lost_rows = counter("dlrm_log_dropped_rows", "Predicted rows that the log of predictions dropped.")
 
     def request_done(self, route: str, code: int, total_s: float) -> None:
-        """A request was answered."""
+        """Count a request that was answered."""
         self._requests.labels(route, str(code)).inc()
         self._latency["total"].observe(total_s)
 
     def stage_done(self, stage: str, seconds: float) -> None:
-        """A request has passed a stage."""
+        """Note how long a stage of a request took."""
         self._latency[stage].observe(seconds)
 
     def batch_done(self, report: BatchReport) -> None:
-        """A batch was predicted; may be called in any thread."""
+        """Count a batch that was predicted; may be called in any thread."""
         self._rows.inc(report.total_rows)
         self._batch_rows.observe(report.total_rows)
         for part in report.predictions:
@@ -82,18 +82,18 @@ class ServerMetrics:
                     self._unknown.labels(feature).inc(count)
 
     def rows_lost(self, num_rows: int) -> None:
-        """The log of predictions has dropped rows."""
+        """Count rows that the log of predictions dropped."""
         self._lost_rows.inc(num_rows)
 
     def bundle_served(self, model: str, version: str, *, before: str | None) -> None:
-        """The process now serves a version, in the place of another."""
+        """Note which version the process serves now, and which one before."""
         if before is not None:
             self._bundle.labels(model, before).set(0)
         self._bundle.labels(model, version).set(1)
         self._served = model, version
 
     def swap_done(self, outcome: str) -> None:
-        """Somebody has asked for a swap."""
+        """Count an attempt to swap the bundle."""
         self._swaps.labels(outcome).inc()
 
     def note_queue(self) -> None:
@@ -103,7 +103,7 @@ class ServerMetrics:
         self._queue.set(self._queued_rows())
 
     def text(self) -> bytes:
-        """All metrics, summed over the processes, in the format of Prometheus."""
+        """Return all metrics, summed over the processes, in the format of Prometheus."""
         self.note_queue()
         if self._files is None:
             return generate_latest(self.registry)
@@ -127,7 +127,7 @@ class _SharedFiles:
         )
 
     def restore(self) -> bool:
-        """Have the files made again if one is missing; whether that was so."""
+        """Make the files again if one is missing; tell whether that was so."""
         if all((self._folder / f"{kind}_{self._process}.db").exists() for kind in self._TYPES):
             return False
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 
 def document(service: Service) -> Json:
-    """The document, for the bundle that is served now."""
+    """Make the document for the bundle that is served now."""
     served = service.bundles.current
     row = {
         "type": "object",

@@ -88,7 +88,7 @@ class ServeOptions:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def check(self) -> None:
-        """See that the options go together.
+        """Check that the options go together.
 
         Raises:
             ConfigError: a limit leaves no room for what another one allows, or the name is none.

@@ -29,7 +29,7 @@ INDEX: Final = "index.html"
 
 
 def page_routes() -> list[Route]:
-    """The routes of the page, which are to be reached without an API key.
+    """Make the routes of the page, which need no API key.
 
     Each answers GET and HEAD, and 304 to a browser that has the file already.
     """
@@ -37,7 +37,7 @@ def page_routes() -> list[Route]:
 
 
 def page_files() -> dict[str, bytes]:
-    """The files of the page by name."""
+    """Read the files of the page by name."""
     folder = files("torchdlrm.serving") / "page"
     return {
         entry.name: entry.read_bytes()

@@ -24,27 +24,27 @@ class RefusedRequest(TorchDLRMError):  # noqa: N818 - it is an answer
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Headers of the answer."""
+        """The headers of the answer."""
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
 
 def bad_request(message: str) -> RefusedRequest:
-    """The body is not what the route takes."""
+    """Refuse a body that is not what the route takes."""
     return RefusedRequest(HTTPStatus.BAD_REQUEST, message)
 
 
 def not_found(message: str) -> RefusedRequest:
-    """There is no such model or version."""
+    """Refuse a model or version that there is not."""
     return RefusedRequest(HTTPStatus.NOT_FOUND, message)
 
 
 def too_large(message: str) -> RefusedRequest:
-    """The body has more bytes, or the request more rows, than this server takes."""
+    """Refuse a body with more bytes, or a request with more rows, than this server takes."""
     return RefusedRequest(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
 
 
 def check_num_rows(num_rows: int, max_rows: int) -> None:
-    """See that a request has not too many rows.
+    """Refuse a request with too many rows.
 
     Raises:
         RefusedRequest: it has.
@@ -55,7 +55,7 @@ def check_num_rows(num_rows: int, max_rows: int) -> None:
 
 
 def check_num_values(num_values: int, column: SparseColumn) -> None:
-    """See that a column has not too many values in the lists of a request.
+    """Refuse a request with too many values in the lists of a column.
 
     Raises:
         RefusedRequest: it has.
@@ -69,16 +69,16 @@ def check_num_values(num_values: int, column: SparseColumn) -> None:
 
 
 def overloaded(message: str, retry_after_s: int = 1) -> RefusedRequest:
-    """There is more to do than can be done soon."""
+    """Refuse a request because there is more to do than can be done soon."""
     return RefusedRequest(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after_s)
 
 
 def too_slow(body_timeout_s: float) -> RefusedRequest:
-    """What belongs to a request did not come."""
+    """Refuse a request whose body did not come in time."""
     msg = f"the body did not come within {body_timeout_s:g} s, or was slow while many others were"
     return RefusedRequest(HTTPStatus.REQUEST_TIMEOUT, msg)
 
 
 def too_late(message: str) -> RefusedRequest:
-    """The deadline has passed."""
+    """Refuse a request whose deadline has passed."""
     return RefusedRequest(HTTPStatus.GATEWAY_TIMEOUT, message)

@@ -78,7 +78,7 @@ class RequestLog:
         self._reports: queue.SimpleQueue[BatchReport | None] = queue.SimpleQueue()
         self._waiting_rows = 0
         self._lock = threading.Lock()
-        self._untold_rows = 0
+        self._unreported_rows = 0
         self._next_line_s: dict[str, float] = {}
         self._num_files = 0
         self._is_closing = threading.Event()
@@ -87,7 +87,7 @@ class RequestLog:
         self._thread.start()
 
     def add(self, report: BatchReport) -> None:
-        """Keep a batch; never waits."""
+        """Keep a batch; never wait."""
         num_rows = report.total_rows
         with self._lock:
             has_room = self._waiting_rows + num_rows <= MAX_WAITING_ROWS
@@ -103,8 +103,8 @@ class RequestLog:
         self._is_closing.set()
         self._reports.put(None)
         self._thread.join()
-        if self._untold_rows:
-            self._tell("end", "the server stops")
+        if self._unreported_rows:
+            self._log_dropped("end", "the server stops")
 
     def _work(self) -> None:
         kept: list[pl.DataFrame] = []
@@ -134,7 +134,7 @@ class RequestLog:
                 return
 
     def _next_group(self, timeout_s: float | None) -> tuple[list[BatchReport], bool]:
-        """Batches of one model, none if none come in that time; and whether they are the last."""
+        """Return batches of one model, none if none come in that time; and whether they are the last."""
         group: list[BatchReport] = []
         num_rows = 0
         try:
@@ -171,7 +171,7 @@ class RequestLog:
             if self._is_closing.is_set():
                 self._drop_waiting(num_rows, "disk", failure)
                 return
-            self._tell("disk", failure)
+            self._log_dropped("disk", failure)
             is_late = True
             self._is_closing.wait(retry_s)
             retry_s = min(2 * retry_s, _MAX_RETRY_S)
@@ -188,11 +188,11 @@ class RequestLog:
     def _drop(self, num_rows: int, cause: str, message: str) -> None:
         self._dropped(num_rows)
         with self._lock:
-            self._untold_rows += num_rows
-        self._tell(cause, message)
+            self._unreported_rows += num_rows
+        self._log_dropped(cause, message)
 
-    def _tell(self, cause: str, message: str) -> None:
-        """Write a line, unless one of this cause was written just now: then the next line tells the rows."""
+    def _log_dropped(self, cause: str, message: str) -> None:
+        """Log the rows that were dropped, unless this cause was logged just now: then the next line has them."""
         with self._lock:
             now_s = time.monotonic()
             if now_s < self._next_line_s.get(cause, 0.0):
@@ -202,12 +202,12 @@ class RequestLog:
 
     def _counts(self) -> dict[str, object]:
         with self._lock:
-            dropped_rows, self._untold_rows = self._untold_rows, 0
+            dropped_rows, self._unreported_rows = self._unreported_rows, 0
             return {"dropped_rows": dropped_rows, "waiting_rows": self._waiting_rows, "folder": str(self._folder)}
 
 
 def _try_to_write(path: Path, parquet: io.BytesIO) -> str | None:
-    """Write a file: why it could not be written, or None."""
+    """Write a file; return why it could not be written, or None."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -218,7 +218,7 @@ def _try_to_write(path: Path, parquet: io.BytesIO) -> str | None:
 
 
 def check_loggable(schema: FeatureSchema) -> None:
-    """See that the log's own columns have names of their own.
+    """Check that no column of the schema has the name of one of the log's own.
 
     Raises:
         ConfigError: a column of the schema is called as one of them.
@@ -230,7 +230,7 @@ def check_loggable(schema: FeatureSchema) -> None:
 
 
 def _log_frame(reports: Sequence[BatchReport]) -> pl.DataFrame:
-    """The rows of some batches of one model."""
+    """Make the rows of some batches of one model."""
     model = reports[0].model
     schema = model.schema
     frame = model.parse_requests([request for report in reports for request in report.requests])

@@ -21,7 +21,7 @@ REQUEST_ID = "torchdlrm.request_id"
 
 
 def refusal(error: RefusedRequest) -> Response:
-    """The answer to a request that is refused."""
+    """Make the answer to a request that is refused."""
     headers = dict(error.headers)
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
@@ -29,7 +29,7 @@ def refusal(error: RefusedRequest) -> Response:
 
 
 class RequestMiddleware:
-    """An ASGI app in front of another.
+    """An ASGI app in front of another, which refuses, counts and logs requests.
 
     Args:
         app: what answers.

@@ -27,7 +27,7 @@ Examples = tuple[list[dict[str, object]], list[list[str]]]
 
 
 def read_rows(body: bytes, schema: FeatureSchema, max_rows: int) -> tuple[Sequence[Row], int]:
-    """The rows of a request, one after another.
+    """Read the rows of a request.
 
     Args:
         body: JSON: a list of rows; or `{"rows": [...]}`; or `{"shared": {...}, "candidates": [...]}`, where every
@@ -103,24 +103,24 @@ def _num_values(part: Part, column: SparseColumn) -> int:
 
 
 def _characters(row: Row) -> int:
-    """How many characters a row's texts have, and 1 for every other cell and for each value of a list."""
+    """Count the characters of a row's texts, and 1 for every other cell and for each value of a list."""
     values = (value for cell in row.values() for value in (cell if isinstance(cell, list) else (cell,)))
     return sum(1 + len(value) if isinstance(value, str) else 1 for value in values)
 
 
 def examples_of(predictor: Predictor) -> Examples:
-    """A few of the rows that a bundle carries."""
+    """Return a few rows of a bundle's sample."""
     frame = predictor.bundle.sample()[0].head(_NUM_EXAMPLES)
     return rows_as_logged(frame, predictor.schema), predictor.unknown_features(frame)
 
 
 def rows_as_logged(frame: pl.DataFrame, schema: FeatureSchema) -> list[dict[str, object]]:
-    """The features of typed rows by column name, as a log has them, missing ones too."""
+    """Return the features of typed rows by column name, as a log has them, missing ones too."""
     return pl.DataFrame([written_cells(frame[column.name], column) for column in schema.features]).to_dicts()
 
 
 def describe(name: str, version: str, schema: FeatureSchema, examples: Examples, max_rows: int) -> dict[str, Any]:
-    """The columns of the model's log, in its order, and a few rows: what `GET /schema` answers.
+    """Describe the columns of the model's log, in its order, with a few rows, for `GET /schema`.
 
     The rows are made back from encoded ones: where `unknown` names a feature, its value stands for any that is not in
     the vocabulary.
@@ -155,7 +155,7 @@ def describe(name: str, version: str, schema: FeatureSchema, examples: Examples,
 
 
 def _exact(cell: object) -> object:
-    """Integers as text where a reader of JSON that knows only float64, such as a browser, would round them."""
+    """Make integers text where a reader of JSON that knows only float64, such as a browser, would round them."""
     if isinstance(cell, list):
         return [_exact(value) for value in cell]
     return str(cell) if isinstance(cell, int) and abs(cell) > 2**53 else cell

@@ -18,7 +18,7 @@ from torchdlrm.serving.supervisor import Supervisor
 
 @dataclass(frozen=True)
 class Listening:
-    """Where a server can be asked, and what it serves; `grpc` is None where it has no gRPC."""
+    """The address of a server, and what it serves; `grpc` is None where it has no gRPC."""
 
     url: str
     grpc: str | None

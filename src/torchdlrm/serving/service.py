@@ -46,7 +46,7 @@ class Service:
     Args:
         bundle: the bundle's folder, or a symbolic link to one, which may be moved for a swap.
         options: of the server.
-        tell_others: asks the server's other processes to swap too.
+        notify_others: asks the server's other processes to swap too.
         is_checked: whether another process has just checked all of the bundle.
 
     Raises:
@@ -58,9 +58,9 @@ class Service:
     """
 
     def __init__(
-        self, bundle: Path, options: ServeOptions, tell_others: Callable[[], None], *, is_checked: bool = False
+        self, bundle: Path, options: ServeOptions, notify_others: Callable[[], None], *, is_checked: bool = False
     ) -> None:
-        self.options, self.tell_others = options, tell_others
+        self.options, self.notify_others = options, notify_others
         self.bundles = Bundles(
             bundle,
             model_class=options.model_class,
@@ -89,7 +89,7 @@ class Service:
         self.metrics.bundle_served(self.name, served.version, before=None)
 
     async def start(self) -> None:
-        """Begin to predict; in the event loop."""
+        """Start predicting; call this in the event loop."""
         served = self.bundles.current
         await self.batcher.start(
             lambda: [
@@ -105,7 +105,7 @@ class Service:
             self._request_log.close()
 
     def drain(self) -> None:
-        """Say from now on that the server is not ready."""
+        """Report from now on that the server is not ready."""
         self._is_draining = True
 
     @property
@@ -119,7 +119,7 @@ class Service:
         return not (self._is_draining or self.is_damaged()) and self.is_live
 
     def is_damaged(self) -> bool:
-        """Whether the bundle's files are not what was loaded any more; looks at them, and logs it the first time."""
+        """Tell whether the bundle's files are not what was loaded any more, and log it the first time."""
         served = self.bundles.current
         if served is not self._damaged:
             damage = served.bundle.find_damage()
@@ -135,23 +135,23 @@ class Service:
         return self.batcher.is_alive
 
     def is_health(self, path: str) -> bool:
-        """Whether a path asks for nothing but health: needs no key, and is answered however much there is to do."""
+        """Tell whether a path asks for health alone, which needs no key and is answered however much there is to do."""
         if path.startswith("/v2/health/"):
             return True
         model = f"/v2/models/{self.name}"
         return path in {f"{model}/ready", f"{model}/versions/{self.bundles.current.version}/ready"}
 
     def new_request_id(self) -> str:
-        """A name for a request that came without one."""
+        """Make a name for a request that came without one."""
         return f"{self._id_prefix}-{next(self._numbers)}"
 
     def describe(self) -> dict[str, Any]:
-        """What `GET /schema` answers."""
+        """Make the answer of `GET /schema`."""
         served, max_rows = self.bundles.current, self.options.max_rows_per_request
         return describe(self.name, served.version, served.schema, self.bundles.examples, max_rows)
 
     def check_model(self, name: str, version: str | None = None) -> Predictor:
-        """The bundle that a client means.
+        """Return the predictor of the model that a client names.
 
         Raises:
             RefusedRequest: there is no such model, or it is served in another version.
@@ -166,7 +166,7 @@ class Service:
         return served
 
     async def predict(self, request: PredictionRequest) -> Answer:
-        """The probabilities of rows.
+        """Predict the probabilities of rows.
 
         Raises:
             RefusedRequest: a row is wrong, there is no time or room for the rows, or the bundle is damaged.
@@ -201,7 +201,7 @@ class Service:
         log_event(level, "request", **fields, status=int(status), milliseconds=round(1e3 * total_s, 3))
 
     async def reload(self) -> Mapping[str, str]:
-        """Serve what lies at the bundle's path now: what came of it.
+        """Serve what lies at the bundle's path now; return what came of it.
 
         Raises:
             TorchDLRMError: it cannot be served; the old bundle is, as before.
@@ -228,12 +228,12 @@ class Service:
 
 
 async def off_loop_if_large(parse: Callable[[], Parsed], num_bytes: int) -> Parsed:
-    """What `parse` gives; in a thread where there are many bytes to parse, so that other requests need not wait."""
+    """Parse; in a thread where there are many bytes, so that other requests need not wait."""
     return await asyncio.to_thread(parse) if num_bytes > LARGE_BYTES else parse()
 
 
 def request_id_of(given: bytes | str) -> str | None:
-    """The name that the client gave a request, if it is one that can stand in a log and a header.
+    """Return the name that the client gave a request, if it can stand in a log and a header.
 
     Args:
         given: the header or metadata `x-request-id`, or the field `id` of a message.
@@ -263,7 +263,7 @@ def configure_threads(options: ServeOptions) -> None:
 
 
 async def watch(service: Service, interval_s: float = 1.0) -> None:
-    """Keep the gauge of waiting rows fresh for the scrapes that other processes answer, and an eye on the bundle."""
+    """Update the gauge of waiting rows for scrapes that other processes answer, and look at the bundle's files."""
     while True:
         with contextlib.suppress(OSError):  # of the shared files; a scrape reports it
             service.metrics.note_queue()

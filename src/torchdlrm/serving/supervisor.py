@@ -35,7 +35,7 @@ _FAILED_STARTS_PER_WORKER = 2  # in a row, before the service ends
 @dataclass(eq=False)
 class _Worker:
     process: SpawnProcess
-    said: Connection  # (model, version, port of gRPC) when it is ready; an exception or its trace when it fails
+    reports: Connection  # (model, version, port of gRPC) when it is ready; an exception or its trace when it fails
     ready_s: float | None = None
     failure: TorchDLRMError | str | None = None
     is_asked_to_stop: bool = False
@@ -77,7 +77,7 @@ class Supervisor:
         folder = tempfile.mkdtemp(prefix="dlrm-metrics-")
         os.environ[_MULTIPROCESS_FOLDER] = folder
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._hand_on)
+            signal.signal(number, self._forward)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         try:
             with json_log(self._options.log_level):
@@ -94,7 +94,7 @@ class Supervisor:
             for worker in [worker for worker in self._workers if worker.process.exitcode is not None]:
                 if self._has_to_stop():
                     break
-                self._bury(worker)
+                self._replace(worker)
                 if isinstance(worker.failure, UserError) and not has_started:
                     self._stop(1)
                     raise worker.failure
@@ -125,30 +125,30 @@ class Supervisor:
             self._workers.append(_Worker(process, ours))
 
     def _wait(self) -> None:
-        """Until a worker is ready or has died, another is due, or a second is over; and hear what they say."""
-        open_ = {worker.said: worker for worker in self._workers if not worker.said.closed}
+        """Wait until a worker is ready or has died, another is due, or a second is over; receive their reports."""
+        open_ = {worker.reports: worker for worker in self._workers if not worker.reports.closed}
         sentinels = [worker.process.sentinel for worker in self._workers]
         timeout_s = min([1.0, *(due_s - time.monotonic() for due_s in self._starts_due_s)])
-        for spoken in wait([*open_, *sentinels], timeout=max(0.0, timeout_s)):
-            if isinstance(spoken, Connection):
-                self._hear(open_[spoken])
+        for ready in wait([*open_, *sentinels], timeout=max(0.0, timeout_s)):
+            if isinstance(ready, Connection):
+                self._receive(open_[ready])
 
-    def _hear(self, worker: _Worker) -> None:
+    def _receive(self, worker: _Worker) -> None:
         try:
-            said = worker.said.recv()
+            report = worker.reports.recv()
         except (EOFError, OSError):  # the latter: it was killed within a word
-            worker.said.close()
+            worker.reports.close()
             return
-        if isinstance(said, tuple):
-            self._model = said
+        if isinstance(report, tuple):
+            self._model = report
             worker.ready_s, self._num_failed_starts = time.monotonic(), 0
         else:
-            worker.failure = said
+            worker.failure = report
 
-    def _bury(self, worker: _Worker) -> None:
+    def _replace(self, worker: _Worker) -> None:
         """Forget a worker that has died, and have another one started."""
-        while not worker.said.closed:
-            self._hear(worker)
+        while not worker.reports.closed:
+            self._receive(worker)
         served_s = 0.0 if worker.ready_s is None else time.monotonic() - worker.ready_s
         self._num_failed_starts += worker.ready_s is None
         self._num_early_deaths = 0 if served_s >= _STEADY_S else self._num_early_deaths + 1
@@ -186,7 +186,7 @@ class Supervisor:
                 self._forget(worker)
         return code
 
-    def _hand_on(self, number: int, _frame: FrameType | None) -> None:
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             for worker in self._workers:
                 _send(worker, signal.SIGHUP)
@@ -206,16 +206,16 @@ def _send(worker: _Worker, number: signal.Signals) -> None:
         os.kill(worker.process.pid, number)
 
 
-def _work(bundle: Path, options: ServeOptions, listener: socket.socket, told: Connection) -> None:
-    """What a process of several does."""
+def _work(bundle: Path, options: ServeOptions, listener: socket.socket, reports: Connection) -> None:
+    """Run a worker in a process of its own."""
     from torchdlrm.serving.worker import run_worker  # noqa: PLC0415 - loads torch
 
     try:
-        code = run_worker(bundle, options, listener, lambda *ready: told.send(ready), is_checked=True)
+        code = run_worker(bundle, options, listener, lambda *ready: reports.send(ready), is_checked=True)
     except TorchDLRMError as error:
-        told.send(error)
+        reports.send(error)
         code = 2
     except Exception:  # noqa: BLE001 - the supervisor writes it to the log, as JSON
-        told.send(traceback.format_exc())
+        reports.send(traceback.format_exc())
         code = 1
     raise SystemExit(code)

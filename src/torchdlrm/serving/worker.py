@@ -67,7 +67,7 @@ def run_worker(
     configure_threads(options)
     with json_log(options.log_level):
         # The service alone knows the bundle: after a swap nothing else keeps the old one.
-        service = Service(bundle, options, _tell_others, is_checked=is_checked)
+        service = Service(bundle, options, _notify_others, is_checked=is_checked)
         # What is loaded stays: the collector need not look at it again, least of all while somebody waits.
         gc.collect()
         gc.freeze()
@@ -83,7 +83,7 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def _tell_others() -> None:
+def _notify_others() -> None:
     parent = parent_process()
     if parent is not None and parent.pid is not None:
         os.kill(parent.pid, signal.SIGHUP)

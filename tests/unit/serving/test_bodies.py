@@ -9,7 +9,7 @@ async def receive(uploads, pieces, outcome, name, seconds=5.0):
     """Takes the pieces of a body, then waits for more of it."""
     try:
         async with asyncio.timeout(seconds) as timeout:
-            with uploads.one(timeout) as came:
+            with uploads.track(timeout) as came:
                 for piece in pieces:
                     came(piece)
                 await asyncio.sleep(10)

@@ -33,7 +33,7 @@ _FEW_ROWS = 16
 
 
 def model_metadata(name: str, version: str, schema: FeatureSchema) -> dict[str, Any]:
-    """What the protocol tells of a model: an input for each column, and the output."""
+    """Describe the model as the protocol does: an input for each column, and the output."""
     inputs = [
         {
             "name": column.name,
@@ -79,7 +79,7 @@ class Inputs:
             raise bad_request(msg)
 
     def place(self, name: str, datatype: object, shape: object) -> tuple[str, tuple[int, ...]]:
-        """The datatype and shape of the next tensor, which fit its columns.
+        """Return the datatype and shape of the next tensor, once they fit its columns.
 
         Raises:
             RefusedRequest: it is unknown or given twice, or its rows are too many or not as many as another's.
@@ -118,7 +118,7 @@ class Inputs:
 
 
 def rows_of_tensors(tensors: Sequence[Tensor], inputs: Inputs, schema: FeatureSchema) -> Rows:
-    """The rows that tensors hold.
+    """Return the rows that tensors hold.
 
     Args:
         tensors: of one request.
@@ -138,7 +138,7 @@ def rows_of_tensors(tensors: Sequence[Tensor], inputs: Inputs, schema: FeatureSc
 
 
 def _few_rows(placed: Sequence[tuple[Tensor, Sequence[Feature]]]) -> list[dict[str, object]] | None:
-    """Rows by column name, which are encoded in a fraction of the time.
+    """Return rows by column name, which are encoded in a fraction of the time.
 
     None where a value is not plainly one of its column: then `_frame` reads the tensors, or says what is wrong.
     """
@@ -158,7 +158,7 @@ def _few_rows(placed: Sequence[tuple[Tensor, Sequence[Feature]]]) -> list[dict[s
 
 
 def _as_cell(tensor: Tensor, column: Feature) -> Callable[[Any], object] | None:
-    """What makes a value of the tensor a cell as JSON has it, or raises ValueError; None: nothing does."""
+    """Return what makes a value of the tensor a cell of JSON, or raises ValueError; None where nothing does."""
     given = "text" if tensor.datatype == BYTES else "integer" if tensor.values.dtype.is_integer() else "float"
     if column.is_multi_valued or (given == "float" and isinstance(column, SparseColumn)):
         return None
@@ -191,7 +191,7 @@ def _frame(
 
 
 def _from_numbers(tensor: Tensor, columns: Sequence[Feature]) -> dict[str, pl.Series]:
-    """The typed columns of a tensor of numbers."""
+    """Return the typed columns of a tensor of numbers."""
     for column in columns:
         _check_takes_numbers(tensor, column)
     num_columns = len(columns)
@@ -212,7 +212,7 @@ def _from_numbers(tensor: Tensor, columns: Sequence[Feature]) -> dict[str, pl.Se
 
 
 def _check_lengths(texts: pl.Series, column: Feature) -> None:
-    """As of the cells of rows in JSON."""
+    """Check the lengths of texts and lists as those of rows in JSON are checked."""
     lengths = texts.str.len_chars()
     if (row := (lengths > MAX_CELL_CHARACTERS).arg_max()) is not None and lengths[row] > MAX_CELL_CHARACTERS:
         raise bad_request(too_long(row, column, lengths[row], "characters"))

@@ -99,7 +99,7 @@ class GrpcServer:
             raise ConfigError(msg) from error
 
     async def start(self) -> None:
-        """Begin to answer."""
+        """Start answering."""
         await self._server.start()
 
     async def stop(self, timeout_s: float) -> None:
@@ -116,7 +116,7 @@ class GrpcServer:
         await stopping
 
     def _guarded(self, name: str) -> Callable[[object, Context], Awaitable[Any]]:
-        """A method behind the same checks, metrics and log as HTTP."""
+        """Put a method behind the same checks, metrics and log as HTTP."""
         service = self._service
 
         async def guarded(_: object, context: Context) -> Any:
@@ -137,7 +137,7 @@ class GrpcServer:
         return guarded
 
     async def _outcome(self, name: str, context: Context) -> tuple[Any, RefusedRequest | None, str]:
-        """The answer to a call or why there is none, and the call's name.
+        """Return the answer to a call or why there is none, and the call's request id.
 
         What grpc raises to end a call knows the frames that it goes through, and they know it: until the collector
         comes, nothing of them is freed.  So this is a function of its own, which they do not go through, and what it
@@ -174,7 +174,7 @@ class GrpcServer:
         return None, refused, request_id or service.new_request_id()
 
     async def _received(self, context: Context) -> bytes:
-        """The message of a call.
+        """Return the message of a call.
 
         One that does not come soon is, for the limits of what comes slowly, as large as any may be: grpc does not tell
         how much of it there is.
@@ -187,7 +187,7 @@ class GrpcServer:
             with ExitStack() as until_whole:
                 async with asyncio.timeout(options.body_timeout_s) as timeout:
                     is_slow = loop.call_later(
-                        _SOON_S, lambda: until_whole.enter_context(uploads.one(timeout))(options.max_body_bytes)
+                        _SOON_S, lambda: until_whole.enter_context(uploads.track(timeout))(options.max_body_bytes)
                     )
                     try:
                         message = await context.read()
@@ -200,7 +200,7 @@ class GrpcServer:
         return message
 
     def _check_room(self, name: str) -> None:
-        """Before anything is done for a call.
+        """Refuse a call, before anything is done for it, where there is too much to do.
 
         Raises:
             RefusedRequest: too many are being answered; health is always answered.
@@ -216,7 +216,7 @@ class GrpcServer:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a record of grpc is worth logging; clients do leave, so a call that ended before its answer is not."""
+    """Tell whether to log a record of grpc: not that a call ended before its answer, because clients do leave."""
     return record.exc_info is None or not isinstance(record.exc_info[1], grpc.aio.InternalError)
 
 
@@ -226,7 +226,7 @@ def _no_key() -> RefusedRequest:
 
 
 def _client(peer: str) -> str:
-    """The client's address, of "ipv4:127.0.0.1:5000" or "ipv6:%5B::1%5D:5000"."""
+    """Return the client's address, of "ipv4:127.0.0.1:5000" or "ipv6:%5B::1%5D:5000"."""
     return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
 
 

@@ -55,7 +55,7 @@ class Call:
 
 
 async def answer(service: Service, name: str, request: Any, call: Call) -> Any:
-    """The response to a call of a method that is admitted.
+    """Answer a call that is admitted.
 
     Raises:
         RefusedRequest: there is no such model or version, or no prediction for the rows.
@@ -98,7 +98,7 @@ async def _infer(service: Service, request: Any, call: Call) -> Any:
 
 
 def parse(name: str, message: bytes, service: Service) -> Any:
-    """The request of a method.
+    """Parse the request of a method.
 
     Raises:
         DecodeError: the bytes are no such message.

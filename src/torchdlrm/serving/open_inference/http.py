@@ -28,7 +28,7 @@ EXTENSIONS = ["binary_tensor_data"]
 
 @dataclass(frozen=True)
 class InferRequest:
-    """What a client asks: rows; the form of the answer.
+    """A client's rows, and the form of the answer that it wants.
 
     Attributes:
         rows: as `rows_of_tensors` gives them.
@@ -100,7 +100,7 @@ def parse_infer(
 def format_infer(
     model: str, version: str, request: InferRequest, probabilities: NDArray[np.float32]
 ) -> tuple[bytes, dict[str, str]]:
-    """The body of an answer, and its headers.
+    """Format the body of an answer, and its headers.
 
     Args:
         model: its name.
@@ -169,7 +169,7 @@ def _wants_binary(request: Mapping[str, Any], parameters: Mapping[str, Any]) -> 
 
 
 def check_num_outputs(num_outputs: int) -> None:
-    """See that a client asks for no more outputs than there are.
+    """Refuse a client that asks for more outputs than there are.
 
     Raises:
         RefusedRequest: it does.
@@ -180,7 +180,7 @@ def check_num_outputs(num_outputs: int) -> None:
 
 
 def check_output(name: object, parameters: Mapping[str, Any]) -> None:
-    """See that a client asks for an output that there is, and in a way that there is.
+    """Refuse a client that asks for another output, or for another form of it.
 
     Raises:
         RefusedRequest: there is none of that name, or no such way.
@@ -193,7 +193,7 @@ def check_output(name: object, parameters: Mapping[str, Any]) -> None:
 
 
 def check_parameters(names: Iterable[str], what: str) -> None:
-    """See that a client does not ask for memory to be shared.
+    """Refuse a client that asks for memory to be shared.
 
     Raises:
         RefusedRequest: it does.

@@ -144,7 +144,7 @@ def _inner(name: str) -> _Inner:
 
 
 def check_num_fields(message: bytes, max_fields: int, max_values: int) -> None:
-    """See, before it is parsed, that a request has not too many fields; what is no message is left to the parser.
+    """Refuse a request with too many fields before it is parsed; what is no message is left to the parser.
 
     protobuf builds all of a message in one call, during which nothing else of the process can run: a message of 16 MiB
     may have a million parameters, which take it two seconds.
@@ -188,7 +188,7 @@ def check_num_fields(message: bytes, max_fields: int, max_values: int) -> None:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and where it ends."""
+    """Read a number of seven bits a byte; also return where it ends."""
     value = message[at]
     if value < 0x80:
         return value, at + 1

@@ -38,7 +38,7 @@ _LENGTH = struct.Struct("<I")
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that came in.
+    """A tensor of a request.
 
     Attributes:
         shape: one or two dimensions.
@@ -53,7 +53,7 @@ class Tensor:
 
 
 def check_shape(name: str, datatype: object, shape: object) -> tuple[str, tuple[int, ...]]:
-    """The datatype and shape of a tensor that has such.
+    """Return the datatype and shape of a tensor, checked.
 
     Raises:
         RefusedRequest: it is no datatype or no shape that the server takes.
@@ -69,7 +69,7 @@ def check_shape(name: str, datatype: object, shape: object) -> tuple[str, tuple[
 
 
 def from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) -> Tensor:
-    """A tensor whose values stand in the JSON, flat or nested.
+    """Make a tensor of values in JSON, flat or nested.
 
     Raises:
         RefusedRequest: they are not what datatype and shape say.
@@ -96,7 +96,7 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) ->
 
 
 def from_bytes(name: str, datatype: str, shape: tuple[int, ...], data: memoryview | bytes) -> Tensor:
-    """A tensor whose values are bytes, little-endian; each text of BYTES behind its length in 4 bytes.
+    """Make a tensor of bytes, little-endian; each text of BYTES stands behind its length in 4 bytes.
 
     Raises:
         RefusedRequest: they are not what datatype and shape say.
@@ -113,7 +113,7 @@ def from_bytes(name: str, datatype: str, shape: tuple[int, ...], data: memoryvie
 
 
 def from_texts(name: str, shape: tuple[int, ...], texts: Sequence[bytes]) -> Tensor:
-    """A tensor of BYTES, each by itself."""
+    """Make a tensor of BYTES from separate texts."""
     _check_count(name, shape, len(texts))
     return Tensor(
         name, BYTES, shape, _without_empty(pl.Series(name, [_decode(name, text) for text in texts], pl.String))
@@ -121,7 +121,7 @@ def from_texts(name: str, shape: tuple[int, ...], texts: Sequence[bytes]) -> Ten
 
 
 def from_numbers(name: str, datatype: str, shape: tuple[int, ...], numbers: Sequence[float]) -> Tensor:
-    """A tensor of numbers, already known to be numbers."""
+    """Make a tensor of what is known to be numbers."""
     _check_count(name, shape, len(numbers))
     try:
         return Tensor(name, datatype, shape, pl.Series(name, list(numbers), _polars_type(NUMBER_TYPES[datatype])))
@@ -188,5 +188,5 @@ def _polars_type(dtype: np.dtype[Any]) -> pl.DataType | type[pl.DataType]:
 
 
 def _without_empty(texts: pl.Series) -> pl.Series:
-    """As in a log, an empty text is a missing value."""
+    """Take an empty text for a missing value, as in a log."""
     return texts.set(texts == "", None) if (texts == "").any() else texts
