@@ -41,6 +41,8 @@ def dlrm_says(monkeypatch, capsys):
         ("predict", "dlrm predict: BUNDLE is missing; dlrm predict --help"),
         ("predict b", "dlrm predict: ROWS is missing; dlrm predict --help"),
         ("trian", 'Unknown command "trian". Did you mean "train"?'),
+        ("plan --tables criteo-1tb --max-rows 5", "--max-rows: is called --max-embeddings now"),
+        ("plan --tables criteo-1tb --devices 0", "--devices: must be at least 1, got 0"),
         ("serve b --prot 9", "Unknown option: --prot. Did you mean --port?"),
         ("synthesize --rows x --out y", 'Invalid value for --rows: unable to convert "x" into int.'),
     ],

@@ -1,14 +1,20 @@
-"""What is said when tables do not fit, checked by planning again with what it says."""
+"""A plan as one call, and what is said when tables do not fit, checked by planning again with what it says."""
 
+import doctest
 import math
 from dataclasses import replace
 
 import pytest
 
+import torchdlrm.planning.plan
+from torchdlrm.config import load_config
 from torchdlrm.errors import PlanError
+from torchdlrm.planning.plan import plan
+from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.planning.remedies import remedies, shortfall
 from torchdlrm.planning.sweep import parse_sweep, run_sweep
 from torchdlrm.sharding.devices import device_named
+from torchdlrm.sharding.layout import read_plan
 from torchdlrm.sharding.planner import PlanOptions
 from torchdlrm.sharding.problem import Problem, solve, try_solve
 from torchdlrm.sharding.tables import check_tables, preset_tables, read_tables
@@ -84,3 +90,17 @@ def test_a_wrong_table_file_is_refused(tmp_path, content, words):
     with pytest.raises(PlanError) as failure:
         check_tables(read_tables(path, 16), str(path))
     assert words in str(failure.value)
+
+
+def test_the_example_of_plan_is_what_it_returns():
+    assert doctest.testmod(torchdlrm.planning.plan).attempted
+    assert doctest.testmod(torchdlrm.planning.plan).failed == 0
+
+
+def test_a_plan_of_a_run_takes_the_runs_config_and_tables(small_run):
+    solution = plan(PlanRequest(run=small_run, device="a100-80gb", devices=2))
+    config = load_config(small_run / "config.toml", is_of_run=True)
+    assert solution.problem.options.batch_size_global == config.train.batch_size_global
+    assert set(solution.layout) == set(read_plan(small_run / "plan.json")["tables"])
+    with pytest.raises(PlanError, match="`run` and `tables`: give one of `dataset`, `run` and `tables`"):
+        plan(PlanRequest(run=small_run, tables="criteo-1tb"))
