@@ -17,6 +17,11 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
+from torchdlrm.serving.app import build_app
+from torchdlrm.serving.openapi import document
+from torchdlrm.serving.options import ServeOptions
+from torchdlrm.serving.service import Service
+
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -81,3 +86,16 @@ def exact_checks(case):
     if any(isinstance(candidate, dict) and shared.keys() & candidate for candidate in objects):
         return [negative_data_rejection]
     return [negative_data_rejection, positive_data_acceptance]
+
+
+def test_every_route_but_the_page_stands_in_the_document(small_bundle):
+    service = Service(small_bundle, ServeOptions(), lambda: None)
+    routes = {
+        route.path: {method.lower() for method in route.methods - {"HEAD"}} for route in build_app(service)._app.routes
+    }
+    of_the_page = {path for path in routes if path == "/" or path.startswith("/page/")}
+    described = {path: set(item) - {"parameters"} for path, item in document(service)["paths"].items()} | {
+        "/openapi.json": {"get"}
+    }
+    service.close()
+    assert {path: methods for path, methods in routes.items() if path not in of_the_page} == described
