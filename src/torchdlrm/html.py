@@ -18,7 +18,7 @@ _MAX_DOTS = 40
 
 
 def render(template: str, **values: object) -> str:
-    """A page from a template of `templates/`."""
+    """Make a page from a template of `templates/`."""
     return _environment().get_template(template).render(values)
 
 
@@ -55,35 +55,35 @@ class Chart:
     _parts: list[str] = field(default_factory=list)
 
     def x(self, value: float) -> float:
-        """Pixels from the left."""
+        """Return the pixels from the left."""
         low, high = self.x_range
         return _LEFT + (value - low) / (high - low or 1.0) * self.width
 
     def y(self, value: float) -> float:
-        """Pixels from the top."""
+        """Return the pixels from the top."""
         low, high = self.y_range
         return _TOP + (high - value) / (high - low or 1.0) * self.height
 
     def y_axis(self, show: Callable[[float], str]) -> None:
-        """Horizontal lines at round values, with the values beside them."""
+        """Draw horizontal lines at round values, with the values to their left."""
         for value in ticks(*self.y_range):
             if self.y_range[0] <= value <= self.y_range[1]:
                 self.line(value, 'stroke="#e8ebef"')
                 self._text(_LEFT - 7, self.y(value) + 4, show(value), 'text-anchor="end"')
 
     def line(self, y: float, style: str, label: str = "") -> None:
-        """A horizontal line over the whole width, with a label above its end."""
+        """Draw a horizontal line over the whole width, with a label above its end."""
         ends = f'x1="{_LEFT}" x2="{_LEFT + self.width}" y1="{self.y(y):.1f}" y2="{self.y(y):.1f}"'
         self._parts.append(f"<line {ends} {style}/>")
         if label:
             self._text(_LEFT + self.width, self.y(y) - 4, label, 'text-anchor="end" style="fill:#111"')
 
     def x_label(self, x: float, text: str) -> None:
-        """Text below the chart."""
+        """Write text below the chart."""
         self._text(self.x(x), _TOP + self.height + 16, text, 'text-anchor="middle"')
 
     def block(self, x: float, low: float, high: float, colour: str, title: str, label: str = "") -> None:
-        """A part of the column at x: its title is seen when it is pointed at, its label where there is room for it."""
+        """Draw a part of the column at x: its title shows when it is pointed at, its label where it has room."""
         pitch = self.width / (self.x_range[1] - self.x_range[0])
         width, height = min(110.0, 0.86 * pitch), self.y(low) - self.y(high)
         left, top = self.x(x) - width / 2, self.y(high)
@@ -95,7 +95,7 @@ class Chart:
     def curve(
         self, points: Sequence[tuple[float, float]], colour: str, name: str, show: Callable[[float, float], str]
     ) -> None:
-        """Points by rising x, joined by a line; where they are few, each tells its values when it is pointed at."""
+        """Join points by rising x with a line; where they are few, each tells its values when it is pointed at."""
         every = math.ceil(len(points) / _MAX_POINTS)
         drawn = [*points[:-1:every], *points[-1:]]
         path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in drawn)

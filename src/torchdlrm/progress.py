@@ -16,8 +16,8 @@ class ProgressListener(Protocol):
             done: how much of it an earlier process has done, and no time of this one.
         """
 
-    def advance(self, amount: int, **figures: str) -> None:
-        """`amount` more units are done; `figures` are shown beside the bar, for example `loss="0.4512"`."""
+    def advance(self, amount: int, **values: str) -> None:
+        """`amount` more units are done; `values` are shown below the bar, for example `loss="0.4512"`."""
 
     def note(self, line: str) -> None:
         """Something happened that is worth a line that stays, for example a validation."""
@@ -29,7 +29,7 @@ class SilentProgress:
     def start_phase(self, name: str, total: int | None, unit: str = "rows", done: int = 0) -> None:
         """Ignored."""
 
-    def advance(self, amount: int, **figures: str) -> None:
+    def advance(self, amount: int, **values: str) -> None:
         """Ignored."""
 
     def note(self, line: str) -> None:

@@ -14,25 +14,25 @@ _MAX_VALUE_CHARACTERS = 80
 
 
 def toml_text(document: Mapping[str, object]) -> str:
-    """A document as TOML, every list in one line."""
+    """Write a document as TOML, every list in one line."""
     text = tomli_w.dumps(document, indent=0)
     # tomli-w writes a line for each item of a list. Strings hold no line breaks, so these are all of lists.
     return text.replace("[\n", "[").replace(",\n]", "]").replace(",\n", ", ")
 
 
 def toml_value(value: object) -> str:
-    """A string, a number, a truth value or a list of these as TOML writes it, in one line."""
+    """Write a string, a number, a truth value or a list of these as TOML has it, in one line."""
     return toml_text({"_": value}).removeprefix("_ = ").rstrip("\n")
 
 
 def did_you_mean(text: str, known: Iterable[str]) -> str:
-    """A question that ends a message, where something known is much like `text`; otherwise nothing."""
+    """Return a question that ends a message, where something known is much like `text`; otherwise nothing."""
     close = difflib.get_close_matches(text, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def explain(item: Any) -> str:
-    """What is wrong with a value, which value it is and what would be right; the caller names the key.
+    """Say what is wrong with a value, which value it is and what would be right; the caller names the key.
 
     Args:
         item: one of the `errors()` of a pydantic `ValidationError`; for an unknown key the caller knows better.

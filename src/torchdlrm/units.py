@@ -32,7 +32,7 @@ Size = Annotated[ByteSize, Field(gt=0), WrapValidator(_read_size)]
 
 
 def parse_bytes(text: str, argument: str) -> int:
-    """A size such as `80GB`, `79.1GiB` or a plain number of bytes.
+    """Read a size such as `80GB`, `79.1GiB` or a plain number of bytes.
 
     Args:
         text: what was given.
@@ -49,7 +49,7 @@ def parse_bytes(text: str, argument: str) -> int:
 
 
 def show_bytes(size_bytes: float) -> str:
-    """A size in decimal units with three digits or so, for example `532.5 GB`."""
+    """Write a size in decimal units with three digits or so, for example `532.5 GB`."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if abs(size_bytes) >= size:
             value = size_bytes / size
@@ -58,7 +58,7 @@ def show_bytes(size_bytes: float) -> str:
 
 
 def show_count(count: float) -> str:
-    """A number of things, from a million on with four digits: `257,143`, `39.29M`."""
+    """Write a number of things, from a million on with four digits: `257,143`, `39.29M`."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
         if count >= size:
             return f"{count / size:.4g}{unit}"

@@ -77,7 +77,7 @@ def test_quickstart_interrupted_at_every_stage_goes_on_with_the_same_command(tmp
     assert re.search(r"interrupted after step \d+ of 59; saved: the same command resumes there", told), told
     told = interrupted_when("4/5 evaluate", tmp_path)
     assert "1/5 synthesize: q/log.tsv is there already" in told
-    assert re.search(r"train: (goes on after [1-9]|nothing is left)", told), told
+    assert re.search(r"train: (resumes after [1-9]|nothing is left)", told), told
     assert stopped in told
     done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,1 +1,1 @@
-"""The `dlrm` command: one verb a file."""
+"""The `dlrm` command: one command a file."""

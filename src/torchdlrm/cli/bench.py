@@ -1,4 +1,4 @@
-"""`dlrm bench`: hot paths of this machine, beside what users have today and their physical floor."""
+"""`dlrm bench`: hot paths on this machine, compared with what users have today and with their physical floor."""
 
 from pathlib import Path
 

@@ -21,7 +21,7 @@ def download(
     at_a_time: int = 4,
     as_json: Json = False,
 ) -> None:
-    """Fetch a public click log; a download that was cut off goes on when the same command is given again.
+    """Fetch a public click log; a download that was cut off resumes when the same command is given again.
 
     Args:
         log: Which log.

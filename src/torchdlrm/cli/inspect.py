@@ -79,7 +79,7 @@ def _show_run(folder: Path, *, as_json: bool) -> None:
 
 
 def _run_as_dict(folder: Path) -> dict[str, Any]:
-    """For JSON: the last line of each split's metrics, every checkpoint with what is wrong with it, evaluations."""
+    """Return, for JSON, each split's last metrics, every checkpoint with what is wrong with it, evaluations."""
     from torchdlrm.training.checkpoint import checkpoint_path, find_damage, list_checkpoints, read_position
     from torchdlrm.training.log import read_metrics
     from torchdlrm.training.run import METRICS_NAME, Run
@@ -188,7 +188,7 @@ def print_precision_search(search: "PrecisionSearch") -> None:
 
 
 def bundle_as_dict(bundle: "Bundle", search: "PrecisionSearch | None") -> dict[str, Any]:
-    """For JSON."""
+    """Return what the manifest says, for JSON."""
     content = bundle.manifest.model_dump(
         mode="json", exclude={"files", "block_sha256", "block_bytes", "feature_schema"}
     )
@@ -226,7 +226,7 @@ def _show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:
 
 
 def _print_summary(summary: "DatasetSummary") -> None:
-    """Three tables; what is told of each split stands in one column, below the splits' names."""
+    """Print three tables; what is told of each split stands in one column, below the splits' names."""
     splits = list(summary.splits)
     six, five = "".join(f"{name:>6}" for name in splits), "".join(f"{name:>5}" for name in splits[1:])
 

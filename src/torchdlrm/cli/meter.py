@@ -1,4 +1,4 @@
-"""How far a phase of a job is, how fast and for how long: the figures, as a bar and as lines of text."""
+"""How far a phase of a job is, how fast and for how long, as a bar and as lines of text."""
 
 from collections import deque
 
@@ -24,17 +24,17 @@ class Meter:
         total: units of work, None when unknown.
         unit: what is counted.
         done: what an earlier process has done; takes part in the share and not in the rate.
-        now_s: the time, by any clock that goes on.
+        now_s: the time, by any clock that only moves forward.
     """
 
     def __init__(self, name: str, total: int | None, unit: str, done: int, now_s: float) -> None:
         self.name, self.total, self.unit, self.done = name, total, unit, done
-        self.figures: dict[str, str] = {}
+        self.values: dict[str, str] = {}
         self._before, self._started_s = done, now_s
         self._samples = deque([(now_s, done)])
 
     def advance(self, amount: int, now_s: float) -> None:
-        """More is done."""
+        """Count what has been done."""
         self.done += amount
         # At most one sample a second, besides the newest.
         if len(self._samples) > 2 and now_s - self._samples[-2][0] < 1:
@@ -61,27 +61,27 @@ class Meter:
         return max(self.total - self.done, 0) / rate if self.total is not None and rate else None
 
     def elapsed_s(self, now_s: float) -> float:
-        """Since the phase began here."""
+        """Return the time since the phase began in this process."""
         return now_s - self._started_s
 
     def begins(self) -> str:
-        """The line at its begin."""
+        """Return the line that is written when the phase begins."""
         if self.total is None:
             return f"{self.name}: begins"
         if self._before >= self.total > 0:
             return f"{self.name}: nothing is left of {_counted(self.total, self.unit)}"
-        done = f"goes on after {_counted(self._before, self.unit)} of" if self._before else "begins,"
+        done = f"resumes after {_counted(self._before, self.unit)} of" if self._before else "begins,"
         return f"{self.name}: {done} {_counted(self.total, self.unit)}"
 
     def status(self, now_s: float) -> str:
-        """The line in the middle."""
+        """Return the line that is written while the phase runs."""
         share = "" if self.share is None else f" ({_percent(self.share)})"
         rate = self.per_s
         parts = [f"{self.name}: {self._done_of_total()}{share}"]
         parts += [] if rate is None else [f"{_counted(rate, self.unit)}/s"]
         parts += [f"{_clock(self.elapsed_s(now_s))} gone"]
         parts += [] if self.left_s is None else [f"{_clock(self.left_s)} left"]
-        return ", ".join([*parts, *(f"{name} {value}" for name, value in self.figures.items())])
+        return ", ".join([*parts, *(f"{name} {value}" for name, value in self.values.items())])
 
     def _done_of_total(self) -> str:
         if self.total is None:
@@ -90,14 +90,14 @@ class Meter:
         return f"{done} of {_counted(self.total, self.unit)}"
 
     def ends(self, now_s: float) -> str:
-        """The line at its end: what this process has done."""
+        """Return the line that is written when the phase is over: what this process has done."""
         amount, seconds = self.done - self._before, self.elapsed_s(now_s)
         rate = f", {_counted(amount / seconds, self.unit)}/s" if seconds >= _LEAST_S else ""
         lasted = f"{seconds:.1f} s" if seconds < 60 else _clock(seconds)
         return f"{self.name}: done, {_counted(amount, self.unit)} in {lasted}{rate}"
 
     def bar(self, width: int, now_s: float) -> Group:
-        """The bar and its figures, in this many characters; what has no room goes, the least needed first."""
+        """Return the bar and its values in this many characters; without room for all, the least needed go first."""
         share = "" if self.share is None else _percent(self.share)
         count = _short(self.done, self.total, self.unit)
         rate = "" if self.per_s is None else f"{_brief(self.per_s, self.unit)}/s"
@@ -114,8 +114,8 @@ class Meter:
         )
         line = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
         line.add_row(Text(self.name, no_wrap=True), drawn, *(Text(part, no_wrap=True) for part in shown))
-        figures = "  ".join(f"{name} {value}" for name, value in self.figures.items())
-        return Group(line, Text(figures, no_wrap=True, overflow="ellipsis")) if figures else Group(line)
+        values = "  ".join(f"{name} {value}" for name, value in self.values.items())
+        return Group(line, Text(values, no_wrap=True, overflow="ellipsis")) if values else Group(line)
 
 
 def _counted(amount: float, unit: str) -> str:
@@ -123,7 +123,7 @@ def _counted(amount: float, unit: str) -> str:
 
 
 def _brief(amount: float, unit: str) -> str:
-    """As short as a bar has room for."""
+    """Return an amount as short as a bar has room for."""
     return show_bytes(amount) if unit == "bytes" else f"{show_count(amount)} {unit}"
 
 

@@ -96,7 +96,7 @@ def _solve(problem: "Problem", out: Path | None, html: Path | None, *, as_json: 
 
 
 def _show_solution(solution: "Solution") -> None:
-    """A plan: ranks with bars, tables, totals, how far to trust it."""
+    """Show a plan: ranks with bars, tables, totals, how far to trust it."""
     from torchdlrm.planning import report
 
     say(report.headline(solution))
@@ -111,7 +111,7 @@ def _show_solution(solution: "Solution") -> None:
 
 
 def _does_not_fit(problem: "Problem") -> tuple[dict[str, Any], str]:
-    """How much is missing and what helps; the JSON of it, and the message to end with."""
+    """Show how much is missing and what helps; return that for JSON, and the message to end with."""
     from torchdlrm.planning import report
     from torchdlrm.planning.remedies import remedies, shortfall
     from torchdlrm.sharding.plan_file import problem_as_dict
@@ -138,7 +138,7 @@ def _does_not_fit(problem: "Problem") -> tuple[dict[str, Any], str]:
 
 
 def _as_options(settings: Mapping[str, object]) -> str:
-    """Settings as they are given to `dlrm plan`."""
+    """Write settings as they are given to `dlrm plan`."""
     options = []
     for name, value in settings.items():
         option = "--constraint" if name == "constraints" else f"--{name.replace('_', '-')}"
@@ -148,7 +148,7 @@ def _as_options(settings: Mapping[str, object]) -> str:
 
 
 def _sweep(problem: "Problem", axes: Sequence[str], html: Path | None) -> dict[str, Any]:
-    """A table and a plot over devices and batch sizes."""
+    """Show a table and a plot over devices and batch sizes."""
     from torchdlrm.planning import report
     from torchdlrm.planning.page import sweep_page, write_page
     from torchdlrm.planning.sweep import parse_sweep, run_sweep
@@ -163,7 +163,7 @@ def _sweep(problem: "Problem", axes: Sequence[str], html: Path | None) -> dict[s
 
 
 def _compare(paths: Sequence[Path]) -> dict[str, Any]:
-    """Two plans side by side."""
+    """Show two plans side by side."""
     from torchdlrm.planning.compare import compare_plans, show_value
 
     if len(paths) != 2:

@@ -1,6 +1,6 @@
 """The progress of a job for people: a bar on a terminal, plain lines where standard error is a file or a pipe.
 
-In: what a `ProgressListener` is told.  Out, on a terminal: one bar, with the current figures below it, and above it a
+In: what a `ProgressListener` is told.  Out, on a terminal: one bar, with the current values below it, and above it a
 line for each phase that is over and for each note.  Out, elsewhere: a line when a phase begins, every ten seconds, at
 each note and when it ends; no escapes and no carriage returns, so that a log of nohup, CI or a cluster can be read.
 """
@@ -33,12 +33,12 @@ class _Shown(ABC):
             self._meter = Meter(name, total, unit, done, time.monotonic())
             self._begun(self._meter)
 
-    def advance(self, amount: int, **figures: str) -> None:
+    def advance(self, amount: int, **values: str) -> None:
         with self._lock:
             assert self._meter is not None, "advance() comes after start_phase()"
             self._meter.advance(amount, time.monotonic())
-            if figures:
-                self._meter.figures = self._meter.figures | figures  # a new one: the bar is drawn from another thread
+            if values:
+                self._meter.values = self._meter.values | values  # a new one: the bar is drawn from another thread
 
     def note(self, line: str) -> None:
         with self._lock:
@@ -53,7 +53,7 @@ class _Shown(ABC):
 
     @abstractmethod
     def _begun(self, meter: Meter) -> None:
-        """A phase has begun."""
+        """Show that a phase has begun."""
 
     @abstractmethod
     def _write(self, line: str) -> None:
@@ -81,7 +81,7 @@ class ProgressBars(_Shown):
         return Group() if meter is None else meter.bar(self._console.width, time.monotonic())
 
     def _begun(self, meter: Meter) -> None:
-        """The bar shows it."""
+        """Do nothing: the bar shows it."""
 
     def _write(self, line: str) -> None:
         self._console.print(line, markup=False, soft_wrap=True)

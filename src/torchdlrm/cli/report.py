@@ -20,8 +20,8 @@ def report(run: Path, *, out: Path = Path("report.html"), as_json: Json = False)
 
     page = report_page(Run.open(run))
     try:
-        with replacing(out) as beside:
-            beside.write_text(page, encoding="utf-8")
+        with replacing(out) as temporary:
+            temporary.write_text(page, encoding="utf-8")
     except OSError as error:
         msg = f"--out: cannot write {out}: {error.strerror}"
         raise RunError(msg) from error

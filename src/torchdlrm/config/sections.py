@@ -216,7 +216,7 @@ class Config(_Section):
 
 
 def setting_values(config: Config) -> dict[str, object]:
-    """The value of every setting by its dotted name."""
+    """Return the value of every setting by its dotted name."""
     values: dict[str, object] = {}
     for name, _ in settings():
         section, _, leaf = name.rpartition(".")
@@ -225,7 +225,7 @@ def setting_values(config: Config) -> dict[str, object]:
 
 
 def settings() -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting by its dotted name, with its type, default and description."""
+    """Iterate over every setting by its dotted name, with its type, default and description."""
     for name, field in Config.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             for leaf, inner in field.annotation.model_fields.items():

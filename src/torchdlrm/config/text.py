@@ -35,12 +35,12 @@ file and on the command line, are reported together. (Made by `make docs` from `
 
 
 def shipped_config_names() -> list[str]:
-    """Names of the configs that come with torchdlrm, such as `criteo-small`."""
+    """List the names of the configs that come with torchdlrm, such as `criteo-small`."""
     return sorted(path.stem for path in SHIPPED_CONFIGS.glob("*.toml"))
 
 
 def find_config(name: str | Path) -> Path:
-    """The file of a config.
+    """Find the file of a config.
 
     Args:
         name: a TOML file, or the name of a config that comes with torchdlrm.
@@ -60,7 +60,7 @@ def find_config(name: str | Path) -> Path:
 def load_config(
     path: str | Path | None, overrides: Mapping[str, str] | None = None, *, is_of_run: bool = False
 ) -> Config:
-    """The config in a TOML file (defaults where it is silent), changed by overrides such as {"train.epochs": "2"}.
+    """Read a config from a TOML file (defaults where it is silent), changed by overrides such as {"train.epochs": "2"}.
 
     Args:
         path: the file, the name of a config that comes with torchdlrm (`"criteo-small"`), or None for the defaults.
@@ -116,7 +116,7 @@ def _rename_keys(raw: dict[str, Any]) -> None:
 
 
 def _contradictions_of_the_rest(raw: dict[str, Any], wrong: list[list[str]]) -> list[str]:
-    """What the keys that are right by themselves contradict, so that it need not wait for the others' correction."""
+    """Find what the right keys contradict, so that it need not wait for the others' correction."""
     for section, *leaf in wrong:
         if leaf and isinstance(raw.get(section), dict):
             raw[section].pop(leaf[0], None)
@@ -127,12 +127,12 @@ def _contradictions_of_the_rest(raw: dict[str, Any], wrong: list[list[str]]) -> 
 
 
 def config_toml(config: Config) -> str:
-    """The config as TOML text that `load_config` reads back; keys that are not set are left out."""
+    """Write the config as TOML text that `load_config` reads back; keys that are not set are left out."""
     return toml_text(config.model_dump(mode="json", exclude_none=True))
 
 
 def configuration_markdown() -> str:
-    """docs/configuration.md: every setting with its default and meaning."""
+    """Make docs/configuration.md: every setting with its default and meaning."""
     lines = [_DOCUMENT_HEAD.strip(), "", "| key | default | meaning |", "| --- | --- | --- |"]
     for name, field in settings():
         default = "not set" if field.default is None else f"`{toml_value(field.default)}`"
@@ -145,7 +145,7 @@ def configuration_markdown() -> str:
 
 
 def _typed(key: str, text: str) -> object:
-    """An override's text as TOML would read it, so that both ways in are validated alike."""
+    """Read an override's text as TOML would, so that both ways in are validated alike."""
     field = dict(settings()).get(key)
     kinds = _plain_types(field.annotation) if field is not None else set()
     if str in kinds:

@@ -19,7 +19,7 @@ from torchdlrm.metrics import BinaryMetrics, binary_metrics
 
 
 class LogisticRegression(nn.Module):
-    """A sum of weights.
+    """A model whose logit is a sum of weights.
 
     Args:
         dataset: says how many ids each feature has.
@@ -38,7 +38,7 @@ class LogisticRegression(nn.Module):
         nn.init.zeros_(self.dense_weights.weight)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits [B]."""
+        """Return the logits [B]."""
         ids_FB = batch.sparse_features.values().view(len(self._first_id_F1), -1) + self._first_id_F1
         dense = (batch.dense_features - self._mean) / self._deviation
         return self.id_weights(ids_FB).sum(dim=(0, 2)) + self.dense_weights(dense).squeeze(1)

@@ -23,7 +23,7 @@ _METRICS = ("rows", "auc", "logloss", "ne", "calibration", "accuracy")
 
 
 def report_page(run: Run) -> str:
-    """The page of a run; parts that the run does not have yet are left out or say so.
+    """Make the page of a run; parts that the run does not have yet are left out or say so.
 
     Raises:
         RunError: a part is damaged.
@@ -50,7 +50,7 @@ def report_page(run: Run) -> str:
 
 
 def _cards(lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
-    """The most important values, each with its name."""
+    """Yield the most important values, each with its name."""
     if not lines:
         return
     yield "steps", f"{lines[-1]['step']:,}"
@@ -68,7 +68,7 @@ def _cards(lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
 
 
 def _charts(lines: Sequence[Line]) -> list[Chart]:
-    """Every metric that was logged, over the rows seen."""
+    """Draw every metric that was logged, over the rows seen."""
     charts = []
     for metric, caption in _CHARTS.items():
         curves = {
@@ -84,7 +84,7 @@ def _charts(lines: Sequence[Line]) -> list[Chart]:
 
 
 def curve_chart(caption: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Chart:
-    """A chart of the curves of splits, by (rows, value), that share both axes; none of them may be empty."""
+    """Draw a chart of the curves of splits, by (rows, value), that share both axes; none of them may be empty."""
     points = [point for curve in curves.values() for point in curve]
     last_row = max(rows for rows, _ in points)
     values = ticks(min(value for _, value in points), max(value for _, value in points))
@@ -99,7 +99,7 @@ def curve_chart(caption: str, curves: Mapping[str, Sequence[tuple[float, float]]
 
 
 def _without_remainders(lines: Sequence[Line]) -> list[Line]:
-    """Without training lines over far fewer rows than the others, as the last of a run: a spike that is only noise."""
+    """Leave out training lines over far fewer rows than others, as the last of a run: a spike that is only noise."""
     ends = [line["rows"] for line in lines if line["split"] == "train"]
     spans = dict(zip(ends, (end - start for start, end in pairwise([0, *ends])), strict=True))
     typical = sorted(spans.values())[len(spans) // 2] if spans else 0

@@ -10,7 +10,7 @@ from torchdlrm.units import show_bytes
 
 
 def compare_plans(first: Path, second: Path) -> dict[str, Any]:
-    """What differs between two plan files.
+    """Find what differs between two plan files.
 
     Returns:
         `values` by name, each with `a`, `b` and, of numbers, their `ratio` (b / a); and `tables`, a list of those that
@@ -37,7 +37,7 @@ def compare_plans(first: Path, second: Path) -> dict[str, Any]:
 
 
 def show_value(name: str, value: Any) -> str:
-    """A value of a comparison as text."""
+    """Write a value of a comparison as text."""
     if "bytes" in name:
         return show_bytes(value)
     if "fraction" in name:

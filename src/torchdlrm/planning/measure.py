@@ -69,7 +69,7 @@ class Measurement:
 
 
 def measured(problem: Problem, config: Config) -> tuple[Problem, Measurement]:
-    """The problem with this machine's own rates, timed in as many processes as the plan has ranks.
+    """Return the problem with this machine's own rates, timed in as many processes as the plan has ranks.
 
     Raises:
         PlanError: the plan is for another machine than this one.

@@ -21,7 +21,7 @@ _MAX_LABELLED_RANKS = 32
 
 
 def plan_page(solution: Solution) -> str:
-    """The page of a plan."""
+    """Make the page of a plan."""
     fullest = solution.fullest_rank
     return render(
         "plan.html",
@@ -44,7 +44,7 @@ def plan_page(solution: Solution) -> str:
 
 
 def sweep_page(problem: Problem, points: Sequence[SweepPoint]) -> str:
-    """The page of a sweep: rows a second against devices, one line a batch size, and all values."""
+    """Make the page of a sweep: rows a second against devices, one line a batch size, and all values."""
     solutions = [(point, point.solution) for point in points if point.solution is not None]
     speeds = [(point, solution.rows_per_s) for point, solution in solutions]
     filled = [(point, solution.memory_fraction(solution.fullest_rank)) for point, solution in solutions]
@@ -130,7 +130,7 @@ def _time_chart(solution: Solution) -> Chart:
 
 
 def _rank_chart(solution: Solution, top: float, height: float, caption: str, show: Callable[[float], str]) -> Chart:
-    """An empty chart with a column for each rank."""
+    """Make an empty chart with a column for each rank."""
     num_ranks = len(solution.ranks)
     chart = Chart((-0.5, num_ranks - 0.5), (0, top), _WIDTH, height, caption)
     chart.y_axis(show)
@@ -146,7 +146,7 @@ def _sweep_chart(
     values: Sequence[tuple[SweepPoint, float]],
     show: Callable[[float], str],
 ) -> Chart:
-    """A line of values for each batch size, over the numbers of devices; at least one value."""
+    """Draw a line of values for each batch size, over the numbers of devices; at least one value."""
     devices = sorted({point.num_devices for point in points})
     chart = Chart((-0.5, len(devices) - 0.5), (0, 1.1 * max(value for _, value in values)), _WIDTH, 240, caption)
     chart.y_axis(show)

@@ -60,7 +60,7 @@ def plan(request: PlanRequest, config: Config | None = None, *, measure: bool = 
 
 
 def problem_of(request: PlanRequest, config: Config) -> Problem:
-    """The problem that a request and a config describe.
+    """Make the problem that a request and a config describe.
 
     Raises:
         PlanError: the request is wrong, or contradicts itself.
@@ -107,7 +107,7 @@ def _machine(request: PlanRequest, config: Config) -> Machine:
 
 
 def _with_sizes(machine: Machine, request: PlanRequest) -> Machine:
-    """The machine with the memory and the rates that the request gives."""
+    """Return the machine with the memory and the rates that the request gives."""
     names = ("hbm", "host_memory", *_RATES)
     sizes = {name: parse_bytes(text, name) for name in names if (text := getattr(request, name)) is not None}
     if "hbm" in sizes and machine.kind != "cuda":

@@ -15,7 +15,7 @@ Size = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
 @Parameter(name="*")
 @dataclass(frozen=True)
 class PlanRequest:
-    """Tables and machine.
+    """Tables and machine that a plan is asked for.
 
     Attributes:
         dataset: Plan for the tables of this dataset.
@@ -57,7 +57,7 @@ class PlanRequest:
 
     @property
     def num_devices(self) -> int:
-        """Ranks."""
+        """The number of ranks."""
         return self.devices if self.devices is not None else (8 if self.tables is not None else 1)
 
     @property

@@ -36,7 +36,7 @@ class Shortfall:
     undividable: tuple[str, ...]
 
     def message(self, problem: Problem) -> str:
-        """The clear no, in one or two sentences."""
+        """Say the clear no, in one or two sentences."""
         machine = problem.machine
         head = (
             f"no: {show_bytes(self.needed_bytes)} of weights and state of {problem.options.optimizer} do not fit on "
@@ -52,7 +52,7 @@ class Shortfall:
         return head + "the sum would fit, but the tables cannot be cut into pieces that do"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return it for JSON."""
         return {**asdict(self), "largest": [{"table": name, "bytes": size} for name, size in self.largest]}
 
 
@@ -73,7 +73,7 @@ class Remedy:
     solution: Solution
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, with the main values of its plan."""
+        """Return it for JSON, with the main values of its plan."""
         return {
             "change": self.change,
             "price": self.price,
@@ -85,7 +85,7 @@ class Remedy:
 
 
 def shortfall(problem: Problem) -> Shortfall:
-    """How much is missing, and where."""
+    """Find how much is missing, and where."""
     usable = problem.usable_bytes * problem.machine.num_devices
     missing = max(0, problem.table_bytes - usable)
     sizes = {
@@ -106,7 +106,7 @@ def shortfall(problem: Problem) -> Shortfall:
 
 
 def remedies(problem: Problem, progress: ProgressListener = SILENT) -> list[Remedy]:
-    """Everything that makes the tables fit by itself, planned again to be sure.
+    """Find everything that makes the tables fit by itself, planned again to be sure.
 
     Args:
         problem: one that does not fit.
@@ -239,7 +239,7 @@ def _host_memory(problem: Problem) -> Remedy | None:
 
 
 def _fewer_embeddings(problem: Problem) -> Remedy | None:
-    """The highest cap under which the sum fits, then a little less until a plan is found."""
+    """Try the highest cap under which the sum fits, then a little less until a plan is found."""
     low, high = 1, max(table.rows for table in problem.tables)
     budget = problem.usable_bytes * problem.machine.num_devices
     while low < high:

@@ -20,7 +20,7 @@ _BAR_CELLS = 14
 
 
 def headline(solution: Solution) -> str:
-    """What was planned for what."""
+    """Say what was planned for what."""
     problem = solution.problem
     machine = problem.machine
     hosts = f"{machine.num_hosts} host{'s' if machine.num_hosts > 1 else ''}"
@@ -32,7 +32,7 @@ def headline(solution: Solution) -> str:
 
 
 def rank_rows(solution: Solution, limit: int | None = _MAX_ROWS) -> list[Row]:
-    """Per rank: what it holds, how full it is, how long it takes."""
+    """Tell of each rank what it holds, how full it is, how long it takes."""
     slowest_ms = solution.ranks[solution.bottleneck_rank].total_ms or 1.0
     shards = _shards_by_rank(solution)
     rows = [
@@ -54,12 +54,12 @@ def rank_rows(solution: Solution, limit: int | None = _MAX_ROWS) -> list[Row]:
 
 
 def total_row(solution: Solution) -> Row:
-    """What all ranks hold together, as the last of the rows of ranks."""
+    """Tell what all ranks hold together, as the last of the rows of ranks."""
     return {"rank": "all", "shards": str(sum(_shards_by_rank(solution))), **_bytes(solution.total)}
 
 
 def table_rows(solution: Solution, limit: int | None = _MAX_ROWS) -> list[Row]:
-    """Per table: how it is sharded, where, and what it takes."""
+    """Tell of each table how it is sharded, where, and what it takes."""
     rows = []
     for table in sorted(solution.problem.tables, key=lambda table: -table.rows * table.dim):
         placed = solution.layout[table.name]
@@ -80,7 +80,7 @@ def table_rows(solution: Solution, limit: int | None = _MAX_ROWS) -> list[Row]:
 
 
 def summary_lines(solution: Solution) -> list[str]:
-    """Totals, the bottleneck, the estimate and how far to trust it."""
+    """Tell the totals, the bottleneck, the estimate and how far to trust it."""
     dense, slowest, fullest = solution.dense, solution.bottleneck_rank, solution.fullest_rank
     tables_ms = solution.ranks[slowest].total_ms
     reserved = f"{solution.problem.options.reserved_fraction:.0%} kept free for the rest"
@@ -113,7 +113,7 @@ def summary_lines(solution: Solution) -> list[str]:
 
 
 def largest_rows(missing: Shortfall) -> list[Row]:
-    """Where the memory goes."""
+    """Tell where the memory goes."""
     return [
         {"table": name, "weights and state": show_bytes(size), "of all": f"{size / missing.needed_bytes:.1%}"}
         for name, size in missing.largest
@@ -121,7 +121,7 @@ def largest_rows(missing: Shortfall) -> list[Row]:
 
 
 def sweep_rows(points: Sequence[SweepPoint]) -> list[Row]:
-    """Memory, time and rows a device-hour against devices and batch size."""
+    """Tell memory, time and rows a device-hour against devices and batch size."""
     best = max((point.solution.rows_per_s for point in points if point.solution), default=0.0) or 1.0
     rows = []
     for point in points:
@@ -146,7 +146,7 @@ def sweep_rows(points: Sequence[SweepPoint]) -> list[Row]:
 
 
 def show_ranks(ranks: Sequence[int]) -> str:
-    """Ranks with runs shortened: 0-7, or 1, 3."""
+    """Write ranks with runs shortened: 0-7, or 1, 3."""
     runs = []
     for _, group in groupby(enumerate(sorted(set(ranks))), lambda pair: pair[1] - pair[0]):
         members = [rank for _, rank in group]
@@ -160,7 +160,7 @@ def _bytes(cost: Cost) -> Row:
 
 
 def _bar(fraction: float, cells: int = _BAR_CELLS) -> str:
-    """A fraction of one as a bar of so many cells, in eighths of a cell."""
+    """Draw a fraction of one as a bar of so many cells, in eighths of a cell."""
     eighths = round(max(0.0, min(1.0, fraction)) * cells * 8)
     full, rest = divmod(eighths, 8)
     return ("█" * full + ("▏▎▍▌▋▊▉"[rest - 1] if rest else "")).ljust(cells, "·")

@@ -11,7 +11,7 @@ from torchdlrm.sharding.problem import Problem, Solution, try_solve
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One of the machines.
+    """One of the machines of a sweep, and the plan for it.
 
     Attributes:
         num_devices: ranks.
@@ -31,7 +31,7 @@ class SweepPoint:
         return 3600 * self.solution.rows_per_s / self.num_devices if self.solution else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return it for JSON."""
         point: dict[str, Any] = {"num_devices": self.num_devices, "batch_size_global": self.batch_size_global}
         if self.solution is None:
             return point | {"fits": False, "missing_bytes": self.missing_bytes}
@@ -45,7 +45,7 @@ class SweepPoint:
 
 
 def parse_sweep(axes: Sequence[str]) -> dict[str, list[int]]:
-    """`devices=1,2,4` and `batch=8192,65536`.
+    """Read axes such as `devices=1,2,4` and `batch=8192,65536`.
 
     Raises:
         PlanError: an axis is none of these.

@@ -43,7 +43,7 @@ class Rule:
     text: str
 
     def matches(self, table: str) -> bool:
-        """Whether the rule is about this table."""
+        """Return whether the rule is about this table."""
         return fnmatch.fnmatchcase(table, self.pattern) or fnmatch.fnmatchcase(table, table_name(self.pattern))
 
 
@@ -63,7 +63,7 @@ class TableConstraint:
 
 
 def parse_rule(text: str) -> Rule:
-    """One rule.
+    """Read one rule.
 
     Raises:
         PlanError: it is not written as rules are.
@@ -88,7 +88,7 @@ def parse_rule(text: str) -> Rule:
 def table_constraints(
     tables: Sequence[Table], rules: Sequence[str], *, kind: str, num_devices: int, num_hosts: int, optimizer: Optimizer
 ) -> dict[str, TableConstraint]:
-    """What the planner may do with each table; the last rule that matches a table counts.
+    """Find what the planner may do with each table; the last rule that matches a table counts.
 
     Kinds that come to the same as a simpler one are left out, so that the search is short and its result does not
     hang on how ties are broken: column-wise where a table has too few columns to be cut, table-row-wise and grid on

@@ -129,7 +129,7 @@ DEVICES: Mapping[str, Device] = {device.name: device for device in _DEVICES}
 
 
 def device_named(name: str) -> Device:
-    """The device of a name.
+    """Find a device by its name.
 
     Raises:
         PlanError: there is none of this name.
@@ -143,7 +143,7 @@ def device_named(name: str) -> Device:
 
 
 def device_of_gpu(gpu_name: str, memory_bytes: int) -> Device:
-    """The table's row for a GPU as the driver names it, for example `NVIDIA A100-SXM4-80GB`; the A100 where none is."""
+    """Find a GPU by its driver's name, for example `NVIDIA A100-SXM4-80GB`; the A100 where none is known."""
     name = gpu_name.lower()
     for device in reversed(_DEVICES):
         model, _, size = device.name.partition("-")

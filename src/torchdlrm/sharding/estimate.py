@@ -79,7 +79,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class DensePart:
-    """What every rank does beside its tables.
+    """What every rank does besides its tables.
 
     Attributes:
         compute_ms: dense arch, interaction and over arch, forward, backward and update.
@@ -98,7 +98,7 @@ class DensePart:
 def shard_costs(
     layout: Layout, tables: Sequence[Table], machine: Machine, options: PlanOptions, precision: Precision
 ) -> dict[str, list[Cost]]:
-    """The cost of every shard, by table, in the order of the layout.
+    """Estimate the cost of every shard, by table, in the order of the layout.
 
     Args:
         layout: of all tables.
@@ -158,7 +158,7 @@ def _cache_params(placed: PlacedTable) -> CacheParams | None:
 
 
 def dense_part(shape: ModelShape, machine: Machine, batch_size_global: int) -> DensePart:
-    """What the dense parts take, by their arithmetic.
+    """Estimate what the dense parts take, by their arithmetic.
 
     Args:
         shape: of the model.

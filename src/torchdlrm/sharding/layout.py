@@ -74,7 +74,7 @@ Layout = Mapping[str, PlacedTable]
 
 
 def layout_of(plan: ShardingPlan) -> dict[str, PlacedTable]:
-    """What a TorchRec plan says, by table."""
+    """Return what a TorchRec plan says, by table."""
     layout: dict[str, PlacedTable] = {}
     for module_plan in plan.plan.values():
         for table, sharding in module_plan.items():
@@ -99,7 +99,7 @@ def _cache_fraction(sharding: ParameterSharding) -> float | None:
 
 
 def layout_as_dict(layout: Layout) -> dict[str, Any]:
-    """For JSON."""
+    """Return a layout for JSON."""
     return {
         name: {
             "sharding_type": placed.sharding_type,
@@ -113,7 +113,7 @@ def layout_as_dict(layout: Layout) -> dict[str, Any]:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """The object in a plan.json.
+    """Read the object in a plan.json.
 
     Raises:
         PlanError: the file cannot be read, is no plan, or of another format version.
@@ -148,7 +148,7 @@ class SavedPlan:
 
 
 def read_saved_plan(path: Path) -> SavedPlan:
-    """A plan.json to obey.
+    """Read a plan.json to follow.
 
     Raises:
         PlanError: the file is no plan, or says that there is none.
@@ -179,7 +179,7 @@ def _pair(values: Sequence[Any]) -> tuple[int, int]:
 
 
 def sharding_plan(saved: SavedPlan, model: nn.Module, machine: Machine) -> ShardingPlan:
-    """The saved plan as TorchRec's, for a model.
+    """Make TorchRec's plan for a model of a saved one.
 
     Args:
         saved: places all its tables.

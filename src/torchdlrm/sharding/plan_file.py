@@ -16,7 +16,7 @@ from torchdlrm.sharding.problem import Problem, Solution
 
 
 def plan_as_dict(solution: Solution) -> dict[str, Any]:
-    """The plan as JSON."""
+    """Return the plan for JSON."""
     tables = layout_as_dict(solution.layout)
     for table in solution.problem.tables:
         shards = solution.costs[table.name]
@@ -49,7 +49,7 @@ def plan_as_dict(solution: Solution) -> dict[str, Any]:
 
 
 def problem_as_dict(problem: Problem) -> dict[str, Any]:
-    """What was planned for, as JSON."""
+    """Return what was planned for, for JSON."""
     options = problem.options
     return {
         "format": FORMAT,
@@ -77,8 +77,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         PlanError: the file cannot be written.
     """
     try:
-        with replacing(path) as beside:
-            beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         msg = f"cannot write the plan to {path}: {error.strerror}; give a file in a folder that exists"
         raise PlanError(msg) from error

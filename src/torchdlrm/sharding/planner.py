@@ -40,7 +40,7 @@ class PlanOptions:
     """What a plan depends on besides tables and machine.
 
     Attributes:
-        optimizer: of the tables; its state takes memory beside the weights.
+        optimizer: of the tables; its state takes memory besides the weights.
         batch_size_global: rows per step over all ranks.
         reserved_fraction: of each rank's memory, for what is not a table.
         constraints: rules as `torchdlrm.sharding.constraints` reads them.
@@ -68,7 +68,7 @@ class PlanOptions:
 def table_sharder(
     fused_params: Mapping[str, Any], codecs: dict[str, Any] | None = None
 ) -> EmbeddingBagCollectionSharder:
-    """The sharder of all tables.
+    """Make the sharder of all tables.
 
     Args:
         fused_params: name the optimizer that runs inside the tables' backward.
@@ -78,14 +78,14 @@ def table_sharder(
 
 
 def meta_tables(tables: Sequence[Table], precision: Precision = "float32") -> nn.Module:
-    """A module with these tables and no memory, to plan for a model that need not be there."""
+    """Make a module with these tables and no memory, to plan for a model that need not be there."""
     data_type = {"float32": DataType.FP32, "float16": DataType.FP16}[precision]
     collection = meta_collection(((table.name, table.name, table.rows, table.dim) for table in tables), data_type)
     return nn.ModuleDict({"embedding_bag_collection": collection})
 
 
 def tables_of(model: nn.Module) -> list[Table]:
-    """The tables of a model, in its order; each row of the batch looks one id up in each."""
+    """List the tables of a model, in its order; each row of the batch looks one id up in each."""
     return [
         Table(config.name, config.num_embeddings, config.embedding_dim)
         for _, collection in collections_of(model)
@@ -94,13 +94,13 @@ def tables_of(model: nn.Module) -> list[Table]:
 
 
 def collections_of(model: nn.Module) -> list[tuple[str, EmbeddingBagCollection]]:
-    """The table collections of a model, each with its path."""
+    """List the table collections of a model, each with its path."""
     return [(path, module) for path, module in model.named_modules() if isinstance(module, EmbeddingBagCollection)]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """What a search has found.
 
     Attributes:
         plan: the best.
@@ -190,7 +190,7 @@ def _search(
 
 
 def lower_bound_ms(search_space: Sequence[ShardingOption], num_devices: int) -> float:
-    """What no plan can beat in TorchRec's estimate: all work spread evenly, and no shard divided.
+    """Find what no plan can beat in TorchRec's estimate: all work spread evenly, and no shard divided.
 
     Args:
         search_space: every option of every table.

@@ -65,7 +65,7 @@ class Problem:
         )
 
     def with_options(self, **changes: Any) -> "Problem":
-        """The same problem with some options changed."""
+        """Return the same problem with some options changed."""
         return replace(self, options=replace(self.options, **changes))
 
 
@@ -77,7 +77,7 @@ class Solution:
         problem: what was asked.
         layout: where everything goes.
         costs: of every shard, by table, in the layout's order.
-        dense: what every rank does beside its tables.
+        dense: what every rank does besides its tables.
         lower_bound_ms: no plan has a slowest rank whose tables take less; None for a plan that was given.
         num_proposals: plans that were tried.
         search_s: wall time of the search.
@@ -166,7 +166,7 @@ def solve(problem: Problem) -> Solution:
 
 
 def solution_of(problem: Problem, layout: Mapping[str, PlacedTable], found: Found | None) -> Solution:
-    """What a layout costs, wherever it comes from.
+    """Find what a layout costs, wherever it comes from.
 
     Args:
         problem: that it answers.
@@ -185,7 +185,7 @@ def solution_of(problem: Problem, layout: Mapping[str, PlacedTable], found: Foun
 
 
 def try_solve(problem: Problem) -> Solution | None:
-    """The solution, or None where the tables do not fit.
+    """Return the solution, or None where the tables do not fit.
 
     Raises:
         PlanError: a constraint is wrong.

@@ -38,7 +38,7 @@ def load_or_make_plan(
         machine: the ranks.
         sharders: what can be sharded, and how.
         process_group: rank 0 plans for all; None plans in this process.
-        saved_plan: a plan.json to obey; every rank reads it.
+        saved_plan: a plan.json to follow; every rank reads it.
 
     Raises:
         PlanError: the tables do not fit; or the saved plan is for another model or number of ranks, or does not fit.

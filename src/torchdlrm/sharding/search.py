@@ -63,7 +63,7 @@ class Thinned(Proposer):  # type: ignore[misc]  # TorchRec is untyped
         self._inner.load(search_space, enumerator)
 
     def propose(self) -> list[ShardingOption] | None:
-        """The next one that is selected."""
+        """Return the next one that is selected."""
         while self._selected and self._step < self._selected[-1]:
             if self._inner.propose() is None:
                 return None
@@ -78,7 +78,7 @@ class Thinned(Proposer):  # type: ignore[misc]  # TorchRec is untyped
         perf_rating: float | None = None,
         storage_constraint: Topology | None = None,
     ) -> None:
-        """Go on to the next one."""
+        """Move to the next one."""
         self._inner.feedback(partitionable, plan, perf_rating, storage_constraint)
         self._step += 1
         self._selected.pop()
@@ -191,7 +191,7 @@ class BestPlan(Stats):  # type: ignore[misc]  # TorchRec is untyped
         self.num_proposals = 0
 
     def log(self, *, best_plan: list[ShardingOption], num_proposals: int, **_: Any) -> None:
-        """Called by the planner at its end."""
+        """Keep the best plan; the planner calls this at its end."""
         self.options, self.num_proposals = best_plan, num_proposals
 
 

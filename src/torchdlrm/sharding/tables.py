@@ -86,7 +86,7 @@ def state_bytes(rows: int, columns: int, optimizer: Optimizer) -> int:
 
 
 def feature_tables(num_embeddings: Mapping[str, int], dim: int) -> list[Table]:
-    """One table a feature, as `torchdlrm.model.build` makes them.
+    """Make one table for each feature, as `torchdlrm.model.build` makes them.
 
     Args:
         num_embeddings: rows by feature, in schema order.
@@ -96,7 +96,7 @@ def feature_tables(num_embeddings: Mapping[str, int], dim: int) -> list[Table]:
 
 
 def preset_tables(name: str, dim: int) -> list[Table]:
-    """The tables of a published model, called as those of the `criteo` schema.
+    """Return the tables of a published model, called as those of the `criteo` schema.
 
     Raises:
         PlanError: no preset has this name.
@@ -113,7 +113,7 @@ def preset_tables(name: str, dim: int) -> list[Table]:
 
 
 def read_tables(path: Path, dim: int) -> list[Table]:
-    """Tables from a CSV file with a header, or a JSON list of objects.
+    """Read tables from a CSV file with a header, or a JSON list of objects.
 
     Columns or keys: `rows`; optionally `name` (t_0, t_1, ... when missing), `dim` (the given one when missing) and
     `pooling_factor` (1 when missing).
@@ -181,5 +181,5 @@ def check_tables(tables: Sequence[Table], place: str) -> None:
 
 
 def cap_embeddings(tables: Sequence[Table], max_embeddings: int) -> list[Table]:
-    """The same tables with at most `max_embeddings` rows each."""
+    """Return the same tables with at most `max_embeddings` rows each."""
     return [replace(table, rows=min(table.rows, max_embeddings)) for table in tables]

@@ -65,7 +65,7 @@ class Machine:
         return max(self.devices_per_host, 8) if self.kind == "cuda" else self.devices_per_host
 
     def resized(self, num_devices: int) -> "Machine":
-        """The machine with another number of devices, on as many hosts as they need.
+        """Return the machine with another number of devices, on as many hosts as they need.
 
         Raises:
             PlanError: they cannot be spread evenly.
@@ -97,7 +97,7 @@ class Machine:
 
 
 def machine_of(device: Device, *, num_devices: int, num_hosts: int | None = None) -> Machine:
-    """So many devices of one kind on so many hosts.
+    """Make a machine of so many devices of one kind on so many hosts.
 
     Args:
         device: what they are.
@@ -138,7 +138,7 @@ def machine_of(device: Device, *, num_devices: int, num_hosts: int | None = None
 
 
 def host_memory_bytes() -> int:
-    """Physical memory of this host, or the limit of its cgroup where that is lower."""
+    """Return the physical memory of this host, or the limit of its cgroup where that is lower."""
     physical_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:  # noqa: PTH123
@@ -149,7 +149,7 @@ def host_memory_bytes() -> int:
 
 
 def local_machine(config: ShardingConfig, *, world_size: int, local_world_size: int, device: torch.device) -> Machine:
-    """The machine that this process runs on, as training plans for it.
+    """Return the machine that this process runs on, as training plans for it.
 
     Args:
         config: may give memory sizes that differ from the machine's.
