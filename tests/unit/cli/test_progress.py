@@ -20,7 +20,7 @@ def drawn(meter, now_s, width=80):
 
 def test_a_rate_is_that_of_the_last_minute_and_what_an_earlier_process_did_is_not_in_it():
     meter = Meter("train", 40_000, "rows", 20_000, now_s=0.0)
-    assert meter.begins() == "train: goes on after 20,000 rows of 40,000 rows"
+    assert meter.begins() == "train: resumes after 20,000 rows of 40,000 rows"
     for second in range(1, 101):
         meter.advance(10, float(second))
     for second in range(101, 201):
