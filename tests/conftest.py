@@ -148,16 +148,10 @@ def small_run(small_dataset, dlrm, tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_bundle(small_run, small_dataset, tmp_path_factory):
     """The folder of a float32 bundle of `small_run`; not to be changed."""
-    from torchdlrm.exporting.export import ExportOptions, export
-    from torchdlrm.training.run import Run
+    from torchdlrm.exporting.export import export
 
     path = tmp_path_factory.mktemp("bundle") / "small"
-    export(
-        Run.open(small_run),
-        small_dataset,
-        path,
-        ExportOptions("small"),
-    )
+    export(small_run, path)
     return path
 
 

@@ -25,7 +25,8 @@ from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.bundle.write import require_space, write_weights
 from torchdlrm.errors import BundleError, RunError
 from torchdlrm.exporting.checkpoint import CheckpointReader
-from torchdlrm.exporting.export import ExportOptions, export, held_out_rows
+from torchdlrm.exporting.export import export, held_out_rows
+from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.encode import encode
 from torchdlrm.features.schema import load_schema
 from torchdlrm.model import table_weight
@@ -58,7 +59,7 @@ def shop(dlrm, tmp_path_factory):
 def test_a_run_of_two_processes_with_lists_text_and_hashes_is_exported_by_one(shop, tmp_path):
     run, dataset = shop
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2
-    bundle = export(Run.open(run), dataset, tmp_path / "bundle", ExportOptions("shop")).bundle
+    bundle = export(run, tmp_path / "bundle", options=ExportOptions(name="shop"), dataset=dataset).bundle
     expected = evaluated(run, dataset, "test")
     frame = pl.concat([pl.read_parquet(file.path) for file in dataset.splits["test"].files])
     rows = EncodedRows.from_frame(frame, dataset.schema)
@@ -78,8 +79,8 @@ def test_a_run_of_two_processes_with_lists_text_and_hashes_is_exported_by_one(sh
 
 def test_int4_and_bfloat16_know_lists_too(shop, tmp_path):
     run, dataset = shop
-    options = ExportOptions("shop", precision="int4", dense_precision="bfloat16")
-    record = export(Run.open(run), dataset, tmp_path / "bundle", options).bundle.manifest.check
+    options = ExportOptions(name="shop", precision="int4", dense_precision="bfloat16")
+    record = export(run, tmp_path / "bundle", options=options, dataset=dataset).bundle.manifest.check
     assert 0 < record.largest_difference < 0.05
 
 
@@ -97,7 +98,7 @@ def test_the_command_tells_people_and_programs(dlrm, small_run, tmp_path):
 
 def test_nothing_is_written_over(small_run, small_dataset, small_bundle):
     with pytest.raises(BundleError, match="is there already; give another name"):
-        export(Run.open(small_run), small_dataset, small_bundle, ExportOptions("small"))
+        export(small_run, small_bundle, options=ExportOptions(name="small"), dataset=small_dataset)
     assert Bundle.open(small_bundle).name == "small"
 
 
@@ -105,7 +106,7 @@ def test_a_link_that_leads_nowhere_is_something_too(small_run, small_dataset, tm
     """Refused before the work, and not when the folder cannot be renamed to it."""
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(BundleError, match="is there already; give another name"):
-        export(Run.open(small_run), small_dataset, tmp_path / "link", ExportOptions("small"))
+        export(small_run, tmp_path / "link", options=ExportOptions(name="small"), dataset=small_dataset)
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
@@ -125,11 +126,9 @@ class Interrupting:
 
 @pytest.mark.parametrize("phase", ["write weights", "check"])
 def test_an_interrupted_export_leaves_nothing(small_run, small_dataset, tmp_path, phase):
-    options = ExportOptions("small")
+    options = ExportOptions(name="small")
     with pytest.raises(KeyboardInterrupt):
-        export(
-            Run.open(small_run), small_dataset, tmp_path / "bundle", options, Interrupting(phase, KeyboardInterrupt())
-        )
+        export(small_run, tmp_path / "bundle", options=options, progress=Interrupting(phase, KeyboardInterrupt()))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,7 +136,7 @@ def test_what_a_killed_export_left_is_cleared_away(small_run, small_dataset, tmp
     left = tmp_path / ".bundle.partial" / "vocabulary"
     left.mkdir(parents=True)
     (left / "old").write_text("half")
-    export(Run.open(small_run), small_dataset, tmp_path / "bundle", ExportOptions("small"))
+    export(small_run, tmp_path / "bundle", options=ExportOptions(name="small"), dataset=small_dataset)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert not (tmp_path / "bundle" / "vocabulary" / "old").exists()
 
@@ -172,7 +171,7 @@ def test_a_bundle_that_predicts_other_than_the_checkpoint_is_not_left(small_run,
     right = ServedModel.logits
     monkeypatch.setattr(ServedModel, "logits", lambda self, rows: right(self, rows) + np.float32(1e-3))
     with pytest.raises(BundleError, match=r"a probability differs by 0\.0002.* on 357 rows of test"):
-        export(Run.open(small_run), small_dataset, tmp_path / "bundle", ExportOptions("small"))
+        export(small_run, tmp_path / "bundle", options=ExportOptions(name="small"), dataset=small_dataset)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,9 +182,9 @@ def test_rows_of_coarse_tables_in_each_other_s_place_are_found(
     """Rounding and bfloat16 may move a probability by as much as the wrong row of a table does; they do not hide it."""
     right = write.quantize_rows
     monkeypatch.setattr(write, "quantize_rows", lambda rows, precision: right(rows, precision).roll(1, dims=0))
-    options = ExportOptions("small", precision="int4", dense_precision=dense_precision)
+    options = ExportOptions(name="small", precision="int4", dense_precision=dense_precision)
     with pytest.raises(BundleError, match=r"with the same embeddings: a probability differs by 0\.\d+ on 357 rows"):
-        export(Run.open(small_run), small_dataset, tmp_path / "bundle", options)
+        export(small_run, tmp_path / "bundle", options=options, dataset=small_dataset)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -215,7 +214,7 @@ def test_a_damaged_checkpoint_is_not_exported(small_run, small_dataset, tmp_path
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
     with pytest.raises(RunError, match="damaged"):
-        export(Run.open(run), small_dataset, tmp_path / "bundle", ExportOptions("small"))
+        export(run, tmp_path / "bundle", options=ExportOptions(name="small"), dataset=small_dataset)
 
 
 def test_a_full_disk_is_told_before_it_is_full(tmp_path):

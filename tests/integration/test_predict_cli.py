@@ -19,7 +19,8 @@ import pytest
 from torchdlrm.cli.predict import predict as predict_verb
 from torchdlrm.cli.verify import verify as verify_verb
 from torchdlrm.errors import UserError
-from torchdlrm.exporting.export import ExportOptions, export
+from torchdlrm.exporting.export import export
+from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import (
     DenseColumn,
     FeatureSchema,
@@ -30,7 +31,6 @@ from torchdlrm.features.schema import (
 )
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
-from torchdlrm.training.run import Run
 
 NAMES = [column.name for column in criteo_schema().columns]
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
@@ -269,7 +269,7 @@ def shop(dlrm, tmp_path_factory):
     dataset = preprocess([folder / "log.csv"], folder / "dataset", schema, PreprocessOptions())
     done = dlrm("train", CONFIG, "--dataset", dataset.path, "--run", folder / "run", "--logging.tensorboard", "false")
     assert done.returncode == 0, done.stderr
-    export(Run.open(folder / "run"), dataset, folder / "bundle", ExportOptions("shop"))
+    export(folder / "run", folder / "bundle", options=ExportOptions(name="shop"), dataset=dataset)
     return folder
 
 
@@ -323,7 +323,7 @@ def test_verify_asks_a_live_server_of_the_same_bundle(
         verify_verb(small_bundle, small_log, dataset=small_dataset.path, run=small_run, url=server.url)
     # Another bundle of the same columns: what answers is not what was asked about.
     other = tmp_path / "other"
-    export(Run.open(small_run), small_dataset, other, ExportOptions("other", precision="int8"))
+    export(small_run, other, options=ExportOptions(name="other", precision="int8"), dataset=small_dataset)
     monkeypatch.setenv("DLRM_API_KEY", "secret")
     with pytest.raises(UserError, match=f"serves version {server.version} of 'small', and the bundle is version"):
         verify_verb(other, small_log, dataset=small_dataset.path, run=small_run, url=server.url, max_rows=600)

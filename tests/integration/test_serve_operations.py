@@ -41,11 +41,11 @@ KEY = "correct horse battery staple"
 @pytest.fixture(scope="module")
 def other_bundle(small_run, small_dataset, tmp_path_factory):
     """The same run with coarser tables: other predictions, and so another version."""
-    from torchdlrm.exporting.export import ExportOptions, export
-    from torchdlrm.training.run import Run
+    from torchdlrm.exporting.export import export
+    from torchdlrm.exporting.options import ExportOptions
 
     path = tmp_path_factory.mktemp("bundle") / "coarse"
-    export(Run.open(small_run), small_dataset, path, ExportOptions("small", "int4"))
+    export(small_run, path, options=ExportOptions(name="small", precision="int4"), dataset=small_dataset)
     return path
 
 

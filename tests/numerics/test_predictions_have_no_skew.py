@@ -15,7 +15,8 @@ from conftest import real_log, rows_of_request
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.exporting.checkpoint import CheckpointModel
-from torchdlrm.exporting.export import ExportOptions, export, open_checkpoint
+from torchdlrm.exporting.export import export, open_checkpoint
+from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import FeatureSchema, criteo_schema, with_split
 from torchdlrm.prediction.files import predict_file
 from torchdlrm.prediction.json_rows import as_json_rows
@@ -100,7 +101,7 @@ def test_every_row_of_the_real_samples(name, serve, dlrm, tmp_path):
     options = ["--train.batch-size-global", 512, "--logging.tensorboard", "false"]
     done = dlrm("train", CONFIG, "--dataset", dataset.path, "--run", run, *options)
     assert done.returncode == 0, done.stderr
-    export(Run.open(run), dataset, tmp_path / "bundle", ExportOptions("real"))
+    export(run, tmp_path / "bundle", options=ExportOptions(name="real"), dataset=dataset)
     assert_no_skew(serve, tmp_path / "bundle", run, dataset, log, tmp_path)
 
 
@@ -212,7 +213,7 @@ def test_null_values_named_labels_and_numbers_of_parquet_mean_the_same_everywher
     assert done.returncode == 0, done.stderr
     done = dlrm("evaluate", tmp_path / "run", "--split", "test", "--json")
     assert done.returncode == 0, done.stderr
-    export(Run.open(tmp_path / "run"), dataset, tmp_path / "bundle", ExportOptions("own"))
+    export(tmp_path / "run", tmp_path / "bundle", options=ExportOptions(name="own"), dataset=dataset)
     expected, few = by_checkpoint(tmp_path / "run", dataset, text, tmp_path)
     assert expected.std() > 0.01
 

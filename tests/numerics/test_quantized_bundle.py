@@ -15,10 +15,10 @@ from torchdlrm.bundle.check import logloss_increase, tolerance
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.precision import dequantize_rows, quantize_rows, row_bytes
 from torchdlrm.bundle.served_model import ServedModel
-from torchdlrm.exporting.export import ExportOptions, export
+from torchdlrm.exporting.export import export
+from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.exporting.sensitivity import choose
 from torchdlrm.model import table_weight
-from torchdlrm.training.run import Run
 
 PRECISIONS = ["float32", "float16", "int8", "int4"]
 
@@ -29,10 +29,10 @@ def bundles(small_run, small_dataset, small_bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles")
     made = {"float32": Bundle.open(small_bundle)}
     for precision in PRECISIONS[1:]:
-        options = ExportOptions("small", precision=precision)
-        made[precision] = export(Run.open(small_run), small_dataset, folder / precision, options).bundle
-    options = ExportOptions("small", precision="int8", dense_precision="bfloat16")
-    made["bfloat16"] = export(Run.open(small_run), small_dataset, folder / "bfloat16", options).bundle
+        options = ExportOptions(name="small", precision=precision)
+        made[precision] = export(small_run, folder / precision, options=options, dataset=small_dataset).bundle
+    options = ExportOptions(name="small", precision="int8", dense_precision="bfloat16")
+    made["bfloat16"] = export(small_run, folder / "bfloat16", options=options, dataset=small_dataset).bundle
     return made
 
 
@@ -160,11 +160,11 @@ def test_auto_keeps_the_logloss_where_it_was_told_to(small_run, small_dataset, e
     labels, rows = everything
     sizes = []
     for allowed in (0.0, 1e-6, 1e-2):
-        options = ExportOptions("small", precision="auto", max_logloss_increase=allowed)
-        done = export(Run.open(small_run), small_dataset, tmp_path / str(allowed), options)
-        assert done.trade.expected_increase <= allowed
-        assert {n: r.precision for n, r in done.bundle.manifest.sparse.items()} == done.trade.precisions
+        options = ExportOptions(name="small", precision="auto", max_logloss_increase=allowed)
+        done = export(small_run, tmp_path / str(allowed), options=options, dataset=small_dataset)
+        assert done.search.expected_increase <= allowed
+        assert {n: r.precision for n, r in done.bundle.manifest.sparse.items()} == done.search.precisions
         before, after = (ServedModel(bundle).logits(rows) for bundle in (bundles["float32"], done.bundle))
         assert logloss_increase(labels, before, after).mean <= allowed + 2e-4
-        sizes.append(sum(table.size_bytes[table.chosen] for table in done.trade.tables.values()))
+        sizes.append(sum(table.size_bytes[table.chosen] for table in done.search.tables.values()))
     assert sizes[0] > sizes[1] > sizes[2]

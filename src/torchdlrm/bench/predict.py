@@ -23,10 +23,9 @@ from torchrec.inference.modules import quantize_embeddings
 from torchdlrm.bench.interleaved import Competitor, Step
 from torchdlrm.bench.random_bundle import write_random_bundle, write_random_log
 from torchdlrm.bench.upstream import torchrec_dlrm, torchrec_kjt
+from torchdlrm.bundle import DensePrecision, TablePrecision
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.manifest import DensePrecision
-from torchdlrm.bundle.precision import TablePrecision
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.prediction.files import predict_file

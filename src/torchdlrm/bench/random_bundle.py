@@ -12,15 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchdlrm.bundle.manifest import (
-    MANIFEST_NAME,
-    WEIGHTS_NAME,
-    BundleManifest,
-    Origin,
-    ServedFeature,
-    StoredFile,
-)
-from torchdlrm.bundle.precision import TablePrecision
+from torchdlrm.bundle import TablePrecision
+from torchdlrm.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, BundleManifest, Origin, ServedFeature, StoredFile
 from torchdlrm.bundle.weights_file import BLOCK_BYTES
 from torchdlrm.bundle.write import write_weights
 from torchdlrm.config import ModelConfig

@@ -1,6 +1,12 @@
 """The folder that predicts: its format, its files, and the model as served."""
 
+from typing import Literal
+
 from torchdlrm.errors import ConfigError, shown
+
+# Of the tables, and of the matrix products. Here, because the command line reads them before torch is loaded.
+TablePrecision = Literal["float32", "float16", "int8", "int4"]
+DensePrecision = Literal["float32", "bfloat16"]
 
 
 def check_model_name(name: str) -> None:

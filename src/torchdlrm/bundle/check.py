@@ -17,9 +17,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from torchdlrm.bundle import DensePrecision, TablePrecision
 from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.manifest import CheckRecord, DensePrecision, PredictionRecord
-from torchdlrm.bundle.precision import TablePrecision
+from torchdlrm.bundle.manifest import CheckRecord, PredictionRecord
 from torchdlrm.errors import BundleError
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.metrics import binary_metrics

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from torchdlrm.bundle.precision import TablePrecision
+from torchdlrm.bundle import DensePrecision, TablePrecision
 from torchdlrm.config import ModelConfig
 from torchdlrm.errors import BundleError
 from torchdlrm.features.schema import FeatureSchema, problems
@@ -24,7 +24,6 @@ _MAX_BYTES = 64 * 2**20
 _MAX_ROW_NUMBERS = 2**20
 _MAX_PROBLEMS, _MAX_PROBLEM_LENGTH = 5, 300
 
-DensePrecision = Literal["float32", "bfloat16"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

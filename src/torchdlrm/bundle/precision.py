@@ -12,13 +12,12 @@ A number is `scale * integer + bias`; scale and bias are of the row.  These are 
 are quantised by the same kernels.
 """
 
-from typing import Literal
-
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import Tensor
 
-TablePrecision = Literal["float32", "float16", "int8", "int4"]
+from torchdlrm.bundle import TablePrecision
+
 TABLE_PRECISIONS: tuple[TablePrecision, ...] = ("float32", "float16", "int8", "int4")
 _SPARSE_TYPES: dict[TablePrecision, SparseType] = {
     "float32": SparseType.FP32,

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
+from torchdlrm.bundle import DensePrecision
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.manifest import DensePrecision
 from torchdlrm.bundle.table_lookup import TableLookup
 from torchdlrm.errors import BundleError
 from torchdlrm.model import table_weight

@@ -16,8 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from torchdlrm.bundle import TablePrecision
 from torchdlrm.bundle.manifest import MANIFEST_NAME, SAMPLE_NAME, WEIGHTS_NAME, StoredFile
-from torchdlrm.bundle.precision import TABLE_PRECISIONS, TablePrecision, quantize_rows, stored_rows
+from torchdlrm.bundle.precision import TABLE_PRECISIONS, quantize_rows, stored_rows
 from torchdlrm.bundle.weights_file import PADDING_BYTES, PADDING_NAME, TensorRecord, WeightsWriter
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import BundleError, DatasetError

@@ -1,6 +1,5 @@
 """`dlrm verify`: do checkpoint, bundle and server predict the same from the same raw rows?"""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -43,38 +42,26 @@ def verify(
             tabs (tsv).
         as_json: Print one JSON object on standard output.
     """
-    from torchdlrm.data.dataset import Dataset
-    from torchdlrm.exporting.verify import check_dataset, find_log, find_run
     from torchdlrm.exporting.verify import verify as verify_bundle
-    from torchdlrm.prediction.client import PredictionClient
-    from torchdlrm.prediction.predictor import Predictor
-    from torchdlrm.prediction.rows_in import RowsIn
 
-    encoded = Dataset.open(dataset)
-    with (
-        progress_bars("") as progress,
-        PredictionClient(url) if url is not None else nullcontext() as client,
-    ):
-        predictor = Predictor.open(bundle, model_class=model_class, progress=progress)
-        check_dataset(predictor, encoded)
-        trained = find_run(predictor, dataset, run)
-        log = RowsIn(list(rows) or find_log(encoded), predictor.schema, log_format)
+    with progress_bars("") as progress:
         found = verify_bundle(
-            predictor,
-            trained,
-            encoded,
-            log,
-            max_rows=max_rows,
+            bundle,
+            dataset,
+            rows,
+            run=run,
+            url=url,
             model_class=model_class,
-            client=client,
+            max_rows=max_rows,
+            log_format=log_format,
             progress=progress,
         )
-    source = predictor.bundle.manifest.source
+    source = found.bundle.manifest.source
     best = ", the best of the val split" if source.checkpoint == "best" else ""
-    say(f"checkpoint: {trained.path} at step {source.step:,}{best}")
-    _print_table(found, ", ".join(map(str, log.paths)))
+    say(f"checkpoint: {found.run.path} at step {source.step:,}{best}")
+    _print_table(found, ", ".join(map(str, found.log)))
     if as_json:
-        about = {"bundle": str(bundle), "version": predictor.bundle.version}
+        about = {"bundle": str(bundle), "version": found.bundle.version}
         print_json({**about, "step": source.step, "checkpoint": source.checkpoint, **found.as_dict()})
     for before, way in zip(found.ways, found.ways[1:], strict=False):
         if not way.agrees:

@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
+from torchdlrm.bundle import TablePrecision
 from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.precision import TablePrecision, as_looked_up
+from torchdlrm.bundle.precision import as_looked_up
 from torchdlrm.errors import RunError
 from torchdlrm.files import regular_file
 from torchdlrm.model import table_weight

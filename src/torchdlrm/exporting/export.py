@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import polars as pl
 import pyarrow.parquet as pq
 
-from torchdlrm.bundle import check_model_name
+from torchdlrm.bundle import DensePrecision, TablePrecision, check_model_name
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.check import Tolerance, compare, tolerance
 from torchdlrm.bundle.encoded_rows import EncodedRows
@@ -21,13 +20,11 @@ from torchdlrm.bundle.manifest import (
     SAMPLE_NAME,
     WEIGHTS_NAME,
     BundleManifest,
-    DensePrecision,
     Origin,
     ServedFeature,
     StoredFile,
     oldest_version,
 )
-from torchdlrm.bundle.precision import TablePrecision
 from torchdlrm.bundle.sample import PREDICTION_COLUMN, raw_sample
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.bundle.weights_file import BLOCK_BYTES
@@ -41,6 +38,7 @@ from torchdlrm.bundle.write import (
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError, RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel, CheckpointReader
+from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.exporting.sensitivity import SENSITIVITY_ROWS, PrecisionSearch, choose_precisions
 from torchdlrm.features.encode import encode
 from torchdlrm.model.architecture import ModelShape
@@ -49,37 +47,11 @@ from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.checkpoint import ChosenCheckpoint, checkpoint_path, find_checkpoint, find_damage
 from torchdlrm.training.run import Run
 
-DEFAULT_CHECK_ROWS = 100_000
 AUTO_LOGLOSS_INCREASE = 1e-4
 # Of a row. From here on bfloat16 about halves the time of a batch (docs/benchmarks.md); smaller models predict half a
 # million rows a second in float32, and what bfloat16 rounds away is more than int8 tables do.
 MIN_BFLOAT16_MULTIPLY_ADDS = 200_000
 _SAMPLE_ROWS = 256
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What to export.
-
-    Attributes:
-        name: the model's name, which the server shows.
-        precision: of the tables; `auto` chooses for each by what it costs.
-        dense_precision: what the arches may compute in; `auto` takes bfloat16 where a table is not float32 anyway and
-            the arches are large enough for it to be faster.
-        max_logloss_increase: what a lower precision may cost in nats; None asks for what each precision usually
-            explains, and for 0.0001 where tables are chosen by cost.
-        checkpoint: `best` of the val split (the last where nothing was validated), `last`, or a step.
-        check_rows: predict at most so many held-out rows to check the bundle.
-        model_class: that the run was trained with, where it was a class of somebody's own.
-    """
-
-    name: str
-    precision: TablePrecision | Literal["auto"] = "float32"
-    dense_precision: DensePrecision | Literal["auto"] = "auto"
-    max_logloss_increase: float | None = None
-    checkpoint: str = "best"
-    check_rows: int = DEFAULT_CHECK_ROWS
-    model_class: ModelClass | None = None
 
 
 def open_checkpoint(run: Run, name: str) -> tuple[ChosenCheckpoint, CheckpointReader]:
@@ -103,42 +75,53 @@ class Exported:
     Attributes:
         bundle: opened.
         checkpoint: that it was made of.
-        trade: what tables cost and save, where they were chosen by it.
+        search: what tables cost and save, where they were chosen by it.
         dense_reason: why the arches may compute in what they do, for people.
     """
 
     bundle: Bundle
     checkpoint: ChosenCheckpoint
-    trade: PrecisionSearch | None
+    search: PrecisionSearch | None
     dense_reason: str
 
 
 def export(
-    run: Run, dataset: Dataset, out: Path, options: ExportOptions, progress: ProgressListener = SILENT
+    run: Run | str | Path,
+    out: str | Path,
+    *,
+    options: ExportOptions = ExportOptions(),  # noqa: B008 - frozen
+    dataset: Dataset | str | Path | None = None,
+    model_class: ModelClass | None = None,
+    progress: ProgressListener = SILENT,
 ) -> Exported:
-    """Write a bundle and check it.
+    """Write a bundle: one folder that predicts from raw rows.  Check that it predicts what the checkpoint predicts.
 
     Args:
-        run: trained before, on any number of ranks.
-        dataset: what it was trained on.
+        run: a run or its folder, trained on any number of ranks.
         out: the bundle's folder; nothing may be there.
         options: what to export.
+        dataset: what the run was trained on, or its folder; None: where it was then.
+        model_class: that the run was trained with, where it was a class of somebody's own.
         progress: is told of bytes and rows.
 
     Raises:
-        ConfigError: the name cannot be a model's.
-        RunError: the run has no such checkpoint, or it is damaged.
+        ConfigError: the name cannot be a model's, or there is no such model class.
+        RunError: the run has no such checkpoint, it is damaged, or of another model class; or its dataset has moved.
         DatasetError: the dataset is damaged, or has no rows to check with.
         BundleError: `out` cannot be written, or the bundle predicts other than its precision explains.
     """
-    check_model_name(options.name)
+    run, out = run if isinstance(run, Run) else Run.open(Path(run)), Path(out)
+    if not isinstance(dataset, Dataset):
+        dataset = run.open_dataset(None if dataset is None else Path(dataset))
+    name = options.name or out.resolve().name
+    check_model_name(name)
     split = held_out_split(dataset)
     chosen, checkpoint = open_checkpoint(run, options.checkpoint)
-    shape = run.shape(dataset, options.model_class)
+    shape = run.shape(dataset, model_class)
     model = CheckpointModel(checkpoint, shape, dataset.num_embeddings)
     with complete_folder(out) as folder:
-        trade = _trade(model, run, dataset, options, progress) if options.precision == "auto" else None
-        precisions = _precisions(dataset, options, trade)
+        search = _search(model, run, dataset, options, progress) if options.precision == "auto" else None
+        precisions = _precisions(dataset, options, search)
         dense_precision, reason = _dense_precision(shape, options, precisions)
         require_space(folder, weights_bytes(checkpoint, precisions))
         written = write_weights(checkpoint, precisions, folder / WEIGHTS_NAME, progress)
@@ -146,7 +129,7 @@ def export(
         files = {WEIGHTS_NAME: written.record}
         files |= {path: StoredFile.of(folder / path) for paths in vocabularies.values() for path in paths}
         manifest = BundleManifest(
-            name=options.name,
+            name=name,
             feature_schema=dataset.schema,
             dense={column.name: dataset.manifest.dense[column.name] for column in dataset.schema.dense},
             sparse={
@@ -169,7 +152,7 @@ def export(
             block_sha256=written.block_sha256,
         )
         _write_manifest(folder, manifest)
-        bundle = Bundle.open(folder, model_class=options.model_class, progress=progress)
+        bundle = Bundle.open(folder, model_class=model_class, progress=progress)
         served, by_table = ServedModel(bundle), list(precisions.values())
         progress.start_phase("check", min(options.check_rows, dataset.splits[split].rows))
         record = compare(
@@ -186,10 +169,10 @@ def export(
         _write_sample(dataset, split, bundle, served)
         files[SAMPLE_NAME] = StoredFile.of(folder / SAMPLE_NAME)
         _write_manifest(folder, manifest.model_copy(update={"check": record, "files": files}))
-    return Exported(Bundle.open(out, model_class=options.model_class, verify="lazy"), chosen, trade, reason)
+    return Exported(Bundle.open(out, model_class=model_class, verify="lazy"), chosen, search, reason)
 
 
-def _trade(
+def _search(
     model: CheckpointModel, run: Run, dataset: Dataset, options: ExportOptions, progress: ProgressListener
 ) -> PrecisionSearch:
     # The rows of the check stay unseen where there are others.
@@ -209,9 +192,9 @@ def _max_increase(options: ExportOptions) -> float:
     return AUTO_LOGLOSS_INCREASE if options.max_logloss_increase is None else options.max_logloss_increase
 
 
-def _precisions(dataset: Dataset, options: ExportOptions, trade: PrecisionSearch | None) -> dict[str, TablePrecision]:
-    if trade is not None:
-        return trade.precisions
+def _precisions(dataset: Dataset, options: ExportOptions, search: PrecisionSearch | None) -> dict[str, TablePrecision]:
+    if search is not None:
+        return search.precisions
     assert options.precision != "auto"
     return dict.fromkeys(dataset.sparse_names, options.precision)
 

@@ -21,9 +21,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from torchdlrm.bundle import TablePrecision
 from torchdlrm.bundle.check import LoglossIncrease, logloss_increase
 from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.precision import TABLE_PRECISIONS, TablePrecision, row_bytes
+from torchdlrm.bundle.precision import TABLE_PRECISIONS, row_bytes
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.progress import ProgressListener

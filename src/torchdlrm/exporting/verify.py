@@ -12,6 +12,7 @@ Each is compared with the one before it, row by row: so rounding, which costs wh
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.check import arithmetic_difference, tolerance
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.served_model import ServedModel
@@ -32,6 +34,7 @@ from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.model.model_class import ModelClass
 from torchdlrm.prediction.client import PredictionClient
 from torchdlrm.prediction.json_rows import as_json_rows
+from torchdlrm.prediction.log_columns import LogFormat
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.progress import SILENT, ProgressListener
@@ -64,8 +67,20 @@ class PredictionPath:
 
 @dataclass(frozen=True)
 class Verification:
-    """What came of it; `bad_rows` of the log were left out."""
+    """How far the paths agree.
 
+    Attributes:
+        bundle: that predicts.
+        run: that it was made of.
+        log: files of the raw rows.
+        rows: how many were predicted.
+        bad_rows: of the log, which were left out.
+        ways: each path, in order.
+    """
+
+    bundle: Bundle
+    run: Run
+    log: tuple[Path, ...]
     rows: int
     bad_rows: int
     ways: tuple[PredictionPath, ...]
@@ -85,36 +100,58 @@ class Verification:
 
 
 def verify(
-    predictor: Predictor,
-    run: Run,
-    dataset: Dataset,
-    log: RowsIn,
+    bundle: str | Path,
+    dataset: Dataset | str | Path,
+    rows: Sequence[Path] = (),
     *,
-    max_rows: int,
+    run: str | Path | None = None,
+    url: str | None = None,
     model_class: ModelClass | None = None,
-    client: PredictionClient | None = None,
+    max_rows: int = 10_000,
+    log_format: LogFormat = "log",
     progress: ProgressListener = SILENT,
 ) -> Verification:
-    """Predict the first rows of a log by all ways.
+    """Predict the first rows of a log by all paths that there are.
 
     Args:
-        predictor: of the bundle.
-        run: that the bundle was made of.
-        dataset: that the run was trained on.
-        log: raw rows.
-        max_rows: how many of them, at most.
+        bundle: the folder of a bundle.
+        dataset: that the run of the bundle was trained on, or its folder.
+        rows: files of raw rows; none: those that the dataset was made of, where they are still to be found.
+        run: folder of the run that the bundle was made of; None: looked for by its name.
+        url: address of a server of the bundle; None: none is asked.
         model_class: that the run was trained with, where it was a class of somebody's own.
-        client: of a server of the bundle, if there is one.
+        max_rows: how many rows, at most.
+        log_format: how text is written.
         progress: is told of the rows done.
 
     Raises:
-        RunError: the run's checkpoint is not there any more, or is damaged.
+        BundleError: there is no bundle, or it is damaged.
+        RunError: the run or its checkpoint is not there any more or is damaged, or was trained on another dataset.
         LogError: the log cannot be read, or has no rows.
         UserError: the server does not answer.
     """
+    encoded = dataset if isinstance(dataset, Dataset) else Dataset.open(Path(dataset))
+    with PredictionClient(url) if url is not None else nullcontext() as client:
+        predictor = Predictor.open(Path(bundle), model_class=model_class, progress=progress)
+        _check_dataset(predictor, encoded)
+        trained = _find_run(predictor, encoded, None if run is None else Path(run))
+        log = RowsIn(list(rows) or _find_log(encoded), predictor.schema, log_format)
+        _, checkpoint = open_checkpoint(trained, str(predictor.bundle.manifest.source.step))
+        model = CheckpointModel(checkpoint, trained.shape(encoded, model_class), encoded.num_embeddings)
+        return _verify(predictor, trained, model, encoded, log, max_rows, client, progress)
+
+
+def _verify(
+    predictor: Predictor,
+    run: Run,
+    model: CheckpointModel,
+    dataset: Dataset,
+    log: RowsIn,
+    max_rows: int,
+    client: PredictionClient | None,
+    progress: ProgressListener,
+) -> Verification:
     bundle = predictor.bundle
-    _, checkpoint = open_checkpoint(run, str(bundle.manifest.source.step))
-    model = CheckpointModel(checkpoint, run.shape(dataset, model_class), dataset.num_embeddings)
     vocabularies = {
         column.name: bundle.vocabulary(column.name)
         if dataset.manifest.sparse[column.name].vocabulary is None
@@ -159,7 +196,7 @@ def verify(
         raise LogError(msg)
     joined = {name: np.concatenate(pieces) for name, pieces in logits.items() if pieces}
     ways = _compared(joined, pl.concat(labels) if has_labels else None, predictor)
-    return Verification(max_rows - rows_left, bad_rows, ways)
+    return Verification(bundle, run, tuple(log.paths), max_rows - rows_left, bad_rows, ways)
 
 
 def _compared(
@@ -193,7 +230,7 @@ def _log_odds(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.log(inside) - np.log1p(-inside)
 
 
-def find_run(predictor: Predictor, dataset: Path, run: Path | None) -> Run:
+def _find_run(predictor: Predictor, dataset: Dataset, run: Path | None) -> Run:
     """The run that a bundle was made of: at `run`, or by its name beside the bundle, the dataset, or here.
 
     Raises:
@@ -202,7 +239,9 @@ def find_run(predictor: Predictor, dataset: Path, run: Path | None) -> Run:
     if run is not None:
         return Run.open(run)
     name = predictor.bundle.manifest.source.run
-    places = [folder / name for folder in (predictor.bundle.path.resolve().parent, dataset.resolve().parent, Path())]
+    places = [
+        folder / name for folder in (predictor.bundle.path.resolve().parent, dataset.path.resolve().parent, Path())
+    ]
     for place in places:
         if place.is_dir() and Path(name).name == name:  # it is the bundle's word for it
             return Run.open(place)
@@ -211,7 +250,7 @@ def find_run(predictor: Predictor, dataset: Path, run: Path | None) -> Run:
     raise RunError(msg)
 
 
-def check_dataset(predictor: Predictor, dataset: Dataset) -> None:
+def _check_dataset(predictor: Predictor, dataset: Dataset) -> None:
     """See that a bundle was made of a run on this dataset.
 
     Raises:
@@ -225,7 +264,7 @@ def check_dataset(predictor: Predictor, dataset: Dataset) -> None:
         raise RunError(msg)
 
 
-def find_log(dataset: Dataset) -> Sequence[Path]:
+def _find_log(dataset: Dataset) -> Sequence[Path]:
     """The files of the log that a dataset was made of, beside it or here; the last one is named first.
 
     The manifest knows their names and sizes: a file of another size is another file.

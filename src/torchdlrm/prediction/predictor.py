@@ -17,10 +17,10 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
+from torchdlrm.bundle import DensePrecision
 from torchdlrm.bundle.bundle import Bundle, Verify
 from torchdlrm.bundle.check import arithmetic_difference
 from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.manifest import DensePrecision
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.errors import BundleError, RowError
 from torchdlrm.features.encode import encode

@@ -111,10 +111,10 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture
 def many_blocks(small_blocks, small_run, small_dataset, tmp_path):
-    from torchdlrm.exporting.export import ExportOptions, export
-    from torchdlrm.training.run import Run
+    from torchdlrm.exporting.export import export
+    from torchdlrm.exporting.options import ExportOptions
 
-    export(Run.open(small_run), small_dataset, tmp_path / "many", ExportOptions("many"))
+    export(small_run, tmp_path / "many", options=ExportOptions(name="many"), dataset=small_dataset)
     return tmp_path / "many"
 
 
