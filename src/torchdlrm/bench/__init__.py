@@ -1,1 +1,1 @@
-"""What `dlrm bench` measures: hot paths beside what users have today and beside their physical floor."""
+"""What `dlrm bench` measures: hot paths compared with what users have today and with their physical floor."""

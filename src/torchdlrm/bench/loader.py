@@ -41,7 +41,7 @@ def benchmark_loader(
         batch_size_global: rows of a batch.
         max_rows: read only so many rows a round.
         rounds: turns that count, after one that does not.
-        progress: is told of every turn.
+        progress: receives every turn.
 
     Raises:
         DatasetError: the dataset has no training rows, or is damaged.

@@ -1,4 +1,4 @@
-"""Prediction: the served model beside TorchRec's own modules with the same weights, and from raw rows.
+"""Prediction: the served model compared with TorchRec's own modules with the same weights, and from raw rows.
 
 Competitors take turns, each in a process of its own: TorchRec's DLRM as it is trained (eager, float32), the same after
 `torchrec.inference.modules.quantize_embeddings` (int8), and the served model at several precisions, all on encoded
@@ -93,7 +93,7 @@ def benchmark_predict(
         log_rows: rows of the log.
         rounds: turns that count, after one that does not.
         folder: where to keep weights and log meanwhile; needs 7 bytes a weight and 270 a row.
-        progress: is told of every turn.
+        progress: receives every turn.
     """
     sizes = {f"cat_{i}": rows_per_table for i in range(num_tables)}
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -91,7 +91,7 @@ def benchmark_step(
         steps_per_round: steps of each competitor before the next has its turn.
         rounds: turns that count, after one that does not.
         nproc: processes of each competitor.
-        progress: is told of every turn.
+        progress: receives every turn.
     """
     precision = choose_precision(config, _shape(config, num_embeddings), rank_device(0, nproc))
     competitors = {

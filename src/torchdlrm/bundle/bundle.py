@@ -39,7 +39,9 @@ Verify = Literal["full", "lazy"]
 
 
 class PlainIds:
-    """Of a feature whose values came as ids: the ids of a table's rows stand for themselves, all else is unknown.
+    """The vocabulary of a feature whose values came as ids: those of the table's rows stand for themselves.
+
+    All other values are unknown.
 
     Args:
         num_embeddings: rows of the table.
@@ -117,7 +119,7 @@ class Bundle:
                 what predicts needs it.
             verify: `full` checks every byte now; `lazy` leaves the weights to a thread, and checks each block of them
                 also before rows of it are used first.
-            progress: is told of the bytes checked.
+            progress: receives the bytes checked.
 
         Raises:
             BundleError: there is no bundle, a file of it is missing or damaged, or its format is newer.

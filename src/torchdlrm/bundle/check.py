@@ -89,7 +89,7 @@ def compare(
         in_float32: log-odds by the bundle computing in float32; None where it does so anyway.
         bundle: log-odds by the bundle as served.
         allowed: what precisions explain.
-        progress: is told of the rows done.
+        progress: receives the rows done.
 
     Raises:
         BundleError: they differ by more than is allowed.
@@ -155,7 +155,7 @@ class LoglossIncrease:
 def logloss_increase(
     labels: NDArray[np.floating], before: NDArray[np.floating], after: NDArray[np.floating]
 ) -> LoglossIncrease:
-    """Of log-odds `after` over log-odds `before`, each [rows]."""
+    """How much higher the logloss of log-odds `after` is than that of `before`, each [rows]."""
     sign = np.where(labels != 0, -1.0, 1.0)
     increase = np.logaddexp(0, sign * after.astype(np.float64)) - np.logaddexp(0, sign * before.astype(np.float64))
     return LoglossIncrease(float(increase.mean()), float(increase.std()) / math.sqrt(len(increase)))

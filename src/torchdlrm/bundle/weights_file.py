@@ -31,7 +31,7 @@ BLOCK_BYTES = 16 * 2**20
 PADDING_NAME, PADDING_BYTES = "padding", 128
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "U8": torch.uint8}
 _ALIGNMENT_BYTES = 64
-# The page cache keeps what is written at once in one piece, and maps a piece as a whole when a byte of it is read:
+# The page cache keeps what is written at once in one piece, and maps the entire piece when a byte of it is read:
 # written by 16 MiB, a lookup of 512 bytes makes 2 MiB resident.  This is as much as Linux maps around any page.
 _WRITE_BYTES = 64 * 2**10
 _LENGTH_BYTES = 8
@@ -48,7 +48,7 @@ class TensorRecord:
 
     @property
     def size_bytes(self) -> int:
-        """Of its numbers."""
+        """The bytes that its numbers take."""
         return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 

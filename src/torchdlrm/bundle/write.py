@@ -1,7 +1,7 @@
 """A run's checkpoint -> a bundle, a block of rows at a time.
 
-In: a run, the dataset it was trained on.  Out: a folder that is whole or absent.  Memory: one block of rows in float32
-and quantised, whatever the size of the tables and the number of ranks that trained them.
+In: a run, the dataset it was trained on.  Out: a folder that is complete or absent.  Memory: one block of rows in
+float32 and quantised, whatever the size of the tables and the number of ranks that trained them.
 """
 
 import fcntl
@@ -34,7 +34,7 @@ _VOCABULARY_FOLDER = "vocabulary"
 
 @contextmanager
 def complete_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to write to, renamed to `path` when all went well and removed otherwise.
+    """A temporary folder to write to, renamed to `path` when all went well and removed otherwise.
 
     Raises:
         BundleError: something is at `path`, or another process is writing it.
@@ -79,7 +79,7 @@ class WeightSource(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of each tensor, by the names of TorchRec's DLRM."""
+        """The shape of each tensor, by the names of TorchRec's DLRM."""
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor, float32."""
@@ -120,7 +120,7 @@ def write_weights(
         checkpoint: the weights.
         precisions: of each feature's table, in schema order.
         path: the file.
-        progress: is told of the bytes written.
+        progress: receives the bytes written.
     """
     records = _records(checkpoint, precisions)
     tables = {table_weight(feature): precision for feature, precision in precisions.items()}

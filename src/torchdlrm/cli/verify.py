@@ -63,11 +63,11 @@ def verify(
     if as_json:
         about = {"bundle": str(bundle), "version": found.bundle.version}
         print_json({**about, "step": source.step, "checkpoint": source.checkpoint, **found.as_dict()})
-    for before, way in zip(found.ways, found.ways[1:], strict=False):
-        if not way.agrees:
+    for before, path in zip(found.paths, found.paths[1:], strict=False):
+        if not path.agrees:
             msg = (
-                f"{way.name} and {before.name} do not predict the same: a probability differs by "
-                f"{way.largest_difference:.2g}, and the precision explains {way.largest_allowed:.2g}"
+                f"{path.name} and {before.name} do not predict the same: a probability differs by "
+                f"{path.largest_difference:.2g}, and the precision explains {path.largest_allowed:.2g}"
             )
             raise SkewError(msg)
 
@@ -77,15 +77,15 @@ def _print_table(found: "Verification", log: str) -> None:
     table = Table(title=f"{found.rows:,} rows of {log}{bad}", title_justify="left")
     for name in ("by", "largest difference", "allowed", "AUC", "logloss"):
         table.add_column(name, justify="left" if name == "by" else "right")
-    for way in found.ways:
-        difference = "" if way.largest_difference is None else f"{way.largest_difference:.2g}"
-        allowed = "" if way.largest_allowed is None else f"{way.largest_allowed:.2g}"
+    for path in found.paths:
+        difference = "" if path.largest_difference is None else f"{path.largest_difference:.2g}"
+        allowed = "" if path.largest_allowed is None else f"{path.largest_allowed:.2g}"
         judged = (
             ("", "")
-            if way.metrics is None
-            else tuple(shown_metric(value, digits=6) for value in (way.metrics.auc, way.metrics.logloss))
+            if path.metrics is None
+            else tuple(shown_metric(value, digits=6) for value in (path.metrics.auc, path.metrics.logloss))
         )
-        table.add_row(way.name, difference, allowed, *judged)
+        table.add_row(path.name, difference, allowed, *judged)
     console.print(table)
-    if found.ways[0].metrics is not None:
-        say_undefined(found.ways[0].metrics.as_dict())
+    if found.paths[0].metrics is not None:
+        say_undefined(found.paths[0].metrics.as_dict())

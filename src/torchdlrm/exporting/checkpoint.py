@@ -3,7 +3,7 @@
 In: a folder that `torch.distributed.checkpoint` wrote, whatever number of ranks trained it.  Out: float32 tensors, and
 what the checkpoint itself predicts: what a bundle is compared with.
 
-`torch.distributed.checkpoint` itself loads a whole shard to give a part of it, and a shard may be a table of 20 GB.
+`torch.distributed.checkpoint` itself loads an entire shard to give a part of it, and a shard may be a table of 20 GB.
 Its files hold each shard as `torch.save` writes it, a zip archive whose entries are not compressed, so the numbers of a
 shard lie in one piece and are mapped into memory: what is read is what is touched.
 
@@ -86,14 +86,14 @@ class CheckpointReader:
             raise RunError(msg)
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor, copied: float32."""
-        whole = np.empty(self.shapes[name], np.float32)
+        """All of a tensor, copied: float32."""
+        full = np.empty(self.shapes[name], np.float32)
         for chunk in self._chunks[name]:
             where = tuple(
                 slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.values.shape, strict=True)
             )
-            whole[where] = chunk.values
-        return torch.from_numpy(whole)
+            full[where] = chunk.values
+        return torch.from_numpy(full)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a table, copied: float32 [stop - start, D]."""
@@ -222,8 +222,8 @@ def _first_byte(path: Path, chunk: ChunkStorageMetadata, offset: int, length: in
         header = archive.read(_LOCAL_HEADER_BYTES)
     name_bytes, extra_bytes = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
     start = data.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
-    is_whole = described.is_contiguous() and not described.storage_offset()
-    if not is_whole or data.file_size < described.nbytes or not 0 <= start <= length - described.nbytes:
+    is_complete = described.is_contiguous() and not described.storage_offset()
+    if not is_complete or data.file_size < described.nbytes or not 0 <= start <= length - described.nbytes:
         msg = "a part of a storage"
         raise ValueError(msg)
     return offset + start

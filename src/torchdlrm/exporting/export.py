@@ -1,6 +1,6 @@
 """A run -> a bundle, which ends by checking itself.
 
-In: a run and the dataset it was trained on.  Out: the bundle's folder, whole and checked, or nothing.
+In: a run and the dataset it was trained on.  Out: the bundle's folder, complete and checked, or nothing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -48,7 +48,7 @@ from torchdlrm.training.checkpoint import ChosenCheckpoint, checkpoint_path, fin
 from torchdlrm.training.run import Run
 
 AUTO_LOGLOSS_INCREASE = 1e-4
-# Of a row. From here on bfloat16 about halves the time of a batch (docs/benchmarks.md); smaller models predict half a
+# For a row. From here on bfloat16 about halves the time of a batch (docs/benchmarks.md); smaller models predict half a
 # million rows a second in float32, and what bfloat16 rounds away is more than int8 tables do.
 MIN_BFLOAT16_MULTIPLY_ADDS = 200_000
 _SAMPLE_ROWS = 256
@@ -102,7 +102,7 @@ def export(
         options: what to export.
         dataset: what the run was trained on, or its folder; None: where it was then.
         model_class: that the run was trained with, where it was a class of somebody's own.
-        progress: is told of bytes and rows.
+        progress: receives the bytes and rows done.
 
     Raises:
         ConfigError: the name cannot be a model's, or there is no such model class.

@@ -7,7 +7,7 @@ as long as it is small, and needs far fewer rows than the difference of two logl
 
 Choice: all tables begin as float32; the step down that saves most bytes for its cost is taken as long as the sum of
 the costs stays within what is allowed.  Steps that save next to nothing are left out: the tables of a few rows would
-otherwise use up, for some kilobytes, what is left of it.  Then the choice as a whole is tried on the same rows with
+otherwise use up, for some kilobytes, what is left of it.  Then all choices together are tried on the same rows with
 their labels, and made again with half of the allowance while it raises the logloss by more than was asked for, noise
 considered.
 
@@ -73,7 +73,7 @@ class PrecisionSearch:
 
     @property
     def precisions(self) -> dict[str, TablePrecision]:
-        """Of each feature's table."""
+        """The precision of each feature's table."""
         return {feature: table.chosen for feature, table in self.tables.items()}
 
 
@@ -96,7 +96,7 @@ def choose_precisions(
         num_embeddings: rows of each feature's table.
         dim: D.
         max_logloss_increase: what all tables together may cost, in nats.
-        progress: is told of the rows done.
+        progress: receives the rows done.
     """
     batches = [part for frame in frames for part in frame.iter_slices(_BATCH_ROWS)]
     labels = np.concatenate([batch[schema.label.name].to_numpy() for batch in batches])

@@ -1,6 +1,6 @@
-"""The same raw rows by every way that there is to a prediction: is there a skew between training and serving?
+"""The same raw rows by every path to a prediction: is there a skew between training and serving?
 
-| way | from raw rows to ids | the model |
+| path | from raw rows to ids | the model |
 | --- | --- | --- |
 | checkpoint | the dataset's vocabularies and transforms | the run's checkpoint, eager, float32 |
 | rounded | the same | the same, but for embeddings rounded as the bundle stores them |
@@ -45,11 +45,11 @@ _BATCH_ROWS = 1_024
 
 @dataclass(frozen=True)
 class PredictionPath:
-    """A way to the predictions, and how far they are from those of the way before.
+    """A path to the predictions, and how far they are from those of the path before.
 
     Attributes:
         name: checkpoint, rounded, float32, bundle or server.
-        largest_difference: between two probabilities of a row; None for the first way.
+        largest_difference: between two probabilities of a row; None for the first path.
         largest_allowed: what the precision explains.
         metrics: where the log has labels.
     """
@@ -75,7 +75,7 @@ class Verification:
         log: files of the raw rows.
         rows: how many were predicted.
         bad_rows: of the log, which were left out.
-        ways: each path, in order.
+        paths: each path, in order.
     """
 
     bundle: Bundle
@@ -83,20 +83,20 @@ class Verification:
     log: tuple[Path, ...]
     rows: int
     bad_rows: int
-    ways: tuple[PredictionPath, ...]
+    paths: tuple[PredictionPath, ...]
 
     @property
     def agrees(self) -> bool:
-        """Whether every way agrees with the one before."""
-        return all(way.agrees for way in self.ways)
+        """Whether every path agrees with the one before."""
+        return all(path.agrees for path in self.paths)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        ways = [
-            asdict(way) | {"agrees": way.agrees, "metrics": None if way.metrics is None else way.metrics.as_json()}
-            for way in self.ways
+        paths = [
+            asdict(path) | {"agrees": path.agrees, "metrics": None if path.metrics is None else path.metrics.as_json()}
+            for path in self.paths
         ]
-        return {"rows": self.rows, "bad_rows": self.bad_rows, "agrees": self.agrees, "ways": ways}
+        return {"rows": self.rows, "bad_rows": self.bad_rows, "agrees": self.agrees, "ways": paths}
 
 
 def verify(
@@ -122,7 +122,7 @@ def verify(
         model_class: that the run was trained with, where it was a class of somebody's own.
         max_rows: how many rows, at most.
         log_format: how text is written.
-        progress: is told of the rows done.
+        progress: receives the rows done.
 
     Raises:
         BundleError: there is no bundle, or it is damaged.
@@ -195,8 +195,8 @@ def _verify(
         msg = f"{', '.join(map(str, log.paths))}: no row that can be read"
         raise LogError(msg)
     joined = {name: np.concatenate(pieces) for name, pieces in logits.items() if pieces}
-    ways = _compared(joined, pl.concat(labels) if has_labels else None, predictor)
-    return Verification(bundle, run, tuple(log.paths), max_rows - rows_left, bad_rows, ways)
+    paths = _compared(joined, pl.concat(labels) if has_labels else None, predictor)
+    return Verification(bundle, run, tuple(log.paths), max_rows - rows_left, bad_rows, paths)
 
 
 def _compared(
@@ -210,7 +210,7 @@ def _compared(
         "bundle": arithmetic_difference(manifest.dense_precision),
         "server": arithmetic_difference(manifest.dense_precision),
     }
-    ways = []
+    paths = []
     # The rows that tell what came of them; the others are compared all the same.
     is_labelled = None if labels is None or not labels.count() else labels.is_not_null().to_numpy()
     before: NDArray[np.float64] | None = None
@@ -220,9 +220,9 @@ def _compared(
         metrics = None
         if labels is not None and is_labelled is not None:
             metrics = binary_metrics(labels.drop_nulls().to_numpy(), found[is_labelled])
-        ways.append(PredictionPath(name, difference, allowed.get(name), metrics))
+        paths.append(PredictionPath(name, difference, allowed.get(name), metrics))
         before = probabilities
-    return tuple(ways)
+    return tuple(paths)
 
 
 def _log_odds(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -231,7 +231,7 @@ def _log_odds(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _find_run(predictor: Predictor, dataset: Dataset, run: Path | None) -> Run:
-    """The run that a bundle was made of: at `run`, or by its name beside the bundle, the dataset, or here.
+    """The run that a bundle was made of: at `run`, or by its name in the folder of the bundle, of the dataset, or here.
 
     Raises:
         RunError: it is not there.
@@ -265,7 +265,7 @@ def _check_dataset(predictor: Predictor, dataset: Dataset) -> None:
 
 
 def _find_log(dataset: Dataset) -> Sequence[Path]:
-    """The files of the log that a dataset was made of, beside it or here; the last one is named first.
+    """The files of the log that a dataset was made of, in its folder or here; the last one is named first.
 
     The manifest knows their names and sizes: a file of another size is another file.
 

@@ -47,7 +47,7 @@ class Product:
 
     @property
     def multiply_adds(self) -> int:
-        """Of the forward pass, for a row of the batch."""
+        """Multiply-adds of the forward pass for a row of the batch."""
         return self.rows * self.inputs * self.outputs
 
 
@@ -159,7 +159,7 @@ class ModelShape:
 
     @property
     def multiply_adds(self) -> int:
-        """Of a row's forward pass."""
+        """Multiply-adds of a row's forward pass."""
         return sum(product.multiply_adds for product in self.products)
 
     def step_flops(self, rows: float) -> float:

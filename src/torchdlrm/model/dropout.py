@@ -58,7 +58,7 @@ class DroppedActivation(nn.Module):
 def add_dropout(dense_arch: nn.Module, over_arch: nn.Module, share: float) -> None:
     """Let the hidden layers of both arches drop units while training.
 
-    The dense arch's last layer is left whole: its output is no hidden layer but one of the vectors that interact.
+    The dense arch's last layer drops nothing: its output is no hidden layer but one of the vectors that interact.
 
     Args:
         dense_arch: of a DLRM; gets dropout in all layers but its last.

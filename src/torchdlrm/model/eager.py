@@ -1,8 +1,8 @@
 """A model's own forward over embeddings that somebody else has looked up: how any model is checked and served.
 
-The collection of tables is replaced by one that gives what it is told; all else runs as it was written, on the same
-kind of inputs as in training.  That is what the served model falls back to, what a checkpoint's predictions are made
-by, and what the planner times.
+The collection of tables is replaced by one that gives the embeddings it was handed; all else runs as it was written,
+on the same kind of inputs as in training.  The served model falls back to it, a checkpoint's predictions are made by
+it, and the planner times it.
 
 B rows of the batch, F sparse features, D embedding dimension.
 """

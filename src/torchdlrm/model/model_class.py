@@ -163,7 +163,7 @@ def _load(place: str) -> Any:
 
 
 def _load_file(path: Path) -> ModuleType:
-    """Import a file, as a script would be: what lies beside it can be imported by it."""
+    """Import a file, as a script would be: files in the same folder can be imported by it."""
     resolved = path.resolve(strict=True)
     name = f"torchdlrm_model_class_{resolved.stem}"
     loaded = sys.modules.get(name)
