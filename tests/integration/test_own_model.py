@@ -15,7 +15,7 @@ from torchdlrm.config import load_config
 from torchdlrm.errors import BundleError, RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.export import open_checkpoint
-from torchdlrm.features.transforms import encode
+from torchdlrm.features.encode import encode
 from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.training.job import train

@@ -8,13 +8,14 @@ import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
+from torchdlrm.progress import ProgressListener
 from torchdlrm.training.process_group import Ranks, join_process_group
 
 Step = Callable[[], object]
@@ -56,6 +57,34 @@ class Competitor:
             pipe.send(0)
         for process in self._processes:
             process.join()
+
+
+def take_turns(
+    phase: str, competitors: Mapping[str, Competitor], steps: Mapping[str, int], rounds: int, progress: ProgressListener
+) -> dict[str, list[float]]:
+    """Let competitors do their steps in turn, and end them.
+
+    Args:
+        phase: what `progress` calls it.
+        competitors: by name.
+        steps: of each, before the next has its turn.
+        rounds: turns that count, after one that warms up: allocator, pipeline, packed weights, page faults.
+        progress: receives every turn.
+
+    Returns:
+        The seconds of each competitor's turns, in order.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    progress.start_phase(phase, (rounds + 1) * len(competitors), unit="turns")
+    for turn in range(rounds + 1):
+        for name, competitor in competitors.items():
+            elapsed_s = competitor.run(steps[name])
+            if turn > 0:
+                seconds[name].append(elapsed_s)
+            progress.advance(1)
+    for competitor in competitors.values():
+        competitor.close()
+    return seconds
 
 
 def _serve(

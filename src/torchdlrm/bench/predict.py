@@ -20,21 +20,19 @@ import numpy as np
 import torch
 from torchrec.inference.modules import quantize_embeddings
 
-from torchdlrm.bench.interleaved import Competitor, Step
+from torchdlrm.bench.interleaved import Competitor, Step, take_turns
 from torchdlrm.bench.random_bundle import write_random_bundle, write_random_log
-from torchdlrm.bench.upstream import torchrec_dlrm, torchrec_kjt
+from torchdlrm.bench.upstream import random_rows, torchrec_dlrm, torchrec_kjt
 from torchdlrm.bundle import DensePrecision, TablePrecision
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.served_model import ServedModel
-from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.prediction.files import predict_file
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.process_group import Ranks
 
-NUM_DISTINCT_BATCHES = 16
 SERVED: tuple[tuple[TablePrecision, DensePrecision], ...] = (
     ("float32", "float32"),
     ("int8", "float32"),
@@ -113,16 +111,9 @@ def benchmark_predict(
         log = write_random_log(Path(scratch) / "log.tsv", sizes, log_rows)
         competitors[FROM_LOG] = Competitor(from_log_step, raw, log, nproc=1)
         rows = dict.fromkeys(competitors, batch_rows * batches_per_round) | {FROM_LOG: log_rows}
-        seconds: dict[str, list[float]] = {name: [] for name in competitors}
-        progress.start_phase("bench predict", (rounds + 1) * len(competitors), unit="turns")
-        for turn in range(rounds + 1):
-            for name, competitor in competitors.items():
-                elapsed_s = competitor.run(1 if name == FROM_LOG else batches_per_round)
-                if turn > 0:  # the first warms up: page faults, packed weights
-                    seconds[name].append(elapsed_s / rows[name])
-                progress.advance(1)
-        for competitor in competitors.values():
-            competitor.close()
+        steps = dict.fromkeys(competitors, batches_per_round) | {FROM_LOG: 1}
+        turns = take_turns("bench predict", competitors, steps, rounds, progress)
+    seconds = {name: [elapsed_s / rows[name] for elapsed_s in times] for name, times in turns.items()}
     return PredictBenchmark(
         rows_per_s={name: 1 / statistics.median(times) for name, times in seconds.items()},
         ratio_to_eager={
@@ -178,10 +169,7 @@ def torchrec_model(bundle: Bundle) -> Any:
 def _torchrec_step(model: Any, bundle: Bundle, batch_rows: int) -> Step:
     batches = itertools.cycle(
         [
-            (
-                torch.from_numpy(dense),
-                torchrec_kjt(bundle.manifest.sparse, ids_FB),
-            )
+            (torch.from_numpy(dense), torchrec_kjt(bundle.manifest.sparse, ids_FB))
             for dense, ids_FB in _random_batches(bundle, batch_rows)
         ]
     )
@@ -193,12 +181,6 @@ def _torchrec_step(model: Any, bundle: Bundle, batch_rows: int) -> Step:
     return step
 
 
-def _random_batches(
-    bundle: Bundle, num_rows: int
-) -> Iterator[tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.int32]]]]:
-    """Dense float32 [B, 13], ids int32 [F, B] (uniform: the hardest case for the caches)."""
-    generator = np.random.default_rng(0)
-    for _ in range(NUM_DISTINCT_BATCHES):
-        dense = generator.random((num_rows, NUM_CRITEO_DENSE), dtype=np.float32)
-        sizes = [record.num_embeddings for record in bundle.manifest.sparse.values()]
-        yield dense, np.stack([generator.integers(rows, size=num_rows, dtype=np.int32) for rows in sizes])
+def _random_batches(bundle: Bundle, num_rows: int) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    sizes = [record.num_embeddings for record in bundle.manifest.sparse.values()]
+    return random_rows(sizes, num_rows, np.random.default_rng(0), np.int32)

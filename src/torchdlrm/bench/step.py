@@ -12,6 +12,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from operator import truediv
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ from torchrec.distributed.types import ShardingEnv
 from torchrec.models.dlrm import DLRMTrain as TorchRecDLRMTrain
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
-from torchdlrm.bench.interleaved import Competitor, Step
-from torchdlrm.bench.upstream import torchrec_dlrm, torchrec_kjt
+from torchdlrm.bench.interleaved import Competitor, Step, take_turns
+from torchdlrm.bench.upstream import random_rows, torchrec_dlrm, torchrec_kjt
 from torchdlrm.config import Config
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.loader.batch import Batch, single_valued_kjt
@@ -37,8 +38,6 @@ from torchdlrm.tables.optimizers import fused_params
 from torchdlrm.training.compute import choose_precision, keep_freed_memory
 from torchdlrm.training.process_group import Ranks, rank_device
 from torchdlrm.training.sharded import build_optimizer, build_pipeline, build_sharded_model
-
-NUM_DISTINCT_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -99,33 +98,21 @@ def benchmark_step(
         "torchrec": Competitor(torchrec_step, config, num_embeddings, nproc=nproc),
         "floor": Competitor(floor_step, config, num_embeddings, precision.dtype, nproc=nproc),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in competitors}
-    progress.start_phase("bench step", (rounds + 1) * len(competitors), unit="turns")
-    for turn in range(rounds + 1):
-        for name, competitor in competitors.items():
-            elapsed_s = competitor.run(steps_per_round)
-            if turn > 0:  # the first warms up: allocator, pipeline, page faults
-                seconds[name].append(elapsed_s)
-            progress.advance(1)
-    for competitor in competitors.values():
-        competitor.close()
+    steps = dict.fromkeys(competitors, steps_per_round)
+    seconds = take_turns("bench step", competitors, steps, rounds, progress)
     rows = config.train.batch_size_global * steps_per_round
     return StepBenchmark(
         rows_per_s=rows / statistics.median(seconds["ours"]),
         torchrec_rows_per_s=rows / statistics.median(seconds["torchrec"]),
         floor_rows_per_s=rows / statistics.median(seconds["floor"]),
-        ratio_to_torchrec=statistics.median(map(_ratio, seconds["torchrec"], seconds["ours"])),
-        ratio_to_floor_time=statistics.median(map(_ratio, seconds["ours"], seconds["floor"])),
+        ratio_to_torchrec=statistics.median(map(truediv, seconds["torchrec"], seconds["ours"])),
+        ratio_to_floor_time=statistics.median(map(truediv, seconds["ours"], seconds["floor"])),
         batch_size_global=config.train.batch_size_global,
         precision=str(precision),
         num_processes=nproc,
         num_threads=max(1, len(os.sched_getaffinity(0)) // nproc),
         rounds=rounds,
     )
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator
 
 
 def _shape(config: Config, num_embeddings: dict[str, int]) -> ModelShape:
@@ -144,9 +131,7 @@ def our_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype
     batches = itertools.cycle(
         [
             Batch(torch.from_numpy(dense), single_valued_kjt(names, ids_FB), torch.from_numpy(labels_B))
-            for dense, ids_FB, labels_B in _random_arrays(
-                config.train.batch_size_global // ranks.world_size, num_embeddings, ranks.rank
-            )
+            for dense, ids_FB, labels_B in _random_arrays(ranks, config, num_embeddings)
         ]
     )
     return lambda: pipeline.progress(batches)
@@ -188,22 +173,18 @@ def torchrec_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) 
                 torchrec_kjt(num_embeddings, ids_FB),
                 torch.from_numpy(labels_B),
             )
-            for dense, ids_FB, labels_B in _random_arrays(
-                config.train.batch_size_global // ranks.world_size, num_embeddings, ranks.rank
-            )
+            for dense, ids_FB, labels_B in _random_arrays(ranks, config, num_embeddings)
         ]
     )
     return lambda: pipeline.progress(batches)
 
 
 def _random_arrays(
-    num_rows: int, num_embeddings: dict[str, int], seed: int
+    ranks: Ranks, config: Config, num_embeddings: dict[str, int]
 ) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """Dense float32 [B, 13], ids int64 [F, B] (uniform: the hardest case for the caches), labels float32 [B]."""
-    generator = np.random.default_rng(seed)
-    for _ in range(NUM_DISTINCT_BATCHES):
-        dense = generator.random((num_rows, NUM_CRITEO_DENSE), dtype=np.float32)
-        ids_FB = np.stack([generator.integers(rows, size=num_rows) for rows in num_embeddings.values()])
+    """This rank's part of each batch: dense [B, 13] and ids [F, B] as `random_rows` gives them, labels float32 [B]."""
+    num_rows, generator = config.train.batch_size_global // ranks.world_size, np.random.default_rng(ranks.rank)
+    for dense, ids_FB in random_rows(num_embeddings.values(), num_rows, generator, np.int64):
         yield dense, ids_FB, generator.integers(2, size=num_rows).astype(np.float32)
 
 

@@ -1,16 +1,30 @@
-"""TorchRec's own DLRM in a given shape: what both benchmarks compare with."""
+"""What the benchmarks of training and of prediction share: TorchRec's own DLRM, and random rows."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.model import table_name
 from torchdlrm.model.architecture import ModelShape
+
+_NUM_BATCHES = 16
+
+
+def random_rows(
+    num_embeddings: Iterable[int], num_rows: int, generator: np.random.Generator, id_type: type[np.integer[Any]]
+) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """16 batches: dense float32 [B, 13] and ids [F, B], uniform over the tables, the hardest case for the caches."""
+    sizes = list(num_embeddings)
+    for _ in range(_NUM_BATCHES):
+        dense = generator.random((num_rows, NUM_CRITEO_DENSE), dtype=np.float32)
+        yield dense, np.stack([generator.integers(rows, size=num_rows, dtype=id_type) for rows in sizes])
 
 
 def torchrec_dlrm(
