@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchdlrm.bundle.bundle import Bundle, table_name
+from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import MANIFEST_NAME, SAMPLE_NAME, WEIGHTS_NAME, BundleManifest
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.bundle.write import write_weights
+from torchdlrm.model import table_weight
 from torchdlrm.progress import SILENT
 
 NUM_ROWS = (1, 100, 2000)
@@ -41,7 +42,7 @@ class Grown:
     def __init__(self, bundle: Bundle, num_rows: Mapping[str, int]) -> None:
         self._bundle = bundle
         dim = bundle.manifest.model.embedding_dim
-        tables = {table_name(name): (rows, dim) for name, rows in num_rows.items()}
+        tables = {table_weight(name): (rows, dim) for name, rows in num_rows.items()}
         self.shapes: Mapping[str, tuple[int, ...]] = {**bundle.weights.shapes, **tables}
         self.shapes = {name: shape for name, shape in self.shapes.items() if name != "padding"}
 
@@ -138,7 +139,7 @@ def measure(path: Path) -> list[dict[str, float | str]]:
     for num_rows in NUM_ROWS:
         ids_FB = np.array([random.integers(0, rows, num_rows) for rows in table_rows])
         model.predict(EncodedRows(np.zeros((num_rows, len(bundle.schema.dense)), np.float32), ids_FB))
-        starts = np.array([bundle.weights.span(table_name(name))[0] for name in bundle.manifest.sparse])
+        starts = np.array([bundle.weights.span(table_weight(name))[0] for name in bundle.manifest.sparse])
         row_bytes = 4 * bundle.manifest.model.embedding_dim
         pages.append(((starts[:, None] + ids_FB * row_bytes) // 4096).ravel())
         note(f"{num_rows:,} rows predicted", 4096 * len(np.unique(np.concatenate(pages))) / 1e6)
