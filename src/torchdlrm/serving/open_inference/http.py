@@ -89,11 +89,8 @@ def parse_infer(
         msg = f"{len(rest):,} bytes follow the JSON, but the inputs' binary_data_size account for {position:,}"
         raise bad_request(msg)
     parameters = _parameters(request, "the request")
-    request_id, is_binary, timeout_us = (
-        _request_id(request),
-        _wants_binary(request, parameters),
-        _timeout_us(parameters),
-    )
+    request_id, is_binary = _request_id(request), _wants_binary(request, parameters)
+    timeout_us = _timeout_us(parameters)
     return InferRequest(rows_of_tensors(tensors, inputs, schema), request_id, is_binary, timeout_us)
 
 
