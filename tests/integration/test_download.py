@@ -183,5 +183,5 @@ def test_the_command_fetches_the_days_from_the_address_that_was_given(server, tm
 def test_days_are_read_as_ranges():
     assert parse_days("0-2,23, 5", 24) == [0, 1, 2, 5, 23]
     for text in ("", "a", "1-", "3-1", "24"):
-        with pytest.raises(ConfigError, match="--days"):
+        with pytest.raises(ConfigError, match="`days`"):
             parse_days(text, 24)

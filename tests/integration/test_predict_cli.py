@@ -47,7 +47,7 @@ def few_rows(small_log):
 def expected(small_bundle, few_rows):
     predictor = Predictor.open(small_bundle)
     rows = [{name: cell for name, cell in row.items() if name != "label"} for row in few_rows.iter_rows(named=True)]
-    return predictor.predict(predictor.parse_rows(rows)).probabilities
+    return predictor.predict(predictor.parse_rows(rows))
 
 
 @pytest.fixture
@@ -359,5 +359,5 @@ def test_verify_says_what_it_cannot_find(
         verify_verb(moved, dataset=elsewhere, run=small_run)
     with pytest.raises(UserError, match=r"a run called 'run', and none is at .*; say where it is with `run`"):
         verify_verb(moved, small_log, dataset=elsewhere)
-    with pytest.raises(UserError, match="--url: 'localhost:8080' is no address of a server"):
+    with pytest.raises(UserError, match="`url`: 'localhost:8080' is no address of a server"):
         verify_verb(moved, small_log, dataset=elsewhere, run=small_run, url="localhost:8080")

@@ -37,7 +37,7 @@ def encoded(request, tmp_path_factory):
     log = made_up_log(folder / "log.tsv.gz") if request.param == "made up" else SAMPLES / request.param
     if not log.exists():
         pytest.skip(f"{log} is not on this machine")
-    options = PreprocessOptions(min_count=MIN_COUNT, max_rows=MAX_ROWS)
+    options = PreprocessOptions(min_count=MIN_COUNT, max_embeddings=MAX_ROWS)
     dataset = preprocess([log], folder / "dataset", criteo_schema(), options, chunk_bytes=300_000)
     with duckdb.connect() as sql:
         expect(sql, log)

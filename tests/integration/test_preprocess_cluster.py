@@ -106,7 +106,7 @@ def test_a_scheduler_that_dies_is_told_and_the_job_goes_on_elsewhere(log, tmp_pa
                 scheduler.send_signal(signal.SIGKILL)
 
         with pytest.raises(
-            ConfigError, match=f"--cluster: the scheduler at {address} is gone; the same command goes on"
+            ConfigError, match=f"`cluster`: the scheduler at {address} is gone; the same command goes on"
         ):
             preprocess(
                 *([log], tmp_path / "out", criteo_schema(), OPTIONS, Kills()),
@@ -123,5 +123,5 @@ def test_a_cluster_that_does_not_answer_is_named(log, tmp_path, monkeypatch):
     from torchdlrm.preprocessing import executors
 
     monkeypatch.setattr(executors, "CONNECT_TIMEOUT_S", 1)
-    with pytest.raises(ConfigError, match="--cluster: no Dask scheduler answers at tcp:"):
+    with pytest.raises(ConfigError, match="`cluster`: no Dask scheduler answers at tcp:"):
         preprocess([log], tmp_path / "no", criteo_schema(), OPTIONS, resources=Resources(cluster="tcp://127.0.0.1:1"))

@@ -209,7 +209,7 @@ def test_a_bad_row_stops_the_job_with_file_line_column_and_value(tmp_path, reaso
     with pytest.raises(LogError, match=r"my\.tsv, line 21") as caught:
         preprocess([log], tmp_path / "dataset", SCHEMA)
     assert message in str(caught.value)
-    assert "--max-bad-rows" in str(caught.value)
+    assert "`max_bad_rows` N" in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my.tsv"]
 
 
@@ -279,10 +279,10 @@ def test_an_interrupted_job_leaves_no_dataset_and_the_next_one_succeeds(log, tmp
     assert list(tmp_path.iterdir()) == [dataset.path]
 
 
-def test_numbers_out_of_range_are_all_reported_by_their_option():
+def test_numbers_out_of_range_are_all_reported_by_their_name():
     with pytest.raises(ConfigError) as caught:
-        PreprocessOptions(min_count=0, max_rows=1, seed=-1, max_bad_rows=-1)
-    for option in ("--min-count", "--max-rows", "--seed", "--max-bad-rows"):
+        PreprocessOptions(min_count=0, max_embeddings=1, seed=-1, max_bad_rows=-1)
+    for option in ("`min_count`", "`max_embeddings`", "`seed`", "`max_bad_rows`"):
         assert option in str(caught.value)
 
 

@@ -36,7 +36,7 @@ columns = [
     { role = "dense", name = "age", kind = "int", transform = "log1p" },
     { role = "dense", name = "price", kind = "float", transform = "none" },
     { role = "sparse", name = "city", header_name = "the city", kind = "string", min_count = 4 },
-    { role = "sparse", name = "shop", kind = "int", max_rows = 20 },
+    { role = "sparse", name = "shop", kind = "int", max_embeddings = 20 },
     { role = "sparse", name = "tags", kind = "string", value_separator = "|", max_values = 3 },
     { role = "sparse", name = "user", kind = "string", hash = 97 },
     { role = "ignore", name = "note" },

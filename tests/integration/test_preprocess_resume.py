@@ -187,7 +187,7 @@ def test_other_settings_are_named_and_stop_the_job_and_restart_forgets(log, unin
     assert "min_count: was 2, is 3" in message
     assert "seed: was 0, is 9" in message
     assert "schema" not in message
-    assert "--restart" in message
+    assert "`restart`" in message
     preprocess([log], out, SCHEMA, OPTIONS, restart=True)
     assert checksums(out) == uninterrupted
 
@@ -290,7 +290,7 @@ def test_a_job_killed_while_it_tidied_up_is_done(log, uninterrupted, tmp_path):
 
 
 def test_too_little_memory_is_refused_with_the_least_that_is_enough(log, tmp_path):
-    with pytest.raises(ConfigError, match=r"--memory: 100 MB is too little: .* take [\d.]+ MB"):
+    with pytest.raises(ConfigError, match=r"`memory_bytes`: 100 MB is too little: .* take [\d.]+ MB"):
         preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS, resources=Resources(memory_bytes=100_000_000))
 
 

@@ -68,10 +68,12 @@ def test_new_days_are_encoded_with_the_ids_and_statistics_of_another_dataset(fol
     assert found["price"].to_list() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("max_rows", [None, 220])
-def test_new_frequent_values_get_ids_behind_the_old_ones_which_stay(folder, monday, max_rows):
-    options = PreprocessOptions(min_count=2, max_rows=max_rows, vocabulary=monday.path, extend_vocabulary=True)
-    longer = preprocess([folder / "tuesday"], folder / f"longer{max_rows}", SCHEMA, options)
+@pytest.mark.parametrize("max_embeddings", [None, 220])
+def test_new_frequent_values_get_ids_behind_the_old_ones_which_stay(folder, monday, max_embeddings):
+    options = PreprocessOptions(
+        min_count=2, max_embeddings=max_embeddings, vocabulary=monday.path, extend_vocabulary=True
+    )
+    longer = preprocess([folder / "tuesday"], folder / f"longer{max_embeddings}", SCHEMA, options)
     old, new = ids(monday), ids(longer)
     assert {value: new[value] for value in old} == old
     counts = {}
@@ -79,7 +81,7 @@ def test_new_frequent_values_get_ids_behind_the_old_ones_which_stay(folder, mond
         value = int(line.split("\t")[2], 16)
         counts[value] = counts.get(value, 0) + 1
     added = sorted((-count, value) for value, count in counts.items() if count >= 2 and value not in old)
-    added = added[: None if max_rows is None else max_rows - 1 - len(old)]
+    added = added[: None if max_embeddings is None else max_embeddings - 1 - len(old)]
     assert [value for value, number in new.items() if number > len(old)] == [value for _, value in added]
     assert len(added) > 10
     assert longer.num_embeddings["item"] == len(old) + len(added) + 1
@@ -113,5 +115,5 @@ def test_a_dataset_of_other_columns_is_refused_with_all_differences(folder, mond
         preprocess([folder / "tuesday"], folder / "no", other, PreprocessOptions(vocabulary=monday.path))
     for part in ("no sparse column town", "column item: there kind hex", "dense column price: there standardize"):
         assert part in str(caught.value)
-    with pytest.raises(ConfigError, match="--extend-vocabulary: needs --vocabulary"):
+    with pytest.raises(ConfigError, match="`extend_vocabulary`: needs `vocabulary`"):
         PreprocessOptions(extend_vocabulary=True)

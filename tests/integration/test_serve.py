@@ -116,7 +116,7 @@ def test_a_triton_client_over_http(triton_http, server, sample, predictor, is_bi
 
 def test_columns_one_by_one_with_a_triton_client(triton_http, server, sample, predictor):
     frame = sample[0].drop_nulls()
-    expected = predictor.predict(frame).probabilities
+    expected = predictor.predict(frame)
     inputs = []
     for column in (*predictor.schema.dense, *predictor.schema.sparse):
         values = frame[column.name].cast(pl.Int64).to_numpy()  # of hex columns, the numbers themselves

@@ -56,7 +56,7 @@ def by_json(bundle, log, folder):
     for chunk in RowsIn([log], predictor.schema):
         rows = as_json_rows(chunk.frame, predictor.schema)
         parts = (predictor.parse_rows(rows[start : start + 997]) for start in range(0, len(rows), 997))
-        found += [predictor.predict(part).probabilities for part in parts]
+        found += [predictor.predict(part) for part in parts]
     return np.concatenate(found)
 
 
@@ -222,16 +222,17 @@ def test_null_values_named_labels_and_numbers_of_parquet_mean_the_same_everywher
     parts = [tuple(own_tensors(rows[i : i + 3], schema)) for i in range(2_000, 3_000, 3)]
     of_tensors = [rows_of_request(tensors, schema, 4_096), *(rows_of_request(part, schema, 4_096) for part in parts)]
     by_tensors = [
-        predictor.predict(given).probabilities
-        if isinstance(given, pl.DataFrame)
-        else predictor.predict_encoded(predictor.encode_rows(given)).probabilities
+        predictor.predict_encoded(
+            predictor.encode(given) if isinstance(given, pl.DataFrame) else predictor.encode_rows(given)
+        ).probabilities
         for given in of_tensors
     ]
     by_rows = [predictor.predict_encoded(predictor.encode_rows(cells[i : i + 7])) for i in range(0, 3_000, 7)]
     for found in (
         by_file(tmp_path / "bundle", text, tmp_path),
         by_file(tmp_path / "bundle", parquet, tmp_path),
-        predictor.predict(predictor.parse_rows(cells)).probabilities,
+        predictor.predict(pl.read_parquet(parquet)),
+        predictor.predict(predictor.parse_rows(cells)),
         np.concatenate([part.probabilities for part in by_rows]),
         np.concatenate(by_tensors),
     ):

@@ -194,7 +194,7 @@ class BundleManifest(_Frozen):
             del content["source"]["checkpoint"]
         if self.model_class is None:
             del content["model_class"]
-        content["schema"] = self.feature_schema.model_dump(mode="json", exclude_none=True)
+        content["schema"] = self.feature_schema.model_dump(mode="json", by_alias=True, exclude_none=True)
         return content
 
     @classmethod

@@ -210,7 +210,9 @@ def _show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:
     manifest = dataset.manifest
     if as_json:
         about = manifest.model_dump(
-            mode="json", include={"format_version", "split_rule", "seed", "min_count", "max_rows", "source", "bad_rows"}
+            mode="json",
+            by_alias=True,  # as dataset.json has them
+            include={"format_version", "split_rule", "seed", "min_count", "max_embeddings", "source", "bad_rows"},
         )
         print_json(
             {"kind": "dataset", "path": str(folder), "schema": manifest.feature_schema.name} | about | asdict(summary)

@@ -102,7 +102,7 @@ class Manifest(_Frozen):
     split_rule: str
     seed: int
     min_count: int
-    max_rows: int | None
+    max_embeddings: int | None = Field(alias="max_rows")
     row_group_rows: int
     part_rows: int
     dense: dict[str, FittedDense]
@@ -114,7 +114,7 @@ class Manifest(_Frozen):
     def to_json(self) -> str:
         """The text of `dataset.json`."""
         content = self.model_dump(mode="json", by_alias=True)
-        content["schema"] = self.feature_schema.model_dump(mode="json", exclude_none=True)
+        content["schema"] = self.feature_schema.model_dump(mode="json", by_alias=True, exclude_none=True)
         content["source"] = [record.model_dump(mode="json", exclude_none=True) for record in self.source]
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
@@ -144,12 +144,13 @@ class Dataset:
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: str | Path) -> Self:
         """Read the manifest, and see that every file is there with its size.
 
         Raises:
             DatasetError: there is no dataset, it is not whole, or its format version is another.
         """
+        path = Path(path)
         manifest_path = path / MANIFEST_NAME
         try:
             text = manifest_path.read_text(encoding="utf-8")

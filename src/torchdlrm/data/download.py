@@ -65,11 +65,11 @@ def parse_days(text: str, num_days: int) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            msg = f"--days: expected days such as 0-23 or 0,5,7, got {text!r}"
+            msg = f"`days`: expected days such as 0-23 or 0,5,7, got {text!r}"
             raise ConfigError(msg)
         days += range(int(first), int(last or first) + 1)
     if not days or max(days) >= num_days:
-        msg = f"--days: days are 0 to {num_days - 1}, got {text!r}"
+        msg = f"`days`: days are 0 to {num_days - 1}, got {text!r}"
         raise ConfigError(msg)
     return sorted(set(days))
 
@@ -100,7 +100,7 @@ def download(
         DatasetError: the folder cannot be written.
     """
     if at_a_time < 1:
-        msg = f"--at-a-time: must be at least 1, got {at_a_time}"
+        msg = f"`at_a_time`: must be at least 1, got {at_a_time}"
         raise ConfigError(msg)
     names = source.file_names(days)
     try:
@@ -170,7 +170,7 @@ class _Fetcher:
             self._check(self._target)
             return
         if self._part.is_symlink() or self._tag.is_symlink():
-            msg = f"{self._part}: a link, which no interrupted download leaves; remove it, or give another --out"
+            msg = f"{self._part}: a link, which no interrupted download leaves; remove it, or give another `out`"
             raise DatasetError(msg)
         failures = 0
         while True:
@@ -180,9 +180,7 @@ class _Fetcher:
                 break
             except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
                 if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                    msg = (
-                        f"{self._url}: the server answers {error.code} {error.reason}; give another address with --from"
-                    )
+                    msg = f"{self._url}: the server answers {error.code} {error.reason}; give another `source`"
                     raise LogError(msg) from error
                 now = self._part.stat().st_size if self._part.exists() else 0
                 failures = 0 if now > before else failures + 1
@@ -259,6 +257,6 @@ def _fetch_sums(source: Source) -> dict[str, str]:
 
 def _open(url: str, headers: Mapping[str, str]) -> Any:
     if urlsplit(url).scheme not in ("http", "https"):
-        msg = f"--from: expected an address that starts with http:// or https://, got {url!r}"
+        msg = f"`source`: expected an address that starts with http:// or https://, got {url!r}"
         raise ConfigError(msg)
     return urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers)), timeout=_TIMEOUT_S)  # noqa: S310

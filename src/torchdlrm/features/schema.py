@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 import polars as pl
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from torchdlrm.errors import SchemaError
 from torchdlrm.features.kinds import KINDS, DenseKindName, SparseKindName, ValueKind
@@ -128,8 +128,8 @@ class SparseColumn(_FeatureColumn):
     """A categorical value: `hex` is up to 8 hexadecimal digits, `int` a 64-bit integer, `string` any text.
 
     A column with a `value_separator` holds any number of values in a cell (in Parquet: a list), of which the first
-    `max_values` count.  `min_count` and `max_rows` override the job's; `hash` numbers values by a hash into that many
-    rows instead of by a vocabulary.
+    `max_values` count.  `min_count` and `max_embeddings` override the job's; `hash` numbers values by a hash into that
+    many rows instead of by a vocabulary.
     """
 
     role: Literal["sparse"] = "sparse"
@@ -137,7 +137,11 @@ class SparseColumn(_FeatureColumn):
     value_separator: Annotated[str, Field(min_length=1)] | None = None
     max_values: Annotated[int, Field(ge=1)] | None = None
     min_count: Annotated[int, Field(ge=1)] | None = None
-    max_rows: Annotated[int, Field(ge=2)] | None = None
+    # In the files of datasets and bundles it keeps its old name.
+    max_embeddings: Annotated[
+        int | None,
+        Field(ge=2, validation_alias=AliasChoices("max_embeddings", "max_rows"), serialization_alias="max_rows"),
+    ] = None
     hash: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
     @property
@@ -150,8 +154,8 @@ class SparseColumn(_FeatureColumn):
         if self.max_values is not None and self.value_separator is None:
             msg = "max_values needs value_separator, the text between two values of a cell"
             raise ValueError(msg)
-        if self.hash is not None and (self.min_count is not None or self.max_rows is not None):
-            msg = "hash goes without min_count and max_rows, which are for vocabularies"
+        if self.hash is not None and (self.min_count is not None or self.max_embeddings is not None):
+            msg = "hash goes without min_count and max_embeddings, which are for vocabularies"
             raise ValueError(msg)
         return self
 
@@ -275,17 +279,18 @@ def criteo_schema() -> FeatureSchema:
 PRESETS = {"criteo": criteo_schema}
 
 
-def load_schema(name_or_path: str) -> FeatureSchema:
+def load_schema(name_or_path: str | Path) -> FeatureSchema:
     """The preset of that name, or the schema in that TOML file.
 
     Raises:
         SchemaError: there is neither, or the file is not a valid schema; all problems in one message.
     """
+    name_or_path = str(name_or_path)
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]()
     path = Path(name_or_path)
     if not path.is_file():
-        msg = f"--schema: {name_or_path!r} is neither a preset ({', '.join(PRESETS)}) nor a file"
+        msg = f"`schema`: {name_or_path!r} is neither a preset ({', '.join(PRESETS)}) nor a file"
         msg += did_you_mean(name_or_path, PRESETS)
         raise SchemaError(msg)
     try:
@@ -298,10 +303,17 @@ def load_schema(name_or_path: str) -> FeatureSchema:
         msg = f"{path}: not a TOML file: {error}"
         raise SchemaError(msg) from error
     try:
-        return FeatureSchema.model_validate(raw)
+        schema = FeatureSchema.model_validate(raw)
+        found = []
     except ValidationError as error:
         found = [f"  {_in_schema_file(item, raw)}" for item in error.errors(include_url=False)]
-        raise SchemaError("\n".join([f"{path}: the schema is wrong:", *found])) from error
+    columns = raw.get("columns")
+    for i, column in enumerate(columns if isinstance(columns, list) else []):
+        if isinstance(column, dict) and "max_rows" in column:
+            found.append(f"  column {i + 1} ({column.get('name')}): max_rows: is called max_embeddings now")
+    if found:
+        raise SchemaError("\n".join([f"{path}: the schema is wrong:", *found]))
+    return schema
 
 
 def with_split(
@@ -318,11 +330,11 @@ def with_split(
     try:
         split = SplitRule.model_validate({**schema.split.model_dump(), **changes})
         if split.rule == "criteo" and (val is not None or test is not None):
-            msg = "--val, --test: the split 'criteo' holds out what it always does; add --split order, random or time"
+            msg = "`val`, `test`: the split 'criteo' holds out what it always does; make `split` order, random or time"
             raise SchemaError(msg)
         return FeatureSchema.model_validate({**dict(schema), "split": split})
     except ValidationError as error:
-        raise SchemaError("\n".join(["--split, --val, --test: no such split of this log", *problems(error)])) from error
+        raise SchemaError("\n".join(["`split`, `val`, `test`: no such split of this log", *problems(error)])) from error
 
 
 def problems(error: ValidationError) -> Sequence[str]:

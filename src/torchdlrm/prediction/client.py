@@ -33,7 +33,7 @@ class PredictionClient:
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
-            msg = f"--url: {url!r} is no address of a server; give one such as http://localhost:8080"
+            msg = f"`url`: {url!r} is no address of a server; give one such as http://localhost:8080"
             raise UserError(msg)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._connection = kind(parts.hostname, parts.port, timeout=_TIMEOUT_S)
@@ -63,7 +63,7 @@ class PredictionClient:
             answer = self._ask(json.dumps({"rows": rows[start : start + _ROWS_PER_REQUEST]}))
             if answer["version"] != version:
                 msg = (
-                    f"--url: {self._url} serves version {answer['version']} of {answer['model']!r}, and the bundle "
+                    f"`url`: {self._url} serves version {answer['version']} of {answer['model']!r}, and the bundle "
                     f"is version {version}"
                 )
                 raise UserError(msg)
@@ -77,14 +77,14 @@ class PredictionClient:
                 response = self._connection.getresponse()
                 text = response.read()
             except (OSError, http.client.HTTPException) as error:
-                msg = f"--url: {self._url} cannot be reached: {error}; is `dlrm serve` running there?"
+                msg = f"`url`: {self._url} cannot be reached: {error}; is `dlrm serve` running there?"
                 raise UserError(msg) from error
             if response.status not in _BUSY or attempt == _MAX_TRIES - 1:
                 break
             time.sleep(float(response.getheader("Retry-After", "1")))
         if response.status != http.client.OK:
             told = text.decode(errors="replace")
-            msg = f"--url: {self._url} answers {response.status} {response.reason}: {told:.300}"
+            msg = f"`url`: {self._url} answers {response.status} {response.reason}: {told:.300}"
             raise UserError(msg)
         answer: dict[str, Any] = json.loads(text)
         return answer

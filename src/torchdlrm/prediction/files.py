@@ -99,10 +99,10 @@ def predict_file(
     """
     check_name(out)
     if out.exists() and any(path.exists() and path.samefile(out) for path in rows.paths):
-        msg = f"--out: {out} is the log itself; name another file"
+        msg = f"`out`: {out} is the log itself; name another file"
         raise UserError(msg)
     if PREDICTION_COLUMN in rows.passthrough:
-        msg = f"--columns: {PREDICTION_COLUMN} is what the scores' own column is called"
+        msg = f"`columns`: {PREDICTION_COLUMN} is what the scores' own column is called"
         raise UserError(msg)
     tally = _Tally(rows.schema)
     started_s = time.perf_counter()
@@ -154,7 +154,7 @@ def _encoded_ahead(predictor: Predictor, rows: RowsIn, bad_rows: BadRowsRule) ->
 
 def _refusal(bad_rows: BadRows) -> str:
     lines = ["the log has rows that cannot be read", *describe_bad_rows(bad_rows.counts, bad_rows.examples)]
-    lines.append("Mend the log, or let such rows have no prediction with --bad-rows null.")
+    lines.append("Mend the log, or let such rows have no prediction with `bad_rows` null.")
     return "\n".join(lines)
 
 

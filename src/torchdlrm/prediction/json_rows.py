@@ -133,11 +133,20 @@ def _typed_alone(cells: Sequence[object], column: Column, schema: FeatureSchema)
         texts = [_text(cell, column, i) for i, cell in enumerate(cells)]
         text = text_frame(layout, {column.name: texts})
     typed, _ = to_typed_columns(text, layout, bad_rows, is_label_optional=True)
+    check_cells(bad_rows)
+    return typed[column.name]
+
+
+def check_cells(bad_rows: BadRows) -> None:
+    """Refuse rows of which some are bad.
+
+    Raises:
+        RowError: one is; names the row, from 0, and the column.
+    """
     for reason, examples in bad_rows.examples.items():
         example = examples[0]
-        msg = f"row {example.line - 1}, column {column.name!r}: {REASONS[reason]}: {shown(example.value)}"
+        msg = f"row {example.line - 1}, column {example.column!r}: {REASONS[reason]}: {shown(example.value)}"
         raise RowError(msg)
-    return typed[column.name]
 
 
 def _has_long(cells: Sequence[str | None]) -> bool:

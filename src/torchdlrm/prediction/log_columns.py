@@ -115,4 +115,4 @@ def _as_read(column: Column | None, log_name: str, passthrough: Sequence[str], *
 
 
 def _not_there(missing: Sequence[str], where: str, names: Sequence[str]) -> str:
-    return f"--columns: {where} has no column {', '.join(missing)}; it has {', '.join(names)}"
+    return f"`columns`: {where} has no column {', '.join(missing)}; it has {', '.join(names)}"

@@ -27,6 +27,7 @@ from torchdlrm.features.encode import encode
 from torchdlrm.features.vocabulary import UNKNOWN_ID
 from torchdlrm.model.model_class import ModelClass
 from torchdlrm.prediction.fast_path import PlainRowEncoder
+from torchdlrm.prediction.frames import frame_or_rows, typed_columns
 from torchdlrm.prediction.json_rows import RowReader
 from torchdlrm.prediction.shared_rows import Row, joined
 from torchdlrm.progress import SILENT, ProgressListener
@@ -74,7 +75,7 @@ class Predictor:
     @classmethod
     def open(
         cls,
-        path: Path,
+        path: str | Path,
         *,
         model_class: ModelClass | None = None,
         verify: Verify = "full",
@@ -97,7 +98,7 @@ class Predictor:
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        return cls(Bundle.open(path, model_class=model_class, verify=verify, progress=progress))
+        return cls(Bundle.open(Path(path), model_class=model_class, verify=verify, progress=progress))
 
     @property
     def dense_precision(self) -> DensePrecision:
@@ -197,17 +198,31 @@ class Predictor:
         }
         return [[name for name, is_unknown in has_unknown.items() if is_unknown[i]] for i in range(frame.height)]
 
-    def predict(self, frame: pl.DataFrame) -> Predictions:
-        """The predictions of raw rows; `frame` as in `encode`.
+    def predict(self, rows: Any) -> NDArray[np.float32]:
+        """The probability of a click of each raw row.
+
+        Args:
+            rows: B rows: a Polars or pandas frame with a column for each feature, a dict of lists, or a list of dicts;
+                cells mean what they mean in a log.
+
+        Returns:
+            float32 [B].
 
         Raises:
-            RowError: a feature is not there, or is of another type.
+            RowError: a feature is not there, or a cell does not fit; names the row (from 0), the column and the value.
             BundleError: a block of the weights that was not checked before is damaged.
         """
-        return self.predict_encoded(self.encode(frame))
+        given = frame_or_rows(rows)
+        if isinstance(given, pl.DataFrame):
+            return self.predict_encoded(self.encode(typed_columns(given, self.schema))).probabilities
+        return self.predict_encoded(self.encode_rows(given)).probabilities
 
     def predict_encoded(self, rows: EncodedRows) -> Predictions:
-        """The predictions of rows that are encoded; raises as `predict`."""
+        """The predictions of rows that are encoded, and what they are made of.
+
+        Raises:
+            BundleError: a block of the weights that was not checked before is damaged.
+        """
         logits = self._model.logits(rows)
         return Predictions(torch.from_numpy(logits).sigmoid().numpy(), self._count_unknown(rows), logits)
 
@@ -230,7 +245,7 @@ class Predictor:
         frame, expected = self.bundle.sample()
         if frame.is_empty():
             return
-        found = self.predict(frame).probabilities
+        found = self.predict_encoded(self.encode(frame)).probabilities
         # The tables are the same bytes wherever they are read: only the arithmetic may differ between machines.
         allowed = arithmetic_difference(self.bundle.manifest.dense_precision)
         difference = float(np.abs(found - expected).max(initial=0.0))

@@ -88,7 +88,7 @@ class RowsIn:
         passthrough = [names.get(name, name) for name in self.passthrough]
         twice = sorted({name for name in passthrough if passthrough.count(name) > 1})
         if twice:
-            msg = f"--columns: {', '.join(twice)} is given more than once"
+            msg = f"`columns`: {', '.join(twice)} is given more than once"
             raise LogError(msg)
         object.__setattr__(self, "passthrough", passthrough)
 

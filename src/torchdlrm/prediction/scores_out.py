@@ -67,7 +67,7 @@ def writing_scores(path: Path) -> Iterator[ScoreWriter]:
     except OSError as error:
         if error.filename != str(path) or error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
             raise
-        msg = f"--out: {path} cannot be written: {error.strerror}"
+        msg = f"`out`: {path} cannot be written: {error.strerror}"
         raise UserError(msg) from error
 
 
@@ -79,13 +79,13 @@ def check_name(path: Path) -> None:
     """
     if path == STANDARD_OUTPUT:
         if sys.stdout is None:
-            raise UserError("--out: standard output is closed; name a file to write to")
+            raise UserError("`out`: standard output is closed; name a file to write to")
         return
     if not path.name.endswith((".parquet", ".csv", ".csv.gz")):
-        msg = f"--out: {path} must end in .parquet, .csv or .csv.gz, or be - for CSV on standard output"
+        msg = f"`out`: {path} must end in .parquet, .csv or .csv.gz, or be - for CSV on standard output"
         raise UserError(msg)
     if path.is_dir():
-        msg = f"--out: {path} is a folder; name a file in it"
+        msg = f"`out`: {path} is a folder; name a file in it"
         raise UserError(msg)
 
 

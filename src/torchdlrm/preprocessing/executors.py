@@ -100,8 +100,8 @@ class Workers:
 
     def _lost(self) -> ConfigError:
         return ConfigError(
-            f"--cluster: the scheduler at {self.cluster} is gone; the same command goes on from what is done, also on "
-            "another cluster, or here without --cluster"
+            f"`cluster`: the scheduler at {self.cluster} is gone; the same command goes on from what is done, also on "
+            "another cluster, or here without `cluster`"
         )
 
 
@@ -139,17 +139,17 @@ def start_workers(resources: Resources) -> Iterator[Workers]:
     try:
         import distributed  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise ConfigError("--cluster: needs Dask; install it with: pip install 'torchdlrm[cluster]'") from error
+        raise ConfigError("`cluster`: needs Dask; install it with: pip install 'torchdlrm[cluster]'") from error
     untyped: Any = distributed
     try:
         client = untyped.Client(resources.cluster, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
-        msg = f"--cluster: no Dask scheduler answers at {resources.cluster} ({error}); start one with: dask scheduler"
+        msg = f"`cluster`: no Dask scheduler answers at {resources.cluster} ({error}); start one with: dask scheduler"
         raise ConfigError(msg) from error
     with client:
         threads_of_workers = list(client.nthreads().values())
         if not threads_of_workers:
-            msg = f"--cluster: the scheduler at {resources.cluster} has no workers; start some with: dask worker"
+            msg = f"`cluster`: the scheduler at {resources.cluster} has no workers; start some with: dask worker"
             raise ConfigError(msg)
         # The executor goes first: it cancels what has not begun.
         with client.get_executor(retries=3, pure=False) as executor:

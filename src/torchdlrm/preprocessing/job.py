@@ -103,7 +103,7 @@ class Job:
             split_rule=split.rule,
             seed=self.options.seed,
             min_count=self.options.min_count,
-            max_rows=self.options.max_rows,
+            max_embeddings=self.options.max_embeddings,
             row_group_rows=ROW_GROUP_ROWS,
             part_rows=self.options.part_rows,
             dense=dense,
@@ -267,7 +267,7 @@ class Job:
         return tasks
 
     def _rank_task(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Task:
-        max_rows = self.options.max_rows if column.max_rows is None else column.max_rows
+        most = self.options.max_embeddings if column.max_embeddings is None else column.max_embeddings
         known_tables, known_vocabulary = None, None
         if self.options.extend_vocabulary:
             assert self.known is not None, "the options were checked"
@@ -278,7 +278,7 @@ class Job:
         arguments = (
             column,
             [self.work.path / "counts" / values.name for values in ranges],
-            MAX_ID if max_rows is None else max_rows - 1,
+            MAX_ID if most is None else most - 1,
             self.work.sizing.values_per_task,
             known_tables,
             known_vocabulary,

@@ -1,43 +1,63 @@
-"""What a user may choose of a preprocessing job: what its bytes depend on, and what it may use of the machine."""
+"""What may be chosen of a preprocessing job. The fields are options of `dlrm preprocess`."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter, Token
 
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.vocabulary import DEFAULT_MIN_COUNT
+from torchdlrm.units import parse_bytes, show_bytes
 
 PART_ROWS = 1 << 20
-DEFAULT_MEMORY_BYTES = 4 << 30
+DEFAULT_MEMORY_BYTES = 4_000_000_000
 # Python with Polars and PyArrow loaded, before it has read a byte.
 BASE_BYTES = 160 << 20
 
 
+def _size(_: type, tokens: Sequence[Token]) -> int:
+    try:
+        return parse_bytes(tokens[0].value, "memory_bytes")
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix("`memory_bytes`: ")) from error  # the parser names the option
+
+
+@Parameter(name="*")
 @dataclass(frozen=True)
 class PreprocessOptions:
     """What the bytes of a dataset depend on, besides log and schema; `max_bad_rows` only decides whether there is one.
 
-    `vocabulary` is a dataset whose vocabularies and dense statistics are used as they are, or, with
-    `extend_vocabulary`, whose vocabularies go on behind their last id.
+    Attributes:
+        min_count: A categorical value in fewer training rows than this has no id of its own.
+        max_embeddings: Most rows that the embedding table of a feature may have; the rarest values lose their ids.
+        seed: Seed of the order of the training rows, and of a random split.
+        max_bad_rows: Skip up to this many rows that the schema cannot read.
+        part_rows: Most rows of a part file, about.
+        vocabulary: Encode with the vocabularies and dense statistics of this dataset.
+        extend_vocabulary: Give new frequent values ids behind those of --vocabulary, which stay as they are.
 
     Raises:
         ConfigError: a number is out of its range.
     """
 
     min_count: int = DEFAULT_MIN_COUNT
-    max_rows: int | None = None
+    max_embeddings: int | None = None
     seed: int = 0
     max_bad_rows: int = 0
-    part_rows: int = PART_ROWS
+    part_rows: Annotated[int, Parameter(parse=False)] = PART_ROWS
     vocabulary: Path | None = None
-    extend_vocabulary: bool = False
+    extend_vocabulary: Annotated[bool, Parameter(negative="")] = False
 
     def __post_init__(self) -> None:
+        """See that the options make sense, all in one message."""
         wrong = [
-            f"--{name.replace('_', '-')}: must be at least {least}, got {value}"
+            f"`{name}`: must be at least {least}, got {value}"
             for name, value, least in (
                 ("min_count", self.min_count, 1),
-                ("max_rows", self.max_rows, 2),
+                ("max_embeddings", self.max_embeddings, 2),
                 ("seed", self.seed, 0),
                 ("max_bad_rows", self.max_bad_rows, 0),
                 ("part_rows", self.part_rows, 1),
@@ -45,28 +65,34 @@ class PreprocessOptions:
             if value is not None and value < least
         ]
         if self.seed >= 2**63:
-            wrong.append(f"--seed: must be below 2^63, got {self.seed}")
+            wrong.append(f"`seed`: must be below 2^63, got {self.seed}")
         if self.extend_vocabulary and self.vocabulary is None:
-            wrong.append("--extend-vocabulary: needs --vocabulary, the dataset whose ids stay as they are")
+            wrong.append("`extend_vocabulary`: needs `vocabulary`, the dataset whose ids stay as they are")
         if wrong:
             raise ConfigError("\n".join(wrong))
 
 
+@Parameter(name="*")
 @dataclass(frozen=True)
 class Resources:
     """What the job may use; changes no byte of the dataset.
 
-    `memory_bytes` is for all of it together, or, with `cluster`, for each process of the cluster; `workers` are tasks
-    at a time, by default one a core; `cluster` is the address of a Dask scheduler.
+    Attributes:
+        memory_bytes: Memory that the job may use, all in all; on a cluster, that of each worker process.
+        workers: Tasks at a time; by default one a core.
+        cluster: Address of a Dask scheduler whose workers do the work; they must see the same files.
     """
 
-    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    memory_bytes: Annotated[
+        int, Parameter(name="--memory", converter=_size, show_default=show_bytes, allow_leading_hyphen=True)
+    ] = DEFAULT_MEMORY_BYTES
     workers: int | None = None
     cluster: str | None = None
 
     def __post_init__(self) -> None:
+        """See that there is a worker at least."""
         if self.workers is not None and self.workers < 1:
-            msg = f"--workers: must be at least 1, got {self.workers}"
+            msg = f"`workers`: must be at least 1, got {self.workers}"
             raise ConfigError(msg)
 
     @property

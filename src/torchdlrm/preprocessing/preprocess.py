@@ -1,6 +1,6 @@
 """The job that turns a raw log into a dataset.
 
-In: log files, a schema, thresholds, a seed.  Out: a `Dataset`, complete or absent.  Memory is bounded, every task that
+In: log files, a schema, thresholds, a seed.  Out: a `Dataset`, written atomically.  Memory is bounded, every task that
 is done is kept, and the bytes depend on neither; `torchdlrm.preprocessing.job` tells the phases.
 """
 
@@ -16,7 +16,7 @@ from torchdlrm.data.dataset import MANIFEST_NAME, Dataset, Manifest
 from torchdlrm.data.log.files import LogFile, find_files
 from torchdlrm.data.log.sniff import check_layout
 from torchdlrm.errors import DatasetError, LogError
-from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.schema import FeatureSchema, load_schema
 from torchdlrm.files import sha256_of, sync
 from torchdlrm.preprocessing.executors import start_workers
 from torchdlrm.preprocessing.job import Job
@@ -27,14 +27,14 @@ from torchdlrm.progress import ProgressListener, SilentProgress
 
 __all__ = ["PART_ROWS", "PreprocessOptions", "Resources", "preprocess", "work_folder"]
 
-# What is read within a minute is not kept when the log turns out to be wrong: a corrected schema starts anew at once.
+# What is read within a minute is not kept when the log turns out to be wrong: a corrected schema starts again at once.
 _KEPT_LOG_BYTES = 1 << 30
 
 
 def preprocess(
-    logs: Sequence[Path],
-    out: Path,
-    schema: FeatureSchema,
+    logs: str | Path | Sequence[str | Path],
+    out: str | Path,
+    schema: FeatureSchema | str | Path = "criteo",
     options: PreprocessOptions | None = None,
     progress: ProgressListener | None = None,
     chunk_bytes: int | None = None,
@@ -44,12 +44,12 @@ def preprocess(
 ) -> Dataset:
     """Turn a raw log into a dataset in the new folder `out`.
 
-    A job that was interrupted, at whatever moment, goes on when it is started again with the same arguments.
+    A job that was interrupted, at whatever moment, is resumed when it is started again with the same arguments.
 
     Args:
-        logs: the files of the log.
-        out: the folder to make; until it is whole, its content grows beside it in `work_folder(out)`.
-        schema: the log's columns.
+        logs: the file of the log, or its files.
+        out: the folder to make; until it is complete, its content grows in `work_folder(out)`.
+        schema: the log's columns, or what `load_schema` makes them of.
         options: thresholds and seed.
         progress: hears of the phases.
         chunk_bytes: text that is read at a time, by default chosen by the memory; changes no byte of the dataset.
@@ -63,7 +63,10 @@ def preprocess(
     """
     options, resources = options or PreprocessOptions(), resources or Resources()
     progress = progress or SilentProgress()
-    files = tuple(replace(file, path=file.path.resolve()) for file in find_files(logs))
+    out = Path(out)
+    schema = schema if isinstance(schema, FeatureSchema) else load_schema(schema)
+    paths = [Path(log) for log in ([logs] if isinstance(logs, str | Path) else logs)]
+    files = tuple(replace(file, path=file.path.resolve()) for file in find_files(paths))
     for file in files:
         check_layout(file, schema, options.max_bad_rows)
     known = None if options.vocabulary is None else _open_known(options.vocabulary, schema)
@@ -73,7 +76,7 @@ def preprocess(
         if holds_job(partial, settings) and not (partial / "dataset").exists():
             shutil.rmtree(partial, ignore_errors=True)  # the job was done, and killed while it tidied up
             return Dataset.open(out)
-        msg = f"{out}: exists; choose another --out, or remove it first"
+        msg = f"{out}: exists; choose another `out`, or remove it first"
         raise DatasetError(msg)
     try:
         with start_workers(resources) as workers:
@@ -129,9 +132,9 @@ def _settings(
     return {
         "torchdlrm": __version__,
         "log": [[str(file.path), file.size_bytes, file.modified_ns] for file in files],
-        "schema": schema.model_dump(mode="json", exclude_none=True),
+        "schema": schema.model_dump(mode="json", by_alias=True, exclude_none=True),
         "min_count": options.min_count,
-        "max_rows": options.max_rows,
+        "max_embeddings": options.max_embeddings,
         "seed": options.seed,
         "part_rows": options.part_rows,
         "vocabulary": None if known is None else sha256_of(known.path / MANIFEST_NAME),
@@ -165,7 +168,7 @@ def _open_known(path: Path, schema: FeatureSchema) -> Dataset:
         if column.name not in known.manifest.dense or known.manifest.dense[column.name].transform != column.transform
     ]
     if problems:
-        lines = [f"--vocabulary: {path} has other columns than the schema {schema.name!r}:", *problems]
+        lines = [f"`vocabulary`: {path} has other columns than the schema {schema.name!r}:", *problems]
         raise DatasetError("\n".join([*lines, "Give the schema that it was made with, or another dataset."]))
     return known
 

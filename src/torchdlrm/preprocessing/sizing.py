@@ -62,8 +62,8 @@ def choose_sizing(
     needed = BASE_BYTES + part_memory_bytes(min(options.part_rows, most_rows), schema)
     if memory_bytes < needed:
         msg = (
-            f"--memory: {show_bytes(memory_bytes)} is too little: one part of the dataset and the program itself take "
-            f"{show_bytes(needed)}"
+            f"`memory_bytes`: {show_bytes(memory_bytes)} is too little: one part of the dataset and the program itself "
+            f"take {show_bytes(needed)}"
         )
         raise ConfigError(msg)
     share_bytes = (memory_bytes - BASE_BYTES) // tasks_in_memory
@@ -109,6 +109,6 @@ def check_disk(files: Sequence[LogFile], folder: Path, used_bytes: int) -> None:
     if free < needed:
         msg = (
             f"{folder}: the disk has {free / 1e9:,.1f} GB free, and the job needs up to {needed / 1e9:,.1f} GB there "
-            "while it runs; make room, or choose an --out on another disk"
+            "while it runs; make room, or choose an `out` on another disk"
         )
         raise DatasetError(msg)

@@ -128,7 +128,7 @@ def _lock(path: Path, folder: int) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        msg = f"{path}: another job is at work in this folder; wait for it, or choose another --out"
+        msg = f"{path}: another job is at work in this folder; wait for it, or choose another `out`"
         raise DatasetError(msg) from None
     return lock
 
@@ -160,7 +160,7 @@ def _compare(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) 
     differences = _differences(found, settings)
     if differences:
         lines = [f"{path}: holds what an interrupted job with other settings has done; what differs:", *differences]
-        lines.append("Give the same settings to go on with it, or start anew with --restart.")
+        lines.append("Give the same settings to go on with it, or start anew with `restart`.")
         raise DatasetError("\n".join(lines))
 
 

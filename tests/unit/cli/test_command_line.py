@@ -44,6 +44,9 @@ def dlrm_says(monkeypatch, capsys):
         ("plan --tables criteo-1tb --max-rows 5", "--max-rows: is called --max-embeddings now"),
         ("plan --tables criteo-1tb --devices 0", "--devices: must be at least 1, got 0"),
         ("serve b --prot 9", "Unknown option: --prot. Did you mean --port?"),
+        ("preprocess log --out y --max-rows 9", "--max-rows: is called --max-embeddings now"),
+        ("preprocess log --out y --memory 1X", "Invalid value for --memory: must be a size above zero such as 80GB, "),
+        ("preprocess log --out y --min-count 0", "--min-count: must be at least 1, got 0"),
         ("synthesize --rows x --out y", 'Invalid value for --rows: unable to convert "x" into int.'),
     ],
 )

@@ -5,8 +5,6 @@ import gzip
 import io
 import lzma
 import random
-import shutil
-import subprocess
 import zipfile
 from itertools import pairwise
 from pathlib import Path
@@ -360,18 +358,6 @@ def test_a_file_of_a_kind_that_is_not_read_is_told_with_what_makes_a_log_of_it(
     with pytest.raises(LogError, match="a log is UTF-8 text") as caught:
         find_files([Path(name)])
     assert message in str(caught.value)
-
-
-@pytest.mark.skipif(shutil.which("xzcat") is None, reason="needs xzcat")
-def test_a_packed_file_becomes_a_log_by_the_command_that_is_told(tmp_path):
-    path = tmp_path / "a log.xz"
-    path.write_bytes(lzma.compress(GOOD))
-    with pytest.raises(LogError, match="is packed by xz") as caught:
-        find_files([path])
-    subprocess.run(["sh", "-c", str(caught.value).partition("this makes one: ")[2]], check=True)
-    made = tmp_path / "a log.xz.gz"
-    assert gzip.decompress(made.read_bytes()) == GOOD
-    assert find_files([made])[0].format == "gzip"
 
 
 def test_the_criteo_preset_reads_forty_columns():

@@ -89,3 +89,20 @@ def test_every_mistake_has_words(of_column, other_column, of_schema):
             told = _in_schema_file(item, raw)
             assert "pydantic" not in told
             assert not told.startswith("columns.")
+
+
+def test_the_old_name_of_max_embeddings_is_refused_in_a_schema_file_and_kept_in_a_dataset(tmp_path):
+    path = tmp_path / "schema.toml"
+    text = """
+        name = "shop"
+        columns = [{ role = "label", name = "y" }, { role = "sparse", name = "x", max_embeddings = 9 }]
+    """
+    path.write_text(text)
+    schema = load_schema(path)
+    assert schema.sparse[0].max_embeddings == 9
+    written = schema.model_dump_json(by_alias=True, exclude_none=True)
+    assert '"max_rows":9' in written
+    assert FeatureSchema.model_validate_json(written) == schema
+    path.write_text(text.replace("max_embeddings", "max_rows"))
+    with pytest.raises(SchemaError, match=r"column 2 \(x\): max_rows: is called max_embeddings now"):
+        load_schema(path)

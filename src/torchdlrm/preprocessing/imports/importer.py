@@ -75,7 +75,7 @@ def import_blocks(
         DatasetError: `out` exists, or cannot be written.
     """
     if out.exists():
-        msg = f"{out}: exists; choose another --out, or remove it first"
+        msg = f"{out}: exists; choose another `out`, or remove it first"
         raise DatasetError(msg)
     partial = out.parent / f".{out.name}.importing"
     try:
@@ -138,7 +138,7 @@ def _write(
         split_rule=rule,
         seed=seed,
         min_count=1,
-        max_rows=None,
+        max_embeddings=None,
         row_group_rows=ROW_GROUP_ROWS,
         part_rows=part_rows,
         dense={column.name: Unchanged() for column in schema.dense},

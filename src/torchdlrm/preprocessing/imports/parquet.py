@@ -64,7 +64,7 @@ def _columns_of(path: Path, label: str | None) -> _Columns:
     schema = _open(path).schema_arrow
     label = label or next((name for name in schema.names if name.lower() in _LABEL_NAMES), None)
     if label is None or label not in schema.names:
-        msg = f"{path}: no column {label or ' or '.join(_LABEL_NAMES)}; name the label with --label"
+        msg = f"{path}: no column {label or ' or '.join(_LABEL_NAMES)}; name the label with `label`"
         raise LogError(msg)
     dense, sparse, lists = [], [], []
     for field in schema:

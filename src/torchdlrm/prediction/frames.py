@@ -1,0 +1,85 @@
+"""What people hold rows in -> typed columns, or rows by column name as JSON has them.
+
+| given | read as |
+| --- | --- |
+| a Polars or pandas frame, or what else gives an Arrow stream | a Parquet file of these columns: NaN is missing |
+| a dict of lists, a list of dicts | rows of JSON: what a row does not name is missing |
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from torchdlrm.data.log.files import LogFile
+from torchdlrm.data.log.parquet import cells_as_text
+from torchdlrm.errors import RowError
+from torchdlrm.features.bad_rows import BadRows
+from torchdlrm.features.cells import to_typed_columns, without_null_values
+from torchdlrm.features.schema import Feature, FeatureSchema
+from torchdlrm.prediction.json_rows import check_cells
+from torchdlrm.prediction.shared_rows import Row
+
+_NO_FILE = LogFile(Path("the frame"), 0, None)
+_CELLS = (pl.Boolean, pl.String, pl.Categorical, pl.Enum, pl.Date, pl.Datetime, pl.Null)
+
+
+def frame_or_rows(rows: Any) -> pl.DataFrame | Sequence[Row]:
+    """A frame as one of Polars, or rows by column name.
+
+    Raises:
+        RowError: it is none of what this module takes, or its lists differ in length.
+    """
+    if isinstance(rows, pl.DataFrame):
+        return rows
+    if isinstance(rows, Mapping):
+        lists = {name: values.tolist() if hasattr(values, "tolist") else list(values) for name, values in rows.items()}
+        lengths = {name: len(values) for name, values in lists.items()}
+        if len(set(lengths.values())) > 1:
+            msg = "the lists differ in length: " + ", ".join(f"{name} has {count:,}" for name, count in lengths.items())
+            raise RowError(msg)
+        return [dict(zip(lists, cells, strict=True)) for cells in zip(*lists.values(), strict=True)]
+    try:
+        if hasattr(rows, "__arrow_c_stream__"):
+            return pl.DataFrame(pa.table(rows))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        msg = f"the frame cannot be read: {error}"
+        raise RowError(msg) from error
+    if isinstance(rows, Sequence) and not isinstance(rows, str | bytes):
+        return rows
+    msg = f"rows are a Polars or pandas frame, a dict of lists or a list of dicts, and not a {type(rows).__name__}"
+    raise RowError(msg)
+
+
+def typed_columns(frame: pl.DataFrame, schema: FeatureSchema) -> pl.DataFrame:
+    """The features of a frame, by their names in the schema or in the log; other columns are not read.
+
+    Raises:
+        RowError: a feature is not there, or a cell does not fit; names the row (from 0), the column and the value.
+    """
+    return pl.DataFrame([_typed(_column(frame, column), column, schema) for column in schema.features])
+
+
+def _column(frame: pl.DataFrame, column: Feature) -> pl.Series:
+    for name in (column.name, column.log_name):
+        if name in frame.columns:
+            return frame[name].alias(column.name)
+    msg = f"column {column.name!r}: the frame has no such column; it has {', '.join(frame.columns)}"
+    raise RowError(msg)
+
+
+def _typed(cells: pl.Series, column: Feature, schema: FeatureSchema) -> pl.Series:
+    is_list = isinstance(cells.dtype, pl.List | pl.Array)
+    one = cells.dtype.inner if isinstance(cells.dtype, pl.List | pl.Array) else cells.dtype
+    if (is_list and not column.is_multi_valued) or not (one.is_numeric() or one in _CELLS):
+        msg = f"column {column.name!r}: {cells.dtype} is no type of its cells; expected {column.value_kind.expected}"
+        raise RowError(msg)
+    if cells.dtype == column.dtype and one.is_numeric() and not (one.is_float() and not cells.is_finite().all()):
+        return without_null_values(cells, column)
+    bad_rows = BadRows()
+    text = cells_as_text(cells, column, _NO_FILE).to_frame()
+    typed, _ = to_typed_columns(text, schema.with_columns([column]), bad_rows)
+    check_cells(bad_rows)
+    return typed[column.name]
