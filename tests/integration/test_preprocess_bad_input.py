@@ -141,7 +141,7 @@ def test_an_interrupt_keeps_what_is_done_and_says_so(number, tmp_path):
     _, told = job.communicate(timeout=60)
     assert job.returncode == 1, told
     assert "is kept in" in told
-    assert "the same command goes on from there" in " ".join(told.split())
+    assert "the same command resumes it" in " ".join(told.split())
     assert "Traceback" not in told
     done = dlrm("preprocess", log, "--out", tmp_path / "dataset")
     assert done.returncode == 0, done.stderr

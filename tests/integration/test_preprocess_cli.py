@@ -104,7 +104,7 @@ def test_a_dataset_that_is_not_whole_is_not_opened(made, tmp_path):
 
     without_manifest, short, changed, other_version = map(copy, "abcd")
     (without_manifest / "dataset.json").unlink()
-    with pytest.raises(DatasetError, match="not a whole one"):
+    with pytest.raises(DatasetError, match="an incomplete one"):
         Dataset.open(without_manifest)
     with pytest.raises(DatasetError, match="is not a folder"):
         Dataset.open(tmp_path / "absent")

@@ -106,7 +106,7 @@ def test_a_scheduler_that_dies_is_told_and_the_job_goes_on_elsewhere(log, tmp_pa
                 scheduler.send_signal(signal.SIGKILL)
 
         with pytest.raises(
-            ConfigError, match=f"`cluster`: the scheduler at {address} is gone; the same command goes on"
+            ConfigError, match=f"`cluster`: the scheduler at {address} is gone; the same command resumes"
         ):
             preprocess(
                 *([log], tmp_path / "out", criteo_schema(), OPTIONS, Kills()),

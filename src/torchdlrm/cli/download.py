@@ -28,7 +28,7 @@ def download(
         out: Folder for the files.
         days: Days of criteo-1tb, such as 0-23 or 0,5,7; all by default.
         source: Another address to fetch the files from: they are at this address followed by their names.
-        at_a_time: Files to fetch at once.
+        at_a_time: Files to fetch at a time.
         as_json: Print one JSON object on standard output.
     """
     place = SOURCES[log]

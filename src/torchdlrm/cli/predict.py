@@ -38,7 +38,7 @@ def predict(
         bundle: Folder written by `dlrm export`.
         rows: Files of raw rows, or - for standard input.
         out: File to write, .parquet, .csv or .csv.gz; - is CSV on standard output.
-        columns: Columns of the log to write beside `prediction`, with commas between, as in label,cat_3; by the log's
+        columns: Columns of the log to write before `prediction`, with commas between, as in label,cat_3; by the log's
             name or the schema's.
         bad_rows: A row that cannot be read stops everything (refuse), or has no prediction (null).
         log_format: How text is written: as the model's schema says (log); with commas, quotes and a header (csv); with

@@ -1,16 +1,23 @@
 """`dlrm preprocess`: a raw click log becomes a dataset."""
 
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
+from rich.table import Table
 
-from torchdlrm.cli.preprocess_summary import PhaseTimes, phase_record, print_phase, print_summary, result_record
-from torchdlrm.cli.terminal import Json, print_json, progress_bars
+from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say, warn
+from torchdlrm.data.dataset import Dataset, Manifest
 from torchdlrm.errors import ConfigError, Interrupted
+from torchdlrm.features.bad_rows import describe_bad_rows
 from torchdlrm.features.schema import load_schema, with_split
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, work_folder
 from torchdlrm.preprocessing.preprocess import preprocess as run_preprocess
+from torchdlrm.progress import ProgressListener
 
 
 def preprocess(
@@ -50,14 +57,134 @@ def preprocess(
     columns = with_split(load_schema(schema), split, val, test)
     try:
         with progress_bars(f"preprocess into {out}") as progress:
-            times = PhaseTimes(progress, on_phase=print_phase if as_json else None)
+            times = PhaseTimes(progress, on_phase=_print_phase if as_json else None)
             dataset = run_preprocess(logs, out, columns, options, times, resources=resources, restart=restart)
     except KeyboardInterrupt as interrupt:
         msg = f"stopped; what is done is kept in {work_folder(out)}: the same command resumes it"
         raise Interrupted(msg) from interrupt
     times.finish()
-    print_summary(dataset, times.phases)
+    _print_summary(dataset, times.phases)
     if as_json:
         print_json(
-            {"dataset": str(out), **result_record(dataset), "phases": [phase_record(phase) for phase in times.phases]}
+            {"dataset": str(out), **_result_record(dataset), "phases": [_phase_record(phase) for phase in times.phases]}
         )
+
+
+@dataclass
+class PhaseTime:
+    """How long a phase took for how much; work that an earlier run had done already takes no time and counts."""
+
+    name: str
+    amount: int
+    unit: str
+    seconds: float
+
+    @property
+    def per_s(self) -> float:
+        """Units a second."""
+        return self.amount / self.seconds if self.seconds else 0.0
+
+
+class PhaseTimes:
+    """A listener that notes the times of the phases, and tells `on_phase` of each that is over."""
+
+    def __init__(self, listener: ProgressListener, on_phase: Callable[[PhaseTime], None] | None = None) -> None:
+        self.phases: list[PhaseTime] = []
+        self._listener = listener
+        self._on_phase = on_phase
+        self._started_at_s = 0.0
+
+    def start_phase(self, name: str, total: int | None, unit: str = "rows", done: int = 0) -> None:
+        """A phase begins."""
+        self.finish()
+        self.phases.append(PhaseTime(name, done, unit, 0.0))
+        self._started_at_s = time.perf_counter()
+        self._listener.start_phase(name, total, unit, done)
+
+    def advance(self, amount: int, **metrics: str) -> None:
+        """More is done."""
+        self.phases[-1].amount += amount
+        self._listener.advance(amount, **metrics)
+
+    def note(self, line: str) -> None:
+        """Passed on."""
+        self._listener.note(line)
+
+    def finish(self) -> None:
+        """The last phase is over."""
+        if self.phases and not self.phases[-1].seconds:
+            self.phases[-1].seconds = time.perf_counter() - self._started_at_s
+            if self._on_phase is not None:
+                self._on_phase(self.phases[-1])
+
+
+def _result_record(dataset: Dataset) -> dict[str, object]:
+    """What `--json` tells of the dataset."""
+    manifest = dataset.manifest
+    return {
+        "rows": {name: part.rows for name, part in manifest.splits.items()},
+        "clicks": {name: part.clicks for name, part in manifest.splits.items()},
+        "split_rule": manifest.split_rule,
+        "num_embeddings": dataset.num_embeddings,
+        "bad_rows": manifest.bad_rows.model_dump(mode="json"),
+    }
+
+
+def _phase_record(phase: PhaseTime) -> dict[str, object]:
+    """What `--json` tells of a phase."""
+    return {**asdict(phase), "per_s": phase.per_s}
+
+
+def _print_phase(phase: PhaseTime) -> None:
+    """Write a phase that is over as a JSON line on standard error."""
+    record = {"phase": phase.name, **_phase_record(phase)}
+    say(json.dumps(record))
+
+
+def about_constant_label(manifest: Manifest) -> str:
+    """What to say where a split has rows of one label only; empty where each has both."""
+    constant = {
+        name: int(part.clicks > 0)
+        for name, part in manifest.splits.items()
+        if part.rows and part.clicks in {0, part.rows}
+    }
+    if not constant:
+        return ""
+    splits_of = {label: [name for name in constant if constant[name] == label] for label in (0, 1)}
+    found = ", ".join(f"{label} in all rows of {' and '.join(names)}" for label, names in splits_of.items() if names)
+    learnt = "nothing can be learnt, and " if "train" in constant else ""
+    what = "AUC and normalised entropy are undefined there"
+    label = manifest.feature_schema.label.name
+    return f"the label {label!r} is {found}: {learnt}{what}; positive or threshold in the schema say what a click is"
+
+
+def _print_summary(dataset: Dataset, phases: Sequence[PhaseTime]) -> None:
+    """Tell people what was made, how long it took and what to type next."""
+    manifest = dataset.manifest
+    table = Table("split", "rows", "click rate", "files")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, part in manifest.splits.items():
+        rate = f"{part.clicks / part.rows:.4f}" if part.rows else ""
+        table.add_row(name, f"{part.rows:,}", rate, f"{len(part.files):,}")
+    console.print(table)
+    console.print(f"split: {manifest.split_rule}", soft_wrap=True)
+    console.print(
+        f"tables: {len(dataset.num_embeddings)} features, {sum(dataset.num_embeddings.values()):,} rows in all, "
+        f"the largest {max(dataset.num_embeddings.values()):,}"
+    )
+    seconds = sum(phase.seconds for phase in phases)
+    rows = sum(part.rows for part in manifest.splits.values())
+    if seconds:
+        parts = ", ".join(f"{phase.name} {phase.seconds:.1f} s" for phase in phases)
+        console.print(f"time: {parts}; {rows / seconds:,.0f} rows/s", soft_wrap=True)
+    extra = dict.fromkeys(repr(name) for source in manifest.source for name in source.extra_columns or ())
+    if extra:
+        told = f"columns that the schema does not name, not read: {', '.join(extra)}"
+        say(told)
+    if warning := about_constant_label(manifest):
+        warn(warning)
+    if manifest.bad_rows.total:
+        console.print(f"[yellow]bad rows skipped: {manifest.bad_rows.total:,}[/]")
+        say("\n".join(describe_bad_rows(manifest.bad_rows.counts, manifest.bad_rows.examples)))
+    console.print(f"next: dlrm inspect {dataset.path}", soft_wrap=True)

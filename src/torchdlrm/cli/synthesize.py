@@ -22,7 +22,7 @@ def synthesize(
     force: Annotated[bool, Parameter(negative="")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a click log in the Criteo layout, and beside it the AUC and logloss that can be reached on it.
+    """Write a click log in the Criteo layout, and a file with the AUC and logloss that can be reached on it.
 
     Args:
         rows: Rows to write.

@@ -138,7 +138,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A whole dataset on disk."""
+    """A complete dataset on disk."""
 
     path: Path
     manifest: Manifest
@@ -148,7 +148,7 @@ class Dataset:
         """Read the manifest, and see that every file is there with its size.
 
         Raises:
-            DatasetError: there is no dataset, it is not whole, or its format version is another.
+            DatasetError: there is no dataset, it is not complete, or its format version is another.
         """
         path = Path(path)
         manifest_path = path / MANIFEST_NAME
@@ -156,7 +156,7 @@ class Dataset:
             text = manifest_path.read_text(encoding="utf-8")
         except OSError as error:
             found = (
-                "has no dataset.json, so it is no dataset or not a whole one" if path.is_dir() else "is not a folder"
+                "has no dataset.json, so it is no dataset or an incomplete one" if path.is_dir() else "is not a folder"
             )
             msg = f"{path}: {found}; make one with `dlrm preprocess LOG --out {path}`"
             raise DatasetError(msg) from error
@@ -284,10 +284,10 @@ def write_part(
     arrays = [rows[field.name].rechunk().to_arrow().cast(field.type) for field in fields]
     small = [field.name for field in fields if num_embeddings.get(field.name, 0) <= _DICTIONARY_MAX_IDS]
     lists = [column.name for column in schema.sparse if column.is_multi_valued]
-    with replacing(folder / name) as beside:
+    with replacing(folder / name) as temporary:
         pq.write_table(
             pa.Table.from_arrays(arrays, schema=arrow_schema),
-            beside,
+            temporary,
             row_group_size=ROW_GROUP_ROWS,
             compression="zstd",
             compression_level=1,
@@ -296,7 +296,7 @@ def write_part(
             write_page_checksum=True,
             store_schema=False,
         )
-        sync(beside)
+        sync(temporary)
     return file_record(folder, name, rows.height)
 
 

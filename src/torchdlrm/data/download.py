@@ -1,7 +1,7 @@
-"""Public click logs -> files on disk; a download that was cut off goes on where it stopped.
+"""Public click logs -> files on disk; a download that was cut off is resumed where it stopped.
 
-In: the name of a log, the days wanted, a folder.  Out: the files under their names; one that is not whole has `.part`
-behind its name, and its entity tag in `.part.etag`, so that halves of two versions are never put together.
+In: the name of a log, the days wanted, a folder.  Out: the files under their names; an incomplete one has `.part` behind
+its name, and its entity tag in `.part.etag`, so that halves of two versions are never put together.
 
 Addresses stand in `SOURCES` and nowhere else.  Checksums are compared where they are known: in a file `sha256sums.txt`
 at the source (lines of `sha256sum`), or in the table.
@@ -27,7 +27,7 @@ _BLOCK_BYTES = 1 << 20
 _TIMEOUT_S = 60.0
 _SUMS_NAME = "sha256sums.txt"
 _HTTP_OK, _HTTP_PARTIAL, _HTTP_NOT_SATISFIABLE = 200, 206, 416
-# Attempts in a row that bring not one byte; any progress starts the count anew.
+# Attempts in a row that bring not one byte; any progress starts the count again.
 DEFAULT_ATTEMPTS = 5
 
 
@@ -90,7 +90,7 @@ def download(
         source: where the log lies.
         out: the folder; made where there is none.
         days: which days, None for all.
-        at_a_time: files that are fetched at once.
+        at_a_time: files that are fetched at a time.
         attempts: attempts in a row without a byte after which to give up.
         retry_after_s: wait before the second attempt, twice as long before each further one.
         progress: hears of the bytes.
@@ -187,7 +187,7 @@ class _Fetcher:
                 if failures >= attempts:
                     msg = (
                         f"{self._url}: no byte came in {attempts} attempts ({error}); what has come is kept, and the "
-                        "same command goes on from there"
+                        "same command resumes it"
                     )
                     raise LogError(msg) from error
                 self._stop.wait(retry_after_s * 2 ** max(0, failures - 1))
@@ -199,7 +199,7 @@ class _Fetcher:
         self._tag.unlink(missing_ok=True)
 
     def _fetch_rest(self) -> None:
-        """Append what is missing of the file; returns when it is whole."""
+        """Append what is missing of the file; returns when it is complete."""
         have = self._part.stat().st_size if self._part.exists() else 0
         tag = self._tag.read_text(encoding="utf-8") if self._tag.exists() else ""
         headers = {"Accept-Encoding": "identity", "User-Agent": "torchdlrm"}
@@ -246,7 +246,7 @@ def _start_of(content_range: str | None) -> int | None:
 
 
 def _fetch_sums(source: Source) -> dict[str, str]:
-    """The checksums that the source publishes beside its files; none where it does not."""
+    """The checksums that the source publishes with its files; none where it does not."""
     try:
         with _open(urljoin(source.base, _SUMS_NAME), {"User-Agent": "torchdlrm"}) as answer:
             lines = [line.split() for line in answer.read(_BLOCK_BYTES).decode("ascii").splitlines()]

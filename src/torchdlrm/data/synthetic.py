@@ -1,10 +1,10 @@
-"""A synthetic click log in the Criteo layout, and beside it the best that any model can reach on it.
+"""A synthetic click log in the Criteo layout, and the best that any model can reach on it.
 
 In: rows, seed, preset.  Out: `log.tsv` (or `log.tsv.gz`) and `log.tsv.truth.json`.
 
 | stage | input | output | where |
 | --- | --- | --- | --- |
-| shapes | figures measured on the real logs | a table of equally likely cells for each column | synthetic_shapes.py |
+| shapes | numbers measured on the real logs | a table of equally likely cells for each column | synthetic_shapes.py |
 | model | seed | effects of values and of pairs of values | synthetic_model.py |
 | rows | seed, number of a block | lines, labels, true logits | synthetic_rows.py |
 | job | rows | the two files | here |
@@ -99,7 +99,7 @@ def truth_path(log: Path) -> Path:
 
 
 def read_truth(log: Path) -> SyntheticTruth:
-    """The truth about a log that is whole, as `synthesize` gave it.
+    """The truth about a complete log, as `synthesize` gave it.
 
     Raises:
         LogError: there is none, or it is not what `synthesize` writes.
@@ -110,14 +110,14 @@ def read_truth(log: Path) -> SyntheticTruth:
         splits = {name: Attainable(**_with_nan(split)) for name, split in fields.pop("splits").items()}
         return SyntheticTruth(**_with_nan(fields), splits=splits)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        msg = f"{path}: not what dlrm synthesize writes beside a log ({error}); remove the log and synthesize it again"
+        msg = f"{path}: not what dlrm synthesize writes next to a log ({error}); remove the log and synthesize it again"
         raise LogError(msg) from error
 
 
 def synthesize(
-    path: Path, *, rows: int, seed: int = 0, preset: str = "criteo-kaggle", progress: ProgressListener = SILENT
+    path: str | Path, *, rows: int, seed: int = 0, preset: str = "criteo-kaggle", progress: ProgressListener = SILENT
 ) -> SyntheticTruth:
-    """Write a click log and its truth; both appear under their names only when they are whole.
+    """Write a click log and its truth; both appear under their names only when they are complete.
 
     Args:
         path: of the log, compressed with gzip when it ends in `.gz`; a file that is there is replaced.
@@ -130,6 +130,7 @@ def synthesize(
         ConfigError: `rows`, `seed` or `preset` is none of the above.
         LogError: the file cannot be written.
     """
+    path = Path(path)
     _check(rows, seed, preset)
     counts = [_LogitCounts(first, num) for first, num in _ranges(rows).values()]
     # The truth takes its name first: a log that is there is never without it.
@@ -278,7 +279,7 @@ def _deflate(text: bytes) -> bytes:
 def _writing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the name `path` when the block ends well, and leaves nothing behind when it does not."""
     try:
-        with replacing(path) as beside, beside.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             yield file
     except OSError as error:
         msg = f"{path}: cannot be written ({error.strerror}); choose a folder that exists, may be written and has room"

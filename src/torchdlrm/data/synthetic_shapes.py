@@ -1,6 +1,6 @@
 """How the columns of Criteo's two public logs are distributed, and how to draw from that with integers alone.
 
-In: the figures below, measured on samples of the real logs.  Out: for each column a table of 65,536 equally likely
+In: the numbers below, measured on samples of the real logs.  Out: for each column a table of 65,536 equally likely
 cells; a cell is a level of an integer column, or a range of ranks of a categorical column.  A draw is a table look-up
 of a random integer, so that a log has the same bytes on every machine.
 

@@ -97,7 +97,7 @@ class BadRows:
             *describe_bad_rows(self.counts, self.examples),
         ]
         lines += _remedies(self.examples)
-        lines.append("Mend the log, check the schema, or skip such rows with `max_bad_rows` N.")
+        lines.append("Fix the log, check the schema, or skip such rows with `max_bad_rows` N.")
         raise LogError("\n".join(lines))
 
 

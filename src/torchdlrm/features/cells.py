@@ -274,7 +274,7 @@ def _faults(
 
 
 def _is_clean(text: pl.Series, typed: pl.Series, column: Column) -> bool:
-    """Whether a whole column is good, told from figures that cost almost nothing."""
+    """Whether a whole column is good, told from numbers that cost almost nothing."""
     if isinstance(column, LabelColumn):
         return typed.null_count() == 0 and typed.is_between(0, 1).all()
     if isinstance(column, TimeColumn):

@@ -1,4 +1,4 @@
-"""A hash of raw values that is the same on every machine and for ever: ids of hashed features are made of it.
+"""A hash of raw values that is the same on every machine and forever: ids of hashed features are made of it.
 
 In: raw values of a sparse feature, missing ones null.  Out: 64 bits each.  Numbers go through SplitMix64; text through
 FNV-1a (64 bits) of its UTF-8 bytes, then SplitMix64; a missing value is hashed as no number and no text is.
@@ -112,7 +112,7 @@ def _hash_on(start: npt.NDArray[np.uint64], codes: npt.NDArray[np.uint8]) -> npt
 
 
 def hash_numbers(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """A hash of each number, the same everywhere and for ever: uint64 [B]."""
+    """A hash of each number, the same everywhere and forever: uint64 [B]."""
     return splitmix(numbers, 0, _VALUE_STREAM)
 
 

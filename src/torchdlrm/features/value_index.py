@@ -48,7 +48,7 @@ _MANY_ROWS, _NARROW, _WIDE = 4_096, 1, 8
 
 
 def write_index(vocabulary: Vocabulary, path: Path) -> None:
-    """Write the hash table of a vocabulary; the file appears when it is whole, its bytes depend on the values alone.
+    """Write the hash table of a vocabulary; the file is written atomically, its bytes depend on the values alone.
 
     Costs 16 bytes a value of disk (hex), 24 (int), or 40 and the text (string), and some five times that of memory.
     """
@@ -82,8 +82,8 @@ def write_index(vocabulary: Vocabulary, path: Path) -> None:
     batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
     schema = batch.schema.with_metadata(about)
     with (
-        replacing(path) as beside,
-        pa.OSFile(str(beside), "wb") as file,
+        replacing(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
         pa.ipc.new_file(file, schema) as writer,
     ):
         writer.write_batch(batch.cast(schema))

@@ -176,7 +176,7 @@ class _RowGroupReader:
                 pq.ParquetFile(self._paths[where.file_index], page_checksum_verification=True),
             )
         try:
-            # One thread: this already runs beside the step, which wants the other cores.
+            # One thread: this already runs during the step, which wants the other cores.
             table = self._open[1].read_row_group(where.group_index, use_threads=False)
         except OSError as error:
             msg = f"{self._paths[where.file_index]}: row group {where.group_index} is damaged: {error}"

@@ -4,7 +4,7 @@ In: rows as mappings from column name to cell.  Out: the same bits that `json_ro
 or None where a row needs those: they know every cell that a log may hold, and which one is wrong.  But they cost some
 forty calls of Polars, whatever the number of rows: a millisecond for one row, where this takes a tenth.
 
-| column | a plain cell, beside null and an absent one |
+| column | a plain cell, apart from null and an absent one |
 | --- | --- |
 | int | a JSON integer of 64 bits |
 | float | a finite JSON number |
@@ -58,7 +58,7 @@ class PlainRowEncoder:
     ) -> None:
         self._has_lists = any(column.is_multi_valued for column in schema.sparse)
         self._num_dense, self._num_sparse = len(schema.dense), len(schema.sparse)
-        # A label is checked by the general way; what else is no feature may stand in a row and is not read.
+        # A label is checked by the slow path; what else is no feature may stand in a row and is not read.
         self._names = frozenset(column.name for column in schema.columns if not isinstance(column, LabelColumn))
         alike_dense: dict[tuple[object, ...], list[int]] = {}
         for i, column in enumerate(schema.dense):

@@ -84,7 +84,7 @@ def predict_file(
     Args:
         predictor: opened.
         rows: the log.  Its labels, where it has some, are kept until the end: 5 bytes a row.
-        out: `.parquet`, `.csv` or `.csv.gz`, or `-`; a column `prediction`, after the columns that are handed on.
+        out: `.parquet`, `.csv` or `.csv.gz`, or `-`; a column `prediction`, after the passthrough columns.
         bad_rows: `refuse` stops at the first chunk with a row that cannot be read; `null` writes a row without
             prediction in its place.
         progress: is told of the bytes read.
@@ -154,12 +154,12 @@ def _encoded_ahead(predictor: Predictor, rows: RowsIn, bad_rows: BadRowsRule) ->
 
 def _refusal(bad_rows: BadRows) -> str:
     lines = ["the log has rows that cannot be read", *describe_bad_rows(bad_rows.counts, bad_rows.examples)]
-    lines.append("Mend the log, or let such rows have no prediction with `bad_rows` null.")
+    lines.append("Fix the log, or let such rows have no prediction with `bad_rows` null.")
     return "\n".join(lines)
 
 
 def _scores(chunk: RowChunk, probabilities: NDArray[np.float32], rows: RowsIn, *, as_text: bool) -> pl.DataFrame:
-    """The columns handed on and the prediction, with nulls in the places of bad rows."""
+    """The passthrough columns and the prediction, with nulls in the places of bad rows."""
     columns = [_written(chunk.frame[name], rows.schema, as_text=as_text) for name in rows.passthrough]
     frame = pl.DataFrame([*columns, pl.Series(PREDICTION_COLUMN, probabilities)])
     if not len(chunk.bad_positions):
@@ -214,7 +214,7 @@ class _Tally:
             self._logits.append(predictions.logits[labels.is_not_null().to_numpy()])
 
     def finish(self, duration_s: float) -> PredictSummary:
-        """The whole summary."""
+        """The summary, when all rows are in."""
         summary = self.summary
         predicted = summary.rows - summary.bad_rows
         summary.duration_s = duration_s

@@ -1,7 +1,7 @@
 """Which columns a log to predict has: those of the model's schema, with or without the label, in the order of the file.
 
 In: the first lines of a text, or the names of a Parquet file's columns.  Out: a schema by which the reader of logs
-reads it: features as they were trained on, a label if there is one, and columns to be handed on as text.
+reads it: features as they were trained on, a label if there is one, and passthrough columns as text.
 
 A text with a header, and a Parquet file, are read by name: the order is free, and what is no feature may be missing or
 more.  A text without one has the columns of the schema, or these without the label.

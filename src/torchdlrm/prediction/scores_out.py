@@ -1,6 +1,6 @@
 """Predictions -> a file of scores: Parquet, CSV, gzipped CSV, or CSV on standard output.
 
-In: frames, one after another.  Out: a file that appears under its name when it is whole.
+In: frames, one after another.  Out: a file that appears under its name when it is complete.
 """
 
 import errno
@@ -53,16 +53,16 @@ def writing_scores(path: Path) -> Iterator[ScoreWriter]:
             raise
         return
     try:
-        with replacing(path) as beside:
+        with replacing(path) as temporary:
             if path.suffix == ".parquet":
-                with _ParquetWriter(beside) as writer:
+                with _ParquetWriter(temporary) as writer:
                     yield writer
             elif path.suffix == ".gz":
                 # No name and no time within: the same scores give the same bytes.
-                with beside.open("wb") as raw, gzip.GzipFile("", "wb", _GZIP_LEVEL, raw, mtime=0) as packed:
+                with temporary.open("wb") as raw, gzip.GzipFile("", "wb", _GZIP_LEVEL, raw, mtime=0) as packed:
                     yield _CsvWriter(cast("IO[bytes]", packed))
             else:
-                with beside.open("wb") as file:
+                with temporary.open("wb") as file:
                     yield _CsvWriter(file)
     except OSError as error:
         if error.filename != str(path) or error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:

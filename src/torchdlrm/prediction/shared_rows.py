@@ -1,6 +1,6 @@
 """Rows by column name, some cells of which are the same in many of them: those of one user with many candidates.
 
-In: the cells in common once, and what each row has beside them.  Out: the cells of a column.  The rows are never
+In: the cells in common once, and what each row has of its own.  Out: the cells of a column.  The rows are never
 written out: of the cells in common there would be as many copies as there are rows.
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 Row = Mapping[str, object]
-# Cells in common, and rows of which each has cells of its own beside these.
+# Cells in common, and rows of which each has other cells of its own.
 Part = tuple[Row, Sequence[Row]]
 
 

@@ -123,7 +123,7 @@ def rank_values(
         for pieces, path in zip(ids, known, strict=True):
             pieces.append(pl.DataFrame(_section(path, "ids")))
     num_ids = 0
-    with replacing(vocabulary) as beside, VocabularyWriter(beside, column.kind) as writer:
+    with replacing(vocabulary) as temporary, VocabularyWriter(temporary, column.kind) as writer:
         if known_vocabulary is not None:
             for piece in _read_vocabulary(known_vocabulary, column):
                 writer.append(piece)

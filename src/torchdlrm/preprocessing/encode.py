@@ -110,8 +110,8 @@ def write_batches(columns: Mapping[str, pa.Array], bounds: npt.NDArray[np.int64]
     batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
     found = []
     with (
-        replacing(target) as beside,
-        pa.OSFile(str(beside), "wb") as file,
+        replacing(target) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
         pa.ipc.new_file(file, batch.schema) as writer,
     ):
         for part, (start, end) in enumerate(zip([0, *bounds[:-1].tolist()], bounds.tolist(), strict=True)):

@@ -100,7 +100,7 @@ class Workers:
 
     def _lost(self) -> ConfigError:
         return ConfigError(
-            f"`cluster`: the scheduler at {self.cluster} is gone; the same command goes on from what is done, also on "
+            f"`cluster`: the scheduler at {self.cluster} is gone; the same command resumes the job, also on "
             "another cluster, or here without `cluster`"
         )
 

@@ -6,7 +6,7 @@
     write    the rows of each part -> its file
 
 Every task's result stands in the work folder's journal, and what a task needs of others it takes from there and from
-their files: so a job goes on wherever it was interrupted.
+their files: so a job resumes wherever it was interrupted.
 """
 
 from collections.abc import Iterator, Sequence

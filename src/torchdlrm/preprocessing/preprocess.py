@@ -105,7 +105,7 @@ def preprocess(
 
 
 def work_folder(out: Path) -> Path:
-    """Where a job keeps what it has done until the dataset `out` is whole."""
+    """Where a job keeps what it has done until the dataset `out` is complete."""
     return out.parent / f".{out.name}.partial"
 
 
@@ -146,7 +146,7 @@ def _open_known(path: Path, schema: FeatureSchema) -> Dataset:
     """The dataset whose vocabularies are used.
 
     Raises:
-        DatasetError: it is not whole, or its columns are others.
+        DatasetError: it is not complete, or its columns are others.
     """
     known = Dataset.open(path)
     problems = []
@@ -176,7 +176,7 @@ def _open_known(path: Path, schema: FeatureSchema) -> Dataset:
 def _cannot_write(out: Path, error: OSError) -> str:
     if error.errno == errno.ENOSPC or "No space left" in str(error):
         return (
-            f"{out}: the disk is full; make room and give the same command again: it goes on with what is kept in "
+            f"{out}: the disk is full; make room and give the same command again: it resumes with what is kept in "
             f"{work_folder(out)}"
         )
     return f"{out}: cannot be written: {error.strerror or error}"

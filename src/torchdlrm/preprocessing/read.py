@@ -61,7 +61,7 @@ def unpack(file: LogFile, schema: FeatureSchema, chunk_bytes: int, folder: Path,
     for i, (lines, _) in enumerate(read_chunks(file, schema, chunk_bytes)):
         path = folder / f"{name}-{i:05d}"
         if not path.exists():
-            with replacing(path) as beside, pa.CompressedOutputStream(str(beside), "lz4") as packed:
+            with replacing(path) as temporary, pa.CompressedOutputStream(str(temporary), "lz4") as packed:
                 packed.write(lines)
         sizes.append(len(lines))
     return {"sizes": sizes}

@@ -1,4 +1,4 @@
-"""Where a job keeps what it has done, so that it goes on after any interruption.
+"""Where a job keeps what it has done, so that it resumes after any interruption.
 
     .dataset.partial/
       job.json       the settings and the log's files, by which a job is known again; how it is cut into tasks
@@ -51,7 +51,7 @@ class WorkFolder:
 
     @classmethod
     def open(cls, path: Path, settings: Mapping[str, Any], sizing: JobSizing, *, restart: bool = False) -> Self:
-        """Make the folder, or take up the one that a job with the same settings left; `restart`: forget what it did.
+        """Make the folder, or resume the one that a job with the same settings left; `restart`: forget what it did.
 
         Raises:
             DatasetError: a job is at work there, or one with other settings left it.
@@ -72,9 +72,9 @@ class WorkFolder:
                 clear_folder(folder, keep=(_LOCK_NAME,))
                 for name in FOLDERS:
                     (path / name).mkdir()
-                with replacing(path / _JOB_NAME) as beside:
-                    beside.write_text(json.dumps({"settings": settings, "layout": asdict(sizing)}), encoding="utf-8")
-                    sync(beside)
+                with replacing(path / _JOB_NAME) as temporary:
+                    temporary.write_text(json.dumps({"settings": settings, "layout": asdict(sizing)}), encoding="utf-8")
+                    sync(temporary)
                 return cls(path, sizing, {}, lock)
             _compare(path, found["settings"], json.loads(json.dumps(settings)))
             return cls(path, JobSizing(**found["layout"]), _read_journal(path / _JOURNAL_NAME), lock)
@@ -103,7 +103,7 @@ class WorkFolder:
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     def close(self) -> None:
-        """Leave the folder as it is, for a job that goes on."""
+        """Leave the folder as it is, for a job that resumes it."""
         if not self._journal.closed:
             self._journal.close()
             os.close(self._lock)
@@ -160,7 +160,7 @@ def _compare(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) 
     differences = _differences(found, settings)
     if differences:
         lines = [f"{path}: holds what an interrupted job with other settings has done; what differs:", *differences]
-        lines.append("Give the same settings to go on with it, or start anew with `restart`.")
+        lines.append("Give the same settings to resume it, or start again with `restart`.")
         raise DatasetError("\n".join(lines))
 
 
@@ -178,9 +178,9 @@ def _shortened(value: object) -> str:
 
 
 def write_sections(path: Path, tables: Mapping[str, pa.Table]) -> None:
-    """Write tables under their names; the file appears when it is whole."""
+    """Write tables under their names; the file is written atomically."""
     places: dict[str, tuple[int, int]] = {}
-    with replacing(path) as beside, pa.OSFile(str(beside), "wb") as file:
+    with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
         for name, table in tables.items():
             start = file.tell()
             with pa.ipc.new_stream(file, table.schema) as stream:

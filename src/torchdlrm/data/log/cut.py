@@ -3,7 +3,7 @@
 In: a text file, plain or gzipped.  Out: for a plain file the bounds of its chunks, without reading more than a few
 bytes around each; for a gzipped one, or one with quoted cells, the chunks in one pass.
 
-A line end inside a quoted cell ends no row.  Of a line that is longer than any row may be, only the start is handed on:
+A line end inside a quoted cell ends no row.  Of a line that is longer than any row may be, only the start is passed on:
 it is a bad row, and must not fill the memory.
 """
 
@@ -109,7 +109,7 @@ def _cut(
     text: IO[bytes], rest: bytes, file: LogFile, schema: FeatureSchema, chunk_bytes: int
 ) -> Iterator[tuple[bytes, int]]:
     """Whole rows, and how many bytes of the text they took."""
-    # Of a row that is longer than a chunk twice as much each time: what was read is searched anew.
+    # Of a row that is longer than a chunk twice as much each time: what was read is searched again.
     while block := text.read(chunk_bytes - len(rest) if len(rest) < chunk_bytes else len(rest)):
         lines = rest + block
         end = _last_row_end(lines, schema)
@@ -166,7 +166,7 @@ def _unclosed(rest: bytes, file: LogFile) -> str:
     start = rest[:80].split(b"\n")[0].decode(errors="replace")
     return (
         f"{file.path}: a row that starts with {start!r} has no end in {len(rest):,} bytes: a quote that is opened "
-        "there is not closed; mend the file, or leave `quote` out of the schema"
+        "there is not closed; fix the file, or leave `quote` out of the schema"
     )
 
 

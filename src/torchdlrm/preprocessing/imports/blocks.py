@@ -98,7 +98,7 @@ def as_ids(values: np.ndarray, name: str, where: str, first_row: int, limit: int
         size = f"the table has {limit:,} rows" if limit is not None else "ids fit 31 bits"
         msg = (
             f"{where}, row {first_row + int(at[0]) + 1:,}, column {name}: id {values[at]} is out of range: {size}; "
-            "give the table's size with `table_sizes`, or mend the data"
+            "give the table's size with `table_sizes`, or fix the data"
         )
         raise LogError(msg)
     return np.ascontiguousarray(values, dtype=np.int32)

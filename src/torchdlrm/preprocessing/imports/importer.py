@@ -64,7 +64,7 @@ def import_blocks(
     Args:
         blocks: the rows, in the order of time.
         schema: their columns.
-        out: the folder to make; until it is whole, its content grows beside it under another name.
+        out: the folder to make; until it is complete, its content grows next to it under another name.
         table_sizes: rows of the features' tables; by default the largest id that is met, + 1.
         seed: seed of the order of the training rows.
         part_rows: training rows a part, on average at most.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from torchdlrm.cli.preprocess_summary import about_constant_label
+from torchdlrm.cli.preprocess import about_constant_label
 
 
 def manifest_with(small_dataset, clicks):
