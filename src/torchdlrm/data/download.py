@@ -1,7 +1,7 @@
 """Public click logs -> files on disk; a download that was cut off is resumed where it stopped.
 
-In: the name of a log, the days wanted, a folder.  Out: the files under their names; an incomplete one has `.part` behind
-its name, and its entity tag in `.part.etag`, so that halves of two versions are never put together.
+In: the name of a log, the days wanted, a folder.  Out: the files under their names; an incomplete one has `.part`
+behind its name, and its entity tag in `.part.etag`, so that halves of two versions are never put together.
 
 Addresses stand in `SOURCES` and nowhere else.  Checksums are compared where they are known: in a file `sha256sums.txt`
 at the source (lines of `sha256sum`), or in the table.
