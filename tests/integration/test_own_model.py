@@ -100,8 +100,8 @@ def test_its_parameters_are_trained(trained, small_dataset):
 def test_the_bundle_predicts_as_the_checkpoint(trained, expected):
     frame, probabilities = expected
     predictor = Predictor.open(trained.bundle, model_class=trained.model_class)
-    np.testing.assert_allclose(predictor.predict(frame).probabilities, probabilities, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(predictor.predict(frame.head(1)).probabilities, probabilities[:1], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(predictor.predict(frame), probabilities, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(predictor.predict(frame.head(1)), probabilities[:1], rtol=0, atol=1e-6)
 
 
 def test_the_server_predicts_as_the_checkpoint(trained, expected, serve):
