@@ -88,7 +88,7 @@ class BadRowsRecord(_Frozen):
 
     @classmethod
     def of(cls, bad_rows: BadRows) -> Self:
-        """What was counted."""
+        """Make the record of bad rows that were counted."""
         examples = {reason: tuple(rows) for reason, rows in bad_rows.examples.items()}
         return cls(total=bad_rows.total, counts=bad_rows.counts, examples=examples)
 
@@ -112,7 +112,7 @@ class Manifest(_Frozen):
     bad_rows: BadRowsRecord
 
     def to_json(self) -> str:
-        """The text of `dataset.json`."""
+        """Return the text of `dataset.json`."""
         content = self.model_dump(mode="json", by_alias=True)
         content["schema"] = self.feature_schema.model_dump(mode="json", by_alias=True, exclude_none=True)
         content["source"] = [record.model_dump(mode="json", exclude_none=True) for record in self.source]
@@ -177,12 +177,12 @@ class Dataset:
 
     @property
     def label_name(self) -> str:
-        """The label's column: int8, 0 or 1."""
+        """The name of the label's column, which is int8: 0 or 1."""
         return self.schema.label.name
 
     @property
     def dense_names(self) -> tuple[str, ...]:
-        """The dense columns: float32."""
+        """The names of the dense columns, which are float32."""
         return tuple(column.name for column in self.schema.dense)
 
     @property
@@ -192,7 +192,7 @@ class Dataset:
 
     @property
     def splits(self) -> dict[str, Split]:
-        """`train`, `val` and `test`."""
+        """The files of `train`, `val` and `test`."""
         return {
             name: Split(split.rows, tuple(File(self.path / file.path, file.rows, file.sha256) for file in split.files))
             for name, split in self.manifest.splits.items()
@@ -220,7 +220,7 @@ class Dataset:
         """Read every file and compare its checksum.
 
         Args:
-            progress: is told of the bytes read.
+            progress: shows the bytes read.
 
         Raises:
             DatasetError: a file is not what was written.

@@ -93,7 +93,7 @@ def download(
         at_a_time: files that are fetched at a time.
         attempts: attempts in a row without a byte after which to give up.
         retry_after_s: wait before the second attempt, twice as long before each further one.
-        progress: hears of the bytes.
+        progress: shows the bytes fetched.
 
     Raises:
         LogError: the server does not have a file, does not answer, or sent other bytes than the checksum says.
@@ -154,7 +154,7 @@ class _Counter:
 
 
 class _Fetcher:
-    """Fetches one file."""
+    """Fetches one file, with attempts in a row where the server fails."""
 
     def __init__(self, url: str, target: Path, sha256: str | None, counter: _Counter, stop: Event) -> None:
         self._url = url

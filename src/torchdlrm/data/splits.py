@@ -42,7 +42,7 @@ class RowSplit(Protocol):
 
     @property
     def rule(self) -> str:
-        """The rule in words."""
+        """How the rows were split, in words."""
 
     def split_of_rows(self, first_row: int, num_rows: int, times: npt.NDArray[np.int64] | None) -> SplitCodes:
         """The split of B rows that follow each other in the log: uint8 [B].
@@ -124,7 +124,7 @@ class RandomSplit:
 
     @property
     def rule(self) -> str:
-        """The rule in words."""
+        """How the rows were split, in words."""
         return f"random: {self.val:g} of the rows for val and {self.test:g} for test, by a hash of position and seed"
 
     def split_of_rows(self, first_row: int, num_rows: int, times: npt.NDArray[np.int64] | None) -> SplitCodes:  # noqa: ARG002
@@ -145,7 +145,7 @@ class TimeSplit:
 
     @property
     def rule(self) -> str:
-        """The rule in words."""
+        """How the rows were split, in words."""
         parts = [
             f"{name} from {_time_in_words(start, self.column)} on"
             for name, start in (("val", self.val_from), ("test", self.test_from))

@@ -124,7 +124,7 @@ def synthesize(
         rows: of the log, at least 1.
         seed: of everything: hidden model, features, labels; not negative.
         preset: `criteo-kaggle` or `criteo-1tb`, which says how columns are distributed and how often rows are clicked.
-        progress: told of every chunk written.
+        progress: shows the rows written.
 
     Raises:
         ConfigError: `rows`, `seed` or `preset` is none of the above.
@@ -287,10 +287,10 @@ def _writing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _without_nan(fields: dict[str, object]) -> dict[str, object]:
-    """JSON has no NaN."""
+    """Replace NaN, which JSON does not have, by None."""
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in fields.items()}
 
 
 def _with_nan(fields: dict[str, Any]) -> dict[str, Any]:
-    """The other way round."""
+    """Replace None by NaN again."""
     return {k: math.nan if v is None else v for k, v in fields.items()}

@@ -52,7 +52,7 @@ class BadRows:
 
     @property
     def total(self) -> int:
-        """Bad rows of all reasons."""
+        """The number of bad rows, of all reasons together."""
         return sum(self.counts.values())
 
     def add(self, reason: str, count: int, examples: list[BadRow]) -> None:
@@ -74,13 +74,13 @@ class BadRows:
             self.add(reason, count, placed)
 
     def to_json(self) -> dict[str, Any]:
-        """As a work folder keeps it."""
+        """Return what a work folder keeps, as JSON has it."""
         examples = {reason: [row.model_dump() for row in rows] for reason, rows in self.examples.items()}
         return {"counts": self.counts, "examples": examples}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """What `to_json` gave."""
+        """Read what `to_json` returned."""
         examples = {reason: [BadRow(**row) for row in rows] for reason, rows in content["examples"].items()}
         return cls(dict(content["counts"]), examples)
 

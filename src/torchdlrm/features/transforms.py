@@ -38,7 +38,7 @@ class Moments:
     total_of_squares: Fraction = field(default_factory=Fraction)
 
     def add(self, column: pl.Series) -> None:
-        """Take in more values; nulls are left out."""
+        """Add more values; nulls are left out."""
         values = column.drop_nulls().cast(pl.Float64).to_numpy()
         self.count += len(values)
         self.total += _exact_sum(values)

@@ -33,7 +33,7 @@ class Batch(TorchRecBatch):  # type: ignore[misc]
     loss_weight: float = 1.0
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":  # noqa: FBT001, FBT002
-        """A copy on `device`."""
+        """Copy the batch to `device`."""
         return Batch(
             dense_features=self.dense_features.to(device=device, non_blocking=non_blocking),
             sparse_features=self.sparse_features.to(device=device, non_blocking=non_blocking),
@@ -77,7 +77,7 @@ def single_valued_kjt(feature_names: Sequence[str], ids_FB: NDArray[np.int64]) -
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Where a run of rows lies on disk."""
+    """A row group of a file of the split."""
 
     file_index: int
     group_index: int

@@ -65,7 +65,7 @@ class PredictSummary:
         return describe_bad_rows(self.details.counts, self.details.examples)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the summary as JSON has it."""
         content = asdict(self) | {"rows_per_s": self.rows_per_s, "bad_rows_by_reason": self.details.counts}
         del content["details"]
         return content | {"metrics": None if self.metrics is None else self.metrics.as_json()}
@@ -87,7 +87,7 @@ def predict_file(
         out: `.parquet`, `.csv` or `.csv.gz`, or `-`; a column `prediction`, after the passthrough columns.
         bad_rows: `refuse` stops at the first chunk with a row that cannot be read; `null` writes a row without
             prediction in its place.
-        progress: is told of the bytes read.
+        progress: shows the bytes read.
 
     Returns:
         What came of it.
@@ -95,7 +95,7 @@ def predict_file(
     Raises:
         LogError: the log cannot be read, or has bad rows that are refused.
         UserError: `out` cannot be written.
-        BundleError: the bundle was damaged, or somebody wrote to its files meanwhile.
+        BundleError: the bundle was damaged, or its files were written to meanwhile.
     """
     check_name(out)
     if out.exists() and any(path.exists() and path.samefile(out) for path in rows.paths):
@@ -182,7 +182,7 @@ def _written(cells: pl.Series, schema: FeatureSchema, *, as_text: bool) -> pl.Se
 
 
 class _Tally:
-    """Adds up what the summary says."""
+    """Adds up the numbers of the summary."""
 
     def __init__(self, schema: FeatureSchema) -> None:
         self._schema = schema

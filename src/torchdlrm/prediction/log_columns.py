@@ -36,7 +36,7 @@ class LogColumns:
 
     @property
     def has_label(self) -> bool:
-        """Whether the rows tell what came of them."""
+        """Whether the log has the label."""
         return any(isinstance(column, LabelColumn) for column in self.schema.columns)
 
 
@@ -107,7 +107,7 @@ def _as_read(column: Column | None, log_name: str, passthrough: Sequence[str], *
         return column
     name = log_name if column is None else column.name
     if name in passthrough:
-        # Any text may name a column of somebody's log, not only what a schema allows.
+        # Any text may name a column of a log, not only what a schema allows.
         return SparseColumn.model_construct(name=name, header_name=log_name, kind="string", role="sparse")
     if column is None:
         return ignored(at, log_name)

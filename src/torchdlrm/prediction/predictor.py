@@ -90,7 +90,7 @@ class Predictor:
                 stands, as `my_models.py:GatedDLRM`.
             verify: as `Bundle.open`.
             num_threads: threads of the model in this process; by default PyTorch's choice, one a core.
-            progress: is told of the bytes checked.
+            progress: shows the bytes checked.
 
         Raises:
             BundleError: there is no bundle, it is damaged, or it is of another model class.
@@ -107,7 +107,7 @@ class Predictor:
 
     @property
     def version(self) -> str:
-        """Changes with any byte of the bundle."""
+        """The version, which changes with any byte of the bundle."""
         return self.bundle.version
 
     @property
@@ -151,7 +151,7 @@ class Predictor:
 
         Raises:
             RowError: a row has a column that there is not, or a cell that does not fit.
-            BundleError: somebody has written to the bundle's files.
+            BundleError: the bundle's files have been written to.
         """
         self._require_undamaged()  # where a file has been cut, to look a value up would end the process
         frames = [request for request in requests if isinstance(request, pl.DataFrame)]
@@ -227,10 +227,10 @@ class Predictor:
         return Predictions(torch.from_numpy(logits).sigmoid().numpy(), self._count_unknown(rows), logits)
 
     def predict_undamaged(self, rows: EncodedRows) -> Predictions:
-        """As `predict_encoded`, but fails if somebody has written to the bundle's files.
+        """As `predict_encoded`, but fails if the bundle's files have been written to.
 
         Raises:
-            BundleError: somebody has, or a block of the weights that was not checked before is damaged.
+            BundleError: they have been, or a block of the weights that was not checked before is damaged.
         """
         predictions = self.predict_encoded(rows)
         self._require_undamaged()  # or they were made of what has been written, or of a part of it

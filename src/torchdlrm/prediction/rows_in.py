@@ -68,7 +68,7 @@ class RowsIn:
         log_format: how text is written.
         passthrough: other columns that are wanted, by the schema's name or the log's.
         chunk_bytes: of text, about, that are read at a time.
-        is_over: ends a stream for the thread that waits for more of it, when nobody wants more.
+        is_over: ends a stream for the thread that waits for more of it, when no more is wanted.
     """
 
     paths: Sequence[Path]

@@ -24,10 +24,10 @@ _GZIP_LEVEL = 1
 
 
 class ScoreWriter(Protocol):
-    """Takes frames of the same columns."""
+    """Writes frames of the same columns to one file."""
 
     def write(self, frame: pl.DataFrame) -> None:
-        """Add rows."""
+        """Append the rows of a frame."""
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def writing_scores(path: Path) -> Iterator[ScoreWriter]:
     Raises:
         UserError: the name asks for no format, or cannot be written to.
         OSError: the disk is full, or fails.
-        Interrupted: whoever reads standard output has gone.
+        Interrupted: the reader of standard output has gone.
     """
     check_name(path)
     if path == STANDARD_OUTPUT:
@@ -48,7 +48,7 @@ def writing_scores(path: Path) -> Iterator[ScoreWriter]:
             # Python would flush once more when it ends, and complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if isinstance(error, BrokenPipeError):
-                raise Interrupted("whoever read the scores has gone") from error
+                raise Interrupted("the reader of the scores has gone") from error
             error.filename = error.filename or "standard output"
             raise
         return

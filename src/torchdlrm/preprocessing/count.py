@@ -260,7 +260,7 @@ def sum_moments(chunk: ChunkFile, split: RowSplit, names: Sequence[str]) -> Resu
 
 
 def add_moments(total: dict[str, Moments], result: dict[str, Any]) -> None:
-    """Add what a task found."""
+    """Add the sums that a task found."""
     for name, (count, values, squares) in result.items():
         total[name].count += count
         total[name].total += Fraction(values)

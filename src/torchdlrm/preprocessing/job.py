@@ -74,7 +74,7 @@ class Job:
 
     @property
     def dataset_folder(self) -> Path:
-        """Where the dataset grows."""
+        """The folder in which the dataset grows."""
         return self.work.path / "dataset"
 
     def run(self) -> Manifest:
@@ -387,7 +387,7 @@ class Job:
 
 
 def plan_file(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> Result:
-    """Task: where a file may be cut."""
+    """Task: find where a file may be cut."""
     plan = plan_row_groups if file.format == "parquet" else plan_chunks
     return {"chunks": [[chunk.start, chunk.end] for chunk in plan(file, schema, chunk_bytes)]}
 

@@ -51,7 +51,7 @@ def preprocess(
         out: the folder to make; until it is complete, its content grows in `work_folder(out)`.
         schema: the log's columns, or what `load_schema` makes them of.
         options: thresholds and seed.
-        progress: hears of the phases.
+        progress: shows the phases.
         chunk_bytes: text that is read at a time, by default chosen by the memory; changes no byte of the dataset.
         resources: memory and workers; change no byte of the dataset.
         restart: forget what an interrupted job has done.

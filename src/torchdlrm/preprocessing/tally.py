@@ -76,12 +76,12 @@ class Tally:
         add_histogram(self.histograms.setdefault(name, {}), histogram(id_bins(ids), counts))
 
     def to_json(self) -> dict[str, Any]:
-        """As a work folder keeps it."""
+        """Return what a work folder keeps, as JSON has it."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """What `to_json` gave."""
+        """Read what `to_json` returned."""
         histograms = {
             name: {int(key): count for key, count in found.items()} for name, found in content["histograms"].items()
         }

@@ -83,7 +83,7 @@ class WorkFolder:
             raise
 
     def result(self, task: str) -> Result | None:
-        """What a task gave that is done, else None."""
+        """Return the result of a task that is done, else None."""
         return self._results.get(task)
 
     @property
@@ -99,7 +99,7 @@ class WorkFolder:
 
     @property
     def size_bytes(self) -> int:
-        """What the folder holds now."""
+        """The size of all files in the folder."""
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     def close(self) -> None:
@@ -212,7 +212,7 @@ class Sections:
         return name in self._places
 
     def table(self, name: str) -> pa.Table:
-        """The table of that name, in mapped memory."""
+        """Return the table of that name, in mapped memory."""
         start, length = self._places[name]
         self._file.seek(start)
         return pa.ipc.open_stream(pa.BufferReader(self._file.read_buffer(length))).read_all()

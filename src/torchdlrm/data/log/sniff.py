@@ -38,7 +38,7 @@ class Cut:
 
     @classmethod
     def of(cls, lines: Sequence[str], mark: str) -> Self:
-        """How a mark cuts lines."""
+        """Count how a separator cuts lines."""
         widths = Counter(line.count(mark) + 1 for line in lines)
         width, count = widths.most_common(1)[0] if widths else (1, 0)
         return cls(mark, width, count / max(1, len(lines)))
@@ -52,7 +52,7 @@ class Cut:
 
     @property
     def in_words(self) -> str:
-        """As a message says it."""
+        """Describe the cut for a message."""
         return f"{SEPARATORS.get(self.mark, self.mark)}-separated ({self.num_columns:,} columns)"
 
 

@@ -85,7 +85,7 @@ class Facts:
 
     @cached_property
     def num_distinct(self) -> int:
-        """How many values differ."""
+        """The number of distinct values."""
         return self.cells.n_unique()
 
     @property
@@ -125,11 +125,11 @@ class Facts:
         return lowest, highest
 
     def any_match(self, pattern: str) -> bool:
-        """Whether a cell matches."""
+        """Whether any cell matches the pattern."""
         return not self.is_list and bool(self.cells.str.contains(pattern).any())
 
     def all_match(self, pattern: str) -> bool:
-        """Whether there are cells and each matches."""
+        """Whether there are cells and all of them match the pattern."""
         return bool(len(self.cells)) and not self.is_list and bool(self.cells.str.contains(pattern).all())
 
     @cached_property

@@ -155,7 +155,7 @@ def _title(path: Path, sample: Sample, warnings: Sequence[str]) -> list[str]:
 
 
 def _comment(text: str) -> str:
-    """Text in one line."""
+    """Write a text as a comment of one line."""
     return re.sub(r"[\x00-\x1f\x7f]", lambda mark: repr(mark[0])[1:-1], text)
 
 

@@ -68,7 +68,7 @@ def import_blocks(
         table_sizes: rows of the features' tables; by default the largest id that is met, + 1.
         seed: seed of the order of the training rows.
         part_rows: training rows a part, on average at most.
-        progress: hears of the phases.
+        progress: shows the phases.
 
     Raises:
         LogError: a value is not what it should be, or there are too few rows.
