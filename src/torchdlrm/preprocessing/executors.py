@@ -37,8 +37,8 @@ class Task:
 class Workers:
     """An executor, how many tasks it can run at a time, and how many of these share the memory that was given.
 
-    `tasks_at_a_time` are run, which are fewer where the memory asks for it.  `is_closed` says that no process is left to
-    run them: the futures of a Dask client that has lost the scheduler of its `cluster` may be waited for without end.
+    `tasks_at_a_time` are run, which are fewer where the memory asks for it.  `is_closed` says that no process is left
+    to run them: the futures of a Dask client that has lost the scheduler of its `cluster` may be waited for forever.
     """
 
     executor: Executor
