@@ -150,12 +150,12 @@ def test_an_interrupt_keeps_what_is_done_and_says_so(number, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory", "lots"], "--memory: expected a size such as 80GB, 79GiB or a number of bytes, got 'lots'"),
+        (["--memory", "lots"], "--memory: must be a size above zero such as 80GB, 79GiB or a number of bytes, got 'lots'"),
         (["--memory", "1MB"], "--memory: 1 MB is too little"),
         (["--workers", "0"], "--workers: must be at least 1, got 0"),
         (["--split", "time"], "a split by time needs one"),
         (["--split", "order", "--val", "0.7", "--test", "0.5"], "0.7 + 0.5 is not below 1"),
-        (["--val", "0.2"], "add --split order, random or time"),
+        (["--val", "0.2"], "make --split order, random or time"),
         (["--vocabulary", "nowhere"], "nowhere: is not a folder"),
         (["--extend-vocabulary"], "--extend-vocabulary: needs --vocabulary"),
     ],

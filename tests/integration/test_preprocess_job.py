@@ -243,7 +243,7 @@ def test_of_many_bad_rows_the_first_few_positions_are_kept(tmp_path):
 
 def test_an_existing_output_folder_is_left_alone(log, tmp_path):
     (tmp_path / "dataset").mkdir()
-    with pytest.raises(DatasetError, match="exists; choose another --out, or remove it first"):
+    with pytest.raises(DatasetError, match="exists; choose another `out`, or remove it first"):
         preprocess([log], tmp_path / "dataset", SCHEMA)
     assert list((tmp_path / "dataset").iterdir()) == []
 

@@ -156,10 +156,10 @@ def test_the_bytes_do_not_depend_on_how_values_are_partitioned(
     log, uninterrupted, tmp_path, monkeypatch, partitions, values_per_task, group_bytes
 ):
     from torchdlrm.preprocessing import preprocess as module
-    from torchdlrm.preprocessing.work_folder import Layout
+    from torchdlrm.preprocessing.sizing import JobSizing
 
-    layout = Layout(5000, partitions, group_bytes, values_per_task, 2)
-    monkeypatch.setattr(module, "choose_layout", lambda *_: layout)
+    sizing = JobSizing(5000, partitions, group_bytes, values_per_task, 2)
+    monkeypatch.setattr(module, "choose_sizing", lambda *_: sizing)
     preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS)
     assert checksums(tmp_path / "dataset") == uninterrupted
 
@@ -295,9 +295,9 @@ def test_too_little_memory_is_refused_with_the_least_that_is_enough(log, tmp_pat
 
 
 def test_a_disk_without_room_is_told_before_the_work_starts(log, tmp_path, monkeypatch):
-    from torchdlrm.preprocessing import layout
+    from torchdlrm.preprocessing import sizing
 
-    monkeypatch.setattr(layout.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(sizing.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(DatasetError, match=r"the disk has 0\.0 GB free, and the job needs up to"):
         preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS)
     assert not (tmp_path / "dataset").exists()

@@ -94,7 +94,7 @@ def test_what_is_missing_is_told(names, wanted, message):
 
 
 def test_a_column_that_is_wanted_and_not_there_is_told_without_a_header_too():
-    with pytest.raises(LogError, match=r"^--columns: log\.csv has no column label; it has order_id, time, price"):
+    with pytest.raises(LogError, match=r"^`columns`: log\.csv has no column label; it has order_id, time, price"):
         columns_of_text(b"1;2;3.5;de\n", LOG, SCHEMA, ["label"])
 
 
