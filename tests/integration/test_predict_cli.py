@@ -163,9 +163,9 @@ def test_scores_on_standard_output_and_what_cannot_be_written(dlrm, small_bundle
         ({"as_json": True}, r"--json: standard output takes either the JSON object or the scores"),
         ({"out": tmp_path / "scores.txt"}, r"scores\.txt must end in \.parquet, \.csv or \.csv\.gz"),
         ({"out": tmp_path / "none" / "scores.csv"}, r"none/scores\.csv cannot be written: No such file"),
-        ({"columns": "prediction"}, r"--columns: prediction is what the scores' own column is called"),
+        ({"columns": "prediction"}, r"`columns`: prediction is what the scores' own column is called"),
         ({"columns": "user", "out": tmp_path / "a.csv"}, r"has no column user; it has label, int_0"),
-        ({"columns": "label, cat_3,label", "out": tmp_path / "a.csv"}, r"--columns: label is given more than once"),
+        ({"columns": "label, cat_3,label", "out": tmp_path / "a.csv"}, r"`columns`: label is given more than once"),
         ({"out": tmp_path / f"{'x' * 248}.csv"}, r"x\.csv cannot be written: File name too long"),
     ]:
         with pytest.raises(UserError, match=message):
