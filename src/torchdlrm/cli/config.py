@@ -2,10 +2,7 @@
 
 import sys
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from torchdlrm.cli.terminal import Json, console, print_json
+from torchdlrm.cli.terminal import Json, print_json, print_table, say
 from torchdlrm.config import find_config, load_config, settings, shipped_config_names
 from torchdlrm.toml import toml_value
 
@@ -30,10 +27,13 @@ def config(name: str | None = None, *, as_json: Json = False) -> None:
         keys = {key: {"default": field.default, "description": field.description} for key, field in settings()}
         print_json({"configs": shipped_config_names(), "keys": keys})
         return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("key", "default", "meaning"):
-        table.add_column(title, no_wrap=title == "key")
-    for key, field in settings():
-        table.add_row(key, "not set" if field.default is None else toml_value(field.default), field.description)
-    console.print(table)
-    console.print(f"to start from: dlrm config NAME > my.toml, with one of {', '.join(shipped_config_names())}")
+    rows = [
+        {
+            "key": key,
+            "default": "not set" if field.default is None else toml_value(field.default),
+            "meaning": field.description or "",
+        }
+        for key, field in settings()
+    ]
+    print_table("", rows, left_aligned=("default", "meaning"))
+    say(f"to start from: dlrm config NAME > my.toml, with one of {', '.join(shipped_config_names())}")

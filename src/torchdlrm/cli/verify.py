@@ -4,10 +4,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
-from cyclopts.validators import Number
-from rich.table import Table
 
-from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say, say_undefined, shown_metric
+from torchdlrm.cli.terminal import (
+    Json,
+    Positive,
+    print_json,
+    print_table,
+    progress_bars,
+    say,
+    say_undefined,
+    shown_metric,
+)
 from torchdlrm.errors import SkewError
 
 if TYPE_CHECKING:
@@ -21,7 +28,7 @@ def verify(
     run: Path | None = None,
     url: str | None = None,
     model_class: str | None = None,
-    max_rows: Annotated[int, Parameter(name="--rows", validator=Number(gte=1))] = 10_000,
+    max_rows: Annotated[Positive, Parameter(name="--rows")] = 10_000,
     log_format: Annotated[Literal["log", "csv", "tsv"], Parameter(name="--format")] = "log",
     as_json: Json = False,
 ) -> None:
@@ -73,19 +80,20 @@ def verify(
 
 
 def _print_table(found: "Verification", log: str) -> None:
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.2g}"
+
     bad = f", {found.bad_rows:,} bad ones left out" if found.bad_rows else ""
-    table = Table(title=f"{found.rows:,} rows of {log}{bad}", title_justify="left")
-    for name in ("by", "largest difference", "allowed", "AUC", "logloss"):
-        table.add_column(name, justify="left" if name == "by" else "right")
-    for path in found.paths:
-        difference = "" if path.largest_difference is None else f"{path.largest_difference:.2g}"
-        allowed = "" if path.largest_allowed is None else f"{path.largest_allowed:.2g}"
-        judged = (
-            ("", "")
-            if path.metrics is None
-            else tuple(shown_metric(value, digits=6) for value in (path.metrics.auc, path.metrics.logloss))
-        )
-        table.add_row(path.name, difference, allowed, *judged)
-    console.print(table)
+    rows = [
+        {
+            "by": path.name,
+            "largest difference": number(path.largest_difference),
+            "allowed": number(path.largest_allowed),
+            "AUC": "" if path.metrics is None else shown_metric(path.metrics.auc, digits=6),
+            "logloss": "" if path.metrics is None else shown_metric(path.metrics.logloss, digits=6),
+        }
+        for path in found.paths
+    ]
+    print_table(f"{found.rows:,} rows of {log}{bad}", rows)
     if found.paths[0].metrics is not None:
         say_undefined(found.paths[0].metrics.as_dict())
