@@ -9,6 +9,7 @@ import pytest
 import torchdlrm.planning.plan
 from torchdlrm.config import load_config
 from torchdlrm.errors import PlanError
+from torchdlrm.planning.page import plan_page
 from torchdlrm.planning.plan import plan
 from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.planning.remedies import remedies, shortfall
@@ -104,3 +105,14 @@ def test_a_plan_of_a_run_takes_the_runs_config_and_tables(small_run):
     assert set(solution.layout) == set(read_plan(small_run / "plan.json")["tables"])
     with pytest.raises(PlanError, match="`run` and `tables`: give one of `dataset`, `run` and `tables`"):
         plan(PlanRequest(run=small_run, tables="criteo-1tb"))
+
+
+def test_a_page_shows_names_as_text_and_every_shard_as_a_block(tmp_path):
+    path = tmp_path / "tables.csv"
+    path.write_text("name,rows\n<script>a,1000\nb,500\n")
+    solution = plan(PlanRequest(tables=str(path), devices=2))
+    page = plan_page(solution)
+    assert "<script" not in page
+    assert "&lt;script&gt;a: " in page
+    shards = [shard for placed in solution.layout.values() for shard in placed.shards if shard.num_values]
+    assert page.count("<rect") == len(shards) + (2 + 3) * 2  # state, activations; forward, backward, exchange
