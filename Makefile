@@ -22,8 +22,8 @@ $(INSTALLED): pyproject.toml requirements/torchrec.txt
 quickstart: $(INSTALLED)  ## train and evaluate a DLRM on a synthetic click log, in minutes
 	$(BIN)/dlrm quickstart
 
-test: $(INSTALLED)  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## the whole test suite, on up to four cores
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)  ## the tests that take seconds
 	$(BIN)/python -m pytest tests/unit tests/test_architecture.py -m "not slow"

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-# A suite that a shell has started in the background ignores Ctrl-C, and so would every command that it starts.
+# A suite that was started in the background or by nohup ignores these, and so would every command that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read when torch loads
 
 from torchdlrm.data.dataset import Dataset
