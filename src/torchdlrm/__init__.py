@@ -7,58 +7,49 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchdlrm.config import Config, load_config
-    from torchdlrm.data.dataset import Dataset
-    from torchdlrm.data.synthetic import synthesize
-    from torchdlrm.evaluation.evaluate import evaluate
-    from torchdlrm.features.schema import FeatureSchema, criteo_schema, load_schema
-    from torchdlrm.loader.loader import Loader
-    from torchdlrm.metrics import BinaryMetrics, binary_metrics
-    from torchdlrm.model.dlrm import DLRM, DLRMTrain
-    from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
-    from torchdlrm.training.job import train
-    from torchdlrm.training.log import Callback, TrainingHistory
-    from torchdlrm.training.run import Run
+    from torchdlrm.config import Config as Config
+    from torchdlrm.config import load_config as load_config
+    from torchdlrm.data.dataset import Dataset as Dataset
+    from torchdlrm.data.synthetic import synthesize as synthesize
+    from torchdlrm.evaluation.compare import Difference as Difference
+    from torchdlrm.evaluation.compare import compare as compare
+    from torchdlrm.evaluation.evaluate import evaluate as evaluate
+    from torchdlrm.features.schema import FeatureSchema as FeatureSchema
+    from torchdlrm.features.schema import criteo_schema as criteo_schema
+    from torchdlrm.features.schema import load_schema as load_schema
+    from torchdlrm.loader.loader import Loader as Loader
+    from torchdlrm.metrics import BinaryMetrics as BinaryMetrics
+    from torchdlrm.metrics import binary_metrics as binary_metrics
+    from torchdlrm.model.dlrm import DLRM as DLRM
+    from torchdlrm.model.dlrm import DLRMTrain as DLRMTrain
+    from torchdlrm.prediction.predictor import Predictor as Predictor
+    from torchdlrm.preprocessing.preprocess import PreprocessOptions as PreprocessOptions
+    from torchdlrm.preprocessing.preprocess import preprocess as preprocess
+    from torchdlrm.training.job import train as train
+    from torchdlrm.training.log import Callback as Callback
+    from torchdlrm.training.log import TrainingHistory as TrainingHistory
+    from torchdlrm.training.run import Run as Run
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "torchdlrm.config": ("Config", "load_config"),
-    "torchdlrm.data.dataset": ("Dataset",),
-    "torchdlrm.preprocessing.preprocess": ("PreprocessOptions", "preprocess"),
-    "torchdlrm.data.synthetic": ("synthesize",),
-    "torchdlrm.evaluation.evaluate": ("evaluate",),
-    "torchdlrm.loader.loader": ("Loader",),
-    "torchdlrm.metrics": ("BinaryMetrics", "binary_metrics"),
-    "torchdlrm.model.dlrm": ("DLRM", "DLRMTrain"),
-    "torchdlrm.features.schema": ("FeatureSchema", "criteo_schema", "load_schema"),
-    "torchdlrm.training.run": ("Run",),
-    "torchdlrm.training.job": ("train",),
-    "torchdlrm.training.log": ("Callback", "TrainingHistory"),
+_NAMES_OF = {
+    "config": ("Config", "load_config"),
+    "data.dataset": ("Dataset",),
+    "data.synthetic": ("synthesize",),
+    "evaluation.compare": ("Difference", "compare"),
+    "evaluation.evaluate": ("evaluate",),
+    "features.schema": ("FeatureSchema", "criteo_schema", "load_schema"),
+    "loader.loader": ("Loader",),
+    "metrics": ("BinaryMetrics", "binary_metrics"),
+    "model.dlrm": ("DLRM", "DLRMTrain"),
+    "prediction.predictor": ("Predictor",),
+    "preprocessing.preprocess": ("PreprocessOptions", "preprocess"),
+    "training.job": ("train",),
+    "training.log": ("Callback", "TrainingHistory"),
+    "training.run": ("Run",),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-__all__ = [
-    "DLRM",
-    "BinaryMetrics",
-    "Callback",
-    "Config",
-    "DLRMTrain",
-    "Dataset",
-    "FeatureSchema",
-    "Loader",
-    "PreprocessOptions",
-    "Run",
-    "TrainingHistory",
-    "binary_metrics",
-    "criteo_schema",
-    "evaluate",
-    "load_config",
-    "load_schema",
-    "preprocess",
-    "synthesize",
-    "train",
-]
+_HOME_OF = {name: f"{__name__}.{module}" for module, names in _NAMES_OF.items() for name in names}
+__all__ = [*_HOME_OF]  # noqa: PLE0604 - strings, all of them
 
 
 def __getattr__(name: str) -> Any:

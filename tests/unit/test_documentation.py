@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_configuration_document_lists_every_knob():
+def test_the_configuration_document_lists_every_setting():
     assert (ROOT / "docs" / "configuration.md").read_text() == configuration_markdown(), "run: make docs"
 
 
@@ -62,3 +62,15 @@ def test_the_readmes_file_tree_names_every_module():
         and not any(f"{folder.name}/" in readme for folder in path.relative_to(package).parents)
     ]
     assert missing == []
+
+
+def test_files_that_documents_name_are_there():
+    package = ROOT / "src" / "torchdlrm"
+    rooms = "|".join(path.name for path in package.iterdir() if path.is_dir())
+    missing = {
+        f"{document.name}: {name}"
+        for document in DOCUMENTS
+        for name in re.findall(rf"`((?:{rooms})/[\w/]+\.py)`", document.read_text())
+        if not (package / name).is_file()
+    }
+    assert missing == set()

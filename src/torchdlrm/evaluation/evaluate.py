@@ -5,11 +5,12 @@ from typing import Any
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.loader.loader import Loader
+from torchdlrm.metrics import binary_metrics
 from torchdlrm.model.model_class import ModelClass
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.training.checkpoint import find_checkpoint
+from torchdlrm.training.checkpoint import ChosenCheckpoint, find_checkpoint
 from torchdlrm.training.checkpointer import Checkpointer
-from torchdlrm.training.predictions import measure
+from torchdlrm.training.predictions import Predictions, predict_loaders
 from torchdlrm.training.process_group import join_process_group
 from torchdlrm.training.run import Run
 from torchdlrm.training.sharded import build_sharded_model
@@ -49,6 +50,33 @@ def evaluate(
         DatasetError: the dataset or a split is not there, or is empty.
         PlanError: the tables do not fit the machine.
     """
+    chosen, predictions = predict_split(
+        run,
+        dataset,
+        split,
+        model_class=model_class,
+        checkpoint=checkpoint,
+        batch_size_global=batch_size_global,
+        progress=progress,
+    )
+    about = {"split": split, "step": chosen.step, "checkpoint": chosen.kind}
+    return None if predictions is None else about | binary_metrics(*predictions).as_json()
+
+
+def predict_split(
+    run: Run | str | Path,
+    dataset: Dataset | str | Path | None,
+    split: str,
+    *,
+    model_class: ModelClass | None = None,
+    checkpoint: str = "best",
+    batch_size_global: int = 8192,
+    progress: ProgressListener = SILENT,
+) -> tuple[ChosenCheckpoint, Predictions | None]:
+    """The checkpoint that was chosen, and on rank 0 the labels and logits of a split; all as for `evaluate`.
+
+    The order of the rows depends on the number of ranks and on the batch size alone.
+    """
     trained = run if isinstance(run, Run) else Run.open(Path(run))
     encoded = trained.open_dataset(dataset)
     with join_process_group() as ranks:
@@ -74,6 +102,4 @@ def evaluate(
         ]
         listener = progress if ranks.is_first else SILENT
         listener.start_phase("evaluate", sum(loader.rows for loader in loaders))
-        metrics = measure(model, loaders, ranks, listener)
-    about = {"split": split, "step": chosen.step, "checkpoint": chosen.kind}
-    return None if metrics is None else about | metrics.as_json()
+        return chosen, predict_loaders(model, loaders, ranks, listener).take(ranks)

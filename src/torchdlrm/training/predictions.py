@@ -13,6 +13,9 @@ from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.progress import ProgressListener
 from torchdlrm.training.process_group import Ranks
 
+# Labels and logits, float32 [rows] each.
+Predictions = tuple[NDArray[np.float32], NDArray[np.float32]]
+
 
 class PredictionBuffer:
     """Keeps the logits and labels of this rank until they are asked for: 8 bytes a row."""
@@ -26,29 +29,31 @@ class PredictionBuffer:
         self._logits.append(logits_B)
         self._labels.append(labels_B)
 
-    def take_metrics(self, ranks: Ranks) -> BinaryMetrics | None:
-        """Exact metrics of the rows that all ranks have kept, on rank 0 and None elsewhere; empties the buffer.
+    def take(self, ranks: Ranks) -> Predictions | None:
+        """Labels and logits of all ranks on rank 0, rank by rank, and None elsewhere; empties the buffer.
 
         Every rank must call this.
         """
         mine = (torch.cat(self._labels).float().cpu().numpy(), torch.cat(self._logits).float().cpu().numpy())
         self._logits, self._labels = [], []
         if ranks.world_size == 1:
-            return binary_metrics(*mine)
-        everyone: list[tuple[NDArray[np.float32], NDArray[np.float32]]] | None = None
-        if ranks.is_first:
-            everyone = [mine] * ranks.world_size
+            return mine
+        everyone: list[Predictions] | None = [mine] * ranks.world_size if ranks.is_first else None
         dist.gather_object(mine, everyone, dst=0, group=ranks.process_group)
         if everyone is None:
             return None
-        labels, logits = (np.concatenate(parts) for parts in zip(*everyone, strict=True))
-        return binary_metrics(labels, logits)
+        return np.concatenate([labels for labels, _ in everyone]), np.concatenate([logits for _, logits in everyone])
+
+    def take_metrics(self, ranks: Ranks) -> BinaryMetrics | None:
+        """Exact metrics of what `take` returns."""
+        taken = self.take(ranks)
+        return None if taken is None else binary_metrics(*taken)
 
 
-def measure(
+def predict_loaders(
     model: nn.Module, loaders: Sequence[Loader], ranks: Ranks, progress: ProgressListener
-) -> BinaryMetrics | None:
-    """Exact metrics of a model over every row that the loaders read, each once; on rank 0, None elsewhere.
+) -> PredictionBuffer:
+    """Predict every row that the loaders read, each once.
 
     Args:
         model: a `DLRMTrain` inside `DistributedModelParallel`, not held by a pipeline.
@@ -67,4 +72,4 @@ def measure(
                 predictions.add(logits_B, labels_B)
                 progress.advance(rows * (i + 1) // num_batches - rows * i // num_batches)
     model.train(was_training)
-    return predictions.take_metrics(ranks)
+    return predictions

@@ -23,7 +23,7 @@ from torchdlrm.training.checkpoint import Position, checkpoint_path, list_checkp
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.compute import choose_precision, set_threads
 from torchdlrm.training.log import Callback, TrainingSummary, metrics_for_callbacks, validation_line
-from torchdlrm.training.predictions import PredictionBuffer, measure
+from torchdlrm.training.predictions import PredictionBuffer, predict_loaders
 from torchdlrm.training.process_group import Ranks, StopRequest
 from torchdlrm.training.run import Run
 from torchdlrm.training.sharded import StepCounters, build_optimizer, build_pipeline, build_sharded_model
@@ -190,7 +190,8 @@ class Trainer:
             "val", self._config.validation.batch_size_global, max_rows=self._config.validation.max_rows
         )
         # The pipeline holds batches in flight and has replaced the tables' forward; its next step does so again.
-        metrics = self._ranks.from_first(measure(self._pipeline.detach(), [loader], self._ranks, SILENT))
+        predictions = predict_loaders(self._pipeline.detach(), [loader], self._ranks, SILENT)
+        metrics = self._ranks.from_first(predictions.take_metrics(self._ranks))
         assert metrics is not None
         self._validation = metrics.as_json()
         rows_per_s = metrics.rows / (time.monotonic() - started_s)

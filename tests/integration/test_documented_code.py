@@ -1,0 +1,68 @@
+"""The Python blocks of the documents run, page by page, in a folder that has what the page says is given.
+
+A comment before the first block of a page, `<!-- given: log.tsv, dataset, run, bundle, server -->`, names it.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if BLOCK.search(page.read_text())]
+
+OWN_SCHEMA = """
+name = "clicks"
+separator = ","
+columns = [
+    { role = "label", name = "click" },
+    { role = "dense", name = "price", kind = "float", transform = "standardize" },
+    { role = "sparse", name = "city", kind = "string" },
+]
+"""
+
+
+def own_log(path):
+    rows = (f"{int(i % 7 == 0)},{i % 90 / 4},city {i % 11}" for i in range(400))
+    path.write_text("\n".join(["click,price,city", *rows]) + "\n")
+
+
+def give(name, folder, request):
+    """Put what a page takes for granted into the folder."""
+    if name == "log.tsv":
+        shutil.copy(request.getfixturevalue("small_log"), folder / name)
+    elif name == "clicks.csv":
+        own_log(folder / name)
+    elif name == "my.toml":
+        (folder / name).write_text(OWN_SCHEMA)
+    elif name == "dataset":
+        (folder / name).symlink_to(request.getfixturevalue("small_dataset").path)
+    else:
+        shutil.copytree(request.getfixturevalue({"run": "small_run", "bundle": "small_bundle"}[name]), folder / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_the_python_blocks_of_a_page_run(page, request, tmp_path):
+    text = page.read_text()
+    code = "\n".join(BLOCK.findall(text))
+    given = re.search(r"<!-- given: (.*?) -->", text[: BLOCK.search(text).start()])
+    for name in given[1].split(", ") if given else ():
+        if name == "server":
+            server = request.getfixturevalue("serve")(request.getfixturevalue("small_bundle"), "--name", "bundle")
+            code = code.replace("http://localhost:8080", server.url).replace("localhost:8080", server.url[7:])
+        else:
+            give(name, tmp_path, request)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{page.name}:\n{done.stderr}"

@@ -1,0 +1,62 @@
+"""Standard errors of a comparison against their definitions, pair by pair, and against how estimates really scatter."""
+
+import math
+
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss, roc_auc_score
+
+from torchdlrm.evaluation.compare import paired_difference
+
+
+def models(rng, num_rows):
+    """Labels, and logits of a worse and a better model, with ties."""
+    truth = rng.normal(size=num_rows)
+    labels = (rng.random(num_rows) < 1 / (1 + np.exp(-truth))).astype(np.float32)
+    worse, better = truth + rng.normal(size=num_rows), truth + rng.normal(0, 0.5, num_rows)
+    return labels, worse.round(1).astype(np.float32), better.round(1).astype(np.float32)
+
+
+def test_differences_are_those_of_the_metrics(seed):
+    labels, first, second = models(np.random.default_rng(seed), 500)
+    found = paired_difference(labels, first, second)
+    probabilities = [1 / (1 + np.exp(-logits.astype(np.float64))) for logits in (first, second)]
+    assert found.auc == pytest.approx(roc_auc_score(labels, second) - roc_auc_score(labels, first), abs=1e-12)
+    expected = log_loss(labels, probabilities[1]) - log_loss(labels, probabilities[0])
+    assert found.logloss == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_standard_error_of_the_auc_is_delongs(seed):
+    """From the matrix of all pairs, as the paper defines it: variances of the means over its rows and columns."""
+    labels, first, second = models(np.random.default_rng(seed), 120)
+
+    def pairs(logits):
+        positives, negatives = logits[labels == 1], logits[labels == 0]
+        return (positives[:, None] > negatives) + 0.5 * (positives[:, None] == negatives)
+
+    kernel = pairs(second) - pairs(first)
+    by_positive, by_negative = kernel.mean(axis=1), kernel.mean(axis=0)
+    variance = by_positive.var(ddof=1) / by_positive.size + by_negative.var(ddof=1) / by_negative.size
+    assert paired_difference(labels, first, second).auc_standard_error == pytest.approx(math.sqrt(variance), rel=1e-12)
+
+
+def test_standard_errors_are_how_much_estimates_scatter(seed):
+    rng = np.random.default_rng(seed)
+    found = [paired_difference(*models(rng, 400)) for _ in range(600)]
+    for name in ("auc", "logloss"):
+        scatter = np.std([getattr(one, name) for one in found])
+        promised = np.sqrt(np.mean([getattr(one, f"{name}_standard_error") ** 2 for one in found]))
+        assert promised == pytest.approx(scatter, rel=0.1)
+
+
+def test_a_model_does_not_differ_from_itself(seed):
+    labels, first, _ = models(np.random.default_rng(seed), 50)
+    found = paired_difference(labels, first, first)
+    assert (found.auc, found.auc_standard_error, found.logloss, found.logloss_standard_error) == (0, 0, 0, 0)
+
+
+def test_without_both_classes_the_auc_is_undefined():
+    found = paired_difference(np.ones(3), np.arange(3.0), np.arange(3.0) + 1)
+    assert math.isnan(found.auc)
+    assert math.isnan(found.auc_standard_error)
+    assert found.logloss < 0
