@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchdlrm.bundle.bundle import Bundle as Bundle
     from torchdlrm.config import Config as Config
     from torchdlrm.config import load_config as load_config
     from torchdlrm.data.dataset import Dataset as Dataset
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from torchdlrm.evaluation.compare import Difference as Difference
     from torchdlrm.evaluation.compare import compare as compare
     from torchdlrm.evaluation.evaluate import evaluate as evaluate
+    from torchdlrm.exporting.export import export as export
+    from torchdlrm.exporting.options import ExportOptions as ExportOptions
+    from torchdlrm.exporting.verify import verify as verify
     from torchdlrm.features.schema import FeatureSchema as FeatureSchema
     from torchdlrm.features.schema import criteo_schema as criteo_schema
     from torchdlrm.features.schema import load_schema as load_schema
@@ -22,9 +26,13 @@ if TYPE_CHECKING:
     from torchdlrm.metrics import binary_metrics as binary_metrics
     from torchdlrm.model.dlrm import DLRM as DLRM
     from torchdlrm.model.dlrm import DLRMTrain as DLRMTrain
+    from torchdlrm.planning.plan import plan as plan
+    from torchdlrm.planning.plan_request import PlanRequest as PlanRequest
     from torchdlrm.prediction.predictor import Predictor as Predictor
-    from torchdlrm.preprocessing.preprocess import PreprocessOptions as PreprocessOptions
+    from torchdlrm.preprocessing.options import PreprocessOptions as PreprocessOptions
     from torchdlrm.preprocessing.preprocess import preprocess as preprocess
+    from torchdlrm.serving.options import ServeOptions as ServeOptions
+    from torchdlrm.serving.server import serve as serve
     from torchdlrm.training.job import train as train
     from torchdlrm.training.log import Callback as Callback
     from torchdlrm.training.log import TrainingHistory as TrainingHistory
@@ -33,17 +41,26 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES_OF = {
+    "bundle.bundle": ("Bundle",),
     "config": ("Config", "load_config"),
     "data.dataset": ("Dataset",),
     "data.synthetic": ("synthesize",),
     "evaluation.compare": ("Difference", "compare"),
     "evaluation.evaluate": ("evaluate",),
+    "exporting.export": ("export",),
+    "exporting.options": ("ExportOptions",),
+    "exporting.verify": ("verify",),
     "features.schema": ("FeatureSchema", "criteo_schema", "load_schema"),
     "loader.loader": ("Loader",),
     "metrics": ("BinaryMetrics", "binary_metrics"),
     "model.dlrm": ("DLRM", "DLRMTrain"),
+    "planning.plan": ("plan",),
+    "planning.plan_request": ("PlanRequest",),
     "prediction.predictor": ("Predictor",),
-    "preprocessing.preprocess": ("PreprocessOptions", "preprocess"),
+    "preprocessing.options": ("PreprocessOptions",),
+    "preprocessing.preprocess": ("preprocess",),
+    "serving.options": ("ServeOptions",),
+    "serving.server": ("serve",),
     "training.job": ("train",),
     "training.log": ("Callback", "TrainingHistory"),
     "training.run": ("Run",),

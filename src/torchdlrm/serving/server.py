@@ -27,7 +27,7 @@ class Listening:
 
 
 def serve(
-    bundle: Path,
+    bundle: str | Path,
     *,
     options: ServeOptions = ServeOptions(),  # noqa: B008 - frozen
     started: Callable[[Listening], None] = lambda _: None,
@@ -51,6 +51,7 @@ def serve(
         ConfigError: the options do not go together, there is no API key where one should be, or an address is taken.
         BundleError: the bundle cannot be served.
     """
+    bundle = Path(bundle)
     options.check()
     options = replace(options, api_keys=options.api_keys or read_api_keys(options.api_key_file))
     # Read when Polars loads: one row is not worth many threads, and those of several processes would fight.
