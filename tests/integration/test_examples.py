@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from torchdlrm import Run, compare, evaluate
@@ -14,13 +15,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {
     "evaluate_and_compare": ["DATASET", "runs"],
     "own_loop": ["DATASET"],
-    "predict_from_pandas": ["BUNDLE"],
+    "predict_from_pandas": ["BUNDLE", "LOG"],
     "train_with_callback": ["DATASET", "run"],
 }
 
 
 def run_example(name, folder, request):
-    given = {"DATASET": "small_dataset", "BUNDLE": "small_bundle"}
+    given = {"DATASET": "small_dataset", "BUNDLE": "small_bundle", "LOG": "small_log"}
     arguments = [request.getfixturevalue(given[one]) if one in given else one for one in ARGUMENTS[name]]
     done = subprocess.run(
         [sys.executable, EXAMPLES / f"{name}.py", *(str(getattr(value, "path", value)) for value in arguments)],
@@ -51,11 +52,15 @@ def test_a_callback_is_told_of_every_interval_validation_and_checkpoint(request,
     assert "saved to run/checkpoints/step-" in output
 
 
-def test_a_pandas_frame_is_scored(request, tmp_path):
+def test_a_pandas_frame_is_scored_as_the_log_is(request, tmp_path, dlrm, small_bundle, small_log):
     output = run_example("predict_from_pandas", tmp_path, request)
-    probabilities = [float(line.split()[-1]) for line in output.splitlines()[1:]]
-    assert len(probabilities) == 2
-    assert all(0 < value < 1 for value in probabilities)
+    log = tmp_path / "log.tsv"
+    log.write_text("".join(small_log.read_text().splitlines(keepends=True)[:1000]))
+    done = dlrm("predict", small_bundle, log, "--out", "scores.parquet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    scores = pl.read_parquet(tmp_path / "scores.parquet")["prediction"]
+    assert re.findall(r"^\d+ +[01] +(\S+)$", output, re.MULTILINE) == [f"{score:.6f}" for score in scores.head(5)]
+    assert f"mean probability {scores.mean():.3f}" in output
 
 
 @pytest.mark.slow
