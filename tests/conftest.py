@@ -12,11 +12,15 @@ import sys
 import threading
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # A suite that was started in the background or by nohup ignores these, and so would every command that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# An example may take long because another test has the core.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read when torch loads
 
 from torchdlrm.data.dataset import Dataset
@@ -137,12 +141,13 @@ def full_disk(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def small_run(small_dataset, dlrm, tmp_path_factory):
+def small_run(small_dataset, tmp_path_factory):
     """The folder of a run on `small_dataset`."""
+    from torchdlrm.config import load_config
+    from torchdlrm.training.job import train
+
     path = tmp_path_factory.mktemp("run") / "run"
-    config = Path(__file__).parents[1] / "configs" / "criteo-small.toml"
-    done = dlrm("train", config, "--dataset", small_dataset.path, "--run", path, "--logging.tensorboard", "false")
-    assert done.returncode == 0, done.stderr
+    train(load_config("criteo-small", {"logging.tensorboard": "false"}), small_dataset, path)
     return path
 
 

@@ -116,3 +116,10 @@ def test_whatever_is_imported_is_declared():
     imported -= {"torchdlrm", *sys.stdlib_module_names}
     missing = {name for name in imported if named_otherwise.get(name, name.replace("_", "-")) not in declared}
     assert not missing
+
+
+def test_unit_tests_start_no_processes():
+    """They are what one runs while working: seconds, not minutes."""
+    folder = Path(__file__).parent / "unit"
+    starts = re.compile(r"subprocess\.|\bPopen\(|\bdlrm\(|def test_\w+\(.*\b(serve|browser)\b")
+    assert [path.name for path in folder.rglob("*.py") if starts.search(path.read_text())] == []

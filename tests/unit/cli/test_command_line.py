@@ -1,6 +1,5 @@
 """What `dlrm` answers to a command line that is wrong, in this process: one line, exit code 2, and what to do."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -62,13 +61,6 @@ def test_arguments_that_the_library_names_become_options_of_the_command():
     assert in_options(said, app, ["verify", "b"]) == (
         "--rows: or BUNDLE, ROWS and --format, but `auc` and `dlrm verify` are what they are"
     )
-
-
-def test_the_command_itself_loads_nothing_that_starts_threads():
-    """It would be late with `--help`, and a thread from before does not block the signals that `dlrm serve` blocks."""
-    code = "import sys, torchdlrm.cli.main, torchdlrm.cli.serve; print(*{'numpy', 'polars', 'torch'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "\n"
 
 
 def test_a_package_that_is_not_installed_is_named_with_the_command_that_installs_it(dlrm_says, monkeypatch):

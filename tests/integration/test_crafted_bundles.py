@@ -11,8 +11,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from crafted import change_header, change_manifest, copy, seal, write
 
+from crafted import change_header, change_manifest, copy, seal, write
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.errors import BundleError, DatasetError
 from torchdlrm.prediction.predictor import Predictor
@@ -236,7 +236,7 @@ def outcomes(small_bundle, tmp_path_factory):
 
 
 def run(*args):
-    command = [sys.executable, Path(__file__).with_name("crafted.py"), *args]
+    command = [sys.executable, Path(__file__).parents[1] / "crafted.py", *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3_000, check=False)
     assert done.returncode == 0, f"{done.stdout[-400:]} {done.stderr[-2_000:]}"
     return done.stdout.splitlines()

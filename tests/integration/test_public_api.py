@@ -1,3 +1,5 @@
+"""The package as users import it, each time in an interpreter of its own."""
+
 import subprocess
 import sys
 
@@ -14,6 +16,12 @@ def test_importing_the_package_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_importing_the_package_takes_a_tenth_of_a_second_at_most():
+    code = "import time; start = time.process_time(); import torchdlrm; print(time.process_time() - start)"
+    times = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]
+    assert min(times) < 0.1
+
+
 def test_public_names_are_what_they_are_after_every_module_was_imported():
     """A sub-package of the same name would take a function's place the moment that it is imported."""
     code = """
@@ -28,3 +36,10 @@ assert all(getattr(torchdlrm, name) is value for name, value in before.items())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_command_itself_loads_nothing_that_starts_threads():
+    """It would be late with `--help`, and a thread from before does not block the signals that `dlrm serve` blocks."""
+    code = "import sys, torchdlrm.cli.main, torchdlrm.cli.serve; print(*{'numpy', 'polars', 'torch'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"

@@ -1,0 +1,41 @@
+"""What a plan takes, and what it depends on, in processes of their own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+SET_UP = (
+    f"import sys; sys.path.insert(0, {str(TESTS)!r}); "
+    "from random_problems import problem, random_tables; from torchdlrm.sharding.problem import solve"
+)
+
+
+@pytest.mark.slow
+def test_1000_tables_on_64_devices_take_a_minute_and_4_gb_at_most():
+    code = (
+        f"{SET_UP}\n"
+        "s = solve(problem(random_tables(1000, 0), devices=64, batch=64 * 4096))\n"
+        # Not ru_maxrss: that of the process which started this one counts there too.
+        "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "print(s.search_s, s.above_lower_bound, int(peak.split()[1]) * 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    search_s, above, peak_bytes = map(float, done.stdout.split())
+    assert search_s <= 60
+    assert above < 0.05
+    assert peak_bytes < 4e9
+
+
+@pytest.mark.slow
+def test_a_plan_does_not_hang_on_the_order_of_sets_of_strings():
+    code = f"{SET_UP}\nprint(solve(problem(random_tables(12, 1), devices=4, hosts=2)).layout)"
+    plans = {
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(plans) == 1

@@ -1,0 +1,22 @@
+"""Problems for the planner: tables of random sizes, and machines that need not be there."""
+
+import random
+
+from torchdlrm.sharding.devices import device_named
+from torchdlrm.sharding.planner import PlanOptions
+from torchdlrm.sharding.problem import Problem
+from torchdlrm.sharding.tables import Table
+from torchdlrm.sharding.topology import machine_of
+
+
+def problem(tables, devices=8, device="a100-80gb", hosts=None, optimizer="rowwise_adagrad", batch=65_536, **options):
+    machine = machine_of(device_named(device), num_devices=devices, num_hosts=hosts)
+    return Problem(tuple(tables), machine, PlanOptions(optimizer, batch, 0.15, **options))
+
+
+def random_tables(num_tables, seed, top=7.3):
+    rng = random.Random(seed)
+    return [
+        Table(f"t_{i}", int(10 ** rng.uniform(2, top)), rng.choice([64, 128]), float(rng.choice([1, 1, 1, 2, 5, 20])))
+        for i in range(num_tables)
+    ]
