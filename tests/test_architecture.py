@@ -123,3 +123,10 @@ def test_unit_tests_start_no_processes():
     folder = Path(__file__).parent / "unit"
     starts = re.compile(r"subprocess\.|\bPopen\(|\bdlrm\(|def test_\w+\(.*\b(serve|browser)\b")
     assert [path.name for path in folder.rglob("*.py") if starts.search(path.read_text())] == []
+
+
+def test_the_document_has_the_floors():
+    document = (ROOT.parents[1] / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", document, re.MULTILINE)
+    told = {name: int(floor) for floor, names in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", names)}
+    assert told == FLOORS

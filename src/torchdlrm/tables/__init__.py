@@ -1,1 +1,1 @@
-"""The table kernels and their optimizers: all that reaches into FBGEMM."""
+"""The tables while they are trained: FBGEMM's kernels on all cores, and their optimizers."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -137,11 +137,13 @@ def _dense_optimizer(config: DenseOptimizerConfig, params: list[Tensor]) -> torc
                 "exp_avg": torch.zeros_like(param),
                 "exp_avg_sq": torch.zeros_like(param),
             }
-    else:
+    elif config.name == "sgd":
         optimizer = torch.optim.SGD(params, momentum=config.momentum, **shared)
         if config.momentum:
             for param in params:
                 optimizer.state[param] = {"momentum_buffer": torch.zeros_like(param)}
+    else:
+        assert_never(config.name)
     limit = config.clip_norm
     if limit is not None:
 
