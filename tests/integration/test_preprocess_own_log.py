@@ -180,7 +180,7 @@ def test_hashed_values_fill_the_table_and_equal_values_meet(dataset, folder, sch
     ids = {}
     users = [row["user"] for row in rows(3000)]
     frame = pl.read_parquet(next((dataset.path / "test").iterdir()))
-    text = parse_chunk(b"".join(chunk for chunk, _ in read_chunks(find_files([folder / "log.csv"])[0], schema)), schema)
+    text = parse_chunk(b"".join(read_chunks(find_files([folder / "log.csv"])[0], schema)), schema)
     assert text.frame["user"].fill_null("").to_list() == users
     held_out = text.frame["time"].to_numpy()
     test_users = np.array(users)[held_out >= np.sort(held_out)[-300]]
@@ -193,7 +193,7 @@ def test_hashed_values_fill_the_table_and_equal_values_meet(dataset, folder, sch
 def test_raw_rows_are_encoded_later_as_the_job_encoded_them(folder, schema):
     ordered = FeatureSchema.model_validate({**dict(schema), "split": {"rule": "order", "val": 0.1, "test": 0.1}})
     dataset = preprocess([folder / "log.csv"], folder / "in-order", ordered)
-    chunks = b"".join(chunk for chunk, _ in read_chunks(find_files([folder / "log.csv"])[0], schema))
+    chunks = b"".join(read_chunks(find_files([folder / "log.csv"])[0], schema))
     frame = parse_chunk(chunks, schema).frame[2700:]
     vocabularies = {name: dataset.vocabulary(name) for name in ("city", "shop", "tags")}
     found = encode(frame, dataset.schema, dataset.manifest.dense, vocabularies)
@@ -320,7 +320,7 @@ def test_any_cut_of_a_quoted_file_gives_the_rows_that_pythons_csv_module_reads(
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n", quoting=quoting).writerows([1, i, a, b] for i, (a, b) in enumerate(cells))
     (file,) = find_files([path])
-    chunks = [chunk for chunk, _ in read_chunks(file, schema, chunk_bytes)]
+    chunks = list(read_chunks(file, schema, chunk_bytes))
     assert b"".join(chunks) == path.read_bytes()
     assert [(c.start, c.end) for c in plan_chunks(file, schema, chunk_bytes)][-1][1] == path.stat().st_size
     parsed = [parse_chunk(chunk, schema) for chunk in chunks]

@@ -26,7 +26,6 @@ from torchdlrm.features.schema import (
     DenseColumn,
     Feature,
     FeatureSchema,
-    IgnoredColumn,
     LabelColumn,
     SparseColumn,
     TimeColumn,
@@ -62,7 +61,7 @@ def to_typed_columns(
     Returns:
         The typed columns, B rows; and a Boolean mask of the good rows, or None when all are good.
     """
-    used = [column for column in schema.columns if not isinstance(column, IgnoredColumn)]
+    used = schema.used
     if any(column.null_values for column in used):
         plain_texts = [column for column in used if column.null_values and text[column.name].dtype == pl.String]
         text = text.with_columns(map(_without_null_texts, plain_texts))

@@ -236,6 +236,11 @@ class FeatureSchema(_Frozen):
         return column.model_copy(update={"null_values": self.null_values})
 
     @property
+    def used(self) -> tuple[LabelColumn | DenseColumn | SparseColumn | TimeColumn, ...]:
+        """The columns that are read, in the order of the file."""
+        return tuple(column for column in self.columns if not isinstance(column, IgnoredColumn))
+
+    @property
     def label(self) -> LabelColumn:
         """The label's column."""
         return next(column for column in self.columns if isinstance(column, LabelColumn))

@@ -3,7 +3,6 @@
 In: files (text, gzipped text or Parquet, told apart by their first bytes) or standard input.  Out: `RowChunk`s.
 """
 
-import gzip
 import io
 import os
 import select
@@ -14,17 +13,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
-from typing import IO, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from torchdlrm.data.log.cut import BYTE_ORDER_MARK, cut_stream, reading
-from torchdlrm.data.log.files import MAGIC_BYTES, LogFile, find_files, recognize_format
-from torchdlrm.data.log.parquet import plan_row_groups, read_row_groups
+from torchdlrm.data.log.cut import BYTE_ORDER_MARK, cut_stream
+from torchdlrm.data.log.files import MAGIC_BYTES, LogFile, find_files, reading, recognize_format, unpacked
+from torchdlrm.data.log.parquet import plan_row_groups, read_row_groups, reading_parquet
 from torchdlrm.data.log.text import ParsedChunk, parse_chunk
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRows
@@ -123,7 +121,7 @@ class RowsIn:
             if file.format == "parquet":
                 yield from self._of_parquet(file)
             else:
-                with reading(file), file.path.open("rb") as raw:
+                with reading(file.path), file.path.open("rb") as raw:
                     yield from self._of_text(raw, file)
                 file.check_unchanged()
 
@@ -156,12 +154,12 @@ class RowsIn:
         yield from self._of_text(raw, LogFile(name, 0, None, format=form))
 
     def _of_text(self, raw: BinaryIO, file: LogFile) -> Iterator[RowChunk]:
-        text: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if file.format == "gzip" else raw
-        with reading(file):
+        text = unpacked(raw, file.format)
+        with reading(file.path):
             head = text.read(_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK)
-        columns = columns_of_text(
-            _whole_lines(head), file.path, schema_for_format(self.schema, self.log_format), self.passthrough
-        )
+        whole_lines = head[: head.rfind(b"\n") + 1] or head
+        schema = schema_for_format(self.schema, self.log_format)
+        columns = columns_of_text(whole_lines, file.path, schema, self.passthrough)
         num_lines, consumed = 0, 0
         if columns.header:
             _, _, head = head.partition(b"\n")
@@ -174,11 +172,8 @@ class RowsIn:
             consumed = at
 
     def _of_parquet(self, file: LogFile) -> Iterator[RowChunk]:
-        try:
+        with reading_parquet(file.path):
             metadata = pq.read_metadata(file.path)
-        except (OSError, pa.ArrowException) as error:
-            msg = f"{file.path}: the Parquet file cannot be read ({error}); fetch the file again"
-            raise LogError(msg) from error
         columns = columns_of_names(metadata.schema.to_arrow_schema().names, file.path, self.schema, self.passthrough)
         num_rows = 0
         for chunk in plan_row_groups(file, columns.schema, self.chunk_bytes):
@@ -194,10 +189,6 @@ def _placed(parsed: ParsedChunk, file: LogFile, num_lines: int, columns: LogColu
     bad_rows.add_chunk(parsed.bad_rows, str(file.path), num_lines)
     num_rows = parsed.frame.height + len(parsed.bad_positions)
     return RowChunk(parsed.frame, num_rows, parsed.bad_positions, bad_rows, columns.has_label, num_bytes)
-
-
-def _whole_lines(head: bytes) -> bytes:
-    return head[: head.rfind(b"\n") + 1] or head
 
 
 class _Stream(io.RawIOBase):

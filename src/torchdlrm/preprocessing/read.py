@@ -19,10 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from torchdlrm.data.log.cut import Chunk, read_chunks
-from torchdlrm.data.log.files import LogFile
+from torchdlrm.data.log.files import LogFile, reading
 from torchdlrm.data.log.parquet import read_row_groups
 from torchdlrm.data.log.text import ParsedChunk, parse_chunk
-from torchdlrm.errors import LogError
 from torchdlrm.features.schema import FeatureSchema, SparseColumn
 from torchdlrm.features.value_hash import hash_values
 from torchdlrm.files import replacing
@@ -58,7 +57,7 @@ def unpack(file: LogFile, schema: FeatureSchema, chunk_bytes: int, folder: Path,
         LogError: the file is damaged, or not what the schema says.
     """
     sizes = []
-    for i, (lines, _) in enumerate(read_chunks(file, schema, chunk_bytes)):
+    for i, lines in enumerate(read_chunks(file, schema, chunk_bytes)):
         path = folder / f"{name}-{i:05d}"
         if not path.exists():
             with replacing(path) as temporary, pa.CompressedOutputStream(str(temporary), "lz4") as packed:
@@ -106,20 +105,12 @@ def _parse(task: ReadTask) -> ParsedChunk:
         with pa.CompressedInputStream(pa.OSFile(str(task.text), "rb"), "lz4") as packed:
             parsed = parse_chunk(packed.read(), task.layout)
     else:
-        parsed = parse_chunk(_read_bytes(task.file, task.chunk), task.layout)
+        with reading(task.file.path), task.file.path.open("rb") as text:
+            text.seek(task.chunk.start)
+            lines = text.read(task.chunk.end - task.chunk.start)
+        parsed = parse_chunk(lines, task.layout)
     task.file.check_unchanged()
     return parsed
-
-
-def _read_bytes(file: LogFile, chunk: Chunk) -> bytes:
-    try:
-        with file.path.open("rb") as text:
-            text.seek(chunk.start)
-            lines = text.read(chunk.end - chunk.start)
-    except OSError as error:
-        msg = f"{file.path}: cannot be read: {error.strerror or error}"
-        raise LogError(msg) from error
-    return lines
 
 
 def encode_column(

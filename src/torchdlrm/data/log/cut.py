@@ -7,14 +7,11 @@ A line end inside a quoted cell ends no row.  Of a line that is longer than any 
 it is a bad row, and must not fill the memory.
 """
 
-import gzip
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, cast
+from typing import IO
 
-from torchdlrm.data.log.files import LogFile
+from torchdlrm.data.log.files import LogFile, open_text, reading
 from torchdlrm.data.log.quotes import last_row_end
 from torchdlrm.errors import LogError
 from torchdlrm.features.schema import FeatureSchema
@@ -43,7 +40,7 @@ def plan_chunks(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> list[
     Raises:
         LogError: the file cannot be read, or a quoted cell has no end.
     """
-    with reading(file), file.path.open("rb") as text:
+    with open_text(file) as text:
         rest = _without_header(text, schema)
         start = text.tell() - len(rest)
         chunks = []
@@ -73,22 +70,16 @@ def _next_line_end(text: IO[bytes], at: int, file: LogFile) -> int:
     return file.size_bytes
 
 
-def read_chunks(file: LogFile, schema: FeatureSchema, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[bytes, int]]:
-    """Cut a file at row ends into chunks of at most `chunk_bytes`; yields (rows, bytes of the file read so far).
+def read_chunks(file: LogFile, schema: FeatureSchema, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """Cut a file at row ends into chunks of at most `chunk_bytes`.
 
     A chunk is larger where a row is.  A byte-order mark is dropped, and the header where the schema has one.
 
     Raises:
         LogError: the file cannot be read, ends in the middle of its gzip stream, or has a quoted cell without an end.
     """
-    with reading(file), file.path.open("rb") as raw:
-        is_gzip = file.format == "gzip"
-        text: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if is_gzip else raw
-        rest = _without_header(text, schema)
-        offset_bytes = raw.tell() - len(rest)
-        for lines, num_bytes in _cut(text, rest, file, schema, chunk_bytes):
-            offset_bytes += num_bytes
-            yield lines, raw.tell() if is_gzip else offset_bytes
+    with open_text(file) as text:
+        yield from cut_stream(text, _without_header(text, schema), file, schema, chunk_bytes)
         file.check_unchanged()
 
 
@@ -100,7 +91,7 @@ def cut_stream(
     Raises:
         LogError: as `read_chunks`.
     """
-    with reading(file):
+    with reading(file.path):
         for lines, _ in _cut(text, start, file, schema, chunk_bytes):
             yield lines
 
@@ -136,23 +127,6 @@ def _skip_line(text: IO[bytes]) -> tuple[int, bytes]:
         if end:
             return num_bytes, rest
     return num_bytes, b""
-
-
-@contextmanager
-def reading(file: LogFile) -> Iterator[None]:
-    """What goes wrong inside is told as a fault of the file.
-
-    Raises:
-        LogError: it cannot be read, or its gzip stream is damaged.
-    """
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        msg = f"{file.path}: the gzip stream is damaged or cut off ({error}); fetch the file again"
-        raise LogError(msg) from error
-    except OSError as error:
-        msg = f"{file.path}: cannot be read: {error.strerror or error}"
-        raise LogError(msg) from error
 
 
 def _last_row_end(lines: bytes, schema: FeatureSchema) -> int:

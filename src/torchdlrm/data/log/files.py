@@ -1,14 +1,17 @@
-"""The files of a raw log: which there are, in which order, and whether they are still what they were.
+"""The files of a raw log: which there are, in which order, whether they are still what they were, and their text.
 
 In: paths.  Out: `LogFile`s in the order of time, each with a fingerprint.
 """
 
+import gzip
 import re
 import shlex
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal, cast
 
 from torchdlrm.errors import LogError
 
@@ -59,11 +62,8 @@ class LogFile:
         Raises:
             LogError: its size or its time of modification is another.
         """
-        try:
+        with reading(self.path):
             now = self.path.stat()
-        except OSError as error:
-            msg = f"{self.path}: cannot be read: {error.strerror or error}"
-            raise LogError(msg) from error
         if now.st_size != self.size_bytes or (self.modified_ns and now.st_mtime_ns != self.modified_ns):
             msg = f"{self.path}: the file changed while it was read; start again when nothing writes to it"
             raise LogError(msg)
@@ -88,7 +88,9 @@ def find_files(paths: Sequence[Path]) -> tuple[LogFile, ...]:
             msg = f"{path}: the file is empty"
             raise LogError(msg)
         day = _DAY.match(path.name)
-        files.append(LogFile(path, stat.st_size, int(day[1]) if day else None, stat.st_mtime_ns, _format_of(path)))
+        with reading(path), path.open("rb") as start:
+            file_format = recognize_format(start.read(MAGIC_BYTES), path)
+        files.append(LogFile(path, stat.st_size, int(day[1]) if day else None, stat.st_mtime_ns, file_format))
     resolved = [file.path.resolve() for file in files]
     for i, file in enumerate(files):
         if resolved[i] in resolved[:i]:
@@ -97,16 +99,6 @@ def find_files(paths: Sequence[Path]) -> tuple[LogFile, ...]:
     if all(file.day is not None for file in files):
         files.sort(key=lambda file: (file.day, file.name))
     return tuple(files)
-
-
-def _format_of(path: Path) -> FileFormat:
-    try:
-        with path.open("rb") as file:
-            start = file.read(MAGIC_BYTES)
-    except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror or error}"
-        raise LogError(msg) from error
-    return recognize_format(start, path)
 
 
 def recognize_format(start: bytes, path: Path) -> FileFormat:
@@ -123,3 +115,36 @@ def recognize_format(start: bytes, path: Path) -> FileFormat:
     if start.startswith(_GZIP_MAGIC):
         return "gzip"
     return "parquet" if start.startswith(_PARQUET_MAGIC) else "text"
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong inside is told as a fault of the file.
+
+    Raises:
+        LogError: it cannot be read, or its gzip stream is damaged.
+    """
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        msg = f"{path}: the gzip stream is damaged or cut off ({error}); fetch the file again"
+        raise LogError(msg) from error
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror or error}"
+        raise LogError(msg) from error
+
+
+@contextmanager
+def open_text(file: LogFile) -> Iterator[IO[bytes]]:
+    """The text of a file, unpacked.
+
+    Raises:
+        LogError: as `reading`, also for what goes wrong inside.
+    """
+    with reading(file.path), file.path.open("rb") as raw:
+        yield unpacked(raw, file.format)
+
+
+def unpacked(raw: IO[bytes], file_format: FileFormat) -> IO[bytes]:
+    """The text of an open file."""
+    return cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if file_format == "gzip" else raw

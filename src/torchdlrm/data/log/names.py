@@ -5,13 +5,11 @@ ignored.
 """
 
 import csv
-import gzip
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import IO, cast
 
-from torchdlrm.data.log.cut import read_header, reading
-from torchdlrm.data.log.files import LogFile
+from torchdlrm.data.log.cut import read_header
+from torchdlrm.data.log.files import LogFile, open_text
 from torchdlrm.errors import LogError
 from torchdlrm.features.schema import Column, FeatureSchema, IgnoredColumn
 
@@ -27,12 +25,10 @@ def schema_of_file(file: LogFile, schema: FeatureSchema) -> FeatureSchema:
     """
     if not schema.header or file.format == "parquet":
         return schema
-    with reading(file), file.path.open("rb") as raw:
-        text: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if file.format == "gzip" else raw
+    with open_text(file) as text:
         line, _ = read_header(text)
     names = names_of(line, schema)
-    needed = [column for column in schema.columns if not isinstance(column, IgnoredColumn)]
-    found = found_by_name(names, f"{file.path}, line 1 (header)", schema, needed, f"the schema {schema.name!r}")
+    found = found_by_name(names, f"{file.path}, line 1 (header)", schema, schema.used, f"the schema {schema.name!r}")
     return schema.with_columns([column or ignored(i, names[i]) for i, column in enumerate(found)])
 
 
@@ -69,7 +65,7 @@ def found_by_name(
             f"{', '.join(names[:_MOST_NAMES_TOLD])}{more}"
         )
         raise LogError(msg)
-    read = {column.log_name for column in schema.columns if not isinstance(column, IgnoredColumn)}
+    read = {column.log_name for column in schema.used}
     twice = sorted({name for name in names if name in read and list(names).count(name) > 1})
     if twice:
         msg = f"{where}: names the column {', '.join(twice)} more than once, and only one of them can be meant"

@@ -8,6 +8,10 @@ A number is itself, as it is in a request to a server: for a column of kind `hex
 the column holds integers, and NaN is a missing value.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +24,7 @@ from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.cells import to_typed_columns
 from torchdlrm.features.kinds import FLOAT, KINDS, map_lists
-from torchdlrm.features.schema import Column, FeatureSchema, IgnoredColumn, SparseColumn, TimeColumn
+from torchdlrm.features.schema import Column, FeatureSchema, SparseColumn, TimeColumn
 
 _LIST_TYPES = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _CELL_TYPES = (
@@ -47,15 +51,11 @@ def plan_row_groups(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> l
     Raises:
         LogError: the file cannot be read, lacks a column of the schema, or has one of a type that is no cell.
     """
-    try:
+    with reading_parquet(file.path):
         metadata = pq.read_metadata(file.path)
         arrow_schema = metadata.schema.to_arrow_schema()
-    except (OSError, pa.ArrowException) as error:
-        raise LogError(unreadable(file, error)) from error
-    found_by_name(arrow_schema.names, str(file.path), schema, _used(schema), f"the schema {schema.name!r}")
-    wrong = [
-        fault for column in _used(schema) if (fault := type_fault(arrow_schema.field(column.log_name).type, column))
-    ]
+    found_by_name(arrow_schema.names, str(file.path), schema, schema.used, f"the schema {schema.name!r}")
+    wrong = [fault for column in schema.used if (fault := type_fault(arrow_schema.field(column.log_name).type, column))]
     if wrong:
         raise LogError("\n".join([f"{file.path}: columns that cannot be read as the schema says", *wrong]))
     chunks, start, size_bytes = [], 0, 0
@@ -75,26 +75,28 @@ def read_row_groups(
     Raises:
         LogError: the file is damaged, or a list stands where the schema has one value.
     """
-    used = _used(schema)
-    try:
-        names = [column.log_name for column in used]
+    with reading_parquet(file.path):
+        names = [column.log_name for column in schema.used]
         table = pq.ParquetFile(file.path).read_row_groups(list(row_groups), columns=names)
-    except (OSError, pa.ArrowException) as error:
-        raise LogError(unreadable(file, error)) from error
     frame = pl.DataFrame(table)
-    text = pl.DataFrame([cells_as_text(frame[column.log_name], column, file) for column in used])
+    text = pl.DataFrame([cells_as_text(frame[column.log_name], column, file) for column in schema.used])
     bad_rows = BadRows()
     typed, good = to_typed_columns(text, schema, bad_rows, is_label_optional=is_label_optional)
     return ParsedChunk.of(typed, good, frame.height, bad_rows)
 
 
-def _used(schema: FeatureSchema) -> list[Column]:
-    return [column for column in schema.columns if not isinstance(column, IgnoredColumn)]
+@contextmanager
+def reading_parquet(path: Path) -> Iterator[None]:
+    """What goes wrong inside is told as a fault of the file.
 
-
-def unreadable(file: LogFile, error: Exception) -> str:
-    """What is told of a file that cannot be read."""
-    return f"{file.path}: the Parquet file cannot be read ({error}); fetch the file again"
+    Raises:
+        LogError: it cannot be read.
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        msg = f"{path}: the Parquet file cannot be read ({error}); fetch the file again"
+        raise LogError(msg) from error
 
 
 def type_fault(arrow_type: pa.DataType, column: Column) -> str | None:

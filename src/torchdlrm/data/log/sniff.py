@@ -4,16 +4,15 @@ In: the start of a text.  Out: the separator that cuts most of its lines into th
 cells are quoted; a log that is cut otherwise than its schema says is refused before any work.
 """
 
-import gzip
 import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import IO, Self, cast
+from typing import Self
 
-from torchdlrm.data.log.cut import BYTE_ORDER_MARK, reading
-from torchdlrm.data.log.files import LogFile
+from torchdlrm.data.log.cut import BYTE_ORDER_MARK
+from torchdlrm.data.log.files import LogFile, open_text
 from torchdlrm.data.log.quotes import find_quoted, last_row_end
 from torchdlrm.errors import LogError
 from torchdlrm.features.schema import FeatureSchema
@@ -93,8 +92,7 @@ def check_layout(file: LogFile, schema: FeatureSchema, max_bad_rows: int) -> Non
     """
     if file.format == "parquet":
         return
-    with reading(file), file.path.open("rb") as raw:
-        text = cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if file.format == "gzip" else raw
+    with open_text(file) as text:
         head = text.read(_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK)
     if len(head) == _HEAD_BYTES:
         head = head[: last_row_end(head, schema.separator) if schema.quote else head.rfind(b"\n") + 1]

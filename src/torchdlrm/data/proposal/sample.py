@@ -10,21 +10,20 @@ In: a file, a number of rows.  Out: their cells as preprocessing reads them, and
 | Parquet | half a million rows, or 256 MiB, of up to 16 row groups; of that, evenly spaced batches are kept |
 """
 
-import gzip
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, TypeVar, cast
+from typing import IO, TypeVar
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torchdlrm.data.log.cut import BYTE_ORDER_MARK, reading
-from torchdlrm.data.log.files import LogFile
-from torchdlrm.data.log.parquet import cells_as_text, type_fault, unreadable
+from torchdlrm.data.log.cut import BYTE_ORDER_MARK
+from torchdlrm.data.log.files import LogFile, open_text
+from torchdlrm.data.log.parquet import cells_as_text, reading_parquet, type_fault
 from torchdlrm.data.log.quotes import find_quoted, last_row_end
 from torchdlrm.data.log.sniff import SEPARATORS, is_quoted, sniff
 from torchdlrm.data.log.text import ParsedChunk, parse_chunk
@@ -102,11 +101,11 @@ def check_names(file: LogFile, names: Sequence[str]) -> None:
 
 def _of_text(file: LogFile, num_rows: int) -> Sample:
     block_bytes = max(_MIN_BLOCK_BYTES, num_rows * _BYTES_A_ROW // NUM_PLACES)
-    with reading(file), file.path.open("rb") as raw:
+    with open_text(file) as text:
         if file.format == "gzip":
-            blocks, origin = _gzip_blocks(raw, block_bytes)
+            blocks, origin = _gzip_blocks(text, block_bytes)
         else:
-            blocks, origin = _plain_blocks(raw, file.size_bytes, block_bytes)
+            blocks, origin = _plain_blocks(text, file.size_bytes, block_bytes)
         file.check_unchanged()
     start = blocks[0].removeprefix(BYTE_ORDER_MARK)
     cut = sniff(start, file)
@@ -171,18 +170,17 @@ def _origin(frame: pl.DataFrame, places: str, *, is_whole: bool) -> str:
     return f"all {frame.height:,} rows" if is_whole else f"{frame.height:,} rows from {places}"
 
 
-def _plain_blocks(raw: IO[bytes], size_bytes: int, block_bytes: int) -> tuple[list[bytes], str]:
+def _plain_blocks(text: IO[bytes], size_bytes: int, block_bytes: int) -> tuple[list[bytes], str]:
     if size_bytes <= NUM_PLACES * block_bytes:
-        return [raw.read()], "all over it"
+        return [text.read()], "all over it"
     blocks = []
     for place in range(NUM_PLACES):
-        raw.seek((size_bytes - block_bytes) * place // (NUM_PLACES - 1))
-        blocks.append(raw.read(block_bytes))
+        text.seek((size_bytes - block_bytes) * place // (NUM_PLACES - 1))
+        blocks.append(text.read(block_bytes))
     return blocks, f"{NUM_PLACES} places of its {show_bytes(size_bytes)}"
 
 
-def _gzip_blocks(raw: IO[bytes], block_bytes: int) -> tuple[list[bytes], str]:
-    text = cast("IO[bytes]", gzip.GzipFile(fileobj=raw))
+def _gzip_blocks(text: IO[bytes], block_bytes: int) -> tuple[list[bytes], str]:
     blocks, stride, num_read = _thinned(iter(lambda: text.read(block_bytes), b""), _MAX_UNPACKED_BYTES // block_bytes)
     if stride == 1:
         return [b"".join(blocks)], "all over it"
@@ -249,13 +247,10 @@ def _looks_like_header(frame: pl.DataFrame) -> bool:
 
 
 def _of_parquet(file: LogFile, num_rows: int) -> Sample:
-    try:
-        with pq.ParquetFile(file.path, memory_map=True) as parquet:
-            names, about = parquet.schema_arrow.names, parquet.metadata
-            check_names(file, names)
-            table, places = _spread_batches(parquet, num_rows)
-    except (OSError, pa.ArrowException) as error:
-        raise LogError(unreadable(file, error)) from error
+    with reading_parquet(file.path), pq.ParquetFile(file.path, memory_map=True) as parquet:
+        names, about = parquet.schema_arrow.names, parquet.metadata
+        check_names(file, names)
+        table, places = _spread_batches(parquet, num_rows)
     columns, unread, floating = [], {}, []
     for i, cells in enumerate(table.columns):
         column = _column_of(cells.type, f"column_{i}")
