@@ -124,7 +124,7 @@ class _Answers:
     async def model_ready(self, request: Request) -> Response:
         served = self._service.check_model(**request.path_params)
         if not self._service.is_ready:
-            return _state(self._service.is_ready, "ready")
+            return await self.ready(request)
         return _json({"name": self._service.name, "version": served.version, "ready": True})
 
     async def infer(self, request: Request) -> Response:

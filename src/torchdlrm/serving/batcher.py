@@ -243,7 +243,7 @@ class Batcher:
         results: list[Answer | Exception] | None = None
         started_s = time.perf_counter()
         if batch.is_small and self._last_small_s <= self._quick_s and batch.model.is_verified:
-            results = self._answer_on_fast_path(batch)
+            results = self._answer_together(batch)
         if results is None:
             self._is_busy = True
             self._batches.put(batch)
@@ -312,21 +312,18 @@ class Batcher:
                 return  # the loop is closed: nobody waits for an answer any more
             del batch, results  # while the thread waits, nothing keeps a bundle that was swapped away
 
-    def _answer_on_fast_path(self, batch: _Batch) -> list[Answer | Exception] | None:
-        """Predict in the event loop; None where one of several requests fails: to find it takes too long here."""
-        try:
-            return list(self._predict(batch))
-        except Exception as error:  # noqa: BLE001 - as below
-            return [_without_trace(error)] if len(batch.parts) == 1 else None
-
-    def _answer(self, batch: _Batch) -> list[Answer | Exception]:
+    def _answer_together(self, batch: _Batch) -> list[Answer | Exception] | None:
+        """Predict a batch; None where one of several requests fails: to find it takes too long in the event loop."""
         try:
             return list(self._predict(batch))
         except Exception as error:  # noqa: BLE001 - whatever it is, the server continues, and the client gets an answer
-            if len(batch.parts) == 1:
-                return [_without_trace(error)]
-            # One of the requests may be to blame: each by itself, so that the others are answered.
-            return [self._answer(_Batch(batch.model, [part], batch.started_s))[0] for part in batch.parts]
+            return [_without_trace(error)] if len(batch.parts) == 1 else None
+
+    def _answer(self, batch: _Batch) -> list[Answer | Exception]:
+        if (results := self._answer_together(batch)) is not None:
+            return results
+        # One of the requests may be to blame: each by itself, so that the others are answered.
+        return [self._answer(_Batch(batch.model, [part], batch.started_s))[0] for part in batch.parts]
 
     def _predict(self, batch: _Batch) -> Iterator[Answer]:
         started_s = time.perf_counter()

@@ -44,11 +44,7 @@ _SECONDS_BETWEEN_LINES: Final = 10.0
 
 
 class Connections:
-    """All connections of a process, and how long each may take.
-
-    Args:
-        options: whose times these are.
-    """
+    """All connections of a process, and how long each may take."""
 
     def __init__(self, options: ServeOptions) -> None:
         self.options = options

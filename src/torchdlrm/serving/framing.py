@@ -9,6 +9,7 @@ other.  What two programs on the way could read differently is refused (RFC 9112
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final, Literal
@@ -67,7 +68,8 @@ class RequestReader:
 
     def __init__(self) -> None:
         self._data, self._at = b"", 0
-        self._next = RequestReader._head  # not bound: an object that refers to itself waits for the collector
+        # Not bound: an object that refers to itself waits for the collector.
+        self._next: Callable[[RequestReader], Event | None] = RequestReader._head
         self._left = 0  # bytes of the body, or of its chunk
         self._header_bytes = 0  # of this request: its head, what its chunks carry besides the body, its trailers
 
@@ -162,16 +164,14 @@ class RequestReader:
         return END
 
     def _body(self) -> Event | None:
-        piece = self._piece()
-        if not self._left:
-            self._next = RequestReader._end
-        return piece
+        return self._piece(RequestReader._end)
 
-    def _piece(self) -> bytes | None:
-        at = self._at
-        piece = self._data[at : at + self._left]
+    def _piece(self, behind: "Callable[[RequestReader], Event | None]") -> bytes | None:
+        piece = self._data[self._at : self._at + self._left]
         self._at += len(piece)
         self._left -= len(piece)
+        if not self._left:
+            self._next = behind
         return piece or None
 
     def _chunk_size(self) -> Event | None:
@@ -191,10 +191,7 @@ class RequestReader:
         return self._next(self)
 
     def _chunk(self) -> Event | None:
-        piece = self._piece()
-        if not self._left:
-            self._next = RequestReader._chunk_end
-        return piece
+        return self._piece(RequestReader._chunk_end)
 
     def _chunk_end(self) -> Event | None:
         end = self._data[self._at : self._at + 2]

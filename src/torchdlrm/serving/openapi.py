@@ -155,14 +155,12 @@ _REFUSED = (400, 408, 413, 415, 500, 503, 504)
 
 
 def _operation(summary: str, answer: str | None, request: str | None = None, *errors: int) -> Json:
-    responses: Json = {"200": _answer(answer, "done")}
-    for code in errors:
-        responses[str(code)] = _answer("Error", _REASONS[code])
-    if "503" in responses:
+    responses = {str(code): _answer("Error", _REASONS[code]) for code in errors}
+    if 503 in errors:
         responses["503"]["headers"] = {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "description": "s"}}
-    operation: Json = {"summary": summary, "responses": responses}
-    if "503" not in responses:
+    else:
         responses["503"] = _answer("Error", _REASONS[503])  # the middleware refuses what is one too many
+    operation: Json = {"summary": summary, "responses": {"200": _answer(answer, "done"), **responses}}
     if request is not None:
         content = {"application/json": {"schema": _ref(request)}}
         operation["requestBody"] = {"required": True, "content": content}

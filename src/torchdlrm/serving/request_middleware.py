@@ -29,12 +29,7 @@ def refusal(error: RefusedRequest) -> Response:
 
 
 class RequestMiddleware:
-    """An ASGI app in front of another, which refuses, counts and logs requests.
-
-    Args:
-        app: what answers.
-        service: whose limits, keys and metrics these are.
-    """
+    """An ASGI app in front of another, which refuses, counts and logs requests."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service

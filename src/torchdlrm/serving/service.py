@@ -55,6 +55,7 @@ class Service:
 
     Attributes:
         name: what clients call the model, whichever bundle is served.
+        is_draining: whether the server is about to stop, and so is not ready; the worker sets it.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Service:
         if options.log_predictions is not None:
             check_loggable(served.schema)
             self._request_log = RequestLog(options.log_predictions, self.metrics.rows_lost)
-        self._is_draining = False
+        self.is_draining = False
         self._damaged: Predictor | None = None
         self._numbers = itertools.count(1)
         self._id_prefix = f"{os.getpid():x}-{secrets.token_hex(4)}"
@@ -104,19 +105,10 @@ class Service:
         if self._request_log is not None:
             self._request_log.close()
 
-    def drain(self) -> None:
-        """Report from now on that the server is not ready."""
-        self._is_draining = True
-
-    @property
-    def is_draining(self) -> bool:
-        """Whether the server is about to stop."""
-        return self._is_draining
-
     @property
     def is_ready(self) -> bool:
         """Whether requests should be sent here."""
-        return not (self._is_draining or self.is_damaged()) and self.is_live
+        return not (self.is_draining or self.is_damaged()) and self.is_live
 
     def is_damaged(self) -> bool:
         """Tell whether the bundle's files are not what was loaded any more, and log it the first time."""

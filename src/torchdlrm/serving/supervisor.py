@@ -42,13 +42,7 @@ class _Worker:
 
 
 class Supervisor:
-    """Starts and replaces the workers of a server; `run` in the main thread.
-
-    Args:
-        bundle: the bundle's folder, or a symbolic link to one.
-        options: of the server.
-        listener: listens for HTTP; is closed when the server stops.
-    """
+    """Starts and replaces the workers of a server; `run` in the main thread, which ends with the listener closed."""
 
     def __init__(self, bundle: Path, options: ServeOptions, listener: socket.socket) -> None:
         self._bundle, self._options, self._listener = bundle, options, listener

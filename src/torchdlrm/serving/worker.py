@@ -17,6 +17,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 
 import uvicorn
+import uvloop
 
 from torchdlrm.errors import TorchDLRMError
 from torchdlrm.serving.app import build_app
@@ -40,24 +41,12 @@ class _Server(uvicorn.Server):
 
 
 def run_worker(
-    bundle: Path,
-    options: ServeOptions,
-    listener: socket.socket,
-    ready: Ready,
-    *,
-    is_checked: bool = False,
+    bundle: Path, options: ServeOptions, listener: socket.socket, ready: Ready, *, is_checked: bool = False
 ) -> int:
-    """Serve until a signal says to stop.
+    """Serve until a signal says to stop; return the exit code.
 
-    Args:
-        bundle: the bundle's folder, or a symbolic link to one.
-        options: of the server.
-        listener: listens for HTTP.
-        ready: is called when requests can be answered.
-        is_checked: whether another process has just checked all of the bundle.
-
-    Returns:
-        The exit code.
+    `listener` listens for HTTP, and `ready` is called when requests can be answered.  `is_checked` says that another
+    process has just checked all of the bundle.
 
     Raises:
         BundleError: the bundle cannot be served.
@@ -72,15 +61,9 @@ def run_worker(
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
-        with asyncio.Runner(loop_factory=_new_loop) as runner:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(service, listener, ready))
     return 0
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    import uvloop  # noqa: PLC0415 - not at all where only the options of a server are wanted
-
-    return uvloop.new_event_loop()
 
 
 def _notify_others() -> None:
@@ -140,7 +123,7 @@ async def _serve(service: Service, listener: socket.socket, ready: Ready) -> Non
         log_event(logging.WARNING, "no API key", message=msg)
     ready(service.name, version, None if rpc is None else rpc.port)
     await asyncio.wait({serving, loop.create_task(stopping.wait())}, return_when=asyncio.FIRST_COMPLETED)
-    service.drain()
+    service.is_draining = True
     note_event("draining")
     await asyncio.sleep(options.drain_s)
     server.should_exit = True

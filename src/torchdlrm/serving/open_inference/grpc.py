@@ -178,9 +178,6 @@ class GrpcServer:
 
         One that does not come soon is, for the limits of what comes slowly, as large as any may be: grpc does not tell
         how much of it there is.
-
-        Raises:
-            RefusedRequest: it does not come, or not in time.
         """
         options, uploads, loop = self._service.options, self._service.uploads, asyncio.get_running_loop()
         try:
@@ -200,11 +197,7 @@ class GrpcServer:
         return message
 
     def _check_room(self, name: str) -> None:
-        """Refuse a call, before anything is done for it, where there is too much to do.
-
-        Raises:
-            RefusedRequest: too many are being answered; health is always answered.
-        """
+        """Refuse a call, unless it asks for health, before anything is done for it, where there is too much to do."""
         if name in _HEALTH:
             return
         limit = self._service.options.max_concurrent_requests

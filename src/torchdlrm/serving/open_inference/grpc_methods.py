@@ -15,7 +15,7 @@ from torchdlrm.serving.batcher import PredictionRequest
 from torchdlrm.serving.open_inference.columns import OUTPUT, Inputs, model_metadata, rows_of_tensors
 from torchdlrm.serving.open_inference.http import (
     EXTENSIONS,
-    MAX_ID_CHARACTERS,
+    check_id,
     check_num_outputs,
     check_output,
     check_parameters,
@@ -31,13 +31,9 @@ _MAX_NAMES_BYTES = 4 << 10  # of a message that has nothing but names
 # Besides the values of a tensor: its name, datatype and shape, four fields for each parameter, and its raw contents.
 _FIELDS_PER_INPUT = 64
 _CONTENTS = {
-    "INT8": "int_contents",
-    "INT16": "int_contents",
-    "INT32": "int_contents",
+    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
     "INT64": "int64_contents",
-    "UINT8": "uint_contents",
-    "UINT16": "uint_contents",
-    "UINT32": "uint_contents",
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
     "UINT64": "uint64_contents",
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
@@ -117,9 +113,7 @@ def parse(name: str, message: bytes, service: Service) -> Any:
 def _rows(request: Any, schema: FeatureSchema, max_rows: int) -> Rows:
     items: Sequence[Any] = request.inputs
     raw: Sequence[bytes] = request.raw_input_contents
-    if len(request.id) > MAX_ID_CHARACTERS:
-        msg = f"id: needs a text of at most {MAX_ID_CHARACTERS} characters"
-        raise bad_request(msg)
+    check_id(request.id)
     check_parameters(request.parameters, "the request")
     check_num_outputs(len(request.outputs))
     for output in request.outputs:

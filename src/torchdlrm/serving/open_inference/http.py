@@ -22,7 +22,7 @@ from torchdlrm.serving.open_inference.tensors import from_bytes, from_json
 from torchdlrm.serving.refusals import bad_request
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-MAX_ID_CHARACTERS = 256
+_MAX_ID_CHARACTERS = 256
 EXTENSIONS = ["binary_tensor_data"]
 
 
@@ -89,7 +89,7 @@ def parse_infer(
         msg = f"{len(rest):,} bytes follow the JSON, but the inputs' binary_data_size account for {position:,}"
         raise bad_request(msg)
     parameters = _parameters(request, "the request")
-    request_id, is_binary = _request_id(request), _wants_binary(request, parameters)
+    request_id, is_binary = check_id(request.get("id")), _wants_binary(request, parameters)
     timeout_us = _timeout_us(parameters)
     return InferRequest(rows_of_tensors(tensors, inputs, schema), request_id, is_binary, timeout_us)
 
@@ -141,12 +141,12 @@ def _parameters(holder: Mapping[str, Any], what: str) -> Mapping[str, Any]:
     return parameters
 
 
-def _request_id(request: Mapping[str, Any]) -> str | None:
-    request_id = request.get("id")
-    if request_id is not None and (not isinstance(request_id, str) or len(request_id) > MAX_ID_CHARACTERS):
-        msg = f"id: needs a text of at most {MAX_ID_CHARACTERS} characters"
-        raise bad_request(msg)
-    return request_id
+def check_id(request_id: object) -> str | None:
+    """Refuse an id that is no text, or a long one; return it."""
+    if request_id is None or (isinstance(request_id, str) and len(request_id) <= _MAX_ID_CHARACTERS):
+        return request_id
+    msg = f"id: needs a text of at most {_MAX_ID_CHARACTERS} characters"
+    raise bad_request(msg)
 
 
 def _wants_binary(request: Mapping[str, Any], parameters: Mapping[str, Any]) -> bool:
@@ -166,22 +166,14 @@ def _wants_binary(request: Mapping[str, Any], parameters: Mapping[str, Any]) -> 
 
 
 def check_num_outputs(num_outputs: int) -> None:
-    """Refuse a client that asks for more outputs than there are.
-
-    Raises:
-        RefusedRequest: it does.
-    """
+    """Refuse a client that asks for more outputs than there are."""
     if num_outputs > 1:
         msg = f"outputs: {num_outputs:,} are asked for, and there is one, {OUTPUT!r}"
         raise bad_request(msg)
 
 
 def check_output(name: object, parameters: Mapping[str, Any]) -> None:
-    """Refuse a client that asks for another output, or for another form of it.
-
-    Raises:
-        RefusedRequest: there is none of that name, or no such way.
-    """
+    """Refuse a client that asks for another output, or for another form of it."""
     if name != OUTPUT:
         msg = f"outputs: {shown(name)} is none; the only output is {OUTPUT!r}"
         raise bad_request(msg)
@@ -190,11 +182,7 @@ def check_output(name: object, parameters: Mapping[str, Any]) -> None:
 
 
 def check_parameters(names: Iterable[str], what: str) -> None:
-    """Refuse a client that asks for memory to be shared.
-
-    Raises:
-        RefusedRequest: it does.
-    """
+    """Refuse a client that asks for memory to be shared."""
     for name in names:
         if name.startswith("shared_memory"):
             msg = f"parameters of {what}: {shown(name)}: this server shares no memory with clients; send the data"

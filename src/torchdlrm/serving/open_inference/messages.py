@@ -17,6 +17,13 @@ from torchdlrm.serving.refusals import too_large
 PACKAGE = "inference"
 SERVICE = "GRPCInferenceService"
 
+_TENSOR = [
+    ("name", 1, "string"),
+    ("datatype", 2, "string"),
+    ("shape", 3, "[int64]"),
+    ("parameters", 4, "{InferParameter}"),
+    ("contents", 5, "InferTensorContents"),
+]
 # message -> fields as (name, number, type); [] is repeated, {} a map from string, | one of a group.
 MESSAGES: dict[str, list[tuple[str, int, str]]] = {
     "ServerLiveRequest": [],
@@ -53,21 +60,9 @@ MESSAGES: dict[str, list[tuple[str, int, str]]] = {
         ("fp64_contents", 7, "[double]"),
         ("bytes_contents", 8, "[bytes]"),
     ],
-    "InferInputTensor": [
-        ("name", 1, "string"),
-        ("datatype", 2, "string"),
-        ("shape", 3, "[int64]"),
-        ("parameters", 4, "{InferParameter}"),
-        ("contents", 5, "InferTensorContents"),
-    ],
+    "InferInputTensor": _TENSOR,
     "InferRequestedOutputTensor": [("name", 1, "string"), ("parameters", 2, "{InferParameter}")],
-    "InferOutputTensor": [
-        ("name", 1, "string"),
-        ("datatype", 2, "string"),
-        ("shape", 3, "[int64]"),
-        ("parameters", 4, "{InferParameter}"),
-        ("contents", 5, "InferTensorContents"),
-    ],
+    "InferOutputTensor": _TENSOR,
     "ModelInferRequest": [
         ("model_name", 1, "string"),
         ("model_version", 2, "string"),

@@ -82,7 +82,7 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) ->
             msg = f"input {name!r}: BYTES are strings in JSON, but there is {shown(_first(flat, {str}))}"
             raise bad_request(msg)
         try:
-            return Tensor(name, datatype, shape, _without_empty(pl.Series(name, flat, pl.String)))
+            return _of_texts(name, shape, flat)
         except UnicodeEncodeError as error:
             msg = f"input {name!r}: half of a surrogate pair is no text"
             raise bad_request(msg) from error
@@ -102,7 +102,7 @@ def from_bytes(name: str, datatype: str, shape: tuple[int, ...], data: memoryvie
         RefusedRequest: they are not what datatype and shape say.
     """
     if datatype == BYTES:
-        return Tensor(name, datatype, shape, _without_empty(pl.Series(name, _texts(name, shape, data), pl.String)))
+        return _of_texts(name, shape, _texts(name, shape, data))
     dtype = NUMBER_TYPES[datatype]
     expected = math.prod(shape) * dtype.itemsize
     if len(data) != expected:
@@ -115,16 +115,16 @@ def from_bytes(name: str, datatype: str, shape: tuple[int, ...], data: memoryvie
 def from_texts(name: str, shape: tuple[int, ...], texts: Sequence[bytes]) -> Tensor:
     """Make a tensor of BYTES from separate texts."""
     _check_count(name, shape, len(texts))
-    return Tensor(
-        name, BYTES, shape, _without_empty(pl.Series(name, [_decode(name, text) for text in texts], pl.String))
-    )
+    return _of_texts(name, shape, [_decode(name, text) for text in texts])
 
 
 def from_numbers(name: str, datatype: str, shape: tuple[int, ...], numbers: Sequence[float]) -> Tensor:
     """Make a tensor of what is known to be numbers."""
     _check_count(name, shape, len(numbers))
     try:
-        return Tensor(name, datatype, shape, pl.Series(name, list(numbers), _polars_type(NUMBER_TYPES[datatype])))
+        dtype = NUMBER_TYPES["FP32" if datatype == "FP16" else datatype]
+        polars_type = pl.Series(np.empty(0, dtype)).dtype
+        return Tensor(name, datatype, shape, pl.Series(name, list(numbers), polars_type))
     except (pl.exceptions.PolarsError, OverflowError, TypeError) as error:
         msg = f"input {name!r}: a number is beyond what {datatype} can hold"
         raise bad_request(msg) from error
@@ -183,10 +183,7 @@ def _first(values: Sequence[object], accepted: set[type]) -> object:
     return next(value for value in values if value is not None and type(value) not in accepted)
 
 
-def _polars_type(dtype: np.dtype[Any]) -> pl.DataType | type[pl.DataType]:
-    return pl.Series(np.empty(0, np.float32 if dtype == np.float16 else dtype)).dtype
-
-
-def _without_empty(texts: pl.Series) -> pl.Series:
-    """Take an empty text for a missing value, as in a log."""
-    return texts.set(texts == "", None) if (texts == "").any() else texts
+def _of_texts(name: str, shape: tuple[int, ...], texts: Sequence[str | None]) -> Tensor:
+    """Make a tensor of BYTES, in which an empty text is a missing value, as in a log."""
+    values = pl.Series(name, texts, pl.String)
+    return Tensor(name, BYTES, shape, values.set(values == "", None) if (values == "").any() else values)
