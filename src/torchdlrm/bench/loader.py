@@ -2,8 +2,7 @@
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.loader.loader import Loader
@@ -25,10 +24,6 @@ class LoaderBenchmark:
     rows: int
     batch_size_global: int
     rounds: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def benchmark_loader(

@@ -27,7 +27,7 @@ from torchdlrm.model.build import build_model
 from torchdlrm.progress import SILENT
 
 _DENSE = [f"int_{i}" for i in range(NUM_CRITEO_DENSE)]
-_MISSING_SHARE = 0.1  # of Criteo's cells about as many are empty
+_MISSING_FRACTION = 0.1  # of Criteo's cells about as many are empty
 _MAX_COUNT = 1000
 
 
@@ -62,8 +62,9 @@ def write_random_bundle(
         for_raw_rows: with a vocabulary of each feature, for rows of `write_random_log`; otherwise its values are ids.
     """
     path.mkdir()
-    written = write_weights(_RandomWeights(sizes), dict.fromkeys(sizes, precision), path / WEIGHTS_NAME, SILENT)
-    files = {WEIGHTS_NAME: written.record}
+    weights = _RandomWeights(sizes)
+    stored, block_sha256 = write_weights(weights, dict.fromkeys(sizes, precision), path / WEIGHTS_NAME, SILENT)
+    files = {WEIGHTS_NAME: stored}
     sparse = {
         name: ServedFeature(num_embeddings=rows, precision=precision, vocabulary=None) for name, rows in sizes.items()
     }
@@ -99,7 +100,7 @@ def write_random_bundle(
         check=None,
         files=files,
         block_bytes=BLOCK_BYTES,
-        block_sha256=written.block_sha256,
+        block_sha256=block_sha256,
     )
     (path / MANIFEST_NAME).write_text(manifest.sealed().to_json(), encoding="utf-8")
     return path
@@ -110,7 +111,7 @@ def write_random_log(path: Path, sizes: dict[str, int], num_rows: int) -> Path:
     generator = np.random.default_rng(0)
 
     def some(values: pl.Series) -> pl.Series:
-        return values.zip_with(pl.Series(generator.random(num_rows) >= _MISSING_SHARE), values.clear(1))
+        return values.zip_with(pl.Series(generator.random(num_rows) >= _MISSING_FRACTION), values.clear(1))
 
     columns = {"label": pl.Series(generator.integers(2, size=num_rows))}
     for name in _DENSE:

@@ -11,7 +11,7 @@ import itertools
 import os
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from operator import truediv
 from typing import Any
 
@@ -67,10 +67,6 @@ class StepBenchmark:
     num_processes: int
     num_threads: int
     rounds: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def benchmark_step(

@@ -9,7 +9,6 @@
 Opening a bundle runs no code that is in it: JSON, safetensors and Parquet hold data alone.
 """
 
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -42,9 +41,6 @@ class PlainIds:
     """The vocabulary of a feature whose values came as ids: those of the table's rows stand for themselves.
 
     All other values are unknown.
-
-    Args:
-        num_embeddings: rows of the table.
     """
 
     def __init__(self, num_embeddings: int) -> None:
@@ -72,14 +68,11 @@ class PlainIds:
 class Bundle:
     """An exported model; `Bundle.open` makes one.
 
-    Args:
+    Attributes:
         path: its folder.
         manifest: what it holds.
         verifier: of its weights.
         files: those that are mapped.
-        architecture: the one that the model is said to have.
-
-    Attributes:
         weights: the weights, mapped.
 
     Raises:
@@ -149,11 +142,16 @@ class Bundle:
         total = sum(manifest.files[name].size_bytes for name in small)
         progress.start_phase("verify", total + (weights_bytes if verify == "full" else 0), unit="bytes")
         for name in small:
-            _check_sha256(path / name, manifest.files[name])
+            found, written = sha256_of(path / name), manifest.files[name].sha256
+            if found != written:
+                msg = (
+                    f"{path / name}: damaged: sha256 is {found}, written was {written}; copy or export the bundle again"
+                )
+                raise BundleError(msg)
             progress.advance(manifest.files[name].size_bytes)
         verifier = BlockVerifier(path / WEIGHTS_NAME, manifest.block_sha256, in_pages=verify == "lazy")
         if verify == "full":
-            verifier.check_all(progress, num_threads=len(os.sched_getaffinity(0)))
+            verifier.check_all(progress)
         else:
             verifier.require(blocks_of(np.zeros(1, np.int64), 1, verifier.num_blocks))
         bundle = cls(path, manifest, verifier, files, architecture)
@@ -273,11 +271,4 @@ def _check_size(folder: Path, name: str, record: StoredFile) -> None:
     if size_bytes != record.size_bytes:
         found = "missing" if size_bytes is None else f"{size_bytes:,} bytes long"
         msg = f"{path}: {found}, but it was written with {record.size_bytes:,} bytes; copy the bundle again"
-        raise BundleError(msg)
-
-
-def _check_sha256(path: Path, record: StoredFile) -> None:
-    found = sha256_of(path)
-    if found != record.sha256:
-        msg = f"{path}: damaged: sha256 is {found}, written was {record.sha256}; copy or export the bundle again"
         raise BundleError(msg)

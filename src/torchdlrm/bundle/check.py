@@ -26,6 +26,7 @@ from torchdlrm.metrics import binary_metrics
 from torchdlrm.progress import ProgressListener
 
 _STANDARD_ERRORS = 3.0
+_REMEDY = "nothing was left behind. Export with a higher `precision` or `dense_precision` float32"
 
 Logits = Callable[[EncodedRows], NDArray[np.float32]]
 
@@ -125,16 +126,14 @@ def compare(
     if not difference <= allowed.difference:
         msg = (
             f"the bundle predicts other than the checkpoint: a probability differs by {difference:.2g} on "
-            f"{len(labels):,} rows of {split}, and {allowed.difference:.2g} is allowed; nothing was left behind. "
-            "Export with a higher `precision` or `dense_precision` float32"
+            f"{len(labels):,} rows of {split}, and {allowed.difference:.2g} is allowed; {_REMEDY}"
         )
         raise BundleError(msg)
     increase = logloss_increase(labels, before, after)
     if not increase.is_within(allowed.logloss_increase):
         msg = (
             f"the bundle's logloss on {len(labels):,} rows of {split} is {increase.mean:.6f} higher than the "
-            f"checkpoint's, and {allowed.logloss_increase:.6f} is allowed; nothing was left behind. Export with "
-            "a higher `precision` or `dense_precision` float32"
+            f"checkpoint's, and {allowed.logloss_increase:.6f} is allowed; {_REMEDY}"
         )
         raise BundleError(msg)
     return record

@@ -52,8 +52,11 @@ class EncodedRows:
     def part(self, start: int, stop: int) -> Self:
         """Rows `start` to `stop`."""
         if isinstance(self.sparse, tuple):
-            parts = tuple(_part_of(bags, start, stop) for bags in self.sparse)
-            return type(self)(self.dense[start:stop], parts)
+            parts = []
+            for values, offsets in self.sparse:
+                part = offsets[start : stop + 1]
+                parts.append((values[part[0] : part[-1]], part - part[0]))
+            return type(self)(self.dense[start:stop], tuple(parts))
         return type(self)(self.dense[start:stop], self.sparse[:, start:stop])
 
     def flat(self) -> tuple[NDArray[Any], NDArray[np.int32]]:
@@ -73,8 +76,8 @@ class EncodedRows:
         joined = []
         for feature in range(len(first)):
             bags: list[Bags] = [piece.sparse[feature] for piece in pieces]
-            lengths = np.concatenate([np.diff(offsets) for _, offsets in bags])
-            joined.append((np.concatenate([values for values, _ in bags]), _offsets(lengths)))
+            ends = np.cumsum(np.concatenate([np.diff(offsets) for _, offsets in bags]), dtype=np.int64)
+            joined.append((np.concatenate([values for values, _ in bags]), np.pad(ends, (1, 0))))
         return cls(dense, tuple(joined))
 
 
@@ -84,15 +87,3 @@ def _bags(column: pl.Series) -> Bags:
         return array.to_numpy(), np.arange(len(array) + 1, dtype=np.int64)
     offsets = array.offsets.to_numpy()
     return array.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0]
-
-
-def _part_of(bags: Bags, start: int, stop: int) -> Bags:
-    values, offsets = bags
-    part = offsets[start : stop + 1]
-    return values[part[0] : part[-1]], part - part[0]
-
-
-def _offsets(lengths: NDArray[Any]) -> NDArray[np.int64]:
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets

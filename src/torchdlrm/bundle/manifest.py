@@ -181,8 +181,8 @@ class BundleManifest(_Frozen):
 
     def sealed(self) -> Self:
         """The same with its `content_sha256`."""
-        content = self._content() | {"content_sha256": ""}
-        return self.model_copy(update={"content_sha256": _sha256_of(content)})
+        text = json.dumps(self._content() | {"content_sha256": ""}, ensure_ascii=False)
+        return self.model_copy(update={"content_sha256": hashlib.sha256(text.encode()).hexdigest()})
 
     def to_json(self) -> str:
         """The text of `bundle.json`; the same content gives the same text."""
@@ -238,10 +238,6 @@ class BundleManifest(_Frozen):
         if manifest.to_json() != text or manifest.sealed().content_sha256 != manifest.content_sha256:
             raise BundleError(_damaged(path, "its checksum is not that of its content"))
         return manifest
-
-
-def _sha256_of(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
 def _damaged(path: Path, why: str) -> str:

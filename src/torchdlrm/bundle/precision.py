@@ -18,19 +18,14 @@ from torch import Tensor
 
 from torchdlrm.bundle import TablePrecision
 
-TABLE_PRECISIONS: tuple[TablePrecision, ...] = ("float32", "float16", "int8", "int4")
-_SPARSE_TYPES: dict[TablePrecision, SparseType] = {
+SPARSE_TYPES: dict[TablePrecision, SparseType] = {  # what FBGEMM calls them
     "float32": SparseType.FP32,
     "float16": SparseType.FP16,
     "int8": SparseType.INT8,
     "int4": SparseType.INT4,
 }
+TABLE_PRECISIONS = tuple(SPARSE_TYPES)
 _SCALE_BIAS_BYTES = 4
-
-
-def sparse_type(precision: TablePrecision) -> SparseType:
-    """What FBGEMM calls it."""
-    return _SPARSE_TYPES[precision]
 
 
 def row_bytes(precision: TablePrecision, dim: int) -> int:

@@ -134,13 +134,11 @@ def _values(ids: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None
         return pl.Series((ids.to_numpy().astype(np.int64) * 7919 + 1) % 2**31).cast(dtype)
     if not isinstance(vocabulary, Vocabulary):
         return ids.cast(dtype)
-    known = vocabulary.table["value"]
-    found = known.gather((ids.cast(pl.Int64) - 1).clip(0, max(0, len(known) - 1))) if len(known) else None
-    unknown = _outside(vocabulary, dtype)
-    if found is None:
-        return pl.select(pl.repeat(unknown, len(ids), dtype=dtype)).to_series()
-    is_unknown = ids == UNKNOWN_ID
-    return found.zip_with(~is_unknown, pl.Series([unknown], dtype=dtype))
+    known, unknown = vocabulary.table["value"], pl.Series([_outside(vocabulary, dtype)], dtype=dtype)
+    if not len(known):
+        return unknown.new_from_index(0, len(ids))
+    found = known.gather((ids.cast(pl.Int64) - 1).clip(0, len(known) - 1))
+    return found.zip_with(ids != UNKNOWN_ID, unknown)
 
 
 def _outside(vocabulary: Vocabulary, dtype: type[pl.DataType]) -> str | int:

@@ -93,14 +93,7 @@ class ServedModel:
 
 
 class _FastForward:
-    """Dense arch, fast interaction, over arch: weights packed once, and nothing copied that need not be.
-
-    Args:
-        bundle: opened.
-        interaction: of its architecture.
-        dtype: in which all computes.
-        chunk_rows: the usual B; others work too.
-    """
+    """Dense arch, fast interaction, over arch: weights packed once, and nothing copied that need not be."""
 
     def __init__(self, bundle: Bundle, interaction: FastInteraction, dtype: torch.dtype, chunk_rows: int) -> None:
         dense, over = _layers(bundle)
@@ -180,11 +173,7 @@ def _run(layers: Sequence[_PackedLinear], inputs_BI: Tensor) -> Tensor:
 
 
 def _layers(bundle: Bundle) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-    """Weights [O, I] and biases [O] of the dense arch and of the over arch.
-
-    Raises:
-        BundleError: they are not those of the model's shape.
-    """
+    """Weights [O, I] and biases [O] of the dense arch and of the over arch, as the model's shape says."""
     weights, config = bundle.weights, bundle.shape.config
     sizes = [(product.outputs, product.inputs) for product in bundle.shape.products if product.has_weight]
     num_dense = len(config.dense_arch_layer_sizes)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.precision import row_bytes, sparse_type
+from torchdlrm.bundle.precision import SPARSE_TYPES, row_bytes
 from torchdlrm.bundle.weights_file import blocks_of
 from torchdlrm.errors import DatasetError
 from torchdlrm.model import table_weight
@@ -47,7 +47,7 @@ class TableLookup:
         # would have to be copied once more to make room for the dense vector.
         self._num_slots, self._num_behind = num_slots, num_slots - len(features) - 1
         assert self._num_behind >= 0, num_slots
-        types = [sparse_type(record.precision).as_int() for record in features.values()]
+        types = [SPARSE_TYPES[record.precision].as_int() for record in features.values()]
         behind = range(self._num_behind)
         self._tables = (
             bundle.weights.data,
@@ -93,7 +93,7 @@ class TableLookup:
                 self._verify(ids_FB)
             offsets = self._offsets.get(num_rows)
             if offsets is None or offsets.dtype != torch.from_numpy(ids_FB).dtype:
-                if len(self._offsets) > 64:  # batches of ever other sizes must not fill the memory
+                if len(self._offsets) > 64:  # batches of many sizes must not fill the memory
                     self._offsets.clear()
                 first, behind = num_rows, self._num_behind * num_rows
                 offsets = torch.from_numpy(

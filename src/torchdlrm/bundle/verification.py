@@ -69,7 +69,7 @@ class BlockVerifier:
         elif wanted:
             self._check(wanted[0])
 
-    def check_all(self, progress: ProgressListener, *, num_threads: int) -> None:
+    def check_all(self, progress: ProgressListener) -> None:
         """Check every block.
 
         Raises:
@@ -77,7 +77,7 @@ class BlockVerifier:
         """
         size_bytes = os.fstat(self._file).st_size
         blocks = np.flatnonzero(~self._good).tolist()
-        with ThreadPoolExecutor(num_threads) as pool:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for block, _ in zip(blocks, pool.map(self._check, blocks), strict=True):
                 progress.advance(min(BLOCK_BYTES, size_bytes - block * BLOCK_BYTES))
         self.is_done = True

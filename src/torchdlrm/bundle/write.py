@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -66,14 +65,6 @@ def complete_folder(path: Path) -> Iterator[Path]:
         os.close(folder)
 
 
-@dataclass(frozen=True)
-class WrittenWeights:
-    """Checksums of a weights file: of all of it, and of its blocks."""
-
-    record: StoredFile
-    block_sha256: tuple[str, ...]
-
-
 class WeightSource(Protocol):
     """Gives the weights of a model: a `CheckpointReader`, or whatever has them."""
 
@@ -113,7 +104,7 @@ def write_weights(
     precisions: Mapping[str, TablePrecision],
     path: Path,
     progress: ProgressListener,
-) -> WrittenWeights:
+) -> tuple[StoredFile, tuple[str, ...]]:
     """Write `weights.safetensors`: dense and over arch in float32, then the tables as they are served.
 
     Args:
@@ -121,6 +112,9 @@ def write_weights(
         precisions: of each feature's table, in schema order.
         path: the file.
         progress: receives the bytes written.
+
+    Returns:
+        The file, and the checksums of its blocks.
     """
     records = _records(checkpoint, precisions)
     tables = {table_weight(feature): precision for feature, precision in precisions.items()}
@@ -139,7 +133,7 @@ def write_weights(
                 writer.append(quantized)
                 progress.advance(quantized.nbytes)
         writer.append(torch.zeros(records[-1].shape, dtype=torch.uint8))
-    return WrittenWeights(StoredFile(size_bytes=path.stat().st_size, sha256=writer.sha256), tuple(writer.block_sha256))
+    return StoredFile(size_bytes=path.stat().st_size, sha256=writer.sha256), tuple(writer.block_sha256)
 
 
 def _records(checkpoint: WeightSource, precisions: Mapping[str, TablePrecision]) -> list[TensorRecord]:

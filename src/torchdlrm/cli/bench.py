@@ -1,5 +1,6 @@
 """`dlrm bench`: hot paths on this machine, compared with what users have today and with their physical floor."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from cyclopts import App
@@ -62,7 +63,7 @@ def step(
         f"{result.ratio_to_torchrec:.2f} times plain TorchRec; {result.ratio_to_floor_time:.2f} times the floor's time"
     )
     if as_json:
-        print_json(result.as_dict())
+        print_json(asdict(result))
 
 
 @bench.command
@@ -110,7 +111,7 @@ def predict(
         table.add_row(name, f"{rows_per_s:,.0f}", f"{1000 * batch_rows / rows_per_s:.2f}", ratio)
     console.print(table)
     if as_json:
-        print_json(result.as_dict())
+        print_json(asdict(result))
 
 
 @bench.command
@@ -144,4 +145,4 @@ def loader(
         )
     console.print(f"loader: {result.rows_per_s:,.0f} rows/s in batches of {result.batch_size_global:,}")
     if as_json:
-        print_json(result.as_dict())
+        print_json(asdict(result))

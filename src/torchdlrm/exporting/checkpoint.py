@@ -49,9 +49,10 @@ class _Chunk:
     offsets: tuple[int, ...]
     values: NDArray[np.float32]
 
-    def rows_within(self, start: int, stop: int) -> tuple[int, int]:
-        """The part of rows `start` to `stop` of the tensor that is in here; empty where the first is not smaller."""
-        return max(start, self.offsets[0]), min(stop, self.offsets[0] + self.values.shape[0])
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """Which rows of the tensor it has, and which columns."""
+        return tuple(slice(at, at + size) for at, size in zip(self.offsets, self.values.shape, strict=True))
 
 
 class CheckpointReader:
@@ -89,36 +90,26 @@ class CheckpointReader:
         """All of a tensor, copied: float32."""
         full = np.empty(self.shapes[name], np.float32)
         for chunk in self._chunks[name]:
-            where = tuple(
-                slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.values.shape, strict=True)
-            )
-            full[where] = chunk.values
+            full[chunk.place] = chunk.values
         return torch.from_numpy(full)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a table, copied: float32 [stop - start, D]."""
         rows = np.empty((stop - start, self.shapes[name][1]), np.float32)
         for chunk in self._chunks[name]:
-            first, end = chunk.rows_within(start, stop)
+            has, columns = chunk.place
+            first, end = max(start, has.start), min(stop, has.stop)
             if first < end:
-                columns = slice(chunk.offsets[1], chunk.offsets[1] + chunk.values.shape[1])
-                rows[first - start : end - start, columns] = chunk.values[
-                    first - chunk.offsets[0] : end - chunk.offsets[0]
-                ]
+                rows[first - start : end - start, columns] = chunk.values[first - has.start : end - has.start]
         return torch.from_numpy(rows)
 
     def gather(self, name: str, ids: NDArray[np.integer]) -> Tensor:
-        """The rows with these ids, copied: float32 [n, D].
-
-        Args:
-            name: of a table.
-            ids: [n], from 0 to the table's last row.
-        """
+        """The rows of a table with these ids [n], all of which it has, copied: float32 [n, D]."""
         rows = np.empty((len(ids), self.shapes[name][1]), np.float32)
         for chunk in self._chunks[name]:
-            here = np.flatnonzero((ids >= chunk.offsets[0]) & (ids < chunk.offsets[0] + chunk.values.shape[0]))
-            columns = slice(chunk.offsets[1], chunk.offsets[1] + chunk.values.shape[1])
-            rows[here, columns] = chunk.values[ids[here] - chunk.offsets[0]]
+            has, columns = chunk.place
+            here = np.flatnonzero((ids >= has.start) & (ids < has.stop))
+            rows[here, columns] = chunk.values[ids[here] - has.start]
         return torch.from_numpy(rows)
 
     def _map(self, name: str, chunk: ChunkStorageMetadata, stored: Any) -> _Chunk:
@@ -202,8 +193,7 @@ class CheckpointModel:
 def _first_byte(path: Path, chunk: ChunkStorageMetadata, offset: int, length: int) -> int:
     """Where the numbers of a chunk begin in a file whose `length` bytes from `offset` are what `torch.save` wrote.
 
-    Raises:
-        ValueError: they are not there in one piece, or other ones are; reading the archive raises other things.
+    Raises ValueError where they are not there in one piece, or other ones are; reading the archive raises other things.
     """
     with path.open("rb") as file:
         # The archive's directory stands at its end; a bounded view of the file finds it without reading the data.

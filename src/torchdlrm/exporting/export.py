@@ -120,13 +120,16 @@ def export(
     shape = run.shape(dataset, model_class)
     model = CheckpointModel(checkpoint, shape, dataset.num_embeddings)
     with complete_folder(out) as folder:
-        search = _search(model, run, dataset, options, progress) if options.precision == "auto" else None
-        precisions = _precisions(dataset, options, search)
+        if options.precision == "auto":
+            search = _search(model, run, dataset, options, progress)
+            precisions = search.precisions
+        else:
+            search, precisions = None, dict.fromkeys(dataset.sparse_names, options.precision)
         dense_precision, reason = _dense_precision(shape, options, precisions)
         require_space(folder, weights_bytes(checkpoint, precisions))
-        written = write_weights(checkpoint, precisions, folder / WEIGHTS_NAME, progress)
+        stored, block_sha256 = write_weights(checkpoint, precisions, folder / WEIGHTS_NAME, progress)
         vocabularies = copy_vocabularies(dataset, folder)
-        files = {WEIGHTS_NAME: written.record}
+        files = {WEIGHTS_NAME: stored}
         files |= {path: StoredFile.of(folder / path) for paths in vocabularies.values() for path in paths}
         manifest = BundleManifest(
             name=name,
@@ -149,7 +152,7 @@ def export(
             check=None,
             files=files,
             block_bytes=BLOCK_BYTES,
-            block_sha256=written.block_sha256,
+            block_sha256=block_sha256,
         )
         _write_manifest(folder, manifest)
         bundle = Bundle.open(folder, model_class=model_class, progress=progress)
@@ -192,13 +195,6 @@ def _max_increase(options: ExportOptions) -> float:
     return AUTO_LOGLOSS_INCREASE if options.max_logloss_increase is None else options.max_logloss_increase
 
 
-def _precisions(dataset: Dataset, options: ExportOptions, search: PrecisionSearch | None) -> dict[str, TablePrecision]:
-    if search is not None:
-        return search.precisions
-    assert options.precision != "auto"
-    return dict.fromkeys(dataset.sparse_names, options.precision)
-
-
 def _dense_precision(
     shape: ModelShape, options: ExportOptions, precisions: Mapping[str, TablePrecision]
 ) -> tuple[DensePrecision, str]:
@@ -228,12 +224,7 @@ def _source(run: Run, chosen: ChosenCheckpoint) -> Origin:
         step=chosen.step,
         checkpoint=chosen.kind,
         dataset_sha256=environment["dataset"]["manifest_sha256"],
-        versions={
-            "torchdlrm": environment["torchdlrm"],
-            "torch": environment["torch"],
-            "torchrec": environment["torchrec"],
-            "fbgemm_gpu": environment["fbgemm_gpu"],
-        },
+        versions={name: environment[name] for name in ("torchdlrm", "torch", "torchrec", "fbgemm_gpu")},
     )
 
 

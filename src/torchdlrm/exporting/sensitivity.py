@@ -32,7 +32,7 @@ from torchdlrm.progress import ProgressListener
 SENSITIVITY_ROWS = 20_000
 _BATCH_ROWS = 2_048
 _MAX_ATTEMPTS = 6
-_LEAST_SAVED_SHARE = 1e-4  # of the bytes of all tables in float32, by a step down
+_LEAST_SAVED_FRACTION = 1e-4  # of the bytes of all tables in float32, by a step down
 _LOWER = TABLE_PRECISIONS[1:]
 
 
@@ -160,7 +160,7 @@ def choose(
         allowance: for the sum of the costs.
     """
     chosen: dict[str, TablePrecision] = dict.fromkeys(costs, "float32")
-    least_saved = _LEAST_SAVED_SHARE * sum(size["float32"] for size in sizes.values())
+    least_saved = _LEAST_SAVED_FRACTION * sum(size["float32"] for size in sizes.values())
     while True:
         spent = sum(costs[name][precision] for name, precision in chosen.items())
         best: tuple[float, str, TablePrecision] | None = None

@@ -133,10 +133,16 @@ def verify(
     encoded = dataset if isinstance(dataset, Dataset) else Dataset.open(Path(dataset))
     with PredictionClient(url) if url is not None else nullcontext() as client:
         predictor = Predictor.open(Path(bundle), model_class=model_class, progress=progress)
-        _check_dataset(predictor, encoded)
+        source = predictor.bundle.manifest.source
+        if manifest_sha256(encoded) != source.dataset_sha256:
+            msg = (
+                f"`dataset`: {encoded.path} is not what the run of the bundle {bundle} was trained on (its "
+                "dataset.json differs), so the ids do not mean the same"
+            )
+            raise RunError(msg)
         trained = _find_run(predictor, encoded, None if run is None else Path(run))
         log = RowsIn(list(rows) or _find_log(encoded), predictor.schema, log_format)
-        _, checkpoint = open_checkpoint(trained, str(predictor.bundle.manifest.source.step))
+        _, checkpoint = open_checkpoint(trained, str(source.step))
         model = CheckpointModel(checkpoint, trained.shape(encoded, model_class), encoded.num_embeddings)
         return _verify(predictor, trained, model, encoded, log, max_rows, client, progress)
 
@@ -231,11 +237,7 @@ def _log_odds(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _find_run(predictor: Predictor, dataset: Dataset, run: Path | None) -> Run:
-    """The run that a bundle was made of: at `run`, or by its name in the folder of the bundle, of the dataset, or here.
-
-    Raises:
-        RunError: it is not there.
-    """
+    """The run of a bundle: at `run`, or by its name in the folder of the bundle, of the dataset, or here."""
     if run is not None:
         return Run.open(run)
     name = predictor.bundle.manifest.source.run
@@ -250,41 +252,20 @@ def _find_run(predictor: Predictor, dataset: Dataset, run: Path | None) -> Run:
     raise RunError(msg)
 
 
-def _check_dataset(predictor: Predictor, dataset: Dataset) -> None:
-    """See that a bundle was made of a run on this dataset.
-
-    Raises:
-        RunError: it was not.
-    """
-    if manifest_sha256(dataset) != predictor.bundle.manifest.source.dataset_sha256:
-        msg = (
-            f"`dataset`: {dataset.path} is not what the run of the bundle {predictor.bundle.path} was trained on (its "
-            "dataset.json differs), so the ids do not mean the same"
-        )
-        raise RunError(msg)
-
-
 def _find_log(dataset: Dataset) -> Sequence[Path]:
     """The files of the log that a dataset was made of, in its folder or here; the last one is named first.
 
     The manifest knows their names and sizes: a file of another size is another file.
-
-    Raises:
-        LogError: none of them is there.
     """
-    folders = (dataset.path.resolve().parent, Path())
-    names = [(source.name, source.size_bytes) for source in reversed(dataset.manifest.source)]
-    for folder in folders:
-        found = [folder / name for name, size in names if _has_size(folder / name, size)]
+    sources = dataset.manifest.source[::-1]
+    for folder in (dataset.path.resolve().parent, Path()):
+        places = [(folder / source.name, source.size_bytes) for source in sources]
+        found = [path for path, size_bytes in places if path.is_file() and path.stat().st_size == size_bytes]
         if found:
             return found
-    listed = ", ".join(name for name, _ in names)
+    listed = ", ".join(source.name for source in sources)
     msg = (
         f"{dataset.path}: the log that the dataset was made of ({listed}) is neither beside it nor here, or has "
         "changed; name a log with raw rows after the bundle"
     )
     raise LogError(msg)
-
-
-def _has_size(path: Path, size_bytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == size_bytes

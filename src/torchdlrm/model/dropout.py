@@ -1,7 +1,7 @@
 """Dropout in the dense and over arch, with random numbers that depend on seed, step and rank alone.
 
 torch's own dropout draws from a generator whose state every checkpoint would have to hold, rank by rank; and a run
-could not go on on another number of ranks.
+could not resume on another number of ranks.
 
 B rows of the batch on this rank, H units of a hidden layer.
 """
@@ -15,12 +15,12 @@ from torchrec.modules.mlp import Perceptron
 
 
 @fx.wrap  # a leaf for the train pipeline, which traces the model to find its sharded modules
-def drop(hidden_BH: Tensor, share: float, drawn_from: tuple[int, ...]) -> Tensor:
-    """A share of the units zeroed for each row, the others scaled up so that the mean stays.
+def drop(hidden_BH: Tensor, dropout: float, drawn_from: tuple[int, ...]) -> Tensor:
+    """A fraction of the units zeroed for each row, the others scaled up so that the mean stays.
 
     Args:
         hidden_BH: [B, H], of any dtype.
-        share: of the units, at least 0 and below 1.
+        dropout: the fraction, at least 0 and below 1.
         drawn_from: numbers that fix which units; another one anywhere gives other units.
 
     Returns:
@@ -28,8 +28,8 @@ def drop(hidden_BH: Tensor, share: float, drawn_from: tuple[int, ...]) -> Tensor
     """
     generator = torch.Generator(hidden_BH.device)
     generator.manual_seed(int(np.random.SeedSequence(drawn_from).generate_state(1, np.uint32)[0]))
-    kept_BH = torch.empty_like(hidden_BH).bernoulli_(1 - share, generator=generator)
-    return hidden_BH * kept_BH.div_(1 - share)
+    kept_BH = torch.empty_like(hidden_BH).bernoulli_(1 - dropout, generator=generator)
+    return hidden_BH * kept_BH.div_(1 - dropout)
 
 
 class DroppedActivation(nn.Module):
@@ -37,14 +37,14 @@ class DroppedActivation(nn.Module):
 
     Args:
         activation: of the layer.
-        share: of the units that are zeroed.
+        dropout: fraction of the units that are zeroed.
         layer: number of the layer; layers draw different units.
     """
 
-    def __init__(self, activation: Callable[[Tensor], Tensor], share: float, layer: int) -> None:
+    def __init__(self, activation: Callable[[Tensor], Tensor], dropout: float, layer: int) -> None:
         super().__init__()
         self.activation = activation
-        self.share, self.layer = share, layer
+        self.dropout, self.layer = dropout, layer
         self.drawn_from: tuple[int, ...] = (0,)
 
     def forward(self, hidden_BH: Tensor) -> Tensor:
@@ -52,19 +52,15 @@ class DroppedActivation(nn.Module):
         activated_BH = self.activation(hidden_BH)
         if not self.training:
             return activated_BH
-        return drop(activated_BH, self.share, (*self.drawn_from, self.layer))
+        return drop(activated_BH, self.dropout, (*self.drawn_from, self.layer))
 
 
-def add_dropout(dense_arch: nn.Module, over_arch: nn.Module, share: float) -> None:
-    """Let the hidden layers of both arches drop units while training.
+def add_dropout(dense_arch: nn.Module, over_arch: nn.Module, dropout: float) -> None:
+    """Let the hidden layers of a DLRM's arches drop a fraction of their units while training.
 
-    The dense arch's last layer drops nothing: its output is no hidden layer but one of the vectors that interact.
-
-    Args:
-        dense_arch: of a DLRM; gets dropout in all layers but its last.
-        over_arch: of a DLRM; gets dropout in all layers but its last, which has no activation.
-        share: of the units.
+    The dense arch's last layer drops nothing: its output is no hidden layer but one of the vectors that interact.  That
+    of the over arch has no activation.
     """
     dense, over = ([m for m in arch.modules() if isinstance(m, Perceptron)] for arch in (dense_arch, over_arch))
     for layer, perceptron in enumerate([*dense[:-1], *over]):
-        perceptron._activation_fn = DroppedActivation(perceptron._activation_fn, share, layer)
+        perceptron._activation_fn = DroppedActivation(perceptron._activation_fn, dropout, layer)

@@ -8,6 +8,7 @@ B rows of the batch, F sparse features, D embedding dimension.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchdlrm.model.architecture import ModelShape, Product
 from torchdlrm.model.build import build_model
+
+_TRACED_ROWS = 4
 
 
 class _GivenEmbeddings(nn.Module):
@@ -73,16 +76,11 @@ class EagerModel:
 
 
 class _Products(TorchDispatchMode):
-    """Notes every matrix product that runs inside.
+    """Notes every matrix product that runs inside, of `_TRACED_ROWS` rows."""
 
-    Args:
-        num_rows: B.
-    """
-
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[Product] = []
-        self._num_rows = num_rows
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
         del types
@@ -93,21 +91,19 @@ class _Products(TorchDispatchMode):
             outputs = args[first + 1].shape[-1]
             matrices = batch[0] if batch else 1
             # Of one product for the whole batch the right factor is the same for all rows: a weight.
-            has_weight = matrices % self._num_rows != 0
-            of_a_row = -(-matrices * rows // self._num_rows)
+            has_weight = matrices % _TRACED_ROWS != 0
+            of_a_row = -(-matrices * rows // _TRACED_ROWS)
             self.found.append(Product(of_a_row, inputs, outputs, has_weight=has_weight))
         return func(*args, **(kwargs or {}))
 
 
-_TRACED_ROWS = 4
-
-
+@cache
 def trace_products(shape: ModelShape) -> tuple[Product, ...]:
     """The matrix products that a model computes, found by running it once on a few rows of zeros."""
     num_sparse = shape.num_sparse
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model = EagerModel(shape, {f"feature_{i}": 1 for i in range(num_sparse)})
-        with _Products(_TRACED_ROWS) as products:
+        with _Products() as products:
             model.logits(
                 torch.zeros(_TRACED_ROWS, shape.num_dense),
                 torch.zeros(_TRACED_ROWS * num_sparse, dtype=torch.int64),

@@ -70,11 +70,7 @@ def pairwise_dots(dense_BD: Tensor, sparse_BFD: Tensor, upper_P: Tensor, lower_P
 
 
 class InteractionArch(nn.Module):
-    """Same inputs, outputs and (empty) state dict as `torchrec.models.dlrm.InteractionArch`.
-
-    Args:
-        num_sparse_features: F.
-    """
+    """Same inputs, outputs and (empty) state dict as `torchrec.models.dlrm.InteractionArch`."""
 
     def __init__(self, num_sparse_features: int) -> None:
         super().__init__()

@@ -12,7 +12,6 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -84,14 +83,9 @@ class CustomArchitecture(Architecture):
 
     def products(self, shape: ModelShape) -> Sequence[Product]:
         """Found by running the model once on a few rows."""
-        return _products(shape)
+        from torchdlrm.model.eager import trace_products  # noqa: PLC0415 - with TorchRec, which a server can do without
 
-
-@cache
-def _products(shape: ModelShape) -> Sequence[Product]:
-    from torchdlrm.model.eager import trace_products  # noqa: PLC0415 - with TorchRec, which a server can do without
-
-    return trace_products(shape)
+        return trace_products(shape)
 
 
 def architecture_of(model_class: ModelClass | None) -> Architecture:
