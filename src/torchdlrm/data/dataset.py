@@ -111,6 +111,12 @@ class Manifest(_Frozen):
     source: tuple[SourceRecord, ...]
     bad_rows: BadRowsRecord
 
+    @property
+    def files(self) -> tuple[FileRecord, ...]:
+        """Every file of the dataset but the manifest."""
+        vocabularies = tuple(record.vocabulary for record in self.sparse.values() if record.vocabulary)
+        return vocabularies + tuple(file for split in self.splits.values() for file in split.files)
+
     def to_json(self) -> str:
         """Return the text of `dataset.json`."""
         content = self.model_dump(mode="json", by_alias=True)
@@ -161,7 +167,7 @@ class Dataset:
             msg = f"{path}: {found}; make one with `dlrm preprocess LOG --out {path}`"
             raise DatasetError(msg) from error
         dataset = cls(path, _parse_manifest(text, manifest_path))
-        for record in dataset.file_records():
+        for record in dataset.manifest.files:
             dataset._check_size(record)
         return dataset
 
@@ -211,11 +217,6 @@ class Dataset:
             raise DatasetError(msg)
         return Vocabulary.read(self.path / record.path, name, kind)
 
-    def file_records(self) -> tuple[FileRecord, ...]:
-        """Every file of the dataset but the manifest."""
-        vocabularies = tuple(record.vocabulary for record in self.manifest.sparse.values() if record.vocabulary)
-        return vocabularies + tuple(file for split in self.manifest.splits.values() for file in split.files)
-
     def verify(self, progress: ProgressListener = SILENT) -> None:
         """Read every file and compare its checksum.
 
@@ -225,9 +226,8 @@ class Dataset:
         Raises:
             DatasetError: a file is not what was written.
         """
-        records = list(self.file_records())
-        progress.start_phase("verify", sum(record.size_bytes for record in records), unit="bytes")
-        for record in records:
+        progress.start_phase("verify", sum(record.size_bytes for record in self.manifest.files), unit="bytes")
+        for record in self.manifest.files:
             self._check_size(record)
             found = sha256_of(self.path / record.path)
             if found != record.sha256:

@@ -26,7 +26,7 @@ from torchdlrm.features.schema import SparseColumn
 from torchdlrm.features.transforms import Moments
 from torchdlrm.features.vocabulary import UNKNOWN_ID, VocabularyWriter, number_values, rank_counts, typed_values
 from torchdlrm.files import replacing
-from torchdlrm.preprocessing.read import TIME, ChunkFile, partitions_of
+from torchdlrm.preprocessing.read import ChunkFile, partitions_of
 from torchdlrm.preprocessing.work_folder import Result, Sections, write_sections
 
 
@@ -75,8 +75,7 @@ def count_values(
     del frames
     kept = counted.filter(pl.col("count") >= min_count).collect()
     if known is not None:
-        with Sections(known) as sections:
-            kept = kept.join(pl.DataFrame(sections.table("ids")), on="value", how="anti", nulls_equal=True)
+        kept = kept.join(pl.DataFrame(_section(known, "ids")), on="value", how="anti", nulls_equal=True)
     write_sections(target, {"counts": rank_counts(kept).to_arrow()})
     return {"values": kept.height}
 
@@ -86,8 +85,7 @@ def _training_counts(
 ) -> npt.NDArray[np.int64]:
     """How many training rows (values, where there are several in a row) of a chunk have each value: int64 [D]."""
     rows = sections.table("rows")
-    times = rows[TIME].to_numpy() if TIME in rows.column_names else None
-    is_train = split.split_of_rows(chunk.first_row, chunk.num_rows, times) == 0
+    is_train = chunk.split_of_rows(split, rows) == 0
     codes = rows[column.name].to_numpy()
     if column.is_multi_valued:
         is_train = np.repeat(is_train, codes)
@@ -251,9 +249,7 @@ def sum_moments(chunk: ChunkFile, split: RowSplit, names: Sequence[str]) -> Resu
     if chunk.rows_of_split[0]:
         with Sections(chunk.path) as sections:
             rows = sections.table("rows")
-            times = rows[TIME].to_numpy() if TIME in rows.column_names else None
-            is_train = pl.Series(split.split_of_rows(chunk.first_row, chunk.num_rows, times) == 0)
-            frame = pl.DataFrame(rows.select(list(names))).filter(is_train)
+            frame = pl.DataFrame(rows.select(list(names))).filter(pl.Series(chunk.split_of_rows(split, rows) == 0))
             for name in names:
                 found[name].add(frame[name])
     return {name: [moments.count, str(moments.total), str(moments.total_of_squares)] for name, moments in found.items()}

@@ -21,7 +21,7 @@ from torchdlrm.features.schema import FeatureSchema, SparseColumn
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_hash import hashed_ids
 from torchdlrm.files import replacing
-from torchdlrm.preprocessing.read import TIME, ChunkFile, smallest_type
+from torchdlrm.preprocessing.read import ChunkFile, smallest_type
 from torchdlrm.preprocessing.tally import Tally, dense_bins
 from torchdlrm.preprocessing.work_folder import Result, Sections
 
@@ -43,9 +43,14 @@ class Parts:
         train_parts = num_buckets(train, self.part_rows) if train else 0
         return train_parts, -(-val // self.part_rows), -(-test // self.part_rows)
 
-    def first_part(self, split: int) -> int:
-        """The number of a split's first part."""
-        return sum(self.num_parts[:split])
+    @property
+    def files(self) -> list[tuple[int, str]]:
+        """For each part its split and the name of its file."""
+        return [
+            (split, f"{name}/part-{i:05d}.parquet")
+            for split, name in enumerate(SPLIT_NAMES)
+            for i in range(self.num_parts[split])
+        ]
 
     def part_of_rows(self, chunk: ChunkFile, codes: SplitCodes) -> npt.NDArray[np.int64]:
         """The part of each of B rows of a chunk: int64 [B]."""
@@ -58,7 +63,7 @@ class Parts:
             if chunk.rows_of_split[split]:
                 is_there = codes == split
                 ranks = chunk.first_of_split[split] + np.arange(chunk.rows_of_split[split])
-                parts[is_there] = self.first_part(split) + ranks // self.part_rows
+                parts[is_there] = sum(self.num_parts[:split]) + ranks // self.part_rows
         return parts
 
 
@@ -127,9 +132,8 @@ def _encode_chunk(
     """The rows of a chunk as the dataset has them, and the split of each."""
     schema = encoding.schema
     rows = sections.table("rows")
-    times = rows[TIME].to_numpy() if TIME in rows.column_names else None
     frame = pl.DataFrame(rows)
-    codes = encoding.split.split_of_rows(chunk.first_row, chunk.num_rows, times)
+    codes = chunk.split_of_rows(encoding.split, rows)
     masks = [codes == split if 0 < n < chunk.num_rows else None for split, n in enumerate(chunk.rows_of_split)]
     here = [split for split in range(len(SPLIT_NAMES)) if chunk.rows_of_split[split]]
 
@@ -144,10 +148,8 @@ def _encode_chunk(
         bins = dense_bins(column.to_numpy())
         missing = frame[column.name].is_null().to_numpy()
         for split in here:
-            mask = masks[split]
-            tallies[split].add_dense(
-                column.name, bins if mask is None else bins[mask], missing if mask is None else missing[mask]
-            )
+            rows_here = slice(None) if masks[split] is None else masks[split]
+            tallies[split].add_dense(column.name, bins[rows_here], int(missing[rows_here].sum()))
     for about in schema.sparse:
         ids = _ids_of_values(encoding, about, number, sections)
         columns.append(_encode_sparse(encoding, about, frame[about.name], ids, sections))

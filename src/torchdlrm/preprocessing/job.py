@@ -198,7 +198,7 @@ class Job:
         self.progress.start_phase("count", 2 * num_values, "values")
         counts_anything = self.known is None or self.options.extend_vocabulary
         if self.known is not None:
-            tasks = [self._spread_task(column, ranges[column.name], self.known) for column in counted]
+            tasks = [self._spread_task(column, ranges[column.name]) for column in counted]
             list(self.workers.run(tasks, self.work))
         tasks = self._count_tasks(counted, ranges, split, chunks) if counts_anything else []
         for done, _ in enumerate(self.workers.run(tasks, self.work)):
@@ -242,11 +242,15 @@ class Job:
             else self._table(values)
         )
 
-    def _spread_task(self, column: SparseColumn, ranges: Sequence[ValueRange], known: Dataset) -> Task:
-        record = known.manifest.sparse[column.name].vocabulary
+    def _known_vocabulary(self, column: SparseColumn) -> Path:
+        assert self.known is not None, "the options were checked"
+        record = self.known.manifest.sparse[column.name].vocabulary
         assert record is not None, "the known dataset was checked"
+        return (self.known.path / record.path).resolve()
+
+    def _spread_task(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Task:
         targets = [self._known_table(values) for values in ranges]
-        arguments = (column, (known.path / record.path).resolve(), ranges, targets, self.work.sizing.num_partitions)
+        arguments = (column, self._known_vocabulary(column), ranges, targets, self.work.sizing.num_partitions)
         return Task(f"spread-{column.name}", spread_vocabulary, arguments)
 
     def _count_tasks(
@@ -268,20 +272,14 @@ class Job:
 
     def _rank_task(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Task:
         most = self.options.max_embeddings if column.max_embeddings is None else column.max_embeddings
-        known_tables, known_vocabulary = None, None
-        if self.options.extend_vocabulary:
-            assert self.known is not None, "the options were checked"
-            record = self.known.manifest.sparse[column.name].vocabulary
-            assert record is not None, "the known dataset was checked"
-            known_tables = [self._known_table(values) for values in ranges]
-            known_vocabulary = (self.known.path / record.path).resolve()
+        extends = self.options.extend_vocabulary
         arguments = (
             column,
             [self.work.path / "counts" / values.name for values in ranges],
             MAX_ID if most is None else most - 1,
             self.work.sizing.values_per_task,
-            known_tables,
-            known_vocabulary,
+            [self._known_table(values) for values in ranges] if extends else None,
+            self._known_vocabulary(column) if extends else None,
             [self._table(values) for values in ranges],
             self.dataset_folder / "vocabulary" / f"{column.name}.parquet",
         )
@@ -292,7 +290,7 @@ class Job:
             return SparseRecord(num_embeddings=column.hash, vocabulary=None)
         name = f"vocabulary/{column.name}.parquet"
         if self.known is not None and not self.options.extend_vocabulary:
-            copy_vocabulary(self.known, column, self.dataset_folder / name)
+            (self.dataset_folder / name).write_bytes(self._known_vocabulary(column).read_bytes())
         result = self.work.result(f"rank-{column.name}") or self.work.result(f"spread-{column.name}")
         assert result is not None, "the feature was ranked, or its known vocabulary read"
         num_ids = result["num_ids"]
@@ -357,30 +355,26 @@ class Job:
         """Write all parts; returns the files of each split."""
         parts = encoding.parts
         self.progress.start_phase("write", sum(parts.rows_of_split))
-        names = [
-            f"{SPLIT_NAMES[i]}/part-{k:05d}.parquet" for i in range(len(SPLIT_NAMES)) for k in range(parts.num_parts[i])
-        ]
         tasks = (
             Task(
                 f"write-{part}",
                 write_rows,
                 (
                     groups_of_parts.get(part, []),
-                    self.options.seed if part < parts.num_parts[0] else None,
+                    self.options.seed if split == 0 else None,
                     self.schema,
                     encoding.num_embeddings,
                     self.dataset_folder,
                     name,
                 ),
             )
-            for part, name in enumerate(names)
+            for part, (split, name) in enumerate(parts.files)
         )
         rows = min(self.options.part_rows, max(parts.rows_of_split))
         at_a_time = (self.memory_bytes - BASE_BYTES) // part_memory_bytes(rows, self.schema)
         files: list[list[FileRecord]] = [[] for _ in SPLIT_NAMES]
         at_a_time = max(1, at_a_time * self.workers.capacity // self.workers.tasks_in_memory)
-        for part, result in enumerate(self.workers.run(tasks, self.work, at_a_time)):
-            split = max(i for i in range(len(SPLIT_NAMES)) if part >= parts.first_part(i) and parts.num_parts[i])
+        for (split, _), result in zip(parts.files, self.workers.run(tasks, self.work, at_a_time), strict=True):
             files[split].append(FileRecord(**result))
             self.progress.advance(result["rows"])
         return [tuple(found) for found in files]
@@ -390,10 +384,3 @@ def plan_file(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> Result:
     """Task: find where a file may be cut."""
     plan = plan_row_groups if file.format == "parquet" else plan_chunks
     return {"chunks": [[chunk.start, chunk.end] for chunk in plan(file, schema, chunk_bytes)]}
-
-
-def copy_vocabulary(known: Dataset, column: SparseColumn, target: Path) -> None:
-    """Take over the vocabulary of another dataset as it is."""
-    record = known.manifest.sparse[column.name].vocabulary
-    assert record is not None, "the known dataset was checked"
-    target.write_bytes((known.path / record.path).read_bytes())

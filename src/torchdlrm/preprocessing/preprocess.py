@@ -111,8 +111,7 @@ def work_folder(out: Path) -> Path:
 
 def _finish(manifest: Manifest, folder: Path, out: Path) -> None:
     """Write the manifest, and give the dataset its name."""
-    named = {record.path for split in manifest.splits.values() for record in split.files}
-    named |= {record.vocabulary.path for record in manifest.sparse.values() if record.vocabulary}
+    named = {record.path for record in manifest.files}
     for path in folder.rglob("*"):
         # Left behind by tasks that were killed while they wrote.
         if path.is_file() and path.relative_to(folder).as_posix() not in named:

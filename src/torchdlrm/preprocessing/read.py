@@ -22,6 +22,7 @@ from torchdlrm.data.log.cut import Chunk, read_chunks
 from torchdlrm.data.log.files import LogFile, reading
 from torchdlrm.data.log.parquet import read_row_groups
 from torchdlrm.data.log.text import ParsedChunk, parse_chunk
+from torchdlrm.data.splits import RowSplit, SplitCodes
 from torchdlrm.features.schema import FeatureSchema, SparseColumn
 from torchdlrm.features.value_hash import hash_values
 from torchdlrm.files import replacing
@@ -170,3 +171,8 @@ class ChunkFile:
     num_rows: int
     first_of_split: tuple[int, int, int]
     rows_of_split: tuple[int, int, int]
+
+    def split_of_rows(self, split: RowSplit, rows: pa.Table) -> SplitCodes:
+        """The split of each of the B rows of the chunk, whose table `rows` is: uint8 [B]."""
+        times = rows[TIME].to_numpy() if TIME in rows.column_names else None
+        return split.split_of_rows(self.first_row, self.num_rows, times)

@@ -99,12 +99,12 @@ def check_disk(files: Sequence[LogFile], folder: Path, used_bytes: int) -> None:
     Raises:
         DatasetError: it has not.
     """
-    needed = sum(int(file.size_bytes * _TEXT_OF_FORMAT[file.format] * _DISK_A_TEXT_BYTE) for file in files)
-    needed += sum(
-        int(file.size_bytes * _TEXT_OF_FORMAT[file.format] * _DISK_A_PACKED_BYTE)
-        for file in files
-        if file.format == "gzip"
-    )
+    needed = 0
+    for file in files:
+        text_bytes = file.size_bytes * _TEXT_OF_FORMAT[file.format]
+        needed += int(text_bytes * _DISK_A_TEXT_BYTE)
+        if file.format == "gzip":
+            needed += int(text_bytes * _DISK_A_PACKED_BYTE)
     free = shutil.disk_usage(folder).free + used_bytes
     if free < needed:
         msg = (

@@ -7,8 +7,9 @@ enough bins to add up and keep.  Ids are binned by rank: 0 (unknown) and the 31 
 by powers of two.  Dense values are binned by sign, exponent and the first two bits of the mantissa.
 """
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -18,7 +19,7 @@ from torchdlrm.data.dataset import FileRecord, SplitRecord
 from torchdlrm.features.schema import SparseColumn
 from torchdlrm.features.vocabulary import UNKNOWN_ID
 
-Histogram = dict[int, int]  # bin -> values
+Histogram = Counter[int]  # bin -> values
 
 _OWN_BINS = 32
 _DENSE_SHIFT = 21
@@ -30,62 +31,62 @@ class Tally:
 
     rows: int = 0
     clicks: int = 0
-    values: dict[str, int] = field(default_factory=dict)
-    unknown_rows: dict[str, int] = field(default_factory=dict)
-    missing_rows: dict[str, int] = field(default_factory=dict)
+    values: Counter[str] = field(default_factory=Counter)
+    unknown_rows: Counter[str] = field(default_factory=Counter)
+    missing_rows: Counter[str] = field(default_factory=Counter)
     histograms: dict[str, Histogram] = field(default_factory=dict)
 
     def add(self, other: Self) -> None:
         """Add the counts of more rows."""
         self.rows += other.rows
         self.clicks += other.clicks
-        for total, more in (
-            (self.values, other.values),
-            (self.unknown_rows, other.unknown_rows),
-            (self.missing_rows, other.missing_rows),
-        ):
-            for name, count in more.items():
-                total[name] = total.get(name, 0) + count
-        for name, more_of_column in other.histograms.items():
-            add_histogram(self.histograms.setdefault(name, {}), more_of_column)
+        self.values.update(other.values)
+        self.unknown_rows.update(other.unknown_rows)
+        self.missing_rows.update(other.missing_rows)
+        for name, histogram in other.histograms.items():
+            self._add_histogram(name, histogram)
 
     def add_labels(self, labels: npt.NDArray[np.int8]) -> None:
         """Count rows by their labels."""
         self.rows += len(labels)
         self.clicks += int(labels.sum())
 
-    def add_dense(self, name: str, bins: npt.NDArray[np.int64], missing: npt.NDArray[np.bool_]) -> None:
+    def add_dense(self, name: str, bins: npt.NDArray[np.int64], num_missing: int) -> None:
         """Count the values of a dense column by their bins."""
-        self.missing_rows[name] = self.missing_rows.get(name, 0) + int(missing.sum())
-        add_histogram(self.histograms.setdefault(name, {}), histogram(bins))
-
-    def add_dense_values(self, name: str, values: npt.NDArray[np.float32]) -> None:
-        """Count the values of a dense column none of which is missing."""
-        self.add_dense(name, dense_bins(values), np.zeros(len(values), np.bool_))
+        self.missing_rows[name] += num_missing
+        self._add_histogram(name, _histogram(bins))
 
     def add_sparse(
         self, column: SparseColumn, ids: npt.NDArray[np.int32], counts: npt.NDArray[np.int64], num_missing: int
     ) -> None:
         """Count values: each has an id (int32 [D]) and is there so many times (int64 [D])."""
-        name = column.name
-        num_unknown = 0 if column.hash is not None else int(counts[ids == UNKNOWN_ID].sum())
-        self.unknown_rows[name] = self.unknown_rows.get(name, 0) + num_unknown
-        self.missing_rows[name] = self.missing_rows.get(name, 0) + num_missing
+        self.unknown_rows[column.name] += 0 if column.hash is not None else int(counts[ids == UNKNOWN_ID].sum())
+        self.missing_rows[column.name] += num_missing
         if column.is_multi_valued:
-            self.values[name] = self.values.get(name, 0) + int(counts.sum())
-        add_histogram(self.histograms.setdefault(name, {}), histogram(id_bins(ids), counts))
+            self.values[column.name] += int(counts.sum())
+        self._add_histogram(column.name, _histogram(id_bins(ids), counts))
+
+    def _add_histogram(self, name: str, histogram: Histogram) -> None:
+        self.histograms.setdefault(name, Counter()).update(histogram)
 
     def to_json(self) -> dict[str, Any]:
         """Return what a work folder keeps, as JSON has it."""
-        return asdict(self)
+        return vars(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Read what `to_json` returned."""
-        histograms = {
-            name: {int(key): count for key, count in found.items()} for name, found in content["histograms"].items()
-        }
-        return cls(**{**content, "histograms": histograms})
+        return cls(
+            content["rows"],
+            content["clicks"],
+            Counter(content["values"]),
+            Counter(content["unknown_rows"]),
+            Counter(content["missing_rows"]),
+            {
+                name: Counter({int(key): count for key, count in found.items()})
+                for name, found in content["histograms"].items()
+            },
+        )
 
     def record(self, files: tuple[FileRecord, ...], train: Self) -> SplitRecord:
         """The split as it stands in the manifest."""
@@ -111,17 +112,11 @@ def dense_bins(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     return ((values + np.float32(0)).view(np.uint32) >> _DENSE_SHIFT).astype(np.int64)
 
 
-def histogram(bins: npt.NDArray[np.int64], weights: npt.NDArray[np.int64] | None = None) -> Histogram:
+def _histogram(bins: npt.NDArray[np.int64], weights: npt.NDArray[np.int64] | None = None) -> Histogram:
     """How many values, or how much weight, each bin has."""
     counts = np.bincount(bins, weights)
     found = np.flatnonzero(counts)
-    return dict(zip(found.tolist(), counts[found].astype(np.int64).tolist(), strict=True))
-
-
-def add_histogram(total: Histogram, more: Mapping[int, int]) -> None:
-    """Add one histogram to another."""
-    for key, count in more.items():
-        total[key] = total.get(key, 0) + count
+    return Counter(dict(zip(found.tolist(), counts[found].astype(np.int64).tolist(), strict=True)))
 
 
 def divergence(found: Mapping[int, int], reference: Mapping[int, int]) -> float:

@@ -25,7 +25,7 @@ from torchdlrm.data.dataset import (
     SparseRecord,
 )
 from torchdlrm.data.log.files import LogFile
-from torchdlrm.data.splits import SPLIT_NAMES, SplitBounds, criteo_split
+from torchdlrm.data.splits import SPLIT_NAMES, criteo_split
 from torchdlrm.errors import DatasetError, LogError
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import Unchanged
@@ -34,7 +34,7 @@ from torchdlrm.preprocessing.encode import POSITION, Parts, write_batches, write
 from torchdlrm.preprocessing.imports.blocks import Blocks
 from torchdlrm.preprocessing.options import PART_ROWS
 from torchdlrm.preprocessing.read import ChunkFile
-from torchdlrm.preprocessing.tally import Tally
+from torchdlrm.preprocessing.tally import Tally, dense_bins
 from torchdlrm.progress import ProgressListener, SilentProgress
 
 _GROUP_ROWS = 1 << 20
@@ -159,31 +159,25 @@ def _write(
 def _place(blocks: Sequence[Blocks]) -> tuple[list[list[_Place]], list[int], str]:
     """For each group of blocks the stretches of its rows; the rows of each split; and the rule in words."""
     if all(group.split is None for group in blocks):
-        several = len(blocks) > 1
-        files = [LogFile(group.files[0], 1, day if several else None) for day, group in enumerate(blocks)]
+        files = [LogFile(group.files[0], 1, day if len(blocks) > 1 else None) for day, group in enumerate(blocks)]
         bounds = criteo_split(files, [group.num_rows for group in blocks])
     else:
         bounds = None
     places: list[list[_Place]] = []
     first_row, seen = 0, [0, 0, 0]
     for group in blocks:
+        slices = {group.split or "train": slice(0, group.num_rows)}
+        if bounds is not None:
+            slices = bounds.rows_of(first_row, group.num_rows)
         stretches: list[_Place] = []
-        if bounds is None:
-            split = SPLIT_NAMES.index(group.split or "train")
-            stretches.append(_Place(split, seen[split], first_row))
-            seen[split] += group.num_rows
-        else:
-            stretches += _stretches(bounds, first_row, group.num_rows, seen)
+        for name, rows in slices.items():
+            if rows.stop > rows.start:
+                split = SPLIT_NAMES.index(name)
+                stretches.append(_Place(split, seen[split], first_row + rows.start))
+                seen[split] += rows.stop - rows.start
         places.append(stretches)
         first_row += group.num_rows
     return places, seen, bounds.rule if bounds else "as the files were split"
-
-
-def _stretches(bounds: SplitBounds, first_row: int, num_rows: int, seen: list[int]) -> Iterator[_Place]:
-    for split, rows in enumerate(bounds.rows_of(first_row, num_rows).values()):
-        if rows.stop > rows.start:
-            yield _Place(split, seen[split], first_row + rows.start)
-            seen[split] += rows.stop - rows.start
 
 
 def _pieces(blocks: Sequence[Blocks], places: Sequence[Sequence[_Place]]) -> Iterator[tuple[pl.DataFrame, _Place]]:
@@ -216,7 +210,7 @@ def _piece(gathered: Sequence[pl.DataFrame], stretch: _Place, start: int) -> tup
 def _tally(tally: Tally, frame: pl.DataFrame, schema: FeatureSchema, largest: dict[str, int]) -> None:
     tally.add_labels(frame[schema.label.name].to_numpy())
     for column in schema.dense:
-        tally.add_dense_values(column.name, frame[column.name].to_numpy())
+        tally.add_dense(column.name, dense_bins(frame[column.name].to_numpy()), num_missing=0)
     for about in schema.sparse:
         values, num_empty = frame[about.name], 0
         if about.is_multi_valued:
@@ -237,19 +231,15 @@ def _write_parts(
 ) -> list[list[FileRecord]]:
     progress.start_phase("write", sum(parts.rows_of_split))
     files: list[list[FileRecord]] = [[] for _ in SPLIT_NAMES]
-    jobs = [
-        (split, parts.first_part(split) + i, f"{name}/part-{i:05d}.parquet")
-        for split, name in enumerate(SPLIT_NAMES)
-        for i in range(parts.num_parts[split])
-    ]
+    files_of_parts = parts.files
 
-    def write(job: tuple[int, int, str]) -> FileRecord:
-        split, part, name = job
+    def write(part: int) -> FileRecord:
+        split, name = files_of_parts[part]
         seed = parts.seed if split == 0 else None
         return FileRecord(**write_rows(batches.get(part, []), seed, schema, sizes, folder / "dataset", name))
 
     with ThreadPoolExecutor(2) as threads:
-        for (split, _, _), record in zip(jobs, threads.map(write, jobs), strict=True):
+        for (split, _), record in zip(files_of_parts, threads.map(write, range(len(files_of_parts))), strict=True):
             files[split].append(record)
             progress.advance(record.rows)
     return files
