@@ -1,4 +1,4 @@
-"""Every setting of a run: typed, with default, unit and meaning; docs/configuration.md is made from it."""
+"""Defines every setting of a run: type, default, unit and meaning; docs/configuration.md is generated from it."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -38,74 +38,74 @@ class TrainConfig(_Section):
 
     batch_size_global: PositiveInt = Field(2048, description="rows per step over all ranks")
     epochs: PositiveInt = Field(1, description="passes over the training split")
-    max_steps: PositiveInt | None = Field(None, description="stop after this many steps, whatever epochs says")
+    max_steps: PositiveInt | None = Field(None, description="stop after this many steps, regardless of epochs")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the dense parts' matrix products; auto asks the device, weights stay float32"
+        "auto", description="precision of the dense parts' matrix products; auto asks the device; weights stay float32"
     )
-    tf32: bool = Field(default=True, description="GPUs multiply what is float32 in TF32; means nothing on CPU")
+    tf32: bool = Field(default=True, description="compute float32 products in TF32 on GPUs; has no effect on CPU")
     communication: Literal["auto", "float32", "float16"] = Field(
         "auto",
-        description="of embeddings on their way between ranks; with float16 gradients travel as bfloat16 on GPUs; auto "
-        "is float16 on GPUs, and on CPU what the dense parts compute in",
+        description="precision of embeddings sent between ranks; with float16, gradients are sent as bfloat16 on GPUs; "
+        "auto is float16 on GPUs, and on CPU the precision that the dense parts compute in",
     )
     dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
-        0.0, description="fraction of the hidden units of dense and over arch that each training row leaves out"
+        0.0, description="fraction of the hidden units of dense and over arch that are zeroed for each training row"
     )
     negative_weight: PositiveFloat = Field(
         1.0,
         description="weight of a row without a click in the loss, as if only this fraction of them had been kept; the "
-        "predictions are corrected for it, so that they stay probabilities",
+        "predictions are corrected for it, so they remain probabilities",
     )
-    timeout_s: PositiveFloat = Field(
-        600.0, description="a process that the others have waited for so long ends the job, in seconds"
-    )
+    timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for a process before the job fails")
     num_threads: PositiveInt | None = Field(
-        None, description="threads of each process on CPU; as many as its share of cores and its work want when not set"
+        None, description="threads of each process on CPU; when not set, chosen by its share of the cores and its work"
     )
 
 
 class TableOptimizerConfig(_Section):
     """The tables' optimizer, fused into their backward; FBGEMM has the last four for GPUs alone."""
 
-    name: TableOptimizerName = Field("rowwise_adagrad", description="FBGEMM's name for it")
+    name: TableOptimizerName = Field("rowwise_adagrad", description="optimizer, by FBGEMM's name")
     learning_rate: PositiveFloat = Field(0.05, description="base learning rate")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the accumulated squares (not for sgd)")
-    beta1: Fraction = Field(0.9, description="of the gradients' running mean, in the kinds of adam and lamb")
-    beta2: Fraction = Field(0.999, description="of the squares' running mean, in the kinds of adam and lamb")
+    beta1: Fraction = Field(0.9, description="decay of the running mean of gradients, in the kinds of adam and lamb")
+    beta2: Fraction = Field(0.999, description="decay of the running mean of squares, in the kinds of adam and lamb")
     weight_decay: NonNegativeFloat = Field(
-        0.0, description="times the learning rate, decoupled; of the rows that a step looks up; not on CPU (FBGEMM)"
+        0.0,
+        description="decoupled decay, times the learning rate, of the rows that a step looks up; not on CPU (FBGEMM)",
     )
     initial_accumulator: NonNegativeFloat = Field(
-        0.0, description="what the sums of squares start from, in adagrad and rowwise_adagrad"
+        0.0, description="initial value of the sums of squares, in adagrad and rowwise_adagrad"
     )
 
 
 class DenseOptimizerConfig(_Section):
     """The optimizer of the dense and over arch."""
 
-    name: DenseOptimizerName = Field("adagrad", description="torch.optim's name for it")
+    name: DenseOptimizerName = Field("adagrad", description="optimizer, by torch.optim's name")
     learning_rate: PositiveFloat = Field(0.01, description="base learning rate")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the accumulated squares (not for sgd)")
-    beta1: Fraction = Field(0.9, description="of the gradients' running mean, in adamw")
-    beta2: Fraction = Field(0.999, description="of the squares' running mean, in adamw")
-    momentum: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(0.0, description="of sgd")
+    beta1: Fraction = Field(0.9, description="decay of the running mean of gradients, in adamw")
+    beta2: Fraction = Field(0.999, description="decay of the running mean of squares, in adamw")
+    momentum: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(0.0, description="momentum of sgd")
     weight_decay: NonNegativeFloat = Field(
-        0.0, description="decoupled in adamw, added to the gradient in adagrad and sgd, as torch.optim does"
+        0.0,
+        description="weight decay: decoupled in adamw, added to the gradient in adagrad and sgd, as torch.optim does",
     )
-    initial_accumulator: NonNegativeFloat = Field(0.0, description="what the sums of squares start from, in adagrad")
+    initial_accumulator: NonNegativeFloat = Field(0.0, description="initial value of the sums of squares, in adagrad")
     clip_norm: PositiveFloat | None = Field(
         None,
-        description="longest gradient of the dense and over arch together, after its mean over all ranks; a longer one "
-        "is scaled down; tables, which update in the backward, are not clipped; no limit when not set",
+        description="largest norm of the gradient of the dense and over arch together, averaged over all ranks; a "
+        "longer one is scaled down; tables, which update in the backward, are not clipped; no limit when not set",
     )
 
 
 class ScheduleConfig(_Section):
     """Learning rate over steps, for all optimizers alike.
 
-    Every kind: linear to the base rate while step <= warmup_steps, then the base rate until decay_start_step. Then
-    constant holds it; warmup_polynomial goes down over decay_steps by the square (facebookresearch/dlrm), cosine along
-    half a cosine, both to zero but not below 1e-7, and hold that.
+    Every kind rises linearly to the base rate while step <= warmup_steps, and holds it until decay_start_step. Then
+    constant keeps it; over decay_steps, warmup_polynomial falls quadratically (facebookresearch/dlrm) and cosine along
+    half a cosine, both towards zero but not below 1e-7, where they stay.
     """
 
     name: Literal["constant", "warmup_polynomial", "cosine"] | None = Field(
@@ -113,27 +113,27 @@ class ScheduleConfig(_Section):
     )
     warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up")
     decay_start_step: NonNegativeInt = Field(
-        0, description="last step at the base rate before decay; the warm-up's end where that is later and this is 0"
+        0, description="last step at the base rate before decay; if 0, the end of the warm-up"
     )
     decay_steps: NonNegativeInt | None = Field(
-        None, description="steps of decay; 0 for none; to the run's last step when not set"
+        None, description="steps of decay; 0 for none; when not set, decay ends with the run"
     )
 
 
 class ValidationConfig(_Section):
-    """Metrics on the val split during training; always at its end."""
+    """Metrics on the val split during training; a run always validates at its end."""
 
-    every_steps: NonNegativeInt = Field(0, description="validate every so many steps; 0 means not by steps")
-    every_rows: NonNegativeInt = Field(0, description="validate every so many training rows; 0 means not by rows")
+    every_steps: NonNegativeInt = Field(0, description="validate every this many steps; 0 means not by steps")
+    every_rows: NonNegativeInt = Field(0, description="validate every this many training rows; 0 means not by rows")
     batch_size_global: PositiveInt = Field(8192, description="rows per forward pass over all ranks")
-    max_rows: PositiveInt | None = Field(None, description="validate on the first so many rows; all when not set")
+    max_rows: PositiveInt | None = Field(None, description="validate on the first this many rows; all when not set")
 
 
 class CheckpointConfig(_Section):
     """When a run saves itself; it also does at its end, after the best validation so far, and when asked to stop."""
 
-    every_steps: NonNegativeInt = Field(0, description="save every so many steps; 0 means not by steps")
-    every_minutes: NonNegativeFloat = Field(10.0, description="save every so many minutes; 0 means not by time")
+    every_steps: NonNegativeInt = Field(0, description="save every this many steps; 0 means not by steps")
+    every_minutes: NonNegativeFloat = Field(10.0, description="save every this many minutes; 0 means not by time")
     keep_last: PositiveInt = Field(2, description="checkpoints to keep, besides the one with the best val AUC")
     asynchronous: bool = Field(
         default=True, description="keep training while a copy of the state is written (needs memory for the copy)"
@@ -145,7 +145,7 @@ class StopConfig(_Section):
 
     target_auc: Fraction | None = Field(None, description="stop once the val AUC has reached this")
     patience_validations: PositiveInt | None = Field(
-        None, description="stop after so many validations without a better val AUC"
+        None, description="stop after this many validations without a better val AUC"
     )
 
 
@@ -154,23 +154,23 @@ class LoggingConfig(_Section):
 
     every_steps: PositiveInt = Field(100, description="steps between two lines of metrics.jsonl")
     profile_steps: NonNegativeInt = Field(
-        0, description="write a Chrome trace of so many steps to the run's profile/, and what is in it; 0 for none"
+        0, description="write a Chrome trace of this many steps, and its summary, to the run's profile/; 0 for none"
     )
     tensorboard: bool = Field(default=True, description="also write TensorBoard event files")
     trackers: tuple[Literal["wandb", "mlflow"], ...] = Field(
         (),
         strict=False,
-        description="trackers to tell as well: wandb (Weights & Biases), mlflow; where they are is said by their own "
+        description="other trackers that receive metrics: wandb (Weights & Biases), mlflow; configured by their own "
         "environment variables",
     )
     experiment: str = Field("torchdlrm", description="wandb's project, MLflow's experiment")
 
 
 class ShardingConfig(_Section):
-    """What TorchRec's planner is told about the machine."""
+    """The machine as TorchRec's planner sees it, and rules for the plan."""
 
     hbm_bytes: Size | None = Field(
-        None, description='memory of each GPU, such as "80GB" or a number of bytes; asked of the device when not set'
+        None, description='memory of each GPU, such as "80GB" or a number of bytes; the device\'s own when not set'
     )
     host_memory_bytes: Size | None = Field(
         None, description="host memory of each rank; the machine's, divided by its ranks, when not set"
@@ -185,7 +185,7 @@ class ShardingConfig(_Section):
         description="rules for tables, such as cat_3=row_wise or cat_0=table_wise@2 (TABLE=KIND,KIND@RANK,RANK)",
     )
     cache_fraction: Fraction | None = Field(
-        None, description="GPUs may keep tables in host memory and cache this fraction of their rows; not when not set"
+        None, description="lets GPUs keep tables in host memory and cache this fraction of their rows; off when not set"
     )
     plan: str | None = Field(
         None, description="a plan.json to follow (dlrm plan writes it); training plans by itself when not set"
@@ -201,7 +201,7 @@ class LoaderConfig(_Section):
 class Config(_Section):
     """A whole run."""
 
-    seed: NonNegativeInt = Field(0, description="of the initial weights and of the order of row groups after epoch 0")
+    seed: NonNegativeInt = Field(0, description="seeds the initial weights and the order of row groups after epoch 0")
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     table_optimizer: TableOptimizerConfig = TableOptimizerConfig()

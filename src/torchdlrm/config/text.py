@@ -17,7 +17,7 @@ from torchdlrm.errors import ConfigError
 from torchdlrm.toml import did_you_mean, explain, toml_text, toml_value
 
 SHIPPED_CONFIGS = Path(__file__).parents[1] / "configs"
-# What keys were called in earlier versions. People are told the new name; the config of a run is read as it is.
+# Earlier names of keys. A message gives the new name; in the config of a run, the old ones are read as well.
 _RENAMED_KEYS = {
     "train.dropout_share": "train.dropout",
     "sharding.reserved_share": "sharding.reserved_fraction",
@@ -26,11 +26,12 @@ _RENAMED_KEYS = {
 _DOCUMENT_HEAD = """
 # Configuration
 
-A run is described by one TOML file. Some come with torchdlrm and go by their names: `dlrm train criteo-small ...`, and
-`dlrm config criteo-small > my.toml` to start from one. Keys that a file leaves out have the defaults below, which are
-the paper's Criteo model; `dlrm config` prints them. Any key can be overridden on the command line by its dotted name,
-with `-` or `_`: `--train.batch-size-global 8192`, `--model.dense-arch-layer-sizes 512,256,64`. All mistakes, in the
-file and on the command line, are reported together. (Made by `make docs` from `src/torchdlrm/config/sections.py`.)
+A run is described by one TOML file. Some configs come with torchdlrm and are used by name, as in
+`dlrm train criteo-small ...`; `dlrm config criteo-small > my.toml` writes one that you can edit. Keys that a file
+leaves out have the defaults below, which are the paper's Criteo model; `dlrm config` prints them. Any key can be
+overridden on the command line by its dotted name, with `-` or `_`: `--train.batch-size-global 8192`,
+`--model.dense-arch-layer-sizes 512,256,64`. All mistakes, in the file and on the command line, are reported together.
+(`make docs` generates this page from `src/torchdlrm/config/sections.py`.)
 """
 
 
