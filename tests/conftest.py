@@ -197,7 +197,7 @@ def rows_of_request(tensors, schema, max_rows):
     inputs = Inputs(schema, max_rows, len(tensors))
     for tensor in tensors:
         inputs.place(tensor.name, tensor.datatype, tensor.shape)
-    return rows_of_tensors(tensors, inputs, schema)
+    return rows_of_tensors(tensors, inputs)
 
 
 class RunningServer:

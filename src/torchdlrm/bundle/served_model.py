@@ -57,7 +57,7 @@ class ServedModel:
         self._forward: Forward = (
             _eager_forward(bundle, self.precision.dtype)
             if fast is None
-            else _FastForward(bundle, fast, self.precision.dtype, self._chunk_rows)
+            else _fast_forward(bundle, fast, self.precision.dtype, self._chunk_rows)
         )
 
     @property
@@ -92,25 +92,22 @@ class ServedModel:
         return logits_B.numpy()
 
 
-class _FastForward:
+def _fast_forward(bundle: Bundle, interaction: FastInteraction, dtype: torch.dtype, chunk_rows: int) -> Forward:
     """Dense arch, fast interaction, over arch: weights packed once, and nothing copied that need not be."""
+    dense, over = _layers(bundle)
+    over[0] = (interaction.spread(over[0][0]), over[0][1])
+    num_dense, lookup = len(bundle.schema.dense), TableLookup(bundle, dtype, interaction.num_slots)
+    dense_arch = [_PackedLinear(*layer, dtype, relu=True, batch_rows=chunk_rows) for layer in dense]
+    over_arch = [_PackedLinear(*layer, dtype, relu=layer is not over[-1], batch_rows=chunk_rows) for layer in over]
 
-    def __init__(self, bundle: Bundle, interaction: FastInteraction, dtype: torch.dtype, chunk_rows: int) -> None:
-        dense, over = _layers(bundle)
-        over[0] = (interaction.spread(over[0][0]), over[0][1])
-        self._interaction, self._dtype, self._num_dense = interaction, dtype, len(bundle.schema.dense)
-        self._lookup = TableLookup(bundle, dtype, interaction.num_slots)
-        self._dense_arch = [_PackedLinear(*layer, dtype, relu=True, batch_rows=chunk_rows) for layer in dense]
-        self._over_arch = [
-            _PackedLinear(*layer, dtype, relu=layer is not over[-1], batch_rows=chunk_rows) for layer in over
-        ]
-
-    def __call__(self, rows: EncodedRows) -> Tensor:
-        vectors_BMD = self._lookup(rows)
+    def forward(rows: EncodedRows) -> Tensor:
+        vectors_BMD = lookup(rows)
         # Without dense features the input is a 1, see `torchdlrm.model.dlrm.ConstantArch`.
-        dense = np.ascontiguousarray(rows.dense) if self._num_dense else np.ones((rows.num_rows, 1), np.float32)
-        vectors_BMD[:, 0] = _run(self._dense_arch, torch.from_numpy(dense).to(self._dtype))
-        return _run(self._over_arch, self._interaction.interact(vectors_BMD)).squeeze(1)
+        dense = np.ascontiguousarray(rows.dense) if num_dense else np.ones((rows.num_rows, 1), np.float32)
+        vectors_BMD[:, 0] = _run(dense_arch, torch.from_numpy(dense).to(dtype))
+        return _run(over_arch, interaction.interact(vectors_BMD)).squeeze(1)
+
+    return forward
 
 
 def _eager_forward(bundle: Bundle, dtype: torch.dtype) -> Forward:

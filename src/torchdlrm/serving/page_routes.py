@@ -39,11 +39,7 @@ def page_routes() -> list[Route]:
 def page_files() -> dict[str, bytes]:
     """Read the files of the page by name."""
     folder = files("torchdlrm.serving") / "page"
-    return {
-        entry.name: entry.read_bytes()
-        for entry in folder.iterdir()
-        if any(entry.name.endswith(suffix) for suffix in CONTENT_TYPES)
-    }
+    return {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.name.endswith((*CONTENT_TYPES,))}
 
 
 def _route(path: str, name: str, content: bytes) -> Route:

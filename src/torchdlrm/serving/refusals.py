@@ -1,6 +1,5 @@
 """Why a request gets no prediction: a status, a reason for its sender, and nothing about the inside of the server."""
 
-from collections.abc import Mapping
 from http import HTTPStatus
 
 from torchdlrm.errors import TorchDLRMError
@@ -21,11 +20,6 @@ class RefusedRequest(TorchDLRMError):  # noqa: N818 - it is an answer
     def __init__(self, status: HTTPStatus, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.retry_after_s = status, message, retry_after_s
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """The headers of the answer."""
-        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
 
 def bad_request(message: str) -> RefusedRequest:

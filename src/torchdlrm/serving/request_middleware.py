@@ -22,7 +22,7 @@ REQUEST_ID = "torchdlrm.request_id"
 
 def refusal(error: RefusedRequest) -> Response:
     """Make the answer to a request that is refused."""
-    headers = dict(error.headers)
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(orjson.dumps({"error": error.message}), error.status, headers, media_type="application/json")

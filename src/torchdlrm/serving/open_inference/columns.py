@@ -11,7 +11,7 @@ Out: the rows; what was not sent is missing, and what a column's `null_values` n
 | sparse string, sparse with several values | BYTES |
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,15 +67,15 @@ class Inputs:
     """
 
     def __init__(self, schema: FeatureSchema, max_rows: int, num_inputs: int) -> None:
-        self._schema, self._max_rows = schema, max_rows
-        self.features: dict[str, Feature] = {column.name: column for column in schema.features}
+        self.schema, self._max_rows = schema, max_rows
+        self._features: dict[str, Feature] = {column.name: column for column in schema.features}
         self.columns: list[Sequence[Feature]] = []
         self._num_rows: int | None = None
         self._seen: set[str] = set()
         if not num_inputs:
             raise bad_request("inputs: no tensor; send one for a column at least, or 'dense' and 'sparse'")
-        if num_inputs > len(self.features):
-            msg = f"inputs: {num_inputs:,} tensors, and the model has {len(self.features)} columns"
+        if num_inputs > len(self._features):
+            msg = f"inputs: {num_inputs:,} tensors, and the model has {len(self._features)} columns"
             raise bad_request(msg)
 
     def place(self, name: str, datatype: object, shape: object) -> tuple[str, tuple[int, ...]]:
@@ -87,7 +87,7 @@ class Inputs:
         columns = self._columns_named(name)
         datatype, sizes = check_shape(name, datatype, shape)
         check_num_rows(sizes[0], self._max_rows)
-        if name in self.features:
+        if name in self._features:
             if sizes[1:] not in {(), (1,)}:
                 msg = f"input {name!r}: a column has the shape [N] or [N, 1], not {list(sizes)}"
                 raise bad_request(msg)
@@ -108,22 +108,17 @@ class Inputs:
         return datatype, sizes
 
     def _columns_named(self, name: str) -> Sequence[Feature]:
-        if name in self.features:
-            return [self.features[name]]
-        packed: dict[str, Sequence[Feature]] = {DENSE: self._schema.dense, SPARSE: self._schema.sparse}
+        if name in self._features:
+            return [self._features[name]]
+        packed: dict[str, Sequence[Feature]] = {DENSE: self.schema.dense, SPARSE: self.schema.sparse}
         if name not in packed:
             msg = f"input {shown(name)} is no column of this model, and neither 'dense' nor 'sparse'"
             raise bad_request(msg)
         return packed[name]
 
 
-def rows_of_tensors(tensors: Sequence[Tensor], inputs: Inputs, schema: FeatureSchema) -> Rows:
-    """Return the rows that tensors hold.
-
-    Args:
-        tensors: of one request.
-        inputs: where these were placed.
-        schema: the columns.
+def rows_of_tensors(tensors: Sequence[Tensor], inputs: Inputs) -> Rows:
+    """Return the rows that the tensors of a request hold, which `inputs` has placed.
 
     Returns:
         Few rows as mappings from column name to cell, which are encoded in a fraction of the time; otherwise typed
@@ -134,7 +129,7 @@ def rows_of_tensors(tensors: Sequence[Tensor], inputs: Inputs, schema: FeatureSc
     """
     placed = list(zip(tensors, inputs.columns, strict=True))
     few = _few_rows(placed) if 0 < tensors[0].shape[0] <= _FEW_ROWS else None
-    return _frame(placed, inputs.features, schema) if few is None else few
+    return _frame(placed, inputs.schema) if few is None else few
 
 
 def _few_rows(placed: Sequence[tuple[Tensor, Sequence[Feature]]]) -> list[dict[str, object]] | None:
@@ -165,9 +160,7 @@ def _as_cell(tensor: Tensor, column: Feature) -> Callable[[Any], object] | None:
     return column.value_kind.cell_of.get(given)
 
 
-def _frame(
-    placed: Sequence[tuple[Tensor, Sequence[Feature]]], features: Mapping[str, Feature], schema: FeatureSchema
-) -> pl.DataFrame:
+def _frame(placed: Sequence[tuple[Tensor, Sequence[Feature]]], schema: FeatureSchema) -> pl.DataFrame:
     num_rows = placed[0][0].shape[0]
     texts: dict[str, pl.Series] = {}
     typed: dict[str, pl.Series] = {}
@@ -179,15 +172,16 @@ def _frame(
         else:
             typed |= _from_numbers(tensor, columns)
     if texts:
-        layout = schema.with_columns([features[name] for name in texts])
+        layout = schema.with_columns([column for column in schema.features if column.name in texts])
         bad_rows = BadRows()
         frame, _ = to_typed_columns(pl.DataFrame(texts), layout, bad_rows)
         for reason, examples in bad_rows.examples.items():
             raise _bad_cell(examples[0].line - 1, str(examples[0].column), reason, examples[0].value)
         typed |= frame.to_dict()
-    for name in features.keys() - typed.keys():
-        typed[name] = pl.Series(name, [None], dtype=features[name].dtype).new_from_index(0, num_rows)
-    return pl.DataFrame([typed[name] for name in features])
+    for column in schema.features:
+        if column.name not in typed:
+            typed[column.name] = pl.Series(column.name, [None], dtype=column.dtype).new_from_index(0, num_rows)
+    return pl.DataFrame([typed[column.name] for column in schema.features])
 
 
 def _from_numbers(tensor: Tensor, columns: Sequence[Feature]) -> dict[str, pl.Series]:

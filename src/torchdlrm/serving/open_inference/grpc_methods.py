@@ -141,7 +141,7 @@ def _rows(request: Any, schema: FeatureSchema, max_rows: int) -> Rows:
             tensors.append(from_texts(item.name, shape, values))
         else:
             tensors.append(from_numbers(item.name, datatype, shape, values))
-    return rows_of_tensors(tensors, inputs, schema)
+    return rows_of_tensors(tensors, inputs)
 
 
 def _value(parameter: Any) -> object:

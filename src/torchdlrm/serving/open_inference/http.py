@@ -91,7 +91,7 @@ def parse_infer(
     parameters = _parameters(request, "the request")
     request_id, is_binary = check_id(request.get("id")), _wants_binary(request, parameters)
     timeout_us = _timeout_us(parameters)
-    return InferRequest(rows_of_tensors(tensors, inputs, schema), request_id, is_binary, timeout_us)
+    return InferRequest(rows_of_tensors(tensors, inputs), request_id, is_binary, timeout_us)
 
 
 def format_infer(
