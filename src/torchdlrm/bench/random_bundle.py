@@ -53,13 +53,9 @@ class _RandomWeights:
 def write_random_bundle(
     path: Path, sizes: dict[str, int], precision: TablePrecision, *, for_raw_rows: bool = False
 ) -> Path:
-    """Write a bundle.
+    """Write a bundle whose tables have so many rows, at `path`, where nothing may be.
 
-    Args:
-        path: its folder, which is made.
-        sizes: rows of each feature's table.
-        precision: of the tables.
-        for_raw_rows: with a vocabulary of each feature, for rows of `write_random_log`; otherwise its values are ids.
+    `for_raw_rows` gives it a vocabulary of each feature, for rows of `write_random_log`; otherwise its values are ids.
     """
     path.mkdir()
     weights = _RandomWeights(sizes)

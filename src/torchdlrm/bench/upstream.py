@@ -30,14 +30,7 @@ def random_rows(
 def torchrec_dlrm(
     shape: ModelShape, num_embeddings: Mapping[str, int], *, tables: torch.device, dense: torch.device
 ) -> Any:
-    """TorchRec's DLRM with random weights.
-
-    Args:
-        shape: of the model.
-        num_embeddings: rows of each feature's table.
-        tables: where the tables are created.
-        dense: where everything else is.
-    """
+    """TorchRec's DLRM with random weights, its tables on one device and everything else on another."""
     configs = [
         EmbeddingBagConfig(
             name=table_name(feature),

@@ -45,15 +45,7 @@ def stored_rows(precision: TablePrecision, dim: int) -> tuple[str, int]:
 
 
 def quantize_rows(rows: Tensor, precision: TablePrecision) -> Tensor:
-    """Rows of a table as they are served.
-
-    Args:
-        rows: float32 [R, D].
-        precision: of the result.
-
-    Returns:
-        uint8 [R, row_bytes]; for float32 a view.
-    """
+    """Rows of a table, float32 [R, D], as they are served: uint8 [R, row_bytes]; for float32 a view."""
     assert rows.dtype == torch.float32, rows.dtype
     if precision == "float32":
         return rows.contiguous().view(torch.uint8)
@@ -66,16 +58,7 @@ def quantize_rows(rows: Tensor, precision: TablePrecision) -> Tensor:
 
 
 def dequantize_rows(quantized: Tensor, precision: TablePrecision, dim: int) -> Tensor:
-    """What the lookup makes of rows.
-
-    Args:
-        quantized: uint8 [R, row_bytes], contiguous.
-        precision: of the rows.
-        dim: D.
-
-    Returns:
-        float32 [R, D].
-    """
+    """What the lookup makes of rows, uint8 [R, row_bytes], contiguous: float32 [R, D]."""
     if precision == "float32":
         return quantized.view(torch.float32)
     if precision == "float16":

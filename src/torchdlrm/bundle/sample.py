@@ -39,15 +39,7 @@ def sample_types(schema: FeatureSchema) -> dict[str, pl.DataType]:
 
 
 def read_sample(path: Path, schema: FeatureSchema, *, sha256: str) -> pl.DataFrame:
-    """What a bundle's sample holds.
-
-    Args:
-        path: the file, a regular one.
-        schema: the columns of a raw row.
-        sha256: of the file.
-
-    Returns:
-        The features and `prediction`, a probability: at most 1,024 rows.
+    """What a bundle's sample, a regular file, holds: the features and `prediction`, of at most 1,024 rows.
 
     Raises:
         BundleError: it holds something else.
@@ -87,17 +79,9 @@ def raw_sample(
     *,
     max_rows: int,
 ) -> pl.DataFrame:
-    """Raw typed rows.
+    """Raw typed rows of encoded ones, at most `max_rows`; features without a vocabulary are hashed.
 
-    Args:
-        encoded: held-out rows of the dataset.
-        schema: the columns.
-        dense: the fitted transforms.
-        vocabularies: of the features that are not hashed.
-        max_rows: give at most so many.
-
-    Returns:
-        Dense columns Int64 or Float64, sparse columns UInt32, Int64 or String, or lists of it: at most `max_rows` rows.
+    Dense columns are Int64 or Float64, sparse columns UInt32, Int64 or String, or lists of it.
     """
     raw = pl.DataFrame(
         [_raw_dense(encoded[column.name], column, dense[column.name]) for column in schema.dense]

@@ -66,13 +66,7 @@ class ServedModel:
         return "bfloat16" if self.precision.dtype == torch.bfloat16 else "float32"
 
     def predict(self, encoded: EncodedRows) -> NDArray[np.float32]:
-        """The probability of a click of each row.
-
-        Args:
-            encoded: B rows.
-
-        Returns:
-            float32 [B].
+        """The probability of a click of each row: float32 [B].
 
         Raises:
             DatasetError: an id is outside its table.

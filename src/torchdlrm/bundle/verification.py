@@ -41,7 +41,6 @@ class BlockVerifier:
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
         self.damage: BundleError | None = None
         self.is_done = False
-        self._thread: threading.Thread | None = None
 
     def __del__(self) -> None:
         os.close(self._file)
@@ -52,10 +51,7 @@ class BlockVerifier:
         return len(self._digests)
 
     def require(self, touched: NDArray[np.bool_]) -> None:
-        """Check the blocks that are not checked yet.
-
-        Args:
-            touched: bool [num_blocks].
+        """Check those of the touched blocks, bool [num_blocks], that are not checked yet.
 
         Raises:
             BundleError: one of them is damaged, or another block was found to be.
@@ -84,13 +80,7 @@ class BlockVerifier:
 
     def check_all_in_background(self) -> None:
         """Let a thread check every block; what it finds is raised by the next `require`."""
-        self._thread = threading.Thread(target=self._check_quietly, name="torchdlrm-verify", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Wait until the thread has checked every block, or found a damaged one."""
-        if self._thread is not None:
-            self._thread.join()
+        threading.Thread(target=self._check_quietly, name="torchdlrm-verify", daemon=True).start()
 
     def _check_quietly(self) -> None:
         try:

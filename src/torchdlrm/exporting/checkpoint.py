@@ -127,12 +127,7 @@ class CheckpointReader:
 
 
 class CheckpointModel:
-    """A checkpoint that predicts, for one thread at a time.
-
-    Args:
-        checkpoint: its weights.
-        shape: of the model.
-        num_embeddings: rows of each feature's table, in schema order.
+    """A checkpoint that predicts, for one thread at a time; its tables are in schema order.
 
     Raises:
         RunError: its tensors are not those of the model.

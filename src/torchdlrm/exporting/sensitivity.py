@@ -152,13 +152,7 @@ def choose(
     sizes: Mapping[str, Mapping[TablePrecision, int]],
     allowance: float,
 ) -> dict[str, TablePrecision]:
-    """A precision for each table, the costs of all within the allowance.
-
-    Args:
-        costs: of each table at each precision.
-        sizes: of each table at each precision, in bytes.
-        allowance: for the sum of the costs.
-    """
+    """A precision for each table, the sum of their costs within the allowance; sizes are in bytes."""
     chosen: dict[str, TablePrecision] = dict.fromkeys(costs, "float32")
     least_saved = _LEAST_SAVED_FRACTION * sum(size["float32"] for size in sizes.values())
     while True:

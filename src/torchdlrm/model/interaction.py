@@ -132,13 +132,10 @@ class PairLayout:
         return out
 
     def spread(self, weight: Tensor) -> Tensor:
-        """The over arch's first weight for inputs in this layout.
+        """The over arch's first weight for inputs in this layout: [O, output_size].
 
         Args:
             weight: [O, D + P], P the pairs in the order of the upper triangle.
-
-        Returns:
-            [O, output_size].
         """
         spread = weight.new_zeros(len(weight), self.output_size)
         spread[:, : self._dim] = weight[:, : self._dim]

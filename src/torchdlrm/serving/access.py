@@ -38,10 +38,9 @@ class ApiKeys:
         return bool(self._digests)
 
     def accept(self, headers: Mapping[bytes, bytes]) -> bool:
-        """Tell whether one of the keys stands in the headers: `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+        """Tell whether one of the keys stands in the headers, whose names are in lower case.
 
-        Args:
-            headers: names in lower case.
+        That is `Authorization: Bearer KEY` or `X-API-Key: KEY`.
         """
         if not self._digests:
             return True
@@ -102,10 +101,7 @@ class AllowedHosts:
     def refusal(self, method: str, headers: Mapping[bytes, bytes], *, is_for_all: bool) -> str | None:
         """Say why a request is not answered, or None if it is.
 
-        Args:
-            method: of the request.
-            headers: names in lower case.
-            is_for_all: whether what is asked for may be shown by any site.
+        The names of its headers are in lower case; `is_for_all` says whether what it asks for may be shown by any site.
         """
         if self._is_any:
             return None

@@ -193,11 +193,7 @@ class Batcher:
             raise overloaded(msg, max(1, round(wait_s)))
 
     async def submit(self, request: PredictionRequest, deadline_s: float) -> Answer:
-        """Wait for the probabilities of some rows.
-
-        Args:
-            request: what is asked.
-            deadline_s: when the answer is of no use any more, by `time.perf_counter`.
+        """Wait for the probabilities of some rows, which are of no use after `deadline_s` by `time.perf_counter`.
 
         Raises:
             RefusedRequest: the queue is full, or the deadline has passed.

@@ -33,12 +33,7 @@ class _PartialBody:
 
 
 class Uploads:
-    """The bodies of a process that have come in part.
-
-    Args:
-        max_bodies: so many at most.
-        max_bytes: so much of all of them at most.
-    """
+    """The bodies of a process that have come in part: no more than `max_bodies`, and `max_bytes` in all of them."""
 
     def __init__(self, *, max_bodies: int, max_bytes: int) -> None:
         self._max_bodies, self._max_bytes = max_bodies, max_bytes
@@ -132,12 +127,8 @@ def parse_json(body: bytes | bytearray | memoryview, schema: FeatureSchema, max_
     """Parse the JSON of a request, unless it has too many values.
 
     orjson builds all of it in one call, during which nothing else of the process can run: 5 million empty objects, in a
-    body of 16 MiB, would hold everybody up for half a second, in whatever thread.
-
-    Args:
-        body: all of it.
-        schema: the columns.
-        max_rows: so many, with a value in all columns, are never too much.
+    body of 16 MiB, would hold everybody up for half a second, in whatever thread.  `max_rows` rows with a value in all
+    columns are never too much.
 
     Raises:
         RefusedRequest: it is no JSON, or too much.

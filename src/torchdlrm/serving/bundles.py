@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from torchdlrm.bundle.bundle import Verify
 from torchdlrm.errors import TorchDLRMError
@@ -17,11 +17,6 @@ from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.serving.row_routes import Examples, examples_of
 
 Outcome = Literal["swapped", "unchanged"]
-
-
-class _Served(NamedTuple):
-    predictor: Predictor
-    examples: Examples
 
 
 class Bundles:
@@ -33,6 +28,10 @@ class Bundles:
         verify: likewise.
         swapped: is called with the old and the new one, in the event loop.
         is_checked: whether all of the first one has just been checked.
+
+    Attributes:
+        current: the predictor of the bundle that is served now.
+        examples: a few rows of its sample; read when it was loaded, while its files were as checked.
 
     Raises:
         BundleError: the bundle there cannot be served.
@@ -48,19 +47,9 @@ class Bundles:
         is_checked: bool,
     ) -> None:
         self._path, self._model_class, self._verify, self._swapped = path, model_class, verify, swapped
-        self._served = self._load("lazy" if is_checked else verify)
+        self.current, self.examples = self._load("lazy" if is_checked else verify)
         self._one_at_a_time = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, "loader")
-
-    @property
-    def current(self) -> Predictor:
-        """The predictor of the bundle that is served now."""
-        return self._served.predictor
-
-    @property
-    def examples(self) -> Examples:
-        """A few rows of its sample; read when it was loaded, while its files were as checked."""
-        return self._served.examples
 
     async def reload(self) -> Outcome:
         """Load what lies at the path now, check it, and serve it from then on.
@@ -71,28 +60,28 @@ class Bundles:
         async with self._one_at_a_time:
             loop = asyncio.get_running_loop()
             try:
-                loaded = await loop.run_in_executor(self._loader, self._load, self._verify)
+                predictor, examples = await loop.run_in_executor(self._loader, self._load, self._verify)
             except TorchDLRMError:
                 raise
             except Exception as error:
                 msg = f"{self._path}: cannot be loaded: {error}"
                 raise TorchDLRMError(msg) from error
-            before, now = self.current.bundle, loaded.predictor.bundle
+            before, now = self.current.bundle, predictor.bundle
             # The same version out of other files is a bundle that was copied again, because of damage perhaps that
             # is found only later.
             is_same = now.version == before.version and now.files.identity == before.files.identity
             if is_same and before.find_damage() is None:
                 return "unchanged"
-            old, self._served = self.current, loaded
-            self._swapped(old, self.current)
+            old, self.current, self.examples = self.current, predictor, examples
+            self._swapped(old, predictor)
             return "swapped"
 
     def close(self) -> None:
         """Stop loading bundles."""
         self._loader.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self, verify: Verify) -> _Served:
+    def _load(self, verify: Verify) -> tuple[Predictor, Examples]:
         """Open the bundle, and see that it predicts what it says it must."""
         predictor = Predictor.open(self._path.resolve(), model_class=self._model_class, verify=verify)
         predictor.check_sample()
-        return _Served(predictor, examples_of(predictor))
+        return predictor, examples_of(predictor)

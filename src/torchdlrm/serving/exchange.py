@@ -32,11 +32,6 @@ _log = logging.getLogger(__name__)
 class Exchange:
     """A request that is being answered.
 
-    Args:
-        head: of the request.
-        connection: that it came by.
-        default_headers: of every answer.
-
     Attributes:
         is_whole: all of the body has come.
         is_answered: the answer has been written.

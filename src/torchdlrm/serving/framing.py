@@ -27,12 +27,7 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class Unreadable(Exception):  # noqa: N818 - it is an answer
-    """What came cannot be taken for a request; nothing behind it can be read.
-
-    Args:
-        status: what HTTP calls the reason.
-        message: says to the client what is wrong.
-    """
+    """What came cannot be taken for a request, and nothing behind it can be read; `message` tells the client why."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
         super().__init__(message)

@@ -225,13 +225,9 @@ async def off_loop_if_large(parse: Callable[[], Parsed], num_bytes: int) -> Pars
 
 
 def request_id_of(given: bytes | str) -> str | None:
-    """Return the name that the client gave a request, if it can stand in a log and a header.
+    """Return the name that the client gave a request; None where it is empty, too long, or not of printable ASCII.
 
-    Args:
-        given: the header or metadata `x-request-id`, or the field `id` of a message.
-
-    Returns:
-        The name; None where it is empty, too long, or not of printable ASCII.
+    It comes in the header or metadata `x-request-id` or in the field `id` of a message, and goes into logs and headers.
     """
     if not 0 < len(given) <= _MAX_REQUEST_ID_CHARACTERS or not given.isascii():
         return None

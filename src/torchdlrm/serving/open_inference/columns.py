@@ -54,11 +54,6 @@ def model_metadata(name: str, version: str, schema: FeatureSchema) -> dict[str, 
 class Inputs:
     """The tensors of a request, each of which is placed before its data are read.
 
-    Args:
-        schema: the columns.
-        max_rows: more are refused.
-        num_inputs: how many tensors there are.
-
     Attributes:
         columns: which each of them holds, as far as they are placed.
 

@@ -46,13 +46,7 @@ class InferRequest:
 def parse_infer(
     body: bytes | bytearray, header_length: str | None, schema: FeatureSchema, max_rows: int
 ) -> InferRequest:
-    """Read the body of a request.
-
-    Args:
-        body: all of it.
-        header_length: the value of `Inference-Header-Content-Length`, if the request has one.
-        schema: the columns.
-        max_rows: more are refused.
+    """Read the body of a request; `header_length` is its `Inference-Header-Content-Length`, if it has one.
 
     Raises:
         RefusedRequest: it is not as the protocol says.
@@ -97,14 +91,7 @@ def parse_infer(
 def format_infer(
     model: str, version: str, request: InferRequest, probabilities: NDArray[np.float32]
 ) -> tuple[bytes, dict[str, str]]:
-    """Format the body of an answer, and its headers.
-
-    Args:
-        model: its name.
-        version: of the bundle that predicted.
-        request: what is answered.
-        probabilities: float32 [N].
-    """
+    """Format the body of the answer to a request, with probabilities float32 [N], and its headers."""
     output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": [len(probabilities)]}
     answer: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": [output]}
     if request.request_id is not None:
