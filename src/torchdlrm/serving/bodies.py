@@ -20,7 +20,7 @@ import orjson
 from starlette.requests import Request
 
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.serving.exchange import ARRIVED, IS_WHOLE
+from torchdlrm.serving.exchange import ARRIVED, IS_COMPLETE
 from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.refusals import MAX_VALUES, RefusedRequest, bad_request, too_large, too_slow
 
@@ -92,13 +92,13 @@ async def read_body(request: Request, options: ServeOptions, uploads: Uploads) -
         raise RefusedRequest(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, msg)
     length = request.headers.get("content-length", "0")
     _check_length(int(length) if length.isdigit() else 0, options)
-    is_slow = not request.scope.get(IS_WHOLE, True)
+    is_slow = not request.scope.get(IS_COMPLETE, True)
     pieces: list[bytes] = []
     size = 0
     try:
         async with asyncio.timeout(options.body_timeout_s) as timeout:
-            with ExitStack() as until_whole:
-                count = until_whole.enter_context(uploads.track(timeout)) if is_slow else None
+            with ExitStack() as until_complete:
+                count = until_complete.enter_context(uploads.track(timeout)) if is_slow else None
                 has_more = True
                 while has_more:
                     message = await request.receive()

@@ -144,7 +144,7 @@ class Connection(asyncio.Protocol):
         self._ended_s = self._loop.time()
         if self._is_lingering or (self._exchange is None and not self._cannot_write):
             return False
-        if self._exchange is not None and not self._exchange.is_whole:
+        if self._exchange is not None and not self._exchange.is_complete:
             self._exchange.lose()
         return True
 
@@ -223,7 +223,7 @@ class Connection(asyncio.Protocol):
         if self._is_lingering or self._transport.is_closing():
             return  # another answer was given while this one was made, or nobody is there any more
         self._connections.waiting[self] = None
-        if not exchange.is_whole or (self._reader.num_waiting and not exchange.keeps_alive):
+        if not exchange.is_complete or (self._reader.num_waiting and not exchange.keeps_alive):
             self._linger()
         elif not exchange.keeps_alive:
             self._transport.close()
@@ -250,7 +250,7 @@ class Connection(asyncio.Protocol):
     def _take_event(self) -> bool:
         """Handle the next event; whether there may be more."""
         exchange = self._exchange
-        is_busy = self._cannot_write or (exchange is not None and exchange.is_whole)
+        is_busy = self._cannot_write or (exchange is not None and exchange.is_complete)
         if is_busy or self._is_lingering or self._transport.is_closing():
             return False
         event = self._reader.next_event()

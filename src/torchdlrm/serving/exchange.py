@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torchdlrm.serving.connection import Connection
 
 ARRIVED: Final = "torchdlrm.arrived_s"  # in a request's scope: when its head had come, by `time.perf_counter`
-IS_WHOLE: Final = "torchdlrm.is_whole"  # in a request's scope: whether all of its body has come
+IS_COMPLETE: Final = "torchdlrm.is_complete"  # in a request's scope: whether all of its body has come
 IS_GONE: Final = "torchdlrm.is_gone"  # in a request's scope: says whether the client no longer waits for the answer
 
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
@@ -33,7 +33,7 @@ class Exchange:
     """A request that is being answered.
 
     Attributes:
-        is_whole: all of the body has come.
+        is_complete: all of the body has come.
         is_answered: the answer has been written.
         keeps_alive: the connection can take another request after it.
         num_unread: bytes of the body that have come and that the app has not taken.
@@ -42,7 +42,7 @@ class Exchange:
     def __init__(self, head: Head, connection: "Connection", default_headers: Headers) -> None:
         path, query = _path_and_query(head.target)
         self._head, self._connection, self._default_headers = head, connection, default_headers
-        self.is_whole = self.is_answered = False
+        self.is_complete = self.is_answered = False
         self.keeps_alive = head.keeps_alive
         self._must_say_continue = head.expects_continue
         self._is_lost = self._is_read = False
@@ -66,7 +66,7 @@ class Exchange:
             "headers": head.headers,
             ARRIVED: time.perf_counter(),
             IS_GONE: connection.is_gone,
-            IS_WHOLE: False,
+            IS_COMPLETE: False,
         }
 
     def body_came(self, piece: bytes) -> None:
@@ -77,7 +77,7 @@ class Exchange:
 
     def end_came(self) -> None:
         """Take note that all of the body has come."""
-        self.is_whole = self.scope[IS_WHOLE] = True
+        self.is_complete = self.scope[IS_COMPLETE] = True
         self._wake()
 
     def lose(self) -> None:
@@ -97,23 +97,23 @@ class Exchange:
                 self._answer(500, [(b"content-type", b"application/json")], content)
 
     async def _receive(self) -> Message:
-        if self._must_say_continue and not self.is_whole:
+        if self._must_say_continue and not self.is_complete:
             self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._must_say_continue = False
-        while not (self._pieces or self._is_lost or self.is_answered or (self.is_whole and not self._is_read)):
+        while not (self._pieces or self._is_lost or self.is_answered or (self.is_complete and not self._is_read)):
             self._waiting = asyncio.get_running_loop().create_future()
             try:
                 await self._waiting
             finally:
                 self._waiting = None
-        if self.is_answered or (self._is_lost and not self.is_whole) or self._is_read:
+        if self.is_answered or (self._is_lost and not self.is_complete) or self._is_read:
             return {"type": "http.disconnect"}
         body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         self.num_unread = 0
         self._connection.regulate()
-        self._is_read = self.is_whole
-        return {"type": "http.request", "body": body, "more_body": not self.is_whole}
+        self._is_read = self.is_complete
+        return {"type": "http.request", "body": body, "more_body": not self.is_complete}
 
     async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -136,7 +136,7 @@ class Exchange:
             has_length |= name == b"content-length"
         if not has_length:
             lines.append(b"content-length: %d\r\n" % len(content))
-        if not self.is_whole:
+        if not self.is_complete:
             self.keeps_alive = False  # what is still to come of the body is not waited for
         if not self.keeps_alive:
             lines.append(b"connection: close\r\n")

@@ -181,10 +181,10 @@ class GrpcServer:
         """
         options, uploads, loop = self._service.options, self._service.uploads, asyncio.get_running_loop()
         try:
-            with ExitStack() as until_whole:
+            with ExitStack() as until_complete:
                 async with asyncio.timeout(options.body_timeout_s) as timeout:
                     is_slow = loop.call_later(
-                        _SOON_S, lambda: until_whole.enter_context(uploads.track(timeout))(options.max_body_bytes)
+                        _SOON_S, lambda: until_complete.enter_context(uploads.track(timeout))(options.max_body_bytes)
                     )
                     try:
                         message = await context.read()
