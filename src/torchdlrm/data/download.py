@@ -7,11 +7,10 @@ Addresses stand in `SOURCES` and nowhere else.  Checksums are compared where the
 at the source (lines of `sha256sum`), or in the table.
 """
 
-import hashlib
 import http.client
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from urllib.parse import urljoin, urlsplit
 
 from torchdlrm.data.log.files import LogFile, find_files
 from torchdlrm.errors import ConfigError, DatasetError, LogError
+from torchdlrm.files import sha256_of
 from torchdlrm.progress import ProgressListener, SilentProgress
 
 _BLOCK_BYTES = 1 << 20
@@ -109,12 +109,16 @@ def download(
         msg = f"{out}: cannot be made: {error.strerror}"
         raise DatasetError(msg) from error
     sums = {**_fetch_sums(source), **source.sha256}
-    stop = Event()
-    counter = _Counter(progress or SilentProgress())
-    counter.start(len(names))
+    stop, lock = Event(), Lock()
+    progress = progress or SilentProgress()
+    progress.start_phase(f"download {len(names)} files", None, "bytes")
+
+    def advance(num_bytes: int) -> None:
+        with lock:
+            progress.advance(num_bytes)
 
     def fetch(name: str) -> None:
-        fetcher = _Fetcher(urljoin(source.base, name), out / name, sums.get(name), counter, stop)
+        fetcher = _Fetcher(urljoin(source.base, name), out / name, sums.get(name), advance, stop)
         try:
             fetcher.run(attempts, retry_after_s)
         except BaseException:
@@ -138,29 +142,14 @@ class _StoppedError(Exception):
     """Another file could not be fetched, so that this one is left for later."""
 
 
-class _Counter:
-    """Passes the bytes of several threads on to a listener."""
-
-    def __init__(self, listener: ProgressListener) -> None:
-        self._listener = listener
-        self._lock = Lock()
-
-    def start(self, num_files: int) -> None:
-        self._listener.start_phase(f"download {num_files} files", None, "bytes")
-
-    def add(self, num_bytes: int) -> None:
-        with self._lock:
-            self._listener.advance(num_bytes)
-
-
 class _Fetcher:
     """Fetches one file, with attempts in a row where the server fails."""
 
-    def __init__(self, url: str, target: Path, sha256: str | None, counter: _Counter, stop: Event) -> None:
+    def __init__(self, url: str, target: Path, sha256: str | None, advance: Callable[[int], None], stop: Event) -> None:
         self._url = url
         self._target = target
         self._sha256 = sha256
-        self._counter = counter
+        self._advance = advance
         self._stop = stop
         self._part = target.with_name(target.name + ".part")
         self._tag = target.with_name(target.name + ".part.etag")
@@ -174,7 +163,7 @@ class _Fetcher:
             raise DatasetError(msg)
         failures = 0
         while True:
-            before = self._part.stat().st_size if self._part.exists() else 0
+            before = self._num_bytes()
             try:
                 self._fetch_rest()
                 break
@@ -182,8 +171,7 @@ class _Fetcher:
                 if isinstance(error, urllib.error.HTTPError) and error.code < 500:
                     msg = f"{self._url}: the server answers {error.code} {error.reason}; give another `source`"
                     raise LogError(msg) from error
-                now = self._part.stat().st_size if self._part.exists() else 0
-                failures = 0 if now > before else failures + 1
+                failures = 0 if self._num_bytes() > before else failures + 1
                 if failures >= attempts:
                     msg = (
                         f"{self._url}: no byte came in {attempts} attempts ({error}); what has come is kept, and the "
@@ -198,9 +186,12 @@ class _Fetcher:
         self._part.replace(self._target)
         self._tag.unlink(missing_ok=True)
 
+    def _num_bytes(self) -> int:
+        return self._part.stat().st_size if self._part.exists() else 0
+
     def _fetch_rest(self) -> None:
         """Append what is missing of the file; returns when it is complete."""
-        have = self._part.stat().st_size if self._part.exists() else 0
+        have = self._num_bytes()
         tag = self._tag.read_text(encoding="utf-8") if self._tag.exists() else ""
         headers = {"Accept-Encoding": "identity", "User-Agent": "torchdlrm"}
         if have and tag:
@@ -213,17 +204,17 @@ class _Fetcher:
                 return
             raise
         with answer:
-            goes_on = answer.status == _HTTP_PARTIAL and _start_of(answer.headers.get("Content-Range")) == have
+            resumes = answer.status == _HTTP_PARTIAL and _start_of(answer.headers.get("Content-Range")) == have
             tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
             self._tag.write_text("" if tag.startswith("W/") else tag, encoding="utf-8")
-            with self._part.open("ab" if goes_on else "wb") as file:
+            with self._part.open("ab" if resumes else "wb") as file:
                 left = answer.headers.get("Content-Length")
-                expected = (have if goes_on else 0) + int(left) if left is not None else None
+                expected = (have if resumes else 0) + int(left) if left is not None else None
                 while block := answer.read(_BLOCK_BYTES):
                     if self._stop.is_set():
                         raise _StoppedError
                     file.write(block)
-                    self._counter.add(len(block))
+                    self._advance(len(block))
         size_bytes = self._part.stat().st_size
         if expected is not None and size_bytes < expected:
             msg = f"the connection was closed after {size_bytes:,} of {expected:,} bytes"
@@ -232,8 +223,7 @@ class _Fetcher:
     def _check(self, path: Path) -> None:
         if self._sha256 is None:
             return
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(path)
         if found != self._sha256:
             msg = f"{path}: sha256 is {found}, and should be {self._sha256}; remove the file and fetch it again"
             raise LogError(msg)

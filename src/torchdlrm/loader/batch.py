@@ -7,9 +7,10 @@ stream whatever the world size, and rank r reads the r-th contiguous slice of it
 B rows of the batch on this rank, F sparse features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,20 +35,15 @@ class Batch(TorchRecBatch):  # type: ignore[misc]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":  # noqa: FBT001, FBT002
         """Copy the batch to `device`."""
-        return Batch(
-            dense_features=self.dense_features.to(device=device, non_blocking=non_blocking),
-            sparse_features=self.sparse_features.to(device=device, non_blocking=non_blocking),
-            labels=self.labels.to(device=device, non_blocking=non_blocking),
-            loss_weight=self.loss_weight,
-        )
+        return self._with_parts(lambda part: part.to(device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory, from which a GPU can fetch while it computes."""
+        return self._with_parts(lambda part: part.pin_memory())
+
+    def _with_parts(self, function: Callable[[Any], Any]) -> "Batch":
         return Batch(
-            dense_features=self.dense_features.pin_memory(),
-            sparse_features=self.sparse_features.pin_memory(),
-            labels=self.labels.pin_memory(),
-            loss_weight=self.loss_weight,
+            function(self.dense_features), function(self.sparse_features), function(self.labels), self.loss_weight
         )
 
 

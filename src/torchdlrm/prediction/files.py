@@ -5,7 +5,7 @@ cores busy by itself.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -116,9 +116,7 @@ def predict_file(
         if not tally.summary.rows:
             columns = dict.fromkeys(rows.passthrough, pl.String) | {PREDICTION_COLUMN: pl.Float32}
             writer.write(pl.DataFrame(schema=columns))
-        damage = predictor.bundle.find_damage()
-        if damage is not None:
-            raise damage
+        predictor.require_undamaged()
     return tally.finish(time.perf_counter() - started_s)
 
 
@@ -131,7 +129,9 @@ def _encoded_ahead(predictor: Predictor, rows: RowsIn, bad_rows: BadRowsRule) ->
         if chunk is None:
             return None
         if chunk.bad_rows.total and bad_rows == "refuse":
-            raise LogError(_refusal(chunk.bad_rows))
+            lines = describe_bad_rows(chunk.bad_rows.counts, chunk.bad_rows.examples)
+            remedy = "Fix the log, or let such rows have no prediction with `bad_rows` null."
+            raise LogError("\n".join(["the log has rows that cannot be read", *lines, remedy]))
         return chunk, predictor.encode(chunk.frame)
 
     with ThreadPoolExecutor(1, "torchdlrm-read") as reader:
@@ -150,12 +150,6 @@ def _encoded_ahead(predictor: Predictor, rows: RowsIn, bad_rows: BadRowsRule) ->
         finally:
             rows.is_over.set()
             reader.shutdown(wait=True, cancel_futures=True)
-
-
-def _refusal(bad_rows: BadRows) -> str:
-    lines = ["the log has rows that cannot be read", *describe_bad_rows(bad_rows.counts, bad_rows.examples)]
-    lines.append("Fix the log, or let such rows have no prediction with `bad_rows` null.")
-    return "\n".join(lines)
 
 
 def _scores(chunk: RowChunk, probabilities: NDArray[np.float32], rows: RowsIn, *, as_text: bool) -> pl.DataFrame:
@@ -187,8 +181,8 @@ class _Tally:
     def __init__(self, schema: FeatureSchema) -> None:
         self._schema = schema
         self._sum = 0.0
-        self._num_unknown: dict[str, int] = {}
-        self._num_values: dict[str, int] = {}
+        self._num_unknown: Counter[str] = Counter()
+        self._num_values: Counter[str] = Counter()
         self._has_labels = True
         self._labels: list[NDArray[np.int8]] = []
         self._logits: list[NDArray[np.float32]] = []
@@ -204,9 +198,8 @@ class _Tally:
         for i, column in enumerate(self._schema.sparse):
             if column.name in predictions.num_unknown:
                 num_values = len(encoded.sparse[i][0]) if isinstance(encoded.sparse, tuple) else encoded.num_rows
-                self._num_values[column.name] = self._num_values.get(column.name, 0) + num_values
-        for name, count in predictions.num_unknown.items():
-            self._num_unknown[name] = self._num_unknown.get(name, 0) + count
+                self._num_values[column.name] += num_values
+        self._num_unknown.update(predictions.num_unknown)
         self._has_labels &= chunk.has_label
         if self._has_labels:
             labels = chunk.frame[self._schema.label.name]

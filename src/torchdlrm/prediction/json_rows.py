@@ -92,7 +92,19 @@ class RowReader:
             raise RowError(msg)
 
     def _typed_column(self, parts: Sequence[Part], column: Column) -> pl.Series:
-        return _typed_alone(cells_of(parts, [column.name]), column, self._schema)
+        """A column as the reader of logs has it; a label may be missing, as in any row to predict."""
+        cells = cells_of(parts, [column.name])
+        bad_rows = BadRows()
+        layout = self._schema.with_columns([column])
+        if isinstance(column, SparseColumn) and column.is_multi_valued:
+            lists = [_list(cell, column, i) for i, cell in enumerate(cells)]
+            text = pl.DataFrame({column.name: lists}, schema={column.name: pl.List(pl.String)})
+        else:
+            texts = [_text(cell, column, i) for i, cell in enumerate(cells)]
+            text = text_frame(layout, {column.name: texts})
+        typed, _ = to_typed_columns(text, layout, bad_rows, is_label_optional=True)
+        check_cells(bad_rows)
+        return typed[column.name]
 
     def _typed_group(self, parts: Sequence[Part], group: Sequence[Feature]) -> dict[str, pl.Series]:
         """Columns of one kind: their cells one after another as a single column."""
@@ -120,21 +132,6 @@ def _numbers(cells: Sequence[object], column: Feature) -> pl.Series | None:
         return column.value_kind.from_json_numbers(cells, set(map(type, cells)) - {_MISSING})
     except (OverflowError, TypeError):
         return None  # too large: read as text it is told where
-
-
-def _typed_alone(cells: Sequence[object], column: Column, schema: FeatureSchema) -> pl.Series:
-    """A column as the reader of logs has it; a label may be missing, as in any row to predict."""
-    bad_rows = BadRows()
-    layout = schema.with_columns([column])
-    if isinstance(column, SparseColumn) and column.is_multi_valued:
-        lists = [_list(cell, column, i) for i, cell in enumerate(cells)]
-        text = pl.DataFrame({column.name: lists}, schema={column.name: pl.List(pl.String)})
-    else:
-        texts = [_text(cell, column, i) for i, cell in enumerate(cells)]
-        text = text_frame(layout, {column.name: texts})
-    typed, _ = to_typed_columns(text, layout, bad_rows, is_label_optional=True)
-    check_cells(bad_rows)
-    return typed[column.name]
 
 
 def check_cells(bad_rows: BadRows) -> None:

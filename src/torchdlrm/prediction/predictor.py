@@ -153,7 +153,7 @@ class Predictor:
             RowError: a row has a column that there is not, or a cell that does not fit.
             BundleError: the bundle's files have been written to.
         """
-        self._require_undamaged()  # where a file has been cut, to look a value up would end the process
+        self.require_undamaged()  # where a file has been cut, to look a value up would end the process
         frames = [request for request in requests if isinstance(request, pl.DataFrame)]
         rows = joined([request for request in requests if not isinstance(request, pl.DataFrame)])
         if not frames:
@@ -233,7 +233,7 @@ class Predictor:
             BundleError: they have been, or a block of the weights that was not checked before is damaged.
         """
         predictions = self.predict_encoded(rows)
-        self._require_undamaged()  # or they were made of what has been written, or of a part of it
+        self.require_undamaged()  # or they were made of what has been written, or of a part of it
         return predictions
 
     def check_sample(self) -> None:
@@ -256,7 +256,12 @@ class Predictor:
             )
             raise BundleError(msg)
 
-    def _require_undamaged(self) -> None:
+    def require_undamaged(self) -> None:
+        """See that the bundle's files have not been written to since it was opened.
+
+        Raises:
+            BundleError: they have been.
+        """
         damage = self.bundle.find_damage()
         if damage is not None:
             raise damage

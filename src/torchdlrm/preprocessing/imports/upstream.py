@@ -50,28 +50,42 @@ def _npy_day(folder: Path, stem: str, table_sizes: Mapping[str, int], *, multi_h
     paths = {kind: folder / f"{stem}_{kind}.npy" for kind in ("labels", "dense")}
     sparse_path = folder / (f"{stem}_sparse_multi_hot.npz" if multi_hot else f"{stem}_sparse.npy")
     labels, dense = _load(paths["labels"]), _load(paths["dense"])
-    sparse = _load_multi_hot(sparse_path) if multi_hot else [_load(sparse_path)]
     num_rows = len(labels)
     _expect(paths["dense"], dense, (num_rows, NUM_CRITEO_DENSE))
     if multi_hot:
+        sparse = _load_multi_hot(sparse_path)
         for i, array in enumerate(sparse):
             _expect(Path(f"{sparse_path}/{i}.npy"), array, (num_rows, array.shape[1] if array.ndim == 2 else -1))
     else:
-        _expect(sparse_path, sparse[0], (num_rows, NUM_CRITEO_SPARSE))
+        together = _load(sparse_path)
+        _expect(sparse_path, together, (num_rows, NUM_CRITEO_SPARSE))
+        sparse = [together[:, i] for i in range(NUM_CRITEO_SPARSE)]
+    files = [(sparse_path, array) for array in sparse]
+    return Blocks(
+        stem,
+        num_rows,
+        (*paths.values(), sparse_path),
+        None,
+        lambda: _read((paths["labels"], labels), (paths["dense"], dense), files, table_sizes),
+    )
 
-    def read() -> Iterator[pl.DataFrame]:
-        for start in range(0, num_rows, BLOCK_ROWS):
-            rows = slice(start, min(start + BLOCK_ROWS, num_rows))
-            columns = [as_labels(np.asarray(labels[rows]), str(paths["labels"]), start)]
-            block = np.asarray(dense[rows])
-            columns += [as_dense(block[:, i], n, str(paths["dense"]), start) for i, n in enumerate(DENSE_NAMES)]
-            for i, name in enumerate(SPARSE_NAMES):
-                values = np.asarray(sparse[i][rows] if multi_hot else sparse[0][rows, i])
-                ids = as_ids(values, name, str(sparse_path), start, table_sizes.get(name))
-                columns.append(_lists(name, ids) if multi_hot else pl.Series(name, ids))
-            yield pl.DataFrame(columns)
 
-    return Blocks(stem, num_rows, (*paths.values(), sparse_path), None, read)
+def _read(
+    labels: tuple[Path, np.ndarray],
+    dense: tuple[Path, np.ndarray],
+    sparse: Sequence[tuple[Path, np.ndarray]],
+    table_sizes: Mapping[str, int],
+) -> Iterator[pl.DataFrame]:
+    """The rows of mapped arrays, each with its file; the ids of a feature are (n,), or (n, k) where it is multi-hot."""
+    for start in range(0, len(labels[1]), BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        columns = [as_labels(np.asarray(labels[1][rows]), str(labels[0]), start)]
+        block = np.asarray(dense[1][rows])
+        columns += [as_dense(block[:, i], name, str(dense[0]), start) for i, name in enumerate(DENSE_NAMES)]
+        for name, (path, array) in zip(SPARSE_NAMES, sparse, strict=True):
+            ids = as_ids(np.asarray(array[rows]), name, str(path), start, table_sizes.get(name))
+            columns.append(pl.Series(name, ids) if ids.ndim == 1 else _lists(name, ids))
+        yield pl.DataFrame(columns)
 
 
 def _lists(name: str, ids: np.ndarray) -> pl.Series:
@@ -157,18 +171,10 @@ def _nvt_part(folder: Path, split: SplitName | None, table_sizes: Mapping[str, i
         dtype = np.int32 if name in SPARSE_NAMES else np.float32
         arrays[name] = np.memmap(path, dtype, "r", shape=(num_rows, width) if width > 1 else (num_rows,))
 
-    def read() -> Iterator[pl.DataFrame]:
-        for start in range(0, num_rows, BLOCK_ROWS):
-            rows = slice(start, min(start + BLOCK_ROWS, num_rows))
-            columns = [as_labels(np.asarray(arrays["label"][rows]), str(paths["label"]), start)]
-            block = np.asarray(arrays["numerical"][rows])
-            columns += [as_dense(block[:, i], n, str(paths["numerical"]), start) for i, n in enumerate(DENSE_NAMES)]
-            for name in SPARSE_NAMES:
-                ids = as_ids(np.asarray(arrays[name][rows]), name, str(paths[name]), start, table_sizes.get(name))
-                columns.append(pl.Series(name, ids))
-            yield pl.DataFrame(columns)
-
-    return Blocks(folder.name, num_rows, tuple(paths.values()), split, read)
+    labels, dense, *sparse = ((path, arrays[name]) for name, path in paths.items())
+    return Blocks(
+        folder.name, num_rows, tuple(paths.values()), split, lambda: _read(labels, dense, sparse, table_sizes)
+    )
 
 
 def _size(path: Path) -> int:
