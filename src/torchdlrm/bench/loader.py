@@ -29,14 +29,7 @@ class LoaderBenchmark:
 def benchmark_loader(
     dataset: Dataset, *, batch_size_global: int, max_rows: int, rounds: int, progress: ProgressListener = SILENT
 ) -> LoaderBenchmark:
-    """Read the training split again and again.
-
-    Args:
-        dataset: an encoded dataset.
-        batch_size_global: rows of a batch.
-        max_rows: read only so many rows a round.
-        rounds: turns that count, after one that does not.
-        progress: receives every turn.
+    """Read the training split again and again, with the arguments of `dlrm bench loader`.
 
     Raises:
         DatasetError: the dataset has no training rows, or is damaged.

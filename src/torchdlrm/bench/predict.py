@@ -79,15 +79,8 @@ def benchmark_predict(
 ) -> PredictBenchmark:
     """Measure predictions of the paper's model with random weights: of random batches in memory, and of a random log.
 
-    Args:
-        num_tables: sparse features.
-        rows_per_table: rows of each feature's table.
-        batch_rows: B.
-        batches_per_round: batches of each competitor before the next has its turn.
-        log_rows: rows of the log.
-        rounds: turns that count, after one that does not.
-        folder: where to keep weights and log meanwhile; needs 7 bytes a weight and 270 a row.
-        progress: receives every turn.
+    The arguments are those of `dlrm bench predict`; `folder` needs 7 bytes a weight and 270 a row of the log.  One
+    round more is run than counts: the first warms up.
     """
     sizes = {f"cat_{i}": rows_per_table for i in range(num_tables)}
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -78,15 +78,9 @@ def benchmark_step(
     nproc: int = 1,
     progress: ProgressListener = SILENT,
 ) -> StepBenchmark:
-    """Measure the training step on random batches that lie in memory.
+    """Measure the training step on random batches that lie in memory, with the arguments of `dlrm bench step`.
 
-    Args:
-        config: model, optimizers and batch size.
-        num_embeddings: rows of each feature's table.
-        steps_per_round: steps of each competitor before the next has its turn.
-        rounds: turns that count, after one that does not.
-        nproc: processes of each competitor.
-        progress: receives every turn.
+    One round more is run than counts: the first warms up.
     """
     precision = choose_precision(config, _shape(config, num_embeddings), rank_device(0, nproc))
     competitors = {
