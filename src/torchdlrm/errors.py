@@ -1,4 +1,4 @@
-"""Every exception that torchdlrm raises on purpose, or the class it is a kind of; `TorchDLRMError` catches them all.
+"""Defines every exception that torchdlrm raises on purpose; `TorchDLRMError` catches them all.
 
     TorchDLRMError
     ├── UserError (ValueError)   the input is wrong; the command line prints it and exits with 2

@@ -1,4 +1,4 @@
-"""Files and folders: complete or absent, also where others can write beside them; regular; unchanged while in use."""
+"""Writes files and folders atomically, even in shared folders, and notices if files change while in use."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages and SVG charts: no scripts and nothing fetched, so that a page can be mailed, and prints.
+"""Renders self-contained HTML pages and SVG charts: without scripts or external files, ready to mail or to print.
 
 In: values for a template in `templates/`, which escapes every one of them, and charts.  Out: HTML.
 """

@@ -1,4 +1,4 @@
-"""How good predictions are, exactly: every row counts once, ties count half, sums are float64.
+"""Computes how good predictions are, exactly: every row counts once, ties count half, sums are float64.
 
 In: labels and logits of N rows as numpy arrays.  Out: `BinaryMetrics`.  Cost: one sort of the N scores (8 s for 100
 million rows on one core) and two passes in blocks.  Nothing is binned or sampled, so that two runs can be compared to

@@ -1,4 +1,4 @@
-"""How a long job tells whoever started it how far it is; the command line draws it, a script may ignore it."""
+"""Lets a long job report its progress; the command line draws it, and a script may ignore it."""
 
 from typing import Protocol
 

@@ -1,4 +1,4 @@
-"""TOML that people write: values as text, and what is wrong with a document in words.
+"""Writes values as TOML, and explains errors in TOML documents.
 
 In: a value or a document; or a problem that pydantic found.  Out: text.
 """

@@ -1,4 +1,4 @@
-"""Bytes and counts as people write and read them: GB is 10^9 bytes, GiB is 2^30."""
+"""Reads and writes bytes and counts as people write them: GB is 10^9 bytes, GiB is 2^30."""
 
 import re
 from contextlib import suppress

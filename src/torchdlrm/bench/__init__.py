@@ -1,1 +1,1 @@
-"""What `dlrm bench` measures: hot paths compared with what users have today and with their physical floor."""
+"""Measures hot paths for `dlrm bench`, compared with what users have today and with their physical floor."""

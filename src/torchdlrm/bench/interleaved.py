@@ -1,4 +1,4 @@
-"""Competitors of a benchmark, each in processes of its own, that take turns.
+"""Runs the competitors of a benchmark interleaved, each in processes of its own.
 
 What one sets for its process (allocator, threads) does not help or hurt another, and the machine's mood is the same for
 all, because they alternate within seconds.

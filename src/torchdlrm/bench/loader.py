@@ -1,4 +1,4 @@
-"""The loader alone: rows per second from the Parquet files of a dataset to batches, nothing trained."""
+"""Measures the loader alone: rows per second from the Parquet files of a dataset to batches, without training."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""A bundle of the paper's model with random weights, and a log of raw rows that it can predict.
+"""Writes a bundle of the paper's model with random weights, and a log of raw rows that it can predict.
 
 In: the rows of each table.  Out: a bundle's folder; and text in Criteo's layout whose values the bundle's vocabularies
 have, uniform over them, which is the hardest case for the caches.

@@ -1,4 +1,4 @@
-"""The training step: ours, plain TorchRec's and the floor, taking turns.
+"""Measures the training step: ours, plain TorchRec's and the floor, interleaved.
 
 The floor is the matrix products of one step alone, as the model's architecture names them: every linear layer forward
 and backward and the interaction's batched products, into buffers that are there already. No step can be faster without

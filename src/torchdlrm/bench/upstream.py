@@ -1,4 +1,4 @@
-"""What the benchmarks of training and of prediction share: TorchRec's own DLRM, and random rows."""
+"""Provides what the benchmarks of training and of prediction share: TorchRec's own DLRM, and random rows."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

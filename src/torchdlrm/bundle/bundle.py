@@ -1,4 +1,4 @@
-"""A bundle on disk, opened and checked.
+"""Opens and checks a bundle on disk.
 
     bundle/
       bundle.json           what it holds, checksums of all files, schema, transforms, model, precision

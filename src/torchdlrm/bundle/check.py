@@ -1,4 +1,4 @@
-"""Do a bundle and its checkpoint predict the same, as far as the precision allows?
+"""Checks that a bundle and its checkpoint predict the same, as far as the precision allows.
 
 The same encoded rows go through four models: the checkpoint; the checkpoint with each embedding rounded as the bundle
 stores it; the bundle computing in float32; the bundle as served.  Between the first two lies what rounding costs, and

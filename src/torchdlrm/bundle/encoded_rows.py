@@ -1,4 +1,4 @@
-"""Encoded rows in memory: what a model predicts from.
+"""Holds encoded rows in memory: what a model predicts from.
 
 B rows, F sparse features.
 """

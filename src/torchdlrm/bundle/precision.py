@@ -1,4 +1,4 @@
-"""In which precision a table is served: the layout of its rows, and the FBGEMM kernels that quantise them.
+"""Defines the precisions of served tables: the layout of their rows, and the FBGEMM kernels that quantise them.
 
 | precision | a row of D numbers | bytes |
 | --- | --- | ---: |

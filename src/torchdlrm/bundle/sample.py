@@ -1,4 +1,4 @@
-"""Raw rows made back from encoded ones: what a bundle carries to be checked with wherever it is opened.
+"""Reconstructs raw rows from encoded ones: a bundle carries them, to be checked with wherever it is opened.
 
 A dataset holds encoded rows alone.  An id becomes its value again by the vocabulary, id 0 a value outside of it, a
 dense value what its transform maps to it; and a row is kept where encoding it gives exactly the encoded row again.  For

@@ -1,4 +1,4 @@
-"""The forward pass as served: encoded rows -> probabilities.
+"""Computes the forward pass as served: encoded rows -> probabilities.
 
 Rows go through in chunks that stay in the processor's caches.  Where the architecture has a fast interaction, a chunk
 is looked up straight in the precision of the arches, the dense arch puts its vector before the embeddings, the vectors

@@ -1,4 +1,4 @@
-"""Checksums of a bundle's files, all at once or, for the weights, block by block while they are already in use."""
+"""Verifies checksums of a bundle's files: all at once, or block by block while the weights are already in use."""
 
 import hashlib
 import os

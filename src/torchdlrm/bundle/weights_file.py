@@ -1,4 +1,4 @@
-"""`weights.safetensors`: written block by block, read in place, each block with a checksum of its own.
+"""Writes `weights.safetensors` block by block and reads it in place; each block has a checksum of its own.
 
 The file is a plain safetensors file (https://github.com/huggingface/safetensors), which other programs read too: 8
 bytes with the length of a JSON header, the header, the numbers.  All sizes are known beforehand, so that the header is

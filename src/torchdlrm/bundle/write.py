@@ -1,4 +1,4 @@
-"""A run's checkpoint -> a bundle, a block of rows at a time.
+"""Writes a run's checkpoint as a bundle, a block of rows at a time.
 
 In: a run, the dataset it was trained on.  Out: a folder that is complete or absent.  Memory: one block of rows in
 float32 and quantised, whatever the size of the tables and the number of ranks that trained them.

@@ -1,4 +1,4 @@
-"""How far a phase of a job is, how fast and for how long, as a bar and as lines of text."""
+"""Shows how far a phase of a job is, how fast and for how long, as a bar and as lines of text."""
 
 from collections import deque
 

@@ -1,4 +1,4 @@
-"""What commands have in common: options of one type, keys of the config as options, and words for what is wrong.
+"""Defines what commands have in common: types of options, config keys as options, and messages for mistakes.
 
 The config knows its keys and types, not the parser: so a wrong key in a file and one on the command line are found by
 the same code and told in the same message. The parser's own words name `--rows` where nobody has typed it, and take a

@@ -1,4 +1,4 @@
-"""`dlrm serve`: a bundle -> predictions over HTTP and gRPC, until somebody says stop."""
+"""`dlrm serve`: a bundle -> predictions over HTTP and gRPC, until stopped."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""`dlrm synthesize`: a click log whose truth is known."""
+"""`dlrm synthesize`: write a click log whose true click probabilities are known."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What all commands share: people read standard error, programs read one JSON object on standard output."""
+"""Writes the output that all commands share: standard error is for people, JSON on standard output for programs."""
 
 import json
 import math

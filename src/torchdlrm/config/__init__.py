@@ -1,4 +1,4 @@
-"""Every setting of a run, from a TOML file and the command line to a checked `Config`."""
+"""Reads every setting of a run, from a TOML file and the command line, into a checked `Config`."""
 
 from torchdlrm.config.optimizers import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, TableOptimizerName
 from torchdlrm.config.sections import (

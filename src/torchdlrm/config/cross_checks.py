@@ -1,4 +1,4 @@
-"""What no single key of a config can see."""
+"""Checks what no single key of a config can show."""
 
 from torchdlrm.config.optimizers import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS
 from torchdlrm.config.sections import Config, ScheduleConfig

@@ -1,4 +1,4 @@
-"""What is known of each optimizer: which settings it reads, what state it keeps, where it runs. No torch in here.
+"""Describes each optimizer: which settings it reads, what state it keeps, where it runs. No torch in here.
 
 A new optimizer is a name and a record here, and its step: for tables the name that FBGEMM has for it
 (`torchdlrm.tables.optimizers`) and, where it has one, that of its CPU operator (`torchdlrm.tables.table_threads`); for

@@ -1,4 +1,4 @@
-"""Config <-> TOML text, from files and from the command line; and the page that documents every key.
+"""Converts configs from and to TOML text, and writes the page that documents every key.
 
 In: a TOML file and overrides by dotted name.  Out: a `Config`, or one error that lists every problem.
 """

@@ -1,4 +1,4 @@
-"""The encoded dataset on disk: its manifest, its files and their checksums.  Specified in docs/dataset-format.md.
+"""Describes the encoded dataset on disk: its manifest, files and checksums. See docs/dataset-format.md.
 
 In: a folder written by `torchdlrm.preprocess`.  Out: a `Dataset`, which names the files of each split, the
 columns, the fitted transforms and the vocabularies.  Opening one reads `dataset.json` and asks for the size of every

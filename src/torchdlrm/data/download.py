@@ -1,4 +1,4 @@
-"""Public click logs -> files on disk; a download that was cut off is resumed where it stopped.
+"""Downloads public click logs; an interrupted download is resumed where it stopped.
 
 In: the name of a log, the days wanted, a folder.  Out: the files under their names; an incomplete one has `.part`
 behind its name, and its entity tag in `.part.etag`, so that halves of two versions are never put together.

@@ -1,4 +1,4 @@
-"""Which rows of a log are for training, validation and the test, and where training rows go when they are shuffled.
+"""Decides which rows of a log are for train, val and test, and where shuffled training rows go.
 
 In: the log's files, the number of good rows in each, and the schema's rule.  Out: a `RowSplit`, which tells the split
 of any row by its position among the good rows of the log, or by its time.

@@ -1,4 +1,4 @@
-"""What a dataset holds, for people and programs to look at; read from its manifest and vocabularies, not from its rows.
+"""Summarises a dataset for people and programs, from its manifest and vocabularies without reading its rows.
 
 In: a `Dataset`.  Out: a `DatasetSummary`.  Cost: reads the vocabularies, none of the parts.
 """

@@ -1,4 +1,4 @@
-"""A synthetic click log in the Criteo layout, and the best that any model can reach on it.
+"""Writes a synthetic click log in the Criteo layout, and computes the best that any model can reach on it.
 
 In: rows, seed, preset.  Out: `log.tsv` (or `log.tsv.gz`) and `log.tsv.truth.json`.
 

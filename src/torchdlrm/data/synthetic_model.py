@@ -1,4 +1,4 @@
-"""The hidden model that decides who clicks in a synthetic log, in integers.
+"""Defines the hidden model that decides who clicks in a synthetic log, in integers.
 
 In: the codes of B rows, one per column.  Out: their true log-odds in units of 1 / `LOGIT_UNITS`.
 

@@ -1,4 +1,4 @@
-"""Rows of a synthetic log: random bits -> codes -> labels and text.
+"""Makes rows of a synthetic log: random bits -> codes -> labels and text.
 
 In: which rows.  Out: their bytes in the log, labels and true logits.  Row i depends on the seed, the preset and i
 alone (a counter-based generator is asked for the bits of its block), so that any number of workers may produce any

@@ -1,4 +1,4 @@
-"""How the columns of Criteo's two public logs are distributed, and how to draw from that with integers alone.
+"""Describes the column distributions of Criteo's two public logs, and draws from them with integers alone.
 
 In: the numbers below, measured on samples of the real logs.  Out: for each column a table of 65,536 equally likely
 cells; a cell is a level of an integer column, or a range of ranks of a categorical column.  A draw is a table look-up

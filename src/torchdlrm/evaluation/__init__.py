@@ -1,1 +1,1 @@
-"""Exact metrics of a trained run."""
+"""Computes exact metrics of a trained run."""

@@ -1,4 +1,4 @@
-"""Models on the same rows: how much better one predicts than another, and how sure that is.
+"""Compares models on the same rows: how much better one predicts than another, and how sure that is.
 
 In: two runs, or labels [N] and the logits [N] of both models.  Out: a `Difference`, with standard errors of paired
 differences: rows that are hard for both models say nothing about which is better, and drop out.

@@ -1,4 +1,4 @@
-"""A trained run and a split -> exact metrics over every row of it, each once."""
+"""Evaluates a trained run on a split: exact metrics that count every row once."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Logistic regression on the same encoded rows: what a DLRM must beat to be worth its tables.
+"""Fits logistic regression on the same encoded rows: what a DLRM must beat to be worth its tables.
 
 One weight for each id of each feature and one for each dense feature, no interactions.
 

@@ -1,1 +1,1 @@
-"""A run -> a bundle, and the checks of both."""
+"""Exports a run to a bundle, and checks both."""

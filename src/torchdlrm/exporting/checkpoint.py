@@ -1,4 +1,4 @@
-"""A checkpoint that predicts: its weights, read in place, and the eager float32 model on them.
+"""Predicts from a checkpoint: reads its weights in place, and runs the eager float32 model on them.
 
 In: a folder that `torch.distributed.checkpoint` wrote, whatever number of ranks trained it.  Out: float32 tensors, and
 what the checkpoint itself predicts: what a bundle is compared with.

@@ -1,4 +1,4 @@
-"""A run -> a bundle, which ends by checking itself.
+"""Exports a run to a bundle, and ends by checking it.
 
 In: a run and the dataset it was trained on.  Out: the bundle's folder, complete and checked, or nothing.
 """

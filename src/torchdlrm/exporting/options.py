@@ -1,4 +1,4 @@
-"""What can be chosen of an export: the options of `dlrm export`, and what `export` takes in Python.
+"""Defines the options of an export: those of `dlrm export`, and what `export` takes in Python.
 
 A file of its own, because the command line reads it before torch is loaded.
 """

@@ -1,4 +1,4 @@
-"""`--precision auto`: a precision for each table, by what it costs and what it saves.
+"""Chooses a precision for each table (`--precision auto`), by what it costs and what it saves.
 
 Cost, of a table at a precision: how much the logloss is expected to rise when this table alone is served so.  If the
 checkpoint's probability p is right, a row answered with q instead loses the divergence of q from p, p log(p / q) +

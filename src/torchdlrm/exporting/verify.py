@@ -1,4 +1,4 @@
-"""The same raw rows by every path to a prediction: is there a skew between training and serving?
+"""Predicts the same raw rows by every path, to find a skew between training and serving.
 
 | path | from raw rows to ids | the model |
 | --- | --- | --- |

@@ -1,1 +1,1 @@
-"""What a raw value means: schema, cells, transforms, vocabularies, ids. No torch in here."""
+"""Defines what a raw value means: schema, cells, transforms, vocabularies, ids. No torch in here."""

@@ -1,4 +1,4 @@
-"""Rows of a log that its schema cannot read: how many, why, and where the first of them are.
+"""Reports rows of a log that its schema cannot read: how many, why, and where the first of them are.
 
 In: the bad rows of each chunk, lines counted from the chunk's start.  Out: counts by reason and a few positions for
 each, for the manifest, the summary and the error that stops a job.

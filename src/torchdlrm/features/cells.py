@@ -1,4 +1,4 @@
-"""Raw cells -> typed columns: what counts as a number, a hex value, a label, a list, and what is a bad cell.
+"""Parses raw cells into typed columns: what counts as a number, a hex value, a label, a list, or a bad cell.
 
 | column | type | accepted |
 | --- | --- | --- |

@@ -1,4 +1,4 @@
-"""Typed columns -> what the model reads: dense values as float32, categorical values as int32 ids.
+"""Encodes typed columns for the model: dense values as float32, categorical values as int32 ids.
 
 In: a frame of the types that `torchdlrm.features.cells` gives, missing values null.  Out: the same columns encoded.
 Both the preprocessing job and everything that meets raw rows later run this code, with the same constants.

@@ -1,4 +1,4 @@
-"""The kinds of values that features have: one object each, and whatever reads or writes values asks it.
+"""Defines the kinds of values that features have: one object each, which all code that reads or writes values asks.
 
 | kind | type of a column | from text | from JSON | from tensors |
 | --- | --- | --- | --- | --- |

@@ -1,4 +1,4 @@
-r"""Which columns a click log has, what each is, and how its rows are split.
+r"""Describes the columns of a click log: their names and roles, and how its rows are split.
 
 In: the name of a preset (`criteo`) or a TOML file.  Out: a `FeatureSchema`, which every later stage shares.
 

@@ -1,4 +1,4 @@
-"""What becomes of a dense value: each transform is one class, with the constants that were fitted on the training rows.
+"""Defines how dense values are transformed: one class per transform, with constants fitted on the training rows.
 
 | transform | missing becomes | then |
 | --- | --- | --- |

@@ -1,4 +1,4 @@
-"""A hash of raw values that is the same on every machine and forever: ids of hashed features are made of it.
+"""Hashes raw values in the same way on every machine and forever; ids of hashed features are made of it.
 
 In: raw values of a sparse feature, missing ones null.  Out: 64 bits each.  Numbers go through SplitMix64; text through
 FNV-1a (64 bits) of its UTF-8 bytes, then SplitMix64; a missing value is hashed as no number and no text is.

@@ -1,4 +1,4 @@
-"""A vocabulary as a hash table on disk: ids of single rows in microseconds, shared by all processes of a machine.
+"""Stores a vocabulary as a hash table on disk: looks up single ids in microseconds, shared by all processes.
 
 In: a `Vocabulary`.  Out: a file, and a `ValueIndex` over it that gives the same ids as `Vocabulary.lookup`.
 

@@ -1,4 +1,4 @@
-"""Values of a sparse feature -> ids: counted, cut by a threshold and a cap, numbered by falling count.
+"""Gives ids to the values of a sparse feature: counted, cut by a threshold and a cap, numbered by falling count.
 
 In: columns of raw values, missing ones null.  Out: a `Vocabulary`, which is also a Parquet file (value, count, id) that
 anything can read.  `torchdlrm.preprocessing.count` counts and ranks the values of a log of any size by the rules here.

@@ -1,1 +1,1 @@
-"""Dataset -> batches of tensors."""
+"""Loads batches of tensors from a dataset."""

@@ -1,4 +1,4 @@
-"""Batches: which rows each holds, and as what the model gets them.
+"""Defines batches: which rows each holds, and the form in which the model receives them.
 
 An epoch is one stream of rows: the row groups of a split one after the other.  Epoch 0 has the dataset's own order
 (training rows are shuffled on disk); later epochs permute the row groups.  Batch k is rows [k * B, (k + 1) * B) of the

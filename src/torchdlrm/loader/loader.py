@@ -1,4 +1,4 @@
-"""A dataset's split -> batches for this rank, read ahead by a thread.
+"""Reads the batches of a dataset's split for this rank; a thread reads ahead.
 
 Stages: row group on disk (Parquet) -> columns (Arrow) -> slice of this rank's rows (NumPy) -> `Batch` (torch).
 Cost: a rank decodes every row group and copies only its own rows.

@@ -1,4 +1,4 @@
-"""What there is to know of a model before it is built: one object for each way in which its vectors interact.
+"""Describes a model before it is built: one object for each way in which its vectors interact.
 
 An `Architecture` builds the module, names its matrix products, and says how the interaction is served.  All that counts
 work asks `ModelShape.products`: threads and precision of training, the planner's estimate, the export, the benchmark's

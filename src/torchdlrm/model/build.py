@@ -1,4 +1,4 @@
-"""Sizes of a model and of its tables -> a model that is not sharded yet, its tables on the meta device."""
+"""Builds a model from its sizes and those of its tables; it is not sharded yet, its tables are on the meta device."""
 
 from collections.abc import Iterable, Mapping
 

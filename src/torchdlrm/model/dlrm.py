@@ -1,4 +1,4 @@
-"""The DLRM of arXiv:1906.00091, with the names, arguments and state-dict keys of `torchrec.models.dlrm`.
+"""Implements the DLRM of arXiv:1906.00091, with the names and state-dict keys of `torchrec.models.dlrm`.
 
 Weights and code move both ways between the two; ours copies the embeddings less and has a faster interaction.
 

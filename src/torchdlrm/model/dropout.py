@@ -1,4 +1,4 @@
-"""Dropout in the dense and over arch, with random numbers that depend on seed, step and rank alone.
+"""Implements dropout in the dense and over arch; its random numbers depend only on seed, step and rank.
 
 torch's own dropout draws from a generator whose state every checkpoint would have to hold, rank by rank; and a run
 could not resume on another number of ranks.

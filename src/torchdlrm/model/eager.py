@@ -1,4 +1,4 @@
-"""A model's own forward over embeddings that somebody else has looked up: how any model is checked and served.
+"""Runs a model's own forward over embeddings that other code has looked up, to check and to serve any model.
 
 The collection of tables is replaced by one that gives the embeddings it was handed; all else runs as it was written,
 on the same kind of inputs as in training.  The served model falls back to it, a checkpoint's predictions are made by

@@ -1,4 +1,4 @@
-"""Pairwise dot products of the dense vector and all embeddings, each pair once: as trained, and as served.
+"""Computes pairwise dot products of the dense vector and all embeddings, each pair once; in training and serving.
 
 In: dense_BD, sparse_BFD.  Out: [B, D + N(N-1)/2], the dense vector itself and then the upper triangle of V V^T.
 Cost: one batched product forward and one backward; the triangle is copied by one flat index per row.

@@ -1,4 +1,4 @@
-"""A model of somebody's own: a class or function that makes it, by which a run or bundle knows that it is the same one.
+"""Loads a model of a user's own, and identifies it, so that a run or bundle knows that it is the same one.
 
 In: the class, or on the command line `my_models.py:GatedDLRM`.  Out: an `Architecture` like any other, whose products
 are found by running it and which its own forward serves.

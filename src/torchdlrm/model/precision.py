@@ -1,4 +1,4 @@
-"""What the dense parts compute in, and why: the same question to the processor in training and in serving.
+"""Chooses the precision of the dense parts: training and serving ask the processor the same question.
 
 A file of its own, because a server must be able to ask without loading what trains.
 """

@@ -1,1 +1,1 @@
-"""`dlrm plan`: will it fit, where does each table go, how fast."""
+"""Plans for `dlrm plan`: will it fit, where does each table go, how fast."""

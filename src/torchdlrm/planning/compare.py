@@ -1,4 +1,4 @@
-"""Two plans that were written to files, side by side."""
+"""Compares two plan files."""
 
 from collections.abc import Mapping
 from pathlib import Path

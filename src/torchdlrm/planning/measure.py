@@ -1,4 +1,4 @@
-"""Calibration: how fast the machine at hand looks up, exchanges and multiplies.
+"""Measures how fast this machine looks up, exchanges and multiplies.
 
 Every rank times its own part at the same time as the others, as in training, so that they share the host's cores and
 memory as they will then. In come the problem and the ranks; out come rates in TorchRec's terms and the time of the

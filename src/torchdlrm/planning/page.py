@@ -1,4 +1,4 @@
-"""A plan, or a sweep, as one self-contained HTML page: pictures of ranks and tables, then their values.
+"""Writes a plan, or a sweep, as one self-contained HTML page: pictures of ranks and tables, then their values.
 
 Each rank is a column as high as its memory; each shard is a block as high as its bytes.
 """

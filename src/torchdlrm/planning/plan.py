@@ -1,4 +1,4 @@
-"""What is asked of a plan -> a `Problem`, and its `Solution`: what `dlrm plan` does, as one function."""
+"""Turns a request for a plan into a `Problem` and its `Solution`: what `dlrm plan` does, as one function."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What can be asked of a plan: which tables, on which machine. The fields are the options of `dlrm plan`."""
+"""Defines a request for a plan: which tables, on which machine. Its fields are the options of `dlrm plan`."""
 
 from dataclasses import dataclass
 from pathlib import Path

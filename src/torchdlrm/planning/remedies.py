@@ -1,4 +1,4 @@
-"""When the tables do not fit: how much is missing and where, and what would make them fit, each tried and priced."""
+"""Finds remedies when tables do not fit: how much is missing and where, and which changes help, each with its price."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace

@@ -1,4 +1,4 @@
-"""Plans in words and rows of text, for whoever draws them: a row is a mapping of columns to text."""
+"""Describes plans in words and rows of text, for any output: a row is a mapping of columns to text."""
 
 from collections.abc import Sequence
 from itertools import groupby

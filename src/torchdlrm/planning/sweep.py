@@ -1,4 +1,4 @@
-"""The same tables on several numbers of devices and with several batch sizes."""
+"""Plans the same tables for several numbers of devices and several batch sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

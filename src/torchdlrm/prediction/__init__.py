@@ -1,1 +1,1 @@
-"""Raw rows -> probabilities, from a bundle."""
+"""Predicts probabilities from raw rows with a bundle."""

@@ -1,4 +1,4 @@
-"""Asks a live server for predictions, by the standard library alone."""
+"""Asks a running server for predictions, with the standard library alone."""
 
 import http.client
 import json

@@ -1,4 +1,4 @@
-"""Plain rows as JSON has them -> what the model reads, without columns in between.
+"""Encodes plain JSON rows for the model, without columns in between.
 
 In: rows as mappings from column name to cell.  Out: the same bits that `json_rows` and `data.transforms.encode` give,
 or None where a row needs those: they know every cell that a log may hold, and which one is wrong.  But they cost some

@@ -1,4 +1,4 @@
-"""A log of raw rows -> a file of scores: one row out for each row in, in order, in bounded memory.
+"""Scores a log of raw rows into a file: one row out for each row in, in order, in bounded memory.
 
 One thread reads, parses and encodes the next chunk while the model predicts the last one: neither of them keeps all
 cores busy by itself.

@@ -1,4 +1,4 @@
-"""What people hold rows in -> typed columns, or rows by column name as JSON has them.
+"""Converts users' frames and rows to typed columns, or to rows by column name as in JSON.
 
 | given | read as |
 | --- | --- |

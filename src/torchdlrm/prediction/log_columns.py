@@ -1,4 +1,4 @@
-"""Which columns a log to predict has: those of the model's schema, with or without the label, in the order of the file.
+"""Finds the columns of a log to predict: those of the model's schema, with or without label, in the file's order.
 
 In: the first lines of a text, or the names of a Parquet file's columns.  Out: a schema by which the reader of logs
 reads it: features as they were trained on, a label if there is one, and passthrough columns as text.

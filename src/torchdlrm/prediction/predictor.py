@@ -1,4 +1,4 @@
-"""A bundle that predicts from raw rows: the transform code of preprocessing, then the model as served.
+"""Predicts from raw rows with a bundle: the transform code of preprocessing, then the model as served.
 
 In: raw rows, as JSON has them or as typed columns.  Out: the probability of a click of each, and how many of its values
 the vocabularies do not have.

@@ -1,4 +1,4 @@
-"""A log to predict -> chunks of its rows, good and bad, in order and in bounded memory.
+"""Reads a log to predict in chunks of rows, good and bad, in order and in bounded memory.
 
 In: files (text, gzipped text or Parquet, told apart by their first bytes) or standard input.  Out: `RowChunk`s.
 """

@@ -1,4 +1,4 @@
-"""Predictions -> a file of scores: Parquet, CSV, gzipped CSV, or CSV on standard output.
+"""Writes predictions to a file of scores: Parquet, CSV, gzipped CSV, or CSV on standard output.
 
 In: frames, one after another.  Out: a file that appears under its name when it is complete.
 """

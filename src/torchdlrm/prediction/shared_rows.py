@@ -1,4 +1,4 @@
-"""Rows by column name, some cells of which are the same in many of them: those of one user with many candidates.
+"""Holds rows that share some of their cells: those of one user with many candidates.
 
 In: the cells in common once, and what each row has of its own.  Out: the cells of a column.  The rows are never
 written out: of the cells in common there would be as many copies as there are rows.

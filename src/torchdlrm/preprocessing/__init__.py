@@ -1,1 +1,1 @@
-"""Raw log -> dataset: the job, resumable, in bounded memory."""
+"""Preprocesses a raw log into a dataset: resumable, in bounded memory."""

@@ -1,4 +1,4 @@
-"""Tasks: the values of all chunks -> vocabularies -> the ids of the values of each chunk; and exact sums of numbers.
+"""Runs tasks that count values into vocabularies, give the values of each chunk their ids, and sum numbers exactly.
 
 These work on one sparse feature, the first and the last on a range of its partitions, so that memory holds it:
 

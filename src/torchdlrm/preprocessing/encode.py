@@ -1,4 +1,4 @@
-"""Tasks: a group of chunks -> their rows encoded and dealt out to the parts; a part from all groups -> its file.
+"""Runs tasks that encode groups of chunks and distribute their rows over the parts, and that write each part.
 
 A group's file is an Arrow IPC file with a record batch for each part that has rows in it.  Its columns are `@position`
 (int64, of training rows in the log), the label, the dense columns as float32 and the sparse ones as ids of the smallest

@@ -1,4 +1,4 @@
-"""Who runs the tasks: threads of this process, or the workers of a Dask cluster.
+"""Runs the tasks: in threads of this process, or on the workers of a Dask cluster.
 
 In: tasks, each a function and arguments that can be sent to another process.  Out: their results in the order of the
 tasks, each noted in the work folder as soon as it is there.

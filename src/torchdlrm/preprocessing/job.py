@@ -1,4 +1,4 @@
-"""The job's phases, one after the other, each a number of tasks.
+"""Runs the phases of a job one after the other, each as a number of tasks.
 
     read     chunks of the log -> chunk files; bad rows
     count    values of the training rows -> vocabularies -> ids of all values met

@@ -1,4 +1,4 @@
-"""What may be chosen of a preprocessing job. The fields are options of `dlrm preprocess`."""
+"""Defines the options of a preprocessing job, which are also options of `dlrm preprocess`."""
 
 import os
 from collections.abc import Sequence

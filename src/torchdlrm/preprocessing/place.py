@@ -1,4 +1,4 @@
-"""Where the rows of each chunk stand in the log, and in which split: known when all chunks are read.
+"""Computes the position in the log, and the split, of each chunk's rows, once all chunks are read.
 
 In: the rows of each chunk, the schema's rule.  Out: a `RowSplit` and a `ChunkFile` for each chunk.
 """

@@ -1,4 +1,4 @@
-"""The job that turns a raw log into a dataset.
+"""Turns a raw log into a dataset.
 
 In: log files, a schema, thresholds, a seed.  Out: a `Dataset`, written atomically.  Memory is bounded, every task that
 is done is kept, and the bytes depend on neither; `torchdlrm.preprocessing.job` tells the phases.

@@ -1,4 +1,4 @@
-"""Task: a chunk of a log -> a file of its good rows, its sparse values replaced by codes.
+"""Runs the task that reads a chunk of a log into a file of its good rows, with codes for its sparse values.
 
 The chunk's file holds the tables
 

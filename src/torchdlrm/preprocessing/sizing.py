@@ -1,4 +1,4 @@
-"""How much memory and disk a job needs, and how it is cut into tasks so that it keeps to them.
+"""Computes how much memory and disk a job needs, and cuts it into tasks that stay within them.
 
 In: the log's files, the schema, what may be used.  Out: a `JobSizing`.  The numbers are measured, with some room.
 """

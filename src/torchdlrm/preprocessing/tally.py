@@ -1,4 +1,4 @@
-"""What is counted of the rows of a split while they are encoded.
+"""Counts values of the rows of a split while they are encoded.
 
 In: rows of chunks.  Out: a `Tally`, which adds up, and from it the split's record in the manifest.
 

@@ -1,4 +1,4 @@
-"""Where a job keeps what it has done, so that it resumes after any interruption.
+"""Keeps what a job has done, so that it resumes after any interruption.
 
     .dataset.partial/
       job.json       the settings and the log's files, by which a job is known again; how it is cut into tasks

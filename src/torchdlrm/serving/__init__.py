@@ -1,1 +1,1 @@
-"""Predictions over HTTP and gRPC, and a page."""
+"""Serves predictions over HTTP and gRPC, and a page."""

@@ -1,4 +1,4 @@
-"""Who may ask: clients with an API key; or, where there are no keys, those who call the server by its own name.
+"""Decides who may ask: clients with an API key, or, without keys, those who call the server by its own name.
 
 A server without a key must not answer pages of other sites.  A page from anywhere can have the browser of its
 visitor send requests to this machine, and, once its own name is made to point here (DNS rebinding), read the answers.

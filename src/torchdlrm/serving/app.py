@@ -1,4 +1,4 @@
-"""The routes of the HTTP server.
+"""Defines the routes of the HTTP server.
 
 In: a `Service`.  Out: an ASGI app.  Bodies are read by hand, within limits, and parsed by orjson: a model of every row,
 checked cell by cell in Python, would take longer than predicting it.  What the routes take and answer stands in

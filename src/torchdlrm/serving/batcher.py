@@ -1,4 +1,4 @@
-"""Many small requests -> few large batches: the queue in front of the model.
+"""Collects many small requests into few large batches: the queue in front of the model.
 
 In: raw rows, each request with a deadline.  Out: their probabilities.  The model runs in a thread of its own, so the
 event loop keeps reading and answering; what arrives while the model is busy is gathered and makes up the next batch.

@@ -1,4 +1,4 @@
-"""The body of a request, from its first byte to the JSON that it is, within limits.
+"""Reads the body of a request, from its first byte to its JSON, within limits.
 
 In: a request whose body is still coming.  Out: its bytes, then what they say.  A slow client must not take the place of
 others, nor fill the memory: a request whose body comes in pieces is not counted as being answered before its last

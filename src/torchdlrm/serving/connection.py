@@ -1,4 +1,4 @@
-"""One HTTP connection, with limits on what its client may send ahead and on the time that it may take.
+"""Handles one HTTP connection, with limits on what its client may send ahead and on the time that it may take.
 
 In: bytes of a client.  Out: calls of an ASGI app, one request after another, and their answers.  uvicorn listens, hands
 connections over, and waits for them at the end.  Its own protocols are not used: they parse all that has come, take

@@ -1,4 +1,4 @@
-"""The server's log: one JSON object a line on standard error.
+"""Writes the server's log: one JSON object per line on standard error.
 
 In: events with fields, and what libraries log.  Out: lines.  They go through a queue of the standard library's logging
 to a thread that writes them, so that a reader of the log who stalls does not stop the server.  When too many lines

@@ -1,4 +1,4 @@
-"""One request and its answer, as an ASGI app sees them.
+"""Represents one request and its answer, as an ASGI app sees them.
 
 In: a head, then the body in pieces.  Out: the bytes of the answer, all together: answers are complete before they are
 sent, so that the app has done with a request whether or not its client reads.

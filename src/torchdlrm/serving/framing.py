@@ -1,4 +1,4 @@
-"""What a client sends over one connection, cut into requests.
+"""Cuts what a client sends over one connection into requests.
 
 In: bytes as they arrive.  Out: heads, pieces of bodies and ends of requests, one at a time and as they are asked for.
 What comes behind stays bytes until then: nothing is done ahead for a client that sends many requests at once.

@@ -1,4 +1,4 @@
-"""What Prometheus may ask: requests, rows, batches, waiting times, and what the rows and predictions are like.
+"""Exposes metrics to Prometheus: requests, rows, batches, waiting times, and statistics of rows and predictions.
 
 With several processes each writes its values to files of a shared folder (named by `PROMETHEUS_MULTIPROC_DIR`, which
 is read when prometheus_client loads), and whichever process is asked sums them up.  The folder is temporary, and may be

@@ -1,4 +1,4 @@
-"""The OpenAPI document of a server, with the columns of the model that it serves.
+"""Writes the OpenAPI document of a server, with the columns of the model that it serves.
 
 In: a `Service`.  Out: the document.  It is written by hand, because what a row may hold depends on the bundle; a fuzzer
 holds the server to it.

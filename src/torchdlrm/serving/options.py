@@ -1,4 +1,4 @@
-"""Everything about a server that can be chosen: the options of `dlrm serve`, and what `serve` takes in Python."""
+"""Defines the options of a server: those of `dlrm serve`, and what `serve` takes in Python."""
 
 import os
 from collections.abc import Sequence

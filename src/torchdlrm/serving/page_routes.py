@@ -1,4 +1,4 @@
-"""The page at `/`: static files of the package, as they are, for a browser.
+"""Serves the page at `/`: static files of the package, unchanged.
 
 In: the files of `page/`, read once.  Out: a route for `/` and one for each other file under `/page/`.
 

@@ -1,4 +1,4 @@
-"""Why a request gets no prediction: a status, a reason for its sender, and nothing about the inside of the server."""
+"""Defines why a request gets no prediction: a status and a reason, which reveal nothing about the server's inside."""
 
 from http import HTTPStatus
 

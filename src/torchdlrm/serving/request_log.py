@@ -1,4 +1,4 @@
-"""A log of rows and predictions, in Parquet that `dlrm preprocess` reads as it reads any log.
+"""Writes a log of rows and predictions, in Parquet that `dlrm preprocess` reads like any log.
 
 In: batches, as the model was given them.  Out: files in a folder, each complete from the moment it has its name:
 

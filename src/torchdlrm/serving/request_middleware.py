@@ -1,4 +1,4 @@
-"""What every HTTP request passes first and last: hosts, keys, the number of concurrent requests, metrics, the log.
+"""Handles every HTTP request first and last: hosts, keys, the number of concurrent requests, metrics, the log.
 
 In: the app.  Out: the same app behind these checks.  Refusing costs next to nothing here: before routing, and before
 the body is read, so that a server with too much to do can say so to every client that it cannot answer.

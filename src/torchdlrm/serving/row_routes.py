@@ -1,4 +1,4 @@
-"""The simple JSON API: rows as objects by column name.
+"""Implements the simple JSON API: rows as objects by column name.
 
 In: the body of `POST /predict`.  Out: rows.  And the columns of the model, with examples, for `GET /schema`.
 """

@@ -1,4 +1,4 @@
-"""A server of one process or many: one port, one bundle in memory.
+"""Runs a server of one process or many: one port, one bundle in memory.
 
 In: options.  Out: the exit code.  With several processes, `supervisor.py` starts them and watches over them.
 """

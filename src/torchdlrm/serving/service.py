@@ -1,4 +1,4 @@
-"""What all ways into the server share: the bundle, the batcher, metrics, logs and limits of one process.
+"""Holds what HTTP and gRPC share: the bundle, the batcher, metrics, logs and limits of one process.
 
 In: rows, over HTTP or gRPC.  Out: probabilities, or why there are none.
 """

@@ -1,4 +1,4 @@
-"""Several processes that serve on one port, and the one that watches over them.
+"""Starts several processes that serve on one port, and watches over them.
 
 In: a bundle, options and a listening socket.  Out: the exit code.  The supervisor checks the bundle once, starts the
 workers, which inherit the socket and map the same files, and hands signals on to them.  A worker that dies is replaced:

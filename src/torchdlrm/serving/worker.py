@@ -1,4 +1,4 @@
-"""One process that serves: its event loop, its signals, its end.
+"""Runs one process that serves: its event loop, its signals, its end.
 
 In: a bundle, options and a listening socket.  Out: the exit code.  SIGTERM and SIGINT drain: readiness turns false,
 requests are still answered, and after the last one the process ends with 0.  SIGHUP swaps the bundle.

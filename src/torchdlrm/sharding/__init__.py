@@ -1,1 +1,1 @@
-"""Where each table goes: TorchRec's planner, told the truth about the machine."""
+"""Decides where each table goes: TorchRec's planner, given the machine's real limits."""

@@ -1,4 +1,4 @@
-"""Which kinds of sharding a table may have, and on which ranks: what the machine allows, and what the user asks for.
+"""Restricts the kinds of sharding and the ranks of a table, by what the machine allows and what the user asks for.
 
 A rule is written `TABLE=KIND,KIND@RANK,RANK`: `cat_3=row_wise`, `cat_*=table_wise,row_wise`, `cat_0@2` (wholly on rank
 2), `cat_0@0,1` (its columns halved over ranks 0 and 1). TABLE is a feature, a table or a pattern with `*`.

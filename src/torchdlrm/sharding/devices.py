@@ -1,4 +1,4 @@
-"""Devices to plan for, with rates that anyone can look up.
+"""Lists devices to plan for, with published rates.
 
 All rates are peak rates of the makers' datasheets, in bytes or floating-point operations per second and in one
 direction; real kernels reach a part of them, so times planned from them are too short rather than too long, and

@@ -1,4 +1,4 @@
-"""What a plan costs: bytes and milliseconds of every shard, rank and table, by TorchRec's estimators.
+"""Estimates what a plan costs: bytes and milliseconds of every shard, rank and table, by TorchRec's estimators.
 
 A step is taken to be what the slowest rank does one after the other: look up, exchange, the dense parts, exchange back,
 update. Nothing is taken to overlap, though training overlaps the exchange of ids with the step before.

@@ -1,4 +1,4 @@
-"""TorchRec's estimators, with what they leave out: the optimizer's state, and the reserve of host memory."""
+"""Extends TorchRec's estimators by what they leave out: the optimizer's state, and the reserve of host memory."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

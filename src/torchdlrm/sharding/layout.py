@@ -1,4 +1,4 @@
-"""A plan as data: which rank holds which part of which table; from TorchRec and to it, from JSON and to it."""
+"""Represents a plan as data: which rank holds which part of which table; from TorchRec and JSON, and to them."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""plan.json: where every table goes and what it costs; `dlrm train --plan` follows it, `dlrm plan --compare` reads it.
+"""Reads and writes plan.json, which `dlrm train --plan` follows and `dlrm plan --compare` reads.
 
 Its keys are those of format version 1, also where the code has other names by now (`memory_share`).
 """

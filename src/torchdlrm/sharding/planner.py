@@ -1,4 +1,4 @@
-"""Model and machine -> which rank holds which part of which table: TorchRec's planner, bounded to what runs here.
+"""Plans which rank holds which part of which table, by TorchRec's planner, bounded to what runs here.
 
 `dlrm plan` and training call the same `plan_sharding`, so the plan that is shown is the plan that is used.
 """

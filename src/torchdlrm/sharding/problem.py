@@ -1,4 +1,4 @@
-"""A question to the planner and its answer: tables and machine in, where everything goes and what it costs out."""
+"""Defines a problem for the planner (tables and machine) and its solution (where everything goes, what it costs)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""Training's way to a plan: the one that was given, refused where it does not match, or else a new one."""
+"""Finds the plan of a training: the given one, refused if it does not match, or else a new one."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

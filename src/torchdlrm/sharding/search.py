@@ -1,4 +1,4 @@
-"""A bounded search for a plan: TorchRec's planner with fewer proposals and a better partitioner.
+"""Searches for a plan within bounds: TorchRec's planner with fewer proposals and a better partitioner.
 
 TorchRec's default tries every step of its greedy proposers and places the largest tables first. Two of the three cost
 more than they bring:

@@ -1,4 +1,4 @@
-"""The tables of a plan: what they are called, how large they are, how often a row of the batch looks into them.
+"""Describes the tables of a plan: their names, their sizes, and how often a row of the batch looks into them.
 
 In: a preset by name, a file, or the rows of each feature.  Out: `Table`s, which know their bytes under a precision and
 an optimizer.  No torch in here.

@@ -1,4 +1,4 @@
-"""What the planner is told about the machine: the memory that is really there, and how fast things move.
+"""Describes the machine to the planner: the memory that it really has, and how fast data moves.
 
 TorchRec assumes 32 GiB of GPU memory and 128 GiB of host memory when it is not told.
 """

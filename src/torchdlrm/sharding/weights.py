@@ -1,4 +1,4 @@
-"""Initial values of sharded tables: the same on any number of ranks and under any plan.
+"""Draws the initial values of sharded tables: the same on any number of ranks and under any plan.
 
 A table is cut into blocks of rows, and each block is drawn from a generator of its own, so a rank draws only what it
 holds and still gets the same values as a rank that holds the whole table.

@@ -1,4 +1,4 @@
-"""FBGEMM's tables on all cores of a process.
+"""Runs FBGEMM's tables on all cores of a process.
 
 FBGEMM's CPU kernels run on one core: the builds that pip installs have no OpenMP in them. Tables do not depend on each
 other, so here they are dealt out to threads, each of which looks up and updates its share with the same kernels: the

@@ -1,1 +1,1 @@
-"""Dataset and config -> run."""
+"""Trains a run from a dataset and a config."""

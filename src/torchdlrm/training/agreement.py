@@ -1,4 +1,4 @@
-"""Before the processes of several machines talk to each other: was each started with the same settings?
+"""Checks that all machines were started with the same settings, before their processes talk to each other.
 
 In: what each machine was started with, as name -> value, through the launcher's store.  Out: nothing, or the same
 refusal in every process, with each setting that differs, its values and the machines that have them. The processes of

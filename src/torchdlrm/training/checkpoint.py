@@ -1,4 +1,4 @@
-"""The checkpoints of a run on disk: which there are, which one to take, and whether it is undamaged.
+"""Finds the checkpoints of a run on disk, chooses one, and verifies that it is undamaged.
 
     checkpoints/step-00001000/
       checkpoint.json             step, loader position, metric, and the sha256 of every other file

@@ -1,4 +1,4 @@
-"""The files of a checkpoint, read without trusting them: nothing that they hold is executed.
+"""Reads the files of a checkpoint without trusting them: nothing in them is executed.
 
 `torch.distributed.checkpoint` describes a checkpoint in `.metadata`, a pickle, and unpickling calls whatever a pickle
 names; it also unpickles those values of a state that are no tensors.  Here the pickle is read into inert records, of an

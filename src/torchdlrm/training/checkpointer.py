@@ -1,4 +1,4 @@
-"""Writes checkpoints while training continues, and loads them; each is complete or absent.
+"""Writes checkpoints atomically while training continues, and loads them.
 
 A checkpoint is written under another name and renamed when every rank has written and hashed its part.
 """

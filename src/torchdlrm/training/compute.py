@@ -1,4 +1,4 @@
-"""How this device computes: precision, threads, what travels between ranks, and what becomes of freed memory.
+"""Sets how this device computes: precision, threads, what is sent between ranks, and the reuse of freed memory.
 
 Weights, tables, optimizer state, loss and metrics are float32 whatever the precision says; bfloat16 is for the matrix
 products of the dense arch, the interaction arch and the over arch, forward and backward. What a device can do is asked

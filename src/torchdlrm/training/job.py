@@ -1,4 +1,4 @@
-"""A training from the outside: what it is going to do, known before anything is written, and doing it."""
+"""Plans and runs a training; what it is going to do is known before anything is written."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Run a function in one process or in many, on one node or several, through torch's elastic launcher."""
+"""Runs a function in one process or in many, on one node or several, through torch's elastic launcher."""
 
 import importlib
 import json

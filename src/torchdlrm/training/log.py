@@ -1,4 +1,4 @@
-"""What a training tells while it runs and when it ends: callbacks, metrics.jsonl, the history.
+"""Reports a training while it runs and when it ends: callbacks, metrics.jsonl, the history.
 
 In: metrics of an interval or a validation.  Out: a line of metrics.jsonl, and the same for every callback. Trackers
 (`torchdlrm.training.trackers`) are callbacks too.

@@ -1,4 +1,4 @@
-"""Logits and labels of many batches, gathered from all ranks: what exact metrics are computed from."""
+"""Gathers the logits and labels of many batches from all ranks, to compute exact metrics from them."""
 
 from collections.abc import Sequence
 

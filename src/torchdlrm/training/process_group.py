@@ -1,4 +1,4 @@
-"""The processes of a run: which this one is, where it computes, how the group begins and ends, how it is stopped."""
+"""Manages the processes of a run: which one this is, where it computes, and how the group begins and ends."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""A run on disk: its folder, what it was started with and on, and whether it can be resumed.
+"""Describes a run on disk: its folder, what it was started with and on, and whether it can be resumed.
 
 run/
   config.toml  plan.json  environment.json  metrics.jsonl  tensorboard/  checkpoints/step-00001000/  evaluation/

@@ -1,4 +1,4 @@
-"""Config and dataset -> the sharded model with its initial weights, its optimizers, and the pipeline around them."""
+"""Builds the sharded model with its initial weights, its optimizers, and the pipeline around them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

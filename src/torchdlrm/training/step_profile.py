@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a Chrome trace of some steps, and what is in it.
+"""Profiles where the time of a step goes: a Chrome trace of some steps, and its summary.
 
 In: the steps of a run, once it is warm.  Out: run/profile/rank-0.json for chrome://tracing or Perfetto, one a rank, and
 run/profile/summary.json: milliseconds a step by part, and how much of the communication was hidden.

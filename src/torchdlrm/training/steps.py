@@ -1,4 +1,4 @@
-"""The steps of a run: which is the last, how many rows each has read, its learning rate, and what is due. No files."""
+"""Counts the steps of a run: the last one, the rows that each has read, its learning rate, what is due. No files."""
 
 import math
 import time

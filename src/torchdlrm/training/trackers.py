@@ -1,4 +1,4 @@
-"""Callbacks that send metrics elsewhere: TensorBoard, Weights & Biases and MLflow.
+"""Defines callbacks that send metrics elsewhere: TensorBoard, Weights & Biases and MLflow.
 
 TensorBoard comes with torchdlrm; the other two are optional. Their own environment variables say where they send to
 (WANDB_MODE, WANDB_BASE_URL, MLFLOW_TRACKING_URI, ...). trackers.json keeps what they call the run, so that a resumed

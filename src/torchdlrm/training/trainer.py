@@ -1,4 +1,4 @@
-"""Dataset and config -> run: the training loop.
+"""Runs the training loop: dataset and config -> run.
 
 Every rank runs this; batch k holds the same rows whatever their number. Rank 0 writes files and reports progress.
 """

@@ -1,1 +1,1 @@
-"""Raw logs: their files, where they may be cut, and how their cells become typed columns."""
+"""Reads raw logs: their files, where they may be cut, and how their cells become typed columns."""

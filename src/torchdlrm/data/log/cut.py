@@ -1,4 +1,4 @@
-"""Where a text file may be cut: at the ends of rows, so that each chunk is parsed by itself.
+"""Finds where a text file may be cut: at the ends of rows, so that each chunk is parsed by itself.
 
 In: a text file, plain or gzipped.  Out: for a plain file the bounds of its chunks, without reading more than a few
 bytes around each; for a gzipped one, or one with quoted cells, the chunks in one pass.

@@ -1,4 +1,4 @@
-"""The files of a raw log: which there are, in which order, whether they are still what they were, and their text.
+"""Finds the files of a raw log, in their order, and checks whether they have changed since.
 
 In: paths.  Out: `LogFile`s in the order of time, each with a fingerprint.
 """

@@ -1,4 +1,4 @@
-"""Columns of a log that are found by name: those of a Parquet file, and of a text whose first line names them.
+"""Finds columns of a log by name: in a Parquet file, and in a text whose first line names them.
 
 In: the names in the order of the file.  Out: the schema's columns in that order; what the schema does not name is
 ignored.

@@ -1,4 +1,4 @@
-"""Logs in Parquet -> the same typed columns as text gives.
+"""Reads logs in Parquet into the same typed columns that text gives.
 
 In: row groups of a file.  Out: a `ParsedChunk`; a row's "line" is its number in the file, from 1.  Cells are written
 out as text and read as the schema says, so that a value is good or bad as it would be in a text file; lists are taken

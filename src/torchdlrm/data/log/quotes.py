@@ -1,4 +1,4 @@
-"""Which bytes of a text stand in quoted cells.
+"""Finds the bytes of a text that are in quoted cells.
 
 In: text that starts with a row.  Out: a mask, by which separators and line ends inside cells are told from real ones,
 and the quotes that are out of place.

@@ -1,4 +1,4 @@
-"""How a text log seems to be written: told from its first lines.
+"""Guesses from its first lines how a text log is written.
 
 In: the start of a text.  Out: the separator that cuts most of its lines into the same number of cells, and whether
 cells are quoted; a log that is cut otherwise than its schema says is refused before any work.

@@ -1,4 +1,4 @@
-r"""Text -> typed columns; lines that are no rows are counted by reason.
+r"""Parses text into typed columns; lines that are not rows are counted by reason.
 
 In: whole lines of a log.  Out: a Polars frame with a column for each column that the schema uses, missing values null,
 and the chunk's bad rows.  Cost: for a log of Criteo's layout about 1.5 times what Polars needs to parse it to typed

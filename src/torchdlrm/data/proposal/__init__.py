@@ -1,1 +1,1 @@
-"""A log -> a schema that reads it, with a reason beside each column, for a user to edit."""
+"""Proposes a schema that reads a log, with a reason for each column, for a user to edit."""

@@ -1,4 +1,4 @@
-"""What is known of a column -> its role, and the reason.
+"""Chooses the role of a column, and gives the reason.
 
 In: `Facts` of a column that is neither the label nor a time.  Out: a `Choice`.
 

@@ -1,4 +1,4 @@
-"""The cells of a column -> what is known of them: which are missing, which are numbers, how many differ.
+"""Collects facts about the cells of a column: which are missing, which are numbers, how many differ.
 
 In: a String column of a sample.  Out: `Facts`, by which the role of a column is chosen.
 """

@@ -1,4 +1,4 @@
-"""Which column of a log is the label, which values of it are clicks, and which other columns give it away.
+"""Finds the label of a log, which of its values are clicks, and which other columns give it away.
 
 In: `Facts` of all columns, and their cells.  Out: a `Label`; and for each column that looks like it, why.
 """

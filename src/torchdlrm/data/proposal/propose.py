@@ -1,4 +1,4 @@
-"""A log -> a schema that a user can edit.
+"""Proposes a schema for a log, as text that a user can edit.
 
 In: a file of the log.  Out: a `Proposal`: the text of a schema file, with what was read and a reason beside each
 column, and what a user should look at first.

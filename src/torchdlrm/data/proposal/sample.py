@@ -1,4 +1,4 @@
-"""A log of any size -> rows from all over it, in bounded time and memory.
+"""Reads rows from all over a log of any size, in bounded time and memory.
 
 In: a file, a number of rows.  Out: their cells as preprocessing reads them, and in words what was read.
 

@@ -1,4 +1,4 @@
-"""Which column orders the rows in time.
+"""Finds the column that orders the rows in time.
 
 In: `Facts` of all columns.  Out: the best of the columns that look like times.
 """

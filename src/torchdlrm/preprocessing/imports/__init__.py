@@ -1,1 +1,1 @@
-"""Data that others have encoded -> a dataset: ids and floats as they are, checked."""
+"""Imports data that others have encoded: ids and floats are checked and stay as they are."""

@@ -1,4 +1,4 @@
-"""What every importer gives: encoded rows, a block at a time.
+"""Defines what every importer yields: encoded rows, a block at a time.
 
 In: the files of one format.  Out: `Blocks`, the rows of the files that belong together, one group (a day, a split)
 after the other; each block is a frame of the label (Int8), dense columns (Float32) and sparse ones (Int32, or lists).

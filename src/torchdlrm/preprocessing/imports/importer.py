@@ -1,4 +1,4 @@
-"""Encoded blocks -> a dataset, like one that `preprocess` wrote but without vocabularies.
+"""Writes encoded blocks as a dataset, like one that `preprocess` wrote but without vocabularies.
 
 In: `Blocks` and the columns.  Out: a `Dataset`: training rows shuffled by the seed, val and test in their order.
 Two passes: one that deals the rows out to the parts and checks them, one that writes the parts.

@@ -1,4 +1,4 @@
-"""Parquet that NVTabular, Spark or others have encoded -> blocks.
+"""Reads Parquet that NVTabular, Spark or others have encoded, in blocks.
 
 In: a folder with `train`, `val` (or `validation`, `valid`) and `test` in it, or one folder or file; which column is the
 label, and which are dense: by default floats are dense, integers and lists of them sparse.

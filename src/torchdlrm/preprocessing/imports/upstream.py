@@ -1,4 +1,4 @@
-"""Files of `torchrec.datasets.criteo` and of its nvt_dataloader example -> blocks.
+"""Reads files of `torchrec.datasets.criteo` and of its nvt_dataloader example, in blocks.
 
 - `day_N_dense.npy` float32 (n, 13), `day_N_sparse.npy` int32 or int64 (n, 26), `day_N_labels.npy` int32 (n, 1)
 - multi-hot: `day_N_sparse_multi_hot.npz` beside them, uncompressed, members `0.npy` ... `25.npy`, int32 (n, k)

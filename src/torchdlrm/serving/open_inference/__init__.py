@@ -1,1 +1,1 @@
-"""The Open Inference Protocol, version 2: tensors over HTTP and gRPC."""
+"""Implements the Open Inference Protocol, version 2: tensors over HTTP and gRPC."""

@@ -1,4 +1,4 @@
-"""Tensors -> rows: a frame of typed columns, as a log gives them, or, of few, by column name, as JSON gives them.
+"""Converts tensors to rows: a frame of typed columns, or, for few rows, mappings by column name as in JSON.
 
 In: one tensor a column, [N] or [N, 1]; or packed, `dense` [N, dense columns] and `sparse` [N, sparse columns].
 Out: the rows; what was not sent is missing, and what a column's `null_values` name.

@@ -1,4 +1,4 @@
-"""The gRPC half of the Open Inference Protocol.
+"""Serves the gRPC half of the Open Inference Protocol.
 
 In: messages of `GRPCInferenceService`.  Out: the same answers as over HTTP; a request that is refused ends with the
 status of gRPC that says the same as HTTP's.

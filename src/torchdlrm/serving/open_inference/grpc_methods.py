@@ -1,4 +1,4 @@
-"""The methods of the gRPC half of the Open Inference Protocol.
+"""Implements the methods of the gRPC half of the Open Inference Protocol.
 
 In: a message of `GRPCInferenceService`, and what is known of its call.  Out: the message that answers it.
 """

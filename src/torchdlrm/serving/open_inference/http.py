@@ -1,4 +1,4 @@
-"""The HTTP form of the Open Inference Protocol: JSON, and tensors as bytes behind it.
+"""Implements the HTTP form of the Open Inference Protocol: JSON, and tensors as bytes behind it.
 
 In: the body of a request to `infer`.  Out: an `InferRequest`; and, the other way, the body of the answer.  With the
 header `Inference-Header-Content-Length` the JSON is that many bytes long, and the tensors that have a

@@ -1,4 +1,4 @@
-"""The messages of the protocol's gRPC half, from their field numbers.
+"""Defines the messages of the protocol's gRPC half, from their field numbers.
 
 In: the table below, which is the protocol's grpc_predict_v2.proto as far as a server of predictions needs it; unknown
 fields are skipped, as protobuf does.  Out: message classes.  They live in a pool of their own, so that a program which

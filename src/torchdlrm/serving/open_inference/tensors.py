@@ -1,4 +1,4 @@
-"""Tensors as the Open Inference Protocol writes them <-> series of values.
+"""Converts tensors of the Open Inference Protocol to series of values and back.
 
 In: a name, a datatype, a shape, and data: numbers in JSON, or bytes in row-major order.  Out: a `Tensor`.  Nothing is
 allocated that was not sent: the length of the data is held against the shape first, whatever numbers that has.
