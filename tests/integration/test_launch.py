@@ -5,6 +5,7 @@ import shutil
 import time
 
 import pytest
+import torch
 
 from torchdlrm.errors import LostProcessError, TrainingError
 from torchdlrm.training.launch import Processes, launch
@@ -35,6 +36,18 @@ def break_down():
 def test_an_exception_that_nobody_expects_is_told_with_its_words():
     with pytest.raises(TrainingError, match=r"^process \d of 2 failed: ZeroDivisionError: by the second process$"):
         launch(break_down, processes=Processes(2))
+
+
+def break_down_among_others():
+    with join_process_group(timeout_s=60) as ranks:
+        if ranks.is_first:
+            raise ZeroDivisionError("by the first process")
+        torch.distributed.barrier()
+
+
+def test_what_ended_the_first_process_is_told_and_not_that_another_has_lost_it():
+    with pytest.raises(TrainingError, match=r"^process 0 of 2 failed: ZeroDivisionError: by the first process$"):
+        launch(break_down_among_others, processes=Processes(2))
 
 
 def join_but_one():

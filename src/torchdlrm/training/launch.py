@@ -26,6 +26,8 @@ from torchdlrm.errors import Interrupted, LostProcessError, TorchDLRMError, Trai
 from torchdlrm.training.agreement import NNODES_VARIABLE, Settings
 from torchdlrm.training.process_group import join_process_group, silenced_libraries
 
+# Name of the file, before the rank, in which an exception is written down that was not raised on purpose.
+_UNEXPECTED = "unexpected-"
 # To tell nodes that are waiting already; they may also have refused by themselves.
 _REFUSAL_TIMEOUT_S = 15
 
@@ -108,7 +110,7 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
             with _ctrl_c_for_the_launcher():
                 results = elastic_launch(config, _recorded)(entrypoint, error_folder, processes.nnodes, *args)
         except ChildFailedError as error:
-            raise _reported_error(error_folder) or _error_of_child(error, processes) from error
+            raise _why_it_failed(error, error_folder, processes) from error
         except RendezvousError as error:
             msg = (
                 f"not all of {processes.nnodes} nodes have met at {processes.rdzv_endpoint} within "
@@ -195,6 +197,8 @@ def _recorded(entrypoint: Callable[..., Any], error_folder: Path, nnodes: int, *
     os.environ[NNODES_VARIABLE] = str(nnodes)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    unexpected = error_folder / f"{_UNEXPECTED}{os.environ.get('RANK', '0')}"
+    unexpected.unlink(missing_ok=True)  # of a start before
     earlier = _reported_error(error_folder)
     if earlier is not None and not isinstance(earlier, LostProcessError):
         raise earlier  # started again, but an error of this kind would only come again
@@ -213,6 +217,10 @@ def _recorded(entrypoint: Callable[..., Any], error_folder: Path, nnodes: int, *
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)  # what is left of the group would wait for the lost process, for as long as it may be silent
+        raise
+    except Exception as error:
+        # The launcher tells of one process that has failed, which may be another that has only lost this one.
+        unexpected.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
         raise
 
 
@@ -239,9 +247,17 @@ def _reported_error(error_folder: Path) -> TorchDLRMError | None:
     return min(found, key=lambda error: isinstance(error, LostProcessError), default=None)
 
 
-def _error_of_child(error: ChildFailedError, processes: Processes) -> TrainingError:
-    rank, failure = error.get_first_failure()
-    said: Any = failure.message  # of an exception torch has written down message, traceback and time
-    reason = (said["message"] if isinstance(said, dict) else said).strip() or f"exit code {failure.exitcode}"
+def _why_it_failed(error: ChildFailedError, error_folder: Path, processes: Processes) -> TorchDLRMError:
+    """What was raised on purpose, else what nobody expected; that a process was lost, only where there is neither."""
+    reported = _reported_error(error_folder)
+    unexpected = sorted(error_folder.glob(f"{_UNEXPECTED}*"), key=lambda path: path.stat().st_mtime_ns)
+    if reported is not None and not (unexpected and isinstance(reported, LostProcessError)):
+        return reported
+    if unexpected:
+        rank, reason = int(unexpected[0].name.removeprefix(_UNEXPECTED)), unexpected[0].read_text(encoding="utf-8")
+    else:
+        rank, failure = error.get_first_failure()
+        said: Any = failure.message  # of an exception torch has written down message, traceback and time
+        reason = (said["message"] if isinstance(said, dict) else said).strip() or f"exit code {failure.exitcode}"
     after = f" (after {processes.max_restarts} restarts)" if processes.max_restarts else ""
     return TrainingError(f"process {rank} of {processes.world_size} failed{after}: {reason}")

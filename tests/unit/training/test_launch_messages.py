@@ -7,7 +7,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from torchdlrm.errors import LostProcessError, PlanError, TorchDLRMError, TrainingError
-from torchdlrm.training.launch import Processes, _error_of_child, _reported_error
+from torchdlrm.training.launch import Processes, _reported_error, _why_it_failed
 
 
 def report(folder, rank, kind, message, module="torchdlrm.errors"):
@@ -52,11 +52,11 @@ def failure(message, timestamp=0):
         ("", "process 1 of 2 failed: exit code -9"),
     ],
 )
-def test_a_process_that_said_nothing_is_named_with_what_the_system_said(message, told):
-    error = _error_of_child(ChildFailedError("work", {1: failure(message)}), Processes(2))
+def test_a_process_that_said_nothing_is_named_with_what_the_system_said(message, told, tmp_path):
+    error = _why_it_failed(ChildFailedError("work", {1: failure(message)}), tmp_path, Processes(2))
     assert type(error) is TrainingError
     assert str(error) == told
-    after = _error_of_child(ChildFailedError("work", {1: failure(message)}), Processes(2, max_restarts=3))
+    after = _why_it_failed(ChildFailedError("work", {1: failure(message)}), tmp_path, Processes(2, max_restarts=3))
     assert str(after).startswith("process 1 of 2 failed (after 3 restarts): ")
 
 
@@ -71,6 +71,16 @@ def test_more_processes_than_cores_are_crowded_and_gpus_count_as_cores(monkeypat
     assert Processes(2, nnodes=3).world_size == 6
 
 
-def test_a_failure_is_that_of_the_process_that_failed_first():
+def test_a_failure_is_that_of_the_process_that_failed_first(tmp_path):
     failures = {0: failure("zero", timestamp=2), 1: failure("one", timestamp=1)}
-    assert str(_error_of_child(ChildFailedError("work", failures), Processes(2))) == "process 1 of 2 failed: one"
+    error = _why_it_failed(ChildFailedError("work", failures), tmp_path, Processes(2))
+    assert str(error) == "process 1 of 2 failed: one"
+
+
+def test_what_nobody_expected_is_told_rather_than_that_a_process_was_lost_by_it(tmp_path):
+    (tmp_path / "unexpected-0").write_text("ZeroDivisionError: by zero")
+    report(tmp_path, 1, "LostProcessError", "has lost another one")
+    error = ChildFailedError("work", {1: failure("")})
+    assert str(_why_it_failed(error, tmp_path, Processes(2))) == "process 0 of 2 failed: ZeroDivisionError: by zero"
+    report(tmp_path, 1, "PlanError", "the tables do not fit")
+    assert type(_why_it_failed(error, tmp_path, Processes(2))) is PlanError
