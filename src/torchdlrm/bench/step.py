@@ -143,7 +143,6 @@ def torchrec_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) 
             device=ranks.device,
         ),
         options=PlanOptions.of(config),
-        sharders=[sharder],
         process_group=ranks.process_group,
     ).plan
     env = ShardingEnv.from_process_group(ranks.process_group)

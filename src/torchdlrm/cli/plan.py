@@ -75,7 +75,7 @@ def _problem(tokens: tuple[str, ...], request: PlanRequest, *, measure: bool) ->
 
 def _solve(problem: "Problem", out: Path | None, html: Path | None, *, as_json: bool) -> dict[str, Any]:
     from torchdlrm.planning.page import plan_page, write_page
-    from torchdlrm.sharding.plan_file import plan_as_dict, write_json
+    from torchdlrm.sharding.plan_file import plan_as_dict, write_plan
     from torchdlrm.sharding.problem import try_solve
 
     solution = try_solve(problem)
@@ -85,14 +85,13 @@ def _solve(problem: "Problem", out: Path | None, html: Path | None, *, as_json: 
             print_json(answer)
         raise DoesNotFitError(message)
     _show_solution(solution)
-    result = plan_as_dict(solution)
     if out is not None:
-        write_json(out, result)
+        write_plan(out, solution)
         say(f"wrote {out}; dlrm train --plan {out} follows it")
     if html is not None:
         write_page(html, plan_page(solution))
         say(f"wrote {html}")
-    return result
+    return plan_as_dict(solution)
 
 
 def _show_solution(solution: "Solution") -> None:

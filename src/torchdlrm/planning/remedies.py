@@ -88,10 +88,7 @@ def shortfall(problem: Problem) -> Shortfall:
     """Find how much is missing, and where."""
     usable = problem.usable_bytes * problem.machine.num_devices
     missing = max(0, problem.table_bytes - usable)
-    sizes = {
-        table.name: table.weight_bytes(problem.precision) + table.state_bytes(problem.options.optimizer)
-        for table in problem.tables
-    }
+    sizes = {table.name: table.size_bytes(problem.precision, problem.options.optimizer) for table in problem.tables}
     by_size = sorted(sizes.items(), key=lambda item: -item[1])
     return Shortfall(
         needed_bytes=problem.table_bytes,

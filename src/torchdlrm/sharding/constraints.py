@@ -12,6 +12,7 @@ from torchdlrm.config import TABLE_OPTIMIZERS
 from torchdlrm.errors import PlanError
 from torchdlrm.model import table_name
 from torchdlrm.sharding.tables import Optimizer, Table
+from torchdlrm.sharding.topology import Machine
 
 TABLE_WISE, COLUMN_WISE, ROW_WISE = "table_wise", "column_wise", "row_wise"
 TABLE_ROW_WISE, GRID_SHARD = "table_row_wise", "grid_shard"
@@ -86,7 +87,7 @@ def parse_rule(text: str) -> Rule:
 
 
 def table_constraints(
-    tables: Sequence[Table], rules: Sequence[str], *, kind: str, num_devices: int, num_hosts: int, optimizer: Optimizer
+    tables: Sequence[Table], rules: Sequence[str], machine: Machine, optimizer: Optimizer
 ) -> dict[str, TableConstraint]:
     """Find what the planner may do with each table; the last rule that matches a table counts.
 
@@ -98,9 +99,7 @@ def table_constraints(
     Args:
         tables: of the model.
         rules: of the user.
-        kind: of device, `cuda` or `cpu`.
-        num_devices: ranks.
-        num_hosts: hosts.
+        machine: the ranks.
         optimizer: of the tables.
 
     Raises:
@@ -112,22 +111,19 @@ def table_constraints(
             some = ", ".join(table.name for table in tables[:3])
             msg = f"sharding.constraints: {rule.text!r}: no table is called so; tables are {some}, ..."
             raise PlanError(msg)
-        if any(rank >= num_devices for rank in rule.ranks):
-            msg = f"sharding.constraints: {rule.text!r}: rank {max(rule.ranks)} is not among 0 to {num_devices - 1}"
+        if any(rank >= machine.num_devices for rank in rule.ranks):
+            last = machine.num_devices - 1
+            msg = f"sharding.constraints: {rule.text!r}: rank {max(rule.ranks)} is not among 0 to {last}"
             raise PlanError(msg)
     found: dict[str, TableConstraint] = {}
     for table in tables:
         matching = [rule for rule in parsed if rule.matches(table.name)]
         rule = matching[-1] if matching else Rule("*", (), (), "")
-        found[table.name] = (
-            _pinned(table, rule, kind)
-            if rule.ranks
-            else _free(table, rule, kind=kind, num_devices=num_devices, num_hosts=num_hosts, optimizer=optimizer)
-        )
+        found[table.name] = _pinned(table, rule) if rule.ranks else _free(table, rule, machine, optimizer)
     return found
 
 
-def _pinned(table: Table, rule: Rule, kind: str) -> TableConstraint:
+def _pinned(table: Table, rule: Rule) -> TableConstraint:
     wanted = TABLE_WISE if len(rule.ranks) == 1 else COLUMN_WISE
     if rule.kinds and wanted not in rule.kinds:
         msg = (
@@ -135,7 +131,6 @@ def _pinned(table: Table, rule: Rule, kind: str) -> TableConstraint:
             "leave out the kinds, or the ranks"
         )
         raise PlanError(msg)
-    assert wanted in KINDS[kind]
     if table.dim % (4 * len(rule.ranks)):
         msg = (
             f"sharding.constraints: {rule.text!r}: the {table.dim} columns of {table.name} cannot be cut into "
@@ -145,15 +140,13 @@ def _pinned(table: Table, rule: Rule, kind: str) -> TableConstraint:
     return TableConstraint((wanted,), rule.ranks, table.dim // len(rule.ranks))
 
 
-def _free(
-    table: Table, rule: Rule, *, kind: str, num_devices: int, num_hosts: int, optimizer: Optimizer
-) -> TableConstraint:
-    asked = set(rule.kinds)
-    kinds = [name for name in KINDS[kind] if not asked or name in asked]
+def _free(table: Table, rule: Rule, machine: Machine, optimizer: Optimizer) -> TableConstraint:
+    asked, possible = set(rule.kinds), KINDS[machine.kind]
+    kinds = [name for name in possible if not asked or name in asked]
     if not kinds:
         msg = (
-            f"sharding.constraints: {rule.text!r} leaves nothing for {table.name}: on {kind} a table can be "
-            f"{' or '.join(KINDS[kind])}"
+            f"sharding.constraints: {rule.text!r} leaves nothing for {table.name}: on {machine.kind} a table can be "
+            f"{' or '.join(possible)}"
         )
         raise PlanError(msg)
     # Asked for, columns are halved until TorchRec's own floor would be crossed, at least once; otherwise it decides.
@@ -163,10 +156,10 @@ def _free(
     cut = _is_cut(table.dim, min_columns or _MIN_SHARD_COLUMNS)
     has_state_per_row = TABLE_OPTIMIZERS[optimizer].state_per_row > 0
     pointless = {
-        COLUMN_WISE: num_devices == 1 or not cut or (has_state_per_row and not asked),
-        GRID_SHARD: num_hosts == 1 or not cut or (has_state_per_row and not asked),
-        TABLE_ROW_WISE: num_hosts == 1,
-        ROW_WISE: num_devices == 1,
+        COLUMN_WISE: machine.num_devices == 1 or not cut or (has_state_per_row and not asked),
+        GRID_SHARD: machine.num_hosts == 1 or not cut or (has_state_per_row and not asked),
+        TABLE_ROW_WISE: machine.num_hosts == 1,
+        ROW_WISE: machine.num_devices == 1,
     }
     useful = tuple(name for name in kinds if not pointless.get(name, False))
     return TableConstraint(useful or tuple(kinds[:1]), (), min_columns)

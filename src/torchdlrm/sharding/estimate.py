@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from torchrec.distributed.planner.enumerators import get_partition_by_type
 from torchrec.distributed.planner.types import Shard, ShardingOption
 from torchrec.distributed.planner.utils import build_sharder_data_map, sharder_name
-from torchrec.distributed.types import CacheParams
 
 from torchdlrm.model.architecture import ModelShape
-from torchdlrm.sharding.layout import Layout, PlacedTable
+from torchdlrm.sharding.layout import Layout
 from torchdlrm.sharding.planner import (
     PlanOptions,
     collections_of,
@@ -98,15 +97,7 @@ class DensePart:
 def shard_costs(
     layout: Layout, tables: Sequence[Table], machine: Machine, options: PlanOptions, precision: Precision
 ) -> dict[str, list[Cost]]:
-    """Estimate the cost of every shard, by table, in the order of the layout.
-
-    Args:
-        layout: of all tables.
-        tables: of the model.
-        machine: the ranks.
-        options: what else the plan depends on.
-        precision: of the weights.
-    """
+    """Estimate the cost of every shard, by table, in the order of the layout."""
     topology = machine.topology()
     _, constraints = planner_constraints(tables, machine, options)
     ((path, collection),) = collections_of(meta_tables(tables, precision))
@@ -123,7 +114,7 @@ def shard_costs(
             partition_by=get_partition_by_type(layout[table.name].sharding_type),
             compute_kernel=layout[table.name].compute_kernel,
             shards=[Shard(size=list(s.sizes), offset=list(s.offsets), rank=s.rank) for s in layout[table.name].shards],
-            cache_params=_cache_params(layout[table.name]),
+            cache_params=layout[table.name].cache_params,
             is_pooled=True,
         )
         for table in tables
@@ -151,10 +142,6 @@ def _cost(shard: Shard, optimizer: Optimizer, precision: Precision) -> Cost:
         backward_ms=perf.bwd_compute,
         communication_ms=perf.fwd_comms + perf.bwd_comms,
     )
-
-
-def _cache_params(placed: PlacedTable) -> CacheParams | None:
-    return None if placed.cache_fraction is None else CacheParams(load_factor=placed.cache_fraction)
 
 
 def dense_part(shape: ModelShape, machine: Machine, batch_size_global: int) -> DensePart:

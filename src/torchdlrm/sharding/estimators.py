@@ -9,7 +9,7 @@ from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import Shard, SharderDataMap, ShardEstimator, ShardingOption, Storage
+from torchrec.distributed.planner.types import SharderDataMap, ShardEstimator, ShardingOption, Storage
 from torchrec.distributed.types import ModuleSharder
 
 from torchdlrm.sharding.constraints import KINDS
@@ -54,7 +54,8 @@ class MemoryEstimator(EmbeddingStorageEstimator):  # type: ignore[misc]  # Torch
                 # FBGEMM keeps the state of tables in host memory there too, outside the cache.
                 in_hbm = self._on_gpu and option.compute_kernel == EmbeddingComputeKernel.FUSED.value
                 for shard in option.shards:
-                    state = shard_state_bytes(shard, self._optimizer)
+                    rows, columns = shard.size
+                    state = state_bytes(rows, columns, self._optimizer)
                     shard.storage += Storage(hbm=state if in_hbm else 0, ddr=0 if in_hbm else state)
 
 
@@ -73,14 +74,8 @@ def _one_shard_a_size(sharding_options: list[ShardingOption]) -> Iterator[None]:
         option.shards = shards
 
 
-def shard_state_bytes(shard: Shard, optimizer: Optimizer) -> int:
-    """Bytes of optimizer state of a shard."""
-    rows, columns = shard.size
-    return state_bytes(rows, columns, optimizer)
-
-
 class ReservedFraction(FixedPercentageStorageReservation):  # type: ignore[misc]  # TorchRec is untyped
-    """Keeps a share of each rank's memory for what is not a table; TorchRec's own keeps none of host memory."""
+    """Keeps a fraction of each rank's memory for what is not a table; TorchRec's own keeps none of host memory."""
 
     def reserve(
         self,

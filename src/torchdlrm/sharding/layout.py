@@ -19,7 +19,7 @@ from torchrec.distributed.types import (
 
 from torchdlrm.errors import PlanError
 from torchdlrm.sharding.constraints import KINDS
-from torchdlrm.sharding.planner import collections_of, tables_of
+from torchdlrm.sharding.planner import collections_of
 from torchdlrm.sharding.tables import Table
 from torchdlrm.sharding.topology import Machine
 
@@ -69,6 +69,11 @@ class PlacedTable:
         """The rank of each shard."""
         return [shard.rank for shard in self.shards]
 
+    @property
+    def cache_params(self) -> CacheParams | None:
+        """The cache in TorchRec's words."""
+        return None if self.cache_fraction is None else CacheParams(load_factor=self.cache_fraction)
+
 
 Layout = Mapping[str, PlacedTable]
 
@@ -94,8 +99,8 @@ def _cache_fraction(sharding: ParameterSharding) -> float | None:
     """The planner hands cache parameters to every table that might have had a cache."""
     if sharding.compute_kernel != _CACHED_KERNEL or sharding.cache_params is None:
         return None
-    share: float | None = sharding.cache_params.load_factor
-    return share
+    fraction: float | None = sharding.cache_params.load_factor
+    return fraction
 
 
 def layout_as_dict(layout: Layout) -> dict[str, Any]:
@@ -178,23 +183,19 @@ def _pair(values: Sequence[Any]) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def sharding_plan(saved: SavedPlan, model: nn.Module, machine: Machine) -> ShardingPlan:
-    """Make TorchRec's plan for a model of a saved one.
+def sharding_plan(layout: Layout, model: nn.Module, machine: Machine) -> ShardingPlan:
+    """Make TorchRec's plan for a model of a layout that `check_layout` has accepted.
 
     Args:
-        saved: places all its tables.
+        layout: of all its tables.
         model: holds the tables.
         machine: the ranks.
-
-    Raises:
-        PlanError: the plan is for another model or another number of ranks.
     """
-    check_layout(saved, tables_of(model), machine)
     modules: dict[str, EmbeddingModuleShardingPlan] = {}
     for path, collection in collections_of(model):
         modules[path] = EmbeddingModuleShardingPlan()
         for config in collection.embedding_bag_configs():
-            modules[path][config.name] = _parameter_sharding(saved.layout[config.name], machine)
+            modules[path][config.name] = _parameter_sharding(layout[config.name], machine)
     return ShardingPlan(dict(modules))
 
 
@@ -212,7 +213,7 @@ def _parameter_sharding(placed: PlacedTable, machine: Machine) -> ParameterShard
         compute_kernel=placed.compute_kernel,
         ranks=placed.ranks,
         sharding_spec=EnumerableShardingSpec(shards),
-        cache_params=CacheParams(load_factor=placed.cache_fraction) if placed.cache_fraction is not None else None,
+        cache_params=placed.cache_params,
     )
 
 

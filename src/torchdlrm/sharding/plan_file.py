@@ -1,6 +1,6 @@
 """Reads and writes plan.json, which `dlrm train --plan` follows and `dlrm plan --compare` reads.
 
-Its keys are those of format version 1, also where the code has other names by now (`memory_share`).
+Its keys are those of format version 1, also where the code now has other names (`memory_share`).
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchdlrm.errors import PlanError
-from torchdlrm.files import replacing
+from torchdlrm.files import write_atomically
 from torchdlrm.sharding.estimate import Cost
 from torchdlrm.sharding.layout import FORMAT, FORMAT_VERSION, layout_as_dict
 from torchdlrm.sharding.problem import Problem, Solution
@@ -66,19 +66,13 @@ def problem_as_dict(problem: Problem) -> dict[str, Any]:
 
 
 def write_plan(path: Path, solution: Solution) -> None:
-    """Write plan.json, whole or not at all."""
-    write_json(path, plan_as_dict(solution))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object to a file, whole or not at all.
+    """Write plan.json, complete or not at all.
 
     Raises:
         PlanError: the file cannot be written.
     """
     try:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(plan_as_dict(solution), indent=1) + "\n")
     except OSError as error:
         msg = f"cannot write the plan to {path}: {error.strerror}; give a file in a folder that exists"
         raise PlanError(msg) from error

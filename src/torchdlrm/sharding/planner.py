@@ -15,9 +15,8 @@ from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_r
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.perf_models import NoopPerfModel
 from torchrec.distributed.planner.types import PlannerError, ShardEstimator, ShardingOption
-from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan
+from torchrec.distributed.types import CacheParams, ShardingPlan
 from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
@@ -26,7 +25,7 @@ from torchdlrm.errors import DoesNotFitError
 from torchdlrm.model.build import meta_collection
 from torchdlrm.sharding.constraints import TableConstraint, table_constraints
 from torchdlrm.sharding.estimators import MemoryEstimator, OrderedEnumerator, ReservedFraction, TimeEstimator
-from torchdlrm.sharding.search import BestPlan, PlacingPartitioner, proposers
+from torchdlrm.sharding.search import PlacingPartitioner, ProposalCount, proposers
 from torchdlrm.sharding.tables import Optimizer, Precision, Table
 from torchdlrm.sharding.topology import Machine
 from torchdlrm.units import show_bytes
@@ -44,7 +43,7 @@ class PlanOptions:
         batch_size_global: rows per step over all ranks.
         reserved_fraction: of each rank's memory, for what is not a table.
         constraints: rules as `torchdlrm.sharding.constraints` reads them.
-        cache_fraction: GPUs may keep tables in host memory, with this share of their rows cached; None: they may not.
+        cache_fraction: GPUs may keep tables in host memory and cache this fraction of their rows; None: they may not.
     """
 
     optimizer: Optimizer
@@ -104,14 +103,12 @@ class Found:
 
     Attributes:
         plan: the best.
-        worst_rank_ms: TorchRec's estimate of a step's tables on the slowest rank.
         lower_bound_ms: no plan of these kinds has a faster slowest rank: work spread perfectly, memory no object.
         num_proposals: plans that were tried.
         search_s: wall time.
     """
 
     plan: ShardingPlan
-    worst_rank_ms: float
     lower_bound_ms: float
     num_proposals: int
     search_s: float
@@ -122,7 +119,6 @@ def plan_sharding(
     *,
     machine: Machine,
     options: PlanOptions,
-    sharders: Sequence[ModuleSharder[nn.Module]],
     process_group: dist.ProcessGroup | None,
     tables: Sequence[Table] | None = None,
 ) -> Found:
@@ -132,24 +128,17 @@ def plan_sharding(
         model: holds the tables, on the meta device.
         machine: the ranks.
         options: what else the plan depends on.
-        sharders: what can be sharded, and how.
         process_group: rank 0 plans for all; None plans in this process, for a machine that need not be there.
         tables: of the model, where a row of the batch looks more than one id up in some; found in it when not given.
 
     Raises:
         PlanError: the tables do not fit the machine, or a constraint is wrong.
     """
-    search = partial(_search, model, tables_of(model) if tables is None else tables, machine, options, list(sharders))
+    search = partial(_search, model, tables_of(model) if tables is None else tables, machine, options)
     return search() if process_group is None else invoke_on_rank_and_broadcast_result(process_group, 0, search)
 
 
-def _search(
-    model: nn.Module,
-    tables: Sequence[Table],
-    machine: Machine,
-    options: PlanOptions,
-    sharders: list[ModuleSharder[nn.Module]],
-) -> Found:
+def _search(model: nn.Module, tables: Sequence[Table], machine: Machine, options: PlanOptions) -> Found:
     started_s = time.perf_counter()
     allowed, constraints = planner_constraints(tables, machine, options)
     topology = machine.topology()
@@ -160,7 +149,7 @@ def _search(
         constraints=constraints,
         estimator=estimators(topology, constraints, options.optimizer),
     )
-    best = BestPlan()
+    count = ProposalCount()
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size_per_rank,
@@ -171,20 +160,19 @@ def _search(
             {name: constraint.ranks for name, constraint in allowed.items() if constraint.ranks},
             thorough=len(tables) * machine.num_devices <= _THOROUGH_UP_TO,
         ),
-        stats=best,
+        stats=count,
         constraints=constraints,
         debug=False,
     )
     try:
-        plan = planner.plan(model, sharders)
+        plan = planner.plan(model, [table_sharder({})])  # what it knows of optimizer and codecs is not looked at
     except PlannerError as error:
         raise DoesNotFitError(_does_not_fit(tables, machine, options)) from error
     assert enumerator.last_stored_search_space is not None
     return Found(
         plan=plan,
-        worst_rank_ms=NoopPerfModel(topology).rate(best.options),
         lower_bound_ms=lower_bound_ms(enumerator.last_stored_search_space, machine.num_devices),
-        num_proposals=best.num_proposals,
+        num_proposals=count.num_proposals,
         search_s=time.perf_counter() - started_s,
     )
 
@@ -221,38 +209,26 @@ def planner_constraints(
     Raises:
         PlanError: a constraint is wrong.
     """
-    allowed = table_constraints(
-        tables,
-        options.constraints,
-        kind=machine.kind,
-        num_devices=machine.num_devices,
-        num_hosts=machine.num_hosts,
-        optimizer=options.optimizer,
-    )
-    return allowed, {
-        table.name: _parameter_constraints(table, allowed[table.name], machine, options) for table in tables
-    }
-
-
-def _parameter_constraints(
-    table: Table, allowed: TableConstraint, machine: Machine, options: PlanOptions
-) -> ParameterConstraints:
+    allowed = table_constraints(tables, options.constraints, machine, options.optimizer)
     kernels = [EmbeddingComputeKernel.FUSED.value]
     cache = None
     if machine.kind == "cuda" and options.cache_fraction is not None:
         kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
         cache = CacheParams(load_factor=options.cache_fraction)
-    return ParameterConstraints(
-        sharding_types=list(allowed.kinds),
-        compute_kernels=kernels,
-        min_partition=allowed.min_shard_columns,
-        pooling_factors=[table.pooling_factor],
-        cache_params=cache,
-    )
+    return allowed, {
+        table.name: ParameterConstraints(
+            sharding_types=list(allowed[table.name].kinds),
+            compute_kernels=kernels,
+            min_partition=allowed[table.name].min_shard_columns,
+            pooling_factors=[table.pooling_factor],
+            cache_params=cache,
+        )
+        for table in tables
+    }
 
 
 def _does_not_fit(tables: Sequence[Table], machine: Machine, options: PlanOptions) -> str:
-    sizes = {table.name: table.weight_bytes("float32") + table.state_bytes(options.optimizer) for table in tables}
+    sizes = {table.name: table.size_bytes("float32", options.optimizer) for table in tables}
     largest = max(sizes, key=lambda name: sizes[name])
     usable = int(machine.memory_bytes * (1 - options.reserved_fraction))
     return (

@@ -11,14 +11,7 @@ from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.model.architecture import DOT, Architecture, ModelShape
 from torchdlrm.sharding.estimate import Cost, DensePart, dense_part, shard_costs
 from torchdlrm.sharding.layout import PlacedTable, layout_of
-from torchdlrm.sharding.planner import (
-    Found,
-    PlanOptions,
-    meta_tables,
-    plan_sharding,
-    planner_constraints,
-    table_sharder,
-)
+from torchdlrm.sharding.planner import Found, PlanOptions, meta_tables, plan_sharding, planner_constraints
 from torchdlrm.sharding.tables import Precision, Table
 from torchdlrm.sharding.topology import Machine
 
@@ -60,9 +53,7 @@ class Problem:
     @property
     def table_bytes(self) -> int:
         """Weights and optimizer state of all tables."""
-        return sum(
-            table.weight_bytes(self.precision) + table.state_bytes(self.options.optimizer) for table in self.tables
-        )
+        return sum(table.size_bytes(self.precision, self.options.optimizer) for table in self.tables)
 
     def with_options(self, **changes: Any) -> "Problem":
         """Return the same problem with some options changed."""
@@ -129,7 +120,7 @@ class Solution:
 
     @property
     def above_lower_bound(self) -> float | None:
-        """By what share the slowest rank's tables take longer than the lower bound."""
+        """By what fraction the slowest rank's tables take longer than the lower bound."""
         if not self.lower_bound_ms:
             return None
         return self.ranks[self.bottleneck_rank].total_ms / self.lower_bound_ms - 1
@@ -144,7 +135,7 @@ class Solution:
         return all(held + copy <= usable_bytes for held, copy in zip(on_host, copies, strict=True))
 
     def memory_fraction(self, rank: int) -> float:
-        """Share of a rank's memory that its tables take."""
+        """Fraction of a rank's memory that its tables take."""
         return self.ranks[rank].device_bytes / self.problem.machine.memory_bytes
 
 
@@ -158,7 +149,6 @@ def solve(problem: Problem) -> Solution:
         meta_tables(problem.tables, problem.precision),
         machine=problem.machine,
         options=problem.options,
-        sharders=[table_sharder({})],
         process_group=None,
         tables=problem.tables,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 from torch import nn
-from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.distributed.types import ShardingPlan
 
 from torchdlrm.config import Config
 from torchdlrm.errors import PlanError
@@ -25,7 +25,6 @@ def load_or_make_plan(
     shape: ModelShape,
     *,
     machine: Machine,
-    sharders: Sequence[ModuleSharder[nn.Module]],
     process_group: dist.ProcessGroup | None,
     saved_plan: Path | None,
 ) -> tuple[ShardingPlan, Solution]:
@@ -36,7 +35,6 @@ def load_or_make_plan(
         config: of the run.
         shape: of the model.
         machine: the ranks.
-        sharders: what can be sharded, and how.
         process_group: rank 0 plans for all; None plans in this process.
         saved_plan: a plan.json to follow; every rank reads it.
 
@@ -45,15 +43,10 @@ def load_or_make_plan(
     """
     problem = _problem(tables_of(model), machine, config, shape)
     if saved_plan is None:
-        found = plan_sharding(
-            model, machine=machine, options=problem.options, sharders=sharders, process_group=process_group
-        )
+        found = plan_sharding(model, machine=machine, options=problem.options, process_group=process_group)
         return found.plan, solution_of(problem, layout_of(found.plan), found)
-    saved = read_saved_plan(saved_plan)
-    plan = sharding_plan(saved, model, machine)
-    solution = solution_of(problem, saved.layout, None)
-    _check_memory(saved_plan, solution)
-    return plan, solution
+    solution = _saved_solution(saved_plan, problem)
+    return sharding_plan(solution.layout, model, machine), solution
 
 
 def _problem(tables: Sequence[Table], machine: Machine, config: Config, shape: ModelShape) -> Problem:
@@ -67,9 +60,11 @@ def _problem(tables: Sequence[Table], machine: Machine, config: Config, shape: M
     )
 
 
-def _check_memory(path: Path, solution: Solution) -> None:
-    """A plan for another optimizer, batch or machine may ask more of a rank than it has."""
-    problem = solution.problem
+def _saved_solution(path: Path, problem: Problem) -> Solution:
+    """The plan in a file and its cost; refused where it is for another model, optimizer, batch or machine."""
+    saved = read_saved_plan(path)
+    check_layout(saved, problem.tables, problem.machine)
+    solution = solution_of(problem, saved.layout, None)
     fullest = solution.fullest_rank
     needed_bytes = solution.ranks[fullest].device_bytes
     if needed_bytes > problem.usable_bytes:
@@ -80,6 +75,7 @@ def _check_memory(path: Path, solution: Solution) -> None:
             "optimizer"
         )
         raise PlanError(msg)
+    return solution
 
 
 def preview_plan(
@@ -107,10 +103,4 @@ def preview_plan(
     tables = feature_tables(num_embeddings, config.model.embedding_dim)
     machine = local_machine(config.sharding, world_size=world_size, local_world_size=local_world_size, device=device)
     problem = _problem(tables, machine, config, shape)
-    if config.sharding.plan is None:
-        return solve(problem)
-    saved = read_saved_plan(Path(config.sharding.plan))
-    check_layout(saved, tables, machine)
-    solution = solution_of(problem, saved.layout, None)
-    _check_memory(Path(config.sharding.plan), solution)
-    return solution
+    return solve(problem) if config.sharding.plan is None else _saved_solution(Path(config.sharding.plan), problem)

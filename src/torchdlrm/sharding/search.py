@@ -178,26 +178,19 @@ def _largest_to_emptiest(proposal: list[ShardingOption], machine: Topology) -> N
                 shard.perf = perf
 
 
-class BestPlan(Stats):  # type: ignore[misc]  # TorchRec is untyped
-    """Keeps what TorchRec's planner tells those who print its plans.
+class ProposalCount(Stats):  # type: ignore[misc]  # TorchRec is untyped
+    """Keeps how many plans were tried, which TorchRec's planner tells those who print its plans."""
 
-    Attributes:
-        options: the best plan's option for each table, with the rank, time and memory of every shard.
-        num_proposals: plans that were tried.
-    """
+    num_proposals = 0
 
-    def __init__(self) -> None:
-        self.options: list[ShardingOption] = []
-        self.num_proposals = 0
-
-    def log(self, *, best_plan: list[ShardingOption], num_proposals: int, **_: Any) -> None:
-        """Keep the best plan; the planner calls this at its end."""
-        self.options, self.num_proposals = best_plan, num_proposals
+    def log(self, *, num_proposals: int, **_: Any) -> None:
+        """Keep the number; the planner calls this at its end."""
+        self.num_proposals = num_proposals
 
 
 def proposers(num_tables: int, num_devices: int) -> list[Proposer]:
     """TorchRec's proposers, bounded for a problem of this size."""
-    max_proposals = proposal_budget(num_tables, num_devices)
+    max_proposals = max(_MIN_PROPOSALS, min(_MAX_PROPOSALS, _SEARCH_BUDGET // (num_tables * num_devices)))
     chosen: list[Proposer] = [
         UniformProposer(),
         GridSearchProposer(max_proposals=max_proposals),
@@ -207,8 +200,3 @@ def proposers(num_tables: int, num_devices: int) -> list[Proposer]:
     if num_tables * num_devices <= _BOTH_GREEDY_UP_TO:
         chosen.append(Thinned(GreedyProposer(use_depth=False), max_proposals))
     return chosen
-
-
-def proposal_budget(num_tables: int, num_devices: int) -> int:
-    """How many proposals each proposer may make."""
-    return max(_MIN_PROPOSALS, min(_MAX_PROPOSALS, _SEARCH_BUDGET // (num_tables * num_devices)))

@@ -9,18 +9,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torchdlrm.config import TABLE_OPTIMIZERS, TableOptimizerName
 from torchdlrm.errors import PlanError
 from torchdlrm.model import table_name
 
 Precision = Literal["float32", "float16"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 BYTES_PER_VALUE: Mapping[Precision, int] = {"float32": 4, "float16": 2}
 
 Optimizer = TableOptimizerName
-OPTIMIZERS = tuple(TABLE_OPTIMIZERS)
 
 # Sizes by column: the logs' vocabularies, as facebookresearch/dlrm and MLPerf publish them.
 _KAGGLE_ROWS = (
@@ -35,11 +33,7 @@ _MULTI_HOT_SIZES = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12,
 _PRESETS: Mapping[str, tuple[Sequence[int], Sequence[int], str]] = {
     "criteo-kaggle": (_KAGGLE_ROWS, (1,) * 26, "Kaggle display advertising, whole vocabulary"),
     "criteo-1tb": (_TERABYTE_40M_ROWS, (1,) * 26, "1TB click logs, at most 40 million rows a table (MLPerf's list)"),
-    "criteo-1tb-40m": (
-        (40_000_000,) * 26,
-        (1,) * 26,
-        "26 tables of 40 million rows: why tables are sharded",
-    ),
+    "criteo-1tb-40m": ((40_000_000,) * 26, (1,) * 26, "26 tables of 40 million rows: why tables are sharded"),
     "mlperf-dcnv2": (_TERABYTE_40M_ROWS, _MULTI_HOT_SIZES, "MLPerf DLRM-DCNv2: criteo-1tb with multi-hot features"),
 }
 PRESETS = tuple(_PRESETS)
@@ -70,28 +64,22 @@ class Table:
         """Bytes of the optimizer's state while the table is not cut by columns."""
         return state_bytes(self.rows, self.dim, optimizer)
 
+    def size_bytes(self, precision: Precision, optimizer: Optimizer) -> int:
+        """Bytes of weights and state together."""
+        return self.weight_bytes(precision) + self.state_bytes(optimizer)
+
 
 def state_bytes(rows: int, columns: int, optimizer: Optimizer) -> int:
     """Bytes of the optimizer's state for a shard of a table, float32.
 
     Row-wise optimizers keep a value a row of every shard, so a table that is cut by columns has several a row.
-
-    Args:
-        rows: of the shard.
-        columns: of the shard.
-        optimizer: of the tables.
     """
     record = TABLE_OPTIMIZERS[optimizer]
     return 4 * rows * (columns * record.state_per_weight + record.state_per_row)
 
 
 def feature_tables(num_embeddings: Mapping[str, int], dim: int) -> list[Table]:
-    """Make one table for each feature, as `torchdlrm.model.build` makes them.
-
-    Args:
-        num_embeddings: rows by feature, in schema order.
-        dim: of all tables.
-    """
+    """Make a table of dimension `dim` for each feature, as `torchdlrm.model.build` makes them."""
     return [Table(table_name(feature), rows, dim) for feature, rows in num_embeddings.items()]
 
 
@@ -106,10 +94,8 @@ def preset_tables(name: str, dim: int) -> list[Table]:
         msg = f"`tables`: there is no preset and no file {name!r}; presets are {known}"
         raise PlanError(msg)
     rows, pooling_factors, _ = _PRESETS[name]
-    return [
-        Table(table_name(f"cat_{i}"), *size_and_pooling)
-        for i, size_and_pooling in enumerate(zip(rows, (dim,) * 26, map(float, pooling_factors), strict=True))
-    ]
+    sizes = enumerate(zip(rows, pooling_factors, strict=True))
+    return [Table(table_name(f"cat_{i}"), num_rows, dim, float(pooled)) for i, (num_rows, pooled) in sizes]
 
 
 def read_tables(path: Path, dim: int) -> list[Table]:

@@ -107,9 +107,6 @@ def machine_of(device: Device, *, num_devices: int, num_hosts: int | None = None
     Raises:
         PlanError: the devices cannot be spread evenly.
     """
-    if num_devices < 1:
-        msg = f"`devices`: must be at least 1, got {num_devices}"
-        raise PlanError(msg)
     per_host = device.devices_per_host if device.kind == "cuda" else num_devices
     hosts = num_hosts if num_hosts is not None else max(1, -(-num_devices // per_host))
     if hosts < 1 or num_devices % hosts:

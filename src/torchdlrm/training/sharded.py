@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -72,7 +73,6 @@ def build_sharded_model(
     )
     if dense_sample is not None and shape.num_dense:
         standardize_dense_input(model.model, dense_sample)
-    fused = fused_params(config.table_optimizer)
     plan, solution = load_or_make_plan(
         model,
         config,
@@ -83,7 +83,6 @@ def build_sharded_model(
             local_world_size=ranks.local_world_size,
             device=ranks.device,
         ),
-        sharders=[table_sharder(fused)],  # without codecs, so that `dlrm plan` finds the same plan
         process_group=ranks.process_group,
         saved_plan=saved_plan,
     )
@@ -93,7 +92,9 @@ def build_sharded_model(
         device=ranks.device,
         plan=plan,
         init_data_parallel=ranks.world_size > 1,  # a single rank would reduce gradients with itself
-        sharders=[table_sharder(fused, communication_codecs(config.train, ranks.device))],
+        sharders=[
+            table_sharder(fused_params(config.table_optimizer), communication_codecs(config.train, ranks.device))
+        ],
     )
     initialize_tables(module, seed=config.seed)
     if config.table_optimizer.initial_accumulator:
@@ -113,11 +114,8 @@ def build_optimizer(model: nn.Module, config: DenseOptimizerConfig) -> CombinedO
     # on every rank.
     tables = {name for name, value in model.state_dict().items() if isinstance(value, ShardedTensor)}
     dense = {name: param for name, param in model.named_parameters() if name not in tables}
-
-    def make(params: list[Tensor]) -> torch.optim.Optimizer:
-        return _dense_optimizer(config, params)
-
-    return CombinedOptimizer([("tables", fused), ("dense", KeyedOptimizerWrapper(dense, make))])
+    wrapped = KeyedOptimizerWrapper(dense, partial(_dense_optimizer, config))
+    return CombinedOptimizer([("tables", fused), ("dense", wrapped)])
 
 
 def _dense_optimizer(config: DenseOptimizerConfig, params: list[Tensor]) -> torch.optim.Optimizer:

@@ -9,9 +9,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchdlrm.errors import PlanError
 from torchdlrm.sharding.devices import device_named
-from torchdlrm.sharding.layout import read_saved_plan, sharding_plan
+from torchdlrm.sharding.layout import check_layout, read_saved_plan, sharding_plan
 from torchdlrm.sharding.plan_file import write_plan
-from torchdlrm.sharding.planner import PlanOptions
+from torchdlrm.sharding.planner import PlanOptions, tables_of
 from torchdlrm.sharding.problem import Problem, solve
 from torchdlrm.sharding.tables import Table
 from torchdlrm.sharding.topology import machine_of
@@ -42,7 +42,7 @@ def saved(tmp_path):
 def test_a_saved_plan_is_read_back_as_it_was_written(saved):
     path, machine, solution = saved
     assert read_saved_plan(path).layout == solution.layout
-    plan = sharding_plan(read_saved_plan(path), model(), machine)
+    plan = sharding_plan(solution.layout, model(), machine)
     (tables,) = plan.plan.values()
     for name, placed in solution.layout.items():
         assert tables[name].sharding_type == placed.sharding_type
@@ -63,7 +63,7 @@ def test_a_plan_for_another_model_or_world_size_is_refused(saved, rows, devices,
     path, _, _ = saved
     machine = machine_of(device_named("a100-80gb"), num_devices=devices)
     with pytest.raises(PlanError) as failure:
-        sharding_plan(read_saved_plan(path), model(**rows), machine)
+        check_layout(read_saved_plan(path), tables_of(model(**rows)), machine)
     assert reason in str(failure.value)
     assert str(path) in str(failure.value)
 
@@ -71,7 +71,7 @@ def test_a_plan_for_another_model_or_world_size_is_refused(saved, rows, devices,
 def test_a_plan_for_gpus_is_refused_on_cpu(saved):
     path, _, _ = saved
     with pytest.raises(PlanError, match="t_b: row_wise does not work on cpu"):
-        sharding_plan(read_saved_plan(path), model(), machine_of(device_named("cpu"), num_devices=4))
+        check_layout(read_saved_plan(path), TABLES, machine_of(device_named("cpu"), num_devices=4))
 
 
 @pytest.mark.parametrize("change", ["gap", "overlap", "rank", "version", "key", "text"])
@@ -91,7 +91,7 @@ def test_a_damaged_plan_is_refused(saved, change):
         del content["tables"]["t_a"]["shards"]
     path.write_text("{" if change == "text" else json.dumps(content))
     with pytest.raises(PlanError):
-        sharding_plan(read_saved_plan(path), model(), machine)
+        check_layout(read_saved_plan(path), TABLES, machine)
 
 
 def test_the_json_adds_up(saved):

@@ -14,7 +14,7 @@ from random_problems import problem, random_tables
 from torchdlrm.errors import PlanError
 from torchdlrm.sharding.planner import meta_tables, planner_constraints, table_sharder
 from torchdlrm.sharding.problem import Problem, solve, try_solve
-from torchdlrm.sharding.tables import OPTIMIZERS, Table, preset_tables
+from torchdlrm.sharding.tables import Table, preset_tables
 
 
 def state_values(optimizer, rows, columns):
@@ -48,7 +48,7 @@ def problems(draw):
         devices,
         draw(st.sampled_from(["a100-80gb", "cpu"])),
         hosts,
-        draw(st.sampled_from(OPTIMIZERS)),
+        draw(st.sampled_from(list(TABLE_OPTIMIZERS))),
         draw(st.sampled_from([64, 2048])),
     )
     memory = draw(st.sampled_from([10**8, 10**9, 10**10]))
