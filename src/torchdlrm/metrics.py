@@ -112,17 +112,6 @@ def auc_from_counts(clicks: NDArray[np.int64], others: NDArray[np.int64]) -> flo
     return twice_below / (2 * num_clicks * num_others)
 
 
-def logloss_from_logits(labels: Labels, logits: Scores) -> float:
-    """Mean negative log-likelihood in nats, stable for logits of any size; NaN without rows.
-
-    Args:
-        labels: 0 or 1 [N].
-        logits: log-odds of a click [N].
-    """
-    _check_shapes(labels, logits)
-    return _mean(labels.size, [block.logloss_sum for block in _blocks(labels, logits)])
-
-
 def binary_metrics(labels: Labels, logits: Scores) -> BinaryMetrics:
     """All metrics of these rows.
 

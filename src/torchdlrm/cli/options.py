@@ -20,26 +20,16 @@ Overrides = Annotated[str, Parameter(allow_leading_hyphen=True)]
 
 
 def split_config(tokens: tuple[str, ...]) -> tuple[str | None, dict[str, str]]:
-    """The config's file or name, if the first token is one, and the keys that the others override.
+    """The config's file or name, if the first token is one; and the text of the keys that the others override, by name.
 
     An optional positional of its own would leave the parser no place for `--train.epochs 2` without a config.
 
     Raises:
-        ConfigError: a token is neither.
+        ConfigError: a token is neither, nor part of `--name value` or `--name=value`.
     """
-    if tokens and not tokens[0].startswith("--"):
-        return tokens[0], parse_overrides(tokens[1:])
-    return None, parse_overrides(tokens)
-
-
-def parse_overrides(tokens: tuple[str, ...]) -> dict[str, str]:
-    """Dotted names and the text of their values, from `--name value` and `--name=value`.
-
-    Raises:
-        ConfigError: a token is not part of such a pair.
-    """
-    overrides: dict[str, str] = {}
     left = list(tokens)
+    config = left.pop(0) if left and not left[0].startswith("--") else None
+    overrides: dict[str, str] = {}
     while left:
         token = left.pop(0)
         name, equals, value = token.removeprefix("--").partition("=")
@@ -52,7 +42,7 @@ def parse_overrides(tokens: tuple[str, ...]) -> dict[str, str]:
                 raise ConfigError(msg)
             value = left.pop(0)
         overrides[name] = value
-    return overrides
+    return config, overrides
 
 
 def describe_mistake(error: CycloptsError) -> str:

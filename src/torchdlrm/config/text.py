@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from torchdlrm.config.cross_checks import cross_checks
-from torchdlrm.config.sections import Config, settings
+from torchdlrm.config.sections import Config, cross_checks, settings
 from torchdlrm.errors import ConfigError
 from torchdlrm.toml import did_you_mean, explain, toml_text, toml_value
 

@@ -106,8 +106,8 @@ def _without_remainders(lines: Sequence[Line]) -> list[Line]:
     return [line for line in lines if line["split"] != "train" or spans[line["rows"]] >= typical / 2]
 
 
-def _is_number(line: Line, *keys: str) -> bool:
-    return all(isinstance(line.get(key), int | float) for key in keys)
+def _is_number(line: Line, key: str) -> bool:
+    return isinstance(line.get(key), int | float)
 
 
 def _evaluation(result: Mapping[str, Any]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 
 from random_problems import problem, random_tables
+from torchdlrm.config import TABLE_OPTIMIZERS
 from torchdlrm.errors import PlanError
 from torchdlrm.sharding.planner import meta_tables, planner_constraints, table_sharder
 from torchdlrm.sharding.problem import Problem, solve, try_solve
