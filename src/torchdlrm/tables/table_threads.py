@@ -111,7 +111,7 @@ class _TableThreads:
         indices, offsets, _, _ = self.kernel.prepare_inputs(indices, offsets, force_cast_input_types=True)
         return _Lookup.apply(self._placeholder, self, indices, offsets)  # type: ignore[no-untyped-call]
 
-    def each_fraction(self, task: Callable[[_Share], None]) -> None:
+    def each_share(self, task: Callable[[_Share], None]) -> None:
         """Do a task for all shares at once, without recording it: each thread has a grad mode of its own."""
 
         def unrecorded(share: _Share) -> None:
@@ -134,44 +134,50 @@ class _TableThreads:
     def look_up(self, share: _Share, indices: Tensor, offsets: Tensor) -> Tensor:
         """Pooled embeddings of a share's features: float32 [B, columns of the share]."""
         kernel = self.kernel
+        share_indices, share_offsets = self.cells_of(share, indices, offsets)
         out: Tensor = torch.ops.fbgemm.split_embedding_codegen_forward_cpu(
-            kernel.weights_host,
-            share.weights_offsets,
-            share.D_offsets,
-            share.columns.stop - share.columns.start,
-            share.hash_size_cumsum,
-            *self.cells_of(share, indices, offsets),
-            int(kernel.pooling_mode),
-            _NO_WEIGHTS,
-            kernel.output_dtype,
+            weights=kernel.weights_host,
+            weights_offsets=share.weights_offsets,
+            D_offsets=share.D_offsets,
+            total_D=share.columns.stop - share.columns.start,
+            hash_size_cumsum=share.hash_size_cumsum,
+            indices=share_indices,
+            offsets=share_offsets,
+            pooling_mode=int(kernel.pooling_mode),
+            indice_weights=_NO_WEIGHTS,
+            output_dtype=kernel.output_dtype,
         )
         return out
 
     def update(self, share: _Share, grad: Tensor, indices: Tensor, offsets: Tensor) -> None:
         """Let the optimizer step on a share's tables; `grad` is float32 [B, columns of the share], contiguous."""
         kernel, args = self.kernel, self.kernel.optimizer_args
-        ids, bounds = self.cells_of(share, indices, offsets)
-        arguments: list[Any] = [
-            grad,
-            kernel.weights_host.detach(),
-            share.weights_placements,
-            share.weights_offsets,
-            share.D_offsets,
-            kernel.max_D,
-            share.hash_size_cumsum,
-            kernel.total_hash_size_bits,
-            ids,
-            bounds,
-            int(kernel.pooling_mode),
-            _NO_WEIGHTS,
-            args.stochastic_rounding,
-        ]
+        share_indices, share_offsets = self.cells_of(share, indices, offsets)
+        state: dict[str, Any] = {}
         if share.momentum_offsets is not None:
-            arguments += [kernel.momentum1_host, share.momentum_placements, share.momentum_offsets]
-        arguments.append(kernel.learning_rate_tensor)
-        if share.momentum_offsets is not None:
-            arguments.append(args.eps)
-        getattr(torch.ops.fbgemm, _BACKWARD[kernel.optimizer])(*arguments)
+            state = {
+                "momentum1_host": kernel.momentum1_host,
+                "momentum1_placements": share.momentum_placements,
+                "momentum1_offsets": share.momentum_offsets,
+                "eps": args.eps,
+            }
+        getattr(torch.ops.fbgemm, _BACKWARD[kernel.optimizer])(
+            grad_output=grad,
+            host_weights=kernel.weights_host.detach(),
+            weights_placements=share.weights_placements,
+            weights_offsets=share.weights_offsets,
+            D_offsets=share.D_offsets,
+            max_D=kernel.max_D,
+            hash_size_cumsum=share.hash_size_cumsum,
+            total_hash_size_bits=kernel.total_hash_size_bits,
+            indices=share_indices,
+            offsets=share_offsets,
+            pooling_mode=int(kernel.pooling_mode),
+            indice_weights=_NO_WEIGHTS,
+            stochastic_rounding=args.stochastic_rounding,
+            learning_rate_tensor=kernel.learning_rate_tensor,
+            **state,
+        )
 
 
 class _Lookup(torch.autograd.Function):
@@ -184,7 +190,7 @@ class _Lookup(torch.autograd.Function):
         def look_up(share: _Share) -> None:
             out[:, share.columns] = threads.look_up(share, indices, offsets)
 
-        threads.each_fraction(look_up)
+        threads.each_share(look_up)
         ctx.threads = threads
         ctx.save_for_backward(indices, offsets)
         return out
@@ -197,5 +203,5 @@ class _Lookup(torch.autograd.Function):
         def update(share: _Share) -> None:
             threads.update(share, grad_out[:, share.columns].float().contiguous(), indices, offsets)
 
-        threads.each_fraction(update)
+        threads.each_share(update)
         return None, None, None, None
