@@ -32,6 +32,17 @@ def replacing(path: Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is complete or absent, whatever ends this process or the machine.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+
+
 def claim_folder(path: Path, names: Collection[str]) -> int:
     """Make a folder for unfinished work, or take the one that a job of ours has left when it was killed.
 

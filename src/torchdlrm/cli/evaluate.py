@@ -1,16 +1,22 @@
 """`dlrm evaluate`: a run and a split -> exact metrics."""
 
-import os
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
-from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.terminal import Json, announce, console, print_json, progress_bars, say_undefined, shown_metric, warn
-from torchdlrm.progress import SILENT
+from torchdlrm.cli.terminal import (
+    Json,
+    Positive,
+    announce,
+    console,
+    print_json,
+    progress_of_first_rank,
+    say_undefined,
+    shown_metric,
+    warn,
+    warn_of_crowding,
+)
 
 
 def evaluate(
@@ -20,8 +26,8 @@ def evaluate(
     checkpoint: str = "best",
     dataset: Path | None = None,
     model_class: str | None = None,
-    batch_size_global: Annotated[int, Parameter(validator=Number(gte=1))] = 8192,
-    nproc_per_node: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
+    batch_size_global: Positive = 8192,
+    nproc_per_node: Positive = 1,
     as_json: Json = False,
 ) -> None:
     """Measure a trained run on every row of a split; the result is also written to RUN/evaluation/.
@@ -46,8 +52,7 @@ def evaluate(
     trained = Run.open(run)
     trained.shape(trained.open_dataset(dataset), model_class)
     processes = Processes(nproc_per_node)
-    if processes.crowding:
-        warn(f"--nproc-per-node {nproc_per_node}: {processes.crowding}")
+    warn_of_crowding(processes)
     result: dict[str, Any] = launch(
         work, run, dataset, split, checkpoint, batch_size_global, model_class, processes=processes
     )
@@ -78,8 +83,7 @@ def work(
     """What every process of an evaluation does; only the first one draws."""
     from torchdlrm.evaluation.evaluate import evaluate as evaluate_run
 
-    draws = os.environ.get("RANK", "0") == "0"
-    with progress_bars("") if draws else nullcontext(SILENT) as progress:
+    with progress_of_first_rank() as progress:
         return evaluate_run(
             run,
             dataset,

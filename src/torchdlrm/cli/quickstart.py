@@ -3,16 +3,16 @@
 import json
 import shlex
 import time
-from importlib.resources import as_file, files
 from pathlib import Path
 
 from rich.table import Table
 
 from torchdlrm import __version__
-from torchdlrm.cli.terminal import Json, Positive, console, print_json, progress_bars, say, warn
+from torchdlrm.cli.terminal import Json, Positive, console, print_json, progress_bars, say, warn_of_crowding
 from torchdlrm.config import load_config
+from torchdlrm.config.text import SHIPPED_CONFIGS
 from torchdlrm.errors import ConfigError, Interrupted
-from torchdlrm.files import replacing
+from torchdlrm.files import write_atomically
 
 NUM_ROWS = 1_000_000
 # In the folder from its first moment on, by which an interrupted quickstart is told from a folder of somebody's.
@@ -67,14 +67,12 @@ def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
     else:
         with progress_bars("2/5 preprocess: values become ids, the last seventh of the rows is held out") as progress:
             dataset = preprocess([log], encoded, criteo_schema(), PreprocessOptions(), progress=progress)
-    with as_file(files("torchdlrm") / "configs" / "quickstart.toml") as path:
-        settings = load_config(path)
     console.print(
         f"3/5 train: a DLRM of {sum(dataset.num_embeddings.values()):,} embeddings on {nproc_per_node} process(es)"
     )
     processes = Processes(nproc_per_node)
-    if processes.crowding:
-        warn(f"--nproc-per-node {nproc_per_node}: {processes.crowding}")
+    warn_of_crowding(processes)
+    settings = load_config(SHIPPED_CONFIGS / "quickstart.toml")
     summary = launch(train.work, settings, dataset.path, run, processes=processes)
     console.print("4/5 evaluate: every held-out row once")
     result = launch(evaluate.work, run, None, "val+test", "best", 8192, processes=Processes())
@@ -130,5 +128,4 @@ def _claim(out: Path, num_rows: int) -> None:
         msg = f"--out: {out} is not an empty folder, nor that of an interrupted quickstart; {remedy}"
         raise ConfigError(msg)
     out.mkdir(parents=True, exist_ok=True)
-    with replacing(mark) as temporary:
-        temporary.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    write_atomically(mark, json.dumps(settings) + "\n")

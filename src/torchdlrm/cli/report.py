@@ -15,13 +15,12 @@ def report(run: Path, *, out: Path = Path("report.html"), as_json: Json = False)
     """
     from torchdlrm.errors import RunError
     from torchdlrm.evaluation.report import report_page
-    from torchdlrm.files import replacing
+    from torchdlrm.files import write_atomically
     from torchdlrm.training.run import Run
 
     page = report_page(Run.open(run))
     try:
-        with replacing(out) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+        write_atomically(out, page)
     except OSError as error:
         msg = f"--out: cannot write {out}: {error.strerror}"
         raise RunError(msg) from error

@@ -2,10 +2,11 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Annotated, Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -15,7 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from torchdlrm.cli.progress import ProgressBars, ProgressLines
-from torchdlrm.progress import ProgressListener
+from torchdlrm.progress import SILENT, ProgressListener
+
+if TYPE_CHECKING:
+    from torchdlrm.training.launch import Processes
 
 console = Console(stderr=True, highlight=False)
 
@@ -85,6 +89,12 @@ def warn(message: str) -> None:
     console.print(f"[yellow]warning[/]: {escape(message)}", soft_wrap=True)
 
 
+def warn_of_crowding(processes: "Processes") -> None:
+    """Warn where this machine has fewer cores than `--nproc-per-node` asks for."""
+    if processes.crowding:
+        warn(f"--nproc-per-node {processes.nproc_per_node}: {processes.crowding}")
+
+
 def shown_metric(value: float | None, digits: int = 5) -> str:
     """A metric as it stands in a table; a dash where it is not defined."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
@@ -108,6 +118,11 @@ def progress_bars(description: str) -> Iterator[ProgressListener]:
     with ProgressBars(console) if draws else ProgressLines() as shown:
         yield shown
         shown.finish()
+
+
+def progress_of_first_rank() -> AbstractContextManager[ProgressListener]:
+    """What tells people on rank 0 how far a job of several processes is, and tells nobody elsewhere."""
+    return progress_bars("") if os.environ.get("RANK", "0") == "0" else nullcontext(SILENT)
 
 
 def _without_nan(value: object) -> object:

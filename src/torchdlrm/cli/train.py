@@ -12,19 +12,19 @@ from rich.table import Table
 from torchdlrm.cli.options import Overrides, split_config
 from torchdlrm.cli.terminal import (
     Json,
+    Positive,
     announce,
     console,
     print_json,
     print_table,
-    progress_bars,
+    progress_of_first_rank,
     say,
     say_undefined,
     shown_metric,
-    warn,
+    warn_of_crowding,
 )
 from torchdlrm.config import Config, load_config, shipped_config_names
 from torchdlrm.errors import ConfigError
-from torchdlrm.progress import SILENT
 
 if TYPE_CHECKING:
     from torchdlrm.data.dataset import Dataset
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from torchdlrm.training.log import TrainingSummary
 
 _MAX_TABLES = 6
-Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 
 
 def train(
@@ -110,8 +109,7 @@ def train(
             restart=restart,
             architecture=architecture,
         )
-    if processes.crowding:
-        warn(f"--nproc-per-node {nproc_per_node}: {processes.crowding}")
+    warn_of_crowding(processes)
     show_preview(preview, run, dry_run=dry_run)
     if dry_run:
         if as_json:
@@ -137,9 +135,8 @@ def work(
     """What every process of a training does; only the first one draws."""
     from torchdlrm.training.job import train as train_here
 
-    draws = os.environ.get("RANK", "0") == "0"
     restart = restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    with progress_bars("") if draws else nullcontext(SILENT) as progress:
+    with progress_of_first_rank() as progress:
         history = train_here(settings, dataset, run, model_class=model_class, restart=restart, progress=progress)
     return history.summary if history is not None else None
 

@@ -87,8 +87,7 @@ def measured(problem: Problem, config: Config) -> tuple[Problem, Measurement]:
 
 def _measure_rank(problem: Problem, config: Config) -> Measurement:
     with join_process_group() as ranks:
-        if ranks.device.type == "cpu":
-            set_threads(config, problem.shape, ranks.world_size)
+        set_threads(config, problem.shape, ranks)
         return measure(problem, config, ranks.device)
 
 
@@ -113,15 +112,7 @@ def measure(problem: Problem, config: Config, device: torch.device) -> Measureme
     slowest = torch.tensor([forward_ms, backward_ms, exchange_ms, dense_ms, all_reduce_ms])
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     forward_ms, backward_ms, exchange_ms, dense_ms, all_reduce_ms = slowest.tolist()
-    return Measurement(
-        forward_ms,
-        backward_ms,
-        rate.item(),
-        exchange_ms,
-        exchange_bytes,
-        dense_ms,
-        all_reduce_ms,
-    )
+    return Measurement(forward_ms, backward_ms, rate.item(), exchange_ms, exchange_bytes, dense_ms, all_reduce_ms)
 
 
 def _estimated_forward_ms(problem: Problem, tables: Sequence[Table]) -> float:

@@ -6,7 +6,6 @@ one machine have their settings from one command, so a machine speaks once. Lear
 differ would otherwise train together without a word, and batch sizes or intervals end in gloo's words.
 """
 
-import hashlib
 import json
 import os
 import socket
@@ -21,6 +20,7 @@ from torch import distributed as dist
 from torchdlrm.config import Config, setting_values
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, LostProcessError, UserError
+from torchdlrm.files import sha256_of
 from torchdlrm.model.architecture import Architecture
 from torchdlrm.model.model_class import record_of
 from torchdlrm.training.run import shown, versions
@@ -152,7 +152,7 @@ def _plain(value: object) -> Setting:
 def _content(path: Path) -> Setting:
     """A file, compared by its bytes."""
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256_of(path)
     except OSError as error:
         msg = f"{path}: cannot be read: {error.strerror}"
         raise ConfigError(msg) from error

@@ -80,7 +80,7 @@ class Checkpointer:
         self._group = ranks.new_group()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torchdlrm-checkpoint")
         self._pending: Future[None] | None = None
-        self._written: deque[int] = deque()  # filled by the writing thread
+        self._written: deque[tuple[int, Path]] = deque()  # filled by the writing thread
 
     def save(self, position: Position, *, wait: bool) -> bool:
         """Copy the state now and write it in the background; waits first for a save that is not over yet.
@@ -101,8 +101,8 @@ class Checkpointer:
         self._pending = self._writer.submit(self._write_copy, [_with_tensors(state, _copied)], position)
         return True
 
-    def take_written(self) -> list[int]:
-        """The steps whose checkpoints have become complete since this was last asked."""
+    def take_written(self) -> list[tuple[int, Path]]:
+        """The checkpoints that have become complete since this was last asked, by step."""
         written = []
         while self._written:
             written.append(self._written.popleft())
@@ -193,7 +193,7 @@ class Checkpointer:
                     _reason(error),
                 )
             return False
-        self._written.append(position.step)
+        self._written.append((position.step, final))
         return True
 
     def _finish(self, partial: Path, final: Path, digests: list[dict[str, str]], position: Position) -> None:

@@ -15,6 +15,7 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchdlrm.config import Config, TrainConfig
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.precision import Precision, precision_of_processor
+from torchdlrm.training.process_group import Ranks
 
 # Below this a step spends its time between kernels, and casting costs more than faster products save: a step of
 # configs/criteo-small.toml (0.06e9) is slower in bfloat16, one of configs/quickstart.toml (0.45e9) a third faster.
@@ -28,13 +29,7 @@ _NEVER = 2**31 - 1
 
 
 def choose_precision(config: Config, shape: ModelShape, device: torch.device) -> Precision:
-    """What `train.precision` says; `auto` takes bfloat16 where the device multiplies it faster and the work is enough.
-
-    Args:
-        config: of the run.
-        shape: of the model.
-        device: where this rank computes.
-    """
+    """What `train.precision` says; `auto` is bfloat16 where the device multiplies it faster and the work is enough."""
     if config.train.precision != "auto":
         return Precision(getattr(torch, config.train.precision), "as asked")
     if device.type == "cuda":
@@ -49,21 +44,11 @@ def choose_precision(config: Config, shape: ModelShape, device: torch.device) ->
     return precision
 
 
-def set_threads(config: Config, shape: ModelShape, world_size: int) -> None:
-    """Let this process compute on CPU with `train.num_threads`, or with as many threads as its steps can use."""
-    torch.set_num_threads(config.train.num_threads or useful_threads(config, shape, world_size))
-
-
-def useful_threads(config: Config, shape: ModelShape, world_size: int) -> int:
-    """The threads that this process may use (`torch.get_num_threads`), or fewer where a step is small.
-
-    Args:
-        config: has the batch size.
-        shape: of the model.
-        world_size: number of ranks that share a batch.
-    """
-    wanted = round(shape.step_flops(config.train.batch_size_global / world_size) / FLOPS_PER_THREAD)
-    return max(1, min(torch.get_num_threads(), wanted))
+def set_threads(config: Config, shape: ModelShape, ranks: Ranks) -> None:
+    """Let this process compute on CPU with `train.num_threads`, or with as many of its threads as its steps can use."""
+    if ranks.device.type == "cpu":
+        wanted = round(shape.step_flops(config.train.batch_size_global / ranks.world_size) / FLOPS_PER_THREAD)
+        torch.set_num_threads(config.train.num_threads or max(1, min(torch.get_num_threads(), wanted)))
 
 
 def allow_tf32(config: TrainConfig, device: torch.device) -> None:

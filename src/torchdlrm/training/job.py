@@ -20,12 +20,12 @@ from torchdlrm.sharding.resolve import preview_plan
 from torchdlrm.tables.optimizers import check_table_optimizer
 from torchdlrm.training.agreement import Settings, settings_of
 from torchdlrm.training.checkpoint import list_checkpoints
-from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory
-from torchdlrm.training.log import Callback, TrainingHistory, read_metrics
+from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory, set_threads
+from torchdlrm.training.log import Callback, Callbacks, MetricsLog, TrainingHistory, read_metrics
 from torchdlrm.training.process_group import Ranks, join_process_group, rank_device
 from torchdlrm.training.run import METRICS_NAME, Run
 from torchdlrm.training.steps import Agenda, check_early_stopping, decay_kind
-from torchdlrm.training.trackers import check_trackers
+from torchdlrm.training.trackers import check_trackers, open_trackers
 from torchdlrm.training.trainer import Trainer
 
 _WAITS = "checkpoints: the steps wait while one is written, since there is no memory for a copy of the tables"
@@ -195,6 +195,12 @@ def train(
     def describe() -> Settings:
         return settings_of(settings, opened(), architecture, restart=restart)
 
+    def open_callbacks(from_step: int) -> Callbacks:
+        if not ranks.is_first:
+            return Callbacks([])
+        trackers = open_trackers(path, settings, from_step=from_step)
+        return Callbacks([MetricsLog(path, from_step=from_step), *trackers, *callbacks])
+
     with join_process_group(settings.train.timeout_s, describe) as ranks:
         keep_freed_memory()
         allow_tf32(settings.train, ranks.device)
@@ -203,8 +209,11 @@ def train(
         started = _start_run(settings, encoded, path, ranks, architecture, restart=restart)
         try:
             shape = ModelShape.of(settings.model, encoded, architecture)
-            trainer = Trainer(settings, shape, encoded, started, ranks, progress if ranks.is_first else SILENT)
-            summary = trainer.fit(callbacks)
+            set_threads(settings, shape, ranks)
+            dtype = choose_precision(settings, shape, ranks.device).dtype
+            listener = progress if ranks.is_first else SILENT
+            trainer = Trainer(settings, shape, encoded, started, ranks, listener, dtype=dtype)
+            summary = trainer.fit(open_callbacks)
         finally:
             started.close()
     return TrainingHistory(summary, read_metrics(path / METRICS_NAME)) if ranks.is_first else None

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from torchdlrm.errors import Interrupted
+from torchdlrm.files import write_atomically
 from torchdlrm.metrics import BinaryMetrics, why_undefined
-from torchdlrm.training.run import METRICS_NAME, write_atomically
+from torchdlrm.training.run import METRICS_NAME
 from torchdlrm.training.steps import Agenda
 from torchdlrm.units import show_count
 
@@ -158,13 +159,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and line.get("split") in ("train", "val") and _has_position(line):
+        if not isinstance(line, dict) or line.get("split") not in ("train", "val"):
+            continue
+        if all(isinstance(line.get(key), int | float) for key in ("rows", "step")):
             lines.append(line)
     return lines
-
-
-def _has_position(line: Mapping[str, Any]) -> bool:
-    return all(isinstance(line.get(key), int | float) for key in ("rows", "step"))
 
 
 @dataclass(frozen=True)

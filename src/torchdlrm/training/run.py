@@ -25,7 +25,7 @@ from torchdlrm.config import Config, config_toml, load_config, setting_values
 from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
 from torchdlrm.errors import RunError
 from torchdlrm.features.schema import problems
-from torchdlrm.files import replacing, sha256_of, sync
+from torchdlrm.files import sha256_of, write_atomically
 from torchdlrm.model.architecture import DOT, Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architecture_of, difference_from, record_of
 from torchdlrm.sharding.plan_file import write_plan
@@ -329,13 +329,6 @@ def _is_of_a_start(path: Path) -> bool:
 def shown(value: object) -> object:
     """A setting's value as messages show it."""
     return "not set" if value is None else list(value) if isinstance(value, tuple) else value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is complete or absent, whatever ends this process or the machine."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
 
 
 def versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import distributed as dist
 from torch.profiler import ProfilerActivity
 
-from torchdlrm.files import replacing
+from torchdlrm.files import replacing, write_atomically
 from torchdlrm.training.process_group import Ranks
 
 WARM_UP_STEPS = 5
@@ -59,10 +59,6 @@ class StepProfile:
     ms_per_step_by_part: dict[str, float]
     communication_ms_per_step: float
     hidden_share: float | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The profile as JSON has it."""
-        return asdict(self)
 
 
 class StepProfiler:
@@ -120,9 +116,8 @@ class StepProfiler:
         everyone: list[StepProfile | None] = [None] * self._ranks.world_size
         dist.all_gather_object(everyone, mine, group=self._ranks.process_group)
         if self._ranks.is_first:
-            text = json.dumps([profile.as_dict() for profile in everyone if profile is not None], indent=1)
-            with replacing(self._folder / "summary.json") as temporary:
-                temporary.write_text(text + "\n", encoding="utf-8")
+            text = json.dumps([asdict(profile) for profile in everyone if profile is not None], indent=1)
+            write_atomically(self._folder / "summary.json", text + "\n")
 
 
 def read_profiles(folder: Path) -> list[StepProfile]:

@@ -65,11 +65,6 @@ class Agenda:
 def check_early_stopping(config: Config, agenda: Agenda, *, validation_rows: int) -> None:
     """Refuse early stopping that can never act: it looks at validations before the last step.
 
-    Args:
-        config: of the run.
-        agenda: its steps.
-        validation_rows: of the val split.
-
     Raises:
         ConfigError: there are no such validations, or fewer than are needed; names the keys.
     """

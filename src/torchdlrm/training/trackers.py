@@ -17,11 +17,10 @@ from typing import Any
 
 from torchdlrm.config import Config, config_toml, setting_values
 from torchdlrm.errors import ConfigError
-from torchdlrm.training.log import Callback, Callbacks, Metrics, MetricsLog, Outcome
-from torchdlrm.training.run import TRACKERS_NAME, shown, write_atomically
+from torchdlrm.files import write_atomically
+from torchdlrm.training.log import Callback, Metrics, Outcome
+from torchdlrm.training.run import TRACKERS_NAME, shown
 
-# Tracker -> what is imported; the extra has the tracker's name.
-_PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
 # What MLflow calls an outcome.
 _STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 logger = logging.getLogger("torchdlrm")
@@ -47,29 +46,13 @@ def _named(split: str, metrics: Metrics) -> dict[str, float]:
     return {f"{split}/{name}": value for name, value in metrics.items() if name != "rows" and value is not None}
 
 
-def open_callbacks(run_path: Path, config: Config, *, from_step: int, callbacks: Sequence[Callback] = ()) -> Callbacks:
-    """metrics.jsonl, the trackers that a config asks for, and further callbacks, as one.
-
-    Args:
-        run_path: the run's folder.
-        config: of the run.
-        from_step: where the run resumes.
-        callbacks: of the caller.
-
-    Raises:
-        ConfigError: a tracker cannot be reached, or does not let us in.
-    """
-    trackers = open_trackers(run_path, config, from_step=from_step)
-    return Callbacks([MetricsLog(run_path, from_step=from_step), *trackers, *callbacks])
-
-
 def check_trackers(names: Sequence[str]) -> None:
     """Refuse trackers whose package is not installed.
 
     Raises:
         ConfigError: names every missing one and how to install it.
     """
-    missing = [name for name in names if find_spec(_PACKAGES[name]) is None]
+    missing = [name for name in names if find_spec(name) is None]  # package and extra have the tracker's name
     if missing:
         lines = [
             f"logging.trackers: {name} is not installed; pip install 'torchdlrm[{name}]', or leave it out"

@@ -5,8 +5,9 @@ Every rank runs this; batch k holds the same rows whatever their number. Rank 0 
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,17 +20,15 @@ from torchdlrm.loader.batch import Batch
 from torchdlrm.loader.loader import Loader
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.training.checkpoint import Position, checkpoint_path, list_checkpoints
+from torchdlrm.training.checkpoint import Position, list_checkpoints
 from torchdlrm.training.checkpointer import Checkpointer
-from torchdlrm.training.compute import choose_precision, set_threads
-from torchdlrm.training.log import Callback, TrainingSummary, metrics_for_callbacks, validation_line
+from torchdlrm.training.log import Callbacks, TrainingSummary, metrics_for_callbacks, validation_line
 from torchdlrm.training.predictions import PredictionBuffer, predict_loaders
 from torchdlrm.training.process_group import Ranks, StopRequest
 from torchdlrm.training.run import Run
 from torchdlrm.training.sharded import StepCounters, build_optimizer, build_pipeline, build_sharded_model
 from torchdlrm.training.step_profile import WARM_UP_STEPS, StepProfiler
 from torchdlrm.training.steps import Agenda, Schedule, Stopwatch
-from torchdlrm.training.trackers import open_callbacks
 
 _NOT_SAVED = (
     "but it could not be saved (see above); make room and start the same command: it resumes from the last checkpoint"
@@ -46,6 +45,7 @@ class Trainer:
         run: where to write.
         ranks: the processes that train together.
         progress: is told of every step.
+        dtype: in which the dense parts compute.
 
     Raises:
         PlanError: the tables do not fit the machine.
@@ -60,11 +60,10 @@ class Trainer:
         run: Run,
         ranks: Ranks,
         progress: ProgressListener,
+        *,
+        dtype: torch.dtype,
     ) -> None:
         self._config, self._dataset, self._run, self._ranks, self._progress = config, dataset, run, ranks, progress
-        if ranks.device.type == "cpu":
-            set_threads(config, shape, ranks.world_size)
-        precision = choose_precision(config, shape, ranks.device)
         self._has_validation = dataset.splits["val"].rows > 0
         self._loader = self._make_loader("train", config.train.batch_size_global, epochs=config.train.epochs)
         self._agenda = Agenda.of(config, self._loader.rows)
@@ -83,52 +82,51 @@ class Trainer:
         optimizer = build_optimizer(model, config.dense_optimizer)
         self._schedule = Schedule(config.schedule, optimizer, num_steps=self._agenda.num_steps)
         self._counters = StepCounters(model, seed=config.seed, rank=ranks.rank)
-        self._pipeline = build_pipeline(model, optimizer, dtype=precision.dtype, device=ranks.device)
+        self._pipeline = build_pipeline(model, optimizer, dtype=dtype, device=ranks.device)
         self._checkpointer = Checkpointer(
             run.checkpoints, model, optimizer, ranks, keep_last=config.checkpoint.keep_last
         )
         self._model, self._stop_request = model, StopRequest(ranks)
-        self._step, self._rate = 0, 0.0
-        self._best_auc: float | None = None
-        self._best_step: int | None = None
-        self._stale_validations = 0
+        self._position, self._rate = Position(0, self._agenda.loader_state(0)), 0.0
         self._interval = PredictionBuffer()
         self._validation: dict[str, int | float | None] | None = None
-        self._callbacks = Callback()
+        self._callbacks = Callbacks([])
         self._logged_rows, self._logged_s = 0, 0.0
         self._watch, self._since_save = Stopwatch(), Stopwatch()
 
-    def fit(self, callbacks: Sequence[Callback] = ()) -> TrainingSummary:
+    def fit(self, open_callbacks: Callable[[int], Callbacks]) -> TrainingSummary:
         """Resume the run where it is and train to the end, validating and saving at intervals.
 
         Args:
-            callbacks: are told on rank 0 how it goes, after metrics.jsonl and the trackers.
+            open_callbacks: gives those who are told how it goes, for the step after which the run resumes.
 
         Raises:
             Interrupted: asked to stop; the run is saved and can be resumed.
-            TrainingError: the loss is not finite.
+            TrainingError: the loss is not finite, or the end could not be saved.
         """
-        start = self._restore()
-        with self._stop_request.listening(), closing(self._checkpointer), self._told(callbacks, start):
-            self._watch.restart()
-            stopped_because = self._train(start)
-            if self._step > start:
-                self._save_last()
-            return self._summary(start, stopped_because)
-
-    def _restore(self) -> int:
-        """Load the newest checkpoint, if there is one; the step after which it was saved, 0 without one."""
-        position = self._checkpointer.restore()
-        if position is not None:
-            self._step, self._stale_validations = position.step, position.stale_validations
-            self._best_auc, self._best_step = position.best_auc, position.best_step
-        return self._step
+        self._position = self._checkpointer.restore() or self._position
+        start = self._position.step
+        with self._stop_request.listening(), closing(self._checkpointer):
+            self._logged_rows = self._agenda.rows_after(start)
+            rows = self._agenda.rows_after(max(self._agenda.num_steps, start))
+            self._progress.start_phase("train", rows, done=self._logged_rows)
+            with open_callbacks(start) as self._callbacks:
+                self._watch.restart()
+                stopped_because = self._train(start)
+                if self._position.step > start and not self._save(wait=True):
+                    msg = f"trained to step {self._position.step}, {_NOT_SAVED}"
+                    raise TrainingError(msg)
+                return self._summary(start, stopped_because)
 
     def _train(self, start: int) -> str:
         """Train after step `start` until something says to stop; what that was."""
         self._loader.load_state_dict(self._agenda.loader_state(start))
         self._model.train()
-        with self._profiler(start) as profiler, closing(iter(self._loader)) as all_batches:
+        num_profiled = self._config.logging.profile_steps
+        profiled = StepProfiler(
+            self._run.profile, self._ranks, after_step=start + WARM_UP_STEPS, num_steps=num_profiled
+        )
+        with profiled as profiler, closing(iter(self._loader)) as all_batches:
             batches = islice(all_batches, max(self._agenda.num_steps - start, 0))  # epochs may be fewer than before
             for step in range(start + 1, self._agenda.num_steps + 1):
                 self._train_step(step, batches)
@@ -157,7 +155,7 @@ class Trainer:
         if self._ranks.device.type == "cpu" or self._agenda.is_due(step, self._config.logging.every_steps):
             self._refuse_if_not_finite(float(loss), step)
         self._interval.add(logits_B, labels_B)
-        self._step = step
+        self._position = replace(self._position, step=step, loader=self._agenda.loader_state(step))
         self._progress.advance(self._agenda.rows_after(step) - self._agenda.rows_after(step - 1))
 
     def _measure_if_due(self, step: int) -> bool:
@@ -199,19 +197,20 @@ class Trainer:
         told = metrics_for_callbacks(metrics, rows=rows, learning_rate=self._rate, rows_per_s=rows_per_s)
         self._callbacks.on_validation(step, told)
         # NaN, when the split holds one class only, is never the best.
-        is_best = metrics.auc > (-1.0 if self._best_auc is None else self._best_auc)
+        position = self._position
+        is_best = metrics.auc > (-1.0 if position.best_auc is None else position.best_auc)
         self._progress.note(validation_line(step, self._agenda, metrics, is_best=is_best))
         if is_best:
-            self._best_auc, self._best_step, self._stale_validations = metrics.auc, step, 0
+            self._position = replace(position, best_auc=metrics.auc, best_step=step, stale_validations=0)
         else:
-            self._stale_validations += 1
+            self._position = replace(position, stale_validations=position.stale_validations + 1)
         return is_best
 
     def _reason_to_stop(self) -> str | None:
-        stop = self._config.stop
-        if stop.target_auc is not None and (self._best_auc or 0.0) >= stop.target_auc:
+        stop, position = self._config.stop, self._position
+        if stop.target_auc is not None and (position.best_auc or 0.0) >= stop.target_auc:
             return "target_auc"
-        if stop.patience_validations is not None and self._stale_validations >= stop.patience_validations:
+        if stop.patience_validations is not None and position.stale_validations >= stop.patience_validations:
             return "patience"
         return None
 
@@ -233,55 +232,28 @@ class Trainer:
 
     def _save(self, *, wait: bool) -> bool:
         """Save the state after this step; whether that has worked, as far as is known now."""
-        loader_state = self._agenda.loader_state(self._step)
-        position = Position(self._step, loader_state, self._best_auc, self._best_step, self._stale_validations)
         with self._watch.paused():
-            is_saved = self._checkpointer.save(position, wait=wait)
+            is_saved = self._checkpointer.save(self._position, wait=wait)
         self._since_save.restart()
         self._tell_of_checkpoints()
         return is_saved
 
-    def _save_last(self) -> None:
-        if not self._save(wait=True):
-            msg = f"trained to step {self._step}, {_NOT_SAVED}"
-            raise TrainingError(msg)
-
     def _tell_of_checkpoints(self) -> None:
-        for step in self._checkpointer.take_written():
-            self._callbacks.on_checkpoint(step, checkpoint_path(self._run.checkpoints, step))
-
-    @contextmanager
-    def _told(self, callbacks: Sequence[Callback], start: int) -> Iterator[None]:
-        """Inside, metrics are written and callbacks told; whatever way out is taken, they are told of the end."""
-        self._logged_rows = self._agenda.rows_after(start)
-        rows = self._agenda.rows_after(max(self._agenda.num_steps, start))
-        self._progress.start_phase("train", rows, done=self._logged_rows)
-        if not self._ranks.is_first:
-            yield
-            return
-        opened = open_callbacks(self._run.path, self._config, from_step=start, callbacks=callbacks)
-        with opened as self._callbacks:
-            yield
-
-    def _profiler(self, start: int) -> StepProfiler:
-        return StepProfiler(
-            self._run.profile,
-            self._ranks,
-            after_step=start + WARM_UP_STEPS,
-            num_steps=self._config.logging.profile_steps,
-        )
+        for step, path in self._checkpointer.take_written():
+            self._callbacks.on_checkpoint(step, path)
 
     def _summary(self, start: int, stopped_because: str) -> TrainingSummary:
-        seconds, rows = self._watch.elapsed_s, self._agenda.rows_after(self._step)
+        step, seconds = self._position.step, self._watch.elapsed_s
+        rows = self._agenda.rows_after(step)
         return TrainingSummary(
-            step=self._step,
+            step=step,
             rows=rows,
             resumed_from_step=start,
             seconds=seconds,
-            rows_per_s=(rows - self._agenda.rows_after(start)) / seconds if self._step > start else 0.0,
+            rows_per_s=(rows - self._agenda.rows_after(start)) / seconds if step > start else 0.0,
             stopped_because=stopped_because,
-            best_auc=self._best_auc,
-            best_step=self._best_step,
+            best_auc=self._position.best_auc,
+            best_step=self._position.best_step,
             validation=self._validation,
         )
 
