@@ -140,11 +140,7 @@ def regular_file(folder: Path, name: str) -> Path:
 
 
 class OpenFiles:
-    """Files that are in use, and whether somebody has written to them since.
-
-    Args:
-        paths: of the files.
-    """
+    """Files that are in use, and whether somebody has written to them since."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths, self._handles = paths, []

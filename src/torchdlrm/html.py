@@ -8,8 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from html import escape
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from torchdlrm.errors import UserError
+from torchdlrm.files import write_atomically
 
 COLOURS = ("#3b6fb6", "#b6703b", "#3f9464", "#7d5ba6", "#a63f5b")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 14, 14, 30  # pixels around the area of a chart that is drawn in
@@ -20,6 +24,19 @@ _MAX_DOTS = 40
 def render(template: str, **values: object) -> str:
     """Make a page from a template of `templates/`."""
     return _environment().get_template(template).render(values)
+
+
+def write_page(path: Path, page: str, argument: str) -> None:
+    """Write a page, complete or not at all; a message calls it by the argument that it was given as.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        write_atomically(path, page)
+    except OSError as error:
+        msg = f"`{argument}`: cannot write {path}: {error.strerror}"
+        raise UserError(msg) from error
 
 
 @cache

@@ -74,7 +74,7 @@ def _problem(tokens: tuple[str, ...], request: PlanRequest, *, measure: bool) ->
 
 
 def _solve(problem: "Problem", out: Path | None, html: Path | None, *, as_json: bool) -> dict[str, Any]:
-    from torchdlrm.planning.page import plan_page, write_page
+    from torchdlrm.planning.page import plan_page
     from torchdlrm.sharding.plan_file import plan_as_dict, write_plan
     from torchdlrm.sharding.problem import try_solve
 
@@ -89,8 +89,7 @@ def _solve(problem: "Problem", out: Path | None, html: Path | None, *, as_json: 
         write_plan(out, solution)
         say(f"wrote {out}; dlrm train --plan {out} follows it")
     if html is not None:
-        write_page(html, plan_page(solution))
-        say(f"wrote {html}")
+        _write_page(html, plan_page(solution))
     return plan_as_dict(solution)
 
 
@@ -149,16 +148,22 @@ def _as_options(settings: Mapping[str, object]) -> str:
 def _sweep(problem: "Problem", axes: Sequence[str], html: Path | None) -> dict[str, Any]:
     """Show a table and a plot over devices and batch sizes."""
     from torchdlrm.planning import report
-    from torchdlrm.planning.page import sweep_page, write_page
+    from torchdlrm.planning.page import sweep_page
     from torchdlrm.planning.sweep import parse_sweep, run_sweep
     from torchdlrm.sharding.plan_file import problem_as_dict
 
     points = run_sweep(problem, parse_sweep(axes))
     _print("sweep", report.sweep_rows(points))
     if html is not None:
-        write_page(html, sweep_page(problem, points))
-        say(f"wrote {html}")
+        _write_page(html, sweep_page(problem, points))
     return {**problem_as_dict(problem), "sweep": [point.as_dict() for point in points]}
+
+
+def _write_page(path: Path, page: str) -> None:
+    from torchdlrm.html import write_page
+
+    write_page(path, page, "html")
+    say(f"wrote {path}")
 
 
 def _compare(paths: Sequence[Path]) -> dict[str, Any]:

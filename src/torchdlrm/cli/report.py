@@ -13,17 +13,11 @@ def report(run: Path, *, out: Path = Path("report.html"), as_json: Json = False)
         out: The page; replaced if it is there.
         as_json: Print one JSON object on standard output.
     """
-    from torchdlrm.errors import RunError
     from torchdlrm.evaluation.report import report_page
-    from torchdlrm.files import write_atomically
+    from torchdlrm.html import write_page
     from torchdlrm.training.run import Run
 
-    page = report_page(Run.open(run))
-    try:
-        write_atomically(out, page)
-    except OSError as error:
-        msg = f"--out: cannot write {out}: {error.strerror}"
-        raise RunError(msg) from error
+    write_page(out, report_page(Run.open(run)), "out")
     console.print(f"report of {run}: {out}")
     if as_json:
         print_json({"run": str(run), "report": str(out), "bytes": out.stat().st_size})

@@ -4,9 +4,7 @@ Each rank is a column as high as its memory; each shard is a block as high as it
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from torchdlrm.errors import PlanError
 from torchdlrm.html import COLOURS, Chart, render
 from torchdlrm.planning import report
 from torchdlrm.planning.sweep import SweepPoint
@@ -62,19 +60,6 @@ def sweep_page(problem: Problem, points: Sequence[SweepPoint]) -> str:
         rows=report.sweep_rows(points),
         left=report.LEFT_ALIGNED,
     )
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write the page.
-
-    Raises:
-        PlanError: the file cannot be written.
-    """
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        msg = f"`html`: cannot write {path}: {error.strerror}"
-        raise PlanError(msg) from error
 
 
 def _memory_chart(solution: Solution) -> Chart:

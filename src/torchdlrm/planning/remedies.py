@@ -103,12 +103,7 @@ def shortfall(problem: Problem) -> Shortfall:
 
 
 def remedies(problem: Problem, progress: ProgressListener = SILENT) -> list[Remedy]:
-    """Find everything that makes the tables fit by itself, planned again to be sure.
-
-    Args:
-        problem: one that does not fit.
-        progress: is told of every attempt.
-    """
+    """Find everything that makes the tables fit by itself, planned again to be sure."""
     attempts: list[Callable[[Problem], Remedy | None]] = [
         _more_devices,
         _without_constraints,

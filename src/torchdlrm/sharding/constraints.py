@@ -96,12 +96,6 @@ def table_constraints(
     one host. Unless asked for, so are column-wise and grid with row-wise Adagrad: it keeps one value of state for
     each row of a shard, so what a table learns would depend on where it was cut.
 
-    Args:
-        tables: of the model.
-        rules: of the user.
-        machine: the ranks.
-        optimizer: of the tables.
-
     Raises:
         PlanError: a rule matches no table, names a rank that is not there, or leaves nothing.
     """

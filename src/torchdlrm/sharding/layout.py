@@ -184,13 +184,7 @@ def _pair(values: Sequence[Any]) -> tuple[int, int]:
 
 
 def sharding_plan(layout: Layout, model: nn.Module, machine: Machine) -> ShardingPlan:
-    """Make TorchRec's plan for a model of a layout that `check_layout` has accepted.
-
-    Args:
-        layout: of all its tables.
-        model: holds the tables.
-        machine: the ranks.
-    """
+    """Make TorchRec's plan for a model of a layout that `check_layout` has accepted."""
     modules: dict[str, EmbeddingModuleShardingPlan] = {}
     for path, collection in collections_of(model):
         modules[path] = EmbeddingModuleShardingPlan()

@@ -178,12 +178,7 @@ def _search(model: nn.Module, tables: Sequence[Table], machine: Machine, options
 
 
 def lower_bound_ms(search_space: Sequence[ShardingOption], num_devices: int) -> float:
-    """Find what no plan can beat in TorchRec's estimate: all work spread evenly, and no shard divided.
-
-    Args:
-        search_space: every option of every table.
-        num_devices: ranks.
-    """
+    """Find what no plan can beat in TorchRec's estimate: all work spread evenly, and no shard divided."""
     by_table: dict[str, list[ShardingOption]] = {}
     for option in search_space:
         by_table.setdefault(option.fqn, []).append(option)

@@ -31,12 +31,7 @@ _NO_WEIGHTS = None  # FBGEMM takes an empty tensor for weights that are there
 
 
 def use_table_threads(model: nn.Module, *, num_threads: int) -> None:
-    """Deal the tables of a sharded model on CPU out to threads; tables on a GPU are left alone.
-
-    Args:
-        model: after `DistributedModelParallel`.
-        num_threads: of this process.
-    """
+    """Deal the tables of a sharded model on CPU out to threads; tables on a GPU are left alone."""
     pool = ThreadPoolExecutor(num_threads, "torchdlrm-tables", initializer=_single_threaded)
     for kernel in table_kernels(model):
         if kernel.use_cpu and kernel.optimizer in _BACKWARD and _has_a_feature_a_table(kernel):

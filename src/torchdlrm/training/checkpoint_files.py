@@ -102,9 +102,6 @@ class _Unpickler(pickle._Unpickler):
 def read_metadata(folder: Path) -> Metadata:
     """The description of a checkpoint.
 
-    Args:
-        folder: of the checkpoint.
-
     Returns:
         Tensors whose chunks cover them, and for each chunk a part of a file of the folder.
 

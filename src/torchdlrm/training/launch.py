@@ -24,7 +24,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 
 from torchdlrm.errors import Interrupted, LostProcessError, TorchDLRMError, TrainingError, UserError
 from torchdlrm.training.agreement import NNODES_VARIABLE, Settings
-from torchdlrm.training.process_group import join_process_group, silenced_libraries
+from torchdlrm.training.process_group import join_process_group, restored_handlers, silenced_libraries
 
 # Name of the file, before the rank, in which an exception is written down that was not raised on purpose.
 _UNEXPECTED = "unexpected-"
@@ -104,7 +104,8 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
         shutdown_timeout=processes.shutdown_timeout_s,
         signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
     )
-    with silenced_libraries(), _restored_handlers(), tempfile.TemporaryDirectory(prefix="torchdlrm-") as folder:
+    handlers = restored_handlers(signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # torch's launcher sets its own
+    with silenced_libraries(), handlers, tempfile.TemporaryDirectory(prefix="torchdlrm-") as folder:
         error_folder = Path(folder)
         try:
             with _ctrl_c_for_the_launcher():
@@ -125,20 +126,6 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
     if isinstance(refusal, UserError):  # not a lost process that another start has made up for
         raise refusal
     return results[min(results)]
-
-
-@contextmanager
-def _restored_handlers() -> Iterator[None]:
-    """Afterwards the signals that torch's launcher has handled have the handlers that they had."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

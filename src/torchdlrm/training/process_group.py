@@ -202,6 +202,18 @@ def silenced_libraries() -> Iterator[None]:
                 logging.getLogger(name).setLevel(level)
 
 
+@contextmanager
+def restored_handlers(*numbers: signal.Signals) -> Iterator[bool]:
+    """Afterwards signals have the handlers that they had; tells whether this thread may set any: only the main one may."""
+    may_change = threading.current_thread() is threading.main_thread()  # a library's user may run us in another
+    before = {number: signal.getsignal(number) for number in numbers} if may_change else {}
+    try:
+        yield may_change
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class StopRequest:
     """Whether somebody has asked this run to stop, by SIGTERM or Ctrl-C.
 
@@ -235,10 +247,6 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside, the first SIGTERM or Ctrl-C asks to stop; a second Ctrl-C interrupts a lone process at once."""
-        if threading.current_thread() is not threading.main_thread():  # a library's user runs us in a thread
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
         def ask(number: int, _: FrameType | None) -> None:
             # A process of several hears of a Ctrl-C twice: from the terminal, and by its launcher.
@@ -246,10 +254,8 @@ class StopRequest:
                 raise KeyboardInterrupt
             self._asked = True
 
-        for number in before:
-            signal.signal(number, ask)
-        try:
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        with restored_handlers(*numbers) as may_change:
+            for number in numbers if may_change else ():
+                signal.signal(number, ask)
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -176,7 +176,20 @@ class Run:
         Raises:
             RunError: the file that says it is damaged or missing.
         """
-        return read_environment(self.path / ENVIRONMENT_NAME)
+        path = self.path / ENVIRONMENT_NAME
+        try:
+            return TypeAdapter(Environment).validate_python(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            why = error.strerror or str(error)
+        except ValidationError as error:
+            why = "; ".join(["damaged", *(line.strip() for line in problems(error))])
+        except (ValueError, RecursionError) as error:
+            why = f"damaged: {error}"
+        msg = (
+            f"{path}: {why}. It says which dataset the run belongs to: put it back from a copy, or from another run on "
+            "the same dataset"
+        )
+        raise RunError(msg)
 
     @property
     def _model_class(self) -> ModelClassRecord | None:
@@ -360,27 +373,6 @@ def environment_now(dataset: Dataset, world_size: int, architecture: Architectur
         "dataset": {"path": str(dataset.path.resolve()), "manifest_sha256": manifest_sha256(dataset)},
         **({} if record is None else {"model_class": record.model_dump()}),
     }
-
-
-def read_environment(path: Path) -> Environment:
-    """What an environment.json holds.
-
-    Raises:
-        RunError: it is damaged or missing.
-    """
-    try:
-        return TypeAdapter(Environment).validate_python(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        why = error.strerror or str(error)
-    except ValidationError as error:
-        why = "; ".join(["damaged", *(line.strip() for line in problems(error))])
-    except (ValueError, RecursionError) as error:
-        why = f"damaged: {error}"
-    msg = (
-        f"{path}: {why}. It says which dataset the run belongs to: put it back from a copy, or from another run on the "
-        "same dataset"
-    )
-    raise RunError(msg)
 
 
 def manifest_sha256(dataset: Dataset) -> str:

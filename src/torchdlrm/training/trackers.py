@@ -64,11 +64,6 @@ def check_trackers(names: Sequence[str]) -> None:
 def open_trackers(run_path: Path, config: Config, *, from_step: int) -> list[Tracker]:
     """The trackers that a config asks for.
 
-    Args:
-        run_path: the run's folder.
-        config: of the run.
-        from_step: where the run resumes.
-
     Raises:
         ConfigError: a tracker cannot be reached, or does not let us in.
     """
