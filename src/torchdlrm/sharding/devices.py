@@ -7,7 +7,7 @@ direction; real kernels reach a part of them, so times planned from them are too
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchdlrm.errors import PlanError
 
@@ -43,6 +43,28 @@ class Device:
     devices_per_host: int = 8
 
 
+_A100 = Device(
+    name="a100-40gb",
+    memory_bytes=40 * 10**9,
+    host_memory_bytes=1024 * 10**9,
+    memory_bytes_per_s=1555e9,
+    host_link_bytes_per_s=32e9,
+    intra_host_bytes_per_s=300e9,
+    inter_host_bytes_per_s=25e9,
+    float32_flops_per_s=19.5e12,
+    source="NVIDIA A100 SXM4 40GB datasheet; DGX A100: PCIe 4 x16, NVLink 3, HDR InfiniBand 200 Gb/s a GPU",
+)
+_H100 = Device(
+    name="h100-80gb",
+    memory_bytes=80 * 10**9,
+    host_memory_bytes=2048 * 10**9,
+    memory_bytes_per_s=3350e9,
+    host_link_bytes_per_s=64e9,
+    intra_host_bytes_per_s=450e9,
+    inter_host_bytes_per_s=50e9,
+    float32_flops_per_s=67e12,
+    source="NVIDIA H100 SXM5 datasheet; DGX H100: PCIe 5 x16, NVLink 4, NDR InfiniBand 400 Gb/s a GPU",
+)
 _DEVICES = (
     Device(
         name="v100-32gb",
@@ -55,58 +77,29 @@ _DEVICES = (
         float32_flops_per_s=15.7e12,
         source="NVIDIA V100 SXM2 datasheet; DGX-1 / DGX-2: PCIe 3 x16, NVLink 2, 100 Gb/s a GPU",
     ),
-    Device(
-        name="a100-40gb",
-        memory_bytes=40 * 10**9,
-        host_memory_bytes=1024 * 10**9,
-        memory_bytes_per_s=1555e9,
-        host_link_bytes_per_s=32e9,
-        intra_host_bytes_per_s=300e9,
-        inter_host_bytes_per_s=25e9,
-        float32_flops_per_s=19.5e12,
-        source="NVIDIA A100 SXM4 40GB datasheet; DGX A100: PCIe 4 x16, NVLink 3, HDR InfiniBand 200 Gb/s a GPU",
-    ),
-    Device(
+    _A100,
+    replace(
+        _A100,
         name="a100-80gb",
         memory_bytes=80 * 10**9,
         host_memory_bytes=2048 * 10**9,
         memory_bytes_per_s=2039e9,
-        host_link_bytes_per_s=32e9,
-        intra_host_bytes_per_s=300e9,
-        inter_host_bytes_per_s=25e9,
-        float32_flops_per_s=19.5e12,
         source="NVIDIA A100 SXM4 80GB datasheet; DGX A100: PCIe 4 x16, NVLink 3, HDR InfiniBand 200 Gb/s a GPU",
     ),
-    Device(
-        name="h100-80gb",
-        memory_bytes=80 * 10**9,
-        host_memory_bytes=2048 * 10**9,
-        memory_bytes_per_s=3350e9,
-        host_link_bytes_per_s=64e9,
-        intra_host_bytes_per_s=450e9,
-        inter_host_bytes_per_s=50e9,
-        float32_flops_per_s=67e12,
-        source="NVIDIA H100 SXM5 datasheet; DGX H100: PCIe 5 x16, NVLink 4, NDR InfiniBand 400 Gb/s a GPU",
-    ),
-    Device(
+    _H100,
+    replace(
+        _H100,
         name="h200",
         memory_bytes=141 * 10**9,
-        host_memory_bytes=2048 * 10**9,
         memory_bytes_per_s=4800e9,
-        host_link_bytes_per_s=64e9,
-        intra_host_bytes_per_s=450e9,
-        inter_host_bytes_per_s=50e9,
-        float32_flops_per_s=67e12,
         source="NVIDIA H200 SXM datasheet; DGX H200: PCIe 5 x16, NVLink 4, NDR InfiniBand 400 Gb/s a GPU",
     ),
-    Device(
+    replace(
+        _H100,
         name="b200",
         memory_bytes=180 * 10**9,
-        host_memory_bytes=2048 * 10**9,
         memory_bytes_per_s=8000e9,
-        host_link_bytes_per_s=64e9,
         intra_host_bytes_per_s=900e9,
-        inter_host_bytes_per_s=50e9,
         float32_flops_per_s=75e12,
         source="NVIDIA DGX B200 datasheet: 1,440 GB and 64 TB/s over 8 GPUs, NVLink 5, 400 Gb/s a GPU",
     ),

@@ -30,13 +30,7 @@ def load_or_make_plan(
 ) -> tuple[ShardingPlan, Solution]:
     """The plan to shard a model by, and what it costs.
 
-    Args:
-        model: holds the tables, on the meta device.
-        config: of the run.
-        shape: of the model.
-        machine: the ranks.
-        process_group: rank 0 plans for all; None plans in this process.
-        saved_plan: a plan.json to follow; every rank reads it.
+    Rank 0 plans for all of the process group, or this process by itself without one; a saved plan every rank reads.
 
     Raises:
         PlanError: the tables do not fit; or the saved plan is for another model or number of ranks, or does not fit.
@@ -88,14 +82,6 @@ def preview_plan(
     device: torch.device,
 ) -> Solution:
     """The plan that a training will follow, before any process of it is started.
-
-    Args:
-        config: of the run; where sharding.plan is set, that plan is looked at.
-        shape: of the model.
-        num_embeddings: rows of each feature's table.
-        world_size: number of ranks.
-        local_world_size: number of ranks on this host, and on every other.
-        device: where the ranks will compute.
 
     Raises:
         PlanError: the tables do not fit; or the given plan is for another model or number of ranks, or does not fit.

@@ -204,7 +204,7 @@ def silenced_libraries() -> Iterator[None]:
 
 @contextmanager
 def restored_handlers(*numbers: signal.Signals) -> Iterator[bool]:
-    """Afterwards signals have the handlers that they had; tells whether this thread may set any: only the main one may."""
+    """Afterwards signals have the handlers that they had; gives whether this thread, the main one, may set any."""
     may_change = threading.current_thread() is threading.main_thread()  # a library's user may run us in another
     before = {number: signal.getsignal(number) for number in numbers} if may_change else {}
     try:

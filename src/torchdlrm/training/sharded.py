@@ -103,12 +103,7 @@ def build_sharded_model(
 
 
 def build_optimizer(model: nn.Module, config: DenseOptimizerConfig) -> CombinedOptimizer:
-    """The tables' fused optimizer and one for all other parameters, as one with names for its state.
-
-    Args:
-        model: after `DistributedModelParallel`.
-        config: the optimizer for everything that is not a table.
-    """
+    """The tables' fused optimizer and one of `config` for all other parameters, as one with names for its state."""
     fused: KeyedOptimizer = model.fused_optimizer
     # Not "what the fused optimizer lacks": it has this rank's tables alone, and a column-wise table has a parameter
     # on every rank.
@@ -179,11 +174,6 @@ class StepCounters:
 
     Dropout draws its random numbers from seed, step and rank, so that no checkpoint needs to hold the state of a
     generator.
-
-    Args:
-        model: after `DistributedModelParallel`.
-        seed: of the run.
-        rank: of this process.
     """
 
     def __init__(self, model: nn.Module, *, seed: int, rank: int) -> None:

@@ -36,16 +36,7 @@ _NOT_SAVED = (
 
 
 class Trainer:
-    """Trains one model; `fit` does it all.
-
-    Args:
-        config: of the run.
-        shape: of the model.
-        dataset: what to train on.
-        run: where to write.
-        ranks: the processes that train together.
-        progress: is told of every step.
-        dtype: in which the dense parts compute.
+    """Trains one model, whose dense parts compute in `dtype`; `fit` does it all.
 
     Raises:
         PlanError: the tables do not fit the machine.
