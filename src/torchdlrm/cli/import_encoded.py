@@ -36,17 +36,17 @@ def import_encoded(
         seed: Seed of the order of the training rows.
         as_json: Print one JSON object on standard output.
     """
-    if format != "parquet" and not source.is_dir():
-        msg = f"{source}: is not a folder; give the folder that holds the files"
-        raise LogError(msg)
-    if format == "parquet" and not source.exists():
-        msg = f"{source}: there is no such file or folder"
-        raise LogError(msg)
     if format == "parquet":
+        if not source.exists():
+            msg = f"{source}: there is no such file or folder"
+            raise LogError(msg)
         schema, _ = find_parquet(source, label, {})
         sizes = _table_sizes(table_sizes, [column.name for column in schema.sparse])
         schema, blocks = find_parquet(source, label, sizes)
     else:
+        if not source.is_dir():
+            msg = f"{source}: is not a folder; give the folder that holds the files"
+            raise LogError(msg)
         multi_hot = format == "multi-hot"
         sizes = _table_sizes(table_sizes, SPARSE_NAMES)
         schema = encoded_schema(format, DENSE_NAMES, SPARSE_NAMES, SPARSE_NAMES if multi_hot else ())

@@ -65,8 +65,17 @@ def preprocess(
     times.finish()
     _print_summary(dataset, times.phases)
     if as_json:
+        manifest = dataset.manifest
         print_json(
-            {"dataset": str(out), **_result_record(dataset), "phases": [_phase_record(phase) for phase in times.phases]}
+            {
+                "dataset": str(out),
+                "rows": {name: part.rows for name, part in manifest.splits.items()},
+                "clicks": {name: part.clicks for name, part in manifest.splits.items()},
+                "split_rule": manifest.split_rule,
+                "num_embeddings": dataset.num_embeddings,
+                "bad_rows": manifest.bad_rows.model_dump(mode="json"),
+                "phases": [phase.as_dict() for phase in times.phases],
+            }
         )
 
 
@@ -83,6 +92,10 @@ class PhaseTime:
     def per_s(self) -> float:
         """Units a second."""
         return self.amount / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        """What `--json` tells of it."""
+        return {**asdict(self), "per_s": self.per_s}
 
 
 class PhaseTimes:
@@ -118,27 +131,9 @@ class PhaseTimes:
                 self._on_phase(self.phases[-1])
 
 
-def _result_record(dataset: Dataset) -> dict[str, object]:
-    """What `--json` tells of the dataset."""
-    manifest = dataset.manifest
-    return {
-        "rows": {name: part.rows for name, part in manifest.splits.items()},
-        "clicks": {name: part.clicks for name, part in manifest.splits.items()},
-        "split_rule": manifest.split_rule,
-        "num_embeddings": dataset.num_embeddings,
-        "bad_rows": manifest.bad_rows.model_dump(mode="json"),
-    }
-
-
-def _phase_record(phase: PhaseTime) -> dict[str, object]:
-    """What `--json` tells of a phase."""
-    return {**asdict(phase), "per_s": phase.per_s}
-
-
 def _print_phase(phase: PhaseTime) -> None:
     """Write a phase that is over as a JSON line on standard error."""
-    record = {"phase": phase.name, **_phase_record(phase)}
-    say(json.dumps(record))
+    say(json.dumps({"phase": phase.name, **phase.as_dict()}))
 
 
 def about_constant_label(manifest: Manifest) -> str:
@@ -180,8 +175,7 @@ def _print_summary(dataset: Dataset, phases: Sequence[PhaseTime]) -> None:
         console.print(f"time: {parts}; {rows / seconds:,.0f} rows/s", soft_wrap=True)
     extra = dict.fromkeys(repr(name) for source in manifest.source for name in source.extra_columns or ())
     if extra:
-        told = f"columns that the schema does not name, not read: {', '.join(extra)}"
-        say(told)
+        say(f"columns that the schema does not name, not read: {', '.join(extra)}")
     if warning := about_constant_label(manifest):
         warn(warning)
     if manifest.bad_rows.total:

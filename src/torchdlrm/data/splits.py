@@ -188,11 +188,6 @@ def check_split(rule: SplitRule, rows: Sequence[int]) -> None:
         raise LogError(msg)
 
 
-def num_buckets(num_rows: int, part_rows: int) -> int:
-    """Buckets, each of `part_rows` rows on average at most; of the rows of the split alone, so that all runs agree."""
-    return max(1, -(-num_rows // part_rows))
-
-
 def buckets(positions: npt.NDArray[np.int64], seed: int, num_buckets: int) -> npt.NDArray[np.int64]:
     """The bucket of each row, uniform: int64 [B]."""
     high = splitmix(positions, seed, _BUCKET_STREAM) >> np.uint64(32)

@@ -21,15 +21,7 @@ import pyarrow as pa
 
 from torchdlrm.features.bad_rows import BadRow, BadRows
 from torchdlrm.features.kinds import map_lists
-from torchdlrm.features.schema import (
-    Column,
-    DenseColumn,
-    Feature,
-    FeatureSchema,
-    LabelColumn,
-    SparseColumn,
-    TimeColumn,
-)
+from torchdlrm.features.schema import Column, Feature, FeatureSchema, LabelColumn, SparseColumn, TimeColumn
 
 _FEW_ROWS = 4_096
 _DATETIME_FORMATS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")  # without a zone: UTC
@@ -65,8 +57,7 @@ def to_typed_columns(
     if any(column.null_values for column in used):
         plain_texts = [column for column in used if column.null_values and text[column.name].dtype == pl.String]
         text = text.with_columns(map(_without_null_texts, plain_texts))
-    lists = [column for column in used if isinstance(column, SparseColumn) and column.is_multi_valued]
-    plain = [column for column in used if column not in lists]
+    plain = [column for column in used if not (isinstance(column, SparseColumn) and column.is_multi_valued)]
     clean: set[str] = set()
     if text.height > _FEW_ROWS:
         typed = text.select(_cast(column) for column in plain).to_dict()
@@ -84,7 +75,7 @@ def to_typed_columns(
             if isinstance(column, LabelColumn) and column.positive is None and cells.null_count():
                 cells = typed[column.name] = _with_words(text[column.name], cells)
             faults = list(_faults(text[column.name], cells, column, is_label_optional=is_label_optional))
-            if isinstance(column, DenseColumn | SparseColumn):
+            if isinstance(column, Feature):
                 typed[column.name] = without_null_values(cells, column)
         for reason, bad in faults:
             if not bad.any():
@@ -157,7 +148,7 @@ def _typed_few(text: pl.DataFrame, columns: Sequence[Column]) -> tuple[dict[str,
     typed: dict[str, pl.Series] = {}
     clean: set[str] = set()
     for column in columns:
-        if isinstance(column, DenseColumn | SparseColumn):
+        if isinstance(column, Feature):
             alike.setdefault((column.role, column.kind, column.null_values), []).append(column)
         else:
             typed[column.name] = text.select(_cast(column)).to_series()
@@ -211,7 +202,7 @@ def _cast(column: Column) -> pl.Expr:
         return pl.when(number.is_finite()).then((number >= column.threshold).cast(pl.Int8)).alias(column.name)
     if isinstance(column, TimeColumn):
         return _cast_time(cell, column)
-    assert isinstance(column, DenseColumn | SparseColumn)
+    assert isinstance(column, Feature)
     return column.value_kind.from_text(cell)
 
 
@@ -269,7 +260,7 @@ def _faults(
         if not is_label_optional:
             yield "no_label", text.is_null().to_numpy()
         bad &= text.is_not_null()
-    yield column.kind if isinstance(column, DenseColumn | SparseColumn) else column.role, bad.to_numpy()
+    yield column.kind if isinstance(column, Feature) else column.role, bad.to_numpy()
 
 
 def _is_clean(text: pl.Series, typed: pl.Series, column: Column) -> bool:
@@ -278,7 +269,7 @@ def _is_clean(text: pl.Series, typed: pl.Series, column: Column) -> bool:
         return typed.null_count() == 0 and typed.is_between(0, 1).all()
     if isinstance(column, TimeColumn):
         return typed.null_count() == 0
-    assert isinstance(column, DenseColumn | SparseColumn)
+    assert isinstance(column, Feature)
     return column.value_kind.is_clean(text, typed)
 
 
@@ -287,7 +278,7 @@ def _is_bad(text: pl.Series, typed: pl.Series, column: Column) -> pl.Series:
         return ~typed.is_between(0, 1).fill_null(value=False)
     if isinstance(column, TimeColumn):
         return typed.is_null()
-    assert isinstance(column, DenseColumn | SparseColumn)
+    assert isinstance(column, Feature)
     return column.value_kind.is_bad(text, typed)
 
 

@@ -68,8 +68,10 @@ class Predictor:
         self._reader = RowReader(bundle.schema)
         self._plain_rows = PlainRowEncoder(bundle.schema, bundle.dense, bundle.vocabularies)
         self._model = ServedModel(bundle)
-        self._dense_names = [column.name for column in self.schema.dense]
-        self._sparse_types = {column.name: column.dtype for column in self.schema.sparse}
+        self._types: dict[str, tuple[object, ...]] = {
+            column.name: (pl.Int64, pl.Float64) if column.role == "dense" else (column.dtype,)
+            for column in self.schema.features
+        }
         self._counted = [(i, column.name) for i, column in enumerate(self.schema.sparse) if column.hash is None]
 
     @classmethod
@@ -187,15 +189,10 @@ class Predictor:
     def unknown_features(self, frame: pl.DataFrame) -> list[list[str]]:
         """For each row the features that have a value which is not in their vocabulary; `frame` as in `encode`."""
         encoded = encode(frame, self.schema, self.bundle.dense, self.bundle.vocabularies)
-        counted = [column for column in self.schema.sparse if column.hash is None]
-        has_unknown = {
-            column.name: (
-                encoded[column.name].list.contains(UNKNOWN_ID)
-                if column.is_multi_valued
-                else encoded[column.name] == UNKNOWN_ID
-            )
-            for column in counted
-        }
+        has_unknown = {}
+        for _, name in self._counted:
+            ids = encoded[name]
+            has_unknown[name] = ids.list.contains(UNKNOWN_ID) if ids.dtype == pl.List else ids == UNKNOWN_ID
         return [[name for name, is_unknown in has_unknown.items() if is_unknown[i]] for i in range(frame.height)]
 
     def predict(self, rows: Any) -> NDArray[np.float32]:
@@ -267,13 +264,11 @@ class Predictor:
             raise damage
 
     def _check_types(self, frame: pl.DataFrame) -> None:
-        found = frame.schema
-        for name in self._dense_names:
-            if found.get(name) not in (pl.Int64, pl.Float64):
-                raise RowError(_wrong_type(name, "Int64 or Float64", found.get(name)))
-        for name, expected in self._sparse_types.items():
-            if found.get(name) != expected:
-                raise RowError(_wrong_type(name, str(expected), found.get(name)))
+        schema = frame.schema
+        for name, types in self._types.items():
+            if (found := schema.get(name)) not in types:
+                msg = f"column {name!r}: expected a column of {' or '.join(map(str, types))}, "
+                raise RowError(msg + ("found none" if found is None else f"not {found}"))
 
     def _count_unknown(self, rows: EncodedRows) -> dict[str, int]:
         if isinstance(rows.sparse, tuple):
@@ -281,7 +276,3 @@ class Predictor:
             return {name: int(np.count_nonzero(bags[i][0] == UNKNOWN_ID)) for i, name in self._counted}
         counts = np.count_nonzero(rows.sparse == UNKNOWN_ID, axis=1).tolist()
         return {name: counts[i] for i, name in self._counted}
-
-
-def _wrong_type(name: str, expected: str, found: object) -> str:
-    return f"column {name!r}: expected a column of {expected}, " + ("found none" if found is None else f"not {found}")

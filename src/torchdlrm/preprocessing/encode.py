@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 
 from torchdlrm.data.dataset import write_part
-from torchdlrm.data.splits import SPLIT_NAMES, RowSplit, SplitCodes, buckets, num_buckets, order_in_bucket
+from torchdlrm.data.splits import SPLIT_NAMES, RowSplit, SplitCodes, buckets, order_in_bucket
 from torchdlrm.features.encode import encode_dense
 from torchdlrm.features.schema import FeatureSchema, SparseColumn
 from torchdlrm.features.transforms import DenseTransform
@@ -39,9 +39,8 @@ class Parts:
     @property
     def num_parts(self) -> tuple[int, int, int]:
         """Parts of each split; a split without rows has none."""
-        train, val, test = self.rows_of_split
-        train_parts = num_buckets(train, self.part_rows) if train else 0
-        return train_parts, -(-val // self.part_rows), -(-test // self.part_rows)
+        train, val, test = (-(-rows // self.part_rows) for rows in self.rows_of_split)
+        return train, val, test
 
     @property
     def files(self) -> list[tuple[int, str]]:
