@@ -8,7 +8,6 @@ Id 0 is "unknown".  A missing value is counted and numbered like any other; it s
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import polars as pl
@@ -123,9 +122,7 @@ class VocabularyWriter:
             rows = rows.slice(_ROW_GROUP_ROWS)
         self._rest = rows
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is None and self._rest is not None and self._rest.height:
             self._write(self._rest)
         self._writer.close()

@@ -170,16 +170,14 @@ class _RowGroupReader:
             ]
 
     def read(self, where: RowGroup) -> _Columns:
+        path = self._paths[where.file_index]
         if self._open is None or self._open[0] != where.file_index:
-            self._open = (
-                where.file_index,
-                pq.ParquetFile(self._paths[where.file_index], page_checksum_verification=True),
-            )
+            self._open = (where.file_index, pq.ParquetFile(path, page_checksum_verification=True))
         try:
             # One thread: this already runs during the step, which wants the other cores.
             table = self._open[1].read_row_group(where.group_index, use_threads=False)
         except OSError as error:
-            msg = f"{self._paths[where.file_index]}: row group {where.group_index} is damaged: {error}"
+            msg = f"{path}: row group {where.group_index} is damaged: {error}"
             raise DatasetError(msg) from error
         columns = _Columns(table, self._dataset)
         # Checksums hold only what preprocessing wrote, and files may come from elsewhere. FBGEMM would read and write
@@ -188,9 +186,9 @@ class _RowGroupReader:
         if found is not None:
             feature, value, row = found
             msg = (
-                f"{self._paths[where.file_index]}: row group {where.group_index}, row {row}: {feature} has the id "
-                f"{value}, but its table has {self._num_embeddings[feature]:,} rows (ids from 0, num_embeddings in "
-                "dataset.json); run dlrm preprocess again"
+                f"{path}: row group {where.group_index}, row {row}: {feature} has the id {value}, but its table has "
+                f"{self._num_embeddings[feature]:,} rows (ids from 0, num_embeddings in dataset.json); run dlrm "
+                "preprocess again"
             )
             raise DatasetError(msg)
         return columns

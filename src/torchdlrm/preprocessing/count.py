@@ -116,10 +116,10 @@ def rank_values(
         vocabulary: the feature's vocabulary file.
     """
     tables = [pl.DataFrame(_section(path, "counts")) for path in counts]
-    ids: list[list[pl.DataFrame]] = [[] for _ in tables]
-    if known is not None:
-        for pieces, path in zip(ids, known, strict=True):
-            pieces.append(pl.DataFrame(_section(path, "ids")))
+    if known is None:
+        ids = [[pl.DataFrame(schema={"value": column.value_kind.dtype, "id": pl.Int32})] for _ in tables]
+    else:
+        ids = [[pl.DataFrame(_section(path, "ids"))] for path in known]
     num_ids = 0
     with replacing(vocabulary) as temporary, VocabularyWriter(temporary, column.kind) as writer:
         if known_vocabulary is not None:
@@ -136,9 +136,8 @@ def rank_values(
                 break
         if not num_ids:
             writer.append(pl.DataFrame(schema={"value": column.value_kind.dtype, "count": pl.Int64, "id": pl.Int32}))
-    empty = pl.DataFrame(schema={"value": column.value_kind.dtype, "id": pl.Int32})
     for pieces, target in zip(ids, targets, strict=True):
-        write_sections(target, {"ids": pl.concat([empty, *pieces]).to_arrow()})
+        write_sections(target, {"ids": pl.concat(pieces).to_arrow()})
     return {"num_ids": num_ids}
 
 

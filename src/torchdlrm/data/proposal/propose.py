@@ -88,9 +88,8 @@ def propose_schema(path: Path, num_rows: int = SAMPLE_ROWS) -> Proposal:
     warnings = [f"{names[i]} looks like the label and is left out: {why}" for i, why in leaks.items()]
     warnings += [f"{names[i]} is {why}" for i, why in suspects.items()]
     warnings += [*_about_label(label, facts), *_about_lines(sample), *_check(body, sample)]
-    text = "\n".join([*_title(path, sample, warnings), *body]) + "\n"
     reasons = {name: choice.reason for name, choice in zip(names, choices, strict=True)}
-    return Proposal(text, None, sample.origin, warnings, reasons)
+    return Proposal(_text(path, sample, warnings, body), None, sample.origin, warnings, reasons)
 
 
 def _head(path: Path, sample: Sample, facts: Sequence[Facts], choices: Sequence[Choice]) -> list[str]:
@@ -142,16 +141,17 @@ def _of_preset(preset: str, path: Path, sample: Sample) -> Proposal:
     body = [f"{key} = {toml_value(value)}" for key, value in raw.items()]
     body += ["columns = [", *(f"    {{ {_pairs(column)} }}," for column in columns), "]", "", "[split]"]
     body += [f"{key} = {toml_value(value)}" for key, value in split.items()]
-    text = "\n".join([*_title(path, sample, warnings), *body]) + "\n"
+    text = _text(path, sample, warnings, body)
     return Proposal(text, preset, sample.origin, warnings, {column["name"]: f"preset {preset}" for column in columns})
 
 
-def _title(path: Path, sample: Sample, warnings: Sequence[str]) -> list[str]:
+def _text(path: Path, sample: Sample, warnings: Sequence[str], body: Sequence[str]) -> str:
     lines = [
         f"# Proposed by `dlrm schema`; read it and edit. Read of {toml_value(path.name)}: {sample.origin}.",
         "# Roles: label, dense (a number), sparse (a category), time, ignore. Each column has its reason beside it.",
     ]
-    return lines + [f"# LOOK: {_comment(warning)}" for warning in warnings]
+    lines += [f"# LOOK: {_comment(warning)}" for warning in warnings]
+    return "\n".join([*lines, *body]) + "\n"
 
 
 def _comment(text: str) -> str:
