@@ -129,7 +129,8 @@ class RandomSplit:
 
     def split_of_rows(self, first_row: int, num_rows: int, times: npt.NDArray[np.int64] | None) -> SplitCodes:  # noqa: ARG002
         """The split of B rows that follow each other in the log: uint8 [B]."""
-        draws = uniform_draws(np.arange(first_row, first_row + num_rows), self.seed)
+        # A number of each row, uniform from 0 to 2^32 - 1.
+        draws = splitmix(np.arange(first_row, first_row + num_rows), self.seed, _SPLIT_STREAM) >> np.uint64(32)
         edges = np.array([round(self.val * 2**32), round((self.val + self.test) * 2**32)], np.uint64)
         # 0 below the first edge is val, then test, then train.
         return np.array([1, 2, 0], np.uint8)[np.searchsorted(edges, draws, side="right")]
@@ -197,8 +198,3 @@ def buckets(positions: npt.NDArray[np.int64], seed: int, num_buckets: int) -> np
 def order_in_bucket(positions: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
     """The permutation of a bucket's rows, given in the order of the log: int64 [B]."""
     return np.argsort(splitmix(positions, seed, _ORDER_STREAM), kind="stable")
-
-
-def uniform_draws(positions: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
-    """A number of each row, uniform from 0 to 2^32 - 1: uint64 [B]."""
-    return splitmix(positions, seed, _SPLIT_STREAM) >> np.uint64(32)

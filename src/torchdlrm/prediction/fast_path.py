@@ -108,9 +108,7 @@ class _DenseGroup:
         self._nulls = null_numbers(columns[0]).to_numpy()
 
     def encode(self, parts: Sequence[Part], dense_BD: NDArray[np.float32]) -> None:
-        cells, is_missing = _cells(parts, self._names, self._kind)
-        values = self._kind.numbers_of_cells(cells)
-        is_missing = _with_null_numbers(is_missing, values, self._nulls)
+        values, is_missing = _numbers(parts, self._names, self._kind, self._nulls)
         numbers = values.astype(np.float64)
         if is_missing is not None:
             numbers[is_missing] = math.nan
@@ -128,9 +126,7 @@ class _NumberFeatures:
         self._vocabularies = [vocabularies[feature.name] for feature in features if feature.hash is None]
 
     def encode(self, parts: Sequence[Part], ids_FB: NDArray[np.int32]) -> None:
-        cells, is_missing = _cells(parts, self._names, self._kind)
-        numbers = self._kind.numbers_of_cells(cells)
-        is_missing = _with_null_numbers(is_missing, numbers, self._nulls)
+        numbers, is_missing = _numbers(parts, self._names, self._kind, self._nulls)
         num_rows = ids_FB.shape[1]
         if not self._vocabularies:
             hashes_FB = hash_integers(numbers.astype(np.int64), is_missing).reshape(-1, num_rows)
@@ -197,11 +193,13 @@ def _cells(parts: Sequence[Part], names: Sequence[str], kind: ValueKind) -> tupl
     return cells, is_missing
 
 
-def _with_null_numbers(
-    is_missing: NDArray[np.bool_] | None, numbers: NDArray[Any], nulls: NDArray[Any]
-) -> NDArray[np.bool_] | None:
-    """Which cells are missing, those among them that are null values."""
-    if not len(nulls):
-        return is_missing
-    is_null = np.isin(numbers, nulls)
-    return is_null if is_missing is None else is_missing | is_null
+def _numbers(
+    parts: Sequence[Part], names: Sequence[str], kind: ValueKind, nulls: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+    """As `_cells`, but numbers; those that are null values are missing."""
+    cells, is_missing = _cells(parts, names, kind)
+    numbers = kind.numbers_of_cells(cells)
+    if len(nulls):
+        is_null = np.isin(numbers, nulls)
+        is_missing = is_null if is_missing is None else is_missing | is_null
+    return numbers, is_missing

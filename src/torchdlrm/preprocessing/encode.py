@@ -51,18 +51,23 @@ class Parts:
             for i in range(self.num_parts[split])
         ]
 
-    def part_of_rows(self, chunk: ChunkFile, codes: SplitCodes) -> npt.NDArray[np.int64]:
-        """The part of each of B rows of a chunk: int64 [B]."""
+    def part_of_rows(
+        self, first_row: int, first_of_split: tuple[int, int, int], codes: SplitCodes
+    ) -> npt.NDArray[np.int64]:
+        """The part of each of B rows that follow each other in the log: int64 [B].
+
+        Args:
+            first_row: the position of the first among the good rows of the log.
+            first_of_split: for train, val and test, how many rows of the split stand before it.
+            codes: the split of each row, [B].
+        """
         parts = np.empty(len(codes), np.int64)
-        if chunk.rows_of_split[0]:
-            is_train = codes == 0
-            positions = chunk.first_row + np.flatnonzero(is_train)
-            parts[is_train] = buckets(positions, self.seed, self.num_parts[0])
+        train_rows = np.flatnonzero(codes == 0)
+        parts[train_rows] = buckets(first_row + train_rows, self.seed, self.num_parts[0])
         for split in (1, 2):
-            if chunk.rows_of_split[split]:
-                is_there = codes == split
-                ranks = chunk.first_of_split[split] + np.arange(chunk.rows_of_split[split])
-                parts[is_there] = sum(self.num_parts[:split]) + ranks // self.part_rows
+            rows = np.flatnonzero(codes == split)
+            ranks = first_of_split[split] + np.arange(len(rows))
+            parts[rows] = sum(self.num_parts[:split]) + ranks // self.part_rows
         return parts
 
 
@@ -88,7 +93,7 @@ def encode_group(encoding: Encoding, chunks: Sequence[tuple[int, ChunkFile]], ta
             continue
         with Sections(chunk.path) as sections:
             frame, codes = _encode_chunk(encoding, number, chunk, sections, tallies)
-        parts.append(encoding.parts.part_of_rows(chunk, codes))
+        parts.append(encoding.parts.part_of_rows(chunk.first_row, chunk.first_of_split, codes))
         for column in frame:
             columns.setdefault(column.name, []).append(column)
         del frame
@@ -133,27 +138,28 @@ def _encode_chunk(
     rows = sections.table("rows")
     frame = pl.DataFrame(rows)
     codes = chunk.split_of_rows(encoding.split, rows)
-    masks = [codes == split if 0 < n < chunk.num_rows else None for split, n in enumerate(chunk.rows_of_split)]
-    here = [split for split in range(len(SPLIT_NAMES)) if chunk.rows_of_split[split]]
-
+    rows_of_split = {
+        split: codes == split if num_rows < chunk.num_rows else slice(None)
+        for split, num_rows in enumerate(chunk.rows_of_split)
+        if num_rows
+    }
     positions = np.arange(chunk.first_row, chunk.first_row + chunk.num_rows)
     columns = [pl.Series(POSITION, positions), frame[schema.label.name]]
     labels = frame[schema.label.name].to_numpy()
-    for split in here:
-        tallies[split].add_labels(labels if masks[split] is None else labels[masks[split]])
+    for split, here in rows_of_split.items():
+        tallies[split].add_labels(labels[here])
     dense = encode_dense(frame, encoding.dense)
     for column in dense:
         columns.append(column)
         bins = dense_bins(column.to_numpy())
         missing = frame[column.name].is_null().to_numpy()
-        for split in here:
-            rows_here = slice(None) if masks[split] is None else masks[split]
-            tallies[split].add_dense(column.name, bins[rows_here], int(missing[rows_here].sum()))
+        for split, here in rows_of_split.items():
+            tallies[split].add_dense(column.name, bins[here], int(missing[here].sum()))
     for about in schema.sparse:
         ids = _ids_of_values(encoding, about, number, sections)
         columns.append(_encode_sparse(encoding, about, frame[about.name], ids, sections))
-        for split in here:
-            _tally_sparse(tallies[split], about, frame[about.name].to_numpy(), ids, sections, masks[split])
+        for split, here in rows_of_split.items():
+            _tally_sparse(tallies[split], about, frame[about.name].to_numpy(), ids, sections, here)
     return pl.DataFrame(columns), codes
 
 
@@ -188,20 +194,19 @@ def _tally_sparse(
     rows: npt.NDArray[np.int64],
     ids: npt.NDArray[np.int32],
     sections: Sections,
-    mask: npt.NDArray[np.bool_] | None,
+    here: npt.NDArray[np.bool_] | slice,
 ) -> None:
-    """Count the values of a split's rows (all of the chunk where `mask` is None)."""
+    """Count the values of a split's rows, which are `here` (a slice: all of the chunk)."""
     values = sections.table(f"values/{column.name}")
-    rows_here = rows if mask is None else rows[mask]
-    if mask is None:
+    if isinstance(here, slice):
         counts = values["count"].to_numpy().astype(np.int64)
     elif column.is_multi_valued:
         codes = sections.table(f"codes/{column.name}")["code"].to_numpy()
-        counts = np.bincount(codes[np.repeat(mask, rows)], minlength=values.num_rows)
+        counts = np.bincount(codes[np.repeat(here, rows)], minlength=values.num_rows)
     else:
-        counts = np.bincount(rows_here, minlength=values.num_rows)
+        counts = np.bincount(rows[here], minlength=values.num_rows)
     if column.is_multi_valued:
-        num_missing = int((rows_here == 0).sum())
+        num_missing = int((rows[here] == 0).sum())
     else:
         num_missing = int(counts[pl.Series(values["value"]).is_null().to_numpy()].sum())
     tally.add_sparse(column, ids, counts, num_missing)

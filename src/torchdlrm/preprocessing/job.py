@@ -109,8 +109,8 @@ class Job:
             dense=dense,
             sparse=sparse,
             splits={
-                name: tally.record(files[i], tallies[0])
-                for i, (name, tally) in enumerate(zip(SPLIT_NAMES, tallies, strict=True))
+                name: tally.record(parts_of_split, tallies[0])
+                for name, tally, parts_of_split in zip(SPLIT_NAMES, tallies, files, strict=True)
             },
             source=tuple(
                 SourceRecord(

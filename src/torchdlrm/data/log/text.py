@@ -173,14 +173,14 @@ def _drop_broken_rows(
     rows = _Rows.of(lines, schema.separator, quoted=quoted)
     codes = rows.codes
     masks: dict[str, npt.NDArray[np.bool_]] = {"long": rows.ends - rows.starts > MAX_ROW_BYTES}
-    fine = ~masks["long"]
     if rows.stray_quotes is not None:
-        masks["quotes"] = (rows.count(rows.stray_quotes) > 0) & fine
-        fine &= ~masks["quotes"]
-    masks["columns"] = (rows.count(rows.separators) + 1 != len(schema.columns)) & fine
-    fine &= ~masks["columns"]
-    masks["nul_byte"] = (rows.count(codes == 0) > 0) & fine
-    fine &= ~masks["nul_byte"]
+        masks["quotes"] = rows.count(rows.stray_quotes) > 0
+    masks["columns"] = rows.count(rows.separators) + 1 != len(schema.columns)
+    masks["nul_byte"] = rows.count(codes == 0) > 0
+    fine = np.ones(len(rows.ends), np.bool_)
+    for mask in masks.values():
+        mask &= fine  # noqa: PLW2901 - in place: of a row's faults the first one counts
+        fine &= ~mask
     masks["utf8"] = np.zeros(len(fine), np.bool_)
     for i in np.flatnonzero((rows.count(codes >= 0x80) > 0) & fine):
         try:

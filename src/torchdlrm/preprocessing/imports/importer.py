@@ -33,7 +33,6 @@ from torchdlrm.files import claim_folder, clear_folder
 from torchdlrm.preprocessing.encode import POSITION, Parts, write_batches, write_rows
 from torchdlrm.preprocessing.imports.blocks import Blocks
 from torchdlrm.preprocessing.options import PART_ROWS
-from torchdlrm.preprocessing.read import ChunkFile
 from torchdlrm.preprocessing.tally import Tally, dense_bins
 from torchdlrm.progress import ProgressListener, SilentProgress
 
@@ -119,10 +118,8 @@ def _write(
     pieces = _pieces(blocks, places)
     for number, (frame, place) in enumerate(pieces):
         _tally(tallies[place.split], frame, schema, largest)
-        counts = tuple(frame.height if split == place.split else 0 for split in range(len(SPLIT_NAMES)))
-        before = tuple(place.first_of_split if split == place.split else 0 for split in range(len(SPLIT_NAMES)))
-        chunk = ChunkFile(folder, place.first_row, frame.height, before, counts)  # type: ignore[arg-type]
-        part_of_rows = parts.part_of_rows(chunk, np.full(frame.height, place.split, np.uint8))
+        before = (place.first_of_split,) * 3  # all rows of a piece are of one split
+        part_of_rows = parts.part_of_rows(place.first_row, before, np.full(frame.height, place.split, np.uint8))
         order = np.argsort(part_of_rows, kind="stable")
         positions = pl.Series(POSITION, np.arange(place.first_row, place.first_row + frame.height))
         columns = {s.name: s.gather(order).rechunk().to_arrow() for s in (positions, *frame.iter_columns())}
@@ -144,8 +141,8 @@ def _write(
         dense={column.name: Unchanged() for column in schema.dense},
         sparse={name: SparseRecord(num_embeddings=size, vocabulary=None) for name, size in sizes.items()},
         splits={
-            name: tally.record(tuple(files[i]), tallies[0])
-            for i, (name, tally) in enumerate(zip(SPLIT_NAMES, tallies, strict=True))
+            name: tally.record(tuple(parts_of_split), tallies[0])
+            for name, tally, parts_of_split in zip(SPLIT_NAMES, tallies, files, strict=True)
         },
         source=tuple(
             SourceRecord(name=path.name, size_bytes=path.stat().st_size, rows=group.num_rows)
