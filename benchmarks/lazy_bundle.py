@@ -68,13 +68,13 @@ def grow(source: Path, folder: Path, num_rows: Mapping[str, int]) -> Path:
     copy(source / SAMPLE_NAME, path)
     copytree(source / "vocabulary", path / "vocabulary")
     precisions = dict.fromkeys(manifest.sparse, "float32")
-    written = write_weights(Grown(bundle, num_rows), precisions, path / WEIGHTS_NAME, SILENT)
+    stored, block_sha256 = write_weights(Grown(bundle, num_rows), precisions, path / WEIGHTS_NAME, SILENT)
     larger = {
         name: record.model_copy(update={"num_embeddings": num_rows[name]}) for name, record in manifest.sparse.items()
     }
-    files = {**manifest.files, WEIGHTS_NAME: written.record}
+    files = {**manifest.files, WEIGHTS_NAME: stored}
     manifest = manifest.model_copy(
-        update={"sparse": larger, "files": files, "block_sha256": written.block_sha256},
+        update={"sparse": larger, "files": files, "block_sha256": block_sha256},
     )
     (path / MANIFEST_NAME).write_text(manifest.sealed().to_json(), encoding="utf-8")
     return path

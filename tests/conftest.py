@@ -239,10 +239,3 @@ def serve():
             process.terminate()
         if not process.stderr.closed:
             process.communicate(timeout=60)
-
-
-def wait_until_checked():
-    """Wait until the threads that check weights in the background have found all good, or a block that is not."""
-    for thread in threading.enumerate():
-        if thread.name == "torchdlrm-verify":
-            thread.join()

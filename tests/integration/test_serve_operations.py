@@ -22,7 +22,6 @@ import polars as pl
 import pytest
 import tritonclient.grpc as triton_grpc
 
-from conftest import wait_until_checked
 from torchdlrm.bundle.manifest import BundleManifest
 from torchdlrm.bundle.verification import BlockVerifier
 from torchdlrm.data.dataset import Dataset
@@ -187,7 +186,7 @@ def test_a_block_found_damaged_while_it_is_served_ends_the_predictions(small_bun
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             assert (await client.post("/predict", json=rows)).status_code == 200
             may_check.set()
-            await asyncio.to_thread(wait_until_checked)
+            await asyncio.to_thread(service.bundles.current.bundle.verifier.wait)
             for _ in range(2):
                 answer = await client.post("/predict", json=rows)
                 assert (answer.status_code, answer.json()["error"][:37]) == (

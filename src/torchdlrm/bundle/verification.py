@@ -41,6 +41,7 @@ class BlockVerifier:
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
         self.damage: BundleError | None = None
         self.is_done = False
+        self._thread: threading.Thread | None = None
 
     def __del__(self) -> None:
         os.close(self._file)
@@ -80,7 +81,13 @@ class BlockVerifier:
 
     def check_all_in_background(self) -> None:
         """Let a thread check every block; what it finds is raised by the next `require`."""
-        threading.Thread(target=self._check_quietly, name="torchdlrm-verify", daemon=True).start()
+        self._thread = threading.Thread(target=self._check_quietly, name="torchdlrm-verify", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the thread has checked every block, or found a damaged one."""
+        if self._thread is not None:
+            self._thread.join()
 
     def _check_quietly(self) -> None:
         try:

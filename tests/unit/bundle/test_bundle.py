@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import wait_until_checked
 from torchdlrm.bundle import verification, weights_file
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
@@ -143,7 +142,7 @@ def test_lazily_the_background_finds_what_nobody_has_asked_for(many_blocks):
     start, _ = Bundle.open(many_blocks).weights.span(table_weight("cat_25"))
     flip(many_blocks / WEIGHTS_NAME, start)
     lazy = Bundle.open(many_blocks, verify="lazy")
-    wait_until_checked()
+    lazy.verifier.wait()
     with pytest.raises(BundleError, match="damaged"):
         ServedModel(lazy).predict(rows_of(lazy, [1]))
     assert not lazy.verifier.is_done
@@ -157,7 +156,7 @@ def test_lazily_a_damaged_layer_is_found_at_once(many_blocks):
 
 def test_lazily_an_undamaged_bundle_is_checked_to_the_end(many_blocks):
     lazy = Bundle.open(many_blocks, verify="lazy")
-    wait_until_checked()
+    lazy.verifier.wait()
     assert lazy.verifier.is_done
 
 
