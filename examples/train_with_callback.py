@@ -1,4 +1,4 @@
-"""Watch a training from your own code: a callback is told of every interval, validation and checkpoint.
+"""Watch a training from your own code: a callback is called at every interval, validation and checkpoint.
 
     python examples/train_with_callback.py DATASET RUN
 

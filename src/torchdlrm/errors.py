@@ -11,7 +11,7 @@
     │   ├── RunError             a run on disk
     │   ├── BundleError          an exported model on disk
     │   └── RowError             a row to predict
-    ├── TrainingError            training cannot go on (not the input's fault as far as we can tell)
+    ├── TrainingError            training cannot continue (not the input's fault as far as we know)
     │   └── LostProcessError     another process of the training has died or does not answer
     ├── SkewError                two ways to predict the same rows do not agree
     └── Interrupted              somebody has asked a job to stop, and it has saved what it had

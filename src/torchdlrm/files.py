@@ -14,7 +14,7 @@ from uuid import uuid4
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which is renamed to `path` when all went well and removed otherwise.
+    """Yield a temporary name next to `path`, which is renamed to `path` when all went well and removed otherwise.
 
     Raises:
         OSError: it cannot be written; names `path`.

@@ -355,7 +355,7 @@ def test_verify_says_what_it_cannot_find(
     shutil.copytree(small_dataset.path, elsewhere)
     shutil.copytree(small_bundle, moved)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"\(small\.tsv\) is neither beside it nor here"):
+    with pytest.raises(UserError, match=r"\(small\.tsv\) is neither next to it nor here"):
         verify_verb(moved, dataset=elsewhere, run=small_run)
     with pytest.raises(UserError, match=r"a run called 'run', and none is at .*; say where it is with `run`"):
         verify_verb(moved, small_log, dataset=elsewhere)

@@ -1,7 +1,7 @@
 """Runs the competitors of a benchmark interleaved, each in processes of its own.
 
-What one sets for its process (allocator, threads) does not help or hurt another, and the machine's mood is the same for
-all, because they alternate within seconds.
+What one sets for its process (allocator, threads) does not affect another, and the machine's load is the same for all,
+because they alternate within seconds.
 """
 
 import multiprocessing

@@ -1,6 +1,6 @@
 """Measures predictions: the served model and TorchRec's own modules with the same weights, and from raw rows.
 
-Competitors take turns, each in a process of its own: TorchRec's DLRM as it is trained (eager, float32), the same after
+Competitors run interleaved, each in its own process: TorchRec's DLRM as it is trained (eager, float32), the same after
 `torchrec.inference.modules.quantize_embeddings` (int8), and the served model at several precisions, all on encoded
 batches; and what `dlrm predict` does, from a log of text to a file of scores.
 

@@ -6,7 +6,7 @@
       vocabulary/           value, count, id of each sparse feature, and indexes for looking values up
       sample.parquet        raw rows and the predictions that they must give
 
-Opening a bundle runs no code that is in it: JSON, safetensors and Parquet hold data alone.
+Opening a bundle executes nothing in it: JSON, safetensors and Parquet hold only data.
 """
 
 from collections.abc import Mapping
@@ -211,7 +211,7 @@ class Bundle:
 
     @cached_property
     def vocabularies(self) -> dict[str, ValueIndex | PlainIds]:
-        """The vocabulary of each sparse feature that is not hashed: what `transforms.encode` takes."""
+        """The vocabulary of each sparse feature that is not hashed: what `features.encode.encode` takes."""
         return {column.name: self.vocabulary(column.name) for column in self.schema.sparse if column.hash is None}
 
     def sample(self) -> tuple[pl.DataFrame, NDArray[np.float32]]:

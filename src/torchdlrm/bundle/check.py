@@ -5,8 +5,8 @@ stores it; the bundle computing in float32; the bundle as served.  Between the f
 between the last two what bfloat16 does.  Between the second and the third nothing may lie but the order of additions:
 there a row of a table in the wrong place shows, however coarse the tables are.
 
-And how much worse is the logloss?  That is a mean over rows whose errors have either sign, so few rows say little about
-it: it counts as too high when it is so by more than three standard errors.
+The rise of the logloss is checked too.  It is a mean over rows whose errors have either sign, so few rows say little
+about it: it counts as too high only if it exceeds the limit by more than three standard errors.
 """
 
 import math

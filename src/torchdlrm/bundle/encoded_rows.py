@@ -38,7 +38,7 @@ class EncodedRows:
 
     @classmethod
     def from_frame(cls, frame: pl.DataFrame, schema: FeatureSchema) -> Self:
-        """What `torchdlrm.features.transforms.encode` returns."""
+        """What `torchdlrm.features.encode.encode` returns."""
         dense = np.empty((frame.height, len(schema.dense)), np.float32)
         for index, column in enumerate(schema.dense):
             dense[:, index] = frame[column.name].to_numpy()

@@ -1,6 +1,6 @@
 """Writes a run's checkpoint as a bundle, a block of rows at a time.
 
-In: a run, the dataset it was trained on.  Out: a folder that is complete or absent.  Memory: one block of rows in
+In: a run, the dataset it was trained on.  Out: a folder, written atomically.  Memory: one block of rows in
 float32 and quantised, whatever the size of the tables and the number of ranks that trained them.
 """
 

@@ -1,9 +1,9 @@
 """Defines what commands have in common: types of options, config keys as options, and messages for mistakes.
 
 The config knows its keys and types, not the parser: so a wrong key in a file and one on the command line are found by
-the same code and told in the same message. The parser's own words name `--rows` where nobody has typed it, and take a
-mistyped option for a value. The library's messages name arguments of functions; here they become options of the command
-that was run.
+the same code and reported by the same message. The parser's own messages name `--rows` where nobody has typed it, and
+take a mistyped option for a value. The library's messages name arguments of functions; here they become options of the
+command that was run.
 """
 
 import difflib
@@ -77,6 +77,6 @@ def in_options(message: str, app: App, tokens: Sequence[str]) -> str:
 
 
 def _name(argument: Argument) -> str:
-    """`--max-rows` for an option, `RUN` for what is told by its position."""
+    """Return how the command line writes an argument: `--max-rows` for an option, `RUN` for a positional one."""
     is_positional = argument.index is not None and not argument.field_info.is_keyword_only
     return argument.name.removeprefix("--").upper() if is_positional else argument.name

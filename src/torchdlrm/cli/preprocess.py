@@ -99,7 +99,7 @@ class PhaseTime:
 
 
 class PhaseTimes:
-    """A listener that notes the times of the phases, and tells `on_phase` of each that is over."""
+    """A listener that notes the times of the phases, and calls `on_phase` with each that is over."""
 
     def __init__(self, listener: ProgressListener, on_phase: Callable[[PhaseTime], None] | None = None) -> None:
         self.phases: list[PhaseTime] = []
@@ -154,7 +154,7 @@ def about_constant_label(manifest: Manifest) -> str:
 
 
 def _print_summary(dataset: Dataset, phases: Sequence[PhaseTime]) -> None:
-    """Tell people what was made, how long it took and what to type next."""
+    """Say what was made, how long it took and what to type next."""
     manifest = dataset.manifest
     table = Table("split", "rows", "click rate", "files")
     for column in table.columns[1:]:

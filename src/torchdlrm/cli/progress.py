@@ -1,6 +1,6 @@
 """Shows the progress of a job: a bar on a terminal, plain lines where standard error is a file or a pipe.
 
-In: what a `ProgressListener` is told.  Out, on a terminal: one bar, with the current values below it, and above it a
+In: the events of a `ProgressListener`.  Out, on a terminal: one bar, with the current values below it, and above it a
 line for each phase that is over and for each note.  Out, elsewhere: a line when a phase begins, every ten seconds, at
 each note and when it ends; no escapes and no carriage returns, so that a log of nohup, CI or a cluster can be read.
 """

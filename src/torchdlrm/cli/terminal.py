@@ -85,7 +85,7 @@ def announce(job: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Write a line that people should read before they go on."""
+    """Write a line that people should read before they continue."""
     console.print(f"[yellow]warning[/]: {escape(message)}", soft_wrap=True)
 
 
@@ -96,7 +96,7 @@ def warn_of_crowding(processes: "Processes") -> None:
 
 
 def shown_metric(value: float | None, digits: int = 5) -> str:
-    """A metric as it stands in a table; a dash where it is not defined."""
+    """Format a metric for a table: a dash where it is not defined."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
@@ -110,7 +110,7 @@ def say_undefined(metrics: Mapping[str, Any], of: str = "") -> None:
 
 @contextmanager
 def progress_bars(description: str) -> Iterator[ProgressListener]:
-    """A listener that tells people on standard error how far a job is; `description` names the whole job."""
+    """Make a listener that shows on standard error how far a job is; `description` names the whole job."""
     if description:
         say(description)
     # Not by the console's own word alone: FORCE_COLOR makes it take every file for a terminal.

@@ -38,9 +38,9 @@ def verify(
 
     Args:
         bundle: Folder written by `dlrm export`.
-        rows: Files of raw rows; by default the log that the dataset was made of, if it is still beside it or here.
+        rows: Files of raw rows; by default the log that the dataset was made of, if it is still next to it or here.
         dataset: The dataset that the run was trained on.
-        run: The run that the bundle was made of; by default looked for by its name beside the bundle and the dataset.
+        run: The run that the bundle was made of; by default looked for by its name next to the bundle and the dataset.
         url: Address of a server of the bundle, as in http://localhost:8080; a key is taken from DLRM_API_KEY.
         model_class: The model class that the bundle was made with, FILE.py:NAME or MODULE:NAME; only where it is
             not the DLRM.

@@ -3,7 +3,7 @@
 In: the name of a log, the days wanted, a folder.  Out: the files under their names; an incomplete one has `.part`
 behind its name, and its entity tag in `.part.etag`, so that halves of two versions are never put together.
 
-Addresses stand in `SOURCES` and nowhere else.  Checksums are compared where they are known: in a file `sha256sums.txt`
+Addresses are in `SOURCES` and nowhere else.  Checksums are compared where they are known: in a file `sha256sums.txt`
 at the source (lines of `sha256sum`), or in the table.
 """
 

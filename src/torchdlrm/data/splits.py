@@ -1,6 +1,6 @@
 """Decides which rows of a log are for train, val and test, and where shuffled training rows go.
 
-In: the log's files, the number of good rows in each, and the schema's rule.  Out: a `RowSplit`, which tells the split
+In: the log's files, the number of good rows in each, and the schema's rule.  Out: a `RowSplit`, which gives the split
 of any row by its position among the good rows of the log, or by its time.
 
 | rule | held out |
@@ -38,7 +38,7 @@ SplitCodes = npt.NDArray[np.uint8]  # positions in SPLIT_NAMES
 
 
 class RowSplit(Protocol):
-    """Tells the split of rows; can be sent to another process.  `rule` says, for people, how they were split."""
+    """Gives the split of rows; can be sent to another process.  `rule` says, for people, how they were split."""
 
     @property
     def rule(self) -> str:

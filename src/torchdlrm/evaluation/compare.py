@@ -57,7 +57,7 @@ def compare(
         dataset: what both were trained on, or its folder; None where it is still where it was.
         split: `train`, `val` or `test`; several joined by + are judged together.
         batch_size_global: rows per forward pass over all ranks; does not change the result.
-        progress: is told of the rows done on rank 0.
+        progress: receives the rows done on rank 0.
 
     Returns:
         On rank 0 what the second run's metrics are above the first one's; None elsewhere.

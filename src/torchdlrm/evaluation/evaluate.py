@@ -38,7 +38,7 @@ def evaluate(
         model_class: that the run was trained with, where it was a class of somebody's own.
         checkpoint: `best` of the val split (the last where nothing was validated), `last`, or a step.
         batch_size_global: rows per forward pass over all ranks; does not change the result.
-        progress: is told of the rows done on rank 0.
+        progress: receives the rows done on rank 0.
 
     Returns:
         On rank 0 `split`, `step`, `checkpoint` (`best`, `last` or `step`: what it was chosen for), `rows`, `auc`,

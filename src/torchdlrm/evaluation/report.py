@@ -1,7 +1,7 @@
 """Writes a run as one self-contained HTML page: how it learnt, how good it is, what it was made of.
 
 In: the folder of a run, also of one that is still training.  Out: HTML, in the style of a plan's page: no scripts,
-nothing fetched, to be mailed, printed, and kept beside the weights.
+nothing fetched, to be mailed, printed, and kept with the weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

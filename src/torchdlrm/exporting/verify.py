@@ -265,7 +265,7 @@ def _find_log(dataset: Dataset) -> Sequence[Path]:
             return found
     listed = ", ".join(source.name for source in sources)
     msg = (
-        f"{dataset.path}: the log that the dataset was made of ({listed}) is neither beside it nor here, or has "
+        f"{dataset.path}: the log that the dataset was made of ({listed}) is neither next to it nor here, or has "
         "changed; name a log with raw rows after the bundle"
     )
     raise LogError(msg)

@@ -11,7 +11,7 @@ In: the name of a preset (`criteo`) or a TOML file.  Out: a `FeatureSchema`, whi
         { role = "sparse", name = "cat_0", kind = "hex" },
     ]
 
-The columns stand in the order of the file (in Parquet, and where a header names them, they are found by name).
+The columns are in the order of the file (in Parquet, and where a header names them, they are found by name).
 docs/preprocessing.md describes every key.
 """
 
@@ -182,7 +182,7 @@ _ROLES: dict[str, type[_Column]] = {kind.model_fields["role"].default: kind for 
 
 
 class SplitRule(_Frozen):
-    """How rows are split; `torchdlrm.data.splits` tells the rules.  `val` and `test` are shares of all rows."""
+    """How rows are split; `torchdlrm.data.splits` has the rules.  `val` and `test` are shares of all rows."""
 
     rule: Literal["criteo", "order", "random", "time"] = "criteo"
     val: Annotated[float, Field(ge=0, lt=1)] = 0.1

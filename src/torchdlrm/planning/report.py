@@ -32,7 +32,7 @@ def headline(solution: Solution) -> str:
 
 
 def rank_rows(solution: Solution, limit: int | None = _MAX_ROWS) -> list[Row]:
-    """Tell of each rank what it holds, how full it is, how long it takes."""
+    """Describe each rank: what it holds, how full it is, how long it takes."""
     slowest_ms = solution.ranks[solution.bottleneck_rank].total_ms or 1.0
     shards = _shards_by_rank(solution)
     rows = [
@@ -54,12 +54,12 @@ def rank_rows(solution: Solution, limit: int | None = _MAX_ROWS) -> list[Row]:
 
 
 def total_row(solution: Solution) -> Row:
-    """Tell what all ranks hold together, as the last of the rows of ranks."""
+    """Describe what all ranks hold together, as the last of the rows of ranks."""
     return {"rank": "all", "shards": str(sum(_shards_by_rank(solution))), **_bytes(solution.total)}
 
 
 def table_rows(solution: Solution, limit: int | None = _MAX_ROWS) -> list[Row]:
-    """Tell of each table how it is sharded, where, and what it takes."""
+    """Describe each table: how it is sharded, where, and what it takes."""
     rows = []
     for table in sorted(solution.problem.tables, key=lambda table: -table.rows * table.dim):
         placed = solution.layout[table.name]
@@ -80,7 +80,7 @@ def table_rows(solution: Solution, limit: int | None = _MAX_ROWS) -> list[Row]:
 
 
 def summary_lines(solution: Solution) -> list[str]:
-    """Tell the totals, the bottleneck, the estimate and how far to trust it."""
+    """Describe the totals, the bottleneck, the estimate and how far to trust it."""
     dense, slowest, fullest = solution.dense, solution.bottleneck_rank, solution.fullest_rank
     tables_ms = solution.ranks[slowest].total_ms
     reserved = f"{solution.problem.options.reserved_fraction:.0%} kept free for the rest"
@@ -113,7 +113,7 @@ def summary_lines(solution: Solution) -> list[str]:
 
 
 def largest_rows(missing: Shortfall) -> list[Row]:
-    """Tell where the memory goes."""
+    """Describe where the memory goes."""
     return [
         {"table": name, "weights and state": show_bytes(size), "of all": f"{size / missing.needed_bytes:.1%}"}
         for name, size in missing.largest
@@ -121,7 +121,7 @@ def largest_rows(missing: Shortfall) -> list[Row]:
 
 
 def sweep_rows(points: Sequence[SweepPoint]) -> list[Row]:
-    """Tell memory, time and rows a device-hour against devices and batch size."""
+    """Give memory, time and rows per device-hour for each number of devices and batch size."""
     best = max((point.solution.rows_per_s for point in points if point.solution), default=0.0) or 1.0
     rows = []
     for point in points:

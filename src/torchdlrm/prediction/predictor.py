@@ -129,7 +129,7 @@ class Predictor:
         """Typed columns -> what the model reads, by the code that preprocessing runs.
 
         Args:
-            frame: the features, of the types that `torchdlrm.data.log` gives (a dense column may have the other number
+            frame: the features, of the types that a parsed log has (a dense column may have the other number
                 type), B rows; other columns are not read.
 
         Raises:

@@ -5,7 +5,7 @@
     encode   groups of chunks -> their rows, dealt out to the parts
     write    the rows of each part -> its file
 
-Every task's result stands in the work folder's journal, and what a task needs of others it takes from there and from
+Every task's result is in the work folder's journal, and what a task needs of others it takes from there and from
 their files: so a job resumes wherever it was interrupted.
 """
 

@@ -1,7 +1,7 @@
 """Turns a raw log into a dataset.
 
 In: log files, a schema, thresholds, a seed.  Out: a `Dataset`, written atomically.  Memory is bounded, every task that
-is done is kept, and the bytes depend on neither; `torchdlrm.preprocessing.job` tells the phases.
+is done is kept, and the bytes depend on neither; `torchdlrm.preprocessing.job` has the phases.
 """
 
 import errno

@@ -7,7 +7,7 @@
       chunks/ counts/ ids/ groups/   what tasks left for later ones
       dataset/       the dataset, as far as it is written
 
-A task writes to a temporary file and renames it, and only then stands in the journal: a task that is not there runs
+A task writes to a temporary file and renames it, and only then enters the journal: a task that is not there runs
 again and leaves the same bytes.
 
 What tasks leave for later ones are files of named Arrow tables (`write_sections`), each of which is read without the
@@ -108,7 +108,7 @@ class WorkFolder:
             os.close(self._lock)
 
     def remove(self) -> None:
-        """Remove the folder; what tells which job it was goes last."""
+        """Remove the folder; the file that identifies its job goes last."""
         for name in FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
         self.close()

@@ -1,8 +1,8 @@
 """Defines the routes of the HTTP server.
 
 In: a `Service`.  Out: an ASGI app.  Bodies are read by hand, within limits, and parsed by orjson: a model of every row,
-checked cell by cell in Python, would take longer than predicting it.  What the routes take and answer stands in
-`openapi.py`.
+checked cell by cell in Python, would take longer than predicting it.  What the routes take and answer is
+described in `openapi.py`.
 """
 
 from http import HTTPStatus

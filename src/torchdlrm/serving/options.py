@@ -47,7 +47,7 @@ class ServeOptions:
         max_rows_per_request: A request with more rows is refused.
         max_body_bytes: A request with a longer body is refused.
         max_batch_rows: Rows that the model is given at once.
-        max_queue_rows: Rows that may wait, in each process; beyond, requests are refused and told when to try again.
+        max_queue_rows: Rows that may wait, in each process; further requests are refused, with the time to try again.
         max_concurrent_requests: Requests that are answered at the same time, in each process; beyond, they are refused
             likewise.
         deadline_ms: A request that is not answered by then is given up.
@@ -59,7 +59,7 @@ class ServeOptions:
         log_predictions: Folder for Parquet files of all rows and their predictions, which `dlrm preprocess` reads.
         verify: full checks every byte before serving; lazy each block before its first use.
         num_threads: Threads of the model in each process; by default half of the cores that it has.
-        log_level: Of the log on standard error: info has a line for every request.
+        log_level: Level of the log on standard error: info has a line for every request.
     """
 
     host: str = "127.0.0.1"

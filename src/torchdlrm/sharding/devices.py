@@ -2,7 +2,7 @@
 
 All rates are peak rates of the makers' datasheets, in bytes or floating-point operations per second and in one
 direction; real kernels reach a part of them, so times planned from them are too short rather than too long, and
-`dlrm plan --measure` replaces them by what the machine at hand does.
+`dlrm plan --measure` replaces them by what this machine reaches.
 """
 
 import difflib
@@ -115,7 +115,7 @@ _DEVICES = (
         float32_flops_per_s=2.6e12,
         devices_per_host=1,
         source="one socket of a server: 8 channels of DDR4-3200, 32 cores with AVX2 at 2.5 GHz, 25 Gb/s Ethernet; "
-        "memory is that of this machine when not told",
+        "memory is that of this machine when not given",
     ),
 )
 DEVICES: Mapping[str, Device] = {device.name: device for device in _DEVICES}

@@ -164,7 +164,7 @@ def _largest_first(proposal: list[ShardingOption], machine: Topology) -> None:
 
 
 def _largest_to_emptiest(proposal: list[ShardingOption], machine: Topology) -> None:
-    """Balance memory instead of time: TorchRec's greedy partitioner, told that bytes are what takes long."""
+    """Balance memory instead of time: TorchRec's greedy partitioner, with bytes in place of milliseconds."""
     times = [[shard.perf for shard in option.shards] for option in proposal]
     try:
         for option in proposal:

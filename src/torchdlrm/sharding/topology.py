@@ -1,6 +1,6 @@
 """Describes the machine to the planner: the memory that it really has, and how fast data moves.
 
-TorchRec assumes 32 GiB of GPU memory and 128 GiB of host memory when it is not told.
+TorchRec assumes 32 GiB of GPU memory and 128 GiB of host memory if these are not given.
 """
 
 import logging
@@ -102,7 +102,7 @@ def machine_of(device: Device, *, num_devices: int, num_hosts: int | None = None
     Args:
         device: what they are.
         num_devices: all of them.
-        num_hosts: as many as the device's usual machine makes of them when not told.
+        num_hosts: as many as the device's usual machine makes of them when not given.
 
     Raises:
         PlanError: the devices cannot be spread evenly.

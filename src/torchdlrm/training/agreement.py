@@ -2,8 +2,8 @@
 
 In: what each machine was started with, as name -> value, through the launcher's store.  Out: nothing, or the same
 refusal in every process, with each setting that differs, its values and the machines that have them. The processes of
-one machine have their settings from one command, so a machine speaks once. Learning rates, seeds or optimizers that
-differ would otherwise train together without a word, and batch sizes or intervals end in gloo's words.
+one machine have their settings from one command, so each machine reports once. Learning rates, seeds or optimizers that
+differ would otherwise train together silently, and batch sizes or intervals fail with an obscure gloo error.
 """
 
 import json
@@ -27,7 +27,7 @@ from torchdlrm.training.run import shown, versions
 
 # Machines import torch at different speeds, which a short `train.timeout_s` must not call a lost process.
 _LEAST_WAIT_S = 60.0
-# What `launch` was told; torch's launcher lets a node that asks for three into a group of two.
+# The arguments of `launch`; torch's launcher lets a node that asks for three into a group of two.
 NNODES_VARIABLE = "TORCHDLRM_NNODES"
 
 
@@ -63,7 +63,7 @@ def agree(
 
     Args:
         store: of this start of the job alone.
-        describe: gives this machine's settings; a UserError that it raises is told to all.
+        describe: gives this machine's settings; a UserError that it raises is reported on all machines.
         device: where this process computes.
         timeout_s: how long to wait for the other machines.
 

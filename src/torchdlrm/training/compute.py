@@ -84,7 +84,7 @@ def communication_codecs(config: TrainConfig, device: torch.device) -> dict[str,
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse freed memory, since a training step asks for the same buffers again and again.
+    """Make glibc reuse freed memory, since a training step asks for the same buffers again and again.
 
     glibc gives large buffers back to the kernel when they are freed and gets them again as untouched pages. For the
     paper's model at batch 2,048 that was 16,700 page faults a step, about a quarter of its time on two cores. It stays

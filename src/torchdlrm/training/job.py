@@ -170,8 +170,8 @@ def train(
         model_class: a model of one's own in place of the DLRM: a class or function, or where it stands, as
             `my_models.py:GatedDLRM`; docs/models.md says what it must do.
         restart: remove what is in it and begin again.
-        callbacks: are told on rank 0 how it goes, after metrics.jsonl and the trackers that the config names.
-        progress: is told of every step on rank 0.
+        callbacks: are called on rank 0, after metrics.jsonl and the trackers that the config names.
+        progress: receives every step on rank 0.
 
     Returns:
         How it went and ended on rank 0, None elsewhere.

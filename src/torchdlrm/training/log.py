@@ -27,7 +27,7 @@ logger = logging.getLogger("torchdlrm")
 
 
 class Callback:
-    """Is told what happens in a training, on rank 0 alone; a subclass overrides what it wants to know.
+    """Receives the events of a training, on rank 0 alone; a subclass overrides the methods that it needs.
 
     Metrics come by name: `rows` (training rows read up to then, over all ranks), `loss`, `ne`, `auc`, `learning_rate`
     of the dense optimizer, and `rows_per_s`. One that is not defined, as the AUC of rows of one label, is None. An
@@ -59,7 +59,7 @@ class Callback:
         """
 
     def on_end(self, outcome: Outcome) -> None:
-        """The training of this process ends, whatever the reason; every callback is told, the last one first.
+        """The training of this process ends, whatever the reason; every callback is called, the last one first.
 
         Args:
             outcome: `finished`, also by early stopping; `interrupted` by SIGTERM or Ctrl-C; `failed` by an exception.
@@ -68,7 +68,7 @@ class Callback:
 
 
 class Callbacks(Callback):
-    """Several callbacks as one, inside a `with`: whatever ends it, each of them is told."""
+    """Several callbacks as one, inside a `with`: whatever ends it, each of them is called."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._callbacks = callbacks
@@ -233,7 +233,7 @@ def validation_line(step: int, agenda: Agenda, metrics: BinaryMetrics, *, is_bes
 
 
 def metrics_for_callbacks(metrics: BinaryMetrics, *, rows: int, learning_rate: float, rows_per_s: float) -> Metrics:
-    """The metrics that callbacks are told, by the names and in the order of metrics.jsonl."""
+    """Return the metrics that callbacks receive, by the names and in the order of metrics.jsonl."""
     values = metrics.as_json()
     chosen = {"rows": rows, "loss": values["logloss"], "ne": values["ne"], "auc": values["auc"]}
     return {**chosen, "learning_rate": learning_rate, "rows_per_s": rows_per_s}

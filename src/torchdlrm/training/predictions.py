@@ -59,7 +59,7 @@ def predict_loaders(
         model: a `DLRMTrain` inside `DistributedModelParallel`, not held by a pipeline.
         loaders: of one epoch each; their rows are judged together. Every rank has its own.
         ranks: the processes that hold the model.
-        progress: is told of the rows of all ranks.
+        progress: receives the rows of all ranks.
     """
     predictions = PredictionBuffer()
     was_training = model.training

@@ -376,5 +376,5 @@ def environment_now(dataset: Dataset, world_size: int, architecture: Architectur
 
 
 def manifest_sha256(dataset: Dataset) -> str:
-    """What tells one dataset from another: its manifest holds the checksums of its files."""
+    """Identify a dataset by its manifest, which holds the checksums of its files."""
     return sha256_of(dataset.path / MANIFEST_NAME)

@@ -170,7 +170,7 @@ def build_pipeline(
 
 
 class StepCounters:
-    """Tells FBGEMM's tables and the dropout layers which step begins, so that a resumed run counts as if uninterrupted.
+    """Gives FBGEMM's tables and the dropout layers the current step, so that a resumed run counts as if uninterrupted.
 
     Dropout draws its random numbers from seed, step and rank, so that no checkpoint needs to hold the state of a
     generator.

@@ -27,7 +27,7 @@ logger = logging.getLogger("torchdlrm")
 
 
 class Tracker(Callback):
-    """Is told each metric under a name such as `val/auc`, where it is defined."""
+    """Receives each defined metric under a name such as `val/auc`."""
 
     def on_log(self, step: int, metrics: Metrics) -> None:
         """Send the metrics of the train split."""
@@ -145,7 +145,7 @@ class _Wandb(Tracker):
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if step < self._last_step:
-            return  # told before the process was killed; wandb takes nothing back
+            return  # sent before the process was killed; wandb cannot delete values
         self._run.log({**values, "step": step})
 
     def on_end(self, outcome: Outcome) -> None:
@@ -177,7 +177,7 @@ class _Mlflow(Tracker):
         metrics = [
             self._mlflow.entities.Metric(name, value, now_ms, step)
             for name, value in values.items()
-            if step > self._last_steps.get(name, 0)  # told before the process was killed; MLflow takes nothing back
+            if step > self._last_steps.get(name, 0)  # sent before the process was killed; MLflow cannot delete values
         ]
         try:
             self._client.log_batch(self.run_id, metrics=metrics)

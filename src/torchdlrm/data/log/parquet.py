@@ -4,8 +4,8 @@ In: row groups of a file.  Out: a `ParsedChunk`; a row's "line" is its number in
 out as text and read as the schema says, so that a value is good or bad as it would be in a text file; lists are taken
 as the values of a multi-valued column.
 
-A number is itself, as it is in a request to a server: for a column of kind `hex` it is no row of digits, 3.0 is 3 where
-the column holds integers, and NaN is a missing value.
+Numbers are taken as numbers, as in a request to a server: for a column of kind `hex` they are not read as digits, 3.0
+is 3 where the column holds integers, and NaN is a missing value.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Finds the bytes of a text that are in quoted cells.
 
-In: text that starts with a row.  Out: a mask, by which separators and line ends inside cells are told from real ones,
-and the quotes that are out of place.
+In: text that starts with a row.  Out: a mask that distinguishes separators and line ends inside cells from real
+ones, and the quotes that are out of place.
 
 A quote opens a cell only at the cell's start; inside, two quotes stand for one.  Where no quote is out of place, the
 parity of the quotes before a byte says whether it is inside, which costs little; elsewhere a regular expression walks

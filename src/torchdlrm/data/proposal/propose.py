@@ -148,7 +148,7 @@ def _of_preset(preset: str, path: Path, sample: Sample) -> Proposal:
 def _text(path: Path, sample: Sample, warnings: Sequence[str], body: Sequence[str]) -> str:
     lines = [
         f"# Proposed by `dlrm schema`; read it and edit. Read of {toml_value(path.name)}: {sample.origin}.",
-        "# Roles: label, dense (a number), sparse (a category), time, ignore. Each column has its reason beside it.",
+        "# Roles: label, dense (a number), sparse (a category), time, ignore. Each column has its reason next to it.",
     ]
     lines += [f"# LOOK: {_comment(warning)}" for warning in warnings]
     return "\n".join([*lines, *body]) + "\n"

@@ -1,7 +1,7 @@
 """Reads files of `torchrec.datasets.criteo` and of its nvt_dataloader example, in blocks.
 
 - `day_N_dense.npy` float32 (n, 13), `day_N_sparse.npy` int32 or int64 (n, 26), `day_N_labels.npy` int32 (n, 1)
-- multi-hot: `day_N_sparse_multi_hot.npz` beside them, uncompressed, members `0.npy` ... `25.npy`, int32 (n, k)
+- multi-hot: `day_N_sparse_multi_hot.npz` next to them, uncompressed, members `0.npy` ... `25.npy`, int32 (n, k)
 - nvt_dataloader: `label.bin` float32, `numerical.bin` float32 n x 13, `cat_0.bin` ... int32, in `train`, `validation`
   and `test`, or in one folder
 """
