@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, help="with float32 tables")
     parser.add_argument("--gigabytes", type=float, default=10.0, help="of tables")
     parser.add_argument("--folder", type=Path, default=Path(), help="where there is room for them")
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    parser.add_argument("--json", type=Path, help="write the measurements here, too")
     parser.add_argument("--measure", action="store_true", help="the bundle is large already: measure, print JSON")
     options = parser.parse_args()
     if options.measure:

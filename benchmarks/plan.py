@@ -1,8 +1,8 @@
 """The planner: how long it searches and how good its plans are, and how far calibrated predictions are from the truth.
 
     python benchmarks/plan.py                      our search: 26 tables on 8 devices, 200 on 16, 1,000 on 64
-    python benchmarks/plan.py --default-search     the same beside TorchRec's default search (minutes; not for 1,000)
-    python benchmarks/plan.py --calibration        `--measure` beside `dlrm bench step`, interleaved, on this machine
+    python benchmarks/plan.py --default-search     the same, and TorchRec's default search (minutes; not for 1,000)
+    python benchmarks/plan.py --calibration        `--measure` and `dlrm bench step`, interleaved, on this machine
 
 Prints a table and writes JSON to --out.
 """

@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--log", type=Path, help="a log in the Criteo layout, instead of a synthetic one")
     parser.add_argument("--folder", type=Path, help="where to work; by default a temporary folder")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--json", type=Path, help="where to write the measurements")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmark-preprocess-") as folder:
         log = arguments.log or _synthesize(Path(folder) / "log.tsv", arguments.rows)

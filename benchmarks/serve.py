@@ -9,7 +9,7 @@
 An open-loop load generator: requests leave at random moments of a fixed mean rate (a Poisson process), whether or not
 those before are answered, and each latency counts from the moment at which its request was due.  So a server that
 stalls is charged with all who came meanwhile.  The generator is a process of its own on the same machine, and shares
-its cores with the server: figures are an upper bound.  It speaks plain HTTP/1.1 over connections that stay
+its cores with the server: its values are an upper bound.  It speaks plain HTTP/1.1 over connections that stay
 open, one request at a time on each, because a client library would need more of the processor than the server does.
 
 With `--versus`, servers of another state of the source take turns with this one's, and medians over the rounds are
@@ -18,7 +18,7 @@ set side by side:
     git worktree add ../before COMMIT
     python benchmarks/serve.py bundle log.tsv --versus ../before/src --rounds 5
 
-Prints a table; `--json` writes all figures to a file.
+Prints a table; `--json` writes all measurements to a file.
 """
 
 import argparse
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each case")
     parser.add_argument("--versus", type=Path, help="the folder src of another checkout, to compare with")
     parser.add_argument("--rounds", type=int, default=1, help="how often each server is measured")
-    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--json", type=Path, help="where to write all measurements")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="options of `dlrm serve`; last")
     options = parser.parse_args()
     rows = read_rows(options.log, 2500)

@@ -1,4 +1,4 @@
-"""Resident memory of `dlrm train` over many steps, beside the bytes of its tables and their optimizer's state.
+"""Resident memory of `dlrm train` over many steps, compared with the bytes of its tables and their optimizer's state.
 
     python benchmarks/training_memory.py --dataset dataset --steps 10000 --json memory.json
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, required=True, help="written by dlrm preprocess")
     parser.add_argument("--steps", type=int, default=10_000, help="optimizer steps")
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    parser.add_argument("--json", type=Path, help="write the measurements here, too")
     parser.add_argument("train_options", nargs="*", help="for dlrm train: a config, then keys to override")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -68,7 +68,7 @@ def take_turns(
         phase: what `progress` calls it.
         competitors: by name.
         steps: of each, before the next has its turn.
-        rounds: turns that count, after one that warms up: allocator, pipeline, packed weights, page faults.
+        rounds: rounds that count, after one that warms up: allocator, pipeline, packed weights, page faults.
         progress: receives every turn.
 
     Returns:

@@ -228,7 +228,7 @@ def _show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:
 
 
 def _print_summary(summary: "DatasetSummary") -> None:
-    """Print three tables; what is told of each split stands in one column, below the splits' names."""
+    """Print three tables; the values of each split are in one column, below the split's name."""
     splits = list(summary.splits)
     six, five = "".join(f"{name:>6}" for name in splits), "".join(f"{name:>5}" for name in splits[1:])
 

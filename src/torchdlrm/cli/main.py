@@ -24,7 +24,7 @@ app = App(
     help_on_error=False,
     print_error=False,
     result_action="return_value",
-    suppress_keyboard_interrupt=False,  # it is told below, as everything else
+    suppress_keyboard_interrupt=False,  # it is reported below, like everything else
 )
 app.command("torchdlrm.cli.quickstart:quickstart", help="Synthesize, preprocess, train and evaluate, in minutes.")
 app.command("torchdlrm.cli.synthesize:synthesize", help="Write a click log whose truth is known.")

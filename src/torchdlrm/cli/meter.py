@@ -11,7 +11,7 @@ from torchdlrm.units import show_bytes, show_count
 
 # The rate is that of the last minute: it follows a change, and a slow task does not make it jump.
 _WINDOW_S = 60.0
-# Over less than this no rate is told: it would be that of a clock.
+# Over less than this no rate is shown: it would be that of a clock.
 _LEAST_S = 0.5
 _BAR_CHARACTERS = 12  # at least
 

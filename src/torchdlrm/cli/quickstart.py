@@ -15,7 +15,7 @@ from torchdlrm.errors import ConfigError, Interrupted
 from torchdlrm.files import write_atomically
 
 NUM_ROWS = 1_000_000
-# In the folder from its first moment on, by which an interrupted quickstart is told from a folder of somebody's.
+# In the folder from its first moment on: it distinguishes an interrupted quickstart from a folder of somebody else's.
 MARK_NAME = "quickstart.json"
 
 

@@ -31,7 +31,7 @@ class TableOptimizer:
         on_cpu: whether FBGEMM has a CPU kernel for it.
         decays_on_cpu: whether that kernel knows weight decay; FBGEMM's take the argument and ignore it.
         momentum: whose momentum it has, `adam` or `lamb`; empty where it has none.
-        trade: what is said where it is proposed in place of one with more state.
+        trade: the explanation shown where it is proposed in place of one with more state.
     """
 
     name: TableOptimizerName

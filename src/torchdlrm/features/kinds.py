@@ -101,7 +101,7 @@ class ValueKind:
         """Cells of JSON, numbers of these types or None, as a column; None where they must be read as text.
 
         Raises:
-            OverflowError: a number is too large: read as text it is told where.
+            OverflowError: a number is too large; reading it as text reports where it is.
         """
         return None
 

@@ -131,7 +131,7 @@ def _numbers(cells: Sequence[object], column: Feature) -> pl.Series | None:
     try:
         return column.value_kind.from_json_numbers(cells, set(map(type, cells)) - {_MISSING})
     except (OverflowError, TypeError):
-        return None  # too large: read as text it is told where
+        return None  # too large: reading it as text reports where it is
 
 
 def check_cells(bad_rows: BadRows) -> None:

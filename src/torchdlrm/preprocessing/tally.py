@@ -2,7 +2,7 @@
 
 In: rows of chunks.  Out: a `Tally`, which adds up, and from it the split's record in the manifest.
 
-How far the distribution of a column is from that in `train` is told from two histograms of its encoded values, of few
+How far a column's distribution is from that in `train` is computed from two histograms of its encoded values, of few
 enough bins to add up and keep.  Ids are binned by rank: 0 (unknown) and the 31 most frequent by themselves, the others
 by powers of two.  Dense values are binned by sign, exponent and the first two bits of the mantissa.
 """

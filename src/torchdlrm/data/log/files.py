@@ -119,7 +119,7 @@ def recognize_format(start: bytes, path: Path) -> FileFormat:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What goes wrong inside is told as a fault of the file.
+    """Report what goes wrong inside as a fault of the file.
 
     Raises:
         LogError: it cannot be read, or its gzip stream is damaged.

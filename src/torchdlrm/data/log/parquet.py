@@ -87,7 +87,7 @@ def read_row_groups(
 
 @contextmanager
 def reading_parquet(path: Path) -> Iterator[None]:
-    """What goes wrong inside is told as a fault of the file.
+    """Report what goes wrong inside as a fault of the file.
 
     Raises:
         LogError: it cannot be read.

@@ -74,7 +74,7 @@ class GrpcServer:
             ("grpc.server_handshake_timeout_ms", int(1e3 * service.options.header_timeout_s)),
             ("grpc.max_connection_idle_ms", int(1e3 * service.options.keep_alive_s)),
             # An answer that its client does not take is kept as long as the connection, and there is no way to end the
-            # call: so both have a limit.  The client is told, and continues over another.
+            # call: so both have a limit.  The client is notified, and continues over another.
             ("grpc.max_connection_age_ms", int(1e3 * _AGE_IN_KEEP_ALIVES * service.options.keep_alive_s)),
             ("grpc.max_connection_age_grace_ms", int(2e3 * service.options.body_timeout_s)),
             ("grpc.max_concurrent_streams", max(_MIN_STREAMS, 2 * service.options.max_concurrent_requests)),
