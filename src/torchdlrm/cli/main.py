@@ -9,7 +9,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from cyclopts import App
+from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
 from torchdlrm import __version__
@@ -24,6 +24,7 @@ app = App(
     help_on_error=False,
     print_error=False,
     result_action="return_value",
+    default_parameter=Parameter(negative_iterable=""),  # no --empty-logs for a list of files
     suppress_keyboard_interrupt=False,  # it is reported below, like everything else
 )
 app.command("torchdlrm.cli.quickstart:quickstart", help="Synthesize, preprocess, train and evaluate, in minutes.")

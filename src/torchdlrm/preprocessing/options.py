@@ -78,7 +78,7 @@ class Resources:
     """What the job may use; changes no byte of the dataset.
 
     Attributes:
-        memory_bytes: Memory that the job may use, all in all; on a cluster, that of each worker process.
+        memory_bytes: Memory that the job may use, all in all, as in 500MB; on a cluster, that of each worker process.
         workers: Tasks at a time; by default one a core.
         cluster: Address of a Dask scheduler whose workers do the work; they must see the same files.
     """

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +27,7 @@ _STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 logger = logging.getLogger("torchdlrm")
 
 
-class Tracker(Callback):
+class Tracker(Callback, ABC):
     """Receives each defined metric under a name such as `val/auc`."""
 
     def on_log(self, step: int, metrics: Metrics) -> None:
@@ -37,9 +38,9 @@ class Tracker(Callback):
         """Send the metrics of the val split."""
         self.log(step, _named("val", metrics))
 
+    @abstractmethod
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send metrics by name after `step`."""
-        raise NotImplementedError
 
 
 def _named(split: str, metrics: Metrics) -> dict[str, float]:
