@@ -219,8 +219,10 @@ def serve():
     """Starts the real server on free ports, until the session ends: serve(bundle, "--workers", 2) -> RunningServer."""
     started = []
 
-    def start(bundle, *args, **environment):
+    def start(bundle, *args, max_open_files=None, **environment):
         command = [str(Path(sys.executable).with_name("dlrm")), "serve", str(bundle), "--json", "--port", "0"]
+        if max_open_files:  # set in the server's process alone: this one may already have more files open
+            command = ["sh", "-c", f'ulimit -S -n {max_open_files}; exec "$@"', "sh", *command]
         process = subprocess.Popen(
             [*command, *map(str, args)],
             env={**os.environ, **environment},

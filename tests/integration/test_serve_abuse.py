@@ -5,7 +5,6 @@ Short here; TORCHDLRM_ABUSE=20 sends twenty times as much, and takes minutes.  A
 
 import contextlib
 import json
-import resource
 import shutil
 import signal
 import socket
@@ -326,12 +325,7 @@ def test_tiny_chunks_do_not_hold_up_the_others(abused):
 
 
 def test_few_file_descriptors_are_shared_fairly_and_told(serve, small_bundle):
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
-    try:
-        running = serve(small_bundle, "--log-level", "warning", DLRM_API_KEY=KEY)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    running = serve(small_bundle, "--log-level", "warning", max_open_files=256, DLRM_API_KEY=KEY)
     abused = Abused(running)
 
     def is_answered():
