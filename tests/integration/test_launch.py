@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from torchdlrm.errors import LostProcessError, TrainingError
+from torchdlrm.errors import ConfigError, LostProcessError, TrainingError
 from torchdlrm.training.launch import Processes, launch
 from torchdlrm.training.process_group import join_process_group
 
@@ -61,6 +61,25 @@ def join_but_one():
 def test_a_process_that_never_joins_the_others_is_told_as_a_lost_one():
     with pytest.raises(LostProcessError, match="has lost another one, which died or has not answered for 2 s"):
         launch(join_but_one, processes=Processes(2))
+
+
+def join_as_a_node():
+    """What the second of two machines says that has been told to use GPUs and has none, and what the first hears."""
+    os.environ |= {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GROUP_RANK": os.environ["RANK"]}
+    os.environ |= {"GROUP_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
+    is_second = os.environ["RANK"] == "1"
+    with pytest.raises(ConfigError) as told, join_process_group(timeout_s=60, device="cuda" if is_second else "auto"):
+        pass
+    problem = f"{told.value} {told.value.is_everywhere}"
+    return problem if not is_second else None
+
+
+def test_a_machine_without_its_gpus_ends_the_others_with_its_reason_before_they_choose_how_to_talk():
+    told = launch(join_as_a_node, processes=Processes(2))
+    assert "another machine of this training cannot start:" in told
+    assert "node 1 (" in told
+    assert "train.device = cuda: PyTorch" in told
+    assert told.endswith("True")
 
 
 def test_tables_that_do_not_fit_are_wrong_input_also_where_a_child_process_finds_out(small_run, dlrm, tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from torchdlrm.config import DeviceChoice
 from torchdlrm.progress import ProgressListener
 from torchdlrm.training.process_group import Ranks, join_process_group
 
@@ -28,9 +29,12 @@ class Competitor:
         build: called in each process with its ranks and `arguments`; returns the step. A function of a module.
         arguments: picklable.
         nproc: number of processes.
+        device: where they compute, as `train.device` has it.
     """
 
-    def __init__(self, build: Callable[..., Step], *arguments: object, nproc: int) -> None:
+    def __init__(
+        self, build: Callable[..., Step], *arguments: object, nproc: int, device: DeviceChoice = "auto"
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -39,7 +43,9 @@ class Competitor:
         self._processes = []
         for rank in range(nproc):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, nproc, port, build, arguments), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, rank, nproc, port, device, build, arguments), daemon=True
+            )
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -88,11 +94,17 @@ def take_turns(
 
 
 def _serve(
-    pipe: Connection, rank: int, nproc: int, port: int, build: Callable[..., Step], arguments: tuple[Any, ...]
+    pipe: Connection,
+    rank: int,
+    nproc: int,
+    port: int,
+    device: DeviceChoice,
+    build: Callable[..., Step],
+    arguments: tuple[Any, ...],
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(nproc), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(nproc)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with join_process_group() as ranks:
+    with join_process_group(device=device) as ranks:
         step = build(ranks, *arguments)
         while steps := pipe.recv():
             pipe.send(_time(step, steps, ranks))

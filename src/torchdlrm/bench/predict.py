@@ -90,15 +90,15 @@ def benchmark_predict(
         }
         float32 = bundles["float32"]
         competitors = {
-            EAGER: Competitor(eager_step, float32, batch_rows, nproc=1),
-            QUANTIZED: Competitor(quantized_step, float32, batch_rows, nproc=1),
+            EAGER: Competitor(eager_step, float32, batch_rows, nproc=1, device="cpu"),
+            QUANTIZED: Competitor(quantized_step, float32, batch_rows, nproc=1, device="cpu"),
         }
         for tables, dense in SERVED:
             name = f"served, {tables} tables, {dense} products"
-            competitors[name] = Competitor(served_step, bundles[tables], batch_rows, dense, nproc=1)
+            competitors[name] = Competitor(served_step, bundles[tables], batch_rows, dense, nproc=1, device="cpu")
         raw = write_random_bundle(Path(scratch) / "raw", sizes, "int8", for_raw_rows=True)
         log = write_random_log(Path(scratch) / "log.tsv", sizes, log_rows)
-        competitors[FROM_LOG] = Competitor(from_log_step, raw, log, nproc=1)
+        competitors[FROM_LOG] = Competitor(from_log_step, raw, log, nproc=1, device="cpu")
         rows = dict.fromkeys(competitors, batch_rows * batches_per_round) | {FROM_LOG: log_rows}
         steps = dict.fromkeys(competitors, batches_per_round) | {FROM_LOG: 1}
         turns = take_turns("bench predict", competitors, steps, rounds, progress)

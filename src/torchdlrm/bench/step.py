@@ -36,7 +36,8 @@ from torchdlrm.sharding.planner import PlanOptions, plan_sharding, table_sharder
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.tables.optimizers import fused_params
 from torchdlrm.training.compute import choose_precision, keep_freed_memory
-from torchdlrm.training.process_group import Ranks, rank_device
+from torchdlrm.training.device import rank_device
+from torchdlrm.training.process_group import Ranks
 from torchdlrm.training.sharded import build_optimizer, build_pipeline, build_sharded_model
 
 
@@ -82,11 +83,12 @@ def benchmark_step(
 
     One round more is run than counts: the first warms up.
     """
-    precision = choose_precision(config, _shape(config, num_embeddings), rank_device(0, nproc))
+    device = config.train.device
+    precision = choose_precision(config, _shape(config, num_embeddings), rank_device(0, nproc, device))
     competitors = {
-        "ours": Competitor(our_step, config, num_embeddings, precision.dtype, nproc=nproc),
-        "torchrec": Competitor(torchrec_step, config, num_embeddings, nproc=nproc),
-        "floor": Competitor(floor_step, config, num_embeddings, precision.dtype, nproc=nproc),
+        "ours": Competitor(our_step, config, num_embeddings, precision.dtype, nproc=nproc, device=device),
+        "torchrec": Competitor(torchrec_step, config, num_embeddings, nproc=nproc, device=device),
+        "floor": Competitor(floor_step, config, num_embeddings, precision.dtype, nproc=nproc, device=device),
     }
     steps = dict.fromkeys(competitors, steps_per_round)
     seconds = take_turns("bench step", competitors, steps, rounds, progress)

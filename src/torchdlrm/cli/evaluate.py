@@ -17,6 +17,7 @@ from torchdlrm.cli.terminal import (
     warn,
     warn_of_crowding,
 )
+from torchdlrm.config import DeviceChoice
 
 
 def evaluate(
@@ -27,6 +28,7 @@ def evaluate(
     dataset: Path | None = None,
     model_class: str | None = None,
     batch_size_global: Positive = 8192,
+    device: DeviceChoice = "auto",
     nproc_per_node: Positive = 1,
     as_json: Json = False,
 ) -> None:
@@ -40,6 +42,7 @@ def evaluate(
         model_class: The model class that the run was trained with, FILE.py:NAME or MODULE:NAME; only where it is not
             the DLRM.
         batch_size_global: Rows per forward pass over all processes; the result does not depend on it.
+        device: auto, cuda or cpu: where to compute (as train.device), whatever the run was trained on.
         nproc_per_node: Processes on this machine; need not be as many as trained.
         as_json: Print one JSON object on standard output.
     """
@@ -54,7 +57,7 @@ def evaluate(
     processes = Processes(nproc_per_node)
     warn_of_crowding(processes)
     result: dict[str, Any] = launch(
-        work, run, dataset, split, checkpoint, batch_size_global, model_class, processes=processes
+        work, run, dataset, split, checkpoint, batch_size_global, model_class, device, processes=processes
     )
     try:
         trained.write_evaluation(result["split"], result)
@@ -79,6 +82,7 @@ def work(
     checkpoint: str,
     batch_size_global: int,
     model_class: str | None = None,
+    device: DeviceChoice = "auto",
 ) -> dict[str, Any] | None:
     """What every process of an evaluation does; only the first one draws."""
     from torchdlrm.evaluation.evaluate import evaluate as evaluate_run
@@ -91,5 +95,6 @@ def work(
             model_class=model_class,
             checkpoint=checkpoint,
             batch_size_global=batch_size_global,
+            device=device,
             progress=progress,
         )

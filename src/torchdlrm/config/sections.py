@@ -17,6 +17,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+DeviceChoice = Literal["auto", "cuda", "cpu"]
 
 
 class _Section(BaseModel):
@@ -42,6 +43,11 @@ class TrainConfig(_Section):
     batch_size_global: PositiveInt = Field(2048, description="rows per step over all ranks")
     epochs: PositiveInt = Field(1, description="passes over the training split")
     max_steps: PositiveInt | None = Field(None, description="stop after this many steps, regardless of epochs")
+    device: DeviceChoice = Field(
+        "auto",
+        description="where to compute: cuda demands a GPU for each process of a host, cpu uses none; auto is cpu with "
+        "PyTorch's CPU build or where CUDA_VISIBLE_DEVICES is empty, and else demands GPUs that FBGEMM has kernels for",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="precision of the dense parts' matrix products; auto asks the device; weights stay float32"
     )

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from torchdlrm.config import DeviceChoice
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import binary_metrics
@@ -24,6 +25,7 @@ def evaluate(
     model_class: ModelClass | None = None,
     checkpoint: str = "best",
     batch_size_global: int = 8192,
+    device: DeviceChoice = "auto",
     progress: ProgressListener = SILENT,
 ) -> dict[str, Any] | None:
     """Metrics of a run's weights over the rows of one split, or of several together.
@@ -38,6 +40,7 @@ def evaluate(
         model_class: that the run was trained with, where it was a class of somebody's own.
         checkpoint: `best` of the val split (the last where nothing was validated), `last`, or a step.
         batch_size_global: rows per forward pass over all ranks; does not change the result.
+        device: where to compute, as `train.device` has it, whatever the run was trained on.
         progress: receives the rows done on rank 0.
 
     Returns:
@@ -48,6 +51,7 @@ def evaluate(
     Raises:
         RunError: there is no such run, it is of another dataset or model class, or it lacks an undamaged checkpoint.
         DatasetError: the dataset or a split is not there, or is empty.
+        ConfigError: the GPUs that `device` demands are not there.
         PlanError: the tables do not fit the machine.
     """
     chosen, predictions = predict_split(
@@ -57,6 +61,7 @@ def evaluate(
         model_class=model_class,
         checkpoint=checkpoint,
         batch_size_global=batch_size_global,
+        device=device,
         progress=progress,
     )
     about = {"split": split, "step": chosen.step, "checkpoint": chosen.kind}
@@ -71,6 +76,7 @@ def predict_split(
     model_class: ModelClass | None = None,
     checkpoint: str = "best",
     batch_size_global: int = 8192,
+    device: DeviceChoice = "auto",
     progress: ProgressListener = SILENT,
 ) -> tuple[ChosenCheckpoint, Predictions | None]:
     """The checkpoint that was chosen, and on rank 0 the labels and logits of a split; all as for `evaluate`.
@@ -79,7 +85,7 @@ def predict_split(
     """
     trained = run if isinstance(run, Run) else Run.open(Path(run))
     encoded = trained.open_dataset(dataset)
-    with join_process_group() as ranks:
+    with join_process_group(device=device, setting="`device`") as ranks:
         model = build_sharded_model(
             trained.config,
             trained.shape(encoded, model_class),

@@ -86,7 +86,7 @@ def measured(problem: Problem, config: Config) -> tuple[Problem, Measurement]:
 
 
 def _measure_rank(problem: Problem, config: Config) -> Measurement:
-    with join_process_group() as ranks:
+    with join_process_group(device="cuda" if problem.machine.kind == "cuda" else "cpu") as ranks:
         set_threads(config, problem.shape, ranks)
         return measure(problem, config, ranks.device)
 

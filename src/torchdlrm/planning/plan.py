@@ -23,7 +23,7 @@ from torchdlrm.sharding.tables import (
     read_tables,
 )
 from torchdlrm.sharding.topology import Machine, local_machine, machine_of
-from torchdlrm.training.process_group import rank_device
+from torchdlrm.training.device import rank_device
 from torchdlrm.units import parse_bytes
 
 THIS_MACHINE = "here"
@@ -94,7 +94,7 @@ def _machine(request: PlanRequest, config: Config) -> Machine:
         raise PlanError(msg)
     if request.device_name == THIS_MACHINE:
         local_world_size = devices // (hosts or 1)
-        device = rank_device(0, local_world_size)
+        device = rank_device(0, local_world_size, config.train.device)
         machine = local_machine(sharding, world_size=devices, local_world_size=local_world_size, device=device)
     else:
         machine = machine_of(device_named(request.device_name), num_devices=devices, num_hosts=hosts)

@@ -21,8 +21,9 @@ from torchdlrm.tables.optimizers import check_table_optimizer
 from torchdlrm.training.agreement import Settings, settings_of
 from torchdlrm.training.checkpoint import list_checkpoints
 from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory, set_threads
+from torchdlrm.training.device import rank_device
 from torchdlrm.training.log import Callback, Callbacks, MetricsLog, TrainingHistory, read_metrics
-from torchdlrm.training.process_group import Ranks, join_process_group, rank_device
+from torchdlrm.training.process_group import Ranks, join_process_group
 from torchdlrm.training.run import METRICS_NAME, Run
 from torchdlrm.training.steps import Agenda, check_early_stopping, decay_kind
 from torchdlrm.training.trackers import check_trackers, open_trackers
@@ -130,12 +131,12 @@ def preview_training(
         architecture: of the model.
 
     Raises:
-        ConfigError: early stopping could never act, the device lacks the tables' optimizer, or a tracker's package is
-            missing.
+        ConfigError: early stopping could never act, GPUs are missing, the device lacks the tables' optimizer, or a
+            tracker's package is missing.
         DatasetError: there are no training rows.
         PlanError: the tables do not fit, or the given plan does not.
     """
-    device = rank_device(0, local_world_size)
+    device = rank_device(0, local_world_size, config.train.device)
     agenda = _checked_agenda(config, dataset, device)
     shape = ModelShape.of(config.model, dataset, architecture)
     solution = preview_plan(
@@ -201,7 +202,7 @@ def train(
         trackers = open_trackers(path, settings, from_step=from_step)
         return Callbacks([MetricsLog(path, from_step=from_step), *trackers, *callbacks])
 
-    with join_process_group(settings.train.timeout_s, describe) as ranks:
+    with join_process_group(settings.train.timeout_s, describe, device=settings.train.device) as ranks:
         keep_freed_memory()
         allow_tf32(settings.train, ranks.device)
         encoded = opened()

@@ -144,7 +144,7 @@ def _refuse(error: UserError) -> None:
     def describe() -> Settings:
         raise error
 
-    with join_process_group(describe=describe):
+    with join_process_group(describe=describe, device="cpu"):
         pass
 
 

@@ -16,8 +16,10 @@ import torch
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from torchdlrm.errors import LostProcessError
+from torchdlrm.config import DeviceChoice
+from torchdlrm.errors import LostProcessError, UserError
 from torchdlrm.training.agreement import Settings, agree
+from torchdlrm.training.device import rank_device
 
 
 @dataclass(frozen=True)
@@ -93,20 +95,30 @@ _SIGNS_OF_A_LOST_PROCESS = ("imed out", "imeout", "onnection closed", "onnection
 
 
 @contextmanager
-def join_process_group(timeout_s: float = 600.0, describe: Callable[[], Settings] = dict) -> Iterator[Ranks]:
+def join_process_group(
+    timeout_s: float = 600.0,
+    describe: Callable[[], Settings] = dict,
+    *,
+    device: DeviceChoice = "auto",
+    setting: str = "train.device",
+) -> Iterator[Ranks]:
     """Join the group that torch's launcher has described in the environment, or form one of a single process.
 
-    NCCL where there is a GPU for each process of the host, gloo otherwise. On CPU each process takes its share of
-    the cores that it may run on. Where a group exists already, it is used and left as it is. Afterwards torch's number
+    NCCL where the processes compute on GPUs, gloo otherwise. On CPU each process takes its share of the cores that it
+    may run on. Where a group exists already, it is used and left as it is. Afterwards torch's number
     of threads, random state, current GPU and matrix precision, the filters of warnings and the levels of other
     libraries' loggers are what they were.
 
     Args:
         timeout_s: how long to wait for a process that does not answer before the job ends, in seconds.
         describe: gives the settings that all machines must have been started with, see `torchdlrm.training.agreement`.
+        device: where to compute, as `torchdlrm.training.device.choose_device_type` has it; in a group that exists
+            already and has no NCCL, on CPU.
+        setting: what messages call that choice.
 
     Raises:
-        UserError: machines were started with different settings, or one cannot take part.
+        UserError: machines were started with different settings, or one cannot take part, for example because it lacks
+            the GPUs that the others have.
         LostProcessError: a process does not come, dies, or does not answer, also inside.
     """
     is_ours = not dist.is_initialized()
@@ -117,14 +129,18 @@ def join_process_group(timeout_s: float = 600.0, describe: Callable[[], Settings
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1" if is_ours else str(world_size)))
     has_nccl = is_ours or "cuda:nccl" in str(dist.get_backend_config())
     local_rank = int(os.environ.get("LOCAL_RANK", str(rank % local_world_size)))
-    device = rank_device(local_rank, local_world_size) if has_nccl else torch.device("cpu")
-    ranks = Ranks(rank, world_size, local_world_size, device, timeout_s)
-    with silenced_libraries(), _restored_settings(device), ranks.raising_lost_process():
-        if device.type == "cpu":
+    place, describe = _device_and_settings(
+        lambda: rank_device(local_rank, local_world_size, device, setting) if has_nccl else torch.device("cpu"),
+        describe,
+        is_one_node=world_size == local_world_size,
+    )
+    ranks = Ranks(rank, world_size, local_world_size, place, timeout_s)
+    with silenced_libraries(), _restored_settings(place), ranks.raising_lost_process():
+        if place.type == "cpu":
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         if is_ours and "RANK" in os.environ:
-            _form_group(backend, device, timeout_s, describe)
+            _form_group(backend, place, timeout_s, describe)
         elif is_ours:
             dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
         try:
@@ -134,11 +150,26 @@ def join_process_group(timeout_s: float = 600.0, describe: Callable[[], Settings
                 dist.destroy_process_group(group)
 
 
-def rank_device(local_rank: int, local_world_size: int) -> torch.device:
-    """Where a rank computes: on its own GPU where there is one for each rank of the host, else on CPU."""
-    if torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size:
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
+def _device_and_settings(
+    choose: Callable[[], torch.device], describe: Callable[[], Settings], *, is_one_node: bool
+) -> tuple[torch.device, Callable[[], Settings]]:
+    """The device, and what describes this machine to the others: where it lacks its GPUs, with that error.
+
+    Raises:
+        UserError: the GPUs are not there, and no other machine waits to be told.
+    """
+    try:
+        return choose(), describe
+    except UserError as error:
+        error.is_everywhere = is_one_node  # all processes of a machine see the same GPUs
+        if is_one_node:
+            raise
+        refusal = error
+
+    def refuse() -> Settings:
+        raise refusal
+
+    return torch.device("cpu"), refuse
 
 
 def _form_group(backend: str, device: torch.device, timeout_s: float, describe: Callable[[], Settings]) -> None:
