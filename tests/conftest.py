@@ -23,6 +23,13 @@ hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read when torch loads
 
+
+def pytest_configure(config):
+    """The suite computes on the processor wherever it runs; only `pytest tests/gpu`, by itself, sees the GPUs."""
+    if not all("gpu" in Path(arg.partition("::")[0]).as_posix() for arg in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.features.schema import criteo_schema
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess

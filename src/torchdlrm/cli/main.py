@@ -77,6 +77,8 @@ def main() -> None:
             raise
         _end(2, "error", f"{error.name} is not installed: {PACKAGES[error.name]}")
     except OSError as error:
+        if "fbgemm_gpu" in str(error):
+            _end(1, "failed", f"{error}: {error.__cause__}; {_WHY_FBGEMM_FAILS}")
         is_input = error.errno not in _NOT_THE_INPUT
         _end(2 if is_input else 1, "error" if is_input else "failed", _what_the_system_said(error))
     except KeyboardInterrupt:
@@ -96,6 +98,10 @@ PACKAGES = {
     "torchrec": "pip install --no-deps 'torchrec>=1.8,<1.9'",
     "fbgemm_gpu": "pip install 'fbgemm-gpu-cpu>=1.8,<1.9', or 'fbgemm-gpu>=1.8,<1.9' where there is a GPU",
 }
+_WHY_FBGEMM_FAILS = (
+    "FBGEMM's CUDA build needs NVIDIA's driver, also where nothing computes on a GPU: on a machine without one use the CPU "
+    "set-up in a venv of its own (make install); dlrm doctor shows what is installed here"
+)
 # A full or failing disk is nobody's input; a path that is missing, read-only or too long is.
 _NOT_THE_INPUT = {None, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPIPE}
 

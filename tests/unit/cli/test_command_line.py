@@ -73,6 +73,19 @@ def test_a_package_that_is_not_installed_is_named_with_the_command_that_installs
         assert remedy in told
 
 
+def test_a_build_of_fbgemm_that_cannot_be_loaded_is_explained_in_one_line(dlrm_says, monkeypatch):
+    def app(*_, **__):
+        library = "/venv/fbgemm_gpu/fbgemm_gpu_config.so"
+        raise OSError(f"Could not load this library: {library}") from OSError("libnvidia-ml.so.1: cannot open")
+
+    monkeypatch.setattr(torchdlrm.cli.main, "app", app)
+    code, told = dlrm_says("train")
+    assert code == 1
+    assert told.startswith("failed: Could not load this library: /venv/fbgemm_gpu/fbgemm_gpu_config.so: libnvidia-ml")
+    assert "needs NVIDIA's driver" in told
+    assert told.count("\n") == 1
+
+
 def _importing(name):
     def app(*_, **__):
         __import__(name)
