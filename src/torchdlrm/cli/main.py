@@ -99,8 +99,8 @@ PACKAGES = {
     "fbgemm_gpu": "pip install 'fbgemm-gpu-cpu>=1.8,<1.9', or 'fbgemm-gpu>=1.8,<1.9' where there is a GPU",
 }
 _WHY_FBGEMM_FAILS = (
-    "FBGEMM's CUDA build needs NVIDIA's driver, also where nothing computes on a GPU: on a machine without one use the CPU "
-    "set-up in a venv of its own (make install); dlrm doctor shows what is installed here"
+    "FBGEMM's CUDA build needs NVIDIA's driver, also where nothing computes on a GPU: on a machine without one use the "
+    "CPU set-up in a venv of its own (make install); dlrm doctor shows what is installed here"
 )
 # A full or failing disk is nobody's input; a path that is missing, read-only or too long is.
 _NOT_THE_INPUT = {None, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPIPE}

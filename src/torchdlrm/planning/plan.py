@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torchdlrm.config import Config, load_config
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.errors import PlanError
+from torchdlrm.errors import ConfigError, PlanError
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.planning.measure import measured
 from torchdlrm.planning.plan_request import PlanRequest
@@ -94,7 +94,11 @@ def _machine(request: PlanRequest, config: Config) -> Machine:
         raise PlanError(msg)
     if request.device_name == THIS_MACHINE:
         local_world_size = devices // (hosts or 1)
-        device = rank_device(0, local_world_size, config.train.device)
+        try:
+            device = rank_device(0, local_world_size, config.train.device)
+        except ConfigError as error:
+            msg = f"{error}; or name a machine that need not be here (`device`)"
+            raise PlanError(msg) from error
         machine = local_machine(sharding, world_size=devices, local_world_size=local_world_size, device=device)
     else:
         machine = machine_of(device_named(request.device_name), num_devices=devices, num_hosts=hosts)

@@ -75,8 +75,8 @@ def test_a_package_that_is_not_installed_is_named_with_the_command_that_installs
 
 def test_a_build_of_fbgemm_that_cannot_be_loaded_is_explained_in_one_line(dlrm_says, monkeypatch):
     def app(*_, **__):
-        library = "/venv/fbgemm_gpu/fbgemm_gpu_config.so"
-        raise OSError(f"Could not load this library: {library}") from OSError("libnvidia-ml.so.1: cannot open")
+        cause = OSError("libnvidia-ml.so.1: cannot open")
+        raise OSError("Could not load this library: /venv/fbgemm_gpu/fbgemm_gpu_config.so") from cause
 
     monkeypatch.setattr(torchdlrm.cli.main, "app", app)
     code, told = dlrm_says("train")

@@ -93,6 +93,13 @@ def test_a_wrong_table_file_is_refused(tmp_path, content, words):
     assert words in str(failure.value)
 
 
+def test_a_plan_for_gpus_that_are_not_here_says_that_a_machine_can_be_named():
+    with pytest.raises(
+        PlanError, match=r"train.device = cuda: .* or name a machine that need not be here \(`device`\)"
+    ):
+        plan(PlanRequest(tables="criteo-1tb", device="here"), load_config(None, {"train.device": "cuda"}))
+
+
 def test_the_example_of_plan_is_what_it_returns():
     assert doctest.testmod(torchdlrm.planning.plan).attempted
     assert doctest.testmod(torchdlrm.planning.plan).failed == 0
