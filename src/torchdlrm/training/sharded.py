@@ -126,7 +126,7 @@ def _dense_optimizer(config: DenseOptimizerConfig, params: list[Tensor]) -> torc
         optimizer = torch.optim.AdamW(params, betas=(config.beta1, config.beta2), eps=config.eps, **shared)
         for param in params:
             optimizer.state[param] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=param.device),  # where the fused kernel counts it
                 "exp_avg": torch.zeros_like(param),
                 "exp_avg_sq": torch.zeros_like(param),
             }
