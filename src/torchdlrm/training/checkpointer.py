@@ -3,24 +3,23 @@
 A checkpoint is written under another name and renamed when every rank has written and hashed its part.
 """
 
-import copy
 import io
 import json
 import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
@@ -40,9 +39,9 @@ from torchdlrm.training.checkpoint import (
 )
 from torchdlrm.training.checkpoint_files import load_state
 from torchdlrm.training.compute import give_back_freed_memory
+from torchdlrm.training.host_copies import HostCopies, in_own_storage, with_tensors
 from torchdlrm.training.process_group import Ranks
 
-_NUMPY_HAS = (torch.float32, torch.float16, torch.float64, torch.int32, torch.int64)
 logger = logging.getLogger("torchdlrm")
 
 
@@ -78,14 +77,22 @@ class Checkpointer:
         self._folder, self._model, self._optimizer, self._ranks = folder, model, optimizer, ranks
         self._keep_last = keep_last
         self._group = ranks.new_group()
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torchdlrm-checkpoint")
+        # The current GPU is a thread's own, and torch's writer waits for the current one: by default GPU 0, on which
+        # every rank would take memory.
+        self._writer = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="torchdlrm-checkpoint",
+            initializer=partial(torch.cuda.set_device, ranks.device) if ranks.device.type == "cuda" else None,
+        )
+        self._copies = HostCopies(ranks.device)
         self._pending: Future[None] | None = None
         self._written: deque[tuple[int, Path]] = deque()  # filled by the writing thread
 
     def save(self, position: Position, *, wait: bool) -> bool:
         """Copy the state now and write it in the background; waits first for a save that is not over yet.
 
-        Memory: a copy of this rank's tables and optimizer state until it is written; with `wait`, none.
+        Memory: a copy of this rank's tables and optimizer state until it is written, on a GPU's host for good; with
+        `wait`, none.
 
         Args:
             position: goes into the checkpoint.
@@ -97,8 +104,8 @@ class Checkpointer:
         self.join()
         state = self._state()
         if wait:
-            return self._write(_with_tensors(state, _in_own_storage), position)
-        self._pending = self._writer.submit(self._write_copy, [_with_tensors(state, _copied)], position)
+            return self._write(with_tensors(state, in_own_storage), position)
+        self._pending = self._writer.submit(self._write_copy, [self._copies.take(state)], position)
         return True
 
     def take_written(self) -> list[tuple[int, Path]]:
@@ -118,6 +125,7 @@ class Checkpointer:
         """Wait for a save that is being written, and end the writing thread."""
         self.join()
         self._writer.shutdown()
+        self._copies.close()
 
     def restore(self) -> Position | None:
         """Load the newest checkpoint that is undamaged; None when there is none. Damaged ones are named in the log.
@@ -230,32 +238,6 @@ class Checkpointer:
         answer = [task() if self._ranks.is_first else None]
         dist.broadcast_object_list(answer, src=0, group=self._group)
         return answer[0]
-
-
-def _with_tensors(state: Any, task: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same nested state with what the task makes of its tensors, and copies of everything else."""
-    if isinstance(state, dict):
-        return {key: _with_tensors(value, task) for key, value in state.items()}
-    if isinstance(state, ShardedTensor):
-        shards = [Shard(task(shard.tensor), copy.deepcopy(shard.metadata)) for shard in state.local_shards()]
-        return ShardedTensor._init_from_local_shards_and_global_metadata(shards, state.metadata())
-    return task(state) if isinstance(state, torch.Tensor) else copy.deepcopy(state)
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
-def _in_own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as a storage that ends where the tensor ends.
-
-    FBGEMM keeps all tables in one buffer, and torch saves of a part of a storage a copy: a table's worth of memory for
-    each of them, which the allocator may not find again.
-    """
-    tensor = tensor.detach()
-    if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype in _NUMPY_HAS:
-        return torch.from_numpy(tensor.numpy())
-    return tensor
 
 
 def _remove(checkpoint: Path) -> None:

@@ -1,0 +1,126 @@
+"""What a checkpoint copies to the host, with tensors on the meta device in place of those of a GPU."""
+
+import threading
+
+import pytest
+import torch
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+
+from torchdlrm.training.checkpointer import Checkpointer
+from torchdlrm.training.host_copies import HostCopies, with_tensors
+from torchdlrm.training.process_group import Ranks, join_process_group
+
+GPU = torch.device("cuda", 1)
+
+
+@pytest.fixture
+def ranks():
+    with join_process_group() as ranks:
+        yield ranks
+
+
+@pytest.mark.usefixtures("ranks")
+def test_a_table_on_another_device_is_copied_to_the_host():
+    shard = Shard(torch.empty(4, 8, device="meta"), ShardMetadata([0, 0], [4, 8], "rank:0/meta"))
+    table = ShardedTensor._init_from_local_shards([shard], 4, 8)
+    copied = with_tensors({"t": table}, lambda tensor: torch.zeros(tensor.shape))["t"]
+    assert copied.local_shards()[0].tensor.device.type == "cpu"
+    assert [str(shard.placement) for shard in copied.metadata().shards_metadata] == ["rank:0/cpu"]
+    assert str(table.metadata().shards_metadata[0].placement) == "rank:0/meta"
+
+
+@pytest.mark.usefixtures("ranks")
+def test_a_table_that_stays_where_it_is_keeps_its_placement():
+    shard = Shard(torch.empty(4, 8, device="meta"), ShardMetadata([0, 0], [4, 8], "rank:0/meta"))
+    table = ShardedTensor._init_from_local_shards([shard], 4, 8)
+    same = with_tensors(table, torch.Tensor.detach)
+    assert [str(shard.placement) for shard in same.metadata().shards_metadata] == ["rank:0/meta"]
+
+
+class Runtime:
+    """CUDA's, as far as pinning needs it."""
+
+    def __init__(self, problem=0):
+        self.problem, self.pinned, self.waits = problem, [], 0
+
+    def cudaHostRegister(self, address, num_bytes, flags):  # noqa: N802 - CUDA's name
+        assert flags == 1
+        self.pinned += [] if self.problem else [(address, num_bytes)]
+        return self.problem
+
+    def cudaHostUnregister(self, address):  # noqa: N802 - CUDA's name
+        self.pinned = [block for block in self.pinned if block[0] != address]
+        return 0
+
+    def synchronize(self):
+        self.waits += 1
+
+
+@pytest.fixture
+def runtime(monkeypatch, request):
+    runtime = Runtime(getattr(request, "param", 0))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: runtime if device == GPU else None)
+    return runtime
+
+
+def state_of(value):
+    return {
+        "model": {"a": torch.full((3, 5), value), "b": torch.full((), int(value), dtype=torch.int64)},
+        "optimizer": {"a": torch.full((7,), value, dtype=torch.float64).expand(2, 7), "steps": 3},
+    }
+
+
+def assert_equal(found, value):
+    torch.testing.assert_close(found["model"], state_of(value)["model"])
+    torch.testing.assert_close(found["optimizer"]["a"], state_of(value)["optimizer"]["a"].contiguous())
+    assert found["optimizer"]["steps"] == 3
+
+
+def test_a_gpus_copies_lie_in_pinned_memory_which_is_kept_and_the_host_waits_once(runtime):
+    copies = HostCopies(GPU)
+    first = copies.take(state_of(1.0))
+    (block,) = runtime.pinned
+    assert_equal(first, 1.0)
+    second = copies.take(state_of(2.0))
+    assert_equal(second, 2.0)
+    assert_equal(first, 2.0)  # the same memory
+    assert (runtime.pinned, runtime.waits) == ([block], 2)
+    for found in (second["model"]["a"], second["optimizer"]["a"]):
+        assert block[0] <= found.data_ptr() < block[0] + block[1]
+        assert found.untyped_storage().nbytes() == found.nbytes  # else torch would copy it once more to write it
+    copies.take(state_of(3.0) | {"more": torch.zeros(1000)})
+    assert [num_bytes > block[1] for _, num_bytes in runtime.pinned] == [True]
+    copies.close()
+    assert runtime.pinned == []
+
+
+@pytest.mark.parametrize("runtime", [1], indirect=True)
+def test_memory_that_cannot_be_pinned_takes_the_copies_all_the_same(runtime, caplog):
+    copies = HostCopies(GPU)
+    assert_equal(copies.take(state_of(1.0)), 1.0)
+    assert_equal(copies.take(state_of(2.0)), 2.0)
+    copies.close()
+    assert runtime.pinned == []
+    assert caplog.text.count("cannot be pinned (CUDA error 1)") == 1
+
+
+def test_copies_on_a_cpu_are_memory_of_their_own():
+    copies = HostCopies(torch.device("cpu"))
+    first, second = copies.take(state_of(1.0)), copies.take(state_of(2.0))
+    assert_equal(first, 1.0)
+    assert_equal(second, 2.0)
+
+
+def test_the_writing_thread_computes_on_its_own_ranks_gpu(ranks, tmp_path, monkeypatch):
+    """The current GPU is a thread's own, and torch's writer asks the current one: it would take memory of GPU 0."""
+    chosen = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread().name, device))
+    )
+    on_gpu = Ranks(0, 1, 1, GPU, _made_groups=ranks._made_groups)
+    checkpointer = Checkpointer(tmp_path, torch.nn.Linear(2, 1), None, on_gpu)
+    checkpointer._writer.submit(int).result()
+    checkpointer.close()
+    assert [(name.startswith("torchdlrm-checkpoint"), device) for name, device in chosen] == [(True, GPU)]
