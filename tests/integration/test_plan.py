@@ -114,7 +114,7 @@ def test_tables_that_do_not_fit_get_a_clear_no_and_what_helps(dlrm):
         (("--tables", "criteo-1tb", "--devices", "-2"), "`devices`: must be at least 1, got -2"),
         (("--tables", "criteo-1tb", "--hbm", "-80GB"), "`hbm`: must be a size above zero"),
         (("--tables", "criteo-2tb"), "there is no preset and no file 'criteo-2tb'"),
-        (("--tables", "criteo-1tb", "--devices", "2", "--device", "cpu", "--constraint", "cat_0=row_wise"), "leaves"),
+        (("--tables", "criteo-1tb", "--constraint", "cat_0=by_rows"), "'by_rows' is not a kind of sharding"),
         ((), "give one of `dataset`, `run` and `tables`"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any
 from torchdlrm.config import TABLE_OPTIMIZERS
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.constraints import COLUMN_WISE, TABLE_WISE
+from torchdlrm.sharding.planner import planner_constraints
 from torchdlrm.sharding.problem import Problem, Solution, try_solve
 from torchdlrm.sharding.tables import cap_embeddings
 from torchdlrm.units import show_bytes
@@ -25,7 +26,7 @@ class Shortfall:
         missing_bytes: their difference; 0 where the sum would fit, but not in pieces of the sizes there are.
         rank_missing_bytes: of a rank, if all were filled alike.
         largest: names and bytes of the largest tables.
-        undividable: tables of which no allowed shard fits on a rank.
+        undividable: tables that are too large for a rank and must not be cut.
     """
 
     needed_bytes: int
@@ -48,7 +49,7 @@ class Shortfall:
                 f"{show_bytes(self.missing_bytes)} are missing, {show_bytes(self.rank_missing_bytes)} on every rank"
             )
         if self.undividable:
-            return head + f"a shard of {', '.join(self.undividable[:3])} is larger than a rank's memory"
+            return head + f"{', '.join(self.undividable[:3])} must not be cut, and is larger than a rank's memory"
         return head + "the sum would fit, but the tables cannot be cut into pieces that do"
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,6 +91,7 @@ def shortfall(problem: Problem) -> Shortfall:
     missing = max(0, problem.table_bytes - usable)
     sizes = {table.name: table.size_bytes(problem.precision, problem.options.optimizer) for table in problem.tables}
     by_size = sorted(sizes.items(), key=lambda item: -item[1])
+    allowed, _ = planner_constraints(problem.tables, problem.machine, problem.options)
     return Shortfall(
         needed_bytes=problem.table_bytes,
         usable_bytes=usable,
@@ -97,7 +99,7 @@ def shortfall(problem: Problem) -> Shortfall:
         rank_missing_bytes=-(-missing // problem.machine.num_devices),
         largest=tuple(by_size[:5]),
         undividable=tuple(
-            name for name, size in by_size if size > problem.usable_bytes and problem.machine.kind == "cpu"
+            name for name, size in by_size if size > problem.usable_bytes and allowed[name].kinds == (TABLE_WISE,)
         ),
     )
 

@@ -5,7 +5,7 @@ A rule is written `TABLE=KIND,KIND@RANK,RANK`: `cat_3=row_wise`, `cat_*=table_wi
 """
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torchdlrm.config import TABLE_OPTIMIZERS
@@ -16,13 +16,10 @@ from torchdlrm.sharding.topology import Machine
 
 TABLE_WISE, COLUMN_WISE, ROW_WISE = "table_wise", "column_wise", "row_wise"
 TABLE_ROW_WISE, GRID_SHARD = "table_row_wise", "grid_shard"
-# gloo has no reduce-scatter for TorchRec, so row-wise sharding is for GPUs. A data-parallel table would be trained by
-# the dense optimizer and not by the tables': it would make the weights depend on the plan.
-KINDS: Mapping[str, tuple[str, ...]] = {
-    "cpu": (TABLE_WISE, COLUMN_WISE),
-    "cuda": (TABLE_WISE, COLUMN_WISE, ROW_WISE, TABLE_ROW_WISE, GRID_SHARD),
-}
-_ALL_KINDS = KINDS["cuda"]
+# A data-parallel table would be trained by the dense optimizer and not by the tables': it would make the weights depend
+# on the plan.
+KINDS = (TABLE_WISE, COLUMN_WISE, ROW_WISE, TABLE_ROW_WISE, GRID_SHARD)
+_CUT_BY_ROWS = {ROW_WISE, TABLE_ROW_WISE, GRID_SHARD}
 # TorchRec never cuts a column shard below this by itself: narrower rows waste a GPU's memory transactions.
 _MIN_SHARD_COLUMNS = 128
 
@@ -33,7 +30,7 @@ class Rule:
 
     Attributes:
         pattern: names of features or tables; `*` stands for anything.
-        kinds: allowed kinds; empty means all that the machine allows.
+        kinds: allowed kinds; empty means all.
         ranks: where the shards have to be; empty means anywhere.
         text: as it was written.
     """
@@ -72,9 +69,9 @@ def parse_rule(text: str) -> Rule:
     head, at, ranks_text = text.partition("@")
     pattern, _, kinds_text = head.partition("=")
     kinds = tuple(kind.strip() for kind in kinds_text.split(",") if kind.strip())
-    wrong = [kind for kind in kinds if kind not in _ALL_KINDS]
+    wrong = [kind for kind in kinds if kind not in KINDS]
     if wrong:
-        msg = f"sharding.constraints: {text!r}: {wrong[0]!r} is not a kind of sharding; kinds: {', '.join(_ALL_KINDS)}"
+        msg = f"sharding.constraints: {text!r}: {wrong[0]!r} is not a kind of sharding; kinds: {', '.join(KINDS)}"
         raise PlanError(msg)
     try:
         ranks = tuple(int(rank) for rank in ranks_text.split(",")) if at else ()
@@ -87,7 +84,12 @@ def parse_rule(text: str) -> Rule:
 
 
 def table_constraints(
-    tables: Sequence[Table], rules: Sequence[str], machine: Machine, optimizer: Optimizer
+    tables: Sequence[Table],
+    rules: Sequence[str],
+    machine: Machine,
+    optimizer: Optimizer,
+    *,
+    whole: Collection[str] = (),
 ) -> dict[str, TableConstraint]:
     """Find what the planner may do with each table; the last rule that matches a table counts.
 
@@ -96,8 +98,15 @@ def table_constraints(
     one host. Unless asked for, so are column-wise and grid with row-wise Adagrad: it keeps one value of state for
     each row of a shard, so what a table learns would depend on where it was cut.
 
+    Args:
+        tables: of the model.
+        rules: of the user.
+        machine: the ranks.
+        optimizer: of the tables.
+        whole: tables that are cut by rows only where a rule leaves nothing else.
+
     Raises:
-        PlanError: a rule matches no table, names a rank that is not there, or leaves nothing.
+        PlanError: a rule matches no table, or names a rank that is not there.
     """
     parsed = [parse_rule(text) for text in rules]
     for rule in parsed:
@@ -113,7 +122,9 @@ def table_constraints(
     for table in tables:
         matching = [rule for rule in parsed if rule.matches(table.name)]
         rule = matching[-1] if matching else Rule("*", (), (), "")
-        found[table.name] = _pinned(table, rule) if rule.ranks else _free(table, rule, machine, optimizer)
+        found[table.name] = (
+            _pinned(table, rule) if rule.ranks else _free(table, rule, machine, optimizer, is_whole=table.name in whole)
+        )
     return found
 
 
@@ -134,15 +145,11 @@ def _pinned(table: Table, rule: Rule) -> TableConstraint:
     return TableConstraint((wanted,), rule.ranks, table.dim // len(rule.ranks))
 
 
-def _free(table: Table, rule: Rule, machine: Machine, optimizer: Optimizer) -> TableConstraint:
-    asked, possible = set(rule.kinds), KINDS[machine.kind]
-    kinds = [name for name in possible if not asked or name in asked]
-    if not kinds:
-        msg = (
-            f"sharding.constraints: {rule.text!r} leaves nothing for {table.name}: on {machine.kind} a table can be "
-            f"{' or '.join(possible)}"
-        )
-        raise PlanError(msg)
+def _free(table: Table, rule: Rule, machine: Machine, optimizer: Optimizer, *, is_whole: bool) -> TableConstraint:
+    asked = set(rule.kinds)
+    kinds = [name for name in KINDS if not asked or name in asked]
+    if is_whole:
+        kinds = [name for name in kinds if name not in _CUT_BY_ROWS] or kinds
     # Asked for, columns are halved until TorchRec's own floor would be crossed, at least once; otherwise it decides.
     min_columns = (
         max(4, min(_MIN_SHARD_COLUMNS, table.dim // 2 // 4 * 4)) if asked & {COLUMN_WISE, GRID_SHARD} else None

@@ -103,5 +103,5 @@ class OrderedEnumerator(EmbeddingEnumerator):  # type: ignore[misc]  # TorchRec 
         """All options: tables in the model's order, then kinds in that of `KINDS`, then kernels by name."""
         options = super().enumerate(module, sharders)
         table_order = {name: index for index, name in enumerate(dict.fromkeys(option.name for option in options))}
-        kind_order = {kind: index for index, kind in enumerate(KINDS["cuda"])}
+        kind_order = {kind: index for index, kind in enumerate(KINDS)}
         return sorted(options, key=lambda o: (table_order[o.name], kind_order[o.sharding_type], o.compute_kernel))

@@ -18,7 +18,7 @@ from torchrec.distributed.types import (
 )
 
 from torchdlrm.errors import PlanError
-from torchdlrm.sharding.constraints import KINDS
+from torchdlrm.sharding.constraints import GRID_SHARD, KINDS, TABLE_ROW_WISE
 from torchdlrm.sharding.planner import collections_of
 from torchdlrm.sharding.tables import Table
 from torchdlrm.sharding.topology import Machine
@@ -226,22 +226,38 @@ def check_layout(saved: SavedPlan, tables: Sequence[Table], machine: Machine) ->
         problems.insert(0, f"it is for {saved.world_size} rank(s), there are {machine.num_devices}")
     if any(not 0 <= rank < saved.world_size for placed in layout.values() for rank in placed.ranks):
         problems.append(f"it puts shards on ranks that are not among 0 to {saved.world_size - 1}")
-    wrong_kind = [name for name, placed in layout.items() if placed.sharding_type not in KINDS[machine.kind]]
     problems += [
-        f"{name}: {layout[name].sharding_type} does not work on {machine.kind}, which knows "
-        f"{', '.join(KINDS[machine.kind])}"
-        for name in wrong_kind
+        f"{name}: unknown kind {placed.sharding_type!r}; kinds: {', '.join(KINDS)}"
+        for name, placed in layout.items()
+        if placed.sharding_type not in KINDS
     ]
     problems += [
         f"{name}: unknown kernel {placed.compute_kernel!r}, or not for {machine.kind}"
         for name, placed in layout.items()
         if placed.compute_kernel not in _KERNELS[: 2 if machine.kind == "cuda" else 1]
     ]
+    problems += [
+        f"{name}: {placed.sharding_type} needs its shards on all {machine.devices_per_host} rank(s) of a host"
+        for name, placed in layout.items()
+        if placed.sharding_type in {TABLE_ROW_WISE, GRID_SHARD} and not _is_by_hosts(placed, machine)
+    ]
     if problems:
         more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
         lines = [f"{saved.place}: the plan is not for this model and machine:", *problems[:5], *more]
         msg = "\n  ".join(lines) + "\nplan again with dlrm plan, for the same dataset, config and number of devices"
         raise PlanError(msg)
+
+
+def _is_by_hosts(placed: PlacedTable, machine: Machine) -> bool:
+    """Whether the shards of each piece of the columns are on the ranks of one host, in their order."""
+    per_host = machine.devices_per_host
+    ranks_by_column: dict[int, list[int]] = {}
+    for shard in placed.shards:
+        ranks_by_column.setdefault(shard.offsets[1], []).append(shard.rank)
+    return all(
+        ranks[0] % per_host == 0 and ranks == list(range(ranks[0], ranks[0] + per_host))
+        for ranks in ranks_by_column.values()
+    )
 
 
 def _misfits(placed: PlacedTable, table: Table) -> list[str]:

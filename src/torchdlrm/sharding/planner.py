@@ -4,7 +4,8 @@
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchdlrm.config import Config
 from torchdlrm.errors import DoesNotFitError
 from torchdlrm.model.build import meta_collection
-from torchdlrm.sharding.constraints import TableConstraint, table_constraints
+from torchdlrm.sharding.constraints import KINDS, TableConstraint, table_constraints
 from torchdlrm.sharding.estimators import MemoryEstimator, OrderedEnumerator, ReservedFraction, TimeEstimator
 from torchdlrm.sharding.search import PlacingPartitioner, ProposalCount, proposers
 from torchdlrm.sharding.tables import Optimizer, Precision, Table
@@ -64,16 +65,25 @@ class PlanOptions:
         )
 
 
-def table_sharder(
-    fused_params: Mapping[str, Any], codecs: dict[str, Any] | None = None
-) -> EmbeddingBagCollectionSharder:
+class TableSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]  # TorchRec is untyped
+    """TorchRec's sharder, with every kind of sharding on every device.
+
+    TorchRec keeps those that cut a table by rows from CPUs; gloo has had the reduce-scatter that they need since.
+    """
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:  # noqa: ARG002 - TorchRec's interface
+        """Kinds that a table may have."""
+        return list(KINDS)
+
+
+def table_sharder(fused_params: Mapping[str, Any], codecs: dict[str, Any] | None = None) -> TableSharder:
     """Make the sharder of all tables.
 
     Args:
         fused_params: name the optimizer that runs inside the tables' backward.
         codecs: TorchRec's registry of what embeddings are encoded with between ranks.
     """
-    return EmbeddingBagCollectionSharder(fused_params=dict(fused_params), qcomm_codecs_registry=codecs)
+    return TableSharder(fused_params=dict(fused_params), qcomm_codecs_registry=codecs)
 
 
 def meta_tables(tables: Sequence[Table], precision: Precision = "float32") -> nn.Module:
@@ -139,8 +149,26 @@ def plan_sharding(
 
 
 def _search(model: nn.Module, tables: Sequence[Table], machine: Machine, options: PlanOptions) -> Found:
+    """Search among all kinds; on CPU cut tables by rows only where they do not fit otherwise.
+
+    Each rank sends its part of every embedding of such a table: more bytes over gloo than of a whole one, to balance
+    look-ups that take little of a step on CPU. First none is cut so, then those alone that are too large for any rank.
+    """
+    names = {table.name for table in tables}
+    if machine.kind == "cpu" and machine.num_devices > 1:
+        usable_bytes = machine.memory_bytes * (1 - options.reserved_fraction)
+        large = {table.name for table in tables if table.size_bytes("float32", options.optimizer) > usable_bytes}
+        for whole in (names, names - large):
+            with suppress(DoesNotFitError):
+                return _search_kinds(model, tables, machine, options, whole)
+    return _search_kinds(model, tables, machine, options, whole=set())
+
+
+def _search_kinds(
+    model: nn.Module, tables: Sequence[Table], machine: Machine, options: PlanOptions, whole: Collection[str]
+) -> Found:
     started_s = time.perf_counter()
-    allowed, constraints = planner_constraints(tables, machine, options)
+    allowed, constraints = planner_constraints(tables, machine, options, whole)
     topology = machine.topology()
     batch_size_per_rank = -(-options.batch_size_global // machine.num_devices)
     enumerator = OrderedEnumerator(
@@ -197,14 +225,20 @@ def estimators(
 
 
 def planner_constraints(
-    tables: Sequence[Table], machine: Machine, options: PlanOptions
+    tables: Sequence[Table], machine: Machine, options: PlanOptions, whole: Collection[str] = ()
 ) -> tuple[dict[str, TableConstraint], dict[str, ParameterConstraints]]:
     """What the planner may do with each table, in our words and in TorchRec's.
+
+    Args:
+        tables: of the model.
+        machine: the ranks.
+        options: whose constraints are read.
+        whole: tables that are cut by rows only where a constraint leaves nothing else.
 
     Raises:
         PlanError: a constraint is wrong.
     """
-    allowed = table_constraints(tables, options.constraints, machine, options.optimizer)
+    allowed = table_constraints(tables, options.constraints, machine, options.optimizer, whole=whole)
     kernels = [EmbeddingComputeKernel.FUSED.value]
     cache = None
     if machine.kind == "cuda" and options.cache_fraction is not None:

@@ -215,14 +215,17 @@ def _restored_settings(device: torch.device) -> Iterator[None]:
 def silenced_libraries() -> Iterator[None]:
     """Inside, TorchRec and torch do not say what they have to say of each other's interfaces: no user can act on it."""
     # "The topology was constructed directly": its factory adds nothing but presets of Meta's own machines.
-    levels = dict.fromkeys(("torchrec.distributed.planner.types", "torch.fx._symbolic_trace"), logging.ERROR)
+    # "[Connection] intra_group": which ranks a table that is cut by rows connects.
+    names = ("torchrec.distributed.planner.types", "torchrec.distributed.comm", "torch.fx._symbolic_trace")
+    levels = dict.fromkeys(names, logging.ERROR)
     # The launcher's own account of a failed process, with its traceback: `launch` tells it once, in our words.
     launcher = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
     names = (*launcher, "torch.distributed.elastic", "torch.multiprocessing.spawn")
     levels |= dict.fromkeys(names, logging.CRITICAL)
     before = {name: logging.getLogger(name).level for name in levels}
     with warnings.catch_warnings():
-        for message in ("Please use DTensor instead", "`broadcast_buffers` is deprecated"):
+        deprecated = ("reduce_scatter_tensor` is deprecated", "all_gather_into_tensor` is deprecated")
+        for message in ("Please use DTensor instead", "`broadcast_buffers` is deprecated", *deprecated):
             warnings.filterwarnings("ignore", message=message, category=FutureWarning)
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

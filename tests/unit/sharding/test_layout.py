@@ -1,6 +1,7 @@
 """A saved plan: read back as it was written, and refused with the reason where it does not match."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,10 +69,23 @@ def test_a_plan_for_another_model_or_world_size_is_refused(saved, rows, devices,
     assert str(path) in str(failure.value)
 
 
-def test_a_plan_for_gpus_is_refused_on_cpu(saved):
-    path, _, _ = saved
-    with pytest.raises(PlanError, match="t_b: row_wise does not work on cpu"):
-        check_layout(read_saved_plan(path), TABLES, machine_of(device_named("cpu"), num_devices=4))
+def test_tables_that_gpus_cache_are_refused_on_cpu(tmp_path):
+    machine = replace(machine_of(device_named("a100-80gb"), num_devices=1), hbm_bytes=3_000_000)
+    solution = solve(Problem(TABLES, machine, PlanOptions("rowwise_adagrad", 1024, 0.15, cache_fraction=0.1)))
+    write_plan(tmp_path / "plan.json", solution)
+    with pytest.raises(PlanError, match="t_c: unknown kernel 'fused_uvm_caching', or not for cpu"):
+        check_layout(read_saved_plan(tmp_path / "plan.json"), TABLES, machine_of(device_named("cpu"), num_devices=1))
+
+
+@pytest.mark.parametrize("kind", ["table_row_wise", "grid_shard"])
+def test_tables_cut_within_a_host_are_refused_where_hosts_have_another_number_of_ranks(kind, tmp_path):
+    machine = machine_of(device_named("cpu"), num_devices=4, num_hosts=2)
+    solution = solve(Problem(TABLES, machine, PlanOptions("adagrad", 1024, 0.15, constraints=(f"t_c={kind}",))))
+    write_plan(tmp_path / "plan.json", solution)
+    saved = read_saved_plan(tmp_path / "plan.json")
+    check_layout(saved, TABLES, machine)
+    with pytest.raises(PlanError, match=rf"t_c: {kind} needs its shards on all 4 rank\(s\) of a host"):
+        check_layout(saved, TABLES, machine_of(device_named("cpu"), num_devices=4))
 
 
 @pytest.mark.parametrize("change", ["gap", "overlap", "rank", "version", "key", "text"])

@@ -13,6 +13,7 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from random_problems import problem, random_tables
 from torchdlrm.config import TABLE_OPTIMIZERS
 from torchdlrm.errors import PlanError
+from torchdlrm.planning.remedies import shortfall
 from torchdlrm.sharding.planner import meta_tables, planner_constraints, table_sharder
 from torchdlrm.sharding.problem import Problem, solve, try_solve
 from torchdlrm.sharding.tables import Table, preset_tables
@@ -157,20 +158,19 @@ def test_a_pinned_table_is_where_it_was_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("device", "rule", "words"),
+    ("rule", "words"),
     [
-        ("cpu", "t_0=row_wise", "on cpu a table can be table_wise or column_wise"),
-        ("a100-80gb", "t_9=row_wise", "no table is called so"),
-        ("a100-80gb", "t_0@8", "rank 8 is not among 0 to 3"),
-        ("a100-80gb", "t_0=sideways", "is not a kind of sharding"),
-        ("a100-80gb", "t_0=row_wise@1", "can only be table_wise"),
-        ("a100-80gb", "t_0", "expected TABLE=KIND"),
-        ("a100-80gb", "t_0@-1", "expected TABLE=KIND"),
+        ("t_9=row_wise", "no table is called so"),
+        ("t_0@8", "rank 8 is not among 0 to 3"),
+        ("t_0=sideways", "is not a kind of sharding"),
+        ("t_0=row_wise@1", "can only be table_wise"),
+        ("t_0", "expected TABLE=KIND"),
+        ("t_0@-1", "expected TABLE=KIND"),
     ],
 )
-def test_a_wrong_rule_says_what_is_wrong(device, rule, words):
+def test_a_wrong_rule_says_what_is_wrong(rule, words):
     with pytest.raises(PlanError, match=r"sharding\.constraints") as failure:
-        solve(problem([Table("t_0", 100, 16)], devices=4, device=device, constraints=(rule,)))
+        solve(problem([Table("t_0", 100, 16)], devices=4, constraints=(rule,)))
     assert words in str(failure.value)
 
 
@@ -180,3 +180,31 @@ def test_row_wise_adagrad_does_not_cut_columns_unless_asked():
     assert {p.sharding_type for p in solve(asked).layout.values()} == {"table_wise"}
     cut = solve(asked.with_options(constraints=("t_0=column_wise",))).layout["t_0"]
     assert [shard.sizes for shard in cut.shards] == [(1_000_000, 128)] * 2
+
+
+def on_cpu(tables, memory_bytes, *, devices=2, **options):
+    """A problem for hosts whose ranks have so many bytes each for tables."""
+    asked = problem(tables, devices, "cpu", devices // 2, batch=2048, **options)
+    return replace(asked, machine=replace(asked.machine, host_memory_bytes=int(memory_bytes / 0.85)))
+
+
+def kinds_of(solution):
+    return {name: placed.sharding_type for name, placed in solution.layout.items()}
+
+
+@pytest.mark.parametrize("rules", [(), ("t_*=table_wise,row_wise,grid_shard",)])
+def test_on_cpu_no_table_is_cut_by_rows_where_all_fit_whole(rules):
+    """However unequal they are: that is what row-wise sharding would balance."""
+    tables = [Table("t_0", 10_000_000, 16), Table("t_1", 10, 16)]
+    for devices in (2, 4):
+        solution = solve(on_cpu(tables, 10**9, devices=devices, constraints=rules))
+        assert set(kinds_of(solution).values()) == {"table_wise"}
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_on_cpu_tables_that_fit_on_no_rank_are_cut_by_rows_and_no_others(devices):
+    tables = [Table("t_0", 10_000_000, 16), *(Table(f"t_{i}", 10, 16) for i in range(1, 4))]
+    kinds = kinds_of(solve(on_cpu(tables, 500e6, devices=devices)))
+    assert kinds.pop("t_0") in {"row_wise", "table_row_wise"}
+    assert set(kinds.values()) == {"table_wise"}
+    assert shortfall(on_cpu(tables, 500e6, constraints=("t_0=table_wise",))).undividable == ("t_0",)
