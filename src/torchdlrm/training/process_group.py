@@ -20,6 +20,7 @@ from torchdlrm.config import DeviceChoice
 from torchdlrm.errors import LostProcessError, UserError
 from torchdlrm.training.agreement import Settings, agree
 from torchdlrm.training.device import rank_device
+from torchdlrm.training.host_groups import forget_host_groups
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ def join_process_group(
         try:
             yield ranks
         finally:
+            if is_ours:
+                forget_host_groups()
             for group in [None] if is_ours else ranks._made_groups:
                 dist.destroy_process_group(group)
 

@@ -27,6 +27,7 @@ from torchdlrm.sharding.weights import initialize_tables
 from torchdlrm.tables.optimizers import fill_accumulators, fused_params, set_steps_done, table_kernels
 from torchdlrm.tables.table_threads import use_table_threads
 from torchdlrm.training.compute import communication_codecs
+from torchdlrm.training.host_groups import set_timeout_of_host_groups
 from torchdlrm.training.process_group import Ranks
 
 
@@ -96,6 +97,7 @@ def build_sharded_model(
             table_sharder(fused_params(config.table_optimizer), communication_codecs(config.train, ranks.device))
         ],
     )
+    set_timeout_of_host_groups(ranks.timeout_s)
     initialize_tables(module, seed=config.seed)
     if config.table_optimizer.initial_accumulator:
         fill_accumulators(module, config.table_optimizer.initial_accumulator)
