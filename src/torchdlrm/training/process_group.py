@@ -219,8 +219,8 @@ def silenced_libraries() -> Iterator[None]:
     """Inside, TorchRec and torch do not say what they have to say of each other's interfaces: no user can act on it."""
     # "The topology was constructed directly": its factory adds nothing but presets of Meta's own machines.
     # "[Connection] intra_group": which ranks a table that is cut by rows connects.
-    names = ("torchrec.distributed.planner.types", "torchrec.distributed.comm", "torch.fx._symbolic_trace")
-    levels = dict.fromkeys(names, logging.ERROR)
+    told = ("torchrec.distributed.planner.types", "torchrec.distributed.comm", "torch.fx._symbolic_trace")
+    levels = dict.fromkeys(told, logging.ERROR)
     # The launcher's own account of a failed process, with its traceback: `launch` tells it once, in our words.
     launcher = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
     names = (*launcher, "torch.distributed.elastic", "torch.multiprocessing.spawn")
