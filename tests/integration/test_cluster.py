@@ -7,13 +7,13 @@ import pytest
 from test_resume import CONFIG, OPTIONS, STEPS, Process, checkpoints, logged_steps, wait_until
 
 
-def two_nodes(*arguments, first=(), second=()):
-    """Two `dlrm train` of one job, with arguments of both and of each."""
+def two_nodes(*arguments, first=(), second=(), verb=("train", CONFIG)):
+    """Two `dlrm train` of one job (or another `verb`), with arguments of both and of each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = (*arguments, "--nnodes", 2, "--rdzv-endpoint", f"127.0.0.1:{port}")
-    return [Process(*shared, *first), Process(*shared, *second)]
+    return [Process(*shared, *first, verb=verb), Process(*shared, *second, verb=verb)]
 
 
 @pytest.mark.slow

@@ -31,10 +31,10 @@ OPTIONS = (
 
 
 class Process:
-    """A `dlrm train` that runs beside the test, which watches what it writes."""
+    """A `dlrm train` (or another `verb`) that runs beside the test, which watches what it writes."""
 
-    def __init__(self, *args, **environment):
-        command = [str(Path(sys.executable).with_name("dlrm")), "train", str(CONFIG), *map(str, args)]
+    def __init__(self, *args, verb=("train", CONFIG), **environment):
+        command = [str(Path(sys.executable).with_name("dlrm")), *map(str, (*verb, *args))]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

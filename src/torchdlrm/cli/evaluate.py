@@ -1,10 +1,12 @@
 """`dlrm evaluate`: a run and a split -> exact metrics."""
 
+import inspect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from torchdlrm.cli.options import Overrides, check_rendezvous, split_config
 from torchdlrm.cli.terminal import (
     Json,
     Positive,
@@ -17,12 +19,17 @@ from torchdlrm.cli.terminal import (
     warn,
     warn_of_crowding,
 )
-from torchdlrm.config import DeviceChoice
+from torchdlrm.config import Config, DeviceChoice, load_config
+from torchdlrm.errors import ConfigError
+from torchdlrm.toml import did_you_mean
+
+if TYPE_CHECKING:
+    from torchdlrm.config import ShardingConfig
 
 
 def evaluate(
     run: Path,
-    *,
+    *sharding: Overrides,
     split: str = "test",
     checkpoint: str = "best",
     dataset: Path | None = None,
@@ -30,12 +37,19 @@ def evaluate(
     batch_size_global: Positive = 8192,
     device: DeviceChoice = "auto",
     nproc_per_node: Positive = 1,
+    nnodes: Positive = 1,
+    rdzv_endpoint: str = "",
+    rdzv_id: str = "torchdlrm",
     as_json: Json = False,
 ) -> None:
     """Measure a trained run on every row of a split; the result is also written to RUN/evaluation/.
 
+    The machine need not be the one that trained: its constraints, plan and memory sizes do not count here. Keys of the
+    config's section `sharding` can be given for this evaluation, as in `--sharding.cache-fraction 0.2`.
+
     Args:
         run: Folder written by `dlrm train`.
+        sharding: Keys of the section `sharding`, with values.
         split: train, val or test; several joined by + are judged together, as in val+test.
         checkpoint: best (the highest AUC of the val split; the last where nothing was validated), last, or a step.
         dataset: Where the dataset is now, if it has moved since the training.
@@ -44,21 +58,31 @@ def evaluate(
         batch_size_global: Rows per forward pass over all processes; the result does not depend on it.
         device: auto, cuda or cpu: where to compute (as train.device), whatever the run was trained on.
         nproc_per_node: Processes on this machine; need not be as many as trained.
+        nnodes: Machines; start the same command on each, with the run on storage that they share.
+        rdzv_endpoint: HOST:PORT of one of the machines, where they find each other; needed with --nnodes.
+        rdzv_id: Name of the job, the same on all machines.
         as_json: Print one JSON object on standard output.
     """
+    own = _sharding_keys(sharding)
+    check_rendezvous(nnodes, rdzv_endpoint)
     announce(f"evaluate {run} on {split}")
 
+    from torchdlrm.evaluation.evaluate import sharding_elsewhere
     from torchdlrm.training.checkpoint import ChosenCheckpoint
-    from torchdlrm.training.launch import Processes, launch
+    from torchdlrm.training.launch import Processes, launch, refusing_everywhere
     from torchdlrm.training.run import Run
 
-    trained = Run.open(run)
-    trained.shape(trained.open_dataset(dataset), model_class)
-    processes = Processes(nproc_per_node)
+    processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id)
+    with refusing_everywhere(processes):
+        trained = Run.open(run)
+        trained.shape(trained.open_dataset(dataset), model_class)
     warn_of_crowding(processes)
-    result: dict[str, Any] = launch(
-        work, run, dataset, split, checkpoint, batch_size_global, model_class, device, processes=processes
+    here = sharding_elsewhere(trained.config).model_copy(update=own)
+    result: dict[str, Any] | None = launch(
+        work, run, dataset, split, checkpoint, batch_size_global, model_class, device, here, processes=processes
     )
+    if result is None:  # another machine has rank 0
+        return
     try:
         trained.write_evaluation(result["split"], result)
     except OSError as error:  # a run may lie where it can only be read
@@ -83,6 +107,7 @@ def work(
     batch_size_global: int,
     model_class: str | None = None,
     device: DeviceChoice = "auto",
+    sharding: "ShardingConfig | None" = None,
 ) -> dict[str, Any] | None:
     """What every process of an evaluation does; only the first one draws."""
     from torchdlrm.evaluation.evaluate import evaluate as evaluate_run
@@ -96,5 +121,23 @@ def work(
             checkpoint=checkpoint,
             batch_size_global=batch_size_global,
             device=device,
+            sharding=sharding,
             progress=progress,
         )
+
+
+def _sharding_keys(tokens: tuple[str, ...]) -> dict[str, Any]:
+    """The keys of `sharding` on the command line, and their values; all other keys are of the training alone."""
+    more, overrides = split_config(tokens)
+    problems = [] if more is None else [f"{more}: is one argument too many; dlrm evaluate takes one run"]
+    options = [f"--{name.replace('_', '-')}" for name in inspect.signature(evaluate).parameters]
+    for name in overrides:
+        if "." not in name:
+            hint = did_you_mean(f"--{name}", options) or "; dlrm evaluate --help shows all"
+            problems.append(f"--{name}: dlrm evaluate has no such option{hint}")
+        elif not name.startswith("sharding."):
+            problems.append(f"--{name}: dlrm evaluate overrides sharding.* alone; the run keeps its config")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    given: Config = load_config(None, overrides)
+    return {name: getattr(given.sharding, name) for name in given.sharding.model_fields_set}

@@ -45,6 +45,16 @@ def split_config(tokens: tuple[str, ...]) -> tuple[str | None, dict[str, str]]:
     return config, overrides
 
 
+def check_rendezvous(nnodes: int, rdzv_endpoint: str) -> None:
+    """Refuse several machines that do not know where to find each other.
+
+    Raises:
+        ConfigError: `--rdzv-endpoint` is missing.
+    """
+    if nnodes > 1 and not rdzv_endpoint:
+        raise ConfigError("--rdzv-endpoint: needed with --nnodes, HOST:PORT of one of the machines, the same on each")
+
+
 def describe_mistake(error: CycloptsError) -> str:
     """Which command, which argument or option, and what was perhaps meant."""
     error.verbose = False

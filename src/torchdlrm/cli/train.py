@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.options import Overrides, split_config
+from torchdlrm.cli.options import Overrides, check_rendezvous, split_config
 from torchdlrm.cli.terminal import (
     Json,
     Positive,
@@ -83,8 +83,7 @@ def train(
     if profile and "logging.profile-steps" not in overrides:
         overrides["logging.profile_steps"] = "20"
     settings = load_config(path, overrides)
-    if nnodes > 1 and not rdzv_endpoint:
-        raise ConfigError("--rdzv-endpoint: needed with --nnodes, HOST:PORT of one of the machines, the same on each")
+    check_rendezvous(nnodes, rdzv_endpoint)
 
     announce(f"train {path} on {dataset}, run {run}")
 

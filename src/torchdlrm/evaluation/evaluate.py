@@ -1,20 +1,25 @@
-"""Evaluates a trained run on a split: exact metrics that count every row once."""
+"""Evaluates a trained run on a split: exact metrics that count every row once.
+
+The machine need not be the one that trained, nor one that could: no state of an optimizer is kept, nothing is rounded
+to send or multiply it faster, and the tables are planned anew for the processes that are there.
+"""
 
 from pathlib import Path
 from typing import Any
 
-from torchdlrm.config import DeviceChoice
+from torchdlrm.config import Config, DeviceChoice, ShardingConfig
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import binary_metrics
 from torchdlrm.model.model_class import ModelClass
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.training.agreement import Setting, Settings, settings_of
 from torchdlrm.training.checkpoint import ChosenCheckpoint, find_checkpoint
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.predictions import Predictions, predict_loaders
 from torchdlrm.training.process_group import join_process_group
 from torchdlrm.training.run import Run
-from torchdlrm.training.sharded import build_sharded_model
+from torchdlrm.training.sharded import build_empty_model
 
 
 def evaluate(
@@ -26,6 +31,7 @@ def evaluate(
     checkpoint: str = "best",
     batch_size_global: int = 8192,
     device: DeviceChoice = "auto",
+    sharding: ShardingConfig | None = None,
     progress: ProgressListener = SILENT,
 ) -> dict[str, Any] | None:
     """Metrics of a run's weights over the rows of one split, or of several together.
@@ -41,6 +47,8 @@ def evaluate(
         checkpoint: `best` of the val split (the last where nothing was validated), `last`, or a step.
         batch_size_global: rows per forward pass over all ranks; does not change the result.
         device: where to compute, as `train.device` has it, whatever the run was trained on.
+        sharding: how to spread the tables over the processes of this evaluation; `sharding_elsewhere` of the run's
+            config when not given.
         progress: receives the rows done on rank 0.
 
     Returns:
@@ -51,8 +59,9 @@ def evaluate(
     Raises:
         RunError: there is no such run, it is of another dataset or model class, or it lacks an undamaged checkpoint.
         DatasetError: the dataset or a split is not there, or is empty.
-        ConfigError: the GPUs that `device` demands are not there.
-        PlanError: the tables do not fit the machine.
+        ConfigError: the GPUs that `device` demands are not there, or the machines of the evaluation were started with
+            different arguments.
+        PlanError: the tables do not fit the machine, or `sharding` asks for what it does not have.
     """
     chosen, predictions = predict_split(
         run,
@@ -62,6 +71,7 @@ def evaluate(
         checkpoint=checkpoint,
         batch_size_global=batch_size_global,
         device=device,
+        sharding=sharding,
         progress=progress,
     )
     about = {"split": split, "step": chosen.step, "checkpoint": chosen.kind}
@@ -77,6 +87,7 @@ def predict_split(
     checkpoint: str = "best",
     batch_size_global: int = 8192,
     device: DeviceChoice = "auto",
+    sharding: ShardingConfig | None = None,
     progress: ProgressListener = SILENT,
 ) -> tuple[ChosenCheckpoint, Predictions | None]:
     """The checkpoint that was chosen, and on rank 0 the labels and logits of a split; all as for `evaluate`.
@@ -85,14 +96,16 @@ def predict_split(
     """
     trained = run if isinstance(run, Run) else Run.open(Path(run))
     encoded = trained.open_dataset(dataset)
-    with join_process_group(device=device, setting="`device`") as ranks:
-        model = build_sharded_model(
-            trained.config,
-            trained.shape(encoded, model_class),
-            num_embeddings=encoded.num_embeddings,
-            dense_sample=None,
-            ranks=ranks,
-        ).module
+    shape = trained.shape(encoded, model_class)
+    config = trained.config.model_copy(update={"sharding": sharding or sharding_elsewhere(trained.config)})
+
+    def describe() -> Settings:
+        asked = {"`split`": split, "`checkpoint`": checkpoint, "`batch_size_global`": str(batch_size_global)}
+        ours = {name: Setting(value, value) for name, value in asked.items()}
+        return {**settings_of(config, encoded, shape.architecture, restart=False), **ours}
+
+    with join_process_group(config.train.timeout_s, describe, device=device, setting="`device`") as ranks:
+        model = build_empty_model(config, shape, num_embeddings=encoded.num_embeddings, ranks=ranks)
         chosen = find_checkpoint(trained.checkpoints, checkpoint)
         Checkpointer(trained.checkpoints, model, None, ranks).load(chosen.step)
         loaders = [
@@ -109,3 +122,12 @@ def predict_split(
         listener = progress if ranks.is_first else SILENT
         listener.start_phase("evaluate", sum(loader.rows for loader in loaders))
         return chosen, predict_loaders(model, loaders, ranks, listener).take(ranks)
+
+
+def sharding_elsewhere(config: Config) -> ShardingConfig:
+    """How to spread a run's tables over another machine than the one that trained: without its rules, plan and sizes.
+
+    What is kept says how much of a device is not for tables, and whether some may stay in host memory.
+    """
+    trained = config.sharding
+    return ShardingConfig(reserved_fraction=trained.reserved_fraction, cache_fraction=trained.cache_fraction)

@@ -6,7 +6,8 @@ of it, not assumed.
 """
 
 import ctypes
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -55,6 +56,17 @@ def allow_tf32(config: TrainConfig, device: torch.device) -> None:
     """Let a GPU multiply float32 matrices in TF32, with ten bits of mantissa, if the config wants it."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside, float32 matrices are multiplied in float32 on every device, whatever the process allows elsewhere."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def communication_codecs(config: TrainConfig, device: torch.device) -> dict[str, Any] | None:

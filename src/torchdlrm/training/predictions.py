@@ -11,6 +11,7 @@ from torch import distributed as dist
 from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.progress import ProgressListener
+from torchdlrm.training.compute import exact_products
 from torchdlrm.training.process_group import Ranks
 
 # Labels and logits, float32 [rows] each.
@@ -53,7 +54,7 @@ class PredictionBuffer:
 def predict_loaders(
     model: nn.Module, loaders: Sequence[Loader], ranks: Ranks, progress: ProgressListener
 ) -> PredictionBuffer:
-    """Predict every row that the loaders read, each once.
+    """Predict every row that the loaders read, each once; products are float32 on every device.
 
     Args:
         model: a `DLRMTrain` inside `DistributedModelParallel`, not held by a pipeline.
@@ -64,7 +65,7 @@ def predict_loaders(
     predictions = PredictionBuffer()
     was_training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), exact_products():
         for loader in loaders:
             rows, num_batches = loader.rows, loader.batches_per_epoch
             for i, batch in enumerate(loader):

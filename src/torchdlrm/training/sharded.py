@@ -15,9 +15,10 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
-from torchdlrm.config import Config, DenseOptimizerConfig
+from torchdlrm.config import Config, DenseOptimizerConfig, TableOptimizerConfig
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model, standardize_dense_input
+from torchdlrm.model.dlrm import DLRMTrain
 from torchdlrm.model.dropout import DroppedActivation
 from torchdlrm.sharding.planner import table_sharder
 from torchdlrm.sharding.problem import Solution
@@ -65,15 +66,66 @@ def build_sharded_model(
         PlanError: the tables do not fit the machine, or the saved plan is for another model or number of ranks.
     """
     torch.manual_seed(config.seed)  # every rank draws the same dense and over arch
-    model = build_model(
+    model = _build_model(config, shape, num_embeddings, ranks)
+    if dense_sample is not None and shape.num_dense:
+        standardize_dense_input(model.model, dense_sample)
+    sharded = _shard(model, config, shape, ranks, saved_plan)
+    initialize_tables(sharded.module, seed=config.seed)
+    if config.table_optimizer.initial_accumulator:
+        fill_accumulators(sharded.module, config.table_optimizer.initial_accumulator)
+    return sharded
+
+
+def build_empty_model(
+    config: Config, shape: ModelShape, *, num_embeddings: Mapping[str, int], ranks: Ranks
+) -> nn.Module:
+    """Build, plan and shard a model into which weights are going to be loaded, in order to predict with it.
+
+    It keeps no state of an optimizer, and what its ranks exchange is not rounded, whatever the config says.
+
+    Args:
+        config: of the run; its `sharding` is for this machine.
+        shape: of the model.
+        num_embeddings: rows of each feature's table, in schema order.
+        ranks: the processes that share the model.
+
+    Raises:
+        PlanError: the tables do not fit the machine, or `sharding.plan` is for another model or number of ranks.
+    """
+    config = config.model_copy(
+        update={
+            "table_optimizer": TableOptimizerConfig(name="sgd"),  # has no state, and a kernel on every device
+            "train": config.train.model_copy(update={"communication": "float32"}),
+        }
+    )
+    model = _build_model(config, shape, num_embeddings, ranks)
+    saved_plan = Path(config.sharding.plan) if config.sharding.plan is not None else None
+    module = _shard(model, config, shape, ranks, saved_plan, is_trained=False).module
+    if ranks.device.type == "cpu":
+        use_table_threads(module, num_threads=torch.get_num_threads())
+    return module
+
+
+def _build_model(config: Config, shape: ModelShape, num_embeddings: Mapping[str, int], ranks: Ranks) -> DLRMTrain:
+    return build_model(
         shape,
         num_embeddings,
         ranks.device,
         dropout=config.train.dropout,
         negative_weight=config.train.negative_weight,
     )
-    if dense_sample is not None and shape.num_dense:
-        standardize_dense_input(model.model, dense_sample)
+
+
+def _shard(
+    model: DLRMTrain,
+    config: Config,
+    shape: ModelShape,
+    ranks: Ranks,
+    saved_plan: Path | None,
+    *,
+    is_trained: bool = True,
+) -> ShardedModel:
+    """Give each rank its part of the tables, not initialised yet."""
     plan, solution = load_or_make_plan(
         model,
         config,
@@ -92,15 +144,12 @@ def build_sharded_model(
         env=ShardingEnv.from_process_group(ranks.process_group),
         device=ranks.device,
         plan=plan,
-        init_data_parallel=ranks.world_size > 1,  # a single rank would reduce gradients with itself
+        init_data_parallel=is_trained and ranks.world_size > 1,  # a single rank would reduce gradients with itself
         sharders=[
             table_sharder(fused_params(config.table_optimizer), communication_codecs(config.train, ranks.device))
         ],
     )
     set_timeout_of_host_groups(ranks.timeout_s)
-    initialize_tables(module, seed=config.seed)
-    if config.table_optimizer.initial_accumulator:
-        fill_accumulators(module, config.table_optimizer.initial_accumulator)
     return ShardedModel(module, solution)
 
 
