@@ -138,12 +138,16 @@ def summarize(events: Iterable[Any], ranks: Ranks, *, num_steps: int) -> StepPro
     computation, communication, everything = [], [], []
     parts: dict[str, float] = {}
     for event in events:
+        if on_gpu and event.is_user_annotation:  # names of whole phases, which a GPU's timeline shows beside kernels
+            continue
         interval = (event.time_range.start, event.time_range.end)
         everything.append(interval)
+        is_on_device = on_gpu == (event.device_type.name == "CUDA")
         if event.name.lower().startswith(_COMMUNICATION):
-            communication.append(interval)
+            if is_on_device:  # the host's `nccl:` ranges say when something was asked for, not when it was on its way
+                communication.append(interval)
             continue
-        if on_gpu != (event.device_type.name == "CUDA"):
+        if not is_on_device:
             continue
         if on_gpu or event.name.startswith(_COMPUTATION):
             computation.append(interval)

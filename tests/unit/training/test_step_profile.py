@@ -30,9 +30,10 @@ def test_lengths_of_unions_and_of_what_they_share(some, others):
     assert overlap_us(merged(some), merged(others)) == (covered(some) & covered(others)).sum()
 
 
-def event(name, start, end, *, device="CPU"):
+def event(name, start, end, *, device="CPU", annotation=False):
     return SimpleNamespace(
         name=name,
+        is_user_annotation=annotation,
         time_range=SimpleNamespace(start=start, end=end),
         device_type=SimpleNamespace(name=device),
         self_cpu_time_total=end - start if device == "CPU" else 0,
@@ -43,7 +44,7 @@ def event(name, start, end, *, device="CPU"):
 def test_communication_beside_an_operator_is_hidden_and_beside_nothing_is_not():
     events = [
         event("aten::mm", 0, 4_000),
-        event("gloo:all_to_all", 2_000, 6_000),  # half of it while the product was computed
+        event("gloo:all_to_all", 2_000, 6_000, annotation=True),  # half of it while the product was computed
         event("fbgemm::split_embedding_codegen_forward_cpu", 6_000, 9_000),
         event("DistributedDataParallel.forward", 0, 10_000),
     ]
@@ -64,6 +65,21 @@ def test_on_a_gpu_kernels_count_and_operators_do_not():
     profile = summarize(events, Ranks(0, 2, 2, torch.device("cuda", 0)), num_steps=1)
     assert profile.hidden_share == pytest.approx(0.25)
     assert profile.ms_per_step_by_part == {"matrix products": pytest.approx(4.0)}
+
+
+def test_annotations_on_a_gpus_timeline_are_no_kernels_and_the_hosts_ranges_no_communication():
+    events = [
+        event("nccl:all_to_all", 0, 8_000, annotation=True),  # on the host, from the call to the end of waiting for it
+        event("nccl:all_to_all", 0, 2_000, device="CUDA", annotation=True),
+        event("ncclDevKernel_SendRecv", 0, 1_000, device="CUDA"),
+        event("gemm", 1_000, 2_000, device="CUDA"),
+        event("## backward 3 ##", 0, 2_000, device="CUDA", annotation=True),
+        event("## backward 3 ##", 0, 2_000, annotation=True),
+    ]
+    profile = summarize(events, Ranks(0, 2, 2, torch.device("cuda", 0)), num_steps=1)
+    assert profile.hidden_share == 0.0
+    assert profile.communication_ms_per_step == pytest.approx(1.0)
+    assert profile.ms_per_step_by_part == {"matrix products": pytest.approx(1.0)}
 
 
 def test_without_other_ranks_there_is_nothing_to_hide():
