@@ -60,6 +60,8 @@ def test_a_run_on_a_gpu_goes_on_where_it_stopped(train):
 @pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise"])
 def test_two_gpus_train_what_one_trains(train, kind):
     two_gpus = ("--sharding.constraints", json.dumps([f"cat_0={kind}", f"cat_1={kind}"]), "--nproc-per-node", 2)
-    one = losses(train("one", *FLOAT32))
-    assert losses(train("two", *FLOAT32, *two_gpus)) == pytest.approx(one, abs=1e-3)
-    assert losses(train("float16-between", *FLOAT32[:4], *two_gpus)) == pytest.approx(one, abs=0.02)
+    # Row-wise Adagrad keeps a value for each row of a shard: cut by columns, a table learns a little differently.
+    optimizer = ("--table-optimizer.name", "adagrad" if kind == "column_wise" else "rowwise_adagrad")
+    one = losses(train("one", *FLOAT32, *optimizer))
+    assert losses(train("two", *FLOAT32, *optimizer, *two_gpus)) == pytest.approx(one, abs=1e-3)
+    assert losses(train("float16-between", *FLOAT32[:4], *optimizer, *two_gpus)) == pytest.approx(one, abs=0.02)

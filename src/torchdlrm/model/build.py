@@ -45,7 +45,7 @@ def build_model(
     dropout: float = 0.0,
     negative_weight: float = 1.0,
 ) -> DLRMTrain:
-    """A model for training; its tables have no memory until they are sharded.
+    """A model for training, with the same initial weights on every device; its tables have no memory yet.
 
     Args:
         shape: of the model.
@@ -59,7 +59,13 @@ def build_model(
     """
     dim = shape.config.embedding_dim
     collection = meta_collection((table_name(feature), feature, rows, dim) for feature, rows in num_embeddings.items())
-    model = shape.architecture.build(shape, collection, device)
+    # A GPU draws other random numbers than a CPU with the same seed, and a class of somebody's own may keep more than
+    # parameters where it is made: so it is made twice there, and takes the CPU's weights.
+    drawn = shape.architecture.build(shape, collection, torch.device("meta" if device.type == "meta" else "cpu"))
+    model = drawn
+    if device.type not in {"cpu", "meta"}:
+        model = shape.architecture.build(shape, collection, device)
+        model.load_state_dict(drawn.state_dict())
     if dropout:
         dense_arch, over_arch = getattr(model, "dense_arch", None), getattr(model, "over_arch", None)
         if not isinstance(dense_arch, nn.Module) or not isinstance(over_arch, nn.Module):
