@@ -32,6 +32,7 @@ FLOORS = {
     "exporting": 7,
     "planning": 7,
     "bench": 8,
+    "doctor": 8,
     "serving": 8,
     "cli": 9,
 }

@@ -48,6 +48,7 @@ app.command("torchdlrm.cli.predict:predict", help="Predict every row of a raw lo
 app.command("torchdlrm.cli.verify:verify", help="Compare checkpoint, bundle and server on the same raw rows.")
 app.command("torchdlrm.cli.serve:serve", help="Serve a bundle over HTTP and gRPC.")
 app.command("torchdlrm.cli.bench:bench", name="bench", help="Time the hot paths on this machine.")
+app.command("torchdlrm.cli.doctor:doctor", help="Show what this machine has, and try whether it works.")
 app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset, a run or a bundle holds, and check its files.")
 
 

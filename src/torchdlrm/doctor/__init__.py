@@ -1,0 +1,1 @@
+"""What this machine has, what will therefore be used, and whether it works; also where parts are broken."""

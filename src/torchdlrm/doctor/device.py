@@ -1,0 +1,40 @@
+"""What PyTorch sees of the GPUs, and whether a training would use them."""
+
+import torch
+
+from torchdlrm.doctor.probe import Findings
+from torchdlrm.training.device import VISIBLE_VARIABLE, SeenGPUs, choose_device_type
+from torchdlrm.units import show_bytes
+
+
+def see_device(findings: Findings) -> str:
+    """Write down what is seen; give where `train.device = auto` computes.
+
+    Raises:
+        ConfigError: it would refuse.
+    """
+    seen = SeenGPUs.now()
+    build = f"CUDA {seen.cuda}" if seen.cuda else "CPU"
+    facts = {"PyTorch's build": f"{build}, kernels for {torch.backends.cpu.get_cpu_capability()}"}
+    facts["driver"] = seen.driver or "none"
+    for index, gpu in enumerate(seen.gpus):
+        capability = ".".join(map(str, gpu.capability))
+        facts[f"cuda:{index}"] = f"{gpu.name}, {show_bytes(gpu.memory_bytes)}, compute capability {capability}"
+    if seen.gpus:
+        facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        facts["peer access"] = _peer_access(len(seen.gpus))
+    findings.tell("machine", facts)
+    kind = choose_device_type("auto", seen, num_processes=max(1, len(seen.gpus)))
+    findings.num_gpus = len(seen.gpus) if kind == "cuda" else 0
+    if kind == "cuda":
+        return f"a GPU each for up to {seen.num_gpus}"
+    if seen.cuda is None and seen.driver is not None:
+        return "the processor, though there is a driver for GPUs: PyTorch is the CPU build (make install EXTRA=gpu)"
+    return "the processor" + (f", since {VISIBLE_VARIABLE} is empty" if seen.cuda else "")
+
+
+def _peer_access(num_gpus: int) -> str:
+    """Whether GPUs can read each other's memory."""
+    pairs = [(one, other) for one in range(num_gpus) for other in range(one + 1, num_gpus)]
+    lacking = [f"{a}-{b}" for a, b in pairs if not torch.cuda.can_device_access_peer(a, b)]
+    return "between all" if not lacking else f"not between {', '.join(lacking)}"
