@@ -2,20 +2,29 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+# cpu or gpu; the other targets go on with what the venv has.
+EXTRA ?= $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
+INSTALLED := $(VENV)/.installed$(if $(filter gpu,$(EXTRA)),-gpu)
+# The two builds of FBGEMM have the same files: one over the other is neither.
+OTHER_BUILD := $(VENV)/lib/python3*/site-packages/fbgemm_gpu$(if $(filter gpu,$(EXTRA)),_cpu)-[0-9]*.dist-info
 
-.PHONY: install quickstart test test-fast check format docs clean help
+.PHONY: install quickstart test test-fast gpu-check check format docs clean help
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(INSTALLED)  ## create .venv and install torchdlrm in it (CPU build)
+install: $(INSTALLED)  ## create .venv and install torchdlrm in it (EXTRA=gpu: the CUDA builds; VENV=another folder)
 
 $(INSTALLED): pyproject.toml requirements/torchrec.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "torchdlrm needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make install PYTHON=python3.11" >&2; exit 2; }
+	@case '$(EXTRA)' in cpu|gpu) ;; *) echo "EXTRA=$(EXTRA): must be cpu or gpu" >&2; exit 2;; esac
+	@ls -d $(OTHER_BUILD) >/dev/null 2>&1 && \
+	  { echo "$(VENV) has the other build of FBGEMM; one over the other is neither. Try: make install EXTRA=$(EXTRA) VENV=.venv-$(EXTRA), or make clean first" >&2; exit 2; } || true
+	@test $(EXTRA) = cpu || test $$(uname -m) = x86_64 || \
+	  { echo "EXTRA=gpu: FBGEMM has CUDA builds for x86-64 alone; this is $$(uname -m), where EXTRA=cpu works" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --editable '.[cpu,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --editable '.[$(EXTRA),dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --requirement requirements/torchrec.txt
 	@touch $@
 
@@ -27,6 +36,9 @@ test: $(INSTALLED)  ## run all tests on up to four cores
 
 test-fast: $(INSTALLED)  ## run the unit tests without the slow ones
 	$(BIN)/python -m pytest tests/unit tests/test_architecture.py -m "not slow"
+
+gpu-check: $(INSTALLED)  ## examine this machine and its GPUs in under ten minutes; writes gpu-report.json, to send
+	$(BIN)/python benchmarks/gpu_check.py --out gpu-report.json
 
 check: $(INSTALLED)  ## run the linter, the format check and the type checker
 	$(BIN)/ruff check .
