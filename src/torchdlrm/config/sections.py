@@ -45,8 +45,8 @@ class TrainConfig(_Section):
     max_steps: PositiveInt | None = Field(None, description="stop after this many steps, regardless of epochs")
     device: DeviceChoice = Field(
         "auto",
-        description="where to compute: cuda demands a GPU for each process of a host, cpu uses none; auto is cpu with "
-        "PyTorch's CPU build or where CUDA_VISIBLE_DEVICES is empty, and else demands GPUs that FBGEMM has kernels for",
+        description="where to compute: cuda demands a GPU for each process of a host, cpu uses none; auto is cpu in "
+        "the CPU set-up or where CUDA_VISIBLE_DEVICES is empty, and else demands GPUs that FBGEMM has kernels for",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="precision of the dense parts' matrix products; auto asks the device; weights stay float32"

@@ -28,9 +28,10 @@ def see_device(findings: Findings) -> str:
     findings.num_gpus = len(seen.gpus) if kind == "cuda" else 0
     if kind == "cuda":
         return f"a GPU each for up to {seen.num_gpus}"
-    if seen.cuda is None and seen.driver is not None:
-        return "the processor, though there is a driver for GPUs: PyTorch is the CPU build (make install EXTRA=gpu)"
-    return "the processor" + (f", since {VISIBLE_VARIABLE} is empty" if seen.cuda else "")
+    if not seen.is_cpu_set_up:
+        return f"the processor, since {VISIBLE_VARIABLE} is empty"
+    hint = ", though there is a driver for GPUs (make install EXTRA=gpu VENV=.venv-gpu)" if seen.driver else ""
+    return f"the processor: this is the CPU set-up{hint}"
 
 
 def _peer_access(num_gpus: int) -> str:

@@ -1,8 +1,9 @@
 """Chooses where a training computes: on a GPU for each process of the host, or on the processor.
 
 In: what was seen of this machine (`SeenGPUs.now`) and `train.device`.  Out: `cuda` or `cpu`, or an error that says what
-keeps the GPUs from being used. Whoever has installed the CUDA build of PyTorch means GPUs: with it nothing computes on
-the processor for hours only because a driver is too old.
+keeps the GPUs from being used. Whoever has installed the CUDA build of FBGEMM means GPUs: with it nothing computes on
+the processor for hours only because a driver is too old. PyTorch's CUDA build alone means nothing: pip fetches it for
+the CPU set-up too, where it computes on the processor.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import re
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -45,6 +47,7 @@ class SeenGPUs:
         gpus: that PyTorch can use, in its order.
         visible: what `CUDA_VISIBLE_DEVICES` says; None where it is not set.
         said: PyTorch's own words where it cannot use any.
+        fbgemm: which build of FBGEMM is installed.
     """
 
     torch: str
@@ -53,6 +56,7 @@ class SeenGPUs:
     gpus: tuple[GPU, ...]
     visible: str | None = None
     said: str = ""
+    fbgemm: Literal["cuda", "cpu"] = "cuda"
 
     @classmethod
     def now(cls) -> Self:
@@ -68,7 +72,13 @@ class SeenGPUs:
                 found = torch.cuda.get_device_properties(index)
                 gpus.append(GPU(found.name, (found.major, found.minor), found.total_memory))
         visible = os.environ.get(VISIBLE_VARIABLE)
-        return cls(str(torch.__version__), torch.version.cuda, driver_version(), tuple(gpus), visible, said)
+        version = str(torch.__version__)
+        return cls(version, torch.version.cuda, driver_version(), tuple(gpus), visible, said, fbgemm_build())
+
+    @property
+    def is_cpu_set_up(self) -> bool:
+        """Whether what is installed cannot compute on a GPU, whatever there is."""
+        return self.cuda is None or self.fbgemm == "cpu"
 
     @property
     def least_driver(self) -> int | None:
@@ -88,8 +98,9 @@ class SeenGPUs:
             num_processes: of this host.
             asks_for_kernels: whether GPUs that FBGEMM's wheel has no kernels for are a problem.
         """
-        if self.cuda is None:
-            return f"PyTorch {self.torch} is the CPU build; install the CUDA set-up (make install EXTRA=gpu)"
+        if self.is_cpu_set_up:
+            what = f"PyTorch {self.torch}" if self.cuda is None else "FBGEMM (fbgemm-gpu-cpu)"
+            return f"{what} is the CPU build; install the CUDA set-up in a venv of its own (make install EXTRA=gpu)"
         if not self.gpus:
             return self._why_there_is_none()
         if len(self.gpus) < num_processes:
@@ -109,7 +120,7 @@ class SeenGPUs:
     def _why_there_is_none(self) -> str:
         least = self.least_driver
         wanted = f"{least} or newer" if least else "a newer one"
-        about = f"PyTorch {self.torch} is the CUDA build, but"
+        about = f"this is the CUDA set-up (PyTorch {self.torch}), but"
         if self.driver is None:
             return f"{about} no NVIDIA driver is found here; install {wanted} (in a container: docker run --gpus all)"
         if least and int(self.driver.partition(".")[0]) < least:
@@ -132,8 +143,8 @@ def choose_device_type(
 
     Args:
         choice: `cpu`; `cuda`, which demands GPUs of whatever kind; or `auto`, which is `cpu` with the CPU build of
-            PyTorch and where an empty `CUDA_VISIBLE_DEVICES` hides all GPUs, and else demands some that FBGEMM's wheel
-            has kernels for.
+            PyTorch or FBGEMM and where an empty `CUDA_VISIBLE_DEVICES` hides all GPUs, and else demands some that
+            FBGEMM's wheel has kernels for.
         seen: of this host.
         num_processes: of this host.
         setting: what messages call the choice.
@@ -141,7 +152,7 @@ def choose_device_type(
     Raises:
         ConfigError: the GPUs that are demanded are not there.
     """
-    if choice == "cpu" or (choice == "auto" and (seen.cuda is None or seen.visible == "")):
+    if choice == "cpu" or (choice == "auto" and (seen.is_cpu_set_up or seen.visible == "")):
         return "cpu"
     problem = seen.problem(num_processes, asks_for_kernels=choice == "auto")
     if problem:
@@ -167,6 +178,12 @@ def rank_device(
     if choose_device_type(choice, SeenGPUs.now(), num_processes=local_world_size, setting=setting) == "cuda":
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
+
+
+def fbgemm_build() -> Literal["cuda", "cpu"]:
+    """Which build of FBGEMM is installed, by the name of its package: without a driver the CUDA one has no import."""
+    is_cpu, is_cuda = (any(metadata.distributions(name=name)) for name in ("fbgemm-gpu-cpu", "fbgemm-gpu"))
+    return "cpu" if is_cpu and not is_cuda else "cuda"
 
 
 def driver_version() -> str | None:

@@ -47,11 +47,12 @@ def checked(**changes):
     "changes",
     [
         {},
+        {"torch": "2.13.0+cu130"},
         {"torch": "2.13.0+cu130", "fbgemm_gpu_cpu": None, "fbgemm_gpu": "1.8.0"},
         {"torch": "2.13.0", "fbgemm_gpu_cpu": None, "fbgemm_gpu": "1.8.0"},
     ],
 )
-def test_builds_of_one_kind_fit(changes):
+def test_builds_that_work_together_fit(changes):
     found = checked(**changes)
     assert {check.outcome for check in found.values()} == {"ok"}
 
@@ -60,7 +61,7 @@ def test_builds_of_one_kind_fit(changes):
     ("changes", "name", "told"),
     [
         ({"fbgemm_gpu": "1.8.0"}, "builds", "one lies over the other"),
-        ({"torch": "2.13.0+cu130"}, "builds", "both must be CPU builds, or both CUDA builds"),
+        ({"fbgemm_gpu_cpu": None, "fbgemm_gpu": "1.8.0"}, "builds", "the CUDA build, which needs PyTorch's"),
         ({"fbgemm_gpu_cpu": None}, "versions", "fbgemm-gpu-cpu or fbgemm-gpu is missing"),
         ({"torch": "2.12.1+cpu"}, "versions", "torch 2.12.1+cpu (wanted: >=2.13,<2.14)"),
         ({"fbgemm_gpu_cpu": "1.7.0"}, "versions", "fbgemm-gpu-cpu 1.7.0 (wanted"),

@@ -37,6 +37,14 @@ def test_the_cpu_build_refuses_a_demand_for_gpus():
     assert "make install EXTRA=gpu" in said
 
 
+def test_pytorchs_cuda_build_in_the_cpu_set_up_computes_on_the_processor():
+    """Pip fetches it where nobody names the address of PyTorch's CPU wheels."""
+    laptop = replace(TWO, fbgemm="cpu", driver=None, gpus=())
+    assert choose_device_type("auto", laptop, num_processes=2) == "cpu"
+    assert choose_device_type("auto", replace(TWO, fbgemm="cpu"), num_processes=1) == "cpu"
+    assert "FBGEMM (fbgemm-gpu-cpu) is the CPU build" in refusal(replace(TWO, fbgemm="cpu"), choice="cuda")
+
+
 def test_cpu_is_cpu_whatever_there_is():
     assert choose_device_type("cpu", TWO, num_processes=1) == "cpu"
 
