@@ -101,3 +101,31 @@ def test_many_steps_on_many_threads_are_not_recorded_by_the_threads(seed):
             *["NoneType"] * (len(out.grad_fn.next_functions) - 1),
         ]
         out.backward(gradient)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(
+    "optimizer", [EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_SGD]
+)
+def test_a_row_of_padding_has_embeddings_of_zero_and_changes_no_table(optimizer, num_threads, seed):
+    """With a row before it the tables take the step that the row alone makes them take."""
+    padded, alone = kernel_and_model(optimizer, seed), kernel_and_model(optimizer, seed)
+    for one in (padded, alone):
+        use_table_threads(one.model, num_threads=num_threads)
+    gradient = torch.randn(2, sum(dim for _, dim in TABLES))
+    num_tables, none = len(TABLES), torch.zeros(0, dtype=torch.int64)
+    before = [weights.clone() for weights in padded.kernel.split_embedding_weights()]
+    out = padded.kernel(none, torch.zeros(num_tables + 1, dtype=torch.int64))
+    assert torch.equal(out, torch.zeros(1, gradient.shape[1]))
+    out.backward(gradient[:1])
+    assert all(map(torch.equal, padded.kernel.split_embedding_weights(), before))
+
+    ids = torch.ones(num_tables, dtype=torch.int64)
+    padded.kernel(ids, torch.tensor([0, *(n for table in range(num_tables) for n in (table + 1,) * 2)])).backward(
+        gradient
+    )
+    alone.kernel(ids, torch.arange(num_tables + 1)).backward(gradient[:1])
+    assert all(map(torch.equal, padded.kernel.split_embedding_weights(), alone.kernel.split_embedding_weights()))
+    for found, expected in zip(*(one.kernel.split_optimizer_states() for one in (padded, alone)), strict=True):
+        assert all(map(torch.equal, found, expected))
+    assert not torch.equal(padded.kernel.split_embedding_weights()[0], before[0])

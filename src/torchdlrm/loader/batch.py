@@ -2,7 +2,8 @@
 
 An epoch is one stream of rows: the row groups of a split one after the other.  Epoch 0 has the dataset's own order
 (training rows are shuffled on disk); later epochs permute the row groups.  Batch k is rows [k * B, (k + 1) * B) of the
-stream whatever the world size, and rank r reads the r-th contiguous slice of it.
+stream whatever the world size, and rank r reads the r-th contiguous slice of it. Slices that are a row short, where the
+ranks do not divide the rows, end with a row of padding.
 
 B rows of the batch on this rank, F sparse features.
 """
@@ -22,16 +23,23 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 @dataclass
 class Batch(TorchRecBatch):  # type: ignore[misc]
-    """TorchRec's batch and one field more.
+    """TorchRec's batch, its last rows perhaps padding.
+
+    Every rank's slice of a batch has the same number of rows, whatever the batch has: collectives of tables that are
+    cut by rows need that, and no kernel is asked for nothing. A row of padding has no ids, so it touches no table row;
+    its dense features and its label are 0. `DLRMTrain` leaves it out of the loss and of what it predicts.
 
     Attributes:
         dense_features: float32 [B, num_dense_features].
         sparse_features: KJT of F keys in schema order, values int64, stride B.
         labels: float32 [B].
-        loss_weight: B times the world size over the rows of the global batch: 1 unless the slices differ in size.
+        loss_weight: rows that are no padding, times the world size, over the rows of the global batch: 1 unless the
+            ranks have different numbers of them.
+        num_padding: how many of the B rows, the last ones, are padding: 0 or 1, and 0 on a single rank.
     """
 
     loss_weight: float = 1.0
+    num_padding: int = 0
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":  # noqa: FBT001, FBT002
         """Copy the batch to `device`."""
@@ -42,32 +50,40 @@ class Batch(TorchRecBatch):  # type: ignore[misc]
         return self._with_parts(lambda part: part.pin_memory())
 
     def _with_parts(self, function: Callable[[Any], Any]) -> "Batch":
-        return Batch(
-            function(self.dense_features), function(self.sparse_features), function(self.labels), self.loss_weight
-        )
+        parts = (function(part) for part in (self.dense_features, self.sparse_features, self.labels))
+        return Batch(*parts, loss_weight=self.loss_weight, num_padding=self.num_padding)
 
 
-@lru_cache(maxsize=8)
-def _ones_and_offsets(num_values: int) -> tuple[Tensor, Tensor]:
-    """Lengths and offsets of a KJT with one value in each cell; batches of the same size share them, read-only."""
-    return torch.ones(num_values, dtype=torch.int32), torch.arange(num_values + 1, dtype=torch.int32)
+@lru_cache(maxsize=16)
+def _lengths_and_offsets(num_features: int, num_rows: int, num_padding: int) -> tuple[Tensor, Tensor]:
+    """Lengths and offsets of a KJT with one value in each cell; batches of the same shape share them, read-only."""
+    lengths_FB = torch.ones(num_features, num_rows, dtype=torch.int32)
+    lengths_FB[:, num_rows - num_padding :] = 0
+    lengths = lengths_FB.flatten()
+    return lengths, torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
 
 
-def single_valued_kjt(feature_names: Sequence[str], ids_FB: NDArray[np.int64]) -> KeyedJaggedTensor:
-    """A KJT in which every feature of every row has exactly one id.
+def single_valued_kjt(
+    feature_names: Sequence[str], ids_FB: NDArray[np.int64], num_padding: int = 0
+) -> KeyedJaggedTensor:
+    """A KJT in which every feature of every row has exactly one id, but for rows of padding, which have none.
 
     Args:
         feature_names: the F keys.
-        ids_FB: int64 [F, B], contiguous; its memory is shared.
+        ids_FB: int64 [F, B - num_padding], contiguous; its memory is shared.
+        num_padding: rows without ids at the end.
     """
     num_features, num_rows = ids_FB.shape
-    lengths, offsets = _ones_and_offsets(num_features * num_rows)
+    lengths, offsets = _lengths_and_offsets(num_features, num_rows + num_padding, num_padding)
     return KeyedJaggedTensor(
         keys=list(feature_names),
         values=torch.from_numpy(ids_FB).view(-1),
         lengths=lengths,
         offsets=offsets,
-        stride=num_rows,
+        stride=num_rows + num_padding,
+        # Else whoever permutes or sends it would have to ask the GPU.
+        length_per_key=[num_rows] * num_features,
+        offset_per_key=[num_rows * feature for feature in range(num_features + 1)],
     )
 
 
@@ -103,3 +119,8 @@ def rank_rows(batch: range, *, rank: int, world_size: int) -> range:
     start = batch.start + len(batch) * rank // world_size
     stop = batch.start + len(batch) * (rank + 1) // world_size
     return range(start, stop)
+
+
+def num_padding_rows(batch: range, *, rank: int, world_size: int) -> int:
+    """Rows that a rank's slice of a batch lacks to the longest one."""
+    return -(-len(batch) // world_size) - len(rank_rows(batch, rank=rank, world_size=world_size))

@@ -4,6 +4,7 @@ Stages: row group on disk (Parquet) -> columns (Arrow) -> slice of this rank's r
 Cost: a rank decodes every row group and copies only its own rows.
 """
 
+import itertools
 import queue
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -19,7 +20,16 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
-from torchdlrm.loader.batch import Batch, RowGroup, batch_rows, epoch_order, num_batches, rank_rows, single_valued_kjt
+from torchdlrm.loader.batch import (
+    Batch,
+    RowGroup,
+    batch_rows,
+    epoch_order,
+    num_batches,
+    num_padding_rows,
+    rank_rows,
+    single_valued_kjt,
+)
 
 
 class Loader:
@@ -92,12 +102,14 @@ class Loader:
             for index in range(self._first_batch if epoch == self._first_epoch else 0, self.batches_per_epoch):
                 everyone = batch_rows(index, rows=self.rows, batch_size_global=self._batch_size_global)
                 mine = rank_rows(everyone, rank=self._rank, world_size=self._world_size)
-                labels_B, dense, kjt = stream.read(mine)
+                num_padding = num_padding_rows(everyone, rank=self._rank, world_size=self._world_size)
+                labels_B, dense, kjt = stream.read(mine, num_padding=num_padding)
                 batch = Batch(
                     dense_features=torch.from_numpy(dense),
                     sparse_features=kjt,
                     labels=torch.from_numpy(labels_B),
                     loss_weight=len(mine) * self._world_size / len(everyone),
+                    num_padding=num_padding,
                 )
                 yield batch.pin_memory() if self._pin_memory else batch
 
@@ -203,10 +215,18 @@ class _RowStream:
         self._starts = np.concatenate([[0], np.cumsum([group.rows for group in order])])
         self._current: tuple[int, _Columns] | None = None
 
-    def read(self, rows: range) -> tuple[NDArray[np.float32], NDArray[np.float32], KeyedJaggedTensor]:
-        """Labels [B], dense features [B, num_dense] and ids (F keys, stride B) of these rows of the stream."""
-        labels_B = np.empty(len(rows), dtype=np.float32)
-        dense = np.empty((len(rows), self._reader.num_dense), dtype=np.float32)
+    def read(
+        self, rows: range, *, num_padding: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], KeyedJaggedTensor]:
+        """Labels [B], dense features [B, num_dense] and ids (F keys, stride B) of these rows of the stream and padding.
+
+        Args:
+            rows: of the stream.
+            num_padding: rows of zeros and without ids behind them; with them they are B.
+        """
+        labels_B = np.empty(len(rows) + num_padding, dtype=np.float32)
+        dense = np.empty((len(rows) + num_padding, self._reader.num_dense), dtype=np.float32)
+        labels_B[len(rows) :], dense[len(rows) :] = 0, 0
         pieces: list[list[tuple[NDArray[np.int32], NDArray[np.int32] | None]]] = []
         position = rows.start
         while position < rows.stop:
@@ -222,11 +242,12 @@ class _RowStream:
                 dense[target, column] = values[source]
             pieces.append([column.part(source) for column in group.ids])
             position = stop
-        return labels_B, dense, _to_kjt(self._reader.feature_names, pieces, num_rows=len(rows))
+        kjt = _to_kjt(self._reader.feature_names, pieces, num_rows=len(rows), num_padding=num_padding)
+        return labels_B, dense, kjt
 
 
 def _to_kjt(
-    feature_names: Sequence[str], pieces: Sequence[Sequence[tuple[Any, Any]]], *, num_rows: int
+    feature_names: Sequence[str], pieces: Sequence[Sequence[tuple[Any, Any]]], *, num_rows: int, num_padding: int
 ) -> KeyedJaggedTensor:
     """Pieces of row groups, each with (ids, lengths) of every feature -> one KJT of int64 ids, copied once."""
     by_feature = [[piece[feature] for piece in pieces] for feature in range(len(feature_names))]
@@ -234,20 +255,19 @@ def _to_kjt(
         ids_FB = np.empty((len(feature_names), num_rows), dtype=np.int64)
         for feature, parts in enumerate(by_feature):
             np.concatenate([ids for ids, _ in parts] or [ids_FB[feature]], out=ids_FB[feature], casting="safe")
-        return single_valued_kjt(feature_names, ids_FB)
-    ids = [part for parts in by_feature for part, _ in parts]
-    lengths = [
-        np.ones(len(part), dtype=np.int32) if counts is None else counts
-        for parts in by_feature
-        for part, counts in parts
-    ]
+        return single_valued_kjt(feature_names, ids_FB, num_padding)
+    lengths: list[NDArray[np.int32]] = []
+    for parts in by_feature:
+        lengths += [np.ones(len(ids), dtype=np.int32) if counts is None else counts for ids, counts in parts]
+        lengths.append(np.zeros(num_padding, dtype=np.int32))
+    length_per_key = [sum(len(ids) for ids, _ in parts) for parts in by_feature]
     return KeyedJaggedTensor(
         keys=list(feature_names),
-        values=torch.from_numpy(np.concatenate(ids, dtype=np.int64) if ids else np.empty(0, dtype=np.int64)),
-        lengths=torch.from_numpy(
-            np.concatenate(lengths) if lengths else np.zeros(len(feature_names) * num_rows, dtype=np.int32)
-        ),
-        stride=num_rows,
+        values=torch.from_numpy(np.concatenate([ids for parts in by_feature for ids, _ in parts], dtype=np.int64)),
+        lengths=torch.from_numpy(np.concatenate(lengths)),
+        stride=num_rows + num_padding,
+        length_per_key=length_per_key,
+        offset_per_key=[0, *itertools.accumulate(length_per_key)],
     )
 
 

@@ -144,8 +144,8 @@ class DLRM(nn.Module):
 def batch_loss(logits_B: Tensor, labels_B: Tensor, batch: TrainingBatch, negative_weight: float = 1.0) -> Tensor:
     """Mean binary cross-entropy, so weighted that its mean over ranks is the mean over the global batch.
 
-    The slices of the last batch of an epoch may differ in size by one; a batch of ours says by `loss_weight` how much
-    this rank's rows count.
+    The ranks may differ by one in their rows of a batch; a batch of ours says by `loss_weight` how much those of this
+    rank count. Logits and labels are without padding.
 
     With negatives weighted by w, what minimises the loss has odds of a click 1 / w times too high; He et al. (2014)
     take predictions p back by q = p / (p + (1 - p) / w), which is logit(q) = logit(p) + log(w). Here the loss is taken
@@ -160,8 +160,17 @@ def batch_loss(logits_B: Tensor, labels_B: Tensor, batch: TrainingBatch, negativ
     return binary_cross_entropy_with_logits(logits_B, labels_B, weights_B) * getattr(batch, "loss_weight", 1.0)
 
 
+@fx.wrap
+def without_padding(values_B: Tensor, batch: TrainingBatch) -> Tensor:
+    """What belongs to rows of the dataset: a batch of ours says by `num_padding` how many at its end do not."""
+    num_padding: int = getattr(batch, "num_padding", 0)
+    return values_B[:-num_padding] if num_padding else values_B
+
+
 class DLRMTrain(nn.Module):
     """A DLRM with its loss, for TorchRec's train pipelines.
+
+    Padding of a batch counts nowhere: no gradient comes from it, and it is not among the logits and labels.
 
     Args:
         dlrm_module: the model, a `DLRM` or another one that maps dense features and a KJT to logits [B, 1].
@@ -174,8 +183,8 @@ class DLRMTrain(nn.Module):
         self.negative_weight = negative_weight
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Returns the loss, and (loss, logits [B], labels [B]) detached."""
-        logits_B = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
-        labels_B = batch.labels.float()
+        """Returns the loss, and (loss, logits [B], labels [B]) detached; B rows without padding."""
+        logits_B = without_padding(self.model(batch.dense_features, batch.sparse_features).squeeze(-1), batch)
+        labels_B = without_padding(batch.labels.float(), batch)
         loss = batch_loss(logits_B, labels_B, batch, self.negative_weight)
         return loss, (loss.detach(), logits_B.detach(), labels_B.detach())

@@ -1,5 +1,6 @@
 """The loader against the Parquet files, read by DuckDB."""
 
+import itertools
 import re
 
 import duckdb
@@ -7,13 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, criteo_schema
-from torchdlrm.loader.batch import RowGroup, batch_rows, epoch_order, num_batches, rank_rows
+from torchdlrm.loader.batch import RowGroup, batch_rows, epoch_order, num_batches, num_padding_rows, rank_rows
 from torchdlrm.loader.loader import Loader
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
@@ -24,7 +26,10 @@ def test_every_row_of_an_epoch_is_read_by_exactly_one_rank(rows, batch_size, wor
     for batch in range(num_batches(rows, batch_size)):
         everyone = batch_rows(batch, rows=rows, batch_size_global=batch_size)
         slices = [rank_rows(everyone, rank=rank, world_size=world_size) for rank in range(world_size)]
-        assert max(map(len, slices)) - min(map(len, slices)) <= 1
+        padding = [num_padding_rows(everyone, rank=rank, world_size=world_size) for rank in range(world_size)]
+        assert set(padding) <= {0, 1}
+        (rows_and_padding,) = {len(part) + count for part, count in zip(slices, padding, strict=True)}
+        assert rows_and_padding == max(map(len, slices)) > 0
         read += [row for part in slices for row in part]
     assert read == list(range(rows))
 
@@ -58,8 +63,10 @@ def rows_on_disk(dataset, split):
 def rows_of(batches):
     parts = []
     for batch in batches:
-        ids_FB = batch.sparse_features.values().view(len(batch.sparse_features.keys()), -1)
-        parts.append(np.column_stack([batch.labels, batch.dense_features, ids_FB.T]).astype(np.float64))
+        num_rows = batch.labels.numel() - batch.num_padding
+        ids_FB = batch.sparse_features.values().view(len(batch.sparse_features.keys()), num_rows)
+        columns = (batch.labels[:num_rows], batch.dense_features[:num_rows], ids_FB.T)
+        parts.append(np.column_stack(columns).astype(np.float64))
     return np.concatenate(parts)
 
 
@@ -85,11 +92,26 @@ def test_a_batch_is_the_ranks_slices_one_after_the_other(many_groups, world_size
 def test_loss_weights_of_uneven_slices_make_the_mean_over_ranks_the_mean_over_rows(many_groups):
     parts = [list(Loader(many_groups, "train", batch_size_global=4_285, rank=rank, world_size=2)) for rank in range(2)]
     for left, right in zip(*parts, strict=True):
-        rows = left.labels.numel() + right.labels.numel()
-        assert left.loss_weight == pytest.approx(2 * left.labels.numel() / rows)
+        num_rows = [batch.labels.numel() - batch.num_padding for batch in (left, right)]
+        assert left.loss_weight == pytest.approx(2 * num_rows[0] / sum(num_rows))
         assert left.loss_weight + right.loss_weight == pytest.approx(2)
     assert parts[0][0].loss_weight != 1.0
-    assert [part[1].labels.numel() for part in parts] == [0, 1]
+    assert [part[1].loss_weight for part in parts] == [0, 2]
+
+
+def test_a_rank_without_a_row_of_a_batch_has_one_of_padding(many_groups):
+    """In 4,286 rows of batches of 857 the last batch is one row."""
+    parts = [list(Loader(many_groups, "train", batch_size_global=857, rank=rank, world_size=2)) for rank in range(2)]
+    assert [[batch.labels.numel() for batch in part] for part in parts] == [[429] * 5 + [1]] * 2
+    assert [[batch.num_padding for batch in part] for part in parts] == [[1] * 6, [0] * 6]
+    for batch in parts[0]:
+        kjt = batch.sparse_features
+        lengths_FB = kjt.lengths().view(26, -1)
+        assert lengths_FB[:, :-1].eq(1).all()
+        assert lengths_FB[:, -1].eq(0).all()
+        assert kjt.offsets().tolist() == [0, *kjt.lengths().cumsum(0).tolist()]
+        assert batch.labels[-1] == 0
+        assert batch.dense_features[-1].eq(0).all()
 
 
 def test_a_loader_goes_on_from_another_ones_state_on_another_world_size(many_groups):
@@ -159,15 +181,35 @@ def test_multi_valued_features_become_lists_of_the_kjt(tmp_path):
     dataset = Dataset.open(tmp_path / "dataset")
     files = [str(file.path) for file in dataset.splits["train"].files]
     expected = duckdb.sql(f"select user, tags from read_parquet({files})").fetchall()
-    users, tags = [], []
-    for batch in Loader(dataset, "train", batch_size_global=64):
-        by_name = batch.sparse_features.to_dict()
-        users += by_name["user"].values().tolist()
-        assert set(by_name["user"].lengths().tolist()) == {1}
-        tags += [ids.tolist() for ids in by_name["tags"].to_dense()]
-    assert users == [user for user, _ in expected]
-    assert tags == [list(ids) for _, ids in expected]
-    assert len({len(ids) for ids in tags}) > 2
+    for world_size in (1, 3):
+        users, tags = [], []
+        loaders = [
+            Loader(dataset, "train", batch_size_global=64, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        for batch in itertools.chain.from_iterable(zip(*loaders, strict=True)):
+            num_rows = batch.labels.numel() - batch.num_padding
+            by_name = batch.sparse_features.to_dict()
+            users += by_name["user"].values().tolist()
+            assert by_name["user"].lengths().tolist() == [1] * num_rows + [0] * batch.num_padding
+            ids_of_rows = [ids.tolist() for ids in by_name["tags"].to_dense()]
+            assert ids_of_rows[num_rows:] == [[]] * batch.num_padding
+            tags += ids_of_rows[:num_rows]
+        assert users == [user for user, _ in expected]
+        assert tags == [list(ids) for _, ids in expected]
+        assert len({len(ids) for ids in tags}) > 2
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_batch_knows_how_many_ids_each_feature_has_so_that_nobody_asks_a_gpu(many_groups, world_size):
+    for batch in Loader(many_groups, "train", batch_size_global=300, world_size=world_size):
+        kjt = batch.sparse_features
+        per_key = kjt.lengths().view(26, -1).sum(1).tolist()
+        for same in (kjt, batch.to(torch.device("meta")).sparse_features):  # whose values nobody can ask for
+            assert same.length_per_key_or_none() == per_key
+            assert same.offset_per_key_or_none() == [0, *itertools.accumulate(per_key)]
+            permuted = same.permute([*range(13, 26), *range(13)])
+            assert permuted.dist_splits([13, 13])[1] == [sum(per_key[13:]), sum(per_key[:13])]
 
 
 @pytest.mark.parametrize("wrong_id", [-1, 10_000_000])
