@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import time
 
 import pytest
@@ -29,25 +30,49 @@ def test_an_exception_of_any_module_comes_back_from_a_process_as_itself():
         launch(mix, processes=Processes(2))
 
 
-def break_down():
-    raise ZeroDivisionError("by the second process")
-
-
-def test_an_exception_that_nobody_expects_is_told_with_its_words():
-    with pytest.raises(TrainingError, match=r"^process \d of 2 failed: ZeroDivisionError: by the second process$"):
-        launch(break_down, processes=Processes(2))
-
-
 def break_down_among_others():
     with join_process_group(timeout_s=60) as ranks:
-        if ranks.is_first:
-            raise ZeroDivisionError("by the first process")
+        if ranks.rank == 1:
+            raise ZeroDivisionError("by the second process")
         torch.distributed.barrier()
 
 
-def test_what_ended_the_first_process_is_told_and_not_that_another_has_lost_it():
-    with pytest.raises(TrainingError, match=r"^process 0 of 2 failed: ZeroDivisionError: by the first process$"):
+def test_what_nobody_expects_is_told_with_its_traceback_and_not_that_another_process_has_lost_it():
+    with pytest.raises(TrainingError) as caught:
         launch(break_down_among_others, processes=Processes(2))
+    assert str(caught.value) == "process 1 of 2 failed: ZeroDivisionError: by the second process"
+    (traceback,) = caught.value.__notes__
+    assert traceback.startswith("Traceback")
+    assert 'raise ZeroDivisionError("by the second process")' in traceback
+
+
+def run_out_of_memory(folder):
+    with join_process_group(timeout_s=60) as ranks:
+        with (folder / f"rank-{ranks.rank}").open("a") as file:
+            file.write("started ")
+        if ranks.rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+        torch.distributed.barrier()
+
+
+def test_a_process_without_memory_says_what_helps_and_is_not_started_again(tmp_path):
+    with pytest.raises(
+        TrainingError, match=r"^process 1 of 2 has too little memory: it asked for 2.50 GiB; it has held up to "
+    ):
+        launch(run_out_of_memory, tmp_path, processes=Processes(2, max_restarts=1))
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"started "}
+
+
+def kill_the_second():
+    with join_process_group(timeout_s=60) as ranks:
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.distributed.barrier()
+
+
+def test_a_process_that_was_killed_is_told_and_not_that_another_has_lost_it():
+    with pytest.raises(TrainingError, match=r"^process 1 of 2 failed: it was ended by SIGKILL: "):
+        launch(kill_the_second, processes=Processes(2))
 
 
 def join_but_one():

@@ -72,7 +72,8 @@ def main() -> None:
     except CycloptsError as mistake:
         _end(2, "error", describe_mistake(mistake))
     except TorchDLRMError as error:
-        _end(1, "failed", in_options(str(error), app, sys.argv[1:]))
+        notes = getattr(error, "__notes__", [])  # the traceback of a process that failed as nobody expected
+        _end(1, "failed", "\n".join([in_options(str(error), app, sys.argv[1:]), *notes]))
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise

@@ -1,8 +1,8 @@
 """Copies a training's state to host memory, where it can be written while the training goes on.
 
-In: the state dict of a sharded model and its optimizer, on any device.  Out: the same, on the host.  The copies of a GPU
-are in one block of pinned memory, which is kept from save to save: transfers into pageable memory take several times as
-long, and the steps wait for them.
+In: the state dict of a sharded model and its optimizer, on any device.  Out: the same, on the host.  Copies of a GPU's
+state are in one block of pinned memory, which is kept from save to save: transfers into pageable memory take several
+times as long, and the steps wait for them.
 """
 
 import copy

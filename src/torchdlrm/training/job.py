@@ -184,7 +184,7 @@ def train(
         RunError: the folder is in use, holds something else, or a run that cannot be resumed with this config.
         PlanError: the tables do not fit the machine.
         DatasetError: the dataset is missing, damaged, or has no training rows.
-        TrainingError: the loss is not finite, or another process does not answer.
+        TrainingError: the loss is not finite, memory runs out, or another process does not answer.
         Interrupted: SIGTERM or Ctrl-C; the run is saved.
     """
     settings = config if isinstance(config, Config) else load_config(config)

@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,8 @@ from torchdlrm.training.process_group import join_process_group, restored_handle
 
 # Name of the file, before the rank, in which an exception is written down that was not raised on purpose.
 _UNEXPECTED = "unexpected-"
+# How long a process that has lost another waits for the launcher, which looks ten times a second.
+_FIND_TIMEOUT_S = 1.0
 # To tell nodes that are waiting already; they may also have refused by themselves.
 _REFUSAL_TIMEOUT_S = 15
 
@@ -192,23 +195,30 @@ def _recorded(entrypoint: Callable[..., Any], error_folder: Path, nnodes: int, *
     try:
         return entrypoint(*args)
     except TorchDLRMError as error:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # what is said now must arrive
-        partial = error_folder / f"{os.getpid()}.partial"
         kind = type(error)
         record = {"module": kind.__module__, "class": kind.__name__, "message": str(error)}
-        partial.write_text(json.dumps(record), encoding="utf-8")
-        partial.rename(error_folder / f"error-{os.environ.get('RANK', '0')}.json")
+        _write_down(record, error_folder / f"error-{os.environ.get('RANK', '0')}.json")
         if isinstance(error, UserError) and error.is_everywhere:
             return None  # every process of every machine: the launchers part in peace, and none starts another round
         if isinstance(error, LostProcessError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)  # what is left of the group would wait for the lost process, for as long as it may be silent
-        raise
-    except Exception as error:
+            # The launcher ends us as soon as it has found a process that died: that one is then told, and not we.
+            signal.sigtimedwait({signal.SIGTERM}, _FIND_TIMEOUT_S)
+    except Exception as error:  # noqa: BLE001 - the process ends with it
         # The launcher tells of one process that has failed, which may be another that has only lost this one.
-        unexpected.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
-        raise
+        record = {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        _write_down(record, unexpected)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # What is left of the group would wait for the other processes, for as long as they may be silent.
+    os._exit(1)
+
+
+def _write_down(record: dict[str, str], path: Path) -> None:
+    """Write a record that is whole or not there, and let nobody end this process meanwhile or from then on."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    partial = path.with_name(f"{os.getpid()}.partial")
+    partial.write_text(json.dumps(record), encoding="utf-8")
+    partial.rename(path)
 
 
 def _die_with_the_launcher() -> None:
@@ -237,14 +247,42 @@ def _reported_error(error_folder: Path) -> TorchDLRMError | None:
 def _why_it_failed(error: ChildFailedError, error_folder: Path, processes: Processes) -> TorchDLRMError:
     """What was raised on purpose, else what nobody expected; that a process was lost, only where there is neither."""
     reported = _reported_error(error_folder)
-    unexpected = sorted(error_folder.glob(f"{_UNEXPECTED}*"), key=lambda path: path.stat().st_mtime_ns)
-    if reported is not None and not (unexpected and isinstance(reported, LostProcessError)):
+    if reported is not None and not isinstance(reported, LostProcessError):
         return reported
+    unexpected = sorted(error_folder.glob(f"{_UNEXPECTED}*"), key=lambda path: path.stat().st_mtime_ns)
+    rank, failure = error.get_first_failure()
+    note = ""
     if unexpected:
-        rank, reason = int(unexpected[0].name.removeprefix(_UNEXPECTED)), unexpected[0].read_text(encoding="utf-8")
+        record = json.loads(unexpected[0].read_text(encoding="utf-8"))
+        rank, reason, note = int(unexpected[0].name.removeprefix(_UNEXPECTED)), record["message"], record["traceback"]
+    elif failure.exitcode < 0:
+        reason = _killed_by(-failure.exitcode)
+    elif reported is not None:
+        return reported
     else:
-        rank, failure = error.get_first_failure()
         said: Any = failure.message  # of an exception torch has written down message, traceback and time
-        reason = (said["message"] if isinstance(said, dict) else said).strip() or f"exit code {failure.exitcode}"
+        reason = said["message"] if isinstance(said, dict) else f"exit code {failure.exitcode}"
     after = f" (after {processes.max_restarts} restarts)" if processes.max_restarts else ""
-    return TrainingError(f"process {rank} of {processes.world_size} failed{after}: {reason}")
+    found = TrainingError(f"process {rank} of {processes.world_size} failed{after}: {reason}")
+    if note:
+        found.add_note(note.rstrip())
+    return found
+
+
+# What most often sends them.
+_SENDERS = {
+    signal.SIGKILL: "Linux does so to a process when memory runs out, and dmesg then says so; fewer processes on a "
+    "machine, smaller batches and checkpoint.asynchronous = false need less",
+    signal.SIGABRT: "NCCL does so on GPUs when another process has not answered for train.timeout_s, and other "
+    "libraries where a check of theirs has failed; they write why above",
+    signal.SIGBUS: "Linux does so when there is no room for shared memory in /dev/shm",
+}
+
+
+def _killed_by(number: int) -> str:
+    try:
+        name = signal.Signals(number)
+    except ValueError:
+        return f"it was ended by signal {number}"
+    why = f": {_SENDERS[name]}" if name in _SENDERS else ""
+    return f"it was ended by {name.name}{why}"

@@ -17,10 +17,11 @@ from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from torchdlrm.config import DeviceChoice
-from torchdlrm.errors import LostProcessError, UserError
-from torchdlrm.training.agreement import Settings, agree
+from torchdlrm.errors import LostProcessError, TrainingError, UserError
+from torchdlrm.training.agreement import NNODES_VARIABLE, Settings, agree
 from torchdlrm.training.device import rank_device
 from torchdlrm.training.host_groups import forget_host_groups
+from torchdlrm.training.memory import describe_shortage, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,16 @@ class Ranks:
         return self.world_size > 1 and any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PROCESS)
 
     @contextmanager
-    def raising_lost_process(self) -> Iterator[None]:
-        """Inside, a process that died or hangs becomes one clear error on those that wait for it."""
+    def explaining_failures(self) -> Iterator[None]:
+        """Inside, memory that runs out, and a process that others have lost, become one clear error each."""
         try:
             yield
-        except RuntimeError as error:
-            if not self.are_fewer(error):
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                why = describe_shortage(error, self.device)
+                msg = f"process {self.rank} of {self.world_size} has too little memory: {why}"
+                raise TrainingError(msg) from error
+            if isinstance(error, MemoryError) or not self.are_fewer(error):
                 raise
             first_line = str(error).splitlines()[0]
             msg = (
@@ -91,8 +96,11 @@ class Ranks:
             raise LostProcessError(msg) from error
 
 
-# What gloo and NCCL say when a peer is gone or late.
-_SIGNS_OF_A_LOST_PROCESS = ("imed out", "imeout", "onnection closed", "onnection reset", "roken pipe", "NCCL", "gloo")
+# What gloo and NCCL say when a peer is gone or late; they say other things too, such as that messages do not match.
+_SIGNS_OF_A_LOST_PROCESS = (
+    *("imed out", "imeout", "onnection closed", "onnection reset", "onnection refused", "roken pipe", "ocket closed"),
+    *("remote process exit", "ncclRemoteError", "communicator was aborted"),
+)
 
 
 @contextmanager
@@ -121,6 +129,7 @@ def join_process_group(
         UserError: machines were started with different settings, or one cannot take part, for example because it lacks
             the GPUs that the others have.
         LostProcessError: a process does not come, dies, or does not answer, also inside.
+        TrainingError: this process runs out of memory inside.
     """
     is_ours = not dist.is_initialized()
     if is_ours:
@@ -136,7 +145,7 @@ def join_process_group(
         is_one_node=world_size == local_world_size,
     )
     ranks = Ranks(rank, world_size, local_world_size, place, timeout_s)
-    with silenced_libraries(), _restored_settings(place), ranks.raising_lost_process():
+    with silenced_libraries(), _restored_settings(place), ranks.explaining_failures():
         if place.type == "cpu":
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
@@ -146,11 +155,30 @@ def join_process_group(
             dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
         try:
             yield ranks
-        finally:
-            if is_ours:
-                forget_host_groups()
-            for group in [None] if is_ours else ranks._made_groups:
-                dist.destroy_process_group(group)
+        except BaseException as error:
+            _leave(ranks, error, is_ours=is_ours)
+            raise
+        _leave(ranks, None, is_ours=is_ours)
+
+
+def _leave(ranks: Ranks, error: BaseException | None, *, is_ours: bool) -> None:
+    """Leave the group, or where it is somebody else's, those that we have made.
+
+    The orderly end of NCCL waits for all that has been sent and received. After an error of this process alone that
+    would be for processes that wait for this one, until `train.timeout_s` is over and before anybody has heard of the
+    error. Aborting may wait for the others too, so a process of `launch` does not even do that: it ends as soon as it
+    has told its launcher.
+    """
+    if not is_ours:
+        for group in ranks._made_groups:  # of gloo, which waits for nobody
+            dist.destroy_process_group(group)
+        return
+    forget_host_groups()
+    is_alone = error is not None and not (isinstance(error, UserError) and error.is_everywhere)
+    if not is_alone or ranks.device.type == "cpu":
+        dist.destroy_process_group()
+    elif ranks.world_size == 1 or NNODES_VARIABLE not in os.environ:
+        dist.distributed_c10d._abort_process_group()
 
 
 def _device_and_settings(

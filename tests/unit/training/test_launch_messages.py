@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -38,26 +39,37 @@ def test_an_error_of_an_unknown_class_is_still_one_of_ours(tmp_path):
     assert type(_reported_error(tmp_path)) is TorchDLRMError
 
 
-def failure(message, timestamp=0):
-    found = ProcessFailure(local_rank=1, pid=7, exitcode=-9, error_file="<N/A>")
-    found.message, found.timestamp = message, timestamp
+def failure(exitcode, message=None, timestamp=0):
+    found = ProcessFailure(local_rank=1, pid=7, exitcode=exitcode, error_file="<N/A>")
+    found.message, found.timestamp = message or found.message, timestamp
     return found
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("exitcode", "message", "told"),
     [
-        ({"message": "ZeroDivisionError: by zero"}, "process 1 of 2 failed: ZeroDivisionError: by zero"),
-        ("Signal 9 (SIGKILL) received", "process 1 of 2 failed: Signal 9 (SIGKILL) received"),
-        ("", "process 1 of 2 failed: exit code -9"),
+        (1, {"message": "ZeroDivisionError: by zero"}, r"ZeroDivisionError: by zero$"),
+        (3, None, r"exit code 3$"),  # and not where torch documents its tracebacks
+        (-9, None, r"it was ended by SIGKILL: Linux does so to a process when memory runs out"),
+        (-6, None, r"it was ended by SIGABRT: NCCL does so .* has not answered for train.timeout_s"),
+        (-11, None, r"it was ended by SIGSEGV$"),
+        (-99, None, r"it was ended by signal 99$"),
     ],
 )
-def test_a_process_that_said_nothing_is_named_with_what_the_system_said(message, told, tmp_path):
-    error = _why_it_failed(ChildFailedError("work", {1: failure(message)}), tmp_path, Processes(2))
+def test_a_process_that_said_nothing_is_named_with_what_the_system_said(exitcode, message, told, tmp_path):
+    failures = {1: failure(exitcode, message)}
+    error = _why_it_failed(ChildFailedError("work", failures), tmp_path, Processes(2))
     assert type(error) is TrainingError
-    assert str(error) == told
-    after = _why_it_failed(ChildFailedError("work", {1: failure(message)}), tmp_path, Processes(2, max_restarts=3))
+    assert re.match(f"process 1 of 2 failed: {told}", str(error))
+    after = _why_it_failed(ChildFailedError("work", failures), tmp_path, Processes(2, max_restarts=3))
     assert str(after).startswith("process 1 of 2 failed (after 3 restarts): ")
+
+
+def test_the_process_that_a_signal_has_ended_is_told_rather_than_that_another_has_lost_it(tmp_path):
+    report(tmp_path, 0, "LostProcessError", "has lost another one")
+    killed, lost = (ChildFailedError("work", {rank: failure(code)}) for rank, code in ((1, -9), (0, 1)))
+    assert "process 1 of 2 failed: it was ended by SIGKILL" in str(_why_it_failed(killed, tmp_path, Processes(2)))
+    assert type(_why_it_failed(lost, tmp_path, Processes(2))) is LostProcessError  # one that hangs has not died
 
 
 def test_more_processes_than_cores_are_crowded_and_gpus_count_as_cores(monkeypatch):
@@ -72,15 +84,18 @@ def test_more_processes_than_cores_are_crowded_and_gpus_count_as_cores(monkeypat
 
 
 def test_a_failure_is_that_of_the_process_that_failed_first(tmp_path):
-    failures = {0: failure("zero", timestamp=2), 1: failure("one", timestamp=1)}
+    failures = {0: failure(4, timestamp=2), 1: failure(5, timestamp=1)}
     error = _why_it_failed(ChildFailedError("work", failures), tmp_path, Processes(2))
-    assert str(error) == "process 1 of 2 failed: one"
+    assert str(error) == "process 1 of 2 failed: exit code 5"
 
 
 def test_what_nobody_expected_is_told_rather_than_that_a_process_was_lost_by_it(tmp_path):
-    (tmp_path / "unexpected-0").write_text("ZeroDivisionError: by zero")
+    said = {"message": "ZeroDivisionError: by zero", "traceback": "Traceback ...\n"}
+    (tmp_path / "unexpected-0").write_text(json.dumps(said))
     report(tmp_path, 1, "LostProcessError", "has lost another one")
-    error = ChildFailedError("work", {1: failure("")})
-    assert str(_why_it_failed(error, tmp_path, Processes(2))) == "process 0 of 2 failed: ZeroDivisionError: by zero"
+    error = ChildFailedError("work", {1: failure(1)})
+    found = _why_it_failed(error, tmp_path, Processes(2))
+    assert str(found) == "process 0 of 2 failed: ZeroDivisionError: by zero"
+    assert found.__notes__ == ["Traceback ..."]
     report(tmp_path, 1, "PlanError", "the tables do not fit")
     assert type(_why_it_failed(error, tmp_path, Processes(2))) is PlanError

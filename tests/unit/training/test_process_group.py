@@ -1,0 +1,97 @@
+"""How a process leaves its group, and what it says when it runs out of memory or loses another one."""
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from torchdlrm.errors import LostProcessError, RunError, TrainingError
+from torchdlrm.training.agreement import NNODES_VARIABLE
+from torchdlrm.training.process_group import Ranks, _leave, join_process_group
+
+GPU = torch.device("cuda", 1)
+
+
+def test_memory_that_runs_out_is_told_with_what_helps_and_the_group_can_be_joined_again():
+    with (
+        pytest.raises(
+            TrainingError, match=r"^process 0 of 1 has too little memory: it asked for 1,126 TB; it has held up to "
+        ),
+        join_process_group(),
+    ):
+        torch.empty(1 << 50, dtype=torch.uint8)
+    with join_process_group(), pytest.raises(RuntimeError, match="shape"):
+        torch.zeros(2) @ torch.zeros(3, 3)
+
+
+@pytest.fixture
+def gpu_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 60 * 10**9 if device == GPU else 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 75 * 10**9 if device == GPU else 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 80 * 10**9) if device == GPU else (0, 0))
+
+
+@pytest.mark.usefixtures("gpu_memory")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of ..."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("NCCL error in: NCCLUtils.hpp:77, Cuda failure 2 'out of memory'"),
+    ],
+)
+def test_memory_of_a_gpu_that_runs_out_is_told_in_numbers(error):
+    with pytest.raises(TrainingError) as caught, Ranks(1, 8, 8, GPU).explaining_failures():
+        raise error
+    told = str(caught.value)
+    assert type(caught.value) is TrainingError
+    assert told.startswith("process 1 of 8 has too little memory: ")
+    assert "on cuda:1, where 60 GB are allocated, 75 GB reserved by torch, and 1 GB of 80 GB free" in told
+    for remedy in ("sharding.reserved_fraction", "sharding.cache_fraction", "train.batch_size_global", "expandable"):
+        assert remedy in told
+    assert ("it asked for 2.50 GiB" in told) == isinstance(error, torch.OutOfMemoryError)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_lost"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3", True),
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 2000ms for recv", True),
+        ("NCCL error: remote process exited or there was a network error, ncclRemoteError", True),
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:456] op.preamble.length <= op.nbytes. 8 vs 4", False),
+        ("NCCL error in: NCCLUtils.hpp:77, invalid usage, ncclInvalidUsage", False),
+    ],
+)
+def test_only_what_says_so_is_taken_for_a_lost_process(text, is_lost):
+    ranks = Ranks(0, 2, 2, torch.device("cpu"))
+    with pytest.raises(LostProcessError if is_lost else RuntimeError) as caught, ranks.explaining_failures():
+        raise RuntimeError(text)
+    assert str(caught.value).startswith("process 0 of 2 has lost another one") == is_lost
+
+
+def refused_everywhere():
+    error = RunError("in use")
+    error.is_everywhere = True
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "world_size", "device", "is_launched", "expected"),
+    [
+        (None, 2, GPU, True, "destroyed"),
+        (refused_everywhere(), 2, GPU, True, "destroyed"),
+        (ZeroDivisionError(), 2, GPU, True, ""),  # it ends when it has told its launcher
+        (ZeroDivisionError(), 2, GPU, False, "aborted"),  # it may go on, and join another
+        (ZeroDivisionError(), 1, GPU, False, "aborted"),
+        (ZeroDivisionError(), 2, torch.device("cpu"), True, "destroyed"),  # gloo waits for nobody
+    ],
+)
+def test_after_an_error_of_its_own_a_process_waits_for_nobody(
+    error, world_size, device, is_launched, expected, monkeypatch
+):
+    done = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroyed"))
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: done.append("aborted"))
+    if is_launched:
+        monkeypatch.setenv(NNODES_VARIABLE, "1")
+    _leave(Ranks(0, world_size, world_size, device), error, is_ours=True)
+    assert "".join(done) == expected
