@@ -30,6 +30,7 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+from command_server import CommandServer
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.features.schema import criteo_schema
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
@@ -80,19 +81,27 @@ def small_dataset(small_log, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def dlrm():
-    """Runs the real `dlrm` command in a process of its own: dlrm("train", config, "--run", path) -> completed."""
+def command_server():
+    server = CommandServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def dlrm(request):
+    """Runs the real `dlrm` command in a process of its own: dlrm("train", config, "--run", path) -> completed.
+
+    With environment variables, which libraries read when they are loaded, the process starts from nothing.
+    """
 
     def run(*args, cwd=None, timeout_s=240, **environment):
         command = [str(Path(sys.executable).with_name("dlrm")), *map(str, args)]
+        whole = {**os.environ, "COLUMNS": "200", **environment}
+        if not environment:
+            server = request.getfixturevalue("command_server")
+            return server.run(command, cwd=cwd, environment=whole, timeout_s=timeout_s)
         return subprocess.run(
-            command,
-            cwd=cwd,
-            timeout=timeout_s,
-            env={**os.environ, "COLUMNS": "200", **environment},
-            capture_output=True,
-            text=True,
-            check=False,
+            command, cwd=cwd, timeout=timeout_s, env=whole, capture_output=True, text=True, check=False
         )
 
     return run
