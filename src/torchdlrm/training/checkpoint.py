@@ -9,6 +9,7 @@ Random state need not be in it: what is random during training (dropout) is draw
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,11 +18,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from torchdlrm.errors import RunError
 from torchdlrm.features.schema import problems
-from torchdlrm.files import regular_file, sha256_of
+from torchdlrm.files import regular_file
 from torchdlrm.training.checkpoint_files import read_metadata
 
 FORMAT_VERSION = 1
 RECORD_NAME = "checkpoint.json"
+_PART_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -125,16 +127,33 @@ def find_checkpoint(folder: Path, name: str = "best") -> ChosenCheckpoint:
 
 def find_damage(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None; reads them all."""
+    return next(filter(None, look_for_damage(path)), None)
+
+
+def look_for_damage(path: Path, *, rank: int = 0, world_size: int = 1) -> Iterator[str | None]:
+    """Read a rank's share of the files of a checkpoint: the ranks together read each file once.
+
+    Yields:
+        None after each part of a file that was read, then, if something is wrong, what.
+    """
     try:
-        for name, expected in _read_record(path).sha256.items():
-            if name != RECORD_NAME and sha256_of(regular_file(path, name)) != expected:
-                return f"{path / name}: damaged, its sha256 is not that in {RECORD_NAME}"
-        read_metadata(path)
+        files = sorted(_read_record(path).sha256.items())
+        mine = [(name, expected) for name, expected in files if name != RECORD_NAME][rank::world_size]
+        for name, expected in mine:
+            digest = hashlib.sha256()
+            with regular_file(path, name).open("rb") as file:
+                while part := file.read(_PART_BYTES):
+                    digest.update(part)
+                    yield None
+            if digest.hexdigest() != expected:
+                yield f"{path / name}: damaged, its sha256 is not that in {RECORD_NAME}"
+                return
+        if rank == 0:
+            read_metadata(path)
     except RunError as error:
-        return str(error)
+        yield str(error)
     except OSError as error:
-        return f"{path}: damaged: {error}"
-    return None
+        yield f"{path}: damaged: {error}"
 
 
 def _read_record(path: Path) -> CheckpointRecord:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,8 +34,8 @@ from torchdlrm.training.checkpoint import (
     CheckpointRecord,
     Position,
     checkpoint_path,
-    find_damage,
     list_checkpoints,
+    look_for_damage,
     read_position,
 )
 from torchdlrm.training.checkpoint_files import load_state
@@ -135,7 +136,7 @@ class Checkpointer:
         """
         steps = self._on_first_rank(lambda: list_checkpoints(self._folder))
         for step in reversed(steps):
-            problem = self._on_first_rank(lambda step=step: find_damage(checkpoint_path(self._folder, step)))
+            problem = self._find_damage(checkpoint_path(self._folder, step))
             if problem is None:
                 return self.load(step, verify=False)
             if self._ranks.is_first:
@@ -157,16 +158,37 @@ class Checkpointer:
             RunError: it is damaged or of another format version.
         """
         path = checkpoint_path(self._folder, step)
-        if verify:
-            problem = self._on_first_rank(lambda: find_damage(path))
-            if problem is not None:
-                raise RunError(problem)
+        problem = self._find_damage(path) if verify else None
+        if problem is not None:
+            error = RunError(problem)
+            error.is_everywhere = True
+            raise error
         state = self._state()
         load_state(state, path, self._group)
         self._model.load_state_dict(state["model"])
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
         return read_position(self._folder, step)
+
+    def _find_damage(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint, the same on every rank: each reads its share of the files.
+
+        However large they are, no rank waits for longer than the others read a part of a file: all tell each other
+        several times within `timeout_s` that they are still reading.
+        """
+        parts = look_for_damage(path, rank=self._ranks.rank, world_size=self._ranks.world_size)
+        while True:
+            until_s = time.monotonic() + self._ranks.timeout_s / 4
+            problem, is_done = None, True
+            for problem in parts:
+                if problem is not None or time.monotonic() > until_s:
+                    is_done = False
+                    break
+            everyone: list[Any] = [None] * self._ranks.world_size
+            dist.all_gather_object(everyone, (problem, is_done), group=self._group)
+            found = next((told for told, _ in everyone if told is not None), None)
+            if found is not None or all(done for _, done in everyone):
+                return found
 
     def _state(self) -> dict[str, Any]:
         state = {"model": self._model.state_dict()}
