@@ -1,10 +1,8 @@
 """Manages the processes of a run: which one this is, where it computes, and how the group begins and ends."""
 
-import logging
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from torchdlrm.errors import LostProcessError, TrainingError, UserError
 from torchdlrm.training.agreement import NNODES_VARIABLE, Settings, agree
 from torchdlrm.training.device import rank_device
 from torchdlrm.training.host_groups import forget_host_groups
+from torchdlrm.training.library_noise import silenced_libraries
 from torchdlrm.training.memory import describe_shortage, is_out_of_memory
 
 
@@ -240,31 +239,6 @@ def _restored_settings(device: torch.device) -> Iterator[None]:
         finally:
             torch.set_num_threads(num_threads)
             torch.set_float32_matmul_precision(precision)
-
-
-@contextmanager
-def silenced_libraries() -> Iterator[None]:
-    """Inside, TorchRec and torch do not say what they have to say of each other's interfaces: no user can act on it."""
-    # "The topology was constructed directly": its factory adds nothing but presets of Meta's own machines.
-    # "[Connection] intra_group": which ranks a table that is cut by rows connects.
-    told = ("torchrec.distributed.planner.types", "torchrec.distributed.comm", "torch.fx._symbolic_trace")
-    levels = dict.fromkeys(told, logging.ERROR)
-    # The launcher's own account of a failed process, with its traceback: `launch` tells it once, in our words.
-    launcher = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
-    names = (*launcher, "torch.distributed.elastic", "torch.multiprocessing.spawn")
-    levels |= dict.fromkeys(names, logging.CRITICAL)
-    before = {name: logging.getLogger(name).level for name in levels}
-    with warnings.catch_warnings():
-        deprecated = ("reduce_scatter_tensor` is deprecated", "all_gather_into_tensor` is deprecated")
-        for message in ("Please use DTensor instead", "`broadcast_buffers` is deprecated", *deprecated):
-            warnings.filterwarnings("ignore", message=message, category=FutureWarning)
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        try:
-            yield
-        finally:
-            for name, level in before.items():
-                logging.getLogger(name).setLevel(level)
 
 
 @contextmanager
