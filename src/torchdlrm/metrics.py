@@ -125,31 +125,53 @@ def binary_metrics(labels: Labels, logits: Scores) -> BinaryMetrics:
     """
     _check_shapes(labels, logits)
     _check_labels(labels)
-    rows = labels.size
     blocks = list(_blocks(labels, logits))
-    logloss = _mean(rows, [block.logloss_sum for block in blocks])
-    click_rate = _mean(rows, [block.clicks for block in blocks])
-    mean_prediction = _mean(rows, [block.prediction_sum for block in blocks])
-    entropy = _entropy(click_rate)
-    return BinaryMetrics(
-        rows=rows,
-        auc=auc(labels, logits),
-        logloss=logloss,
-        ne=logloss / entropy if entropy > 0 else math.nan,
-        calibration=mean_prediction / click_rate if click_rate > 0 else math.nan,
-        accuracy=_mean(rows, [block.right for block in blocks]),
+    total = MetricSums(
+        rows=labels.size,
+        clicks=sum(block.clicks for block in blocks),
+        right=sum(block.right for block in blocks),
+        prediction_sum=math.fsum(block.prediction_sum for block in blocks),
+        logloss_sum=math.fsum(block.logloss_sum for block in blocks),
     )
+    return total.metrics(auc(labels, logits))
 
 
 @dataclass(frozen=True)
-class _Block:
+class MetricSums:
+    """What all metrics but AUC are made of, added up over `rows` rows.
+
+    Attributes:
+        rows: how many.
+        clicks: how many of them were clicked.
+        right: whose label is on the same side as the prediction.
+        prediction_sum: of the predicted probabilities.
+        logloss_sum: of the negative log-likelihoods, in nats.
+    """
+
+    rows: int
     clicks: int
     right: int
     prediction_sum: float
     logloss_sum: float
 
+    def metrics(self, auc: float) -> BinaryMetrics:
+        """All metrics of these rows, whose AUC is `auc`."""
+        logloss, click_rate = self._mean(self.logloss_sum), self._mean(self.clicks)
+        entropy = _entropy(click_rate)
+        return BinaryMetrics(
+            rows=self.rows,
+            auc=auc,
+            logloss=logloss,
+            ne=logloss / entropy if entropy > 0 else math.nan,
+            calibration=self._mean(self.prediction_sum) / click_rate if click_rate > 0 else math.nan,
+            accuracy=self._mean(self.right),
+        )
 
-def _blocks(labels: Labels, logits: Scores) -> Iterator[_Block]:
+    def _mean(self, total: float) -> float:
+        return total / self.rows if self.rows else math.nan
+
+
+def _blocks(labels: Labels, logits: Scores) -> Iterator[MetricSums]:
     for start in range(0, labels.size, _BLOCK_ROWS):
         clicked = labels[start : start + _BLOCK_ROWS] != 0
         logit = logits[start : start + _BLOCK_ROWS].astype(np.float64)
@@ -158,7 +180,8 @@ def _blocks(labels: Labels, logits: Scores) -> Iterator[_Block]:
         # -log(p of what happened) = log(1 + exp(-margin)); the margin is the logit, signed by the label.
         margin = np.where(clicked, logit, -logit)
         loss = np.maximum(-margin, 0.0) + np.log1p(shrunk)
-        yield _Block(
+        yield MetricSums(
+            rows=clicked.size,
             clicks=int(clicked.sum()),
             right=int(((logit > 0) == clicked).sum()),
             prediction_sum=float(prediction.sum()),
@@ -179,10 +202,6 @@ def _check_labels(labels: Labels) -> None:
         if others.size:
             msg = f"labels: must be 0 or 1, got {others[0]}; the order is binary_metrics(labels, logits)"
             raise ValueError(msg)
-
-
-def _mean(rows: int, sums: list[int] | list[float]) -> float:
-    return math.fsum(sums) / rows if rows else math.nan
 
 
 def _entropy(rate: float) -> float:

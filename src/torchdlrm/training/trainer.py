@@ -22,8 +22,9 @@ from torchdlrm.model.architecture import ModelShape
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.checkpoint import Position, list_checkpoints
 from torchdlrm.training.checkpointer import Checkpointer
+from torchdlrm.training.interval_metrics import IntervalMetrics
 from torchdlrm.training.log import Callbacks, TrainingSummary, metrics_for_callbacks, validation_line
-from torchdlrm.training.predictions import PredictionBuffer, predict_loaders
+from torchdlrm.training.predictions import predict_loaders
 from torchdlrm.training.process_group import Ranks, StopRequest
 from torchdlrm.training.run import Run
 from torchdlrm.training.sharded import StepCounters, build_optimizer, build_pipeline, build_sharded_model
@@ -79,7 +80,7 @@ class Trainer:
         )
         self._model, self._stop_request = model, StopRequest(ranks)
         self._position, self._rate = Position(0, self._agenda.loader_state(0)), 0.0
-        self._interval = PredictionBuffer()
+        self._interval = IntervalMetrics(ranks.device)
         self._validation: dict[str, int | float | None] | None = None
         self._callbacks = Callbacks([])
         self._logged_rows, self._logged_s = 0, 0.0
@@ -161,7 +162,7 @@ class Trainer:
 
     def _log_interval(self, step: int) -> None:
         """Write the metrics of the rows since the last time, each predicted before the model learnt from it."""
-        metrics = self._interval.take_metrics(self._ranks)
+        metrics = self._interval.take(self._ranks)
         rows = self._agenda.rows_after(step)
         rows_per_s = (rows - self._logged_rows) / (self._watch.elapsed_s - self._logged_s)
         self._logged_rows, self._logged_s = rows, self._watch.elapsed_s
