@@ -10,6 +10,7 @@ import torchdlrm
 
 ROOT = Path(__file__).parents[1] / "src" / "torchdlrm"
 FLOORS = {
+    "driverless": 0,
     "errors": 0,
     "files": 0,
     "html": 0,

@@ -15,6 +15,7 @@ from cyclopts.exceptions import CycloptsError
 from torchdlrm import __version__
 from torchdlrm.cli.options import describe_mistake, in_options
 from torchdlrm.cli.terminal import console
+from torchdlrm.driverless import stand_in_for_driver
 from torchdlrm.errors import Interrupted, TorchDLRMError, UserError
 
 app = App(
@@ -59,6 +60,7 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would tell people when it starts and stops
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # C++ stack traces where another machine's store is gone
+    stand_in_for_driver()
     # As after Ctrl-C, what was begun is removed; commands that can save, or drain, have handlers of their own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup the end of the terminal is no reason to stop
@@ -101,8 +103,7 @@ PACKAGES = {
     "fbgemm_gpu": "pip install 'fbgemm-gpu-cpu>=1.8,<1.9', or 'fbgemm-gpu>=1.8,<1.9' where there is a GPU",
 }
 _WHY_FBGEMM_FAILS = (
-    "FBGEMM's CUDA build needs NVIDIA's driver, also where nothing computes on a GPU: on a machine without one use the "
-    "CPU set-up in a venv of its own (make install); dlrm doctor shows what is installed here"
+    "dlrm doctor shows which packages are here and whether they fit together; make install in a new venv"
 )
 # A full or failing disk is nobody's input; a path that is missing, read-only or too long is.
 _NOT_THE_INPUT = {None, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPIPE}

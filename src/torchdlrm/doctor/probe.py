@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from torchdlrm.doctor.findings import AFRESH, Check
+from torchdlrm.errors import TorchDLRMError
 
 FINDINGS_NAME = "findings.jsonl"
 _DRIVER = (
@@ -44,12 +45,13 @@ class Findings:
         path: of the file, which need not be there.
 
     Attributes:
+        worked: names of the checks that worked.
         num_gpus: that a training would use; known once the device was seen.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._worked: set[str] = set()
+        self.worked: set[str] = set()
         self.num_gpus = 0
 
     def tell(self, kind: str, facts: Mapping[str, Any]) -> None:
@@ -66,7 +68,7 @@ class Findings:
             remedy: what to do if it fails.
             needs: the check that must have worked before; empty if none.
         """
-        if needs and needs not in self._worked:
+        if needs and needs not in self.worked:
             self.tell("check", asdict(Check(name, "not run", f"needs what did not work: {needs}")))
             return
         self.tell("begun", {"name": name, "remedy": remedy if isinstance(remedy, str) else AFRESH})
@@ -78,7 +80,7 @@ class Findings:
             check = Check(name, "failed", describe(error), helps, time.perf_counter() - started_s)
         else:
             check = Check(name, "ok", told, "", time.perf_counter() - started_s)
-            self._worked.add(name)
+            self.worked.add(name)
         self.tell("check", asdict(check))
 
 
@@ -87,7 +89,8 @@ def describe(error: BaseException) -> str:
     lines = []
     cause: BaseException | None = error
     while cause is not None:
-        lines.append(": ".join(filter(None, (type(cause).__name__, " ".join(str(cause).split())))))
+        kind = "" if isinstance(cause, TorchDLRMError) else type(cause).__name__
+        lines.append(": ".join(filter(None, (kind, " ".join(str(cause).split())))))
         cause = cause.__cause__
     return "; caused by ".join(lines)
 

@@ -33,18 +33,19 @@ def make_dataset(findings: Findings, folder: Path) -> str:
     log = folder / "log.tsv"
     synthesize(log, rows=_NUM_ROWS)
     preprocess([log], folder / "dataset", criteo_schema(), PreprocessOptions(min_count=2))
-    findings.tell("uses", _uses(findings.num_gpus))
+    findings.tell("uses", _uses(findings.num_gpus, is_refused="device" not in findings.worked))
     return f"{_NUM_ROWS:,} rows written and preprocessed"
 
 
-def _uses(num_gpus: int) -> dict[str, str]:
+def _uses(num_gpus: int, *, is_refused: bool) -> dict[str, str]:
     """What the paper's model trains with here, by default."""
     config = Config()
     shape = ModelShape(config.model, NUM_CRITEO_DENSE, 26)
     num_cores = len(os.sched_getaffinity(0))
     device = torch.device("cuda", 0) if num_gpus else torch.device("cpu")
+    place = f"{num_gpus} x cuda (--nproc-per-node {num_gpus})" if num_gpus else "cpu"
     return {
-        "device": f"{num_gpus} x cuda (--nproc-per-node {num_gpus})" if num_gpus else "cpu",
+        "device": "none, see the checks; with --train.device cpu the processor" if is_refused else place,
         "communication": "NCCL, embeddings in float16" if num_gpus else "gloo",
         "precision of the paper's model": str(choose_precision(config, shape, device)),
         "tables": "FBGEMM's CUDA kernels, one launch for all tables of a GPU"

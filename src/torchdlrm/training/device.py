@@ -12,12 +12,12 @@ import re
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Literal, NamedTuple, Self
 
 import torch
 
 from torchdlrm.config import DeviceChoice
+from torchdlrm.driverless import LIBRARY_NAME, fbgemm_build
 from torchdlrm.errors import ConfigError
 
 # Major compute capabilities that the wheel of fbgemm-gpu 1.8 has kernels for (sm_80, sm_90, sm_100, and no PTX, from
@@ -180,16 +180,10 @@ def rank_device(
     return torch.device("cpu")
 
 
-def fbgemm_build() -> Literal["cuda", "cpu"]:
-    """Which build of FBGEMM is installed, by the name of its package: without a driver the CUDA one has no import."""
-    is_cpu, is_cuda = (any(metadata.distributions(name=name)) for name in ("fbgemm-gpu-cpu", "fbgemm-gpu"))
-    return "cpu" if is_cpu and not is_cuda else "cuda"
-
-
 def driver_version() -> str | None:
     """The version of NVIDIA's driver, as its library or the kernel tells it; None where there is none."""
     with suppress(OSError, AttributeError):
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        nvml = ctypes.CDLL(LIBRARY_NAME)
         text = ctypes.create_string_buffer(80)
         if nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text))) == 0:
             return text.value.decode()
