@@ -23,7 +23,7 @@ from torchdlrm.training.checkpoint_files import read_metadata
 
 FORMAT_VERSION = 1
 RECORD_NAME = "checkpoint.json"
-_PART_BYTES = 16 * 2**20
+_PART_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,15 @@ def look_for_damage(path: Path, *, rank: int = 0, world_size: int = 1) -> Iterat
     Yields:
         None after each part of a file that was read, then, if something is wrong, what.
     """
+    part = memoryview(bytearray(_PART_BYTES))
     try:
         files = sorted(_read_record(path).sha256.items())
         mine = [(name, expected) for name, expected in files if name != RECORD_NAME][rank::world_size]
         for name, expected in mine:
             digest = hashlib.sha256()
             with regular_file(path, name).open("rb") as file:
-                while part := file.read(_PART_BYTES):
-                    digest.update(part)
+                while num_bytes := file.readinto(part):
+                    digest.update(part[:num_bytes])
                     yield None
             if digest.hexdigest() != expected:
                 yield f"{path / name}: damaged, its sha256 is not that in {RECORD_NAME}"
