@@ -58,9 +58,7 @@ def _held_on_gpu(device: torch.device) -> str:
             f"{show_bytes(free)} of {show_bytes(total)} free"
         )
         if reserved - used > _MUCH * total:
-            in_pieces = (
-                "; PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True keeps less memory in pieces that fit nothing"
-            )
+            in_pieces = "; PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True leaves less of it in pieces"
     return (
         f"{told}. Let the plan leave more of it to the batches (a higher sharding.reserved_fraction), keep tables in "
         "host memory (sharding.cache_fraction), take smaller batches (train.batch_size_global, "
