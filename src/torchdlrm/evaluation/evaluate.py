@@ -116,6 +116,7 @@ def predict_split(
                 rank=ranks.rank,
                 world_size=ranks.world_size,
                 pin_memory=ranks.device.type == "cuda",
+                all_gather=ranks.all_gather,
             )
             for name in split.split("+")
         ]

@@ -8,7 +8,7 @@ ranks do not divide the rows, end with a row of padding.
 B rows of the batch on this rank, F sparse features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -112,6 +112,32 @@ def num_batches(rows: int, batch_size_global: int) -> int:
 def batch_rows(batch: int, *, rows: int, batch_size_global: int) -> range:
     """The rows of the stream that batch `batch` holds, over all ranks."""
     return range(batch * batch_size_global, min((batch + 1) * batch_size_global, rows))
+
+
+@dataclass(frozen=True)
+class BatchSequence:
+    """The batches of some epochs.
+
+    Attributes:
+        rows: of an epoch.
+        batch_size_global: rows of a batch over all ranks.
+        first_epoch: with which it begins.
+        first_batch: of the first epoch.
+        end_epoch: before which it ends.
+    """
+
+    rows: int
+    batch_size_global: int
+    first_epoch: int
+    first_batch: int
+    end_epoch: int
+
+    def __iter__(self) -> Iterator[tuple[int, range]]:
+        """Epoch and rows of each batch."""
+        for epoch in range(self.first_epoch, self.end_epoch):
+            first = self.first_batch if epoch == self.first_epoch else 0
+            for batch in range(first, num_batches(self.rows, self.batch_size_global)):
+                yield epoch, batch_rows(batch, rows=self.rows, batch_size_global=self.batch_size_global)
 
 
 def rank_rows(batch: range, *, rank: int, world_size: int) -> range:

@@ -71,6 +71,14 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self.process_group)
         return values[0]
 
+    def all_gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, by rank; every rank must call this."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.process_group)
+        return values
+
     def are_fewer(self, error: RuntimeError) -> bool:
         """Whether an error says that another process is gone or late."""
         return self.world_size > 1 and any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PROCESS)

@@ -263,4 +263,5 @@ class Trainer:
             max_rows=max_rows,
             prefetch_batches=self._config.loader.prefetch_batches,
             pin_memory=self._ranks.device.type == "cuda",
+            all_gather=self._ranks.all_gather,
         )

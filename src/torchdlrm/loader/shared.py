@@ -1,0 +1,397 @@
+"""Lets the ranks of one host decode each row group once between them, into memory that all of them can read.
+
+In: the row groups that these ranks will read, in order.  Out: columns, views of the memory of whoever decoded them.
+Cost: one copy of what is decoded, and on each rank memory for two row groups.
+
+Of n ranks each decodes every n-th row group, ahead of its own reading, into slots of its own memory, and says how far
+it is: what it has decoded, and which row group it reads. A slot is filled again when all have read past what is in it.
+No rank depends on another: one that does not get a row group in time, because its owner is dead, has stopped or found
+it damaged, decodes it for itself. So an error is the same on every rank, and at the row where it was without sharing.
+
+The memory has no name: nothing is left of it when its processes have ended, however they did.
+"""
+
+import mmap
+import os
+import secrets
+import struct
+import threading
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, groupby, islice
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchdlrm.loader.batch import BatchSequence, rank_rows
+from torchdlrm.loader.row_groups import Columns, IdColumn, RowGroupReader
+
+# Gives everybody's values to everybody, by rank.
+AllGather = Callable[[Any], Sequence[Any]]
+
+_NUM_SLOTS = 2
+# Waiting costs a look each so often: decoding takes some milliseconds, and what is decoded lasts for several.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.004
+_LOOK_FOR_THE_DEAD_EVERY_S = 0.1
+_PATIENCE_S = 2.0
+_FINISHED = 2**62
+_HEADER_BYTES, _ALIGNMENT = 4096, 64
+
+
+def share(
+    reader: RowGroupReader,
+    sequence: BatchSequence,
+    all_gather: AllGather,
+    *,
+    rank: int,
+    world_size: int,
+    stopped: threading.Event,
+) -> "SharedRowGroups | None":
+    """Agree with the other ranks of this host on who decodes what; every rank must call this.
+
+    Args:
+        reader: of the split.
+        sequence: the batches that all ranks are about to read.
+        all_gather: exchanges a value with all other ranks.
+        rank: this process.
+        world_size: number of processes.
+        stopped: set when nobody wants more.
+
+    Returns:
+        None where this rank is alone on its host, or its ranks cannot open each other's memory.
+    """
+    layout = _Layout(max(group.rows for group in reader.row_groups), reader.num_dense, tuple(reader.most_ids()))
+    mine = _Memory.make(layout)
+    addresses: Sequence[_Address | None] = all_gather(mine.address if mine is not None else None)
+    local = [
+        other
+        for other, address in enumerate(addresses)
+        if mine is not None and address is not None and address.host == mine.address.host
+    ]
+    memories = [
+        mine if other == rank else _Memory.open(layout, address)
+        for other, address in enumerate(addresses)
+        if address is not None and other in local
+    ]
+    is_ready = all_gather(len(local) > 1 and None not in memories)
+    if mine is None or not all(is_ready[other] for other in local):
+        return None
+    return SharedRowGroups(
+        reader,
+        mine,
+        [memory for memory in memories if memory is not None],
+        local.index(rank),
+        partial(_row_groups_of, reader, sequence, local[0], local[-1], world_size),
+        stopped,
+    )
+
+
+def _row_groups_of(
+    reader: RowGroupReader, sequence: BatchSequence, first_rank: int, last_rank: int, world_size: int
+) -> Iterator[tuple[int, int]]:
+    """Epoch, and place in its order, of every row group that these ranks or one between them will read, once each."""
+    for epoch, batches in groupby(sequence, key=itemgetter(0)):
+        starts = [0, *accumulate(group.rows for group in reader.order(epoch))]
+        done = 0
+        for _, everyone in batches:
+            start = rank_rows(everyone, rank=first_rank, world_size=world_size).start
+            stop = rank_rows(everyone, rank=last_rank, world_size=world_size).stop
+            if start < stop:
+                end = bisect_left(starts, stop)
+                for index in range(max(done, bisect_right(starts, start) - 1), end):
+                    yield epoch, index
+                done = end
+
+
+class SharedRowGroups:
+    """Row groups of which this rank decodes some; inside `with` a thread does so.
+
+    Args:
+        reader: decodes them.
+        mine: the memory of this rank.
+        memories: of all ranks that share, this one too.
+        place: of this rank among them.
+        row_groups: begins anew to list what they will read, as epoch and place in its order.
+        stopped: set when nobody wants more.
+    """
+
+    def __init__(
+        self,
+        reader: RowGroupReader,
+        mine: "_Memory",
+        memories: Sequence["_Memory"],
+        place: int,
+        row_groups: Callable[[], Iterator[tuple[int, int]]],
+        stopped: threading.Event,
+    ) -> None:
+        self._reader, self._mine, self._memories, self._place = reader, mine, memories, place
+        self._row_groups, self._stopped = row_groups, stopped
+        self._places = enumerate(row_groups())
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._decode_ahead, name="torchdlrm-decoder", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._mine.finish()
+
+    def __del__(self) -> None:
+        self._mine.finish()  # nobody may ever have asked for the first batch
+
+    def read(self, epoch: int, index: int) -> Columns:
+        """The row group at a place of an epoch's order, good until the next one is asked for; places must rise.
+
+        Raises:
+            DatasetError: it is damaged, or an id is outside its table.
+        """
+        place = next(place for place, where in self._places if where == (epoch, index))
+        self._mine.set_position(place)
+        turn, owner = divmod(place, len(self._memories))
+        if self._wait_for(self._memories[owner], turn):
+            return self._memories[owner].slots[turn % _NUM_SLOTS].first_rows(self._reader.order(epoch)[index].rows)
+        return self._reader.read(epoch, index)
+
+    def _wait_for(self, owner: "_Memory", turn: int) -> bool:
+        """Wait until a rank has decoded its row group number `turn`; False when it will not, or is late."""
+        started_s = time.monotonic()
+        for is_time_to_look in _pauses():
+            if owner.num_decoded > turn:
+                return True
+            is_late = time.monotonic() - started_s > _PATIENCE_S
+            if self._stopped.is_set() or is_late or owner.has_stopped or (is_time_to_look and not owner.is_alive):
+                return owner.num_decoded > turn
+        raise AssertionError
+
+    def _decode_ahead(self) -> None:
+        reader = self._reader.another()
+        num_ranks = len(self._memories)
+        try:
+            for place, (epoch, index) in enumerate(self._row_groups()):
+                turn, owner = divmod(place, num_ranks)
+                if owner != self._place:
+                    continue
+                if not self._wait_until_all_are_past(place - num_ranks * _NUM_SLOTS):
+                    return
+                self._mine.slots[turn % _NUM_SLOTS].fill(reader.read(epoch, index))
+                self._mine.set_num_decoded(turn + 1)
+        except Exception:  # noqa: BLE001 - who needs this row group decodes it for itself, and has the same error
+            return
+        finally:
+            self._mine.set_stopped()
+
+    def _wait_until_all_are_past(self, place: int) -> bool:
+        """Wait until no rank will read the row group at `place`; False when nobody wants more."""
+        late = list(self._memories)
+        for is_time_to_look in _pauses():
+            late = [memory for memory in late if memory.position <= place]
+            if is_time_to_look:
+                late = [memory for memory in late if memory.is_alive]
+            if not late or self._stopped.is_set():
+                return not self._stopped.is_set()
+        raise AssertionError
+
+
+def _pauses() -> Iterator[bool]:
+    """Sleeps between looks, longer and longer; says whether it is time to look who is dead."""
+    pause_s, looked_s = _FIRST_PAUSE_S, time.monotonic()
+    yield False
+    while True:
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        is_time_to_look = time.monotonic() - looked_s > _LOOK_FOR_THE_DEAD_EVERY_S
+        yield is_time_to_look
+        if is_time_to_look:
+            looked_s = time.monotonic()
+
+
+class _Address(NamedTuple):
+    """Where processes of the same host find a rank's memory; the secret says that it is the one."""
+
+    host: tuple[str, str]
+    pid: int
+    fd: int
+    secret: bytes
+
+
+class _Memory:
+    """The memory of one rank, which that rank alone writes.
+
+    Its header is read and written by system calls: they also keep the order of what is written before and after them
+    on processors that would change it.
+
+    Attributes:
+        slots: for one row group each.
+    """
+
+    _HEADER = struct.Struct("=qqq16s")  # row groups decoded, whether no more come, place that is read, secret
+
+    def __init__(self, layout: "_Layout", address: _Address, fd: int, *, access: int) -> None:
+        self.address, self._fd = address, fd
+        self._map = mmap.mmap(fd, layout.num_bytes, access=access)
+        self.slots = [layout.slot(self._map, number) for number in range(_NUM_SLOTS)]
+
+    @classmethod
+    def make(cls, layout: "_Layout") -> "_Memory | None":
+        """New memory for this rank; None where the system does not let us."""
+        try:
+            host = (
+                Path("/proc/sys/kernel/random/boot_id").read_text("ascii"),
+                str(Path("/proc/self/ns/pid").readlink()),
+            )
+            fd = os.memfd_create("torchdlrm-loader")
+        except OSError:
+            return None
+        os.truncate(fd, layout.num_bytes)
+        made = cls(layout, _Address(host, os.getpid(), fd, secrets.token_bytes(16)), fd, access=mmap.ACCESS_WRITE)
+        os.pwrite(fd, cls._HEADER.pack(0, 0, 0, made.address.secret), 0)
+        return made
+
+    @classmethod
+    def open(cls, layout: "_Layout", address: _Address) -> "_Memory | None":
+        """The memory of a rank of this host; None where it may not be opened, as where /proc hides other processes."""
+        try:
+            fd = os.open(f"/proc/{address.pid}/fd/{address.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        if os.fstat(fd).st_size != layout.num_bytes:
+            os.close(fd)
+            return None
+        memory = cls(layout, address, fd, access=mmap.ACCESS_READ)
+        return memory if memory._header()[3] == address.secret else None
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+    @property
+    def num_decoded(self) -> int:
+        """How many of its row groups the rank has decoded."""
+        return self._header()[0]
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether no more are coming."""
+        return bool(self._header()[1])
+
+    @property
+    def position(self) -> int:
+        """The place that the rank reads; it is past all before."""
+        return self._header()[2]
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the rank's process is there."""
+        try:
+            os.kill(self.address.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True
+
+    def set_num_decoded(self, number: int) -> None:
+        """Say that the row groups before `number` can be read."""
+        os.pwrite(self._fd, struct.pack("=q", number), 0)
+
+    def set_stopped(self) -> None:
+        """Say that no more are coming."""
+        os.pwrite(self._fd, struct.pack("=q", 1), 8)
+
+    def set_position(self, place: int) -> None:
+        """Say which place is being read."""
+        os.pwrite(self._fd, struct.pack("=q", place), 16)
+
+    def finish(self) -> None:
+        """Say that this rank reads no more and decodes no more."""
+        self.set_position(_FINISHED)
+        self.set_stopped()
+
+    def _header(self) -> tuple[int, int, int, bytes]:
+        decoded, has_stopped, position, secret = self._HEADER.unpack(os.pread(self._fd, self._HEADER.size, 0))
+        return decoded, has_stopped, position, secret
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a memory is divided: a header, then slots, each with the columns of a row group one after the other.
+
+    Attributes:
+        most_rows: of a row group.
+        num_dense: number of dense features.
+        most_ids: of each sparse feature the most ids in a row group where rows have several, else None.
+    """
+
+    most_rows: int
+    num_dense: int
+    most_ids: tuple[int | None, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of a memory."""
+        return _HEADER_BYTES + _NUM_SLOTS * sum(map(_aligned_bytes, self._lengths))
+
+    @property
+    def _lengths(self) -> list[int]:
+        """Elements of each array of a slot: labels, dense features, ids, and offsets behind those that are lists."""
+        lengths = [self.most_rows] * (1 + self.num_dense)
+        for most in self.most_ids:
+            lengths += [self.most_rows] if most is None else [most, self.most_rows + 1]
+        return lengths
+
+    def slot(self, memory: mmap.mmap, number: int) -> "_Slot":
+        """Views of a slot's arrays."""
+        lengths = self._lengths
+        starts = [0, *accumulate(map(_aligned_bytes, lengths))]
+        first = _HEADER_BYTES + number * starts[-1]
+        arrays: Iterator[NDArray[Any]] = (
+            np.frombuffer(memory, np.float32 if place <= self.num_dense else np.int32, length, first + start)
+            for place, (length, start) in enumerate(zip(lengths, starts, strict=False))
+        )
+        labels = next(arrays)
+        dense = list(islice(arrays, self.num_dense))
+        ids = [IdColumn(next(arrays), None if most is None else next(arrays)) for most in self.most_ids]
+        return _Slot(Columns(labels, dense, ids))
+
+
+def _aligned_bytes(num_elements: int) -> int:
+    """Bytes of so many elements of 4 bytes, in whole cache lines."""
+    return -(-4 * num_elements // _ALIGNMENT) * _ALIGNMENT
+
+
+class _Slot(NamedTuple):
+    """Room for a row group, as long as the longest."""
+
+    columns: Columns
+
+    def fill(self, given: Columns) -> None:
+        """Copy a row group into it."""
+        for room, values in zip(self._arrays(self.columns), self._arrays(given), strict=True):
+            np.copyto(room[: len(values)], values, casting="unsafe")
+
+    def first_rows(self, num_rows: int) -> Columns:
+        """The row group in it."""
+        return Columns(
+            self.columns.labels[:num_rows],
+            [values[:num_rows] for values in self.columns.dense],
+            [
+                IdColumn(column.values[:num_rows], None)
+                if column.offsets is None
+                else IdColumn(column.values, column.offsets[: num_rows + 1])
+                for column in self.columns.ids
+            ],
+        )
+
+    @staticmethod
+    def _arrays(columns: Columns) -> list[NDArray[Any]]:
+        ids = (array for column in columns.ids for array in (column.values, column.offsets) if array is not None)
+        return [columns.labels, *columns.dense, *ids]
