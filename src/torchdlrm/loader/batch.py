@@ -20,6 +20,8 @@ from torch import Tensor
 from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+_CPU = torch.device("cpu")
+
 
 @dataclass
 class Batch(TorchRecBatch):  # type: ignore[misc]
@@ -43,20 +45,32 @@ class Batch(TorchRecBatch):  # type: ignore[misc]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":  # noqa: FBT001, FBT002
         """Copy the batch to `device`."""
-        return self._with_parts(lambda part: part.to(device=device, non_blocking=non_blocking))
+        return self._with_parts(lambda part: part.to(device=device, non_blocking=non_blocking), device)
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory, from which a GPU can fetch while it computes."""
-        return self._with_parts(lambda part: part.pin_memory())
+        return self._with_parts(lambda part: part.pin_memory(), _CPU)
 
-    def _with_parts(self, function: Callable[[Any], Any]) -> "Batch":
-        parts = (function(part) for part in (self.dense_features, self.sparse_features, self.labels))
-        return Batch(*parts, loss_weight=self.loss_weight, num_padding=self.num_padding)
+    def _with_parts(self, function: Callable[[Any], Any], device: torch.device) -> "Batch":
+        kjt = self.sparse_features
+        shape = (len(kjt.keys()), kjt.stride(), self.num_padding)
+        if kjt.lengths_or_none() is _lengths_and_offsets(*shape, _CPU)[0]:
+            # Shared by all batches of this shape, there as here: only the ids are new.
+            moved = _with_one_id_a_cell(kjt.keys(), function(kjt.values()), *shape, device)
+        else:
+            moved = function(kjt)
+        return Batch(function(self.dense_features), moved, function(self.labels), self.loss_weight, self.num_padding)
 
 
-@lru_cache(maxsize=16)
-def _lengths_and_offsets(num_features: int, num_rows: int, num_padding: int) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=32)
+def _lengths_and_offsets(
+    num_features: int, num_rows: int, num_padding: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Lengths and offsets of a KJT with one value in each cell; batches of the same shape share them, read-only."""
+    if device != _CPU:
+        # Not asynchronously: batches on all streams may use them from now on.
+        lengths, offsets = _lengths_and_offsets(num_features, num_rows, num_padding, _CPU)
+        return lengths.to(device), offsets.to(device)
     lengths_FB = torch.ones(num_features, num_rows, dtype=torch.int32)
     lengths_FB[:, num_rows - num_padding :] = 0
     lengths = lengths_FB.flatten()
@@ -74,16 +88,24 @@ def single_valued_kjt(
         num_padding: rows without ids at the end.
     """
     num_features, num_rows = ids_FB.shape
-    lengths, offsets = _lengths_and_offsets(num_features, num_rows + num_padding, num_padding)
+    values = torch.from_numpy(ids_FB).view(-1)
+    return _with_one_id_a_cell(feature_names, values, num_features, num_rows + num_padding, num_padding, _CPU)
+
+
+def _with_one_id_a_cell(
+    keys: Sequence[str], values: Tensor, num_features: int, num_rows: int, num_padding: int, device: torch.device
+) -> KeyedJaggedTensor:
+    lengths, offsets = _lengths_and_offsets(num_features, num_rows, num_padding, device)
+    num_ids = num_rows - num_padding
     return KeyedJaggedTensor(
-        keys=list(feature_names),
-        values=torch.from_numpy(ids_FB).view(-1),
+        keys=list(keys),
+        values=values,
         lengths=lengths,
         offsets=offsets,
-        stride=num_rows + num_padding,
+        stride=num_rows,
         # Else whoever permutes or sends it would have to ask the GPU.
-        length_per_key=[num_rows] * num_features,
-        offset_per_key=[num_rows * feature for feature in range(num_features + 1)],
+        length_per_key=[num_ids] * num_features,
+        offset_per_key=[num_ids * feature for feature in range(num_features + 1)],
     )
 
 

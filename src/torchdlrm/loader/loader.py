@@ -115,7 +115,13 @@ class Loader:
                 stopped=stopped,
             )
         batches = self._batches(sequence, self._reader.read if shared is None else shared.read)
-        return _read_ahead(batches, depth=self._prefetch_batches, stopped=stopped, decoding=shared or nullcontext())
+        return _read_ahead(
+            batches,
+            depth=self._prefetch_batches,
+            stopped=stopped,
+            decoding=shared or nullcontext(),
+            gpu=torch.cuda.current_device() if self._pin_memory else None,
+        )
 
     def _batches(self, sequence: BatchSequence, read_group: Callable[[int, int], Columns]) -> Iterator[Batch]:
         for epoch, batches in itertools.groupby(sequence, key=itemgetter(0)):
@@ -221,7 +227,12 @@ class _Ids:
 
 
 def _read_ahead(
-    batches: Iterator[Batch], *, depth: int, stopped: threading.Event, decoding: AbstractContextManager[object]
+    batches: Iterator[Batch],
+    *,
+    depth: int,
+    stopped: threading.Event,
+    decoding: AbstractContextManager[object],
+    gpu: int | None,
 ) -> Generator[Batch, None, None]:
     """The same batches, made by a thread that is up to `depth` ahead; its errors arrive here."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
@@ -234,6 +245,8 @@ def _read_ahead(
 
     def produce() -> None:
         try:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)  # each thread begins with the first one, and would make a context there
             for batch in batches:
                 put(batch)
                 if stopped.is_set():

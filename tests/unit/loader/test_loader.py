@@ -2,6 +2,8 @@
 
 import itertools
 import re
+import threading
+from types import SimpleNamespace
 
 import duckdb
 import numpy as np
@@ -210,6 +212,35 @@ def test_a_batch_knows_how_many_ids_each_feature_has_so_that_nobody_asks_a_gpu(m
             assert same.offset_per_key_or_none() == [0, *itertools.accumulate(per_key)]
             permuted = same.permute([*range(13, 26), *range(13)])
             assert permuted.dist_splits([13, 13])[1] == [sum(per_key[13:]), sum(per_key[:13])]
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """What was pinned, and which thread has set which current device: this process has no GPU."""
+    pinned, devices = [], {}
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: devices.setdefault(threading.current_thread().name, device)
+    )
+    return SimpleNamespace(pinned=pinned, devices=devices)
+
+
+def test_batches_of_a_shape_share_their_lengths_and_offsets_on_a_device_and_never_pin_them(many_groups, pretended_gpu):
+    there = torch.device("meta")
+    batches = list(Loader(many_groups, "train", batch_size_global=300, pin_memory=True))
+    assert len(pretended_gpu.pinned) == 3 * len(batches)  # dense features, ids, labels
+    assert {tensor.dtype for tensor in pretended_gpu.pinned} == {torch.float32, torch.int64}
+    moved = [batch.to(there, non_blocking=True).sparse_features for batch in batches]
+    assert all(kjt.device() == kjt.lengths().device == kjt.offsets().device == there for kjt in moved)
+    assert all(kjt.lengths() is moved[0].lengths() and kjt.offsets() is moved[0].offsets() for kjt in moved[:-1])
+    assert moved[-1].lengths().numel() == 26 * 86  # the last batch has another shape
+    assert not any(kjt.values() is moved[0].values() for kjt in moved[1:])
+
+
+def test_the_thread_that_pins_batches_uses_the_gpu_of_its_rank(many_groups, pretended_gpu):
+    next(iter(Loader(many_groups, "train", batch_size_global=300, pin_memory=True)))
+    assert pretended_gpu.devices == {"torchdlrm-loader": 3}
 
 
 @pytest.mark.parametrize("wrong_id", [-1, 10_000_000])
