@@ -103,6 +103,9 @@ class Checkpointer:
             False where it has failed, the same on every rank; True where it is complete or still being written.
         """
         self.join()
+        if self._ranks.device.type == "cuda":
+            # Cached tables are written back now, and another stream may be filling their cache for the next batch.
+            torch.cuda.synchronize(self._ranks.device)
         state = self._state()
         if wait:
             return self._write(with_tensors(state, in_own_storage), position)

@@ -7,6 +7,7 @@ import torch
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 
+from torchdlrm.training.checkpoint import Position
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.host_copies import HostCopies, with_tensors
 from torchdlrm.training.process_group import Ranks, join_process_group
@@ -124,3 +125,34 @@ def test_the_writing_thread_computes_on_its_own_ranks_gpu(ranks, tmp_path, monke
     checkpointer._writer.submit(int).result()
     checkpointer.close()
     assert [(name.startswith("torchdlrm-checkpoint"), device) for name, device in chosen] == [(True, GPU)]
+
+
+class Watched(torch.nn.Linear):
+    """Notes when its state is asked for."""
+
+    def __init__(self, events):
+        super().__init__(2, 1)
+        self.events = events
+
+    def state_dict(self, *args, **options):
+        self.events.append("state")
+        return super().state_dict(*args, **options)
+
+
+def test_a_checkpoint_of_a_gpu_waits_for_all_its_streams_and_is_read_back(ranks, runtime, tmp_path, monkeypatch):
+    """A stream that prefetches rows changes a cached table while no step is computed."""
+    events = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", events.append)
+    model = Watched(events)
+    checkpointer = Checkpointer(tmp_path, model, None, Ranks(0, 1, 1, GPU, _made_groups=ranks._made_groups))
+    expected = model.weight.detach().clone()
+    checkpointer.save(Position(10, {"epoch": 0, "batches_consumed": 10}), wait=False)
+    model.weight.data.zero_()
+    checkpointer.join()
+    assert events == [GPU, "state"]
+    assert len(runtime.pinned) == 1
+    assert checkpointer.restore().step == 10
+    torch.testing.assert_close(model.weight.detach(), expected)
+    checkpointer.close()
+    assert runtime.pinned == []
