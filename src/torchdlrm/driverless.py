@@ -1,9 +1,9 @@
 """Lets FBGEMM's CUDA build be imported on a host without NVIDIA's driver: a login node, the build of an image, CI.
 
 It is linked against `libnvidia-ml.so.1`, which comes with the driver alone, and asks it about links between GPUs when
-somebody exchanges embeddings by them. Where that library is missing, one takes its place in this process and its children
-in which every function answers "driver not loaded". Plans, exports and predictions then work as in the CPU set-up; what
-wants a GPU is refused, because PyTorch sees none.
+somebody exchanges embeddings by them. Where that library is missing, one takes its place, in this process and its
+children, in which every function answers "driver not loaded". Plans, exports and predictions then work as in the CPU
+set-up; what wants a GPU is refused, because PyTorch sees none.
 """
 
 import ctypes
