@@ -27,7 +27,7 @@ def see_device(findings: Findings) -> str:
     kind = choose_device_type("auto", seen, num_processes=max(1, len(seen.gpus)))
     findings.num_gpus = len(seen.gpus) if kind == "cuda" else 0
     if kind == "cuda":
-        return f"a GPU each for up to {seen.num_gpus}"
+        return f"{seen.num_gpus}, one for each process"
     if not seen.is_cpu_set_up:
         return f"the processor, since {VISIBLE_VARIABLE} is empty"
     hint = ", though there is a driver for GPUs (make install EXTRA=gpu VENV=.venv-gpu)" if seen.driver else ""

@@ -85,14 +85,11 @@ class Findings:
 
 
 def describe(error: BaseException) -> str:
-    """An error with what has caused it, in a line."""
-    lines = []
-    cause: BaseException | None = error
-    while cause is not None:
-        kind = "" if isinstance(cause, TorchDLRMError) else type(cause).__name__
-        lines.append(": ".join(filter(None, (kind, " ".join(str(cause).split())))))
-        cause = cause.__cause__
-    return "; caused by ".join(lines)
+    """An error with what has caused it, in a line; one of ours says that itself."""
+    if isinstance(error, TorchDLRMError):
+        return " ".join(str(error).split())
+    told = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
+    return told if error.__cause__ is None else f"{told}; caused by {describe(error.__cause__)}"
 
 
 def import_package(name: str) -> str:

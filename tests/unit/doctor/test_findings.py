@@ -7,6 +7,7 @@ import pytest
 from torchdlrm.doctor.diagnose import read_findings
 from torchdlrm.doctor.findings import Diagnosis
 from torchdlrm.doctor.probe import Findings, describe, why_no_import
+from torchdlrm.errors import TrainingError
 
 
 @pytest.fixture
@@ -36,6 +37,12 @@ def test_a_failure_has_its_causes_and_a_remedy_and_what_needs_it_is_not_run(find
     assert found.machine == {"cores": "2"}
     assert not found.as_dict()["works"]
     json.dumps(found.as_dict())
+
+
+def test_an_error_of_ours_says_itself_what_caused_it():
+    error = TrainingError("process 1 of 2 failed: too little memory")
+    error.__cause__ = RuntimeError("what the launcher prints")
+    assert describe(error) == "process 1 of 2 failed: too little memory"
 
 
 def test_a_process_that_dies_has_failed_in_what_it_was_doing(findings, tmp_path):
