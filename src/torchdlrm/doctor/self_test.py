@@ -58,7 +58,7 @@ def _uses(num_gpus: int, *, is_refused: bool) -> dict[str, str]:
 def train_steps(folder: Path, place: DeviceChoice, num_processes: int) -> str:
     """Train a few steps, with checkpoints that are written meanwhile."""
     losses = launch(_train, str(folder), place, processes=Processes(num_processes))
-    assert losses, "no step was logged"
+    assert losses, "no step has a loss that is a number"
     assert all(map(math.isfinite, losses)), f"losses are not finite: {losses}"
     steps = f"{_NUM_STEPS} steps of {_BATCH_ROWS} rows in {num_processes} process(es)"
     return f"{steps}, loss {losses[0]:.3f} to {losses[-1]:.3f}"
