@@ -4,6 +4,7 @@
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,13 +27,18 @@ def losses(run):
 
 
 @pytest.fixture
-def train(small_dataset, dlrm, tmp_path):
-    def run(name, *options, max_steps=20, **environment):
+def fresh_dlrm(dlrm):
+    """`dlrm` in a process that starts from nothing: CUDA fails in one that was forked after it was asked for GPUs."""
+    return partial(dlrm, CUDA_DEVICE_ORDER="PCI_BUS_ID")
+
+
+@pytest.fixture
+def train(small_dataset, fresh_dlrm, tmp_path):
+    def run(name, *options, max_steps=20):
         path = tmp_path / name
-        done = dlrm(
+        done = fresh_dlrm(
             *("train", CONFIG, "--dataset", small_dataset.path, "--run", path, "--train.max-steps", max_steps),
             *("--logging.every-steps", 1, "--checkpoint.every-steps", 10, *options),
-            **environment,
         )
         assert done.returncode == 0, done.stderr
         return path
@@ -54,6 +60,15 @@ def test_a_run_on_a_gpu_goes_on_where_it_stopped(train):
     whole = train("whole")
     train("halves", max_steps=10)
     assert losses(train("halves", max_steps=20)) == pytest.approx(losses(whole), abs=1e-4)
+
+
+def test_a_run_of_optimizers_for_gpus_alone_is_evaluated_alike_on_gpu_and_cpu(train, fresh_dlrm):
+    run = train("adam", "--table-optimizer.name", "adam", "--dense-optimizer.name", "adamw")
+    done = [fresh_dlrm("evaluate", run, "--split", "val+test", "--device", d, "--json") for d in ("cuda", "cpu")]
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
+    on_gpu, on_cpu = (json.loads(one.stdout) for one in done)
+    assert on_gpu["rows"] == on_cpu["rows"]
+    assert on_gpu["logloss"] == pytest.approx(on_cpu["logloss"], abs=1e-5)
 
 
 @pytest.mark.skipif(NUM_GPUS < 2, reason="needs two CUDA devices")
