@@ -10,7 +10,7 @@ import torchdlrm.cli.main
 from torchdlrm.cli.main import app, main
 from torchdlrm.cli.options import in_options
 from torchdlrm.config import load_config, shipped_config_names
-from torchdlrm.errors import ConfigError
+from torchdlrm.errors import ConfigError, TrainingError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -71,6 +71,21 @@ def test_a_package_that_is_not_installed_is_named_with_the_command_that_installs
         assert code == 2
         assert told.startswith(f"error: {name} is not installed: pip install "), told
         assert remedy in told
+
+
+def test_the_traceback_of_a_process_that_failed_unexpectedly_follows_the_message(dlrm_says, monkeypatch):
+    def app(*_, **__):
+        error = TrainingError("process 1 of 2 failed: ZeroDivisionError: by zero")
+        error.add_note("Traceback (most recent call last): [...]")
+        raise error
+
+    monkeypatch.setattr(torchdlrm.cli.main, "app", app)
+    code, said = dlrm_says("train")
+    assert code == 1
+    assert said.splitlines() == [
+        "failed: process 1 of 2 failed: ZeroDivisionError: by zero",
+        "Traceback (most recent call last): [...]",
+    ]
 
 
 def test_a_build_of_fbgemm_that_cannot_be_loaded_is_explained_in_one_line(dlrm_says, monkeypatch):
