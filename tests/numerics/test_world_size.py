@@ -22,15 +22,15 @@ def runs(small_dataset, dlrm, tmp_path_factory):
             *("train", "configs/criteo-small.toml", "--dataset", small_dataset.path, "--run", made[name]),
             *("--train.communication", communication),
             *("--nproc-per-node", nproc, "--train.batch-size-global", 301, "--train.epochs", 2),
-            *("--train.max-steps", STEPS, "--logging.every-steps", 1, "--json"),
+            *("--train.max-steps", STEPS, "--logging.every-steps", 1, "--validation.every-steps", 7, "--json"),
         )
         assert done.returncode == 0, done.stderr
     return made
 
 
-def losses(run):
+def losses(run, split="train"):
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["split"] == "train"]
+    return [line["loss"] for line in lines if line["split"] == split]
 
 
 def weights(run, tmp_path):
@@ -42,6 +42,11 @@ def test_every_step_has_the_same_loss(runs):
     assert len(losses(runs[1])) == STEPS
     assert losses(runs[2]) == pytest.approx(losses(runs[1]), abs=1e-4)
     assert losses(runs[1])[-1] != pytest.approx(losses(runs[1])[0], abs=1e-3)  # something was learnt
+
+
+def test_validations_between_the_steps_have_the_same_loss(runs):
+    assert len(losses(runs[1], "val")) == 3  # after 7, 14 and 20 steps
+    assert losses(runs[2], "val") == pytest.approx(losses(runs[1], "val"), abs=1e-4)
 
 
 def test_embeddings_sent_as_float16_train_nearly_the_same(runs):

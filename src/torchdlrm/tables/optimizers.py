@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
     WeightDecayMode,
@@ -54,6 +55,8 @@ def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
     params: dict[str, Any] = {
         "optimizer": _FBGEMM_NAMES[config.name],
         "learning_rate": config.learning_rate,
+        # The loader has checked every id already, once a row group: `Loader` raises where one is outside its table.
+        "bounds_check_mode": BoundsCheckMode.NONE,
     }
     record = TABLE_OPTIMIZERS[config.name]
     params |= {name: getattr(config, name) for name in ("eps", "beta1", "beta2") if name in record.settings}

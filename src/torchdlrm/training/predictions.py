@@ -1,13 +1,16 @@
 """Gathers the logits and labels of many batches from all ranks, to compute exact metrics from them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch import distributed as dist
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from torchdlrm.loader.batch import Batch
 from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.progress import ProgressListener
@@ -56,6 +59,9 @@ def predict_loaders(
 ) -> PredictionBuffer:
     """Predict every row that the loaders read, each once; products are float32 on every device.
 
+    Where there are transfers to hide, of batches to a GPU or of ids between ranks, a pipeline as in training does them
+    for the next batch while one is predicted.
+
     Args:
         model: a `DLRMTrain` inside `DistributedModelParallel`, not held by a pipeline.
         loaders: of one epoch each; their rows are judged together. Every rank has its own.
@@ -65,12 +71,26 @@ def predict_loaders(
     predictions = PredictionBuffer()
     was_training = model.training
     model.eval()
-    with torch.no_grad(), exact_products():
+    with torch.no_grad(), exact_products(), _predicting(model, ranks) as predict:
         for loader in loaders:
             rows, num_batches = loader.rows, loader.batches_per_epoch
-            for i, batch in enumerate(loader):
-                _, (_, logits_B, labels_B) = model(batch.to(ranks.device))
-                predictions.add(logits_B, labels_B)
-                progress.advance(rows * (i + 1) // num_batches - rows * i // num_batches)
+            with closing(iter(loader)) as batches:
+                for i in range(num_batches):
+                    _, logits_B, labels_B = predict(batches)
+                    predictions.add(logits_B, labels_B)
+                    progress.advance(rows * (i + 1) // num_batches - rows * i // num_batches)
     model.train(was_training)
     return predictions
+
+
+@contextmanager
+def _predicting(model: nn.Module, ranks: Ranks) -> Iterator[Callable[[Iterator[Batch]], tuple[Tensor, Tensor, Tensor]]]:
+    """What predicts the next batch of an iterator: loss, logits [B], labels [B]; `model` is in eval mode."""
+    if ranks.device.type == "cpu" and ranks.world_size == 1:
+        yield lambda batches: model(next(batches))[1]
+        return
+    # Not TorchRec's pipeline for evaluation: its thread skips a batch when reading it fails in some ways. In eval mode
+    # this one does nothing else, and it asks for no optimizer.
+    pipeline = TrainPipelineSparseDist(model, None, ranks.device, execute_all_batches=True)
+    yield pipeline.progress
+    pipeline.detach()

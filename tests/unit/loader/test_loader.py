@@ -260,3 +260,24 @@ def test_an_id_outside_its_table_is_an_error_that_names_file_row_group_feature_a
     expected = f"{path.name}: row group 1, row 234: cat_5 has the id {wrong_id}, but its table has {rows:,} rows"
     with pytest.raises(DatasetError, match=re.escape(expected)):
         list(loader)
+
+
+def test_an_id_outside_its_table_is_found_in_a_list_of_ids_too(tmp_path):
+    (tmp_path / "log.csv").write_text("clicked,tags\n" + "\n".join(f"{row % 2},a|b" for row in range(70)) + "\n")
+    schema = FeatureSchema(
+        name="tags",
+        separator=",",
+        header=True,
+        columns=(LabelColumn(name="clicked"), SparseColumn(name="tags", value_separator="|")),
+    )
+    preprocess([tmp_path / "log.csv"], tmp_path / "dataset", schema, PreprocessOptions(min_count=1))
+    dataset = Dataset.open(tmp_path / "dataset")
+    path = dataset.splits["train"].files[0].path
+    table = pq.read_table(path)
+    tags = table.column("tags").to_pylist()
+    tags[7] = [*tags[7], 3]
+    index = table.schema.get_field_index("tags")
+    changed = pa.array(tags, type=table.schema.field(index).type)
+    pq.write_table(table.set_column(index, table.schema.field(index), changed), path)
+    with pytest.raises(DatasetError, match="row group 0, row 7: tags has the id 3, but its table has 3 rows"):
+        list(Loader(dataset, "train", batch_size_global=16))

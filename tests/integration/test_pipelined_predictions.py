@@ -1,0 +1,71 @@
+"""Predictions in a pipeline, as on GPUs and on several ranks, are those without one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+
+from torchdlrm.errors import DatasetError
+from torchdlrm.loader.loader import Loader
+from torchdlrm.progress import SILENT
+from torchdlrm.tables.optimizers import table_kernels
+from torchdlrm.training.checkpointer import Checkpointer
+from torchdlrm.training.predictions import predict_loaders
+from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.run import Run
+from torchdlrm.training.sharded import build_empty_model
+
+
+@pytest.fixture
+def loaded(small_run, small_dataset):
+    """The model of `small_run`, and its only rank."""
+    run = Run.open(small_run)
+    with join_process_group() as ranks:
+        model = build_empty_model(
+            run.config, run.shape(small_dataset), num_embeddings=small_dataset.num_embeddings, ranks=ranks
+        )
+        Checkpointer(run.checkpoints, model, None, ranks).load(67)
+        yield model, ranks
+
+
+def test_they_are_the_same_bits_and_the_model_is_as_it_was(loaded, small_dataset):
+    model, ranks = loaded
+    several = replace(ranks, world_size=2)  # what decides on the pipeline; the group has one rank
+
+    def predicted(who):
+        loaders = [Loader(small_dataset, split, batch_size_global=100) for split in ("val", "test")]
+        return predict_loaders(model, loaders, who, SILENT).take(ranks)
+
+    plain = predicted(ranks)
+    assert len(plain[0]) == 714
+    for who in (several, several, ranks):  # twice, as validations of a training; and without it afterwards
+        for found, expected in zip(predicted(who), plain, strict=True):
+            np.testing.assert_array_equal(found, expected)
+    assert model.training
+
+
+class DamagedLoader(Loader):
+    """Has two batches, and a file that is damaged behind them."""
+
+    def __iter__(self):
+        batches = super().__iter__()
+        yield next(batches)
+        yield next(batches)
+        batches.close()
+        raise DatasetError("row group 1 is damaged")
+
+
+def test_what_the_loader_refuses_ends_them(loaded, small_dataset):
+    model, ranks = loaded
+    loader = DamagedLoader(small_dataset, "val", batch_size_global=100)
+    with pytest.raises(DatasetError, match="row group 1 is damaged"):
+        predict_loaders(model, [loader], replace(ranks, world_size=2), SILENT)
+
+
+def test_tables_leave_the_check_of_ids_to_the_loader(loaded):
+    """`unit/loader/test_loader.py` holds that it refuses those outside their table."""
+    model, _ = loaded
+    kernels = list(table_kernels(model))
+    assert kernels
+    assert {kernel.bounds_check_mode_int for kernel in kernels} == {BoundsCheckMode.NONE.value}
