@@ -15,6 +15,8 @@ def test_the_step_is_timed_beside_torchrec_and_the_floor(nproc, dlrm):
     assert found["num_processes"] == nproc
     assert found["rows_per_s"] == pytest.approx(found["ratio_to_torchrec"] * found["torchrec_rows_per_s"])
     assert found["floor_rows_per_s"] > 0
+    assert found["host_ms"] > 0
+    assert f"host: {found['host_ms']:.1f} ms a step" in done.stderr
 
 
 def test_the_loader_is_timed(small_dataset, dlrm):

@@ -1,8 +1,10 @@
-"""Measures the training step: ours, plain TorchRec's and the floor, interleaved.
+"""Measures the training step: ours, plain TorchRec's, the floor, and what a step takes of the host.
 
 The floor is the matrix products of one step alone, as the model's architecture names them: every linear layer forward
 and backward and the interaction's batched products, into buffers that are there already. No step can be faster without
-computing less.
+computing less. What the host takes is measured by our step on so few rows that there is hardly anything to compute.
+
+On CPU all are interleaved. On GPUs each is built when the one before has ended: the tables of one may fill the memory.
 
 B rows of the batch, F sparse features.
 """
@@ -12,6 +14,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from operator import truediv
 from typing import Any
 
@@ -35,10 +38,12 @@ from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.planner import PlanOptions, plan_sharding, table_sharder
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.tables.optimizers import fused_params
-from torchdlrm.training.compute import choose_precision, keep_freed_memory
+from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory
 from torchdlrm.training.device import rank_device
 from torchdlrm.training.process_group import Ranks
 from torchdlrm.training.sharded import build_optimizer, build_pipeline, build_sharded_model
+
+_FEW_ROWS = 16  # a rank, to measure what the host does
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,10 @@ class StepBenchmark:
         floor_rows_per_s: the step's matrix products alone, in the precision of ours.
         ratio_to_torchrec: the first over the second, median of the rounds' ratios.
         ratio_to_floor_time: our time over the floor's, median of the rounds' ratios.
+        host_ms: of our step whatever its rows, median over rounds: Python, launches of kernels, waits for them.
         batch_size_global: rows per step.
-        precision: of ours and of the floor, and why.
+        precision: of ours and of the floor, and why; products that stay float32 are TF32 on GPUs where `train.tf32`
+            says so, of all three.
         num_processes: of each competitor.
         num_threads: of torch in each process.
         rounds: how often each was measured.
@@ -63,6 +70,7 @@ class StepBenchmark:
     floor_rows_per_s: float
     ratio_to_torchrec: float
     ratio_to_floor_time: float
+    host_ms: float
     batch_size_global: int
     precision: str
     num_processes: int
@@ -83,15 +91,24 @@ def benchmark_step(
 
     One round more is run than counts: the first warms up.
     """
-    device = config.train.device
-    precision = choose_precision(config, _shape(config, num_embeddings), rank_device(0, nproc, device))
-    competitors = {
-        "ours": Competitor(our_step, config, num_embeddings, precision.dtype, nproc=nproc, device=device),
-        "torchrec": Competitor(torchrec_step, config, num_embeddings, nproc=nproc, device=device),
-        "floor": Competitor(floor_step, config, num_embeddings, precision.dtype, nproc=nproc, device=device),
+    choice = config.train.device
+    device = rank_device(0, nproc, choice)
+    precision = choose_precision(config, _shape(config, num_embeddings), device)
+    few_rows = config.train.model_copy(update={"batch_size_global": _FEW_ROWS * nproc})
+    small_tables = dict.fromkeys(num_embeddings, 100)
+    start = {
+        "ours": partial(Competitor, our_step, config, num_embeddings, precision.dtype),
+        "torchrec": partial(Competitor, torchrec_step, config, num_embeddings),
+        "floor": partial(Competitor, floor_step, config, num_embeddings, precision.dtype),
+        "host": partial(
+            Competitor, our_step, config.model_copy(update={"train": few_rows}), small_tables, precision.dtype
+        ),
     }
-    steps = dict.fromkeys(competitors, steps_per_round)
-    seconds = take_turns("bench step", competitors, steps, rounds, progress)
+    seconds: dict[str, list[float]] = {}
+    for names in [[name] for name in start] if device.type == "cuda" else [list(start)]:
+        competitors = {name: start[name](nproc=nproc, device=choice) for name in names}
+        steps = dict.fromkeys(names, steps_per_round)
+        seconds |= take_turns("bench step", competitors, steps, rounds, progress)
     rows = config.train.batch_size_global * steps_per_round
     return StepBenchmark(
         rows_per_s=rows / statistics.median(seconds["ours"]),
@@ -99,6 +116,7 @@ def benchmark_step(
         floor_rows_per_s=rows / statistics.median(seconds["floor"]),
         ratio_to_torchrec=statistics.median(map(truediv, seconds["torchrec"], seconds["ours"])),
         ratio_to_floor_time=statistics.median(map(truediv, seconds["ours"], seconds["floor"])),
+        host_ms=1000 * statistics.median(seconds["host"]) / steps_per_round,
         batch_size_global=config.train.batch_size_global,
         precision=str(precision),
         num_processes=nproc,
@@ -114,27 +132,29 @@ def _shape(config: Config, num_embeddings: dict[str, int]) -> ModelShape:
 def our_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype) -> Step:
     """What `dlrm train` does in a step."""
     keep_freed_memory()
+    allow_tf32(config.train, ranks.device)
     model = build_sharded_model(
         config, _shape(config, num_embeddings), num_embeddings=num_embeddings, dense_sample=None, ranks=ranks
     ).module
     optimizer = build_optimizer(model, config.dense_optimizer)
     pipeline = build_pipeline(model, optimizer, dtype=dtype, device=ranks.device)
     names = list(num_embeddings)
-    batches = itertools.cycle(
-        [
-            Batch(torch.from_numpy(dense), single_valued_kjt(names, ids_FB), torch.from_numpy(labels_B))
-            for dense, ids_FB, labels_B in _random_arrays(ranks, config, num_embeddings)
-        ]
-    )
-    return lambda: pipeline.progress(batches)
+    batches = [
+        Batch(torch.from_numpy(dense), single_valued_kjt(names, ids_FB), torch.from_numpy(labels_B))
+        for dense, ids_FB, labels_B in _random_arrays(ranks, config, num_embeddings)
+    ]
+    return _steps_of(pipeline, batches, ranks)
 
 
 def torchrec_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) -> Step:
     """TorchRec's own model, batch, sharder and pipeline, as its examples put them together."""
+    allow_tf32(config.train, ranks.device)
     dlrm = torchrec_dlrm(
         _shape(config, num_embeddings), num_embeddings, tables=torch.device("meta"), dense=ranks.device
     )
-    sharder = table_sharder(fused_params(config.table_optimizer))
+    params = fused_params(config.table_optimizer)
+    del params["bounds_check_mode"]  # FBGEMM's own check of ids is on in TorchRec's examples
+    sharder = table_sharder(params)
     unsharded = TorchRecDLRMTrain(dlrm)
     plan = plan_sharding(
         unsharded,
@@ -157,17 +177,19 @@ def torchrec_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) 
     pipeline = TrainPipelineSparseDist(
         model, CombinedOptimizer([fused, dense_optimizer]), ranks.device, execute_all_batches=True
     )
-    batches = itertools.cycle(
-        [
-            TorchRecBatch(
-                torch.from_numpy(dense),
-                torchrec_kjt(num_embeddings, ids_FB),
-                torch.from_numpy(labels_B),
-            )
-            for dense, ids_FB, labels_B in _random_arrays(ranks, config, num_embeddings)
-        ]
-    )
-    return lambda: pipeline.progress(batches)
+    batches = [
+        TorchRecBatch(torch.from_numpy(dense), torchrec_kjt(num_embeddings, ids_FB), torch.from_numpy(labels_B))
+        for dense, ids_FB, labels_B in _random_arrays(ranks, config, num_embeddings)
+    ]
+    return _steps_of(pipeline, batches, ranks)
+
+
+def _steps_of(pipeline: TrainPipelineSparseDist, batches: list[TorchRecBatch], ranks: Ranks) -> Step:
+    """Step through the batches again and again, from page-locked memory where a GPU fetches them."""
+    if ranks.device.type == "cuda":
+        batches = [batch.pin_memory() for batch in batches]
+    endless = itertools.cycle(batches)
+    return lambda: pipeline.progress(endless)
 
 
 def _random_arrays(
@@ -182,6 +204,7 @@ def _random_arrays(
 def floor_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype) -> Step:
     """The matrix products of one step, and nothing else."""
     keep_freed_memory()
+    allow_tf32(config.train, ranks.device)
     num_rows = config.train.batch_size_global // ranks.world_size
 
     def some(*sizes: int) -> Tensor:

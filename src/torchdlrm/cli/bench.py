@@ -23,7 +23,7 @@ def step(
     nproc_per_node: Positive = 1,
     as_json: Json = False,
 ) -> None:
-    """Time the training step: ours, plain TorchRec's, and the floor (its matrix products alone), interleaved.
+    """Time the training step: ours, plain TorchRec's, the floor (its matrix products alone), and the host's part.
 
     Args:
         *config: TOML file, the paper's model at batch 2,048 without it; then keys to override by their dotted names.
@@ -62,6 +62,7 @@ def step(
     console.print(
         f"{result.ratio_to_torchrec:.2f} times plain TorchRec; {result.ratio_to_floor_time:.2f} times the floor's time"
     )
+    console.print(f"host: {result.host_ms:.1f} ms a step, whatever its rows")
     if as_json:
         print_json(asdict(result))
 

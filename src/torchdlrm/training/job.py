@@ -29,6 +29,8 @@ from torchdlrm.training.steps import Agenda, check_early_stopping, decay_kind
 from torchdlrm.training.trackers import check_trackers, open_trackers
 from torchdlrm.training.trainer import Trainer
 
+# With fewer, a large GPU is done before the host has asked for the next step: some milliseconds whatever the rows.
+_ENOUGH_ROWS_A_GPU = 8_192
 _WAITS = "checkpoints: the steps wait while one is written, since there is no memory for a copy of the tables"
 
 
@@ -86,7 +88,21 @@ class TrainingPreview:
             f"validation: {self._validation()}",
             f"optimizers: {', '.join(optimizers)}; rate {decay_kind(schedule)}{warm_up}",
             *([_WAITS] if waits else []),
+            *self._hints(),
         ]
+
+    def _hints(self) -> list[str]:
+        machine, rows = self.solution.problem.machine, self.config.train.batch_size_global
+        rows_a_gpu = rows // machine.num_devices
+        if machine.kind != "cuda" or rows_a_gpu >= _ENOUGH_ROWS_A_GPU:
+            return []
+        enough = _ENOUGH_ROWS_A_GPU * machine.num_devices
+        hint = (
+            f"hint: a GPU gets {rows_a_gpu:,} rows a step and may wait for its host most of the time; with "
+            f"train.batch_size_global = {enough:,} or more, which is now {rows:,}, steps use it better. A run cannot "
+            "change it later, and learning rates go with it"
+        )
+        return [hint]
 
     def _validation(self) -> str:
         if not self.validation_rows:

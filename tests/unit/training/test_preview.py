@@ -1,0 +1,34 @@
+"""What is said before a training starts."""
+
+import pytest
+import torch
+
+from torchdlrm.config import load_config
+from torchdlrm.model.precision import Precision
+from torchdlrm.sharding.devices import device_named
+from torchdlrm.sharding.planner import PlanOptions
+from torchdlrm.sharding.problem import Problem, solve
+from torchdlrm.sharding.tables import Table
+from torchdlrm.sharding.topology import machine_of
+from torchdlrm.training.job import TrainingPreview
+from torchdlrm.training.steps import Agenda
+
+
+def hints(device, num_devices, rows):
+    config = load_config(None, {"train.batch_size_global": str(rows)})
+    machine = machine_of(device_named(device), num_devices=num_devices)
+    tables = (Table("t_a", 1_000, 128), Table("t_b", 50, 128))
+    solution = solve(Problem(tables, machine, PlanOptions.of(config)))
+    preview = TrainingPreview(config, Agenda.of(config, 10**6), solution, Precision(torch.float32, ""), 0, 0)
+    return [line for line in preview.lines() if line.startswith("hint: ")]
+
+
+def test_few_rows_a_gpu_are_told_with_the_batch_that_is_enough():
+    (hint,) = hints("h100-80gb", 8, 16_384)
+    assert "a GPU gets 2,048 rows a step" in hint
+    assert "train.batch_size_global = 65,536 or more, which is now 16,384" in hint
+
+
+@pytest.mark.parametrize(("device", "num_devices", "rows"), [("h100-80gb", 8, 65_536), ("cpu", 2, 64)])
+def test_enough_rows_and_processes_on_cpu_get_no_hint(device, num_devices, rows):
+    assert hints(device, num_devices, rows) == []
