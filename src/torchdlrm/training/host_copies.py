@@ -9,6 +9,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ class HostCopies:
                 num_bytes / 1e9,
                 problem,
             )
+            with suppress(RuntimeError):  # CUDA keeps the error, and torch would find it after its next kernel
+                torch.full((1,), 0.0, device=self._device)
         return block
 
 

@@ -98,9 +98,19 @@ def test_a_gpus_copies_lie_in_pinned_memory_which_is_kept_and_the_host_waits_onc
 
 
 @pytest.mark.parametrize("runtime", [1], indirect=True)
-def test_memory_that_cannot_be_pinned_takes_the_copies_all_the_same(runtime, caplog):
-    copies = HostCopies(GPU)
-    assert_equal(copies.take(state_of(1.0)), 1.0)
+def test_memory_that_cannot_be_pinned_takes_the_copies_all_the_same(runtime, caplog, monkeypatch):
+    left = ["CUDA error: invalid argument"]  # of which the next kernel is told
+
+    def full(*_, **options):
+        assert options["device"] == GPU
+        raise RuntimeError(left.pop())
+
+    copies, state = HostCopies(GPU), state_of(1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "full", full)
+        copied = copies.take(state)
+    assert left == []
+    assert_equal(copied, 1.0)
     assert_equal(copies.take(state_of(2.0)), 2.0)
     copies.close()
     assert runtime.pinned == []
