@@ -88,10 +88,10 @@ def test_a_plan_is_written_as_json_and_as_one_page_that_fetches_nothing(plan, tm
     assert json.loads(compared.out)["tables"] == []
 
 
-def test_measured_rates_replace_those_of_the_datasheet(plan, tmp_path):
+def test_rates_measured_with_more_tables_than_ranks_replace_those_of_the_datasheet(plan, tmp_path):
     (tmp_path / "tables.csv").write_text("rows,dim\n" + "1000,16\n" * 3)
     small = ["--model.embedding-dim", 16, "--model.dense-arch-layer-sizes", "16", "--train.batch-size-global", 64]
-    shown = plan("--tables", tmp_path / "tables.csv", "--device", "here", "--devices", 1, "--measure", "--json", *small)
+    shown = plan("--tables", tmp_path / "tables.csv", "--device", "here", "--devices", 2, "--measure", "--json", *small)
     answer = json.loads(shown.out)
     assert answer["machine"]["source"] == "measured on this machine"
     assert answer["estimate"]["dense"]["compute_ms"] > 0

@@ -105,7 +105,8 @@ def measure(problem: Problem, config: Config, device: torch.device) -> Measureme
     forward_ms, backward_ms = _time_lookups(mine, rows * world_size, config, device)
     rate = torch.tensor(problem.machine.memory_bytes_per_s * _estimated_forward_ms(problem, mine) / forward_ms)
     dist.all_reduce(rate, op=dist.ReduceOp.MIN)
-    exchange_bytes = 4.0 * sum(table.dim for table in mine) * rows * world_size
+    # Of the mean rank: sizes of an all-to-all must agree, and ranks may look up unequal numbers of tables.
+    exchange_bytes = 4.0 * sum(table.dim for table in problem.tables) * rows
     exchange_ms = _time_exchange(int(exchange_bytes), device)
     dense_ms, dense_bytes = _time_dense(problem.shape, config, rows, device)
     all_reduce_ms = _time_all_reduce(dense_bytes, device) if world_size > 1 else 0.0
