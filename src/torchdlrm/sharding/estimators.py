@@ -13,7 +13,7 @@ from torchrec.distributed.planner.types import SharderDataMap, ShardEstimator, S
 from torchrec.distributed.types import ModuleSharder
 
 from torchdlrm.sharding.constraints import KINDS
-from torchdlrm.sharding.tables import Optimizer, state_bytes
+from torchdlrm.sharding.tables import Optimizer, row_state_bytes, state_bytes
 
 
 class TimeEstimator(ShardEstimator):  # type: ignore[misc]  # TorchRec is untyped
@@ -51,12 +51,15 @@ class MemoryEstimator(EmbeddingStorageEstimator):  # type: ignore[misc]  # Torch
         with _one_shard_a_size(sharding_options):
             super().estimate(sharding_options, sharder_data_map)
             for option in sharding_options:
-                # FBGEMM keeps the state of tables in host memory there too, outside the cache.
-                in_hbm = self._on_gpu and option.compute_kernel == EmbeddingComputeKernel.FUSED.value
+                on_host = not self._on_gpu or option.compute_kernel != EmbeddingComputeKernel.FUSED.value
                 for shard in option.shards:
                     rows, columns = shard.size
                     state = state_bytes(rows, columns, self._optimizer)
-                    shard.storage += Storage(hbm=state if in_hbm else 0, ddr=0 if in_hbm else state)
+                    # Of a table in host memory FBGEMM keeps values that there are for each weight there too, outside
+                    # the cache, and those that there are for each row on the GPU.
+                    hbm = row_state_bytes(rows, self._optimizer) if on_host else state
+                    hbm *= self._on_gpu
+                    shard.storage += Storage(hbm=hbm, ddr=state - hbm)
 
 
 @contextmanager

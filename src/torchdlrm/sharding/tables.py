@@ -74,8 +74,12 @@ def state_bytes(rows: int, columns: int, optimizer: Optimizer) -> int:
 
     Row-wise optimizers keep a value a row of every shard, so a table that is cut by columns has several a row.
     """
-    record = TABLE_OPTIMIZERS[optimizer]
-    return 4 * rows * (columns * record.state_per_weight + record.state_per_row)
+    return 4 * rows * columns * TABLE_OPTIMIZERS[optimizer].state_per_weight + row_state_bytes(rows, optimizer)
+
+
+def row_state_bytes(rows: int, optimizer: Optimizer) -> int:
+    """Bytes of that part of the state of which there is one value a row."""
+    return 4 * rows * TABLE_OPTIMIZERS[optimizer].state_per_row
 
 
 def feature_tables(num_embeddings: Mapping[str, int], dim: int) -> list[Table]:

@@ -1,12 +1,19 @@
-"""What the dense parts of a step are estimated to take."""
+"""What tables and the dense parts of a step are estimated to take."""
 
 import pytest
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
-from torchdlrm.config import ModelConfig
+from random_problems import problem
+from torchdlrm.config import TABLE_OPTIMIZERS, ModelConfig, TableOptimizerConfig
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.sharding.devices import device_named
-from torchdlrm.sharding.estimate import dense_part
+from torchdlrm.sharding.estimate import dense_part, shard_costs
+from torchdlrm.sharding.layout import PlacedShard, PlacedTable
+from torchdlrm.sharding.tables import Table
 from torchdlrm.sharding.topology import machine_of
+from torchdlrm.tables.optimizers import fused_params
 
 
 def test_the_dense_parts_are_those_of_this_many_dense_features():
@@ -18,3 +25,26 @@ def test_the_dense_parts_are_those_of_this_many_dense_features():
     rate = 0.5 * machine.float32_flops_per_s
     assert found.compute_ms == pytest.approx(1000 * 6 * 50 * (weights + square) / rate)
     assert found.all_reduce_ms == pytest.approx(1000 * 4 * weights / machine.intra_host_bytes_per_s)
+
+
+@pytest.mark.parametrize("optimizer", TABLE_OPTIMIZERS)
+@pytest.mark.parametrize("dim", [16, 128])
+def test_a_cached_table_takes_the_memory_that_fbgemm_allocates(optimizer, dim):
+    """FBGEMM's own constructor says which tensors there are and where; on the meta device they have no memory."""
+    rows, fraction = 3_200_000, 0.1
+    placed = PlacedTable("table_wise", "fused_uvm_caching", (PlacedShard(0, (0, 0), (rows, dim)),), fraction)
+    asked = problem([Table("t_0", rows, dim)], devices=1, optimizer=optimizer, batch=64, cache_fraction=fraction)
+    costs = shard_costs({"t_0": placed}, asked.tables, asked.machine, asked.options, "float32")
+    (cost,) = costs["t_0"]
+    kernel = SplitTableBatchedEmbeddingBagsCodegen(
+        [(rows, dim, EmbeddingLocation.MANAGED_CACHING, ComputeDevice.CUDA)],
+        optimizer=fused_params(TableOptimizerConfig(name=optimizer))["optimizer"],
+        cache_sets=int(rows * fraction) // 32,
+        device=torch.device("meta"),
+    )
+    on_device, on_host = 0, 0
+    for name, tensor in [*kernel.named_buffers(), *kernel.named_parameters()]:
+        on_host += tensor.nbytes * name.endswith("_uvm")
+        on_device += tensor.nbytes * (not name.endswith("_uvm"))
+    assert cost.host_bytes == pytest.approx(on_host, abs=1_000)  # it has a few counters besides
+    assert cost.device_bytes == pytest.approx(on_device, abs=50_000)
