@@ -24,8 +24,8 @@ class PlanRequest:
             of rows, dim and pooling_factor.
         devices: Ranks, over all hosts; 8 for named tables, else 1.
         hosts: Hosts that they are spread over evenly.
-        device: v100-32gb, a100-40gb, a100-80gb, h100-80gb, h200, b200, cpu, or here for this machine; a100-80gb for
-            named tables, else here.
+        device: a100-40gb, a100-80gb, h100-80gb, h200, b200, h20, l40s, rtx-6000-ada, a10, l4, cpu, or here for this
+            machine; a100-80gb for named tables, else here.
         hbm: Memory of each GPU, such as 80GB (10^9 bytes) or 79GiB (2^30).
         host_memory: Memory of each host.
         hbm_bandwidth: Bytes a second from the memory where tables live, such as 2TB.

@@ -6,6 +6,7 @@ direction; real kernels reach a part of them, so times planned from them are too
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -65,18 +66,29 @@ _H100 = Device(
     float32_flops_per_s=67e12,
     source="NVIDIA H100 SXM5 datasheet; DGX H100: PCIe 5 x16, NVLink 4, NDR InfiniBand 400 Gb/s a GPU",
 )
+# What follows has neither NVLink nor a usual machine: hosts are those that AWS rents, with 8 GPUs.
+_L40S = Device(
+    name="l40s",
+    memory_bytes=48 * 10**9,
+    host_memory_bytes=1536 * 2**30,
+    memory_bytes_per_s=864e9,
+    host_link_bytes_per_s=32e9,
+    intra_host_bytes_per_s=32e9,
+    inter_host_bytes_per_s=6.25e9,
+    float32_flops_per_s=91.6e12,
+    source="NVIDIA L40S datasheet: PCIe 4 x16; AWS g6e.48xlarge: 400 Gb/s for 8 GPUs",
+)
+_L4 = replace(
+    _L40S,
+    name="l4",
+    memory_bytes=24 * 10**9,
+    host_memory_bytes=768 * 2**30,
+    memory_bytes_per_s=300e9,
+    inter_host_bytes_per_s=1.5625e9,
+    float32_flops_per_s=30.3e12,
+    source="NVIDIA L4 datasheet: PCIe 4 x16; AWS g6.48xlarge: 100 Gb/s for 8 GPUs",
+)
 _DEVICES = (
-    Device(
-        name="v100-32gb",
-        memory_bytes=32 * 10**9,
-        host_memory_bytes=1536 * 10**9,
-        memory_bytes_per_s=900e9,
-        host_link_bytes_per_s=16e9,
-        intra_host_bytes_per_s=150e9,
-        inter_host_bytes_per_s=12.5e9,
-        float32_flops_per_s=15.7e12,
-        source="NVIDIA V100 SXM2 datasheet; DGX-1 / DGX-2: PCIe 3 x16, NVLink 2, 100 Gb/s a GPU",
-    ),
     _A100,
     replace(
         _A100,
@@ -103,6 +115,30 @@ _DEVICES = (
         float32_flops_per_s=75e12,
         source="NVIDIA DGX B200 datasheet: 1,440 GB and 64 TB/s over 8 GPUs, NVLink 5, 400 Gb/s a GPU",
     ),
+    replace(
+        _H100,
+        name="h20",
+        memory_bytes=96 * 10**9,
+        memory_bytes_per_s=4000e9,
+        float32_flops_per_s=44e12,
+        source="NVIDIA HGX H20 datasheet: PCIe 5 x16, NVLink 4; 400 Gb/s a GPU as in DGX H100",
+    ),
+    _L40S,
+    replace(
+        _L40S,
+        name="rtx-6000-ada",
+        memory_bytes_per_s=960e9,
+        float32_flops_per_s=91.1e12,
+        source="NVIDIA RTX 6000 Ada Generation datasheet: PCIe 4 x16; the host of an L40S",
+    ),
+    replace(
+        _L4,
+        name="a10",
+        memory_bytes_per_s=600e9,
+        float32_flops_per_s=31.2e12,
+        source="NVIDIA A10 datasheet: PCIe 4 x16; AWS g5.48xlarge: 100 Gb/s for 8 A10G",
+    ),
+    _L4,
     Device(
         name="cpu",
         kind="cpu",
@@ -121,6 +157,9 @@ _DEVICES = (
 DEVICES: Mapping[str, Device] = {device.name: device for device in _DEVICES}
 
 
+_WITHOUT_KERNELS = {"v100": "7.0", "t4": "7.5"}
+
+
 def device_named(name: str) -> Device:
     """Find a device by its name.
 
@@ -129,6 +168,13 @@ def device_named(name: str) -> Device:
     """
     if name in DEVICES:
         return DEVICES[name]
+    model = name.lower().partition("-")[0]
+    if model in _WITHOUT_KERNELS:
+        msg = (
+            f"`device`: {name} has compute capability {_WITHOUT_KERNELS[model]}, and FBGEMM's wheel has kernels "
+            f"for 8.0 and above alone; plan for one of {', '.join(DEVICES)}"
+        )
+        raise PlanError(msg)
     close = difflib.get_close_matches(name.lower(), DEVICES, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     msg = f"`device`: unknown device {name!r}{hint} Known: {', '.join(DEVICES)}; `hbm` and the like change its rates"
@@ -136,10 +182,18 @@ def device_named(name: str) -> Device:
 
 
 def device_of_gpu(gpu_name: str, memory_bytes: int) -> Device:
-    """Find a GPU by its driver's name, for example `NVIDIA A100-SXM4-80GB`; the A100 where none is known."""
-    name = gpu_name.lower()
-    for device in reversed(_DEVICES):
-        model, _, size = device.name.partition("-")
-        if model in name and (not size or abs((device.memory_bytes or 0) / memory_bytes - 1) < 0.2):
+    """Find a GPU by its driver's name, for example `NVIDIA A100-SXM4-80GB`.
+
+    A GPU that is not listed has the rates of the slowest one that is, and says so.
+    """
+    words = set(re.split(r"[\s-]+", gpu_name.lower()))
+    words |= {word.strip("g") for word in words}  # a GB200 holds B200s, and an A10G is an A10 for AWS
+    for device in DEVICES.values():
+        model = re.sub(r"-\d+gb$", "", device.name)
+        is_size = model == device.name or abs((device.memory_bytes or 0) / memory_bytes - 1) < 0.2
+        if is_size and words.issuperset(model.split("-")):
             return device
-    return DEVICES["a100-80gb"]
+    source = (
+        f"rates of this GPU are not known; assumed are those of {_L4.name}, the slowest that is listed: {_L4.source}"
+    )
+    return replace(_L4, name=gpu_name, memory_bytes=memory_bytes, source=source)
