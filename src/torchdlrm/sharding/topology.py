@@ -13,6 +13,8 @@ from torchrec.distributed.planner import Topology
 from torchdlrm.config import ShardingConfig
 from torchdlrm.errors import PlanError
 from torchdlrm.sharding.devices import DEVICES, Device, device_of_gpu
+from torchdlrm.sharding.gpu_memory import memory_of_others_bytes
+from torchdlrm.units import show_bytes
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ def host_memory_bytes() -> int:
 def local_machine(config: ShardingConfig, *, world_size: int, local_world_size: int, device: torch.device) -> Machine:
     """Return the machine that this process runs on, as training plans for it.
 
+    What other programs hold of its GPUs is not planned for; all ranks have as much as the one with the least.
+
     Args:
         config: may give memory sizes that differ from the machine's.
         world_size: number of ranks.
@@ -160,6 +164,10 @@ def local_machine(config: ShardingConfig, *, world_size: int, local_world_size: 
         properties = torch.cuda.get_device_properties(device)
         named = device_of_gpu(properties.name, properties.total_memory)
         hbm_bytes = config.hbm_bytes or properties.total_memory
+        others_bytes = 0 if config.hbm_bytes else max(map(memory_of_others_bytes, range(local_world_size)))
+        if others_bytes:
+            hbm_bytes -= others_bytes
+            named = replace(named, source=f"{named.source}; other programs hold {show_bytes(others_bytes)} of a GPU")
     machine = machine_of(named, num_devices=world_size, num_hosts=max(1, world_size // local_world_size))
     host_bytes = config.host_memory_bytes or host_memory_bytes() // local_world_size
     return replace(machine, hbm_bytes=hbm_bytes, host_memory_bytes=host_bytes)

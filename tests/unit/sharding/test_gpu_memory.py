@@ -1,0 +1,52 @@
+"""Memory of GPUs that other programs use too; the driver's answers are made up, for there is none here."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from torchdlrm.config import ShardingConfig
+from torchdlrm.sharding import gpu_memory
+from torchdlrm.sharding.topology import local_machine
+
+TOTAL = 80 * 10**9
+
+
+@pytest.fixture
+def machine_with(monkeypatch):
+    """The machine of two ranks, of whose GPUs so many bytes are in use, 10**9 of the first one by this process."""
+
+    def make(*used, **sharding):
+        def properties(device):
+            index = device if isinstance(device, int) else device.index
+            return SimpleNamespace(name="NVIDIA A100-SXM4-80GB", total_memory=TOTAL, uuid=str(index))
+
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 0 if index else 10**9)
+        monkeypatch.setattr(gpu_memory, "used_bytes", lambda uuid: used[int(uuid)])
+        return local_machine(
+            ShardingConfig(**sharding), world_size=2, local_world_size=2, device=torch.device("cuda", 0)
+        )
+
+    return make
+
+
+def test_what_other_programs_hold_of_the_fullest_gpu_is_left_to_them(machine_with):
+    machine = machine_with(21 * 10**9, 30 * 10**9)
+    assert machine.hbm_bytes == TOTAL - 30 * 10**9
+    assert "other programs hold 30 GB of a GPU" in machine.source
+    assert machine_with(31 * 10**9, 0).hbm_bytes == TOTAL - 30 * 10**9  # without what is this process's own
+
+
+def test_what_ranks_hold_that_have_begun_changes_no_plan(machine_with):
+    machine = machine_with(4 * 10**9, 3 * 10**9)
+    assert machine.hbm_bytes == TOTAL
+    assert "other programs" not in machine.source
+
+
+def test_a_size_that_is_given_counts(machine_with):
+    assert machine_with(50 * 10**9, 0, hbm_bytes=TOTAL - 1).hbm_bytes == TOTAL - 1
+
+
+def test_without_a_driver_nothing_is_known_to_be_in_use():
+    assert gpu_memory.used_bytes("00000000-0000-0000-0000-000000000000") == 0
