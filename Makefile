@@ -8,10 +8,12 @@ INSTALLED := $(VENV)/.installed$(if $(filter gpu,$(EXTRA)),-gpu)
 # The two builds of FBGEMM have the same files: one over the other is neither.
 OTHER_BUILD := $(VENV)/lib/python3*/site-packages/fbgemm_gpu$(if $(filter gpu,$(EXTRA)),_cpu)-[0-9]*.dist-info
 
-.PHONY: install quickstart test test-fast gpu-check check format docs clean help
+PRETENDED := .venv-pretended-gpu
+
+.PHONY: install quickstart test test-fast test-pretended-gpu gpu-check check format docs clean help
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 install: $(INSTALLED)  ## create .venv and install torchdlrm in it (EXTRA=gpu: the CUDA builds; VENV=another folder)
 
@@ -37,6 +39,17 @@ test: $(INSTALLED)  ## run all tests on up to four cores
 test-fast: $(INSTALLED)  ## run the unit tests without the slow ones
 	$(BIN)/python -m pytest tests/unit tests/test_architecture.py -m "not slow"
 
+test-pretended-gpu: $(PRETENDED)/.installed  ## run all host code of GPUs without one: needs gcc and 8 GB for the CUDA builds
+	PRETENDED_GPUS=8 $(PRETENDED)/bin/python tests/pretended_gpu/libraries.py \
+	  $(PRETENDED)/bin/python -m pytest tests/pretended_gpu -n auto --maxprocesses 4 --dist loadfile $(PYTEST_FLAGS)
+
+$(PRETENDED)/.installed: pyproject.toml requirements/pretended-gpu.txt
+	@test $$(uname -m) = x86_64 || { echo "FBGEMM has CUDA builds for x86-64 alone; this is $$(uname -m)" >&2; exit 2; }
+	@command -v gcc nm >/dev/null || { echo "needs gcc and nm, which compile the pretended GPU" >&2; exit 2; }
+	$(PYTHON) -m venv $(PRETENDED)
+	$(PRETENDED)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --editable . --requirement requirements/pretended-gpu.txt
+	@touch $@
+
 gpu-check: $(INSTALLED)  ## examine this machine and its GPUs in under ten minutes; writes gpu-report.json, to send
 	$(BIN)/python benchmarks/gpu_check.py --out gpu-report.json
 
@@ -52,5 +65,5 @@ format: $(INSTALLED)  ## fix what lint and format can fix automatically
 docs: $(INSTALLED)  ## regenerate docs/configuration.md from the config
 	$(BIN)/python -c 'import pathlib, torchdlrm.config as c; pathlib.Path("docs/configuration.md").write_text(c.configuration_markdown())'
 
-clean:  ## remove .venv and caches
+clean:  ## remove .venv and caches (not .venv-pretended-gpu, which takes long to fetch)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

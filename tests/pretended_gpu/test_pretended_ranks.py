@@ -1,0 +1,112 @@
+"""One rank of 8, and of 16 on two nodes, in this process: every kind of sharding, every optimizer of the tables."""
+
+import json
+import shutil
+import statistics
+from contextlib import nullcontext
+
+import pytest
+
+from torchdlrm.config import load_config
+from torchdlrm.config.optimizers import TABLE_OPTIMIZERS
+
+# What libraries say of each other is for test_pretended_commands.py: here it would hide what fails.
+pytestmark = pytest.mark.filterwarnings("default")
+KINDS = ("table_wise", "column_wise", "row_wise", "table_row_wise", "grid_shard")
+
+
+@pytest.fixture
+def train_one_rank(small_dataset, tmp_path):
+    """Trains rank 0 of so many: train_one_rank(8, {"train.max_steps": "4"}) -> (the run, what its steps cost)."""
+    from counted_steps import counted_steps
+    from one_rank import one_rank_of
+
+    from torchdlrm.training.job import train
+
+    def run(world_size, overrides=(), look_at=0):
+        settings = {"train.batch_size_global": "512", "train.max_steps": "6", "logging.every_steps": "3"}
+        settings |= {"logging.tensorboard": "false", **dict(overrides)}
+        config = load_config("criteo-small", settings)
+        ranks = one_rank_of(world_size) if world_size > 1 else nullcontext()
+        with ranks, counted_steps(look_at=look_at) as steps:
+            history = train(config, small_dataset, tmp_path / "run")
+        assert history.summary.step == int(settings["train.max_steps"])
+        return tmp_path / "run", steps
+
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world_size", [8, 16])
+def test_a_rank_trains_with_each_kind_of_sharding(train_one_rank, world_size, kind):
+    run, _ = train_one_rank(world_size, {"sharding.constraints": json.dumps([f"cat_0={kind}", f"cat_5={kind}"])})
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["tables"]["t_cat_0"]["sharding_type"] == kind
+
+
+@pytest.mark.parametrize("name", TABLE_OPTIMIZERS)
+def test_a_rank_trains_with_each_optimizer_of_the_tables(train_one_rank, name):
+    train_one_rank(8, {"table_optimizer.name": name, "sharding.constraints": '["cat_0=row_wise"]'})
+
+
+@pytest.mark.parametrize("name", ["adagrad", "sgd", "adamw"])
+def test_a_rank_trains_with_each_dense_optimizer(train_one_rank, name):
+    train_one_rank(8, {"dense_optimizer.name": name})
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise"])
+def test_a_rank_trains_with_tables_cached_from_host_memory(train_one_rank, tmp_path, kind):
+    everywhere = {"sharding.constraints": json.dumps([f"cat_{i}={kind}" for i in range(26)])}
+    run, _ = train_one_rank(8, everywhere)
+    plan = json.loads((run / "plan.json").read_text())
+    for table in plan["tables"].values():
+        table |= {"compute_kernel": "fused_uvm_caching", "cache_share": 0.2}
+    (tmp_path / "cached.json").write_text(json.dumps(plan))
+    shutil.rmtree(run)
+    run, _ = train_one_rank(8, {"sharding.plan": str(tmp_path / "cached.json")})
+    assert "fused_uvm_caching" in (run / "plan.json").read_text()
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_a_rank_whose_last_batch_is_small_trains_with_row_wise_tables(train_one_rank, world_size):
+    """4,286 rows in batches of 857: the last one has a single row."""
+    train_one_rank(
+        world_size,
+        {"train.batch_size_global": "857", "sharding.constraints": '["cat_0=row_wise"]' if world_size > 1 else "[]"},
+    )
+
+
+def test_a_rank_uses_its_own_gpu_alone(train_one_rank):
+    from pretend import take_used_gpus
+
+    take_used_gpus()
+    train_one_rank(8)
+    assert take_used_gpus() == {0}
+
+
+def test_asynchronous_checkpoints_are_copied_to_the_host(train_one_rank):
+    from one_rank import saved
+
+    saved.clear()
+    train_one_rank(8, {"sharding.constraints": '["cat_0=row_wise"]', "checkpoint.every_steps": "4"})
+    assert saved[0] == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "constraints", "max_waits", "max_launches"),
+    [
+        (1, [], 9, 115),
+        (8, [], 10, 167),
+        (16, ["cat_0=row_wise", "cat_1=table_row_wise"], 28, 298),
+    ],
+)
+def test_a_step_waits_and_launches_no_more_than_today(train_one_rank, world_size, constraints, max_waits, max_launches):
+    """All these waits are TorchRec's: it reads the sizes of what the ranks exchange. One of ours would come on top."""
+    settings = {"train.max_steps": "20", "train.epochs": "3", "logging.every_steps": "1000"}
+    settings["sharding.constraints"] = json.dumps(constraints)
+    _, steps = train_one_rank(world_size, settings, look_at=14)
+    told = "\n".join(f"{times} x {place}" for place, times in steps.waits.most_common())
+    usual = {name: statistics.median(row[name] for row in steps.counts[12:-2]) for name in steps.counts[0]}
+    assert usual["waits"] <= max_waits, told
+    assert usual["launches"] <= max_launches
+    assert not any("torchdlrm" in place for place in steps.waits), told
