@@ -113,7 +113,7 @@ class SeenGPUs:
                 built = ", ".join(f"{major}.x" for major in FBGEMM_CAPABILITIES)
                 return (
                     f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, and FBGEMM's wheel "
-                    f"has kernels for {built} alone; with a build of your own for it, set train.device to cuda"
+                    f"has kernels for {built} alone; for a build of your own, cuda in place of auto takes it"
                 )
         return ""
 
