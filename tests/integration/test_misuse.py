@@ -102,6 +102,8 @@ train criteo-small --dataset dataset --run r --stop.patience-validations 2
 train criteo-small --dataset dataset --run r --plan log.tsv
 train criteo-small --dataset dataset --run r --plan nowhere.json
 train criteo-small --dataset dataset --run r --device cuda
+train criteo-small --dataset dataset --run r --train.device cuda
+train criteo-small --dataset dataset --run r --train.device tpu
 train criteo-small --dataset dataset --run r --nnodes 2
 train log.tsv --dataset dataset --run r
 train broken.toml --dataset dataset --run r
@@ -115,6 +117,7 @@ evaluate run --split tset
 evaluate run --split ""
 evaluate run --checkpoint 12345
 evaluate run --checkpoint newest
+evaluate run --device cuda
 evaluate run --dataset nowhere
 evaluate run --dataset bundle
 report
@@ -188,6 +191,7 @@ plan --tables no-such-preset
 plan --tables log.tsv
 plan --dataset nowhere
 plan --dataset run
+plan --dataset dataset --train.device cuda
 plan --run dataset
 plan --tables criteo-1tb-40m --device toaster
 plan --tables criteo-1tb-40m --devices 0
@@ -222,6 +226,8 @@ quickstart --out dataset
 quickstart --rows -1 --out q
 quickstart --rows 3 --out q
 bench step --batch-size 0
+bench step --train.device cuda
+doctor now
 bench loader nowhere
 bench loader log.tsv
 bench predict --rounds 0
