@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 DLRM = str(Path(sys.executable).with_name("dlrm"))
+TESTS = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
 TEN_MINUTES_S = 600.0
 _MAX_SAID_CHARACTERS = 20_000
 
@@ -61,7 +62,7 @@ def check(out: Path, budget_s: float) -> bool:
     doctor = run_for_json([DLRM, "doctor"], left(0.5))
     device = ((doctor["result"] or {}).get("uses") or {}).get("device", "")
     num_gpus = int(device.split()[0]) if "cuda" in device else 0
-    tests = run([sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"], left(0.6))
+    tests = run(TESTS, left(0.6))
     size = ["--rows-per-table", "1000000"] if num_gpus else ["--num-tables", "8", "--rows-per-table", "10000"]
     benchmark: dict[str, Any] = {}
     for num_processes in sorted({1, num_gpus or 1}):
