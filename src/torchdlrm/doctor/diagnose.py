@@ -16,6 +16,8 @@ from torchdlrm.doctor.probe import FINDINGS_NAME
 # Several times what it takes on a machine that has just started, with packages on a network disk.
 TIMEOUT_S = 300.0
 _MAX_SAID_LINES = 5
+# Inside a job of torchrun or Slurm these would make us wait for its other processes.
+_OF_LAUNCHERS = frozenset(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def diagnose(timeout_s: float = TIMEOUT_S) -> Diagnosis:
@@ -62,8 +64,9 @@ def read_findings(lines: list[str], ended: str, diagnosis: Diagnosis) -> None:
 def _run_probe(folder: Path, timeout_s: float) -> str:
     """Run the probe; how it ended where that was not its own end."""
     command = [sys.executable, "-m", "torchdlrm.doctor.probe", str(folder)]
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS}
     with (folder / "said").open("w+", encoding="utf-8") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)  # noqa: S603
+        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)  # noqa: S603
         try:
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
