@@ -109,9 +109,7 @@ def test_a_machine_without_its_gpus_ends_the_others_with_its_reason_before_they_
 
 def test_tables_that_do_not_fit_are_wrong_input_also_where_a_child_process_finds_out(small_run, dlrm, tmp_path):
     run = shutil.copytree(small_run, tmp_path / "run")
-    config = run / "config.toml"
-    config.write_text(config.read_text().replace("[sharding]", "[sharding]\nhost_memory_bytes = 1000"))
-    done = dlrm("evaluate", run, "--nproc-per-node", 2)
+    done = dlrm("evaluate", run, "--nproc-per-node", 2, "--sharding.host-memory-bytes", 1000)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "do not fit" in done.stderr
