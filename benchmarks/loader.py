@@ -47,7 +47,8 @@ def main() -> None:
 
 def measure(num_ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Medians of a number of ranks, with sharing and without."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchdlrm.loader.loader"])  # torch and TorchRec are imported once for all
     results: Queue[list[tuple[bool, int, float, float, float]]] = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [

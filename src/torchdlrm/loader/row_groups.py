@@ -66,7 +66,8 @@ class Columns:
         """The first feature that has an id outside its table, with that id and its row in the group; None is well."""
         for column, (name, rows) in zip(self.ids, num_embeddings.items(), strict=True):
             values = column.values
-            if values.size and not 0 <= values.min() <= values.max() < rows:
+            # Without a sign a negative id is one of the largest: one pass finds both.
+            if values.size and values.view(f"u{values.itemsize}").max() >= rows:
                 position = int(np.argmax((values < 0) | (values >= rows)))
                 return name, int(values[position]), column.row_of(position)
         return None
