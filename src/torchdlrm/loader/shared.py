@@ -250,10 +250,10 @@ class _Memory:
                 str(Path("/proc/self/ns/pid").readlink()),
             )
             fd = os.memfd_create("torchdlrm-loader")
+            os.truncate(fd, layout.num_bytes)
+            made = cls(layout, _Address(host, os.getpid(), fd, secrets.token_bytes(16)), fd, access=mmap.ACCESS_WRITE)
         except OSError:
             return None
-        os.truncate(fd, layout.num_bytes)
-        made = cls(layout, _Address(host, os.getpid(), fd, secrets.token_bytes(16)), fd, access=mmap.ACCESS_WRITE)
         os.pwrite(fd, cls._HEADER.pack(0, 0, 0, made.address.secret), 0)
         return made
 
@@ -262,12 +262,9 @@ class _Memory:
         """The memory of a rank of this host; None where it may not be opened, as where /proc hides other processes."""
         try:
             fd = os.open(f"/proc/{address.pid}/fd/{address.fd}", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+            memory = cls(layout, address, fd, access=mmap.ACCESS_READ)
+        except (OSError, ValueError):  # the latter where the file is shorter
             return None
-        if os.fstat(fd).st_size != layout.num_bytes:
-            os.close(fd)
-            return None
-        memory = cls(layout, address, fd, access=mmap.ACCESS_READ)
         return memory if memory._header()[3] == address.secret else None
 
     def __del__(self) -> None:
