@@ -20,11 +20,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from torchdlrm.config import load_config
 from torchdlrm.errors import RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel, CheckpointReader
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.training.checkpoint import find_damage
 from torchdlrm.training.checkpoint_files import load_state, read_metadata
+from torchdlrm.training.job import train
 from torchdlrm.training.process_group import join_process_group
 from torchdlrm.training.run import Run
 
@@ -290,3 +292,10 @@ def test_a_record_names_files_of_the_folder_alone(checkpoint, name):
     os.mkfifo(checkpoint / "fifo")
     (checkpoint.parent / "x").touch()
     assert "damaged" in find_damage(checkpoint)
+
+
+def test_state_of_rows_of_columns_that_are_cut_otherwise_is_refused_with_what_to_do(small_run, small_dataset, tmp_path):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    changes = {"train.epochs": "2", "sharding.constraints": '["cat_4=column_wise"]'}
+    with pytest.raises(RunError, match=r"t_cat_4 was cut into other pieces of columns, .*sharding\.constraints"):
+        train(load_config(run / "config.toml", changes, is_of_run=True), small_dataset, run)
