@@ -273,8 +273,8 @@ def _one_line(error: BaseException) -> str:
     if text.startswith("Size mismatch") and " for optimizer.state.tables." in text:
         table = text.split(".")[-2]
         return (
-            f"{table} was cut into other pieces of columns, and the optimizer has values for each row of each; cut it as "
-            "the run's plan.json says (sharding.plan, sharding.constraints)"
+            f"{table} was cut into other pieces of columns, and the optimizer has values for each row of each; cut it "
+            "as the run's plan.json says (sharding.plan, sharding.constraints)"
         )
     is_ours = isinstance(error, RunError | pickle.UnpicklingError | OSError | RuntimeError)
     return text if is_ours and text else f"not what torchdlrm writes ({type(error).__name__}: {text})"
