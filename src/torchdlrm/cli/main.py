@@ -42,7 +42,12 @@ app.command(
     usage="Usage: dlrm train CONFIG --dataset PATH --run PATH [--KEY VALUE] [OPTIONS]\n\n"
     "KEY is any key of the config by its dotted name, as in --train.batch-size-global 8192; dlrm config lists them.\n",
 )
-app.command("torchdlrm.cli.evaluate:evaluate", help="Measure a trained run on every row of a split.")
+app.command(
+    "torchdlrm.cli.evaluate:evaluate",
+    help="Measure a trained run on every row of a split.",
+    usage="Usage: dlrm evaluate RUN [--sharding.KEY VALUE] [OPTIONS]\n\n"
+    "sharding.KEY is a key of the config's section for this evaluation, as in --sharding.cache-fraction 0.2.\n",
+)
 app.command("torchdlrm.cli.report:report", help="Write a run as one HTML page.")
 app.command("torchdlrm.cli.export:export", help="Turn a trained run into a bundle that predicts from raw rows.")
 app.command("torchdlrm.cli.predict:predict", help="Predict every row of a raw log.")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from torchdlrm.config import ShardingConfig
+from torchdlrm.config import DeviceChoice, ShardingConfig
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
 from torchdlrm.evaluation.evaluate import predict_split
@@ -46,6 +46,7 @@ def compare(
     split: str = "test",
     *,
     batch_size_global: int = 8192,
+    device: DeviceChoice = "auto",
     sharding: ShardingConfig | None = None,
     progress: ProgressListener = SILENT,
 ) -> Difference | None:
@@ -59,6 +60,7 @@ def compare(
         dataset: what both were trained on, or its folder; None where it is still where it was.
         split: `train`, `val` or `test`; several joined by + are judged together.
         batch_size_global: rows per forward pass over all ranks; does not change the result.
+        device: where to compute, as for `evaluate`.
         sharding: of both runs' tables, as for `evaluate`.
         progress: receives the rows done on rank 0.
 
@@ -70,7 +72,15 @@ def compare(
         DatasetError: as `evaluate`, or the runs were trained on different rows.
     """
     (_, taken), (_, other) = (
-        predict_split(run, dataset, split, batch_size_global=batch_size_global, sharding=sharding, progress=progress)
+        predict_split(
+            run,
+            dataset,
+            split,
+            batch_size_global=batch_size_global,
+            device=device,
+            sharding=sharding,
+            progress=progress,
+        )
         for run in (first, second)
     )
     if taken is None or other is None:
