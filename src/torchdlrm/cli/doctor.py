@@ -15,15 +15,15 @@ _COLOURS = {"ok": "green", "failed": "red bold", "not run": "yellow"}
 def doctor(*, as_json: Json = False) -> None:
     """Show what this machine has and what torchdlrm will use of it, and try it on a few hundred rows.
 
-    Takes about ten seconds, and works where packages or drivers are missing or broken. Exit code 0 when everything
-    works, 1 when something failed; each failure says what to do.
+    Takes about 18 seconds of a core, and works where packages or drivers are missing or broken. Exit code 0 when
+    everything works, 1 when something failed; each failure says what to do.
 
     Args:
         as_json: Print one JSON object on standard output.
     """
     from torchdlrm.doctor.diagnose import diagnose
 
-    say("examining this machine (ten seconds or more) ...")
+    say("examining this machine (some 15 seconds, longer where it is busy) ...")
     diagnosis = diagnose()
     _show("this machine", diagnosis.machine)
     versions = {name: version for name, version in diagnosis.packages.items() if version is not None}
