@@ -16,6 +16,7 @@ _WARNED = (
     ("`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning),
     ("`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning),
     ("TBE B200 optimization", UserWarning),  # which size of blocks FBGEMM's backward has chosen, whatever the GPU
+    (r"(?s).*training optimizer '\w+' is marked as\s+EXPERIMENTAL", UserWarning),  # FBGEMM, of adam and lamb
 )
 
 
