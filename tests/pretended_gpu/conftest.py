@@ -50,6 +50,7 @@ def without_driver():
         command = [str(Path(sys.executable).with_name("dlrm"))]
         return _run(args, cwd, timeout_s, left_out, command)
 
+    run.environment = left_out
     return run
 
 
