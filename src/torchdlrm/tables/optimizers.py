@@ -51,7 +51,11 @@ def check_table_optimizer(config: TableOptimizerConfig, device: torch.device) ->
 
 
 def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
-    """What FBGEMM's tables need to know to update themselves during the backward."""
+    """What FBGEMM's tables need to know to update themselves during the backward.
+
+    They give out float32, also where embeddings travel as float16: autograd casts a gradient to the type of what it is
+    the gradient of, and the tables would be updated with gradients that have lost the range of bfloat16.
+    """
     params: dict[str, Any] = {
         "optimizer": _FBGEMM_NAMES[config.name],
         "learning_rate": config.learning_rate,

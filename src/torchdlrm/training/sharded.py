@@ -204,6 +204,10 @@ def build_pipeline(
 ) -> TrainPipelineSparseDist:
     """TorchRec's pipeline, which exchanges the next batch's ids while this one computes.
 
+    It does not fetch the next batch's rows of cached tables ahead, as `PrefetchTrainPipelineSparseDist` would: FBGEMM
+    gives cache locations out in the order in which they were prefetched, so a validation between two steps would look
+    up its rows where those of a training batch are.
+
     Args:
         model: a `DLRMTrain` inside `DistributedModelParallel`.
         optimizer: steps after every backward.
