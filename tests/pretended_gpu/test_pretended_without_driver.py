@@ -1,5 +1,6 @@
 """A host with the CUDA builds and no driver (a login node, a build of an image): what needs no GPU works there."""
 
+import json
 import urllib.request
 
 import numpy as np
@@ -12,8 +13,9 @@ def succeeded(done):
 
 
 def test_a_plan_for_gpus_is_made(without_driver, small_dataset):
-    done = succeeded(without_driver("plan", "--dataset", small_dataset.path, "--device", "h100-80gb", "--devices", 8))
-    assert "h100-80gb" in done.stdout
+    where = ("--dataset", small_dataset.path, "--device", "h100-80gb", "--devices", 8)
+    plan = json.loads(succeeded(without_driver("plan", *where, "--json")).stdout)
+    assert (plan["machine"]["device"], plan["world_size"]) == ("h100-80gb", 8)
 
 
 def test_a_training_on_the_processor_is_looked_at(without_driver, small_dataset, tmp_path):
