@@ -35,7 +35,7 @@ from torchdlrm.sharding.problem import Problem, solution_of, solve
 from torchdlrm.sharding.tables import Table, feature_tables
 from torchdlrm.sharding.topology import local_machine, machine_of
 from torchdlrm.training.compute import useful_threads
-from torchdlrm.training.process_group import Ranks, join_process_group
+from torchdlrm.training.processes.process_group import Ranks, join_process_group
 
 SIZES = ((26, 8), (200, 16), (1000, 64))
 ROWS_PER_TABLE = 20_000

@@ -184,7 +184,7 @@ def evaluated(run, dataset, split):
     from torchdlrm.loader.loader import Loader
     from torchdlrm.training.checkpoint import find_checkpoint
     from torchdlrm.training.checkpointer import Checkpointer
-    from torchdlrm.training.process_group import join_process_group
+    from torchdlrm.training.processes.process_group import join_process_group
     from torchdlrm.training.run import Run
     from torchdlrm.training.sharded import build_sharded_model
 

@@ -27,7 +27,7 @@ from torchdlrm.model.architecture import ModelShape
 from torchdlrm.training.checkpoint import find_damage
 from torchdlrm.training.checkpoint_files import load_state, read_metadata
 from torchdlrm.training.job import train
-from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.run import Run
 
 

@@ -11,8 +11,8 @@ from torchdlrm.errors import RunError
 from torchdlrm.training import checkpointer as module
 from torchdlrm.training.checkpoint import Position
 from torchdlrm.training.checkpointer import Checkpointer
-from torchdlrm.training.launch import Processes, launch
-from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.processes.launch import Processes, launch
+from torchdlrm.training.processes.process_group import join_process_group
 
 
 def slowly(look):

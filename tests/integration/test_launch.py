@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from torchdlrm.errors import ConfigError, LostProcessError, TrainingError
-from torchdlrm.training.launch import Processes, launch
-from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.processes.launch import Processes, launch
+from torchdlrm.training.processes.process_group import join_process_group
 
 
 class UnknownColourError(TrainingError):

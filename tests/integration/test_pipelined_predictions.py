@@ -12,7 +12,7 @@ from torchdlrm.progress import SILENT
 from torchdlrm.tables.optimizers import table_kernels
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.predictions import predict_loaders
-from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.run import Run
 from torchdlrm.training.sharded import build_empty_model
 

@@ -14,7 +14,7 @@ from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model
 from torchdlrm.tables.optimizers import check_table_optimizer, fused_params, table_kernels
 from torchdlrm.training.job import train
-from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.sharded import StepCounters, build_optimizer, build_sharded_model
 
 SMALL = {

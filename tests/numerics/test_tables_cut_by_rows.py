@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchdlrm.config import load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.training.job import train
-from torchdlrm.training.launch import Processes, launch
-from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.processes.launch import Processes, launch
+from torchdlrm.training.processes.process_group import join_process_group
 
 CONFIG = "criteo-small"
 STEPS, HALF_WAY, LATER = 20, 10, 15

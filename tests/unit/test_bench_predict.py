@@ -5,7 +5,7 @@ import pytest
 
 from torchdlrm.bench.predict import from_log_step
 from torchdlrm.bench.random_bundle import write_random_bundle, write_random_log
-from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.processes.process_group import join_process_group
 
 SIZES = {"cat_0": 50, "cat_1": 2_000, "cat_2": 3}
 NUM_ROWS = 1_000

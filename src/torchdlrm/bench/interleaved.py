@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from torchdlrm.config import DeviceChoice
 from torchdlrm.progress import ProgressListener
-from torchdlrm.training.process_group import Ranks, join_process_group
+from torchdlrm.training.processes.process_group import Ranks, join_process_group
 
 Step = Callable[[], object]
 

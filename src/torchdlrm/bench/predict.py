@@ -31,7 +31,7 @@ from torchdlrm.prediction.files import predict_file
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.training.process_group import Ranks
+from torchdlrm.training.processes.process_group import Ranks
 
 SERVED: tuple[tuple[TablePrecision, DensePrecision], ...] = (
     ("float32", "float32"),

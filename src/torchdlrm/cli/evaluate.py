@@ -69,7 +69,7 @@ def evaluate(
 
     from torchdlrm.evaluation.evaluate import sharding_elsewhere
     from torchdlrm.training.checkpoint import ChosenCheckpoint
-    from torchdlrm.training.launch import Processes, launch, refusing_everywhere
+    from torchdlrm.training.processes.launch import Processes, launch, refusing_everywhere
     from torchdlrm.training.run import Run
 
     processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id)

@@ -51,7 +51,7 @@ def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
     from torchdlrm.evaluation.logistic_regression import fit_logistic_regression
     from torchdlrm.features.schema import criteo_schema
     from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess, work_folder
-    from torchdlrm.training.launch import Processes, launch
+    from torchdlrm.training.processes.launch import Processes, launch
     from torchdlrm.training.run import Run
 
     log, run, encoded = out / "log.tsv", out / "run", out / "dataset"

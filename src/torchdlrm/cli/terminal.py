@@ -19,7 +19,7 @@ from torchdlrm.cli.progress import ProgressBars, ProgressLines
 from torchdlrm.progress import SILENT, ProgressListener
 
 if TYPE_CHECKING:
-    from torchdlrm.training.launch import Processes
+    from torchdlrm.training.processes.launch import Processes
 
 console = Console(stderr=True, highlight=False)
 

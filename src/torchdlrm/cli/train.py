@@ -90,7 +90,7 @@ def train(
     from torchdlrm.data.dataset import Dataset
     from torchdlrm.model.model_class import architecture_of
     from torchdlrm.training.job import preview_training
-    from torchdlrm.training.launch import Processes, launch, refusing_everywhere
+    from torchdlrm.training.processes.launch import Processes, launch, refusing_everywhere
     from torchdlrm.training.run import Run
 
     processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id, max_restarts)

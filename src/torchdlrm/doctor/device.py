@@ -3,7 +3,7 @@
 import torch
 
 from torchdlrm.doctor.probe import Findings
-from torchdlrm.training.device import VISIBLE_VARIABLE, SeenGPUs, choose_device_type
+from torchdlrm.training.processes.device import VISIBLE_VARIABLE, SeenGPUs, choose_device_type
 from torchdlrm.units import show_bytes
 
 

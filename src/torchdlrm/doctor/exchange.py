@@ -10,8 +10,8 @@ import torch
 from torch import distributed as dist
 
 from torchdlrm.config import DeviceChoice
-from torchdlrm.training.launch import Processes, launch
-from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.processes.launch import Processes, launch
+from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.units import show_bytes
 
 _NUM_VALUES = 2**20

@@ -22,7 +22,7 @@ from torchdlrm.preprocessing.options import PreprocessOptions
 from torchdlrm.preprocessing.preprocess import preprocess
 from torchdlrm.training.compute import choose_precision
 from torchdlrm.training.job import train
-from torchdlrm.training.launch import Processes, launch
+from torchdlrm.training.processes.launch import Processes, launch
 
 _NUM_ROWS, _NUM_STEPS, _BATCH_ROWS = 4_000, 6, 256
 _TIMEOUT_S = 60.0

@@ -13,11 +13,11 @@ from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import binary_metrics
 from torchdlrm.model.model_class import ModelClass
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.training.agreement import Setting, Settings, settings_of
 from torchdlrm.training.checkpoint import ChosenCheckpoint, find_checkpoint
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.predictions import Predictions, predict_loaders
-from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.processes.agreement import Setting, Settings, settings_of
+from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.run import Run
 from torchdlrm.training.sharded import build_empty_model
 

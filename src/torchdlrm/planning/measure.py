@@ -26,8 +26,8 @@ from torchdlrm.sharding.layout import PlacedShard, PlacedTable
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.sharding.tables import Table
 from torchdlrm.training.compute import set_threads
-from torchdlrm.training.launch import Processes, launch
-from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.processes.launch import Processes, launch
+from torchdlrm.training.processes.process_group import join_process_group
 
 _WEIGHTS_LIMIT_BYTES = 2 * 10**9
 _ROUNDS = 9

@@ -23,7 +23,7 @@ from torchdlrm.sharding.tables import (
     read_tables,
 )
 from torchdlrm.sharding.topology import Machine, local_machine, machine_of
-from torchdlrm.training.device import rank_device
+from torchdlrm.training.processes.device import rank_device
 from torchdlrm.units import parse_bytes
 
 THIS_MACHINE = "here"

@@ -41,7 +41,7 @@ from torchdlrm.training.checkpoint import (
 from torchdlrm.training.checkpoint_files import load_state
 from torchdlrm.training.compute import give_back_freed_memory
 from torchdlrm.training.host_copies import HostCopies, in_own_storage, with_tensors
-from torchdlrm.training.process_group import Ranks
+from torchdlrm.training.processes.process_group import Ranks
 
 logger = logging.getLogger("torchdlrm")
 

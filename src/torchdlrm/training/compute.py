@@ -16,7 +16,7 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchdlrm.config import Config, TrainConfig
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.precision import Precision, precision_of_processor
-from torchdlrm.training.process_group import Ranks
+from torchdlrm.training.processes.process_group import Ranks
 
 # Below this a step spends its time between kernels, and casting costs more than faster products save: a step of
 # configs/criteo-small.toml (0.06e9) is slower in bfloat16, one of configs/quickstart.toml (0.45e9) a third faster.

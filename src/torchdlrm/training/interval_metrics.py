@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch.nn.functional import logsigmoid
 
 from torchdlrm.metrics import BinaryMetrics, MetricSums, auc_from_counts
-from torchdlrm.training.process_group import Ranks
+from torchdlrm.training.processes.process_group import Ranks
 
 # Logits are counted in bins of 1/2,048 from -16 to 16 (a probability of 1e-7), all others in the outermost two. Pairs
 # in one bin count half: of a million rows AUC is then exact to about 1e-7, of 6,000 to 1e-5.

@@ -18,12 +18,12 @@ from torchdlrm.sharding.plan_file import plan_as_dict
 from torchdlrm.sharding.problem import Solution
 from torchdlrm.sharding.resolve import preview_plan
 from torchdlrm.tables.optimizers import check_table_optimizer
-from torchdlrm.training.agreement import Settings, settings_of
 from torchdlrm.training.checkpoint import list_checkpoints
 from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory, set_threads
-from torchdlrm.training.device import rank_device
 from torchdlrm.training.log import Callback, Callbacks, MetricsLog, TrainingHistory, read_metrics
-from torchdlrm.training.process_group import Ranks, join_process_group
+from torchdlrm.training.processes.agreement import Settings, settings_of
+from torchdlrm.training.processes.device import rank_device
+from torchdlrm.training.processes.process_group import Ranks, join_process_group
 from torchdlrm.training.run import METRICS_NAME, Run
 from torchdlrm.training.steps import Agenda, check_early_stopping, decay_kind
 from torchdlrm.training.trackers import check_trackers, open_trackers

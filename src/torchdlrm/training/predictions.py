@@ -15,7 +15,7 @@ from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.progress import ProgressListener
 from torchdlrm.training.compute import exact_products
-from torchdlrm.training.process_group import Ranks
+from torchdlrm.training.processes.process_group import Ranks
 
 # Labels and logits, float32 [rows] each.
 Predictions = tuple[NDArray[np.float32], NDArray[np.float32]]

@@ -28,8 +28,8 @@ from torchdlrm.sharding.weights import initialize_tables
 from torchdlrm.tables.optimizers import fill_accumulators, fused_params, set_steps_done, table_kernels
 from torchdlrm.tables.table_threads import use_table_threads
 from torchdlrm.training.compute import communication_codecs
-from torchdlrm.training.host_groups import set_timeout_of_host_groups
-from torchdlrm.training.process_group import Ranks
+from torchdlrm.training.processes.host_groups import set_timeout_of_host_groups
+from torchdlrm.training.processes.process_group import Ranks
 
 
 @dataclass(frozen=True)

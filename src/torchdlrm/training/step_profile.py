@@ -21,7 +21,7 @@ from torch import distributed as dist
 from torch.profiler import ProfilerActivity
 
 from torchdlrm.files import replacing, write_atomically
-from torchdlrm.training.process_group import Ranks
+from torchdlrm.training.processes.process_group import Ranks
 
 WARM_UP_STEPS = 5
 Intervals = NDArray[np.float64]  # [n, 2]: start and end in microseconds, sorted, apart from each other

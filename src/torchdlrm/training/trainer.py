@@ -25,7 +25,7 @@ from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.interval_metrics import IntervalMetrics
 from torchdlrm.training.log import Callbacks, TrainingSummary, metrics_for_callbacks, validation_line
 from torchdlrm.training.predictions import predict_loaders
-from torchdlrm.training.process_group import Ranks, StopRequest
+from torchdlrm.training.processes.process_group import Ranks, StopRequest
 from torchdlrm.training.run import Run
 from torchdlrm.training.sharded import StepCounters, build_optimizer, build_pipeline, build_sharded_model
 from torchdlrm.training.step_profile import WARM_UP_STEPS, StepProfiler

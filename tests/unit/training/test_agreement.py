@@ -10,7 +10,7 @@ from torch import distributed as dist
 from torchdlrm.config import load_config, settings
 from torchdlrm.errors import ConfigError, DatasetError, LostProcessError
 from torchdlrm.model.architecture import DOT
-from torchdlrm.training.agreement import agree, find_problems, settings_of
+from torchdlrm.training.processes.agreement import agree, find_problems, settings_of
 
 CPU = torch.device("cpu")
 
@@ -138,7 +138,7 @@ def test_launchers_that_only_number_the_processes_will_do(nodes, monkeypatch):
 
 
 def test_a_machine_that_does_not_come_is_named(nodes, monkeypatch):
-    monkeypatch.setattr("torchdlrm.training.agreement._LEAST_WAIT_S", 0.1)
+    monkeypatch.setattr("torchdlrm.training.processes.agreement._LEAST_WAIT_S", 0.1)
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=0.1))
     with pytest.raises(LostProcessError, match=r"node 1 of 2 has joined the job and then said nothing for 0.1 s"):

@@ -10,7 +10,7 @@ import torch
 from torchdlrm.errors import RunError
 from torchdlrm.training.checkpoint import Position, find_damage, list_checkpoints, look_for_damage
 from torchdlrm.training.checkpointer import Checkpointer, _ReportingFileSystem
-from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.processes.process_group import join_process_group
 
 
 def test_a_full_disk_is_told_in_its_own_words():

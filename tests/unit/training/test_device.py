@@ -7,7 +7,7 @@ import torch
 
 from torchdlrm.config import load_config
 from torchdlrm.errors import ConfigError
-from torchdlrm.training.device import GPU, SeenGPUs, choose_device_type, rank_device
+from torchdlrm.training.processes.device import GPU, SeenGPUs, choose_device_type, rank_device
 
 H100 = GPU("NVIDIA H100 80GB HBM3", (9, 0), 80 * 10**9)
 TWO = SeenGPUs(torch="2.13.0+cu130", cuda="13.0", driver="580.65.06", gpus=(H100, H100))

@@ -10,7 +10,7 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torchdlrm.training.checkpoint import Position
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.host_copies import HostCopies, with_tensors
-from torchdlrm.training.process_group import Ranks, join_process_group
+from torchdlrm.training.processes.process_group import Ranks, join_process_group
 
 GPU = torch.device("cuda", 1)
 

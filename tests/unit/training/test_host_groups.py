@@ -6,7 +6,7 @@ from torchrec.distributed import comm
 
 from torchdlrm.config import load_config
 from torchdlrm.model.architecture import DOT, ModelShape
-from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.sharded import build_sharded_model
 
 

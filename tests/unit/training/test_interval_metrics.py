@@ -8,7 +8,7 @@ from torch import distributed as dist
 from torchdlrm.metrics import binary_metrics
 from torchdlrm.training import interval_metrics
 from torchdlrm.training.interval_metrics import IntervalMetrics
-from torchdlrm.training.process_group import Ranks
+from torchdlrm.training.processes.process_group import Ranks
 
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
 

@@ -8,7 +8,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from torchdlrm.errors import LostProcessError, PlanError, TorchDLRMError, TrainingError
-from torchdlrm.training.launch import Processes, _reported_error, _why_it_failed
+from torchdlrm.training.processes.launch import Processes, _reported_error, _why_it_failed
 
 
 def report(folder, rank, kind, message, module="torchdlrm.errors"):

@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 from torchrec.distributed import comm
 
-from torchdlrm.training.process_group import join_process_group
+from torchdlrm.training.processes.process_group import join_process_group
 
 
 def say_everything():

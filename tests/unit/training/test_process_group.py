@@ -5,8 +5,8 @@ import torch
 from torch import distributed as dist
 
 from torchdlrm.errors import LostProcessError, RunError, TrainingError
-from torchdlrm.training.agreement import NNODES_VARIABLE
-from torchdlrm.training.process_group import Ranks, _leave, join_process_group
+from torchdlrm.training.processes.agreement import NNODES_VARIABLE
+from torchdlrm.training.processes.process_group import Ranks, _leave, join_process_group
 
 GPU = torch.device("cuda", 1)
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchdlrm.training.process_group import Ranks
+from torchdlrm.training.processes.process_group import Ranks
 from torchdlrm.training.step_profile import merged, overlap_us, summarize, total_us
 
 INTERVALS = st.lists(

@@ -16,11 +16,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from torchdlrm.config import DeviceChoice
 from torchdlrm.errors import LostProcessError, TrainingError, UserError
-from torchdlrm.training.agreement import NNODES_VARIABLE, Settings, agree
-from torchdlrm.training.device import rank_device
-from torchdlrm.training.host_groups import forget_host_groups
-from torchdlrm.training.library_noise import silenced_libraries
-from torchdlrm.training.memory import describe_shortage, is_out_of_memory
+from torchdlrm.training.processes.agreement import NNODES_VARIABLE, Settings, agree
+from torchdlrm.training.processes.device import rank_device
+from torchdlrm.training.processes.host_groups import forget_host_groups
+from torchdlrm.training.processes.library_noise import silenced_libraries
+from torchdlrm.training.processes.memory import describe_shortage, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,8 @@ def join_process_group(
 
     Args:
         timeout_s: how long to wait for a process that does not answer before the job ends, in seconds.
-        describe: gives the settings that all machines must have been started with, see `torchdlrm.training.agreement`.
-        device: where to compute, as `torchdlrm.training.device.choose_device_type` has it; in a group that exists
-            already and has no NCCL, on CPU.
+        describe: gives the settings that all machines must have been started with, as `settings_of` does.
+        device: where to compute, see `choose_device_type`; in a group that exists already and has no NCCL, on CPU.
         setting: what messages call that choice.
 
     Raises:
