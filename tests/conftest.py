@@ -1,9 +1,7 @@
 """What tests share: seeds, a small click log whose labels can be learnt, and the dataset that it becomes."""
 
 import json
-import math
 import os
-import random
 import shutil
 import signal
 import socket
@@ -31,38 +29,15 @@ def pytest_configure(config):
 
 
 from command_server import CommandServer
+from raw_logs import learnable_rows
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.features.schema import criteo_schema
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
-
-REAL_ROWS = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture
 def seed():
     return 20_061_109
-
-
-def real_log(name):
-    """The path of a file of real Criteo rows; skips the test where it is missing."""
-    path = REAL_ROWS / name
-    if not path.is_file():
-        pytest.skip(f"needs real Criteo rows at {path.parent}, which may not be passed on")
-    return path
-
-
-def learnable_rows(num_rows, seed=0):
-    """Lines of a log in the Criteo layout; clicks depend on int_0, cat_0 and the pair (cat_1, cat_2)."""
-    rng = random.Random(seed)
-    lines = []
-    for _ in range(num_rows):
-        ints = ["" if rng.random() < 0.2 else str(int(rng.expovariate(0.1))) for _ in range(13)]
-        cats = ["" if rng.random() < 0.05 else f"{int(rng.paretovariate(1.0)) % 997:08x}" for _ in range(26)]
-        score = 0.4 * math.log1p(int(ints[0] or 0)) - 1.5 + (len(cats[0]) and 1.2 * math.cos(int(cats[0], 16)))
-        score += 1.0 if cats[1] == cats[2] else 0.0
-        label = "1" if rng.random() < 1 / (1 + math.exp(-score)) else "0"
-        lines.append("\t".join([label, *ints, *cats]))
-    return lines
 
 
 @pytest.fixture(scope="session")
@@ -175,45 +150,6 @@ def small_bundle(small_run, small_dataset, tmp_path_factory):
     path = tmp_path_factory.mktemp("bundle") / "small"
     export(small_run, path)
     return path
-
-
-def evaluated(run, dataset, split):
-    """Probabilities by the sharded model that `dlrm evaluate` builds, float32 [rows]."""
-    import torch
-
-    from torchdlrm.loader.loader import Loader
-    from torchdlrm.training.checkpoint import find_checkpoint
-    from torchdlrm.training.checkpointer import Checkpointer
-    from torchdlrm.training.processes.process_group import join_process_group
-    from torchdlrm.training.run import Run
-    from torchdlrm.training.sharded import build_sharded_model
-
-    run = Run.open(run)
-    with join_process_group() as ranks:
-        model = build_sharded_model(
-            run.config,
-            run.shape(dataset),
-            num_embeddings=dataset.num_embeddings,
-            dense_sample=None,
-            ranks=ranks,
-        ).module
-        checkpointer = Checkpointer(run.checkpoints, model, None, ranks)
-        checkpointer.load(find_checkpoint(run.checkpoints).step)
-        checkpointer.close()
-        model.eval()
-        with torch.no_grad():
-            logits = [model(batch)[1][1] for batch in Loader(dataset, split, batch_size_global=500)]
-    return torch.cat(logits).sigmoid().numpy()
-
-
-def rows_of_request(tensors, schema, max_rows):
-    """The rows of a request of the Open Inference Protocol that holds these tensors."""
-    from torchdlrm.serving.open_inference.columns import Inputs, rows_of_tensors
-
-    inputs = Inputs(schema, max_rows, len(tensors))
-    for tensor in tensors:
-        inputs.place(tensor.name, tensor.datatype, tensor.shape)
-    return rows_of_tensors(tensors, inputs)
 
 
 class RunningServer:

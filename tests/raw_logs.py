@@ -1,4 +1,34 @@
-"""Logs in the layouts of public ones, with drawn values: lists of (header, row)."""
+"""Raw logs: real rows, rows whose labels can be learnt, and logs in the layouts of public ones."""
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+REAL_ROWS = Path(__file__).parents[2] / "shared" / "data"
+
+
+def real_log(name):
+    """The path of a file of real Criteo rows; skips the test where it is missing."""
+    path = REAL_ROWS / name
+    if not path.is_file():
+        pytest.skip(f"needs real Criteo rows at {path.parent}, which may not be passed on")
+    return path
+
+
+def learnable_rows(num_rows, seed=0):
+    """Lines of a log in the Criteo layout; clicks depend on int_0, cat_0 and the pair (cat_1, cat_2)."""
+    rng = random.Random(seed)
+    lines = []
+    for _ in range(num_rows):
+        ints = ["" if rng.random() < 0.2 else str(int(rng.expovariate(0.1))) for _ in range(13)]
+        cats = ["" if rng.random() < 0.05 else f"{int(rng.paretovariate(1.0)) % 997:08x}" for _ in range(26)]
+        score = 0.4 * math.log1p(int(ints[0] or 0)) - 1.5 + (len(cats[0]) and 1.2 * math.cos(int(cats[0], 16)))
+        score += 1.0 if cats[1] == cats[2] else 0.0
+        label = "1" if rng.random() < 1 / (1 + math.exp(-score)) else "0"
+        lines.append("\t".join([label, *ints, *cats]))
+    return lines
 
 
 def csv_of(header, rows):

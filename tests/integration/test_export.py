@@ -16,7 +16,7 @@ from test_preprocess_own_log import SCHEMA_TEXT, rows
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from conftest import evaluated
+from predicted import evaluated
 from torchdlrm.bundle import write
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.check import Tolerance, compare

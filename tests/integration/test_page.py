@@ -8,7 +8,7 @@ import httpx
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from conftest import learnable_rows
+from raw_logs import learnable_rows
 from torchdlrm.features.schema import criteo_schema
 
 FEATURES = [column.name for column in (*criteo_schema().dense, *criteo_schema().sparse)]

@@ -11,7 +11,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from conftest import real_log, rows_of_request
+from predicted import rows_of_request
+from raw_logs import real_log
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.exporting.checkpoint import CheckpointModel

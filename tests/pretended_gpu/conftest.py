@@ -67,7 +67,21 @@ def _run(args, cwd, timeout_s, environment, command=(sys.executable, str(HERE / 
 
 
 @pytest.fixture(scope="session")
-def gpu_runs(on_gpus, small_dataset, tmp_path_factory):
+def train_args():
+    """The words of a short training: train_args(dataset, run, num_gpus)."""
+
+    def words(dataset, run, num_gpus, max_steps=20):
+        return (
+            *("train", "criteo-small", "--dataset", dataset.path, "--run", run, "--nproc-per-node", num_gpus),
+            *("--train.max-steps", max_steps, "--checkpoint.every-steps", 8, "--logging.every-steps", 5),
+            *("--validation.every-steps", 10, "--checkpoint.keep-last", 2),
+        )
+
+    return words
+
+
+@pytest.fixture(scope="session")
+def gpu_runs(on_gpus, train_args, small_dataset, tmp_path_factory):
     """The folder of a run on so many GPUs that has saved itself while it trained, and what the command said."""
     trained = {}
 
@@ -80,11 +94,3 @@ def gpu_runs(on_gpus, small_dataset, tmp_path_factory):
         return path, json.loads(done.stdout.splitlines()[-1]), done
 
     return run_on
-
-
-def train_args(dataset, run, num_gpus, max_steps=20):
-    return (
-        *("train", "criteo-small", "--dataset", dataset.path, "--run", run, "--nproc-per-node", num_gpus),
-        *("--train.max-steps", max_steps, "--checkpoint.every-steps", 8, "--logging.every-steps", 5),
-        *("--validation.every-steps", 10, "--checkpoint.keep-last", 2),
-    )

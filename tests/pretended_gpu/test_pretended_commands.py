@@ -5,8 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from conftest import train_args
-
 pytestmark = pytest.mark.parametrize("num_gpus", [1, 2])
 
 
@@ -30,7 +28,7 @@ def test_libraries_say_nothing_to_users(num_gpus, gpu_runs):
     assert noise == []
 
 
-def test_a_run_resumes(num_gpus, gpu_runs, on_gpus, small_dataset, tmp_path):
+def test_a_run_resumes(num_gpus, gpu_runs, on_gpus, train_args, small_dataset, tmp_path):
     path = tmp_path / "run"
     succeeded(on_gpus(num_gpus, *train_args(small_dataset, path, num_gpus, max_steps=10)))
     done = succeeded(on_gpus(num_gpus, *train_args(small_dataset, path, num_gpus, max_steps=14), "--json"))
@@ -50,7 +48,7 @@ def test_a_run_is_evaluated_on_fewer_gpus_than_trained(num_gpus, gpu_runs, on_gp
     succeeded(on_gpus(other, "evaluate", path, "--nproc-per-node", other))
 
 
-def test_a_run_is_profiled(num_gpus, on_gpus, small_dataset, tmp_path):
+def test_a_run_is_profiled(num_gpus, on_gpus, train_args, small_dataset, tmp_path):
     path = tmp_path / "run"
     args = train_args(small_dataset, path, num_gpus, max_steps=40)
     succeeded(on_gpus(num_gpus, *args, "--profile"))

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import rows_of_request
+from predicted import rows_of_request
 from torchdlrm.data.log.files import find_files
 from torchdlrm.data.log.parquet import plan_row_groups, read_row_groups
 from torchdlrm.errors import LogError

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from conftest import real_log
+from raw_logs import real_log
 from torchdlrm.data import synthetic
 from torchdlrm.data.synthetic import synthesize, truth_path
 from torchdlrm.data.synthetic_model import LOGIT_UNITS, NUM_LOGITS

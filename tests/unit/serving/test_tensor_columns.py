@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import rows_of_request
+from predicted import rows_of_request
 from torchdlrm.errors import RowError
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
 from torchdlrm.prediction.json_rows import RowReader
