@@ -1,7 +1,7 @@
 """Evaluates a trained run on a split: exact metrics that count every row once.
 
 The machine need not be the one that trained, nor one that could: no state of an optimizer is kept, nothing is rounded
-to send or multiply it faster, and the tables are planned anew for the processes that are there.
+to send or multiply it faster, and the tables are planned again for the processes that are there.
 """
 
 from pathlib import Path

@@ -117,7 +117,7 @@ class SharedRowGroups:
         mine: the memory of this rank.
         memories: of all ranks that share, this one too.
         place: of this rank among them.
-        row_groups: begins anew to list what they will read, as epoch and place in its order.
+        row_groups: lists, from the start at each call, what they will read, as epoch and place in its order.
         stopped: set when nobody wants more.
     """
 
