@@ -108,10 +108,27 @@ def test_sizes_in_bytes_may_have_units_and_a_run_writes_the_number(tmp_path):
 def test_a_decay_that_is_half_said_is_refused():
     for overrides, expected in (
         ({"schedule.name": "constant", "schedule.decay_steps": "5"}, "constant has no decay"),
+        ({"schedule.name": "plateau", "schedule.decay_start_step": "5"}, "plateau has no decay"),
         ({"schedule.decay_start_step": "5"}, "neither schedule.name nor schedule.decay_steps"),
     ):
         with pytest.raises(ConfigError, match=expected):
             load_config(None, overrides)
+
+
+def test_settings_of_a_plateau_are_refused_where_they_would_not_be_read():
+    for name in ({}, {"schedule.name": "cosine"}):
+        with pytest.raises(ConfigError, match=r"schedule\.plateau_factor: only schedule\.name = plateau .*, got 0\.5"):
+            load_config(None, {**name, "schedule.plateau_factor": "0.5"})
+    assert load_config(None, {"schedule.name": "plateau", "schedule.plateau_factor": "0.5"}).schedule.name == "plateau"
+
+
+def test_a_patience_that_stops_the_run_before_a_plateau_reduces_the_rate_is_refused():
+    plateau = {"schedule.name": "plateau", "schedule.plateau_patience_validations": "2"}
+    message = r"stop\.patience_validations: 2 stops the run before .* above schedule\.plateau_patience_validations = 2"
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, {**plateau, "stop.patience_validations": "2"})
+    assert load_config(None, {**plateau, "stop.patience_validations": "3"}).stop.patience_validations == 3
+    assert load_config(None, {"stop.patience_validations": "1"}).stop.patience_validations == 1
 
 
 def test_a_missing_or_broken_file_is_an_error_that_names_it(tmp_path):

@@ -114,10 +114,11 @@ class ScheduleConfig(_Section):
 
     Every kind rises linearly to the base rate while step <= warmup_steps, and holds it until decay_start_step. Then
     constant keeps it; over decay_steps, warmup_polynomial falls quadratically (facebookresearch/dlrm) and cosine along
-    half a cosine, both towards zero but not below 1e-7, where they stay.
+    half a cosine, both towards zero but not below 1e-7, where they stay. plateau has no such steps: it reduces the rate
+    when the val AUC no longer rises, so set validation.every_steps or _rows.
     """
 
-    name: Literal["constant", "warmup_polynomial", "cosine"] | None = Field(
+    name: Literal["constant", "warmup_polynomial", "cosine", "plateau"] | None = Field(
         None, description="kind of decay; when not set, warmup_polynomial where decay_steps is above 0, else constant"
     )
     warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up")
@@ -126,6 +127,13 @@ class ScheduleConfig(_Section):
     )
     decay_steps: NonNegativeInt | None = Field(
         None, description="steps of decay; 0 for none; when not set, decay ends with the run"
+    )
+    plateau_factor: Fraction = Field(0.1, description="what plateau multiplies the rate by each time")
+    plateau_patience_validations: PositiveInt = Field(
+        1, description="validations in a row without a better val AUC after which plateau reduces the rate, and again"
+    )
+    plateau_min_fraction: Fraction = Field(
+        0.001, description="fraction of the base rate below which plateau does not reduce it"
     )
 
 
@@ -256,20 +264,31 @@ def cross_checks(config: Config) -> list[str]:
         found.append(f"model.embedding_dim: must be a multiple of 4 (FBGEMM's rows), got {model.embedding_dim}")
     if model.over_arch_layer_sizes[-1] != 1:
         found.append(f"model.over_arch_layer_sizes: must end with 1, the logit, got {model.over_arch_layer_sizes[-1]}")
-    return [*found, *_schedule_problems(config.schedule), *_unread_settings(config)]
+    return [*found, *_schedule_problems(config.schedule, config.stop), *_unread_settings(config)]
 
 
-def _schedule_problems(schedule: ScheduleConfig) -> list[str]:
+def _schedule_problems(schedule: ScheduleConfig, stop: StopConfig) -> list[str]:
     found = []
     if schedule.decay_start_step and schedule.decay_start_step < schedule.warmup_steps:
         found.append(
             f"schedule.decay_start_step: {schedule.decay_start_step} is before the end of the warm-up "
             f"(schedule.warmup_steps = {schedule.warmup_steps})"
         )
-    if schedule.name == "constant" and (schedule.decay_steps or schedule.decay_start_step):
-        found.append("schedule.name: constant has no decay, but decay_start_step or decay_steps is set")
+    if schedule.name in {"constant", "plateau"} and (schedule.decay_steps or schedule.decay_start_step):
+        found.append(f"schedule.name: {schedule.name} has no decay, but decay_start_step or decay_steps is set")
     if schedule.name is None and schedule.decay_start_step and not schedule.decay_steps:
         found.append("schedule.decay_start_step: is set, but neither schedule.name nor schedule.decay_steps")
+    if schedule.name != "plateau":
+        return found + [
+            f"schedule.{leaf}: only schedule.name = plateau reads it, got {getattr(schedule, leaf)!r}"
+            for leaf, field in ScheduleConfig.model_fields.items()
+            if leaf.startswith("plateau_") and getattr(schedule, leaf) != field.default
+        ]
+    if stop.patience_validations is not None and stop.patience_validations <= schedule.plateau_patience_validations:
+        found.append(
+            f"stop.patience_validations: {stop.patience_validations} stops the run before plateau reduces the rate; "
+            f"must be above schedule.plateau_patience_validations = {schedule.plateau_patience_validations}"
+        )
     return found
 
 

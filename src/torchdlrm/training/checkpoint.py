@@ -12,9 +12,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from torchdlrm.errors import RunError
 from torchdlrm.features.schema import problems
@@ -36,6 +36,7 @@ class Position:
         best_auc: highest AUC of the val split so far, None before the first validation.
         best_step: the step that had it.
         stale_validations: validations since then.
+        plateau_scale: what plateaus of the val AUC have left of the learning rate (`steps.after_validation`).
     """
 
     step: int
@@ -43,6 +44,7 @@ class Position:
     best_auc: float | None = None
     best_step: int | None = None
     stale_validations: int = 0
+    plateau_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,11 @@ class CheckpointRecord:
     @property
     def sha256_of_position(self) -> str:
         """The checksum that stands under the record's own name."""
-        return hashlib.sha256(json.dumps(asdict(self.position), sort_keys=True).encode()).hexdigest()
+        return _sha256_of_position(asdict(self.position))
+
+
+def _sha256_of_position(position: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(position, sort_keys=True).encode()).hexdigest()
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -172,7 +178,8 @@ def _read_record(path: Path) -> CheckpointRecord:
     except ValidationError as error:
         msg = "\n".join([f"{path / RECORD_NAME}: damaged:", *problems(error)])
         raise RunError(msg) from error
-    if record.sha256.get(RECORD_NAME, record.sha256_of_position) != record.sha256_of_position:  # early ones have none
+    found = _sha256_of_position(content["position"])  # as it was written: an older one has fewer fields
+    if record.sha256.get(RECORD_NAME, found) != found:  # the earliest have none
         msg = f"{path / RECORD_NAME}: damaged, the sha256 of its position is not that which it holds"
         raise RunError(msg)
     return record

@@ -25,7 +25,7 @@ from torchdlrm.training.processes.agreement import Settings, settings_of
 from torchdlrm.training.processes.device import rank_device
 from torchdlrm.training.processes.process_group import Ranks, join_process_group
 from torchdlrm.training.run import METRICS_NAME, Run
-from torchdlrm.training.steps import Agenda, check_early_stopping, decay_kind
+from torchdlrm.training.steps import Agenda, check_validations, decay_kind
 from torchdlrm.training.trackers import check_trackers, open_trackers
 from torchdlrm.training.trainer import Trainer
 
@@ -245,7 +245,7 @@ def _checked_agenda(config: Config, dataset: Dataset, device: torch.device) -> A
         msg = f"{dataset.path}: the train split has no rows"
         raise DatasetError(msg)
     agenda = Agenda.of(config, rows)
-    check_early_stopping(config, agenda, validation_rows=dataset.splits["val"].rows)
+    check_validations(config, agenda, validation_rows=dataset.splits["val"].rows)
     return agenda
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 from torchdlrm.errors import Interrupted
 from torchdlrm.files import write_atomically
 from torchdlrm.metrics import BinaryMetrics, why_undefined
+from torchdlrm.training.checkpoint import Position
 from torchdlrm.training.run import METRICS_NAME
 from torchdlrm.training.steps import Agenda
 from torchdlrm.units import show_count
@@ -230,6 +231,15 @@ def validation_line(step: int, agenda: Agenda, metrics: BinaryMetrics, *, is_bes
     auc, ne = ("-", "-") if undefined else (f"{metrics.auc:.4f}", f"{metrics.ne:.4f}")
     best = " best" if is_best else f" ({undefined})" if undefined else ""
     return f"{where} {rows:>7} rows  val AUC {auc} logloss {metrics.logloss:.4f} NE {ne}{best}"
+
+
+def plateau_line(position: Position) -> str:
+    """In a line, that the learning rate is lower from the next step on."""
+    stale = position.stale_validations
+    return (
+        f"step {position.step:,}: {stale:,} validation{'s' if stale > 1 else ''} without a better AUC since step "
+        f"{position.best_step:,}: from now on the learning rates are {position.plateau_scale:.3g} times the base rates"
+    )
 
 
 def metrics_for_callbacks(metrics: BinaryMetrics, *, rows: int, learning_rate: float, rows_per_s: float) -> Metrics:

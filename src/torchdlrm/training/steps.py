@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from torchrec.optim.keyed import CombinedOptimizer
@@ -12,6 +12,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from torchdlrm.config import Config, ScheduleConfig
 from torchdlrm.errors import ConfigError
 from torchdlrm.loader.batch import num_batches
+from torchdlrm.training.checkpoint import Position
 
 MIN_LEARNING_RATE = 1e-7
 
@@ -62,17 +63,20 @@ class Agenda:
         return step == self.num_steps or by_rows or self.is_every(step, every_steps)
 
 
-def check_early_stopping(config: Config, agenda: Agenda, *, validation_rows: int) -> None:
-    """Refuse early stopping that can never act: it looks at validations before the last step.
+def check_validations(config: Config, agenda: Agenda, *, validation_rows: int) -> None:
+    """Refuse early stopping, or a schedule, that can never act: both look at validations before the last step.
 
     Raises:
         ConfigError: there are no such validations, or fewer than are needed; names the keys.
     """
-    stop, validation = config.stop, config.validation
-    for key, value, needed in (
-        ("target_auc", stop.target_auc, 1),
+    stop, schedule, validation = config.stop, config.schedule, config.validation
+    patience = schedule.plateau_patience_validations
+    plateau = f"plateau, with plateau_patience_validations = {patience}," if schedule.name == "plateau" else None
+    for key, value, effect, needed in (
+        ("stop.target_auc", stop.target_auc, "stop the run", 1),
         # The first is the best so far.
-        ("patience_validations", stop.patience_validations, (stop.patience_validations or 0) + 1),
+        ("stop.patience_validations", stop.patience_validations, "stop the run", (stop.patience_validations or 0) + 1),
+        ("schedule.name", plateau, "reduce the rate", patience + 1),
     ):
         if value is None:
             continue
@@ -90,7 +94,7 @@ def check_early_stopping(config: Config, agenda: Agenda, *, validation_rows: int
                 f"needs {needed:,} validations before the last step, {agenda.num_steps:,}, and the run has {found:,}; "
                 "lower validation.every_steps or validation.every_rows, or train longer"
             )
-        msg = f"stop.{key}: is {value} and could never stop the run: {reason}"
+        msg = f"{key}: is {value} and could never {effect}: {reason}"
         raise ConfigError(msg)
 
 
@@ -107,21 +111,28 @@ class Schedule:
         self._config, self._num_steps = config, num_steps
         self._groups = [(group, float(group["lr"])) for group in optimizer.param_groups]
 
-    def set(self, step: int) -> float:
-        """Set the rates of step `step` (from 1); returns that of the dense optimizer."""
+    def set(self, step: int, plateau_scale: float) -> float:
+        """Set the rates of step `step` (from 1); returns that of the dense optimizer.
+
+        Args:
+            step: from 1.
+            plateau_scale: what plateaus have left of the rate (`Position`).
+        """
         rate = 0.0
         for group, base in self._groups:
-            rate = learning_rate(base, step, self._config, num_steps=self._num_steps)
+            rate = learning_rate(base, step, self._config, num_steps=self._num_steps, plateau_scale=plateau_scale)
             group["lr"] = rate
         return rate
 
 
 def decay_kind(config: ScheduleConfig) -> str:
-    """The kind of decay that a config stands for: `constant`, `warmup_polynomial` or `cosine`."""
+    """The kind of decay that a config stands for: `constant`, `warmup_polynomial`, `cosine` or `plateau`."""
     return config.name or ("warmup_polynomial" if config.decay_steps else "constant")
 
 
-def learning_rate(base: float, step: int, config: ScheduleConfig, *, num_steps: int) -> float:
+def learning_rate(
+    base: float, step: int, config: ScheduleConfig, *, num_steps: int, plateau_scale: float = 1.0
+) -> float:
     """The rate of a step; `warmup_polynomial` is the policy of facebookresearch/dlrm as it was meant.
 
     Upstream's code never quite reaches the base rate after its warm-up, and crashes when it decays without one.
@@ -131,21 +142,44 @@ def learning_rate(base: float, step: int, config: ScheduleConfig, *, num_steps: 
         step: from 1.
         config: kind, warm-up steps W, decay start D (at least W), decay steps N.
         num_steps: the run's last step, where decay ends when N is not set.
+        plateau_scale: what `plateau` multiplies the base rate by; no other kind reads it.
 
     Returns:
         base * step / W while step <= W; base until D; then with x = (step - D) / N, at most 1, base * (1 - x)^2 or
         base * (1 + cos(pi x)) / 2, not below 1e-7.
     """
+    kind = decay_kind(config)
+    if kind == "plateau":
+        base *= plateau_scale
     if step <= config.warmup_steps:
         return base * step / config.warmup_steps
     start = max(config.decay_start_step, config.warmup_steps)
     decay_steps = num_steps - start if config.decay_steps is None else config.decay_steps
-    kind = decay_kind(config)
-    if kind == "constant" or decay_steps <= 0 or step <= start:
+    if kind in {"constant", "plateau"} or decay_steps <= 0 or step <= start:
         return base
     done = min(1.0, (step - start) / decay_steps)
     left = (1 - done) ** 2 if kind == "warmup_polynomial" else (1 + math.cos(math.pi * done)) / 2
     return max(MIN_LEARNING_RATE, base * left)
+
+
+def after_validation(position: Position, auc: float, config: ScheduleConfig) -> Position:
+    """The position after a validation: whether it was the best so far, and what is left of the learning rate.
+
+    `plateau` reduces the rate whenever `plateau_patience_validations` in a row, since the best one or since the last
+    reduction, had no higher AUC. An undefined AUC says nothing about the rate.
+
+    Args:
+        position: before the validation, after its step.
+        auc: of the val split; NaN, when the split holds one class only, is never the best.
+        config: the policy.
+    """
+    if auc > (-1.0 if position.best_auc is None else position.best_auc):
+        return replace(position, best_auc=auc, best_step=position.step, stale_validations=0)
+    stale, scale = position.stale_validations + 1, position.plateau_scale
+    is_due = decay_kind(config) == "plateau" and stale % config.plateau_patience_validations == 0
+    if is_due and not math.isnan(auc):
+        scale = min(scale, max(scale * config.plateau_factor, config.plateau_min_fraction))
+    return replace(position, stale_validations=stale, plateau_scale=scale)
 
 
 class Stopwatch:

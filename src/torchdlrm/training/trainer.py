@@ -23,13 +23,13 @@ from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.checkpoint import Position, list_checkpoints
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.interval_metrics import IntervalMetrics
-from torchdlrm.training.log import Callbacks, TrainingSummary, metrics_for_callbacks, validation_line
+from torchdlrm.training.log import Callbacks, TrainingSummary, metrics_for_callbacks, plateau_line, validation_line
 from torchdlrm.training.predictions import predict_loaders
 from torchdlrm.training.processes.process_group import Ranks, StopRequest
 from torchdlrm.training.run import Run
 from torchdlrm.training.sharded import StepCounters, build_optimizer, build_pipeline, build_sharded_model
 from torchdlrm.training.step_profile import WARM_UP_STEPS, StepProfiler
-from torchdlrm.training.steps import Agenda, Schedule, Stopwatch
+from torchdlrm.training.steps import Agenda, Schedule, Stopwatch, after_validation
 
 _NOT_SAVED = (
     "but it could not be saved (see above); make room and start the same command: it resumes from the last checkpoint"
@@ -140,7 +140,7 @@ class Trainer:
         return "finished"
 
     def _train_step(self, step: int, batches: Iterator[Batch]) -> None:
-        self._rate = self._schedule.set(step)
+        self._rate = self._schedule.set(step, self._position.plateau_scale)
         self._counters.begin(step)
         loss, logits_B, labels_B = self._pipeline.progress(batches)
         # On a GPU looking at the loss waits for the step; there it is looked at when metrics are due.
@@ -188,14 +188,12 @@ class Trainer:
         rows = self._agenda.rows_after(step)
         told = metrics_for_callbacks(metrics, rows=rows, learning_rate=self._rate, rows_per_s=rows_per_s)
         self._callbacks.on_validation(step, told)
-        # NaN, when the split holds one class only, is never the best.
-        position = self._position
-        is_best = metrics.auc > (-1.0 if position.best_auc is None else position.best_auc)
+        before = self._position
+        self._position = after_validation(before, metrics.auc, self._config.schedule)
+        is_best = self._position.stale_validations == 0
         self._progress.note(validation_line(step, self._agenda, metrics, is_best=is_best))
-        if is_best:
-            self._position = replace(position, best_auc=metrics.auc, best_step=step, stale_validations=0)
-        else:
-            self._position = replace(position, stale_validations=position.stale_validations + 1)
+        if self._position.plateau_scale != before.plateau_scale:
+            self._progress.note(plateau_line(self._position))
         return is_best
 
     def _reason_to_stop(self) -> str | None:
