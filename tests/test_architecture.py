@@ -21,6 +21,7 @@ FLOORS = {
     "config": 1,
     "features": 2,
     "data": 3,
+    "kernels": 3,
     "loader": 4,
     "model": 4,
     "preprocessing": 4,

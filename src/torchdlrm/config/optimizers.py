@@ -1,7 +1,7 @@
 """Describes each optimizer: which settings it reads, what state it keeps, where it runs. No torch in here.
 
 A new optimizer is a name and a record here, and its step: for tables the name that FBGEMM has for it
-(`torchdlrm.tables.optimizers`) and, where it has one, that of its CPU operator (`torchdlrm.tables.table_threads`); for
+(`torchdlrm.tables.optimizers`) and its step on CPU (`torchdlrm.tables.updates`); for
 the dense parts how torch's class is made (`torchdlrm.training.sharded`). All other code asks the record.
 """
 

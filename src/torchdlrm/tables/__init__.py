@@ -1,1 +1,1 @@
-"""The tables while they are trained: FBGEMM's kernels on all cores, and their optimizers."""
+"""The tables while they are trained: on CPU by kernels of our own, and their optimizers."""

@@ -25,8 +25,8 @@ from torchdlrm.sharding.problem import Solution
 from torchdlrm.sharding.resolve import load_or_make_plan
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.sharding.weights import initialize_tables
+from torchdlrm.tables.lookup import use_own_kernels
 from torchdlrm.tables.optimizers import fill_accumulators, fused_params, set_steps_done, table_kernels
-from torchdlrm.tables.table_threads import use_table_threads
 from torchdlrm.training.compute import communication_codecs
 from torchdlrm.training.processes.host_groups import set_timeout_of_host_groups
 from torchdlrm.training.processes.process_group import Ranks
@@ -102,7 +102,7 @@ def build_empty_model(
     saved_plan = Path(config.sharding.plan) if config.sharding.plan is not None else None
     module = _shard(model, config, shape, ranks, saved_plan, is_trained=False).module
     if ranks.device.type == "cpu":
-        use_table_threads(module, num_threads=torch.get_num_threads())
+        use_own_kernels(module)
     return module
 
 
@@ -215,7 +215,7 @@ def build_pipeline(
         device: of this rank.
     """
     if device.type == "cpu":
-        use_table_threads(model, num_threads=torch.get_num_threads())
+        use_own_kernels(model)
 
     def forward(batch: Any) -> Any:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):

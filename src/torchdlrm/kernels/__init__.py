@@ -1,0 +1,1 @@
+"""How functions on arrays are compiled for the processor at hand, and dealt out to its threads."""

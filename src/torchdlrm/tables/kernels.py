@@ -1,0 +1,175 @@
+"""Looks up and pools embeddings, and sorts the ids of a batch by row.
+
+A cell holds the ids of one feature in one row of the batch. Cells are numbered feature by feature; features of one
+table follow each other, so the ids of a table do too.
+
+B rows of the batch, T tables, F features, F * B cells, N ids.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from torchdlrm.kernels.compile import as_in, compiled, prefetch, widened
+
+# How many ids ahead their rows are asked for: with less the processor waits for memory (8: 10 % slower, 4: 40 %).
+AHEAD = 16
+FLOATS_PER_LINE = 16  # of a cache line of 64 bytes
+
+Array = np.ndarray[Any, Any]
+
+
+@compiled
+def look_up(
+    first_cell: int,
+    end_cell: int,
+    num_rows: int,
+    weights: Array,
+    first_weight_F: Array,
+    dim_F: Array,
+    column_F: Array,
+    indices: Array,
+    offsets: Array,
+    out: Array,
+    stride: int,
+) -> None:
+    """Write the sums of the embeddings of some cells; a cell without ids gets zeros.
+
+    Args:
+        first_cell: of those to do.
+        end_cell: one past the last.
+        num_rows: B.
+        weights: of all tables, float32.
+        first_weight_F: where in it the table of each feature begins.
+        dim_F: numbers in an embedding.
+        column_F: of the first number of each feature's embedding in a row of the output.
+        indices: the ids, int64 [N].
+        offsets: where in them each cell begins, and N: int64 [F * B + 1].
+        out: float32 or the bits of bfloat16, flat.
+        stride: from one row of the output to the next.
+    """
+    end = offsets[end_cell]
+    for feature in range(first_cell // num_rows, (end_cell - 1) // num_rows + 1):
+        first_weight, dim, column = first_weight_F[feature], dim_F[feature], column_F[feature]
+        feature_end = min(end, offsets[(feature + 1) * num_rows])
+        total = np.empty(dim, np.float32)
+        for cell in range(max(first_cell, feature * num_rows), min(end_cell, (feature + 1) * num_rows)):
+            begin, stop = offsets[cell], offsets[cell + 1]
+            for i in range(begin + AHEAD, min(stop + AHEAD, feature_end)):
+                ahead = first_weight + indices[i] * dim
+                for k in range(0, dim, FLOATS_PER_LINE):
+                    prefetch(weights, ahead + k)
+            place = (cell - feature * num_rows) * stride + column
+            pooled = out[place : place + dim]
+            if stop == begin + 1:
+                first = first_weight + indices[begin] * dim
+                row = weights[first : first + dim]
+                for k in range(dim):
+                    pooled[k] = as_in(out, row[k])
+                continue
+            for k in range(dim):
+                total[k] = 0
+            for i in range(begin, stop):
+                first = first_weight + indices[i] * dim
+                row = weights[first : first + dim]
+                for k in range(dim):
+                    total[k] += row[k]
+            for k in range(dim):
+                pooled[k] = as_in(out, total[k])
+
+
+@compiled
+def sort_ids(
+    first_table: int,
+    end_table: int,
+    num_rows: int,
+    num_embeddings_T: Array,
+    first_feature_T: Array,
+    column_F: Array,
+    stride: int,
+    indices: Array,
+    offsets: Array,
+    rows_N: Array,
+    places_N: Array,
+) -> None:
+    """Sort the ids of some tables, those of each table by row, and equal ones as they stand in the batch.
+
+    Args:
+        first_table: of those to do.
+        end_table: one past the last.
+        num_rows: B.
+        num_embeddings_T: rows of each table.
+        first_feature_T: of each table, and F: [T + 1].
+        column_F: of the first number of each feature's embedding in a row of the gradient.
+        stride: from one row of the gradient to the next.
+        indices: the ids, int64 [N].
+        offsets: where in them each cell begins, and N: int64 [F * B + 1].
+        rows_N: receives the sorted ids, int32.
+        places_N: receives where in the gradient that of each begins, int64.
+    """
+    for table in range(first_table, end_table):
+        first_cell, end_cell = first_feature_T[table] * num_rows, first_feature_T[table + 1] * num_rows
+        begin, end = offsets[first_cell], offsets[end_cell]
+        rows, places = rows_N[begin:end], places_N[begin:end]
+        for feature in range(first_feature_T[table], first_feature_T[table + 1]):
+            place = column_F[feature]
+            for cell in range(feature * num_rows, (feature + 1) * num_rows):
+                for i in range(offsets[cell], offsets[cell + 1]):
+                    rows[i - begin] = indices[i]
+                    places[i - begin] = place
+                place += stride
+        _sort(rows, places, num_embeddings_T[table])
+
+
+@compiled
+def _sort(keys: Array, values: Array, num_keys: int) -> None:
+    """Sort both by the keys, which lie in [0, num_keys), and keep the order of equal ones: a radix sort."""
+    num_items = len(keys)
+    bits = 6 if num_items < 256 else 9 if num_items < 16_384 else 11
+    mask = (1 << bits) - 1
+    begins = np.empty((1 << bits) + 1, np.int32)
+    other_keys, other_values = np.empty_like(keys), np.empty_like(values)
+    from_keys, from_values, to_keys, to_values = keys, values, other_keys, other_values
+    shift = 0
+    while (num_keys - 1) >> shift:
+        begins[:] = 0
+        for i in range(num_items):
+            begins[((from_keys[i] >> shift) & mask) + 1] += 1
+        for digit in range(mask):
+            begins[digit + 1] += begins[digit]
+        for i in range(num_items):
+            digit = (from_keys[i] >> shift) & mask
+            to_keys[begins[digit]], to_values[begins[digit]] = from_keys[i], from_values[i]
+            begins[digit] += 1
+        from_keys, from_values, to_keys, to_values = to_keys, to_values, from_keys, from_values
+        shift += bits
+    if (shift // bits) % 2:
+        keys[:], values[:] = from_keys, from_values
+
+
+@compiled
+def sum_of_equal(begin: int, end: int, rows: Array, places: Array, grad: Array, total: Array) -> int:
+    """Sum the gradients of equal ids, in the order of the batch.
+
+    Args:
+        begin: the first of them.
+        end: of the table's ids.
+        rows: sorted ids.
+        places: where in the gradient that of each begins.
+        grad: float32 or the bits of bfloat16, flat.
+        total: receives the sum, float32 [dim].
+
+    Returns:
+        Where the next id begins.
+    """
+    dim = len(total)
+    first = grad[places[begin] : places[begin] + dim]
+    for k in range(dim):
+        total[k] = widened(first[k])
+    i = begin + 1
+    while i < end and rows[i] == rows[begin]:
+        more = grad[places[i] : places[i] + dim]
+        for k in range(dim):
+            total[k] += widened(more[k])
+        i += 1
+    return i

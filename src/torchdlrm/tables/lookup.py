@@ -1,0 +1,155 @@
+"""Puts our kernels in the place of FBGEMM's, for tables on CPU.
+
+FBGEMM's CPU kernels run on one core and pass over each row several times. Here one pass looks up, and one updates: it
+reads the gradient in the precision in which it arrives. Under autocast the pooled embeddings are written in its
+precision at once, which are half the bytes to send, too. The work is dealt out to threads by cells and by ids, not by
+tables, and no two threads share a row, so their number does not change a bit of the result.
+
+FBGEMM's module still owns weights and state, so plans, checkpoints and names are those of a GPU.
+
+B rows of the batch, T tables of this kernel, F features, D_t dimension of a table, N ids.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch import Tensor, nn
+
+from torchdlrm.kernels.threads import in_parts
+from torchdlrm.tables import updates
+from torchdlrm.tables.kernels import Array, look_up, sort_ids
+from torchdlrm.tables.optimizers import table_kernels
+
+_OPTIMIZERS = {
+    EmbOptimType.EXACT_SGD: updates.SGD,
+    EmbOptimType.EXACT_ADAGRAD: updates.ADAGRAD,
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD: updates.ROWWISE_ADAGRAD,
+}
+
+
+def use_own_kernels(model: nn.Module) -> None:
+    """Let our kernels look up and update the tables of a sharded model on CPU; those on a GPU are left alone."""
+    for kernel in table_kernels(model):
+        if kernel.use_cpu and kernel.optimizer in _OPTIMIZERS and _is_plain(kernel):
+            kernel.forward = TableLookup(kernel)
+
+
+def _is_plain(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
+    """Whether it is what our kernels are for: float32 tables whose embeddings are summed."""
+    return (
+        kernel.weights_host.dtype == torch.float32
+        and kernel.pooling_mode == PoolingMode.SUM
+        and list(kernel.feature_table_map) == sorted(kernel.feature_table_map)
+        and max(rows for rows, *_ in kernel.embedding_specs) < 2**31
+    )
+
+
+class TableLookup:
+    """Stands in for a kernel's `forward`."""
+
+    def __init__(self, kernel: SplitTableBatchedEmbeddingBagsCodegen) -> None:
+        self._kernel = kernel
+        self._original_forward = kernel.forward
+        table_F = np.asarray(kernel.feature_table_map)
+        self._first_feature_T = np.searchsorted(table_F, np.arange(table_F[-1] + 2))
+        first_F = self._first_feature_T[:-1]
+        columns = kernel.D_offsets.long().numpy()
+        self._column_F, self.num_columns, self._dim_F = columns[:-1], int(columns[-1]), np.diff(columns)
+        self._first_weight_F = kernel.weights_offsets.numpy()
+        self._num_embeddings_T = np.asarray([rows for rows, *_ in kernel.embedding_specs])
+        self._dim_T, self._first_weight_T = self._dim_F[first_F], self._first_weight_F[first_F]
+        has_state = kernel.optimizer != EmbOptimType.EXACT_SGD
+        self._first_momentum1_T = kernel.momentum1_offsets.numpy()[first_F] if has_state else np.zeros_like(self._dim_T)
+        self._mean_dim = self.num_columns / len(table_F)
+        # Tells autograd that somebody wants the gradient; the tables take theirs during the backward.
+        self._placeholder = torch.zeros(0, requires_grad=True)
+
+    def __call__(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Maps N ids and the offsets of F x B cells, both int64, to pooled embeddings [B, sum of the features' D]."""
+        if per_sample_weights is not None:
+            return self._original_forward(indices, offsets, per_sample_weights)
+        return _Lookup.apply(self._placeholder, self, indices.long(), offsets.long())  # type: ignore[no-untyped-call]
+
+    def look_up(self, indices: Tensor, offsets: Tensor, out: Tensor) -> None:
+        """Write pooled embeddings into `out`, float32 or bfloat16 [B, sum of D]."""
+        stride, flat = _flat(out)
+        arguments = (
+            len(out),
+            _array(self._kernel.weights_host),
+            self._first_weight_F,
+            self._dim_F,
+            self._column_F,
+            indices.numpy(),
+            offsets.numpy(),
+            flat,
+            stride,
+        )
+        in_parts(len(offsets) - 1, self._mean_dim, lambda first, end: look_up(first, end, *arguments))
+
+    def update(self, grad: Tensor, indices: Tensor, offsets: Tensor) -> None:
+        """Let the optimizer step on the rows that were looked up; `grad` is float32 or bfloat16 [B, sum of D]."""
+        kernel = self._kernel
+        optimizer = _OPTIMIZERS[kernel.optimizer]
+        stride, flat = _flat(grad)
+        cell_ids = (indices.numpy(), offsets.numpy())
+        rows_N, places_N = np.empty(len(indices), np.int32), np.empty(len(indices), np.int64)
+        num_tables, num_rows = len(self._dim_T), len(grad)
+        layout = (num_rows, self._num_embeddings_T, self._first_feature_T, self._column_F, stride)
+        in_parts(
+            num_tables,
+            # Sorting an id takes as long as looking up some ten floats.
+            10 * len(indices) / num_tables,
+            lambda first, end: sort_ids(first, end, *layout, *cell_ids, rows_N, places_N),
+        )
+        arguments = (
+            cell_ids[1][self._first_feature_T[1:] * num_rows],
+            rows_N,
+            places_N,
+            flat,
+            _array(kernel.weights_host),
+            self._first_weight_T,
+            self._dim_T,
+            _array(kernel.momentum1_host) if optimizer != updates.SGD else np.empty(0, np.float32),
+            self._first_momentum1_T,
+            float(kernel.learning_rate_tensor),
+            float(kernel.optimizer_args.eps or 0.0),
+        )
+        in_parts(len(indices), self._mean_dim, lambda first, end: updates.update(optimizer, first, end, *arguments))
+
+
+def _array(tensor: Tensor) -> Array:
+    """The memory of a tensor; bfloat16 is seen as its bits."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _flat(matrix: Tensor) -> tuple[int, Array]:
+    """The stride from row to row, and the memory from the first number to the last."""
+    num_rows, num_columns = matrix.shape
+    stride = matrix.stride(0)
+    return stride, _array(matrix.as_strided(((num_rows - 1) * stride + num_columns if num_rows else 0,), (1,)))
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, tables: TableLookup, indices: Tensor, offsets: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        num_features = len(tables._dim_F)
+        out = torch.empty((len(offsets) - 1) // num_features, tables.num_columns, dtype=dtype)
+        tables.look_up(indices, offsets, out)
+        ctx.tables = tables
+        ctx.save_for_backward(indices, offsets)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[None, None, None, None]:
+        if grad_out.dtype not in {torch.float32, torch.bfloat16}:
+            grad_out = grad_out.float()
+        # A gradient that was expanded has one number for all columns.
+        grad_out = grad_out if grad_out.stride(1) == 1 else grad_out.contiguous()
+        ctx.tables.update(grad_out, *ctx.saved_tensors)
+        return None, None, None, None
