@@ -25,6 +25,7 @@ from torchdlrm.sharding.problem import Solution
 from torchdlrm.sharding.resolve import load_or_make_plan
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.sharding.weights import initialize_tables
+from torchdlrm.tables.huge_pages import use_huge_pages
 from torchdlrm.tables.lookup import use_own_kernels
 from torchdlrm.tables.optimizers import fill_accumulators, fused_params, set_steps_done, table_kernels
 from torchdlrm.training.compute import communication_codecs
@@ -150,6 +151,7 @@ def _shard(
         ],
     )
     set_timeout_of_host_groups(ranks.timeout_s)
+    use_huge_pages(module)
     return ShardedModel(module, solution)
 
 
