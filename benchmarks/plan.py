@@ -25,7 +25,7 @@ from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 
 from torchdlrm.bench.step import benchmark_step
-from torchdlrm.config import Config, ModelConfig, TrainConfig
+from torchdlrm.config import TABLE_OPTIMIZERS, Config, ModelConfig, TrainConfig
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.planning.measure import measure
 from torchdlrm.sharding.devices import device_named
@@ -57,7 +57,7 @@ def random_problem(num_tables: int, num_devices: int) -> Problem:
         for i in range(num_tables)
     ]
     machine = machine_of(device_named("a100-80gb"), num_devices=num_devices)
-    return Problem(tuple(tables), machine, PlanOptions("rowwise_adagrad", 4096 * num_devices, 0.15))
+    return Problem(tuple(tables), machine, PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 4096 * num_devices, 0.15))
 
 
 def default_search(problem: Problem) -> tuple[float, float]:

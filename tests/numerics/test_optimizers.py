@@ -8,11 +8,11 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrec.optim.keyed import CombinedOptimizer
 
-from torchdlrm.config import DenseOptimizerConfig, TableOptimizerConfig, load_config
+from torchdlrm.config import TABLE_OPTIMIZERS, DenseOptimizerConfig, TableOptimizerConfig, load_config
 from torchdlrm.errors import ConfigError
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model
-from torchdlrm.tables.optimizers import check_table_optimizer, fused_params, table_kernels
+from torchdlrm.tables.optimizers import check_table_optimizer, table_kernels
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.sharded import StepCounters, build_optimizer, build_sharded_model
@@ -34,6 +34,8 @@ CASES = {
     },
     "adagrad, adamw": {"dense_optimizer.weight_decay": "0.1", "schedule.name": "cosine", "schedule.decay_steps": "6"},
     "sgd, sgd": {"dense_optimizer.momentum": "0.9", "train.dropout": "0.3", "schedule.warmup_steps": "4"},
+    "adam, adagrad": {"table_optimizer.weight_decay": "0.1", "table_optimizer.weight_decay_mode": "lazy"},
+    "partial_rowwise_lamb, adagrad": {"table_optimizer.weight_decay": "0.1", "schedule.warmup_steps": "4"},
 }
 
 
@@ -176,17 +178,28 @@ def test_fbgemms_counter_is_the_step_whatever_was_forwarded_before(sharded):
     assert (int(kernel.iter), int(kernel.iter_cpu)) == (41, 41)
 
 
-@pytest.mark.parametrize("name", ["adam", "partial_rowwise_adam", "lamb", "partial_rowwise_lamb"])
-def test_what_fbgemm_has_for_gpus_alone_is_refused_on_cpu_and_accepted_on_a_gpu(name, small_dataset, tmp_path):
-    config = load_config(None, {**SMALL, "table_optimizer.name": name, "table_optimizer.weight_decay": "0.1"})
-    with pytest.raises(ConfigError, match=f"FBGEMM has {name} for GPUs alone; on CPU choose one of rowwise_adagrad"):
+def test_a_weight_decay_that_there_is_not_is_refused_before_anything_is_written(small_dataset, tmp_path):
+    decay = {"table_optimizer.weight_decay": "0.1", "table_optimizer.weight_decay_mode": "lazy"}
+    config = load_config(None, {**SMALL, **decay, "table_optimizer.name": "lamb"})
+    with pytest.raises(ConfigError, match="weight_decay_mode: lamb has no lazy weight decay on CPU; choose"):
         train(config, small_dataset.path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    check_table_optimizer(config.table_optimizer, torch.device("cuda"))
-    assert fused_params(config.table_optimizer)["weight_decay"] == 0.1
 
 
-def test_weight_decay_that_fbgemms_cpu_kernel_would_ignore_is_refused():
-    config = TableOptimizerConfig(weight_decay=0.1)
-    with pytest.raises(ConfigError, match=r"table_optimizer\.weight_decay: FBGEMM's CPU kernels have none, got 0\.1"):
-        check_table_optimizer(config, torch.device("cpu"))
+@pytest.mark.parametrize("mode", ["decoupled", "lazy", "l2"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("record", TABLE_OPTIMIZERS.values(), ids=list(TABLE_OPTIMIZERS))
+def test_each_device_has_the_modes_of_weight_decay_that_its_record_says(record, device, mode):
+    config = TableOptimizerConfig(name=record.name, weight_decay=0.1, weight_decay_mode=mode)
+    modes = record.decays(on_cpu=device == "cpu")
+    if mode in modes:
+        check_table_optimizer(config, torch.device(device))
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_table_optimizer(config, torch.device(device))
+    message = str(caught.value)
+    key = "weight_decay_mode" if modes else "weight_decay"
+    assert message.startswith(f"table_optimizer.{key}: {record.name} has no")
+    assert all(word in message for word in modes)
+    assert ("train.device = cpu" in message) == (device == "cuda" and mode in record.decays_on_cpu)
+    check_table_optimizer(config.model_copy(update={"weight_decay": 0.0}), torch.device(device))

@@ -54,7 +54,7 @@ def test_keys_that_contradict_each_other_are_told():
         "schedule.warmup_steps": "10",
         "schedule.decay_start_step": "9",
         "schedule.decay_steps": "5",
-        "table_optimizer.weight_decay": "0.1",
+        "table_optimizer.beta1": "0.1",
         "table_optimizer.name": "sgd",
         "dense_optimizer.momentum": "0.9",
     }
@@ -65,7 +65,7 @@ def test_keys_that_contradict_each_other_are_told():
     assert "model.embedding_dim: must be a multiple of 4" in message
     assert "model.over_arch_layer_sizes: must end with 1, the logit, got 2" in message
     assert "schedule.decay_start_step: 9 is before the end of the warm-up" in message
-    assert "table_optimizer.weight_decay: table_optimizer.name = sgd has no such thing, got 0.1" in message
+    assert "table_optimizer.beta1: table_optimizer.name = sgd has no such thing, got 0.1" in message
     assert "dense_optimizer.momentum: dense_optimizer.name = adagrad has no such thing, got 0.9" in message
 
 

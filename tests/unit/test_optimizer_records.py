@@ -1,6 +1,7 @@
 """What is said of each optimizer, against what it is said for."""
 
 import inspect
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -63,15 +64,26 @@ def test_the_table_of_docs_training_is_that_of_the_records():
     states = {"none": (0, 0), "a value a row": (0, 1), "a value a weight": (1, 0), "two values a weight": (2, 0)}
     states["a value a weight and one a row"] = (1, 1)
     found = {}
-    for names, on_cpu, _, state, decay, accumulator in rows[first + 2 : first + 7]:
-        for name in names.split(", "):
-            found[name.strip("`")] = (on_cpu == "yes", states[state], decay == "GPU", accumulator == "yes")
+    for name, state, on_cpu, on_gpu, accumulator in rows[first + 2 : first + 2 + len(TABLE_OPTIMIZERS)]:
+        modes = [set(re.findall(r"`(\w+)`", cell)) for cell in (on_cpu, on_gpu)]
+        found[name.strip("`")] = (states[state], *modes, accumulator == "yes")
     assert found == {
         name: (
-            record.on_cpu,
             (record.state_per_weight, record.state_per_row),
-            "weight_decay" in record.settings,
+            record.decays_on_cpu,
+            record.decays_on_gpu,
             "initial_accumulator" in record.settings,
         )
         for name, record in TABLE_OPTIMIZERS.items()
     }
+
+
+def test_what_is_leaner_than_an_optimizer_with_lazy_decay_has_it_too():
+    lazy = TABLE_OPTIMIZERS["adam"].with_lazy_decay()
+    assert lazy.state_per_row == 1
+    assert [(other.name, other.state_per_row) for other in lazy.leaner()] == [
+        ("partial_rowwise_adam", 2),
+        ("adagrad", 1),
+        ("rowwise_adagrad", 2),
+        ("sgd", 1),
+    ]

@@ -1,6 +1,6 @@
 """Reads every setting of a run, from a TOML file and the command line, into a checked `Config`."""
 
-from torchdlrm.config.optimizers import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, TableOptimizerName
+from torchdlrm.config.optimizers import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, TableOptimizer, TableOptimizerName
 from torchdlrm.config.sections import (
     CheckpointConfig,
     Config,
@@ -33,6 +33,7 @@ __all__ = [
     "ScheduleConfig",
     "ShardingConfig",
     "StopConfig",
+    "TableOptimizer",
     "TableOptimizerConfig",
     "TableOptimizerName",
     "TrainConfig",

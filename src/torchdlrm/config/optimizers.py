@@ -1,26 +1,31 @@
 """Describes each optimizer: which settings it reads, what state it keeps, where it runs. No torch in here.
 
 A new optimizer is a name and a record here, and its step: for tables the name that FBGEMM has for it
-(`torchdlrm.tables.optimizers`) and its step on CPU (`torchdlrm.tables.updates`); for
-the dense parts how torch's class is made (`torchdlrm.training.sharded`). All other code asks the record.
+(`torchdlrm.tables.optimizers`), which computes it on GPUs, and the step of a row on CPU (`torchdlrm.tables.updates`);
+for the dense parts how torch's class is made (`torchdlrm.training.sharded`). All other code asks the record.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 TableOptimizerName = Literal[
     "rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb", "partial_rowwise_lamb"
 ]
 DenseOptimizerName = Literal["adagrad", "sgd", "adamw"]
+WeightDecayModeName = Literal["decoupled", "lazy", "l2"]
 
+_DECAY = frozenset({"weight_decay", "weight_decay_mode"})
 _ADAM_SETTINGS = frozenset({"eps", "beta1", "beta2", "weight_decay"})
+_ALL_MODES: frozenset[WeightDecayModeName] = frozenset({"decoupled", "lazy", "l2"})
+_NOT_LAZY: frozenset[WeightDecayModeName] = frozenset({"decoupled", "l2"})
+_DECOUPLED: frozenset[WeightDecayModeName] = frozenset({"decoupled"})
 _ROW_FOR_ALL = "one squared mean for a row in place of one for each value"
 
 
 @dataclass(frozen=True)
 class TableOptimizer:
-    """An optimizer of the tables, which FBGEMM runs inside its backward.
+    """An optimizer of the tables, which runs inside their backward: on GPUs FBGEMM's, on CPU ours.
 
     Attributes:
         name: in `table_optimizer.name`.
@@ -28,27 +33,39 @@ class TableOptimizer:
         state_per_weight: float32 values of state for each weight, whatever the precision of the weights.
         state_per_row: the same for each row of a shard: a table that is cut by columns has several a row, and learns a
             little differently.
-        on_cpu: whether FBGEMM has a CPU kernel for it.
-        decays_on_cpu: whether that kernel knows weight decay; FBGEMM's take the argument and ignore it.
+        decays_on_cpu: modes of weight decay that it has there. LAMB has no lazy one: its trust ratio scales the decay,
+            too, so that what a row has missed depends on steps that never were.
+        decays_on_gpu: those that FBGEMM has.
         momentum: whose momentum it has, `adam` or `lamb`; empty where it has none.
         trade: the explanation shown where it is proposed in place of one with more state.
+        is_lazy: whether its rows catch up on the weight decay of steps that did not look them up.
     """
 
     name: TableOptimizerName
     settings: frozenset[str]
     state_per_weight: int = 0
     state_per_row: int = 0
-    on_cpu: bool = False
-    decays_on_cpu: bool = False
+    decays_on_cpu: frozenset[WeightDecayModeName] = _ALL_MODES
+    decays_on_gpu: frozenset[WeightDecayModeName] = _DECOUPLED
     momentum: str = ""
     trade: str = ""
+    is_lazy: bool = False
 
     def leaner(self) -> "Iterator[TableOptimizer]":
         """Those with less state that could stand in for it, the most state first: none with another momentum."""
-        by_state = sorted(TABLE_OPTIMIZERS.values(), key=lambda other: (other.state_per_weight, other.state_per_row))
+        others = [other.with_lazy_decay() if self.is_lazy else other for other in TABLE_OPTIMIZERS.values()]
+        by_state = sorted(others, key=lambda other: (other.state_per_weight, other.state_per_row))
         for other in reversed(by_state):
             if other._state() < self._state() and other.momentum in {"", self.momentum}:
                 yield other
+
+    def decays(self, *, on_cpu: bool) -> frozenset[WeightDecayModeName]:
+        """Modes of weight decay that it has on a kind of device."""
+        return self.decays_on_cpu if on_cpu else self.decays_on_gpu
+
+    def with_lazy_decay(self) -> "TableOptimizer":
+        """The same with one more value a row: the last step that has looked it up."""
+        return replace(self, state_per_row=self.state_per_row + 1, is_lazy=True)
 
     def _state(self) -> tuple[int, int]:
         """What is compared: values a row matter only where there are none a weight."""
@@ -75,39 +92,46 @@ TABLE_OPTIMIZERS: Mapping[TableOptimizerName, TableOptimizer] = {
     for record in (
         TableOptimizer(
             "rowwise_adagrad",
-            frozenset({"eps", "weight_decay", "initial_accumulator"}),
+            _DECAY | {"eps", "initial_accumulator"},
             state_per_row=1,
-            on_cpu=True,
+            decays_on_gpu=_NOT_LAZY,
             trade="one learning rate for a row instead of one for each value; usually as accurate for tables",
         ),
         TableOptimizer(
             "adagrad",
-            frozenset({"eps", "initial_accumulator"}),
+            _DECAY | {"eps", "initial_accumulator"},
             state_per_weight=1,
-            on_cpu=True,
+            decays_on_gpu=frozenset(),
             trade="half of Adam's state; no momentum",
         ),
         TableOptimizer(
             "sgd",
-            frozenset(),
-            on_cpu=True,
+            _DECAY,
+            decays_on_gpu=frozenset(),
             trade="no state; rare ids learn slowly, so expect a lower AUC or a longer training",
         ),
-        TableOptimizer("adam", _ADAM_SETTINGS, state_per_weight=2, momentum="adam"),
+        TableOptimizer("adam", _DECAY | _ADAM_SETTINGS, state_per_weight=2, momentum="adam"),
         TableOptimizer(
             "partial_rowwise_adam",
-            _ADAM_SETTINGS,
+            _DECAY | _ADAM_SETTINGS,
             state_per_weight=1,
             state_per_row=1,
             momentum="adam",
             trade=_ROW_FOR_ALL,
         ),
-        TableOptimizer("lamb", _ADAM_SETTINGS, state_per_weight=2, momentum="lamb"),
+        TableOptimizer(
+            "lamb",
+            _DECAY | _ADAM_SETTINGS,
+            state_per_weight=2,
+            decays_on_cpu=_NOT_LAZY,
+            momentum="lamb",
+        ),
         TableOptimizer(
             "partial_rowwise_lamb",
-            _ADAM_SETTINGS,
+            _DECAY | _ADAM_SETTINGS,
             state_per_weight=1,
             state_per_row=1,
+            decays_on_cpu=_NOT_LAZY,
             momentum="lamb",
             trade=_ROW_FOR_ALL,
         ),

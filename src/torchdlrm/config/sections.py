@@ -9,7 +9,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from torchdlrm.config.optimizers import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, DenseOptimizerName, TableOptimizerName
+from torchdlrm.config.optimizers import (
+    DENSE_OPTIMIZERS,
+    TABLE_OPTIMIZERS,
+    DenseOptimizerName,
+    TableOptimizer,
+    TableOptimizerName,
+    WeightDecayModeName,
+)
 from torchdlrm.units import Size
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -72,20 +79,33 @@ class TrainConfig(_Section):
 
 
 class TableOptimizerConfig(_Section):
-    """The tables' optimizer, fused into their backward; FBGEMM has the last four for GPUs alone."""
+    """The tables' optimizer, fused into their backward."""
 
     name: TableOptimizerName = Field("rowwise_adagrad", description="optimizer, by FBGEMM's name")
     learning_rate: PositiveFloat = Field(0.05, description="base learning rate")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the accumulated squares (not for sgd)")
     beta1: Fraction = Field(0.9, description="decay of the running mean of gradients, in the kinds of adam and lamb")
     beta2: Fraction = Field(0.999, description="decay of the running mean of squares, in the kinds of adam and lamb")
-    weight_decay: NonNegativeFloat = Field(
-        0.0,
-        description="decoupled decay, times the learning rate, of the rows that a step looks up; not on CPU (FBGEMM)",
+    weight_decay: NonNegativeFloat = Field(0.0, description="weight decay of the rows that a step looks up")
+    weight_decay_mode: WeightDecayModeName = Field(
+        "decoupled",
+        description="decoupled: times the learning rate, apart from the gradient; lazy: the same, also for the steps "
+        "since the row was last looked up (CPU only); l2: added to the row's gradient (on GPUs only rowwise_adagrad)",
     )
     initial_accumulator: NonNegativeFloat = Field(
         0.0, description="initial value of the sums of squares, in adagrad and rowwise_adagrad"
     )
+
+    @property
+    def decays_lazily(self) -> bool:
+        """Whether rows catch up on the decay of steps that did not look them up."""
+        return bool(self.weight_decay) and self.weight_decay_mode == "lazy"
+
+    @property
+    def record(self) -> TableOptimizer:
+        """The record of the optimizer, with the state that these settings add to it."""
+        record = TABLE_OPTIMIZERS[self.name]
+        return record.with_lazy_decay() if self.decays_lazily else record
 
 
 class DenseOptimizerConfig(_Section):

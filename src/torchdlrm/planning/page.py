@@ -27,7 +27,7 @@ def plan_page(solution: Solution) -> str:
         headline=report.headline(solution),
         entries=[
             ("weights", show_bytes(solution.total.weight_bytes)),
-            (f"state of {solution.problem.options.optimizer}", show_bytes(solution.total.state_bytes)),
+            (f"state of {solution.problem.options.optimizer.name}", show_bytes(solution.total.state_bytes)),
             (f"memory of the fullest rank, {fullest}", f"{solution.memory_fraction(fullest):.1%}"),
             (f"predicted step; bottleneck rank {solution.bottleneck_rank}", f"{solution.step_ms:.2f} ms"),
             ("predicted rows/s", f"{solution.rows_per_s:,.0f}"),
@@ -50,7 +50,7 @@ def sweep_page(problem: Problem, points: Sequence[SweepPoint]) -> str:
         "sweep.html",
         title="Sharding sweep",
         headline=f"{len(problem.tables)} tables, {show_bytes(problem.table_bytes)} of weights and state of "
-        f"{problem.options.optimizer}, on {problem.machine.device}",
+        f"{problem.options.optimizer.name}, on {problem.machine.device}",
         charts=[
             _sweep_chart("Rows a second", points, speeds, lambda value: f"{value / 1e6:.3g} M"),
             _sweep_chart("Memory of the fullest rank", points, filled, "{:.0%}".format),

@@ -67,9 +67,10 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         DatasetError: the dataset is damaged.
     """
     options = PlanOptions.of(config)
+    optimizer = config.table_optimizer
     options = replace(
         options,
-        optimizer=request.optimizer or options.optimizer,
+        optimizer=optimizer.model_copy(update={"name": request.optimizer or optimizer.name}).record,
         constraints=(*options.constraints, *request.constraints),  # of rules for the same table the last one counts
     )
     machine = _machine(request, config)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from torchdlrm.sharding.tables import Optimizer, Precision
+from torchdlrm.config import TableOptimizerName
+from torchdlrm.sharding.tables import Precision
 
 # Parsed by the library and not by the command line: a negative size reaches the message that says what is wrong.
 Size = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
@@ -50,7 +51,7 @@ class PlanRequest:
     host_link_bandwidth: Size = None
     intra_host_bandwidth: Size = None
     inter_host_bandwidth: Size = None
-    optimizer: Optimizer | None = None
+    optimizer: TableOptimizerName | None = None
     precision: Precision = "float32"
     constraints: Annotated[tuple[str, ...], Parameter(name="--constraint", negative="")] = ()
     max_embeddings: int | None = None

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torchdlrm.config import TABLE_OPTIMIZERS
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.constraints import COLUMN_WISE, TABLE_WISE
 from torchdlrm.sharding.planner import planner_constraints
@@ -40,8 +39,8 @@ class Shortfall:
         """Say the clear no, in one or two sentences."""
         machine = problem.machine
         head = (
-            f"no: {show_bytes(self.needed_bytes)} of weights and state of {problem.options.optimizer} do not fit on "
-            f"{machine.num_devices} x {machine.device}, of which {show_bytes(problem.usable_bytes)} each "
+            f"no: {show_bytes(self.needed_bytes)} of weights and state of {problem.options.optimizer.name} do not fit "
+            f"on {machine.num_devices} x {machine.device}, of which {show_bytes(problem.usable_bytes)} each "
             f"({show_bytes(self.usable_bytes)} in all) are for tables: "
         )
         if self.missing_bytes:
@@ -177,12 +176,12 @@ def _by_columns(problem: Problem) -> Remedy | None:
 
 
 def _leaner_optimizer(problem: Problem) -> Remedy | None:
-    for leaner in TABLE_OPTIMIZERS[problem.options.optimizer].leaner():
-        solution = try_solve(problem.with_options(optimizer=leaner.name))
+    for leaner in problem.options.optimizer.leaner():
+        solution = try_solve(problem.with_options(optimizer=leaner))
         if solution is not None:
             saved = problem.table_bytes - solution.problem.table_bytes
             return Remedy(
-                f"{leaner.name} in place of {problem.options.optimizer}",
+                f"{leaner.name} in place of {problem.options.optimizer.name}",
                 {"optimizer": leaner.name},
                 f"{show_bytes(saved)} less; {leaner.trade}",
                 solution,

@@ -27,7 +27,7 @@ def headline(solution: Solution) -> str:
     return (
         f"yes, it fits: {len(problem.tables)} tables, {show_bytes(solution.total.weight_bytes)} of {problem.precision} "
         f"weights, on {machine.num_devices} x {machine.device} ({show_bytes(machine.memory_bytes)} each, {hosts}), "
-        f"{problem.options.optimizer}, {problem.options.batch_size_global:,} rows a step"
+        f"{problem.options.optimizer.name}, {problem.options.batch_size_global:,} rows a step"
     )
 
 

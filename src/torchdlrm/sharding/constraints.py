@@ -8,10 +8,10 @@ import fnmatch
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from torchdlrm.config import TABLE_OPTIMIZERS
+from torchdlrm.config import TableOptimizer
 from torchdlrm.errors import PlanError
 from torchdlrm.model import table_name
-from torchdlrm.sharding.tables import Optimizer, Table
+from torchdlrm.sharding.tables import Table
 from torchdlrm.sharding.topology import Machine
 
 TABLE_WISE, COLUMN_WISE, ROW_WISE = "table_wise", "column_wise", "row_wise"
@@ -87,7 +87,7 @@ def table_constraints(
     tables: Sequence[Table],
     rules: Sequence[str],
     machine: Machine,
-    optimizer: Optimizer,
+    optimizer: TableOptimizer,
     *,
     whole: Collection[str] = (),
 ) -> dict[str, TableConstraint]:
@@ -145,7 +145,7 @@ def _pinned(table: Table, rule: Rule) -> TableConstraint:
     return TableConstraint((wanted,), rule.ranks, table.dim // len(rule.ranks))
 
 
-def _free(table: Table, rule: Rule, machine: Machine, optimizer: Optimizer, *, is_whole: bool) -> TableConstraint:
+def _free(table: Table, rule: Rule, machine: Machine, optimizer: TableOptimizer, *, is_whole: bool) -> TableConstraint:
     asked = set(rule.kinds)
     kinds = [name for name in KINDS if not asked or name in asked]
     if is_whole:
@@ -155,7 +155,7 @@ def _free(table: Table, rule: Rule, machine: Machine, optimizer: Optimizer, *, i
         max(4, min(_MIN_SHARD_COLUMNS, table.dim // 2 // 4 * 4)) if asked & {COLUMN_WISE, GRID_SHARD} else None
     )
     cut = _is_cut(table.dim, min_columns or _MIN_SHARD_COLUMNS)
-    has_state_per_row = TABLE_OPTIMIZERS[optimizer].state_per_row > 0
+    has_state_per_row = optimizer.state_per_row > 0
     pointless = {
         COLUMN_WISE: machine.num_devices == 1 or not cut or (has_state_per_row and not asked),
         GRID_SHARD: machine.num_hosts == 1 or not cut or (has_state_per_row and not asked),

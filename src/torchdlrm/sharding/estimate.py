@@ -11,6 +11,7 @@ from torchrec.distributed.planner.enumerators import get_partition_by_type
 from torchrec.distributed.planner.types import Shard, ShardingOption
 from torchrec.distributed.planner.utils import build_sharder_data_map, sharder_name
 
+from torchdlrm.config import TableOptimizer
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.sharding.layout import Layout
 from torchdlrm.sharding.planner import (
@@ -21,7 +22,7 @@ from torchdlrm.sharding.planner import (
     planner_constraints,
     table_sharder,
 )
-from torchdlrm.sharding.tables import BYTES_PER_VALUE, Optimizer, Precision, Table, state_bytes
+from torchdlrm.sharding.tables import BYTES_PER_VALUE, Precision, Table, state_bytes
 from torchdlrm.sharding.topology import Machine
 
 MATRIX_EFFICIENCY = 0.5
@@ -128,7 +129,7 @@ def shard_costs(
     }
 
 
-def _cost(shard: Shard, optimizer: Optimizer, precision: Precision) -> Cost:
+def _cost(shard: Shard, optimizer: TableOptimizer, precision: Precision) -> Cost:
     rows, columns = shard.size
     weight_bytes = rows * columns * BYTES_PER_VALUE[precision]
     state = state_bytes(rows, columns, optimizer)

@@ -12,8 +12,9 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import SharderDataMap, ShardEstimator, ShardingOption, Storage
 from torchrec.distributed.types import ModuleSharder
 
+from torchdlrm.config import TableOptimizer
 from torchdlrm.sharding.constraints import KINDS
-from torchdlrm.sharding.tables import Optimizer, row_state_bytes, state_bytes
+from torchdlrm.sharding.tables import row_state_bytes, state_bytes
 
 
 class TimeEstimator(ShardEstimator):  # type: ignore[misc]  # TorchRec is untyped
@@ -40,7 +41,7 @@ class MemoryEstimator(EmbeddingStorageEstimator):  # type: ignore[misc]  # Torch
     """
 
     def __init__(
-        self, topology: Topology, constraints: Mapping[str, ParameterConstraints], optimizer: Optimizer
+        self, topology: Topology, constraints: Mapping[str, ParameterConstraints], optimizer: TableOptimizer
     ) -> None:
         super().__init__(topology=topology, constraints=dict(constraints))
         self._on_gpu = topology.compute_device == "cuda"

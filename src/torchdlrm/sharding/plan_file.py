@@ -56,7 +56,7 @@ def problem_as_dict(problem: Problem) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "world_size": problem.machine.num_devices,
         "machine": asdict(problem.machine),
-        "optimizer": options.optimizer,
+        "optimizer": options.optimizer.name,
         "precision": problem.precision,
         "batch_size_global": options.batch_size_global,
         "reserved_share": options.reserved_fraction,

@@ -21,13 +21,13 @@ from torchrec.distributed.types import CacheParams, ShardingPlan
 from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchdlrm.config import Config
+from torchdlrm.config import Config, TableOptimizer
 from torchdlrm.errors import DoesNotFitError
 from torchdlrm.model.build import meta_collection
 from torchdlrm.sharding.constraints import KINDS, TableConstraint, table_constraints
 from torchdlrm.sharding.estimators import MemoryEstimator, OrderedEnumerator, ReservedFraction, TimeEstimator
 from torchdlrm.sharding.search import PlacingPartitioner, ProposalCount, proposers
-from torchdlrm.sharding.tables import Optimizer, Precision, Table
+from torchdlrm.sharding.tables import Precision, Table
 from torchdlrm.sharding.topology import Machine
 from torchdlrm.units import show_bytes
 
@@ -47,7 +47,7 @@ class PlanOptions:
         cache_fraction: GPUs may keep tables in host memory and cache this fraction of their rows; None: they may not.
     """
 
-    optimizer: Optimizer
+    optimizer: TableOptimizer
     batch_size_global: int
     reserved_fraction: float
     constraints: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class PlanOptions:
     def of(cls, config: Config) -> "PlanOptions":
         """The options that a config stands for."""
         return cls(
-            optimizer=config.table_optimizer.name,
+            optimizer=config.table_optimizer.record,
             batch_size_global=config.train.batch_size_global,
             reserved_fraction=config.sharding.reserved_fraction,
             constraints=config.sharding.constraints,
@@ -218,7 +218,7 @@ def lower_bound_ms(search_space: Sequence[ShardingOption], num_devices: int) -> 
 
 
 def estimators(
-    topology: Topology, constraints: Mapping[str, ParameterConstraints], optimizer: Optimizer
+    topology: Topology, constraints: Mapping[str, ParameterConstraints], optimizer: TableOptimizer
 ) -> list[ShardEstimator]:
     """What tells the milliseconds and the bytes of a shard."""
     return [TimeEstimator(topology, constraints), MemoryEstimator(topology, constraints, optimizer)]
@@ -262,7 +262,7 @@ def _does_not_fit(tables: Sequence[Table], machine: Machine, options: PlanOption
     usable = int(machine.memory_bytes * (1 - options.reserved_fraction))
     return (
         f"the tables do not fit on {machine.num_devices} rank(s) with {show_bytes(usable)} each for tables: weights "
-        f"and state of {options.optimizer} are {show_bytes(sum(sizes.values()))}, the largest, {largest}, "
+        f"and state of {options.optimizer.name} are {show_bytes(sum(sizes.values()))}, the largest, {largest}, "
         f"{show_bytes(sizes[largest])}\n"
         "dlrm plan shows what is missing and what would make it fit: more ranks, fewer rows (`min_count` "
         "and `max_embeddings` of dlrm preprocess), a smaller model.embedding_dim, another table_optimizer.name; "

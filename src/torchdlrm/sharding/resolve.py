@@ -64,7 +64,7 @@ def _saved_solution(path: Path, problem: Problem) -> Solution:
     if needed_bytes > problem.usable_bytes:
         msg = (
             f"{path}: the plan does not fit this machine: rank {fullest} would need {show_bytes(needed_bytes)} for its "
-            f"tables with {problem.options.optimizer}, and has {show_bytes(problem.usable_bytes)} "
+            f"tables with {problem.options.optimizer.name}, and has {show_bytes(problem.usable_bytes)} "
             f"(sharding.reserved_fraction = {problem.options.reserved_fraction}); plan again for this machine and "
             "optimizer"
         )

@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torchdlrm.config import TABLE_OPTIMIZERS, TableOptimizerName
+from torchdlrm.config import TableOptimizer
 from torchdlrm.errors import PlanError
 from torchdlrm.model import table_name
 
 Precision = Literal["float32", "float16"]
 BYTES_PER_VALUE: Mapping[Precision, int] = {"float32": 4, "float16": 2}
-
-Optimizer = TableOptimizerName
 
 # Sizes by column: the logs' vocabularies, as facebookresearch/dlrm and MLPerf publish them.
 _KAGGLE_ROWS = (
@@ -60,26 +58,26 @@ class Table:
         """Bytes of all embeddings."""
         return self.rows * self.dim * BYTES_PER_VALUE[precision]
 
-    def state_bytes(self, optimizer: Optimizer) -> int:
+    def state_bytes(self, optimizer: TableOptimizer) -> int:
         """Bytes of the optimizer's state while the table is not cut by columns."""
         return state_bytes(self.rows, self.dim, optimizer)
 
-    def size_bytes(self, precision: Precision, optimizer: Optimizer) -> int:
+    def size_bytes(self, precision: Precision, optimizer: TableOptimizer) -> int:
         """Bytes of weights and state together."""
         return self.weight_bytes(precision) + self.state_bytes(optimizer)
 
 
-def state_bytes(rows: int, columns: int, optimizer: Optimizer) -> int:
+def state_bytes(rows: int, columns: int, optimizer: TableOptimizer) -> int:
     """Bytes of the optimizer's state for a shard of a table, float32.
 
     Row-wise optimizers keep a value a row of every shard, so a table that is cut by columns has several a row.
     """
-    return 4 * rows * columns * TABLE_OPTIMIZERS[optimizer].state_per_weight + row_state_bytes(rows, optimizer)
+    return 4 * rows * columns * optimizer.state_per_weight + row_state_bytes(rows, optimizer)
 
 
-def row_state_bytes(rows: int, optimizer: Optimizer) -> int:
+def row_state_bytes(rows: int, optimizer: TableOptimizer) -> int:
     """Bytes of that part of the state of which there is one value a row."""
-    return 4 * rows * TABLE_OPTIMIZERS[optimizer].state_per_row
+    return 4 * rows * optimizer.state_per_row
 
 
 def feature_tables(num_embeddings: Mapping[str, int], dim: int) -> list[Table]:

@@ -14,28 +14,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 
 from torchdlrm.kernels.threads import in_parts
-from torchdlrm.tables import updates
 from torchdlrm.tables.kernels import Array, look_up, sort_ids
-from torchdlrm.tables.optimizers import table_kernels
-
-_OPTIMIZERS = {
-    EmbOptimType.EXACT_SGD: updates.SGD,
-    EmbOptimType.EXACT_ADAGRAD: updates.ADAGRAD,
-    EmbOptimType.EXACT_ROWWISE_ADAGRAD: updates.ROWWISE_ADAGRAD,
-}
+from torchdlrm.tables.optimizers import check_fbgemm_has_it, table_kernels
+from torchdlrm.tables.rules import next_rule, state_of
+from torchdlrm.tables.updates import update
 
 
 def use_own_kernels(model: nn.Module) -> None:
-    """Let our kernels look up and update the tables of a sharded model on CPU; those on a GPU are left alone."""
+    """Let our kernels look up and update the tables of a sharded model on CPU; those on a GPU are left alone.
+
+    Raises:
+        ConfigError: tables that our kernels are not for, with an optimizer or a weight decay that FBGEMM's have not.
+    """
     for kernel in table_kernels(model):
-        if kernel.use_cpu and kernel.optimizer in _OPTIMIZERS and _is_plain(kernel):
+        if kernel.use_cpu and _is_plain(kernel):
             kernel.forward = TableLookup(kernel)
+        elif kernel.use_cpu:
+            check_fbgemm_has_it(kernel)
 
 
 def _is_plain(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
@@ -61,9 +61,10 @@ class TableLookup:
         self._column_F, self.num_columns, self._dim_F = columns[:-1], int(columns[-1]), np.diff(columns)
         self._first_weight_F = kernel.weights_offsets.numpy()
         self._num_embeddings_T = np.asarray([rows for rows, *_ in kernel.embedding_specs])
-        self._dim_T, self._first_weight_T = self._dim_F[first_F], self._first_weight_F[first_F]
-        has_state = kernel.optimizer != EmbOptimType.EXACT_SGD
-        self._first_momentum1_T = kernel.momentum1_offsets.numpy()[first_F] if has_state else np.zeros_like(self._dim_T)
+        self._dim_T = self._dim_F[first_F]
+        self._states = [
+            state_of(kernel, name, first_F, self._dim_T) for name in ("weights", "momentum1", "momentum2", "prev_iter")
+        ]
         self._mean_dim = self.num_columns / len(table_F)
         # Tells autograd that somebody wants the gradient; the tables take theirs during the backward.
         self._placeholder = torch.zeros(0, requires_grad=True)
@@ -71,6 +72,7 @@ class TableLookup:
     def __call__(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
         """Maps N ids and the offsets of F x B cells, both int64, to pooled embeddings [B, sum of the features' D]."""
         if per_sample_weights is not None:
+            check_fbgemm_has_it(self._kernel)
             return self._original_forward(indices, offsets, per_sample_weights)
         return _Lookup.apply(self._placeholder, self, indices.long(), offsets.long())  # type: ignore[no-untyped-call]
 
@@ -92,8 +94,6 @@ class TableLookup:
 
     def update(self, grad: Tensor, indices: Tensor, offsets: Tensor) -> None:
         """Let the optimizer step on the rows that were looked up; `grad` is float32 or bfloat16 [B, sum of D]."""
-        kernel = self._kernel
-        optimizer = _OPTIMIZERS[kernel.optimizer]
         stride, flat = _flat(grad)
         cell_ids = (indices.numpy(), offsets.numpy())
         rows_N, places_N = np.empty(len(indices), np.int32), np.empty(len(indices), np.int64)
@@ -110,15 +110,10 @@ class TableLookup:
             rows_N,
             places_N,
             flat,
-            _array(kernel.weights_host),
-            self._first_weight_T,
-            self._dim_T,
-            _array(kernel.momentum1_host) if optimizer != updates.SGD else np.empty(0, np.float32),
-            self._first_momentum1_T,
-            float(kernel.learning_rate_tensor),
-            float(kernel.optimizer_args.eps or 0.0),
+            *self._states,
+            next_rule(self._kernel),
         )
-        in_parts(len(indices), self._mean_dim, lambda first, end: updates.update(optimizer, first, end, *arguments))
+        in_parts(len(indices), self._mean_dim, lambda first, end: update(first, end, *arguments))
 
 
 def _array(tensor: Tensor) -> Array:

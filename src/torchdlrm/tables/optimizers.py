@@ -1,4 +1,4 @@
-"""The optimizers of the tables, which FBGEMM runs inside its backward."""
+"""The optimizers of the tables, which run inside their backward: what each is told, and where each runs."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -25,33 +25,55 @@ _FBGEMM_NAMES: Mapping[TableOptimizerName, EmbOptimType] = {
     "lamb": EmbOptimType.LAMB,
     "partial_rowwise_lamb": EmbOptimType.PARTIAL_ROWWISE_LAMB,
 }
+_IN_FBGEMM_ON_CPU = {EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_SGD}
 
 
 def check_table_optimizer(config: TableOptimizerConfig, device: torch.device) -> None:
-    """Refuse what FBGEMM does not have on this device.
+    """Refuse a weight decay that the optimizer does not have on this device.
 
     Raises:
-        ConfigError: the optimizer, or its weight decay, has no CPU kernel; lists both.
+        ConfigError: names the mode and those that there are, here and elsewhere.
     """
-    if device.type != "cpu":
-        return
-    problems = []
     record = TABLE_OPTIMIZERS[config.name]
-    if not record.on_cpu:
-        others = ", ".join(other.name for other in TABLE_OPTIMIZERS.values() if other.on_cpu)
-        problems.append(f"table_optimizer.name: FBGEMM has {config.name} for GPUs alone; on CPU choose one of {others}")
-    if config.weight_decay and not record.decays_on_cpu:
-        # The CPU kernel takes the argument and ignores it.
-        problems.append(
-            f"table_optimizer.weight_decay: FBGEMM's CPU kernels have none, got {config.weight_decay}; leave it at 0 "
-            "on CPU (dense_optimizer.weight_decay works everywhere)"
-        )
-    if problems:
-        raise ConfigError("\n".join(["the tables cannot be trained so on this device:", *(f"  {p}" for p in problems)]))
+    on_cpu = device.type == "cpu"
+    modes = record.decays(on_cpu=on_cpu)
+    if not config.weight_decay or config.weight_decay_mode in modes:
+        return
+    place = "on CPU" if on_cpu else "on GPUs (FBGEMM)"
+    if modes:
+        wrong = f"weight_decay_mode: {config.name} has no {config.weight_decay_mode} weight decay {place}"
+    else:
+        wrong = f"weight_decay: {config.name} has none {place}, got {config.weight_decay}"
+    choices = [f"choose {' or '.join(sorted(modes))}" if modes else "leave it at 0"]
+    everything = TABLE_OPTIMIZERS.values()
+    others = [other.name for other in everything if config.weight_decay_mode in other.decays(on_cpu=on_cpu)]
+    if others:
+        choices.append(f"another table_optimizer.name ({', '.join(others)})")
+    if not on_cpu and config.weight_decay_mode in record.decays_on_cpu:
+        choices.append("train.device = cpu")
+    msg = f"table_optimizer.{wrong}; {', or '.join(choices)}"
+    raise ConfigError(msg)
+
+
+def check_fbgemm_has_it(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> None:
+    """Refuse, on CPU, an optimizer or a weight decay that FBGEMM's kernels have not, where ours cannot be used.
+
+    Raises:
+        ConfigError: names the tables and what to do.
+    """
+    if kernel.optimizer in _IN_FBGEMM_ON_CPU and not kernel.optimizer_args.weight_decay:
+        return
+    names = ", ".join(kernel.table_names or ())
+    msg = (
+        f"table_optimizer: {names}: on CPU tables have the kinds of Adam and LAMB, and weight decay, only where they "
+        "are float32 and their embeddings are summed, without weights; choose rowwise_adagrad, adagrad or sgd, and "
+        "weight_decay = 0"
+    )
+    raise ConfigError(msg)
 
 
 def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
-    """What FBGEMM's tables need to know to update themselves during the backward.
+    """What FBGEMM's tables, or `TablesOnCpu`, need to know to update themselves during the backward.
 
     They give out float32, also where embeddings travel as float16: autograd casts a gradient to the type of what it is
     the gradient of, and the tables would be updated with gradients that have lost the range of bfloat16.
@@ -64,10 +86,12 @@ def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
     }
     record = TABLE_OPTIMIZERS[config.name]
     params |= {name: getattr(config, name) for name in ("eps", "beta1", "beta2") if name in record.settings}
-    if record.momentum:
-        params["weight_decay"] = config.weight_decay  # decoupled: these have no other mode
-    elif config.weight_decay:
-        params |= {"weight_decay": config.weight_decay, "weight_decay_mode": WeightDecayMode.DECOUPLE}
+    if config.weight_decay:
+        # On GPUs the kinds of Adam and LAMB look at the first alone: theirs is decoupled.
+        mode = WeightDecayMode.L2 if config.weight_decay_mode == "l2" else WeightDecayMode.DECOUPLE
+        params |= {"weight_decay": config.weight_decay, "weight_decay_mode": mode}
+    if config.decays_lazily:
+        params["is_lazy"] = True  # only `TablesOnCpu` takes it: FBGEMM has no such mode
     return params
 
 
@@ -79,12 +103,12 @@ def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCo
 
 
 def set_steps_done(kernels: Iterable[SplitTableBatchedEmbeddingBagsCodegen], steps: int) -> None:
-    """Say how many steps were done, on which Adam's and LAMB's bias correction depends.
+    """Say how many steps were done, on which the bias correction of Adam and LAMB depends, and lazy weight decay.
 
     FBGEMM counts forward passes, also those of a validation, and its count is in no state dict.
     """
     for kernel in kernels:
-        kernel.iter.fill_(steps)  # its forward adds one
+        kernel.iter.fill_(steps)  # FBGEMM's forward adds one, or our update
         kernel.iter_cpu.fill_(steps)
 
 

@@ -3,51 +3,110 @@
 For each row the gradients of its ids are summed in the order of the batch, whatever the number of threads, the
 optimizer steps once, and the row is written. All arithmetic is float32.
 
-D numbers in an embedding, T tables, N ids.
+With g the sum of a row's gradients, w its weights, D their number, r the learning rate and t the step, counted from 1:
+
+    sgd                   u = r g
+    adagrad               s += g^2                               u = r g / (sqrt(s) + eps)
+    rowwise_adagrad       s += mean(g^2), one s a row            u = r g / (sqrt(s) + eps)
+    adam                  m = b1 m + (1 - b1) g                  u = r m' / (sqrt(v') + eps)
+                          v = b2 v + (1 - b2) g^2                with m' = m / (1 - b1^t), v' = v / (1 - b2^t)
+    partial_rowwise_adam  the same with v = b2 v + (1 - b2) mean(g^2), one v a row
+    lamb                  a = m' / (sqrt(v') + eps) + decay w    u = r |w| / |a| a
+    partial_rowwise_lamb  the same with one v a row
+
+A step is w = c w - u. Without weight decay c = 1; decoupled, c = 1 - r decay; lazy, c = (1 - r decay)^n, where n is the
+number of steps since the last one that looked the row up, this one counted, and 1 for the first one. LAMB has its
+decay in a, and c = 1. With l2, g += decay w comes before all else.
+
+T tables, N ids.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
 from torchdlrm.kernels.compile import compiled, prefetch
 from torchdlrm.tables.kernels import AHEAD, FLOATS_PER_LINE, Array, sum_of_equal
 
-SGD, ADAGRAD, ROWWISE_ADAGRAD = range(3)
+SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, PARTIAL_ROWWISE_ADAM, LAMB, PARTIAL_ROWWISE_LAMB = range(7)
+
+
+class Rule(NamedTuple):
+    """What a step depends on besides the row and its gradient.
+
+    Attributes:
+        kind: of the optimizer: one of the constants above.
+        rate: learning rate of this step.
+        eps: added to the root.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        rest1: 1 - beta1.
+        rest2: 1 - beta2.
+        unbias1: 1 / (1 - beta1^t).
+        unbias2: 1 / (1 - beta2^t).
+        l2: weight decay that is added to the gradient.
+        in_ratio: weight decay inside of LAMB's trust ratio.
+        keeps: what a step leaves of a row: 1 - rate * decay, float64, of which lazy decay takes powers.
+        step: t, for rows that catch up; 0 where none does.
+    """
+
+    kind: int
+    rate: np.float32
+    eps: np.float32
+    beta1: np.float32
+    beta2: np.float32
+    rest1: np.float32
+    rest2: np.float32
+    unbias1: np.float32
+    unbias2: np.float32
+    l2: np.float32
+    in_ratio: np.float32
+    keeps: float
+    step: int
+
+
+class State(NamedTuple):
+    """One of the values that an optimizer keeps.
+
+    Attributes:
+        values: of all tables, float32.
+        begins: where in them each table begins, int64 [T].
+        widths: how many there are for a row of each table: D, 1 or 0; int64 [T].
+    """
+
+    values: Array
+    begins: Array
+    widths: Array
 
 
 @compiled
 def update(
-    optimizer: int,
     begin: int,
     end: int,
     end_T: Array,
     rows_N: Array,
     places_N: Array,
     grad: Array,
-    weights: Array,
-    first_weight_T: Array,
-    dim_T: Array,
-    momentum1: Array,
-    first_momentum1_T: Array,
-    learning_rate: float,
-    eps: float,
+    weight: State,
+    momentum1: State,
+    momentum2: State,
+    last_step: State,
+    rule: Rule,
 ) -> None:
     """Step on the rows whose first id is one of begin to end - 1 of the sorted ids.
 
     Args:
-        optimizer: one of those above.
         begin: first id; where the row before goes on there, that row is left to whoever has its first id.
         end: one past the last.
         end_T: where the sorted ids of each table end.
         rows_N: sorted ids of each table.
         places_N: where in the gradient that of each id begins.
         grad: of the pooled embeddings, float32 or the bits of bfloat16, flat.
-        weights: of all tables, float32.
-        first_weight_T: where in it each table begins.
-        dim_T: D of each table.
-        momentum1: sums of squares: of rows, or of weights; empty for SGD.
-        first_momentum1_T: where in them each table begins.
-        learning_rate: of this step.
-        eps: added to the root.
+        weight: the embeddings.
+        momentum1: sums of squares, or first moments.
+        momentum2: second moments.
+        last_step: that has looked a row up, as a float.
+        rule: of the step.
     """
     table_begin = 0
     for table in range(len(end_T)):
@@ -55,7 +114,7 @@ def update(
         if table_end <= begin or table_begin >= end:
             table_begin = table_end
             continue
-        dim, first_weight, first_momentum1 = dim_T[table], first_weight_T[table], first_momentum1_T[table]
+        dim = weight.widths[table]
         total = np.empty(dim, np.float32)
         i = max(begin, table_begin)
         if i > table_begin:
@@ -65,61 +124,92 @@ def update(
         asked = i
         while i < stop:
             for j in range(max(asked, i), min(i + AHEAD, table_end)):
-                ahead = first_weight + np.int64(rows_N[j]) * dim
-                for k in range(0, dim, FLOATS_PER_LINE):
-                    prefetch(weights, ahead + k)
+                row = np.int64(rows_N[j])
+                _ask_for(weight, table, row)
+                _ask_for(momentum1, table, row)
+                _ask_for(momentum2, table, row)
+                _ask_for(last_step, table, row)
                 for k in range(0, dim, 64 // grad.itemsize):
                     prefetch(grad, places_N[j] + k)
-                if optimizer == ADAGRAD:
-                    for k in range(0, dim, FLOATS_PER_LINE):
-                        prefetch(momentum1, first_momentum1 + np.int64(rows_N[j]) * dim + k)
-                elif optimizer == ROWWISE_ADAGRAD:
-                    prefetch(momentum1, first_momentum1 + rows_N[j])
             asked = i + AHEAD
             row = np.int64(rows_N[i])
             i = sum_of_equal(i, table_end, rows_N, places_N, grad, total)
-            weight = weights[first_weight + row * dim : first_weight + (row + 1) * dim]
-            _step(
-                optimizer,
-                weight,
-                total,
-                momentum1[first_momentum1:],
-                row,
-                np.float32(learning_rate),
-                np.float32(eps),
-            )
+            weights = _of_row(weight, table, row)
+            keeps = rule.keeps
+            if rule.step:
+                last = _of_row(last_step, table, row)
+                if last[0]:
+                    keeps = rule.keeps ** (rule.step - last[0])
+                last[0] = rule.step
+            if rule.l2:
+                for k in range(dim):
+                    total[k] += rule.l2 * weights[k]
+            first, second = _of_row(momentum1, table, row), _of_row(momentum2, table, row)
+            _step(rule, np.float32(keeps), weights, total, first, second)
         table_begin = table_end
 
 
 @compiled
-def _step(
-    optimizer: int, weight: Array, grad: Array, momentum1: Array, row: int, learning_rate: np.float32, eps: np.float32
-) -> None:
-    """Step on one row.
+def _of_row(state: State, table: int, row: int) -> Array:
+    begin = state.begins[table] + row * state.widths[table]
+    return state.values[begin : begin + state.widths[table]]
 
-    Args:
-        optimizer: one of those above.
-        weight: of the row, float32 [D].
-        grad: its gradients' sum, float32 [D].
-        momentum1: of the table.
-        row: its number in the table.
-        learning_rate: of this step.
-        eps: added to the root.
-    """
-    dim = len(grad)
-    if optimizer == SGD:
-        for k in range(dim):
-            weight[k] -= learning_rate * grad[k]
-    elif optimizer == ADAGRAD:
-        sums = momentum1[row * dim : (row + 1) * dim]
-        for k in range(dim):
-            sums[k] += grad[k] * grad[k]
-            weight[k] -= learning_rate * grad[k] / (np.sqrt(sums[k]) + eps)
+
+@compiled
+def _ask_for(state: State, table: int, row: int) -> None:
+    begin = state.begins[table] + row * state.widths[table]
+    for k in range(0, state.widths[table], FLOATS_PER_LINE):
+        prefetch(state.values, begin + k)
+
+
+@compiled
+def _step(rule: Rule, keeps: np.float32, weights: Array, grad: Array, first: Array, second: Array) -> None:
+    """Step on a row; `first` and `second` are its state, of which sgd has none; `grad` may be overwritten."""
+    if rule.kind == ROWWISE_ADAGRAD:
+        first[0] += _mean_square(grad)
+        _move(weights, keeps, rule.rate / (np.sqrt(first[0]) + rule.eps), grad)
+    elif rule.kind == ADAGRAD:
+        for k in range(len(grad)):
+            first[k] += grad[k] * grad[k]
+            weights[k] = keeps * weights[k] - rule.rate * grad[k] / (np.sqrt(first[k]) + rule.eps)
+    elif rule.kind == SGD:
+        _move(weights, keeps, rule.rate, grad)
     else:
-        squares = np.float32(0)
-        for k in range(dim):
-            squares += grad[k] * grad[k]
-        momentum1[row] += squares / np.float32(dim)
-        rate = learning_rate / (np.sqrt(momentum1[row]) + eps)
-        for k in range(dim):
-            weight[k] -= rate * grad[k]
+        _move_by_moments(rule, keeps, weights, grad, first, second)
+
+
+@compiled
+def _move_by_moments(rule: Rule, keeps: np.float32, weights: Array, grad: Array, first: Array, second: Array) -> None:
+    if rule.kind in (PARTIAL_ROWWISE_ADAM, PARTIAL_ROWWISE_LAMB):
+        second[0] = rule.beta2 * second[0] + rule.rest2 * _mean_square(grad)
+        scale = rule.unbias1 / (np.sqrt(rule.unbias2 * second[0]) + rule.eps)
+        for k in range(len(grad)):
+            first[k] = rule.beta1 * first[k] + rule.rest1 * grad[k]
+            grad[k] = scale * first[k]
+    else:
+        for k in range(len(grad)):
+            first[k] = rule.beta1 * first[k] + rule.rest1 * grad[k]
+            second[k] = rule.beta2 * second[k] + rule.rest2 * grad[k] * grad[k]
+            grad[k] = rule.unbias1 * first[k] / (np.sqrt(rule.unbias2 * second[k]) + rule.eps)
+    rate = rule.rate
+    if rule.kind in (LAMB, PARTIAL_ROWWISE_LAMB):
+        for k in range(len(grad)):
+            grad[k] += rule.in_ratio * weights[k]
+        square = _mean_square(grad)
+        # Where nothing moves the row, its length has no ratio to that; FBGEMM divides by zero there.
+        rate = rate * np.sqrt(_mean_square(weights) / square) if square > 0 else np.float32(0)
+    _move(weights, keeps, rate, grad)
+
+
+@compiled
+def _mean_square(values: Array) -> np.float32:
+    total = np.float32(0)
+    for k in range(len(values)):
+        total += values[k] * values[k]
+    return total / np.float32(len(values))
+
+
+@compiled
+def _move(weights: Array, keeps: np.float32, rate: np.float32, direction: Array) -> None:
+    for k in range(len(weights)):
+        weights[k] = keeps * weights[k] - rate * direction[k]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import torchdlrm.planning.plan
-from torchdlrm.config import load_config
+from torchdlrm.config import TABLE_OPTIMIZERS, load_config
 from torchdlrm.errors import PlanError
 from torchdlrm.planning.page import plan_page
 from torchdlrm.planning.plan import plan
@@ -24,7 +24,7 @@ from torchdlrm.sharding.topology import machine_of
 
 def asked(devices=4, optimizer="rowwise_adagrad", preset="criteo-1tb-40m"):
     machine = machine_of(device_named("a100-80gb"), num_devices=devices)
-    return Problem(tuple(preset_tables(preset, 128)), machine, PlanOptions(optimizer, 65_536, 0.15))
+    return Problem(tuple(preset_tables(preset, 128)), machine, PlanOptions(TABLE_OPTIMIZERS[optimizer], 65_536, 0.15))
 
 
 def test_4_gpus_are_too_few_for_26_tables_of_40_million_and_it_says_by_how_much():

@@ -8,6 +8,7 @@ import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from torchdlrm.config import TABLE_OPTIMIZERS
 from torchdlrm.errors import PlanError
 from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.layout import check_layout, read_saved_plan, sharding_plan
@@ -34,7 +35,7 @@ def model(**rows):
 def saved(tmp_path):
     """A plan for 4 GPUs in which t_b, of three rows, leaves a rank without any."""
     machine = machine_of(device_named("a100-80gb"), num_devices=4)
-    options = PlanOptions("rowwise_adagrad", 1024, 0.15, constraints=("t_b=row_wise",))
+    options = PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 1024, 0.15, constraints=("t_b=row_wise",))
     solution = solve(Problem(TABLES, machine, options))
     write_plan(tmp_path / "plan.json", solution)
     return tmp_path / "plan.json", machine, solution
@@ -71,7 +72,9 @@ def test_a_plan_for_another_model_or_world_size_is_refused(saved, rows, devices,
 
 def test_tables_that_gpus_cache_are_refused_on_cpu(tmp_path):
     machine = replace(machine_of(device_named("a100-80gb"), num_devices=1), hbm_bytes=3_000_000)
-    solution = solve(Problem(TABLES, machine, PlanOptions("rowwise_adagrad", 1024, 0.15, cache_fraction=0.1)))
+    solution = solve(
+        Problem(TABLES, machine, PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 1024, 0.15, cache_fraction=0.1))
+    )
     write_plan(tmp_path / "plan.json", solution)
     with pytest.raises(PlanError, match="t_c: unknown kernel 'fused_uvm_caching', or not for cpu"):
         check_layout(read_saved_plan(tmp_path / "plan.json"), TABLES, machine_of(device_named("cpu"), num_devices=1))
@@ -80,7 +83,9 @@ def test_tables_that_gpus_cache_are_refused_on_cpu(tmp_path):
 @pytest.mark.parametrize("kind", ["table_row_wise", "grid_shard"])
 def test_tables_cut_within_a_host_are_refused_where_hosts_have_another_number_of_ranks(kind, tmp_path):
     machine = machine_of(device_named("cpu"), num_devices=4, num_hosts=2)
-    solution = solve(Problem(TABLES, machine, PlanOptions("adagrad", 1024, 0.15, constraints=(f"t_c={kind}",))))
+    solution = solve(
+        Problem(TABLES, machine, PlanOptions(TABLE_OPTIMIZERS["adagrad"], 1024, 0.15, constraints=(f"t_c={kind}",)))
+    )
     write_plan(tmp_path / "plan.json", solution)
     saved = read_saved_plan(tmp_path / "plan.json")
     check_layout(saved, TABLES, machine)

@@ -76,7 +76,7 @@ def test_every_value_of_every_table_is_on_one_shard_and_no_rank_is_over_its_memo
                 covered.append((row, row + rows, column, column + columns))
                 assert row + rows <= table.rows
                 assert column + columns <= table.dim
-            used[shard.rank] += 4 * (rows * columns + state_values(asked.options.optimizer, rows, columns))
+            used[shard.rank] += 4 * (rows * columns + state_values(asked.options.optimizer.name, rows, columns))
         assert sum((bottom - top) * (right - left) for top, bottom, left, right in covered) == table.rows * table.dim
         for a, b in combinations(covered, 2):
             assert a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2], "two shards overlap"

@@ -1,0 +1,199 @@
+"""Every optimizer of the tables, with every weight decay, against an independent computation; the same on any threads.
+
+T tables, B rows of a batch, N ids of a table.
+"""
+
+import pytest
+import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    EmbeddingLocation,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import nn
+
+from table_references import Reference
+from torchdlrm.config import TABLE_OPTIMIZERS, TableOptimizerConfig
+from torchdlrm.errors import ConfigError
+from torchdlrm.kernels import threads
+from torchdlrm.tables.lookup import use_own_kernels
+from torchdlrm.tables.module_on_cpu import TablesOnCpu
+from torchdlrm.tables.optimizers import fused_params, set_steps_done
+
+TABLES = [(50, 16), (3, 8), (400, 16), (7, 4), (1000, 16)]  # rows, dimension
+BATCH, STEPS = 32, 200
+NO_DECAY = "none"
+CASES = [
+    (name, mode) for name, record in TABLE_OPTIMIZERS.items() for mode in (NO_DECAY, *sorted(record.decays_on_cpu))
+]
+
+
+def module_of(config, seed, **options):
+    """The module that TorchRec gets on CPU, with weights that depend on the seed alone."""
+    specs = [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows, dim in TABLES]
+    kernel = TablesOnCpu(specs, **fused_params(config), **options)
+    torch.manual_seed(seed)
+    kernel.init_embedding_weights_uniform(-1.0, 1.0)
+    return kernel
+
+
+def with_own_kernels(kernel):
+    model = nn.Module()
+    model._lookups = [nn.ModuleList([kernel])]  # as TorchRec's sharded modules hold it
+    use_own_kernels(model)
+    return kernel
+
+
+def tables_of(config, seed):
+    return with_own_kernels(module_of(config, seed))
+
+
+def batches(seed, num_batches=STEPS, batch=BATCH):
+    """Ids and offsets of cells with none to three ids, and a gradient; half of a table's ids are of its first rows."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num_batches):
+        lengths = torch.randint(0, 4, (len(TABLES), batch), generator=generator)
+        ids = []
+        for (rows, _), count in zip(TABLES, lengths.sum(1).tolist(), strict=True):
+            often = torch.rand(count, generator=generator) < 0.5
+            at = torch.randint(rows, (count,), generator=generator)
+            ids.append(torch.where(often, at % min(rows, 5), at))
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.flatten().cumsum(0)])
+        yield torch.cat(ids), offsets, torch.randn(batch, sum(dim for _, dim in TABLES), generator=generator)
+
+
+def per_table(ids, offsets, grads):
+    """Ids of each table, and the gradient of each id: that of its cell."""
+    lengths_TB = offsets.diff().view(len(TABLES), -1)
+    counts = lengths_TB.sum(1).tolist()
+    dims = [dim for _, dim in TABLES]
+    for ids_N, lengths_B, grad_BD in zip(ids.split(counts), lengths_TB, grads.split(dims, dim=1), strict=True):
+        yield ids_N, grad_BD.repeat_interleave(lengths_B, dim=0)
+
+
+def settings(name, mode, **others):
+    decay = {} if mode == NO_DECAY else {"weight_decay": 0.1, "weight_decay_mode": mode}
+    return TableOptimizerConfig(name=name, **decay, **others)
+
+
+@pytest.fixture(autouse=True)
+def deals_out_everything(monkeypatch):
+    """Also these few rows are dealt out to as many threads as torch has; afterwards it has as many as before."""
+    monkeypatch.setattr(threads, "MIN_FLOATS", 0)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_200_steps_are_those_of_the_papers(name, mode, seed):
+    config = settings(name, mode, beta1=0.8, beta2=0.95)
+    steps = list(batches(seed))
+    # Lazy decay takes the rate of the step that looks the row up for those that did not.
+    rates = [0.02 if mode == "lazy" else 0.02 * (1 - step / (2 * STEPS)) for step in range(STEPS)]
+    kernel = tables_of(config, seed)
+    known = {"eps": config.eps, "beta1": 0.8, "beta2": 0.95, "decay": config.weight_decay, "mode": mode}
+    references = [Reference(weights, name, **known) for weights in kernel.split_embedding_weights()]
+    for (ids, offsets, grads), rate in zip(steps, rates, strict=True):
+        kernel.set_learning_rate(rate)
+        kernel(ids, offsets).backward(grads)
+        for reference, (ids_N, grads_ND) in zip(references, per_table(ids, offsets, grads), strict=True):
+            reference.step(ids_N, grads_ND, rate)
+    for found_RD, reference in zip(kernel.split_embedding_weights(), references, strict=True):
+        caught_up_RD = found_RD.double() * reference.owed_R[:, None]
+        torch.testing.assert_close(caught_up_RD, reference.weights_RD, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_steps_have_the_same_bytes_on_any_number_of_threads(name, mode, seed):
+    steps = list(batches(seed, 30))
+    found = []
+    for num_threads in (1, 2, 4):
+        torch.set_num_threads(num_threads)
+        kernel = tables_of(settings(name, mode), seed)
+        for ids, offsets, grads in steps:
+            kernel(ids, offsets).backward(grads)
+        states = kernel.split_optimizer_states()
+        found.append([*kernel.split_embedding_weights(), *(state for of_table in states for state in of_table)])
+    assert all(all(map(torch.equal, found[0], other)) for other in found[1:])
+
+
+def test_lazy_decay_takes_the_rate_of_the_step_that_looks_the_row_up(seed):
+    kernel = tables_of(settings("sgd", "lazy"), seed)
+    before = kernel.split_embedding_weights()[0].clone()
+    look_up = [torch.zeros(len(TABLES), dtype=torch.int64), torch.arange(len(TABLES) + 1)]
+    nothing = torch.zeros(1, sum(dim for _, dim in TABLES))
+    for step, rate in ((1, 0.5), (2, 0.4), (5, 0.3)):
+        set_steps_done([kernel], step - 1)
+        kernel.set_learning_rate(rate)
+        kernel(*look_up).backward(nothing)
+    expected = before[0] * (1 - 0.5 * 0.1) * (1 - 0.4 * 0.1) * (1 - 0.3 * 0.1) ** 3
+    torch.testing.assert_close(kernel.split_embedding_weights()[0][0], expected)
+    assert torch.equal(kernel.split_embedding_weights()[0][1:], before[1:])
+    assert kernel.prev_iter_host[:2].tolist() == [5, 0]
+
+
+def test_steps_are_counted_and_not_lookups(seed):
+    """A validation between two steps looks up, too: Adam's first step is one of the learning rate all the same."""
+    kernel = tables_of(settings("adam", NO_DECAY), seed)
+    before = kernel.split_embedding_weights()[0].clone()
+    look_up = [torch.zeros(len(TABLES), dtype=torch.int64), torch.arange(len(TABLES) + 1)]
+    for _ in range(3):
+        out = kernel(*look_up)
+    out.backward(torch.full_like(out, 1e-3))
+    moved = before[0] - kernel.split_embedding_weights()[0][0]
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.05), atol=1e-5, rtol=0)
+    assert int(kernel.iter) == 1
+
+
+def test_rows_of_zeros_and_gradients_of_zeros_stay_numbers_in_lamb(seed):
+    kernel = tables_of(settings("lamb", NO_DECAY), seed)
+    weights = kernel.split_embedding_weights()[0]
+    weights[1] = 0
+    before = weights.clone()
+    ids = torch.tensor([0, 1] + [0] * 2 * (len(TABLES) - 1))
+    grads = torch.zeros(2, sum(dim for _, dim in TABLES))
+    grads[1] = 1
+    kernel(ids, torch.arange(len(ids) + 1)).backward(grads)
+    assert torch.equal(weights, before)  # no gradient: nowhere to go; no length: FBGEMM's ratio is zero, too
+
+
+@pytest.mark.parametrize("name", TABLE_OPTIMIZERS)
+def test_the_state_on_cpu_is_that_of_fbgemm_on_a_gpu(name, seed):
+    """Names, shapes and types; on the meta device FBGEMM builds what it builds on a GPU."""
+    params = fused_params(settings(name, NO_DECAY))
+    specs = [(rows, dim, EmbeddingLocation.DEVICE, ComputeDevice.CUDA) for rows, dim in TABLES]
+    on_gpu = SplitTableBatchedEmbeddingBagsCodegen(specs, device=torch.device("meta"), **params)
+    found, expected = (
+        [
+            {name: (state.shape, state.dtype) for name, state in of_table.items()}
+            for of_table in kernel.get_optimizer_state()
+        ]
+        for kernel in (tables_of(settings(name, NO_DECAY), seed), on_gpu)
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "options", [{"weights_precision": SparseType.FP16}, {"pooling_mode": PoolingMode.MEAN}, {}], ids=str
+)
+@pytest.mark.parametrize(("name", "mode"), [("adam", NO_DECAY), ("sgd", "l2"), ("adagrad", NO_DECAY)])
+def test_where_our_kernels_cannot_be_used_fbgemms_are_and_what_they_lack_is_refused(name, mode, options, seed):
+    """float16, means, and weights of each id."""
+    kernel = module_of(settings(name, mode), seed, table_names=[f"t_{i}" for i in range(len(TABLES))], **options)
+    before = kernel.weights_host.detach().clone()
+    cells = torch.zeros(len(TABLES), dtype=torch.int64), torch.arange(len(TABLES) + 1)
+
+    def step():
+        with_own_kernels(kernel)
+        out = kernel(*cells, None if options else torch.ones(len(TABLES)))
+        out.backward(torch.ones_like(out))
+
+    if (name, mode) == ("adagrad", NO_DECAY):
+        step()
+        assert not torch.equal(kernel.weights_host, before)
+    else:
+        with pytest.raises(ConfigError, match="t_0, t_1, t_2, t_3, t_4: on CPU tables have the kinds of Adam and LAMB"):
+            step()
