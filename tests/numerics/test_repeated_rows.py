@@ -14,8 +14,9 @@ from torchdlrm.loader.loader import Loader
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.tables.lookup import TableLookup
 from torchdlrm.tables.optimizers import table_kernels
+from torchdlrm.training.pipeline import build_pipeline
 from torchdlrm.training.processes.process_group import join_process_group
-from torchdlrm.training.sharded import StepCounters, build_optimizer, build_pipeline, build_sharded_model
+from torchdlrm.training.sharded import StepCounters, build_optimizer, build_sharded_model
 
 UNIT = 2.0**-24  # half of the distance of 1 to the next float32
 RATE, EPS, D = 0.05, 1e-8, 8

@@ -54,9 +54,8 @@ def on_so_many_threads(request, monkeypatch):
     """A test's parameter `num_threads` is torch's number, and the least work is worth them all."""
     monkeypatch.setattr(threads, "MIN_FLOATS", 0)
     before = torch.get_num_threads()
-    torch.set_num_threads(
-        request.node.callspec.params.get("num_threads", 2) if hasattr(request.node, "callspec") else 2
-    )
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    torch.set_num_threads(parameters.get("num_threads", 2))
     yield
     torch.set_num_threads(before)
 

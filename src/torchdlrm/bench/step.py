@@ -39,9 +39,10 @@ from torchdlrm.sharding.planner import PlanOptions, plan_sharding, table_sharder
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.tables.optimizers import fused_params
 from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory
+from torchdlrm.training.pipeline import build_pipeline
 from torchdlrm.training.processes.device import rank_device
 from torchdlrm.training.processes.process_group import Ranks
-from torchdlrm.training.sharded import build_optimizer, build_pipeline, build_sharded_model
+from torchdlrm.training.sharded import build_optimizer, build_sharded_model
 
 _FEW_ROWS = 16  # a rank, to measure what the host does
 

@@ -30,6 +30,7 @@ from torchdlrm.model.architecture import DOT, Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architecture_of, difference_from, record_of
 from torchdlrm.sharding.plan_file import write_plan
 from torchdlrm.sharding.problem import Solution
+from torchdlrm.tables.huge_pages import huge_pages_policy
 
 CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME = "config.toml", "plan.json", "environment.json", "metrics.jsonl"
 LOCK_NAME, TRACKERS_NAME = ".lock", "trackers.json"
@@ -57,6 +58,7 @@ class Environment(TypedDict):
     python: str
     processor: str
     num_cores: int
+    huge_pages: NotRequired[str]
     gpus: list[str]
     world_size: int
     dataset: _DatasetRecord
@@ -368,6 +370,7 @@ def environment_now(dataset: Dataset, world_size: int, architecture: Architectur
         **versions(),
         "processor": processor,
         "num_cores": len(os.sched_getaffinity(0)),
+        "huge_pages": huge_pages_policy(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "world_size": world_size,
         "dataset": {"path": str(dataset.path.resolve()), "manifest_sha256": manifest_sha256(dataset)},

@@ -1,4 +1,4 @@
-"""Builds the sharded model with its initial weights, its optimizers, and the pipeline around them."""
+"""Builds the sharded model with its initial weights, and its optimizers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn.utils import clip_grad_norm_
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
@@ -25,8 +24,10 @@ from torchdlrm.sharding.problem import Solution
 from torchdlrm.sharding.resolve import load_or_make_plan
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.sharding.weights import initialize_tables
+from torchdlrm.tables.huge_pages import use_huge_pages
 from torchdlrm.tables.lookup import use_own_kernels
 from torchdlrm.tables.module_on_cpu import own_module_on_cpu
+from torchdlrm.tables.one_process import look_up_in_this_process
 from torchdlrm.tables.optimizers import fill_accumulators, fused_params, set_steps_done, table_kernels
 from torchdlrm.training.compute import communication_codecs
 from torchdlrm.training.processes.host_groups import set_timeout_of_host_groups
@@ -104,6 +105,7 @@ def build_empty_model(
     module = _shard(model, config, shape, ranks, saved_plan, is_trained=False).module
     if ranks.device.type == "cpu":
         use_own_kernels(module)
+        look_up_in_this_process(module)
     return module
 
 
@@ -151,6 +153,7 @@ def _shard(
             sharders=[sharder],
         )
     set_timeout_of_host_groups(ranks.timeout_s)
+    use_huge_pages(module)
     return ShardedModel(module, solution)
 
 
@@ -198,31 +201,6 @@ def _dense_optimizer(config: DenseOptimizerConfig, params: list[Tensor]) -> torc
 
         optimizer.register_step_pre_hook(clip)
     return optimizer
-
-
-def build_pipeline(
-    model: nn.Module, optimizer: KeyedOptimizer, *, dtype: torch.dtype, device: torch.device
-) -> TrainPipelineSparseDist:
-    """TorchRec's pipeline, which exchanges the next batch's ids while this one computes.
-
-    It does not fetch the next batch's rows of cached tables ahead, as `PrefetchTrainPipelineSparseDist` would: FBGEMM
-    gives cache locations out in the order in which they were prefetched, so a validation between two steps would look
-    up its rows where those of a training batch are.
-
-    Args:
-        model: a `DLRMTrain` inside `DistributedModelParallel`.
-        optimizer: steps after every backward.
-        dtype: in which the dense parts compute.
-        device: of this rank.
-    """
-    if device.type == "cpu":
-        use_own_kernels(model)
-
-    def forward(batch: Any) -> Any:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return model(batch)
-
-    return TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True, custom_model_fwd=forward)
 
 
 class StepCounters:

@@ -24,10 +24,11 @@ from torchdlrm.training.checkpoint import Position, list_checkpoints
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.interval_metrics import IntervalMetrics
 from torchdlrm.training.log import Callbacks, TrainingSummary, metrics_for_callbacks, plateau_line, validation_line
+from torchdlrm.training.pipeline import build_pipeline
 from torchdlrm.training.predictions import predict_loaders
 from torchdlrm.training.processes.process_group import Ranks, StopRequest
 from torchdlrm.training.run import Run
-from torchdlrm.training.sharded import StepCounters, build_optimizer, build_pipeline, build_sharded_model
+from torchdlrm.training.sharded import StepCounters, build_optimizer, build_sharded_model
 from torchdlrm.training.step_profile import WARM_UP_STEPS, StepProfiler
 from torchdlrm.training.steps import Agenda, Schedule, Stopwatch, after_validation
 
