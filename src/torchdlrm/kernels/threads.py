@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 # With less work it takes longer to tell the other threads: some 20 microseconds.
 MIN_FLOATS = 2**17
@@ -41,6 +43,12 @@ def in_parts(num_items: int, floats_per_item: float, task: Callable[[int, int], 
     _openmp().GOMP_parallel(_PART_OF_A_TEAM(run), None, num_parts, 0)
     if errors:
         raise errors[0]
+
+
+def array_of(tensor: Tensor) -> NDArray[Any]:
+    """The memory of a tensor on CPU; bfloat16, which NumPy does not know, is seen as its bits."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 @cache

@@ -16,6 +16,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchdlrm.model.interaction import InteractionArch, dot_output_size
+from torchdlrm.model.room import has_room, mark_room
 
 
 class TrainingBatch(Protocol):
@@ -33,7 +34,9 @@ def stack_embeddings(embeddings: KeyedTensor, feature_names: list[str], embeddin
     Sharding may group the tables by rank or kernel, and then they come back in another order.
     """
     if embeddings.keys() == feature_names:
-        return embeddings.values().view(-1, len(feature_names), embedding_dim)
+        values = embeddings.values()
+        stacked = values.view(-1, len(feature_names), embedding_dim)
+        return mark_room(stacked) if has_room(values) else stacked
     by_name = embeddings.to_dict()
     return torch.stack([by_name[name] for name in feature_names], dim=1)
 

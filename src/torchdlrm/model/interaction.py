@@ -12,10 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from torchdlrm.kernels.threads import array_of, in_parts
+from torchdlrm.model.dots import write_pairs, write_square
+from torchdlrm.model.room import has_room
+
 
 def dot_output_size(num_sparse_features: int, embedding_dim: int) -> int:
     """D + P: what the over arch reads."""
     return embedding_dim + num_sparse_features * (num_sparse_features + 1) // 2
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in {torch.float32, torch.bfloat16}
+
+
+def _together(dense_BD: Tensor, sparse_BFD: Tensor) -> Tensor:
+    """All vectors in one buffer, [B, N, D], in the dense arch's precision.
+
+    The look-up may have left room for the dense vector before the embeddings; else they are cast while they are copied.
+    """
+    num_rows, num_features, embedding_dim = sparse_BFD.shape
+    if has_room(sparse_BFD) and sparse_BFD.dtype == dense_BD.dtype:
+        shape = num_rows, num_features + 1, embedding_dim
+        strides = sparse_BFD.stride()
+        vectors_BND = sparse_BFD.as_strided(shape, strides, sparse_BFD.storage_offset() - embedding_dim)
+    else:
+        vectors_BND = dense_BD.new_empty(num_rows, num_features + 1, embedding_dim)
+        vectors_BND[:, 1:] = sparse_BFD
+    vectors_BND[:, 0] = dense_BD
+    return vectors_BND
 
 
 class _PairwiseDots(torch.autograd.Function):
@@ -27,15 +52,16 @@ class _PairwiseDots(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dense_BD: Tensor, sparse_BFD: Tensor, upper_P: Tensor, lower_P: Tensor) -> Tensor:
-        num_rows, num_features, embedding_dim = sparse_BFD.shape
-        # One buffer, written once: the embeddings are cast to the dense arch's precision while they are copied.
-        vectors_BND = dense_BD.new_empty(num_rows, num_features + 1, embedding_dim)
-        vectors_BND[:, 0] = dense_BD
-        vectors_BND[:, 1:] = sparse_BFD
-        square_BNN = torch.bmm(vectors_BND, vectors_BND.transpose(1, 2))
+        num_rows, _, embedding_dim = sparse_BFD.shape
+        vectors_BND = _together(dense_BD, sparse_BFD)
         out = dense_BD.new_empty(num_rows, embedding_dim + upper_P.numel())
-        out[:, :embedding_dim] = dense_BD
-        torch.index_select(square_BNN.flatten(1), 1, upper_P, out=out[:, embedding_dim:])
+        if _has_kernels(dense_BD):
+            arrays, work = (array_of(vectors_BND), array_of(out)), vectors_BND[0].numel() * vectors_BND.shape[1] / 8
+            in_parts(num_rows, work, lambda first, end: write_pairs(first, end, *arrays))
+        else:
+            square_BNN = torch.bmm(vectors_BND, vectors_BND.transpose(1, 2))
+            out[:, :embedding_dim] = dense_BD
+            torch.index_select(square_BNN.flatten(1), 1, upper_P, out=out[:, embedding_dim:])
         ctx.save_for_backward(vectors_BND, upper_P, lower_P)
         ctx.sparse_dtype = sparse_BFD.dtype
         return out
@@ -45,9 +71,14 @@ class _PairwiseDots(torch.autograd.Function):
         vectors_BND, upper_P, lower_P = ctx.saved_tensors
         num_rows, num_vectors, embedding_dim = vectors_BND.shape
         grad_pairs_BP = grad_out[:, embedding_dim:]
-        grad_square = grad_out.new_zeros(num_rows, num_vectors * num_vectors)
-        grad_square.index_copy_(1, upper_P, grad_pairs_BP)
-        grad_square.index_copy_(1, lower_P, grad_pairs_BP)
+        if _has_kernels(grad_out):
+            grad_square = grad_out.new_empty(num_rows, num_vectors, num_vectors)
+            arrays = array_of(grad_pairs_BP), array_of(grad_square)
+            in_parts(num_rows, num_vectors**2, lambda first, end: write_square(first, end, *arrays))
+        else:
+            grad_square = grad_out.new_zeros(num_rows, num_vectors * num_vectors)
+            grad_square.index_copy_(1, upper_P, grad_pairs_BP)
+            grad_square.index_copy_(1, lower_P, grad_pairs_BP)
         grad_vectors_BND = torch.bmm(grad_square.view(num_rows, num_vectors, num_vectors), vectors_BND)
         grad_dense_BD = grad_vectors_BND[:, 0] + grad_out[:, :embedding_dim]
         return grad_dense_BD, grad_vectors_BND[:, 1:].to(ctx.sparse_dtype), None, None

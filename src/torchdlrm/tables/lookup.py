@@ -18,7 +18,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 
-from torchdlrm.kernels.threads import in_parts
+from torchdlrm.kernels.threads import array_of, in_parts
 from torchdlrm.tables.kernels import Array, look_up, sort_ids
 from torchdlrm.tables.optimizers import check_fbgemm_has_it, table_kernels
 from torchdlrm.tables.rules import next_rule, state_of
@@ -69,19 +69,24 @@ class TableLookup:
         # Tells autograd that somebody wants the gradient; the tables take theirs during the backward.
         self._placeholder = torch.zeros(0, requires_grad=True)
 
-    def __call__(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Maps N ids and the offsets of F x B cells, both int64, to pooled embeddings [B, sum of the features' D]."""
+    def __call__(
+        self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None, *, room: int = 0
+    ) -> Tensor:
+        """Maps N ids and the offsets of F x B cells, both int64, to pooled embeddings [B, sum of the features' D].
+
+        Before each row there is room for as many numbers as `room` says.
+        """
         if per_sample_weights is not None:
             check_fbgemm_has_it(self._kernel)
             return self._original_forward(indices, offsets, per_sample_weights)
-        return _Lookup.apply(self._placeholder, self, indices.long(), offsets.long())  # type: ignore[no-untyped-call]
+        return _Lookup.apply(self._placeholder, self, indices.long(), offsets.long(), room)  # type: ignore[no-untyped-call]
 
     def look_up(self, indices: Tensor, offsets: Tensor, out: Tensor) -> None:
         """Write pooled embeddings into `out`, float32 or bfloat16 [B, sum of D]."""
         stride, flat = _flat(out)
         arguments = (
             len(out),
-            _array(self._kernel.weights_host),
+            array_of(self._kernel.weights_host),
             self._first_weight_F,
             self._dim_F,
             self._column_F,
@@ -116,35 +121,29 @@ class TableLookup:
         in_parts(len(indices), self._mean_dim, lambda first, end: update(first, end, *arguments))
 
 
-def _array(tensor: Tensor) -> Array:
-    """The memory of a tensor; bfloat16 is seen as its bits."""
-    tensor = tensor.detach()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
 def _flat(matrix: Tensor) -> tuple[int, Array]:
     """The stride from row to row, and the memory from the first number to the last."""
     num_rows, num_columns = matrix.shape
     stride = matrix.stride(0)
-    return stride, _array(matrix.as_strided(((num_rows - 1) * stride + num_columns if num_rows else 0,), (1,)))
+    return stride, array_of(matrix.as_strided(((num_rows - 1) * stride + num_columns if num_rows else 0,), (1,)))
 
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, _: Tensor, tables: TableLookup, indices: Tensor, offsets: Tensor) -> Tensor:
+    def forward(ctx: Any, _: Tensor, tables: TableLookup, indices: Tensor, offsets: Tensor, room: int) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
         num_features = len(tables._dim_F)
-        out = torch.empty((len(offsets) - 1) // num_features, tables.num_columns, dtype=dtype)
+        out = torch.empty((len(offsets) - 1) // num_features, room + tables.num_columns, dtype=dtype)[:, room:]
         tables.look_up(indices, offsets, out)
         ctx.tables = tables
         ctx.save_for_backward(indices, offsets)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[None, None, None, None, None]:
         if grad_out.dtype not in {torch.float32, torch.bfloat16}:
             grad_out = grad_out.float()
         # A gradient that was expanded has one number for all columns.
         grad_out = grad_out if grad_out.stride(1) == 1 else grad_out.contiguous()
         ctx.tables.update(grad_out, *ctx.saved_tensors)
-        return None, None, None, None
+        return None, None, None, None, None

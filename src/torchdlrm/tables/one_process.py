@@ -12,6 +12,7 @@ from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from torchdlrm.model.room import mark_room
 from torchdlrm.tables.lookup import TableLookup
 
 
@@ -41,6 +42,7 @@ class _DirectLookup:
         self._features = [name for table in tables for name in table.feature_names]
         self._names = [name for table in tables for name in table.embedding_names]
         self._dims = [table.embedding_dim for table in tables for _ in table.embedding_names]
+        self._room = self._dims[0] if len(set(self._dims)) == 1 else 0
 
     @classmethod
     def of(cls, collection: ShardedEmbeddingBagCollection) -> "_DirectLookup | None":
@@ -60,5 +62,9 @@ class _DirectLookup:
         keys = features.keys()
         if keys != self._features:
             features = features.permute([keys.index(name) for name in self._features])
-        pooled = self._lookup(features.values(), features.offsets(), features.weights_or_none())
+        weights = features.weights_or_none()
+        if weights is None and self._room:
+            pooled = mark_room(self._lookup(features.values(), features.offsets(), room=self._room))
+        else:
+            pooled = self._lookup(features.values(), features.offsets(), weights)
         return KeyedTensor(self._names, self._dims, pooled)
