@@ -28,6 +28,12 @@ OPTIONS = (
     "--logging.tensorboard",
     "false",
 )
+# What a job of two processes adds: more state of the tables, per weight and per row, and a counter of steps.
+ADAM = (
+    *("--table-optimizer.name", "adam", "--table-optimizer.learning-rate", 0.001),
+    *("--table-optimizer.weight-decay", 0.1, "--table-optimizer.weight-decay-mode", "lazy"),
+)
+OPTIONS_OF = {1: OPTIONS, 2: (*OPTIONS, *ADAM, "--nproc-per-node", 2)}
 
 
 class Process:
@@ -118,7 +124,7 @@ def uninterrupted(small_dataset, dlrm, tmp_path_factory):
     states = {}
     for nproc in (1, 2):
         run = folder / f"run-{nproc}"
-        done = dlrm("train", CONFIG, "--dataset", small_dataset.path, "--run", run, *OPTIONS, "--nproc-per-node", nproc)
+        done = dlrm("train", CONFIG, "--dataset", small_dataset.path, "--run", run, *OPTIONS_OF[nproc])
         assert done.returncode == 0, done.stderr
         states[nproc] = state(run, folder)
     return states
@@ -128,6 +134,8 @@ def test_a_checkpoint_holds_model_and_optimizer_state(uninterrupted):
     names = uninterrupted[1].keys()
     assert "model/model.sparse_arch.embedding_bag_collection.embedding_bags.t_cat_0.weight" in names
     assert any(name.startswith("optimizer/") and "momentum1" in name for name in names)
+    for state in ("momentum1", "exp_avg_sq", "prev_iter"):
+        assert any(name.startswith("optimizer/") and name.endswith(f".{state}") for name in uninterrupted[2])
     assert any(name.startswith("optimizer/") and "over_arch" in name and name.endswith("sum") for name in names)
 
 
@@ -139,7 +147,7 @@ def test_killed_runs_end_with_the_bytes_of_an_uninterrupted_one(nproc, small_dat
     kills, run = 0, tmp_path / "run-0"
     while True:
         left_over = half_written(run)  # by the kill before: is not what this process writes
-        process = Process("--dataset", small_dataset.path, "--run", run, *OPTIONS, "--nproc-per-node", nproc)
+        process = Process("--dataset", small_dataset.path, "--run", run, *OPTIONS_OF[nproc])
         done = max(checkpoints(run), default=0)
         if kills < NUM_KILLS and done < STEPS - 30:
             if rng.random() < 0.5:
@@ -190,7 +198,7 @@ def test_a_run_goes_on_on_another_number_of_processes_and_reads_the_same_rows(sm
     Few and large steps: each adds rounding, which the optimizer's first steps on a row magnify.
     """
     run, whole = tmp_path / "run", tmp_path / "whole"
-    options = ("--train.batch-size-global", 256, "--train.epochs", 2, "--logging.every-steps", 1)
+    options = (*ADAM, "--train.batch-size-global", 256, "--train.epochs", 2, "--logging.every-steps", 1)
     arguments = ("train", CONFIG, "--dataset", small_dataset.path, *options)
     assert dlrm(*arguments, "--run", whole).returncode == 0
     for nproc, max_steps in ((2, 10), (1, 23), (3, 34)):
@@ -231,9 +239,7 @@ def test_a_signal_saves_and_exits_and_the_same_command_goes_on(number, small_dat
 @pytest.mark.slow
 def test_a_killed_process_is_replaced_and_the_job_ends_by_itself(small_dataset, uninterrupted, tmp_path):
     run = tmp_path / "run"
-    process = Process(
-        "--dataset", small_dataset.path, "--run", run, *OPTIONS, "--nproc-per-node", 2, "--max-restarts", 2
-    )
+    process = Process("--dataset", small_dataset.path, "--run", run, *OPTIONS_OF[2], "--max-restarts", 2)
     wait_until(lambda: max(checkpoints(run), default=0) >= 30, process)
     os.kill(process.workers()[1], signal.SIGKILL)
     code, output = process.wait()
@@ -322,6 +328,7 @@ def test_two_nodes_find_each_other_and_train_as_one(small_dataset, uninterrupted
         "--run",
         run,
         *OPTIONS,
+        *ADAM,
         "--nnodes",
         2,
         "--rdzv-endpoint",

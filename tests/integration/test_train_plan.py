@@ -66,16 +66,19 @@ def test_the_training_does_what_was_foretold(foretold, small_dataset, dlrm, tmp_
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "expected"),
+    ("options", "expected"),
     [
-        ("sharding.host_memory_bytes", "1000", "the tables do not fit on 1 rank"),
-        ("table_optimizer.name", "lamb", "FBGEMM has lamb for GPUs alone"),
-        ("sharding.constraints", "t_cat_9=diagonal", "diagonal"),
-        ("sharding.plan", "nowhere.json", "nowhere.json"),
+        ({"sharding.host_memory_bytes": "1000"}, "the tables do not fit on 1 rank"),
+        (
+            {"table_optimizer.name": "lamb", "table_optimizer.weight_decay_mode": "lazy"},
+            "weight_decay_mode: lamb has no lazy weight decay on CPU; choose decoupled or l2, or another",
+        ),
+        ({"sharding.constraints": "t_cat_9=diagonal"}, "diagonal"),
+        ({"sharding.plan": "nowhere.json"}, "nowhere.json"),
     ],
 )
-def test_what_would_be_refused_is_refused_before_anything_is_written(option, value, expected, small_dataset, tmp_path):
-    config = load_config(CONFIG, {option: value})
+def test_what_would_be_refused_is_refused_before_anything_is_written(options, expected, small_dataset, tmp_path):
+    config = load_config(CONFIG, options)
     with pytest.raises(UserError, match=expected):
         preview_training(config, small_dataset, tmp_path / "run", world_size=1, local_world_size=1, restart=False)
     assert not (tmp_path / "run").exists()

@@ -98,8 +98,8 @@ class TableOptimizerConfig(_Section):
 
     @property
     def decays_lazily(self) -> bool:
-        """Whether rows catch up on the decay of steps that did not look them up."""
-        return bool(self.weight_decay) and self.weight_decay_mode == "lazy"
+        """Whether rows catch up on the decay of steps that did not look them up; also where it is 0 just now."""
+        return self.weight_decay_mode == "lazy"
 
     @property
     def record(self) -> TableOptimizer:

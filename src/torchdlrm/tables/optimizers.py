@@ -37,14 +37,14 @@ def check_table_optimizer(config: TableOptimizerConfig, device: torch.device) ->
     record = TABLE_OPTIMIZERS[config.name]
     on_cpu = device.type == "cpu"
     modes = record.decays(on_cpu=on_cpu)
-    if not config.weight_decay or config.weight_decay_mode in modes:
+    if config.weight_decay_mode in modes or not (config.weight_decay or config.decays_lazily):
         return
     place = "on CPU" if on_cpu else "on GPUs (FBGEMM)"
-    if modes:
+    if modes or config.decays_lazily:
         wrong = f"weight_decay_mode: {config.name} has no {config.weight_decay_mode} weight decay {place}"
     else:
         wrong = f"weight_decay: {config.name} has none {place}, got {config.weight_decay}"
-    choices = [f"choose {' or '.join(sorted(modes))}" if modes else "leave it at 0"]
+    choices = [f"choose {' or '.join(sorted(modes))}" if modes else "leave both settings out"]
     everything = TABLE_OPTIMIZERS.values()
     others = [other.name for other in everything if config.weight_decay_mode in other.decays(on_cpu=on_cpu)]
     if others:
@@ -61,7 +61,8 @@ def check_fbgemm_has_it(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> None:
     Raises:
         ConfigError: names the tables and what to do.
     """
-    if kernel.optimizer in _IN_FBGEMM_ON_CPU and not kernel.optimizer_args.weight_decay:
+    has_decay = kernel.optimizer_args.weight_decay or getattr(kernel, "is_lazy", False)
+    if kernel.optimizer in _IN_FBGEMM_ON_CPU and not has_decay:
         return
     names = ", ".join(kernel.table_names or ())
     msg = (

@@ -35,7 +35,10 @@ from torchdlrm.tables.huge_pages import huge_pages_policy
 CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME = "config.toml", "plan.json", "environment.json", "metrics.jsonl"
 LOCK_NAME, TRACKERS_NAME = ".lock", "trackers.json"
 # With another value of these, the saved weights, optimizer state or position mean something else.
-KEYS_THAT_CANNOT_CHANGE = ("seed", "model.", "train.batch_size_global", "table_optimizer.name", "dense_optimizer.name")
+KEYS_THAT_CANNOT_CHANGE = (
+    *("seed", "model.", "train.batch_size_global"),
+    *("table_optimizer.name", "table_optimizer.weight_decay_mode", "dense_optimizer.name"),
+)
 
 
 class _DatasetRecord(TypedDict):
