@@ -12,7 +12,7 @@ from torchdlrm.config import TABLE_OPTIMIZERS, DenseOptimizerConfig, TableOptimi
 from torchdlrm.errors import ConfigError
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model
-from torchdlrm.tables.optimizers import check_table_optimizer, table_kernels
+from torchdlrm.tables.optimizers import check_plain_torchrec, check_table_optimizer, table_kernels
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.sharded import StepCounters, build_optimizer, build_sharded_model
@@ -196,3 +196,12 @@ def test_each_device_has_the_modes_of_weight_decay_that_its_record_says(record, 
     assert ("train.device = cpu" in message) == (device == "cuda" and mode in record.decays_on_cpu)
     if mode != "lazy":  # which has state, whatever the decay
         check_table_optimizer(config.model_copy(update={"weight_decay": 0.0}), torch.device(device))
+
+
+def test_plain_torchrec_is_not_timed_with_what_it_does_not_have():
+    on_cpu, lazy = torch.device("cpu"), {"weight_decay_mode": "lazy"}
+    for settings in ({"name": "adam"}, {"weight_decay": 0.1}, {"name": "sgd", **lazy}):
+        with pytest.raises(ConfigError, match=f"plain TorchRec has no {settings.get('name', 'rowwise_adagrad')} with"):
+            check_plain_torchrec(TableOptimizerConfig(**settings), on_cpu)
+    check_plain_torchrec(TableOptimizerConfig(name="adam", weight_decay=0.1), torch.device("cuda"))
+    check_plain_torchrec(TableOptimizerConfig(name="adagrad"), on_cpu)

@@ -37,7 +37,7 @@ from torchdlrm.model.architecture import ModelShape
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.planner import PlanOptions, plan_sharding, table_sharder
 from torchdlrm.sharding.topology import local_machine
-from torchdlrm.tables.optimizers import fused_params
+from torchdlrm.tables.optimizers import check_plain_torchrec, fused_params
 from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory
 from torchdlrm.training.pipeline import build_pipeline
 from torchdlrm.training.processes.device import rank_device
@@ -94,6 +94,7 @@ def benchmark_step(
     """
     choice = config.train.device
     device = rank_device(0, nproc, choice)
+    check_plain_torchrec(config.table_optimizer, device)
     precision = choose_precision(config, _shape(config, num_embeddings), device)
     few_rows = config.train.model_copy(update={"batch_size_global": _FEW_ROWS * nproc})
     small_tables = dict.fromkeys(num_embeddings, 100)

@@ -55,6 +55,22 @@ def check_table_optimizer(config: TableOptimizerConfig, device: torch.device) ->
     raise ConfigError(msg)
 
 
+def check_plain_torchrec(config: TableOptimizerConfig, device: torch.device) -> None:
+    """Refuse to compare with plain TorchRec what it does not have on this device, and what no kernel has.
+
+    Raises:
+        ConfigError: says what it has.
+    """
+    check_table_optimizer(config, device)
+    is_in_fbgemm = _FBGEMM_NAMES[config.name] in _IN_FBGEMM_ON_CPU and not config.weight_decay
+    if device.type == "cpu" and (config.decays_lazily or not is_in_fbgemm):
+        msg = (
+            f"table_optimizer: plain TorchRec has no {config.name} with these settings on CPU to compare with; choose "
+            "rowwise_adagrad, adagrad or sgd without weight decay"
+        )
+        raise ConfigError(msg)
+
+
 def check_fbgemm_has_it(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> None:
     """Refuse, on CPU, an optimizer or a weight decay that FBGEMM's kernels have not, where ours cannot be used.
 

@@ -6,13 +6,15 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocati
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
 from random_problems import problem
-from torchdlrm.config import TABLE_OPTIMIZERS, ModelConfig, TableOptimizerConfig
+from torchdlrm.config import TABLE_OPTIMIZERS, ModelConfig, TableOptimizerConfig, load_config
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.estimate import dense_part, shard_costs
 from torchdlrm.sharding.layout import PlacedShard, PlacedTable
+from torchdlrm.sharding.planner import PlanOptions
 from torchdlrm.sharding.tables import Table
 from torchdlrm.sharding.topology import machine_of
+from torchdlrm.tables.module_on_cpu import TablesOnCpu
 from torchdlrm.tables.optimizers import fused_params
 
 
@@ -25,6 +27,20 @@ def test_the_dense_parts_are_those_of_this_many_dense_features():
     rate = 0.5 * machine.float32_flops_per_s
     assert found.compute_ms == pytest.approx(1000 * 6 * 50 * (weights + square) / rate)
     assert found.all_reduce_ms == pytest.approx(1000 * 4 * weights / machine.intra_host_bytes_per_s)
+
+
+@pytest.mark.parametrize("name", TABLE_OPTIMIZERS)
+def test_lazy_decay_takes_a_value_a_row_more_which_the_plan_counts(name):
+    config = load_config(None, {"table_optimizer.name": name, "table_optimizer.weight_decay_mode": "lazy"})
+    rows, dim = 300, 16
+    plain = problem([Table("t_0", rows, dim)], devices=1, optimizer=name)
+    lazy = plain.with_options(optimizer=PlanOptions.of(config).optimizer)
+    assert lazy.table_bytes == plain.table_bytes + 4 * rows
+    kernel = TablesOnCpu(
+        [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)], **fused_params(config.table_optimizer)
+    )
+    held_bytes = sum(tensor.nbytes for name, tensor in kernel.named_parameters() if name.endswith("_host"))
+    assert held_bytes == lazy.table_bytes
 
 
 @pytest.mark.parametrize("optimizer", TABLE_OPTIMIZERS)
