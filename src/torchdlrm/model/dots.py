@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from torchdlrm.kernels.compile import as_in, compiled, widened
+from torchdlrm.kernels.compile import as_in, compiled_loop, widened
 
 
-@compiled
-def write_pairs(first: int, end: int, vectors_BND: Any, out: Any) -> None:
+@compiled_loop
+def write_pairs(first: int, end: int, vectors_BND: Any, out: Any, vectors: Any) -> None:
     """Write, for some rows, the first vector and the dot products of all pairs (i < j).
 
     Args:
@@ -22,15 +22,17 @@ def write_pairs(first: int, end: int, vectors_BND: Any, out: Any) -> None:
         end: one past the last.
         vectors_BND: float32 or the bits of bfloat16.
         out: of the same type, [B, D + P].
+        vectors: room for those of a row, float32 [N, D].
     """
     num_vectors, dim = vectors_BND.shape[1:]
-    vectors = np.empty((num_vectors, dim), np.float32)
-    numbers = vectors.reshape(num_vectors * dim)
     for b in range(first, end):
-        row, written = vectors_BND[b].reshape(num_vectors * dim), out[b]
-        for k in range(num_vectors * dim):
-            numbers[k] = widened(row[k])
-        written[:dim] = row[:dim]
+        written = out[b]
+        for i in range(num_vectors):
+            given, vector = vectors_BND[b, i], vectors[i]
+            for k in range(dim):
+                vector[k] = widened(given[k])
+        for k in range(dim):
+            written[k] = vectors_BND[b, 0, k]
         place = dim
         for i in range(num_vectors - 1):
             one, j = vectors[i], i + 1
@@ -53,7 +55,7 @@ def write_pairs(first: int, end: int, vectors_BND: Any, out: Any) -> None:
                 place, j = place + 1, j + 1
 
 
-@compiled
+@compiled_loop
 def write_square(first: int, end: int, grad_pairs_BP: Any, square_BNN: Any) -> None:
     """Write, for some rows, the pairs' gradients above and below a diagonal of zeros.
 

@@ -9,6 +9,7 @@ P = N(N-1)/2 pairs; as served M slots for vectors (N rounded up to even) and W w
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -57,7 +58,8 @@ class _PairwiseDots(torch.autograd.Function):
         out = dense_BD.new_empty(num_rows, embedding_dim + upper_P.numel())
         if _has_kernels(dense_BD):
             arrays, work = (array_of(vectors_BND), array_of(out)), vectors_BND[0].numel() * vectors_BND.shape[1] / 8
-            in_parts(num_rows, work, lambda first, end: write_pairs(first, end, *arrays))
+            shape = vectors_BND.shape[1:]
+            in_parts(num_rows, work, lambda first, end: write_pairs(first, end, *arrays, np.empty(shape, np.float32)))
         else:
             square_BNN = torch.bmm(vectors_BND, vectors_BND.transpose(1, 2))
             out[:, :embedding_dim] = dense_BD

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from torchdlrm.kernels.compile import as_in, compiled, prefetch, widened
+from torchdlrm.kernels.compile import as_in, compiled, compiled_loop, prefetch, widened
 
 # How many ids ahead their rows are asked for: with less the processor waits for memory (8: 10 % slower, 4: 40 %).
 AHEAD = 16
@@ -19,7 +19,7 @@ FLOATS_PER_LINE = 16  # of a cache line of 64 bytes
 Array = np.ndarray[Any, Any]
 
 
-@compiled
+@compiled_loop
 def look_up(
     first_cell: int,
     end_cell: int,
@@ -32,6 +32,7 @@ def look_up(
     offsets: Array,
     out: Array,
     stride: int,
+    scratch: Array,
 ) -> None:
     """Write the sums of the embeddings of some cells; a cell without ids gets zeros.
 
@@ -47,12 +48,13 @@ def look_up(
         offsets: where in them each cell begins, and N: int64 [F * B + 1].
         out: float32 or the bits of bfloat16, flat.
         stride: from one row of the output to the next.
+        scratch: room for a row of any table, float32.
     """
     end = offsets[end_cell]
     for feature in range(first_cell // num_rows, (end_cell - 1) // num_rows + 1):
         first_weight, dim, column = first_weight_F[feature], dim_F[feature], column_F[feature]
         feature_end = min(end, offsets[(feature + 1) * num_rows])
-        total = np.empty(dim, np.float32)
+        total = scratch[:dim]
         for cell in range(max(first_cell, feature * num_rows), min(end_cell, (feature + 1) * num_rows)):
             begin, stop = offsets[cell], offsets[cell + 1]
             for i in range(begin + AHEAD, min(stop + AHEAD, feature_end)):
@@ -147,7 +149,7 @@ def _sort(keys: Array, values: Array, num_keys: int) -> None:
         keys[:], values[:] = from_keys, from_values
 
 
-@compiled
+@compiled_loop
 def sum_of_equal(begin: int, end: int, rows: Array, places: Array, grad: Array, total: Array) -> int:
     """Sum the gradients of equal ids, in the order of the batch.
 

@@ -65,7 +65,7 @@ class TableLookup:
         self._states = [
             state_of(kernel, name, first_F, self._dim_T) for name in ("weights", "momentum1", "momentum2", "prev_iter")
         ]
-        self._mean_dim = self.num_columns / len(table_F)
+        self._mean_dim, self._max_dim = self.num_columns / len(table_F), self._dim_F.max()
         # Tells autograd that somebody wants the gradient; the tables take theirs during the backward.
         self._placeholder = torch.zeros(0, requires_grad=True)
 
@@ -95,7 +95,11 @@ class TableLookup:
             flat,
             stride,
         )
-        in_parts(len(offsets) - 1, self._mean_dim, lambda first, end: look_up(first, end, *arguments))
+        in_parts(len(offsets) - 1, self._mean_dim, lambda first, end: look_up(first, end, *arguments, self._scratch()))
+
+    def _scratch(self) -> Array:
+        """Room for a row of any table."""
+        return np.empty(self._max_dim, np.float32)
 
     def update(self, grad: Tensor, indices: Tensor, offsets: Tensor) -> None:
         """Let the optimizer step on the rows that were looked up; `grad` is float32 or bfloat16 [B, sum of D]."""
@@ -118,7 +122,7 @@ class TableLookup:
             *self._states,
             next_rule(self._kernel),
         )
-        in_parts(len(indices), self._mean_dim, lambda first, end: update(first, end, *arguments))
+        in_parts(len(indices), self._mean_dim, lambda first, end: update(first, end, *arguments, self._scratch()))
 
 
 def _flat(matrix: Tensor) -> tuple[int, Array]:

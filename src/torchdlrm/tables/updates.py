@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from torchdlrm.kernels.compile import compiled, prefetch
+from torchdlrm.kernels.compile import compiled_loop, prefetch
 from torchdlrm.tables.kernels import AHEAD, FLOATS_PER_LINE, Array, sum_of_equal
 
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, PARTIAL_ROWWISE_ADAM, LAMB, PARTIAL_ROWWISE_LAMB = range(7)
@@ -79,7 +79,7 @@ class State(NamedTuple):
     widths: Array
 
 
-@compiled
+@compiled_loop
 def update(
     begin: int,
     end: int,
@@ -92,6 +92,7 @@ def update(
     momentum2: State,
     last_step: State,
     rule: Rule,
+    scratch: Array,
 ) -> None:
     """Step on the rows whose first id is one of begin to end - 1 of the sorted ids.
 
@@ -107,6 +108,7 @@ def update(
         momentum2: second moments.
         last_step: that has looked a row up, as a float.
         rule: of the step.
+        scratch: room for a row of any table, float32.
     """
     table_begin = 0
     for table in range(len(end_T)):
@@ -115,7 +117,7 @@ def update(
             table_begin = table_end
             continue
         dim = weight.widths[table]
-        total = np.empty(dim, np.float32)
+        total = scratch[:dim]
         i = max(begin, table_begin)
         if i > table_begin:
             while i < table_end and rows_N[i] == rows_N[i - 1]:
@@ -134,35 +136,36 @@ def update(
             asked = i + AHEAD
             row = np.int64(rows_N[i])
             i = sum_of_equal(i, table_end, rows_N, places_N, grad, total)
-            weights = _of_row(weight, table, row)
+            weights = weight.values[_of_row(weight, table, row)]
             keeps = rule.keeps
             if rule.step:
-                last = _of_row(last_step, table, row)
+                last = last_step.values[_of_row(last_step, table, row)]
                 if last[0]:
                     keeps = rule.keeps ** (rule.step - last[0])
                 last[0] = rule.step
             if rule.l2:
                 for k in range(dim):
                     total[k] += rule.l2 * weights[k]
-            first, second = _of_row(momentum1, table, row), _of_row(momentum2, table, row)
+            first = momentum1.values[_of_row(momentum1, table, row)]
+            second = momentum2.values[_of_row(momentum2, table, row)]
             _step(rule, np.float32(keeps), weights, total, first, second)
         table_begin = table_end
 
 
-@compiled
-def _of_row(state: State, table: int, row: int) -> Array:
+@compiled_loop
+def _of_row(state: State, table: int, row: int) -> slice:
     begin = state.begins[table] + row * state.widths[table]
-    return state.values[begin : begin + state.widths[table]]
+    return slice(begin, begin + state.widths[table])
 
 
-@compiled
+@compiled_loop
 def _ask_for(state: State, table: int, row: int) -> None:
     begin = state.begins[table] + row * state.widths[table]
     for k in range(0, state.widths[table], FLOATS_PER_LINE):
         prefetch(state.values, begin + k)
 
 
-@compiled
+@compiled_loop
 def _step(rule: Rule, keeps: np.float32, weights: Array, grad: Array, first: Array, second: Array) -> None:
     """Step on a row; `first` and `second` are its state, of which sgd has none; `grad` may be overwritten."""
     if rule.kind == ROWWISE_ADAGRAD:
@@ -178,7 +181,7 @@ def _step(rule: Rule, keeps: np.float32, weights: Array, grad: Array, first: Arr
         _move_by_moments(rule, keeps, weights, grad, first, second)
 
 
-@compiled
+@compiled_loop
 def _move_by_moments(rule: Rule, keeps: np.float32, weights: Array, grad: Array, first: Array, second: Array) -> None:
     if rule.kind in (PARTIAL_ROWWISE_ADAM, PARTIAL_ROWWISE_LAMB):
         second[0] = rule.beta2 * second[0] + rule.rest2 * _mean_square(grad)
@@ -201,7 +204,7 @@ def _move_by_moments(rule: Rule, keeps: np.float32, weights: Array, grad: Array,
     _move(weights, keeps, rate, grad)
 
 
-@compiled
+@compiled_loop
 def _mean_square(values: Array) -> np.float32:
     total = np.float32(0)
     for k in range(len(values)):
@@ -209,7 +212,7 @@ def _mean_square(values: Array) -> np.float32:
     return total / np.float32(len(values))
 
 
-@compiled
+@compiled_loop
 def _move(weights: Array, keeps: np.float32, rate: np.float32, direction: Array) -> None:
     for k in range(len(weights)):
         weights[k] = keeps * weights[k] - rate * direction[k]
