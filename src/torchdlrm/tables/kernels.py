@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from torchdlrm.kernels.compile import as_in, compiled, compiled_loop, prefetch, widened
+from torchdlrm.kernels.compile import as_in, compiled, compiled_loop, prefetch
 
 # How many ids ahead their rows are asked for: with less the processor waits for memory (8: 10 % slower, 4: 40 %).
 AHEAD = 16
@@ -147,31 +147,3 @@ def _sort(keys: Array, values: Array, num_keys: int) -> None:
         shift += bits
     if (shift // bits) % 2:
         keys[:], values[:] = from_keys, from_values
-
-
-@compiled_loop
-def sum_of_equal(begin: int, end: int, rows: Array, places: Array, grad: Array, total: Array) -> int:
-    """Sum the gradients of equal ids, in the order of the batch.
-
-    Args:
-        begin: the first of them.
-        end: of the table's ids.
-        rows: sorted ids.
-        places: where in the gradient that of each begins.
-        grad: float32 or the bits of bfloat16, flat.
-        total: receives the sum, float32 [dim].
-
-    Returns:
-        Where the next id begins.
-    """
-    dim = len(total)
-    first = grad[places[begin] : places[begin] + dim]
-    for k in range(dim):
-        total[k] = widened(first[k])
-    i = begin + 1
-    while i < end and rows[i] == rows[begin]:
-        more = grad[places[i] : places[i] + dim]
-        for k in range(dim):
-            total[k] += widened(more[k])
-        i += 1
-    return i

@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from torchdlrm.kernels.compile import compiled_loop, prefetch
-from torchdlrm.tables.kernels import AHEAD, FLOATS_PER_LINE, Array, sum_of_equal
+from torchdlrm.kernels.compile import compiled_loop, prefetch, widened
+from torchdlrm.tables.kernels import AHEAD, FLOATS_PER_LINE, Array
 
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, PARTIAL_ROWWISE_ADAM, LAMB, PARTIAL_ROWWISE_LAMB = range(7)
 
@@ -135,7 +135,7 @@ def update(
                     prefetch(grad, places_N[j] + k)
             asked = i + AHEAD
             row = np.int64(rows_N[i])
-            i = sum_of_equal(i, table_end, rows_N, places_N, grad, total)
+            i = _sum_of_equal(i, table_end, rows_N, places_N, grad, total)
             weights = weight.values[_of_row(weight, table, row)]
             keeps = rule.keeps
             if rule.step:
@@ -150,6 +150,34 @@ def update(
             second = momentum2.values[_of_row(momentum2, table, row)]
             _step(rule, np.float32(keeps), weights, total, first, second)
         table_begin = table_end
+
+
+@compiled_loop
+def _sum_of_equal(begin: int, end: int, rows: Array, places: Array, grad: Array, total: Array) -> int:
+    """Sum the gradients of equal ids, in the order of the batch.
+
+    Args:
+        begin: the first of them.
+        end: of the table's ids.
+        rows: sorted ids.
+        places: where in the gradient that of each begins.
+        grad: float32 or the bits of bfloat16, flat.
+        total: receives the sum, float32 [dim].
+
+    Returns:
+        Where the next id begins.
+    """
+    dim = len(total)
+    first = grad[places[begin] : places[begin] + dim]
+    for k in range(dim):
+        total[k] = widened(first[k])
+    i = begin + 1
+    while i < end and rows[i] == rows[begin]:
+        more = grad[places[i] : places[i] + dim]
+        for k in range(dim):
+            total[k] += widened(more[k])
+        i += 1
+    return i
 
 
 @compiled_loop
