@@ -15,6 +15,7 @@ FLOORS = {
     "files": 0,
     "html": 0,
     "metrics": 0,
+    "processor": 0,
     "progress": 0,
     "toml": 0,
     "units": 0,

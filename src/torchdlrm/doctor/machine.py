@@ -7,19 +7,9 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
+from torchdlrm.processor import describe_processor
 from torchdlrm.units import show_bytes
 
-# What makes table look-ups and matrix products fast, as /proc/cpuinfo of x86-64 and of aarch64 calls it.
-_FEATURES = {
-    "avx2": "AVX2",
-    "avx512f": "AVX-512",
-    "avx512_vnni": "AVX512-VNNI",
-    "avx512_bf16": "AVX512-BF16",
-    "amx_bf16": "AMX-BF16",
-    "asimd": "NEON",
-    "sve": "SVE",
-    "bf16": "BF16",
-}
 _TIMEOUT_S = 20
 
 
@@ -28,26 +18,12 @@ def describe_machine() -> dict[str, str]:
     usable, total = len(os.sched_getaffinity(0)), os.cpu_count() or 0
     found = {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}, {' '.join(platform.libc_ver())}",
-        "processor": f"{_cpuinfo('model name') or platform.processor() or 'unknown'}: {_features()}",
+        "processor": describe_processor(),
         "cores": f"{usable} usable of {total}" + _quota(),
         "memory": show_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) + _memory_limit(),
         "/dev/shm": show_bytes(shutil.disk_usage("/dev/shm").free) + " free" if Path("/dev/shm").is_dir() else "none",  # noqa: S108
     }
     return found | _gpus_by_their_driver()
-
-
-def _features() -> str:
-    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
-    return ", ".join(name for flag, name in _FEATURES.items() if flag in flags) or "no vector units that we know"
-
-
-def _cpuinfo(key: str) -> str:
-    with suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
-        for line in file:
-            name, _, value = line.partition(":")
-            if name.strip() == key:
-                return value.strip()
-    return ""
 
 
 def _quota() -> str:

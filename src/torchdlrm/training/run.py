@@ -28,6 +28,7 @@ from torchdlrm.features.schema import problems
 from torchdlrm.files import sha256_of, write_atomically
 from torchdlrm.model.architecture import DOT, Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architecture_of, difference_from, record_of
+from torchdlrm.processor import processor_name
 from torchdlrm.sharding.plan_file import write_plan
 from torchdlrm.sharding.problem import Solution
 from torchdlrm.tables.huge_pages import huge_pages_policy
@@ -366,12 +367,9 @@ def versions() -> dict[str, str]:
 def environment_now(dataset: Dataset, world_size: int, architecture: Architecture) -> dict[str, Any]:
     """What environment.json says of a run that starts now."""
     record = record_of(architecture)
-    processor = ""
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-        processor = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
     return {
         **versions(),
-        "processor": processor,
+        "processor": processor_name(),
         "num_cores": len(os.sched_getaffinity(0)),
         "huge_pages": huge_pages_policy(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
