@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchdlrm.bundle import TablePrecision
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import MANIFEST_NAME, SAMPLE_NAME, WEIGHTS_NAME, BundleManifest
@@ -67,7 +68,7 @@ def grow(source: Path, folder: Path, num_rows: Mapping[str, int]) -> Path:
     path.mkdir()
     copy(source / SAMPLE_NAME, path)
     copytree(source / "vocabulary", path / "vocabulary")
-    precisions = dict.fromkeys(manifest.sparse, "float32")
+    precisions: dict[str, TablePrecision] = dict.fromkeys(manifest.sparse, "float32")
     stored, block_sha256 = write_weights(Grown(bundle, num_rows), precisions, path / WEIGHTS_NAME, SILENT)
     larger = {
         name: record.model_copy(update={"num_embeddings": num_rows[name]}) for name, record in manifest.sparse.items()

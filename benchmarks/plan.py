@@ -34,7 +34,7 @@ from torchdlrm.sharding.planner import PlanOptions, meta_tables, planner_constra
 from torchdlrm.sharding.problem import Problem, solution_of, solve
 from torchdlrm.sharding.tables import Table, feature_tables
 from torchdlrm.sharding.topology import local_machine, machine_of
-from torchdlrm.training.compute import useful_threads
+from torchdlrm.training.compute import set_threads
 from torchdlrm.training.processes.process_group import Ranks, join_process_group
 
 SIZES = ((26, 8), (200, 16), (1000, 64))
@@ -116,11 +116,11 @@ def calibration(rounds: int) -> list[dict[str, Any]]:
         all_threads = torch.get_num_threads()
         for name, config in CALIBRATED.items():
             torch.set_num_threads(all_threads)
-            torch.set_num_threads(useful_threads(config, ModelShape(config.model, 13, 26), 1))
+            set_threads(config, ModelShape(config.model, 13, 26), ranks)
             ratios, measured = [], []
             for _ in range(rounds):
                 before_ms = predicted_ms(config, num_embeddings, ranks)
-                result = benchmark_step(config, num_embeddings=num_embeddings, steps_per_round=5, rounds=1, ranks=ranks)
+                result = benchmark_step(config, num_embeddings=num_embeddings, steps_per_round=5, rounds=1)
                 after_ms = predicted_ms(config, num_embeddings, ranks)
                 measured.append(1000 * config.train.batch_size_global / result.rows_per_s)
                 ratios.append((before_ms + after_ms) / 2 / measured[-1])

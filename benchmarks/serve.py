@@ -44,7 +44,7 @@ MAX_CONNECTIONS = 2000
 
 def read_rows(log: Path, num_rows: int) -> list[dict[str, object]]:
     """The first rows of a log in Criteo's layout, as JSON objects without the label."""
-    rows = []
+    rows: list[dict[str, object]] = []
     with log.open() as file:
         for line, _ in zip(file, range(num_rows), strict=False):
             cells = dict(zip(CRITEO, line.rstrip("\n").split("\t"), strict=True))
