@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NotRequired, Self
