@@ -26,15 +26,29 @@ from torchdlrm.training.processes.process_group import Ranks
 WARM_UP_STEPS = 5
 Intervals = NDArray[np.float64]  # [n, 2]: start and end in microseconds, sorted, apart from each other
 
-# The first that fits an operator's name says which part of the step it belongs to.
-_PARTS = (
-    ("tables", ("fbgemm::", "_Lookup", "split_embedding")),
-    ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "gemm", "cutlass")),
-    ("sending and waiting", ("c10d::", "All2All", "AllReduce")),
+PRODUCTS, SENDING, REST = "matrix products", "sending and waiting", "the rest"
+# An operator belongs to the first of these parts whose names fit its own name,
+_BY_OWN_NAME = (
+    ("tables: update", ("split_embedding_backward", "embedding_backward")),
+    ("tables: look up", ("fbgemm::", "split_embedding")),
+    (PRODUCTS, ("aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_linear", "gemm", "cutlass")),
+    (SENDING, ("c10d::", "All2All", "AllReduce")),
+)
+# else to the part of the innermost that encloses it, itself included: an autograd function or a step of an optimizer,
+_BY_ENCLOSING = (
+    ("tables: update", ("_LookupBackward", "tables: update")),
+    ("tables: look up", ("_Lookup", "tables: look up")),
+    ("interaction", ("_PairwiseDots",)),
+    ("dense optimizer", ("Optimizer.step#",)),
+)
+# and else to the first of these. Kernels of a GPU have nothing that encloses them.
+_BY_KIND = (
+    ("dense optimizer", ("aten::_fused", "multi_tensor_apply")),
     ("copies and casts", ("aten::copy_", "aten::cat", "Memcpy")),
-    ("interaction", ("aten::index_", "_PairwiseDots")),
-    ("optimizer", ("aten::_fused", "Optimizer.", "multi_tensor_apply")),
-    ("element by element", ("aten::clamp", "aten::threshold", "aten::sum", "aten::add", "aten::mul", "aten::fill")),
+    ("interaction", ("aten::index_",)),
+    ("bias gradients", ("aten::sum",)),
+    ("element by element", ("aten::clamp", "aten::relu", "aten::threshold", "aten::add", "aten::mul", "aten::div")),
+    ("element by element", ("aten::fill", "aten::zero", "aten::mean", "aten::sigmoid", "aten::binary_cross_entropy")),
 )
 _COMMUNICATION = ("gloo:", "nccl")
 _COMPUTATION = ("aten::", "fbgemm::", "_Lookup", "_PairwiseDots")
@@ -151,7 +165,7 @@ def summarize(events: Iterable[Any], ranks: Ranks, *, num_steps: int) -> StepPro
             continue
         if on_gpu or event.name.startswith(_COMPUTATION):
             computation.append(interval)
-        part = next((part for part, names in _PARTS if any(name in event.name for name in names)), "the rest")
+        part = _part_of(event)
         self_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         parts[part] = parts.get(part, 0.0) + self_us / 1e3 / num_steps
     sent = merged(communication if ranks.world_size > 1 else [])  # a single rank reduces with itself
@@ -165,6 +179,20 @@ def summarize(events: Iterable[Any], ranks: Ranks, *, num_steps: int) -> StepPro
         communication_ms_per_step=sent_us / 1e3 / num_steps,
         hidden_share=overlap_us(sent, merged(computation)) / sent_us if sent_us else None,
     )
+
+
+def _part_of(event: Any) -> str:
+    """The part of the step that the time of an operator itself belongs to."""
+    part = _first_that_fits(event.name, _BY_OWN_NAME)
+    enclosing = event
+    while part is None and enclosing is not None:
+        part = _first_that_fits(enclosing.name, _BY_ENCLOSING)
+        enclosing = enclosing.cpu_parent
+    return part or _first_that_fits(event.name, _BY_KIND) or REST
+
+
+def _first_that_fits(name: str, parts: Iterable[tuple[str, tuple[str, ...]]]) -> str | None:
+    return next((part for part, signs in parts if any(sign in name for sign in signs)), None)
 
 
 def merged(intervals: list[tuple[float, float]]) -> Intervals:

@@ -30,10 +30,11 @@ def test_lengths_of_unions_and_of_what_they_share(some, others):
     assert overlap_us(merged(some), merged(others)) == (covered(some) & covered(others)).sum()
 
 
-def event(name, start, end, *, device="CPU", annotation=False):
+def event(name, start, end, *, device="CPU", annotation=False, parent=None):
     return SimpleNamespace(
         name=name,
         is_user_annotation=annotation,
+        cpu_parent=parent,
         time_range=SimpleNamespace(start=start, end=end),
         device_type=SimpleNamespace(name=device),
         self_cpu_time_total=end - start if device == "CPU" else 0,
@@ -53,7 +54,7 @@ def test_communication_beside_an_operator_is_hidden_and_beside_nothing_is_not():
     assert profile.communication_ms_per_step == pytest.approx(2.0)
     assert profile.ms_per_step == pytest.approx(5.0)
     assert profile.ms_per_step_by_part["matrix products"] == pytest.approx(2.0)
-    assert profile.ms_per_step_by_part["tables"] == pytest.approx(1.5)
+    assert profile.ms_per_step_by_part["tables: look up"] == pytest.approx(1.5)
 
 
 def test_on_a_gpu_kernels_count_and_operators_do_not():
@@ -85,3 +86,34 @@ def test_annotations_on_a_gpus_timeline_are_no_kernels_and_the_hosts_ranges_no_c
 def test_without_other_ranks_there_is_nothing_to_hide():
     profile = summarize([event("aten::mm", 0, 10)], Ranks(0, 1, 1, torch.device("cpu")), num_steps=1)
     assert profile.hidden_share is None
+
+
+def test_an_operator_belongs_to_what_encloses_it_unless_it_is_a_product():
+    interaction = event("_PairwiseDotsBackward", 0, 1_000)
+    bias = event("autograd::engine::evaluate_function: AddmmBackward0", 0, 0)
+    step = event("Optimizer.step#Adagrad.step", 2_000, 2_000)
+    update = event("_LookupBackward", 3_000, 7_000)
+    events = [
+        *(interaction, bias, step, update),
+        event("aten::bmm", 1_000, 3_000, parent=interaction),
+        event("aten::copy_", 3_000, 6_000, parent=interaction),
+        event("aten::sum", 6_000, 7_000, parent=bias),
+        event("aten::mul", 7_000, 9_000, parent=event("aten::addcdiv", 7_000, 7_000, parent=step)),
+        event("aten::copy_", 9_000, 10_000),
+        event("aten::clamp_min", 10_000, 11_000),
+        event("_Lookup", 11_000, 16_000),
+        event("tables: update", 16_000, 22_000),
+        event("aten::unknown", 22_000, 29_000),
+    ]
+    profile = summarize(events, Ranks(0, 1, 1, torch.device("cpu")), num_steps=1)
+    assert profile.ms_per_step_by_part == {
+        "tables: update": pytest.approx(4 + 6),
+        "the rest": pytest.approx(7),
+        "tables: look up": pytest.approx(5),
+        "interaction": pytest.approx(1 + 3),
+        "matrix products": pytest.approx(2),
+        "dense optimizer": pytest.approx(2),
+        "bias gradients": pytest.approx(1),
+        "copies and casts": pytest.approx(1),
+        "element by element": pytest.approx(1),
+    }
