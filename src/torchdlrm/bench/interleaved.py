@@ -7,8 +7,12 @@ because they alternate within seconds.
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,6 +24,13 @@ from torchdlrm.progress import ProgressListener
 from torchdlrm.training.processes.process_group import Ranks, join_process_group
 
 Step = Callable[[], object]
+# A turn takes about so long: with less, what one small step waits for decides. Of very long steps a few must do.
+_TURN_S, _MIN_STEPS, _MAX_STEPS = 0.5, 10, 1000
+# What a process is told besides numbers of steps.
+_END, _CHOOSE_THREADS = 0, -1
+_TRIAL_S, _MIN_TRIALS, _MAX_TRIALS = 2.0, 3, 20
+# Ends with the process that has started it, whatever ends that one.
+_SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(100_000))"
 
 
 class Competitor:
@@ -51,8 +62,21 @@ class Competitor:
             self._pipes.append(ours)
             self._processes.append(process)
 
+    @cached_property
+    def num_threads(self) -> int:
+        """Of torch in each process; known when all have been built."""
+        return max(pipe.recv() for pipe in self._pipes)
+
+    def choose_threads(self) -> None:
+        """Let each process go on with one thread or with all it has, whichever is faster; the others must be idle."""
+        assert self.num_threads
+        for pipe in self._pipes:
+            pipe.send(_CHOOSE_THREADS)
+        self.num_threads = max(pipe.recv() for pipe in self._pipes)
+
     def run(self, steps: int) -> float:
         """Let all processes do `steps` steps; seconds from start to end of the slowest."""
+        assert self.num_threads  # each has said so first
         for pipe in self._pipes:
             pipe.send(steps)
         return max(pipe.recv() for pipe in self._pipes)
@@ -60,9 +84,28 @@ class Competitor:
     def close(self) -> None:
         """End the processes."""
         for pipe in self._pipes:
-            pipe.send(0)
+            pipe.send(_END)
         for process in self._processes:
             process.join()
+
+
+def enough_steps(competitor: Competitor, at_least: int = _MIN_STEPS) -> int:
+    """How many steps make a turn that is long enough to be stable."""
+    competitor.run(at_least)  # the first ones prepare
+    step_s = competitor.run(at_least) / at_least
+    return min(_MAX_STEPS, max(at_least, round(_TURN_S / step_s)))
+
+
+@contextmanager
+def busy_processes(number: int) -> Iterator[None]:
+    """Inside, so many other processes compute without a pause, as other programs of a machine may."""
+    spinning = [subprocess.Popen([sys.executable, "-I", "-S", "-c", _SPIN]) for _ in range(number)]  # noqa: S603
+    try:
+        yield
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
 
 
 def take_turns(
@@ -106,8 +149,28 @@ def _serve(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with join_process_group(device=device) as ranks:
         step = build(ranks, *arguments)
-        while steps := pipe.recv():
-            pipe.send(_time(step, steps, ranks))
+        pipe.send(torch.get_num_threads())
+        while (steps := pipe.recv()) != _END:
+            pipe.send(_fastest_threads(step) if steps == _CHOOSE_THREADS else _time(step, steps, ranks))
+
+
+def _fastest_threads(step: Step) -> int:
+    """Set torch's threads to one or to as many as there are now; each has the best time of some tries, by turns."""
+    best_s = dict.fromkeys([torch.get_num_threads(), 1], float("inf"))
+    if len(best_s) == 1:
+        return 1
+    started_s, trials = time.perf_counter(), 0
+    while trials < _MIN_TRIALS or (trials < _MAX_TRIALS and time.perf_counter() - started_s < _TRIAL_S):
+        trials += 1
+        for number in best_s:
+            torch.set_num_threads(number)
+            step()  # its threads are awake, its caches warm
+            began_s = time.perf_counter()
+            step()
+            best_s[number] = min(best_s[number], time.perf_counter() - began_s)
+    fastest = min(best_s, key=lambda number: best_s[number])
+    torch.set_num_threads(fastest)
+    return fastest
 
 
 def _time(step: Step, steps: int, ranks: Ranks) -> float:

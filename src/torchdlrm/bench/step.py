@@ -1,50 +1,32 @@
-"""Measures the training step: ours, plain TorchRec's, the floor, and what a step takes of the host.
+"""Measures the training step: ours, plain TorchRec's, a plain torch loop's, the floor, and what it takes of the host.
 
-The floor is the matrix products of one step alone, as the model's architecture names them: every linear layer forward
-and backward and the interaction's batched products, into buffers that are there already. No step can be faster without
-computing less. What the host takes is measured by our step on so few rows that there is hardly anything to compute.
+What the host takes is measured by our step on so few rows that there is hardly anything to compute.
 
 On CPU all are interleaved. On GPUs each is built when the one before has ended: the tables of one may fill the memory.
-
-B rows of the batch, F sparse features.
 """
 
-import itertools
 import os
 import statistics
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from operator import truediv
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torchrec.datasets.utils import Batch as TorchRecBatch
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.distributed.types import ShardingEnv
-from torchrec.models.dlrm import DLRMTrain as TorchRecDLRMTrain
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
-from torchdlrm.bench.interleaved import Competitor, Step, take_turns
-from torchdlrm.bench.upstream import random_rows, torchrec_dlrm, torchrec_kjt
+from torchdlrm.bench.interleaved import Competitor, busy_processes, enough_steps, take_turns
+from torchdlrm.bench.parts import measure_parts
+from torchdlrm.bench.plain_torch import plain_torch_step
+from torchdlrm.bench.step_competitors import floor_step, host_step, our_step, shape_of, torchrec_step
 from torchdlrm.config import Config
-from torchdlrm.features.schema import NUM_CRITEO_DENSE
-from torchdlrm.loader.batch import Batch, single_valued_kjt
-from torchdlrm.model.architecture import ModelShape
+from torchdlrm.model.precision import bfloat16_unit
+from torchdlrm.processor import describe_processor
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.sharding.planner import PlanOptions, plan_sharding, table_sharder
-from torchdlrm.sharding.topology import local_machine
-from torchdlrm.tables.optimizers import check_plain_torchrec, fused_params
-from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory
-from torchdlrm.training.pipeline import build_pipeline
+from torchdlrm.sharding.topology import host_memory_bytes
+from torchdlrm.training.compute import choose_precision
 from torchdlrm.training.processes.device import rank_device
-from torchdlrm.training.processes.process_group import Ranks
-from torchdlrm.training.sharded import build_optimizer, build_sharded_model
 
-_FEW_ROWS = 16  # a rank, to measure what the host does
+_OTHERS = ("torchrec", "plain_torch", "floor")
+_MAX_PROFILED_STEPS = 200  # their operators are read one by one
 
 
 @dataclass(frozen=True)
@@ -54,28 +36,43 @@ class StepBenchmark:
     Attributes:
         rows_per_s: ours.
         torchrec_rows_per_s: TorchRec's own DLRM, row-wise Adagrad, TrainPipelineSparseDist, float32.
+        plain_torch_rows_per_s: a plain loop with one table in float32; None for several processes, or no memory for it.
         floor_rows_per_s: the step's matrix products alone, in the precision of ours.
-        ratio_to_torchrec: the first over the second, median of the rounds' ratios.
-        ratio_to_floor_time: our time over the floor's, median of the rounds' ratios.
+        ratio_to_torchrec: ours over TorchRec's, median of the rounds' ratios.
+        ratio_to_plain_torch: ours over the plain loop's, likewise.
+        ratio_to_floor_time: our time over the floor's, likewise.
         host_ms: of our step whatever its rows, median over rounds: Python, launches of kernels, waits for them.
+        parts_ms: milliseconds of a step of ours by part, as `measure_parts` gives them; None if not asked for.
         batch_size_global: rows per step.
         precision: of ours and of the floor, and why; products that stay float32 are TF32 on GPUs where `train.tf32`
-            says so, of all three.
+            says so, of all competitors.
+        processor: its name and units.
+        instructions: which of them the kernels of torch use.
         num_processes: of each competitor.
-        num_threads: of torch in each process.
+        num_threads: of torch in each process, by competitor. Ours has as many as `dlrm train` gives it; the others on
+            CPU have one or all, whichever is faster.
+        num_busy_processes: that kept cores busy beside them.
+        steps_per_round: by competitor.
         rounds: how often each was measured.
     """
 
     rows_per_s: float
     torchrec_rows_per_s: float
+    plain_torch_rows_per_s: float | None
     floor_rows_per_s: float
     ratio_to_torchrec: float
+    ratio_to_plain_torch: float | None
     ratio_to_floor_time: float
     host_ms: float
+    parts_ms: dict[str, float] | None
     batch_size_global: int
     precision: str
+    processor: str
+    instructions: str
     num_processes: int
-    num_threads: int
+    num_threads: dict[str, int]
+    num_busy_processes: int
+    steps_per_round: dict[str, int]
     rounds: int
 
 
@@ -83,9 +80,11 @@ def benchmark_step(
     config: Config,
     *,
     num_embeddings: dict[str, int],
-    steps_per_round: int,
     rounds: int,
+    steps_per_round: int | None = None,
     nproc: int = 1,
+    num_busy: int = 0,
+    with_parts: bool = False,
     progress: ProgressListener = SILENT,
 ) -> StepBenchmark:
     """Measure the training step on random batches that lie in memory, with the arguments of `dlrm bench step`.
@@ -94,143 +93,75 @@ def benchmark_step(
     """
     choice = config.train.device
     device = rank_device(0, nproc, choice)
-    check_plain_torchrec(config.table_optimizer, device)
-    precision = choose_precision(config, _shape(config, num_embeddings), device)
-    few_rows = config.train.model_copy(update={"batch_size_global": _FEW_ROWS * nproc})
-    small_tables = dict.fromkeys(num_embeddings, 100)
-    start = {
-        "ours": partial(Competitor, our_step, config, num_embeddings, precision.dtype),
-        "torchrec": partial(Competitor, torchrec_step, config, num_embeddings),
-        "floor": partial(Competitor, floor_step, config, num_embeddings, precision.dtype),
-        "host": partial(
-            Competitor, our_step, config.model_copy(update={"train": few_rows}), small_tables, precision.dtype
-        ),
+    precision = choose_precision(config, shape_of(config, num_embeddings), device)
+    builds: dict[str, tuple[Any, ...]] = {
+        "ours": (our_step, config, num_embeddings, precision.dtype),
+        "torchrec": (torchrec_step, config, num_embeddings),
+        "plain_torch": (plain_torch_step, config, num_embeddings),
+        "floor": (floor_step, config, num_embeddings, precision.dtype),
+        "host": (host_step, config, num_embeddings, precision.dtype),
     }
-    seconds: dict[str, list[float]] = {}
-    for names in [[name] for name in start] if device.type == "cuda" else [list(start)]:
-        competitors = {name: start[name](nproc=nproc, device=choice) for name in names}
-        steps = dict.fromkeys(names, steps_per_round)
-        seconds |= take_turns("bench step", competitors, steps, rounds, progress)
-    rows = config.train.batch_size_global * steps_per_round
+    if nproc > 1 or not _plain_loop_fits(config, num_embeddings, device):
+        del builds["plain_torch"]
+    seconds: dict[str, list[float]] = {}  # of a step
+    num_threads, steps, parts_ms = {}, {}, None
+    with busy_processes(num_busy):
+        for names in [[name] for name in builds] if device.type == "cuda" else [list(builds)]:
+            competitors = {name: Competitor(*builds[name], nproc=nproc, device=choice) for name in names}
+            for name, competitor in competitors.items():
+                if device.type == "cpu" and name in _OTHERS:
+                    competitor.choose_threads()
+                steps[name] = steps_per_round or enough_steps(competitor)
+                num_threads[name] = competitor.num_threads
+            turns = take_turns("bench step", competitors, steps, rounds, progress)
+            seconds |= {name: [turn_s / steps[name] for turn_s in turns[name]] for name in names}
+        if with_parts:
+            profiled = (config, num_embeddings, precision.dtype)
+            parts_ms = measure_parts(*profiled, num_steps=min(steps["ours"], _MAX_PROFILED_STEPS), nproc=nproc)
+    rows_per_s = {name: config.train.batch_size_global / statistics.median(times) for name, times in seconds.items()}
+
+    def ratio(name: str, other: str) -> float:
+        """The time of one over that of another, median of the rounds."""
+        return statistics.median(map(truediv, seconds[name], seconds[other]))
+
     return StepBenchmark(
-        rows_per_s=rows / statistics.median(seconds["ours"]),
-        torchrec_rows_per_s=rows / statistics.median(seconds["torchrec"]),
-        floor_rows_per_s=rows / statistics.median(seconds["floor"]),
-        ratio_to_torchrec=statistics.median(map(truediv, seconds["torchrec"], seconds["ours"])),
-        ratio_to_floor_time=statistics.median(map(truediv, seconds["ours"], seconds["floor"])),
-        host_ms=1000 * statistics.median(seconds["host"]) / steps_per_round,
+        rows_per_s=rows_per_s["ours"],
+        torchrec_rows_per_s=rows_per_s["torchrec"],
+        plain_torch_rows_per_s=rows_per_s.get("plain_torch"),
+        floor_rows_per_s=rows_per_s["floor"],
+        ratio_to_torchrec=ratio("torchrec", "ours"),
+        ratio_to_plain_torch=ratio("plain_torch", "ours") if "plain_torch" in seconds else None,
+        ratio_to_floor_time=ratio("ours", "floor"),
+        host_ms=1000 * statistics.median(seconds["host"]),
+        parts_ms=parts_ms,
         batch_size_global=config.train.batch_size_global,
         precision=str(precision),
+        processor=describe_processor(),
+        instructions=_instructions(precision.dtype),
         num_processes=nproc,
-        num_threads=max(1, len(os.sched_getaffinity(0)) // nproc),
+        num_threads=num_threads,
+        num_busy_processes=num_busy,
+        steps_per_round=steps,
         rounds=rounds,
     )
 
 
-def _shape(config: Config, num_embeddings: dict[str, int]) -> ModelShape:
-    return ModelShape(config.model, NUM_CRITEO_DENSE, len(num_embeddings))
+def _plain_loop_fits(config: Config, num_embeddings: dict[str, int], device: torch.device) -> bool:
+    """Whether there is memory for its table with float32 weights; on CPU beside the two others' tables."""
+    table_bytes = 4 * (config.model.embedding_dim + 1) * sum(num_embeddings.values())
+    return (1 if device.type == "cuda" else 3) * table_bytes < 0.8 * _memory_bytes(device)
 
 
-def our_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype) -> Step:
-    """What `dlrm train` does in a step."""
-    keep_freed_memory()
-    allow_tf32(config.train, ranks.device)
-    model = build_sharded_model(
-        config, _shape(config, num_embeddings), num_embeddings=num_embeddings, dense_sample=None, ranks=ranks
-    ).module
-    optimizer = build_optimizer(model, config.dense_optimizer)
-    pipeline = build_pipeline(model, optimizer, dtype=dtype, device=ranks.device)
-    names = list(num_embeddings)
-    batches = [
-        Batch(torch.from_numpy(dense), single_valued_kjt(names, ids_FB), torch.from_numpy(labels_B))
-        for dense, ids_FB, labels_B in _random_arrays(ranks, config, num_embeddings)
-    ]
-    return _steps_of(pipeline, batches, ranks)
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return host_memory_bytes()
 
 
-def torchrec_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) -> Step:
-    """TorchRec's own model, batch, sharder and pipeline, as its examples put them together."""
-    allow_tf32(config.train, ranks.device)
-    dlrm = torchrec_dlrm(
-        _shape(config, num_embeddings), num_embeddings, tables=torch.device("meta"), dense=ranks.device
-    )
-    params = fused_params(config.table_optimizer)
-    del params["bounds_check_mode"]  # FBGEMM's own check of ids is on in TorchRec's examples
-    sharder = table_sharder(params)
-    unsharded = TorchRecDLRMTrain(dlrm)
-    plan = plan_sharding(
-        unsharded,
-        machine=local_machine(
-            config.sharding,
-            world_size=ranks.world_size,
-            local_world_size=ranks.local_world_size,
-            device=ranks.device,
-        ),
-        options=PlanOptions.of(config),
-        process_group=ranks.process_group,
-    ).plan
-    env = ShardingEnv.from_process_group(ranks.process_group)
-    model = DistributedModelParallel(unsharded, env=env, device=ranks.device, plan=plan, sharders=[sharder])
-    fused = model.fused_optimizer
-    dense = {name: param for name, param in model.named_parameters() if name not in fused.params}
-    dense_optimizer = KeyedOptimizerWrapper(
-        dense, lambda params: torch.optim.Adagrad(params, lr=config.dense_optimizer.learning_rate)
-    )
-    pipeline = TrainPipelineSparseDist(
-        model, CombinedOptimizer([fused, dense_optimizer]), ranks.device, execute_all_batches=True
-    )
-    batches = [
-        TorchRecBatch(torch.from_numpy(dense), torchrec_kjt(num_embeddings, ids_FB), torch.from_numpy(labels_B))
-        for dense, ids_FB, labels_B in _random_arrays(ranks, config, num_embeddings)
-    ]
-    return _steps_of(pipeline, batches, ranks)
-
-
-def _steps_of(pipeline: TrainPipelineSparseDist, batches: list[TorchRecBatch], ranks: Ranks) -> Step:
-    """Step through the batches again and again, from page-locked memory where a GPU fetches them."""
-    if ranks.device.type == "cuda":
-        batches = [batch.pin_memory() for batch in batches]
-    endless = itertools.cycle(batches)
-    return lambda: pipeline.progress(endless)
-
-
-def _random_arrays(
-    ranks: Ranks, config: Config, num_embeddings: dict[str, int]
-) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """This rank's part of each batch: dense [B, 13] and ids [F, B] as `random_rows` gives them, labels float32 [B]."""
-    num_rows, generator = config.train.batch_size_global // ranks.world_size, np.random.default_rng(ranks.rank)
-    for dense, ids_FB in random_rows(num_embeddings.values(), num_rows, generator, np.int64):
-        yield dense, ids_FB, generator.integers(2, size=num_rows).astype(np.float32)
-
-
-def floor_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype) -> Step:
-    """The matrix products of one step, and nothing else."""
-    keep_freed_memory()
-    allow_tf32(config.train, ranks.device)
-    num_rows = config.train.batch_size_global // ranks.world_size
-
-    def some(*sizes: int) -> Tensor:
-        return torch.rand(sizes, device=ranks.device, dtype=dtype)
-
-    products: list[Callable[[], object]] = []
-    for product in _shape(config, num_embeddings).products:
-        rows, inputs, outputs = product.rows, product.inputs, product.outputs
-        if product.has_weight:
-            left, right, grad = some(num_rows * rows, inputs), some(outputs, inputs).t(), some(num_rows * rows, outputs)
-            gradients = [(grad.t(), left), (grad, right.t())]
-        else:
-            left, grad = some(num_rows, rows, inputs), some(num_rows, rows, outputs)
-            right = left.transpose(1, 2) if rows == outputs else some(num_rows, inputs, outputs)
-            gradients = [(grad, right.transpose(1, 2)), (left.transpose(1, 2), grad)]
-        products += [_product(*factors) for factors in [(left, right), *gradients[: product.num_gradients]]]
-
-    def step() -> None:
-        for product in products:
-            product()
-
-    return step
-
-
-def _product(left: Tensor, right: Tensor) -> Callable[[], object]:
-    out = torch.matmul(left, right)
-    return lambda: torch.matmul(left, right, out=out)
+def _instructions(dtype: torch.dtype) -> str:
+    """What of the processor's units the kernels of torch use; both of its limits are settings of the environment."""
+    level = torch.backends.cpu.get_cpu_capability()
+    limit = f" (at most {os.environ['ONEDNN_MAX_CPU_ISA']})" if "ONEDNN_MAX_CPU_ISA" in os.environ else ""
+    if dtype != torch.bfloat16:
+        return f"products and everything else: {level}{limit}"
+    return f"bfloat16 products: {bfloat16_unit() or level}{limit}; everything else: {level}"

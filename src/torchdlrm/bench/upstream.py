@@ -10,9 +10,11 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchdlrm.config import Config
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.model import table_name
 from torchdlrm.model.architecture import ModelShape
+from torchdlrm.training.processes.process_group import Ranks
 
 _NUM_BATCHES = 16
 
@@ -25,6 +27,15 @@ def random_rows(
     for _ in range(_NUM_BATCHES):
         dense = generator.random((num_rows, NUM_CRITEO_DENSE), dtype=np.float32)
         yield dense, np.stack([generator.integers(rows, size=num_rows, dtype=id_type) for rows in sizes])
+
+
+def random_batches(
+    ranks: Ranks, config: Config, num_embeddings: Mapping[str, int]
+) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """This rank's part of each batch: dense [B, 13] and ids [F, B] as `random_rows` gives them, labels float32 [B]."""
+    num_rows, generator = config.train.batch_size_global // ranks.world_size, np.random.default_rng(ranks.rank)
+    for dense, ids_FB in random_rows(num_embeddings.values(), num_rows, generator, np.int64):
+        yield dense, ids_FB, generator.integers(2, size=num_rows).astype(np.float32)
 
 
 def torchrec_dlrm(

@@ -2,12 +2,14 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
+from cyclopts.validators import Number
 from rich.table import Table
 
 from torchdlrm.cli.options import Overrides, split_config
-from torchdlrm.cli.terminal import Json, Positive, console, print_json, progress_bars
+from torchdlrm.cli.terminal import Json, Positive, console, print_json, print_table, progress_bars, say
 from torchdlrm.config import load_config
 
 bench = App(name="bench", result_action="return_value")
@@ -18,20 +20,27 @@ def step(
     *config: Overrides,
     num_tables: Positive = 26,
     rows_per_table: Positive = 100_000,
-    steps_per_round: Positive = 10,
+    steps_per_round: Positive | None = None,
     rounds: Positive = 7,
     nproc_per_node: Positive = 1,
+    busy: Annotated[int, Parameter(validator=Number(gte=0))] = 0,
+    parts: Annotated[bool, Parameter(negative="")] = False,
     as_json: Json = False,
 ) -> None:
-    """Time the training step: ours, plain TorchRec's, the floor (its matrix products alone), and the host's part.
+    """Time the training step: ours, plain TorchRec's, a plain torch loop's, the floor, and the host's part.
+
+    The floor is the step's matrix products alone.
 
     Args:
         *config: TOML file, the paper's model at batch 2,048 without it; then keys to override by their dotted names.
         num_tables: Sparse features, each with a table.
         rows_per_table: Rows of each table.
-        steps_per_round: Steps of each competitor before the next has its turn.
+        steps_per_round: Steps of each competitor before the next has its turn; as many as half a second takes when not
+            given, but at least 10.
         rounds: Turns of each competitor; medians are printed.
         nproc_per_node: Processes of each competitor.
+        busy: Processes that keep cores busy meanwhile, as other programs of a machine may.
+        parts: Print the milliseconds of our step by part, too.
         as_json: Print one JSON object on standard output.
     """
     settings = load_config(*split_config(config))
@@ -45,24 +54,42 @@ def step(
             steps_per_round=steps_per_round,
             rounds=rounds,
             nproc=nproc_per_node,
+            num_busy=busy,
+            with_parts=parts,
             progress=progress,
         )
-    processes = f"{result.num_processes} process(es) of {result.num_threads} thread(s)"
-    table = Table(title=f"training step, batch {result.batch_size_global:,}, {processes}")
-    for column in ("", "rows/s", "ms a step"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, rows_per_s in (
-        ("torchdlrm", result.rows_per_s),
-        ("plain TorchRec", result.torchrec_rows_per_s),
-        ("floor: matrix products alone", result.floor_rows_per_s),
-    ):
-        table.add_row(name, f"{rows_per_s:,.0f}", f"{1000 * result.batch_size_global / rows_per_s:.1f}")
-    console.print(table)
-    console.print(f"precision of ours and of the floor: {result.precision}; of TorchRec: float32")
-    console.print(
-        f"{result.ratio_to_torchrec:.2f} times plain TorchRec; {result.ratio_to_floor_time:.2f} times the floor's time"
+    beside = f", beside {result.num_busy_processes} busy process(es)" if result.num_busy_processes else ""
+    title = f"training step, batch {result.batch_size_global:,}, {result.num_processes} process(es) each{beside}"
+    competitors = {
+        "torchdlrm": ("ours", result.rows_per_s),
+        "plain TorchRec": ("torchrec", result.torchrec_rows_per_s),
+        "plain torch loop": ("plain_torch", result.plain_torch_rows_per_s),
+        "floor: matrix products alone": ("floor", result.floor_rows_per_s),
+    }
+    rows = [
+        {
+            "": name,
+            "rows/s": f"{rows_per_s:,.0f}",
+            "ms a step": f"{1000 * result.batch_size_global / rows_per_s:.2f}",
+            "threads": str(result.num_threads[key]),
+            "steps a round": str(result.steps_per_round[key]),
+        }
+        for name, (key, rows_per_s) in competitors.items()
+        if rows_per_s is not None
+    ]
+    print_table(title, rows)
+    say(f"processor: {result.processor}")
+    say(f"used of it: {result.instructions}")
+    say(f"precision of ours and of the floor: {result.precision}; of the others: float32")
+    loop = result.ratio_to_plain_torch
+    say(
+        f"{result.ratio_to_torchrec:.2f} times plain TorchRec; "
+        + (f"{loop:.2f} times the plain torch loop; " if loop is not None else "")
+        + f"{result.ratio_to_floor_time:.2f} times the floor's time"
     )
-    console.print(f"host: {result.host_ms:.1f} ms a step, whatever its rows")
+    say(f"host: {result.host_ms:.2f} ms a step, whatever its rows")
+    if result.parts_ms is not None:
+        print_table("a step of ours by part", [{"": part, "ms": f"{ms:.3f}"} for part, ms in result.parts_ms.items()])
     if as_json:
         print_json(asdict(result))
 

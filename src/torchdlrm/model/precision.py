@@ -29,10 +29,16 @@ class Precision:
         return f"{self.name} ({self.reason})"
 
 
-def precision_of_processor() -> Precision:
-    """bfloat16 where the processor has units that multiply it faster than float32; elsewhere it would be slower."""
+def bfloat16_unit() -> str | None:
+    """The processor's unit that multiplies bfloat16 faster than float32; None where it has none."""
     capabilities = torch.cpu.get_capabilities()
-    for unit, key in (("AMX", "amx_bf16"), ("AVX512-BF16", "avx512_bf16")):
-        if capabilities.get(key):
-            return Precision(torch.bfloat16, f"the processor has {unit}")
-    return Precision(torch.float32, "the processor has neither AVX512-BF16 nor AMX")
+    units = (("AMX", "amx_bf16"), ("AVX512-BF16", "avx512_bf16"))
+    return next((unit for unit, key in units if capabilities.get(key)), None)
+
+
+def precision_of_processor() -> Precision:
+    """bfloat16 where the processor has a unit for it; elsewhere it would be slower."""
+    unit = bfloat16_unit()
+    if unit is None:
+        return Precision(torch.float32, "the processor has neither AVX512-BF16 nor AMX")
+    return Precision(torch.bfloat16, f"the processor has {unit}")

@@ -1,0 +1,101 @@
+"""A training loop as one writes it by hand without TorchRec: all features share one table, which is a tensor.
+
+In: what the benchmark of the step gives each competitor.  Out: its step, in float32.  Nothing is shared with our model:
+linear layers of torch, dot products picked by `index_select`, torch's fused Adagrad, and row-wise Adagrad of the rows
+that a batch has looked up, in a dozen operators. Of several ways to write it this was the fastest with small steps:
+sparse gradients that torch coalesces were as fast, and its own Adagrad on sparse gradients took a third longer.
+
+B rows of the batch, F sparse features, D embedding dimension, U rows of the table that a batch looks up.
+"""
+
+import itertools
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from torchdlrm.bench.interleaved import Step
+from torchdlrm.bench.upstream import random_batches
+from torchdlrm.config import Config
+from torchdlrm.features.schema import NUM_CRITEO_DENSE
+from torchdlrm.training.compute import allow_tf32
+from torchdlrm.training.processes.process_group import Ranks
+
+
+class PlainDLRM(nn.Module):
+    """The dense and over arch of a DLRM with dot products, around embeddings that are looked up outside."""
+
+    def __init__(self, dense_sizes: Sequence[int], over_sizes: Sequence[int], num_features: int) -> None:
+        super().__init__()
+        num_vectors = num_features + 1
+        self.dense_arch = nn.Sequential(*_layers([NUM_CRITEO_DENSE, *dense_sizes]))
+        num_pairs = num_vectors * num_features // 2
+        self.over_arch = nn.Sequential(*_layers([dense_sizes[-1] + num_pairs, *over_sizes])[:-1])  # ends with a logit
+        first_P, second_P = torch.triu_indices(num_vectors, num_vectors, offset=1)
+        self.pairs_P: Tensor
+        self.register_buffer("pairs_P", first_P * num_vectors + second_P)
+
+    def forward(self, dense: Tensor, embeddings_BFD: Tensor) -> Tensor:
+        """Maps [B, 13] and [B, F, D] to logits [B]."""
+        dense_BD = self.dense_arch(dense)
+        vectors_BND = torch.cat([dense_BD.unsqueeze(1), embeddings_BFD], dim=1)
+        square = torch.bmm(vectors_BND, vectors_BND.transpose(1, 2)).flatten(1)
+        logits: Tensor = self.over_arch(torch.cat([dense_BD, square.index_select(1, self.pairs_P)], dim=1))
+        return logits.squeeze(1)
+
+
+def _layers(sizes: Sequence[int]) -> list[nn.Module]:
+    return [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
+
+
+def plain_torch_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) -> Step:
+    """The step of a plain loop in one process, with Adagrad and row-wise Adagrad, whatever the config says."""
+    allow_tf32(config.train, ranks.device)
+    sizes, dim, device = list(num_embeddings.values()), config.model.embedding_dim, ranks.device
+    lr, eps = config.table_optimizer.learning_rate, config.table_optimizer.eps
+    model = PlainDLRM(config.model.dense_arch_layer_sizes, config.model.over_arch_layer_sizes, len(sizes)).to(device)
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=config.dense_optimizer.learning_rate, fused=True)
+    table = torch.empty(sum(sizes), dim, device=device).uniform_(-0.01, 0.01)
+    squares = torch.zeros(len(table), device=device)
+    first_row_F = torch.tensor([0, *accumulate(sizes)][:-1], device=device)
+    batches = itertools.cycle(
+        [
+            tuple(torch.from_numpy(array).to(device) for array in (dense, ids_FB.T.copy(), labels_B))
+            for dense, ids_FB, labels_B in random_batches(ranks, config, num_embeddings)
+        ]
+    )
+
+    def step() -> Tensor:
+        dense, ids_BF, labels_B = next(batches)
+        rows = (ids_BF + first_row_F).flatten()
+        embeddings = table.index_select(0, rows).requires_grad_()
+        logits_B = model(dense, embeddings.view(-1, len(sizes), dim))
+        optimizer.zero_grad()
+        loss = binary_cross_entropy_with_logits(logits_B, labels_B)
+        loss.backward()
+        optimizer.step()
+        assert embeddings.grad is not None
+        update_rows(table, squares, rows, embeddings.grad, lr=lr, eps=eps)
+        return loss.detach()
+
+    return step
+
+
+def update_rows(table: Tensor, squares: Tensor, rows: Tensor, grad: Tensor, *, lr: float, eps: float) -> None:
+    """Row-wise Adagrad of the rows that were looked up; those that occur several times step once.
+
+    Args:
+        table: float32 [rows, D].
+        squares: of each row the sum of its mean squares so far, float32 [rows].
+        rows: that were looked up, int64 [n].
+        grad: of each look-up, float32 [n, D].
+        lr: learning rate.
+        eps: added to the root.
+    """
+    rows_U, position = rows.unique(return_inverse=True)
+    grad_UD = grad.new_zeros(len(rows_U), grad.shape[1]).index_add_(0, position, grad)
+    squares_U = squares.index_select(0, rows_U).add_(grad_UD.square().mean(1))
+    squares.index_copy_(0, rows_U, squares_U)
+    table.index_add_(0, rows_U, grad_UD.div_(squares_U.sqrt_().add_(eps).unsqueeze(1)), alpha=-lr)
