@@ -14,7 +14,7 @@ STEP = ("bench", "step", "criteo-small", "--rounds", 1, "--num-tables", 2, "--ro
 
 @pytest.mark.slow
 def test_the_step_is_timed_beside_others_and_by_part_while_the_machine_is_busy(dlrm):
-    done = dlrm(*STEP, "--steps-per-round", 2, "--busy", 1, "--parts")
+    done = dlrm(*STEP, "--steps-per-round", 2, "--busy", 1, "--parts", timeout_s=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["num_processes"], found["num_busy_processes"]) == (1, 1)
@@ -36,7 +36,7 @@ def test_the_step_is_timed_beside_others_and_by_part_while_the_machine_is_busy(d
 
 @pytest.mark.slow
 def test_the_step_of_two_processes_is_timed(dlrm):
-    done = dlrm(*STEP, "--steps-per-round", 1, "--nproc-per-node", 2)
+    done = dlrm(*STEP, "--steps-per-round", 1, "--nproc-per-node", 2, timeout_s=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["num_processes"] == 2

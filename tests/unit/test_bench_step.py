@@ -1,5 +1,7 @@
 """The benchmark of the step: who runs beside whom, and the plain loop. Processes: `integration/test_bench.py`."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torchrec.models.dlrm import DLRM
@@ -69,6 +71,24 @@ def test_a_turn_is_half_a_second_at_least_and_others_choose_their_threads():
     found = step.benchmark_step(CONFIG, num_embeddings={"a": 5}, rounds=1)
     assert found.steps_per_round == {"ours": 10, "torchrec": 10, "plain_torch": 10, "floor": 10, "host": 31}
     assert found.num_threads == {"ours": 2, "torchrec": 1, "plain_torch": 1, "floor": 1, "host": 2}
+
+
+@pytest.mark.usefixtures("competitors")
+def test_busy_processes_are_there_in_every_turn_and_gone_afterwards(monkeypatch):
+    there, seen = [], []
+
+    @contextmanager
+    def busy(number):
+        there.append(number)
+        yield
+        there.pop()
+
+    monkeypatch.setattr(step, "busy_processes", busy)
+    monkeypatch.setattr(step.Competitor, "run", lambda *_: seen.append(list(there)) or 1.0)
+    found = step.benchmark_step(CONFIG, num_embeddings={"a": 5}, rounds=2, steps_per_round=1, num_busy=3)
+    assert found.num_busy_processes == 3
+    assert seen == [[3]] * 15  # five competitors, two rounds and one that warms up
+    assert not there
 
 
 def test_the_plain_loop_computes_torchrecs_model():

@@ -108,16 +108,20 @@ def benchmark_step(
     with busy_processes(num_busy):
         for names in [[name] for name in builds] if device.type == "cuda" else [list(builds)]:
             competitors = {name: Competitor(*builds[name], nproc=nproc, device=choice) for name in names}
+            progress.start_phase("bench step: prepare", len(names), unit="competitors")
             for name, competitor in competitors.items():
                 if device.type == "cpu" and name in _OTHERS:
                     competitor.choose_threads()
                 steps[name] = steps_per_round or enough_steps(competitor)
                 num_threads[name] = competitor.num_threads
+                progress.advance(1)
             turns = take_turns("bench step", competitors, steps, rounds, progress)
             seconds |= {name: [turn_s / steps[name] for turn_s in turns[name]] for name in names}
         if with_parts:
+            progress.start_phase("bench step: parts", 1, unit="profiles")
             profiled = (config, num_embeddings, precision.dtype)
             parts_ms = measure_parts(*profiled, num_steps=min(steps["ours"], _MAX_PROFILED_STEPS), nproc=nproc)
+            progress.advance(1)
     rows_per_s = {name: config.train.batch_size_global / statistics.median(times) for name, times in seconds.items()}
 
     def ratio(name: str, other: str) -> float:
