@@ -58,9 +58,12 @@ def test_on_gpus_one_is_gone_before_the_next_takes_the_memory(device, most, comp
     assert found.ratio_to_plain_torch == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("rows", "nproc"), [(6, 1), (5, 2)])
-def test_the_plain_loop_is_left_out_where_there_is_no_memory_for_it_or_for_several_processes(rows, nproc, competitors):
-    found = step.benchmark_step(CONFIG, num_embeddings={"a": rows}, steps_per_round=2, rounds=1, nproc=nproc)
+@pytest.mark.parametrize(
+    ("rows", "nproc", "optimizer"), [(6, 1, "rowwise_adagrad"), (5, 2, "rowwise_adagrad"), (5, 1, "sgd")]
+)
+def test_the_plain_loop_needs_memory_one_process_and_its_optimizer(rows, nproc, optimizer, competitors):
+    config = load_config(None, {"train.precision": "float32", "table_optimizer.name": optimizer})
+    found = step.benchmark_step(config, num_embeddings={"a": rows}, steps_per_round=2, rounds=1, nproc=nproc)
     assert "plain_torch_step" not in [name for _, name in competitors]
     assert found.plain_torch_rows_per_s is None
     assert found.ratio_to_plain_torch is None

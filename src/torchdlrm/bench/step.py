@@ -22,6 +22,7 @@ from torchdlrm.model.precision import bfloat16_unit
 from torchdlrm.processor import describe_processor
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.topology import host_memory_bytes
+from torchdlrm.tables.optimizers import check_plain_torchrec
 from torchdlrm.training.compute import choose_precision
 from torchdlrm.training.processes.device import rank_device
 
@@ -36,7 +37,8 @@ class StepBenchmark:
     Attributes:
         rows_per_s: ours.
         torchrec_rows_per_s: TorchRec's own DLRM, row-wise Adagrad, TrainPipelineSparseDist, float32.
-        plain_torch_rows_per_s: a plain loop with one table in float32; None for several processes, or no memory for it.
+        plain_torch_rows_per_s: a plain loop with one table in float32; None for several processes, another optimizer of
+            the tables than row-wise Adagrad, or no memory for it.
         floor_rows_per_s: the step's matrix products alone, in the precision of ours.
         ratio_to_torchrec: ours over TorchRec's, median of the rounds' ratios.
         ratio_to_plain_torch: ours over the plain loop's, likewise.
@@ -93,6 +95,7 @@ def benchmark_step(
     """
     choice = config.train.device
     device = rank_device(0, nproc, choice)
+    check_plain_torchrec(config.table_optimizer, device)
     precision = choose_precision(config, shape_of(config, num_embeddings), device)
     builds: dict[str, tuple[Any, ...]] = {
         "ours": (our_step, config, num_embeddings, precision.dtype),
@@ -101,7 +104,8 @@ def benchmark_step(
         "floor": (floor_step, config, num_embeddings, precision.dtype),
         "host": (host_step, config, num_embeddings, precision.dtype),
     }
-    if nproc > 1 or not _plain_loop_fits(config, num_embeddings, device):
+    is_its_optimizer = config.table_optimizer.name == "rowwise_adagrad"
+    if nproc > 1 or not is_its_optimizer or not _plain_loop_fits(config, num_embeddings, device):
         del builds["plain_torch"]
     seconds: dict[str, list[float]] = {}  # of a step
     num_threads, steps, parts_ms = {}, {}, None
