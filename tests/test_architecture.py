@@ -17,6 +17,7 @@ FLOORS = {
     "metrics": 0,
     "processor": 0,
     "progress": 0,
+    "shared_memory": 0,
     "toml": 0,
     "units": 0,
     "config": 1,

@@ -46,7 +46,7 @@ def built(small_dataset):
                 ranks=ranks,
             ).module
             optimizer = build_optimizer(model, config.dense_optimizer)
-            pipeline = build_pipeline(model, optimizer, dtype=torch.float32, device=ranks.device)
+            pipeline = build_pipeline(model, optimizer, dtype=torch.float32, ranks=ranks)
             (kernel,) = table_kernels(model)
             return model, pipeline, kernel
 

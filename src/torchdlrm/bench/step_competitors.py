@@ -50,7 +50,7 @@ def our_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype
         config, shape_of(config, num_embeddings), num_embeddings=num_embeddings, dense_sample=None, ranks=ranks
     ).module
     optimizer = build_optimizer(model, config.dense_optimizer)
-    pipeline = build_pipeline(model, optimizer, dtype=dtype, device=ranks.device)
+    pipeline = build_pipeline(model, optimizer, dtype=dtype, ranks=ranks)
     names = list(num_embeddings)
     batches = [
         Batch(torch.from_numpy(dense), single_valued_kjt(names, ids_FB), torch.from_numpy(labels_B))

@@ -31,7 +31,8 @@ from torchdlrm.loader.batch import (
     single_valued_kjt,
 )
 from torchdlrm.loader.row_groups import Columns, IdColumn, RowGroupReader
-from torchdlrm.loader.shared import AllGather, share
+from torchdlrm.loader.shared import share
+from torchdlrm.shared_memory import AllGather
 
 
 class Loader:

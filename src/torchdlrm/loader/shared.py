@@ -13,7 +13,6 @@ The memory has no name: nothing is left of it when its processes have ended, how
 
 import mmap
 import os
-import secrets
 import struct
 import threading
 import time
@@ -23,7 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby, islice
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -31,9 +29,7 @@ from numpy.typing import NDArray
 
 from torchdlrm.loader.batch import BatchSequence, rank_rows
 from torchdlrm.loader.row_groups import Columns, IdColumn, RowGroupReader
-
-# Gives everybody's values to everybody, by rank.
-AllGather = Callable[[Any], Sequence[Any]]
+from torchdlrm.shared_memory import FIRST_FREE_BYTE, Address, AllGather, SharedMemory
 
 _NUM_SLOTS = 2
 # Waiting costs a look each so often: decoding takes some milliseconds, and what is decoded lasts for several.
@@ -68,7 +64,7 @@ def share(
     """
     layout = _Layout(max(group.rows for group in reader.row_groups), reader.num_dense, tuple(reader.most_ids()))
     mine = _Memory.make(layout)
-    addresses: Sequence[_Address | None] = all_gather(mine.address if mine is not None else None)
+    addresses: Sequence[Address | None] = all_gather(mine.address if mine is not None else None)
     local = [
         other
         for other, address in enumerate(addresses)
@@ -215,15 +211,6 @@ def _pauses() -> Iterator[bool]:
             looked_s = time.monotonic()
 
 
-class _Address(NamedTuple):
-    """Where processes of the same host find a rank's memory; the secret says that it is the one."""
-
-    host: tuple[str, str]
-    pid: int
-    fd: int
-    secret: bytes
-
-
 class _Memory:
     """The memory of one rank, which that rank alone writes.
 
@@ -234,41 +221,23 @@ class _Memory:
         slots: for one row group each.
     """
 
-    _HEADER = struct.Struct("=qqq16s")  # row groups decoded, whether no more come, place that is read, secret
+    _HEADER = struct.Struct("=qqq")  # row groups decoded, whether no more come, place that is read
 
-    def __init__(self, layout: "_Layout", address: _Address, fd: int, *, access: int) -> None:
-        self.address, self._fd = address, fd
-        self._map = mmap.mmap(fd, layout.num_bytes, access=access)
-        self.slots = [layout.slot(self._map, number) for number in range(_NUM_SLOTS)]
+    def __init__(self, layout: "_Layout", shared: SharedMemory) -> None:
+        self.address, self._shared = shared.address, shared
+        self.slots = [layout.slot(shared.map, number) for number in range(_NUM_SLOTS)]
 
     @classmethod
     def make(cls, layout: "_Layout") -> "_Memory | None":
         """New memory for this rank; None where the system does not let us."""
-        try:
-            host = (
-                Path("/proc/sys/kernel/random/boot_id").read_text("ascii"),
-                str(Path("/proc/self/ns/pid").readlink()),
-            )
-            fd = os.memfd_create("torchdlrm-loader")
-            os.truncate(fd, layout.num_bytes)
-            made = cls(layout, _Address(host, os.getpid(), fd, secrets.token_bytes(16)), fd, access=mmap.ACCESS_WRITE)
-        except OSError:
-            return None
-        os.pwrite(fd, cls._HEADER.pack(0, 0, 0, made.address.secret), 0)
-        return made
+        shared = SharedMemory.make("torchdlrm-loader", layout.num_bytes)
+        return None if shared is None else cls(layout, shared)
 
     @classmethod
-    def open(cls, layout: "_Layout", address: _Address) -> "_Memory | None":
-        """The memory of a rank of this host; None where it may not be opened, as where /proc hides other processes."""
-        try:
-            fd = os.open(f"/proc/{address.pid}/fd/{address.fd}", os.O_RDONLY | os.O_CLOEXEC)
-            memory = cls(layout, address, fd, access=mmap.ACCESS_READ)
-        except (OSError, ValueError):  # the latter where the file is shorter
-            return None
-        return memory if memory._header()[3] == address.secret else None
-
-    def __del__(self) -> None:
-        os.close(self._fd)
+    def open(cls, layout: "_Layout", address: Address) -> "_Memory | None":
+        """The memory of a rank of this host; None where it may not be opened."""
+        shared = SharedMemory.open(address, layout.num_bytes, writable=False)
+        return None if shared is None else cls(layout, shared)
 
     @property
     def num_decoded(self) -> int:
@@ -298,24 +267,29 @@ class _Memory:
 
     def set_num_decoded(self, number: int) -> None:
         """Say that the row groups before `number` can be read."""
-        os.pwrite(self._fd, struct.pack("=q", number), 0)
+        self._write(number, 0)
 
     def set_stopped(self) -> None:
         """Say that no more are coming."""
-        os.pwrite(self._fd, struct.pack("=q", 1), 8)
+        self._write(1, 8)
 
     def set_position(self, place: int) -> None:
         """Say which place is being read."""
-        os.pwrite(self._fd, struct.pack("=q", place), 16)
+        self._write(place, 16)
 
     def finish(self) -> None:
         """Say that this rank reads no more and decodes no more."""
         self.set_position(_FINISHED)
         self.set_stopped()
 
-    def _header(self) -> tuple[int, int, int, bytes]:
-        decoded, has_stopped, position, secret = self._HEADER.unpack(os.pread(self._fd, self._HEADER.size, 0))
-        return decoded, has_stopped, position, secret
+    def _header(self) -> tuple[int, int, int]:
+        decoded, has_stopped, position = self._HEADER.unpack(
+            os.pread(self._shared.fd, self._HEADER.size, FIRST_FREE_BYTE)
+        )
+        return decoded, has_stopped, position
+
+    def _write(self, number: int, offset: int) -> None:
+        os.pwrite(self._shared.fd, struct.pack("=q", number), FIRST_FREE_BYTE + offset)
 
 
 @dataclass(frozen=True)

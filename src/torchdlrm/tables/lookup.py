@@ -10,12 +10,14 @@ FBGEMM's module still owns weights and state, so plans, checkpoints and names ar
 B rows of the batch, T tables of this kernel, F features, D_t dimension of a table, N ids.
 """
 
+from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from torchdlrm.kernels.threads import array_of, in_parts
@@ -81,6 +83,12 @@ class TableLookup:
             return self._original_forward(indices, offsets, per_sample_weights)
         return _Lookup.apply(self._placeholder, self, indices.long(), offsets.long(), room)  # type: ignore[no-untyped-call]
 
+    def in_columns(self, column_F: NDArray[np.int64]) -> "TableLookup":
+        """The same tables, for matrices in which the features' embeddings begin at other columns, int64 [F]."""
+        other = copy(self)
+        other._column_F = column_F
+        return other
+
     def look_up(self, indices: Tensor, offsets: Tensor, out: Tensor) -> None:
         """Write pooled embeddings into `out`, float32 or bfloat16 [B, sum of D]."""
         stride, flat = _flat(out)
@@ -125,6 +133,11 @@ class TableLookup:
         in_parts(len(indices), self._mean_dim, lambda first, end: update(first, end, *arguments, self._scratch()))
 
 
+def pooled_dtype() -> torch.dtype:
+    """Pooled embeddings are written in the precision of autocast, where it is on."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+
+
 def _flat(matrix: Tensor) -> tuple[int, Array]:
     """The stride from row to row, and the memory from the first number to the last."""
     num_rows, num_columns = matrix.shape
@@ -135,7 +148,7 @@ def _flat(matrix: Tensor) -> tuple[int, Array]:
 class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _: Tensor, tables: TableLookup, indices: Tensor, offsets: Tensor, room: int) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        dtype = pooled_dtype()
         num_features = len(tables._dim_F)
         out = torch.empty((len(offsets) - 1) // num_features, room + tables.num_columns, dtype=dtype)[:, room:]
         tables.look_up(indices, offsets, out)

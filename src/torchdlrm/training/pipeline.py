@@ -9,7 +9,9 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchdlrm.tables.lookup import use_own_kernels
+from torchdlrm.tables.one_host import look_up_on_one_host
 from torchdlrm.tables.one_process import look_up_in_this_process
+from torchdlrm.training.processes.process_group import Ranks
 
 
 class Pipeline(Protocol):
@@ -26,9 +28,22 @@ class Pipeline(Protocol):
         """The model, with its forward as it was; the next step takes hold of it again."""
 
 
-def build_pipeline(
-    model: nn.Module, optimizer: KeyedOptimizer, *, dtype: torch.dtype, device: torch.device
-) -> Pipeline:
+def prepare_lookups(model: nn.Module, ranks: Ranks) -> bool:
+    """Let a sharded model on CPU look up by our own kernels, and send no more than it must; every rank must call this.
+
+    Returns:
+        Whether nothing is exchanged any more, since this process alone holds all tables.
+    """
+    if ranks.device.type != "cpu":
+        return False
+    use_own_kernels(model)
+    if ranks.world_size == 1:
+        return look_up_in_this_process(model)
+    look_up_on_one_host(model, ranks.all_gather, ranks.new_group)
+    return False
+
+
+def build_pipeline(model: nn.Module, optimizer: KeyedOptimizer, *, dtype: torch.dtype, ranks: Ranks) -> Pipeline:
     """Take steps on CPU one after the other where this process holds all tables, else through TorchRec's pipeline.
 
     That exchanges the next batch's ids while this one computes. It does not fetch the next batch's rows of cached
@@ -39,18 +54,16 @@ def build_pipeline(
         model: a `DLRMTrain` inside `DistributedModelParallel`.
         optimizer: steps after every backward.
         dtype: in which the dense parts compute.
-        device: of this rank.
+        ranks: the processes that share the model; every rank must call this.
     """
 
     def forward(batch: Any) -> Any:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             return model(batch)
 
-    if device.type == "cpu":
-        use_own_kernels(model)
-        if look_up_in_this_process(model):
-            return _PlainSteps(model, optimizer, forward)
-    return TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True, custom_model_fwd=forward)
+    if prepare_lookups(model, ranks):
+        return _PlainSteps(model, optimizer, forward)
+    return TrainPipelineSparseDist(model, optimizer, ranks.device, execute_all_batches=True, custom_model_fwd=forward)
 
 
 class _PlainSteps:

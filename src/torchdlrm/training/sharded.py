@@ -25,11 +25,10 @@ from torchdlrm.sharding.resolve import load_or_make_plan
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.sharding.weights import initialize_tables
 from torchdlrm.tables.huge_pages import use_huge_pages
-from torchdlrm.tables.lookup import use_own_kernels
 from torchdlrm.tables.module_on_cpu import own_module_on_cpu
-from torchdlrm.tables.one_process import look_up_in_this_process
 from torchdlrm.tables.optimizers import fill_accumulators, fused_params, set_steps_done, table_kernels
 from torchdlrm.training.compute import communication_codecs
+from torchdlrm.training.pipeline import prepare_lookups
 from torchdlrm.training.processes.host_groups import set_timeout_of_host_groups
 from torchdlrm.training.processes.process_group import Ranks
 
@@ -103,9 +102,7 @@ def build_empty_model(
     model = _build_model(config, shape, num_embeddings, ranks)
     saved_plan = Path(config.sharding.plan) if config.sharding.plan is not None else None
     module = _shard(model, config, shape, ranks, saved_plan, is_trained=False).module
-    if ranks.device.type == "cpu":
-        use_own_kernels(module)
-        look_up_in_this_process(module)
+    prepare_lookups(module, ranks)
     return module
 
 

@@ -36,8 +36,8 @@ _BY_OWN_NAME = (
 )
 # else to the part of the innermost that encloses it, itself included: an autograd function or a step of an optimizer,
 _BY_ENCLOSING = (
-    ("tables: update", ("_LookupBackward", "tables: update")),
-    ("tables: look up", ("_Lookup", "tables: look up")),
+    ("tables: update", ("_LookupBackward", "_ExchangedLookupBackward", "tables: update")),
+    ("tables: look up", ("_Lookup", "_ExchangedLookup", "tables: look up")),
     ("interaction", ("_PairwiseDots",)),
     ("dense optimizer", ("Optimizer.step#",)),
 )
