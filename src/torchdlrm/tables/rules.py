@@ -27,10 +27,9 @@ _KINDS = {
 
 def next_rule(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> Rule:
     """The rule of the next step, which is counted with this."""
-    kernel.iter.add_(1)
-    step = int(kernel.iter_cpu.add_(1))
+    step = kernel.iter_cpu.add_(1).item()
     args, kind = kernel.optimizer_args, _KINDS[kernel.optimizer]
-    rate, decay = float(kernel.learning_rate_tensor), float(args.weight_decay)
+    rate, decay = kernel.learning_rate_tensor.item(), args.weight_decay
     adds_to_gradient = args.weight_decay_mode == WeightDecayMode.L2
     is_in_ratio = kind in {updates.LAMB, updates.PARTIAL_ROWWISE_LAMB}
     return Rule(
