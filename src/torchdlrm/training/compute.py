@@ -16,6 +16,7 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchdlrm.config import Config, TrainConfig
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.precision import Precision, precision_of_processor
+from torchdlrm.tables.huge_pages import let_the_heap_grow_in_huge_pages
 from torchdlrm.training.processes.process_group import Ranks
 
 # Below this a step spends its time between kernels, and casting costs more than faster products save: a step of
@@ -106,6 +107,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_TRIM_THRESHOLD, _NEVER)
         mallopt(_M_MMAP_MAX, 0)
+        let_the_heap_grow_in_huge_pages()
 
 
 def give_back_freed_memory() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import KeyedOptimizer
 
+from torchdlrm.tables.huge_pages import let_the_heap_grow_in_huge_pages
 from torchdlrm.tables.lookup import use_own_kernels
 from torchdlrm.tables.one_host import look_up_on_one_host
 from torchdlrm.tables.one_process import look_up_in_this_process
@@ -61,6 +62,8 @@ def build_pipeline(model: nn.Module, optimizer: KeyedOptimizer, *, dtype: torch.
         with torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             return model(batch)
 
+    if ranks.device.type == "cpu":
+        let_the_heap_grow_in_huge_pages()  # once more: large tables have taken what there was
     if prepare_lookups(model, ranks):
         return _PlainSteps(model, optimizer, forward)
     return TrainPipelineSparseDist(model, optimizer, ranks.device, execute_all_batches=True, custom_model_fwd=forward)
