@@ -1,5 +1,7 @@
 """What a process of a job raises reaches whoever started the job, as it was."""
 
+import atexit
+import gc
 import os
 import shutil
 import signal
@@ -11,6 +13,15 @@ import torch
 from torchdlrm.errors import ConfigError, LostProcessError, TrainingError
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group
+
+
+def note_at_the_end(path):
+    atexit.register(lambda: path.write_text(str(gc.get_freeze_count())))
+
+
+def test_a_process_ends_without_looking_through_what_it_has_loaded(tmp_path):
+    launch(note_at_the_end, tmp_path / "frozen", processes=Processes(1, max_restarts=1))
+    assert int((tmp_path / "frozen").read_text()) > 100_000  # objects of torch
 
 
 class UnknownColourError(TrainingError):

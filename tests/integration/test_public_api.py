@@ -43,3 +43,14 @@ def test_the_command_itself_loads_nothing_that_starts_threads():
     code = "import sys, torchdlrm.cli.main, torchdlrm.cli.serve; print(*{'numpy', 'polars', 'torch'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
+
+
+def test_the_command_ends_without_looking_through_what_it_has_loaded():
+    code = """
+import atexit, gc
+from torchdlrm.cli.main import main
+atexit.register(lambda: print(gc.get_freeze_count() > 10_000))  # called after what `main` registers
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code, "config"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True"

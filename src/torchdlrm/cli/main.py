@@ -3,7 +3,9 @@
 Subcommands are named as strings: a module is imported when its command runs, so that `--help` answers at once.
 """
 
+import atexit
 import errno
+import gc
 import os
 import signal
 import sys
@@ -66,6 +68,8 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would tell people when it starts and stops
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # C++ stack traces where another machine's store is gone
     stand_in_for_driver()
+    # At its end Python would look through all that torch and TorchRec have loaded, for half a second and more.
+    atexit.register(gc.freeze)
     # As after Ctrl-C, what was begun is removed; commands that can save, or drain, have handlers of their own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup the end of the terminal is no reason to stop

@@ -1,5 +1,6 @@
 """Runs a function in one process or in many, on one node or several, through torch's elastic launcher."""
 
+import gc
 import importlib
 import json
 import os
@@ -208,6 +209,8 @@ def _recorded(entrypoint: Callable[..., Any], error_folder: Path, nnodes: int, *
         # The launcher tells of one process that has failed, which may be another that has only lost this one.
         record = {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         _write_down(record, unexpected)
+    finally:
+        gc.freeze()  # as the command does when it ends
     sys.stdout.flush()
     sys.stderr.flush()
     # What is left of the group would wait for the other processes, for as long as they may be silent.
