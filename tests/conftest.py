@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -28,7 +27,13 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-from command_server import CommandServer
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """For `-n auto`: three processes for two cores. Tests often wait, for a process to end or for time to pass."""
+    return len(os.sched_getaffinity(0)) * 3 // 2 or 1
+
+
+from command_server import DLRM, shared_server
 from raw_logs import learnable_rows
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.features.schema import criteo_schema
@@ -56,25 +61,17 @@ def small_dataset(small_log, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def command_server():
-    server = CommandServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="session")
-def dlrm(request):
+def dlrm():
     """Runs the real `dlrm` command in a process of its own: dlrm("train", config, "--run", path) -> completed.
 
     With environment variables, which libraries read when they are loaded, the process starts from nothing.
     """
 
     def run(*args, cwd=None, timeout_s=240, **environment):
-        command = [str(Path(sys.executable).with_name("dlrm")), *map(str, args)]
+        command = [DLRM, *map(str, args)]
         whole = {**os.environ, "COLUMNS": "200", **environment}
         if not environment:
-            server = request.getfixturevalue("command_server")
-            return server.run(command, cwd=cwd, environment=whole, timeout_s=timeout_s)
+            return shared_server().run(command, cwd=cwd, env=whole, timeout_s=timeout_s)
         return subprocess.run(
             command, cwd=cwd, timeout=timeout_s, env=whole, capture_output=True, text=True, check=False
         )
@@ -172,16 +169,13 @@ def serve():
     started = []
 
     def start(bundle, *args, max_open_files=None, **environment):
-        command = [str(Path(sys.executable).with_name("dlrm")), "serve", str(bundle), "--json", "--port", "0"]
+        options = {"env": {**os.environ, **environment}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        command = [DLRM, "serve", str(bundle), "--json", "--port", "0", *map(str, args)]
         if max_open_files:  # set in the server's process alone: this one may already have more files open
             command = ["sh", "-c", f'ulimit -S -n {max_open_files}; exec "$@"', "sh", *command]
-        process = subprocess.Popen(
-            [*command, *map(str, args)],
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+            process = subprocess.Popen(command, text=True, **options)
+        else:
+            process = shared_server().start(command, **options)
         started.append(process)
         told = process.stdout.readline()
         assert told, process.communicate(timeout=60)[1]

@@ -1,19 +1,9 @@
 """Trainings on several machines (two launchers on loopback), and launchers that are killed."""
 
-import socket
-
 import psutil
 import pytest
-from test_resume import CONFIG, OPTIONS, STEPS, Process, checkpoints, logged_steps, wait_until
 
-
-def two_nodes(*arguments, first=(), second=(), verb=("train", CONFIG)):
-    """Two `dlrm train` of one job (or another `verb`), with arguments of both and of each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = (*arguments, "--nnodes", 2, "--rdzv-endpoint", f"127.0.0.1:{port}")
-    return [Process(*shared, *first, verb=verb), Process(*shared, *second, verb=verb)]
+from trainings import CONFIG, OPTIONS, STEPS, Process, checkpoints, logged_steps, two_nodes, wait_until
 
 
 @pytest.mark.slow

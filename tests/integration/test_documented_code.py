@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from command_server import shared_server
+
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if BLOCK.search(page.read_text())]
@@ -57,12 +59,18 @@ def test_the_python_blocks_of_a_page_run(page, request, tmp_path):
             code = code.replace("http://localhost:8080", server.url).replace("localhost:8080", server.url[7:])
         else:
             give(name, tmp_path, request)
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    script = tmp_path / "page.py"
+    script.write_text(f"import warnings\nwarnings.simplefilter('error', UserWarning)\n{code}")
+    done = shared_server().run([script], cwd=tmp_path)
     assert done.returncode == 0, f"{page.name}:\n{done.stderr}"
+
+
+@pytest.mark.slow
+def test_what_the_pages_import_is_imported_without_a_warning():
+    """In a process that has loaded nothing yet."""
+    code = "\n".join(block for page in PAGES for block in BLOCK.findall(page.read_text()))
+    imports = sorted(set(re.findall(r"^(?:import|from) .*$", code, re.MULTILINE)))
+    assert "import torch" in imports
+    command = [sys.executable, "-W", "error::UserWarning", "-c", "\n".join(imports)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from test_cluster import two_nodes
 
 from torchdlrm import evaluate
 from torchdlrm.cli.evaluate import evaluate as command
@@ -13,6 +12,7 @@ from torchdlrm.config import ShardingConfig, config_toml
 from torchdlrm.errors import ConfigError, PlanError
 from torchdlrm.tables.optimizers import table_kernels
 from torchdlrm.training.run import Run
+from trainings import two_nodes
 
 
 @pytest.fixture

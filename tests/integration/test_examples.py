@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
 
+from command_server import shared_server
 from torchdlrm import Run, compare, evaluate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -23,14 +22,8 @@ ARGUMENTS = {
 def run_example(name, folder, request):
     given = {"DATASET": "small_dataset", "BUNDLE": "small_bundle", "LOG": "small_log"}
     arguments = [request.getfixturevalue(given[one]) if one in given else one for one in ARGUMENTS[name]]
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", *(str(getattr(value, "path", value)) for value in arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    arguments = [getattr(value, "path", value) for value in arguments]
+    done = shared_server().run([EXAMPLES / f"{name}.py", *arguments], cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,8 +1,6 @@
 """Data that others have encoded becomes a dataset: the same ids and floats, shuffled, checked."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import polars as pl
@@ -10,14 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from command_server import DLRM, shared_server
 from torchdlrm.data.dataset import Dataset
 
 DENSE, SPARSE = [f"int_{i}" for i in range(13)], [f"cat_{i}" for i in range(26)]
 
 
 def dlrm(*arguments):
-    command = [sys.executable, "-c", "from torchdlrm.cli.main import main; main()", "import", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return shared_server().run([DLRM, "import", *arguments])
 
 
 def import_ok(source, out, kind, *options):

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from command_server import DLRM, shared_server
 from torchdlrm.cli.predict import predict as predict_verb
 from torchdlrm.cli.verify import verify as verify_verb
 from torchdlrm.errors import UserError
@@ -34,7 +34,6 @@ from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 NAMES = [column.name for column in criteo_schema().columns]
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
-COMMAND = str(Path(sys.executable).with_name("dlrm"))
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +55,9 @@ def predict(small_bundle, tmp_path):
 
     def run(*args, out="scores.parquet", stdin=b"", bundle=small_bundle):
         target = tmp_path / out
-        command = [COMMAND, "predict", str(bundle), *map(str, args), "--out", str(target), "--json"]
-        done = subprocess.run(command, input=stdin, capture_output=True, check=False, timeout=120)
-        assert done.returncode == 0, done.stderr.decode()
+        command = [DLRM, "predict", bundle, *args, "--out", target, "--json"]
+        done = shared_server().run(command, given=stdin, timeout_s=120)
+        assert done.returncode == 0, done.stderr
         read = pl.read_parquet if target.suffix == ".parquet" else pl.read_csv
         return read(target), json.loads(done.stdout)
 
@@ -195,17 +194,16 @@ def without_progress(told):
     ],
 )
 def test_standard_streams_that_fail_are_one_line(redirected, code, message, small_bundle, small_log):
-    command = f"{COMMAND} predict {small_bundle} {redirected.format(log=small_log)}"
+    command = f"{DLRM} predict {small_bundle} {redirected.format(log=small_log)}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == code
     (line,) = without_progress(done.stderr)
     assert line.startswith(message)
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(small_bundle, small_log, full_disk):
+def test_a_full_disk_is_one_line_and_leaves_nothing(dlrm, small_bundle, small_log, full_disk):
     for name in ("scores.csv", "scores.parquet"):
-        command = [COMMAND, "predict", str(small_bundle), str(small_log), "--out", str(full_disk / name)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        done = dlrm("predict", small_bundle, small_log, "--out", full_disk / name)
         assert done.returncode == 1
         (line,) = without_progress(done.stderr)
         assert line.startswith(f"failed: {full_disk / name}: No space left on device; free some space")
@@ -226,9 +224,9 @@ def test_a_log_can_come_through_a_named_pipe(predict, few_rows, expected, tmp_pa
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_leaves_nothing_behind(number, small_bundle, few_rows, tmp_path):
     out = tmp_path / "scores.csv"
-    command = [COMMAND, "predict", str(small_bundle), "-", "--out", str(out)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    text = few_rows.write_csv(separator="\t", include_header=False).encode() * 50
+    command = [DLRM, "predict", small_bundle, "-", "--out", out]
+    process = shared_server().start(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    text = few_rows.write_csv(separator="\t", include_header=False) * 50
     process.stdin.write(text)  # and it waits for more: the pipe stays open
     process.stdin.flush()
     deadline_s = time.monotonic() + 60
@@ -239,7 +237,7 @@ def test_an_interrupt_leaves_nothing_behind(number, small_bundle, few_rows, tmp_
     assert process.wait(timeout=30) == 1
     process.stdin.close()
     with process.stderr as told:
-        assert b"interrupted: nothing was written" in told.read()
+        assert "interrupted: nothing was written" in told.read()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from command_server import DLRM, shared_server
 from torchdlrm.preprocessing.preprocess import work_folder
 
 GOOD = "\t".join(["1", *["3"] * 13, *["0000000a"] * 26]) + "\n"
@@ -21,8 +22,7 @@ def with_cell(column, cell):
 
 
 def dlrm(*arguments, **options):
-    command = [sys.executable, "-c", "from torchdlrm.cli.main import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+    return shared_server().run([DLRM, *arguments], **options)
 
 
 def bytes_of(line):
@@ -129,14 +129,13 @@ def test_a_full_disk_is_told_and_the_job_goes_on_when_there_is_room(tmp_path):
 def test_an_interrupt_keeps_what_is_done_and_says_so(number, tmp_path):
     log = tmp_path / "log"
     log.write_bytes(b"".join(with_cell(14, f"{i:08x}").encode() for i in range(150_000)))
-    code = "from torchdlrm.cli.main import main; main()"
-    command = [sys.executable, "-c", code, "preprocess", log, "--out", tmp_path / "dataset"]
-    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = [DLRM, "preprocess", log, "--out", tmp_path / "dataset"]
+    job = shared_server().start(command, stderr=subprocess.PIPE)
     chunks = work_folder(tmp_path / "dataset") / "chunks"
-    giving_up = threading.Event()
-    threading.Timer(30, giving_up.set).start()
-    while not giving_up.is_set() and not (chunks.is_dir() and any(chunks.iterdir())):
+    looking = threading.Event()
+    while not (chunks.is_dir() and any(chunks.iterdir())):
         assert job.poll() is None
+        looking.wait(0.002)
     job.send_signal(number)
     _, told = job.communicate(timeout=60)
     assert job.returncode == 1, told

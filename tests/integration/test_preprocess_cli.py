@@ -3,19 +3,18 @@
 import json
 import random
 import subprocess
-import sys
 
 import pyarrow.parquet as pq
 import pytest
 
+from command_server import DLRM, shared_server
 from torchdlrm.cli.inspect import inspect
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
 
 
 def dlrm(*arguments):
-    command = [sys.executable, "-c", "from torchdlrm.cli.main import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return shared_server().run([DLRM, *arguments])
 
 
 def criteo_lines(num_rows):

@@ -3,10 +3,10 @@ import os
 import re
 import signal
 import subprocess
-import sys
 
 import pytest
 
+from command_server import shared_server
 from torchdlrm import __version__
 
 # The real command on fewer rows, so that it can be interrupted often.
@@ -14,7 +14,7 @@ SMALL = (
     "import torchdlrm.cli.quickstart as verb; verb.NUM_ROWS = 35_000; from torchdlrm.cli.main import main; "
     "__name__ == '__main__' and main()"
 )
-COMMAND = [sys.executable, "-c", SMALL, "quickstart", "--out", "q", "--json"]
+ARGUMENTS = ("quickstart", "--out", "q", "--json")
 
 
 @pytest.mark.slow
@@ -51,8 +51,12 @@ def test_quickstart_refuses_a_quickstart_with_other_settings(dlrm, tmp_path, mar
 
 def interrupted_when(said, folder):
     """Start the quickstart, press Ctrl-C (which all its processes get) when it says this; what it said in all."""
-    process = subprocess.Popen(
-        COMMAND, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    process = shared_server().start(
+        [folder / "small.py", *ARGUMENTS],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     told = ""
     for line in process.stderr:
@@ -69,6 +73,7 @@ def interrupted_when(said, folder):
 
 @pytest.mark.slow
 def test_quickstart_interrupted_at_every_stage_goes_on_with_the_same_command(tmp_path):
+    (tmp_path / "small.py").write_text(SMALL)
     stopped = "stopped; the same command resumes: dlrm quickstart --out q"
     for stage in ("write rows: begins", "count: begins"):
         assert stopped in interrupted_when(stage, tmp_path)
@@ -79,7 +84,7 @@ def test_quickstart_interrupted_at_every_stage_goes_on_with_the_same_command(tmp
     assert "1/5 synthesize: q/log.tsv is there already" in told
     assert re.search(r"train: (resumes after [1-9]|nothing is left)", told), told
     assert stopped in told
-    done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    done = shared_server().run([tmp_path / "small.py", *ARGUMENTS], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"] == 5_000
     assert "on 5,000 held-out rows" in done.stderr

@@ -6,106 +6,21 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
-STEPS = 134  # two epochs of 67 batches
+from trainings import CONFIG, OPTIONS, STEPS, Process, checkpoints, logged_steps, state, wait_until
+
 NUM_KILLS = int(os.environ.get("TORCHDLRM_NUM_KILLS", "3"))  # CONTRIBUTING.md says when to ask for more
-OPTIONS = (
-    "--train.epochs",
-    2,
-    "--checkpoint.every-steps",
-    10,
-    "--logging.every-steps",
-    10,
-    "--logging.tensorboard",
-    "false",
-)
 # What a job of two processes adds: more state of the tables, per weight and per row, and a counter of steps.
 ADAM = (
     *("--table-optimizer.name", "adam", "--table-optimizer.learning-rate", 0.001),
     *("--table-optimizer.weight-decay", 0.1, "--table-optimizer.weight-decay-mode", "lazy"),
 )
 OPTIONS_OF = {1: OPTIONS, 2: (*OPTIONS, *ADAM, "--nproc-per-node", 2)}
-
-
-class Process:
-    """A `dlrm train` (or another `verb`) that runs beside the test, which watches what it writes."""
-
-    def __init__(self, *args, verb=("train", CONFIG), **environment):
-        command = [str(Path(sys.executable).with_name("dlrm")), *map(str, (*verb, *args))]
-        self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            env={**os.environ, "COLUMNS": "200", **environment},
-        )
-
-    def wait(self, timeout_s=240):
-        try:
-            output, _ = self.process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            self.kill_all()
-            raise
-        return self.process.returncode, output
-
-    def workers(self):
-        """Process ids of its children that train."""
-        listing = subprocess.run(
-            ["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False
-        ).stdout.split()
-        names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in listing if Path(f"/proc/{pid}").exists()}
-        return [int(pid) for pid, name in names.items() if "spawn_main" in name]
-
-    def kill_all(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        return self.wait()
-
-
-def wait_until(condition, process, timeout_s=120):
-    """Poll a condition on the files of a run, without guessing how long it takes."""
-    poll = threading.Event()
-    for _ in range(int(timeout_s / 0.02)):
-        if condition():
-            return
-        assert process.process.poll() is None, process.wait()
-        poll.wait(0.02)
-    message = f"not within {timeout_s} s"
-    raise AssertionError(message)
-
-
-def checkpoints(run):
-    return sorted(int(path.parent.name[5:]) for path in (run / "checkpoints").glob("step-*/checkpoint.json"))
-
-
-def logged_steps(run):
-    path = run / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def state(run, tmp_path, step=STEPS):
-    """Every tensor of a checkpoint, model and optimizer, by name."""
-    dcp_to_torch_save(run / "checkpoints" / f"step-{step:08d}", tmp_path / "state.pt")
-    flat = {}
-
-    def walk(prefix, value):
-        for key, inner in value.items():
-            if isinstance(inner, dict):
-                walk(f"{prefix}{key}/", inner)
-            else:
-                flat[f"{prefix}{key}"] = inner
-
-    walk("", torch.load(tmp_path / "state.pt", weights_only=True))
-    return flat
 
 
 def assert_same_bytes(run, expected, tmp_path):
@@ -134,8 +49,8 @@ def test_a_checkpoint_holds_model_and_optimizer_state(uninterrupted):
     names = uninterrupted[1].keys()
     assert "model/model.sparse_arch.embedding_bag_collection.embedding_bags.t_cat_0.weight" in names
     assert any(name.startswith("optimizer/") and "momentum1" in name for name in names)
-    for state in ("momentum1", "exp_avg_sq", "prev_iter"):
-        assert any(name.startswith("optimizer/") and name.endswith(f".{state}") for name in uninterrupted[2])
+    for kept in ("momentum1", "exp_avg_sq", "prev_iter"):
+        assert any(name.startswith("optimizer/") and name.endswith(f".{kept}") for name in uninterrupted[2])
     assert any(name.startswith("optimizer/") and "over_arch" in name and name.endswith("sum") for name in names)
 
 

@@ -2,10 +2,6 @@
 
 import json
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group
+from trainings import two_nodes
 
 CONFIG = "criteo-small"
 STEPS, HALF_WAY, LATER = 20, 10, 15
@@ -58,19 +55,10 @@ def train_in_turn(path, runs):
 
 def on_two_nodes(dataset, run, **settings):
     """Train by the command on two machines, which are both this one, with two processes each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [Path(sys.executable).with_name("dlrm"), "train", CONFIG, "--dataset", dataset.path, "--run", run]
-    command += ["--nproc-per-node", 2, "--nnodes", 2, "--rdzv-endpoint", place]
-    for name, value in (SETTINGS | settings).items():
-        command += [f"--{name.replace('_', '-')}", value]
-    nodes = [
-        subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for _ in range(2)
-    ]
-    outputs = [node.communicate(timeout=400)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    flags = [word for name, value in (SETTINGS | settings).items() for word in (f"--{name.replace('_', '-')}", value)]
+    arguments = ("--dataset", dataset.path, "--run", run, "--nproc-per-node", 2, *flags)
+    told = [node.wait(timeout_s=400) for node in two_nodes(*arguments, verb=("train", CONFIG))]
+    assert [code for code, _ in told] == [0, 0], "\n".join(output for _, output in told)
     return run
 
 

@@ -1,0 +1,103 @@
+"""Trainings that run beside a test, which watches them, interrupts them and compares what they leave."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from command_server import DLRM, shared_server
+
+CONFIG = Path(__file__).parents[1] / "configs" / "criteo-small.toml"
+STEPS = 134  # two epochs of 67 batches
+OPTIONS = (
+    *("--train.epochs", 2, "--checkpoint.every-steps", 10),
+    *("--logging.every-steps", 10, "--logging.tensorboard", "false"),
+)
+
+
+class Process:
+    """A `dlrm train` (or another `verb`) that runs beside the test, in a session of its own."""
+
+    def __init__(self, *args, verb=("train", CONFIG)):
+        self.process = shared_server().start(
+            [DLRM, *verb, *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "COLUMNS": "200"},
+            start_new_session=True,
+        )
+
+    def wait(self, timeout_s=240):
+        """The exit code and the output, when all its processes have ended."""
+        try:
+            output, _ = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            raise
+        return self.process.returncode, output
+
+    def workers(self):
+        """Process ids of its children that train."""
+        listing = subprocess.run(
+            ["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False
+        ).stdout.split()
+        names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in listing if Path(f"/proc/{pid}").exists()}
+        return [int(pid) for pid, name in names.items() if "spawn_main" in name]
+
+    def kill_all(self):
+        with suppress(ProcessLookupError):  # all have ended
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.wait()
+
+
+def two_nodes(*arguments, first=(), second=(), verb=("train", CONFIG)):
+    """Two `dlrm train` of one job (or another `verb`), with arguments of both and of each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = (*arguments, "--nnodes", 2, "--rdzv-endpoint", f"127.0.0.1:{port}")
+    return [Process(*shared, *first, verb=verb), Process(*shared, *second, verb=verb)]
+
+
+def wait_until(condition, process, timeout_s=120):
+    """Poll a condition on the files of a run, without guessing how long it takes."""
+    poll = threading.Event()
+    for _ in range(int(timeout_s / 0.02)):
+        if condition():
+            return
+        assert process.process.poll() is None, process.wait()
+        poll.wait(0.02)
+    message = f"not within {timeout_s} s"
+    raise AssertionError(message)
+
+
+def checkpoints(run):
+    return sorted(int(path.parent.name[5:]) for path in (run / "checkpoints").glob("step-*/checkpoint.json"))
+
+
+def logged_steps(run):
+    path = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def state(run, tmp_path, step=STEPS):
+    """Every tensor of a checkpoint, model and optimizer, by name."""
+    dcp_to_torch_save(run / "checkpoints" / f"step-{step:08d}", tmp_path / "state.pt")
+    flat = {}
+
+    def walk(prefix, value):
+        for key, inner in value.items():
+            if isinstance(inner, dict):
+                walk(f"{prefix}{key}/", inner)
+            else:
+                flat[f"{prefix}{key}"] = inner
+
+    walk("", torch.load(tmp_path / "state.pt", weights_only=True))
+    return flat
