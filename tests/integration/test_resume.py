@@ -155,7 +155,7 @@ def test_a_signal_saves_and_exits_and_the_same_command_goes_on(number, small_dat
 def test_a_killed_process_is_replaced_and_the_job_ends_by_itself(small_dataset, uninterrupted, tmp_path):
     run = tmp_path / "run"
     process = Process("--dataset", small_dataset.path, "--run", run, *OPTIONS_OF[2], "--max-restarts", 2)
-    wait_until(lambda: max(checkpoints(run), default=0) >= 30, process)
+    wait_until(lambda: max(checkpoints(run), default=0) >= 10, process)
     os.kill(process.workers()[1], signal.SIGKILL)
     code, output = process.wait()
     assert code == 0, output
@@ -166,9 +166,8 @@ def test_a_killed_process_is_replaced_and_the_job_ends_by_itself(small_dataset, 
 @pytest.mark.slow
 def test_sigterm_to_a_job_of_two_processes_saves(small_dataset, tmp_path):
     run = tmp_path / "run"
-    process = Process(
-        "--dataset", small_dataset.path, "--run", run, *OPTIONS, "--checkpoint.every-steps", 0, "--nproc-per-node", 2
-    )
+    options = (*OPTIONS, "--train.epochs", 50, "--checkpoint.every-steps", 0)
+    process = Process("--dataset", small_dataset.path, "--run", run, *options, "--nproc-per-node", 2)
     wait_until(lambda: len(logged_steps(run)) >= 2, process)
     process.process.send_signal(signal.SIGTERM)
     code, output = process.wait()
@@ -182,7 +181,8 @@ def test_sigterm_to_a_job_of_two_processes_saves(small_dataset, tmp_path):
 def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved(after_start_s, small_dataset, tmp_path):
     """As from a terminal: all processes of the job get it, in whatever they are just doing."""
     run = tmp_path / "run"
-    process = Process("--dataset", small_dataset.path, "--run", run, *OPTIONS, "--nproc-per-node", 2)
+    options = (*OPTIONS, "--train.epochs", 50)
+    process = Process("--dataset", small_dataset.path, "--run", run, *options, "--nproc-per-node", 2)
     wait_until(lambda: len(process.workers()) == 2, process)
     threading.Event().wait(after_start_s)
     os.killpg(process.process.pid, signal.SIGINT)
