@@ -26,7 +26,7 @@ _WITH_SECOND_MOMENT = {
 
 
 class TablesOnCpu(SplitTableBatchedEmbeddingBagsCodegen):  # type: ignore[misc]  # FBGEMM is untyped
-    """FBGEMM's module, whose lookup and update on CPU are ours: `torchdlrm.tables.table_threads`.
+    """FBGEMM's module, whose lookup and update on CPU are ours: `torchdlrm.tables.lookup`.
 
     Attributes:
         is_lazy: whether a row catches up on the weight decay of steps that did not look it up. Then `prev_iter_host`
