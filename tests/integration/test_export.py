@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -16,6 +15,7 @@ from test_preprocess_own_log import SCHEMA_TEXT, rows
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from command_server import shared_server
 from predicted import evaluated
 from torchdlrm.bundle import write
 from torchdlrm.bundle.bundle import Bundle
@@ -152,19 +152,34 @@ def test_a_link_in_the_place_of_unfinished_work_is_not_followed(small_run, small
     assert not (tmp_path / "bundle").exists()
 
 
+# The real command, which then waits to be interrupted in the midst of its work.
+UNTIL_INTERRUPTED = """
+import importlib, threading
+from torchdlrm.cli.main import main
+export = importlib.import_module("torchdlrm.exporting.export")
+write = export.write_weights
+def write_and_wait(*args):
+    write(*args)
+    threading.Event().wait(60)
+export.write_weights = write_and_wait
+main()
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_export_that_is_told_to_end_leaves_nothing_behind(number, small_run, small_dataset, tmp_path):
-    command = [str(Path(sys.executable).with_name("dlrm")), "export", str(small_run), "--out", str(tmp_path / "bundle")]
-    command += ["--dataset", str(small_dataset.path), "--precision", "auto"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        deadline_s = time.monotonic() + 60
-        while not list(tmp_path.iterdir()) and time.monotonic() < deadline_s:
-            time.sleep(0.002)
-        time.sleep(0.1)  # an interrupt between making the folder and minding it leaves it there, empty
-        process.send_signal(number)
-        _, told = process.communicate(timeout=60)
-    assert (process.returncode, told.splitlines()[-1]) == (1, b"interrupted")
-    assert list(tmp_path.iterdir()) == []
+    script, out = tmp_path / "export.py", tmp_path / "out"
+    script.write_text(UNTIL_INTERRUPTED)
+    out.mkdir()
+    command = [script, "export", small_run, "--out", out / "bundle", "--dataset", small_dataset.path]
+    process = shared_server().start([*command, "--precision", "auto"], stderr=subprocess.PIPE)
+    while not list(out.glob("*/weights.safetensors")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told.splitlines()[-1]) == (1, "interrupted")
+    assert list(out.iterdir()) == []
 
 
 def test_a_bundle_that_predicts_other_than_the_checkpoint_is_not_left(small_run, small_dataset, tmp_path, monkeypatch):
