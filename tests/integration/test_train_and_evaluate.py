@@ -2,10 +2,10 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -171,13 +171,15 @@ def test_wrong_input_exits_with_two_and_says_what_to_do(run, small_dataset, dlrm
             assert text in done.stderr.replace("\n", " "), (arguments, done.stderr)
 
 
-def test_help_answers_within_half_a_second():
+def test_help_takes_less_than_half_a_second():
+    """Of a core: how long it waits for one is not its own doing."""
     command = [str(Path(sys.executable).with_name("dlrm")), "--help"]
     times_s = []
-    while len(times_s) < 3 or (min(times_s) >= 0.5 and len(times_s) < 20):  # others may have the cores
-        started_s = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        times_s.append(time.perf_counter() - started_s)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert "preprocess" in done.stdout
     assert min(times_s) < 0.5
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from torchdlrm.kernels.threads import array_of, in_parts
 from torchdlrm.model.dots import write_pairs, write_square
@@ -24,7 +25,9 @@ def dot_output_size(num_sparse_features: int, embedding_dim: int) -> int:
 
 
 def _has_kernels(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in {torch.float32, torch.bfloat16}
+    """Not where somebody lists the operators that run, as for the products of a model of one's own."""
+    is_plain = tensor.device.type == "cpu" and tensor.dtype in {torch.float32, torch.bfloat16}
+    return is_plain and not is_in_torch_dispatch_mode()
 
 
 def _together(dense_BD: Tensor, sparse_BFD: Tensor) -> Tensor:
