@@ -4,7 +4,7 @@ Numba compiles: it needs no compiler on the user's machine. Functions compile at
 later processes find them in the `__pycache__` next to the source, or in the user's cache folder (`NUMBA_CACHE_DIR` says
 where else), and load them in milliseconds. They release the interpreter's lock.
 
-What is kept on disk is compiled anew when its own file changes, but not when another file does from which it calls a
+What is kept on disk is compiled again when its own file changes, but not when another file does from which it calls a
 function: so those that call each other stand in one file, and who edits this one removes `__pycache__`.
 
 Arrays of bfloat16, which NumPy does not know, are seen as arrays of uint16.

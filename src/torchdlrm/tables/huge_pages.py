@@ -41,7 +41,7 @@ def use_huge_pages(model: nn.Module) -> None:
 
 
 def _ask_for_huge_pages(tensor: Tensor) -> None:
-    """Give back the pages that lie wholly within a tensor: they come anew, as zeros, when they are written to."""
+    """Give back the pages that lie wholly within a tensor: it gets new ones, all zeros, when it is written to."""
     tensor.detach().zero_()
     if _advise(tensor.data_ptr(), tensor.nbytes, _MADV_HUGEPAGE):
         _advise(tensor.data_ptr(), tensor.nbytes, _MADV_DONTNEED)
