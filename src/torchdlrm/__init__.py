@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torchdlrm.metrics import BinaryMetrics as BinaryMetrics
     from torchdlrm.metrics import binary_metrics as binary_metrics
     from torchdlrm.model.dlrm import DLRM as DLRM
+    from torchdlrm.model.dlrm import DLRM_DCN as DLRM_DCN
+    from torchdlrm.model.dlrm import DLRM_Projection as DLRM_Projection
     from torchdlrm.model.dlrm import DLRMTrain as DLRMTrain
     from torchdlrm.planning.plan import plan as plan
     from torchdlrm.planning.plan_request import PlanRequest as PlanRequest
@@ -53,7 +55,7 @@ _NAMES_OF = {
     "features.schema": ("FeatureSchema", "criteo_schema", "load_schema"),
     "loader.loader": ("Loader",),
     "metrics": ("BinaryMetrics", "binary_metrics"),
-    "model.dlrm": ("DLRM", "DLRMTrain"),
+    "model.dlrm": ("DLRM", "DLRM_DCN", "DLRM_Projection", "DLRMTrain"),
     "planning.plan": ("plan",),
     "planning.plan_request": ("PlanRequest",),
     "prediction.predictor": ("Predictor",),

@@ -1,7 +1,9 @@
 """Our DLRM against TorchRec's own module, with the same weights on the same rows."""
 
+import inspect
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torchrec.models import dlrm as torchrec_dlrm
@@ -11,19 +13,29 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.model import dlrm
+from torchdlrm.model.flat_interactions import LowRankCrossNet
 from torchdlrm.model.interaction import InteractionArch
+from torchdlrm.model.room import mark_room
 
 NUM_ROWS, NUM_DENSE, NUM_FEATURES, DIM = 37, 13, 26, 16
 FEATURES = [f"cat_{i}" for i in range(NUM_FEATURES)]
 
 
-def build(module, num_dense=NUM_DENSE):
+FAMILY = {
+    "DLRM": {},
+    "DLRM_DCN": {"dcn_num_layers": 3, "dcn_low_rank_dim": 5},
+    "DLRM_Projection": {"interaction_branch1_layer_sizes": [20, 3 * DIM], "interaction_branch2_layer_sizes": [2 * DIM]},
+}
+of_the_family = pytest.mark.parametrize("kind", FAMILY)
+
+
+def build(module, num_dense=NUM_DENSE, *, kind="DLRM", **settings):
     tables = [
         EmbeddingBagConfig(name=f"t_{name}", embedding_dim=DIM, num_embeddings=50, feature_names=[name])
         for name in FEATURES
     ]
     ebc = EmbeddingBagCollection(tables=tables)
-    return module.DLRMTrain(module.DLRM(ebc, num_dense, [32, DIM], [32, 8, 1]))
+    return module.DLRMTrain(getattr(module, kind)(ebc, num_dense, [32, DIM], [32, 8, 1], **FAMILY[kind] | settings))
 
 
 @pytest.fixture
@@ -37,9 +49,10 @@ def batch(seed):
     )
 
 
-def test_logits_loss_and_gradients_equal_torchrecs(batch, seed):
+@of_the_family
+def test_logits_loss_and_gradients_equal_torchrecs(kind, batch, seed):
     torch.manual_seed(seed)
-    ours, theirs = build(dlrm), build(torchrec_dlrm)
+    ours, theirs = build(dlrm, kind=kind), build(torchrec_dlrm, kind=kind)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     our_loss, (_, our_logits, _) = ours(batch)
     their_loss, (_, their_logits, _) = theirs(batch)
@@ -68,12 +81,68 @@ def test_without_dense_features_it_equals_torchrecs_with_one_that_is_always_1(ba
         torch.testing.assert_close(parameter.grad, their_gradients[name], atol=1e-5, rtol=0)
 
 
-def test_state_dicts_load_both_ways():
-    ours, theirs = build(dlrm), build(torchrec_dlrm)
+@of_the_family
+def test_state_dicts_load_both_ways(kind):
+    ours, theirs = build(dlrm, kind=kind), build(torchrec_dlrm, kind=kind)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(value, ours.state_dict()[name], atol=0, rtol=0)
-    ours.load_state_dict(build(torchrec_dlrm).state_dict(), strict=True)
+    ours.load_state_dict(build(torchrec_dlrm, kind=kind).state_dict(), strict=True)
+
+
+def test_the_arguments_have_torchrecs_order():
+    for name in FAMILY:
+        theirs = [*inspect.signature(getattr(torchrec_dlrm, name)).parameters]
+        assert [*inspect.signature(getattr(dlrm, name)).parameters][: len(theirs)] == theirs
+
+
+def test_initial_weights_of_the_cross_net_are_spread_as_torchrecs(seed):
+    torch.manual_seed(seed)
+    ours, theirs = (build(module, kind="DLRM_DCN").model.inter_arch.state_dict() for module in (dlrm, torchrec_dlrm))
+    for name, weight in ours.items():
+        assert weight.shape == theirs[name].shape
+        torch.testing.assert_close(weight.std(), theirs[name].std(), atol=0, rtol=0.1)
+
+
+def test_a_gated_cross_net_is_the_formula_of_its_paper(seed):
+    torch.manual_seed(seed)
+    net = LowRankCrossNet(12, 2, 3, gated=True).double()
+    for bias in net.bias:
+        torch.nn.init.uniform_(bias)
+    weights = {name: weight.detach().numpy() for name, weight in net.state_dict().items()}
+    x0 = x = np.random.default_rng(seed).normal(size=(5, 12))
+    for layer in range(2):
+        W, V, gate_W, gate_V, bias = (
+            weights[f"{name}.{layer}"]
+            for name in ("W_kernels", "V_kernels", "gate_W_kernels", "gate_V_kernels", "bias")
+        )
+        x = x0 * (x @ V.T @ W.T + bias) / (1 + np.exp(-(x @ gate_V.T @ gate_W.T))) + x
+    np.testing.assert_allclose(net(torch.from_numpy(x0)).detach().numpy(), x, rtol=1e-12)
+
+
+@pytest.mark.parametrize("has_room", [False, True])
+@pytest.mark.parametrize("kind", ["DLRM_DCN", "DLRM_Projection"])
+def test_gradients_equal_numerical_differences(kind, has_room, seed):
+    torch.manual_seed(seed)
+    arch = build(dlrm, kind=kind).model.inter_arch.double()
+    rows = torch.rand(3, NUM_FEATURES + 1, DIM, dtype=torch.float64)
+    dense, sparse = rows[:, 0].clone().requires_grad_(), rows[:, 1:].requires_grad_()
+
+    def run(dense, sparse):
+        # As the lookup gives them: a view of a buffer that has room before each row.
+        return arch(dense, mark_room(rows.clone()[:, 1:].copy_(sparse)) if has_room else sparse).sum(1)
+
+    assert torch.autograd.gradcheck(run, (dense, sparse), fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("interaction_branch1_layer_sizes", [8, 24]), ("interaction_branch2_layer_sizes", [9])]
+)
+def test_a_branch_that_does_not_end_with_a_multiple_of_the_dimension_is_refused(name, sizes):
+    with pytest.raises(
+        ValueError, match=rf"interaction branch {name[18]} ends with {sizes[-1]}, .* multiple of D = 16"
+    ):
+        build(dlrm, kind="DLRM_Projection", **{name: sizes})
 
 
 def test_embeddings_keep_the_order_of_the_features_when_they_come_back_in_another(batch, seed):

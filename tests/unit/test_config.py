@@ -69,6 +69,44 @@ def test_keys_that_contradict_each_other_are_told():
     assert "dense_optimizer.momentum: dense_optimizer.name = adagrad has no such thing, got 0.9" in message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ({"dcn_gated": "true"}, "model.dcn_gated: only model.interaction = dcn reads it, got True with dot"),
+        (
+            {"interaction": "projection", "interaction_branch1_layer_sizes": "256", "dcn_num_layers": "2"},
+            "model.dcn_num_layers: only model.interaction = dcn reads it, got 2 with projection",
+        ),
+        (
+            {"interaction": "projection", "interaction_branch1_layer_sizes": "256"},
+            "model.interaction_branch2_layer_sizes: model.interaction = projection needs it; it is not set",
+        ),
+        (
+            {"interaction": "projection", "interaction_branch1_layer_sizes": "256,100"},
+            "model.interaction_branch1_layer_sizes: must end with a multiple of model.embedding_dim = 128, got 100",
+        ),
+        ({"interaction": "dnc"}, "--model.interaction: must be one of 'dot', 'dcn', 'projection', not 'dnc'"),
+    ],
+)
+def test_an_interaction_has_the_settings_that_it_reads_and_no_others(overrides, problem):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, {f"model.{name}": value for name, value in overrides.items()})
+    assert problem in str(error.value)
+
+
+def test_a_config_is_written_with_the_settings_that_its_interaction_reads(tmp_path):
+    crossed = load_config(None, {"model.interaction": "dcn", "model.dcn_low_rank_dim": "64"})
+    written = config_toml(crossed)
+    assert "dcn_low_rank_dim = 64" in written
+    (tmp_path / "config.toml").write_text(written)
+    assert load_config(tmp_path / "config.toml") == crossed
+    assert "dcn" not in config_toml(load_config(None))
+    sizes = {f"model.interaction_branch{i}_layer_sizes": "64,256" for i in (1, 2)}
+    projected = load_config(None, {"model.interaction": "projection", **sizes})
+    (tmp_path / "config.toml").write_text(config_toml(projected))
+    assert load_config(tmp_path / "config.toml") == projected
+
+
 def test_keys_that_contradict_each_other_do_not_wait_for_those_that_are_wrong():
     overrides = {"train.epochs": "two", "lr": "0.1", "model.embedding_dim": "15", "schedule.name": "nope"}
     with pytest.raises(ConfigError) as error:

@@ -118,8 +118,8 @@ class Bundle:
             BundleError: there is no bundle, a file of it is missing or damaged, or its format is newer.
             ConfigError: there is no such model class.
         """
-        architecture = architecture_of(model_class)
         manifest = BundleManifest.read(path)
+        architecture = architecture_of(manifest.model, model_class)
         if manifest.block_bytes != BLOCK_BYTES or WEIGHTS_NAME not in manifest.files:
             msg = f"{path}: block_bytes is {manifest.block_bytes:,}, not {BLOCK_BYTES:,}, or {WEIGHTS_NAME} is missing"
             raise BundleError(msg)

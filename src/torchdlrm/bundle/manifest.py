@@ -15,7 +15,7 @@ from torchdlrm.features.transforms import FittedDense
 from torchdlrm.files import regular_file, sha256_of, sync
 from torchdlrm.model.model_class import ModelClassRecord
 
-FORMAT_VERSION, _WITHOUT_MODEL_CLASS = 3, 2
+FORMAT_VERSION, _WITH_MODEL_CLASS, _WITHOUT_MODEL_CLASS = 4, 3, 2
 MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME = "bundle.json", "weights.safetensors", "sample.parquet"
 _VERSION_DIGITS = 12
 # Of 1 TB of weights it has 5 MB.
@@ -27,9 +27,11 @@ _MAX_PROBLEMS, _MAX_PROBLEM_LENGTH = 5, 300
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-def oldest_version(model_class: ModelClassRecord | None) -> int:
+def oldest_version(model: ModelConfig, model_class: ModelClassRecord | None) -> int:
     """The oldest version of the format that says what must be said: older programs read all other bundles."""
-    return _WITHOUT_MODEL_CLASS if model_class is None else FORMAT_VERSION
+    if model.interaction != "dot":
+        return FORMAT_VERSION
+    return _WITHOUT_MODEL_CLASS if model_class is None else _WITH_MODEL_CLASS
 
 
 class _Frozen(BaseModel):
@@ -169,7 +171,11 @@ class BundleManifest(_Frozen):
         if dim % 4 or model.dense_arch_layer_sizes[-1] != dim or model.over_arch_layer_sizes[-1] != 1:
             msg = f"model: embedding_dim {dim} is no multiple of 4, or the arches do not end with it and with 1"
             raise ValueError(msg)
-        if max(dim * num_vectors, *model.dense_arch_layer_sizes, *model.over_arch_layer_sizes) > _MAX_ROW_NUMBERS:
+        if interaction := model.interaction_problems():
+            raise ValueError(interaction[0])
+        branches = (model.interaction_branch1_layer_sizes or ()) + (model.interaction_branch2_layer_sizes or ())
+        layers = (*model.dense_arch_layer_sizes, *branches, model.dcn_low_rank_dim, *model.over_arch_layer_sizes)
+        if max(dim * num_vectors, *layers) > _MAX_ROW_NUMBERS:
             msg = f"model: a row would be more than {_MAX_ROW_NUMBERS:,} numbers"
             raise ValueError(msg)
         return self
@@ -194,6 +200,8 @@ class BundleManifest(_Frozen):
             del content["source"]["checkpoint"]
         if self.model_class is None:
             del content["model_class"]
+        if self.model.interaction == "dot":  # which older versions do not say
+            del content["model"]["interaction"]
         content["schema"] = self.feature_schema.model_dump(mode="json", by_alias=True, exclude_none=True)
         return content
 

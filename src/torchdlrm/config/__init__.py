@@ -2,10 +2,12 @@
 
 from torchdlrm.config.optimizers import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, TableOptimizer, TableOptimizerName
 from torchdlrm.config.sections import (
+    INTERACTION_SETTINGS,
     CheckpointConfig,
     Config,
     DenseOptimizerConfig,
     DeviceChoice,
+    InteractionName,
     LoaderConfig,
     LoggingConfig,
     ModelConfig,
@@ -22,11 +24,13 @@ from torchdlrm.config.text import config_toml, configuration_markdown, find_conf
 
 __all__ = [
     "DENSE_OPTIMIZERS",
+    "INTERACTION_SETTINGS",
     "TABLE_OPTIMIZERS",
     "CheckpointConfig",
     "Config",
     "DenseOptimizerConfig",
     "DeviceChoice",
+    "InteractionName",
     "LoaderConfig",
     "LoggingConfig",
     "ModelConfig",

@@ -3,10 +3,10 @@
 docs/configuration.md is generated from it.
 """
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from pydantic.fields import FieldInfo
 
 from torchdlrm.config.optimizers import (
@@ -32,6 +32,15 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+InteractionName = Literal["dot", "dcn", "projection"]
+# What each kind of interaction reads, besides what all models have.
+INTERACTION_SETTINGS: Mapping[InteractionName, tuple[str, ...]] = {
+    "dot": (),
+    "dcn": ("dcn_num_layers", "dcn_low_rank_dim", "dcn_gated"),
+    "projection": ("interaction_branch1_layer_sizes", "interaction_branch2_layer_sizes"),
+}
+
+
 class ModelConfig(_Section):
     """The DLRM's shape; the defaults are the paper's Criteo model."""
 
@@ -42,6 +51,49 @@ class ModelConfig(_Section):
     over_arch_layer_sizes: tuple[PositiveInt, ...] = Field(
         (1024, 512, 256, 1), strict=False, min_length=2, description="output sizes of the over arch; the last is 1"
     )
+    interaction: InteractionName = Field(
+        "dot",
+        description="what happens between embeddings and over arch: dot products of all pairs; dcn: a low-rank cross "
+        "net (DCN v2); projection: products of what two branches make of all vectors",
+    )
+    dcn_num_layers: Annotated[int, Field(ge=1, le=100)] = Field(3, description="layers of the cross net (dcn)")
+    dcn_low_rank_dim: PositiveInt = Field(512, description="rank of the cross net's weights (dcn)")
+    dcn_gated: bool = Field(default=False, description="multiply each cross layer by a gate of its own, as GDCN (dcn)")
+    interaction_branch1_layer_sizes: tuple[PositiveInt, ...] | None = Field(
+        None, strict=False, min_length=1, description="output sizes of the first branch; ends with a multiple of D"
+    )
+    interaction_branch2_layer_sizes: tuple[PositiveInt, ...] | None = Field(
+        None, strict=False, min_length=1, description="output sizes of the second branch; ends with a multiple of D"
+    )
+
+    @property
+    def interaction_settings(self) -> dict[str, Any]:
+        """The settings that the interaction reads, by name."""
+        return {name: getattr(self, name) for name in INTERACTION_SETTINGS[self.interaction]}
+
+    @model_serializer(mode="wrap")
+    def _without_what_nothing_reads(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So that a config says what its model is, and no more."""
+        unread = {name for names in INTERACTION_SETTINGS.values() for name in names} - {*self.interaction_settings}
+        return {name: value for name, value in write(self).items() if name not in unread}
+
+    def interaction_problems(self) -> list[str]:
+        """Settings that the interaction does not read, lacks, or cannot be built with."""
+        found = []
+        for name, readers in ((name, kind) for kind, names in INTERACTION_SETTINGS.items() for name in names):
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if readers != self.interaction and value != default:
+                found.append(
+                    f"model.{name}: only model.interaction = {readers} reads it, got {value!r} with {self.interaction}"
+                )
+            elif readers == self.interaction and value is None:
+                found.append(f"model.{name}: model.interaction = {self.interaction} needs it; it is not set")
+            elif readers == self.interaction == "projection" and value[-1] % self.embedding_dim:
+                found.append(
+                    f"model.{name}: must end with a multiple of model.embedding_dim = {self.embedding_dim}, got "
+                    f"{value[-1]}"
+                )
+        return found
 
 
 class TrainConfig(_Section):
@@ -284,6 +336,7 @@ def cross_checks(config: Config) -> list[str]:
         found.append(f"model.embedding_dim: must be a multiple of 4 (FBGEMM's rows), got {model.embedding_dim}")
     if model.over_arch_layer_sizes[-1] != 1:
         found.append(f"model.over_arch_layer_sizes: must end with 1, the logit, got {model.over_arch_layer_sizes[-1]}")
+    found += model.interaction_problems()
     return [*found, *_schedule_problems(config.schedule, config.stop), *_unread_settings(config)]
 
 

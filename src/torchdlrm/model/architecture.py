@@ -1,4 +1,4 @@
-"""Describes a model before it is built: one object for each way in which its vectors interact.
+"""Describes a model before it is built: one object for each way in which its vectors interact (`model.interaction`).
 
 An `Architecture` builds the module, names its matrix products, and says how the interaction is served.  All that counts
 work asks `ModelShape.products`: threads and precision of training, the planner's estimate, the export, the benchmark's
@@ -10,7 +10,7 @@ B rows of the batch, F sparse features, D embedding dimension, N = F + 1 vectors
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from torchdlrm.config import ModelConfig
+from torchdlrm.config import InteractionName, ModelConfig
 from torchdlrm.model.interaction import PairLayout, dot_output_size
 
 if TYPE_CHECKING:
@@ -99,36 +99,91 @@ class Architecture(ABC):
         return None
 
 
-class DotArchitecture(Architecture):
-    """The paper's: dot products of all pairs of vectors."""
+class BuiltInArchitecture(Architecture):
+    """A class of `torchdlrm.model.dlrm`: an interaction between a dense arch and an over arch of plain layers.
+
+    Attributes:
+        class_name: of the class, and of TorchRec's.
+    """
+
+    class_name: str
+
+    @abstractmethod
+    def interaction(self, shape: "ModelShape") -> tuple[Sequence[Product], int]:
+        """The interaction's matrix products, and how many numbers of a row it gives to the over arch."""
 
     def build(
         self, shape: "ModelShape", embedding_bag_collection: "EmbeddingBagCollection", device: torch.device
     ) -> nn.Module:
-        """A `torchdlrm.model.dlrm.DLRM`."""
-        from torchdlrm.model.dlrm import DLRM  # noqa: PLC0415 - with TorchRec, which a server can do without
+        """A model of the class."""
+        from torchdlrm.model import dlrm  # noqa: PLC0415 - with TorchRec, which a server can do without
 
-        return DLRM(embedding_bag_collection, **shape.arguments, dense_device=device)
+        model: nn.Module = getattr(dlrm, self.class_name)(
+            embedding_bag_collection, **shape.arguments, dense_device=device
+        )
+        return model
 
     def products(self, shape: "ModelShape") -> Sequence[Product]:
-        """Those of the layers, and V V^T between the two arches."""
-        config, num_vectors = shape.config, shape.num_sparse + 1
+        """Those of the layers, and the interaction's between the two arches."""
         # Without dense features the dense arch has one input, which is always 1.
-        dense = [Product(1, *sizes) for sizes in pairwise((max(1, shape.num_dense), *config.dense_arch_layer_sizes))]
-        over_in = dot_output_size(shape.num_sparse, config.embedding_dim)
-        return (
-            replace(dense[0], num_gradients=1),  # its inputs are data
-            *dense[1:],
-            Product(num_vectors, config.embedding_dim, num_vectors, has_weight=False, num_gradients=1),
-            *(Product(1, *sizes) for sizes in pairwise((over_in, *config.over_arch_layer_sizes))),
-        )
+        first, *dense = _layers(max(1, shape.num_dense), shape.config.dense_arch_layer_sizes)
+        products, over_in = self.interaction(shape)
+        over = _layers(over_in, shape.config.over_arch_layer_sizes)
+        return (replace(first, num_gradients=1), *dense, *products, *over)  # the first one's inputs are data
+
+
+class DotArchitecture(BuiltInArchitecture):
+    """The paper's: dot products of all pairs of vectors."""
+
+    class_name = "DLRM"
+
+    def interaction(self, shape: "ModelShape") -> tuple[Sequence[Product], int]:
+        """V V^T."""
+        num_vectors, dim = shape.num_sparse + 1, shape.config.embedding_dim
+        square = Product(num_vectors, dim, num_vectors, has_weight=False, num_gradients=1)
+        return [square], dot_output_size(shape.num_sparse, dim)
 
     def fast_interaction(self, shape: "ModelShape", dtype: torch.dtype) -> FastInteraction:
         """Picks the pairs out of the square, two at a time in bfloat16."""
         return PairLayout(shape.num_sparse + 1, shape.config.embedding_dim, dtype)
 
 
-DOT = DotArchitecture()
+class CrossArchitecture(BuiltInArchitecture):
+    """DCN v2's: a cross net over all vectors."""
+
+    class_name = "DLRM_DCN"
+
+    def interaction(self, shape: "ModelShape") -> tuple[Sequence[Product], int]:
+        """V and W of each layer, and of its gate."""
+        config, size = shape.config, shape.flat_size
+        layer = _layers(size, (config.dcn_low_rank_dim, size))
+        return layer * (config.dcn_num_layers * (2 if config.dcn_gated else 1)), size
+
+
+class ProjectionArchitecture(BuiltInArchitecture):
+    """Products of what two branches make of all vectors."""
+
+    class_name = "DLRM_Projection"
+
+    def interaction(self, shape: "ModelShape") -> tuple[Sequence[Product], int]:
+        """The layers of both branches, and the product of their vectors."""
+        config, dim = shape.config, shape.config.embedding_dim
+        branches = config.interaction_branch1_layer_sizes, config.interaction_branch2_layer_sizes
+        layers = [product for sizes in branches for product in _layers(shape.flat_size, sizes or ())]
+        num_first, num_second = (sizes[-1] // dim for sizes in branches if sizes)
+        return [*layers, Product(num_first, dim, num_second, has_weight=False)], dim + num_first * num_second
+
+
+ARCHITECTURES: Mapping[InteractionName, Architecture] = {
+    "dot": DotArchitecture(),
+    "dcn": CrossArchitecture(),
+    "projection": ProjectionArchitecture(),
+}
+
+
+def _layers(inputs: int, sizes: Sequence[int]) -> list[Product]:
+    """The products of plain layers."""
+    return [Product(1, *pair) for pair in pairwise((inputs, *sizes))]
 
 
 @dataclass(frozen=True)
@@ -139,18 +194,28 @@ class ModelShape:
         config: sizes that a run chooses.
         num_dense: number of dense features of the data, may be 0.
         num_sparse: F.
-        architecture: how the vectors interact.
+        given_architecture: how the vectors interact, where it is not as the config says.
     """
 
     config: ModelConfig
     num_dense: int
     num_sparse: int
-    architecture: Architecture = DOT
+    given_architecture: Architecture | None = None
 
     @classmethod
-    def of(cls, config: ModelConfig, dataset: "Dataset", architecture: Architecture = DOT) -> Self:
+    def of(cls, config: ModelConfig, dataset: "Dataset", architecture: Architecture | None = None) -> Self:
         """A model for the features of a dataset."""
         return cls(config, len(dataset.dense_names), len(dataset.sparse_names), architecture)
+
+    @property
+    def architecture(self) -> Architecture:
+        """How the vectors interact."""
+        return self.given_architecture or ARCHITECTURES[self.config.interaction]
+
+    @property
+    def flat_size(self) -> int:
+        """N D: the numbers of all vectors that interact."""
+        return (self.num_sparse + 1) * self.config.embedding_dim
 
     @property
     def products(self) -> Sequence[Product]:
@@ -168,9 +233,13 @@ class ModelShape:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The sizes as TorchRec's constructors name them."""
+        """The sizes as TorchRec's constructors name them, and `gated`, which these do not know, where it is set."""
+        settings = self.config.interaction_settings
+        gated = {"gated": True} if settings.pop("dcn_gated", False) else {}
         return {
             "dense_in_features": self.num_dense,
             "dense_arch_layer_sizes": list(self.config.dense_arch_layer_sizes),
             "over_arch_layer_sizes": list(self.config.over_arch_layer_sizes),
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
+            **gated,
         }

@@ -1,4 +1,4 @@
-"""Implements the DLRM of arXiv:1906.00091, with the names and state-dict keys of `torchrec.models.dlrm`.
+"""Implements the DLRM of arXiv:1906.00091 and its family, with the names and state-dict keys of `torchrec.models.dlrm`.
 
 Weights and code move both ways between the two; ours copies the embeddings less and has a faster interaction.
 
@@ -15,6 +15,7 @@ from torchrec.models.dlrm import DenseArch, OverArch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from torchdlrm.model.flat_interactions import InteractionDCNArch, InteractionProjectionArch, LowRankCrossNet
 from torchdlrm.model.interaction import InteractionArch, dot_output_size
 from torchdlrm.model.room import has_room, mark_room
 
@@ -141,6 +142,91 @@ class DLRM(nn.Module):
         sparse_BFD = self.sparse_arch(sparse_features)
         interactions = self.inter_arch(dense_features=dense_BD, sparse_features=sparse_BFD)
         return self.over_arch(interactions)
+
+
+class DLRM_DCN(DLRM):  # noqa: N801 - TorchRec's name
+    """A DLRM whose vectors go through a low-rank cross net: DCN v2 (arXiv:2008.13535), as MLPerf has measured it.
+
+    Args:
+        embedding_bag_collection: see `DLRM`, as the next three.
+        dense_in_features: number of dense features.
+        dense_arch_layer_sizes: output sizes of the dense arch's layers.
+        over_arch_layer_sizes: output sizes of the over arch's layers.
+        dcn_num_layers: of the cross net.
+        dcn_low_rank_dim: rank of its weights.
+        dense_device: where to create everything but the tables.
+        gated: whether each layer of the cross net has a gate; TorchRec's class has none.
+
+    Raises:
+        ValueError: see `DLRM`.
+    """
+
+    def __init__(
+        self,
+        embedding_bag_collection: EmbeddingBagCollection,
+        dense_in_features: int,
+        dense_arch_layer_sizes: list[int],
+        over_arch_layer_sizes: list[int],
+        dcn_num_layers: int,
+        dcn_low_rank_dim: int,
+        dense_device: torch.device | None = None,
+        *,
+        gated: bool = False,
+    ) -> None:
+        # Read by `make_interaction`, which the constructor below calls.
+        self.dcn_num_layers, self.dcn_low_rank_dim, self.gated = dcn_num_layers, dcn_low_rank_dim, gated
+        super().__init__(
+            embedding_bag_collection, dense_in_features, dense_arch_layer_sizes, over_arch_layer_sizes, dense_device
+        )
+
+    def make_interaction(self, num_sparse_features: int, embedding_dim: int) -> tuple[nn.Module, int]:
+        """The cross net over all vectors; see `DLRM.make_interaction`."""
+        size = (num_sparse_features + 1) * embedding_dim
+        crossnet = LowRankCrossNet(size, self.dcn_num_layers, self.dcn_low_rank_dim, gated=self.gated)
+        return InteractionDCNArch(num_sparse_features, crossnet), size
+
+
+class DLRM_Projection(DLRM):  # noqa: N801 - TorchRec's name
+    """A DLRM with products of F1 and F2 vectors, which two branches make of all vectors, in place of all pairs.
+
+    Args:
+        embedding_bag_collection: see `DLRM`, as the next three.
+        dense_in_features: number of dense features.
+        dense_arch_layer_sizes: output sizes of the dense arch's layers.
+        over_arch_layer_sizes: output sizes of the over arch's layers.
+        interaction_branch1_layer_sizes: output sizes of the first branch's layers; the last is F1 D.
+        interaction_branch2_layer_sizes: of the second branch's; the last is F2 D.
+        dense_device: where to create everything but the tables.
+
+    Raises:
+        ValueError: see `DLRM`; or a branch does not end with a multiple of D.
+    """
+
+    def __init__(
+        self,
+        embedding_bag_collection: EmbeddingBagCollection,
+        dense_in_features: int,
+        dense_arch_layer_sizes: list[int],
+        over_arch_layer_sizes: list[int],
+        interaction_branch1_layer_sizes: list[int],
+        interaction_branch2_layer_sizes: list[int],
+        dense_device: torch.device | None = None,
+    ) -> None:
+        # Read by `make_interaction`, which the constructor below calls.
+        self.branch_layer_sizes = interaction_branch1_layer_sizes, interaction_branch2_layer_sizes
+        super().__init__(
+            embedding_bag_collection, dense_in_features, dense_arch_layer_sizes, over_arch_layer_sizes, dense_device
+        )
+
+    def make_interaction(self, num_sparse_features: int, embedding_dim: int) -> tuple[nn.Module, int]:
+        """The two branches and their products; see `DLRM.make_interaction`."""
+        for number, sizes in enumerate(self.branch_layer_sizes, start=1):
+            if sizes[-1] % embedding_dim:
+                msg = f"interaction branch {number} ends with {sizes[-1]}, which is no multiple of D = {embedding_dim}"
+                raise ValueError(msg)
+        first, second = (DenseArch((num_sparse_features + 1) * embedding_dim, s) for s in self.branch_layer_sizes)
+        num_first, num_second = (sizes[-1] // embedding_dim for sizes in self.branch_layer_sizes)
+        return InteractionProjectionArch(num_sparse_features, first, second), embedding_dim + num_first * num_second
 
 
 @fx.wrap

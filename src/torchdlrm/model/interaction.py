@@ -30,7 +30,7 @@ def _has_kernels(tensor: Tensor) -> bool:
     return is_plain and not is_in_torch_dispatch_mode()
 
 
-def _together(dense_BD: Tensor, sparse_BFD: Tensor) -> Tensor:
+def together(dense_BD: Tensor, sparse_BFD: Tensor) -> Tensor:
     """All vectors in one buffer, [B, N, D], in the dense arch's precision.
 
     The look-up may have left room for the dense vector before the embeddings; else they are cast while they are copied.
@@ -57,7 +57,7 @@ class _PairwiseDots(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dense_BD: Tensor, sparse_BFD: Tensor, upper_P: Tensor, lower_P: Tensor) -> Tensor:
         num_rows, _, embedding_dim = sparse_BFD.shape
-        vectors_BND = _together(dense_BD, sparse_BFD)
+        vectors_BND = together(dense_BD, sparse_BFD)
         out = dense_BD.new_empty(num_rows, embedding_dim + upper_P.numel())
         if _has_kernels(dense_BD):
             arrays, work = (array_of(vectors_BND), array_of(out)), vectors_BND[0].numel() * vectors_BND.shape[1] / 8

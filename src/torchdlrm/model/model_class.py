@@ -20,9 +20,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from torchdlrm.config import ModelConfig
 from torchdlrm.errors import ConfigError
 from torchdlrm.files import sha256_of
-from torchdlrm.model.architecture import DOT, Architecture, ModelShape, Product
+from torchdlrm.model.architecture import ARCHITECTURES, Architecture, ModelShape, Product
 
 if TYPE_CHECKING:
     from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -88,17 +89,25 @@ class CustomArchitecture(Architecture):
         return trace_products(shape)
 
 
-def architecture_of(model_class: ModelClass | None) -> Architecture:
-    """The architecture that a model class stands for; the DLRM's own where there is none.
+def architecture_of(config: ModelConfig, model_class: ModelClass | None = None) -> Architecture:
+    """The architecture that a model class stands for; where there is none, that of `model.interaction`.
 
     Args:
+        config: of the model.
         model_class: a class or function; or where it stands: `FILE.py:NAME` or `MODULE:NAME`, which is imported.
 
     Raises:
-        ConfigError: there is no such class, or it has no name by which it could be found again.
+        ConfigError: there is no such class, it has no name by which it could be found again, or `model.interaction` is
+            set too.
     """
     if model_class is None:
-        return DOT
+        return ARCHITECTURES[config.interaction]
+    if config.interaction != "dot":
+        msg = (
+            f"model.interaction: is {config.interaction}, but a model class of its own (`model_class`) decides what "
+            "its vectors do; leave one of the two out"
+        )
+        raise ConfigError(msg)
     make = _load(model_class) if isinstance(model_class, str) else model_class
     name = getattr(make, "__qualname__", None)
     if not callable(make) or name is None or "<lambda>" in name:
@@ -114,13 +123,13 @@ def architecture_of(model_class: ModelClass | None) -> Architecture:
     return CustomArchitecture(make, ModelClassRecord(name=f"{path.name}:{name}", sha256=sha256_of(path)))
 
 
-def record_of(architecture: Architecture) -> ModelClassRecord | None:
+def record_of(architecture: Architecture | None) -> ModelClassRecord | None:
     """What a run and a bundle say of it: nothing, where it is not somebody's own."""
     return architecture.record if isinstance(architecture, CustomArchitecture) else None
 
 
 def difference_from(
-    recorded: ModelClassRecord | None, given: Architecture, kind: Literal["run", "bundle"]
+    recorded: ModelClassRecord | None, given: Architecture | None, kind: Literal["run", "bundle"]
 ) -> str | None:
     """Why a run or bundle cannot be opened with this architecture, and what to give; None where it can."""
     found = record_of(given)

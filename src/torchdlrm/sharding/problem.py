@@ -8,7 +8,7 @@ from typing import Any
 from torchdlrm.config import ModelConfig
 from torchdlrm.errors import DoesNotFitError
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
-from torchdlrm.model.architecture import DOT, Architecture, ModelShape
+from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.sharding.estimate import Cost, DensePart, dense_part, shard_costs
 from torchdlrm.sharding.layout import PlacedTable, layout_of
 from torchdlrm.sharding.planner import Found, PlanOptions, meta_tables, plan_sharding, planner_constraints
@@ -27,7 +27,7 @@ class Problem:
         precision: of the tables' weights.
         model: sizes of the dense parts.
         num_dense: number of dense features.
-        architecture: of the model.
+        architecture: of the model; None: as `model` says.
         measured: what the dense parts take where that was measured; by their arithmetic when None.
     """
 
@@ -37,7 +37,7 @@ class Problem:
     precision: Precision = "float32"
     model: ModelConfig = field(default_factory=ModelConfig)
     num_dense: int = NUM_CRITEO_DENSE
-    architecture: Architecture = DOT
+    architecture: Architecture | None = None
     measured: DensePart | None = None
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torchdlrm.config import Config, load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError, UserError
-from torchdlrm.model.architecture import DOT, Architecture, ModelShape
+from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, architecture_of
 from torchdlrm.model.precision import Precision
 from torchdlrm.progress import SILENT, ProgressListener
@@ -133,7 +133,7 @@ def preview_training(
     world_size: int,
     local_world_size: int,
     restart: bool,
-    architecture: Architecture = DOT,
+    architecture: Architecture | None = None,
 ) -> TrainingPreview:
     """Look ahead, and refuse now what would be refused later.
 
@@ -144,7 +144,7 @@ def preview_training(
         world_size: number of processes.
         local_world_size: number of processes on this host.
         restart: what is in the folder will be removed.
-        architecture: of the model.
+        architecture: of the model; None: as the config says.
 
     Raises:
         ConfigError: early stopping could never act, GPUs are missing, the device lacks the tables' optimizer, or a
@@ -204,7 +204,7 @@ def train(
         Interrupted: SIGTERM or Ctrl-C; the run is saved.
     """
     settings = config if isinstance(config, Config) else load_config(config)
-    path, architecture = Path(run), architecture_of(model_class)
+    path, architecture = Path(run), architecture_of(settings.model, model_class)
 
     def opened() -> Dataset:
         return dataset if isinstance(dataset, Dataset) else Dataset.open(Path(dataset))

@@ -25,7 +25,7 @@ from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
 from torchdlrm.errors import RunError
 from torchdlrm.features.schema import problems
 from torchdlrm.files import sha256_of, write_atomically
-from torchdlrm.model.architecture import DOT, Architecture, ModelShape
+from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architecture_of, difference_from, record_of
 from torchdlrm.processor import processor_name
 from torchdlrm.sharding.plan_file import write_plan
@@ -109,7 +109,7 @@ class Run:
         *,
         world_size: int,
         restart: bool = False,
-        architecture: Architecture = DOT,
+        architecture: Architecture | None = None,
     ) -> Self:
         """Make the folder, or resume the run that is in it, and keep others out until this process ends.
 
@@ -119,7 +119,7 @@ class Run:
             dataset: what to train on; must be the same.
             world_size: number of processes, which may have changed.
             restart: remove what is there and begin again.
-            architecture: of the model; must be the same.
+            architecture: of the model, where it is somebody's own; must be the same.
 
         Raises:
             RunError: another process is training in it, something else is in it, or config, dataset or model class
@@ -212,14 +212,14 @@ class Run:
             ConfigError: there is no such model class.
             RunError: the run was trained with another one.
         """
-        architecture = architecture_of(model_class)
+        architecture = architecture_of(self.config.model, model_class)
         difference = difference_from(self._model_class, architecture, "run")
         if difference is not None:
             msg = f"{self.path}: {difference}"
             raise RunError(msg)
         return ModelShape.of(self.config.model, dataset, architecture)
 
-    def check(self, dataset: Dataset, architecture: Architecture = DOT) -> list[Change]:
+    def check(self, dataset: Dataset, architecture: Architecture | None = None) -> list[Change]:
         """See whether the run can be started, or resumed where it is.
 
         Returns:
@@ -363,7 +363,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def environment_now(dataset: Dataset, world_size: int, architecture: Architecture) -> dict[str, Any]:
+def environment_now(dataset: Dataset, world_size: int, architecture: Architecture | None) -> dict[str, Any]:
     """What environment.json says of a run that starts now."""
     record = record_of(architecture)
     return {

@@ -75,9 +75,9 @@ def test_a_file_of_another_length_is_found(copied):
 def test_a_newer_format_is_refused_by_name(copied):
     path = copied / MANIFEST_NAME
     content = json.loads(path.read_text())
-    content |= {"format_version": 4, "something_new": 1}
+    content |= {"format_version": 99, "something_new": 1}
     path.write_text(json.dumps(content))
-    with pytest.raises(BundleError, match="format_version is 4, and this version of torchdlrm reads up to 3"):
+    with pytest.raises(BundleError, match=r"format_version is 99, and this version of torchdlrm reads up to \d+"):
         Bundle.open(copied)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from torchdlrm.config import ModelConfig
-from torchdlrm.model.architecture import DOT, DotArchitecture, ModelShape
+from torchdlrm.model.architecture import DotArchitecture, ModelShape
 from torchdlrm.model.build import build_model
 
 SIZES = ModelConfig(embedding_dim=4, dense_arch_layer_sizes=(8, 4), over_arch_layer_sizes=(8, 1))
@@ -14,7 +14,7 @@ class OfTwoGenerators(DotArchitecture):
     """Stands for a GPU, which draws other numbers: in memory of the CPU, so that the test needs none."""
 
     def build(self, shape, embedding_bag_collection, device):
-        model = DOT.build(shape, embedding_bag_collection, torch.device("cpu"))
+        model = DotArchitecture().build(shape, embedding_bag_collection, torch.device("cpu"))
         if device.type == "cuda":
             for parameter in (*model.dense_arch.parameters(), *model.over_arch.parameters()):
                 nn.init.uniform_(parameter)
@@ -25,7 +25,7 @@ def test_a_gpu_starts_with_the_weights_of_the_cpu(seed):
     built = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(seed)
-        shape = ModelShape(SIZES, num_dense=3, num_sparse=2, architecture=OfTwoGenerators())
+        shape = ModelShape(SIZES, num_dense=3, num_sparse=2, given_architecture=OfTwoGenerators())
         built.append(build_model(shape, {"a": 5, "b": 7}, torch.device(device), dropout=0.5))
     on_cpu, on_gpu = (dict(model.named_parameters()) for model in built)
     assert on_cpu.keys() == on_gpu.keys()

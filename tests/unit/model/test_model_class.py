@@ -6,11 +6,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torchdlrm.config import ModelConfig
 from torchdlrm.errors import ConfigError
-from torchdlrm.model.architecture import DOT, ModelShape
+from torchdlrm.model.architecture import ARCHITECTURES, ModelShape
 from torchdlrm.model.dlrm import DLRM
 from torchdlrm.model.eager import EagerModel, trace_products
 from torchdlrm.model.model_class import architecture_of, difference_from, record_of
 
+INTERACTIONS = {
+    "dot": {},
+    "dcn": {"interaction": "dcn", "dcn_num_layers": 2, "dcn_low_rank_dim": 5},
+    "gated dcn": {"interaction": "dcn", "dcn_num_layers": 2, "dcn_low_rank_dim": 5, "dcn_gated": True},
+    "projection": {
+        "interaction": "projection",
+        "interaction_branch1_layer_sizes": (9, 16),
+        "interaction_branch2_layer_sizes": (24,),
+    },
+}
 CONFIG = ModelConfig(embedding_dim=8, dense_arch_layer_sizes=(12, 8), over_arch_layer_sizes=(10, 6, 1))
 
 
@@ -47,16 +57,17 @@ def counted_flops(shape, rows):
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize(("num_dense", "num_sparse"), [(13, 26), (5, 1), (0, 3)])
-def test_the_products_that_dot_names_are_those_that_run(num_dense, num_sparse):
-    shape = ModelShape(CONFIG, num_dense, num_sparse)
+def test_the_products_that_an_architecture_names_are_those_that_run(interaction, num_dense, num_sparse):
+    shape = ModelShape(CONFIG.model_copy(update=INTERACTIONS[interaction]), num_dense, num_sparse)
     named = [(p.rows, p.inputs, p.outputs, p.has_weight) for p in shape.products]
     assert named == [(p.rows, p.inputs, p.outputs, p.has_weight) for p in trace_products(shape)]
     assert 2 * 7 * shape.multiply_adds == counted_flops(shape, rows=7)
 
 
 def test_a_model_class_names_the_products_that_run():
-    shape = ModelShape(CONFIG, 4, 3, architecture_of(SumDLRM))
+    shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, SumDLRM))
     assert [(p.inputs, p.outputs) for p in shape.products] == [(4, 12), (12, 8), (8, 10), (10, 6), (6, 1)]
     assert 2 * 5 * shape.multiply_adds == counted_flops(shape, rows=5)
 
@@ -69,24 +80,30 @@ def test_to_find_products_leaves_the_random_numbers_as_they_were(seed):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_no_model_class_is_the_dlrm_itself():
-    assert architecture_of(None) is DOT
-    assert record_of(DOT) is None
+def test_no_model_class_is_what_the_config_says():
+    assert architecture_of(CONFIG) is ARCHITECTURES["dot"]
+    assert record_of(ARCHITECTURES["dot"]) is None
+    crossed = CONFIG.model_copy(update=INTERACTIONS["dcn"])
+    assert architecture_of(crossed) is ARCHITECTURES["dcn"]
+    with pytest.raises(ConfigError, match=r"model.interaction: is dcn, but a model class of its own"):
+        architecture_of(crossed, SumDLRM)
 
 
 def test_a_model_class_is_known_by_its_file_and_what_is_in_it(tmp_path, monkeypatch):
     file = tmp_path / "my_models.py"
     file.write_text("from torchdlrm.model.dlrm import DLRM\n\nclass Mine(DLRM):\n    pass\n")
-    mine = architecture_of(f"{file}:Mine")
+    mine = architecture_of(CONFIG, f"{file}:Mine")
     assert record_of(mine).name == "my_models.py:Mine"
-    again = architecture_of(f"{file}:Mine")
+    again = architecture_of(CONFIG, f"{file}:Mine")
     assert difference_from(record_of(mine), again, "run") is None
     assert "has changed since the run" in difference_from(
         record_of(mine).model_copy(update={"sha256": "0" * 64}), again, "run"
     )
-    assert "give `model_class` my_models.py:Mine" in difference_from(record_of(mine), DOT, "bundle")
+    assert "give `model_class` my_models.py:Mine" in difference_from(record_of(mine), ARCHITECTURES["dot"], "bundle")
     assert "leave it out" in difference_from(None, mine, "bundle")
-    assert "got test_model_class.py:SumDLRM" in difference_from(record_of(mine), architecture_of(SumDLRM), "bundle")
+    assert "got test_model_class.py:SumDLRM" in difference_from(
+        record_of(mine), architecture_of(CONFIG, SumDLRM), "bundle"
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,18 +119,18 @@ def test_a_model_class_is_known_by_its_file_and_what_is_in_it(tmp_path, monkeypa
 )
 def test_what_is_no_model_class_is_refused(model_class, message):
     with pytest.raises(ConfigError, match=message):
-        architecture_of(model_class)
+        architecture_of(CONFIG, model_class)
 
 
 @pytest.mark.parametrize(
     ("model_class", "message"), [(WithoutTables, "must hold the tables"), (make_nothing, "no torch.nn.Module")]
 )
 def test_what_a_model_class_makes_must_be_a_model(model_class, message):
-    shape = ModelShape(CONFIG, 4, 3, architecture_of(model_class))
+    shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, model_class))
     with pytest.raises(ConfigError, match=message):
         EagerModel(shape, {"a": 3, "b": 3, "c": 3})
 
 
 def test_a_function_may_make_the_model():
-    shape = ModelShape(CONFIG, 4, 3, architecture_of(make_dlrm))
+    shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, make_dlrm))
     assert shape.multiply_adds == ModelShape(CONFIG, 4, 3).multiply_adds

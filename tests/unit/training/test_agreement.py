@@ -9,7 +9,7 @@ from torch import distributed as dist
 
 from torchdlrm.config import load_config, settings
 from torchdlrm.errors import ConfigError, DatasetError, LostProcessError
-from torchdlrm.model.architecture import DOT
+from torchdlrm.model.architecture import ARCHITECTURES
 from torchdlrm.training.processes.agreement import agree, find_problems, settings_of
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def nodes(small_dataset, monkeypatch):
 
     def record(overrides=(), *, dataset=small_dataset, restart=False):
         config = load_config(None, dict(overrides))
-        return {"host": "a", "settings": settings_of(config, dataset, DOT, restart=restart)}
+        return {"host": "a", "settings": settings_of(config, dataset, ARCHITECTURES["dot"], restart=restart)}
 
     return record
 

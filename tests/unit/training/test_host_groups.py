@@ -5,7 +5,7 @@ import torch
 from torchrec.distributed import comm
 
 from torchdlrm.config import load_config
-from torchdlrm.model.architecture import DOT, ModelShape
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.sharded import build_sharded_model
 
@@ -15,7 +15,7 @@ from torchdlrm.training.sharded import build_sharded_model
 def test_groups_within_and_across_hosts_have_the_timeout_of_the_run(kind, timeout_s):
     config = load_config("criteo-small", {"sharding.constraints": f'["t_cat_0={kind}"]'})
     with join_process_group(timeout_s) as ranks:
-        shape = ModelShape(config.model, num_dense=2, num_sparse=1, architecture=DOT)
+        shape = ModelShape(config.model, num_dense=2, num_sparse=1)
         build_sharded_model(config, shape, num_embeddings={"cat_0": 9}, dense_sample=None, ranks=ranks)
         for group in (comm._INTRA_PG, comm._CROSS_PG):
             assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == timeout_s
