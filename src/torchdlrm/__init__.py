@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchdlrm.loader.loader import Loader as Loader
     from torchdlrm.metrics import BinaryMetrics as BinaryMetrics
     from torchdlrm.metrics import binary_metrics as binary_metrics
+    from torchdlrm.model.batch_norm import GlobalBatchNorm1d as GlobalBatchNorm1d
     from torchdlrm.model.dlrm import DLRM as DLRM
     from torchdlrm.model.dlrm import DLRM_DCN as DLRM_DCN
     from torchdlrm.model.dlrm import DLRM_Projection as DLRM_Projection
@@ -55,6 +56,7 @@ _NAMES_OF = {
     "features.schema": ("FeatureSchema", "criteo_schema", "load_schema"),
     "loader.loader": ("Loader",),
     "metrics": ("BinaryMetrics", "binary_metrics"),
+    "model.batch_norm": ("GlobalBatchNorm1d",),
     "model.dlrm": ("DLRM", "DLRM_DCN", "DLRM_Projection", "DLRMTrain"),
     "planning.plan": ("plan",),
     "planning.plan_request": ("PlanRequest",),

@@ -13,6 +13,7 @@ from torchdlrm import Run, compare, evaluate
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {
     "evaluate_and_compare": ["DATASET", "runs"],
+    "finalnet": ["DATASET", "run"],
     "own_loop": ["DATASET"],
     "predict_from_pandas": ["BUNDLE", "LOG"],
     "train_with_callback": ["DATASET", "run"],
@@ -34,6 +35,11 @@ def test_every_example_is_run():
 
 def test_a_loop_of_ones_own_learns(request, tmp_path):
     auc = float(re.search(r"auc=([\d.]+)", run_example("own_loop", tmp_path, request))[1])
+    assert auc > 0.6
+
+
+def test_a_whole_model_of_ones_own_learns(request, tmp_path):
+    auc = float(re.search(r"'auc': ([\d.]+)", run_example("finalnet", tmp_path, request))[1])
     assert auc > 0.6
 
 

@@ -5,18 +5,27 @@ import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from torchdlrm.errors import ConfigError
 from torchdlrm.loader.loader import Loader
 from torchdlrm.model.dlrm import DLRM, DLRMTrain
 
 
-@pytest.fixture
-def model(small_dataset, seed):
+class WithAuxiliaryLoss(DLRM):
+    """Wants small logits while it is trained."""
+
+    def forward(self, dense_features, sparse_features):
+        logits = super().forward(dense_features, sparse_features)
+        return (logits, logits.squeeze(1).square()) if self.training else logits
+
+
+@pytest.fixture(params=[DLRM, WithAuxiliaryLoss])
+def model(request, small_dataset, seed):
     torch.manual_seed(seed)
     tables = [
         EmbeddingBagConfig(name=f"t_{name}", embedding_dim=8, num_embeddings=rows, feature_names=[name])
         for name, rows in small_dataset.num_embeddings.items()
     ]
-    return DLRM(EmbeddingBagCollection(tables=tables), len(small_dataset.dense_names), [16, 8], [16, 1])
+    return request.param(EmbeddingBagCollection(tables=tables), len(small_dataset.dense_names), [16, 8], [16, 1])
 
 
 @pytest.mark.parametrize("negative_weight", [1.0, 0.3])
@@ -48,3 +57,40 @@ def test_the_mean_over_the_ranks_is_the_loss_and_the_gradient_of_one_process(
         for name, weight in model.named_parameters():
             torch.testing.assert_close(weight.grad, expected[name], atol=1e-6, rtol=1e-5, msg=name)
     assert num_padding > 0
+
+
+@pytest.mark.parametrize("negative_weight", [1.0, 0.3])
+def test_an_auxiliary_loss_is_added_to_that_of_each_row(model, small_dataset, negative_weight):
+    batch = next(iter(Loader(small_dataset, "train", batch_size_global=40)))
+    loss, (told, logits, labels) = DLRMTrain(model, negative_weight)(batch)
+    probabilities = torch.sigmoid(logits.double() - torch.tensor(negative_weight, dtype=torch.float64).log())
+    of_rows = -torch.log(torch.where(labels > 0, probabilities, 1 - probabilities))
+    if isinstance(model, WithAuxiliaryLoss):
+        of_rows += logits.double().square()
+    expected = (of_rows * torch.where(labels > 0, 1.0, negative_weight)).mean().item()
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert told.item() == loss.item()
+
+
+class WithAnotherOutput(torch.nn.Module):
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_):
+        return self.output
+
+
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [
+        (torch.zeros(40), r"logits \[rows, 1\], got \[40\]"),
+        (torch.zeros(40, 2), r"logits \[rows, 1\], got \[40, 2\]"),
+        ((torch.zeros(40, 1), torch.zeros(())), r"auxiliary loss \[rows\], got \[40, 1\] and \[\]"),
+        ((torch.zeros(40, 1), torch.zeros(40, 1)), r"auxiliary loss \[rows\], got \[40, 1\] and \[40, 1\]"),
+    ],
+)
+def test_outputs_of_other_shapes_are_refused(output, got, small_dataset):
+    batch = next(iter(Loader(small_dataset, "train", batch_size_global=40)))
+    with pytest.raises(ConfigError, match=got):
+        DLRMTrain(WithAnotherOutput(output))(batch)

@@ -15,6 +15,8 @@ from torchrec.models.dlrm import DenseArch, OverArch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from torchdlrm.errors import ConfigError
+from torchdlrm.model.batch_norm import GlobalBatchNorm1d
 from torchdlrm.model.flat_interactions import InteractionDCNArch, InteractionProjectionArch, LowRankCrossNet
 from torchdlrm.model.interaction import InteractionArch, dot_output_size
 from torchdlrm.model.room import has_room, mark_room
@@ -229,24 +231,70 @@ class DLRM_Projection(DLRM):  # noqa: N801 - TorchRec's name
         return InteractionProjectionArch(num_sparse_features, first, second), embedding_dim + num_first * num_second
 
 
+# What a model's forward gives: logits [B, 1]; or these, and an auxiliary loss of each row [B].
+ModelOutput = Tensor | tuple[Tensor, Tensor]
+
+
 @fx.wrap
-def batch_loss(logits_B: Tensor, labels_B: Tensor, batch: TrainingBatch, negative_weight: float = 1.0) -> Tensor:
+def logits_of(output: ModelOutput) -> Tensor:
+    """The logits [B] of what a model's forward has given.
+
+    Raises:
+        ConfigError: they are not [B, 1].
+    """
+    logits_B1 = output[0] if isinstance(output, tuple) else output
+    if logits_B1.dim() != 2 or logits_B1.shape[1] != 1:
+        msg = f"`model_class`: its forward must give logits [rows, 1], got {[*logits_B1.shape]}"
+        raise ConfigError(msg)
+    return logits_B1.squeeze(1)
+
+
+@fx.wrap
+def auxiliary_loss_of(output: ModelOutput, batch: TrainingBatch) -> Tensor | None:
+    """The auxiliary loss of each row [B], without padding, if a model's forward has given one.
+
+    Raises:
+        ConfigError: it is not [B].
+    """
+    if not isinstance(output, tuple):
+        return None
+    logits_B1, auxiliary_B = output
+    if auxiliary_B.shape != logits_B1.shape[:1]:
+        shapes = f"{[*logits_B1.shape]} and {[*auxiliary_B.shape]}"
+        msg = f"`model_class`: its forward must give logits [rows, 1] and an auxiliary loss [rows], got {shapes}"
+        raise ConfigError(msg)
+    return without_padding(auxiliary_B.float(), batch)
+
+
+@fx.wrap
+def batch_loss(
+    logits_B: Tensor,
+    labels_B: Tensor,
+    batch: TrainingBatch,
+    negative_weight: float = 1.0,
+    auxiliary_B: Tensor | None = None,
+) -> Tensor:
     """Mean binary cross-entropy, so weighted that its mean over ranks is the mean over the global batch.
 
+    An auxiliary loss of each row is added to the row's cross-entropy, and gets the row's weight.
+
     The ranks may differ by one in their rows of a batch; a batch of ours says by `loss_weight` how much those of this
-    rank count. Logits and labels are without padding.
+    rank count. All is without padding.
 
     With negatives weighted by w, what minimises the loss has odds of a click 1 / w times too high; He et al. (2014)
     take predictions p back by q = p / (p + (1 - p) / w), which is logit(q) = logit(p) + log(w). Here the loss is taken
     of p, and the model's own logit is that of q: whoever predicts with its weights needs no correction.
     """
-    if logits_B.numel() == 0:
-        return logits_B.sum()
+    if logits_B.numel() == 0:  # every parameter must get a gradient on every rank
+        return logits_B.sum() if auxiliary_B is None else logits_B.sum() + auxiliary_B.sum()
     weights_B = None
     if negative_weight != 1.0:
         weights_B = labels_B + (1 - labels_B) * negative_weight
         logits_B = logits_B - math.log(negative_weight)
-    return binary_cross_entropy_with_logits(logits_B, labels_B, weights_B) * getattr(batch, "loss_weight", 1.0)
+    loss = binary_cross_entropy_with_logits(logits_B, labels_B, weights_B)
+    if auxiliary_B is not None:
+        loss = loss + (auxiliary_B if weights_B is None else auxiliary_B * weights_B).mean()
+    return loss * getattr(batch, "loss_weight", 1.0)
 
 
 @fx.wrap
@@ -262,7 +310,8 @@ class DLRMTrain(nn.Module):
     Padding of a batch counts nowhere: no gradient comes from it, and it is not among the logits and labels.
 
     Args:
-        dlrm_module: the model, a `DLRM` or another one that maps dense features and a KJT to logits [B, 1].
+        dlrm_module: the model, a `DLRM` or another one that maps dense features and a KJT to logits [B, 1], or in
+            training to these and an auxiliary loss of each row [B].
         negative_weight: weight of rows without a click in the loss; logits are corrected for it.
     """
 
@@ -270,10 +319,20 @@ class DLRMTrain(nn.Module):
         super().__init__()
         self.model = dlrm_module
         self.negative_weight = negative_weight
+        if any(isinstance(module, GlobalBatchNorm1d) for module in dlrm_module.modules()):
+            self.register_forward_pre_hook(_announce_padding)
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Returns the loss, and (loss, logits [B], labels [B]) detached; B rows without padding."""
-        logits_B = without_padding(self.model(batch.dense_features, batch.sparse_features).squeeze(-1), batch)
+        output = self.model(batch.dense_features, batch.sparse_features)
+        logits_B = without_padding(logits_of(output), batch)
         labels_B = without_padding(batch.labels.float(), batch)
-        loss = batch_loss(logits_B, labels_B, batch, self.negative_weight)
+        loss = batch_loss(logits_B, labels_B, batch, self.negative_weight, auxiliary_loss_of(output, batch))
         return loss, (loss.detach(), logits_B.detach(), labels_B.detach())
+
+
+def _announce_padding(train: nn.Module, arguments: tuple[TrainingBatch]) -> None:
+    """Tell the modules that look at more than one row which of the next ones count; unseen by a tracer."""
+    for module in train.modules():
+        if isinstance(module, GlobalBatchNorm1d):
+            module.num_padding = getattr(arguments[0], "num_padding", 0)

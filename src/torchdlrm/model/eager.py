@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchdlrm.model.architecture import ModelShape, Product
 from torchdlrm.model.build import build_model
+from torchdlrm.model.dlrm import logits_of
 
 _TRACED_ROWS = 4
 
@@ -69,10 +70,9 @@ class EagerModel:
         """
         self._given.pooled_BFD = pooled_BFD
         try:
-            logits: Tensor = self.module(dense, KeyedJaggedTensor(self._features, ids, lengths=lengths))
+            return logits_of(self.module(dense, KeyedJaggedTensor(self._features, ids, lengths=lengths)))
         finally:
             self._given.pooled_BFD = None
-        return logits.view(-1)
 
 
 class _Products(TorchDispatchMode):

@@ -1,0 +1,142 @@
+"""Normalises over the rows of the global batch, so that a model learns the same on any number of processes.
+
+`torch.nn.BatchNorm1d` takes mean and variance of the rows of its own process, rows of padding included, and each
+process would have running statistics of its own; `torch.nn.SyncBatchNorm` is for GPUs alone.  This one is for both.
+
+Cost: on several processes one all-gather of 2 C + 1 numbers in the forward pass and one all-reduce of 2 C in the
+backward pass.  It is the one module that asks for the other processes.
+
+B rows of the batch on this rank, C features, R ranks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.functional import batch_norm
+
+
+class GlobalBatchNorm1d(nn.Module):
+    """Batch normalisation whose mean and variance are those of the global batch, over all processes.
+
+    As `torch.nn.BatchNorm1d` on the whole batch, but for a batch of one row, which has no variance: it is normalised by
+    the running statistics, and they stay as they are.  There is no count of batches: all of the state is float32.
+
+    In a process group every process must call it the same number of times.
+
+    Args:
+        num_features: C.
+        eps: is added to the variance.
+        momentum: how much of a batch goes into the running statistics, which evaluation uses.
+        device: of parameters and buffers.
+
+    Attributes:
+        num_padding: how many of the rows that come next, the last ones, are padding: they count for nothing.
+            `DLRMTrain` sets it before each batch.
+    """
+
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, device: torch.device | None = None
+    ) -> None:
+        super().__init__()
+        self.num_features, self.eps, self.momentum, self.num_padding = num_features, eps, momentum, 0
+        self.weight = nn.Parameter(torch.ones(num_features, device=device))
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("running_mean", torch.zeros(num_features, device=device))
+        self.register_buffer("running_var", torch.ones(num_features, device=device))
+
+    def forward(self, inputs_BC: Tensor) -> Tensor:
+        """Maps [B, C] to [B, C], of the same dtype; statistics are float32.
+
+        Raises:
+            ValueError: the input has another shape.
+        """
+        if inputs_BC.dim() != 2 or inputs_BC.shape[1] != self.num_features:
+            msg = f"GlobalBatchNorm1d({self.num_features}) takes [rows, {self.num_features}], got {[*inputs_BC.shape]}"
+            raise ValueError(msg)
+        if not self.training:
+            return self._by_torch(inputs_BC, by_batch=False)
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            assert not self.num_padding, "a single process has no padding"
+            return self._by_torch(inputs_BC, by_batch=len(inputs_BC) > 1)
+        num_rows, mean_C, variance_C = _global_statistics(inputs_BC, self.num_padding)
+        # No more than one row on any rank, so all of them ask; else nobody waits for a GPU to tell.
+        if len(inputs_BC) <= 1 and int(num_rows) == 1:
+            return self._by_torch(inputs_BC, by_batch=False)
+        self.running_mean.lerp_(mean_C, self.momentum)
+        self.running_var.lerp_(variance_C * (num_rows / (num_rows - 1)), self.momentum)
+        inverse_C = torch.rsqrt(variance_C + self.eps)
+        normalized: Tensor = _Normalized.apply(  # type: ignore[no-untyped-call]
+            inputs_BC, self.weight, self.bias, mean_C, inverse_C, num_rows, self.num_padding
+        )
+        return normalized
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of it."""
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+
+    def _by_torch(self, inputs_BC: Tensor, *, by_batch: bool) -> Tensor:
+        """By the statistics of these rows, or by the running ones."""
+        return batch_norm(
+            *(inputs_BC, self.running_mean, self.running_var, self.weight, self.bias),
+            training=by_batch,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+
+
+def _global_statistics(inputs_BC: Tensor, num_padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Number of rows [], mean [C] and variance [C] (not corrected) over all ranks: bit for bit the same on each.
+
+    Each rank sends its own mean and squared deviations from it, which lose nothing where the mean is large.
+    """
+    rows_BC = inputs_BC.detach().float()
+    rows_BC = rows_BC[: len(rows_BC) - num_padding]
+    mean_C = rows_BC.sum(0) / max(1, len(rows_BC))
+    mine = torch.cat([mean_C.new_tensor([len(rows_BC)]), mean_C, (rows_BC - mean_C).square_().sum(0)])
+    everyone = mine.new_empty(dist.get_world_size(), len(mine))
+    dist.all_gather_into_tensor(everyone.view(-1), mine)
+    rows_R1, (means_RC, squares_RC) = everyone[:, :1], everyone[:, 1:].chunk(2, dim=1)
+    num_rows = rows_R1.sum()
+    mean_C = (rows_R1 * means_RC).sum(0) / num_rows
+    variance_C = (squares_RC + rows_R1 * (means_RC - mean_C).square()).sum(0) / num_rows
+    return num_rows, mean_C, variance_C
+
+
+class _Normalized(torch.autograd.Function):
+    """Its gradient is that of the sum of all ranks' losses: every row has moved the mean and variance of all others.
+
+    Gradients of weight and bias are of this rank's rows, like those of all other parameters: they are reduced later.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs_BC: Tensor,
+        weight_C: Tensor,
+        bias_C: Tensor,
+        mean_C: Tensor,
+        inverse_C: Tensor,
+        num_rows: Tensor,
+        num_padding: int,
+    ) -> Tensor:
+        normal_BC = (inputs_BC.float() - mean_C) * inverse_C
+        ctx.save_for_backward(normal_BC, weight_C, inverse_C, num_rows)
+        ctx.num_padding = num_padding
+        return torch.addcmul(bias_C, normal_BC, weight_C).to(inputs_BC.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BC: Tensor) -> tuple[Tensor | None, ...]:
+        """No gradient comes from padding, which the loss leaves out, and none goes there."""
+        normal_BC, weight_C, inverse_C, num_rows = ctx.saved_tensors
+        dtype, grad_BC = grad_BC.dtype, grad_BC.float()
+        mine_2C = torch.stack([(grad_BC * normal_BC).sum(0), grad_BC.sum(0)])
+        everyone_2C = mine_2C.clone()
+        dist.all_reduce(everyone_2C)
+        along_C, mean_C = everyone_2C / num_rows
+        grad_inputs_BC = (grad_BC - mean_C).addcmul_(normal_BC, along_C, value=-1).mul_(weight_C * inverse_C)
+        grad_inputs_BC[len(grad_BC) - ctx.num_padding :] = 0
+        return grad_inputs_BC.to(dtype), mine_2C[0], mine_2C[1], None, None, None, None
