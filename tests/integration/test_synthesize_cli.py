@@ -38,6 +38,8 @@ def test_command_replaces_a_file_only_when_told(dlrm, tmp_path):
         (["--out", "nowhere/log.tsv"], ["nowhere/log.tsv", "folder that exists"]),
         (["--out", "."], ["--out", "is a folder"]),
         (["--preset", "avazu"], ["avazu"]),
+        (["--companions", "pareto"], ["--companions", "--multi-hot"]),
+        (["--max-embeddings", "10"], ["--max-embeddings", "--multi-hot"]),
     ],
 )
 def test_command_exits_with_2_and_says_what_is_wrong(dlrm, tmp_path, arguments, words):

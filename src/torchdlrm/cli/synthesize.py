@@ -8,9 +8,10 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from torchdlrm.cli.terminal import Json, console, print_json, progress_bars
-from torchdlrm.data.synthetic import Attainable, SyntheticTruth, truth_path
+from torchdlrm.data.synthetic import Attainable, SyntheticTruth, schema_path, truth_path
 from torchdlrm.data.synthetic import synthesize as write_log
-from torchdlrm.errors import LogError
+from torchdlrm.data.synthetic_multi_hot import Companions
+from torchdlrm.errors import ConfigError, LogError
 
 
 def synthesize(
@@ -18,7 +19,10 @@ def synthesize(
     rows: int = 1_000_000,
     out: Path,
     seed: int = 0,
-    preset: Literal["criteo-kaggle", "criteo-1tb"] = "criteo-kaggle",
+    preset: Literal["criteo-kaggle", "criteo-1tb"] | None = None,
+    multi_hot: Annotated[bool, Parameter(negative="")] = False,
+    companions: Companions | None = None,
+    max_embeddings: int | None = None,
     force: Annotated[bool, Parameter(negative="")] = False,
     as_json: Json = False,
 ) -> None:
@@ -28,7 +32,12 @@ def synthesize(
         rows: Rows to write.
         out: File to write; compressed when it ends in .gz. The truth goes to the same name with .truth.json appended.
         seed: Seed; the same rows, seed and preset give the same bytes.
-        preset: Which of Criteo's logs it resembles in columns and click rate.
+        preset: Which of Criteo's logs it resembles in columns and click rate; the default is criteo-kaggle, with
+            --multi-hot criteo-1tb.
+        multi_hot: Write as many values in a cell as MLPerf's DLRM-DCNv2 benchmark has, 214 a row, and a schema to the
+            same name with .schema.toml appended.
+        companions: With --multi-hot, how the values behind the first of a cell are distributed; the default is uniform.
+        max_embeddings: With --multi-hot, the largest number of rows of a table that the schema asks for.
         force: Replace a file that is there.
         as_json: Print one JSON object on standard output.
     """
@@ -38,9 +47,20 @@ def synthesize(
     if out.exists() and not force:
         msg = f"--out: {out} is there already; name another file, or give --force to replace it"
         raise LogError(msg)
+    if companions is not None and not multi_hot:
+        msg = "--companions: is for cells of several values; give --multi-hot too"
+        raise ConfigError(msg)
     started_at_s = time.perf_counter()
     with progress_bars(f"synthesize {out}") as progress:
-        truth = write_log(out, rows=rows, seed=seed, preset=preset, progress=progress)
+        truth = write_log(
+            out,
+            rows=rows,
+            seed=seed,
+            preset=preset or ("criteo-1tb" if multi_hot else "criteo-kaggle"),
+            multi_hot=(companions or "uniform") if multi_hot else None,
+            max_embeddings=max_embeddings,
+            progress=progress,
+        )
     elapsed_s = time.perf_counter() - started_at_s
 
     table = Table("attainable on", "rows", "click rate", "AUC", "logloss")
@@ -51,6 +71,8 @@ def synthesize(
         table.add_row(name, f"{part.rows:,}", f"{part.click_rate:.4f}", f"{part.auc:.4f}", f"{part.logloss:.4f}")
     console.print(table)
     console.print(f"{out.stat().st_size:,} bytes in {elapsed_s:.1f} s; truth: {truth_path(out)}", soft_wrap=True)
-    console.print(f"next: dlrm preprocess {out} --out dataset", soft_wrap=True)
+    schema = {"schema": str(schema_path(out))} if multi_hot else {}
+    option = f" --schema {schema_path(out)}" if multi_hot else ""
+    console.print(f"next: dlrm preprocess {out}{option} --out dataset", soft_wrap=True)
     if as_json:
-        print_json({"log": str(out), "truth": str(truth_path(out)), **truth.as_dict()})
+        print_json({"log": str(out), "truth": str(truth_path(out)), **schema, **truth.as_dict()})

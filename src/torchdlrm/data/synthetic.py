@@ -1,13 +1,15 @@
 """Writes a synthetic click log in the Criteo layout, and computes the best that any model can reach on it.
 
-In: rows, seed, preset.  Out: `log.tsv` (or `log.tsv.gz`) and `log.tsv.truth.json`.
+In: rows, seed, preset.  Out: `log.tsv` (or `log.tsv.gz`) and `log.tsv.truth.json`; of a log with several values in a
+cell also `log.tsv.schema.toml`.
 
 | stage | input | output | where |
 | --- | --- | --- | --- |
 | shapes | numbers measured on the real logs | a table of equally likely cells for each column | synthetic_shapes.py |
 | model | seed | effects of values and of pairs of values | synthetic_model.py |
 | rows | seed, number of a block | lines, labels, true logits | synthetic_rows.py |
-| job | rows | the two files | here |
+| companions | ranks of values | ranks of the other values of their cells | synthetic_multi_hot.py |
+| job | rows | the files | here |
 
 The bytes depend on rows, seed and preset alone, and the first rows of a longer log are those of a shorter one. Memory
 does not grow with the rows: true logits lie on a grid, so that counts of clicks for each of its points give the exact
@@ -21,7 +23,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchdlrm.data.synthetic_model import NUM_LOGITS, click_thresholds
+from torchdlrm.data.synthetic_multi_hot import COMPANIONS, Companions, multi_hot_schema
 from torchdlrm.data.synthetic_rows import BLOCK_ROWS, RowGenerator
 from torchdlrm.data.synthetic_shapes import PRESETS
 from torchdlrm.errors import ConfigError, LogError
@@ -76,6 +79,7 @@ class SyntheticTruth:
         logloss: attainable on all rows, in nats.
         splits: attainable on the rows that a split by order keeps for judging: `held_out`, the last `rows // 7`,
             its first half `val` (the larger by one where they differ) and its second half `test`.
+        multi_hot: given.
     """
 
     rows: int
@@ -85,6 +89,7 @@ class SyntheticTruth:
     auc: float
     logloss: float
     splits: dict[str, Attainable]
+    multi_hot: Companions | None = None
 
     def as_dict(self) -> dict[str, object]:
         """As it stands in the file; what is not defined is None."""
@@ -96,6 +101,11 @@ class SyntheticTruth:
 def truth_path(log: Path) -> Path:
     """Where the truth about a log stands."""
     return log.with_name(log.name + ".truth.json")
+
+
+def schema_path(log: Path) -> Path:
+    """Where the schema of a log with several values in a cell stands."""
+    return log.with_name(log.name + ".schema.toml")
 
 
 def read_truth(log: Path) -> SyntheticTruth:
@@ -115,29 +125,48 @@ def read_truth(log: Path) -> SyntheticTruth:
 
 
 def synthesize(
-    path: str | Path, *, rows: int, seed: int = 0, preset: str = "criteo-kaggle", progress: ProgressListener = SILENT
+    path: str | Path,
+    *,
+    rows: int,
+    seed: int = 0,
+    preset: str = "criteo-kaggle",
+    multi_hot: Companions | None = None,
+    max_embeddings: int | None = None,
+    progress: ProgressListener = SILENT,
 ) -> SyntheticTruth:
-    """Write a click log and its truth; both appear under their names only when they are complete.
+    """Write a click log and its truth; all files appear under their names only when they are complete.
 
     Args:
         path: of the log, compressed with gzip when it ends in `.gz`; a file that is there is replaced.
         rows: of the log, at least 1.
         seed: of everything: hidden model, features, labels; not negative.
         preset: `criteo-kaggle` or `criteo-1tb`, which says how columns are distributed and how often rows are clicked.
+        multi_hot: with it cells hold as many values as in MLPerf's DLRM-DCNv2 benchmark, 214 a row: behind each value
+            stand its companions, `uniform` or `pareto`, which are the same wherever the value is. The schema of such a
+            log is written too. Labels and first values, and so the truth, are those of the log without companions; a
+            missing value is a value like others.
+        max_embeddings: the schema cuts tables to so many rows; only with `multi_hot`.
         progress: shows the rows written.
 
     Raises:
-        ConfigError: `rows`, `seed` or `preset` is none of the above.
-        LogError: the file cannot be written.
+        ConfigError: an argument is none of the above.
+        LogError: a file cannot be written.
     """
     path = Path(path)
-    _check(rows, seed, preset)
+    _check(rows, seed, preset, multi_hot, max_embeddings)
+    generator = RowGenerator(preset, seed, multi_hot)
     counts = [_LogitCounts(first, num) for first, num in _ranges(rows).values()]
-    # The truth takes its name first: a log that is there is never without it.
-    with _writing(path) as log_file, _writing(truth_path(path)) as truth_file:
+    with ExitStack() as files:
+        # The log takes its name last: one that is there is never without what stands next to it.
+        log_file, truth_file = files.enter_context(_writing(path)), files.enter_context(_writing(truth_path(path)))
+        if multi_hot:
+            schema = multi_hot_schema(generator.shape, max_embeddings)
+            files.enter_context(_writing(schema_path(path))).write(schema.encode())
         compressed = _GzipFile(log_file) if path.name.endswith(".gz") else None
         progress.start_phase("write rows", rows)
-        for chunk in _chunks(RowGenerator(preset, seed), rows, compress=compressed is not None):
+        # With companions a block alone has 9 MB.
+        chunk_rows = BLOCK_ROWS if multi_hot else _CHUNK_ROWS
+        for chunk in _chunks(generator, rows, chunk_rows, compress=compressed is not None):
             if compressed:
                 compressed.write(chunk)
             else:
@@ -156,12 +185,13 @@ def synthesize(
             auc=whole.auc,
             logloss=whole.logloss,
             splits=dict(zip(list(_ranges(rows))[1:], splits, strict=True)),
+            multi_hot=multi_hot,
         )
         truth_file.write(json.dumps(truth.as_dict(), indent=2).encode() + b"\n")
     return truth
 
 
-def _check(rows: int, seed: int, preset: str) -> None:
+def _check(rows: int, seed: int, preset: str, multi_hot: str | None, max_embeddings: int | None) -> None:
     if rows < 1:
         msg = f"rows: {rows} is too few; ask for at least 1"
         raise ConfigError(msg)
@@ -170,6 +200,15 @@ def _check(rows: int, seed: int, preset: str) -> None:
         raise ConfigError(msg)
     if preset not in PRESETS:
         msg = f"preset: there is no {preset!r}; choose {' or '.join(PRESETS)}"
+        raise ConfigError(msg)
+    if multi_hot is not None and multi_hot not in COMPANIONS:
+        msg = f"`multi_hot`: there is no {multi_hot!r}; choose {' or '.join(COMPANIONS)}"
+        raise ConfigError(msg)
+    if max_embeddings is not None and multi_hot is None:
+        msg = "`max_embeddings`: is for the schema of a log with several values in a cell; give `multi_hot` too"
+        raise ConfigError(msg)
+    if max_embeddings is not None and max_embeddings < 1:
+        msg = f"`max_embeddings`: {max_embeddings} is too few; ask for at least 1"
         raise ConfigError(msg)
 
 
@@ -194,11 +233,11 @@ class _Chunk:
     outcomes: NDArray[np.int64]  # 2 * logit + label [rows]
 
 
-def _chunks(generator: RowGenerator, rows: int, *, compress: bool) -> Iterator[_Chunk]:
+def _chunks(generator: RowGenerator, rows: int, chunk_rows: int, *, compress: bool) -> Iterator[_Chunk]:
     """All chunks in order; workers are ahead by two each, which bounds the memory."""
 
     def make(first_row: int) -> _Chunk:
-        end_row = min(first_row + _CHUNK_ROWS, rows)
+        end_row = min(first_row + chunk_rows, rows)
         blocks = [
             generator.block(row // BLOCK_ROWS, min(BLOCK_ROWS, end_row - row))
             for row in range(first_row, end_row, BLOCK_ROWS)
@@ -211,7 +250,7 @@ def _chunks(generator: RowGenerator, rows: int, *, compress: bool) -> Iterator[_
     with ThreadPoolExecutor(num_workers, thread_name_prefix="synthesize") as workers:
         ahead: deque[Future[_Chunk]] = deque()
         try:
-            for first_row in range(0, rows, _CHUNK_ROWS):
+            for first_row in range(0, rows, chunk_rows):
                 ahead.append(workers.submit(make, first_row))
                 if len(ahead) > 2 * num_workers:
                     yield ahead.popleft().result()

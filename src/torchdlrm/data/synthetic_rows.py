@@ -4,17 +4,19 @@ In: which rows.  Out: their bytes in the log, labels and true logits.  Row i dep
 alone (a counter-based generator is asked for the bits of its block), so that any number of workers may produce any
 part of the log, and a shorter log is the beginning of a longer one.
 
-Cost: some 2 us a row on one core. Text is put together in a matrix of fixed width, a record a row, where short fields
-are padded with NUL; the padding is dropped from the whole at once.
+Cost: some 2 us a row on one core, 8 with companions. Text is put together in a matrix of fixed width, a record a row,
+where short fields are padded with NUL; the padding is dropped from the whole at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from torchdlrm.data.synthetic_model import NUM_HEAD_RANKS, Codes, click_thresholds, draw_model, missing_code
-from torchdlrm.data.synthetic_shapes import PRESETS, DenseShape
+from torchdlrm.data.synthetic_multi_hot import VALUE_SEPARATOR, Companions, draw_companions, scatter
+from torchdlrm.data.synthetic_shapes import MULTI_HOT_SIZES, PRESETS, DenseShape
 
 # Rows whose random bits are drawn together: changing it changes every log. The text of a block, 1.4 MB before the
 # padding is dropped, stays in the cache.
@@ -48,17 +50,20 @@ class _Sample:
 
 
 class RowGenerator:
-    """Makes any part of the log that a preset and a seed define."""
+    """Makes any part of the log that a preset and a seed define, with companions of the values or without."""
 
-    def __init__(self, preset: str, seed: int) -> None:
-        self.shape = PRESETS[preset]
-        seeds = np.random.SeedSequence([seed, list(PRESETS).index(preset)]).spawn(2)
+    def __init__(self, preset: str, seed: int, companions: Companions | None = None) -> None:
+        self.shape, self._companions = PRESETS[preset], companions
+        seeds = np.random.SeedSequence([seed, list(PRESETS).index(preset)]).spawn(3)
         key_low, key_high = seeds[0].generate_state(2, np.uint64)
         self._key = int(key_low) | int(key_high) << 64
         # Ranks of all columns get numbers of their own, so that no two columns share a value.
         self._first_value = np.cumsum([1, *(column.cardinality for column in self.shape.sparse)])
         assert self._first_value[-1] < 2**32
-        self._empty_line = _empty_line(len(self.shape.dense), len(self.shape.sparse))
+        self._sizes = MULTI_HOT_SIZES if companions else (1,) * len(self.shape.sparse)
+        keys = np.array(seeds[2].generate_state(sum(self._sizes)), np.uint32)
+        self._companion_keys = np.split(keys, np.cumsum(self._sizes)[:-1])
+        self._empty_line = _empty_line(len(self.shape.dense), self._sizes)
         self._dense_fields = [_dense_fields(column) for column in self.shape.dense]
         self._hex_digits = _hex_digits()
         self._thresholds = click_thresholds()
@@ -112,24 +117,40 @@ class RowGenerator:
             lines[f"int_{i}"] = fields.take(sample.codes[i])
         low_digits, high_digits = self._hex_digits
         for i, rank in enumerate(sample.ranks):
-            value = _scatter(rank.astype(np.uint32) + np.uint32(self._first_value[i])).astype(np.int64)
+            value = scatter(self._numbers(i, rank, sample.sparse_missing[i])).astype(np.int64)
             digits = high_digits.take(value >> 16)
             digits |= low_digits.take(value & 0xFFFF)
             rows = sample.sparse_missing[i]
-            if rows is not None:
-                digits[rows] = 0
-            lines[f"cat_{i}"] = digits
+            if rows is not None and not self._companions:
+                digits[:, rows] = 0
+            lines[f"cat_{i}"]["digits"] = digits.T
         return lines[:num_rows].tobytes().translate(None, b"\0")
 
+    def _numbers(self, column: int, ranks: NDArray[np.uint64], missing: NDArray[np.bool_] | None) -> NDArray[np.uint32]:
+        """The number of each value of a column's cells, [values in a cell, BLOCK_ROWS]."""
+        numbers = np.empty((self._sizes[column], BLOCK_ROWS), np.uint32)
+        numbers[0] = ranks
+        if self._companions:
+            cardinality, keys = self.shape.sparse[column].cardinality, self._companion_keys[column][1:]
+            if missing is not None:
+                numbers[0, missing] = cardinality
+            numbers[1:] = draw_companions(numbers[0], keys, cardinality, self._companions)
+        numbers += np.uint32(self._first_value[column])
+        if self._companions and missing is not None:
+            # A value like others, with companions, and a number that no column has.
+            numbers[0, missing] = self._first_value[-1] + column
+        return numbers
 
-def _empty_line(num_dense: int, num_sparse: int) -> NDArray[np.void]:
+
+def _empty_line(num_dense: int, sizes: Sequence[int]) -> NDArray[np.void]:
     """A record with the separators that stand at fixed places; the others are part of the fields."""
-    record = [("label", "u2"), *((f"int_{i}", "u8") for i in range(num_dense))]
-    for i in range(num_sparse):
-        record += [(f"cat_{i}", "u8"), (f"end_{i}", "u1")]
+    record: list[tuple[object, ...]] = [("label", "u2"), *((f"int_{i}", "u8") for i in range(num_dense))]
+    record += [(f"cat_{i}", [("digits", "u8"), ("end", "u1")], (size,)) for i, size in enumerate(sizes)]
     line = np.zeros(1, np.dtype(record))
-    for i in range(num_sparse):
-        line[f"end_{i}"] = ord("\n" if i == num_sparse - 1 else "\t")
+    for i in range(len(sizes)):
+        ends = line[f"cat_{i}"]["end"]
+        ends[:] = ord(VALUE_SEPARATOR)
+        ends[:, -1] = ord("\n" if i == len(sizes) - 1 else "\t")
     return line
 
 
@@ -146,13 +167,3 @@ def _hex_digits() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     digits = np.frombuffer(b"".join(b"%04x" % number for number in range(1 << 16)), np.uint32).astype(np.uint64)
     # The high digits are the first bytes in memory, hence the low half of a little-endian word.
     return digits << np.uint64(32), digits
-
-
-def _scatter(numbers: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """A bijection of 32-bit numbers that leaves no order to see (the finaliser of MurmurHash3)."""
-    numbers ^= numbers >> 16
-    numbers *= np.uint32(0x85EBCA6B)
-    numbers ^= numbers >> 13
-    numbers *= np.uint32(0xC2B2AE35)
-    numbers ^= numbers >> 16
-    return numbers

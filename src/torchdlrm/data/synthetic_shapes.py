@@ -209,4 +209,7 @@ _CRITEO_1TB = LogShape(
     ),
 )
 
+# Values in a cell of each categorical column in MLPerf's DLRM-DCNv2 benchmark.
+MULTI_HOT_SIZES = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
+
 PRESETS = {"criteo-kaggle": _CRITEO_KAGGLE, "criteo-1tb": _CRITEO_1TB}

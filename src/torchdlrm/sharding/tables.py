@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchdlrm.config import TableOptimizer
+from torchdlrm.data.synthetic_shapes import MULTI_HOT_SIZES
 from torchdlrm.errors import PlanError
 from torchdlrm.model import table_name
 
@@ -27,12 +28,11 @@ _TERABYTE_40M_ROWS = (
     *(40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956, 405282, 10),
     *(2209, 11938, 155, 4, 976, 14, 40000000, 40000000, 40000000, 590152, 12973, 108, 36),
 )
-_MULTI_HOT_SIZES = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
 _PRESETS: Mapping[str, tuple[Sequence[int], Sequence[int], str]] = {
     "criteo-kaggle": (_KAGGLE_ROWS, (1,) * 26, "Kaggle display advertising, whole vocabulary"),
     "criteo-1tb": (_TERABYTE_40M_ROWS, (1,) * 26, "1TB click logs, at most 40 million rows a table (MLPerf's list)"),
     "criteo-1tb-40m": ((40_000_000,) * 26, (1,) * 26, "26 tables of 40 million rows: why tables are sharded"),
-    "mlperf-dcnv2": (_TERABYTE_40M_ROWS, _MULTI_HOT_SIZES, "MLPerf DLRM-DCNv2: criteo-1tb with multi-hot features"),
+    "mlperf-dcnv2": (_TERABYTE_40M_ROWS, MULTI_HOT_SIZES, "MLPerf DLRM-DCNv2: criteo-1tb with multi-hot features"),
 }
 PRESETS = tuple(_PRESETS)
 MAX_ROWS = 2**40  # beyond any machine: a typing error, and bytes would no longer fit 63 bits
