@@ -35,7 +35,7 @@ def dlrm_says(monkeypatch, capsys):
     [
         ("train", "dlrm train: --dataset is missing; dlrm train --help shows all options"),
         ("train criteo-small --datset d --run r", "dlrm train: --dataset is missing; did you mean it by --datset?"),
-        ("train --dataset d --run r", "CONFIG is missing: name a TOML file, or one of criteo-1tb, criteo-kaggle, "),
+        ("train --dataset d --run r", "CONFIG is missing: name a TOML file, or one of criteo-1tb, criteo-1tb-dcn, "),
         ("train criteo-smal --dataset d --run r", "criteo-smal: no such config; name a TOML file, or one of "),
         ("predict", "dlrm predict: BUNDLE is missing; dlrm predict --help"),
         ("predict b", "dlrm predict: ROWS is missing; dlrm predict --help"),
@@ -109,7 +109,7 @@ def _importing(name):
 
 
 def test_a_config_goes_by_its_name():
-    assert {"criteo-small", "criteo-kaggle", "criteo-1tb", "quickstart"} <= set(shipped_config_names())
+    assert {"criteo-small", "criteo-kaggle", "criteo-1tb", "criteo-1tb-dcn", "quickstart"} <= set(shipped_config_names())
     assert load_config("criteo-small") == load_config(CONFIGS / "criteo-small.toml")
     with pytest.raises(ConfigError, match=r"criteo-smal: no such config; .*; did you mean criteo-small\?"):
         load_config("criteo-smal")
