@@ -26,7 +26,9 @@ def log(dlrm, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert f"dlrm preprocess {path} --schema {schema_path(path)} --out dataset" in done.stderr
     assert json.loads(done.stdout) == {
-        **{"log": str(path), "truth": str(truth_path(path)), "schema": str(schema_path(path))},
+        "log": str(path),
+        "truth": str(truth_path(path)),
+        "schema": str(schema_path(path)),
         **json.loads(truth_path(path).read_text()),
     }
     assert (json.loads(done.stdout)["preset"], json.loads(done.stdout)["multi_hot"]) == ("criteo-1tb", "uniform")

@@ -109,7 +109,8 @@ def _importing(name):
 
 
 def test_a_config_goes_by_its_name():
-    assert {"criteo-small", "criteo-kaggle", "criteo-1tb", "criteo-1tb-dcn", "quickstart"} <= set(shipped_config_names())
+    shipped = {"criteo-small", "criteo-kaggle", "criteo-1tb", "criteo-1tb-dcn", "quickstart"}
+    assert shipped <= set(shipped_config_names())
     assert load_config("criteo-small") == load_config(CONFIGS / "criteo-small.toml")
     with pytest.raises(ConfigError, match=r"criteo-smal: no such config; .*; did you mean criteo-small\?"):
         load_config("criteo-smal")
