@@ -18,7 +18,7 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.export import export, open_checkpoint
 from torchdlrm.exporting.options import ExportOptions
-from torchdlrm.features.schema import FeatureSchema, criteo_schema, with_split
+from torchdlrm.features.schema import FeatureSchema, with_split
 from torchdlrm.prediction.files import predict_file
 from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
@@ -94,10 +94,13 @@ def test_every_row_of_a_synthetic_log(serve, small_bundle, small_run, small_data
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["criteo_kaggle_sample.tsv.gz", "criteo_1tb_day_0_sample.tsv.gz"])
-def test_every_row_of_the_real_samples(name, serve, dlrm, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "schema"),
+    [("criteo_kaggle_sample.tsv.gz", "criteo-bucketed"), ("criteo_1tb_day_0_sample.tsv.gz", "criteo")],
+)
+def test_every_row_of_the_real_samples(name, schema, serve, dlrm, tmp_path):
     log = real_log(name)
-    dataset = preprocess([log], tmp_path / "dataset", criteo_schema(), PreprocessOptions(min_count=2))
+    dataset = preprocess([log], tmp_path / "dataset", schema, PreprocessOptions(min_count=2))
     run = tmp_path / "run"
     options = ["--train.batch-size-global", 512, "--logging.tensorboard", "false"]
     done = dlrm("train", CONFIG, "--dataset", dataset.path, "--run", run, *options)
@@ -169,13 +172,14 @@ def own_json(rows, schema):
     """Cells as a client has them: numbers and texts, null values as such or written out."""
     nulls = {"price": -1, "age": None, "code": "-", "user": "NULL", "city": "-", "shop": None}
     for row in rows:
-        cells = {n: nulls[n] if row[n] is None else row[n] for n in (c.name for c in (*schema.dense, *schema.sparse))}
+        cells = {column.name: row[column.name] for column in schema.features}
+        cells = {name: nulls[name] if cell is None else cell for name, cell in cells.items()}
         yield cells | ({"code": f"{row['code']:08x}"} if row["code"] is not None else {})
 
 
 def own_tensors(rows, schema):
     """A tensor a column, of numbers where that can be."""
-    for column in (*schema.dense, *schema.sparse):
+    for column in schema.features:
         cells = [row[column.name] for row in rows]
         if column.kind == "float" or column.name == "age":
             values = pl.Series([math.nan if cell is None else float(cell) for cell in cells], dtype=pl.Float64)
@@ -188,11 +192,29 @@ def own_tensors(rows, schema):
             yield Tensor(column.name, "INT64", (len(rows),), pl.Series(cells, dtype=pl.Int64))
 
 
+def with_all_buckets(columns):
+    """Numbers as categories of all kinds: dense and bucketed, bucketed alone, with a vocabulary, hashed."""
+    changes = {
+        "price": {"buckets": [0.5, 2.75]},
+        "age": {"buckets": "log_square", "hash": 30},
+        "user": {"kind": "float", "buckets": "log_square"},
+        "shop": {"buckets": [0, 2**62]},
+    }
+    return [column | changes.get(column["name"], {}) for column in columns]
+
+
+LAYOUTS = {
+    "with dense columns": lambda columns: columns,
+    "purely categorical": lambda columns: [column for column in columns if column["role"] != "dense"],
+    "bucketed": with_all_buckets,
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("has_dense", [True, False], ids=["with dense columns", "purely categorical"])
-def test_null_values_named_labels_and_numbers_of_parquet_mean_the_same_everywhere(has_dense, dlrm, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_null_values_named_labels_and_numbers_of_parquet_mean_the_same_everywhere(layout, dlrm, tmp_path):
     content = tomllib.loads(OWN_SCHEMA)
-    content["columns"] = [column for column in content["columns"] if has_dense or column["role"] != "dense"]
+    content["columns"] = LAYOUTS[layout](content["columns"])
     schema = FeatureSchema.model_validate(content)
     rows = list(own_rows(3_000, seed=0))
     text, parquet = write_own_logs(rows, schema, tmp_path)
@@ -202,7 +224,8 @@ def test_null_values_named_labels_and_numbers_of_parquet_mean_the_same_everywher
     assert clicks == sum(row["bought"] == "yes" for row in rows)
     missing = {name: split.missing_rows for name, split in dataset.manifest.splits.items()}
     for name in missing["train"]:
-        assert sum(split[name] for split in missing.values()) == sum(row[name] is None for row in rows)
+        number_missing = sum(row[name.removesuffix("_bucket")] is None for row in rows)
+        assert sum(split[name] for split in missing.values()) == number_missing
     without_label = parquet.with_name("labelled.parquet")
     pl.read_parquet(parquet).with_columns(pl.col("bought").fill_null(rows[5]["bought"])).write_parquet(without_label)
     same = preprocess([without_label], tmp_path / "same", schema)

@@ -205,7 +205,7 @@ class Bundle:
         if record.index is None:
             return PlainIds(record.num_embeddings)
         try:
-            return ValueIndex.open(self.path / record.index, kind=column.kind, num_ids=record.num_embeddings)
+            return ValueIndex.open(self.path / record.index, kind=column.vocabulary_kind, num_ids=record.num_embeddings)
         except DatasetError as error:
             raise BundleError(str(error)) from error
 

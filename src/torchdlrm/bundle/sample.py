@@ -85,11 +85,16 @@ def raw_sample(
     """
     raw = pl.DataFrame(
         [_raw_dense(encoded[column.name], column, dense[column.name]) for column in schema.dense]
-        + [_raw_sparse(encoded[column.name], column, vocabularies.get(column.name)) for column in schema.sparse]
+        + [_raw_sparse(encoded[column.name], column, vocabularies.get(column.name)) for column in schema.sparse_columns]
+    )
+    raw = raw.with_columns(
+        _with_missing(raw[feature.raw_name], encoded[feature.name], vocabularies.get(feature.name))
+        for feature in schema.sparse
+        if feature.raw_name != feature.name
     )
     again = encode(raw, schema, dense, vocabularies)
     same = np.ones(raw.height, np.bool_)
-    for column in schema.features:
+    for column in (*schema.dense, *schema.sparse):
         if not (isinstance(column, SparseColumn) and column.hash is not None):
             same &= (again[column.name] == encoded[column.name].cast(again[column.name].dtype)).to_numpy()
     return raw.filter(pl.Series(same)).head(max_rows)
@@ -98,6 +103,14 @@ def raw_sample(
 def _raw_dense(values: pl.Series, column: DenseColumn, fitted: DenseTransform) -> pl.Series:
     x = fitted.inverse(values.cast(pl.Float64).to_numpy())
     return column.value_kind.from_floats(x).alias(column.name)
+
+
+def _with_missing(numbers: pl.Series, ids: pl.Series, vocabulary: ValueLookup | None) -> pl.Series:
+    """A dense column, null where its bucket says so: among dense values a missing one is like others."""
+    missing_id = vocabulary.missing_id if isinstance(vocabulary, Vocabulary) else None
+    if missing_id is None:
+        return numbers
+    return pl.select(pl.when(ids != missing_id).then(numbers).alias(numbers.name)).to_series()
 
 
 def _raw_sparse(ids: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:
@@ -118,19 +131,32 @@ def _values(ids: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None
         return pl.Series((ids.to_numpy().astype(np.int64) * 7919 + 1) % 2**31).cast(dtype)
     if not isinstance(vocabulary, Vocabulary):
         return ids.cast(dtype)
-    known, unknown = vocabulary.table["value"], pl.Series([_outside(vocabulary, dtype)], dtype=dtype)
+    known, unknown = vocabulary.table["value"], pl.Series([_outside(vocabulary, column)], dtype=dtype)
+    if column.buckets is not None:
+        known = _numbers_of(known, column)
     if not len(known):
         return unknown.new_from_index(0, len(ids))
     found = known.gather((ids.cast(pl.Int64) - 1).clip(0, len(known) - 1))
     return found.zip_with(ids != UNKNOWN_ID, unknown)
 
 
-def _outside(vocabulary: Vocabulary, dtype: type[pl.DataType]) -> str | int:
-    """A value that has no id of its own."""
+def _numbers_of(categories: pl.Series, column: SparseColumn) -> pl.Series:
+    """A number in each bucket; null stays null."""
+    assert column.buckets is not None, "the caller saw to it"
+    is_float = column.kind == "float"
+    numbers = column.buckets.bucketing.numbers_of(categories.fill_null(0).to_numpy(), is_float=is_float)
+    return pl.select(pl.when(categories.is_not_null()).then(pl.Series(numbers))).to_series()
+
+
+def _outside(vocabulary: Vocabulary, column: SparseColumn) -> str | float:
+    """A value that has no id of its own; of buckets, which may all have one, any."""
+    dtype = column.value_kind.dtype
     numbers = pl.Series(np.random.default_rng(0).integers(2**31, size=_CANDIDATES))
     candidates = pl.select(pl.lit("unknown-") + numbers.cast(pl.String)).to_series() if dtype == pl.String else numbers
     candidates = candidates.cast(dtype)
-    outside = candidates.filter(vocabulary.lookup(candidates) == UNKNOWN_ID)
-    assert len(outside), "64 values out of 2^31 that are all in one vocabulary"
-    value: str | int = outside[0]
+    if column.buckets is not None:
+        candidates = candidates.append(_numbers_of(pl.Series(np.arange(-_CANDIDATES, _CANDIDATES)), column))
+    outside = candidates.filter(vocabulary.lookup(column.categories(candidates)) == UNKNOWN_ID)
+    assert len(outside) or column.buckets is not None, "64 values out of 2^31 that are all in one vocabulary"
+    value: str | float = (outside if len(outside) else candidates)[0]
     return value

@@ -42,7 +42,8 @@ def preprocess(
         logs: Files of the log, text (plain or gzipped) or Parquet, in the order of time (files named day_N are put in
             order).
         out: Folder to write the dataset to; must not exist.
-        schema: What the columns are: the preset `criteo`, or a TOML file; `dlrm schema LOG` proposes one.
+        schema: What the columns are: the preset `criteo` or `criteo-bucketed`, or a TOML file; `dlrm schema LOG`
+            proposes one.
         options: what the dataset depends on.
         split: How rows are split, if not as the schema says.
         val: Fraction of the rows for val, if not as the schema says; not for the split `criteo`.

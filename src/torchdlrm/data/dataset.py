@@ -25,7 +25,7 @@ from torchdlrm.features.vocabulary import Vocabulary
 from torchdlrm.files import replacing, sha256_of, sync
 from torchdlrm.progress import SILENT, ProgressListener
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, _WITHOUT_BUCKETS = 2, 1
 MANIFEST_NAME = "dataset.json"
 # A reader takes a row group at a time: 16,384 rows of Criteo's 40 columns are 2.5 MB, read in 2 ms.
 ROW_GROUP_ROWS = 16_384
@@ -97,7 +97,7 @@ class Manifest(_Frozen):
     """What `dataset.json` holds.  It depends on the log, the schema and the seed alone."""
 
     format: Literal["torchdlrm-dataset"] = "torchdlrm-dataset"
-    format_version: int = FORMAT_VERSION
+    format_version: int = _WITHOUT_BUCKETS
     feature_schema: FeatureSchema = Field(alias="schema")
     split_rule: str
     seed: int
@@ -123,6 +123,11 @@ class Manifest(_Frozen):
         content["schema"] = self.feature_schema.model_dump(mode="json", by_alias=True, exclude_none=True)
         content["source"] = [record.model_dump(mode="json", exclude_none=True) for record in self.source]
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def oldest_version(schema: FeatureSchema) -> int:
+    """The oldest version of the format that says what must be said: older programs read all other datasets."""
+    return FORMAT_VERSION if schema.has_buckets else _WITHOUT_BUCKETS
 
 
 @dataclass(frozen=True)
@@ -210,7 +215,7 @@ class Dataset:
         Raises:
             DatasetError: its file is damaged, or the feature has none.
         """
-        kind = next(column.kind for column in self.schema.sparse if column.name == name)
+        kind = next(column.vocabulary_kind for column in self.schema.sparse if column.name == name)
         record = self.manifest.sparse[name].vocabulary
         if record is None:
             msg = f"{self.path}: feature {name} has no vocabulary: its values are hashed, or were ids already"
@@ -253,9 +258,9 @@ def _parse_manifest(text: str, path: Path) -> Manifest:
         msg = f"{path}: not JSON ({error}); copy or preprocess the dataset again"
         raise DatasetError(msg) from error
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in (_WITHOUT_BUCKETS, FORMAT_VERSION):
         msg = (
-            f"{path}: format_version is {version!r}, and this version of torchdlrm reads {FORMAT_VERSION}; "
+            f"{path}: format_version is {version!r}, and this version of torchdlrm reads up to {FORMAT_VERSION}; "
             "preprocess the log again, or use the version that wrote it"
         )
         raise DatasetError(msg)

@@ -144,7 +144,7 @@ def export(
                 )
                 for feature, num_embeddings in dataset.num_embeddings.items()
             },
-            format_version=oldest_version(run.config.model, record_of(shape.architecture)),
+            format_version=oldest_version(dataset.schema, run.config.model, record_of(shape.architecture)),
             model=run.config.model,
             model_class=record_of(shape.architecture),
             dense_precision=dense_precision,

@@ -45,7 +45,7 @@ def encode(
     return pl.DataFrame(
         [
             *encode_dense(frame, dense).iter_columns(),
-            *(encode_sparse(frame[column.name], column, vocabularies.get(column.name)) for column in schema.sparse),
+            *(encode_sparse(frame[column.raw_name], column, vocabularies.get(column.name)) for column in schema.sparse),
         ]
     )
 
@@ -54,13 +54,14 @@ def encode_sparse(values: pl.Series, column: SparseColumn, vocabulary: ValueLook
     """The ids of a sparse column's values: Int32, or lists of it; a missing list of values is an empty one.
 
     Args:
-        values: Int64, UInt32 or String, nullable; or lists of these.
+        values: Int64, UInt32 or String, Int64 or Float64 where buckets make categories of them, nullable; or lists of
+            these.
         column: the feature.
         vocabulary: its vocabulary; None where its values are hashed.
     """
     if column.is_multi_valued:
-        return map_lists(values, lambda flat: _ids(flat, column, vocabulary))
-    return _ids(values, column, vocabulary)
+        return map_lists(values, lambda flat: _ids(column.categories(flat), column, vocabulary))
+    return _ids(column.categories(values), column, vocabulary).alias(column.name)
 
 
 def _ids(values: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:

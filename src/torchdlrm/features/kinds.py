@@ -7,8 +7,9 @@
 | hex | UInt32 | 1 to 8 hexadecimal digits, upper or lower case | such a text | the number itself, BYTES |
 | string | String | anything | a text; of a number its text | BYTES |
 
-Dense columns are of kind int or float, sparse ones of kind int, hex or string; a column with several values a row has
-lists of these.  How a value is hashed follows from its type, see `torchdlrm.features.value_hash`.
+Dense columns are of kind int or float, sparse ones of kind int, hex or string, or float where buckets make categories
+of it; a column with several values a row has lists of these.  How a value is hashed follows from its type, see
+`torchdlrm.features.value_hash`.
 
 To add a kind, write a class and enter it, and its name, at the end of this module.  All methods take whole columns,
 but for those named after one cell or one number.
@@ -305,4 +306,4 @@ def hex_digits(values: pl.Series) -> pl.Series:
 INT, FLOAT, HEX, STRING = _Int(), _Float(), _Hex(), _String()
 KINDS: dict[str, ValueKind] = {kind.name: kind for kind in (INT, FLOAT, HEX, STRING)}
 DenseKindName = Literal["int", "float"]
-SparseKindName = Literal["string", "int", "hex"]
+SparseKindName = Literal["string", "int", "hex", "float"]

@@ -18,6 +18,7 @@ docs/preprocessing.md describes every key.
 import re
 import tomllib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
@@ -25,12 +26,14 @@ import polars as pl
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from torchdlrm.errors import SchemaError
+from torchdlrm.features.buckets import Buckets
 from torchdlrm.features.kinds import KINDS, DenseKindName, SparseKindName, ValueKind
 from torchdlrm.features.transforms import TransformName
 from torchdlrm.toml import did_you_mean, explain, toml_value
 
 NUM_CRITEO_DENSE = 13
 NUM_CRITEO_SPARSE = 26
+_BUCKET_SUFFIX = "_bucket"
 
 ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
@@ -116,12 +119,37 @@ class _FeatureColumn(_Column):
         return pl.List(one) if self.is_multi_valued else one
 
 
+MinCount = Annotated[int, Field(ge=1)]
+# In the files of datasets and bundles it keeps its old name.
+MaxEmbeddings = Annotated[
+    int | None, Field(ge=2, validation_alias=AliasChoices("max_embeddings", "max_rows"), serialization_alias="max_rows")
+]
+HashSize = Annotated[int, Field(ge=1, lt=2**31)]
+
+
 class DenseColumn(_FeatureColumn):
-    """A number, `float` or `int` of 64 bits; `torchdlrm.features.transforms` says what becomes of it."""
+    """A number, `float` or `int` of 64 bits; `torchdlrm.features.transforms` says what becomes of it.
+
+    With `buckets` it is a sparse feature as well, NAME_bucket; `min_count`, `max_embeddings` and `hash` are of that.
+    """
 
     role: Literal["dense"] = "dense"
     kind: DenseKindName = "float"
     transform: TransformName = "log_plus_3"
+    buckets: Buckets | None = None
+    min_count: MinCount | None = None
+    max_embeddings: MaxEmbeddings = None
+    hash: HashSize | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.buckets is None:
+            given = [key for key in ("min_count", "max_embeddings", "hash") if getattr(self, key) is not None]
+            if given:
+                msg = f"{given[0]} is for the sparse feature that `buckets` makes of a dense column, and it has none"
+                raise ValueError(msg)
+        _check_numbering(self)
+        return self
 
 
 class SparseColumn(_FeatureColumn):
@@ -136,13 +164,31 @@ class SparseColumn(_FeatureColumn):
     kind: SparseKindName = "string"
     value_separator: Annotated[str, Field(min_length=1)] | None = None
     max_values: Annotated[int, Field(ge=1)] | None = None
-    min_count: Annotated[int, Field(ge=1)] | None = None
-    # In the files of datasets and bundles it keeps its old name.
-    max_embeddings: Annotated[
-        int | None,
-        Field(ge=2, validation_alias=AliasChoices("max_embeddings", "max_rows"), serialization_alias="max_rows"),
-    ] = None
-    hash: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    min_count: MinCount | None = None
+    max_embeddings: MaxEmbeddings = None
+    hash: HashSize | None = None
+    buckets: Buckets | None = None
+
+    @property
+    def raw_name(self) -> str:
+        """The column of raw rows that it is made of."""
+        return self.name
+
+    @property
+    def vocabulary_kind(self) -> SparseKindName:
+        """The kind of the values that get ids: of buckets their numbers."""
+        return self.kind if self.buckets is None else "int"
+
+    @property
+    def vocabulary_dtype(self) -> type[pl.DataType]:
+        """The type of the values that get ids."""
+        return KINDS[self.vocabulary_kind].dtype
+
+    def categories(self, values: pl.Series) -> pl.Series:
+        """What gets ids: the column's values themselves (one a row), or which buckets they fall in."""
+        if self.buckets is None:
+            return values
+        return self.buckets.bucketing.of_column(values.cast(pl.Float64) if self.kind == "float" else values)
 
     @property
     def is_multi_valued(self) -> bool:
@@ -154,10 +200,45 @@ class SparseColumn(_FeatureColumn):
         if self.max_values is not None and self.value_separator is None:
             msg = "max_values needs value_separator, the text between two values of a cell"
             raise ValueError(msg)
-        if self.hash is not None and (self.min_count is not None or self.max_embeddings is not None):
-            msg = "hash goes without min_count and max_embeddings, which are for vocabularies"
+        if self.kind == "float" and self.buckets is None:
+            msg = 'kind float needs buckets, such as "log_square", which make categories of numbers'
             raise ValueError(msg)
+        if self.buckets is not None and self.kind not in ("int", "float"):
+            msg = f"buckets are for numbers, kind int or float, and its kind is {self.kind}"
+            raise ValueError(msg)
+        _check_numbering(self)
         return self
+
+
+def _check_numbering(column: DenseColumn | SparseColumn) -> None:
+    if column.hash is not None and (column.min_count is not None or column.max_embeddings is not None):
+        msg = "hash goes without min_count and max_embeddings, which are for vocabularies"
+        raise ValueError(msg)
+
+
+class BucketFeature(SparseColumn):
+    """The sparse feature that `buckets` makes of a dense column; no column of the log by itself."""
+
+    raw: ColumnName
+
+    @property
+    def raw_name(self) -> str:
+        """The dense column."""
+        return self.raw
+
+
+@cache
+def _bucket_feature(column: DenseColumn) -> BucketFeature:
+    return BucketFeature(
+        name=column.name + _BUCKET_SUFFIX,
+        kind=column.kind,
+        null_values=column.null_values,
+        buckets=column.buckets,
+        min_count=column.min_count,
+        max_embeddings=column.max_embeddings,
+        hash=column.hash,
+        raw=column.name,
+    )
 
 
 Feature = DenseColumn | SparseColumn
@@ -217,6 +298,11 @@ class FeatureSchema(_Frozen):
             if name in names[:i]:
                 msg = f"columns {names.index(name) + 1} and {i + 1} are both named {name!r}; a name is for one column"
                 raise ValueError(msg)
+        for feature in self.sparse:
+            if feature.raw_name != feature.name and feature.name in names:
+                msg = f"column {names.index(feature.name) + 1} has the name of the buckets of {feature.raw_name}; "
+                msg += "give one of them another"
+                raise ValueError(msg)
         if not self.separator.isascii() or self.separator in '\r\n\0"':
             msg = f"separator must be one ASCII character, no line end and no quote, not {self.separator!r}"
             raise ValueError(msg)
@@ -256,14 +342,25 @@ class FeatureSchema(_Frozen):
         return tuple(column for column in self.columns if isinstance(column, DenseColumn))
 
     @property
-    def sparse(self) -> tuple[SparseColumn, ...]:
-        """The sparse columns, in the order of the file: the order of the KJT's keys."""
+    def sparse_columns(self) -> tuple[SparseColumn, ...]:
+        """The sparse columns, in the order of the file."""
         return tuple(column for column in self.columns if isinstance(column, SparseColumn))
 
     @property
+    def sparse(self) -> tuple[SparseColumn, ...]:
+        """The sparse features in the order of the KJT's keys: the sparse columns, then the buckets of dense ones."""
+        buckets = (_bucket_feature(column) for column in self.dense if column.buckets is not None)
+        return (*self.sparse_columns, *buckets)
+
+    @property
     def features(self) -> tuple[Feature, ...]:
-        """What a model reads: the dense columns, then the sparse ones."""
-        return (*self.dense, *self.sparse)
+        """The columns of a raw row that a model reads: the dense ones, then the sparse ones."""
+        return (*self.dense, *self.sparse_columns)
+
+    @property
+    def has_buckets(self) -> bool:
+        """Whether a number is a category, which older versions of datasets and bundles cannot say."""
+        return any(column.buckets is not None for column in self.sparse)
 
     def with_columns(self, columns: Sequence[Column]) -> Self:
         """The layout of a log to predict: its features are those of this schema, and what else it has may differ.
@@ -281,7 +378,19 @@ def criteo_schema() -> FeatureSchema:
     return FeatureSchema(name="criteo", columns=tuple(columns))
 
 
-PRESETS = {"criteo": criteo_schema}
+def bucketed_criteo_schema() -> FeatureSchema:
+    """Criteo's layout with its 13 counts as categories too, by floor(ln(x)^2) as BARS has them: 39 sparse features."""
+    schema = criteo_schema()
+    columns = [
+        DenseColumn(name=column.name, kind="int", buckets=Buckets.model_validate("log_square"))
+        if isinstance(column, DenseColumn)
+        else column
+        for column in schema.columns
+    ]
+    return FeatureSchema(name="criteo-bucketed", columns=tuple(columns))
+
+
+PRESETS = {"criteo": criteo_schema, "criteo-bucketed": bucketed_criteo_schema}
 
 
 def load_schema(name_or_path: str | Path) -> FeatureSchema:

@@ -69,7 +69,8 @@ class PlainRowEncoder:
         ]
         alike: dict[tuple[object, ...], list[int]] = {}
         for i, feature in enumerate(schema.sparse):
-            alike.setdefault((feature.kind, feature.hash is not None, feature.null_values), []).append(i)
+            same = (feature.kind, feature.hash is not None, feature.null_values, feature.buckets)
+            alike.setdefault(same, []).append(i)
         self._sparse: list[_NumberFeatures | _TextFeatures] = []
         for places in alike.values():
             features = [schema.sparse[i] for i in places]
@@ -116,17 +117,21 @@ class _DenseGroup:
 
 
 class _NumberFeatures:
-    """Sparse features of one kind of numbers, all with a vocabulary or all hashed."""
+    """Sparse features of one kind of numbers and the same buckets, all with a vocabulary or all hashed."""
 
     def __init__(self, features: Sequence[SparseColumn], places: list[int], vocabularies: Vocabularies) -> None:
-        self._names = [feature.name for feature in features]
+        self._names = [feature.raw_name for feature in features]
         self._places, self._kind = places, features[0].value_kind
+        buckets = features[0].buckets
+        self._bucketing = None if buckets is None else buckets.bucketing
         self._nulls = null_numbers(features[0]).to_numpy()
         self._hash_sizes = np.array([[feature.hash] for feature in features if feature.hash is not None], np.uint64)
         self._vocabularies = [vocabularies[feature.name] for feature in features if feature.hash is None]
 
     def encode(self, parts: Sequence[Part], ids_FB: NDArray[np.int32]) -> None:
         numbers, is_missing = _numbers(parts, self._names, self._kind, self._nulls)
+        if self._bucketing is not None:
+            numbers = self._bucketing.of_numbers(numbers)
         num_rows = ids_FB.shape[1]
         if not self._vocabularies:
             hashes_FB = hash_integers(numbers.astype(np.int64), is_missing).reshape(-1, num_rows)

@@ -60,7 +60,7 @@ def count_values(
     `known`, where it is given, has values whose ids are fixed: they are left out.
     """
     name = values.column.name
-    frames = [pl.DataFrame(schema={"value": values.column.value_kind.dtype, "count": pl.Int64})]
+    frames = [pl.DataFrame(schema={"value": values.column.vocabulary_dtype, "count": pl.Int64})]
     for chunk in chunks:
         if not chunk.rows_of_split[0]:
             continue
@@ -117,11 +117,11 @@ def rank_values(
     """
     tables = [pl.DataFrame(_section(path, "counts")) for path in counts]
     if known is None:
-        ids = [[pl.DataFrame(schema={"value": column.value_kind.dtype, "id": pl.Int32})] for _ in tables]
+        ids = [[pl.DataFrame(schema={"value": column.vocabulary_dtype, "id": pl.Int32})] for _ in tables]
     else:
         ids = [[pl.DataFrame(_section(path, "ids"))] for path in known]
     num_ids = 0
-    with replacing(vocabulary) as temporary, VocabularyWriter(temporary, column.kind) as writer:
+    with replacing(vocabulary) as temporary, VocabularyWriter(temporary, column.vocabulary_kind) as writer:
         if known_vocabulary is not None:
             for piece in _read_vocabulary(known_vocabulary, column):
                 writer.append(piece)
@@ -135,7 +135,7 @@ def rank_values(
             if num_ids >= max_ids:
                 break
         if not num_ids:
-            writer.append(pl.DataFrame(schema={"value": column.value_kind.dtype, "count": pl.Int64, "id": pl.Int32}))
+            writer.append(pl.DataFrame(schema={"value": column.vocabulary_dtype, "count": pl.Int64, "id": pl.Int32}))
     for pieces, target in zip(ids, targets, strict=True):
         write_sections(target, {"ids": pl.concat(pieces).to_arrow()})
     return {"num_ids": num_ids}
@@ -195,7 +195,7 @@ def _ranked(tables: Sequence[pl.DataFrame], slices: Sequence[slice], num_ids: in
 
 def look_up_values(values: ValueRange, chunks: Sequence[ChunkFile], ids: Path, target: Path) -> Result:
     """Task: the ids of a range's values in all chunks: `ids` int32, and where each chunk starts among them: `start`."""
-    frames = [pl.DataFrame(schema={"value": values.column.value_kind.dtype})]
+    frames = [pl.DataFrame(schema={"value": values.column.vocabulary_dtype})]
     starts = [0]
     for chunk in chunks:
         with Sections(chunk.path) as sections:
@@ -220,7 +220,7 @@ def spread_vocabulary(
 ) -> Result:
     """Task: the vocabulary of another dataset -> value and id of each range."""
     pieces: list[list[pl.DataFrame]] = [
-        [pl.DataFrame(schema={"value": column.value_kind.dtype, "id": pl.Int32})] for _ in ranges
+        [pl.DataFrame(schema={"value": column.vocabulary_dtype, "id": pl.Int32})] for _ in ranges
     ]
     num_ids = 0
     for piece in _read_vocabulary(vocabulary, column):
@@ -239,7 +239,7 @@ def _read_vocabulary(path: Path, column: SparseColumn) -> Iterator[pl.DataFrame]
     file = pq.ParquetFile(path, page_checksum_verification=True)
     for i in range(file.num_row_groups):
         piece = pl.DataFrame(file.read_row_group(i))
-        yield typed_values(piece, column.kind)
+        yield typed_values(piece, column.vocabulary_kind)
 
 
 def sum_moments(chunk: ChunkFile, split: RowSplit, names: Sequence[str]) -> Result:

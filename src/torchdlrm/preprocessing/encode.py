@@ -239,7 +239,7 @@ def write_rows(
         positions = np.concatenate([batch.column(POSITION).to_numpy() for batch in batches])
         order = pl.Series(order_in_bucket(positions, shuffle_seed))
     columns = []
-    for column in (schema.label, *schema.features):
+    for column in (schema.label, *schema.dense, *schema.sparse):
         values = pl.Series(column.name, pa.chunked_array([batch.column(column.name) for batch in batches]))
         values = values.rechunk() if order is None else values.rechunk().gather(order)
         if column in schema.sparse:

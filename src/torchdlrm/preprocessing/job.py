@@ -23,6 +23,7 @@ from torchdlrm.data.dataset import (
     SourceRecord,
     SparseRecord,
     file_record,
+    oldest_version,
 )
 from torchdlrm.data.log.cut import Chunk, plan_chunks
 from torchdlrm.data.log.files import LogFile
@@ -99,6 +100,7 @@ class Job:
         tallies, groups_of_parts = self._encode(encoding, chunks)
         files = self._write(encoding, groups_of_parts)
         return Manifest(
+            format_version=oldest_version(self.schema),
             feature_schema=self.schema,
             split_rule=split.rule,
             seed=self.options.seed,

@@ -16,7 +16,7 @@ from torchdlrm.data.dataset import MANIFEST_NAME, Dataset, Manifest
 from torchdlrm.data.log.files import LogFile, find_files
 from torchdlrm.data.log.sniff import check_layout
 from torchdlrm.errors import DatasetError, LogError
-from torchdlrm.features.schema import FeatureSchema, load_schema
+from torchdlrm.features.schema import FeatureSchema, SparseColumn, load_schema
 from torchdlrm.files import sha256_of, sync
 from torchdlrm.preprocessing.executors import start_workers
 from torchdlrm.preprocessing.job import Job
@@ -153,11 +153,8 @@ def _open_known(path: Path, schema: FeatureSchema) -> Dataset:
         theirs = next((other for other in known.schema.sparse if other.name == column.name), None)
         if theirs is None:
             problems.append(f"  it has no sparse column {column.name}")
-        elif (theirs.kind, theirs.hash) != (column.kind, column.hash):
-            problems.append(
-                f"  column {column.name}: there kind {theirs.kind}, hash {theirs.hash}; "
-                f"here kind {column.kind}, hash {column.hash}"
-            )
+        elif (there := _numbering(theirs)) != (here := _numbering(column)):
+            problems.append(f"  column {column.name}: there {there}; here {here}")
         elif column.hash is None and known.manifest.sparse[column.name].vocabulary is None:
             problems.append(f"  column {column.name} came as ids, without a vocabulary")
     problems += [
@@ -170,6 +167,12 @@ def _open_known(path: Path, schema: FeatureSchema) -> Dataset:
         lines = [f"`vocabulary`: {path} has other columns than the schema {schema.name!r}:", *problems]
         raise DatasetError("\n".join([*lines, "Give the schema that it was made with, or another dataset."]))
     return known
+
+
+def _numbering(column: SparseColumn) -> str:
+    """What the values that get ids are, and whether by a hash."""
+    buckets = "" if column.buckets is None else f", buckets {column.buckets.model_dump(exclude={'boundaries'})}"
+    return f"kind {column.kind}, hash {column.hash}{buckets}"
 
 
 def _cannot_write(out: Path, error: OSError) -> str:

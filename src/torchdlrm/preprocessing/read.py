@@ -82,7 +82,7 @@ def read_chunk(task: ReadTask) -> Result:
         columns.append(rows[task.schema.time.name].alias(TIME))
     num_values, value_bytes = {}, {}
     for column in task.schema.sparse:
-        codes = encode_column(rows[column.name], column, task.num_partitions, sections)
+        codes = encode_column(rows[column.raw_name], column, task.num_partitions, sections)
         columns.append(codes)
         values = sections[f"values/{column.name}"]
         num_values[column.name] = values.num_rows
@@ -121,6 +121,7 @@ def encode_column(
     flat = column
     if about.is_multi_valued:
         flat = column.drop_nulls().explode(empty_as_null=False)
+    flat = about.categories(flat)
     encoded = pc.dictionary_encode(flat.to_arrow(), null_encoding="encode")  # hashes every value once
     values, codes = pl.Series(flat.name, encoded.dictionary, dtype=flat.dtype), encoded.indices.to_numpy()
     counts = np.bincount(codes, minlength=len(values)).astype(np.int32)

@@ -7,6 +7,7 @@ Out: the rows; what was not sent is missing, and what a column's `null_values` n
 | --- | --- |
 | dense | any number, NaN is missing; or BYTES, as a log writes it |
 | sparse int | integers, or BYTES |
+| sparse float | any number, NaN is missing; or BYTES |
 | sparse hex | integers, which are the number itself, or BYTES, its digits |
 | sparse string, sparse with several values | BYTES |
 """
@@ -105,7 +106,7 @@ class Inputs:
     def _columns_named(self, name: str) -> Sequence[Feature]:
         if name in self._features:
             return [self._features[name]]
-        packed: dict[str, Sequence[Feature]] = {DENSE: self.schema.dense, SPARSE: self.schema.sparse}
+        packed: dict[str, Sequence[Feature]] = {DENSE: self.schema.dense, SPARSE: self.schema.sparse_columns}
         if name not in packed:
             msg = f"input {shown(name)} is no column of this model, and neither 'dense' nor 'sparse'"
             raise bad_request(msg)
@@ -150,7 +151,7 @@ def _few_rows(placed: Sequence[tuple[Tensor, Sequence[Feature]]]) -> list[dict[s
 def _as_cell(tensor: Tensor, column: Feature) -> Callable[[Any], object] | None:
     """Return what makes a value of the tensor a cell of JSON, or raises ValueError; None where nothing does."""
     given = "text" if tensor.datatype == BYTES else "integer" if tensor.values.dtype.is_integer() else "float"
-    if column.is_multi_valued or (given == "float" and isinstance(column, SparseColumn)):
+    if column.is_multi_valued or (given == "float" and not _takes_floats(column)):
         return None
     return column.value_kind.cell_of.get(given)
 
@@ -210,8 +211,12 @@ def _check_lengths(texts: pl.Series, column: Feature) -> None:
         check_num_values(int(num_separators) + len(texts), column)
 
 
+def _takes_floats(column: Feature) -> bool:
+    return isinstance(column, DenseColumn) or (column.kind == "float" and not column.is_multi_valued)
+
+
 def _check_takes_numbers(tensor: Tensor, column: Feature) -> None:
-    if isinstance(column, DenseColumn):
+    if _takes_floats(column):
         return
     wanted = BYTES if column.is_multi_valued or column.value_kind.is_text else f"INT64 or {BYTES}"
     if wanted == BYTES or not tensor.values.dtype.is_integer():
