@@ -15,7 +15,7 @@ import pytest
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, DatasetError
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, WeightColumn
 from torchdlrm.files import sha256_of
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, preprocess, work_folder
 from torchdlrm.preprocessing.read import read_chunk
@@ -25,6 +25,7 @@ SCHEMA = FeatureSchema(
     name="small",
     columns=(
         LabelColumn(name="label"),
+        WeightColumn(name="w"),
         DenseColumn(name="position", kind="int", transform="none"),
         DenseColumn(name="price", kind="float", transform="standardize"),
         SparseColumn(name="city", kind="string"),
@@ -65,7 +66,8 @@ def log(tmp_path_factory):
             rng.choice(["", f"{rng.randrange(700):x}"]),
         )
         lines.append(
-            f"{rng.choice('0001')}\t{i}\t{rng.gauss(0, 1e5):.3f}\t{city}\t{item}\t{tags}\t{rng.randrange(400)}\n"
+            f"{rng.choice('0001')}\t{rng.random():.2f}\t{i}\t{rng.gauss(0, 1e5):.3f}"
+            f"\t{city}\t{item}\t{tags}\t{rng.randrange(400)}\n"
         )
     path = tmp_path_factory.mktemp("log") / "log.tsv"
     path.write_text("".join(lines))

@@ -45,6 +45,56 @@ def test_auc_from_counts_equals_scikit_learn_on_the_rows(rows):
         assert auc_from_counts(clicks, others) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
 
 
+# Whole weights and others, and rows that weigh nothing.
+weights_of_rows = st.sampled_from([0.0, 0.25, 1.0, 1.0, 2.0, 3.7])
+weighted_rows = st.lists(st.tuples(st.booleans(), st.integers(-3, 3), weights_of_rows), min_size=2, max_size=80)
+
+
+@given(weighted_rows)
+def test_weighted_metrics_equal_scikit_learn(rows):
+    labels, logits = arrays([row[:2] for row in rows], np.float32)
+    weights = np.array([row[2] for row in rows], np.float32)
+    got = binary_metrics(labels, logits, weights)
+    assert got.rows == len(rows)
+    if not weights.any():
+        assert all(math.isnan(value) for name, value in got.as_dict().items() if name != "rows")
+        return
+    p, counted = sigmoid(logits), labels[weights > 0]
+    assert got.logloss == pytest.approx(log_loss(labels, p, labels=[0, 1], sample_weight=weights), rel=1e-9)
+    assert got.accuracy == pytest.approx(accuracy_score(labels, logits > 0, sample_weight=weights))
+    rate = np.average(labels, weights=weights)
+    if counted.any():
+        assert got.calibration == pytest.approx(np.average(p, weights=weights) / rate)
+    if counted.min() == counted.max():
+        assert math.isnan(got.auc)
+        assert math.isnan(got.ne)
+        return
+    assert got.auc == pytest.approx(roc_auc_score(labels, logits, sample_weight=weights), abs=1e-12)
+    base = log_loss(labels, np.full(len(rows), rate), labels=[0, 1], sample_weight=weights)
+    assert got.ne == pytest.approx(got.logloss / base)
+
+
+@given(weighted_rows)
+def test_a_row_that_weighs_two_is_two_rows(rows):
+    labels, logits = arrays([row[:2] for row in rows], np.float32)
+    twice = np.array([row[2] > 1 for row in rows])
+    repeated = np.where(twice, 2, 1)
+    expected = binary_metrics(np.repeat(labels, repeated), np.repeat(logits, repeated)).as_dict()
+    found = binary_metrics(labels, logits, repeated.astype(np.float32)).as_dict()
+    assert {**found, "rows": expected["rows"]} == pytest.approx(expected, nan_ok=True)
+
+
+def test_weights_that_are_none_are_refused():
+    labels, logits = np.array([0, 1]), np.array([0.5, 0.25])
+    for weights, message in (
+        (np.array([1.0, -0.5]), "weights: must be finite and at least 0, got -0.5"),
+        (np.array([math.nan, 1.0]), "got nan"),
+        (np.array([1.0]), r"weights: must be as many as labels, got shapes \(1,\) and \(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            binary_metrics(labels, logits, weights)
+
+
 def test_auc_counts_a_tie_as_half_and_is_blind_to_monotone_maps():
     labels = np.array([0, 1, 0, 1])
     assert auc(labels, np.array([1.0, 1.0, 1.0, 1.0])) == 0.5
@@ -135,6 +185,8 @@ def test_why_there_is_no_auc_is_known_from_the_metrics_alone():
     def why(labels, logits, form=BinaryMetrics.as_dict):
         return why_undefined(form(binary_metrics(np.array(labels, np.float32), np.array(logits, np.float32))))
 
+    unweighted = binary_metrics(np.array([0, 1]), np.array([1.0, 2.0]), np.zeros(2))
+    assert why_undefined(unweighted.as_dict()) == "the weights of all rows are 0"
     for form in (BinaryMetrics.as_dict, BinaryMetrics.as_json):
         assert why([0, 0], [1, 2], form) == "all labels are 0"
         assert why([1, 1], [1, 2], form) == "all labels are 1"

@@ -22,7 +22,7 @@ from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import CheckRecord, PredictionRecord
 from torchdlrm.errors import BundleError
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.metrics import binary_metrics
+from torchdlrm.metrics import Weights, binary_metrics
 from torchdlrm.progress import ProgressListener
 
 _STANDARD_ERRORS = 3.0
@@ -82,7 +82,7 @@ def compare(
     """Predict the same rows by checkpoint and bundle.
 
     Args:
-        frames: encoded rows with their label.
+        frames: encoded rows with their label, and their weight where rows have one.
         schema: of the columns.
         split: which rows they are, for the record.
         checkpoint: log-odds by the checkpoint.
@@ -98,12 +98,12 @@ def compare(
     pieces: list[tuple[NDArray[np.floating], ...]] = []
     for frame in frames:
         rows = EncodedRows.from_frame(frame, schema)
-        labels_B = frame[schema.label.name].to_numpy()
+        targets = [frame[name].to_numpy() for name in schema.target_names]
         before, after = checkpoint(rows), bundle(rows)
         expected = before if rounded is None else rounded(rows)
-        pieces.append((labels_B, before, expected, after if in_float32 is None else in_float32(rows), after))
+        pieces.append((before, expected, after if in_float32 is None else in_float32(rows), after, *targets))
         progress.advance(frame.height)
-    labels, before, expected, exact, after = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    before, expected, exact, after, labels, *weights = map(np.concatenate, zip(*pieces, strict=True))
     difference = _largest_difference(before, after)
     dense: DensePrecision = "float32" if in_float32 is None else "bfloat16"
     explained = _largest_difference(before, expected) + arithmetic_difference(dense)
@@ -112,8 +112,8 @@ def compare(
         rows=len(labels),
         largest_difference=difference,
         largest_allowed=min(explained, allowed.difference),
-        checkpoint=_judged(labels, before),
-        bundle=_judged(labels, after),
+        checkpoint=_judged(labels, before, *weights),
+        bundle=_judged(labels, after, *weights),
     )
     unexplained = _largest_difference(expected, exact)
     if not unexplained <= arithmetic_difference("float32"):  # also where it is NaN
@@ -129,7 +129,7 @@ def compare(
             f"{len(labels):,} rows of {split}, and {allowed.difference:.2g} is allowed; {_REMEDY}"
         )
         raise BundleError(msg)
-    increase = logloss_increase(labels, before, after)
+    increase = logloss_increase(labels, before, after, *weights)
     if not increase.is_within(allowed.logloss_increase):
         msg = (
             f"the bundle's logloss on {len(labels):,} rows of {split} is {increase.mean:.6f} higher than the "
@@ -152,11 +152,17 @@ class LoglossIncrease:
 
 
 def logloss_increase(
-    labels: NDArray[np.floating], before: NDArray[np.floating], after: NDArray[np.floating]
+    labels: NDArray[np.floating],
+    before: NDArray[np.floating],
+    after: NDArray[np.floating],
+    weights: Weights = None,
 ) -> LoglossIncrease:
     """How much higher the logloss of log-odds `after` is than that of `before`, each [rows]."""
     sign = np.where(labels != 0, -1.0, 1.0)
     increase = np.logaddexp(0, sign * after.astype(np.float64)) - np.logaddexp(0, sign * before.astype(np.float64))
+    if weights is not None and weights.any():
+        # Each row's part of a mean that is weighted: n times its weight over the sum of all.
+        increase *= weights / weights.mean(dtype=np.float64)
     return LoglossIncrease(float(increase.mean()), float(increase.std()) / math.sqrt(len(increase)))
 
 
@@ -168,6 +174,7 @@ def _probability(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     return 1 / (1 + np.exp(-logits.astype(np.float64)))
 
 
-def _judged(labels: NDArray[np.floating], logits: NDArray[np.floating]) -> PredictionRecord:
-    metrics = binary_metrics(labels, logits)
+def _judged(labels: NDArray[np.floating], logits: NDArray[np.floating], weights: Weights = None) -> PredictionRecord:
+    # Rows that weigh nothing are better judged all alike than not at all.
+    metrics = binary_metrics(labels, logits, None if weights is None or not weights.any() else weights)
     return PredictionRecord(auc=None if math.isnan(metrics.auc) else metrics.auc, logloss=metrics.logloss)

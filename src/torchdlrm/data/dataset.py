@@ -25,13 +25,18 @@ from torchdlrm.features.vocabulary import Vocabulary
 from torchdlrm.files import replacing, sha256_of, sync
 from torchdlrm.progress import SILENT, ProgressListener
 
-FORMAT_VERSION, _WITHOUT_BUCKETS = 2, 1
+FORMAT_VERSION, _FIRST_VERSION = 2, 1
 MANIFEST_NAME = "dataset.json"
 # A reader takes a row group at a time: 16,384 rows of Criteo's 40 columns are 2.5 MB, read in 2 ms.
 ROW_GROUP_ROWS = 16_384
 # Values of features with fewer ids than this repeat often enough in a row group for a Parquet dictionary to pay.
 _DICTIONARY_MAX_IDS = 2_048
 _IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
+
+
+def oldest_version(schema: FeatureSchema) -> int:
+    """The oldest version of the format that says what must be said: older programs read all other datasets."""
+    return _FIRST_VERSION if schema.weight is None else FORMAT_VERSION
 
 
 class _Frozen(BaseModel):
@@ -97,7 +102,7 @@ class Manifest(_Frozen):
     """What `dataset.json` holds.  It depends on the log, the schema and the seed alone."""
 
     format: Literal["torchdlrm-dataset"] = "torchdlrm-dataset"
-    format_version: int = _WITHOUT_BUCKETS
+    format_version: int = _FIRST_VERSION
     feature_schema: FeatureSchema = Field(alias="schema")
     split_rule: str
     seed: int
@@ -123,11 +128,6 @@ class Manifest(_Frozen):
         content["schema"] = self.feature_schema.model_dump(mode="json", by_alias=True, exclude_none=True)
         content["source"] = [record.model_dump(mode="json", exclude_none=True) for record in self.source]
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def oldest_version(schema: FeatureSchema) -> int:
-    """The oldest version of the format that says what must be said: older programs read all other datasets."""
-    return FORMAT_VERSION if schema.has_buckets else _WITHOUT_BUCKETS
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,11 @@ class Dataset:
     def label_name(self) -> str:
         """The name of the label's column, which is int8: 0 or 1."""
         return self.schema.label.name
+
+    @property
+    def weight_name(self) -> str | None:
+        """The name of the column of the rows' weights, which is float32 and not negative, if there is one."""
+        return None if self.schema.weight is None else self.schema.weight.name
 
     @property
     def dense_names(self) -> tuple[str, ...]:
@@ -258,7 +263,7 @@ def _parse_manifest(text: str, path: Path) -> Manifest:
         msg = f"{path}: not JSON ({error}); copy or preprocess the dataset again"
         raise DatasetError(msg) from error
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version not in (_WITHOUT_BUCKETS, FORMAT_VERSION):
+    if version not in range(_FIRST_VERSION, FORMAT_VERSION + 1):
         msg = (
             f"{path}: format_version is {version!r}, and this version of torchdlrm reads up to {FORMAT_VERSION}; "
             "preprocess the log again, or use the version that wrote it"
@@ -279,7 +284,8 @@ def write_part(
     range of a row group says nothing.
     """
     fields = [pa.field(schema.label.name, pa.int8(), nullable=False)]
-    fields += [pa.field(column.name, pa.float32(), nullable=False) for column in schema.dense]
+    floats = [column.name for column in (schema.weight, *schema.dense) if column is not None]
+    fields += [pa.field(name, pa.float32(), nullable=False) for name in floats]
     fields += [
         pa.field(column.name, _IDS if column.is_multi_valued else pa.int32(), nullable=False)
         for column in schema.sparse

@@ -1,7 +1,8 @@
 """Compares models on the same rows: how much better one predicts than another, and how sure that is.
 
-In: two runs, or labels [N] and the logits [N] of both models.  Out: a `Difference`, with standard errors of paired
-differences: rows that are hard for both models say nothing about which is better, and drop out.
+In: two runs, or labels [N], the logits [N] of both models and perhaps weights [N] of the rows.  Out: a `Difference`,
+with standard errors of paired differences: rows that are hard for both models say nothing about which is better, and
+drop out.
 
 N rows, P of them clicked, Q = N - P not.
 """
@@ -17,7 +18,7 @@ from torchdlrm.config import DeviceChoice, ShardingConfig
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
 from torchdlrm.evaluation.evaluate import predict_split
-from torchdlrm.metrics import Labels, Scores, auc
+from torchdlrm.metrics import Labels, Scores, Weights, auc, weighted_wins
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.run import Run
 
@@ -31,6 +32,9 @@ class Difference:
         auc_standard_error: by DeLong, DeLong and Clarke-Pearson (1988); NaN with fewer than two rows of a class.
         logloss: difference of the logloss in nats; below 0 the second model is better.
         logloss_standard_error: of the mean of the rows' differences; NaN with fewer than two rows.
+
+    Where rows have weights, differences and means are weighted, and standard errors are those of weighted means of
+    independent rows: weights say how much a row matters, and not how often it was seen.
     """
 
     auc: float
@@ -85,30 +89,39 @@ def compare(
     )
     if taken is None or other is None:
         return None
-    (labels, first_logits), (other_labels, second_logits) = taken, other
-    if not np.array_equal(labels, other_labels):
+    if not np.array_equal(taken.labels, other.labels):
         msg = f"the runs were trained on different datasets: the labels of their {split} splits are not the same"
         raise DatasetError(msg)
-    return paired_difference(labels, first_logits, second_logits)
+    return paired_difference(taken.labels, taken.logits, other.logits, taken.weights)
 
 
-def paired_difference(labels: Labels, first: Scores, second: Scores) -> Difference:
+def paired_difference(labels: Labels, first: Scores, second: Scores, weights: Weights = None) -> Difference:
     """Compare two models on the same rows.
 
     Args:
         labels: 0 or 1 [N].
         first: logits of the model to compare with [N].
         second: logits of the other model [N].
+        weights: of the rows [N].
     """
+    if weights is not None:
+        counts = weights > 0
+        labels, first, second, weights = labels[counts], first[counts], second[counts], weights[counts]
     clicked = labels != 0
     losses = [np.logaddexp(0.0, np.where(clicked, -1.0, 1.0) * logits.astype(np.float64)) for logits in (first, second)]
     loss_difference = losses[1] - losses[0]
-    (wins_P1, wins_Q1), (wins_P2, wins_Q2) = (_wins(scores[clicked], scores[~clicked]) for scores in (first, second))
+    (wins_P1, wins_Q1), (wins_P2, wins_Q2) = (
+        _wins(scores[clicked], scores[~clicked]) if weights is None else weighted_wins(clicked, scores, weights)
+        for scores in (first, second)
+    )
+    weights_P, weights_Q = (None, None) if weights is None else (weights[clicked], weights[~clicked])
     return Difference(
-        auc=auc(labels, second) - auc(labels, first),
-        auc_standard_error=math.hypot(_error_of_mean(wins_P2 - wins_P1), _error_of_mean(wins_Q2 - wins_Q1)),
-        logloss=float(loss_difference.mean()) if loss_difference.size else math.nan,
-        logloss_standard_error=_error_of_mean(loss_difference),
+        auc=auc(labels, second, weights) - auc(labels, first, weights),
+        auc_standard_error=math.hypot(
+            _error_of_mean(wins_P2 - wins_P1, weights_P), _error_of_mean(wins_Q2 - wins_Q1, weights_Q)
+        ),
+        logloss=float(np.average(loss_difference, weights=weights)) if loss_difference.size else math.nan,
+        logloss_standard_error=_error_of_mean(loss_difference, weights),
     )
 
 
@@ -123,5 +136,11 @@ def _wins(positives: Scores, negatives: Scores) -> tuple[NDArray[np.float64], ND
     return share_below(positives, negatives_sorted), 1.0 - share_below(negatives, positives_sorted)
 
 
-def _error_of_mean(values: NDArray[np.float64]) -> float:
-    return float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan
+def _error_of_mean(values: NDArray[np.float64], weights: Weights) -> float:
+    if values.size < 2:
+        return math.nan
+    if weights is None:
+        return float(values.std(ddof=1) / math.sqrt(values.size))
+    shares = weights.astype(np.float64) / weights.sum(dtype=np.float64)
+    spread = shares * (values - (shares * values).sum())
+    return math.sqrt(values.size / (values.size - 1) * float((spread**2).sum()))

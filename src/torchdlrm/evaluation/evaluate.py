@@ -1,4 +1,4 @@
-"""Evaluates a trained run on a split: exact metrics that count every row once.
+"""Evaluates a trained run on a split: exact metrics that count every row once, or as often as it weighs.
 
 The machine need not be the one that trained, nor one that could: no state of an optimizer is kept, nothing is rounded
 to send or multiply it faster, and the tables are planned again for the processes that are there.
@@ -90,7 +90,7 @@ def predict_split(
     sharding: ShardingConfig | None = None,
     progress: ProgressListener = SILENT,
 ) -> tuple[ChosenCheckpoint, Predictions | None]:
-    """The checkpoint that was chosen, and on rank 0 the labels and logits of a split; all as for `evaluate`.
+    """The checkpoint that was chosen, and on rank 0 the labels, logits and weights of a split; all as for `evaluate`.
 
     The order of the rows depends on the number of ranks and on the batch size alone.
     """

@@ -1,6 +1,6 @@
 """Fits logistic regression on the same encoded rows: what a DLRM must beat to be worth its tables.
 
-One weight for each id of each feature and one for each dense feature, no interactions.
+Rows count as their weights say. One weight for each id of each feature and one for each dense feature, no interactions.
 
 B rows of a batch, F sparse features.
 """
@@ -63,13 +63,13 @@ def fit_logistic_regression(
     model = LogisticRegression(dataset, torch.from_numpy(training.first_dense_rows()))
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     for batch in training:
-        loss = binary_cross_entropy_with_logits(model(batch), batch.labels)
+        loss = binary_cross_entropy_with_logits(model(batch), batch.labels, batch.row_weights)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    labels, logits = [], []
+    judged = []
     with torch.no_grad():
         for batch in chain.from_iterable(Loader(dataset, split, batch_size_global=8192) for split in splits):
-            labels.append(batch.labels.numpy())
-            logits.append(model(batch).numpy())
-    return binary_metrics(np.concatenate(labels), np.concatenate(logits))
+            weights = [] if batch.row_weights is None else [batch.row_weights.numpy()]
+            judged.append((batch.labels.numpy(), model(batch).numpy(), *weights))
+    return binary_metrics(*map(np.concatenate, zip(*judged, strict=True)))

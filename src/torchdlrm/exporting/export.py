@@ -258,7 +258,7 @@ def held_out_split(dataset: Dataset) -> str:
 
 
 def held_out_rows(dataset: Dataset, split: str, max_rows: int) -> Iterator[pl.DataFrame]:
-    """The first rows of a split, a row group at a time: label, Float32 dense columns, Int32 sparse columns or lists."""
+    """The first rows of a split, a row group at a time, with the columns of the dataset."""
     left = max_rows
     for file in dataset.splits[split].files:
         parquet = pq.ParquetFile(file.path, page_checksum_verification=True)

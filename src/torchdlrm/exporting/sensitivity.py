@@ -91,7 +91,7 @@ def choose_precisions(
 
     Args:
         model: the checkpoint.
-        frames: encoded rows with their label that the export's own check does not use, where there are such.
+        frames: encoded rows with label and weight that the export's own check does not use, where there are such.
         schema: of the columns.
         num_embeddings: rows of each feature's table.
         dim: D.
@@ -99,7 +99,7 @@ def choose_precisions(
         progress: receives the rows done.
     """
     batches = [part for frame in frames for part in frame.iter_slices(_BATCH_ROWS)]
-    labels = np.concatenate([batch[schema.label.name].to_numpy() for batch in batches])
+    labels, *weights = (np.concatenate([batch[name].to_numpy() for batch in batches]) for name in schema.target_names)
     rows = [EncodedRows.from_frame(batch, schema) for batch in batches]
     progress.start_phase("measure tables", len(labels) * len(num_embeddings))
     costs: dict[str, dict[TablePrecision, float]] = {
@@ -129,7 +129,7 @@ def choose_precisions(
         for batch in rows:
             after.append(model.logits(batch, list(chosen.values())))
             progress.advance(batch.num_rows)
-        measured = logloss_increase(labels, np.concatenate(before), np.concatenate(after))
+        measured = logloss_increase(labels, np.concatenate(before), np.concatenate(after), *weights)
         if measured.is_within(max_logloss_increase):
             break
         allowance /= 2

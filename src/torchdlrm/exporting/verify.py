@@ -170,7 +170,7 @@ def _verify(
     logits: dict[str, list[NDArray[np.floating]]] = {
         name: [] for name in ("checkpoint", "rounded", "float32", "bundle", "server")
     }
-    labels: list[pl.Series] = []
+    targets: list[pl.DataFrame] = []
     has_labels, bad_rows, rows_left = True, 0, max_rows
     progress.start_phase("verify", max_rows)
     for chunk in log:
@@ -194,19 +194,19 @@ def _verify(
                 logits["server"].append(_log_odds(probabilities))
             progress.advance(part.height)
         if has_labels:
-            labels.append(frame[dataset.label_name])
+            targets.append(chunk.targets(dataset.schema).head(frame.height))
         if not rows_left:
             break
     if rows_left == max_rows:
         msg = f"{', '.join(map(str, log.paths))}: no row that can be read"
         raise LogError(msg)
     joined = {name: np.concatenate(pieces) for name, pieces in logits.items() if pieces}
-    paths = _compared(joined, pl.concat(labels) if has_labels else None, predictor)
+    paths = _compared(joined, pl.concat(targets) if has_labels else None, predictor)
     return Verification(bundle, run, tuple(log.paths), max_rows - rows_left, bad_rows, paths)
 
 
 def _compared(
-    logits: dict[str, NDArray[np.floating]], labels: pl.Series | None, predictor: Predictor
+    logits: dict[str, NDArray[np.floating]], targets: pl.DataFrame | None, predictor: Predictor
 ) -> tuple[PredictionPath, ...]:
     manifest = predictor.bundle.manifest
     allowed = {
@@ -218,14 +218,15 @@ def _compared(
     }
     paths = []
     # The rows that tell what came of them; the others are compared all the same.
-    is_labelled = None if labels is None or not labels.count() else labels.is_not_null().to_numpy()
+    is_labelled = None if targets is None else targets.select(pl.all_horizontal(pl.all().is_not_null())).to_series()
     before: NDArray[np.float64] | None = None
     for name, found in logits.items():
         probabilities = 1.0 / (1.0 + np.exp(-found.astype(np.float64)))
         difference = None if before is None else float(np.abs(probabilities - before).max())
         metrics = None
-        if labels is not None and is_labelled is not None:
-            metrics = binary_metrics(labels.drop_nulls().to_numpy(), found[is_labelled])
+        if targets is not None and is_labelled is not None and is_labelled.any():
+            labels, *weights = (column.to_numpy() for column in targets.filter(is_labelled))
+            metrics = binary_metrics(labels, found[is_labelled.to_numpy()], *weights)
         paths.append(PredictionPath(name, difference, allowed.get(name), metrics))
         before = probabilities
     return tuple(paths)

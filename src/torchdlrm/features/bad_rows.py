@@ -23,6 +23,7 @@ REASONS = {
     "utf8": "the cell is not UTF-8",
     "no_label": "the label is missing",
     "label": "the label means neither 0 nor 1",
+    "weight": "the weight of the row is missing, or not a finite number of at least 0",
     "time": "the cell is not a time as the schema says",
     **{kind.name: kind.fault for kind in KINDS.values() if kind.fault},
 }

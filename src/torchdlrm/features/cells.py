@@ -5,6 +5,7 @@
 | label | Int8 | 0 or 1, true or false; with a threshold any number; or the values that the schema names |
 | dense, sparse | that of its kind | as `torchdlrm.features.kinds` says |
 | sparse, several values | List of that | the values between separators; empty ones are left out |
+| weight | Float32 | a number of at least 0; never missing |
 | time | Int64 | a number, or a date and time as ISO 8601 writes it; never missing; ordered as the times are |
 
 An empty cell is missing, and so is one of the column's `null_values`: the text itself, or, where it is a number of the
@@ -21,7 +22,15 @@ import pyarrow as pa
 
 from torchdlrm.features.bad_rows import BadRow, BadRows
 from torchdlrm.features.kinds import map_lists
-from torchdlrm.features.schema import Column, Feature, FeatureSchema, LabelColumn, SparseColumn, TimeColumn
+from torchdlrm.features.schema import (
+    Column,
+    Feature,
+    FeatureSchema,
+    LabelColumn,
+    SparseColumn,
+    TimeColumn,
+    WeightColumn,
+)
 
 _FEW_ROWS = 4_096
 _DATETIME_FORMATS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")  # without a zone: UTC
@@ -48,7 +57,7 @@ def to_typed_columns(
         schema: the columns.
         bad_rows: takes the rows whose cells do not fit, each by its leftmost fault.
         line_numbers: int64 [B], the line of each row from 0; by default its position.
-        is_label_optional: whether a row without a label is good, as rows to predict are; its label is null.
+        is_label_optional: whether a row without label or weight is good, as rows to predict are; it is null.
 
     Returns:
         The typed columns, B rows; and a Boolean mask of the good rows, or None when all are good.
@@ -202,6 +211,8 @@ def _cast(column: Column) -> pl.Expr:
         return pl.when(number.is_finite()).then((number >= column.threshold).cast(pl.Int8)).alias(column.name)
     if isinstance(column, TimeColumn):
         return _cast_time(cell, column)
+    if isinstance(column, WeightColumn):
+        return cell.cast(pl.Float64, strict=False).cast(pl.Float32)
     assert isinstance(column, Feature)
     return column.value_kind.from_text(cell)
 
@@ -260,6 +271,8 @@ def _faults(
         if not is_label_optional:
             yield "no_label", text.is_null().to_numpy()
         bad &= text.is_not_null()
+    elif isinstance(column, WeightColumn) and is_label_optional:
+        bad &= text.is_not_null()
     yield column.kind if isinstance(column, Feature) else column.role, bad.to_numpy()
 
 
@@ -269,6 +282,8 @@ def _is_clean(text: pl.Series, typed: pl.Series, column: Column) -> bool:
         return typed.null_count() == 0 and typed.is_between(0, 1).all()
     if isinstance(column, TimeColumn):
         return typed.null_count() == 0
+    if isinstance(column, WeightColumn):
+        return typed.null_count() == 0 and not _is_bad(text, typed, column).any()
     assert isinstance(column, Feature)
     return column.value_kind.is_clean(text, typed)
 
@@ -278,6 +293,8 @@ def _is_bad(text: pl.Series, typed: pl.Series, column: Column) -> pl.Series:
         return ~typed.is_between(0, 1).fill_null(value=False)
     if isinstance(column, TimeColumn):
         return typed.is_null()
+    if isinstance(column, WeightColumn):
+        return ~((typed >= 0) & typed.is_finite()).fill_null(value=False)
     assert isinstance(column, Feature)
     return column.value_kind.is_bad(text, typed)
 

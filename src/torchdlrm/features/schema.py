@@ -96,6 +96,12 @@ class LabelColumn(_Column):
         return self
 
 
+class WeightColumn(_Column):
+    """How much the row counts, in the loss and in every metric: a finite number of at least 0."""
+
+    role: Literal["weight"] = "weight"
+
+
 class _FeatureColumn(_Column):
     """A column that the model reads."""
 
@@ -257,7 +263,7 @@ class IgnoredColumn(_Column):
     role: Literal["ignore"] = "ignore"
 
 
-_AnyColumn = LabelColumn | DenseColumn | SparseColumn | TimeColumn | IgnoredColumn
+_AnyColumn = LabelColumn | DenseColumn | SparseColumn | TimeColumn | WeightColumn | IgnoredColumn
 Column = Annotated[_AnyColumn, Field(discriminator="role")]
 _ROLES: dict[str, type[_Column]] = {kind.model_fields["role"].default: kind for kind in get_args(_AnyColumn)}
 
@@ -310,6 +316,8 @@ class FeatureSchema(_Frozen):
         if num_time > 1 or (self.split.rule == "time" and num_time == 0):
             msg = f"{num_time} columns have the role 'time'; a split by time needs one, and no log has more"
             raise ValueError(msg)
+        if sum(isinstance(column, WeightColumn) for column in self.columns) > 1:
+            raise ValueError("at most one column has the role 'weight': a row has one weight")
         if sum(isinstance(column, LabelColumn) for column in self.columns) != 1:
             raise ValueError("exactly one column must have the role 'label'")
         if not self.sparse:
@@ -322,7 +330,7 @@ class FeatureSchema(_Frozen):
         return column.model_copy(update={"null_values": self.null_values})
 
     @property
-    def used(self) -> tuple[LabelColumn | DenseColumn | SparseColumn | TimeColumn, ...]:
+    def used(self) -> tuple[LabelColumn | DenseColumn | SparseColumn | TimeColumn | WeightColumn, ...]:
         """The columns that are read, in the order of the file."""
         return tuple(column for column in self.columns if not isinstance(column, IgnoredColumn))
 
@@ -330,6 +338,16 @@ class FeatureSchema(_Frozen):
     def label(self) -> LabelColumn:
         """The label's column."""
         return next(column for column in self.columns if isinstance(column, LabelColumn))
+
+    @property
+    def weight(self) -> WeightColumn | None:
+        """The column of the rows' weights, if there is one."""
+        return next((column for column in self.columns if isinstance(column, WeightColumn)), None)
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """What training needs of a row besides its features: the label, and the weight if there is one."""
+        return (self.label.name,) if self.weight is None else (self.label.name, self.weight.name)
 
     @property
     def time(self) -> TimeColumn | None:

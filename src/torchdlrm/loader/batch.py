@@ -35,6 +35,8 @@ class Batch(TorchRecBatch):  # type: ignore[misc]
         dense_features: float32 [B, num_dense_features].
         sparse_features: KJT of F keys in schema order, values int64, stride B.
         labels: float32 [B].
+        row_weights: float32 [B], 0 for padding: how much each row counts in the loss and in metrics; None where the
+            dataset has no weights.
         loss_weight: rows that are no padding, times the world size, over the rows of the global batch: 1 unless the
             ranks have different numbers of them.
         num_padding: how many of the B rows, the last ones, are padding: 0 or 1, and 0 on a single rank.
@@ -42,6 +44,7 @@ class Batch(TorchRecBatch):  # type: ignore[misc]
 
     loss_weight: float = 1.0
     num_padding: int = 0
+    row_weights: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":  # noqa: FBT001, FBT002
         """Copy the batch to `device`."""
@@ -51,6 +54,12 @@ class Batch(TorchRecBatch):  # type: ignore[misc]
         """A copy in page-locked memory, from which a GPU can fetch while it computes."""
         return self._with_parts(lambda part: part.pin_memory(), _CPU)
 
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory of all parts until what `stream` does with them is done."""
+        super().record_stream(stream)
+        if self.row_weights is not None:
+            self.row_weights.record_stream(stream)
+
     def _with_parts(self, function: Callable[[Any], Any], device: torch.device) -> "Batch":
         kjt = self.sparse_features
         shape = (len(kjt.keys()), kjt.stride(), self.num_padding)
@@ -59,7 +68,14 @@ class Batch(TorchRecBatch):  # type: ignore[misc]
             moved = _with_one_id_a_cell(kjt.keys(), function(kjt.values()), *shape, device)
         else:
             moved = function(kjt)
-        return Batch(function(self.dense_features), moved, function(self.labels), self.loss_weight, self.num_padding)
+        return Batch(
+            function(self.dense_features),
+            moved,
+            function(self.labels),
+            self.loss_weight,
+            self.num_padding,
+            None if self.row_weights is None else function(self.row_weights),
+        )
 
 
 @lru_cache(maxsize=32)

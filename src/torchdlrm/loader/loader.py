@@ -17,7 +17,6 @@ from operator import itemgetter
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.data.dataset import Dataset
@@ -131,14 +130,8 @@ class Loader:
             for _, everyone in batches:
                 mine = rank_rows(everyone, rank=self._rank, world_size=self._world_size)
                 num_padding = num_padding_rows(everyone, rank=self._rank, world_size=self._world_size)
-                labels_B, dense, kjt = stream.read(mine, num_dense=self._reader.num_dense, num_padding=num_padding)
-                batch = Batch(
-                    dense_features=dense,
-                    sparse_features=kjt,
-                    labels=labels_B,
-                    loss_weight=len(mine) * self._world_size / len(everyone),
-                    num_padding=num_padding,
-                )
+                batch = stream.read(mine, num_dense=self._reader.num_dense, num_padding=num_padding)
+                batch.loss_weight = len(mine) * self._world_size / len(everyone)
                 yield batch.pin_memory() if self._pin_memory else batch
 
 
@@ -158,8 +151,8 @@ class _RowStream:
         self._starts = [0, *itertools.accumulate(num_rows)]
         self._current: tuple[int, Columns] | None = None
 
-    def read(self, rows: range, *, num_dense: int, num_padding: int) -> tuple[Tensor, Tensor, KeyedJaggedTensor]:
-        """Labels [B], dense features [B, num_dense] and ids (F keys, stride B) of these rows of the stream and padding.
+    def read(self, rows: range, *, num_dense: int, num_padding: int) -> Batch:
+        """The B rows of a batch: these of the stream, and padding.
 
         Args:
             rows: of the stream.
@@ -169,13 +162,23 @@ class _RowStream:
         labels_B = np.empty(len(rows) + num_padding, dtype=np.float32)
         dense = np.empty((len(rows) + num_padding, num_dense), dtype=np.float32)
         labels_B[len(rows) :], dense[len(rows) :] = 0, 0
+        row_weights_B: NDArray[np.float32] | None = None
         ids = _Ids(len(self._feature_names), len(rows))
         for group, source, target in self._pieces(rows):
             labels_B[target] = group.labels[source]
             for column, values in enumerate(group.dense):
                 dense[target, column] = values[source]
+            if group.row_weights is not None:
+                row_weights_B = np.zeros_like(labels_B) if row_weights_B is None else row_weights_B
+                row_weights_B[target] = group.row_weights[source]
             ids.add(group.ids, source, target)
-        return torch.from_numpy(labels_B), torch.from_numpy(dense), ids.as_kjt(self._feature_names, num_padding)
+        return Batch(
+            dense_features=torch.from_numpy(dense),
+            sparse_features=ids.as_kjt(self._feature_names, num_padding),
+            labels=torch.from_numpy(labels_B),
+            num_padding=num_padding,
+            row_weights=None if row_weights_B is None else torch.from_numpy(row_weights_B),
+        )
 
     def _pieces(self, rows: range) -> Iterator[tuple[Columns, slice, slice]]:
         """Row groups that have some of these rows: which of the group's, and which of these."""

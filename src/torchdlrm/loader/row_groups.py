@@ -56,11 +56,13 @@ class Columns:
         labels: [n].
         dense: float32 [n] for each dense feature.
         ids: of each sparse feature.
+        row_weights: float32 [n]; None where rows have none.
     """
 
     labels: NDArray[Any]
     dense: Sequence[NDArray[np.float32]]
     ids: Sequence[IdColumn]
+    row_weights: NDArray[np.float32] | None = None
 
     def find_outside(self, num_embeddings: Mapping[str, int]) -> tuple[str, int, int] | None:
         """The first feature that has an id outside its table, with that id and its row in the group; None is well."""
@@ -88,6 +90,9 @@ class RowGroupReader:
 
     Attributes:
         row_groups: in the order of the files.
+        num_dense: number of dense features.
+        feature_names: of the sparse features.
+        has_row_weights: whether rows have weights.
 
     Raises:
         DatasetError: a file cannot be read.
@@ -100,6 +105,7 @@ class RowGroupReader:
         self._num_embeddings = dataset.num_embeddings
         self._open: tuple[int, Any] | None = None
         self.num_dense, self.feature_names = len(dataset.dense_names), dataset.sparse_names
+        self.has_row_weights = dataset.weight_name is not None
         self.row_groups: list[RowGroup] = []
         self._metadata: list[Any] = []
         for file_index, path in enumerate(self._paths):
@@ -144,10 +150,15 @@ class RowGroupReader:
         except OSError as error:
             msg = f"{path}: row group {where.group_index} is damaged: {error}"
             raise DatasetError(msg) from error
+
+        def numbers(name: str) -> NDArray[Any]:
+            return np.asarray(_one_array(table.column(name)).to_numpy(zero_copy_only=False))
+
         columns = Columns(
-            _one_array(table.column(self._dataset.label_name)).to_numpy(zero_copy_only=False),
-            [_one_array(table.column(name)).to_numpy(zero_copy_only=False) for name in self._dataset.dense_names],
+            numbers(self._dataset.label_name),
+            [numbers(name) for name in self._dataset.dense_names],
             [IdColumn.of(table.column(name)) for name in self._dataset.sparse_names],
+            None if self._dataset.weight_name is None else numbers(self._dataset.weight_name),
         )
         # Checksums hold only what preprocessing wrote, and files may come from elsewhere. FBGEMM would read and write
         # past the end of the table: a crash, or worse, none. 26 columns of a row group take less than a millisecond.

@@ -62,7 +62,12 @@ def share(
     Returns:
         None where this rank is alone on its host, or its ranks cannot open each other's memory.
     """
-    layout = _Layout(max(group.rows for group in reader.row_groups), reader.num_dense, tuple(reader.most_ids()))
+    layout = _Layout(
+        max(group.rows for group in reader.row_groups),
+        reader.num_dense,
+        tuple(reader.most_ids()),
+        has_row_weights=reader.has_row_weights,
+    )
     mine = _Memory.make(layout)
     addresses: Sequence[Address | None] = all_gather(mine.address if mine is not None else None)
     local = [
@@ -300,11 +305,13 @@ class _Layout:
         most_rows: of a row group.
         num_dense: number of dense features.
         most_ids: of each sparse feature the most ids in a row group where rows have several, else None.
+        has_row_weights: whether rows have weights.
     """
 
     most_rows: int
     num_dense: int
     most_ids: tuple[int | None, ...]
+    has_row_weights: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -313,11 +320,16 @@ class _Layout:
 
     @property
     def _lengths(self) -> list[int]:
-        """Elements of each array of a slot: labels, dense features, ids, and offsets behind those that are lists."""
-        lengths = [self.most_rows] * (1 + self.num_dense)
+        """Elements of each array of a slot: floats, then ids, and offsets behind those that are lists."""
+        lengths = [self.most_rows] * self._num_floats
         for most in self.most_ids:
             lengths += [self.most_rows] if most is None else [most, self.most_rows + 1]
         return lengths
+
+    @property
+    def _num_floats(self) -> int:
+        """Labels, weights if there are some, and dense features."""
+        return 1 + self.has_row_weights + self.num_dense
 
     def slot(self, memory: mmap.mmap, number: int) -> "_Slot":
         """Views of a slot's arrays."""
@@ -325,13 +337,13 @@ class _Layout:
         starts = [0, *accumulate(map(_aligned_bytes, lengths))]
         first = _HEADER_BYTES + number * starts[-1]
         arrays: Iterator[NDArray[Any]] = (
-            np.frombuffer(memory, np.float32 if place <= self.num_dense else np.int32, length, first + start)
+            np.frombuffer(memory, np.float32 if place < self._num_floats else np.int32, length, first + start)
             for place, (length, start) in enumerate(zip(lengths, starts, strict=False))
         )
-        labels = next(arrays)
+        labels, row_weights = next(arrays), next(arrays) if self.has_row_weights else None
         dense = list(islice(arrays, self.num_dense))
         ids = [IdColumn(next(arrays), None if most is None else next(arrays)) for most in self.most_ids]
-        return _Slot(Columns(labels, dense, ids))
+        return _Slot(Columns(labels, dense, ids, row_weights))
 
 
 def _aligned_bytes(num_elements: int) -> int:
@@ -360,9 +372,11 @@ class _Slot(NamedTuple):
                 else IdColumn(column.values, column.offsets[: num_rows + 1])
                 for column in self.columns.ids
             ],
+            None if self.columns.row_weights is None else self.columns.row_weights[:num_rows],
         )
 
     @staticmethod
     def _arrays(columns: Columns) -> list[NDArray[Any]]:
         ids = (array for column in columns.ids for array in (column.values, column.offsets) if array is not None)
-        return [columns.labels, *columns.dense, *ids]
+        weights = [] if columns.row_weights is None else [columns.row_weights]
+        return [columns.labels, *weights, *columns.dense, *ids]

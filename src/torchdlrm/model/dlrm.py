@@ -281,6 +281,10 @@ def batch_loss(
     The ranks may differ by one in their rows of a batch; a batch of ours says by `loss_weight` how much those of this
     rank count. All is without padding.
 
+    With row weights w it is the sum of w times the cross-entropy over the number of rows, and not over the sum of w: so
+    a rank needs to know its own rows alone, and a weight scales the gradient of its row whatever the others of the
+    batch are. Weights whose mean is 1 leave the size of steps as it was.
+
     With negatives weighted by w, what minimises the loss has odds of a click 1 / w times too high; He et al. (2014)
     take predictions p back by q = p / (p + (1 - p) / w), which is logit(q) = logit(p) + log(w). Here the loss is taken
     of p, and the model's own logit is that of q: whoever predicts with its weights needs no correction.
@@ -291,6 +295,10 @@ def batch_loss(
     if negative_weight != 1.0:
         weights_B = labels_B + (1 - labels_B) * negative_weight
         logits_B = logits_B - math.log(negative_weight)
+    row_weights_B: Tensor | None = getattr(batch, "row_weights", None)
+    if row_weights_B is not None:
+        row_weights_B = without_padding(row_weights_B, batch)
+        weights_B = row_weights_B if weights_B is None else weights_B * row_weights_B
     loss = binary_cross_entropy_with_logits(logits_B, labels_B, weights_B)
     if auxiliary_B is not None:
         loss = loss + (auxiliary_B if weights_B is None else auxiliary_B * weights_B).mean()
@@ -302,6 +310,14 @@ def without_padding(values_B: Tensor, batch: TrainingBatch) -> Tensor:
     """What belongs to rows of the dataset: a batch of ours says by `num_padding` how many at its end do not."""
     num_padding: int = getattr(batch, "num_padding", 0)
     return values_B[:-num_padding] if num_padding else values_B
+
+
+@fx.wrap
+def judged(loss: Tensor, logits_B: Tensor, labels_B: Tensor, batch: TrainingBatch) -> tuple[Tensor, ...]:
+    """What metrics are made of, detached: loss, logits, labels, and the row weights where the batch has some."""
+    row_weights_B: Tensor | None = getattr(batch, "row_weights", None)
+    found = (loss.detach(), logits_B.detach(), labels_B.detach())
+    return found if row_weights_B is None else (*found, without_padding(row_weights_B, batch))
 
 
 class DLRMTrain(nn.Module):
@@ -322,13 +338,16 @@ class DLRMTrain(nn.Module):
         if any(isinstance(module, GlobalBatchNorm1d) for module in dlrm_module.modules()):
             self.register_forward_pre_hook(_announce_padding)
 
-    def forward(self, batch: TrainingBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Returns the loss, and (loss, logits [B], labels [B]) detached; B rows without padding."""
+    def forward(self, batch: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Returns the loss, and (loss, logits [B], labels [B]) detached; B rows without padding.
+
+        Where rows have weights (`Batch.row_weights`), these [B] are a fourth.
+        """
         output = self.model(batch.dense_features, batch.sparse_features)
         logits_B = without_padding(logits_of(output), batch)
         labels_B = without_padding(batch.labels.float(), batch)
         loss = batch_loss(logits_B, labels_B, batch, self.negative_weight, auxiliary_loss_of(output, batch))
-        return loss, (loss.detach(), logits_B.detach(), labels_B.detach())
+        return loss, judged(loss, logits_B, labels_B, batch)
 
 
 def _announce_padding(train: nn.Module, arguments: tuple[TrainingBatch]) -> None:

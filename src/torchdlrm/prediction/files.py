@@ -42,7 +42,8 @@ class PredictSummary:
         bad_rows: of these, rows without a prediction.
         mean_prediction: over the others; None where there are none.
         unknown_rate: for each sparse feature with a vocabulary, the share of its rows' values without an id.
-        metrics: of the rows with a label, where every file has the label's column and a row has one.
+        metrics: of the rows with a label, where every file has the label's column and a row has one; weighted where
+            all files have a column of weights too.
         duration_s: from the first byte read to the last one written.
         details: the bad rows by reason, with their first few positions.
     """
@@ -83,7 +84,7 @@ def predict_file(
 
     Args:
         predictor: opened.
-        rows: the log.  Its labels, where it has some, are kept until the end: 5 bytes a row.
+        rows: the log.  Its labels, where it has some, are kept until the end: 5 bytes a row, 9 with weights.
         out: `.parquet`, `.csv` or `.csv.gz`, or `-`; a column `prediction`, after the passthrough columns.
         bad_rows: `refuse` stops at the first chunk with a row that cannot be read; `null` writes a row without
             prediction in its place.
@@ -184,7 +185,7 @@ class _Tally:
         self._num_unknown: Counter[str] = Counter()
         self._num_values: Counter[str] = Counter()
         self._has_labels = True
-        self._labels: list[NDArray[np.int8]] = []
+        self._targets: list[pl.DataFrame] = []
         self._logits: list[NDArray[np.float32]] = []
         self.summary = PredictSummary()
 
@@ -202,9 +203,11 @@ class _Tally:
         self._num_unknown.update(predictions.num_unknown)
         self._has_labels &= chunk.has_label
         if self._has_labels:
-            labels = chunk.frame[self._schema.label.name]
-            self._labels.append(labels.drop_nulls().to_numpy())
-            self._logits.append(predictions.logits[labels.is_not_null().to_numpy()])
+            targets = chunk.targets(self._schema)
+            self._targets.append(targets.drop_nulls())
+            self._logits.append(
+                predictions.logits[targets.select(pl.all_horizontal(pl.all().is_not_null())).to_series().to_numpy()]
+            )
 
     def finish(self, duration_s: float) -> PredictSummary:
         """The summary, when all rows are in."""
@@ -215,6 +218,13 @@ class _Tally:
         summary.unknown_rate = {
             name: count / max(1, self._num_values[name]) for name, count in self._num_unknown.items()
         }
-        if self._has_labels and any(map(len, self._labels)):
-            summary.metrics = binary_metrics(np.concatenate(self._labels), np.concatenate(self._logits))
+        if self._has_labels and any(map(len, self._targets)):
+            # One file without weights, and all rows count the same.
+            names = min((targets.columns for targets in self._targets), key=len)
+            targets = pl.concat([targets.select(names) for targets in self._targets])
+            summary.metrics = binary_metrics(
+                targets[names[0]].to_numpy(),
+                np.concatenate(self._logits),
+                *(targets[name].to_numpy() for name in names[1:]),
+            )
         return summary

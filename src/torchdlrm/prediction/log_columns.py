@@ -1,10 +1,10 @@
 """Finds the columns of a log to predict: those of the model's schema, with or without label, in the file's order.
 
 In: the first lines of a text, or the names of a Parquet file's columns.  Out: a schema by which the reader of logs
-reads it: features as they were trained on, a label if there is one, and passthrough columns as text.
+reads it: features as they were trained on, label and weight if they are there, and passthrough columns as text.
 
 A text with a header, and a Parquet file, are read by name: the order is free, and what is no feature may be missing or
-more.  A text without one has the columns of the schema, or these without the label.
+more.  A text without one has the columns of the schema, or these without label and weight.
 """
 
 import csv
@@ -16,7 +16,15 @@ from typing import Literal
 
 from torchdlrm.data.log.names import found_by_name, ignored
 from torchdlrm.errors import LogError
-from torchdlrm.features.schema import Column, DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import (
+    Column,
+    DenseColumn,
+    FeatureSchema,
+    IgnoredColumn,
+    LabelColumn,
+    SparseColumn,
+    WeightColumn,
+)
 
 LogFormat = Literal["log", "csv", "tsv"]
 _LINES_LOOKED_AT = 100
@@ -70,7 +78,7 @@ def columns_of_text(head: bytes, path: Path, schema: FeatureSchema, passthrough:
     first = lines[0] if lines else []
     if schema.header or {column.log_name for column in schema.features} <= set(first):
         return LogColumns(_by_name(first, f"{path}, line 1 (header)", schema, passthrough), header=True)
-    without_label = [column for column in schema.columns if not isinstance(column, LabelColumn)]
+    without_label = [column for column in schema.columns if not isinstance(column, LabelColumn | WeightColumn)]
     # A bad line may have any number of columns: most lines are good.
     num_unlabelled = sum(len(line) == len(without_label) for line in lines)
     num_labelled = sum(len(line) == len(schema.columns) for line in lines)
@@ -103,7 +111,7 @@ def _by_name(names: Sequence[str], where: str, schema: FeatureSchema, passthroug
 
 def _as_read(column: Column | None, log_name: str, passthrough: Sequence[str], *, at: int = 0) -> Column:
     """A column of the log as it is to be read; `column` is that of the schema, None where it is of the log alone."""
-    if isinstance(column, DenseColumn | SparseColumn | LabelColumn):
+    if isinstance(column, DenseColumn | SparseColumn | LabelColumn | WeightColumn):
         return column
     name = log_name if column is None else column.name
     if name in passthrough:

@@ -55,6 +55,10 @@ class RowChunk:
     has_label: bool
     num_bytes: int
 
+    def targets(self, schema: FeatureSchema) -> pl.DataFrame:
+        """The label of each good row, and its weight where the file has that column; either may be null."""
+        return self.frame.select(name for name in schema.target_names if name in self.frame.columns)
+
 
 @dataclass(frozen=True)
 class RowsIn:

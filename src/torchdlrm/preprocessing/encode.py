@@ -1,8 +1,8 @@
 """Runs tasks that encode groups of chunks and distribute their rows over the parts, and that write each part.
 
 A group's file is an Arrow IPC file with a record batch for each part that has rows in it.  Its columns are `@position`
-(int64, of training rows in the log), the label, the dense columns as float32 and the sparse ones as ids of the smallest
-type that holds the feature's, or lists of these.
+(int64, of training rows in the log), the label, the weight if there is one, the dense columns as float32 and the sparse
+ones as ids of the smallest type that holds the feature's, or lists of these.
 """
 
 from collections.abc import Mapping, Sequence
@@ -144,7 +144,7 @@ def _encode_chunk(
         if num_rows
     }
     positions = np.arange(chunk.first_row, chunk.first_row + chunk.num_rows)
-    columns = [pl.Series(POSITION, positions), frame[schema.label.name]]
+    columns = [pl.Series(POSITION, positions), *(frame[name] for name in schema.target_names)]
     labels = frame[schema.label.name].to_numpy()
     for split, here in rows_of_split.items():
         tallies[split].add_labels(labels[here])
@@ -239,10 +239,11 @@ def write_rows(
         positions = np.concatenate([batch.column(POSITION).to_numpy() for batch in batches])
         order = pl.Series(order_in_bucket(positions, shuffle_seed))
     columns = []
-    for column in (schema.label, *schema.dense, *schema.sparse):
-        values = pl.Series(column.name, pa.chunked_array([batch.column(column.name) for batch in batches]))
+    sparse_names = {column.name for column in schema.sparse}
+    for column in (*schema.target_names, *(feature.name for feature in (*schema.dense, *schema.sparse))):
+        values = pl.Series(column, pa.chunked_array([batch.column(column) for batch in batches]))
         values = values.rechunk() if order is None else values.rechunk().gather(order)
-        if column in schema.sparse:
+        if column in sparse_names:
             values = values.cast(pl.List(pl.Int32) if values.dtype == pl.List else pl.Int32)
         columns.append(values)
     record = write_part(pl.DataFrame(columns), schema, num_embeddings, folder, name)

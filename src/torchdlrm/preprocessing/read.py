@@ -2,8 +2,9 @@
 
 The chunk's file holds the tables
 
-    rows         label int8; dense columns as read, in the smallest type; `@time` int64; for each sparse column the
-                 codes of its values, or for a multi-valued one how many values each row has
+    rows         label int8; weight float32, if there is one; dense columns as read, in the smallest type; `@time`
+                 int64; for each sparse column the codes of its values, or for a multi-valued one how many values each
+                 row has
     codes/f      the codes of a multi-valued column, one row after the other
     values/f     the D distinct values of column f: value, count (of all rows of the chunk), by partition
     bounds/f     where each partition of these values starts, when there is more than one
@@ -76,7 +77,7 @@ def read_chunk(task: ReadTask) -> Result:
     parsed = _parse(task)
     sections: dict[str, pa.Table] = {}
     rows = parsed.frame
-    columns: list[pl.Series] = [rows[task.schema.label.name]]
+    columns = [rows[name] for name in task.schema.target_names]
     columns += [_shrunk(rows[column.name]) for column in task.schema.dense]
     if task.schema.time is not None:
         columns.append(rows[task.schema.time.name].alias(TIME))

@@ -30,12 +30,12 @@ class IntervalMetrics:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._has_weights = device, False
         self._clear()
 
-    def add(self, logits_B: Tensor, labels_B: Tensor) -> None:
-        """Count a batch: float32 [B] each."""
-        self._waiting.append((logits_B, labels_B))
+    def add(self, logits_B: Tensor, labels_B: Tensor, *row_weights_B: Tensor) -> None:
+        """Count a batch: float32 [B] each; with weights always, or never."""
+        self._waiting.append((logits_B, labels_B, *row_weights_B))
         self._waiting_rows += len(logits_B)
         if self._waiting_rows >= _BLOCK_ROWS:
             self._reduce()
@@ -52,30 +52,34 @@ class IntervalMetrics:
         self._clear()
         if totals is None:
             return None
-        others, clicks = totals[: 2 * _NUM_BINS].astype(np.int64).reshape(2, -1)
-        right, prediction_sum, logloss_sum = totals[2 * _NUM_BINS :].tolist()
-        num_clicks = int(clicks.sum())
-        sums = MetricSums(num_clicks + int(others.sum()), num_clicks, int(right), prediction_sum, logloss_sum)
+        others, clicks = totals[: 2 * _NUM_BINS].reshape(2, -1)
+        rows, right, prediction_sum, logloss_sum = totals[2 * _NUM_BINS :].tolist()
+        weight_sum = clicks.sum() + others.sum() if self._has_weights else None
+        sums = MetricSums(int(rows), clicks.sum(), right, prediction_sum, logloss_sum, weight_sum)
+        if not self._has_weights:
+            others, clicks = others.astype(np.int64), clicks.astype(np.int64)
         return sums.metrics(auc_from_counts(clicks, others))
 
     def _clear(self) -> None:
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting: list[tuple[Tensor, ...]] = []
         self._waiting_rows = 0
-        # Rows in each bin, not clicked and clicked; then three sums. Counts below 2**53 are exact in float64.
-        self._totals = torch.zeros(2 * _NUM_BINS + 3, dtype=torch.float64, device=self._device)
+        # Rows in each bin, not clicked and clicked, each as often as it weighs; then the number of rows and three sums.
+        # Counts below 2**53 are exact in float64.
+        self._totals = torch.zeros(2 * _NUM_BINS + 4, dtype=torch.float64, device=self._device)
 
     def _reduce(self) -> None:
         if not self._waiting:
             return
-        logits_N = torch.cat([logits_B for logits_B, _ in self._waiting]).double()
-        clicked_N = torch.cat([labels_B for _, labels_B in self._waiting]) != 0
-        self._waiting, self._waiting_rows = [], 0
+        logits_N, labels_N, *weights = (torch.cat(column).double() for column in zip(*self._waiting, strict=True))
+        clicked_N = labels_N != 0
+        self._waiting, self._waiting_rows, self._has_weights = [], 0, bool(weights)
         # NaN has no bin: its loss, which is NaN too, ends the training.
         bins_N = (torch.nan_to_num(logits_N) + _LIMIT).mul_(_NUM_BINS / (2 * _LIMIT)).clamp_(0, _NUM_BINS - 1).long()
         cells_N = bins_N.add_(clicked_N, alpha=_NUM_BINS)
         # Not bincount, for which the host would wait: on a GPU it asks for the largest cell first.
-        self._totals.scatter_add_(0, cells_N, torch.ones_like(logits_N))
+        self._totals.scatter_add_(0, cells_N, weights[0] if weights else torch.ones_like(logits_N))
         loss_N = logsigmoid(torch.where(clicked_N, logits_N, -logits_N)).neg_()
-        right_N = (logits_N > 0) == clicked_N
-        sums = torch.stack([right_N.sum(dtype=torch.float64), logits_N.sigmoid().sum(), loss_N.sum()])
-        self._totals[2 * _NUM_BINS :] += sums
+        right_N = ((logits_N > 0) == clicked_N).double()
+        summed = [right_N, logits_N.sigmoid(), loss_N]
+        sums = [(weights[0] * values_N if weights else values_N).sum() for values_N in summed]
+        self._totals[2 * _NUM_BINS :] += torch.stack([logits_N.new_full((), len(logits_N)), *sums])

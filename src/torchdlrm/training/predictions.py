@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,36 +18,37 @@ from torchdlrm.progress import ProgressListener
 from torchdlrm.training.compute import exact_products
 from torchdlrm.training.processes.process_group import Ranks
 
-# Labels and logits, float32 [rows] each.
-Predictions = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+class Predictions(NamedTuple):
+    """Labels and logits of some rows, and their weights where they have some: float32 [rows] each."""
+
+    labels: NDArray[np.float32]
+    logits: NDArray[np.float32]
+    weights: NDArray[np.float32] | None = None
 
 
 class PredictionBuffer:
-    """Keeps the logits and labels of this rank until they are asked for: 8 bytes a row."""
+    """Keeps logits, labels and weights of this rank until they are asked for: 8 bytes a row, 12 with weights."""
 
     def __init__(self) -> None:
-        self._logits: list[Tensor] = []
-        self._labels: list[Tensor] = []
+        self._batches: list[tuple[Tensor, ...]] = []
 
-    def add(self, logits_B: Tensor, labels_B: Tensor) -> None:
+    def add(self, logits_B: Tensor, labels_B: Tensor, *row_weights_B: Tensor) -> None:
         """Keep a batch: float32 [B] each."""
-        self._logits.append(logits_B)
-        self._labels.append(labels_B)
+        self._batches.append((labels_B, logits_B, *row_weights_B))
 
     def take(self, ranks: Ranks) -> Predictions | None:
-        """Labels and logits of all ranks on rank 0, rank by rank, and None elsewhere; empties the buffer.
+        """The predictions of all ranks on rank 0, rank by rank, and None elsewhere; empties the buffer.
 
         Every rank must call this.
         """
-        mine = (torch.cat(self._labels).float().cpu().numpy(), torch.cat(self._logits).float().cpu().numpy())
-        self._logits, self._labels = [], []
+        mine = [torch.cat(column).float().cpu().numpy() for column in zip(*self._batches, strict=True)]
+        self._batches = []
         if ranks.world_size == 1:
-            return mine
-        everyone: list[Predictions] | None = [mine] * ranks.world_size if ranks.is_first else None
+            return Predictions(*mine)
+        everyone = [mine] * ranks.world_size if ranks.is_first else None
         dist.gather_object(mine, everyone, dst=0, group=ranks.process_group)
-        if everyone is None:
-            return None
-        return np.concatenate([labels for labels, _ in everyone]), np.concatenate([logits for _, logits in everyone])
+        return None if everyone is None else Predictions(*map(np.concatenate, zip(*everyone, strict=True)))
 
     def take_metrics(self, ranks: Ranks) -> BinaryMetrics | None:
         """Exact metrics of what `take` returns."""
@@ -76,16 +78,19 @@ def predict_loaders(
             rows, num_batches = loader.rows, loader.batches_per_epoch
             with closing(iter(loader)) as batches:
                 for i in range(num_batches):
-                    _, logits_B, labels_B = predict(batches)
-                    predictions.add(logits_B, labels_B)
+                    _, *judged = predict(batches)
+                    predictions.add(*judged)
                     progress.advance(rows * (i + 1) // num_batches - rows * i // num_batches)
     model.train(was_training)
     return predictions
 
 
 @contextmanager
-def _predicting(model: nn.Module, ranks: Ranks) -> Iterator[Callable[[Iterator[Batch]], tuple[Tensor, Tensor, Tensor]]]:
-    """What predicts the next batch of an iterator: loss, logits [B], labels [B]; `model` is in eval mode."""
+def _predicting(model: nn.Module, ranks: Ranks) -> Iterator[Callable[[Iterator[Batch]], tuple[Tensor, ...]]]:
+    """What predicts the next batch of an iterator: loss, logits [B], labels [B], row weights [B] if there are some.
+
+    `model` is in eval mode.
+    """
     if ranks.device.type == "cpu" and ranks.world_size == 1:
         yield lambda batches: model(next(batches))[1]
         return

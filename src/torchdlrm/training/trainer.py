@@ -143,11 +143,11 @@ class Trainer:
     def _train_step(self, step: int, batches: Iterator[Batch]) -> None:
         self._rate = self._schedule.set(step, self._position.plateau_scale)
         self._counters.begin(step)
-        loss, logits_B, labels_B = self._pipeline.progress(batches)
+        loss, *judged = self._pipeline.progress(batches)
         # On a GPU looking at the loss waits for the step; there it is looked at when metrics are due.
         if self._ranks.device.type == "cpu" or self._agenda.is_due(step, self._config.logging.every_steps):
             self._refuse_if_not_finite(float(loss), step)
-        self._interval.add(logits_B, labels_B)
+        self._interval.add(*judged)
         self._position = replace(self._position, step=step, loader=self._agenda.loader_state(step))
         self._progress.advance(self._agenda.rows_after(step) - self._agenda.rows_after(step - 1))
 

@@ -49,6 +49,30 @@ def test_standard_errors_are_how_much_estimates_scatter(seed):
         assert promised == pytest.approx(scatter, rel=0.1)
 
 
+def test_weighted_differences_are_those_of_the_metrics_and_weights_of_one_change_nothing(seed):
+    rng = np.random.default_rng(seed)
+    labels, first, second = models(rng, 300)
+    weights = rng.choice([0.0, 0.3, 1.0, 4.0], 300).astype(np.float32)
+    found = paired_difference(labels, first, second, weights)
+    expected = [roc_auc_score(labels, logits, sample_weight=weights) for logits in (first, second)]
+    assert found.auc == pytest.approx(expected[1] - expected[0], abs=1e-12)
+    losses = [log_loss(labels, 1 / (1 + np.exp(-x.astype(float))), sample_weight=weights) for x in (first, second)]
+    assert found.logloss == pytest.approx(losses[1] - losses[0], abs=1e-12)
+    assert found != paired_difference(labels, first, second)
+    assert paired_difference(labels, first, second, 2 * weights) == found, "it is their ratio that counts"
+    plain, ones = (paired_difference(labels, first, second, w) for w in (None, np.ones(300)))
+    assert vars(ones) == pytest.approx(vars(plain), rel=1e-12)
+
+
+def test_weighted_standard_errors_are_how_much_estimates_scatter(seed):
+    rng = np.random.default_rng(seed)
+    found = [paired_difference(*models(rng, 400), rng.choice([0.0, 0.3, 1.0, 4.0], 400)) for _ in range(600)]
+    for name in ("auc", "logloss"):
+        scatter = np.std([getattr(one, name) for one in found])
+        promised = np.sqrt(np.mean([getattr(one, f"{name}_standard_error") ** 2 for one in found]))
+        assert promised == pytest.approx(scatter, rel=0.1)
+
+
 def test_a_model_does_not_differ_from_itself(seed):
     labels, first, _ = models(np.random.default_rng(seed), 50)
     found = paired_difference(labels, first, first)

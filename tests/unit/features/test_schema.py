@@ -31,9 +31,13 @@ rule = "order"
         (
             'role = "dense"',
             'role = "densee"',
-            "'label', 'dense', 'sparse', 'time', 'ignore', not 'densee'; did you mean dense?",
+            "'label', 'dense', 'sparse', 'time', 'weight', 'ignore', not 'densee'; did you mean dense?",
         ),
-        ('role = "dense", ', "", "column 2 (price): has no role; it is one of label, dense, sparse, time, ignore"),
+        (
+            'role = "dense", ',
+            "",
+            "column 2 (price): has no role; it is one of label, dense, sparse, time, weight, ignore",
+        ),
         ("transform", "transfrom", "column 2 (price): transfrom: there is no such key of a dense column; did you mean"),
         (
             '"float"',
@@ -50,6 +54,11 @@ rule = "order"
         ('"city"', '"city", max_values = 3', "column 3 (city): max_values needs value_separator"),
         ('"click"', '"click", threshold = "x"', "column 1 (click): threshold: must be a valid number, got 'x'"),
         ('"label"', '"ignore"', "exactly one column must have the role 'label'"),
+        (
+            "columns = [",
+            'columns = [ { role = "weight", name = "w" }, { role = "weight", name = "v" },',
+            "at most one column has the role 'weight'",
+        ),
         ("columns = [", "columns = [ 3,", "column 1: must be a table { key = value, ... }, got 3"),
     ],
 )

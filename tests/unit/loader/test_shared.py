@@ -14,7 +14,7 @@ import pytest
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, criteo_schema
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, WeightColumn, criteo_schema
 from torchdlrm.loader import shared
 from torchdlrm.loader.loader import Loader
 from torchdlrm.loader.row_groups import RowGroupReader
@@ -88,6 +88,7 @@ def same(found, expected):
     return all(
         np.array_equal(left, right)
         for left, right in [
+            (found.row_weights, expected.row_weights),
             (found.labels, expected.labels),
             (found.dense_features, expected.dense_features),
             (found.sparse_features.values(), expected.sparse_features.values()),
@@ -112,12 +113,16 @@ def test_shared_row_groups_make_the_same_batches_and_each_is_decoded_once(many_g
     assert sorted(read) == sorted(needed)
 
 
-def test_lists_of_ids_are_shared_too(tmp_path, seed):
+def test_lists_of_ids_and_weights_of_rows_are_shared_too(tmp_path, seed):
     rng = np.random.default_rng(seed)
-    lines = (f"{rng.integers(2)},{rng.random():.3f},u{rng.integers(9)},{tags(rng)}\n" for _ in range(1_500))
-    (tmp_path / "log.csv").write_text("clicked,price,user,tags\n" + "".join(lines))
+    lines = (
+        f"{rng.integers(2)},{rng.random():.3f},{rng.random():.3f},u{rng.integers(9)},{tags(rng)}\n"
+        for _ in range(1_500)
+    )
+    (tmp_path / "log.csv").write_text("clicked,w,price,user,tags\n" + "".join(lines))
     columns = (
         LabelColumn(name="clicked"),
+        WeightColumn(name="w"),
         DenseColumn(name="price", transform="none"),
         SparseColumn(name="user"),
         SparseColumn(name="tags", value_separator="|"),
@@ -129,6 +134,7 @@ def test_lists_of_ids_are_shared_too(tmp_path, seed):
     for index, batches in enumerate(in_step(start(dataset, 2, batch_size_global=300))):
         assert all(same(batch, expected[rank][index]) for rank, batch in enumerate(batches))
         assert len(set(batches[0].sparse_features.lengths().tolist())) > 2
+        assert len(set(batches[0].row_weights.tolist())) > 50
     assert index == len(expected[0]) - 1 > 1
 
 

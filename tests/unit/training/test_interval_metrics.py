@@ -21,8 +21,8 @@ def predictions(num_rows, seed):
 
 def measured(parts, ranks=ALONE):
     interval = IntervalMetrics(ranks.device)
-    for logits, labels in parts:
-        interval.add(logits, labels)
+    for part in parts:
+        interval.add(*part)
     return interval.take(ranks)
 
 
@@ -41,6 +41,16 @@ def test_they_are_those_of_all_logits_and_auc_nearly(seed, num_rows, auc, monkey
     found = measured(zip(logits.split(1_001), labels.split(1_001), strict=True))
     assert_same(found, binary_metrics(labels.numpy(), logits.numpy()), auc=auc)
     assert found.auc > 0.6
+
+
+def test_rows_count_as_often_as_they_weigh(seed):
+    logits, labels = predictions(2_000, seed)
+    weights = torch.rand(2_000, generator=torch.Generator().manual_seed(seed)) * 3
+    weights[:100] = 0
+    found = measured(zip(logits.split(1_001), labels.split(1_001), weights.split(1_001), strict=True))
+    expected = binary_metrics(labels.numpy(), logits.numpy(), weights.numpy())
+    assert vars(found) == pytest.approx(vars(expected), abs=3e-5)
+    assert abs(expected.logloss - binary_metrics(labels.numpy(), logits.numpy()).logloss) > 1e-3
 
 
 @pytest.mark.parametrize("label", [0.0, 1.0])

@@ -1,0 +1,198 @@
+"""A column of sample weights: from the log through loader, loss, trainings and metrics to predictions."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from sklearn.metrics import log_loss, roc_auc_score
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from torchdlrm.config import load_config
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.errors import LogError
+from torchdlrm.evaluation.evaluate import evaluate, predict_split
+from torchdlrm.evaluation.logistic_regression import fit_logistic_regression
+from torchdlrm.exporting.export import export
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, WeightColumn, load_schema
+from torchdlrm.loader.loader import Loader
+from torchdlrm.model.dlrm import batch_loss
+from torchdlrm.prediction.predictor import Predictor
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
+from torchdlrm.training.job import train
+
+CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
+SCHEMA = """
+name = "weighted"
+separator = ","
+header = true
+columns = [
+    { role = "label", name = "click" },
+    { role = "weight", name = "w", header_name = "the weight" },
+    { role = "dense", name = "price" },
+    { role = "sparse", name = "city" },
+    { role = "sparse", name = "shop", kind = "int" },
+]
+[split]
+rule = "order"
+"""
+NUM_ROWS = 1_200
+
+
+@pytest.fixture(scope="module")
+def frame():
+    """Rows of which those of weight 3 are clicked after other rules than those of weight 0.5; some weigh nothing."""
+    rng = np.random.default_rng(7)
+    city, weight = rng.integers(6, size=NUM_ROWS), rng.choice([0.0, 0.5, 3.0], NUM_ROWS, p=[0.1, 0.6, 0.3])
+    odds = np.where(weight == 3.0, city - 2.5, 1.5 - 0.6 * city)
+    return pl.DataFrame(
+        {
+            "click": (rng.random(NUM_ROWS) < 1 / (1 + np.exp(-odds))).astype(int),
+            "the weight": weight,
+            "price": rng.random(NUM_ROWS).round(3),
+            "city": [f"c{value}" for value in city],
+            "shop": rng.integers(20, size=NUM_ROWS),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(frame, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weighted")
+    frame.write_csv(path / "log.csv")
+    (path / "schema.toml").write_text(SCHEMA)
+    preprocess([path / "log.csv"], path / "dataset", load_schema(path / "schema.toml"), PreprocessOptions(min_count=1))
+    settings = {"train.batch_size_global": "101", "train.epochs": "3", "logging.tensorboard": "false"}
+    train(load_config("criteo-small", {**settings, "logging.every_steps": "1"}), path / "dataset", path / "run")
+    export(path / "run", path / "bundle")
+    return path
+
+
+@pytest.fixture(scope="module")
+def dataset(folder):
+    return Dataset.open(folder / "dataset")
+
+
+def test_the_dataset_has_the_weights_and_says_so_to_older_readers(folder, dataset, frame, small_dataset):
+    assert dataset.manifest.format_version == 2
+    assert small_dataset.manifest.format_version == 1
+    table = pl.read_parquet(folder / "dataset" / "test" / "part-00000.parquet")
+    assert table.columns == ["click", "w", "price", "city", "shop"]
+    assert table.schema["w"] == pl.Float32
+    assert table["w"].to_list() == frame["the weight"].tail(table.height).to_list()
+
+
+def test_the_loader_gives_each_row_its_weight_and_padding_none(dataset):
+    whole = torch.cat([batch.row_weights for batch in Loader(dataset, "train", batch_size_global=101)])
+    assert whole.dtype == torch.float32
+    assert sorted(set(whole.tolist())) == [0.0, 0.5, 3.0]
+    ranks = [Loader(dataset, "train", batch_size_global=101, rank=rank, world_size=2) for rank in range(2)]
+    found = []
+    for parts in zip(*ranks, strict=True):
+        assert [part.num_padding for part in parts] in ([1, 0], [0, 0])
+        for part in (part.to(torch.device("cpu")) for part in parts):
+            found.append(part.row_weights[: len(part.labels) - part.num_padding])
+            assert not part.row_weights[len(found[-1]) :].any()
+    assert torch.equal(torch.cat(found), whole)
+
+
+@pytest.mark.parametrize("negative_weight", [1.0, 0.25])
+def test_the_loss_is_the_sum_of_weighted_losses_over_the_rows(dataset, negative_weight, seed):
+    """Of a rank's slice with a row of padding, against float64; a batch that weighs nothing has a loss of 0."""
+    batch = next(iter(Loader(dataset, "train", batch_size_global=101, rank=0, world_size=2)))
+    assert batch.num_padding == 1
+    labels, weights = batch.labels[:-1], batch.row_weights[:-1]
+    logits = torch.randn(len(labels), generator=torch.Generator().manual_seed(seed))
+    raw = logits.double() - math.log(negative_weight)
+    losses = binary_cross_entropy_with_logits(raw, labels.double(), reduction="none")
+    losses *= weights * torch.where(labels > 0, 1.0, negative_weight)
+    found = batch_loss(logits, labels, batch, negative_weight)
+    assert found.item() == pytest.approx(losses.sum().item() / len(labels) * batch.loss_weight, rel=1e-6)
+    batch.row_weights.zero_()
+    assert batch_loss(logits, labels, batch, negative_weight).item() == 0
+
+
+def judged(labels, logits, weights):
+    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    return {
+        "auc": roc_auc_score(labels, logits, sample_weight=weights),
+        "logloss": log_loss(labels, p, sample_weight=weights),
+        "calibration": np.average(p, weights=weights) / np.average(labels, weights=weights),
+    }
+
+
+def test_metrics_are_weighted_and_the_model_follows_the_rows_that_weigh_more(folder):
+    _, found = predict_split(folder / "run", None, "val+test")
+    expected = judged(*found)
+    assert {name: evaluate(folder / "run", None, "val+test")[name] for name in expected} == pytest.approx(expected)
+    heavy = found.weights == 3.0
+    assert roc_auc_score(found.labels[heavy], found.logits[heavy]) > 0.7
+    assert roc_auc_score(found.labels[~heavy], found.logits[~heavy]) < 0.5
+    assert 0 < fit_logistic_regression(Dataset.open(folder / "dataset"), ["val", "test"]).logloss < 1
+
+
+def test_two_processes_train_and_evaluate_the_same(folder, dlrm, tmp_path):
+    options = ("--train.batch-size-global", 101, "--train.epochs", 3, "--logging.tensorboard", "false")
+    done = dlrm(
+        *("train", CONFIG, "--dataset", folder / "dataset", "--run", tmp_path / "run", *options),
+        *("--logging.every-steps", 1, "--nproc-per-node", 2),
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+                for run in (folder / "run", tmp_path / "run"))  # fmt: skip
+    assert len(one) == len(two) > 24
+    for left, right in zip(one, two, strict=True):
+        for name in ("loss", "auc", "ne"):
+            assert right[name] == pytest.approx(left[name], abs=2e-4), (left["step"], name)
+    done = dlrm("evaluate", tmp_path / "run", "--split", "test", "--nproc-per-node", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    expected = evaluate(tmp_path / "run", None, "test")
+    assert json.loads(done.stdout) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_log_that_is_predicted_may_have_weights_and_then_its_metrics_are_weighted(folder, frame, dlrm, tmp_path):
+    def predict(columns):
+        columns.write_csv(tmp_path / "log.csv")
+        out = tmp_path / "scores.parquet"
+        done = dlrm("predict", folder / "bundle", tmp_path / "log.csv", "--out", out, "--json")
+        assert done.returncode == 0, done.stderr
+        p = pl.read_parquet(out)["prediction"].to_numpy().astype(np.float64)
+        return np.log(p) - np.log1p(-p), json.loads(done.stdout)["metrics"]
+
+    labels, weights = frame["click"].to_numpy(), frame["the weight"].to_numpy()
+    logits, metrics = predict(frame)
+    assert {**metrics, **judged(labels, logits, weights)} == pytest.approx(metrics, abs=1e-5)
+    again, metrics = predict(frame.drop("the weight"))
+    np.testing.assert_array_equal(again, logits)
+    assert metrics["auc"] == pytest.approx(roc_auc_score(labels, logits), abs=1e-5)
+    # A row without a weight is predicted, and does not count.
+    missing = frame.with_columns(pl.when(pl.int_range(pl.len()) >= 5).then("the weight").alias("the weight"))
+    again, metrics = predict(missing)
+    np.testing.assert_array_equal(again, logits)
+    assert metrics["rows"] == NUM_ROWS - 5
+
+
+def test_a_row_of_a_request_may_have_a_weight_which_is_not_read(folder):
+    predictor = Predictor.open(folder / "bundle")
+    row = {"price": 0.5, "city": "c1", "shop": 3}
+    expected = predictor.predict([row])
+    for weight in (2.5, None, "much"):
+        assert predictor.predict([{**row, "w": weight}]) == expected
+        assert predictor.predict([{**row, "w": weight, "city": "c1", "click": 1}]) == expected  # not the fast path
+
+
+@pytest.mark.parametrize("cell", ["-0.5", "", "heavy", "inf", "NaN", "1e40"])
+def test_a_row_whose_weight_is_none_is_a_bad_one(frame, tmp_path, cell):
+    lines = frame.head(30).write_csv().splitlines()
+    cells = lines[7].split(",")
+    lines[7] = ",".join([cells[0], cell, *cells[2:]])
+    (tmp_path / "log.csv").write_text("\n".join(lines) + "\n")
+    columns = (LabelColumn(name="click"), WeightColumn(name="w", header_name="the weight"), DenseColumn(name="price"),
+               SparseColumn(name="city"))  # fmt: skip
+    schema = FeatureSchema(name="weighted", separator=",", header=True, columns=columns)
+    message = f"line 8, column w: the weight of the row is missing, or not a finite number of at least 0: '{cell}'"
+    with pytest.raises(LogError, match=message):
+        preprocess([tmp_path / "log.csv"], tmp_path / "dataset", schema)
