@@ -29,7 +29,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 def oldest_version(schema: FeatureSchema, model: ModelConfig, model_class: ModelClassRecord | None) -> int:
     """The oldest version of the format that says what must be said: older programs read all other bundles."""
-    if model.interaction != "dot" or schema.has_buckets:
+    if model.interaction != "dot" or schema.needs_newer_formats:
         return FORMAT_VERSION
     return _WITHOUT_MODEL_CLASS if model_class is None else _WITH_MODEL_CLASS
 

@@ -36,7 +36,7 @@ _IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
 
 def oldest_version(schema: FeatureSchema) -> int:
     """The oldest version of the format that says what must be said: older programs read all other datasets."""
-    return _FIRST_VERSION if schema.weight is None else FORMAT_VERSION
+    return FORMAT_VERSION if schema.needs_newer_formats else _FIRST_VERSION
 
 
 class _Frozen(BaseModel):

@@ -376,9 +376,9 @@ class FeatureSchema(_Frozen):
         return (*self.dense, *self.sparse_columns)
 
     @property
-    def has_buckets(self) -> bool:
-        """Whether a number is a category, which older versions of datasets and bundles cannot say."""
-        return any(column.buckets is not None for column in self.sparse)
+    def needs_newer_formats(self) -> bool:
+        """Whether it says what the first formats of datasets and bundles could not."""
+        return self.weight is not None or any(column.buckets is not None for column in self.sparse)
 
     def with_columns(self, columns: Sequence[Column]) -> Self:
         """The layout of a log to predict: its features are those of this schema, and what else it has may differ.

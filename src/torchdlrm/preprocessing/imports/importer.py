@@ -23,7 +23,6 @@ from torchdlrm.data.dataset import (
     Manifest,
     SourceRecord,
     SparseRecord,
-    oldest_version,
 )
 from torchdlrm.data.log.files import LogFile
 from torchdlrm.data.splits import SPLIT_NAMES, criteo_split
@@ -132,7 +131,6 @@ def _write(
     sizes = {name: table_sizes.get(name, most + 1) for name, most in largest.items()}
     files = _write_parts(parts, batches, schema, sizes, folder, progress)
     return Manifest(
-        format_version=oldest_version(schema),
         feature_schema=schema,
         split_rule=rule,
         seed=seed,
