@@ -134,7 +134,7 @@ def test_lists_of_ids_and_weights_of_rows_are_shared_too(tmp_path, seed):
     for index, batches in enumerate(in_step(start(dataset, 2, batch_size_global=300))):
         assert all(same(batch, expected[rank][index]) for rank, batch in enumerate(batches))
         assert len(set(batches[0].sparse_features.lengths().tolist())) > 2
-        assert len(set(batches[0].row_weights.tolist())) > 50
+        assert len(set(batches[0].row_weights.tolist())) > 20
     assert index == len(expected[0]) - 1 > 1
 
 
