@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.model import dlrm
-from torchdlrm.model.flat_interactions import LowRankCrossNet
+from torchdlrm.model.cross_net import LowRankCrossNet
 from torchdlrm.model.interaction import InteractionArch
 from torchdlrm.model.room import mark_room
 

@@ -17,7 +17,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchdlrm.errors import ConfigError
 from torchdlrm.model.batch_norm import GlobalBatchNorm1d
-from torchdlrm.model.flat_interactions import InteractionDCNArch, InteractionProjectionArch, LowRankCrossNet
+from torchdlrm.model.cross_net import LowRankCrossNet
+from torchdlrm.model.flat_interactions import InteractionDCNArch, InteractionProjectionArch
 from torchdlrm.model.interaction import InteractionArch, dot_output_size
 from torchdlrm.model.room import has_room, mark_room
 

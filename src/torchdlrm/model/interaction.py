@@ -24,7 +24,7 @@ def dot_output_size(num_sparse_features: int, embedding_dim: int) -> int:
     return embedding_dim + num_sparse_features * (num_sparse_features + 1) // 2
 
 
-def _has_kernels(tensor: Tensor) -> bool:
+def has_kernels(tensor: Tensor) -> bool:
     """Not where somebody lists the operators that run, as for the products of a model of one's own."""
     is_plain = tensor.device.type == "cpu" and tensor.dtype in {torch.float32, torch.bfloat16}
     return is_plain and not is_in_torch_dispatch_mode()
@@ -59,7 +59,7 @@ class _PairwiseDots(torch.autograd.Function):
         num_rows, _, embedding_dim = sparse_BFD.shape
         vectors_BND = together(dense_BD, sparse_BFD)
         out = dense_BD.new_empty(num_rows, embedding_dim + upper_P.numel())
-        if _has_kernels(dense_BD):
+        if has_kernels(dense_BD):
             arrays, work = (array_of(vectors_BND), array_of(out)), vectors_BND[0].numel() * vectors_BND.shape[1] / 8
             shape = vectors_BND.shape[1:]
             in_parts(num_rows, work, lambda first, end: write_pairs(first, end, *arrays, np.empty(shape, np.float32)))
@@ -76,7 +76,7 @@ class _PairwiseDots(torch.autograd.Function):
         vectors_BND, upper_P, lower_P = ctx.saved_tensors
         num_rows, num_vectors, embedding_dim = vectors_BND.shape
         grad_pairs_BP = grad_out[:, embedding_dim:]
-        if _has_kernels(grad_out):
+        if has_kernels(grad_out):
             grad_square = grad_out.new_empty(num_rows, num_vectors, num_vectors)
             arrays = array_of(grad_pairs_BP), array_of(grad_square)
             in_parts(num_rows, num_vectors**2, lambda first, end: write_square(first, end, *arrays))

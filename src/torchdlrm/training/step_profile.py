@@ -39,6 +39,7 @@ _BY_ENCLOSING = (
     ("tables: update", ("_LookupBackward", "_ExchangedLookupBackward", "tables: update")),
     ("tables: look up", ("_Lookup", "_ExchangedLookup", "tables: look up")),
     ("interaction", ("_PairwiseDots",)),
+    ("cross net", ("_CrossNet", "_FlatVectors")),
     ("dense optimizer", ("Optimizer.step#",)),
 )
 # and else to the first of these. Kernels of a GPU have nothing that encloses them.
@@ -51,7 +52,7 @@ _BY_KIND = (
     ("element by element", ("aten::fill", "aten::zero", "aten::mean", "aten::sigmoid", "aten::binary_cross_entropy")),
 )
 _COMMUNICATION = ("gloo:", "nccl")
-_COMPUTATION = ("aten::", "fbgemm::", "_Lookup", "_PairwiseDots")
+_COMPUTATION = ("aten::", "fbgemm::", "_Lookup", "_PairwiseDots", "_CrossNet")
 
 
 @dataclass(frozen=True)

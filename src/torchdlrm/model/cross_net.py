@@ -1,0 +1,174 @@
+"""Computes the low-rank cross net of DCN v2 (arXiv:2008.13535), with a backward of its own.
+
+In: x_0, all vectors of a row one after the other.  Out: x_L, as many numbers.  A layer is
+x_{l+1} = x_0 * (W_l V_l x_l + b_l) * g_l + x_l, where g_l is 1, or the sigmoid of another W V x_l.
+Cost: two products a layer forward and four backward, twice as many with gates; all else is one pass over the rows each
+way. Autograd makes an operator of each sign in the formula, and adds up what x_0 gets from each layer.
+
+B rows of the batch on this rank, I numbers of a row, R rank of the weights, S sums of some rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from torchdlrm.kernels.threads import array_of, in_parts
+from torchdlrm.model.crosses import ROWS_OF_A_SUM, write_gradients, write_layer
+from torchdlrm.model.interaction import has_kernels
+
+
+class _CrossNet(torch.autograd.Function):
+    """All layers, in the precision of x_0; weights, and so their gradients, may be in another."""
+
+    @staticmethod
+    def forward(ctx: Any, x0_BI: Tensor, num_layers: int, *weights: Tensor) -> Tensor:
+        x_BI, saved = x0_BI, []
+        for W, V, bias_I, *gate in _groups(weights, len(weights) // num_layers):
+            W, V, *gate = (weight.to(x0_BI.dtype) for weight in (W, V, *gate))  # noqa: PLW2901 - as they multiply
+            hidden_BR = x_BI @ V.t()
+            product_BI = hidden_BR @ W.t()
+            saved += [W, V, bias_I, x_BI, hidden_BR, product_BI]
+            factor_BI = x0_BI
+            if gate:
+                gate_W, gate_V = gate
+                gate_hidden_BR = x_BI @ gate_V.t()
+                gate_BI = (gate_hidden_BR @ gate_W.t()).sigmoid_()
+                saved += [gate_W, gate_V, gate_hidden_BR, gate_BI]
+                factor_BI = x0_BI * gate_BI
+            x_BI = _layer(factor_BI, x_BI, product_BI, bias_I)
+        ctx.save_for_backward(x0_BI, *saved)
+        ctx.num_layers, ctx.weight_dtypes = num_layers, [weight.dtype for weight in weights]
+        return x_BI
+
+    @staticmethod
+    def backward(ctx: Any, grad_BI: Tensor) -> tuple[Any, ...]:
+        x0_BI, *saved = ctx.saved_tensors
+        grad_BI = grad_BI.contiguous()
+        grad_x0_BI, grad_product_BI = torch.empty_like(x0_BI), torch.empty_like(x0_BI)
+        grad_weights: list[Tensor] = []
+        layers = [*_groups(saved, len(saved) // ctx.num_layers)]
+        for number in reversed(range(len(layers))):
+            W, V, bias_I, x_BI, hidden_BR, product_BI, *gate = layers[number]
+            is_first, num_added = number == 0, len(layers) - 1 - number
+            # The first layer's x is x_0, which also gets the gradient of the sum's other term: as if b were 1 more.
+            factor_BI, shift = (grad_BI * gate[3], 0) if gate else (grad_BI, int(is_first))
+            read, written = (factor_BI, x0_BI, product_BI, bias_I + shift), (grad_product_BI, grad_x0_BI)
+            grad_bias_I = _layer_gradients(*read, *written, num_added)
+            if is_first:
+                grad_BI = grad_x0_BI.add_(grad_BI) if gate else grad_x0_BI
+            elif num_added == 0:
+                grad_BI = grad_BI.clone()  # what autograd has given may belong to others too
+            grad_hidden_BR = grad_product_BI @ W
+            of_layer = [grad_product_BI.t() @ hidden_BR, _inner(grad_hidden_BR, x_BI), grad_bias_I]
+            grad_BI.addmm_(grad_hidden_BR, V)
+            if gate:
+                gate_W, gate_V, gate_hidden_BR, gate_BI = gate
+                # Of the sigmoid's argument: g' = g (1 - g), and the g is in the product's gradient already.
+                grad_gate_BI = grad_product_BI.mul_(product_BI + bias_I.to(x0_BI.dtype)).mul_(1 - gate_BI)
+                grad_hidden_BR = grad_gate_BI @ gate_W
+                of_layer += [grad_gate_BI.t() @ gate_hidden_BR, _inner(grad_hidden_BR, x_BI)]
+                grad_BI.addmm_(grad_hidden_BR, gate_V)
+            grad_weights = [*of_layer, *grad_weights]
+        grads = (grad.to(dtype) for grad, dtype in zip(grad_weights, ctx.weight_dtypes, strict=True))
+        return grad_BI, None, *grads
+
+
+def _groups(tensors: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
+    return (tensors[begin : begin + size] for begin in range(0, len(tensors), size))
+
+
+def _layer(x0_BI: Tensor, x_BI: Tensor, product_BI: Tensor, bias_I: Tensor) -> Tensor:
+    """x_0 * (W V x + b) + x."""
+    if not has_kernels(x0_BI):
+        return torch.addcmul(x_BI, x0_BI, product_BI + bias_I.to(x0_BI.dtype))
+    out_BI = torch.empty_like(x_BI)
+    arrays = [array_of(tensor) for tensor in (x0_BI, x_BI, product_BI, bias_I.float(), out_BI)]
+    in_parts(len(x_BI), 4 * x_BI.shape[1], lambda first, end: write_layer(first, end, *arrays))
+    return out_BI
+
+
+def _layer_gradients(
+    grad_BI: Tensor,
+    x0_BI: Tensor,
+    product_BI: Tensor,
+    bias_I: Tensor,
+    grad_product_BI: Tensor,
+    grad_x0_BI: Tensor,
+    num_added: int,
+) -> Tensor:
+    """Write grad * x_0 into `grad_product_BI`, add grad * (W V x + b) to `grad_x0_BI`, and return the bias's gradient.
+
+    That holds the sum of `num_added` layers; with 0 it holds nothing yet.
+    """
+    if not has_kernels(x0_BI):
+        factor_BI = product_BI + bias_I.to(x0_BI.dtype)
+        torch.mul(grad_BI, x0_BI, out=grad_product_BI)
+        grad_x0_BI.copy_(grad_BI * factor_BI) if num_added == 0 else grad_x0_BI.addcmul_(grad_BI, factor_BI)
+        return grad_product_BI.sum(0, dtype=bias_I.dtype)
+    num_rows, size = x0_BI.shape
+    sums_SI = torch.empty(-(-num_rows // ROWS_OF_A_SUM), size)
+    read = [array_of(tensor) for tensor in (grad_BI, x0_BI, product_BI, bias_I.float())]
+    written = [array_of(tensor) for tensor in (grad_product_BI, grad_x0_BI, sums_SI)]
+    in_parts(
+        len(sums_SI),
+        5 * size * ROWS_OF_A_SUM,
+        lambda first, end: write_gradients(first, end, *read, num_added, *written),
+    )
+    return sums_SI.sum(0)
+
+
+def _inner(few_BR: Tensor, many_BI: Tensor) -> Tensor:
+    """The product over the batch, [R, I]; oneDNN transposes the small factor slower than a copy does."""
+    return few_BR.t().contiguous() @ many_BI
+
+
+@fx.wrap  # a leaf for the train pipeline, which traces the model to find its sharded modules
+def cross_net(x0_BI: Tensor, layers: Sequence[Sequence[Tensor]]) -> Tensor:
+    """All layers of a cross net, in the precision of autocast where it is on.
+
+    Args:
+        x0_BI: what the first layer is given.
+        layers: of each W [I, R], V [R, I] and b [I]; with a gate W and V of the gate, too.
+
+    Returns:
+        [B, I].
+    """
+    kind, dtype = x0_BI.device.type, x0_BI.dtype
+    if torch.is_autocast_enabled(kind) and dtype == torch.float32:
+        dtype = torch.get_autocast_dtype(kind)
+    weights = (weight for layer in layers for weight in layer)
+    crossed_BI: Tensor = _CrossNet.apply(x0_BI.to(dtype).contiguous(), len(layers), *weights)  # type: ignore[no-untyped-call]
+    return crossed_BI
+
+
+class LowRankCrossNet(nn.Module):
+    """The cross net with weights of low rank, as `torchrec.modules.crossnet` has it.
+
+    Args:
+        in_features: I, of its input and output.
+        num_layers: of the net.
+        low_rank: R.
+        gated: whether each layer has a gate, as in GDCN (arXiv:2311.04635), whose weights are of rank R too.
+    """
+
+    def __init__(self, in_features: int, num_layers: int, low_rank: int, *, gated: bool = False) -> None:
+        super().__init__()
+
+        def kernels(rows: int, columns: int) -> nn.ParameterList:
+            drawn = (nn.init.xavier_normal_(torch.empty(rows, columns)) for _ in range(num_layers))
+            return nn.ParameterList(map(nn.Parameter, drawn))
+
+        self.W_kernels, self.V_kernels = kernels(in_features, low_rank), kernels(low_rank, in_features)
+        self.bias = nn.ParameterList(nn.Parameter(torch.zeros(in_features)) for _ in range(num_layers))
+        self.gated, self.num_layers = gated, num_layers
+        if gated:
+            self.gate_W_kernels, self.gate_V_kernels = kernels(in_features, low_rank), kernels(low_rank, in_features)
+
+    def forward(self, x0_BI: Tensor) -> Tensor:
+        """Maps [B, I] to [B, I]."""
+        lists = [self.W_kernels, self.V_kernels, self.bias]
+        if self.gated:
+            lists += [self.gate_W_kernels, self.gate_V_kernels]
+        return cross_net(x0_BI, [*zip(*lists, strict=True)])
