@@ -111,11 +111,8 @@ def _layer_gradients(
     sums_SI = torch.empty(-(-num_rows // ROWS_OF_A_SUM), size)
     read = [array_of(tensor) for tensor in (grad_BI, x0_BI, product_BI, bias_I.float())]
     written = [array_of(tensor) for tensor in (grad_product_BI, grad_x0_BI, sums_SI)]
-    in_parts(
-        len(sums_SI),
-        5 * size * ROWS_OF_A_SUM,
-        lambda first, end: write_gradients(first, end, *read, num_added, *written),
-    )
+    work = 5 * size * ROWS_OF_A_SUM
+    in_parts(len(sums_SI), work, lambda first, end: write_gradients(first, end, *read, num_added, *written))
     return sums_SI.sum(0)
 
 
