@@ -32,7 +32,7 @@ from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.layout import layout_of
 from torchdlrm.sharding.planner import PlanOptions, meta_tables, planner_constraints, table_sharder
 from torchdlrm.sharding.problem import Problem, solution_of, solve
-from torchdlrm.sharding.tables import Table, feature_tables
+from torchdlrm.sharding.tables import Table, tables_of_model
 from torchdlrm.sharding.topology import local_machine, machine_of
 from torchdlrm.training.compute import set_threads
 from torchdlrm.training.processes.process_group import Ranks, join_process_group
@@ -103,7 +103,7 @@ def search(*, with_default: bool) -> list[dict[str, Any]]:
 def predicted_ms(config: Config, num_embeddings: dict[str, int], ranks: Ranks) -> float:
     """The step time that `dlrm plan --measure` predicts."""
     machine = local_machine(config.sharding, world_size=1, local_world_size=1, device=ranks.device)
-    tables = tuple(feature_tables(num_embeddings, config.model.embedding_dim))
+    tables = tuple(tables_of_model(config.model, num_embeddings))
     problem = Problem(tables, machine, PlanOptions.of(config), model=config.model)
     return solve(measure(problem, config, ranks.device).apply(problem)).step_ms
 

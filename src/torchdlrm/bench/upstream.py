@@ -12,7 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.config import Config
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
-from torchdlrm.model import table_name
+from torchdlrm.features.tables import table_name
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.training.processes.process_group import Ranks
 

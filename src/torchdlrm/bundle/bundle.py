@@ -90,10 +90,9 @@ class Bundle:
         self.path, self.manifest, self.verifier, self.files = path, manifest, verifier, files
         self._architecture = architecture
         self.weights = MappedWeights(path / WEIGHTS_NAME)
-        for feature, record in manifest.sparse.items():
-            dtype, width = stored_rows(record.precision, manifest.model.embedding_dim)
-            shape = (record.num_embeddings, width)
-            self.weights.require(table_weight(feature), dtype, shape, bytes_behind=PADDING_BYTES)
+        for table in manifest.tables:
+            dtype, width = stored_rows(manifest.sparse[table.feature].precision, table.dim)
+            self.weights.require(table_weight(table.key), dtype, (table.rows, width), bytes_behind=PADDING_BYTES)
 
     @classmethod
     def open(
@@ -250,7 +249,7 @@ class Bundle:
 
     def _require_all_but_tables(self) -> None:
         """Check the blocks of the header and of the small tensors."""
-        tables = {PADDING_NAME, *(table_weight(feature) for feature in self.manifest.sparse)}
+        tables = {PADDING_NAME, *(table_weight(table.key) for table in self.manifest.tables)}
         header_end = min((self.weights.span(name)[0] for name in self.weights.shapes), default=0)
         spans = [(0, header_end)] + [self.weights.span(name) for name in self.weights.shapes if name not in tables]
         touched = np.zeros(self.verifier.num_blocks, np.bool_)

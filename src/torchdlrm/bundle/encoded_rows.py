@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.tables import split_ids
 
 # The ids of all rows one after the other, and where each row's begin: int32 or int64 [values], [B + 1].
 Bags = tuple[NDArray[Any], NDArray[Any]]
@@ -25,7 +26,7 @@ class EncodedRows:
     Attributes:
         dense: float32 [B, num_dense], C-contiguous.
         sparse: ids, int32 or int64 [F, B], where every feature of every row has exactly one; else the bags of each
-            feature.
+            feature. Of rows that were split, of each table.
     """
 
     dense: NDArray[np.float32]
@@ -48,6 +49,16 @@ class EncodedRows:
         for index, feature in enumerate(schema.sparse):
             ids_FB[index] = frame[feature.name].to_numpy()
         return cls(dense, ids_FB)
+
+    def split(self, divisors: Sequence[int | None]) -> Self:
+        """The same rows with ids for each table; F divisors as `features.tables.divisors` has them."""
+        if not any(divisors):
+            return self
+        pairs = zip(self.sparse, divisors, strict=True)
+        if isinstance(self.sparse, tuple):
+            bags = tuple((part, offsets) for (ids, offsets), by in pairs for part in split_ids(ids, by))
+            return type(self)(self.dense, bags)
+        return type(self)(self.dense, np.stack([part for ids, by in pairs for part in split_ids(ids, by)]))
 
     def part(self, start: int, stop: int) -> Self:
         """Rows `start` to `stop`."""

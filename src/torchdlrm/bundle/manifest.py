@@ -11,6 +11,7 @@ from torchdlrm.bundle import DensePrecision, TablePrecision
 from torchdlrm.config import ModelConfig
 from torchdlrm.errors import BundleError
 from torchdlrm.features.schema import FeatureSchema, problems
+from torchdlrm.features.tables import FeatureTable, check_features, feature_tables
 from torchdlrm.features.transforms import FittedDense
 from torchdlrm.files import regular_file, sha256_of, sync
 from torchdlrm.model.model_class import ModelClassRecord
@@ -29,7 +30,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 def oldest_version(schema: FeatureSchema, model: ModelConfig, model_class: ModelClassRecord | None) -> int:
     """The oldest version of the format that says what must be said: older programs read all other bundles."""
-    if model.interaction != "dot" or schema.needs_newer_formats:
+    if model.interaction != "dot" or model.features or schema.needs_newer_formats:
         return FORMAT_VERSION
     return _WITHOUT_MODEL_CLASS if model_class is None else _WITH_MODEL_CLASS
 
@@ -55,8 +56,8 @@ class ServedFeature(_Frozen):
     """A sparse feature.
 
     Attributes:
-        num_embeddings: rows of its table.
-        precision: of its table.
+        num_embeddings: its ids: rows of its table, where it has one.
+        precision: of its table or its two.
         vocabulary: its vocabulary's file; None where values are hashed or are ids already.
         index: the same vocabulary's file made for looking up, memory-mapped; None where there is no vocabulary.
     """
@@ -178,7 +179,16 @@ class BundleManifest(_Frozen):
         if max(dim * num_vectors, *layers) > _MAX_ROW_NUMBERS:
             msg = f"model: a row would be more than {_MAX_ROW_NUMBERS:,} numbers"
             raise ValueError(msg)
+        if smaller := model.feature_problems():
+            raise ValueError(smaller[0])
+        num_embeddings = {name: record.num_embeddings for name, record in self.sparse.items()}
+        check_features(model, num_embeddings, [column.name for column in schema.sparse if column.is_multi_valued])
         return self
+
+    @property
+    def tables(self) -> list[FeatureTable]:
+        """The tables of all features."""
+        return feature_tables(self.model, {name: record.num_embeddings for name, record in self.sparse.items()})
 
     @property
     def version(self) -> str:

@@ -22,6 +22,7 @@ from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.table_lookup import TableLookup
 from torchdlrm.errors import BundleError
+from torchdlrm.features.tables import divisors
 from torchdlrm.model import table_weight
 from torchdlrm.model.architecture import FastInteraction
 from torchdlrm.model.precision import Precision, precision_of_processor
@@ -111,17 +112,18 @@ def _eager_forward(bundle: Bundle, dtype: torch.dtype) -> Forward:
     num_embeddings = {feature: record.num_embeddings for feature, record in bundle.manifest.sparse.items()}
     model = EagerModel(bundle.shape, num_embeddings)
     lookup = TableLookup(bundle, torch.float32, len(num_embeddings) + 1)
-    tables = {table_weight(feature) for feature in num_embeddings}
+    tables = {table_weight(table.key) for table in model.tables}
+    by_table = divisors(bundle.manifest.model, list(num_embeddings))
     shapes = {name: shape for name, shape in model.weight_shapes.items() if name not in tables}
     for name, shape in shapes.items():
         bundle.weights.require(name, "F32", shape)
     model.module.load_state_dict({name: bundle.weights.tensor(name) for name in shapes})
 
     def forward(rows: EncodedRows) -> Tensor:
-        ids, lengths = map(torch.from_numpy, rows.flat())
+        ids, lengths = map(torch.from_numpy, rows.split(by_table).flat())
         dense_BI = torch.from_numpy(np.ascontiguousarray(rows.dense))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return model.logits(dense_BI, ids, lengths, lookup(rows)[:, 1:])
+            return model.logits(dense_BI, ids, lengths, lookup.pooled(rows))
 
     return forward
 
@@ -166,7 +168,11 @@ def _run(layers: Sequence[_PackedLinear], inputs_BI: Tensor) -> Tensor:
 def _layers(bundle: Bundle) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
     """Weights [O, I] and biases [O] of the dense arch and of the over arch, as the model's shape says."""
     weights, config = bundle.weights, bundle.shape.config
-    sizes = [(product.outputs, product.inputs) for product in bundle.shape.products if product.has_weight]
+    sizes = [
+        (product.outputs, product.inputs)
+        for product in bundle.shape.architecture.products(bundle.shape)
+        if product.has_weight
+    ]
     num_dense = len(config.dense_arch_layer_sizes)
     found = []
     for arch, expected in (("dense_arch", sizes[:num_dense]), ("over_arch", sizes[num_dense:])):

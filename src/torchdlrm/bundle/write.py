@@ -109,7 +109,7 @@ def write_weights(
 
     Args:
         checkpoint: the weights.
-        precisions: of each feature's table, in schema order.
+        precisions: of each table by its key, in schema order.
         path: the file.
         progress: receives the bytes written.
 

@@ -121,14 +121,16 @@ def _show_bundle(folder: Path, *, as_json: bool) -> None:
     hashed = {column.name for column in bundle.schema.sparse if column.hash is not None}
     rows = []
     for name, record in manifest.sparse.items():
-        start, end = bundle.weights.span(table_weight(name))
+        mine = [table for table in manifest.tables if table.feature == name]
+        spans = [bundle.weights.span(table_weight(table.key)) for table in mine]
         known = "yes" if record.vocabulary is not None else "hashed" if name in hashed else "ids as they are"
         rows.append(
             {
                 "feature": name,
-                "table rows": f"{record.num_embeddings:,}",
+                "table rows": " and ".join(f"{table.rows:,}" for table in mine),
+                "dim": str(mine[0].dim),
                 "precision": record.precision,
-                "bytes": show_bytes(end - start),
+                "bytes": show_bytes(sum(end - start for start, end in spans)),
                 "vocabulary": known,
             }
         )

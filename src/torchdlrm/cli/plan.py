@@ -12,6 +12,7 @@ from torchdlrm.cli.terminal import Json, print_json, print_table, progress_bars,
 from torchdlrm.config import load_config
 from torchdlrm.errors import ConfigError, DoesNotFitError, PlanError
 from torchdlrm.planning.plan_request import PlanRequest
+from torchdlrm.toml import toml_text
 from torchdlrm.units import show_bytes
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _problem(tokens: tuple[str, ...], request: PlanRequest, *, measure: bool) ->
 
 def _solve(problem: "Problem", out: Path | None, html: Path | None, *, as_json: bool) -> dict[str, Any]:
     from torchdlrm.planning.page import plan_page
-    from torchdlrm.sharding.plan_file import plan_as_dict, write_plan
+    from torchdlrm.sharding.plan_file import features_as_dict, plan_as_dict, write_plan
     from torchdlrm.sharding.problem import try_solve
 
     solution = try_solve(problem)
@@ -85,6 +86,10 @@ def _solve(problem: "Problem", out: Path | None, html: Path | None, *, as_json: 
             print_json(answer)
         raise DoesNotFitError(message)
     _show_solution(solution)
+    if smaller := features_as_dict(problem.model):
+        say("smaller tables, for the config of the training:")
+        for line in toml_text({"model": {"features": smaller}}).splitlines():
+            say(line)
     if out is not None:
         write_plan(out, solution)
         say(f"wrote {out}; dlrm train --plan {out} follows it")

@@ -1,16 +1,14 @@
 """Reads every setting of a run, from a TOML file and the command line, into a checked `Config`."""
 
+from torchdlrm.config.model import INTERACTION_SETTINGS, FeatureConfig, InteractionName, ModelConfig
 from torchdlrm.config.optimizers import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, TableOptimizer, TableOptimizerName
 from torchdlrm.config.sections import (
-    INTERACTION_SETTINGS,
     CheckpointConfig,
     Config,
     DenseOptimizerConfig,
     DeviceChoice,
-    InteractionName,
     LoaderConfig,
     LoggingConfig,
-    ModelConfig,
     ScheduleConfig,
     ShardingConfig,
     StopConfig,
@@ -30,6 +28,7 @@ __all__ = [
     "Config",
     "DenseOptimizerConfig",
     "DeviceChoice",
+    "FeatureConfig",
     "InteractionName",
     "LoaderConfig",
     "LoggingConfig",

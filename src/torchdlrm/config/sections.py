@@ -3,12 +3,13 @@
 docs/configuration.md is generated from it.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
+from torchdlrm.config.model import ModelConfig
 from torchdlrm.config.optimizers import (
     DENSE_OPTIMIZERS,
     TABLE_OPTIMIZERS,
@@ -17,86 +18,13 @@ from torchdlrm.config.optimizers import (
     TableOptimizerName,
     WeightDecayModeName,
 )
+from torchdlrm.config.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from torchdlrm.units import Size
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 DeviceChoice = Literal["auto", "cuda", "cpu"]
 
 
-class _Section(BaseModel):
-    # Strict, so that "2048" or 2048.0 in a file is an error and not a guess; tuples come as TOML lists.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-InteractionName = Literal["dot", "dcn", "projection"]
-# What each kind of interaction reads, besides what all models have.
-INTERACTION_SETTINGS: Mapping[InteractionName, tuple[str, ...]] = {
-    "dot": (),
-    "dcn": ("dcn_num_layers", "dcn_low_rank_dim", "dcn_gated"),
-    "projection": ("interaction_branch1_layer_sizes", "interaction_branch2_layer_sizes"),
-}
-
-
-class ModelConfig(_Section):
-    """The DLRM's shape; the defaults are the paper's Criteo model."""
-
-    embedding_dim: PositiveInt = Field(128, description="dimension D of every table; a multiple of 4")
-    dense_arch_layer_sizes: tuple[PositiveInt, ...] = Field(
-        (512, 256, 128), strict=False, min_length=1, description="output sizes of the dense arch; the last is D"
-    )
-    over_arch_layer_sizes: tuple[PositiveInt, ...] = Field(
-        (1024, 512, 256, 1), strict=False, min_length=2, description="output sizes of the over arch; the last is 1"
-    )
-    interaction: InteractionName = Field(
-        "dot",
-        description="what happens between embeddings and over arch: dot products of all pairs; dcn: a low-rank cross "
-        "net (DCN v2); projection: products of what two branches make of all vectors",
-    )
-    dcn_num_layers: Annotated[int, Field(ge=1, le=100)] = Field(3, description="layers of the cross net (dcn)")
-    dcn_low_rank_dim: PositiveInt = Field(512, description="rank of the cross net's weights (dcn)")
-    dcn_gated: bool = Field(default=False, description="multiply each cross layer by a gate of its own, as GDCN (dcn)")
-    interaction_branch1_layer_sizes: tuple[PositiveInt, ...] | None = Field(
-        None, strict=False, min_length=1, description="output sizes of the first branch; ends with a multiple of D"
-    )
-    interaction_branch2_layer_sizes: tuple[PositiveInt, ...] | None = Field(
-        None, strict=False, min_length=1, description="output sizes of the second branch; ends with a multiple of D"
-    )
-
-    @property
-    def interaction_settings(self) -> dict[str, Any]:
-        """The settings that the interaction reads, by name."""
-        return {name: getattr(self, name) for name in INTERACTION_SETTINGS[self.interaction]}
-
-    @model_serializer(mode="wrap")
-    def _without_what_nothing_reads(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """So that a config says what its model is, and no more."""
-        unread = {name for names in INTERACTION_SETTINGS.values() for name in names} - {*self.interaction_settings}
-        return {name: value for name, value in write(self).items() if name not in unread}
-
-    def interaction_problems(self) -> list[str]:
-        """Settings that the interaction does not read, lacks, or cannot be built with."""
-        found = []
-        for name, readers in ((name, kind) for kind, names in INTERACTION_SETTINGS.items() for name in names):
-            value, default = getattr(self, name), type(self).model_fields[name].default
-            if readers != self.interaction and value != default:
-                found.append(
-                    f"model.{name}: only model.interaction = {readers} reads it, got {value!r} with {self.interaction}"
-                )
-            elif readers == self.interaction and value is None:
-                found.append(f"model.{name}: model.interaction = {self.interaction} needs it; it is not set")
-            elif readers == self.interaction == "projection" and value[-1] % self.embedding_dim:
-                found.append(
-                    f"model.{name}: must end with a multiple of model.embedding_dim = {self.embedding_dim}, got "
-                    f"{value[-1]}"
-                )
-        return found
-
-
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How much to train, in what steps."""
 
     batch_size_global: PositiveInt = Field(2048, description="rows per step over all ranks")
@@ -130,7 +58,7 @@ class TrainConfig(_Section):
     )
 
 
-class TableOptimizerConfig(_Section):
+class TableOptimizerConfig(Section):
     """The tables' optimizer, fused into their backward."""
 
     name: TableOptimizerName = Field("rowwise_adagrad", description="optimizer, by FBGEMM's name")
@@ -160,7 +88,7 @@ class TableOptimizerConfig(_Section):
         return record.with_lazy_decay() if self.decays_lazily else record
 
 
-class DenseOptimizerConfig(_Section):
+class DenseOptimizerConfig(Section):
     """The optimizer of the dense and over arch."""
 
     name: DenseOptimizerName = Field("adagrad", description="optimizer, by torch.optim's name")
@@ -181,7 +109,7 @@ class DenseOptimizerConfig(_Section):
     )
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     """Learning rate over steps, for all optimizers alike.
 
     Every kind rises linearly to the base rate while step <= warmup_steps, and holds it until decay_start_step. Then
@@ -209,7 +137,7 @@ class ScheduleConfig(_Section):
     )
 
 
-class ValidationConfig(_Section):
+class ValidationConfig(Section):
     """Metrics on the val split during training; a run always validates at its end."""
 
     every_steps: NonNegativeInt = Field(0, description="validate every this many steps; 0 means not by steps")
@@ -218,7 +146,7 @@ class ValidationConfig(_Section):
     max_rows: PositiveInt | None = Field(None, description="validate on the first this many rows; all when not set")
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When a run saves itself; it also does at its end, after the best validation so far, and when asked to stop."""
 
     every_steps: NonNegativeInt = Field(0, description="save every this many steps; 0 means not by steps")
@@ -229,7 +157,7 @@ class CheckpointConfig(_Section):
     )
 
 
-class StopConfig(_Section):
+class StopConfig(Section):
     """Reasons to stop before the last epoch ends; all look at the val split, so set validation.every_steps or _rows."""
 
     target_auc: Fraction | None = Field(None, description="stop once the val AUC has reached this")
@@ -238,7 +166,7 @@ class StopConfig(_Section):
     )
 
 
-class LoggingConfig(_Section):
+class LoggingConfig(Section):
     """What a run writes while it trains."""
 
     every_steps: PositiveInt = Field(100, description="steps between two lines of metrics.jsonl")
@@ -255,7 +183,7 @@ class LoggingConfig(_Section):
     experiment: str = Field("torchdlrm", description="wandb's project, MLflow's experiment")
 
 
-class ShardingConfig(_Section):
+class ShardingConfig(Section):
     """The machine as TorchRec's planner sees it, and rules for the plan."""
 
     hbm_bytes: Size | None = Field(
@@ -281,13 +209,13 @@ class ShardingConfig(_Section):
     )
 
 
-class LoaderConfig(_Section):
+class LoaderConfig(Section):
     """How batches are read."""
 
     prefetch_batches: PositiveInt = Field(8, description="batches that the reading thread keeps ready")
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run."""
 
     seed: NonNegativeInt = Field(0, description="seeds the initial weights and the order of row groups after epoch 0")
@@ -305,22 +233,51 @@ class Config(_Section):
 
 
 def setting_values(config: Config) -> dict[str, object]:
-    """Return the value of every setting by its dotted name."""
-    values: dict[str, object] = {}
-    for name, _ in settings():
-        section, _, leaf = name.rpartition(".")
-        values[name] = getattr(getattr(config, section) if section else config, leaf)
-    return values
+    """Return the value of every setting by its dotted name; of features, what is set."""
+    return dict(_values(config, ""))
+
+
+def _values(section: BaseModel, prefix: str) -> Iterator[tuple[str, object]]:
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _values(value, f"{prefix}{name}.")
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                default = dict(_values(type(part)(), f"{prefix}{name}.{key}."))
+                yield from (
+                    (leaf, now) for leaf, now in _values(part, f"{prefix}{name}.{key}.") if now != default[leaf]
+                )
+        else:
+            yield f"{prefix}{name}", value
+
+
+# Stands for the name of a feature.
+ANY_FEATURE = "FEATURE"
+
+
+def sections(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """Iterate over every section by its dotted name, the whole of a config first, as ``."""
+    yield prefix, section
+    for name, field in section.model_fields.items():
+        inner = _section_in(field)
+        if inner is not None:
+            place = f"{prefix}.{name}".lstrip(".")
+            yield from sections(inner, place if inner is field.annotation else f"{place}.{ANY_FEATURE}")
 
 
 def settings() -> Iterator[tuple[str, FieldInfo]]:
     """Iterate over every setting by its dotted name, with its type, default and description."""
-    for name, field in Config.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            for leaf, inner in field.annotation.model_fields.items():
-                yield f"{name}.{leaf}", inner
-        else:
-            yield name, field
+    for prefix, section in sections():
+        for name, field in section.model_fields.items():
+            if _section_in(field) is None:
+                yield f"{prefix}.{name}".lstrip("."), field
+
+
+def _section_in(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field is, or that each value of it is."""
+    *_, last = (field.annotation, *get_args(field.annotation))
+    return last if isinstance(last, type) and issubclass(last, BaseModel) else None
 
 
 def cross_checks(config: Config) -> list[str]:
@@ -337,6 +294,7 @@ def cross_checks(config: Config) -> list[str]:
     if model.over_arch_layer_sizes[-1] != 1:
         found.append(f"model.over_arch_layer_sizes: must end with 1, the logit, got {model.over_arch_layer_sizes[-1]}")
     found += model.interaction_problems()
+    found += model.feature_problems()
     return [*found, *_schedule_problems(config.schedule, config.stop), *_unread_settings(config)]
 
 

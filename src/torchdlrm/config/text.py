@@ -3,15 +3,16 @@
 In: a TOML file and overrides by dotted name.  Out: a `Config`, or one error that lists every problem.
 """
 
+import re
 import tomllib
 import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from torchdlrm.config.sections import Config, cross_checks, settings
+from torchdlrm.config.sections import ANY_FEATURE, Config, cross_checks, sections, settings
 from torchdlrm.errors import ConfigError
 from torchdlrm.toml import did_you_mean, explain, toml_text, toml_value
 
@@ -30,7 +31,7 @@ A run is described by one TOML file. Some configs come with torchdlrm and are us
 leaves out have the defaults below, which are the paper's Criteo model; `dlrm config` prints them. Any key can be
 overridden on the command line by its dotted name, with `-` or `_`: `--train.batch-size-global 8192`,
 `--model.dense-arch-layer-sizes 512,256,64`. All mistakes, in the file and on the command line, are reported together.
-(`make docs` generates this page from `src/torchdlrm/config/sections.py`.)
+(`make docs` generates this page from `src/torchdlrm/config/`.)
 """
 
 
@@ -89,10 +90,12 @@ def load_config(
     for name, text in (overrides or {}).items():
         key = name.replace("-", "_")
         where[key] = f"--{name}"
-        section, _, leaf = key.rpartition(".")
-        target = raw.setdefault(section, {}) if section else raw
+        *names, leaf = key.split(".")
+        target: Any = raw
+        for section in names:
+            target = target.setdefault(section, {}) if isinstance(target, dict) else None
         if not isinstance(target, dict):
-            problems.append(f"--{name}: {section} is not a section")
+            problems.append(f"--{name}: {'.'.join(names)} is not a section")
             continue
         target[leaf] = _typed(key, text)
     try:
@@ -137,16 +140,15 @@ def configuration_markdown() -> str:
     for name, field in settings():
         default = "not set" if field.default is None else f"`{toml_value(field.default)}`"
         lines.append(f"| `{name}` | {default} | {field.description} |")
-    for name, field in Config.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            text = " ".join((field.annotation.__doc__ or "").split())
-            lines += ["", f"`[{name}]`: {text}"]
+    for name, section in sections():
+        if name:
+            lines += ["", f"`[{name}]`: {' '.join((section.__doc__ or '').split())}"]
     return "\n".join(lines) + "\n"
 
 
 def _typed(key: str, text: str) -> object:
     """Read an override's text as TOML would, so that both ways in are validated alike."""
-    field = dict(settings()).get(key)
+    field = dict(settings()).get(_of_any_feature(key))
     kinds = _plain_types(field.annotation) if field is not None else set()
     if str in kinds:
         return text
@@ -159,6 +161,11 @@ def _typed(key: str, text: str) -> object:
             return [int(part) if part.strip().isdigit() else part.strip() for part in text.strip("[]").split(",")]
         return text
     return float(value) if float in kinds and isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _of_any_feature(key: str) -> str:
+    """A key as `settings` has it: for all features alike."""
+    return re.sub(r"^model\.features\.\w+", f"model.features.{ANY_FEATURE}", key)
 
 
 def _plain_types(annotation: object) -> set[object]:
@@ -180,7 +187,8 @@ def _describe(item: Any, path: Path | None, where: Mapping[str, str]) -> str:
     if item["type"] == "extra_forbidden":
         if key in _RENAMED_KEYS:
             return f"{place}: is called {_RENAMED_KEYS[key]} now"
-        known = [name for name, _ in settings()] + list(Config.model_fields)
+        feature = next(iter(names[2:]), ANY_FEATURE)
+        known = [name.replace(ANY_FEATURE, feature) for name, _ in (*settings(), *sections())]
         leaf = [name for name in known if names[-1] in _also_called(name.rpartition(".")[2])]
         hint = f"; did you mean {' or '.join(leaf)}?" if leaf else did_you_mean(key, known)
         return f"{place}: there is no such key{hint or '; dlrm config shows all'}"

@@ -115,6 +115,7 @@ def predict_split(
                 batch_size_global=batch_size_global,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
+                model=config.model,
                 pin_memory=ranks.device.type == "cuda",
                 all_gather=ranks.all_gather,
             )

@@ -37,9 +37,9 @@ def report_page(run: Run) -> str:
         charts=_charts(_without_remainders(lines)),
         evaluations=[_evaluation(result) for result in run.evaluations().values()],
         changed=[
-            {"key": key, "value": _text(value), "default": _text(default[key])}
+            {"key": key, "value": _text(value), "default": _text(default.get(key))}
             for key, value in now.items()
-            if value != default[key]
+            if value != default.get(key)
         ],
         environment=[
             {"": name, "at the start": _text(value)} for name, value in run.environment.items() if name != "dataset"

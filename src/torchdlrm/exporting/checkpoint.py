@@ -19,6 +19,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from torchdlrm.bundle import TablePrecision
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.precision import as_looked_up
 from torchdlrm.errors import RunError
+from torchdlrm.features.tables import divisors, split_ids
 from torchdlrm.files import regular_file
 from torchdlrm.model import table_weight
 from torchdlrm.model.architecture import ModelShape
@@ -127,7 +129,10 @@ class CheckpointReader:
 
 
 class CheckpointModel:
-    """A checkpoint that predicts, for one thread at a time; its tables are in schema order.
+    """A checkpoint that predicts, for one thread at a time.
+
+    Attributes:
+        tables: of all features, in schema order.
 
     Raises:
         RunError: its tensors are not those of the model.
@@ -135,15 +140,17 @@ class CheckpointModel:
 
     def __init__(self, checkpoint: CheckpointReader, shape: ModelShape, num_embeddings: Mapping[str, int]) -> None:
         self._checkpoint = checkpoint
-        self._tables = [table_weight(feature) for feature in num_embeddings]
         self._model = EagerModel(shape, num_embeddings)
+        self.tables = self._model.tables
+        self._features, self._divisors = list(num_embeddings), divisors(shape.config, list(num_embeddings))
+        weights = {table_weight(table.key) for table in self.tables}
         if checkpoint.shapes != self._model.weight_shapes:
             wrong = sorted(dict(checkpoint.shapes.items() ^ self._model.weight_shapes.items()))
             msg = (
                 f"{checkpoint.path}: not a checkpoint of the run's model on this dataset; {', '.join(wrong[:4])} differ"
             )
             raise RunError(msg)
-        dense = {name: checkpoint.tensor(name) for name in checkpoint.shapes if name not in self._tables}
+        dense = {name: checkpoint.tensor(name) for name in checkpoint.shapes if name not in weights}
         self._model.module.load_state_dict(dense)
 
     def logits(self, rows: EncodedRows, precisions: Sequence[TablePrecision] | None = None) -> NDArray[np.float32]:
@@ -155,32 +162,41 @@ class CheckpointModel:
         """
         return self.logits_of(rows, self.all_pooled(rows, precisions))
 
-    def logits_of(self, rows: EncodedRows, pooled_BFD: Tensor) -> NDArray[np.float32]:
+    def logits_of(self, rows: EncodedRows, pooled: Tensor) -> NDArray[np.float32]:
         """The log-odds of rows whose embeddings were looked up before: float32 [B]."""
-        ids, lengths = map(torch.from_numpy, rows.flat())
+        ids, lengths = map(torch.from_numpy, rows.split(self._divisors).flat())
         with torch.inference_mode():
             logits_B: NDArray[np.float32] = self._model.logits(
-                torch.from_numpy(rows.dense), ids, lengths, pooled_BFD
+                torch.from_numpy(rows.dense), ids, lengths, pooled
             ).numpy()
         return logits_B
 
     def all_pooled(self, rows: EncodedRows, precisions: Sequence[TablePrecision] | None = None) -> Tensor:
-        """The sums of all features' embeddings: [B, F, D]; `precisions` as in `logits`."""
-        chosen: Sequence[TablePrecision] = precisions or ["float32"] * len(self._tables)
-        return torch.stack([self.pooled(rows, feature, chosen[feature]) for feature in range(len(chosen))], dim=1)
+        """The sums of the rows of all tables: [B, sum of their dimensions]; `precisions` as in `logits`."""
+        chosen: Sequence[TablePrecision] = precisions or ["float32"] * len(self._features)
+        return torch.cat([self.pooled(rows, feature, chosen[feature]) for feature in range(len(chosen))], dim=1)
+
+    def columns(self, feature: int) -> slice:
+        """Where those of a feature are."""
+        name, starts = self._features[feature], [0, *accumulate(table.dim for table in self.tables)]
+        mine = [place for place, table in enumerate(self.tables) if table.feature == name]
+        return slice(starts[mine[0]], starts[mine[-1] + 1])
 
     def pooled(self, rows: EncodedRows, feature: int, precision: TablePrecision) -> Tensor:
-        """The sum of a feature's embeddings: [B, D].
+        """The sums of the rows of a feature's table, or of its two: [B, sum of their dimensions].
 
         Args:
             rows: B rows.
             feature: its position in the schema.
             precision: that rows of the table are rounded to before they are added up.
         """
-        if not isinstance(rows.sparse, tuple):
-            return as_looked_up(self._checkpoint.gather(self._tables[feature], rows.sparse[feature]), precision)
-        ids, offsets = rows.sparse[feature]
-        found = as_looked_up(self._checkpoint.gather(self._tables[feature], ids), precision)
+        sparse = rows.sparse[feature]
+        ids, offsets = sparse if isinstance(sparse, tuple) else (sparse, None)
+        names = [table_weight(table.key) for table in self.tables if table.feature == self._features[feature]]
+        parts = zip(names, split_ids(ids, self._divisors[feature]), strict=True)
+        found = torch.cat([as_looked_up(self._checkpoint.gather(name, part), precision) for name, part in parts], dim=1)
+        if offsets is None:
+            return found
         bags = torch.repeat_interleave(torch.arange(rows.num_rows), torch.from_numpy(np.diff(offsets)))
         return torch.zeros(rows.num_rows, found.shape[1]).index_add_(0, bags, found)
 

@@ -121,13 +121,14 @@ def export(
     model = CheckpointModel(checkpoint, shape, dataset.num_embeddings)
     with complete_folder(out) as folder:
         if options.precision == "auto":
-            search = _search(model, run, dataset, options, progress)
+            search = _search(model, dataset, options, progress)
             precisions = search.precisions
         else:
             search, precisions = None, dict.fromkeys(dataset.sparse_names, options.precision)
         dense_precision, reason = _dense_precision(shape, options, precisions)
-        require_space(folder, weights_bytes(checkpoint, precisions))
-        stored, block_sha256 = write_weights(checkpoint, precisions, folder / WEIGHTS_NAME, progress)
+        by_key = {table.key: precisions[table.feature] for table in model.tables}
+        require_space(folder, weights_bytes(checkpoint, by_key))
+        stored, block_sha256 = write_weights(checkpoint, by_key, folder / WEIGHTS_NAME, progress)
         vocabularies = copy_vocabularies(dataset, folder)
         files = {WEIGHTS_NAME: stored}
         files |= {path: StoredFile.of(folder / path) for paths in vocabularies.values() for path in paths}
@@ -176,7 +177,7 @@ def export(
 
 
 def _search(
-    model: CheckpointModel, run: Run, dataset: Dataset, options: ExportOptions, progress: ProgressListener
+    model: CheckpointModel, dataset: Dataset, options: ExportOptions, progress: ProgressListener
 ) -> PrecisionSearch:
     # The rows of the check stay unseen where there are others.
     split = "val" if dataset.splits["val"].rows else held_out_split(dataset)
@@ -185,7 +186,6 @@ def _search(
         held_out_rows(dataset, split, min(options.check_rows, SENSITIVITY_ROWS)),
         dataset.schema,
         dataset.num_embeddings,
-        dim=run.config.model.embedding_dim,
         max_logloss_increase=_max_increase(options),
         progress=progress,
     )

@@ -83,7 +83,6 @@ def choose_precisions(
     schema: FeatureSchema,
     num_embeddings: Mapping[str, int],
     *,
-    dim: int,
     max_logloss_increase: float,
     progress: ProgressListener,
 ) -> PrecisionSearch:
@@ -94,7 +93,6 @@ def choose_precisions(
         frames: encoded rows with label and weight that the export's own check does not use, where there are such.
         schema: of the columns.
         num_embeddings: rows of each feature's table.
-        dim: D.
         max_logloss_increase: what all tables together may cost, in nats.
         progress: receives the rows done.
     """
@@ -107,19 +105,24 @@ def choose_precisions(
     }
     before = []
     for batch in rows:
-        pooled_BFD = model.all_pooled(batch)
-        logits = model.logits_of(batch, pooled_BFD)
+        pooled = model.all_pooled(batch)
+        logits = model.logits_of(batch, pooled)
         before.append(logits)
         for feature, name in enumerate(num_embeddings):
             for precision in _LOWER:
-                served_BFD = pooled_BFD.clone()
-                served_BFD[:, feature] = model.pooled(batch, feature, precision)
-                changed = model.logits_of(batch, served_BFD)
+                served = pooled.clone()
+                served[:, model.columns(feature)] = model.pooled(batch, feature, precision)
+                changed = model.logits_of(batch, served)
                 costs[name][precision] += float(_divergence(logits, changed).sum()) / len(labels)
             progress.advance(batch.num_rows)
     sizes = {
-        name: {precision: count * row_bytes(precision, dim) for precision in TABLE_PRECISIONS}
-        for name, count in num_embeddings.items()
+        name: {
+            precision: sum(
+                table.rows * row_bytes(precision, table.dim) for table in model.tables if table.feature == name
+            )
+            for precision in TABLE_PRECISIONS
+        }
+        for name in num_embeddings
     }
     allowance = max_logloss_increase
     for attempt in range(_MAX_ATTEMPTS):

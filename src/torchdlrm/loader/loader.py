@@ -19,8 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchdlrm.config import ModelConfig
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
+from torchdlrm.features.tables import divisors, feature_tables
 from torchdlrm.loader.batch import (
     Batch,
     BatchSequence,
@@ -47,6 +49,8 @@ class Loader:
         world_size: number of processes.
         epochs: passes over the split.
         seed: of the order of row groups in later epochs.
+        model: of the model that the batches are for: a feature with `quotient_remainder` has two keys; None: every
+            feature has its own name as its key.
         max_rows: read only the first so many rows of the split.
         prefetch_batches: how many batches the reading thread keeps ready.
         pin_memory: hand out batches in page-locked memory, for a GPU.
@@ -69,6 +73,7 @@ class Loader:
         world_size: int = 1,
         epochs: int = 1,
         seed: int = 0,
+        model: ModelConfig | None = None,
         max_rows: int | None = None,
         prefetch_batches: int = 8,
         pin_memory: bool = False,
@@ -81,6 +86,9 @@ class Loader:
         self.rows = min(dataset.splits[split].rows, max_rows or dataset.splits[split].rows)
         self.batches_per_epoch = num_batches(self.rows, batch_size_global)
         self._reader = RowGroupReader(dataset, split, seed=seed)
+        model = model or ModelConfig()
+        self._keys = [table.key for table in feature_tables(model, dataset.num_embeddings)]
+        self._divisors = divisors(model, dataset.sparse_names)
         self._batch_size_global = batch_size_global
         self._rank, self._world_size = rank, world_size
         self._epochs, self._all_gather = epochs, all_gather
@@ -126,13 +134,17 @@ class Loader:
     def _batches(self, sequence: BatchSequence, read_group: Callable[[int, int], Columns]) -> Iterator[Batch]:
         for epoch, batches in itertools.groupby(sequence, key=itemgetter(0)):
             num_rows = [group.rows for group in self._reader.order(epoch)]
-            stream = _RowStream(partial(read_group, epoch), num_rows, self._reader.feature_names)
+            stream = _RowStream(partial(self._split, read_group, epoch), num_rows, self._keys)
             for _, everyone in batches:
                 mine = rank_rows(everyone, rank=self._rank, world_size=self._world_size)
                 num_padding = num_padding_rows(everyone, rank=self._rank, world_size=self._world_size)
                 batch = stream.read(mine, num_dense=self._reader.num_dense, num_padding=num_padding)
                 batch.loss_weight = len(mine) * self._world_size / len(everyone)
                 yield batch.pin_memory() if self._pin_memory else batch
+
+    def _split(self, read_group: Callable[[int, int], Columns], epoch: int, index: int) -> Columns:
+        columns = read_group(epoch, index)
+        return columns.split(self._divisors) if any(self._divisors) else columns
 
 
 class _RowStream:
@@ -141,13 +153,11 @@ class _RowStream:
     Args:
         read_group: gives the row group of a place in the epoch's order; what it gave before is not looked at again.
         num_rows: of each row group in that order.
-        feature_names: of the sparse features.
+        keys: of the KJT, one for each column of ids.
     """
 
-    def __init__(
-        self, read_group: Callable[[int], Columns], num_rows: Sequence[int], feature_names: Sequence[str]
-    ) -> None:
-        self._read_group, self._feature_names = read_group, feature_names
+    def __init__(self, read_group: Callable[[int], Columns], num_rows: Sequence[int], keys: Sequence[str]) -> None:
+        self._read_group, self._keys = read_group, keys
         self._starts = [0, *itertools.accumulate(num_rows)]
         self._current: tuple[int, Columns] | None = None
 
@@ -163,7 +173,7 @@ class _RowStream:
         dense = np.empty((len(rows) + num_padding, num_dense), dtype=np.float32)
         labels_B[len(rows) :], dense[len(rows) :] = 0, 0
         row_weights_B: NDArray[np.float32] | None = None
-        ids = _Ids(len(self._feature_names), len(rows))
+        ids = _Ids(len(self._keys), len(rows))
         for group, source, target in self._pieces(rows):
             labels_B[target] = group.labels[source]
             for column, values in enumerate(group.dense):
@@ -174,7 +184,7 @@ class _RowStream:
             ids.add(group.ids, source, target)
         return Batch(
             dense_features=torch.from_numpy(dense),
-            sparse_features=ids.as_kjt(self._feature_names, num_padding),
+            sparse_features=ids.as_kjt(self._keys, num_padding),
             labels=torch.from_numpy(labels_B),
             num_padding=num_padding,
             row_weights=None if row_weights_B is None else torch.from_numpy(row_weights_B),

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
+from torchdlrm.features.tables import split_ids
 from torchdlrm.loader.batch import RowGroup, epoch_order
 
 
@@ -43,6 +44,10 @@ class IdColumn:
         offsets = self.offsets[rows.start : rows.stop + 1]
         return self.values[offsets[0] : offsets[-1]].astype(np.int64), np.diff(offsets).astype(np.int32)
 
+    def split(self, divisor: int | None) -> "list[IdColumn]":
+        """Itself, or the quotients and the remainders of its ids: a column for each table of the feature."""
+        return [replace(self, values=values) for values in split_ids(self.values, divisor)]
+
     def row_of(self, position: int) -> int:
         """The row that the id at this position of `values` belongs to."""
         return position if self.offsets is None else int(np.searchsorted(self.offsets, position, side="right")) - 1
@@ -63,6 +68,11 @@ class Columns:
     dense: Sequence[NDArray[np.float32]]
     ids: Sequence[IdColumn]
     row_weights: NDArray[np.float32] | None = None
+
+    def split(self, divisors: Sequence[int | None]) -> "Columns":
+        """The same rows with a column of ids for each table; F divisors as `features.tables.divisors` has them."""
+        pairs = zip(self.ids, divisors, strict=True)
+        return replace(self, ids=[part for column, divisor in pairs for part in column.split(divisor)])
 
     def find_outside(self, num_embeddings: Mapping[str, int]) -> tuple[str, int, int] | None:
         """The first feature that has an id outside its table, with that id and its row in the group; None is well."""

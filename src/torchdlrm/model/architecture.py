@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdlrm.config import InteractionName, ModelConfig
+from torchdlrm.features.tables import check_features
 from torchdlrm.model.interaction import PairLayout, dot_output_size
 
 if TYPE_CHECKING:
@@ -204,7 +205,13 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: ModelConfig, dataset: "Dataset", architecture: Architecture | None = None) -> Self:
-        """A model for the features of a dataset."""
+        """A model for the features of a dataset.
+
+        Raises:
+            ConfigError: `model.features` does not suit them.
+        """
+        multi_valued = [column.name for column in dataset.schema.sparse if column.is_multi_valued]
+        check_features(config, dataset.num_embeddings, multi_valued)
         return cls(config, len(dataset.dense_names), len(dataset.sparse_names), architecture)
 
     @property
@@ -219,8 +226,10 @@ class ModelShape:
 
     @property
     def products(self) -> Sequence[Product]:
-        """The matrix products of a forward pass."""
-        return self.architecture.products(self)
+        """The matrix products of a forward pass: the architecture's, then those that project smaller tables."""
+        dim = self.config.embedding_dim
+        small = [feature.embedding_dim or dim for feature in self.config.features.values()]
+        return (*self.architecture.products(self), *(Product(1, inputs, dim) for inputs in small if inputs < dim))
 
     @property
     def multiply_adds(self) -> int:

@@ -8,9 +8,9 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchdlrm.errors import ConfigError
-from torchdlrm.model import table_name
+from torchdlrm.features.tables import FeatureTable, feature_tables
 from torchdlrm.model.architecture import ModelShape
-from torchdlrm.model.dlrm import DLRMTrain
+from torchdlrm.model.dlrm import DLRMTrain, TableOfFeature
 from torchdlrm.model.dropout import add_dropout
 
 
@@ -37,6 +37,22 @@ def meta_collection(
     return EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
 
 
+def feature_collection(tables: Iterable[FeatureTable]) -> EmbeddingBagCollection:
+    """The tables of a model's features, on the meta device."""
+    configs = [
+        TableOfFeature(
+            name=table.name,
+            embedding_dim=table.dim,
+            num_embeddings=table.rows,
+            feature_names=[table.key],
+            init_fn=_leave_as_is,
+            table=table,
+        )
+        for table in tables
+    ]
+    return EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
+
+
 def build_model(
     shape: ModelShape,
     num_embeddings: Mapping[str, int],
@@ -49,7 +65,7 @@ def build_model(
 
     Args:
         shape: of the model.
-        num_embeddings: rows of the table of each sparse feature, in the order of the KJT's keys.
+        num_embeddings: ids of each sparse feature, in the order of the schema.
         device: where everything but the tables is created.
         dropout: fraction of the hidden units of dense and over arch that each training row leaves out.
         negative_weight: weight of rows without a click in the loss.
@@ -57,8 +73,7 @@ def build_model(
     Raises:
         ConfigError: a model class makes no model, or one without arches to drop units of.
     """
-    dim = shape.config.embedding_dim
-    collection = meta_collection((table_name(feature), feature, rows, dim) for feature, rows in num_embeddings.items())
+    collection = feature_collection(feature_tables(shape.config, num_embeddings))
     # A GPU draws other random numbers than a CPU with the same seed, and a class of somebody's own may keep more than
     # parameters where it is made: so it is made twice there, and takes the CPU's weights.
     drawn = shape.architecture.build(shape, collection, torch.device("meta" if device.type == "meta" else "cpu"))

@@ -6,18 +6,22 @@ B rows of the batch on this rank, F sparse features, D embedding dimension, N = 
 """
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.models.dlrm import DenseArch, OverArch
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchdlrm.errors import ConfigError
+from torchdlrm.features.tables import FeatureTable
 from torchdlrm.model.batch_norm import GlobalBatchNorm1d
 from torchdlrm.model.cross_net import LowRankCrossNet
+from torchdlrm.model.feature_vectors import feature_vectors, projection
 from torchdlrm.model.flat_interactions import InteractionDCNArch, InteractionProjectionArch
 from torchdlrm.model.interaction import InteractionArch, dot_output_size
 from torchdlrm.model.room import has_room, mark_room
@@ -45,25 +49,69 @@ def stack_embeddings(embeddings: KeyedTensor, feature_names: list[str], embeddin
     return torch.stack([by_name[name] for name in feature_names], dim=1)
 
 
-class SparseArch(nn.Module):
-    """Looks up and pools the embeddings of each feature.
+@fx.wrap
+def embeddings_by_key(embeddings: KeyedTensor) -> dict[str, Tensor]:
+    """The pooled embeddings of each key: [B, dimension of its table]."""
+    found: dict[str, Tensor] = embeddings.to_dict()
+    return found
 
-    Args:
-        embedding_bag_collection: the tables, all of the same dimension D.
+
+@dataclass
+class TableOfFeature(EmbeddingBagConfig):  # type: ignore[misc]  # TorchRec is untyped
+    """The config of a table that may be smaller than others, or one of two.
+
+    Attributes:
+        table: what the table is for its feature.
     """
 
-    def __init__(self, embedding_bag_collection: EmbeddingBagCollection) -> None:
+    table: FeatureTable | None = None
+
+
+def tables_of(embedding_bag_collection: EmbeddingBagCollection) -> list[FeatureTable]:
+    """What each key of the KJT is for its feature; of a collection of TorchRec's own configs, the feature."""
+    return [
+        getattr(config, "table", None) or FeatureTable.whole(key, config.num_embeddings, config.embedding_dim)
+        for config in embedding_bag_collection.embedding_bag_configs()
+        for key in config.feature_names
+    ]
+
+
+class SparseArch(nn.Module):
+    """Looks up and pools the embeddings of each feature; rows of smaller tables become vectors of dimension D.
+
+    Args:
+        embedding_bag_collection: the tables.
+        dense_device: where to create what projects smaller ones.
+
+    Raises:
+        ValueError: the vectors differ in dimension.
+    """
+
+    def __init__(
+        self, embedding_bag_collection: EmbeddingBagCollection, dense_device: torch.device | None = None
+    ) -> None:
         super().__init__()
-        tables = embedding_bag_collection.embedding_bag_configs()
-        assert tables, "an embedding bag collection without tables"
+        self._tables = tables_of(embedding_bag_collection)
+        dims = sorted({table.vector_dim for table in self._tables})
+        if len(dims) != 1:
+            msg = f"the tables must have one dimension, and have {dims}"
+            raise ValueError(msg)
         self.embedding_bag_collection = embedding_bag_collection
-        self.D: int = tables[0].embedding_dim
-        self.sparse_feature_names: list[str] = [name for table in tables for name in table.feature_names]
+        self.D: int = dims[0]
+        self.sparse_feature_names: list[str] = [table.feature for table in self._tables if not table.is_remainder]
         self.F: int = len(self.sparse_feature_names)
+        self._are_plain = all(table.is_plain for table in self._tables)
+        # Drawn on the CPU, like all weights. By the name of the table: a feature may be called as an attribute is.
+        self.projections = nn.ModuleDict(
+            {table.name: projection(table) for table in self._tables if table.dim < table.vector_dim}
+        ).to(dense_device)
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        """Maps a KJT of F keys and stride B to [B, F, D]."""
-        return stack_embeddings(self.embedding_bag_collection(features), self.sparse_feature_names, self.D)
+        """Maps a KJT of a key for each table and stride B to [B, F, D]."""
+        embeddings = self.embedding_bag_collection(features)
+        if self._are_plain:
+            return stack_embeddings(embeddings, self.sparse_feature_names, self.D)
+        return torch.stack(feature_vectors(self._tables, embeddings_by_key(embeddings), self.projections), dim=1)
 
 
 class ConstantArch(DenseArch):  # type: ignore[misc]  # TorchRec is untyped
@@ -112,11 +160,11 @@ class DLRM(nn.Module):
         dense_device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        dims = {table.embedding_dim for table in embedding_bag_collection.embedding_bag_configs()}
+        dims = {table.vector_dim for table in tables_of(embedding_bag_collection)}
         if dims != {dense_arch_layer_sizes[-1]}:
             msg = f"the dense arch ends with {dense_arch_layer_sizes[-1]}, but the tables have dimension {sorted(dims)}"
             raise ValueError(msg)
-        self.sparse_arch = SparseArch(embedding_bag_collection)
+        self.sparse_arch = SparseArch(embedding_bag_collection, dense_device)
         self.dense_arch = (
             DenseArch(dense_in_features, dense_arch_layer_sizes, device=dense_device)
             if dense_in_features

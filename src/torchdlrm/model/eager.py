@@ -8,6 +8,7 @@ B rows of the batch, F sparse features, D embedding dimension.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from torchdlrm.features.tables import FeatureTable, feature_tables
 from torchdlrm.model.architecture import ModelShape, Product
 from torchdlrm.model.build import build_model
 from torchdlrm.model.dlrm import logits_of
@@ -25,16 +27,16 @@ _TRACED_ROWS = 4
 class _GivenEmbeddings(nn.Module):
     """Stands where an `EmbeddingBagCollection` stood."""
 
-    def __init__(self, features: Sequence[str], embedding_dim: int) -> None:
+    def __init__(self, tables: Sequence[FeatureTable]) -> None:
         super().__init__()
-        self._features, self._dims = list(features), [embedding_dim] * len(features)
-        self.pooled_BFD: Tensor | None = None
+        self._keys, self._dims = [table.key for table in tables], [table.dim for table in tables]
+        self.pooled: Tensor | None = None
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """The embeddings that were given, whatever the ids."""
         del features
-        assert self.pooled_BFD is not None
-        return KeyedTensor(self._features, self._dims, self.pooled_BFD.flatten(1))
+        assert self.pooled is not None
+        return KeyedTensor(self._keys, self._dims, self.pooled.flatten(1))
 
 
 class EagerModel:
@@ -42,12 +44,13 @@ class EagerModel:
 
     Args:
         shape: of the model, which is built here with random weights.
-        num_embeddings: rows of the table of each sparse feature, F of them.
+        num_embeddings: ids of each sparse feature, F of them.
         device: where it computes; None: on CPU.
 
     Attributes:
         module: the model without its tables, evaluating.
         weight_shapes: of its state dict, the tables included.
+        tables: of all features, T of them: F, and one more for each feature that has two.
     """
 
     def __init__(
@@ -55,24 +58,25 @@ class EagerModel:
     ) -> None:
         self.module = build_model(shape, num_embeddings, device or torch.device("cpu")).model.eval()
         self.weight_shapes = {name: tuple(weight.shape) for name, weight in self.module.state_dict().items()}
-        self._features = list(num_embeddings)
-        self._given = _GivenEmbeddings(self._features, shape.config.embedding_dim)
+        self.tables = feature_tables(shape.config, num_embeddings)
+        self._given = _GivenEmbeddings(self.tables)
         self.module.get_submodule("sparse_arch").embedding_bag_collection = self._given
 
-    def logits(self, dense: Tensor, ids: Tensor, lengths: Tensor, pooled_BFD: Tensor) -> Tensor:
+    def logits(self, dense: Tensor, ids: Tensor, lengths: Tensor, pooled: Tensor) -> Tensor:
         """The log-odds of a click of each row: [B].
 
         Args:
             dense: float32 [B, num_dense].
-            ids: of all rows, feature by feature.
-            lengths: how many ids each row has: [F * B], feature by feature.
-            pooled_BFD: the sum of each feature's embeddings.
+            ids: of all rows, table by table.
+            lengths: how many ids each row has: [T * B], table by table.
+            pooled: the sums of each table's rows, [B, sum of their dimensions]; or [B, F, D] where all are alike.
         """
-        self._given.pooled_BFD = pooled_BFD
+        self._given.pooled = pooled
         try:
-            return logits_of(self.module(dense, KeyedJaggedTensor(self._features, ids, lengths=lengths)))
+            keys = [table.key for table in self.tables]
+            return logits_of(self.module(dense, KeyedJaggedTensor(keys, ids, lengths=lengths)))
         finally:
-            self._given.pooled_BFD = None
+            self._given.pooled = None
 
 
 class _Products(TorchDispatchMode):
@@ -99,8 +103,11 @@ class _Products(TorchDispatchMode):
 
 @cache
 def trace_products(shape: ModelShape) -> tuple[Product, ...]:
-    """The matrix products that a model computes, found by running it once on a few rows of zeros."""
-    num_sparse = shape.num_sparse
+    """The matrix products that a model computes, found by running it once on a few rows of zeros.
+
+    Those of smaller tables are left out: the shape itself counts them.
+    """
+    num_sparse, shape = shape.num_sparse, replace(shape, config=shape.config.with_features({}))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model = EagerModel(shape, {f"feature_{i}": 1 for i in range(num_sparse)})
         with _Products() as products:

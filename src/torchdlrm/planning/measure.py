@@ -180,21 +180,24 @@ def _time_all_reduce(num_bytes: int, device: torch.device) -> float:
 def _time_dense(shape: ModelShape, config: Config, rows: int, device: torch.device) -> tuple[float, int]:
     """Milliseconds of the dense parts with loss and update, and the bytes of their parameters."""
     num_sparse = shape.num_sparse
+    # The smaller tables are of any features: which ones takes no time.
+    features = {f"feature_{i}": feature for i, feature in enumerate(shape.config.features.values())}
+    shape = replace(shape, config=shape.config.with_features(features))
     model = EagerModel(shape, {f"feature_{i}": 1 for i in range(num_sparse)}, device)
     parameters = list(model.module.train().parameters())
     kind = getattr(torch.optim, DENSE_OPTIMIZERS[config.dense_optimizer.name].torch_name)
     optimizer: torch.optim.Optimizer = kind(parameters, lr=1e-3, foreach=True)
     dense_rows = torch.rand(rows, shape.num_dense, device=device)
-    ids = torch.zeros(num_sparse * rows, dtype=torch.int32, device=device)
-    sparse_BFD = torch.rand(rows, num_sparse, shape.config.embedding_dim, device=device, requires_grad=True)
+    ids = torch.zeros(len(model.tables) * rows, dtype=torch.int32, device=device)
+    pooled = torch.rand(rows, sum(table.dim for table in model.tables), device=device, requires_grad=True)
     labels_B = torch.ones(rows, device=device)
 
     def step() -> None:
-        logits_B = model.logits(dense_rows, ids, torch.ones_like(ids), sparse_BFD)
+        logits_B = model.logits(dense_rows, ids, torch.ones_like(ids), pooled)
         nn.functional.binary_cross_entropy_with_logits(logits_B, labels_B).backward()
         optimizer.step()
         optimizer.zero_grad()
-        sparse_BFD.grad = None
+        pooled.grad = None
 
     return _median_ms(step, device), sum(4 * parameter.numel() for parameter in parameters)
 

@@ -7,8 +7,10 @@ from torchdlrm.config import Config, load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, PlanError
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
+from torchdlrm.features.tables import check_features, table_name
 from torchdlrm.planning.measure import measured
 from torchdlrm.planning.plan_request import PlanRequest
+from torchdlrm.planning.smaller_tables import ALPHA, with_smaller_dims
 from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.layout import read_plan
 from torchdlrm.sharding.planner import PlanOptions
@@ -18,13 +20,15 @@ from torchdlrm.sharding.tables import (
     Table,
     cap_embeddings,
     check_tables,
-    feature_tables,
+    feature_of,
     preset_tables,
     read_tables,
+    tables_of_model,
+    with_features,
 )
 from torchdlrm.sharding.topology import Machine, local_machine, machine_of
 from torchdlrm.training.processes.device import rank_device
-from torchdlrm.units import parse_bytes
+from torchdlrm.units import parse_bytes, show_bytes
 
 THIS_MACHINE = "here"
 _RATES = {
@@ -73,16 +77,42 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         optimizer=optimizer.model_copy(update={"name": request.optimizer or optimizer.name}).record,
         constraints=(*options.constraints, *request.constraints),  # of rules for the same table the last one counts
     )
+    if request.alpha is not None and (request.table_bytes is None or not 0 <= request.alpha <= 10):
+        msg = f"`alpha`: how fast dimensions fall under `table_bytes`, from 0 to 10, got {request.alpha:g}"
+        raise PlanError(msg)
     machine = _machine(request, config)
-    return Problem(
-        _tables(request, config.model.embedding_dim),
+    tables, dataset = _tables(request, config), None if request.dataset is None else Dataset.open(request.dataset)
+    multi_valued = [] if dataset is None else [c.name for c in dataset.schema.sparse if c.is_multi_valued]
+    model = config.model
+    if request.run is None:
+        several = {feature_of(table) for table in tables if table.pooling_factor > 1}.union(multi_valued)
+        check_features(model, {feature_of(table): table.rows for table in tables}, several)
+    problem = Problem(
+        # Those of a run may be smaller already: then nothing changes.
+        tuple(with_features(tables, model)),
         machine,
         options,
         request.precision,
-        config.model,
+        model,
         # Tables alone do not say; of a run or a list of tables it is taken to be Criteo's.
-        NUM_CRITEO_DENSE if request.dataset is None else len(Dataset.open(request.dataset).dense_names),
+        NUM_CRITEO_DENSE if dataset is None else len(dataset.dense_names),
+        multi_valued=frozenset(map(table_name, multi_valued)),
     )
+    return problem if request.table_bytes is None else _smaller(problem, request)
+
+
+def _smaller(problem: Problem, request: PlanRequest) -> Problem:
+    """The problem with the dimensions that a number of bytes allows."""
+    assert request.table_bytes is not None
+    max_bytes = parse_bytes(request.table_bytes, "table_bytes")
+    found = with_smaller_dims(problem, max_bytes, ALPHA if request.alpha is None else request.alpha)
+    if found is None:
+        msg = (
+            f"`table_bytes`: even with dimension 4 the tables take more than {show_bytes(max_bytes)} with state of "
+            f"{problem.options.optimizer.name}; allow more, or fewer rows (`max_embeddings`)"
+        )
+        raise PlanError(msg)
+    return found
 
 
 def _machine(request: PlanRequest, config: Config) -> Machine:
@@ -126,7 +156,9 @@ def _with_sizes(machine: Machine, request: PlanRequest) -> Machine:
     return replace(machine, **changes)  # type: ignore[arg-type]  # sizes are integers
 
 
-def _tables(request: PlanRequest, dim: int) -> tuple[Table, ...]:
+def _tables(request: PlanRequest, config: Config) -> list[Table]:
+    """The tables that are asked for, with one of dimension D for each feature but where a run has other ones."""
+    dim = config.model.embedding_dim
     given = [name for name in ("dataset", "run", "tables") if getattr(request, name) is not None]
     if len(given) != 1:
         msg = (
@@ -135,7 +167,8 @@ def _tables(request: PlanRequest, dim: int) -> tuple[Table, ...]:
         )
         raise PlanError(msg)
     if request.dataset is not None:
-        tables = feature_tables(Dataset.open(request.dataset).num_embeddings, dim)
+        whole = config.model.with_features({})
+        tables = tables_of_model(whole, Dataset.open(request.dataset).num_embeddings)
     elif request.run is not None:
         tables = [
             Table(name, placed["rows"], placed["dim"], placed["pooling_factor"])
@@ -151,4 +184,4 @@ def _tables(request: PlanRequest, dim: int) -> tuple[Table, ...]:
             raise PlanError(msg)
         tables = cap_embeddings(tables, request.max_embeddings)
     check_tables(tables, "the model")
-    return tuple(tables)
+    return tables

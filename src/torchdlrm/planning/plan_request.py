@@ -37,6 +37,8 @@ class PlanRequest:
         precision: Of the tables' weights.
         constraints: Rules for tables, such as cat_3=row_wise or cat_0@2 (TABLE=KIND,KIND@RANK,RANK); may be repeated.
         max_embeddings: Plan as if no table had more rows.
+        table_bytes: Give large tables smaller dimensions, so that weights and state of all take no more, such as 10GB.
+        alpha: Of table_bytes: how fast dimensions fall with rows, as rows^-alpha; 0.3 when not given.
     """
 
     dataset: Path | None = None
@@ -55,6 +57,8 @@ class PlanRequest:
     precision: Precision = "float32"
     constraints: Annotated[tuple[str, ...], Parameter(name="--constraint", negative="")] = ()
     max_embeddings: int | None = None
+    table_bytes: Size = None
+    alpha: float | None = None
 
     @property
     def num_devices(self) -> int:

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
+from torchdlrm.planning.smaller_tables import changed_features, with_quotients, with_smaller_dims
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.sharding.constraints import COLUMN_WISE, TABLE_WISE
 from torchdlrm.sharding.planner import planner_constraints
@@ -12,6 +14,7 @@ from torchdlrm.sharding.tables import cap_embeddings
 from torchdlrm.units import show_bytes
 
 _CACHE_FRACTIONS = (0.2, 0.1, 0.05)
+_NUM_COLLISIONS = (4, 16, 64)
 _CAP_FRACTIONS = (0.98, 0.93, 0.85, 0.7, 0.5)
 
 
@@ -79,6 +82,7 @@ class Remedy:
             "price": self.price,
             "step_ms": self.solution.step_ms,
             "rows_per_s": self.solution.rows_per_s,
+            "table_bytes": self.solution.problem.table_bytes,
             "num_devices": self.solution.problem.machine.num_devices,
             "fullest_rank_memory_fraction": self.solution.memory_fraction(self.solution.fullest_rank),
         }
@@ -114,6 +118,8 @@ def remedies(problem: Problem, progress: ProgressListener = SILENT) -> list[Reme
         _host_memory,
         _fewer_embeddings,
         _smaller_dim,
+        _smaller_dims,
+        _quotients_and_remainders,
     ]
     progress.start_phase("look for remedies", len(attempts), unit="ideas")
     found = []
@@ -271,6 +277,51 @@ def _smaller_dim(problem: Problem) -> Remedy | None:
         "half the weights of every id; measure what it does to the AUC",
         solution,
     )
+
+
+def _smaller_dims(problem: Problem) -> Remedy | None:
+    """Try the largest dimensions whose sum fits, then a little less until a plan is found."""
+    usable_bytes = problem.usable_bytes * problem.machine.num_devices
+    for fraction in _CAP_FRACTIONS:
+        smaller = with_smaller_dims(problem, fraction * usable_bytes)
+        solution = try_solve(smaller) if smaller is not None else None
+        if solution is not None:
+            features = changed_features(problem, solution.problem)
+            return Remedy(
+                f"smaller dimensions for {len(features)} large tables, projected to {problem.model.embedding_dim}",
+                {f"model.features.{name}.embedding_dim": feature.embedding_dim for name, feature in features.items()},
+                f"{_saved(problem, solution)}; rare values share fewer columns: measure what it does to the AUC",
+                solution,
+            )
+    return None
+
+
+def _quotients_and_remainders(problem: Problem) -> Remedy | None:
+    """Try the fewest collisions, in as few tables, whose sum fits; then more."""
+    usable_bytes = problem.usable_bytes * problem.machine.num_devices
+    for num_collisions, fraction in product(_NUM_COLLISIONS, _CAP_FRACTIONS[:3]):
+        smaller = with_quotients(problem, fraction * usable_bytes, num_collisions)
+        solution = try_solve(smaller) if smaller is not None else None
+        if solution is not None:
+            features = changed_features(problem, solution.problem)
+            settings: dict[str, object] = {}
+            for name, feature in features.items():
+                settings[f"model.features.{name}.quotient_remainder"] = feature.quotient_remainder
+                settings[f"model.features.{name}.num_collisions"] = num_collisions
+            return Remedy(
+                f"two tables, of quotients and of remainders by {num_collisions}, for each of the {len(features)} "
+                "largest",
+                settings,
+                f"{_saved(problem, solution)}; {num_collisions} values have a row in common: measure what it does to "
+                "the AUC",
+                solution,
+            )
+    return None
+
+
+def _saved(problem: Problem, solution: Solution) -> str:
+    after = solution.problem.table_bytes
+    return f"{show_bytes(problem.table_bytes - after)} less, so {show_bytes(after)} of weights and state"
 
 
 def _some(names: list[str]) -> str:

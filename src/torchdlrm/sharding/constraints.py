@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torchdlrm.config import TableOptimizer
 from torchdlrm.errors import PlanError
-from torchdlrm.model import table_name
+from torchdlrm.features.tables import table_name
 from torchdlrm.sharding.tables import Table
 from torchdlrm.sharding.topology import Machine
 

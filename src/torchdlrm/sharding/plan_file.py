@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torchdlrm.config import ModelConfig
 from torchdlrm.errors import PlanError
 from torchdlrm.files import write_atomically
 from torchdlrm.sharding.estimate import Cost
@@ -48,6 +49,11 @@ def plan_as_dict(solution: Solution) -> dict[str, Any]:
     }
 
 
+def features_as_dict(model: ModelConfig) -> dict[str, Any]:
+    """Return the smaller tables of a config as `model.features` has them."""
+    return {name: feature.model_dump(exclude_defaults=True) for name, feature in model.features.items()}
+
+
 def problem_as_dict(problem: Problem) -> dict[str, Any]:
     """Return what was planned for, for JSON."""
     options = problem.options
@@ -56,6 +62,7 @@ def problem_as_dict(problem: Problem) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "world_size": problem.machine.num_devices,
         "machine": asdict(problem.machine),
+        **({"features": smaller} if (smaller := features_as_dict(problem.model)) else {}),
         "optimizer": options.optimizer.name,
         "precision": problem.precision,
         "batch_size_global": options.batch_size_global,

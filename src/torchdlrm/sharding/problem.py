@@ -28,6 +28,7 @@ class Problem:
         model: sizes of the dense parts.
         num_dense: number of dense features.
         architecture: of the model; None: as `model` says.
+        multi_valued: names of tables in which a row may look several ids up.
         measured: what the dense parts take where that was measured; by their arithmetic when None.
     """
 
@@ -38,12 +39,14 @@ class Problem:
     model: ModelConfig = field(default_factory=ModelConfig)
     num_dense: int = NUM_CRITEO_DENSE
     architecture: Architecture | None = None
+    multi_valued: frozenset[str] = frozenset()
     measured: DensePart | None = None
 
     @property
     def shape(self) -> ModelShape:
-        """Of the model with one sparse feature a table."""
-        return ModelShape(self.model, self.num_dense, len(self.tables), self.architecture)
+        """Of the model with one sparse feature a table, but for those that have two."""
+        in_two = sum(feature.quotient_remainder is not None for feature in self.model.features.values())
+        return ModelShape(self.model, self.num_dense, len(self.tables) - in_two, self.architecture)
 
     @property
     def usable_bytes(self) -> int:

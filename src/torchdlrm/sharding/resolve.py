@@ -14,7 +14,7 @@ from torchdlrm.model.architecture import ModelShape
 from torchdlrm.sharding.layout import check_layout, layout_of, read_saved_plan, sharding_plan
 from torchdlrm.sharding.planner import PlanOptions, plan_sharding, tables_of
 from torchdlrm.sharding.problem import Problem, Solution, solution_of, solve
-from torchdlrm.sharding.tables import Table, feature_tables
+from torchdlrm.sharding.tables import Table, tables_of_model
 from torchdlrm.sharding.topology import Machine, local_machine
 from torchdlrm.units import show_bytes
 
@@ -86,7 +86,7 @@ def preview_plan(
     Raises:
         PlanError: the tables do not fit; or the given plan is for another model or number of ranks, or does not fit.
     """
-    tables = feature_tables(num_embeddings, config.model.embedding_dim)
+    tables = tables_of_model(config.model, num_embeddings)
     machine = local_machine(config.sharding, world_size=world_size, local_world_size=local_world_size, device=device)
     problem = _problem(tables, machine, config, shape)
     return solve(problem) if config.sharding.plan is None else _saved_solution(Path(config.sharding.plan), problem)

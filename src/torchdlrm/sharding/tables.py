@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torchdlrm.config import TableOptimizer
+from torchdlrm.config import ModelConfig, TableOptimizer
 from torchdlrm.data.synthetic_shapes import MULTI_HOT_SIZES
 from torchdlrm.errors import PlanError
-from torchdlrm.model import table_name
+from torchdlrm.features.tables import feature_tables, table_name
 
 Precision = Literal["float32", "float16"]
 BYTES_PER_VALUE: Mapping[Precision, int] = {"float32": 4, "float16": 2}
@@ -80,9 +80,30 @@ def row_state_bytes(rows: int, optimizer: TableOptimizer) -> int:
     return 4 * rows * optimizer.state_per_row
 
 
-def feature_tables(num_embeddings: Mapping[str, int], dim: int) -> list[Table]:
-    """Make a table of dimension `dim` for each feature, as `torchdlrm.model.build` makes them."""
-    return [Table(table_name(feature), rows, dim) for feature, rows in num_embeddings.items()]
+def tables_of_model(model: ModelConfig, num_embeddings: Mapping[str, int]) -> list[Table]:
+    """The tables of all features, as `torchdlrm.model.build` makes them."""
+    return with_features(
+        [Table(table_name(feature), rows, model.embedding_dim) for feature, rows in num_embeddings.items()], model
+    )
+
+
+def with_features(tables: Sequence[Table], model: ModelConfig) -> list[Table]:
+    """The same tables, of which `model.features` makes some smaller and others two."""
+    found = []
+    for table in tables:
+        feature = feature_of(table)
+        if feature not in model.features:
+            found.append(table)
+            continue
+        for part in feature_tables(model, {feature: table.rows}):
+            name = table.name + part.key.removeprefix(feature)
+            found.append(replace(table, name=name, rows=part.rows, dim=part.dim))
+    return found
+
+
+def feature_of(table: Table) -> str:
+    """The feature whose table it is."""
+    return table.name.removeprefix(table_name(""))
 
 
 def preset_tables(name: str, dim: int) -> list[Table]:

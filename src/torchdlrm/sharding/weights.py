@@ -4,26 +4,39 @@ A table is cut into blocks of rows, and each block is drawn from a generator of 
 holds and still gets the same values as a rank that holds the whole table.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from torchdlrm.features.tables import FeatureTable
+
 _BLOCK_ROWS = 65_536
 
 
-def initialize_tables(model: nn.Module, *, seed: int) -> None:
+def initialize_tables(model: nn.Module, *, seed: int, parts: Sequence[FeatureTable] = ()) -> None:
     """Fill every sharded table from U(-1/sqrt(rows), 1/sqrt(rows)), the range of TorchRec and of the paper's code.
+
+    Two tables of one feature of n ids together give vectors of that scale, too. Where they are added, each has the
+    range of 1/sqrt(2 n). Where they are multiplied, the quotients' has that of n, and the remainders' are signs: so the
+    products are exactly as if they had been drawn for one table, vectors with a quotient in common are uncorrelated,
+    and no column starts near 0 in both, where neither would learn.
 
     Args:
         model: after `DistributedModelParallel`; tables are found in its state dict as `ShardedTensor` of
-            float32 [rows, D].
+            float32 [rows, dim].
         seed: of the whole model; each table draws from its own stream.
+        parts: tables of the model of which a feature has two; others may be among them.
     """
+    pairs = {table.name: table for table in parts if table.combination is not None}
     tables = {name: value for name, value in model.state_dict().items() if isinstance(value, ShardedTensor)}
     for table_index, name in enumerate(sorted(tables)):
         num_rows, dim = tables[name].size()
-        bound = float(num_rows) ** -0.5
+        part = pairs.get(name.split(".")[-2])
+        num_ids = num_rows if part is None else part.num_ids * (2 if part.combination == "add" else 1)
+        bound = float(num_ids) ** -0.5
         for shard in tables[name].local_shards():
             first_row, first_column = shard.metadata.shard_offsets
             rows, columns = shard.metadata.shard_sizes
@@ -34,7 +47,9 @@ def initialize_tables(model: nn.Module, *, seed: int) -> None:
                 values *= 2  # in place: what is freed stays with the process
                 values *= bound
                 values -= bound
+                if part is not None and part.combination == "mult" and part.is_remainder:
+                    values = np.copysign(np.float32(1), values)
                 begin, end = max(first_row, start), min(first_row + rows, start + values.shape[0])
-                part = values[begin - start : end - start, first_column : first_column + columns]
+                drawn = values[begin - start : end - start, first_column : first_column + columns]
                 with torch.no_grad():
-                    shard.tensor[begin - first_row : end - first_row].copy_(torch.from_numpy(part))
+                    shard.tensor[begin - first_row : end - first_row].copy_(torch.from_numpy(drawn))

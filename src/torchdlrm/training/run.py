@@ -307,7 +307,8 @@ class Run:
 
     def _changes(self) -> list[Change]:
         before, now = setting_values(load_config(self.path / CONFIG_NAME, is_of_run=True)), setting_values(self.config)
-        return [Change(name, before[name], now[name]) for name in now if before[name] != now[name]]
+        names = dict.fromkeys((*now, *before))  # those of features are there if they are set
+        return [Change(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)]
 
     def _lock_folder(self) -> None:
         """Hold the folder until this process ends, however it ends."""

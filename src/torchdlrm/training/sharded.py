@@ -15,6 +15,7 @@ from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
 from torchdlrm.config import Config, DenseOptimizerConfig, TableOptimizerConfig
+from torchdlrm.features.tables import feature_tables
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model, standardize_dense_input
 from torchdlrm.model.dlrm import DLRMTrain
@@ -71,7 +72,7 @@ def build_sharded_model(
     if dense_sample is not None and shape.num_dense:
         standardize_dense_input(model.model, dense_sample)
     sharded = _shard(model, config, shape, ranks, saved_plan)
-    initialize_tables(sharded.module, seed=config.seed)
+    initialize_tables(sharded.module, seed=config.seed, parts=feature_tables(config.model, num_embeddings))
     if config.table_optimizer.initial_accumulator:
         fill_accumulators(sharded.module, config.table_optimizer.initial_accumulator)
     return sharded

@@ -259,6 +259,7 @@ class Trainer:
             world_size=self._ranks.world_size,
             epochs=epochs,
             seed=self._config.seed,
+            model=self._config.model,
             max_rows=max_rows,
             prefetch_batches=self._config.loader.prefetch_batches,
             pin_memory=self._ranks.device.type == "cuda",
