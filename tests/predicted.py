@@ -26,7 +26,7 @@ def evaluated(run, dataset, split):
         checkpointer.close()
         model.eval()
         with torch.no_grad():
-            logits = [model(batch)[1][1] for batch in Loader(dataset, split, batch_size_global=500)]
+            logits = [model(batch)[1][1] for batch in Loader(dataset, split, batch_size_global=500, model=run.config.model)]
     return torch.cat(logits).sigmoid().numpy()
 
 

@@ -188,7 +188,7 @@ def _describe(item: Any, path: Path | None, where: Mapping[str, str]) -> str:
         if key in _RENAMED_KEYS:
             return f"{place}: is called {_RENAMED_KEYS[key]} now"
         feature = next(iter(names[2:]), ANY_FEATURE)
-        known = [name.replace(ANY_FEATURE, feature) for name, _ in (*settings(), *sections())]
+        known = [name.replace(ANY_FEATURE, feature) for name, _ in (*settings(), *sections()) if name]
         leaf = [name for name in known if names[-1] in _also_called(name.rpartition(".")[2])]
         hint = f"; did you mean {' or '.join(leaf)}?" if leaf else did_you_mean(key, known)
         return f"{place}: there is no such key{hint or '; dlrm config shows all'}"
