@@ -26,7 +26,9 @@ def evaluated(run, dataset, split):
         checkpointer.close()
         model.eval()
         with torch.no_grad():
-            logits = [model(batch)[1][1] for batch in Loader(dataset, split, batch_size_global=500, model=run.config.model)]
+            logits = [
+                model(batch)[1][1] for batch in Loader(dataset, split, batch_size_global=500, model=run.config.model)
+            ]
     return torch.cat(logits).sigmoid().numpy()
 
 
