@@ -26,6 +26,7 @@ SCHEMA = FeatureSchema(
     columns=(
         LabelColumn(name="label"),
         WeightColumn(name="w"),
+        LabelColumn(name="bought"),
         DenseColumn(name="position", kind="int", transform="none"),
         DenseColumn(name="price", kind="float", transform="standardize"),
         SparseColumn(name="city", kind="string"),
@@ -66,7 +67,7 @@ def log(tmp_path_factory):
             rng.choice(["", f"{rng.randrange(700):x}"]),
         )
         lines.append(
-            f"{rng.choice('0001')}\t{rng.random():.2f}\t{i}\t{rng.gauss(0, 1e5):.3f}"
+            f"{rng.choice('0001')}\t{rng.random():.2f}\t{rng.choice('01')}\t{i}\t{rng.gauss(0, 1e5):.3f}"
             f"\t{city}\t{item}\t{tags}\t{rng.randrange(400)}\n"
         )
     path = tmp_path_factory.mktemp("log") / "log.tsv"

@@ -1,4 +1,4 @@
-"""A column of sample weights: from the log through loader, loss, trainings and metrics to predictions."""
+"""Sample weights and a choice of labels: from the log through loader, loss, trainings and metrics to predictions."""
 
 import json
 import math
@@ -13,7 +13,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from torchdlrm.config import load_config
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.errors import LogError
+from torchdlrm.errors import DatasetError, LogError, RunError
+from torchdlrm.evaluation.compare import compare
 from torchdlrm.evaluation.evaluate import evaluate, predict_split
 from torchdlrm.evaluation.logistic_regression import fit_logistic_regression
 from torchdlrm.exporting.export import export
@@ -33,6 +34,7 @@ columns = [
     { role = "label", name = "click" },
     { role = "weight", name = "w", header_name = "the weight" },
     { role = "dense", name = "price" },
+    { role = "label", name = "bought", positive = "yes" },
     { role = "sparse", name = "city" },
     { role = "sparse", name = "shop", kind = "int" },
 ]
@@ -53,6 +55,7 @@ def frame():
             "click": (rng.random(NUM_ROWS) < 1 / (1 + np.exp(-odds))).astype(int),
             "the weight": weight,
             "price": rng.random(NUM_ROWS).round(3),
+            "bought": np.where(city + rng.normal(size=NUM_ROWS) > 3.5, "yes", "no"),
             "city": [f"c{value}" for value in city],
             "shop": rng.integers(20, size=NUM_ROWS),
         }
@@ -80,7 +83,7 @@ def test_the_dataset_has_the_weights_and_says_so_to_older_readers(folder, datase
     assert dataset.manifest.format_version == 2
     assert small_dataset.manifest.format_version == 1
     table = pl.read_parquet(folder / "dataset" / "test" / "part-00000.parquet")
-    assert table.columns == ["click", "w", "price", "city", "shop"]
+    assert table.columns == ["click", "bought", "w", "price", "city", "shop"]
     assert table.schema["w"] == pl.Float32
     assert table["w"].to_list() == frame["the weight"].tail(table.height).to_list()
 
@@ -173,6 +176,49 @@ def test_a_log_that_is_predicted_may_have_weights_and_then_its_metrics_are_weigh
     again, metrics = predict(missing)
     np.testing.assert_array_equal(again, logits)
     assert metrics["rows"] == NUM_ROWS - 5
+
+
+def test_a_run_learns_the_label_that_its_config_names_and_is_judged_by_it(folder, frame, dataset, dlrm, tmp_path):
+    for split, record in dataset.manifest.splits.items():
+        table = pl.read_parquet(folder / "dataset" / split / "part-00000.parquet")
+        assert (record.clicks, record.other_clicks) == (table["click"].sum(), {"bought": table["bought"].sum()})
+    settings = {"train.batch_size_global": "101", "train.label": "bought", "logging.tensorboard": "false"}
+    train(load_config("criteo-small", settings), folder / "dataset", tmp_path / "run")
+    run = tmp_path / "run"
+    done = dlrm("evaluate", run, "--split", "test", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "label bought" in done.stderr + done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    _, found = predict_split(run, None, "test")
+    bought = (frame["bought"].tail(len(found.labels)) == "yes").to_numpy()
+    np.testing.assert_array_equal(found.labels, bought)
+    assert result["label"] == "bought"
+    assert result["auc"] == pytest.approx(judged(bought, found.logits, found.weights)["auc"])
+    assert result["auc"] > 0.7
+    with pytest.raises(DatasetError, match="the runs predict different labels, click and bought"):
+        compare(folder / "run", run)
+    with pytest.raises(RunError, match="label"):
+        train(load_config("criteo-small", settings | {"train.label": "click"}), folder / "dataset", run)
+
+    bundle = export(run, tmp_path / "bundle").bundle
+    assert (bundle.manifest.format_version, bundle.schema.label.name) == (4, "bought")
+    frame.with_columns(pl.lit("?").alias("click")).write_csv(tmp_path / "log.csv")  # is not read
+    done = dlrm("predict", bundle.path, tmp_path / "log.csv", "--out", tmp_path / "scores.csv", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"]["auc"] > 0.7
+    assert Predictor(bundle).predict([{"city": "c5", "click": 0}]) > Predictor(bundle).predict([{"city": "c0"}])
+    frame.write_csv(tmp_path / "log.csv")
+    done = dlrm("verify", bundle.path, tmp_path / "log.csv", "--dataset", folder / "dataset", "--run", run, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [path["metrics"]["auc"] > 0.7 for path in json.loads(done.stdout)["paths"]] == [True, True]
+
+
+def test_a_label_that_is_not_there_is_refused_with_those_that_are(folder, dlrm, tmp_path):
+    command = ("train", CONFIG, "--dataset", folder / "dataset", "--run", tmp_path / "run", "--train.label", "bougth")
+    done = dlrm(*command)
+    assert done.returncode == 2
+    assert "has no label 'bougth'; it has click, bought; did you mean bought?" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_row_of_a_request_may_have_a_weight_which_is_not_read(folder):

@@ -88,8 +88,9 @@ def evaluate(
     except OSError as error:  # a run may lie where it can only be read
         warn(f"not kept in {run / 'evaluation'}: {error.strerror}")
     chosen = ChosenCheckpoint(result["step"], result["checkpoint"])
-    table = Table(title=f"{run} at {chosen}: split {result['split']}", title_justify="left")
-    values = {name: value for name, value in result.items() if name not in {"split", "step", "checkpoint"}}
+    title = f"{run} at {chosen}: split {result['split']}, label {result['label']}"
+    table = Table(title=title, title_justify="left")
+    values = {name: value for name, value in result.items() if name not in {"split", "label", "step", "checkpoint"}}
     for name in values:
         table.add_column(name, justify="right")
     table.add_row(*(f"{v:,}" if isinstance(v, int) else shown_metric(v) for v in values.values()))

@@ -240,9 +240,11 @@ def _print_summary(summary: "DatasetSummary") -> None:
     def drifts(drift: Mapping[Any, float]) -> str:
         return "".join(f"{drift[name]:5.2f}" for name in splits[1:])
 
-    table = _tight_table("split", "rows", "click rate", "files")
+    others = summary.splits["train"].other_clicks
+    table = _tight_table("split", "rows", "click rate", *others, "files")
     for split, size in summary.splits.items():
-        table.add_row(split, f"{size.rows:,}", f"{size.click_rate:.4f}", f"{size.files:,}")
+        rates = (f"{clicks / max(1, size.rows):.4f}" for clicks in size.other_clicks.values())
+        table.add_row(split, f"{size.rows:,}", f"{size.click_rate:.4f}", *rates, f"{size.files:,}")
     console.print(table)
     table = _tight_table("dense column", "transform", f"missing %\n{six}", f"drift\n{five}")
     for name, column in summary.dense.items():

@@ -72,6 +72,7 @@ def preprocess(
                 "dataset": str(out),
                 "rows": {name: part.rows for name, part in manifest.splits.items()},
                 "clicks": {name: part.clicks for name, part in manifest.splits.items()},
+                "other_clicks": {name: part.other_clicks for name, part in manifest.splits.items()},
                 "split_rule": manifest.split_rule,
                 "num_embeddings": dataset.num_embeddings,
                 "bad_rows": manifest.bad_rows.model_dump(mode="json"),
@@ -139,30 +140,36 @@ def _print_phase(phase: PhaseTime) -> None:
 
 def about_constant_label(manifest: Manifest) -> str:
     """What to say where a split has rows of one label only; empty where each has both."""
+    told = (_about_constant(manifest, column.name) for column in manifest.feature_schema.labels)
+    return "\n".join(line for line in told if line)
+
+
+def _about_constant(manifest: Manifest, label: str) -> str:
     constant = {
-        name: int(part.clicks > 0)
+        name: int(part.clicks_of(label) > 0)
         for name, part in manifest.splits.items()
-        if part.rows and part.clicks in {0, part.rows}
+        if part.rows and part.clicks_of(label) in {0, part.rows}
     }
     if not constant:
         return ""
-    splits_of = {label: [name for name in constant if constant[name] == label] for label in (0, 1)}
-    found = ", ".join(f"{label} in all rows of {' and '.join(names)}" for label, names in splits_of.items() if names)
+    splits_of = {value: [name for name in constant if constant[name] == value] for value in (0, 1)}
+    found = ", ".join(f"{value} in all rows of {' and '.join(names)}" for value, names in splits_of.items() if names)
     learnt = "nothing can be learnt, and " if "train" in constant else ""
     what = "AUC and normalised entropy are undefined there"
-    label = manifest.feature_schema.label.name
     return f"the label {label!r} is {found}: {learnt}{what}; positive or threshold in the schema say what a click is"
 
 
 def _print_summary(dataset: Dataset, phases: Sequence[PhaseTime]) -> None:
     """Say what was made, how long it took and what to type next."""
     manifest = dataset.manifest
-    table = Table("split", "rows", "click rate", "files")
+    labels = [column.name for column in manifest.feature_schema.labels]
+    rates = ["click rate"] if len(labels) == 1 else [f"rate of {name}" for name in labels]
+    table = Table("split", "rows", *rates, "files")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, part in manifest.splits.items():
-        rate = f"{part.clicks / part.rows:.4f}" if part.rows else ""
-        table.add_row(name, f"{part.rows:,}", rate, f"{len(part.files):,}")
+        shown = (f"{part.clicks_of(label) / part.rows:.4f}" if part.rows else "" for label in labels)
+        table.add_row(name, f"{part.rows:,}", *shown, f"{len(part.files):,}")
     console.print(table)
     console.print(f"split: {manifest.split_rule}", soft_wrap=True)
     console.print(

@@ -95,7 +95,8 @@ def train(
 
     processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id, max_restarts)
     with nullcontext() if dry_run else refusing_everywhere(processes):
-        encoded, architecture = Dataset.open(dataset), architecture_of(settings.model, model_class)
+        encoded = Dataset.open(dataset).with_label(settings.train.label)
+        architecture = architecture_of(settings.model, model_class)
         if not restart:
             for change in Run(run, settings).check(encoded, architecture):
                 console.print(f"changed since the run was started: {change}", markup=False)

@@ -47,6 +47,10 @@ class TrainConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
         0.0, description="fraction of the hidden units of dense and over arch that are zeroed for each training row"
     )
+    label: str | None = Field(
+        None,
+        description="which of the dataset's labels to learn and be judged by; when not set, the first of its schema",
+    )
     negative_weight: PositiveFloat = Field(
         1.0,
         description="weight of a row without a click in the loss, as if only this fraction of them had been kept; the "

@@ -7,7 +7,7 @@ file; `verify` reads them all.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from torchdlrm.data.splits import SplitName
-from torchdlrm.errors import DatasetError
+from torchdlrm.errors import ConfigError, DatasetError
 from torchdlrm.features.bad_rows import BadRow, BadRows
 from torchdlrm.features.schema import FeatureSchema, problems
 from torchdlrm.features.transforms import FittedDense
 from torchdlrm.features.vocabulary import Vocabulary
 from torchdlrm.files import replacing, sha256_of, sync
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.toml import did_you_mean
 
 FORMAT_VERSION, _FIRST_VERSION = 2, 1
 MANIFEST_NAME = "dataset.json"
@@ -55,8 +56,9 @@ class FileRecord(_Frozen):
 class SplitRecord(_Frozen):
     """A split: its rows, how many were clicked, its files in order, how often its values were unknown or missing.
 
-    Where a column holds several values a row, `values` is the number of all, and `unknown_rows` counts values.  `drift`
-    is how far each column's distribution is from that in `train`, see `torchdlrm.preprocessing.tally`.
+    Where there are several labels, `clicks` is of the first, and `other_clicks` has the others by name.  Where a column
+    holds several values a row, `values` is the number of all, and `unknown_rows` counts values.  `drift` is how far
+    each column's distribution is from that in `train`, see `torchdlrm.preprocessing.tally`.
     """
 
     rows: int
@@ -66,6 +68,11 @@ class SplitRecord(_Frozen):
     missing_rows: dict[str, int]
     values: dict[str, int] = {}
     drift: dict[str, float] = {}
+    other_clicks: dict[str, int] = {}
+
+    def clicks_of(self, label: str) -> int:
+        """How many rows have the label 1."""
+        return self.other_clicks.get(label, self.clicks)
 
 
 class SparseRecord(_Frozen):
@@ -126,6 +133,9 @@ class Manifest(_Frozen):
         """Return the text of `dataset.json`."""
         content = self.model_dump(mode="json", by_alias=True)
         content["schema"] = self.feature_schema.model_dump(mode="json", by_alias=True, exclude_none=True)
+        for split in content["splits"].values():
+            if not split["other_clicks"]:  # a key that older readers do not know
+                del split["other_clicks"]
         content["source"] = [record.model_dump(mode="json", exclude_none=True) for record in self.source]
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
@@ -176,6 +186,22 @@ class Dataset:
             dataset._check_size(record)
         return dataset
 
+    def with_label(self, name: str | None) -> Self:
+        """The same dataset, to learn and be judged by one of its labels: `name`, or where that is None the first.
+
+        Raises:
+            ConfigError: it has no such label.
+        """
+        schema = self.schema
+        names = [column.name for column in schema.labels]
+        if name is not None and name not in names:
+            msg = f"`train.label`: {self.path} has no label {name!r}; it has {', '.join(names)}"
+            raise ConfigError(msg + did_you_mean(name, names))
+        if len(names) == 1:
+            return self
+        chosen = schema.model_copy(update={"run_label": name or names[0]})
+        return replace(self, manifest=self.manifest.model_copy(update={"feature_schema": chosen}))
+
     @property
     def schema(self) -> FeatureSchema:
         """The columns of the log that the dataset was made of."""
@@ -188,7 +214,7 @@ class Dataset:
 
     @property
     def label_name(self) -> str:
-        """The name of the label's column, which is int8: 0 or 1."""
+        """The name of the column of the label that is learnt and judged by, which is int8: 0 or 1."""
         return self.schema.label.name
 
     @property
@@ -283,7 +309,7 @@ def write_part(
     No column has nulls, which spares readers the definition levels.  There are no statistics: rows are shuffled, so the
     range of a row group says nothing.
     """
-    fields = [pa.field(schema.label.name, pa.int8(), nullable=False)]
+    fields = [pa.field(column.name, pa.int8(), nullable=False) for column in schema.labels]
     floats = [column.name for column in (schema.weight, *schema.dense) if column is not None]
     fields += [pa.field(name, pa.float32(), nullable=False) for name in floats]
     fields += [

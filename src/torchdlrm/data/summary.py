@@ -21,12 +21,13 @@ class FrequentValue:
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """Size and click rate of a split."""
+    """Size and click rate of a split; where there are several labels, of the first, and by name of the others."""
 
     rows: int
     clicks: int
     click_rate: float
     files: int
+    other_clicks: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ def summarize(dataset: Dataset, num_values: int) -> DatasetSummary:
         )
     return DatasetSummary(
         splits={
-            name: SplitSummary(split.rows, split.clicks, _share(split.clicks, split.rows), len(split.files))
+            name: SplitSummary(
+                split.rows, split.clicks, _share(split.clicks, split.rows), len(split.files), split.other_clicks
+            )
             for name, split in splits.items()
         },
         dense={

@@ -73,8 +73,13 @@ def compare(
 
     Raises:
         RunError: as `evaluate`.
-        DatasetError: as `evaluate`, or the runs were trained on different rows.
+        DatasetError: as `evaluate`, or the runs were trained on different rows or labels.
     """
+    runs = [run if isinstance(run, Run) else Run.open(Path(run)) for run in (first, second)]
+    labels = [run.open_dataset(dataset).label_name for run in runs]
+    if labels[0] != labels[1]:
+        msg = f"the runs predict different labels, {labels[0]} and {labels[1]}: they cannot be compared"
+        raise DatasetError(msg)
     (_, taken), (_, other) = (
         predict_split(
             run,
@@ -85,7 +90,7 @@ def compare(
             sharding=sharding,
             progress=progress,
         )
-        for run in (first, second)
+        for run in runs
     )
     if taken is None or other is None:
         return None

@@ -52,9 +52,9 @@ def evaluate(
         progress: receives the rows done on rank 0.
 
     Returns:
-        On rank 0 `split`, `step`, `checkpoint` (`best`, `last` or `step`: what it was chosen for), `rows`, `auc`,
-        `logloss`, `ne`, `calibration`, `accuracy` (None where not defined, as the AUC of rows of one label); elsewhere
-        None.
+        On rank 0 `split`, `label`, `step`, `checkpoint` (`best`, `last` or `step`: what it was chosen for), `rows`,
+        `auc`, `logloss`, `ne`, `calibration`, `accuracy` (None where not defined, as the AUC of rows of one label);
+        elsewhere None.
 
     Raises:
         RunError: there is no such run, it is of another dataset or model class, or it lacks an undamaged checkpoint.
@@ -63,9 +63,11 @@ def evaluate(
             different arguments.
         PlanError: the tables do not fit the machine, or `sharding` asks for what it does not have.
     """
+    trained = run if isinstance(run, Run) else Run.open(Path(run))
+    encoded = trained.open_dataset(dataset)
     chosen, predictions = predict_split(
-        run,
-        dataset,
+        trained,
+        encoded,
         split,
         model_class=model_class,
         checkpoint=checkpoint,
@@ -74,7 +76,7 @@ def evaluate(
         sharding=sharding,
         progress=progress,
     )
-    about = {"split": split, "step": chosen.step, "checkpoint": chosen.kind}
+    about = {"split": split, "label": encoded.label_name, "step": chosen.step, "checkpoint": chosen.kind}
     return None if predictions is None else about | binary_metrics(*predictions).as_json()
 
 

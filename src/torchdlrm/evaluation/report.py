@@ -143,12 +143,12 @@ def _dataset(run: Run) -> dict[str, Any]:
     tables = dataset.num_embeddings
     return {
         "dataset": f"{dataset.path}: schema {dataset.schema.name}, {len(dataset.dense_names)} dense and {len(tables)} "
-        f"sparse features, {sum(tables.values()):,} rows in all tables",
+        f"sparse features, {sum(tables.values()):,} rows in all tables; label {dataset.label_name}",
         "splits": [
             {
                 "split": split,
                 "rows": f"{record.rows:,}",
-                "click rate": f"{record.clicks / record.rows:.4f}" if record.rows else "-",
+                "click rate": f"{record.clicks_of(dataset.label_name) / record.rows:.4f}" if record.rows else "-",
             }
             for split, record in dataset.manifest.splits.items()
         ],

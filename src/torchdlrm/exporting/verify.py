@@ -133,6 +133,7 @@ def verify(
     encoded = dataset if isinstance(dataset, Dataset) else Dataset.open(Path(dataset))
     with PredictionClient(url) if url is not None else nullcontext() as client:
         predictor = Predictor.open(Path(bundle), model_class=model_class, progress=progress)
+        encoded = encoded.with_label(predictor.schema.label.name)
         source = predictor.bundle.manifest.source
         if manifest_sha256(encoded) != source.dataset_sha256:
             msg = (

@@ -293,6 +293,8 @@ class FeatureSchema(_Frozen):
     null_values: Texts | None = None
     split: SplitRule = SplitRule()
     columns: tuple[Column, ...] = Field(strict=False)
+    # Of several labels the one that a run learns; no setting of a schema's file, but of the run's config.
+    run_label: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -318,8 +320,8 @@ class FeatureSchema(_Frozen):
             raise ValueError(msg)
         if sum(isinstance(column, WeightColumn) for column in self.columns) > 1:
             raise ValueError("at most one column has the role 'weight': a row has one weight")
-        if sum(isinstance(column, LabelColumn) for column in self.columns) != 1:
-            raise ValueError("exactly one column must have the role 'label'")
+        if not self.labels:
+            raise ValueError("at least one column must have the role 'label'")
         if not self.sparse:
             raise ValueError("at least one column must have the role 'sparse': a DLRM is built of embedding tables")
         return self
@@ -335,9 +337,15 @@ class FeatureSchema(_Frozen):
         return tuple(column for column in self.columns if not isinstance(column, IgnoredColumn))
 
     @property
+    def labels(self) -> tuple[LabelColumn, ...]:
+        """The columns of labels, in the order of the file."""
+        return tuple(column for column in self.columns if isinstance(column, LabelColumn))
+
+    @property
     def label(self) -> LabelColumn:
-        """The label's column."""
-        return next(column for column in self.columns if isinstance(column, LabelColumn))
+        """The label that is learnt and judged by: the first where none was chosen."""
+        labels = self.labels
+        return next((column for column in labels if column.name == self.run_label), labels[0])
 
     @property
     def weight(self) -> WeightColumn | None:
@@ -347,7 +355,12 @@ class FeatureSchema(_Frozen):
     @property
     def target_names(self) -> tuple[str, ...]:
         """What training needs of a row besides its features: the label, and the weight if there is one."""
-        return (self.label.name,) if self.weight is None else (self.label.name, self.weight.name)
+        return tuple(column.name for column in (self.label, self.weight) if column is not None)
+
+    @property
+    def stored_targets(self) -> tuple[str, ...]:
+        """What a dataset holds of a row besides its features: all labels, and the weight if there is one."""
+        return tuple(column.name for column in (*self.labels, self.weight) if column is not None)
 
     @property
     def time(self) -> TimeColumn | None:
@@ -378,7 +391,9 @@ class FeatureSchema(_Frozen):
     @property
     def needs_newer_formats(self) -> bool:
         """Whether it says what the first formats of datasets and bundles could not."""
-        return self.weight is not None or any(column.buckets is not None for column in self.sparse)
+        return (
+            len(self.labels) > 1 or self.weight is not None or any(column.buckets is not None for column in self.sparse)
+        )
 
     def with_columns(self, columns: Sequence[Column]) -> Self:
         """The layout of a log to predict: its features are those of this schema, and what else it has may differ.
@@ -439,6 +454,8 @@ def load_schema(name_or_path: str | Path) -> FeatureSchema:
         found = []
     except ValidationError as error:
         found = [f"  {_in_schema_file(item, raw)}" for item in error.errors(include_url=False)]
+    if "run_label" in raw:
+        found.append("  run_label: which label is learnt is said by train.label in the config of a run")
     columns = raw.get("columns")
     for i, column in enumerate(columns if isinstance(columns, list) else []):
         if isinstance(column, dict) and "max_rows" in column:

@@ -87,7 +87,7 @@ def columns_of_text(head: bytes, path: Path, schema: FeatureSchema, passthrough:
     if missing:
         raise LogError(_not_there(missing, str(path), [column.name for column in columns]))
     return LogColumns(
-        schema.with_columns([_as_read(column, column.name, passthrough) for column in columns]), header=False
+        schema.with_columns([_as_read(column, column.name, passthrough, schema) for column in columns]), header=False
     )
 
 
@@ -102,16 +102,19 @@ def columns_of_names(names: Sequence[str], path: Path, schema: FeatureSchema, pa
 
 def _by_name(names: Sequence[str], where: str, schema: FeatureSchema, passthrough: Sequence[str]) -> FeatureSchema:
     found = found_by_name(names, where, schema, schema.features, "the model")
-    columns = [_as_read(column, names[i], passthrough, at=i) for i, column in enumerate(found)]
+    columns = [_as_read(column, names[i], passthrough, schema, at=i) for i, column in enumerate(found)]
     wanted = set(passthrough) - {column.name for column in columns}
     if wanted:
         raise LogError(_not_there([name for name in passthrough if name in wanted], where, names))
     return schema.with_columns(columns)
 
 
-def _as_read(column: Column | None, log_name: str, passthrough: Sequence[str], *, at: int = 0) -> Column:
+def _as_read(
+    column: Column | None, log_name: str, passthrough: Sequence[str], schema: FeatureSchema, *, at: int = 0
+) -> Column:
     """A column of the log as it is to be read; `column` is that of the schema, None where it is of the log alone."""
-    if isinstance(column, DenseColumn | SparseColumn | LabelColumn | WeightColumn):
+    others = {label.name for label in schema.labels} - {schema.label.name}
+    if isinstance(column, DenseColumn | SparseColumn | LabelColumn | WeightColumn) and column.name not in others:
         return column
     name = log_name if column is None else column.name
     if name in passthrough:

@@ -1,7 +1,7 @@
 """Runs tasks that encode groups of chunks and distribute their rows over the parts, and that write each part.
 
 A group's file is an Arrow IPC file with a record batch for each part that has rows in it.  Its columns are `@position`
-(int64, of training rows in the log), the label, the weight if there is one, the dense columns as float32 and the sparse
+(int64, of training rows in the log), labels, the weight if there is one, the dense columns as float32 and the sparse
 ones as ids of the smallest type that holds the feature's, or lists of these.
 """
 
@@ -144,10 +144,9 @@ def _encode_chunk(
         if num_rows
     }
     positions = np.arange(chunk.first_row, chunk.first_row + chunk.num_rows)
-    columns = [pl.Series(POSITION, positions), *(frame[name] for name in schema.target_names)]
-    labels = frame[schema.label.name].to_numpy()
+    columns = [pl.Series(POSITION, positions), *(frame[name] for name in schema.stored_targets)]
     for split, here in rows_of_split.items():
-        tallies[split].add_labels(labels[here])
+        tallies[split].add_labels(*(frame[column.name].to_numpy()[here] for column in schema.labels))
     dense = encode_dense(frame, encoding.dense)
     for column in dense:
         columns.append(column)
@@ -240,7 +239,7 @@ def write_rows(
         order = pl.Series(order_in_bucket(positions, shuffle_seed))
     columns = []
     sparse_names = {column.name for column in schema.sparse}
-    for column in (*schema.target_names, *(feature.name for feature in (*schema.dense, *schema.sparse))):
+    for column in (*schema.stored_targets, *(feature.name for feature in (*schema.dense, *schema.sparse))):
         values = pl.Series(column, pa.chunked_array([batch.column(column) for batch in batches]))
         values = values.rechunk() if order is None else values.rechunk().gather(order)
         if column in sparse_names:

@@ -111,7 +111,7 @@ class Job:
             dense=dense,
             sparse=sparse,
             splits={
-                name: tally.record(parts_of_split, tallies[0])
+                name: tally.record(parts_of_split, tallies[0], self.schema.labels)
                 for name, tally, parts_of_split in zip(SPLIT_NAMES, tallies, files, strict=True)
             },
             source=tuple(

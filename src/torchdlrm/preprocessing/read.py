@@ -2,7 +2,7 @@
 
 The chunk's file holds the tables
 
-    rows         label int8; weight float32, if there is one; dense columns as read, in the smallest type; `@time`
+    rows         labels int8; weight float32, if there is one; dense columns as read, in the smallest type; `@time`
                  int64; for each sparse column the codes of its values, or for a multi-valued one how many values each
                  row has
     codes/f      the codes of a multi-valued column, one row after the other
@@ -77,7 +77,7 @@ def read_chunk(task: ReadTask) -> Result:
     parsed = _parse(task)
     sections: dict[str, pa.Table] = {}
     rows = parsed.frame
-    columns = [rows[name] for name in task.schema.target_names]
+    columns = [rows[name] for name in task.schema.stored_targets]
     columns += [_shrunk(rows[column.name]) for column in task.schema.dense]
     if task.schema.time is not None:
         columns.append(rows[task.schema.time.name].alias(TIME))

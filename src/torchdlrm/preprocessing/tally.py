@@ -8,15 +8,16 @@ by powers of two.  Dense values are binned by sign, exponent and the first two b
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from torchdlrm.data.dataset import FileRecord, SplitRecord
-from torchdlrm.features.schema import SparseColumn
+from torchdlrm.features.schema import LabelColumn, SparseColumn
 from torchdlrm.features.vocabulary import UNKNOWN_ID
 
 Histogram = Counter[int]  # bin -> values
@@ -27,10 +28,14 @@ _DENSE_SHIFT = 21
 
 @dataclass
 class Tally:
-    """What the manifest says of the rows of a split, and a histogram of each column."""
+    """What the manifest says of the rows of a split, and a histogram of each column.
+
+    Attributes:
+        clicks: of each label, in the order of the schema; none before rows are added.
+    """
 
     rows: int = 0
-    clicks: int = 0
+    clicks: list[int] = field(default_factory=list)
     values: Counter[str] = field(default_factory=Counter)
     unknown_rows: Counter[str] = field(default_factory=Counter)
     missing_rows: Counter[str] = field(default_factory=Counter)
@@ -39,17 +44,20 @@ class Tally:
     def add(self, other: Self) -> None:
         """Add the counts of more rows."""
         self.rows += other.rows
-        self.clicks += other.clicks
+        self._add_clicks(other.clicks)
         self.values.update(other.values)
         self.unknown_rows.update(other.unknown_rows)
         self.missing_rows.update(other.missing_rows)
         for name, histogram in other.histograms.items():
             self._add_histogram(name, histogram)
 
-    def add_labels(self, labels: npt.NDArray[np.int8]) -> None:
-        """Count rows by their labels."""
-        self.rows += len(labels)
-        self.clicks += int(labels.sum())
+    def add_labels(self, *labels: npt.NDArray[np.int8]) -> None:
+        """Count rows by their labels, of which there may be several columns."""
+        self.rows += len(labels[0])
+        self._add_clicks([int(column.sum()) for column in labels])
+
+    def _add_clicks(self, clicks: Sequence[int]) -> None:
+        self.clicks = [sum(pair) for pair in zip_longest(self.clicks, clicks, fillvalue=0)]
 
     def add_dense(self, name: str, bins: npt.NDArray[np.int64], num_missing: int) -> None:
         """Count the values of a dense column by their bins."""
@@ -88,11 +96,13 @@ class Tally:
             },
         )
 
-    def record(self, files: tuple[FileRecord, ...], train: Self) -> SplitRecord:
+    def record(self, files: tuple[FileRecord, ...], train: Self, labels: Sequence[LabelColumn]) -> SplitRecord:
         """The split as it stands in the manifest."""
+        clicks, *others = self.clicks or [0] * len(labels)
         return SplitRecord(
             rows=self.rows,
-            clicks=self.clicks,
+            clicks=clicks,
+            other_clicks=dict(zip((column.name for column in labels[1:]), others, strict=True)),
             unknown_rows=self.unknown_rows,
             missing_rows=self.missing_rows,
             values=self.values,

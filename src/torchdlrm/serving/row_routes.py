@@ -128,10 +128,11 @@ def describe(name: str, version: str, schema: FeatureSchema, examples: Examples,
     rows, unknown = examples
     columns = []
     for column in schema.columns:
-        described: dict[str, Any] = {"name": column.name, "role": column.role}
+        is_other_label = isinstance(column, LabelColumn) and column != schema.label
+        described: dict[str, Any] = {"name": column.name, "role": "ignore" if is_other_label else column.role}
         if column.header_name is not None:
             described["header_name"] = column.header_name
-        if isinstance(column, LabelColumn):
+        if isinstance(column, LabelColumn) and not is_other_label:
             about = {"threshold": column.threshold, "positive": column.positive, "negative": column.negative}
             described |= {key: value for key, value in about.items() if value is not None}
         if column.null_values:

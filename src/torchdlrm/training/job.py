@@ -45,6 +45,7 @@ class TrainingPreview:
         precision: of the dense parts' matrix products.
         validation_rows: rows of the val split that a validation reads.
         from_step: where the run is now; 0 for a new one.
+        label: that is learnt.
     """
 
     config: Config
@@ -53,6 +54,7 @@ class TrainingPreview:
     precision: Precision
     validation_rows: int
     from_step: int
+    label: str
 
     @property
     def is_complete(self) -> bool:
@@ -84,6 +86,7 @@ class TrainingPreview:
         return [
             f"an epoch: {agenda.rows_per_epoch:,} rows, {steps}",
             f"the run: {agenda.num_steps:,} steps, {agenda.rows_after(agenda.num_steps):,} rows{start}",
+            f"label: {self.label}",
             f"precision of the dense parts: {self.precision}",
             f"validation: {self._validation()}",
             f"optimizers: {', '.join(optimizers)}; rate {decay_kind(schedule)}{warm_up}",
@@ -119,6 +122,7 @@ class TrainingPreview:
             "steps_per_epoch": self.agenda.steps_per_epoch,
             "num_rows": self.agenda.rows_after(self.agenda.num_steps),
             "precision": str(self.precision),
+            "label": self.label,
             "validation_rows": self.validation_rows,
             "from_step": self.from_step,
             "plan": plan_as_dict(self.solution),
@@ -161,7 +165,9 @@ def preview_training(
     validation_rows = min(dataset.splits["val"].rows, config.validation.max_rows or dataset.splits["val"].rows)
     steps = [] if restart else list_checkpoints(run / "checkpoints")
     precision = choose_precision(config, shape, device)
-    return TrainingPreview(config, agenda, solution, precision, validation_rows, max(steps, default=0))
+    return TrainingPreview(
+        config, agenda, solution, precision, validation_rows, max(steps, default=0), dataset.label_name
+    )
 
 
 def train(
@@ -194,9 +200,9 @@ def train(
         How it went and ended on rank 0, None elsewhere.
 
     Raises:
-        ConfigError: the config or the model class is wrong, early stopping could never act, the device lacks the
-            tables' optimizer, a tracker's package is missing, or the machines of the training were started with
-            different settings.
+        ConfigError: the config or the model class is wrong, the dataset has no such label, early stopping could never
+            act, the device lacks the tables' optimizer, a tracker's package is missing, or the machines of the training
+            were started with different settings.
         RunError: the folder is in use, holds something else, or a run that cannot be resumed with this config.
         PlanError: the tables do not fit the machine.
         DatasetError: the dataset is missing, damaged, or has no training rows.
@@ -207,7 +213,8 @@ def train(
     path, architecture = Path(run), architecture_of(settings.model, model_class)
 
     def opened() -> Dataset:
-        return dataset if isinstance(dataset, Dataset) else Dataset.open(Path(dataset))
+        found = dataset if isinstance(dataset, Dataset) else Dataset.open(Path(dataset))
+        return found.with_label(settings.train.label)
 
     def describe() -> Settings:
         return settings_of(settings, opened(), architecture, restart=restart)

@@ -36,7 +36,7 @@ CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME = "config.toml", "plan.js
 LOCK_NAME, TRACKERS_NAME = ".lock", "trackers.json"
 # With another value of these, the saved weights, optimizer state or position mean something else.
 KEYS_THAT_CANNOT_CHANGE = (
-    *("seed", "model.", "train.batch_size_global"),
+    *("seed", "model.", "train.batch_size_global", "train.label"),
     *("table_optimizer.name", "table_optimizer.weight_decay_mode", "dense_optimizer.name"),
 )
 
@@ -271,7 +271,7 @@ class Run:
                 "ids do not mean the same; say with `dataset` where that one is"
             )
             raise RunError(msg)
-        return dataset
+        return dataset.with_label(self.config.train.label)
 
     def write_plan(self, solution: Solution) -> None:
         """Write down where each table is."""

@@ -53,11 +53,16 @@ rule = "order"
         ('"city"', '"price"', "columns 2 and 3 are both named 'price'"),
         ('"city"', '"city", max_values = 3', "column 3 (city): max_values needs value_separator"),
         ('"click"', '"click", threshold = "x"', "column 1 (click): threshold: must be a valid number, got 'x'"),
-        ('"label"', '"ignore"', "exactly one column must have the role 'label'"),
+        ('"label"', '"ignore"', "at least one column must have the role 'label'"),
         (
             "columns = [",
             'columns = [ { role = "weight", name = "w" }, { role = "weight", name = "v" },',
             "at most one column has the role 'weight'",
+        ),
+        (
+            'name = "shop"',
+            'name = "shop"\nrun_label = "click"',
+            "run_label: which label is learnt is said by train.label",
         ),
         ("columns = [", "columns = [ 3,", "column 1: must be a table { key = value, ... }, got 3"),
     ],

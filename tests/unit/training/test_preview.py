@@ -19,7 +19,7 @@ def hints(device, num_devices, rows):
     machine = machine_of(device_named(device), num_devices=num_devices)
     tables = (Table("t_a", 1_000, 128), Table("t_b", 50, 128))
     solution = solve(Problem(tables, machine, PlanOptions.of(config)))
-    preview = TrainingPreview(config, Agenda.of(config, 10**6), solution, Precision(torch.float32, ""), 0, 0)
+    preview = TrainingPreview(config, Agenda.of(config, 10**6), solution, Precision(torch.float32, ""), 0, 0, "label")
     return [line for line in preview.lines() if line.startswith("hint: ")]
 
 

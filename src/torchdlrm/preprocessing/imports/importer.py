@@ -141,7 +141,7 @@ def _write(
         dense={column.name: Unchanged() for column in schema.dense},
         sparse={name: SparseRecord(num_embeddings=size, vocabulary=None) for name, size in sizes.items()},
         splits={
-            name: tally.record(tuple(parts_of_split), tallies[0])
+            name: tally.record(tuple(parts_of_split), tallies[0], schema.labels)
             for name, tally, parts_of_split in zip(SPLIT_NAMES, tallies, files, strict=True)
         },
         source=tuple(
