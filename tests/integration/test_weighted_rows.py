@@ -210,7 +210,7 @@ def test_a_run_learns_the_label_that_its_config_names_and_is_judged_by_it(folder
     frame.write_csv(tmp_path / "log.csv")
     done = dlrm("verify", bundle.path, tmp_path / "log.csv", "--dataset", folder / "dataset", "--run", run, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [path["metrics"]["auc"] > 0.7 for path in json.loads(done.stdout)["paths"]] == [True, True]
+    assert [path["metrics"]["auc"] > 0.7 for path in json.loads(done.stdout)["ways"]] == [True, True]
 
 
 def test_a_label_that_is_not_there_is_refused_with_those_that_are(folder, dlrm, tmp_path):
