@@ -13,6 +13,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import nn
 
 from torchdlrm.kernels import threads
+from torchdlrm.tables import lookup
+from torchdlrm.tables.kernels import look_up
 from torchdlrm.tables.lookup import use_own_kernels
 
 TABLES = [(50, 16), (3, 8), (400, 16), (7, 4), (120, 16)]  # rows, dimension
@@ -99,6 +101,29 @@ def test_threads_do_not_change_a_bit(dtype, seed):
         states.append((*one.kernel.split_embedding_weights(), one.kernel.momentum1_host))
     for other in states[1:]:
         assert all(map(torch.equal, states[0], other))
+
+
+def test_threads_look_up_as_many_ids_however_many_a_cell_has(seed, monkeypatch):
+    one = kernel_and_model(EmbOptimType.EXACT_SGD, seed)
+    use_own_kernels(one.model)
+    lengths = torch.tensor([1, 1, 1, 1, 60]).repeat_interleave(BATCH)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ids, parts = torch.zeros(int(lengths.sum()), dtype=torch.int64), []
+
+    def watched(first_cell, end_cell, *arguments):
+        parts.append((first_cell, end_cell))
+        look_up(first_cell, end_cell, *arguments)
+
+    monkeypatch.setattr(lookup, "look_up", watched)
+    found = one.kernel(ids, offsets)
+    (first, middle), (middle_again, last) = sorted(parts)
+    assert (first, middle, last) == (0, middle_again, len(lengths))
+    assert abs(int(offsets[middle]) - len(ids) / 2) < 5 * BATCH
+    rows = [
+        weights[0] * count
+        for weights, count in zip(one.kernel.split_embedding_weights(), (1, 1, 1, 1, 60), strict=True)
+    ]
+    torch.testing.assert_close(found, torch.cat(rows).expand(BATCH, -1))
 
 
 def test_features_that_share_a_table_update_it_once(seed):

@@ -10,6 +10,7 @@ FBGEMM's module still owns weights and state, so plans, checkpoints and names ar
 B rows of the batch, T tables of this kernel, F features, D_t dimension of a table, N ids.
 """
 
+from bisect import bisect_left
 from copy import copy
 from typing import Any
 
@@ -92,6 +93,7 @@ class TableLookup:
     def look_up(self, indices: Tensor, offsets: Tensor, out: Tensor) -> None:
         """Write pooled embeddings into `out`, float32 or bfloat16 [B, sum of D]."""
         stride, flat = _flat(out)
+        begins = offsets.numpy()
         arguments = (
             len(out),
             array_of(self._kernel.weights_host),
@@ -99,11 +101,21 @@ class TableLookup:
             self._dim_F,
             self._column_F,
             indices.numpy(),
-            offsets.numpy(),
+            begins,
             flat,
             stride,
         )
-        in_parts(len(offsets) - 1, self._mean_dim, lambda first, end: look_up(first, end, *arguments, self._scratch()))
+        cells = range(len(begins) - 1)
+
+        def cell_at(item: int) -> int:
+            """A cell with a hundred ids is more work than one with one: items are cells and ids in one line."""
+            return bisect_left(cells, item, key=lambda cell: cell + begins[cell])
+
+        in_parts(
+            len(cells) + len(indices),
+            self._mean_dim / 2,
+            lambda first, end: look_up(cell_at(first), cell_at(end), *arguments, self._scratch()),
+        )
 
     def _scratch(self) -> Array:
         """Room for a row of any table."""
