@@ -4,14 +4,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torchrec.models.dlrm import DLRM
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.bench import step
 from torchdlrm.bench.plain_torch import PlainDLRM, plain_torch_step, update_rows
-from torchdlrm.config import load_config
+from torchdlrm.bench.upstream import torchrec_dlrm
+from torchdlrm.config import ModelConfig, load_config
+from torchdlrm.errors import ConfigError
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.training.processes.process_group import Ranks
 
 
@@ -43,6 +43,7 @@ def competitors(monkeypatch):
     assert not alive
 
 
+CPU = torch.device("cpu")
 CONFIG = load_config(None, {"train.batch_size_global": "1024", "train.precision": "float32"})
 
 
@@ -58,15 +59,37 @@ def test_on_gpus_one_is_gone_before_the_next_takes_the_memory(device, most, comp
     assert found.ratio_to_plain_torch == pytest.approx(1)
 
 
+BRANCHES = {f"model.interaction_branch{number}_layer_sizes": "[128]" for number in (1, 2)}
+
+
 @pytest.mark.parametrize(
-    ("rows", "nproc", "optimizer"), [(6, 1, "rowwise_adagrad"), (5, 2, "rowwise_adagrad"), (5, 1, "sgd")]
+    ("rows", "nproc", "settings"),
+    [
+        (6, 1, {}),
+        (5, 2, {}),
+        (5, 1, {"table_optimizer.name": "sgd"}),
+        (5, 1, {"model.interaction": "projection", **BRANCHES}),
+    ],
 )
-def test_the_plain_loop_needs_memory_one_process_and_its_optimizer(rows, nproc, optimizer, competitors):
-    config = load_config(None, {"train.precision": "float32", "table_optimizer.name": optimizer})
+def test_the_plain_loop_needs_memory_one_process_its_optimizer_and_its_model(rows, nproc, settings, competitors):
+    config = load_config(None, {"train.precision": "float32", **settings})
     found = step.benchmark_step(config, num_embeddings={"a": rows}, steps_per_round=2, rounds=1, nproc=nproc)
     assert "plain_torch_step" not in [name for _, name in competitors]
     assert found.plain_torch_rows_per_s is None
     assert found.ratio_to_plain_torch is None
+
+
+@pytest.mark.usefixtures("competitors")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model.interaction": "dcn", "model.dcn_gated": "true"}, r"dcn_gated: TorchRec's DLRM_DCN, .*, has no gates"),
+        ({"model.features.a.embedding_dim": "4"}, r"model.features: TorchRec's own model, .*, has no smaller tables"),
+    ],
+)
+def test_what_torchrec_has_not_is_not_compared(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        step.benchmark_step(load_config(None, settings), num_embeddings={"a": 5}, rounds=1)
 
 
 @pytest.mark.usefixtures("competitors")
@@ -94,22 +117,23 @@ def test_busy_processes_are_there_in_every_turn_and_gone_afterwards(monkeypatch)
     assert not there
 
 
-def test_the_plain_loop_computes_torchrecs_model():
-    torch.manual_seed(0)
-    tables = [
-        EmbeddingBagConfig(name=name, embedding_dim=4, num_embeddings=9, feature_names=[name]) for name in ("a", "b")
-    ]
-    theirs, ours = DLRM(EmbeddingBagCollection(tables=tables), 13, [5, 4], [3, 1]), PlainDLRM([5, 4], [3, 1], 2)
-    ours.load_state_dict(
-        dict(
-            zip(
-                [name for name in ours.state_dict() if name != "pairs_P"],
-                [value for name, value in theirs.state_dict().items() if "arch" in name and "sparse" not in name],
-                strict=True,
-            )
-        )
-        | {"pairs_P": ours.pairs_P}
-    )
+@pytest.mark.parametrize("interaction", [{}, {"interaction": "dcn", "dcn_num_layers": 2, "dcn_low_rank_dim": 3}])
+def test_the_plain_loop_computes_torchrecs_model(interaction, seed):
+    torch.manual_seed(seed)
+    config = ModelConfig(embedding_dim=4, dense_arch_layer_sizes=[5, 4], over_arch_layer_sizes=[3, 1], **interaction)
+    theirs = torchrec_dlrm(ModelShape(config, 13, 2), {"a": 9, "b": 9}, tables=CPU, dense=CPU)
+    ours = PlainDLRM(config, 2)
+    weights = {name: torch.randn_like(value) for name, value in theirs.state_dict().items()}
+    theirs.load_state_dict(weights)
+    cross = {"W_kernels.{}": "W.{}.weight", "V_kernels.{}": "V.{}.weight", "bias.{}": "W.{}.bias"}
+    renamed = {
+        f"interaction.{our.format(i)}": weights.pop(f"inter_arch.crossnet.{their.format(i)}")
+        for i in range(config.dcn_num_layers if interaction else 0)
+        for their, our in cross.items()
+    }
+    arches = (name for name in ours.state_dict() if "arch" in name)
+    renamed |= zip(arches, (value for name, value in weights.items() if "sparse" not in name), strict=True)
+    ours.load_state_dict(renamed)
     ids = KeyedJaggedTensor(["a", "b"], torch.tensor([1, 2, 3, 3]), lengths=torch.ones(4, dtype=torch.int32))
     dense = torch.rand(2, 13)
     embeddings = theirs.sparse_arch(ids)

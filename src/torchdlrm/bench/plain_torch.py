@@ -18,32 +18,61 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from torchdlrm.bench.interleaved import Step
 from torchdlrm.bench.upstream import random_batches
-from torchdlrm.config import Config
+from torchdlrm.config import Config, ModelConfig
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.training.compute import allow_tf32
 from torchdlrm.training.processes.process_group import Ranks
 
 
 class PlainDLRM(nn.Module):
-    """The dense and over arch of a DLRM with dot products, around embeddings that are looked up outside."""
+    """Dense arch, dot products or a cross net, and over arch, around embeddings that are looked up outside."""
 
-    def __init__(self, dense_sizes: Sequence[int], over_sizes: Sequence[int], num_features: int) -> None:
+    def __init__(self, config: ModelConfig, num_features: int) -> None:
         super().__init__()
-        num_vectors = num_features + 1
-        self.dense_arch = nn.Sequential(*_layers([NUM_CRITEO_DENSE, *dense_sizes]))
-        num_pairs = num_vectors * num_features // 2
-        self.over_arch = nn.Sequential(*_layers([dense_sizes[-1] + num_pairs, *over_sizes])[:-1])  # ends with a logit
-        first_P, second_P = torch.triu_indices(num_vectors, num_vectors, offset=1)
-        self.pairs_P: Tensor
-        self.register_buffer("pairs_P", first_P * num_vectors + second_P)
+        num_vectors, dim = num_features + 1, config.embedding_dim
+        self.dense_arch = nn.Sequential(*_layers([NUM_CRITEO_DENSE, *config.dense_arch_layer_sizes]))
+        is_dcn = config.interaction == "dcn"
+        size = num_vectors * dim if is_dcn else dim + num_vectors * num_features // 2
+        self.interaction = CrossNet(config, size) if is_dcn else AllPairs(num_vectors)
+        self.over_arch = nn.Sequential(*_layers([size, *config.over_arch_layer_sizes])[:-1])  # ends with a logit
 
     def forward(self, dense: Tensor, embeddings_BFD: Tensor) -> Tensor:
         """Maps [B, 13] and [B, F, D] to logits [B]."""
-        dense_BD = self.dense_arch(dense)
-        vectors_BND = torch.cat([dense_BD.unsqueeze(1), embeddings_BFD], dim=1)
-        square = torch.bmm(vectors_BND, vectors_BND.transpose(1, 2)).flatten(1)
-        logits: Tensor = self.over_arch(torch.cat([dense_BD, square.index_select(1, self.pairs_P)], dim=1))
+        vectors_BND = torch.cat([self.dense_arch(dense).unsqueeze(1), embeddings_BFD], dim=1)
+        logits: Tensor = self.over_arch(self.interaction(vectors_BND))
         return logits.squeeze(1)
+
+
+class AllPairs(nn.Module):
+    """The first vector, and the dot products of all pairs."""
+
+    def __init__(self, num_vectors: int) -> None:
+        super().__init__()
+        first_P, second_P = torch.triu_indices(num_vectors, num_vectors, offset=1)
+        self.pairs_P: Tensor
+        self.register_buffer("pairs_P", first_P * num_vectors + second_P, persistent=False)
+
+    def forward(self, vectors_BND: Tensor) -> Tensor:
+        """Maps [B, N, D] to [B, D + N (N - 1) / 2]."""
+        square = torch.bmm(vectors_BND, vectors_BND.transpose(1, 2)).flatten(1)
+        return torch.cat([vectors_BND[:, 0], square.index_select(1, self.pairs_P)], dim=1)
+
+
+class CrossNet(nn.Module):
+    """A low-rank cross net, x_0 * (W V x + b) + x in each layer."""
+
+    def __init__(self, config: ModelConfig, size: int) -> None:
+        super().__init__()
+        rank, layers = config.dcn_low_rank_dim, range(config.dcn_num_layers)
+        self.W = nn.ModuleList(nn.Linear(rank, size) for _ in layers)
+        self.V = nn.ModuleList(nn.Linear(size, rank, bias=False) for _ in layers)
+
+    def forward(self, vectors_BND: Tensor) -> Tensor:
+        """Maps [B, N, D] to [B, N D]."""
+        x_0 = x = vectors_BND.flatten(1)
+        for W, V in zip(self.W, self.V, strict=True):
+            x = torch.addcmul(x, x_0, W(V(x)))
+        return x
 
 
 def _layers(sizes: Sequence[int]) -> list[nn.Module]:
@@ -55,7 +84,7 @@ def plain_torch_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int
     allow_tf32(config.train, ranks.device)
     sizes, dim, device = list(num_embeddings.values()), config.model.embedding_dim, ranks.device
     lr, eps = config.table_optimizer.learning_rate, config.table_optimizer.eps
-    model = PlainDLRM(config.model.dense_arch_layer_sizes, config.model.over_arch_layer_sizes, len(sizes)).to(device)
+    model = PlainDLRM(config.model, len(sizes)).to(device)
     optimizer = torch.optim.Adagrad(model.parameters(), lr=config.dense_optimizer.learning_rate, fused=True)
     table = torch.empty(sum(sizes), dim, device=device).uniform_(-0.01, 0.01)
     squares = torch.zeros(len(table), device=device)

@@ -17,6 +17,7 @@ from torchdlrm.bench.interleaved import Competitor, busy_processes, enough_steps
 from torchdlrm.bench.parts import measure_parts
 from torchdlrm.bench.plain_torch import plain_torch_step
 from torchdlrm.bench.step_competitors import floor_step, host_step, our_step, shape_of, torchrec_step
+from torchdlrm.bench.upstream import check_torchrec_has
 from torchdlrm.config import Config
 from torchdlrm.model.precision import bfloat16_unit
 from torchdlrm.processor import describe_processor
@@ -36,9 +37,9 @@ class StepBenchmark:
 
     Attributes:
         rows_per_s: ours.
-        torchrec_rows_per_s: TorchRec's own DLRM, row-wise Adagrad, TrainPipelineSparseDist, float32.
+        torchrec_rows_per_s: TorchRec's own class of the model, row-wise Adagrad, TrainPipelineSparseDist, float32.
         plain_torch_rows_per_s: a plain loop with one table in float32; None for several processes, another optimizer of
-            the tables than row-wise Adagrad, or no memory for it.
+            the tables than row-wise Adagrad, projections, or no memory for it.
         floor_rows_per_s: the step's matrix products alone, in the precision of ours.
         ratio_to_torchrec: ours over TorchRec's, median of the rounds' ratios.
         ratio_to_plain_torch: ours over the plain loop's, likewise.
@@ -96,6 +97,7 @@ def benchmark_step(
     choice = config.train.device
     device = rank_device(0, nproc, choice)
     check_plain_torchrec(config.table_optimizer, device)
+    check_torchrec_has(config.model)
     precision = choose_precision(config, shape_of(config, num_embeddings), device)
     builds: dict[str, tuple[Any, ...]] = {
         "ours": (our_step, config, num_embeddings, precision.dtype),
@@ -104,8 +106,8 @@ def benchmark_step(
         "floor": (floor_step, config, num_embeddings, precision.dtype),
         "host": (host_step, config, num_embeddings, precision.dtype),
     }
-    is_its_optimizer = config.table_optimizer.name == "rowwise_adagrad"
-    if nproc > 1 or not is_its_optimizer or not _plain_loop_fits(config, num_embeddings, device):
+    is_its_model = config.table_optimizer.name == "rowwise_adagrad" and config.model.interaction != "projection"
+    if nproc > 1 or not is_its_model or not _plain_loop_fits(config, num_embeddings, device):
         del builds["plain_torch"]
     seconds: dict[str, list[float]] = {}  # of a step
     num_threads, steps, parts_ms = {}, {}, None

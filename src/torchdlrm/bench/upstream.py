@@ -1,19 +1,20 @@
-"""Provides what the benchmarks of training and of prediction share: TorchRec's own DLRM, and random rows."""
+"""Provides what the benchmarks of training and of prediction share: TorchRec's own model, and random rows."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torchrec.models.dlrm import DLRM
+from torchrec.models import dlrm
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchdlrm.config import Config
+from torchdlrm.config import Config, ModelConfig
+from torchdlrm.errors import ConfigError
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.features.tables import table_name
-from torchdlrm.model.architecture import ModelShape
+from torchdlrm.model.architecture import BuiltInArchitecture, ModelShape
 from torchdlrm.training.processes.process_group import Ranks
 
 _NUM_BATCHES = 16
@@ -38,10 +39,24 @@ def random_batches(
         yield dense, ids_FB, generator.integers(2, size=num_rows).astype(np.float32)
 
 
+def check_torchrec_has(config: ModelConfig) -> None:
+    """Refuse to compare a model with TorchRec's own that has no such thing.
+
+    Raises:
+        ConfigError: the cross net has gates, or tables are smaller.
+    """
+    if config.features:
+        msg = "model.features: TorchRec's own model, which this is compared with, has no smaller tables; leave them out"
+        raise ConfigError(msg)
+    if config.interaction_settings.get("dcn_gated"):
+        msg = "model.dcn_gated: TorchRec's DLRM_DCN, which this is compared with, has no gates; leave the setting out"
+        raise ConfigError(msg)
+
+
 def torchrec_dlrm(
     shape: ModelShape, num_embeddings: Mapping[str, int], *, tables: torch.device, dense: torch.device
 ) -> Any:
-    """TorchRec's DLRM with random weights, its tables on one device and everything else on another."""
+    """TorchRec's class of this architecture with random weights, its tables on one device and all else on another."""
     configs = [
         EmbeddingBagConfig(
             name=table_name(feature),
@@ -51,7 +66,12 @@ def torchrec_dlrm(
         )
         for feature, rows in num_embeddings.items()
     ]
-    return DLRM(EmbeddingBagCollection(tables=configs, device=tables), **shape.arguments, dense_device=dense)
+    architecture = shape.architecture
+    assert isinstance(architecture, BuiltInArchitecture), architecture
+    make = getattr(dlrm, architecture.class_name)
+    model = make(EmbeddingBagCollection(tables=configs, device=tables), **shape.arguments, dense_device=dense)
+    model.inter_arch.to(dense)  # TorchRec leaves the cross net on the CPU
+    return model
 
 
 def torchrec_kjt(features: Iterable[str], ids_FB: Any) -> KeyedJaggedTensor:
