@@ -80,11 +80,13 @@ class DenseOptimizer:
         name: in `dense_optimizer.name`.
         torch_name: of its class in torch.optim.
         settings: of `dense_optimizer`, those that it reads besides `name`, `learning_rate` and `clip_norm`.
+        state_per_weight: float32 values of state for each weight.
     """
 
     name: DenseOptimizerName
     torch_name: str
     settings: frozenset[str]
+    state_per_weight: int = 1
 
 
 TABLE_OPTIMIZERS: Mapping[TableOptimizerName, TableOptimizer] = {
@@ -143,6 +145,6 @@ DENSE_OPTIMIZERS: Mapping[DenseOptimizerName, DenseOptimizer] = {
     for record in (
         DenseOptimizer("adagrad", "Adagrad", frozenset({"eps", "weight_decay", "initial_accumulator"})),
         DenseOptimizer("sgd", "SGD", frozenset({"momentum", "weight_decay"})),
-        DenseOptimizer("adamw", "AdamW", _ADAM_SETTINGS),
+        DenseOptimizer("adamw", "AdamW", _ADAM_SETTINGS, state_per_weight=2),
     )
 }

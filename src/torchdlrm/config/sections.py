@@ -198,7 +198,8 @@ class ShardingConfig(Section):
     )
     reserved_fraction: Fraction = Field(
         0.15,
-        description="fraction of each rank's memory that is not for tables: the arches, activations, batches, slack",
+        description="fraction of each rank's memory that is not for tables: the arches, activations, batches, slack; "
+        "more where the dense parts need more",
     )
     constraints: tuple[str, ...] = Field(
         (),

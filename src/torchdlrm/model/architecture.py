@@ -91,6 +91,14 @@ class Architecture(ABC):
     def products(self, shape: "ModelShape") -> Sequence[Product]:
         """The matrix products of a forward pass, in its order."""
 
+    def num_activations(self, shape: "ModelShape") -> int:
+        """Numbers of a row that the forward pass keeps for the backward: the products' factors, at least."""
+        return sum(
+            product.rows * product.inputs
+            + (0 if product.has_weight or product.num_gradients == 1 else product.inputs * product.outputs)
+            for product in self.products(shape)
+        )
+
     def fast_interaction(self, shape: "ModelShape", dtype: torch.dtype) -> FastInteraction | None:
         """The interaction as it is served in `dtype`, between a dense arch and an over arch of plain layers.
 
@@ -132,6 +140,10 @@ class BuiltInArchitecture(Architecture):
         over = _layers(over_in, shape.config.over_arch_layer_sizes)
         return (replace(first, num_gradients=1), *dense, *products, *over)  # the first one's inputs are data
 
+    def num_activations(self, shape: "ModelShape") -> int:
+        """The products' factors, and the dense vector, whose copy among the others is a factor."""
+        return super().num_activations(shape) + shape.config.embedding_dim
+
 
 class DotArchitecture(BuiltInArchitecture):
     """The paper's: dot products of all pairs of vectors."""
@@ -160,6 +172,14 @@ class CrossArchitecture(BuiltInArchitecture):
         layer = _layers(size, (config.dcn_low_rank_dim, size))
         return layer * (config.dcn_num_layers * (2 if config.dcn_gated else 1)), size
 
+    def num_activations(self, shape: "ModelShape") -> int:
+        """Each layer also keeps what it multiplies x0 by, and with a gate the two factors of that."""
+        config = shape.config
+        per_layer = shape.flat_size
+        if config.dcn_gated:
+            per_layer += 2 * shape.flat_size - shape.flat_size  # the gate reads the layer's x, which is kept once
+        return super().num_activations(shape) + config.dcn_num_layers * per_layer
+
 
 class ProjectionArchitecture(BuiltInArchitecture):
     """Products of what two branches make of all vectors."""
@@ -173,6 +193,10 @@ class ProjectionArchitecture(BuiltInArchitecture):
         layers = [product for sizes in branches for product in _layers(shape.flat_size, sizes or ())]
         num_first, num_second = (sizes[-1] // dim for sizes in branches if sizes)
         return [*layers, Product(num_first, dim, num_second, has_weight=False)], dim + num_first * num_second
+
+    def num_activations(self, shape: "ModelShape") -> int:
+        """The vectors, which both branches read, are kept once."""
+        return super().num_activations(shape) - shape.flat_size
 
 
 ARCHITECTURES: Mapping[InteractionName, Architecture] = {
@@ -230,6 +254,16 @@ class ModelShape:
         dim = self.config.embedding_dim
         small = [feature.embedding_dim or dim for feature in self.config.features.values()]
         return (*self.architecture.products(self), *(Product(1, inputs, dim) for inputs in small if inputs < dim))
+
+    @property
+    def num_weights(self) -> int:
+        """Of the products: all weights but biases."""
+        return sum(product.inputs * product.outputs for product in self.products if product.has_weight)
+
+    @property
+    def num_activations(self) -> int:
+        """Numbers of a row of the batch that a forward pass keeps for the backward."""
+        return self.architecture.num_activations(self)
 
     @property
     def multiply_adds(self) -> int:

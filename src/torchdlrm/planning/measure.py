@@ -21,7 +21,7 @@ from torchdlrm.errors import PlanError
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.eager import EagerModel
 from torchdlrm.sharding.devices import device_of_gpu
-from torchdlrm.sharding.estimate import DensePart, shard_costs
+from torchdlrm.sharding.estimate import shard_costs
 from torchdlrm.sharding.layout import PlacedShard, PlacedTable
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.sharding.tables import Table
@@ -65,7 +65,8 @@ class Measurement:
             intra_host_bytes_per_s=1000 * self.exchange_bytes / self.exchange_ms,
             source="measured on this machine",
         )
-        return replace(problem, machine=machine, measured=DensePart(self.dense_ms, self.all_reduce_ms))
+        measured = replace(problem.dense, compute_ms=self.dense_ms, all_reduce_ms=self.all_reduce_ms)
+        return replace(problem, machine=machine, measured=measured)
 
 
 def measured(problem: Problem, config: Config) -> tuple[Problem, Measurement]:

@@ -8,6 +8,7 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, PlanError
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.features.tables import check_features, table_name
+from torchdlrm.model.model_class import architecture_of
 from torchdlrm.planning.measure import measured
 from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.planning.smaller_tables import ALPHA, with_smaller_dims
@@ -69,6 +70,7 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
     Raises:
         PlanError: the request is wrong, or contradicts itself.
         DatasetError: the dataset is damaged.
+        ConfigError: there is no such model class.
     """
     options = PlanOptions.of(config)
     optimizer = config.table_optimizer
@@ -96,6 +98,7 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         model,
         # Tables alone do not say; of a run or a list of tables it is taken to be Criteo's.
         NUM_CRITEO_DENSE if dataset is None else len(dataset.dense_names),
+        architecture_of(config.model, request.model_class),
         multi_valued=frozenset(map(table_name, multi_valued)),
     )
     return problem if request.table_bytes is None else _smaller(problem, request)

@@ -39,6 +39,7 @@ class PlanRequest:
         max_embeddings: Plan as if no table had more rows.
         table_bytes: Give large tables smaller dimensions, so that weights and state of all take no more, such as 10GB.
         alpha: Of table_bytes: how fast dimensions fall with rows, as rows^-alpha; 0.3 when not given.
+        model_class: The model class that will train, FILE.py:NAME or MODULE:NAME; only where it is not the DLRM itself.
     """
 
     dataset: Path | None = None
@@ -59,6 +60,7 @@ class PlanRequest:
     max_embeddings: int | None = None
     table_bytes: Size = None
     alpha: float | None = None
+    model_class: str | None = None
 
     @property
     def num_devices(self) -> int:

@@ -83,7 +83,7 @@ def summary_lines(solution: Solution) -> list[str]:
     """Describe the totals, the bottleneck, the estimate and how far to trust it."""
     dense, slowest, fullest = solution.dense, solution.bottleneck_rank, solution.fullest_rank
     tables_ms = solution.ranks[slowest].total_ms
-    reserved = f"{solution.problem.options.reserved_fraction:.0%} kept free for the rest"
+    reserved = f"{solution.problem.searched_options.reserved_fraction:.0%} kept free for the rest"
     full = f"rank {fullest}, {solution.memory_fraction(fullest):.1%} of its memory by tables, {reserved}"
     lines = [f"bottleneck: rank {slowest}, whose tables take {tables_ms:.3f} ms a step; fullest: {full}"]
     if solution.above_lower_bound is not None:
@@ -95,6 +95,11 @@ def summary_lines(solution: Solution) -> list[str]:
     lines.append(
         f"predicted step: {solution.step_ms:.2f} ms = {tables_ms:.3f} ms tables + {dense.compute_ms:.3f} ms dense "
         f"parts + {dense.all_reduce_ms:.3f} ms all-reduce; {solution.rows_per_s:,.0f} rows/s"
+    )
+    lines.append(
+        f"dense parts: {dense.multiply_adds:,} multiply-adds a row forward; of the memory that is kept free they take "
+        f"{show_bytes(dense.weight_bytes)} for weights, gradients and their optimizer, and "
+        f"{show_bytes(dense.activation_bytes)} for activations"
     )
     if solution.problem.measured is not None:
         lines.append(

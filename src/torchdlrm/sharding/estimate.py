@@ -84,10 +84,21 @@ class DensePart:
     Attributes:
         compute_ms: dense arch, interaction and over arch, forward, backward and update.
         all_reduce_ms: averaging their gradients over the ranks.
+        multiply_adds: of a row's forward pass.
+        weight_bytes: weights, their gradients and the state of their optimizer.
+        activation_bytes: what the forward pass of a step keeps for the backward, in float32.
     """
 
     compute_ms: float
     all_reduce_ms: float
+    multiply_adds: int
+    weight_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory of all kinds."""
+        return self.weight_bytes + self.activation_bytes
 
     @property
     def total_ms(self) -> float:
@@ -145,16 +156,25 @@ def _cost(shard: Shard, optimizer: TableOptimizer, precision: Precision) -> Cost
     )
 
 
-def dense_part(shape: ModelShape, machine: Machine, batch_size_global: int) -> DensePart:
+def dense_part(
+    shape: ModelShape, machine: Machine, batch_size_global: int, dense_state_per_weight: int = 1
+) -> DensePart:
     """Estimate what the dense parts take, by their arithmetic.
 
     Args:
         shape: of the model.
         machine: its peak rate, of which matrix products of this size reach about half.
         batch_size_global: rows per step over all ranks.
+        dense_state_per_weight: float32 values that their optimizer keeps.
     """
-    weights = sum(product.inputs * product.outputs for product in shape.products if product.has_weight)
-    flops = shape.step_flops(-(-batch_size_global // machine.num_devices))
+    weights, rows = shape.num_weights, -(-batch_size_global // machine.num_devices)
+    flops = shape.step_flops(rows)
     link = machine.intra_host_bytes_per_s if machine.num_hosts == 1 else machine.inter_host_bytes_per_s
     sent_bytes = 2 * 4 * weights * (machine.num_devices - 1) / machine.num_devices  # a ring
-    return DensePart(1000 * flops / (MATRIX_EFFICIENCY * machine.float32_flops_per_s), 1000 * sent_bytes / link)
+    return DensePart(
+        compute_ms=1000 * flops / (MATRIX_EFFICIENCY * machine.float32_flops_per_s),
+        all_reduce_ms=1000 * sent_bytes / link,
+        multiply_adds=shape.multiply_adds,
+        weight_bytes=4 * weights * (2 + dense_state_per_weight),
+        activation_bytes=4 * rows * shape.num_activations,
+    )

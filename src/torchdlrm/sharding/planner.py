@@ -21,7 +21,7 @@ from torchrec.distributed.types import CacheParams, ShardingPlan
 from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchdlrm.config import Config, TableOptimizer
+from torchdlrm.config import DENSE_OPTIMIZERS, Config, TableOptimizer
 from torchdlrm.errors import DoesNotFitError
 from torchdlrm.model.build import meta_collection
 from torchdlrm.sharding.constraints import KINDS, TableConstraint, table_constraints
@@ -45,6 +45,7 @@ class PlanOptions:
         reserved_fraction: of each rank's memory, for what is not a table.
         constraints: rules as `torchdlrm.sharding.constraints` reads them.
         cache_fraction: GPUs may keep tables in host memory and cache this fraction of their rows; None: they may not.
+        dense_state_per_weight: float32 values that the optimizer of the dense parts keeps for each weight.
     """
 
     optimizer: TableOptimizer
@@ -52,6 +53,7 @@ class PlanOptions:
     reserved_fraction: float
     constraints: tuple[str, ...] = ()
     cache_fraction: float | None = None
+    dense_state_per_weight: int = 1
 
     @classmethod
     def of(cls, config: Config) -> "PlanOptions":
@@ -62,6 +64,7 @@ class PlanOptions:
             reserved_fraction=config.sharding.reserved_fraction,
             constraints=config.sharding.constraints,
             cache_fraction=config.sharding.cache_fraction,
+            dense_state_per_weight=DENSE_OPTIMIZERS[config.dense_optimizer.name].state_per_weight,
         )
 
 

@@ -15,6 +15,9 @@ from torchdlrm.sharding.planner import Found, PlanOptions, meta_tables, plan_sha
 from torchdlrm.sharding.tables import Precision, Table
 from torchdlrm.sharding.topology import Machine
 
+# Where the dense parts need all memory, so little is left for tables that none fit.
+_MAX_RESERVED_FRACTION = 0.9999
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -49,9 +52,24 @@ class Problem:
         return ModelShape(self.model, self.num_dense, len(self.tables) - in_two, self.architecture)
 
     @property
+    def dense(self) -> DensePart:
+        """What every rank does and holds besides its tables."""
+        options, measured = self.options, self.measured
+        found = dense_part(self.shape, self.machine, options.batch_size_global, options.dense_state_per_weight)
+        if measured is None:
+            return found
+        return replace(found, compute_ms=measured.compute_ms, all_reduce_ms=measured.all_reduce_ms)
+
+    @property
+    def searched_options(self) -> PlanOptions:
+        """The options, with as much memory reserved as the dense parts need, where that is more than was asked for."""
+        needed = min(_MAX_RESERVED_FRACTION, self.dense.total_bytes / self.machine.memory_bytes)
+        return replace(self.options, reserved_fraction=max(needed, self.options.reserved_fraction))
+
+    @property
     def usable_bytes(self) -> int:
         """Memory of each rank for tables, where they live by default."""
-        return int(self.machine.memory_bytes * (1 - self.options.reserved_fraction))
+        return int(self.machine.memory_bytes * (1 - self.searched_options.reserved_fraction))
 
     @property
     def table_bytes(self) -> int:
@@ -151,7 +169,7 @@ def solve(problem: Problem) -> Solution:
     found = plan_sharding(
         meta_tables(problem.tables, problem.precision),
         machine=problem.machine,
-        options=problem.options,
+        options=problem.searched_options,
         process_group=None,
         tables=problem.tables,
     )
@@ -170,7 +188,7 @@ def solution_of(problem: Problem, layout: Mapping[str, PlacedTable], found: Foun
         problem,
         layout,
         shard_costs(layout, problem.tables, problem.machine, problem.options, problem.precision),
-        problem.measured or dense_part(problem.shape, problem.machine, problem.options.batch_size_global),
+        problem.dense,
         found.lower_bound_ms if found else None,
         found.num_proposals if found else 0,
         found.search_s if found else 0.0,

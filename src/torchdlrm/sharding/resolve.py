@@ -37,7 +37,7 @@ def load_or_make_plan(
     """
     problem = _problem(tables_of(model), machine, config, shape)
     if saved_plan is None:
-        found = plan_sharding(model, machine=machine, options=problem.options, process_group=process_group)
+        found = plan_sharding(model, machine=machine, options=problem.searched_options, process_group=process_group)
         return found.plan, solution_of(problem, layout_of(found.plan), found)
     solution = _saved_solution(saved_plan, problem)
     return sharding_plan(solution.layout, model, machine), solution
@@ -65,8 +65,8 @@ def _saved_solution(path: Path, problem: Problem) -> Solution:
         msg = (
             f"{path}: the plan does not fit this machine: rank {fullest} would need {show_bytes(needed_bytes)} for its "
             f"tables with {problem.options.optimizer.name}, and has {show_bytes(problem.usable_bytes)} "
-            f"(sharding.reserved_fraction = {problem.options.reserved_fraction}); plan again for this machine and "
-            "optimizer"
+            f"(sharding.reserved_fraction = {problem.searched_options.reserved_fraction:.4g}); plan again for this "
+            "machine and optimizer"
         )
         raise PlanError(msg)
     return solution

@@ -1,5 +1,7 @@
 """What tables and the dense parts of a step are estimated to take."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
@@ -7,15 +9,29 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice
 
 from random_problems import problem
 from torchdlrm.config import TABLE_OPTIMIZERS, ModelConfig, TableOptimizerConfig, load_config
+from torchdlrm.errors import DoesNotFitError
 from torchdlrm.model.architecture import ModelShape
+from torchdlrm.model.eager import EagerModel
 from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.estimate import dense_part, shard_costs
 from torchdlrm.sharding.layout import PlacedShard, PlacedTable
 from torchdlrm.sharding.planner import PlanOptions
+from torchdlrm.sharding.problem import solve
 from torchdlrm.sharding.tables import Table
 from torchdlrm.sharding.topology import machine_of
 from torchdlrm.tables.module_on_cpu import TablesOnCpu
 from torchdlrm.tables.optimizers import fused_params
+
+INTERACTIONS = {
+    "dot": {},
+    "dcn": {"interaction": "dcn", "dcn_low_rank_dim": 20},
+    "gated dcn": {"interaction": "dcn", "dcn_low_rank_dim": 20, "dcn_gated": True},
+    "projection": {
+        "interaction": "projection",
+        "interaction_branch1_layer_sizes": (60, 48),
+        "interaction_branch2_layer_sizes": (64,),
+    },
+}
 
 
 def test_the_dense_parts_are_those_of_this_many_dense_features():
@@ -27,6 +43,56 @@ def test_the_dense_parts_are_those_of_this_many_dense_features():
     rate = 0.5 * machine.float32_flops_per_s
     assert found.compute_ms == pytest.approx(1000 * 6 * 50 * (weights + square) / rate)
     assert found.all_reduce_ms == pytest.approx(1000 * 4 * weights / machine.intra_host_bytes_per_s)
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_the_activations_are_what_autograd_keeps(interaction):
+    config = ModelConfig(
+        embedding_dim=16,
+        dense_arch_layer_sizes=(48, 16),
+        over_arch_layer_sizes=(40, 24, 1),
+        **INTERACTIONS[interaction],
+    )
+    shape, num_rows = ModelShape(config, num_dense=13, num_sparse=26), 512
+    model = EagerModel(shape, {f"f{i}": 3 for i in range(26)})
+    model.module.train()
+    ids = torch.zeros(26 * num_rows, dtype=torch.int64)
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.logits(
+            torch.rand(num_rows, 13),
+            ids,
+            torch.ones_like(ids),
+            torch.rand(num_rows, 26, 16, requires_grad=True),
+        )
+    weights = {weight.untyped_storage().data_ptr() for weight in model.module.parameters()}
+    kept_bytes = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+    assert 4 * num_rows * shape.num_activations == pytest.approx(kept_bytes, rel=0.02)
+
+
+def test_mlperfs_model_has_the_multiply_adds_that_its_layers_name():
+    """By hand: 13-512-256-128, three layers of 2 x 3,456 x 512, 3,456-1024-1024-512-256-1."""
+    config = ModelConfig(interaction="dcn", over_arch_layer_sizes=(1024, 1024, 512, 256, 1))
+    assert ModelShape(config, num_dense=13, num_sparse=26).multiply_adds == 170_496 + 10_616_832 + 5_243_136
+
+
+def test_dense_parts_that_need_more_than_is_reserved_leave_less_to_the_tables():
+    asked = problem([Table("t_0", 1000, 128)], devices=1, batch=900_000)
+    assert asked.dense.total_bytes < 0.15 * asked.machine.memory_bytes
+    assert asked.usable_bytes == int(0.85 * asked.machine.memory_bytes)
+    crossed = replace(asked, model=ModelConfig(interaction="dcn"))
+    assert crossed.usable_bytes == pytest.approx(crossed.machine.memory_bytes - crossed.dense.total_bytes)
+    assert crossed.dense.total_bytes > 0.15 * crossed.machine.memory_bytes
+    adam = crossed.with_options(dense_state_per_weight=2)
+    assert adam.dense.weight_bytes == pytest.approx(4 / 3 * crossed.dense.weight_bytes)
+    assert solve(replace(asked, model=ModelConfig(interaction="dcn"))).dense == crossed.dense
+    with pytest.raises(DoesNotFitError):
+        solve(replace(crossed, machine=replace(crossed.machine, hbm_bytes=crossed.dense.total_bytes // 2)))
 
 
 @pytest.mark.parametrize("name", TABLE_OPTIMIZERS)
