@@ -173,12 +173,8 @@ class CrossArchitecture(BuiltInArchitecture):
         return layer * (config.dcn_num_layers * (2 if config.dcn_gated else 1)), size
 
     def num_activations(self, shape: "ModelShape") -> int:
-        """Each layer also keeps what it multiplies x0 by, and with a gate the two factors of that."""
-        config = shape.config
-        per_layer = shape.flat_size
-        if config.dcn_gated:
-            per_layer += 2 * shape.flat_size - shape.flat_size  # the gate reads the layer's x, which is kept once
-        return super().num_activations(shape) + config.dcn_num_layers * per_layer
+        """Each layer also keeps W V x, and with a gate the gate; but x, which both of its first products read, once."""
+        return super().num_activations(shape) + shape.config.dcn_num_layers * shape.flat_size
 
 
 class ProjectionArchitecture(BuiltInArchitecture):

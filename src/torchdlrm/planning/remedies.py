@@ -15,6 +15,7 @@ from torchdlrm.units import show_bytes
 
 _CACHE_FRACTIONS = (0.2, 0.1, 0.05)
 _NUM_COLLISIONS = (4, 16, 64)
+_MAX_DEVICES = 1_024  # beyond which a search takes minutes
 _CAP_FRACTIONS = (0.98, 0.93, 0.85, 0.7, 0.5)
 
 
@@ -135,6 +136,8 @@ def _more_devices(problem: Problem) -> Remedy | None:
     per_host = machine.usual_devices_per_host
     least = max(machine.num_devices + 1, -(-problem.table_bytes // problem.usable_bytes))
     whole_hosts = -(-max(least, per_host) // per_host) * per_host
+    if least > _MAX_DEVICES:
+        return None
     candidates = [*range(least, per_host), *range(whole_hosts, whole_hosts + 4 * per_host, per_host)]
     for num_devices in candidates[:8]:
         larger = machine.resized(num_devices)

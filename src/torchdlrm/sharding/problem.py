@@ -69,7 +69,7 @@ class Problem:
     @property
     def usable_bytes(self) -> int:
         """Memory of each rank for tables, where they live by default."""
-        return int(self.machine.memory_bytes * (1 - self.searched_options.reserved_fraction))
+        return max(1, int(self.machine.memory_bytes * (1 - self.searched_options.reserved_fraction)))
 
     @property
     def table_bytes(self) -> int:
