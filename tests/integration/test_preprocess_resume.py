@@ -27,11 +27,13 @@ SCHEMA = FeatureSchema(
         LabelColumn(name="label"),
         WeightColumn(name="w"),
         LabelColumn(name="bought"),
-        DenseColumn(name="position", kind="int", transform="none"),
-        DenseColumn(name="price", kind="float", transform="standardize"),
+        DenseColumn(name="position", kind="int", transform="none", buckets=9),
+        DenseColumn(name="price", kind="float", transform="standardize", buckets="log_square", hash=30),
         SparseColumn(name="city", kind="string"),
         SparseColumn(name="item", kind="hex"),
-        SparseColumn(name="tags", kind="int", value_separator="|", max_values=3),
+        SparseColumn(
+            name="tags", kind="int", value_separator="|", max_values=3, buckets={"quantiles": 5}, min_count=99
+        ),
         SparseColumn(name="shop", kind="int", hash=50),
     ),
 )

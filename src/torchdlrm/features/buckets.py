@@ -71,15 +71,21 @@ class Buckets(BaseModel):
     def _as_setting(self) -> Any:
         if self.log_square:
             return LOG_SQUARE
-        if self.quantiles is None:
-            return list(self.boundaries or ())
-        fitted = {} if self.boundaries is None else {"boundaries": list(self.boundaries)}
-        return {"quantiles": self.quantiles, **fitted}
+        if self.boundaries is None:
+            return self.quantiles
+        boundaries = list(self.boundaries)
+        return boundaries if self.quantiles is None else {"quantiles": self.quantiles, "boundaries": boundaries}
+
+    def __str__(self) -> str:
+        """What was asked for, whether it is fitted or not."""
+        if self.log_square:
+            return LOG_SQUARE
+        return f"{self.quantiles} quantiles" if self.quantiles is not None else str(list(self.boundaries or ()))
 
     @property
-    def is_fitted(self) -> bool:
-        """Whether the buckets are known: quantiles are after the training rows were counted."""
-        return self.log_square or self.boundaries is not None
+    def are_fitted(self) -> bool:
+        """Whether the training rows say where the boundaries are."""
+        return self.quantiles is not None
 
     def fitted(self, boundaries: Sequence[float]) -> Self:
         """These quantiles with their boundaries."""

@@ -17,7 +17,7 @@ docs/preprocessing.md describes every key.
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
@@ -189,6 +189,11 @@ class SparseColumn(_FeatureColumn):
     def vocabulary_dtype(self) -> type[pl.DataType]:
         """The type of the values that get ids."""
         return KINDS[self.vocabulary_kind].dtype
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether its buckets are quantiles of the training rows."""
+        return self.buckets is not None and self.buckets.are_fitted
 
     def categories(self, values: pl.Series) -> pl.Series:
         """What gets ids: the column's values themselves (one a row), or which buckets they fall in."""
@@ -394,6 +399,16 @@ class FeatureSchema(_Frozen):
         return (
             len(self.labels) > 1 or self.weight is not None or any(column.buckets is not None for column in self.sparse)
         )
+
+    def with_boundaries(self, boundaries: Mapping[str, Sequence[float]]) -> Self:
+        """The schema with the boundaries of its quantiles, by the name of the sparse feature."""
+        fitted = {
+            feature.raw_name: feature.buckets.fitted(boundaries[feature.name])
+            for feature in self.sparse
+            if feature.buckets is not None and feature.needs_fit
+        }
+        changed = {name: {"buckets": buckets} for name, buckets in fitted.items()}
+        return self.with_columns([column.model_copy(update=changed.get(column.name)) for column in self.columns])
 
     def with_columns(self, columns: Sequence[Column]) -> Self:
         """The layout of a log to predict: its features are those of this schema, and what else it has may differ.

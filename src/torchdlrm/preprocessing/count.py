@@ -26,7 +26,7 @@ from torchdlrm.features.schema import SparseColumn
 from torchdlrm.features.transforms import Moments
 from torchdlrm.features.vocabulary import UNKNOWN_ID, VocabularyWriter, number_values, rank_counts, typed_values
 from torchdlrm.files import replacing
-from torchdlrm.preprocessing.read import ChunkFile, partitions_of
+from torchdlrm.preprocessing.read import ChunkFile, partitions_of, stored_categories
 from torchdlrm.preprocessing.work_folder import Result, Sections, write_sections
 
 
@@ -59,25 +59,38 @@ def count_values(
 
     `known`, where it is given, has values whose ids are fixed: they are left out.
     """
-    name = values.column.name
     frames = [pl.DataFrame(schema={"value": values.column.vocabulary_dtype, "count": pl.Int64})]
+    for frame in training_values(values, chunks, split):
+        if values.column.needs_fit:  # memory holds a few buckets, but not the numbers of all chunks
+            buckets = frame.with_columns(stored_categories(frame["value"], values.column))
+            frames.append(summed(buckets).collect())
+        else:
+            frames.append(frame)
+    kept = summed(pl.concat(frames)).filter(pl.col("count") >= min_count).collect()
+    del frames
+    if known is not None:
+        kept = kept.join(pl.DataFrame(_section(known, "ids")), on="value", how="anti", nulls_equal=True)
+    write_sections(target, {"counts": rank_counts(kept).to_arrow()})
+    return {"values": kept.height}
+
+
+def training_values(values: ValueRange, chunks: Sequence[ChunkFile], split: RowSplit) -> Iterator[pl.DataFrame]:
+    """For each chunk value and count (Int64, of its training rows) of the values of a range."""
     for chunk in chunks:
         if not chunk.rows_of_split[0]:
             continue
         with Sections(chunk.path) as sections:
             start, end = values.bounds(sections)
-            frame = pl.DataFrame(sections.table(f"values/{name}").slice(start, end - start))
+            frame = pl.DataFrame(sections.table(f"values/{values.column.name}").slice(start, end - start))
             if chunk.rows_of_split[0] < chunk.num_rows:
                 counts = _training_counts(values.column, chunk, split, sections)
                 frame = frame.with_columns(pl.Series("count", counts[start:end]))
-            frames.append(frame.with_columns(pl.col("count").cast(pl.Int64)))
-    counted = pl.concat(frames).lazy().filter(pl.col("count") > 0).group_by("value").agg(pl.col("count").sum())
-    del frames
-    kept = counted.filter(pl.col("count") >= min_count).collect()
-    if known is not None:
-        kept = kept.join(pl.DataFrame(_section(known, "ids")), on="value", how="anti", nulls_equal=True)
-    write_sections(target, {"counts": rank_counts(kept).to_arrow()})
-    return {"values": kept.height}
+            yield frame.with_columns(pl.col("count").cast(pl.Int64))
+
+
+def summed(frame: pl.DataFrame) -> pl.LazyFrame:
+    """The values of training rows, each once with its count."""
+    return frame.lazy().filter(pl.col("count") > 0).group_by("value").agg(pl.col("count").sum())
 
 
 def _training_counts(
@@ -201,7 +214,7 @@ def look_up_values(values: ValueRange, chunks: Sequence[ChunkFile], ids: Path, t
         with Sections(chunk.path) as sections:
             start, end = values.bounds(sections)
             found = sections.table(f"values/{values.column.name}").slice(start, end - start)
-            frames.append(pl.DataFrame(found.select(["value"])))
+            frames.append(stored_categories(pl.Series("value", found["value"]), values.column).to_frame())
             starts.append(starts[-1] + end - start)
     table = pl.DataFrame(_section(ids, "ids"))
     looked_up = (

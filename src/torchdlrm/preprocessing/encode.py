@@ -21,7 +21,7 @@ from torchdlrm.features.schema import FeatureSchema, SparseColumn
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_hash import hashed_ids
 from torchdlrm.files import replacing
-from torchdlrm.preprocessing.read import ChunkFile, smallest_type
+from torchdlrm.preprocessing.read import ChunkFile, smallest_type, stored_categories
 from torchdlrm.preprocessing.tally import Tally, dense_bins
 from torchdlrm.preprocessing.work_folder import Result, Sections
 
@@ -166,7 +166,7 @@ def _ids_of_values(encoding: Encoding, column: SparseColumn, number: int, sectio
     """The id of each distinct value of the chunk: int32 [D]."""
     if column.hash is not None:
         values = pl.Series(sections.table(f"values/{column.name}")["value"])
-        return hashed_ids(values, column.hash)
+        return hashed_ids(stored_categories(values, column), column.hash)
     pieces = []
     for path in encoding.ids[column.name]:
         with Sections(path) as file:

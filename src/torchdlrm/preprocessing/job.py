@@ -9,8 +9,8 @@ Every task's result is in the work folder's journal, and what a task needs of ot
 their files: so a job resumes wherever it was interrupted.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from torchdlrm.preprocessing.encode import Encoding, Parts, encode_group, write_
 from torchdlrm.preprocessing.executors import Task, Workers
 from torchdlrm.preprocessing.options import BASE_BYTES, PreprocessOptions
 from torchdlrm.preprocessing.place import place_chunks
+from torchdlrm.preprocessing.quantiles import fit_boundaries
 from torchdlrm.preprocessing.read import ChunkFile, ReadTask, read_chunk, unpack
 from torchdlrm.preprocessing.sizing import BYTES_A_VALUE, bytes_a_row, part_memory_bytes
 from torchdlrm.preprocessing.tally import Tally
@@ -194,21 +195,26 @@ class Job:
         self, split: RowSplit, chunks: Sequence[ChunkFile], read: Sequence[Result]
     ) -> tuple[dict[str, SparseRecord], dict[str, list[Path]]]:
         """The sparse features as they stand in the manifest, and the files of the ids of their values."""
+        num_values = sum(
+            result["num_values"][column.name] for result in read for column in self.schema.sparse if column.hash is None
+        )
+        self.progress.start_phase("count", 2 * num_values, "values")
+        self._fit_quantiles(split, chunks, read)
         counted = [column for column in self.schema.sparse if column.hash is None]
         ranges = {column.name: self._ranges(column, read) for column in counted}
-        num_values = sum(result["num_values"][column.name] for result in read for column in counted)
-        self.progress.start_phase("count", 2 * num_values, "values")
+        counted_ranges = {name: self._counted_ranges(found) for name, found in ranges.items()}
         counts_anything = self.known is None or self.options.extend_vocabulary
         if self.known is not None:
-            tasks = [self._spread_task(column, ranges[column.name]) for column in counted]
+            tasks = [self._spread_task(column, counted_ranges[column.name]) for column in counted]
             list(self.workers.run(tasks, self.work))
-        tasks = self._count_tasks(counted, ranges, split, chunks) if counts_anything else []
+        tasks = self._count_tasks(counted, counted_ranges, split, chunks) if counts_anything else []
         for done, _ in enumerate(self.workers.run(tasks, self.work)):
             self.progress.advance(num_values * (done + 1) // len(tasks) - num_values * done // len(tasks))
         if not tasks:
             self.progress.advance(num_values)
         if counts_anything:
-            list(self.workers.run([self._rank_task(column, ranges[column.name]) for column in counted], self.work))
+            tasks = [self._rank_task(column, counted_ranges[column.name]) for column in counted]
+            list(self.workers.run(tasks, self.work))
         tasks = [
             Task(
                 f"look-up-{values.name}",
@@ -234,8 +240,26 @@ class Job:
         edges = [i * partitions // count for i in range(count + 1)]
         return [ValueRange(column, i, edges[i], edges[i + 1]) for i in range(count)]
 
+    def _counted_ranges(self, ranges: list[ValueRange]) -> list[ValueRange]:
+        """The ranges whose values are counted by themselves; equal buckets of numbers may be in all of them."""
+        column = ranges[0].column
+        return [ValueRange(column, 0, 0, self.work.sizing.num_partitions)] if column.needs_fit else ranges
+
+    def _fit_quantiles(self, split: RowSplit, chunks: Sequence[ChunkFile], read: Sequence[Result]) -> None:
+        """Enter the boundaries of quantiles into the schema, by the training rows or as in the known dataset."""
+        boundaries: Mapping[str, Sequence[float]]
+        if self.known is None:
+            ranges = {column.name: self._ranges(column, read) for column in self.schema.sparse if column.needs_fit}
+            boundaries = fit_boundaries(ranges, chunks, split, self.work, self.workers)
+        else:
+            features = self.known.schema.sparse
+            boundaries = {feature.name: feature.buckets.boundaries or () for feature in features if feature.buckets}
+        self.schema = self.schema.with_boundaries(boundaries)
+
     def _table(self, values: ValueRange) -> Path:
-        return self.work.path / "counts" / f"{values.name}-ids"
+        """Value and id of the values of a range; of buckets, which are few, there is one for all ranges."""
+        first = replace(values, index=0) if values.column.needs_fit else values
+        return self.work.path / "counts" / f"{first.name}-ids"
 
     def _known_table(self, values: ValueRange) -> Path:
         return (

@@ -171,7 +171,7 @@ def _open_known(path: Path, schema: FeatureSchema) -> Dataset:
 
 def _numbering(column: SparseColumn) -> str:
     """What the values that get ids are, and whether by a hash."""
-    buckets = "" if column.buckets is None else f", buckets {column.buckets.model_dump(exclude={'boundaries'})}"
+    buckets = "" if column.buckets is None else f", buckets {column.buckets}"
     return f"kind {column.kind}, hash {column.hash}{buckets}"
 
 

@@ -6,7 +6,8 @@ The chunk's file holds the tables
                  int64; for each sparse column the codes of its values, or for a multi-valued one how many values each
                  row has
     codes/f      the codes of a multi-valued column, one row after the other
-    values/f     the D distinct values of column f: value, count (of all rows of the chunk), by partition
+    values/f     the D distinct values of column f: value, count (of all rows of the chunk), by partition; the buckets
+                 of numbers, but the numbers themselves where the training rows will say what the buckets are
     bounds/f     where each partition of these values starts, when there is more than one
 """
 
@@ -122,7 +123,8 @@ def encode_column(
     flat = column
     if about.is_multi_valued:
         flat = column.drop_nulls().explode(empty_as_null=False)
-    flat = about.categories(flat)
+    if not about.needs_fit:
+        flat = about.categories(flat)
     encoded = pc.dictionary_encode(flat.to_arrow(), null_encoding="encode")  # hashes every value once
     values, codes = pl.Series(flat.name, encoded.dictionary, dtype=flat.dtype), encoded.indices.to_numpy()
     counts = np.bincount(codes, minlength=len(values)).astype(np.int32)
@@ -140,6 +142,11 @@ def encode_column(
     return column.list.len().fill_null(0).cast(pl.UInt32)
 
 
+def stored_categories(values: pl.Series, column: SparseColumn) -> pl.Series:
+    """What gets ids of the values that a chunk's file holds, once buckets are fitted."""
+    return column.categories(values) if column.needs_fit else values
+
+
 def _by_partition(values: pl.Series, num_partitions: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
     """The order of values by partition, int64 [D]; and where each partition starts, int32 [num_partitions + 1]."""
     partitions = partitions_of(values, num_partitions)
@@ -149,6 +156,8 @@ def _by_partition(values: pl.Series, num_partitions: int) -> tuple[npt.NDArray[n
 
 def partitions_of(values: pl.Series, num_partitions: int) -> npt.NDArray[np.uint16]:
     """The partition of each value, by its hash: uint16 [D]; `num_partitions` is a power of two, at most 65,536."""
+    if values.dtype == pl.Float64:
+        values = values.reinterpret(dtype=pl.Int64)
     return ((hash_values(values) >> np.uint64(48)) * np.uint64(num_partitions) >> np.uint64(16)).astype(np.uint16)
 
 
