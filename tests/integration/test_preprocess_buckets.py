@@ -12,7 +12,7 @@ import pytest
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
 from torchdlrm.features.encode import encode
-from torchdlrm.features.schema import FeatureSchema, load_schema
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 COLUMNS = [
@@ -139,4 +139,3 @@ def test_ids_are_those_of_plain_python_and_another_log_keeps_them(tmp_path):
 
 def test_a_dataset_without_buckets_is_written_as_older_versions_read_it(small_dataset):
     assert Dataset.open(small_dataset.path).manifest.format_version == 1
-    assert not load_schema("criteo").has_buckets
