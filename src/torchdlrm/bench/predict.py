@@ -1,6 +1,6 @@
 """Measures predictions: the served model and TorchRec's own modules with the same weights, and from raw rows.
 
-Competitors run interleaved, each in its own process: TorchRec's DLRM as it is trained (eager, float32), the same after
+Competitors run interleaved, each in its own process: TorchRec's class as it is trained (eager, float32), the same after
 `torchrec.inference.modules.quantize_embeddings` (int8), and the served model at several precisions, all on encoded
 batches; and what `dlrm predict` does, from a log of text to a file of scores.
 
@@ -22,11 +22,12 @@ from torchrec.inference.modules import quantize_embeddings
 
 from torchdlrm.bench.interleaved import Competitor, Step, take_turns
 from torchdlrm.bench.random_bundle import write_random_bundle, write_random_log
-from torchdlrm.bench.upstream import random_rows, torchrec_dlrm, torchrec_kjt
+from torchdlrm.bench.upstream import check_torchrec_has, random_rows, torchrec_dlrm, torchrec_kjt
 from torchdlrm.bundle import DensePrecision, TablePrecision
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.served_model import ServedModel
+from torchdlrm.config import ModelConfig
 from torchdlrm.prediction.files import predict_file
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
@@ -67,6 +68,7 @@ class PredictBenchmark:
 
 
 def benchmark_predict(
+    config: ModelConfig,
     *,
     num_tables: int,
     rows_per_table: int,
@@ -77,15 +79,19 @@ def benchmark_predict(
     folder: Path | None = None,
     progress: ProgressListener = SILENT,
 ) -> PredictBenchmark:
-    """Measure predictions of the paper's model with random weights: of random batches in memory, and of a random log.
+    """Measure predictions of a model with random weights: of random batches in memory, and of a random log.
 
     The arguments are those of `dlrm bench predict`; `folder` needs 7 bytes a weight and 270 a row of the log.  One
     round more is run than counts: the first warms up.
+
+    Raises:
+        ConfigError: TorchRec has no such model to compare with.
     """
+    check_torchrec_has(config)
     sizes = {f"cat_{i}": rows_per_table for i in range(num_tables)}
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         bundles = {
-            precision: write_random_bundle(Path(scratch) / precision, sizes, precision)
+            precision: write_random_bundle(Path(scratch) / precision, sizes, precision, config)
             for precision in dict.fromkeys(tables for tables, _ in SERVED)
         }
         float32 = bundles["float32"]
@@ -96,7 +102,7 @@ def benchmark_predict(
         for tables, dense in SERVED:
             name = f"served, {tables} tables, {dense} products"
             competitors[name] = Competitor(served_step, bundles[tables], batch_rows, dense, nproc=1, device="cpu")
-        raw = write_random_bundle(Path(scratch) / "raw", sizes, "int8", for_raw_rows=True)
+        raw = write_random_bundle(Path(scratch) / "raw", sizes, "int8", config, for_raw_rows=True)
         log = write_random_log(Path(scratch) / "log.tsv", sizes, log_rows)
         competitors[FROM_LOG] = Competitor(from_log_step, raw, log, nproc=1, device="cpu")
         rows = dict.fromkeys(competitors, batch_rows * batches_per_round) | {FROM_LOG: log_rows}
@@ -147,7 +153,7 @@ def quantized_step(_: Ranks, bundle_path: Path, batch_rows: int) -> Step:
 
 
 def torchrec_model(bundle: Bundle) -> Any:
-    """TorchRec's own DLRM with the weights of a float32 bundle."""
+    """TorchRec's own class of the model, with the weights of a float32 bundle."""
     num_embeddings = {name: record.num_embeddings for name, record in bundle.manifest.sparse.items()}
     cpu = torch.device("cpu")
     model = torchrec_dlrm(bundle.shape, num_embeddings, tables=cpu, dense=cpu)

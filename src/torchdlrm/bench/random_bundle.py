@@ -1,4 +1,4 @@
-"""Writes a bundle of the paper's model with random weights, and a log of raw rows that it can predict.
+"""Writes a bundle of a model with random weights, and a log of raw rows that it can predict.
 
 In: the rows of each table.  Out: a bundle's folder; and text in Criteo's layout whose values the bundle's vocabularies
 have, uniform over them, which is the hardest case for the caches.
@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchdlrm.bundle import TablePrecision
-from torchdlrm.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, BundleManifest, Origin, ServedFeature, StoredFile
+from torchdlrm.bundle.manifest import (
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    BundleManifest,
+    Origin,
+    ServedFeature,
+    StoredFile,
+    oldest_version,
+)
 from torchdlrm.bundle.weights_file import BLOCK_BYTES
 from torchdlrm.bundle.write import write_weights
 from torchdlrm.config import ModelConfig
@@ -34,9 +42,9 @@ _MAX_COUNT = 1000
 class _RandomWeights:
     """Weights as a fresh model has them; rows of tables are drawn when they are asked for."""
 
-    def __init__(self, sizes: dict[str, int]) -> None:
+    def __init__(self, sizes: dict[str, int], config: ModelConfig) -> None:
         torch.manual_seed(0)
-        shape = ModelShape(ModelConfig(), NUM_CRITEO_DENSE, len(sizes))
+        shape = ModelShape(config, NUM_CRITEO_DENSE, len(sizes))
         model = build_model(shape, sizes, torch.device("cpu")).model
         self._weights = model.state_dict()
         self.shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
@@ -51,14 +59,22 @@ class _RandomWeights:
 
 
 def write_random_bundle(
-    path: Path, sizes: dict[str, int], precision: TablePrecision, *, for_raw_rows: bool = False
+    path: Path,
+    sizes: dict[str, int],
+    precision: TablePrecision,
+    config: ModelConfig | None = None,
+    *,
+    for_raw_rows: bool = False,
 ) -> Path:
     """Write a bundle whose tables have so many rows, at `path`, where nothing may be.
+
+    `config` is the paper's model when not given.
 
     `for_raw_rows` gives it a vocabulary of each feature, for rows of `write_random_log`; otherwise its values are ids.
     """
     path.mkdir()
-    weights = _RandomWeights(sizes)
+    config = config or ModelConfig()
+    weights = _RandomWeights(sizes, config)
     stored, block_sha256 = write_weights(weights, dict.fromkeys(sizes, precision), path / WEIGHTS_NAME, SILENT)
     files = {WEIGHTS_NAME: stored}
     sparse = {
@@ -85,12 +101,14 @@ def write_random_bundle(
         *dense,
         *(SparseColumn(name=name, kind="hex" if for_raw_rows else "int") for name in sizes),
     )
+    schema = FeatureSchema(name="random", columns=columns)
     manifest = BundleManifest(
         name="random",
-        feature_schema=FeatureSchema(name="random", columns=columns),
+        feature_schema=schema,
         dense={column.name: TRANSFORMS[column.transform].fit(None) for column in dense},
         sparse=sparse,
-        model=ModelConfig(),
+        format_version=oldest_version(schema, config, None),
+        model=config,
         dense_precision="float32",
         source=Origin(run="random", step=0, dataset_sha256="", versions={}),
         check=None,

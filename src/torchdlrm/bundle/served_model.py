@@ -9,13 +9,13 @@ B rows, F sparse features, D embedding dimension, M slots for vectors (F + 1, or
 layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import linear
 
 from torchdlrm.bundle import DensePrecision
 from torchdlrm.bundle.bundle import Bundle
@@ -24,8 +24,8 @@ from torchdlrm.bundle.table_lookup import TableLookup
 from torchdlrm.errors import BundleError
 from torchdlrm.features.tables import divisors
 from torchdlrm.model import table_weight
-from torchdlrm.model.architecture import FastInteraction
 from torchdlrm.model.precision import Precision, precision_of_processor
+from torchdlrm.model.served import FastInteraction, PackedLinear, ServedWeights, run_layers
 
 _CHUNK_BYTES = 16 * 2**20
 _MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 256, 8192
@@ -53,12 +53,11 @@ class ServedModel:
             precision_of_processor() if allowed == "bfloat16" else Precision(torch.float32, "the bundle says so")
         )
         self._num_dense = len(bundle.schema.dense)
-        fast = bundle.shape.architecture.fast_interaction(bundle.shape, self.precision.dtype)
-        self._chunk_rows = _chunk_rows(bundle, fast, self.precision.dtype)
+        self._chunk_rows = _chunk_rows(bundle, self.precision.dtype)
+        weights = ServedWeights(partial(_weight, bundle), self.precision.dtype, self._chunk_rows)
+        fast = bundle.shape.architecture.fast_interaction(bundle.shape, weights)
         self._forward: Forward = (
-            _eager_forward(bundle, self.precision.dtype)
-            if fast is None
-            else _fast_forward(bundle, fast, self.precision.dtype, self._chunk_rows)
+            _eager_forward(bundle, self.precision.dtype) if fast is None else _fast_forward(bundle, fast, weights)
         )
 
     @property
@@ -87,20 +86,21 @@ class ServedModel:
         return logits_B.numpy()
 
 
-def _fast_forward(bundle: Bundle, interaction: FastInteraction, dtype: torch.dtype, chunk_rows: int) -> Forward:
+def _fast_forward(bundle: Bundle, interaction: FastInteraction, weights: ServedWeights) -> Forward:
     """Dense arch, fast interaction, over arch: weights packed once, and nothing copied that need not be."""
     dense, over = _layers(bundle)
     over[0] = (interaction.spread(over[0][0]), over[0][1])
+    dtype, batch_rows = weights.dtype, weights.batch_rows
     num_dense, lookup = len(bundle.schema.dense), TableLookup(bundle, dtype, interaction.num_slots)
-    dense_arch = [_PackedLinear(*layer, dtype, relu=True, batch_rows=chunk_rows) for layer in dense]
-    over_arch = [_PackedLinear(*layer, dtype, relu=layer is not over[-1], batch_rows=chunk_rows) for layer in over]
+    dense_arch = [PackedLinear(*layer, dtype, relu=True, batch_rows=batch_rows) for layer in dense]
+    over_arch = [PackedLinear(*layer, dtype, relu=layer is not over[-1], batch_rows=batch_rows) for layer in over]
 
     def forward(rows: EncodedRows) -> Tensor:
         vectors_BMD = lookup(rows)
         # Without dense features the input is a 1, see `torchdlrm.model.dlrm.ConstantArch`.
         dense = np.ascontiguousarray(rows.dense) if num_dense else np.ones((rows.num_rows, 1), np.float32)
-        vectors_BMD[:, 0] = _run(dense_arch, torch.from_numpy(dense).to(dtype))
-        return _run(over_arch, interaction.interact(vectors_BMD)).squeeze(1)
+        vectors_BMD[:, 0] = run_layers(dense_arch, torch.from_numpy(dense).to(dtype))
+        return run_layers(over_arch, interaction.interact(vectors_BMD)).squeeze(1)
 
     return forward
 
@@ -115,9 +115,7 @@ def _eager_forward(bundle: Bundle, dtype: torch.dtype) -> Forward:
     tables = {table_weight(table.key) for table in model.tables}
     by_table = divisors(bundle.manifest.model, list(num_embeddings))
     shapes = {name: shape for name, shape in model.weight_shapes.items() if name not in tables}
-    for name, shape in shapes.items():
-        bundle.weights.require(name, "F32", shape)
-    model.module.load_state_dict({name: bundle.weights.tensor(name) for name in shapes})
+    model.module.load_state_dict({name: _weight(bundle, name, shape) for name, shape in shapes.items()})
 
     def forward(rows: EncodedRows) -> Tensor:
         ids, lengths = map(torch.from_numpy, rows.split(by_table).flat())
@@ -128,41 +126,10 @@ def _eager_forward(bundle: Bundle, dtype: torch.dtype) -> Forward:
     return forward
 
 
-class _PackedLinear:
-    """A linear layer, and a ReLU where it has one, its weight packed once as the processor's matrix kernels want it.
-
-    oneDNN reorders a weight for every product unless it is given one that it has reordered before; so do the graphs
-    that `torch.compile` freezes, by the same two operators.  Bias and ReLU are part of the product.
-
-    Args:
-        weight: float32 [O, I].
-        bias: float32 [O].
-        dtype: of inputs and outputs; inside, products are added up in float32.
-        relu: whether there is one.
-        batch_rows: the usual B; others work too.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, *, relu: bool, batch_rows: int) -> None:
-        self._relu = relu
-        self._bias = bias.to(dtype, copy=True)
-        self._weight = weight.to(dtype, copy=True)
-        self._is_packed = torch.backends.mkldnn.is_available()
-        if self._is_packed:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, batch_rows)
-
-    def __call__(self, inputs_BI: Tensor) -> Tensor:
-        """Maps [B, I] to [B, O]."""
-        if self._is_packed:
-            activation = "relu" if self._relu else "none"
-            return torch.ops.mkldnn._linear_pointwise(inputs_BI, self._weight, self._bias, activation, [], "")
-        outputs_BO = linear(inputs_BI, self._weight, self._bias)
-        return outputs_BO.relu_() if self._relu else outputs_BO
-
-
-def _run(layers: Sequence[_PackedLinear], inputs_BI: Tensor) -> Tensor:
-    for layer in layers:
-        inputs_BI = layer(inputs_BI)
-    return inputs_BI
+def _weight(bundle: Bundle, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A float32 weight; raises BundleError where there is none of this shape."""
+    bundle.weights.require(name, "F32", shape)
+    return bundle.weights.tensor(name)
 
 
 def _layers(bundle: Bundle) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
@@ -173,9 +140,9 @@ def _layers(bundle: Bundle) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Ten
         for product in bundle.shape.architecture.products(bundle.shape)
         if product.has_weight
     ]
-    num_dense = len(config.dense_arch_layer_sizes)
+    num_dense, num_over = len(config.dense_arch_layer_sizes), len(config.over_arch_layer_sizes)
     found = []
-    for arch, expected in (("dense_arch", sizes[:num_dense]), ("over_arch", sizes[num_dense:])):
+    for arch, expected in (("dense_arch", sizes[:num_dense]), ("over_arch", sizes[-num_over:])):
         names = [name for name in weights.shapes if name.startswith(f"{arch}.") and name.endswith(".weight")]
         layers = [(weights.tensor(name), weights.tensor(name.removesuffix("weight") + "bias")) for name in names]
         shapes = [tuple(weight.shape) for weight, _ in layers]
@@ -189,12 +156,7 @@ def _layers(bundle: Bundle) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Ten
     return found[0], found[1]
 
 
-def _chunk_rows(bundle: Bundle, fast: FastInteraction | None, dtype: torch.dtype) -> int:
+def _chunk_rows(bundle: Bundle, dtype: torch.dtype) -> int:
     """So many rows that what lies between the layers stays in the caches."""
-    config = bundle.shape.config
-    numbers = sum(config.dense_arch_layer_sizes) + sum(config.over_arch_layer_sizes)
-    if fast is not None:
-        numbers += fast.num_slots * (config.embedding_dim + fast.num_slots) + fast.output_size
-    else:
-        numbers += sum(product.rows * product.outputs for product in bundle.shape.products)
+    numbers = bundle.shape.flat_size + sum(product.rows * product.outputs for product in bundle.shape.products)
     return max(_MIN_CHUNK_ROWS, min(_MAX_CHUNK_ROWS, _CHUNK_BYTES // (numbers * dtype.itemsize)))

@@ -96,7 +96,7 @@ def step(
 
 @bench.command
 def predict(
-    *,
+    *config: Overrides,
     num_tables: Positive = 26,
     rows_per_table: Positive = 100_000,
     batch_rows: Positive = 2048,
@@ -106,9 +106,10 @@ def predict(
     folder: Path | None = None,
     as_json: Json = False,
 ) -> None:
-    """Time predictions of the paper's model: the served model and TorchRec's own, interleaved.
+    """Time predictions of a model with random weights: the served model and TorchRec's own, interleaved.
 
     Args:
+        *config: TOML file, the paper's model without it; then keys of `model` to override by their dotted names.
         num_tables: Sparse features, each with a table.
         rows_per_table: Rows of each table.
         batch_rows: Rows of a batch.
@@ -118,10 +119,13 @@ def predict(
         folder: Where to keep the weights meanwhile; the system's folder for temporary files when not given.
         as_json: Print one JSON object on standard output.
     """
+    settings = load_config(*split_config(config))
+
     from torchdlrm.bench.predict import benchmark_predict
 
     with progress_bars("") as progress:
         result = benchmark_predict(
+            settings.model,
             num_tables=num_tables,
             rows_per_table=rows_per_table,
             batch_rows=batch_rows,

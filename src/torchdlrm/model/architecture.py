@@ -13,14 +13,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchdlrm.config import InteractionName, ModelConfig
 from torchdlrm.features.tables import check_features
 from torchdlrm.model.interaction import PairLayout, dot_output_size
+from torchdlrm.model.served import FastInteraction, ServedCrossNet, ServedProjection, ServedWeights
 
 if TYPE_CHECKING:
     from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -52,26 +53,6 @@ class Product:
         return self.rows * self.inputs * self.outputs
 
 
-class FastInteraction(Protocol):
-    """An interaction as it is served: reads the vectors where the lookup has put them.
-
-    The over arch's first weight may be laid out in another way than in training, to suit `interact`.
-
-    Attributes:
-        num_slots: vectors of a row; the dense one comes first, then the embeddings, and what is left is zero.
-        output_size: numbers of a row that the over arch reads.
-    """
-
-    num_slots: int
-    output_size: int
-
-    def interact(self, vectors_BMD: Tensor) -> Tensor:
-        """Maps [B, num_slots, D] to [B, output_size]."""
-
-    def spread(self, weight: Tensor) -> Tensor:
-        """The over arch's first weight of training, [O, inputs], for inputs in this layout: [O, output_size]."""
-
-
 class Architecture(ABC):
     """How a dense vector and F embeddings become a logit."""
 
@@ -99,12 +80,12 @@ class Architecture(ABC):
             for product in self.products(shape)
         )
 
-    def fast_interaction(self, shape: "ModelShape", dtype: torch.dtype) -> FastInteraction | None:
-        """The interaction as it is served in `dtype`, between a dense arch and an over arch of plain layers.
+    def fast_interaction(self, shape: "ModelShape", weights: ServedWeights) -> FastInteraction | None:
+        """The interaction as it is served, between a dense arch and an over arch of plain layers.
 
         None: the model's own forward serves it (`torchdlrm.model.eager`), which any model can do, but not as fast.
         """
-        del shape, dtype
+        del shape, weights
         return None
 
 
@@ -156,9 +137,9 @@ class DotArchitecture(BuiltInArchitecture):
         square = Product(num_vectors, dim, num_vectors, has_weight=False, num_gradients=1)
         return [square], dot_output_size(shape.num_sparse, dim)
 
-    def fast_interaction(self, shape: "ModelShape", dtype: torch.dtype) -> FastInteraction:
+    def fast_interaction(self, shape: "ModelShape", weights: ServedWeights) -> FastInteraction:
         """Picks the pairs out of the square, two at a time in bfloat16."""
-        return PairLayout(shape.num_sparse + 1, shape.config.embedding_dim, dtype)
+        return PairLayout(shape.num_sparse + 1, shape.config.embedding_dim, weights.dtype)
 
 
 class CrossArchitecture(BuiltInArchitecture):
@@ -175,6 +156,12 @@ class CrossArchitecture(BuiltInArchitecture):
     def num_activations(self, shape: "ModelShape") -> int:
         """Each layer also keeps W V x, and with a gate the gate; but x, which both of its first products read, once."""
         return super().num_activations(shape) + shape.config.dcn_num_layers * shape.flat_size
+
+    def fast_interaction(self, shape: "ModelShape", weights: ServedWeights) -> FastInteraction:
+        """The cross net with packed weights."""
+        config = shape.config
+        net = shape.num_sparse + 1, shape.flat_size, config.dcn_num_layers, config.dcn_low_rank_dim
+        return ServedCrossNet(*net, gated=config.dcn_gated, weights=weights)
 
 
 class ProjectionArchitecture(BuiltInArchitecture):
@@ -193,6 +180,12 @@ class ProjectionArchitecture(BuiltInArchitecture):
     def num_activations(self, shape: "ModelShape") -> int:
         """The vectors, which both branches read, are kept once."""
         return super().num_activations(shape) - shape.flat_size
+
+    def fast_interaction(self, shape: "ModelShape", weights: ServedWeights) -> FastInteraction:
+        """The branches with packed weights."""
+        config = shape.config
+        branches = config.interaction_branch1_layer_sizes or (), config.interaction_branch2_layer_sizes or ()
+        return ServedProjection(shape.num_sparse + 1, config.embedding_dim, branches, weights)
 
 
 ARCHITECTURES: Mapping[InteractionName, Architecture] = {
