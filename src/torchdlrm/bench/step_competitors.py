@@ -42,7 +42,19 @@ def shape_of(config: Config, num_embeddings: dict[str, int]) -> ModelShape:
 
 
 def our_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype) -> Step:
-    """What `dlrm train` does in a step."""
+    """What `dlrm train` does in a step, on random batches."""
+    pipeline, names = our_pipeline(ranks, config, num_embeddings, dtype), list(num_embeddings)
+    batches = [
+        Batch(torch.from_numpy(dense), single_valued_kjt(names, ids_FB), torch.from_numpy(labels_B))
+        for dense, ids_FB, labels_B in random_batches(ranks, config, num_embeddings)
+    ]
+    return steps_of(pipeline, batches, ranks)
+
+
+def our_pipeline(
+    ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype
+) -> TrainPipelineSparseDist:
+    """What `dlrm train` gives its batches to."""
     keep_freed_memory()
     set_threads(config, shape_of(config, num_embeddings), ranks)
     allow_tf32(config.train, ranks.device)
@@ -50,13 +62,7 @@ def our_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype
         config, shape_of(config, num_embeddings), num_embeddings=num_embeddings, dense_sample=None, ranks=ranks
     ).module
     optimizer = build_optimizer(model, config.dense_optimizer)
-    pipeline = build_pipeline(model, optimizer, dtype=dtype, ranks=ranks)
-    names = list(num_embeddings)
-    batches = [
-        Batch(torch.from_numpy(dense), single_valued_kjt(names, ids_FB), torch.from_numpy(labels_B))
-        for dense, ids_FB, labels_B in random_batches(ranks, config, num_embeddings)
-    ]
-    return _steps_of(pipeline, batches, ranks)
+    return build_pipeline(model, optimizer, dtype=dtype, ranks=ranks)
 
 
 def host_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype) -> Step:
@@ -68,7 +74,17 @@ def host_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtyp
 
 
 def torchrec_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) -> Step:
-    """TorchRec's own model, batch, sharder and pipeline, as its examples put them together."""
+    """A step of plain TorchRec on random batches of its own kind."""
+    pipeline = torchrec_pipeline(ranks, config, num_embeddings)
+    batches = [
+        TorchRecBatch(torch.from_numpy(dense), torchrec_kjt(num_embeddings, ids_FB), torch.from_numpy(labels_B))
+        for dense, ids_FB, labels_B in random_batches(ranks, config, num_embeddings)
+    ]
+    return steps_of(pipeline, batches, ranks)
+
+
+def torchrec_pipeline(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) -> TrainPipelineSparseDist:
+    """TorchRec's own model, sharder and pipeline, as its examples put them together."""
     allow_tf32(config.train, ranks.device)
     dlrm = torchrec_dlrm(
         shape_of(config, num_embeddings), num_embeddings, tables=torch.device("meta"), dense=ranks.device
@@ -95,17 +111,12 @@ def torchrec_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) 
     dense_optimizer = KeyedOptimizerWrapper(
         dense, lambda params: torch.optim.Adagrad(params, lr=config.dense_optimizer.learning_rate)
     )
-    pipeline = TrainPipelineSparseDist(
+    return TrainPipelineSparseDist(
         model, CombinedOptimizer([fused, dense_optimizer]), ranks.device, execute_all_batches=True
     )
-    batches = [
-        TorchRecBatch(torch.from_numpy(dense), torchrec_kjt(num_embeddings, ids_FB), torch.from_numpy(labels_B))
-        for dense, ids_FB, labels_B in random_batches(ranks, config, num_embeddings)
-    ]
-    return _steps_of(pipeline, batches, ranks)
 
 
-def _steps_of(pipeline: TrainPipelineSparseDist, batches: list[TorchRecBatch], ranks: Ranks) -> Step:
+def steps_of(pipeline: TrainPipelineSparseDist, batches: list[TorchRecBatch], ranks: Ranks) -> Step:
     """Step through the batches again and again, from page-locked memory where a GPU fetches them."""
     if ranks.device.type == "cuda":
         batches = [batch.pin_memory() for batch in batches]
