@@ -39,7 +39,7 @@ from torchdlrm.training.compute import choose_precision
 from torchdlrm.training.processes.device import rank_device
 from torchdlrm.training.processes.process_group import Ranks
 
-_MAX_BATCHES, _MIN_STEPS = 16, 3
+_MAX_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,8 @@ def measure(dataset: Dataset, config: Config, nproc: int, rounds: int) -> Measur
         "torchrec": Competitor(torchrec_step, dataset.path, config, nproc=nproc, device="cpu"),
     }
     assert all(competitor.num_threads for competitor in competitors.values())  # both are built
-    competitors["torchrec"].choose_threads()
     num_threads = {name: competitor.num_threads for name, competitor in competitors.items()}
-    steps = {name: enough_steps(competitor, at_least=_MIN_STEPS) for name, competitor in competitors.items()}
+    steps = {name: enough_steps(competitor, at_least=1) for name, competitor in competitors.items()}
     turns = take_turns("multi-hot", competitors, steps, rounds, SILENT)
     seconds = {name: [turn_s / steps[name] for turn_s in turns[name]] for name in turns}
     num_rows = config.train.batch_size_global
