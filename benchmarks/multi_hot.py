@@ -6,8 +6,8 @@
 
 The model and its optimizers are those of `criteo-1tb-dcn`, the tables have the sizes of the dataset. Ours is what
 `dlrm train` does in a step, in the precision that it chooses; TorchRec's is its DLRM_DCN, EmbeddingBagCollection,
-fused Adagrad and TrainPipelineSparseDist in float32. Both are in processes of their own, take turns, and step through the
-same batches of the dataset, which lie in memory; what the loader takes for them is measured by itself.
+fused Adagrad and TrainPipelineSparseDist in float32. Both are in processes of their own, take turns, and step through
+the same batches of the dataset, which lie in memory; what the loader takes for them is measured by itself.
 """
 
 import argparse
