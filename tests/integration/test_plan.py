@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 
 import pytest
 from rich.console import Console
@@ -105,6 +106,17 @@ def test_tables_that_do_not_fit_get_a_clear_no_and_what_helps(dlrm):
     answer = json.loads(done.stdout)
     assert answer["fits"] is False
     assert len(answer["remedies"]) >= 3
+
+
+def test_dimensions_under_a_number_of_bytes_are_shown_as_toml_that_gives_the_same_plan(plan, tmp_path):
+    shown = plan("--tables", "criteo-kaggle", "--table-bytes", "2GB", "--json")
+    answer = json.loads(shown.out)
+    assert answer["fits"] is True
+    assert sum(t["weight_bytes"] + t["state_bytes"] for t in answer["tables"].values()) <= 2e9
+    (tmp_path / "smaller.toml").write_text(shown.err[shown.err.index("[model.features.") :].partition("--measure")[0])
+    assert tomllib.loads((tmp_path / "smaller.toml").read_text())["model"]["features"] == answer["features"]
+    again = json.loads(plan(tmp_path / "smaller.toml", "--tables", "criteo-kaggle", "--json").out)
+    assert again["tables"] == answer["tables"]
 
 
 @pytest.mark.parametrize(

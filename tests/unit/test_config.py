@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchdlrm.config import Config, config_toml, load_config, settings
+from torchdlrm.config import Config, config_toml, load_config, setting_values, settings
 from torchdlrm.errors import ConfigError
 from torchdlrm.toml import toml_value
 
@@ -186,3 +186,42 @@ def test_every_setting_has_a_description_and_is_read_somewhere():
         assert field.description, name
         section, _, leaf = name.rpartition(".")
         assert f".{leaf}" in sources, f"nothing reads {section}.{leaf}"
+
+
+def test_settings_of_one_feature_are_read_written_and_listed(tmp_path):
+    overrides = {
+        "model.features.cat-2.embedding-dim": "8",
+        "model.features.cat_9.quotient_remainder": "add",
+        "model.features.cat_9.num_collisions": "4",
+    }
+    config = load_config(None, overrides)
+    (tmp_path / "written.toml").write_text(config_toml(config))
+    assert load_config(tmp_path / "written.toml") == config
+    (tmp_path / "typed.toml").write_text(
+        '[model.features]\ncat_2.embedding_dim = 8\ncat_9.quotient_remainder = "add"\n'
+    )
+    assert load_config(tmp_path / "typed.toml") == config
+    set_ones = {key: value for key, value in setting_values(config).items() if "features" in key}
+    assert set_ones == {"model.features.cat_2.embedding_dim": 8, "model.features.cat_9.quotient_remainder": "add"}
+    assert hash(config.model) != hash(Config().model)
+    assert "features" not in config_toml(Config())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"cat_2.embeding_dim": "8"}, "there is no such key; did you mean model.features.cat_2.embedding_dim?"),
+        ({"cat_2.embedding_dim": "6"}, "must be a multiple of 4 and at most model.embedding_dim = 128, got 6"),
+        ({"cat_2.embedding_dim": "132"}, "must be a multiple of 4 and at most model.embedding_dim = 128, got 132"),
+        ({"cat_2.quotient_remainder": "concat"}, "must be one of 'mult', 'add', not 'concat'"),
+        ({"cat_2.num_collisions": "8"}, "num_collisions: only quotient_remainder reads it"),
+        ({"cat_2.quotient_remainder": "add", "cat_2.num_collisions": "1"}, "greater than or equal to 2, got 1"),
+        ({"cat_2.quotient_remainder": "add", "cat_2.embedding_dim": "8"}, "set one of both"),
+        ({"cat_2": "8"}, "must be a table"),
+    ],
+)
+def test_wrong_settings_of_a_feature_are_told(overrides, words):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, {f"model.features.{key}": text for key, text in overrides.items()})
+    assert words in str(error.value)
+    assert "model.features.cat_2" in str(error.value)

@@ -151,8 +151,8 @@ def preview_training(
         architecture: of the model; None: as the config says.
 
     Raises:
-        ConfigError: early stopping could never act, GPUs are missing, the device lacks the tables' optimizer, or a
-            tracker's package is missing.
+        ConfigError: `model.features` does not suit the dataset, early stopping could never act, GPUs are missing, the
+            device lacks the tables' optimizer, or a tracker's package is missing.
         DatasetError: there are no training rows.
         PlanError: the tables do not fit, or the given plan does not.
     """
@@ -230,9 +230,9 @@ def train(
         allow_tf32(settings.train, ranks.device)
         encoded = opened()
         _checked_agenda(settings, encoded, ranks.device)
+        shape = ModelShape.of(settings.model, encoded, architecture)
         started = _start_run(settings, encoded, path, ranks, architecture, restart=restart)
         try:
-            shape = ModelShape.of(settings.model, encoded, architecture)
             set_threads(settings, shape, ranks)
             dtype = choose_precision(settings, shape, ranks.device).dtype
             listener = progress if ranks.is_first else SILENT
