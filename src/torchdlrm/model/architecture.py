@@ -240,9 +240,13 @@ class ModelShape:
     @property
     def products(self) -> Sequence[Product]:
         """The matrix products of a forward pass: the architecture's, then those that project smaller tables."""
+        return (*self.architecture.products(self), *self._projections)
+
+    @property
+    def _projections(self) -> list[Product]:
         dim = self.config.embedding_dim
-        small = [feature.embedding_dim or dim for feature in self.config.features.values()]
-        return (*self.architecture.products(self), *(Product(1, inputs, dim) for inputs in small if inputs < dim))
+        small = (feature.embedding_dim or dim for feature in self.config.features.values())
+        return [Product(1, inputs, dim) for inputs in small if inputs < dim]
 
     @property
     def num_weights(self) -> int:
@@ -252,7 +256,9 @@ class ModelShape:
     @property
     def num_activations(self) -> int:
         """Numbers of a row of the batch that a forward pass keeps for the backward."""
-        return self.architecture.num_activations(self)
+        multiplied = sum(feature.quotient_remainder == "mult" for feature in self.config.features.values())
+        of_tables = sum(product.inputs for product in self._projections) + 2 * self.config.embedding_dim * multiplied
+        return self.architecture.num_activations(self) + of_tables
 
     @property
     def multiply_adds(self) -> int:
