@@ -123,10 +123,11 @@ def encode_column(
     flat = column
     if about.is_multi_valued:
         flat = column.drop_nulls().explode(empty_as_null=False)
-    if not about.needs_fit:
-        flat = about.categories(flat)
-    encoded = pc.dictionary_encode(flat.to_arrow(), null_encoding="encode")  # hashes every value once
-    values, codes = pl.Series(flat.name, encoded.dictionary, dtype=flat.dtype), encoded.indices.to_numpy()
+    values, codes = _distinct(flat)  # hashes every value once
+    if about.buckets is not None and not about.needs_fit:
+        # Few numbers are searched for, if the same ones come often: a quarter of the time for Criteo's counts.
+        values, places = _distinct(about.categories(values))
+        codes = places[codes]
     counts = np.bincount(codes, minlength=len(values)).astype(np.int32)
     if num_partitions > 1:
         order, bounds = _by_partition(values, num_partitions)
@@ -140,6 +141,12 @@ def encode_column(
         return narrow
     sections[f"codes/{about.name}"] = pl.DataFrame([narrow.alias("code")]).to_arrow()
     return column.list.len().fill_null(0).cast(pl.UInt32)
+
+
+def _distinct(values: pl.Series) -> tuple[pl.Series, npt.NDArray[np.int32]]:
+    """The values, each once, D of them; and which of these each one is, [B]."""
+    encoded = pc.dictionary_encode(values.to_arrow(), null_encoding="encode")
+    return pl.Series(values.name, encoded.dictionary, dtype=values.dtype), encoded.indices.to_numpy()
 
 
 def stored_categories(values: pl.Series, column: SparseColumn) -> pl.Series:
