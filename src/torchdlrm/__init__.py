@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torchdlrm.exporting.verify import verify as verify
     from torchdlrm.features.schema import FeatureSchema as FeatureSchema
     from torchdlrm.features.schema import criteo_schema as criteo_schema
-    from torchdlrm.features.schema import load_schema as load_schema
+    from torchdlrm.features.schema_file import load_schema as load_schema
     from torchdlrm.loader.loader import Loader as Loader
     from torchdlrm.metrics import BinaryMetrics as BinaryMetrics
     from torchdlrm.metrics import binary_metrics as binary_metrics
@@ -53,7 +53,8 @@ _NAMES_OF = {
     "exporting.export": ("export",),
     "exporting.options": ("ExportOptions",),
     "exporting.verify": ("verify",),
-    "features.schema": ("FeatureSchema", "criteo_schema", "load_schema"),
+    "features.schema": ("FeatureSchema", "criteo_schema"),
+    "features.schema_file": ("load_schema",),
     "loader.loader": ("Loader",),
     "metrics": ("BinaryMetrics", "binary_metrics"),
     "model.batch_norm": ("GlobalBatchNorm1d",),

@@ -28,7 +28,7 @@ from torchdlrm.exporting.checkpoint import CheckpointReader
 from torchdlrm.exporting.export import export, held_out_rows
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.encode import encode
-from torchdlrm.features.schema import load_schema
+from torchdlrm.features.schema_file import load_schema
 from torchdlrm.model import table_weight
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.progress import SILENT

@@ -22,7 +22,8 @@ from torchdlrm.data.log.files import find_files
 from torchdlrm.data.log.text import parse_chunk
 from torchdlrm.errors import LogError
 from torchdlrm.features.encode import encode
-from torchdlrm.features.schema import FeatureSchema, load_schema
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.schema_file import load_schema
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 SCHEMA_TEXT = """

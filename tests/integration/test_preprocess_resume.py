@@ -47,7 +47,7 @@ from pathlib import Path
 from torchdlrm.preprocessing.read import read_chunk
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, preprocess
 from torchdlrm.progress import SilentProgress
-from torchdlrm.features.schema import load_schema
+from torchdlrm.features.schema_file import load_schema
 class Told(SilentProgress):
     def start_phase(self, name, *_):
         print(name, flush=True)

@@ -18,7 +18,8 @@ from torchdlrm.evaluation.compare import compare
 from torchdlrm.evaluation.evaluate import evaluate, predict_split
 from torchdlrm.evaluation.logistic_regression import fit_logistic_regression
 from torchdlrm.exporting.export import export
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, WeightColumn, load_schema
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, WeightColumn
+from torchdlrm.features.schema_file import load_schema
 from torchdlrm.loader.loader import Loader
 from torchdlrm.model.dlrm import batch_loss
 from torchdlrm.prediction.predictor import Predictor

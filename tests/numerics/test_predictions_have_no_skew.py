@@ -18,7 +18,8 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.export import export, open_checkpoint
 from torchdlrm.exporting.options import ExportOptions
-from torchdlrm.features.schema import FeatureSchema, with_split
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.schema_file import with_split
 from torchdlrm.prediction.files import predict_file
 from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor

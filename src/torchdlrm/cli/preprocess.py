@@ -14,7 +14,7 @@ from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say
 from torchdlrm.data.dataset import Dataset, Manifest
 from torchdlrm.errors import ConfigError, Interrupted
 from torchdlrm.features.bad_rows import describe_bad_rows
-from torchdlrm.features.schema import load_schema, with_split
+from torchdlrm.features.schema_file import load_schema, with_split
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, work_folder
 from torchdlrm.preprocessing.preprocess import preprocess as run_preprocess
 from torchdlrm.progress import ProgressListener

@@ -11,7 +11,7 @@ from torchdlrm.data.synthetic_multi_hot import draw_companions
 from torchdlrm.data.synthetic_rows import BLOCK_ROWS
 from torchdlrm.data.synthetic_shapes import MULTI_HOT_SIZES, PRESETS
 from torchdlrm.errors import ConfigError
-from torchdlrm.features.schema import load_schema
+from torchdlrm.features.schema_file import load_schema
 
 NUM_ROWS = 4_500  # more than a block
 

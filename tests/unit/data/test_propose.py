@@ -17,7 +17,8 @@ from torchdlrm.data.log.files import find_files
 from torchdlrm.data.proposal.propose import propose_schema
 from torchdlrm.data.proposal.sample import take_sample
 from torchdlrm.errors import LogError
-from torchdlrm.features.schema import FeatureSchema, criteo_schema, load_schema
+from torchdlrm.features.schema import FeatureSchema, criteo_schema
+from torchdlrm.features.schema_file import load_schema
 from torchdlrm.preprocessing.preprocess import preprocess
 
 

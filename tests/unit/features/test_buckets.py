@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from torchdlrm.errors import SchemaError
 from torchdlrm.features.buckets import Buckets
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, load_schema
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.schema_file import load_schema
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
