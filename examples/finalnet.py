@@ -67,7 +67,7 @@ class FinalNet(nn.Module):
         dense_device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.sparse_arch = SparseArch(embedding_bag_collection)
+        self.sparse_arch = SparseArch(embedding_bag_collection, dense_device)
         self.dense_arch = (
             DenseArch(dense_in_features, dense_arch_layer_sizes, device=dense_device)
             if dense_in_features

@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {
     "evaluate_and_compare": ["DATASET", "runs"],
     "finalnet": ["DATASET", "run"],
+    "own_interaction": ["DATASET", "run"],
     "own_loop": ["DATASET"],
     "predict_from_pandas": ["BUNDLE", "LOG"],
     "train_with_callback": ["DATASET", "run"],
@@ -38,8 +39,9 @@ def test_a_loop_of_ones_own_learns(request, tmp_path):
     assert auc > 0.6
 
 
-def test_a_whole_model_of_ones_own_learns(request, tmp_path):
-    auc = float(re.search(r"'auc': ([\d.]+)", run_example("finalnet", tmp_path, request))[1])
+@pytest.mark.parametrize("name", ["finalnet", "own_interaction"])
+def test_a_model_of_ones_own_learns(request, tmp_path, name):
+    auc = float(re.search(r"'auc': ([\d.]+)", run_example(name, tmp_path, request))[1])
     assert auc > 0.6
 
 

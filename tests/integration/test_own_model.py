@@ -1,4 +1,7 @@
-"""A model of somebody's own: a class in a file that trains, exports, predicts and is served like the DLRM itself."""
+"""A model of somebody's own: a class in a file that trains, exports, predicts and is served like the DLRM itself.
+
+First an interaction arch in a file of some twenty lines, then a whole model: FinalNet of `examples/`.
+"""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +10,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 
+from torchdlrm import ExportOptions, PlanRequest, evaluate, export, plan, verify
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import BundleManifest
@@ -16,15 +21,16 @@ from torchdlrm.errors import BundleError, RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.export import open_checkpoint
 from torchdlrm.features.encode import encode
+from torchdlrm.files import sha256_of
 from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.training.job import train
 from torchdlrm.training.run import Run
+from trainings import state
 
 CODE = '''
 import torch
 from torch import nn
-from torchdlrm import DLRM
 
 
 class GatedSum(nn.Module):
@@ -32,18 +38,16 @@ class GatedSum(nn.Module):
 
     def __init__(self, num_sparse_features, embedding_dim):
         super().__init__()
+        self.output_size = 2 * embedding_dim
         self.gate = nn.Linear(embedding_dim, num_sparse_features)
 
     def forward(self, dense_features, sparse_features):
         gates_BF1 = torch.sigmoid(self.gate(dense_features)).unsqueeze(2)
         return torch.cat([dense_features, (gates_BF1 * sparse_features).sum(dim=1)], dim=1)
-
-
-class GatedDLRM(DLRM):
-    def make_interaction(self, num_sparse_features, embedding_dim):
-        return GatedSum(num_sparse_features, embedding_dim), 2 * embedding_dim
 '''
-CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "criteo-small.toml"
+FINALNET = f"{ROOT / 'examples' / 'finalnet.py'}:FinalNet"
 FAST = {"logging.tensorboard": "false", "train.max_steps": "8"}
 
 
@@ -57,7 +61,7 @@ class Trained:
 
     @property
     def model_class(self):
-        return f"{self.file}:GatedDLRM"
+        return f"{self.file}:GatedSum"
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,14 @@ def trained(small_dataset, dlrm, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["check"]["largest_difference"] <= 1e-6
     return mine
+
+
+@pytest.fixture
+def changed(trained, tmp_path):
+    """The class in a file that is another one, and computes the same."""
+    other = tmp_path / "my_models.py"
+    other.write_text(CODE + "# a remark\n")
+    return f"{other}:GatedSum"
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +126,9 @@ def test_the_server_predicts_as_the_checkpoint(trained, expected, serve):
 
 def test_the_commands_take_the_class(trained, small_dataset, small_log, dlrm, tmp_path):
     own = ("--model-class", trained.model_class)
+    done = dlrm("plan", "--run", trained.run, "--devices", 2, *own, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tables"] == json.loads((trained.run / "plan.json").read_text())["tables"]
     done = dlrm("evaluate", trained.run, *own, "--json")
     assert done.returncode == 0, done.stderr
     done = dlrm("predict", trained.bundle, small_log, *own, "--out", tmp_path / "scores.csv")
@@ -128,10 +143,10 @@ def test_run_and_bundle_say_whose_they_are_and_hold_no_code(trained):
         json.loads((trained.run / "environment.json").read_text())["model_class"],
         json.loads((trained.bundle / "bundle.json").read_text())["model_class"],
     ):
-        assert record["name"] == "my_models.py:GatedDLRM"
+        assert record["name"] == "my_models.py:GatedSum"
         assert len(record["sha256"]) == 64
     for path in (path for folder in (trained.run, trained.bundle) for path in folder.rglob("*") if path.is_file()):
-        assert b"GatedSum" not in path.read_bytes()
+        assert b"nn.Linear" not in path.read_bytes()
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export", "predict", "serve"])
@@ -144,28 +159,62 @@ def test_without_the_class_one_sentence_says_what_to_give(trained, small_log, dl
     }[command]
     done = dlrm(command, *arguments)
     assert done.returncode == 2
-    assert "give --model-class my_models.py:GatedDLRM with the same file" in done.stderr
+    assert "give --model-class my_models.py:GatedSum with the same file" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_bundle_can_be_inspected_without_the_class(trained, dlrm):
     done = dlrm("inspect", trained.bundle)
     assert done.returncode == 0, done.stderr
-    assert "my_models.py:GatedDLRM" in done.stderr
+    assert "my_models.py:GatedSum" in done.stderr
 
 
-def test_another_file_is_not_the_same_class(trained, small_dataset, tmp_path):
-    other = tmp_path / "my_models.py"
-    other.write_text(CODE.replace("torch.sigmoid", "torch.tanh"))
-    with pytest.raises(BundleError, match=r"my_models\.py:GatedDLRM has changed since the bundle was written"):
-        Predictor.open(trained.bundle, model_class=f"{other}:GatedDLRM")
+def test_another_file_is_not_the_same_class(trained, small_dataset, changed):
+    with pytest.raises(BundleError, match=r"my_models\.py:GatedSum has changed since the bundle was written"):
+        Predictor.open(trained.bundle, model_class=changed)
     with pytest.raises(RunError, match="has changed since the run was written"):
-        Run.open(trained.run).shape(small_dataset, f"{other}:GatedDLRM")
+        Run.open(trained.run).shape(small_dataset, changed)
+
+
+def test_another_file_is_taken_where_that_is_allowed(trained, expected, small_dataset, small_log, changed, tmp_path):
+    allowed = {"model_class": changed, "allow_changed_model_class": True}
+    frame, probabilities = expected
+    predictor = Predictor.open(trained.bundle, **allowed)
+    np.testing.assert_allclose(predictor.predict(frame), probabilities, rtol=0, atol=1e-6)
+    evaluate(trained.run, **allowed)
+    verify(trained.bundle, small_dataset, [small_log], run=trained.run, max_rows=100, **allowed)
+    plan(PlanRequest(run=trained.run, **allowed), load_config(CONFIG))
+    exported = export(trained.run, tmp_path / "bundle", **allowed).bundle
+    assert exported.manifest.model_class.sha256 == sha256_of(Path(changed.partition(":")[0]))
+
+
+def test_the_commands_allow_another_file(trained, small_log, changed, dlrm, tmp_path):
+    own = ("--model-class", changed)
+    done = dlrm("predict", trained.bundle, small_log, *own, "--out", tmp_path / "scores.csv")
+    assert done.returncode == 2
+    assert "give the file as it was, or --allow-changed-model-class where" in done.stderr
+    for command in (
+        ("predict", trained.bundle, small_log, "--out", tmp_path / "scores.csv"),
+        ("evaluate", trained.run),
+        ("train", CONFIG, "--dataset", Run.open(trained.run).open_dataset().path, "--run", trained.run, "--dry-run"),
+    ):
+        done = dlrm(*command, *own, "--allow-changed-model-class")
+        assert done.returncode == 0, done.stderr
+    assert "changed since the run was started: the file of my_models.py:GatedSum: was sha256" in done.stderr
+
+
+def test_tables_of_bytes_predict_nearly_the_same(trained, expected, tmp_path):
+    frame, probabilities = expected
+    options = ExportOptions(precision="int8")
+    bundle = export(trained.run, tmp_path / "bundle", options=options, model_class=trained.model_class).bundle
+    assert {sparse.precision for sparse in bundle.manifest.sparse.values()} == {"int8"}
+    predictor = Predictor.open(tmp_path / "bundle", model_class=trained.model_class)
+    np.testing.assert_allclose(predictor.predict(frame), probabilities, rtol=0, atol=5e-3)
 
 
 def test_the_dlrms_own_bundle_takes_no_class(small_bundle, trained):
     assert BundleManifest.read(small_bundle).format_version == 2
-    with pytest.raises(BundleError, match=r"of the DLRM itself, got my_models\.py:GatedDLRM; leave it out"):
+    with pytest.raises(BundleError, match=r"of the DLRM itself, got my_models\.py:GatedSum; leave it out"):
         Predictor.open(small_bundle, model_class=trained.model_class)
 
 
@@ -174,6 +223,71 @@ def test_a_run_is_resumed_with_its_class_alone(trained, small_dataset, tmp_path)
     history = train(config, small_dataset, tmp_path / "run", model_class=trained.model_class)
     assert history.summary.step == 2
     more = load_config(CONFIG, FAST | {"train.max_steps": "4"})
-    with pytest.raises(RunError, match=r"give `model_class` my_models\.py:GatedDLRM"):
+    with pytest.raises(RunError, match=r"give `model_class` my_models\.py:GatedSum"):
         train(more, small_dataset, tmp_path / "run")
     assert train(more, small_dataset, tmp_path / "run", model_class=trained.model_class).summary.step == 4
+
+
+def test_a_run_that_is_resumed_with_another_file_is_of_that_one(trained, small_dataset, changed, tmp_path):
+    steps = (load_config(CONFIG, FAST | {"train.max_steps": str(number)}) for number in (1, 2))
+    run = tmp_path / "run"
+    train(next(steps), small_dataset, run, model_class=trained.model_class)
+    allowed = train(next(steps), small_dataset, run, model_class=changed, allow_changed_model_class=True)
+    assert allowed.summary.step == 2
+    Run.open(run).shape(small_dataset, changed)
+    with pytest.raises(RunError, match="has changed since the run was written"):
+        Run.open(run).shape(small_dataset, trained.model_class)
+
+
+@pytest.fixture(scope="module")
+def finalnets(small_dataset, dlrm, tmp_path_factory):
+    """FinalNet by one process and by two, on batches that cannot be halved: half of them end with padding."""
+    folder = tmp_path_factory.mktemp("finalnet")
+    for nproc in (1, 2):
+        done = dlrm(
+            *("train", CONFIG, "--dataset", small_dataset.path, "--run", folder / str(nproc)),
+            *("--nproc-per-node", nproc, "--train.batch-size-global", 301, "--train.max-steps", 6),
+            *("--train.precision", "float32"),
+            *("--dense-optimizer.name", "sgd"),  # whose steps are as small as the gradients that rounding makes
+            *("--logging.every-steps", 1, "--logging.tensorboard", "false", "--model-class", FINALNET),
+        )
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def finalnet_state(run, tmp_path):
+    return {name: value for name, value in state(run, tmp_path, step=6).items() if isinstance(value, torch.Tensor)}
+
+
+def test_batch_norm_and_auxiliary_losses_are_the_same_on_two_processes(finalnets, tmp_path):
+    one, two = (finalnet_state(finalnets / nproc, tmp_path) for nproc in ("1", "2"))
+    assert one.keys() == two.keys()
+    statistics = [name for name in one if "running_" in name]
+    assert len(statistics) == 8
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=2e-4, msg=name)
+    for name in statistics:
+        assert not torch.equal(one[name], torch.full_like(one[name], float(name.endswith("var"))))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_byte(finalnets, small_dataset, tmp_path):
+    for steps in ("3", "6"):
+        overrides = {"train.batch_size_global": "301", "train.max_steps": steps, "dense_optimizer.name": "sgd"}
+        overrides["train.precision"] = "float32"
+        config = load_config(CONFIG, overrides | {"logging.tensorboard": "false"})
+        train(config, small_dataset, tmp_path / "run", model_class=FINALNET)
+    resumed, uninterrupted = finalnet_state(tmp_path / "run", tmp_path), finalnet_state(finalnets / "1", tmp_path)
+    assert resumed.keys() == uninterrupted.keys()
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+
+
+def test_what_is_logged_is_the_loss_of_the_logits_alone(finalnets):
+    """The auxiliary losses of a fresh model are log 2 each."""
+    first = json.loads((finalnets / "1" / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0.4 < first["loss"] < 1.0
+
+
+def test_a_whole_models_bundle_predicts_as_its_checkpoint(finalnets, tmp_path):
+    bundle = export(finalnets / "2", tmp_path / "bundle", model_class=FINALNET).bundle
+    assert bundle.manifest.check.largest_difference <= 1e-6
+    assert bundle.weights.shapes["gated_block.1.running_var"] == (256,)

@@ -100,6 +100,7 @@ class Bundle:
         path: Path,
         *,
         model_class: ModelClass | None = None,
+        allow_changed_model_class: bool = False,
         verify: Verify = "full",
         progress: ProgressListener = SILENT,
     ) -> Self:
@@ -109,6 +110,7 @@ class Bundle:
             path: the bundle's folder.
             model_class: of a model of somebody's own, the class that it was trained with: a bundle holds no code.  Only
                 what predicts needs it.
+            allow_changed_model_class: take it though its file has changed since.
             verify: `full` checks every byte now; `lazy` leaves the weights to a thread, and checks each block of them
                 also before rows of it are used first.
             progress: receives the bytes checked.
@@ -118,7 +120,7 @@ class Bundle:
             ConfigError: there is no such model class.
         """
         manifest = BundleManifest.read(path)
-        architecture = architecture_of(manifest.model, model_class)
+        architecture = architecture_of(manifest.model, model_class, may_have_changed=allow_changed_model_class)
         if manifest.block_bytes != BLOCK_BYTES or WEIGHTS_NAME not in manifest.files:
             msg = f"{path}: block_bytes is {manifest.block_bytes:,}, not {BLOCK_BYTES:,}, or {WEIGHTS_NAME} is missing"
             raise BundleError(msg)

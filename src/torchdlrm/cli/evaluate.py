@@ -8,6 +8,7 @@ from rich.table import Table
 
 from torchdlrm.cli.options import Overrides, check_rendezvous, split_config
 from torchdlrm.cli.terminal import (
+    Flag,
     Json,
     Positive,
     announce,
@@ -34,6 +35,7 @@ def evaluate(
     checkpoint: str = "best",
     dataset: Path | None = None,
     model_class: str | None = None,
+    allow_changed_model_class: Flag = False,
     batch_size_global: Positive = 8192,
     device: DeviceChoice = "auto",
     nproc_per_node: Positive = 1,
@@ -55,6 +57,7 @@ def evaluate(
         dataset: Where the dataset is now, if it has moved since the training.
         model_class: The model class that the run was trained with, FILE.py:NAME or MODULE:NAME; only where it is not
             the DLRM.
+        allow_changed_model_class: Take the model class though its file has changed since.
         batch_size_global: Rows per forward pass over all processes; the result does not depend on it.
         device: auto, cuda or cpu: where to compute (as train.device), whatever the run was trained on.
         nproc_per_node: Processes on this machine; need not be as many as trained.
@@ -75,11 +78,21 @@ def evaluate(
     processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id)
     with refusing_everywhere(processes):
         trained = Run.open(run)
-        trained.shape(trained.open_dataset(dataset), model_class)
+        trained.shape(trained.open_dataset(dataset), model_class, allow_changed_model_class=allow_changed_model_class)
     warn_of_crowding(processes)
     here = sharding_elsewhere(trained.config).model_copy(update=own)
     result: dict[str, Any] | None = launch(
-        work, run, dataset, split, checkpoint, batch_size_global, model_class, device, here, processes=processes
+        work,
+        run,
+        dataset,
+        split,
+        checkpoint,
+        batch_size_global,
+        model_class,
+        device,
+        here,
+        allow_changed_model_class,
+        processes=processes,
     )
     if result is None:  # another machine has rank 0
         return
@@ -109,6 +122,7 @@ def work(
     model_class: str | None = None,
     device: DeviceChoice = "auto",
     sharding: "ShardingConfig | None" = None,
+    allow_changed_model_class: bool = False,  # noqa: FBT001, FBT002 - launch() takes no names
 ) -> dict[str, Any] | None:
     """What every process of an evaluation does; only the first one draws."""
     from torchdlrm.evaluation.evaluate import evaluate as evaluate_run
@@ -119,6 +133,7 @@ def work(
             dataset,
             split,
             model_class=model_class,
+            allow_changed_model_class=allow_changed_model_class,
             checkpoint=checkpoint,
             batch_size_global=batch_size_global,
             device=device,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from torchdlrm.cli.terminal import Json, announce, print_json, progress_bars, say
+from torchdlrm.cli.terminal import Flag, Json, announce, print_json, progress_bars, say
 from torchdlrm.exporting.options import ExportOptions
 
 
@@ -12,6 +12,7 @@ def export(
     out: Path,
     dataset: Path | None = None,
     model_class: str | None = None,
+    allow_changed_model_class: Flag = False,
     options: ExportOptions = ExportOptions(),  # noqa: B008 - frozen, and what the parser fills
     as_json: Json = False,
 ) -> None:
@@ -23,6 +24,7 @@ def export(
         dataset: Where the dataset is now, if it has moved since the training.
         model_class: The model class that the run was trained with, FILE.py:NAME or MODULE:NAME; only where it is not
             the DLRM.
+        allow_changed_model_class: Take the model class though its file has changed since.
         options: of the export.
         as_json: Print one JSON object on standard output.
     """
@@ -32,7 +34,15 @@ def export(
     from torchdlrm.exporting.export import export as export_run
 
     with progress_bars("") as progress:
-        exported = export_run(run, out, options=options, dataset=dataset, model_class=model_class, progress=progress)
+        exported = export_run(
+            run,
+            out,
+            options=options,
+            dataset=dataset,
+            model_class=model_class,
+            allow_changed_model_class=allow_changed_model_class,
+            progress=progress,
+        )
     bundle = exported.bundle
     say(f"exported {run} at {exported.checkpoint} to {out}")
     if exported.search is not None:

@@ -7,7 +7,17 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
-from torchdlrm.cli.terminal import Json, announce, console, print_json, progress_bars, say, say_undefined, shown_metric
+from torchdlrm.cli.terminal import (
+    Flag,
+    Json,
+    announce,
+    console,
+    print_json,
+    progress_bars,
+    say,
+    say_undefined,
+    shown_metric,
+)
 from torchdlrm.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -26,6 +36,7 @@ def predict(
     log_format: Annotated[Literal["log", "csv", "tsv"], Parameter(name="--format")] = "log",
     verify: Literal["full", "lazy"] = "full",
     model_class: str | None = None,
+    allow_changed_model_class: Flag = False,
     num_threads: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
     as_json: Json = False,
 ) -> None:
@@ -46,6 +57,7 @@ def predict(
         verify: Check every byte of the bundle before anything else (full), or its tables when they are used (lazy).
         model_class: The model class that the bundle was made with, FILE.py:NAME or MODULE:NAME; only where it is
             not the DLRM.
+        allow_changed_model_class: Take the model class though its file has changed since.
         num_threads: Threads of the model; by default one a core.
         as_json: Print one JSON object on standard output.
     """
@@ -60,7 +72,12 @@ def predict(
     try:
         with progress_bars("") as progress:
             predictor = Predictor.open(
-                bundle, model_class=model_class, verify=verify, num_threads=num_threads, progress=progress
+                bundle,
+                model_class=model_class,
+                allow_changed_model_class=allow_changed_model_class,
+                verify=verify,
+                num_threads=num_threads,
+                progress=progress,
             )
             log = RowsIn(
                 rows, predictor.schema, log_format, [name.strip() for name in columns.split(",") if name.strip()]

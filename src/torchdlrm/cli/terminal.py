@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 console = Console(stderr=True, highlight=False)
 
+Flag = Annotated[bool, Parameter(negative="")]
 # `as_json: Json = False`, last of a command's options: print one JSON object on standard output.
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from torchdlrm.cli.options import Overrides, check_rendezvous, split_config
 from torchdlrm.cli.terminal import (
+    Flag,
     Json,
     Positive,
     announce,
@@ -39,6 +40,7 @@ def train(
     dataset: Path,
     run: Path,
     model_class: str | None = None,
+    allow_changed_model_class: Flag = False,
     restart: bool = False,
     nproc_per_node: Positive = 1,
     nnodes: Positive = 1,
@@ -59,8 +61,9 @@ def train(
         config: TOML file, or the name of one that comes with torchdlrm, such as criteo-small; then keys to override.
         dataset: Folder written by `dlrm preprocess`.
         run: Folder to write. A run that is in it is resumed from its newest checkpoint.
-        model_class: A model of your own in place of the DLRM: FILE.py:NAME or MODULE:NAME of a class or function
-            (docs/models.md).
+        model_class: A model of your own in place of the DLRM, or its interaction arch: FILE.py:NAME or MODULE:NAME of
+            a class or function (docs/models.md).
+        allow_changed_model_class: Take the model class though its file has changed since.
         restart: Remove the run that is in the folder and begin again.
         nproc_per_node: Processes on this machine: one for each GPU, or one for a few CPU cores.
         nnodes: Machines; start the same command on each, with the run on storage that they share.
@@ -96,7 +99,7 @@ def train(
     processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id, max_restarts)
     with nullcontext() if dry_run else refusing_everywhere(processes):
         encoded = Dataset.open(dataset).with_label(settings.train.label)
-        architecture = architecture_of(settings.model, model_class)
+        architecture = architecture_of(settings.model, model_class, may_have_changed=allow_changed_model_class)
         if not restart:
             for change in Run(run, settings).check(encoded, architecture):
                 console.print(f"changed since the run was started: {change}", markup=False)
@@ -115,7 +118,9 @@ def train(
         if as_json:
             print_json({"run": str(run), "dry_run": True, **preview.as_dict()})
         return
-    summary: TrainingSummary | None = launch(work, settings, dataset, run, model_class, restart, processes=processes)
+    summary: TrainingSummary | None = launch(
+        work, settings, dataset, run, model_class, restart, allow_changed_model_class, processes=processes
+    )
     if summary is None:  # another machine has rank 0
         return
     show_summary(run, summary, encoded)
@@ -131,13 +136,22 @@ def work(
     run: Path,
     model_class: str | None = None,
     restart: bool = False,  # noqa: FBT001, FBT002 - launch() takes no names
+    allow_changed_model_class: bool = False,  # noqa: FBT001, FBT002
 ) -> "TrainingSummary | None":
     """What every process of a training does; only the first one draws."""
     from torchdlrm.training.job import train as train_here
 
     restart = restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     with progress_of_first_rank() as progress:
-        history = train_here(settings, dataset, run, model_class=model_class, restart=restart, progress=progress)
+        history = train_here(
+            settings,
+            dataset,
+            run,
+            model_class=model_class,
+            allow_changed_model_class=allow_changed_model_class,
+            restart=restart,
+            progress=progress,
+        )
     return history.summary if history is not None else None
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from torchdlrm.cli.terminal import (
+    Flag,
     Json,
     Positive,
     print_json,
@@ -28,6 +29,7 @@ def verify(
     run: Path | None = None,
     url: str | None = None,
     model_class: str | None = None,
+    allow_changed_model_class: Flag = False,
     max_rows: Annotated[Positive, Parameter(name="--rows")] = 10_000,
     log_format: Annotated[Literal["log", "csv", "tsv"], Parameter(name="--format")] = "log",
     as_json: Json = False,
@@ -44,6 +46,7 @@ def verify(
         url: Address of a server of the bundle, as in http://localhost:8080; a key is taken from DLRM_API_KEY.
         model_class: The model class that the bundle was made with, FILE.py:NAME or MODULE:NAME; only where it is
             not the DLRM.
+        allow_changed_model_class: Take the model class though its file has changed since.
         max_rows: At most so many rows.
         log_format: How text is written: as the model's schema says (log); with commas, quotes and a header (csv); with
             tabs (tsv).
@@ -59,6 +62,7 @@ def verify(
             run=run,
             url=url,
             model_class=model_class,
+            allow_changed_model_class=allow_changed_model_class,
             max_rows=max_rows,
             log_format=log_format,
             progress=progress,

@@ -28,6 +28,7 @@ def evaluate(
     split: str = "test",
     *,
     model_class: ModelClass | None = None,
+    allow_changed_model_class: bool = False,
     checkpoint: str = "best",
     batch_size_global: int = 8192,
     device: DeviceChoice = "auto",
@@ -44,6 +45,7 @@ def evaluate(
         dataset: what it was trained on, or its folder; None where it is still where it was.
         split: `train`, `val` or `test`; several joined by + are judged together, as in `val+test`.
         model_class: that the run was trained with, where it was a class of somebody's own.
+        allow_changed_model_class: take it though its file has changed since.
         checkpoint: `best` of the val split (the last where nothing was validated), `last`, or a step.
         batch_size_global: rows per forward pass over all ranks; does not change the result.
         device: where to compute, as `train.device` has it, whatever the run was trained on.
@@ -70,6 +72,7 @@ def evaluate(
         encoded,
         split,
         model_class=model_class,
+        allow_changed_model_class=allow_changed_model_class,
         checkpoint=checkpoint,
         batch_size_global=batch_size_global,
         device=device,
@@ -86,6 +89,7 @@ def predict_split(
     split: str,
     *,
     model_class: ModelClass | None = None,
+    allow_changed_model_class: bool = False,
     checkpoint: str = "best",
     batch_size_global: int = 8192,
     device: DeviceChoice = "auto",
@@ -98,7 +102,7 @@ def predict_split(
     """
     trained = run if isinstance(run, Run) else Run.open(Path(run))
     encoded = trained.open_dataset(dataset)
-    shape = trained.shape(encoded, model_class)
+    shape = trained.shape(encoded, model_class, allow_changed_model_class=allow_changed_model_class)
     config = trained.config.model_copy(update={"sharding": sharding or sharding_elsewhere(trained.config)})
 
     def describe() -> Settings:

@@ -92,6 +92,7 @@ def export(
     options: ExportOptions = ExportOptions(),  # noqa: B008 - frozen
     dataset: Dataset | str | Path | None = None,
     model_class: ModelClass | None = None,
+    allow_changed_model_class: bool = False,
     progress: ProgressListener = SILENT,
 ) -> Exported:
     """Write a bundle: one folder that predicts from raw rows.  Check that it predicts what the checkpoint predicts.
@@ -102,6 +103,7 @@ def export(
         options: what to export.
         dataset: what the run was trained on, or its folder; None: where it was then.
         model_class: that the run was trained with, where it was a class of somebody's own.
+        allow_changed_model_class: take it though its file has changed since.
         progress: receives the bytes and rows done.
 
     Raises:
@@ -117,7 +119,7 @@ def export(
     check_model_name(name)
     split = held_out_split(dataset)
     chosen, checkpoint = open_checkpoint(run, options.checkpoint)
-    shape = run.shape(dataset, model_class)
+    shape = run.shape(dataset, model_class, allow_changed_model_class=allow_changed_model_class)
     model = CheckpointModel(checkpoint, shape, dataset.num_embeddings)
     with complete_folder(out) as folder:
         if options.precision == "auto":

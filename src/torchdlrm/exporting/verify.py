@@ -107,6 +107,7 @@ def verify(
     run: str | Path | None = None,
     url: str | None = None,
     model_class: ModelClass | None = None,
+    allow_changed_model_class: bool = False,
     max_rows: int = 10_000,
     log_format: LogFormat = "log",
     progress: ProgressListener = SILENT,
@@ -120,6 +121,7 @@ def verify(
         run: folder of the run that the bundle was made of; None: looked for by its name.
         url: address of a server of the bundle; None: none is asked.
         model_class: that the run was trained with, where it was a class of somebody's own.
+        allow_changed_model_class: take it though its file has changed since.
         max_rows: how many rows, at most.
         log_format: how text is written.
         progress: receives the rows done.
@@ -132,7 +134,12 @@ def verify(
     """
     encoded = dataset if isinstance(dataset, Dataset) else Dataset.open(Path(dataset))
     with PredictionClient(url) if url is not None else nullcontext() as client:
-        predictor = Predictor.open(Path(bundle), model_class=model_class, progress=progress)
+        predictor = Predictor.open(
+            Path(bundle),
+            model_class=model_class,
+            allow_changed_model_class=allow_changed_model_class,
+            progress=progress,
+        )
         encoded = encoded.with_label(predictor.schema.label.name)
         source = predictor.bundle.manifest.source
         if manifest_sha256(encoded) != source.dataset_sha256:
@@ -144,7 +151,8 @@ def verify(
         trained = _find_run(predictor, encoded, None if run is None else Path(run))
         log = RowsIn(list(rows) or _find_log(encoded), predictor.schema, log_format)
         _, checkpoint = open_checkpoint(trained, str(source.step))
-        model = CheckpointModel(checkpoint, trained.shape(encoded, model_class), encoded.num_embeddings)
+        shape = trained.shape(encoded, model_class, allow_changed_model_class=allow_changed_model_class)
+        model = CheckpointModel(checkpoint, shape, encoded.num_embeddings)
         return _verify(predictor, trained, model, encoded, log, max_rows, client, progress)
 
 

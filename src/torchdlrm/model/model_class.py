@@ -1,9 +1,11 @@
 """Loads a model of a user's own, and identifies it, so that a run or bundle knows that it is the same one.
 
-In: the class, or on the command line `my_models.py:GatedDLRM`.  Out: an `Architecture` like any other, whose products
-are found by running it and which its own forward serves.
+In: the class, or on the command line `my_models.py:GatedSum`: of an interaction arch, or of a whole model.  Out: an
+`Architecture` like any other, whose products are found by running it and which its own forward serves.
 
 A run and a bundle record a name and the checksum of a file, and no code.  Whoever opens them gives the class again.
+
+F sparse features, D embedding dimension.
 """
 
 import importlib
@@ -11,6 +13,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,8 +31,14 @@ from torchdlrm.model.architecture import ARCHITECTURES, Architecture, ModelShape
 if TYPE_CHECKING:
     from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-# What makes a model; or where it stands, as `my_models.py:GatedDLRM` or `package.module:GatedDLRM`.
+# What makes a model or an interaction arch; or where it stands, as `my_models.py:GatedSum` or `my.models:GatedSum`.
 ModelClass = Callable[..., nn.Module] | str
+_MODEL_ARGUMENTS = (
+    *("embedding_bag_collection", "dense_in_features", "dense_arch_layer_sizes", "over_arch_layer_sizes"),
+    "dense_device",
+)
+_INTERACTION_ARGUMENTS = ("num_sparse_features", "embedding_dim")
+_OF_ONE_PROCESS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class ModelClassRecord(BaseModel):
@@ -52,27 +61,31 @@ class CustomArchitecture(Architecture):
 
     Attributes:
         make: takes what `torchrec.models.dlrm.DLRM` takes, by name, and gives a module that maps dense features and a
-            KJT to logits [B, 1] and holds the tables as `sparse_arch.embedding_bag_collection`.
+            KJT to logits [B, 1] and holds the tables as `sparse_arch.embedding_bag_collection`; or makes an interaction
+            arch.
         record: by what it is known again.
+        is_interaction: whether it is the latter: takes `num_sparse_features` and `embedding_dim`, and gives a module
+            with an `output_size` whose forward maps [B, D] and [B, F, D] to [B, output_size].
+        may_have_changed: whether its file may be another one than a run or bundle says.
     """
 
     make: Callable[..., nn.Module]
     record: ModelClassRecord
+    is_interaction: bool
+    may_have_changed: bool
 
     def build(
         self, shape: ModelShape, embedding_bag_collection: "EmbeddingBagCollection", device: torch.device
     ) -> nn.Module:
-        """What the class makes.
+        """What the class makes; of an interaction arch, a DLRM with it.
 
         Raises:
-            ConfigError: it makes something else than a model.
+            ConfigError: it makes something else than a model, or one that cannot be trained on several processes or
+                exported.
         """
-        model: Any = self.make(
-            embedding_bag_collection=embedding_bag_collection, **shape.arguments, dense_device=device
-        )
-        if not isinstance(model, nn.Module):
-            msg = f"`model_class`: {self.record.name} makes a {type(model).__name__}, which is no torch.nn.Module"
-            raise ConfigError(msg)
+        make = self._dlrm_of_interaction if self.is_interaction else self.make
+        model: Any = make(embedding_bag_collection=embedding_bag_collection, **shape.arguments, dense_device=device)
+        self._require_module(model)
         held = getattr(getattr(model, "sparse_arch", None), "embedding_bag_collection", None)
         if held is not embedding_bag_collection:
             msg = (
@@ -80,7 +93,58 @@ class CustomArchitecture(Architecture):
                 "sparse_arch.embedding_bag_collection, as torchdlrm.model.dlrm.SparseArch does"
             )
             raise ConfigError(msg)
+        for name, module in model.named_modules():
+            if isinstance(module, _OF_ONE_PROCESS):
+                msg = (
+                    f"`model_class`: {name} of {self.record.name} is a torch.nn.{type(module).__name__}, whose "
+                    "statistics would be those of one process's rows; take torchdlrm.GlobalBatchNorm1d"
+                )
+                raise ConfigError(msg)
+        for name, value in model.state_dict().items():
+            if value.dtype != torch.float32:
+                msg = (
+                    f"`model_class`: {name} of {self.record.name} is {value.dtype}; weights and buffers must be "
+                    "float32, or be registered with persistent=False, which leaves them out of checkpoints and bundles"
+                )
+                raise ConfigError(msg)
         return model
+
+    def _dlrm_of_interaction(self, **arguments: Any) -> nn.Module:
+        from torchdlrm.model.dlrm import DLRM  # noqa: PLC0415 - with TorchRec, which a server can do without
+
+        make_checked = self._checked_interaction
+
+        class DLRMOfInteraction(DLRM):
+            def make_interaction(self, num_sparse_features: int, embedding_dim: int) -> tuple[nn.Module, int]:
+                return make_checked(num_sparse_features, embedding_dim)
+
+        return DLRMOfInteraction(**arguments)
+
+    def _checked_interaction(self, num_sparse_features: int, embedding_dim: int) -> tuple[nn.Module, int]:
+        """The interaction arch and its output size, once it has been seen to give such outputs of rows of zeros."""
+        interaction = self.make(num_sparse_features=num_sparse_features, embedding_dim=embedding_dim)
+        self._require_module(interaction)
+        size: Any = getattr(interaction, "output_size", None)
+        if not isinstance(size, int) or size < 1:
+            msg = f"`model_class`: {self.record.name} must have an output_size, how many numbers it gives, got {size}"
+            raise ConfigError(msg)
+        dense, sparse = torch.zeros(2, embedding_dim), torch.zeros(2, num_sparse_features, embedding_dim)
+        with torch.no_grad():
+            found: Any = interaction.eval()(dense_features=dense, sparse_features=sparse)
+        interaction.train()
+        if not isinstance(found, torch.Tensor) or found.shape != (2, size):
+            got = [*found.shape] if isinstance(found, torch.Tensor) else type(found).__name__
+            msg = (
+                f"`model_class`: the forward of {self.record.name} must map {[*dense.shape]} and {[*sparse.shape]} to "
+                f"[2, {size}], as its output_size says, got {got}"
+            )
+            raise ConfigError(msg)
+        return interaction, size
+
+    def _require_module(self, made: Any) -> None:
+        if not isinstance(made, nn.Module):
+            msg = f"`model_class`: {self.record.name} makes a {type(made).__name__}, which is no torch.nn.Module"
+            raise ConfigError(msg)
 
     def products(self, shape: ModelShape) -> Sequence[Product]:
         """Found by running the model once on a few rows."""
@@ -89,16 +153,19 @@ class CustomArchitecture(Architecture):
         return trace_products(shape)
 
 
-def architecture_of(config: ModelConfig, model_class: ModelClass | None = None) -> Architecture:
+def architecture_of(
+    config: ModelConfig, model_class: ModelClass | None = None, *, may_have_changed: bool = False
+) -> Architecture:
     """The architecture that a model class stands for; where there is none, that of `model.interaction`.
 
     Args:
         config: of the model.
         model_class: a class or function; or where it stands: `FILE.py:NAME` or `MODULE:NAME`, which is imported.
+        may_have_changed: whether a run or bundle of it can be opened though its file was another one then.
 
     Raises:
-        ConfigError: there is no such class, it has no name by which it could be found again, or `model.interaction` is
-            set too.
+        ConfigError: there is no such class, it has no name by which it could be found again, it takes other arguments
+            than a model or an interaction arch, or `model.interaction` is set too.
     """
     if model_class is None:
         return ARCHITECTURES[config.interaction]
@@ -119,8 +186,28 @@ def architecture_of(config: ModelConfig, model_class: ModelClass | None = None) 
         file = None
     path = Path(file) if file is not None else None
     if path is None or not path.is_file():
-        return CustomArchitecture(make, ModelClassRecord(name=f"{make.__module__}:{name}", sha256=None))
-    return CustomArchitecture(make, ModelClassRecord(name=f"{path.name}:{name}", sha256=sha256_of(path)))
+        record = ModelClassRecord(name=f"{make.__module__}:{name}", sha256=None)
+    else:
+        record = ModelClassRecord(name=f"{path.name}:{name}", sha256=sha256_of(path))
+    return CustomArchitecture(make, record, _is_interaction(make, record.name), may_have_changed)
+
+
+def _is_interaction(make: Callable[..., nn.Module], name: str) -> bool:
+    """Whether what it takes makes it an interaction arch, and not a whole model.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    signature = inspect.signature(make)
+    for arguments in (_MODEL_ARGUMENTS, _INTERACTION_ARGUMENTS):
+        with suppress(TypeError):
+            signature.bind(**dict.fromkeys(arguments))
+            return arguments == _INTERACTION_ARGUMENTS
+    msg = (
+        f"`model_class`: {name} takes {signature}: an interaction arch takes {', '.join(_INTERACTION_ARGUMENTS)}, and "
+        f"a whole model {', '.join(_MODEL_ARGUMENTS)}"
+    )
+    raise ConfigError(msg)
 
 
 def record_of(architecture: Architecture | None) -> ModelClassRecord | None:
@@ -141,16 +228,19 @@ def difference_from(
         return f"the {kind} is of a model class of its own: give `model_class` {recorded.name} with the same file"
     if found.name != recorded.name:
         return f"`model_class`: the {kind} is of {recorded.name}, got {found.name}"
+    if isinstance(given, CustomArchitecture) and given.may_have_changed:
+        return None
     return (
         f"`model_class`: {found.name} has changed since the {kind} was written: its file's sha256 is {found.sha256}, "
-        f"and was {recorded.sha256}; give the file as it was"
+        f"and was {recorded.sha256}; give the file as it was, or `allow_changed_model_class` where the change does no "
+        "harm"
     )
 
 
 def _load(place: str) -> Any:
     file, separator, name = place.rpartition(":")
     if not separator or not file or not name:
-        msg = f"`model_class`: {place!r} is not of the form my_models.py:GatedDLRM, or my_package.models:GatedDLRM"
+        msg = f"`model_class`: {place!r} is not of the form my_models.py:GatedSum, or my_package.models:GatedSum"
         raise ConfigError(msg)
     try:
         found: Any = _load_file(Path(file)) if file.endswith(".py") else importlib.import_module(file)
@@ -169,13 +259,14 @@ def _load_file(path: Path) -> ModuleType:
     """Import a file, as a script would be: files in the same folder can be imported by it."""
     resolved = path.resolve(strict=True)
     name = f"torchdlrm_model_class_{resolved.stem}"
-    loaded = sys.modules.get(name)
-    if loaded is not None and loaded.__file__ == str(resolved):
+    loaded, sha256 = sys.modules.get(name), sha256_of(resolved)
+    if loaded is not None and (loaded.__file__, vars(loaded).get("__sha256__")) == (str(resolved), sha256):
         return loaded
     spec = importlib.util.spec_from_file_location(name, resolved)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    vars(module)["__sha256__"] = sha256  # of what runs: a server may load the file again once it has changed
     sys.modules[name] = module
     sys.path.insert(0, str(resolved.parent))
     try:

@@ -8,6 +8,7 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, PlanError
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.features.tables import check_features, table_name
+from torchdlrm.model.architecture import Architecture
 from torchdlrm.model.model_class import architecture_of
 from torchdlrm.planning.measure import measured
 from torchdlrm.planning.plan_request import PlanRequest
@@ -29,6 +30,7 @@ from torchdlrm.sharding.tables import (
 )
 from torchdlrm.sharding.topology import Machine, local_machine, machine_of
 from torchdlrm.training.processes.device import rank_device
+from torchdlrm.training.run import Run
 from torchdlrm.units import parse_bytes, show_bytes
 
 THIS_MACHINE = "here"
@@ -71,6 +73,7 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         PlanError: the request is wrong, or contradicts itself.
         DatasetError: the dataset is damaged.
         ConfigError: there is no such model class.
+        RunError: the run was trained with another model class.
     """
     options = PlanOptions.of(config)
     optimizer = config.table_optimizer
@@ -98,7 +101,7 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         model,
         # Tables alone do not say; of a run or a list of tables it is taken to be Criteo's.
         NUM_CRITEO_DENSE if dataset is None else len(dataset.dense_names),
-        architecture_of(config.model, request.model_class),
+        _architecture(request, config),
         multi_valued=frozenset(map(table_name, multi_valued)),
     )
     return problem if request.table_bytes is None else _smaller(problem, request)
@@ -116,6 +119,16 @@ def _smaller(problem: Problem, request: PlanRequest) -> Problem:
         )
         raise PlanError(msg)
     return found
+
+
+def _architecture(request: PlanRequest, config: Config) -> Architecture:
+    """That of the model class; of a run the one that it was trained with."""
+    architecture = architecture_of(
+        config.model, request.model_class, may_have_changed=request.allow_changed_model_class
+    )
+    if request.run is not None:
+        Run.open(request.run).require(architecture)
+    return architecture
 
 
 def _machine(request: PlanRequest, config: Config) -> Machine:

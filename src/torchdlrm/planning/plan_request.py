@@ -40,6 +40,7 @@ class PlanRequest:
         table_bytes: Give large tables smaller dimensions, so that weights and state of all take no more, such as 10GB.
         alpha: Of table_bytes: how fast dimensions fall with rows, as rows^-alpha; 0.3 when not given.
         model_class: The model class that will train, FILE.py:NAME or MODULE:NAME; only where it is not the DLRM itself.
+        allow_changed_model_class: Take a run's model class though its file has changed since.
     """
 
     dataset: Path | None = None
@@ -61,6 +62,7 @@ class PlanRequest:
     table_bytes: Size = None
     alpha: float | None = None
     model_class: str | None = None
+    allow_changed_model_class: Annotated[bool, Parameter(negative="")] = False
 
     @property
     def num_devices(self) -> int:

@@ -80,6 +80,7 @@ class Predictor:
         path: str | Path,
         *,
         model_class: ModelClass | None = None,
+        allow_changed_model_class: bool = False,
         verify: Verify = "full",
         num_threads: int | None = None,
         progress: ProgressListener = SILENT,
@@ -89,7 +90,8 @@ class Predictor:
         Args:
             path: the bundle's folder.
             model_class: of a model of somebody's own, the class or function that it was trained with, or where it
-                stands, as `my_models.py:GatedDLRM`.
+                stands, as `my_models.py:GatedSum`.
+            allow_changed_model_class: take it though its file has changed since.
             verify: as `Bundle.open`.
             num_threads: threads of the model in this process; by default PyTorch's choice, one a core.
             progress: shows the bytes checked.
@@ -100,7 +102,14 @@ class Predictor:
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        return cls(Bundle.open(Path(path), model_class=model_class, verify=verify, progress=progress))
+        bundle = Bundle.open(
+            Path(path),
+            model_class=model_class,
+            allow_changed_model_class=allow_changed_model_class,
+            verify=verify,
+            progress=progress,
+        )
+        return cls(bundle)
 
     @property
     def dense_precision(self) -> DensePrecision:

@@ -25,6 +25,7 @@ class Bundles:
     Args:
         path: where it lies; read again at each swap.
         model_class: as for `Bundle.open`.
+        allow_changed_model_class: likewise.
         verify: likewise.
         swapped: is called with the old and the new one, in the event loop.
         is_checked: whether all of the first one has just been checked.
@@ -42,11 +43,13 @@ class Bundles:
         path: Path,
         *,
         model_class: ModelClass | None,
+        allow_changed_model_class: bool,
         verify: Verify,
         swapped: Callable[[Predictor, Predictor], None],
         is_checked: bool,
     ) -> None:
-        self._path, self._model_class, self._verify, self._swapped = path, model_class, verify, swapped
+        self._path, self._verify, self._swapped = path, verify, swapped
+        self._model_class, self._may_have_changed = model_class, allow_changed_model_class
         self.current, self.examples = self._load("lazy" if is_checked else verify)
         self._one_at_a_time = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, "loader")
@@ -82,6 +85,11 @@ class Bundles:
 
     def _load(self, verify: Verify) -> tuple[Predictor, Examples]:
         """Open the bundle, and see that it predicts what it says it must."""
-        predictor = Predictor.open(self._path.resolve(), model_class=self._model_class, verify=verify)
+        predictor = Predictor.open(
+            self._path.resolve(),
+            model_class=self._model_class,
+            allow_changed_model_class=self._may_have_changed,
+            verify=verify,
+        )
         predictor.check_sample()
         return predictor, examples_of(predictor)

@@ -39,6 +39,7 @@ class ServeOptions:
         name: What clients call the model; by default as the bundle does.
         model_class: The model class that the bundle was made with, FILE.py:NAME or MODULE:NAME; only where it is not
             the DLRM.
+        allow_changed_model_class: Serve by the model class though its file has changed since.
         api_key_file: File of keys, one a line (# begins a comment), of which a request must bring one; else the
             variable DLRM_API_KEY, if it is set.
         api_keys: The keys themselves, in place of a file.
@@ -68,6 +69,7 @@ class ServeOptions:
     workers: Count = 1
     name: str | None = None
     model_class: str | None = None
+    allow_changed_model_class: Annotated[bool, Parameter(negative="")] = False
     api_key_file: Path | None = None
     api_keys: Annotated[tuple[str, ...], Parameter(parse=False)] = ()
     allowed_hosts: Names = ()

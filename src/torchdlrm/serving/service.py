@@ -65,6 +65,7 @@ class Service:
         self.bundles = Bundles(
             bundle,
             model_class=options.model_class,
+            allow_changed_model_class=options.allow_changed_model_class,
             verify=options.verify,
             swapped=self._swapped,
             is_checked=is_checked,

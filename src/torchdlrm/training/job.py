@@ -176,6 +176,7 @@ def train(
     run: str | Path,
     *,
     model_class: ModelClass | None = None,
+    allow_changed_model_class: bool = False,
     restart: bool = False,
     callbacks: Sequence[Callback] = (),
     progress: ProgressListener = SILENT,
@@ -190,8 +191,9 @@ def train(
         config: of the run: a `Config`, a TOML file, or the name of a config that comes with torchdlrm.
         dataset: an encoded dataset or its folder.
         run: folder of the run.
-        model_class: a model of one's own in place of the DLRM: a class or function, or where it stands, as
-            `my_models.py:GatedDLRM`; docs/models.md says what it must do.
+        model_class: a model of one's own in place of the DLRM, or its interaction arch: a class or function, or where
+            it stands, as `my_models.py:GatedSum`; docs/models.md says what it must do.
+        allow_changed_model_class: resume a run though the file of its model class has changed since.
         restart: remove what is in it and begin again.
         callbacks: are called on rank 0, after metrics.jsonl and the trackers that the config names.
         progress: receives every step on rank 0.
@@ -210,7 +212,8 @@ def train(
         Interrupted: SIGTERM or Ctrl-C; the run is saved.
     """
     settings = config if isinstance(config, Config) else load_config(config)
-    path, architecture = Path(run), architecture_of(settings.model, model_class)
+    path = Path(run)
+    architecture = architecture_of(settings.model, model_class, may_have_changed=allow_changed_model_class)
 
     def opened() -> Dataset:
         found = dataset if isinstance(dataset, Dataset) else Dataset.open(Path(dataset))

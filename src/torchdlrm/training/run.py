@@ -133,9 +133,12 @@ class Run:
             if restart:
                 run._clear()
             run.check(dataset, architecture)
-            environment = run.environment if run.exists else environment_now(dataset, world_size, architecture)
-            if not run.exists or environment["dataset"]["path"] != str(dataset.path.resolve()):  # it may have moved
-                environment["dataset"]["path"] = str(dataset.path.resolve())
+            now = environment_now(dataset, world_size, architecture)
+            # The dataset may have moved, and a model class that may have changed is from now on what it is now.
+            latest: dict[str, Any] = {name: now[name] for name in ("dataset", "model_class") if name in now}
+            before: dict[str, Any] = dict(run.environment) if run.exists else {}
+            environment: dict[str, Any] = {**before, **latest} if before else now
+            if environment != before:
                 write_atomically(path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
             write_atomically(path / CONFIG_NAME, config_toml(config))
         except OSError as error:
@@ -201,23 +204,34 @@ class Run:
         recorded = self.environment.get("model_class")
         return None if recorded is None else ModelClassRecord.model_validate(recorded)
 
-    def shape(self, dataset: Dataset, model_class: ModelClass | None = None) -> ModelShape:
+    def shape(
+        self, dataset: Dataset, model_class: ModelClass | None = None, *, allow_changed_model_class: bool = False
+    ) -> ModelShape:
         """Architecture and sizes of the run's model.
 
         Args:
             dataset: that it was trained on.
             model_class: that it was trained with, where it was a class of somebody's own.
+            allow_changed_model_class: take it though its file has changed since.
 
         Raises:
             ConfigError: there is no such model class.
             RunError: the run was trained with another one.
         """
-        architecture = architecture_of(self.config.model, model_class)
+        architecture = architecture_of(self.config.model, model_class, may_have_changed=allow_changed_model_class)
+        self.require(architecture)
+        return ModelShape.of(self.config.model, dataset, architecture)
+
+    def require(self, architecture: Architecture) -> None:
+        """See that the run was trained with this architecture.
+
+        Raises:
+            RunError: it was trained with another one.
+        """
         difference = difference_from(self._model_class, architecture, "run")
         if difference is not None:
             msg = f"{self.path}: {difference}"
             raise RunError(msg)
-        return ModelShape.of(self.config.model, dataset, architecture)
 
     def check(self, dataset: Dataset, architecture: Architecture | None = None) -> list[Change]:
         """See whether the run can be started, or resumed where it is.
@@ -239,9 +253,12 @@ class Run:
             fatal.append(
                 f"`dataset`: was {self.environment['dataset']['path']}, is {dataset.path} (another dataset.json)"
             )
-        difference = difference_from(self._model_class, architecture, "run")
+        before, now = self._model_class, record_of(architecture)
+        difference = difference_from(before, architecture, "run")
         if difference is not None:
             fatal.append(difference)
+        elif before is not None and now is not None and before != now:
+            changes.append(Change(f"the file of {now.name}", f"sha256 {before.sha256}", f"sha256 {now.sha256}"))
         if fatal:
             harmless = [f"{change}; would do no harm" for change in changes if not change.is_fatal]
             lines = [f"{self.path}: the run in it cannot be resumed with what is asked now:", *fatal, *harmless]

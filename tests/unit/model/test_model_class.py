@@ -40,6 +40,50 @@ class WithoutTables(torch.nn.Module):
         super().__init__()
 
 
+class Sum(torch.nn.Module):
+    """An interaction arch alone: the sum of all vectors, twice."""
+
+    def __init__(self, num_sparse_features, embedding_dim, times=2):
+        super().__init__()
+        assert num_sparse_features == 3
+        self.output_size, self.times = times * embedding_dim, times
+
+    def forward(self, dense_features, sparse_features):
+        return (dense_features + sparse_features.sum(dim=1)).repeat(1, self.times)
+
+
+class WithoutSize(torch.nn.Module):
+    def __init__(self, num_sparse_features, embedding_dim):  # noqa: ARG002
+        super().__init__()
+
+
+class OfAnotherSize(Sum):
+    def forward(self, dense_features, sparse_features):
+        return super().forward(dense_features, sparse_features)[:, 1:]
+
+
+class OfNoTensor(Sum):
+    def forward(self, dense_features, sparse_features):
+        return [dense_features, sparse_features]
+
+
+class WithTorchsBatchNorm(DLRM):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.dense_arch.norm = torch.nn.BatchNorm1d(8)
+
+
+class WithAnInteger(DLRM):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+
+class NeedsMore(torch.nn.Module):
+    def __init__(self, num_sparse_features, embedding_dim, depth):  # noqa: ARG002
+        super().__init__()
+
+
 def make_dlrm(**arguments):
     return DLRM(**arguments)
 
@@ -99,6 +143,15 @@ def test_a_model_class_is_known_by_its_file_and_what_is_in_it(tmp_path, monkeypa
     assert "has changed since the run" in difference_from(
         record_of(mine).model_copy(update={"sha256": "0" * 64}), again, "run"
     )
+    file.write_text(file.read_text() + "    size = 3\n")
+    changed = architecture_of(CONFIG, f"{file}:Mine")
+    assert changed.make.size == 3  # what runs is what was hashed
+    assert "has changed since the run" in difference_from(record_of(mine), changed, "run")
+    allowed = architecture_of(CONFIG, f"{file}:Mine", may_have_changed=True)
+    assert difference_from(record_of(mine), allowed, "run") is None
+    assert "got my_models.py:Mine" in difference_from(
+        record_of(mine).model_copy(update={"name": "my_models.py:Other"}), allowed, "run"
+    )
     assert "give `model_class` my_models.py:Mine" in difference_from(record_of(mine), ARCHITECTURES["dot"], "bundle")
     assert "leave it out" in difference_from(None, mine, "bundle")
     assert "got test_model_class.py:SumDLRM" in difference_from(
@@ -114,6 +167,10 @@ def test_a_model_class_is_known_by_its_file_and_what_is_in_it(tmp_path, monkeypa
         ("torchdlrm.nowhere:Mine", "cannot be imported"),
         ("torchdlrm.model.dlrm:Nothing", "there is no Nothing in torchdlrm.model.dlrm"),
         (lambda **_: None, "no class or function with a name"),
+        (
+            NeedsMore,
+            r"takes \(num_sparse_features, embedding_dim, depth\): an interaction arch takes num_sparse_features",
+        ),
         (7, "no class or function with a name"),
     ],
 )
@@ -123,12 +180,30 @@ def test_what_is_no_model_class_is_refused(model_class, message):
 
 
 @pytest.mark.parametrize(
-    ("model_class", "message"), [(WithoutTables, "must hold the tables"), (make_nothing, "no torch.nn.Module")]
+    ("model_class", "message"),
+    [
+        (WithoutTables, "must hold the tables"),
+        (make_nothing, "no torch.nn.Module"),
+        (WithoutSize, "must have an output_size, how many numbers it gives, got None"),
+        (OfAnotherSize, r"must map \[2, 8\] and \[2, 3, 8\] to \[2, 16\], as its output_size says, got \[2, 15\]"),
+        (OfNoTensor, r"to \[2, 16\], as its output_size says, got list"),
+        (WithTorchsBatchNorm, r"dense_arch.norm of .* is a torch.nn.BatchNorm1d, .* take torchdlrm.GlobalBatchNorm1d"),
+        (WithAnInteger, "seen of .* is torch.int64; weights and buffers must be float32"),
+    ],
 )
 def test_what_a_model_class_makes_must_be_a_model(model_class, message):
     shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, model_class))
     with pytest.raises(ConfigError, match=message):
         EagerModel(shape, {"a": 3, "b": 3, "c": 3})
+
+
+def test_an_interaction_arch_stands_between_the_arches_of_the_dlrm():
+    shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, Sum))
+    assert [(p.inputs, p.outputs) for p in shape.products] == [(4, 12), (12, 8), (16, 10), (10, 6), (6, 1)]
+    module = EagerModel(shape, {"a": 3, "b": 3, "c": 3}).module
+    assert isinstance(module, DLRM)
+    assert isinstance(module.inter_arch, Sum)
+    assert module.train().inter_arch.training
 
 
 def test_a_function_may_make_the_model():

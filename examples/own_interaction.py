@@ -1,0 +1,36 @@
+"""An interaction of your own in thirty lines: it trains, is planned, exported, verified and served like the DLRM's.
+
+    dlrm train criteo-small --dataset DATASET --run RUN --model-class examples/own_interaction.py:FieldAttention
+    python examples/own_interaction.py DATASET RUN
+
+B rows, F sparse features, D embedding dimension; together with the dense vector F + 1 vectors interact.
+"""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from torchdlrm import evaluate, load_config, train
+
+
+class FieldAttention(nn.Module):
+    """Each vector asks all others, and adds up what they answer: the self-attention of AutoInt (arXiv:1810.11921)."""
+
+    def __init__(self, num_sparse_features: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.output_size = (num_sparse_features + 1) * embedding_dim
+        self.project = nn.Linear(embedding_dim, 3 * embedding_dim)
+
+    def forward(self, dense_features: Tensor, sparse_features: Tensor) -> Tensor:
+        """Map [B, D] and [B, F, D] to [B, output_size]."""
+        vectors = torch.cat([dense_features.unsqueeze(1), sparse_features], dim=1)
+        queries, keys, values = self.project(vectors).chunk(3, dim=2)
+        attention = torch.softmax(queries @ keys.transpose(1, 2) / vectors.shape[2] ** 0.5, dim=2)
+        return (vectors + attention @ values).flatten(1)
+
+
+if __name__ == "__main__":
+    dataset, run = sys.argv[1:]
+    train(load_config("criteo-small"), dataset, run, model_class=FieldAttention)
+    print(evaluate(run, model_class=FieldAttention))
