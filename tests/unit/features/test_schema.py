@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from torchdlrm.errors import SchemaError
-from torchdlrm.features.schema import FeatureSchema, _in_schema_file
-from torchdlrm.features.schema_file import load_schema
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.schema_file import _in_schema_file, load_schema
 
 GOOD = """
 name = "shop"
