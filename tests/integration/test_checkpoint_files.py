@@ -22,10 +22,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 
 from torchdlrm.config import load_config
 from torchdlrm.errors import RunError
-from torchdlrm.exporting.checkpoint import CheckpointModel, CheckpointReader
+from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.training.checkpoint import find_damage
 from torchdlrm.training.checkpoint_files import load_state, read_metadata
+from torchdlrm.training.checkpoint_reader import CheckpointReader
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.run import Run

@@ -24,7 +24,6 @@ from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.bundle.write import require_space
 from torchdlrm.errors import BundleError, RunError
-from torchdlrm.exporting.checkpoint import CheckpointReader
 from torchdlrm.exporting.export import export, held_out_rows
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.encode import encode
@@ -33,6 +32,7 @@ from torchdlrm.model import table_weight
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.progress import SILENT
 from torchdlrm.training.checkpoint import checkpoint_path, list_checkpoints
+from torchdlrm.training.checkpoint_reader import CheckpointReader
 from torchdlrm.training.run import Run
 
 
@@ -258,7 +258,7 @@ WATCHED_WRITE = """
 import sys
 from pathlib import Path
 from torchdlrm.bundle.write import write_weights
-from torchdlrm.exporting.checkpoint import CheckpointReader
+from torchdlrm.training.checkpoint_reader import CheckpointReader
 
 def anonymous_bytes():
     with Path("/proc/self/status").open() as file:

@@ -58,11 +58,11 @@ def our_pipeline(
     keep_freed_memory()
     set_threads(config, shape_of(config, num_embeddings), ranks)
     allow_tf32(config.train, ranks.device)
-    model = build_sharded_model(
+    sharded = build_sharded_model(
         config, shape_of(config, num_embeddings), num_embeddings=num_embeddings, dense_sample=None, ranks=ranks
-    ).module
-    optimizer = build_optimizer(model, config.dense_optimizer)
-    return build_pipeline(model, optimizer, dtype=dtype, ranks=ranks)
+    )
+    optimizer = build_optimizer(sharded.module, config.dense_optimizer)
+    return build_pipeline(sharded.module, optimizer, dtype=dtype, ranks=ranks, frozen=sharded.frozen_tables)
 
 
 def host_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype) -> Step:

@@ -61,6 +61,10 @@ def _show_run(folder: Path, *, as_json: bool) -> None:
         f"run {folder}: {environment['world_size']} process(es), torchdlrm {environment['torchdlrm']}, "
         f"torch {environment['torch']}; dataset {environment['dataset']['path']}"
     )
+    if "warm_start" in environment:
+        from torchdlrm.training.source_run import SourceRun
+
+        say(f"started from {SourceRun.of(environment['warm_start'])}")
     for split, line in content["last_metrics"].items():
         metrics = (f"{name} {line[name]:.4f}" for name in ("loss", "ne", "auc") if line.get(name) is not None)
         say(f"{split} at step {line['step']:,}: {', '.join(metrics)}")

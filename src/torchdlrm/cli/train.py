@@ -39,6 +39,8 @@ def train(
     *config: Overrides,
     dataset: Path,
     run: Path,
+    from_run: Annotated[Path | None, Parameter(name=["--from", "--from-run"])] = None,
+    freeze: str | None = None,
     model_class: str | None = None,
     allow_changed_model_class: Flag = False,
     restart: bool = False,
@@ -61,6 +63,9 @@ def train(
         config: TOML file, or the name of one that comes with torchdlrm, such as criteo-small; then keys to override.
         dataset: Folder written by `dlrm preprocess`.
         run: Folder to write. A run that is in it is resumed from its newest checkpoint.
+        from_run: A run to start a new one from, with its weights and optimizer state, on a dataset whose vocabularies
+            extend those of its own (`dlrm preprocess --extend-vocabulary`); `--warm-start.checkpoint` chooses which.
+        freeze: Parts that stay as they are: tables, dense, or names of features and modules such as over_arch.
         model_class: A model of your own in place of the DLRM, or its interaction arch: FILE.py:NAME or MODULE:NAME of
             a class or function (docs/models.md).
         allow_changed_model_class: Take the model class though its file has changed since.
@@ -83,6 +88,8 @@ def train(
         raise ConfigError(msg)
     if plan is not None:
         overrides["sharding.plan"] = str(plan.resolve())
+    if freeze is not None:
+        overrides["train.freeze"] = freeze
     if profile and "logging.profile-steps" not in overrides:
         overrides["logging.profile_steps"] = "20"
     settings = load_config(path, overrides)
@@ -95,6 +102,7 @@ def train(
     from torchdlrm.training.job import preview_training
     from torchdlrm.training.processes.launch import Processes, launch, refusing_everywhere
     from torchdlrm.training.run import Run
+    from torchdlrm.training.source_run import find_source
 
     processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id, max_restarts)
     with nullcontext() if dry_run else refusing_everywhere(processes):
@@ -103,6 +111,7 @@ def train(
         if not restart:
             for change in Run(run, settings).check(encoded, architecture):
                 console.print(f"changed since the run was started: {change}", markup=False)
+        source = find_source(from_run, Run(run, settings), encoded, architecture, restart=restart)
         preview = preview_training(
             settings,
             encoded,
@@ -111,6 +120,7 @@ def train(
             local_world_size=nproc_per_node,
             restart=restart,
             architecture=architecture,
+            source=source,
         )
     warn_of_crowding(processes)
     show_preview(preview, run, dry_run=dry_run)
@@ -119,7 +129,7 @@ def train(
             print_json({"run": str(run), "dry_run": True, **preview.as_dict()})
         return
     summary: TrainingSummary | None = launch(
-        work, settings, dataset, run, model_class, restart, allow_changed_model_class, processes=processes
+        work, settings, dataset, run, model_class, restart, from_run, allow_changed_model_class, processes=processes
     )
     if summary is None:  # another machine has rank 0
         return
@@ -136,6 +146,7 @@ def work(
     run: Path,
     model_class: str | None = None,
     restart: bool = False,  # noqa: FBT001, FBT002 - launch() takes no names
+    from_run: Path | None = None,
     allow_changed_model_class: bool = False,  # noqa: FBT001, FBT002
 ) -> "TrainingSummary | None":
     """What every process of a training does; only the first one draws."""
@@ -147,6 +158,7 @@ def work(
             settings,
             dataset,
             run,
+            from_run=from_run,
             model_class=model_class,
             allow_changed_model_class=allow_changed_model_class,
             restart=restart,

@@ -56,6 +56,12 @@ class TrainConfig(Section):
         description="weight of a row without a click in the loss, as if only this fraction of them had been kept; the "
         "predictions are corrected for it, so they remain probabilities",
     )
+    freeze: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="parts that training leaves as they are, weights and optimizer state, to the bit: tables (all), "
+        "dense (all but the tables), features, or modules of the model such as dense_arch or over_arch",
+    )
     timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for a process before the job fails")
     num_threads: PositiveInt | None = Field(
         None, description="threads of each process on CPU; when not set, chosen by its share of the cores and its work"
@@ -161,6 +167,17 @@ class CheckpointConfig(Section):
     )
 
 
+class WarmStartConfig(Section):
+    """What a run that is started from another takes over, besides the tables: read with `dlrm train --from RUN`."""
+
+    checkpoint: str = Field("best", description="checkpoint of the other run: best of its val split, last, or a step")
+    dense_optimizer_state: Literal["kept", "fresh"] = Field(
+        "kept",
+        description="state of the dense optimizer: kept, or fresh as in a new run, whose first steps are large in "
+        "adagrad and adamw",
+    )
+
+
 class StopConfig(Section):
     """Reasons to stop before the last epoch ends; all look at the val split, so set validation.every_steps or _rows."""
 
@@ -231,6 +248,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
     stop: StopConfig = StopConfig()
     logging: LoggingConfig = LoggingConfig()
     sharding: ShardingConfig = ShardingConfig()

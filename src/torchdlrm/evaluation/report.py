@@ -14,6 +14,7 @@ from torchdlrm.html import Chart, render, short, ticks
 from torchdlrm.sharding.layout import read_plan
 from torchdlrm.training.log import read_metrics
 from torchdlrm.training.run import METRICS_NAME, PLAN_NAME, Run
+from torchdlrm.training.source_run import SourceRun
 from torchdlrm.units import show_bytes
 
 Line = Mapping[str, Any]
@@ -34,6 +35,7 @@ def report_page(run: Run) -> str:
         "run.html",
         title=f"Run {run.path.resolve().name}",
         entries=list(_cards(lines)),
+        source=str(SourceRun.of(run.environment["warm_start"])) if "warm_start" in run.environment else "",
         charts=_charts(_without_remainders(lines)),
         evaluations=[_evaluation(result) for result in run.evaluations().values()],
         changed=[
@@ -42,7 +44,9 @@ def report_page(run: Run) -> str:
             if value != default.get(key)
         ],
         environment=[
-            {"": name, "at the start": _text(value)} for name, value in run.environment.items() if name != "dataset"
+            {"": name, "at the start": _text(value)}
+            for name, value in run.environment.items()
+            if name not in {"dataset", "warm_start"}
         ],
         **_dataset(run),
         **_plan(run),

@@ -37,7 +37,7 @@ from torchdlrm.bundle.write import (
 )
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError, RunError
-from torchdlrm.exporting.checkpoint import CheckpointModel, CheckpointReader
+from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.exporting.sensitivity import SENSITIVITY_ROWS, PrecisionSearch, choose_precisions
 from torchdlrm.features.encode import encode
@@ -45,6 +45,7 @@ from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.model_class import ModelClass, record_of
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.checkpoint import ChosenCheckpoint, checkpoint_path, find_checkpoint, find_damage
+from torchdlrm.training.checkpoint_reader import CheckpointReader
 from torchdlrm.training.run import Run
 
 AUTO_LOGLOSS_INCREASE = 1e-4

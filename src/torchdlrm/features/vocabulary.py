@@ -21,6 +21,7 @@ DEFAULT_MIN_COUNT = 3
 UNKNOWN_ID = 0
 MAX_ID = 2**31 - 1
 _ROW_GROUP_ROWS = 1 << 20
+_BATCH_ROWS = 1 << 16  # divides that, so that batches of two files have the same ids
 
 
 def rank_counts(counts: pl.DataFrame) -> pl.DataFrame:
@@ -92,6 +93,33 @@ class Vocabulary:
             msg = f"{path}: the vocabulary cannot be read ({error}); copy or preprocess the dataset again"
             raise DatasetError(msg) from error
         return cls(name, kind, typed_values(table, kind))
+
+
+def first_difference(path: Path, longer: Path) -> int | None:
+    """The first id of a vocabulary's file that stands for another value in a longer one, or for none; None: no id does.
+
+    Raises:
+        DatasetError: a file is missing or damaged.
+    """
+    first_id = UNKNOWN_ID + 1
+    try:
+        with (
+            pq.ParquetFile(path, page_checksum_verification=True) as ours,
+            pq.ParquetFile(longer, page_checksum_verification=True) as theirs,
+        ):
+            batches = theirs.iter_batches(_BATCH_ROWS, columns=["value"])
+            for batch in ours.iter_batches(_BATCH_ROWS, columns=["value"]):
+                values = batch.column(0)
+                other = next(batches, batch.slice(0, 0)).column(0)
+                if not values.equals(other[: len(values)]):
+                    pairs = zip(values.to_pylist(), other.to_pylist(), strict=False)
+                    differ = (row for row, (mine, its) in enumerate(pairs) if mine != its)
+                    return first_id + next(differ, len(other))
+                first_id += len(values)
+    except (OSError, pa.ArrowException) as error:
+        msg = f"{path} or {longer}: the vocabulary cannot be read ({error}); copy or preprocess the dataset again"
+        raise DatasetError(msg) from error
+    return None
 
 
 class VocabularyWriter:

@@ -11,6 +11,7 @@ B rows of the batch, T tables of this kernel, F features, D_t dimension of a tab
 """
 
 from bisect import bisect_left
+from collections.abc import Collection
 from copy import copy
 from typing import Any
 
@@ -22,23 +23,31 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from torchdlrm.kernels.threads import array_of, in_parts
+from torchdlrm.tables.frozen import frozen_forward
 from torchdlrm.tables.kernels import Array, look_up, sort_ids
 from torchdlrm.tables.optimizers import check_fbgemm_has_it, table_kernels
 from torchdlrm.tables.rules import next_rule, state_of
 from torchdlrm.tables.updates import update
 
 
-def use_own_kernels(model: nn.Module) -> None:
-    """Let our kernels look up and update the tables of a sharded model on CPU; those on a GPU are left alone.
+def use_own_kernels(model: nn.Module, frozen: Collection[str] = ()) -> None:
+    """Let our kernels look up and update the tables of a sharded model on CPU; on a GPU FBGEMM's do.
+
+    Args:
+        model: sharded.
+        frozen: names of tables that stay as they are.
 
     Raises:
-        ConfigError: tables that our kernels are not for, with an optimizer or a weight decay that FBGEMM's have not.
+        ConfigError: tables that our kernels are not for, with an optimizer or a weight decay that FBGEMM's have not;
+            or one of FBGEMM's kernels holds frozen tables and others.
     """
     for kernel in table_kernels(model):
         if kernel.use_cpu and _is_plain(kernel):
-            kernel.forward = TableLookup(kernel)
-        elif kernel.use_cpu:
+            kernel.forward = TableLookup(kernel, frozen)
+            continue
+        if kernel.use_cpu:
             check_fbgemm_has_it(kernel)
+        kernel.forward = frozen_forward(kernel, kernel.forward, frozen)
 
 
 def _is_plain(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
@@ -54,8 +63,10 @@ def _is_plain(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
 class TableLookup:
     """Stands in for a kernel's `forward`."""
 
-    def __init__(self, kernel: SplitTableBatchedEmbeddingBagsCodegen) -> None:
+    def __init__(self, kernel: SplitTableBatchedEmbeddingBagsCodegen, frozen: Collection[str] = ()) -> None:
         self._kernel = kernel
+        self._frozen = frozen
+        self._is_frozen_T = np.asarray([name in frozen for name in kernel.table_names or kernel.embedding_specs])
         self._original_forward = kernel.forward
         table_F = np.asarray(kernel.feature_table_map)
         self._first_feature_T = np.searchsorted(table_F, np.arange(table_F[-1] + 2))
@@ -81,7 +92,8 @@ class TableLookup:
         """
         if per_sample_weights is not None:
             check_fbgemm_has_it(self._kernel)
-            return self._original_forward(indices, offsets, per_sample_weights)
+            forward = frozen_forward(self._kernel, self._original_forward, self._frozen)
+            return forward(indices, offsets, per_sample_weights)
         return _Lookup.apply(self._placeholder, self, indices.long(), offsets.long(), room)  # type: ignore[no-untyped-call]
 
     def in_columns(self, column_F: NDArray[np.int64]) -> "TableLookup":
@@ -136,6 +148,7 @@ class TableLookup:
         )
         arguments = (
             cell_ids[1][self._first_feature_T[1:] * num_rows],
+            self._is_frozen_T,
             rows_N,
             places_N,
             flat,

@@ -84,6 +84,7 @@ def update(
     begin: int,
     end: int,
     end_T: Array,
+    is_frozen_T: Array,
     rows_N: Array,
     places_N: Array,
     grad: Array,
@@ -100,6 +101,7 @@ def update(
         begin: first id; where the row before goes on there, that row is left to whoever has its first id.
         end: one past the last.
         end_T: where the sorted ids of each table end.
+        is_frozen_T: whether a table stays as it is.
         rows_N: sorted ids of each table.
         places_N: where in the gradient that of each id begins.
         grad: of the pooled embeddings, float32 or the bits of bfloat16, flat.
@@ -113,7 +115,7 @@ def update(
     table_begin = 0
     for table in range(len(end_T)):
         table_end = end_T[table]
-        if table_end <= begin or table_begin >= end:
+        if table_end <= begin or table_begin >= end or is_frozen_T[table]:
             table_begin = table_end
             continue
         dim = weight.widths[table]

@@ -37,6 +37,8 @@ class Position:
         best_step: the step that had it.
         stale_validations: validations since then.
         plateau_scale: what plateaus of the val AUC have left of the learning rate (`steps.after_validation`).
+        steps_before: optimizer steps that its tables had done before the run's first, in the runs that it was started
+            from: bias correction and lazy decay count all.
     """
 
     step: int
@@ -45,6 +47,7 @@ class Position:
     best_step: int | None = None
     stale_validations: int = 0
     plateau_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+    steps_before: int = 0
 
 
 @dataclass(frozen=True)

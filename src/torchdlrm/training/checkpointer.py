@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -39,9 +39,11 @@ from torchdlrm.training.checkpoint import (
     read_position,
 )
 from torchdlrm.training.checkpoint_files import load_state
+from torchdlrm.training.checkpoint_reader import CheckpointReader
 from torchdlrm.training.compute import give_back_freed_memory
 from torchdlrm.training.host_copies import HostCopies, in_own_storage, with_tensors
 from torchdlrm.training.processes.process_group import Ranks
+from torchdlrm.training.warm_start import take_over
 
 logger = logging.getLogger("torchdlrm")
 
@@ -166,32 +168,50 @@ class Checkpointer:
             error = RunError(problem)
             error.is_everywhere = True
             raise error
+        with self._changing_state() as state:
+            load_state(state, path, self._group)
+        return read_position(self._folder, step)
+
+    def start_from(self, path: Path, *, keeps_dense_state: bool, has_row_state: bool) -> int:
+        """Take over what another run has learnt: docs/training.md says what.
+
+        Args:
+            path: a checkpoint of that run, which is undamaged.
+            keeps_dense_state: whether the state of the dense optimizer is taken over.
+            has_row_state: whether the tables' optimizer has a value for each row of each piece of the columns.
+
+        Returns:
+            How many steps the tables' optimizer has done by then.
+
+        Raises:
+            RunError: it does not fit.
+        """
+        with self._changing_state() as state:
+            take_over(
+                state,
+                CheckpointReader(path, prefix=""),
+                keeps_dense_state=keeps_dense_state,
+                has_row_state=has_row_state,
+            )
+        position = read_position(path.parent, int(path.name.removeprefix("step-")))
+        return position.steps_before + position.step
+
+    @contextmanager
+    def _changing_state(self) -> Generator[dict[str, Any], None, None]:
+        """The state, which is put back in the end."""
         state = self._state()
-        load_state(state, path, self._group)
+        yield state
         self._model.load_state_dict(state["model"])
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
-        return read_position(self._folder, step)
 
     def _find_damage(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint, the same on every rank: each reads its share of the files.
+        return find_damage_together(path, self._ranks, self._all_gather)
 
-        However large they are, no rank waits for longer than the others read a part of a file: all tell each other
-        several times within `timeout_s` that they are still reading.
-        """
-        parts = look_for_damage(path, rank=self._ranks.rank, world_size=self._ranks.world_size)
-        while True:
-            until_s = time.monotonic() + self._ranks.timeout_s / 4
-            problem, is_done = None, True
-            for problem in parts:
-                if problem is not None or time.monotonic() > until_s:
-                    is_done = False
-                    break
-            everyone: list[Any] = [None] * self._ranks.world_size
-            dist.all_gather_object(everyone, (problem, is_done), group=self._group)
-            found = next((told for told, _ in everyone if told is not None), None)
-            if found is not None or all(done for _, done in everyone):
-                return found
+    def _all_gather(self, value: Any) -> list[Any]:
+        everyone: list[Any] = [None] * self._ranks.world_size
+        dist.all_gather_object(everyone, value, group=self._group)
+        return everyone
 
     def _state(self) -> dict[str, Any]:
         state = {"model": self._model.state_dict()}
@@ -252,8 +272,7 @@ class Checkpointer:
             result = task()
         except OSError as error:
             problem = f"rank {self._ranks.rank}: {_reason(error)}"
-        everyone: list[Any] = [None] * self._ranks.world_size
-        dist.all_gather_object(everyone, (problem, result), group=self._group)
+        everyone = self._all_gather((problem, result))
         problems = [found for found, _ in everyone if found is not None]
         if problems:
             raise OSError("; ".join(problems))
@@ -263,6 +282,31 @@ class Checkpointer:
         answer = [task() if self._ranks.is_first else None]
         dist.broadcast_object_list(answer, src=0, group=self._group)
         return answer[0]
+
+
+def find_damage_together(path: Path, ranks: Ranks, all_gather: Callable[[Any], list[Any]]) -> str | None:
+    """What is wrong with a checkpoint, the same on every rank: each reads its share of the files.
+
+    However large they are, no rank waits for longer than the others read a part of a file: all tell each other
+    several times within `timeout_s` that they are still reading.
+
+    Args:
+        path: the checkpoint's folder.
+        ranks: the processes that read; every rank must call this.
+        all_gather: gives the values of all ranks.
+    """
+    parts = look_for_damage(path, rank=ranks.rank, world_size=ranks.world_size)
+    while True:
+        until_s = time.monotonic() + ranks.timeout_s / 4
+        problem, is_done = None, True
+        for problem in parts:
+            if problem is not None or time.monotonic() > until_s:
+                is_done = False
+                break
+        everyone = all_gather((problem, is_done))
+        found = next((told for told, _ in everyone if told is not None), None)
+        if found is not None or all(done for _, done in everyone):
+            return found
 
 
 def _remove(checkpoint: Path) -> None:

@@ -1,15 +1,16 @@
 """Plans and runs a training; what it is going to do is known before anything is written."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from torchdlrm.config import Config, load_config
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.errors import DatasetError, UserError
+from torchdlrm.errors import DatasetError, RunError, UserError
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, architecture_of
 from torchdlrm.model.precision import Precision
@@ -19,16 +20,20 @@ from torchdlrm.sharding.problem import Solution
 from torchdlrm.sharding.resolve import preview_plan
 from torchdlrm.tables.optimizers import check_table_optimizer
 from torchdlrm.training.checkpoint import list_checkpoints
+from torchdlrm.training.checkpointer import find_damage_together
 from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory, set_threads
 from torchdlrm.training.log import Callback, Callbacks, MetricsLog, TrainingHistory, read_metrics
 from torchdlrm.training.processes.agreement import Settings, settings_of
 from torchdlrm.training.processes.device import rank_device
 from torchdlrm.training.processes.process_group import Ranks, join_process_group
 from torchdlrm.training.run import METRICS_NAME, Run
+from torchdlrm.training.sharded import check_freeze
+from torchdlrm.training.source_run import SourceRun, find_source
 from torchdlrm.training.steps import Agenda, check_validations, decay_kind
 from torchdlrm.training.trackers import check_trackers, open_trackers
 from torchdlrm.training.trainer import Trainer
 
+T = TypeVar("T")
 # With fewer, a large GPU is done before the host has asked for the next step: some milliseconds whatever the rows.
 _ENOUGH_ROWS_A_GPU = 8_192
 _WAITS = "checkpoints: the steps wait while one is written, since there is no memory for a copy of the tables"
@@ -46,6 +51,7 @@ class TrainingPreview:
         validation_rows: rows of the val split that a validation reads.
         from_step: where the run is now; 0 for a new one.
         label: that is learnt.
+        source: what a new run takes over from another.
     """
 
     config: Config
@@ -55,6 +61,7 @@ class TrainingPreview:
     validation_rows: int
     from_step: int
     label: str
+    source: SourceRun | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -82,6 +89,7 @@ class TrainingPreview:
             for chosen, what in ((config.table_optimizer, "the tables"), (config.dense_optimizer, "the rest"))
         ]
         steps = f"{agenda.steps_per_epoch:,} steps of {agenda.batch_size_global:,} rows{smaller}"
+        frozen = config.train.freeze
         waits = config.checkpoint.asynchronous and not self.solution.copy_fits
         return [
             f"an epoch: {agenda.rows_per_epoch:,} rows, {steps}",
@@ -90,6 +98,8 @@ class TrainingPreview:
             f"precision of the dense parts: {self.precision}",
             f"validation: {self._validation()}",
             f"optimizers: {', '.join(optimizers)}; rate {decay_kind(schedule)}{warm_up}",
+            *([f"warm start: from {self.source}"] if self.source is not None else []),
+            *([f"frozen: {', '.join(frozen)}"] if frozen else []),
             *([_WAITS] if waits else []),
             *self._hints(),
         ]
@@ -125,6 +135,7 @@ class TrainingPreview:
             "label": self.label,
             "validation_rows": self.validation_rows,
             "from_step": self.from_step,
+            "warm_start": self.source.record if self.source is not None else None,
             "plan": plan_as_dict(self.solution),
         }
 
@@ -138,6 +149,7 @@ def preview_training(
     local_world_size: int,
     restart: bool,
     architecture: Architecture | None = None,
+    source: SourceRun | None = None,
 ) -> TrainingPreview:
     """Look ahead, and refuse now what would be refused later.
 
@@ -149,16 +161,19 @@ def preview_training(
         local_world_size: number of processes on this host.
         restart: what is in the folder will be removed.
         architecture: of the model; None: as the config says.
+        source: what a new run takes over from another.
 
     Raises:
         ConfigError: `model.features` does not suit the dataset, early stopping could never act, GPUs are missing, the
-            device lacks the tables' optimizer, or a tracker's package is missing.
+            device lacks the tables' optimizer, a tracker's package is missing, or the model has not what is to be
+            frozen.
         DatasetError: there are no training rows.
         PlanError: the tables do not fit, or the given plan does not.
     """
     device = rank_device(0, local_world_size, config.train.device)
     agenda = _checked_agenda(config, dataset, device)
     shape = ModelShape.of(config.model, dataset, architecture)
+    check_freeze(config, shape, dataset.num_embeddings)
     solution = preview_plan(
         config, shape, dataset.num_embeddings, world_size=world_size, local_world_size=local_world_size, device=device
     )
@@ -166,7 +181,7 @@ def preview_training(
     steps = [] if restart else list_checkpoints(run / "checkpoints")
     precision = choose_precision(config, shape, device)
     return TrainingPreview(
-        config, agenda, solution, precision, validation_rows, max(steps, default=0), dataset.label_name
+        config, agenda, solution, precision, validation_rows, max(steps, default=0), dataset.label_name, source
     )
 
 
@@ -175,6 +190,7 @@ def train(
     dataset: Dataset | str | Path,
     run: str | Path,
     *,
+    from_run: str | Path | None = None,
     model_class: ModelClass | None = None,
     allow_changed_model_class: bool = False,
     restart: bool = False,
@@ -191,6 +207,8 @@ def train(
         config: of the run: a `Config`, a TOML file, or the name of a config that comes with torchdlrm.
         dataset: an encoded dataset or its folder.
         run: folder of the run.
+        from_run: folder of a run that a new one is started from, on a dataset whose vocabularies extend those of that
+            run's: docs/training.md says what is taken over, and `warm_start` of the config which checkpoint.
         model_class: a model of one's own in place of the DLRM, or its interaction arch: a class or function, or where
             it stands, as `my_models.py:GatedSum`; docs/models.md says what it must do.
         allow_changed_model_class: resume a run though the file of its model class has changed since.
@@ -205,7 +223,8 @@ def train(
         ConfigError: the config or the model class is wrong, the dataset has no such label, early stopping could never
             act, the device lacks the tables' optimizer, a tracker's package is missing, or the machines of the training
             were started with different settings.
-        RunError: the folder is in use, holds something else, or a run that cannot be resumed with this config.
+        RunError: the folder is in use, holds something else, or a run that cannot be resumed with this config; or what
+            `from_run` has learnt does not fit.
         PlanError: the tables do not fit the machine.
         DatasetError: the dataset is missing, damaged, or has no training rows.
         TrainingError: the loss is not finite, memory runs out, or another process does not answer.
@@ -220,12 +239,11 @@ def train(
         return found.with_label(settings.train.label)
 
     def describe() -> Settings:
-        return settings_of(settings, opened(), architecture, restart=restart)
+        return settings_of(settings, opened(), architecture, restart=restart, from_run=from_run)
 
     def open_callbacks(from_step: int) -> Callbacks:
         if not ranks.is_first:
             return Callbacks([])
-        started.take_model_class(architecture)
         trackers = open_trackers(path, settings, from_step=from_step)
         return Callbacks([MetricsLog(path, from_step=from_step), *trackers, *callbacks])
 
@@ -235,12 +253,15 @@ def train(
         encoded = opened()
         _checked_agenda(settings, encoded, ranks.device)
         shape = ModelShape.of(settings.model, encoded, architecture)
-        started = _start_run(settings, encoded, path, ranks, architecture, restart=restart)
+        check_freeze(settings, shape, encoded.num_embeddings)
+        place = None if from_run is None else Path(from_run)
+        source = _find_source(place, Run(path, settings), encoded, ranks, architecture, restart=restart)
+        started = _start_run(settings, encoded, path, ranks, architecture, source, restart=restart)
         try:
             set_threads(settings, shape, ranks)
             dtype = choose_precision(settings, shape, ranks.device).dtype
             listener = progress if ranks.is_first else SILENT
-            trainer = Trainer(settings, shape, encoded, started, ranks, listener, dtype=dtype)
+            trainer = Trainer(settings, shape, encoded, started, ranks, listener, dtype=dtype, source=source)
             summary = trainer.fit(open_callbacks)
         finally:
             started.close()
@@ -260,20 +281,60 @@ def _checked_agenda(config: Config, dataset: Dataset, device: torch.device) -> A
     return agenda
 
 
+def _find_source(
+    from_run: Path | None, run: Run, dataset: Dataset, ranks: Ranks, architecture: Architecture, *, restart: bool
+) -> SourceRun | None:
+    """The checkpoint that the run starts from, after the ranks together have seen that it is undamaged."""
+
+    def find() -> SourceRun | None:
+        if not restart:
+            run.check(dataset, architecture)
+        return find_source(from_run, run, dataset, architecture, restart=restart)
+
+    source = ranks.from_first(_on_first_rank(ranks, find))
+    damage = None if source is None else find_damage_together(source.checkpoint, ranks, ranks.all_gather)
+    if damage is not None:
+        error = RunError(f"`from_run`: {damage}")
+        error.is_everywhere = True
+        raise error
+    return source
+
+
 def _start_run(
-    config: Config, dataset: Dataset, path: Path, ranks: Ranks, architecture: Architecture, *, restart: bool
+    config: Config,
+    dataset: Dataset,
+    path: Path,
+    ranks: Ranks,
+    architecture: Architecture,
+    source: SourceRun | None,
+    *,
+    restart: bool,
 ) -> Run:
-    """Rank 0 takes the folder; when it may not, no rank continues."""
-    run, problem = Run(path, config), None
+    """Rank 0 takes the folder."""
+    start = partial(
+        Run.start,
+        path,
+        config,
+        dataset,
+        world_size=ranks.world_size,
+        restart=restart,
+        architecture=architecture,
+        warm_start=None if source is None else source.record,
+    )
+    return _on_first_rank(ranks, start) or Run(path, config)
+
+
+def _on_first_rank(ranks: Ranks, task: Callable[[], T]) -> T | None:
+    """What a task gives on rank 0, None elsewhere; when it may not, no rank continues."""
+    result: T | None = None
+    problem: UserError | None = None
     if ranks.is_first:
         try:
-            run = Run.start(
-                path, config, dataset, world_size=ranks.world_size, restart=restart, architecture=architecture
-            )
+            result = task()
         except UserError as error:
             problem = error
     problem = ranks.from_first(problem)
     if problem is not None:
         problem.is_everywhere = True
         raise problem
-    return run
+    return result

@@ -1,6 +1,6 @@
 """Takes steps: by TorchRec's pipeline, which exchanges while it computes, or plainly where nothing is exchanged."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -29,22 +29,34 @@ class Pipeline(Protocol):
         """The model, with its forward as it was; the next step takes hold of it again."""
 
 
-def prepare_lookups(model: nn.Module, ranks: Ranks) -> bool:
+def prepare_lookups(model: nn.Module, ranks: Ranks, frozen: Collection[str] = ()) -> bool:
     """Let a sharded model on CPU look up by our own kernels, and send no more than it must; every rank must call this.
+
+    Args:
+        model: sharded.
+        ranks: the processes that share it.
+        frozen: names of tables that no step changes.
 
     Returns:
         Whether nothing is exchanged any more, since this process alone holds all tables.
     """
+    use_own_kernels(model, frozen)
     if ranks.device.type != "cpu":
         return False
-    use_own_kernels(model)
     if ranks.world_size == 1:
         return look_up_in_this_process(model)
     look_up_on_one_host(model, ranks.all_gather, ranks.new_group)
     return False
 
 
-def build_pipeline(model: nn.Module, optimizer: KeyedOptimizer, *, dtype: torch.dtype, ranks: Ranks) -> Pipeline:
+def build_pipeline(
+    model: nn.Module,
+    optimizer: KeyedOptimizer,
+    *,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    frozen: Collection[str] = (),
+) -> Pipeline:
     """Take steps on CPU one after the other where this process holds all tables, else through TorchRec's pipeline.
 
     That exchanges the next batch's ids while this one computes. It does not fetch the next batch's rows of cached
@@ -56,6 +68,7 @@ def build_pipeline(model: nn.Module, optimizer: KeyedOptimizer, *, dtype: torch.
         optimizer: steps after every backward.
         dtype: in which the dense parts compute.
         ranks: the processes that share the model; every rank must call this.
+        frozen: names of tables that no step changes.
     """
 
     def forward(batch: Any) -> Any:
@@ -64,7 +77,7 @@ def build_pipeline(model: nn.Module, optimizer: KeyedOptimizer, *, dtype: torch.
 
     if ranks.device.type == "cpu":
         let_the_heap_grow_in_huge_pages()  # once more: large tables have taken what there was
-    if prepare_lookups(model, ranks):
+    if prepare_lookups(model, ranks, frozen):
         return _PlainSteps(model, optimizer, forward)
     return TrainPipelineSparseDist(model, optimizer, ranks.device, execute_all_batches=True, custom_model_fwd=forward)
 

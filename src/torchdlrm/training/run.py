@@ -31,6 +31,7 @@ from torchdlrm.processor import processor_name
 from torchdlrm.sharding.plan_file import write_plan
 from torchdlrm.sharding.problem import Solution
 from torchdlrm.tables.huge_pages import huge_pages_policy
+from torchdlrm.training.checkpoint import CheckpointKind
 
 CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME = "config.toml", "plan.json", "environment.json", "metrics.jsonl"
 LOCK_NAME, TRACKERS_NAME = ".lock", "trackers.json"
@@ -38,6 +39,7 @@ LOCK_NAME, TRACKERS_NAME = ".lock", "trackers.json"
 KEYS_THAT_CANNOT_CHANGE = (
     *("seed", "model.", "train.batch_size_global", "train.label"),
     *("table_optimizer.name", "table_optimizer.weight_decay_mode", "dense_optimizer.name"),
+    *("train.freeze", "warm_start."),
 )
 
 
@@ -49,6 +51,15 @@ class _DatasetRecord(TypedDict):
 class _ModelClassRecord(TypedDict):
     name: str
     sha256: str | None
+
+
+class WarmStartRecord(TypedDict):
+    """The checkpoint that a run was started from: its run, its step, why that one, sha256 of its checkpoint.json."""
+
+    run: str
+    step: int
+    checkpoint: CheckpointKind
+    sha256: str
 
 
 class Environment(TypedDict):
@@ -66,6 +77,7 @@ class Environment(TypedDict):
     world_size: int
     dataset: _DatasetRecord
     model_class: NotRequired[_ModelClassRecord]
+    warm_start: NotRequired[WarmStartRecord]
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,7 @@ class Run:
         world_size: int,
         restart: bool = False,
         architecture: Architecture | None = None,
+        warm_start: WarmStartRecord | None = None,
     ) -> Self:
         """Make the folder, or resume the run that is in it, and keep others out until this process ends.
 
@@ -120,6 +133,7 @@ class Run:
             world_size: number of processes, which may have changed.
             restart: remove what is there and begin again.
             architecture: of the model, where it is somebody's own; must be the same.
+            warm_start: what a new run is started from.
 
         Raises:
             RunError: another process is training in it, something else is in it, or config, dataset or model class
@@ -133,9 +147,14 @@ class Run:
             if restart:
                 run._clear()
             run.check(dataset, architecture)
-            environment = run.environment if run.exists else environment_now(dataset, world_size, architecture)
-            if not run.exists or environment["dataset"]["path"] != str(dataset.path.resolve()):  # it may have moved
-                environment["dataset"]["path"] = str(dataset.path.resolve())
+            now = environment_now(dataset, world_size, architecture)
+            # The dataset may have moved, and a model class that may have changed is from now on what it is now.
+            latest: dict[str, Any] = {name: now[name] for name in ("dataset", "model_class") if name in now}
+            before: dict[str, Any] = dict(run.environment) if run.exists else {}
+            environment: dict[str, Any] = {**before, **latest} if before else now
+            if warm_start is not None and not before:
+                environment["warm_start"] = warm_start
+            if environment != before:
                 write_atomically(path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
             write_atomically(path / CONFIG_NAME, config_toml(config))
         except OSError as error:
@@ -197,7 +216,20 @@ class Run:
         raise RunError(msg)
 
     @property
-    def _model_class(self) -> ModelClassRecord | None:
+    def is_in_use(self) -> bool:
+        """Whether a process is training in it."""
+        try:
+            with (self.path / LOCK_NAME).open(encoding="utf-8") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    @property
+    def model_class(self) -> ModelClassRecord | None:
+        """By what the class of the run's model is known again, where it is somebody's own."""
         recorded = self.environment.get("model_class")
         return None if recorded is None else ModelClassRecord.model_validate(recorded)
 
@@ -225,17 +257,10 @@ class Run:
         Raises:
             RunError: it was trained with another one.
         """
-        difference = difference_from(self._model_class, architecture, "run")
+        difference = difference_from(self.model_class, architecture, "run")
         if difference is not None:
             msg = f"{self.path}: {difference}"
             raise RunError(msg)
-
-    def take_model_class(self, architecture: Architecture) -> None:
-        """Record the file of a model class that was allowed to be another one, once it has loaded the checkpoint."""
-        record = record_of(architecture)
-        if record != self._model_class and record is not None:
-            environment = {**self.environment, "model_class": record.model_dump()}
-            write_atomically(self.path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
 
     def check(self, dataset: Dataset, architecture: Architecture | None = None) -> list[Change]:
         """See whether the run can be started, or resumed where it is.
@@ -257,7 +282,7 @@ class Run:
             fatal.append(
                 f"`dataset`: was {self.environment['dataset']['path']}, is {dataset.path} (another dataset.json)"
             )
-        before, now = self._model_class, record_of(architecture)
+        before, now = self.model_class, record_of(architecture)
         difference = difference_from(before, architecture, "run")
         if difference is not None:
             fatal.append(difference)

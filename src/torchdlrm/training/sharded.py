@@ -1,7 +1,7 @@
 """Builds the sharded model with its initial weights, and its optimizers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
@@ -29,6 +29,7 @@ from torchdlrm.tables.huge_pages import use_huge_pages
 from torchdlrm.tables.module_on_cpu import own_module_on_cpu
 from torchdlrm.tables.optimizers import fill_accumulators, fused_params, set_steps_done, table_kernels
 from torchdlrm.training.compute import communication_codecs
+from torchdlrm.training.freeze import frozen_parts
 from torchdlrm.training.pipeline import prepare_lookups
 from torchdlrm.training.processes.host_groups import set_timeout_of_host_groups
 from torchdlrm.training.processes.process_group import Ranks
@@ -36,10 +37,11 @@ from torchdlrm.training.processes.process_group import Ranks
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A `DLRMTrain` inside `DistributedModelParallel`, and what its sharding costs."""
+    """A `DLRMTrain` inside `DistributedModelParallel`, what its sharding costs, and the tables that no step changes."""
 
     module: nn.Module
     solution: Solution
+    frozen_tables: frozenset[str] = frozenset()
 
 
 def build_sharded_model(
@@ -66,16 +68,34 @@ def build_sharded_model(
 
     Raises:
         PlanError: the tables do not fit the machine, or the saved plan is for another model or number of ranks.
+        ConfigError: `train.freeze` names what the model does not have, or all of it.
     """
     torch.manual_seed(config.seed)  # every rank draws the same dense and over arch
     model = _build_model(config, shape, num_embeddings, ranks)
     if dense_sample is not None and shape.num_dense:
         standardize_dense_input(model.model, dense_sample)
-    sharded = _shard(model, config, shape, ranks, saved_plan)
-    initialize_tables(sharded.module, seed=config.seed, parts=feature_tables(config.model, num_embeddings))
+    tables = feature_tables(config.model, num_embeddings)
+    frozen = frozen_parts(config.train.freeze, model.model, tables)
+    # A single rank would reduce gradients with itself.
+    reduces = frozen.freeze_parameters(model.model) and ranks.world_size > 1
+    sharded = _shard(model, config, shape, ranks, saved_plan, reduces=reduces)
+    trained: Any = sharded.module.module
+    frozen.keep_in_evaluation(trained.model)
+    initialize_tables(sharded.module, seed=config.seed, parts=tables)
     if config.table_optimizer.initial_accumulator:
         fill_accumulators(sharded.module, config.table_optimizer.initial_accumulator)
-    return sharded
+    return replace(sharded, frozen_tables=frozen.tables)
+
+
+def check_freeze(config: Config, shape: ModelShape, num_embeddings: Mapping[str, int]) -> None:
+    """See that the model has what `train.freeze` names.
+
+    Raises:
+        ConfigError: it has not, or nothing is left to learn.
+    """
+    if config.train.freeze:
+        model = build_model(shape, num_embeddings, torch.device("meta")).model
+        frozen_parts(config.train.freeze, model, feature_tables(config.model, num_embeddings))
 
 
 def build_empty_model(
@@ -102,7 +122,7 @@ def build_empty_model(
     )
     model = _build_model(config, shape, num_embeddings, ranks)
     saved_plan = Path(config.sharding.plan) if config.sharding.plan is not None else None
-    module = _shard(model, config, shape, ranks, saved_plan, is_trained=False).module
+    module = _shard(model, config, shape, ranks, saved_plan, reduces=False).module
     prepare_lookups(module, ranks)
     return module
 
@@ -124,9 +144,9 @@ def _shard(
     ranks: Ranks,
     saved_plan: Path | None,
     *,
-    is_trained: bool = True,
+    reduces: bool,
 ) -> ShardedModel:
-    """Give each rank its part of the tables, not initialised yet."""
+    """Give each rank its part of the tables, not initialised yet; `reduces`: the gradients of all else are averaged."""
     plan, solution = load_or_make_plan(
         model,
         config,
@@ -147,7 +167,7 @@ def _shard(
             env=ShardingEnv.from_process_group(ranks.process_group),
             device=ranks.device,
             plan=plan,
-            init_data_parallel=is_trained and ranks.world_size > 1,  # a single rank would reduce gradients with itself
+            init_data_parallel=reduces,
             sharders=[sharder],
         )
     set_timeout_of_host_groups(ranks.timeout_s)
@@ -213,8 +233,8 @@ class StepCounters:
         self._dropped = [module for module in model.modules() if isinstance(module, DroppedActivation)]
         self._seed, self._rank = seed, rank
 
-    def begin(self, step: int) -> None:
-        """Step `step` (from 1) comes next."""
-        set_steps_done(self._kernels, step - 1)
+    def begin(self, step: int, steps_before: int = 0) -> None:
+        """Step `step` (from 1) comes next; the tables had done `steps_before` before the run's first."""
+        set_steps_done(self._kernels, steps_before + step - 1)
         for module in self._dropped:
             module.drawn_from = (self._seed, step, self._rank)

@@ -29,6 +29,7 @@ from torchdlrm.training.predictions import predict_loaders
 from torchdlrm.training.processes.process_group import Ranks, StopRequest
 from torchdlrm.training.run import Run
 from torchdlrm.training.sharded import StepCounters, build_optimizer, build_sharded_model
+from torchdlrm.training.source_run import SourceRun
 from torchdlrm.training.step_profile import WARM_UP_STEPS, StepProfiler
 from torchdlrm.training.steps import Agenda, Schedule, Stopwatch, after_validation
 
@@ -38,7 +39,7 @@ _NOT_SAVED = (
 
 
 class Trainer:
-    """Trains one model, whose dense parts compute in `dtype`; `fit` does it all.
+    """Trains one model, whose dense parts compute in `dtype`, from what `source` has learnt; `fit` does it all.
 
     Raises:
         PlanError: the tables do not fit the machine.
@@ -55,6 +56,7 @@ class Trainer:
         progress: ProgressListener,
         *,
         dtype: torch.dtype,
+        source: SourceRun | None = None,
     ) -> None:
         self._config, self._dataset, self._run, self._ranks, self._progress = config, dataset, run, ranks, progress
         self._has_validation = dataset.splits["val"].rows > 0
@@ -75,12 +77,12 @@ class Trainer:
         optimizer = build_optimizer(model, config.dense_optimizer)
         self._schedule = Schedule(config.schedule, optimizer, num_steps=self._agenda.num_steps)
         self._counters = StepCounters(model, seed=config.seed, rank=ranks.rank)
-        self._pipeline = build_pipeline(model, optimizer, dtype=dtype, ranks=ranks)
+        self._pipeline = build_pipeline(model, optimizer, dtype=dtype, ranks=ranks, frozen=sharded.frozen_tables)
         self._checkpointer = Checkpointer(
             run.checkpoints, model, optimizer, ranks, keep_last=config.checkpoint.keep_last
         )
         self._model, self._stop_request = model, StopRequest(ranks)
-        self._position, self._rate = Position(0, self._agenda.loader_state(0)), 0.0
+        self._source, self._position, self._rate = source, Position(0, self._agenda.loader_state(0)), 0.0
         self._interval = IntervalMetrics(ranks.device)
         self._validation: dict[str, int | float | None] | None = None
         self._callbacks = Callbacks([])
@@ -97,7 +99,7 @@ class Trainer:
             Interrupted: asked to stop; the run is saved and can be resumed.
             TrainingError: the loss is not finite, or the end could not be saved.
         """
-        self._position = self._checkpointer.restore() or self._position
+        self._position = self._checkpointer.restore() or self._first_position()
         start = self._position.step
         with self._stop_request.listening(), closing(self._checkpointer):
             self._logged_rows = self._agenda.rows_after(start)
@@ -110,6 +112,17 @@ class Trainer:
                     msg = f"trained to step {self._position.step}, {_NOT_SAVED}"
                     raise TrainingError(msg)
                 return self._summary(start, stopped_because)
+
+    def _first_position(self) -> Position:
+        """Where a run starts, with the weights that it was built with or those of another run."""
+        if self._source is None:
+            return self._position
+        steps_before = self._checkpointer.start_from(
+            self._source.checkpoint,
+            keeps_dense_state=self._config.warm_start.dense_optimizer_state == "kept",
+            has_row_state=self._config.table_optimizer.record.state_per_row > 0,
+        )
+        return replace(self._position, steps_before=steps_before)
 
     def _train(self, start: int) -> str:
         """Train after step `start` until something says to stop; what that was."""
@@ -142,7 +155,7 @@ class Trainer:
 
     def _train_step(self, step: int, batches: Iterator[Batch]) -> None:
         self._rate = self._schedule.set(step, self._position.plateau_scale)
-        self._counters.begin(step)
+        self._counters.begin(step, self._position.steps_before)
         loss, *judged = self._pipeline.progress(batches)
         # On a GPU looking at the loss waits for the step; there it is looked at when metrics are due.
         if self._ranks.device.type == "cpu" or self._agenda.is_due(step, self._config.logging.every_steps):

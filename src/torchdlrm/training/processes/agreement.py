@@ -41,7 +41,9 @@ class Setting(NamedTuple):
 Settings = Mapping[str, Setting]
 
 
-def settings_of(config: Config, dataset: Dataset, architecture: Architecture, *, restart: bool) -> Settings:
+def settings_of(
+    config: Config, dataset: Dataset, architecture: Architecture, *, restart: bool, from_run: str | Path | None = None
+) -> Settings:
     """What a training was started with: every key of the config, the content of dataset, plan and model class."""
     found = {name: _plain(value) for name, value in setting_values(config).items()}
     if config.sharding.plan is not None:
@@ -49,6 +51,8 @@ def settings_of(config: Config, dataset: Dataset, architecture: Architecture, *,
     record = record_of(architecture)
     if record is not None:
         found["`model_class`"] = Setting(f"{record.name} {record.sha256}", f"{record.name} (sha256 {record.sha256})")
+    if from_run is not None:
+        found["`from_run`"] = Setting("a run", str(from_run))  # whose checkpoint rank 0 chooses and all verify
     return found | {"`dataset`": _content(dataset.path / "dataset.json"), "`restart`": _plain(restart)}
 
 

@@ -1,0 +1,244 @@
+"""Finds the run that another is started from, and says whether what it has learnt means the same in the new one.
+
+In: a run, and the config, dataset and model class of the new one.  Out: a checkpoint, by what it is known again; or all
+that does not fit.  Rows of tables are known by their ids alone, so the vocabularies of the new dataset must begin with
+those of the old one.  They are read from both datasets a piece at a time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from torchdlrm.config import Config, setting_values
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.errors import DatasetError, RunError
+from torchdlrm.features.vocabulary import first_difference
+from torchdlrm.files import sha256_of
+from torchdlrm.model.architecture import Architecture
+from torchdlrm.model.model_class import difference_from
+from torchdlrm.training.checkpoint import (
+    RECORD_NAME,
+    ChosenCheckpoint,
+    checkpoint_path,
+    find_checkpoint,
+    list_checkpoints,
+)
+from torchdlrm.training.run import Run, WarmStartRecord, manifest_sha256
+
+_MAX_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class SourceRun:
+    """A checkpoint of a run that another one is started from.
+
+    Attributes:
+        run: the folder of its run.
+        chosen: which one it is, and why.
+        sha256: of its checkpoint.json, which has the checksums of all its other files.
+    """
+
+    run: Path
+    chosen: ChosenCheckpoint
+    sha256: str
+
+    @classmethod
+    def of(cls, record: WarmStartRecord) -> Self:
+        """What environment.json says."""
+        return cls(Path(record["run"]), ChosenCheckpoint(record["step"], record["checkpoint"]), record["sha256"])
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint's folder."""
+        return checkpoint_path(self.run / "checkpoints", self.chosen.step)
+
+    @property
+    def record(self) -> WarmStartRecord:
+        """What environment.json says of it."""
+        return {
+            "run": str(self.run),
+            "step": self.chosen.step,
+            "checkpoint": self.chosen.kind,
+            "sha256": self.sha256,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.run}, {self.chosen}"
+
+
+def find_source(
+    from_run: Path | None, run: Run, dataset: Dataset, architecture: Architecture, *, restart: bool
+) -> SourceRun | None:
+    """The checkpoint that a training starts from.
+
+    Args:
+        from_run: folder of the run to start from; None where the run is there already, or starts from nothing.
+        run: the new run, with its config.
+        dataset: of the new run.
+        architecture: of its model.
+        restart: what is in the run's folder will be removed.
+
+    Returns:
+        None where there is nothing to take over: no run was named, or the new one has checkpoints of its own.
+
+    Raises:
+        RunError: there is no such checkpoint, it has changed, it does not fit the new run, or the new run was started
+            from another one.
+        DatasetError: a vocabulary is damaged.
+    """
+    recorded: SourceRun | None = None
+    if run.exists and not restart:
+        record = run.environment.get("warm_start")
+        recorded = None if record is None else SourceRun.of(record)
+        _check_same(from_run, recorded, run)
+        if recorded is None or list_checkpoints(run.checkpoints):
+            return None
+    elif from_run is None:
+        return None
+    path = recorded.run if recorded is not None else (from_run or Path()).resolve()
+    if path == run.path.resolve():
+        msg = f"`from_run`: {path} is the run itself; give another `run`"
+        raise RunError(msg)
+    theirs = Run.open(path)
+    if theirs.is_in_use:
+        msg = f"`from_run`: another process is training in {path}; wait for it"
+        raise RunError(msg)
+    name = run.config.warm_start.checkpoint if recorded is None else str(recorded.chosen.step)
+    try:
+        chosen = find_checkpoint(theirs.checkpoints, name)
+        sha256 = sha256_of(checkpoint_path(theirs.checkpoints, chosen.step) / RECORD_NAME)
+    except (RunError, OSError) as error:
+        raise RunError(str(error).replace("`checkpoint`", "warm_start.checkpoint")) from error
+    if recorded is not None and sha256 != recorded.sha256:
+        msg = (
+            f"{path}: its checkpoint of step {chosen.step} is another one than {run.path} was started from, which has "
+            "no checkpoint of its own yet; give `restart` to start it from the one that is there now"
+        )
+        raise RunError(msg)
+    _check_fits(theirs, run.config, dataset, architecture)
+    return recorded or SourceRun(path, chosen, sha256)
+
+
+def _check_same(from_run: Path | None, recorded: SourceRun | None, run: Run) -> None:
+    if from_run is None or (recorded is not None and from_run.resolve() == recorded.run):
+        return
+    started = "no other run" if recorded is None else f"{recorded.run}, step {recorded.chosen.step}"
+    msg = (
+        f"`from_run`: {run.path} was started from {started}, got {from_run}; leave it out to resume the run, give "
+        "another `run`, or `restart` to remove it and begin again"
+    )
+    raise RunError(msg)
+
+
+def _check_fits(source: Run, config: Config, dataset: Dataset, architecture: Architecture) -> None:
+    problems = [*_other_settings(source.config, config)]
+    difference = difference_from(source.model_class, architecture, "run")
+    if difference is not None:
+        problems.append(difference)
+    if source.environment["dataset"]["manifest_sha256"] != manifest_sha256(dataset):
+        problems += _other_meanings(_dataset_of(source), dataset)
+    if problems:
+        more = [f"and {len(problems) - _MAX_SHOWN} more"] if len(problems) > _MAX_SHOWN else []
+        head = f"`from_run`: what {source.path} has learnt does not fit:"
+        raise RunError("\n  ".join([head, *problems[:_MAX_SHOWN], *more]))
+
+
+def _other_settings(theirs: Config, ours: Config) -> Iterator[str]:
+    """Settings with which weights or state would mean something else."""
+    before, now = setting_values(theirs), setting_values(ours)
+    for name in dict.fromkeys((*now, *before)):
+        if name.startswith("model.") and before.get(name) != now.get(name):
+            yield f"{name}: is {_shown(now.get(name))}, and was {_shown(before.get(name))}"
+    old, new = theirs.table_optimizer, ours.table_optimizer
+    if old.name != new.name and (new.record.state_per_weight or new.record.state_per_row):
+        yield (
+            f"table_optimizer.name: {new.name} needs state of its own for rows that stay, and they have that of "
+            f"{old.name}; give {old.name}, or sgd, which has none"
+        )
+    elif new.decays_lazily and not old.decays_lazily:
+        yield (
+            f"table_optimizer.weight_decay_mode: is lazy, which needs the last step of each row, and was "
+            f"{old.weight_decay_mode}, which does not count them"
+        )
+    if ours.warm_start.dense_optimizer_state == "fresh":
+        return
+    is_other = theirs.dense_optimizer.name != ours.dense_optimizer.name
+    if is_other or (ours.dense_optimizer.momentum and not theirs.dense_optimizer.momentum):
+        key = "name" if is_other else "momentum"
+        yield (
+            f"dense_optimizer.{key}: is {getattr(ours.dense_optimizer, key)}, and was "
+            f"{getattr(theirs.dense_optimizer, key)}, whose state is another; set "
+            "warm_start.dense_optimizer_state = fresh"
+        )
+
+
+def _dataset_of(source: Run) -> Dataset:
+    place = source.environment["dataset"]["path"]
+    try:
+        dataset = Dataset.open(place)
+    except DatasetError as error:
+        why = str(error)
+    else:
+        if manifest_sha256(dataset) == source.environment["dataset"]["manifest_sha256"]:
+            return dataset
+        why = f"{place} holds another dataset now"
+    msg = (
+        f"`from_run`: {source.path} was trained on {place}, whose vocabularies say what the rows of its tables mean: "
+        f"{why}. Put that dataset back"
+    )
+    raise RunError(msg)
+
+
+def _other_meanings(theirs: Dataset, ours: Dataset) -> Iterator[str]:
+    """Features whose ids or dense values mean something else."""
+    for kind, before, now in (
+        ("dense features", theirs.dense_names, ours.dense_names),
+        ("sparse features", theirs.sparse_names, ours.sparse_names),
+    ):
+        if before != now:
+            yield f"{kind}: are {_names(now)}, and were {_names(before)}: the same in the same order are needed"
+            return
+    for name, fitted in ours.manifest.dense.items():
+        if fitted != theirs.manifest.dense[name]:
+            yield (
+                f"dense feature {name}: its transform, or the statistics that it was fitted with, are others; "
+                f"preprocess with `vocabulary` {theirs.path}"
+            )
+    for name, new in zip(ours.sparse_names, ours.schema.sparse, strict=True):
+        old = next(column for column in theirs.schema.sparse if column.name == name)
+        for key in ("kind", "buckets", "hash", "is_multi_valued"):
+            if getattr(old, key) != getattr(new, key):
+                yield f"feature {name}: {key} is {_shown(getattr(new, key))}, and was {_shown(getattr(old, key))}"
+                break
+        else:
+            problem = _other_ids(theirs, ours, name)
+            if problem is not None:
+                yield f"feature {name}: {problem}"
+
+
+def _other_ids(theirs: Dataset, ours: Dataset, name: str) -> str | None:
+    """Why ids of a feature do not mean the same, or None."""
+    before, now = theirs.manifest.sparse[name], ours.manifest.sparse[name]
+    if (before.vocabulary is None) != (now.vocabulary is None):
+        return "one of the datasets has a vocabulary of it, the other has none"
+    if now.num_embeddings < before.num_embeddings:
+        return f"has {now.num_embeddings:,} ids, and had {before.num_embeddings:,}; ids may only be added"
+    if before.vocabulary is None or now.vocabulary is None or before.vocabulary.sha256 == now.vocabulary.sha256:
+        return None
+    found = first_difference(theirs.path / before.vocabulary.path, ours.path / now.vocabulary.path)
+    if found is None:
+        return None
+    return (
+        f"id {found:,} stands for another value than in {theirs.path}; preprocess with `vocabulary` {theirs.path} and "
+        "`extend_vocabulary`, so that ids stay"
+    )
+
+
+def _names(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
+    return (", ".join(names[:_MAX_SHOWN]) or "none") + more
+
+
+def _shown(value: Any) -> object:
+    return "not set" if value is None else list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,111 @@
+"""Gives a fresh model what another run has learnt: rows of tables, all other weights, and the optimizers' state.
+
+In: the state dict of a sharded model, which holds initial values, and a checkpoint of a run whose tables have as many
+rows or fewer, trained on any number of ranks.  Out: the same state dict, in place.  Each rank reads the rows of its own
+shards, a block at a time, so no more than a block of a table is in memory twice; rows that the checkpoint lacks keep
+their initial values.
+
+An optimizer's state with one value a row is a vector.  Where a table is cut by columns, each piece of the columns has
+values of its own: the vector is as many times as long, piece after piece.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from torchdlrm.errors import RunError
+from torchdlrm.training.checkpoint_reader import CheckpointReader
+
+_BLOCK_ROWS = 65_536
+
+
+def take_over(
+    state: dict[str, Any], checkpoint: CheckpointReader, *, keeps_dense_state: bool, has_row_state: bool
+) -> None:
+    """Copy what the checkpoint has into a state.
+
+    Args:
+        state: `model` and `optimizer`, as `Checkpointer` saves them.
+        checkpoint: all of its tensors, by their whole names.
+        keeps_dense_state: whether the dense optimizer's state is taken over; tables keep theirs.
+        has_row_state: whether the tables' optimizer has a value for each row of each piece of the columns.
+
+    Raises:
+        RunError: it does not hold what the model needs; the same on every rank.
+    """
+    model, optimizer = state["model"], state["optimizer"]["state"]
+    tables = {name: value for name, value in model.items() if isinstance(value, ShardedTensor)}
+    if has_row_state:
+        _check_column_cuts(tables, checkpoint)
+    for name, value in model.items():
+        if name in tables:
+            _copy_rows(value, f"model.{name}", checkpoint)
+        else:
+            _copy(value, f"model.{name}", checkpoint)
+    for param, values in optimizer.items():
+        kind, _, weight = param.partition(".")
+        for leaf, value in values.items():
+            name = f"optimizer.state.{param}.{leaf}"
+            if isinstance(value, ShardedTensor):
+                pieces = len(_column_cuts(tables[weight])) if len(value.size()) == 1 else 1
+                _copy_rows(value, name, checkpoint, pieces)
+            elif isinstance(value, Tensor) and (kind == "tables" or keeps_dense_state):
+                _copy(value, name, checkpoint)
+
+
+def _copy(value: Tensor, name: str, checkpoint: CheckpointReader) -> None:
+    found = checkpoint.shapes.get(name)
+    if found != value.shape:
+        msg = f"{checkpoint.path}: {name} is {[*value.shape]} in the new run, and there {found and [*found]}"
+        raise _everywhere(msg)
+    value.detach().copy_(checkpoint.tensor(name))
+
+
+def _copy_rows(value: ShardedTensor, name: str, checkpoint: CheckpointReader, pieces: int = 1) -> None:
+    """Copy the rows of this rank's shards that the checkpoint has.
+
+    Args:
+        value: [rows, columns], or [pieces * rows].
+        name: of the tensor.
+        checkpoint: that has as many rows or fewer.
+        pieces: of the columns.
+    """
+    size, found = value.size(), checkpoint.shapes.get(name, ())
+    if len(found) != len(size) or found[0] > size[0] or found[1:] != size[1:]:
+        msg = f"{checkpoint.path}: {name} is {[*size]} in the new run, and there {[*found]}"
+        raise _everywhere(msg)
+    new_rows, old_rows = size[0] // pieces, found[0] // pieces
+    for shard in value.local_shards():
+        (begin, *columns), (num_rows, *widths) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+        piece, first_row = divmod(begin, new_rows)
+        column_ends = [column + width for column, width in zip(columns, widths, strict=True)]
+        rows = shard.tensor.detach().view(num_rows, *widths)
+        kept = min(first_row + num_rows, old_rows)
+        for start in range(first_row, kept, _BLOCK_ROWS):
+            end, there = min(start + _BLOCK_ROWS, kept), piece * old_rows
+            block = checkpoint.part(name, (there + start, *columns), (there + end, *column_ends))
+            rows[start - first_row : end - first_row].copy_(block)
+
+
+def _check_column_cuts(tables: dict[str, ShardedTensor], checkpoint: CheckpointReader) -> None:
+    for name, table in tables.items():
+        if _column_cuts(table) != checkpoint.column_cuts(f"model.{name}"):
+            msg = (
+                f"{checkpoint.path}: {name.split('.')[-2]} was cut into other pieces of columns, and the optimizer has "
+                "values for each row of each; cut it as the plan.json of that run says (sharding.plan, "
+                "sharding.constraints)"
+            )
+            raise _everywhere(msg)
+
+
+def _column_cuts(table: ShardedTensor) -> set[tuple[int, int]]:
+    """Where the pieces of columns of a table begin, and how wide they are."""
+    shards = table.metadata().shards_metadata
+    return {(shard.shard_offsets[1], shard.shard_sizes[1]) for shard in shards if all(shard.shard_sizes)}
+
+
+def _everywhere(message: str) -> RunError:
+    error = RunError(message)
+    error.is_everywhere = True
+    return error
