@@ -239,6 +239,20 @@ def test_a_run_that_is_resumed_with_another_file_is_of_that_one(trained, small_d
         Run.open(run).shape(small_dataset, trained.model_class)
 
 
+def test_weights_that_a_changed_class_does_not_have_are_not_left_out(trained, small_dataset, tmp_path):
+    other = tmp_path / "my_models.py"
+    other.write_text(CODE.replace("num_sparse_features)\n\n", "num_sparse_features, bias=False)\n\n"))
+    allowed = {"model_class": f"{other}:GatedSum", "allow_changed_model_class": True}
+    with pytest.raises(BundleError, match=r"the model has no inter_arch\.gate\.bias"):
+        Predictor.open(trained.bundle, **allowed)
+    environment = (trained.run / "environment.json").read_text()
+    with pytest.raises(RunError, match=r"cannot be loaded: .*the model has no model\.inter_arch\.gate\.bias"):
+        train(load_config(trained.run / "config.toml"), small_dataset, trained.run, **allowed)
+    assert (trained.run / "environment.json").read_text() == environment
+    with pytest.raises(RunError, match=r"cannot be loaded: .*the model has no model\.inter_arch\.gate\.bias"):
+        evaluate(trained.run, **allowed)
+
+
 @pytest.fixture(scope="module")
 def finalnets(small_dataset, dlrm, tmp_path_factory):
     """FinalNet by one process and by two, on batches that cannot be halved: half of them end with padding."""

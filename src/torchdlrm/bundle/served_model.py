@@ -21,6 +21,7 @@ from torchdlrm.bundle import DensePrecision
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.table_lookup import TableLookup
+from torchdlrm.bundle.weights_file import PADDING_NAME
 from torchdlrm.errors import BundleError
 from torchdlrm.features.tables import divisors
 from torchdlrm.model import table_weight
@@ -115,6 +116,10 @@ def _eager_forward(bundle: Bundle, dtype: torch.dtype) -> Forward:
     tables = {table_weight(table.key) for table in model.tables}
     by_table = divisors(bundle.manifest.model, list(num_embeddings))
     shapes = {name: shape for name, shape in model.weight_shapes.items() if name not in tables}
+    left = bundle.weights.shapes.keys() - model.weight_shapes.keys() - {PADDING_NAME}
+    if left:
+        msg = f"{bundle.path}: the model has no {', '.join(sorted(left)[:4])}; is it of another class?"
+        raise BundleError(msg)
     model.module.load_state_dict({name: _weight(bundle, name, shape) for name, shape in shapes.items()})
 
     def forward(rows: EncodedRows) -> Tensor:

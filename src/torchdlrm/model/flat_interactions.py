@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchdlrm.model.interaction import together
+from torchdlrm.model.room import has_room, mark_room
 
 
 class _FlatVectors(torch.autograd.Function):
@@ -20,7 +21,8 @@ class _FlatVectors(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dense_BD: Tensor, sparse_BFD: Tensor) -> Tensor:
         ctx.sparse_shape, ctx.sparse_dtype = sparse_BFD.shape, sparse_BFD.dtype
-        return together(dense_BD, sparse_BFD.detach()).flatten(1)
+        sparse = sparse_BFD.detach()  # which loses the mark
+        return together(dense_BD, mark_room(sparse) if has_room(sparse_BFD) else sparse).flatten(1)
 
     @staticmethod
     def backward(ctx: Any, grad_BI: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
 from torchdlrm.errors import RunError, shown
@@ -139,6 +139,15 @@ class _Reader(FileSystemReader):
 
 
 class _Planner(DefaultLoadPlanner):
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        saved = (name for name in self.metadata.state_dict_metadata if name.startswith("model."))
+        left = [name.removeprefix("model.") for name in saved if name not in self.state_dict]
+        if left:  # torch would leave them out: the class of somebody's own model may have changed
+            msg = f"the model has no {', '.join(left[:4])}"
+            raise ValueError(msg)
+        return super().create_local_plan()
+
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
         if isinstance(self.state_dict[name], torch.Tensor | ShardedTensor):

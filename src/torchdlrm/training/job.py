@@ -244,6 +244,7 @@ def train(
     def open_callbacks(from_step: int) -> Callbacks:
         if not ranks.is_first:
             return Callbacks([])
+        started.take_model_class(architecture)
         trackers = open_trackers(path, settings, from_step=from_step)
         return Callbacks([MetricsLog(path, from_step=from_step), *trackers, *callbacks])
 

@@ -147,14 +147,11 @@ class Run:
             if restart:
                 run._clear()
             run.check(dataset, architecture)
-            now = environment_now(dataset, world_size, architecture)
-            # The dataset may have moved, and a model class that may have changed is from now on what it is now.
-            latest: dict[str, Any] = {name: now[name] for name in ("dataset", "model_class") if name in now}
-            before: dict[str, Any] = dict(run.environment) if run.exists else {}
-            environment: dict[str, Any] = {**before, **latest} if before else now
-            if warm_start is not None and not before:
+            environment = run.environment if run.exists else environment_now(dataset, world_size, architecture)
+            if not run.exists and warm_start is not None:
                 environment["warm_start"] = warm_start
-            if environment != before:
+            if not run.exists or environment["dataset"]["path"] != str(dataset.path.resolve()):  # it may have moved
+                environment["dataset"]["path"] = str(dataset.path.resolve())
                 write_atomically(path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
             write_atomically(path / CONFIG_NAME, config_toml(config))
         except OSError as error:
@@ -261,6 +258,13 @@ class Run:
         if difference is not None:
             msg = f"{self.path}: {difference}"
             raise RunError(msg)
+
+    def take_model_class(self, architecture: Architecture) -> None:
+        """Record the file of a model class that was allowed to be another one, once it has loaded the checkpoint."""
+        record = record_of(architecture)
+        if record != self._model_class and record is not None:
+            environment = {**self.environment, "model_class": record.model_dump()}
+            write_atomically(self.path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
 
     def check(self, dataset: Dataset, architecture: Architecture | None = None) -> list[Change]:
         """See whether the run can be started, or resumed where it is.
