@@ -262,7 +262,7 @@ class Run:
     def take_model_class(self, architecture: Architecture) -> None:
         """Record the file of a model class that was allowed to be another one, once it has loaded the checkpoint."""
         record = record_of(architecture)
-        if record != self._model_class and record is not None:
+        if record != self.model_class and record is not None:
             environment = {**self.environment, "model_class": record.model_dump()}
             write_atomically(self.path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
 
