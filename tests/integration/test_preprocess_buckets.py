@@ -89,7 +89,7 @@ def encoded(dataset, split, name):
     return column.to_list() if column.dtype == pl.List else [[value] for value in column.to_list()]
 
 
-def test_ids_are_those_of_plain_python_and_another_log_keeps_them(tmp_path):
+def test_ids_are_those_of_plain_python_and_another_log_keeps_them(dlrm, tmp_path):
     rows, num_train = rows_of(2_000, seed=3), 1_500
     log = write(tmp_path / "log.tsv", rows)
     dataset = preprocess([log], tmp_path / "dataset", SCHEMA, PreprocessOptions(min_count=MIN_COUNT))
@@ -115,6 +115,12 @@ def test_ids_are_those_of_plain_python_and_another_log_keeps_them(tmp_path):
     found = encode(frame, dataset.schema, dataset.manifest.dense, vocabularies)
     for name in categories:
         assert found[name].to_list() == pl.read_parquet(dataset.splits["test"].files[0].path)[name].to_list()
+
+    prices = quantiles_of([row["price"] for row in rows[:num_train] if row["price"] is not None], 6)
+    told = json.loads(dlrm("inspect", dataset.path, "--json").stdout)["buckets"]
+    assert (told["count_bucket"], told["size"]) == ("log_square", [0.5, 2, 30])
+    assert told["price_bucket"] == {"quantiles": 6, "boundaries": prices}
+    assert "buckets by 6 quantiles: price_bucket" in dlrm("inspect", dataset.path).stderr
 
     # Of another log, whose quantiles would be others, numbers fall in the buckets of the first.
     others = rows_of(800, seed=4, scale=50.0)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torchdlrm.bundle.bundle import Bundle
     from torchdlrm.data.summary import DatasetSummary, FrequentValue
     from torchdlrm.exporting.sensitivity import PrecisionSearch
+    from torchdlrm.features.schema import FeatureSchema
+
+_MAX_NAME_WIDTH = 16
 
 
 def inspect(folder: Path, *, values: int = 3, as_json: Json = False) -> None:
@@ -139,6 +142,7 @@ def _show_bundle(folder: Path, *, as_json: bool) -> None:
             }
         )
     print_table("", rows)
+    _print_buckets(bundle.schema)
     model = manifest.model
     sizes = (max(1, len(bundle.schema.dense)), *model.dense_arch_layer_sizes), model.over_arch_layer_sizes
     layers = " and ".join("-".join(map(str, arch)) for arch in sizes)
@@ -199,6 +203,7 @@ def bundle_as_dict(bundle: "Bundle", search: "PrecisionSearch | None") -> dict[s
         mode="json", exclude={"files", "block_sha256", "block_bytes", "feature_schema"}
     )
     about: dict[str, Any] = {"path": str(bundle.path), "version": bundle.version, "schema": bundle.schema.name}
+    about["buckets"] = _buckets_as_dict(bundle.schema)
     about["size_bytes"] = sum(record.size_bytes for record in bundle.manifest.files.values())
     return about | content | ({} if search is None else {"trade": asdict(search)})
 
@@ -220,17 +225,32 @@ def _show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:
             by_alias=True,  # as dataset.json has them
             include={"format_version", "split_rule", "seed", "min_count", "max_embeddings", "source", "bad_rows"},
         )
-        print_json(
-            {"kind": "dataset", "path": str(folder), "schema": manifest.feature_schema.name} | about | asdict(summary)
-        )
+        about["buckets"] = _buckets_as_dict(dataset.schema)
+        print_json({"kind": "dataset", "path": str(folder), "schema": dataset.schema.name} | about | asdict(summary))
         return
     say(f"dataset {folder}, schema {manifest.feature_schema.name}, seed {manifest.seed}")
     say(f"split: {manifest.split_rule}")
     _print_summary(summary)
+    _print_buckets(dataset.schema)
     say("drift: from train, 0 where the distribution is the same, 1 where nothing is in common")
     if manifest.bad_rows.total:
         say(f"bad rows that were skipped: {manifest.bad_rows.total:,}")
         say("\n".join(describe_bad_rows(manifest.bad_rows.counts, manifest.bad_rows.examples)))
+
+
+def _buckets_as_dict(schema: "FeatureSchema") -> dict[str, Any]:
+    """Return the buckets that make categories of numbers, by the name of the feature, with fitted boundaries."""
+    return {column.name: column.buckets.model_dump(mode="json") for column in schema.sparse if column.buckets}
+
+
+def _print_buckets(schema: "FeatureSchema") -> None:
+    """Print by what numbers are categories, and which features that are."""
+    alike: dict[str, list[str]] = {}
+    for column in schema.sparse:
+        if column.buckets is not None:
+            alike.setdefault(str(column.buckets), []).append(column.name)
+    for buckets, names in alike.items():
+        say(f"buckets by {buckets}: {', '.join(names)}")
 
 
 def _print_summary(summary: "DatasetSummary") -> None:
@@ -255,6 +275,7 @@ def _print_summary(summary: "DatasetSummary") -> None:
         table.add_row(name, column.transform, percents(column.missing_share), drifts(column.drift))
     console.print(table)
     table = _tight_table("feature", "table\nrows", f"unknown %\n{six}", f"missing %\n{six}", f"drift\n{five}")
+    table.columns[0].min_width = min(_MAX_NAME_WIDTH, max(map(len, summary.sparse)))
     # The one column that gives way where the terminal is narrow.
     table.add_column("most frequent\nand their share %", no_wrap=True, overflow="ellipsis")
     for name, feature in summary.sparse.items():

@@ -29,6 +29,7 @@ LOG_SQUARE = "log_square"
 _INT64_MIN, _INT64_END = -(2**63), 2**63
 _MAX_BUCKETS = 65_536
 _DIGITS = 50
+_NUM_SHOWN = 10
 # The square of a float64 logarithm of up to 710 is wrong by 1e-12 times 710, and so nowhere by as much as this.
 _NEAR = 1e-6
 _FITTED_KEYS = {"quantiles", "boundaries"}
@@ -76,11 +77,19 @@ class Buckets(BaseModel):
         boundaries = list(self.boundaries)
         return boundaries if self.quantiles is None else {"quantiles": self.quantiles, "boundaries": boundaries}
 
+    @property
+    def asked(self) -> Self:
+        """Quantiles without their boundaries; others as they are."""
+        return self if self.quantiles is None else self.model_copy(update={"boundaries": None})
+
     def __str__(self) -> str:
-        """What was asked for, whether it is fitted or not."""
+        """What was asked for, in a few words."""
         if self.log_square:
             return LOG_SQUARE
-        return f"{self.quantiles} quantiles" if self.quantiles is not None else str(list(self.boundaries or ()))
+        if self.quantiles is not None:
+            return f"{self.quantiles} quantiles"
+        boundaries = list(self.boundaries or ())
+        return f"{boundaries[:_NUM_SHOWN]}{' and more' if len(boundaries) > _NUM_SHOWN else ''}"
 
     @property
     def are_fitted(self) -> bool:

@@ -154,7 +154,8 @@ def _open_known(path: Path, schema: FeatureSchema) -> Dataset:
         theirs = next((other for other in known.schema.sparse if other.name == column.name), None)
         if theirs is None:
             problems.append(f"  it has no sparse column {column.name}")
-        elif (there := _numbering(theirs)) != (here := _numbering(column)):
+        elif _numbering(theirs) != _numbering(column):
+            there, here = _described(theirs), _described(column)
             problems.append(f"  column {column.name}: there {there}; here {here}")
         elif column.hash is None and known.manifest.sparse[column.name].vocabulary is None:
             problems.append(f"  column {column.name} came as ids, without a vocabulary")
@@ -170,8 +171,12 @@ def _open_known(path: Path, schema: FeatureSchema) -> Dataset:
     return known
 
 
-def _numbering(column: SparseColumn) -> str:
+def _numbering(column: SparseColumn) -> tuple[object, ...]:
     """What the values that get ids are, and whether by a hash."""
+    return column.kind, column.hash, None if column.buckets is None else column.buckets.asked
+
+
+def _described(column: SparseColumn) -> str:
     buckets = "" if column.buckets is None else f", buckets {column.buckets}"
     return f"kind {column.kind}, hash {column.hash}{buckets}"
 

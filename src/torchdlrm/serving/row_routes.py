@@ -140,6 +140,8 @@ def describe(name: str, version: str, schema: FeatureSchema, examples: Examples,
         if isinstance(column, DenseColumn | SparseColumn):
             described["kind"] = column.kind
             described["multi_valued"] = isinstance(column, SparseColumn) and column.is_multi_valued
+            if column.buckets is not None:
+                described["buckets"] = column.buckets.model_dump(mode="json")
         if isinstance(column, SparseColumn) and column.value_separator is not None:
             described["value_separator"] = column.value_separator
         columns.append(described)

@@ -26,18 +26,20 @@ SCHEMA = FeatureSchema(
     null_values=("5", "a"),
     columns=(
         SparseColumn(name="hex", kind="hex", null_values=("68FD1E64", "-")),
-        DenseColumn(name="count", kind="int", transform="log_plus_3"),
+        DenseColumn(name="count", kind="int", transform="log_plus_3", buckets="log_square"),
         LabelColumn(name="label"),
-        DenseColumn(name="price", kind="float", transform="standardize"),
+        DenseColumn(name="price", kind="float", transform="standardize", buckets=[-1, 0.5, 2**60], hash=9),
         DenseColumn(name="clicks", kind="int", transform="log1p"),
         DenseColumn(name="age", kind="float", transform="none"),
-        DenseColumn(name="views", kind="int", transform="log_plus_3"),
+        DenseColumn(name="views", kind="int", transform="log_plus_3", buckets="log_square"),
         SparseColumn(name="hex_hashed", kind="hex", hash=1000),
         IgnoredColumn(name="note"),
         SparseColumn(name="number", kind="int", null_values=("NULL",)),
         SparseColumn(name="number_hashed", kind="int", hash=7),
         SparseColumn(name="number_hashed_2", kind="int", hash=2**31 - 1),
         SparseColumn(name="row", kind="int"),
+        SparseColumn(name="size", kind="float", buckets="log_square", null_values=("2.5",)),
+        SparseColumn(name="rank", kind="int", buckets={"quantiles": 3, "boundaries": [1, 2**53 + 1]}),
         SparseColumn(name="text", kind="string"),
         SparseColumn(name="text_hashed", kind="string", hash=100),
         SparseColumn(name="hex_2", kind="hex"),
@@ -63,9 +65,9 @@ HEX = st.one_of(
 TEXT = st.one_of(
     st.none(), st.just(""), st.sampled_from(KNOWN_TEXTS), st.text(st.characters(codec="utf-8"), max_size=5)
 )
-KINDS = {("dense", "int"): INT64, ("dense", "float"): NUMBER, ("sparse", "int"): INT64}
+KINDS = {("dense", "int"): INT64, ("dense", "float"): NUMBER, ("sparse", "int"): INT64, ("sparse", "float"): NUMBER}
 KINDS |= {("sparse", "hex"): HEX, ("sparse", "string"): TEXT}
-FEATURES = (*SCHEMA.dense, *SCHEMA.sparse)
+FEATURES = SCHEMA.features
 PLAIN = st.fixed_dictionaries(
     {}, optional={column.name: KINDS[column.role, column.kind] for column in FEATURES} | {"note": st.just({"any": 1})}
 )
@@ -79,12 +81,14 @@ def ways(tmp_path_factory):
     vocabularies = {"row": PlainIds(50)}
     for column in SCHEMA.sparse:
         if column.hash is None and column.name != "row":
-            values, dtype = known[column.kind]
+            values, dtype = known[column.vocabulary_kind]
             values = [*values, None] if column.name == "hex" else values  # a missing value may have an id of its own
             counts = pl.DataFrame({"value": pl.Series(values, dtype=dtype), "count": [9] * len(values)})
-            vocabulary = Vocabulary(column.name, column.kind, number_values(rank_counts(counts)))
+            vocabulary = Vocabulary(column.name, column.vocabulary_kind, number_values(rank_counts(counts)))
             write_index(vocabulary, folder / column.name)
-            vocabularies[column.name] = ValueIndex.open(folder / column.name, kind=column.kind, num_ids=2**31)
+            vocabularies[column.name] = ValueIndex.open(
+                folder / column.name, kind=column.vocabulary_kind, num_ids=2**31
+            )
     reader = RowReader(SCHEMA)
 
     def general(rows):

@@ -22,12 +22,13 @@ SCHEMA = FeatureSchema(
         DenseColumn(name="price", kind="float", null_values=("1.50", "0")),
         SparseColumn(name="hex", kind="hex", null_values=("0", "1A")),
         SparseColumn(name="number", kind="int"),
+        SparseColumn(name="size", kind="float", buckets=[1.0]),
         SparseColumn(name="text", kind="string"),
         SparseColumn(name="tags", kind="string", value_separator=";"),
     ),
 )
 READER = RowReader(SCHEMA)
-COLUMNS = ["count", "price", "hex", "number", "text", "tags"]
+COLUMNS = ["count", "price", "hex", "number", "size", "text", "tags"]
 NUM_MANY = 17  # rows from which on tensors become columns at once
 
 
