@@ -162,6 +162,9 @@ class BundleManifest(_Frozen):
             if (record.vocabulary is None) != (record.index is None) or (column.hash is not None and record.index):
                 msg = f"sparse.{column.name}: has one of vocabulary and index, or is hashed and has both"
                 raise ValueError(msg)
+            if column.buckets is not None and not column.buckets.is_fitted:
+                msg = f"sparse.{column.name}: its buckets are quantiles without boundaries"
+                raise ValueError(msg)
             if column.hash is None and record.index is None and column.value_kind.is_text:
                 msg = f"sparse.{column.name}: texts are not ids, and it has no vocabulary"
                 raise ValueError(msg)

@@ -92,9 +92,14 @@ class Buckets(BaseModel):
         return f"{boundaries[:_NUM_SHOWN]}{' and more' if len(boundaries) > _NUM_SHOWN else ''}"
 
     @property
-    def are_fitted(self) -> bool:
+    def needs_fit(self) -> bool:
         """Whether the training rows say where the boundaries are."""
         return self.quantiles is not None
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether numbers can be put into the buckets."""
+        return self.log_square or self.boundaries is not None
 
     def fitted(self, boundaries: Sequence[float]) -> Self:
         """These quantiles with their boundaries."""

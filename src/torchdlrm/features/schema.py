@@ -189,7 +189,7 @@ class SparseColumn(_FeatureColumn):
     @property
     def needs_fit(self) -> bool:
         """Whether its buckets are quantiles of the training rows."""
-        return self.buckets is not None and self.buckets.are_fitted
+        return self.buckets is not None and self.buckets.needs_fit
 
     def categories(self, values: pl.Series) -> pl.Series:
         """What gets ids: the column's values themselves (one a row), or which buckets they fall in."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from torchdlrm.bundle import verification, weights_file
@@ -198,6 +199,16 @@ def test_a_lookup_makes_no_more_resident_than_linux_maps_around_a_page(tmp_path)
 def resident_file_bytes():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+
+def test_quantiles_without_boundaries_are_refused(small_bundle):
+    content = json.loads((small_bundle / MANIFEST_NAME).read_text())
+    column = content["schema"]["columns"][14]
+    column |= {"kind": "int", "buckets": {"quantiles": 5, "boundaries": [1, 2, 3.5]}}
+    assert BundleManifest.model_validate(content).feature_schema.sparse[0].buckets.boundaries == (1, 2, 3.5)
+    column["buckets"] = 5
+    with pytest.raises(ValidationError, match="cat_0: its buckets are quantiles without boundaries"):
+        BundleManifest.model_validate(content)
 
 
 def test_a_bundle_of_format_version_1_which_does_not_say_what_its_checkpoint_was_is_read(small_bundle, tmp_path):
