@@ -11,6 +11,7 @@ import pytest
 import torch
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
+FINALNET = Path(__file__).parents[2] / "examples" / "finalnet.py"
 NUM_GPUS = torch.cuda.device_count()
 FLOAT32 = ("--train.precision", "float32", "--train.tf32", "false", "--train.communication", "float32")
 
@@ -69,6 +70,13 @@ def test_a_run_of_optimizers_for_gpus_alone_is_evaluated_alike_on_gpu_and_cpu(tr
     on_gpu, on_cpu = (json.loads(one.stdout) for one in done)
     assert on_gpu["rows"] == on_cpu["rows"]
     assert on_gpu["logloss"] == pytest.approx(on_cpu["logloss"], abs=1e-5)
+
+
+@pytest.mark.skipif(NUM_GPUS < 2, reason="needs two CUDA devices")
+def test_batch_normalisation_over_two_gpus_is_that_of_one(train):
+    """Batches that cannot be halved, so that one of the GPUs has a row of padding."""
+    odd = ("--model-class", f"{FINALNET}:FinalNet", "--train.batch-size-global", 301, *FLOAT32)
+    assert losses(train("two", *odd, "--nproc-per-node", 2)) == pytest.approx(losses(train("one", *odd)), abs=1e-3)
 
 
 @pytest.mark.skipif(NUM_GPUS < 2, reason="needs two CUDA devices")

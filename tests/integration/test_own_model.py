@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from torchdlrm import ExportOptions, PlanRequest, evaluate, export, plan, verify
+from torchdlrm import ExportOptions, PlanRequest, compare, evaluate, export, plan, verify
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import BundleManifest
+from torchdlrm.bundle.served_model import _eager_forward
 from torchdlrm.config import load_config
 from torchdlrm.errors import BundleError, RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel
@@ -138,6 +139,12 @@ def test_the_commands_take_the_class(trained, small_dataset, small_log, dlrm, tm
     assert max(way["largest_difference"] or 0 for way in json.loads(done.stdout)["ways"]) <= 1e-6
 
 
+def test_its_run_is_compared_with_one_of_the_dlrm(trained, small_run):
+    found = compare(small_run, trained.run, model_classes=(None, trained.model_class))
+    metrics = [evaluate(small_run), evaluate(trained.run, model_class=trained.model_class)]
+    assert found.auc == pytest.approx(metrics[1]["auc"] - metrics[0]["auc"], abs=1e-9)
+
+
 def test_run_and_bundle_say_whose_they_are_and_hold_no_code(trained):
     for record in (
         json.loads((trained.run / "environment.json").read_text())["model_class"],
@@ -210,6 +217,22 @@ def test_tables_of_bytes_predict_nearly_the_same(trained, expected, tmp_path):
     assert {sparse.precision for sparse in bundle.manifest.sparse.values()} == {"int8"}
     predictor = Predictor.open(tmp_path / "bundle", model_class=trained.model_class)
     np.testing.assert_allclose(predictor.predict(frame), probabilities, rtol=0, atol=5e-3)
+
+
+def test_what_is_served_in_bfloat16_is_what_autocast_computes(trained, expected, small_dataset):
+    bundle = Bundle.open(trained.bundle, model_class=trained.model_class)
+    encoded = encode(expected[0], bundle.schema, bundle.dense, bundle.vocabularies)
+    rows = EncodedRows.from_frame(encoded, bundle.schema)
+    shape = Run.open(trained.run).shape(small_dataset, trained.model_class)
+    model = CheckpointModel(open_checkpoint(Run.open(trained.run), "best")[1], shape, small_dataset.num_embeddings)
+    with torch.inference_mode():
+        served = _eager_forward(bundle, torch.bfloat16)(rows)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            pooled = torch.cat([model.pooled(rows, i, "float32") for i in range(26)], dim=1)
+            ids, lengths = map(torch.from_numpy, rows.flat())
+            by_autocast = model._model.logits(torch.from_numpy(rows.dense), ids, lengths, pooled)
+    assert served.dtype == torch.bfloat16
+    assert torch.equal(served, by_autocast)
 
 
 def test_the_dlrms_own_bundle_takes_no_class(small_bundle, trained):

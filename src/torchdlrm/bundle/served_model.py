@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchdlrm.bundle import DensePrecision
 from torchdlrm.bundle.bundle import Bundle
@@ -121,6 +121,11 @@ def _eager_forward(bundle: Bundle, dtype: torch.dtype) -> Forward:
         msg = f"{bundle.path}: the model has no {', '.join(sorted(left)[:4])}; is it of another class?"
         raise BundleError(msg)
     model.module.load_state_dict({name: _weight(bundle, name, shape) for name, shape in shapes.items()})
+
+    if dtype == torch.bfloat16:  # now, and not in each call, as autocast would
+        for module in model.module.modules():
+            if type(module) is nn.Linear:
+                module.to(dtype)
 
     def forward(rows: EncodedRows) -> Tensor:
         ids, lengths = map(torch.from_numpy, rows.split(by_table).flat())

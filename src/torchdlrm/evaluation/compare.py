@@ -19,6 +19,7 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
 from torchdlrm.evaluation.evaluate import predict_split
 from torchdlrm.metrics import Labels, Scores, Weights, auc, weighted_wins
+from torchdlrm.model.model_class import ModelClass
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.run import Run
 
@@ -49,6 +50,7 @@ def compare(
     dataset: Dataset | str | Path | None = None,
     split: str = "test",
     *,
+    model_classes: tuple[ModelClass | None, ModelClass | None] = (None, None),
     batch_size_global: int = 8192,
     device: DeviceChoice = "auto",
     sharding: ShardingConfig | None = None,
@@ -63,6 +65,7 @@ def compare(
         second: the other run, or its folder.
         dataset: what both were trained on, or its folder; None where it is still where it was.
         split: `train`, `val` or `test`; several joined by + are judged together.
+        model_classes: of each run, where it was trained with a class of somebody's own.
         batch_size_global: rows per forward pass over all ranks; does not change the result.
         device: where to compute, as for `evaluate`.
         sharding: of both runs' tables, as for `evaluate`.
@@ -85,12 +88,13 @@ def compare(
             run,
             dataset,
             split,
+            model_class=model_class,
             batch_size_global=batch_size_global,
             device=device,
             sharding=sharding,
             progress=progress,
         )
-        for run in runs
+        for run, model_class in zip(runs, model_classes, strict=True)
     )
     if taken is None or other is None:
         return None
