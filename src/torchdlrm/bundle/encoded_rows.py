@@ -60,6 +60,14 @@ class EncodedRows:
             return type(self)(self.dense, bags)
         return type(self)(self.dense, np.stack([part for ids, by in pairs for part in split_ids(ids, by)]))
 
+    def select(self, order: Sequence[int]) -> Self:
+        """The same rows with the ids of some features or tables, in this order."""
+        if list(order) == list(range(len(self.sparse))):
+            return self
+        if isinstance(self.sparse, tuple):
+            return type(self)(self.dense, tuple(self.sparse[place] for place in order))
+        return type(self)(self.dense, self.sparse[order])
+
     def part(self, start: int, stop: int) -> Self:
         """Rows `start` to `stop`."""
         if isinstance(self.sparse, tuple):

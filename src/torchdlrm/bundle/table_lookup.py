@@ -4,13 +4,11 @@ The kernel is that of FBGEMM's `IntNBitTableBatchedEmbeddingBagsCodegen`, on whi
 EmbeddingBagCollection stands.  It takes one buffer for all tables and an offset for each: here the buffer is the mapped
 file itself, so nothing is copied and only the pages of the rows that are asked for are touched.
 
-B rows, F sparse features, T tables (F, or more where a feature has two), D embedding dimension, M slots for vectors
-(F + 1, or one more).
+B rows, F sparse features, T tables (F, or more where a feature has two: then R are of remainders), D embedding
+dimension, M slots for vectors (F + 1, or one more).
 """
 
-from functools import partial
 from itertools import accumulate
-from typing import Any
 
 import fbgemm_gpu.split_table_batched_embeddings_ops_inference  # noqa: F401 - registers the kernel
 import numpy as np
@@ -28,7 +26,6 @@ from torchdlrm.bundle.weights_file import blocks_of
 from torchdlrm.errors import DatasetError
 from torchdlrm.features.tables import FeatureTable, divisors
 from torchdlrm.model import projection_weight, table_weight
-from torchdlrm.model.feature_vectors import feature_vectors
 
 # Of which the kernel wants to know the widest table.
 _STORED_TYPES = (SparseType.INT2, SparseType.INT4, SparseType.INT8, SparseType.FP16, SparseType.FP32)
@@ -50,69 +47,87 @@ class TableLookup:
 
     def __init__(self, bundle: Bundle, dtype: torch.dtype, num_slots: int) -> None:
         features, dim = bundle.manifest.sparse, bundle.manifest.model.embedding_dim
-        tables = self._feature_tables = bundle.manifest.tables
         self._verifier = bundle.verifier
         self._num_rows = np.array([record.num_embeddings for record in features.values()])
-        self._names = list(features)
-        precisions = [features[table.feature].precision for table in tables]
-        self._dim_T = [table.dim for table in tables]
-        self._row_bytes = [row_bytes(*pair) for pair in zip(precisions, self._dim_T, strict=True)]
-        self._starts = [bundle.weights.span(table_weight(table.key))[0] for table in tables]
-        self._dim, self._dtype = dim, dtype
-        self._are_plain = all(table.is_plain for table in tables)
+        self._names, self._dim, self._dtype = list(features), dim, dtype
         self._divisors = divisors(bundle.manifest.model, self._names)
-        self._projections = {
-            table.name: partial(linear, weight=_projection(bundle, table).to(dtype))
-            for table in tables
-            if table.dim < table.vector_dim
-        }
-        # In the slots without a feature the kernel sees one that has no ids, and writes zeros. Otherwise the embeddings
-        # would have to be copied once more to make room for the dense vector.
-        self._num_slots, self._num_behind = num_slots, num_slots - len(features) - 1
-        assert self._num_behind >= 0, num_slots
-        types = [SPARSE_TYPES[precision].as_int() for precision in precisions]
-        behind = range(self._num_behind)
-        dims = [dim, *self._dim_T, *(dim for _ in behind)]
-        # In the slots without ids the kernel sees tables of the first one's type.
-        stored = [types[0], *types, *(types[0] for _ in behind)]
-        widest = {number: max(d for d, of in zip(dims, stored, strict=True) if of == number) for number in types}
+        # Where their ids are among those of rows that were split: the first table of each feature, in the order of the
+        # slots, then remainders.
+        of_all = bundle.manifest.tables
+        self._order = sorted(range(len(of_all)), key=lambda place: of_all[place].is_remainder)
+        tables = [of_all[place] for place in self._order]
+        precisions = [features[table.feature].precision for table in tables]
+        self._row_bytes = [row_bytes(precision, table.dim) for precision, table in zip(precisions, tables, strict=True)]
+        self._starts = [bundle.weights.span(table_weight(table.key))[0] for table in tables]
+        # What the kernel sees: where a table begins in the file, its type, its dimension, whether it has ids. Of what
+        # has none it writes zeros: in the slot of the dense vector, behind a row that is smaller than D, in slots
+        # behind. Otherwise the embeddings would have to be copied once more to make room.
+        no_ids = (self._starts[0], SPARSE_TYPES[precisions[0]].as_int())
+        seen = [(*no_ids, dim, False)]
+        for start, precision, table in zip(self._starts, precisions, tables, strict=True):
+            if table.is_remainder:
+                continue
+            seen.append((start, SPARSE_TYPES[precision].as_int(), table.dim, True))
+            seen += [(*no_ids, dim - table.dim, False)] * (table.dim < dim)
+        num_behind = num_slots - len(features) - 1
+        assert num_behind >= 0, num_slots
+        seen += [(*no_ids, dim, False)] * num_behind
+        for start, precision, table in zip(self._starts, precisions, tables, strict=True):
+            if table.is_remainder:
+                seen.append((start, SPARSE_TYPES[precision].as_int(), dim, True))
+        starts, types, dims, has_ids = (list(column) for column in zip(*seen, strict=True))
+        self._num_slots, self._has_ids = num_slots, np.array(has_ids)
         self._tables = (
             bundle.weights.data,
             torch.empty(0, dtype=torch.uint8),
-            torch.full((len(dims),), EmbeddingLocation.HOST.value, dtype=torch.int32),
-            torch.tensor([self._starts[0], *self._starts, *(self._starts[0] for _ in behind)]),
-            torch.tensor(stored, dtype=torch.uint8),
+            torch.full((len(seen),), EmbeddingLocation.HOST.value, dtype=torch.int32),
+            torch.tensor(starts),
+            torch.tensor(types, dtype=torch.uint8),
             torch.tensor([0, *accumulate(dims)], dtype=torch.int32),
             sum(dims),
-            *(widest.get(kind.as_int(), 0) for kind in _STORED_TYPES),
+            *(
+                max((d for d, of in zip(dims, types, strict=True) if of == t.as_int()), default=0)
+                for t in _STORED_TYPES
+            ),
         )
         self._offsets: dict[int, Tensor] = {}
+        slot_of = {name: slot for slot, name in enumerate(self._names, start=1)}
+        remainders = [table for table in tables if table.is_remainder]
+        # Of all tables in the order of the manifest: the slot, behind which there are those of remainders, and how much
+        # of it is theirs.
+        behind = {table.key: slot for slot, table in enumerate(remainders, start=num_slots)}
+        self._places = [(behind.get(table.key, slot_of[table.feature]), table.dim) for table in of_all]
+        self._projections = [
+            (slot_of[table.feature], table.dim, _projection(bundle, table).to(dtype))
+            for table in tables
+            if table.dim < dim
+        ]
+        self._pairs = [(slot_of[table.feature], behind[table.key], table.combination) for table in remainders]
 
     def __call__(self, rows: EncodedRows) -> Tensor:
-        """The vector of each feature: [B, M, D], of which [:, 0] is zero.
+        """The vector of each feature: [B, M, D], of which [:, 0] is zero; as `torchdlrm.model.feature_vectors` has it.
 
         Raises:
             DatasetError: an id is outside its table.
             BundleError: a block of the tables that these rows need is damaged.
         """
-        looked_up = self._look_up(rows)
-        shape = rows.num_rows, self._num_slots, self._dim
-        if self._are_plain:
-            return looked_up.view(shape)
-        vectors = looked_up.new_zeros(shape)
-        parts = looked_up[:, self._dim : self._dim + sum(self._dim_T)].split(self._dim_T, dim=1)
-        embeddings = {table.key: part for table, part in zip(self._feature_tables, parts, strict=True)}
-        for slot, vector in enumerate(feature_vectors(self._feature_tables, embeddings, self._projections), start=1):
-            vectors[:, slot] = vector
-        return vectors
+        vectors = self._look_up(rows)
+        for slot, dim, weight in self._projections:
+            vectors[:, slot] = linear(vectors[:, slot, :dim], weight)
+        for slot, remainder, combination in self._pairs:
+            combine = torch.Tensor.mul_ if combination == "mult" else torch.Tensor.add_
+            combine(vectors[:, slot], vectors[:, remainder])
+        return vectors[:, : self._num_slots].contiguous()
 
     def pooled(self, rows: EncodedRows) -> Tensor:
         """The sums of the rows of each table, [B, sum of their dimensions]; raises as a call."""
-        return self._look_up(rows)[:, self._dim : self._dim + sum(self._dim_T)].contiguous()
+        vectors = self._look_up(rows)
+        return torch.cat([vectors[:, slot, :dim] for slot, dim in self._places], dim=1)
 
     def _look_up(self, rows: EncodedRows) -> Tensor:
-        """[B, columns]: those of slot 0, of all tables, and of the slots behind."""
-        ids, offsets = self._flat(rows)
+        """[B, M + R, D]: the slots, and behind them the rows of R tables of remainders."""
+        self._check(rows)
+        ids, offsets = self._flat(rows.split(self._divisors).select(self._order))
         vectors: Tensor = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
             *self._tables,
             ids,
@@ -122,42 +137,37 @@ class TableLookup:
             _OUTPUT_TYPES[self._dtype].as_int(),
             row_alignment=1,
         )
-        return vectors
+        return vectors.view(rows.num_rows, -1, self._dim)
 
     def _flat(self, rows: EncodedRows) -> tuple[Tensor, Tensor]:
-        """All ids, table by table, and where each bag begins, the empty ones of slot 0 first."""
-        num_rows = rows.num_rows
+        """All ids, table by table, and where each bag of what the kernel sees begins."""
         if not isinstance(rows.sparse, tuple):
-            ids_FB = np.ascontiguousarray(rows.sparse)
-            if num_rows:
-                self._check(ids_FB.min(axis=1), ids_FB.max(axis=1))
-            ids_TB = ids_FB if self._are_plain else np.ascontiguousarray(rows.split(self._divisors).sparse)
+            ids_TB = np.ascontiguousarray(rows.sparse)
             if not self._verifier.is_done:
                 self._verify(ids_TB)
-            offsets = self._offsets.get(num_rows)
+            offsets = self._offsets.get(rows.num_rows)
             if offsets is None or offsets.dtype != torch.from_numpy(ids_TB).dtype:
                 if len(self._offsets) > 64:  # batches of many sizes must not fill the memory
                     self._offsets.clear()
-                first, behind = num_rows, self._num_behind * num_rows
-                offsets = torch.from_numpy(
-                    np.pad(np.arange(ids_TB.size + 1, dtype=ids_TB.dtype), (first, behind), mode="edge")
-                )
-                self._offsets[num_rows] = offsets
+                ends = np.cumsum(np.repeat(self._has_ids, rows.num_rows), dtype=ids_TB.dtype)
+                offsets = self._offsets[rows.num_rows] = torch.from_numpy(np.pad(ends, (1, 0)))
             return torch.from_numpy(ids_TB).view(-1), offsets
-        empty = np.zeros(1, np.int64)
-        values = [ids if ids.size else empty for ids, _ in rows.sparse]
-        self._check(np.array([ids.min() for ids in values]), np.array([ids.max() for ids in values]))
-        bags: Any = rows.split(self._divisors).sparse
-        values = [ids.astype(np.int64, copy=False) for ids, _ in bags]
+        values = [ids.astype(np.int64, copy=False) for ids, _ in rows.sparse]
         if not self._verifier.is_done:
             self._verify(values)
-        ends = np.cumsum(np.concatenate([np.diff(offsets) for _, offsets in bags]), dtype=np.int64)
-        first, behind = num_rows + 1, self._num_behind * num_rows
-        padded = np.pad(ends, (first, behind), constant_values=(0, ends[-1] if ends.size else 0))
-        return torch.from_numpy(np.concatenate(values)), torch.from_numpy(padded)
+        lengths = np.zeros((len(self._has_ids), rows.num_rows), np.int64)
+        lengths[self._has_ids] = [np.diff(offsets) for _, offsets in rows.sparse]
+        return torch.from_numpy(np.concatenate(values)), torch.from_numpy(np.pad(np.cumsum(lengths), (1, 0)))
 
-    def _check(self, smallest_F: NDArray[np.integer], largest_F: NDArray[np.integer]) -> None:
+    def _check(self, rows: EncodedRows) -> None:
         """The kernel itself would read past the end of a table."""
+        if not isinstance(rows.sparse, tuple):
+            if not rows.num_rows:
+                return
+            smallest_F, largest_F = rows.sparse.min(axis=1), rows.sparse.max(axis=1)
+        else:
+            values = [ids if ids.size else np.zeros(1, np.int64) for ids, _ in rows.sparse]
+            smallest_F, largest_F = np.array([ids.min() for ids in values]), np.array([ids.max() for ids in values])
         outside = (smallest_F < 0) | (largest_F >= self._num_rows)
         if outside.any():
             feature = int(np.argmax(outside))
