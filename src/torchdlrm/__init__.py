@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torchdlrm.model.dlrm import DLRM as DLRM
     from torchdlrm.model.dlrm import DLRM_DCN as DLRM_DCN
     from torchdlrm.model.dlrm import DLRM_Projection as DLRM_Projection
-    from torchdlrm.model.dlrm import DLRMTrain as DLRMTrain
+    from torchdlrm.model.loss import DLRMTrain as DLRMTrain
     from torchdlrm.planning.plan import plan as plan
     from torchdlrm.planning.plan_request import PlanRequest as PlanRequest
     from torchdlrm.prediction.predictor import Predictor as Predictor
@@ -58,7 +58,8 @@ _NAMES_OF = {
     "loader.loader": ("Loader",),
     "metrics": ("BinaryMetrics", "binary_metrics"),
     "model.batch_norm": ("GlobalBatchNorm1d",),
-    "model.dlrm": ("DLRM", "DLRM_DCN", "DLRM_Projection", "DLRMTrain"),
+    "model.dlrm": ("DLRM", "DLRM_DCN", "DLRM_Projection"),
+    "model.loss": ("DLRMTrain",),
     "planning.plan": ("plan",),
     "planning.plan_request": ("PlanRequest",),
     "prediction.predictor": ("Predictor",),

@@ -21,7 +21,7 @@ from torchdlrm.exporting.export import export
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, WeightColumn
 from torchdlrm.features.schema_file import load_schema
 from torchdlrm.loader.loader import Loader
-from torchdlrm.model.dlrm import batch_loss
+from torchdlrm.model.loss import batch_loss
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.training.job import train

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchdlrm.model.dlrm import batch_loss
+from torchdlrm.model.loss import batch_loss
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 

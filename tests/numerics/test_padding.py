@@ -7,7 +7,8 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchdlrm.errors import ConfigError
 from torchdlrm.loader.loader import Loader
-from torchdlrm.model.dlrm import DLRM, DLRMTrain
+from torchdlrm.model.dlrm import DLRM
+from torchdlrm.model.loss import DLRMTrain
 
 
 class WithAuxiliaryLoss(DLRM):

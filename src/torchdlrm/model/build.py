@@ -10,8 +10,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.tables import FeatureTable, feature_tables
 from torchdlrm.model.architecture import ModelShape
-from torchdlrm.model.dlrm import DLRMTrain, TableOfFeature
+from torchdlrm.model.dlrm import TableOfFeature
 from torchdlrm.model.dropout import add_dropout
+from torchdlrm.model.loss import DLRMTrain
 
 
 def meta_collection(

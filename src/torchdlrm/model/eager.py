@@ -19,7 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchdlrm.features.tables import FeatureTable, feature_tables
 from torchdlrm.model.architecture import ModelShape, Product
 from torchdlrm.model.build import build_model
-from torchdlrm.model.dlrm import logits_of
+from torchdlrm.model.loss import logits_of
 
 _TRACED_ROWS = 4
 

@@ -18,8 +18,8 @@ from torchdlrm.config import Config, DenseOptimizerConfig, TableOptimizerConfig
 from torchdlrm.features.tables import feature_tables
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model, standardize_dense_input
-from torchdlrm.model.dlrm import DLRMTrain
 from torchdlrm.model.dropout import DroppedActivation
+from torchdlrm.model.loss import DLRMTrain
 from torchdlrm.sharding.planner import table_sharder
 from torchdlrm.sharding.problem import Solution
 from torchdlrm.sharding.resolve import load_or_make_plan
