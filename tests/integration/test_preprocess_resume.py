@@ -32,7 +32,13 @@ SCHEMA = FeatureSchema(
         SparseColumn(name="city", kind="string"),
         SparseColumn(name="item", kind="hex"),
         SparseColumn(
-            name="tags", kind="int", value_separator="|", max_values=3, buckets={"quantiles": 5}, min_count=99
+            name="tags",
+            kind="int",
+            value_separator="|",
+            weight_separator=":",
+            max_values=3,
+            buckets={"quantiles": 5},
+            min_count=99,
         ),
         SparseColumn(name="shop", kind="int", hash=50),
     ),
@@ -63,7 +69,7 @@ def log(tmp_path_factory):
     rng = random.Random(5)
     lines = []
     for i in range(6000):
-        tags = "|".join(str(rng.randrange(90)) for _ in range(rng.randrange(5)))
+        tags = "|".join(f"{rng.randrange(90)}:{rng.gauss(0, 1):.2f}" for _ in range(rng.randrange(5)))
         city, item = (
             rng.choice(["", "Köln", "Oslo", f"c{rng.randrange(900)}"]),
             rng.choice(["", f"{rng.randrange(700):x}"]),

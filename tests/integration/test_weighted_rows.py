@@ -1,9 +1,11 @@
-"""Sample weights and a choice of labels: from the log through loader, loss, trainings and metrics to predictions."""
+"""Weights of rows and of values, and a choice of labels: from the log through loader, loss, metrics and predictions."""
 
 import json
 import math
+import re
 from pathlib import Path
 
+import httpx
 import numpy as np
 import polars as pl
 import pytest
@@ -11,6 +13,7 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from predicted import rows_of_request
 from torchdlrm.config import load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError, LogError, RunError
@@ -22,8 +25,12 @@ from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, S
 from torchdlrm.features.schema_file import load_schema
 from torchdlrm.loader.loader import Loader
 from torchdlrm.model.loss import batch_loss
+from torchdlrm.prediction.files import predict_file
+from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
+from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
+from torchdlrm.serving.open_inference.tensors import Tensor
 from torchdlrm.training.job import train
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
@@ -38,11 +45,25 @@ columns = [
     { role = "label", name = "bought", positive = "yes" },
     { role = "sparse", name = "city" },
     { role = "sparse", name = "shop", kind = "int" },
+    { role = "sparse", name = "tags", value_separator = "|", weight_separator = ":", max_values = 3 },
 ]
 [split]
 rule = "order"
 """
 NUM_ROWS = 1_200
+
+
+def written_tags(rng):
+    """No to four tags: some with a weight, some without, some with a colon in their name."""
+    tags = (f"t{rng.integers(9)}{rng.choice(['', ':x'])}" for _ in range(rng.integers(5)))
+    cells = (tag if rng.random() < 0.3 and ":" not in tag else f"{tag}:{rng.normal():.3f}" for tag in tags)
+    return "|".join(cells) or None
+
+
+def tags_of(cell):
+    """What a cell means: pairs of tag and weight."""
+    parts = [text.rpartition(":") for text in (cell or "").split("|") if text]
+    return [(name or rest, float(rest) if name else 1.0) for name, _, rest in parts][:3]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +80,7 @@ def frame():
             "bought": np.where(city + rng.normal(size=NUM_ROWS) > 3.5, "yes", "no"),
             "city": [f"c{value}" for value in city],
             "shop": rng.integers(20, size=NUM_ROWS),
+            "tags": [written_tags(rng) for _ in range(NUM_ROWS)],
         }
     )
 
@@ -84,9 +106,15 @@ def test_the_dataset_has_the_weights_and_says_so_to_older_readers(folder, datase
     assert dataset.manifest.format_version == 2
     assert small_dataset.manifest.format_version == 1
     table = pl.read_parquet(folder / "dataset" / "test" / "part-00000.parquet")
-    assert table.columns == ["click", "bought", "w", "price", "city", "shop"]
+    assert table.columns == ["click", "bought", "w", "price", "city", "shop", "tags", "tags_weights"]
     assert table.schema["w"] == pl.Float32
     assert table["w"].to_list() == frame["the weight"].tail(table.height).to_list()
+    expected = [tags_of(cell) for cell in frame["tags"].tail(table.height)]
+    names = {value_id: name for name, _, value_id in dataset.vocabulary("tags").table.iter_rows()}
+    assert [[names[i] for i in ids] for ids in table["tags"]] == [[name for name, _ in cell] for cell in expected]
+    assert table.schema["tags_weights"] == pl.List(pl.Float32)
+    weights = [[np.float32(weight) for _, weight in cell] for cell in expected]
+    assert [cell.to_list() for cell in table["tags_weights"]] == weights
 
 
 def test_the_loader_gives_each_row_its_weight_and_padding_none(dataset):
@@ -101,6 +129,20 @@ def test_the_loader_gives_each_row_its_weight_and_padding_none(dataset):
             found.append(part.row_weights[: len(part.labels) - part.num_padding])
             assert not part.row_weights[len(found[-1]) :].any()
     assert torch.equal(torch.cat(found), whole)
+
+
+def test_the_loader_gives_values_their_weights_and_others_a_one(dataset):
+    table = pl.concat(pl.read_parquet(file.path) for file in dataset.splits["train"].files)
+    ranks = [Loader(dataset, "train", batch_size_global=101, rank=rank, world_size=2) for rank in range(2)]
+    found, ones = [], []
+    for parts in zip(*ranks, strict=True):
+        for part in parts:
+            kjt = part.to(torch.device("cpu")).sparse_features
+            assert len(kjt.weights()) == len(kjt.values())
+            found += kjt["tags"].weights().tolist()
+            ones += kjt["city"].weights().tolist() + kjt["shop"].weights().tolist()
+    assert found == table["tags_weights"].explode(empty_as_null=False).to_list()
+    assert ones == [1.0] * (2 * table.height)
 
 
 @pytest.mark.parametrize("negative_weight", [1.0, 0.25])
@@ -224,7 +266,7 @@ def test_a_label_that_is_not_there_is_refused_with_those_that_are(folder, dlrm, 
 
 def test_a_row_of_a_request_may_have_a_weight_which_is_not_read(folder):
     predictor = Predictor.open(folder / "bundle")
-    row = {"price": 0.5, "city": "c1", "shop": 3}
+    row = {"price": 0.5, "city": "c1", "shop": 3, "tags": "t1:0.5"}
     expected = predictor.predict([row])
     for weight in (2.5, None, "much"):
         assert predictor.predict([{**row, "w": weight}]) == expected
@@ -243,3 +285,70 @@ def test_a_row_whose_weight_is_none_is_a_bad_one(frame, tmp_path, cell):
     message = f"line 8, column w: the weight of the row is missing, or not a finite number of at least 0: '{cell}'"
     with pytest.raises(LogError, match=message):
         preprocess([tmp_path / "log.csv"], tmp_path / "dataset", schema)
+
+
+def test_values_with_weights_are_predicted_the_same_however_they_come(folder, frame, serve, tmp_path):
+    """As the training's own model predicts them: from a file, a frame, rows of three forms, tensors, and a server."""
+    _, trained = predict_split(folder / "run", None, "test")
+    expected = 1 / (1 + np.exp(-trained.logits.astype(np.float64)))
+    assert expected.std() > 0.01
+    last = frame.tail(len(expected)).select("price", "city", "shop", "tags")
+    predictor = Predictor.open(folder / "bundle")
+    rows = last.to_dicts()
+    lists = [row | {"tags": (row["tags"] or "").split("|")} for row in rows]
+    objects = [row | {"tags": dict(tags_of(row["tags"]))} for row in rows]
+    # An object has each value once.
+    are_once = [len(row["tags"]) == len(tags_of(cell)) for row, cell in zip(objects, last["tags"], strict=True)]
+    assert sum(are_once) > 50
+    objects = [row for row, is_once in zip(objects, are_once, strict=True) if is_once]
+    last.with_columns(pl.col("tags").str.split("|")).write_parquet(tmp_path / "lists.parquet")
+    tensors = [
+        Tensor("price", "FP64", (len(rows),), last["price"]),
+        Tensor("shop", "INT64", (len(rows),), last["shop"]),
+        *(Tensor(name, "BYTES", (len(rows),), last[name].fill_null("")) for name in ("city", "tags")),
+    ]
+    server = serve(folder / "bundle", "--log-level", "warning")
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        served = client.post("/predict", json=lists).json()["predictions"]
+        few = client.post("/predict", json={"shared": rows[0], "candidates": [{}]}).json()["predictions"]
+        wrong = client.post("/predict", json=[{"tags": {"t1": "much"}}])
+        more = [client.post("/predict", json=[{"tags": cell}]) for cell in ("t1:much", ["t1:"], {"t1": 1e40})]
+        openapi = client.get("/openapi.json").json()
+        about = client.get("/schema").json()
+        again = client.post("/predict", json=about["examples"])
+    server.stop()
+    assert (wrong.status_code, wrong.json()["error"]) == (
+        *(400, "row 0, column 'tags': the weight of a value is a number, not 'much'"),
+    )
+    for answer in more:
+        assert answer.status_code == 400
+        assert "row 0, column 'tags': the weight of a value is not a finite number" in answer.json()["error"]
+    forms = openapi["components"]["schemas"]["Row"]["properties"]["tags"]["anyOf"]
+    assert {"type": "object", "additionalProperties": {"type": "number"}} in forms
+    assert about["columns"][-1]["weight_separator"] == ":"
+    assert again.status_code == 200
+    predict_file(predictor, RowsIn([tmp_path / "lists.parquet"], predictor.schema), tmp_path / "scores.parquet")
+    found = {
+        "text": predictor.predict(rows),
+        "lists": predictor.predict(lists),
+        "frame": predictor.predict(last),
+        "file of lists": pl.read_parquet(tmp_path / "scores.parquet")["prediction"].to_numpy(),
+        "tensors": predictor.predict(rows_of_request(tensors, predictor.schema, 4_096)),
+        "server": np.array(served),
+        "written again": predictor.predict(as_json_rows(predictor.parse_rows(rows), predictor.schema)),
+    }
+    for name, probabilities in found.items():
+        np.testing.assert_allclose(probabilities, expected, rtol=0, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(predictor.predict(objects), expected[are_once], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(few, expected[:1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", ["t1:x", "t1:", "t2|t1:inf", "t1:1e40"])
+def test_a_cell_with_a_weight_that_is_none_is_a_bad_one(frame, tmp_path, cell):
+    lines = frame.head(30).write_csv().splitlines()
+    lines[7] = ",".join([*lines[7].split(",")[:-1], cell])
+    (tmp_path / "log.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "schema.toml").write_text(SCHEMA)
+    message = f"line 8, column tags: the weight of a value is not a finite number: '{re.escape(cell)}'"
+    with pytest.raises(LogError, match=message):
+        preprocess([tmp_path / "log.csv"], tmp_path / "dataset", load_schema(tmp_path / "schema.toml"))

@@ -3,6 +3,7 @@
 import itertools
 import random
 import time
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -30,21 +31,24 @@ SETTINGS = {
 CASES = {
     "float32": (5, torch.float32, {}),
     "bfloat16": (5, torch.bfloat16, {}),
+    "weighted": (5, torch.float32, {}),
     "a rank without tables": (1, torch.float32, {}),
     "rounded": (5, torch.float32, {"train.communication": "float16"}),
     "cut": (5, torch.float32, {"sharding.constraints": '["cat_1=row_wise"]'}),
 }
-IN_MEMORY = ["float32", "bfloat16", "a rank without tables"]
+IN_MEMORY = ["float32", "bfloat16", "weighted", "a rank without tables"]
 
 pytestmark = pytest.mark.slow
 
 
-def batch(names, num_rows, generator):
+def batch(names, num_rows, generator, *, is_weighted):
     """Rows with none to three ids in a cell."""
     lengths = torch.randint(0, 4, (len(names) * num_rows,), generator=generator)
     ids = torch.randint(0, 20, (int(lengths.sum()),), generator=generator)
     labels = torch.randint(0, 2, (num_rows,), generator=generator).float()
-    return Batch(torch.rand(num_rows, 13, generator=generator), KeyedJaggedTensor(names, ids, lengths=lengths), labels)
+    weights = torch.randn(len(ids), generator=generator) if is_weighted else None
+    kjt = KeyedJaggedTensor(names, ids, weights, lengths=lengths)
+    return Batch(torch.rand(num_rows, 13, generator=generator), kjt, labels)
 
 
 def unpunctual(method):
@@ -69,7 +73,7 @@ def built(ranks, case):
     config = load_config(None, SETTINGS | settings)
     model = build_sharded_model(
         config,
-        ModelShape(config.model, 13, num_tables),
+        ModelShape(config.model, 13, num_tables, is_weighted=case == "weighted"),
         num_embeddings=num_embeddings,
         dense_sample=None,
         ranks=ranks,
@@ -83,15 +87,16 @@ def built(ranks, case):
 def trained(model, pipeline, tables, names):
     """What came of some steps, some predictions, and some steps more."""
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+    make = partial(batch, names, is_weighted=tables._is_weighted)
     found = []
     for sizes in ([8, 8, 8, 30, 5], [8, 5]):  # ids of the next batch are under way when the memory grows
-        batches = iter([batch(names, num_rows, generator) for num_rows in sizes])
+        batches = iter([make(num_rows, generator) for num_rows in sizes])
         found += itertools.chain.from_iterable(pipeline.progress(batches) for _ in sizes)
         with torch.no_grad():
             pipeline.detach().eval()
-            found += [model(batch(names, num_rows, generator))[1][1] for num_rows in (8, 40, 8)]
+            found += [model(make(num_rows, generator))[1][1] for num_rows in (8, 40, 8)]
             contexts = [tables.create_context() for _ in range(4)]
-            ids = [tables.input_dist(ctx, batch(names, 8, generator).sparse_features).wait() for ctx in contexts]
+            ids = [tables.input_dist(ctx, make(8, generator).sparse_features).wait() for ctx in contexts]
             # Whose ids are here already waits for nobody when it looks up.
             for context, awaited in zip(contexts, [each.wait() for each in ids], strict=True):
                 pooled = tables.compute_and_output_dist(context, awaited).to_dict()

@@ -12,6 +12,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import nn
 
+from table_references import Reference
 from torchdlrm.kernels import threads
 from torchdlrm.tables import lookup
 from torchdlrm.tables.kernels import look_up
@@ -101,6 +102,44 @@ def test_threads_do_not_change_a_bit(dtype, seed):
         states.append((*one.kernel.split_embedding_weights(), one.kernel.momentum1_host))
     for other in states[1:]:
         assert all(map(torch.equal, states[0], other))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "name"),
+    [(EmbOptimType.EXACT_ROWWISE_ADAGRAD, "rowwise_adagrad"), (EmbOptimType.EXACT_ADAGRAD, "adagrad")],
+)
+def test_weights_of_ids_scale_embeddings_and_gradients(optimizer, name, seed):
+    """Against float64, and the embeddings against FBGEMM's own kernel; threads change no bit."""
+    found, references = [], None
+    for num_threads in (1, 3):
+        torch.set_num_threads(num_threads)
+        generator = torch.Generator().manual_seed(seed)
+        one, theirs = kernel_and_model(optimizer, seed), kernel_and_model(optimizer, seed)
+        use_own_kernels(one.model)
+        tables = one.kernel.split_embedding_weights()
+        references = [Reference(weights, name) for weights in tables]
+        for ids, offsets, gradient in batches(seed, multi_valued=True):
+            scales = torch.randn(len(ids), generator=generator)
+            out = one.kernel(ids, offsets, scales)
+            lengths = offsets.diff().view(len(TABLES), BATCH)
+            rows = [torch.arange(BATCH).repeat_interleave(count) for count in lengths]
+            places = zip(ids.split(lengths.sum(1).tolist()), scales.split(lengths.sum(1).tolist()), rows, strict=True)
+            pooled = []
+            for reference, grad, (mine, weights, row) in zip(
+                references, gradient.split([dim for _, dim in TABLES], dim=1), places, strict=True
+            ):
+                scaled = reference.weights_RD[mine] * weights[:, None].double()
+                pooled.append(torch.zeros(BATCH, grad.shape[1], dtype=torch.float64).index_add(0, row, scaled))
+                reference.step(mine, grad[row].double() * weights[:, None].double(), 0.1)
+            torch.testing.assert_close(out.double(), torch.cat(pooled, dim=1), rtol=1e-5, atol=1e-5)
+            expected = theirs.kernel(ids, offsets, scales)
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+            expected.backward(gradient)
+            out.backward(gradient)
+        found.append([weights.clone() for weights in tables])
+        for weights, reference in zip(tables, references, strict=True):
+            torch.testing.assert_close(weights.double(), reference.weights_RD, rtol=1e-5, atol=1e-5)
+    assert all(map(torch.equal, *found))
 
 
 def test_threads_look_up_as_many_ids_however_many_a_cell_has(seed, monkeypatch):

@@ -191,7 +191,13 @@ class Bundle:
         if difference is not None:
             msg = f"{self.path}: {difference}"
             raise BundleError(msg)
-        return ModelShape(self.manifest.model, len(self.schema.dense), len(self.manifest.sparse), self._architecture)
+        return ModelShape(
+            self.manifest.model,
+            len(self.schema.dense),
+            len(self.manifest.sparse),
+            self._architecture,
+            is_weighted=self.schema.has_value_weights,
+        )
 
     @property
     def dense(self) -> Mapping[str, DenseTransform]:

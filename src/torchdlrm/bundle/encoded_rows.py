@@ -3,6 +3,7 @@
 B rows, F sparse features.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -27,10 +28,13 @@ class EncodedRows:
         dense: float32 [B, num_dense], C-contiguous.
         sparse: ids, int32 or int64 [F, B], where every feature of every row has exactly one; else the bags of each
             feature. Of rows that were split, of each table.
+        weights: of the ids of each feature's bags, float32 [values], None where they have none; None where no feature
+            has some.
     """
 
     dense: NDArray[np.float32]
     sparse: NDArray[Any] | tuple[Bags, ...]
+    weights: tuple[NDArray[np.float32] | None, ...] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -44,7 +48,11 @@ class EncodedRows:
         for index, column in enumerate(schema.dense):
             dense[:, index] = frame[column.name].to_numpy()
         if any(column.is_multi_valued for column in schema.sparse):
-            return cls(dense, tuple(_bags(frame[column.name]) for column in schema.sparse))
+            bags = tuple(_bags(frame[column.name]) for column in schema.sparse)
+            if not schema.has_value_weights:
+                return cls(dense, bags)
+            names = [column.weights_name for column in schema.sparse]
+            return cls(dense, bags, tuple(None if name is None else _bags(frame[name])[0] for name in names))
         ids_FB = np.empty((len(schema.sparse), frame.height), np.int32)
         for index, feature in enumerate(schema.sparse):
             ids_FB[index] = frame[feature.name].to_numpy()
@@ -57,7 +65,10 @@ class EncodedRows:
         pairs = zip(self.sparse, divisors, strict=True)
         if isinstance(self.sparse, tuple):
             bags = tuple((part, offsets) for (ids, offsets), by in pairs for part in split_ids(ids, by))
-            return type(self)(self.dense, bags)
+            if self.weights is None:
+                return type(self)(self.dense, bags)
+            both = zip(self.weights, divisors, strict=True)
+            return type(self)(self.dense, bags, tuple(own for own, by in both for _ in range(1 if by is None else 2)))
         return type(self)(self.dense, np.stack([part for ids, by in pairs for part in split_ids(ids, by)]))
 
     def select(self, order: Sequence[int]) -> Self:
@@ -65,25 +76,36 @@ class EncodedRows:
         if list(order) == list(range(len(self.sparse))):
             return self
         if isinstance(self.sparse, tuple):
-            return type(self)(self.dense, tuple(self.sparse[place] for place in order))
+            weights = None if self.weights is None else tuple(self.weights[place] for place in order)
+            return type(self)(self.dense, tuple(self.sparse[place] for place in order), weights)
         return type(self)(self.dense, self.sparse[order])
 
     def part(self, start: int, stop: int) -> Self:
         """Rows `start` to `stop`."""
         if isinstance(self.sparse, tuple):
-            parts = []
-            for values, offsets in self.sparse:
+            parts, weights = [], []
+            for (values, offsets), own in zip(self.sparse, self.weights or itertools.repeat(None), strict=False):
                 part = offsets[start : stop + 1]
-                parts.append((values[part[0] : part[-1]], part - part[0]))
-            return type(self)(self.dense[start:stop], tuple(parts))
+                here = slice(part[0], part[-1])
+                parts.append((values[here], part - part[0]))
+                weights.append(None if own is None else own[here])
+            return type(self)(self.dense[start:stop], tuple(parts), None if self.weights is None else tuple(weights))
         return type(self)(self.dense[start:stop], self.sparse[:, start:stop])
 
-    def flat(self) -> tuple[NDArray[Any], NDArray[np.int32]]:
-        """All ids, feature by feature, and how many each row has of each feature: [F * B]."""
+    def flat(self) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.float32] | None]:
+        """All ids, feature by feature, how many each row has of each feature: [F * B], and `flat_weights`."""
         if not isinstance(self.sparse, tuple):
-            return np.ascontiguousarray(self.sparse).reshape(-1), np.ones(self.sparse.size, np.int32)
+            return np.ascontiguousarray(self.sparse).reshape(-1), np.ones(self.sparse.size, np.int32), None
         ids = np.concatenate([values.astype(np.int64, copy=False) for values, _ in self.sparse])
-        return ids, np.concatenate([np.diff(offsets) for _, offsets in self.sparse]).astype(np.int32)
+        lengths = np.concatenate([np.diff(offsets) for _, offsets in self.sparse]).astype(np.int32)
+        return ids, lengths, self.flat_weights()
+
+    def flat_weights(self) -> NDArray[np.float32] | None:
+        """The weights of all ids, feature by feature, 1 where they have none; None where no feature has some."""
+        if self.weights is None:
+            return None
+        pairs = zip(self.sparse, self.weights, strict=True)
+        return np.concatenate([np.ones(len(ids), np.float32) if own is None else own for (ids, _), own in pairs])
 
     @classmethod
     def concatenated(cls, pieces: Sequence[Self]) -> Self:
@@ -97,7 +119,11 @@ class EncodedRows:
             bags: list[Bags] = [piece.sparse[feature] for piece in pieces]
             ends = np.cumsum(np.concatenate([np.diff(offsets) for _, offsets in bags]), dtype=np.int64)
             joined.append((np.concatenate([values for values, _ in bags]), np.pad(ends, (1, 0))))
-        return cls(dense, tuple(joined))
+        if pieces[0].weights is None:
+            return cls(dense, tuple(joined))
+        of_features = zip(*(piece.weights or () for piece in pieces), strict=True)
+        weights = (None if own[0] is None else np.concatenate(own) for own in of_features)
+        return cls(dense, tuple(joined), tuple(weights))
 
 
 def _bags(column: pl.Series) -> Bags:

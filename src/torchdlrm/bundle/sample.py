@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from torchdlrm.errors import BundleError
 from torchdlrm.features.encode import ValueLookup, encode
+from torchdlrm.features.kinds import map_lists
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, SparseColumn
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.vocabulary import UNKNOWN_ID, Vocabulary
@@ -81,11 +82,12 @@ def raw_sample(
 ) -> pl.DataFrame:
     """Raw typed rows of encoded ones, at most `max_rows`; features without a vocabulary are hashed.
 
-    Dense columns are Int64 or Float64, sparse columns UInt32, Int64 or String, or lists of it.
+    Dense columns are Int64 or Float64, sparse columns UInt32, Int64 or String, or lists of it,
+    or of structs with weights.
     """
     raw = pl.DataFrame(
         [_raw_dense(encoded[column.name], column, dense[column.name]) for column in schema.dense]
-        + [_raw_sparse(encoded[column.name], column, vocabularies.get(column.name)) for column in schema.sparse_columns]
+        + [_raw_sparse(encoded, column, vocabularies.get(column.name)) for column in schema.sparse_columns]
     )
     raw = raw.with_columns(
         _with_missing(raw[feature.raw_name], encoded[feature.name], vocabularies.get(feature.name))
@@ -113,16 +115,17 @@ def _with_missing(numbers: pl.Series, ids: pl.Series, vocabulary: ValueLookup | 
     return pl.select(pl.when(ids != missing_id).then(numbers).alias(numbers.name)).to_series()
 
 
-def _raw_sparse(ids: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:
-    flat = ids.explode(empty_as_null=False) if column.is_multi_valued else ids
-    values = _values(flat, column, vocabulary)
+def _raw_sparse(encoded: pl.DataFrame, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:
+    ids = encoded[column.name]
     if not column.is_multi_valued:
-        return values.alias(column.name)
-    lengths = ids.list.len().to_numpy()
-    frame = pl.DataFrame({"row": np.repeat(np.arange(len(ids)), lengths), "value": values})
-    lists = frame.group_by("row", maintain_order=True).agg("value")
-    every = pl.DataFrame({"row": np.arange(len(ids))}).join(lists, on="row", how="left", maintain_order="left")
-    return every["value"].fill_null(pl.Series([[]], dtype=pl.List(values.dtype))).alias(column.name)
+        return _values(ids, column, vocabulary).alias(column.name)
+    if column.weights_name is None:
+        return map_lists(ids, lambda flat: _values(flat, column, vocabulary))
+    weights = encoded[column.weights_name].explode(empty_as_null=False)
+    return map_lists(
+        ids,
+        lambda flat: pl.DataFrame({"value": _values(flat, column, vocabulary), "weight": weights}).to_struct(),
+    )
 
 
 def _values(ids: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:

@@ -128,10 +128,12 @@ def _eager_forward(bundle: Bundle, dtype: torch.dtype) -> Forward:
                 module.to(dtype)
 
     def forward(rows: EncodedRows) -> Tensor:
-        ids, lengths = map(torch.from_numpy, rows.split(by_table).flat())
+        ids, lengths, weights = rows.split(by_table).flat()
         dense_BI = torch.from_numpy(np.ascontiguousarray(rows.dense))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return model.logits(dense_BI, ids, lengths, lookup.pooled(rows))
+            return model.logits(
+                dense_BI, torch.from_numpy(ids), torch.from_numpy(lengths), lookup.pooled(rows), weights
+            )
 
     return forward
 

@@ -128,13 +128,15 @@ class TableLookup:
     def _look_up(self, rows: EncodedRows) -> Tensor:
         """[B, M + R, D]: the slots, and behind them the rows of R tables of remainders."""
         self._check(rows)
-        ids, offsets = self._flat(rows.split(self._divisors).select(self._order))
+        by_table = rows.split(self._divisors).select(self._order)
+        ids, offsets = self._flat(by_table)
+        weights = by_table.flat_weights()
         vectors: Tensor = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
             *self._tables,
             ids,
             offsets,
             PoolingMode.SUM.value,
-            None,
+            None if weights is None else torch.from_numpy(weights),
             _OUTPUT_TYPES[self._dtype].as_int(),
             row_alignment=1,
         )

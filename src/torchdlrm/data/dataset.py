@@ -32,7 +32,7 @@ MANIFEST_NAME = "dataset.json"
 ROW_GROUP_ROWS = 16_384
 # Values of features with fewer ids than this repeat often enough in a row group for a Parquet dictionary to pay.
 _DICTIONARY_MAX_IDS = 2_048
-_IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
+_IDS, _WEIGHTS = (pa.list_(pa.field("element", kind, nullable=False)) for kind in (pa.int32(), pa.float32()))
 
 
 def oldest_version(schema: FeatureSchema) -> int:
@@ -312,15 +312,15 @@ def write_part(
     fields = [pa.field(column.name, pa.int8(), nullable=False) for column in schema.labels]
     floats = [column.name for column in (schema.weight, *schema.dense) if column is not None]
     fields += [pa.field(name, pa.float32(), nullable=False) for name in floats]
-    fields += [
-        pa.field(column.name, _IDS if column.is_multi_valued else pa.int32(), nullable=False)
-        for column in schema.sparse
-    ]
+    for column in schema.sparse:
+        fields.append(pa.field(column.name, _IDS if column.is_multi_valued else pa.int32(), nullable=False))
+        if column.weights_name is not None:
+            fields.append(pa.field(column.weights_name, _WEIGHTS, nullable=False))
     arrow_schema = pa.schema(fields)
     # One chunk a column: the writer starts a new page wherever a chunk ends.
     arrays = [rows[field.name].rechunk().to_arrow().cast(field.type) for field in fields]
     small = [field.name for field in fields if num_embeddings.get(field.name, 0) <= _DICTIONARY_MAX_IDS]
-    lists = [column.name for column in schema.sparse if column.is_multi_valued]
+    lists = [name for column in schema.sparse if column.is_multi_valued for name in column.encoded_names]
     with replacing(folder / name) as temporary:
         pq.write_table(
             pa.Table.from_arrays(arrays, schema=arrow_schema),

@@ -10,7 +10,7 @@ from itertools import chain
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.loader.batch import Batch
@@ -29,6 +29,7 @@ class LogisticRegression(nn.Module):
     def __init__(self, dataset: Dataset, dense_sample: Tensor) -> None:
         super().__init__()
         num_embeddings = list(dataset.num_embeddings.values())
+        self._has_lists = any(column.is_multi_valued for column in dataset.schema.sparse)
         self._first_id_F1 = torch.tensor([0, *np.cumsum(num_embeddings)[:-1]]).unsqueeze(1)
         self._deviation, self._mean = torch.std_mean(dense_sample, dim=0)
         self._deviation.clamp_(min=1e-3)
@@ -39,8 +40,20 @@ class LogisticRegression(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits [B]."""
-        ids_FB = batch.sparse_features.values().view(len(self._first_id_F1), -1) + self._first_id_F1
+        kjt, num_features = batch.sparse_features, len(self._first_id_F1)
         dense = (batch.dense_features - self._mean) / self._deviation
+        if self._has_lists:
+            first_ids = self._first_id_F1.flatten().repeat_interleave(torch.tensor(kjt.length_per_key()))
+            sums = embedding_bag(
+                kjt.values() + first_ids,
+                self.id_weights.weight,
+                kjt.offsets().long(),
+                mode="sum",
+                per_sample_weights=kjt.weights_or_none(),
+                include_last_offset=True,
+            ).view(num_features, -1)
+            return sums.sum(dim=0) + self.dense_weights(dense).squeeze(1)
+        ids_FB = kjt.values().view(num_features, -1) + self._first_id_F1
         return self.id_weights(ids_FB).sum(dim=(0, 2)) + self.dense_weights(dense).squeeze(1)
 
 

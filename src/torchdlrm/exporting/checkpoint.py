@@ -63,10 +63,10 @@ class CheckpointModel:
 
     def logits_of(self, rows: EncodedRows, pooled: Tensor) -> NDArray[np.float32]:
         """The log-odds of rows whose embeddings were looked up before: float32 [B]."""
-        ids, lengths = map(torch.from_numpy, rows.split(self._divisors).flat())
+        ids, lengths, weights = rows.split(self._divisors).flat()
         with torch.inference_mode():
             logits_B: NDArray[np.float32] = self._model.logits(
-                torch.from_numpy(rows.dense), ids, lengths, pooled
+                torch.from_numpy(rows.dense), torch.from_numpy(ids), torch.from_numpy(lengths), pooled, weights
             ).numpy()
         return logits_B
 
@@ -96,5 +96,8 @@ class CheckpointModel:
         found = torch.cat([as_looked_up(self._checkpoint.gather(name, part), precision) for name, part in parts], dim=1)
         if offsets is None:
             return found
+        weights = None if rows.weights is None else rows.weights[feature]
+        if weights is not None:
+            found *= torch.from_numpy(weights.copy())[:, None]
         bags = torch.repeat_interleave(torch.arange(rows.num_rows), torch.from_numpy(np.diff(offsets)))
         return torch.zeros(rows.num_rows, found.shape[1]).index_add_(0, bags, found)

@@ -24,6 +24,7 @@ REASONS = {
     "no_label": "the label is missing",
     "label": "the label means neither 0 nor 1",
     "weight": "the weight of the row is missing, or not a finite number of at least 0",
+    "value_weight": "the weight of a value is not a finite number",
     "time": "the cell is not a time as the schema says",
     **{kind.name: kind.fault for kind in KINDS.values() if kind.fault},
 }

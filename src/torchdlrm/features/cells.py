@@ -5,6 +5,7 @@
 | label | Int8 | 0 or 1, true or false; with a threshold any number; or the values that the schema names |
 | dense, sparse | that of its kind | as `torchdlrm.features.kinds` says |
 | sparse, several values | List of that | the values between separators; empty ones are left out |
+| the same with weights | List of structs, value and weight (Float32) | VALUE or VALUE:WEIGHT, of which 1 is left out |
 | weight | Float32 | a number of at least 0; never missing |
 | time | Int64 | a number, or a date and time as ISO 8601 writes it; never missing; ordered as the times are |
 
@@ -12,8 +13,9 @@ An empty cell is missing, and so is one of the column's `null_values`: the text 
 column's kind, that number however it is written.
 """
 
+import re
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +34,8 @@ from torchdlrm.features.schema import (
     WeightColumn,
 )
 
+# What is wrong, and in which rows.
+_Fault = tuple[str, npt.NDArray[np.bool_]]
 _FEW_ROWS = 4_096
 _DATETIME_FORMATS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")  # without a zone: UTC
 
@@ -77,8 +81,7 @@ def to_typed_columns(
         if column.name in clean:
             continue
         if isinstance(column, SparseColumn) and column.is_multi_valued:
-            typed[column.name], bad = _typed_lists(text[column.name], column)
-            faults: list[tuple[str, npt.NDArray[np.bool_]]] = [] if bad is None else [(column.kind, bad)]
+            typed[column.name], faults = _typed_lists(text[column.name], column)
         else:
             cells = typed[column.name]
             if isinstance(column, LabelColumn) and column.positive is None and cells.null_count():
@@ -175,11 +178,13 @@ def _as_text(cell: object, column: Column) -> str:
     return "" if cell is None else str(cell)
 
 
-def _typed_lists(text: pl.Series, column: SparseColumn) -> tuple[pl.Series, npt.NDArray[np.bool_] | None]:
-    """Lists of typed values, null where the cell is missing; and which rows have a bad one (None: no row)."""
+def _typed_lists(text: pl.Series, column: SparseColumn) -> tuple[pl.Series, list[_Fault]]:
+    """Lists of typed values, null where the cell is missing; and what is wrong with some."""
     assert column.value_separator is not None
     lists = text if text.dtype == pl.List else text.str.split(column.value_separator)
     flat = pl.DataFrame({"row": pl.int_range(len(lists), dtype=pl.Int64, eager=True), "value": lists}).explode("value")
+    if column.weight_separator is not None:
+        flat = _with_weights(flat, column.weight_separator)
     flat = flat.filter(pl.col("value") != "")
     if column.null_values:
         flat = flat.filter(~pl.col("value").is_in(column.null_values))
@@ -187,17 +192,38 @@ def _typed_lists(text: pl.Series, column: SparseColumn) -> tuple[pl.Series, npt.
         flat = flat.group_by("row", maintain_order=True).head(column.max_values)
     values = flat["value"]
     typed = pl.DataFrame({column.name: values}).select(column.value_kind.from_text(pl.col(column.name))).to_series()
-    bad_rows: npt.NDArray[np.bool_] | None = None
-    if not _is_clean(values, typed, column):
-        bad_rows = np.bincount(flat["row"].filter(_is_bad(values, typed, column)).to_numpy(), minlength=len(lists)) > 0
+
+    def rows_of(bad: pl.Series) -> npt.NDArray[np.bool_]:
+        return np.bincount(flat["row"].filter(bad).to_numpy(), minlength=len(lists)) > 0
+
+    faults: list[_Fault] = (
+        [] if _is_clean(values, typed, column) else [(column.kind, rows_of(_is_bad(values, typed, column)))]
+    )
+    if column.weight_separator is not None and (bad := ~flat["weight"].is_finite().fill_null(value=False)).any():
+        faults.append(("value_weight", rows_of(bad)))
     if column.null_values and len(numbers := null_numbers(column)):
         kept = ~typed.is_in(numbers)
         flat, typed = flat.filter(kept.fill_null(value=True)), typed.filter(kept.fill_null(value=True))
     counts = np.bincount(flat["row"].to_numpy(), minlength=len(lists))
     offsets = np.concatenate([[0], np.cumsum(counts)])
+    if column.weight_separator is not None:
+        typed = pl.DataFrame({"value": typed, "weight": flat["weight"]}).to_struct(column.name)
     grouped = pl.Series(column.name, pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), typed.to_arrow()))
     # A cell of separators alone has no values, and so is missing as an empty one is.
-    return pl.select(pl.when(pl.Series(counts > 0)).then(grouped).alias(column.name)).to_series(), bad_rows
+    return pl.select(pl.when(pl.Series(counts > 0)).then(grouped).alias(column.name)).to_series(), faults
+
+
+def _with_weights(flat: pl.DataFrame, separator: str) -> pl.DataFrame:
+    """The `value` of each text and its `weight`, Float32: 1 where no separator is there, null where it is bad."""
+    parts = pl.col("value").str.extract_groups(f"(?s)^(.*){re.escape(separator)}(.*)$")
+    value, weight = parts.struct.field("1"), parts.struct.field("2")
+    return flat.with_columns(
+        pl.coalesce(value, "value").alias("value"),
+        pl.when(weight.is_null())
+        .then(pl.lit(1.0, pl.Float32))
+        .otherwise(weight.cast(pl.Float64, strict=False).cast(pl.Float32))
+        .alias("weight"),
+    )
 
 
 def _cast(column: Column) -> pl.Expr:
@@ -300,8 +326,17 @@ def _is_bad(text: pl.Series, typed: pl.Series, column: Column) -> pl.Series:
 
 
 def written_cells(values: pl.Series, column: Feature) -> pl.Series:
-    """Typed cells as a log has them, for example hex values as digits; lists stay lists."""
+    """Typed cells as a log has them, for example hex values as digits; lists stay lists, of texts where they weigh."""
     to_text = column.value_kind.to_text
+    if isinstance(column, SparseColumn) and column.weight_separator is not None:
+        to_text = partial(_weighted_texts, column)
     if not column.is_multi_valued:
         return to_text(values)
     return pl.select(pl.when(values.is_not_null()).then(map_lists(values, to_text)).alias(values.name)).to_series()
+
+
+def _weighted_texts(column: SparseColumn, flat: pl.Series) -> pl.Series:
+    """Values with their weights, as they stand in cells."""
+    texts = column.value_kind.to_text(flat.struct.field("value")).cast(pl.String)
+    weights = flat.struct.field("weight").cast(pl.String)
+    return pl.select(pl.concat_str(texts, pl.lit(column.weight_separator), weights)).to_series()

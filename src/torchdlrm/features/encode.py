@@ -39,15 +39,16 @@ def encode(
         vocabularies: the vocabulary of each sparse column that is not hashed.
 
     Returns:
-        Float32 dense columns and Int32 sparse columns (lists of it where a row has several values) in the order of the
-        schema, B rows.
+        Float32 dense columns and Int32 sparse columns (lists of it where a row has several values; where these have
+        weights, lists of Float32 follow) in the order of the schema, B rows.
     """
-    return pl.DataFrame(
-        [
-            *encode_dense(frame, dense).iter_columns(),
-            *(encode_sparse(frame[column.raw_name], column, vocabularies.get(column.name)) for column in schema.sparse),
-        ]
-    )
+    columns = list(encode_dense(frame, dense).iter_columns())
+    for column in schema.sparse:
+        values = frame[column.raw_name]
+        columns.append(encode_sparse(values, column, vocabularies.get(column.name)))
+        if column.weights_name is not None:
+            columns.append(map_lists(values.alias(column.weights_name), lambda flat: flat.struct.field("weight")))
+    return pl.DataFrame(columns)
 
 
 def encode_sparse(values: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:
@@ -55,10 +56,12 @@ def encode_sparse(values: pl.Series, column: SparseColumn, vocabulary: ValueLook
 
     Args:
         values: Int64, UInt32 or String, Int64 or Float64 where buckets make categories of them, nullable; or lists of
-            these.
+            these; or lists of structs of `value` and `weight`.
         column: the feature.
         vocabulary: its vocabulary; None where its values are hashed.
     """
+    if column.weights_name is not None:
+        return map_lists(values, lambda flat: _ids(column.categories(flat.struct.field("value")), column, vocabulary))
     if column.is_multi_valued:
         return map_lists(values, lambda flat: _ids(column.categories(flat), column, vocabulary))
     return _ids(column.categories(values), column, vocabulary).alias(column.name)

@@ -30,6 +30,7 @@ from torchdlrm.toml import explain
 NUM_CRITEO_DENSE = 13
 NUM_CRITEO_SPARSE = 26
 _BUCKET_SUFFIX = "_bucket"
+_WEIGHTS_SUFFIX = "_weights"
 
 ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
@@ -158,13 +159,15 @@ class SparseColumn(_FeatureColumn):
     """A categorical value: `hex` is up to 8 hexadecimal digits, `int` a 64-bit integer, `string` any text.
 
     A column with a `value_separator` holds any number of values in a cell (in Parquet: a list), of which the first
-    `max_values` count.  `min_count` and `max_embeddings` override the job's; `hash` numbers values by a hash into that
-    many rows instead of by a vocabulary.
+    `max_values` count; with a `weight_separator` each may end with it and a weight, which multiplies its embedding.
+    `min_count` and `max_embeddings` override the job's; `hash` numbers values by a hash into that many rows instead of
+    by a vocabulary.
     """
 
     role: Literal["sparse"] = "sparse"
     kind: SparseKindName = "string"
     value_separator: Annotated[str, Field(min_length=1)] | None = None
+    weight_separator: Annotated[str, Field(min_length=1)] | None = None
     max_values: Annotated[int, Field(ge=1)] | None = None
     min_count: MinCount | None = None
     max_embeddings: MaxEmbeddings = None
@@ -202,10 +205,33 @@ class SparseColumn(_FeatureColumn):
         """Whether a cell holds a list of values."""
         return self.value_separator is not None
 
+    @property
+    def weights_name(self) -> str | None:
+        """The column of the values' weights in encoded rows, next to that of their ids; None without weights."""
+        return None if self.weight_separator is None else f"{self.name}{_WEIGHTS_SUFFIX}"
+
+    @property
+    def encoded_names(self) -> tuple[str, ...]:
+        """Its columns in encoded rows."""
+        return (self.name,) if self.weights_name is None else (self.name, self.weights_name)
+
+    @property
+    def dtype(self) -> pl.DataType:
+        """The type of the typed column."""
+        if self.weight_separator is None:
+            return super().dtype
+        return pl.List(pl.Struct({"value": self.value_kind.dtype, "weight": pl.Float32}))
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.max_values is not None and self.value_separator is None:
             msg = "max_values needs value_separator, the text between two values of a cell"
+            raise ValueError(msg)
+        if self.weight_separator is not None and self.weight_separator == (self.value_separator or ""):
+            msg = "weight_separator must be another text than value_separator"
+            raise ValueError(msg)
+        if self.weight_separator is not None and self.value_separator is None:
+            msg = "weight_separator needs value_separator, the text between two values of a cell"
             raise ValueError(msg)
         if self.kind == "float" and self.buckets is None:
             msg = 'kind float needs buckets, such as "log_square", which make categories of numbers'
@@ -307,6 +333,11 @@ class FeatureSchema(_Frozen):
             if name in names[:i]:
                 msg = f"columns {names.index(name) + 1} and {i + 1} are both named {name!r}; a name is for one column"
                 raise ValueError(msg)
+        for column in self.sparse_columns:
+            if column.weights_name in names:
+                msg = f"column {names.index(column.weights_name) + 1} has the name of the weights of {column.name}; "
+                msg += "give one of them another"
+                raise ValueError(msg)
         for feature in self.sparse:
             if feature.raw_name != feature.name and feature.name in names:
                 msg = f"column {names.index(feature.name) + 1} has the name of the buckets of {feature.raw_name}; "
@@ -390,8 +421,21 @@ class FeatureSchema(_Frozen):
         return (*self.dense, *self.sparse_columns)
 
     @property
+    def encoded_names(self) -> tuple[str, ...]:
+        """The columns of encoded rows: the dense ones, then those of each sparse feature."""
+        sparse = (name for feature in self.sparse for name in feature.encoded_names)
+        return (*(column.name for column in self.dense), *sparse)
+
+    @property
+    def has_value_weights(self) -> bool:
+        """Whether values of a multi-valued column have weights."""
+        return any(column.weight_separator is not None for column in self.sparse_columns)
+
+    @property
     def needs_newer_formats(self) -> bool:
         """Whether it says what the first formats of datasets and bundles could not."""
+        if self.has_value_weights:
+            return True
         return (
             len(self.labels) > 1 or self.weight is not None or any(column.buckets is not None for column in self.sparse)
         )

@@ -210,19 +210,26 @@ class _Ids:
     def __init__(self, num_features: int, num_rows: int) -> None:
         self._ids_FB = np.empty((num_features, num_rows), dtype=np.int64)
         self._lists: list[list[tuple[NDArray[np.int64], NDArray[np.int32]]]] = [[] for _ in range(num_features)]
-        self._has_lists = False
+        self._weights: list[list[NDArray[np.float32]]] = [[] for _ in range(num_features)]
+        self._has_lists = self._has_weights = False
 
     def add(self, columns: Sequence[IdColumn], source: slice, target: slice) -> None:
         """Copy rows `source` of the columns as rows `target` of the batch; every call must be of the same kinds."""
         self._has_lists = any(column.offsets is not None for column in columns)
+        self._has_weights = any(column.weights is not None for column in columns)
         for feature, column in enumerate(columns):
             if self._has_lists:
                 self._lists[feature].append(column.part(source))
             else:
                 self._ids_FB[feature, target] = column.values[source]
+            if self._has_weights:
+                self._weights[feature].append(column.weights_of(source))
 
     def as_kjt(self, feature_names: Sequence[str], num_padding: int) -> KeyedJaggedTensor:
-        """All that was added, and rows without ids behind it."""
+        """All that was added, and rows without ids behind it.
+
+        Where a feature has weights, the ids of others have the weight 1: TorchRec takes weights of all or of none.
+        """
         num_rows = self._ids_FB.shape[1]
         if not self._has_lists:
             return single_valued_kjt(feature_names, self._ids_FB, num_padding)
@@ -233,6 +240,9 @@ class _Ids:
         return KeyedJaggedTensor(
             keys=list(feature_names),
             values=torch.from_numpy(np.concatenate(values)),
+            weights=torch.from_numpy(np.concatenate(list(itertools.chain.from_iterable(self._weights))))
+            if self._has_weights
+            else None,
             lengths=torch.from_numpy(np.concatenate(lengths)),
             stride=num_rows + num_padding,
             length_per_key=length_per_key,

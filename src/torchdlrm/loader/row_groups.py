@@ -23,18 +23,30 @@ class IdColumn:
     Attributes:
         values: int32, the ids of all rows one after the other.
         offsets: where each row's ids begin, int32 [n + 1]; None when every row has exactly one.
+        weights: of the ids, float32; None where they have none.
     """
 
     values: NDArray[np.int32]
     offsets: NDArray[np.int32] | None
+    weights: NDArray[np.float32] | None = None
 
     @classmethod
-    def of(cls, column: Any) -> "IdColumn":
-        """A column of Arrow, of integers or of lists of them."""
+    def of(cls, column: Any, weights: Any | None = None) -> "IdColumn":
+        """A column of Arrow, of integers or of lists of them, and perhaps lists of their weights.
+
+        Raises:
+            ValueError: the lists of weights have other lengths.
+        """
         array = _one_array(column)
-        if pa.types.is_list(array.type):
-            return cls(array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy())
-        return cls(array.to_numpy(zero_copy_only=False), None)
+        if not pa.types.is_list(array.type):
+            return cls(array.to_numpy(zero_copy_only=False), None)
+        values, offsets = array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
+        if weights is None:
+            return cls(values, offsets)
+        lists = _one_array(weights)
+        if not np.array_equal(offsets, lists.offsets.to_numpy()):
+            raise ValueError("a row has another number of weights than of ids")
+        return cls(values, offsets, lists.values.to_numpy(zero_copy_only=False))
 
     def part(self, rows: slice) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """A copy of the ids of these rows, and how many each row has."""
@@ -47,6 +59,13 @@ class IdColumn:
     def split(self, divisor: int | None) -> "list[IdColumn]":
         """Itself, or the quotients and the remainders of its ids: a column for each table of the feature."""
         return [replace(self, values=values) for values in split_ids(self.values, divisor)]
+
+    def weights_of(self, rows: slice) -> NDArray[np.float32]:
+        """A copy of the weights of the ids of these rows: 1 where they have none."""
+        if self.weights is not None and self.offsets is not None:
+            return self.weights[self.offsets[rows.start] : self.offsets[rows.stop]].copy()
+        begin, end = (rows.start, rows.stop) if self.offsets is None else self.offsets[[rows.start, rows.stop]]
+        return np.ones(end - begin, np.float32)
 
     def row_of(self, position: int) -> int:
         """The row that the id at this position of `values` belongs to."""
@@ -103,6 +122,7 @@ class RowGroupReader:
         num_dense: number of dense features.
         feature_names: of the sparse features.
         has_row_weights: whether rows have weights.
+        has_weights: of each sparse feature whether its ids have weights.
 
     Raises:
         DatasetError: a file cannot be read.
@@ -116,6 +136,7 @@ class RowGroupReader:
         self._open: tuple[int, Any] | None = None
         self.num_dense, self.feature_names = len(dataset.dense_names), dataset.sparse_names
         self.has_row_weights = dataset.weight_name is not None
+        self.has_weights = tuple(feature.weights_name is not None for feature in dataset.schema.sparse)
         self.row_groups: list[RowGroup] = []
         self._metadata: list[Any] = []
         for file_index, path in enumerate(self._paths):
@@ -164,10 +185,18 @@ class RowGroupReader:
         def numbers(name: str) -> NDArray[Any]:
             return np.asarray(_one_array(table.column(name)).to_numpy(zero_copy_only=False))
 
+        try:
+            ids = [
+                IdColumn.of(*(table.column(name) for name in feature.encoded_names))
+                for feature in self._dataset.schema.sparse
+            ]
+        except ValueError as error:
+            msg = f"{path}: row group {where.group_index}: {error}; run dlrm preprocess again"
+            raise DatasetError(msg) from error
         columns = Columns(
             numbers(self._dataset.label_name),
             [numbers(name) for name in self._dataset.dense_names],
-            [IdColumn.of(table.column(name)) for name in self._dataset.sparse_names],
+            ids,
             None if self._dataset.weight_name is None else numbers(self._dataset.weight_name),
         )
         # Checksums hold only what preprocessing wrote, and files may come from elsewhere. FBGEMM would read and write

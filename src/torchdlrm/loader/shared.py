@@ -67,6 +67,7 @@ def share(
         reader.num_dense,
         tuple(reader.most_ids()),
         has_row_weights=reader.has_row_weights,
+        has_weights=reader.has_weights,
     )
     mine = _Memory.make(layout)
     addresses: Sequence[Address | None] = all_gather(mine.address if mine is not None else None)
@@ -306,12 +307,14 @@ class _Layout:
         num_dense: number of dense features.
         most_ids: of each sparse feature the most ids in a row group where rows have several, else None.
         has_row_weights: whether rows have weights.
+        has_weights: of each sparse feature whether its ids have weights.
     """
 
     most_rows: int
     num_dense: int
     most_ids: tuple[int | None, ...]
-    has_row_weights: bool = False
+    has_row_weights: bool
+    has_weights: tuple[bool, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -320,10 +323,10 @@ class _Layout:
 
     @property
     def _lengths(self) -> list[int]:
-        """Elements of each array of a slot: floats, then ids, and offsets behind those that are lists."""
+        """Elements of each array of a slot: floats, then ids, and offsets and weights behind those that are lists."""
         lengths = [self.most_rows] * self._num_floats
-        for most in self.most_ids:
-            lengths += [self.most_rows] if most is None else [most, self.most_rows + 1]
+        for most, has_weights in zip(self.most_ids, self.has_weights, strict=True):
+            lengths += [self.most_rows] if most is None else [most, self.most_rows + 1, *[most] * has_weights]
         return lengths
 
     @property
@@ -342,7 +345,14 @@ class _Layout:
         )
         labels, row_weights = next(arrays), next(arrays) if self.has_row_weights else None
         dense = list(islice(arrays, self.num_dense))
-        ids = [IdColumn(next(arrays), None if most is None else next(arrays)) for most in self.most_ids]
+        ids = [
+            IdColumn(
+                next(arrays),
+                None if most is None else next(arrays),
+                next(arrays).view(np.float32) if has_weights else None,
+            )
+            for most, has_weights in zip(self.most_ids, self.has_weights, strict=True)
+        ]
         return _Slot(Columns(labels, dense, ids, row_weights))
 
 
@@ -369,7 +379,7 @@ class _Slot(NamedTuple):
             [
                 IdColumn(column.values[:num_rows], None)
                 if column.offsets is None
-                else IdColumn(column.values, column.offsets[: num_rows + 1])
+                else IdColumn(column.values, column.offsets[: num_rows + 1], column.weights)
                 for column in self.columns.ids
             ],
             None if self.columns.row_weights is None else self.columns.row_weights[:num_rows],
@@ -377,6 +387,7 @@ class _Slot(NamedTuple):
 
     @staticmethod
     def _arrays(columns: Columns) -> list[NDArray[Any]]:
-        ids = (array for column in columns.ids for array in (column.values, column.offsets) if array is not None)
+        parts = (part for column in columns.ids for part in (column.values, column.offsets, column.weights))
+        ids = (part for part in parts if part is not None)
         weights = [] if columns.row_weights is None else [columns.row_weights]
         return [columns.labels, *weights, *columns.dense, *ids]

@@ -209,12 +209,14 @@ class ModelShape:
         num_dense: number of dense features of the data, may be 0.
         num_sparse: F.
         given_architecture: how the vectors interact, where it is not as the config says.
+        is_weighted: whether ids have weights, by which their embeddings are multiplied before they are summed.
     """
 
     config: ModelConfig
     num_dense: int
     num_sparse: int
     given_architecture: Architecture | None = None
+    is_weighted: bool = False
 
     @classmethod
     def of(cls, config: ModelConfig, dataset: "Dataset", architecture: Architecture | None = None) -> Self:
@@ -225,7 +227,13 @@ class ModelShape:
         """
         multi_valued = [column.name for column in dataset.schema.sparse if column.is_multi_valued]
         check_features(config, dataset.num_embeddings, multi_valued)
-        return cls(config, len(dataset.dense_names), len(dataset.sparse_names), architecture)
+        return cls(
+            config,
+            len(dataset.dense_names),
+            len(dataset.sparse_names),
+            architecture,
+            is_weighted=dataset.schema.has_value_weights,
+        )
 
     @property
     def architecture(self) -> Architecture:

@@ -38,8 +38,8 @@ def meta_collection(
     return EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
 
 
-def feature_collection(tables: Iterable[FeatureTable]) -> EmbeddingBagCollection:
-    """The tables of a model's features, on the meta device."""
+def feature_collection(tables: Iterable[FeatureTable], *, is_weighted: bool = False) -> EmbeddingBagCollection:
+    """The tables of a model's features, on the meta device; `is_weighted`: their ids come with weights."""
     configs = [
         TableOfFeature(
             name=table.name,
@@ -51,7 +51,7 @@ def feature_collection(tables: Iterable[FeatureTable]) -> EmbeddingBagCollection
         )
         for table in tables
     ]
-    return EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
+    return EmbeddingBagCollection(tables=configs, is_weighted=is_weighted, device=torch.device("meta"))
 
 
 def build_model(
@@ -74,7 +74,7 @@ def build_model(
     Raises:
         ConfigError: a model class makes no model, or one without arches to drop units of.
     """
-    collection = feature_collection(feature_tables(shape.config, num_embeddings))
+    collection = feature_collection(feature_tables(shape.config, num_embeddings), is_weighted=shape.is_weighted)
     # A GPU draws other random numbers than a CPU with the same seed, and a class of somebody's own may keep more than
     # parameters where it is made: so it is made twice there, and takes the CPU's weights.
     drawn = shape.architecture.build(shape, collection, torch.device("meta" if device.type == "meta" else "cpu"))

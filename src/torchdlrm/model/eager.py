@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
@@ -62,7 +64,14 @@ class EagerModel:
         self._given = _GivenEmbeddings(self.tables)
         self.module.get_submodule("sparse_arch").embedding_bag_collection = self._given
 
-    def logits(self, dense: Tensor, ids: Tensor, lengths: Tensor, pooled: Tensor) -> Tensor:
+    def logits(
+        self,
+        dense: Tensor,
+        ids: Tensor,
+        lengths: Tensor,
+        pooled: Tensor,
+        weights: NDArray[np.float32] | None = None,
+    ) -> Tensor:
         """The log-odds of a click of each row: [B].
 
         Args:
@@ -70,11 +79,13 @@ class EagerModel:
             ids: of all rows, table by table.
             lengths: how many ids each row has: [T * B], table by table.
             pooled: the sums of each table's rows, [B, sum of their dimensions]; or [B, F, D] where all are alike.
+            weights: of the ids, where they have some.
         """
         self._given.pooled = pooled
         try:
             keys = [table.key for table in self.tables]
-            return logits_of(self.module(dense, KeyedJaggedTensor(keys, ids, lengths=lengths)))
+            given = None if weights is None else torch.from_numpy(weights)
+            return logits_of(self.module(dense, KeyedJaggedTensor(keys, ids, given, lengths=lengths)))
         finally:
             self._given.pooled = None
 

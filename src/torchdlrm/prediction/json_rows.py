@@ -8,7 +8,8 @@ Cost: half a millisecond for one row of Criteo's 39 features, a millisecond for 
 | absent, null, or an empty text | missing; so is what the column's `null_values` name |
 | text | what the same text means in a log |
 | a number | itself, in int and float columns; for hex, which is digits of text, an error; for string, its text |
-| a list | the values of a multi-valued column |
+| a list | the values of a multi-valued column, with a weight behind one's separator where the column has weights |
+| an object | where the column has weights: the weight of each value |
 
 A text of more than 65,536 characters, or a list of more values, is refused: there is no end to what it could cost.
 """
@@ -152,12 +153,21 @@ def _has_long(cells: Sequence[str | None]) -> bool:
 
 def _list(cell: object, column: SparseColumn, row: int) -> list[str | None] | None:
     """A cell of several values, as the values' texts; empty ones are left out later, as in a log."""
+    if isinstance(cell, Mapping) and column.weight_separator is not None:
+        cell = [f"{value}{column.weight_separator}{_weight(cell[value], column, row)}" for value in cell]
     if isinstance(cell, list | tuple):
         if len(cell) > MAX_CELL_CHARACTERS:
             raise RowError(too_long(row, column, len(cell), "values"))
         return [_text(value, column, row) or "" for value in cell]
     text = _text(cell, column, row)
     return None if text is None or text in (column.null_values or ()) else list(text.split(column.value_separator))
+
+
+def _weight(weight: object, column: SparseColumn, row: int) -> float:
+    if isinstance(weight, int | float) and not isinstance(weight, bool):
+        return weight
+    msg = f"row {row}, column {column.name!r}: the weight of a value is a number, not {shown(weight)}"
+    raise RowError(msg)
 
 
 def _text(cell: object, column: Column, row: int) -> str | None:
@@ -195,6 +205,8 @@ def _expected(column: Column) -> str:
     if isinstance(column, LabelColumn):
         return "a label is 0 or 1"
     expected = f"expected {column.value_kind.expected}"
+    if isinstance(column, SparseColumn) and column.weight_separator is not None:
+        return f"{expected}, a list of such, or an object of their weights"
     return f"{expected}, or a list of such" if column.is_multi_valued else expected
 
 

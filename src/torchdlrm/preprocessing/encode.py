@@ -2,7 +2,7 @@
 
 A group's file is an Arrow IPC file with a record batch for each part that has rows in it.  Its columns are `@position`
 (int64, of training rows in the log), labels, the weight if there is one, the dense columns as float32 and the sparse
-ones as ids of the smallest type that holds the feature's, or lists of these.
+ones as ids of the smallest type that holds the feature's, or lists of these, and of float32 where values have weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -156,7 +156,7 @@ def _encode_chunk(
             tallies[split].add_dense(column.name, bins[here], int(missing[here].sum()))
     for about in schema.sparse:
         ids = _ids_of_values(encoding, about, number, sections)
-        columns.append(_encode_sparse(encoding, about, frame[about.name], ids, sections))
+        columns += _encode_sparse(encoding, about, frame[about.name], ids, sections)
         for split, here in rows_of_split.items():
             _tally_sparse(tallies[split], about, frame[about.name].to_numpy(), ids, sections, here)
     return pl.DataFrame(columns), codes
@@ -178,13 +178,19 @@ def _ids_of_values(encoding: Encoding, column: SparseColumn, number: int, sectio
 
 def _encode_sparse(
     encoding: Encoding, column: SparseColumn, rows: pl.Series, ids: npt.NDArray[np.int32], sections: Sections
-) -> pl.Series:
+) -> list[pl.Series]:
     narrow = ids.astype(smallest_type(encoding.num_embeddings[column.name]))
     if not column.is_multi_valued:
-        return pl.Series(column.name, narrow[rows.to_numpy()])
-    codes = sections.table(f"codes/{column.name}")["code"].to_numpy()
+        return [pl.Series(column.name, narrow[rows.to_numpy()])]
+    codes = sections.table(f"codes/{column.name}")
     offsets = pa.array(np.concatenate([[0], np.cumsum(rows.to_numpy(), dtype=np.int64)]))
-    return pl.Series(column.name, pa.LargeListArray.from_arrays(offsets, pa.array(narrow[codes])))
+    flat = [narrow[codes["code"].to_numpy()]]
+    if column.weights_name is not None:
+        flat.append(codes["weight"].to_numpy())
+    return [
+        pl.Series(name, pa.LargeListArray.from_arrays(offsets, pa.array(values)))
+        for name, values in zip(column.encoded_names, flat, strict=True)
+    ]
 
 
 def _tally_sparse(
@@ -239,7 +245,7 @@ def write_rows(
         order = pl.Series(order_in_bucket(positions, shuffle_seed))
     columns = []
     sparse_names = {column.name for column in schema.sparse}
-    for column in (*schema.stored_targets, *(feature.name for feature in (*schema.dense, *schema.sparse))):
+    for column in (*schema.stored_targets, *schema.encoded_names):
         values = pl.Series(column, pa.chunked_array([batch.column(column) for batch in batches]))
         values = values.rechunk() if order is None else values.rechunk().gather(order)
         if column in sparse_names:

@@ -5,7 +5,7 @@ The chunk's file holds the tables
     rows         labels int8; weight float32, if there is one; dense columns as read, in the smallest type; `@time`
                  int64; for each sparse column the codes of its values, or for a multi-valued one how many values each
                  row has
-    codes/f      the codes of a multi-valued column, one row after the other
+    codes/f      the codes of a multi-valued column, one row after the other, and their weights where there are some
     values/f     the D distinct values of column f: value, count (of all rows of the chunk), by partition; the buckets
                  of numbers, but the numbers themselves where the training rows will say what the buckets are
     bounds/f     where each partition of these values starts, when there is more than one
@@ -123,6 +123,10 @@ def encode_column(
     flat = column
     if about.is_multi_valued:
         flat = column.drop_nulls().explode(empty_as_null=False)
+    weights: list[pl.Series] = []
+    if about.weights_name is not None:
+        weights = [flat.struct.field("weight")]
+        flat = flat.struct.field("value")
     values, codes = _distinct(flat)  # hashes every value once
     if about.buckets is not None and not about.needs_fit:
         # Few numbers are searched for, if the same ones come often: a quarter of the time for Criteo's counts.
@@ -139,7 +143,7 @@ def encode_column(
     narrow = pl.Series(about.name, codes.astype(smallest_type(len(values))))
     if not about.is_multi_valued:
         return narrow
-    sections[f"codes/{about.name}"] = pl.DataFrame([narrow.alias("code")]).to_arrow()
+    sections[f"codes/{about.name}"] = pl.DataFrame([narrow.alias("code"), *weights]).to_arrow()
     return column.list.len().fill_null(0).cast(pl.UInt32)
 
 

@@ -7,7 +7,7 @@ holds the server to it.
 from typing import Any
 
 from torchdlrm import __version__
-from torchdlrm.features.schema import Feature
+from torchdlrm.features.schema import Feature, SparseColumn
 from torchdlrm.serving.open_inference.columns import OUTPUT
 from torchdlrm.serving.open_inference.tensors import DATATYPES
 from torchdlrm.serving.service import Service
@@ -43,7 +43,11 @@ def document(service: Service) -> Json:
 def _cell(column: Feature) -> Json:
     cell = column.value_kind.openapi
     kinds = [cell, {"type": "null"}]
-    if column.is_multi_valued:
+    if isinstance(column, SparseColumn) and column.weight_separator is not None:
+        # A value may stand with its weight behind it, as a text.
+        kinds += [{"type": "string"}, {"type": "array", "items": {"anyOf": [cell, {"type": "string"}]}}]
+        kinds.append({"type": "object", "additionalProperties": {"type": "number"}})
+    elif column.is_multi_valued:
         kinds.append({"type": "array", "items": cell})
     return {"anyOf": kinds}
 

@@ -99,12 +99,12 @@ def _num_values(part: Part, column: SparseColumn) -> int:
     cells = [row.get(column.name) for row in rows]
     assert column.value_separator is not None
     num_in_texts = sum(1 + cell.count(column.value_separator) for cell in cells if isinstance(cell, str))
-    return num_in_texts + sum(len(cell) for cell in cells if isinstance(cell, list))
+    return num_in_texts + sum(len(cell) for cell in cells if isinstance(cell, list | dict))
 
 
 def _characters(row: Row) -> int:
-    """Count the characters of a row's texts, and 1 for every other cell and for each value of a list."""
-    values = (value for cell in row.values() for value in (cell if isinstance(cell, list) else (cell,)))
+    """Count the characters of a row's texts, and 1 for every other cell and for each value of a list or an object."""
+    values = (value for cell in row.values() for value in (cell if isinstance(cell, list | dict) else (cell,)))
     return sum(1 + len(value) if isinstance(value, str) else 1 for value in values)
 
 
@@ -144,6 +144,8 @@ def describe(name: str, version: str, schema: FeatureSchema, examples: Examples,
                 described["buckets"] = column.buckets.model_dump(mode="json")
         if isinstance(column, SparseColumn) and column.value_separator is not None:
             described["value_separator"] = column.value_separator
+            if column.weight_separator is not None:
+                described["weight_separator"] = column.weight_separator
         columns.append(described)
     return {
         "model": name,

@@ -29,12 +29,13 @@ def look_up(
     dim_F: Array,
     column_F: Array,
     indices: Array,
+    scales: Array,
     offsets: Array,
     out: Array,
     stride: int,
     scratch: Array,
 ) -> None:
-    """Write the sums of the embeddings of some cells; a cell without ids gets zeros.
+    """Write the sums of the embeddings of some cells, which ids may scale; a cell without ids gets zeros.
 
     Args:
         first_cell: of those to do.
@@ -45,12 +46,14 @@ def look_up(
         dim_F: numbers in an embedding.
         column_F: of the first number of each feature's embedding in a row of the output.
         indices: the ids, int64 [N].
+        scales: by which their embeddings are multiplied, float32 [N]; or none [0].
         offsets: where in them each cell begins, and N: int64 [F * B + 1].
         out: float32 or the bits of bfloat16, flat.
         stride: from one row of the output to the next.
         scratch: room for a row of any table, float32.
     """
     end = offsets[end_cell]
+    is_scaled = len(scales) > 0
     for feature in range(first_cell // num_rows, (end_cell - 1) // num_rows + 1):
         first_weight, dim, column = first_weight_F[feature], dim_F[feature], column_F[feature]
         feature_end = min(end, offsets[(feature + 1) * num_rows])
@@ -63,7 +66,7 @@ def look_up(
                     prefetch(weights, ahead + k)
             place = (cell - feature * num_rows) * stride + column
             pooled = out[place : place + dim]
-            if stop == begin + 1:
+            if stop == begin + 1 and not is_scaled:
                 first = first_weight + indices[begin] * dim
                 row = weights[first : first + dim]
                 for k in range(dim):
@@ -73,11 +76,20 @@ def look_up(
                 total[k] = 0
             for i in range(begin, stop):
                 first = first_weight + indices[i] * dim
-                row = weights[first : first + dim]
-                for k in range(dim):
-                    total[k] += row[k]
+                _add(weights[first : first + dim], total, scales, i)
             for k in range(dim):
                 pooled[k] = as_in(out, total[k])
+
+
+@compiled_loop
+def _add(row: Array, total: Array, scales: Array, i: int) -> None:
+    """Add a row, times the scale of id `i` where ids have some."""
+    if len(scales):
+        for k in range(len(total)):
+            total[k] += scales[i] * row[k]
+    else:
+        for k in range(len(total)):
+            total[k] += row[k]
 
 
 @compiled
@@ -90,9 +102,11 @@ def sort_ids(
     column_F: Array,
     stride: int,
     indices: Array,
+    scales: Array,
     offsets: Array,
     rows_N: Array,
     places_N: Array,
+    scales_N: Array,
 ) -> None:
     """Sort the ids of some tables, those of each table by row, and equal ones as they stand in the batch.
 
@@ -105,10 +119,13 @@ def sort_ids(
         column_F: of the first number of each feature's embedding in a row of the gradient.
         stride: from one row of the gradient to the next.
         indices: the ids, int64 [N].
+        scales: of their embeddings, float32 [N]; or none [0].
         offsets: where in them each cell begins, and N: int64 [F * B + 1].
         rows_N: receives the sorted ids, int32.
         places_N: receives where in the gradient that of each begins, int64.
+        scales_N: receives the scale of each, where there are some.
     """
+    is_scaled = len(scales) > 0
     for table in range(first_table, end_table):
         first_cell, end_cell = first_feature_T[table] * num_rows, first_feature_T[table + 1] * num_rows
         begin, end = offsets[first_cell], offsets[end_cell]
@@ -120,7 +137,14 @@ def sort_ids(
                     rows[i - begin] = indices[i]
                     places[i - begin] = place
                 place += stride
-        _sort(rows, places, num_embeddings_T[table])
+        if is_scaled:
+            # Sorted by their numbers: these say afterwards where the gradient and the scale of each are.
+            numbers, unsorted = np.arange(end - begin), places.copy()
+            _sort(rows, numbers, num_embeddings_T[table])
+            for i in range(end - begin):
+                places[i], scales_N[begin + i] = unsorted[numbers[i]], scales[begin + numbers[i]]
+        else:
+            _sort(rows, places, num_embeddings_T[table])
 
 
 @compiled

@@ -7,6 +7,9 @@ tables, and no two threads share a row, so their number does not change a bit of
 
 FBGEMM's module still owns weights and state, so plans, checkpoints and names are those of a GPU.
 
+Ids may have weights (`KeyedJaggedTensor.weights`), by which their embeddings are multiplied before they are summed. The
+weights themselves are data and get no gradient. Here they are called scales: weights are those of the tables.
+
 B rows of the batch, T tables of this kernel, F features, D_t dimension of a table, N ids.
 """
 
@@ -65,9 +68,7 @@ class TableLookup:
 
     def __init__(self, kernel: SplitTableBatchedEmbeddingBagsCodegen, frozen: Collection[str] = ()) -> None:
         self._kernel = kernel
-        self._frozen = frozen
         self._is_frozen_T = np.asarray([name in frozen for name in kernel.table_names or kernel.embedding_specs])
-        self._original_forward = kernel.forward
         table_F = np.asarray(kernel.feature_table_map)
         self._first_feature_T = np.searchsorted(table_F, np.arange(table_F[-1] + 2))
         first_F = self._first_feature_T[:-1]
@@ -88,13 +89,12 @@ class TableLookup:
     ) -> Tensor:
         """Maps N ids and the offsets of F x B cells, both int64, to pooled embeddings [B, sum of the features' D].
 
-        Before each row there is room for as many numbers as `room` says.
+        `per_sample_weights`, float32 [N], multiply the ids' embeddings. Before each row there is room for as many
+        numbers as `room` says.
         """
-        if per_sample_weights is not None:
-            check_fbgemm_has_it(self._kernel)
-            forward = frozen_forward(self._kernel, self._original_forward, self._frozen)
-            return forward(indices, offsets, per_sample_weights)
-        return _Lookup.apply(self._placeholder, self, indices.long(), offsets.long(), room)  # type: ignore[no-untyped-call]
+        return _Lookup.apply(  # type: ignore[no-untyped-call]
+            self._placeholder, self, indices.long(), offsets.long(), scales_of(per_sample_weights), room
+        )
 
     def in_columns(self, column_F: NDArray[np.int64]) -> "TableLookup":
         """The same tables, for matrices in which the features' embeddings begin at other columns, int64 [F]."""
@@ -102,8 +102,8 @@ class TableLookup:
         other._column_F = column_F
         return other
 
-    def look_up(self, indices: Tensor, offsets: Tensor, out: Tensor) -> None:
-        """Write pooled embeddings into `out`, float32 or bfloat16 [B, sum of D]."""
+    def look_up(self, indices: Tensor, offsets: Tensor, scales: Tensor, out: Tensor) -> None:
+        """Write pooled embeddings into `out`, float32 or bfloat16 [B, sum of D]; `scales` are float32 [N] or [0]."""
         stride, flat = _flat(out)
         begins = offsets.numpy()
         arguments = (
@@ -113,6 +113,7 @@ class TableLookup:
             self._dim_F,
             self._column_F,
             indices.numpy(),
+            scales.numpy(),
             begins,
             flat,
             stride,
@@ -133,29 +134,36 @@ class TableLookup:
         """Room for a row of any table."""
         return np.empty(self._max_dim, np.float32)
 
-    def update(self, grad: Tensor, indices: Tensor, offsets: Tensor) -> None:
+    def update(self, grad: Tensor, indices: Tensor, offsets: Tensor, scales: Tensor) -> None:
         """Let the optimizer step on the rows that were looked up; `grad` is float32 or bfloat16 [B, sum of D]."""
         stride, flat = _flat(grad)
-        cell_ids = (indices.numpy(), offsets.numpy())
+        cell_ids = (indices.numpy(), scales.numpy(), offsets.numpy())
         rows_N, places_N = np.empty(len(indices), np.int32), np.empty(len(indices), np.int64)
+        scales_N = np.empty(len(scales), np.float32)
         num_tables, num_rows = len(self._dim_T), len(grad)
         layout = (num_rows, self._num_embeddings_T, self._first_feature_T, self._column_F, stride)
         in_parts(
             num_tables,
             # Sorting an id takes as long as looking up some ten floats.
             10 * len(indices) / num_tables,
-            lambda first, end: sort_ids(first, end, *layout, *cell_ids, rows_N, places_N),
+            lambda first, end: sort_ids(first, end, *layout, *cell_ids, rows_N, places_N, scales_N),
         )
         arguments = (
-            cell_ids[1][self._first_feature_T[1:] * num_rows],
+            cell_ids[2][self._first_feature_T[1:] * num_rows],
             self._is_frozen_T,
             rows_N,
             places_N,
+            scales_N,
             flat,
             *self._states,
             next_rule(self._kernel),
         )
         in_parts(len(indices), self._mean_dim, lambda first, end: update(first, end, *arguments, self._scratch()))
+
+
+def scales_of(weights: Tensor | None) -> Tensor:
+    """The weights of ids as the kernels take them: float32 [N], or [0] where they have none."""
+    return torch.empty(0) if weights is None else weights.detach().float().contiguous()
 
 
 def pooled_dtype() -> torch.dtype:
@@ -172,20 +180,22 @@ def _flat(matrix: Tensor) -> tuple[int, Array]:
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, _: Tensor, tables: TableLookup, indices: Tensor, offsets: Tensor, room: int) -> Tensor:
+    def forward(
+        ctx: Any, _: Tensor, tables: TableLookup, indices: Tensor, offsets: Tensor, scales: Tensor, room: int
+    ) -> Tensor:
         dtype = pooled_dtype()
         num_features = len(tables._dim_F)
         out = torch.empty((len(offsets) - 1) // num_features, room + tables.num_columns, dtype=dtype)[:, room:]
-        tables.look_up(indices, offsets, out)
+        tables.look_up(indices, offsets, scales, out)
         ctx.tables = tables
-        ctx.save_for_backward(indices, offsets)
+        ctx.save_for_backward(indices, offsets, scales)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[None, None, None, None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[None, ...]:
         if grad_out.dtype not in {torch.float32, torch.bfloat16}:
             grad_out = grad_out.float()
         # A gradient that was expanded has one number for all columns.
         grad_out = grad_out if grad_out.stride(1) == 1 else grad_out.contiguous()
         ctx.tables.update(grad_out, *ctx.saved_tensors)
-        return None, None, None, None, None
+        return (None,) * 6

@@ -39,7 +39,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchdlrm.model.room import mark_room
 from torchdlrm.shared_memory import AllGather, SharedMemory, this_host
-from torchdlrm.tables.lookup import TableLookup, pooled_dtype
+from torchdlrm.tables.lookup import TableLookup, pooled_dtype, scales_of
 
 _PAGE_BYTES = 4096
 
@@ -117,14 +117,14 @@ class _SharedLookup:
         num_mine = sharding.batch_size_per_feature_pre_a2a[0]  # of every rank: the loader pads
         num_rows, dtype = num_mine * self._num_ranks, pooled_dtype()
         assert not features.keys() or features.stride() == num_rows, "the ranks have different numbers of rows"
-        is_plain = not context.variable_batch_per_feature and features.weights_or_none() is None
-        if not is_plain or not self._have_memory(num_rows, dtype):
+        if context.variable_batch_per_feature or not self._have_memory(num_rows, dtype):
             return self._by_torchrec(context, features_by_sharding)
         pooled = _ExchangedLookup.apply(  # type: ignore[no-untyped-call]
             self._placeholder,
             self,
             features.values().long(),
             features.offsets().long(),
+            scales_of(features.weights_or_none()),
             *self._matrices(num_rows, dtype),
             slice(num_mine * self._rank, num_mine * (self._rank + 1)),
         )
@@ -150,18 +150,18 @@ class _SharedLookup:
         )
         return embeddings.view(num_rows, -1), gradients.view(num_rows, -1)
 
-    def look_up(self, indices: Tensor, offsets: Tensor, embeddings: Tensor) -> int:
+    def look_up(self, embeddings: Tensor, ids: tuple[Tensor, Tensor, Tensor]) -> int:
         """Write the embeddings of this rank's tables, and wait for those of the others; the number of this forward."""
         if self._is_read:
             self._wait_for_all()
         if self._tables is not None:
-            self._tables.look_up(indices, offsets, embeddings[:, self._dim :])
+            self._tables.look_up(*ids, embeddings[:, self._dim :])
         self._wait_for_all()
         self._is_read = True
         self._turn += 1
         return self._turn
 
-    def update(self, turn: int, grad: Tensor, indices: Tensor, offsets: Tensor, gradients: Tensor, rows: slice) -> None:
+    def update(self, turn: int, grad: Tensor, gradients: Tensor, rows: slice, *ids: Tensor) -> None:
         """Leave the gradient of this rank's rows for the others, and update this rank's tables with all."""
         assert turn == self._turn, "the embeddings have been overwritten before they were learnt from"
         # The loss is the mean of the ranks' losses; TorchRec divides in the same precision.
@@ -169,7 +169,7 @@ class _SharedLookup:
         self._wait_for_all()
         self._is_read = False
         if self._tables is not None:
-            self._tables.update(gradients, indices, offsets)
+            self._tables.update(gradients, *ids)
 
     def _wait_for_all(self) -> None:
         dist.barrier(group=self._group)
@@ -183,16 +183,18 @@ class _ExchangedLookup(torch.autograd.Function):
         shared: _SharedLookup,
         indices: Tensor,
         offsets: Tensor,
+        scales: Tensor,
         embeddings: Tensor,
         gradients: Tensor,
         rows: slice,
     ) -> Tensor:
-        ctx.turn = shared.look_up(indices, offsets, embeddings)
+        ctx.turn = shared.look_up(embeddings, (indices, offsets, scales))
         ctx.shared, ctx.rows = shared, rows
-        ctx.save_for_backward(indices, offsets, gradients)
+        ctx.save_for_backward(gradients, indices, offsets, scales)
         return embeddings[rows, shared._dim :]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[None, ...]:
-        ctx.shared.update(ctx.turn, grad_out, *ctx.saved_tensors, ctx.rows)
-        return (None,) * 7
+        gradients, *ids = ctx.saved_tensors
+        ctx.shared.update(ctx.turn, grad_out, gradients, ctx.rows, *ids)
+        return (None,) * 8

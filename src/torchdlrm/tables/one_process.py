@@ -62,9 +62,6 @@ class _DirectLookup:
         keys = features.keys()
         if keys != self._features:
             features = features.permute([keys.index(name) for name in self._features])
-        weights = features.weights_or_none()
-        if weights is None and self._room:
-            pooled = mark_room(self._lookup(features.values(), features.offsets(), room=self._room))
-        else:
-            pooled = self._lookup(features.values(), features.offsets(), weights)
+        ids = (features.values(), features.offsets(), features.weights_or_none())
+        pooled = mark_room(self._lookup(*ids, room=self._room)) if self._room else self._lookup(*ids)
         return KeyedTensor(self._names, self._dims, pooled)

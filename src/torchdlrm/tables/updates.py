@@ -87,6 +87,7 @@ def update(
     is_frozen_T: Array,
     rows_N: Array,
     places_N: Array,
+    scales_N: Array,
     grad: Array,
     weight: State,
     momentum1: State,
@@ -104,6 +105,7 @@ def update(
         is_frozen_T: whether a table stays as it is.
         rows_N: sorted ids of each table.
         places_N: where in the gradient that of each id begins.
+        scales_N: by which its embedding was multiplied, float32; or none [0].
         grad: of the pooled embeddings, float32 or the bits of bfloat16, flat.
         weight: the embeddings.
         momentum1: sums of squares, or first moments.
@@ -137,7 +139,7 @@ def update(
                     prefetch(grad, places_N[j] + k)
             asked = i + AHEAD
             row = np.int64(rows_N[i])
-            i = _sum_of_equal(i, table_end, rows_N, places_N, grad, total)
+            i = _sum_of_equal(i, table_end, rows_N, places_N, scales_N, grad, total)
             weights = weight.values[_of_row(weight, table, row)]
             keeps = rule.keeps
             if rule.step:
@@ -155,20 +157,40 @@ def update(
 
 
 @compiled_loop
-def _sum_of_equal(begin: int, end: int, rows: Array, places: Array, grad: Array, total: Array) -> int:
-    """Sum the gradients of equal ids, in the order of the batch.
+def _scaled_sum_of_equal(
+    begin: int, end: int, rows: Array, places: Array, scales: Array, grad: Array, total: Array
+) -> int:
+    """As `_sum_of_equal` where ids have scales."""
+    dim = len(total)
+    for k in range(dim):
+        total[k] = 0
+    i = begin
+    while i < end and rows[i] == rows[begin]:
+        scale, more = scales[i], grad[places[i] : places[i] + dim]
+        for k in range(dim):
+            total[k] += scale * widened(more[k])
+        i += 1
+    return i
+
+
+@compiled_loop
+def _sum_of_equal(begin: int, end: int, rows: Array, places: Array, scales: Array, grad: Array, total: Array) -> int:
+    """Sum the gradients of equal ids, times their scales where they have some, in the order of the batch.
 
     Args:
         begin: the first of them.
         end: of the table's ids.
         rows: sorted ids.
         places: where in the gradient that of each begins.
+        scales: of each, float32; or none [0].
         grad: float32 or the bits of bfloat16, flat.
         total: receives the sum, float32 [dim].
 
     Returns:
         Where the next id begins.
     """
+    if len(scales):
+        return _scaled_sum_of_equal(begin, end, rows, places, scales, grad, total)
     dim = len(total)
     first = grad[places[begin] : places[begin] + dim]
     for k in range(dim):

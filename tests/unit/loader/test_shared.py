@@ -88,6 +88,7 @@ def same(found, expected):
     return all(
         np.array_equal(left, right)
         for left, right in [
+            (found.sparse_features.weights_or_none(), expected.sparse_features.weights_or_none()),
             (found.row_weights, expected.row_weights),
             (found.labels, expected.labels),
             (found.dense_features, expected.dense_features),
@@ -125,7 +126,7 @@ def test_lists_of_ids_and_weights_of_rows_are_shared_too(tmp_path, seed):
         WeightColumn(name="w"),
         DenseColumn(name="price", transform="none"),
         SparseColumn(name="user"),
-        SparseColumn(name="tags", value_separator="|"),
+        SparseColumn(name="tags", value_separator="|", weight_separator=":"),
     )
     schema = FeatureSchema(name="tags", separator=",", header=True, columns=columns)
     preprocess([tmp_path / "log.csv"], tmp_path / "dataset", schema, PreprocessOptions(min_count=1, part_rows=200))
@@ -139,7 +140,7 @@ def test_lists_of_ids_and_weights_of_rows_are_shared_too(tmp_path, seed):
 
 
 def tags(rng):
-    return "|".join(f"t{tag}" for tag in rng.integers(7, size=rng.integers(1, 5)))
+    return "|".join(f"t{tag}:{rng.normal():.3f}" for tag in rng.integers(7, size=rng.integers(1, 5)))
 
 
 def test_shared_memory_has_no_name_is_of_two_row_groups_a_rank_and_goes_with_its_last_user(many_groups):
