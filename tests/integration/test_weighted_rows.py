@@ -181,10 +181,11 @@ def test_metrics_are_weighted_and_the_model_follows_the_rows_that_weigh_more(fol
 
 
 def test_two_processes_train_and_evaluate_the_same(folder, dlrm, tmp_path):
+    """Also where TorchRec cuts the table of a feature with weights by rows."""
     options = ("--train.batch-size-global", 101, "--train.epochs", 3, "--logging.tensorboard", "false")
     done = dlrm(
         *("train", CONFIG, "--dataset", folder / "dataset", "--run", tmp_path / "run", *options),
-        *("--logging.every-steps", 1, "--nproc-per-node", 2),
+        *("--logging.every-steps", 1, "--nproc-per-node", 2, "--sharding.constraints", '["tags=row_wise"]'),
     )
     assert done.returncode == 0, done.stderr
     one, two = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -302,6 +303,9 @@ def test_values_with_weights_are_predicted_the_same_however_they_come(folder, fr
     assert sum(are_once) > 50
     objects = [row for row, is_once in zip(objects, are_once, strict=True) if is_once]
     last.with_columns(pl.col("tags").str.split("|")).write_parquet(tmp_path / "lists.parquet")
+    pairs = [[{"value": tag, "weight": weight} for tag, weight in tags_of(row["tags"])] for row in rows]
+    structs = last.with_columns(pl.Series("tags", pairs))
+    structs.write_parquet(tmp_path / "structs.parquet")
     tensors = [
         Tensor("price", "FP64", (len(rows),), last["price"]),
         Tensor("shop", "INT64", (len(rows),), last["shop"]),
@@ -327,12 +331,18 @@ def test_values_with_weights_are_predicted_the_same_however_they_come(folder, fr
     assert {"type": "object", "additionalProperties": {"type": "number"}} in forms
     assert about["columns"][-1]["weight_separator"] == ":"
     assert again.status_code == 200
-    predict_file(predictor, RowsIn([tmp_path / "lists.parquet"], predictor.schema), tmp_path / "scores.parquet")
+
+    def of_file(name):
+        predict_file(predictor, RowsIn([tmp_path / name], predictor.schema), tmp_path / "scores.parquet")
+        return pl.read_parquet(tmp_path / "scores.parquet")["prediction"].to_numpy()
+
     found = {
         "text": predictor.predict(rows),
         "lists": predictor.predict(lists),
         "frame": predictor.predict(last),
-        "file of lists": pl.read_parquet(tmp_path / "scores.parquet")["prediction"].to_numpy(),
+        "frame of structs": predictor.predict(structs),
+        "file of lists": of_file("lists.parquet"),
+        "file of structs": of_file("structs.parquet"),
         "tensors": predictor.predict(rows_of_request(tensors, predictor.schema, 4_096)),
         "server": np.array(served),
         "written again": predictor.predict(as_json_rows(predictor.parse_rows(rows), predictor.schema)),

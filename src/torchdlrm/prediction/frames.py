@@ -18,7 +18,7 @@ from torchdlrm.data.log.parquet import cells_as_text
 from torchdlrm.errors import RowError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.cells import to_typed_columns, without_null_values
-from torchdlrm.features.schema import Feature, FeatureSchema
+from torchdlrm.features.schema import Feature, FeatureSchema, SparseColumn
 from torchdlrm.prediction.json_rows import check_cells
 from torchdlrm.prediction.shared_rows import Row
 
@@ -73,7 +73,10 @@ def _column(frame: pl.DataFrame, column: Feature) -> pl.Series:
 def _typed(cells: pl.Series, column: Feature, schema: FeatureSchema) -> pl.Series:
     is_list = isinstance(cells.dtype, pl.List | pl.Array)
     one = cells.dtype.inner if isinstance(cells.dtype, pl.List | pl.Array) else cells.dtype
-    if (is_list and not column.is_multi_valued) or not (one.is_numeric() or one in _CELLS):
+    is_cell = one.is_numeric() or one in _CELLS
+    if isinstance(column, SparseColumn) and column.weight_separator is not None and isinstance(one, pl.Struct):
+        is_cell = {field.name for field in one.fields} == {"value", "weight"}
+    if (is_list and not column.is_multi_valued) or not is_cell:
         msg = f"column {column.name!r}: {cells.dtype} is no type of its cells; expected {column.value_kind.expected}"
         raise RowError(msg)
     if cells.dtype == column.dtype and one.is_numeric() and not (one.is_float() and not cells.is_finite().all()):

@@ -109,6 +109,9 @@ def type_fault(arrow_type: pa.DataType, column: Column) -> str | None:
                 'give the column a value_separator = "," to take all values'
             )
         value_type = arrow_type.value_type
+        if pa.types.is_struct(value_type) and column.weight_separator is not None:
+            fields = {field.name: field.type for field in value_type}
+            value_type = fields["value"] if fields.keys() == {"value", "weight"} else value_type
     if pa.types.is_dictionary(value_type):
         value_type = value_type.value_type
     if any(is_cell(value_type) for is_cell in _CELL_TYPES):
@@ -133,7 +136,16 @@ def cells_as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Series:
     return map_lists(cells.cast(pl.List(cells.dtype.inner)), lambda flat: _values_as_text(flat, column, file))
 
 
+def _weighted_as_text(cells: pl.Series, column: SparseColumn, file: LogFile) -> pl.Series:
+    """Structs of a value and its weight as the text of both; no weight is a bad one, and no value none."""
+    values = _values_as_text(cells.struct.field("value").alias(column.name), column, file).fill_null("")
+    weights = cells.struct.field("weight").cast(pl.String).fill_null("")
+    return pl.select(pl.concat_str(values, pl.lit(column.weight_separator), weights)).to_series()
+
+
 def _values_as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Series:
+    if isinstance(column, SparseColumn) and isinstance(cells.dtype, pl.Struct):
+        return _weighted_as_text(cells, column, file)
     if cells.dtype.is_numeric():
         return KINDS.get(getattr(column, "kind", ""), FLOAT).text_of_numbers(cells)
     if cells.dtype == pl.Binary:
