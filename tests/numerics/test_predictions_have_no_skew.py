@@ -213,7 +213,7 @@ LAYOUTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_null_values_named_labels_and_numbers_of_parquet_mean_the_same_everywhere(layout, dlrm, tmp_path):
+def test_null_values_named_labels_and_numbers_of_parquet_mean_the_same_everywhere(layout, serve, dlrm, tmp_path):
     content = tomllib.loads(OWN_SCHEMA)
     content["columns"] = LAYOUTS[layout](content["columns"])
     schema = FeatureSchema.model_validate(content)
@@ -254,7 +254,13 @@ def test_null_values_named_labels_and_numbers_of_parquet_mean_the_same_everywher
         for given in of_tensors
     ]
     by_rows = [predictor.predict_encoded(predictor.encode_rows(cells[i : i + 7])) for i in range(0, 3_000, 7)]
+    served = []
+    if layout == "bucketed":
+        server = serve(tmp_path / "bundle", "--log-level", "warning")
+        served.append(by_http(server, tmp_path / "bundle", text))
+        server.stop()
     for found in (
+        *served,
         by_file(tmp_path / "bundle", text, tmp_path),
         by_file(tmp_path / "bundle", parquet, tmp_path),
         predictor.predict(pl.read_parquet(parquet)),
