@@ -39,6 +39,8 @@ from torchdlrm.prediction.shared_rows import Part, Row, cells_of, parts_of
 Vocabularies = Mapping[str, ValueIndex | PlainIds]
 # Up to so many rows an id is found faster by itself than by a dozen calls of NumPy for the column.
 _FEW_ROWS = 16
+# The ids of these buckets are a table: 13 features of a row take 20 us, and 43 where their index is searched.
+_TABLED_BUCKETS = range(-64, 2_048)
 
 
 class PlainRowEncoder:
@@ -127,12 +129,24 @@ class _NumberFeatures:
         self._nulls = null_numbers(features[0]).to_numpy()
         self._hash_sizes = np.array([[feature.hash] for feature in features if feature.hash is not None], np.uint64)
         self._vocabularies = [vocabularies[feature.name] for feature in features if feature.hash is None]
+        if self._bucketing is not None and self._vocabularies:
+            tabled = [vocabulary.ids_of_numbers(np.array(_TABLED_BUCKETS)) for vocabulary in self._vocabularies]
+            self._bucket_ids = np.stack(tabled)  # [F, buckets]
+            self._missing_ids = np.array([[vocabulary.id_of(None)] for vocabulary in self._vocabularies], np.int32)
+            self._features = np.arange(len(tabled))[:, None]
 
     def encode(self, parts: Sequence[Part], ids_FB: NDArray[np.int32]) -> None:
         numbers, is_missing = _numbers(parts, self._names, self._kind, self._nulls)
+        num_rows = ids_FB.shape[1]
         if self._bucketing is not None:
             numbers = self._bucketing.of_numbers(numbers)
-        num_rows = ids_FB.shape[1]
+            first, last = _TABLED_BUCKETS[0], _TABLED_BUCKETS[-1]
+            if self._vocabularies and first <= numbers.min() and numbers.max() <= last:
+                found = self._bucket_ids[self._features, numbers.reshape(-1, num_rows) - first]
+                if is_missing is not None:
+                    found = np.where(is_missing.reshape(-1, num_rows), self._missing_ids, found)
+                ids_FB[self._places] = found
+                return
         if not self._vocabularies:
             hashes_FB = hash_integers(numbers.astype(np.int64), is_missing).reshape(-1, num_rows)
             ids_FB[self._places] = hashes_FB % self._hash_sizes
