@@ -36,6 +36,11 @@ def take_over(
     """
     model, optimizer = state["model"], state["optimizer"]["state"]
     tables = {name: value for name, value in model.items() if isinstance(value, ShardedTensor)}
+    learnt = [name.removeprefix("model.") for name in checkpoint.shapes if name.startswith("model.")]
+    left = [name for name in learnt if name not in model]
+    if left:  # the class of somebody's own model may have changed
+        msg = f"{checkpoint.path}: the new run's model has no {', '.join(left[:4])}"
+        raise _everywhere(msg)
     if has_row_state:
         _check_column_cuts(tables, checkpoint)
     for name, value in model.items():
