@@ -51,7 +51,11 @@ def plan(
         result = _compare(compare)
     else:
         problem = _problem(config, request, measure=measure)
-        result = _sweep(problem, sweep, html) if sweep else _solve(problem, out, html, as_json=as_json)
+        result = (
+            _sweep(problem, sweep, html)
+            if sweep
+            else _solve(problem, out, html, show_dims=request.table_bytes is not None, as_json=as_json)
+        )
     if as_json:
         print_json(result)
 
@@ -74,7 +78,9 @@ def _problem(tokens: tuple[str, ...], request: PlanRequest, *, measure: bool) ->
     return problem
 
 
-def _solve(problem: "Problem", out: Path | None, html: Path | None, *, as_json: bool) -> dict[str, Any]:
+def _solve(
+    problem: "Problem", out: Path | None, html: Path | None, *, show_dims: bool, as_json: bool
+) -> dict[str, Any]:
     from torchdlrm.planning.page import plan_page
     from torchdlrm.sharding.plan_file import features_as_dict, plan_as_dict, write_plan
     from torchdlrm.sharding.problem import try_solve
@@ -86,9 +92,9 @@ def _solve(problem: "Problem", out: Path | None, html: Path | None, *, as_json: 
             print_json(answer)
         raise DoesNotFitError(message)
     _show_solution(solution)
-    if smaller := features_as_dict(problem.model):
+    if show_dims:
         say("smaller tables, for the config of the training:")
-        for line in toml_text({"model": {"features": smaller}}).splitlines():
+        for line in toml_text({"model": {"features": features_as_dict(problem.model)}}).splitlines():
             say(line)
     if out is not None:
         write_plan(out, solution)
