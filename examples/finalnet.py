@@ -75,15 +75,16 @@ class FinalNet(nn.Module):
         )
         num_features, layer_sizes = self.sparse_arch.F + 1, over_arch_layer_sizes[:-1]
         self.gate = FeatureGate(num_features, dense_device)
-        self.gated_block = self._block([2 * num_features * self.sparse_arch.D, *layer_sizes], dense_device)
-        self.plain_block = self._block([num_features * self.sparse_arch.D, *layer_sizes], dense_device)
+        flat_size = num_features * self.sparse_arch.D
+        self.gated_block = self._block([2 * flat_size, *layer_sizes], 0, dense_device)
+        self.plain_block = self._block([flat_size, *layer_sizes], len(layer_sizes), dense_device)
 
-    def _block(self, sizes: list[int], device: torch.device | None) -> nn.Sequential:
+    def _block(self, sizes: list[int], first_layer: int, device: torch.device | None) -> nn.Sequential:
         layers: list[nn.Module] = []
-        for in_size, out_size in pairwise(sizes):
+        for layer, (in_size, out_size) in enumerate(pairwise(sizes), start=first_layer):
             layers += [FactorizedLayer(in_size, out_size, device), GlobalBatchNorm1d(out_size, device=device)]
             # Not torch's dropout, whose random numbers no checkpoint holds.
-            layers.append(DroppedActivation(torch.relu, self.dropout, len(layers)) if self.dropout else nn.ReLU())
+            layers.append(DroppedActivation(torch.relu, self.dropout, layer) if self.dropout else nn.ReLU())
         return nn.Sequential(*layers, nn.Linear(sizes[-1], 1, device=device))
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Any:

@@ -296,6 +296,7 @@ def finalnet_state(run, tmp_path):
     return {name: value for name, value in state(run, tmp_path, step=6).items() if isinstance(value, torch.Tensor)}
 
 
+@pytest.mark.slow
 def test_batch_norm_and_auxiliary_losses_are_the_same_on_two_processes(finalnets, tmp_path):
     one, two = (finalnet_state(finalnets / nproc, tmp_path) for nproc in ("1", "2"))
     assert one.keys() == two.keys()
@@ -307,6 +308,7 @@ def test_batch_norm_and_auxiliary_losses_are_the_same_on_two_processes(finalnets
         assert not torch.equal(one[name], torch.full_like(one[name], float(name.endswith("var"))))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_byte(finalnets, small_dataset, tmp_path):
     for steps in ("3", "6"):
         overrides = {"train.batch_size_global": "301", "train.max_steps": steps, "dense_optimizer.name": "sgd"}
@@ -318,12 +320,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_byte(finalnets, small_
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
 
 
+@pytest.mark.slow
 def test_what_is_logged_is_the_loss_of_the_logits_alone(finalnets):
     """The auxiliary losses of a fresh model are log 2 each."""
     first = json.loads((finalnets / "1" / "metrics.jsonl").read_text().splitlines()[0])
     assert 0.4 < first["loss"] < 1.0
 
 
+@pytest.mark.slow
 def test_a_whole_models_bundle_predicts_as_its_checkpoint(finalnets, tmp_path):
     bundle = export(finalnets / "2", tmp_path / "bundle", model_class=FINALNET).bundle
     assert bundle.manifest.check.largest_difference <= 1e-6
