@@ -34,6 +34,7 @@ def pytest_xdist_auto_num_workers():
 
 
 from command_server import DLRM, shared_server
+from interactions import INTERACTIONS, overrides_of
 from raw_logs import learnable_rows
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.features.schema import criteo_schema
@@ -136,6 +137,20 @@ def small_run(small_dataset, tmp_path_factory):
 
     path = tmp_path_factory.mktemp("run") / "run"
     train(load_config("criteo-small", {"logging.tensorboard": "false"}), small_dataset, path)
+    return path
+
+
+@pytest.fixture(scope="session", params=[name for name in INTERACTIONS if name != "dot"])
+def interaction_run(request, small_dataset, tmp_path_factory):
+    """The folder of a run of 30 steps on `small_dataset`, of each architecture besides `dot`; batch 301 is odd."""
+    from torchdlrm.config import load_config
+    from torchdlrm.training.job import train
+
+    settings = {"train.batch_size_global": "301", "train.epochs": "2", "logging.every_steps": "1"}
+    settings["train.precision"] = "float32"  # else the processor at hand decides, and bfloat16 rounds rank by rank
+    path = tmp_path_factory.mktemp("run") / "run"
+    config = load_config("criteo-small", settings | {"logging.tensorboard": "false"} | overrides_of(request.param))
+    train(config, small_dataset, path)
     return path
 
 

@@ -83,7 +83,12 @@ def assert_no_skew(serve, bundle, run, dataset, log, folder):
     assert expected.std() > 0.01
     assert few < 8
     server = serve(bundle, "--log-level", "warning")
-    ways = (by_file(bundle, log, folder), by_json(bundle, log, folder), by_http(server, bundle, log))
+    ways = (
+        by_file(bundle, log, folder),
+        by_json(bundle, log, folder),
+        by_tensors(bundle, log),
+        by_http(server, bundle, log),
+    )
     server.stop()
     for found in ways:
         np.testing.assert_allclose(found[few:], expected[few:], rtol=0, atol=1e-6)
@@ -92,6 +97,34 @@ def assert_no_skew(serve, bundle, run, dataset, log, folder):
 
 def test_every_row_of_a_synthetic_log(serve, small_bundle, small_run, small_dataset, small_log, tmp_path):
     assert_no_skew(serve, small_bundle, small_run, small_dataset, small_log, tmp_path)
+
+
+def by_tensors(bundle, log):
+    """A tensor a column: numbers of dense columns, texts of sparse ones."""
+    predictor = Predictor.open(bundle)
+    found = []
+    for chunk in RowsIn([log], predictor.schema):
+        rows = as_json_rows(chunk.frame, predictor.schema)
+        dense = {column.name for column in predictor.schema.dense}
+        tensors = []
+        for column in predictor.schema.features:
+            cells = [row.get(column.name) for row in rows]
+            if column.name in dense:
+                values = pl.Series([math.nan if cell is None else float(cell) for cell in cells])
+                tensors.append(Tensor(column.name, "FP64", (len(rows),), values))
+            else:
+                values = pl.Series(cells, dtype=pl.String)
+                tensors.append(Tensor(column.name, "BYTES", (len(rows),), values))
+        encoded = predictor.encode(rows_of_request(tensors, predictor.schema, len(rows)))
+        found.append(predictor.predict_encoded(encoded).probabilities)
+    return np.concatenate(found)
+
+
+def test_rows_by_every_architecture(serve, interaction_run, small_dataset, small_log, tmp_path):
+    log, bundle = tmp_path / "log.tsv", tmp_path / "bundle"
+    log.write_text("".join(small_log.read_text().splitlines(keepends=True)[:700]))
+    export(interaction_run, bundle, dataset=small_dataset)
+    assert_no_skew(serve, bundle, interaction_run, small_dataset, log, tmp_path)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from interactions import INTERACTIONS
 from torchdlrm.config import ModelConfig
 from torchdlrm.errors import ConfigError
 from torchdlrm.model.architecture import ARCHITECTURES, ModelShape
@@ -11,16 +12,6 @@ from torchdlrm.model.dlrm import DLRM
 from torchdlrm.model.eager import EagerModel, trace_products
 from torchdlrm.model.model_class import architecture_of, difference_from, record_of
 
-INTERACTIONS = {
-    "dot": {},
-    "dcn": {"interaction": "dcn", "dcn_num_layers": 2, "dcn_low_rank_dim": 5},
-    "gated dcn": {"interaction": "dcn", "dcn_num_layers": 2, "dcn_low_rank_dim": 5, "dcn_gated": True},
-    "projection": {
-        "interaction": "projection",
-        "interaction_branch1_layer_sizes": (9, 16),
-        "interaction_branch2_layer_sizes": (24,),
-    },
-}
 CONFIG = ModelConfig(embedding_dim=8, dense_arch_layer_sizes=(12, 8), over_arch_layer_sizes=(10, 6, 1))
 
 

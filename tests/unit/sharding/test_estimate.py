@@ -7,6 +7,7 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
+from interactions import INTERACTIONS
 from random_problems import problem
 from torchdlrm.config import TABLE_OPTIMIZERS, ModelConfig, TableOptimizerConfig, load_config
 from torchdlrm.errors import DoesNotFitError
@@ -21,17 +22,6 @@ from torchdlrm.sharding.tables import Table
 from torchdlrm.sharding.topology import machine_of
 from torchdlrm.tables.module_on_cpu import TablesOnCpu
 from torchdlrm.tables.optimizers import fused_params
-
-INTERACTIONS = {
-    "dot": {},
-    "dcn": {"interaction": "dcn", "dcn_low_rank_dim": 20},
-    "gated dcn": {"interaction": "dcn", "dcn_low_rank_dim": 20, "dcn_gated": True},
-    "projection": {
-        "interaction": "projection",
-        "interaction_branch1_layer_sizes": (60, 48),
-        "interaction_branch2_layer_sizes": (64,),
-    },
-}
 
 
 def test_the_dense_parts_are_those_of_this_many_dense_features():
