@@ -62,6 +62,12 @@ def manifest(path, value):
     return lambda folder: change_manifest(folder, change)
 
 
+def crossed(num_layers, rank):
+    """The model is said to have a cross net."""
+    settings = {"interaction": "dcn", "dcn_num_layers": num_layers, "dcn_low_rank_dim": rank, "dcn_gated": False}
+    return lambda content: content["model"].update(settings)
+
+
 def huge_table(folder):
     """2^62 rows of 64 bytes are 0 bytes, in 64 bits."""
     manifest("sparse.cat_0.num_embeddings", 2**62)(folder)
@@ -188,6 +194,10 @@ CRAFTED = {
     "a size below zero": manifest("files", {"weights.safetensors": {"size_bytes": -1, "sha256": "0" * 64}}),
     "a dimension of 2^40": manifest("model.embedding_dim", 2**40),
     "a layer of 2^40": manifest("model.over_arch_layer_sizes", [2**40, 1]),
+    "an interaction without its weights": manifest("model.interaction", "projection"),
+    "a cross net that is not in the weights": lambda folder: change_manifest(folder, crossed(3, 8)),
+    "a cross net of rank 2^40": lambda folder: change_manifest(folder, crossed(3, 2**40)),
+    "a cross net of 2^40 layers": lambda folder: change_manifest(folder, crossed(2**40, 8)),
     "a deviation of zero": manifest("dense.int_0.deviation", 0.0),
     "features in another order": lambda folder: change_manifest(
         folder, lambda content: content["sparse"].update(cat_0=content["sparse"].pop("cat_0"))

@@ -122,7 +122,7 @@ def by_tensors(bundle, log):
 
 def test_rows_by_every_architecture(serve, interaction_run, small_dataset, small_log, tmp_path):
     log, bundle = tmp_path / "log.tsv", tmp_path / "bundle"
-    log.write_text("".join(small_log.read_text().splitlines(keepends=True)[:700]))
+    log.write_text("".join(small_log.read_text().splitlines(keepends=True)[:3_500]))
     export(interaction_run, bundle, dataset=small_dataset)
     assert_no_skew(serve, bundle, interaction_run, small_dataset, log, tmp_path)
 
