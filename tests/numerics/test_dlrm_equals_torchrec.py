@@ -66,6 +66,21 @@ def test_logits_loss_and_gradients_equal_torchrecs(kind, batch, seed):
         torch.testing.assert_close(parameter.grad, theirs_by_name[name].grad, atol=1e-5, rtol=0)
 
 
+@of_the_family
+def test_autocast_to_bfloat16_rounds_about_as_much_as_torchrecs(kind, batch, seed):
+    torch.manual_seed(seed)
+    ours, theirs = build(dlrm, kind=kind), build(torchrec_dlrm, kind=kind)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    expected, errors = theirs(batch)[1][1], []
+    for model in (ours, theirs):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, (_, logits, _) = model(batch)
+        loss.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+        errors.append((logits - expected).square().mean().sqrt())
+    assert 0 < errors[0] <= 3 * errors[1]
+
+
 def test_without_dense_features_it_equals_torchrecs_with_one_that_is_always_1(batch, seed):
     torch.manual_seed(seed)
     ours, theirs = build(dlrm, num_dense=0), build(torchrec_dlrm, num_dense=1)
