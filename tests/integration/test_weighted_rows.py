@@ -226,7 +226,13 @@ def test_a_run_learns_the_label_that_its_config_names_and_is_judged_by_it(folder
     for split, record in dataset.manifest.splits.items():
         table = pl.read_parquet(folder / "dataset" / split / "part-00000.parquet")
         assert (record.clicks, record.other_clicks) == (table["click"].sum(), {"bought": table["bought"].sum()})
-    settings = {"train.batch_size_global": "101", "train.label": "bought", "logging.tensorboard": "false"}
+    """With smaller tables, one of them of quotients and remainders of the ids that have weights."""
+    settings = {
+        "train.batch_size_global": "101",
+        "train.label": "bought",
+        "logging.tensorboard": "false",
+        "model.features": '{tags = {quotient_remainder = "add", num_collisions = 4}, city = {embedding_dim = 4}}',
+    }
     train(load_config("criteo-small", settings), folder / "dataset", tmp_path / "run")
     run = tmp_path / "run"
     done = dlrm("evaluate", run, "--split", "test", "--json")

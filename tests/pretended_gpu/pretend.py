@@ -93,9 +93,9 @@ _metrics_of = metrics.binary_metrics
 
 
 @wraps(_metrics_of)
-def metrics_of_anything(labels, logits):
+def metrics_of_anything(labels, logits, weights=None):
     """The metrics of labels and logits that no kernel has written, so that they may be any number."""
-    return _metrics_of(labels > 0.5, np.nan_to_num(logits))
+    return _metrics_of(labels > 0.5, np.nan_to_num(logits), None if weights is None else np.ones_like(weights))
 
 
 assert "torchdlrm.training.predictions" not in sys.modules, "import this before what it changes"
