@@ -50,7 +50,8 @@ def use_own_kernels(model: nn.Module, frozen: Collection[str] = ()) -> None:
             continue
         if kernel.use_cpu:
             check_fbgemm_has_it(kernel)
-        kernel.forward = frozen_forward(kernel, kernel.forward, frozen)
+        if frozen:
+            kernel.forward = frozen_forward(kernel, kernel.forward, frozen)
 
 
 def _is_plain(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
