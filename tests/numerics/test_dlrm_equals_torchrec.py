@@ -67,6 +67,15 @@ def test_logits_loss_and_gradients_equal_torchrecs(kind, batch, seed):
 
 
 @of_the_family
+def test_everything_but_the_tables_is_where_the_caller_wants_it(kind):
+    """TorchRec's cross net stays on the CPU."""
+    model = build(dlrm, kind=kind, dense_device=torch.device("meta")).model
+    tables = [weight for name, weight in model.named_parameters() if "embedding_bags" in name]
+    assert {weight.device.type for weight in tables} == {"cpu"}
+    assert all(weight.is_meta for name, weight in model.named_parameters() if "embedding_bags" not in name)
+
+
+@of_the_family
 def test_autocast_to_bfloat16_rounds_about_as_much_as_torchrecs(kind, batch, seed):
     torch.manual_seed(seed)
     ours, theirs = build(dlrm, kind=kind), build(torchrec_dlrm, kind=kind)

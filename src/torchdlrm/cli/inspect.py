@@ -146,7 +146,11 @@ def _show_bundle(folder: Path, *, as_json: bool) -> None:
     model = manifest.model
     sizes = (max(1, len(bundle.schema.dense)), *model.dense_arch_layer_sizes), model.over_arch_layer_sizes
     layers = " and ".join("-".join(map(str, arch)) for arch in sizes)
-    say(f"arches {layers}, dimension {model.embedding_dim}; products in {manifest.dense_precision}")
+    settings = ", ".join(f"{name} {value}" for name, value in model.interaction_settings.items())
+    say(
+        f"arches {layers}, dimension {model.embedding_dim}, interaction {model.interaction}"
+        f"{f' ({settings})' if settings else ''}; products in {manifest.dense_precision}"
+    )
     if manifest.model_class is not None:
         say(f"model class {manifest.model_class.name}: --model-class of whatever predicts")
     print_check(bundle)
