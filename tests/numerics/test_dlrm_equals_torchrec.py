@@ -15,6 +15,7 @@ from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.model import dlrm
 from torchdlrm.model.cross_net import LowRankCrossNet
 from torchdlrm.model.interaction import InteractionArch
+from torchdlrm.model.loss import DLRMTrain
 from torchdlrm.model.room import mark_room
 
 NUM_ROWS, NUM_DENSE, NUM_FEATURES, DIM = 37, 13, 26, 16
@@ -35,7 +36,8 @@ def build(module, num_dense=NUM_DENSE, *, kind="DLRM", **settings):
         for name in FEATURES
     ]
     ebc = EmbeddingBagCollection(tables=tables)
-    return module.DLRMTrain(getattr(module, kind)(ebc, num_dense, [32, DIM], [32, 8, 1], **FAMILY[kind] | settings))
+    trained = DLRMTrain if module is dlrm else torchrec_dlrm.DLRMTrain
+    return trained(getattr(module, kind)(ebc, num_dense, [32, DIM], [32, 8, 1], **FAMILY[kind] | settings))
 
 
 @pytest.fixture
