@@ -8,7 +8,7 @@ import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchdlrm.config import TABLE_OPTIMIZERS
+from torchdlrm.config import TABLE_OPTIMIZERS, ModelConfig
 from torchdlrm.errors import PlanError
 from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.layout import check_layout, read_saved_plan, sharding_plan
@@ -72,9 +72,10 @@ def test_a_plan_for_another_model_or_world_size_is_refused(saved, rows, devices,
 
 def test_tables_that_gpus_cache_are_refused_on_cpu(tmp_path):
     machine = replace(machine_of(device_named("a100-80gb"), num_devices=1), hbm_bytes=3_000_000)
-    solution = solve(
-        Problem(TABLES, machine, PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 1024, 0.15, cache_fraction=0.1))
-    )
+    options = PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 1024, 0.15, cache_fraction=0.1)
+    # Dense parts that leave most of so little memory to the tables.
+    small = ModelConfig(embedding_dim=16, dense_arch_layer_sizes=(16,), over_arch_layer_sizes=(8, 1))
+    solution = solve(Problem(TABLES, machine, options, model=small))
     write_plan(tmp_path / "plan.json", solution)
     with pytest.raises(PlanError, match="t_c: unknown kernel 'fused_uvm_caching', or not for cpu"):
         check_layout(read_saved_plan(tmp_path / "plan.json"), TABLES, machine_of(device_named("cpu"), num_devices=1))
