@@ -15,6 +15,7 @@ from torchdlrm.config import load_config
 from torchdlrm.loader.batch import Batch
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.tables import one_host
+from torchdlrm.training import gradients_on_one_host
 from torchdlrm.training import pipeline as pipelines
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group
@@ -114,20 +115,22 @@ def train_both_ways(folder):
             found = expected = None
             plain = one_host._SharedLookup
             pauses = {name: unpunctual(getattr(plain, name)) for name in ("look_up", "update")}
-            with patch.multiple(plain, **pauses):
+            shared_sum = gradients_on_one_host._SharedSum
+            late_sum = patch.object(shared_sum, "add_up", autospec=True, side_effect=unpunctual(shared_sum.add_up))
+            with patch.multiple(plain, **pauses), late_sum as add_up:
                 parts = built(ranks, case)
                 by_memory = isinstance(parts[2].compute_and_output_dist, one_host._SharedLookup)
                 if by_memory:
                     found = trained(*parts)
             if by_memory:
-                with patch.object(pipelines, "look_up_on_one_host"):
+                with patch.object(pipelines, "look_up_on_one_host"), patch.object(pipelines, "add_up_on_one_host"):
                     expected = trained(*built(ranks, case))
-            torch.save((by_memory, found, expected), folder / f"{case}-{ranks.rank}.pt")
+            torch.save((by_memory and add_up.call_count >= 7, found, expected), folder / f"{case}-{ranks.rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """By case and rank: whether it exchanged through memory, what was found, and what was expected."""
+    """By case and rank: whether it exchanged through memory in all steps, what was found, and what was expected."""
     folder = tmp_path_factory.mktemp("one-host")
     launch(train_both_ways, folder, processes=Processes(2))
     return {(case, rank): torch.load(folder / f"{case}-{rank}.pt") for case in CASES for rank in (0, 1)}

@@ -12,6 +12,7 @@ from torchdlrm.tables.huge_pages import let_the_heap_grow_in_huge_pages
 from torchdlrm.tables.lookup import use_own_kernels
 from torchdlrm.tables.one_host import look_up_on_one_host
 from torchdlrm.tables.one_process import look_up_in_this_process
+from torchdlrm.training.gradients_on_one_host import add_up_on_one_host
 from torchdlrm.training.processes.process_group import Ranks
 
 
@@ -77,6 +78,8 @@ def build_pipeline(
 
     if ranks.device.type == "cpu":
         let_the_heap_grow_in_huge_pages()  # once more: large tables have taken what there was
+        if ranks.world_size == 2:
+            add_up_on_one_host(model, ranks.all_gather, ranks.new_group)
     if prepare_lookups(model, ranks, frozen):
         return _PlainSteps(model, optimizer, forward)
     return TrainPipelineSparseDist(model, optimizer, ranks.device, execute_all_batches=True, custom_model_fwd=forward)

@@ -1,0 +1,77 @@
+"""Adds up the dense parameters' gradients of two processes of one host in memory that both have mapped; on CPU.
+
+DDP sends them through gloo's sockets, which takes the processor from the step: 160 ms for the 16 million gradients of
+DLRM-DCNv2's arches. Here each rank writes a bucket of gradients where the other reads it. Two numbers have but one sum,
+so the bits are gloo's. Those of more ranks would depend on the order, and are left to gloo.
+
+Two barriers keep the ranks apart: before a step's first bucket is written both have read the last step's, and before a
+bucket is read both have written it. The backward of both ranks is the same graph, so they come to the same barriers in
+the same order. The barriers are collectives of gloo: a process that has died, or is late, is noticed as anywhere else.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from torchdlrm.shared_memory import AllGather, SharedMemory
+
+_PAGE_BYTES, _ALIGNMENT = 4096, 64
+
+
+def add_up_on_one_host(model: nn.Module, all_gather: AllGather, new_group: Callable[[], dist.ProcessGroup]) -> None:
+    """Let two ranks of one host add up gradients in memory; others are left to DDP. Every rank must call this.
+
+    Args:
+        model: sharded, and has not taken a step; holds its dense parameters in a `DistributedDataParallel`.
+        all_gather: exchanges a value with all other ranks.
+        new_group: makes a group of all ranks.
+    """
+    for wrapper in [module for module in model.modules() if isinstance(module, DistributedDataParallel)]:
+        sizes = [
+            _aligned(param.nbytes)
+            for name, param in wrapper.module.named_parameters()
+            if param.requires_grad and name not in wrapper.parameters_to_ignore
+        ]
+        memory = SharedMemory.make_for_all("torchdlrm-gradients", _PAGE_BYTES + 2 * sum(sizes), all_gather)
+        if memory is not None:
+            shared = _SharedSum(memory, sum(sizes), new_group())
+            wrapper.register_comm_hook(shared, lambda shared, bucket: shared.add_up(bucket))
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+class _SharedSum:
+    """The state of DDP's hook for buckets of gradients."""
+
+    def __init__(self, memory: SharedMemory, num_bytes: int, group: dist.ProcessGroup) -> None:
+        self._memory, self._group, self._rank = memory, group, dist.get_rank(group)
+        self._places = [
+            torch.frombuffer(memory.map, dtype=torch.uint8, count=num_bytes, offset=_PAGE_BYTES + rank * num_bytes)
+            for rank in range(2)
+        ]
+        self._start = 0
+
+    def add_up(self, bucket: Any) -> Future[Tensor]:
+        """The mean of both ranks' gradients, in the bucket itself."""
+        grad = bucket.buffer()
+        if bucket.index() == 0:  # they come in order
+            self._wait_for_both()
+            self._start = 0
+        places = [place[self._start : self._start + grad.nbytes].view(grad.dtype) for place in self._places]
+        self._start += _aligned(grad.nbytes)
+        torch.mul(grad, 0.5, out=places[self._rank])
+        self._wait_for_both()
+        torch.add(*places, out=grad)
+        done: Future[Tensor] = Future()
+        done.set_result(grad)
+        return done
+
+    def _wait_for_both(self) -> None:
+        dist.barrier(group=self._group)
