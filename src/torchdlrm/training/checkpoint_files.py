@@ -139,14 +139,16 @@ class _Reader(FileSystemReader):
 
 
 class _Planner(DefaultLoadPlanner):
-    def create_local_plan(self) -> LoadPlan:
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         assert self.metadata is not None
-        saved = (name for name in self.metadata.state_dict_metadata if name.startswith("model."))
-        left = [name.removeprefix("model.") for name in saved if name not in self.state_dict]
+        # Of all ranks: each asks for its own tables alone.
+        asked = {item.dest_index.fqn for plan in global_plan for item in plan.items}
+        saved = self.metadata.state_dict_metadata
+        left = [name.removeprefix("model.") for name in saved if name.startswith("model.") and name not in asked]
         if left:  # torch would leave them out: the class of somebody's own model may have changed
             msg = f"the model has no {', '.join(left[:4])}"
             raise ValueError(msg)
-        return super().create_local_plan()
+        return super().create_global_plan(global_plan)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
