@@ -140,7 +140,6 @@ def verify(
             allow_changed_model_class=allow_changed_model_class,
             progress=progress,
         )
-        encoded = encoded.with_label(predictor.schema.label.name)
         source = predictor.bundle.manifest.source
         if manifest_sha256(encoded) != source.dataset_sha256:
             msg = (
@@ -148,6 +147,7 @@ def verify(
                 "dataset.json differs), so the ids do not mean the same"
             )
             raise RunError(msg)
+        encoded = encoded.with_label(predictor.schema.label.name)
         trained = _find_run(predictor, encoded, None if run is None else Path(run))
         log = RowsIn(list(rows) or _find_log(encoded), predictor.schema, log_format)
         _, checkpoint = open_checkpoint(trained, str(source.step))
