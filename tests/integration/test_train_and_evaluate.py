@@ -196,9 +196,9 @@ def test_importing_torchrec_says_nothing():
 
 @pytest.mark.slow
 def test_real_rows_reach_the_stated_auc_with_every_seed(dlrm, tmp_path):
-    """Mean AUC over five seeds at least 0.735, the worst within 0.006 of it, in one epoch on 16,780 rows."""
+    """Mean AUC over five seeds at least 0.750, the worst within 0.005 of it, in one epoch on 16,780 rows."""
     log = real_log("criteo_kaggle_sample.tsv.gz")
-    assert dlrm("preprocess", log, "--out", tmp_path / "dataset").returncode == 0
+    assert dlrm("preprocess", log, "--schema", "criteo-bucketed", "--out", tmp_path / "dataset").returncode == 0
 
     def auc_of(seed):
         run = tmp_path / f"run-{seed}"
@@ -212,8 +212,8 @@ def test_real_rows_reach_the_stated_auc_with_every_seed(dlrm, tmp_path):
     with ThreadPoolExecutor(2) as pool:  # most of the time goes into starting
         aucs = list(pool.map(auc_of, range(5)))
     mean = sum(aucs) / len(aucs)
-    assert mean >= 0.735, aucs
-    assert min(aucs) >= mean - 0.006, aucs
+    assert mean >= 0.75, aucs
+    assert min(aucs) >= mean - 0.005, aucs
 
 
 @pytest.mark.slow
