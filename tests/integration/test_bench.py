@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import psutil
 import pytest
@@ -35,9 +36,9 @@ def test_the_step_is_timed_beside_others_and_by_part_while_the_machine_is_busy(d
 
 
 @pytest.mark.slow
-def test_the_step_of_two_processes_is_timed_beside_torchrecs_own_class_of_the_model(dlrm):
-    dcn = ("--model.interaction", "dcn", "--model.dcn-low-rank-dim", 8)
-    done = dlrm(*STEP, *dcn, "--steps-per-round", 1, "--nproc-per-node", 2, timeout_s=600)
+def test_the_step_of_two_processes_is_timed_with_a_model_class(dlrm):
+    own = ("--model-class", f"{Path(__file__).parents[2]}/examples/own_interaction.py:FieldAttention")
+    done = dlrm(*STEP, *own, "--steps-per-round", 1, "--nproc-per-node", 2, timeout_s=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["num_processes"] == 2

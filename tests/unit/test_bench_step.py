@@ -1,14 +1,17 @@
 """The benchmark of the step: who runs beside whom, and the plain loop. Processes: `integration/test_bench.py`."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.bench import step
 from torchdlrm.bench.plain_torch import PlainDLRM, plain_torch_step, update_rows
-from torchdlrm.bench.upstream import torchrec_dlrm
+from torchdlrm.bench.step_competitors import shape_of
+from torchdlrm.bench.upstream import random_rows, torchrec_dlrm, torchrec_kjt
 from torchdlrm.config import ModelConfig, load_config
 from torchdlrm.errors import ConfigError
 from torchdlrm.model.architecture import ModelShape
@@ -44,6 +47,7 @@ def competitors(monkeypatch):
 
 
 CPU = torch.device("cpu")
+OWN = f"{Path(__file__).parents[2]}/examples/own_interaction.py:FieldAttention"
 CONFIG = load_config(None, {"train.batch_size_global": "1024", "train.precision": "float32"})
 
 
@@ -77,6 +81,16 @@ def test_the_plain_loop_needs_memory_one_process_its_optimizer_and_its_model(row
     assert "plain_torch_step" not in [name for _, name in competitors]
     assert found.plain_torch_rows_per_s is None
     assert found.ratio_to_plain_torch is None
+
+
+def test_a_model_class_is_compared_with_itself_on_torchrecs_tables(competitors):
+    step.benchmark_step(CONFIG, num_embeddings={"a": 5}, steps_per_round=2, rounds=1, model_class=OWN)
+    assert [name for _, name in competitors] == ["our_step", "torchrec_step", "floor_step", "host_step"]
+    sizes = {"a": 5, "b": 7}
+    model = torchrec_dlrm(shape_of(CONFIG, sizes, OWN), sizes, tables=CPU, dense=CPU)
+    assert type(model.inter_arch).__name__ == "FieldAttention"
+    dense, ids_FB = next(random_rows(sizes.values(), 3, np.random.default_rng(1), np.int64))
+    assert model(torch.from_numpy(dense), torchrec_kjt(sizes, ids_FB)).shape == (3, 1)
 
 
 @pytest.mark.usefixtures("competitors")

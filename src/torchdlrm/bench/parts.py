@@ -23,10 +23,16 @@ WHOLE, PROFILED = "whole step", "whole step while profiled"
 
 
 def profiled_step(
-    ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype, folder: Path, num_steps: int
+    ranks: Ranks,
+    config: Config,
+    num_embeddings: dict[str, int],
+    dtype: torch.dtype,
+    model_class: str | None,
+    folder: Path,
+    num_steps: int,
 ) -> Step:
     """Our step, profiled from the one after the warm-up and twice `num_steps` on; the profile is in `folder` then."""
-    step, numbers = our_step(ranks, config, num_embeddings, dtype), itertools.count(1)
+    step, numbers = our_step(ranks, config, num_embeddings, dtype, model_class), itertools.count(1)
     profiler = StepProfiler(folder, ranks, after_step=_WARM_UP_STEPS + num_steps + 1, num_steps=num_steps)
 
     def run() -> None:
@@ -37,7 +43,13 @@ def profiled_step(
 
 
 def measure_parts(
-    config: Config, num_embeddings: dict[str, int], dtype: torch.dtype, *, num_steps: int, nproc: int
+    config: Config,
+    num_embeddings: dict[str, int],
+    dtype: torch.dtype,
+    model_class: str | None = None,
+    *,
+    num_steps: int,
+    nproc: int,
 ) -> dict[str, float]:
     """Milliseconds of a step of ours on the first rank by part, of the rest, and of the whole step.
 
@@ -45,12 +57,13 @@ def measure_parts(
         config: of the training.
         num_embeddings: rows of each table.
         dtype: in which the dense parts compute.
+        model_class: a model of somebody's own, where it stands.
         num_steps: so many are timed, and as many profiled.
         nproc: number of processes.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "profile"
-        arguments = (config, num_embeddings, dtype, folder, num_steps)
+        arguments = (config, num_embeddings, dtype, model_class, folder, num_steps)
         competitor = Competitor(profiled_step, *arguments, nproc=nproc, device=config.train.device)
         competitor.run(_WARM_UP_STEPS)
         whole_ms = 1000 * competitor.run(num_steps) / num_steps

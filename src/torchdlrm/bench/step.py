@@ -88,6 +88,7 @@ def benchmark_step(
     nproc: int = 1,
     num_busy: int = 0,
     with_parts: bool = False,
+    model_class: str | None = None,
     progress: ProgressListener = SILENT,
 ) -> StepBenchmark:
     """Measure the training step on random batches that lie in memory, with the arguments of `dlrm bench step`.
@@ -98,16 +99,17 @@ def benchmark_step(
     device = rank_device(0, nproc, choice)
     check_plain_torchrec(config.table_optimizer, device)
     check_torchrec_has(config.model)
-    precision = choose_precision(config, shape_of(config, num_embeddings), device)
+    precision = choose_precision(config, shape_of(config, num_embeddings, model_class), device)
+    in_its_precision = (config, num_embeddings, precision.dtype, model_class)
     builds: dict[str, tuple[Any, ...]] = {
-        "ours": (our_step, config, num_embeddings, precision.dtype),
-        "torchrec": (torchrec_step, config, num_embeddings),
+        "ours": (our_step, *in_its_precision),
+        "torchrec": (torchrec_step, config, num_embeddings, model_class),
         "plain_torch": (plain_torch_step, config, num_embeddings),
-        "floor": (floor_step, config, num_embeddings, precision.dtype),
-        "host": (host_step, config, num_embeddings, precision.dtype),
+        "floor": (floor_step, *in_its_precision),
+        "host": (host_step, *in_its_precision),
     }
     is_its_model = config.table_optimizer.name == "rowwise_adagrad" and config.model.interaction != "projection"
-    if nproc > 1 or not is_its_model or not _plain_loop_fits(config, num_embeddings, device):
+    if nproc > 1 or model_class is not None or not is_its_model or not _plain_loop_fits(config, num_embeddings, device):
         del builds["plain_torch"]
     seconds: dict[str, list[float]] = {}  # of a step
     num_threads, steps, parts_ms = {}, {}, None
@@ -125,8 +127,7 @@ def benchmark_step(
             seconds |= {name: [turn_s / steps[name] for turn_s in turns[name]] for name in names}
         if with_parts:
             progress.start_phase("bench step: parts", 1, unit="profiles")
-            profiled = (config, num_embeddings, precision.dtype)
-            parts_ms = measure_parts(*profiled, num_steps=min(steps["ours"], _MAX_PROFILED_STEPS), nproc=nproc)
+            parts_ms = measure_parts(*in_its_precision, num_steps=min(steps["ours"], _MAX_PROFILED_STEPS), nproc=nproc)
             progress.advance(1)
     rows_per_s = {name: config.train.batch_size_global / statistics.median(times) for name, times in seconds.items()}
 

@@ -25,6 +25,8 @@ from torchdlrm.config import Config
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.model.architecture import ModelShape
+from torchdlrm.model.loss import DLRMTrain
+from torchdlrm.model.model_class import architecture_of
 from torchdlrm.sharding.planner import PlanOptions, plan_sharding, table_sharder
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.tables.optimizers import fused_params
@@ -36,14 +38,17 @@ from torchdlrm.training.sharded import build_optimizer, build_sharded_model
 _FEW_ROWS = 16  # a rank, to measure what the host does
 
 
-def shape_of(config: Config, num_embeddings: dict[str, int]) -> ModelShape:
+def shape_of(config: Config, num_embeddings: dict[str, int], model_class: str | None = None) -> ModelShape:
     """The model that is measured: Criteo's dense features, and a feature for each table."""
-    return ModelShape(config.model, NUM_CRITEO_DENSE, len(num_embeddings))
+    architecture = architecture_of(config.model, model_class)
+    return ModelShape(config.model, NUM_CRITEO_DENSE, len(num_embeddings), architecture)
 
 
-def our_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype) -> Step:
+def our_step(
+    ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype, model_class: str | None = None
+) -> Step:
     """What `dlrm train` does in a step, on random batches."""
-    pipeline, names = our_pipeline(ranks, config, num_embeddings, dtype), list(num_embeddings)
+    pipeline, names = our_pipeline(ranks, config, num_embeddings, dtype, model_class), list(num_embeddings)
     batches = [
         Batch(torch.from_numpy(dense), single_valued_kjt(names, ids_FB), torch.from_numpy(labels_B))
         for dense, ids_FB, labels_B in random_batches(ranks, config, num_embeddings)
@@ -52,30 +57,31 @@ def our_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype
 
 
 def our_pipeline(
-    ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype
+    ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype, model_class: str | None = None
 ) -> TrainPipelineSparseDist:
     """What `dlrm train` gives its batches to."""
+    shape = shape_of(config, num_embeddings, model_class)
     keep_freed_memory()
-    set_threads(config, shape_of(config, num_embeddings), ranks)
+    set_threads(config, shape, ranks)
     allow_tf32(config.train, ranks.device)
-    sharded = build_sharded_model(
-        config, shape_of(config, num_embeddings), num_embeddings=num_embeddings, dense_sample=None, ranks=ranks
-    )
+    sharded = build_sharded_model(config, shape, num_embeddings=num_embeddings, dense_sample=None, ranks=ranks)
     optimizer = build_optimizer(sharded.module, config.dense_optimizer)
     return build_pipeline(sharded.module, optimizer, dtype=dtype, ranks=ranks, frozen=sharded.frozen_tables)
 
 
-def host_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype) -> Step:
+def host_step(
+    ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype, model_class: str | None = None
+) -> Step:
     """Our step with hardly anything to compute, on as many threads as if there were all rows."""
-    set_threads(config, shape_of(config, num_embeddings), ranks)
+    set_threads(config, shape_of(config, num_embeddings, model_class), ranks)
     few = {"batch_size_global": _FEW_ROWS * ranks.world_size, "num_threads": torch.get_num_threads()}
     config = config.model_copy(update={"train": config.train.model_copy(update=few)})
-    return our_step(ranks, config, dict.fromkeys(num_embeddings, 100), dtype)
+    return our_step(ranks, config, dict.fromkeys(num_embeddings, 100), dtype, model_class)
 
 
-def torchrec_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) -> Step:
+def torchrec_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], model_class: str | None = None) -> Step:
     """A step of plain TorchRec on random batches of its own kind."""
-    pipeline = torchrec_pipeline(ranks, config, num_embeddings)
+    pipeline = torchrec_pipeline(ranks, config, num_embeddings, model_class)
     batches = [
         TorchRecBatch(torch.from_numpy(dense), torchrec_kjt(num_embeddings, ids_FB), torch.from_numpy(labels_B))
         for dense, ids_FB, labels_B in random_batches(ranks, config, num_embeddings)
@@ -83,16 +89,17 @@ def torchrec_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) 
     return steps_of(pipeline, batches, ranks)
 
 
-def torchrec_pipeline(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) -> TrainPipelineSparseDist:
-    """TorchRec's own model, sharder and pipeline, as its examples put them together."""
+def torchrec_pipeline(
+    ranks: Ranks, config: Config, num_embeddings: dict[str, int], model_class: str | None = None
+) -> TrainPipelineSparseDist:
+    """TorchRec's own model, sharder and pipeline, as its examples put them together; a model class has its own loss."""
     allow_tf32(config.train, ranks.device)
-    dlrm = torchrec_dlrm(
-        shape_of(config, num_embeddings), num_embeddings, tables=torch.device("meta"), dense=ranks.device
-    )
+    shape = shape_of(config, num_embeddings, model_class)
+    dlrm = torchrec_dlrm(shape, num_embeddings, tables=torch.device("meta"), dense=ranks.device)
     params = fused_params(config.table_optimizer)
     del params["bounds_check_mode"]  # FBGEMM's own check of ids is on in TorchRec's examples
     sharder = table_sharder(params)
-    unsharded = TorchRecDLRMTrain(dlrm)
+    unsharded = TorchRecDLRMTrain(dlrm) if model_class is None else DLRMTrain(dlrm)
     plan = plan_sharding(
         unsharded,
         machine=local_machine(
@@ -124,7 +131,9 @@ def steps_of(pipeline: TrainPipelineSparseDist, batches: list[TorchRecBatch], ra
     return lambda: pipeline.progress(endless)
 
 
-def floor_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype) -> Step:
+def floor_step(
+    ranks: Ranks, config: Config, num_embeddings: dict[str, int], dtype: torch.dtype, model_class: str | None = None
+) -> Step:
     """The matrix products of one step, and nothing else."""
     keep_freed_memory()
     allow_tf32(config.train, ranks.device)
@@ -134,7 +143,7 @@ def floor_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int], dty
         return torch.rand(sizes, device=ranks.device, dtype=dtype)
 
     products: list[Callable[[], object]] = []
-    for product in shape_of(config, num_embeddings).products:
+    for product in shape_of(config, num_embeddings, model_class).products:
         rows, inputs, outputs = product.rows, product.inputs, product.outputs
         if product.has_weight:
             left, right, grad = some(num_rows * rows, inputs), some(outputs, inputs).t(), some(num_rows * rows, outputs)

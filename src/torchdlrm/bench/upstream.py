@@ -56,7 +56,10 @@ def check_torchrec_has(config: ModelConfig) -> None:
 def torchrec_dlrm(
     shape: ModelShape, num_embeddings: Mapping[str, int], *, tables: torch.device, dense: torch.device
 ) -> Any:
-    """TorchRec's class of this architecture with random weights, its tables on one device and all else on another."""
+    """TorchRec's class of this architecture with random weights, its tables on one device and all else on another.
+
+    A model class of somebody's own is itself, on TorchRec's tables.
+    """
     configs = [
         EmbeddingBagConfig(
             name=table_name(feature),
@@ -66,10 +69,10 @@ def torchrec_dlrm(
         )
         for feature, rows in num_embeddings.items()
     ]
-    architecture = shape.architecture
-    assert isinstance(architecture, BuiltInArchitecture), architecture
-    make = getattr(dlrm, architecture.class_name)
-    model = make(EmbeddingBagCollection(tables=configs, device=tables), **shape.arguments, dense_device=dense)
+    architecture, collection = shape.architecture, EmbeddingBagCollection(tables=configs, device=tables)
+    if not isinstance(architecture, BuiltInArchitecture):
+        return architecture.build(shape, collection, dense)
+    model = getattr(dlrm, architecture.class_name)(collection, **shape.arguments, dense_device=dense)
     model.inter_arch.to(dense)  # TorchRec leaves the cross net on the CPU
     return model
 

@@ -25,6 +25,7 @@ def step(
     nproc_per_node: Positive = 1,
     busy: Annotated[int, Parameter(validator=Number(gte=0))] = 0,
     parts: Annotated[bool, Parameter(negative="")] = False,
+    model_class: str | None = None,
     as_json: Json = False,
 ) -> None:
     """Time the training step: ours, plain TorchRec's, a plain torch loop's, the floor, and the host's part.
@@ -41,6 +42,7 @@ def step(
         nproc_per_node: Processes of each competitor.
         busy: Processes that keep cores busy meanwhile, as other programs of a machine may.
         parts: Print the milliseconds of our step by part, too.
+        model_class: A model of your own, FILE.py:NAME or MODULE:NAME; TorchRec's is the same on its tables.
         as_json: Print one JSON object on standard output.
     """
     settings = load_config(*split_config(config))
@@ -56,6 +58,7 @@ def step(
             nproc=nproc_per_node,
             num_busy=busy,
             with_parts=parts,
+            model_class=model_class,
             progress=progress,
         )
     beside = f", beside {result.num_busy_processes} busy process(es)" if result.num_busy_processes else ""
