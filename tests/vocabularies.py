@@ -7,8 +7,8 @@ from pathlib import Path
 import polars as pl
 
 from torchdlrm.data.splits import SplitBounds
+from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.kinds import KINDS
-from torchdlrm.features.schema import SparseColumn
 from torchdlrm.features.vocabulary import MAX_ID, Vocabulary
 from torchdlrm.preprocessing.count import ValueRange, count_values, rank_values
 from torchdlrm.preprocessing.read import ChunkFile, encode_column

@@ -21,14 +21,8 @@ from torchdlrm.cli.verify import verify as verify_verb
 from torchdlrm.errors import UserError
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
-from torchdlrm.features.schema import (
-    DenseColumn,
-    FeatureSchema,
-    IgnoredColumn,
-    LabelColumn,
-    SparseColumn,
-    criteo_schema,
-)
+from torchdlrm.features.columns import DenseColumn, IgnoredColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema, criteo_schema
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 

@@ -15,7 +15,8 @@ import pytest
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, DatasetError
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, WeightColumn
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn, WeightColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.files import sha256_of
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, preprocess, work_folder
 from torchdlrm.preprocessing.read import read_chunk

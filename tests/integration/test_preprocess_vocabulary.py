@@ -7,7 +7,8 @@ import pytest
 
 from torchdlrm.data.summary import summarize
 from torchdlrm.errors import ConfigError, DatasetError
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import with_split
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 

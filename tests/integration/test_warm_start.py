@@ -11,7 +11,8 @@ from torchdlrm.config import load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, RunError
 from torchdlrm.evaluation.report import report_page
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.training import warm_start
 from torchdlrm.training.job import train

@@ -21,7 +21,8 @@ from torchdlrm.evaluation.compare import compare
 from torchdlrm.evaluation.evaluate import evaluate, predict_split
 from torchdlrm.evaluation.logistic_regression import fit_logistic_regression
 from torchdlrm.exporting.export import export
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, WeightColumn
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn, WeightColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import load_schema
 from torchdlrm.loader.loader import Loader
 from torchdlrm.model.loss import batch_loss

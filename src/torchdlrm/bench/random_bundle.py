@@ -25,8 +25,9 @@ from torchdlrm.bundle.manifest import (
 from torchdlrm.bundle.weights_file import BLOCK_BYTES
 from torchdlrm.bundle.write import write_weights
 from torchdlrm.config import ModelConfig
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.kinds import hex_digits
-from torchdlrm.features.schema import NUM_CRITEO_DENSE, DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.schema import NUM_CRITEO_DENSE, FeatureSchema
 from torchdlrm.features.transforms import TRANSFORMS
 from torchdlrm.features.value_index import write_index
 from torchdlrm.features.vocabulary import Vocabulary, number_values, rank_counts

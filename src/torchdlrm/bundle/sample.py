@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from torchdlrm.errors import BundleError
+from torchdlrm.features.columns import DenseColumn, SparseColumn
 from torchdlrm.features.encode import ValueLookup, encode
 from torchdlrm.features.kinds import map_lists
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.vocabulary import UNKNOWN_ID, Vocabulary
 

@@ -24,7 +24,8 @@ import numpy.typing as npt
 
 from torchdlrm.data.log.files import LogFile
 from torchdlrm.errors import LogError
-from torchdlrm.features.schema import SplitRule, TimeColumn
+from torchdlrm.features.columns import TimeColumn
+from torchdlrm.features.schema import SplitRule
 from torchdlrm.features.value_hash import splitmix
 
 SplitName = Literal["train", "val", "test"]

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchdlrm.data.synthetic_shapes import MULTI_HOT_SIZES, LogShape
-from torchdlrm.features.schema import SparseColumn, criteo_schema
+from torchdlrm.features.columns import SparseColumn
+from torchdlrm.features.schema import criteo_schema
 from torchdlrm.toml import toml_value
 
 Companions = Literal["uniform", "pareto"]

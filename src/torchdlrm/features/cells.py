@@ -23,16 +23,9 @@ import polars as pl
 import pyarrow as pa
 
 from torchdlrm.features.bad_rows import BadRow, BadRows
+from torchdlrm.features.columns import Column, Feature, LabelColumn, SparseColumn, TimeColumn, WeightColumn
 from torchdlrm.features.kinds import map_lists
-from torchdlrm.features.schema import (
-    Column,
-    Feature,
-    FeatureSchema,
-    LabelColumn,
-    SparseColumn,
-    TimeColumn,
-    WeightColumn,
-)
+from torchdlrm.features.schema import FeatureSchema
 
 # What is wrong, and in which rows.
 _Fault = tuple[str, npt.NDArray[np.bool_]]

@@ -9,8 +9,9 @@ from typing import Protocol
 
 import polars as pl
 
+from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.kinds import map_lists
-from torchdlrm.features.schema import FeatureSchema, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_hash import hashed_ids
 

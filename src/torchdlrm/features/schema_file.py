@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from torchdlrm.errors import SchemaError
-from torchdlrm.features.schema import PRESETS, ROLES, FeatureSchema, SplitRule, problems
+from torchdlrm.features.columns import ROLES
+from torchdlrm.features.schema import PRESETS, FeatureSchema, SplitRule, problems
 from torchdlrm.toml import did_you_mean, explain, toml_value
 
 

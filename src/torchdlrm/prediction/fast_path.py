@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from torchdlrm.bundle.bundle import PlainIds
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.features.cells import null_numbers
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.encode import encode_sparse
 from torchdlrm.features.kinds import ValueKind
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_hash import hash_integers
 from torchdlrm.features.value_index import ValueIndex

@@ -18,7 +18,8 @@ from torchdlrm.data.log.parquet import cells_as_text
 from torchdlrm.errors import RowError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.cells import to_typed_columns, without_null_values
-from torchdlrm.features.schema import Feature, FeatureSchema, SparseColumn
+from torchdlrm.features.columns import Feature, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.json_rows import check_cells
 from torchdlrm.prediction.shared_rows import Row
 

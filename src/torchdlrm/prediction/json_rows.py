@@ -21,8 +21,9 @@ import polars as pl
 from torchdlrm.errors import RowError, shown
 from torchdlrm.features.bad_rows import REASONS, BadRows
 from torchdlrm.features.cells import text_frame, to_typed_columns, typed_cells, without_null_values, written_cells
+from torchdlrm.features.columns import Column, Feature, LabelColumn, SparseColumn
 from torchdlrm.features.kinds import FLOAT
-from torchdlrm.features.schema import Column, Feature, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.shared_rows import Part, Row, cells_of, parts_of
 
 MAX_CELL_CHARACTERS = 1 << 16  # or values, where the cell is a list

@@ -16,15 +16,8 @@ from typing import Literal
 
 from torchdlrm.data.log.names import found_by_name, ignored
 from torchdlrm.errors import LogError
-from torchdlrm.features.schema import (
-    Column,
-    DenseColumn,
-    FeatureSchema,
-    IgnoredColumn,
-    LabelColumn,
-    SparseColumn,
-    WeightColumn,
-)
+from torchdlrm.features.columns import Column, DenseColumn, IgnoredColumn, LabelColumn, SparseColumn, WeightColumn
+from torchdlrm.features.schema import FeatureSchema
 
 LogFormat = Literal["log", "csv", "tsv"]
 _LINES_LOOKED_AT = 100

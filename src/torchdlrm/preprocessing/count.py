@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from torchdlrm.data.splits import RowSplit
-from torchdlrm.features.schema import SparseColumn
+from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.transforms import Moments
 from torchdlrm.features.vocabulary import UNKNOWN_ID, VocabularyWriter, number_values, rank_counts, typed_values
 from torchdlrm.files import replacing

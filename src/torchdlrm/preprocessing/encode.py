@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from torchdlrm.data.dataset import write_part
 from torchdlrm.data.splits import SPLIT_NAMES, RowSplit, SplitCodes, buckets, order_in_bucket
+from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.encode import encode_dense
-from torchdlrm.features.schema import FeatureSchema, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_hash import hashed_ids
 from torchdlrm.files import replacing

@@ -31,7 +31,8 @@ from torchdlrm.data.log.names import extra_columns, schema_of_file
 from torchdlrm.data.log.parquet import plan_row_groups
 from torchdlrm.data.splits import SPLIT_NAMES, RowSplit
 from torchdlrm.features.bad_rows import BadRows
-from torchdlrm.features.schema import FeatureSchema, SparseColumn
+from torchdlrm.features.columns import SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import TRANSFORMS, DenseTransform, Moments
 from torchdlrm.features.vocabulary import MAX_ID
 from torchdlrm.preprocessing.count import (

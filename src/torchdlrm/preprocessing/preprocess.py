@@ -16,7 +16,8 @@ from torchdlrm.data.dataset import MANIFEST_NAME, Dataset, Manifest
 from torchdlrm.data.log.files import LogFile, find_files
 from torchdlrm.data.log.sniff import check_layout
 from torchdlrm.errors import DatasetError, LogError
-from torchdlrm.features.schema import FeatureSchema, SparseColumn
+from torchdlrm.features.columns import SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import load_schema
 from torchdlrm.files import sha256_of, sync
 from torchdlrm.preprocessing.executors import start_workers

@@ -16,7 +16,7 @@ import polars as pl
 import pyarrow as pa
 
 from torchdlrm.data.splits import RowSplit
-from torchdlrm.features.schema import SparseColumn
+from torchdlrm.features.columns import SparseColumn
 from torchdlrm.preprocessing.count import ValueRange, summed, training_values
 from torchdlrm.preprocessing.executors import Task, Workers
 from torchdlrm.preprocessing.read import ChunkFile

@@ -25,7 +25,8 @@ from torchdlrm.data.log.files import LogFile, reading
 from torchdlrm.data.log.parquet import read_row_groups
 from torchdlrm.data.log.text import ParsedChunk, parse_chunk
 from torchdlrm.data.splits import RowSplit, SplitCodes
-from torchdlrm.features.schema import FeatureSchema, SparseColumn
+from torchdlrm.features.columns import SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.value_hash import hash_values
 from torchdlrm.files import replacing
 from torchdlrm.preprocessing.work_folder import Result, write_sections

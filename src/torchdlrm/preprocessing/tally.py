@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchdlrm.data.dataset import FileRecord, SplitRecord
-from torchdlrm.features.schema import LabelColumn, SparseColumn
+from torchdlrm.features.columns import LabelColumn, SparseColumn
 from torchdlrm.features.vocabulary import UNKNOWN_ID
 
 Histogram = Counter[int]  # bin -> values

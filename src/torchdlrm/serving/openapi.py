@@ -7,7 +7,7 @@ holds the server to it.
 from typing import Any
 
 from torchdlrm import __version__
-from torchdlrm.features.schema import Feature, SparseColumn
+from torchdlrm.features.columns import Feature, SparseColumn
 from torchdlrm.serving.open_inference.columns import OUTPUT
 from torchdlrm.serving.open_inference.tensors import DATATYPES
 from torchdlrm.serving.service import Service

@@ -3,7 +3,7 @@
 from http import HTTPStatus
 
 from torchdlrm.errors import TorchDLRMError
-from torchdlrm.features.schema import SparseColumn
+from torchdlrm.features.columns import SparseColumn
 
 MAX_VALUES = 1 << 19  # of all that a request may have in JSON; of a column, in all of its lists
 

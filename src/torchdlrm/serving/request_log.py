@@ -28,7 +28,8 @@ import polars as pl
 
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.cells import written_cells
-from torchdlrm.features.schema import FeatureSchema, TimeColumn
+from torchdlrm.features.columns import TimeColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.files import replacing
 from torchdlrm.serving.batcher import BatchReport
 from torchdlrm.serving.event_log import log_event, note_event

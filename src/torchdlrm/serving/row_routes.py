@@ -11,7 +11,8 @@ import polars as pl
 
 from torchdlrm.errors import shown
 from torchdlrm.features.cells import written_cells
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.shared_rows import Part, Row, SharedRows, parts_of
 from torchdlrm.serving.bodies import parse_json

@@ -22,7 +22,8 @@ from torchdlrm.data.log.names import extra_columns, schema_of_file
 from torchdlrm.data.log.text import parse_chunk
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRows
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, criteo_schema
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema, criteo_schema
 from torchdlrm.prediction.rows_in import RowsIn
 
 SCHEMA = FeatureSchema(

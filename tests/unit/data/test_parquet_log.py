@@ -12,7 +12,8 @@ from predicted import rows_of_request
 from torchdlrm.data.log.files import find_files
 from torchdlrm.data.log.parquet import plan_row_groups, read_row_groups
 from torchdlrm.errors import LogError
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.preprocessing.preprocess import preprocess, work_folder
 from torchdlrm.serving.open_inference.tensors import Tensor
 

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from torchdlrm.errors import SchemaError
 from torchdlrm.features.buckets import Buckets
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import load_schema
 
 INT64 = st.integers(-(2**63), 2**63 - 1)

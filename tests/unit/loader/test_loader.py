@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, criteo_schema
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema, criteo_schema
 from torchdlrm.loader.batch import RowGroup, batch_rows, epoch_order, num_batches, num_padding_rows, rank_rows
 from torchdlrm.loader.loader import Loader
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess

@@ -14,7 +14,8 @@ import pytest
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, WeightColumn, criteo_schema
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn, WeightColumn
+from torchdlrm.features.schema import FeatureSchema, criteo_schema
 from torchdlrm.loader import shared
 from torchdlrm.loader.loader import Loader
 from torchdlrm.loader.row_groups import RowGroupReader

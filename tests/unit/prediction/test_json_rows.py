@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from torchdlrm.data.log.text import parse_chunk
 from torchdlrm.errors import RowError
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn
+from torchdlrm.features.columns import DenseColumn, IgnoredColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.json_rows import RowReader
 
 SCHEMA = FeatureSchema(

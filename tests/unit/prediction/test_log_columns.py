@@ -5,14 +5,8 @@ from pathlib import Path
 import pytest
 
 from torchdlrm.errors import LogError
-from torchdlrm.features.schema import (
-    DenseColumn,
-    FeatureSchema,
-    IgnoredColumn,
-    LabelColumn,
-    SparseColumn,
-    TimeColumn,
-)
+from torchdlrm.features.columns import DenseColumn, IgnoredColumn, LabelColumn, SparseColumn, TimeColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.log_columns import columns_of_names, columns_of_text, schema_for_format
 
 SCHEMA = FeatureSchema(

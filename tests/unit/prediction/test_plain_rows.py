@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torchdlrm.bundle.bundle import PlainIds
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.errors import RowError
+from torchdlrm.features.columns import DenseColumn, IgnoredColumn, LabelColumn, SparseColumn
 from torchdlrm.features.encode import encode
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import TRANSFORMS, Standardize
 from torchdlrm.features.value_index import ValueIndex, write_index
 from torchdlrm.features.vocabulary import Vocabulary, number_values, rank_counts

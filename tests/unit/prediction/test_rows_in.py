@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchdlrm.errors import LogError
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, IgnoredColumn, LabelColumn, SparseColumn
+from torchdlrm.features.columns import DenseColumn, IgnoredColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.rows_in import STANDARD_INPUT, RowsIn
 
 SCHEMA = FeatureSchema(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.kinds import KINDS
-from torchdlrm.features.schema import SparseColumn
 from torchdlrm.features.transforms import Moments, Standardize
 from torchdlrm.features.value_hash import hash_values, hashed_ids
 from torchdlrm.features.vocabulary import Vocabulary, number_values, rank_counts

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from torchdlrm.data.splits import SplitBounds
-from torchdlrm.features.schema import SparseColumn
+from torchdlrm.features.columns import SparseColumn
 from torchdlrm.preprocessing.count import ValueRange
 from torchdlrm.preprocessing.quantiles import fit_quantiles, sort_values
 from torchdlrm.preprocessing.read import ChunkFile, encode_column

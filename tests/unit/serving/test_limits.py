@@ -6,7 +6,8 @@ import tracemalloc
 
 import pytest
 
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.shared_rows import SharedRows
 from torchdlrm.serving.bodies import parse_json
 from torchdlrm.serving.open_inference.http import parse_infer

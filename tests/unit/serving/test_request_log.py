@@ -13,7 +13,8 @@ from torchdlrm.data.log.files import find_files
 from torchdlrm.data.log.parquet import read_row_groups
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.bad_rows import BadRows
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn, TimeColumn
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn, TimeColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.serving import request_log
 from torchdlrm.serving.batcher import BatchReport
 from torchdlrm.serving.request_log import RequestLog, check_loggable

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from predicted import rows_of_request
 from torchdlrm.errors import RowError
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.json_rows import RowReader
 from torchdlrm.serving.open_inference.tensors import NUMBER_TYPES, Tensor, from_bytes, from_json
 from torchdlrm.serving.refusals import RefusedRequest

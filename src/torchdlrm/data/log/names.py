@@ -11,7 +11,8 @@ from contextlib import suppress
 from torchdlrm.data.log.cut import read_header
 from torchdlrm.data.log.files import LogFile, open_text
 from torchdlrm.errors import LogError
-from torchdlrm.features.schema import Column, FeatureSchema, IgnoredColumn
+from torchdlrm.features.columns import Column, IgnoredColumn
+from torchdlrm.features.schema import FeatureSchema
 
 _MOST_NAMES_TOLD = 100
 _EXTRA = "@"  # no column of a schema is called so

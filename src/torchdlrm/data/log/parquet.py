@@ -23,8 +23,9 @@ from torchdlrm.data.log.text import ParsedChunk
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.cells import to_typed_columns
+from torchdlrm.features.columns import Column, SparseColumn, TimeColumn
 from torchdlrm.features.kinds import FLOAT, KINDS, map_lists
-from torchdlrm.features.schema import Column, FeatureSchema, SparseColumn, TimeColumn
+from torchdlrm.features.schema import FeatureSchema
 
 _LIST_TYPES = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _CELL_TYPES = (

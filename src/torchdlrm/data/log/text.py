@@ -19,7 +19,8 @@ from torchdlrm.data.log.cut import BYTE_ORDER_MARK, MAX_ROW_BYTES
 from torchdlrm.data.log.quotes import find_quoted
 from torchdlrm.features.bad_rows import BadRow, BadRows
 from torchdlrm.features.cells import text_frame, to_typed_columns
-from torchdlrm.features.schema import FeatureSchema, IgnoredColumn
+from torchdlrm.features.columns import IgnoredColumn
+from torchdlrm.features.schema import FeatureSchema
 
 _COUNT_BLOCK_BYTES = 256 << 10
 _SHOWN_BYTES = 400  # of a cell that is at fault

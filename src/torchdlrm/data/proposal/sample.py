@@ -30,7 +30,8 @@ from torchdlrm.data.log.text import ParsedChunk, parse_chunk
 from torchdlrm.data.proposal.facts import USUAL_NULLS
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRow, BadRows, describe_bad_rows
-from torchdlrm.features.schema import FeatureSchema, SparseColumn, TimeColumn, criteo_schema
+from torchdlrm.features.columns import SparseColumn, TimeColumn
+from torchdlrm.features.schema import FeatureSchema, criteo_schema
 from torchdlrm.units import show_bytes
 
 NUM_PLACES = 16

@@ -13,7 +13,8 @@ import polars as pl
 
 from torchdlrm.data.splits import SplitName
 from torchdlrm.errors import LogError
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 
 BLOCK_ROWS = 1 << 16
 

@@ -21,7 +21,8 @@ import polars as pl
 from torchdlrm.errors import shown
 from torchdlrm.features.bad_rows import REASONS, BadRows
 from torchdlrm.features.cells import to_typed_columns, without_null_values
-from torchdlrm.features.schema import DenseColumn, Feature, FeatureSchema, SparseColumn
+from torchdlrm.features.columns import DenseColumn, Feature, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS, too_long
 from torchdlrm.prediction.predictor import Rows
 from torchdlrm.serving.open_inference.tensors import BYTES, Tensor, check_shape

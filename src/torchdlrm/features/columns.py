@@ -1,0 +1,282 @@
+"""Defines the columns of a click log: one class for each role, with all that a schema says of such a column.
+
+Out: the columns that a `torchdlrm.features.schema.FeatureSchema` is made of; docs/preprocessing.md describes every key.
+"""
+
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
+
+import polars as pl
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from torchdlrm.features.buckets import Buckets
+from torchdlrm.features.kinds import KINDS, DenseKindName, SparseKindName, ValueKind
+from torchdlrm.features.transforms import TransformName
+
+_BUCKET_SUFFIX = "_bucket"
+_WEIGHTS_SUFFIX = "_weights"
+
+ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+def _as_texts(given: object) -> object:
+    """One value or a list of them, as texts: a log is text, so `1`, `"1"` and `["1"]` say the same."""
+    several = given if isinstance(given, list | tuple) else [given]
+    return tuple(
+        str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
+        for value in several
+    )
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
+
+
+class Frozen(BaseModel):
+    """A part of a schema: no other keys, no guesses at types, no changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Column(Frozen):
+    """What every column has.
+
+    `header_name` is its name in the log, where that differs from `name`.  `null_values` are texts that stand for a
+    missing value, as an empty cell does; where a column has none of its own, they are those of the file.
+    """
+
+    name: ColumnName
+    header_name: str | None = None
+    null_values: Texts | None = None
+
+    @property
+    def log_name(self) -> str:
+        """The column's name in the log's header, or in a Parquet file."""
+        return self.name if self.header_name is None else self.header_name
+
+
+class LabelColumn(_Column):
+    """Whether the row was clicked: 0 or 1, true or false; with `threshold`, a number that must reach it.
+
+    With `positive`, these values are clicks; the others are none, or, with `negative`, these alone are none.
+    """
+
+    role: Literal["label"] = "label"
+    threshold: float | None = None
+    positive: Annotated[Texts, Field(min_length=1)] | None = None
+    negative: Annotated[Texts, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.threshold is not None and self.positive is not None:
+            msg = "has threshold and positive; one of them says what a click is"
+            raise ValueError(msg)
+        if self.negative is not None and self.positive is None:
+            msg = "negative needs positive, the values that are clicks"
+            raise ValueError(msg)
+        if both := set(self.positive or ()) & set(self.negative or ()):
+            msg = f"{', '.join(sorted(both))} stands in positive and in negative"
+            raise ValueError(msg)
+        return self
+
+
+class WeightColumn(_Column):
+    """How much the row counts, in the loss and in every metric: a finite number of at least 0."""
+
+    role: Literal["weight"] = "weight"
+
+
+class _FeatureColumn(_Column):
+    """A column that the model reads."""
+
+    if TYPE_CHECKING:
+        kind: str  # not a field of this class, so that the kind stands behind the role
+
+    @property
+    def is_multi_valued(self) -> bool:
+        """Whether a cell holds a list of values."""
+        return False
+
+    @property
+    def value_kind(self) -> ValueKind:
+        """What is true of every value of the column."""
+        return KINDS[self.kind]
+
+    @property
+    def dtype(self) -> pl.DataType:
+        """The type of the typed column."""
+        one = self.value_kind.dtype()
+        return pl.List(one) if self.is_multi_valued else one
+
+
+MinCount = Annotated[int, Field(ge=1)]
+# In the files of datasets and bundles it keeps its old name.
+MaxEmbeddings = Annotated[
+    int | None, Field(ge=2, validation_alias=AliasChoices("max_embeddings", "max_rows"), serialization_alias="max_rows")
+]
+HashSize = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class DenseColumn(_FeatureColumn):
+    """A number, `float` or `int` of 64 bits; `torchdlrm.features.transforms` says what becomes of it.
+
+    With `buckets` it is a sparse feature as well, NAME_bucket; `min_count`, `max_embeddings` and `hash` are of that.
+    """
+
+    role: Literal["dense"] = "dense"
+    kind: DenseKindName = "float"
+    transform: TransformName = "log_plus_3"
+    buckets: Buckets | None = None
+    min_count: MinCount | None = None
+    max_embeddings: MaxEmbeddings = None
+    hash: HashSize | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.buckets is None:
+            given = [key for key in ("min_count", "max_embeddings", "hash") if getattr(self, key) is not None]
+            if given:
+                msg = f"{given[0]} is for the sparse feature that `buckets` makes of a dense column, and it has none"
+                raise ValueError(msg)
+        _check_numbering(self)
+        return self
+
+
+class SparseColumn(_FeatureColumn):
+    """A categorical value: `hex` is up to 8 hexadecimal digits, `int` a 64-bit integer, `string` any text.
+
+    A column with a `value_separator` holds any number of values in a cell (in Parquet: a list), of which the first
+    `max_values` count; with a `weight_separator` each may end with it and a weight, which multiplies its embedding.
+    `min_count` and `max_embeddings` override the job's; `hash` numbers values by a hash into that many rows instead of
+    by a vocabulary.
+    """
+
+    role: Literal["sparse"] = "sparse"
+    kind: SparseKindName = "string"
+    value_separator: Annotated[str, Field(min_length=1)] | None = None
+    weight_separator: Annotated[str, Field(min_length=1)] | None = None
+    max_values: Annotated[int, Field(ge=1)] | None = None
+    min_count: MinCount | None = None
+    max_embeddings: MaxEmbeddings = None
+    hash: HashSize | None = None
+    buckets: Buckets | None = None
+
+    @property
+    def raw_name(self) -> str:
+        """The column of raw rows that it is made of."""
+        return self.name
+
+    @property
+    def vocabulary_kind(self) -> SparseKindName:
+        """The kind of the values that get ids: of buckets their numbers."""
+        return self.kind if self.buckets is None else "int"
+
+    @property
+    def vocabulary_dtype(self) -> type[pl.DataType]:
+        """The type of the values that get ids."""
+        return KINDS[self.vocabulary_kind].dtype
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether its buckets are quantiles of the training rows."""
+        return self.buckets is not None and self.buckets.needs_fit
+
+    def categories(self, values: pl.Series) -> pl.Series:
+        """What gets ids: the column's values themselves (one a row), or which buckets they fall in."""
+        if self.buckets is None:
+            return values
+        return self.buckets.bucketing.of_column(values.cast(pl.Float64) if self.kind == "float" else values)
+
+    @property
+    def is_multi_valued(self) -> bool:
+        """Whether a cell holds a list of values."""
+        return self.value_separator is not None
+
+    @property
+    def weights_name(self) -> str | None:
+        """The column of the values' weights in encoded rows, next to that of their ids; None without weights."""
+        return None if self.weight_separator is None else f"{self.name}{_WEIGHTS_SUFFIX}"
+
+    @property
+    def encoded_names(self) -> tuple[str, ...]:
+        """Its columns in encoded rows."""
+        return (self.name,) if self.weights_name is None else (self.name, self.weights_name)
+
+    @property
+    def dtype(self) -> pl.DataType:
+        """The type of the typed column."""
+        if self.weight_separator is None:
+            return super().dtype
+        return pl.List(pl.Struct({"value": self.value_kind.dtype, "weight": pl.Float32}))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_values is not None and self.value_separator is None:
+            msg = "max_values needs value_separator, the text between two values of a cell"
+            raise ValueError(msg)
+        if self.weight_separator is not None and self.weight_separator == (self.value_separator or ""):
+            msg = "weight_separator must be another text than value_separator"
+            raise ValueError(msg)
+        if self.weight_separator is not None and self.value_separator is None:
+            msg = "weight_separator needs value_separator, the text between two values of a cell"
+            raise ValueError(msg)
+        if self.kind == "float" and self.buckets is None:
+            msg = 'kind float needs buckets, such as "log_square", which make categories of numbers'
+            raise ValueError(msg)
+        if self.buckets is not None and self.kind not in ("int", "float"):
+            msg = f"buckets are for numbers, kind int or float, and its kind is {self.kind}"
+            raise ValueError(msg)
+        _check_numbering(self)
+        return self
+
+
+def _check_numbering(column: DenseColumn | SparseColumn) -> None:
+    if column.hash is not None and (column.min_count is not None or column.max_embeddings is not None):
+        msg = "hash goes without min_count and max_embeddings, which are for vocabularies"
+        raise ValueError(msg)
+
+
+class BucketFeature(SparseColumn):
+    """The sparse feature that `buckets` makes of a dense column; no column of the log by itself."""
+
+    raw: ColumnName
+
+    @property
+    def raw_name(self) -> str:
+        """The dense column."""
+        return self.raw
+
+
+@cache
+def bucket_feature(column: DenseColumn) -> BucketFeature:
+    """The sparse feature that the buckets of a dense column are."""
+    return BucketFeature(
+        name=column.name + _BUCKET_SUFFIX,
+        kind=column.kind,
+        null_values=column.null_values,
+        buckets=column.buckets,
+        min_count=column.min_count,
+        max_embeddings=column.max_embeddings,
+        hash=column.hash,
+        raw=column.name,
+    )
+
+
+Feature = DenseColumn | SparseColumn
+
+
+class TimeColumn(_Column):
+    """The column that orders the rows in time: a number, or `datetime`, text as ISO 8601 writes it."""
+
+    role: Literal["time"] = "time"
+    kind: Literal["int", "float", "datetime"] = "int"
+
+
+class IgnoredColumn(_Column):
+    """A column of the log that is not used."""
+
+    role: Literal["ignore"] = "ignore"
+
+
+_AnyColumn = LabelColumn | DenseColumn | SparseColumn | TimeColumn | WeightColumn | IgnoredColumn
+Column = Annotated[_AnyColumn, Field(discriminator="role")]
+ROLES: dict[str, type[_Column]] = {kind.model_fields["role"].default: kind for kind in get_args(_AnyColumn)}
