@@ -113,7 +113,8 @@ def by_tensors(bundle, log):
                 values = pl.Series([math.nan if cell is None else float(cell) for cell in cells])
                 tensors.append(Tensor(column.name, "FP64", (len(rows),), values))
             else:
-                values = pl.Series(cells, dtype=pl.String)
+                texts = ["|".join(map(str, cell)) if isinstance(cell, list) else cell for cell in cells]
+                values = pl.Series([text if text is None else str(text) for text in texts], dtype=pl.String)
                 tensors.append(Tensor(column.name, "BYTES", (len(rows),), values))
         encoded = predictor.encode(rows_of_request(tensors, predictor.schema, len(rows)))
         found.append(predictor.predict_encoded(encoded).probabilities)
