@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import count
 from types import FrameType
 from typing import Any
 
@@ -110,6 +111,9 @@ _SIGNS_OF_A_LOST_PROCESS = (
 )
 
 
+_groups_of_this_process = count()
+
+
 @contextmanager
 def join_process_group(
     timeout_s: float = 600.0,
@@ -210,17 +214,18 @@ def _device_and_settings(
 
 
 def _form_group(backend: str, device: torch.device, timeout_s: float, describe: Callable[[], Settings]) -> None:
-    """Connect to the other processes, under keys of the store that no earlier start of the job has used.
+    """Connect to the other processes, under keys of the store that no earlier start or group of the job has used.
 
-    The launcher's store outlives the processes. With the keys of a start before, gloo may find the address of a process
-    that is dead, and both sides wait until the timeout.
+    The launcher's store outlives the processes and their groups. With the keys of one before, gloo may find an address
+    where nobody listens any more: of a process that is dead, or of this one when it trained something else.
     """
     store, rank, world_size = next(rendezvous("env://"))
     is_one_node = world_size == int(os.environ["LOCAL_WORLD_SIZE"])
     if is_one_node:
-        start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        start = f"{restarts}-{next(_groups_of_this_process)}"
     else:  # agents of several nodes count restarts each for itself: count who has come instead
-        start = (store.add("torchdlrm/processes", 1) - 1) // world_size
+        start = str((store.add("torchdlrm/processes", 1) - 1) // world_size)
     store = dist.PrefixStore(f"torchdlrm/start-{start}", store)  # type: ignore[attr-defined]
     if not is_one_node:
         settings = dist.PrefixStore("settings", store)  # type: ignore[attr-defined]
