@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchdlrm.bundle.apply import apply_delta as apply_delta
     from torchdlrm.bundle.bundle import Bundle as Bundle
     from torchdlrm.config import Config as Config
     from torchdlrm.config import load_config as load_config
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES_OF = {
+    "bundle.apply": ("apply_delta",),
     "bundle.bundle": ("Bundle",),
     "config": ("Config", "load_config"),
     "data.dataset": ("Dataset",),

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from torchdlrm.bundle import TablePrecision
 from torchdlrm.bundle.manifest import (
-    MANIFEST_NAME,
     WEIGHTS_NAME,
     BundleManifest,
     Origin,
@@ -117,7 +116,7 @@ def write_random_bundle(
         block_bytes=BLOCK_BYTES,
         block_sha256=block_sha256,
     )
-    (path / MANIFEST_NAME).write_text(manifest.sealed().to_json(), encoding="utf-8")
+    manifest.write(path)
     return path
 
 

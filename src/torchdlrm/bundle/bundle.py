@@ -124,12 +124,7 @@ class Bundle:
         if manifest.block_bytes != BLOCK_BYTES or WEIGHTS_NAME not in manifest.files:
             msg = f"{path}: block_bytes is {manifest.block_bytes:,}, not {BLOCK_BYTES:,}, or {WEIGHTS_NAME} is missing"
             raise BundleError(msg)
-        used = [path for record in manifest.sparse.values() for path in (record.vocabulary, record.index) if path]
-        wrong = sorted({*used} - manifest.files.keys())
-        wrong += [name for name in manifest.files if Path(name).is_absolute() or ".." in Path(name).parts]
-        if wrong:
-            msg = f"{path}: bundle.json names {', '.join(wrong)[:200]}, without a checksum or outside of the folder"
-            raise BundleError(msg)
+        manifest.check_names(path)
         for name, record in manifest.files.items():
             _check_size(path, name, record)
         weights_bytes = manifest.files[WEIGHTS_NAME].size_bytes

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -35,11 +35,91 @@ def oldest_version(schema: FeatureSchema, model: ModelConfig, model_class: Model
     return _WITHOUT_MODEL_CLASS if model_class is None else _WITH_MODEL_CLASS
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """What is read from JSON, and not changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
-class StoredFile(_Frozen):
+class SealedJson(Frozen):
+    """A JSON file with a checksum of its own content.
+
+    Attributes:
+        format: what the file is.
+        format_version: of that; newer ones are refused.
+        content_sha256: of this JSON without this key.
+    """
+
+    _file_name: ClassVar[str]
+    _newest_version: ClassVar[int]
+    _kind: ClassVar[str]
+    _how_to_make_one: ClassVar[str]
+
+    format: str
+    format_version: int
+    content_sha256: str = ""
+
+    def sealed(self) -> Self:
+        """The same with its `content_sha256`."""
+        text = json.dumps(self._content() | {"content_sha256": ""}, ensure_ascii=False)
+        return self.model_copy(update={"content_sha256": hashlib.sha256(text.encode()).hexdigest()})
+
+    def to_json(self) -> str:
+        """The text of the file; the same content gives the same text."""
+        return json.dumps(self._content(), indent=1, ensure_ascii=False) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Write the file to its folder, sealed."""
+        (folder / self._file_name).write_text(self.sealed().to_json(), encoding="utf-8")
+
+    def _content(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """What is in a folder, with every bit of its JSON file checked.
+
+        Raises:
+            BundleError: there is no such file, it is damaged, or its format is newer than this program.
+        """
+        path = folder / cls._file_name
+        try:
+            size_bytes = regular_file(folder, cls._file_name).stat().st_size
+            if size_bytes > _MAX_BYTES:
+                raise BundleError(_damaged(path, f"{size_bytes:,} bytes long"))
+            text = path.read_bytes().decode("utf-8")
+            content = json.loads(text)
+        except FileNotFoundError as error:
+            no_one = f"has no {cls._file_name}, so it is no {cls._kind}"
+            found = no_one if folder.is_dir() else "is not a folder"
+            msg = f"{folder}: {found}; make one with `{cls._how_to_make_one.format(folder)}`"
+            raise BundleError(msg) from error
+        except OSError as error:
+            msg = f"{path}: cannot be read: {error}"
+            raise BundleError(msg) from error
+        except BundleError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise BundleError(_damaged(path, f"not JSON ({error})")) from error
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version > cls._newest_version:
+            msg = (
+                f"{path}: format_version is {version}, and this version of torchdlrm reads up to "
+                f"{cls._newest_version}; use the version that wrote it, or export the run again with this one"
+            )
+            raise BundleError(msg)
+        try:
+            manifest = cls.model_validate(content)
+        except ValidationError as error:
+            lines = [line[:_MAX_PROBLEM_LENGTH] for line in problems(error)[:_MAX_PROBLEMS]]
+            raise BundleError("\n".join([_damaged(path, "not what was written"), *lines])) from error
+        # Whatever bit is flipped, either the text is no longer what this content gives, or the content has another sum.
+        if manifest.to_json() != text or manifest.sealed().content_sha256 != manifest.content_sha256:
+            raise BundleError(_damaged(path, "its checksum is not that of its content"))
+        return manifest
+
+
+class StoredFile(Frozen):
     """A file of the bundle."""
 
     size_bytes: Annotated[int, Field(ge=0)]
@@ -52,7 +132,7 @@ class StoredFile(_Frozen):
         return cls(size_bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
-class ServedFeature(_Frozen):
+class ServedFeature(Frozen):
     """A sparse feature.
 
     Attributes:
@@ -68,7 +148,7 @@ class ServedFeature(_Frozen):
     index: str | None = None
 
 
-class Origin(_Frozen):
+class Origin(Frozen):
     """Where the weights came from.
 
     Attributes:
@@ -87,14 +167,14 @@ class Origin(_Frozen):
     versions: dict[str, str]
 
 
-class PredictionRecord(_Frozen):
+class PredictionRecord(Frozen):
     """How good predictions are on the rows of the check."""
 
     auc: float | None
     logloss: float
 
 
-class CheckRecord(_Frozen):
+class CheckRecord(Frozen):
     """The check at the end of the export: the same rows by the checkpoint and by the bundle.
 
     Attributes:
@@ -114,7 +194,7 @@ class CheckRecord(_Frozen):
     bundle: PredictionRecord
 
 
-class BundleManifest(_Frozen):
+class BundleManifest(SealedJson):
     """What `bundle.json` holds.
 
     Attributes:
@@ -133,9 +213,13 @@ class BundleManifest(_Frozen):
         files: every file but this one, by its path within the bundle.
     """
 
+    _file_name: ClassVar[str] = MANIFEST_NAME
+    _newest_version: ClassVar[int] = FORMAT_VERSION
+    _kind: ClassVar[str] = "bundle"
+    _how_to_make_one: ClassVar[str] = "dlrm export RUN --out {}"
+
     format: Literal["torchdlrm-bundle"] = "torchdlrm-bundle"
     format_version: int = _WITHOUT_MODEL_CLASS
-    content_sha256: str = ""
     name: str
     feature_schema: FeatureSchema = Field(alias="schema")
     dense: dict[str, FittedDense]
@@ -188,6 +272,19 @@ class BundleManifest(_Frozen):
         check_features(model, num_embeddings, [column.name for column in schema.sparse if column.is_multi_valued])
         return self
 
+    def check_names(self, folder: Path) -> None:
+        """See that files which are named have checksums, and lie in the folder.
+
+        Raises:
+            BundleError: one has none, or does not.
+        """
+        used = [path for record in self.sparse.values() for path in (record.vocabulary, record.index) if path]
+        wrong = sorted({*used} - self.files.keys())
+        wrong += [name for name in self.files if Path(name).is_absolute() or ".." in Path(name).parts]
+        if wrong:
+            msg = f"{folder}: bundle.json names {', '.join(wrong)[:200]}, without a checksum or outside of the folder"
+            raise BundleError(msg)
+
     @property
     def tables(self) -> list[FeatureTable]:
         """The tables of all features."""
@@ -198,17 +295,8 @@ class BundleManifest(_Frozen):
         """Changes with any byte of the bundle."""
         return self.content_sha256[:_VERSION_DIGITS]
 
-    def sealed(self) -> Self:
-        """The same with its `content_sha256`."""
-        text = json.dumps(self._content() | {"content_sha256": ""}, ensure_ascii=False)
-        return self.model_copy(update={"content_sha256": hashlib.sha256(text.encode()).hexdigest()})
-
-    def to_json(self) -> str:
-        """The text of `bundle.json`; the same content gives the same text."""
-        return json.dumps(self._content(), indent=1, ensure_ascii=False) + "\n"
-
     def _content(self) -> dict[str, Any]:
-        content = self.model_dump(mode="json", by_alias=True)
+        content = super()._content()
         if self.source.checkpoint is None:
             del content["source"]["checkpoint"]
         if self.model_class is None:
@@ -217,48 +305,6 @@ class BundleManifest(_Frozen):
             del content["model"]["interaction"]
         content["schema"] = self.feature_schema.model_dump(mode="json", by_alias=True, exclude_none=True)
         return content
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """What is in a bundle's folder, with every bit of `bundle.json` checked.
-
-        Raises:
-            BundleError: there is no bundle, `bundle.json` is damaged, or its format is newer than this program.
-        """
-        path = folder / MANIFEST_NAME
-        try:
-            size_bytes = regular_file(folder, MANIFEST_NAME).stat().st_size
-            if size_bytes > _MAX_BYTES:
-                raise BundleError(_damaged(path, f"{size_bytes:,} bytes long"))
-            text = path.read_bytes().decode("utf-8")
-            content = json.loads(text)
-        except FileNotFoundError as error:
-            found = f"has no {MANIFEST_NAME}, so it is no bundle" if folder.is_dir() else "is not a folder"
-            msg = f"{folder}: {found}; make one with `dlrm export RUN --out {folder}`"
-            raise BundleError(msg) from error
-        except OSError as error:
-            msg = f"{path}: cannot be read: {error}"
-            raise BundleError(msg) from error
-        except BundleError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise BundleError(_damaged(path, f"not JSON ({error})")) from error
-        version = content.get("format_version") if isinstance(content, dict) else None
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            msg = (
-                f"{path}: format_version is {version}, and this version of torchdlrm reads up to {FORMAT_VERSION}; "
-                "use the version that wrote it, or export the run again with this one"
-            )
-            raise BundleError(msg)
-        try:
-            manifest = cls.model_validate(content)
-        except ValidationError as error:
-            lines = [line[:_MAX_PROBLEM_LENGTH] for line in problems(error)[:_MAX_PROBLEMS]]
-            raise BundleError("\n".join([_damaged(path, "not what was written"), *lines])) from error
-        # Whatever bit is flipped, either the text is no longer what this content gives, or the content has another sum.
-        if manifest.to_json() != text or manifest.sealed().content_sha256 != manifest.content_sha256:
-            raise BundleError(_damaged(path, "its checksum is not that of its content"))
-        return manifest
 
 
 def _damaged(path: Path, why: str) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
 import torch
@@ -104,8 +104,7 @@ class WeightsWriter:
     def _write(self, piece: memoryview) -> None:
         while piece:
             part = piece[: BLOCK_BYTES - self._block_filled]
-            for start in range(0, len(part), _WRITE_BYTES):
-                self._file.write(part[start : start + _WRITE_BYTES])
+            write_in_pieces(self._file, part)
             self._whole.update(part)
             self._block.update(part)
             self._block_filled += len(part)
@@ -113,6 +112,12 @@ class WeightsWriter:
                 self.block_sha256.append(self._block.hexdigest())
                 self._block, self._block_filled = hashlib.sha256(), 0
             piece = piece[len(part) :]
+
+
+def write_in_pieces(file: BinaryIO, data: memoryview) -> None:
+    """Write bytes so that a lookup in the mapped file makes few of them resident."""
+    for start in range(0, len(data), _WRITE_BYTES):
+        file.write(data[start : start + _WRITE_BYTES])
 
 
 class MappedWeights:

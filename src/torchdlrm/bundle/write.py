@@ -7,7 +7,7 @@ float32 and quantised, whatever the size of the tables and the number of ranks t
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -29,11 +29,16 @@ from torchdlrm.units import show_bytes
 
 _BLOCK_BYTES = 32 * 2**20
 _VOCABULARY_FOLDER = "vocabulary"
+_BUNDLE_NAMES = (MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME, _VOCABULARY_FOLDER)
 
 
 @contextmanager
-def complete_folder(path: Path) -> Iterator[Path]:
+def complete_folder(path: Path, names: Collection[str] = _BUNDLE_NAMES) -> Iterator[Path]:
     """A temporary folder to write to, renamed to `path` when all went well and removed otherwise.
+
+    Args:
+        path: the folder that is to be.
+        names: what is going to be in it; of a job that was killed, such remains are removed.
 
     Raises:
         BundleError: something is at `path`, or another process is writing it.
@@ -43,7 +48,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
         raise BundleError(msg)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        folder = claim_folder(partial, (MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME, _VOCABULARY_FOLDER))
+        folder = claim_folder(partial, names)
     except OSError as error:
         msg = f"`out`: cannot write to {path}: {error.strerror}"
         raise BundleError(msg) from error

@@ -10,6 +10,7 @@ def export(
     run: Path,
     *,
     out: Path,
+    delta_to: Path | None = None,
     dataset: Path | None = None,
     model_class: str | None = None,
     allow_changed_model_class: Flag = False,
@@ -21,6 +22,8 @@ def export(
     Args:
         run: Folder written by `dlrm train`.
         out: Folder to write; nothing may be there.
+        delta_to: Write what has changed since this bundle instead of a whole one; `dlrm apply` makes the bundle of it.
+            The model keeps that bundle's name unless --name says another.
         dataset: Where the dataset is now, if it has moved since the training.
         model_class: The model class that the run was trained with, FILE.py:NAME or MODULE:NAME; only where it is not
             the DLRM.
@@ -37,6 +40,7 @@ def export(
         exported = export_run(
             run,
             out,
+            delta_to=delta_to,
             options=options,
             dataset=dataset,
             model_class=model_class,
@@ -49,6 +53,14 @@ def export(
         print_precision_search(exported.search)
     print_check(bundle)
     say(f"matrix products: {bundle.manifest.dense_precision} ({exported.dense_reason})")
-    say(f"next: dlrm predict {out} ROWS, or dlrm serve {out}")
+    about = bundle_as_dict(bundle, exported.search)
+    if exported.delta is not None:
+        from torchdlrm.cli.apply import delta_as_dict, print_delta
+
+        print_delta(exported.delta)
+        say(f"next: dlrm apply {delta_to} {out} --out BUNDLE")
+        about |= {"path": str(out), "delta": delta_as_dict(exported.delta)}
+    else:
+        say(f"next: dlrm predict {out} ROWS, or dlrm serve {out}")
     if as_json:
-        print_json(bundle_as_dict(bundle, exported.search))
+        print_json(about)

@@ -23,11 +23,11 @@ _MAX_NAME_WIDTH = 16
 
 
 def inspect(folder: Path, *, values: int = 3, as_json: Json = False) -> None:
-    """Show what a dataset, a run or a bundle holds.
+    """Show what a dataset, a run, a bundle or a delta holds.
 
     Of a dataset: rows, click rates, tables, unknown and missing values. Of a run: how far it is, its checkpoints, its
-    evaluations. Of a bundle: tables and their precision, the check at the end of the export. All files are read and
-    their checksums compared.
+    evaluations. Of a bundle: tables and their precision, the check at the end of the export. Of a delta: which
+    bundles it is between, and what of each table changed. All files are read and their checksums compared.
 
     Args:
         folder: What to look at.
@@ -39,6 +39,7 @@ def inspect(folder: Path, *, values: int = 3, as_json: Json = False) -> None:
         raise UserError(msg)
     # The file that tells what a folder is -> what it is called, and who shows it.
     kinds: Mapping[str, tuple[str, Callable[[], None]]] = {
+        "delta.json": ("a delta", lambda: _show_delta(folder, as_json=as_json)),
         "dataset.json": ("a dataset", lambda: _show_dataset(folder, values, as_json=as_json)),
         "bundle.json": ("a bundle", lambda: _show_bundle(folder, as_json=as_json)),
         "environment.json": ("a run", lambda: _show_run(folder, as_json=as_json)),
@@ -154,6 +155,18 @@ def _show_bundle(folder: Path, *, as_json: bool) -> None:
     if manifest.model_class is not None:
         say(f"model class {manifest.model_class.name}: --model-class of whatever predicts")
     print_check(bundle)
+
+
+def _show_delta(folder: Path, *, as_json: bool) -> None:
+    """Print what a delta changes, after checking all of it."""
+    from torchdlrm.bundle.delta import Delta
+    from torchdlrm.cli.apply import delta_as_dict, print_delta
+
+    delta = Delta.open(folder)
+    if as_json:
+        print_json({"kind": "delta"} | delta_as_dict(delta))
+        return
+    print_delta(delta)
 
 
 def print_check(bundle: "Bundle") -> None:

@@ -52,12 +52,15 @@ app.command(
 )
 app.command("torchdlrm.cli.report:report", help="Write a run as one HTML page.")
 app.command("torchdlrm.cli.export:export", help="Turn a trained run into a bundle that predicts from raw rows.")
+app.command("torchdlrm.cli.apply:apply", help="Make a bundle of another one and a delta to it.")
 app.command("torchdlrm.cli.predict:predict", help="Predict every row of a raw log.")
 app.command("torchdlrm.cli.verify:verify", help="Compare checkpoint, bundle and server on the same raw rows.")
 app.command("torchdlrm.cli.serve:serve", help="Serve a bundle over HTTP and gRPC.")
 app.command("torchdlrm.cli.bench:bench", name="bench", help="Time the hot paths on this machine.")
 app.command("torchdlrm.cli.doctor:doctor", help="Show what this machine has, and try whether it works.")
-app.command("torchdlrm.cli.inspect:inspect", help="Show what a dataset, a run or a bundle holds, and check its files.")
+app.command(
+    "torchdlrm.cli.inspect:inspect", help="Show what a dataset, a run, a bundle or a delta holds, and check it."
+)
 
 
 def main() -> None:

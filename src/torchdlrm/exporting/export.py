@@ -3,8 +3,9 @@
 In: a run and the dataset it was trained on.  Out: the bundle's folder, complete and checked, or nothing.
 """
 
+import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from torchdlrm.bundle import DensePrecision, TablePrecision, check_model_name
+from torchdlrm.bundle.apply import DELTA_NAMES, FULL_NAME, write_delta
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.check import Tolerance, compare, tolerance
+from torchdlrm.bundle.delta import Delta
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import (
-    MANIFEST_NAME,
     SAMPLE_NAME,
     WEIGHTS_NAME,
     BundleManifest,
@@ -78,18 +80,21 @@ class Exported:
         checkpoint: that it was made of.
         search: what tables cost and save, where they were chosen by it.
         dense_reason: why the arches may compute in what they do, for people.
+        delta: what was written instead of the bundle, whose folder is gone then.
     """
 
     bundle: Bundle
     checkpoint: ChosenCheckpoint
     search: PrecisionSearch | None
     dense_reason: str
+    delta: Delta | None = None
 
 
 def export(
     run: Run | str | Path,
     out: str | Path,
     *,
+    delta_to: str | Path | None = None,
     options: ExportOptions = ExportOptions(),  # noqa: B008 - frozen
     dataset: Dataset | str | Path | None = None,
     model_class: ModelClass | None = None,
@@ -101,6 +106,8 @@ def export(
     Args:
         run: a run or its folder, trained on any number of ranks.
         out: the bundle's folder; nothing may be there.
+        delta_to: the folder of a bundle; then `out` is a delta, by which `apply_delta` makes the bundle of that one.
+            The model has its name, unless the options say another.
         options: what to export.
         dataset: what the run was trained on, or its folder; None: where it was then.
         model_class: that the run was trained with, where it was a class of somebody's own.
@@ -111,9 +118,39 @@ def export(
         ConfigError: the name cannot be a model's, or there is no such model class.
         RunError: the run has no such checkpoint, it is damaged, or of another model class; or its dataset has moved.
         DatasetError: the dataset is damaged, or has no rows to check with.
-        BundleError: `out` cannot be written, or the bundle predicts other than its precision explains.
+        BundleError: `out` cannot be written, or the bundle predicts other than its precision explains; or `delta_to`
+            is damaged.
     """
-    run, out = run if isinstance(run, Run) else Run.open(Path(run)), Path(out)
+    write = partial(
+        _export,
+        run,
+        dataset=dataset,
+        model_class=model_class,
+        allow_changed_model_class=allow_changed_model_class,
+        progress=progress,
+    )
+    if delta_to is None:
+        return write(Path(out), options=options)
+    base = Bundle.open(Path(delta_to), progress=progress)
+    with complete_folder(Path(out), DELTA_NAMES) as folder:
+        full = folder / FULL_NAME
+        exported = write(full, options=replace(options, name=options.name or base.name))
+        write_delta(base.path, full, folder, progress)
+        shutil.rmtree(full)
+    return replace(exported, delta=Delta.open(Path(out)))
+
+
+def _export(
+    run: Run | str | Path,
+    out: Path,
+    *,
+    options: ExportOptions,
+    dataset: Dataset | str | Path | None,
+    model_class: ModelClass | None,
+    allow_changed_model_class: bool,
+    progress: ProgressListener,
+) -> Exported:
+    run = run if isinstance(run, Run) else Run.open(Path(run))
     if not isinstance(dataset, Dataset):
         dataset = run.open_dataset(None if dataset is None else Path(dataset))
     name = options.name or out.resolve().name
@@ -158,7 +195,7 @@ def export(
             block_bytes=BLOCK_BYTES,
             block_sha256=block_sha256,
         )
-        _write_manifest(folder, manifest)
+        manifest.write(folder)
         bundle = Bundle.open(folder, model_class=model_class, progress=progress)
         served, by_table = ServedModel(bundle), list(precisions.values())
         progress.start_phase("check", min(options.check_rows, dataset.splits[split].rows))
@@ -175,7 +212,7 @@ def export(
         )
         _write_sample(dataset, split, bundle, served)
         files[SAMPLE_NAME] = StoredFile.of(folder / SAMPLE_NAME)
-        _write_manifest(folder, manifest.model_copy(update={"check": record, "files": files}))
+        manifest.model_copy(update={"check": record, "files": files}).write(folder)
     return Exported(Bundle.open(out, model_class=model_class, verify="lazy"), chosen, search, reason)
 
 
@@ -229,10 +266,6 @@ def _source(run: Run, chosen: ChosenCheckpoint) -> Origin:
         dataset_sha256=environment["dataset"]["manifest_sha256"],
         versions={name: environment[name] for name in ("torchdlrm", "torch", "torchrec", "fbgemm_gpu")},
     )
-
-
-def _write_manifest(folder: Path, manifest: BundleManifest) -> None:
-    (folder / MANIFEST_NAME).write_text(manifest.sealed().to_json(), encoding="utf-8")
 
 
 def _write_sample(dataset: Dataset, split: str, bundle: Bundle, model: ServedModel) -> None:

@@ -134,9 +134,7 @@ class VocabularyWriter:
                 pa.field("id", pa.int32(), nullable=False),
             ]
         )
-        self._writer = pq.ParquetWriter(
-            path, self._schema, compression="zstd", use_dictionary=False, write_page_checksum=True, store_schema=False
-        )
+        self._writer = _parquet_writer(path, self._schema)
         self._rest: pl.DataFrame | None = None
 
     def __enter__(self) -> Self:
@@ -162,6 +160,19 @@ class VocabularyWriter:
             column.rechunk().to_arrow().cast(field.type) for column, field in zip(columns, self._schema, strict=True)
         ]
         self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=_ROW_GROUP_ROWS)
+
+
+def write_rows(path: Path, rows: pa.Table) -> None:
+    """Write rows of a vocabulary's file, whatever their columns, as `VocabularyWriter` does: the same bytes."""
+    with _parquet_writer(path, rows.schema) as writer:
+        for start in range(0, rows.num_rows, _ROW_GROUP_ROWS):
+            writer.write_table(rows.slice(start, _ROW_GROUP_ROWS), row_group_size=_ROW_GROUP_ROWS)
+
+
+def _parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(
+        path, schema, compression="zstd", use_dictionary=False, write_page_checksum=True, store_schema=False
+    )
 
 
 def typed_values(table: pl.DataFrame, kind: SparseKindName) -> pl.DataFrame:

@@ -1,0 +1,468 @@
+"""Deltas: a bundle made of another one has the bytes of the whole export, however tables and vocabularies grew.
+
+Whatever a delta holds, and however right its checksums are: it is refused with one error, and nothing is left.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from crafted import copy, seal, write
+from torchdlrm.bench.random_bundle import write_random_bundle
+from torchdlrm.bundle import apply as applying
+from torchdlrm.bundle.apply import apply_delta, write_delta
+from torchdlrm.bundle.delta import Delta
+from torchdlrm.bundle.manifest import BundleManifest
+from torchdlrm.bundle.weights_file import MappedWeights
+from torchdlrm.cli.main import app
+from torchdlrm.config import ModelConfig, load_config
+from torchdlrm.errors import BundleError
+from torchdlrm.exporting.export import export
+from torchdlrm.exporting.options import ExportOptions
+from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
+from torchdlrm.training.job import train
+
+TABLE = "sparse_arch.embedding_bag_collection.embedding_bags.t_{}.weight"
+PRECISIONS = ["float32", "float16", "int8", "int4", "auto"]
+SCHEMA = FeatureSchema(
+    name="days",
+    columns=(
+        LabelColumn(name="label"),
+        DenseColumn(name="price", kind="float", transform="standardize"),
+        SparseColumn(name="item", kind="hex"),
+        SparseColumn(name="city", kind="string"),
+        SparseColumn(name="shop", kind="int"),
+        SparseColumn(name="page", kind="string", hash=50),
+    ),
+)
+SMALL = {
+    "train.batch_size_global": "128",
+    "train.max_steps": "3",
+    "model.embedding_dim": "8",
+    "model.dense_arch_layer_sizes": "16,8",
+    "model.over_arch_layer_sizes": "16,1",
+    "logging.tensorboard": "false",
+    "validation.max_rows": "64",
+}
+
+
+def write_log(path, seed, first, last, cities):
+    rng = random.Random(seed)
+    rows = [
+        (rng.choice("01"), rng.gauss(5, 1), rng.randrange(first, last), rng.choice(cities), rng.randrange(9))
+        for _ in range(1_000)
+    ]
+    lines = [f"{label}\t{cost:.4f}\t{item:x}\t{city}\t{shop}\t{item}\n" for label, cost, item, city, shop in rows]
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def days(tmp_path_factory):
+    """A folder with a run on Monday's rows, and one that continues it on Tuesday's: more items and cities."""
+    folder = tmp_path_factory.mktemp("days")
+    log = write_log(folder / "monday.tsv", 1, 0, 150, ["Ulm", "Bonn"])
+    monday = preprocess([log], folder / "monday", SCHEMA, PreprocessOptions(min_count=1))
+    train(load_config("criteo-small", SMALL), monday, folder / "run-1")
+    log = write_log(folder / "tuesday.tsv", 2, 100, 300, ["Ulm", "Bonn", "Köln", "Jena"])
+    options = PreprocessOptions(min_count=1, vocabulary=monday.path, extend_vocabulary=True)
+    tuesday = preprocess([log], folder / "tuesday", SCHEMA, options)
+    train(load_config("criteo-small", SMALL), tuesday, folder / "run-2", from_run=folder / "run-1")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(days):
+    """For each precision, by its name: Monday's bundle, Tuesday's, and the delta between them."""
+    paths = {}
+    for precision in PRECISIONS:
+        options = ExportOptions(precision=precision, name="days", max_logloss_increase=1.0)
+        base, full, delta = (days / f"{name}-{precision}" for name in ("base", "full", "delta"))
+        export(days / "run-1", base, options=options)
+        export(days / "run-2", full, options=options)
+        exported = export(
+            days / "run-2", delta, options=ExportOptions(precision=precision, max_logloss_increase=1.0), delta_to=base
+        )
+        assert exported.delta.path == delta
+        paths[precision] = base, full, delta
+    return paths
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_applied_delta_gives_the_bytes_of_the_whole_export(made, precision, tmp_path):
+    base, full, delta = made[precision]
+    before = files_of(base)
+    bundle = apply_delta(base, delta, tmp_path / "new")
+    assert files_of(tmp_path / "new") == files_of(full)
+    assert files_of(base) == before
+    assert bundle.version == BundleManifest.read(full).version
+    assert names_in(tmp_path) == ["new"]
+    assert {path.name for path in delta.iterdir()} == {"delta.json", "weights.delta", "files"}
+
+
+def test_grown_vocabularies_are_their_new_rows_and_their_indexes_are_built(made):
+    base, full, delta = made["int8"]
+    files = Delta.open(delta).manifest.files
+    assert {name: recipe.how for name, recipe in files.items()} == {
+        "vocabulary/item.parquet": "rows",
+        "vocabulary/item.index": "index",
+        "vocabulary/city.parquet": "rows",
+        "vocabulary/city.index": "index",
+        "vocabulary/shop.parquet": "base",
+        "vocabulary/shop.index": "base",
+        "sample.parquet": "whole",
+    }
+    new = pq.read_table(delta / "files/vocabulary/item.parquet")["id"].to_pylist()
+    known = pq.read_table(base / "vocabulary/item.parquet").num_rows
+    assert new == list(range(known + 1, pq.read_table(full / "vocabulary/item.parquet").num_rows + 1))
+
+
+def test_a_delta_back_to_where_values_were_fewer(made, tmp_path):
+    """Rows are removed, tables get shorter."""
+    base, full, _ = made["float16"]
+    (tmp_path / "delta").mkdir()
+    write_delta(full, base, tmp_path / "delta")
+    apply_delta(full, tmp_path / "delta", tmp_path / "new")
+    assert files_of(tmp_path / "new") == files_of(base)
+    assert Delta.open(tmp_path / "delta").manifest.files["vocabulary/item.parquet"].how == "rows"
+
+
+def test_a_delta_to_another_precision_has_whole_tables(made, tmp_path):
+    (tmp_path / "delta").mkdir()
+    write_delta(made["int4"][0], made["float32"][1], tmp_path / "delta")
+    apply_delta(made["int4"][0], tmp_path / "delta", tmp_path / "new")
+    assert files_of(tmp_path / "new") == files_of(made["float32"][1])
+
+
+def test_vocabularies_with_other_columns_and_changed_rows(made, tmp_path):
+    """Whatever a vocabulary's file says of a value, and which values went."""
+    base, full, delta = tmp_path / "base", tmp_path / "full", tmp_path / "delta"
+    for folder, day, gone in ((base, 1, ()), (full, 2, (5, 7))):
+        copy(made["int8"][0], folder)
+        path = folder / "vocabulary" / "item.parquet"
+        table = pq.read_table(path)
+        days = pa.array([day if i % 9 == 0 else 1 for i in range(table.num_rows)], pa.int32())
+        table = table.append_column(pa.field("last_period", pa.int32(), nullable=False), days)
+        table = table.filter([i not in gone for i in table["id"].to_pylist()])
+        path.unlink()
+        applying_rows = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+        pq.write_table(table, path, store_schema=False, **applying_rows)
+        if gone:
+            (folder / "vocabulary" / "item.index").unlink()
+            manifest = BundleManifest.read(folder)
+            applying._build_index(manifest, "vocabulary/item.index", folder, folder / "vocabulary/item.index")
+        seal(folder)
+    delta.mkdir()
+    write_delta(base, full, delta)
+    recipe = Delta.open(delta).manifest.files["vocabulary/item.parquet"]
+    assert (recipe.how, recipe.removed_ids) == ("rows", (5, 7))
+    apply_delta(base, delta, tmp_path / "new")
+    assert files_of(tmp_path / "new") == files_of(full)
+
+
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+def test_two_percent_of_a_million_rows_are_at_most_three_percent_of_the_bundle(precision, tmp_path):
+    config = ModelConfig(embedding_dim=64, dense_arch_layer_sizes=(64,), over_arch_layer_sizes=(16, 1))
+    base = write_random_bundle(tmp_path / "base", {"a": 1_000_000}, precision, config)
+    full = tmp_path / "full"
+    shutil.copytree(base, full)
+    start, end = MappedWeights(full / "weights.safetensors").span(TABLE.format("a"))
+    changed = np.sort(np.random.default_rng(0).choice(1_000_000, 20_000, replace=False))
+    weights = np.memmap(full / "weights.safetensors", np.uint8, "r+")
+    weights[start:end].reshape(1_000_000, -1)[changed, 8:] ^= 1
+    weights.flush()
+    seal(full)
+    (tmp_path / "delta").mkdir()
+    write_delta(base, full, tmp_path / "delta")
+    delta = Delta.open(tmp_path / "delta")
+    assert sum(delta.manifest.weights.tables[0].changed_rows) == 20_000
+    assert delta.size_bytes == sum(len(data) for data in files_of(delta.path).values())
+    assert delta.size_bytes < 0.03 * delta.manifest.result.size_bytes
+    apply_delta(base, delta.path, tmp_path / "new")
+    for name in ("weights.safetensors", "bundle.json"):
+        assert (tmp_path / "new" / name).read_bytes() == (full / name).read_bytes()
+
+
+def test_commands_export_inspect_and_apply_a_delta(made, days, tmp_path, capsys):
+    base, full, _ = made["int8"]
+    options = ["--precision", "int8", "--max-logloss-increase", "1", "--json"]
+    app(["export", str(days / "run-2"), "--out", str(tmp_path / "d"), "--delta-to", str(base), *options])
+    exported = json.loads(capsys.readouterr().out)
+    app(["inspect", str(tmp_path / "d"), "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == {"kind": "delta", **exported["delta"]}
+    old, new = (MappedWeights(folder / "weights.safetensors") for folder in (base, full))
+    for name, table in shown["tables"].items():
+        before, after = (weights.tensor(TABLE.format(name)).numpy() for weights in (old, new))
+        assert (table["rows"], table["new_rows"]) == (len(after), len(after) - len(before))
+        assert table["changed_rows"] == (before != after[: len(before)]).any(axis=1).sum()
+    assert shown["size_bytes"] == sum(len(data) for data in files_of(tmp_path / "d").values())
+    app(["inspect", str(tmp_path / "d")])
+    assert "complete and undamaged" in capsys.readouterr().err
+    app(["apply", str(base), str(tmp_path / "d"), "--out", str(tmp_path / "new"), "--json"])
+    assert json.loads(capsys.readouterr().out)["version"] == shown["result"]["version"]
+    assert files_of(tmp_path / "new") == files_of(full)
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def refused(base, delta, tmp_path, match):
+    left = names_in(tmp_path)
+    with pytest.raises(BundleError, match=match) as caught:
+        apply_delta(base, delta, tmp_path / "new")
+    assert names_in(tmp_path) == left
+    return str(caught.value)
+
+
+def test_a_delta_to_another_bundle_is_refused(made, tmp_path):
+    message = refused(made["int4"][0], made["int8"][2], tmp_path, "a delta to the bundle of version")
+    assert BundleManifest.read(made["int4"][0]).version in message
+    refused(made["int8"][0], made["int8"][1], tmp_path, r"has no delta\.json, so it is no delta")
+    refused(made["int8"][0], tmp_path / "none", tmp_path, "is not a folder; make one with `dlrm export RUN --out")
+    refused(made["int8"][2], made["int8"][2], tmp_path, r"has no bundle\.json, so it is no bundle")
+
+
+def test_where_something_is_nothing_is_written(made, tmp_path):
+    (tmp_path / "new").mkdir()
+    refused(made["int8"][0], made["int8"][2], tmp_path, "is there already")
+
+
+def kept_byte(base, full, _):
+    """Where in the base's weights a row is that the result has too: of an item that only Monday had."""
+    before, after = (MappedWeights(folder / "weights.safetensors") for folder in (base, full))
+    ours, theirs = (weights.tensor(TABLE.format("item")).numpy() for weights in (before, after))
+    kept = int(np.flatnonzero((ours == theirs[: len(ours)]).all(axis=1))[-1])
+    return before.span(TABLE.format("item"))[0] + kept * ours.shape[1]
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "vocabulary/item.parquet", "vocabulary/shop.index"])
+@pytest.mark.parametrize("how", ["a bit", "shorter", "missing"])
+def test_a_damaged_base_is_refused(made, tmp_path, name, how):
+    base = copy(made["int8"][0], tmp_path / "base")
+    data = bytearray((base / name).read_bytes())
+    data[kept_byte(*made["int8"]) if name.startswith("weights") else len(data) // 3] ^= 4
+    write(base / name, bytes(data) if how == "a bit" else bytes(data[: len(data) // 2]))
+    if how == "missing":
+        (base / name).unlink()
+    refused(base, made["int8"][2], tmp_path, r"damaged|cannot be read|cannot be applied|not rows|not a safetensors")
+
+
+def test_every_flipped_bit_of_a_delta_is_found(made, tmp_path):
+    rng = random.Random(0)
+    names = sorted(files_of(made["int8"][2]))
+    for case in range(60):
+        delta = copy(made["int8"][2], tmp_path / "delta")
+        path = delta / names[case % len(names)]
+        data = bytearray(path.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        write(path, bytes(data))
+        refused(made["int8"][0], delta, tmp_path, "")
+        shutil.rmtree(delta)
+
+
+def change_json(path, change):
+    """Change a sealed JSON file, and seal it again."""
+    content = json.loads(path.read_text())
+    change(content)
+    text = json.dumps(content | {"content_sha256": ""}, ensure_ascii=False)
+    content["content_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    write(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def seal_delta(delta, change=lambda _: None):
+    """Give all files of a delta the checksums that they must have."""
+
+    def sums(content):
+        change(content)
+        content["result"]["manifest_sha256"] = hashlib.sha256((delta / "files/bundle.json").read_bytes()).hexdigest()
+        stored = {f"files/{name}": recipe["file"] for name, recipe in content["files"].items()}
+        for name, record in {"weights.delta": content["weights"]["file"], **stored}.items():
+            if record is not None and (delta / name).is_file():
+                data = (delta / name).read_bytes()
+                record |= {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    change_json(delta / "delta.json", sums)
+
+
+def says(change):
+    return lambda delta: seal_delta(delta, change)
+
+
+def table_says(**fields):
+    return says(lambda content: next(p for p in content["weights"]["pieces"] if isinstance(p, dict)).update(fields))
+
+
+def file_says(name, **fields):
+    return says(lambda content: content["files"][name].update(fields))
+
+
+def result_says(change):
+    def craft(delta):
+        change_json(delta / "files/bundle.json", change)
+        seal_delta(delta)
+
+    return craft
+
+
+def row_numbers(change):
+    """The numbers of the rows of the first block that has them, changed."""
+
+    def craft(delta):
+        place = 0
+        for piece in Delta.open(delta).manifest.weights.pieces:
+            if not isinstance(piece, int):
+                start, stop, changed = next(piece.blocks())
+                if 2 < changed < stop - start:
+                    break
+            place += piece if isinstance(piece, int) else piece.size_bytes
+        data = bytearray((delta / "weights.delta").read_bytes())
+        ids = np.frombuffer(data, "<u2", changed, place)
+        change(ids)
+        data[place : place + 2 * changed] = ids.tobytes()
+        write(delta / "weights.delta", bytes(data))
+        seal_delta(delta)
+
+    return craft
+
+
+def swap(ids):
+    ids[[0, 1]] = ids[[1, 0]]
+
+
+def repeat(ids):
+    ids[1] = ids[0]
+
+
+def beyond(ids):
+    ids[-1] = 60_000
+
+
+def other_than_new(ids):
+    """The row before the new ones is said to be one of them, and the first of them is left out."""
+    missing = sorted({*range(int(ids[-1]))} - {*ids.tolist()})[-1]
+    ids[:] = sorted([missing, *ids[ids != ids[-1] - 1].tolist()])[: len(ids)]
+
+
+def file_is(name, data):
+    def craft(delta):
+        write(delta / name, data() if callable(data) else data)
+        seal_delta(delta)
+
+    return craft
+
+
+def packed_rows():
+    """A file of some kilobytes that unpacks to hundreds of megabytes."""
+    sink, rows = pa.BufferOutputStream(), 20_000_000
+    columns = {"value": pa.nulls(rows, pa.string()), "count": pa.array(np.ones(rows, np.int64))}
+    pq.write_table(pa.table(columns | {"id": pa.array(np.zeros(rows, np.int32))}), sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def linked(name, target):
+    def craft(delta):
+        (delta / name).unlink()
+        (delta / name).symlink_to(target)
+
+    return craft
+
+
+def fifo(name):
+    def craft(delta):
+        (delta / name).unlink()
+        os.mkfifo(delta / name)
+
+    return craft
+
+
+ITEM = "vocabulary/item.parquet"
+CRAFTED = {
+    "a newer format": says(lambda content: content.update(format_version=2)),
+    "row numbers that fall": row_numbers(swap),
+    "a row number twice": row_numbers(repeat),
+    "a row number beyond the block": row_numbers(beyond),
+    "new rows without content": row_numbers(other_than_new),
+    "more rows than there are": table_says(num_rows=2**31 - 1),
+    "more base rows than there are": table_says(base_rows=10_000),
+    "all rows from the base": table_says(changed_rows=[0]),
+    "negative rows": table_says(changed_rows=[-1]),
+    "wide rows": table_says(row_bytes=2**40),
+    "no bytes a row": table_says(row_bytes=0),
+    "long blocks": table_says(block_rows=2**31),
+    "a table that is not the base's": table_says(table="over_arch.model.0.weight"),
+    "a table of another place": table_says(table=TABLE.format("shop")),
+    "a number of bytes that is none": says(lambda content: content["weights"]["pieces"].insert(0, -5)),
+    "weights of other sizes": says(lambda content: content["weights"]["pieces"].insert(0, 7)),
+    "a file that the result has not": says(lambda content: content["files"].update(x={"how": "base", "file": None})),
+    "an index of no vocabulary": file_says("sample.parquet", how="index", file=None),
+    "rows of no vocabulary": file_says("sample.parquet", how="rows"),
+    "a whole file that is not there": file_says("vocabulary/shop.index", how="whole"),
+    "the base's file where it changed": file_says(ITEM, how="base", file=None),
+    "removed rows": file_says(ITEM, removed_ids=[1, 2]),
+    "a removed row that cannot be": file_says(ITEM, removed_ids=[2**62]),
+    "rows that are none": file_is(f"files/{ITEM}", b"PAR1nothingPAR1"),
+    "rows of gigabytes": file_is(f"files/{ITEM}", packed_rows),
+    "a file out of the folder": linked("weights.delta", "/etc/passwd"),
+    "a file that waits": fifo("files/sample.parquet"),
+    "a manifest that waits": fifo("files/bundle.json"),
+    "a result without weights": result_says(lambda content: content["files"].pop("weights.safetensors")),
+    "another model": result_says(lambda content: content["model"].update(embedding_dim=16)),
+    "a path out of the folder": result_says(lambda content: content["files"].update({"../x": content["files"][ITEM]})),
+    "an absolute path": result_says(lambda content: content["files"].update({"/tmp/x": content["files"][ITEM]})),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_crafted_delta_is_refused(made, tmp_path, name):
+    delta = copy(made["int8"][2], tmp_path / "delta")
+    CRAFTED[name](delta)
+    refused(made["int8"][0], delta, tmp_path, str(delta))
+
+
+def test_a_delta_with_its_checksums_made_again_is_none_of_them(made, tmp_path):
+    delta = copy(made["int8"][2], tmp_path / "delta")
+    seal_delta(delta)
+    apply_delta(made["int8"][0], delta, tmp_path / "new")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_apply_leaves_nothing(made, tmp_path, monkeypatch, stop):
+    def interrupted(base, delta, path, progress):
+        path.write_bytes(b"half")
+        raise stop
+
+    base, _, delta = made["int8"]
+    with monkeypatch.context() as patch:
+        patch.setattr(applying, "apply_changes", interrupted)
+        with pytest.raises(stop if isinstance(stop, type) else OSError):
+            apply_delta(base, delta, tmp_path / "new")
+    assert not names_in(tmp_path)
+    (tmp_path / ".new.partial" / "vocabulary").mkdir(parents=True)  # of one that was killed
+    (tmp_path / ".new.partial" / "weights.safetensors").write_bytes(b"half")
+    apply_delta(base, delta, tmp_path / "new")
+    assert names_in(tmp_path) == ["new"]
+
+
+def test_a_refused_export_leaves_no_delta(made, days, tmp_path):
+    base = copy(made["int8"][0], tmp_path / "base")
+    data = (base / "weights.safetensors").read_bytes()
+    write(base / "weights.safetensors", data[:-1] + b"\1")
+    with pytest.raises(BundleError, match="damaged"):
+        export(days / "run-2", tmp_path / "delta", delta_to=base)
+    with pytest.raises(BundleError, match="is there already"):
+        export(days / "run-2", tmp_path / "base", delta_to=made["int8"][0])
+    assert names_in(tmp_path) == ["base"]
