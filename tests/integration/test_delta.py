@@ -270,7 +270,7 @@ def test_every_flipped_bit_of_a_delta_is_found(made, tmp_path):
         data = bytearray(path.read_bytes())
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         write(path, bytes(data))
-        refused(made["int8"][0], delta, tmp_path, "")
+        refused(made["int8"][0], delta, tmp_path, None)
         shutil.rmtree(delta)
 
 

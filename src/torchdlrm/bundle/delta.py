@@ -69,7 +69,7 @@ class FileRecipe(Frozen):
 
     how: Literal["base", "whole", "rows", "index"]
     file: StoredFile | None = None
-    removed_ids: tuple[int, ...] = ()
+    removed_ids: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = ()
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
