@@ -203,6 +203,9 @@ class Delta:
             BundleError: there is no delta, a file of it is missing or damaged, or its format is newer.
         """
         manifest = DeltaManifest.read(path)
+        if not (path / FILES_FOLDER / MANIFEST_NAME).exists():
+            msg = f"{path / FILES_FOLDER / MANIFEST_NAME}: missing; copy the delta again"
+            raise BundleError(msg)
         result = BundleManifest.read(path / FILES_FOLDER)
         result.check_names(path / FILES_FOLDER)
         if sha256_of(path / FILES_FOLDER / MANIFEST_NAME) != manifest.result.manifest_sha256:

@@ -69,7 +69,7 @@ def rebuild_vocabulary(base: Path, changed: Path, removed_ids: Sequence[int], pa
         kept = pl.DataFrame(_read(base)).filter(~pl.col("id").is_in(others.implode()))
         write_rows(path, _as(pl.concat([kept, rows]).sort("id"), table.schema))
     except _UNREADABLE as error:
-        msg = f"{changed}: not rows of a vocabulary: {str(error)[:200]}; copy the delta again"
+        msg = f"{base} and {changed}: not a vocabulary and rows of it: {str(error)[:200]}; copy bundle and delta again"
         raise BundleError(msg) from error
 
 
