@@ -1,10 +1,11 @@
 """`dlrm synthesize` as people run it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from torchdlrm.data.synthetic import truth_path
+from torchdlrm.data.synthetic_truth import truth_path
 
 
 def test_command_prints_one_json_object_and_writes_log_and_truth(dlrm, tmp_path):
@@ -39,6 +40,9 @@ def test_command_replaces_a_file_only_when_told(dlrm, tmp_path):
         (["--out", "."], ["--out", "is a folder"]),
         (["--preset", "avazu"], ["avazu"]),
         (["--companions", "pareto"], ["--companions", "--multi-hot"]),
+        (["--label-delay", "0.1"], ["--label-delay", "--days"]),
+        (["--days", "2"], ["log.tsv", "--days", "name a folder"]),
+        (["--days", "2", "--multi-hot"], ["--days", "--multi-hot"]),
         (["--max-embeddings", "10"], ["--max-embeddings", "--multi-hot"]),
     ],
 )
@@ -49,3 +53,26 @@ def test_command_exits_with_2_and_says_what_is_wrong(dlrm, tmp_path, arguments, 
     assert all(word in done.stderr for word in words)
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_command_writes_the_days_of_a_log_and_lists_them(dlrm, tmp_path):
+    command = ["synthesize", "--rows", 500, "--out", tmp_path / "log", "--drift.effects", 0.2, "--label-delay", 0.1]
+    done = dlrm(*command, "--days", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert [day["day"] for day in shown["days"]] == [0, 1]
+    for day in shown["days"]:
+        truth = json.loads(Path(day["truth"]).read_text())
+        assert truth["drift"] == {"values": 0.02, "popularity": 0.1, "effects": 0.2}
+        assert (day["auc"], day["rows"]) == (truth["auc"], 500)
+        assert Path(day["log"]).read_bytes().count(b"\n") == 500
+        assert Path(day["late"]).read_bytes().count(b"\n") == truth["late_clicks"]
+    assert json.loads(Path(shown["truth"]).read_text()) == {k: v for k, v in shown.items() if k not in _OF_COMMAND}
+    refused = dlrm("synthesize", "--rows", 500, "--out", tmp_path / "log", "--days", 2)
+    assert refused.returncode == 2
+    assert "--force" in refused.stderr
+    assert dlrm("synthesize", "--rows", 500, "--out", tmp_path / "log", "--days", 2, "--force").returncode == 0
+    assert not list((tmp_path / "log").glob("late_*"))
+
+
+_OF_COMMAND = {"log", "truth", "days"}

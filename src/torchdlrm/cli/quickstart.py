@@ -47,7 +47,8 @@ def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
 
     from torchdlrm.cli import evaluate, train
     from torchdlrm.data.dataset import Dataset
-    from torchdlrm.data.synthetic import read_truth, synthesize
+    from torchdlrm.data.synthetic import synthesize
+    from torchdlrm.data.synthetic_truth import read_truth
     from torchdlrm.evaluation.logistic_regression import fit_logistic_regression
     from torchdlrm.features.schema import criteo_schema
     from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess, work_folder

@@ -8,9 +8,11 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from torchdlrm.cli.terminal import Json, console, print_json, progress_bars
-from torchdlrm.data.synthetic import Attainable, SyntheticTruth, schema_path, truth_path
 from torchdlrm.data.synthetic import synthesize as write_log
+from torchdlrm.data.synthetic_days import day_path, late_path
+from torchdlrm.data.synthetic_drift import Drift
 from torchdlrm.data.synthetic_multi_hot import Companions
+from torchdlrm.data.synthetic_truth import Attainable, SyntheticTruth, schema_path, truth_path
 from torchdlrm.errors import ConfigError, LogError
 
 
@@ -23,14 +25,18 @@ def synthesize(
     multi_hot: Annotated[bool, Parameter(negative="")] = False,
     companions: Companions | None = None,
     max_embeddings: int | None = None,
+    days: int | None = None,
+    drift: Drift | None = None,
+    label_delay: float | None = None,
     force: Annotated[bool, Parameter(negative="")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a click log in the Criteo layout, and a file with the AUC and logloss that can be reached on it.
 
     Args:
-        rows: Rows to write.
+        rows: Rows to write; with --days of each day.
         out: File to write; compressed when it ends in .gz. The truth goes to the same name with .truth.json appended.
+            With --days a folder: day_00.tsv and so on, the truth about each, and truth.json about all of them.
         seed: Seed; the same rows, seed and preset give the same bytes.
         preset: Which of Criteo's logs it resembles in columns and click rate; the default is criteo-kaggle, with
             --multi-hot criteo-1tb.
@@ -38,13 +44,18 @@ def synthesize(
             same name with .schema.toml appended.
         companions: With --multi-hot, how the values behind the first of a cell are distributed; the default is uniform.
         max_embeddings: With --multi-hot, the largest number of rows of a table that the schema asks for.
-        force: Replace a file that is there.
+        days: Write the logs of so many days, on which values come and go, and popularity and effects drift. Days that
+            are in the folder already, with the same options, are kept.
+        drift: With --days, how much changes in a day.
+        label_delay: With --days, the fraction of the clicks that are known only on the day after: 0 in day_00.tsv;
+            their rows are in late_00.tsv, with a 1.
+        force: Replace a file that is there; with --days all days that are in the folder.
         as_json: Print one JSON object on standard output.
     """
-    if out.is_dir():
+    if out.is_dir() and days is None:
         msg = f"--out: {out} is a folder; name a file in it"
         raise LogError(msg)
-    if out.exists() and not force:
+    if out.exists() and not force and days is None:
         msg = f"--out: {out} is there already; name another file, or give --force to replace it"
         raise LogError(msg)
     if companions is not None and not multi_hot:
@@ -59,6 +70,10 @@ def synthesize(
             preset=preset or ("criteo-1tb" if multi_hot else "criteo-kaggle"),
             multi_hot=(companions or "uniform") if multi_hot else None,
             max_embeddings=max_embeddings,
+            days=days,
+            drift=drift,
+            label_delay=label_delay,
+            resume=not force,
             progress=progress,
         )
     elapsed_s = time.perf_counter() - started_at_s
@@ -70,9 +85,18 @@ def synthesize(
     for name, part in parts.items():
         table.add_row(name, f"{part.rows:,}", f"{part.click_rate:.4f}", f"{part.auc:.4f}", f"{part.logloss:.4f}")
     console.print(table)
-    console.print(f"{out.stat().st_size:,} bytes in {elapsed_s:.1f} s; truth: {truth_path(out)}", soft_wrap=True)
+    logs = [out] if days is None else [day_path(out, day) for day in range(days)]
+    num_bytes = sum(log.stat().st_size for log in logs)
+    console.print(f"{num_bytes:,} bytes in {elapsed_s:.1f} s; truth: {truth_path(out)}", soft_wrap=True)
     schema = {"schema": str(schema_path(out))} if multi_hot else {}
     option = f" --schema {schema_path(out)}" if multi_hot else ""
-    console.print(f"next: dlrm preprocess {out}{option} --out dataset", soft_wrap=True)
+    console.print(f"next: dlrm preprocess {logs[0]}{option} --out dataset", soft_wrap=True)
     if as_json:
-        print_json({"log": str(out), "truth": str(truth_path(out)), **schema, **truth.as_dict()})
+        files = {"days": [_day(out, day, truth) for day in range(days)]} if days is not None else {}
+        print_json({"log": str(out), "truth": str(truth_path(out)), **schema, **truth.as_dict(), **files})
+
+
+def _day(folder: Path, day: int, truth: SyntheticTruth) -> dict[str, object]:
+    log, late = day_path(folder, day), late_path(folder, day)
+    late_log = {"late": str(late)} if truth.label_delay else {}
+    return {"day": day, "log": str(log), "truth": str(truth_path(log)), **late_log, **truth.parts()[log.stem]}

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torchdlrm.data.synthetic_shapes import NUM_CELLS, DenseShape, LogShape, SparseShape
 
 Codes = NDArray[np.int64]  # numpy would convert any other type at each look-up
+_Tables = tuple[list[NDArray[np.float64]], dict[int, NDArray[np.float64]]]  # of main effects, of latents
 
 # Ranks from here on share one code without effect; a missing value has the code after it.
 NUM_HEAD_RANKS = 4096
@@ -97,35 +98,85 @@ def click_thresholds() -> NDArray[np.uint32]:
     return np.rint(2.0**32 / (1.0 + np.exp(-logits))).astype(np.uint32)
 
 
-def draw_model(shape: LogShape, rng: np.random.Generator, calibration_codes: list[Codes]) -> HiddenModel:
-    """A model for logs of that shape, scaled and with the click rate of the preset on the calibration rows.
+@dataclass(frozen=True)
+class Draws:
+    """What of a hidden model is random.
 
-    Args:
-        shape: of the log.
-        rng: decides the effects.
-        calibration_codes: codes of rows like those of the log, for each column.
+    Attributes:
+        effects: for each sparse column a normal number for each code [codes], for each dense one slope and phase [2].
+        angles: for each column that stands in a pair the direction of the latent of each code [codes].
+        pairs: as of the model.
     """
-    shares = [_code_shares(column) for column in shape.columns]
-    main = [_centred(_main_effect(column, shares[i], rng), shares[i]) for i, column in enumerate(shape.columns)]
+
+    effects: tuple[NDArray[np.float64], ...]
+    angles: dict[int, NDArray[np.float64]]
+    pairs: tuple[tuple[int, int], ...]
+
+
+def draw_effects(shape: LogShape, rng: np.random.Generator) -> Draws:
+    """Draw a model for logs of that shape."""
+    shares = [code_shares(column) for column in shape.columns]
+    effects = tuple(_draw_effect(column, rng) for column in shape.columns)
     num_dense = len(shape.dense)
     pairs = tuple((num_dense + i, num_dense + j) for i, j in _choose_pairs(shares[num_dense:], rng))
-    latents = {i: _centred(_latent(shares[i], rng), shares[i]) for pair in pairs for i in pair}
-    main_std = np.std(sum(table[code] for table, code in zip(main, calibration_codes, strict=True)))
-    vectors = {i: table[:, calibration_codes[i]] for i, table in latents.items()}
-    interaction_std = np.std(sum((vectors[left] * vectors[right]).sum(axis=0) for left, right in pairs))
-    main_scale = 2.0**_MAIN_BITS * shape.logit_std * math.sqrt(1.0 - _INTERACTION_SHARE) / main_std
-    latent_scale = 2.0**_LATENT_BITS * math.sqrt(shape.logit_std * math.sqrt(_INTERACTION_SHARE) / interaction_std)
-    model = HiddenModel(
-        intercept=0,
-        main=tuple(np.rint(table * main_scale).astype(np.int32) for table in main),
-        latents={i: np.rint(table * latent_scale).astype(np.int32) for i, table in latents.items()},
-        pairs=pairs,
-    )
-    effects = model.main_effects(calibration_codes) + model.interactions(calibration_codes)
-    return HiddenModel(_intercept(effects, shape.click_rate), model.main, model.latents, model.pairs)
+    return Draws(effects, {i: _draw_angles(len(shares[i]), rng) for pair in pairs for i in pair}, pairs)
 
 
-def _code_shares(column: DenseShape | SparseShape) -> NDArray[np.float64]:
+class ModelMaker:
+    """Makes models of draws: centred, scaled and with the click rate of the preset for the draws that it is made with.
+
+    Other draws keep centres, scales and intercept, so that an effect that was drawn as before is as before.
+    """
+
+    def __init__(self, shape: LogShape, draws: Draws, calibration_codes: list[Codes]) -> None:
+        """Calibrate.
+
+        Args:
+            shape: of the log.
+            draws: to calibrate for.
+            calibration_codes: codes of rows like those of the log, for each column.
+        """
+        self._columns = shape.columns
+        self._shares = [code_shares(column) for column in shape.columns]
+        main, latents = self._tables(draws)
+        self._main_means = [_mean(table, shares) for table, shares in zip(main, self._shares, strict=True)]
+        self._latent_means = {i: _mean(table, self._shares[i]) for i, table in latents.items()}
+        main, latents = self._centred(main, latents)
+        main_std = np.std(sum(table[code] for table, code in zip(main, calibration_codes, strict=True)))
+        vectors = {i: table[:, calibration_codes[i]] for i, table in latents.items()}
+        interaction_std = np.std(sum((vectors[left] * vectors[right]).sum(axis=0) for left, right in draws.pairs))
+        self._main_scale = 2.0**_MAIN_BITS * shape.logit_std * math.sqrt(1.0 - _INTERACTION_SHARE) / main_std
+        latent_std = math.sqrt(shape.logit_std * math.sqrt(_INTERACTION_SHARE) / interaction_std)
+        self._latent_scale = 2.0**_LATENT_BITS * latent_std
+        self._intercept = 0
+        model = self.model(draws)
+        effects = model.main_effects(calibration_codes) + model.interactions(calibration_codes)
+        self._intercept = _intercept(effects, shape.click_rate)
+
+    def model(self, draws: Draws) -> HiddenModel:
+        """The model of these draws."""
+        main, latents = self._centred(*self._tables(draws))
+        return HiddenModel(
+            intercept=self._intercept,
+            main=tuple(np.rint(table * self._main_scale).astype(np.int32) for table in main),
+            latents={i: np.rint(table * self._latent_scale).astype(np.int32) for i, table in latents.items()},
+            pairs=draws.pairs,
+        )
+
+    def _tables(self, draws: Draws) -> _Tables:
+        main = [
+            _main_effect(column, shares, effect)
+            for column, shares, effect in zip(self._columns, self._shares, draws.effects, strict=True)
+        ]
+        return main, {i: _latent(self._shares[i], angles) for i, angles in draws.angles.items()}
+
+    def _centred(self, main: list[NDArray[np.float64]], latents: dict[int, NDArray[np.float64]]) -> _Tables:
+        """With mean 0 over the rows; for latents: so that their product has no main effect."""
+        centred = [table - mean for table, mean in zip(main, self._main_means, strict=True)]
+        return centred, {i: table - self._latent_means[i] for i, table in latents.items()}
+
+
+def code_shares(column: DenseShape | SparseShape) -> NDArray[np.float64]:
     """The share of rows that have each code [codes]; sums to 1."""
     if isinstance(column, DenseShape):
         present = np.full(NUM_CELLS, 1.0 / NUM_CELLS)
@@ -136,12 +187,12 @@ def _code_shares(column: DenseShape | SparseShape) -> NDArray[np.float64]:
     return np.append(present * (1.0 - column.missing_rate), column.missing_rate)
 
 
-def _centred(table: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """With mean 0 over the rows; for latents: so that their product has no main effect. [..., codes]."""
-    return table - (table * shares).sum(axis=-1, keepdims=True)
+def _mean(table: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Over the rows [..., 1], of a table [..., codes]."""
+    return (table * shares).sum(axis=-1, keepdims=True)
 
 
-def _learnable(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+def learnable(shares: NDArray[np.float64]) -> NDArray[np.float64]:
     """From 0 for values that no model sees often enough, to 1 [codes]."""
     weights = shares / (shares + _HALF_LEARNABLE_SHARE)
     weights[NUM_HEAD_RANKS] = 0.0
@@ -154,20 +205,30 @@ def _standardised_log(column: DenseShape) -> NDArray[np.float64]:
     return (logs - logs[:-1].mean()) / logs[:-1].std()
 
 
+def _draw_effect(column: DenseShape | SparseShape, rng: np.random.Generator) -> NDArray[np.float64]:
+    if isinstance(column, SparseShape):
+        return rng.normal(size=NUM_HEAD_RANKS + 2)
+    return np.array([rng.normal(), rng.uniform(0, 2 * math.pi)])
+
+
 def _main_effect(
-    column: DenseShape | SparseShape, shares: NDArray[np.float64], rng: np.random.Generator
+    column: DenseShape | SparseShape, shares: NDArray[np.float64], effect: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     if isinstance(column, SparseShape):
-        return rng.normal(size=len(shares)) * _learnable(shares)
+        return effect * learnable(shares)
     x = _standardised_log(column)
-    return rng.normal() * x + np.sin(1.2 * x + rng.uniform(0, 2 * math.pi))
+    slope, phase = effect
+    return slope * x + np.sin(1.2 * x + phase)
 
 
-def _latent(shares: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    """A point on the unit circle for each code, shrunk where it cannot be learnt [2, codes]."""
+def _draw_angles(num_codes: int, rng: np.random.Generator) -> NDArray[np.float64]:
     # The golden angle keeps the most frequent values apart.
-    angles = rng.uniform(0, 2 * math.pi) + math.pi * (3 - math.sqrt(5)) * np.arange(len(shares), dtype=np.float64)
-    return np.stack([np.cos(angles), np.sin(angles)]) * _learnable(shares)
+    return rng.uniform(0, 2 * math.pi) + math.pi * (3 - math.sqrt(5)) * np.arange(num_codes, dtype=np.float64)
+
+
+def _latent(shares: NDArray[np.float64], angles: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A point on the unit circle for each code, shrunk where it cannot be learnt [2, codes]."""
+    return np.stack([np.cos(angles), np.sin(angles)]) * learnable(shares)
 
 
 def _choose_pairs(shares: list[NDArray[np.float64]], rng: np.random.Generator) -> tuple[tuple[int, int], ...]:

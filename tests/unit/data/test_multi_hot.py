@@ -5,11 +5,12 @@ import hashlib
 import numpy as np
 import pytest
 
-from torchdlrm.data import synthetic
-from torchdlrm.data.synthetic import schema_path, synthesize, truth_path
+from torchdlrm.data import synthetic_files
+from torchdlrm.data.synthetic import synthesize
 from torchdlrm.data.synthetic_multi_hot import draw_companions
 from torchdlrm.data.synthetic_rows import BLOCK_ROWS
 from torchdlrm.data.synthetic_shapes import MULTI_HOT_SIZES, PRESETS
+from torchdlrm.data.synthetic_truth import schema_path, truth_path
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.schema_file import load_schema
 
@@ -74,7 +75,7 @@ def test_everything_else_is_the_log_without_companions(made, tmp_path):
 
 
 def test_same_arguments_give_the_same_bytes_whatever_the_workers(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "_MAX_WORKERS", 1)
+    monkeypatch.setattr(synthetic_files, "_MAX_WORKERS", 1)
     arguments = {"seed": 3, "preset": "criteo-1tb", "multi_hot": made[2]}
     synthesize(tmp_path / "log.tsv", rows=NUM_ROWS, **arguments)
     for path in (lambda log: log), truth_path, schema_path:

@@ -14,11 +14,12 @@ from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from raw_logs import real_log
-from torchdlrm.data import synthetic
-from torchdlrm.data.synthetic import synthesize, truth_path
+from torchdlrm.data import synthetic_files
+from torchdlrm.data.synthetic import synthesize
 from torchdlrm.data.synthetic_model import LOGIT_UNITS, NUM_LOGITS
 from torchdlrm.data.synthetic_rows import BLOCK_ROWS, RowGenerator
 from torchdlrm.data.synthetic_shapes import NUM_CELLS, PRESETS
+from torchdlrm.data.synthetic_truth import truth_path
 from torchdlrm.errors import ConfigError, LogError, UserError
 from torchdlrm.progress import SilentProgress
 
@@ -70,9 +71,9 @@ def test_same_arguments_give_the_same_bytes_and_another_seed_others(kaggle, tmp_
 
 @pytest.mark.parametrize(("chunk_rows", "max_workers"), [(BLOCK_ROWS, 1), (BLOCK_ROWS, 4), (3 * BLOCK_ROWS, 2)])
 def test_bytes_and_truth_do_not_depend_on_chunks_and_workers(kaggle, tmp_path, monkeypatch, chunk_rows, max_workers):
-    monkeypatch.setattr(synthetic, "_CHUNK_ROWS", chunk_rows)
-    monkeypatch.setattr(synthetic, "_MAX_WORKERS", max_workers)
-    monkeypatch.setattr(synthetic.os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr(synthetic_files, "_CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(synthetic_files, "_MAX_WORKERS", max_workers)
+    monkeypatch.setattr(synthetic_files.os, "sched_getaffinity", lambda _: range(8))
     assert synthesize(tmp_path / "log.tsv", rows=NUM_ROWS, seed=3) == kaggle[1]
     assert sha256(tmp_path / "log.tsv") == sha256(kaggle[0])
 
