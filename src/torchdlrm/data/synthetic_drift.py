@@ -47,7 +47,7 @@ class Drift:
 
     values: float = 0.02
     popularity: float = 0.1
-    effects: float = 0.1
+    effects: float = 0.15
 
     def check(self, days: int, shape: LogShape) -> None:
         """Raise ConfigError if a rate is out of its range, or so many values are born that their numbers end."""

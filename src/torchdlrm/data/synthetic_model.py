@@ -125,7 +125,8 @@ def draw_effects(shape: LogShape, rng: np.random.Generator) -> Draws:
 class ModelMaker:
     """Makes models of draws: centred, scaled and with the click rate of the preset for the draws that it is made with.
 
-    Other draws keep centres, scales and intercept, so that an effect that was drawn as before is as before.
+    Other draws keep centres, scales and intercept, so that an effect that was drawn as before is as before. The few
+    integer columns say most; other draws change the shape of their curves, and not how much each says.
     """
 
     def __init__(self, shape: LogShape, draws: Draws, calibration_codes: list[Codes]) -> None:
@@ -139,6 +140,7 @@ class ModelMaker:
         self._columns = shape.columns
         self._shares = [code_shares(column) for column in shape.columns]
         main, latents = self._tables(draws)
+        self._dense_stds = [_std(main[i], self._shares[i]) for i in range(len(shape.dense))]
         self._main_means = [_mean(table, shares) for table, shares in zip(main, self._shares, strict=True)]
         self._latent_means = {i: _mean(table, self._shares[i]) for i, table in latents.items()}
         main, latents = self._centred(main, latents)
@@ -173,6 +175,9 @@ class ModelMaker:
     def _centred(self, main: list[NDArray[np.float64]], latents: dict[int, NDArray[np.float64]]) -> _Tables:
         """With mean 0 over the rows; for latents: so that their product has no main effect."""
         centred = [table - mean for table, mean in zip(main, self._main_means, strict=True)]
+        for i, std in enumerate(self._dense_stds):
+            shares = self._shares[i]
+            centred[i] = (main[i] - _mean(main[i], shares)) * (std / _std(main[i], shares))
         return centred, {i: table - self._latent_means[i] for i, table in latents.items()}
 
 
@@ -190,6 +195,11 @@ def code_shares(column: DenseShape | SparseShape) -> NDArray[np.float64]:
 def _mean(table: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
     """Over the rows [..., 1], of a table [..., codes]."""
     return (table * shares).sum(axis=-1, keepdims=True)
+
+
+def _std(table: NDArray[np.float64], shares: NDArray[np.float64]) -> float:
+    """Over the rows, of a table [codes]."""
+    return math.sqrt(((table - _mean(table, shares)) ** 2 * shares).sum())
 
 
 def learnable(shares: NDArray[np.float64]) -> NDArray[np.float64]:
