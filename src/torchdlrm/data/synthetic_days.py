@@ -20,6 +20,7 @@ from torchdlrm.errors import ConfigError, LogError
 from torchdlrm.progress import ProgressListener
 
 _OURS = re.compile(r"(day|late)_\d{2,}\.tsv(\.truth\.json)?|truth\.json")
+_LEFT_BY_A_KILLED_JOB = re.compile(rf"\.({_OURS.pattern})\.[0-9a-f]{{8}}")
 _DAY = re.compile(r"day_(\d{2,})\.tsv")
 
 
@@ -104,10 +105,9 @@ def _prepare(folder: Path, given: SyntheticTruth, *, resume: bool) -> dict[int, 
     """Make the folder, or find in it the days that are complete."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            for file in folder.iterdir():
-                if _OURS.fullmatch(file.name):
-                    file.unlink()
+        for file in folder.iterdir():
+            if _LEFT_BY_A_KILLED_JOB.fullmatch(file.name) or (not resume and _OURS.fullmatch(file.name)):
+                file.unlink()
         numbers = [int(name[1]) for file in folder.iterdir() if (name := _DAY.fullmatch(file.name))]
     except OSError as error:
         msg = f"{folder}: cannot be written ({error.strerror}); choose a folder that may be written"

@@ -73,6 +73,7 @@ def test_a_day_has_the_same_bytes_however_many_days_there_are_and_whoever_was_ki
     synthesize(tmp_path / "grown", days=1, **options)
     kept = day_path(tmp_path / "grown", 0).stat()
     late_path(tmp_path / "grown", 1).write_bytes(b"of a killed job")
+    (tmp_path / "grown" / ".day_01.tsv.0123abcd").write_bytes(b"of a killed job")
     assert synthesize(tmp_path / "grown", days=3, **options) == whole
     assert contents(tmp_path / "grown") == expected
     assert day_path(tmp_path / "grown", 0).stat().st_mtime_ns == kept.st_mtime_ns
