@@ -149,8 +149,10 @@ class Solution:
     @property
     def copy_fits(self) -> bool:
         """Whether every rank's host memory holds weights and state once more, as an asynchronous checkpoint needs."""
-        machine = self.problem.machine
-        usable_bytes = machine.host_memory_bytes * (1 - self.problem.options.reserved_fraction)
+        problem, machine = self.problem, self.problem.machine
+        # On CPU the dense parts live there, too.
+        options = problem.searched_options if machine.kind == "cpu" else problem.options
+        usable_bytes = machine.host_memory_bytes * (1 - options.reserved_fraction)
         on_host = [rank.total_bytes if machine.kind == "cpu" else rank.host_bytes for rank in self.ranks]
         copies = [rank.weight_bytes + rank.state_bytes for rank in self.ranks]
         return all(held + copy <= usable_bytes for held, copy in zip(on_host, copies, strict=True))
