@@ -17,10 +17,12 @@ SET_UP = (
 def test_1000_tables_on_64_devices_take_a_minute_and_4_gb_at_most():
     code = (
         f"{SET_UP}\n"
+        "import time\n"
+        "started_s = time.process_time()\n"  # of the processor: other tests run at the same time
         "s = solve(problem(random_tables(1000, 0), devices=64, batch=64 * 4096))\n"
         # Not ru_maxrss: that of the process which started this one counts there too.
         "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
-        "print(s.search_s, s.above_lower_bound, int(peak.split()[1]) * 1024)"
+        "print(time.process_time() - started_s, s.above_lower_bound, int(peak.split()[1]) * 1024)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     search_s, above, peak_bytes = map(float, done.stdout.split())

@@ -1,5 +1,6 @@
 """Plans of random problems, held to arithmetic of their own."""
 
+import time
 from dataclasses import replace
 from itertools import combinations
 
@@ -134,8 +135,9 @@ def test_the_slowest_rank_is_no_slower_than_that_of_the_default_search(seed):
 
 
 def test_200_tables_on_16_devices_take_ten_seconds_at_most():
+    started_s = time.process_time()  # of the processor: other tests run at the same time
     solution = solve(problem(random_tables(200, 0), devices=16, batch=16 * 4096))
-    assert solution.search_s <= 10
+    assert time.process_time() - started_s <= 10
     assert solution.above_lower_bound < 0.05
 
 
