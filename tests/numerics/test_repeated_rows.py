@@ -93,7 +93,7 @@ def test_each_step_of_a_training_is_that_of_float64_but_for_the_rounding_of_sums
     plain_update = TableLookup.update
     bounds, excesses, moves = [], [], []
 
-    def update(lookup, grad_BC, indices, offsets):
+    def update(lookup, grad_BC, indices, offsets, scales):
         tables = kernel.split_embedding_weights()
         ids = indices.view(len(tables), -1)
         states = kernel.split_optimizer_states() if name != "sgd" else [[None]] * len(tables)
@@ -102,7 +102,7 @@ def test_each_step_of_a_training_is_that_of_float64_but_for_the_rounding_of_sums
             for table, state, table_ids, grads in zip(tables, states, ids, grad_BC.split(D, dim=1), strict=True)
         ]
         before = [table.detach().clone() for table in tables]
-        plain_update(lookup, grad_BC, indices, offsets)
+        plain_update(lookup, grad_BC, indices, offsets, scales)
         for step, table, was in zip(steps, tables, before, strict=True):
             bounds.append(step.bound_RD.flatten())
             excesses.append(((table.detach().double() - step.after_RD).abs() - step.bound_RD).max())
