@@ -33,7 +33,7 @@ def step(
     The floor is the step's matrix products alone.
 
     Args:
-        *config: TOML file, the paper's model at batch 2,048 without it; then keys to override by their dotted names.
+        config: TOML file, the paper's model at batch 2,048 without it; then keys to override by their dotted names.
         num_tables: Sparse features, each with a table.
         rows_per_table: Rows of each table.
         steps_per_round: Steps of each competitor before the next has its turn; as many as half a second takes when not
@@ -112,7 +112,7 @@ def predict(
     """Time predictions of a model with random weights: the served model and TorchRec's own, interleaved.
 
     Args:
-        *config: TOML file, the paper's model without it; then keys of `model` to override by their dotted names.
+        config: TOML file, the paper's model without it; then keys of `model` to override by their dotted names.
         num_tables: Sparse features, each with a table.
         rows_per_table: Rows of each table.
         batch_rows: Rows of a batch.

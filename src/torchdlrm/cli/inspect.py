@@ -143,17 +143,21 @@ def _show_bundle(folder: Path, *, as_json: bool) -> None:
             }
         )
     print_table("", rows)
-    _print_buckets(bundle.schema)
+    _print_inputs(bundle.schema)
     model = manifest.model
     sizes = (max(1, len(bundle.schema.dense)), *model.dense_arch_layer_sizes), model.over_arch_layer_sizes
     layers = " and ".join("-".join(map(str, arch)) for arch in sizes)
     settings = ", ".join(f"{name} {value}" for name, value in model.interaction_settings.items())
+    interaction = f", interaction {model.interaction}{f' ({settings})' if settings else ''}"
     say(
-        f"arches {layers}, dimension {model.embedding_dim}, interaction {model.interaction}"
-        f"{f' ({settings})' if settings else ''}; products in {manifest.dense_precision}"
+        f"arches {layers}, dimension {model.embedding_dim}{'' if manifest.model_class else interaction}; products in "
+        f"{manifest.dense_precision}"
     )
     if manifest.model_class is not None:
         say(f"model class {manifest.model_class.name}: --model-class of whatever predicts")
+    labels = [column.name for column in bundle.schema.labels]
+    if len(labels) > 1:
+        say(f"label {bundle.schema.label.name}, of {', '.join(labels)}")
     print_check(bundle)
 
 
@@ -248,7 +252,7 @@ def _show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:
     say(f"dataset {folder}, schema {manifest.feature_schema.name}, seed {manifest.seed}")
     say(f"split: {manifest.split_rule}")
     _print_summary(summary)
-    _print_buckets(dataset.schema)
+    _print_inputs(dataset.schema)
     say("drift: from train, 0 where the distribution is the same, 1 where nothing is in common")
     if manifest.bad_rows.total:
         say(f"bad rows that were skipped: {manifest.bad_rows.total:,}")
@@ -260,14 +264,18 @@ def _buckets_as_dict(schema: "FeatureSchema") -> dict[str, Any]:
     return {column.name: column.buckets.model_dump(mode="json") for column in schema.sparse if column.buckets}
 
 
-def _print_buckets(schema: "FeatureSchema") -> None:
-    """Print by what numbers are categories, and which features that are."""
+def _print_inputs(schema: "FeatureSchema") -> None:
+    """Print by what numbers are categories, which features that are, and what else a row has than ids and numbers."""
     alike: dict[str, list[str]] = {}
     for column in schema.sparse:
         if column.buckets is not None:
             alike.setdefault(str(column.buckets), []).append(column.name)
     for buckets, names in alike.items():
         say(f"buckets by {buckets}: {', '.join(names)}")
+    if weighted := [column.name for column in schema.sparse_columns if column.weight_separator is not None]:
+        say(f"values with weights: {', '.join(weighted)}")
+    if schema.weight is not None:
+        say(f"rows count by their weight: {schema.weight.name}")
 
 
 def _print_summary(summary: "DatasetSummary") -> None:

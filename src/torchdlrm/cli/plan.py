@@ -38,7 +38,7 @@ def plan(
     Plans as training does. Any key of the config can be overridden, as in `--train.batch-size-global 65536`.
 
     Args:
-        *config: TOML file of the training, every key has its default without it; then keys to override.
+        config: TOML file of the training, every key has its default without it; then keys to override.
         request: tables and machine.
         out: Write the plan as JSON: what `dlrm train --plan` follows.
         html: Write the plan as one page with a picture of ranks and tables.

@@ -46,19 +46,24 @@ class ModelConfig(Section):
     )
     interaction: InteractionName = Field(
         "dot",
-        description="what happens between embeddings and over arch: dot products of all pairs; dcn: a low-rank cross "
-        "net (DCN v2); projection: products of what two branches make of all vectors",
+        description="what happens between embeddings and over arch; dot: dot products of all pairs of vectors; dcn: a "
+        "low-rank cross net (DCN v2); projection: products of what two branches make of all vectors",
     )
     dcn_num_layers: Annotated[int, Field(ge=1, le=100)] = Field(3, description="layers of the cross net (dcn)")
     dcn_low_rank_dim: PositiveInt = Field(512, description="rank of the cross net's weights (dcn)")
     dcn_gated: bool = Field(default=False, description="multiply each cross layer by a gate of its own, as GDCN (dcn)")
     interaction_branch1_layer_sizes: tuple[PositiveInt, ...] | None = Field(
-        None, strict=False, min_length=1, description="output sizes of the first branch; ends with a multiple of D"
+        None,
+        strict=False,
+        min_length=1,
+        description="output sizes of the first branch; the last is a multiple of D (projection)",
     )
     interaction_branch2_layer_sizes: tuple[PositiveInt, ...] | None = Field(
-        None, strict=False, min_length=1, description="output sizes of the second branch; ends with a multiple of D"
+        None,
+        strict=False,
+        min_length=1,
+        description="output sizes of the second branch; the last is a multiple of D (projection)",
     )
-
     features: dict[str, FeatureConfig] = Field({}, description="smaller tables, by feature")
 
     def __hash__(self) -> int:

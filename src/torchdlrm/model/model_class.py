@@ -12,8 +12,9 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,9 +25,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from torchdlrm.config import ModelConfig
-from torchdlrm.errors import ConfigError
+from torchdlrm.errors import ConfigError, TorchDLRMError
 from torchdlrm.files import sha256_of
 from torchdlrm.model.architecture import ARCHITECTURES, Architecture, ModelShape, Product
+from torchdlrm.toml import did_you_mean
 
 if TYPE_CHECKING:
     from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -80,11 +82,12 @@ class CustomArchitecture(Architecture):
         """What the class makes; of an interaction arch, a DLRM with it.
 
         Raises:
-            ConfigError: it makes something else than a model, or one that cannot be trained on several processes or
-                exported.
+            ConfigError: it fails, or makes something else than a model, or one that cannot be trained on several
+                processes or exported.
         """
         make = self._dlrm_of_interaction if self.is_interaction else self.make
-        model: Any = make(embedding_bag_collection=embedding_bag_collection, **shape.arguments, dense_device=device)
+        with _reported(self.record.name):
+            model: Any = make(embedding_bag_collection=embedding_bag_collection, **shape.arguments, dense_device=device)
         self._require_module(model)
         held = getattr(getattr(model, "sparse_arch", None), "embedding_bag_collection", None)
         if held is not embedding_bag_collection:
@@ -150,7 +153,28 @@ class CustomArchitecture(Architecture):
         """Found by running the model once on a few rows."""
         from torchdlrm.model.eager import trace_products  # noqa: PLC0415 - with TorchRec, which a server can do without
 
-        return trace_products(shape)
+        with _reported(self.record.name):
+            return trace_products(shape)
+
+
+@contextmanager
+def _reported(name: str) -> Iterator[None]:
+    """Report what fails inside as a mistake in a file of somebody's own, which is input, with its line.
+
+    Args:
+        name: of the file, or `FILE:NAME`.
+    """
+    try:
+        yield
+    except (TorchDLRMError, ImportError, OSError):  # they say by themselves what is missing
+        raise
+    except Exception as error:
+        file = Path(name.partition(":")[0]).name
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).name == file]
+        where = f" (line {lines[-1]})" if lines else ""
+        msg = f"`model_class`: {name} fails{where}: {type(error).__name__}: {error}"
+        raise ConfigError(msg) from error
 
 
 def architecture_of(
@@ -243,15 +267,17 @@ def _load(place: str) -> Any:
         msg = f"`model_class`: {place!r} is not of the form my_models.py:GatedSum, or my_package.models:GatedSum"
         raise ConfigError(msg)
     try:
-        found: Any = _load_file(Path(file)) if file.endswith(".py") else importlib.import_module(file)
+        with _reported(file):
+            module: Any = _load_file(Path(file)) if file.endswith(".py") else importlib.import_module(file)
     except (ImportError, OSError) as error:
         msg = f"`model_class`: {file} cannot be imported: {error}"
         raise ConfigError(msg) from error
+    found = module
     for part in name.split("."):
         found = getattr(found, part, None)
     if found is None:
-        known = f"`model_class`: there is no {name} in {file}"
-        raise ConfigError(known)
+        msg = f"`model_class`: there is no {name} in {file}{did_you_mean(name, vars(module))}"
+        raise ConfigError(msg)
     return found
 
 

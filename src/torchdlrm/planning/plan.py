@@ -82,8 +82,10 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         optimizer=optimizer.model_copy(update={"name": request.optimizer or optimizer.name}).record,
         constraints=(*options.constraints, *request.constraints),  # of rules for the same table the last one counts
     )
-    if request.alpha is not None and (request.table_bytes is None or not 0 <= request.alpha <= 10):
-        msg = f"`alpha`: how fast dimensions fall under `table_bytes`, from 0 to 10, got {request.alpha:g}"
+    if request.alpha is not None and request.table_bytes is None:
+        raise PlanError("`alpha`: says how fast dimensions fall under `table_bytes`; give that too")
+    if request.alpha is not None and not 0 <= request.alpha <= 10:
+        msg = f"`alpha`: must be from 0 to 10, got {request.alpha:g}"
         raise PlanError(msg)
     machine = _machine(request, config)
     tables, dataset = _tables(request, config), None if request.dataset is None else Dataset.open(request.dataset)

@@ -40,7 +40,7 @@ from torchdlrm.prediction.shared_rows import Part, Row, cells_of, parts_of
 Vocabularies = Mapping[str, ValueIndex | PlainIds]
 # Up to so many rows an id is found faster by itself than by a dozen calls of NumPy for the column.
 _FEW_ROWS = 16
-# The ids of these buckets are a table: 13 features of a row take 20 us, and 43 where their index is searched.
+# The ids of these buckets are a table, not searched in an index: the 13 bucket features of a row take 19 us.
 _TABLED_BUCKETS = range(-64, 2_048)
 
 

@@ -162,6 +162,7 @@ def test_a_model_class_is_known_by_its_file_and_what_is_in_it(tmp_path, monkeypa
             NeedsMore,
             r"takes \(num_sparse_features, embedding_dim, depth\): an interaction arch takes num_sparse_features",
         ),
+        ("torchdlrm.model.dlrm:DLMR", r"there is no DLMR in torchdlrm.model.dlrm; did you mean DLRM\?"),
         (7, "no class or function with a name"),
     ],
 )
@@ -186,6 +187,46 @@ def test_what_a_model_class_makes_must_be_a_model(model_class, message):
     shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, model_class))
     with pytest.raises(ConfigError, match=message):
         EagerModel(shape, {"a": 3, "b": 3, "c": 3})
+
+
+class FailsToBeMade(torch.nn.Module):
+    def __init__(self, num_sparse_features, embedding_dim):  # noqa: ARG002
+        super().__init__()
+        self.sizes = embedding_dim["D"]
+
+
+class FailsToRun(Sum):
+    def forward(self, dense_features, sparse_features):
+        return dense_features @ sparse_features
+
+
+class FailsAsAWhole(DLRM):
+    def forward(self, dense_features, sparse_features):
+        return self.over_arch(dense_features) + len(sparse_features)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "message"),
+    [
+        (FailsToBeMade, r"FailsToBeMade fails \(line \d+\): TypeError: 'int' object is not subscriptable"),
+        (FailsToRun, r"FailsToRun fails \(line \d+\): RuntimeError: "),
+        (FailsAsAWhole, r"FailsAsAWhole fails \(line \d+\): RuntimeError: "),
+    ],
+)
+def test_what_fails_in_a_model_class_is_reported_with_its_line(model_class, message):
+    shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, model_class))
+    with pytest.raises(ConfigError, match=message):
+        _ = shape.products
+
+
+def test_a_file_that_fails_is_reported_with_its_line(tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text("import torch\n\nsize = num_features\n")
+    with pytest.raises(ConfigError, match=r"broken.py fails \(line 3\): NameError: name 'num_features' is not defined"):
+        architecture_of(CONFIG, f"{file}:Mine")
+    file.write_text("import torch\n\nclass Mine(\n")
+    with pytest.raises(ConfigError, match=r"broken.py fails: SyntaxError: '\(' was never closed \(broken.py, line 3\)"):
+        architecture_of(CONFIG, f"{file}:Mine")
 
 
 def test_an_interaction_arch_stands_between_the_arches_of_the_dlrm():

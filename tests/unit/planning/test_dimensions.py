@@ -52,8 +52,10 @@ def test_what_fits_stays_and_what_cannot_fit_is_said():
     assert with_smaller_dims(KAGGLE, 0.5e9) is None
     with pytest.raises(PlanError, match="even with dimension 4 the tables take more than 500 MB"):
         problem_of(PlanRequest(tables="criteo-kaggle", table_bytes="0.5GB"), load_config(None))
-    with pytest.raises(PlanError, match="`alpha`: how fast"):
+    with pytest.raises(PlanError, match=r"`alpha`: .* under `table_bytes`; give that too"):
         problem_of(PlanRequest(tables="criteo-kaggle", alpha=0.2), load_config(None))
+    with pytest.raises(PlanError, match="`alpha`: must be from 0 to 10, got -1"):
+        problem_of(PlanRequest(tables="criteo-kaggle", table_bytes="1GB", alpha=-1.0), load_config(None))
 
 
 def test_as_few_tables_as_are_needed_are_divided_and_multiplied_only_where_cells_have_one_value():
