@@ -7,7 +7,6 @@ it, and the planner times it.
 B rows of the batch, F sparse features, D embedding dimension.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -25,8 +24,6 @@ from torchdlrm.model.build import build_model
 from torchdlrm.model.loss import logits_of
 
 _TRACED_ROWS = 4
-# torch warns TorchRec's developers of a function that a KJT calls; a server's log would have that line among its JSON.
-logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 class _GivenEmbeddings(nn.Module):
