@@ -37,6 +37,7 @@ FLOORS = {
     "planning": 7,
     "bench": 8,
     "doctor": 8,
+    "live": 8,
     "serving": 8,
     "cli": 9,
 }

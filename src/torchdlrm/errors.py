@@ -10,6 +10,7 @@
     │   │   └── DoesNotFitError  the tables are too large for the machine
     │   ├── RunError             a run on disk
     │   ├── BundleError          an exported model on disk
+    │   ├── LiveError            a live model on disk
     │   └── RowError             a row to predict
     ├── TrainingError            training cannot continue (not the input's fault as far as we know)
     │   └── LostProcessError     another process of the training has died or does not answer
@@ -83,6 +84,10 @@ class TrainingError(TorchDLRMError):
 
 class LostProcessError(TrainingError):
     """Another process of the training has died or does not answer; starting again may help."""
+
+
+class LiveError(UserError):
+    """A live model on disk is missing, damaged or in use, or is asked for what it cannot do."""
 
 
 class SkewError(TorchDLRMError):

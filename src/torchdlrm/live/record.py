@@ -1,0 +1,188 @@
+"""What is known of each period of a live model: `days/0001/period.json`, and `times.json` next to it.
+
+In: a period's folder.  Out: a `PeriodRecord`, whose bytes depend on logs and settings alone, and `StepTime`s, which
+never come out the same twice.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from torchdlrm.errors import LiveError
+from torchdlrm.features.schema import problems
+from torchdlrm.files import write_atomically
+
+RECORD_NAME, TIMES_NAME = "period.json", "times.json"
+FORMAT_VERSION = 1
+StepName = Literal["score", "preprocess", "learn", "export", "check", "publish"]
+
+T = TypeVar("T")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LogRecord(_Frozen):
+    """A file of a period's log: where it was, and what it was."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+class PeriodMetrics(_Frozen):
+    """Metrics of predicted click probabilities, as `torchdlrm.metrics` has them; None where they are not defined.
+
+    Attributes:
+        rows: how many rows were judged: those with a label.
+        clicks: how many of them were clicked.
+        auc: area under the ROC curve.
+        auc_low: lower end of its interval of 95 %, by DeLong's standard error.
+        auc_high: upper end.
+        logloss: mean negative log-likelihood, in nats.
+        ne: normalised entropy.
+        calibration: mean prediction divided by click rate.
+    """
+
+    rows: int
+    clicks: int
+    auc: float | None
+    auc_low: float | None
+    auc_high: float | None
+    logloss: float | None
+    ne: float | None
+    calibration: float | None
+
+
+class ProgressiveMetrics(_Frozen):
+    """How well the model of before predicted a log that it had not seen.
+
+    Attributes:
+        all: of all rows.
+        known: of the rows whose values the model's vocabularies all have; None where there are no such rows.
+        unseen: of the other rows; None where there are none.
+    """
+
+    all: PeriodMetrics
+    known: PeriodMetrics | None
+    unseen: PeriodMetrics | None
+
+
+class FeatureRecord(_Frozen):
+    """A sparse feature after a period.
+
+    Attributes:
+        num_embeddings: rows of its table.
+        values_in_use: values that have an id; None where they are hashed, or are ids already.
+        admitted: values that were given an id in this period.
+        expired: values that lost theirs.
+        unseen_fraction: of the values in this period's log, the fraction without an id in the base's vocabulary; None
+            for the first period, and where there is no vocabulary.
+    """
+
+    num_embeddings: int
+    values_in_use: int | None
+    admitted: int
+    expired: int
+    unseen_fraction: float | None
+
+
+class GateRecord(_Frozen):
+    """Whether a candidate was good enough to be published.
+
+    Attributes:
+        rows: held back from learning, which it was judged on.
+        old: how the base predicted them; None for the first period.
+        new: how the candidate predicts them.
+        passed: whether it was good enough.
+        reasons: sentences that say why not.
+    """
+
+    rows: int
+    old: PeriodMetrics | None
+    new: PeriodMetrics
+    passed: bool
+    reasons: tuple[str, ...]
+
+
+class PeriodRecord(_Frozen):
+    """What `period.json` holds of a period that is complete.
+
+    Attributes:
+        period: its number, from 1.
+        base: the period whose model was the base: that scored the log, and learnt from it; None for the first.
+        logs: the files.
+        rows: of the log, without bad ones.
+        clicks: of these.
+        progressive: how the base predicted the log before it was learnt from; None for the first period.
+        features: the sparse features by name.
+        gate: whether the candidate was good enough.
+        published: whether it became `current`: at once, or later by a rollback to it.
+        bundle_bytes: of the period's bundle.
+        delta_bytes: of its delta to the base's bundle; None where there is none.
+    """
+
+    format: Literal["torchdlrm-period"] = "torchdlrm-period"
+    format_version: Literal[1] = FORMAT_VERSION
+    period: int
+    base: int | None
+    logs: tuple[LogRecord, ...]
+    rows: int
+    clicks: int
+    progressive: ProgressiveMetrics | None
+    features: dict[str, FeatureRecord]
+    gate: GateRecord
+    published: bool
+    bundle_bytes: int
+    delta_bytes: int | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The record of the period in this folder.
+
+        Raises:
+            LiveError: there is none, it is damaged, or of a newer format.
+        """
+        return _read(folder / RECORD_NAME, TypeAdapter(cls))
+
+    def write(self, folder: Path) -> None:
+        """Write the record to the period's folder, atomically; the same record gives the same bytes."""
+        write_atomically(folder / RECORD_NAME, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
+
+
+class StepTime(_Frozen):
+    """What a step took: seconds, over all attempts of which one was completed; and bytes that it wrote."""
+
+    seconds: float
+    bytes: int
+
+
+def read_times(folder: Path) -> dict[StepName, StepTime]:
+    """What the steps of the period in this folder took, in their order; empty where nothing is known.
+
+    Raises:
+        LiveError: the file is damaged.
+    """
+    path = folder / TIMES_NAME
+    return _read(path, TypeAdapter(dict[StepName, StepTime])) if path.exists() else {}
+
+
+def write_times(folder: Path, times: Mapping[StepName, StepTime]) -> None:
+    """Write what the steps of a period took, atomically."""
+    content = {name: time.model_dump() for name, time in times.items()}
+    write_atomically(folder / TIMES_NAME, json.dumps(content, indent=1) + "\n")
+
+
+def _read(path: Path, adapter: TypeAdapter[T]) -> T:
+    try:
+        return adapter.validate_json(path.read_bytes())
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}; put it back from a copy of the live model"
+        raise LiveError(msg) from error
+    except ValidationError as error:
+        lines = [f"{path}: not what this version of torchdlrm writes; put it back from a copy", *problems(error)]
+        raise LiveError("\n".join(lines)) from error

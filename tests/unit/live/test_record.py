@@ -1,0 +1,55 @@
+import pytest
+
+from torchdlrm.errors import LiveError
+from torchdlrm.live.record import (
+    FeatureRecord,
+    GateRecord,
+    LogRecord,
+    PeriodMetrics,
+    PeriodRecord,
+    ProgressiveMetrics,
+    StepTime,
+    read_times,
+    write_times,
+)
+
+METRICS = PeriodMetrics(rows=100, clicks=20, auc=0.7, auc_low=0.6, auc_high=0.8, logloss=0.4, ne=0.9, calibration=1.02)
+RECORD = PeriodRecord(
+    period=2,
+    base=1,
+    logs=(LogRecord(path="/logs/day_1.tsv", size_bytes=12, sha256="ab" * 32),),
+    rows=100,
+    clicks=20,
+    progressive=ProgressiveMetrics(all=METRICS, known=None, unseen=METRICS),
+    features={"cat_0": FeatureRecord(num_embeddings=9, values_in_use=7, admitted=1, expired=2, unseen_fraction=0.1)},
+    gate=GateRecord(rows=5, old=METRICS, new=METRICS, passed=False, reasons=("worse",)),
+    published=False,
+    bundle_bytes=1_000,
+    delta_bytes=None,
+)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    RECORD.write(tmp_path)
+    assert PeriodRecord.read(tmp_path) == RECORD
+
+
+def test_a_damaged_record_is_told_with_its_file_and_key(tmp_path):
+    RECORD.write(tmp_path)
+    path = tmp_path / "period.json"
+    path.write_text(path.read_text().replace('"rows": 100', '"rows": "many"', 1))
+    with pytest.raises(LiveError, match=r"period\.json: not what .*\n.*rows.*many"):
+        PeriodRecord.read(tmp_path)
+    path.write_text("{")
+    with pytest.raises(LiveError, match=r"period\.json"):
+        PeriodRecord.read(tmp_path)
+    path.unlink()
+    with pytest.raises(LiveError, match=r"period\.json: cannot be read"):
+        PeriodRecord.read(tmp_path)
+
+
+def test_times_are_read_in_the_order_of_the_steps(tmp_path):
+    assert read_times(tmp_path) == {}
+    times = {"score": StepTime(seconds=1.5, bytes=10), "preprocess": StepTime(seconds=0.5, bytes=20)}
+    write_times(tmp_path, times)
+    assert list(read_times(tmp_path).items()) == list(times.items())
