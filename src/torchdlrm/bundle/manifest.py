@@ -16,7 +16,7 @@ from torchdlrm.features.transforms import FittedDense
 from torchdlrm.files import regular_file, sha256_of, sync
 from torchdlrm.model.model_class import ModelClassRecord
 
-FORMAT_VERSION, _WITH_MODEL_CLASS, _WITHOUT_MODEL_CLASS = 4, 3, 2
+FORMAT_VERSION, _WITHOUT_PERIOD, _WITH_MODEL_CLASS, _WITHOUT_MODEL_CLASS = 5, 4, 3, 2
 MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME = "bundle.json", "weights.safetensors", "sample.parquet"
 _VERSION_DIGITS = 12
 # Of 1 TB of weights it has 5 MB.
@@ -28,10 +28,14 @@ _MAX_PROBLEMS, _MAX_PROBLEM_LENGTH = 5, 300
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-def oldest_version(schema: FeatureSchema, model: ModelConfig, model_class: ModelClassRecord | None) -> int:
+def oldest_version(
+    schema: FeatureSchema, model: ModelConfig, model_class: ModelClassRecord | None, period: int | None = None
+) -> int:
     """The oldest version of the format that says what must be said: older programs read all other bundles."""
-    if model.interaction != "dot" or model.features or schema.needs_newer_formats:
+    if period is not None:
         return FORMAT_VERSION
+    if model.interaction != "dot" or model.features or schema.needs_newer_formats:
+        return _WITHOUT_PERIOD
     return _WITHOUT_MODEL_CLASS if model_class is None else _WITH_MODEL_CLASS
 
 
@@ -206,6 +210,7 @@ class BundleManifest(SealedJson):
         model: the model's shape.
         model_class: of a model of somebody's own, by what its class is known again; none of its code is in here.
         dense_precision: what the dense, interaction and over arch may compute in.
+        period: number of the last period that was learnt from; None where logs have no periods.
         source: where it came from.
         check: the check at the export's end.
         block_bytes: of the weights' file.
@@ -227,6 +232,7 @@ class BundleManifest(SealedJson):
     model: ModelConfig
     model_class: ModelClassRecord | None = None
     dense_precision: DensePrecision
+    period: Annotated[int, Field(ge=0)] | None = None
     source: Origin
     check: CheckRecord | None
     files: dict[str, StoredFile]
@@ -299,8 +305,9 @@ class BundleManifest(SealedJson):
         content = super()._content()
         if self.source.checkpoint is None:
             del content["source"]["checkpoint"]
-        if self.model_class is None:
-            del content["model_class"]
+        for name in ("model_class", "period"):
+            if content[name] is None:
+                del content[name]
         if self.model.interaction == "dot":  # which older versions do not say
             del content["model"]["interaction"]
         content["schema"] = self.feature_schema.model_dump(mode="json", by_alias=True, exclude_none=True)

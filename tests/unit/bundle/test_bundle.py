@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torchdlrm.bundle import verification, weights_file
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, BundleManifest
+from torchdlrm.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, BundleManifest, oldest_version
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.bundle.weights_file import MappedWeights, TensorRecord, WeightsWriter
 from torchdlrm.errors import BundleError, UserError
@@ -219,3 +219,13 @@ def test_a_bundle_of_format_version_1_which_does_not_say_what_its_checkpoint_was
     (tmp_path / MANIFEST_NAME).write_text(then.to_json(), encoding="utf-8")
     assert '"checkpoint": "' not in then.to_json()
     assert BundleManifest.read(tmp_path) == then
+
+
+def test_a_bundle_tells_its_period_and_one_without_is_written_as_before(small_bundle, tmp_path):
+    manifest = BundleManifest.read(small_bundle)
+    assert manifest.period is None
+    assert '"period"' not in (small_bundle / "bundle.json").read_text()
+    version = oldest_version(manifest.feature_schema, manifest.model, None, period=7)
+    manifest.model_copy(update={"period": 7, "format_version": version}).write(tmp_path)
+    assert BundleManifest.read(tmp_path).period == 7
+    assert version > oldest_version(manifest.feature_schema, manifest.model, None)
