@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from torchdlrm.features.schema import FeatureSchema as FeatureSchema
     from torchdlrm.features.schema import criteo_schema as criteo_schema
     from torchdlrm.features.schema_file import load_schema as load_schema
+    from torchdlrm.live.advance import advance as advance
+    from torchdlrm.live.model import LiveModel as LiveModel
+    from torchdlrm.live.model import rollback as rollback
+    from torchdlrm.live.preview import preview_advance as preview_advance
+    from torchdlrm.live.settings import ExportSettings as ExportSettings
+    from torchdlrm.live.settings import GateSettings as GateSettings
+    from torchdlrm.live.settings import LiveSettings as LiveSettings
     from torchdlrm.loader.loader import Loader as Loader
     from torchdlrm.metrics import BinaryMetrics as BinaryMetrics
     from torchdlrm.metrics import binary_metrics as binary_metrics
@@ -57,6 +64,10 @@ _NAMES_OF = {
     "exporting.verify": ("verify",),
     "features.schema": ("FeatureSchema", "criteo_schema"),
     "features.schema_file": ("load_schema",),
+    "live.advance": ("advance",),
+    "live.model": ("LiveModel", "rollback"),
+    "live.preview": ("preview_advance",),
+    "live.settings": ("ExportSettings", "GateSettings", "LiveSettings"),
     "loader.loader": ("Loader",),
     "metrics": ("BinaryMetrics", "binary_metrics"),
     "model.batch_norm": ("GlobalBatchNorm1d",),

@@ -90,6 +90,15 @@ def clear_folder(folder: int, *, keep: Collection[str] = ()) -> None:
             os.unlink(name, dir_fd=folder)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder with all that is in it, if it is there; whatever ends this process, it is complete or absent."""
+    leaving = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(leaving, ignore_errors=True)  # what a process that was killed has left
+    with suppress(FileNotFoundError):
+        path.rename(leaving)
+        shutil.rmtree(leaving)
+
+
 def _names(folder: int) -> list[str]:
     with os.scandir(folder) as entries:
         return [entry.name for entry in entries]

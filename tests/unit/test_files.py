@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from torchdlrm.files import claim_folder, clear_folder, replacing
+from torchdlrm.files import claim_folder, clear_folder, remove_folder, replacing
 
 
 @pytest.fixture
@@ -88,3 +88,12 @@ def test_a_file_is_replaced_through_a_name_that_nobody_knows_beforehand(tmp_path
             names.add(beside.name)
     assert len(names) == 2
     assert [*tmp_path.iterdir()] == [tmp_path / "plan.json"]
+
+
+def test_a_folder_is_removed_also_where_a_killed_process_had_begun(tmp_path):
+    folder = tmp_path / "old"
+    remove_folder(folder)
+    for name in ("old", ".old.removed"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    remove_folder(folder)
+    assert list(tmp_path.iterdir()) == []

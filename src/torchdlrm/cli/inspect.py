@@ -23,11 +23,12 @@ _MAX_NAME_WIDTH = 16
 
 
 def inspect(folder: Path, *, values: int = 3, as_json: Json = False) -> None:
-    """Show what a dataset, a run, a bundle or a delta holds.
+    """Show what a dataset, a run, a bundle, a delta or a live model holds.
 
     Of a dataset: rows, click rates, tables, unknown and missing values. Of a run: how far it is, its checkpoints, its
     evaluations. Of a bundle: tables and their precision, the check at the end of the export. Of a delta: which
-    bundles it is between, and what of each table changed. All files are read and their checksums compared.
+    bundles it is between, and what of each table changed. All files of these are read and their checksums compared. Of
+    a live model: its periods, and how each log was predicted before it was learnt from.
 
     Args:
         folder: What to look at.
@@ -43,6 +44,7 @@ def inspect(folder: Path, *, values: int = 3, as_json: Json = False) -> None:
         "dataset.json": ("a dataset", lambda: _show_dataset(folder, values, as_json=as_json)),
         "bundle.json": ("a bundle", lambda: _show_bundle(folder, as_json=as_json)),
         "environment.json": ("a run", lambda: _show_run(folder, as_json=as_json)),
+        "live.toml": ("a live model", lambda: _show_live(folder, as_json=as_json)),
     }
     for marker, (_, show) in kinds.items():
         if (folder / marker).exists():
@@ -171,6 +173,49 @@ def _show_delta(folder: Path, *, as_json: bool) -> None:
         print_json({"kind": "delta"} | delta_as_dict(delta))
         return
     print_delta(delta)
+
+
+def _show_live(folder: Path, *, as_json: bool) -> None:
+    """Print the periods of a live model, and which one is current."""
+    content = _live_as_dict(folder)
+    if as_json:
+        print_json({"kind": "live"} | content)
+        return
+    say(f"live model {folder}: {len(content['periods'])} period(s), current is {content['current'] or 'none'}")
+    rows = [
+        {
+            "period": str(period["period"]),
+            "base": str(period["base"] or "-"),
+            "rows": f"{period['rows']:,}",
+            **{name: shown_metric(period[name]) for name in ("auc", "logloss", "ne", "calibration")},
+            "published": "yes" if period["published"] else "no",
+            "bundle": show_bytes(period["bundle_bytes"]),
+            "delta": "-" if period["delta_bytes"] is None else show_bytes(period["delta_bytes"]),
+        }
+        for period in content["periods"]
+    ]
+    print_table("each log, by the model of before", rows, droppable=("bundle", "delta", "base"))
+    for period in content["periods"]:
+        for reason in period["reasons"]:
+            say(f"period {period['period']}: {reason}")
+
+
+def _live_as_dict(folder: Path) -> dict[str, Any]:
+    """Return, for JSON, the current period, and each one's rows, metrics before it was learnt from, and outcome."""
+    from torchdlrm.live.model import LiveModel
+
+    live = LiveModel.open(folder)
+    periods = []
+    for record in live.periods:
+        metrics = {} if record.progressive is None else record.progressive.all.model_dump()
+        names = ("auc", "auc_low", "auc_high", "logloss", "ne", "calibration")
+        periods.append(
+            {"period": record.period, "base": record.base, "rows": record.rows, "clicks": record.clicks}
+            | {name: metrics.get(name) for name in names}
+            | {"published": record.published, "reasons": record.gate.reasons}
+            | {"bundle_bytes": record.bundle_bytes, "delta_bytes": record.delta_bytes}
+        )
+    return {"live": str(folder), "current": live.current, "periods": periods}
 
 
 def print_check(bundle: "Bundle") -> None:

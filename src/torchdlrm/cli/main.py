@@ -56,10 +56,14 @@ app.command("torchdlrm.cli.apply:apply", help="Make a bundle of another one and 
 app.command("torchdlrm.cli.predict:predict", help="Predict every row of a raw log.")
 app.command("torchdlrm.cli.verify:verify", help="Compare checkpoint, bundle and server on the same raw rows.")
 app.command("torchdlrm.cli.serve:serve", help="Serve a bundle over HTTP and gRPC.")
+app.command(
+    "torchdlrm.cli.advance:advance", help="Score a new log, learn from it, and publish: one period of a live model."
+)
+app.command("torchdlrm.cli.rollback:rollback", help="Publish the model of an earlier period of a live model.")
 app.command("torchdlrm.cli.bench:bench", name="bench", help="Time the hot paths on this machine.")
 app.command("torchdlrm.cli.doctor:doctor", help="Show what this machine has, and try whether it works.")
 app.command(
-    "torchdlrm.cli.inspect:inspect", help="Show what a dataset, a run, a bundle or a delta holds, and check it."
+    "torchdlrm.cli.inspect:inspect", help="Show what a dataset, a run, a bundle, a delta or a live model holds."
 )
 
 

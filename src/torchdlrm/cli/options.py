@@ -13,8 +13,10 @@ from typing import Annotated
 
 from cyclopts import App, Argument, Parameter
 from cyclopts.exceptions import CycloptsError, MissingArgumentError
+from pydantic import ValidationError
 
 from torchdlrm.errors import ConfigError
+from torchdlrm.toml import explain
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True)]
 
@@ -58,6 +60,9 @@ def check_rendezvous(nnodes: int, rdzv_endpoint: str) -> None:
 def describe_mistake(error: CycloptsError) -> str:
     """Which command, which argument or option, and what was perhaps meant."""
     error.verbose = False
+    if isinstance(error.__cause__, ValidationError):
+        items = error.__cause__.errors(include_url=False)
+        return "\n".join(f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {explain(item)}" for item in items)
     command = " ".join(["dlrm", *(error.command_chain or ())])
     argument = error.argument
     if not isinstance(error, MissingArgumentError) or argument is None or error.keyword or argument.tokens:

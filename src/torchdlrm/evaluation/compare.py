@@ -134,6 +134,28 @@ def paired_difference(labels: Labels, first: Scores, second: Scores, weights: We
     )
 
 
+def auc_standard_error(labels: Labels, scores: Scores, weights: Weights = None) -> float:
+    """Standard error of a model's AUC, by DeLong, DeLong and Clarke-Pearson (1988).
+
+    Args:
+        labels: 0 or 1 [N].
+        scores: any monotone function of the probability, such as a logit [N].
+        weights: of the rows [N].
+
+    Returns:
+        NaN with fewer than two rows of a class.
+    """
+    if weights is not None:
+        counts = weights > 0
+        labels, scores, weights = labels[counts], scores[counts], weights[counts]
+    clicked = labels != 0
+    if weights is None:
+        wins_P, wins_Q = _wins(scores[clicked], scores[~clicked])
+        return math.hypot(_error_of_mean(wins_P, None), _error_of_mean(wins_Q, None))
+    wins_P, wins_Q = weighted_wins(clicked, scores, weights)
+    return math.hypot(_error_of_mean(wins_P, weights[clicked]), _error_of_mean(wins_Q, weights[~clicked]))
+
+
 def _wins(positives: Scores, negatives: Scores) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """For each positive the share of negatives below it [P], for each negative that of positives above it [Q]."""
     positives_sorted, negatives_sorted = np.sort(positives), np.sort(negatives)

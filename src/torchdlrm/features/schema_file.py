@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torchdlrm.errors import SchemaError
 from torchdlrm.features.columns import ROLES
 from torchdlrm.features.schema import PRESETS, FeatureSchema, SplitRule, problems
-from torchdlrm.toml import did_you_mean, explain, toml_value
+from torchdlrm.toml import did_you_mean, explain, toml_text, toml_value
 
 
 def load_schema(name_or_path: str | Path) -> FeatureSchema:
@@ -53,6 +53,11 @@ def load_schema(name_or_path: str | Path) -> FeatureSchema:
     if found:
         raise SchemaError("\n".join([f"{path}: the schema is wrong:", *found]))
     return schema
+
+
+def schema_toml(schema: FeatureSchema) -> str:
+    """Write a schema as TOML text that `load_schema` reads back."""
+    return toml_text(schema.model_dump(mode="json", by_alias=True, exclude_none=True))
 
 
 def with_split(

@@ -16,7 +16,6 @@ from torchdlrm.features.schema import problems
 from torchdlrm.files import write_atomically
 
 RECORD_NAME, TIMES_NAME = "period.json", "times.json"
-FORMAT_VERSION = 1
 StepName = Literal["score", "preprocess", "learn", "export", "check", "publish"]
 
 T = TypeVar("T")
@@ -127,7 +126,7 @@ class PeriodRecord(_Frozen):
     """
 
     format: Literal["torchdlrm-period"] = "torchdlrm-period"
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     period: int
     base: int | None
     logs: tuple[LogRecord, ...]
@@ -155,7 +154,7 @@ class PeriodRecord(_Frozen):
 
 
 class StepTime(_Frozen):
-    """What a step took: seconds, over all attempts of which one was completed; and bytes that it wrote."""
+    """What a step took: seconds, of the attempt that completed it; and bytes of what it wrote."""
 
     seconds: float
     bytes: int

@@ -6,7 +6,7 @@ cores busy by itself.
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from torchdlrm.prediction.scores_out import check_name, writing_scores
 from torchdlrm.progress import SILENT, ProgressListener
 
 BadRowsRule = Literal["refuse", "null"]
+LOGIT_COLUMN, HAS_UNKNOWN_COLUMN = "logit", "has_unknown"
 _WAIT_S = 0.2
 _CHUNKS_AHEAD = 2
 
@@ -78,6 +79,7 @@ def predict_file(
     out: Path,
     *,
     bad_rows: BadRowsRule = "refuse",
+    with_details: bool = False,
     progress: ProgressListener = SILENT,
 ) -> PredictSummary:
     """Predict every row of a log.
@@ -88,6 +90,8 @@ def predict_file(
         out: `.parquet`, `.csv` or `.csv.gz`, or `-`; a column `prediction`, after the passthrough columns.
         bad_rows: `refuse` stops at the first chunk with a row that cannot be read; `null` writes a row without
             prediction in its place.
+        with_details: write `logit`, the log-odds of the prediction, and `has_unknown`, whether a value of the row has
+            no id, after it.
         progress: shows the bytes read.
 
     Returns:
@@ -102,9 +106,13 @@ def predict_file(
     if out.exists() and any(path.exists() and path.samefile(out) for path in rows.paths):
         msg = f"`out`: {out} is the log itself; name another file"
         raise UserError(msg)
-    if PREDICTION_COLUMN in rows.passthrough:
-        msg = f"`columns`: {PREDICTION_COLUMN} is what the scores' own column is called"
-        raise UserError(msg)
+    own: dict[str, pl.DataType] = {PREDICTION_COLUMN: pl.Float32()}
+    if with_details:
+        own |= {LOGIT_COLUMN: pl.Float32(), HAS_UNKNOWN_COLUMN: pl.Boolean()}
+    for name in own:
+        if name in rows.passthrough:
+            msg = f"`columns`: {name} is what the scores' own column is called"
+            raise UserError(msg)
     tally = _Tally(rows.schema)
     started_s = time.perf_counter()
     progress.start_phase("predict", rows.size_bytes, unit="bytes")
@@ -112,10 +120,13 @@ def predict_file(
         for chunk, encoded in _encoded_ahead(predictor, rows, bad_rows):
             predictions = predictor.predict_encoded(encoded)
             tally.add(chunk, encoded, predictions)
-            writer.write(_scores(chunk, predictions.probabilities, rows, as_text=out.suffix != ".parquet"))
+            scores: dict[str, NDArray[Any]] = {PREDICTION_COLUMN: predictions.probabilities}
+            if with_details:
+                scores |= {LOGIT_COLUMN: predictions.logits, HAS_UNKNOWN_COLUMN: predictor.has_unknown(encoded)}
+            writer.write(_scores(chunk, scores, rows, as_text=out.suffix != ".parquet"))
             progress.advance(chunk.num_bytes, rows=f"{tally.summary.rows:,}")
         if not tally.summary.rows:
-            columns = dict.fromkeys(rows.passthrough, pl.String) | {PREDICTION_COLUMN: pl.Float32}
+            columns = dict.fromkeys(rows.passthrough, pl.String()) | own
             writer.write(pl.DataFrame(schema=columns))
         predictor.require_undamaged()
     return tally.finish(time.perf_counter() - started_s)
@@ -153,10 +164,10 @@ def _encoded_ahead(predictor: Predictor, rows: RowsIn, bad_rows: BadRowsRule) ->
             reader.shutdown(wait=True, cancel_futures=True)
 
 
-def _scores(chunk: RowChunk, probabilities: NDArray[np.float32], rows: RowsIn, *, as_text: bool) -> pl.DataFrame:
-    """The passthrough columns and the prediction, with nulls in the places of bad rows."""
+def _scores(chunk: RowChunk, scores: Mapping[str, NDArray[Any]], rows: RowsIn, *, as_text: bool) -> pl.DataFrame:
+    """The passthrough columns and the scores, with nulls in the places of bad rows."""
     columns = [_written(chunk.frame[name], rows.schema, as_text=as_text) for name in rows.passthrough]
-    frame = pl.DataFrame([*columns, pl.Series(PREDICTION_COLUMN, probabilities)])
+    frame = pl.DataFrame([*columns, *(pl.Series(name, values) for name, values in scores.items())])
     if not len(chunk.bad_positions):
         return frame
     is_good = np.ones(chunk.num_rows, np.bool_)

@@ -272,6 +272,16 @@ class Predictor:
         if damage is not None:
             raise damage
 
+    def has_unknown(self, rows: EncodedRows) -> NDArray[np.bool_]:
+        """Whether a value of a row has no id of its own, in a feature with a vocabulary [B]."""
+        if not isinstance(rows.sparse, tuple):
+            return (rows.sparse[[i for i, _ in self._counted]] == UNKNOWN_ID).any(axis=0)
+        found = np.zeros(rows.num_rows, np.bool_)
+        for i, _ in self._counted:
+            ids, offsets = rows.sparse[i]
+            found[np.searchsorted(offsets, np.flatnonzero(ids == UNKNOWN_ID), side="right") - 1] = True
+        return found
+
     def _check_types(self, frame: pl.DataFrame) -> None:
         schema = frame.schema
         for name, types in self._types.items():

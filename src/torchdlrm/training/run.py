@@ -323,6 +323,13 @@ class Run:
             raise RunError(msg)
         return dataset.with_label(self.config.train.label)
 
+    def take_place(self, dataset: Dataset) -> None:
+        """Record where the dataset is, if it has moved; it must be the one that the run was trained on."""
+        environment = self.environment
+        if environment["dataset"]["path"] != str(dataset.path.resolve()):
+            environment["dataset"]["path"] = str(dataset.path.resolve())
+            write_atomically(self.path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
+
     def write_plan(self, solution: Solution) -> None:
         """Write down where each table is."""
         write_plan(self.path / PLAN_NAME, solution)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from torchdlrm.evaluation.compare import paired_difference
+from torchdlrm.evaluation.compare import auc_standard_error, paired_difference
 
 
 def models(rng, num_rows):
@@ -38,6 +38,18 @@ def test_the_standard_error_of_the_auc_is_delongs(seed):
     by_positive, by_negative = kernel.mean(axis=1), kernel.mean(axis=0)
     variance = by_positive.var(ddof=1) / by_positive.size + by_negative.var(ddof=1) / by_negative.size
     assert paired_difference(labels, first, second).auc_standard_error == pytest.approx(math.sqrt(variance), rel=1e-12)
+
+
+def test_the_standard_error_of_one_auc_is_that_of_its_difference_from_no_model(seed):
+    """A model that says the same of every row has wins of one half, which do not scatter."""
+    labels, scores, _ = models(np.random.default_rng(seed), 120)
+    nothing = np.zeros_like(scores)
+    expected = paired_difference(labels, nothing, scores).auc_standard_error
+    assert auc_standard_error(labels, scores) == pytest.approx(expected, rel=1e-12)
+    weights = np.random.default_rng(seed).integers(0, 3, len(labels)).astype(np.float64)
+    expected = paired_difference(labels, nothing, scores, weights).auc_standard_error
+    assert auc_standard_error(labels, scores, weights) == pytest.approx(expected, rel=1e-12)
+    assert math.isnan(auc_standard_error(np.ones(5), np.arange(5.0)))
 
 
 def test_standard_errors_are_how_much_estimates_scatter(seed):

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from torchdlrm.errors import SchemaError
-from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.features.schema_file import _in_schema_file, load_schema
+from torchdlrm.features.schema import PRESETS, FeatureSchema
+from torchdlrm.features.schema_file import _in_schema_file, load_schema, schema_toml
 
 GOOD = """
 name = "shop"
@@ -121,3 +121,12 @@ def test_the_old_name_of_max_embeddings_is_refused_in_a_schema_file_and_kept_in_
     path.write_text(text.replace("max_embeddings", "max_rows"))
     with pytest.raises(SchemaError, match=r"column 2 \(x\): max_rows: is called max_embeddings now"):
         load_schema(path)
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "shop"])
+def test_a_schema_that_was_written_is_read_as_it_was(tmp_path, name):
+    path = tmp_path / "schema.toml"
+    path.write_text(GOOD)
+    schema = load_schema(name if name in PRESETS else path)
+    path.write_text(schema_toml(schema))
+    assert load_schema(path) == schema

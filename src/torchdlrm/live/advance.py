@@ -1,0 +1,318 @@
+"""One period of a live model: score the log, learn from it, check, publish.
+
+In: a live model's folder, a log.  Out: the period's `PeriodRecord`, and files:
+
+| step | in | out |
+| --- | --- | --- |
+| score | log, bundle of the base | `scores.parquet`, progressive metrics |
+| preprocess | log, dataset of the base | `dataset/`, whose vocabularies extend the base's |
+| learn | dataset, run of the base | `run/` |
+| export | run | a bundle, the candidate |
+| check | held-back rows, scores, candidate | whether it is good enough |
+| publish | candidate | `bundles/000N`, a delta, `current`, `period.json` |
+
+The base is the period that `current` leads to.  A step's outcome appears when it is complete, and then the draft says
+so: whatever ends the process, at whatever moment, the same call resumes, and ends with the same bytes.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from torchdlrm.bundle.apply import DELTA_NAMES, write_delta
+from torchdlrm.bundle.bundle import Bundle
+from torchdlrm.bundle.write import complete_folder
+from torchdlrm.config import Config
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.errors import LiveError
+from torchdlrm.exporting.export import export
+from torchdlrm.exporting.options import ExportOptions
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.schema_file import with_split
+from torchdlrm.files import remove_folder, sha256_of, write_atomically
+from torchdlrm.live.gate import judge
+from torchdlrm.live.model import DATASET_NAME, REPLAY_NAME, RUN_NAME, LiveModel
+from torchdlrm.live.preview import STEPS, AdvancePreview, log_records, look_ahead
+from torchdlrm.live.record import (
+    FeatureRecord,
+    LogRecord,
+    PeriodRecord,
+    StepTime,
+    read_times,
+    write_times,
+)
+from torchdlrm.live.scores import SCORES_NAME, progressive_metrics, read_scores, score_log
+from torchdlrm.live.settings import LiveSettings
+from torchdlrm.model.model_class import ModelClass
+from torchdlrm.prediction.predictor import Predictor
+from torchdlrm.preprocessing.options import PreprocessOptions, Resources
+from torchdlrm.preprocessing.preprocess import preprocess, work_folder
+from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.training.job import train
+from torchdlrm.training.run import Run
+
+_CANDIDATE_NAME, _DELTA_NAME = "bundle", "delta"
+
+
+def advance(
+    live: str | Path,
+    logs: str | Path | Sequence[str | Path],
+    *,
+    config: Config | str | Path | None = None,
+    schema: FeatureSchema | str | Path | None = None,
+    settings: LiveSettings | None = None,
+    model_class: ModelClass | None = None,
+    allow_changed_model_class: bool = False,
+    restart: bool = False,
+    resources: Resources | None = None,
+    train_by: Callable[..., object] = train,
+    progress: ProgressListener = SILENT,
+) -> PeriodRecord:
+    """Score a new log with the model of before, learn from it, and publish the new model if it is good enough.
+
+    The first call makes the live model.  What was interrupted, at whatever moment, is resumed by the same call; a log
+    that the newest period has learnt from already changes nothing.
+
+    Args:
+        live: folder of the live model.
+        logs: the file of the period's log, or its files; read again where later periods replay it.
+        config: of the runs, as `train` takes it; needed by the first call, and kept in `config.toml`.
+        schema: of the logs, as `preprocess` takes it; needed by the first call, and kept in `schema.toml`.
+        settings: what is to be changed in `live.toml`: the fields that are given; the others stay as they are.
+        model_class: a model of one's own, as `train` takes it; given in each call.
+        allow_changed_model_class: take it though its file has changed since.
+        restart: remove a period that is not complete, or whose model was not published, and begin it again.
+        resources: of preprocessing; change no byte.
+        train_by: called as `train` is; `dlrm advance --nproc-per-node` gives one that starts processes.
+        progress: receives the phases of all steps.
+
+    Returns:
+        The record of the period: `gate.reasons` say why a model was not `published`.
+
+    Raises:
+        LiveError: as `preview_advance`, or another process is changing the live model.
+        UserError: a step's input is wrong, as the step's own function says.
+        TrainingError: the training failed.
+        Interrupted: SIGTERM or Ctrl-C.
+    """
+    records = log_records(logs)
+    look_ahead(live, records, config, schema, settings, restart=restart)  # before anything is written
+    with LiveModel(Path(live)).locked():
+        preview = look_ahead(live, records, config, schema, settings, restart=restart)
+        for name, text in sorted(preview.files.items(), key=lambda file: file[0] == "live.toml"):
+            write_atomically(preview.live.path / name, text)
+        if preview.removed is not None:
+            preview.live.remove_period(preview.removed, preview.draft.base)
+        record = preview.done
+        if record is None:
+            period = _Period(
+                preview,
+                resources=resources,
+                train_by=train_by,
+                model_class=model_class,
+                allow_changed_model_class=allow_changed_model_class,
+                progress=progress,
+            )
+            record = period.run()
+        preview.live.tidy()
+    return record
+
+
+class _Period:
+    """The steps of a period."""
+
+    def __init__(
+        self,
+        preview: AdvancePreview,
+        *,
+        resources: Resources | None,
+        train_by: Callable[..., object],
+        model_class: ModelClass | None,
+        allow_changed_model_class: bool,
+        progress: ProgressListener,
+    ) -> None:
+        self._live, self._settings, self._draft = preview.live, preview.settings, preview.draft
+        self._config, self._replayed, self._steps = preview.config, preview.replayed, preview.steps
+        self._schema = with_split(preview.schema, "random", preview.settings.hold_back, 0.0)
+        self._resources, self._train, self._progress = resources, train_by, progress
+        self._own_model: dict[str, Any] = {
+            "model_class": model_class,
+            "allow_changed_model_class": allow_changed_model_class,
+        }
+        self._day = self._live.day(self._draft.period)
+
+    def run(self) -> PeriodRecord:
+        """Do the steps that are left."""
+        self._live.write_draft(self._draft)
+        actions = (self._score, self._preprocess, self._learn, self._export, self._check, self._publish)
+        for name in self._steps:
+            started_s = time.perf_counter()
+            num_bytes = actions[STEPS.index(name)]()
+            time_taken = StepTime(seconds=time.perf_counter() - started_s, bytes=num_bytes)
+            write_times(self._day, {**read_times(self._day), name: time_taken})
+            self._note(done=(*self._draft.done, name))
+        record = self._record()
+        record.write(self._day)
+        return record
+
+    def _note(self, **changes: object) -> None:
+        self._draft = self._draft.model_copy(update=changes)
+        self._live.write_draft(self._draft)
+
+    def _score(self) -> int:
+        assert self._draft.base is not None, "the first period has no such step"
+        scores = self._day / SCORES_NAME
+        predictor = Predictor.open(self._live.bundle(self._draft.base), progress=self._progress, **self._own_model)
+        unseen = score_log(
+            predictor,
+            [Path(log.path) for log in self._draft.logs],
+            scores,
+            max_bad_rows=self._settings.max_bad_rows,
+            progress=self._progress,
+        )
+        progressive = progressive_metrics(read_scores(scores, predictor.schema), predictor.schema)
+        self._note(progressive=progressive, unseen_fraction=unseen)
+        return scores.stat().st_size
+
+    def _preprocess(self) -> int:
+        base = self._draft.base
+        options = self._preprocess_options(None if base is None else self._live.day(base) / DATASET_NAME)
+        dataset = self._encode(self._draft.logs, self._day / DATASET_NAME, self._schema, options)
+        return _folder_bytes(dataset.path)
+
+    def _preprocess_options(self, vocabulary: Path | None) -> PreprocessOptions:
+        settings = self._settings
+        return PreprocessOptions(
+            min_count=settings.min_count,
+            max_embeddings=settings.max_embeddings,
+            seed=settings.seed,
+            max_bad_rows=settings.max_bad_rows,
+            vocabulary=vocabulary,
+            extend_vocabulary=vocabulary is not None,
+        )
+
+    def _encode(
+        self, logs: Sequence[LogRecord], out: Path, schema: FeatureSchema, options: PreprocessOptions
+    ) -> Dataset:
+        if out.exists():  # it appears when it is complete
+            shutil.rmtree(work_folder(out), ignore_errors=True)
+            return Dataset.open(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        paths = [Path(log.path) for log in logs]
+        return preprocess(paths, out, schema, options, self._progress, resources=self._resources)
+
+    def _learn(self) -> int:
+        base = self._draft.base
+        source = None if base is None else self._live.day(base) / RUN_NAME
+        if source is not None:  # the live model's folder may have moved since
+            Run.open(source).take_place(Dataset.open(source.with_name(DATASET_NAME)))
+        dataset = self._day / DATASET_NAME
+        for record in self._replayed:
+            for log in record.logs:
+                if sha256_of(Path(log.path)) != log.sha256:
+                    msg = f"{log.path}: is not the log of period {record.period} any more; put it back"
+                    raise LiveError(msg)
+            folder = self._day / REPLAY_NAME / self._live.day(record.period).name
+            schema = with_split(self._schema, "random", 0.0, 0.0)
+            options = replace(self._preprocess_options(dataset), extend_vocabulary=False)
+            replayed = self._encode(record.logs, folder / DATASET_NAME, schema, options)
+            self._train_run(replayed.path, folder / RUN_NAME, source)
+            source = folder / RUN_NAME
+        self._train_run(dataset, self._day / RUN_NAME, source)
+        return _folder_bytes(self._day / RUN_NAME)
+
+    def _train_run(self, dataset: Path, run: Path, source: Path | None) -> None:
+        config = self._config
+        if source is not None:  # from the weights that were exported
+            config = config.model_copy(
+                update={"warm_start": config.warm_start.model_copy(update={"checkpoint": "last"})}
+            )
+        self._train(config, dataset, run, from_run=source, progress=self._progress, **self._own_model)
+
+    def _export(self) -> int:
+        out = self._day / _CANDIDATE_NAME
+        if not out.exists():
+            chosen = self._settings.export
+            options = ExportOptions(
+                **chosen.model_dump(exclude={"name"}),
+                checkpoint="last",
+                name=chosen.name or self._live.path.resolve().name,
+            )
+            dataset = self._day / DATASET_NAME
+            export(
+                self._day / RUN_NAME, out, options=options, dataset=dataset, progress=self._progress, **self._own_model
+            )
+        return _folder_bytes(out)
+
+    def _check(self) -> int:
+        candidate = Bundle.open(self._day / _CANDIDATE_NAME, verify="lazy", **self._own_model)
+        scores = None if self._draft.base is None else self._day / SCORES_NAME
+        dataset = Dataset.open(self._day / DATASET_NAME).with_label(self._config.train.label)
+        self._note(gate=judge(candidate, dataset, scores, self._settings.gate, self._progress))
+        return 0
+
+    def _publish(self) -> int:
+        period, base = self._draft.period, self._draft.base
+        candidate, bundle, delta = self._day / _CANDIDATE_NAME, self._live.bundle(period), self._live.delta(period)
+        bundle.parent.mkdir(exist_ok=True)
+        if not bundle.exists():
+            candidate.rename(bundle)
+        if base is not None and not delta.exists():
+            made = self._day / _DELTA_NAME
+            remove_folder(made)
+            with complete_folder(made, DELTA_NAMES) as folder:
+                write_delta(self._live.bundle(base), bundle, folder, self._progress)
+            if 2 * _folder_bytes(made) < _folder_bytes(bundle):
+                made.rename(delta)
+            remove_folder(made)
+        assert self._draft.gate is not None, "the check comes before"
+        if self._draft.gate.passed:
+            self._live.switch(period)
+        return _folder_bytes(delta)
+
+    def _record(self) -> PeriodRecord:
+        draft, gate = self._draft, self._draft.gate
+        assert gate is not None, "the check is a step"
+        dataset = Dataset.open(self._day / DATASET_NAME).with_label(self._config.train.label)
+        delta_bytes = _folder_bytes(self._live.delta(draft.period))
+        splits = dataset.manifest.splits.values()
+        return PeriodRecord(
+            period=draft.period,
+            base=draft.base,
+            logs=draft.logs,
+            rows=sum(split.rows for split in splits),
+            clicks=sum(split.clicks_of(dataset.label_name) for split in splits),
+            progressive=draft.progressive,
+            features={name: self._feature(dataset, name) for name in dataset.sparse_names},
+            gate=gate,
+            published=gate.passed,
+            bundle_bytes=_folder_bytes(self._live.bundle(draft.period)),
+            delta_bytes=delta_bytes or None,
+        )
+
+    def _feature(self, dataset: Dataset, name: str) -> FeatureRecord:
+        base = self._draft.base
+        values = _num_values(dataset, name)
+        known = None if base is None else _num_values(Dataset.open(self._live.day(base) / DATASET_NAME), name)
+        return FeatureRecord(
+            num_embeddings=dataset.num_embeddings[name],
+            values_in_use=values,
+            admitted=(values or 0) - (known or 0),
+            expired=0,
+            unseen_fraction=self._draft.unseen_fraction.get(name),
+        )
+
+
+def _num_values(dataset: Dataset, name: str) -> int | None:
+    record = dataset.manifest.sparse[name].vocabulary
+    return None if record is None else pq.read_metadata(dataset.path / record.path).num_rows
+
+
+def _folder_bytes(folder: Path) -> int:
+    """Of all files; 0 where the folder is not there."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())

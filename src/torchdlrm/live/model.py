@@ -1,0 +1,271 @@
+"""A live model on disk: its folder, its periods, and which of them is current.
+
+LIVE/
+  live.toml  schema.toml  config.toml  days/0001/  bundles/0001/  bundles/0002.delta/  current -> bundles/0002
+"""
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from torchdlrm.bundle.manifest import BundleManifest
+from torchdlrm.errors import BundleError, LiveError
+from torchdlrm.files import remove_folder, sync, write_atomically
+from torchdlrm.live.record import RECORD_NAME, GateRecord, LogRecord, PeriodRecord, ProgressiveMetrics, StepName
+from torchdlrm.live.settings import LiveSettings, changed_settings
+
+SETTINGS_NAME, SCHEMA_NAME, CONFIG_NAME = "live.toml", "schema.toml", "config.toml"
+CURRENT_NAME, BUNDLES_NAME, DAYS_NAME, LOCK_NAME = "current", "bundles", "days", ".lock"
+RUN_NAME, DATASET_NAME, REPLAY_NAME, _DRAFT_NAME = "run", "dataset", "replay", "draft.json"
+_OURS = (SETTINGS_NAME, SCHEMA_NAME, CONFIG_NAME, CURRENT_NAME, BUNDLES_NAME, DAYS_NAME, LOCK_NAME)
+
+
+class Draft(BaseModel):
+    """What is known of a period that is not complete.
+
+    Attributes:
+        period: its number.
+        base: the period whose model is learnt from; None for the first.
+        logs: the files.
+        done: the steps that are complete.
+        progressive: how the base predicted the log.
+        unseen_fraction: by feature, of the log's values those without an id in the base's vocabulary.
+        gate: whether the candidate is good enough.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    period: int
+    base: int | None
+    logs: tuple[LogRecord, ...]
+    done: tuple[StepName, ...] = ()
+    progressive: ProgressiveMetrics | None = None
+    unseen_fraction: dict[str, float] = {}
+    gate: GateRecord | None = None
+    format: Literal["torchdlrm-draft"] = "torchdlrm-draft"
+
+
+class LiveModel:
+    """The folder of a live model.
+
+    Args:
+        path: the folder; need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """A live model that is there.
+
+        Raises:
+            LiveError: there is none.
+        """
+        live = cls(Path(path))
+        if not live.exists:
+            msg = f"{path}: there is no live model here (no {SETTINGS_NAME}); dlrm advance makes one"
+            raise LiveError(msg)
+        return live
+
+    @property
+    def exists(self) -> bool:
+        """Whether the first period has been begun."""
+        return (self.path / SETTINGS_NAME).is_file()
+
+    @property
+    def settings(self) -> LiveSettings:
+        """What `live.toml` says.
+
+        Raises:
+            LiveError: the file is wrong.
+        """
+        return changed_settings(self.path / SETTINGS_NAME, LiveSettings())
+
+    def day(self, period: int) -> Path:
+        """The folder of a period: its record, scores, dataset and run."""
+        return self.path / DAYS_NAME / f"{period:04d}"
+
+    def bundle(self, period: int) -> Path:
+        """The folder of a period's bundle."""
+        return self.path / BUNDLES_NAME / f"{period:04d}"
+
+    def delta(self, period: int) -> Path:
+        """The folder of the delta to a period's bundle from that of its base, if there is one."""
+        return self.path / BUNDLES_NAME / f"{period:04d}.delta"
+
+    @property
+    def periods(self) -> list[PeriodRecord]:
+        """The records of all complete periods, oldest first.
+
+        Raises:
+            LiveError: one is damaged.
+        """
+        return [PeriodRecord.read(day) for day in self._days() if (day / RECORD_NAME).exists()]
+
+    @property
+    def current(self) -> int | None:
+        """The period whose model is published; None where none is.
+
+        Raises:
+            LiveError: `current` leads nowhere, or is something else than a link to a bundle of this model.
+        """
+        link = self.path / CURRENT_NAME
+        if not os.path.lexists(link):
+            return None
+        target = str(link.readlink()) if link.is_symlink() else ""
+        found = re.fullmatch(rf"{BUNDLES_NAME}/(\d{{4,}})", target)
+        remedy = f"dlrm rollback {self.path} N leads it to the bundle of period N"
+        if found is None:
+            what = f"leads to {target}" if target else "is no symbolic link"
+            msg = f"{link}: {what}, and not to a bundle of this live model; {remedy}"
+            raise LiveError(msg)
+        try:
+            BundleManifest.read(self.bundle(int(found[1])))
+        except BundleError as error:
+            msg = f"{link}: leads to {target}, which is no sound bundle: {error}; {remedy}"
+            raise LiveError(msg) from error
+        return int(found[1])
+
+    def switch(self, period: int | None) -> None:
+        """Lead `current` to the bundle of a period, atomically; None removes it."""
+        link, temporary = self.path / CURRENT_NAME, self.path / f".{CURRENT_NAME}"
+        temporary.unlink(missing_ok=True)
+        if period is None:
+            link.unlink(missing_ok=True)
+        else:
+            temporary.symlink_to(f"{BUNDLES_NAME}/{self.bundle(period).name}", target_is_directory=True)
+            temporary.replace(link)
+        sync(self.path)
+
+    @property
+    def draft(self) -> Draft | None:
+        """The period that has been begun and is not complete, if there is one.
+
+        Raises:
+            LiveError: its file is damaged.
+        """
+        days = self._days()
+        path = days[-1] / _DRAFT_NAME if days else None
+        if path is None or not path.exists() or (path.parent / RECORD_NAME).exists():
+            return None
+        try:
+            return Draft.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            msg = f"{path}: damaged ({str(error).splitlines()[0]}); give `restart` to begin the period again"
+            raise LiveError(msg) from error
+
+    def write_draft(self, draft: Draft) -> None:
+        """Write down how far a period is."""
+        folder = self.day(draft.period)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / _DRAFT_NAME, draft.model_dump_json(indent=1) + "\n")
+
+    def remove_period(self, period: int, base: int | None) -> None:
+        """Remove a period that is not complete, or was not published; `current` leads to its base afterwards."""
+        if os.path.lexists(self.path / CURRENT_NAME) and self.current == period:
+            self.switch(base)
+        for folder in (self.bundle(period), self.delta(period), self.day(period)):
+            remove_folder(folder)
+
+    def tidy(self) -> None:
+        """Remove what complete periods no longer need: what their steps left, and runs and bundles that are too old.
+
+        The runs and datasets of the newest `keep_runs` periods stay, and the bundles of the newest `keep_bundles`; and
+        all of the current period, which the next one is learnt from.
+        """
+        settings, current = self.settings, self.current
+        complete = [int(day.name) for day in self._days() if (day / RECORD_NAME).exists()]
+        for period in complete:
+            day = self.day(period)
+            remove_folder(day / REPLAY_NAME)
+            (day / _DRAFT_NAME).unlink(missing_ok=True)
+            if period == current:
+                continue
+            if period not in complete[-settings.keep_runs :]:
+                for name in (RUN_NAME, DATASET_NAME):
+                    remove_folder(day / name)
+            if period not in complete[-settings.keep_bundles :]:
+                for folder in (self.bundle(period), self.delta(period)):
+                    remove_folder(folder)
+
+    def require_ours(self) -> None:
+        """See that nothing of somebody else's is in the folder of a new live model.
+
+        Raises:
+            LiveError: something is.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            msg = f"`live`: {self.path} is a file; give the folder of a live model, or of a new one"
+            raise LiveError(msg)
+        others = [path.name for path in self.path.iterdir()] if self.path.exists() else []
+        others = [
+            name for name in others if name not in _OURS and not name.startswith(tuple(f".{ours}" for ours in _OURS))
+        ]
+        if others and not self.exists:
+            msg = f"`live`: {self.path} holds {others[0]} and no live model (no {SETTINGS_NAME}); give another folder"
+            raise LiveError(msg)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from changing this live model.
+
+        Raises:
+            LiveError: one is changing it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / LOCK_NAME).open("a", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                msg = f"`live`: another process is advancing {self.path}, or rolling it back; wait for it"
+                raise LiveError(msg) from error
+            yield
+
+    def _days(self) -> list[Path]:
+        folder = self.path / DAYS_NAME
+        days = folder.iterdir() if folder.is_dir() else ()
+        return sorted((day for day in days if re.fullmatch(r"\d{4,}", day.name)), key=lambda day: int(day.name))
+
+
+def rollback(live: str | Path, period: int) -> PeriodRecord:
+    """Publish the model of an earlier period; the next period is learnt from it.
+
+    A period whose model was not good enough is published by this, too.
+
+    Args:
+        live: folder of the live model.
+        period: its number.
+
+    Returns:
+        The record of the period.
+
+    Raises:
+        LiveError: there is no such period, its bundle is no longer there, or another process is changing the model.
+    """
+    model = LiveModel.open(live)
+    with model.locked():
+        records = {record.period: record for record in model.periods}
+        if period not in records:
+            known = ", ".join(map(str, records)) or "none"
+            msg = f"`period`: {live} has no complete period {period}; it has {known}"
+            raise LiveError(msg)
+        try:
+            BundleManifest.read(model.bundle(period))
+        except BundleError as error:
+            kept = [str(number) for number in records if model.bundle(number).is_dir()]
+            msg = f"`period`: the bundle of period {period} cannot be published: {error}"
+            if not model.bundle(period).exists():
+                msg = f"`period`: the bundle of period {period} was removed (keep_bundles); there are {', '.join(kept)}"
+            raise LiveError(msg) from error
+        model.switch(period)
+        record = records[period].model_copy(update={"published": True})
+        if record != records[period]:
+            record.write(model.day(period))
+    return record

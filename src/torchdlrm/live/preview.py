@@ -1,0 +1,243 @@
+"""Looks ahead: which period a log will be, from which base, and which steps are left; refuses what would be refused.
+
+In: a live model's folder (which need not be there), a log, settings.  Out: an `AdvancePreview`.  Writes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from torchdlrm.config import Config, config_toml, find_config, load_config
+from torchdlrm.data.log.files import find_files
+from torchdlrm.errors import LiveError
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.schema_file import load_schema, schema_toml
+from torchdlrm.files import sha256_of
+from torchdlrm.live.model import (
+    CONFIG_NAME,
+    DATASET_NAME,
+    RUN_NAME,
+    SCHEMA_NAME,
+    SETTINGS_NAME,
+    Draft,
+    LiveModel,
+)
+from torchdlrm.live.record import LogRecord, PeriodRecord, StepName
+from torchdlrm.live.settings import LiveSettings, changed_settings, settings_toml
+from torchdlrm.units import show_bytes
+
+STEPS: tuple[StepName, ...] = get_args(StepName)
+
+
+@dataclass(frozen=True)
+class AdvancePreview:
+    """What `advance` will do.
+
+    Attributes:
+        live: the live model.
+        files: its own files that are written first, by name: settings, and for a new one schema and config.
+        settings: of the live model.
+        config: of the runs.
+        schema: of the logs.
+        draft: the period, and how far it is.
+        replayed: periods whose logs are learnt from again, oldest first.
+        removed: an unfinished or unpublished period that is removed first.
+        done: the record of the period where it is complete already, and nothing is left to do.
+    """
+
+    live: LiveModel
+    files: dict[str, str]
+    settings: LiveSettings
+    config: Config
+    schema: FeatureSchema
+    draft: Draft
+    replayed: tuple[PeriodRecord, ...] = ()
+    removed: int | None = None
+    done: PeriodRecord | None = None
+
+    @property
+    def steps(self) -> tuple[StepName, ...]:
+        """What is left to do."""
+        wanted = STEPS if self.draft.base is not None else STEPS[1:]  # no model of before, no scores
+        return tuple(step for step in wanted if step not in self.draft.done)
+
+    def lines(self) -> list[str]:
+        """The period, its log and its steps in words."""
+        draft = self.draft
+        base = "from nothing" if draft.base is None else f"from the model of period {draft.base}"
+        size_bytes = sum(log.size_bytes for log in draft.logs)
+        lines = [f"period {draft.period}, learnt {base}; its log: {len(draft.logs)} file(s), {show_bytes(size_bytes)}"]
+        if self.removed is not None:
+            lines.append(f"period {self.removed} is begun again: what was done of it is removed")
+        if self.done is not None:
+            return [*lines, "it is complete: nothing is left to do"]
+        if self.replayed:
+            lines.append(f"before it the logs of period {', '.join(str(old.period) for old in self.replayed)} again")
+        done = f"; done: {', '.join(draft.done)}" if draft.done else ""
+        return [*lines, f"steps: {', '.join(self.steps)}{done}"]
+
+
+def preview_advance(
+    live: str | Path,
+    logs: str | Path | Sequence[str | Path],
+    *,
+    config: Config | str | Path | None = None,
+    schema: FeatureSchema | str | Path | None = None,
+    settings: LiveSettings | None = None,
+    restart: bool = False,
+) -> AdvancePreview:
+    """Look ahead; the arguments are those of `advance`.
+
+    Raises:
+        LiveError: the folder holds something else, `current` is broken, another period has been begun, what is to be
+            learnt from is no longer there, or config or schema are missing or another.
+        ConfigError: the config is wrong.
+        SchemaError: the schema is wrong.
+        LogError: a file of the log is missing or empty.
+    """
+    return look_ahead(live, log_records(logs), config, schema, settings, restart=restart)
+
+
+def log_records(logs: str | Path | Sequence[str | Path]) -> tuple[LogRecord, ...]:
+    """The files of a log, in the order of time.
+
+    Raises:
+        LogError: a file is missing, empty, or of a kind that is not read.
+    """
+    paths = [Path(log) for log in ([logs] if isinstance(logs, str | Path) else logs)]
+    return tuple(
+        LogRecord(path=str(file.path.resolve()), size_bytes=file.size_bytes, sha256=sha256_of(file.path))
+        for file in find_files(paths)
+    )
+
+
+def look_ahead(
+    live: str | Path,
+    logs: tuple[LogRecord, ...],
+    config: Config | str | Path | None,
+    schema: FeatureSchema | str | Path | None,
+    settings: LiveSettings | None,
+    *,
+    restart: bool,
+) -> AdvancePreview:
+    """As `preview_advance`, of a log that is known."""
+    model = LiveModel(Path(live))
+    model.require_ours()
+    missing = [name for name, given in (("config", config), ("schema", schema)) if given is None]
+    if missing and not model.exists:
+        needed = " and ".join(f"`{name}`" for name in missing)
+        msg = f"`live`: there is no live model in {live} yet, and the first period needs {needed}"
+        raise LiveError(msg)
+    files: dict[str, str] = {}
+    columns = _choose_schema(model, schema, files)
+    of_runs = _choose_config(model, config, files)
+    chosen = changed_settings(model.path / SETTINGS_NAME, settings or LiveSettings())
+    if not model.exists or chosen != model.settings:
+        files[SETTINGS_NAME] = settings_toml(chosen)
+    periods = model.periods
+    draft, removed, done = _next_period(model, periods, logs, restart=restart)
+    if done is None:
+        _require_base(model, draft)
+    replayed = () if done is not None or "learn" in draft.done else _replayed(periods, draft.base, chosen)
+    return AdvancePreview(model, files, chosen, of_runs, columns, draft, replayed, removed, done)
+
+
+def _choose_schema(model: LiveModel, given: FeatureSchema | str | Path | None, files: dict[str, str]) -> FeatureSchema:
+    """The schema of the logs; that of a new live model is put among the files to write."""
+    path = model.path / SCHEMA_NAME
+    chosen = given if isinstance(given, FeatureSchema) else load_schema(path if given is None else given)
+    if not model.exists:
+        is_file = not isinstance(given, FeatureSchema) and given is not None and Path(given).is_file()
+        files[SCHEMA_NAME] = Path(str(given)).read_text(encoding="utf-8") if is_file else schema_toml(chosen)
+    elif given is not None and chosen != load_schema(path):
+        msg = (
+            f"`schema`: is another than {path}: what was learnt means nothing with it; leave it out, or begin another "
+            "live model"
+        )
+        raise LiveError(msg)
+    return chosen
+
+
+def _choose_config(model: LiveModel, given: Config | str | Path | None, files: dict[str, str]) -> Config:
+    """The config of the runs; one that is new is put among the files to write."""
+    path = model.path / CONFIG_NAME
+    chosen = given if isinstance(given, Config) else load_config(path if given is None else given)
+    if not model.exists or chosen != load_config(path):
+        is_file = not isinstance(given, Config) and given is not None
+        files[CONFIG_NAME] = find_config(str(given)).read_text(encoding="utf-8") if is_file else config_toml(chosen)
+    return chosen
+
+
+def _next_period(
+    model: LiveModel, periods: Sequence[PeriodRecord], logs: tuple[LogRecord, ...], *, restart: bool
+) -> tuple[Draft, int | None, PeriodRecord | None]:
+    """The period that a log will be, one that is removed before, and its record where it is complete already."""
+    newest, draft, base = periods[-1] if periods else None, model.draft, model.current
+    if draft is not None:
+        if base == draft.period:  # it was published, but for its record
+            base = draft.base
+        is_other = draft.base != base or not _same(draft.logs, logs)
+        if restart or (is_other and not draft.done):  # where nothing is complete, nothing is lost
+            return Draft(period=draft.period, base=base, logs=logs), draft.period, None
+        if not _same(draft.logs, logs):
+            names = ", ".join(log.path for log in draft.logs)
+            msg = (
+                f"`logs`: period {draft.period} was begun with another log and is not complete: give that one again, "
+                f"{names}, or `restart` to remove what was done and begin the period with the new one"
+            )
+            raise LiveError(msg)
+        if draft.base != base:
+            msg = (
+                f"`live`: period {draft.period} was begun from period {draft.base}, and the current one is {base} now; "
+                "give `restart` to begin it again from that"
+            )
+            raise LiveError(msg)
+        return draft, None, None
+    if newest is None:
+        return Draft(period=1, base=base, logs=logs), None, None
+    if _same(newest.logs, logs):
+        is_current = newest.published and newest.period == base
+        if is_current or (not newest.published and newest.base == base and not restart):
+            return Draft(period=newest.period, base=newest.base, logs=logs, done=STEPS), None, newest
+        if restart and not newest.published:
+            return Draft(period=newest.period, base=base, logs=logs), newest.period, None
+    return Draft(period=newest.period + 1, base=base, logs=logs), None, None
+
+
+def _same(first: Sequence[LogRecord], second: Sequence[LogRecord]) -> bool:
+    """Whether two logs are the same, wherever they are."""
+    return [log.sha256 for log in first] == [log.sha256 for log in second]
+
+
+def _require_base(model: LiveModel, draft: Draft) -> None:
+    if draft.base is None or "learn" in draft.done:
+        return
+    for name in (RUN_NAME, DATASET_NAME):
+        path = model.day(draft.base) / name
+        if not path.is_dir():
+            kept = [record.period for record in model.periods if (model.day(record.period) / name).is_dir()]
+            msg = (
+                f"{path}: is not there any more, and the next period is learnt from it (keep_runs says how many are "
+                f"kept); roll back to one of {', '.join(map(str, kept)) or 'none'}, or put it back"
+            )
+            raise LiveError(msg)
+
+
+def _replayed(periods: Sequence[PeriodRecord], base: int | None, settings: LiveSettings) -> tuple[PeriodRecord, ...]:
+    """The periods whose logs are learnt from again before the new one, oldest first."""
+    known = {record.period: record for record in periods}
+    found: list[PeriodRecord] = []
+    while base is not None and len(found) < settings.replay_periods - 1:
+        found.insert(0, known[base])
+        base = known[base].base
+    for record in found:
+        for log in record.logs:
+            path = Path(log.path)
+            if not path.is_file() or path.stat().st_size != log.size_bytes:
+                msg = (
+                    f"{path}: is not the log of period {record.period} any more, which replay_periods = "
+                    f"{settings.replay_periods} learns from again; put it back, or make replay_periods smaller"
+                )
+                raise LiveError(msg)
+    return tuple(found)

@@ -1,0 +1,133 @@
+"""Settings of a live model: `live.toml`, and options of `dlrm advance`.
+
+In: the file, and what is to be changed in it.  Out: `LiveSettings`.  Reads no torch: the command line needs the options
+before anything else.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from torchdlrm.bundle import DensePrecision, TablePrecision
+from torchdlrm.errors import LiveError
+from torchdlrm.features.vocabulary import DEFAULT_MIN_COUNT
+from torchdlrm.toml import did_you_mean, explain, toml_text
+
+_Positive = Annotated[int, Field(ge=1)]
+_NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GateSettings(_Section):
+    """When a new model is good enough to be published; it is judged on rows of the new log that it has not learnt."""
+
+    max_logloss_increase: _NonNegative = Field(
+        0.01, description="Publish a model whose logloss on the held-back rows is at most so much above the old one's."
+    )
+    calibration: tuple[float, float] = Field(
+        (0.8, 1.25),
+        description="Publish a model whose calibration (mean prediction by click rate) there is in this range.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "GateSettings":
+        low, high = self.calibration
+        if not 0 <= low < high:
+            msg = f"calibration must be a range from low to high, got {low:g} to {high:g}"
+            raise ValueError(msg)
+        return self
+
+
+class ExportSettings(_Section):
+    """How each period's model is exported, as `dlrm export` has it."""
+
+    name: str | None = Field(None, description="Name of the model; that of the live model's folder when not given.")
+    precision: TablePrecision | Literal["auto"] = Field("float32", description="Of the tables.")
+    dense_precision: DensePrecision | Literal["auto"] = Field("auto", description="Of the matrix products.")
+    max_logloss_increase: _NonNegative | None = Field(None, description="What a lower precision may cost in nats.")
+    check_rows: _Positive = Field(100_000, description="Predict at most so many held-back rows to check the bundle.")
+
+
+class LiveSettings(_Section):
+    """What is done in each period."""
+
+    hold_back: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.05, description="Fraction of each log that is not learnt from: the new model is judged on it."
+    )
+    replay_periods: _Positive = Field(
+        1, description="Learn from the logs of so many periods, the newest last: 1 is the new log alone."
+    )
+    min_count: _Positive = Field(
+        DEFAULT_MIN_COUNT, description="A categorical value in fewer rows than this gets no id of its own."
+    )
+    max_embeddings: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Most rows that the embedding table of a feature may have."
+    )
+    max_bad_rows: Annotated[int, Field(ge=0)] = Field(
+        0, description="Skip up to this many rows of a log that the schema cannot read."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="Seed of the order of the rows, and of which are held back."
+    )
+    keep_runs: _Positive = Field(
+        3, description="Periods whose run and dataset are kept; those of the current model always are."
+    )
+    keep_bundles: _Positive = Field(7, description="Periods whose bundles are kept; the current one always is.")
+    gate: GateSettings = GateSettings()
+    export: ExportSettings = ExportSettings()
+
+
+def changed_settings(path: Path, changes: LiveSettings) -> LiveSettings:
+    """The settings of a file, and in their place those that `changes` sets.
+
+    Args:
+        path: of `live.toml`; without it, the defaults are changed.
+        changes: its fields that were given count, and not those that have their defaults.
+
+    Raises:
+        LiveError: the file cannot be read, or is wrong; every problem in one message.
+    """
+    raw: dict[str, Any] = {}
+    try:
+        if path.exists():
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}"
+        raise LiveError(msg) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        msg = f"{path}: not a TOML file: {error}"
+        raise LiveError(msg) from error
+    try:
+        LiveSettings.model_validate(raw)
+        return LiveSettings.model_validate(_merged(raw, changes.model_dump(exclude_unset=True)))
+    except ValidationError as error:
+        lines = [f"  {_described(item)}" for item in error.errors(include_url=False)]
+        raise LiveError("\n".join([f"{path}: the settings are wrong:", *lines])) from error
+
+
+def settings_toml(settings: LiveSettings) -> str:
+    """Write settings as the text of `live.toml`; what is not set is left out."""
+    return toml_text(settings.model_dump(mode="json", exclude_none=True))
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    sections = {key: _merged(old.get(key, {}), value) for key, value in new.items() if isinstance(value, dict)}
+    return {**old, **new, **sections}
+
+
+def _described(item: Any) -> str:
+    """A problem as a line: key, what is wrong, what was perhaps meant."""
+    *sections, leaf = map(str, item["loc"]) if item["loc"] else ("",)
+    key = ".".join([*sections, leaf])
+    if item["type"] != "extra_forbidden":
+        return f"{key}: {explain(item)}"
+    section: Any = LiveSettings
+    for name in sections:
+        section = section.model_fields[name].annotation
+    return f"{key}: there is no such key{did_you_mean(leaf, section.model_fields)}"
