@@ -36,7 +36,7 @@ def write_day(folder, day, num_rows=2_000):
         item, city = rng.randrange(20 * day, 20 * day + 100), rng.choice(("Ulm", "Bonn", "Jena", f"Ort {day}"))
         price = rng.gauss(5, 1)
         clicked = rng.random() < (0.6 if item % 3 == 0 else 0.15) * (1.2 if city == "Ulm" else 0.9)
-        lines.append(f"{int(clicked)}\t{price:.4f}\t{item:x}\t{city}\t{item % 7}\n")
+        lines.append(f"{int(clicked)}\t{price:.8f}\t{item:x}\t{city}\t{item % 7}\n")
     path = folder / f"log-{day}.tsv"
     path.write_text("".join(lines))
     return path

@@ -46,7 +46,10 @@ def dlrm_says(monkeypatch, capsys):
         ("preprocess log --out y --max-rows 9", "--max-rows: is called --max-embeddings now"),
         ("preprocess log --out y --memory 1X", "Invalid value for --memory: must be a size above zero such as 80GB, "),
         ("preprocess log --out y --min-count 0", "--min-count: must be at least 1, got 0"),
-        ("advance live log --gate.max-logloss-increase -1", "--gate.max-logloss-increase: input must be greater than"),
+        (
+            "advance live log --gate.max-logloss-increase -1",
+            "--gate.max-logloss-increase: must be greater than or equal to 0, got",
+        ),
         ("advance live", "dlrm advance: LOGS is missing; dlrm advance --help"),
         ("rollback live x", 'Invalid value for PERIOD: unable to convert "x" into int.'),
         ("synthesize --rows x --out y", 'Invalid value for --rows: unable to convert "x" into int.'),

@@ -21,7 +21,7 @@ def test_what_is_given_changes_the_file_and_the_rest_stays(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("keep_runs = 0", "keep_runs: input must be greater than or equal to 1, got 0"),
+        ("keep_runs = 0", "keep_runs: must be greater than or equal to 1, got 0"),
         ("[gate]\ncalibration = [1.0]", "gate.calibration.1: is missing"),
         ("[gate]\nlimit = 1", "gate.limit: there is no such key"),
         ("[export]\nprecison = 'int8'", "export.precison: there is no such key; did you mean precision?"),
