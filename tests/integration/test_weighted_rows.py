@@ -193,8 +193,9 @@ def test_two_processes_train_and_evaluate_the_same(folder, dlrm, tmp_path):
                 for run in (folder / "run", tmp_path / "run"))  # fmt: skip
     assert len(one) == len(two) > 24
     for left, right in zip(one, two, strict=True):
-        for name in ("loss", "auc", "ne"):
-            assert right[name] == pytest.approx(left[name], abs=2e-4), (left["step"], name)
+        # In a batch of 101 rows one pair that changes places is 2e-4 of the AUC or more.
+        for name, allowed in (("loss", 2e-4), ("ne", 2e-4), ("auc", 1e-3)):
+            assert right[name] == pytest.approx(left[name], abs=allowed), (left["step"], name)
     done = dlrm("evaluate", tmp_path / "run", "--split", "test", "--nproc-per-node", 2, "--json")
     assert done.returncode == 0, done.stderr
     expected = evaluate(tmp_path / "run", None, "test")

@@ -13,7 +13,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def runs(small_dataset, dlrm, tmp_path_factory):
-    """The same config trained for 20 steps by one process and by two; batch 301 cannot be halved."""
+    """The same config trained for 20 steps by one process and by two; batch 301 cannot be halved.
+
+    The dense parts learn by SGD.  Where the input of a ReLU is within rounding of 0, it may be on or off, and the first
+    step of Adagrad has the size of the learning rate however small the gradient: on some processors that alone was
+    1e-3 in a weight after the 14th step, where the losses had agreed to 1e-8 until then.
+    """
     folder = tmp_path_factory.mktemp("runs")
     made = {}
     for name, nproc, communication in ((1, 1, "auto"), (2, 2, "auto"), ("float16", 2, "float16")):
@@ -21,6 +26,7 @@ def runs(small_dataset, dlrm, tmp_path_factory):
         done = dlrm(
             *("train", "configs/criteo-small.toml", "--dataset", small_dataset.path, "--run", made[name]),
             *("--train.communication", communication),
+            *("--dense-optimizer.name", "sgd", "--dense-optimizer.learning-rate", 0.05),
             *("--nproc-per-node", nproc, "--train.batch-size-global", 301, "--train.epochs", 2),
             *("--train.max-steps", STEPS, "--logging.every-steps", 1, "--validation.every-steps", 7, "--json"),
         )
@@ -40,13 +46,13 @@ def weights(run, tmp_path):
 
 def test_every_step_has_the_same_loss(runs):
     assert len(losses(runs[1])) == STEPS
-    assert losses(runs[2]) == pytest.approx(losses(runs[1]), abs=1e-4)
+    assert losses(runs[2]) == pytest.approx(losses(runs[1]), abs=1e-5)
     assert losses(runs[1])[-1] != pytest.approx(losses(runs[1])[0], abs=1e-3)  # something was learnt
 
 
 def test_validations_between_the_steps_have_the_same_loss(runs):
     assert len(losses(runs[1], "val")) == 3  # after 7, 14 and 20 steps
-    assert losses(runs[2], "val") == pytest.approx(losses(runs[1], "val"), abs=1e-4)
+    assert losses(runs[2], "val") == pytest.approx(losses(runs[1], "val"), abs=1e-5)
 
 
 def test_embeddings_sent_as_float16_train_nearly_the_same(runs):
@@ -59,7 +65,7 @@ def test_the_weights_are_the_same(runs, tmp_path):
     assert one.keys() == two.keys()
     assert len([name for name in one if "embedding_bags" in name]) == 26
     for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=1e-3, rtol=0, msg=name)
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=0, msg=name)
 
 
 def test_two_processes_share_the_tables(runs):
