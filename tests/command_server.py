@@ -3,13 +3,19 @@
 Loading them takes three seconds of a core, and the suite runs some hundred commands. A server loads them once and
 forks a process for each command, in which all else is as in one that a shell starts: arguments, folder, environment,
 output, signals, exit code. Each command imports the project's own code, and the libraries that start threads.
+
+So too the processes that `multiprocessing` spawns. Those of a command are forked by a server of its own, which is
+forked off before the command has run anything, and Linux makes them children of the command.
 """
 
 import atexit
+import ctypes
+import fcntl
 import functools
 import gc
 import importlib
 import json
+import multiprocessing.util
 import os
 import runpy
 import select
@@ -30,6 +36,14 @@ LIBRARIES = (
 )
 DLRM = str(Path(sys.executable).with_name("dlrm"))
 MAX_REQUEST_BYTES = 1 << 18
+MAX_DESCRIPTORS = 64
+# Arguments of commands that spawn processes.
+SPAWNING = {"--nproc-per-node", "--nnodes", "--max-restarts", "--workers", "bench", "quickstart"}
+SPAWNED = "spawn_main"  # what `multiprocessing` calls, and our name for the process
+ADOPTION_TIMEOUT_S = 10
+SET_DEATH_SIGNAL, SET_NAME, SET_ADOPTING = 1, 15, 36  # of prctl
+prctl = ctypes.CDLL(None).prctl
+spawn_from_nothing = multiprocessing.util.spawnv_passfds
 
 
 class Command:
@@ -84,13 +98,51 @@ class Command:
         return told.get(self.stdout), told.get(self.stderr)
 
 
-class CommandServer:
+class Spawner:
+    """What starts processes for `multiprocessing` by a server.
+
+    Args:
+        requests: to a server that a child of this process has become.
+    """
+
+    def __init__(self, requests):
+        self._socket = requests
+
+    def spawn(self, path, args, descriptors):
+        """In place of `multiprocessing.util.spawnv_passfds`."""
+        if SPAWNED not in str(args):
+            return spawn_from_nothing(path, args, descriptors)
+        descriptors = sorted(set(descriptors))
+        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+        request = {
+            "code": args[-2],
+            "parent": os.getpid(),
+            "descriptors": descriptors,
+            "environment": dict(os.environ),
+            "ignored": [number for number in handled if signal.getsignal(number) == signal.SIG_IGN],
+            "blocked": list(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+        }
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        prctl(SET_ADOPTING, 1)
+        try:
+            with ours:
+                with theirs:
+                    socket.send_fds(self._socket, [json.dumps(request).encode()], [*descriptors, theirs.fileno()])
+                return int(ours.recv(32))
+        finally:
+            prctl(SET_ADOPTING, 0)
+
+
+class CommandServer(Spawner):
     """The server as a test sees it."""
 
     def __init__(self):
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        super().__init__(ours)
         command = [sys.executable, __file__, str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        # As the command does, before it loads torch.
+        environment = {**os.environ, "KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
         theirs.close()
 
     def start(self, args, *, stdin=None, stdout=None, stderr=None, cwd=None, env=None, start_new_session=False):
@@ -154,23 +206,39 @@ def shared_server():
     return server
 
 
-def becomes_command(requests):
-    """Fork a process for every request. True in such a process, which is ready to run; False at the server's end."""
+def spawned_by(process_id):
+    """Process ids of the children that `multiprocessing` has spawned; none when the process has ended."""
+    found = []
+    for listed in Path(f"/proc/{process_id}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it, or a thread of it, has ended
+            for child in listed.read_text().split():
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    names = [Path(f"/proc/{child}/{name}").read_text() for name in ("comm", "cmdline")]
+                    found += [int(child)] if any(SPAWNED in name for name in names) else []
+    return found
+
+
+def serve(requests):
+    """Fork a process for every request.
+
+    Returns:
+        In such a process what it is to call; at the server's end None.
+    """
     while True:
-        request, descriptors, _, _ = socket.recv_fds(requests, MAX_REQUEST_BYTES, 4)
+        request, descriptors, _, _ = socket.recv_fds(requests, MAX_REQUEST_BYTES, MAX_DESCRIPTORS)
         if not request:
-            return False
+            return None
         if os.fork() == 0:
-            *standard, answers = descriptors
-            _become_command(json.loads(request), *standard, answers=answers)
-            return True
+            *given, answers = descriptors
+            request = json.loads(request)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return (_spawned if "code" in request else _command)(request, *given, answers=answers)
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _become_command(request, *standard, answers):
-    """In the parent of a command wait for it, tell its exit code, and end; in the command tell its id and return."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def _command(request, *standard, answers):
+    """In the parent of a command wait for it, tell its exit code, and end; in the command tell its id."""
     with socket.socket(fileno=answers) as told:
         if process_id := os.fork():
             for descriptor in standard:
@@ -181,16 +249,64 @@ def _become_command(request, *standard, answers):
             os._exit(0)
         if request["start_new_session"]:
             os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         told.sendall(b"%d" % os.getpid())
     for number, descriptor in enumerate(standard):  # each above 2, which the server has open
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.environ.clear()
     os.environ.update(request["environment"])
+    # Where GPUs are used each process loads CUDA for itself.
+    if SPAWNING.intersection(request["args"]) and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if os.fork() == 0:
+            ours.close()
+            prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_IGN)
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            with theirs:
+                return serve(theirs)
+        theirs.close()
+        multiprocessing.util.spawnv_passfds = Spawner(ours).spawn
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["cwd"])
     sys.argv = request["args"]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    return functools.partial(runpy.run_path, sys.argv[0], run_name="__main__")
+
+
+def _spawned(request, *descriptors, answers):
+    """In a process whose parent ends at once wait until it is a child of the one that asked for it, and tell its id."""
+    if os.fork():
+        os._exit(0)
+    deadline_s = time.monotonic() + ADOPTION_TIMEOUT_S
+    with socket.socket(fileno=answers) as told:
+        while os.getppid() != request["parent"]:
+            if time.monotonic() > deadline_s:  # it has ended
+                os._exit(1)
+            time.sleep(0.0005)
+        prctl(SET_NAME, SPAWNED.encode())
+        signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN if number in request["ignored"] else default)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        told.sendall(b"%d" % os.getpid())
+    return functools.partial(_run_spawned, request["code"], dict(zip(request["descriptors"], descriptors, strict=True)))
+
+
+def _run_spawned(code, descriptors):
+    """Run what `multiprocessing` gives to an interpreter, with descriptors under their numbers in the other process."""
+    above = max(descriptors) + 1
+    moved = {number: fcntl.fcntl(descriptor, fcntl.F_DUPFD, above) for number, descriptor in descriptors.items()}
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+    for number, descriptor in moved.items():
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.argv = ["-c", "--multiprocessing-fork"]
+    exec(code, {})
 
 
 if __name__ == "__main__":
@@ -204,6 +320,6 @@ if __name__ == "__main__":
     # No command has to look through what was loaded, which would also copy it: that took half of a short one's time.
     gc.freeze()
     with socket.socket(fileno=int(sys.argv[1])) as requests_socket:
-        is_command = becomes_command(requests_socket)
-    if is_command:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        run = serve(requests_socket)
+    if run:
+        run()

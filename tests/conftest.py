@@ -1,6 +1,7 @@
 """What tests share: seeds, a small click log whose labels can be learnt, and the dataset that it becomes."""
 
 import json
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -22,9 +23,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read wh
 
 
 def pytest_configure(config):
-    """The suite computes on the processor wherever it runs; only `pytest tests/gpu`, by itself, sees the GPUs."""
+    """The suite computes on the processor wherever it runs; only `pytest tests/gpu`, by itself, sees the GPUs.
+
+    What `multiprocessing` spawns need not load torch either.
+    """
     if not all("gpu" in Path(arg.partition("::")[0]).as_posix() for arg in config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        multiprocessing.util.spawnv_passfds = lambda *arguments: shared_server().spawn(*arguments)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from command_server import DLRM, shared_server
+from command_server import DLRM, shared_server, spawned_by
 
 CONFIG = Path(__file__).parents[1] / "configs" / "criteo-small.toml"
 STEPS = 134  # two epochs of 67 batches
@@ -45,11 +45,7 @@ class Process:
 
     def workers(self):
         """Process ids of its children that train."""
-        listing = subprocess.run(
-            ["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False
-        ).stdout.split()
-        names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in listing if Path(f"/proc/{pid}").exists()}
-        return [int(pid) for pid, name in names.items() if "spawn_main" in name]
+        return spawned_by(self.process.pid)
 
     def kill_all(self):
         with suppress(ProcessLookupError):  # all have ended

@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from command_server import spawned_by
+
 
 def wait_for(condition, timeout_s=120):
     """What a condition says once it says anything."""
@@ -27,11 +29,7 @@ def wait_for(condition, timeout_s=120):
 
 def workers(server, *but):
     """The process ids of its workers, but for some."""
-    pid = server.process.pid
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [
-        int(pid) for pid in found if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text() and int(pid) not in but
-    ]
+    return [pid for pid in spawned_by(server.process.pid) if pid not in but]
 
 
 def ready_workers(server, metrics="dlrm_bundle_workers"):
