@@ -2,15 +2,18 @@
 
 import atexit
 import gc
+import multiprocessing.util
 import os
 import shutil
 import signal
 import time
 
+import psutil
 import pytest
 import torch
 
-from torchdlrm.errors import ConfigError, LostProcessError, TrainingError
+from command_server import spawn_from_nothing
+from torchdlrm.errors import ConfigError, Interrupted, LostProcessError, TrainingError
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group
 
@@ -19,9 +22,43 @@ def note_at_the_end(path):
     atexit.register(lambda: path.write_text(str(gc.get_freeze_count())))
 
 
-def test_a_process_ends_without_looking_through_what_it_has_loaded(tmp_path):
+def test_a_process_ends_without_looking_through_what_it_has_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", spawn_from_nothing)
     launch(note_at_the_end, tmp_path / "frozen", processes=Processes(1, max_restarts=1))
     assert int((tmp_path / "frozen").read_text()) > 100_000  # objects of torch
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_processes_are_started_leaves_none_behind_that_prints_a_traceback(number, monkeypatch, capfd):
+    """The first one exists then and waits to be told what to do, and the second one does not exist."""
+    started = []
+
+    def spawn_and_interrupt(path, args, descriptors):
+        pid = spawn_from_nothing(path, args, descriptors)
+        if "spawn_main" in str(args):
+            started.append(pid)
+            os.kill(os.getpid(), number)
+        return pid
+
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", spawn_and_interrupt)
+    with pytest.raises(Interrupted, match="nothing was saved"):
+        launch(mix, processes=Processes(2))
+    assert started
+    assert not any(map(psutil.pid_exists, started))
+    assert capfd.readouterr().err == ""
+
+
+def test_the_end_of_the_terminal_does_not_end_a_job_under_nohup(monkeypatch):
+    def hang_up(*_):
+        signal.raise_signal(signal.SIGHUP)
+        return {0: "done"}
+
+    monkeypatch.setattr("torchdlrm.training.processes.launch.elastic_launch", lambda *_: hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert launch(mix, processes=Processes(2)) == "done"
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 class UnknownColourError(TrainingError):

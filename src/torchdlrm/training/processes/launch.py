@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,9 +16,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import parent_process, resource_tracker
 from pathlib import Path
+from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing import start_processes
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -33,6 +37,10 @@ from torchdlrm.training.processes.process_group import join_process_group, resto
 _UNEXPECTED = "unexpected-"
 # How long a process that has lost another waits for the launcher, which looks ten times a second.
 _FIND_TIMEOUT_S = 1.0
+# These end a job, as Ctrl-C does, unless whoever started it has them ignored.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+# When a signal that came while processes were started is looked at again.
+_START_S = 0.02
 # To tell nodes that are waiting already; they may also have refused by themselves.
 _REFUSAL_TIMEOUT_S = 15
 
@@ -107,13 +115,12 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
         max_restarts=processes.max_restarts,
         monitor_interval=0.1,
         shutdown_timeout=processes.shutdown_timeout_s,
-        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
+        signals_to_handle="SIGQUIT",  # it wants one at least; the others are ours
     )
-    handlers = restored_handlers(signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # torch's launcher sets its own
-    with silenced_libraries(), handlers, tempfile.TemporaryDirectory(prefix="torchdlrm-") as folder:
+    with silenced_libraries(), tempfile.TemporaryDirectory(prefix="torchdlrm-") as folder:
         error_folder = Path(folder)
         try:
-            with _ctrl_c_for_the_launcher():
+            with _signals_for_the_launcher():
                 results = elastic_launch(config, _recorded)(entrypoint, error_folder, processes.nnodes, *args)
         except ChildFailedError as error:
             raise _why_it_failed(error, error_folder, processes) from error
@@ -154,33 +161,63 @@ def _refuse(error: UserError) -> None:
 
 
 @contextmanager
-def _ctrl_c_for_the_launcher() -> Iterator[None]:
-    """Inside, Ctrl-C becomes a SIGTERM to the processes: it ends them quietly unless a training listens to it.
+def _signals_for_the_launcher() -> Iterator[None]:
+    """Inside, Ctrl-C, SIGTERM and SIGHUP become a SIGTERM to the processes, which ends them quietly or lets them save.
 
     The terminal sends Ctrl-C to them as well, and while they import torch, for seconds, each would print a traceback.
     So they start with it blocked, until `_recorded` can say that it means nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    with restored_handlers(signal.SIGINT, *_STOP_SIGNALS, signal.SIGQUIT) as may_change:
+        if not may_change:
+            yield
+            return
+        postponed: SimpleQueue[int | None] = SimpleQueue()
+        in_queue: set[int] = set()
+        is_over = threading.Event()
 
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever is in a hurry asks again
-        raise SignalException("Ctrl-C", signal.SIGTERM)
+        def stop(number: int, frame: FrameType | None) -> None:
+            if _starts_processes(frame):
+                if number not in in_queue:
+                    in_queue.add(number)
+                    postponed.put(number)
+                return
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever is in a hurry asks again
+            raise SignalException(signal.Signals(number).name, signal.SIGTERM)
 
-    # multiprocessing starts its tracker with the first process, and would unblock Ctrl-C then.
-    resource_tracker.ensure_running()
-    # New processes inherit what this thread blocks. It needs one that blocks nothing, to be interrupted all the same.
-    is_over = threading.Event()
-    threading.Thread(target=is_over.wait, name="torchdlrm-ctrl-c", daemon=True).start()
-    handler = signal.signal(signal.SIGINT, stop)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-        is_over.set()
+        def send_again() -> None:
+            while (number := postponed.get()) is not None:
+                time.sleep(_START_S)
+                in_queue.discard(number)
+                if not is_over.is_set():
+                    os.kill(os.getpid(), number)
+
+        # multiprocessing starts its tracker with the first process, and would unblock Ctrl-C then.
+        resource_tracker.ensure_running()
+        # New processes inherit what this thread blocks. To be interrupted all the same it needs one without blocks.
+        threading.Thread(target=send_again, name="torchdlrm-signals", daemon=True).start()
+        for number in _STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+                signal.signal(number, stop)
+        signal.signal(signal.SIGINT, stop)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            is_over.set()
+            postponed.put(None)
+
+
+def _starts_processes(frame: FrameType | None) -> bool:
+    """Whether a signal has come while torch starts the processes.
+
+    It would forget those that it has started; they would wait for what they are to do, or find that the launcher's
+    semaphores are gone, and print a traceback.
+    """
+    while frame is not None and frame.f_code is not start_processes.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _recorded(entrypoint: Callable[..., Any], error_folder: Path, nnodes: int, *args: object) -> Any:
