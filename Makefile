@@ -34,6 +34,7 @@ quickstart: $(INSTALLED)  ## train and evaluate a DLRM on a synthetic click log,
 	$(BIN)/dlrm quickstart
 
 test: $(INSTALLED)  ## run all tests on up to four cores
+	@$(BIN)/python -m compileall -q src  # else each of a thousand processes does, where Python may not write bytecode
 	$(BIN)/python -m pytest -n auto --maxprocesses 6 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)  ## run the unit tests without the slow ones
