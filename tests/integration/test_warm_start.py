@@ -283,7 +283,10 @@ REFUSALS = {
         {"dense_optimizer.name": "adamw"},
         "dense_optimizer.name: is adamw, and was adagrad.*dense_optimizer_state = fresh",
     ),
-    "checkpoint": ({"warm_start.checkpoint": "7777"}, "warm_start.checkpoint: .* does not have '7777'; give last, or"),
+    "checkpoint": (
+        {"warm_start.checkpoint": "7777"},
+        "warm_start.checkpoint: .* does not have '7777'; give best, last, or",
+    ),
 }
 
 
@@ -358,6 +361,9 @@ def test_the_command_says_what_it_starts_from_and_so_do_inspect_and_report(first
     refused = dlrm(*arguments, "--model.interaction", "dcn")
     assert refused.returncode == 2
     assert f"--from: what {first} has learnt does not fit" in refused.stderr
+    without = dlrm(*arguments[:-2], "--warm-start.checkpoint", "last")
+    assert without.returncode == 2
+    assert "--warm-start.checkpoint: says what a run takes over from another one" in without.stderr
     assert not run.exists()
     done = dlrm(*arguments, "--freeze", "tables,over_arch", "--train.max-steps", 1, "--json")
     assert done.returncode == 0, done.stderr

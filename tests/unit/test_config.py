@@ -107,6 +107,14 @@ def test_a_config_is_written_with_the_settings_that_its_interaction_reads(tmp_pa
     assert load_config(tmp_path / "config.toml") == projected
 
 
+def test_an_interaction_is_told_without_the_switches_that_are_off():
+    dcn = load_config(None, {"model.interaction": "dcn", "model.dcn_low_rank_dim": "64"}).model
+    assert dcn.interaction_text == "dcn (dcn_num_layers 3, dcn_low_rank_dim 64)"
+    gated = dcn.model_copy(update={"dcn_gated": True})
+    assert gated.interaction_text == "dcn (dcn_num_layers 3, dcn_low_rank_dim 64, dcn_gated)"
+    assert load_config(None).model.interaction_text == "dot"
+
+
 def test_keys_that_contradict_each_other_do_not_wait_for_those_that_are_wrong():
     overrides = {"train.epochs": "two", "lr": "0.1", "model.embedding_dim": "15", "schedule.name": "nope"}
     with pytest.raises(ConfigError) as error:

@@ -149,8 +149,7 @@ def _show_bundle(folder: Path, *, as_json: bool) -> None:
     model = manifest.model
     sizes = (max(1, len(bundle.schema.dense)), *model.dense_arch_layer_sizes), model.over_arch_layer_sizes
     layers = " and ".join("-".join(map(str, arch)) for arch in sizes)
-    settings = ", ".join(f"{name} {value}" for name, value in model.interaction_settings.items())
-    interaction = f", interaction {model.interaction}{f' ({settings})' if settings else ''}"
+    interaction = f", interaction {model.interaction_text}"
     say(
         f"arches {layers}, dimension {model.embedding_dim}{'' if manifest.model_class else interaction}; products in "
         f"{manifest.dense_precision}"

@@ -86,10 +86,8 @@ def train(
         names = ", ".join(shipped_config_names())
         msg = f"CONFIG is missing: name a TOML file, or one of {names} (dlrm config NAME shows it)"
         raise ConfigError(msg)
-    if plan is not None:
-        overrides["sharding.plan"] = str(plan.resolve())
-    if freeze is not None:
-        overrides["train.freeze"] = freeze
+    _set_key(overrides, "sharding.plan", None if plan is None else str(plan.resolve()), "--plan")
+    _set_key(overrides, "train.freeze", freeze, "--freeze")
     if profile and "logging.profile-steps" not in overrides:
         overrides["logging.profile_steps"] = "20"
     settings = load_config(path, overrides)
@@ -108,6 +106,8 @@ def train(
     with nullcontext() if dry_run else refusing_everywhere(processes):
         encoded = Dataset.open(dataset).with_label(settings.train.label)
         architecture = architecture_of(settings.model, model_class, may_have_changed=allow_changed_model_class)
+        if from_run is None and (restart or not Run(run, settings).exists):
+            _refuse_warm_start(overrides)
         if not restart:
             for change in Run(run, settings).check(encoded, architecture):
                 console.print(f"changed since the run was started: {change}", markup=False)
@@ -138,6 +138,22 @@ def train(
         show_profile(Run(run, settings).profile)
     if as_json:
         print_json({"run": str(run), **summary.as_dict()})
+
+
+def _set_key(overrides: dict[str, str], key: str, value: str | None, option: str) -> None:
+    if value is not None and key in overrides:
+        msg = f"{option}: is --{key} by a shorter name; give one of them"
+        raise ConfigError(msg)
+    if value is not None:
+        overrides[key] = value
+
+
+def _refuse_warm_start(overrides: dict[str, str]) -> None:
+    """Only of the command line: the same config may be for the first run, which starts from none, and those after."""
+    for name in overrides:
+        if name.replace("-", "_").startswith("warm_start."):
+            msg = f"--{name}: says what a run takes over from another one, and there is none; give one by --from"
+            raise ConfigError(msg)
 
 
 def work(

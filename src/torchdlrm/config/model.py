@@ -74,6 +74,13 @@ class ModelConfig(Section):
         """The settings that the interaction reads, by name."""
         return {name: getattr(self, name) for name in INTERACTION_SETTINGS[self.interaction]}
 
+    @property
+    def interaction_text(self) -> str:
+        """The interaction with its settings, as people read it; switches that are off are left out."""
+        settings = self.interaction_settings.items()
+        words = [name if value is True else f"{name} {value}" for name, value in settings if value is not False]
+        return f"{self.interaction} ({', '.join(words)})" if words else self.interaction
+
     @model_serializer(mode="wrap")
     def _without_what_nothing_reads(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """So that a config says what its model is, and no more."""

@@ -23,6 +23,8 @@ import numpy.typing as npt
 import polars as pl
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
+from torchdlrm.toml import did_you_mean
+
 Numbers = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
 LOG_SQUARE = "log_square"
@@ -64,7 +66,9 @@ class Buckets(BaseModel):
         about = given if isinstance(given, dict) else {"quantiles": given}
         quantiles, boundaries = about.get("quantiles"), about.get("boundaries")
         if type(quantiles) is not int or quantiles not in range(2, _MAX_BUCKETS + 1) or about.keys() - _FITTED_KEYS:
-            msg = f"{given!r} is none of {_SETTINGS}, of 2 to {_MAX_BUCKETS:,}"
+            wrong = [*(about.keys() - _FITTED_KEYS), *([given] if isinstance(given, str) else [])]
+            hint = did_you_mean(str(wrong[0]), [*sorted(_FITTED_KEYS), LOG_SQUARE]) if wrong else ""
+            msg = f"{given!r} is none of {_SETTINGS}, of 2 to {_MAX_BUCKETS:,}{hint}"
             raise ValueError(msg)
         return {"quantiles": quantiles, "boundaries": _checked(boundaries) if boundaries else boundaries}
 

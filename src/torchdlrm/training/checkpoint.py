@@ -128,8 +128,9 @@ def find_checkpoint(folder: Path, name: str = "best") -> ChosenCheckpoint:
     wanted = name if best is None else str(best)
     if wanted not in map(str, steps):
         which = repr(name) if best is None else f"the best of the val split, step {best}"
+        kinds = "best, last" if best is None else "last"
         there = ", ".join(map(str, steps))
-        msg = f"`checkpoint`: {folder.parent} does not have {which}; give last, or one of the steps {there}"
+        msg = f"`checkpoint`: {folder.parent} does not have {which}; give {kinds}, or one of the steps {there}"
         raise RunError(msg)
     return ChosenCheckpoint(int(wanted), "step" if best is None else "best")
 

@@ -37,6 +37,10 @@ def dlrm_says(monkeypatch, capsys):
         ("train criteo-small --datset d --run r", "dlrm train: --dataset is missing; did you mean it by --datset?"),
         ("train --dataset d --run r", "CONFIG is missing: name a TOML file, or one of criteo-1tb, criteo-1tb-dcn, "),
         ("train criteo-smal --dataset d --run r", "criteo-smal: no such config; name a TOML file, or one of "),
+        (
+            "train criteo-small --dataset d --run r --freeze dense --train.freeze tables",
+            "--freeze: is --train.freeze by ",
+        ),
         ("predict", "dlrm predict: BUNDLE is missing; dlrm predict --help"),
         ("predict b", "dlrm predict: ROWS is missing; dlrm predict --help"),
         ("trian", 'Unknown command "trian". Did you mean "train"?'),

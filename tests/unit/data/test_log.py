@@ -408,6 +408,14 @@ def test_null_values_of_the_file_and_of_a_column_are_missing():
         assert chunk.bad_rows.counts == {"no_label": copies, "int": copies}
 
 
+def test_an_empty_value_is_left_out_also_where_it_has_a_weight():
+    tags = SparseColumn(name="tags", value_separator="|", weight_separator=":", max_values=2)
+    schema = FeatureSchema(name="weighted", columns=(LabelColumn(name="label"), tags))
+    chunk = parse_chunk(b"1\t:0.4|a||b:2|c\n0\t:0.4\n", schema)
+    assert chunk.bad_rows.total == 0
+    assert chunk.frame["tags"].to_list() == [[{"value": "a", "weight": 1.0}, {"value": "b", "weight": 2.0}], None]
+
+
 @pytest.mark.parametrize(
     ("keys", "labels"),
     [

@@ -105,9 +105,10 @@ def test_buckets_are_written_as_they_are_given(setting):
     ("setting", "told"),
     [
         ("log", "'log' is none of \"log_square\", boundaries that ascend"),
+        ("log_sqare", "; did you mean log_square"),
         (1, "1 is none of"),
         (True, "True is none of"),
-        ({"quantile": 10}, "is none of"),
+        ({"quantile": 10}, "is none of .*; did you mean quantiles"),
         ({"quantiles": 10, "by": "rows"}, "is none of"),
         ([], "one at least"),
         ([1.0, 1.0], "boundaries ascend"),

@@ -49,13 +49,13 @@ def test_where_nothing_was_validated_the_best_is_the_last(tmp_path):
 
 @pytest.mark.parametrize("name", ["11", "newest", "", "0010", "1e1", "-10"])
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(name, validated):
-    with pytest.raises(RunError, match=rf"`checkpoint`: .*run does not have '{name}'; give last, .* 10, 90, 100$"):
+    with pytest.raises(RunError, match=rf"`checkpoint`: .*run does not have '{name}'; give best, last.* 10, 90, 100$"):
         find_checkpoint(validated, name)
 
 
 def test_a_best_checkpoint_that_is_gone_is_not_replaced_by_another(tmp_path):
     save(tmp_path, 100, 10)
-    with pytest.raises(RunError, match=r"does not have the best of the val split, step 10; give last, or .* 100$"):
+    with pytest.raises(RunError, match=r"does not have the best of the val split, step 10; give last, or one .* 100$"):
         find_checkpoint(tmp_path)
 
 
