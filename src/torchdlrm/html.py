@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from html import escape
 from pathlib import Path
+from typing import Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -85,15 +86,15 @@ class Chart:
         """Draw horizontal lines at round values, with the values to their left."""
         for value in ticks(*self.y_range):
             if self.y_range[0] <= value <= self.y_range[1]:
-                self.line(value, 'stroke="#e8ebef"')
+                self.line(value, "grid")
                 self._text(_LEFT - 7, self.y(value) + 4, show(value), 'text-anchor="end"')
 
-    def line(self, y: float, style: str, label: str = "") -> None:
+    def line(self, y: float, kind: Literal["grid", "mark"], label: str = "") -> None:
         """Draw a horizontal line over the whole width, with a label above its end."""
         ends = f'x1="{_LEFT}" x2="{_LEFT + self.width}" y1="{self.y(y):.1f}" y2="{self.y(y):.1f}"'
-        self._parts.append(f"<line {ends} {style}/>")
+        self._parts.append(f'<line {ends} class="{kind}"/>')
         if label:
-            self._text(_LEFT + self.width, self.y(y) - 4, label, 'text-anchor="end" style="fill:#111"')
+            self._text(_LEFT + self.width, self.y(y) - 4, label, 'text-anchor="end" class="mark"')
 
     def x_label(self, x: float, text: str) -> None:
         """Write text below the chart."""
@@ -124,6 +125,15 @@ class Chart:
             self._parts.append(f"<circle {place}><title>{escape(f'{name}: {show(x, y)}')}</title></circle>")
         self.key.append((colour, name))
 
+    def band(self, points: Sequence[tuple[float, float, float]], colour: str) -> None:
+        """Fill what lies between two values at each rising x, as an interval of confidence does."""
+        every = math.ceil(len(points) / _MAX_POINTS)
+        drawn = [*points[:-1:every], *points[-1:]]
+        edge = [(x, low) for x, low, _ in drawn] + [(x, high) for x, _, high in reversed(drawn)]
+        path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in edge)
+        # The outline shows the interval of a single x too.
+        self._parts.append(f'<polygon points="{path}" fill="{colour}" stroke="{colour}" class="band"/>')
+
     @property
     def svg(self) -> str:
         """The chart as text that stands in a page; `key` is not in it."""
@@ -132,6 +142,57 @@ class Chart:
 
     def _text(self, x: float, y: float, text: str, style: str) -> None:
         self._parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>')
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart.
+
+    Attributes:
+        name: what it shows.
+        colour: as CSS has it.
+        points: x and y, by rising x; at least one.
+        band: x, low and high, of an interval around the line.
+    """
+
+    name: str
+    colour: str
+    points: Sequence[tuple[float, float]]
+    band: Sequence[tuple[float, float, float]] = ()
+
+
+def curve_chart(
+    caption: str,
+    curves: Sequence[Curve],
+    x_range: tuple[float, float],
+    show_x: Callable[[float], str],
+    show: Callable[[float, float], str],
+    y_of: Callable[[float], str] | None = None,
+) -> Chart:
+    """Draw curves that share both axes; at least one.
+
+    Args:
+        caption: what the chart shows.
+        curves: they fill the height of the chart.
+        x_range: values at its left and its right edge.
+        show_x: text below a round x.
+        show: the values of a point, when it is pointed at.
+        y_of: text next to a round y; a short number by default.
+    """
+    values = [y for curve in curves for _, y in curve.points]
+    values += [y for curve in curves for _, *ends in curve.band for y in ends]
+    edges = ticks(min(values), max(values))
+    chart = Chart(x_range, (edges[0], edges[-1]), 440, 190, caption)
+    chart.y_axis(y_of or short)
+    for x in ticks(*x_range):
+        if x_range[0] <= x <= x_range[1] and (text := show_x(x)):
+            chart.x_label(x, text)
+    for curve in curves:
+        if curve.band:
+            chart.band(curve.band, curve.colour)
+    for curve in curves:
+        chart.curve(curve.points, curve.colour, curve.name, show)
+    return chart
 
 
 def ticks(low: float, high: float) -> list[float]:

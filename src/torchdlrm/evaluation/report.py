@@ -10,7 +10,7 @@ from typing import Any
 
 from torchdlrm.config import Config, setting_values
 from torchdlrm.errors import RunError, TorchDLRMError
-from torchdlrm.html import Chart, render, short, ticks
+from torchdlrm.html import Chart, Curve, curve_chart, render, short
 from torchdlrm.sharding.layout import read_plan
 from torchdlrm.training.log import read_metrics
 from torchdlrm.training.run import METRICS_NAME, PLAN_NAME, Run
@@ -83,23 +83,19 @@ def _charts(lines: Sequence[Line]) -> list[Chart]:
         }
         curves = {split: points for split, points in curves.items() if points}
         if curves:
-            charts.append(curve_chart(caption, curves))
+            charts.append(split_chart(caption, curves))
     return charts
 
 
-def curve_chart(caption: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Chart:
+def split_chart(caption: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Chart:
     """Draw a chart of the curves of splits, by (rows, value), that share both axes; none of them may be empty."""
-    points = [point for curve in curves.values() for point in curve]
-    last_row = max(rows for rows, _ in points)
-    values = ticks(min(value for _, value in points), max(value for _, value in points))
-    chart = Chart((0, last_row), (values[0], values[-1]), 440, 190, caption)
-    chart.y_axis(short)
-    for rows in ticks(0, last_row):
-        if rows <= last_row:
-            chart.x_label(rows, short(rows) if rows else "0 rows")
-    for split, curve in curves.items():
-        chart.curve(curve, _COLOURS[split], split, lambda rows, value: f"{value:.5g} at {rows:,.0f} rows")
-    return chart
+    return curve_chart(
+        caption,
+        [Curve(split, _COLOURS[split], points) for split, points in curves.items()],
+        (0, max(rows for points in curves.values() for rows, _ in points)),
+        lambda rows: short(rows) if rows else "0 rows",
+        lambda rows, value: f"{value:.5g} at {rows:,.0f} rows",
+    )
 
 
 def _without_remainders(lines: Sequence[Line]) -> list[Line]:

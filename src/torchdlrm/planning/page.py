@@ -89,7 +89,7 @@ def _memory_chart(solution: Solution) -> Chart:
         rest = max(0.0, cost.device_bytes - filled[rank])
         add(rank, rest, _ACTIVATIONS, f"rank {rank}: activations and caches, {show_bytes(rest)}", "activations")
         if shows_all:
-            add(rank, max(0.0, usable - filled[rank]), "#ffffff", f"rank {rank}: free")
+            add(rank, max(0.0, usable - filled[rank]), "transparent", f"rank {rank}: free")
             add(rank, memory - usable, _RESERVED, f"reserved for the rest, {show_bytes(memory - usable)}")
     kinds = dict.fromkeys(placed.sharding_type for placed in solution.layout.values())
     chart.key += [(_KIND_COLOURS[kind], f"weights, {kind}") for kind in kinds]
@@ -110,7 +110,7 @@ def _time_chart(solution: Solution) -> Chart:
             chart.block(rank, below_ms, below_ms + ms, colour, f"rank {rank}: {name} {ms:.3f} ms")
             below_ms += ms
     if solution.lower_bound_ms:
-        chart.line(solution.lower_bound_ms, 'stroke="#222" stroke-dasharray="5 4"', "lower bound")
+        chart.line(solution.lower_bound_ms, "mark", "lower bound")
     return chart
 
 

@@ -2,51 +2,14 @@
 
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 
+from pages import tables_of
 from torchdlrm.config import load_config
-from torchdlrm.evaluation.report import curve_chart, report_page
+from torchdlrm.evaluation.report import report_page, split_chart
 from torchdlrm.html import short, ticks
 from torchdlrm.training.run import Run
-
-
-class Tables(HTMLParser):
-    """The tables of a page as rows of text, and which elements are open at the end."""
-
-    VOID = ("meta",)
-
-    def __init__(self):
-        super().__init__()
-        self.rows, self.cell, self.open = [], None, []
-
-    def handle_starttag(self, tag, _):
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        self.cell = "" if tag in {"td", "th"} else self.cell
-
-    def handle_startendtag(self, tag, _):
-        """`<line/>` opens nothing."""
-
-    def handle_data(self, data):
-        if self.cell is not None:
-            self.cell += data
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        if tag in {"td", "th"}:
-            self.rows[-1].append(self.cell)
-            self.cell = None
-
-
-def tables_of(page):
-    tables = Tables()
-    tables.feed(page)
-    assert tables.open in ([], ["html"])
-    return tables.rows
 
 
 @pytest.fixture
@@ -129,7 +92,7 @@ def test_a_short_last_interval_is_not_drawn_as_a_spike(run):
 
 def test_a_curve_keeps_its_first_and_last_point_and_stays_small():
     points = [(float(i), 0.1 * i) for i in range(100_001)]
-    chart = curve_chart("loss", {"train": points}).svg
+    chart = split_chart("loss", {"train": points}).svg
     assert len(chart) < 30_000
     path = re.search(r'points="([^"]+)"', chart)[1].split()
     assert path[0].startswith("70.0,")

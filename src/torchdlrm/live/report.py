@@ -1,0 +1,287 @@
+"""Writes a live model as one self-contained HTML page: how good it was, what came and went, what was published.
+
+In: the records of its periods.  Out: HTML, in the style of a run's page: no scripts, nothing fetched.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
+from statistics import fmean, median
+from typing import get_args
+
+from torchdlrm.html import COLOURS, Chart, Curve, curve_chart, render, short
+from torchdlrm.live.record import FeatureRecord, PeriodMetrics, PeriodRecord, StepName, StepTime
+from torchdlrm.units import show_bytes
+
+Times = Mapping[int, Mapping[StepName, StepTime]]  # by period
+
+_STEP_COLOURS = dict(zip(get_args(StepName), (*COLOURS, "#8a8f98"), strict=True))
+_METRICS = {"auc": "AUC", "ne": "normalised entropy", "calibration": "calibration: mean prediction / click rate"}
+_ROWS = {"all": "all rows", "known": "rows of known values", "unseen": "rows with a value never seen"}
+_RECENT = 7  # periods of which a mean is told: a week of days
+_MAX_FEATURES = 4  # that have a curve of their own
+_MAX_BLOCKS = 60  # periods whose steps are drawn
+
+
+def report_page(title: str, periods: Sequence[PeriodRecord], times: Times, current: int | None) -> str:
+    """Make the page of a live model.
+
+    Args:
+        title: of the page.
+        periods: by rising number.
+        times: what the steps of each took, where that is known.
+        current: the period whose bundle is `current`.
+    """
+    return render(
+        "live.html",
+        title=title,
+        entries=list(_cards(periods, current)),
+        progressive=_drawn(_progressive(periods, metric) for metric in _METRICS),
+        gate=_drawn([_gate(periods)]),
+        failures=[(record.period, " ".join(record.gate.reasons)) for record in periods if not record.gate.passed],
+        values=_drawn([_unseen(periods), _sizes(periods), _changes(periods[1:])]),
+        features=_features(periods),
+        cost=_drawn([_seconds(periods, times), _published_bytes(periods)]),
+        steps=_steps(periods, times),
+        periods=[_period(record, times.get(record.period, {}), current) for record in reversed(periods)],
+    )
+
+
+def _cards(periods: Sequence[PeriodRecord], current: int | None) -> Iterator[tuple[str, str]]:
+    """Yield the most important values, each with its name."""
+    if current is not None:
+        yield "current: the period of the model that is served", str(current)
+    yield "periods", f"{len(periods):,}"
+    yield "rows in all logs", f"{sum(record.rows for record in periods):,}"
+    judged = [(record.period, metrics) for record in periods if (metrics := _metrics(record)) is not None]
+    aucs = [metrics.auc for _, metrics in judged if metrics.auc is not None][-_RECENT:]
+    if judged:
+        period, metrics = judged[-1]
+        yield f"AUC of period {period}, before learning from it", _number(metrics.auc, 4)
+        if len(aucs) > 1:
+            yield f"mean AUC of the last {len(aucs)} periods", _number(fmean(aucs), 4)
+        yield f"calibration of period {period}", _number(metrics.calibration, 3)
+    failed = sum(not record.gate.passed for record in periods)
+    if failed:
+        yield "periods that did not pass the gate", f"{failed:,}"
+
+
+def _metrics(record: PeriodRecord, rows: str = "all") -> PeriodMetrics | None:
+    return None if record.progressive is None else getattr(record.progressive, rows)
+
+
+def _value(metrics: PeriodMetrics | None, name: str) -> float | None:
+    return None if metrics is None else getattr(metrics, name)
+
+
+def _drawn(charts: Iterable[Chart | None]) -> list[Chart]:
+    return [chart for chart in charts if chart is not None]
+
+
+def _chart(
+    caption: str,
+    periods: Sequence[PeriodRecord],
+    curves: Mapping[str, Sequence[float | None]],
+    band: Sequence[tuple[float, float, float]] = (),
+    show: Callable[[float], str] = short,
+) -> Chart | None:
+    """Draw a curve of each name, with a value for each period where it has one; None where there is none at all.
+
+    Args:
+        caption: what the chart shows.
+        periods: the records.
+        curves: by name.
+        band: around the first one.
+        show: a value, next to the axis.
+    """
+    drawn: list[Curve] = []
+    for (name, values), colour in zip(curves.items(), COLOURS, strict=False):
+        of_records = zip(periods, values, strict=True)
+        points = [(record.period, value) for record, value in of_records if value is not None]
+        if points:
+            drawn.append(Curve(name, colour, points, () if drawn else band))
+    if not drawn:
+        return None
+    return curve_chart(
+        caption,
+        drawn,
+        (periods[0].period - 0.5, periods[-1].period + 0.5),
+        lambda period: f"{period:.0f}" if period == round(period) else "",
+        lambda period, value: f"{f'{value:.5g}' if show is short else show(value)} in period {period:.0f}",
+        show,
+    )
+
+
+def _progressive(periods: Sequence[PeriodRecord], metric: str) -> Chart | None:
+    judged = {name: [_metrics(record, rows) for record in periods] for rows, name in _ROWS.items()}
+    curves = {name: [_value(metrics, metric) for metrics in found] for name, found in judged.items()}
+    interval = [
+        (record.period, found.auc_low, found.auc_high)
+        for record, found in zip(periods, judged[_ROWS["all"]], strict=True)
+        if metric == "auc" and found is not None and found.auc_low is not None and found.auc_high is not None
+    ]
+    chart = _chart(_METRICS[metric], periods, curves, interval)
+    if chart is not None and metric == "calibration" and chart.y_range[0] <= 1 <= chart.y_range[1]:
+        chart.line(1, "mark")
+    return chart
+
+
+def _gate(periods: Sequence[PeriodRecord]) -> Chart | None:
+    gates = [record.gate for record in periods]
+    curves = {
+        "the model of before": [_value(gate.old, "logloss") for gate in gates],
+        "the new model": [gate.new.logloss for gate in gates],
+    }
+    return _chart("logloss, nats, of the rows held back", periods, curves)
+
+
+def _unseen(periods: Sequence[PeriodRecord]) -> Chart | None:
+    percents = {name: _unseen_percents(periods, name) for name in _newest(periods)}
+    most = sorted(percents, key=lambda name: -(_mean(percents[name]) or 0.0))[:_MAX_FEATURES]
+    mean = [_mean_unseen_percent(record) for record in periods]
+    return _chart(
+        "values never seen, % of a log's", periods, {"all features": mean} | {name: percents[name] for name in most}
+    )
+
+
+def _newest(periods: Sequence[PeriodRecord]) -> Mapping[str, FeatureRecord]:
+    return periods[-1].features if periods else {}
+
+
+def _unseen_percents(periods: Sequence[PeriodRecord], name: str) -> list[float | None]:
+    fractions = [record.features[name].unseen_fraction for record in periods]
+    return [None if fraction is None else 100 * fraction for fraction in fractions]
+
+
+def _mean_unseen_percent(record: PeriodRecord) -> float | None:
+    mean = _mean([feature.unseen_fraction for feature in record.features.values()])
+    return None if mean is None else 100 * mean
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return fmean(defined) if defined else None
+
+
+def _sizes(periods: Sequence[PeriodRecord]) -> Chart | None:
+    curves = {
+        "rows of their tables": [_sum(record, "num_embeddings") for record in periods],
+        "values that have an id": [_sum(record, "values_in_use") for record in periods],
+    }
+    return _chart("size of all vocabularies", periods, curves, show=_whole)
+
+
+def _changes(periods: Sequence[PeriodRecord]) -> Chart | None:
+    """Not of the first period, to which all values are new: next to it, the others would be nothing."""
+    curves = {
+        "admitted: were given an id": [_sum(record, "admitted") for record in periods],
+        "expired: lost their id": [_sum(record, "expired") for record in periods],
+    }
+    return _chart("values that came and went", periods, curves, show=_whole)
+
+
+def _sum(record: PeriodRecord, name: str) -> int | None:
+    """Over the features that have a vocabulary; None where there are none."""
+    features = [feature for feature in record.features.values() if feature.values_in_use is not None]
+    return sum(getattr(feature, name) for feature in features) if features else None
+
+
+def _seconds(periods: Sequence[PeriodRecord], times: Times) -> Chart | None:
+    drawn = [record.period for record in periods if times.get(record.period)][-_MAX_BLOCKS:]
+    if not drawn:
+        return None
+    top_s = 1.05 * max(sum(step.seconds for step in times[period].values()) for period in drawn)
+    of_last = f", last {_MAX_BLOCKS} periods" if len(drawn) < len(periods) else ""
+    chart = Chart((drawn[0] - 0.5, drawn[-1] + 0.5), (0, top_s), 440, 190, f"seconds of each step{of_last}")
+    chart.y_axis(short)
+    for period in drawn[:: -(-len(drawn) // 8)]:
+        chart.x_label(period, str(period))
+    for period in drawn:
+        below_s = 0.0
+        for name, step in times[period].items():
+            end_s = below_s + step.seconds
+            chart.block(period, below_s, end_s, _STEP_COLOURS[name], f"period {period}: {name} {step.seconds:,.1f} s")
+            below_s = end_s
+    chart.key += [(colour, name) for name, colour in _STEP_COLOURS.items()]
+    return chart
+
+
+def _published_bytes(periods: Sequence[PeriodRecord]) -> Chart | None:
+    curves: dict[str, list[float | None]] = {
+        "bundle": [record.bundle_bytes for record in periods],
+        "delta": [record.delta_bytes for record in periods],
+    }
+    return _chart("size of what is published", periods, curves, show=show_bytes)
+
+
+def _period(record: PeriodRecord, steps: Mapping[StepName, StepTime], current: int | None) -> dict[str, str]:
+    """A line of the table of all periods."""
+    metrics = _metrics(record)
+    names = [PurePath(log.path).name for log in record.logs]
+    return {
+        "period": str(record.period),
+        "log": f"{names[0]} and {len(names) - 1:,} more" if len(names) > 1 else "".join(names),
+        "published": "current" if record.period == current else "yes" if record.published else "no",
+        "base": "-" if record.base is None else str(record.base),
+        "rows": f"{record.rows:,}",
+        "click rate": _number(record.clicks / record.rows if record.rows else None, 4),
+        "AUC": _number(_value(metrics, "auc"), 4),
+        "from": _number(_value(metrics, "auc_low"), 4),
+        "to": _number(_value(metrics, "auc_high"), 4),
+        "logloss": _number(_value(metrics, "logloss"), 4),
+        "NE": _number(_value(metrics, "ne"), 4),
+        "calibration": _number(_value(metrics, "calibration"), 3),
+        "unseen %": _number(_mean_unseen_percent(record), 2),
+        "gate: before": _number(_value(record.gate.old, "logloss"), 4),
+        "gate: after": _number(record.gate.new.logloss, 4),
+        "bundle": show_bytes(record.bundle_bytes),
+        "delta": "-" if record.delta_bytes is None else show_bytes(record.delta_bytes),
+        "seconds": _number(sum(step.seconds for step in steps.values()) if steps else None, 1),
+    }
+
+
+def _features(periods: Sequence[PeriodRecord]) -> list[dict[str, str]]:
+    """The sparse features in the newest period, and over all of them."""
+    rows = []
+    for name, newest in _newest(periods).items():
+        percents = _unseen_percents(periods, name)
+        records = [record.features[name] for record in periods]
+        rows.append(
+            {
+                "feature": name,
+                "table rows": _whole(newest.num_embeddings),
+                "values with an id": "-" if newest.values_in_use is None else _whole(newest.values_in_use),
+                "admitted, last": _whole(newest.admitted),
+                "in all": _whole(sum(record.admitted for record in records)),
+                "expired, last": _whole(newest.expired),
+                "expired in all": _whole(sum(record.expired for record in records)),
+                "unseen %, last": _number(percents[-1], 2),
+                "unseen %, mean": _number(_mean(percents), 2),
+            }
+        )
+    return rows
+
+
+def _steps(periods: Sequence[PeriodRecord], times: Times) -> list[dict[str, str]]:
+    """What each step took and wrote, in the newest period and in the median."""
+    rows = []
+    for name in _STEP_COLOURS:
+        found = [times[record.period][name] for record in periods if name in times.get(record.period, {})]
+        if found:
+            rows.append(
+                {
+                    "step": name,
+                    "seconds, last": _number(found[-1].seconds, 1),
+                    "seconds, median": _number(median(step.seconds for step in found), 1),
+                    "written, last": show_bytes(found[-1].bytes),
+                    "written, median": show_bytes(median(step.bytes for step in found)),
+                }
+            )
+    return rows
+
+
+def _whole(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
