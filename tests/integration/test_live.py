@@ -13,6 +13,7 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from live_models import CONFIG, SCHEMA, files_of, write_day
+from pages import tables_of
 from torchdlrm import (
     Bundle,
     Dataset,
@@ -256,6 +257,21 @@ def test_inspect_lists_the_periods(three_days, dlrm):
         assert period["published"]
     shown = dlrm("inspect", three_days)
     assert "3 period(s), current is 3" in shown.stderr
+
+
+def test_a_report_has_all_periods_and_what_they_took(three_days, dlrm, tmp_path):
+    out = tmp_path / "live.html"
+    done = dlrm("report", three_days, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    page = out.read_text()
+    assert json.loads(done.stdout) == {"live": str(three_days), "report": str(out), "bytes": len(page.encode())}
+    header, *lines = tables_of(page)[-4:]
+    lines = [dict(zip(header, line, strict=True)) for line in lines]
+    records = LiveModel.open(three_days).periods[::-1]
+    assert [line["AUC"] for line in lines] == [f"{record.progressive.all.auc:.4f}" for record in records[:2]] + ["-"]
+    assert [line["published"] for line in lines] == ["current", "yes", "yes"]
+    seconds = [sum(step.seconds for step in read_times(three_days / "days" / f"000{n}").values()) for n in (3, 2, 1)]
+    assert [line["seconds"] for line in lines] == [f"{value:,.1f}" for value in seconds]
 
 
 def test_what_is_wrong_is_told_before_anything_is_written(copied, logs, tmp_path):

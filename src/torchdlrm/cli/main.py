@@ -50,7 +50,7 @@ app.command(
     usage="Usage: dlrm evaluate RUN [--sharding.KEY VALUE] [OPTIONS]\n\n"
     "sharding.KEY is a key of the config's section for this evaluation, as in --sharding.cache-fraction 0.2.\n",
 )
-app.command("torchdlrm.cli.report:report", help="Write a run as one HTML page.")
+app.command("torchdlrm.cli.report:report", help="Write a run or a live model as one HTML page.")
 app.command("torchdlrm.cli.export:export", help="Turn a trained run into a bundle that predicts from raw rows.")
 app.command("torchdlrm.cli.apply:apply", help="Make a bundle of another one and a delta to it.")
 app.command("torchdlrm.cli.predict:predict", help="Predict every row of a raw log.")

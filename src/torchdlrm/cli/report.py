@@ -1,23 +1,43 @@
-"""`dlrm report`: a run as one HTML page."""
+"""`dlrm report`: a run or a live model as one HTML page."""
 
 from pathlib import Path
 
 from torchdlrm.cli.terminal import Json, console, print_json
 
 
-def report(run: Path, *, out: Path = Path("report.html"), as_json: Json = False) -> None:
-    """Write a run's curves, evaluations, config, dataset and plan as one HTML page, to mail or to keep.
+def report(folder: Path, *, out: Path = Path("report.html"), as_json: Json = False) -> None:
+    """Write a run or a live model as one HTML page, to mail or to keep.
+
+    Of a run: its curves, evaluations, config, dataset and plan. Of a live model: how well each log was predicted before
+    it was learnt from, the gate, values that came and went, time and size.
 
     Args:
-        run: Folder written by `dlrm train`; it may still be training.
+        folder: Written by `dlrm train`, which may still be training, or by `dlrm advance`.
         out: The page; replaced if it is there.
         as_json: Print one JSON object on standard output.
     """
-    from torchdlrm.evaluation.report import report_page
     from torchdlrm.html import write_page
+
+    is_live = (folder / "live.toml").is_file()
+    write_page(out, _live_page(folder) if is_live else _run_page(folder), "out")
+    console.print(f"report of {folder}: {out}")
+    if as_json:
+        print_json({"live" if is_live else "run": str(folder), "report": str(out), "bytes": out.stat().st_size})
+
+
+def _run_page(folder: Path) -> str:
+    from torchdlrm.evaluation.report import report_page
     from torchdlrm.training.run import Run
 
-    write_page(out, report_page(Run.open(run)), "out")
-    console.print(f"report of {run}: {out}")
-    if as_json:
-        print_json({"run": str(run), "report": str(out), "bytes": out.stat().st_size})
+    return report_page(Run.open(folder))
+
+
+def _live_page(folder: Path) -> str:
+    from torchdlrm.live.model import LiveModel
+    from torchdlrm.live.record import read_times
+    from torchdlrm.live.report import report_page
+
+    live = LiveModel.open(folder)
+    periods = live.periods
+    times = {record.period: read_times(live.day(record.period)) for record in periods}
+    return report_page(f"Live model {folder.resolve().name}", periods, times, live.current)
