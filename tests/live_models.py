@@ -42,14 +42,17 @@ def write_day(folder, day, num_rows=2_000):
     return path
 
 
+# What tells of times; of a run also what names a checkpoint, in which torch notes a random number.
+_NEVER_THE_SAME = {"times.json", "metrics.jsonl", ".metadata", "checkpoint.json", "environment.json"}
+
+
 def files_of(folder):
-    """The bytes of all files of a folder but those that tell of times, and where links lead."""
-    timed = ("times.json", "metrics.jsonl")
+    """The bytes of all files of a folder that are the same whenever they are written, and where links lead."""
     found = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
         if path.is_symlink():
             found[name] = str(path.readlink())
-        elif path.is_file() and path.name not in timed:
-            found[name] = path.read_bytes()
+        elif path.is_file():
+            found[name] = None if path.name in _NEVER_THE_SAME else path.read_bytes()
     return found

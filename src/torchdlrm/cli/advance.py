@@ -141,12 +141,12 @@ def _print_record(record: "PeriodRecord") -> None:
         {}
         if record.progressive is None
         else {
-            "the log, by the model of before": record.progressive.all,
-            "of it, all values known": record.progressive.known,
-            "of it, with unknown values": record.progressive.unseen,
+            "log, old model": record.progressive.all,
+            "- values known": record.progressive.known,
+            "- values unknown": record.progressive.unseen,
         }
     )
-    judged |= {"held back, by the model of before": record.gate.old, "held back, by the new model": record.gate.new}
+    judged |= {"held back, old model": record.gate.old, "held back, new model": record.gate.new}
     rows = [
         {"": what, "rows": f"{metrics.rows:,}"}
         | {name: shown_metric(getattr(metrics, name)) for name in ("auc", "logloss", "ne", "calibration")}
