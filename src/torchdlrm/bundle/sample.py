@@ -140,8 +140,8 @@ def _values(ids: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None
         known = _numbers_of(known, column)
     if not len(known):
         return unknown.new_from_index(0, len(ids))
-    found = known.gather((ids.cast(pl.Int64) - 1).clip(0, len(known) - 1))
-    return found.zip_with(ids != UNKNOWN_ID, unknown)
+    places = vocabulary.table["id"].search_sorted(ids.cast(pl.Int32))  # ids have gaps where values come and go
+    return known.gather(places.clip(0, len(known) - 1)).zip_with(ids != UNKNOWN_ID, unknown)
 
 
 def _numbers_of(categories: pl.Series, column: SparseColumn) -> pl.Series:

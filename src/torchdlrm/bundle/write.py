@@ -163,6 +163,9 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def copy_vocabularies(dataset: Dataset, folder: Path) -> dict[str, tuple[str, str]]:
     """Copy the vocabularies of a dataset to `folder`/vocabulary, and write an index of each.
 
+    Where values come and go only values and ids are copied: counts and periods change whenever a value is seen, and
+    would be most of a delta.
+
     Returns:
         The paths within `folder` of each feature's vocabulary and index; features without a vocabulary have none.
     """
@@ -175,6 +178,9 @@ def copy_vocabularies(dataset: Dataset, folder: Path) -> dict[str, tuple[str, st
             if sha256_of(folder / table) != sparse.vocabulary.sha256:
                 msg = f"{dataset.path / sparse.vocabulary.path}: damaged; copy or preprocess the dataset again"
                 raise DatasetError(msg)
-            write_index(dataset.vocabulary(feature), folder / index)
+            vocabulary = dataset.vocabulary(feature)
+            if dataset.period is not None:
+                vocabulary.write(folder / table, ("value", "id"))
+            write_index(vocabulary, folder / index)
             paths[feature] = (table, index)
     return paths

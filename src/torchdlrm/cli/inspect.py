@@ -15,6 +15,7 @@ from torchdlrm.units import show_bytes
 
 if TYPE_CHECKING:
     from torchdlrm.bundle.bundle import Bundle
+    from torchdlrm.data.dataset import Manifest
     from torchdlrm.data.summary import DatasetSummary, FrequentValue
     from torchdlrm.exporting.sensitivity import PrecisionSearch
     from torchdlrm.features.schema import FeatureSchema
@@ -288,19 +289,51 @@ def _show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:
         about = manifest.model_dump(
             mode="json",
             by_alias=True,  # as dataset.json has them
-            include={"format_version", "split_rule", "seed", "min_count", "max_embeddings", "source", "bad_rows"},
+            include={
+                *("format_version", "split_rule", "seed", "min_count", "max_embeddings", "source", "bad_rows"),
+                *("period", "expire_after", "admit_over", "extends"),
+            },
         )
         about["buckets"] = _buckets_as_dict(dataset.schema)
         print_json({"kind": "dataset", "path": str(folder), "schema": dataset.schema.name} | about | asdict(summary))
         return
     say(f"dataset {folder}, schema {manifest.feature_schema.name}, seed {manifest.seed}")
     say(f"split: {manifest.split_rule}")
+    if manifest.period is not None:
+        _print_turnover(manifest, summary)
     _print_summary(summary)
     _print_inputs(dataset.schema)
     say("drift: from train, 0 where the distribution is the same, 1 where nothing is in common")
     if manifest.bad_rows.total:
         say(f"bad rows that were skipped: {manifest.bad_rows.total:,}")
         say("\n".join(describe_bad_rows(manifest.bad_rows.counts, manifest.bad_rows.examples)))
+
+
+def _print_turnover(manifest: "Manifest", summary: "DatasetSummary") -> None:
+    """Print of which period the vocabularies are, and for each feature what came and went in it."""
+    about = [f"period {manifest.period}"]
+    if manifest.extends is not None:
+        before = manifest.extends.period
+        about.append("extends a dataset without one" if before is None else f"extends period {before}")
+    if manifest.expire_after is not None:
+        about.append(f"a value that is not seen in {manifest.expire_after} loses its id")
+    if manifest.admit_over > 1:
+        about.append(f"values are counted over {manifest.admit_over} until they have one")
+    say("; ".join(about))
+    rows = [
+        {
+            "feature": name,
+            "table rows": f"{feature.num_embeddings:,}",
+            "values with ids": f"{feature.num_values:,}",
+            "got one": f"{feature.turnover.admitted:,}",
+            "lost theirs": f"{feature.turnover.expired:,}",
+            "ids given again": f"{feature.turnover.reset:,}",
+            "counts of others": f"{feature.turnover.candidates:,}",
+        }
+        for name, feature in summary.sparse.items()
+        if feature.turnover is not None
+    ]
+    print_table("", rows)
 
 
 def _buckets_as_dict(schema: "FeatureSchema") -> dict[str, Any]:

@@ -75,6 +75,7 @@ def preprocess(
                 "other_clicks": {name: part.other_clicks for name, part in manifest.splits.items()},
                 "split_rule": manifest.split_rule,
                 "num_embeddings": dataset.num_embeddings,
+                "period": dataset.period,
                 "bad_rows": manifest.bad_rows.model_dump(mode="json"),
                 "phases": [phase.as_dict() for phase in times.phases],
             }
@@ -176,6 +177,9 @@ def _print_summary(dataset: Dataset, phases: Sequence[PhaseTime]) -> None:
         f"tables: {len(dataset.num_embeddings)} features, {sum(dataset.num_embeddings.values()):,} rows in all, "
         f"the largest {max(dataset.num_embeddings.values()):,}"
     )
+    if turnovers := [record.turnover for record in manifest.sparse.values() if record.turnover is not None]:
+        admitted, expired = sum(found.admitted for found in turnovers), sum(found.expired for found in turnovers)
+        console.print(f"period {manifest.period}: {admitted:,} values got ids, {expired:,} lost theirs")
     seconds = sum(phase.seconds for phase in phases)
     rows = sum(part.rows for part in manifest.splits.values())
     if seconds:

@@ -39,6 +39,7 @@ class TableOptimizer:
         momentum: whose momentum it has, `adam` or `lamb`; empty where it has none.
         trade: the explanation shown where it is proposed in place of one with more state.
         is_lazy: whether its rows catch up on the weight decay of steps that did not look them up.
+        accumulator: the name of its state that only grows; empty where it has none.
     """
 
     name: TableOptimizerName
@@ -50,6 +51,7 @@ class TableOptimizer:
     momentum: str = ""
     trade: str = ""
     is_lazy: bool = False
+    accumulator: str = ""
 
     def leaner(self) -> "Iterator[TableOptimizer]":
         """Those with less state that could stand in for it, the most state first: none with another momentum."""
@@ -81,12 +83,14 @@ class DenseOptimizer:
         torch_name: of its class in torch.optim.
         settings: of `dense_optimizer`, those that it reads besides `name`, `learning_rate` and `clip_norm`.
         state_per_weight: float32 values of state for each weight.
+        accumulator: the name of its state that only grows; empty where it has none.
     """
 
     name: DenseOptimizerName
     torch_name: str
     settings: frozenset[str]
     state_per_weight: int = 1
+    accumulator: str = ""
 
 
 TABLE_OPTIMIZERS: Mapping[TableOptimizerName, TableOptimizer] = {
@@ -97,6 +101,7 @@ TABLE_OPTIMIZERS: Mapping[TableOptimizerName, TableOptimizer] = {
             _DECAY | {"eps", "initial_accumulator"},
             state_per_row=1,
             decays_on_gpu=_NOT_LAZY,
+            accumulator="momentum1",
             trade="one learning rate for a row instead of one for each value; usually as accurate for tables",
         ),
         TableOptimizer(
@@ -104,12 +109,14 @@ TABLE_OPTIMIZERS: Mapping[TableOptimizerName, TableOptimizer] = {
             _DECAY | {"eps", "initial_accumulator"},
             state_per_weight=1,
             decays_on_gpu=frozenset(),
+            accumulator="momentum1",
             trade="half of Adam's state; no momentum",
         ),
         TableOptimizer(
             "sgd",
             _DECAY,
             decays_on_gpu=frozenset(),
+            accumulator="momentum1",
             trade="no state; rare ids learn slowly, so expect a lower AUC or a longer training",
         ),
         TableOptimizer("adam", _DECAY | _ADAM_SETTINGS, state_per_weight=2, momentum="adam"),
@@ -143,7 +150,9 @@ TABLE_OPTIMIZERS: Mapping[TableOptimizerName, TableOptimizer] = {
 DENSE_OPTIMIZERS: Mapping[DenseOptimizerName, DenseOptimizer] = {
     record.name: record
     for record in (
-        DenseOptimizer("adagrad", "Adagrad", frozenset({"eps", "weight_decay", "initial_accumulator"})),
+        DenseOptimizer(
+            "adagrad", "Adagrad", frozenset({"eps", "weight_decay", "initial_accumulator"}), accumulator="sum"
+        ),
         DenseOptimizer("sgd", "SGD", frozenset({"momentum", "weight_decay"})),
         DenseOptimizer("adamw", "AdamW", _ADAM_SETTINGS, state_per_weight=2),
     )

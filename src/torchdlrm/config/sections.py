@@ -176,6 +176,11 @@ class WarmStartConfig(Section):
         description="state of the dense optimizer: kept, or fresh as in a new run, whose first steps are large in "
         "adagrad and adamw",
     )
+    accumulator_decay: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        1.0,
+        description="what Adagrad's sums of squared gradients are multiplied by, so that later rows count for more; 1 "
+        "keeps them",
+    )
 
 
 class StopConfig(Section):
@@ -253,6 +258,12 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
     sharding: ShardingConfig = ShardingConfig()
     loader: LoaderConfig = LoaderConfig()
+
+    @property
+    def accumulators(self) -> tuple[str, ...]:
+        """What the optimizers call their sums of squared gradients, which grow with every step."""
+        records = TABLE_OPTIMIZERS[self.table_optimizer.name], DENSE_OPTIMIZERS[self.dense_optimizer.name]
+        return tuple(record.accumulator for record in records if record.accumulator)
 
 
 def setting_values(config: Config) -> dict[str, object]:
@@ -362,4 +373,7 @@ def _unread_settings(config: Config) -> list[str]:
             value = getattr(chosen, leaf)
             if leaf in _REFUSED_IF_UNREAD and leaf not in read and value != field.default:
                 found.append(f"{section}.{leaf}: {section}.name = {chosen.name} has no such thing, got {value!r}")
+    decay = config.warm_start.accumulator_decay
+    if decay != 1 and not config.accumulators:
+        found.append(f"warm_start.accumulator_decay: no optimizer is adagrad or rowwise_adagrad, got {decay}")
     return found

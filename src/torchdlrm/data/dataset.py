@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +28,7 @@ from torchdlrm.files import replacing, sha256_of, sync
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.toml import did_you_mean
 
-FORMAT_VERSION, _FIRST_VERSION = 2, 1
+_FIRST_VERSION, _WITH_BUCKETS, FORMAT_VERSION = 1, 2, 3
 MANIFEST_NAME = "dataset.json"
 # A reader takes a row group at a time: 16,384 rows of Criteo's 40 columns are 2.5 MB, read in 2 ms.
 ROW_GROUP_ROWS = 16_384
@@ -35,9 +37,9 @@ _DICTIONARY_MAX_IDS = 2_048
 _IDS, _WEIGHTS = (pa.list_(pa.field("element", kind, nullable=False)) for kind in (pa.int32(), pa.float32()))
 
 
-def oldest_version(schema: FeatureSchema) -> int:
+def oldest_version(schema: FeatureSchema, *, has_period: bool = False) -> int:
     """The oldest version of the format that says what must be said: older programs read all other datasets."""
-    return FORMAT_VERSION if schema.needs_newer_formats else _FIRST_VERSION
+    return FORMAT_VERSION if has_period else _WITH_BUCKETS if schema.needs_newer_formats else _FIRST_VERSION
 
 
 class _Frozen(BaseModel):
@@ -75,11 +77,52 @@ class SplitRecord(_Frozen):
         return self.other_clicks.get(label, self.clicks)
 
 
+class TurnoverRecord(_Frozen):
+    """How a feature's vocabulary differs from the one that it extends, where values come and go.
+
+    Attributes:
+        admitted: values that got an id.
+        expired: values that lost theirs, by age or for want of room.
+        reset: the file of the ids that stand for another value now, if there are any; all others that have a value in
+            both stand for the same.
+        candidates: the file of values that are too rare for an id so far, with their counts by period.
+    """
+
+    admitted: int
+    expired: int
+    reset: FileRecord | None = None
+    candidates: FileRecord | None = None
+
+
 class SparseRecord(_Frozen):
-    """A sparse feature: the rows of its table, and its vocabulary; None where values are hashed or came as ids."""
+    """A sparse feature: the rows of its table, and its vocabulary; None where values are hashed or came as ids.
+
+    `turnover` is there where values come and go.  Then the table may have more rows than the vocabulary has values.
+    """
 
     num_embeddings: int
     vocabulary: FileRecord | None
+    turnover: TurnoverRecord | None = None
+
+    @property
+    def num_values(self) -> int:
+        """How many values have an id in the vocabulary."""
+        return 0 if self.vocabulary is None else self.vocabulary.rows
+
+    @property
+    def files(self) -> tuple[FileRecord, ...]:
+        """Its files."""
+        found = [self.vocabulary]
+        if self.turnover is not None:
+            found += [self.turnover.reset, self.turnover.candidates]
+        return tuple(file for file in found if file is not None)
+
+
+class ExtendedRecord(_Frozen):
+    """The dataset whose vocabularies another one extends: the checksum of its dataset.json, and its period."""
+
+    manifest_sha256: str
+    period: int | None
 
 
 class SourceRecord(_Frozen):
@@ -122,11 +165,16 @@ class Manifest(_Frozen):
     splits: dict[SplitName, SplitRecord]
     source: tuple[SourceRecord, ...]
     bad_rows: BadRowsRecord
+    # Where values come and go: of which period the vocabularies are, and by what rules.
+    period: int | None = None
+    expire_after: int | None = None
+    admit_over: int = 1
+    extends: ExtendedRecord | None = None
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
         """Every file of the dataset but the manifest."""
-        vocabularies = tuple(record.vocabulary for record in self.sparse.values() if record.vocabulary)
+        vocabularies = tuple(file for record in self.sparse.values() for file in record.files)
         return vocabularies + tuple(file for split in self.splits.values() for file in split.files)
 
     def to_json(self) -> str:
@@ -136,6 +184,11 @@ class Manifest(_Frozen):
         for split in content["splits"].values():
             if not split["other_clicks"]:  # a key that older readers do not know
                 del split["other_clicks"]
+        if self.period is None:  # likewise
+            for key in ("period", "expire_after", "admit_over", "extends"):
+                del content[key]
+            for record in content["sparse"].values():
+                del record["turnover"]
         content["source"] = [record.model_dump(mode="json", exclude_none=True) for record in self.source]
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
@@ -213,6 +266,11 @@ class Dataset:
         return {column.name: self.manifest.sparse[column.name].num_embeddings for column in self.schema.sparse}
 
     @property
+    def period(self) -> int | None:
+        """The number of the period that its vocabularies are of; None where values do not come and go."""
+        return self.manifest.period
+
+    @property
     def label_name(self) -> str:
         """The name of the column of the label that is learnt and judged by, which is int8: 0 or 1."""
         return self.schema.label.name
@@ -252,6 +310,26 @@ class Dataset:
             msg = f"{self.path}: feature {name} has no vocabulary: its values are hashed, or were ids already"
             raise DatasetError(msg)
         return Vocabulary.read(self.path / record.path, name, kind)
+
+    def reset_ids(self, name: str) -> npt.NDArray[np.int32]:
+        """The ids of a sparse feature that stand for another value than in the dataset whose vocabularies it extends.
+
+        Returns:
+            Ascending, int32 [R]; those that the other dataset has no row for are left out.
+
+        Raises:
+            DatasetError: their file is damaged.
+        """
+        turnover = self.manifest.sparse[name].turnover
+        if turnover is None or turnover.reset is None:
+            return np.zeros(0, np.int32)
+        path = self.path / turnover.reset.path
+        try:
+            table = pq.read_table(path, page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            msg = f"{path}: cannot be read ({error}); copy or preprocess the dataset again"
+            raise DatasetError(msg) from error
+        return table["id"].to_numpy()
 
     def verify(self, progress: ProgressListener = SILENT) -> None:
         """Read every file and compare its checksum.

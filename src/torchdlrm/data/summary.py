@@ -6,13 +6,16 @@ In: a `Dataset`.  Out: a `DatasetSummary`.  Cost: reads the vocabularies, none o
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torchdlrm.data.dataset import Dataset, SplitRecord
+from torchdlrm.data.dataset import Dataset, SplitRecord, TurnoverRecord
 from torchdlrm.data.splits import SplitName
 
 
 @dataclass(frozen=True)
 class FrequentValue:
-    """A value (None: missing), the share of the training rows that have it, and its id."""
+    """A value (None: missing), the share of the training rows that have it, and its id.
+
+    Where values come and go, the share is of the rows of all periods that were counted for a value with an id.
+    """
 
     value: str | int | None
     share: float
@@ -40,14 +43,27 @@ class DenseSummary:
 
 
 @dataclass(frozen=True)
+class Turnover:
+    """How many values got an id in a period, and lost theirs; how many ids were given again; how many are too rare."""
+
+    admitted: int
+    expired: int
+    reset: int
+    candidates: int
+
+
+@dataclass(frozen=True)
 class SparseSummary:
     """A sparse feature; shares are of the rows of each split.  A missing value without an id is unknown as well.
 
     Where a row has several values, the unknown share is of the values.  `drift` is how far the distribution in a split
-    is from that in train (`torchdlrm.preprocessing.tally`).  Without a vocabulary there are no most frequent values.
+    is from that in train (`torchdlrm.preprocessing.tally`).  `num_values` have an id by the vocabulary.  Without one,
+    there are no most frequent values.
     """
 
     num_embeddings: int
+    num_values: int
+    turnover: Turnover | None
     unknown_share: dict[SplitName, float]
     missing_share: dict[SplitName, float]
     drift: dict[SplitName, float]
@@ -74,6 +90,8 @@ def summarize(dataset: Dataset, num_values: int) -> DatasetSummary:
     for name, num_embeddings in dataset.num_embeddings.items():
         sparse[name] = SparseSummary(
             num_embeddings=num_embeddings,
+            num_values=dataset.manifest.sparse[name].num_values,
+            turnover=_turnover(dataset.manifest.sparse[name].turnover),
             unknown_share={
                 split_name: _share(split.unknown_rows.get(name, 0), split.values.get(name, split.rows))
                 for split_name, split in splits.items()
@@ -104,11 +122,19 @@ def _most_frequent(dataset: Dataset, name: str, num_values: int) -> tuple[Freque
         return ()
     train = dataset.manifest.splits["train"]
     vocabulary = dataset.vocabulary(name)
-    values, table = vocabulary.text_values().head(num_values), vocabulary.table.head(num_values)
-    return tuple(
-        FrequentValue(value, _share(count, train.values.get(name, train.rows)), value_id)
-        for value, count, value_id in zip(values, table["count"], table["id"], strict=True)
-    )
+    table = vocabulary.table.with_columns(vocabulary.text_values().alias("value"))
+    counted = train.values.get(name, train.rows)
+    if dataset.period is not None:
+        table, counted = table.sort("count", descending=True, maintain_order=True), int(table["count"].sum())
+    rows = table.head(num_values).select("value", "count", "id").iter_rows()
+    return tuple(FrequentValue(value, _share(count, counted), value_id) for value, count, value_id in rows)
+
+
+def _turnover(record: TurnoverRecord | None) -> Turnover | None:
+    if record is None:
+        return None
+    reset, candidates = (0 if file is None else file.rows for file in (record.reset, record.candidates))
+    return Turnover(record.admitted, record.expired, reset, candidates)
 
 
 def _missing_share(splits: Mapping[SplitName, SplitRecord], name: str) -> dict[SplitName, float]:

@@ -2,14 +2,20 @@
 
 In: columns of raw values, missing ones null.  Out: a `Vocabulary`, which is also a Parquet file (value, count, id) that
 anything can read.  `torchdlrm.preprocessing.count` counts and ranks the values of a log of any size by the rules here.
+Where values come and go (`torchdlrm.preprocessing.periods`), the file also says when a value was first and last seen,
+and some ids may have no value.
 
 Id 0 is "unknown".  A missing value is counted and numbered like any other; it sorts before all others.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,8 +26,13 @@ from torchdlrm.features.kinds import KINDS, SparseKindName
 DEFAULT_MIN_COUNT = 3
 UNKNOWN_ID = 0
 MAX_ID = 2**31 - 1
+# The columns of files of values; those of a vocabulary, with the periods where its values come and go, and of values
+# that are too rare for an id so far, once for each period.
+VALUE_COLUMNS = ("value", "count", "id")
+PERIOD_COLUMNS = (*VALUE_COLUMNS, "first_period", "last_period")
+CANDIDATE_COLUMNS = ("value", "period", "count")
 _ROW_GROUP_ROWS = 1 << 20
-_BATCH_ROWS = 1 << 16  # divides that, so that batches of two files have the same ids
+_IDS_AT_A_TIME = 1 << 16
 
 
 def rank_counts(counts: pl.DataFrame) -> pl.DataFrame:
@@ -40,7 +51,7 @@ class Vocabulary:
     """The values of a feature that have an id of their own.
 
     `table`: value (String, Int64 or UInt32; at most one null), count (Int64, of the training rows) and id (Int32, from
-    1), in the order of ids.
+    1), in the order of ids; where values come and go also first_period and last_period (Int32), and ids have gaps.
     """
 
     name: str
@@ -49,8 +60,8 @@ class Vocabulary:
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of the feature's table: the largest id + 1."""
-        return self.table.height + 1
+        """The largest id + 1; a table whose largest ids have lost their values has more rows."""
+        return int(self.table["id"][-1]) + 1 if self.table.height else UNKNOWN_ID + 1
 
     @property
     def missing_id(self) -> int | None:
@@ -75,9 +86,9 @@ class Vocabulary:
         """The values as they are written in the file: hex as 8 lower-case digits."""
         return KINDS[self.kind].to_text(self.table["value"])
 
-    def write(self, path: Path) -> None:
-        """Write value, count, id as Parquet."""
-        with VocabularyWriter(path, self.kind) as writer:
+    def write(self, path: Path, columns: Sequence[str] = VALUE_COLUMNS) -> None:
+        """Write these columns of the table as Parquet."""
+        with ValuesWriter(path, self.kind, columns) as writer:
             writer.append(self.table)
 
     @classmethod
@@ -95,43 +106,66 @@ class Vocabulary:
         return cls(name, kind, typed_values(table, kind))
 
 
-def first_difference(path: Path, longer: Path) -> int | None:
-    """The first id of a vocabulary's file that stands for another value in a longer one, or for none; None: no id does.
+def first_difference(path: Path, later: Path, num_ids: int, reset: npt.NDArray[np.int32] | None = None) -> int | None:
+    """The first id that stands for another value in a vocabulary's file than in an earlier one's; None: no id does.
+
+    Args:
+        path: the earlier file.
+        later: the other one.
+        num_ids: ids from this on are new.
+        reset: ids that may stand for another value, [R]; any other one may have lost its value.  None: no id may.
 
     Raises:
         DatasetError: a file is missing or damaged.
     """
-    first_id = UNKNOWN_ID + 1
+    other_values = pl.Series(() if reset is None else reset, dtype=pl.Int32)
     try:
         with (
             pq.ParquetFile(path, page_checksum_verification=True) as ours,
-            pq.ParquetFile(longer, page_checksum_verification=True) as theirs,
+            pq.ParquetFile(later, page_checksum_verification=True) as theirs,
         ):
-            batches = theirs.iter_batches(_BATCH_ROWS, columns=["value"])
-            for batch in ours.iter_batches(_BATCH_ROWS, columns=["value"]):
-                values = batch.column(0)
-                other = next(batches, batch.slice(0, 0)).column(0)
-                if not values.equals(other[: len(values)]):
-                    pairs = zip(values.to_pylist(), other.to_pylist(), strict=False)
-                    differ = (row for row, (mine, its) in enumerate(pairs) if mine != its)
-                    return first_id + next(differ, len(other))
-                first_id += len(values)
+            for old, new in zip_longest(_blocks_of_ids(ours), _blocks_of_ids(theirs)):
+                before = new[:0] if old is None else old
+                after = old[:0] if new is None else new.filter(pl.col("id") < num_ids)
+                pairs = before.with_columns(was_there=True).join(
+                    after.with_columns(is_there=True), on="id", how="full", coalesce=True, suffix="_after"
+                )
+                is_same = pl.col("was_there").fill_null(value=False) & pl.col("value").eq_missing("value_after")
+                is_right = pl.when("is_there").then(is_same).otherwise(reset is not None)
+                found = pairs.filter(~is_right & ~pl.col("id").is_in(other_values.implode()))["id"]
+                if len(found):
+                    return int(found.sort()[0])
     except (OSError, pa.ArrowException) as error:
-        msg = f"{path} or {longer}: the vocabulary cannot be read ({error}); copy or preprocess the dataset again"
+        msg = f"{path} or {later}: the vocabulary cannot be read ({error}); copy or preprocess the dataset again"
         raise DatasetError(msg) from error
     return None
 
 
-class VocabularyWriter:
-    """Writes a vocabulary piece by piece; the pieces leave no trace in the bytes.  A context manager."""
+def _blocks_of_ids(file: pq.ParquetFile) -> Iterator[pl.DataFrame]:
+    """A frame of value and id for every so many ids of a vocabulary's file, whether or not they have values."""
+    end, rows = _IDS_AT_A_TIME, pl.DataFrame(file.schema_arrow.empty_table().select(["value", "id"]))
+    for batch in file.iter_batches(_IDS_AT_A_TIME, columns=["value", "id"]):
+        rows = pl.concat([rows, pl.DataFrame(pa.table(batch))])
+        while rows.height and rows["id"][-1] >= end:
+            cut = int(rows["id"].search_sorted(end))
+            yield rows[:cut]
+            rows, end = rows[cut:], end + _IDS_AT_A_TIME
+    yield rows
 
-    def __init__(self, path: Path, kind: SparseKindName) -> None:
+
+class ValuesWriter:
+    """Writes a vocabulary, or other columns of values, piece by piece; the pieces leave no trace in the bytes.
+
+    A context manager.
+    """
+
+    def __init__(self, path: Path, kind: SparseKindName, columns: Sequence[str] = VALUE_COLUMNS) -> None:
         self._kind = KINDS[kind]
+        numbers = {name: pa.int64() if name == "count" else pa.int32() for name in columns if name != "value"}
         self._schema = pa.schema(
             [
                 pa.field("value", self._kind.file_type),
-                pa.field("count", pa.int64(), nullable=False),
-                pa.field("id", pa.int32(), nullable=False),
+                *(pa.field(name, number_type, nullable=False) for name, number_type in numbers.items()),
             ]
         )
         self._writer = _parquet_writer(path, self._schema)
@@ -141,8 +175,9 @@ class VocabularyWriter:
         return self
 
     def append(self, table: pl.DataFrame) -> None:
-        """Add value, count and id, in the order of ids."""
-        rows = table if self._rest is None else pl.concat([self._rest, table])
+        """Add rows, of a vocabulary in the order of ids."""
+        rows = table.select(self._schema.names)
+        rows = rows if self._rest is None else pl.concat([self._rest, rows])
         while rows.height >= _ROW_GROUP_ROWS:
             self._write(rows.head(_ROW_GROUP_ROWS))
             rows = rows.slice(_ROW_GROUP_ROWS)
@@ -154,8 +189,7 @@ class VocabularyWriter:
         self._writer.close()
 
     def _write(self, rows: pl.DataFrame) -> None:
-        values = self._kind.to_text(rows["value"])
-        columns = [values, rows["count"], rows["id"]]
+        columns = [self._kind.to_text(rows["value"]), *(rows[name] for name in self._schema.names[1:])]
         arrays = [
             column.rechunk().to_arrow().cast(field.type) for column, field in zip(columns, self._schema, strict=True)
         ]
@@ -163,7 +197,7 @@ class VocabularyWriter:
 
 
 def write_rows(path: Path, rows: pa.Table) -> None:
-    """Write rows of a vocabulary's file, whatever their columns, as `VocabularyWriter` does: the same bytes."""
+    """Write rows of a vocabulary's file, whatever their columns, as `ValuesWriter` does: the same bytes."""
     with _parquet_writer(path, rows.schema) as writer:
         for start in range(0, rows.num_rows, _ROW_GROUP_ROWS):
             writer.write_table(rows.slice(start, _ROW_GROUP_ROWS), row_group_size=_ROW_GROUP_ROWS)

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from torchdlrm.data.splits import RowSplit
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.transforms import Moments
-from torchdlrm.features.vocabulary import UNKNOWN_ID, VocabularyWriter, number_values, rank_counts, typed_values
+from torchdlrm.features.vocabulary import UNKNOWN_ID, ValuesWriter, number_values, rank_counts, typed_values
 from torchdlrm.files import replacing
 from torchdlrm.preprocessing.read import ChunkFile, partitions_of, stored_categories
 from torchdlrm.preprocessing.work_folder import Result, Sections, write_sections
@@ -59,6 +59,15 @@ def count_values(
 
     `known`, where it is given, has values whose ids are fixed: they are left out.
     """
+    kept = training_counts(values, chunks, split).filter(pl.col("count") >= min_count)
+    if known is not None:
+        kept = kept.join(pl.DataFrame(read_section(known, "ids")), on="value", how="anti", nulls_equal=True)
+    write_sections(target, {"counts": rank_counts(kept).to_arrow()})
+    return {"values": kept.height}
+
+
+def training_counts(values: ValueRange, chunks: Sequence[ChunkFile], split: RowSplit) -> pl.DataFrame:
+    """The values of a range in the training rows, each once, and their counts (Int64)."""
     frames = [pl.DataFrame(schema={"value": values.column.vocabulary_dtype, "count": pl.Int64})]
     for frame in training_values(values, chunks, split):
         if values.column.needs_fit:  # memory holds a few buckets, but not the numbers of all chunks
@@ -66,12 +75,7 @@ def count_values(
             frames.append(summed(buckets).collect())
         else:
             frames.append(frame)
-    kept = summed(pl.concat(frames)).filter(pl.col("count") >= min_count).collect()
-    del frames
-    if known is not None:
-        kept = kept.join(pl.DataFrame(_section(known, "ids")), on="value", how="anti", nulls_equal=True)
-    write_sections(target, {"counts": rank_counts(kept).to_arrow()})
-    return {"values": kept.height}
+    return summed(pl.concat(frames)).collect()
 
 
 def training_values(values: ValueRange, chunks: Sequence[ChunkFile], split: RowSplit) -> Iterator[pl.DataFrame]:
@@ -83,7 +87,7 @@ def training_values(values: ValueRange, chunks: Sequence[ChunkFile], split: RowS
             start, end = values.bounds(sections)
             frame = pl.DataFrame(sections.table(f"values/{values.column.name}").slice(start, end - start))
             if chunk.rows_of_split[0] < chunk.num_rows:
-                counts = _training_counts(values.column, chunk, split, sections)
+                counts = _counts_of_chunk(values.column, chunk, split, sections)
                 frame = frame.with_columns(pl.Series("count", counts[start:end]))
             yield frame.with_columns(pl.col("count").cast(pl.Int64))
 
@@ -93,7 +97,7 @@ def summed(frame: pl.DataFrame) -> pl.LazyFrame:
     return frame.lazy().filter(pl.col("count") > 0).group_by("value").agg(pl.col("count").sum())
 
 
-def _training_counts(
+def _counts_of_chunk(
     column: SparseColumn, chunk: ChunkFile, split: RowSplit, sections: Sections
 ) -> npt.NDArray[np.int64]:
     """How many training rows (values, where there are several in a row) of a chunk have each value: int64 [D]."""
@@ -128,23 +132,23 @@ def rank_values(
         targets: the file of value and id of each range.
         vocabulary: the feature's vocabulary file.
     """
-    tables = [pl.DataFrame(_section(path, "counts")) for path in counts]
+    tables = [pl.DataFrame(read_section(path, "counts")) for path in counts]
     if known is None:
         ids = [[pl.DataFrame(schema={"value": column.vocabulary_dtype, "id": pl.Int32})] for _ in tables]
     else:
-        ids = [[pl.DataFrame(_section(path, "ids"))] for path in known]
+        ids = [[pl.DataFrame(read_section(path, "ids"))] for path in known]
     num_ids = 0
-    with replacing(vocabulary) as temporary, VocabularyWriter(temporary, column.vocabulary_kind) as writer:
+    with replacing(vocabulary) as temporary, ValuesWriter(temporary, column.vocabulary_kind) as writer:
         if known_vocabulary is not None:
-            for piece in _read_vocabulary(known_vocabulary, column):
+            for piece in _read_values(known_vocabulary, column):
                 writer.append(piece)
                 num_ids += piece.height
-        for slices in _in_order(tables, values_at_a_time):
-            ranked = _ranked(tables, slices, num_ids, max(0, max_ids - num_ids))
-            writer.append(ranked.select("value", "count", "id"))
-            num_ids += ranked.height
+        for slices in in_order(tables, values_at_a_time):
+            rows = ranked(tables, slices, num_ids, max(0, max_ids - num_ids))
+            writer.append(rows)
+            num_ids += rows.height
             for i, pieces in enumerate(ids):
-                pieces.append(ranked.filter(pl.col("table") == i).select("value", "id"))
+                pieces.append(rows.filter(pl.col("table") == i).select("value", "id"))
             if num_ids >= max_ids:
                 break
         if not num_ids:
@@ -154,7 +158,7 @@ def rank_values(
     return {"num_ids": num_ids}
 
 
-def _in_order(tables: Sequence[pl.DataFrame], values_at_a_time: int) -> Iterator[list[slice]]:
+def in_order(tables: Sequence[pl.DataFrame], values_at_a_time: int) -> Iterator[list[slice]]:
     """Slices of the tables, each sorted by falling count and rising value, that together follow that same order."""
     counts = [table["count"].to_numpy() for table in tables]
     histogram: dict[int, int] = {}
@@ -170,16 +174,16 @@ def _in_order(tables: Sequence[pl.DataFrame], values_at_a_time: int) -> Iterator
             continue
         ends = [int(np.searchsorted(-column, -count, side="right")) for column in counts]
         if histogram[count] == gathered > values_at_a_time:
-            yield from _by_value(tables, starts, ends, -(-gathered // values_at_a_time))
+            yield from by_value(tables, starts, ends, -(-gathered // values_at_a_time))
         else:
             yield [slice(start, end) for start, end in zip(starts, ends, strict=True)]
         starts, gathered = ends, 0
 
 
-def _by_value(
+def by_value(
     tables: Sequence[pl.DataFrame], starts: Sequence[int], ends: Sequence[int], num_pieces: int
 ) -> Iterator[list[slice]]:
-    """Cut slices of equal count, sorted by value, at the same values; one table alone is a fair sample of all."""
+    """Cut slices that are sorted by value at the same values; one table alone is a fair sample of all."""
     values = [table["value"][start:end] for table, start, end in zip(tables, starts, ends, strict=True)]
     sample = max(values, key=len).drop_nulls()
     pivots = [sample[i * len(sample) // num_pieces] for i in range(1, num_pieces)]
@@ -195,8 +199,8 @@ def _by_value(
         ]
 
 
-def _ranked(tables: Sequence[pl.DataFrame], slices: Sequence[slice], num_ids: int, most: int) -> pl.DataFrame:
-    """value, count, id and the number of the table of each row, in the order of ids."""
+def ranked(tables: Sequence[pl.DataFrame], slices: Sequence[slice], num_ids: int, most: int) -> pl.DataFrame:
+    """What the tables have in these slices, id, and the number of the table of each row, in the order of ids."""
     rows = pl.concat(
         table[rows].with_columns(pl.lit(i, pl.Int32).alias("table"))
         for i, (table, rows) in enumerate(zip(tables, slices, strict=True))
@@ -216,7 +220,7 @@ def look_up_values(values: ValueRange, chunks: Sequence[ChunkFile], ids: Path, t
             found = sections.table(f"values/{values.column.name}").slice(start, end - start)
             frames.append(stored_categories(pl.Series("value", found["value"]), values.column).to_frame())
             starts.append(starts[-1] + end - start)
-    table = pl.DataFrame(_section(ids, "ids"))
+    table = pl.DataFrame(read_section(ids, "ids"))
     looked_up = (
         pl.concat(frames)
         .lazy()
@@ -228,31 +232,35 @@ def look_up_values(values: ValueRange, chunks: Sequence[ChunkFile], ids: Path, t
     return {"values": starts[-1]}
 
 
-def spread_vocabulary(
-    column: SparseColumn, vocabulary: Path, ranges: Sequence[ValueRange], targets: Sequence[Path], num_partitions: int
+def spread_values(
+    column: SparseColumn,
+    file: Path,
+    columns: Sequence[str],
+    section: str,
+    ranges: Sequence[ValueRange],
+    targets: Sequence[Path],
+    num_partitions: int,
 ) -> Result:
-    """Task: the vocabulary of another dataset -> value and id of each range."""
-    pieces: list[list[pl.DataFrame]] = [
-        [pl.DataFrame(schema={"value": column.vocabulary_dtype, "id": pl.Int32})] for _ in ranges
-    ]
-    num_ids = 0
-    for piece in _read_vocabulary(vocabulary, column):
-        num_ids += piece.height
+    """Task: a vocabulary of another dataset, or its candidates -> `section`, the columns that it has of each range."""
+    pieces: list[list[pl.DataFrame]] = [[] for _ in ranges]
+    for piece in _read_values(file, column):
         partitions = partitions_of(piece["value"], num_partitions)
+        there = [name for name in columns if name in piece.columns]
         for values, found in zip(ranges, pieces, strict=True):
             mask = pl.Series((partitions >= values.start) & (partitions < values.end))
-            found.append(piece.filter(mask).select("value", "id"))
+            found.append(piece.filter(mask).select(there))
     for found, target in zip(pieces, targets, strict=True):
-        write_sections(target, {"ids": pl.concat(found).to_arrow()})
-    return {"num_ids": num_ids}
+        write_sections(target, {section: pl.concat(found).to_arrow()})
+    return {}
 
 
-def _read_vocabulary(path: Path, column: SparseColumn) -> Iterator[pl.DataFrame]:
-    """value, count and id, a row group at a time."""
+def _read_values(path: Path, column: SparseColumn) -> Iterator[pl.DataFrame]:
+    """The rows of a file of values, a row group at a time; of an empty one, none."""
     file = pq.ParquetFile(path, page_checksum_verification=True)
-    for i in range(file.num_row_groups):
-        piece = pl.DataFrame(file.read_row_group(i))
-        yield typed_values(piece, column.vocabulary_kind)
+    for group in range(file.num_row_groups):
+        yield typed_values(pl.DataFrame(file.read_row_group(group)), column.vocabulary_kind)
+    if not file.num_row_groups:
+        yield typed_values(pl.DataFrame(file.schema_arrow.empty_table()), column.vocabulary_kind)
 
 
 def sum_moments(chunk: ChunkFile, split: RowSplit, names: Sequence[str]) -> Result:
@@ -275,6 +283,7 @@ def add_moments(total: dict[str, Moments], result: dict[str, Any]) -> None:
         total[name].total_of_squares += Fraction(squares)
 
 
-def _section(path: Path, name: str) -> pa.Table:
+def read_section(path: Path, name: str) -> pa.Table:
+    """The table of that name in a file of sections, in mapped memory."""
     with Sections(path) as sections:
         return sections.table(name)

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from torchdlrm.data.dataset import (
+    MANIFEST_NAME,
     ROW_GROUP_ROWS,
     BadRowsRecord,
     Dataset,
+    ExtendedRecord,
     FileRecord,
     Manifest,
     SourceRecord,
     SparseRecord,
+    TurnoverRecord,
     file_record,
     oldest_version,
 )
@@ -34,19 +37,21 @@ from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import TRANSFORMS, DenseTransform, Moments
-from torchdlrm.features.vocabulary import MAX_ID
+from torchdlrm.features.vocabulary import CANDIDATE_COLUMNS, MAX_ID, PERIOD_COLUMNS
+from torchdlrm.files import sha256_of
 from torchdlrm.preprocessing.count import (
     ValueRange,
     add_moments,
     count_values,
     look_up_values,
     rank_values,
-    spread_vocabulary,
+    spread_values,
     sum_moments,
 )
 from torchdlrm.preprocessing.encode import Encoding, Parts, encode_group, write_rows
 from torchdlrm.preprocessing.executors import Task, Workers
 from torchdlrm.preprocessing.options import BASE_BYTES, PreprocessOptions
+from torchdlrm.preprocessing.periods import Known, Period, assign_ids, update_values
 from torchdlrm.preprocessing.place import place_chunks
 from torchdlrm.preprocessing.quantiles import fit_boundaries
 from torchdlrm.preprocessing.read import ChunkFile, ReadTask, read_chunk, unpack
@@ -71,6 +76,8 @@ class Job:
     memory_bytes: int
     progress: ProgressListener
     known: Dataset | None
+    # Where values come and go.
+    period: Period | None = None
     bad_rows: BadRows = field(default_factory=BadRows)
     # The schema with its columns in the order of each file.
     layouts: Sequence[FeatureSchema] = ()
@@ -87,7 +94,8 @@ class Job:
             LogError: the log cannot be read, or has too many bad rows, or too few good ones.
         """
         self.layouts = [schema_of_file(file, self.schema) for file in self.files]
-        for name in ("vocabulary", *SPLIT_NAMES):
+        folders = ("vocabulary", *(() if self.period is None else ("reset", "candidates")), *SPLIT_NAMES)
+        for name in folders:
             (self.dataset_folder / name).mkdir(exist_ok=True)
         rows_of_files, read = self._read()
         split, chunks = place_chunks(
@@ -102,7 +110,7 @@ class Job:
         tallies, groups_of_parts = self._encode(encoding, chunks)
         files = self._write(encoding, groups_of_parts)
         return Manifest(
-            format_version=oldest_version(self.schema),
+            format_version=oldest_version(self.schema, has_period=self.period is not None),
             feature_schema=self.schema,
             split_rule=split.rule,
             seed=self.options.seed,
@@ -123,7 +131,26 @@ class Job:
                 for file, num_rows, layout in zip(self.files, rows_of_files, self.layouts, strict=True)
             ),
             bad_rows=BadRowsRecord.of(self.bad_rows),
+            **self._about_period(),
         )
+
+    def _about_period(self) -> dict[str, Any]:
+        """What the manifest says where values come and go; of a vocabulary that is not extended, what it said there."""
+        if self.period is None:
+            return {}
+        if self.known is not None and not self.options.extend_vocabulary:
+            names = ("period", "expire_after", "admit_over", "extends")
+            return {name: getattr(self.known.manifest, name) for name in names}
+        extends = None
+        if self.known is not None:
+            sha256 = sha256_of(self.known.path / MANIFEST_NAME)
+            extends = ExtendedRecord(manifest_sha256=sha256, period=self.known.period)
+        return {
+            "period": self.period.number,
+            "expire_after": self.period.expire_after,
+            "admit_over": self.period.admit_over,
+            "extends": extends,
+        }
 
     # -- read
 
@@ -206,7 +233,7 @@ class Job:
         counted_ranges = {name: self._counted_ranges(found) for name, found in ranges.items()}
         counts_anything = self.known is None or self.options.extend_vocabulary
         if self.known is not None:
-            tasks = [self._spread_task(column, counted_ranges[column.name]) for column in counted]
+            tasks = [task for column in counted for task in self._spread_tasks(column, counted_ranges[column.name])]
             list(self.workers.run(tasks, self.work))
         tasks = self._count_tasks(counted, counted_ranges, split, chunks) if counts_anything else []
         for done, _ in enumerate(self.workers.run(tasks, self.work)):
@@ -234,6 +261,9 @@ class Job:
         """Cut a feature's values so that a range fits the memory of a task."""
         values = sum(result["num_values"][column.name] for result in read)
         value_bytes = sum(result["value_bytes"][column.name] for result in read)
+        if self.options.extend_vocabulary and self.known is not None:
+            known_rows = sum(file.rows for file in self._known_record(column).files)
+            values, value_bytes = values + known_rows, value_bytes + 12 * known_rows
         # Numbers and their counts take 12 bytes; longer values weigh more.
         weight = values + 3 * max(0, value_bytes - 12 * values) // BYTES_A_VALUE
         partitions = self.work.sizing.num_partitions
@@ -262,23 +292,31 @@ class Job:
         first = replace(values, index=0) if values.column.needs_fit else values
         return self.work.path / "counts" / f"{first.name}-ids"
 
-    def _known_table(self, values: ValueRange) -> Path:
-        return (
-            self.work.path / "counts" / f"{values.name}-known"
-            if self.options.extend_vocabulary
-            else self._table(values)
-        )
+    def _known_table(self, values: ValueRange, what: str = "known") -> Path:
+        """Value and id in the known dataset of a range that it extends; or `what` else there is of it."""
+        if not self.options.extend_vocabulary:
+            return self._table(values)
+        return self.work.path / "counts" / f"{values.name}-{what}"
 
-    def _known_vocabulary(self, column: SparseColumn) -> Path:
+    def _known_record(self, column: SparseColumn) -> SparseRecord:
         assert self.known is not None, "the options were checked"
-        record = self.known.manifest.sparse[column.name].vocabulary
+        return self.known.manifest.sparse[column.name]
+
+    def _known_file(self, record: FileRecord | None) -> Path:
+        assert self.known is not None, "the options were checked"
         assert record is not None, "the known dataset was checked"
         return (self.known.path / record.path).resolve()
 
-    def _spread_task(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Task:
-        targets = [self._known_table(values) for values in ranges]
-        arguments = (column, self._known_vocabulary(column), ranges, targets, self.work.sizing.num_partitions)
-        return Task(f"spread-{column.name}", spread_vocabulary, arguments)
+    def _spread_tasks(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Iterator[Task]:
+        record, partitions = self._known_record(column), self.work.sizing.num_partitions
+        turns_over = self.period is not None and self.options.extend_vocabulary
+        files = [(record.vocabulary, PERIOD_COLUMNS if turns_over else ("value", "id"), "ids", "known")]
+        if turns_over and record.turnover is not None and record.turnover.candidates is not None:
+            files.append((record.turnover.candidates, CANDIDATE_COLUMNS, "counts", "candidates"))
+        for file, columns, section, what in files:
+            targets = [self._known_table(values, what) for values in ranges]
+            arguments = (column, self._known_file(file), columns, section, ranges, targets, partitions)
+            yield Task(f"spread-{what}-{column.name}", spread_values, arguments)
 
     def _count_tasks(
         self,
@@ -291,37 +329,61 @@ class Job:
         for column in counted:
             min_count = self.options.min_count if column.min_count is None else column.min_count
             for values in ranges[column.name]:
-                known = self._known_table(values) if self.options.extend_vocabulary else None
+                extends = self.options.extend_vocabulary
+                known = self._known_table(values) if extends else None
                 target = self.work.path / "counts" / values.name
-                arguments = (values, chunks, split, min_count, known, target)
-                tasks.append(Task(f"count-{values.name}", count_values, arguments))
+                arguments: tuple[Any, ...] = (values, chunks, split, min_count, known)
+                if self.period is not None:
+                    turnover = self._known_record(column).turnover if extends else None
+                    has_candidates = turnover is not None and turnover.candidates is not None
+                    arguments += (self._known_table(values, "candidates") if has_candidates else None, self.period)
+                task = count_values if self.period is None else update_values
+                tasks.append(Task(f"count-{values.name}", task, (*arguments, target)))
         return tasks
 
     def _rank_task(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Task:
         most = self.options.max_embeddings if column.max_embeddings is None else column.max_embeddings
         extends = self.options.extend_vocabulary
+        counts = [self.work.path / "counts" / values.name for values in ranges]
+        sizes = (MAX_ID if most is None else most - 1, self.work.sizing.values_per_task)
+        tables = [self._table(values) for values in ranges]
+        if self.period is not None:
+            known = self._known_record(column) if extends else None
+            before = Known() if known is None else Known(known.num_embeddings, known.num_values)
+            arguments: tuple[Any, ...] = (column, counts, before, self.period, *sizes, tables, self.dataset_folder)
+            return Task(f"rank-{column.name}", assign_ids, arguments)
         arguments = (
-            column,
-            [self.work.path / "counts" / values.name for values in ranges],
-            MAX_ID if most is None else most - 1,
-            self.work.sizing.values_per_task,
+            *(column, counts, *sizes),
             [self._known_table(values) for values in ranges] if extends else None,
-            self._known_vocabulary(column) if extends else None,
-            [self._table(values) for values in ranges],
-            self.dataset_folder / "vocabulary" / f"{column.name}.parquet",
+            self._known_file(self._known_record(column).vocabulary) if extends else None,
+            *(tables, self.dataset_folder / "vocabulary" / f"{column.name}.parquet"),
         )
         return Task(f"rank-{column.name}", rank_values, arguments)
 
     def _sparse_record(self, column: SparseColumn) -> SparseRecord:
         if column.hash is not None:
             return SparseRecord(num_embeddings=column.hash, vocabulary=None)
-        name = f"vocabulary/{column.name}.parquet"
         if self.known is not None and not self.options.extend_vocabulary:
-            (self.dataset_folder / name).write_bytes(self._known_vocabulary(column).read_bytes())
-        result = self.work.result(f"rank-{column.name}") or self.work.result(f"spread-{column.name}")
-        assert result is not None, "the feature was ranked, or its known vocabulary read"
-        num_ids = result["num_ids"]
-        return SparseRecord(num_embeddings=num_ids + 1, vocabulary=file_record(self.dataset_folder, name, num_ids))
+            record = self._known_record(column)
+            for file in record.files:
+                (self.dataset_folder / file.path).write_bytes(self._known_file(file).read_bytes())
+            return record
+        result = self.work.result(f"rank-{column.name}")
+        assert result is not None, "the feature was ranked"
+
+        def record_of(what: str, rows: int) -> FileRecord:
+            return file_record(self.dataset_folder, f"{what}/{column.name}.parquet", rows)
+
+        if self.period is None:
+            num_ids = result["num_ids"]
+            return SparseRecord(num_embeddings=num_ids + 1, vocabulary=record_of("vocabulary", num_ids))
+        turnover = TurnoverRecord(
+            admitted=result["admitted"],
+            expired=result["expired"],
+            **{name: record_of(name, result[name]) for name in ("reset", "candidates") if result[name]},
+        )
+        vocabulary = record_of("vocabulary", result["num_values"])
+        return SparseRecord(num_embeddings=result["num_embeddings"], vocabulary=vocabulary, turnover=turnover)
 
     def _fit_dense(self, split: RowSplit, chunks: Sequence[ChunkFile]) -> dict[str, DenseTransform]:
         """The transform of each dense column with its constants, of the training rows where it needs any."""

@@ -14,6 +14,8 @@ from torchdlrm.units import parse_bytes, show_bytes
 
 PART_ROWS = 1 << 20
 DEFAULT_MEMORY_BYTES = 4_000_000_000
+# Files hold periods as int32.
+MAX_PERIOD = 2**31 - 2
 # Python with Polars and PyArrow loaded, before it has read a byte.
 BASE_BYTES = 160 << 20
 
@@ -32,12 +34,19 @@ class PreprocessOptions:
 
     Attributes:
         min_count: A categorical value in fewer training rows than this has no id of its own.
-        max_embeddings: Most rows that the embedding table of a feature may have; the rarest values lose their ids.
+        max_embeddings: Most rows that the embedding table of a feature may have; the rarest values lose their ids, or
+            with --period those that were seen least recently.
         seed: Seed of the order of the training rows, and of a random split.
         max_bad_rows: Skip up to this many rows that the schema cannot read.
         part_rows: Most rows of a part file, about.
         vocabulary: Encode with the vocabularies and dense statistics of this dataset.
-        extend_vocabulary: Give new frequent values ids behind those of --vocabulary, which stay as they are.
+        extend_vocabulary: Give new frequent values ids behind those of --vocabulary, which stay as they are; with
+            --period the ids that are free come first.
+        period: Number of the period (a day, an hour) that the log is of: from then on values come and go, and the
+            dataset says when each was seen. By default that of --vocabulary + 1, where it has one.
+        expire_after: A value that is not seen in so many periods, this one included, loses its id to a new value.
+        admit_over: Count the rows of a value over so many periods, this one included, until they are --min-count; what
+            is too rare so far is kept in the dataset.
 
     Raises:
         ConfigError: a number is out of its range.
@@ -50,6 +59,9 @@ class PreprocessOptions:
     part_rows: Annotated[int, Parameter(parse=False)] = PART_ROWS
     vocabulary: Path | None = None
     extend_vocabulary: Annotated[bool, Parameter(negative="")] = False
+    period: int | None = None
+    expire_after: int | None = None
+    admit_over: int = 1
 
     def __post_init__(self) -> None:
         """See that the options make sense, all in one message."""
@@ -61,13 +73,28 @@ class PreprocessOptions:
                 ("seed", self.seed, 0),
                 ("max_bad_rows", self.max_bad_rows, 0),
                 ("part_rows", self.part_rows, 1),
+                ("period", self.period, 0),
+                ("expire_after", self.expire_after, 1),
+                ("admit_over", self.admit_over, 1),
             )
             if value is not None and value < least
         ]
         if self.seed >= 2**63:
             wrong.append(f"`seed`: must be below 2^63, got {self.seed}")
+        if self.period is not None and self.period > MAX_PERIOD:
+            wrong.append(f"`period`: must be at most {MAX_PERIOD}, got {self.period}")
         if self.extend_vocabulary and self.vocabulary is None:
             wrong.append("`extend_vocabulary`: needs `vocabulary`, the dataset whose ids stay as they are")
+        if self.vocabulary is not None and not self.extend_vocabulary:
+            wrong += [
+                f"`{name}`: a `vocabulary` that is not extended stays as it is; give `extend_vocabulary` too"
+                for name, is_given in (
+                    ("period", self.period is not None),
+                    ("expire_after", self.expire_after is not None),
+                    ("admit_over", self.admit_over > 1),
+                )
+                if is_given
+            ]
         if wrong:
             raise ConfigError("\n".join(wrong))
 

@@ -15,7 +15,7 @@ from torchdlrm import __version__
 from torchdlrm.data.dataset import MANIFEST_NAME, Dataset, Manifest
 from torchdlrm.data.log.files import LogFile, find_files
 from torchdlrm.data.log.sniff import check_layout
-from torchdlrm.errors import DatasetError, LogError
+from torchdlrm.errors import ConfigError, DatasetError, LogError
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import load_schema
@@ -23,6 +23,7 @@ from torchdlrm.files import sha256_of, sync
 from torchdlrm.preprocessing.executors import start_workers
 from torchdlrm.preprocessing.job import Job
 from torchdlrm.preprocessing.options import PART_ROWS, PreprocessOptions, Resources
+from torchdlrm.preprocessing.periods import Period
 from torchdlrm.preprocessing.sizing import check_disk, choose_sizing, tasks_that_fit
 from torchdlrm.preprocessing.work_folder import WorkFolder, holds_job
 from torchdlrm.progress import ProgressListener, SilentProgress
@@ -61,7 +62,7 @@ def preprocess(
     Raises:
         LogError: a file of the log is missing, damaged or empty, or has more bad rows than allowed.
         DatasetError: `out` exists or cannot be written, or an interrupted job had other settings.
-        ConfigError: the memory is too little.
+        ConfigError: the memory is too little, or the period is before that of the vocabulary.
     """
     options, resources = options or PreprocessOptions(), resources or Resources()
     progress = progress or SilentProgress()
@@ -72,7 +73,8 @@ def preprocess(
     for file in files:
         check_layout(file, schema, options.max_bad_rows)
     known = None if options.vocabulary is None else _open_known(options.vocabulary, schema)
-    settings = _settings(files, schema, options, known)
+    period = _period(options, known)
+    settings = _settings(files, schema, options, known, period)
     partial = work_folder(out).absolute()
     if out.exists():
         if holds_job(partial, settings) and not (partial / "dataset").exists():
@@ -82,7 +84,10 @@ def preprocess(
         raise DatasetError(msg)
     try:
         with start_workers(resources) as workers:
-            sizing = choose_sizing(files, schema, options, resources.memory_bytes, workers.tasks_in_memory)
+            known_rows = 0 if known is None or not options.extend_vocabulary else _longest_vocabulary(known)
+            sizing = choose_sizing(
+                files, schema, options, resources.memory_bytes, workers.tasks_in_memory, known_rows=known_rows
+            )
             if chunk_bytes is not None:
                 sizing = replace(sizing, chunk_bytes=chunk_bytes)
             work = WorkFolder.open(partial, settings, sizing, restart=restart)
@@ -91,7 +96,7 @@ def preprocess(
                 fitting = tasks_that_fit(work.sizing, resources.memory_bytes)
                 if fitting < workers.tasks_in_memory:
                     workers.tasks_at_a_time = max(1, workers.capacity * fitting // workers.tasks_in_memory)
-                job = Job(files, schema, options, work, workers, resources.memory_bytes, progress, known)
+                job = Job(files, schema, options, work, workers, resources.memory_bytes, progress, known, period)
                 manifest = job.run()
                 _finish(manifest, partial / "dataset", out)
             except LogError:
@@ -127,7 +132,11 @@ def _finish(manifest: Manifest, folder: Path, out: Path) -> None:
 
 
 def _settings(
-    files: Sequence[LogFile], schema: FeatureSchema, options: PreprocessOptions, known: Dataset | None
+    files: Sequence[LogFile],
+    schema: FeatureSchema,
+    options: PreprocessOptions,
+    known: Dataset | None,
+    period: Period | None,
 ) -> dict[str, Any]:
     """All that the bytes of the dataset depend on, by the names that a user knows."""
     return {
@@ -140,7 +149,35 @@ def _settings(
         "part_rows": options.part_rows,
         "vocabulary": None if known is None else sha256_of(known.path / MANIFEST_NAME),
         "extend_vocabulary": options.extend_vocabulary,
+        "period": None if period is None else period.number,
+        "expire_after": options.expire_after,
+        "admit_over": options.admit_over,
     }
+
+
+def _period(options: PreprocessOptions, known: Dataset | None) -> Period | None:
+    """The period of the log, where values come and go, by the options or the dataset whose vocabularies are used.
+
+    Raises:
+        ConfigError: it is before that of the dataset.
+    """
+    before = None if known is None else known.period
+    if known is not None and not options.extend_vocabulary:
+        return None if before is None else Period(before, None, 1)
+    number = options.period
+    if number is None and (before is not None or options.expire_after is not None or options.admit_over > 1):
+        number = 1 if before is None else before + 1
+    if number is None:
+        return None
+    if before is not None and number < before:
+        msg = f"`period`: {number} is before {before}, the period of `vocabulary`; periods are extended in their order"
+        raise ConfigError(msg)
+    return Period(number, options.expire_after, options.admit_over)
+
+
+def _longest_vocabulary(known: Dataset) -> int:
+    """The most rows that a feature's vocabulary has, with what is too rare so far."""
+    return max((sum(file.rows for file in record.files) for record in known.manifest.sparse.values()), default=0)
 
 
 def _open_known(path: Path, schema: FeatureSchema) -> Dataset:

@@ -50,9 +50,16 @@ def bytes_a_row(schema: FeatureSchema) -> int:
 
 
 def choose_sizing(
-    files: Sequence[LogFile], schema: FeatureSchema, options: PreprocessOptions, memory_bytes: int, tasks_in_memory: int
+    files: Sequence[LogFile],
+    schema: FeatureSchema,
+    options: PreprocessOptions,
+    memory_bytes: int,
+    tasks_in_memory: int,
+    known_rows: int = 0,
 ) -> JobSizing:
     """Cut a job so that `tasks_in_memory` tasks at a time keep to `memory_bytes`.
+
+    `known_rows` is the length of the longest vocabulary that is extended.
 
     Raises:
         ConfigError: it is too little for one task.
@@ -70,7 +77,7 @@ def choose_sizing(
     chunk_bytes = min(_MAX_CHUNK_BYTES, share_bytes // _MEMORY_A_TEXT_BYTE)
     chunk_bytes = max(_MIN_CHUNK_BYTES, min(chunk_bytes, text_bytes // (4 * tasks_in_memory)))
     values_per_task = share_bytes // (BYTES_A_VALUE + BYTES_A_VALUE // 4)
-    likely_rows = text_bytes // (4 * len(schema.columns)) + 1
+    likely_rows = max(text_bytes // (4 * len(schema.columns)) + 1, known_rows)
     partitions = 1
     while likely_rows > values_per_task and partitions < min(_MAX_PARTITIONS, 4 * likely_rows / values_per_task):
         partitions *= 2

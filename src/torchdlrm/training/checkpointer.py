@@ -43,7 +43,7 @@ from torchdlrm.training.checkpoint_reader import CheckpointReader
 from torchdlrm.training.compute import give_back_freed_memory
 from torchdlrm.training.host_copies import HostCopies, in_own_storage, with_tensors
 from torchdlrm.training.processes.process_group import Ranks
-from torchdlrm.training.warm_start import take_over
+from torchdlrm.training.warm_start import TakeOver, take_over
 
 logger = logging.getLogger("torchdlrm")
 
@@ -172,13 +172,12 @@ class Checkpointer:
             load_state(state, path, self._group)
         return read_position(self._folder, step)
 
-    def start_from(self, path: Path, *, keeps_dense_state: bool, has_row_state: bool) -> int:
+    def start_from(self, path: Path, how: TakeOver) -> int:
         """Take over what another run has learnt: docs/training.md says what.
 
         Args:
             path: a checkpoint of that run, which is undamaged.
-            keeps_dense_state: whether the state of the dense optimizer is taken over.
-            has_row_state: whether the tables' optimizer has a value for each row of each piece of the columns.
+            how: what is left as it is or changed.
 
         Returns:
             How many steps the tables' optimizer has done by then.
@@ -187,12 +186,7 @@ class Checkpointer:
             RunError: it does not fit.
         """
         with self._changing_state() as state:
-            take_over(
-                state,
-                CheckpointReader(path, prefix=""),
-                keeps_dense_state=keeps_dense_state,
-                has_row_state=has_row_state,
-            )
+            take_over(state, CheckpointReader(path, prefix=""), how)
         position = read_position(path.parent, int(path.name.removeprefix("step-")))
         return position.steps_before + position.step
 

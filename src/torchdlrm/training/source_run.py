@@ -2,13 +2,17 @@
 
 In: a run, and the config, dataset and model class of the new one.  Out: a checkpoint, by what it is known again; or all
 that does not fit.  Rows of tables are known by their ids alone, so the vocabularies of the new dataset must begin with
-those of the old one.  They are read from both datasets a piece at a time.
+those of the old one; or it extends the old one and says which ids stand for another value.  They are read from both
+datasets a piece at a time.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
 
 from torchdlrm.config import Config, setting_values
 from torchdlrm.data.dataset import Dataset
@@ -37,11 +41,13 @@ class SourceRun:
         run: the folder of its run.
         chosen: which one it is, and why.
         sha256: of its checkpoint.json, which has the checksums of all its other files.
+        reset_features: those of whose ids some stand for another value in the new dataset, which says for which.
     """
 
     run: Path
     chosen: ChosenCheckpoint
     sha256: str
+    reset_features: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, record: WarmStartRecord) -> Self:
@@ -117,7 +123,9 @@ def find_source(
         )
         raise RunError(msg)
     _check_fits(theirs, run.config, dataset, architecture)
-    return recorded or SourceRun(path, chosen, sha256)
+    resets = dataset.sparse_names if _extends(dataset, theirs) else ()
+    reset_features = tuple(name for name in resets if len(dataset.reset_ids(name)))
+    return replace(recorded or SourceRun(path, chosen, sha256), reset_features=reset_features)
 
 
 def _check_same(from_run: Path | None, recorded: SourceRun | None, run: Run) -> None:
@@ -137,11 +145,17 @@ def _check_fits(source: Run, config: Config, dataset: Dataset, architecture: Arc
     if difference is not None:
         problems.append(difference)
     if source.environment["dataset"]["manifest_sha256"] != manifest_sha256(dataset):
-        problems += _other_meanings(_dataset_of(source), dataset)
+        problems += _other_meanings(_dataset_of(source), dataset, extends=_extends(dataset, source))
     if problems:
         more = [f"and {len(problems) - _MAX_SHOWN} more"] if len(problems) > _MAX_SHOWN else []
         head = f"`from_run`: what {source.path} has learnt does not fit:"
         raise RunError("\n  ".join([head, *problems[:_MAX_SHOWN], *more]))
+
+
+def _extends(dataset: Dataset, source: Run) -> bool:
+    """Whether the vocabularies of a dataset extend those that a run was trained with, as values come and go."""
+    extended = dataset.manifest.extends
+    return extended is not None and extended.manifest_sha256 == source.environment["dataset"]["manifest_sha256"]
 
 
 def _other_settings(theirs: Config, ours: Config) -> Iterator[str]:
@@ -190,7 +204,7 @@ def _dataset_of(source: Run) -> Dataset:
     raise RunError(msg)
 
 
-def _other_meanings(theirs: Dataset, ours: Dataset) -> Iterator[str]:
+def _other_meanings(theirs: Dataset, ours: Dataset, *, extends: bool) -> Iterator[str]:
     """Features whose ids or dense values mean something else."""
     for kind, before, now in (
         ("dense features", theirs.dense_names, ours.dense_names),
@@ -212,13 +226,13 @@ def _other_meanings(theirs: Dataset, ours: Dataset) -> Iterator[str]:
                 yield f"feature {name}: {key} is {_shown(getattr(new, key))}, and was {_shown(getattr(old, key))}"
                 break
         else:
-            problem = _other_ids(theirs, ours, name)
+            problem = _other_ids(theirs, ours, name, ours.reset_ids(name) if extends else None)
             if problem is not None:
                 yield f"feature {name}: {problem}"
 
 
-def _other_ids(theirs: Dataset, ours: Dataset, name: str) -> str | None:
-    """Why ids of a feature do not mean the same, or None."""
+def _other_ids(theirs: Dataset, ours: Dataset, name: str, reset: npt.NDArray[np.int32] | None) -> str | None:
+    """Why ids of a feature do not mean the same, or None; those of `reset` may stand for another value."""
     before, now = theirs.manifest.sparse[name], ours.manifest.sparse[name]
     if (before.vocabulary is None) != (now.vocabulary is None):
         return "one of the datasets has a vocabulary of it, the other has none"
@@ -226,7 +240,8 @@ def _other_ids(theirs: Dataset, ours: Dataset, name: str) -> str | None:
         return f"has {now.num_embeddings:,} ids, and had {before.num_embeddings:,}; ids may only be added"
     if before.vocabulary is None or now.vocabulary is None or before.vocabulary.sha256 == now.vocabulary.sha256:
         return None
-    found = first_difference(theirs.path / before.vocabulary.path, ours.path / now.vocabulary.path)
+    files = theirs.path / before.vocabulary.path, ours.path / now.vocabulary.path
+    found = first_difference(*files, before.num_embeddings, reset)
     if found is None:
         return None
     return (

@@ -16,6 +16,7 @@ import torch
 from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import Interrupted, TrainingError
+from torchdlrm.features.tables import table_name
 from torchdlrm.loader.batch import Batch
 from torchdlrm.loader.loader import Loader
 from torchdlrm.model.architecture import ModelShape
@@ -32,6 +33,7 @@ from torchdlrm.training.sharded import StepCounters, build_optimizer, build_shar
 from torchdlrm.training.source_run import SourceRun
 from torchdlrm.training.step_profile import WARM_UP_STEPS, StepProfiler
 from torchdlrm.training.steps import Agenda, Schedule, Stopwatch, after_validation
+from torchdlrm.training.warm_start import TakeOver
 
 _NOT_SAVED = (
     "but it could not be saved (see above); make room and start the same command: it resumes from the last checkpoint"
@@ -117,12 +119,14 @@ class Trainer:
         """Where a run starts, with the weights that it was built with or those of another run."""
         if self._source is None:
             return self._position
-        steps_before = self._checkpointer.start_from(
-            self._source.checkpoint,
-            keeps_dense_state=self._config.warm_start.dense_optimizer_state == "kept",
-            has_row_state=self._config.table_optimizer.record.state_per_row > 0,
+        config = self._config
+        how = TakeOver(
+            keeps_dense_state=config.warm_start.dense_optimizer_state == "kept",
+            has_row_state=config.table_optimizer.record.state_per_row > 0,
+            reset_ids={table_name(name): self._dataset.reset_ids(name) for name in self._source.reset_features},
+            factors=dict.fromkeys(config.accumulators, config.warm_start.accumulator_decay),
         )
-        return replace(self._position, steps_before=steps_before)
+        return replace(self._position, steps_before=self._checkpointer.start_from(self._source.checkpoint, how))
 
     def _train(self, start: int) -> str:
         """Train after step `start` until something says to stop; what that was."""

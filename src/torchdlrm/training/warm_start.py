@@ -2,15 +2,20 @@
 
 In: the state dict of a sharded model, which holds initial values, and a checkpoint of a run whose tables have as many
 rows or fewer, trained on any number of ranks.  Out: the same state dict, in place.  Each rank reads the rows of its own
-shards, a block at a time, so no more than a block of a table is in memory twice; rows that the checkpoint lacks keep
-their initial values.
+shards, a block at a time, so no more than a block of a table is in memory twice; rows that the checkpoint lacks, and
+those that stand for another value now, keep their initial values.
 
 An optimizer's state with one value a row is a vector.  Where a table is cut by columns, each piece of the columns has
 values of its own: the vector is as many times as long, piece after piece.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
@@ -20,16 +25,38 @@ from torchdlrm.training.checkpoint_reader import CheckpointReader
 _BLOCK_ROWS = 65_536
 
 
-def take_over(
-    state: dict[str, Any], checkpoint: CheckpointReader, *, keeps_dense_state: bool, has_row_state: bool
-) -> None:
+@dataclass(frozen=True)
+class TakeOver:
+    """What of a checkpoint is taken over, and how.
+
+    Attributes:
+        keeps_dense_state: whether the dense optimizer's state is taken over; tables keep theirs.
+        has_row_state: whether the tables' optimizer has a value for each row of each piece of the columns.
+        reset_ids: of tables by name, rows that keep their initial values, ascending int32 [R].
+        factors: by what kinds of an optimizer's state are multiplied, by the names that it has for them.
+    """
+
+    keeps_dense_state: bool
+    has_row_state: bool
+    reset_ids: Mapping[str, npt.NDArray[np.int32]] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def reset_of(self, weight: str) -> npt.NDArray[np.int32]:
+        """The rows of a table that keep their initial values; `weight` is the name of its weights in the model."""
+        return self.reset_ids.get(weight.split(".")[-2], np.zeros(0, np.int32))
+
+    def factor_of(self, leaf: str) -> float:
+        """By what a tensor of an optimizer's state is multiplied."""
+        return self.factors.get(leaf.rsplit(".", maxsplit=1)[-1], 1.0)
+
+
+def take_over(state: dict[str, Any], checkpoint: CheckpointReader, how: TakeOver) -> None:
     """Copy what the checkpoint has into a state.
 
     Args:
         state: `model` and `optimizer`, as `Checkpointer` saves them.
         checkpoint: all of its tensors, by their whole names.
-        keeps_dense_state: whether the dense optimizer's state is taken over; tables keep theirs.
-        has_row_state: whether the tables' optimizer has a value for each row of each piece of the columns.
+        how: what is left as it is or changed.
 
     Raises:
         RunError: it does not hold what the model needs; the same on every rank.
@@ -41,11 +68,11 @@ def take_over(
     if left:  # the class of somebody's own model may have changed
         msg = f"{checkpoint.path}: the new run's model has no {', '.join(left[:4])}"
         raise _everywhere(msg)
-    if has_row_state:
+    if how.has_row_state:
         _check_column_cuts(tables, checkpoint)
     for name, value in model.items():
         if name in tables:
-            _copy_rows(value, f"model.{name}", checkpoint)
+            _copy_rows(value, f"model.{name}", checkpoint, how.reset_of(name))
         else:
             _copy(value, f"model.{name}", checkpoint)
     for param, values in optimizer.items():
@@ -54,9 +81,11 @@ def take_over(
             name = f"optimizer.state.{param}.{leaf}"
             if isinstance(value, ShardedTensor):
                 pieces = len(_column_cuts(tables[weight])) if len(value.size()) == 1 else 1
-                _copy_rows(value, name, checkpoint, pieces)
-            elif isinstance(value, Tensor) and (kind == "tables" or keeps_dense_state):
+                _copy_rows(value, name, checkpoint, how.reset_of(weight), pieces, how.factor_of(leaf))
+            elif isinstance(value, Tensor) and (kind == "tables" or how.keeps_dense_state):
                 _copy(value, name, checkpoint)
+                if (factor := how.factor_of(leaf)) != 1:
+                    value.detach().mul_(factor)
 
 
 def _copy(value: Tensor, name: str, checkpoint: CheckpointReader) -> None:
@@ -67,14 +96,23 @@ def _copy(value: Tensor, name: str, checkpoint: CheckpointReader) -> None:
     value.detach().copy_(checkpoint.tensor(name))
 
 
-def _copy_rows(value: ShardedTensor, name: str, checkpoint: CheckpointReader, pieces: int = 1) -> None:
+def _copy_rows(
+    value: ShardedTensor,
+    name: str,
+    checkpoint: CheckpointReader,
+    reset_ids: npt.NDArray[np.int32],
+    pieces: int = 1,
+    factor: float = 1.0,
+) -> None:
     """Copy the rows of this rank's shards that the checkpoint has.
 
     Args:
         value: [rows, columns], or [pieces * rows].
         name: of the tensor.
         checkpoint: that has as many rows or fewer.
+        reset_ids: rows that are left as they are, [R].
         pieces: of the columns.
+        factor: by which all others are multiplied.
     """
     size, found = value.size(), checkpoint.shapes.get(name, ())
     if len(found) != len(size) or found[0] > size[0] or found[1:] != size[1:]:
@@ -90,7 +128,12 @@ def _copy_rows(value: ShardedTensor, name: str, checkpoint: CheckpointReader, pi
         for start in range(first_row, kept, _BLOCK_ROWS):
             end, there = min(start + _BLOCK_ROWS, kept), piece * old_rows
             block = checkpoint.part(name, (there + start, *columns), (there + end, *column_ends))
-            rows[start - first_row : end - first_row].copy_(block)
+            target = rows[start - first_row : end - first_row]
+            in_block = reset_ids[(reset_ids >= start) & (reset_ids < end)].astype(np.int64) - start
+            reset = torch.from_numpy(in_block).to(target.device)
+            initial = target[reset]
+            target.copy_(block if factor == 1 else block * factor)
+            target[reset] = initial
 
 
 def _check_column_cuts(tables: dict[str, ShardedTensor], checkpoint: CheckpointReader) -> None:

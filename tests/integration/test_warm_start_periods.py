@@ -1,0 +1,229 @@
+"""Where values came and went: ids of other values start like those of a fresh model, and are served as such."""
+
+import json
+import random
+import shutil
+
+import polars as pl
+import pytest
+import torch
+
+from torchdlrm.bundle.apply import apply_delta
+from torchdlrm.bundle.bundle import Bundle
+from torchdlrm.config import load_config
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.errors import ConfigError, RunError
+from torchdlrm.exporting.export import export
+from torchdlrm.exporting.options import ExportOptions
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
+from torchdlrm.training import warm_start
+from torchdlrm.training.job import train
+from torchdlrm.training.processes.launch import Processes, launch
+from torchdlrm.training.processes.process_group import join_process_group
+from trainings import state
+
+SCHEMA = FeatureSchema(
+    name="days",
+    columns=(
+        LabelColumn(name="label"),
+        DenseColumn(name="price", kind="float", transform="standardize"),
+        SparseColumn(name="item", kind="hex"),
+        SparseColumn(name="city", kind="string"),
+    ),
+)
+SMALL = {
+    "train.batch_size_global": "128",
+    "model.embedding_dim": "8",
+    "model.dense_arch_layer_sizes": "16,8",
+    "model.over_arch_layer_sizes": "16,1",
+    "table_optimizer.initial_accumulator": "0.25",
+    "logging.tensorboard": "false",
+    "validation.max_rows": "64",
+    "warm_start.checkpoint": "last",
+}
+FROZEN = {"train.freeze": "tables", "train.max_steps": "1"}
+ITEM_CUT = {"sharding.constraints": '["item=column_wise"]', "model.embedding_dim": "8"}
+SMALLER_TABLES = {
+    "model.features": '{item = {embedding_dim = 4}, city = {quotient_remainder = "add", num_collisions = 2}}'
+}
+TABLE = "embedding_bags.t_"
+
+
+def config(*changes):
+    return load_config("criteo-small", {**SMALL, **{key: value for change in changes for key, value in change.items()}})
+
+
+def write_log(path, seed, first, last, cities):
+    rng = random.Random(seed)
+    rows = [(rng.choice("01"), rng.gauss(5, 1), rng.randrange(first, last), rng.choice(cities)) for _ in range(600)]
+    path.write_text("".join(f"{label}\t{cost:.4f}\t{item:x}\t{city}\n" for label, cost, item, city in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three days, each of which extends the one before, and a run on the first."""
+    folder, known = tmp_path_factory.mktemp("periods"), {"period": 1}
+    for day, (first, last, cities) in enumerate(((0, 150, "abcdefg"), (100, 220, "fghi"), (150, 400, "ixyz")), start=1):
+        log = write_log(folder / f"day-{day}.tsv", day, first, last, cities)
+        rules = PreprocessOptions(min_count=1, expire_after=1, **known)
+        known = {"vocabulary": folder / f"day-{day}", "extend_vocabulary": True}
+        preprocess([log], known["vocabulary"], SCHEMA, rules)
+    train(config(), folder / "day-1", folder / "run-1")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(warm_start, "_BLOCK_ROWS", 16)
+
+
+def last_state(run, tmp_path):
+    tmp_path.mkdir(exist_ok=True)
+    step = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+    return {name: value for name, value in state(run, tmp_path, step).items() if "param_groups" not in name}
+
+
+def ids(dataset, name):
+    table = dataset.vocabulary(name).table
+    return dict(zip(table["id"], table["value"], strict=True))
+
+
+def other_ids(folder, name, day=2):
+    """By the vocabularies alone: the ids that stand for another value, or for one that is new."""
+    before, now = (Dataset.open(folder / f"day-{number}") for number in (day - 1, day))
+    theirs, ours = ids(before, name), ids(now, name)
+    reset = [number for number, value in ours.items() if number not in theirs or theirs[number] != value]
+    old_rows = before.num_embeddings[name]
+    assert now.reset_ids(name).tolist() == [number for number in reset if number < old_rows]
+    assert len(now.reset_ids(name)) > 1
+    assert set(theirs) - set(ours) or name == "item", "some ids are free"
+    return sorted({*reset, *range(old_rows, now.num_embeddings[name])})
+
+
+def assert_tables_are(folder, found, source, fresh, pieces=1, factor=1.0, features=("item", "city")):
+    names = [name for name in found if TABLE in name and any(f"t_{feature}." in name for feature in features)]
+    assert names
+    for name in names:
+        feature = name.split(TABLE)[1].split(".")[0]
+        reset = torch.tensor(other_ids(folder, feature))
+        parts = pieces if found[name].dim() == 1 and feature == "item" else 1
+        for new, old, other in zip(*(values[name].chunk(parts) for values in (found, source, fresh)), strict=True):
+            expected = other.clone()
+            expected[: len(old)] = old * (factor if "momentum" in name else 1)
+            expected[reset] = other[reset]
+            assert torch.equal(new, expected), name
+            assert not torch.equal(expected[reset[reset < len(old)]], old[reset[reset < len(old)]]), name
+
+
+def several_trainings(folder):
+    """What two processes do, in one process group."""
+    with join_process_group():
+        today = folder / "day-2"
+        train(config(FROZEN), today, folder / "on-2", from_run=folder / "run-1")
+        train(config(ITEM_CUT), folder / "day-1", folder / "first-cut")
+        train(config(ITEM_CUT, FROZEN), today, folder / "cut", from_run=folder / "first-cut")
+        train(config(ITEM_CUT, FROZEN), today, folder / "cut-fresh")
+
+
+def test_ids_of_other_values_start_fresh_and_all_others_keep_their_bytes(folder, tmp_path):
+    """Also where tables are cut by columns, and on two processes."""
+    today = folder / "day-2"
+    train(config(FROZEN), today, tmp_path / "on-1", from_run=folder / "run-1")
+    train(config(FROZEN), today, tmp_path / "fresh")
+    launch(several_trainings, folder, processes=Processes(2))
+    source, fresh = last_state(folder / "run-1", tmp_path / "a"), last_state(tmp_path / "fresh", tmp_path / "b")
+    for run in (tmp_path / "on-1", folder / "on-2"):
+        assert_tables_are(folder, last_state(run, tmp_path / "c"), source, fresh)
+    cut, first, other = (last_state(folder / name, tmp_path / name) for name in ("cut", "first-cut", "cut-fresh"))
+    assert_tables_are(folder, cut, first, other, pieces=2)
+
+
+def test_rows_that_ids_share_are_not_reset(folder, tmp_path):
+    first, second, fresh = (tmp_path / name for name in ("first", "second", "fresh"))
+    train(config(SMALLER_TABLES), folder / "day-1", first)
+    train(config(SMALLER_TABLES, FROZEN), folder / "day-2", second, from_run=first)
+    train(config(SMALLER_TABLES, FROZEN), folder / "day-2", fresh)
+    found, source, other = (last_state(run, tmp_path / f"{run.name}.pt") for run in (second, first, fresh))
+    assert_tables_are(folder, found, source, other, features=("item",))
+    shared = [name for name in found if "t_city_" in name]
+    assert shared
+    assert all(torch.equal(found[name][: len(source[name])], source[name]) for name in shared)
+
+
+def test_sums_of_squared_gradients_decay(folder, tmp_path):
+    half = {"warm_start.accumulator_decay": "0.5"}
+    train(config(FROZEN, half), folder / "day-2", tmp_path / "tables", from_run=folder / "run-1")
+    train(config(FROZEN), folder / "day-2", tmp_path / "fresh")
+    dense = {"train.freeze": "dense", "train.max_steps": "1"}
+    train(config(half, dense), folder / "day-2", tmp_path / "dense", from_run=folder / "run-1")
+    source = last_state(folder / "run-1", tmp_path / "a")
+    found, fresh = last_state(tmp_path / "tables", tmp_path / "b"), last_state(tmp_path / "fresh", tmp_path / "c")
+    assert_tables_are(folder, found, source, fresh, factor=0.5)
+    found = last_state(tmp_path / "dense", tmp_path / "d")
+    sums = [name for name in found if TABLE not in name and name.endswith(".sum")]
+    assert sums
+    assert all(torch.equal(found[name], source[name] * 0.5) for name in sums)
+    others = [name for name in found if TABLE not in name and name not in sums]
+    assert all(torch.equal(found[name], source[name]) for name in others)
+    with pytest.raises(ConfigError, match=r"warm_start.accumulator_decay: no optimizer is adagrad.*, got 0.5"):
+        config(
+            half,
+            {
+                "table_optimizer.name": "sgd",
+                "table_optimizer.initial_accumulator": "0",
+                "dense_optimizer.name": "adamw",
+            },
+        )
+
+
+def test_an_older_log_is_learnt_with_todays_ids_before_todays(folder, tmp_path):
+    """What is reset by the older log's run is not reset again."""
+    rules = PreprocessOptions(vocabulary=folder / "day-2")
+    preprocess([folder / "day-1.tsv"], tmp_path / "again", SCHEMA, rules)
+    train(config(FROZEN), tmp_path / "again", tmp_path / "first", from_run=folder / "run-1")
+    train(config(FROZEN), folder / "day-2", tmp_path / "second", from_run=tmp_path / "first")
+    train(config(FROZEN), folder / "day-2", tmp_path / "fresh")
+    first, second = last_state(tmp_path / "first", tmp_path / "a"), last_state(tmp_path / "second", tmp_path / "b")
+    fresh = last_state(tmp_path / "fresh", tmp_path / "c")
+    assert_tables_are(folder, first, last_state(folder / "run-1", tmp_path / "d"), fresh)
+    assert all(torch.equal(first[name], second[name]) for name in first if TABLE in name)
+
+
+def test_other_lineages_and_ids_that_moved_without_a_word_are_refused(folder, tmp_path):
+    with pytest.raises(RunError, match=r"feature item: id \d+ stands for another value than in .*day-1"):
+        train(config(), folder / "day-3", tmp_path / "run", from_run=folder / "run-1")
+    shutil.copytree(folder / "day-2", tmp_path / "day-2")
+    manifest = json.loads((tmp_path / "day-2" / "dataset.json").read_text())
+    manifest["sparse"]["city"]["turnover"]["reset"] = None
+    (tmp_path / "day-2" / "dataset.json").write_text(json.dumps(manifest))
+    first = Dataset.open(folder / "day-2").reset_ids("city")[0]
+    with pytest.raises(RunError, match=f"feature city: id {first} stands for another value"):
+        train(config(), tmp_path / "day-2", tmp_path / "run", from_run=folder / "run-1")
+    assert not (tmp_path / "run").exists()
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_bundles_and_deltas_hold_vocabularies_with_gaps(folder, tmp_path):
+    """Of a value only its id is served: that it was seen once more is no change."""
+    train(config({"train.max_steps": "2"}), folder / "day-2", tmp_path / "run-2", from_run=folder / "run-1")
+    base, full, delta = (tmp_path / name for name in ("base", "full", "delta"))
+    export(folder / "run-1", base)
+    export(tmp_path / "run-2", full)
+    export(tmp_path / "run-2", delta, options=ExportOptions(), delta_to=base)
+    apply_delta(base, delta, tmp_path / "new")
+    assert files_of(tmp_path / "new") == files_of(full)
+    before, now, bundle = Dataset.open(folder / "day-1"), Dataset.open(folder / "day-2"), Bundle.open(full)
+    for name in ("item", "city"):
+        old, new = before.vocabulary(name).table.select("value", "id"), now.vocabulary(name).table.select("value", "id")
+        assert new["id"][-1] > new.height or name == "item", "some ids are free"
+        values = pl.concat([old["value"], new["value"]])
+        assert bundle.vocabulary(name).lookup(values).to_list() == now.vocabulary(name).lookup(values).to_list()
+        changed = pl.read_parquet(delta / "files" / "vocabulary" / f"{name}.parquet")
+        assert changed.columns == ["value", "id"]
+        assert changed.height == new.join(old, on=["value", "id"], how="anti").height
