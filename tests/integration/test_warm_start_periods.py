@@ -163,7 +163,7 @@ def test_sums_of_squared_gradients_decay(folder, tmp_path):
     found, fresh = last_state(tmp_path / "tables", tmp_path / "b"), last_state(tmp_path / "fresh", tmp_path / "c")
     assert_tables_are(folder, found, source, fresh, factor=0.5)
     found = last_state(tmp_path / "dense", tmp_path / "d")
-    sums = [name for name in found if TABLE not in name and name.endswith(".sum")]
+    sums = [name for name in found if TABLE not in name and name.endswith("/sum")]
     assert sums
     assert all(torch.equal(found[name], source[name] * 0.5) for name in sums)
     others = [name for name in found if TABLE not in name and name not in sums]
@@ -213,8 +213,8 @@ def test_bundles_and_deltas_hold_vocabularies_with_gaps(folder, tmp_path):
     """Of a value only its id is served: that it was seen once more is no change."""
     train(config({"train.max_steps": "2"}), folder / "day-2", tmp_path / "run-2", from_run=folder / "run-1")
     base, full, delta = (tmp_path / name for name in ("base", "full", "delta"))
-    export(folder / "run-1", base)
-    export(tmp_path / "run-2", full)
+    export(folder / "run-1", base, options=ExportOptions(name="days"))
+    export(tmp_path / "run-2", full, options=ExportOptions(name="days"))
     export(tmp_path / "run-2", delta, options=ExportOptions(), delta_to=base)
     apply_delta(base, delta, tmp_path / "new")
     assert files_of(tmp_path / "new") == files_of(full)

@@ -116,7 +116,6 @@ TABLE_OPTIMIZERS: Mapping[TableOptimizerName, TableOptimizer] = {
             "sgd",
             _DECAY,
             decays_on_gpu=frozenset(),
-            accumulator="momentum1",
             trade="no state; rare ids learn slowly, so expect a lower AUC or a longer training",
         ),
         TableOptimizer("adam", _DECAY | _ADAM_SETTINGS, state_per_weight=2, momentum="adam"),

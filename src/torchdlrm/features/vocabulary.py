@@ -130,7 +130,7 @@ def first_difference(path: Path, later: Path, num_ids: int, reset: npt.NDArray[n
                 pairs = before.with_columns(was_there=True).join(
                     after.with_columns(is_there=True), on="id", how="full", coalesce=True, suffix="_after"
                 )
-                is_same = pl.col("was_there").fill_null(value=False) & pl.col("value").eq_missing("value_after")
+                is_same = pl.col("was_there").fill_null(value=False) & pl.col("value").eq_missing(pl.col("value_after"))
                 is_right = pl.when("is_there").then(is_same).otherwise(reset is not None)
                 found = pairs.filter(~is_right & ~pl.col("id").is_in(other_values.implode()))["id"]
                 if len(found):

@@ -310,7 +310,8 @@ class Job:
     def _spread_tasks(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Iterator[Task]:
         record, partitions = self._known_record(column), self.work.sizing.num_partitions
         turns_over = self.period is not None and self.options.extend_vocabulary
-        files = [(record.vocabulary, PERIOD_COLUMNS if turns_over else ("value", "id"), "ids", "known")]
+        columns: Sequence[str] = PERIOD_COLUMNS if turns_over else ("value", "id")
+        files = [(record.vocabulary, columns, "ids", "known")]
         if turns_over and record.turnover is not None and record.turnover.candidates is not None:
             files.append((record.turnover.candidates, CANDIDATE_COLUMNS, "counts", "candidates"))
         for file, columns, section, what in files:

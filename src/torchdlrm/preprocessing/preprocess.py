@@ -85,9 +85,7 @@ def preprocess(
     try:
         with start_workers(resources) as workers:
             known_rows = 0 if known is None or not options.extend_vocabulary else _longest_vocabulary(known)
-            sizing = choose_sizing(
-                files, schema, options, resources.memory_bytes, workers.tasks_in_memory, known_rows=known_rows
-            )
+            sizing = choose_sizing(files, schema, options, resources.memory_bytes, workers.tasks_in_memory, known_rows)
             if chunk_bytes is not None:
                 sizing = replace(sizing, chunk_bytes=chunk_bytes)
             work = WorkFolder.open(partial, settings, sizing, restart=restart)

@@ -123,7 +123,7 @@ def test_five_periods_in_pieces_and_with_interruptions_have_the_same_bytes(logs,
     before = None
     for period in PERIODS:
         sizing = JobSizing(3_000, 8 if period % 2 else 2, 20_000, 9, 2)
-        monkeypatch.setattr(module, "choose_sizing", lambda *_, sizing=sizing, **__: sizing)
+        monkeypatch.setattr(module, "choose_sizing", lambda *_, sizing=sizing: sizing)
         arguments = ([logs[period]], tmp_path / f"day{period}", NO_HOLD_OUT, options(period, before))
         with pytest.raises(KeyboardInterrupt):
             preprocess(*arguments, StopAt(("count", "encode", "write")[period % 3]))
@@ -203,14 +203,11 @@ def test_the_commands_tell_what_came_and_went(logs, days, tmp_path, capsys):
     out = tmp_path / "new"
     rules = ("--expire-after", "1", "--admit-over", "2", "--split", "order", "--val", "0", "--test", "0")
     command = ("preprocess", str(logs[9]), "--schema", str(schema), "--vocabulary", str(days[9].path))
-    with pytest.raises(SystemExit) as ended:
-        app([*command, "--extend-vocabulary", "--out", str(out), *rules, "--json"])
-    assert ended.value.code in {0, None}
+    app([*command, "--extend-vocabulary", "--out", str(out), *rules, "--json"])
     told = capsys.readouterr()
     assert json.loads(told.out)["period"] == 10
     assert "period 10: " in told.err
-    with pytest.raises(SystemExit):
-        app(["inspect", str(out)])
+    app(["inspect", str(out)])
     about = capsys.readouterr()
     assert "period 10; extends period 9; a value that is not seen in 1 loses its id" in about.out + about.err
     summary = summarize(days[9], 2).sparse["item"]
