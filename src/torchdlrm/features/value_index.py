@@ -52,34 +52,15 @@ def write_index(vocabulary: Vocabulary, path: Path) -> None:
 
     Costs 16 bytes a value of disk (hex), 24 (int), or 40 and the text (string), and some five times that of memory.
     """
-    kind = KINDS[vocabulary.kind]
     values = vocabulary.table.filter(pl.col("value").is_not_null())
-    hashes = hash_values(values["value"])
-    num_slots = _SLOTS_PER_VALUE * values.height + 1
-    home = _home_slots(hashes, num_slots)
-    order = np.lexsort((hashes, home))
-    # Each value in its own slot, or in the first one behind that is free: the running maximum carries what is taken.
-    rows = np.arange(values.height)
-    slots = np.maximum.accumulate(home[order] - rows) + rows
-    num_slots = max(num_slots, int(slots[-1]) + 2) if len(slots) else num_slots  # the last slot stays empty
-    keys = np.zeros(num_slots, kind.key_type)
-    keys[slots] = (hashes if kind.is_text else values["value"].to_numpy())[order]
-    ids = np.zeros(num_slots, np.int32)
-    ids[slots] = values["id"].to_numpy()[order]
-    columns = {"key": pa.array(keys), "id": pa.array(ids)}
-    if kind.is_text:
-        places = np.full(num_slots, -1, np.int64)
-        places[slots] = order
-        text = values["value"].to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.large_string())
-        columns["text"] = text.take(pa.array(places, mask=places < 0)).fill_null("")
+    batch, num_home_slots = _slots(values["value"], values["id"].to_numpy(), vocabulary.kind)
     about = {
         "format": "torchdlrm-value-index",
         "format_version": str(FORMAT_VERSION),
         "kind": vocabulary.kind,
         "missing_id": str(vocabulary.missing_id or UNKNOWN_ID),
-        "num_home_slots": str(_SLOTS_PER_VALUE * values.height + 1),
+        "num_home_slots": str(num_home_slots),
     }
-    batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
     schema = batch.schema.with_metadata(about)
     with (
         replacing(path) as temporary,
@@ -89,14 +70,44 @@ def write_index(vocabulary: Vocabulary, path: Path) -> None:
         writer.write_batch(batch.cast(schema))
 
 
+def _slots(
+    values: pl.Series, value_ids: npt.NDArray[np.int32], kind_name: SparseKindName
+) -> tuple[pa.RecordBatch, int]:
+    """The hash table of some values, none of them null, and in how many of its slots searches begin."""
+    kind = KINDS[kind_name]
+    hashes = hash_values(values)
+    num_home_slots = num_slots = _SLOTS_PER_VALUE * len(values) + 1
+    home = _home_slots(hashes, num_slots)
+    order = np.lexsort((hashes, home))
+    # Each value in its own slot, or in the first one behind that is free: the running maximum carries what is taken.
+    rows = np.arange(len(values))
+    slots = np.maximum.accumulate(home[order] - rows) + rows
+    num_slots = max(num_slots, int(slots[-1]) + 2) if len(slots) else num_slots  # the last slot stays empty
+    keys = np.zeros(num_slots, kind.key_type)
+    keys[slots] = (hashes if kind.is_text else values.to_numpy())[order]
+    ids = np.zeros(num_slots, np.int32)
+    ids[slots] = value_ids[order]
+    columns = {"key": pa.array(keys), "id": pa.array(ids)}
+    if kind.is_text:
+        places = np.full(num_slots, -1, np.int64)
+        places[slots] = order
+        text = values.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.large_string())
+        columns["text"] = text.take(pa.array(places, mask=places < 0)).fill_null("")
+    return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns)), num_home_slots
+
+
 class ValueIndex:
-    """Ids of the values of a sparse feature, out of mapped memory; safe to use from many threads."""
+    """Ids of the values of a sparse feature, out of mapped memory; safe to use from many threads.
+
+    Attributes:
+        missing_id: of a missing value; 0 where it has none of its own.
+    """
 
     def __init__(
         self, batch: pa.RecordBatch, kind: SparseKindName, missing_id: int, num_home_slots: int, longest_bytes: int
     ) -> None:
         self._longest_bytes = longest_bytes  # of its texts: a longer one is not worth hashing
-        self._missing_id = missing_id
+        self.missing_id = missing_id
         self._num_home_slots = num_home_slots
         self._keys: npt.NDArray[np.integer] = batch.column("key").to_numpy()
         self._ids: npt.NDArray[np.int32] = batch.column("id").to_numpy()
@@ -137,6 +148,26 @@ class ValueIndex:
             raise DatasetError(msg) from error
         return cls(batch, kind, missing_id, num_home_slots, longest_bytes)
 
+    @classmethod
+    def of(cls, values: pl.Series, ids: npt.NDArray[np.int32], kind: SparseKindName, missing_id: int) -> Self:
+        """An index in memory of its own.
+
+        Args:
+            values: of that kind, all different, none null.
+            ids: of each, int32.
+            kind: of the values.
+            missing_id: of a missing value.
+        """
+        batch, num_home_slots = _slots(values, ids, kind)
+        longest_bytes = _longest_bytes(batch.column("text")) if KINDS[kind].is_text else 0
+        return cls(batch, kind, missing_id, num_home_slots, longest_bytes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the hash table."""
+        texts = 0 if self._texts is None else self._texts.nbytes
+        return self._keys.nbytes + self._ids.nbytes + texts
+
     def lookup(self, values: pl.Series) -> pl.Series:
         """The id of each value: Int32, 0 for a value without one; the name of `values`.
 
@@ -165,7 +196,7 @@ class ValueIndex:
         """
         ids, _ = self._find(numbers, hash_numbers(numbers.astype(np.int64)))
         if is_missing is not None:
-            ids[is_missing] = self._missing_id
+            ids[is_missing] = self.missing_id
         return ids
 
     def _ids_of_texts(self, values: pl.Series, texts: pa.LargeStringArray) -> npt.NDArray[np.int32]:
@@ -185,7 +216,7 @@ class ValueIndex:
         if has_long:
             ids[is_long] = UNKNOWN_ID
         if wanted.null_count:
-            ids[wanted.is_null().to_numpy(zero_copy_only=False)] = self._missing_id
+            ids[wanted.is_null().to_numpy(zero_copy_only=False)] = self.missing_id
         return ids[encoded.indices.to_numpy()]
 
     def _find(
@@ -216,7 +247,7 @@ class ValueIndex:
     def id_of(self, value: int | str | None) -> int:
         """The id of one value, in a microsecond; None is a missing one."""
         if value is None:
-            return self._missing_id
+            return self.missing_id
         if isinstance(value, str) and len(value) > self._longest_bytes:
             return UNKNOWN_ID
         hashed = hash_text(value) if isinstance(value, str) else hash_number(value)
