@@ -14,12 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crafted import copy, seal, write
+from crafted import change_manifest, copy, seal, write
 from torchdlrm.bench.random_bundle import write_random_bundle
 from torchdlrm.bundle import apply as applying
 from torchdlrm.bundle.apply import apply_delta, write_delta
+from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.delta import Delta
 from torchdlrm.bundle.manifest import BundleManifest
+from torchdlrm.bundle.patched_bundle import PatchedBundle
 from torchdlrm.bundle.weights_file import MappedWeights
 from torchdlrm.cli.main import app
 from torchdlrm.config import ModelConfig, load_config
@@ -27,6 +29,8 @@ from torchdlrm.errors import BundleError
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.value_index import ValueIndex
+from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.training.job import train
 
@@ -110,6 +114,45 @@ def test_an_applied_delta_gives_the_bytes_of_the_whole_export(made, precision, t
     assert bundle.version == BundleManifest.read(full).version
     assert names_in(tmp_path) == ["new"]
     assert {path.name for path in delta.iterdir()} == {"delta.json", "weights.delta", "files"}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_delta_in_memory_predicts_as_the_whole_export(made, days, precision, tmp_path):
+    """There and back: tables and vocabularies grow, and get smaller, and only what changed is in memory."""
+    base, full, delta = made[precision]
+    (tmp_path / "back").mkdir()
+    write_delta(full, base, tmp_path / "back")
+    lines = (days / "tuesday.tsv").read_text().splitlines()[:400]
+    rows = [dict(zip(["price", "item", "city", "shop", "page"], line.split("\t")[1:], strict=True)) for line in lines]
+    bundle = Bundle.open(base)
+    for whole, step in ((full, delta), (base, tmp_path / "back"), (full, delta)):
+        bundle = PatchedBundle(bundle, Delta.open(step))
+        ours, theirs = Predictor(bundle), Predictor.open(whole)
+        assert np.array_equal(ours.predict(rows), theirs.predict(rows))
+        assert [ours.predict([row])[0] for row in rows[:40]] == [theirs.predict([row])[0] for row in rows[:40]]
+        assert ours.unknown_features(ours.parse_rows(rows)) == theirs.unknown_features(theirs.parse_rows(rows))
+        ours.check_sample()
+    assert isinstance(bundle.vocabularies["shop"], ValueIndex), "which did not change"
+    tables = Delta.open(delta).manifest.weights.tables
+    assert bundle.weights.num_rows >= sum(sum(table.changed_rows) for table in tables)
+    assert bundle.num_values == sum(
+        pq.read_table(full / "vocabulary" / name).num_rows - pq.read_table(base / "vocabulary" / name).num_rows
+        for name in ("item.parquet", "city.parquet")
+    )
+
+
+def test_a_delta_in_memory_needs_the_bundle_that_it_is_to(made):
+    with pytest.raises(BundleError, match=r"a delta to the bundle of version .*, and not of"):
+        PatchedBundle(Bundle.open(made["int4"][0]), Delta.open(made["int8"][2]))
+
+
+def test_a_delta_to_another_schema_is_not_applied_in_memory(made, tmp_path):
+    other = copy(made["int8"][1], tmp_path / "other")
+    change_manifest(other, lambda content: content["schema"].update(name="another"))
+    (tmp_path / "delta").mkdir()
+    write_delta(made["int8"][0], other, tmp_path / "delta")
+    with pytest.raises(BundleError, match="its schema or its model's shape is another one"):
+        PatchedBundle(Bundle.open(made["int8"][0]), Delta.open(tmp_path / "delta"))
 
 
 def test_grown_vocabularies_are_their_new_rows_and_their_indexes_are_built(made):

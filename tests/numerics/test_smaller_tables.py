@@ -12,9 +12,12 @@ from test_predictions_have_no_skew import assert_no_skew, by_checkpoint
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from predicted import rows_of_request
+from torchdlrm.bundle.apply import write_delta
 from torchdlrm.bundle.bundle import Bundle
+from torchdlrm.bundle.delta import Delta
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import BundleManifest
+from torchdlrm.bundle.patched_bundle import PatchedBundle
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.config import ModelConfig, load_config
 from torchdlrm.errors import ConfigError, DatasetError
@@ -52,6 +55,7 @@ val = 0.1
 test = 0.1
 """
 STEPS, DIM = 10, 16
+NAMES = ["seen", "age", "user", "city", "genres", "film", "values"]
 # A plain table, a projected one, a sum for several values a cell, a product, and a name that modules have too.
 SETTINGS = {
     "model.features.city.embedding_dim": "4",
@@ -265,6 +269,26 @@ def test_ids_outside_a_feature_are_refused_though_its_tables_have_rows_for_them(
     columns = tuple((np.array([sizes["user"] if name == "user" else 0]), np.array([0, 1])) for name in sizes)
     with pytest.raises(DatasetError, match=f"user: id {sizes['user']} is outside"):
         model.predict(EncodedRows(np.zeros((1, 1), np.float32), columns))
+
+
+@pytest.mark.parametrize("precision", ["float32", "int4"])
+def test_a_delta_in_memory_predicts_as_the_whole_bundle(run, log, precision, tmp_path):
+    """Cells of several values, projected rows, and rows of quotients and remainders, of which some have changed."""
+    paths = {}
+    for step in (3, STEPS):
+        options = ExportOptions(checkpoint=str(step), precision=precision, name="films", max_logloss_increase=9.0)
+        paths[step] = export(run, tmp_path / f"{step}", options=options).bundle.path
+    delta = tmp_path / "delta"
+    delta.mkdir()
+    write_delta(paths[3], paths[STEPS], delta)
+    patched = PatchedBundle(Bundle.open(paths[3]), Delta.open(delta))
+    tables = Delta.open(delta).manifest.weights.tables
+    assert 0 < sum(sum(table.changed_rows) for table in tables) < sum(table.num_rows for table in tables)
+    rows = [dict(zip(NAMES, line.split(","), strict=True)) for line in log.read_text().splitlines()[:300]]
+    encoded = Predictor.open(paths[STEPS]).encode_rows([{k: v for k, v in row.items() if k != "seen"} for row in rows])
+    whole, again = (ServedModel(bundle).logits(encoded) for bundle in (Bundle.open(paths[STEPS]), patched))
+    assert np.array_equal(whole, again)
+    assert np.abs(whole - ServedModel(Bundle.open(paths[3])).logits(encoded)).max() > 0.01
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@
 Opening a bundle executes nothing in it: JSON, safetensors and Parquet hold only data.
 """
 
+import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,13 @@ import polars as pl
 from numpy.typing import NDArray
 
 from torchdlrm.bundle.manifest import SAMPLE_NAME, WEIGHTS_NAME, BundleManifest, StoredFile
+from torchdlrm.bundle.patched_weights import PatchedWeights
 from torchdlrm.bundle.precision import stored_rows
 from torchdlrm.bundle.sample import PREDICTION_COLUMN, read_sample, sample_types
 from torchdlrm.bundle.verification import BlockVerifier
 from torchdlrm.bundle.weights_file import BLOCK_BYTES, PADDING_BYTES, PADDING_NAME, MappedWeights, blocks_of
 from torchdlrm.errors import BundleError, DatasetError
+from torchdlrm.features.patched_index import PatchedIndex
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_index import ValueIndex
@@ -65,6 +68,9 @@ class PlainIds:
         return value if isinstance(value, int) and 0 <= value < self._num_embeddings else UNKNOWN_ID
 
 
+ServedVocabulary = ValueIndex | PatchedIndex | PlainIds
+
+
 class Bundle:
     """An exported model; `Bundle.open` makes one.
 
@@ -73,7 +79,8 @@ class Bundle:
         manifest: what it holds.
         verifier: of its weights.
         files: those that are mapped.
-        weights: the weights, mapped.
+        architecture: of the model.
+        weights: mapped.
 
     Raises:
         BundleError: the weights are not those of the manifest.
@@ -86,10 +93,11 @@ class Bundle:
         verifier: BlockVerifier,
         files: OpenFiles,
         architecture: Architecture,
+        weights: MappedWeights | PatchedWeights,
     ) -> None:
         self.path, self.manifest, self.verifier, self.files = path, manifest, verifier, files
-        self._architecture = architecture
-        self.weights = MappedWeights(path / WEIGHTS_NAME)
+        self.architecture = architecture
+        self.weights = weights
         for table in manifest.tables:
             dtype, width = stored_rows(manifest.sparse[table.feature].precision, table.dim)
             self.weights.require(table_weight(table.key), dtype, (table.rows, width), bytes_behind=PADDING_BYTES)
@@ -150,7 +158,7 @@ class Bundle:
             verifier.check_all(progress)
         else:
             verifier.require(blocks_of(np.zeros(1, np.int64), 1, verifier.num_blocks))
-        bundle = cls(path, manifest, verifier, files, architecture)
+        bundle = cls(path, manifest, verifier, files, architecture, MappedWeights(path / WEIGHTS_NAME))
         if verify == "lazy":
             bundle._require_all_but_tables()
         damage = bundle.find_damage()  # since before the first byte was checked
@@ -171,6 +179,21 @@ class Bundle:
         return self.manifest.version
 
     @property
+    def period(self) -> int | None:
+        """Number of the last period that was learnt from; None where logs have no periods."""
+        return self.manifest.period
+
+    @cached_property
+    def manifest_sha256(self) -> str:
+        """Of `bundle.json`, by which deltas know the bundle."""
+        return hashlib.sha256(self.manifest.to_json().encode()).hexdigest()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of memory for what deltas have changed; see `PatchedBundle`."""
+        return 0
+
+    @property
     def schema(self) -> FeatureSchema:
         """The columns of a raw row."""
         return self.manifest.feature_schema
@@ -182,7 +205,7 @@ class Bundle:
         Raises:
             BundleError: the bundle is of a model class, and was not opened with it.
         """
-        difference = difference_from(self.manifest.model_class, self._architecture, "bundle")
+        difference = difference_from(self.manifest.model_class, self.architecture, "bundle")
         if difference is not None:
             msg = f"{self.path}: {difference}"
             raise BundleError(msg)
@@ -190,7 +213,7 @@ class Bundle:
             self.manifest.model,
             len(self.schema.dense),
             len(self.manifest.sparse),
-            self._architecture,
+            self.architecture,
             is_weighted=self.schema.has_value_weights,
         )
 
@@ -199,7 +222,7 @@ class Bundle:
         """The fitted transform of each dense column."""
         return self.manifest.dense
 
-    def vocabulary(self, name: str) -> ValueIndex | PlainIds:
+    def vocabulary(self, name: str) -> ServedVocabulary:
         """What maps the values of a sparse feature to ids; a hashed feature has none."""
         column = next(column for column in self.schema.sparse if column.name == name)
         assert column.hash is None, f"{name} is hashed"
@@ -212,7 +235,7 @@ class Bundle:
             raise BundleError(str(error)) from error
 
     @cached_property
-    def vocabularies(self) -> dict[str, ValueIndex | PlainIds]:
+    def vocabularies(self) -> dict[str, ServedVocabulary]:
         """The vocabulary of each sparse feature that is not hashed: what `features.encode.encode` takes."""
         return {column.name: self.vocabulary(column.name) for column in self.schema.sparse if column.hash is None}
 
@@ -229,10 +252,13 @@ class Bundle:
     @cached_property
     def _sample(self) -> tuple[pl.DataFrame, NDArray[np.float32]]:
         """Kept in memory: the file may be removed, and be another one's."""
+        return self._read_sample(self.path / SAMPLE_NAME)
+
+    def _read_sample(self, path: Path) -> tuple[pl.DataFrame, NDArray[np.float32]]:
         record = self.manifest.files.get(SAMPLE_NAME)
         if record is None:
             return pl.DataFrame(schema=sample_types(self.schema)), np.empty(0, np.float32)
-        frame = read_sample(self.path / SAMPLE_NAME, self.schema, sha256=record.sha256)
+        frame = read_sample(path, self.schema, sha256=record.sha256)
         return frame.drop(PREDICTION_COLUMN), frame[PREDICTION_COLUMN].to_numpy()
 
     def find_damage(self) -> BundleError | None:

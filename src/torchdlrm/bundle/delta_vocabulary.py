@@ -4,17 +4,19 @@ A vocabulary is rebuilt by writing its rows again, its index by building it agai
 bytes.  Of both, `dlrm export` sees that it does before it relies on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from torchdlrm.errors import BundleError, DatasetError
 from torchdlrm.features.kinds import SparseKindName
 from torchdlrm.features.value_index import write_index
-from torchdlrm.features.vocabulary import Vocabulary, write_rows
+from torchdlrm.features.vocabulary import Vocabulary, typed_values, write_rows
 
 _UNREADABLE = (
     *(pa.ArrowException, OSError, ValueError, KeyError, MemoryError, DatasetError),
@@ -22,6 +24,7 @@ _UNREADABLE = (
 )
 # Of a file: values take at least half of what they do unpacked, ids and counts may take nearly nothing.
 _MOST_UNPACKED = 100
+_BATCH_ROWS = 1 << 16
 _TYPES = {pa.string(), pa.int32(), pa.int64()}
 
 
@@ -70,6 +73,27 @@ def rebuild_vocabulary(base: Path, changed: Path, removed_ids: Sequence[int], pa
         write_rows(path, _as(pl.concat([kept, rows]).sort("id"), table.schema))
     except _UNREADABLE as error:
         msg = f"{base} and {changed}: not a vocabulary and rows of it: {str(error)[:200]}; copy bundle and delta again"
+        raise BundleError(msg) from error
+
+
+def read_values(path: Path, kind: SparseKindName) -> Iterator[tuple[pl.Series, NDArray[np.int32]]]:
+    """The values and ids of a vocabulary's file, or of the rows that were written by `write_changed_rows`, in pieces.
+
+    Raises:
+        BundleError: it is no such file.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            _check(file, path)
+            for batch in file.iter_batches(_BATCH_ROWS, columns=["value", "id"], use_threads=False):
+                batch.validate(full=True)
+                rows = typed_values(pl.DataFrame(batch), kind)
+                if rows.schema["id"] != pl.Int32 or rows["id"].null_count():
+                    msg = f"ids are {rows.schema['id']}, or missing"
+                    raise ValueError(msg)
+                yield rows["value"], rows["id"].to_numpy()
+    except _UNREADABLE as error:
+        msg = f"{path}: not rows of a vocabulary: {str(error)[:200]}; copy the delta again"
         raise BundleError(msg) from error
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from torchdlrm.bundle.delta import BLOCK_BYTES, CHANGES_NAME, MAX_BLOCK_ROWS, Delta, TableRecipe, WeightsRecipe
 from torchdlrm.bundle.manifest import WEIGHTS_NAME, BundleManifest, StoredFile
-from torchdlrm.bundle.weights_file import MappedWeights, write_in_pieces
+from torchdlrm.bundle.weights_file import MappedWeights, WeightsLayout, write_in_pieces
 from torchdlrm.errors import BundleError
 from torchdlrm.files import sync
 from torchdlrm.model import table_weight
@@ -129,6 +129,21 @@ def changes(delta: Delta) -> Iterator[bytes | ChangedRows]:
                 yield ChangedRows(piece, start, stop, ids, _rows(file, changed, piece.row_bytes))
 
 
+def check_tables(base: WeightsLayout, delta: Delta) -> None:
+    """See that a bundle's weights have the tables that a delta is to.
+
+    Raises:
+        BundleError: they have not.
+    """
+    for recipe in delta.manifest.weights.tables:
+        if recipe.base_rows:
+            shape = base.shapes.get(recipe.table)
+            span = base.span(recipe.table) if shape else (0, 0)
+            if not shape or recipe.base_rows > shape[0] or span[1] - span[0] != shape[0] * recipe.row_bytes:
+                msg = f"{base.path}: its {recipe.table} is {shape}, not what {delta.path} says; the delta is damaged"
+                raise BundleError(msg)
+
+
 def apply_changes(base: Path, delta: Delta, path: Path, progress: ProgressListener) -> None:
     """Write the weights of the result.
 
@@ -142,13 +157,7 @@ def apply_changes(base: Path, delta: Delta, path: Path, progress: ProgressListen
         BundleError: the base's weights are others than the delta says, or the delta's rows.
     """
     weights = MappedWeights(base / WEIGHTS_NAME)
-    for recipe in delta.manifest.weights.tables:
-        if recipe.base_rows:
-            shape = weights.shapes.get(recipe.table)
-            span = weights.span(recipe.table) if shape else (0, 0)
-            if not shape or recipe.base_rows > shape[0] or span[1] - span[0] != shape[0] * recipe.row_bytes:
-                msg = f"{base}: its table {recipe.table} is {shape}, not what {delta.path} says; the delta is damaged"
-                raise BundleError(msg)
+    check_tables(weights, delta)
     progress.start_phase("apply", delta.manifest.weights.result_bytes, unit="bytes")
     with (base / WEIGHTS_NAME).open("rb") as old, path.open("xb") as out:
         for change in changes(delta):

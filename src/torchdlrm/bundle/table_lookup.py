@@ -2,7 +2,8 @@
 
 The kernel is that of FBGEMM's `IntNBitTableBatchedEmbeddingBagsCodegen`, on which TorchRec's quantised
 EmbeddingBagCollection stands.  It takes one buffer for all tables and an offset for each: here the buffer is the mapped
-file itself, so nothing is copied and only the pages of the rows that are asked for are touched.
+file itself, so nothing is copied and only the pages of the rows that are asked for are touched; of weights that a delta
+has changed in memory it is their address range.
 
 B rows, F sparse features, T tables (F, or more where a feature has two: then R are of remainders), D embedding
 dimension, M slots for vectors (F + 1, or one more).
@@ -21,7 +22,8 @@ from torch.nn.functional import linear
 
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.precision import SPARSE_TYPES, row_bytes
+from torchdlrm.bundle.patched_weights import PatchedWeights
+from torchdlrm.bundle.precision import SPARSE_TYPES
 from torchdlrm.bundle.weights_file import blocks_of
 from torchdlrm.errors import DatasetError
 from torchdlrm.features.tables import FeatureTable, divisors
@@ -57,14 +59,16 @@ class TableLookup:
         self._order = sorted(range(len(of_all)), key=lambda place: of_all[place].is_remainder)
         tables = [of_all[place] for place in self._order]
         precisions = [features[table.feature].precision for table in tables]
-        self._row_bytes = [row_bytes(precision, table.dim) for precision, table in zip(precisions, tables, strict=True)]
-        self._starts = [bundle.weights.span(table_weight(table.key))[0] for table in tables]
-        # What the kernel sees: where a table begins in the file, its type, its dimension, whether it has ids. Of what
+        names = [table_weight(table.key) for table in tables]
+        self._places = [bundle.weights.place(name) for name in names]
+        self._numbers = bundle.weights.numbers(names) if isinstance(bundle.weights, PatchedWeights) else None
+        # What the kernel sees: where a table begins in the buffer, its type, its dimension, whether it has ids. Of what
         # has none it writes zeros: in the slot of the dense vector, behind a row that is smaller than D, in slots
         # behind. Otherwise the embeddings would have to be copied once more to make room.
-        no_ids = (self._starts[0], SPARSE_TYPES[precisions[0]].as_int())
+        starts_T = [place.start for place in self._places]
+        no_ids = (starts_T[0], SPARSE_TYPES[precisions[0]].as_int())
         seen = [(*no_ids, dim, False)]
-        for start, precision, table in zip(self._starts, precisions, tables, strict=True):
+        for start, precision, table in zip(starts_T, precisions, tables, strict=True):
             if table.is_remainder:
                 continue
             seen.append((start, SPARSE_TYPES[precision].as_int(), table.dim, True))
@@ -72,7 +76,7 @@ class TableLookup:
         num_behind = num_slots - len(features) - 1
         assert num_behind >= 0, num_slots
         seen += [(*no_ids, dim, False)] * num_behind
-        for start, precision, table in zip(self._starts, precisions, tables, strict=True):
+        for start, precision, table in zip(starts_T, precisions, tables, strict=True):
             if table.is_remainder:
                 seen.append((start, SPARSE_TYPES[precision].as_int(), dim, True))
         starts, types, dims, has_ids = (list(column) for column in zip(*seen, strict=True))
@@ -96,7 +100,7 @@ class TableLookup:
         # Of all tables in the order of the manifest: the slot, behind which there are those of remainders, and how much
         # of it is theirs.
         behind = {table.key: slot for slot, table in enumerate(remainders, start=num_slots)}
-        self._places = [(behind.get(table.key, slot_of[table.feature]), table.dim) for table in of_all]
+        self._pooled = [(behind.get(table.key, slot_of[table.feature]), table.dim) for table in of_all]
         self._projections = [
             (slot_of[table.feature], table.dim, _projection(bundle, table).to(dtype))
             for table in tables
@@ -123,7 +127,7 @@ class TableLookup:
     def pooled(self, rows: EncodedRows) -> Tensor:
         """The sums of the rows of each table, [B, sum of their dimensions]; raises as a call."""
         vectors = self._look_up(rows)
-        return torch.cat([vectors[:, slot, :dim] for slot, dim in self._places], dim=1)
+        return torch.cat([vectors[:, slot, :dim] for slot, dim in self._pooled], dim=1)
 
     def _look_up(self, rows: EncodedRows) -> Tensor:
         """[B, M + R, D]: the slots, and behind them the rows of R tables of remainders."""
@@ -148,19 +152,22 @@ class TableLookup:
             ids_TB = np.ascontiguousarray(rows.sparse)
             if not self._verifier.is_done:
                 self._verify(ids_TB)
+            flat = ids_TB.reshape(-1) if self._numbers is None else self._numbers(ids_TB)
+            ids = torch.from_numpy(flat)
             offsets = self._offsets.get(rows.num_rows)
-            if offsets is None or offsets.dtype != torch.from_numpy(ids_TB).dtype:
+            if offsets is None or offsets.dtype != ids.dtype:
                 if len(self._offsets) > 64:  # batches of many sizes must not fill the memory
                     self._offsets.clear()
-                ends = np.cumsum(np.repeat(self._has_ids, rows.num_rows), dtype=ids_TB.dtype)
+                ends = np.cumsum(np.repeat(self._has_ids, rows.num_rows), dtype=flat.dtype)
                 offsets = self._offsets[rows.num_rows] = torch.from_numpy(np.pad(ends, (1, 0)))
-            return torch.from_numpy(ids_TB).view(-1), offsets
+            return ids, offsets
         values = [ids.astype(np.int64, copy=False) for ids, _ in rows.sparse]
         if not self._verifier.is_done:
             self._verify(values)
         lengths = np.zeros((len(self._has_ids), rows.num_rows), np.int64)
         lengths[self._has_ids] = [np.diff(offsets) for _, offsets in rows.sparse]
-        return torch.from_numpy(np.concatenate(values)), torch.from_numpy(np.pad(np.cumsum(lengths), (1, 0)))
+        flat = np.concatenate(values) if self._numbers is None else self._numbers(values)
+        return torch.from_numpy(flat), torch.from_numpy(np.pad(np.cumsum(lengths), (1, 0)))
 
     def _check(self, rows: EncodedRows) -> None:
         """The kernel itself would read past the end of a table."""
@@ -182,11 +189,12 @@ class TableLookup:
             raise DatasetError(msg)
 
     def _verify(self, ids_T: NDArray[np.integer] | list[NDArray[np.int64]]) -> None:
-        """Before rows are used first, their blocks are checked."""
+        """Before rows of the file are used first, their blocks are checked; of patched ones those that they replace."""
         num_blocks = self._verifier.num_blocks
         touched = np.zeros(num_blocks, np.bool_)
-        for ids, start, length in zip(ids_T, self._starts, self._row_bytes, strict=True):
-            touched |= blocks_of(start + ids.astype(np.int64) * length, length, num_blocks)
+        for ids, place in zip(ids_T, self._places, strict=True):
+            in_file = ids[ids < place.file_rows].astype(np.int64)
+            touched |= blocks_of(place.file_start + in_file * place.row_bytes, place.row_bytes, num_blocks)
         self._verifier.require(touched)
 
 

@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,35 +121,33 @@ def write_in_pieces(file: BinaryIO, data: memoryview) -> None:
         file.write(data[start : start + _WRITE_BYTES])
 
 
-class MappedWeights:
-    """A weights file in memory, read-only; nothing is read before it is used.
+class WeightsLayout:
+    """What is where in a weights file.
+
+    Args:
+        path: of the file, for messages.
+        beginning: of the file, with the whole header.
+        size_bytes: of the file.
 
     Attributes:
-        data: the whole file, uint8 [size].  Not to be written to.
+        path: of the file.
+        size_bytes: of the file.
         shapes: of each tensor, in the order of the file.
+
+    Raises:
+        BundleError: it is no such file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        size_bytes = path.stat().st_size
-        if size_bytes <= _LENGTH_BYTES:
-            msg = f"{path}: not a safetensors file ({size_bytes} bytes long); export the bundle again"
-            raise BundleError(msg)
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-        # A lookup wants the rows it asks for, not the pages around them.
-        self._map.madvise(mmap.MADV_RANDOM)
-        header_length = int.from_bytes(self._map[:_LENGTH_BYTES], "little")
+    def __init__(self, path: Path, beginning: memoryview | mmap.mmap, size_bytes: int) -> None:
+        self.path, self.size_bytes = path, size_bytes
+        header_length = int.from_bytes(beginning[:_LENGTH_BYTES], "little")
         self._start = _LENGTH_BYTES + header_length
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*not writable.*")
-            self.data: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         try:
-            if header_length > min(len(self.data) - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+            if header_length > min(len(beginning) - _LENGTH_BYTES, _MAX_HEADER_BYTES):
                 msg = f"its header is {header_length:,} bytes long"
                 raise ValueError(msg)
-            self._entries = _parse_header(self._map[_LENGTH_BYTES : self._start])
-            _check_places(self._entries, self._start, len(self.data))
+            self._entries = _parse_header(bytes(beginning[_LENGTH_BYTES : self._start]))
+            _check_places(self._entries, self._start, size_bytes)
         except (ValueError, RecursionError) as error:
             msg = f"{path}: not a safetensors file of torchdlrm ({str(error)[:300]}); export the bundle again"
             raise BundleError(msg) from error
@@ -159,19 +158,6 @@ class MappedWeights:
         start, end = self._entries[name].data_offsets
         return self._start + start, self._start + end
 
-    def tensor(self, name: str) -> Tensor:
-        """A view of a tensor; not to be written to.
-
-        Raises:
-            BundleError: there is none of that name.
-        """
-        entry = self._entries.get(name)
-        if entry is None:
-            msg = f"{self._path}: tensor {name} is missing; export the bundle again"
-            raise BundleError(msg)
-        start, end = self.span(name)
-        return self.data[start:end].view(_DTYPES[entry.dtype]).view(entry.shape)
-
     def require(self, name: str, dtype: str, shape: tuple[int, ...], bytes_behind: int = 0) -> None:
         """See that there is such a tensor.
 
@@ -180,9 +166,80 @@ class MappedWeights:
         """
         entry = self._entries.get(name)
         found = None if entry is None else (entry.dtype, entry.shape)
-        if found != (dtype, shape) or self.span(name)[1] + bytes_behind > len(self.data):
-            msg = f"{self._path}: {name} is {found}, expected {(dtype, shape)} with {bytes_behind} bytes behind it"
+        if found != (dtype, shape) or self.span(name)[1] + bytes_behind > self.size_bytes:
+            msg = f"{self.path}: {name} is {found}, expected {(dtype, shape)} with {bytes_behind} bytes behind it"
             raise BundleError(msg)
+
+    def _span_of(self, name: str) -> tuple[int, int]:
+        """As `span`; raises BundleError where there is no tensor of that name."""
+        if name not in self._entries:
+            msg = f"{self.path}: tensor {name} is missing; export the bundle again"
+            raise BundleError(msg)
+        return self.span(name)
+
+    def _shaped(self, name: str, numbers: Tensor) -> Tensor:
+        """The bytes of a tensor in its type and shape."""
+        entry = self._entries[name]
+        return numbers.view(_DTYPES[entry.dtype]).view(entry.shape)
+
+
+@dataclass(frozen=True)
+class TablePlace:
+    """Where the rows of a table are.
+
+    Attributes:
+        start: of its first row in the `data` that holds the table, in bytes.
+        file_start: of its first row in the file.
+        file_rows: how many of its rows the file has; 0 where the file has none of it.
+        row_bytes: of a row.
+    """
+
+    start: int
+    file_start: int
+    file_rows: int
+    row_bytes: int
+
+
+class MappedWeights(WeightsLayout):
+    """A weights file in memory, read-only; nothing is read before it is used.
+
+    Attributes:
+        data: the whole file, uint8 [size].  Not to be written to.
+        file: its handle, open as long as this is.
+
+    Raises:
+        BundleError: it is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        size_bytes = path.stat().st_size
+        if size_bytes <= _LENGTH_BYTES:
+            msg = f"{path}: not a safetensors file ({size_bytes} bytes long); export the bundle again"
+            raise BundleError(msg)
+        self.file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self.file)
+        mapped = mmap.mmap(self.file, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        # A lookup wants the rows it asks for, not the pages around them.
+        mapped.madvise(mmap.MADV_RANDOM)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable.*")
+            self.data: Tensor = torch.frombuffer(mapped, dtype=torch.uint8)
+        super().__init__(path, mapped, len(self.data))
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of a tensor; not to be written to.
+
+        Raises:
+            BundleError: there is none of that name.
+        """
+        start, end = self._span_of(name)
+        return self._shaped(name, self.data[start:end])
+
+    def place(self, name: str) -> TablePlace:
+        """Where the rows of a table are."""
+        start, end = self.span(name)
+        num_rows = self.shapes[name][0]
+        return TablePlace(start, start, num_rows, (end - start) // max(1, num_rows))
 
 
 class _Entry(BaseModel):

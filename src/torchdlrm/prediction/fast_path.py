@@ -24,7 +24,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from torchdlrm.bundle.bundle import PlainIds
+from torchdlrm.bundle.bundle import ServedVocabulary
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.features.cells import null_numbers
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
@@ -33,11 +33,10 @@ from torchdlrm.features.kinds import ValueKind
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_hash import hash_integers
-from torchdlrm.features.value_index import ValueIndex
 from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS
 from torchdlrm.prediction.shared_rows import Part, Row, cells_of, parts_of
 
-Vocabularies = Mapping[str, ValueIndex | PlainIds]
+Vocabularies = Mapping[str, ServedVocabulary]
 # Up to so many rows an id is found faster by itself than by a dozen calls of NumPy for the column.
 _FEW_ROWS = 16
 # The ids of these buckets are a table, not searched in an index: the 13 bucket features of a row take 19 us.

@@ -1,0 +1,292 @@
+"""Puts the rows that a delta changed over a mapped weights file: the weights of its result, without a copy of the rest.
+
+In: the weights of a bundle, and a delta to it.  Out: the same surface over another layout, and numbers of rows by which
+the lookup kernel finds changed ones.
+
+The kernel takes one address range, in which row i of a table lies i rows behind its first.  So a range is made that has
+of each table the pages of the file, mapped as they are, and behind them memory of its own for changed rows:
+
+    | pages of table 0 | its changed rows | pages of table 1 | its changed rows | ...
+
+To the kernel changed rows are rows of the same table with larger numbers.  Memory is needed for the rows that changed
+since the file was written, each once, whatever the number of deltas, and for finding them: 8 to 12 bytes a row.
+Writing into private pages of the file instead would cost a page of 4,096 bytes a row.
+"""
+
+import ctypes
+import mmap
+import os
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchdlrm.bundle.delta import CHANGES_NAME, Delta, TableRecipe
+from torchdlrm.bundle.delta_weights import changes, check_tables
+from torchdlrm.bundle.weights_file import PADDING_BYTES, MappedWeights, TablePlace, WeightsLayout
+from torchdlrm.errors import BundleError
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_PROT_NONE, _MAP_FIXED, _FAILED = 0, 0x10, ctypes.c_void_p(-1).value
+# What spreads keys of each type over its bits: 2^bits by the golden ratio.
+_FACTORS = {np.uint32: 0x9E3779B1, np.uint64: 0x9E3779B97F4A7C15}
+# Of the filter of changed rows: one key in five to nine that is not changed is looked for among them in vain.
+_SLOTS_PER_ROW = 4
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table of which K rows are changed.
+
+    Attributes:
+        place: of its rows in the file and in the range.
+        num_rows: as it is now.
+        first_key: of its row 0, among the rows of all tables.
+        first: which of all changed rows its first one is.
+        count: K.
+        first_number: by which the kernel finds its first changed row.
+    """
+
+    place: TablePlace
+    num_rows: int
+    first_key: int
+    first: int
+    count: int
+    first_number: int
+
+    @property
+    def changed(self) -> slice:
+        """Where its changed rows lie in the range."""
+        start = self.place.start + self.first_number * self.place.row_bytes
+        return slice(start, start + self.count * self.place.row_bytes)
+
+
+class PatchedWeights(WeightsLayout):
+    """The weights of a delta's result.
+
+    Args:
+        before: the weights of the delta's base, mapped or themselves patched: then their changed rows are copied.
+        delta: what changed.
+
+    Attributes:
+        data: the range, uint8.  Not to be written to.
+        num_rows: how many have changed since the file was written.
+
+    Raises:
+        BundleError: the delta is not to these weights, or says what cannot be.
+    """
+
+    def __init__(self, before: "MappedWeights | PatchedWeights", delta: Delta) -> None:
+        check_tables(before, delta)
+        self._file: MappedWeights = before if isinstance(before, MappedWeights) else before._file
+        self._parts, ids = _read(delta)
+        size_bytes = delta.manifest.weights.result_bytes
+        super().__init__(delta.path / CHANGES_NAME, memoryview(self._parts.get(0, bytearray(8))), size_bytes)
+        recipes = {recipe.table: recipe for recipe in delta.manifest.weights.tables}
+        kept = {name: _changed_before(before, recipe) for name, recipe in recipes.items()}
+        ids = {name: np.union1d(kept[name], own) for name, own in ids.items()}
+        self._tables: dict[str, _Table] = {}
+        self._arrange(before, delta, {name: len(own) for name, own in ids.items()})
+        self.data = _range_of(self._file.file, self._tables.values())
+        self.num_rows = sum(map(len, ids.values()))
+        kind = np.uint32 if sum(recipe.num_rows for recipe in recipes.values()) < 2**32 else np.uint64
+        keys = [(own + self._tables[name].first_key).astype(kind) for name, own in ids.items()]
+        # Ends with one that no row has, so that each search ends within.
+        self._keys: NDArray[np.unsignedinteger] = np.concatenate([*keys, np.array([np.iinfo(kind).max], kind)])
+        self._may_be_changed = np.zeros(1 << (_SLOTS_PER_ROW * self.num_rows).bit_length(), np.bool_)
+        self._may_be_changed[_slots(self._keys, len(self._may_be_changed))] = True
+        for name, own in kept.items():
+            if len(own):
+                assert isinstance(before, PatchedWeights), "a file has no changed rows"
+                self._put(name, own, before._rows(name)[np.searchsorted(before._ids(name), own)])
+        for change in changes(delta):
+            if not isinstance(change, bytes):
+                self._put(change.recipe.table, change.ids, change.rows)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the changed rows and of what finds them."""
+        rows = sum(table.count * table.place.row_bytes for table in self._tables.values())
+        return rows + self._keys.nbytes + self._may_be_changed.nbytes
+
+    def tensor(self, name: str) -> Tensor:
+        """A copy of a tensor that is no table.
+
+        Raises:
+            BundleError: there is none of that name.
+        """
+        start, end = self._span_of(name)
+        for first, part in self._parts.items():
+            if first <= start and end <= first + len(part):
+                return self._shaped(
+                    name, torch.frombuffer(part, dtype=torch.uint8)[start - first : end - first].clone()
+                )
+        msg = f"{self.path}: tensor {name} is a table, or lies across one; the delta is damaged"
+        raise BundleError(msg)
+
+    def place(self, name: str) -> TablePlace:
+        """Where the rows of a table are.
+
+        Raises:
+            BundleError: the delta has no such table.
+        """
+        if name not in self._tables:
+            msg = f"{self.path}: {name} is no table of it; the delta is damaged"
+            raise BundleError(msg)
+        return self._tables[name].place
+
+    def numbers(self, names: Sequence[str]) -> "RowNumbers":
+        """What gives the numbers of rows in `data` for ids of these tables."""
+        return RowNumbers(self._keys, self._may_be_changed, [self._tables[name] for name in names])
+
+    def _arrange(self, before: "MappedWeights | PatchedWeights", delta: Delta, num_changed: dict[str, int]) -> None:
+        """Say where the tables and their changed rows come to lie in the range."""
+        start = first_key = first = position = 0
+        for piece in delta.manifest.weights.pieces:
+            if isinstance(piece, int):
+                position += piece
+                continue
+            name, row_bytes, count = piece.table, piece.row_bytes, num_changed[piece.table]
+            end = position + piece.num_rows * row_bytes
+            if name in self._tables or name not in self.shapes or self.span(name) != (position, end):
+                msg = f"{self.path}: {name} is not where its header says; the delta is damaged"
+                raise BundleError(msg)
+            position = end
+            old = before.place(name) if piece.base_rows else TablePlace(0, 0, 0, row_bytes)
+            head = old.file_start % mmap.PAGESIZE
+            place = TablePlace(start + head, old.file_start, old.file_rows, row_bytes)
+            first_number = -(-(_mapped_bytes(place) - head) // row_bytes)
+            table = _Table(place, piece.num_rows, first_key, first, count, first_number)
+            self._tables[name] = table
+            start = _whole_pages(table.changed.stop + PADDING_BYTES)
+            first_key, first = first_key + piece.num_rows, first + count
+
+    def _ids(self, name: str) -> NDArray[np.int64]:
+        """Of a table's changed rows: int64 [K], ascending."""
+        table = self._tables[name]
+        return self._keys[table.first : table.first + table.count].astype(np.int64) - table.first_key
+
+    def _rows(self, name: str) -> NDArray[np.uint8]:
+        """A table's changed rows: uint8 [K, row_bytes]."""
+        table = self._tables[name]
+        rows: NDArray[np.uint8] = self.data[table.changed].numpy().reshape(table.count, table.place.row_bytes)
+        return rows
+
+    def _put(self, name: str, ids: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
+        table = self._tables[name]
+        keys = self._keys[table.first : table.first + table.count]
+        self._rows(name)[np.searchsorted(keys, (ids + table.first_key).astype(keys.dtype))] = rows
+
+
+class RowNumbers:
+    """Numbers of rows in the range of patched weights, of T tables.
+
+    Args:
+        keys: of all changed rows, ascending.
+        may_be_changed: whether a row whose key comes to this slot may be one of them.
+        tables: the T tables.
+    """
+
+    def __init__(
+        self, keys: NDArray[np.unsignedinteger], may_be_changed: NDArray[np.bool_], tables: list[_Table]
+    ) -> None:
+        self._keys, self._may_be_changed = keys, may_be_changed
+        self._first_keys = np.array([table.first_key for table in tables], keys.dtype)
+        self._beyond = np.array([table.first_number - table.first for table in tables], np.int64)
+
+    def __call__(self, ids_T: NDArray[np.integer] | Sequence[NDArray[np.integer]]) -> NDArray[np.int64]:
+        """The number of each id's row, table by table: int64.
+
+        Args:
+            ids_T: [T, B], or the ids of each table.
+        """
+        if isinstance(ids_T, np.ndarray):
+            numbers, lengths = ids_T.reshape(-1).astype(np.int64), np.array(ids_T.shape[1])
+        else:
+            numbers, lengths = np.concatenate(ids_T).astype(np.int64), np.array([len(ids) for ids in ids_T])
+        keys = numbers.astype(self._keys.dtype) + np.repeat(self._first_keys, lengths)
+        likely = np.flatnonzero(self._may_be_changed[_slots(keys, len(self._may_be_changed))])
+        wanted = keys[likely]
+        found = np.searchsorted(self._keys, wanted)
+        is_changed = self._keys[found] == wanted
+        changed = likely[is_changed]
+        numbers[changed] = found[is_changed] + np.repeat(self._beyond, lengths)[changed]
+        return numbers
+
+
+def _read(delta: Delta) -> tuple[dict[int, bytearray], dict[str, NDArray[np.int64]]]:
+    """What is no table, in pieces that lie together, by where they begin; and the ids of each table's changed rows."""
+    parts: dict[int, bytearray] = {}
+    ids: dict[str, list[NDArray[np.int64]]] = {recipe.table: [] for recipe in delta.manifest.weights.tables}
+    position, part = 0, bytearray()
+    for change in changes(delta):
+        if isinstance(change, bytes):
+            part = parts.setdefault(position - len(part), part)
+            part += change
+            position += len(change)
+        else:
+            part = bytearray()
+            ids[change.recipe.table].append(change.ids)
+            position += (change.stop - change.start) * change.recipe.row_bytes
+    return parts, {name: np.concatenate([np.empty(0, np.int64), *own]) for name, own in ids.items()}
+
+
+def _changed_before(before: MappedWeights | PatchedWeights, recipe: TableRecipe) -> NDArray[np.int64]:
+    """Ids of a table's rows that had changed already: they are copied, and replaced where they change again."""
+    if isinstance(before, MappedWeights) or not recipe.base_rows:
+        return np.empty(0, np.int64)
+    ids = before._ids(recipe.table)
+    return ids[ids < recipe.base_rows]
+
+
+def _slots(keys: NDArray[np.unsignedinteger], num_slots: int) -> NDArray[np.unsignedinteger]:
+    """Where keys stand in a filter of so many slots, a power of two."""
+    kind = keys.dtype.type
+    slots: NDArray[np.unsignedinteger] = (keys * kind(_FACTORS[kind])) >> kind(
+        8 * keys.itemsize + 1 - num_slots.bit_length()
+    )
+    return slots
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _mapped_bytes(place: TablePlace) -> int:
+    """Of the pages in which the file has rows of a table."""
+    return _whole_pages(place.file_start % mmap.PAGESIZE + place.file_rows * place.row_bytes) if place.file_rows else 0
+
+
+def _range_of(file: int, tables: Iterable[_Table]) -> Tensor:
+    """An address range with the pages of each table, and memory behind them; given back with its last user."""
+    size_bytes = max((_whole_pages(table.changed.stop + PADDING_BYTES) for table in tables), default=mmap.PAGESIZE)
+    # Nothing is accounted for what nobody may touch.
+    anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    start = _map(None, size_bytes, _PROT_NONE, anonymous, -1, 0)
+    memory = (ctypes.c_ubyte * size_bytes).from_address(start)
+    weakref.finalize(memory, _LIBC.munmap, start, size_bytes).atexit = False
+    for table in tables:
+        head, mapped = table.place.file_start % mmap.PAGESIZE, _mapped_bytes(table.place)
+        begin, end = start + table.place.start - head, start + _whole_pages(table.changed.stop + PADDING_BYTES)
+        if mapped:
+            _map(begin, mapped, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, file, table.place.file_start - head)
+            _LIBC.madvise(begin, mapped, mmap.MADV_RANDOM)
+        writable = mmap.PROT_READ | mmap.PROT_WRITE
+        _map(begin + mapped, end - begin - mapped, writable, anonymous | _MAP_FIXED, -1, 0)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _map(address: int | None, size_bytes: int, protection: int, flags: int, file: int, offset: int) -> int:
+    found: int = _LIBC.mmap(address, size_bytes, protection, flags, file, offset)
+    if found == _FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{size_bytes:,} bytes cannot be mapped: {os.strerror(number)}")
+    return found
