@@ -129,7 +129,7 @@ def test_ten_thousand_requests_while_two_bundles_are_swapped(serve, link, small_
 
 def test_a_bundle_that_fails_is_not_served(serve, link, small_bundle, other_bundle, rows, tmp_path):
     path, move = link
-    server = serve(path, DLRM_API_KEY=KEY)
+    server = serve(path, "--follow-s", 0, DLRM_API_KEY=KEY)
     damaged = tmp_path / "damaged"
     shutil.copytree(other_bundle, damaged)
     weights = damaged / "weights.safetensors"

@@ -19,10 +19,13 @@ def serve(
     options: ServeOptions = ServeOptions(),  # noqa: B008 - frozen, and what the parser fills
     as_json: Json = False,
 ) -> None:
-    """Serve a bundle: Open Inference Protocol v2, POST /predict, a page at /, /metrics; SIGTERM drains, SIGHUP swaps.
+    """Serve a bundle: Open Inference Protocol v2, POST /predict, a page at /, /metrics; follows a moved link.
+
+    SIGTERM drains, SIGHUP loads the bundle again.
 
     Args:
-        bundle: Folder written by `dlrm export`, or a symbolic link to one: move it and send SIGHUP to serve another.
+        bundle: Folder written by `dlrm export`, or a symbolic link to one: when it is moved, what it leads to is
+            served, by deltas in memory where they lie next to it.
         options: of the server.
         as_json: Print one JSON object on standard output when requests can be sent.
     """

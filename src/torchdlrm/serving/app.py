@@ -85,7 +85,7 @@ class _Answers:
         served, max_rows = service.bundles.current, service.options.max_rows_per_request
         rows, num_bytes = await off_loop_if_large(lambda: read_rows(body, served.schema, max_rows), len(body))
         answer = await self._predicted(request, served, rows, num_bytes, started_s)
-        return _json({"predictions": answer.probabilities, "model": service.name, "version": served.version})
+        return _json({"predictions": answer.probabilities, "model": service.name, **served.told})
 
     async def schema(self, _: Request) -> Response:
         return _json(self._service.describe())
@@ -119,13 +119,14 @@ class _Answers:
 
     async def model(self, request: Request) -> Response:
         served = self._service.check_model(**request.path_params)
-        return _json(model_metadata(self._service.name, served.version, served.schema))
+        period = {} if served.bundle.period is None else {"period": served.bundle.period}
+        return _json(model_metadata(self._service.name, served.version, served.schema) | period)
 
     async def model_ready(self, request: Request) -> Response:
         served = self._service.check_model(**request.path_params)
         if not self._service.is_ready:
             return await self.ready(request)
-        return _json({"name": self._service.name, "version": served.version, "ready": True})
+        return _json({"name": self._service.name, **served.told, "ready": True})
 
     async def infer(self, request: Request) -> Response:
         service = self._service
@@ -135,7 +136,7 @@ class _Answers:
         header_length = request.headers.get(HEADER_LENGTH)
         asked = await off_loop_if_large(lambda: parse_infer(body, header_length, served.schema, max_rows), len(body))
         answer = await self._predicted(request, served, asked.rows, len(body), started_s, asked.timeout_us)
-        content, headers = format_infer(service.name, served.version, asked, answer.probabilities)
+        content, headers = format_infer(service.name, served.bundle, asked, answer.probabilities)
         return Response(content, headers=headers)
 
     async def _body(self, request: Request) -> tuple[bytes, float]:

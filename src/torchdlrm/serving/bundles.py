@@ -7,16 +7,36 @@ so no answer is made of two bundles; the old one is freed with its last request.
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torchdlrm.bundle.bundle import Verify
-from torchdlrm.errors import TorchDLRMError
+from torchdlrm.bundle.bundle import Bundle, Verify
+from torchdlrm.bundle.delta import Delta
+from torchdlrm.bundle.patched_bundle import PatchedBundle
+from torchdlrm.errors import BundleError, TorchDLRMError
 from torchdlrm.model.model_class import ModelClass
 from torchdlrm.prediction.predictor import Predictor
+from torchdlrm.serving.following import Target, deltas_to
 from torchdlrm.serving.row_routes import Examples, examples_of
 
-Outcome = Literal["swapped", "unchanged"]
+# Of a bundle's bytes, what deltas may take of memory before it is mapped instead.
+_MOST_PATCHED = 0.5
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What came of an attempt to serve what the path leads to.
+
+    Attributes:
+        outcome: whether another bundle is served now.
+        num_deltas: that were applied in memory; 0 where a whole bundle was loaded.
+        refused: why deltas that lead there were not applied, and a whole bundle was loaded instead.
+    """
+
+    outcome: Literal["swapped", "unchanged"]
+    num_deltas: int = 0
+    refused: str | None = None
 
 
 class Bundles:
@@ -50,46 +70,108 @@ class Bundles:
     ) -> None:
         self._path, self._verify, self._swapped = path, verify, swapped
         self._model_class, self._may_have_changed = model_class, allow_changed_model_class
-        self.current, self.examples = self._load("lazy" if is_checked else verify)
+        self._seen, self._has_failed = Target.of(path), False
+        self.current, self.examples = _checked(self._open(self._seen, "lazy" if is_checked else verify))
         self._one_at_a_time = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, "loader")
 
-    async def reload(self) -> Outcome:
+    async def reload(self) -> Swap:
         """Load what lies at the path now, check it, and serve it from then on.
 
         Raises:
             BundleError: it is damaged, or fails its own sample; the old one is served as before.
         """
         async with self._one_at_a_time:
-            loop = asyncio.get_running_loop()
-            try:
-                predictor, examples = await loop.run_in_executor(self._loader, self._load, self._verify)
-            except TorchDLRMError:
-                raise
-            except Exception as error:
-                msg = f"{self._path}: cannot be loaded: {error}"
-                raise TorchDLRMError(msg) from error
-            before, now = self.current.bundle, predictor.bundle
-            # The same version out of other files is a bundle that was copied again, because of damage perhaps that
-            # is found only later.
-            is_same = now.version == before.version and now.files.identity == before.files.identity
-            if is_same and before.find_damage() is None:
-                return "unchanged"
-            old, self.current, self.examples = self.current, predictor, examples
-            self._swapped(old, predictor)
-            return "swapped"
+            return await self._swap(await self._look(), is_followed=False)
+
+    async def follow(self) -> Swap | None:
+        """Serve what the path leads to, if that is another folder than last time: by deltas in memory, if it has them.
+
+        What has failed is tried again when it is copied again, or by `reload`.
+
+        Returns:
+            None where nothing is new.
+
+        Raises:
+            BundleError: it is damaged, or fails its own sample; the old one is served as before.
+        """
+        async with self._one_at_a_time:
+            target = await self._look()
+            if target.path == self._seen.path and not (self._has_failed and target != self._seen):
+                return None
+            return await self._swap(target, is_followed=True)
 
     def close(self) -> None:
         """Stop loading bundles."""
         self._loader.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self, verify: Verify) -> tuple[Predictor, Examples]:
-        """Open the bundle, and see that it predicts what it says it must."""
-        predictor = Predictor.open(
-            self._path.resolve(),
+    async def _look(self) -> Target:
+        """In the thread: a file system may take its time."""
+        return await asyncio.get_running_loop().run_in_executor(self._loader, Target.of, self._path)
+
+    async def _swap(self, target: Target, *, is_followed: bool) -> Swap:
+        self._seen, self._has_failed = target, True
+        loop = asyncio.get_running_loop()
+        try:
+            predictor, examples, swap = await loop.run_in_executor(self._loader, self._load, target, is_followed)
+        except TorchDLRMError:
+            raise
+        except Exception as error:
+            msg = f"{self._path}: cannot be loaded: {error}"
+            raise TorchDLRMError(msg) from error
+        self._has_failed = False
+        before, now = self.current.bundle, predictor.bundle
+        # The same version out of other files is a bundle that was copied again, because of damage perhaps that
+        # is found only later.
+        is_same = now.version == before.version and now.files.identity == before.files.identity
+        if is_same and before.find_damage() is None:
+            return Swap("unchanged")
+        old, self.current, self.examples = self.current, predictor, examples
+        self._swapped(old, predictor)
+        return swap
+
+    def _load(self, target: Target, is_followed: bool) -> tuple[Predictor, Examples, Swap]:  # noqa: FBT001 - by a thread
+        """A predictor of the target, checked; by deltas where it is followed, or where there is nothing but deltas."""
+        refused = None
+        if is_followed or not target.has_bundle:
+            try:
+                deltas = deltas_to(target, self.current.bundle.manifest_sha256)
+                bundle = self._patched(deltas)
+                whole_bytes = sum(record.size_bytes for record in bundle.manifest.files.values())
+                if deltas and (not target.has_bundle or bundle.memory_bytes <= _MOST_PATCHED * whole_bytes):
+                    return *_checked(bundle), Swap("swapped", num_deltas=len(deltas))
+            except Exception as error:
+                if not target.has_bundle:
+                    raise
+                refused = f"{error}"
+        if not target.has_bundle and target.has_delta:
+            msg = (
+                f"{target.path}: no whole bundle, and no deltas that lead there from the version that is served, "
+                f"{self.current.version}; copy the whole bundle, or all deltas since"
+            )
+            raise BundleError(msg)
+        return *_checked(self._open(target, self._verify)), Swap("swapped", refused=refused)
+
+    def _patched(self, deltas: list[Path]) -> Bundle:
+        """What is served, with these deltas applied in memory."""
+        bundle = self.current.bundle
+        if deltas and (damage := bundle.find_damage()) is not None:
+            raise damage
+        for path in deltas:
+            bundle = PatchedBundle(bundle, Delta.open(path))
+        return bundle
+
+    def _open(self, target: Target, verify: Verify) -> Bundle:
+        return Bundle.open(
+            target.path,
             model_class=self._model_class,
             allow_changed_model_class=self._may_have_changed,
             verify=verify,
         )
-        predictor.check_sample()
-        return predictor, examples_of(predictor)
+
+
+def _checked(bundle: Bundle) -> tuple[Predictor, Examples]:
+    """See that a bundle predicts what it says it must."""
+    predictor = Predictor(bundle)
+    predictor.check_sample()
+    return predictor, examples_of(predictor)

@@ -5,6 +5,7 @@ is read when prometheus_client loads), and whichever process is asked sums them 
 cleaned away: then the files are made again, and the counters begin at 0, as after a restart.
 """
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,7 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.serving.batcher import BatchReport
 
 MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
@@ -40,7 +42,8 @@ class ServerMetrics:
     def __init__(self, queued_rows: Callable[[], int]) -> None:
         folder = os.environ.get(MULTIPROCESS_FOLDER)
         self._files = None if folder is None else _SharedFiles(Path(folder))
-        self._served: tuple[str, str] | None = None
+        self._served: Callable[[], None] | None = None
+        self._has_period = False
         self.registry = CollectorRegistry()
         self._queued_rows = queued_rows
         counter = partial(Counter, registry=self.registry)
@@ -58,6 +61,15 @@ class ServerMetrics:
         self._predictions = counter("dlrm_predictions_sum", "Sum of all predicted probabilities; of dlrm_rows_total.")
         self._bundle = gauge(
             "dlrm_bundle_workers", "Processes that serve this version of the model.", ["model", "version"]
+        )
+        self._period = gauge(
+            "dlrm_bundle_period",
+            "Number of the last period that the served model has learnt from; of several processes the lowest.",
+            ["model"],
+            multiprocess_mode="livemin",
+        )
+        self._patched = gauge(
+            "dlrm_bundle_patched_bytes", "Memory for what deltas have changed of the bundle's files.", ["model"]
         )
         self._swaps = counter("dlrm_bundle_swaps", "Attempts to swap the bundle.", ["outcome"])
         self._lost_rows = counter("dlrm_log_dropped_rows", "Predicted rows that the log of predictions dropped.")
@@ -85,12 +97,19 @@ class ServerMetrics:
         """Count rows that the log of predictions dropped."""
         self._lost_rows.inc(num_rows)
 
-    def bundle_served(self, model: str, version: str, *, before: str | None) -> None:
-        """Note which version the process serves now, and which one before."""
+    def bundle_served(self, model: str, bundle: Bundle, *, before: Bundle | None) -> None:
+        """Note which bundle the process serves now, and which one before."""
         if before is not None:
-            self._bundle.labels(model, before).set(0)
+            self._bundle.labels(model, before.version).set(0)
+        self._served = partial(self._note_served, model, bundle.version, bundle.period, bundle.memory_bytes)
+        self._served()
+
+    def _note_served(self, model: str, version: str, period: int | None, patched_bytes: int) -> None:
         self._bundle.labels(model, version).set(1)
-        self._served = model, version
+        self._patched.labels(model).set(patched_bytes)
+        if period is not None or self._has_period:  # none any more is NaN
+            self._has_period = True
+            self._period.labels(model).set(math.nan if period is None else period)
 
     def swap_done(self, outcome: str) -> None:
         """Count an attempt to swap the bundle."""
@@ -99,7 +118,7 @@ class ServerMetrics:
     def note_queue(self) -> None:
         """Bring the gauge of waiting rows up to date, and the files back if somebody has removed them."""
         if self._files is not None and self._files.restore() and self._served is not None:
-            self._bundle.labels(*self._served).set(1)
+            self._served()
         self._queue.set(self._queued_rows())
 
     def text(self) -> bytes:

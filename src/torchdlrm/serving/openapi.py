@@ -83,7 +83,8 @@ def _schemas(service: Service) -> Json:
                 "predictions": {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}},
                 "model": {"type": "string"},
                 "version": {"type": "string"},
-            }
+            },
+            {"period": {"type": "integer", "minimum": 0}},
         ),
         "InferRequest": {
             "type": "object",
@@ -102,6 +103,7 @@ def _schemas(service: Service) -> Json:
                 "model_name": {"type": "string"},
                 "model_version": {"type": "string"},
                 "id": {"type": "string"},
+                "parameters": {"type": "object", "properties": {"period": {"type": "integer", "minimum": 0}}},
                 "outputs": {"type": "array", "items": {"type": "object"}},
             },
         },
@@ -176,11 +178,11 @@ def _answer(schema: str | None, description: str) -> Json:
     return {"description": description, "content": content}
 
 
-def _object(properties: Json) -> Json:
+def _object(required: Json, others: Json | None = None) -> Json:
     return {
         "type": "object",
-        "required": list(properties),
-        "properties": properties,
+        "required": list(required),
+        "properties": required | (others or {}),
         "additionalProperties": False,
     }
 

@@ -59,6 +59,8 @@ class ServeOptions:
         shutdown_timeout_s: How long to wait then for requests that are not answered yet.
         log_predictions: Folder for Parquet files of all rows and their predictions, which `dlrm preprocess` reads.
         verify: full checks every byte before serving; lazy each block before its first use.
+        follow_s: How often to look whether the bundle's symbolic link leads elsewhere, to serve that then; 0 for never:
+            only SIGHUP and POST /admin/reload swap.
         num_threads: Threads of the model in each process; by default half of the cores that it has.
         log_level: Level of the log on standard error: info has a line for every request.
     """
@@ -86,6 +88,7 @@ class ServeOptions:
     shutdown_timeout_s: Duration = 30.0
     log_predictions: Path | None = None
     verify: Literal["full", "lazy"] = "full"
+    follow_s: Duration = 1.0
     num_threads: Count | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

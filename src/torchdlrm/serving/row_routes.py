@@ -3,7 +3,7 @@
 In: the body of `POST /predict`.  Out: rows.  And the columns of the model, with examples, for `GET /schema`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -120,7 +120,7 @@ def rows_as_logged(frame: pl.DataFrame, schema: FeatureSchema) -> list[dict[str,
     return pl.DataFrame([written_cells(frame[column.name], column) for column in schema.features]).to_dicts()
 
 
-def describe(name: str, version: str, schema: FeatureSchema, examples: Examples, max_rows: int) -> dict[str, Any]:
+def describe(model: Mapping[str, Any], schema: FeatureSchema, examples: Examples, max_rows: int) -> dict[str, Any]:
     """Describe the columns of the model's log, in its order, with a few rows, for `GET /schema`.
 
     The rows are made back from encoded ones: where `unknown` names a feature, its value stands for any that is not in
@@ -149,8 +149,7 @@ def describe(name: str, version: str, schema: FeatureSchema, examples: Examples,
                 described["weight_separator"] = column.weight_separator
         columns.append(described)
     return {
-        "model": name,
-        "version": version,
+        **model,
         "separator": schema.separator,
         "quote": schema.quote,
         "max_rows": max_rows,

@@ -40,7 +40,7 @@ def serve(
     `if __name__ == "__main__":`, because each worker imports it.
 
     Args:
-        bundle: the bundle's folder, or a symbolic link to one: move it and send SIGHUP to serve another.
+        bundle: the bundle's folder, or a symbolic link to one: when it is moved, what it leads to is served.
         options: of the server.
         started: is called once all processes can answer requests.
 

@@ -11,7 +11,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 import torch
 
 from torchdlrm.bundle import check_model_name
+from torchdlrm.bundle.patched_bundle import PatchedBundle
 from torchdlrm.errors import RowError, TorchDLRMError, shown
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.serving.access import ApiKeys
 from torchdlrm.serving.batcher import Answer, Batcher, BatchReport, PredictionRequest
 from torchdlrm.serving.bodies import Uploads
-from torchdlrm.serving.bundles import Bundles
+from torchdlrm.serving.bundles import Bundles, Swap
 from torchdlrm.serving.event_log import log_event, note_event
 from torchdlrm.serving.metrics import ServerMetrics
 from torchdlrm.serving.options import ServeOptions
@@ -44,7 +45,7 @@ class Service:
     """One process of a server; `start` in its event loop.
 
     Args:
-        bundle: the bundle's folder, or a symbolic link to one, which may be moved for a swap.
+        bundle: the bundle's folder, or a symbolic link to one, which is followed when it is moved.
         options: of the server.
         notify_others: asks the server's other processes to swap too.
         is_checked: whether another process has just checked all of the bundle.
@@ -88,7 +89,7 @@ class Service:
         self._damaged: Predictor | None = None
         self._numbers = itertools.count(1)
         self._id_prefix = f"{os.getpid():x}-{secrets.token_hex(4)}"
-        self.metrics.bundle_served(self.name, served.version, before=None)
+        self.metrics.bundle_served(self.name, served.bundle, before=None)
 
     async def start(self) -> None:
         """Start predicting; call this in the event loop."""
@@ -141,7 +142,7 @@ class Service:
     def describe(self) -> dict[str, Any]:
         """Make the answer of `GET /schema`."""
         served, max_rows = self.bundles.current, self.options.max_rows_per_request
-        return describe(self.name, served.version, served.schema, self.bundles.examples, max_rows)
+        return describe({"model": self.name, **served.told}, served.schema, self.bundles.examples, max_rows)
 
     def check_model(self, name: str, version: str | None = None) -> Predictor:
         """Return the predictor of the model that a client names.
@@ -193,26 +194,45 @@ class Service:
         self.metrics.request_done(route, status, total_s)
         log_event(level, "request", **fields, status=int(status), milliseconds=round(1e3 * total_s, 3))
 
-    async def reload(self) -> Mapping[str, str]:
+    async def reload(self) -> Mapping[str, object]:
         """Serve what lies at the bundle's path now; return what came of it.
 
         Raises:
             TorchDLRMError: it cannot be served; the old bundle is, as before.
         """
-        before = self.bundles.current.version
+        swap = await self._swap(self.bundles.reload)
+        assert swap is not None, "it was not asked whether something is new"
+        return {"outcome": swap.outcome, "model": self.name, **self.bundles.current.told}
+
+    async def follow(self) -> None:
+        """Serve what the bundle's path leads to, if that is new; whatever fails is in the log."""
+        with contextlib.suppress(TorchDLRMError):
+            await self._swap(self.bundles.follow)
+
+    async def _swap(self, attempt: Callable[[], Awaitable[Swap | None]]) -> Swap | None:
+        before, started_s = self.bundles.current.version, time.perf_counter()
         try:
-            outcome = await self.bundles.reload()
+            swap = await attempt()
         except TorchDLRMError as error:
             self.metrics.swap_done("failed")
             log_event(logging.ERROR, "swap failed", version=before, message=str(error))
             raise
-        self.metrics.swap_done(outcome)
-        note_event(f"bundle {outcome}", before=before, version=self.bundles.current.version)
-        return {"outcome": outcome, "model": self.name, "version": self.bundles.current.version}
+        if swap is not None:
+            if swap.refused is not None:
+                self.metrics.swap_done("delta refused")
+                log_event(logging.ERROR, "delta refused", version=before, message=swap.refused)
+            self.metrics.swap_done(swap.outcome)
+            seconds, now = time.perf_counter() - started_s, self.bundles.current
+            about: dict[str, object] = {"seconds": round(seconds, 3)}
+            if isinstance(now.bundle, PatchedBundle):
+                about |= {"deltas": swap.num_deltas, "patched_rows": now.bundle.weights.num_rows}
+                about |= {"patched_values": now.bundle.num_values, "patched_bytes": now.bundle.memory_bytes}
+            note_event(f"bundle {swap.outcome}", before=before, **now.told, **about)
+        return swap
 
     def _swapped(self, before: Predictor, after: Predictor) -> None:
         self._damaged = None
-        self.metrics.bundle_served(self.name, after.version, before=before.version)
+        self.metrics.bundle_served(self.name, after.bundle, before=before.bundle)
 
     def _batch_done(self, report: BatchReport) -> None:
         self.metrics.batch_done(report)
@@ -249,6 +269,13 @@ def configure_threads(options: ServeOptions) -> None:
     torch.set_num_threads(options.num_threads or options.num_cores_of_model)
     # How long the loop may have to wait for the interpreter while the model's thread computes in Python.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+
+
+async def follow(service: Service) -> None:
+    """Look again and again where the bundle's path leads."""
+    while True:
+        await asyncio.sleep(service.options.follow_s)
+        await service.follow()
 
 
 async def watch(service: Service, interval_s: float = 1.0) -> None:

@@ -1,7 +1,8 @@
 """Runs one process that serves: its event loop, its signals, its end.
 
 In: a bundle, options and a listening socket.  Out: the exit code.  SIGTERM and SIGINT drain: readiness turns false,
-requests are still answered, and after the last one the process ends with 0.  SIGHUP swaps the bundle.
+requests are still answered, and after the last one the process ends with 0.  SIGHUP swaps the bundle, and so does a
+link to it that is moved.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ from torchdlrm.serving.connection import Connections
 from torchdlrm.serving.event_log import json_log, log_event, note_event
 from torchdlrm.serving.open_inference.grpc import GrpcServer
 from torchdlrm.serving.options import ServeOptions
-from torchdlrm.serving.service import Service, configure_threads, watch
+from torchdlrm.serving.service import Service, configure_threads, follow, watch
 
 # Called when a process can answer: with its model's name and version, and the port of gRPC, if any.
 Ready = Callable[[str, str, int | None], None]
@@ -112,6 +113,8 @@ async def _serve(service: Service, listener: socket.socket, ready: Ready) -> Non
     loop.add_signal_handler(signal.SIGHUP, swap)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     watching = [loop.create_task(watch(service)), loop.create_task(connections.watch())]
+    if options.follow_s:
+        watching.append(loop.create_task(follow(service)))
     serving = loop.create_task(server.serve([listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)

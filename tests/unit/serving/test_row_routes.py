@@ -30,9 +30,8 @@ ROWS = pl.DataFrame(
 
 @pytest.fixture(scope="module")
 def described():
-    return orjson.loads(
-        orjson.dumps(describe("shop", "1", SCHEMA, (rows_as_logged(ROWS, SCHEMA), [["seen"], []]), 100))
-    )
+    examples = rows_as_logged(ROWS, SCHEMA), [["seen"], []]
+    return orjson.loads(orjson.dumps(describe({"model": "shop", "version": "1"}, SCHEMA, examples, 100)))
 
 
 def test_all_columns_stand_in_the_logs_order_with_what_reading_a_line_needs(described):

@@ -85,6 +85,8 @@ async def _infer(service: Service, request: Any, call: Call) -> Any:
         PredictionRequest(served, rows, call.num_bytes, call.request_id, started_s, call.context.cancelled, timeout_us)
     )
     response = CLASSES["ModelInferResponse"](model_name=service.name, model_version=served.version, id=request.id)
+    if served.bundle.period is not None:
+        response.parameters["period"].int64_param = served.bundle.period
     output = response.outputs.add(name=OUTPUT, datatype="FP32", shape=[len(predicted.probabilities)])
     if request.raw_input_contents:
         response.raw_output_contents.append(predicted.probabilities.astype("<f4").tobytes())

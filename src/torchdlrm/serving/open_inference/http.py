@@ -13,6 +13,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.errors import shown
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.predictor import Rows
@@ -89,11 +90,13 @@ def parse_infer(
 
 
 def format_infer(
-    model: str, version: str, request: InferRequest, probabilities: NDArray[np.float32]
+    model: str, bundle: Bundle, request: InferRequest, probabilities: NDArray[np.float32]
 ) -> tuple[bytes, dict[str, str]]:
-    """Format the body of the answer to a request, with probabilities float32 [N], and its headers."""
+    """Format the body of the answer to a request, by a bundle, with probabilities float32 [N], and its headers."""
     output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": [len(probabilities)]}
-    answer: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": [output]}
+    answer: dict[str, Any] = {"model_name": model, "model_version": bundle.version, "outputs": [output]}
+    if bundle.period is not None:
+        answer["parameters"] = {"period": bundle.period}
     if request.request_id is not None:
         answer["id"] = request.request_id
     if not request.is_binary:
