@@ -33,6 +33,7 @@ from torchdlrm import (
 from torchdlrm.config import config_toml
 from torchdlrm.errors import ConfigError, LiveError, LogError
 from torchdlrm.features.schema_file import schema_toml, with_split
+from torchdlrm.live.preview import preview_advance
 from torchdlrm.live.record import read_times
 from trainings import Process
 
@@ -337,8 +338,13 @@ def test_a_broken_current_is_told_with_what_helps(damage, copied, logs):
 
 def test_a_log_that_was_learnt_from_changes_nothing(copied, logs):
     before = files_of(copied)
-    assert advance(copied, logs[2]) == LiveModel.open(copied).periods[2]
+    for day in range(3):
+        assert advance(copied, logs[day]) == LiveModel.open(copied).periods[day]
     assert files_of(copied) == before
+    rollback(copied, 1)
+    assert preview_advance(copied, logs[0]).done is not None
+    preview = preview_advance(copied, logs[2])  # not by the model of period 1
+    assert (preview.done, preview.draft.period, preview.draft.base) == (None, 4, 1)
 
 
 def test_two_at_once_are_refused(copied, logs):

@@ -61,6 +61,7 @@ def test_command_writes_the_days_of_a_log_and_lists_them(dlrm, tmp_path):
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert [day["day"] for day in shown["days"]] == [0, 1]
+    assert f"next: dlrm advance live {shown['days'][0]['log']} --config" in done.stderr
     for day in shown["days"]:
         truth = json.loads(Path(day["truth"]).read_text())
         assert truth["drift"] == {"values": 0.02, "popularity": 0.1, "effects": 0.2}

@@ -81,10 +81,12 @@ def advance(
         return
 
     from torchdlrm.live.advance import advance as advance_live
+    from torchdlrm.live.model import LiveModel
     from torchdlrm.training.processes.launch import Processes
 
     processes = Processes(nproc_per_node)
     warn_of_crowding(processes)
+    complete = {record.period for record in LiveModel(live).periods}
     try:
         with progress_bars("") as progress:
             record = advance_live(
@@ -102,6 +104,8 @@ def advance(
             )
     except KeyboardInterrupt as interrupt:
         raise Interrupted("interrupted; the same command resumes") from interrupt
+    if record.period in complete:
+        say(f"this log is that of period {record.period}, which is complete: nothing was left to do")
     _print_record(record)
     if as_json:
         print_json({"live": str(live), **record.model_dump(mode="json")})

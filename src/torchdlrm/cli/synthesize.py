@@ -90,7 +90,11 @@ def synthesize(
     console.print(f"{num_bytes:,} bytes in {elapsed_s:.1f} s; truth: {truth_path(out)}", soft_wrap=True)
     schema = {"schema": str(schema_path(out))} if multi_hot else {}
     option = f" --schema {schema_path(out)}" if multi_hot else ""
-    console.print(f"next: dlrm preprocess {logs[0]}{option} --out dataset", soft_wrap=True)
+    if days is None:
+        console.print(f"next: dlrm preprocess {out}{option} --out dataset", soft_wrap=True)
+    else:
+        advance = f"dlrm advance live {logs[0]} --config criteo-small --schema criteo-bucketed"
+        console.print(f"next: {advance}, and then day by day", soft_wrap=True)
     if as_json:
         files = {"days": [_day(out, day, truth) for day in range(days)]} if days is not None else {}
         print_json({"log": str(out), "truth": str(truth_path(out)), **schema, **truth.as_dict(), **files})

@@ -74,7 +74,7 @@ def advance(
     """Score a new log with the model of before, learn from it, and publish the new model if it is good enough.
 
     The first call makes the live model.  What was interrupted, at whatever moment, is resumed by the same call; a log
-    that the newest period has learnt from already changes nothing.
+    that the current model has learnt already changes nothing.
 
     Args:
         live: folder of the live model.

@@ -174,9 +174,15 @@ def _next_period(
 ) -> tuple[Draft, int | None, PeriodRecord | None]:
     """The period that a log will be, one that is removed before, and its record where it is complete already."""
     newest, draft, base = periods[-1] if periods else None, model.draft, model.current
+    if draft is not None and base == draft.period:  # it was published, but for its record
+        base = draft.base
+    complete = _lineage(periods, base)
+    if newest is not None and not (draft or restart or newest.published) and newest.base == base:
+        complete.append(newest)
+    for record in complete:
+        if _same(record.logs, logs):
+            return Draft(period=record.period, base=record.base, logs=logs, done=STEPS), None, record
     if draft is not None:
-        if base == draft.period:  # it was published, but for its record
-            base = draft.base
         is_other = draft.base != base or not _same(draft.logs, logs)
         if restart or (is_other and not draft.done):  # where nothing is complete, nothing is lost
             return Draft(period=draft.period, base=base, logs=logs), draft.period, None
@@ -196,12 +202,8 @@ def _next_period(
         return draft, None, None
     if newest is None:
         return Draft(period=1, base=base, logs=logs), None, None
-    if _same(newest.logs, logs):
-        is_current = newest.published and newest.period == base
-        if is_current or (not newest.published and newest.base == base and not restart):
-            return Draft(period=newest.period, base=newest.base, logs=logs, done=STEPS), None, newest
-        if restart and not newest.published:
-            return Draft(period=newest.period, base=base, logs=logs), newest.period, None
+    if restart and _same(newest.logs, logs) and not newest.published:
+        return Draft(period=newest.period, base=base, logs=logs), newest.period, None
     return Draft(period=newest.period + 1, base=base, logs=logs), None, None
 
 
@@ -226,11 +228,7 @@ def _require_base(model: LiveModel, draft: Draft) -> None:
 
 def _replayed(periods: Sequence[PeriodRecord], base: int | None, settings: LiveSettings) -> tuple[PeriodRecord, ...]:
     """The periods whose logs are learnt from again before the new one, oldest first."""
-    known = {record.period: record for record in periods}
-    found: list[PeriodRecord] = []
-    while base is not None and len(found) < settings.replay_periods - 1:
-        found.insert(0, known[base])
-        base = known[base].base
+    found = _lineage(periods, base)[: settings.replay_periods - 1][::-1]
     for record in found:
         for log in record.logs:
             path = Path(log.path)
@@ -241,3 +239,13 @@ def _replayed(periods: Sequence[PeriodRecord], base: int | None, settings: LiveS
                 )
                 raise LiveError(msg)
     return tuple(found)
+
+
+def _lineage(periods: Sequence[PeriodRecord], base: int | None) -> list[PeriodRecord]:
+    """The periods that a model has learnt, one after the other, newest first."""
+    known = {record.period: record for record in periods}
+    found: list[PeriodRecord] = []
+    while base in known:
+        found.append(known[base])
+        base = known[base].base
+    return found
