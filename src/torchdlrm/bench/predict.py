@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torchrec.inference.modules import quantize_embeddings
 
-from torchdlrm.bench.interleaved import Competitor, Step, take_turns
+from torchdlrm.bench.interleaved import Competitor, Step, enough_steps, take_turns
 from torchdlrm.bench.random_bundle import write_random_bundle, write_random_log
 from torchdlrm.bench.upstream import check_torchrec_has, random_rows, torchrec_dlrm, torchrec_kjt
 from torchdlrm.bundle import DensePrecision, TablePrecision
@@ -44,6 +44,8 @@ SERVED: tuple[tuple[TablePrecision, DensePrecision], ...] = (
 )
 EAGER, QUANTIZED = "TorchRec eager, float32", "TorchRec quantized, int8"
 FROM_LOG = "dlrm predict from text, int8, bfloat16"
+_MIN_BATCHES = 2  # a batch of a large model takes a second
+_MIN_LOG_ROWS, _MAX_LOG_ROWS = 10_000, 100_000
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class PredictBenchmark:
         rows_per_s: of each competitor.
         ratio_to_eager: median of the rounds' ratios, of each competitor over TorchRec's eager model.
         batch_rows: rows of a batch.
+        batches_per_round: of each competitor.
         log_rows: rows of the log.
         num_threads: of torch in each process.
         rounds: how often each was measured.
@@ -62,6 +65,7 @@ class PredictBenchmark:
     rows_per_s: dict[str, float]
     ratio_to_eager: dict[str, float]
     batch_rows: int
+    batches_per_round: dict[str, int]
     log_rows: int
     num_threads: int
     rounds: int
@@ -73,9 +77,9 @@ def benchmark_predict(
     num_tables: int,
     rows_per_table: int,
     batch_rows: int,
-    batches_per_round: int,
-    log_rows: int,
     rounds: int,
+    batches_per_round: int | None = None,
+    log_rows: int | None = None,
     folder: Path | None = None,
     progress: ProgressListener = SILENT,
 ) -> PredictBenchmark:
@@ -89,11 +93,15 @@ def benchmark_predict(
     """
     check_torchrec_has(config)
     sizes = {f"cat_{i}": rows_per_table for i in range(num_tables)}
+    table_precisions = list(dict.fromkeys(tables for tables, _ in SERVED))
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        bundles = {
-            precision: write_random_bundle(Path(scratch) / precision, sizes, precision, config)
-            for precision in dict.fromkeys(tables for tables, _ in SERVED)
-        }
+        progress.start_phase("bench predict: write bundles", len(table_precisions) + 1, unit="bundles")
+        bundles = {}
+        for precision in table_precisions:
+            bundles[precision] = write_random_bundle(Path(scratch) / precision, sizes, precision, config)
+            progress.advance(1)
+        raw = write_random_bundle(Path(scratch) / "raw", sizes, "int8", config, for_raw_rows=True)
+        progress.advance(1)
         float32 = bundles["float32"]
         competitors = {
             EAGER: Competitor(eager_step, float32, batch_rows, nproc=1, device="cpu"),
@@ -102,12 +110,19 @@ def benchmark_predict(
         for tables, dense in SERVED:
             name = f"served, {tables} tables, {dense} products"
             competitors[name] = Competitor(served_step, bundles[tables], batch_rows, dense, nproc=1, device="cpu")
-        raw = write_random_bundle(Path(scratch) / "raw", sizes, "int8", config, for_raw_rows=True)
+        progress.start_phase("bench predict: prepare", len(competitors), unit="competitors")
+        batches = {}
+        for competitor in competitors.values():
+            assert competitor.num_threads  # all have been built: none disturbs the first
+        for name, competitor in competitors.items():
+            batches[name] = batches_per_round or enough_steps(competitor, _MIN_BATCHES)
+            progress.advance(1)
+        if log_rows is None:  # a turn of theirs is as long as the others', about
+            log_rows = min(_MAX_LOG_ROWS, max(_MIN_LOG_ROWS, batches[name] * batch_rows))
         log = write_random_log(Path(scratch) / "log.tsv", sizes, log_rows)
         competitors[FROM_LOG] = Competitor(from_log_step, raw, log, nproc=1, device="cpu")
-        rows = dict.fromkeys(competitors, batch_rows * batches_per_round) | {FROM_LOG: log_rows}
-        steps = dict.fromkeys(competitors, batches_per_round) | {FROM_LOG: 1}
-        turns = take_turns("bench predict", competitors, steps, rounds, progress)
+        rows = {name: batch_rows * number for name, number in batches.items()} | {FROM_LOG: log_rows}
+        turns = take_turns("bench predict", competitors, batches | {FROM_LOG: 1}, rounds, progress)
     seconds = {name: [elapsed_s / rows[name] for elapsed_s in times] for name, times in turns.items()}
     return PredictBenchmark(
         rows_per_s={name: 1 / statistics.median(times) for name, times in seconds.items()},
@@ -116,6 +131,7 @@ def benchmark_predict(
             for name, times in seconds.items()
         },
         batch_rows=batch_rows,
+        batches_per_round=batches,
         log_rows=log_rows,
         num_threads=len(os.sched_getaffinity(0)),
         rounds=rounds,

@@ -103,8 +103,8 @@ def predict(
     num_tables: Positive = 26,
     rows_per_table: Positive = 100_000,
     batch_rows: Positive = 2048,
-    batches_per_round: Positive = 10,
-    log_rows: Positive = 100_000,
+    batches_per_round: Positive | None = None,
+    log_rows: Positive | None = None,
     rounds: Positive = 7,
     folder: Path | None = None,
     as_json: Json = False,
@@ -116,8 +116,10 @@ def predict(
         num_tables: Sparse features, each with a table.
         rows_per_table: Rows of each table.
         batch_rows: Rows of a batch.
-        batches_per_round: Batches of each competitor before the next has its turn.
-        log_rows: Rows of the log that `dlrm predict` is timed with.
+        batches_per_round: Batches of each competitor before the next has its turn; as many as half a second takes when
+            not given, but at least 2.
+        log_rows: Rows of the log that `dlrm predict` is timed with; as many as are predicted in half a second when not
+            given, 10,000 to 100,000.
         rounds: Turns of each competitor; medians are printed.
         folder: Where to keep the weights meanwhile; the system's folder for temporary files when not given.
         as_json: Print one JSON object on standard output.
