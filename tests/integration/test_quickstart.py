@@ -5,9 +5,10 @@ import signal
 import subprocess
 
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from command_server import shared_server
-from torchdlrm import __version__
+from torchdlrm import Predictor, __version__
 
 # The real command on fewer rows, so that it can be interrupted often.
 SMALL = (
@@ -15,6 +16,7 @@ SMALL = (
     "__name__ == '__main__' and main()"
 )
 ARGUMENTS = ("quickstart", "--out", "q", "--json")
+SMALL_LIVE = SMALL.replace("verb.NUM_ROWS = 35_000", "verb.NUM_DAYS, verb.DAY_ROWS, verb.HISTORY_DAYS = 3, 4_000, 1")
 
 
 @pytest.mark.slow
@@ -49,10 +51,10 @@ def test_quickstart_refuses_a_quickstart_with_other_settings(dlrm, tmp_path, mar
     assert [path.name for path in (tmp_path / "quickstart").iterdir()] == ["quickstart.json"], "nothing was begun"
 
 
-def interrupted_when(said, folder):
+def interrupted_when(said, folder, *options):
     """Start the quickstart, press Ctrl-C (which all its processes get) when it says this; what it said in all."""
     process = shared_server().start(
-        [folder / "small.py", *ARGUMENTS],
+        [folder / "small.py", *ARGUMENTS, *options],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -88,3 +90,36 @@ def test_quickstart_interrupted_at_every_stage_goes_on_with_the_same_command(tmp
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"] == 5_000
     assert "on 5,000 held-out rows" in done.stderr
+
+
+def test_live_quickstart_compares_models_that_predict_days_before_they_learn_them(tmp_path):
+    (tmp_path / "small.py").write_text(SMALL_LIVE)
+    told = interrupted_when("day 01: AUC", tmp_path, "--live")
+    assert "stopped; the same command resumes: dlrm quickstart --live --out q" in told or "resume" in told, told
+    done = shared_server().run([tmp_path / "small.py", *ARGUMENTS, "--live"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["days"] == ["day 01", "day 02"]
+
+    folder = tmp_path / "q"
+    truth = json.loads((folder / "logs" / "truth.json").read_text())["splits"]
+    assert result["attainable"] == [truth["day_01"]["auc"], truth["day_02"]["auc"]]
+    aucs = {name: [score["auc"] for score in scores] for name, scores in result["scores"].items()}
+    assert aucs["frozen"] == [judged(folder, "scratch/0001/bundle", day) for day in (1, 2)]
+    assert aucs["live"] == [judged(folder, f"live/bundles/{day:04d}", day) for day in (1, 2)]
+    assert aucs["scratch"][0] == aucs["frozen"][0], "there was nothing else to learn before the first day"
+    assert len({*aucs["scratch"], aucs["frozen"][1], aucs["live"][1]}) == 4, "each has learnt otherwise"
+
+    page = (folder / "story.html").read_text()
+    assert page.count("<polyline") == 4
+    assert "<script" not in page
+    assert f"{aucs['live'][1]:.4f}, day 02" in page
+
+
+def judged(folder, bundle, day):
+    """The AUC of a bundle on a day's log, by scikit-learn."""
+    rows = [line.split("\t") for line in (folder / "logs" / f"day_{day:02d}.tsv").read_text().splitlines()]
+    predictor = Predictor.open(folder / bundle)
+    names = [column.name for column in predictor.schema.columns]
+    frame = {name: [row[i] or None for row in rows] for i, name in enumerate(names) if i}
+    return pytest.approx(roc_auc_score([int(row[0]) for row in rows], predictor.predict(frame)), abs=1e-6)

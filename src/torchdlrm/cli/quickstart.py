@@ -8,13 +8,25 @@ from pathlib import Path
 from rich.table import Table
 
 from torchdlrm import __version__
-from torchdlrm.cli.terminal import Json, Positive, console, print_json, progress_bars, say, warn_of_crowding
+from torchdlrm.cli.terminal import (
+    Flag,
+    Json,
+    Positive,
+    console,
+    print_json,
+    print_table,
+    progress_bars,
+    say,
+    warn_of_crowding,
+)
 from torchdlrm.config import load_config
 from torchdlrm.config.text import SHIPPED_CONFIGS
 from torchdlrm.errors import ConfigError, Interrupted
 from torchdlrm.files import write_atomically
 
 NUM_ROWS = 1_000_000
+# Of --live: days, rows of each, and how many days are learnt before the first that is predicted.
+NUM_DAYS, DAY_ROWS, HISTORY_DAYS = 10, 60_000, 3
 # In the folder from its first moment on: it distinguishes an interrupted quickstart from a folder of somebody else's.
 MARK_NAME = "quickstart.json"
 
@@ -22,23 +34,32 @@ MARK_NAME = "quickstart.json"
 def quickstart(
     *,
     out: Path = Path("quickstart"),
+    live: Flag = False,
     nproc_per_node: Positive = 2,
     as_json: Json = False,
 ) -> None:
     """Make a synthetic click log, preprocess it, train a DLRM on it, and compare with what is attainable.
 
+    With --live the log has days, on which values come and go and effects drift. A live model, which predicts each day
+    and then learns from it, is compared with one that is retrained every day and with one that stays as it is.
+
     Interrupted at whatever moment, it resumes when the same command is given again.
 
     Args:
         out: Folder for the log, the dataset and the run; new, empty, or that of an interrupted quickstart.
-        nproc_per_node: Processes that train together.
+        live: Show what a live model is good for; a chart is written to the folder.
+        nproc_per_node: Processes that train together; with --live it is always one.
         as_json: Print one JSON object on standard output.
     """
-    _claim(out, NUM_ROWS)
+    _claim(out, {"days": NUM_DAYS, "rows": DAY_ROWS} if live else {"rows": NUM_ROWS})
     try:
-        _run(out, nproc_per_node, as_json=as_json)
+        if live:
+            _run_live(out, as_json=as_json)
+        else:
+            _run(out, nproc_per_node, as_json=as_json)
     except KeyboardInterrupt as interrupt:
-        msg = f"stopped; the same command resumes: dlrm quickstart --out {shlex.quote(str(out))}"
+        option = "--live " if live else ""
+        msg = f"stopped; the same command resumes: dlrm quickstart {option}--out {shlex.quote(str(out))}"
         raise Interrupted(msg) from interrupt
 
 
@@ -107,13 +128,49 @@ def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
         print_json({**metrics, "rows": result["rows"], "rows_per_s": summary.rows_per_s or None, "seconds": seconds})
 
 
-def _claim(out: Path, num_rows: int) -> None:
+def _run_live(out: Path, *, as_json: bool) -> None:
+    started_s = time.monotonic()
+
+    from torchdlrm.data.synthetic import synthesize
+    from torchdlrm.data.synthetic_days import day_path
+    from torchdlrm.features.schema import criteo_schema
+    from torchdlrm.html import write_page
+    from torchdlrm.live.story import CONSTANT_RATE, LIVE, SCRATCH, compare_models
+
+    with progress_bars(f"1/2 synthesize: a click log of {NUM_DAYS} days, {DAY_ROWS:,} rows each") as progress:
+        truth = synthesize(out / "logs", rows=DAY_ROWS, days=NUM_DAYS, progress=progress)
+    with progress_bars("2/2 learn: every model predicts every day before any has learnt from it") as progress:
+        comparison = compare_models(
+            out,
+            [day_path(out / "logs", day) for day in range(NUM_DAYS)],
+            schema=criteo_schema(),
+            config=load_config(SHIPPED_CONFIGS / "quickstart.toml", CONSTANT_RATE),
+            history_logs=HISTORY_DAYS,
+            attainable=[day.auc for day in truth.splits.values()][HISTORY_DAYS:],
+            progress=progress,
+        )
+    page = out / "story.html"
+    write_page(page, comparison.page("A model that lives"), "out")
+    print_table(f"AUC on {len(comparison.days)} days that no model had learnt from", comparison.rows())
+    fraction = comparison.seconds(LIVE) / comparison.seconds(SCRATCH)
+    seconds = time.monotonic() - started_s
+    say(
+        f"done in {seconds:.0f} s; the live model took {fraction:.0%} of the time of retraining from scratch. Next:\n"
+        f"  open {page}               the days as a chart\n"
+        f"  dlrm inspect {out}/live              the life of the model\n"
+        f"  dlrm serve {out}/live/current        what it is today"
+    )
+    if as_json:
+        print_json({**comparison.as_dict(), "page": str(page), "seconds": seconds})
+
+
+def _claim(out: Path, log: dict[str, int]) -> None:
     """Make the folder, or resume that of an interrupted quickstart.
 
     Raises:
         ConfigError: there is something else.
     """
-    settings = {"torchdlrm": __version__, "rows": num_rows}
+    settings = {"torchdlrm": __version__, **log}
     mark = out / MARK_NAME
     remedy = "remove it, or give another: dlrm quickstart --out FOLDER"
     if mark.is_file():
