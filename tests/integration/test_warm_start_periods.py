@@ -75,6 +75,26 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def second(folder):
+    """A run on the second day that starts from that on the first, and does not change its tables."""
+    train(config(FROZEN), folder / "day-2", folder / "run-2", from_run=folder / "run-1")
+    return folder / "run-2"
+
+
+@pytest.fixture(scope="module")
+def source(folder):
+    """All tensors of the first run."""
+    return last_state(folder / "run-1", folder / "source")
+
+
+@pytest.fixture(scope="module")
+def fresh(folder):
+    """Those of a run on the second day that starts from nothing."""
+    train(config(FROZEN), folder / "day-2", folder / "fresh")
+    return last_state(folder / "fresh", folder / "fresh-state")
+
+
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     monkeypatch.setattr(warm_start, "_BLOCK_ROWS", 16)
@@ -128,41 +148,34 @@ def several_trainings(folder):
         train(config(ITEM_CUT, FROZEN), today, folder / "cut-fresh")
 
 
-def test_ids_of_other_values_start_fresh_and_all_others_keep_their_bytes(folder, tmp_path):
+def test_ids_of_other_values_start_fresh_and_all_others_keep_their_bytes(folder, second, source, fresh, tmp_path):
     """Also where tables are cut by columns, and on two processes."""
-    today = folder / "day-2"
-    train(config(FROZEN), today, tmp_path / "on-1", from_run=folder / "run-1")
-    train(config(FROZEN), today, tmp_path / "fresh")
     launch(several_trainings, folder, processes=Processes(2))
-    source, fresh = last_state(folder / "run-1", tmp_path / "a"), last_state(tmp_path / "fresh", tmp_path / "b")
-    for run in (tmp_path / "on-1", folder / "on-2"):
-        assert_tables_are(folder, last_state(run, tmp_path / "c"), source, fresh)
+    for run in (second, folder / "on-2"):
+        assert_tables_are(folder, last_state(run, tmp_path / "a"), source, fresh)
     cut, first, other = (last_state(folder / name, tmp_path / name) for name in ("cut", "first-cut", "cut-fresh"))
     assert_tables_are(folder, cut, first, other, pieces=2)
 
 
 def test_rows_that_ids_share_are_not_reset(folder, tmp_path):
-    first, second, fresh = (tmp_path / name for name in ("first", "second", "fresh"))
-    train(config(SMALLER_TABLES), folder / "day-1", first)
-    train(config(SMALLER_TABLES, FROZEN), folder / "day-2", second, from_run=first)
-    train(config(SMALLER_TABLES, FROZEN), folder / "day-2", fresh)
-    found, source, other = (last_state(run, tmp_path / f"{run.name}.pt") for run in (second, first, fresh))
-    assert_tables_are(folder, found, source, other, features=("item",))
-    shared = [name for name in found if "t_city_" in name]
+    runs = [tmp_path / name for name in ("first", "second", "fresh")]
+    train(config(SMALLER_TABLES), folder / "day-1", runs[0])
+    train(config(SMALLER_TABLES, FROZEN), folder / "day-2", runs[1], from_run=runs[0])
+    train(config(SMALLER_TABLES, FROZEN), folder / "day-2", runs[2])
+    first, second, fresh = (last_state(run, tmp_path / f"{run.name}-state") for run in runs)
+    assert_tables_are(folder, second, first, fresh, features=("item",))
+    shared = [name for name in second if "t_city_" in name]
     assert shared
-    assert all(torch.equal(found[name][: len(source[name])], source[name]) for name in shared)
+    assert all(torch.equal(second[name][: len(first[name])], first[name]) for name in shared)
 
 
-def test_sums_of_squared_gradients_decay(folder, tmp_path):
+def test_sums_of_squared_gradients_decay(folder, source, fresh, tmp_path):
     half = {"warm_start.accumulator_decay": "0.5"}
     train(config(FROZEN, half), folder / "day-2", tmp_path / "tables", from_run=folder / "run-1")
-    train(config(FROZEN), folder / "day-2", tmp_path / "fresh")
     dense = {"train.freeze": "dense", "train.max_steps": "1"}
     train(config(half, dense), folder / "day-2", tmp_path / "dense", from_run=folder / "run-1")
-    source = last_state(folder / "run-1", tmp_path / "a")
-    found, fresh = last_state(tmp_path / "tables", tmp_path / "b"), last_state(tmp_path / "fresh", tmp_path / "c")
-    assert_tables_are(folder, found, source, fresh, factor=0.5)
-    found = last_state(tmp_path / "dense", tmp_path / "d")
+    assert_tables_are(folder, last_state(tmp_path / "tables", tmp_path / "a"), source, fresh, factor=0.5)
+    found = last_state(tmp_path / "dense", tmp_path / "b")
     sums = [name for name in found if TABLE not in name and name.endswith("/sum")]
     assert sums
     assert all(torch.equal(found[name], source[name] * 0.5) for name in sums)
@@ -179,16 +192,14 @@ def test_sums_of_squared_gradients_decay(folder, tmp_path):
         )
 
 
-def test_an_older_log_is_learnt_with_todays_ids_before_todays(folder, tmp_path):
+def test_an_older_log_is_learnt_with_todays_ids_before_todays(folder, source, fresh, tmp_path):
     """What is reset by the older log's run is not reset again."""
     rules = PreprocessOptions(vocabulary=folder / "day-2")
     preprocess([folder / "day-1.tsv"], tmp_path / "again", SCHEMA, rules)
     train(config(FROZEN), tmp_path / "again", tmp_path / "first", from_run=folder / "run-1")
     train(config(FROZEN), folder / "day-2", tmp_path / "second", from_run=tmp_path / "first")
-    train(config(FROZEN), folder / "day-2", tmp_path / "fresh")
     first, second = last_state(tmp_path / "first", tmp_path / "a"), last_state(tmp_path / "second", tmp_path / "b")
-    fresh = last_state(tmp_path / "fresh", tmp_path / "c")
-    assert_tables_are(folder, first, last_state(folder / "run-1", tmp_path / "d"), fresh)
+    assert_tables_are(folder, first, source, fresh)
     assert all(torch.equal(first[name], second[name]) for name in first if TABLE in name)
 
 
@@ -209,13 +220,12 @@ def files_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_bundles_and_deltas_hold_vocabularies_with_gaps(folder, tmp_path):
+def test_bundles_and_deltas_hold_vocabularies_with_gaps(folder, second, tmp_path):
     """Of a value only its id is served: that it was seen once more is no change."""
-    train(config({"train.max_steps": "2"}), folder / "day-2", tmp_path / "run-2", from_run=folder / "run-1")
     base, full, delta = (tmp_path / name for name in ("base", "full", "delta"))
     export(folder / "run-1", base, options=ExportOptions(name="days"))
-    export(tmp_path / "run-2", full, options=ExportOptions(name="days"))
-    export(tmp_path / "run-2", delta, options=ExportOptions(), delta_to=base)
+    export(second, full, options=ExportOptions(name="days"))
+    export(second, delta, options=ExportOptions(), delta_to=base)
     apply_delta(base, delta, tmp_path / "new")
     assert files_of(tmp_path / "new") == files_of(full)
     before, now, bundle = Dataset.open(folder / "day-1"), Dataset.open(folder / "day-2"), Bundle.open(full)
