@@ -4,7 +4,10 @@ import json
 import os
 import random
 import shutil
+import signal
 import threading
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +36,7 @@ from torchdlrm.config import config_toml
 from torchdlrm.errors import ConfigError, LiveError, LogError
 from torchdlrm.features.schema_file import schema_toml, with_split
 from torchdlrm.live.preview import preview_advance
-from torchdlrm.live.record import read_times
+from torchdlrm.live.record import PeriodRecord, read_times
 from trainings import Process
 
 NUM_DAYS = 5
@@ -360,6 +363,74 @@ def test_a_period_that_failed_is_resumed_with_its_log_or_begun_again_with_anothe
     assert record.progressive.all.rows == 2_000
 
 
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def end_here(*_):
+    raise Killed
+
+
+def killed_at(monkeypatch, moment):
+    """Let the process end before or after one of the changes that are seen on disk; counts them all."""
+    moments = iter(range(1_000_000))
+
+    def wrap(owner, name):
+        change = getattr(owner, name)
+
+        def changed(*args, **kwargs):
+            if next(moments) == moment:
+                raise Killed
+            result = change(*args, **kwargs)
+            if next(moments) == moment:
+                raise Killed
+            return result
+
+        monkeypatch.setattr(owner, name, changed)
+
+    for owner, names in (
+        (LiveModel, ("write_draft", "switch", "tidy", "remove_period")),
+        (PeriodRecord, ("write",)),
+        (Path, ("rename", "replace")),
+    ):
+        for name in names:
+            wrap(owner, name)
+    return moments
+
+
+def test_publishing_that_is_interrupted_between_any_two_changes_is_finished(copied, logs, monkeypatch, tmp_path):
+    """From the moment that a candidate has been checked on: there kills at random seldom fall."""
+    settings = LiveSettings(keep_runs=1, keep_bundles=2)
+    with monkeypatch.context() as patched:
+        patched.setattr("torchdlrm.live.advance._Period._publish", end_here)
+        with pytest.raises(Killed):
+            advance(copied, logs[3], settings=settings)
+    checked = shutil.copytree(copied, tmp_path / "checked", symlinks=True)
+    assert LiveModel.open(checked).draft.done[-1] == "check"
+    with monkeypatch.context() as patched:
+        moments = killed_at(patched, -1)
+        record = advance(copied, logs[3])
+    expected, num_moments = files_of(copied), next(moments)
+    assert record.published
+    assert num_moments > 12
+    for moment in range(num_moments):
+        shutil.rmtree(copied)
+        shutil.copytree(checked, copied, symlinks=True)
+        with monkeypatch.context() as patched:
+            killed_at(patched, moment)
+            with pytest.raises(Killed):
+                advance(copied, logs[3])
+        assert advance(copied, logs[3]) == record
+        assert files_of(copied) == expected, moment
+
+
+def steps_done(day):
+    """How many steps of a period are complete, as the file says that is replaced meanwhile."""
+    with suppress(FileNotFoundError):
+        return len(json.loads((day / "draft.json").read_text())["done"])
+    return 6 if (day / "period.json").exists() else 0
+
+
 @pytest.mark.slow
 def test_a_live_model_that_is_killed_ends_with_the_bytes_of_one_that_was_not(logs, tmp_path, seed):
     """kill -9 of `dlrm advance` at random moments over some days; the same command resumes."""
@@ -376,14 +447,17 @@ def test_a_live_model_that_is_killed_ends_with_the_bytes_of_one_that_was_not(log
 
     command = ("--config", config, "--schema", schema, "--replay-periods", 2, "--keep-runs", 2)
     command += ("--gate.calibration", *WIDE.calibration, "--gate.max-logloss-increase", WIDE.max_logloss_increase)
-    kills = [rng.randrange(len(first_days)) for _ in range(NUM_KILLS)]
+    kills, num_killed = [rng.randrange(len(first_days)) for _ in range(NUM_KILLS)], 0
     for day, log in enumerate(first_days):
         for _ in range(kills.count(day)):
-            process = Process(folder, log, *command, verb=("advance",))
-            threading.Event().wait(rng.uniform(0.0, 8.0))
-            process.kill_all()
+            process, steps = Process(folder, log, *command, verb=("advance",)), rng.randrange(6)
+            while process.process.poll() is None and steps_done(folder / f"days/{day + 1:04d}") < steps:
+                threading.Event().wait(0.01)
+            threading.Event().wait(rng.choice((0.1, 1.0)) * rng.random())
+            num_killed += process.kill_all()[0] == -signal.SIGKILL
         code, output = Process(folder, log, *command, verb=("advance",)).wait()
         assert code == 0, output
+    assert num_killed >= NUM_KILLS / 2  # the others came when nothing was left to do
     found = files_of(folder)
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == []
