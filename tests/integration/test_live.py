@@ -125,7 +125,8 @@ def test_a_published_period_has_its_bundle_its_delta_and_its_record(three_days, 
         assert record.gate.rows == dataset.splits["val"].rows
         assert record.features["item"].num_embeddings == dataset.num_embeddings["item"]
         assert record.features["item"].admitted > 0
-        assert Bundle.open(live.bundle(record.period)).name == "clicks"
+        bundle = Bundle.open(live.bundle(record.period))
+        assert (bundle.name, bundle.manifest.period) == ("clicks", record.period)
         steps = ["score", "preprocess", "learn", "export", "check", "publish"]
         assert list(read_times(live.day(record.period))) == steps[record.base is None :]
         if record.delta_bytes is not None:
@@ -190,7 +191,7 @@ def test_a_period_is_what_the_single_functions_give_and_older_logs_are_replayed(
     record = advance(copied, logs[3], settings=LiveSettings(replay_periods=3))
     live = LiveModel.open(copied)
     config = CONFIG.model_copy(update={"warm_start": CONFIG.warm_start.model_copy(update={"checkpoint": "last"})})
-    options = PreprocessOptions(vocabulary=live.day(3) / "dataset", extend_vocabulary=True)
+    options = PreprocessOptions(period=4, vocabulary=live.day(3) / "dataset", extend_vocabulary=True)
     dataset = preprocess(logs[3], tmp_path / "today", with_split(SCHEMA, "random", 0.05, 0.0), options)
     source = live.day(3) / "run"
     for day in (1, 2):
@@ -216,6 +217,23 @@ def test_a_period_is_what_the_single_functions_give_and_older_logs_are_replayed(
             advance(copied, logs[4], settings=LiveSettings(replay_periods=4))
     finally:
         shutil.move(tmp_path / "gone.tsv", logs[1])
+
+
+def test_values_expire_and_new_ones_get_their_ids(logs, tmp_path):
+    """A fifth of the items is gone each day: with expiry the table stays as large as the values that are in use."""
+    settings = LiveSettings(gate=WIDE, expire_after=2)
+    records = [advance(tmp_path / "clicks", log, config=CONFIG, schema=SCHEMA, settings=settings) for log in logs[:4]]
+    items = [set(cells_of(record, 2)) for record in records]
+    for before, record in pairwise(records):
+        seen, now = record.features["item"], before.features["item"]
+        assert seen.values_in_use == now.values_in_use + seen.admitted - seen.expired
+    for day in (1, 2, 3):
+        item = records[day].features["item"]
+        assert item.admitted == len(items[day] - items[day - 1])
+        assert item.values_in_use == len(items[day] | items[day - 1])
+    assert [record.features["item"].expired for record in records] == [0, 0, 20, 20]
+    assert records[3].features["item"].num_embeddings == records[2].features["item"].num_embeddings
+    assert records[3].features["page"].values_in_use is None
 
 
 def test_old_runs_and_bundles_are_removed_but_never_the_current_ones(copied, logs):

@@ -25,6 +25,7 @@ from torchdlrm.preprocessing.options import Resources
 if TYPE_CHECKING:
     from torchdlrm.config import Config
     from torchdlrm.live.record import PeriodRecord
+    from torchdlrm.progress import ProgressListener
     from torchdlrm.training.processes.launch import Processes
 
 
@@ -129,8 +130,9 @@ def _training_in(processes: "Processes") -> Callable[..., object]:
         from_run: Path | None,
         model_class: str | None,
         allow_changed_model_class: bool,
-        **_progress: object,  # rank 0 has one of its own
+        progress: "ProgressListener",
     ) -> object:
+        progress.start_phase(f"learn in {processes.world_size} processes", None)  # the first one says how far it is
         restart = False
         return launch(
             work, config, dataset, run, model_class, restart, from_run, allow_changed_model_class, processes=processes

@@ -185,10 +185,13 @@ def _export(
                 )
                 for feature, num_embeddings in dataset.num_embeddings.items()
             },
-            format_version=oldest_version(dataset.schema, run.config.model, record_of(shape.architecture)),
+            format_version=oldest_version(
+                dataset.schema, run.config.model, record_of(shape.architecture), dataset.period
+            ),
             model=run.config.model,
             model_class=record_of(shape.architecture),
             dense_precision=dense_precision,
+            period=dataset.period,
             source=_source(run, chosen),
             check=None,
             files=files,

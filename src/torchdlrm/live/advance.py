@@ -22,13 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from torchdlrm.bundle.apply import DELTA_NAMES, write_delta
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.write import complete_folder
 from torchdlrm.config import Config
-from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.dataset import Dataset, SparseRecord
 from torchdlrm.errors import LiveError
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
@@ -180,20 +178,27 @@ class _Period:
         return scores.stat().st_size
 
     def _preprocess(self) -> int:
-        base = self._draft.base
-        options = self._preprocess_options(None if base is None else self._live.day(base) / DATASET_NAME)
+        base, settings = self._draft.base, self._settings
+        options = replace(
+            self._options,
+            vocabulary=None if base is None else self._live.day(base) / DATASET_NAME,
+            extend_vocabulary=base is not None,
+            period=self._draft.period,
+            admit_over=settings.admit_over,
+            expire_after=settings.expire_after,
+        )
         dataset = self._encode(self._draft.logs, self._day / DATASET_NAME, self._schema, options)
         return _folder_bytes(dataset.path)
 
-    def _preprocess_options(self, vocabulary: Path | None) -> PreprocessOptions:
+    @property
+    def _options(self) -> PreprocessOptions:
+        """What all logs are encoded by, whether their values get ids or not."""
         settings = self._settings
         return PreprocessOptions(
             min_count=settings.min_count,
             max_embeddings=settings.max_embeddings,
             seed=settings.seed,
             max_bad_rows=settings.max_bad_rows,
-            vocabulary=vocabulary,
-            extend_vocabulary=vocabulary is not None,
         )
 
     def _encode(
@@ -219,7 +224,7 @@ class _Period:
                     raise LiveError(msg)
             folder = self._day / REPLAY_NAME / self._live.day(record.period).name
             schema = with_split(self._schema, "random", 0.0, 0.0)
-            options = replace(self._preprocess_options(dataset), extend_vocabulary=False)
+            options = replace(self._options, vocabulary=dataset)
             replayed = self._encode(record.logs, folder / DATASET_NAME, schema, options)
             self._train_run(replayed.path, folder / RUN_NAME, source)
             source = folder / RUN_NAME
@@ -288,29 +293,22 @@ class _Period:
             rows=sum(split.rows for split in splits),
             clicks=sum(split.clicks_of(dataset.label_name) for split in splits),
             progressive=draft.progressive,
-            features={name: self._feature(dataset, name) for name in dataset.sparse_names},
+            features={name: self._feature(name, sparse) for name, sparse in dataset.manifest.sparse.items()},
             gate=gate,
             published=gate.passed,
             bundle_bytes=_folder_bytes(self._live.bundle(draft.period)),
             delta_bytes=delta_bytes or None,
         )
 
-    def _feature(self, dataset: Dataset, name: str) -> FeatureRecord:
-        base = self._draft.base
-        values = _num_values(dataset, name)
-        known = None if base is None else _num_values(Dataset.open(self._live.day(base) / DATASET_NAME), name)
+    def _feature(self, name: str, sparse: SparseRecord) -> FeatureRecord:
+        turnover = sparse.turnover
         return FeatureRecord(
-            num_embeddings=dataset.num_embeddings[name],
-            values_in_use=values,
-            admitted=(values or 0) - (known or 0),
-            expired=0,
+            num_embeddings=sparse.num_embeddings,
+            values_in_use=None if sparse.vocabulary is None else sparse.num_values,
+            admitted=0 if turnover is None else turnover.admitted,
+            expired=0 if turnover is None else turnover.expired,
             unseen_fraction=self._draft.unseen_fraction.get(name),
         )
-
-
-def _num_values(dataset: Dataset, name: str) -> int | None:
-    record = dataset.manifest.sparse[name].vocabulary
-    return None if record is None else pq.read_metadata(dataset.path / record.path).num_rows
 
 
 def _folder_bytes(folder: Path) -> int:

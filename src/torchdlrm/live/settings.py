@@ -66,8 +66,16 @@ class LiveSettings(_Section):
     min_count: _Positive = Field(
         DEFAULT_MIN_COUNT, description="A categorical value in fewer rows than this gets no id of its own."
     )
+    admit_over: _Positive = Field(
+        1, description="Count the rows of a value over so many periods, the new one included, until they are min_count."
+    )
+    expire_after: _Positive | None = Field(
+        None,
+        description="A value that is not seen in so many periods, the new one included, loses its id to a new one.",
+    )
     max_embeddings: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="Most rows that the embedding table of a feature may have."
+        None,
+        description="Most rows that the embedding table of a feature may have: values seen least recently lose theirs.",
     )
     max_bad_rows: Annotated[int, Field(ge=0)] = Field(
         0, description="Skip up to this many rows of a log that the schema cannot read."
