@@ -34,6 +34,7 @@ from torchdlrm import (
 )
 from torchdlrm.config import config_toml
 from torchdlrm.errors import ConfigError, LiveError, LogError
+from torchdlrm.features.columns import LabelColumn, WeightColumn
 from torchdlrm.features.schema_file import schema_toml, with_split
 from torchdlrm.live.preview import preview_advance
 from torchdlrm.live.record import PeriodRecord, read_times
@@ -217,6 +218,31 @@ def test_a_period_is_what_the_single_functions_give_and_older_logs_are_replayed(
             advance(copied, logs[4], settings=LiveSettings(replay_periods=4))
     finally:
         shutil.move(tmp_path / "gone.tsv", logs[1])
+
+
+def test_rows_may_have_weights_other_labels_and_faults(logs, tmp_path):
+    columns = (LabelColumn(name="click"), LabelColumn(name="buy"), WeightColumn(name="weight"), *SCHEMA.columns[1:])
+    schema = SCHEMA.model_copy(update={"columns": columns})
+    config = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"label": "buy"})})
+    rng, paths = random.Random(0), [tmp_path / f"day-{day}.tsv" for day in (0, 1)]
+    for path, log in zip(paths, logs, strict=False):
+        rows = (line.partition("\t") for line in log.read_text().splitlines())
+        path.write_text("".join(f"{rng.choice('01')}\t{label}\t{rng.random():.3f}\t{row}\n" for label, _, row in rows))
+    settings = LiveSettings(gate=WIDE, max_bad_rows=3)
+    advance(tmp_path / "live", paths[0], config=config, schema=schema, settings=settings)
+    good = paths[1].read_text()
+    paths[1].write_text(good + "no row\nx\t1\t1\t2.0\t1\tUlm\t1\n")
+    with pytest.raises(LogError, match="2,001 rows of the log can be scored, and 2,000 can be learnt from"):
+        advance(tmp_path / "live", paths[1])
+    paths[1].write_text(good + "no row\n0\tx\t1\t2.0\t1\tUlm\t1\n")
+    record = advance(tmp_path / "live", paths[1], restart=True)
+    scores = pl.read_parquet(tmp_path / "live/days/0002/scores.parquet")
+    assert scores["prediction"].is_null().to_list() == [False] * 2_000 + [True] * 2
+    scores = scores.head(2_000)
+    logloss = log_loss(scores["buy"], scores["prediction"], sample_weight=scores["weight"])
+    assert record.progressive.all.logloss == pytest.approx(logloss, abs=1e-6)
+    assert record.progressive.all.rows == record.rows == 2_000
+    assert record.clicks == scores["buy"].sum()
 
 
 def test_values_expire_and_new_ones_get_their_ids(logs, tmp_path):

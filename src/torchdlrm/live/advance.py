@@ -33,7 +33,7 @@ from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import with_split
 from torchdlrm.files import remove_folder, sha256_of, write_atomically
-from torchdlrm.live.gate import judge
+from torchdlrm.live.gate import judge, require_same_rows
 from torchdlrm.live.model import DATASET_NAME, REPLAY_NAME, RUN_NAME, LiveModel
 from torchdlrm.live.preview import STEPS, AdvancePreview, log_records, look_ahead
 from torchdlrm.live.record import (
@@ -188,6 +188,8 @@ class _Period:
             expire_after=settings.expire_after,
         )
         dataset = self._encode(self._draft.logs, self._day / DATASET_NAME, self._schema, options)
+        if base is not None:
+            require_same_rows(self._day / SCORES_NAME, dataset.with_label(self._config.train.label))
         return _folder_bytes(dataset.path)
 
     @property

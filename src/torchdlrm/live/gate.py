@@ -35,7 +35,7 @@ def judge(
         progress: receives the rows predicted.
 
     Raises:
-        LogError: rows were scored that could not be learnt from, or the log has changed.
+        LogError: the log was another one when it was scored.
     """
     rows = dataset.splits["val"].rows
     model, schema = ServedModel(candidate), dataset.schema
@@ -52,24 +52,32 @@ def judge(
     if scores is not None:
         held_back = _held_back(read_scores(scores, schema), dataset)
         if not np.array_equal(held_back[schema.label.name].to_numpy(), labels):
-            msg = f"{scores}: its rows are not those of {dataset.path}: the log has changed since it was scored"
+            msg = f"{scores}: its rows are not those of {dataset.path}: the log has changed meanwhile; give `restart`"
             raise LogError(msg)
         old = metrics_of(held_back, schema)
     reasons = tuple(_objections(old, new, settings))
     return GateRecord(rows=rows, old=old, new=new, passed=not reasons, reasons=reasons)
 
 
-def _held_back(scores: pl.DataFrame, dataset: Dataset) -> pl.DataFrame:
-    """The scores of the rows of the val split, in its order, which is that of the log."""
-    rows = sum(split.rows for split in dataset.splits.values())
-    if scores.height != rows:
+def require_same_rows(scores: Path, dataset: Dataset) -> None:
+    """See that the rows of a log that were scored are those that can be learnt from.
+
+    Raises:
+        LogError: they are not.
+    """
+    scored, rows = read_scores(scores, dataset.schema).height, sum(split.rows for split in dataset.splits.values())
+    if scored != rows:
         msg = (
-            f"{scores.height:,} rows of the log can be scored, and {rows:,} can be learnt from: of the others, what is "
-            "no feature (another label, the time) cannot be read. Remove these rows from the log"
+            f"{scored:,} rows of the log can be scored, and {rows:,} can be learnt from: of the others, what is no "
+            "feature (another label, the time) cannot be read. Remove these rows from the log, and give `restart`"
         )
         raise LogError(msg)
+
+
+def _held_back(scores: pl.DataFrame, dataset: Dataset) -> pl.DataFrame:
+    """The scores of the rows of the val split, in its order, which is that of the log."""
     split = dataset.schema.split
-    codes = RandomSplit(split.val, split.test, dataset.manifest.seed).split_of_rows(0, rows, None)
+    codes = RandomSplit(split.val, split.test, dataset.manifest.seed).split_of_rows(0, scores.height, None)
     return scores.filter(pl.Series(codes == SPLIT_NAMES.index("val")))
 
 
