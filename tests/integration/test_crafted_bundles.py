@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from command_server import shared_server
 from crafted import change_header, change_manifest, copy, seal, write
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.errors import BundleError, DatasetError
@@ -246,8 +245,7 @@ def outcomes(small_bundle, tmp_path_factory):
 
 
 def run(*args):
-    command = [sys.executable, Path(__file__).parents[1] / "crafted.py", *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3_000, check=False)
+    done = shared_server().run([Path(__file__).parents[1] / "crafted.py", *args], timeout_s=3_000)
     assert done.returncode == 0, f"{done.stdout[-400:]} {done.stderr[-2_000:]}"
     return done.stdout.splitlines()
 
