@@ -70,8 +70,8 @@ def main() -> None:
             progress=Notes(),
         )
     rows = comparison.rows()
-    for row in [{name: name for name in rows[-1]}, *rows]:
-        print("| " + " | ".join(row.get(name, "") for name in rows[-1]) + " |")
+    for row in [{name: name for name in rows[0]}, *rows]:
+        print("| " + " | ".join(row.values()) + " |")
     print(f"live: {comparison.seconds(LIVE) / comparison.seconds(SCRATCH):.3f} of the time from scratch")
     if options.json:
         options.json.write_text(json.dumps(comparison.as_dict(), indent=2) + "\n")

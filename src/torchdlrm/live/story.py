@@ -97,7 +97,7 @@ class Comparison:
                 "mean AUC": f"{self.mean_auc(name):.4f}",
                 "first day": f"{aucs[0]:.4f}",
                 "last day": f"{aucs[-1]:.4f}",
-                **(self._costs(name) if name in self.scores else {}),
+                **self._costs(name),
             }
             for name, aucs in self._aucs.items()
         ]
@@ -111,7 +111,7 @@ class Comparison:
         """A page of HTML with the AUC by day as a chart, and the tables."""
         aucs = self._aucs
         values = ticks(min(map(min, aucs.values())), max(map(max, aucs.values())))
-        chart = Chart((0, len(self.days) - 1), (values[0], values[-1]), 760, 320, "AUC by day")
+        chart = Chart((-0.3, len(self.days) - 0.7), (values[0], values[-1]), 760, 320, "AUC by day")
         chart.y_axis(short)
         for x, day in enumerate(self.days):
             chart.x_label(x, day)
@@ -128,10 +128,11 @@ class Comparison:
         return known | {name: [score.auc for score in scores] for name, scores in self.scores.items()}
 
     def _costs(self, name: str) -> dict[str, str]:
+        scores = self.scores.get(name, [])
         return {
-            "mean logloss": f"{statistics.fmean(score.logloss for score in self.scores[name]):.4f}",
-            "seconds": f"{self.seconds(name):.1f}",
-            "rows of tables": f"{self.scores[name][-1].num_embeddings:,}",
+            "mean logloss": f"{statistics.fmean(score.logloss for score in scores):.4f}" if scores else "",
+            "seconds": f"{self.seconds(name):.1f}" if scores else "",
+            "rows of tables": f"{scores[-1].num_embeddings:,}" if scores else "",
         }
 
 
