@@ -35,9 +35,11 @@ _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ct
 _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+# Tables lie in the range as they do in the file but for multiples of this, so that its large pages are mapped as such.
+_LARGE_PAGE_BYTES = 2 << 20
 _PROT_NONE, _MAP_FIXED, _FAILED = 0, 0x10, ctypes.c_void_p(-1).value
-# What spreads keys of each type over its bits: 2^bits by the golden ratio.
-_FACTORS = {np.uint32: 0x9E3779B1, np.uint64: 0x9E3779B97F4A7C15}
+# What spreads keys over 64 bits: 2^64 by the golden ratio.
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 # Of the filter of changed rows: one key in five to nine that is not changed is looked for among them in vain.
 _SLOTS_PER_ROW = 4
 
@@ -102,7 +104,7 @@ class PatchedWeights(WeightsLayout):
         # Ends with one that no row has, so that each search ends within.
         self._keys: NDArray[np.unsignedinteger] = np.concatenate([*keys, np.array([np.iinfo(kind).max], kind)])
         self._may_be_changed = np.zeros(1 << (_SLOTS_PER_ROW * self.num_rows).bit_length(), np.bool_)
-        self._may_be_changed[_slots(self._keys, len(self._may_be_changed))] = True
+        self._may_be_changed[_slots(self._keys.astype(np.int64), len(self._may_be_changed))] = True
         for name, own in kept.items():
             if len(own):
                 assert isinstance(before, PatchedWeights), "a file has no changed rows"
@@ -161,6 +163,7 @@ class PatchedWeights(WeightsLayout):
                 raise BundleError(msg)
             position = end
             old = before.place(name) if piece.base_rows else TablePlace(0, 0, 0, row_bytes)
+            start += (old.file_start - old.file_start % mmap.PAGESIZE - start) % _LARGE_PAGE_BYTES
             head = old.file_start % mmap.PAGESIZE
             place = TablePlace(start + head, old.file_start, old.file_rows, row_bytes)
             first_number = -(-(_mapped_bytes(place) - head) // row_bytes)
@@ -199,7 +202,7 @@ class RowNumbers:
         self, keys: NDArray[np.unsignedinteger], may_be_changed: NDArray[np.bool_], tables: list[_Table]
     ) -> None:
         self._keys, self._may_be_changed = keys, may_be_changed
-        self._first_keys = np.array([table.first_key for table in tables], keys.dtype)
+        self._first_keys = np.array([table.first_key for table in tables], np.int64)
         self._beyond = np.array([table.first_number - table.first for table in tables], np.int64)
 
     def __call__(self, ids_T: NDArray[np.integer] | Sequence[NDArray[np.integer]]) -> NDArray[np.int64]:
@@ -209,16 +212,21 @@ class RowNumbers:
             ids_T: [T, B], or the ids of each table.
         """
         if isinstance(ids_T, np.ndarray):
-            numbers, lengths = ids_T.reshape(-1).astype(np.int64), np.array(ids_T.shape[1])
+            numbers = ids_T.reshape(-1).astype(np.int64)
+            keys = (ids_T + self._first_keys[:, None]).reshape(-1)
         else:
-            numbers, lengths = np.concatenate(ids_T).astype(np.int64), np.array([len(ids) for ids in ids_T])
-        keys = numbers.astype(self._keys.dtype) + np.repeat(self._first_keys, lengths)
+            numbers = np.concatenate(ids_T).astype(np.int64)
+            keys = np.concatenate([ids + first for ids, first in zip(ids_T, self._first_keys, strict=True)])
         likely = np.flatnonzero(self._may_be_changed[_slots(keys, len(self._may_be_changed))])
-        wanted = keys[likely]
+        wanted = keys[likely].astype(self._keys.dtype)
         found = np.searchsorted(self._keys, wanted)
         is_changed = self._keys[found] == wanted
         changed = likely[is_changed]
-        numbers[changed] = found[is_changed] + np.repeat(self._beyond, lengths)[changed]
+        if isinstance(ids_T, np.ndarray):
+            tables = changed // max(1, ids_T.shape[1])
+        else:
+            tables = np.searchsorted(np.cumsum([len(ids) for ids in ids_T]), changed, side="right")
+        numbers[changed] = found[is_changed] + self._beyond[tables]
         return numbers
 
 
@@ -247,13 +255,10 @@ def _changed_before(before: MappedWeights | PatchedWeights, recipe: TableRecipe)
     return ids[ids < recipe.base_rows]
 
 
-def _slots(keys: NDArray[np.unsignedinteger], num_slots: int) -> NDArray[np.unsignedinteger]:
+def _slots(keys: NDArray[np.int64], num_slots: int) -> NDArray[np.uint64]:
     """Where keys stand in a filter of so many slots, a power of two."""
-    kind = keys.dtype.type
-    slots: NDArray[np.unsignedinteger] = (keys * kind(_FACTORS[kind])) >> kind(
-        8 * keys.itemsize + 1 - num_slots.bit_length()
-    )
-    return slots
+    spread: NDArray[np.uint64] = keys.view(np.uint64) * _FACTOR
+    return spread >> np.uint64(65 - num_slots.bit_length())
 
 
 def _whole_pages(num_bytes: int) -> int:
@@ -270,9 +275,10 @@ def _range_of(file: int, tables: Iterable[_Table]) -> Tensor:
     size_bytes = max((_whole_pages(table.changed.stop + PADDING_BYTES) for table in tables), default=mmap.PAGESIZE)
     # Nothing is accounted for what nobody may touch.
     anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    start = _map(None, size_bytes, _PROT_NONE, anonymous, -1, 0)
+    reserved = _map(None, size_bytes + _LARGE_PAGE_BYTES, _PROT_NONE, anonymous, -1, 0)
+    start = reserved + -reserved % _LARGE_PAGE_BYTES
     memory = (ctypes.c_ubyte * size_bytes).from_address(start)
-    weakref.finalize(memory, _LIBC.munmap, start, size_bytes).atexit = False
+    weakref.finalize(memory, _LIBC.munmap, reserved, size_bytes + _LARGE_PAGE_BYTES).atexit = False
     for table in tables:
         head, mapped = table.place.file_start % mmap.PAGESIZE, _mapped_bytes(table.place)
         begin, end = start + table.place.start - head, start + _whole_pages(table.changed.stop + PADDING_BYTES)

@@ -16,11 +16,14 @@ from torchdlrm.features.kinds import KINDS, SparseKindName
 from torchdlrm.features.value_index import ValueIndex
 from torchdlrm.features.vocabulary import MAX_ID, UNKNOWN_ID
 
+_SLOTS_PER_ID = 8
+
 
 class PatchedIndex:
     """Ids of the values of a sparse feature; safe to use from many threads.  `PatchedIndex.of` makes one.
 
-    A value that is among the changed ones has its id from there; any other has the base's, unless that id is gone.
+    A value has the base's id, unless it has none there or that id is gone: then it is looked for among the changed
+    ones.  Whoever gets another id leaves his former one to others, or to nobody.
 
     Args:
         base: of the vocabulary before.
@@ -43,8 +46,14 @@ class PatchedIndex:
         self._base, self._values, self._ids = base, values, ids
         self._changed = ValueIndex.of(values, ids, kind, missing_id)
         self.missing_id = missing_id
-        self._gone = np.append(gone, np.int32(MAX_ID))  # above all ids, so that a search ends within
+        # 0, which says that the base does not know a value, and at the end one above all ids, so that a search ends.
+        self._gone = np.concatenate([np.array([UNKNOWN_ID], np.int32), gone, np.array([MAX_ID], np.int32)])
         self._gone_at: Sequence[int] = memoryview(self._gone.data)
+        # Most ids are not gone, which their last bits tell at once.
+        self._may_be_gone = np.zeros(1 << (_SLOTS_PER_ID * len(gone)).bit_length(), np.bool_)
+        self._last_bits = len(self._may_be_gone) - 1
+        self._may_be_gone[self._gone & self._last_bits] = True
+        self._may_be_gone_at: Sequence[bool] = memoryview(self._may_be_gone.data)
 
     @classmethod
     def of(
@@ -85,7 +94,7 @@ class PatchedIndex:
             return cls(index, values, ids, gone, kind, missing_id)
         stay = ~np.isin(index._ids, gone)
         values, ids = pl.concat([index._values.filter(pl.Series(stay)), values]), np.append(index._ids[stay], ids)
-        return cls(index._base, values, ids, np.union1d(index._gone[:-1], gone), kind, missing_id)
+        return cls(index._base, values, ids, np.union1d(index._gone[1:-1], gone), kind, missing_id)
 
     @property
     def num_changed(self) -> int:
@@ -95,28 +104,44 @@ class PatchedIndex:
     @property
     def size_bytes(self) -> int:
         """Of memory that the base does not need."""
-        return self._changed.size_bytes + self._ids.nbytes + self._gone.nbytes + int(self._values.estimated_size())
+        arrays = self._ids.nbytes + self._gone.nbytes + self._may_be_gone.nbytes
+        return self._changed.size_bytes + arrays + int(self._values.estimated_size())
 
     def lookup(self, values: pl.Series) -> pl.Series:
         """As `ValueIndex.lookup`."""
-        changed, before = (index.lookup(values).to_numpy() for index in (self._changed, self._base))
-        return pl.Series(values.name, self._joined(changed, before))
+        before = self._base.lookup(values)
+        ids = before.to_numpy()
+        rows = self._gone_rows(ids)
+        if not len(rows):
+            return before
+        ids = ids.copy()
+        ids[rows] = self._changed.lookup(values.gather(rows)).to_numpy()
+        return pl.Series(values.name, ids)
 
     def ids_of_numbers(
         self, numbers: npt.NDArray[np.integer], is_missing: npt.NDArray[np.bool_] | None = None
     ) -> npt.NDArray[np.int32]:
         """As `ValueIndex.ids_of_numbers`."""
-        changed, before = (index.ids_of_numbers(numbers, is_missing) for index in (self._changed, self._base))
-        return self._joined(changed, before)
+        ids = self._base.ids_of_numbers(numbers, is_missing)
+        rows = self._gone_rows(ids)
+        if len(rows):
+            ids[rows] = self._changed.ids_of_numbers(numbers[rows], None if is_missing is None else is_missing[rows])
+        return ids
 
     def id_of(self, value: int | str | None) -> int:
         """As `ValueIndex.id_of`."""
-        if (found := self._changed.id_of(value)) != UNKNOWN_ID:
-            return found
         before = self._base.id_of(value)
-        is_gone = self._gone_at[bisect_left(self._gone_at, before)] == before
-        return UNKNOWN_ID if is_gone else before
+        if (
+            self._may_be_gone_at[before & self._last_bits]
+            and self._gone_at[bisect_left(self._gone_at, before)] == before
+        ):
+            return self._changed.id_of(value)
+        return before
 
-    def _joined(self, changed: npt.NDArray[np.int32], before: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        is_gone = self._gone[np.searchsorted(self._gone, before)] == before
-        return np.where(changed != UNKNOWN_ID, changed, np.where(is_gone, np.int32(UNKNOWN_ID), before))
+    def _gone_rows(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """Where values have to be looked for among the changed ones."""
+        rows = np.flatnonzero(self._may_be_gone[ids & self._last_bits])
+        if not len(rows):
+            return rows
+        found = ids[rows]
+        return rows[self._gone[np.searchsorted(self._gone, found)] == found]
