@@ -80,6 +80,14 @@ class SealedJson(Frozen):
         return self.model_dump(mode="json", by_alias=True)
 
     @classmethod
+    def _remedy(cls, folder: Path) -> str:
+        if (folder / "delta.json").is_file():
+            return f"`dlrm apply BASE {folder} --out BUNDLE` makes the one that this delta leads to"
+        if (folder / "current" / cls._file_name).is_file():
+            return f"that of a live model is {folder / 'current'}"
+        return f"make one with `{cls._how_to_make_one.format(folder)}`"
+
+    @classmethod
     def read(cls, folder: Path) -> Self:
         """What is in a folder, with every bit of its JSON file checked.
 
@@ -96,7 +104,7 @@ class SealedJson(Frozen):
         except FileNotFoundError as error:
             no_one = f"has no {cls._file_name}, so it is no {cls._kind}"
             found = no_one if folder.is_dir() else "is not a folder"
-            msg = f"{folder}: {found}; make one with `{cls._how_to_make_one.format(folder)}`"
+            msg = f"{folder}: {found}; {cls._remedy(folder)}"
             raise BundleError(msg) from error
         except OSError as error:
             msg = f"{path}: cannot be read: {error}"

@@ -16,7 +16,7 @@ Times = Mapping[int, Mapping[StepName, StepTime]]  # by period
 
 _STEP_COLOURS = dict(zip(get_args(StepName), (*COLOURS, "#8a8f98"), strict=True))
 _METRICS = {"auc": "AUC", "ne": "normalised entropy", "calibration": "calibration: mean prediction / click rate"}
-_ROWS = {"all": "all rows", "known": "rows of known values", "unseen": "rows with a value never seen"}
+_ROWS = {"known": "rows of known values", "unseen": "rows with an unknown value", "all": "all rows"}
 _RECENT = 7  # periods of which a mean is told: a week of days
 _MAX_FEATURES = 4  # that have a curve of their own
 _MAX_BLOCKS = 60  # periods whose steps are drawn
@@ -90,15 +90,16 @@ def _chart(
         caption: what the chart shows.
         periods: the records.
         curves: by name.
-        band: around the first one.
+        band: around the last one, which is on top.
         show: a value, next to the axis.
     """
     drawn: list[Curve] = []
+    last = [*curves][-1]
     for (name, values), colour in zip(curves.items(), COLOURS, strict=False):
         of_records = zip(periods, values, strict=True)
         points = [(record.period, value) for record, value in of_records if value is not None]
         if points:
-            drawn.append(Curve(name, colour, points, () if drawn else band))
+            drawn.append(Curve(name, colour, points, band if name == last else ()))
     if not drawn:
         return None
     return curve_chart(
@@ -139,7 +140,7 @@ def _unseen(periods: Sequence[PeriodRecord]) -> Chart | None:
     most = sorted(percents, key=lambda name: -(_mean(percents[name]) or 0.0))[:_MAX_FEATURES]
     mean = [_mean_unseen_percent(record) for record in periods]
     return _chart(
-        "values never seen, % of a log's", periods, {"all features": mean} | {name: percents[name] for name in most}
+        "unknown values, % of a log's", periods, {"all features": mean} | {name: percents[name] for name in most}
     )
 
 
@@ -230,7 +231,7 @@ def _period(record: PeriodRecord, steps: Mapping[StepName, StepTime], current: i
         "logloss": _number(_value(metrics, "logloss"), 4),
         "NE": _number(_value(metrics, "ne"), 4),
         "calibration": _number(_value(metrics, "calibration"), 3),
-        "unseen %": _number(_mean_unseen_percent(record), 2),
+        "unknown %": _number(_mean_unseen_percent(record), 2),
         "gate: before": _number(_value(record.gate.old, "logloss"), 4),
         "gate: after": _number(record.gate.new.logloss, 4),
         "bundle": show_bytes(record.bundle_bytes),
@@ -254,8 +255,8 @@ def _features(periods: Sequence[PeriodRecord]) -> list[dict[str, str]]:
                 "in all": _whole(sum(record.admitted for record in records)),
                 "expired, last": _whole(newest.expired),
                 "expired in all": _whole(sum(record.expired for record in records)),
-                "unseen %, last": _number(percents[-1], 2),
-                "unseen %, mean": _number(_mean(percents), 2),
+                "unknown %, last": _number(percents[-1], 2),
+                "unknown %, mean": _number(_mean(percents), 2),
             }
         )
     return rows

@@ -27,7 +27,7 @@ def test_the_page_tells_what_is_in_the_records():
     assert [line["AUC"], line["from"], line["to"]] == [
         f"{x:.4f}" for x in (judged.auc, judged.auc_low, judged.auc_high)
     ]
-    assert line["unseen %"] == "6.00", "the mean of 9 % and 3 %"
+    assert line["unknown %"] == "6.00", "the mean of 9 % and 3 %"
     assert line["gate: before"] == f"{newest.gate.old.logloss:.4f}"
     assert line["seconds"] == f"{sum(step.seconds for step in times[9].values()):.1f}"
     admitted = sum(record.features["cat_0"].admitted for record in periods)
@@ -38,7 +38,7 @@ def test_the_page_tells_what_is_in_the_records():
     assert f"<b>{mean:.4f}</b><span>mean AUC of the last 7 periods</span>" in page
     assert "<b>9</b><span>current" in page
     assert "All periods passed." in page
-    for caption in ("AUC", "normalised entropy", "calibration: ", "logloss, nats", "values never seen", "size of all"):
+    for caption in ("AUC", "normalised entropy", "calibration: ", "logloss, nats", "unknown values", "size of all"):
         assert f"<figcaption>{caption}" in page
     assert f"all rows: {judged.ne:.5g} in period 9" in page
 
@@ -57,7 +57,7 @@ def test_a_model_of_one_period_has_no_metrics_yet():
     rows = tables_of(page)
     assert "Nothing yet: the first period has no model before it." in page
     line = dict(zip(rows[-2], rows[-1], strict=True))
-    assert [line[name] for name in ("base", "AUC", "NE", "unseen %", "gate: before")] == ["-"] * 5
+    assert [line[name] for name in ("base", "AUC", "NE", "unknown %", "gate: before")] == ["-"] * 5
     assert "values that came and went" not in page
 
 
