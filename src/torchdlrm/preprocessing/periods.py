@@ -13,6 +13,7 @@ another while both have one.  Like the tasks of `count`, these work on one spars
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -94,24 +95,23 @@ def update_values(
     )
     if period.expire_after is not None:
         kept = kept.filter(period.number - pl.col("last_period") < period.expire_after)
-    without = counted.join(before, on="value", how="anti", nulls_equal=True)
-    counts = _counts_by_period(without, candidates, period)
+    today = counted.join(before, on="value", how="anti", nulls_equal=True)
+    del counted, before
+    earlier = _read_candidates(values.column, candidates, period.number - period.admit_over)
+    totals = earlier.group_by("value").agg(pl.col("count").sum(), pl.col("period").min())
     new = (
-        counts.filter(pl.col("period") > period.number - period.admit_over)
-        .group_by("value")
-        .agg(pl.col("count").sum(), pl.col("period").min().alias("first_period"), pl.col("period").max())
-        .filter((pl.col("count") >= min_count) & (pl.col("period") == period.number))
-        .select("value", "count", "first_period")
+        today.join(totals, on="value", how="left", nulls_equal=True, suffix="_before")
+        .select(
+            "value",
+            pl.col("count") + pl.col("count_before").fill_null(0),
+            pl.col("period").fill_null(period.number).alias("first_period"),
+        )
+        .filter(pl.col("count") >= min_count)
     )
-    still_asked = counts.filter(pl.col("period") > period.number + 1 - period.admit_over)
-    write_sections(
-        target,
-        {
-            "kept": kept.sort("id").to_arrow(),
-            "new": rank_counts(new).to_arrow(),
-            "candidates": still_asked.sort("value", "period").to_arrow(),
-        },
-    )
+    asked = pl.concat([earlier, today.select("value", pl.lit(period.number, pl.Int32).alias("period"), "count")])
+    asked = asked.filter(pl.col("period") > period.number + 1 - period.admit_over).sort(CANDIDATE_COLUMNS)
+    tables = {"kept": kept.sort("id"), "new": rank_counts(new), "candidates": asked}
+    write_sections(target, {name: table.to_arrow() for name, table in tables.items()})
     return {"values": kept.height + new.height}
 
 
@@ -127,13 +127,11 @@ def _known_values(column: SparseColumn, known: Path | None, period: Period) -> p
     return found.with_columns(first_period=before, last_period=before)
 
 
-def _counts_by_period(counted: pl.DataFrame, candidates: Path | None, period: Period) -> pl.DataFrame:
-    """value, period, count: of this period and of earlier ones, each value at most once for a period."""
-    counts = counted.select("value", pl.lit(period.number, pl.Int32).alias("period"), "count")
+def _read_candidates(column: SparseColumn, candidates: Path | None, before: int) -> pl.DataFrame:
+    """value, period and count of the values without ids in the periods after one."""
     if candidates is None:
-        return counts
-    earlier = pl.DataFrame(read_section(candidates, "counts")).select(CANDIDATE_COLUMNS)
-    return pl.concat([earlier, counts]).group_by("value", "period").agg(pl.col("count").sum())
+        return pl.DataFrame(schema={"value": column.vocabulary_dtype, "period": pl.Int32, "count": pl.Int64})
+    return pl.DataFrame(read_section(candidates, "counts")).filter(pl.col("period") > before)
 
 
 def assign_ids(
@@ -159,26 +157,24 @@ def assign_ids(
         dataset: its folder, with the folders vocabulary, reset and candidates; the files of the last two are written
             where they have rows.
     """
-    kept = [pl.DataFrame(read_section(path, "kept")) for path in updated]
-    new = [pl.DataFrame(read_section(path, "new")) for path in updated]
-    stays, num_new = _choose(kept, new, period, max_ids)
-    kept = [table.filter(pl.Series(mask)) for table, mask in zip(kept, stays, strict=True)]
-    new_ids = _smallest_free([table["id"].to_numpy() for table in kept], num_new)
-    for i, ids in enumerate(_ids_of_ranges(new, new_ids, values_at_a_time)):
-        admitted = (
-            new[i]
-            .head(len(ids))
-            .with_columns(id=pl.Series(ids, dtype=pl.Int32), last_period=pl.lit(period.number, pl.Int32))
-        )
-        rows = pl.concat([table.select(PERIOD_COLUMNS) for table in (kept[i], admitted)]).sort("id")
-        write_sections(targets[i], {"ids": rows.to_arrow()})
+    stays, num_new = _choose(updated, period, max_ids)
+    used = [_column(path, "kept", "id")[mask] for path, mask in zip(updated, stays, strict=True)]
+    new_ids = _smallest_free(used, num_new)
+    ids_of_ranges = _ids_of_ranges(updated, new_ids, values_at_a_time)
+    # One range after the other: what is mapped into memory counts, too.
+    for path, mask, ids, target in zip(updated, stays, ids_of_ranges, targets, strict=True):
+        given = pl.Series("id", ids), pl.Series("last_period", [period.number], pl.Int32).new_from_index(0, len(ids))
+        admitted = pl.DataFrame(read_section(path, "new")).head(len(ids)).with_columns(*given)
+        staying = pl.DataFrame(read_section(path, "kept")).filter(pl.Series(mask))
+        rows = pl.concat([staying.select(PERIOD_COLUMNS), admitted.select(PERIOD_COLUMNS)]).sort("id")
+        write_sections(target, {"ids": rows.to_arrow()})
     num_ids = _write_vocabulary(column, targets, values_at_a_time, dataset / "vocabulary" / f"{column.name}.parquet")
     reset = new_ids[new_ids < known.num_embeddings]
     if len(reset):
         with replacing(dataset / "reset" / f"{column.name}.parquet") as temporary:
             schema = pa.schema([pa.field("id", pa.int32(), nullable=False)])
             write_rows(temporary, pa.table({"id": reset}, schema=schema))
-    num_kept = sum(table.height for table in kept)
+    num_kept = sum(map(len, used))
     return {
         "num_embeddings": max(known.num_embeddings, num_ids + 1),
         "num_values": num_kept + num_new,
@@ -191,28 +187,31 @@ def assign_ids(
     }
 
 
-def _choose(
-    kept: Sequence[pl.DataFrame], new: Sequence[pl.DataFrame], period: Period, max_ids: int
-) -> tuple[list[npt.NDArray[np.bool_]], int]:
+def _column(path: Path, section: str, name: str) -> npt.NDArray[Any]:
+    """A copy of a column of numbers, so that the file does not stay mapped."""
+    return np.array(read_section(path, section)[name])
+
+
+def _choose(updated: Sequence[Path], period: Period, max_ids: int) -> tuple[list[npt.NDArray[np.bool_]], int]:
     """Which values keep their ids, [D] of each range, and how many new ones get one, by falling count.
 
     Those that were seen last come first, then the frequent ones, then those that had an id, by their ids.
     """
-    sizes = [table.height for table in kept]
-    num_kept, num_new = sum(sizes), sum(table.height for table in new)
+    sizes = [read_section(path, "kept").num_rows for path in updated]
+    num_kept, num_new = sum(sizes), sum(read_section(path, "new").num_rows for path in updated)
     stays = np.ones(num_kept, np.bool_)
     if num_kept + num_new > max_ids:
         last_period, counts, ids = (
-            np.concatenate([table[name].to_numpy() for table in kept]) for name in ("last_period", "count", "id")
+            np.concatenate([_column(path, "kept", name) for path in updated]) for name in ("last_period", "count", "id")
         )
-        new_counts = -np.sort(-np.concatenate([table["count"].to_numpy() for table in new]))
+        new_counts = -np.sort(-np.concatenate([_column(path, "new", "count") for path in updated]))
         is_new = np.repeat([False, True], [num_kept, num_new])
         order = np.lexsort(
             (
-                np.concatenate([ids, np.arange(num_new)]),
+                np.concatenate([ids, np.arange(num_new, dtype=np.int32)]),
                 is_new,
                 -np.concatenate([counts, new_counts]),
-                -np.concatenate([last_period, np.full(num_new, period.number)]),
+                -np.concatenate([last_period, np.full(num_new, period.number, np.int32)]),
             )
         )[:max_ids]
         stays[:] = False
@@ -232,9 +231,10 @@ def _smallest_free(used: Sequence[npt.NDArray[np.int32]], count: int) -> npt.NDA
 
 
 def _ids_of_ranges(
-    new: Sequence[pl.DataFrame], new_ids: npt.NDArray[np.int32], values_at_a_time: int
+    updated: Sequence[Path], new_ids: npt.NDArray[np.int32], values_at_a_time: int
 ) -> list[npt.NDArray[np.int32]]:
-    """The ids of the first values of each range, which are sorted by falling count; the others get none."""
+    """The ids of the first new values of each range, which are sorted by falling count; the others get none."""
+    new = [pl.DataFrame(read_section(path, "new")) for path in updated]
     ids: list[list[npt.NDArray[np.int32]]] = [[np.zeros(0, np.int32)] for _ in new]
     numbered = 0
     for slices in in_order(new, values_at_a_time):
@@ -250,14 +250,14 @@ def _ids_of_ranges(
 
 def _write_vocabulary(column: SparseColumn, tables: Sequence[Path], values_at_a_time: int, path: Path) -> int:
     """Write the vocabulary of which each range has a table; returns its largest id."""
-    ranges = [pl.DataFrame(read_section(table, "ids")) for table in tables]
-    num_ids = max((int(rows["id"][-1]) for rows in ranges if rows.height), default=UNKNOWN_ID)
+    num_ids = max(read_section(table, "ids")["id"][-1:].to_pylist() or [UNKNOWN_ID] for table in tables)[0]
     with replacing(path) as temporary, ValuesWriter(temporary, column.vocabulary_kind, PERIOD_COLUMNS) as writer:
         for first in range(0, num_ids + 1, values_at_a_time):
-            edges = (
-                [int(rows["id"].search_sorted(first + width)) for width in (0, values_at_a_time)] for rows in ranges
-            )
-            pieces = [rows[start:end] for rows, (start, end) in zip(ranges, edges, strict=True)]
+            pieces = []
+            for table in tables:
+                rows = pl.DataFrame(read_section(table, "ids"))
+                start, end = (int(rows["id"].search_sorted(first + width)) for width in (0, values_at_a_time))
+                pieces.append(rows[start:end])
             writer.append(pl.concat(pieces).sort("id"))
     return num_ids
 
@@ -266,16 +266,13 @@ def _write_candidates(
     column: SparseColumn, updated: Sequence[Path], tables: Sequence[Path], values_at_a_time: int, path: Path
 ) -> int:
     """Write the counts of values without ids, by value and period; returns their number, of which 0 make no file."""
-    ranges = [
-        pl.DataFrame(read_section(counts, "candidates")).join(
-            pl.DataFrame(read_section(table, "ids")).select("value"),
-            on="value",
-            how="anti",
-            nulls_equal=True,
-            maintain_order="left",
-        )
-        for counts, table in zip(updated, tables, strict=True)
-    ]
+    ranges = []
+    for counts, table in zip(updated, tables, strict=True):
+        rows = pl.DataFrame(read_section(counts, "candidates"))
+        if rows.height:
+            have_ids = pl.DataFrame(read_section(table, "ids")).select("value")
+            rows = rows.join(have_ids, on="value", how="anti", nulls_equal=True, maintain_order="left")
+        ranges.append(rows)
     sizes = [rows.height for rows in ranges]
     if not any(sizes):
         return 0

@@ -33,6 +33,9 @@ from torchdlrm.preprocessing.sizing import BYTES_A_VALUE
 from torchdlrm.preprocessing.work_folder import Result, WorkFolder
 from torchdlrm.progress import ProgressListener
 
+# A value with its periods, before and after a log, takes so many times the memory of one that is counted.
+_WEIGHT_WITH_PERIODS = 4
+
 
 @dataclass
 class VocabularyPhase:
@@ -103,6 +106,8 @@ class VocabularyPhase:
             values, value_bytes = values + known_rows, value_bytes + 12 * known_rows
         # Numbers and their counts take 12 bytes; longer values weigh more.
         weight = values + 3 * max(0, value_bytes - 12 * values) // BYTES_A_VALUE
+        if self.period is not None:
+            weight *= _WEIGHT_WITH_PERIODS
         partitions = self.work.sizing.num_partitions
         count = min(partitions, max(1, -(-weight // self.work.sizing.values_per_task)))
         edges = [i * partitions // count for i in range(count + 1)]
@@ -183,15 +188,19 @@ class VocabularyPhase:
         most = self.options.max_embeddings if column.max_embeddings is None else column.max_embeddings
         extends = self.options.extend_vocabulary
         counts = [self.work.path / "counts" / values.name for values in ranges]
-        sizes = (MAX_ID if most is None else most - 1, self.work.sizing.values_per_task)
+        values_at_a_time = self.work.sizing.values_per_task
+        max_ids = MAX_ID if most is None else most - 1
         tables = [self._table(values) for values in ranges]
         if self.period is not None:
             known = self._known_record(column) if extends else None
             before = Known() if known is None else Known(known.num_embeddings, known.num_values)
-            arguments: tuple[Any, ...] = (column, counts, before, self.period, *sizes, tables, self._dataset_folder)
+            arguments: tuple[Any, ...] = (
+                *(column, counts, before, self.period, max_ids, -(-values_at_a_time // _WEIGHT_WITH_PERIODS)),
+                *(tables, self._dataset_folder),
+            )
             return Task(f"rank-{column.name}", assign_ids, arguments)
         arguments = (
-            *(column, counts, *sizes),
+            *(column, counts, max_ids, values_at_a_time),
             [self._known_table(values) for values in ranges] if extends else None,
             self._known_file(self._known_record(column).vocabulary) if extends else None,
             *(tables, self._dataset_folder / "vocabulary" / f"{column.name}.parquet"),
