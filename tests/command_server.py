@@ -343,6 +343,10 @@ if __name__ == "__main__":
             importlib.import_module(library)
         for module in pkgutil.walk_packages(importlib.import_module("torchdlrm").__path__, "torchdlrm."):
             importlib.import_module(module.name)
+        # What Numba looks through before it loads the first function.
+        registry = importlib.import_module("numba.core.registry")
+        registry.cpu_target.typing_context.refresh()
+        registry.cpu_target.target_context.refresh()
     # No command has to look through what was loaded, which would also copy it: that took half of a short one's time.
     gc.freeze()
     with socket.socket(fileno=int(sys.argv[1])) as requests_socket:
