@@ -407,6 +407,16 @@ def test_a_period_that_failed_is_resumed_with_its_log_or_begun_again_with_anothe
     assert record.progressive.all.rows == 2_000
 
 
+@pytest.mark.slow
+def test_several_processes_may_train(copied, logs, dlrm):
+    done = dlrm("advance", copied, logs[3], "--nproc-per-node", 2)
+    assert done.returncode == 0, done.stderr
+    assert LiveModel.open(copied).current == 4
+    environment = json.loads((copied / "days/0004/run/environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert environment["warm_start"]["run"] == str(copied / "days/0003/run")
+
+
 class Killed(BaseException):
     """Nothing catches it."""
 
