@@ -262,7 +262,7 @@ def test_values_expire_and_new_ones_get_their_ids(logs, tmp_path):
     assert records[3].features["page"].values_in_use is None
 
 
-def test_old_runs_and_bundles_are_removed_but_never_the_current_ones(copied, logs):
+def test_old_runs_and_bundles_are_removed_but_never_the_current_ones(copied, logs, dlrm):
     live = LiveModel.open(copied)
     rollback(copied, 1)
     keep = LiveSettings(keep_runs=1, keep_bundles=1, gate=GateSettings(calibration=(0.01, 0.02)))
@@ -274,6 +274,9 @@ def test_old_runs_and_bundles_are_removed_but_never_the_current_ones(copied, log
     with pytest.raises(LiveError, match=r"bundle of period 3 was removed \(keep_bundles\); there are 1, 4"):
         rollback(copied, 3)
     shutil.rmtree(live.day(1) / "run")
+    told = dlrm("rollback", copied, 1).stderr
+    assert "current is period 1 now" in told
+    assert "the run of period 1 was removed (keep_runs)" in told
     with pytest.raises(LiveError, match=r"0001/run: is not there any more.*roll back to one of 4"):
         advance(copied, logs[4])
 
@@ -303,8 +306,7 @@ def test_inspect_lists_the_periods(three_days, dlrm):
         for name in ("rows", "auc", "logloss", "ne", "calibration"):
             assert period[name] == getattr(record.progressive.all, name)
         assert period["published"]
-    shown = dlrm("inspect", three_days)
-    assert "3 period(s), current is 3" in shown.stderr
+    assert told["unfinished"] is None
 
 
 def test_a_report_has_all_periods_and_what_they_took(three_days, dlrm, tmp_path):
@@ -383,13 +385,16 @@ def test_two_at_once_are_refused(copied, logs):
                 change()
 
 
-def test_a_period_that_failed_is_resumed_with_its_log_or_begun_again_with_another(copied, logs, tmp_path):
+def test_a_period_that_failed_is_resumed_with_its_log_or_begun_again_with_another(copied, logs, dlrm, tmp_path):
     bad = tmp_path / "bad.tsv"
     bad.write_text(logs[3].read_text() + "no\trow\n")
     with pytest.raises(LogError, match="rows that cannot be read"):  # where no step is done, none is lost
         advance(copied, bad)
     with pytest.raises(ZeroDivisionError):
         advance(copied, logs[3], train_by=lambda *_, **__: 1 / 0)
+    shown = dlrm("inspect", copied).stderr
+    assert "3 period(s), current is 3" in shown
+    assert "period 4 is not complete, learnt from 3; done: score, preprocess" in shown
     with pytest.raises(LiveError, match="period 4 was begun with another log and is not complete"):
         advance(copied, bad)
     rollback(copied, 2)

@@ -198,6 +198,9 @@ def _show_live(folder: Path, *, as_json: bool) -> None:
     for period in content["periods"]:
         for reason in period["reasons"]:
             say(f"period {period['period']}: {reason}")
+    if (draft := content["unfinished"]) is not None:
+        done = ", ".join(draft["done"]) or "no step"
+        say(f"period {draft['period']} is not complete, learnt from {draft['base'] or 'nothing'}; done: {done}")
 
 
 def _live_as_dict(folder: Path) -> dict[str, Any]:
@@ -215,7 +218,9 @@ def _live_as_dict(folder: Path) -> dict[str, Any]:
             | {"published": record.published, "reasons": record.gate.reasons}
             | {"bundle_bytes": record.bundle_bytes, "delta_bytes": record.delta_bytes}
         )
-    return {"live": str(folder), "current": live.current, "periods": periods}
+    draft = live.draft
+    unfinished = None if draft is None else draft.model_dump(mode="json", include={"period", "base", "done"})
+    return {"live": str(folder), "current": live.current, "periods": periods, "unfinished": unfinished}
 
 
 def print_check(bundle: "Bundle") -> None:

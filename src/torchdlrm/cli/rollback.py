@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from torchdlrm.cli.terminal import Json, print_json, say
+from torchdlrm.cli.terminal import Json, print_json, say, warn
 
 
 def rollback(live: Path, period: int, *, as_json: Json = False) -> None:
@@ -15,9 +15,12 @@ def rollback(live: Path, period: int, *, as_json: Json = False) -> None:
         period: Number of the period; `dlrm inspect LIVE` lists them.
         as_json: Print one JSON object on standard output.
     """
+    from torchdlrm.live.model import RUN_NAME, LiveModel
     from torchdlrm.live.model import rollback as roll_back
 
     record = roll_back(live, period)
     say(f"{live}/current is period {record.period} now; the next period is learnt from it")
+    if not (LiveModel(live).day(period) / RUN_NAME).is_dir():
+        warn(f"the run of period {period} was removed (keep_runs), so that no period can be learnt from it")
     if as_json:
         print_json({"live": str(live), "current": record.period})
