@@ -1,7 +1,9 @@
 """Counts -> ids, and the file that keeps them."""
 
 import random
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -10,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchdlrm.errors import DatasetError
+from torchdlrm.features import vocabulary as module
 from torchdlrm.features.kinds import KINDS, hex_digits
-from torchdlrm.features.vocabulary import Vocabulary
+from torchdlrm.features.vocabulary import Vocabulary, first_difference
 from vocabularies import fit
 
 VALUES = {
@@ -102,3 +105,31 @@ def test_a_damaged_vocabulary_is_reported(tmp_path):
     path.write_bytes(b"PAR1 no")
     with pytest.raises(DatasetError, match=r"f\.parquet: the vocabulary cannot be read"):
         Vocabulary.read(path, "f", "int")
+
+
+IDS = st.dictionaries(st.integers(1, 12), st.none() | st.integers(0, 3), max_size=10)
+
+
+@settings(max_examples=150, deadline=None)
+@given(before=IDS, now=IDS, spare=st.integers(0, 3), reset=st.none() | st.sets(st.integers(1, 12)))
+def test_the_first_id_of_another_value_is_found(before, now, spare, reset):
+    """In blocks of a few ids, whether or not they have values; ids behind the table of the earlier one are new."""
+    num_ids = max(before, default=0) + 1 + spare
+
+    def differs(number):
+        if reset is not None and number in reset:
+            return False
+        if number not in now:
+            return reset is None and number in before
+        return number < num_ids and (number not in before or before[number] != now[number])
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_IDS_AT_A_TIME", 4)
+        files = [Path(folder) / name for name in ("before", "now")]
+        for file, values in zip(files, (before, now), strict=True):
+            numbers = sorted(values)
+            table = {"value": [values[number] for number in numbers], "count": [1] * len(numbers), "id": numbers}
+            schema = {"value": pl.Int64, "count": pl.Int64, "id": pl.Int32}
+            Vocabulary("f", "int", pl.DataFrame(table, schema=schema)).write(file)
+        found = first_difference(*files, num_ids, None if reset is None else np.array(sorted(reset), np.int32))
+    assert found == min(filter(differs, {*before, *now}), default=None)
