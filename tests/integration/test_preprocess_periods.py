@@ -221,7 +221,7 @@ def test_values_of_a_dataset_without_periods_count_as_seen_in_the_one_before(log
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"period": 8}, "`period`: 8 is before 9, the period of `vocabulary`"),
+        ({"period": 9}, "`period`: 9 is not after 9, the period of `vocabulary`"),
         ({"extend_vocabulary": False, "period": 10}, "`period`: a `vocabulary` that is not extended stays as it is"),
         ({"extend_vocabulary": False, "expire_after": 3}, "`expire_after`: a `vocabulary` that is not extended"),
         ({"expire_after": 0}, "`expire_after`: must be at least 1, got 0"),

@@ -256,7 +256,8 @@ def _write_vocabulary(column: SparseColumn, tables: Sequence[Path], values_at_a_
             pieces = []
             for table in tables:
                 rows = pl.DataFrame(read_section(table, "ids"))
-                start, end = (int(rows["id"].search_sorted(first + width)) for width in (0, values_at_a_time))
+                edges = first, min(first + values_at_a_time, num_ids + 1)
+                start, end = (int(rows["id"].search_sorted(edge)) for edge in edges)
                 pieces.append(rows[start:end])
             writer.append(pl.concat(pieces).sort("id"))
     return num_ids

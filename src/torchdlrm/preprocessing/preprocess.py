@@ -62,7 +62,7 @@ def preprocess(
     Raises:
         LogError: a file of the log is missing, damaged or empty, or has more bad rows than allowed.
         DatasetError: `out` exists or cannot be written, or an interrupted job had other settings.
-        ConfigError: the memory is too little, or the period is before that of the vocabulary.
+        ConfigError: the memory is too little, or the period is not after that of the vocabulary.
     """
     options, resources = options or PreprocessOptions(), resources or Resources()
     progress = progress or SilentProgress()
@@ -157,7 +157,7 @@ def _period(options: PreprocessOptions, known: Dataset | None) -> Period | None:
     """The period of the log, where values come and go, by the options or the dataset whose vocabularies are used.
 
     Raises:
-        ConfigError: it is before that of the dataset.
+        ConfigError: it is not after that of the dataset.
     """
     before = None if known is None else known.period
     if known is not None and not options.extend_vocabulary:
@@ -167,8 +167,10 @@ def _period(options: PreprocessOptions, known: Dataset | None) -> Period | None:
         number = 1 if before is None else before + 1
     if number is None:
         return None
-    if before is not None and number < before:
-        msg = f"`period`: {number} is before {before}, the period of `vocabulary`; periods are extended in their order"
+    if before is not None and number <= before:
+        msg = (
+            f"`period`: {number} is not after {before}, the period of `vocabulary`; give all logs of a period together"
+        )
         raise ConfigError(msg)
     return Period(number, options.expire_after, options.admit_over)
 
