@@ -38,7 +38,7 @@ test: $(INSTALLED)  ## run all tests on up to four cores
 	$(BIN)/python -m pytest -n auto --maxprocesses 6 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)  ## run the unit tests without the slow ones
-	$(BIN)/python -m pytest tests/unit tests/test_architecture.py -m "not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 6 --dist loadfile -p no:schemathesis tests/unit tests/test_architecture.py -m "not slow"
 
 test-pretended-gpu: $(PRETENDED)/.installed  ## run all host code of GPUs without one: needs gcc and 8 GB for the CUDA builds
 	PRETENDED_GPUS=8 $(PRETENDED)/bin/python tests/pretended_gpu/libraries.py \

@@ -39,7 +39,7 @@ LIBRARIES = (
 DLRM = str(Path(sys.executable).with_name("dlrm"))
 MAX_REQUEST_BYTES = 1 << 18
 MAX_DESCRIPTORS = 64
-# Arguments of commands that spawn processes.
+# Arguments of commands that spawn processes; of other scripts, any may.
 SPAWNING = {"--nproc-per-node", "--nnodes", "--max-restarts", "--workers", "bench", "quickstart"}
 SPAWNED = "spawn_main"  # what `multiprocessing` calls, and our name for the process
 ADOPTION_TIMEOUT_S = 10
@@ -255,10 +255,10 @@ def _command(request, *standard, answers):
     for number, descriptor in enumerate(standard):  # each above 2, which the server has open
         os.dup2(descriptor, number)
         os.close(descriptor)
-    os.environ.clear()
-    os.environ.update(request["environment"])
+    _live_in(request["environment"])
     # Where GPUs are used each process loads CUDA for itself.
-    if SPAWNING.intersection(request["args"]) and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    may_spawn = request["args"][0] != DLRM or SPAWNING.intersection(request["args"])
+    if may_spawn and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork() == 0:
             ours.close()
@@ -277,6 +277,14 @@ def _command(request, *standard, answers):
     return functools.partial(runpy.run_path, sys.argv[0], run_name="__main__")
 
 
+def _live_in(environment):
+    """Take an environment, which the console has asked for colours and width when it was made."""
+    os.environ.clear()
+    os.environ.update(environment)
+    console = sys.modules["torchdlrm.cli.terminal"].console
+    vars(console).update(vars(type(console)(stderr=True, highlight=False)))
+
+
 def _spawned(request, *descriptors, answers):
     """In a process whose parent ends at once wait until it is a child of the one that asked for it, and tell its id."""
     if os.fork():
@@ -292,8 +300,7 @@ def _spawned(request, *descriptors, answers):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, signal.SIG_IGN if number in request["ignored"] else default)
-        os.environ.clear()
-        os.environ.update(request["environment"])
+        _live_in(request["environment"])
         told.sendall(b"%d" % os.getpid())
     return functools.partial(_run_spawned, request["code"], dict(zip(request["descriptors"], descriptors, strict=True)))
 

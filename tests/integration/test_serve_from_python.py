@@ -9,6 +9,8 @@ import sys
 import httpx
 import pytest
 
+from command_server import shared_server
+
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -38,9 +40,8 @@ print([name for name in sys.modules if any(name == root or name.startswith(root 
 def test_a_server_started_from_python_serves_until_it_is_told_to_stop(small_bundle, tmp_path, workers):
     script = tmp_path / "serve_it.py"
     script.write_text(SCRIPT)
-    server = subprocess.Popen(
-        [sys.executable, script, small_bundle, str(workers)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    server = shared_server().start([script, small_bundle, workers], **options)
     url, model = server.stdout.readline().split()
     assert httpx.post(f"{url}/predict", json=[{}]).status_code == 401
     answer = httpx.post(f"{url}/predict", json=[{}, {}], headers={"X-API-Key": "secret"}).json()

@@ -6,12 +6,11 @@ import os
 import pty
 import re
 import struct
-import subprocess
-import sys
 import termios
-from pathlib import Path
 
 import pytest
+
+from command_server import DLRM, shared_server
 
 TRAINING = ("--validation.every-steps", "25", "--logging.every-steps", "10", "--logging.tensorboard", "false")
 
@@ -23,11 +22,11 @@ def on_a_terminal():
     def run(*args):
         terminal, inner = pty.openpty()
         fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
-        command = [str(Path(sys.executable).with_name("dlrm")), *map(str, args)]
         environment = {**os.environ, "TERM": "xterm-256color"}
         environment.pop("COLUMNS", None)
-        process = subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, env=environment)
-        os.close(inner)
+        with os.fdopen(inner, "r+b", buffering=0) as file:
+            options = {"stdin": file, "stdout": file, "stderr": file, "env": environment}
+            process = shared_server().start([DLRM, *args], **options)
         shown = b""
         try:
             while block := os.read(terminal, 1 << 16):
