@@ -189,10 +189,11 @@ def test_a_rollback_decides_what_is_learnt_from_next(copied, logs):
 
 
 def test_a_period_is_what_the_single_functions_give_and_older_logs_are_replayed(copied, logs, tmp_path):
-    record = advance(copied, logs[3], settings=LiveSettings(replay_periods=3))
+    record = advance(copied, logs[3], settings=LiveSettings(replay_periods=3, expire_after=2))
+    assert record.features["item"].expired > 0
     live = LiveModel.open(copied)
     config = CONFIG.model_copy(update={"warm_start": CONFIG.warm_start.model_copy(update={"checkpoint": "last"})})
-    options = PreprocessOptions(period=4, vocabulary=live.day(3) / "dataset", extend_vocabulary=True)
+    options = PreprocessOptions(period=4, expire_after=2, vocabulary=live.day(3) / "dataset", extend_vocabulary=True)
     dataset = preprocess(logs[3], tmp_path / "today", with_split(SCHEMA, "random", 0.05, 0.0), options)
     source = live.day(3) / "run"
     for day in (1, 2):

@@ -48,6 +48,7 @@ from torchdlrm.model.model_class import ModelClass, record_of
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.checkpoint import ChosenCheckpoint, checkpoint_path, find_checkpoint, find_damage
 from torchdlrm.training.checkpoint_reader import CheckpointReader
+from torchdlrm.training.processes.library_noise import silenced_libraries
 from torchdlrm.training.run import Run
 
 AUTO_LOGLOSS_INCREASE = 1e-4
@@ -140,6 +141,7 @@ def export(
     return replace(exported, delta=Delta.open(Path(out)))
 
 
+@silenced_libraries()
 def _export(
     run: Run | str | Path,
     out: Path,
