@@ -126,7 +126,7 @@ async def measure(url: str, pid: int, folder: Path, options: argparse.Namespace)
     await asyncio.sleep(WARM_UP_S)
     switches = []
     for period in range(2, options.periods + 1):
-        usual_from_s = time.perf_counter()
+        usual_from_s, drifts_from_bytes = time.perf_counter(), anonymous_bytes(pid)
         await asyncio.sleep(options.seconds)
         before_bytes, moved_s = anonymous_bytes(pid), time.perf_counter()
         (folder / "new").symlink_to(f"{period:04}")
@@ -141,6 +141,7 @@ async def measure(url: str, pid: int, folder: Path, options: argparse.Namespace)
                 "moved_s": moved_s,
                 "seconds": answered_s - moved_s,
                 "grown_bytes": grown_bytes,
+                "drift_bytes": before_bytes - drifts_from_bytes,
             }
         )
     load.is_stopping = True

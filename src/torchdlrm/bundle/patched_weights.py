@@ -17,7 +17,7 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,7 @@ _PROT_NONE, _MAP_FIXED, _FAILED = 0, 0x10, ctypes.c_void_p(-1).value
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 # Of the filter of changed rows: one key in five to nine that is not changed is looked for among them in vain.
 _SLOTS_PER_ROW = 4
+_PIECE_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -92,23 +93,27 @@ class PatchedWeights(WeightsLayout):
         self._parts, ids = _read(delta)
         size_bytes = delta.manifest.weights.result_bytes
         super().__init__(delta.path / CHANGES_NAME, memoryview(self._parts.get(0, bytearray(8))), size_bytes)
-        recipes = {recipe.table: recipe for recipe in delta.manifest.weights.tables}
-        kept = {name: _changed_before(before, recipe) for name, recipe in recipes.items()}
-        ids = {name: np.union1d(kept[name], own) for name, own in ids.items()}
+        recipes = delta.manifest.weights.tables
+        kept = {recipe.table: _changed_before(before, recipe) for recipe in recipes}
+        ids = {name: np.union1d(kept[name], own) if len(kept[name]) else own for name, own in ids.items()}
         self._tables: dict[str, _Table] = {}
         self._arrange(before, delta, {name: len(own) for name, own in ids.items()})
         self.data = _range_of(self._file.file, self._tables.values())
         self.num_rows = sum(map(len, ids.values()))
-        kind = np.uint32 if sum(recipe.num_rows for recipe in recipes.values()) < 2**32 else np.uint64
-        keys = [(own + self._tables[name].first_key).astype(kind) for name, own in ids.items()]
-        # Ends with one that no row has, so that each search ends within.
-        self._keys: NDArray[np.unsignedinteger] = np.concatenate([*keys, np.array([np.iinfo(kind).max], kind)])
+        # Ends with a key that no row has, so that each search ends within.
+        kind = np.uint32 if sum(recipe.num_rows for recipe in recipes) < 2**32 else np.uint64
+        self._keys: NDArray[np.unsignedinteger] = np.full(self.num_rows + 1, np.iinfo(kind).max, kind)
         self._may_be_changed = np.zeros(1 << (_SLOTS_PER_ROW * self.num_rows).bit_length(), np.bool_)
-        self._may_be_changed[_slots(self._keys.astype(np.int64), len(self._may_be_changed))] = True
+        for name, own in ids.items():
+            table = self._tables[name]
+            for part in _pieces(table.count):
+                keys = own[part].astype(np.int64) + table.first_key
+                self._keys[table.first + part.start : table.first + part.start + len(keys)] = keys
+                self._may_be_changed[_slots(keys, len(self._may_be_changed))] = True
         for name, own in kept.items():
-            if len(own):
+            for part in _pieces(len(own)):
                 assert isinstance(before, PatchedWeights), "a file has no changed rows"
-                self._put(name, own, before._rows(name)[np.searchsorted(before._ids(name), own)])
+                self._put(name, own[part], before._rows(name)[before._search(name, own[part])])
         for change in changes(delta):
             if not isinstance(change, bytes):
                 self._put(change.recipe.table, change.ids, change.rows)
@@ -172,10 +177,18 @@ class PatchedWeights(WeightsLayout):
             start = _whole_pages(table.changed.stop + PADDING_BYTES)
             first_key, first = first_key + piece.num_rows, first + count
 
-    def _ids(self, name: str) -> NDArray[np.int64]:
-        """Of a table's changed rows: int64 [K], ascending."""
+    def _ids(self, name: str) -> NDArray[np.int32]:
+        """Of a table's changed rows: int32 [K], ascending."""
         table = self._tables[name]
-        return self._keys[table.first : table.first + table.count].astype(np.int64) - table.first_key
+        keys = self._keys[table.first : table.first + table.count]
+        return (keys - keys.dtype.type(table.first_key)).astype(np.int32)
+
+    def _search(self, name: str, ids: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Which of a table's changed rows have these ids."""
+        table = self._tables[name]
+        keys = self._keys[table.first : table.first + table.count]
+        found: NDArray[np.int64] = np.searchsorted(keys, (ids.astype(np.int64) + table.first_key).astype(keys.dtype))
+        return found
 
     def _rows(self, name: str) -> NDArray[np.uint8]:
         """A table's changed rows: uint8 [K, row_bytes]."""
@@ -183,10 +196,8 @@ class PatchedWeights(WeightsLayout):
         rows: NDArray[np.uint8] = self.data[table.changed].numpy().reshape(table.count, table.place.row_bytes)
         return rows
 
-    def _put(self, name: str, ids: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
-        table = self._tables[name]
-        keys = self._keys[table.first : table.first + table.count]
-        self._rows(name)[np.searchsorted(keys, (ids + table.first_key).astype(keys.dtype))] = rows
+    def _put(self, name: str, ids: NDArray[np.integer], rows: NDArray[np.uint8]) -> None:
+        self._rows(name)[self._search(name, ids)] = rows
 
 
 class RowNumbers:
@@ -230,10 +241,12 @@ class RowNumbers:
         return numbers
 
 
-def _read(delta: Delta) -> tuple[dict[int, bytearray], dict[str, NDArray[np.int64]]]:
+def _read(delta: Delta) -> tuple[dict[int, bytearray], dict[str, NDArray[np.int32]]]:
     """What is no table, in pieces that lie together, by where they begin; and the ids of each table's changed rows."""
     parts: dict[int, bytearray] = {}
-    ids: dict[str, list[NDArray[np.int64]]] = {recipe.table: [] for recipe in delta.manifest.weights.tables}
+    tables = delta.manifest.weights.tables
+    ids = {recipe.table: np.empty(sum(recipe.changed_rows), np.int32) for recipe in tables}
+    filled = dict.fromkeys(ids, 0)
     position, part = 0, bytearray()
     for change in changes(delta):
         if isinstance(change, bytes):
@@ -241,18 +254,25 @@ def _read(delta: Delta) -> tuple[dict[int, bytearray], dict[str, NDArray[np.int6
             part += change
             position += len(change)
         else:
-            part = bytearray()
-            ids[change.recipe.table].append(change.ids)
+            part, name, first = bytearray(), change.recipe.table, filled[change.recipe.table]
+            filled[name] += len(change.ids)
+            ids[name][first : filled[name]] = change.ids
             position += (change.stop - change.start) * change.recipe.row_bytes
-    return parts, {name: np.concatenate([np.empty(0, np.int64), *own]) for name, own in ids.items()}
+    return parts, ids
 
 
-def _changed_before(before: MappedWeights | PatchedWeights, recipe: TableRecipe) -> NDArray[np.int64]:
+def _changed_before(before: MappedWeights | PatchedWeights, recipe: TableRecipe) -> NDArray[np.int32]:
     """Ids of a table's rows that had changed already: they are copied, and replaced where they change again."""
     if isinstance(before, MappedWeights) or not recipe.base_rows:
-        return np.empty(0, np.int64)
+        return np.empty(0, np.int32)
     ids = before._ids(recipe.table)
     return ids[ids < recipe.base_rows]
+
+
+def _pieces(count: int) -> Iterator[slice]:
+    """Of so many rows, few at a time: the C library keeps for the thread what was taken at once."""
+    for start in range(0, count, _PIECE_ROWS):
+        yield slice(start, start + _PIECE_ROWS)
 
 
 def _slots(keys: NDArray[np.int64], num_slots: int) -> NDArray[np.uint64]:
