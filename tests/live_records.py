@@ -40,7 +40,7 @@ def made_up(num_periods, failing=()):
             unseen=metrics(50_000, auc - 0.03, 0.005, 1.05 + 0.03 * rng.normal()),
         )
         passed = period not in failing
-        reasons = () if passed else ("logloss rose by 0.2.", "It is <worse>.")
+        reasons = () if passed else ("logloss rose by 0.2", "it is <worse>")
         gate = GateRecord(
             rows=10_000,
             old=None if base is None else metrics(10_000, auc, 0.01, 1.0),

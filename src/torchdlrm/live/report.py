@@ -37,7 +37,7 @@ def report_page(title: str, periods: Sequence[PeriodRecord], times: Times, curre
         entries=list(_cards(periods, current)),
         progressive=_drawn(_progressive(periods, metric) for metric in _METRICS),
         gate=_drawn([_gate(periods)]),
-        failures=[(record.period, " ".join(record.gate.reasons)) for record in periods if not record.gate.passed],
+        failures=[(record.period, "; ".join(record.gate.reasons)) for record in periods if not record.gate.passed],
         values=_drawn([_unseen(periods), _sizes(periods), _changes(periods[1:])]),
         features=_features(periods),
         cost=_drawn([_seconds(periods, times), _published_bytes(periods)]),

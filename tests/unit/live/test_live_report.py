@@ -64,7 +64,7 @@ def test_a_model_of_one_period_has_no_metrics_yet():
 def test_a_period_that_did_not_pass_is_told_with_the_reasons():
     periods, times = made_up(4, failing={3})
     page = page_of(periods, times)
-    assert "Period 3 did not pass: logloss rose by 0.2. It is &lt;worse&gt;." in page
+    assert "Period 3 did not pass: logloss rose by 0.2; it is &lt;worse&gt;." in page
     assert "<b>1</b><span>periods that did not pass the gate</span>" in page
     lines = {row[0]: row[2] for row in tables_of(page)[-4:]}
     assert lines == {"4": "current", "3": "no", "2": "yes", "1": "yes"}
