@@ -1,12 +1,16 @@
 """What the documents say is what the code does."""
 
+import ast
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from torchdlrm.config import configuration_markdown, load_config
+from torchdlrm.live.settings import LiveSettings
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -14,6 +18,33 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def test_the_configuration_document_lists_every_setting():
     assert (ROOT / "docs" / "configuration.md").read_text() == configuration_markdown(), "run: make docs"
+
+
+def test_the_document_of_live_models_lists_every_setting():
+    def rows(section, prefix=""):
+        for name, field in section.model_fields.items():
+            if isinstance(field.default, BaseModel):
+                yield from rows(type(field.default), f"{name}.")
+            else:
+                default = "" if field.default is None else field.default
+                yield f"{prefix}{name}", " to ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+    text = (ROOT / "docs" / "live.md").read_text().partition("\n## Settings\n")[2]
+    assert dict(re.findall(r"^\| `([\w.]+)` \| (.*?) ?\|", text, re.MULTILINE)) == dict(rows(LiveSettings))
+
+
+def test_the_schedules_of_live_models_call_commands_that_are_there():
+    from cyclopts import App
+
+    from torchdlrm.cli.main import app
+
+    text = (ROOT / "docs" / "live.md").read_text().partition("\n## Every day\n")[2].partition("\n## Monitoring\n")[0]
+    called = re.findall(r"/opt/torchdlrm/bin/dlrm (\w+) ([\w/]+)", text)
+    assert called == [("advance", "live"), ("advance", "live"), ("serve", "/srv/ads/live/current"), ("advance", "live")]
+    for verb, folder in called:
+        App.parse_args(app, [verb, folder, *["log.tsv"] * (verb == "advance")], print_error=False, exit_on_error=False)
+    dag = re.search(r'^    """.*?(?=^\S)', text, re.MULTILINE | re.DOTALL)[0]
+    assert [type(node).__name__ for node in ast.parse(textwrap.dedent(dag)).body][-1] == "With"
 
 
 def commands():
