@@ -110,7 +110,7 @@ def test_a_damaged_vocabulary_is_reported(tmp_path):
 IDS = st.dictionaries(st.integers(1, 12), st.none() | st.integers(0, 3), max_size=10)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(before=IDS, now=IDS, spare=st.integers(0, 3), reset=st.none() | st.sets(st.integers(1, 12)))
 def test_the_first_id_of_another_value_is_found(before, now, spare, reset):
     """In blocks of a few ids, whether or not they have values; ids behind the table of the earlier one are new."""

@@ -21,7 +21,7 @@ def rows(folder, what):
     return pl.DataFrame(pq.read_table(file)).rows() if file.exists() else []
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     periods=st.lists(st.tuples(st.integers(1, 3), st.lists(VALUES, min_size=1, max_size=25)), min_size=1, max_size=5),
     min_count=st.integers(1, 3),
