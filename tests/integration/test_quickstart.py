@@ -94,6 +94,7 @@ def test_quickstart_interrupted_at_every_stage_goes_on_with_the_same_command(tmp
     assert "on 5,000 held-out rows" in done.stderr
 
 
+@pytest.mark.slow
 def test_live_quickstart_compares_models_that_predict_days_before_they_learn_them(tmp_path):
     (tmp_path / "small.py").write_text(SMALL_LIVE)
     told = interrupted_when("day 01: AUC", tmp_path, "--live")

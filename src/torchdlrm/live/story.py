@@ -130,9 +130,9 @@ class Comparison:
     def _costs(self, name: str) -> dict[str, str]:
         scores = self.scores.get(name, [])
         return {
-            "mean logloss": f"{statistics.fmean(score.logloss for score in scores):.4f}" if scores else "",
+            "logloss": f"{statistics.fmean(score.logloss for score in scores):.4f}" if scores else "",
             "seconds": f"{self.seconds(name):.1f}" if scores else "",
-            "rows of tables": f"{scores[-1].num_embeddings:,}" if scores else "",
+            "table rows": f"{scores[-1].num_embeddings:,}" if scores else "",
         }
 
 
