@@ -168,6 +168,7 @@ def curve_chart(
     show_x: Callable[[float], str],
     show: Callable[[float, float], str],
     y_of: Callable[[float], str] | None = None,
+    mark: float | None = None,
 ) -> Chart:
     """Draw curves that share both axes; at least one.
 
@@ -178,15 +179,19 @@ def curve_chart(
         show_x: text below a round x.
         show: the values of a point, when it is pointed at.
         y_of: text next to a round y; a short number by default.
+        mark: a y that should be near: it has a line, and the chart reaches a twentieth beyond it to both sides.
     """
     values = [y for curve in curves for _, y in curve.points]
     values += [y for curve in curves for _, *ends in curve.band for y in ends]
+    values += [] if mark is None else [0.95 * mark, 1.05 * mark]
     edges = ticks(min(values), max(values))
     chart = Chart(x_range, (edges[0], edges[-1]), 440, 190, caption)
     chart.y_axis(y_of or short)
     for x in ticks(*x_range):
         if x_range[0] <= x <= x_range[1] and (text := show_x(x)):
             chart.x_label(x, text)
+    if mark is not None:
+        chart.line(mark, "mark")
     for curve in curves:
         if curve.band:
             chart.band(curve.band, curve.colour)

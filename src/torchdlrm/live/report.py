@@ -83,6 +83,7 @@ def _chart(
     curves: Mapping[str, Sequence[float | None]],
     band: Sequence[tuple[float, float, float]] = (),
     show: Callable[[float], str] = short,
+    mark: float | None = None,
 ) -> Chart | None:
     """Draw a curve of each name, with a value for each period where it has one; None where there is none at all.
 
@@ -92,6 +93,7 @@ def _chart(
         curves: by name.
         band: around the last one, which is on top.
         show: a value, next to the axis.
+        mark: a value that should be near.
     """
     drawn: list[Curve] = []
     last = [*curves][-1]
@@ -109,6 +111,7 @@ def _chart(
         lambda period: f"{period:.0f}" if period == round(period) else "",
         lambda period, value: f"{f'{value:.5g}' if show is short else show(value)} in period {period:.0f}",
         show,
+        mark,
     )
 
 
@@ -120,10 +123,7 @@ def _progressive(periods: Sequence[PeriodRecord], metric: str) -> Chart | None:
         for record, found in zip(periods, judged[_ROWS["all"]], strict=True)
         if metric == "auc" and found is not None and found.auc_low is not None and found.auc_high is not None
     ]
-    chart = _chart(_METRICS[metric], periods, curves, interval)
-    if chart is not None and metric == "calibration" and chart.y_range[0] <= 1 <= chart.y_range[1]:
-        chart.line(1, "mark")
-    return chart
+    return _chart(_METRICS[metric], periods, curves, interval, mark=1.0 if metric == "calibration" else None)
 
 
 def _gate(periods: Sequence[PeriodRecord]) -> Chart | None:

@@ -52,6 +52,16 @@ def test_the_interval_is_drawn_around_the_auc_of_all_rows_alone():
     assert all(low[1] > high[1] for low, high in zip(points[:4], points[:3:-1], strict=True)), "pixels grow downward"
 
 
+def test_a_calibration_of_1_is_marked_and_the_axis_says_how_far_it_is():
+    periods, times = made_up(2)
+    figure = page_of(periods, times).partition("<figcaption>calibration: ")[2].partition("</figure>")[0]
+    assert figure.count('class="mark"') == 1
+    shown = re.findall(r'text-anchor="end">([^<]+)<', figure)
+    assert len(set(shown)) == len(shown) >= 4, "values of the axis differ"
+    assert min(map(float, shown)) <= 0.95
+    assert max(map(float, shown)) >= 1.05
+
+
 def test_a_model_of_one_period_has_no_metrics_yet():
     page = page_of(*made_up(1))
     rows = tables_of(page)
