@@ -252,7 +252,7 @@ def _features(periods: Sequence[PeriodRecord]) -> list[dict[str, str]]:
                 "table rows": _whole(newest.num_embeddings),
                 "values with an id": "-" if newest.values_in_use is None else _whole(newest.values_in_use),
                 "admitted, last": _whole(newest.admitted),
-                "in all": _whole(sum(record.admitted for record in records)),
+                "admitted in all": _whole(sum(record.admitted for record in records)),
                 "expired, last": _whole(newest.expired),
                 "expired in all": _whole(sum(record.expired for record in records)),
                 "unknown %, last": _number(percents[-1], 2),

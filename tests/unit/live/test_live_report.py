@@ -33,7 +33,7 @@ def test_the_page_tells_what_is_in_the_records():
     admitted = sum(record.features["cat_0"].admitted for record in periods)
     features = dict(zip(rows[0], rows[1], strict=True))
     assert features["feature"] == "cat_0"
-    assert features["in all"] == f"{admitted:,}"
+    assert features["admitted in all"] == f"{admitted:,}"
     mean = sum(record.progressive.all.auc for record in periods[-7:]) / 7
     assert f"<b>{mean:.4f}</b><span>mean AUC of the last 7 periods</span>" in page
     assert "<b>9</b><span>current" in page
