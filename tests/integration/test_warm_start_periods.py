@@ -157,7 +157,7 @@ def test_ids_of_other_values_start_fresh_and_all_others_keep_their_bytes(folder,
     assert_tables_are(folder, cut, first, other, pieces=2)
 
 
-def test_rows_that_ids_share_are_not_reset(folder, tmp_path):
+def test_rows_that_ids_share_are_not_reset(folder, dlrm, tmp_path):
     runs = [tmp_path / name for name in ("first", "second", "fresh")]
     train(config(SMALLER_TABLES), folder / "day-1", runs[0])
     train(config(SMALLER_TABLES, FROZEN), folder / "day-2", runs[1], from_run=runs[0])
@@ -167,6 +167,11 @@ def test_rows_that_ids_share_are_not_reset(folder, tmp_path):
     shared = [name for name in second if "t_city_" in name]
     assert shared
     assert all(torch.equal(second[name][: len(first[name])], first[name]) for name in shared)
+    shutil.copy(runs[0] / "config.toml", tmp_path / "small.toml")
+    arguments = ("--dataset", folder / "day-2", "--run", tmp_path / "next", "--from", runs[0], "--dry-run")
+    told = " ".join(dlrm("train", tmp_path / "small.toml", *arguments).stderr.split())
+    num_reset = len(Dataset.open(folder / "day-2").reset_ids("item"))
+    assert f"; {num_reset} ids of other values start with fresh rows; not those of city, which share rows" in told
 
 
 def test_sums_of_squared_gradients_decay(folder, source, fresh, tmp_path):

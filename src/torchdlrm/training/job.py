@@ -11,6 +11,7 @@ import torch
 from torchdlrm.config import Config, load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError, RunError, UserError
+from torchdlrm.features.tables import divisors
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, architecture_of
 from torchdlrm.model.precision import Precision
@@ -98,11 +99,19 @@ class TrainingPreview:
             f"precision of the dense parts: {self.precision}",
             f"validation: {self._validation()}",
             f"optimizers: {', '.join(optimizers)}; rate {decay_kind(schedule)}{warm_up}",
-            *([f"warm start: from {self.source}"] if self.source is not None else []),
+            *([f"warm start: from {self.source}{self._resets(self.source)}"] if self.source is not None else []),
             *([f"frozen: {', '.join(frozen)}"] if frozen else []),
             *([_WAITS] if waits else []),
             *self._hints(),
         ]
+
+    def _resets(self, source: SourceRun) -> str:
+        """How many ids stand for other values now; in two tables of a feature, several ids share a row."""
+        divided = zip(source.num_reset, divisors(self.config.model, [*source.num_reset]), strict=True)
+        shared = [name for name, divisor in divided if divisor is not None]
+        num_ids = sum(found for name, found in source.num_reset.items() if name not in shared)
+        told = f"; {num_ids:,} ids of other values start with fresh rows" if num_ids else ""
+        return told + (f"; not those of {', '.join(shared)}, which share rows with other ids" if shared else "")
 
     def _hints(self) -> list[str]:
         machine, rows = self.solution.problem.machine, self.config.train.batch_size_global

@@ -6,8 +6,8 @@ those of the old one; or it extends the old one and says which ids stand for ano
 datasets a piece at a time.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,13 +41,13 @@ class SourceRun:
         run: the folder of its run.
         chosen: which one it is, and why.
         sha256: of its checkpoint.json, which has the checksums of all its other files.
-        reset_features: those of whose ids some stand for another value in the new dataset, which says for which.
+        num_reset: of each feature that has any, how many ids stand for another value in the new dataset.
     """
 
     run: Path
     chosen: ChosenCheckpoint
     sha256: str
-    reset_features: tuple[str, ...] = ()
+    num_reset: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, record: WarmStartRecord) -> Self:
@@ -124,8 +124,8 @@ def find_source(
         raise RunError(msg)
     _check_fits(theirs, run.config, dataset, architecture)
     resets = dataset.sparse_names if _extends(dataset, theirs) else ()
-    reset_features = tuple(name for name in resets if len(dataset.reset_ids(name)))
-    return replace(recorded or SourceRun(path, chosen, sha256), reset_features=reset_features)
+    num_reset = {name: found for name in resets if (found := len(dataset.reset_ids(name)))}
+    return replace(recorded or SourceRun(path, chosen, sha256), num_reset=num_reset)
 
 
 def _check_same(from_run: Path | None, recorded: SourceRun | None, run: Run) -> None:

@@ -123,7 +123,7 @@ class Trainer:
         how = TakeOver(
             keeps_dense_state=config.warm_start.dense_optimizer_state == "kept",
             has_row_state=config.table_optimizer.record.state_per_row > 0,
-            reset_ids={table_name(name): self._dataset.reset_ids(name) for name in self._source.reset_features},
+            reset_ids={table_name(name): self._dataset.reset_ids(name) for name in self._source.num_reset},
             factors=dict.fromkeys(config.accumulators, config.warm_start.accumulator_decay),
         )
         return replace(self._position, steps_before=self._checkpointer.start_from(self._source.checkpoint, how))
