@@ -354,6 +354,8 @@ if __name__ == "__main__":
         registry = importlib.import_module("numba.core.registry")
         registry.cpu_target.typing_context.refresh()
         registry.cpu_target.target_context.refresh()
+    # So says Python 3.12; those threads are of libraries that know of forks.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     # No command has to look through what was loaded, which would also copy it: that took half of a short one's time.
     gc.freeze()
     with socket.socket(fileno=int(sys.argv[1])) as requests_socket:

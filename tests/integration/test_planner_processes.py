@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-NUM_TABLES = int(os.environ.get("TORCHDLRM_NUM_TABLES", "300"))  # 1000 take half a minute
+NUM_TABLES = int(os.environ.get("TORCHDLRM_NUM_TABLES", "500"))  # 1000 take half a minute
 TESTS = Path(__file__).parents[1]
 SET_UP = (
     f"import sys; sys.path.insert(0, {str(TESTS)!r}); "
