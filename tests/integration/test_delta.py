@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -234,9 +235,20 @@ def test_two_percent_of_a_million_rows_are_at_most_three_percent_of_the_bundle(p
     assert sum(delta.manifest.weights.tables[0].changed_rows) == 20_000
     assert delta.size_bytes == sum(len(data) for data in files_of(delta.path).values())
     assert delta.size_bytes < 0.03 * delta.manifest.result.size_bytes
+    served, before_bytes = Bundle.open(base), anonymous_bytes()
+    patched = PatchedBundle(served, delta)
+    changed_bytes = 20_000 * delta.manifest.weights.tables[0].row_bytes
+    assert anonymous_bytes() - before_bytes < 3 * changed_bytes
+    assert changed_bytes < patched.memory_bytes < 1.2 * changed_bytes
     apply_delta(base, delta.path, tmp_path / "new")
     for name in ("weights.safetensors", "bundle.json"):
         assert (tmp_path / "new" / name).read_bytes() == (full / name).read_bytes()
+
+
+def anonymous_bytes():
+    """Memory of this process that is no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def test_commands_export_inspect_and_apply_a_delta(made, days, tmp_path, capsys):
