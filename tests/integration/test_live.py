@@ -465,6 +465,8 @@ def test_publishing_that_is_interrupted_between_any_two_changes_is_finished(copi
         patched.setattr("torchdlrm.live.advance._Period._publish", end_here)
         with pytest.raises(Killed):
             advance(copied, logs[3], settings=settings)
+    for name in (".live.toml.1a2b3c4d", "days/0004/.scores.parquet.1a2b3c4d"):
+        (copied / name).touch()  # as a process leaves them that was killed while it wrote
     checked = shutil.copytree(copied, tmp_path / "checked", symlinks=True)
     assert LiveModel.open(checked).draft.done[-1] == "check"
     with monkeypatch.context() as patched:
@@ -473,6 +475,7 @@ def test_publishing_that_is_interrupted_between_any_two_changes_is_finished(copi
     expected, num_moments = files_of(copied), next(moments)
     assert record.published
     assert num_moments > 12
+    assert [path.name for path in copied.rglob(".*") if path.name not in {".lock", ".metadata"}] == []
     for moment in range(num_moments):
         shutil.rmtree(copied)
         shutil.copytree(checked, copied, symlinks=True)

@@ -7,6 +7,7 @@ LIVE/
 import fcntl
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,8 +183,10 @@ class LiveModel:
         """
         settings, current = self.settings, self.current
         complete = [int(day.name) for day in self._days() if (day / RECORD_NAME).exists()]
+        _remove_hidden(self.path)
         for period in complete:
             day = self.day(period)
+            _remove_hidden(day)
             remove_folder(day / REPLAY_NAME)
             (day / _DRAFT_NAME).unlink(missing_ok=True)
             if period == current:
@@ -232,6 +235,15 @@ class LiveModel:
         folder = self.path / DAYS_NAME
         days = folder.iterdir() if folder.is_dir() else ()
         return sorted((day for day in days if re.fullmatch(r"\d{4,}", day.name)), key=lambda day: int(day.name))
+
+
+def _remove_hidden(folder: Path) -> None:
+    """Remove what processes have half written that were killed; whoever holds the lock knows that nobody writes."""
+    for path in folder.glob(".*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK_NAME:
+            path.unlink()
 
 
 def rollback(live: str | Path, period: int) -> PeriodRecord:
