@@ -211,7 +211,7 @@ def test_a_broken_delta_is_survived(live, wanted, how):
     bundles.close()
 
 
-def test_a_delta_whose_base_is_not_served_is_survived(live, wanted):
+def test_a_delta_whose_base_is_not_served_is_survived(live, wanted, monkeypatch):
     bundles = open_bundles(live)
     shutil.rmtree(live / "0003")
     delta = shutil.move(live / "0002.delta", live / "elsewhere")
@@ -220,6 +220,10 @@ def test_a_delta_whose_base_is_not_served_is_survived(live, wanted):
         follow(bundles)
     assert_serves(bundles, wanted, 1)
     assert follow(bundles) is None
+    with monkeypatch.context() as patch:
+        patch.setattr("torchdlrm.serving.bundles._RETRY_S", 0.0)
+        with pytest.raises(TorchDLRMError, match="no whole bundle"):
+            follow(bundles)
     shutil.move(delta, live / "0002.delta")
     move(live, "0003.delta")
     assert follow(bundles).num_deltas == 2

@@ -5,6 +5,7 @@ so no answer is made of two bundles; the old one is freed with its last request.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from torchdlrm.serving.row_routes import Examples, examples_of
 
 # Of a bundle's bytes, what deltas may take of memory before it is mapped instead.
 _MOST_PATCHED = 0.5
+# After the first failure; then twice as long each time, since what failed may be large, and may be complete some day.
+_RETRY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Bundles:
     ) -> None:
         self._path, self._verify, self._swapped = path, verify, swapped
         self._model_class, self._may_have_changed = model_class, allow_changed_model_class
-        self._seen, self._has_failed = Target.of(path), False
+        self._seen, self._seen_s, self._num_failures = Target.of(path), time.monotonic(), 0
         self.current, self.examples = _checked(self._open(self._seen, "lazy" if is_checked else verify))
         self._one_at_a_time = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, "loader")
@@ -87,7 +90,7 @@ class Bundles:
     async def follow(self) -> Swap | None:
         """Serve what the path leads to, if that is another folder than last time: by deltas in memory, if it has them.
 
-        What has failed is tried again when it is copied again, or by `reload`.
+        What has failed is tried again when it is copied again, and after a minute, two, four and so on.
 
         Returns:
             None where nothing is new.
@@ -97,8 +100,11 @@ class Bundles:
         """
         async with self._one_at_a_time:
             target = await self._look()
-            if target.path == self._seen.path and not (self._has_failed and target != self._seen):
-                return None
+            if target.path == self._seen.path:
+                delay_s = _RETRY_S * 2.0 ** (self._num_failures - 1)
+                is_due = target != self._seen or time.monotonic() - self._seen_s >= delay_s
+                if not self._num_failures or not is_due:
+                    return None
             return await self._swap(target, is_followed=True)
 
     def close(self) -> None:
@@ -110,7 +116,8 @@ class Bundles:
         return await asyncio.get_running_loop().run_in_executor(self._loader, Target.of, self._path)
 
     async def _swap(self, target: Target, *, is_followed: bool) -> Swap:
-        self._seen, self._has_failed = target, True
+        self._num_failures = self._num_failures + 1 if target == self._seen else 1
+        self._seen, self._seen_s = target, time.monotonic()
         loop = asyncio.get_running_loop()
         try:
             predictor, examples, swap = await loop.run_in_executor(self._loader, self._load, target, is_followed)
@@ -119,7 +126,7 @@ class Bundles:
         except Exception as error:
             msg = f"{self._path}: cannot be loaded: {error}"
             raise TorchDLRMError(msg) from error
-        self._has_failed = False
+        self._num_failures = 0
         before, now = self.current.bundle, predictor.bundle
         # The same version out of other files is a bundle that was copied again, because of damage perhaps that
         # is found only later.
