@@ -142,6 +142,9 @@ def test_a_link_to_a_delta_is_followed(live, wanted):
     move(live, "0003.delta")
     assert follow(bundles).num_deltas == 1
     assert_serves(bundles, wanted, 3)
+    again = open_bundles(live)  # of a server that starts now: with a bundle that is there, and the deltas since
+    assert_serves(again, wanted, 3)
+    again.close()
     move(live, 3)
     assert asyncio.run(bundles.reload()).outcome == "swapped", "who asks for it has the whole bundle"
     assert not isinstance(bundles.current.bundle, PatchedBundle)
@@ -333,10 +336,12 @@ def test_ten_periods_in_a_row_while_64_clients_ask(serve, live, wanted):
 
 @pytest.mark.slow
 def test_each_of_several_processes_follows(serve, live, wanted):
+    shutil.rmtree(live / "0002")
+    move(live, "0002.delta")
     server = serve(live / "current", "--workers", 2, "--follow-s", 0.05, "--log-level", "warning")
     versions = {period: version for version, (period, _) in wanted.items()}
     with httpx.Client(base_url=server.url, timeout=30) as client:
-        for period in (2, 4):
+        for period in (3, 5):
             move(live, period)
             line = f'dlrm_bundle_workers{{model="random",version="{versions[period]}"}} 2.0'
             deadline_s = time.monotonic() + 30
@@ -347,7 +352,7 @@ def test_each_of_several_processes_follows(serve, live, wanted):
     code, log = server.stop()
     assert code == 0
     swaps = [line for line in log if line["event"] == "bundle swapped"]
-    assert sorted((line["period"], line["deltas"]) for line in swaps) == [(2, 1), (2, 1), (4, 2), (4, 2)]
+    assert sorted((line["period"], line["deltas"]) for line in swaps) == [(3, 1), (3, 1), (5, 2), (5, 2)]
 
 
 def test_without_following_a_moved_link_waits_for_a_signal(serve, live, wanted):

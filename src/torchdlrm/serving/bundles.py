@@ -18,7 +18,7 @@ from torchdlrm.bundle.patched_bundle import PatchedBundle
 from torchdlrm.errors import BundleError, TorchDLRMError
 from torchdlrm.model.model_class import ModelClass
 from torchdlrm.prediction.predictor import Predictor
-from torchdlrm.serving.following import Target, deltas_to
+from torchdlrm.serving.following import Target, deltas_to, first_bundle
 from torchdlrm.serving.row_routes import Examples, examples_of
 
 # Of a bundle's bytes, what deltas may take of memory before it is mapped instead.
@@ -74,7 +74,10 @@ class Bundles:
         self._path, self._verify, self._swapped = path, verify, swapped
         self._model_class, self._may_have_changed = model_class, allow_changed_model_class
         self._seen, self._seen_s, self._num_failures = Target.of(path), time.monotonic(), 0
-        self.current, self.examples = _checked(self._open(self._seen, "lazy" if is_checked else verify))
+        first = first_bundle(self._seen)
+        bundle = self._open(first, "lazy" if is_checked else verify)
+        deltas = [] if first == self._seen else deltas_to(self._seen, bundle.manifest_sha256)
+        self.current, self.examples = _checked(_patched(bundle, deltas))
         self._one_at_a_time = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, "loader")
 
@@ -143,7 +146,7 @@ class Bundles:
         if is_followed or not target.has_bundle:
             try:
                 deltas = deltas_to(target, self.current.bundle.manifest_sha256)
-                bundle = self._patched(deltas)
+                bundle = _patched(self.current.bundle, deltas)
                 whole_bytes = sum(record.size_bytes for record in bundle.manifest.files.values())
                 if deltas and (not target.has_bundle or bundle.memory_bytes <= _MOST_PATCHED * whole_bytes):
                     return *_checked(bundle), Swap("swapped", num_deltas=len(deltas))
@@ -159,15 +162,6 @@ class Bundles:
             raise BundleError(msg)
         return *_checked(self._open(target, self._verify)), Swap("swapped", refused=refused)
 
-    def _patched(self, deltas: list[Path]) -> Bundle:
-        """What is served, with these deltas applied in memory."""
-        bundle = self.current.bundle
-        if deltas and (damage := bundle.find_damage()) is not None:
-            raise damage
-        for path in deltas:
-            bundle = PatchedBundle(bundle, Delta.open(path))
-        return bundle
-
     def _open(self, target: Target, verify: Verify) -> Bundle:
         return Bundle.open(
             target.path,
@@ -175,6 +169,15 @@ class Bundles:
             allow_changed_model_class=self._may_have_changed,
             verify=verify,
         )
+
+
+def _patched(bundle: Bundle, deltas: list[Path]) -> Bundle:
+    """A bundle with some deltas applied in memory."""
+    if deltas and (damage := bundle.find_damage()) is not None:
+        raise damage
+    for path in deltas:
+        bundle = PatchedBundle(bundle, Delta.open(path))
+    return bundle
 
 
 def _checked(bundle: Bundle) -> tuple[Predictor, Examples]:

@@ -86,6 +86,21 @@ def deltas_to(target: Target, served_sha256: str) -> list[Path]:
     return chain
 
 
+def first_bundle(target: Target) -> Target:
+    """The bundle that a server begins with: the target, or where that is a delta, one next to it that deltas lead from.
+
+    Raises:
+        BundleError: the delta to the target is damaged.
+    """
+    if target.has_bundle or not target.has_delta:
+        return target
+    for folder in sorted(target.path.parent.iterdir(), reverse=True):  # the last one needs the fewest deltas
+        manifest = folder / MANIFEST_NAME
+        if manifest.is_file() and deltas_to(target, sha256_of(manifest)):
+            return Target.of(folder)
+    return target
+
+
 def _own_delta(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}{_SUFFIX}")
 

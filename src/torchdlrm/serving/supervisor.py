@@ -65,9 +65,10 @@ class Supervisor:
             UserError: the bundle or an option is wrong, by what a worker says before the server has started.
         """
         from torchdlrm.bundle.bundle import Bundle  # noqa: PLC0415 - loads torch
+        from torchdlrm.serving.following import Target, first_bundle  # noqa: PLC0415 - likewise
 
         # Once for all: each process then checks the blocks that it touches.
-        Bundle.open(self._bundle.resolve(), verify=self._options.verify)
+        Bundle.open(first_bundle(Target.of(self._bundle)).path, verify=self._options.verify)
         folder = tempfile.mkdtemp(prefix="dlrm-metrics-")
         os.environ[_MULTIPROCESS_FOLDER] = folder
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
