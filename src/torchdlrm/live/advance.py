@@ -32,7 +32,7 @@ from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import with_split
-from torchdlrm.files import remove_folder, sha256_of, write_atomically
+from torchdlrm.files import remove_folder, sha256_of, sync, write_atomically
 from torchdlrm.live.gate import judge, require_same_rows
 from torchdlrm.live.model import DATASET_NAME, REPLAY_NAME, RUN_NAME, LiveModel
 from torchdlrm.live.preview import STEPS, AdvancePreview, log_records, look_ahead
@@ -152,6 +152,7 @@ class _Period:
             started_s = time.perf_counter()
             num_bytes = actions[STEPS.index(name)]()
             time_taken = StepTime(seconds=time.perf_counter() - started_s, bytes=num_bytes)
+            sync(self._day)  # names too, before the draft says that they are there
             write_times(self._day, {**read_times(self._day), name: time_taken})
             self._note(done=(*self._draft.done, name))
         record = self._record()
@@ -173,6 +174,7 @@ class _Period:
             max_bad_rows=self._settings.max_bad_rows,
             progress=self._progress,
         )
+        sync(scores)
         progressive = progressive_metrics(read_scores(scores, predictor.schema), predictor.schema)
         self._note(progressive=progressive, unseen_fraction=unseen)
         return scores.stat().st_size
@@ -277,6 +279,7 @@ class _Period:
             if 2 * _folder_bytes(made) < _folder_bytes(bundle):
                 made.rename(delta)
             remove_folder(made)
+        sync(bundle.parent)
         assert self._draft.gate is not None, "the check comes before"
         if self._draft.gate.passed:
             self._live.switch(period)
