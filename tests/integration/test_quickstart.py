@@ -98,7 +98,7 @@ def test_quickstart_interrupted_at_every_stage_goes_on_with_the_same_command(tmp
 def test_live_quickstart_compares_models_that_predict_days_before_they_learn_them(tmp_path):
     (tmp_path / "small.py").write_text(SMALL_LIVE)
     told = interrupted_when("day 01: AUC", tmp_path, "--live")
-    assert "stopped; the same command resumes: dlrm quickstart --live --out q" in told or "resume" in told, told
+    assert "the same command resumes" in told, told
     done = shared_server().run([tmp_path / "small.py", *ARGUMENTS, "--live"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
