@@ -24,6 +24,7 @@ CONFIG = load_config(
         "model.over_arch_layer_sizes": "16,1",
         "logging.tensorboard": "false",
         "checkpoint.keep_last": "1",
+        "warm_start.accumulator_decay": "0.9",
     },
 )
 

@@ -192,7 +192,10 @@ def test_a_period_is_what_the_single_functions_give_and_older_logs_are_replayed(
     record = advance(copied, logs[3], settings=LiveSettings(replay_periods=3, expire_after=2))
     assert record.features["item"].expired > 0
     live = LiveModel.open(copied)
-    config = CONFIG.model_copy(update={"warm_start": CONFIG.warm_start.model_copy(update={"checkpoint": "last"})})
+    first, later = (
+        CONFIG.model_copy(update={"warm_start": CONFIG.warm_start.model_copy(update={"checkpoint": "last"} | changes)})
+        for changes in ({}, {"accumulator_decay": 1.0})  # once a period
+    )
     options = PreprocessOptions(period=4, expire_after=2, vocabulary=live.day(3) / "dataset", extend_vocabulary=True)
     dataset = preprocess(logs[3], tmp_path / "today", with_split(SCHEMA, "random", 0.05, 0.0), options)
     source = live.day(3) / "run"
@@ -203,9 +206,9 @@ def test_a_period_is_what_the_single_functions_give_and_older_logs_are_replayed(
             with_split(SCHEMA, "random", 0.0, 0.0),
             PreprocessOptions(vocabulary=dataset.path),
         )
-        train(config, encoded, tmp_path / f"run-{day}", from_run=source)
+        train(first if day == 1 else later, encoded, tmp_path / f"run-{day}", from_run=source)
         source = tmp_path / f"run-{day}"
-    train(config, dataset, tmp_path / "run", from_run=source)
+    train(later, dataset, tmp_path / "run", from_run=source)
     export(tmp_path / "run", tmp_path / "clicks-4", options=ExportOptions(name="clicks", checkpoint="last"))
     found = files_of(live.bundle(4))
     assert files_of(tmp_path / "clicks-4") == found

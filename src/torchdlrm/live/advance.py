@@ -237,10 +237,11 @@ class _Period:
 
     def _train_run(self, dataset: Path, run: Path, source: Path | None) -> None:
         config = self._config
-        if source is not None:  # from the weights that were exported
-            config = config.model_copy(
-                update={"warm_start": config.warm_start.model_copy(update={"checkpoint": "last"})}
-            )
+        if source is not None:
+            changes: dict[str, object] = {"checkpoint": "last"}  # the weights that were exported
+            if source.parent.parent.name == REPLAY_NAME:  # once a period
+                changes["accumulator_decay"] = 1.0
+            config = config.model_copy(update={"warm_start": config.warm_start.model_copy(update=changes)})
         self._train(config, dataset, run, from_run=source, progress=self._progress, **self._own_model)
 
     def _export(self) -> int:
