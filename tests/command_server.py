@@ -342,6 +342,7 @@ def end_after(run):
 
 if __name__ == "__main__":
     sys.path.pop(0)  # tests are not what a command can import
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the first command may be asked for where signals are blocked
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the suite, which then closes the server
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
     with warnings.catch_warnings():
