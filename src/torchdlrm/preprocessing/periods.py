@@ -153,7 +153,7 @@ def assign_ids(
         period: the rules.
         max_ids: most values with ids.
         values_at_a_time: how many values memory holds.
-        targets: the file of value and id of each range.
+        targets: the file of value and id of each range, and of its values without one.
         dataset: its folder, with the folders vocabulary, reset and candidates; the files of the last two are written
             where they have rows.
     """
@@ -167,7 +167,9 @@ def assign_ids(
         admitted = pl.DataFrame(read_section(path, "new")).head(len(ids)).with_columns(*given)
         staying = pl.DataFrame(read_section(path, "kept")).filter(pl.Series(mask))
         rows = pl.concat([staying.select(PERIOD_COLUMNS), admitted.select(PERIOD_COLUMNS)]).sort("id")
-        write_sections(target, {"ids": rows.to_arrow()})
+        asked = pl.DataFrame(read_section(path, "candidates"))
+        asked = asked.join(rows, on="value", how="anti", nulls_equal=True, maintain_order="left")
+        write_sections(target, {"ids": rows.to_arrow(), "candidates": asked.to_arrow()})
     num_ids = _write_vocabulary(column, targets, values_at_a_time, dataset / "vocabulary" / f"{column.name}.parquet")
     reset = new_ids[new_ids < known.num_embeddings]
     if len(reset):
@@ -182,7 +184,7 @@ def assign_ids(
         "expired": known.num_values - num_kept,
         "reset": len(reset),
         "candidates": _write_candidates(
-            column, updated, targets, values_at_a_time, dataset / "candidates" / f"{column.name}.parquet"
+            column, targets, values_at_a_time, dataset / "candidates" / f"{column.name}.parquet"
         ),
     }
 
@@ -263,17 +265,9 @@ def _write_vocabulary(column: SparseColumn, tables: Sequence[Path], values_at_a_
     return num_ids
 
 
-def _write_candidates(
-    column: SparseColumn, updated: Sequence[Path], tables: Sequence[Path], values_at_a_time: int, path: Path
-) -> int:
+def _write_candidates(column: SparseColumn, tables: Sequence[Path], values_at_a_time: int, path: Path) -> int:
     """Write the counts of values without ids, by value and period; returns their number, of which 0 make no file."""
-    ranges = []
-    for counts, table in zip(updated, tables, strict=True):
-        rows = pl.DataFrame(read_section(counts, "candidates"))
-        if rows.height:
-            have_ids = pl.DataFrame(read_section(table, "ids")).select("value")
-            rows = rows.join(have_ids, on="value", how="anti", nulls_equal=True, maintain_order="left")
-        ranges.append(rows)
+    ranges = [pl.DataFrame(read_section(table, "candidates")) for table in tables]
     sizes = [rows.height for rows in ranges]
     if not any(sizes):
         return 0
