@@ -129,7 +129,7 @@ def _copy_rows(
             end, there = min(start + _BLOCK_ROWS, kept), piece * old_rows
             block = checkpoint.part(name, (there + start, *columns), (there + end, *column_ends))
             target = rows[start - first_row : end - first_row]
-            in_block = reset_ids[(reset_ids >= start) & (reset_ids < end)].astype(np.int64) - start
+            in_block = reset_ids[slice(*np.searchsorted(reset_ids, (start, end)))].astype(np.int64) - start
             reset = torch.from_numpy(in_block).to(target.device)
             initial = target[reset]
             target.copy_(block if factor == 1 else block * factor)
