@@ -180,8 +180,9 @@ def test_a_rollback_decides_what_is_learnt_from_next(copied, logs):
     rollback(copied, 2)
     live = LiveModel.open(copied)
     assert live.current == 2
-    record = advance(copied, logs[2])  # the log of the third day once more
-    assert (record.period, record.base) == (4, 2)
+    # The log of the third day once more. What was undone counts for no time: no value of the first day is too old.
+    record = advance(copied, logs[2], settings=LiveSettings(expire_after=3))
+    assert (record.period, record.base, record.features["item"].expired) == (4, 2, 0)
     assert record.progressive == live.periods[2].progressive
     # What comes of it is what came of it then.
     assert (live.bundle(4) / "weights.safetensors").read_bytes() == (
@@ -237,6 +238,8 @@ def test_rows_may_have_weights_other_labels_and_faults(logs, tmp_path):
     advance(tmp_path / "live", paths[0], config=config, schema=schema, settings=settings)
     good = paths[1].read_text()
     paths[1].write_text(good + "no row\nx\t1\t1\t2.0\t1\tUlm\t1\n")
+    with pytest.raises(LiveError, match=r"train\.label is click, and the model of period 1 has learnt buy"):
+        advance(tmp_path / "live", paths[1], config=CONFIG)
     with pytest.raises(LogError, match="2,001 rows of the log can be scored, and 2,000 can be learnt from"):
         advance(tmp_path / "live", paths[1])
     paths[1].write_text(good + "no row\n0\tx\t1\t2.0\t1\tUlm\t1\n")
@@ -372,6 +375,8 @@ def test_a_broken_current_is_told_with_what_helps(damage, copied, logs):
 
 
 def test_a_log_that_was_learnt_from_changes_nothing(copied, logs):
+    (copied / ".git").mkdir()
+    (copied / ".git/HEAD").touch()  # and what somebody else keeps there stays
     before = files_of(copied)
     for day in range(3):
         assert advance(copied, logs[day]) == LiveModel.open(copied).periods[day]
@@ -380,6 +385,19 @@ def test_a_log_that_was_learnt_from_changes_nothing(copied, logs):
     assert preview_advance(copied, logs[0]).done is not None
     preview = preview_advance(copied, logs[2])  # not by the model of period 1
     assert (preview.done, preview.draft.period, preview.draft.base) == (None, 4, 1)
+
+
+def test_a_log_that_is_still_written_is_refused(copied, logs, monkeypatch, tmp_path):
+    log = shutil.copy(logs[3], tmp_path / "today.tsv")
+
+    def read_and_write(path):
+        with path.open("a") as file:
+            file.write("1\n")
+        return "0" * 64
+
+    monkeypatch.setattr("torchdlrm.live.preview.sha256_of", read_and_write)
+    with pytest.raises(LogError, match=r"today\.tsv: the file changed while it was read"):
+        preview_advance(copied, log)
 
 
 def test_two_at_once_are_refused(copied, logs):
@@ -407,8 +425,9 @@ def test_a_period_that_failed_is_resumed_with_its_log_or_begun_again_with_anothe
         advance(copied, logs[3])
     rollback(copied, 3)
     scores = (copied / "days/0004/scores.parquet").stat()
-    record = advance(copied, logs[3])
-    assert (record.period, record.rows) == (4, 2_000)
+    moved = shutil.copy(logs[3], tmp_path / "moved.tsv")
+    record = advance(copied, moved)
+    assert (record.period, record.rows, record.logs[0].path) == (4, 2_000, str(moved))
     assert (copied / "days/0004/scores.parquet").stat() == scores
     with pytest.raises(ZeroDivisionError):
         advance(copied, logs[4], train_by=lambda *_, **__: 1 / 0)
@@ -469,7 +488,7 @@ def test_publishing_that_is_interrupted_between_any_two_changes_is_finished(copi
         patched.setattr("torchdlrm.live.advance._Period._publish", end_here)
         with pytest.raises(Killed):
             advance(copied, logs[3], settings=settings)
-    for name in (".live.toml.1a2b3c4d", "days/0004/.scores.parquet.1a2b3c4d"):
+    for name in (".live.toml.1a2b3c4d", "days/0004/.scores.parquet.1a2b3c4d", "days/.0005.removed"):
         (copied / name).touch()  # as a process leaves them that was killed while it wrote
     checked = shutil.copytree(copied, tmp_path / "checked", symlinks=True)
     assert LiveModel.open(checked).draft.done[-1] == "check"

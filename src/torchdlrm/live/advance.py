@@ -35,7 +35,7 @@ from torchdlrm.features.schema_file import with_split
 from torchdlrm.files import remove_folder, sha256_of, sync, write_atomically
 from torchdlrm.live.gate import judge, require_same_rows
 from torchdlrm.live.model import DATASET_NAME, REPLAY_NAME, RUN_NAME, LiveModel
-from torchdlrm.live.preview import STEPS, AdvancePreview, log_records, look_ahead
+from torchdlrm.live.preview import STEPS, AdvancePreview, lineage_of, log_records, look_ahead
 from torchdlrm.live.record import (
     FeatureRecord,
     LogRecord,
@@ -186,13 +186,19 @@ class _Period:
             vocabulary=None if base is None else self._live.day(base) / DATASET_NAME,
             extend_vocabulary=base is not None,
             period=self._draft.period,
-            admit_over=settings.admit_over,
-            expire_after=settings.expire_after,
+            admit_over=self._reach(settings.admit_over),
+            expire_after=None if settings.expire_after is None else self._reach(settings.expire_after),
         )
         dataset = self._encode(self._draft.logs, self._day / DATASET_NAME, self._schema, options)
         if base is not None:
             require_same_rows(self._day / SCORES_NAME, dataset.with_label(self._config.train.label))
         return _folder_bytes(dataset.path)
+
+    def _reach(self, num_periods: int) -> int:
+        """How far back so many periods go, this one included: what the model has not learnt does not count as time."""
+        numbers = [record.period for record in lineage_of(self._live.periods, self._draft.base)]
+        first = [self._draft.period, *numbers][:num_periods][-1]
+        return max(num_periods, self._draft.period - first + 1)
 
     @property
     def _options(self) -> PreprocessOptions:

@@ -25,6 +25,7 @@ SETTINGS_NAME, SCHEMA_NAME, CONFIG_NAME = "live.toml", "schema.toml", "config.to
 CURRENT_NAME, BUNDLES_NAME, DAYS_NAME, LOCK_NAME = "current", "bundles", "days", ".lock"
 RUN_NAME, DATASET_NAME, REPLAY_NAME, _DRAFT_NAME = "run", "dataset", "replay", "draft.json"
 _OURS = (SETTINGS_NAME, SCHEMA_NAME, CONFIG_NAME, CURRENT_NAME, BUNDLES_NAME, DAYS_NAME, LOCK_NAME)
+_OURS_HALF_WRITTEN = tuple(f".{name}" for name in _OURS)
 
 
 class Draft(BaseModel):
@@ -183,7 +184,9 @@ class LiveModel:
         """
         settings, current = self.settings, self.current
         complete = [int(day.name) for day in self._days() if (day / RECORD_NAME).exists()]
-        _remove_hidden(self.path)
+        _remove_hidden(self.path, _OURS_HALF_WRITTEN)  # something else may be the owner's, such as .git
+        for name in (DAYS_NAME, BUNDLES_NAME):
+            _remove_hidden(self.path / name)
         for period in complete:
             day = self.day(period)
             _remove_hidden(day)
@@ -208,9 +211,7 @@ class LiveModel:
             msg = f"`live`: {self.path} is a file; give the folder of a live model, or of a new one"
             raise LiveError(msg)
         others = [path.name for path in self.path.iterdir()] if self.path.exists() else []
-        others = [
-            name for name in others if name not in _OURS and not name.startswith(tuple(f".{ours}" for ours in _OURS))
-        ]
+        others = [name for name in others if name not in _OURS and not name.startswith(_OURS_HALF_WRITTEN)]
         if others and not self.exists:
             msg = f"`live`: {self.path} holds {others[0]} and no live model (no {SETTINGS_NAME}); give another folder"
             raise LiveError(msg)
@@ -237,9 +238,11 @@ class LiveModel:
         return sorted((day for day in days if re.fullmatch(r"\d{4,}", day.name)), key=lambda day: int(day.name))
 
 
-def _remove_hidden(folder: Path) -> None:
+def _remove_hidden(folder: Path, prefixes: tuple[str, ...] = (".",)) -> None:
     """Remove what processes have half written that were killed; whoever holds the lock knows that nobody writes."""
     for path in folder.glob(".*"):
+        if not path.name.startswith(prefixes):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != LOCK_NAME:

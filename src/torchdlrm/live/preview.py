@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from torchdlrm.bundle.manifest import BundleManifest
 from torchdlrm.config import Config, config_toml, find_config, load_config
 from torchdlrm.data.log.files import find_files
 from torchdlrm.errors import LiveError
@@ -91,7 +92,7 @@ def preview_advance(
 
     Raises:
         LiveError: the folder holds something else, `current` is broken, another period has been begun, what is to be
-            learnt from is no longer there, or config or schema are missing or another.
+            learnt from is no longer there, or config or schema are missing or do not fit what was learnt.
         ConfigError: the config is wrong.
         SchemaError: the schema is wrong.
         LogError: a file of the log is missing or empty.
@@ -103,13 +104,14 @@ def log_records(logs: str | Path | Sequence[str | Path]) -> tuple[LogRecord, ...
     """The files of a log, in the order of time.
 
     Raises:
-        LogError: a file is missing, empty, or of a kind that is not read.
+        LogError: a file is missing, empty, of a kind that is not read, or still being written.
     """
-    paths = [Path(log) for log in ([logs] if isinstance(logs, str | Path) else logs)]
-    return tuple(
-        LogRecord(path=str(file.path.resolve()), size_bytes=file.size_bytes, sha256=sha256_of(file.path))
-        for file in find_files(paths)
-    )
+    records = []
+    for file in find_files([Path(log) for log in ([logs] if isinstance(logs, str | Path) else logs)]):
+        sha256 = sha256_of(file.path)
+        file.check_unchanged()
+        records.append(LogRecord(path=str(file.path.resolve()), size_bytes=file.size_bytes, sha256=sha256))
+    return tuple(records)
 
 
 def look_ahead(
@@ -139,6 +141,7 @@ def look_ahead(
     draft, removed, done = _next_period(model, periods, logs, restart=restart)
     if done is None:
         _require_base(model, draft)
+        _require_label(model, draft.base, of_runs.train.label or columns.labels[0].name)
     replayed = () if done is not None or "learn" in draft.done else _replayed(periods, draft.base, chosen)
     return AdvancePreview(model, files, chosen, of_runs, columns, draft, replayed, removed, done)
 
@@ -176,7 +179,7 @@ def _next_period(
     newest, draft, base = periods[-1] if periods else None, model.draft, model.current
     if draft is not None and base == draft.period:  # it was published, but for its record
         base = draft.base
-    complete = _lineage(periods, base)
+    complete = lineage_of(periods, base)
     if newest is not None and not (draft or restart or newest.published) and newest.base == base:
         complete.append(newest)
     for record in complete:
@@ -199,7 +202,7 @@ def _next_period(
                 "give `restart` to begin it again from that"
             )
             raise LiveError(msg)
-        return draft, None, None
+        return draft.model_copy(update={"logs": logs}), None, None  # they may lie elsewhere by now
     if newest is None:
         return Draft(period=1, base=base, logs=logs), None, None
     if restart and _same(newest.logs, logs) and not newest.published:
@@ -226,9 +229,17 @@ def _require_base(model: LiveModel, draft: Draft) -> None:
             raise LiveError(msg)
 
 
+def _require_label(model: LiveModel, base: int | None, label: str) -> None:
+    """See that the label is the one of the base, which scores and gate are about."""
+    learnt = label if base is None else BundleManifest.read(model.bundle(base)).feature_schema.label.name
+    if label != learnt:
+        msg = f"`config`: train.label is {label}, and the model of period {base} has learnt {learnt}; give it that one"
+        raise LiveError(msg)
+
+
 def _replayed(periods: Sequence[PeriodRecord], base: int | None, settings: LiveSettings) -> tuple[PeriodRecord, ...]:
     """The periods whose logs are learnt from again before the new one, oldest first."""
-    found = _lineage(periods, base)[: settings.replay_periods - 1][::-1]
+    found = lineage_of(periods, base)[: settings.replay_periods - 1][::-1]
     for record in found:
         for log in record.logs:
             path = Path(log.path)
@@ -241,7 +252,7 @@ def _replayed(periods: Sequence[PeriodRecord], base: int | None, settings: LiveS
     return tuple(found)
 
 
-def _lineage(periods: Sequence[PeriodRecord], base: int | None) -> list[PeriodRecord]:
+def lineage_of(periods: Sequence[PeriodRecord], base: int | None) -> list[PeriodRecord]:
     """The periods that a model has learnt, one after the other, newest first."""
     known = {record.period: record for record in periods}
     found: list[PeriodRecord] = []
