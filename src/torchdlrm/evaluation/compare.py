@@ -23,8 +23,6 @@ from torchdlrm.model.model_class import ModelClass
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.run import Run
 
-_BLOCK_ROWS = 1 << 20  # as in metrics
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -163,12 +161,8 @@ def _wins(positives: Scores, negatives: Scores) -> tuple[NDArray[np.float64], ND
     positives_sorted, negatives_sorted = np.sort(positives), np.sort(negatives)
 
     def share_below(scores: Scores, others_sorted: Scores) -> NDArray[np.float64]:
-        shares = np.empty(scores.size)
-        for start in range(0, scores.size, _BLOCK_ROWS):  # places take as much memory as shares
-            block = slice(start, start + _BLOCK_ROWS)
-            twice = sum(np.searchsorted(others_sorted, scores[block], side=side) for side in ("left", "right"))
-            shares[block] = twice / (2 * max(1, others_sorted.size))
-        return shares
+        twice = sum(np.searchsorted(others_sorted, scores, side=side) for side in ("left", "right"))
+        return np.asarray(twice / (2 * max(1, others_sorted.size)), np.float64)
 
     return share_below(positives, negatives_sorted), 1.0 - share_below(negatives, positives_sorted)
 
