@@ -32,12 +32,13 @@ from torchdlrm import (
     rollback,
     train,
 )
-from torchdlrm.config import config_toml
+from torchdlrm.config import ScheduleConfig, config_toml
 from torchdlrm.errors import ConfigError, LiveError, LogError
 from torchdlrm.features.columns import LabelColumn, WeightColumn
 from torchdlrm.features.schema_file import schema_toml, with_split
 from torchdlrm.live.preview import preview_advance
 from torchdlrm.live.record import PeriodRecord, read_times
+from torchdlrm.progress import SilentProgress
 from trainings import Process
 
 NUM_DAYS = 5
@@ -293,13 +294,15 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(copied, logs, dlrm
     before = files_of(copied)
     done = dlrm("advance", copied, logs[3], "--dry-run", "--replay-periods", 2, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["period"] == 4
+    told = json.loads(done.stdout)
+    assert (told["period"], told["warnings"]) == (4, [])
     assert "period 4, learnt from the model of period 3" in done.stderr
     assert "before it the logs of period 3 again" in done.stderr
     assert files_of(copied) == before
     new = tmp_path / "new"
-    done = dlrm("advance", new, logs[0], "--config", "criteo-small", "--schema", "criteo", "--dry-run")
+    done = dlrm("advance", new, logs[0], "--config", "quickstart", "--schema", "criteo", "--dry-run")
     assert done.returncode == 0, done.stderr
+    assert "warning: schedule.decay_steps is 675: the rate falls again in every period" in done.stderr
     assert "period 1, learnt from nothing" in done.stderr
     assert not new.exists()
 
@@ -398,6 +401,34 @@ def test_a_log_that_is_still_written_is_refused(copied, logs, monkeypatch, tmp_p
     monkeypatch.setattr("torchdlrm.live.preview.sha256_of", read_and_write)
     with pytest.raises(LogError, match=r"today\.tsv: the file changed while it was read"):
         preview_advance(copied, log)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warned_of"),
+    [
+        ({"name": "cosine", "warmup_steps": 5}, ["warmup_steps is 5", "name is cosine"]),
+        ({"name": "plateau"}, ["name is plateau"]),
+        ({"name": "cosine", "decay_steps": 0}, []),
+    ],
+)
+def test_a_schedule_that_every_period_repeats_is_warned_of_once(schedule, warned_of, copied, logs):
+    config = CONFIG.model_copy(update={"schedule": ScheduleConfig(**schedule)})
+    for expected in (warned_of, []):
+        progress = Notes()
+        advance(copied, logs[2], config=config, progress=progress)
+        assert len(progress.lines) == len(expected)
+        for line, words in zip(progress.lines, expected, strict=True):
+            assert line.startswith(f"warning: schedule.{words}: the rate ")
+
+
+class Notes(SilentProgress):
+    """Keeps the lines that stay."""
+
+    def __init__(self):
+        self.lines = []
+
+    def note(self, line):
+        self.lines.append(line)
 
 
 def test_two_at_once_are_refused(copied, logs):

@@ -16,6 +16,7 @@ from torchdlrm.cli.terminal import (
     progress_bars,
     say,
     shown_metric,
+    warn,
     warn_of_crowding,
 )
 from torchdlrm.errors import Interrupted, TorchDLRMError
@@ -75,9 +76,11 @@ def advance(
         preview = preview_advance(live, logs, config=config, schema=schema, settings=settings, restart=restart)
         for line in preview.lines():
             say(line)
+        for warning in preview.warnings:
+            warn(warning)
         if as_json:
             about = {"period": preview.draft.period, "base": preview.draft.base, "steps": preview.steps}
-            print_json({"live": str(live), "dry_run": True, **about})
+            print_json({"live": str(live), "dry_run": True, **about, "warnings": preview.warnings})
         return
 
     from torchdlrm.live.advance import advance as advance_live

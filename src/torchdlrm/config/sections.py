@@ -146,6 +146,11 @@ class ScheduleConfig(Section):
         0.001, description="fraction of the base rate below which plateau does not reduce it"
     )
 
+    @property
+    def kind(self) -> Literal["constant", "warmup_polynomial", "cosine", "plateau"]:
+        """The kind of decay that these settings stand for."""
+        return self.name or ("warmup_polynomial" if self.decay_steps else "constant")
+
 
 class ValidationConfig(Section):
     """Metrics on the val split during training; a run always validates at its end."""

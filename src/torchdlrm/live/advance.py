@@ -34,7 +34,7 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import with_split
 from torchdlrm.files import remove_folder, sha256_of, sync, write_atomically
 from torchdlrm.live.gate import judge, require_same_rows
-from torchdlrm.live.model import DATASET_NAME, REPLAY_NAME, RUN_NAME, LiveModel
+from torchdlrm.live.model import CONFIG_NAME, DATASET_NAME, REPLAY_NAME, RUN_NAME, LiveModel
 from torchdlrm.live.preview import STEPS, AdvancePreview, lineage_of, log_records, look_ahead
 from torchdlrm.live.record import (
     FeatureRecord,
@@ -87,7 +87,7 @@ def advance(
         restart: remove a period that is not complete, or whose model was not published, and begin it again.
         resources: of preprocessing; change no byte.
         train_by: called as `train` is; `dlrm advance --nproc-per-node` gives one that starts processes.
-        progress: receives the phases of all steps.
+        progress: receives the phases of all steps, and what of a new config does not suit a live model.
 
     Returns:
         The record of the period: `gate.reasons` say why a model was not `published`.
@@ -104,6 +104,8 @@ def advance(
         preview = look_ahead(live, records, config, schema, settings, restart=restart)
         for name, text in sorted(preview.files.items(), key=lambda file: file[0] == "live.toml"):
             write_atomically(preview.live.path / name, text)
+        for warning in preview.warnings if CONFIG_NAME in preview.files else ():  # once
+            progress.note(f"warning: {warning}")
         if preview.removed is not None:
             preview.live.remove_period(preview.removed, preview.draft.base)
         record = preview.done

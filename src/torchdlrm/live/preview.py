@@ -63,6 +63,23 @@ class AdvancePreview:
         wanted = STEPS if self.draft.base is not None else STEPS[1:]  # no model of before, no scores
         return tuple(step for step in wanted if step not in self.draft.done)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What of the config suits a single run, but costs AUC in a live model, as sentences."""
+        schedule, found = self.config.schedule, []
+        if schedule.warmup_steps:
+            found.append(
+                f"schedule.warmup_steps is {schedule.warmup_steps}: the rate rises from 0 again in every period, which "
+                "costs AUC; set it to 0"
+            )
+        if schedule.kind == "plateau" or (schedule.kind != "constant" and schedule.decay_steps != 0):
+            key = "decay_steps" if schedule.name is None else "name"
+            found.append(
+                f"schedule.{key} is {getattr(schedule, key)}: the rate falls again in every period, which costs AUC; "
+                "leave out schedule.name, decay_start_step and decay_steps, so that it is constant"
+            )
+        return tuple(found)
+
     def lines(self) -> list[str]:
         """The period, its log and its steps in words."""
         draft = self.draft

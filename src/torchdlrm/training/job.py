@@ -30,7 +30,7 @@ from torchdlrm.training.processes.process_group import Ranks, join_process_group
 from torchdlrm.training.run import METRICS_NAME, Run
 from torchdlrm.training.sharded import check_freeze
 from torchdlrm.training.source_run import SourceRun, find_source
-from torchdlrm.training.steps import Agenda, check_validations, decay_kind
+from torchdlrm.training.steps import Agenda, check_validations
 from torchdlrm.training.trackers import check_trackers, open_trackers
 from torchdlrm.training.trainer import Trainer
 
@@ -98,7 +98,7 @@ class TrainingPreview:
             f"label: {self.label}",
             f"precision of the dense parts: {self.precision}",
             f"validation: {self._validation()}",
-            f"optimizers: {', '.join(optimizers)}; rate {decay_kind(schedule)}{warm_up}",
+            f"optimizers: {', '.join(optimizers)}; rate {schedule.kind}{warm_up}",
             *([f"warm start: from {self.source}{self._resets(self.source)}"] if self.source is not None else []),
             *([f"frozen: {', '.join(frozen)}"] if frozen else []),
             *([_WAITS] if waits else []),

@@ -125,11 +125,6 @@ class Schedule:
         return rate
 
 
-def decay_kind(config: ScheduleConfig) -> str:
-    """The kind of decay that a config stands for: `constant`, `warmup_polynomial`, `cosine` or `plateau`."""
-    return config.name or ("warmup_polynomial" if config.decay_steps else "constant")
-
-
 def learning_rate(
     base: float, step: int, config: ScheduleConfig, *, num_steps: int, plateau_scale: float = 1.0
 ) -> float:
@@ -148,7 +143,7 @@ def learning_rate(
         base * step / W while step <= W; base until D; then with x = (step - D) / N, at most 1, base * (1 - x)^2 or
         base * (1 + cos(pi x)) / 2, not below 1e-7.
     """
-    kind = decay_kind(config)
+    kind = config.kind
     if kind == "plateau":
         base *= plateau_scale
     if step <= config.warmup_steps:
@@ -176,7 +171,7 @@ def after_validation(position: Position, auc: float, config: ScheduleConfig) -> 
     if auc > (-1.0 if position.best_auc is None else position.best_auc):
         return replace(position, best_auc=auc, best_step=position.step, stale_validations=0)
     stale, scale = position.stale_validations + 1, position.plateau_scale
-    is_due = decay_kind(config) == "plateau" and stale % config.plateau_patience_validations == 0
+    is_due = config.kind == "plateau" and stale % config.plateau_patience_validations == 0
     if is_due and not math.isnan(auc):
         scale = min(scale, max(scale * config.plateau_factor, config.plateau_min_fraction))
     return replace(position, stale_validations=stale, plateau_scale=scale)
