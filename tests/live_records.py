@@ -45,6 +45,9 @@ def made_up(num_periods, failing=()):
             rows=10_000,
             old=None if base is None else metrics(10_000, auc, 0.01, 1.0),
             new=metrics(10_000, auc + 0.003 if passed else auc - 0.02, 0.01, 1.0),
+            calibration_standard_error=0.02,
+            logloss_increase=None if base is None else -0.002 if passed else 0.011,
+            logloss_increase_standard_error=None if base is None else 0.001,
             passed=passed,
             reasons=reasons,
         )

@@ -38,6 +38,9 @@ from torchdlrm.features.columns import LabelColumn, WeightColumn
 from torchdlrm.features.schema_file import schema_toml, with_split
 from torchdlrm.live.preview import preview_advance
 from torchdlrm.live.record import PeriodRecord, read_times
+from torchdlrm.prediction.files import predict_file
+from torchdlrm.prediction.predictor import Predictor
+from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.progress import SilentProgress
 from trainings import Process
 
@@ -138,7 +141,7 @@ def test_a_published_period_has_its_bundle_its_delta_and_its_record(three_days, 
     assert not list(three_days.rglob("draft.json"))
 
 
-def test_the_gate_compares_the_same_rows_and_they_were_not_learnt_from(three_days):
+def test_the_gate_compares_the_same_rows_and_they_were_not_learnt_from(three_days, tmp_path):
     """The held-back rows of the log, by their labels; and the old model's metrics of them, from the scores."""
     live = LiveModel.open(three_days)
     record = live.periods[2]
@@ -154,6 +157,15 @@ def test_the_gate_compares_the_same_rows_and_they_were_not_learnt_from(three_day
     old = scores[places]
     assert record.gate.old.auc == pytest.approx(roc_auc_score(old["label"], old["prediction"]), abs=1e-6)
     assert record.gate.old.logloss == pytest.approx(log_loss(old["label"], old["prediction"]), abs=1e-6)
+    predictor = Predictor.open(live.bundle(3))
+    predict_file(predictor, RowsIn([Path(record.logs[0].path)], predictor.schema), tmp_path / "new.parquet")
+    new = pl.read_parquet(tmp_path / "new.parquet")[places]
+    clicked = old["label"].to_numpy() == 1
+    losses = [-np.log(np.where(clicked, p, 1 - p)) for p in (one["prediction"].to_numpy() for one in (old, new))]
+    increase = losses[1] - losses[0]
+    assert record.gate.logloss_increase == pytest.approx(increase.mean(), abs=1e-6)
+    error = increase.std(ddof=1) / len(increase) ** 0.5
+    assert record.gate.logloss_increase_standard_error == pytest.approx(error, rel=1e-3)
 
 
 def test_a_model_that_is_not_good_enough_is_kept_and_not_published(copied, logs, dlrm):

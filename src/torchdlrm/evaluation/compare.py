@@ -156,6 +156,29 @@ def auc_standard_error(labels: Labels, scores: Scores, weights: Weights = None) 
     return math.hypot(_error_of_mean(wins_P, weights[clicked]), _error_of_mean(wins_Q, weights[~clicked]))
 
 
+def calibration_standard_error(labels: Labels, logits: Scores, weights: Weights = None) -> float:
+    """Standard error of a model's calibration, a ratio of two means of the same rows, by the delta method.
+
+    Args:
+        labels: 0 or 1 [N].
+        logits: log-odds of a click [N].
+        weights: of the rows [N].
+
+    Returns:
+        NaN with fewer than two rows, and when nothing was clicked.
+    """
+    if weights is not None:
+        counts = weights > 0
+        labels, logits, weights = labels[counts], logits[counts], weights[counts]
+    clicked = (labels != 0).astype(np.float64)
+    if not clicked.any():
+        return math.nan
+    predictions = np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))
+    click_rate = float(np.average(clicked, weights=weights))
+    calibration = float(np.average(predictions, weights=weights)) / click_rate
+    return _error_of_mean(predictions - calibration * clicked, weights) / click_rate
+
+
 def _wins(positives: Scores, negatives: Scores) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """For each positive the share of negatives below it [P], for each negative that of positives above it [Q]."""
     positives_sorted, negatives_sorted = np.sort(positives), np.sort(negatives)

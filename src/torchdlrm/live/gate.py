@@ -4,6 +4,7 @@ In: the scores of the model of before, the held-back rows as the dataset has the
 `GateRecord`.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,15 @@ from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.splits import SPLIT_NAMES, RandomSplit
 from torchdlrm.errors import LogError
+from torchdlrm.evaluation.compare import calibration_standard_error, paired_difference
 from torchdlrm.exporting.export import held_out_rows
-from torchdlrm.live.record import GateRecord, PeriodMetrics
+from torchdlrm.live.record import GateRecord
 from torchdlrm.live.scores import metrics_of, period_metrics, read_scores
 from torchdlrm.live.settings import GateSettings
+from torchdlrm.prediction.files import LOGIT_COLUMN
 from torchdlrm.progress import ProgressListener
+
+_STANDARD_ERRORS = 2.0  # outside a limit by so many is not chance
 
 
 def judge(
@@ -48,15 +53,27 @@ def judge(
     *targets, logits = map(np.concatenate, zip(*pieces, strict=True))
     labels, *weights = targets
     new = period_metrics(labels, logits, *weights)
-    old = None
+    old = increase = increase_error = None
     if scores is not None:
         held_back = _held_back(read_scores(scores, schema), dataset)
         if not np.array_equal(held_back[schema.label.name].to_numpy(), labels):
             msg = f"{scores}: its rows are not those of {dataset.path}: the log has changed meanwhile; give `restart`"
             raise LogError(msg)
         old = metrics_of(held_back, schema)
-    reasons = tuple(_objections(old, new, settings))
-    return GateRecord(rows=rows, old=old, new=new, passed=not reasons, reasons=reasons)
+        difference = paired_difference(labels, held_back[LOGIT_COLUMN].to_numpy(), logits, *weights)
+        increase, increase_error = _defined(difference.logloss), _defined(difference.logloss_standard_error)
+    gate = GateRecord(
+        rows=rows,
+        old=old,
+        new=new,
+        calibration_standard_error=_defined(calibration_standard_error(labels, logits, *weights)),
+        logloss_increase=increase,
+        logloss_increase_standard_error=increase_error,
+        passed=True,
+        reasons=(),
+    )
+    reasons = tuple(objections(gate, settings))
+    return gate.model_copy(update={"passed": not reasons, "reasons": reasons})
 
 
 def require_same_rows(scores: Path, dataset: Dataset) -> None:
@@ -81,22 +98,33 @@ def _held_back(scores: pl.DataFrame, dataset: Dataset) -> pl.DataFrame:
     return scores.filter(pl.Series(codes == SPLIT_NAMES.index("val")))
 
 
-def _objections(old: PeriodMetrics | None, new: PeriodMetrics, settings: GateSettings) -> list[str]:
-    """Sentences that say why a model is not published."""
-    found = []
+def objections(gate: GateRecord, settings: GateSettings) -> list[str]:
+    """Sentences that say why a model is not published: what is outside a limit by more than two standard errors.
+
+    That of a calibration is taken relative to it, on the scale of its logarithm: of few clicks it is as large as the
+    calibration itself, and still a log without its clicks has to be told from one with few rows. A standard error that
+    is not known counts as 0.
+    """
+    found, rows = [], f"{gate.rows:,} held-back rows"
     low, high = settings.calibration
-    if new.calibration is None:
-        found.append(f"none of the {new.rows:,} held-back rows was clicked, so the calibration is not known")
-    elif not low <= new.calibration <= high:
+    calibration, error = gate.new.calibration, gate.calibration_standard_error or 0.0
+    if calibration is None:
+        found.append(f"none of the {rows} was clicked, so the calibration is not known")
+    else:
+        factor = math.exp(_STANDARD_ERRORS * error / calibration) if calibration else 1.0
+        if calibration * factor < low or calibration / factor > high:
+            found.append(
+                f"the calibration on {rows} is {calibration:.4f} (standard error {error:.4f}), outside {low:g} to "
+                f"{high:g}"
+            )
+    increase, error = gate.logloss_increase, gate.logloss_increase_standard_error or 0.0
+    if increase is not None and increase - _STANDARD_ERRORS * error > settings.max_logloss_increase:
         found.append(
-            f"the calibration on {new.rows:,} held-back rows is {new.calibration:.4f}, outside {low:g} to {high:g}"
-        )
-    if old is None or old.logloss is None or new.logloss is None:
-        return found
-    increase = new.logloss - old.logloss
-    if increase > settings.max_logloss_increase:
-        found.append(
-            f"the logloss on {new.rows:,} held-back rows is {new.logloss:.5f}, {increase:.5f} above the old model's "
-            f"{old.logloss:.5f}; {settings.max_logloss_increase:g} is allowed"
+            f"the logloss on {rows} is {gate.new.logloss:.5f}, {increase:.5f} (standard error {error:.5f}) above the "
+            f"old model's; {settings.max_logloss_increase:g} is allowed"
         )
     return found
+
+
+def _defined(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -97,6 +97,9 @@ class GateRecord(_Frozen):
         rows: held back from learning, which it was judged on.
         old: how the base predicted them; None for the first period.
         new: how the candidate predicts them.
+        calibration_standard_error: of the candidate's calibration; None where that is not defined.
+        logloss_increase: of the candidate's logloss above the base's, in nats; None for the first period.
+        logloss_increase_standard_error: of the mean of the rows' differences.
         passed: whether it was good enough.
         reasons: sentences that say why not.
     """
@@ -104,6 +107,9 @@ class GateRecord(_Frozen):
     rows: int
     old: PeriodMetrics | None
     new: PeriodMetrics
+    calibration_standard_error: float | None
+    logloss_increase: float | None
+    logloss_increase_standard_error: float | None
     passed: bool
     reasons: tuple[str, ...]
 

@@ -25,14 +25,17 @@ class _Section(BaseModel):
 
 
 class GateSettings(_Section):
-    """When a new model is good enough to be published; it is judged on rows of the new log that it has not learnt."""
+    """When a new model is good enough to be published; it is judged on rows of the new log that it has not learnt.
+
+    What is outside a limit by less than two standard errors may be chance, and is no reason to refuse it.
+    """
 
     max_logloss_increase: _NonNegative = Field(
-        0.01, description="Publish a model whose logloss on the held-back rows is at most so much above the old one's."
+        0.01, description="Refuse a model whose logloss on the held-back rows is surely above the old one's by more."
     )
     calibration: tuple[float, float] = Field(
         (0.8, 1.25),
-        description="Publish a model whose calibration (mean prediction by click rate) there is in this range.",
+        description="Refuse a model whose calibration (predictions by clicks) there is surely outside this range.",
     )
 
     @model_validator(mode="after")

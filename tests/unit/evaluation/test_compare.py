@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from torchdlrm.evaluation.compare import auc_standard_error, paired_difference
+from torchdlrm.evaluation.compare import auc_standard_error, calibration_standard_error, paired_difference
+from torchdlrm.metrics import binary_metrics
 
 
 def models(rng, num_rows):
@@ -83,6 +84,16 @@ def test_weighted_standard_errors_are_how_much_estimates_scatter(seed):
         scatter = np.std([getattr(one, name) for one in found])
         promised = np.sqrt(np.mean([getattr(one, f"{name}_standard_error") ** 2 for one in found]))
         assert promised == pytest.approx(scatter, rel=0.1)
+
+
+@pytest.mark.parametrize("weigh", [False, True])
+def test_the_standard_error_of_a_calibration_is_how_much_it_scatters(weigh, seed):
+    rng = np.random.default_rng(seed)
+    rows = [models(rng, 400)[:2] + ((rng.choice([0.0, 0.3, 1.0, 4.0], 400),) if weigh else ()) for _ in range(600)]
+    scatter = np.std([binary_metrics(*one).calibration for one in rows])
+    promised = np.sqrt(np.mean([calibration_standard_error(*one) ** 2 for one in rows]))
+    assert promised == pytest.approx(scatter, rel=0.1)
+    assert math.isnan(calibration_standard_error(np.zeros(5), np.zeros(5)))
 
 
 def test_a_model_does_not_differ_from_itself(seed):
