@@ -175,6 +175,7 @@ class RunningServer:
     def __init__(self, process, told):
         self.process, self.url, self.grpc = process, told["url"], told["grpc"]
         self.model, self.version = told["model"], told["version"]
+        self.period = told["period"]
 
     def stop(self, number=signal.SIGTERM):
         """The exit code after a signal, and the lines of the log."""

@@ -279,6 +279,7 @@ async def answer_to(reader, writer, request):
 
 def test_ten_periods_in_a_row_while_64_clients_ask(serve, live, wanted):
     server = serve(live / "current", "--follow-s", 0.05, "--log-level", "warning", "--grpc-port", 0)
+    assert server.period == 1
     host, port = server.url.removeprefix("http://").split(":")
     requests = [asked(start) for start in range(len(ROWS) - 1)]
     seen, answers = {1}, []

@@ -164,3 +164,12 @@ def test_calibration_bins_hold_every_row_once_by_rising_prediction(page, seed):
 def test_one_class_has_no_auc(page):
     script = """async () => Number.isNaN((await import("/page/metrics.js")).auc([0, 0, 0], [0.1, 0.2, 0.3]))"""
     assert page.evaluate(script) is True
+
+
+def test_the_head_has_the_period_of_a_model_that_has_one(page):
+    script = """async ([period]) => {
+        const { modelLine } = await import("/page/row.js");
+        return modelLine("clicks", "b5da23fd", period).map((one) => one.textContent);
+    }"""
+    assert page.evaluate(script, [0]) == ["clicks", "b5da23fd", "period 0"]
+    assert page.evaluate(script, []) == ["clicks", "b5da23fd"]

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,8 +37,10 @@ def serve(
 
     def started(at: "Listening") -> None:
         if console.is_terminal:  # where it is not, whoever reads the log expects JSON alone
-            console.print(f"{at.model} {at.version} at {at.url}" + (f", gRPC at {at.grpc}" if at.grpc else ""))
+            period = "" if at.period is None else f", period {at.period},"
+            grpc = f", gRPC at {at.grpc}" if at.grpc else ""
+            console.print(f"{at.model} {at.version}{period} at {at.url}{grpc}")
         if as_json:
-            print_json({"url": at.url, "grpc": at.grpc, "model": at.model, "version": at.version, "pid": os.getpid()})
+            print_json({**asdict(at), "pid": os.getpid()})
 
     sys.exit(serve_until_stopped(bundle, options=options, started=started))

@@ -18,12 +18,13 @@ from torchdlrm.serving.supervisor import Supervisor
 
 @dataclass(frozen=True)
 class Listening:
-    """The address of a server, and what it serves; `grpc` is None where it has no gRPC."""
+    """The address of a server, and what it serves; `grpc` is None without gRPC, `period` where it is not known."""
 
     url: str
     grpc: str | None
     model: str
     version: str
+    period: int | None
 
 
 def serve(
@@ -66,8 +67,8 @@ def serve(
         host = f"[{options.host}]" if ":" in options.host else options.host
         url = f"http://{host}:{listener.getsockname()[1]}"
 
-        def ready(model: str, version: str, grpc_port: int | None) -> None:
-            started(Listening(url, None if grpc_port is None else f"{host}:{grpc_port}", model, version))
+        def ready(model: str, version: str, period: int | None, grpc_port: int | None) -> None:
+            started(Listening(url, None if grpc_port is None else f"{host}:{grpc_port}", model, version, period))
 
         if options.workers == 1:
             from torchdlrm.serving.worker import run_worker  # noqa: PLC0415 - loads torch

@@ -35,7 +35,7 @@ _FAILED_STARTS_PER_WORKER = 2  # in a row, before the service ends
 @dataclass(eq=False)
 class _Worker:
     process: SpawnProcess
-    reports: Connection  # (model, version, port of gRPC) when it is ready; an exception or its trace when it fails
+    reports: Connection  # what `Ready` has when it is ready; an exception or its trace when it fails
     ready_s: float | None = None
     failure: TorchDLRMError | str | None = None
     is_asked_to_stop: bool = False
@@ -52,11 +52,11 @@ class Supervisor:
         self._is_stopping = False
         self._context = multiprocessing.get_context("spawn")
 
-    def run(self, started: Callable[[str, str, int | None], None]) -> int:
+    def run(self, started: Callable[[str, str, int | None, int | None], None]) -> int:
         """Serve until a signal says to stop.
 
         Args:
-            started: is called when all workers can answer: with the model's name and version, and the port of gRPC.
+            started: is called when all workers can answer: with what `Ready` has.
 
         Returns:
             The exit code: 0 after a signal, 1 when no worker can start or one did not stop as it should.
@@ -80,7 +80,7 @@ class Supervisor:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _watch(self, started: Callable[[str, str, int | None], None]) -> int:
+    def _watch(self, started: Callable[[str, str, int | None, int | None], None]) -> int:
         has_started = False
         self._starts_due_s = [0.0] * self._options.workers
         while not self._has_to_stop():

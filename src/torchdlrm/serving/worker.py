@@ -28,8 +28,8 @@ from torchdlrm.serving.open_inference.grpc import GrpcServer
 from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.service import Service, configure_threads, follow, watch
 
-# Called when a process can answer: with its model's name and version, and the port of gRPC, if any.
-Ready = Callable[[str, str, int | None], None]
+# Called when a process can answer: with its model's name, version and period, and the port of gRPC, if any.
+Ready = Callable[[str, str, int | None, int | None], None]
 
 
 class _Server(uvicorn.Server):
@@ -118,13 +118,13 @@ async def _serve(service: Service, listener: socket.socket, ready: Ready) -> Non
     serving = loop.create_task(server.serve([listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
-    version = service.bundles.current.version
+    served = service.bundles.current
     address = list(listener.getsockname()[:2])
-    note_event("serving", pid=os.getpid(), model=service.name, version=version, address=address)
+    note_event("serving", pid=os.getpid(), model=service.name, **served.told, address=address)
     if not service.keys and not ipaddress.ip_address(address[0]).is_loopback:
         msg = "whoever can reach this address is answered; with `api_key_file` only those who have a key"
         log_event(logging.WARNING, "no API key", message=msg)
-    ready(service.name, version, None if rpc is None else rpc.port)
+    ready(service.name, served.version, served.bundle.period, None if rpc is None else rpc.port)
     await asyncio.wait({serving, loop.create_task(stopping.wait())}, return_when=asyncio.FIRST_COMPLETED)
     service.is_draining = True
     note_event("draining")

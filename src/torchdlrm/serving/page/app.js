@@ -13,7 +13,7 @@ async function start() {
   try {
     const schema = await getSchema();
     byId("key-form").hidden = true;
-    byId("model").replaceChildren(...modelLine(schema.model, schema.version));
+    byId("model").replaceChildren(...modelLine(schema.model, schema.version, schema.period));
     document.title = `${schema.model} · torchdlrm`;
     byId("main").hidden = false;
     if (!isStarted) {

@@ -86,8 +86,8 @@ export function startRow(schema, onError) {
     const rows = [row, ...present.map((column) => without(column.name))].map((r) => rowJson(features, r));
     byId("answer").setAttribute("aria-busy", "true");
     try {
-      const { predictions, model, version } = await predictAll(rows, schema.max_rows, signal);
-      byId("model").replaceChildren(...modelLine(model, version));
+      const { predictions, model, version, period } = await predictAll(rows, schema.max_rows, signal);
+      byId("model").replaceChildren(...modelLine(model, version, period));
       showProbability(predictions[0]);
       contributions = present.map((column, i) => ({
         name: column.name, value: row.get(column.name), difference: predictions[0] - predictions[i + 1],
@@ -129,9 +129,11 @@ export function startRow(schema, onError) {
   }
 }
 
-/** "model name · version" for the head of the page. */
-export function modelLine(model, version) {
-  return [element("b", { textContent: model }), element("span", { textContent: version, title: "version of the bundle" })];
+/** "model name · version" for the head of the page, with the period that the model has learnt up to, if it has one. */
+export function modelLine(model, version, period) {
+  const line = [element("b", { textContent: model }), element("span", { textContent: version, title: "version of the bundle" })];
+  if (period !== undefined) line.push(element("span", { textContent: `period ${period}`, title: "what it has learnt up to" }));
+  return line;
 }
 
 async function predictAll(rows, maxRows, signal) {
