@@ -44,7 +44,13 @@ def score_log(
     """
     rows = RowsIn(logs, predictor.schema, passthrough=predictor.schema.target_names)
     summary = predict_file(
-        predictor, rows, out, bad_rows="null" if max_bad_rows else "refuse", with_details=True, progress=progress
+        predictor,
+        rows,
+        out,
+        bad_rows="null" if max_bad_rows else "refuse",
+        with_details=True,
+        with_metrics=False,  # the scores have all rows that are judged
+        progress=progress,
     )
     return summary.unknown_rate
 

@@ -80,18 +80,20 @@ def predict_file(
     *,
     bad_rows: BadRowsRule = "refuse",
     with_details: bool = False,
+    with_metrics: bool = True,
     progress: ProgressListener = SILENT,
 ) -> PredictSummary:
     """Predict every row of a log.
 
     Args:
         predictor: opened.
-        rows: the log.  Its labels, where it has some, are kept until the end: 5 bytes a row, 9 with weights.
+        rows: the log.  Its labels, where it is judged by some, are kept until the end: 5 bytes a row, 9 with weights.
         out: `.parquet`, `.csv` or `.csv.gz`, or `-`; a column `prediction`, after the passthrough columns.
         bad_rows: `refuse` stops at the first chunk with a row that cannot be read; `null` writes a row without
             prediction in its place.
         with_details: write `logit`, the log-odds of the prediction, and `has_unknown`, whether a value of the row has
             no id, after it.
+        with_metrics: judge the predictions by the log's labels.
         progress: shows the bytes read.
 
     Returns:
@@ -113,7 +115,7 @@ def predict_file(
         if name in rows.passthrough:
             msg = f"`columns`: {name} is what the scores' own column is called"
             raise UserError(msg)
-    tally = _Tally(rows.schema)
+    tally = _Tally(rows.schema, has_labels=with_metrics)
     started_s = time.perf_counter()
     progress.start_phase("predict", rows.size_bytes, unit="bytes")
     with writing_scores(out) as writer:
@@ -190,12 +192,12 @@ def _written(cells: pl.Series, schema: FeatureSchema, *, as_text: bool) -> pl.Se
 class _Tally:
     """Adds up the numbers of the summary."""
 
-    def __init__(self, schema: FeatureSchema) -> None:
+    def __init__(self, schema: FeatureSchema, *, has_labels: bool) -> None:
         self._schema = schema
         self._sum = 0.0
         self._num_unknown: Counter[str] = Counter()
         self._num_values: Counter[str] = Counter()
-        self._has_labels = True
+        self._has_labels = has_labels
         self._targets: list[pl.DataFrame] = []
         self._logits: list[NDArray[np.float32]] = []
         self.summary = PredictSummary()
