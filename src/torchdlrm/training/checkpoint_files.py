@@ -10,6 +10,7 @@ import io
 import math
 import pickle
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -110,11 +111,17 @@ def read_metadata(folder: Path) -> Metadata:
     """
     path = folder / METADATA_NAME
     try:
-        root = _Unpickler(io.BytesIO(regular_file(folder, METADATA_NAME).read_bytes())).load()
+        root = _unpickled(regular_file(folder, METADATA_NAME).read_bytes())
         return _metadata(root, _FileSizes(folder))
     except Exception as error:  # unpickling raises anything at all
         msg = f"{path}: cannot be read: {_one_line(error)}"
         raise RunError(msg) from error
+
+
+@lru_cache(maxsize=1)
+def _unpickled(content: bytes) -> Any:
+    """The records of a pickle, which nobody changes: a checkpoint is looked at for damage, and then read."""
+    return _Unpickler(io.BytesIO(content)).load()
 
 
 def load_state(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> None:

@@ -63,6 +63,7 @@ class CheckpointReader:
         metadata = read_metadata(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
+        self._files: dict[str, Path] = {}  # looked at once: many chunks are in each
         for name, tensor in metadata.state_dict_metadata.items():
             if not name.startswith(prefix) or not isinstance(tensor, TensorStorageMetadata):
                 continue
@@ -113,7 +114,8 @@ class CheckpointReader:
         return torch.from_numpy(rows)
 
     def _map(self, name: str, chunk: ChunkStorageMetadata, stored: Any) -> _Chunk:
-        path = regular_file(self.path, stored.relative_path)
+        path = self._files.get(stored.relative_path) or regular_file(self.path, stored.relative_path)
+        self._files[stored.relative_path] = path
         try:
             first_byte = _first_byte(path, chunk, stored.offset, stored.length)
         except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
