@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -477,6 +478,21 @@ def test_a_period_that_failed_is_resumed_with_its_log_or_begun_again_with_anothe
     record = advance(copied, bad, settings=LiveSettings(max_bad_rows=1), restart=True)
     assert (record.period, record.rows) == (5, 2_000)
     assert record.progressive.all.rows == 2_000
+
+
+def test_a_live_model_may_move_before_a_period_is_complete(copied, logs):
+    """Runs know the run that they were started from by its place and by its checkpoint."""
+    for name in ("0003", "0004"):  # after the run on the older log, and after that on the new one
+        with pytest.raises(Killed):
+            advance(copied, logs[3], settings=LiveSettings(replay_periods=2), train_by=partial(train_and_end, name))
+        copied = copied.rename(copied.with_name(f"clicks-{name}"))
+    assert advance(copied, logs[3]).published
+
+
+def train_and_end(name, config, dataset, run, **arguments):
+    train(config, dataset, run, **arguments)
+    if run.parent.name == name:
+        raise Killed
 
 
 @pytest.mark.slow

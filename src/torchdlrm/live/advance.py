@@ -226,8 +226,6 @@ class _Period:
     def _learn(self) -> int:
         base = self._draft.base
         source = None if base is None else self._live.day(base) / RUN_NAME
-        if source is not None:  # the live model's folder may have moved since
-            Run.open(source).take_place(Dataset.open(source.with_name(DATASET_NAME)))
         dataset = self._day / DATASET_NAME
         for record in self._replayed:
             for log in record.logs:
@@ -246,6 +244,8 @@ class _Period:
     def _train_run(self, dataset: Path, run: Path, source: Path | None) -> None:
         config = self._config
         if source is not None:
+            # The live model's folder may have moved since.
+            Run.open(source).take_place(Dataset.open(source.with_name(DATASET_NAME)))
             changes: dict[str, object] = {"checkpoint": "last"}  # the weights that were exported
             if source.parent.parent.name == REPLAY_NAME:  # once a period
                 changes["accumulator_decay"] = 1.0

@@ -97,6 +97,8 @@ def find_source(
     if run.exists and not restart:
         record = run.environment.get("warm_start")
         recorded = None if record is None else SourceRun.of(record)
+        if recorded is not None and from_run is not None and not recorded.run.exists():  # it may have moved
+            recorded = replace(recorded, run=from_run.resolve())
         _check_same(from_run, recorded, run)
         if recorded is None or list_checkpoints(run.checkpoints):
             return None
