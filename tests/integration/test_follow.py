@@ -130,6 +130,10 @@ def test_where_no_deltas_lead_the_whole_bundle_is_loaded(live, wanted):
         swap = follow(bundles)
         assert (swap.outcome, swap.num_deltas, swap.refused) == ("swapped", int(period == 3), None)
         assert_serves(bundles, wanted, period)
+    move(live, "/")
+    with pytest.raises(TorchDLRMError, match=r"has no bundle\.json"):
+        follow(bundles)
+    assert_serves(bundles, wanted, 1)
     bundles.close()
 
 

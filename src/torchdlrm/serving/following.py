@@ -102,7 +102,7 @@ def first_bundle(target: Target) -> Target:
 
 
 def _own_delta(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}{_SUFFIX}")
+    return folder.parent / f"{folder.name}{_SUFFIX}"  # of the root, too, which has no name
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
