@@ -52,8 +52,9 @@ def write_index(vocabulary: Vocabulary, path: Path) -> None:
 
     Costs 16 bytes a value of disk (hex), 24 (int), or 40 and the text (string), and some five times that of memory.
     """
-    values = vocabulary.table.filter(pl.col("value").is_not_null())
-    batch, num_home_slots = _slots(values["value"], values["id"].to_numpy(), vocabulary.kind)
+    values, ids = vocabulary.table["value"], vocabulary.table["id"]
+    has_value = values.is_not_null()
+    batch, num_home_slots = _slots(values.filter(has_value), ids.filter(has_value).to_numpy(), vocabulary.kind)
     about = {
         "format": "torchdlrm-value-index",
         "format_version": str(FORMAT_VERSION),

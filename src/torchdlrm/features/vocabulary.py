@@ -66,8 +66,8 @@ class Vocabulary:
     @property
     def missing_id(self) -> int | None:
         """The id of a missing value, None where it is unknown like any rare value."""
-        found = self.table.filter(pl.col("value").is_null())["id"]
-        return int(found[0]) if len(found) else None
+        found = self.table["value"].is_null().arg_true()
+        return int(self.table["id"][found[0]]) if len(found) else None
 
     def lookup(self, values: pl.Series) -> pl.Series:
         """The id of each value: Int32, `UNKNOWN_ID` for a value without one; the name of `values`."""
@@ -119,7 +119,6 @@ def first_difference(path: Path, later: Path, num_ids: int, reset: npt.NDArray[n
     Raises:
         DatasetError: a file is missing or damaged.
     """
-    other_values = pl.Series(() if reset is None else reset, dtype=pl.Int32)
     try:
         with (
             pq.ParquetFile(path, page_checksum_verification=True) as ours,
@@ -128,18 +127,27 @@ def first_difference(path: Path, later: Path, num_ids: int, reset: npt.NDArray[n
             for old, new in zip_longest(_blocks_of_ids(ours), _blocks_of_ids(theirs)):
                 before = new[:0] if old is None else old
                 after = old[:0] if new is None else new.filter(pl.col("id") < num_ids)
-                pairs = before.with_columns(was_there=True).join(
-                    after.with_columns(is_there=True), on="id", how="full", coalesce=True, suffix="_after"
-                )
-                is_same = pl.col("was_there").fill_null(value=False) & pl.col("value").eq_missing(pl.col("value_after"))
-                is_right = pl.when("is_there").then(is_same).otherwise(reset is not None)
-                found = pairs.filter(~is_right & ~pl.col("id").is_in(other_values.implode()))["id"]
+                found = _ids_of_others(before, after)
+                if reset is None:
+                    found = np.union1d(found, np.setdiff1d(before["id"], after["id"]))
+                elif len(found):
+                    found = np.setdiff1d(found, reset)
                 if len(found):
-                    return int(found.sort()[0])
+                    return int(found[0])
     except (OSError, pa.ArrowException) as error:
         msg = f"{path} or {later}: the vocabulary cannot be read ({error}); copy or preprocess the dataset again"
         raise DatasetError(msg) from error
     return None
+
+
+def _ids_of_others(before: pl.DataFrame, after: pl.DataFrame) -> npt.NDArray[np.int32]:
+    """The ids of a block that have a value which they had not before, ascending; both are in the order of ids."""
+    ids, old_ids = after["id"].to_numpy(), before["id"].to_numpy()
+    if not len(old_ids):
+        return ids
+    places = np.searchsorted(old_ids, ids).clip(max=len(old_ids) - 1)
+    is_same = after["value"].eq_missing(before["value"].gather(places)).to_numpy()
+    return ids[~is_same | (old_ids[places] != ids)]
 
 
 def _blocks_of_ids(file: pq.ParquetFile) -> Iterator[pl.DataFrame]:
