@@ -145,6 +145,7 @@ class _Period:
             "allow_changed_model_class": allow_changed_model_class,
         }
         self._day = self._live.day(self._draft.period)
+        self._candidate: Bundle | None = None  # as the export has opened it, where this process did it
 
     def run(self) -> PeriodRecord:
         """Do the steps that are left."""
@@ -262,13 +263,14 @@ class _Period:
                 name=chosen.name or self._live.path.resolve().name,
             )
             dataset = self._day / DATASET_NAME
-            export(
+            exported = export(
                 self._day / RUN_NAME, out, options=options, dataset=dataset, progress=self._progress, **self._own_model
             )
+            self._candidate = exported.bundle
         return _folder_bytes(out)
 
     def _check(self) -> int:
-        candidate = Bundle.open(self._day / _CANDIDATE_NAME, verify="lazy", **self._own_model)
+        candidate = self._candidate or Bundle.open(self._day / _CANDIDATE_NAME, verify="lazy", **self._own_model)
         scores = None if self._draft.base is None else self._day / SCORES_NAME
         dataset = Dataset.open(self._day / DATASET_NAME).with_label(self._config.train.label)
         self._note(gate=judge(candidate, dataset, scores, self._settings.gate, self._progress))
