@@ -19,6 +19,7 @@ Prints a table; `--json` writes all measurements to a file.
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import random
 import subprocess
@@ -190,6 +191,7 @@ def main() -> None:
             try:
                 assert server.stdout is not None
                 told = json.loads(server.stdout.readline())
+                gc.disable()  # to look through all that torch has loaded takes 0.2 s, in which nobody would ask
                 switches, load = uvloop.run(measure(told["url"], told["pid"], folder, options))
             finally:
                 server.terminate()
