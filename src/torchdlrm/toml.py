@@ -1,15 +1,19 @@
-"""Writes values as TOML, and explains errors in TOML documents.
+"""Writes values as TOML, explains errors in TOML documents, and tells names of presets from paths.
 
 In: a value or a document; or a problem that pydantic found.  Out: text.
 """
 
 import difflib
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+_log = logging.getLogger(__name__)
 _MAX_VALUE_CHARACTERS = 80
 
 
@@ -29,6 +33,23 @@ def did_you_mean(text: str, known: Iterable[str]) -> str:
     """Return a question that ends a message, where something known is much like `text`; otherwise nothing."""
     close = difflib.get_close_matches(text, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def is_preset(given: str | Path, presets: Collection[str]) -> bool:
+    """Whether this is the name of a preset and no path: a bare name that is one means it, whatever lies in the folder.
+
+    A path has a `/` or an extension. Where a file or folder has the name too, a line of the log says what was taken.
+    """
+    name = str(given)
+    if name in presets and Path(name).exists():
+        _say_which(name, Path(name).absolute())
+    return name in presets
+
+
+@cache  # a command may ask several times, and says it once
+def _say_which(name: str, path: Path) -> None:
+    kind = "folder" if path.is_dir() else "file"
+    _log.warning("%s: taken as the preset of that name; the %s of that name is ./%s", name, kind, name)
 
 
 def explain(item: Any) -> str:

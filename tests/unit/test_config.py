@@ -5,8 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchdlrm.config import Config, config_toml, load_config, setting_values, settings
+from torchdlrm.config import Config, about_config, config_toml, load_config, setting_values, settings
 from torchdlrm.errors import ConfigError
+from torchdlrm.features.schema_file import load_schema
+from torchdlrm.planning.plan import plan
+from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.toml import toml_value
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -183,6 +186,38 @@ def test_a_missing_or_broken_file_is_an_error_that_names_it(tmp_path):
     (tmp_path / "broken.toml").write_text("[train\n")
     with pytest.raises(ConfigError, match=r"broken\.toml: not a TOML file"):
         load_config(tmp_path / "broken.toml")
+
+
+@pytest.mark.parametrize("text", ["", "# a comment\n", "[train]\n"])
+def test_a_config_that_sets_no_key_is_refused(tmp_path, text):
+    (tmp_path / "my.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"my\.toml: sets no key, so it is no config; `dlrm config NAME` prints one"):
+        load_config(tmp_path / "my.toml", {"train.epochs": "2"})
+
+
+def test_it_is_said_how_many_keys_a_config_sets(tmp_path):
+    mine = tmp_path / "my.toml"
+    mine.write_text("[train]\nepochs = 2\nseed = 3\n")
+    assert "sets 2 keys, none of [model]; 1 overridden; all others" in about_config(mine, {"train.seed": "4"})
+    mine.write_text("[model.features.cat_0]\nembedding_dim = 8\n")
+    assert about_config(mine, {}) == f"config {mine}: sets 1 key; all others have their defaults"
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch], ids=["folder", "file"])
+def test_a_bare_name_is_the_preset_whatever_lies_in_the_folder(make, tmp_path, monkeypatch, caplog):
+    presets = ("criteo-small", "criteo", "criteo-kaggle")
+    for name in presets:
+        make(tmp_path / name)
+    config, schema = load_config("criteo-small"), load_schema("criteo")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("criteo-small") == config
+    assert load_schema("criteo") == schema
+    assert plan(PlanRequest(tables="criteo-kaggle", devices=1)).problem.tables[0].rows == 1460
+    kind = "folder" if make is Path.mkdir else "file"
+    told = [f"{name}: taken as the preset of that name; the {kind} of that name is ./{name}" for name in presets]
+    assert [record.getMessage() for record in caplog.records if record.name == "torchdlrm.toml"] == told
+    with pytest.raises(ConfigError, match="Is a directory" if make is Path.mkdir else "sets no key"):
+        load_config("./criteo-small")
 
 
 def test_every_setting_has_a_description_and_is_read_somewhere():

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from torchdlrm.cli.options import Overrides, split_config
 from torchdlrm.cli.terminal import Json, print_json, print_table, progress_bars, say
-from torchdlrm.config import load_config
+from torchdlrm.config import about_config, load_config
 from torchdlrm.errors import ConfigError, DoesNotFitError, PlanError
 from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.toml import toml_text
@@ -71,6 +71,8 @@ def _problem(tokens: tuple[str, ...], request: PlanRequest, *, measure: bool) ->
         config = load_config(request.run / "config.toml", overrides, is_of_run=True)
     else:
         config = load_config(path, overrides)
+        if path is not None:
+            say(about_config(path, overrides))
     problem = problem_of(request, config)
     if measure:
         problem, found = measured(problem, config)

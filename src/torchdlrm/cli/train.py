@@ -24,7 +24,7 @@ from torchdlrm.cli.terminal import (
     shown_metric,
     warn_of_crowding,
 )
-from torchdlrm.config import Config, load_config, shipped_config_names
+from torchdlrm.config import Config, about_config, load_config, shipped_config_names
 from torchdlrm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ def train(
             source=source,
         )
     warn_of_crowding(processes)
+    say(about_config(path, overrides))
     show_preview(preview, run, dry_run=dry_run)
     if dry_run:
         if as_json:

@@ -18,7 +18,14 @@ from torchdlrm.config.sections import (
     setting_values,
     settings,
 )
-from torchdlrm.config.text import config_toml, configuration_markdown, find_config, load_config, shipped_config_names
+from torchdlrm.config.text import (
+    about_config,
+    config_toml,
+    configuration_markdown,
+    find_config,
+    load_config,
+    shipped_config_names,
+)
 
 __all__ = [
     "DENSE_OPTIMIZERS",
@@ -41,6 +48,7 @@ __all__ = [
     "TableOptimizerName",
     "TrainConfig",
     "ValidationConfig",
+    "about_config",
     "config_toml",
     "configuration_markdown",
     "find_config",

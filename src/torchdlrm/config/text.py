@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from torchdlrm.config.sections import ANY_FEATURE, Config, cross_checks, sections, settings
 from torchdlrm.errors import ConfigError
-from torchdlrm.toml import did_you_mean, explain, toml_text, toml_value
+from torchdlrm.toml import did_you_mean, explain, is_preset, toml_text, toml_value
 
 SHIPPED_CONFIGS = Path(__file__).parents[1] / "configs"
 # Earlier names of keys. A message gives the new name; in the config of a run, the old ones are read as well.
@@ -27,8 +27,11 @@ _DOCUMENT_HEAD = """
 # Configuration
 
 A run is described by one TOML file. Some configs come with torchdlrm and are used by name, as in
-`dlrm train criteo-small ...`; `dlrm config criteo-small > my.toml` writes one that you can edit. Keys that a file
-leaves out have the defaults below, which are the paper's Criteo model; `dlrm config` prints them. Any key can be
+`dlrm train criteo-small ...`; `dlrm config criteo-small > my.toml` writes one that you can edit. A bare name that is
+one of theirs means it, whatever lies in the folder: a file is written with its ending or its folder, as in `my.toml` or
+`./criteo-small` (schemas and `dlrm plan --tables` likewise). Keys that a file leaves out have the defaults below, which
+are the paper's Criteo model; `dlrm config` prints them. `dlrm train` and `dlrm plan` say how many keys the file sets,
+and one that sets none is refused. Any key can be
 overridden on the command line by its dotted name, with `-` or `_`: `--train.batch-size-global 8192`,
 `--model.dense-arch-layer-sizes 512,256,64`. All mistakes, in the file and on the command line, are reported together.
 (`make docs` generates this page from `src/torchdlrm/config/`.)
@@ -44,16 +47,17 @@ def find_config(name: str | Path) -> Path:
     """Find the file of a config.
 
     Args:
-        name: a TOML file, or the name of a config that comes with torchdlrm.
+        name: of a config that comes with torchdlrm, or a TOML file; a file that is called as one of those is written
+            with its folder (`./criteo-small`).
 
     Raises:
         ConfigError: there is neither.
     """
     path, names = Path(name), shipped_config_names()
+    if is_preset(name, names):
+        return SHIPPED_CONFIGS / f"{name}.toml"
     if path.exists():
         return path
-    if str(name) in names:
-        return SHIPPED_CONFIGS / f"{name}.toml"
     msg = f"{name}: no such config; name a TOML file, or one of {', '.join(names)}{did_you_mean(path.stem, names)}"
     raise ConfigError(msg)
 
@@ -69,21 +73,11 @@ def load_config(
         is_of_run: the file is the config.toml of a run: keys that it has under an earlier name are read too.
 
     Raises:
-        ConfigError: the file cannot be read, or keys or values are wrong; every problem in one message.
+        ConfigError: the file cannot be read or is empty, or keys or values are wrong; every problem in one message.
     """
-    raw: dict[str, Any] = {}
     where: dict[str, str] = {}
-    if path is not None:
-        path = find_config(path)
-        try:
-            with path.open("rb") as file:
-                raw = tomllib.load(file)
-        except OSError as error:
-            msg = f"{path}: cannot read the config: {error.strerror}"
-            raise ConfigError(msg) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            msg = f"{path}: not a TOML file: {error}"
-            raise ConfigError(msg) from error
+    path = None if path is None else find_config(path)
+    raw = {} if path is None else _read(path)
     if is_of_run:
         _rename_keys(raw)
     problems: list[str] = []
@@ -109,6 +103,38 @@ def load_config(
         if not problems:
             return config
     raise ConfigError("\n".join(["the config is wrong:", *(f"  {problem}" for problem in problems)]))
+
+
+def about_config(name: str | Path, overrides: Mapping[str, str]) -> str:
+    """Say in one line how many keys a config sets: one that says less than was thought trains another model."""
+    raw = _read(find_config(name))
+    of_model = "" if raw.get("model") else ", none of [model]"
+    over = f"; {len(overrides)} overridden" if overrides else ""
+    keys = "1 key" if _num_keys(raw) == 1 else f"{_num_keys(raw)} keys"
+    return f"config {name}: sets {keys}{of_model}{over}; all others have their defaults"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            raw = tomllib.load(file)
+    except OSError as error:
+        msg = f"{path}: cannot read the config: {error.strerror}"
+        raise ConfigError(msg) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        msg = f"{path}: not a TOML file: {error}"
+        raise ConfigError(msg) from error
+    if not _num_keys(raw):
+        names = ", ".join(shipped_config_names())
+        msg = (
+            f"{path}: sets no key, so it is no config; `dlrm config NAME` prints one to start from, NAME one of {names}"
+        )
+        raise ConfigError(msg)
+    return raw
+
+
+def _num_keys(raw: Mapping[str, Any]) -> int:
+    return sum(_num_keys(value) if isinstance(value, dict) else 1 for value in raw.values())
 
 
 def _rename_keys(raw: dict[str, Any]) -> None:

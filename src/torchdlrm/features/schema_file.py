@@ -13,17 +13,17 @@ from pydantic import ValidationError
 from torchdlrm.errors import SchemaError
 from torchdlrm.features.columns import ROLES
 from torchdlrm.features.schema import PRESETS, FeatureSchema, SplitRule, problems
-from torchdlrm.toml import did_you_mean, explain, toml_text, toml_value
+from torchdlrm.toml import did_you_mean, explain, is_preset, toml_text, toml_value
 
 
 def load_schema(name_or_path: str | Path) -> FeatureSchema:
-    """The preset of that name, or the schema in that TOML file.
+    """The preset of that name, or the schema in that TOML file; `./criteo` is a file.
 
     Raises:
         SchemaError: there is neither, or the file is not a valid schema; all problems in one message.
     """
     name_or_path = str(name_or_path)
-    if name_or_path in PRESETS:
+    if is_preset(name_or_path, PRESETS):
         return PRESETS[name_or_path]()
     path = Path(name_or_path)
     if not path.is_file():

@@ -12,7 +12,7 @@ from torchdlrm.bundle.manifest import BundleManifest
 from torchdlrm.config import Config, config_toml, find_config, load_config
 from torchdlrm.data.log.files import find_files
 from torchdlrm.errors import LiveError
-from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.schema import PRESETS, FeatureSchema
 from torchdlrm.features.schema_file import load_schema, schema_toml
 from torchdlrm.files import sha256_of
 from torchdlrm.live.model import (
@@ -26,6 +26,7 @@ from torchdlrm.live.model import (
 )
 from torchdlrm.live.record import LogRecord, PeriodRecord, StepName
 from torchdlrm.live.settings import LiveSettings, changed_settings, settings_toml
+from torchdlrm.toml import is_preset
 from torchdlrm.units import show_bytes
 
 STEPS: tuple[StepName, ...] = get_args(StepName)
@@ -168,7 +169,7 @@ def _choose_schema(model: LiveModel, given: FeatureSchema | str | Path | None, f
     path = model.path / SCHEMA_NAME
     chosen = given if isinstance(given, FeatureSchema) else load_schema(path if given is None else given)
     if not model.exists:
-        is_file = not isinstance(given, FeatureSchema) and given is not None and Path(given).is_file()
+        is_file = not isinstance(given, FeatureSchema) and given is not None and not is_preset(given, PRESETS)
         files[SCHEMA_NAME] = Path(str(given)).read_text(encoding="utf-8") if is_file else schema_toml(chosen)
     elif given is not None and chosen != load_schema(path):
         msg = (

@@ -29,6 +29,7 @@ from torchdlrm.sharding.tables import (
     with_features,
 )
 from torchdlrm.sharding.topology import Machine, local_machine, machine_of
+from torchdlrm.toml import is_preset
 from torchdlrm.training.processes.device import rank_device
 from torchdlrm.training.run import Run
 from torchdlrm.units import parse_bytes, show_bytes
@@ -195,7 +196,8 @@ def _tables(request: PlanRequest, config: Config) -> list[Table]:
     else:
         assert request.tables is not None
         path = Path(request.tables)
-        tables = read_tables(path, dim) if path.is_file() else preset_tables(request.tables, dim)
+        is_file = not is_preset(request.tables, PRESETS) and path.is_file()
+        tables = read_tables(path, dim) if is_file else preset_tables(request.tables, dim)
     if request.max_embeddings is not None:
         if request.max_embeddings < 1:
             msg = f"`max_embeddings`: must be at least 1, got {request.max_embeddings}"
