@@ -42,12 +42,13 @@ class SharedMemory:
 
     Attributes:
         address: where they find it.
-        fd: of the memory as a file; closed with this object.
+        fd: of the memory as a file, until `close`; -1 then.
+        writable: whether this process may write to it.
         map: its bytes.
     """
 
     def __init__(self, address: Address, fd: int, num_bytes: int, *, writable: bool) -> None:
-        self.address, self.fd = address, fd  # now `__del__` closes it
+        self.address, self.fd, self.writable = address, fd, writable  # now `__del__` closes it
         self.map = mmap.mmap(fd, num_bytes, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
 
     @classmethod
@@ -89,5 +90,11 @@ class SharedMemory:
             memory = mine if first == mine.address else cls.open(first, num_bytes, writable=True)
         return memory if all(all_gather(memory is not None)) else None
 
+    def close(self) -> None:
+        """Close the file; its bytes stay mapped while something looks at them. A second call does nothing."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
     def __del__(self) -> None:
-        os.close(self.fd)
+        self.close()

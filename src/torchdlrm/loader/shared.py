@@ -69,7 +69,7 @@ def share(
         has_row_weights=reader.has_row_weights,
         has_weights=reader.has_weights,
     )
-    mine = _Memory.make(layout)
+    mine = _Memory.make("torchdlrm-loader", layout.num_bytes)
     addresses: Sequence[Address | None] = all_gather(mine.address if mine is not None else None)
     local = [
         other
@@ -77,17 +77,21 @@ def share(
         if mine is not None and address is not None and address.host == mine.address.host
     ]
     memories = [
-        mine if other == rank else _Memory.open(layout, address)
+        mine if other == rank else _Memory.open(address, layout.num_bytes, writable=False)
         for other, address in enumerate(addresses)
         if address is not None and other in local
     ]
     is_ready = all_gather(len(local) > 1 and None not in memories)
     if mine is None or not all(is_ready[other] for other in local):
+        for memory in memories:
+            if memory is not None:
+                memory.close()
         return None
     return SharedRowGroups(
         reader,
         mine,
         [memory for memory in memories if memory is not None],
+        layout,
         local.index(rank),
         partial(_row_groups_of, reader, sequence, local[0], local[-1], world_size),
         stopped,
@@ -118,6 +122,7 @@ class SharedRowGroups:
         reader: decodes them.
         mine: the memory of this rank.
         memories: of all ranks that share, this one too.
+        layout: of each memory.
         place: of this rank among them.
         row_groups: lists, from the start at each call, what they will read, as epoch and place in its order.
         stopped: set when nobody wants more.
@@ -128,11 +133,13 @@ class SharedRowGroups:
         reader: RowGroupReader,
         mine: "_Memory",
         memories: Sequence["_Memory"],
+        layout: "_Layout",
         place: int,
         row_groups: Callable[[], Iterator[tuple[int, int]]],
         stopped: threading.Event,
     ) -> None:
         self._reader, self._mine, self._memories, self._place = reader, mine, memories, place
+        self._slots = [[layout.slot(memory.map, number) for number in range(_NUM_SLOTS)] for memory in memories]
         self._row_groups, self._stopped = row_groups, stopped
         self._places = enumerate(row_groups())
         self._thread: threading.Thread | None = None
@@ -146,10 +153,8 @@ class SharedRowGroups:
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
-        self._mine.finish()
-
-    def __del__(self) -> None:
-        self._mine.finish()  # nobody may ever have asked for the first batch
+        for memory in self._memories:
+            memory.close()
 
     def read(self, epoch: int, index: int) -> Columns:
         """The row group at a place of an epoch's order, good until the next one is asked for; places must rise.
@@ -161,7 +166,7 @@ class SharedRowGroups:
         self._mine.set_position(place)
         turn, owner = divmod(place, len(self._memories))
         if self._wait_for(self._memories[owner], turn):
-            return self._memories[owner].slots[turn % _NUM_SLOTS].first_rows(self._reader.order(epoch)[index].rows)
+            return self._slots[owner][turn % _NUM_SLOTS].first_rows(self._reader.order(epoch)[index].rows)
         return self._reader.read(epoch, index)
 
     def _wait_for(self, owner: "_Memory", turn: int) -> bool:
@@ -185,7 +190,7 @@ class SharedRowGroups:
                     continue
                 if not self._wait_until_all_are_past(place - num_ranks * _NUM_SLOTS):
                     return
-                self._mine.slots[turn % _NUM_SLOTS].fill(reader.read(epoch, index))
+                self._slots[self._place][turn % _NUM_SLOTS].fill(reader.read(epoch, index))
                 self._mine.set_num_decoded(turn + 1)
         except Exception:  # noqa: BLE001 - who needs this row group decodes it for itself, and has the same error
             return
@@ -217,33 +222,14 @@ def _pauses() -> Iterator[bool]:
             looked_s = time.monotonic()
 
 
-class _Memory:
+class _Memory(SharedMemory):
     """The memory of one rank, which that rank alone writes.
 
     Its header is read and written by system calls: they also keep the order of what is written before and after them
     on processors that would change it.
-
-    Attributes:
-        slots: for one row group each.
     """
 
     _HEADER = struct.Struct("=qqq")  # row groups decoded, whether no more come, place that is read
-
-    def __init__(self, layout: "_Layout", shared: SharedMemory) -> None:
-        self.address, self._shared = shared.address, shared
-        self.slots = [layout.slot(shared.map, number) for number in range(_NUM_SLOTS)]
-
-    @classmethod
-    def make(cls, layout: "_Layout") -> "_Memory | None":
-        """New memory for this rank; None where the system does not let us."""
-        shared = SharedMemory.make("torchdlrm-loader", layout.num_bytes)
-        return None if shared is None else cls(layout, shared)
-
-    @classmethod
-    def open(cls, layout: "_Layout", address: Address) -> "_Memory | None":
-        """The memory of a rank of this host; None where it may not be opened."""
-        shared = SharedMemory.open(address, layout.num_bytes, writable=False)
-        return None if shared is None else cls(layout, shared)
 
     @property
     def num_decoded(self) -> int:
@@ -283,19 +269,23 @@ class _Memory:
         """Say which place is being read."""
         self._write(place, 16)
 
-    def finish(self) -> None:
-        """Say that this rank reads no more and decodes no more."""
-        self.set_position(_FINISHED)
-        self.set_stopped()
+    def close(self) -> None:
+        """Close the file; the rank that writes it says before that it reads no more and decodes no more.
+
+        That is one step and not two objects' work: an iterator of which no batch was ever taken ends with its last
+        reference, and Python ends objects that refer to each other in an order of its own.
+        """
+        if self.writable and self.fd >= 0:
+            self.set_position(_FINISHED)
+            self.set_stopped()
+        super().close()
 
     def _header(self) -> tuple[int, int, int]:
-        decoded, has_stopped, position = self._HEADER.unpack(
-            os.pread(self._shared.fd, self._HEADER.size, FIRST_FREE_BYTE)
-        )
+        decoded, has_stopped, position = self._HEADER.unpack(os.pread(self.fd, self._HEADER.size, FIRST_FREE_BYTE))
         return decoded, has_stopped, position
 
     def _write(self, number: int, offset: int) -> None:
-        os.pwrite(self._shared.fd, struct.pack("=q", number), FIRST_FREE_BYTE + offset)
+        os.pwrite(self.fd, struct.pack("=q", number), FIRST_FREE_BYTE + offset)
 
 
 @dataclass(frozen=True)

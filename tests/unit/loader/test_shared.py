@@ -165,6 +165,21 @@ def test_shared_memory_has_no_name_is_of_two_row_groups_a_rank_and_goes_with_its
     assert mapped_bytes() == before
 
 
+def test_a_memory_is_closed_once_and_never_writes_to_a_file_that_has_its_number_by_then(tmp_path):
+    memory = shared._Memory.make("torchdlrm-loader", 4096)
+    header_of_others = shared._Memory.open(memory.address, 4096, writable=False)
+    number = memory.fd
+    memory.close()
+    assert header_of_others.has_stopped
+    assert header_of_others.position == shared._FINISHED
+    with (tmp_path / "other").open("wb") as other:
+        assert other.fileno() == number
+        memory.close()
+        del memory
+        gc.collect()
+    assert (tmp_path / "other").read_bytes() == b""
+
+
 def test_a_damaged_row_group_is_the_same_error_on_every_rank(many_groups, monkeypatch):
     plain_read = RowGroupReader.read
 
