@@ -12,6 +12,10 @@ from contextlib import suppress
 import pytest
 import torch
 
+from torchdlrm import load_config, train
+from torchdlrm.errors import TrainingError
+from torchdlrm.training.processes.process_group import StopRequest
+from torchdlrm.training.trainer import Trainer
 from trainings import CONFIG, OPTIONS, STEPS, Process, checkpoints, logged_steps, state, wait_until
 
 NUM_KILLS = int(os.environ.get("TORCHDLRM_NUM_KILLS", "3"))  # CONTRIBUTING.md says when to ask for more
@@ -366,6 +370,33 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(small_dataset, dlrm,
     assert "(training rows " in done.stderr
     assert "try a lower table_optimizer.learning_rate" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("when", ["asynchronous", "synchronous", "signal"])
+def test_no_checkpoint_holds_what_is_not_finite_where_the_loss_is_seldom_looked_at(
+    when, small_dataset, tmp_path, monkeypatch
+):
+    """As on a GPU, where nobody looks at the loss between two lines of the log."""
+    monkeypatch.setattr(Trainer, "_refuse_if_not_finite", lambda *_: None)
+    if when == "signal":
+        monkeypatch.setattr(StopRequest, "poll", lambda _, step, *, save_is_due: (step == 30, save_is_due))
+    settings = {
+        "train.epochs": "2",
+        "train.precision": "float32",
+        "dense_optimizer.name": "sgd",
+        "dense_optimizer.learning_rate": "1e12",
+        "logging.every_steps": "50",
+        "logging.tensorboard": "false",
+        "checkpoint.every_steps": "100" if when == "signal" else "1",
+        "checkpoint.asynchronous": str(when != "synchronous").lower(),
+    }
+    with pytest.raises(TrainingError, match=r"^after step \d+ there is NaN or infinity in "):
+        train(load_config(CONFIG, settings), small_dataset, tmp_path / "run")
+    saved = checkpoints(tmp_path / "run")
+    assert saved == ([] if when == "signal" else [1])
+    for step in saved:
+        weights = state(tmp_path / "run", tmp_path, step)
+        assert all(torch.isfinite(value).all() for name, value in weights.items() if name.startswith("model/"))
 
 
 def test_stopping_early_by_target_and_by_patience(small_dataset, dlrm, tmp_path):

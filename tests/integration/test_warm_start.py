@@ -14,11 +14,12 @@ from torchdlrm.evaluation.report import report_page
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
-from torchdlrm.training import warm_start
+from torchdlrm.training import checkpointer, warm_start
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.run import Run
+from torchdlrm.training.trainer import Trainer
 from trainings import state
 
 SCHEMA = FeatureSchema(
@@ -152,6 +153,18 @@ def test_a_second_run_on_the_same_rows_ends_with_the_bytes_of_a_second_epoch(mon
     assert_same(last_state(tmp_path / "again", tmp_path / "b"), both)
     train(config(ADAM, {"train.epochs": "3"}), monday, tmp_path / "both")
     assert_same(last_state(tmp_path / "third", tmp_path / "b"), last_state(tmp_path / "both", tmp_path / "a"))
+
+
+def test_a_source_whose_weights_are_not_finite_is_refused(monday, tuesday, tmp_path, monkeypatch):
+    """As an older version may have left one."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointer, "find_not_finite", lambda *_: [])
+        patch.setattr(Trainer, "_refuse_if_not_finite", lambda *_: None)
+        train(config({"train.max_steps": "2", "table_optimizer.learning_rate": "1e38"}), monday, tmp_path / "source")
+    with pytest.raises(
+        RunError, match=r"^`from_run`: .*step-00000002: NaN or infinity in .*`warm_start.checkpoint` can"
+    ):
+        train(config(), tuesday, tmp_path / "run", from_run=tmp_path / "source")
 
 
 def test_the_dense_optimizer_may_start_with_fresh_state(first, tuesday, tmp_path):

@@ -6,6 +6,7 @@ A checkpoint is written under another name and renamed when every rank has writt
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
@@ -41,11 +42,13 @@ from torchdlrm.training.checkpoint import (
 from torchdlrm.training.checkpoint_files import load_state
 from torchdlrm.training.checkpoint_reader import CheckpointReader
 from torchdlrm.training.compute import give_back_freed_memory
+from torchdlrm.training.finite import find_not_finite, not_finite_error
 from torchdlrm.training.host_copies import HostCopies, in_own_storage, with_tensors
 from torchdlrm.training.processes.process_group import Ranks
 from torchdlrm.training.warm_start import TakeOver, take_over
 
 logger = logging.getLogger("torchdlrm")
+_MAX_NAMES = 3
 
 
 class _ReportingFileSystem(FileSystem):
@@ -91,7 +94,7 @@ class Checkpointer:
         self._pending: Future[None] | None = None
         self._written: deque[tuple[int, Path]] = deque()  # filled by the writing thread
 
-    def save(self, position: Position, *, wait: bool) -> bool:
+    def save(self, position: Position, *, wait: bool, loss: Tensor | None = None) -> bool:
         """Copy the state now and write it in the background; waits first for a save that is not over yet.
 
         Memory: a copy of this rank's tables and optimizer state until it is written, on a GPU's host for good; with
@@ -100,15 +103,23 @@ class Checkpointer:
         Args:
             position: goes into the checkpoint.
             wait: write it here and return when the checkpoint is complete (or has failed, which is logged).
+            loss: of this rank's rows in the last step: float32 [].
 
         Returns:
             False where it has failed, the same on every rank; True where it is complete or still being written.
+
+        Raises:
+            TrainingError: NaN or infinity in loss or weights of any rank, the same on every rank; nothing is written.
         """
         self.join()
         if self._ranks.device.type == "cuda":
             # Cached tables are written back now, and another stream may be filling their cache for the next batch.
             torch.cuda.synchronize(self._ranks.device)
         state = self._state()
+        problem = self._find_not_finite(state["model"], loss)
+        if problem is not None:
+            what = f"after step {position.step} there is {problem}, so it is not saved"
+            raise not_finite_error(what, self._folder)
         if wait:
             return self._write(with_tensors(state, in_own_storage), position)
         self._pending = self._writer.submit(self._write_copy, [self._copies.take(state)], position)
@@ -134,23 +145,29 @@ class Checkpointer:
         self._copies.close()
 
     def restore(self) -> Position | None:
-        """Load the newest checkpoint that is undamaged; None when there is none. Damaged ones are named in the log.
+        """Load the newest checkpoint that is undamaged and finite; None without any. Others are named in the log.
 
         Raises:
-            RunError: all are damaged; training from the start would remove them, and a disk may only be away for now.
+            RunError: there are only others; training from the start would remove them, and a disk may only be away for
+                now.
         """
         steps = self._on_first_rank(lambda: list_checkpoints(self._folder))
         for step in reversed(steps):
-            problem = self._find_damage(checkpoint_path(self._folder, step))
+            path = checkpoint_path(self._folder, step)
+            problem = self._find_damage(path)
             if problem is None:
-                return self.load(step, verify=False)
+                position = self.load(step, verify=False)
+                not_finite = self._find_not_finite(self._state()["model"])
+                if not_finite is None:
+                    return position
+                problem = f"{path}: {not_finite}"
             if self._ranks.is_first:
                 logger.warning("%s; going back to the checkpoint before", problem)
         if not steps:
             return None
         msg = (
-            f"{self._folder}: all {len(steps)} checkpoints are damaged, the oldest: {problem}; put one back from a "
-            "copy, or give `restart` to remove the run and begin again"
+            f"{self._folder}: all {len(steps)} checkpoints are damaged or not finite, the oldest: {problem}; put one "
+            "back from a copy, or give `restart` to remove the run and begin again"
         )
         error = RunError(msg)
         error.is_everywhere = True
@@ -183,10 +200,15 @@ class Checkpointer:
             How many steps the tables' optimizer has done by then.
 
         Raises:
-            RunError: it does not fit.
+            RunError: it does not fit, or has weights that are not finite.
         """
         with self._changing_state() as state:
             take_over(state, CheckpointReader(path, prefix=""), how)
+        problem = self._find_not_finite(self._state()["model"])
+        if problem is not None:
+            error = RunError(f"`from_run`: {path}: {problem}; `warm_start.checkpoint` can name another one")
+            error.is_everywhere = True
+            raise error
         position = read_position(path.parent, int(path.name.removeprefix("step-")))
         return position.steps_before + position.step
 
@@ -198,6 +220,15 @@ class Checkpointer:
         self._model.load_state_dict(state["model"])
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
+
+    def _find_not_finite(self, state: dict[str, Any], loss: Tensor | None = None) -> str | None:
+        """Which weights of any rank, or losses, are no finite numbers, in words that are the same on every rank."""
+        names = find_not_finite(self._model, state)
+        if loss is not None and not math.isfinite(loss):
+            names.insert(0, "the loss")
+        found = list(dict.fromkeys(name for names_of_rank in self._all_gather(names) for name in names_of_rank))
+        more = f" and {len(found) - _MAX_NAMES} more" if len(found) > _MAX_NAMES else ""
+        return f"NaN or infinity in {', '.join(found[:_MAX_NAMES])}{more}" if found else None
 
     def _find_damage(self, path: Path) -> str | None:
         return find_damage_together(path, self._ranks, self._all_gather)
@@ -254,8 +285,9 @@ class Checkpointer:
             _remove(final)
         partial.rename(final)
         sync(final.parent)  # before older ones are removed
-        keep = {*list_checkpoints(self._folder)[-self._keep_last :], position.step, position.best_step}
-        for step in set(list_checkpoints(self._folder)) - keep:
+        # Later ones were passed over, as damaged or not finite: they push none of these out, and may be well again.
+        steps = [step for step in list_checkpoints(self._folder) if step <= position.step]
+        for step in set(steps) - {*steps[-self._keep_last :], position.best_step}:
             _remove(checkpoint_path(self._folder, step))
 
     def _together(self, task: Any) -> list[Any]:

@@ -236,7 +236,7 @@ def train(
             `from_run` has learnt does not fit.
         PlanError: the tables do not fit the machine.
         DatasetError: the dataset is missing, damaged, or has no training rows.
-        TrainingError: the loss is not finite, memory runs out, or another process does not answer.
+        TrainingError: the loss or a weight is not finite, memory runs out, or another process does not answer.
         Interrupted: SIGTERM or Ctrl-C; the run is saved.
     """
     settings = config if isinstance(config, Config) else load_config(config)

@@ -21,8 +21,9 @@ from torchdlrm.loader.batch import Batch
 from torchdlrm.loader.loader import Loader
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.training.checkpoint import Position, list_checkpoints
+from torchdlrm.training.checkpoint import Position
 from torchdlrm.training.checkpointer import Checkpointer
+from torchdlrm.training.finite import not_finite_error
 from torchdlrm.training.interval_metrics import IntervalMetrics
 from torchdlrm.training.log import Callbacks, TrainingSummary, metrics_for_callbacks, plateau_line, validation_line
 from torchdlrm.training.pipeline import build_pipeline
@@ -86,6 +87,7 @@ class Trainer:
         self._model, self._stop_request = model, StopRequest(ranks)
         self._source, self._position, self._rate = source, Position(0, self._agenda.loader_state(0)), 0.0
         self._interval = IntervalMetrics(ranks.device)
+        self._loss: torch.Tensor | None = None  # of this rank's rows in the last step
         self._validation: dict[str, int | float | None] | None = None
         self._callbacks = Callbacks([])
         self._logged_rows, self._logged_s = 0, 0.0
@@ -99,7 +101,7 @@ class Trainer:
 
         Raises:
             Interrupted: asked to stop; the run is saved and can be resumed.
-            TrainingError: the loss is not finite, or the end could not be saved.
+            TrainingError: the loss or a weight is not finite, or the end could not be saved.
         """
         self._position = self._checkpointer.restore() or self._first_position()
         start = self._position.step
@@ -160,10 +162,10 @@ class Trainer:
     def _train_step(self, step: int, batches: Iterator[Batch]) -> None:
         self._rate = self._schedule.set(step, self._position.plateau_scale)
         self._counters.begin(step, self._position.steps_before)
-        loss, *judged = self._pipeline.progress(batches)
-        # On a GPU looking at the loss waits for the step; there it is looked at when metrics are due.
+        self._loss, *judged = self._pipeline.progress(batches)
+        # On a GPU looking at the loss waits for the step; there it is looked at when metrics are due, and by each save.
         if self._ranks.device.type == "cpu" or self._agenda.is_due(step, self._config.logging.every_steps):
-            self._refuse_if_not_finite(float(loss), step)
+            self._refuse_if_not_finite(float(self._loss), step)
         self._interval.add(*judged)
         self._position = replace(self._position, step=step, loader=self._agenda.loader_state(step))
         self._progress.advance(self._agenda.rows_after(step) - self._agenda.rows_after(step - 1))
@@ -226,13 +228,8 @@ class Trainer:
         if math.isfinite(loss):
             return
         first_row, end_row = self._agenda.rows_after(step - 1), self._agenda.rows_after(step)
-        saved = list_checkpoints(self._run.checkpoints)
-        msg = (
-            f"the loss is {loss} at step {step} (training rows {first_row:,} to {end_row - 1:,}): try "
-            "a lower table_optimizer.learning_rate or dense_optimizer.learning_rate, schedule.warmup_steps, or look at "
-            f"these rows; {f'the last checkpoint is of step {saved[-1]}' if saved else 'nothing was saved yet'}"
-        )
-        raise TrainingError(msg)
+        what = f"the loss is {loss} at step {step} (training rows {first_row:,} to {end_row - 1:,})"
+        raise not_finite_error(what, self._run.checkpoints)
 
     def _save_is_due(self) -> bool:
         """Whether it is time again, by the clock of this process."""
@@ -241,7 +238,7 @@ class Trainer:
     def _save(self, *, wait: bool) -> bool:
         """Save the state after this step; whether that has worked, as far as is known now."""
         with self._watch.paused():
-            is_saved = self._checkpointer.save(self._position, wait=wait)
+            is_saved = self._checkpointer.save(self._position, wait=wait, loss=self._loss)
         self._since_save.restart()
         self._tell_of_checkpoints()
         return is_saved

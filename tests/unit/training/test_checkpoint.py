@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 
-from torchdlrm.errors import RunError
+from torchdlrm.errors import RunError, TrainingError
+from torchdlrm.training import checkpointer as checkpointer_module
 from torchdlrm.training.checkpoint import Position, find_damage, list_checkpoints, look_for_damage
 from torchdlrm.training.checkpointer import Checkpointer, _ReportingFileSystem
 from torchdlrm.training.processes.process_group import join_process_group
@@ -34,7 +35,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(tmp_path):
         (tmp_path / "step-00000020" / "__0_0.distcp").write_bytes(b"")
         assert checkpointer.restore().step == 10
         (tmp_path / "step-00000010" / "__0_0.distcp").write_bytes(b"")
-        with pytest.raises(RunError, match=r"all 2 checkpoints are damaged, the oldest: .*step-00000010") as caught:
+        with pytest.raises(
+            RunError, match=r"all 2 checkpoints are damaged or not finite, the oldest: .*step-00000010"
+        ) as caught:
             checkpointer.restore()
         assert caught.value.is_everywhere
         assert list_checkpoints(tmp_path) == [10, 20]
@@ -59,7 +62,7 @@ def test_a_checkpoint_that_has_lost_its_record_is_damaged_and_not_absent(saved, 
     assert list_checkpoints(tmp_path) == [10, 20]
     assert saved.restore().step == 10
     (tmp_path / "step-00000010" / "checkpoint.json").unlink()
-    with pytest.raises(RunError, match=r"all 2 checkpoints are damaged, .*step-00000010/checkpoint.json: damaged"):
+    with pytest.raises(RunError, match=r"all 2 checkpoints are damaged or .*step-00000010/checkpoint.json: damaged"):
         saved.restore()
 
 
@@ -112,3 +115,74 @@ def test_whoever_saves_learns_that_it_failed(saved, tmp_path, caplog):
     tmp_path.mkdir()
     assert saved.save(position, wait=True)
     assert list_checkpoints(tmp_path) == [30]
+
+
+class Masked(torch.nn.Linear):
+    """A model of one's own that means the infinity in a buffer."""
+
+    def __init__(self):
+        super().__init__(2, 1)
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+
+def position_of(step, best_step=None):
+    return Position(step, {"epoch": 0, "batches_consumed": step}, best_step=best_step)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_not_saved_and_removes_nothing(value, wait, tmp_path):
+    with join_process_group() as ranks:
+        model = Masked()
+        checkpointer = Checkpointer(tmp_path, model, None, ranks, keep_last=1)
+        assert checkpointer.save(position_of(10), wait=wait, loss=torch.tensor(0.5))
+        with pytest.raises(
+            TrainingError,
+            match=r"after step 20 there is NaN or infinity in the loss, so .*last checkpoint is of step 10$",
+        ):
+            checkpointer.save(position_of(20), wait=wait, loss=torch.tensor(value))
+        model.weight.data[0, 1] = value
+        with pytest.raises(
+            TrainingError, match=r"after step 20 there is NaN or infinity in weight, so .* lower .*learning_rate"
+        ):
+            checkpointer.save(position_of(20), wait=wait, loss=torch.tensor(0.5))
+        checkpointer.close()
+        assert list_checkpoints(tmp_path) == [10]
+
+
+@pytest.fixture
+def with_nan_of_an_older_version(tmp_path, monkeypatch):
+    """A checkpointer that keeps one, whose step 10, the best, is finite, and whose steps 20 and 30 are not."""
+    with join_process_group() as ranks, monkeypatch.context() as patch:
+        patch.setattr(checkpointer_module, "find_not_finite", lambda *_: [])
+        model = Masked()
+        checkpointer = Checkpointer(tmp_path, model, None, ranks, keep_last=2)
+        for step in (10, 20, 30):
+            checkpointer.save(position_of(step, best_step=10), wait=True)
+            model.weight.data.fill_(torch.nan)
+        patch.undo()
+        yield model, checkpointer
+        checkpointer.close()
+
+
+def test_a_run_goes_on_from_the_last_finite_checkpoint_which_others_do_not_push_out(
+    with_nan_of_an_older_version, tmp_path, caplog
+):
+    model, checkpointer = with_nan_of_an_older_version
+    assert list_checkpoints(tmp_path) == [10, 20, 30]
+    assert checkpointer.restore().step == 10
+    assert torch.isfinite(model.weight).all()
+    for step in (20, 30):
+        assert f"step-{step:08d}: NaN or infinity in weight; going back" in caplog.text
+    for step, kept in ((12, [10, 12, 20, 30]), (14, [12, 14, 20, 30]), (20, [14, 20, 30])):
+        assert checkpointer.save(position_of(step, best_step=10 if step == 12 else None), wait=True)
+        assert list_checkpoints(tmp_path) == kept
+        assert checkpointer.restore().step == step
+
+
+def test_a_run_without_a_finite_checkpoint_is_refused(with_nan_of_an_older_version, tmp_path):
+    shutil.rmtree(tmp_path / "step-00000010")
+    with pytest.raises(
+        RunError, match=r"all 2 checkpoints are damaged or not finite, the oldest: .*step-00000020: NaN"
+    ):
+        with_nan_of_an_older_version[1].restore()
