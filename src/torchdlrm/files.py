@@ -32,15 +32,46 @@ def replacing(path: Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_durably(path: Path) -> Iterator[Path]:
+    """As `replacing`; and the file is on the disk itself before it has its name, and its name before this returns."""
+    with replacing(path) as temporary:
+        yield temporary
+        sync(temporary)
+    sync(path.parent)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is complete or absent, whatever ends this process or the machine.
 
     Raises:
         OSError: it cannot be written; names `path`.
     """
-    with replacing(path) as temporary:
+    with replacing_durably(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
+
+
+def publish_folder(folder: Path, path: Path, manifest: str) -> None:
+    """Give a complete folder its name, once all that is in it is on the disk itself.
+
+    Args:
+        folder: where it was written.
+        path: its name, on the same file system; nothing is there.
+        manifest: the file in it without which it is no such folder; it gets on the disk after all others.
+
+    Raises:
+        OSError: the disk is full or failing, or something is at `path`.
+    """
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if Path(place, name) != folder / manifest:
+                sync(Path(place, name))
+        if Path(place) != folder:
+            sync(Path(place))
+    sync(folder / manifest)
+    sync(folder)
+    folder.rename(path)
+    sync(path.absolute().parent)
 
 
 def claim_folder(path: Path, names: Collection[str]) -> int:

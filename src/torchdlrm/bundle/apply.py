@@ -26,7 +26,7 @@ from torchdlrm.bundle.delta_weights import apply_changes, write_changes
 from torchdlrm.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, BundleManifest, StoredFile
 from torchdlrm.bundle.write import complete_folder, require_space
 from torchdlrm.errors import BundleError
-from torchdlrm.files import regular_file, sha256_of, sync
+from torchdlrm.files import regular_file, sha256_of
 from torchdlrm.progress import SILENT, ProgressListener
 
 FULL_NAME = "full"  # of the bundle that a delta is made of, while it is made
@@ -61,7 +61,6 @@ def write_delta(base: Path, result: Path, out: Path, progress: ProgressListener 
         files=recipes,
     )
     manifest.write(out)
-    sync(out / DELTA_NAME)
 
 
 def _recipe(
@@ -148,10 +147,8 @@ def _make(base: Path, delta: Delta, name: str, recipe: FileRecipe, folder: Path)
         _copy(held, path)
     elif recipe.how == "rows":
         rebuild_vocabulary(regular_file(base, name), held, recipe.removed_ids, path)
-        sync(path)
     else:
         _build_index(delta.result, name, folder, path)
-        sync(path)
     if sha256_of(path) != delta.result.files[name].sha256:
         built = recipe.how in {"rows", "index"} and delta.manifest.versions != _VERSIONS
         why = f"built with {_VERSIONS} and not {delta.manifest.versions}" if built else f"{base} is damaged"
@@ -173,4 +170,3 @@ def _build_index(manifest: BundleManifest, name: str, folder: Path, path: Path) 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
-    sync(target)

@@ -17,7 +17,6 @@ from torchdlrm.bundle.delta import BLOCK_BYTES, CHANGES_NAME, MAX_BLOCK_ROWS, De
 from torchdlrm.bundle.manifest import WEIGHTS_NAME, BundleManifest, StoredFile
 from torchdlrm.bundle.weights_file import MappedWeights, WeightsLayout, write_in_pieces
 from torchdlrm.errors import BundleError
-from torchdlrm.files import sync
 from torchdlrm.model import table_weight
 from torchdlrm.progress import ProgressListener
 
@@ -174,7 +173,6 @@ def apply_changes(base: Path, delta: Delta, path: Path, progress: ProgressListen
             rows[change.ids - change.start] = change.rows
             write_in_pieces(out, rows.reshape(-1).data)
             progress.advance(rows.nbytes)
-    sync(path)
 
 
 def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int, pieces: list[int | TableRecipe]) -> None:

@@ -13,7 +13,7 @@ from torchdlrm.errors import BundleError
 from torchdlrm.features.schema import FeatureSchema, problems
 from torchdlrm.features.tables import FeatureTable, check_features, feature_tables
 from torchdlrm.features.transforms import FittedDense
-from torchdlrm.files import regular_file, sha256_of, sync
+from torchdlrm.files import regular_file, sha256_of
 from torchdlrm.model.model_class import ModelClassRecord
 
 FORMAT_VERSION, _WITHOUT_PERIOD, _WITH_MODEL_CLASS, _WITHOUT_MODEL_CLASS = 5, 4, 3, 2
@@ -139,8 +139,7 @@ class StoredFile(Frozen):
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """A file that has been written, once it is on the disk itself."""
-        sync(path)
+        """A file that has been written."""
         return cls(size_bytes=path.stat().st_size, sha256=sha256_of(path))
 
 

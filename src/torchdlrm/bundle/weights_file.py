@@ -99,8 +99,6 @@ class WeightsWriter:
             if self._block_filled:
                 self.block_sha256.append(self._block.hexdigest())
             self.sha256 = self._whole.hexdigest()
-            self._file.flush()
-            os.fsync(self._file.fileno())
 
     def _write(self, piece: memoryview) -> None:
         while piece:

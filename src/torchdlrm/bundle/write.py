@@ -7,7 +7,7 @@ float32 and quantised, whatever the size of the tables and the number of ranks t
 import fcntl
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,7 @@ from torchdlrm.bundle.weights_file import PADDING_BYTES, PADDING_NAME, TensorRec
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import BundleError, DatasetError
 from torchdlrm.features.value_index import write_index
-from torchdlrm.files import claim_folder, clear_folder, sha256_of, sync
+from torchdlrm.files import claim_folder, clear_folder, publish_folder, sha256_of
 from torchdlrm.model import table_weight
 from torchdlrm.progress import ProgressListener
 from torchdlrm.units import show_bytes
@@ -33,12 +33,12 @@ _BUNDLE_NAMES = (MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME, _VOCABULARY_FOLDER)
 
 
 @contextmanager
-def complete_folder(path: Path, names: Collection[str] = _BUNDLE_NAMES) -> Iterator[Path]:
+def complete_folder(path: Path, names: Sequence[str] = _BUNDLE_NAMES) -> Iterator[Path]:
     """A temporary folder to write to, renamed to `path` when all went well and removed otherwise.
 
     Args:
         path: the folder that is to be.
-        names: what is going to be in it; of a job that was killed, such remains are removed.
+        names: what is going to be in it, its manifest first; of a job that was killed, such remains are removed.
 
     Raises:
         BundleError: something is at `path`, or another process is writing it.
@@ -63,8 +63,7 @@ def complete_folder(path: Path, names: Collection[str] = _BUNDLE_NAMES) -> Itera
     try:
         clear_folder(folder)  # of what an export that was killed left
         yield partial
-        sync(partial)
-        partial.rename(path)
+        publish_folder(partial, path, names[0])
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(folder)

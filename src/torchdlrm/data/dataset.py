@@ -24,7 +24,7 @@ from torchdlrm.features.bad_rows import BadRow, BadRows
 from torchdlrm.features.schema import FeatureSchema, problems
 from torchdlrm.features.transforms import FittedDense
 from torchdlrm.features.vocabulary import Vocabulary
-from torchdlrm.files import replacing, sha256_of, sync
+from torchdlrm.files import replacing_durably, sha256_of
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.toml import did_you_mean
 
@@ -399,7 +399,7 @@ def write_part(
     arrays = [rows[field.name].rechunk().to_arrow().cast(field.type) for field in fields]
     small = [field.name for field in fields if num_embeddings.get(field.name, 0) <= _DICTIONARY_MAX_IDS]
     lists = [name for column in schema.sparse if column.is_multi_valued for name in column.encoded_names]
-    with replacing(folder / name) as temporary:
+    with replacing_durably(folder / name) as temporary:
         pq.write_table(
             pa.Table.from_arrays(arrays, schema=arrow_schema),
             temporary,
@@ -411,7 +411,6 @@ def write_part(
             write_page_checksum=True,
             store_schema=False,
         )
-        sync(temporary)
     return file_record(folder, name, rows.height)
 
 

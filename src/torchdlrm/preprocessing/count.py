@@ -25,7 +25,7 @@ from torchdlrm.data.splits import RowSplit
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.transforms import Moments
 from torchdlrm.features.vocabulary import UNKNOWN_ID, ValuesWriter, number_values, rank_counts, typed_values
-from torchdlrm.files import replacing
+from torchdlrm.files import replacing_durably
 from torchdlrm.preprocessing.read import ChunkFile, partitions_of, stored_categories
 from torchdlrm.preprocessing.work_folder import Result, Sections, write_sections
 
@@ -138,7 +138,7 @@ def rank_values(
     else:
         ids = [[pl.DataFrame(read_section(path, "ids"))] for path in known]
     num_ids = 0
-    with replacing(vocabulary) as temporary, ValuesWriter(temporary, column.vocabulary_kind) as writer:
+    with replacing_durably(vocabulary) as temporary, ValuesWriter(temporary, column.vocabulary_kind) as writer:
         if known_vocabulary is not None:
             for piece in _read_values(known_vocabulary, column):
                 writer.append(piece)

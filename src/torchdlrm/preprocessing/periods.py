@@ -30,7 +30,7 @@ from torchdlrm.features.vocabulary import (
     rank_counts,
     write_rows,
 )
-from torchdlrm.files import replacing
+from torchdlrm.files import replacing_durably
 from torchdlrm.preprocessing.count import ValueRange, by_value, in_order, ranked, read_section, training_counts
 from torchdlrm.preprocessing.read import ChunkFile
 from torchdlrm.preprocessing.work_folder import Result, write_sections
@@ -173,7 +173,7 @@ def assign_ids(
     num_ids = _write_vocabulary(column, targets, values_at_a_time, dataset / "vocabulary" / f"{column.name}.parquet")
     reset = new_ids[new_ids < known.num_embeddings]
     if len(reset):
-        with replacing(dataset / "reset" / f"{column.name}.parquet") as temporary:
+        with replacing_durably(dataset / "reset" / f"{column.name}.parquet") as temporary:
             schema = pa.schema([pa.field("id", pa.int32(), nullable=False)])
             write_rows(temporary, pa.table({"id": reset}, schema=schema))
     num_kept = sum(map(len, used))
@@ -253,7 +253,10 @@ def _ids_of_ranges(
 def _write_vocabulary(column: SparseColumn, tables: Sequence[Path], values_at_a_time: int, path: Path) -> int:
     """Write the vocabulary of which each range has a table; returns its largest id."""
     num_ids = max(read_section(table, "ids")["id"][-1:].to_pylist() or [UNKNOWN_ID] for table in tables)[0]
-    with replacing(path) as temporary, ValuesWriter(temporary, column.vocabulary_kind, PERIOD_COLUMNS) as writer:
+    with (
+        replacing_durably(path) as temporary,
+        ValuesWriter(temporary, column.vocabulary_kind, PERIOD_COLUMNS) as writer,
+    ):
         for first in range(0, num_ids + 1, values_at_a_time):
             pieces = []
             for table in tables:
@@ -271,7 +274,10 @@ def _write_candidates(column: SparseColumn, tables: Sequence[Path], values_at_a_
     sizes = [rows.height for rows in ranges]
     if not any(sizes):
         return 0
-    with replacing(path) as temporary, ValuesWriter(temporary, column.vocabulary_kind, CANDIDATE_COLUMNS) as writer:
+    with (
+        replacing_durably(path) as temporary,
+        ValuesWriter(temporary, column.vocabulary_kind, CANDIDATE_COLUMNS) as writer,
+    ):
         for slices in by_value(ranges, [0] * len(sizes), sizes, -(-sum(sizes) // values_at_a_time)):
             pieces = [rows[piece] for rows, piece in zip(ranges, slices, strict=True)]
             writer.append(pl.concat(pieces).sort("value", "period"))

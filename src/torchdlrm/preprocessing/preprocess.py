@@ -19,7 +19,7 @@ from torchdlrm.errors import ConfigError, DatasetError, LogError
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import load_schema
-from torchdlrm.files import sha256_of, sync
+from torchdlrm.files import publish_folder, sha256_of
 from torchdlrm.preprocessing.executors import start_workers
 from torchdlrm.preprocessing.job import Job
 from torchdlrm.preprocessing.options import PART_ROWS, PreprocessOptions, Resources
@@ -122,11 +122,7 @@ def _finish(manifest: Manifest, folder: Path, out: Path) -> None:
         if path.is_file() and path.relative_to(folder).as_posix() not in named:
             path.unlink()
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    sync(folder / MANIFEST_NAME)
-    for path in (*(child for child in folder.iterdir() if child.is_dir()), folder):
-        sync(path)
-    folder.rename(out)
-    sync(out.absolute().parent)
+    publish_folder(folder, out, MANIFEST_NAME)
 
 
 def _settings(

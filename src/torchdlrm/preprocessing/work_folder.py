@@ -28,7 +28,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from torchdlrm.errors import DatasetError
-from torchdlrm.files import claim_folder, clear_folder, replacing, sync
+from torchdlrm.files import claim_folder, clear_folder, replacing, write_atomically
 from torchdlrm.preprocessing.sizing import JobSizing
 
 Result = dict[str, Any]
@@ -71,9 +71,7 @@ class WorkFolder:
                 clear_folder(folder, keep=(_LOCK_NAME,))
                 for name in FOLDERS:
                     (path / name).mkdir()
-                with replacing(path / _JOB_NAME) as temporary:
-                    temporary.write_text(json.dumps({"settings": settings, "layout": asdict(sizing)}), encoding="utf-8")
-                    sync(temporary)
+                write_atomically(path / _JOB_NAME, json.dumps({"settings": settings, "layout": asdict(sizing)}))
                 return cls(path, sizing, {}, lock)
             _compare(path, found["settings"], json.loads(json.dumps(settings)))
             return cls(path, JobSizing(**found["layout"]), _read_journal(path / _JOURNAL_NAME), lock)

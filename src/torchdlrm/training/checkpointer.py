@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchdlrm.errors import RunError
-from torchdlrm.files import sha256_of, sync
+from torchdlrm.files import publish_folder, sha256_of
 from torchdlrm.training.checkpoint import (
     FORMAT_VERSION,
     RECORD_NAME,
@@ -279,12 +279,9 @@ class Checkpointer:
         record = CheckpointRecord(FORMAT_VERSION, position, dict(sorted(files.items())))
         record.sha256[RECORD_NAME] = record.sha256_of_position
         (partial / RECORD_NAME).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
-        sync(partial / RECORD_NAME)
-        sync(partial)
         if final.exists():  # damaged, or saved by a run that was longer and has been resumed from before it
             _remove(final)
-        partial.rename(final)
-        sync(final.parent)  # before older ones are removed
+        publish_folder(partial, final, RECORD_NAME)  # before older ones are removed
         # Later ones were passed over, as damaged or not finite: they push none of these out, and may be well again.
         steps = [step for step in list_checkpoints(self._folder) if step <= position.step]
         for step in set(steps) - {*steps[-self._keep_last :], position.best_step}:

@@ -6,6 +6,7 @@ In: metrics of an interval or a validation.  Out: a line of metrics.jsonl, and t
 
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from torchdlrm.errors import Interrupted
-from torchdlrm.files import write_atomically
+from torchdlrm.files import sync, write_atomically
 from torchdlrm.metrics import BinaryMetrics, why_undefined
 from torchdlrm.training.checkpoint import Position
 from torchdlrm.training.run import METRICS_NAME
@@ -125,9 +126,10 @@ class MetricsLog(Callback):
         self._write(step, "val", metrics)
 
     def on_end(self, outcome: Outcome) -> None:  # noqa: ARG002 - the file is the same
-        """Close the file."""
-        with suppress(OSError):
-            self._file.close()
+        """Close the file, which is on the disk itself then."""
+        with suppress(OSError), self._file:
+            os.fsync(self._file.fileno())
+            sync(Path(self._file.name).parent)
 
     def _write(self, step: int, split: str, metrics: Metrics) -> None:
         line = {"step": step, "rows": metrics["rows"], "split": split, **metrics, "time": time.time()}

@@ -29,7 +29,7 @@ from torchdlrm.data.splits import SPLIT_NAMES, criteo_split
 from torchdlrm.errors import DatasetError, LogError
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import Unchanged
-from torchdlrm.files import claim_folder, clear_folder
+from torchdlrm.files import claim_folder, clear_folder, publish_folder
 from torchdlrm.preprocessing.encode import POSITION, Parts, write_batches, write_rows
 from torchdlrm.preprocessing.imports.blocks import Blocks
 from torchdlrm.preprocessing.options import PART_ROWS
@@ -87,7 +87,7 @@ def import_blocks(
                 blocks, schema, partial, dict(table_sizes or {}), seed, part_rows, progress or SilentProgress()
             )
             (partial / "dataset" / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-            (partial / "dataset").rename(out)
+            publish_folder(partial / "dataset", out, MANIFEST_NAME)
         finally:
             os.close(folder)
             shutil.rmtree(partial, ignore_errors=True)
