@@ -4,6 +4,7 @@ In: a run, the dataset it was trained on.  Out: a folder, written atomically.  M
 float32 and quantised, whatever the size of the tables and the number of ranks that trained them.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -100,7 +101,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
             f"`out`: the bundle needs {show_bytes(needed_bytes)}, and {show_bytes(free_bytes)} are free at {folder}; "
             "free some, give another place, or export with a smaller `precision`"
         )
-        raise BundleError(msg)
+        raise BundleError(msg) from OSError(errno.ENOSPC, "it would be full")
 
 
 def write_weights(

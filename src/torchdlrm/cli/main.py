@@ -84,7 +84,8 @@ def main() -> None:
     try:
         app(sys.argv[1:], exit_on_error=False)
     except UserError as error:
-        _end(2, "error", in_options(str(error), app, sys.argv[1:]))
+        is_input = not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _OF_THE_MACHINE)
+        _end(*_KINDS[is_input], in_options(str(error), app, sys.argv[1:]))
     except Interrupted as interruption:
         _end(1, "", str(interruption))
     except CycloptsError as mistake:
@@ -99,8 +100,7 @@ def main() -> None:
     except OSError as error:
         if "fbgemm_gpu" in str(error):
             _end(1, "failed", f"{error}: {error.__cause__}; {_WHY_FBGEMM_FAILS}")
-        is_input = error.errno not in _NOT_THE_INPUT
-        _end(2 if is_input else 1, "error" if is_input else "failed", _what_the_system_said(error))
+        _end(*_KINDS[error.errno not in {None, *_OF_THE_MACHINE}], _what_the_system_said(error))
     except KeyboardInterrupt:
         _end(1, "", "interrupted")
 
@@ -122,7 +122,8 @@ _WHY_FBGEMM_FAILS = (
     "dlrm doctor shows which packages are here and whether they fit together; make install in a new venv"
 )
 # A full or failing disk is nobody's input; a path that is missing, read-only or too long is.
-_NOT_THE_INPUT = {None, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPIPE}
+_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPIPE}
+_KINDS = {True: (2, "error"), False: (1, "failed")}  # by whether the input is wrong
 
 
 def _what_the_system_said(error: OSError) -> str:

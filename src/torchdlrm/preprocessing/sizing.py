@@ -3,6 +3,7 @@
 In: the log's files, the schema, what may be used.  Out: a `JobSizing`.  The numbers are measured, with some room.
 """
 
+import errno
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,4 +119,4 @@ def check_disk(files: Sequence[LogFile], folder: Path, used_bytes: int) -> None:
             f"{folder}: the disk has {free / 1e9:,.1f} GB free, and the job needs up to {needed / 1e9:,.1f} GB there "
             "while it runs; make room, or choose an `out` on another disk"
         )
-        raise DatasetError(msg)
+        raise DatasetError(msg) from OSError(errno.ENOSPC, "it would be full")
