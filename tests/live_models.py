@@ -2,9 +2,13 @@
 
 import random
 
+from torchdlrm import GateSettings
 from torchdlrm.config import load_config
 from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
 
+NUM_DAYS = 5
+# The held-back rows are few: what is random in their metrics is not what is tested here.
+WIDE = GateSettings(calibration=(0.3, 3.0), max_logloss_increase=0.5)
 SCHEMA = FeatureSchema(
     name="days",
     columns=(

@@ -198,10 +198,13 @@ class _Period:
         return _folder_bytes(dataset.path)
 
     def _reach(self, num_periods: int) -> int:
-        """How far back so many periods go, this one included: what the model has not learnt does not count as time."""
+        """How far back so many periods go, this one included: what the model has not learnt does not count as time.
+
+        Where it has learnt fewer, all of them are within reach, and so many more of those to come.
+        """
         numbers = [record.period for record in lineage_of(self._live.periods, self._draft.base)]
-        first = [self._draft.period, *numbers][:num_periods][-1]
-        return max(num_periods, self._draft.period - first + 1)
+        learnt = [self._draft.period, *numbers][:num_periods]
+        return learnt[0] - learnt[-1] + 1 + num_periods - len(learnt)
 
     @property
     def _options(self) -> PreprocessOptions:
