@@ -105,11 +105,13 @@ def objections(gate: GateRecord, settings: GateSettings) -> list[str]:
     calibration itself, and still a log without its clicks has to be told from one with few rows. A standard error that
     is not known counts as 0.
     """
-    found, rows = [], f"{gate.rows:,} held-back rows"
+    found, rows, clicks = [], f"{gate.rows:,} held-back rows", gate.new.clicks
     low, high = settings.calibration
     calibration, error = gate.new.calibration, gate.calibration_standard_error or 0.0
-    if calibration is None:
-        found.append(f"none of the {rows} was clicked, so the calibration is not known")
+    if clicks in (0, gate.rows):
+        found.append(f"{'all' if clicks else 'none'} of the {rows} were clicked: rows of one class judge no model")
+    elif calibration is None:
+        found.append(f"the clicks of the {rows} have no weight, so the calibration is not known")
     else:
         factor = math.exp(_STANDARD_ERRORS * error / calibration) if calibration else 1.0
         if calibration * factor < low or calibration / factor > high:

@@ -10,13 +10,13 @@ from torchdlrm.live.scores import period_metrics
 from torchdlrm.live.settings import GateSettings
 
 
-def judged(calibration, calibration_error, increase=None, increase_error=None):
+def judged(calibration, calibration_error, increase=None, increase_error=None, clicks=240):
     """The record of a gate whose metrics were these."""
     metrics = period_metrics(np.array([0, 1]), np.array([-1.0, 1.0]))
     return GateRecord(
         rows=972,
         old=None if increase is None else metrics,
-        new=metrics.model_copy(update={"calibration": calibration}),
+        new=metrics.model_copy(update={"calibration": calibration, "clicks": clicks}),
         calibration_standard_error=calibration_error,
         logloss_increase=increase,
         logloss_increase_standard_error=increase_error,
@@ -34,7 +34,9 @@ def judged(calibration, calibration_error, increase=None, increase_error=None):
         (judged(0.75, 0.02), "is 0.7500 (standard error 0.0200), outside 0.8 to 1.25"),
         (judged(1.3, None), "is 1.3000 (standard error 0.0000), outside"),
         (judged(0.0, 0.0), "is 0.0000"),
-        (judged(None, None), "none of the 972 held-back rows was clicked"),
+        (judged(None, None, clicks=0), "none of the 972 held-back rows were clicked"),
+        (judged(1.0, 0.0, -1.7, 0.1, clicks=972), "all of the 972 held-back rows were clicked"),
+        (judged(None, None), "the clicks of the 972 held-back rows have no weight"),
         (judged(1.0, 0.05, 0.02, 0.006), None),
         (judged(1.0, 0.05, 0.02, 0.004), "0.02000 (standard error 0.00400) above the old model's; 0.01 is allowed"),
         (judged(1.0, 0.05, 0.009, 0.0), None),
