@@ -2,6 +2,7 @@
 
 import shutil
 
+import polars as pl
 import pytest
 
 from live_models import CONFIG, SCHEMA, files_of
@@ -39,19 +40,48 @@ def test_what_is_wrong_is_told_before_anything_is_written(copied, logs, tmp_path
     assert "gate: calibration must be a range from low to high" in str(raised.value)
 
 
-@pytest.mark.parametrize("damage", ["nowhere", "elsewhere", "folder"])
-def test_a_broken_current_is_told_with_what_helps(damage, copied, logs):
+@pytest.mark.parametrize("damage", ["nowhere", "elsewhere", "folder", "missing"])
+def test_a_broken_current_is_told_with_what_helps(damage, copied, logs, dlrm):
     link = copied / "current"
     link.unlink()
     if damage == "folder":
         link.mkdir()
-    else:
+    elif damage != "missing":
         link.symlink_to("bundles/0009" if damage == "nowhere" else "/tmp")
-    with pytest.raises(LiveError, match=r"current: .*dlrm rollback .*clicks N leads it to"):
+    before = files_of(copied)
+    with pytest.raises(LiveError, match=r"current: .*dlrm rollback .*clicks N leads it to") as raised:
         advance(copied, logs[3])
-    if damage != "folder":
-        assert rollback(copied, 3).period == 3
-        assert LiveModel.open(copied).current == 3
+    assert damage != "missing" or "period 1, 2, 3 was published" in str(raised.value)
+    shown = dlrm("inspect", copied)
+    assert "3 period(s), current is none" in shown.stderr
+    assert f"warning: {raised.value}" in shown.stderr
+    if damage == "folder":
+        assert "remove it; then dlrm rollback" in str(raised.value)
+        with pytest.raises(LiveError, match=r"is a folder and no link.*remove it, and do this again"):
+            rollback(copied, 3)
+        assert files_of(copied) == before
+        link.rmdir()
+    assert rollback(copied, 3).period == 3
+    assert LiveModel.open(copied).current == 3
+
+
+def test_a_period_that_is_damaged_is_begun_again(copied, logs, dlrm):
+    """Its file is cut off; and where that is missing, what else is there is not taken for the new log's."""
+    with pytest.raises(ZeroDivisionError):
+        advance(copied, logs[4], train_by=lambda *_, **__: 1 / 0)
+    draft = copied / "days/0004/draft.json"
+    draft.write_bytes(b"")
+    with pytest.raises(LiveError, match=r"draft\.json: damaged.*give `restart` to begin the period again"):
+        advance(copied, logs[3])
+    assert "warning: " in dlrm("inspect", copied).stderr
+    assert preview_advance(copied, logs[3], restart=True).removed == 4
+    draft.unlink()
+    labels = [line.partition("\t")[0] for line in logs[3].read_text().splitlines()]
+    assert advance(copied, logs[3]).clicks == labels.count("1")
+    assert pl.read_parquet(copied / "days/0004/scores.parquet")["label"].to_list() == list(map(int, labels))
+    (copied / "days/0004/period.json").unlink()
+    with pytest.raises(LiveError, match="0004: has no record of the period that is current"):
+        advance(copied, logs[4])
 
 
 def test_a_log_that_was_learnt_from_changes_nothing(copied, logs):

@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from torchdlrm.cli.terminal import Json, console, print_json, print_table, progress_bars, say, shown_metric
-from torchdlrm.errors import UserError
+from torchdlrm.cli.terminal import Json, console, print_json, print_table, progress_bars, say, shown_metric, warn
+from torchdlrm.errors import LiveError, UserError
 from torchdlrm.units import show_bytes
 
 if TYPE_CHECKING:
@@ -201,6 +201,8 @@ def _show_live(folder: Path, *, as_json: bool) -> None:
     if (draft := content["unfinished"]) is not None:
         done = ", ".join(draft["done"]) or "no step"
         say(f"period {draft['period']} is not complete, learnt from {draft['base'] or 'nothing'}; done: {done}")
+    for problem in content["problems"]:
+        warn(problem)
 
 
 def _live_as_dict(folder: Path) -> dict[str, Any]:
@@ -218,9 +220,17 @@ def _live_as_dict(folder: Path) -> dict[str, Any]:
             | {"published": record.published, "reasons": record.gate.reasons}
             | {"bundle_bytes": record.bundle_bytes, "delta_bytes": record.delta_bytes}
         )
-    draft = live.draft
+    found: dict[str, Any] = {"current": None, "draft": None}
+    problems = []  # what is broken is shown with the periods: one of them helps
+    for name in found:
+        try:
+            found[name] = getattr(live, name)
+        except LiveError as error:
+            problems.append(str(error))
+    draft = found["draft"]
     unfinished = None if draft is None else draft.model_dump(mode="json", include={"period", "base", "done"})
-    return {"live": str(folder), "current": live.current, "periods": periods, "unfinished": unfinished}
+    about = {"periods": periods, "unfinished": unfinished, "problems": problems}
+    return {"live": str(folder), "current": found["current"], **about}
 
 
 def print_check(bundle: "Bundle") -> None:

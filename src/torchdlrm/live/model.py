@@ -116,15 +116,21 @@ class LiveModel:
         """The period whose model is published; None where none is.
 
         Raises:
-            LiveError: `current` leads nowhere, or is something else than a link to a bundle of this model.
+            LiveError: `current` leads nowhere, is something else than a link to a bundle of this model, or is missing
+                though one was published.
         """
         link = self.path / CURRENT_NAME
+        remedy = f"dlrm rollback {self.path} N leads it to the bundle of period N"
         if not os.path.lexists(link):
-            return None
+            published = ", ".join(str(record.period) for record in self.periods if record.published)
+            if not published:
+                return None
+            msg = f"{link}: is missing, as in a copy without links, and period {published} was published; {remedy}"
+            raise LiveError(msg)
         target = str(link.readlink()) if link.is_symlink() else ""
         found = re.fullmatch(rf"{BUNDLES_NAME}/(\d{{4,}})", target)
-        remedy = f"dlrm rollback {self.path} N leads it to the bundle of period N"
         if found is None:
+            remedy = remedy if target else f"remove it; then {remedy}"
             what = f"leads to {target}" if target else "is no symbolic link"
             msg = f"{link}: {what}, and not to a bundle of this live model; {remedy}"
             raise LiveError(msg)
@@ -136,8 +142,15 @@ class LiveModel:
         return int(found[1])
 
     def switch(self, period: int | None) -> None:
-        """Lead `current` to the bundle of a period, atomically; None removes it."""
+        """Lead `current` to the bundle of a period, atomically; None removes it.
+
+        Raises:
+            LiveError: it is a folder.
+        """
         link, temporary = self.path / CURRENT_NAME, self.path / f".{CURRENT_NAME}"
+        if link.is_dir() and not link.is_symlink():
+            msg = f"{link}: is a folder and no link, as in a copy that followed links; remove it, and do this again"
+            raise LiveError(msg)
         temporary.unlink(missing_ok=True)
         if period is None:
             link.unlink(missing_ok=True)
@@ -147,16 +160,23 @@ class LiveModel:
         sync(self.path)
 
     @property
+    def unfinished(self) -> int | None:
+        """The number of the period that has been begun and is not complete, if there is one."""
+        days = self._days()
+        is_one = days and (days[-1] / _DRAFT_NAME).exists() and not (days[-1] / RECORD_NAME).exists()
+        return int(days[-1].name) if is_one else None
+
+    @property
     def draft(self) -> Draft | None:
-        """The period that has been begun and is not complete, if there is one.
+        """What is known of the period that is not complete, if there is one.
 
         Raises:
             LiveError: its file is damaged.
         """
-        days = self._days()
-        path = days[-1] / _DRAFT_NAME if days else None
-        if path is None or not path.exists() or (path.parent / RECORD_NAME).exists():
+        period = self.unfinished
+        if period is None:
             return None
+        path = self.day(period) / _DRAFT_NAME
         try:
             return Draft.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:

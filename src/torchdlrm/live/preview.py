@@ -194,7 +194,11 @@ def _next_period(
     model: LiveModel, periods: Sequence[PeriodRecord], logs: tuple[LogRecord, ...], *, restart: bool
 ) -> tuple[Draft, int | None, PeriodRecord | None]:
     """The period that a log will be, one that is removed before, and its record where it is complete already."""
-    newest, draft, base = periods[-1] if periods else None, model.draft, model.current
+    newest, base = periods[-1] if periods else None, model.current
+    draft = _draft_of(model, base, logs, restart=restart)
+    if base is not None and base != (draft and draft.period) and base not in {record.period for record in periods}:
+        msg = f"{model.day(base)}: has no record of the period that is current; put it back, or roll back to another"
+        raise LiveError(msg)
     if draft is not None and base == draft.period:  # it was published, but for its record
         base = draft.base
     complete = lineage_of(periods, base)
@@ -221,11 +225,25 @@ def _next_period(
             )
             raise LiveError(msg)
         return draft.model_copy(update={"logs": logs}), None, None  # they may lie elsewhere by now
-    if newest is None:
-        return Draft(period=1, base=base, logs=logs), None, None
-    if restart and _same(newest.logs, logs) and not newest.published:
-        return Draft(period=newest.period, base=base, logs=logs), newest.period, None
-    return Draft(period=newest.period + 1, base=base, logs=logs), None, None
+    period = 1 if newest is None else newest.period + 1
+    if newest is not None and restart and _same(newest.logs, logs) and not newest.published:
+        period = newest.period
+    left_over = period if model.day(period).exists() else None  # of this period, or of one that nothing is known of
+    return Draft(period=period, base=base, logs=logs), left_over, None
+
+
+def _draft_of(model: LiveModel, base: int | None, logs: tuple[LogRecord, ...], *, restart: bool) -> Draft | None:
+    """The unfinished period; where it is damaged, and begun again, what has to be known of it for that."""
+    try:
+        return model.draft
+    except LiveError:
+        period = model.unfinished
+        if not restart or period is None:
+            raise
+        if period == base:
+            msg = f"`live`: period {period} is current, and damaged; roll back to the one before it first"
+            raise LiveError(msg) from None
+        return Draft(period=period, base=base, logs=logs)
 
 
 def _same(first: Sequence[LogRecord], second: Sequence[LogRecord]) -> bool:
