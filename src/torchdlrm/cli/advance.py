@@ -108,7 +108,7 @@ def advance(
     except KeyboardInterrupt as interrupt:
         raise Interrupted("interrupted; the same command resumes") from interrupt
     if record.period in complete:
-        say(f"this log is that of period {record.period}, which is complete: nothing was left to do")
+        say(f"period {record.period} has this log, and is complete: nothing was left to do")
     _print_record(record)
     if as_json:
         print_json({"live": str(live), **record.model_dump(mode="json")})

@@ -27,18 +27,19 @@ from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.write import complete_folder
 from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset, SparseRecord
+from torchdlrm.data.log.files import LogFile
 from torchdlrm.errors import LiveError
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import with_split
-from torchdlrm.files import remove_folder, sha256_of, sync, write_atomically
+from torchdlrm.files import remove_folder, sync, write_atomically
 from torchdlrm.live.gate import judge, require_same_rows
+from torchdlrm.live.logs import PeriodLog, find_log
 from torchdlrm.live.model import CONFIG_NAME, DATASET_NAME, REPLAY_NAME, RUN_NAME, LiveModel
-from torchdlrm.live.preview import STEPS, AdvancePreview, lineage_of, log_records, look_ahead
+from torchdlrm.live.preview import STEPS, AdvancePreview, lineage_of, look_ahead
 from torchdlrm.live.record import (
     FeatureRecord,
-    LogRecord,
     PeriodRecord,
     StepTime,
     read_times,
@@ -98,10 +99,10 @@ def advance(
         TrainingError: the training failed.
         Interrupted: SIGTERM or Ctrl-C.
     """
-    records = log_records(logs)
-    look_ahead(live, records, config, schema, settings, restart=restart)  # before anything is written
+    log = find_log(logs)
+    look_ahead(live, log, config, schema, settings, restart=restart)  # before anything is written
     with LiveModel(Path(live)).locked():
-        preview = look_ahead(live, records, config, schema, settings, restart=restart)
+        preview = look_ahead(live, log, config, schema, settings, restart=restart)
         for name, text in sorted(preview.files.items(), key=lambda file: file[0] == "live.toml"):
             write_atomically(preview.live.path / name, text)
         for warning in preview.warnings if CONFIG_NAME in preview.files else ():  # once
@@ -112,6 +113,7 @@ def advance(
         if record is None:
             period = _Period(
                 preview,
+                log,
                 resources=resources,
                 train_by=train_by,
                 model_class=model_class,
@@ -129,6 +131,7 @@ class _Period:
     def __init__(
         self,
         preview: AdvancePreview,
+        log: PeriodLog,
         *,
         resources: Resources | None,
         train_by: Callable[..., object],
@@ -136,6 +139,7 @@ class _Period:
         allow_changed_model_class: bool,
         progress: ProgressListener,
     ) -> None:
+        self._files = log.files
         self._live, self._settings, self._draft = preview.live, preview.settings, preview.draft
         self._config, self._replayed, self._steps = preview.config, preview.replayed, preview.steps
         self._schema = with_split(preview.schema, "random", preview.settings.hold_back, 0.0)
@@ -172,7 +176,7 @@ class _Period:
         predictor = Predictor.open(self._live.bundle(self._draft.base), progress=self._progress, **self._own_model)
         unseen = score_log(
             predictor,
-            [Path(log.path) for log in self._draft.logs],
+            self._files,
             scores,
             max_bad_rows=self._settings.max_bad_rows,
             progress=self._progress,
@@ -192,7 +196,7 @@ class _Period:
             admit_over=self._reach(settings.admit_over),
             expire_after=None if settings.expire_after is None else self._reach(settings.expire_after),
         )
-        dataset = self._encode(self._draft.logs, self._day / DATASET_NAME, self._schema, options)
+        dataset = self._encode(self._files, self._day / DATASET_NAME, self._schema, options)
         if base is not None:
             require_same_rows(self._day / SCORES_NAME, dataset.with_label(self._config.train.label))
         return _folder_bytes(dataset.path)
@@ -218,28 +222,28 @@ class _Period:
         )
 
     def _encode(
-        self, logs: Sequence[LogRecord], out: Path, schema: FeatureSchema, options: PreprocessOptions
+        self, files: Sequence[LogFile], out: Path, schema: FeatureSchema, options: PreprocessOptions
     ) -> Dataset:
         if out.exists():  # it appears when it is complete
             shutil.rmtree(work_folder(out), ignore_errors=True)
             return Dataset.open(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        paths = [Path(log.path) for log in logs]
-        return preprocess(paths, out, schema, options, self._progress, resources=self._resources)
+        return preprocess(files, out, schema, options, self._progress, resources=self._resources)
 
     def _learn(self) -> int:
         base = self._draft.base
         source = None if base is None else self._live.day(base) / RUN_NAME
         dataset = self._day / DATASET_NAME
         for record in self._replayed:
-            for log in record.logs:
-                if sha256_of(Path(log.path)) != log.sha256:
-                    msg = f"{log.path}: is not the log of period {record.period} any more; put it back"
-                    raise LiveError(msg)
+            log = find_log([log.path for log in record.logs])
+            if {file.sha256 for file in log.records} != {file.sha256 for file in record.logs}:
+                paths = ", ".join(file.path for file in record.logs)
+                msg = f"{paths}: not the log of period {record.period} any more; put it back"
+                raise LiveError(msg)
             folder = self._day / REPLAY_NAME / self._live.day(record.period).name
             schema = with_split(self._schema, "random", 0.0, 0.0)
             options = replace(self._options, vocabulary=dataset)
-            replayed = self._encode(record.logs, folder / DATASET_NAME, schema, options)
+            replayed = self._encode(log.files, folder / DATASET_NAME, schema, options)
             self._train_run(replayed.path, folder / RUN_NAME, source)
             source = folder / RUN_NAME
         self._train_run(dataset, self._day / RUN_NAME, source)

@@ -10,11 +10,10 @@ from typing import get_args
 
 from torchdlrm.bundle.manifest import BundleManifest
 from torchdlrm.config import Config, config_toml, find_config, load_config
-from torchdlrm.data.log.files import find_files
 from torchdlrm.errors import LiveError
 from torchdlrm.features.schema import PRESETS, FeatureSchema
 from torchdlrm.features.schema_file import load_schema, schema_toml
-from torchdlrm.files import sha256_of
+from torchdlrm.live.logs import PeriodLog, find_log, is_same, learnt_already, require_readable
 from torchdlrm.live.model import (
     CONFIG_NAME,
     DATASET_NAME,
@@ -113,28 +112,14 @@ def preview_advance(
             learnt from is no longer there, or config or schema are missing or do not fit what was learnt.
         ConfigError: the config is wrong.
         SchemaError: the schema is wrong.
-        LogError: a file of the log is missing or empty.
+        LogError: a file of the log is missing or empty, or its beginning is not what the schema says.
     """
-    return look_ahead(live, log_records(logs), config, schema, settings, restart=restart)
-
-
-def log_records(logs: str | Path | Sequence[str | Path]) -> tuple[LogRecord, ...]:
-    """The files of a log, in the order of time.
-
-    Raises:
-        LogError: a file is missing, empty, of a kind that is not read, or still being written.
-    """
-    records = []
-    for file in find_files([Path(log) for log in ([logs] if isinstance(logs, str | Path) else logs)]):
-        sha256 = sha256_of(file.path)
-        file.check_unchanged()
-        records.append(LogRecord(path=str(file.path.resolve()), size_bytes=file.size_bytes, sha256=sha256))
-    return tuple(records)
+    return look_ahead(live, find_log(logs), config, schema, settings, restart=restart)
 
 
 def look_ahead(
     live: str | Path,
-    logs: tuple[LogRecord, ...],
+    log: PeriodLog,
     config: Config | str | Path | None,
     schema: FeatureSchema | str | Path | None,
     settings: LiveSettings | None,
@@ -156,8 +141,10 @@ def look_ahead(
     if not model.exists or chosen != model.settings:
         files[SETTINGS_NAME] = settings_toml(chosen)
     periods = model.periods
-    draft, removed, done = _next_period(model, periods, logs, restart=restart)
+    draft, removed, done = _next_period(model, periods, log.records, restart=restart)
     if done is None:
+        if "preprocess" not in draft.done:
+            require_readable(log, columns, chosen.max_bad_rows)
         _require_base(model, draft)
         _require_label(model, draft.base, of_runs.train.label or columns.labels[0].name)
     replayed = () if done is not None or "learn" in draft.done else _replayed(periods, draft.base, chosen)
@@ -201,17 +188,17 @@ def _next_period(
         raise LiveError(msg)
     if draft is not None and base == draft.period:  # it was published, but for its record
         base = draft.base
-    complete = lineage_of(periods, base)
-    if newest is not None and not (draft or restart or newest.published) and newest.base == base:
-        complete.append(newest)
-    for record in complete:
-        if _same(record.logs, logs):
-            return Draft(period=record.period, base=record.base, logs=logs, done=STEPS), None, record
+    done = learnt_already(logs, lineage_of(periods, base))
+    is_refused = newest is not None and not (draft or restart or newest.published) and newest.base == base
+    if newest is not None and is_refused and is_same(newest.logs, logs):
+        done = newest
+    if done is not None:
+        return Draft(period=done.period, base=done.base, logs=logs, done=STEPS), None, done
     if draft is not None:
-        is_other = draft.base != base or not _same(draft.logs, logs)
-        if restart or (is_other and not draft.done):  # where nothing is complete, nothing is lost
+        is_other = draft.base != base or not is_same(draft.logs, logs)
+        if restart or (is_other and not {*draft.done} - {"score"}):  # no more than the scores of the other log is lost
             return Draft(period=draft.period, base=base, logs=logs), draft.period, None
-        if not _same(draft.logs, logs):
+        if not is_same(draft.logs, logs):
             names = ", ".join(log.path for log in draft.logs)
             msg = (
                 f"`logs`: period {draft.period} was begun with another log and is not complete: give that one again, "
@@ -226,7 +213,7 @@ def _next_period(
             raise LiveError(msg)
         return draft.model_copy(update={"logs": logs}), None, None  # they may lie elsewhere by now
     period = 1 if newest is None else newest.period + 1
-    if newest is not None and restart and _same(newest.logs, logs) and not newest.published:
+    if newest is not None and restart and is_same(newest.logs, logs) and not newest.published:
         period = newest.period
     left_over = period if model.day(period).exists() else None  # of this period, or of one that nothing is known of
     return Draft(period=period, base=base, logs=logs), left_over, None
@@ -244,11 +231,6 @@ def _draft_of(model: LiveModel, base: int | None, logs: tuple[LogRecord, ...], *
             msg = f"`live`: period {period} is current, and damaged; roll back to the one before it first"
             raise LiveError(msg) from None
         return Draft(period=period, base=base, logs=logs)
-
-
-def _same(first: Sequence[LogRecord], second: Sequence[LogRecord]) -> bool:
-    """Whether two logs are the same, wherever they are."""
-    return [log.sha256 for log in first] == [log.sha256 for log in second]
 
 
 def _require_base(model: LiveModel, draft: Draft) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from torchdlrm.data.log.files import LogFile
 from torchdlrm.evaluation.compare import auc_standard_error
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.live.record import PeriodMetrics, ProgressiveMetrics
@@ -25,13 +26,13 @@ _NORMAL_95 = 1.959964  # standard errors to each side that 95 % of a normal dist
 
 
 def score_log(
-    predictor: Predictor, logs: Sequence[Path], out: Path, *, max_bad_rows: int, progress: ProgressListener
+    predictor: Predictor, files: Sequence[LogFile], out: Path, *, max_bad_rows: int, progress: ProgressListener
 ) -> dict[str, float]:
     """Predict a log into a file of scores.
 
     Args:
         predictor: of the model of before.
-        logs: files of the log.
+        files: of the log, as they were found.
         out: the file, which appears when it is complete.
         max_bad_rows: 0: the first bad row is an error; else each has a row of nulls.
         progress: receives the bytes read.
@@ -40,15 +41,18 @@ def score_log(
         For each feature with a vocabulary, the fraction of its values that have no id.
 
     Raises:
-        LogError: the log cannot be read, has no label, or has bad rows that are refused.
+        LogError: the log cannot be read, has changed, has no label, or has bad rows that are refused.
     """
-    rows = RowsIn(logs, predictor.schema, passthrough=predictor.schema.target_names)
+    rows = RowsIn(
+        [file.path for file in files], predictor.schema, passthrough=predictor.schema.target_names, files=tuple(files)
+    )
     summary = predict_file(
         predictor,
         rows,
         out,
         bad_rows="null" if max_bad_rows else "refuse",
         with_details=True,
+        bad_rows_remedy="Fix the log, or skip such rows with `max_bad_rows` N.",
         with_metrics=False,  # the scores have all rows that are judged
         progress=progress,
     )

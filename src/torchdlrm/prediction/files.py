@@ -79,6 +79,7 @@ def predict_file(
     out: Path,
     *,
     bad_rows: BadRowsRule = "refuse",
+    bad_rows_remedy: str = "Fix the log, or let such rows have no prediction with `bad_rows` null.",
     with_details: bool = False,
     with_metrics: bool = True,
     progress: ProgressListener = SILENT,
@@ -91,6 +92,7 @@ def predict_file(
         out: `.parquet`, `.csv` or `.csv.gz`, or `-`; a column `prediction`, after the passthrough columns.
         bad_rows: `refuse` stops at the first chunk with a row that cannot be read; `null` writes a row without
             prediction in its place.
+        bad_rows_remedy: what helps where they are refused, as a sentence.
         with_details: write `logit`, the log-odds of the prediction, and `has_unknown`, whether a value of the row has
             no id, after it.
         with_metrics: judge the predictions by the log's labels.
@@ -119,7 +121,7 @@ def predict_file(
     started_s = time.perf_counter()
     progress.start_phase("predict", rows.size_bytes, unit="bytes")
     with writing_scores(out) as writer:
-        for chunk, encoded in _encoded_ahead(predictor, rows, bad_rows):
+        for chunk, encoded in _encoded_ahead(predictor, rows, bad_rows_remedy if bad_rows == "refuse" else None):
             predictions = predictor.predict_encoded(encoded)
             tally.add(chunk, encoded, predictions)
             scores: dict[str, NDArray[Any]] = {PREDICTION_COLUMN: predictions.probabilities}
@@ -134,17 +136,16 @@ def predict_file(
     return tally.finish(time.perf_counter() - started_s)
 
 
-def _encoded_ahead(predictor: Predictor, rows: RowsIn, bad_rows: BadRowsRule) -> Iterator[tuple[RowChunk, EncodedRows]]:
-    """The chunks of a log, the next ones read and encoded by a thread meanwhile."""
+def _encoded_ahead(predictor: Predictor, rows: RowsIn, remedy: str | None) -> Iterator[tuple[RowChunk, EncodedRows]]:
+    """The chunks of a log, the next ones read and encoded by a thread meanwhile; bad rows need a remedy, or none."""
     chunks = iter(rows)
 
     def read() -> tuple[RowChunk, EncodedRows] | None:
         chunk = next(chunks, None)
         if chunk is None:
             return None
-        if chunk.bad_rows.total and bad_rows == "refuse":
+        if chunk.bad_rows.total and remedy is not None:
             lines = describe_bad_rows(chunk.bad_rows.counts, chunk.bad_rows.examples)
-            remedy = "Fix the log, or let such rows have no prediction with `bad_rows` null."
             raise LogError("\n".join(["the log has rows that cannot be read", *lines, remedy]))
         return chunk, predictor.encode(chunk.frame)
 

@@ -71,6 +71,7 @@ class RowsIn:
         passthrough: other columns that are wanted, by the schema's name or the log's.
         chunk_bytes: of text, about, that are read at a time.
         is_over: ends a stream for the thread that waits for more of it, when no more is wanted.
+        files: those of `paths` as they were found before, and still must be; None: as they are found.
     """
 
     paths: Sequence[Path]
@@ -79,6 +80,7 @@ class RowsIn:
     passthrough: Sequence[str] = ()
     chunk_bytes: int = CHUNK_BYTES
     is_over: Event = field(default_factory=Event)
+    files: tuple[LogFile, ...] | None = None
 
     def __post_init__(self) -> None:
         """Take columns by either name.
@@ -101,13 +103,13 @@ class RowsIn:
         Raises:
             LogError: a file is not there, or is empty.
         """
-        return None if self._is_stream else sum(file.size_bytes for file in find_files(self.paths))
+        return None if self._is_stream else sum(file.size_bytes for file in self._found)
 
     def __iter__(self) -> Iterator[RowChunk]:
         """Read everything once.
 
         Raises:
-            LogError: a file cannot be read, is damaged, or lacks a column.
+            LogError: a file cannot be read, is damaged, lacks a column, or has changed.
         """
         if self._is_stream:
             if self.paths[0] != STANDARD_INPUT:
@@ -121,13 +123,17 @@ class RowsIn:
                 raise LogError("standard input: is closed; give the log as a file, or pipe it in")
             yield from self._of_stream(sys.stdin.fileno(), Path("standard input"))
             return
-        for file in find_files(self.paths):
+        for file in self._found:
             if file.format == "parquet":
                 yield from self._of_parquet(file)
             else:
                 with reading(file.path), file.path.open("rb") as raw:
                     yield from self._of_text(raw, file)
-                file.check_unchanged()
+            file.check_unchanged()
+
+    @property
+    def _found(self) -> tuple[LogFile, ...]:
+        return find_files(self.paths) if self.files is None else self.files
 
     @property
     def _is_stream(self) -> bool:

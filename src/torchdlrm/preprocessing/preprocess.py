@@ -35,7 +35,7 @@ _KEPT_LOG_BYTES = 1 << 30
 
 
 def preprocess(
-    logs: str | Path | Sequence[str | Path],
+    logs: str | Path | Sequence[str | Path | LogFile],
     out: str | Path,
     schema: FeatureSchema | str | Path = "criteo",
     options: PreprocessOptions | None = None,
@@ -50,7 +50,7 @@ def preprocess(
     A job that was interrupted, at whatever moment, is resumed when it is started again with the same arguments.
 
     Args:
-        logs: the file of the log, or its files.
+        logs: the file of the log, or its files; a `LogFile` must still be as it was found.
         out: the folder to make; until it is complete, its content grows in `work_folder(out)`.
         schema: the log's columns, or what `load_schema` makes them of.
         options: thresholds and seed.
@@ -68,7 +68,8 @@ def preprocess(
     progress = progress or SilentProgress()
     out = Path(out)
     schema = schema if isinstance(schema, FeatureSchema) else load_schema(schema)
-    paths = [Path(log) for log in ([logs] if isinstance(logs, str | Path) else logs)]
+    given = [logs] if isinstance(logs, str | Path) else logs
+    paths = [log if isinstance(log, LogFile) else Path(log) for log in given]
     files = tuple(replace(file, path=file.path.resolve()) for file in find_files(paths))
     for file in files:
         check_layout(file, schema, options.max_bad_rows)

@@ -69,8 +69,10 @@ class LogFile:
             raise LogError(msg)
 
 
-def find_files(paths: Sequence[Path]) -> tuple[LogFile, ...]:
+def find_files(paths: Sequence[Path | LogFile]) -> tuple[LogFile, ...]:
     """The files of a log in the order of time: by day where all are named `day_N...`, else as given.
+
+    One that was found before is taken as it was then, and refused when it is read and has changed.
 
     Raises:
         LogError: a file is missing, is none, is empty, is packed or coded as none is read, or is given twice.
@@ -79,6 +81,9 @@ def find_files(paths: Sequence[Path]) -> tuple[LogFile, ...]:
         raise LogError("no log given: name at least one file")
     files = []
     for path in paths:
+        if isinstance(path, LogFile):
+            files.append(path)
+            continue
         if not path.is_file():
             reason = "is a folder, not a file" if path.is_dir() else "there is no such file"
             msg = f"{path}: {reason}; give the files of the log by name"

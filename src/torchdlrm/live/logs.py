@@ -1,0 +1,98 @@
+"""The log of a period: its files as they were found, by what they are known again, and whether they can be read.
+
+In: paths, a schema.  Out: a `PeriodLog`.  A file is read by several steps, minutes apart: each of them is given the
+files as they were when their checksums were taken, and refuses one that has been replaced since.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchdlrm.data.log.cut import read_header
+from torchdlrm.data.log.files import LogFile, find_files, open_text
+from torchdlrm.data.log.names import schema_of_file
+from torchdlrm.data.log.parquet import plan_row_groups
+from torchdlrm.data.log.sniff import check_layout
+from torchdlrm.errors import LiveError, LogError
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.files import sha256_of
+from torchdlrm.live.record import LogRecord, PeriodRecord
+
+_HEAD_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class PeriodLog:
+    """The files of a log, in the order of time, and what is recorded of each."""
+
+    files: tuple[LogFile, ...]
+    records: tuple[LogRecord, ...]
+
+
+def find_log(logs: str | Path | Sequence[str | Path]) -> PeriodLog:
+    """Find the files of a log, and take their checksums.
+
+    Raises:
+        LogError: a file is missing, empty, of a kind that is not read, still being written, or a copy of another.
+    """
+    files = find_files([Path(log) for log in ([logs] if isinstance(logs, str | Path) else logs)])
+    records: dict[str, LogRecord] = {}
+    for file in files:
+        sha256 = sha256_of(file.path)
+        file.check_unchanged()
+        if sha256 in records:
+            msg = f"{file.path}: is a copy of {records[sha256].path}; every row of a log counts once"
+            raise LogError(msg)
+        records[sha256] = LogRecord(path=str(file.path.resolve()), size_bytes=file.size_bytes, sha256=sha256)
+    return PeriodLog(files, tuple(records.values()))
+
+
+def require_readable(log: PeriodLog, schema: FeatureSchema, max_bad_rows: int) -> None:
+    """See by the beginnings of the files whether they have the schema's columns, and any rows.
+
+    Raises:
+        LogError: a file is written otherwise than the schema says or lacks a column, or no file has a row.
+    """
+    num_with_rows = 0
+    for file in log.files:
+        check_layout(file, schema, max_bad_rows)
+        schema_of_file(file, schema)
+        num_with_rows += _has_rows(file, schema)
+    if not num_with_rows:
+        msg = f"{log.files[0].path}: has no row; leave out the log of a period in which nothing happened"
+        raise LogError(msg)
+
+
+def _has_rows(file: LogFile, schema: FeatureSchema) -> bool:
+    if file.format == "parquet":
+        return bool(plan_row_groups(file, schema, 1))
+    with open_text(file) as text:
+        rest = read_header(text)[1] if schema.header else b""
+        return bool((rest + text.read(_HEAD_BYTES)).strip())
+
+
+def learnt_already(logs: Sequence[LogRecord], lineage: Sequence[PeriodRecord]) -> PeriodRecord | None:
+    """The period in which a log was learnt, wherever it lay, alone or with others; None where it is new.
+
+    Args:
+        logs: its files.
+        lineage: the periods that the model has learnt, newest first; of files in several of them, the newest counts.
+
+    Raises:
+        LiveError: some of the files were learnt, and others are new.
+    """
+    periods: Mapping[str, PeriodRecord] = {log.sha256: record for record in reversed(lineage) for log in record.logs}
+    learnt = [log for log in logs if log.sha256 in periods]
+    if learnt and len(learnt) < len(logs):
+        period, new = periods[learnt[0].sha256].period, ", ".join(log.path for log in logs if log not in learnt)
+        msg = (
+            f"`logs`: {learnt[0].path} was learnt in period {period}, and every row counts once; give the files that "
+            f"are new: {new}"
+        )
+        raise LiveError(msg)
+    return max((periods[log.sha256] for log in learnt), key=lambda record: record.period, default=None)
+
+
+def is_same(first: Sequence[LogRecord], second: Sequence[LogRecord]) -> bool:
+    """Whether two logs are the same, wherever they are."""
+    return [log.sha256 for log in first] == [log.sha256 for log in second]
