@@ -14,7 +14,8 @@ from torchdlrm.evaluation.report import report_page
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
-from torchdlrm.training import checkpointer, warm_start
+from torchdlrm.training import warm_start
+from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group
@@ -158,7 +159,7 @@ def test_a_second_run_on_the_same_rows_ends_with_the_bytes_of_a_second_epoch(mon
 def test_a_source_whose_weights_are_not_finite_is_refused(monday, tuesday, tmp_path, monkeypatch):
     """As an older version may have left one."""
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointer, "find_not_finite", lambda *_: [])
+        patch.setattr(Checkpointer, "_find_not_finite", lambda *_: None)
         patch.setattr(Trainer, "_refuse_if_not_finite", lambda *_: None)
         train(config({"train.max_steps": "2", "table_optimizer.learning_rate": "1e38"}), monday, tmp_path / "source")
     with pytest.raises(
