@@ -98,7 +98,7 @@ class Checkpointer:
         """Copy the state now and write it in the background; waits first for a save that is not over yet.
 
         Memory: a copy of this rank's tables and optimizer state until it is written, on a GPU's host for good; with
-        `wait`, none.
+        `wait`, none on CPU, and of a GPU one shard at a time, or the memory of the last copy.
 
         Args:
             position: goes into the checkpoint.
@@ -121,7 +121,8 @@ class Checkpointer:
             what = f"after step {position.step} there is {problem}, so it is not saved"
             raise not_finite_error(what, self._folder)
         if wait:
-            return self._write(with_tensors(state, in_own_storage), position)
+            ready = self._copies.take(state) if self._copies.has_memory else with_tensors(state, in_own_storage)
+            return self._write(ready, position)
         self._pending = self._writer.submit(self._write_copy, [self._copies.take(state)], position)
         return True
 
@@ -255,7 +256,8 @@ class Checkpointer:
         partial = final.with_name(f".{final.name}.partial")
         try:
             self._together(lambda: _make_empty(partial) if self._ranks.is_first else None)
-            writer = FileSystemWriter(partial, sync_files=True)
+            # Without copies ahead: torch would pin two shards at a time, rounded up to powers of two, for good.
+            writer = FileSystemWriter(partial, sync_files=True, per_thread_copy_ahead=0)
             writer.fs = _ReportingFileSystem()
             save_distributed(state, storage_writer=writer, process_group=self._group)
             digests = self._together(lambda: _digests(partial, self._ranks.rank))

@@ -34,6 +34,11 @@ class HostCopies:
         self._block: torch.Tensor | None = None
         self._is_pinned = False
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether there is memory of earlier copies, which the next ones will overwrite."""
+        return self._block is not None
+
     def take(self, state: dict[str, Any]) -> dict[str, Any]:
         """Copy the state as it is after everything that the current stream of this thread has been given to do."""
         if self._device.type == "cpu":

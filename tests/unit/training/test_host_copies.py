@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.checkpoint import filesystem
 
 from torchdlrm.training.checkpoint import Position
 from torchdlrm.training.checkpointer import Checkpointer
@@ -13,6 +14,10 @@ from torchdlrm.training.host_copies import HostCopies, with_tensors
 from torchdlrm.training.processes.process_group import Ranks, join_process_group
 
 GPU = torch.device("cuda", 1)
+
+
+def position_of(step):
+    return Position(step, {"epoch": 0, "batches_consumed": step})
 
 
 @pytest.fixture
@@ -137,6 +142,20 @@ def test_the_writing_thread_computes_on_its_own_ranks_gpu(ranks, tmp_path, monke
     assert [(name.startswith("torchdlrm-checkpoint"), device) for name, device in chosen] == [(True, GPU)]
 
 
+def test_a_save_that_is_waited_for_pins_nothing(ranks, runtime, tmp_path, monkeypatch):
+    """Torch's loader that copies ahead would pin two shards of a GPU's tables at a time, and keep them."""
+    ahead = []
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", lambda *_, **__: ahead.append(1) or 1 / 0)
+    for name, made_up in (("set_device", None), ("synchronize", None), ("is_available", True)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, made_up=made_up: made_up)
+    checkpointer = Checkpointer(
+        tmp_path, torch.nn.Linear(2, 1), None, Ranks(0, 1, 1, GPU, _made_groups=ranks._made_groups)
+    )
+    assert checkpointer.save(position_of(10), wait=True)
+    checkpointer.close()
+    assert (ahead, runtime.pinned) == ([], [])
+
+
 class Watched(torch.nn.Linear):
     """Notes when its state is asked for."""
 
@@ -157,12 +176,16 @@ def test_a_checkpoint_of_a_gpu_waits_for_all_its_streams_and_is_read_back(ranks,
     model = Watched(events)
     checkpointer = Checkpointer(tmp_path, model, None, Ranks(0, 1, 1, GPU, _made_groups=ranks._made_groups))
     expected = model.weight.detach().clone()
-    checkpointer.save(Position(10, {"epoch": 0, "batches_consumed": 10}), wait=False)
+    checkpointer.save(position_of(10), wait=False)
     model.weight.data.zero_()
     checkpointer.join()
     assert events == [GPU, "state"]
     assert len(runtime.pinned) == 1
     assert checkpointer.restore().step == 10
+    torch.testing.assert_close(model.weight.detach(), expected)
+    assert checkpointer.save(position_of(20), wait=True)
+    assert (len(runtime.pinned), runtime.waits) == (1, 2)  # through the memory of the first copy
+    assert checkpointer.restore().step == 20
     torch.testing.assert_close(model.weight.detach(), expected)
     checkpointer.close()
     assert runtime.pinned == []
