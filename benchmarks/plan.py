@@ -105,7 +105,7 @@ def predicted_ms(config: Config, num_embeddings: dict[str, int], ranks: Ranks) -
     machine = local_machine(config.sharding, world_size=1, local_world_size=1, device=ranks.device)
     tables = tuple(tables_of_model(config.model, num_embeddings))
     problem = Problem(tables, machine, PlanOptions.of(config), model=config.model)
-    return solve(measure(problem, config, ranks.device).apply(problem)).step_ms
+    return solve(measure(problem, config, ranks).apply(problem)).step_ms
 
 
 def calibration(rounds: int) -> list[dict[str, Any]]:

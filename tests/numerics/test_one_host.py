@@ -115,7 +115,7 @@ def train_both_ways(folder):
             found = expected = None
             plain = one_host._SharedLookup
             pauses = {name: unpunctual(getattr(plain, name)) for name in ("look_up", "update")}
-            shared_sum = gradients_on_one_host._SharedSum
+            shared_sum = gradients_on_one_host.SharedSum
             late_sum = patch.object(shared_sum, "add_up", autospec=True, side_effect=unpunctual(shared_sum.add_up))
             with patch.multiple(plain, **pauses), late_sum as add_up:
                 parts = built(ranks, case)

@@ -27,6 +27,7 @@ class Device:
         intra_host_bytes_per_s: from a device to the others of its host.
         inter_host_bytes_per_s: from a device to other hosts.
         float32_flops_per_s: matrix products in float32 (on CPU of the whole host).
+        bfloat16_flops_per_s: matrix products in bfloat16 without sparsity; of TF32 these GPUs do half as many.
         devices_per_host: in the usual machine.
         source: where the rates come from.
     """
@@ -39,6 +40,7 @@ class Device:
     intra_host_bytes_per_s: float
     inter_host_bytes_per_s: float
     float32_flops_per_s: float
+    bfloat16_flops_per_s: float
     source: str
     kind: str = "cuda"
     devices_per_host: int = 8
@@ -53,6 +55,7 @@ _A100 = Device(
     intra_host_bytes_per_s=300e9,
     inter_host_bytes_per_s=25e9,
     float32_flops_per_s=19.5e12,
+    bfloat16_flops_per_s=312e12,
     source="NVIDIA A100 SXM4 40GB datasheet; DGX A100: PCIe 4 x16, NVLink 3, HDR InfiniBand 200 Gb/s a GPU",
 )
 _H100 = Device(
@@ -64,6 +67,7 @@ _H100 = Device(
     intra_host_bytes_per_s=450e9,
     inter_host_bytes_per_s=50e9,
     float32_flops_per_s=67e12,
+    bfloat16_flops_per_s=989e12,
     source="NVIDIA H100 SXM5 datasheet; DGX H100: PCIe 5 x16, NVLink 4, NDR InfiniBand 400 Gb/s a GPU",
 )
 # What follows has neither NVLink nor a usual machine: hosts are those that AWS rents, with 8 GPUs.
@@ -76,6 +80,7 @@ _L40S = Device(
     intra_host_bytes_per_s=32e9,
     inter_host_bytes_per_s=6.25e9,
     float32_flops_per_s=91.6e12,
+    bfloat16_flops_per_s=362e12,
     source="NVIDIA L40S datasheet: PCIe 4 x16; AWS g6e.48xlarge: 400 Gb/s for 8 GPUs",
 )
 _L4 = replace(
@@ -86,6 +91,7 @@ _L4 = replace(
     memory_bytes_per_s=300e9,
     inter_host_bytes_per_s=1.5625e9,
     float32_flops_per_s=30.3e12,
+    bfloat16_flops_per_s=121e12,
     source="NVIDIA L4 datasheet: PCIe 4 x16; AWS g6.48xlarge: 100 Gb/s for 8 GPUs",
 )
 _DEVICES = (
@@ -113,6 +119,7 @@ _DEVICES = (
         memory_bytes_per_s=8000e9,
         intra_host_bytes_per_s=900e9,
         float32_flops_per_s=75e12,
+        bfloat16_flops_per_s=2250e12,
         source="NVIDIA DGX B200 datasheet: 1,440 GB and 64 TB/s over 8 GPUs, NVLink 5, 400 Gb/s a GPU",
     ),
     replace(
@@ -121,6 +128,7 @@ _DEVICES = (
         memory_bytes=96 * 10**9,
         memory_bytes_per_s=4000e9,
         float32_flops_per_s=44e12,
+        bfloat16_flops_per_s=148e12,
         source="NVIDIA HGX H20 datasheet: PCIe 5 x16, NVLink 4; 400 Gb/s a GPU as in DGX H100",
     ),
     _L40S,
@@ -129,6 +137,7 @@ _DEVICES = (
         name="rtx-6000-ada",
         memory_bytes_per_s=960e9,
         float32_flops_per_s=91.1e12,
+        bfloat16_flops_per_s=364e12,
         source="NVIDIA RTX 6000 Ada Generation datasheet: PCIe 4 x16; the host of an L40S",
     ),
     replace(
@@ -136,6 +145,7 @@ _DEVICES = (
         name="a10",
         memory_bytes_per_s=600e9,
         float32_flops_per_s=31.2e12,
+        bfloat16_flops_per_s=125e12,
         source="NVIDIA A10 datasheet: PCIe 4 x16; AWS g5.48xlarge: 100 Gb/s for 8 A10G",
     ),
     _L4,
@@ -149,8 +159,10 @@ _DEVICES = (
         intra_host_bytes_per_s=10e9,
         inter_host_bytes_per_s=3.125e9,
         float32_flops_per_s=2.6e12,
+        bfloat16_flops_per_s=2.6e12,
         devices_per_host=1,
-        source="one socket of a server: 8 channels of DDR4-3200, 32 cores with AVX2 at 2.5 GHz, 25 Gb/s Ethernet; "
+        source="one socket of a server: 8 channels of DDR4-3200, 32 cores with AVX2 and without a unit for bfloat16 at "
+        "2.5 GHz, 25 Gb/s Ethernet; "
         "memory is that of this machine when not given",
     ),
 )

@@ -157,7 +157,13 @@ def _cost(shard: Shard, optimizer: TableOptimizer, precision: Precision) -> Cost
 
 
 def dense_part(
-    shape: ModelShape, machine: Machine, batch_size_global: int, dense_state_per_weight: int = 1
+    shape: ModelShape,
+    machine: Machine,
+    batch_size_global: int,
+    dense_state_per_weight: int = 1,
+    *,
+    precision: str = "auto",
+    tf32: bool = True,
 ) -> DensePart:
     """Estimate what the dense parts take, by their arithmetic.
 
@@ -166,13 +172,15 @@ def dense_part(
         machine: its peak rate, of which matrix products of this size reach about half.
         batch_size_global: rows per step over all ranks.
         dense_state_per_weight: float32 values that their optimizer keeps.
+        precision: of the training, which is that of the products.
+        tf32: whether GPUs multiply float32 in TF32.
     """
     weights, rows = shape.num_weights, -(-batch_size_global // machine.num_devices)
     flops = shape.step_flops(rows)
     link = machine.intra_host_bytes_per_s if machine.num_hosts == 1 else machine.inter_host_bytes_per_s
     sent_bytes = 2 * 4 * weights * (machine.num_devices - 1) / machine.num_devices  # a ring
     return DensePart(
-        compute_ms=1000 * flops / (MATRIX_EFFICIENCY * machine.float32_flops_per_s),
+        compute_ms=1000 * flops / (MATRIX_EFFICIENCY * machine.product_flops_per_s(precision, tf32=tf32)),
         all_reduce_ms=1000 * sent_bytes / link,
         multiply_adds=shape.multiply_adds,
         weight_bytes=4 * weights * (2 + dense_state_per_weight),

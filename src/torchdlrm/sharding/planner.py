@@ -46,6 +46,8 @@ class PlanOptions:
         constraints: rules as `torchdlrm.sharding.constraints` reads them.
         cache_fraction: GPUs may keep tables in host memory and cache this fraction of their rows; None: they may not.
         dense_state_per_weight: float32 values that the optimizer of the dense parts keeps for each weight.
+        precision: of the dense parts' matrix products, as `train.precision` has it.
+        tf32: whether GPUs multiply float32 in TF32.
     """
 
     optimizer: TableOptimizer
@@ -54,6 +56,8 @@ class PlanOptions:
     constraints: tuple[str, ...] = ()
     cache_fraction: float | None = None
     dense_state_per_weight: int = 1
+    precision: str = "auto"
+    tf32: bool = True
 
     @classmethod
     def of(cls, config: Config) -> "PlanOptions":
@@ -65,6 +69,8 @@ class PlanOptions:
             constraints=config.sharding.constraints,
             cache_fraction=config.sharding.cache_fraction,
             dense_state_per_weight=DENSE_OPTIMIZERS[config.dense_optimizer.name].state_per_weight,
+            precision=config.train.precision,
+            tf32=config.train.tf32,
         )
 
 

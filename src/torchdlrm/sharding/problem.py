@@ -55,7 +55,14 @@ class Problem:
     def dense(self) -> DensePart:
         """What every rank does and holds besides its tables."""
         options, measured = self.options, self.measured
-        found = dense_part(self.shape, self.machine, options.batch_size_global, options.dense_state_per_weight)
+        found = dense_part(
+            self.shape,
+            self.machine,
+            options.batch_size_global,
+            options.dense_state_per_weight,
+            precision=options.precision,
+            tf32=options.tf32,
+        )
         if measured is None:
             return found
         return replace(found, compute_ms=measured.compute_ms, all_reduce_ms=measured.all_reduce_ms)

@@ -33,6 +33,7 @@ class Machine:
         intra_host_bytes_per_s: to the other ranks of the host.
         inter_host_bytes_per_s: to other hosts.
         float32_flops_per_s: matrix products in float32.
+        bfloat16_flops_per_s: matrix products in bfloat16.
         backward_multiplier: a table's backward with its update, over its forward.
         source: where the rates come from.
     """
@@ -48,6 +49,7 @@ class Machine:
     intra_host_bytes_per_s: float
     inter_host_bytes_per_s: float
     float32_flops_per_s: float
+    bfloat16_flops_per_s: float
     backward_multiplier: float = 2.0  # TorchRec's own default
     source: str = ""
 
@@ -65,6 +67,17 @@ class Machine:
     def usual_devices_per_host(self) -> int:
         """Ranks of a host that is full: GPUs are rented by eight, processes on CPU as they are now."""
         return max(self.devices_per_host, 8) if self.kind == "cuda" else self.devices_per_host
+
+    def product_flops_per_s(self, precision: str, *, tf32: bool) -> float:
+        """Rate of the matrix products of a training with this `train.precision` and `train.tf32`.
+
+        On CPU `auto` may be float32, so that is planned for; GPUs multiply in TF32 half as fast as in bfloat16.
+        """
+        if self.kind == "cuda" and precision != "float32":
+            return self.bfloat16_flops_per_s
+        if self.kind == "cuda" and tf32:
+            return self.bfloat16_flops_per_s / 2
+        return self.float32_flops_per_s
 
     def resized(self, num_devices: int) -> "Machine":
         """Return the machine with another number of devices, on as many hosts as they need.
@@ -132,6 +145,7 @@ def machine_of(device: Device, *, num_devices: int, num_hosts: int | None = None
         intra_host_bytes_per_s=device.intra_host_bytes_per_s / shared,
         inter_host_bytes_per_s=device.inter_host_bytes_per_s,
         float32_flops_per_s=device.float32_flops_per_s / shared,
+        bfloat16_flops_per_s=device.bfloat16_flops_per_s / shared,
         source=device.source,
     )
 

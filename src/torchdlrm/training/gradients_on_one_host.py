@@ -37,18 +37,17 @@ def add_up_on_one_host(model: nn.Module, all_gather: AllGather, new_group: Calla
             for name, param in wrapper.module.named_parameters()
             if param.requires_grad and name not in wrapper.parameters_to_ignore
         ]
-        memory = SharedMemory.make_for_all("torchdlrm-gradients", _PAGE_BYTES + 2 * sum(sizes), all_gather)
-        if memory is not None:
-            shared = _SharedSum(memory, sum(sizes), new_group())
-            wrapper.register_comm_hook(shared, lambda shared, bucket: shared.add_up(bucket))
+        shared = SharedSum.of_two_ranks(sum(sizes), all_gather, new_group)
+        if shared is not None:
+            wrapper.register_comm_hook(shared, lambda shared, bucket: shared.add_up_bucket(bucket))
 
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-class _SharedSum:
-    """The state of DDP's hook for buckets of gradients."""
+class SharedSum:
+    """Adds up gradients of two ranks in memory; the state of DDP's hook for buckets of them."""
 
     def __init__(self, memory: SharedMemory, num_bytes: int, group: dist.ProcessGroup) -> None:
         self._memory, self._group, self._rank = memory, group, dist.get_rank(group)
@@ -58,10 +57,25 @@ class _SharedSum:
         ]
         self._start = 0
 
-    def add_up(self, bucket: Any) -> Future[Tensor]:
+    @classmethod
+    def of_two_ranks(
+        cls, num_bytes: int, all_gather: AllGather, new_group: Callable[[], dist.ProcessGroup]
+    ) -> "SharedSum | None":
+        """For so many bytes of gradients, each tensor aligned; None, on both, where they cannot share memory."""
+        memory = SharedMemory.make_for_all("torchdlrm-gradients", _PAGE_BYTES + 2 * num_bytes, all_gather)
+        return None if memory is None else cls(memory, num_bytes, new_group())
+
+    def add_up_bucket(self, bucket: Any) -> Future[Tensor]:
         """The mean of both ranks' gradients, in the bucket itself."""
         grad = bucket.buffer()
-        if bucket.index() == 0:  # they come in order
+        self.add_up(grad, is_first=bucket.index() == 0)  # they come in order
+        done: Future[Tensor] = Future()
+        done.set_result(grad)
+        return done
+
+    def add_up(self, grad: Tensor, *, is_first: bool) -> None:
+        """Replace a part of the gradients by the mean of both ranks'; `is_first`: of this step's."""
+        if is_first:
             self._wait_for_both()
             self._start = 0
         places = [place[self._start : self._start + grad.nbytes].view(grad.dtype) for place in self._places]
@@ -69,9 +83,6 @@ class _SharedSum:
         torch.mul(grad, 0.5, out=places[self._rank])
         self._wait_for_both()
         torch.add(*places, out=grad)
-        done: Future[Tensor] = Future()
-        done.set_result(grad)
-        return done
 
     def _wait_for_both(self) -> None:
         dist.barrier(group=self._group)

@@ -1,6 +1,6 @@
 """Builds the sharded model with its initial weights, and its optimizers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -182,11 +182,11 @@ def build_optimizer(model: nn.Module, config: DenseOptimizerConfig) -> CombinedO
     # on every rank.
     tables = {name for name, value in model.state_dict().items() if isinstance(value, ShardedTensor)}
     dense = {name: param for name, param in model.named_parameters() if name not in tables}
-    wrapped = KeyedOptimizerWrapper(dense, partial(_dense_optimizer, config))
+    wrapped = KeyedOptimizerWrapper(dense, partial(dense_optimizer, config))
     return CombinedOptimizer([("tables", fused), ("dense", wrapped)])
 
 
-def _dense_optimizer(config: DenseOptimizerConfig, params: list[Tensor]) -> torch.optim.Optimizer:
+def dense_optimizer(config: DenseOptimizerConfig, params: Sequence[Tensor]) -> torch.optim.Optimizer:
     """An optimizer of torch, its state in place before the first step: a checkpoint is loaded into it."""
     # fused: one pass over parameter, gradient and state instead of one for each operation.
     shared: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}

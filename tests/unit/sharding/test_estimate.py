@@ -9,7 +9,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice
 
 from interactions import INTERACTIONS
 from random_problems import problem
-from torchdlrm.config import TABLE_OPTIMIZERS, ModelConfig, TableOptimizerConfig, load_config
+from torchdlrm.config import TABLE_OPTIMIZERS, Config, ModelConfig, TableOptimizerConfig, TrainConfig, load_config
 from torchdlrm.errors import DoesNotFitError
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.eager import EagerModel
@@ -17,7 +17,7 @@ from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.estimate import dense_part, shard_costs
 from torchdlrm.sharding.layout import PlacedShard, PlacedTable
 from torchdlrm.sharding.planner import PlanOptions
-from torchdlrm.sharding.problem import solve
+from torchdlrm.sharding.problem import Problem, solve
 from torchdlrm.sharding.tables import Table
 from torchdlrm.sharding.topology import machine_of
 from torchdlrm.tables.module_on_cpu import TablesOnCpu
@@ -30,9 +30,27 @@ def test_the_dense_parts_are_those_of_this_many_dense_features():
     found = dense_part(ModelShape(config, num_dense=2, num_sparse=3), machine, batch_size_global=100)
     weights = 2 * 16 + 16 * 8 + (8 + 6) * 4 + 4 * 1  # 4 vectors have 6 pairs
     square = 4 * 8 * 4
-    rate = 0.5 * machine.float32_flops_per_s
+    rate = 0.5 * machine.bfloat16_flops_per_s
     assert found.compute_ms == pytest.approx(1000 * 6 * 50 * (weights + square) / rate)
     assert found.all_reduce_ms == pytest.approx(1000 * 4 * weights / machine.intra_host_bytes_per_s)
+
+
+@pytest.mark.parametrize(
+    ("device", "train", "rate"),
+    [
+        ("h100-80gb", {}, 989e12),
+        ("h100-80gb", {"precision": "bfloat16"}, 989e12),
+        ("h100-80gb", {"precision": "float32"}, 989e12 / 2),
+        ("h100-80gb", {"precision": "float32", "tf32": False}, 67e12),
+        ("cpu", {}, 2.6e12),
+    ],
+)
+def test_the_dense_parts_are_planned_in_the_precision_of_the_training(device, train, rate):
+    config = Config(train=TrainConfig(**train))
+    machine = machine_of(device_named(device), num_devices=1)
+    problem = Problem((Table("t", 10, 128),), machine, PlanOptions.of(config), model=config.model)
+    flops = problem.shape.step_flops(config.train.batch_size_global)
+    assert problem.dense.compute_ms == pytest.approx(1000 * flops / (0.5 * rate))
 
 
 @pytest.mark.parametrize("interaction", INTERACTIONS)
