@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torchdlrm.model.dlrm import DLRM as DLRM
     from torchdlrm.model.dlrm import DLRM_DCN as DLRM_DCN
     from torchdlrm.model.dlrm import DLRM_Projection as DLRM_Projection
+    from torchdlrm.model.interaction import InteractionArch as InteractionArch
     from torchdlrm.model.loss import DLRMTrain as DLRMTrain
     from torchdlrm.planning.plan import plan as plan
     from torchdlrm.planning.plan_request import PlanRequest as PlanRequest
@@ -72,6 +73,7 @@ _NAMES_OF = {
     "metrics": ("BinaryMetrics", "binary_metrics"),
     "model.batch_norm": ("GlobalBatchNorm1d",),
     "model.dlrm": ("DLRM", "DLRM_DCN", "DLRM_Projection"),
+    "model.interaction": ("InteractionArch",),
     "model.loss": ("DLRMTrain",),
     "planning.plan": ("plan",),
     "planning.plan_request": ("PlanRequest",),

@@ -9,8 +9,6 @@ from torchdlrm.kernels import threads
 from torchdlrm.model import cross_net
 from torchdlrm.model.cross_net import LowRankCrossNet
 from torchdlrm.model.crosses import ROWS_OF_A_SUM
-from torchdlrm.model.flat_interactions import flat_vectors
-from torchdlrm.model.room import mark_room
 
 NUM_ROWS, SIZE, RANK = 2 * ROWS_OF_A_SUM + 5, 24, 3
 nets = pytest.mark.parametrize(("num_layers", "gated"), [(1, False), (3, False), (1, True), (2, True)])
@@ -109,13 +107,3 @@ def test_the_train_pipelines_tracer_sees_one_function(seed):
     traced = fx.symbolic_trace(net)
     assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [cross_net.cross_net]
     assert traced(x0).equal(net(x0))
-
-
-def test_vectors_that_have_room_for_the_dense_one_are_not_copied(seed):
-    torch.manual_seed(seed)
-    rows, dense = torch.rand(4, 3, 8), torch.rand(4, 8)
-    expected = torch.cat([dense.unsqueeze(1), rows[:, 1:]], dim=1).flatten(1)
-    flat = flat_vectors(dense, mark_room(rows[:, 1:]))
-    assert flat.equal(expected)
-    assert flat.data_ptr() == rows.data_ptr()
-    assert flat_vectors(dense, rows[:, 1:]).data_ptr() != rows.data_ptr()

@@ -16,7 +16,7 @@ from torchdlrm.model import dlrm
 from torchdlrm.model.cross_net import LowRankCrossNet
 from torchdlrm.model.interaction import InteractionArch
 from torchdlrm.model.loss import DLRMTrain
-from torchdlrm.model.room import mark_room
+from torchdlrm.model.room import with_room
 
 NUM_ROWS, NUM_DENSE, NUM_FEATURES, DIM = 37, 13, 26, 16
 FEATURES = [f"cat_{i}" for i in range(NUM_FEATURES)]
@@ -146,19 +146,36 @@ def test_a_gated_cross_net_is_the_formula_of_its_paper(seed):
     np.testing.assert_allclose(net(torch.from_numpy(x0)).detach().numpy(), x, rtol=1e-12)
 
 
+def with_room_for_the_dense_vector(sparse):
+    """The same embeddings as the look-up gives them: a view of a buffer that has room before each row."""
+    buffer = sparse.new_zeros(len(sparse), NUM_FEATURES + 1, DIM)
+    embeddings = buffer[:, 1:].copy_(sparse)
+    with_room(embeddings, DIM)
+    return embeddings
+
+
 @pytest.mark.parametrize("has_room", [False, True])
-@pytest.mark.parametrize("kind", ["DLRM_DCN", "DLRM_Projection"])
+@of_the_family
 def test_gradients_equal_numerical_differences(kind, has_room, seed):
     torch.manual_seed(seed)
     arch = build(dlrm, kind=kind).model.inter_arch.double()
-    rows = torch.rand(3, NUM_FEATURES + 1, DIM, dtype=torch.float64)
-    dense, sparse = rows[:, 0].clone().requires_grad_(), rows[:, 1:].requires_grad_()
+    dense, sparse = torch.rand(3, DIM, dtype=torch.float64), torch.rand(3, NUM_FEATURES, DIM, dtype=torch.float64)
 
     def run(dense, sparse):
-        # As the lookup gives them: a view of a buffer that has room before each row.
-        return arch(dense, mark_room(rows.clone()[:, 1:].copy_(sparse)) if has_room else sparse).sum(1)
+        return arch(dense, with_room_for_the_dense_vector(sparse) if has_room else sparse).sum(1)
 
-    assert torch.autograd.gradcheck(run, (dense, sparse), fast_mode=True)
+    assert torch.autograd.gradcheck(run, (dense.requires_grad_(), sparse.requires_grad_()), fast_mode=True)
+
+
+def test_a_backward_through_embeddings_that_were_changed_in_place_fails(seed):
+    """As with torch's operators: what it would be computed with is gone."""
+    torch.manual_seed(seed)
+    dense, sparse = torch.rand(3, DIM), torch.rand(3, NUM_FEATURES, DIM, requires_grad=True)
+    embeddings = with_room_for_the_dense_vector(sparse)
+    out = InteractionArch(NUM_FEATURES)(dense, embeddings)
+    embeddings.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from torchdlrm.model.cross_net import LowRankCrossNet
 from torchdlrm.model.feature_vectors import feature_vectors, projection
 from torchdlrm.model.flat_interactions import InteractionDCNArch, InteractionProjectionArch
 from torchdlrm.model.interaction import InteractionArch, dot_output_size
-from torchdlrm.model.room import has_room, mark_room
 
 
 @fx.wrap
@@ -29,9 +28,7 @@ def stack_embeddings(embeddings: KeyedTensor, feature_names: list[str], embeddin
     Sharding may group the tables by rank or kernel, and then they come back in another order.
     """
     if embeddings.keys() == feature_names:
-        values = embeddings.values()
-        stacked = values.view(-1, len(feature_names), embedding_dim)
-        return mark_room(stacked) if has_room(values) else stacked
+        return embeddings.values().view(-1, len(feature_names), embedding_dim)
     by_name = embeddings.to_dict()
     return torch.stack([by_name[name] for name in feature_names], dim=1)
 

@@ -6,35 +6,13 @@ B rows of the batch on this rank, F sparse features, D embedding dimension, N = 
 R rank of the cross net's weights.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor, fx, nn
-
-from torchdlrm.model.interaction import together
-from torchdlrm.model.room import has_room, mark_room
+from torch import Tensor, nn
 
 
-class _FlatVectors(torch.autograd.Function):
-    """All vectors of a row one after the other, in the lookup's own buffer where it has left room for the dense one."""
-
-    @staticmethod
-    def forward(ctx: Any, dense_BD: Tensor, sparse_BFD: Tensor) -> Tensor:
-        ctx.sparse_shape, ctx.sparse_dtype = sparse_BFD.shape, sparse_BFD.dtype
-        sparse = sparse_BFD.detach()  # which loses the mark
-        return together(dense_BD, mark_room(sparse) if has_room(sparse_BFD) else sparse).flatten(1)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BI: Tensor) -> tuple[Tensor, Tensor]:
-        num_rows, num_features, embedding_dim = ctx.sparse_shape
-        grad_BND = grad_BI.view(num_rows, num_features + 1, embedding_dim)
-        return grad_BND[:, 0], grad_BND[:, 1:].to(ctx.sparse_dtype)
-
-
-@fx.wrap  # a leaf for the train pipeline, which traces the model to find its sharded modules
 def flat_vectors(dense_BD: Tensor, sparse_BFD: Tensor) -> Tensor:
     """The dense vector and all embeddings one after the other: [B, I], in the precision of the dense vector."""
-    return _FlatVectors.apply(dense_BD, sparse_BFD)  # type: ignore[no-untyped-call]
+    return torch.cat([dense_BD, sparse_BFD.flatten(1).to(dense_BD.dtype)], dim=1)
 
 
 class InteractionDCNArch(nn.Module):

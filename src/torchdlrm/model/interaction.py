@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from torchdlrm.kernels.threads import array_of, in_parts
 from torchdlrm.model.dots import write_pairs, write_square
-from torchdlrm.model.room import has_room
+from torchdlrm.model.room import together
 
 
 def dot_output_size(num_sparse_features: int, embedding_dim: int) -> int:
@@ -30,23 +30,6 @@ def has_kernels(tensor: Tensor) -> bool:
     return is_plain and not is_in_torch_dispatch_mode()
 
 
-def together(dense_BD: Tensor, sparse_BFD: Tensor) -> Tensor:
-    """All vectors in one buffer, [B, N, D], in the dense arch's precision.
-
-    The look-up may have left room for the dense vector before the embeddings; else they are cast while they are copied.
-    """
-    num_rows, num_features, embedding_dim = sparse_BFD.shape
-    if has_room(sparse_BFD) and sparse_BFD.dtype == dense_BD.dtype:
-        shape = num_rows, num_features + 1, embedding_dim
-        strides = sparse_BFD.stride()
-        vectors_BND = sparse_BFD.as_strided(shape, strides, sparse_BFD.storage_offset() - embedding_dim)
-    else:
-        vectors_BND = dense_BD.new_empty(num_rows, num_features + 1, embedding_dim)
-        vectors_BND[:, 1:] = sparse_BFD
-    vectors_BND[:, 0] = dense_BD
-    return vectors_BND
-
-
 class _PairwiseDots(torch.autograd.Function):
     """The strict upper triangle of V V^T, row by row.
 
@@ -57,7 +40,7 @@ class _PairwiseDots(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dense_BD: Tensor, sparse_BFD: Tensor, upper_P: Tensor, lower_P: Tensor) -> Tensor:
         num_rows, _, embedding_dim = sparse_BFD.shape
-        vectors_BND = together(dense_BD, sparse_BFD)
+        vectors_BND, is_shared = together(dense_BD, sparse_BFD)
         out = dense_BD.new_empty(num_rows, embedding_dim + upper_P.numel())
         if has_kernels(dense_BD):
             arrays, work = (array_of(vectors_BND), array_of(out)), vectors_BND[0].numel() * vectors_BND.shape[1] / 8
@@ -67,13 +50,14 @@ class _PairwiseDots(torch.autograd.Function):
             square_BNN = torch.bmm(vectors_BND, vectors_BND.transpose(1, 2))
             out[:, :embedding_dim] = dense_BD
             torch.index_select(square_BNN.flatten(1), 1, upper_P, out=out[:, embedding_dim:])
-        ctx.save_for_backward(vectors_BND, upper_P, lower_P)
+        # Of memory that they share, autograd then says so where somebody has changed the embeddings in place.
+        ctx.save_for_backward(vectors_BND, upper_P, lower_P, sparse_BFD if is_shared else None)
         ctx.sparse_dtype = sparse_BFD.dtype
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        vectors_BND, upper_P, lower_P = ctx.saved_tensors
+        vectors_BND, upper_P, lower_P, _ = ctx.saved_tensors
         num_rows, num_vectors, embedding_dim = vectors_BND.shape
         grad_pairs_BP = grad_out[:, embedding_dim:]
         if has_kernels(grad_out):

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from torchdlrm.kernels.threads import array_of, in_parts
+from torchdlrm.model.room import with_room
 from torchdlrm.tables.frozen import frozen_forward
 from torchdlrm.tables.kernels import Array, look_up, sort_ids
 from torchdlrm.tables.optimizers import check_fbgemm_has_it, table_kernels
@@ -190,7 +191,7 @@ class _Lookup(torch.autograd.Function):
         tables.look_up(indices, offsets, scales, out)
         ctx.tables = tables
         ctx.save_for_backward(indices, offsets, scales)
-        return out
+        return with_room(out, room)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[None, ...]:

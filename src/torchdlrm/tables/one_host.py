@@ -37,7 +37,7 @@ from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from torchdlrm.model.room import mark_room
+from torchdlrm.model.room import with_room
 from torchdlrm.shared_memory import AllGather, SharedMemory, this_host
 from torchdlrm.tables.lookup import TableLookup, pooled_dtype, scales_of
 
@@ -128,7 +128,7 @@ class _SharedLookup:
             *self._matrices(num_rows, dtype),
             slice(num_mine * self._rank, num_mine * (self._rank + 1)),
         )
-        return KeyedTensor(self._names, [self._dim] * len(self._names), mark_room(pooled))
+        return KeyedTensor(self._names, [self._dim] * len(self._names), pooled)
 
     def _have_memory(self, num_rows: int, dtype: torch.dtype) -> bool:
         """Make room for so many rows, at the same step on all ranks; False where they cannot share memory."""
@@ -191,7 +191,7 @@ class _ExchangedLookup(torch.autograd.Function):
         ctx.turn = shared.look_up(embeddings, (indices, offsets, scales))
         ctx.shared, ctx.rows = shared, rows
         ctx.save_for_backward(gradients, indices, offsets, scales)
-        return embeddings[rows, shared._dim :]
+        return with_room(embeddings[rows, shared._dim :], shared._dim)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[None, ...]:

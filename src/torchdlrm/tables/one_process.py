@@ -12,7 +12,6 @@ from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from torchdlrm.model.room import mark_room
 from torchdlrm.tables.lookup import TableLookup
 
 
@@ -63,5 +62,4 @@ class _DirectLookup:
         if keys != self._features:
             features = features.permute([keys.index(name) for name in self._features])
         ids = (features.values(), features.offsets(), features.weights_or_none())
-        pooled = mark_room(self._lookup(*ids, room=self._room)) if self._room else self._lookup(*ids)
-        return KeyedTensor(self._names, self._dims, pooled)
+        return KeyedTensor(self._names, self._dims, self._lookup(*ids, room=self._room))
