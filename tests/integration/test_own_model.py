@@ -46,6 +46,17 @@ class GatedSum(nn.Module):
         gates_BF1 = torch.sigmoid(self.gate(dense_features)).unsqueeze(2)
         return torch.cat([dense_features, (gates_BF1 * sparse_features).sum(dim=1)], dim=1)
 '''
+BY_NAME = """
+from torchdlrm import DLRM
+
+
+class ByName(DLRM):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        configs = arguments["embedding_bag_collection"].embedding_bag_configs()
+        assert {{config.name: config.num_embeddings for config in configs}}["t_cat_2"] == {ids}
+        assert self.sparse_arch.sparse_feature_names.index("cat_2") == 2
+"""
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "criteo-small.toml"
 FINALNET = f"{ROOT / 'examples' / 'finalnet.py'}:FinalNet"
@@ -137,6 +148,21 @@ def test_the_commands_take_the_class(trained, small_dataset, small_log, dlrm, tm
     done = dlrm("verify", trained.bundle, small_log, "--dataset", small_dataset.path, "--rows", 500, *own, "--json")
     assert done.returncode == 0, done.stderr
     assert max(way["largest_difference"] or 0 for way in json.loads(done.stdout)["ways"]) <= 1e-6
+
+
+def test_a_class_may_pick_a_feature_by_name_and_check_its_ids(small_dataset, tmp_path):
+    """As one does that reads vectors of one feature from a file; of features in two tables, too."""
+    file = tmp_path / "by_name.py"
+    file.write_text(BY_NAME.format(ids=small_dataset.num_embeddings["cat_2"]))
+    own = {"model_class": f"{file}:ByName"}
+    divided = {"model.features.cat_9.quotient_remainder": "add", "model.features.cat_2.embedding_dim": "4"}
+    config = load_config(CONFIG, FAST | divided | {"train.max_steps": "1"})
+    asked = PlanRequest(dataset=small_dataset.path, **own)
+    assert plan(asked, config, measure=True).problem.measured.compute_ms > 0
+    train(config, small_dataset, tmp_path / "run", **own)
+    assert plan(PlanRequest(run=tmp_path / "run", **own)).problem.shape.features["cat_2"] > 1
+    bundle = export(tmp_path / "run", tmp_path / "bundle", **own).bundle
+    assert bundle.manifest.check.largest_difference <= 1e-6
 
 
 def test_its_run_is_compared_with_one_of_the_dlrm(trained, small_run):

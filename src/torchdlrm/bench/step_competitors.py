@@ -41,7 +41,8 @@ _FEW_ROWS = 16  # a rank, to measure what the host does
 def shape_of(config: Config, num_embeddings: dict[str, int], model_class: str | None = None) -> ModelShape:
     """The model that is measured: Criteo's dense features, and a feature for each table."""
     architecture = architecture_of(config.model, model_class)
-    return ModelShape(config.model, NUM_CRITEO_DENSE, len(num_embeddings), architecture)
+    features = tuple(num_embeddings.items())
+    return ModelShape(config.model, NUM_CRITEO_DENSE, len(features), architecture, num_embeddings=features)
 
 
 def our_step(

@@ -215,6 +215,7 @@ class Bundle:
             len(self.manifest.sparse),
             self.architecture,
             is_weighted=self.schema.has_value_weights,
+            num_embeddings=tuple((name, record.num_embeddings) for name, record in self.manifest.sparse.items()),
         )
 
     @property

@@ -210,6 +210,8 @@ class ModelShape:
         num_sparse: F.
         given_architecture: how the vectors interact, where it is not as the config says.
         is_weighted: whether ids have weights, by which their embeddings are multiplied before they are summed.
+        num_embeddings: ids of each sparse feature by name, in the order of the schema, where they are known: a model
+            class may ask for them.
     """
 
     config: ModelConfig
@@ -217,6 +219,7 @@ class ModelShape:
     num_sparse: int
     given_architecture: Architecture | None = None
     is_weighted: bool = False
+    num_embeddings: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def of(cls, config: ModelConfig, dataset: "Dataset", architecture: Architecture | None = None) -> Self:
@@ -233,12 +236,18 @@ class ModelShape:
             len(dataset.sparse_names),
             architecture,
             is_weighted=dataset.schema.has_value_weights,
+            num_embeddings=tuple(dataset.num_embeddings.items()),
         )
 
     @property
     def architecture(self) -> Architecture:
         """How the vectors interact."""
         return self.given_architecture or ARCHITECTURES[self.config.interaction]
+
+    @property
+    def features(self) -> dict[str, int]:
+        """Ids of each sparse feature by name; where they are not known, features of one id each."""
+        return dict(self.num_embeddings) or {f"feature_{i}": 1 for i in range(self.num_sparse)}
 
     @property
     def flat_size(self) -> int:

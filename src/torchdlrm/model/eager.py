@@ -120,7 +120,7 @@ def trace_products(shape: ModelShape) -> tuple[Product, ...]:
     """
     num_sparse, shape = shape.num_sparse, replace(shape, config=shape.config.with_features({}))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model = EagerModel(shape, {f"feature_{i}": 1 for i in range(num_sparse)})
+        model = EagerModel(shape, shape.features)
         with _Products() as products:
             model.logits(
                 torch.zeros(_TRACED_ROWS, shape.num_dense),

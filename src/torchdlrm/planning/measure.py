@@ -218,11 +218,7 @@ def _time_dense(
     shape: ModelShape, config: Config, rows: int, device: torch.device, precision: _Precision
 ) -> tuple[float, int]:
     """Milliseconds of the dense parts with loss and update, and the bytes of their parameters."""
-    num_sparse = shape.num_sparse
-    # The smaller tables are of any features: which ones takes no time.
-    features = {f"feature_{i}": feature for i, feature in enumerate(shape.config.features.values())}
-    shape = replace(shape, config=shape.config.with_features(features))
-    model = EagerModel(shape, {f"feature_{i}": 1 for i in range(num_sparse)}, device)
+    model = EagerModel(shape, shape.features, device)
     parameters = list(model.module.train().parameters())
     optimizer = dense_optimizer(config.dense_optimizer, parameters)
     dense_rows = torch.rand(rows, shape.num_dense, device=device)

@@ -23,6 +23,7 @@ from torchdlrm.sharding.tables import (
     cap_embeddings,
     check_tables,
     feature_of,
+    features_of,
     preset_tables,
     read_tables,
     tables_of_model,
@@ -106,6 +107,7 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         NUM_CRITEO_DENSE if dataset is None else len(dataset.dense_names),
         _architecture(request, config),
         multi_valued=frozenset(map(table_name, multi_valued)),
+        num_embeddings=tuple(features_of(tables, model).items()),
     )
     return problem if request.table_bytes is None else _smaller(problem, request)
 

@@ -12,7 +12,7 @@ from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.sharding.estimate import Cost, DensePart, dense_part, shard_costs
 from torchdlrm.sharding.layout import PlacedTable, layout_of
 from torchdlrm.sharding.planner import Found, PlanOptions, meta_tables, plan_sharding, planner_constraints
-from torchdlrm.sharding.tables import Precision, Table
+from torchdlrm.sharding.tables import Precision, Table, features_of
 from torchdlrm.sharding.topology import Machine
 
 # Where the dense parts need all memory, so little is left for tables that none fit.
@@ -33,6 +33,7 @@ class Problem:
         architecture: of the model; None: as `model` says.
         multi_valued: names of tables in which a row may look several ids up.
         measured: what the dense parts take where that was measured; by their arithmetic when None.
+        num_embeddings: ids of each sparse feature by name; empty: as the tables say.
     """
 
     tables: tuple[Table, ...]
@@ -44,12 +45,13 @@ class Problem:
     architecture: Architecture | None = None
     multi_valued: frozenset[str] = frozenset()
     measured: DensePart | None = None
+    num_embeddings: tuple[tuple[str, int], ...] = ()
 
     @property
     def shape(self) -> ModelShape:
         """Of the model with one sparse feature a table, but for those that have two."""
-        in_two = sum(feature.quotient_remainder is not None for feature in self.model.features.values())
-        return ModelShape(self.model, self.num_dense, len(self.tables) - in_two, self.architecture)
+        features = self.num_embeddings or tuple(features_of(self.tables, self.model).items())
+        return ModelShape(self.model, self.num_dense, len(features), self.architecture, num_embeddings=features)
 
     @property
     def dense(self) -> DensePart:

@@ -51,6 +51,7 @@ def _problem(tables: Sequence[Table], machine: Machine, config: Config, shape: M
         model=config.model,
         num_dense=shape.num_dense,
         architecture=shape.architecture,
+        num_embeddings=shape.num_embeddings,
     )
 
 

@@ -106,6 +106,18 @@ def feature_of(table: Table) -> str:
     return table.name.removeprefix(table_name(""))
 
 
+def features_of(tables: Sequence[Table], model: ModelConfig) -> dict[str, int]:
+    """Ids of each feature; of one that has two tables already, as many as its quotients allow."""
+    divided = {name: chosen.num_collisions for name, chosen in model.features.items() if chosen.quotient_remainder}
+    parts = {f"{name}_{part}": (name, part) for name in divided for part in "qr"}
+    found = {}
+    for table in tables:
+        name, part = parts.get(feature_of(table), (feature_of(table), ""))
+        if part != "r":
+            found[name] = table.rows * (divided[name] if part else 1)
+    return found
+
+
 def preset_tables(name: str, dim: int) -> list[Table]:
     """Return the tables of a published model, called as those of the `criteo` schema.
 

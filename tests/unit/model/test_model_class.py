@@ -241,3 +241,21 @@ def test_an_interaction_arch_stands_between_the_arches_of_the_dlrm():
 def test_a_function_may_make_the_model():
     shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, make_dlrm))
     assert shape.multiply_adds == ModelShape(CONFIG, 4, 3).multiply_adds
+
+
+class PicksByName(DLRM):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        rows = {
+            table.name: table.num_embeddings
+            for table in self.sparse_arch.embedding_bag_collection.embedding_bag_configs()
+        }
+        assert self.sparse_arch.sparse_feature_names.index("b") == 1
+        assert rows == {"t_a": 3, "t_b": 5, "t_c": 7}
+
+
+def test_a_model_class_is_built_with_the_features_of_the_dataset():
+    """Also where its products are found: it may pick a feature by name, or check how many ids there are."""
+    architecture = architecture_of(CONFIG, PicksByName)
+    shape = ModelShape(CONFIG, 4, 3, architecture, num_embeddings=(("a", 3), ("b", 5), ("c", 7)))
+    assert shape.multiply_adds == ModelShape(CONFIG, 4, 3).multiply_adds
