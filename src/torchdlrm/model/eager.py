@@ -7,38 +7,24 @@ it, and the planner times it.
 B rows of the batch, F sparse features, D embedding dimension.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from torchdlrm.features.tables import FeatureTable, feature_tables
+from torchdlrm.features.tables import feature_tables
 from torchdlrm.model.architecture import ModelShape, Product
 from torchdlrm.model.build import build_model
+from torchdlrm.model.given import GivenEmbeddings
 from torchdlrm.model.loss import logits_of
 
 _TRACED_ROWS = 4
-
-
-class _GivenEmbeddings(nn.Module):
-    """Stands where an `EmbeddingBagCollection` stood."""
-
-    def __init__(self, tables: Sequence[FeatureTable]) -> None:
-        super().__init__()
-        self._keys, self._dims = [table.key for table in tables], [table.dim for table in tables]
-        self.pooled: Tensor | None = None
-
-    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """The embeddings that were given, whatever the ids."""
-        del features
-        assert self.pooled is not None
-        return KeyedTensor(self._keys, self._dims, self.pooled.flatten(1))
 
 
 class EagerModel:
@@ -61,7 +47,7 @@ class EagerModel:
         self.module = build_model(shape, num_embeddings, device or torch.device("cpu")).model.eval()
         self.weight_shapes = {name: tuple(weight.shape) for name, weight in self.module.state_dict().items()}
         self.tables = feature_tables(shape.config, num_embeddings)
-        self._given = _GivenEmbeddings(self.tables)
+        self._given = GivenEmbeddings()
         self.module.get_submodule("sparse_arch").embedding_bag_collection = self._given
 
     def logits(
@@ -81,13 +67,14 @@ class EagerModel:
             pooled: the sums of each table's rows, [B, sum of their dimensions]; or [B, F, D] where all are alike.
             weights: of the ids, where they have some.
         """
-        self._given.pooled = pooled
+        keys, dims = [table.key for table in self.tables], [table.dim for table in self.tables]
+        given = None if weights is None else torch.from_numpy(weights)
+        features = KeyedJaggedTensor(keys, ids, given, lengths=lengths)
+        self._given.features, self._given.embeddings = features, KeyedTensor(keys, dims, pooled.flatten(1))
         try:
-            keys = [table.key for table in self.tables]
-            given = None if weights is None else torch.from_numpy(weights)
-            return logits_of(self.module(dense, KeyedJaggedTensor(keys, ids, given, lengths=lengths)))
+            return logits_of(self.module(dense, features))
         finally:
-            self._given.pooled = None
+            self._given.features = self._given.embeddings = None
 
 
 class _Products(TorchDispatchMode):

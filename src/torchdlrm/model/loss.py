@@ -15,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.errors import ConfigError
 from torchdlrm.model.batch_norm import GlobalBatchNorm1d
+from torchdlrm.model.given import Around, ModelOutput
 
 
 class TrainingBatch(Protocol):
@@ -23,10 +24,6 @@ class TrainingBatch(Protocol):
     dense_features: Tensor
     sparse_features: KeyedJaggedTensor
     labels: Tensor
-
-
-# What a model's forward gives: logits [B, 1]; or these, and an auxiliary loss of each row [B].
-ModelOutput = Tensor | tuple[Tensor, Tensor]
 
 
 @fx.wrap
@@ -117,7 +114,8 @@ def judged(loss: Tensor, logits_B: Tensor, labels_B: Tensor, batch: TrainingBatc
 class DLRMTrain(nn.Module):
     """A DLRM with its loss, for TorchRec's train pipelines.
 
-    Padding of a batch counts nowhere: no gradient comes from it, and it is not among the logits and labels.
+    Padding of a batch counts nowhere: no gradient comes from it, and it is not among the logits and labels. A
+    model that holds its tables as `sparse_arch.embedding_bag_collection` is given embeddings that are looked up here.
 
     Args:
         dlrm_module: the model, a `DLRM` or another one that maps dense features and a KJT to logits [B, 1], or in
@@ -128,6 +126,7 @@ class DLRMTrain(nn.Module):
     def __init__(self, dlrm_module: nn.Module, negative_weight: float = 1.0) -> None:
         super().__init__()
         self.model = dlrm_module
+        self.around = Around(dlrm_module)
         self.negative_weight = negative_weight
         if any(isinstance(module, GlobalBatchNorm1d) for module in dlrm_module.modules()):
             self.register_forward_pre_hook(_announce_padding)
@@ -137,7 +136,9 @@ class DLRMTrain(nn.Module):
 
         Where rows have weights (`Batch.row_weights`), these [B] are a fourth.
         """
-        output = self.model(batch.dense_features, batch.sparse_features)
+        dense, features = batch.dense_features, batch.sparse_features
+        tables = self.around.tables
+        output = self.model(dense, features) if tables is None else self.around(dense, features, tables(features))
         logits_B = without_padding(logits_of(output), batch)
         labels_B = without_padding(batch.labels.float(), batch)
         loss = batch_loss(logits_B, labels_B, batch, self.negative_weight, auxiliary_loss_of(output, batch))

@@ -200,6 +200,11 @@ class FailsToRun(Sum):
         return dense_features @ sparse_features
 
 
+class LooksUpTwice(DLRM):
+    def forward(self, dense_features, sparse_features):
+        return super().forward(dense_features, sparse_features) + super().forward(dense_features, sparse_features)
+
+
 class FailsAsAWhole(DLRM):
     def forward(self, dense_features, sparse_features):
         return self.over_arch(dense_features) + len(sparse_features)
@@ -210,6 +215,7 @@ class FailsAsAWhole(DLRM):
     [
         (FailsToBeMade, r"FailsToBeMade fails \(line \d+\): TypeError: 'int' object is not subscriptable"),
         (FailsToRun, r"FailsToRun fails \(line \d+\): RuntimeError: "),
+        (LooksUpTwice, r"LooksUpTwice fails \(line \d+\): ValueError: the tables can be asked once"),
         (FailsAsAWhole, r"FailsAsAWhole fails \(line \d+\): RuntimeError: "),
     ],
 )
