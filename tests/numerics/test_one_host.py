@@ -116,7 +116,9 @@ def train_both_ways(folder):
             plain = one_host._SharedLookup
             pauses = {name: unpunctual(getattr(plain, name)) for name in ("look_up", "update")}
             shared_sum = gradients_on_one_host.SharedSum
-            late_sum = patch.object(shared_sum, "add_up", autospec=True, side_effect=unpunctual(shared_sum.add_up))
+            late_sum = patch.object(
+                shared_sum, "add_up_bucket", autospec=True, side_effect=unpunctual(shared_sum.add_up_bucket)
+            )
             with patch.multiple(plain, **pauses), late_sum as add_up:
                 parts = built(ranks, case)
                 by_memory = isinstance(parts[2].compute_and_output_dist, one_host._SharedLookup)
