@@ -1,5 +1,6 @@
 """Several processes that serve: what happens when one dies or none can start, and a server's first and last seconds."""
 
+import asyncio
 import json
 import os
 import re
@@ -153,28 +154,75 @@ def test_a_signal_to_swap_in_the_first_seconds_waits(small_bundle, num_workers):
     assert set(events) == {"serving", "bundle unchanged", "draining", "stopped"}
 
 
-@pytest.mark.slow
-def test_while_workers_stop_new_connections_are_refused(serve, small_bundle):
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_while_a_server_stops_new_connections_are_refused(serve, small_bundle, num_workers):
     """Not queued where nobody will accept them."""
-    server = serve(small_bundle, "--workers", 2, "--shutdown-timeout-s", 20)
+    server = serve(small_bundle, "--workers", num_workers, "--shutdown-timeout-s", 20)
     host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as slow:
-        slow.sendall(
-            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n[{"
-        )  # keeps its worker from ending
-        wait_for(lambda: ready_workers(server) == 2)
-        server.process.terminate()
+    slow = []
+    while len(slow) < 8:  # keep their processes from ending
+        slow.append(socket.create_connection((host, int(port)), timeout=30))
+        slow[-1].sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n[{")
+    wait_for(lambda: ready_workers(server) == num_workers)
+    server.process.terminate()
 
-        def is_refused():
+    def is_refused():
+        try:
+            with socket.create_connection((host, int(port)), timeout=30):
+                return False
+        except ConnectionRefusedError:
+            return True
+
+    wait_for(is_refused)
+    assert server.process.poll() is None
+    for one in slow:
+        with one:
+            one.sendall(b"}]")
+            assert b"200 OK" in one.recv(4096)
+    code, _ = server.stop()
+    assert code == 0
+
+
+@pytest.mark.parametrize(("num_workers", "drain_s"), [(1, 0), (1, 0.5), (2, 0)])
+def test_clients_that_ask_without_a_pause_lose_no_request_when_a_server_stops(
+    serve, small_bundle, num_workers, drain_s
+):
+    """What has arrived is answered: half of them connect anew for each request, half only where they are told to."""
+    server = serve(small_bundle, "--workers", num_workers, "--drain-s", drain_s, "--deadline-ms", 20_000)
+    host, port = server.url.removeprefix("http://").split(":")
+    ends, num_answers = [], [0] * 32
+
+    async def ask(number):
+        close = b"Connection: close\r\n" if number % 2 else b""
+        request = b"POST /predict HTTP/1.1\r\nHost: x\r\n%bContent-Length: 4\r\n\r\n[{}]" % close
+        while True:
             try:
-                with socket.create_connection((host, int(port)), timeout=30):
-                    return False
-            except ConnectionRefusedError:
-                return True
+                reader, writer = await asyncio.open_connection(host, int(port))
+            except OSError as error:
+                return type(error)
+            is_open = True
+            try:
+                while is_open:
+                    writer.write(request)
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    assert head.startswith(b"HTTP/1.1 200 "), head
+                    await reader.readexactly(int(re.search(rb"content-length: (\d+)", head)[1]))
+                    num_answers[number] += 1
+                    is_open = b"connection: close" not in head
+            except (OSError, EOFError) as error:
+                return f"lost: {error!r}"
+            finally:
+                writer.close()
 
-        wait_for(is_refused)
-        assert server.process.poll() is None
-        slow.sendall(b"}]")
-        assert b"200 OK" in slow.recv(4096)
+    async def ask_and_stop():
+        clients = [asyncio.create_task(ask(number)) for number in range(32)]
+        while min(num_answers) < 3:
+            await asyncio.sleep(0.01)
+        server.process.terminate()
+        ends.extend(await asyncio.gather(*clients))
+
+    with asyncio.Runner() as runner:
+        runner.run(asyncio.wait_for(ask_and_stop(), 60))
+    assert ends == [ConnectionRefusedError] * 32
     code, _ = server.stop()
     assert code == 0

@@ -66,6 +66,13 @@ class Connections:
             for connection in list(self.open):
                 connection.look(loop.time())
 
+    async def await_requests(self, most_s: float) -> None:
+        """Wait until each open connection has a request that is being answered, or so many seconds are over."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + most_s
+        while loop.time() < end_s and any(connection.is_between_requests for connection in self.open):
+            await asyncio.sleep(0.01)
+
     def make_room(self, descriptor: int, now_s: float) -> None:
         """See that there are file descriptors for the next client."""
         if self._num_other_descriptors is None:
@@ -168,6 +175,11 @@ class Connection(asyncio.Protocol):
             self._transport.close()
         else:
             self._exchange.keeps_alive = False
+
+    @property
+    def is_between_requests(self) -> bool:
+        """Whether no request has come that is not answered yet."""
+        return self._exchange is None
 
     def look(self, now_s: float) -> None:
         """Cut the connection off if the client takes too long."""

@@ -38,7 +38,6 @@ class _Worker:
     reports: Connection  # what `Ready` has when it is ready; an exception or its trace when it fails
     ready_s: float | None = None
     failure: TorchDLRMError | str | None = None
-    is_asked_to_stop: bool = False
 
 
 class Supervisor:
@@ -51,6 +50,7 @@ class Supervisor:
         self._num_early_deaths = self._num_failed_starts = 0
         self._is_stopping = False
         self._context = multiprocessing.get_context("spawn")
+        self._stop_seen, self._stop_sign = self._context.Pipe(duplex=False)  # closed by a signal, which ends a `_wait`
 
     def run(self, started: Callable[[str, str, int | None, int | None], None]) -> int:
         """Serve until a signal says to stop.
@@ -120,12 +120,12 @@ class Supervisor:
             self._workers.append(_Worker(process, ours))
 
     def _wait(self) -> None:
-        """Wait until a worker is ready or has died, another is due, or a second is over; receive their reports."""
+        """Wait until a worker is ready or has died, another is due, a signal says to stop, or a second is over."""
         open_ = {worker.reports: worker for worker in self._workers if not worker.reports.closed}
         sentinels = [worker.process.sentinel for worker in self._workers]
         timeout_s = min([1.0, *(due_s - time.monotonic() for due_s in self._starts_due_s)])
-        for ready in wait([*open_, *sentinels], timeout=max(0.0, timeout_s)):
-            if isinstance(ready, Connection):
+        for ready in wait([*open_, *sentinels, self._stop_seen], timeout=max(0.0, timeout_s)):
+            if isinstance(ready, Connection) and ready is not self._stop_seen:
                 self._receive(open_[ready])
 
     def _receive(self, worker: _Worker) -> None:
@@ -168,8 +168,10 @@ class Supervisor:
 
     def _stop(self, code: int) -> int:
         self._is_stopping = True
-        self._listener.close()  # so that nobody is queued whom no worker will accept
-        self._ask_to_stop()
+        # Before the workers close theirs, so that no client is queued that none of them will accept.
+        self._listener.close()
+        for worker in self._workers:
+            _send(worker, signal.SIGTERM)
         for worker in list(self._workers):
             worker.process.join(self._options.drain_s + self._options.shutdown_timeout_s + 10)
             if worker.process.exitcode is None:
@@ -187,13 +189,7 @@ class Supervisor:
                 _send(worker, signal.SIGHUP)
         else:
             self._is_stopping = True
-            self._ask_to_stop()
-
-    def _ask_to_stop(self) -> None:
-        for worker in self._workers:
-            if not worker.is_asked_to_stop:  # once: at its very end a process has no handler any more
-                worker.is_asked_to_stop = True
-                _send(worker, signal.SIGTERM)
+            self._stop_sign.close()
 
 
 def _send(worker: _Worker, number: signal.Signals) -> None:

@@ -7,15 +7,19 @@ link to it that is moved.
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import ipaddress
 import logging
 import os
+import select
 import signal
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from multiprocessing import parent_process
 from pathlib import Path
+from typing import Final
 
 import uvicorn
 import uvloop
@@ -32,13 +36,46 @@ from torchdlrm.serving.service import Service, configure_threads, follow, watch
 Ready = Callable[[str, str, int | None, int | None], None]
 
 
+# A filter of packets (classic BPF): those of TCP with the flag SYN, bit 1 of byte 13, are dropped, all others pass.
+_DROP_SYN: Final = struct.pack(4 * "HBBI", 0x30, 0, 0, 13, 0x45, 0, 1, 2, 0x06, 0, 0, 0, 0x06, 0, 0, 0xFFFFFFFF)
+_SO_ATTACH_FILTER: Final = 26
+_HANDSHAKE_S: Final = 0.01
+_LAST_REQUESTS_S: Final = 0.5
+
+
 class _Server(uvicorn.Server):
     """Uvicorn without its handlers of signals: the process ends with 0 after a signal, not by it."""
+
+    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
+        super().__init__(config)
+        self._connections = connections
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to the loop's handlers."""
         yield
+
+    async def refuse_clients(self, listener: socket.socket) -> None:
+        """Accept the clients that have connected, and no more.
+
+        A queue that is closed resets the connections in it.  So no client gets into it while it is emptied: one that
+        tries just then tries again after a second, as TCP does, and is refused.
+        """
+        with contextlib.suppress(OSError):  # where the kernel knows no filters
+            program = ctypes.create_string_buffer(_DROP_SYN)
+            listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, ctypes.addressof(program)))
+        await asyncio.sleep(_HANDSHAKE_S)
+        queue = select.poll()
+        queue.register(listener, select.POLLIN)
+        while queue.poll(0):
+            await asyncio.sleep(0)  # the loop accepts a client a turn
+        for server in self.servers:
+            server.close()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End, but give clients that are connected a moment to send their request, which is answered."""
+        await self._connections.await_requests(_LAST_REQUESTS_S)
+        await super().shutdown(sockets)
 
 
 def run_worker(
@@ -91,7 +128,7 @@ async def _serve(service: Service, listener: socket.socket, ready: Ready) -> Non
         timeout_graceful_shutdown=int(options.shutdown_timeout_s),
         backlog=2048,
     )
-    server = _Server(config)
+    server = _Server(config, connections)
     rpc = None
     if options.grpc_port is not None:
         host = f"[{options.host}]" if ":" in options.host else options.host
@@ -129,6 +166,7 @@ async def _serve(service: Service, listener: socket.socket, ready: Ready) -> Non
     service.is_draining = True
     note_event("draining")
     await asyncio.sleep(options.drain_s)
+    await server.refuse_clients(listener)
     server.should_exit = True
     if rpc is not None:
         await rpc.stop(options.shutdown_timeout_s)
