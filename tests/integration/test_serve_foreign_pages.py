@@ -1,6 +1,7 @@
 """A real browser that shows somebody else's page lets it ask a server without a key nothing."""
 
 import json
+import socket
 import time
 
 import httpx
@@ -67,3 +68,20 @@ def test_the_own_page_and_links_to_it_work(page, server, page_server):
     assert page.evaluate("async () => (await fetch('/schema')).status") == 200
     post = """async () => (await fetch("/predict", {method: "POST", body: "[{}]"})).status"""
     assert page.evaluate(post) == 200
+
+
+@pytest.mark.parametrize(
+    ("target", "header", "status"),
+    [
+        ("http://evil.example/schema", "localhost", b"403"),
+        ("http://localhost@evil.example?/schema", "localhost", b"403"),
+        ("http://localhost:8080/schema", "evil.example", b"200"),
+        ("http://[::1]:8080/schema", "evil.example", b"200"),
+        ("/schema", "[::1].evil.example", b"403"),
+    ],
+)
+def test_the_host_of_a_whole_address_counts(server, target, header, status):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        client.sendall(f"GET {target} HTTP/1.1\r\nHost: {header}\r\n\r\n".encode())
+        assert client.recv(4096).startswith(b"HTTP/1.1 " + status)

@@ -9,6 +9,7 @@ site.
 import hmac
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import Mapping
 from functools import lru_cache
@@ -21,6 +22,7 @@ from torchdlrm.prediction.client import API_KEY_VARIABLE
 
 # Names that nobody on the internet can be given: of this machine, of containers, of a cluster's services.
 _PRIVATE_SUFFIXES: Final = (".localhost", ".internal", ".svc", ".svc.cluster.local")
+_HOST: Final = re.compile(r"(?:\[([^\]]*)\]|([^:\[]*))(?::\d*)?")  # an address or a name, and a port
 _OF_THE_SAME_SITE: Final = {b"same-origin", b"none"}
 
 
@@ -63,7 +65,8 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
         key = os.environ.get(API_KEY_VARIABLE, "").strip()
         return (key,) if key else ()
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        # Cut at \n alone: parts between other separators would be keys that nobody has thought of.
+        lines = [line.strip(" \t\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         msg = f"`api_key_file` {path}: is no text in UTF-8; write one key a line"
         raise ConfigError(msg) from error
@@ -121,6 +124,8 @@ class AllowedHosts:
 
     def _is_own(self, host: bytes) -> bool:
         name = _name_of(host)
+        if "[" in name:
+            return False
         if "." not in name or name.endswith(_PRIVATE_SUFFIXES) or name in self._own or self._is_listed(name):
             return True
         try:
@@ -143,8 +148,7 @@ class AllowedHosts:
 
 
 def _name_of(host: bytes) -> str:
-    """Return the name alone: `Model.example.com.:8080` -> `model.example.com`; `[::1]:8080` -> `::1`."""
+    """Return the name alone: `Model.example.com.:8080` -> `model.example.com`; `[::1]:8080` -> `::1`; other texts stay."""
     text = host.decode("latin-1").lower()
-    if text.startswith("["):
-        return text[1:].partition("]")[0]
-    return text.partition(":")[0].rstrip(".")
+    found = _HOST.fullmatch(text)
+    return text if found is None else (found[1] or found[2] or "").rstrip(".")

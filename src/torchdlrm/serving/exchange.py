@@ -40,7 +40,7 @@ class Exchange:
     """
 
     def __init__(self, head: Head, connection: "Connection", default_headers: Headers) -> None:
-        path, query = _path_and_query(head.target)
+        path, query, host = _path_query_and_host(head.target)
         self._head, self._connection, self._default_headers = head, connection, default_headers
         self.is_complete = self.is_answered = False
         self.keeps_alive = head.keeps_alive
@@ -63,7 +63,10 @@ class Exchange:
             "path": urllib.parse.unquote(path) if "%" in path else path,
             "raw_path": path.encode(),
             "query_string": query,
-            "headers": head.headers,
+            # The host of a whole address counts, and not the header (RFC 9112, 3.2.2).
+            "headers": head.headers
+            if host is None
+            else [*(header for header in head.headers if header[0] != b"host"), (b"host", host)],
             ARRIVED: time.perf_counter(),
             IS_GONE: connection.is_gone,
             IS_COMPLETE: False,
@@ -162,12 +165,13 @@ def error_bytes(status: int, message: str) -> bytes:
     return _STATUS_LINES[status] + headers + content
 
 
-def _path_and_query(target: bytes) -> tuple[str, bytes]:
+def _path_query_and_host(target: bytes) -> tuple[str, bytes, bytes | None]:
     if not target.startswith(b"/"):  # a whole address, as sent to proxies
         try:
             url = httptools.parse_url(target)
         except httptools.HttpParserInvalidURLError:
-            return target.decode(), b""
-        return (url.path or b"/").decode(), url.query or b""
+            return target.decode(), b"", None
+        authority = target.partition(b"://")[2].partition(b"/")[0].partition(b"?")[0]
+        return (url.path or b"/").decode(), url.query or b"", authority.rpartition(b"@")[2] if url.host else None
     path, _, query = target.partition(b"?")
-    return path.decode(), query
+    return path.decode(), query, None
