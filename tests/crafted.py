@@ -33,9 +33,9 @@ def write(path, data):
     path.write_bytes(data)
 
 
-def change_manifest(folder, change):
-    """Change what `bundle.json` says, a value of JSON, and give it the checksum that it must have."""
-    path = folder / "bundle.json"
+def change_manifest(folder, change, name="bundle.json"):
+    """Change what a manifest says, a value of JSON, and give it the checksum that it must have."""
+    path = folder / name
     content = json.loads(path.read_text(encoding="utf-8"))
     changed = change(content)
     content = content if changed is None else changed

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import hashlib
 import json
 import shutil
 import time
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tritonclient.grpc as triton_grpc
 
-from crafted import copy, seal
+from crafted import change_manifest, copy, seal
 from live_bundles import NUM_PERIODS, rows_of, write_periods
 from torchdlrm.bundle.apply import write_delta
 from torchdlrm.bundle.patched_bundle import PatchedBundle
@@ -184,7 +187,23 @@ def flip(path):
     path.write_bytes(data)
 
 
+def repeat_values(delta):
+    """Write each row of a vocabulary a thousand times, the checksums right: one value would take long to look up."""
+    path = delta / "files" / "cat_0.parquet"
+    table = pq.read_table(path)
+    path.unlink()
+    pq.write_table(pa.concat_tables([table] * 1000), path, use_dictionary=False, write_page_checksum=True)
+    data = path.read_bytes()
+
+    def change(content):
+        file = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        content["files"]["cat_0.parquet"]["file"] = file
+
+    change_manifest(delta, change, "delta.json")
+
+
 BROKEN = {
+    "values that stand there many times": repeat_values,
     "a bit of its rows": lambda delta: flip(delta / "weights.delta"),
     "a bit of its vocabulary": lambda delta: flip(delta / "files" / "cat_0.parquet"),
     "a bit of what it says": lambda delta: flip(delta / "delta.json"),

@@ -96,7 +96,13 @@ def _vocabulary(before: Bundle, delta: Delta, column: SparseColumn) -> ServedVoc
         pieces = list(pieces)
         known = np.concatenate([removed_ids, *(ids for _, ids in pieces)])
         removed_ids = np.setdiff1d(np.arange(1, old.num_embeddings, dtype=np.int32), known)
-    return PatchedIndex.of(index, pieces, removed_ids, column.vocabulary_kind)
+    try:
+        return PatchedIndex.of(index, pieces, removed_ids, column.vocabulary_kind)
+    except BundleError:
+        raise
+    except ValueError as error:
+        msg = f"{path}: {error}; copy the delta again"
+        raise BundleError(msg) from error
 
 
 def _rows(path: Path, column: SparseColumn, num_embeddings: int) -> Iterable[tuple[pl.Series, NDArray[np.int32]]]:

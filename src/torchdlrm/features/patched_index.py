@@ -74,13 +74,22 @@ class PatchedIndex:
 
         Returns:
             The index itself where no value has another id.
+
+        Raises:
+            ValueError: a value or an id stands in several rows.
         """
-        found, all_ids = [pl.Series(dtype=KINDS[kind].dtype)], [np.empty(0, np.int32)]
+        found, all_ids, told_ids = (
+            [pl.Series(dtype=KINDS[kind].dtype)],
+            [np.empty(0, np.int32)],
+            [np.empty(0, np.int32)],
+        )
         for values, ids in rows:
             is_other = index.lookup(values).to_numpy() != ids
             found.append(values.filter(pl.Series(is_other)))
             all_ids.append(ids[is_other])
+            told_ids.append(ids)
         values, ids = pl.concat(found), np.concatenate(all_ids)
+        _check_distinct(values, np.concatenate(told_ids))
         gone = np.union1d(removed_ids, ids).astype(np.int32)
         if not len(gone):
             return index
@@ -94,6 +103,7 @@ class PatchedIndex:
             return cls(index, values, ids, gone, kind, missing_id)
         stay = ~np.isin(index._ids, gone)
         values, ids = pl.concat([index._values.filter(pl.Series(stay)), values]), np.append(index._ids[stay], ids)
+        _check_distinct(values, ids)
         return cls(index._base, values, ids, np.union1d(index._gone[1:-1], gone), kind, missing_id)
 
     @property
@@ -145,3 +155,9 @@ class PatchedIndex:
             return rows
         found = ids[rows]
         return rows[self._gone[np.searchsorted(self._gone, found)] == found]
+
+
+def _check_distinct(values: pl.Series, ids: npt.NDArray[np.int32]) -> None:
+    """See that no value is there twice, which would take long to look up, and no id."""
+    if values.n_unique() < len(values) or len(np.unique(ids)) < len(ids):
+        raise ValueError("a value or an id stands in several rows")

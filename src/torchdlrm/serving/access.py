@@ -148,7 +148,7 @@ class AllowedHosts:
 
 
 def _name_of(host: bytes) -> str:
-    """Return the name alone: `Model.example.com.:8080` -> `model.example.com`; `[::1]:8080` -> `::1`; other texts stay."""
+    """Return the name alone: `Model.example.com.:8080` -> `model.example.com`; `[::1]:8080` -> `::1`."""
     text = host.decode("latin-1").lower()
     found = _HOST.fullmatch(text)
     return text if found is None else (found[1] or found[2] or "").rstrip(".")

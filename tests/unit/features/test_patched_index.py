@@ -69,3 +69,14 @@ def test_rows_of_which_the_ids_stay_need_no_memory():
     assert patched(index, values, ids, ids[:0], "int") is index
     other = patched(index, pl.Series([9], dtype=pl.Int64), np.array([2], np.int32), ids[:0], "int")
     assert (other.num_changed, other.id_of(9), other.id_of(8), other.id_of(None)) == (1, 2, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "ids"),
+    [([7, 7], [2, 3]), ([None, None], [2, 3]), ([7, 8], [2, 2]), ([5, 7], [1, 1]), ([6] * 1000, [*range(2, 1002)])],
+    ids=["value", "missing value", "id", "id of a value that keeps it", "a thousand times"],
+)
+def test_a_value_or_an_id_that_stands_in_several_rows_is_refused(values, ids):
+    for index in (base := index_of({1: 5}, "int"), patched(base, pl.Series([9]), np.array([4], np.int32), [], "int")):
+        with pytest.raises(ValueError, match="a value or an id stands in several rows"):
+            patched(index, pl.Series(values, dtype=pl.Int64), np.array(ids, np.int32), np.empty(0, np.int32), "int")
