@@ -108,6 +108,7 @@ def torchrec_pipeline(
             world_size=ranks.world_size,
             local_world_size=ranks.local_world_size,
             device=ranks.device,
+            all_gather=ranks.all_gather,
         ),
         options=PlanOptions.of(config),
         process_group=ranks.process_group,

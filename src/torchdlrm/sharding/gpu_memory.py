@@ -5,8 +5,8 @@ from contextlib import suppress
 
 import torch
 
-# CUDA's context, NCCL's buffers and the dense parts of ranks that have begun stay below this.
-_OUR_OWN_FRACTION = 0.05
+# CUDA's context, NCCL's buffers and the dense parts of ranks that have begun stay below the larger of these.
+_OUR_OWN_FRACTION, _OUR_OWN_BYTES = 0.05, 2 * 2**30
 
 
 class _Memory(ctypes.Structure):
@@ -16,14 +16,14 @@ class _Memory(ctypes.Structure):
 
 
 def memory_of_others_bytes(index: int) -> int:
-    """What other programs hold of a GPU; 0 where that is little, and where the driver does not tell.
+    """What other processes hold of a GPU; 0 where that is little, and where the driver does not tell.
 
     Args:
         index: of the GPU, in PyTorch's order.
     """
     properties = torch.cuda.get_device_properties(index)
     others = used_bytes(str(properties.uuid)) - torch.cuda.memory_reserved(index)
-    return others if others > _OUR_OWN_FRACTION * properties.total_memory else 0
+    return others if others > max(_OUR_OWN_FRACTION * properties.total_memory, _OUR_OWN_BYTES) else 0
 
 
 def used_bytes(uuid: str) -> int:

@@ -5,6 +5,7 @@ TorchRec assumes 32 GiB of GPU memory and 128 GiB of host memory if these are no
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -161,7 +162,14 @@ def host_memory_bytes() -> int:
     return physical_bytes if limit == "max" else min(physical_bytes, int(limit))
 
 
-def local_machine(config: ShardingConfig, *, world_size: int, local_world_size: int, device: torch.device) -> Machine:
+def local_machine(
+    config: ShardingConfig,
+    *,
+    world_size: int,
+    local_world_size: int,
+    device: torch.device,
+    all_gather: Callable[[int], list[int]] | None = None,
+) -> Machine:
     """Return the machine that this process runs on, as training plans for it.
 
     What other programs hold of its GPUs is not planned for; all ranks have as much as the one with the least.
@@ -171,6 +179,8 @@ def local_machine(config: ShardingConfig, *, world_size: int, local_world_size: 
         world_size: number of ranks.
         local_world_size: number of ranks on each host.
         device: where this rank computes; all ranks are taken to have the same.
+        all_gather: gives the values of all ranks, each of which asks about its own GPU: it alone knows what it holds
+            there itself. None where there are no other ranks yet.
     """
     named = DEVICES["cpu"]
     hbm_bytes = 0
@@ -178,7 +188,11 @@ def local_machine(config: ShardingConfig, *, world_size: int, local_world_size: 
         properties = torch.cuda.get_device_properties(device)
         named = device_of_gpu(properties.name, properties.total_memory)
         hbm_bytes = config.hbm_bytes or properties.total_memory
-        others_bytes = 0 if config.hbm_bytes else max(map(memory_of_others_bytes, range(local_world_size)))
+        others_bytes = 0
+        if not config.hbm_bytes and all_gather is not None:
+            others_bytes = max(all_gather(memory_of_others_bytes(device.index)))
+        elif not config.hbm_bytes:
+            others_bytes = max(map(memory_of_others_bytes, range(local_world_size)))
         if others_bytes:
             hbm_bytes -= others_bytes
             named = replace(named, source=f"{named.source}; other programs hold {show_bytes(others_bytes)} of a GPU")

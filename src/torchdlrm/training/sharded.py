@@ -156,6 +156,7 @@ def _shard(
             world_size=ranks.world_size,
             local_world_size=ranks.local_world_size,
             device=ranks.device,
+            all_gather=ranks.all_gather,
         ),
         process_group=ranks.process_group,
         saved_plan=saved_plan,

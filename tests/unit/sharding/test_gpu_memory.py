@@ -14,18 +14,22 @@ TOTAL = 80 * 10**9
 
 @pytest.fixture
 def machine_with(monkeypatch):
-    """The machine of two ranks, of whose GPUs so many bytes are in use, 10**9 of the first one by this process."""
+    """The machine of two ranks, of whose GPUs so many bytes are in use, 10**9 of its own by this process."""
 
-    def make(*used, **sharding):
+    def make(*used, total=TOTAL, rank=0, all_gather=None, **sharding):
         def properties(device):
             index = device if isinstance(device, int) else device.index
-            return SimpleNamespace(name="NVIDIA A100-SXM4-80GB", total_memory=TOTAL, uuid=str(index))
+            return SimpleNamespace(name="NVIDIA A100-SXM4-80GB", total_memory=total, uuid=str(index))
 
         monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 0 if index else 10**9)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 10**9 if index == rank else 0)
         monkeypatch.setattr(gpu_memory, "used_bytes", lambda uuid: used[int(uuid)])
         return local_machine(
-            ShardingConfig(**sharding), world_size=2, local_world_size=2, device=torch.device("cuda", 0)
+            ShardingConfig(**sharding),
+            world_size=2,
+            local_world_size=2,
+            device=torch.device("cuda", rank),
+            all_gather=all_gather,
         )
 
     return make
@@ -42,6 +46,23 @@ def test_what_ranks_hold_that_have_begun_changes_no_plan(machine_with):
     machine = machine_with(4 * 10**9, 3 * 10**9)
     assert machine.hbm_bytes == TOTAL
     assert "other programs" not in machine.source
+
+
+def test_what_the_ranks_themselves_hold_from_a_training_before_is_planned_for(machine_with):
+    """Each rank asks about its own GPU: of the others it would take what their processes have cached for foreign."""
+    told = []
+
+    def all_gather(value):
+        told.append(value)
+        return [0, 30 * 10**9]
+
+    assert machine_with(60 * 10**9, 10**9, rank=1, all_gather=all_gather).hbm_bytes == TOTAL - 30 * 10**9
+    assert told == [0]
+    assert machine_with(10**9, 41 * 10**9, rank=1, all_gather=lambda value: [value, 0]).hbm_bytes == TOTAL - 40 * 10**9
+
+
+def test_on_a_small_gpu_contexts_and_buffers_of_our_own_change_no_plan(machine_with):
+    assert machine_with(10**9, 2 * 10**9, total=24 * 10**9).hbm_bytes == 24 * 10**9
 
 
 def test_a_size_that_is_given_counts(machine_with):
