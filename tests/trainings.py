@@ -26,6 +26,7 @@ class Process:
     """A `dlrm train` (or another `verb`) that runs beside the test, in a session of its own."""
 
     def __init__(self, *args, verb=("train", CONFIG)):
+        self.args, self.verb = args, verb
         self.process = shared_server().start(
             [DLRM, *verb, *args],
             stdout=subprocess.PIPE,
@@ -33,6 +34,10 @@ class Process:
             env={**os.environ, "COLUMNS": "200"},
             start_new_session=True,
         )
+
+    def again(self):
+        """The same command once more."""
+        return Process(*self.args, verb=self.verb)
 
     def wait(self, timeout_s=240):
         """The exit code and the output, when all its processes have ended."""

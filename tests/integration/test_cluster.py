@@ -1,5 +1,9 @@
 """Trainings on several machines (two launchers on loopback), and launchers that are killed."""
 
+import os
+import signal
+from pathlib import Path
+
 import psutil
 import pytest
 
@@ -77,6 +81,45 @@ def test_after_a_launcher_is_killed_nothing_of_it_lives_on_and_each_step_is_logg
     told = events(run)
     assert sorted(told) == sorted(set(told))
     assert sorted(step for step, name in told if name == "train/loss") == steps[:-1]
+
+
+def is_asked_to_stop(pid):
+    """Whether a SIGTERM waits for a process that is stopped."""
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("ShdPnd:"))
+    return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["process", "machine"])
+def test_a_job_that_was_begun_with_restart_goes_on_when_a_process_or_a_machine_is_replaced(
+    lost, small_dataset, tmp_path, dlrm
+):
+    """What was there before is removed, what the job itself has saved is not.
+
+    Launchers count starts each for itself: one whose process hangs, as in a kernel of NCCL, sees another machine that
+    waits, and starts again without counting; that of a new machine begins to count.
+    """
+    run = tmp_path / "run"
+    arguments = ("--dataset", small_dataset.path, "--run", run, *OPTIONS)
+    assert dlrm("train", CONFIG, *arguments, "--seed", 9, "--train.max-steps", 5).returncode == 0
+    nodes = two_nodes(*arguments, "--train.epochs", 4, "--restart", "--max-restarts", 2)
+    wait_until(lambda: max(checkpoints(run), default=0) >= 10, nodes[0])
+    hangs = nodes[0].workers()[0]
+    if lost == "process":
+        os.kill(hangs, signal.SIGSTOP)
+        os.kill(nodes[1].workers()[0], signal.SIGKILL)
+        wait_until(lambda: is_asked_to_stop(hangs), nodes[0])
+        os.kill(hangs, signal.SIGCONT)
+    else:
+        nodes[1].kill_all()
+        nodes[1] = nodes[1].again()
+    outputs = []
+    for node in nodes:
+        code, output = node.wait()
+        assert code == 0, output
+        outputs.append(output)
+    assert "resumed after" in "".join(outputs)
+    assert logged_steps(run) == [*range(10, 2 * STEPS, 10), 2 * STEPS, 2 * STEPS]  # the last one of val
 
 
 @pytest.mark.slow

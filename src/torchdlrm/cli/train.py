@@ -1,6 +1,5 @@
 """`dlrm train`: dataset and config -> run."""
 
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -169,7 +168,6 @@ def work(
     """What every process of a training does; only the first one draws."""
     from torchdlrm.training.job import train as train_here
 
-    restart = restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     with progress_of_first_rank() as progress:
         history = train_here(
             settings,

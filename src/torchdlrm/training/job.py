@@ -1,6 +1,7 @@
 """Plans and runs a training; what it is going to do is known before anything is written."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from torchdlrm.training.checkpoint import list_checkpoints
 from torchdlrm.training.checkpointer import find_damage_together
 from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory, set_threads
 from torchdlrm.training.log import Callback, Callbacks, MetricsLog, TrainingHistory, read_metrics
-from torchdlrm.training.processes.agreement import Settings, settings_of
+from torchdlrm.training.processes.agreement import LAUNCHER_VARIABLE, Settings, settings_of
 from torchdlrm.training.processes.device import rank_device
 from torchdlrm.training.processes.process_group import Ranks, join_process_group
 from torchdlrm.training.run import METRICS_NAME, Run
@@ -264,9 +265,12 @@ def train(
         _checked_agenda(settings, encoded, ranks.device)
         shape = ModelShape.of(settings.model, encoded, architecture)
         check_freeze(settings, shape, encoded.num_embeddings)
+        launchers = _launchers(ranks)
+        # Not what this job itself has trained, before a process or a machine died and all were started again.
+        removes = restart and not ranks.from_first(Run(path, settings).was_started_by(launchers))
         place = None if from_run is None else Path(from_run)
-        source = _find_source(place, Run(path, settings), encoded, ranks, architecture, restart=restart)
-        started = _start_run(settings, encoded, path, ranks, architecture, source, restart=restart)
+        source = _find_source(place, Run(path, settings), encoded, ranks, architecture, restart=removes)
+        started = _start_run(settings, encoded, path, ranks, architecture, source, restart=removes, launchers=launchers)
         try:
             set_threads(settings, shape, ranks)
             dtype = choose_precision(settings, shape, ranks.device).dtype
@@ -289,6 +293,12 @@ def _checked_agenda(config: Config, dataset: Dataset, device: torch.device) -> A
     agenda = Agenda.of(config, rows)
     check_validations(config, agenda, validation_rows=dataset.splits["val"].rows)
     return agenda
+
+
+def _launchers(ranks: Ranks) -> list[str]:
+    """What has started the processes of each machine, as long as they are started again: by `launch` alone."""
+    names = ranks.all_gather(os.environ.get(LAUNCHER_VARIABLE))
+    return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def _find_source(
@@ -319,6 +329,7 @@ def _start_run(
     source: SourceRun | None,
     *,
     restart: bool,
+    launchers: Collection[str],
 ) -> Run:
     """Rank 0 takes the folder."""
     start = partial(
@@ -330,6 +341,7 @@ def _start_run(
         restart=restart,
         architecture=architecture,
         warm_start=None if source is None else source.record,
+        launchers=launchers,
     )
     return _on_first_rank(ranks, start) or Run(path, config)
 

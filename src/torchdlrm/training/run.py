@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NotRequired, Self
@@ -123,6 +123,7 @@ class Run:
         restart: bool = False,
         architecture: Architecture | None = None,
         warm_start: WarmStartRecord | None = None,
+        launchers: Collection[str] = (),
     ) -> Self:
         """Make the folder, or resume the run that is in it, and keep others out until this process ends.
 
@@ -134,6 +135,7 @@ class Run:
             restart: remove what is there and begin again.
             architecture: of the model, where it is somebody's own; must be the same.
             warm_start: what a new run is started from.
+            launchers: names of what has started the processes on each machine.
 
         Raises:
             RunError: another process is training in it, something else is in it, or config, dataset or model class
@@ -154,6 +156,7 @@ class Run:
                 environment["dataset"]["path"] = str(dataset.path.resolve())
                 write_atomically(path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
             write_atomically(path / CONFIG_NAME, config_toml(config))
+            run._record_launchers(launchers)
         except OSError as error:
             run.close()
             msg = f"`run`: cannot write to {path}: {error.strerror}"
@@ -223,6 +226,14 @@ class Run:
         except OSError:
             return False
         return False
+
+    def was_started_by(self, launchers: Collection[str]) -> bool:
+        """Whether one of these has started the processes that trained in it last; its lock tells."""
+        try:
+            recorded = (self.path / LOCK_NAME).read_text(encoding="utf-8").split()
+        except (OSError, ValueError):
+            return False
+        return not {*recorded}.isdisjoint(launchers)
 
     @property
     def model_class(self) -> ModelClassRecord | None:
@@ -366,6 +377,12 @@ class Run:
         before, now = setting_values(load_config(self.path / CONFIG_NAME, is_of_run=True)), setting_values(self.config)
         names = dict.fromkeys((*now, *before))  # those of features are there if they are set
         return [Change(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)]
+
+    def _record_launchers(self, launchers: Collection[str]) -> None:
+        assert self._lock is not None
+        self._lock.truncate(0)
+        self._lock.write(" ".join(launchers))
+        self._lock.flush()
 
     def _lock_folder(self) -> None:
         """Hold the folder until this process ends, however it ends."""

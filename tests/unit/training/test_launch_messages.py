@@ -5,9 +5,11 @@ import os
 import re
 
 import pytest
+from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from torchdlrm.errors import LostProcessError, PlanError, TorchDLRMError, TrainingError
+from torchdlrm.training.processes import launch as module
 from torchdlrm.training.processes.launch import Processes, _reported_error, _why_it_failed
 
 
@@ -99,3 +101,13 @@ def test_what_nobody_expected_is_told_rather_than_that_a_process_was_lost_by_it(
     assert found.__notes__ == ["Traceback ..."]
     report(tmp_path, 1, "PlanError", "the tables do not fit")
     assert type(_why_it_failed(error, tmp_path, Processes(2))) is PlanError
+
+
+def test_machines_that_lose_each_other_while_they_meet_are_told_to_start_again(monkeypatch):
+    def lose(*_):
+        message = "wait timeout after 60000ms, keys: /torch.rendezvous.r5.1/MASTER_ADDR"
+        raise dist.DistStoreError(message)
+
+    monkeypatch.setattr(module, "elastic_launch", lambda *_: lose)
+    with pytest.raises(LostProcessError, match=r"met at here:29500 .* start it again on all: it resumes from the last"):
+        module.launch(print, processes=Processes(1, nnodes=2, rdzv_endpoint="here:29500"))

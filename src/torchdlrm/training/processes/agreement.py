@@ -29,6 +29,8 @@ from torchdlrm.training.run import shown, versions
 _LEAST_WAIT_S = 60.0
 # The arguments of `launch`; torch's launcher lets a node that asks for three into a group of two.
 NNODES_VARIABLE = "TORCHDLRM_NNODES"
+# Names the call of `launch` on this machine that has started a process, and starts it again after another has died.
+LAUNCHER_VARIABLE = "TORCHDLRM_LAUNCHER"
 
 
 class Setting(NamedTuple):

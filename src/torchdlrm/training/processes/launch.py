@@ -21,15 +21,17 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing import start_processes
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousInfo
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from torchdlrm.errors import Interrupted, LostProcessError, TorchDLRMError, TrainingError, UserError
-from torchdlrm.training.processes.agreement import NNODES_VARIABLE, Settings
+from torchdlrm.training.processes.agreement import LAUNCHER_VARIABLE, NNODES_VARIABLE, Settings
 from torchdlrm.training.processes.library_noise import silenced_libraries
 from torchdlrm.training.processes.process_group import join_process_group, restored_handlers
 
@@ -104,11 +106,12 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
     if processes.world_size == 1 and not processes.max_restarts:
         return entrypoint(*args)
     several_nodes = processes.nnodes > 1
+    launcher = uuid.uuid4().hex
     config = LaunchConfig(
         min_nodes=processes.nnodes,
         max_nodes=processes.nnodes,
         nproc_per_node=processes.nproc_per_node,
-        run_id=processes.rdzv_id if several_nodes else uuid.uuid4().hex,
+        run_id=processes.rdzv_id if several_nodes else launcher,
         rdzv_backend="c10d",
         rdzv_endpoint=processes.rdzv_endpoint if several_nodes else "localhost:0",
         rdzv_configs={"join_timeout": processes.join_timeout_s},
@@ -120,8 +123,9 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
     with silenced_libraries(), tempfile.TemporaryDirectory(prefix="torchdlrm-") as folder:
         error_folder = Path(folder)
         try:
-            with _signals_for_the_launcher():
-                results = elastic_launch(config, _recorded)(entrypoint, error_folder, processes.nnodes, *args)
+            with _signals_for_the_launcher(), _a_store_for_each_start():
+                variables = {NNODES_VARIABLE: str(processes.nnodes), LAUNCHER_VARIABLE: launcher}
+                results = elastic_launch(config, _recorded)(entrypoint, error_folder, variables, *args)
         except ChildFailedError as error:
             raise _why_it_failed(error, error_folder, processes) from error
         except RendezvousError as error:
@@ -131,6 +135,13 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
                 "that has refused to start says why"
             )
             raise _reported_error(error_folder) or TrainingError(msg) from error
+        except dist.DistError as error:
+            msg = (
+                f"the machines of this training have lost each other while they met at {processes.rdzv_endpoint} to "
+                "start again; end the command on all of them and start it again on all: it resumes from the last "
+                "checkpoint"
+            )
+            raise _reported_error(error_folder) or LostProcessError(msg) from error
         except SignalException as error:
             msg = "interrupted; nothing was saved after the last checkpoint, if any; the same command resumes there"
             raise _reported_error(error_folder) or Interrupted(msg) from error
@@ -158,6 +169,26 @@ def _refuse(error: UserError) -> None:
 
     with join_process_group(describe=describe, device="cpu"):
         pass
+
+
+@contextmanager
+def _a_store_for_each_start() -> Iterator[None]:
+    """Inside, the processes of each start get a store that no earlier one has used.
+
+    Torch's launchers keep that of their first start, and tell its address in that start alone: a machine that takes the
+    place of another would wait for it in vain, and keys of processes that died on the way would stay.
+    """
+    meet = DynamicRendezvousHandler.next_rendezvous
+
+    def meet_anew(handler: Any) -> RendezvousInfo:
+        handler._bootstrap_store_info = None
+        return meet(handler)
+
+    DynamicRendezvousHandler.next_rendezvous = meet_anew  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        DynamicRendezvousHandler.next_rendezvous = meet  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -220,10 +251,10 @@ def _starts_processes(frame: FrameType | None) -> bool:
     return frame is not None
 
 
-def _recorded(entrypoint: Callable[..., Any], error_folder: Path, nnodes: int, *args: object) -> Any:
+def _recorded(entrypoint: Callable[..., Any], error_folder: Path, variables: dict[str, str], *args: object) -> Any:
     """Call the entrypoint; what it raises on purpose is written down for the parent, who knows only exit codes."""
     _die_with_the_launcher()
-    os.environ[NNODES_VARIABLE] = str(nnodes)
+    os.environ.update(variables)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     unexpected = error_folder / f"{_UNEXPECTED}{os.environ.get('RANK', '0')}"
