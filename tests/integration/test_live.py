@@ -306,7 +306,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(copied, logs, dlrm
     assert "before it the logs of period 3 again" in done.stderr
     assert files_of(copied) == before
     new = tmp_path / "new"
-    done = dlrm("advance", new, logs[0], "--config", "quickstart", "--schema", "criteo", "--dry-run")
+    done = dlrm("advance", new, logs[0], "--config", "quickstart", "--schema", copied / "schema.toml", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "warning: schedule.decay_steps is 675: the rate falls again in every period" in done.stderr
     assert "period 1, learnt from nothing" in done.stderr
@@ -404,17 +404,18 @@ def killed_at(monkeypatch, moment):
 def test_publishing_that_is_interrupted_between_any_two_changes_is_finished(copied, logs, monkeypatch, tmp_path):
     """From the moment that a candidate has been checked on: there kills at random seldom fall."""
     settings = LiveSettings(keep_runs=1, keep_bundles=2)
+    config = CONFIG.model_copy(update={"logging": CONFIG.logging.model_copy(update={"every_steps": 7})})
     with monkeypatch.context() as patched:
         patched.setattr("torchdlrm.live.advance._Period._publish", end_here)
         with pytest.raises(Killed):
-            advance(copied, logs[3], settings=settings)
+            advance(copied, logs[3], settings=settings, config=config)
     for name in (".live.toml.1a2b3c4d", "days/0004/.scores.parquet.1a2b3c4d", "days/.0005.removed"):
         (copied / name).touch()  # as a process leaves them that was killed while it wrote
     checked = shutil.copytree(copied, tmp_path / "checked", symlinks=True)
     assert LiveModel.open(checked).draft.done[-1] == "check"
     with monkeypatch.context() as patched:
         moments = killed_at(patched, -1)
-        record = advance(copied, logs[3])
+        record = advance(copied, logs[3], config=config)
     expected, num_moments = files_of(copied), next(moments)
     assert record.published
     assert num_moments > 12
@@ -425,8 +426,8 @@ def test_publishing_that_is_interrupted_between_any_two_changes_is_finished(copi
         with monkeypatch.context() as patched:
             killed_at(patched, moment)
             with pytest.raises(Killed):
-                advance(copied, logs[3])
-        assert advance(copied, logs[3]) == record
+                advance(copied, logs[3], config=config)
+        assert advance(copied, logs[3], config=config) == record
         assert files_of(copied) == expected, moment
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from live_models import CONFIG, SCHEMA, files_of
 from torchdlrm import LiveModel, LiveSettings, advance, rollback
-from torchdlrm.config import ScheduleConfig
+from torchdlrm.config import ScheduleConfig, config_toml
 from torchdlrm.errors import ConfigError, LiveError, LogError
 from torchdlrm.live.preview import preview_advance
 from torchdlrm.progress import SilentProgress
@@ -122,7 +122,9 @@ def test_a_schedule_that_every_period_repeats_is_warned_of_once(schedule, warned
     config = CONFIG.model_copy(update={"schedule": ScheduleConfig(**schedule)})
     for expected in (warned_of, []):
         progress = Notes()
-        advance(copied, logs[2], config=config, progress=progress)
+        with pytest.raises(ZeroDivisionError):
+            advance(copied, logs[3], config=config, progress=progress, train_by=lambda *_, **__: 1 / 0)
+        (copied / "config.toml").write_text(config_toml(config))  # as when the period is complete
         assert len(progress.lines) == len(expected)
         for line, words in zip(progress.lines, expected, strict=True):
             assert line.startswith(f"warning: schedule.{words}: the rate ")

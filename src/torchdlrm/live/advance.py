@@ -17,7 +17,7 @@ so: whatever ends the process, at whatever moment, the same call resumes, and en
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from torchdlrm.live.preview import STEPS, AdvancePreview, lineage_of, look_ahead
 from torchdlrm.live.record import (
     FeatureRecord,
     PeriodRecord,
+    StepName,
     StepTime,
     read_times,
     write_times,
@@ -56,6 +57,11 @@ from torchdlrm.training.job import train
 from torchdlrm.training.run import Run
 
 _CANDIDATE_NAME, _DELTA_NAME = "bundle", "delta"
+_LEFT_BY: Mapping[StepName | None, tuple[str, ...]] = {
+    "preprocess": (DATASET_NAME, work_folder(Path(DATASET_NAME)).name),
+    "learn": (RUN_NAME, REPLAY_NAME),
+    "export": (_CANDIDATE_NAME,),
+}
 
 
 def advance(
@@ -80,7 +86,8 @@ def advance(
     Args:
         live: folder of the live model.
         logs: the file of the period's log, or its files; read again where later periods replay it.
-        config: of the runs, as `train` takes it; needed by the first call, and kept in `config.toml`.
+        config: of the runs, as `train` takes it; needed by the first call, and kept in `config.toml`. One that is
+            changed later is kept when the period that was learnt with it is complete.
         schema: of the logs, as `preprocess` takes it; needed by the first call, and kept in `schema.toml`.
         settings: what is to be changed in `live.toml`: the fields that are given; the others stay as they are.
         model_class: a model of one's own, as `train` takes it; given in each call.
@@ -105,8 +112,10 @@ def advance(
         preview = look_ahead(live, log, config, schema, settings, restart=restart)
         for name, text in sorted(preview.files.items(), key=lambda file: file[0] == "live.toml"):
             write_atomically(preview.live.path / name, text)
-        for warning in preview.warnings if CONFIG_NAME in preview.files else ():  # once
+        for warning in preview.warnings if preview.is_new_config else ():  # once
             progress.note(f"warning: {warning}")
+        for note in preview.notes:
+            progress.note(note)
         if preview.removed is not None:
             preview.live.remove_period(preview.removed, preview.draft.base)
         record = preview.done
@@ -139,7 +148,7 @@ class _Period:
         allow_changed_model_class: bool,
         progress: ProgressListener,
     ) -> None:
-        self._files = log.files
+        self._files, self._begun_again, self._new_config = log.files, preview.begun_again, preview.new_config
         self._live, self._settings, self._draft = preview.live, preview.settings, preview.draft
         self._config, self._replayed, self._steps = preview.config, preview.replayed, preview.steps
         self._schema = with_split(preview.schema, "random", preview.settings.hold_back, 0.0)
@@ -153,6 +162,8 @@ class _Period:
 
     def run(self) -> PeriodRecord:
         """Do the steps that are left."""
+        for name in _LEFT_BY.get(self._begun_again, ()):
+            remove_folder(self._day / name)
         self._live.write_draft(self._draft)
         actions = (self._score, self._preprocess, self._learn, self._export, self._check, self._publish)
         for name in self._steps:
@@ -163,6 +174,8 @@ class _Period:
             write_times(self._day, {**read_times(self._day), name: time_taken})
             self._note(done=(*self._draft.done, name))
         record = self._record()
+        if self._new_config is not None:
+            write_atomically(self._live.path / CONFIG_NAME, self._new_config)
         record.write(self._day)
         return record
 

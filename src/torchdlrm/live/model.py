@@ -39,6 +39,8 @@ class Draft(BaseModel):
         progressive: how the base predicted the log.
         unseen_fraction: by feature, of the log's values those without an id in the base's vocabulary.
         gate: whether the candidate is good enough.
+        settings: of the live model, by which the steps are done; None in one of an earlier version.
+        config: of the runs, as TOML; likewise.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,6 +52,8 @@ class Draft(BaseModel):
     progressive: ProgressiveMetrics | None = None
     unseen_fraction: dict[str, float] = {}
     gate: GateRecord | None = None
+    settings: LiveSettings | None = None
+    config: str | None = None
     format: Literal["torchdlrm-draft"] = "torchdlrm-draft"
 
 

@@ -3,13 +3,17 @@
 In: a live model's folder (which need not be there), a log, settings.  Out: an `AdvancePreview`.  Writes nothing.
 """
 
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from pydantic import ValidationError
+
 from torchdlrm.bundle.manifest import BundleManifest
-from torchdlrm.config import Config, config_toml, find_config, load_config
+from torchdlrm.config import Config, config_toml, find_config, load_config, setting_values
 from torchdlrm.errors import LiveError
 from torchdlrm.features.schema import PRESETS, FeatureSchema
 from torchdlrm.features.schema_file import load_schema, schema_toml
@@ -26,9 +30,19 @@ from torchdlrm.live.model import (
 from torchdlrm.live.record import LogRecord, PeriodRecord, StepName
 from torchdlrm.live.settings import LiveSettings, changed_settings, settings_toml
 from torchdlrm.toml import is_preset
+from torchdlrm.training.run import Run
+from torchdlrm.training.source_run import unfit_settings
 from torchdlrm.units import show_bytes
 
 STEPS: tuple[StepName, ...] = get_args(StepName)
+# The last step that reads each setting, and `config`; what is kept afterwards may change whenever.
+READ_BY: Mapping[str, StepName] = {
+    **dict.fromkeys(("hold_back", "min_count", "admit_over", "expire_after"), "preprocess"),
+    **dict.fromkeys(("max_embeddings", "max_bad_rows", "seed"), "preprocess"),
+    **dict.fromkeys(("replay_periods", "config"), "learn"),
+    "export": "export",
+    "gate": "check",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,7 @@ class AdvancePreview:
 
     Attributes:
         live: the live model.
-        files: its own files that are written first, by name: settings, and for a new one schema and config.
+        files: its own files that are written first, by name: settings; of a new one schema and config too.
         settings: of the live model.
         config: of the runs.
         schema: of the logs.
@@ -45,6 +59,9 @@ class AdvancePreview:
         replayed: periods whose logs are learnt from again, oldest first.
         removed: an unfinished or unpublished period that is removed first.
         done: the record of the period where it is complete already, and nothing is left to do.
+        new_config: what `config.toml` will be when the period is complete; None: what it is.
+        begun_again: the step that is not complete, and of which nothing can be used, since what it reads was changed.
+        unused: what was given and is not kept, where nothing is left to do.
     """
 
     live: LiveModel
@@ -56,12 +73,20 @@ class AdvancePreview:
     replayed: tuple[PeriodRecord, ...] = ()
     removed: int | None = None
     done: PeriodRecord | None = None
+    new_config: str | None = None
+    begun_again: StepName | None = None
+    unused: tuple[str, ...] = ()
 
     @property
     def steps(self) -> tuple[StepName, ...]:
         """What is left to do."""
         wanted = STEPS if self.draft.base is not None else STEPS[1:]  # no model of before, no scores
         return tuple(step for step in wanted if step not in self.draft.done)
+
+    @property
+    def is_new_config(self) -> bool:
+        """Whether the config is another than so far."""
+        return self.new_config is not None or CONFIG_NAME in self.files
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -80,6 +105,13 @@ class AdvancePreview:
             )
         return tuple(found)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the arguments has no effect, as sentences."""
+        if not self.unused:
+            return ()
+        return (f"{', '.join(self.unused)}: not kept, since nothing is learnt with it; give it with the next log",)
+
     def lines(self) -> list[str]:
         """The period, its log and its steps in words."""
         draft = self.draft
@@ -89,7 +121,9 @@ class AdvancePreview:
         if self.removed is not None:
             lines.append(f"period {self.removed} is begun again: what was done of it is removed")
         if self.done is not None:
-            return [*lines, "it is complete: nothing is left to do"]
+            return [*lines, "it is complete: nothing is left to do", *self.notes]
+        if self.begun_again is not None:
+            lines.append(f"{self.begun_again} is begun again: what it reads was changed")
         if self.replayed:
             lines.append(f"before it the logs of period {', '.join(str(old.period) for old in self.replayed)} again")
         done = f"; done: {', '.join(draft.done)}" if draft.done else ""
@@ -136,19 +170,30 @@ def look_ahead(
         raise LiveError(msg)
     files: dict[str, str] = {}
     columns = _choose_schema(model, schema, files)
-    of_runs = _choose_config(model, config, files)
+    of_runs, text = _choose_config(model, config)
     chosen = changed_settings(model.path / SETTINGS_NAME, settings or LiveSettings())
-    if not model.exists or chosen != model.settings:
+    before = model.settings
+    if not model.exists or chosen != before:
         files[SETTINGS_NAME] = settings_toml(chosen)
     periods = model.periods
     draft, removed, done = _next_period(model, periods, log.records, restart=restart)
-    if done is None:
-        if "preprocess" not in draft.done:
-            require_readable(log, columns, chosen.max_bad_rows)
-        _require_base(model, draft)
-        _require_label(model, draft.base, of_runs.train.label or columns.labels[0].name)
-    replayed = () if done is not None or "learn" in draft.done else _replayed(periods, draft.base, chosen)
-    return AdvancePreview(model, files, chosen, of_runs, columns, draft, replayed, removed, done)
+    _require_fit(model, draft.base if done is None else draft.period, of_runs, config)
+    if done is not None:
+        unused = [name for name in LiveSettings.model_fields if getattr(chosen, name) != getattr(before, name)]
+        unused += [] if text is None else ["config"]
+        return AdvancePreview(model, {}, before, of_runs, columns, draft, done=done, unused=tuple(unused))
+    if "preprocess" not in draft.done:
+        require_readable(log, columns, chosen.max_bad_rows)
+    _require_base(model, draft)
+    _require_label(model, draft.base, of_runs.train.label or columns.labels[0].name)
+    begun_again = _begun_again(draft, log.records, chosen, of_runs)
+    draft = draft.model_copy(update={"logs": log.records, "settings": chosen, "config": config_toml(of_runs)})
+    if text is not None and not periods:
+        files[CONFIG_NAME], text = text, None
+    replayed = () if "learn" in draft.done else _replayed(periods, draft.base, chosen)
+    return AdvancePreview(
+        model, files, chosen, of_runs, columns, draft, replayed, removed, new_config=text, begun_again=begun_again
+    )
 
 
 def _choose_schema(model: LiveModel, given: FeatureSchema | str | Path | None, files: dict[str, str]) -> FeatureSchema:
@@ -167,14 +212,54 @@ def _choose_schema(model: LiveModel, given: FeatureSchema | str | Path | None, f
     return chosen
 
 
-def _choose_config(model: LiveModel, given: Config | str | Path | None, files: dict[str, str]) -> Config:
-    """The config of the runs; one that is new is put among the files to write."""
+def _choose_config(model: LiveModel, given: Config | str | Path | None) -> tuple[Config, str | None]:
+    """The config of the runs, and its text where it is another than that of the live model."""
     path = model.path / CONFIG_NAME
     chosen = given if isinstance(given, Config) else load_config(path if given is None else given)
-    if not model.exists or chosen != load_config(path):
-        is_file = not isinstance(given, Config) and given is not None
-        files[CONFIG_NAME] = find_config(str(given)).read_text(encoding="utf-8") if is_file else config_toml(chosen)
-    return chosen
+    if given is None or (model.exists and chosen == load_config(path)):
+        return chosen, None
+    return chosen, config_toml(given) if isinstance(given, Config) else find_config(given).read_text(encoding="utf-8")
+
+
+def _require_fit(model: LiveModel, learnt: int | None, config: Config, given: Config | str | Path | None) -> None:
+    """See that what a period has learnt can be learnt on with a config."""
+    run = None if learnt is None else model.day(learnt) / RUN_NAME
+    problems = [] if run is None or not run.is_dir() else list(unfit_settings(Run.open(run).config, config))
+    if problems:
+        own = model.path / CONFIG_NAME
+        name = own if given is None else "the one that is given" if isinstance(given, Config) else given
+        remedy = "change these back" if given is None else f"leave it out to go on with {own}"
+        head = f"`config`: {name} does not fit what period {learnt} has learnt; {remedy}, or begin another live model:"
+        raise LiveError("\n  ".join([head, *problems]))
+
+
+def _begun_again(draft: Draft, logs: Sequence[LogRecord], settings: LiveSettings, config: Config) -> StepName | None:
+    """The step that may be half done, if it reads what was changed since the period was begun.
+
+    Raises:
+        LiveError: a step that is complete has read it.
+    """
+    changed = []
+    if draft.settings is not None:
+        now, before = (given.model_dump(include={*READ_BY}) for given in (settings, draft.settings))
+        changed = [(name, now[name], before[name]) for name in now if now[name] != before[name]]
+    with suppress(ValidationError):  # an earlier version has written it, which had other keys
+        values = setting_values(config)
+        old = values if draft.config is None else setting_values(Config.model_validate(tomllib.loads(draft.config)))
+        names = [name for name in {**values, **old} if values.get(name) != old.get(name)]
+        changed += [("config", f"{name} = {values.get(name)}", old.get(name)) for name in names]
+    for name, now, before in changed:
+        if READ_BY[name] in draft.done:
+            msg = (
+                f"`{name}`: is {now}, and was {before} when the step {READ_BY[name]} of period {draft.period} read it, "
+                "which is not complete; give what it was until then, or `restart` to begin the period again"
+            )
+            raise LiveError(msg)
+    unfinished = next((step for step in STEPS[draft.base is None :] if step not in draft.done), None)
+    read_by = {READ_BY[name] for name, _, _ in changed}
+    if [log.path for log in logs] != [log.path for log in draft.logs]:
+        read_by.add("preprocess")  # which knows its files by their place
+    return unfinished if unfinished in read_by else None
 
 
 def _next_period(
@@ -211,7 +296,7 @@ def _next_period(
                 "give `restart` to begin it again from that"
             )
             raise LiveError(msg)
-        return draft.model_copy(update={"logs": logs}), None, None  # they may lie elsewhere by now
+        return draft, None, None
     period = 1 if newest is None else newest.period + 1
     if newest is not None and restart and is_same(newest.logs, logs) and not newest.published:
         period = newest.period

@@ -142,7 +142,7 @@ def _check_same(from_run: Path | None, recorded: SourceRun | None, run: Run) -> 
 
 
 def _check_fits(source: Run, config: Config, dataset: Dataset, architecture: Architecture) -> None:
-    problems = [*_other_settings(source.config, config)]
+    problems = [*unfit_settings(source.config, config)]
     difference = difference_from(source.model_class, architecture, "run")
     if difference is not None:
         problems.append(difference)
@@ -160,8 +160,8 @@ def _extends(dataset: Dataset, source: Run) -> bool:
     return extended is not None and extended.manifest_sha256 == source.environment["dataset"]["manifest_sha256"]
 
 
-def _other_settings(theirs: Config, ours: Config) -> Iterator[str]:
-    """Settings with which weights or state would mean something else."""
+def unfit_settings(theirs: Config, ours: Config) -> Iterator[str]:
+    """Settings with which what was learnt by theirs would mean something else, each with what helps."""
     before, now = setting_values(theirs), setting_values(ours)
     for name in dict.fromkeys((*now, *before)):
         if name.startswith("model.") and before.get(name) != now.get(name):
