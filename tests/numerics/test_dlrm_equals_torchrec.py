@@ -1,11 +1,13 @@
 """Our DLRM against TorchRec's own module, with the same weights on the same rows."""
 
 import inspect
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torchrec.fx import symbolic_trace
 from torchrec.models import dlrm as torchrec_dlrm
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -75,6 +77,58 @@ def test_everything_but_the_tables_is_where_the_caller_wants_it(kind):
     tables = [weight for name, weight in model.named_parameters() if "embedding_bags" in name]
     assert {weight.device.type for weight in tables} == {"cpu"}
     assert all(weight.is_meta for name, weight in model.named_parameters() if "embedding_bags" not in name)
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:.*torch.jit.*deprecated")
+@pytest.mark.parametrize(("kind", "settings"), [*((kind, {}) for kind in FAMILY), ("DLRM_DCN", {"gated": True})])
+def test_a_traced_model_becomes_torchscript_that_can_be_saved(kind, settings, batch, seed):
+    torch.manual_seed(seed)
+    model, memory = build(dlrm, kind=kind, **settings).model, io.BytesIO()
+    torch.jit.save(torch.jit.script(symbolic_trace(model)), memory)
+    memory.seek(0)
+    loaded = torch.jit.load(memory)
+    expected = model(batch.dense_features, batch.sparse_features)
+    found = loaded(batch.dense_features, batch.sparse_features)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    found.sum().backward()
+    expected.sum().backward()
+    gradients = {name: parameter.grad for name, parameter in loaded.named_parameters()}
+    assert gradients.keys() == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-4, rtol=0)
+
+
+@of_the_family
+def test_the_interaction_compiles_into_one_graph(kind, seed):
+    torch.manual_seed(seed)
+    arch, found = build(dlrm, kind=kind).model.inter_arch, []
+    inputs = torch.rand(3, DIM, requires_grad=True), torch.rand(3, NUM_FEATURES, DIM, requires_grad=True)
+    for forward in (arch, torch.compile(arch, backend="aot_eager", fullgraph=True)):
+        out = forward(*inputs)
+        found.append((out.detach(), *torch.autograd.grad(out.sum(), inputs)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
+
+
+@of_the_family
+def test_the_dense_path_can_be_compiled_once(kind, batch):
+    model = build(dlrm, kind=kind).model
+    before = model(batch.dense_features, batch.sparse_features)
+    assert not model._cuda_graph_enabled
+    model.compile_dense_path()
+    arches = [model.dense_arch, model.inter_arch, model.over_arch]
+    model.compile_dense_path("default")
+    assert arches == [model.dense_arch, model.inter_arch, model.over_arch]
+    assert model._cuda_graph_enabled
+    assert all(isinstance(arch, torch._dynamo.OptimizedModule) for arch in arches)
+    with torch.compiler.set_stance("force_eager"):  # to compile takes a GPU
+        assert torch.equal(model(batch.dense_features, batch.sparse_features), before)
+
+
+@pytest.mark.parametrize("make", [dlrm.SparseArch, lambda tables: dlrm.DLRM(tables, 13, [16], [8, 1])])
+def test_a_collection_without_tables_is_refused(make):
+    with pytest.raises(ValueError, match="the collection of tables is empty: at least one sparse feature is needed"):
+        make(EmbeddingBagCollection(tables=[]))
 
 
 @of_the_family

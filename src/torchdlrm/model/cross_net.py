@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.functional import linear
 
 from torchdlrm.kernels.threads import array_of, in_parts
 from torchdlrm.model.crosses import ROWS_OF_A_SUM, write_gradients, write_layer
@@ -122,22 +123,30 @@ def _inner(few_BR: Tensor, many_BI: Tensor) -> Tensor:
 
 
 @fx.wrap  # a leaf for the train pipeline, which traces the model to find its sharded modules
-def cross_net(x0_BI: Tensor, layers: Sequence[Sequence[Tensor]]) -> Tensor:
+def cross_net(x0_BI: Tensor, num_layers: int, weights: list[Tensor]) -> Tensor:
     """All layers of a cross net, in the precision of autocast where it is on.
 
     Args:
         x0_BI: what the first layer is given.
-        layers: of each W [I, R], V [R, I] and b [I]; with a gate W and V of the gate, too.
+        num_layers: of the net.
+        weights: of each layer W [I, R], V [R, I] and b [I]; with a gate W and V of the gate, too.
 
     Returns:
         [B, I].
     """
+    # TorchScript knows no functions of Python.
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        x_BI, size = x0_BI, len(weights) // num_layers
+        for i in range(0, len(weights), size):
+            crossed_BI = linear(linear(x_BI, weights[i + 1]), weights[i], weights[i + 2])
+            if size > 3:
+                crossed_BI = crossed_BI * linear(linear(x_BI, weights[i + 4]), weights[i + 3]).sigmoid()
+            x_BI = x0_BI * crossed_BI + x_BI
+        return x_BI
     kind, dtype = x0_BI.device.type, x0_BI.dtype
     if torch.is_autocast_enabled(kind) and dtype == torch.float32:
         dtype = torch.get_autocast_dtype(kind)
-    weights = (weight for layer in layers for weight in layer)
-    crossed_BI: Tensor = _CrossNet.apply(x0_BI.to(dtype).contiguous(), len(layers), *weights)  # type: ignore[no-untyped-call]
-    return crossed_BI
+    return _CrossNet.apply(x0_BI.to(dtype).contiguous(), num_layers, *weights)  # type: ignore[no-untyped-call]
 
 
 class LowRankCrossNet(nn.Module):
@@ -168,4 +177,4 @@ class LowRankCrossNet(nn.Module):
         lists = [self.W_kernels, self.V_kernels, self.bias]
         if self.gated:
             lists += [self.gate_W_kernels, self.gate_V_kernels]
-        return cross_net(x0_BI, [*zip(*lists, strict=True)])
+        return cross_net(x0_BI, self.num_layers, [weight for layer in zip(*lists, strict=True) for weight in layer])

@@ -52,12 +52,20 @@ class TableOfFeature(EmbeddingBagConfig):  # type: ignore[misc]  # TorchRec is u
 
 
 def tables_of(embedding_bag_collection: EmbeddingBagCollection) -> list[FeatureTable]:
-    """What each key of the KJT is for its feature; of a collection of TorchRec's own configs, the feature."""
-    return [
+    """What each key of the KJT is for its feature; of a collection of TorchRec's own configs, the feature.
+
+    Raises:
+        ValueError: the collection has no tables.
+    """
+    found = [
         getattr(config, "table", None) or FeatureTable.whole(key, config.num_embeddings, config.embedding_dim)
         for config in embedding_bag_collection.embedding_bag_configs()
         for key in config.feature_names
     ]
+    if not found:
+        msg = "the collection of tables is empty: at least one sparse feature is needed"
+        raise ValueError(msg)
+    return found
 
 
 class SparseArch(nn.Module):
@@ -68,7 +76,7 @@ class SparseArch(nn.Module):
         dense_device: where to create what projects smaller ones.
 
     Raises:
-        ValueError: the vectors differ in dimension.
+        ValueError: there are no tables, or the vectors differ in dimension.
     """
 
     def __init__(
@@ -126,7 +134,7 @@ class DLRM(nn.Module):
         dense_device: where to create everything but the tables.
 
     Raises:
-        ValueError: the tables differ in dimension, or the dense arch does not end with it.
+        ValueError: there are no tables, they differ in dimension, or the dense arch does not end with it.
 
     Example::
 
@@ -158,6 +166,7 @@ class DLRM(nn.Module):
         if dense_device is not None:
             self.inter_arch.to(dense_device)
         self.over_arch = OverArch(over_in_features, over_arch_layer_sizes, device=dense_device)
+        self._cuda_graph_enabled = False
 
     def make_interaction(self, num_sparse_features: int, embedding_dim: int) -> tuple[nn.Module, int]:
         """The interaction arch, and how many numbers of a row it gives to the over arch.
@@ -170,6 +179,19 @@ class DLRM(nn.Module):
             A module whose `forward(dense_features, sparse_features)` maps [B, D] and [B, F, D] to [B, K]; and K.
         """
         return InteractionArch(num_sparse_features), dot_output_size(num_sparse_features, embedding_dim)
+
+    def compile_dense_path(self, compile_mode: str = "reduce-overhead") -> None:
+        """Let `torch.compile` make of each arch but the sparse one what runs as a CUDA graph; once, on the GPU.
+
+        For loops of one's own: the keys of the state dict then have `_orig_mod` in them, as TorchRec's have. It has
+        not been tried on a GPU.
+
+        Args:
+            compile_mode: of `torch.compile`.
+        """
+        for name in () if self._cuda_graph_enabled else ("dense_arch", "inter_arch", "over_arch"):
+            setattr(self, name, torch.compile(getattr(self, name), mode=compile_mode))
+        self._cuda_graph_enabled = True
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
         """Maps [B, dense_in_features] and a KJT of F keys and stride B to logits [B, 1]."""

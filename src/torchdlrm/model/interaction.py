@@ -25,9 +25,9 @@ def dot_output_size(num_sparse_features: int, embedding_dim: int) -> int:
 
 
 def has_kernels(tensor: Tensor) -> bool:
-    """Not where somebody lists the operators that run, as for the products of a model of one's own."""
+    """Not where operators are compiled or listed, as for the products of a model of one's own."""
     is_plain = tensor.device.type == "cpu" and tensor.dtype in {torch.float32, torch.bfloat16}
-    return is_plain and not is_in_torch_dispatch_mode()
+    return is_plain and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
 
 
 class _PairwiseDots(torch.autograd.Function):
@@ -86,6 +86,11 @@ def pairwise_dots(dense_BD: Tensor, sparse_BFD: Tensor, upper_P: Tensor, lower_P
     Returns:
         [B, D + P].
     """
+    # Compilers know neither memory nor, in TorchScript, functions of Python.
+    if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+        vectors_BND = torch.cat([dense_BD.unsqueeze(1), sparse_BFD.to(dense_BD.dtype)], dim=1)
+        square_BC = torch.bmm(vectors_BND, vectors_BND.transpose(1, 2)).flatten(1)
+        return torch.cat([dense_BD, square_BC.index_select(1, upper_P)], dim=1)
     return _PairwiseDots.apply(dense_BD, sparse_BFD, upper_P, lower_P)  # type: ignore[no-untyped-call]
 
 
