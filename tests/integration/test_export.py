@@ -178,7 +178,7 @@ def test_an_export_that_is_told_to_end_leaves_nothing_behind(number, small_run, 
         time.sleep(0.002)
     process.send_signal(number)
     _, told = process.communicate(timeout=60)
-    assert (process.returncode, told.splitlines()[-1]) == (1, "interrupted")
+    assert (process.returncode, told.splitlines()[-1]) == (130, "interrupted")
     assert list(out.iterdir()) == []
 
 

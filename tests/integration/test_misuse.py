@@ -6,8 +6,10 @@ these. What a message says is tested where it is made; here, that there is one.
 
 import datetime
 import math
+import os
 import random
 import shutil
+import subprocess
 import sys
 
 import polars as pl
@@ -292,3 +294,17 @@ def test_a_misuse_is_refused_in_words_and_leaves_nothing(line, odd_things, monke
     assert "Traceback" not in told.err
     assert told.out == ""
     assert _files(odd_things) == before
+
+
+def test_an_interrupt_during_an_import_ends_the_command_without_raising_there(tmp_path):
+    """Modules of C++ that call Python let no exception through: one ended the process by an abort."""
+    (tmp_path / "polars.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    print('raised')\n"
+    )
+    (tmp_path / "log.tsv").write_text("1\t2\n")
+    start = "from torchdlrm.cli.main import main; main()"
+    command = [sys.executable, "-c", start, "preprocess", tmp_path / "log.tsv", "--out", tmp_path / "dataset"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

@@ -228,7 +228,7 @@ def test_an_interrupt_leaves_nothing_behind(number, small_bundle, few_rows, tmp_
         time.sleep(0.05)
     assert list(tmp_path.iterdir()) != []
     process.send_signal(number)
-    assert process.wait(timeout=30) == 1
+    assert process.wait(timeout=30) == 130
     process.stdin.close()
     with process.stderr as told:
         assert "interrupted: nothing was written" in told.read()

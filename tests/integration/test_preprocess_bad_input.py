@@ -142,7 +142,7 @@ def test_an_interrupt_keeps_what_is_done_and_says_so(number, tmp_path):
         looking.wait(0.002)
     job.send_signal(number)
     _, told = job.communicate(timeout=60)
-    assert job.returncode == 1, told
+    assert job.returncode == 130, told
     assert "is kept in" in told
     assert "the same command resumes it" in " ".join(told.split())
     assert "Traceback" not in told

@@ -69,7 +69,7 @@ def interrupted_when(said, folder, *options):
             os.killpg(process.pid, signal.SIGINT)
             break
     output, rest = process.communicate(timeout=120)
-    assert process.returncode == 1, told + rest
+    assert process.returncode == 130, told + rest
     assert not output
     assert "Traceback" not in told + rest
     return told + rest

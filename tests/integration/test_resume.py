@@ -144,7 +144,7 @@ def test_a_signal_saves_and_exits_and_the_same_command_goes_on(number, small_dat
     wait_until(lambda: len(logged_steps(run)) >= 2, process)
     process.process.send_signal(number)
     code, output = process.wait()
-    assert code == 1, output
+    assert code == 130, output
     assert "saved: the same command resumes there" in output
     assert "Traceback" not in output
     saved = checkpoints(run)[-1]
@@ -175,7 +175,7 @@ def test_sigterm_to_a_job_of_two_processes_saves(small_dataset, tmp_path):
     wait_until(lambda: len(logged_steps(run)) >= 2, process)
     process.process.send_signal(signal.SIGTERM)
     code, output = process.wait()
-    assert code == 1, output
+    assert code == 130, output
     assert "the same command resumes there" in output
     assert checkpoints(run)[-1] >= 20
 
@@ -191,7 +191,7 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved(after_start_s,
     threading.Event().wait(after_start_s)
     os.killpg(process.process.pid, signal.SIGINT)
     code, output = process.wait()
-    assert code == 1, output
+    assert code == 130, output
     assert "Traceback" not in output
     assert "KeyboardInterrupt" not in output
     if checkpoints(run):
@@ -353,7 +353,7 @@ def test_whoever_is_interrupted_on_a_full_disk_is_not_told_that_it_was_saved(sma
     wait_until(lambda: len(logged_steps(small_disk / "run")) >= 2, process)
     process.process.send_signal(signal.SIGTERM)
     code, output = process.wait()
-    assert code == 1, output
+    assert code == 130, output
     assert "but it could not be saved (see above)" in output
     assert "saved: the same command" not in output
     assert "Traceback" not in output

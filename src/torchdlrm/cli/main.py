@@ -9,6 +9,7 @@ import gc
 import os
 import signal
 import sys
+from types import FrameType
 from typing import NoReturn
 
 from cyclopts import App, Parameter
@@ -19,6 +20,8 @@ from torchdlrm.cli.options import describe_mistake, in_options
 from torchdlrm.cli.terminal import console
 from torchdlrm.driverless import stand_in_for_driver
 from torchdlrm.errors import Interrupted, TorchDLRMError, UserError
+
+_INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 
 app = App(
     name="dlrm",
@@ -68,7 +71,7 @@ app.command(
 
 
 def main() -> None:
-    """Run what the command line says; exit code 0 done, 2 the input is wrong, 1 anything else."""
+    """Run what the command line says; exit code 0 done, 2 the input is wrong, 130 interrupted, 1 anything else."""
     # Idle OpenMP threads spin for a tenth of a millisecond and then sleep. By default they spin ten times as long, and
     # when other programs need the cores a step took ten times as long (docs/benchmarks.md). Read when torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
@@ -78,16 +81,18 @@ def main() -> None:
     # At its end Python would look through all that torch and TorchRec have loaded, for half a second and more.
     atexit.register(gc.freeze)
     # As after Ctrl-C, what was begun is removed; commands that can save, or drain, have handlers of their own.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if number == signal.SIGTERM or signal.getsignal(number) == signal.default_int_handler:
+            signal.signal(number, _interrupt)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup the end of the terminal is no reason to stop
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         app(sys.argv[1:], exit_on_error=False)
     except UserError as error:
         is_input = not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _OF_THE_MACHINE)
         _end(*_KINDS[is_input], in_options(str(error), app, sys.argv[1:]))
     except Interrupted as interruption:
-        _end(1, "", str(interruption))
+        _end(_INTERRUPTED, "", str(interruption))
     except CycloptsError as mistake:
         _end(2, "error", describe_mistake(mistake))
     except TorchDLRMError as error:
@@ -102,7 +107,20 @@ def main() -> None:
             _end(1, "failed", f"{error}: {error.__cause__}; {_WHY_FBGEMM_FAILS}")
         _end(*_KINDS[error.errno not in {None, *_OF_THE_MACHINE}], _what_the_system_said(error))
     except KeyboardInterrupt:
-        _end(1, "", "interrupted")
+        _end(_INTERRUPTED, "", "interrupted")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, or end at once while a module is imported.
+
+    torch's modules are C++ that calls Python and lets no exception through: it would end the process by an abort.
+    """
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    if frame is None:
+        signal.default_int_handler(number, None)
+    os.write(2, b"interrupted\n")
+    os._exit(_INTERRUPTED)
 
 
 def _end(exit_code: int, kind: str, message: str) -> NoReturn:
