@@ -1,5 +1,8 @@
 """Lets a long job report its progress; the command line draws it, and a script may ignore it."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -37,3 +40,15 @@ class SilentProgress:
 
 
 SILENT = SilentProgress()
+
+
+@contextmanager
+def noting_if_slow(progress: ProgressListener, line: str, *, after_s: float) -> Iterator[None]:
+    """Note a line, from a thread, where what happens inside takes longer than so many seconds."""
+    timer = threading.Timer(after_s, progress.note, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

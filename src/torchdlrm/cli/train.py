@@ -121,9 +121,9 @@ def train(
             architecture=architecture,
             source=source,
         )
-    warn_of_crowding(processes)
     say(about_config(path, overrides))
     show_preview(preview, run, dry_run=dry_run)
+    warn_of_crowding(processes)  # last, where it is read
     if dry_run:
         if as_json:
             print_json({"run": str(run), "dry_run": True, **preview.as_dict()})

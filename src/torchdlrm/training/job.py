@@ -23,7 +23,13 @@ from torchdlrm.sharding.resolve import preview_plan
 from torchdlrm.tables.optimizers import check_table_optimizer
 from torchdlrm.training.checkpoint import list_checkpoints
 from torchdlrm.training.checkpointer import find_damage_together
-from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory, set_threads
+from torchdlrm.training.compute import (
+    MIN_BFLOAT16_FLOPS,
+    allow_tf32,
+    choose_precision,
+    keep_freed_memory,
+    set_threads,
+)
 from torchdlrm.training.log import Callback, Callbacks, MetricsLog, TrainingHistory, read_metrics
 from torchdlrm.training.processes.agreement import LAUNCHER_VARIABLE, Settings, settings_of
 from torchdlrm.training.processes.device import rank_device
@@ -117,6 +123,13 @@ class TrainingPreview:
     def _hints(self) -> list[str]:
         machine, rows = self.solution.problem.machine, self.config.train.batch_size_global
         rows_a_gpu = rows // machine.num_devices
+        is_short = self.solution.problem.shape.step_flops(rows) < MIN_BFLOAT16_FLOPS
+        if machine.kind == "cpu" and machine.num_devices > 1 and is_short:
+            hint = (
+                f"hint: a step of {rows:,} rows is so short that {machine.num_devices} processes exchange for longer "
+                "than they compute; one process (`nproc_per_node`) is faster"
+            )
+            return [hint]
         if machine.kind != "cuda" or rows_a_gpu >= _ENOUGH_ROWS_A_GPU:
             return []
         enough = _ENOUGH_ROWS_A_GPU * machine.num_devices

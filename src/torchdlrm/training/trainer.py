@@ -6,7 +6,7 @@ Every rank runs this; batch k holds the same rows whatever their number. Rank 0 
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from torchdlrm.features.tables import table_name
 from torchdlrm.loader.batch import Batch
 from torchdlrm.loader.loader import Loader
 from torchdlrm.model.architecture import ModelShape
-from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.progress import SILENT, ProgressListener, noting_if_slow
 from torchdlrm.training.checkpoint import Position
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.finite import not_finite_error
@@ -36,6 +36,11 @@ from torchdlrm.training.step_profile import WARM_UP_STEPS, StepProfiler
 from torchdlrm.training.steps import Agenda, Schedule, Stopwatch, after_validation
 from torchdlrm.training.warm_start import TakeOver
 
+_SLOW_S = 10.0
+_FIRST_STEP = (
+    "the first step is not done yet: it waits until the other processes, if any, are as far, and compiles kernels that "
+    "this machine has not run before"
+)
 _NOT_SAVED = (
     "but it could not be saved (see above); make room and start the same command: it resumes from the last checkpoint"
 )
@@ -141,7 +146,9 @@ class Trainer:
         with profiled as profiler, closing(iter(self._loader)) as all_batches:
             batches = islice(all_batches, max(self._agenda.num_steps - start, 0))  # epochs may be fewer than before
             for step in range(start + 1, self._agenda.num_steps + 1):
-                self._train_step(step, batches)
+                is_first = step == start + 1
+                with noting_if_slow(self._progress, _FIRST_STEP, after_s=_SLOW_S) if is_first else nullcontext():
+                    self._train_step(step, batches)
                 profiler.step_done(step)
                 improved = self._measure_if_due(step)
                 stop, save = self._stop_request.poll(step, save_is_due=self._save_is_due())

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from torchdlrm.cli.meter import Meter
 from torchdlrm.cli.progress import ProgressBars, ProgressLines
+from torchdlrm.progress import noting_if_slow
 
 
 def drawn(meter, now_s, width=80):
@@ -138,3 +139,15 @@ def test_notes_and_the_drawing_thread_do_not_wait_for_each_other():
             bars.advance(1, loss=str(i))
             bars.note(f"step {i}")
     assert console.file.getvalue().count("step ") == 1_000
+
+
+def test_what_takes_long_is_explained_and_what_does_not_is_not(capsys):
+    with ProgressLines() as progress:
+        told = threading.Event()
+        progress.note = lambda line: (ProgressLines.note(progress, line), told.set())
+        with noting_if_slow(progress, "it takes long, because", after_s=0.01):
+            assert told.wait(10)
+        told.clear()
+        with noting_if_slow(progress, "not said", after_s=30):
+            pass
+    assert capsys.readouterr().err.endswith(" it takes long, because\n")

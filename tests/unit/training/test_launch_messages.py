@@ -80,6 +80,7 @@ def test_more_processes_than_cores_are_crowded_and_gpus_count_as_cores(monkeypat
     assert Processes(2, nnodes=9).crowding == ""
     assert Processes(3).crowding.startswith("this machine has 2 cores, ")
     assert Processes(3).crowding.endswith("2 or fewer fit")
+    assert "100 s or more until all have loaded torch" in Processes(40).crowding
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert Processes(4).crowding == ""
     assert Processes(2, nnodes=3).world_size == 6

@@ -29,6 +29,13 @@ def test_few_rows_a_gpu_are_told_with_the_batch_that_is_enough():
     assert "train.batch_size_global = 65,536 or more, which is now 16,384" in hint
 
 
-@pytest.mark.parametrize(("device", "num_devices", "rows"), [("h100-80gb", 8, 65_536), ("cpu", 2, 64)])
-def test_enough_rows_and_processes_on_cpu_get_no_hint(device, num_devices, rows):
+def test_processes_on_cpu_whose_steps_are_short_are_told_that_one_is_faster():
+    (hint,) = hints("cpu", 2, 8)
+    assert "a step of 8 rows is so short that 2 processes exchange for longer than they compute" in hint
+
+
+@pytest.mark.parametrize(
+    ("device", "num_devices", "rows"), [("h100-80gb", 8, 65_536), ("cpu", 2, 2_048), ("cpu", 1, 8)]
+)
+def test_enough_rows_for_each_get_no_hint(device, num_devices, rows):
     assert hints(device, num_devices, rows) == []

@@ -37,6 +37,8 @@ from torchdlrm.training.processes.process_group import join_process_group, resto
 
 # Name of the file, before the rank, in which an exception is written down that was not raised on purpose.
 _UNEXPECTED = "unexpected-"
+# Seconds of a core until a process has loaded torch and TorchRec.
+_LOAD_S = 5
 # How long a process that has lost another waits for the launcher, which looks ten times a second.
 _FIND_TIMEOUT_S = 1.0
 # These end a job, as Ctrl-C does, unless whoever started it has them ignored.
@@ -83,7 +85,8 @@ class Processes:
             return ""
         return (
             f"this machine has {cores}, and at every step all processes wait for the last one; expect many times what "
-            f"{num_cores} need: {num_cores} or fewer fit"
+            f"{num_cores} need, and {_LOAD_S * self.nproc_per_node / num_cores:.0f} s or more until all have loaded "
+            f"torch: {num_cores} or fewer fit"
         )
 
 
