@@ -70,11 +70,11 @@ class EagerModel:
         keys, dims = [table.key for table in self.tables], [table.dim for table in self.tables]
         given = None if weights is None else torch.from_numpy(weights)
         features = KeyedJaggedTensor(keys, ids, given, lengths=lengths)
-        self._given.features, self._given.embeddings = features, KeyedTensor(keys, dims, pooled.flatten(1))
+        self._given.held.append((features, KeyedTensor(keys, dims, pooled.flatten(1))))
         try:
             return logits_of(self.module(dense, features))
         finally:
-            self._given.features = self._given.embeddings = None
+            self._given.held.clear()
 
 
 class _Products(TorchDispatchMode):

@@ -5,25 +5,24 @@ what leads to the tables, comes no further than `Around`, and a model may be wri
 served, checked or timed (`torchdlrm.model.eager`) other code has looked them up.
 """
 
-from typing import Any
-
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 # What a model's forward gives: logits [B, 1]; or these, and an auxiliary loss of each row [B].
 ModelOutput = Tensor | tuple[Tensor, Tensor]
+_TABLES = "embedding_bag_collection"
 
 
 class GivenEmbeddings(nn.Module):
     """Stands where an `EmbeddingBagCollection` stands.
 
     Attributes:
-        features: the batch's ids.
-        embeddings: what they look up, which it gives.
+        held: the batch's ids and what they look up, until that is asked for.
     """
 
-    features: KeyedJaggedTensor | None = None
-    embeddings: KeyedTensor | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[tuple[KeyedJaggedTensor, KeyedTensor]] = []
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """The embeddings that were given, once: who gets them may use the memory next to them (`mark_room`).
@@ -31,11 +30,10 @@ class GivenEmbeddings(nn.Module):
         Raises:
             ValueError: they are asked for twice, or other ids are.
         """
-        if features is not self.features:
+        if not self.held or features is not self.held[0][0]:
             msg = "the tables can be asked once, and for the ids that the model is given: these are looked up before"
             raise ValueError(msg)
-        self.features = None
-        return self.embeddings
+        return self.held.pop()[1]
 
 
 class Around(nn.Module):
@@ -47,24 +45,24 @@ class Around(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._model = (model,)  # in a tuple it is no child, whose weights would have two names
-        self._given = GivenEmbeddings()
+        arch = getattr(model, "sparse_arch", None)
+        # In a tuple it is no child, whose weights would have two names. To set an attribute of a module takes long.
+        self._held = model, arch._modules if isinstance(arch, nn.Module) else {}, GivenEmbeddings()
 
     @property
     def tables(self) -> nn.Module | None:
         """The collection of tables as it is now; None where the model does not hold one so."""
-        found: Any = getattr(getattr(self._model[0], "sparse_arch", None), "embedding_bag_collection", None)
-        return found
+        return self._held[1].get(_TABLES)
 
     def forward(self, dense: Tensor, features: KeyedJaggedTensor, embeddings: KeyedTensor) -> ModelOutput:
         """What the model makes of dense features [B, num_dense], ids, and the pooled embeddings of each key."""
-        (model,), given, tables = self._model, self._given, self.tables
-        sparse_arch: Any = model.get_submodule("sparse_arch")
-        given.features, given.embeddings = features, embeddings
-        sparse_arch.embedding_bag_collection = given
+        model, modules, given = self._held
+        tables = modules[_TABLES]
+        modules[_TABLES] = given
+        given.held.append((features, embeddings))
         try:
             output: ModelOutput = model(dense, features)
             return output
         finally:
-            sparse_arch.embedding_bag_collection = tables
-            given.features = given.embeddings = None
+            given.held.clear()
+            modules[_TABLES] = tables
