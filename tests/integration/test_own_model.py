@@ -18,7 +18,7 @@ from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import BundleManifest
 from torchdlrm.bundle.served_model import _eager_forward
 from torchdlrm.config import load_config
-from torchdlrm.errors import BundleError, RunError
+from torchdlrm.errors import BundleError, ConfigError, RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.export import open_checkpoint
 from torchdlrm.features.encode import encode
@@ -60,6 +60,7 @@ class ByName(DLRM):
 
     def forward(self, dense_features, sparse_features):
         logits = super().forward(dense_features, sparse_features)
+        logits = logits + super().forward(dense_features, sparse_features)
         if logits.abs().max() > 30:  # neither this nor the next line could be traced
             logits = logits / 2
         return logits + torch.zeros(dense_features.shape[0], 1)
@@ -175,6 +176,23 @@ def test_a_class_may_pick_a_feature_by_name_and_be_written_in_any_python(small_d
     assert plan(PlanRequest(run=tmp_path / "run", **own)).problem.shape.features["cat_2"] > 1
     bundle = export(tmp_path / "run", tmp_path / "bundle", **own).bundle
     assert bundle.manifest.check.largest_difference <= 1e-6
+
+
+def test_a_class_that_padding_breaks_is_refused_before_anything_is_trained(small_dataset, dlrm, tmp_path):
+    file = tmp_path / "cosine.py"
+    divided = "gates_BF1 * sparse_features / sparse_features.norm(dim=2, keepdim=True)"
+    file.write_text(CODE.replace("gates_BF1 * sparse_features", divided))
+    own = f"{file}:GatedSum"
+    with pytest.raises(
+        ConfigError, match=r"GatedSum fails \(line 16\): ArithmeticError: the gradient of a row of padd"
+    ):
+        train(load_config(CONFIG, FAST), small_dataset, tmp_path / "run", model_class=own)
+    with pytest.raises(ConfigError, match="a row of padding"):
+        plan(PlanRequest(dataset=small_dataset.path, devices=8, device="a100-80gb", model_class=own))
+    done = dlrm("train", CONFIG, "--dataset", small_dataset.path, "--run", tmp_path / "run", "--model-class", own)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --model-class: cosine.py:GatedSum fails (line 16)")
+    assert not (tmp_path / "run").exists()
 
 
 def test_its_run_is_compared_with_one_of_the_dlrm(trained, small_run):

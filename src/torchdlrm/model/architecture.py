@@ -72,6 +72,14 @@ class Architecture(ABC):
     def products(self, shape: "ModelShape") -> Sequence[Product]:
         """The matrix products of a forward pass, in its order."""
 
+    def check(self, shape: "ModelShape") -> None:
+        """See that such a model can be trained on any number of processes, as those that are built in can.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        del shape
+
     def num_activations(self, shape: "ModelShape") -> int:
         """Numbers of a row that the forward pass keeps for the backward: the products' factors, at least."""
         return sum(

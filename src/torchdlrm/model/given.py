@@ -17,7 +17,7 @@ class GivenEmbeddings(nn.Module):
     """Stands where an `EmbeddingBagCollection` stands.
 
     Attributes:
-        held: the batch's ids and what they look up, until that is asked for.
+        held: the batch's ids and what they look up, while the model runs.
     """
 
     def __init__(self) -> None:
@@ -25,15 +25,15 @@ class GivenEmbeddings(nn.Module):
         self.held: list[tuple[KeyedJaggedTensor, KeyedTensor]] = []
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """The embeddings that were given, once: who gets them may use the memory next to them (`mark_room`).
+        """The embeddings that were given.
 
         Raises:
-            ValueError: they are asked for twice, or other ids are.
+            ValueError: those of other ids are asked for.
         """
         if not self.held or features is not self.held[0][0]:
-            msg = "the tables can be asked once, and for the ids that the model is given: these are looked up before"
+            msg = "tables give the embeddings of the ids that the model is given, which are looked up before it runs"
             raise ValueError(msg)
-        return self.held.pop()[1]
+        return self.held[0][1]
 
 
 class Around(nn.Module):

@@ -11,6 +11,7 @@ F sparse features, D embedding dimension.
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -156,6 +157,17 @@ class CustomArchitecture(Architecture):
         with _reported(self.record.name):
             return trace_products(shape)
 
+    def check(self, shape: ModelShape) -> None:
+        """A step on a few rows, and one of padding.
+
+        Raises:
+            ConfigError: it fails, or padding makes gradients infinite.
+        """
+        from torchdlrm.model.trial import take_step  # noqa: PLC0415 - with TorchRec, which a server can do without
+
+        with _reported(self.record.name):
+            take_step(shape)
+
 
 @contextmanager
 def _reported(name: str) -> Iterator[None]:
@@ -170,8 +182,8 @@ def _reported(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         file = Path(name.partition(":")[0]).name
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if Path(frame.filename).name == file]
+        calls = [*traceback.format_tb(error.__traceback__), *getattr(error, "__notes__", ())]
+        lines = re.findall(rf'\b{re.escape(file)}", line (\d+)', "".join(calls))
         where = f" (line {lines[-1]})" if lines else ""
         msg = f"`model_class`: {name} fails{where}: {type(error).__name__}: {error}"
         raise ConfigError(msg) from error

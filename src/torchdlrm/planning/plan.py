@@ -32,6 +32,7 @@ from torchdlrm.sharding.tables import (
 from torchdlrm.sharding.topology import Machine, local_machine, machine_of
 from torchdlrm.toml import is_preset
 from torchdlrm.training.processes.device import rank_device
+from torchdlrm.training.processes.library_noise import silenced_libraries
 from torchdlrm.training.run import Run
 from torchdlrm.units import parse_bytes, show_bytes
 
@@ -68,13 +69,14 @@ def plan(request: PlanRequest, config: Config | None = None, *, measure: bool = 
     return solve(measured(problem, config)[0] if measure else problem)
 
 
+@silenced_libraries()
 def problem_of(request: PlanRequest, config: Config) -> Problem:
     """Make the problem that a request and a config describe.
 
     Raises:
         PlanError: the request is wrong, or contradicts itself.
         DatasetError: the dataset is damaged.
-        ConfigError: there is no such model class.
+        ConfigError: there is no such model class, or it fails in a step on a few rows.
         RunError: the run was trained with another model class.
     """
     options = PlanOptions.of(config)
@@ -109,6 +111,7 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         multi_valued=frozenset(map(table_name, multi_valued)),
         num_embeddings=tuple(features_of(tables, model).items()),
     )
+    problem.shape.architecture.check(problem.shape)
     return problem if request.table_bytes is None else _smaller(problem, request)
 
 

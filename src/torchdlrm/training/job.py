@@ -33,6 +33,7 @@ from torchdlrm.training.compute import (
 from torchdlrm.training.log import Callback, Callbacks, MetricsLog, TrainingHistory, read_metrics
 from torchdlrm.training.processes.agreement import LAUNCHER_VARIABLE, Settings, settings_of
 from torchdlrm.training.processes.device import rank_device
+from torchdlrm.training.processes.library_noise import silenced_libraries
 from torchdlrm.training.processes.process_group import Ranks, join_process_group
 from torchdlrm.training.run import METRICS_NAME, Run
 from torchdlrm.training.sharded import check_freeze
@@ -163,6 +164,7 @@ class TrainingPreview:
         }
 
 
+@silenced_libraries()
 def preview_training(
     config: Config,
     dataset: Dataset,
@@ -188,14 +190,15 @@ def preview_training(
 
     Raises:
         ConfigError: `model.features` does not suit the dataset, early stopping could never act, GPUs are missing, the
-            device lacks the tables' optimizer, a tracker's package is missing, or the model has not what is to be
-            frozen.
+            device lacks the tables' optimizer, a tracker's package is missing, the model has not what is to be frozen,
+            or a model class fails in a step on a few rows.
         DatasetError: there are no training rows.
         PlanError: the tables do not fit, or the given plan does not.
     """
     device = rank_device(0, local_world_size, config.train.device)
     agenda = _checked_agenda(config, dataset, device)
     shape = ModelShape.of(config.model, dataset, architecture)
+    shape.architecture.check(shape)
     check_freeze(config, shape, dataset.num_embeddings)
     solution = preview_plan(
         config, shape, dataset.num_embeddings, world_size=world_size, local_world_size=local_world_size, device=device
@@ -277,6 +280,7 @@ def train(
         encoded = opened()
         _checked_agenda(settings, encoded, ranks.device)
         shape = ModelShape.of(settings.model, encoded, architecture)
+        shape.architecture.check(shape)
         check_freeze(settings, shape, encoded.num_embeddings)
         launchers = _launchers(ranks)
         # Not what this job itself has trained, before a process or a machine died and all were started again.

@@ -1,5 +1,7 @@
 """What an architecture says of itself before it is built."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -200,9 +202,9 @@ class FailsToRun(Sum):
         return dense_features @ sparse_features
 
 
-class LooksUpTwice(DLRM):
+class LooksUpOtherIds(DLRM):
     def forward(self, dense_features, sparse_features):
-        return super().forward(dense_features, sparse_features) + super().forward(dense_features, sparse_features)
+        return super().forward(dense_features, sparse_features.permute([2, 1, 0]))
 
 
 class FailsAsAWhole(DLRM):
@@ -215,7 +217,7 @@ class FailsAsAWhole(DLRM):
     [
         (FailsToBeMade, r"FailsToBeMade fails \(line \d+\): TypeError: 'int' object is not subscriptable"),
         (FailsToRun, r"FailsToRun fails \(line \d+\): RuntimeError: "),
-        (LooksUpTwice, r"LooksUpTwice fails \(line \d+\): ValueError: the tables can be asked once"),
+        (LooksUpOtherIds, r"OtherIds fails \(line \d+\): ValueError: tables give the embeddings of the ids that the"),
         (FailsAsAWhole, r"FailsAsAWhole fails \(line \d+\): RuntimeError: "),
     ],
 )
@@ -223,6 +225,79 @@ def test_what_fails_in_a_model_class_is_reported_with_its_line(model_class, mess
     shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, model_class))
     with pytest.raises(ConfigError, match=message):
         _ = shape.products
+
+
+class Cosines(Sum):
+    """Of a row of zeros it makes 0 / 0; with an epsilon, 0."""
+
+    epsilon = 0.0
+
+    def __init__(self, num_sparse_features, embedding_dim):
+        super().__init__(num_sparse_features, embedding_dim)
+        self.turn = torch.nn.Linear(embedding_dim, embedding_dim, bias=False)
+
+    def forward(self, dense_features, sparse_features):  # noqa: ARG002
+        vectors = self.turn(sparse_features.sum(dim=1))
+        vectors = vectors / (vectors.norm(dim=1, keepdim=True) + self.epsilon)
+        return vectors.repeat(1, self.times)
+
+
+class SafeCosines(Cosines):
+    epsilon = 1e-6
+
+
+class Lengths(Cosines):
+    """Of a row of zeros it makes 0, whose gradient is infinite."""
+
+    def forward(self, dense_features, sparse_features):
+        return dense_features.repeat(1, 2) + self.turn(sparse_features.sum(dim=1)).square().sum(1, keepdim=True).sqrt()
+
+
+class NeedsIds(DLRM):
+    def forward(self, dense_features, sparse_features):
+        ids = sparse_features.values().view(3, len(dense_features))
+        return super().forward(dense_features, sparse_features) + ids[:1].T
+
+
+class FailsInTraining(DLRM):
+    def forward(self, dense_features, sparse_features):
+        logits = super().forward(dense_features, sparse_features)
+        return (logits, logits.square()) if self.training else logits
+
+
+PADDING = "ArithmeticError: the gradient of a row of padding .* is nan or infinite.*: add an epsilon where it divides"
+
+
+@pytest.mark.parametrize(
+    ("model_class", "line", "message"),
+    [
+        (Cosines, "vectors = vectors / (", PADDING),
+        (Lengths, "keepdim=True).sqrt()", PADDING),
+        (NeedsIds, ".view(3, len(dense_features))", "RuntimeError: shape '.*' is invalid for input of size 6"),
+    ],
+)
+def test_what_would_fail_on_several_processes_alone_is_refused_with_its_line(model_class, line, message):
+    number = 1 + next(i for i, text in enumerate(Path(__file__).read_text().splitlines()) if line in text)
+    shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, model_class))
+    _ = shape.products
+    with pytest.raises(ConfigError, match=rf"{model_class.__name__} fails \(line {number}\): {message}"):
+        shape.architecture.check(shape)
+
+
+def test_what_fails_in_training_alone_is_refused():
+    shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, FailsInTraining))
+    with pytest.raises(ConfigError, match=r"an auxiliary loss \[rows\], got \[3, 1\] and \[3, 1\]"):
+        shape.architecture.check(shape)
+
+
+@pytest.mark.parametrize("model_class", [Sum, SumDLRM, SafeCosines])
+def test_a_trial_changes_nothing(model_class, seed):
+    shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, model_class), is_weighted=True)
+    torch.manual_seed(seed)
+    expected = torch.rand(3)
+    torch.manual_seed(seed)
+    shape.architecture.check(shape)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_file_that_fails_is_reported_with_its_line(tmp_path):
