@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -29,6 +30,7 @@ from torchdlrm.errors import BundleError
 from torchdlrm.features.schema import criteo_schema
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
+from torchdlrm.serving import request_log
 from torchdlrm.serving.app import build_app
 from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.row_routes import rows_as_logged
@@ -344,7 +346,9 @@ def test_logged_predictions_are_a_log_to_preprocess(serve, small_bundle, rows, t
 
 
 @pytest.mark.slow
-def test_while_no_file_can_be_written_predictions_go_on_and_no_row_is_lost_uncounted(serve, small_bundle, tmp_path):
+def test_while_no_file_can_be_written_predictions_go_on_and_no_row_is_lost_uncounted(
+    serve, small_bundle, rows, tmp_path
+):
     """As on a full disk, but without one: the server may write no file longer than a byte, and later it may."""
     folder = tmp_path / "log"
     server = serve(small_bundle, "--log-predictions", folder, "--log-level", "error", "--deadline-ms", 30_000)
@@ -353,26 +357,36 @@ def test_while_no_file_can_be_written_predictions_go_on_and_no_row_is_lost_uncou
         lines = client.get("/metrics").text.splitlines()
         return next(int(float(line.split()[1])) for line in lines if line.startswith("dlrm_log_dropped_rows_total "))
 
+    body = json.dumps([row for row in rows for _ in range(80)]).encode()  # 4,000 rows
+
     def predict(client, num_requests):
         for _ in range(num_requests):
-            assert client.post("/predict", content=b"[" + b",".join([b"{}"] * 4096) + b"]").status_code == 200
+            assert client.post("/predict", content=body).status_code == 200
 
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+    def memory_bytes():
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) << 10
+
     with httpx.Client(base_url=server.url, timeout=60) as client:
-        predict(client, 40)
-        assert dropped_rows(client) == 8 * 4096, "32 requests wait in memory"
+        predict(client, 2)
+        before_bytes = memory_bytes()
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+        predict(client, 98)
+        assert memory_bytes() - before_bytes < request_log.MAX_WAITING_BYTES + (100 << 20)
+        assert dropped_rows(client) > 0
         assert list(folder.iterdir()) == []
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         deadline_s = time.monotonic() + 60
         while not list(folder.glob("*.parquet")):
             assert time.monotonic() < deadline_s, "it is tried again"
             time.sleep(0.05)
+        num_dropped = dropped_rows(client)
         predict(client, 4)
-        assert dropped_rows(client) == 8 * 4096
+        assert dropped_rows(client) == num_dropped
     code, log = server.stop()
     assert code == 0
-    assert sum(pl.read_parquet(path).height for path in folder.iterdir()) == 36 * 4096
+    assert sum(pl.read_parquet(path).height for path in folder.iterdir()) == 104 * 4000 - num_dropped
     failed = [line for line in log if line["event"] == "predictions not logged"]
     assert {"File too large"} < {line["message"] for line in failed}
-    assert sum(line.get("dropped_rows", 0) for line in log) == 8 * 4096
+    assert sum(line.get("dropped_rows", 0) for line in log) == num_dropped
     assert len(failed) <= 3

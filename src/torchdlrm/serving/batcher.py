@@ -66,6 +66,7 @@ class BatchReport:
         predictions: of its parts, one after another.
         encode_s, model_s: how long it took to encode the rows and to predict.
         time_us: when it was predicted, in microseconds since 1970.
+        num_bytes: how many the rows came as.
     """
 
     model: Predictor
@@ -76,6 +77,7 @@ class BatchReport:
     encode_s: float
     model_s: float
     time_us: int
+    num_bytes: int
 
     @property
     def total_rows(self) -> int:
@@ -332,9 +334,11 @@ class Batcher:
         model_s = time.perf_counter() - started_s - encode_s
         num_rows = [part.num_rows for part in batch.parts]
         request_ids = [part.request.request_id for part in batch.parts]
-        time_us = time.time_ns() // 1000
+        num_bytes, time_us = sum(part.request.num_bytes for part in batch.parts), time.time_ns() // 1000
         self._listener(
-            BatchReport(batch.model, requests, request_ids, num_rows, predictions, encode_s, model_s, time_us)
+            BatchReport(
+                *(batch.model, requests, request_ids, num_rows, predictions, encode_s, model_s, time_us, num_bytes)
+            )
         )
         probabilities = np.concatenate([piece.probabilities for piece in predictions])
         end = 0

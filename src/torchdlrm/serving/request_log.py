@@ -8,9 +8,9 @@ In: batches, as the model was given them.  Out: files in a folder, each complete
     requested_at, prediction, model_version
 
 The label is not there: nobody knows it yet.  docs/serving.md says how it is joined.  Rows wait in memory until there
-are enough for a file, and no more than a fixed number: beyond, they are dropped, counted and logged.  A file that the
-disk does not take is tried again and again.  Rows are made columns in the log's own thread, because the model may not
-need them as such, and those of many batches together, because the cost is that of the columns.
+are enough for a file, and take no more of it than a fixed size: beyond, they are dropped, counted and logged.  A file
+that the disk does not take is tried again and again.  Rows are made columns in the log's own thread, because the model
+may not need them as such, and those of many batches together, because the cost is that of the columns.
 """
 
 import io
@@ -33,11 +33,15 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.files import replacing
 from torchdlrm.serving.batcher import BatchReport
 from torchdlrm.serving.event_log import log_event, note_event
+from torchdlrm.units import show_bytes
 
 OWN_COLUMNS = ("request_id", "request_row", "requested_at", "prediction", "model_version")
-MAX_WAITING_ROWS = 1 << 17
+MAX_WAITING_BYTES = 256 << 20
+# As objects of Python, rows of JSON take less than so many times the bytes that they came as, and so many for each.
+_OBJECT_FACTOR, _OBJECT_BYTES = 5, 512
 FILE_ROWS = 1 << 16
 FILE_SECONDS = 60.0
+_FILE_BYTES = MAX_WAITING_BYTES // 4  # of rows in memory: wide ones do not wait until a file has all of its rows
 _GATHER_S, _GATHER_ROWS = 0.25, 4_096  # of batches that are made columns together
 _FIRST_RETRY_S, _MAX_RETRY_S = 1.0, 30.0
 _SECONDS_BETWEEN_LINES = 60.0
@@ -77,7 +81,7 @@ class RequestLog:
             msg = f"`log_predictions` {folder}: cannot be written to: {error.strerror or error}"
             raise ConfigError(msg) from error
         self._reports: queue.SimpleQueue[BatchReport | None] = queue.SimpleQueue()
-        self._waiting_rows = 0
+        self._waiting_rows = self._waiting_bytes = 0
         self._lock = threading.Lock()
         self._unreported_rows = 0
         self._next_line_s: dict[str, float] = {}
@@ -89,15 +93,15 @@ class RequestLog:
 
     def add(self, report: BatchReport) -> None:
         """Keep a batch; never wait."""
-        num_rows = report.total_rows
+        num_rows, num_bytes = report.total_rows, _size_bytes(report)
         with self._lock:
-            has_room = self._waiting_rows + num_rows <= MAX_WAITING_ROWS
-            if has_room:
-                self._waiting_rows += num_rows
+            has_room = self._waiting_bytes + num_bytes <= MAX_WAITING_BYTES
         if has_room:
+            self._count_waiting(num_rows, num_bytes)
             self._reports.put(report)
         else:
-            self._drop(num_rows, "memory", f"{MAX_WAITING_ROWS:,} rows wait to be written, and no more are kept")
+            limit = show_bytes(MAX_WAITING_BYTES)
+            self._drop(num_rows, "memory", f"rows that wait to be written have all of {limit}, and no more are kept")
 
     def close(self) -> None:
         """Write what is waiting."""
@@ -109,7 +113,6 @@ class RequestLog:
 
     def _work(self) -> None:
         kept: list[pl.DataFrame] = []
-        kept_rows = 0
         schema: FeatureSchema | None = None
         oldest_s = 0.0
         while True:
@@ -117,20 +120,22 @@ class RequestLog:
             is_old = bool(kept) and time.monotonic() >= oldest_s + self._file_s
             if kept and (is_old or is_end or (group and group[0].model.schema is not schema)):
                 self._write(kept)
-                kept, kept_rows = [], 0
+                kept = []
             if group:
                 if not kept:
                     oldest_s = time.monotonic()
                 schema = group[0].model.schema
+                self._count_waiting(0, -sum(map(_size_bytes, group)))
                 try:
                     kept.append(_log_frame(group))
-                    kept_rows += kept[-1].height
+                    self._count_waiting(0, int(kept[-1].estimated_size()))
                 except _ANY_FAILURE as error:
-                    self._drop_waiting(sum(report.total_rows for report in group), "rows", repr(error))
+                    self._drop_waiting(sum(report.total_rows for report in group), 0, "rows", repr(error))
                 del group  # while the thread waits, nothing keeps a bundle that was swapped away
-            if kept and (is_end or kept_rows >= self._file_rows):
+            is_full = sum(frame.height for frame in kept) >= self._file_rows or _frame_bytes(kept) >= _FILE_BYTES
+            if kept and (is_end or is_full):
                 self._write(kept)
-                kept, kept_rows = [], 0
+                kept = []
             if is_end:
                 return
 
@@ -156,13 +161,13 @@ class RequestLog:
 
     def _write(self, frames: list[pl.DataFrame]) -> None:
         """Write a file: again and again until the disk takes it, but only once more when the log is closed."""
-        num_rows = sum(frame.height for frame in frames)
+        num_rows, num_bytes = sum(frame.height for frame in frames), _frame_bytes(frames)
         parquet = io.BytesIO()  # so that what fails from here on is the disk
         try:
             frame = pl.concat(frames)
             frame.write_parquet(parquet)
         except _ANY_FAILURE as error:
-            self._drop_waiting(num_rows, "rows", repr(error))
+            self._drop_waiting(num_rows, num_bytes, "rows", repr(error))
             return
         stamp = frame["requested_at"][0].strftime("%Y%m%dT%H%M%S")
         path = self._folder / f"{stamp}-{self._name}-{self._num_files:06d}.parquet"
@@ -170,20 +175,23 @@ class RequestLog:
         retry_s, is_late = _FIRST_RETRY_S, False
         while (failure := _try_to_write(path, parquet)) is not None:
             if self._is_closing.is_set():
-                self._drop_waiting(num_rows, "disk", failure)
+                self._drop_waiting(num_rows, num_bytes, "disk", failure)
                 return
             self._log_dropped("disk", failure)
             is_late = True
             self._is_closing.wait(retry_s)
             retry_s = min(2 * retry_s, _MAX_RETRY_S)
-        with self._lock:
-            self._waiting_rows -= num_rows
+        self._count_waiting(-num_rows, -num_bytes)
         if is_late:
             note_event("predictions logged again", **self._counts())
 
-    def _drop_waiting(self, num_rows: int, cause: str, message: str) -> None:
+    def _count_waiting(self, num_rows: int, num_bytes: int) -> None:
         with self._lock:
-            self._waiting_rows -= num_rows
+            self._waiting_rows += num_rows
+            self._waiting_bytes += num_bytes
+
+    def _drop_waiting(self, num_rows: int, num_bytes: int, cause: str, message: str) -> None:
+        self._count_waiting(-num_rows, -num_bytes)
         self._drop(num_rows, cause, message)
 
     def _drop(self, num_rows: int, cause: str, message: str) -> None:
@@ -216,6 +224,15 @@ def _try_to_write(path: Path, parquet: io.BytesIO) -> str | None:
     except OSError as error:
         return error.strerror or repr(error)
     return None
+
+
+def _size_bytes(report: BatchReport) -> int:
+    """The most that the rows of a batch take of memory."""
+    return _OBJECT_FACTOR * report.num_bytes + _OBJECT_BYTES * report.total_rows
+
+
+def _frame_bytes(frames: Sequence[pl.DataFrame]) -> int:
+    return sum(int(frame.estimated_size()) for frame in frames)
 
 
 def check_loggable(schema: FeatureSchema) -> None:

@@ -92,12 +92,23 @@ def wait_for(condition, timeout_s=20):
         time.sleep(0.005)
 
 
+BYTES_OF_REPORT = 5 * 100 + 512 * FRAME.height  # as objects
+
+
 def report(frame=FRAME, model=None):
     probabilities = np.linspace(0, 1, frame.height, dtype=np.float32)
     requests = [frame[:1], frame[1:]]
     counts = [part.height for part in requests]
     return BatchReport(
-        model or Model(), requests, ["a", "b"], counts, [Found(probabilities, {})], 0.0, 0.0, time.time_ns() // 1000
+        model or Model(),
+        requests,
+        ["a", "b"],
+        counts,
+        [Found(probabilities, {})],
+        0.0,
+        0.0,
+        time.time_ns() // 1000,
+        100,
     )
 
 
@@ -157,7 +168,8 @@ def test_small_batches_become_columns_together(tmp_path):
 
 
 def test_rows_beyond_the_bound_are_dropped_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(request_log, "MAX_WAITING_ROWS", 7)
+    monkeypatch.setattr(request_log, "MAX_WAITING_BYTES", 2 * BYTES_OF_REPORT)
+    monkeypatch.setattr(request_log, "_GATHER_S", 30)  # as objects, until it is closed
     dropped = []
     log = RequestLog(tmp_path, dropped.append)
     for _ in range(3):
@@ -167,8 +179,17 @@ def test_rows_beyond_the_bound_are_dropped_and_counted(tmp_path, monkeypatch):
     assert sum(pl.read_parquet(path).height for path in tmp_path.iterdir()) == 6
 
 
+def test_wide_rows_are_written_before_they_are_too_many_for_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(request_log, "_FILE_BYTES", 1)
+    log = RequestLog(tmp_path, pytest.fail)
+    log.add(report())
+    wait_for(lambda: rows_on(tmp_path) == 3)
+    log.close()
+
+
 def test_a_full_disk_costs_only_what_does_not_fit_into_memory(caplog, small_disk, monkeypatch):
-    monkeypatch.setattr(request_log, "MAX_WAITING_ROWS", 7)
+    monkeypatch.setattr(request_log, "MAX_WAITING_BYTES", 2 * BYTES_OF_REPORT)
+    monkeypatch.setattr(request_log, "_GATHER_S", 2)  # as objects, until all have been added
     monkeypatch.setattr(request_log, "_FIRST_RETRY_S", 0.01)
     dropped = []
     log = RequestLog(small_disk, dropped.append, file_rows=3)
