@@ -168,12 +168,22 @@ def test_the_schema_and_its_examples_are_what_predict_takes(client, small_datase
     assert any(schema["unknown"])
 
 
+def test_a_row_that_is_not_in_a_list_is_told_to_be_put_in_one(client):
+    answer = client.post("/predict", json={"int_0": 1, "cat_3": "0a"})
+    assert answer.status_code == 400
+    assert answer.json()["error"] == "the body is one row, with the columns 'int_0', 'cat_3'; put it in a list: [{...}]"
+    assert "needs 'rows'" in client.post("/predict", json={"int_0": 1, "colour": "red"}).json()["error"]
+
+
 def test_what_is_not_there_is_told_in_json(client, server):
     for path, code in [("/nothing", 404), ("/v2/models/other", 404), (f"/v2/models/{server.model}/versions/0", 404)]:
         answer = client.get(path)
         assert answer.status_code == code
         assert answer.json()["error"]
-    assert client.get("/predict").status_code == 405
+    assert "GET /openapi.json" in client.get("/docs").json()["error"]
+    answer = client.get("/predict")
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
+    assert answer.json()["error"] == "'/predict' takes POST, not GET; GET /openapi.json describes how"
     assert client.post("/admin/reload").status_code == 403
 
 

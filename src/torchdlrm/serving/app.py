@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from torchdlrm import __version__
-from torchdlrm.errors import TorchDLRMError
+from torchdlrm.errors import TorchDLRMError, shown
 from torchdlrm.prediction.predictor import Predictor, Rows
 from torchdlrm.serving.batcher import Answer, PredictionRequest
 from torchdlrm.serving.bodies import read_body
@@ -64,9 +64,14 @@ async def _refused(_: Request, error: Exception) -> Response:
     return refusal(error)
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _json({"error": error.detail}, error.status_code, dict(error.headers or {}))
+    headers, message, path = dict(error.headers or {}), error.detail, shown(request.scope["path"])
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        message = f"{path} takes {headers['Allow']}, not {request.method}; GET /openapi.json describes how"
+    elif error.status_code == HTTPStatus.NOT_FOUND:
+        message = f"{path}: there is nothing here; GET /openapi.json describes what there is, POST /predict predicts"
+    return _json({"error": message}, error.status_code, headers)
 
 
 async def _failed(_: Request, __: Exception) -> Response:

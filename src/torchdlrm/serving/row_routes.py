@@ -62,6 +62,8 @@ def _rows_of(body: object, schema: FeatureSchema, max_rows: int) -> Sequence[Row
     if body.keys() != {"shared", "candidates"}:
         keys = ", ".join(map(shown, islice(body, _MAX_KEYS_SHOWN)))
         msg = f"the body has the keys {keys or '(none)'}; it needs 'rows', or 'shared' and 'candidates', and no others"
+        if body and body.keys() <= {column.name for column in schema.columns}:
+            msg = f"the body is one row, with the columns {keys}; put it in a list: [{{...}}]"
         raise bad_request(msg)
     shared, candidates = body["shared"], _rows(body["candidates"], "candidates: ", max_rows)
     if not isinstance(shared, dict):
