@@ -42,3 +42,17 @@ def test_a_run_that_ends_early_profiles_what_there_was(small_dataset, dlrm, tmp_
     (profile,) = json.loads((run / "profile" / "summary.json").read_text())
     assert profile["num_steps"] == 4
     assert profile["hidden_share"] is None
+
+
+@pytest.mark.parametrize("key", ["--logging.profile_steps", "--logging.profile-steps"])
+def test_the_number_of_profiled_steps_is_what_was_asked_for_however_the_key_is_spelt(
+    small_dataset, monkeypatch, tmp_path, key
+):
+    from torchdlrm.cli.main import app
+    from torchdlrm.training.processes import launch
+
+    asked = []
+    monkeypatch.setattr(launch, "launch", lambda _, settings, *__, **___: asked.append(settings.logging.profile_steps))
+    command = ["train", str(CONFIG), "--dataset", str(small_dataset.path), "--run", str(tmp_path / "run"), "--profile"]
+    app([*command, key, "5"])
+    assert asked == [5]

@@ -87,7 +87,7 @@ def train(
         raise ConfigError(msg)
     _set_key(overrides, "sharding.plan", None if plan is None else str(plan.resolve()), "--plan")
     _set_key(overrides, "train.freeze", freeze, "--freeze")
-    if profile and "logging.profile-steps" not in overrides:
+    if profile and "logging.profile_steps" not in {name.replace("-", "_") for name in overrides}:
         overrides["logging.profile_steps"] = "20"
     settings = load_config(path, overrides)
     check_rendezvous(nnodes, rdzv_endpoint)
