@@ -100,3 +100,8 @@ def test_two_machines_evaluate_together_what_one_process_does(small_run, expecte
     (result,) = told
     for name, value in expected.items():
         assert result[name] == (value if isinstance(value, int | str) else pytest.approx(value, abs=1e-6)), name
+
+
+def test_a_split_that_is_named_twice_is_refused(small_run):
+    with pytest.raises(ConfigError, match=r"`split`: val\+test\+val names a split twice"):
+        evaluate(small_run, split="val+test+val")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torchdlrm.config import Config, DeviceChoice, ShardingConfig
 from torchdlrm.data.dataset import Dataset
+from torchdlrm.errors import ConfigError
 from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import binary_metrics
 from torchdlrm.model.model_class import ModelClass
@@ -100,6 +101,10 @@ def predict_split(
 
     The order of the rows depends on the number of ranks and on the batch size alone.
     """
+    names = split.split("+")
+    if len(set(names)) < len(names):
+        msg = f"`split`: {split} names a split twice, and each row counts once; name each once"
+        raise ConfigError(msg)
     trained = run if isinstance(run, Run) else Run.open(Path(run))
     encoded = trained.open_dataset(dataset)
     shape = trained.shape(encoded, model_class, allow_changed_model_class=allow_changed_model_class)
@@ -125,7 +130,7 @@ def predict_split(
                 pin_memory=ranks.device.type == "cuda",
                 all_gather=ranks.all_gather,
             )
-            for name in split.split("+")
+            for name in names
         ]
         listener = progress if ranks.is_first else SILENT
         listener.start_phase("evaluate", sum(loader.rows for loader in loaders))
