@@ -7,7 +7,7 @@ from typing import Any
 
 from torchdlrm.planning.smaller_tables import changed_features, with_quotients, with_smaller_dims
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.sharding.constraints import COLUMN_WISE, TABLE_WISE
+from torchdlrm.sharding.constraints import TABLE_WISE
 from torchdlrm.sharding.planner import planner_constraints
 from torchdlrm.sharding.problem import Problem, Solution, try_solve
 from torchdlrm.sharding.tables import cap_embeddings
@@ -113,7 +113,6 @@ def remedies(problem: Problem, progress: ProgressListener = SILENT) -> list[Reme
     attempts: list[Callable[[Problem], Remedy | None]] = [
         _more_devices,
         _without_constraints,
-        _by_columns,
         _leaner_optimizer,
         _half_precision,
         _host_memory,
@@ -162,24 +161,6 @@ def _without_constraints(problem: Problem) -> Remedy | None:
         f"no constraints, so that tables can be cut ({_some(cut) or 'all table_wise'})",
         {"constraints": ()},
         "more exchange between ranks; tables are no longer where you wanted them",
-        solution,
-    )
-
-
-def _by_columns(problem: Problem) -> Remedy | None:
-    """On CPU tables can be cut by columns alone, and with row-wise Adagrad only when asked for."""
-    if problem.machine.kind != "cpu" or problem.options.constraints or problem.machine.num_devices == 1:
-        return None
-    large = sorted(problem.tables, key=lambda table: -table.rows * table.dim)[:8]
-    rules = tuple(f"{table.name}={COLUMN_WISE}" for table in large if table.dim >= 8)
-    solution = try_solve(problem.with_options(constraints=rules)) if rules else None
-    if solution is None:
-        return None
-    return Remedy(
-        f"the {len(rules)} largest tables cut by columns",
-        {"constraints": rules},
-        "each rank looks up every id of those tables; row-wise Adagrad keeps a state for each half, so the "
-        "weights differ slightly from those of an uncut table",
         solution,
     )
 
