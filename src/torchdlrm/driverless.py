@@ -9,8 +9,10 @@ set-up; what wants a GPU is refused, because PyTorch sees none.
 import ctypes
 import os
 import platform
+import re
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import Literal
 
@@ -26,6 +28,7 @@ _FUNCTIONS = (
 )
 _ANSWER = bytes.fromhex("b809000000c3")  # mov eax, 9 (NVML_ERROR_DRIVER_NOT_LOADED); ret
 _PAGE_BYTES = 4096
+_STAND_IN_PATH = re.compile(r"/proc/\d+/fd/\d+")
 
 
 def fbgemm_build() -> Literal["cuda", "cpu"]:
@@ -50,6 +53,17 @@ def stand_in_for_driver() -> bool:
     path = f"/proc/{os.getpid()}/fd/{descriptor}"
     os.environ["LD_PRELOAD"] = ":".join(filter(None, [path, os.environ.get("LD_PRELOAD")]))
     return True
+
+
+@contextmanager
+def hidden_stand_in() -> Iterator[None]:
+    """For starting processes that may outlive this job, as a tracker's do: the library's path ends with the job."""
+    before = os.environ.get("LD_PRELOAD", "")
+    os.environ["LD_PRELOAD"] = ":".join(path for path in before.split(":") if not _STAND_IN_PATH.fullmatch(path))
+    try:
+        yield
+    finally:
+        os.environ["LD_PRELOAD"] = before
 
 
 def _is_loadable(name: str) -> bool:
