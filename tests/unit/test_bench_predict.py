@@ -1,14 +1,25 @@
 """What `dlrm bench predict` times from text is what `dlrm predict` does: values are looked up, and most are found."""
 
+import itertools
+from typing import get_args
+
 import polars as pl
 import pytest
 
-from torchdlrm.bench.predict import from_log_step
+from torchdlrm.bench.predict import SERVED, from_log_step
 from torchdlrm.bench.random_bundle import write_random_bundle, write_random_log
+from torchdlrm.bundle import DensePrecision, TablePrecision
+from torchdlrm.bundle.precision import TABLE_PRECISIONS
 from torchdlrm.training.processes.process_group import join_process_group
 
 SIZES = {"cat_0": 50, "cat_1": 2_000, "cat_2": 3}
 NUM_ROWS = 1_000
+
+
+def test_every_precision_is_measured_and_shown():
+    """The two lists that people read are made of the types, so that a new precision is in both."""
+    assert set(SERVED) == set(itertools.product(get_args(TablePrecision), get_args(DensePrecision)))
+    assert get_args(TablePrecision) == TABLE_PRECISIONS
 
 
 def test_the_log_is_predicted_from_raw_rows_whose_values_the_bundle_knows(tmp_path):

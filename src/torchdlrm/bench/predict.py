@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -34,13 +34,8 @@ from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.processes.process_group import Ranks
 
-SERVED: tuple[tuple[TablePrecision, DensePrecision], ...] = (
-    ("float32", "float32"),
-    ("int8", "float32"),
-    ("int4", "float32"),
-    ("float32", "bfloat16"),
-    ("int8", "bfloat16"),
-    ("int4", "bfloat16"),
+SERVED: tuple[tuple[TablePrecision, DensePrecision], ...] = tuple(
+    (tables, dense) for dense in get_args(DensePrecision) for tables in get_args(TablePrecision)
 )
 EAGER, QUANTIZED = "TorchRec eager, float32", "TorchRec quantized, int8"
 FROM_LOG = "dlrm predict from text, int8, bfloat16"
