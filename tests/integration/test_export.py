@@ -89,7 +89,7 @@ def test_the_command_tells_people_and_programs(dlrm, small_run, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["name"], result["check"]["split"]) == ("clicks", "test")
-    assert set(result["trade"]["tables"]) == {f"cat_{i}" for i in range(26)}
+    assert set(result["precision_search"]["tables"]) == {f"cat_{i}" for i in range(26)}
     assert "allowed" in done.stderr
     assert "largest difference" in done.stderr
     shown = dlrm("inspect", tmp_path / "b", "--json")

@@ -59,7 +59,7 @@ def test_a_rank_trains_with_tables_cached_from_host_memory(train_one_rank, tmp_p
     run, _ = train_one_rank(8, everywhere)
     plan = json.loads((run / "plan.json").read_text())
     for table in plan["tables"].values():
-        table |= {"compute_kernel": "fused_uvm_caching", "cache_share": 0.2}
+        table |= {"compute_kernel": "fused_uvm_caching", "cache_fraction": 0.2}
     (tmp_path / "cached.json").write_text(json.dumps(plan))
     shutil.rmtree(run)
     run, _ = train_one_rank(8, {"sharding.plan": str(tmp_path / "cached.json")})

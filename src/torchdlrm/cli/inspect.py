@@ -258,10 +258,7 @@ def print_precision_search(search: "PrecisionSearch") -> None:
             "feature": name,
             "table rows": f"{choice.num_embeddings:,}",
             "float32": show_bytes(choice.size_bytes["float32"]),
-            **{
-                precision: f"{1e6 * choice.logloss_increase[precision]:.2f}"
-                for precision in ("float16", "int8", "int4")
-            },
+            **{precision: f"{1e6 * cost:.2f}" for precision, cost in list(choice.logloss_increase.items())[1:]},
             "chosen": choice.chosen,
             "bytes": show_bytes(choice.size_bytes[choice.chosen]),
         }
@@ -286,7 +283,7 @@ def bundle_as_dict(bundle: "Bundle", search: "PrecisionSearch | None") -> dict[s
     about: dict[str, Any] = {"path": str(bundle.path), "version": bundle.version, "schema": bundle.schema.name}
     about["buckets"] = _buckets_as_dict(bundle.schema)
     about["size_bytes"] = sum(record.size_bytes for record in bundle.manifest.files.values())
-    return about | content | ({} if search is None else {"trade": asdict(search)})
+    return about | content | ({} if search is None else {"precision_search": asdict(search)})
 
 
 def _show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:

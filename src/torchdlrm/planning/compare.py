@@ -57,7 +57,7 @@ def _values(plan: Mapping[str, Any]) -> dict[str, Any]:
         "weights (bytes)": plan["total"]["weight_bytes"],
         "optimizer state (bytes)": plan["total"]["state_bytes"],
         "fullest rank (bytes)": fullest["device_bytes"],
-        "fullest rank (fraction)": fullest["memory_share"],
+        "fullest rank (fraction)": fullest["memory_fraction"],
         "slowest rank's tables (ms)": plan["estimate"]["worst_rank_ms"],
         "step (ms)": plan["estimate"]["step_ms"],
         "rows/s": plan["estimate"]["rows_per_s"],

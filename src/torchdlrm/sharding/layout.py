@@ -23,7 +23,13 @@ from torchdlrm.sharding.planner import collections_of
 from torchdlrm.sharding.tables import Table
 from torchdlrm.sharding.topology import Machine
 
-FORMAT, FORMAT_VERSION = "torchdlrm-plan", 1
+FORMAT, FORMAT_VERSION, _WITH_OLD_NAMES = "torchdlrm-plan", 2, 1
+_NEW_NAMES = {
+    "cache_share": "cache_fraction",
+    "host_cache_share": "cache_fraction",
+    "memory_share": "memory_fraction",
+    "reserved_share": "reserved_fraction",
+}
 _CACHED_KERNEL = "fused_uvm_caching"
 _KERNELS = ("fused", _CACHED_KERNEL)
 
@@ -109,7 +115,7 @@ def layout_as_dict(layout: Layout) -> dict[str, Any]:
         name: {
             "sharding_type": placed.sharding_type,
             "compute_kernel": placed.compute_kernel,
-            "cache_share": placed.cache_fraction,
+            "cache_fraction": placed.cache_fraction,
             "ranks": placed.ranks,
             "shards": [asdict(shard) for shard in placed.shards],
         }
@@ -124,17 +130,22 @@ def read_plan(path: Path) -> dict[str, Any]:
         PlanError: the file cannot be read, is no plan, or of another format version.
     """
     try:
-        plan: Any = json.loads(path.read_text(encoding="utf-8"))
+        plan: Any = json.loads(path.read_text(encoding="utf-8"), object_hook=_in_new_names)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         msg = f"{path}: cannot read the plan: {error}; dlrm plan writes one"
         raise PlanError(msg) from error
     if not isinstance(plan, dict) or "tables" not in plan or "format_version" not in plan:
         msg = f"{path}: not a plan (no tables, no format_version); dlrm plan writes one"
         raise PlanError(msg)
-    if plan["format_version"] != FORMAT_VERSION:
+    if plan["format_version"] not in {FORMAT_VERSION, _WITH_OLD_NAMES}:
         msg = f"{path}: format_version is {plan['format_version']!r}, this version reads {FORMAT_VERSION}; plan again"
         raise PlanError(msg)
     return plan
+
+
+def _in_new_names(found: dict[str, Any]) -> dict[str, Any]:
+    """What the first format version called otherwise; a table, which is an object itself, keeps its name."""
+    return {key if isinstance(value, dict) else _NEW_NAMES.get(key, key): value for key, value in found.items()}
 
 
 @dataclass(frozen=True)
@@ -168,7 +179,7 @@ def read_saved_plan(path: Path) -> SavedPlan:
                 placed["sharding_type"],
                 placed["compute_kernel"],
                 tuple(PlacedShard(int(s["rank"]), _pair(s["offsets"]), _pair(s["sizes"])) for s in placed["shards"]),
-                placed.get("cache_share"),
+                placed.get("cache_fraction"),
             )
             for name, placed in plan["tables"].items()
         }

@@ -1,7 +1,4 @@
-"""Reads and writes plan.json, which `dlrm train --plan` follows and `dlrm plan --compare` reads.
-
-Its keys are those of format version 1, also where the code now has other names (`memory_share`).
-"""
+"""Reads and writes plan.json, which `dlrm train --plan` follows and `dlrm plan --compare` reads."""
 
 import json
 from dataclasses import asdict
@@ -42,7 +39,7 @@ def plan_as_dict(solution: Solution) -> dict[str, Any]:
         },
         "total": _cost_as_dict(solution.total),
         "ranks": [
-            {"rank": rank, "memory_share": solution.memory_fraction(rank), **_cost_as_dict(cost)}
+            {"rank": rank, "memory_fraction": solution.memory_fraction(rank), **_cost_as_dict(cost)}
             for rank, cost in enumerate(solution.ranks)
         ],
         "tables": tables,
@@ -66,9 +63,9 @@ def problem_as_dict(problem: Problem) -> dict[str, Any]:
         "optimizer": options.optimizer.name,
         "precision": problem.precision,
         "batch_size_global": options.batch_size_global,
-        "reserved_share": options.reserved_fraction,
+        "reserved_fraction": options.reserved_fraction,
         "constraints": list(options.constraints),
-        "host_cache_share": options.cache_fraction,
+        "cache_fraction": options.cache_fraction,
     }
 
 

@@ -114,6 +114,21 @@ def test_a_damaged_plan_is_refused(saved, change):
         check_layout(read_saved_plan(path), TABLES, machine)
 
 
+def test_a_plan_of_the_first_format_version_is_read(tmp_path):
+    machine = replace(machine_of(device_named("a100-80gb"), num_devices=1), hbm_bytes=3_000_000)
+    options = PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 1024, 0.15, cache_fraction=0.1)
+    small = ModelConfig(embedding_dim=16, dense_arch_layer_sizes=(16,), over_arch_layer_sizes=(8, 1))
+    write_plan(tmp_path / "plan.json", solve(Problem(TABLES, machine, options, model=small)))
+    new = read_saved_plan(tmp_path / "plan.json").layout
+    content = json.loads((tmp_path / "plan.json").read_text())
+    content |= {"format_version": 1, "host_cache_share": content.pop("cache_fraction")}
+    for table in content["tables"].values():
+        table["cache_share"] = table.pop("cache_fraction")
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    assert any(placed.cache_fraction for placed in new.values())
+    assert read_saved_plan(tmp_path / "plan.json").layout == new
+
+
 def test_the_json_adds_up(saved):
     path, _, solution = saved
     content = json.loads(path.read_text())
