@@ -3,6 +3,8 @@
 import json
 import socket
 import struct
+import subprocess
+import sys
 import time
 
 import grpc
@@ -236,3 +238,30 @@ def test_clients_that_are_slow_or_speak_no_http_are_told_and_cut_off(server, sen
     assert answer.startswith(b"HTTP/1.1 %d " % code)
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
     assert time.monotonic() - started_s < 3
+
+
+SENDS_A_HEADER_OF_TWO_LINES = """
+import asyncio
+from types import SimpleNamespace
+from torchdlrm.serving.exchange import Exchange
+from torchdlrm.serving.framing import Head
+
+async def app(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"x", b"1\\r\\nset-cookie: 2")]})
+    await send({"type": "http.response.body", "body": b"{}"})
+
+sent, nothing = [], lambda *_: None
+connection = SimpleNamespace(server=None, client=None, is_gone=nothing, write=sent.append, answered=nothing)
+asyncio.run(Exchange(Head("GET", b"/", "1.1", [], True, False), connection, []).run(app))
+print(b"".join(sent).decode())
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("-O",)])
+def test_a_header_of_two_lines_is_never_sent_also_without_asserts(options):
+    """Ours have one line each; what a header repeats of a request must not become a header or an answer itself."""
+    command = [sys.executable, *options, "-c", SENDS_A_HEADER_OF_TWO_LINES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("HTTP/1.1 500 ")
+    assert "set-cookie" not in done.stdout
+    assert "a header of the answer has more than one line" in done.stderr
