@@ -47,8 +47,8 @@ def write_day(folder, day, num_rows=2_000):
     return path
 
 
-# What tells of times; of a run also what names a checkpoint, in which torch notes a random number.
-_NEVER_THE_SAME = {"times.json", "metrics.jsonl", ".metadata", "checkpoint.json", "environment.json"}
+# What tells of times, or of the folders that a run's dataset lies in.
+_NEVER_THE_SAME = {"times.json", "metrics.jsonl", "environment.json"}
 
 
 def files_of(folder):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torchrec.optim.keyed import KeyedOptimizer
 
@@ -64,6 +65,17 @@ class _ReportingFileSystem(FileSystem):
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
             raise cause or error from error
+
+
+class _Writer(FileSystemWriter):
+    """Torch's, with the same bytes for the same state: torch notes a random number and the path that is written to."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.fs = _ReportingFileSystem()
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
 
 
 class Checkpointer:
@@ -257,8 +269,7 @@ class Checkpointer:
         try:
             self._together(lambda: _make_empty(partial) if self._ranks.is_first else None)
             # Without copies ahead: torch would pin two shards at a time, rounded up to powers of two, for good.
-            writer = FileSystemWriter(partial, sync_files=True, per_thread_copy_ahead=0)
-            writer.fs = _ReportingFileSystem()
+            writer = _Writer(partial, sync_files=True, per_thread_copy_ahead=0)
             save_distributed(state, storage_writer=writer, process_group=self._group)
             digests = self._together(lambda: _digests(partial, self._ranks.rank))
             self._together(lambda: self._finish(partial, final, digests, position) if self._ranks.is_first else None)
