@@ -11,9 +11,12 @@ from contextlib import suppress
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter, save
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from torchdlrm import load_config, train
 from torchdlrm.errors import TrainingError
+from torchdlrm.files import sha256_of
 from torchdlrm.training.processes.process_group import StopRequest
 from torchdlrm.training.trainer import Trainer
 from trainings import CONFIG, OPTIONS, STEPS, Process, checkpoints, logged_steps, state, wait_until
@@ -455,3 +458,48 @@ def test_early_stopping_that_can_never_act_is_refused_before_anything_is_written
     assert done.returncode == 2
     assert "stop.patience_validations: is 2 and could never stop the run: " in done.stderr
     assert not run.exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_last_steps_that_were_saved_as_float32_are_read(small_dataset, tmp_path):
+    """As they were before, by a resumed run and by one that is started from it; whole numbers count further."""
+    overrides = {
+        "table_optimizer.weight_decay": "0.01",
+        "table_optimizer.weight_decay_mode": "lazy",
+        "logging.tensorboard": "false",
+        "checkpoint.every_steps": "5",
+    }
+    short, long = (load_config("criteo-small", overrides | {"train.max_steps": str(steps)}) for steps in (5, 10))
+    train(short, small_dataset, tmp_path / "new")
+    before = shutil.copytree(tmp_path / "new", tmp_path / "old")
+    checkpoint = before / "checkpoints" / "step-00000005"
+    _save_last_steps_as_float32(checkpoint)
+    found = []
+    for name in ("new", "old"):
+        train(long, small_dataset, tmp_path / f"from-{name}", from_run=tmp_path / name)
+        train(long, small_dataset, tmp_path / name)
+        found.append([state(tmp_path / run, tmp_path, 10) for run in (name, f"from-{name}")])
+    for new, old in zip(*found, strict=True):
+        assert any(name.endswith("prev_iter") for name in new)
+        assert all(torch.equal(torch.as_tensor(new[name]), torch.as_tensor(old[name])) for name in new)
+
+
+def _save_last_steps_as_float32(checkpoint):
+    dcp_to_torch_save(checkpoint, checkpoint.parent / "state.pt")
+    content = torch.load(checkpoint.parent / "state.pt")
+    changed = 0
+    for values in content["optimizer"]["state"].values():
+        for name in [name for name in values if name.endswith("prev_iter")]:
+            assert values[name].dtype == torch.int32
+            values[name] = values[name].float()
+            changed += 1
+    assert changed
+    record = json.loads((checkpoint / "checkpoint.json").read_text())
+    for name in record["sha256"].keys() - {"checkpoint.json"}:
+        (checkpoint / name).unlink()
+        del record["sha256"][name]
+    save(content, storage_writer=FileSystemWriter(checkpoint), no_dist=True)
+    for path in checkpoint.iterdir():
+        if path.name != "checkpoint.json":
+            record["sha256"][path.name] = sha256_of(path)
+    (checkpoint / "checkpoint.json").write_text(json.dumps(record))

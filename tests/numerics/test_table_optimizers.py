@@ -135,6 +135,19 @@ def test_lazy_decay_takes_the_rate_of_the_step_that_looks_the_row_up(seed):
     assert kernel.prev_iter_host[:2].tolist() == [5, 0]
 
 
+def test_lazy_decay_counts_steps_beyond_what_a_float32_can(seed):
+    kernel = tables_of(settings("sgd", "lazy"), seed)
+    look_up = [torch.zeros(len(TABLES), dtype=torch.int64), torch.arange(len(TABLES) + 1)]
+    nothing = torch.zeros(1, sum(dim for _, dim in TABLES))
+    kernel.set_learning_rate(0.5)
+    for step in (2**24 + 1, 2**24 + 2, 2**24 + 3):
+        before = kernel.split_embedding_weights()[0][0].clone()
+        set_steps_done([kernel], step - 1)
+        kernel(*look_up).backward(nothing)
+        torch.testing.assert_close(kernel.split_embedding_weights()[0][0], before * (1 - 0.5 * 0.1))
+        assert kernel.prev_iter_host[0] == step
+
+
 def test_steps_are_counted_and_not_lookups(seed):
     """A validation between two steps looks up, too: Adam's first step is one of the learning rate all the same."""
     kernel = tables_of(settings("adam", NO_DECAY), seed)

@@ -14,7 +14,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
     construct_split_state,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.distributed import batched_embedding_kernel
 
 _WITH_SECOND_MOMENT = {
@@ -30,7 +30,7 @@ class TablesOnCpu(SplitTableBatchedEmbeddingBagsCodegen):  # type: ignore[misc] 
 
     Attributes:
         is_lazy: whether a row catches up on the weight decay of steps that did not look it up. Then `prev_iter_host`
-            holds the last step of each row, 0 for none, as in FBGEMM's own modes of that kind.
+            holds the last step of each row, int32, 0 for none.
     """
 
     def __init__(
@@ -59,6 +59,9 @@ class TablesOnCpu(SplitTableBatchedEmbeddingBagsCodegen):  # type: ignore[misc] 
             self._add_state("momentum2", rowwise=_WITH_SECOND_MOMENT[optimizer])
         if is_lazy:
             self._add_state("prev_iter", rowwise=True)
+            # FBGEMM's kind of state is float32, which counts to 2^24 alone; a checkpoint's of that type is converted.
+            num_rows = sum(rows for rows, *_ in embedding_specs)
+            self.prev_iter_host = nn.Parameter(torch.zeros(num_rows, dtype=torch.int32), requires_grad=False)
 
     def _add_state(self, name: str, *, rowwise: bool) -> None:
         split = construct_split_state(self.embedding_specs, rowwise=rowwise, cacheable=False)

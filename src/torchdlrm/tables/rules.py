@@ -54,7 +54,8 @@ def state_of(kernel: SplitTableBatchedEmbeddingBagsCodegen, name: str, first_fea
     rows_T = np.asarray([rows for rows, *_ in kernel.embedding_specs])
     values = getattr(kernel, f"{name}_host").detach().numpy()
     nothing = np.zeros_like(dim_T)
-    if values.dtype != np.float32:  # FBGEMM's placeholder
-        return State(np.empty(0, np.float32), nothing, nothing)
+    dtype = np.int32 if name == "prev_iter" else np.float32
+    if values.dtype != dtype:  # FBGEMM's placeholder
+        return State(np.empty(0, dtype), nothing, nothing)
     begins = getattr(kernel, f"{name}_offsets").numpy()[first_feature_T]
     return State(values, begins, dim_T if len(values) == rows_T @ dim_T else np.ones_like(dim_T))

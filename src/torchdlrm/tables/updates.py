@@ -69,7 +69,7 @@ class State(NamedTuple):
     """One of the values that an optimizer keeps.
 
     Attributes:
-        values: of all tables, float32.
+        values: of all tables, float32; last steps are int32.
         begins: where in them each table begins, int64 [T].
         widths: how many there are for a row of each table: D, 1 or 0; int64 [T].
     """
@@ -110,7 +110,7 @@ def update(
         weight: the embeddings.
         momentum1: sums of squares, or first moments.
         momentum2: second moments.
-        last_step: that has looked a row up, as a float.
+        last_step: that has looked a row up; 0 for none.
         rule: of the step.
         scratch: room for a row of any table, float32.
     """

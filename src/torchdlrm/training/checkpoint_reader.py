@@ -28,6 +28,7 @@ from torchdlrm.training.checkpoint_files import read_metadata
 
 MODEL = "model.model."  # the state's name for the model, then DLRMTrain's for the DLRM
 _LOCAL_HEADER_BYTES = 30
+_LAST_STEPS = "prev_iter"  # of the rows of a table: whole numbers, which a float32 does not hold beyond 2^24
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class _Chunk:
     """A rectangle of a tensor: where it begins, and its numbers, mapped."""
 
     offsets: tuple[int, ...]
-    values: NDArray[np.float32]
+    values: NDArray[Any]
 
     @property
     def place(self) -> tuple[slice, ...]:
@@ -44,7 +45,7 @@ class _Chunk:
 
 
 class CheckpointReader:
-    """Float32 tensors of a checkpoint.
+    """Tensors of a checkpoint, all float32 but for int32 last steps of rows.
 
     Args:
         path: the checkpoint's folder; whether it is damaged is for others to say.
@@ -62,16 +63,19 @@ class CheckpointReader:
         self.path = path
         metadata = read_metadata(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, np.dtype[Any]] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
         self._files: dict[str, Path] = {}  # looked at once: many chunks are in each
         for name, tensor in metadata.state_dict_metadata.items():
             if not name.startswith(prefix) or not isinstance(tensor, TensorStorageMetadata):
                 continue
             short = name.removeprefix(prefix)
-            if tensor.properties.dtype != torch.float32:
-                msg = f"{path}: {short} is {tensor.properties.dtype}; weights and state must be float32"
+            dtype = tensor.properties.dtype
+            if dtype != torch.float32 and not (dtype == torch.int32 and name.endswith(_LAST_STEPS)):
+                msg = f"{path}: {short} is {dtype}; weights and state must be float32"
                 raise RunError(msg)
             self.shapes[short] = tuple(tensor.size)
+            self._dtypes[short] = np.dtype(str(dtype).removeprefix("torch."))
             self._chunks[short] = [
                 self._map(short, chunk, metadata.storage_data[MetadataIndex(name, chunk.offsets)])
                 for chunk in tensor.chunks
@@ -81,7 +85,7 @@ class CheckpointReader:
             raise RunError(msg)
 
     def tensor(self, name: str) -> Tensor:
-        """All of a tensor, copied: float32."""
+        """All of a tensor, copied."""
         return self.part(name, [0] * len(self.shapes[name]), self.shapes[name])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -89,8 +93,8 @@ class CheckpointReader:
         return self.part(name, (start, 0), (stop, self.shapes[name][1]))
 
     def part(self, name: str, begins: Sequence[int], ends: Sequence[int]) -> Tensor:
-        """A rectangle of a tensor, copied: float32, in each dimension from `begins` to before `ends`."""
-        part = np.empty([end - begin for begin, end in zip(begins, ends, strict=True)], np.float32)
+        """A rectangle of a tensor, copied, in each dimension from `begins` to before `ends`."""
+        part = np.empty([end - begin for begin, end in zip(begins, ends, strict=True)], self._dtypes[name])
         for chunk in self._chunks[name]:
             spans = [
                 (max(begin, has.start), min(end, has.stop))
@@ -117,13 +121,13 @@ class CheckpointReader:
         path = self._files.get(stored.relative_path) or regular_file(self.path, stored.relative_path)
         self._files[stored.relative_path] = path
         try:
-            first_byte = _first_byte(path, chunk, stored.offset, stored.length)
+            first_byte = _first_byte(path, chunk, self._dtypes[name], stored.offset, stored.length)
         except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             msg = f"{path}: {name} is not stored in one piece, as torchdlrm stores it ({str(error).splitlines()[0]})"
             raise RunError(msg) from error
-        shape = tuple(chunk.sizes)
-        values: NDArray[np.float32] = (
-            np.memmap(path, np.float32, "r", first_byte, shape) if math.prod(shape) else np.empty(shape, np.float32)
+        shape, dtype = tuple(chunk.sizes), self._dtypes[name]
+        values: NDArray[Any] = (
+            np.memmap(path, dtype, "r", first_byte, shape) if math.prod(shape) else np.empty(shape, dtype)
         )
         return _Chunk(tuple(chunk.offsets), values)
 
@@ -132,7 +136,7 @@ def _less(spans: Sequence[tuple[int, int]], offsets: Sequence[int]) -> tuple[sli
     return tuple(slice(first - offset, end - offset) for (first, end), offset in zip(spans, offsets, strict=True))
 
 
-def _first_byte(path: Path, chunk: ChunkStorageMetadata, offset: int, length: int) -> int:
+def _first_byte(path: Path, chunk: ChunkStorageMetadata, dtype: np.dtype[Any], offset: int, length: int) -> int:
     """Where the numbers of a chunk begin in a file whose `length` bytes from `offset` are what `torch.save` wrote.
 
     Raises ValueError where they are not there in one piece, or other ones are; reading the archive raises other things.
@@ -144,8 +148,9 @@ def _first_byte(path: Path, chunk: ChunkStorageMetadata, offset: int, length: in
             data = next((entry for entry in entries.infolist() if entry.filename.endswith("/data/0")), None)
         archive.seek(0)
         described = torch.load(archive, map_location="meta", weights_only=True)  # type: ignore[arg-type]
-        if not isinstance(described, Tensor) or described.dtype != torch.float32 or described.shape != chunk.sizes:
-            msg = f"not float32 of {list(chunk.sizes)}"
+        is_tensor = isinstance(described, Tensor) and str(described.dtype) == f"torch.{dtype}"
+        if not is_tensor or described.shape != chunk.sizes:
+            msg = f"not {dtype} of {list(chunk.sizes)}"
             raise ValueError(msg)
         if data is None or data.compress_type != zipfile.ZIP_STORED:
             msg = "no data, or compressed data"
