@@ -92,9 +92,9 @@ def test_a_checkpoint_is_written_at_once_where_the_memory_has_no_room_for_a_copy
     waited = []
     save = Checkpointer.save
 
-    def watched(checkpointer, position, *, wait):
+    def watched(checkpointer, position, *, wait, loss):
         waited.append(wait)
-        return save(checkpointer, position, wait=wait)
+        return save(checkpointer, position, wait=wait, loss=loss)
 
     monkeypatch.setattr(Checkpointer, "save", watched)
     options = {"train.max_steps": "4", "checkpoint.every_steps": "1", "logging.tensorboard": "false"}

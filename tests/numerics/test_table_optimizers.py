@@ -20,7 +20,7 @@ from torchdlrm.errors import ConfigError
 from torchdlrm.kernels import threads
 from torchdlrm.tables.lookup import use_own_kernels
 from torchdlrm.tables.module_on_cpu import TablesOnCpu
-from torchdlrm.tables.optimizers import fused_params, set_steps_done
+from torchdlrm.tables.optimizers import check_table_optimizer, fused_params, set_steps_done
 
 TABLES = [(50, 16), (3, 8), (400, 16), (7, 4), (1000, 16)]  # rows, dimension
 BATCH, STEPS = 32, 200
@@ -171,6 +171,22 @@ def test_rows_of_zeros_and_gradients_of_zeros_stay_numbers_in_lamb(seed):
     grads[1] = 1
     kernel(ids, torch.arange(len(ids) + 1)).backward(grads)
     assert torch.equal(weights, before)  # no gradient: nowhere to go; no length: FBGEMM's ratio is zero, too
+
+
+@pytest.mark.parametrize("name", ["lamb", "partial_rowwise_lamb"])
+def test_lamb_without_weight_decay_is_refused_on_gpus_where_a_gradient_of_zeros_would_make_a_row_nan(name):
+    """FBGEMM's step, by the formula of its kernels: the reference has no guard either."""
+    weights = torch.ones(1, 4, dtype=torch.float64)
+    for decay, is_finite in ((0.0, False), (1e-6, True)):
+        reference = Reference(weights, name, decay=decay, mode="decoupled")
+        reference.step(torch.tensor([0]), torch.zeros(1, 4), 0.1)
+        assert bool(torch.isfinite(reference.weights_RD).all()) == is_finite
+        config = TableOptimizerConfig(name=name, weight_decay=decay)
+        check_table_optimizer(config, torch.device("cpu"))
+        if is_finite:
+            check_table_optimizer(config, torch.device("cuda"))
+    with pytest.raises(ConfigError, match=rf"^table_optimizer.weight_decay: {name} needs some on GPUs, got 0: .* 1e-6"):
+        check_table_optimizer(TableOptimizerConfig(name=name), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("name", TABLE_OPTIMIZERS)

@@ -29,13 +29,20 @@ _IN_FBGEMM_ON_CPU = {EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAG
 
 
 def check_table_optimizer(config: TableOptimizerConfig, device: torch.device) -> None:
-    """Refuse a weight decay that the optimizer does not have on this device.
+    """Refuse a weight decay that the optimizer does not have on this device, and LAMB on GPUs without any.
 
     Raises:
         ConfigError: names the mode and those that there are, here and elsewhere.
     """
     record = TABLE_OPTIMIZERS[config.name]
     on_cpu = device.type == "cpu"
+    if record.momentum == "lamb" and not config.weight_decay and not on_cpu:
+        msg = (
+            f"table_optimizer.weight_decay: {config.name} needs some on GPUs, got 0: FBGEMM divides by the length of a "
+            "row's step, and a row whose first gradient is exactly 0, as that of rows of weight 0, becomes NaN; set it "
+            "to 1e-6 or more, or choose table_optimizer.name = adam, or train.device = cpu"
+        )
+        raise ConfigError(msg)
     modes = record.decays(on_cpu=on_cpu)
     if config.weight_decay_mode in modes or not (config.weight_decay or config.decays_lazily):
         return
