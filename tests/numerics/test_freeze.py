@@ -13,8 +13,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 
 from torchdlrm.config import load_config
 from torchdlrm.errors import ConfigError
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.tables.frozen import frozen_forward
 from torchdlrm.training.job import train
+from torchdlrm.training.sharded import check_freeze
 from trainings import state
 
 FINAL_NET = f"{Path(__file__).parents[2] / 'examples' / 'finalnet.py'}:FinalNet"
@@ -100,3 +102,15 @@ def test_kernels_of_fbgemm_update_all_of_their_tables_or_none(seed):
     assert not torch.equal(kernel.weights_host, before)
     with pytest.raises(ConfigError, match=r"train.freeze: .*some tables of a rank \(t_a\); freeze tables, all of them"):
         frozen_forward(kernel, kernel.forward, {"t_a"})
+
+
+def test_some_tables_are_not_frozen_on_gpus_before_anything_is_written(small_dataset):
+    config = load_config("criteo-small", {**SETTINGS, "train.freeze": "cat_1"})
+    shape = ModelShape.of(config.model, small_dataset)
+    check_freeze(config, shape, small_dataset.num_embeddings, torch.device("cpu"))
+    with pytest.raises(
+        ConfigError, match=r"^train.freeze: on GPUs .* this names t_cat_1; freeze tables, all of them, or"
+    ):
+        check_freeze(config, shape, small_dataset.num_embeddings, torch.device("cuda", 0))
+    whole = config.model_copy(update={"train": config.train.model_copy(update={"freeze": ("tables",)})})
+    check_freeze(whole, shape, small_dataset.num_embeddings, torch.device("cuda", 0))

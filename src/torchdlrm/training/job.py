@@ -199,7 +199,7 @@ def preview_training(
     agenda = _checked_agenda(config, dataset, device)
     shape = ModelShape.of(config.model, dataset, architecture)
     shape.architecture.check(shape)
-    check_freeze(config, shape, dataset.num_embeddings)
+    check_freeze(config, shape, dataset.num_embeddings, device)
     solution = preview_plan(
         config, shape, dataset.num_embeddings, world_size=world_size, local_world_size=local_world_size, device=device
     )
@@ -281,7 +281,7 @@ def train(
         _checked_agenda(settings, encoded, ranks.device)
         shape = ModelShape.of(settings.model, encoded, architecture)
         shape.architecture.check(shape)
-        check_freeze(settings, shape, encoded.num_embeddings)
+        check_freeze(settings, shape, encoded.num_embeddings, ranks.device)
         launchers = _launchers(ranks)
         # Not what this job itself has trained, before a process or a machine died and all were started again.
         removes = restart and not ranks.from_first(Run(path, settings).was_started_by(launchers))

@@ -15,6 +15,7 @@ from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
 from torchdlrm.config import Config, DenseOptimizerConfig, TableOptimizerConfig
+from torchdlrm.errors import ConfigError
 from torchdlrm.features.tables import feature_tables
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model, standardize_dense_input
@@ -87,15 +88,22 @@ def build_sharded_model(
     return replace(sharded, frozen_tables=frozen.tables)
 
 
-def check_freeze(config: Config, shape: ModelShape, num_embeddings: Mapping[str, int]) -> None:
-    """See that the model has what `train.freeze` names.
+def check_freeze(config: Config, shape: ModelShape, num_embeddings: Mapping[str, int], device: torch.device) -> None:
+    """See that the model has what `train.freeze` names, and that it can be frozen on this device.
 
     Raises:
-        ConfigError: it has not, or nothing is left to learn.
+        ConfigError: it has not, or nothing is left to learn; or some tables are frozen on a GPU, and others are not.
     """
     if config.train.freeze:
         model = build_model(shape, num_embeddings, torch.device("meta")).model
-        frozen_parts(config.train.freeze, model, feature_tables(config.model, num_embeddings))
+        tables = feature_tables(config.model, num_embeddings)
+        frozen = frozen_parts(config.train.freeze, model, tables)
+        if device.type == "cuda" and 0 < len(frozen.tables) < len(tables):
+            msg = (
+                f"train.freeze: on GPUs tables are frozen all together or not at all (FBGEMM), and this names "
+                f"{', '.join(sorted(frozen.tables))}; freeze tables, all of them, or set train.device = cpu"
+            )
+            raise ConfigError(msg)
 
 
 def build_empty_model(
