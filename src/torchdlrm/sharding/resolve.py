@@ -18,6 +18,8 @@ from torchdlrm.sharding.tables import Table, tables_of_model
 from torchdlrm.sharding.topology import Machine, local_machine
 from torchdlrm.units import show_bytes
 
+_MAX_DIM_ON_GPU = 2_048
+
 
 def load_or_make_plan(
     model: nn.Module,
@@ -38,8 +40,8 @@ def load_or_make_plan(
     problem = _problem(tables_of(model), machine, config, shape)
     if saved_plan is None:
         found = plan_sharding(model, machine=machine, options=problem.searched_options, process_group=process_group)
-        return found.plan, solution_of(problem, layout_of(found.plan), found)
-    solution = _saved_solution(saved_plan, problem)
+        return found.plan, checked(solution_of(problem, layout_of(found.plan), found))
+    solution = checked(_saved_solution(saved_plan, problem))
     return sharding_plan(solution.layout, model, machine), solution
 
 
@@ -90,4 +92,24 @@ def preview_plan(
     tables = tables_of_model(config.model, num_embeddings)
     machine = local_machine(config.sharding, world_size=world_size, local_world_size=local_world_size, device=device)
     problem = _problem(tables, machine, config, shape)
-    return solve(problem) if config.sharding.plan is None else _saved_solution(Path(config.sharding.plan), problem)
+    path = config.sharding.plan
+    return checked(solve(problem) if path is None else _saved_solution(Path(path), problem))
+
+
+def checked(solution: Solution) -> Solution:
+    """The solution itself, refused where FBGEMM would stop at the first step.
+
+    Raises:
+        PlanError: a rank of a GPU would hold longer rows than its kernels take.
+    """
+    if solution.problem.machine.kind == "cuda":
+        for name, placed in solution.layout.items():
+            dim = max(shard.sizes[1] for shard in placed.shards)
+            if dim > _MAX_DIM_ON_GPU:
+                msg = (
+                    f"{name} has {dim:,} columns on a rank, and FBGEMM's kernels on GPUs take {_MAX_DIM_ON_GPU:,} at "
+                    f"most; cut it (sharding.constraints = {name.removeprefix('t_')}=column_wise) or give it a smaller "
+                    "model.embedding_dim"
+                )
+                raise PlanError(msg)
+    return solution

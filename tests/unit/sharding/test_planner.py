@@ -17,6 +17,7 @@ from torchdlrm.errors import PlanError
 from torchdlrm.planning.remedies import shortfall
 from torchdlrm.sharding.planner import meta_tables, planner_constraints, table_sharder
 from torchdlrm.sharding.problem import Problem, solve, try_solve
+from torchdlrm.sharding.resolve import checked
 from torchdlrm.sharding.tables import Table, preset_tables
 
 
@@ -210,3 +211,15 @@ def test_on_cpu_tables_that_fit_on_no_rank_are_cut_by_rows_and_no_others(devices
     assert kinds.pop("t_0") in {"row_wise", "table_row_wise"}
     assert set(kinds.values()) == {"table_wise"}
     assert shortfall(on_cpu(tables, 500e6, constraints=("t_0=table_wise",))).undividable == ("t_0",)
+
+
+def test_rows_that_are_too_long_for_kernels_on_gpus_are_refused_and_pieces_of_them_are_not():
+    tables = [Table("t_a", 1_000, 4_096), Table("t_b", 1_000, 128)]
+    on_one_rank = solve(problem(tables, 4, constraints=("a=table_wise",)))
+    with pytest.raises(
+        PlanError, match=r"t_a has 4,096 columns on a rank, .* 2,048 at most; cut it \(.*a=column_wise\)"
+    ):
+        checked(on_one_rank)
+    for fits in (problem(tables, 4, constraints=("a=column_wise",)), problem(tables, 4, "cpu")):
+        solution = solve(fits)
+        assert checked(solution) is solution
