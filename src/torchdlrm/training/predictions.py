@@ -56,24 +56,44 @@ class PredictionBuffer:
         return None if taken is None else binary_metrics(*taken)
 
 
+def prediction_pipeline(model: nn.Module, ranks: Ranks) -> TrainPipelineSparseDist | None:
+    """Does the transfers for the next batch, as in training, while one is predicted; None where there are none to hide.
+
+    Its two streams on a GPU are its own, and torch keeps the memory of batches a stream: one is enough for all
+    validations of a training.
+
+    Args:
+        model: a `DLRMTrain` inside `DistributedModelParallel`, not held by another pipeline.
+        ranks: the processes that hold the model.
+    """
+    if ranks.device.type == "cpu" and ranks.world_size == 1:
+        return None
+    # Not TorchRec's pipeline for evaluation: its thread skips a batch when reading it fails in some ways. In eval mode
+    # this one does nothing else, and it asks for no optimizer.
+    return TrainPipelineSparseDist(model, None, ranks.device, execute_all_batches=True)
+
+
 def predict_loaders(
-    model: nn.Module, loaders: Sequence[Loader], ranks: Ranks, progress: ProgressListener
+    model: nn.Module,
+    loaders: Sequence[Loader],
+    ranks: Ranks,
+    progress: ProgressListener,
+    pipeline: TrainPipelineSparseDist | None = None,
 ) -> PredictionBuffer:
     """Predict every row that the loaders read, each once; products are float32 on every device.
-
-    Where there are transfers to hide, of batches to a GPU or of ids between ranks, a pipeline as in training does them
-    for the next batch while one is predicted.
 
     Args:
         model: a `DLRMTrain` inside `DistributedModelParallel`, not held by a pipeline.
         loaders: of one epoch each; their rows are judged together. Every rank has its own.
         ranks: the processes that hold the model.
         progress: receives the rows of all ranks.
+        pipeline: of the model, from an earlier call; a new one where it is None.
     """
     predictions = PredictionBuffer()
     was_training = model.training
     model.eval()
-    with torch.no_grad(), exact_products(), _predicting(model, ranks) as predict:
+    pipeline = pipeline or prediction_pipeline(model, ranks)
+    with torch.no_grad(), exact_products(), _predicting(model, pipeline) as predict:
         for loader in loaders:
             rows, num_batches = loader.rows, loader.batches_per_epoch
             with closing(iter(loader)) as batches:
@@ -86,16 +106,15 @@ def predict_loaders(
 
 
 @contextmanager
-def _predicting(model: nn.Module, ranks: Ranks) -> Iterator[Callable[[Iterator[Batch]], tuple[Tensor, ...]]]:
+def _predicting(
+    model: nn.Module, pipeline: TrainPipelineSparseDist | None
+) -> Iterator[Callable[[Iterator[Batch]], tuple[Tensor, ...]]]:
     """What predicts the next batch of an iterator: loss, logits [B], labels [B], row weights [B] if there are some.
 
     `model` is in eval mode.
     """
-    if ranks.device.type == "cpu" and ranks.world_size == 1:
+    if pipeline is None:
         yield lambda batches: model(next(batches))[1]
         return
-    # Not TorchRec's pipeline for evaluation: its thread skips a batch when reading it fails in some ways. In eval mode
-    # this one does nothing else, and it asks for no optimizer.
-    pipeline = TrainPipelineSparseDist(model, None, ranks.device, execute_all_batches=True)
     yield pipeline.progress
     pipeline.detach()

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
@@ -27,7 +28,7 @@ from torchdlrm.training.finite import not_finite_error
 from torchdlrm.training.interval_metrics import IntervalMetrics
 from torchdlrm.training.log import Callbacks, TrainingSummary, metrics_for_callbacks, plateau_line, validation_line
 from torchdlrm.training.pipeline import build_pipeline
-from torchdlrm.training.predictions import predict_loaders
+from torchdlrm.training.predictions import predict_loaders, prediction_pipeline
 from torchdlrm.training.processes.process_group import Ranks, StopRequest
 from torchdlrm.training.run import Run
 from torchdlrm.training.sharded import StepCounters, build_optimizer, build_sharded_model
@@ -86,6 +87,7 @@ class Trainer:
         self._schedule = Schedule(config.schedule, optimizer, num_steps=self._agenda.num_steps)
         self._counters = StepCounters(model, seed=config.seed, rank=ranks.rank)
         self._pipeline = build_pipeline(model, optimizer, dtype=dtype, ranks=ranks, frozen=sharded.frozen_tables)
+        self._predicting: TrainPipelineSparseDist | None = None  # from the first validation on
         self._checkpointer = Checkpointer(
             run.checkpoints, model, optimizer, ranks, keep_last=config.checkpoint.keep_last
         )
@@ -207,7 +209,9 @@ class Trainer:
             "val", self._config.validation.batch_size_global, max_rows=self._config.validation.max_rows
         )
         # The pipeline holds batches in flight and has replaced the tables' forward; its next step does so again.
-        predictions = predict_loaders(self._pipeline.detach(), [loader], self._ranks, SILENT)
+        model = self._pipeline.detach()
+        self._predicting = self._predicting or prediction_pipeline(model, self._ranks)
+        predictions = predict_loaders(model, [loader], self._ranks, SILENT, self._predicting)
         metrics = self._ranks.from_first(predictions.take_metrics(self._ranks))
         assert metrics is not None
         self._validation = metrics.as_json()
