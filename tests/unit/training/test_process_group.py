@@ -1,10 +1,14 @@
 """How a process leaves its group, and what it says when it runs out of memory or loses another one."""
 
+import os
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import distributed as dist
 
-from torchdlrm.errors import LostProcessError, RunError, TrainingError
+from torchdlrm.errors import ConfigError, LostProcessError, RunError, TrainingError
+from torchdlrm.training.processes import process_group
 from torchdlrm.training.processes.agreement import NNODES_VARIABLE
 from torchdlrm.training.processes.process_group import Ranks, _leave, join_process_group
 
@@ -49,6 +53,35 @@ def test_memory_of_a_gpu_that_runs_out_is_told_in_numbers(error):
     for remedy in ("sharding.reserved_fraction", "sharding.cache_fraction", "train.batch_size_global", "expandable"):
         assert remedy in told
     assert ("it asked for 2.50 GiB" in told) == isinstance(error, torch.OutOfMemoryError)
+    assert ("it was the host's memory" in told) != isinstance(error, torch.OutOfMemoryError)  # pinned: the same words
+
+
+def test_a_process_on_a_gpu_takes_its_share_of_the_cores(monkeypatch):
+    """Casts and copies of drawn tables run on them, eight ranks at a time."""
+    init = dist.init_process_group
+    monkeypatch.setattr(process_group, "rank_device", lambda *_: GPU)
+    monkeypatch.setattr(process_group, "_restored_settings", lambda _: nullcontext())
+    monkeypatch.setattr(dist, "init_process_group", lambda _, **options: init("gloo", **options))
+    for name, value in (("LOCAL_WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)))
+    before = torch.get_num_threads()
+    try:
+        with join_process_group() as ranks:
+            assert (ranks.device, torch.get_num_threads()) == (GPU, 3)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_launcher_that_numbers_processes_and_tells_no_more_is_explained(monkeypatch):
+    """As srun and mpirun with two variables set by hand do."""
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "16"), ("MASTER_ADDR", "here"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(ConfigError, match=r"but LOCAL_RANK, LOCAL_WORLD_SIZE are not set; .*SLURM_LOCALID"),
+        join_process_group(),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

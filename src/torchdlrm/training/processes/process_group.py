@@ -16,7 +16,7 @@ from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from torchdlrm.config import DeviceChoice
-from torchdlrm.errors import LostProcessError, TrainingError, UserError
+from torchdlrm.errors import ConfigError, LostProcessError, TrainingError, UserError
 from torchdlrm.training.processes.agreement import NNODES_VARIABLE, Settings, agree
 from torchdlrm.training.processes.device import rank_device
 from torchdlrm.training.processes.host_groups import forget_host_groups
@@ -111,6 +111,7 @@ _SIGNS_OF_A_LOST_PROCESS = (
 )
 
 
+_OF_A_LAUNCHER = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _groups_of_this_process = count()
 
 
@@ -124,8 +125,8 @@ def join_process_group(
 ) -> Iterator[Ranks]:
     """Join the group that torch's launcher has described in the environment, or form one of a single process.
 
-    NCCL where the processes compute on GPUs, gloo otherwise. On CPU each process takes its share of the cores that it
-    may run on. Where a group exists already, it is used and left as it is. Afterwards torch's number
+    NCCL where the processes compute on GPUs, gloo otherwise. Each process takes its share of the cores that it may run
+    on. Where a group exists already, it is used and left as it is. Afterwards torch's number
     of threads, random state, current GPU and matrix precision, the filters of warnings and the levels of other
     libraries' loggers are what they were.
 
@@ -137,11 +138,13 @@ def join_process_group(
 
     Raises:
         UserError: machines were started with different settings, or one cannot take part, for example because it lacks
-            the GPUs that the others have.
+            the GPUs that the others have; or a launcher has not told this process all that it must.
         LostProcessError: a process does not come, dies, or does not answer, also inside.
         TrainingError: this process runs out of memory inside.
     """
     is_ours = not dist.is_initialized()
+    if is_ours and "RANK" in os.environ:
+        _check_launcher()
     if is_ours:
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     else:
@@ -156,8 +159,7 @@ def join_process_group(
     )
     ranks = Ranks(rank, world_size, local_world_size, place, timeout_s)
     with silenced_libraries(), _restored_settings(place), ranks.explaining_failures():
-        if place.type == "cpu":
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         if is_ours and "RANK" in os.environ:
             _form_group(backend, place, timeout_s, describe)
@@ -169,6 +171,18 @@ def join_process_group(
             _leave(ranks, error, is_ours=is_ours)
             raise
         _leave(ranks, None, is_ours=is_ours)
+
+
+def _check_launcher() -> None:
+    """See that what has numbered this process has told it all that its group needs; Slurm and MPI tell less."""
+    missing = [name for name in _OF_A_LAUNCHER if name not in os.environ]
+    if missing:
+        msg = (
+            f"RANK says that a launcher has started this process, but {', '.join(missing)} are not set; start "
+            "`dlrm train` with `nnodes` and `rdzv_endpoint` once on each machine (srun --ntasks-per-node=1), or "
+            "set them for each process (of Slurm: LOCAL_RANK=$SLURM_LOCALID, LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE)"
+        )
+        raise ConfigError(msg)
 
 
 def _leave(ranks: Ranks, error: BaseException | None, *, is_ours: bool) -> None:
