@@ -70,7 +70,8 @@ class HostCopies:
 
     def _pinned(self, num_bytes: int) -> torch.Tensor:
         """Memory that is pinned here and not by torch's allocator, which would round it up to a power of two."""
-        block = torch.empty(num_bytes, dtype=torch.uint8)
+        # Filled by all threads: CUDA would ask for each page with one, tens of seconds for a large rank's tables.
+        block = torch.empty(num_bytes, dtype=torch.uint8).fill_(0)
         problem = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), num_bytes, _PORTABLE))
         self._is_pinned = not problem
         if problem:

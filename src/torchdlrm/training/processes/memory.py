@@ -12,6 +12,10 @@ from torchdlrm.units import show_bytes
 # Of torch on GPUs and on the host, of CUDA itself (pinned and managed memory), and of NCCL.
 _SIGNS = ("can't allocate memory", "out of memory")
 _ASKED = re.compile(r"tried to allocate ([\d.,]+ \w+)", re.IGNORECASE)
+_PINNED = (
+    ". Where the GPU has room, it was the host's memory, which CUDA pins for batches and copies and says the same of: "
+    "checkpoint.asynchronous = false needs less of it"
+)
 # From here on what torch holds and nobody uses is worth a word.
 _MUCH = 0.1
 
@@ -37,7 +41,8 @@ def describe_shortage(error: BaseException, device: torch.device) -> str:
         wanted = str(error).partition("\n")[0] or type(error).__name__
     # Host memory may end on a GPU machine too, but never the other way round.
     if device.type == "cuda" and "DefaultCPUAllocator" not in str(error) and not isinstance(error, MemoryError):
-        return f"{wanted} on {device}{_held_on_gpu(device)}"
+        or_host = "" if isinstance(error, torch.OutOfMemoryError) else _PINNED
+        return f"{wanted} on {device}{_held_on_gpu(device)}{or_host}"
     held_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (
         f"{wanted}; it has held up to {show_bytes(held_bytes)}, and this machine has {show_bytes(host_memory_bytes())} "
