@@ -47,13 +47,21 @@ def vocabulary(live):
     return pl.read_parquet(live / "days/0004/dataset/vocabulary/city.parquet")["value"].to_list()
 
 
-def test_a_log_that_is_too_small_does_not_keep_the_next_from_being_learnt(copied, logs, tmp_path):
+def test_a_log_that_is_too_small_does_not_keep_the_next_from_being_learnt(copied, logs, monkeypatch, tmp_path):
     small = tmp_path / "small.tsv"
     for num_rows in (1, 12):  # of neither is any row held back
         small.write_text("".join(logs[3].read_text().splitlines(keepends=True)[:num_rows]))
         with pytest.raises(LogError, match=f"of {num_rows} good rows none is left for val"):
             advance(copied, small)
         assert LiveModel.open(copied).draft.done == ("score",)
+    assert preview_advance(copied, logs[3]).notes == ("period 4 is begun again: its log was not learnt",)
+    # One whose preprocessing was killed is not left out by mistake.
+    with monkeypatch.context() as patched:
+        patched.setattr("torchdlrm.preprocessing.preprocess._finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            advance(copied, logs[3])
+    with pytest.raises(LiveError, match="period 4 was begun with another log and is not complete"):
+        advance(copied, logs[4])
     record = advance(copied, logs[3])
     assert (record.period, record.rows, record.base) == (4, 2_000, 3)
 

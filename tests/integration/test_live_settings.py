@@ -10,7 +10,8 @@ from torchdlrm import GateSettings, LiveModel, LiveSettings, advance
 from torchdlrm.config import config_toml, load_config
 from torchdlrm.errors import LiveError
 from torchdlrm.live.advance import _Period
-from torchdlrm.live.preview import READ_BY, preview_advance
+from torchdlrm.live.changes import READ_BY
+from torchdlrm.live.preview import preview_advance
 from torchdlrm.progress import SilentProgress
 from torchdlrm.training.job import train
 

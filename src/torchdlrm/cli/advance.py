@@ -73,8 +73,17 @@ def advance(
     from torchdlrm.live.preview import preview_advance
 
     if dry_run:
-        preview = preview_advance(live, logs, config=config, schema=schema, settings=settings, restart=restart)
-        for line in preview.lines():
+        preview = preview_advance(
+            live,
+            logs,
+            config=config,
+            schema=schema,
+            settings=settings,
+            model_class=model_class,
+            allow_changed_model_class=allow_changed_model_class,
+            restart=restart,
+        )
+        for line in (*preview.lines(), *preview.notes):
             say(line)
         for warning in preview.warnings:
             warn(warning)

@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,11 @@ from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import with_split
 from torchdlrm.files import remove_folder, sync, write_atomically
+from torchdlrm.live.changes import STEPS
 from torchdlrm.live.gate import judge, require_same_rows
 from torchdlrm.live.logs import PeriodLog, find_log
 from torchdlrm.live.model import CONFIG_NAME, DATASET_NAME, REPLAY_NAME, RUN_NAME, LiveModel
-from torchdlrm.live.preview import STEPS, AdvancePreview, lineage_of, look_ahead
+from torchdlrm.live.preview import AdvancePreview, lineage_of, look_ahead
 from torchdlrm.live.record import (
     FeatureRecord,
     PeriodRecord,
@@ -107,9 +109,15 @@ def advance(
         Interrupted: SIGTERM or Ctrl-C.
     """
     log = find_log(logs)
-    look_ahead(live, log, config, schema, settings, restart=restart)  # before anything is written
+    look = partial(
+        look_ahead,
+        *(live, log, config, schema, settings, model_class),
+        allow_changed_model_class=allow_changed_model_class,
+        restart=restart,
+    )
+    look()  # before anything is written
     with LiveModel(Path(live)).locked():
-        preview = look_ahead(live, log, config, schema, settings, restart=restart)
+        preview = look()
         for name, text in sorted(preview.files.items(), key=lambda file: file[0] == "live.toml"):
             write_atomically(preview.live.path / name, text)
         for warning in preview.warnings if preview.is_new_config else ():  # once

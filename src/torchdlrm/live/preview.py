@@ -3,46 +3,36 @@
 In: a live model's folder (which need not be there), a log, settings.  Out: an `AdvancePreview`.  Writes nothing.
 """
 
-import tomllib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
-from pydantic import ValidationError
-
-from torchdlrm.bundle.manifest import BundleManifest
-from torchdlrm.config import Config, config_toml, find_config, load_config, setting_values
+from torchdlrm.config import Config, config_toml
 from torchdlrm.errors import LiveError
-from torchdlrm.features.schema import PRESETS, FeatureSchema
-from torchdlrm.features.schema_file import load_schema, schema_toml
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.live.changes import (
+    STEPS,
+    begun_again,
+    choose_config,
+    choose_schema,
+    require_class,
+    require_fit,
+    require_label,
+)
 from torchdlrm.live.logs import PeriodLog, find_log, is_same, learnt_already, require_readable
 from torchdlrm.live.model import (
     CONFIG_NAME,
     DATASET_NAME,
     RUN_NAME,
-    SCHEMA_NAME,
     SETTINGS_NAME,
     Draft,
     LiveModel,
 )
 from torchdlrm.live.record import LogRecord, PeriodRecord, StepName
 from torchdlrm.live.settings import LiveSettings, changed_settings, settings_toml
-from torchdlrm.toml import is_preset
-from torchdlrm.training.run import Run
-from torchdlrm.training.source_run import unfit_settings
+from torchdlrm.model.model_class import ModelClass, architecture_of
+from torchdlrm.preprocessing.preprocess import work_folder
 from torchdlrm.units import show_bytes
-
-STEPS: tuple[StepName, ...] = get_args(StepName)
-# The last step that reads each setting, and `config`; what is kept afterwards may change whenever.
-READ_BY: Mapping[str, StepName] = {
-    **dict.fromkeys(("hold_back", "min_count", "admit_over", "expire_after"), "preprocess"),
-    **dict.fromkeys(("max_embeddings", "max_bad_rows", "seed"), "preprocess"),
-    **dict.fromkeys(("replay_periods", "config"), "learn"),
-    "export": "export",
-    "gate": "check",
-}
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ class AdvancePreview:
         done: the record of the period where it is complete already, and nothing is left to do.
         new_config: what `config.toml` will be when the period is complete; None: what it is.
         begun_again: the step that is not complete, and of which nothing can be used, since what it reads was changed.
-        unused: what was given and is not kept, where nothing is left to do.
+        notes: what else a user has to know, as sentences.
     """
 
     live: LiveModel
@@ -75,7 +65,7 @@ class AdvancePreview:
     done: PeriodRecord | None = None
     new_config: str | None = None
     begun_again: StepName | None = None
-    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def steps(self) -> tuple[StepName, ...]:
@@ -105,13 +95,6 @@ class AdvancePreview:
             )
         return tuple(found)
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What of the arguments has no effect, as sentences."""
-        if not self.unused:
-            return ()
-        return (f"{', '.join(self.unused)}: not kept, since nothing is learnt with it; give it with the next log",)
-
     def lines(self) -> list[str]:
         """The period, its log and its steps in words."""
         draft = self.draft
@@ -121,7 +104,7 @@ class AdvancePreview:
         if self.removed is not None:
             lines.append(f"period {self.removed} is begun again: what was done of it is removed")
         if self.done is not None:
-            return [*lines, "it is complete: nothing is left to do", *self.notes]
+            return [*lines, "it is complete: nothing is left to do"]
         if self.begun_again is not None:
             lines.append(f"{self.begun_again} is begun again: what it reads was changed")
         if self.replayed:
@@ -137,18 +120,23 @@ def preview_advance(
     config: Config | str | Path | None = None,
     schema: FeatureSchema | str | Path | None = None,
     settings: LiveSettings | None = None,
+    model_class: ModelClass | None = None,
+    allow_changed_model_class: bool = False,
     restart: bool = False,
 ) -> AdvancePreview:
     """Look ahead; the arguments are those of `advance`.
 
     Raises:
         LiveError: the folder holds something else, `current` is broken, another period has been begun, what is to be
-            learnt from is no longer there, or config or schema are missing or do not fit what was learnt.
-        ConfigError: the config is wrong.
+            learnt from is no longer there, or config, schema or model class are missing or do not fit what was learnt.
+        ConfigError: the config is wrong, or the model class cannot be loaded.
         SchemaError: the schema is wrong.
         LogError: a file of the log is missing or empty, or its beginning is not what the schema says.
     """
-    return look_ahead(live, find_log(logs), config, schema, settings, restart=restart)
+    given = (config, schema, settings, model_class)
+    return look_ahead(
+        live, find_log(logs), *given, allow_changed_model_class=allow_changed_model_class, restart=restart
+    )
 
 
 def look_ahead(
@@ -157,7 +145,9 @@ def look_ahead(
     config: Config | str | Path | None,
     schema: FeatureSchema | str | Path | None,
     settings: LiveSettings | None,
+    model_class: ModelClass | None,
     *,
+    allow_changed_model_class: bool,
     restart: bool,
 ) -> AdvancePreview:
     """As `preview_advance`, of a log that is known."""
@@ -169,97 +159,43 @@ def look_ahead(
         msg = f"`live`: there is no live model in {live} yet, and the first period needs {needed}"
         raise LiveError(msg)
     files: dict[str, str] = {}
-    columns = _choose_schema(model, schema, files)
-    of_runs, text = _choose_config(model, config)
+    columns = choose_schema(model, schema, files)
+    of_runs, text = choose_config(model, config)
     chosen = changed_settings(model.path / SETTINGS_NAME, settings or LiveSettings())
     before = model.settings
     if not model.exists or chosen != before:
         files[SETTINGS_NAME] = settings_toml(chosen)
     periods = model.periods
     draft, removed, done = _next_period(model, periods, log.records, restart=restart)
-    _require_fit(model, draft.base if done is None else draft.period, of_runs, config)
+    require_fit(model, draft.base if done is None else draft.period, of_runs, config)
     if done is not None:
         unused = [name for name in LiveSettings.model_fields if getattr(chosen, name) != getattr(before, name)]
         unused += [] if text is None else ["config"]
-        return AdvancePreview(model, {}, before, of_runs, columns, draft, done=done, unused=tuple(unused))
+        note = f"{', '.join(unused)}: not kept, since nothing is learnt with it; give it with the next log"
+        return AdvancePreview(model, {}, before, of_runs, columns, draft, done=done, notes=(note,) if unused else ())
     if "preprocess" not in draft.done:
         require_readable(log, columns, chosen.max_bad_rows)
     _require_base(model, draft)
-    _require_label(model, draft.base, of_runs.train.label or columns.labels[0].name)
-    begun_again = _begun_again(draft, log.records, chosen, of_runs)
+    require_label(model, draft.base, of_runs.train.label or columns.labels[0].name)
+    architecture = architecture_of(of_runs.model, model_class, may_have_changed=allow_changed_model_class)
+    require_class(model, draft, of_runs, architecture)
+    step = begun_again(model, draft, log.records, chosen, of_runs, architecture)
     draft = draft.model_copy(update={"logs": log.records, "settings": chosen, "config": config_toml(of_runs)})
     if text is not None and not periods:
         files[CONFIG_NAME], text = text, None
-    replayed = () if "learn" in draft.done else _replayed(periods, draft.base, chosen)
     return AdvancePreview(
-        model, files, chosen, of_runs, columns, draft, replayed, removed, new_config=text, begun_again=begun_again
+        live=model,
+        files=files,
+        settings=chosen,
+        config=of_runs,
+        schema=columns,
+        draft=draft,
+        replayed=() if "learn" in draft.done else _replayed(periods, draft.base, chosen),
+        removed=removed,
+        new_config=text,
+        begun_again=step,
+        notes=() if removed is None or restart else (f"period {removed} is begun again: its log was not learnt",),
     )
-
-
-def _choose_schema(model: LiveModel, given: FeatureSchema | str | Path | None, files: dict[str, str]) -> FeatureSchema:
-    """The schema of the logs; that of a new live model is put among the files to write."""
-    path = model.path / SCHEMA_NAME
-    chosen = given if isinstance(given, FeatureSchema) else load_schema(path if given is None else given)
-    if not model.exists:
-        is_file = not isinstance(given, FeatureSchema) and given is not None and not is_preset(given, PRESETS)
-        files[SCHEMA_NAME] = Path(str(given)).read_text(encoding="utf-8") if is_file else schema_toml(chosen)
-    elif given is not None and chosen != load_schema(path):
-        msg = (
-            f"`schema`: is another than {path}: what was learnt means nothing with it; leave it out, or begin another "
-            "live model"
-        )
-        raise LiveError(msg)
-    return chosen
-
-
-def _choose_config(model: LiveModel, given: Config | str | Path | None) -> tuple[Config, str | None]:
-    """The config of the runs, and its text where it is another than that of the live model."""
-    path = model.path / CONFIG_NAME
-    chosen = given if isinstance(given, Config) else load_config(path if given is None else given)
-    if given is None or (model.exists and chosen == load_config(path)):
-        return chosen, None
-    return chosen, config_toml(given) if isinstance(given, Config) else find_config(given).read_text(encoding="utf-8")
-
-
-def _require_fit(model: LiveModel, learnt: int | None, config: Config, given: Config | str | Path | None) -> None:
-    """See that what a period has learnt can be learnt on with a config."""
-    run = None if learnt is None else model.day(learnt) / RUN_NAME
-    problems = [] if run is None or not run.is_dir() else list(unfit_settings(Run.open(run).config, config))
-    if problems:
-        own = model.path / CONFIG_NAME
-        name = own if given is None else "the one that is given" if isinstance(given, Config) else given
-        remedy = "change these back" if given is None else f"leave it out to go on with {own}"
-        head = f"`config`: {name} does not fit what period {learnt} has learnt; {remedy}, or begin another live model:"
-        raise LiveError("\n  ".join([head, *problems]))
-
-
-def _begun_again(draft: Draft, logs: Sequence[LogRecord], settings: LiveSettings, config: Config) -> StepName | None:
-    """The step that may be half done, if it reads what was changed since the period was begun.
-
-    Raises:
-        LiveError: a step that is complete has read it.
-    """
-    changed = []
-    if draft.settings is not None:
-        now, before = (given.model_dump(include={*READ_BY}) for given in (settings, draft.settings))
-        changed = [(name, now[name], before[name]) for name in now if now[name] != before[name]]
-    with suppress(ValidationError):  # an earlier version has written it, which had other keys
-        values = setting_values(config)
-        old = values if draft.config is None else setting_values(Config.model_validate(tomllib.loads(draft.config)))
-        names = [name for name in {**values, **old} if values.get(name) != old.get(name)]
-        changed += [("config", f"{name} = {values.get(name)}", old.get(name)) for name in names]
-    for name, now, before in changed:
-        if READ_BY[name] in draft.done:
-            msg = (
-                f"`{name}`: is {now}, and was {before} when the step {READ_BY[name]} of period {draft.period} read it, "
-                "which is not complete; give what it was until then, or `restart` to begin the period again"
-            )
-            raise LiveError(msg)
-    unfinished = next((step for step in STEPS[draft.base is None :] if step not in draft.done), None)
-    read_by = {READ_BY[name] for name, _, _ in changed}
-    if [log.path for log in logs] != [log.path for log in draft.logs]:
-        read_by.add("preprocess")  # which knows its files by their place
-    return unfinished if unfinished in read_by else None
 
 
 def _next_period(
@@ -281,7 +217,9 @@ def _next_period(
         return Draft(period=done.period, base=done.base, logs=logs, done=STEPS), None, done
     if draft is not None:
         is_other = draft.base != base or not is_same(draft.logs, logs)
-        if restart or (is_other and not {*draft.done} - {"score"}):  # no more than the scores of the other log is lost
+        # Of a log that was refused only the scores are lost; of one whose preprocessing was killed, more.
+        is_lost = {*draft.done} - {"score"} or work_folder(model.day(draft.period) / DATASET_NAME).exists()
+        if restart or (is_other and not is_lost):
             return Draft(period=draft.period, base=base, logs=logs), draft.period, None
         if not is_same(draft.logs, logs):
             names = ", ".join(log.path for log in draft.logs)
@@ -330,14 +268,6 @@ def _require_base(model: LiveModel, draft: Draft) -> None:
                 f"kept); roll back to one of {', '.join(map(str, kept)) or 'none'}, or put it back"
             )
             raise LiveError(msg)
-
-
-def _require_label(model: LiveModel, base: int | None, label: str) -> None:
-    """See that the label is the one of the base, which scores and gate are about."""
-    learnt = label if base is None else BundleManifest.read(model.bundle(base)).feature_schema.label.name
-    if label != learnt:
-        msg = f"`config`: train.label is {label}, and the model of period {base} has learnt {learnt}; give it that one"
-        raise LiveError(msg)
 
 
 def _replayed(periods: Sequence[PeriodRecord], base: int | None, settings: LiveSettings) -> tuple[PeriodRecord, ...]:
