@@ -6,27 +6,37 @@ import os
 import pty
 import re
 import struct
+import subprocess
+import sys
 import termios
+from types import SimpleNamespace
 
 import pytest
 
 from command_server import DLRM, shared_server
+from torchdlrm.progress import watched
 
 TRAINING = ("--validation.every-steps", "25", "--logging.every-steps", "10", "--logging.tensorboard", "false")
 
 
 @pytest.fixture
 def on_a_terminal():
-    """Runs the real command in a terminal of 80 columns: on_a_terminal("train", ...) -> all that it was sent."""
+    """Runs the real command in a terminal of 80 columns: on_a_terminal("train", ...) -> all that it was sent.
 
-    def run(*args):
+    With `script`, runs that text in Python.
+    """
+
+    def run(*args, script=None):
         terminal, inner = pty.openpty()
         fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
         environment = {**os.environ, "TERM": "xterm-256color"}
         environment.pop("COLUMNS", None)
         with os.fdopen(inner, "r+b", buffering=0) as file:
             options = {"stdin": file, "stdout": file, "stderr": file, "env": environment}
-            process = shared_server().start([DLRM, *args], **options)
+            if script is None:
+                process = shared_server().start([DLRM, *args], **options)
+            else:
+                process = subprocess.Popen([sys.executable, "-c", script], **options)
         shown = b""
         try:
             while block := os.read(terminal, 1 << 16):
@@ -96,3 +106,28 @@ def test_a_terminal_of_80_columns_keeps_the_validations_above_a_bar_that_fits(sm
     assert all(len(line) <= 80 and "…" not in line for line in bars)
     assert all(re.search(r" \d+ %  [\d,]+/4,286 rows  .*\d:\d\d:\d\d (gone|left)$", line) for line in bars), bars
     assert any(line.startswith("train: done, 4,286 rows in ") for line in lines)
+
+
+def test_a_function_shows_its_progress_on_a_terminal_and_can_be_silenced(on_a_terminal, small_log, tmp_path):
+    script = "from torchdlrm import preprocess; preprocess({log!r}, {out!r}{more})"
+
+    def of(name, more=""):
+        return script.format(log=str(small_log), out=str(tmp_path / name), more=more)
+
+    told = on_a_terminal(script=of("shown"))
+    assert all(f"{phase}: done, " in told for phase in ("read", "count", "encode", "write"))
+    assert on_a_terminal(script=of("silent", ", progress=False")) == ""
+    done = subprocess.run([sys.executable, "-c", of("piped")], capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"", b"")
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_in_a_notebook_a_function_writes_lines(is_running, monkeypatch, capfd):
+    """A kernel's standard error is no terminal; here a module says that one runs, as ipykernel does."""
+    kernel = SimpleNamespace(IPKernelApp=SimpleNamespace(initialized=lambda: is_running))
+    monkeypatch.setitem(sys.modules, "ipykernel.kernelapp", kernel)
+    with watched(progress=True) as listener:
+        listener.start_phase("read", 10)
+        listener.advance(10)
+    told = capfd.readouterr().err.splitlines()
+    assert [line.partition(" ")[2][:12] for line in told] == (["read: begins", "read: done, "] if is_running else [])

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -15,8 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from torchdlrm.cli.progress import ProgressBars, ProgressLines
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.progress.shown import shown_on
 
 if TYPE_CHECKING:
     from torchdlrm.training.processes.launch import Processes
@@ -32,6 +34,11 @@ Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 def say(line: str) -> None:
     """Write a line to people, as it is: nothing in it is markup, and it is not wrapped."""
     console.print(line, markup=False, soft_wrap=True)
+
+
+def say_next(command: str, *paths: Path | str | None) -> None:
+    """Say which command comes next; `{}` in it are the paths, quoted as a shell wants them."""
+    say(f"next: {command.format(*(shlex.quote(str(path)) for path in paths))}")
 
 
 def print_table(
@@ -114,11 +121,8 @@ def progress_bars(description: str) -> Iterator[ProgressListener]:
     """Make a listener that shows on standard error how far a job is; `description` names the whole job."""
     if description:
         say(description)
-    # Not by the console's own word alone: FORCE_COLOR makes it take every file for a terminal.
-    draws = sys.stderr is not None and sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal
-    with ProgressBars(console) if draws else ProgressLines() as shown:
+    with shown_on(console) as shown:
         yield shown
-        shown.finish()
 
 
 def progress_of_first_rank() -> AbstractContextManager[ProgressListener]:

@@ -32,7 +32,7 @@ def make_dataset(findings: Findings, folder: Path) -> str:
     """Write a log and preprocess it; say what trainings will use here."""
     log = folder / "log.tsv"
     synthesize(log, rows=_NUM_ROWS)
-    preprocess([log], folder / "dataset", criteo_schema(), PreprocessOptions(min_count=2))
+    preprocess([log], folder / "dataset", criteo_schema(), PreprocessOptions(min_count=2), progress=False)
     findings.tell("uses", _uses(findings.num_gpus, is_refused="device" not in findings.worked))
     return f"{_NUM_ROWS:,} rows written and preprocessed"
 
@@ -65,7 +65,7 @@ def train_steps(folder: Path, place: DeviceChoice, num_processes: int) -> str:
 
 
 def _train(folder: str, place: DeviceChoice) -> list[float] | None:
-    history = train(_config(place), f"{folder}/dataset", f"{folder}/run-{place}")
+    history = train(_config(place), f"{folder}/dataset", f"{folder}/run-{place}", progress=False)
     return None if history is None else [loss for _, loss in history.series("train", "loss")]
 
 
@@ -84,7 +84,7 @@ def _config(place: DeviceChoice) -> Config:
 
 def load_checkpoint(folder: Path, place: DeviceChoice) -> str:
     """Load what was saved, and evaluate it on every row of the test split."""
-    found = evaluate(folder / f"run-{place}", split="test", checkpoint="last", device=place)
+    found = evaluate(folder / f"run-{place}", split="test", checkpoint="last", device=place, progress=False)
     assert found is not None
     assert math.isfinite(found["logloss"]), f"logloss is {found['logloss']}"
     return f"saved, loaded and evaluated: logloss {found['logloss']:.3f} on {found['rows']:,} rows"
@@ -92,7 +92,7 @@ def load_checkpoint(folder: Path, place: DeviceChoice) -> str:
 
 def score_by_bundle(folder: Path, place: str) -> str:
     """Export the run, open the bundle, and score rows of the log by it."""
-    export(folder / f"run-{place}", folder / "bundle")
+    export(folder / f"run-{place}", folder / "bundle", progress=False)
     predictor = Predictor.open(folder / "bundle")
     predictor.check_sample()
     scores = predictor.predict([{"int_0": count, "cat_0": "68fd1e64"} for count in range(100)])

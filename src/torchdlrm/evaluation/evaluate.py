@@ -13,7 +13,7 @@ from torchdlrm.errors import ConfigError
 from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import binary_metrics
 from torchdlrm.model.model_class import ModelClass
-from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.progress import SILENT, ProgressListener, watched
 from torchdlrm.training.checkpoint import ChosenCheckpoint, find_checkpoint
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.predictions import Predictions, predict_loaders
@@ -34,7 +34,7 @@ def evaluate(
     batch_size_global: int = 8192,
     device: DeviceChoice = "auto",
     sharding: ShardingConfig | None = None,
-    progress: ProgressListener = SILENT,
+    progress: ProgressListener | bool = True,
 ) -> dict[str, Any] | None:
     """Metrics of a run's weights over the rows of one split, or of several together.
 
@@ -52,7 +52,7 @@ def evaluate(
         device: where to compute, as `train.device` has it, whatever the run was trained on.
         sharding: how to spread the tables over the processes of this evaluation; `sharding_elsewhere` of the run's
             config when not given.
-        progress: receives the rows done on rank 0.
+        progress: receives the rows done on rank 0; True and False as for `train`.
 
     Returns:
         On rank 0 `split`, `label`, `step`, `checkpoint` (`best`, `last` or `step`: what it was chosen for), `rows`,
@@ -68,18 +68,19 @@ def evaluate(
     """
     trained = run if isinstance(run, Run) else Run.open(Path(run))
     encoded = trained.open_dataset(dataset)
-    chosen, predictions = predict_split(
-        trained,
-        encoded,
-        split,
-        model_class=model_class,
-        allow_changed_model_class=allow_changed_model_class,
-        checkpoint=checkpoint,
-        batch_size_global=batch_size_global,
-        device=device,
-        sharding=sharding,
-        progress=progress,
-    )
+    with watched(progress) as listener:
+        chosen, predictions = predict_split(
+            trained,
+            encoded,
+            split,
+            model_class=model_class,
+            allow_changed_model_class=allow_changed_model_class,
+            checkpoint=checkpoint,
+            batch_size_global=batch_size_global,
+            device=device,
+            sharding=sharding,
+            progress=listener,
+        )
     about = {"split": split, "label": encoded.label_name, "step": chosen.step, "checkpoint": chosen.kind}
     return None if predictions is None else about | binary_metrics(*predictions).as_json()
 

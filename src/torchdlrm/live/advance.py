@@ -249,7 +249,7 @@ class _Period:
             shutil.rmtree(work_folder(out), ignore_errors=True)
             return Dataset.open(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        return preprocess(files, out, schema, options, self._progress, resources=self._resources)
+        return preprocess(files, out, schema, options, progress=self._progress, resources=self._resources)
 
     def _learn(self) -> int:
         base = self._draft.base

@@ -229,11 +229,10 @@ class _Story:
             dataset = Dataset.open(encoded)
         else:
             schema = with_split(self.schema, "random", self.settings.hold_back, 0.0)
-            dataset = preprocess(
-                self.logs[:num_logs], encoded, schema, PreprocessOptions(min_count=self.settings.min_count)
-            )
-        train(self.config, dataset, run)
-        export(run, bundle, options=ExportOptions(checkpoint="last"))
+            options = PreprocessOptions(min_count=self.settings.min_count)
+            dataset = preprocess(self.logs[:num_logs], encoded, schema, options, progress=False)
+        train(self.config, dataset, run, progress=False)
+        export(run, bundle, options=ExportOptions(checkpoint="last"), progress=False)
         return bundle
 
     def _predict(self, bundle: Path, day: int) -> DayScore:

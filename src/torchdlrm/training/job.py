@@ -16,7 +16,7 @@ from torchdlrm.features.tables import divisors
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, architecture_of
 from torchdlrm.model.precision import Precision
-from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.progress import SILENT, ProgressListener, watched
 from torchdlrm.sharding.plan_file import plan_as_dict
 from torchdlrm.sharding.problem import Solution
 from torchdlrm.sharding.resolve import preview_plan
@@ -221,7 +221,7 @@ def train(
     allow_changed_model_class: bool = False,
     restart: bool = False,
     callbacks: Sequence[Callback] = (),
-    progress: ProgressListener = SILENT,
+    progress: ProgressListener | bool = True,
 ) -> TrainingHistory | None:
     """Train in this process and all others that torch's launcher has started with it.
 
@@ -240,7 +240,8 @@ def train(
         allow_changed_model_class: resume a run though the file of its model class has changed since.
         restart: remove what is in it and begin again.
         callbacks: are called on rank 0, after metrics.jsonl and the trackers that the config names.
-        progress: receives every step on rank 0.
+        progress: receives every step on rank 0. True draws a bar on a terminal, and writes lines in a notebook; False
+            is silent.
 
     Returns:
         How it went and ended on rank 0, None elsewhere.
@@ -274,7 +275,10 @@ def train(
         trackers = open_trackers(path, settings, from_step=from_step)
         return Callbacks([MetricsLog(path, from_step=from_step), *trackers, *callbacks])
 
-    with join_process_group(settings.train.timeout_s, describe, device=settings.train.device) as ranks:
+    with (
+        watched(progress) as watching,
+        join_process_group(settings.train.timeout_s, describe, device=settings.train.device) as ranks,
+    ):
         keep_freed_memory()
         allow_tf32(settings.train, ranks.device)
         encoded = opened()
@@ -291,7 +295,7 @@ def train(
         try:
             set_threads(settings, shape, ranks)
             dtype = choose_precision(settings, shape, ranks.device).dtype
-            listener = progress if ranks.is_first else SILENT
+            listener = watching if ranks.is_first else SILENT
             trainer = Trainer(settings, shape, encoded, started, ranks, listener, dtype=dtype, source=source)
             summary = trainer.fit(open_callbacks)
         finally:

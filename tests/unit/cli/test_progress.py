@@ -8,9 +8,9 @@ import threading
 import pytest
 from rich.console import Console
 
-from torchdlrm.cli.meter import Meter
-from torchdlrm.cli.progress import ProgressBars, ProgressLines
 from torchdlrm.progress import noting_if_slow
+from torchdlrm.progress.meter import Meter
+from torchdlrm.progress.shown import ProgressBars, ProgressLines
 
 
 def drawn(meter, now_s, width=80):
@@ -47,6 +47,13 @@ def test_one_task_that_takes_long_is_no_rate_of_zero():
     assert meter.status(890.0) == "count: 600 of 1,000 values (60 %), 1 values/s, 0:14:50 gone, 0:06:40 left"
 
 
+def test_what_takes_more_than_a_second_is_told_by_the_minute():
+    meter = Meter("learn", 21, "models", 0, now_s=0.0)
+    meter.advance(2, 40.0)
+    assert "(9 %), 3 models/min, " in meter.status(40.0)
+    assert meter.ends(40.0) == "learn: done, 2 models in 40.0 s, 3 models/min"
+
+
 def test_sizes_are_told_in_human_units():
     meter = Meter("read", 274_262_334_812, "bytes", 0, now_s=0.0)
     meter.advance(101_000_000_000, 100.0)
@@ -74,7 +81,7 @@ def test_a_bar_fits_the_terminal_with_whole_counts_and_labelled_clocks(name, tot
     assert line.count("━") + line.count("╸") + line.count("╺") >= 12, line
     clocks = re.findall(r"\d+:\d\d:\d\d (\w+)", line)
     assert clocks in ([["left"], ["gone", "left"]] if total and width == 80 else [["gone", *["left"] * bool(total)]])
-    assert re.search(rf" ({unit}|[kMGT]B)/s", line), line
+    assert re.search(rf" ({unit}|[kMGT]B)/{'min' if unit == 'ideas' else 's'}", line), line
 
 
 class StandardError(io.StringIO):

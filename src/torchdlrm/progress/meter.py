@@ -78,7 +78,7 @@ class Meter:
         share = "" if self.share is None else f" ({_percent(self.share)})"
         rate = self.per_s
         parts = [f"{self.name}: {self._done_of_total()}{share}"]
-        parts += [] if rate is None else [f"{_counted(rate, self.unit)}/s"]
+        parts += [] if rate is None else [_speed(rate, self.unit)]
         parts += [f"{_clock(self.elapsed_s(now_s))} gone"]
         parts += [] if self.left_s is None else [f"{_clock(self.left_s)} left"]
         return ", ".join([*parts, *(f"{name} {value}" for name, value in self.values.items())])
@@ -92,7 +92,7 @@ class Meter:
     def ends(self, now_s: float) -> str:
         """Return the line that is written when the phase is over: what this process has done."""
         amount, seconds = self.done - self._before, self.elapsed_s(now_s)
-        rate = f", {_counted(amount / seconds, self.unit)}/s" if seconds >= _LEAST_S else ""
+        rate = f", {_speed(amount / seconds, self.unit)}" if seconds >= _LEAST_S else ""
         lasted = f"{seconds:.1f} s" if seconds < 60 else _clock(seconds)
         return f"{self.name}: done, {_counted(amount, self.unit)} in {lasted}{rate}"
 
@@ -100,7 +100,7 @@ class Meter:
         """Return the bar and its values in this many characters; without room for all, the least needed go first."""
         share = "" if self.share is None else _percent(self.share)
         count = _short(self.done, self.total, self.unit)
-        rate = "" if self.per_s is None else f"{_brief(self.per_s, self.unit)}/s"
+        rate = "" if self.per_s is None else _speed(self.per_s, self.unit, brief=True)
         gone = f"{_clock(self.elapsed_s(now_s))} gone"
         left = "" if self.left_s is None else f"{_clock(self.left_s)} left"
         shown = [share, count, rate, gone, left]
@@ -125,6 +125,13 @@ def _counted(amount: float, unit: str) -> str:
 def _brief(amount: float, unit: str) -> str:
     """Return an amount as short as a bar has room for."""
     return show_bytes(amount) if unit == "bytes" else f"{show_count(amount)} {unit}"
+
+
+def _speed(per_s: float, unit: str, *, brief: bool = False) -> str:
+    """Units a second; a minute where a second has none."""
+    if unit != "bytes" and 0 < per_s < 1:
+        return f"{60 * per_s:.2g} {unit}/min"
+    return f"{(_brief if brief else _counted)(per_s, unit)}/s"
 
 
 def _short(done: int, total: int | None, unit: str) -> str:

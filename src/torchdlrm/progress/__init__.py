@@ -1,5 +1,7 @@
-"""Lets a long job report its progress; the command line draws it, and a script may ignore it."""
+"""Lets a long job report its progress: drawn by the command line and where a person looks, ignored elsewhere."""
 
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +29,7 @@ class ProgressListener(Protocol):
 
 
 class SilentProgress:
-    """Listens to nothing: the default in the library."""
+    """Listens to nothing."""
 
     def start_phase(self, name: str, total: int | None, unit: str = "rows", done: int = 0) -> None:
         """Ignored."""
@@ -52,3 +54,30 @@ def noting_if_slow(progress: ProgressListener, line: str, *, after_s: float) -> 
         yield
     finally:
         timer.cancel()
+
+
+@contextmanager
+def watched(progress: ProgressListener | bool) -> Iterator[ProgressListener]:  # noqa: FBT001 - as functions have it
+    """Make the listener of a function's `progress`: True draws on standard error where a person looks, False nothing.
+
+    A person looks at a terminal and at a notebook, and of several processes at the first one.
+    """
+    if not isinstance(progress, bool):
+        yield progress
+    elif progress and os.environ.get("RANK", "0") == "0" and (_is_terminal() or _is_notebook()):
+        from torchdlrm.progress.shown import shown_on  # noqa: PLC0415 - rich is for those who see it
+
+        with shown_on(None) as shown:
+            yield shown
+    else:
+        yield SILENT
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _is_notebook() -> bool:
+    """Whether the kernel of a notebook runs this process; an IPython without one has a terminal, or no reader."""
+    kernel = sys.modules.get("ipykernel.kernelapp")
+    return kernel is not None and bool(kernel.IPKernelApp.initialized())

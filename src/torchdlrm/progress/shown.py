@@ -9,15 +9,32 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
 
-from torchdlrm.cli.meter import Meter
+from torchdlrm.progress import ProgressListener
+from torchdlrm.progress.meter import Meter
 
 LINE_EVERY_S = 10.0
+
+
+@contextmanager
+def shown_on(console: Console | None) -> Iterator[ProgressListener]:
+    """Make a listener that shows on standard error how far a job is: a bar on a terminal, lines elsewhere.
+
+    Args:
+        console: of standard error; one of our own where a caller has none.
+    """
+    console = console or Console(stderr=True, highlight=False)
+    # Not by the console's own word alone: FORCE_COLOR makes it take every file for a terminal.
+    draws = sys.stderr is not None and sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal
+    with ProgressBars(console) if draws else ProgressLines() as shown:
+        yield shown
+        shown.finish()
 
 
 class _Shown(ABC):
