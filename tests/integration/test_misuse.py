@@ -5,9 +5,11 @@ these. What a message says is tested where it is made; here, that there is one.
 """
 
 import datetime
+import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -308,3 +310,54 @@ def test_an_interrupt_during_an_import_ends_the_command_without_raising_there(tm
         command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+# Command lines with a folder of another kind, or none -> words of the answer.
+WRONG_FOLDERS = {
+    "predict run log.tsv": "run: is a run, not a bundle; `dlrm export run --out BUNDLE` makes a bundle of it",
+    "predict log.tsv bundle": "log.tsv: the bundle comes first: dlrm predict bundle log.tsv",
+    "predict bundel log.tsv": "make one with `dlrm export RUN --out bundel`; did you mean bundle?",
+    "serve run": "run: is a run, not a bundle; `dlrm export run --out BUNDLE` makes a bundle of it",
+    "serve dataset": "`dlrm train CONFIG --dataset dataset --run RUN` trains on it",
+    "evaluate dataset": "dataset: is a dataset, not a run; `dlrm train CONFIG --dataset dataset --run RUN` makes a run",
+    "evaluate runs": "make one with `dlrm train CONFIG --dataset DATASET --run runs`; did you mean run?",
+    "evaluate run --dataset bundle": "not a dataset; make one with `dlrm preprocess LOG --out DATASET`",
+    "export bundle --out b": "bundle: is a bundle, not a run; give the run that it was exported from",
+    "export run --out b --delta-to dataset": "dataset: is a dataset, not a bundle",
+    "report dataset": "dataset: is a dataset, not a run",
+    "verify run --dataset dataset": "run: is a run, not a bundle",
+    "verify bundle --dataset run": "not a dataset; give the dataset that it was trained on; `dlrm inspect run`",
+    "apply bundle run --out b": "not a delta; make one with `dlrm export RUN --delta-to BUNDLE --out DELTA`",
+    "inspect nowhere": "nowhere: is not a folder",
+    "rollback run 1": "run: is a run, not a live model",
+    "train criteo-small --dataset run --run r": "run: is a run, not a dataset",
+    "train criteo-small --dataset log.tsv --run r": "make one with `dlrm preprocess log.tsv --out DATASET`",
+    "train criteo-small --dataset dataset --run bundle": "bundle: is a bundle, not a run",
+    "train criteo-small --dataset dataset --run r --from bundle": "bundle: is a bundle, not a run",
+    "train dataset --dataset dataset --run r": "dataset: is a dataset, not a config; name a TOML file",
+    "bench loader run": "run: is a run, not a dataset",
+    "plan --dataset run": "run: is a run, not a dataset",
+    "plan --run dataset": "dataset: is a dataset, not a run",
+}
+# Says for each of its arguments' command lines what was answered, and whether torch was imported for that.
+IN_A_PROCESS_OF_ITS_OWN = """
+import contextlib, io, json, sys
+from torchdlrm.cli import main as cli
+for line in sys.argv[1:]:
+    sys.argv = ["dlrm", *line.split()]
+    cli.console.file = io.StringIO()
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    print(json.dumps([cli.console.file.getvalue(), "torch" in sys.modules]))
+"""
+
+
+def test_a_folder_of_another_kind_is_named_for_what_it_is_before_torch_is_imported(odd_things):
+    command = [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, *WRONG_FOLDERS]
+    done = subprocess.run(command, cwd=odd_things, capture_output=True, text=True, check=True, env=os.environ)
+    answers = dict(zip(WRONG_FOLDERS, map(json.loads, done.stdout.splitlines()), strict=True))
+    assert {line: told for line, (told, _) in answers.items() if WRONG_FOLDERS[line] not in told} == {}
+    assert [line for line, (_, has_torch) in answers.items() if has_torch] == []
+    # No advice would write to a folder or a file that is there.
+    there = [path.name for path in odd_things.iterdir()]
+    assert [told for told, _ in answers.values() for name in there if re.search(f"--(out|run) {name}\\b", told)] == []

@@ -158,8 +158,11 @@ def test_wrong_input_exits_with_two_and_says_what_to_do(run, small_dataset, dlrm
             (*train, "--sharding.host-memory-bytes", "1000"),
             ["the tables do not fit on 1 rank", "sharding.host_memory_bytes"],
         ),
-        (("evaluate", tmp_path), ["there is no run here"]),
-        (("evaluate", run[0], "--split", "tets"), ["nothing to read in split 'tets'", "val (357 rows)"]),
+        (("evaluate", tmp_path), ["is no run"]),
+        (
+            ("evaluate", run[0], "--split", "tets"),
+            ["nothing to read in split 'tets'", "val (357 rows)", "did you mean test?"],
+        ),
         (("evaluate", run[0], "--dataset", tmp_path), ["has no dataset.json"]),
     ]
     for arguments, expected in cases:

@@ -25,6 +25,7 @@ from torchdlrm.bundle.manifest import (
 )
 from torchdlrm.errors import BundleError
 from torchdlrm.files import regular_file, sha256_of
+from torchdlrm.folders import KindName
 
 DELTA_NAME, CHANGES_NAME, FILES_FOLDER = "delta.json", "weights.delta", "files"
 FORMAT_VERSION = 1
@@ -170,8 +171,7 @@ class DeltaManifest(SealedJson):
 
     _file_name: ClassVar[str] = DELTA_NAME
     _newest_version: ClassVar[int] = FORMAT_VERSION
-    _kind: ClassVar[str] = "delta"
-    _how_to_make_one: ClassVar[str] = "dlrm export RUN --out {} --delta-to BUNDLE"
+    _kind: ClassVar[KindName] = "delta"
 
     format: Literal["torchdlrm-delta"] = "torchdlrm-delta"
     format_version: int = FORMAT_VERSION

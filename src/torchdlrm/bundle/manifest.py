@@ -14,6 +14,7 @@ from torchdlrm.features.schema import FeatureSchema, problems
 from torchdlrm.features.tables import FeatureTable, check_features, feature_tables
 from torchdlrm.features.transforms import FittedDense
 from torchdlrm.files import regular_file, sha256_of
+from torchdlrm.folders import KindName, wrong_folder
 from torchdlrm.model.model_class import ModelClassRecord
 
 FORMAT_VERSION, _WITHOUT_PERIOD, _WITH_MODEL_CLASS, _WITHOUT_MODEL_CLASS = 5, 4, 3, 2
@@ -56,8 +57,7 @@ class SealedJson(Frozen):
 
     _file_name: ClassVar[str]
     _newest_version: ClassVar[int]
-    _kind: ClassVar[str]
-    _how_to_make_one: ClassVar[str]
+    _kind: ClassVar[KindName]
 
     format: str
     format_version: int
@@ -80,14 +80,6 @@ class SealedJson(Frozen):
         return self.model_dump(mode="json", by_alias=True)
 
     @classmethod
-    def _remedy(cls, folder: Path) -> str:
-        if (folder / "delta.json").is_file():
-            return f"`dlrm apply BASE {folder} --out BUNDLE` makes the one that this delta leads to"
-        if (folder / "current" / cls._file_name).is_file():
-            return f"that of a live model is {folder / 'current'}"
-        return f"make one with `{cls._how_to_make_one.format(folder)}`"
-
-    @classmethod
     def read(cls, folder: Path) -> Self:
         """What is in a folder, with every bit of its JSON file checked.
 
@@ -101,11 +93,8 @@ class SealedJson(Frozen):
                 raise BundleError(_damaged(path, f"{size_bytes:,} bytes long"))
             text = path.read_bytes().decode("utf-8")
             content = json.loads(text)
-        except FileNotFoundError as error:
-            no_one = f"has no {cls._file_name}, so it is no {cls._kind}"
-            found = no_one if folder.is_dir() else "is not a folder"
-            msg = f"{folder}: {found}; {cls._remedy(folder)}"
-            raise BundleError(msg) from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise wrong_folder(folder, cls._kind) from error
         except OSError as error:
             msg = f"{path}: cannot be read: {error}"
             raise BundleError(msg) from error
@@ -227,8 +216,7 @@ class BundleManifest(SealedJson):
 
     _file_name: ClassVar[str] = MANIFEST_NAME
     _newest_version: ClassVar[int] = FORMAT_VERSION
-    _kind: ClassVar[str] = "bundle"
-    _how_to_make_one: ClassVar[str] = "dlrm export RUN --out {}"
+    _kind: ClassVar[KindName] = "bundle"
 
     format: Literal["torchdlrm-bundle"] = "torchdlrm-bundle"
     format_version: int = _WITHOUT_MODEL_CLASS

@@ -11,6 +11,7 @@ from rich.table import Table
 from torchdlrm.cli.options import Overrides, split_config
 from torchdlrm.cli.terminal import Json, Positive, console, print_json, print_table, progress_bars, say
 from torchdlrm.config import load_config
+from torchdlrm.folders import expect
 
 bench = App(name="bench", result_action="return_value")
 
@@ -169,6 +170,7 @@ def loader(
         rounds: Turns; the median is printed.
         as_json: Print one JSON object on standard output.
     """
+    expect("dataset", dataset)
     from torchdlrm.bench.loader import benchmark_loader
     from torchdlrm.data.dataset import Dataset
 

@@ -22,6 +22,7 @@ from torchdlrm.cli.terminal import (
 )
 from torchdlrm.config import Config, DeviceChoice, load_config
 from torchdlrm.errors import ConfigError
+from torchdlrm.folders import expect
 from torchdlrm.toml import did_you_mean
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def evaluate(
     """
     own = _sharding_keys(sharding)
     check_rendezvous(nnodes, rdzv_endpoint)
+    expect("run", run)
+    expect("dataset", dataset)
     announce(f"evaluate {run} on {split}")
 
     from torchdlrm.evaluation.evaluate import sharding_elsewhere

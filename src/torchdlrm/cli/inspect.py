@@ -11,6 +11,7 @@ from rich.table import Table
 
 from torchdlrm.cli.terminal import Json, console, print_json, print_table, progress_bars, say, shown_metric, warn
 from torchdlrm.errors import LiveError, UserError
+from torchdlrm.folders import KINDS, KindName, kind_of
 from torchdlrm.units import show_bytes
 
 if TYPE_CHECKING:
@@ -39,22 +40,20 @@ def inspect(folder: Path, *, values: int = 3, as_json: Json = False) -> None:
     if values < 0:
         msg = f"`values`: must not be negative, got {values}"
         raise UserError(msg)
-    # The file that tells what a folder is -> what it is called, and who shows it.
-    kinds: Mapping[str, tuple[str, Callable[[], None]]] = {
-        "delta.json": ("a delta", lambda: _show_delta(folder, as_json=as_json)),
-        "dataset.json": ("a dataset", lambda: _show_dataset(folder, values, as_json=as_json)),
-        "bundle.json": ("a bundle", lambda: _show_bundle(folder, as_json=as_json)),
-        "environment.json": ("a run", lambda: _show_run(folder, as_json=as_json)),
-        "live.toml": ("a live model", lambda: _show_live(folder, as_json=as_json)),
+    show_by_kind: Mapping[KindName, Callable[[], None]] = {
+        "delta": lambda: _show_delta(folder, as_json=as_json),
+        "dataset": lambda: _show_dataset(folder, values, as_json=as_json),
+        "bundle": lambda: _show_bundle(folder, as_json=as_json),
+        "run": lambda: _show_run(folder, as_json=as_json),
+        "live model": lambda: _show_live(folder, as_json=as_json),
     }
-    for marker, (_, show) in kinds.items():
-        if (folder / marker).exists():
-            show()
-            return
-    found = "holds none of these" if folder.is_dir() else "is not a folder"
-    names = " or ".join(f"{name} ({marker})" for marker, (name, _) in kinds.items())
-    msg = f"{folder}: {found}: {names}; give the folder that another `dlrm` command wrote"
-    raise UserError(msg)
+    kind = kind_of(folder)
+    if kind is None:
+        found = "holds none of these" if folder.is_dir() else "is not a folder"
+        names = " or ".join(f"a {kind.name} ({kind.marker})" for kind in KINDS)
+        msg = f"{folder}: {found}: {names}; give the folder that another `dlrm` command wrote"
+        raise UserError(msg)
+    show_by_kind[kind.name]()
 
 
 def _show_run(folder: Path, *, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from torchdlrm.cli.options import Overrides, split_config
 from torchdlrm.cli.terminal import Json, print_json, print_table, progress_bars, say
 from torchdlrm.config import about_config, load_config
 from torchdlrm.errors import ConfigError, DoesNotFitError, PlanError
+from torchdlrm.folders import expect
 from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.toml import toml_text
 from torchdlrm.units import show_bytes
@@ -61,6 +62,8 @@ def plan(
 
 
 def _problem(tokens: tuple[str, ...], request: PlanRequest, *, measure: bool) -> "Problem":
+    expect("dataset", request.dataset)
+    expect("run", request.run)
     from torchdlrm.planning.measure import measured
     from torchdlrm.planning.plan import problem_of
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from torchdlrm.cli.terminal import Json, print_json, say, warn
+from torchdlrm.folders import expect
 
 
 def rollback(live: Path, period: int, *, as_json: Json = False) -> None:
@@ -15,6 +16,7 @@ def rollback(live: Path, period: int, *, as_json: Json = False) -> None:
         period: Number of the period; `dlrm inspect LIVE` lists them.
         as_json: Print one JSON object on standard output.
     """
+    expect("live model", live)
     from torchdlrm.live.model import RUN_NAME, LiveModel
     from torchdlrm.live.model import rollback as roll_back
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchdlrm.cli.terminal import Json, console, print_json
+from torchdlrm.folders import expect
 from torchdlrm.serving.options import ServeOptions
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def serve(
         options: of the server.
         as_json: Print one JSON object on standard output when requests can be sent.
     """
+    expect("bundle", bundle)
     # Until the server has handlers of its own it has begun nothing, and may end as any program does.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # to swap: waits until there is something to swap

@@ -17,6 +17,7 @@ from torchdlrm.cli.terminal import (
     shown_metric,
 )
 from torchdlrm.errors import SkewError
+from torchdlrm.folders import expect
 
 if TYPE_CHECKING:
     from torchdlrm.exporting.verify import Verification
@@ -52,6 +53,9 @@ def verify(
             tabs (tsv).
         as_json: Print one JSON object on standard output.
     """
+    expect("bundle", bundle)
+    expect("dataset", dataset)
+    expect("run", run)
     from torchdlrm.exporting.verify import verify as verify_bundle
 
     with progress_bars("") as progress:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from torchdlrm.config.sections import ANY_FEATURE, Config, cross_checks, sections, settings
 from torchdlrm.errors import ConfigError
+from torchdlrm.folders import kind_of
 from torchdlrm.toml import did_you_mean, explain, is_preset, toml_text, toml_value
 
 SHIPPED_CONFIGS = Path(__file__).parents[1] / "configs"
@@ -119,7 +120,9 @@ def _read(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             raw = tomllib.load(file)
     except OSError as error:
-        msg = f"{path}: cannot read the config: {error.strerror}"
+        kind = kind_of(path)
+        why = f"cannot read the config: {error.strerror}" if kind is None else f"is a {kind.name}, not a config"
+        msg = f"{path}: {why}; name a TOML file, or one of {', '.join(shipped_config_names())}"
         raise ConfigError(msg) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         msg = f"{path}: not a TOML file: {error}"

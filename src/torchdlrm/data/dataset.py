@@ -25,10 +25,11 @@ from torchdlrm.features.schema import FeatureSchema, problems
 from torchdlrm.features.transforms import FittedDense
 from torchdlrm.features.vocabulary import Vocabulary
 from torchdlrm.files import replacing_durably, sha256_of
+from torchdlrm.folders import wrong_folder
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.toml import did_you_mean
 
-_FIRST_VERSION, _WITH_BUCKETS, FORMAT_VERSION = 1, 2, 3
+_FIRST_VERSION, _WITH_BUCKETS, _WITH_PERIOD, FORMAT_VERSION = 1, 2, 3, 4
 MANIFEST_NAME = "dataset.json"
 # A reader takes a row group at a time: 16,384 rows of Criteo's 40 columns are 2.5 MB, read in 2 ms.
 ROW_GROUP_ROWS = 16_384
@@ -37,9 +38,11 @@ _DICTIONARY_MAX_IDS = 2_048
 _IDS, _WEIGHTS = (pa.list_(pa.field("element", kind, nullable=False)) for kind in (pa.int32(), pa.float32()))
 
 
-def oldest_version(schema: FeatureSchema, *, has_period: bool = False) -> int:
+def oldest_version(schema: FeatureSchema, *, has_period: bool = False, has_vocabulary_of: bool = False) -> int:
     """The oldest version of the format that says what must be said: older programs read all other datasets."""
-    return FORMAT_VERSION if has_period else _WITH_BUCKETS if schema.needs_newer_formats else _FIRST_VERSION
+    if has_vocabulary_of:
+        return FORMAT_VERSION
+    return _WITH_PERIOD if has_period else _WITH_BUCKETS if schema.needs_newer_formats else _FIRST_VERSION
 
 
 class _Frozen(BaseModel):
@@ -125,6 +128,13 @@ class ExtendedRecord(_Frozen):
     period: int | None
 
 
+class VocabularyOfRecord(_Frozen):
+    """The dataset whose vocabularies and dense statistics were used, and whether new values got ids behind them."""
+
+    manifest_sha256: str
+    extended: bool
+
+
 class SourceRecord(_Frozen):
     """A file of the log; `rows` are its good rows, `extra_columns` what its header names and the schema does not."""
 
@@ -170,6 +180,8 @@ class Manifest(_Frozen):
     expire_after: int | None = None
     admit_over: int = 1
     extends: ExtendedRecord | None = None
+    # Where `extends` does not say it.
+    vocabulary_of: VocabularyOfRecord | None = None
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
@@ -189,6 +201,8 @@ class Manifest(_Frozen):
                 del content[key]
             for record in content["sparse"].values():
                 del record["turnover"]
+        if self.vocabulary_of is None:
+            del content["vocabulary_of"]
         content["source"] = [record.model_dump(mode="json", exclude_none=True) for record in self.source]
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
@@ -229,11 +243,7 @@ class Dataset:
         try:
             text = manifest_path.read_text(encoding="utf-8")
         except OSError as error:
-            found = (
-                "has no dataset.json, so it is no dataset or an incomplete one" if path.is_dir() else "is not a folder"
-            )
-            msg = f"{path}: {found}; make one with `dlrm preprocess LOG --out {path}`"
-            raise DatasetError(msg) from error
+            raise wrong_folder(path, "dataset") from error
         dataset = cls(path, _parse_manifest(text, manifest_path))
         for record in dataset.manifest.files:
             dataset._check_size(record)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torchdlrm.bundle.manifest import BundleManifest
 from torchdlrm.errors import BundleError, LiveError
 from torchdlrm.files import remove_folder, sync, write_atomically
+from torchdlrm.folders import wrong_folder
 from torchdlrm.live.record import RECORD_NAME, GateRecord, LogRecord, PeriodRecord, ProgressiveMetrics, StepName
 from torchdlrm.live.settings import LiveSettings, changed_settings
 
@@ -76,8 +77,7 @@ class LiveModel:
         """
         live = cls(Path(path))
         if not live.exists:
-            msg = f"{path}: there is no live model here (no {SETTINGS_NAME}); dlrm advance makes one"
-            raise LiveError(msg)
+            raise wrong_folder(path, "live model")
         return live
 
     @property

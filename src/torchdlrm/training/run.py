@@ -25,6 +25,7 @@ from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
 from torchdlrm.errors import RunError
 from torchdlrm.features.schema import problems
 from torchdlrm.files import sha256_of, write_atomically
+from torchdlrm.folders import wrong_folder
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architecture_of, difference_from, record_of
 from torchdlrm.processor import processor_name
@@ -174,8 +175,7 @@ class Run:
             RunError: there is none.
         """
         if not (path / CONFIG_NAME).is_file():
-            msg = f"{path}: there is no run here (no {CONFIG_NAME}); dlrm train makes one"
-            raise RunError(msg)
+            raise wrong_folder(path, "run")
         return cls(path, load_config(path / CONFIG_NAME, is_of_run=True))
 
     @property

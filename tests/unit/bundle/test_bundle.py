@@ -83,12 +83,14 @@ def test_a_newer_format_is_refused_by_name(copied):
 
 
 def test_what_is_no_bundle_is_told_so(tmp_path, small_run, small_bundle):
-    (tmp_path / "current").symlink_to(small_bundle)
-    with pytest.raises(BundleError, match=r"is no bundle; that of a live model is .*/current$"):
+    (tmp_path / "live.toml").touch()
+    with pytest.raises(BundleError, match=r"is a live model, not a bundle; that of a live model is .*/current$"):
         Bundle.open(tmp_path)
     with pytest.raises(BundleError, match="is not a folder"):
         Bundle.open(tmp_path / "nowhere")
-    with pytest.raises(BundleError, match=r"has no bundle\.json, so it is no bundle; make one with `dlrm export"):
+    with pytest.raises(
+        BundleError, match=r"is a run, not a bundle; `dlrm export .* --out BUNDLE` makes a bundle of it"
+    ):
         Bundle.open(small_run)
 
 
