@@ -51,13 +51,14 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def publish_folder(folder: Path, path: Path, manifest: str) -> None:
+def publish_folder(folder: Path, path: Path, manifest: str, *, overwrite: bool = False) -> None:
     """Give a complete folder its name, once all that is in it is on the disk itself.
 
     Args:
         folder: where it was written.
-        path: its name, on the same file system; nothing is there.
+        path: its name, on the same file system; nothing is there, unless it is to be overwritten.
         manifest: the file in it without which it is no such folder; it gets on the disk after all others.
+        overwrite: take the place of the folder at `path`, which is removed.
 
     Raises:
         OSError: the disk is full or failing, or something is at `path`.
@@ -70,8 +71,15 @@ def publish_folder(folder: Path, path: Path, manifest: str) -> None:
             sync(Path(place))
     sync(folder / manifest)
     sync(folder)
+    old = path.with_name(f".{path.name}.removed")
+    if overwrite:
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
+        with suppress(FileNotFoundError):
+            path.rename(old)
     folder.rename(path)
     sync(path.absolute().parent)
+    if overwrite:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def claim_folder(path: Path, names: Collection[str]) -> int:

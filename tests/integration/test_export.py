@@ -33,6 +33,7 @@ from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.progress import SILENT
 from torchdlrm.training.checkpoint import checkpoint_path, list_checkpoints
 from torchdlrm.training.checkpoint_reader import CheckpointReader
+from torchdlrm.training.job import train
 from torchdlrm.training.run import Run
 
 
@@ -96,9 +97,58 @@ def test_the_command_tells_people_and_programs(dlrm, small_run, tmp_path):
     assert json.loads(shown.stdout)["version"] == result["version"]
 
 
-def test_nothing_is_written_over(small_run, small_dataset, small_bundle):
-    with pytest.raises(BundleError, match="is there already; give another name"):
-        export(small_run, small_bundle, options=ExportOptions(name="small"), dataset=small_dataset)
+def exported(run, out, **options):
+    """The folder, its bytes, and whether it was complete before."""
+    overwrite = options.pop("overwrite", False)
+    done = export(run, out, options=ExportOptions(name="small", **options), overwrite=overwrite)
+    return done.was_complete, {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "auto"])
+def test_of_a_complete_bundle_nothing_is_left_to_do(small_run, tmp_path, precision):
+    out = tmp_path / "b"
+    was_complete, before = exported(small_run, out, precision=precision)
+    assert not was_complete
+    inode = out.stat().st_ino
+    assert exported(small_run, out, precision=precision) == (True, before)
+    assert out.stat().st_ino == inode
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"precision": "int8"}, "cat_0 was 'float32', is 'int8'"),
+        ({"dense_precision": "bfloat16"}, "dense_precision was 'float32', is 'bfloat16'"),
+        ({"checkpoint": "last"}, "source.checkpoint was 'best', is 'last'"),
+        ({"check_rows": 7}, "check_rows was 357, is 7"),
+        ({}, "the checkpoint has other weights"),
+    ],
+)
+def test_another_bundle_is_refused_and_replaced_where_that_is_asked(small_run, small_dataset, tmp_path, change, words):
+    run, out = small_run, tmp_path / "b"
+    _, before = exported(run, out)
+    if not change:  # trained again in the same folder, to the same step, from another seed
+        config = Run.open(run).config.model_copy(update={"seed": 5})
+        run = tmp_path / run.name
+        train(config, small_dataset, run)
+    with pytest.raises(BundleError, match=words):
+        exported(run, out, **change)
+    assert {path: path.read_bytes() for path in before} == before
+    was_complete, after = exported(run, out, overwrite=True, **change)
+    assert not was_complete
+    assert after != before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert exported(run, out, **change) == (True, after)
+
+
+def test_nothing_that_is_no_bundle_is_written_over(small_run, small_bundle, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "current").symlink_to(small_bundle)
+    for name, words in (("mine", "is no folder of a bundle or a delta"), ("current", "is there already")):
+        with pytest.raises(BundleError, match=words):
+            export(small_run, tmp_path / name, options=ExportOptions(name="small"), overwrite=True)
+    with pytest.raises(BundleError, match="name was 'small', is 'other'"):
+        export(small_run, small_bundle, options=ExportOptions(name="other"))
     assert Bundle.open(small_bundle).name == "small"
 
 
@@ -300,4 +350,4 @@ def test_memory_is_for_a_block_of_rows_and_not_for_a_table(tmp_path):
 def test_a_wrong_folder_is_an_error_of_the_users(small_bundle, dlrm, tmp_path):
     done = dlrm("export", small_bundle, "--out", tmp_path / "b")
     assert done.returncode == 2
-    assert "there is no run here" in done.stderr
+    assert "is a bundle, not a run; give the run that it was exported from" in done.stderr

@@ -1,7 +1,10 @@
 """The preprocessing job: splits, shuffle, same bytes, and what happens when something is wrong."""
 
 import gzip
+import os
 import random
+import shutil
+import time
 
 import numpy as np
 import polars as pl
@@ -244,9 +247,82 @@ def test_of_many_bad_rows_the_first_few_positions_are_kept(tmp_path):
 
 def test_an_existing_output_folder_is_left_alone(log, tmp_path):
     (tmp_path / "dataset").mkdir()
-    with pytest.raises(DatasetError, match="exists; choose another `out`, or remove it first"):
-        preprocess([log], tmp_path / "dataset", SCHEMA)
+    for overwrite in (False, True):
+        with pytest.raises(DatasetError, match="exists and is no dataset; choose another `out`, or remove it first"):
+            preprocess([log], tmp_path / "dataset", SCHEMA, overwrite=overwrite)
     assert list((tmp_path / "dataset").iterdir()) == []
+
+
+@pytest.fixture
+def complete(log, tmp_path):
+    """A dataset with a log of its own, whose bucket boundaries were fitted, and what makes it."""
+    own = tmp_path / "log.tsv"
+    shutil.copyfile(log, own)
+    columns = [*SCHEMA.columns]
+    columns[2] = DenseColumn(name="price", kind="float", transform="standardize", buckets=4)
+    inputs = {"logs": own, "schema": FeatureSchema(name="small", columns=tuple(columns))}
+    return preprocess(out=tmp_path / "dataset", **inputs), inputs
+
+
+def test_of_a_complete_dataset_nothing_is_left_to_do(complete):
+    dataset, inputs = complete
+    before = dataset.path.stat().st_ino
+    for options in (None, PreprocessOptions(max_bad_rows=5)):
+        assert preprocess(out=dataset.path, options=options, **inputs) == dataset
+    assert dataset.path.stat().st_ino == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"options": PreprocessOptions(min_count=4)}, "min_count: was 3, is 4"),
+        ({"options": PreprocessOptions(seed=1)}, "seed: was 0, is 1"),
+        ({"options": PreprocessOptions(period=1)}, "period: was None, is 1"),
+        ({"schema": SCHEMA}, "schema: was "),
+        ({"logs": "another.tsv"}, r"log: was \[\('log.tsv', "),
+        ({"logs": "touched"}, "log: .*log.tsv was written to since"),
+        ({"vocabulary": False}, "vocabulary: was None, is '"),
+        ({"vocabulary": True}, "extend_vocabulary: was False, is True"),
+    ],
+)
+def test_a_dataset_of_something_else_is_refused_and_overwritten_where_that_is_asked(complete, tmp_path, change, words):
+    dataset, inputs = complete
+    change = dict(change)
+    if change.get("logs") == "touched":
+        os.utime(inputs["logs"], (time.time() + 5,) * 2)
+        change = {}
+    elif "logs" in change:
+        change["logs"] = shutil.copyfile(inputs["logs"], tmp_path / change["logs"])
+    if "vocabulary" in change:
+        known = preprocess(out=tmp_path / "known", **inputs)
+        extended = change.pop("vocabulary")
+        change["options"] = PreprocessOptions(vocabulary=known.path, extend_vocabulary=extended)
+    given = {"out": dataset.path, **inputs, **change}
+    with pytest.raises(DatasetError, match=words) as error:
+        preprocess(**given)
+    assert "`overwrite`" in str(error.value)
+    assert Dataset.open(dataset.path) == dataset
+    new = preprocess(overwrite=True, **given)
+    assert checksums(new) == checksums(preprocess(**{**given, "out": tmp_path / "fresh"}))
+    assert {path.name for path in tmp_path.iterdir()} <= {"log.tsv", "another.tsv", "dataset", "known", "fresh"}
+    if "options" in change and change["options"].vocabulary is not None:  # and it is known whose vocabulary it has
+        assert preprocess(**given) == new
+        with pytest.raises(DatasetError, match="vocabulary: was '"):
+            preprocess(out=dataset.path, **inputs)
+
+
+def test_a_dataset_is_kept_until_the_one_that_replaces_it_is_complete(complete):
+    dataset, inputs = complete
+    before = checksums(dataset)
+
+    class Interrupted(SilentProgress):
+        def start_phase(self, name, *_):
+            if name == "write":
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(out=dataset.path, **inputs, overwrite=True, progress=Interrupted())
+    assert checksums(Dataset.open(dataset.path)) == before
 
 
 def test_a_log_too_short_to_split_is_reported(tmp_path):
@@ -299,6 +375,8 @@ def test_progress_reaches_every_phases_total(log, tmp_path):
             self.phases[-1][2] += amount
 
     recorder = Recorder()
-    preprocess([log], tmp_path / "dataset", SCHEMA, PreprocessOptions(part_rows=1000), recorder, chunk_bytes=10_000)
+    preprocess(
+        [log], tmp_path / "dataset", SCHEMA, PreprocessOptions(part_rows=1000), progress=recorder, chunk_bytes=10_000
+    )
     assert [name for name, _, _ in recorder.phases] == ["read", "count", "encode", "write"]
     assert all(total == done for _, total, done in recorder.phases)

@@ -187,8 +187,11 @@ def test_five_periods_each_killed_have_the_same_bytes(logs, days, tmp_path, seed
 def test_an_older_log_is_encoded_with_todays_ids_and_is_of_todays_period(logs, days, tmp_path):
     today = days[9]
     replayed = preprocess([logs[7]], tmp_path / "again", NO_HOLD_OUT, PreprocessOptions(vocabulary=today.path))
-    for key in ("period", "extends", "sparse", "expire_after", "admit_over", "format_version"):
+    for key in ("period", "extends", "sparse", "expire_after", "admit_over"):
         assert getattr(replayed.manifest, key) == getattr(today.manifest, key)
+    assert (replayed.manifest.format_version, today.manifest.format_version) == (4, 3)
+    of = replayed.manifest.vocabulary_of
+    assert (of.manifest_sha256, of.extended) == (sha256_of(today.path / "dataset.json"), False)
     assert today.manifest.extends.period == 8
     assert today.manifest.extends.manifest_sha256 == sha256_of(days[8].path / "dataset.json")
     assert replayed.reset_ids("item").tolist() == today.reset_ids("item").tolist()

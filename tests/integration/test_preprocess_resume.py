@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,6 +52,7 @@ PHASES = ("read", "count", "encode", "write")
 JOB = """
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from torchdlrm.preprocessing.read import read_chunk
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, preprocess
@@ -297,8 +299,8 @@ def test_a_job_killed_while_it_tidied_up_is_done(log, uninterrupted, tmp_path):
     preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS)
     assert not partial.exists()
     assert checksums(tmp_path / "dataset") == uninterrupted
-    with pytest.raises(DatasetError, match="exists"):
-        preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS)
+    with pytest.raises(DatasetError, match="exists, and is of another log, schema or options"):
+        preprocess([log], tmp_path / "dataset", SCHEMA, replace(OPTIONS, seed=99))
 
 
 def test_too_little_memory_is_refused_with_the_least_that_is_enough(log, tmp_path):

@@ -24,6 +24,7 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import BundleError, DatasetError
 from torchdlrm.features.value_index import write_index
 from torchdlrm.files import claim_folder, clear_folder, publish_folder, sha256_of
+from torchdlrm.folders import kind_of
 from torchdlrm.model import table_weight
 from torchdlrm.progress import ProgressListener
 from torchdlrm.units import show_bytes
@@ -34,18 +35,23 @@ _BUNDLE_NAMES = (MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME, _VOCABULARY_FOLDER)
 
 
 @contextmanager
-def complete_folder(path: Path, names: Sequence[str] = _BUNDLE_NAMES) -> Iterator[Path]:
+def complete_folder(path: Path, names: Sequence[str] = _BUNDLE_NAMES, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder to write to, renamed to `path` when all went well and removed otherwise.
 
     Args:
         path: the folder that is to be.
         names: what is going to be in it, its manifest first; of a job that was killed, such remains are removed.
+        overwrite: take the place of a bundle or a delta.
 
     Raises:
         BundleError: something is at `path`, or another process is writing it.
     """
-    if os.path.lexists(path):  # also a link that leads nowhere
-        msg = f"`out`: {path} is there already; give another name, or remove it first"
+    # A link that leads nowhere is something too; what a link leads to is in use under its other name.
+    found = None if path.is_symlink() else kind_of(path)
+    is_ours = found is not None and found.error is BundleError
+    if os.path.lexists(path) and not (overwrite and is_ours):
+        no_one = " and is no folder of a bundle or a delta" if overwrite else ""
+        msg = f"`out`: {path} is there already{no_one}; give another name, or remove it first"
         raise BundleError(msg)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -64,7 +70,7 @@ def complete_folder(path: Path, names: Sequence[str] = _BUNDLE_NAMES) -> Iterato
     try:
         clear_folder(folder)  # of what an export that was killed left
         yield partial
-        publish_folder(partial, path, names[0])
+        publish_folder(partial, path, names[0], overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(folder)

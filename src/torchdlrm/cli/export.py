@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from torchdlrm.cli.terminal import Flag, Json, announce, print_json, progress_bars, say
+from torchdlrm.cli.terminal import Flag, Json, announce, print_json, progress_bars, say, say_next
 from torchdlrm.exporting.options import ExportOptions
+from torchdlrm.folders import expect
 
 
 def export(
@@ -15,13 +16,14 @@ def export(
     model_class: str | None = None,
     allow_changed_model_class: Flag = False,
     options: ExportOptions = ExportOptions(),  # noqa: B008 - frozen, and what the parser fills
+    overwrite: Flag = False,
     as_json: Json = False,
 ) -> None:
     """Turn a trained run into a bundle, and check that it predicts what the checkpoint predicts.
 
     Args:
         run: Folder written by `dlrm train`.
-        out: Folder to write; nothing may be there.
+        out: Folder to write; nothing else may be there. Where it is this bundle already, nothing is left to do.
         delta_to: Write what has changed since this bundle instead of a whole one; `dlrm apply` makes the bundle of it.
             The model keeps that bundle's name unless --name says another.
         dataset: Where the dataset is now, if it has moved since the training.
@@ -29,8 +31,12 @@ def export(
             the DLRM.
         allow_changed_model_class: Take the model class though its file has changed since.
         options: of the export.
+        overwrite: Export also where a bundle or a delta is there; it is replaced when the new one is complete.
         as_json: Print one JSON object on standard output.
     """
+    expect("run", run)
+    expect("dataset", dataset)
+    expect("bundle", delta_to)
     announce(f"export {run} to {out}")
 
     from torchdlrm.cli.inspect import bundle_as_dict, print_check, print_precision_search
@@ -45,10 +51,14 @@ def export(
             dataset=dataset,
             model_class=model_class,
             allow_changed_model_class=allow_changed_model_class,
+            overwrite=overwrite,
             progress=progress,
         )
     bundle = exported.bundle
-    say(f"exported {run} at {exported.checkpoint} to {out}")
+    if exported.was_complete:
+        say(f"{out} is complete, of {run} at {exported.checkpoint}: nothing was left to do")
+    else:
+        say(f"exported {run} at {exported.checkpoint} to {out}")
     if exported.search is not None:
         print_precision_search(exported.search)
     print_check(bundle)
@@ -58,9 +68,9 @@ def export(
         from torchdlrm.cli.apply import delta_as_dict, print_delta
 
         print_delta(exported.delta)
-        say(f"next: dlrm apply {delta_to} {out} --out BUNDLE")
+        say_next("dlrm apply {} {} --out BUNDLE", delta_to, out)
         about |= {"path": str(out), "delta": delta_as_dict(exported.delta)}
     else:
-        say(f"next: dlrm predict {out} ROWS, or dlrm serve {out}")
+        say_next("dlrm predict {0} ROWS, or dlrm serve {0}", out)
     if as_json:
         print_json(about)

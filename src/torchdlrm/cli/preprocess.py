@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from rich.table import Table
 
-from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say, warn
+from torchdlrm.cli.terminal import Flag, Json, console, print_json, progress_bars, say, say_next, warn
 from torchdlrm.data.dataset import Dataset, Manifest
 from torchdlrm.errors import ConfigError, Interrupted
 from torchdlrm.features.bad_rows import describe_bad_rows
@@ -31,17 +31,19 @@ def preprocess(
     test: float | None = None,
     resources: Resources = Resources(),  # noqa: B008 - likewise
     restart: Annotated[bool, Parameter(negative="")] = False,
+    overwrite: Flag = False,
     max_rows: Annotated[str | None, Parameter(show=False)] = None,
     as_json: Json = False,
 ) -> None:
     """Turn a raw click log into a dataset that can be trained on.
 
-    A job that is interrupted, by whatever, is resumed when the same command is given again.
+    A job that is interrupted, by whatever, is resumed when the same command is given again; of one that is complete
+    nothing is left to do.
 
     Args:
         logs: Files of the log, text (plain or gzipped) or Parquet, in the order of time (files named day_N are put in
             order).
-        out: Folder to write the dataset to; must not exist.
+        out: Folder to write the dataset to; nothing else may be there.
         schema: What the columns are: the preset `criteo` or `criteo-bucketed`, or a TOML file; `dlrm schema LOG`
             proposes one.
         options: what the dataset depends on.
@@ -50,6 +52,7 @@ def preprocess(
         test: Fraction of the rows for test, likewise.
         resources: of the machine.
         restart: Forget what an interrupted job has done, and start again.
+        overwrite: Preprocess also where a dataset is there; it is replaced when the new one is complete.
         max_rows: What `--max-embeddings` was called.
         as_json: Print one JSON object on standard output, and a JSON line a phase on standard error.
     """
@@ -59,11 +62,22 @@ def preprocess(
     try:
         with progress_bars(f"preprocess into {out}") as progress:
             times = PhaseTimes(progress, on_phase=_print_phase if as_json else None)
-            dataset = run_preprocess(logs, out, columns, options, times, resources=resources, restart=restart)
+            dataset = run_preprocess(
+                logs,
+                out,
+                columns,
+                options,
+                progress=times,
+                resources=resources,
+                restart=restart,
+                overwrite=overwrite,
+            )
     except KeyboardInterrupt as interrupt:
         msg = f"stopped; what is done is kept in {work_folder(out)}: the same command resumes it"
         raise Interrupted(msg) from interrupt
     times.finish()
+    if not times.phases:
+        say(f"{out} is complete: nothing was left to do")
     _print_summary(dataset, times.phases)
     if as_json:
         manifest = dataset.manifest
@@ -193,4 +207,4 @@ def _print_summary(dataset: Dataset, phases: Sequence[PhaseTime]) -> None:
     if manifest.bad_rows.total:
         console.print(f"[yellow]bad rows skipped: {manifest.bad_rows.total:,}[/]")
         say("\n".join(describe_bad_rows(manifest.bad_rows.counts, manifest.bad_rows.examples)))
-    console.print(f"next: dlrm inspect {dataset.path}", soft_wrap=True)
+    say_next("dlrm inspect {}", dataset.path)

@@ -3,11 +3,13 @@
 In: a run and the dataset it was trained on.  Out: the bundle's folder, complete and checked, or nothing.
 """
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -40,12 +42,13 @@ from torchdlrm.bundle.write import (
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError, RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel
+from torchdlrm.exporting.complete import require_same, require_same_options, require_same_weights
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.exporting.sensitivity import SENSITIVITY_ROWS, PrecisionSearch, choose_precisions
 from torchdlrm.features.encode import encode
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.model_class import ModelClass, record_of
-from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.progress import ProgressListener, watched
 from torchdlrm.training.checkpoint import ChosenCheckpoint, checkpoint_path, find_checkpoint, find_damage
 from torchdlrm.training.checkpoint_reader import CheckpointReader
 from torchdlrm.training.processes.library_noise import silenced_libraries
@@ -82,6 +85,7 @@ class Exported:
         search: what tables cost and save, where they were chosen by it.
         dense_reason: why the arches may compute in what they do, for people.
         delta: what was written instead of the bundle, whose folder is gone then.
+        was_complete: the same bundle was there already, and nothing was written.
     """
 
     bundle: Bundle
@@ -89,6 +93,7 @@ class Exported:
     search: PrecisionSearch | None
     dense_reason: str
     delta: Delta | None = None
+    was_complete: bool = False
 
 
 def export(
@@ -100,45 +105,51 @@ def export(
     dataset: Dataset | str | Path | None = None,
     model_class: ModelClass | None = None,
     allow_changed_model_class: bool = False,
-    progress: ProgressListener = SILENT,
+    overwrite: bool = False,
+    progress: ProgressListener | bool = True,
 ) -> Exported:
     """Write a bundle: one folder that predicts from raw rows.  Check that it predicts what the checkpoint predicts.
 
+    Where the same weights were exported to `out` with the same options before, nothing is left to do.
+
     Args:
         run: a run or its folder, trained on any number of ranks.
-        out: the bundle's folder; nothing may be there.
+        out: the bundle's folder; nothing else may be there.
         delta_to: the folder of a bundle; then `out` is a delta, by which `apply_delta` makes the bundle of that one.
             The model has its name, unless the options say another.
         options: what to export.
         dataset: what the run was trained on, or its folder; None: where it was then.
         model_class: that the run was trained with, where it was a class of somebody's own.
         allow_changed_model_class: take it though its file has changed since.
-        progress: receives the bytes and rows done.
+        overwrite: export also where a bundle or a delta is there; it is replaced when the new one is complete.
+        progress: receives the bytes and rows done. True draws a bar on a terminal, and writes lines in a notebook;
+            False is silent.
 
     Raises:
         ConfigError: the name cannot be a model's, or there is no such model class.
         RunError: the run has no such checkpoint, it is damaged, or of another model class; or its dataset has moved.
         DatasetError: the dataset is damaged, or has no rows to check with.
-        BundleError: `out` cannot be written, or the bundle predicts other than its precision explains; or `delta_to`
-            is damaged.
+        BundleError: `out` cannot be written or holds something else, the bundle predicts other than its precision
+            explains, or `delta_to` is damaged.
     """
-    write = partial(
-        _export,
-        run,
-        dataset=dataset,
-        model_class=model_class,
-        allow_changed_model_class=allow_changed_model_class,
-        progress=progress,
-    )
-    if delta_to is None:
-        return write(Path(out), options=options)
-    base = Bundle.open(Path(delta_to), progress=progress)
-    with complete_folder(Path(out), DELTA_NAMES) as folder:
-        full = folder / FULL_NAME
-        exported = write(full, options=replace(options, name=options.name or base.name))
-        write_delta(base.path, full, folder, progress)
-        shutil.rmtree(full)
-    return replace(exported, delta=Delta.open(Path(out)))
+    with watched(progress) as listener:
+        write = partial(
+            _export,
+            run,
+            dataset=dataset,
+            model_class=model_class,
+            allow_changed_model_class=allow_changed_model_class,
+            progress=listener,
+        )
+        if delta_to is None:
+            return write(Path(out), options=options, overwrite=overwrite)
+        base = Bundle.open(Path(delta_to), progress=listener)
+        with complete_folder(Path(out), DELTA_NAMES, overwrite=overwrite) as folder:
+            full = folder / FULL_NAME
+            exported = write(full, options=replace(options, name=options.name or base.name), overwrite=False)
+            write_delta(base.path, full, folder, listener)
+            shutil.rmtree(full)
+        return replace(exported, delta=Delta.open(Path(out)))
 
 
 @silenced_libraries()
@@ -150,6 +161,7 @@ def _export(
     dataset: Dataset | str | Path | None,
     model_class: ModelClass | None,
     allow_changed_model_class: bool,
+    overwrite: bool,
     progress: ProgressListener,
 ) -> Exported:
     run = run if isinstance(run, Run) else Run.open(Path(run))
@@ -160,24 +172,30 @@ def _export(
     split = held_out_split(dataset)
     chosen, checkpoint = open_checkpoint(run, options.checkpoint)
     shape = run.shape(dataset, model_class, allow_changed_model_class=allow_changed_model_class)
+    about = _about(run, dataset, shape, name, chosen)
+    found = require_same(out, about) if os.path.lexists(out) and not overwrite else None
     model = CheckpointModel(checkpoint, shape, dataset.num_embeddings)
-    with complete_folder(out) as folder:
-        if options.precision == "auto":
-            search = _search(model, dataset, options, progress)
-            precisions = search.precisions
-        else:
-            search, precisions = None, dict.fromkeys(dataset.sparse_names, options.precision)
-        dense_precision, reason = _dense_precision(shape, options, precisions)
-        by_key = {table.key: precisions[table.feature] for table in model.tables}
+    if options.precision == "auto":
+        search = _search(model, dataset, options, progress)
+        precisions = search.precisions
+    else:
+        search, precisions = None, dict.fromkeys(dataset.sparse_names, options.precision)
+    dense_precision, reason = _dense_precision(shape, options, precisions)
+    by_key = {table.key: precisions[table.feature] for table in model.tables}
+    if found is not None:
+        check_rows = min(options.check_rows, dataset.splits[split].rows)
+        require_same_options(out, found, precisions, dense_precision, check_rows, options.max_logloss_increase)
+        require_same_weights(out, checkpoint, by_key)
+        bundle = Bundle.open(out, model_class=model_class, verify="lazy")
+        return Exported(bundle, chosen, search, reason, was_complete=True)
+    with complete_folder(out, overwrite=overwrite) as folder:
         require_space(folder, weights_bytes(checkpoint, by_key))
         stored, block_sha256 = write_weights(checkpoint, by_key, folder / WEIGHTS_NAME, progress)
         vocabularies = copy_vocabularies(dataset, folder)
         files = {WEIGHTS_NAME: stored}
         files |= {path: StoredFile.of(folder / path) for paths in vocabularies.values() for path in paths}
         manifest = BundleManifest(
-            name=name,
-            feature_schema=dataset.schema,
-            dense={column.name: dataset.manifest.dense[column.name] for column in dataset.schema.dense},
+            **about,
             sparse={
                 feature: ServedFeature(
                     num_embeddings=num_embeddings,
@@ -190,11 +208,7 @@ def _export(
             format_version=oldest_version(
                 dataset.schema, run.config.model, record_of(shape.architecture), dataset.period
             ),
-            model=run.config.model,
-            model_class=record_of(shape.architecture),
             dense_precision=dense_precision,
-            period=dataset.period,
-            source=_source(run, chosen),
             check=None,
             files=files,
             block_bytes=BLOCK_BYTES,
@@ -219,6 +233,19 @@ def _export(
         files[SAMPLE_NAME] = StoredFile.of(folder / SAMPLE_NAME)
         manifest.model_copy(update={"check": record, "files": files}).write(folder)
     return Exported(Bundle.open(out, model_class=model_class, verify="lazy"), chosen, search, reason)
+
+
+def _about(run: Run, dataset: Dataset, shape: ModelShape, name: str, chosen: ChosenCheckpoint) -> dict[str, Any]:
+    """What the manifest says of the model, whatever its precisions are."""
+    return {
+        "name": name,
+        "feature_schema": dataset.schema,
+        "dense": {column.name: dataset.manifest.dense[column.name] for column in dataset.schema.dense},
+        "model": run.config.model,
+        "model_class": record_of(shape.architecture),
+        "period": dataset.period,
+        "source": _source(run, chosen),
+    }
 
 
 def _search(

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from torchdlrm.data.dataset import (
+    MANIFEST_NAME,
     ROW_GROUP_ROWS,
     BadRowsRecord,
     Dataset,
     FileRecord,
     Manifest,
     SourceRecord,
+    VocabularyOfRecord,
     oldest_version,
 )
 from torchdlrm.data.log.cut import Chunk, plan_chunks
@@ -31,6 +33,7 @@ from torchdlrm.data.splits import SPLIT_NAMES, RowSplit
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import TRANSFORMS, DenseTransform, Moments
+from torchdlrm.files import sha256_of
 from torchdlrm.preprocessing.count import add_moments, sum_moments
 from torchdlrm.preprocessing.encode import Encoding, Parts, encode_group, write_rows
 from torchdlrm.preprocessing.executors import Task, Workers
@@ -97,8 +100,11 @@ class Job:
         encoding = Encoding(self.schema, dense, ids, num_embeddings, split, parts)
         tallies, groups_of_parts = self._encode(encoding, chunks)
         files = self._write(encoding, groups_of_parts)
+        vocabulary_of = self._vocabulary_of()
         return Manifest(
-            format_version=oldest_version(self.schema, has_period=self.period is not None),
+            format_version=oldest_version(
+                self.schema, has_period=self.period is not None, has_vocabulary_of=vocabulary_of is not None
+            ),
             feature_schema=self.schema,
             split_rule=split.rule,
             seed=self.options.seed,
@@ -119,8 +125,16 @@ class Job:
                 for file, num_rows, layout in zip(self.files, rows_of_files, self.layouts, strict=True)
             ),
             bad_rows=BadRowsRecord.of(self.bad_rows),
+            vocabulary_of=vocabulary_of,
             **vocabularies.about_period(),
         )
+
+    def _vocabulary_of(self) -> VocabularyOfRecord | None:
+        """Whose vocabularies these are, where no period says it: what the same options would make is known by it."""
+        extended = self.options.extend_vocabulary
+        if self.known is None or (extended and self.period is not None):
+            return None
+        return VocabularyOfRecord(manifest_sha256=sha256_of(self.known.path / MANIFEST_NAME), extended=extended)
 
     # -- read
 

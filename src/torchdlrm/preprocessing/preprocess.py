@@ -5,8 +5,9 @@ is done is kept, and the bytes depend on neither; `torchdlrm.preprocessing.job` 
 """
 
 import errno
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,19 @@ from torchdlrm import __version__
 from torchdlrm.data.dataset import MANIFEST_NAME, Dataset, Manifest
 from torchdlrm.data.log.files import LogFile, find_files
 from torchdlrm.data.log.sniff import check_layout
-from torchdlrm.errors import ConfigError, DatasetError, LogError
+from torchdlrm.errors import ConfigError, DatasetError, LogError, shown
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import load_schema
 from torchdlrm.files import publish_folder, sha256_of
+from torchdlrm.folders import kind_of
 from torchdlrm.preprocessing.executors import start_workers
 from torchdlrm.preprocessing.job import Job
 from torchdlrm.preprocessing.options import PART_ROWS, PreprocessOptions, Resources
 from torchdlrm.preprocessing.periods import Period
 from torchdlrm.preprocessing.sizing import check_disk, choose_sizing, tasks_that_fit
 from torchdlrm.preprocessing.work_folder import WorkFolder, holds_job
-from torchdlrm.progress import ProgressListener, SilentProgress
+from torchdlrm.progress import ProgressListener, watched
 
 __all__ = ["PART_ROWS", "PreprocessOptions", "Resources", "preprocess", "work_folder"]
 
@@ -39,33 +41,36 @@ def preprocess(
     out: str | Path,
     schema: FeatureSchema | str | Path = "criteo",
     options: PreprocessOptions | None = None,
-    progress: ProgressListener | None = None,
+    progress: ProgressListener | bool = True,  # noqa: FBT001, FBT002 - it has always had this place
     chunk_bytes: int | None = None,
     *,
     resources: Resources | None = None,
     restart: bool = False,
+    overwrite: bool = False,
 ) -> Dataset:
-    """Turn a raw log into a dataset in the new folder `out`.
+    """Turn a raw log into a dataset in the folder `out`.
 
-    A job that was interrupted, at whatever moment, is resumed when it is started again with the same arguments.
+    A job that was interrupted, at whatever moment, is resumed when it is started again with the same arguments. Where
+    the dataset of this log, schema and options is complete, nothing is left to do.
 
     Args:
         logs: the file of the log, or its files; a `LogFile` must still be as it was found.
-        out: the folder to make; until it is complete, its content grows in `work_folder(out)`.
+        out: the folder to make; until it is complete, its content grows in `work_folder(out)`. Of a dataset that is
+            there, names and sizes of the log's files are compared, and that none was written to since.
         schema: the log's columns, or what `load_schema` makes them of.
         options: thresholds and seed.
-        progress: shows the phases.
+        progress: receives the phases. True draws a bar on a terminal, and writes lines in a notebook; False is silent.
         chunk_bytes: text that is read at a time, by default chosen by the memory; changes no byte of the dataset.
         resources: memory and workers; change no byte of the dataset.
         restart: forget what an interrupted job has done.
+        overwrite: preprocess also where a dataset is there; it is replaced when the new one is complete.
 
     Raises:
         LogError: a file of the log is missing, damaged or empty, or has more bad rows than allowed.
-        DatasetError: `out` exists or cannot be written, or an interrupted job had other settings.
+        DatasetError: `out` is of something else or cannot be written, or an interrupted job had other settings.
         ConfigError: the memory is too little, or the period is not after that of the vocabulary.
     """
     options, resources = options or PreprocessOptions(), resources or Resources()
-    progress = progress or SilentProgress()
     out = Path(out)
     schema = schema if isinstance(schema, FeatureSchema) else load_schema(schema)
     given = [logs] if isinstance(logs, str | Path) else logs
@@ -81,10 +86,10 @@ def preprocess(
         if holds_job(partial, settings) and not (partial / "dataset").exists():
             shutil.rmtree(partial, ignore_errors=True)  # the job was done, and killed while it tidied up
             return Dataset.open(out)
-        msg = f"{out}: exists; choose another `out`, or remove it first"
-        raise DatasetError(msg)
+        if (done := _found(out, files, schema, options, settings, overwrite=overwrite)) is not None:
+            return done
     try:
-        with start_workers(resources) as workers:
+        with watched(progress) as listener, start_workers(resources) as workers:
             known_rows = 0 if known is None or not options.extend_vocabulary else _longest_vocabulary(known)
             sizing = choose_sizing(files, schema, options, resources.memory_bytes, workers.tasks_in_memory, known_rows)
             if chunk_bytes is not None:
@@ -95,9 +100,9 @@ def preprocess(
                 fitting = tasks_that_fit(work.sizing, resources.memory_bytes)
                 if fitting < workers.tasks_in_memory:
                     workers.tasks_at_a_time = max(1, workers.capacity * fitting // workers.tasks_in_memory)
-                job = Job(files, schema, options, work, workers, resources.memory_bytes, progress, known, period)
+                job = Job(files, schema, options, work, workers, resources.memory_bytes, listener, known, period)
                 manifest = job.run()
-                _finish(manifest, partial / "dataset", out)
+                _finish(manifest, partial / "dataset", out, overwrite=overwrite)
             except LogError:
                 if work.is_fresh or sum(file.size_bytes for file in files) < _KEPT_LOG_BYTES:
                     work.remove()
@@ -115,7 +120,7 @@ def work_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
-def _finish(manifest: Manifest, folder: Path, out: Path) -> None:
+def _finish(manifest: Manifest, folder: Path, out: Path, *, overwrite: bool) -> None:
     """Write the manifest, and give the dataset its name."""
     named = {record.path for record in manifest.files}
     for path in folder.rglob("*"):
@@ -123,7 +128,58 @@ def _finish(manifest: Manifest, folder: Path, out: Path) -> None:
         if path.is_file() and path.relative_to(folder).as_posix() not in named:
             path.unlink()
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    publish_folder(folder, out, MANIFEST_NAME)
+    publish_folder(folder, out, MANIFEST_NAME, overwrite=overwrite)
+
+
+def _found(
+    out: Path,
+    files: Sequence[LogFile],
+    schema: FeatureSchema,
+    options: PreprocessOptions,
+    settings: Mapping[str, Any],
+    *,
+    overwrite: bool,
+) -> Dataset | None:
+    """The dataset that is there, if it is what would be made; None where it is to be replaced.
+
+    Raises:
+        DatasetError: it is neither, or something else is there.
+    """
+    if out.is_symlink() or kind_of(out) is None or not (out / MANIFEST_NAME).is_file():
+        msg = f"{out}: exists and is no dataset; choose another `out`, or remove it first"
+        raise DatasetError(msg)
+    if overwrite:
+        return None
+    dataset = Dataset.open(out)
+    manifest = dataset.manifest
+    known, extended = manifest.vocabulary_of, manifest.extends
+    made: dict[str, Any] = {name: getattr(manifest, name) for name in settings if hasattr(manifest, name)} | {
+        "schema": _as_asked(manifest.feature_schema),
+        "log": [(source.name, source.size_bytes) for source in manifest.source],
+        "vocabulary": known.manifest_sha256 if known else extended.manifest_sha256 if extended else None,
+        "extend_vocabulary": known.extended if known else extended is not None,
+    }
+    asked = {**settings, "schema": _as_asked(schema), "log": [(file.name, file.size_bytes) for file in files]}
+    differing = [
+        f"  {name}: was {shown(made[name])}, is {shown(asked[name])}" for name in made if made[name] != asked[name]
+    ]
+    made_ns = (out / MANIFEST_NAME).stat().st_mtime_ns
+    differing += [f"  log: {file.path} was written to since" for file in files if file.modified_ns > made_ns]
+    if manifest.bad_rows.total > options.max_bad_rows:
+        differing.append(f"  max_bad_rows: {manifest.bad_rows.total:,} were skipped, {options.max_bad_rows:,} may be")
+    if differing:
+        lines = [f"{out}: exists, and is of another log, schema or options:", *dict.fromkeys(differing)]
+        raise DatasetError("\n".join([*lines, "Choose another `out`, or give `overwrite` to replace it."]))
+    return dataset
+
+
+def _as_asked(schema: FeatureSchema) -> str:
+    """The schema as one gives it: a dataset has the boundaries of its quantiles."""
+    content = schema.model_dump(mode="json", by_alias=True, exclude_none=True)
+    for column in content["columns"]:
+        if isinstance(column.get("buckets"), dict):
+            column["buckets"] = column["buckets"]["quantiles"]
+    return json.dumps(content)
 
 
 def _settings(
