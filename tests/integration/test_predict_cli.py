@@ -109,7 +109,8 @@ def test_csv_with_header_quotes_and_other_columns(predict, few_rows, expected, t
     ids = pl.Series("user id", [f'no "{i}", or so' for i in range(60)])
     rows = few_rows.drop("label").select(reversed(NAMES[1:])).insert_column(3, ids)
     rows.write_csv(tmp_path / "rows.csv", quote_style="always")
-    scores, _ = predict(tmp_path / "rows.csv", "--format", "csv", "--columns", "user id", out="scores.csv")
+    scores, _ = predict(tmp_path / "rows.csv", "--format", "csv", out="scores.csv")
+    assert scores.columns == ["user id", "prediction"]
     assert scores["user id"].to_list() == ids.to_list()
     np.testing.assert_allclose(scores["prediction"], expected, rtol=0, atol=1e-6)
 

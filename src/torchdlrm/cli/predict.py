@@ -1,5 +1,6 @@
 """`dlrm predict`: a bundle and raw rows -> click probabilities, a row out for each row in."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,9 +20,11 @@ from torchdlrm.cli.terminal import (
     shown_metric,
 )
 from torchdlrm.errors import Interrupted, UserError
+from torchdlrm.folders import expect, kind_of
 
 if TYPE_CHECKING:
     from torchdlrm.prediction.files import PredictSummary
+    from torchdlrm.prediction.log_columns import Kept
 
 Hyphen = Parameter(allow_leading_hyphen=True)  # a lone one is standard input or output
 
@@ -31,7 +34,7 @@ def predict(
     rows: Annotated[list[Path], Hyphen],
     *,
     out: Annotated[Path, Hyphen] = Path("-"),
-    columns: str = "",
+    columns: str | None = None,
     bad_rows: Literal["refuse", "null"] = "refuse",
     log_format: Annotated[Literal["log", "csv", "tsv"], Parameter(name="--format")] = "log",
     verify: Literal["full", "lazy"] = "full",
@@ -50,7 +53,8 @@ def predict(
         rows: Files of raw rows, or - for standard input.
         out: File to write, .parquet, .csv or .csv.gz; - is CSV on standard output.
         columns: Columns of the log to write before `prediction`, with commas between, as in label,cat_3; by the log's
-            name or the schema's.
+            name or the schema's. By default those that name a row, so that scores can be joined: times, what the
+            schema ignores, and ids by their name (user_id); all or none of the columns with these words.
         bad_rows: A row that cannot be read stops everything (refuse), or has no prediction (null).
         log_format: How text is written: as the model's schema says (log); with commas, quotes and a header (csv); with
             tabs (tsv).
@@ -63,6 +67,10 @@ def predict(
     """
     if as_json and out == Path("-"):
         raise UserError("--json: standard output takes either the JSON object or the scores; write these to --out FILE")
+    if kind_of(bundle) is None and len(rows) == 1 and kind_of(rows[0]) is not None:
+        msg = f"{bundle}: the bundle comes first: dlrm predict {shlex.quote(str(rows[0]))} {shlex.quote(str(bundle))}"
+        raise UserError(msg)
+    expect("bundle", bundle)
     announce(f"predict by {bundle}")
 
     from torchdlrm.prediction.files import predict_file
@@ -79,9 +87,10 @@ def predict(
                 num_threads=num_threads,
                 progress=progress,
             )
-            log = RowsIn(
-                rows, predictor.schema, log_format, [name.strip() for name in columns.split(",") if name.strip()]
-            )
+            kept: Kept = "keys" if columns is None else "all" if columns == "all" else "none"
+            asked = [] if columns in {None, "all", "none"} else (columns or "").split(",")
+            names = [name.strip() for name in asked if name.strip()]
+            log = RowsIn(rows, predictor.schema, log_format, names, kept)
             summary = predict_file(predictor, log, out, bad_rows=bad_rows, progress=progress)
     except KeyboardInterrupt as interrupt:
         done = "" if out == Path("-") else f": nothing was written to {out}"

@@ -8,18 +8,31 @@ more.  A text without one has the columns of the schema, or these without label 
 """
 
 import csv
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from torchdlrm.bundle.sample import PREDICTION_COLUMN
 from torchdlrm.data.log.names import found_by_name, ignored
 from torchdlrm.errors import LogError
-from torchdlrm.features.columns import Column, DenseColumn, IgnoredColumn, LabelColumn, SparseColumn, WeightColumn
+from torchdlrm.features.columns import (
+    Column,
+    DenseColumn,
+    IgnoredColumn,
+    LabelColumn,
+    SparseColumn,
+    TimeColumn,
+    WeightColumn,
+)
 from torchdlrm.features.schema import FeatureSchema
 
 LogFormat = Literal["log", "csv", "tsv"]
+# Which columns of the log are wanted besides those that are asked for: none; those that name a row; all.
+Kept = Literal["none", "keys", "all"]
+_ID_NAME = re.compile(r"(?i:(^|[\W_])(id|uuid|key)$)|[a-z]I[dD]$")
 _LINES_LOOKED_AT = 100
 
 
@@ -30,10 +43,12 @@ class LogColumns:
     Attributes:
         schema: its columns.
         header: whether the first line names them.
+        passthrough: names of the columns that are wanted.
     """
 
     schema: FeatureSchema
     header: bool
+    passthrough: Sequence[str]
 
     @property
     def has_label(self) -> bool:
@@ -49,7 +64,9 @@ def schema_for_format(schema: FeatureSchema, log_format: LogFormat) -> FeatureSc
     return schema.model_copy(update=written)
 
 
-def columns_of_text(head: bytes, path: Path, schema: FeatureSchema, passthrough: Sequence[str]) -> LogColumns:
+def columns_of_text(
+    head: bytes, path: Path, schema: FeatureSchema, passthrough: Sequence[str], kept: Kept = "none"
+) -> LogColumns:
     """Look at the beginning of a text.
 
     Args:
@@ -57,6 +74,7 @@ def columns_of_text(head: bytes, path: Path, schema: FeatureSchema, passthrough:
         path: for messages.
         schema: the model's columns, and how the text is written.
         passthrough: names of other columns that are wanted.
+        kept: which are wanted besides.
 
     Raises:
         LogError: a feature, or a column that is wanted, is not there.
@@ -70,7 +88,7 @@ def columns_of_text(head: bytes, path: Path, schema: FeatureSchema, passthrough:
     lines = list(islice(cells, _LINES_LOOKED_AT))
     first = lines[0] if lines else []
     if schema.header or {column.log_name for column in schema.features} <= set(first):
-        return LogColumns(_by_name(first, f"{path}, line 1 (header)", schema, passthrough), header=True)
+        return _by_name(first, f"{path}, line 1 (header)", schema, passthrough, kept, header=True)
     without_label = [column for column in schema.columns if not isinstance(column, LabelColumn | WeightColumn)]
     # A bad line may have any number of columns: most lines are good.
     num_unlabelled = sum(len(line) == len(without_label) for line in lines)
@@ -79,27 +97,49 @@ def columns_of_text(head: bytes, path: Path, schema: FeatureSchema, passthrough:
     missing = [name for name in passthrough if name not in {column.name for column in columns}]
     if missing:
         raise LogError(_not_there(missing, str(path), [column.name for column in columns]))
-    return LogColumns(
-        schema.with_columns([_as_read(column, column.name, passthrough, schema) for column in columns]), header=False
-    )
+    wanted = [*passthrough, *_kept({column.name: column for column in columns}, passthrough, kept)]
+    read = schema.with_columns([_as_read(column, column.name, wanted, schema) for column in columns])
+    return LogColumns(read, header=False, passthrough=wanted)
 
 
-def columns_of_names(names: Sequence[str], path: Path, schema: FeatureSchema, passthrough: Sequence[str]) -> LogColumns:
+def columns_of_names(
+    names: Sequence[str], path: Path, schema: FeatureSchema, passthrough: Sequence[str], kept: Kept = "none"
+) -> LogColumns:
     """The layout of a Parquet file with columns of these names.
 
     Raises:
         LogError: a feature, or a column that is wanted, is not there.
     """
-    return LogColumns(_by_name(names, str(path), schema, passthrough), header=False)
+    return _by_name(names, str(path), schema, passthrough, kept, header=False)
 
 
-def _by_name(names: Sequence[str], where: str, schema: FeatureSchema, passthrough: Sequence[str]) -> FeatureSchema:
+def _by_name(
+    names: Sequence[str], where: str, schema: FeatureSchema, passthrough: Sequence[str], kept: Kept, *, header: bool
+) -> LogColumns:
     found = found_by_name(names, where, schema, schema.features, "the model")
-    columns = [_as_read(column, names[i], passthrough, schema, at=i) for i, column in enumerate(found)]
-    wanted = set(passthrough) - {column.name for column in columns}
-    if wanted:
-        raise LogError(_not_there([name for name in passthrough if name in wanted], where, names))
-    return schema.with_columns(columns)
+    by_name = {names[i] if column is None else column.name: column for i, column in enumerate(found)}
+    wanted = [*passthrough, *_kept(by_name, passthrough, kept)]
+    columns = [_as_read(column, names[i], wanted, schema, at=i) for i, column in enumerate(found)]
+    missing = set(wanted) - {column.name for column in columns}
+    if missing:
+        raise LogError(_not_there([name for name in wanted if name in missing], where, names))
+    return LogColumns(schema.with_columns(columns), header=header, passthrough=wanted)
+
+
+def _kept(columns: Mapping[str, Column | None], passthrough: Sequence[str], kept: Kept) -> list[str]:
+    """The columns that are wanted besides `passthrough`, in the order of the log; None is one of the log alone."""
+    if kept == "none":
+        return []
+    others = {name: column for name, column in columns.items() if name not in {*passthrough, PREDICTION_COLUMN, ""}}
+    return [name for name, column in others.items() if kept == "all" or _names_a_row(name, column)]
+
+
+def _names_a_row(name: str, column: Column | None) -> bool:
+    """Whether a column says which row it is, and not only what is in it: times, ids, and what is no feature."""
+    if isinstance(column, TimeColumn | IgnoredColumn):
+        return True
+    is_one_value = column is None or (isinstance(column, SparseColumn) and not column.is_multi_valued)
+    return is_one_value and any(_ID_NAME.search(text) for text in (name, column.log_name if column else name))
 
 
 def _as_read(

@@ -27,7 +27,14 @@ from torchdlrm.data.log.text import ParsedChunk, parse_chunk
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.prediction.log_columns import LogColumns, LogFormat, columns_of_names, columns_of_text, schema_for_format
+from torchdlrm.prediction.log_columns import (
+    Kept,
+    LogColumns,
+    LogFormat,
+    columns_of_names,
+    columns_of_text,
+    schema_for_format,
+)
 
 STANDARD_INPUT = Path("-")
 CHUNK_BYTES = 8 << 20
@@ -69,6 +76,7 @@ class RowsIn:
         schema: the model's columns.
         log_format: how text is written.
         passthrough: other columns that are wanted, by the schema's name or the log's.
+        kept: which columns of the log are wanted besides; the first file's are added to `passthrough` when it is read.
         chunk_bytes: of text, about, that are read at a time.
         is_over: ends a stream for the thread that waits for more of it, when no more is wanted.
         files: those of `paths` as they were found before, and still must be; None: as they are found.
@@ -78,6 +86,7 @@ class RowsIn:
     schema: FeatureSchema
     log_format: LogFormat = "log"
     passthrough: Sequence[str] = ()
+    kept: Kept = "none"
     chunk_bytes: int = CHUNK_BYTES
     is_over: Event = field(default_factory=Event)
     files: tuple[LogFile, ...] | None = None
@@ -131,6 +140,11 @@ class RowsIn:
                     yield from self._of_text(raw, file)
             file.check_unchanged()
 
+    def _settle(self, columns: LogColumns) -> None:
+        """Want of all further files what was found in the first one."""
+        object.__setattr__(self, "passthrough", columns.passthrough)
+        object.__setattr__(self, "kept", "none")
+
     @property
     def _found(self) -> tuple[LogFile, ...]:
         return find_files(self.paths) if self.files is None else self.files
@@ -169,7 +183,8 @@ class RowsIn:
             head = text.read(_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK)
         whole_lines = head[: head.rfind(b"\n") + 1] or head
         schema = schema_for_format(self.schema, self.log_format)
-        columns = columns_of_text(whole_lines, file.path, schema, self.passthrough)
+        columns = columns_of_text(whole_lines, file.path, schema, self.passthrough, self.kept)
+        self._settle(columns)
         num_lines, consumed = 0, 0
         if columns.header:
             _, _, head = head.partition(b"\n")
@@ -184,7 +199,9 @@ class RowsIn:
     def _of_parquet(self, file: LogFile) -> Iterator[RowChunk]:
         with reading_parquet(file.path):
             metadata = pq.read_metadata(file.path)
-        columns = columns_of_names(metadata.schema.to_arrow_schema().names, file.path, self.schema, self.passthrough)
+        names = metadata.schema.to_arrow_schema().names
+        columns = columns_of_names(names, file.path, self.schema, self.passthrough, self.kept)
+        self._settle(columns)
         num_rows = 0
         for chunk in plan_row_groups(file, columns.schema, self.chunk_bytes):
             row_groups = range(chunk.start, chunk.end)

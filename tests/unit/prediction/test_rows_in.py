@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchdlrm.errors import LogError
-from torchdlrm.features.columns import DenseColumn, IgnoredColumn, LabelColumn, SparseColumn
+from torchdlrm.features.columns import DenseColumn, IgnoredColumn, LabelColumn, SparseColumn, TimeColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.rows_in import STANDARD_INPUT, RowsIn
 
@@ -109,6 +109,38 @@ def test_a_gzip_stream_that_is_cut_off_is_told(tmp_path):
     path.write_bytes(gzip.compress(b"1,2,a\n" * 100_000)[:-20])
     with pytest.raises(LogError, match=r"log\.csv\.gz: the gzip stream is damaged or cut off"):
         list(RowsIn([path], SCHEMA))
+
+
+@pytest.mark.parametrize("name", ["log.csv", "bare.csv", "log.parquet"])
+def test_columns_that_name_a_row_are_kept_so_that_scores_can_be_joined(tmp_path, name):
+    """Times, what the schema ignores, and ids by their names, of the log alone too; `all` is the whole row."""
+    path = tmp_path / name
+    cells = {"label": 1, "count": 2, "text": "a", "movieId": "m", "at": 7, "title": "t", "tag_id": "x;y"}
+    columns = [
+        *SCHEMA.columns,
+        SparseColumn(name="movie", header_name="movieId", kind="string"),
+        TimeColumn(name="at"),
+        IgnoredColumn(name="title"),
+        SparseColumn(name="tags", header_name="tag_id", kind="string", value_separator=";"),
+    ]
+    schema = SCHEMA.with_columns(columns).model_copy(update={"header": name == "log.csv"})
+    more = {} if name == "bare.csv" else {"prediction": 0.5, "request_id": "r", "note": "n"}
+    frame = pl.DataFrame(cells | more)
+    if path.suffix == ".parquet":
+        frame.write_parquet(path)
+    else:
+        frame.write_csv(path, include_header=name == "log.csv")
+    keys = ["movie", "at", "title", *(["request_id"] if more else [])]
+    everything = ["label", "count", "text", "movie", "at", "title", "tags", *(["request_id", "note"] if more else [])]
+    for kept, wanted in (("keys", keys), ("all", everything), ("none", [])):
+        rows = RowsIn([path], schema, kept=kept)
+        (chunk,) = rows
+        assert rows.passthrough == wanted
+        assert set(wanted) <= set(chunk.frame.columns)
+    rows = RowsIn([path], schema, passthrough=["title"], kept="keys")
+    (chunk,) = rows
+    assert rows.passthrough == ["title", *(key for key in keys if key != "title")]
+    assert chunk.frame["title"].to_list() == ["t"]
 
 
 def test_columns_are_handed_on_by_either_name(tmp_path):
