@@ -95,7 +95,13 @@ def __getattr__(name: str) -> Any:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
     import_module(f"{__name__}.driverless").stand_in_for_driver()
-    return getattr(import_module(_HOME_OF[name]), name)
+    try:
+        return getattr(import_module(_HOME_OF[name]), name)
+    except ModuleNotFoundError as error:
+        explained = import_module(f"{__name__}.errors").missing_package(error)
+        if explained is None:
+            raise
+        raise explained from None
 
 
 def __dir__() -> list[str]:

@@ -16,6 +16,29 @@ def test_importing_the_package_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_package_that_is_missing_is_one_sentence():
+    code = """
+import sys
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchrec":
+            raise ModuleNotFoundError("No module named 'torchrec'", name=name)
+sys.meta_path.insert(0, Gone())
+from torchdlrm import train
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr
+    assert told.splitlines()[-1].startswith(
+        "ModuleNotFoundError: torchrec is not installed: pip install --no-deps 'torchrec>="
+    )
+    assert "During handling" not in told
+    assert "sharding" not in told
+
+
+def test_python_runs_the_command_as_a_module():
+    told = subprocess.run([sys.executable, "-m", "torchdlrm", "-V"], capture_output=True, text=True, check=True).stdout
+    assert told == f"{torchdlrm.__version__}\n"
+
+
 def test_importing_the_package_takes_a_tenth_of_a_second_at_most():
     code = "import time; start = time.process_time(); import torchdlrm; print(time.process_time() - start)"
     times = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]

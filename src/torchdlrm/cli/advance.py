@@ -1,5 +1,6 @@
 """`dlrm advance`: one period of a live model."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ from torchdlrm.cli.terminal import (
     print_table,
     progress_bars,
     say,
+    say_next,
     shown_metric,
     warn,
     warn_of_crowding,
@@ -123,9 +125,10 @@ def advance(
         print_json({"live": str(live), **record.model_dump(mode="json")})
     if not record.published:
         why = "; ".join(record.gate.reasons)
-        msg = f"period {record.period} is not published: {why}. dlrm rollback {live} {record.period} publishes it"
+        rollback = f"dlrm rollback {shlex.quote(str(live))} {record.period}"
+        msg = f"period {record.period} is not published: {why}. {rollback} publishes it"
         raise TorchDLRMError(msg)
-    say(f"next: dlrm serve {live}/current, which follows, or dlrm inspect {live}")
+    say_next("dlrm serve {}, which follows, or dlrm inspect {}", live / "current", live)
 
 
 def _training_in(processes: "Processes") -> Callable[..., object]:

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchdlrm.cli.terminal import Json, print_json, print_table, progress_bars, say
+from torchdlrm.cli.terminal import Json, print_json, print_table, progress_bars, say, say_next
+from torchdlrm.folders import expect
 from torchdlrm.units import show_bytes
 
 if TYPE_CHECKING:
@@ -19,13 +20,15 @@ def apply(bundle: Path, delta: Path, *, out: Path, as_json: Json = False) -> Non
         out: Folder to write; nothing may be there.
         as_json: Print one JSON object on standard output.
     """
+    expect("bundle", bundle)
+    expect("delta", delta)
     from torchdlrm.bundle.apply import apply_delta
     from torchdlrm.cli.inspect import bundle_as_dict
 
     with progress_bars("") as progress:
         made = apply_delta(bundle, delta, out, progress=progress)
     say(f"applied {delta} to {bundle}: {out}, model {made.name}, version {made.version}, complete and undamaged")
-    say(f"next: dlrm predict {out} ROWS, or dlrm serve {out}")
+    say_next("dlrm predict {0} ROWS, or dlrm serve {0}", out)
     if as_json:
         print_json(bundle_as_dict(made, None))
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from torchdlrm.cli.terminal import Json, console, print_json, progress_bars
+from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say_next
 from torchdlrm.data.download import SOURCES, parse_days
 from torchdlrm.data.download import download as run_download
 from torchdlrm.errors import ConfigError
@@ -45,6 +45,6 @@ def download(
     if as_json:
         print_json({"log": log, "files": [str(file.path) for file in files], "size_bytes": total})
     elif files[0].name.endswith(".tar.gz"):
-        console.print(f"next: tar -xzf {files[0].path} -C {out}", soft_wrap=True)
+        say_next("tar -xzf {} -C {}", files[0].path, out)
     else:
-        console.print(f"next: dlrm preprocess {out}/* --out dataset", soft_wrap=True)
+        say_next("dlrm preprocess {}/* --out dataset", out)

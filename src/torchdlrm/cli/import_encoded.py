@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from torchdlrm.cli.terminal import Json, console, print_json, progress_bars
+from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say_next
 from torchdlrm.errors import ConfigError, LogError
 from torchdlrm.preprocessing.imports.blocks import encoded_schema
 from torchdlrm.preprocessing.imports.importer import import_blocks
@@ -57,7 +57,7 @@ def import_encoded(
         dataset = import_blocks(blocks, schema, out, table_sizes=sizes, seed=seed, progress=progress)
     rows = {name: split.rows for name, split in dataset.manifest.splits.items()}
     console.print(", ".join(f"{name} {count:,} rows" for name, count in rows.items()))
-    console.print(f"next: dlrm inspect {out}", soft_wrap=True)
+    say_next("dlrm inspect {}", out)
     if as_json:
         print_json({"dataset": str(out), "rows": rows, "num_embeddings": dataset.num_embeddings})
 

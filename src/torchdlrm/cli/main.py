@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
@@ -19,13 +19,15 @@ from torchdlrm import __version__
 from torchdlrm.cli.options import describe_mistake, in_options
 from torchdlrm.cli.terminal import console
 from torchdlrm.driverless import stand_in_for_driver
-from torchdlrm.errors import Interrupted, TorchDLRMError, UserError
+from torchdlrm.errors import ConfigError, Interrupted, TorchDLRMError, UserError, missing_package
+from torchdlrm.toml import did_you_mean
 
 _INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 
 app = App(
     name="dlrm",
     version=__version__,
+    version_flags=("--version", "-V"),
     help="From a raw click log to click probabilities, with DLRM on TorchRec.",
     help_on_error=False,
     print_error=False,
@@ -70,6 +72,31 @@ app.command(
 )
 
 
+@app.command(name="help")
+def show_help(*command: str) -> None:
+    """Show what a command does and its options; without one, all commands.
+
+    Args:
+        command: Its name, as in `dlrm help bench step`.
+    """
+    chain, apps, unknown = app.parse_commands(command)
+    if unknown:
+        hint = did_you_mean(unknown[0], [name for name in apps[-1] if not name.startswith("-")])
+        msg = f"{' '.join(['dlrm', *chain, unknown[0]])}: there is no such command{hint}"
+        raise ConfigError(msg)
+    app.help_print(command)
+
+
+@app.command
+def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
+    """Print what completes commands and options in a shell, as in `source <(dlrm completion bash)`.
+
+    Args:
+        shell: Which one; for good, put the line into what it reads at its start, such as ~/.bashrc.
+    """
+    sys.stdout.write(app.generate_completion(shell=shell))
+
+
 def main() -> None:
     """Run what the command line says; exit code 0 done, 2 the input is wrong, 130 interrupted, 1 anything else."""
     # Idle OpenMP threads spin for a tenth of a millisecond and then sleep. By default they spin ten times as long, and
@@ -99,9 +126,10 @@ def main() -> None:
         notes = getattr(error, "__notes__", [])  # the traceback of a process that failed as nobody expected
         _end(1, "failed", "\n".join([in_options(str(error), app, sys.argv[1:]), *notes]))
     except ModuleNotFoundError as error:
-        if error.name not in PACKAGES:
+        explained = missing_package(error)
+        if explained is None:
             raise
-        _end(2, "error", f"{error.name} is not installed: {PACKAGES[error.name]}")
+        _end(2, "error", str(explained))
     except OSError as error:
         if "fbgemm_gpu" in str(error):
             _end(1, "failed", f"{error}: {error.__cause__}; {_WHY_FBGEMM_FAILS}")
@@ -131,11 +159,6 @@ def _end(exit_code: int, kind: str, message: str) -> NoReturn:
     sys.exit(exit_code)
 
 
-# TorchRec's wheel names the CUDA build of FBGEMM as its need, so no extra of ours can bring it to a CPU machine.
-PACKAGES = {
-    "torchrec": "pip install --no-deps 'torchrec>=1.8,<1.9'",
-    "fbgemm_gpu": "pip install 'fbgemm-gpu-cpu>=1.8,<1.9', or 'fbgemm-gpu>=1.8,<1.9' where there is a GPU",
-}
 _WHY_FBGEMM_FAILS = (
     "dlrm doctor shows which packages are here and whether they fit together; make install in a new venv"
 )

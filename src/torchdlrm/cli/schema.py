@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from torchdlrm.cli.terminal import Json, console, print_json, say
+from torchdlrm.cli.terminal import Json, console, print_json, say, say_next
 from torchdlrm.data.proposal.propose import SAMPLE_ROWS, propose_schema
 from torchdlrm.errors import UserError
 
@@ -40,8 +40,8 @@ def schema(
         except OSError as error:
             msg = f"{out}: cannot be written: {error.strerror}"
             raise UserError(msg) from error
-        say(f"wrote {out} from {proposal.origin}; read and edit it, then:")
-        say(f"dlrm preprocess {log} --schema {out} --out dataset")
+        say(f"wrote {out} from {proposal.origin}; read and edit it")
+        say_next("dlrm preprocess {} --schema {} --out dataset", log, out)
     if as_json:
         print_json(
             {

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from rich.table import Table
 
-from torchdlrm.cli.terminal import Json, console, print_json, progress_bars
+from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say_next
 from torchdlrm.data.synthetic import synthesize as write_log
 from torchdlrm.data.synthetic_days import day_path, late_path
 from torchdlrm.data.synthetic_drift import Drift
@@ -89,12 +89,12 @@ def synthesize(
     num_bytes = sum(log.stat().st_size for log in logs)
     console.print(f"{num_bytes:,} bytes in {elapsed_s:.1f} s; truth: {truth_path(out)}", soft_wrap=True)
     schema = {"schema": str(schema_path(out))} if multi_hot else {}
-    option = f" --schema {schema_path(out)}" if multi_hot else ""
     if days is None:
-        console.print(f"next: dlrm preprocess {out}{option} --out dataset", soft_wrap=True)
+        option = " --schema {}" if multi_hot else ""
+        say_next(f"dlrm preprocess {{}}{option} --out dataset", out, schema_path(out))
     else:
-        advance = f"dlrm advance live {logs[0]} --config criteo-small --schema criteo-bucketed"
-        console.print(f"next: {advance}, and then day by day", soft_wrap=True)
+        advance = "dlrm advance live {} --config criteo-small --schema criteo-bucketed"
+        say_next(f"{advance}, and then day by day", logs[0])
     if as_json:
         files = {"days": [_day(out, day, truth) for day in range(days)]} if days is not None else {}
         print_json({"log": str(out), "truth": str(truth_path(out)), **schema, **truth.as_dict(), **files})

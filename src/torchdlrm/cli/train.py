@@ -19,12 +19,14 @@ from torchdlrm.cli.terminal import (
     print_table,
     progress_of_first_rank,
     say,
+    say_next,
     say_undefined,
     shown_metric,
     warn_of_crowding,
 )
 from torchdlrm.config import Config, about_config, load_config, shipped_config_names
 from torchdlrm.errors import ConfigError
+from torchdlrm.folders import expect, kind_of
 
 if TYPE_CHECKING:
     from torchdlrm.data.dataset import Dataset
@@ -92,6 +94,8 @@ def train(
     settings = load_config(path, overrides)
     check_rendezvous(nnodes, rdzv_endpoint)
 
+    expect("dataset", dataset)
+    expect("run", from_run, run if kind_of(run) is not None else None)
     announce(f"train {path} on {dataset}, run {run}")
 
     from torchdlrm.data.dataset import Dataset
@@ -223,7 +227,7 @@ def show_summary(run: Path, summary: "TrainingSummary", dataset: "Dataset") -> N
         say_undefined(summary.validation, " on the val split")
     taken = "" if summary.best_step is None else f" (takes step {summary.best_step:,}, the best of the val split)"
     split = next(name for name in ("test", "val", "train") if dataset.splits[name].rows)
-    say(f"next: dlrm evaluate {run} --split {split}{taken}")
+    say_next(f"dlrm evaluate {{}} --split {split}{taken}", run)
 
 
 def show_profile(folder: Path) -> None:
