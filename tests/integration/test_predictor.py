@@ -45,6 +45,21 @@ def test_a_column_of_another_type_is_refused(predictor):
     assert predictor.predict(as_float) == predictor.predict(frame)
 
 
+@pytest.mark.parametrize("one", [dict, pd.Series])
+def test_a_single_row_is_refused_with_the_list_that_it_needs(predictor, one):
+    row = {"int_0": 1, "cat_0": "68fd1e64"}
+    listed = r"predict\(\[row\]\)" if one is dict else r"predict\(\[row\.to_dict\(\)\]\)"
+    with pytest.raises(RowError, match=f"this is one row, a {one.__name__}; put it in a list, as in {listed}"):
+        predictor.predict(one(row))
+    assert predictor.predict([row]) == predictor.predict({name: [cell] for name, cell in row.items()})
+
+
+def test_a_predictor_says_what_it_is(predictor):
+    expected = f"<Predictor of 'small', version {predictor.version}: 'int_0, int_1, "
+    assert repr(predictor).startswith(expected), repr(predictor)
+    assert repr(predictor).endswith(" -> probability>")
+
+
 def test_a_bundle_that_does_not_predict_its_sample_is_found(small_bundle, monkeypatch):
     predictor = Predictor.open(small_bundle)
     predictor.check_sample()

@@ -9,14 +9,15 @@ command that was run.
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Annotated
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 from cyclopts import App, Argument, Parameter
-from cyclopts.exceptions import CycloptsError, MissingArgumentError
+from cyclopts.exceptions import CoercionError, CycloptsError, MissingArgumentError
 from pydantic import ValidationError
 
 from torchdlrm.errors import ConfigError
-from torchdlrm.toml import explain
+from torchdlrm.toml import did_you_mean, explain
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True)]
 
@@ -65,6 +66,10 @@ def describe_mistake(error: CycloptsError) -> str:
         return "\n".join(f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {explain(item)}" for item in items)
     command = " ".join(["dlrm", *(error.command_chain or ())])
     argument = error.argument
+    if isinstance(error, CoercionError) and error.token is not None and argument is not None:
+        wanted = None if error.msg or error.__cause__ else _wanted(error.target_type, error.token.value)
+        if wanted is not None:
+            return f"{_name(argument)}: {wanted}"
     if not isinstance(error, MissingArgumentError) or argument is None or error.keyword or argument.tokens:
         return re.sub(r'^Command ".*?" parameter ', "", str(error))
     option = _name(argument)
@@ -74,6 +79,20 @@ def describe_mistake(error: CycloptsError) -> str:
     close = difflib.get_close_matches(option, typed, n=1, cutoff=0.7)
     hint = f"; did you mean it by {close[0]}?" if close else f"; {command} --help shows all options"
     return f"{command}: {option} is missing{hint}"
+
+
+def _wanted(kind: object, value: str) -> str | None:
+    """What a value must be, None where its type does not say it in words."""
+    kinds = [kind]
+    while nested := [part for part in kinds if get_origin(part) in {Literal, Union, UnionType}]:
+        kinds = [part for outer in kinds for part in (get_args(outer) if outer in nested else (outer,))]
+    choices = [choice for choice in kinds if isinstance(choice, str)]
+    if choices:
+        is_beginning = sum(choice.startswith(value) for choice in choices) > 1  # of several, none is nearer than others
+        hint = "" if is_beginning else did_you_mean(value, choices)
+        return f"must be one of {', '.join(choices)}, not {value!r}{hint}"
+    number = "a whole number" if int in kinds else "a number" if float in kinds else None
+    return number and f"must be {number}, got {value!r}"
 
 
 def in_options(message: str, app: App, tokens: Sequence[str]) -> str:

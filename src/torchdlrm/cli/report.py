@@ -1,11 +1,20 @@
 """`dlrm report`: a run or a live model as one HTML page."""
 
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from torchdlrm.cli.terminal import Json, console, print_json
+from torchdlrm.folders import expect, kind_of
 
 
-def report(folder: Path, *, out: Path = Path("report.html"), as_json: Json = False) -> None:
+def report(
+    folder: Path,
+    *,
+    out: Annotated[Path, Parameter(name=["--out", "--html"])] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
     """Write a run or a live model as one HTML page, to mail or to keep.
 
     Of a run: its curves, evaluations, config, dataset and plan. Of a live model: how well each log was predicted before
@@ -16,9 +25,13 @@ def report(folder: Path, *, out: Path = Path("report.html"), as_json: Json = Fal
         out: The page; replaced if it is there.
         as_json: Print one JSON object on standard output.
     """
+    kind = kind_of(folder)
+    is_live = kind is not None and kind.name == "live model"
+    if not is_live:
+        expect("run", folder)
+
     from torchdlrm.html import write_page
 
-    is_live = (folder / "live.toml").is_file()
     write_page(out, _live_page(folder) if is_live else _run_page(folder), "out")
     console.print(f"report of {folder}: {out}")
     if as_json:

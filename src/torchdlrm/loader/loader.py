@@ -34,6 +34,7 @@ from torchdlrm.loader.batch import (
 from torchdlrm.loader.row_groups import Columns, IdColumn, RowGroupReader
 from torchdlrm.loader.shared import share
 from torchdlrm.shared_memory import AllGather
+from torchdlrm.toml import did_you_mean
 
 
 class Loader:
@@ -82,6 +83,7 @@ class Loader:
         if split not in dataset.splits or dataset.splits[split].rows == 0:
             there = ", ".join(f"{name} ({part.rows:,} rows)" for name, part in dataset.splits.items())
             msg = f"{dataset.path}: nothing to read in split {split!r}; the dataset has {there}"
+            msg += did_you_mean(split, dataset.splits)
             raise DatasetError(msg)
         self.rows = min(dataset.splits[split].rows, max_rows or dataset.splits[split].rows)
         self.batches_per_epoch = num_batches(self.rows, batch_size_global)

@@ -35,6 +35,12 @@ def frame_or_rows(rows: Any) -> pl.DataFrame | Sequence[Row]:
     """
     if isinstance(rows, pl.DataFrame):
         return rows
+    if (isinstance(rows, Mapping) and any(map(_is_cell, rows.values()))) or (
+        hasattr(rows, "to_dict") and getattr(rows, "ndim", 2) == 1  # a row of a pandas frame
+    ):
+        row = "row" if isinstance(rows, Mapping) else "row.to_dict()"
+        msg = f"this is one row, a {type(rows).__name__}; put it in a list, as in predict([{row}])"
+        raise RowError(msg)
     if isinstance(rows, Mapping):
         lists = {name: values.tolist() if hasattr(values, "tolist") else list(values) for name, values in rows.items()}
         lengths = {name: len(values) for name, values in lists.items()}
@@ -52,6 +58,10 @@ def frame_or_rows(rows: Any) -> pl.DataFrame | Sequence[Row]:
         return rows
     msg = f"rows are a Polars or pandas frame, a dict of lists or a list of dicts, and not a {type(rows).__name__}"
     raise RowError(msg)
+
+
+def _is_cell(value: object) -> bool:
+    return isinstance(value, str) or not hasattr(value, "__iter__")
 
 
 def typed_columns(frame: pl.DataFrame, schema: FeatureSchema) -> pl.DataFrame:

@@ -22,7 +22,7 @@ from torchdlrm.bundle.bundle import Bundle, Verify
 from torchdlrm.bundle.check import arithmetic_difference
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.served_model import ServedModel
-from torchdlrm.errors import BundleError, RowError
+from torchdlrm.errors import BundleError, RowError, shown
 from torchdlrm.features.encode import encode
 from torchdlrm.features.vocabulary import UNKNOWN_ID
 from torchdlrm.model.model_class import ModelClass
@@ -73,6 +73,10 @@ class Predictor:
             for column in self.schema.features
         }
         self._counted = [(i, column.name) for i, column in enumerate(self.schema.sparse) if column.hash is None]
+
+    def __repr__(self) -> str:
+        features = ", ".join(column.log_name for column in self.schema.features)
+        return f"<Predictor of {self.bundle.name!r}, version {self.version}: {shown(features)} -> probability>"
 
     @classmethod
     def open(

@@ -1,12 +1,14 @@
 """What `dlrm` answers to a command line that is wrong, in this process: one line, exit code 2, and what to do."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 import torchdlrm.cli.main
+import torchdlrm.cli.terminal
 from torchdlrm.cli.main import app, main
 from torchdlrm.cli.options import in_options
 from torchdlrm.config import load_config, shipped_config_names
@@ -43,6 +45,8 @@ def dlrm_says(monkeypatch, capsys):
         ),
         ("predict", "dlrm predict: BUNDLE is missing; dlrm predict --help"),
         ("predict b", "dlrm predict: ROWS is missing; dlrm predict --help"),
+        ("help trian", "dlrm trian: there is no such command; did you mean train?"),
+        ("help bench stpe", "dlrm bench stpe: there is no such command; did you mean step?"),
         ("trian", 'Unknown command "trian". Did you mean "train"?'),
         ("plan --tables criteo-1tb --max-rows 5", "--max-rows: is called --max-embeddings now"),
         ("plan --tables criteo-1tb --devices 0", "--devices: must be at least 1, got 0"),
@@ -55,8 +59,14 @@ def dlrm_says(monkeypatch, capsys):
             "--gate.max-logloss-increase: must be greater than or equal to 0, got",
         ),
         ("advance live", "dlrm advance: LOGS is missing; dlrm advance --help"),
-        ("rollback live x", 'Invalid value for PERIOD: unable to convert "x" into int.'),
-        ("synthesize --rows x --out y", 'Invalid value for --rows: unable to convert "x" into int.'),
+        ("rollback live monday", "PERIOD: must be a whole number, got 'monday'"),
+        ("synthesize --rows x --out y", "--rows: must be a whole number, got 'x'"),
+        ("plan --tables criteo-1tb --alpha x", "--alpha: must be a number, got 'x'"),
+        (
+            "export run --out b --precision int16",
+            "--precision: must be one of float32, float16, int8, int4, auto, not 'int16'; did you mean int8?",
+        ),
+        ("download criteo --out d", "LOG: must be one of criteo-kaggle, criteo-1tb, not 'criteo'\n"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_that_helps(args, message, dlrm_says):
@@ -64,6 +74,28 @@ def test_a_wrong_command_line_is_one_line_that_helps(args, message, dlrm_says):
     assert code == 2
     assert told.startswith(f"error: {message}"), told
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("args", [["help"], ["help", "train"], ["help", "bench", "step"]])
+def test_help_is_a_command_too(args, capsys):
+    app(args, exit_on_error=False)
+    of_command = capsys.readouterr().out
+    with suppress(SystemExit):
+        app([*args[1:], "--help"], exit_on_error=False)
+    assert capsys.readouterr().out == of_command != ""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_commands_and_options_can_be_completed_in_a_shell(shell, capsys):
+    app(["completion", shell], exit_on_error=False)
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("preprocess", "nproc-per-node", "delta-to"))
+
+
+def test_a_path_with_a_blank_can_be_pasted_from_the_line_that_says_what_comes_next(capsys, monkeypatch):
+    monkeypatch.setattr(torchdlrm.cli.terminal, "console", Console(stderr=True, width=80))
+    torchdlrm.cli.terminal.say_next("dlrm evaluate {} --split {}", Path("my run"), "test")
+    assert capsys.readouterr().err == "next: dlrm evaluate 'my run' --split test\n"
 
 
 def test_arguments_that_the_library_names_become_options_of_the_command():

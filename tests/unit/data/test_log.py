@@ -322,6 +322,10 @@ def test_files_that_cannot_be_a_log_are_reported(tmp_path):
     for paths, message in (
         ([], "no log given"),
         ([tmp_path / "absent"], "absent: there is no such file"),
+        (
+            [tmp_path / "*.tsv"],
+            r"\*\.tsv: there is no such file; .*; a shell makes names of such a pattern where it is",
+        ),
         ([tmp_path], "is a folder"),
         ([good, empty], "empty: the file is empty"),
         ([good, tmp_path / "." / "good"], "given twice"),

@@ -88,6 +88,19 @@ def test_a_label_of_any_two_words_is_the_label(tmp_path, seed, no, yes, keys):
     assert count == sum(row[0] == yes for _, row in rows)
 
 
+def test_the_last_column_of_two_texts_is_proposed_as_the_label_and_the_rarer_one_as_the_click(tmp_path, seed):
+    """As in census-income, whose label is called `income` and says how much."""
+    clicked = clicks(300, random.Random(seed))
+    rows = [(["price", "city", "income"], [*row[1:3], " 50000+." if row[0] else "- 50000."]) for _, row in clicked]
+    path = write(tmp_path / "log.csv", rows)
+    proposal = propose_schema(path)
+    label = proposal.schema["columns"][-1]
+    assert label == {"role": "label", "name": "income", "positive": " 50000+.", "negative": "- 50000."}
+    dataset = preprocessed(proposal, path, tmp_path)
+    count = sum(pl.read_parquet(file.path)["income"].sum() for split in dataset.splits.values() for file in split.files)
+    assert count == sum(row[-1] == " 50000+." for _, row in rows)
+
+
 def test_columns_that_tell_the_label_are_left_out_with_a_warning(tmp_path, seed):
     rng = random.Random(seed)
     path = write(

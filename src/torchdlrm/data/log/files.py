@@ -86,7 +86,10 @@ def find_files(paths: Sequence[Path | LogFile]) -> tuple[LogFile, ...]:
             continue
         if not path.is_file():
             reason = "is a folder, not a file" if path.is_dir() else "there is no such file"
-            msg = f"{path}: {reason}; give the files of the log by name"
+            quoted = (
+                "; a shell makes names of such a pattern where it is not quoted" if set(path.name) & {*"*?["} else ""
+            )
+            msg = f"{path}: {reason}; give the files of the log by name{quoted}"
             raise LogError(msg)
         stat = path.stat()
         if stat.st_size == 0:

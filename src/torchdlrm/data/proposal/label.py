@@ -54,7 +54,18 @@ def find_label(columns: Sequence[Facts]) -> Label | None:
     places = [(0, "the first column, of two values"), (len(columns) - 1, "the last column, of two values")]
     if len(both) == 1:
         places.append((both[0], "the only column of two values like 0 and 1"))
-    return next((Label(i, _keys(columns[i], pairs[i]), why) for i, why in places if i in both), None)
+    found = next((Label(i, _keys(columns[i], pairs[i]), why) for i, why in places if i in both), None)
+    return found or _last_of_two_texts(columns)
+
+
+def _last_of_two_texts(columns: Sequence[Facts]) -> Label | None:
+    """The last column, where it has two values that say nothing by themselves, as `- 50000.` and `50000+.`."""
+    if not columns or columns[-1].is_list or columns[-1].num_distinct != 2 or columns[-1].numbers is not None:
+        return None
+    counts = columns[-1].cells.value_counts(sort=True)
+    negative, positive = counts.to_series(0)
+    reason = "the last column, of two values, of which the rarer is taken for a click: is it one?"
+    return Label(len(columns) - 1, {"positive": positive, "negative": negative}, reason)
 
 
 def find_leaks(label: Label, columns: Sequence[Facts], frame: pl.DataFrame) -> tuple[dict[int, str], dict[int, str]]:
@@ -124,7 +135,10 @@ def _clicks(label: Label, facts: Facts, cells: pl.Series) -> pl.Series:
     if "threshold" in label.keys:
         return cells.cast(pl.Float64, strict=False) >= label.keys["threshold"]
     pair = _pair_of(facts)
-    assert pair is not None, "the label has such values"
+    if pair is None:
+        return pl.Series(
+            [None if cell is None or cell in facts.nulls else cell == label.keys["positive"] for cell in cells]
+        )
     return pl.Series([None if cell is None or cell in facts.nulls else _normal(cell) == pair[1] for cell in cells])
 
 
