@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml requirements/torchrec.txt
 	  { echo "$(VENV) has the other build of FBGEMM; one over the other is neither. Try: make install EXTRA=$(EXTRA) VENV=.venv-$(EXTRA), or make clean first" >&2; exit 2; } || true
 	@test $(EXTRA) = cpu || test $$(uname -m) = x86_64 || \
 	  { echo "EXTRA=gpu: FBGEMM has CUDA builds for x86-64 alone; this is $$(uname -m), where EXTRA=cpu works" >&2; exit 2; }
-	@echo "installing into $(VENV): some 2 GB to fetch and unpack, which takes one to five minutes without a word"
+	@echo "installing into $(VENV): 2.4 GB to fetch and unpack, which takes one to five minutes without a word"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --editable '.[$(EXTRA),dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --requirement requirements/torchrec.txt

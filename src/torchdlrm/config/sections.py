@@ -193,7 +193,7 @@ class StopConfig(Section):
 
     target_auc: Fraction | None = Field(None, description="stop once the val AUC has reached this")
     patience_validations: PositiveInt | None = Field(
-        None, description="stop after this many validations without a better val AUC"
+        None, description="early stopping: stop after this many validations without a better val AUC"
     )
 
 
