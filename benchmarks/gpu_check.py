@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 DLRM = str(Path(sys.executable).with_name("dlrm"))
-TESTS = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+TESTS = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-n", "2", "-p", "no:cacheprovider"]
 TEN_MINUTES_S = 600.0
 _MAX_SAID_CHARACTERS = 20_000
 

@@ -4,11 +4,21 @@
 """
 
 import json
+import os
+import signal
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+from torchdlrm.config import ShardingConfig
+from torchdlrm.sharding.topology import local_machine
+from torchdlrm.training.checkpoint import Position
+from torchdlrm.training.checkpointer import Checkpointer
+from torchdlrm.training.processes.launch import Processes, launch
+from torchdlrm.training.processes.process_group import join_process_group
+from trainings import OPTIONS, Process, checkpoints, wait_until
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 FINALNET = Path(__file__).parents[2] / "examples" / "finalnet.py"
@@ -70,6 +80,68 @@ def test_a_run_of_optimizers_for_gpus_alone_is_evaluated_alike_on_gpu_and_cpu(tr
     on_gpu, on_cpu = (json.loads(one.stdout) for one in done)
     assert on_gpu["rows"] == on_cpu["rows"]
     assert on_gpu["logloss"] == pytest.approx(on_cpu["logloss"], abs=1e-5)
+
+
+def test_validations_in_cached_tables_change_nothing(train, tmp_path):
+    """A fifth of the rows in the GPU's cache; a validation looks up others between two steps."""
+    whole = train("whole", *FLOAT32)
+    plan = json.loads((whole / "plan.json").read_text())
+    for table in plan["tables"].values():
+        table |= {"compute_kernel": "fused_uvm_caching", "cache_fraction": 0.2}
+    (tmp_path / "cached.json").write_text(json.dumps(plan))
+    cached = train("cached", *FLOAT32, "--validation.every-steps", 3, "--plan", tmp_path / "cached.json")
+    assert losses(cached) == pytest.approx(losses(whole), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lamb", "partial_rowwise_lamb"])
+def test_rows_without_a_gradient_stay_numbers_in_lamb(train, name):
+    """Rows without a click weigh so little that their gradients are exactly 0."""
+    weightless = ("--train.negative-weight", 1e-44, "--table-optimizer.name", name)
+    run = train(name, *weightless, "--table-optimizer.weight-decay", 1e-6, max_steps=100)
+    assert checkpoints(run)[-1] == 100  # which holds no NaN
+
+
+def save_a_gigabyte(folder):
+    with join_process_group(device="cuda") as ranks:
+        checkpointer = Checkpointer(folder, torch.nn.Embedding(2_000_000, 128, device=ranks.device), None, ranks)
+        before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+        assert checkpointer.save(Position(1, {"epoch": 0, "batches_consumed": 1}), wait=True)
+        checkpointer.close()
+        return torch.cuda.host_memory_stats()["allocated_bytes.current"] - before
+
+
+def test_a_save_that_is_waited_for_pins_no_memory(tmp_path):
+    assert launch(save_a_gigabyte, tmp_path, processes=Processes(1, max_restarts=1)) == 0
+
+
+def plan_after_a_training():
+    """The memory that is planned for while each rank's allocator keeps 60 % of its GPU, which nothing uses."""
+    with join_process_group(device="cuda") as ranks:
+        total = torch.cuda.get_device_properties(ranks.device).total_memory
+        cached = torch.empty(int(0.6 * total), dtype=torch.uint8, device=ranks.device)
+        del cached
+        ranks.all_gather(0)
+        size = {"world_size": ranks.world_size, "local_world_size": ranks.local_world_size}
+        machine = local_machine(ShardingConfig(), **size, device=ranks.device, all_gather=ranks.all_gather)
+        return machine.hbm_bytes / total
+
+
+@pytest.mark.skipif(NUM_GPUS < 2, reason="needs two CUDA devices")
+def test_a_second_training_plans_for_the_whole_of_each_gpu():
+    assert launch(plan_after_a_training, processes=Processes(2)) > 0.9
+
+
+@pytest.mark.skipif(NUM_GPUS < 2, reason="needs two CUDA devices")
+def test_a_killed_rank_is_told_in_time_and_replaced(small_dataset, tmp_path):
+    """NCCL's kernels on the other GPU hang: its process is killed after half a minute."""
+    run = tmp_path / "run"
+    options = (*OPTIONS, "--train.epochs", 50, "--train.max-steps", 2_000, "--nproc-per-node", 2, "--max-restarts", 1)
+    process = Process("--dataset", small_dataset.path, "--run", run, *options)
+    wait_until(lambda: max(checkpoints(run), default=0) >= 10, process)
+    os.kill(process.workers()[1], signal.SIGKILL)
+    code, output = process.wait()
+    assert code == 0, output
+    assert "resumed after" in output
 
 
 @pytest.mark.skipif(NUM_GPUS < 2, reason="needs two CUDA devices")
