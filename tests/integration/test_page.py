@@ -1,13 +1,16 @@
 """The page of the real `dlrm serve` in a real browser: what it shows is what the server answers."""
 
 import csv
+import json
 import re
+import subprocess
 from pathlib import Path
 
 import httpx
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
+from pages import TOO_FAINT
 from raw_logs import learnable_rows
 from torchdlrm.features.schema import criteo_schema
 
@@ -297,30 +300,6 @@ def test_nothing_scrolls_sideways_on_a_phone_and_all_text_can_be_read(open_page,
         assert page.evaluate(TOO_FAINT) == []
 
 
-# Elements with text of their own whose contrast with what is behind them is below 4.5, as WCAG 2 level AA asks.
-TOO_FAINT = """() => {
-    const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
-        .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-    const colour = (text) => text.match(/[\\d.]+/g).map(Number);
-    const behind = (one) => {
-        for (let at = one; at; at = at.parentElement) {
-            const found = colour(getComputedStyle(at).backgroundColor);
-            if (found.length === 3 || found[3] === 1) return found;
-        }
-        return [255, 255, 255];
-    };
-    const faint = [];
-    for (const one of document.querySelectorAll("body *")) {
-        const hasText = [...one.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
-        if (!hasText || !one.checkVisibility() || one.disabled || one.closest("svg")) continue;
-        const [a, b] = [light(colour(getComputedStyle(one).color)), light(behind(one))].sort((x, y) => y - x);
-        if ((a + 0.05) / (b + 0.05) < 4.5) faint.push(`${one.tagName}.${one.className}: ${one.textContent.trim()}`);
-    }
-    return faint;
-}"""
-
-
 def test_the_keyboard_reaches_everything(page):
     page.focus("#tab-row")
     page.keyboard.press("ArrowRight")
@@ -344,3 +323,31 @@ def test_every_field_has_a_label(page):
     inputs = page.eval_on_selector_all("input, textarea", "all => all.map((one) => [one.id, one.labels.length])")
     assert len(inputs) >= len(FEATURES)
     assert [name for name, num_labels in inputs if num_labels == 0] == []
+
+
+def test_the_request_can_be_copied_as_a_command(page, server):
+    edit(page, "cat_0", "ffffffff")
+    page.click("#copy-curl")
+    command = page.input_value("#curl")
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["predictions"] == pytest.approx(values(page, "#probability data"), abs=1e-6)
+    assert server.url in command
+    page.click("#api")
+    assert json.loads(page.inner_text("body"))["openapi"].startswith("3.")
+
+
+def test_another_label_than_a_click_is_called_by_its_name(open_page, server, tmp_path):
+    page = open_page()
+    schema = server.client.get("/schema").text.replace('"name":"label"', '"name":"liked"')
+    page.route("**/schema", lambda route: route.fulfill(body=schema, content_type="application/json"))
+    page.reload()
+    settled(page)
+    assert page.inner_text("#answer-title") == "Probability of “liked”"
+    page.click("summary")
+    page.fill("#paste", learnable_rows(1, seed=7)[0])
+    assert "“liked”" in page.inner_text("#paste-note")
+    path = tmp_path / "rows.tsv"
+    path.write_text("\n".join(learnable_rows(80, seed=8)))
+    score_file(page, path)
+    assert "rate of “liked”" in page.inner_text("#metrics")
+    assert "click" not in page.inner_text("body").lower()

@@ -34,15 +34,15 @@ export function bar(value, least, most) {
   return track;
 }
 
-/** Predicted against observed click rate by bin, with intervals and the diagonal on which both agree. */
-export function calibrationPlot(bins) {
+/** Predicted against observed rate by bin, with intervals and the diagonal on which both agree. */
+export function calibrationPlot(bins, event) {
   const size = 420, left = 64, right = 26, top = 12, bottom = 46;
   const step = tickStep(Math.max(...bins.map((bin) => Math.max(bin.predicted, bin.observed, bin.observed / 2 + bin.high / 2))));
   const largest = Math.min(1, step.size * step.number);
   const x = (value) => left + value / largest * (size - left - right);
   const y = (value) => size - bottom - Math.min(value / largest, 1) * (size - top - bottom);
   const plot = svg("svg", { viewBox: `0 0 ${size} ${size}`, role: "img", class: "calibration" });
-  plot.append(svg("title", {}, "Predicted click rate against observed click rate, by bins of equally many rows"));
+  plot.append(svg("title", {}, `Predicted ${event.rate} against observed ${event.rate}, by bins of equally many rows`));
   for (let i = 0; i * step.size <= largest + 1e-9; i++) {
     const value = i * step.size, label = `${Number((100 * value).toPrecision(6))} %`;
     plot.append(
@@ -62,7 +62,7 @@ export function calibrationPlot(bins) {
   for (const bin of bins) {
     const mark = svg("g", { class: "bin" });
     mark.append(
-      svg("title", {}, `${bin.rows} rows, ${bin.clicks} clicks: predicted ${percent(bin.predicted)}, ` +
+      svg("title", {}, `${bin.rows} rows, ${bin.clicks} ${event.many}: predicted ${percent(bin.predicted)}, ` +
         `observed ${percent(bin.observed)} (95 %: ${percent(bin.low)} to ${percent(bin.high)})`),
       svg("line", { x1: x(bin.predicted), x2: x(bin.predicted), y1: y(bin.low), y2: y(bin.high) }),
       svg("circle", { cx: x(bin.predicted), cy: y(bin.observed), r: 4.5 }),

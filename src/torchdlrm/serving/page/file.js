@@ -1,7 +1,7 @@
 // A small file: scores for every row, and how good they are where labels are given.
 
 import { calibrationPlot, element, percent } from "/page/charts.js";
-import { count, featuresOf, parseLog, rowJson } from "/page/log.js";
+import { count, eventOf, featuresOf, parseLog, rowJson } from "/page/log.js";
 import { auc, calibrationBins, logloss, mean } from "/page/metrics.js";
 import { postPredictPatiently } from "/page/server.js";
 
@@ -12,7 +12,7 @@ const byId = (id) => document.getElementById(id);
 
 /** Sets up the panel; `onError` gets what is not about the file (a missing key). */
 export function startFile(schema, onError) {
-  const features = featuresOf(schema);
+  const features = featuresOf(schema), event = eventOf(schema);
   const drop = byId("drop");
   let running = new AbortController(), scored = null, page = 0;
 
@@ -101,11 +101,11 @@ export function startFile(schema, onError) {
       const truth = judged.map((i) => labels[i]), guesses = judged.map((i) => predictions[i]);
       const area = auc(truth, guesses);
       shown.push(
-        ["click rate", percent(mean(truth))],
+        [event.rate, percent(mean(truth))],
         ["AUC", Number.isNaN(area) ? "–" : area.toFixed(4), area],
         ["logloss", logloss(truth, guesses).toFixed(4), logloss(truth, guesses)],
       );
-      drawCalibration(calibrationBins(truth, guesses));
+      drawCalibration(calibrationBins(truth, guesses), event);
     }
     byId("metrics").replaceChildren(...shown.map(([name, text, value]) => element("div", {},
       element("dt", { textContent: name }),
@@ -137,11 +137,12 @@ export function startFile(schema, onError) {
   }
 }
 
-function drawCalibration(bins) {
-  byId("calibration-plot").replaceChildren(calibrationPlot(bins));
+function drawCalibration(bins, event) {
+  byId("calibration-plot").replaceChildren(calibrationPlot(bins, event));
+  byId("calibration-events").textContent = event.many;
   byId("calibration-note").textContent =
-    `Rows by rising prediction in ${count(bins.length, "bin")} of equal size. On the dashed line as many are clicked as ` +
-    "predicted; bars are 95 % intervals.";
+    `Rows by rising prediction in ${count(bins.length, "bin")} of equal size. On the dashed line the ${event.rate} is ` +
+    "as predicted; bars are 95 % intervals.";
   byId("calibration-table").tBodies[0].replaceChildren(...bins.map((bin, i) => element("tr", {},
     element("th", { scope: "row", textContent: i + 1 }),
     ...[bin.rows.toLocaleString("en"), bin.clicks.toLocaleString("en"), percent(bin.predicted), percent(bin.observed)].map(

@@ -10,6 +10,16 @@ export function featuresOf(schema) {
   return schema.columns.filter((column) => column.role === "dense" || column.role === "sparse");
 }
 
+/** What the model predicts: one of it, several, and its rate. A label that is not called a click has its own name. */
+export function eventOf(schema) {
+  const label = schema.columns.find((column) => column.role === "label");
+  if (!label || /^(label|clicks?|clicked|is_?click(ed)?)$/i.test(label.name)) {
+    return { one: "a click", inOne: "one click", many: "clicks", rate: "click rate", yes: "clicked", no: "not clicked" };
+  }
+  const name = `“${label.header_name ?? label.name}”`;
+  return { one: name, inOne: `one ${name}`, many: name, rate: `rate of ${name}`, yes: name, no: `not ${name}` };
+}
+
 /** A cell of an example row as text. */
 export function cellText(column, value) {
   if (value === null || value === undefined) return "";

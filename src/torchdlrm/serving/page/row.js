@@ -1,8 +1,8 @@
 // One row: fields to edit, its probability, and which columns moved it.
 
 import { bar, element, percent, points } from "/page/charts.js";
-import { cellText, featuresOf, parseLog, rowJson } from "/page/log.js";
-import { postPredict } from "/page/server.js";
+import { cellText, eventOf, featuresOf, parseLog, rowJson } from "/page/log.js";
+import { asCurl, hasKey, postPredict } from "/page/server.js";
 
 const NUM_SHOWN = 12;
 const PAUSE_MS = 180; // after the last key stroke: typing a number asks once
@@ -10,7 +10,7 @@ const byId = (id) => document.getElementById(id);
 
 /** Sets up the panel; `onError` gets what is not about the row (a missing key). */
 export function startRow(schema, onError) {
-  const features = featuresOf(schema);
+  const features = featuresOf(schema), event = eventOf(schema);
   const fields = new Map();
   const form = byId("row-form");
   let running = new AbortController(), timer = 0, showsAll = false, contributions = [];
@@ -40,6 +40,9 @@ export function startRow(schema, onError) {
     timer = setTimeout(predict, PAUSE_MS);
   });
   byId("clear").addEventListener("click", () => fill(new Map()));
+  byId("answer-title").textContent = `Probability of ${event.one}`;
+  byId("api").hidden = hasKey();
+  byId("copy-curl").addEventListener("click", copyCurl);
   byId("paste").addEventListener("input", (event) => paste(event.target.value));
   byId("all-contributions").addEventListener("click", () => {
     showsAll = !showsAll;
@@ -48,6 +51,16 @@ export function startRow(schema, onError) {
   const first = byId("examples").firstElementChild;
   if (first) first.click();
   else predict();
+
+  /** Shows the request of this row as a command of a shell; where the browser allows it, it is copied too. */
+  async function copyCurl() {
+    const shown = byId("curl");
+    shown.value = asCurl(`[${rowJson(features, new Map([...fields].map(([name, input]) => [name, input.value])))}]`);
+    shown.hidden = false;
+    shown.select();
+    await navigator.clipboard?.writeText(shown.value).then(() => { byId("copy-curl").textContent = "Copied"; }, () => {});
+    setTimeout(() => { byId("copy-curl").textContent = "Copy as curl"; }, 2000);
+  }
 
   function paste(text) {
     const note = byId("paste-note");
@@ -59,7 +72,7 @@ export function startRow(schema, onError) {
       if (log.rows.length === 0) throw new Error("There is a header, but no line after it.");
       fill(log.rows[0]);
       const label = log.labels?.[0] ?? null;
-      const told = label === null ? "" : ` Its label says: ${label === 1 ? "clicked" : "not clicked"}.`;
+      const told = label === null ? "" : ` Its label says: ${label === 1 ? event.yes : event.no}.`;
       note.textContent = log.rows.length > 1 ? `Filled in the first of ${log.rows.length} lines.${told}` : `Filled in.${told}`;
     } catch (error) {
       note.textContent = error.message;
@@ -88,7 +101,7 @@ export function startRow(schema, onError) {
     try {
       const { predictions, model, version, period } = await predictAll(rows, schema.max_rows, signal);
       byId("model").replaceChildren(...modelLine(model, version, period));
-      showProbability(predictions[0]);
+      showProbability(predictions[0], event);
       contributions = present.map((column, i) => ({
         name: column.name, value: row.get(column.name), difference: predictions[0] - predictions[i + 1],
       }));
@@ -98,7 +111,7 @@ export function startRow(schema, onError) {
     } catch (error) {
       if (error.name === "AbortError") return;
       if (error.status === 401) onError(error);
-      showProbability(null);
+      showProbability(null, event);
       showError(error.message);
       contributions = [];
       drawContributions();
@@ -172,7 +185,7 @@ function pasteHint(schema, features) {
     : `${schema.columns.length} cells between ${between}, or the ${features.length} features alone. It fills the fields below.`;
 }
 
-function showProbability(probability) {
+function showProbability(probability, event) {
   const shown = byId("probability");
   if (probability === null) {
     shown.textContent = "–";
@@ -182,5 +195,5 @@ function showProbability(probability) {
   shown.replaceChildren(element("data", { value: probability, textContent: percent(probability) }));
   const oneIn = 1 / probability;
   byId("odds").textContent = probability > 0 && probability < 0.5
-    ? `about one click in ${oneIn >= 9.5 ? Math.round(oneIn).toLocaleString("en") : oneIn.toFixed(1)}` : "";
+    ? `about ${event.inOne} in ${oneIn >= 9.5 ? Math.round(oneIn).toLocaleString("en") : oneIn.toFixed(1)}` : "";
 }

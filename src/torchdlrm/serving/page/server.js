@@ -26,6 +26,18 @@ export function postPredict(body, signal) {
   return ask("/predict", { method: "POST", body, signal, headers: { "Content-Type": "application/json" } });
 }
 
+/** Whether requests bring a key, which links do not. */
+export function hasKey() {
+  return key !== null;
+}
+
+/** `postPredict` as a command of a shell; the key is named, not shown. */
+export function asCurl(body) {
+  const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  const authorization = key === null ? "" : ' -H "Authorization: Bearer $DLRM_API_KEY"';
+  return `curl ${quoted(`${location.origin}/predict`)} -H 'Content-Type: application/json'${authorization} -d ${quoted(body)}`;
+}
+
 /** As `postPredict`; while the server is full it waits as long as the server says, and tells `onWait`. */
 export async function postPredictPatiently(body, signal, onWait, tries = 8) {
   for (let left = tries; ; left--) {
