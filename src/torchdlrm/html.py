@@ -18,6 +18,9 @@ from torchdlrm.files import write_atomically
 
 COLOURS = ("#3b6fb6", "#b6703b", "#3f9464", "#7d5ba6", "#a63f5b")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 14, 14, 30  # pixels around the area of a chart that is drawn in
+# On a small screen a chart that is no wider has larger text (page.css). A wider one scrolls before its text, of 11
+# pixels, shrinks below 10.
+_NARROW, _SMALLEST_TEXT = 440, 10.1 / 11
 _MAX_POINTS = 600  # more than the pixels of a chart: beyond it, every n-th point and the last
 _MAX_DOTS = 40
 
@@ -98,7 +101,7 @@ class Chart:
 
     def x_label(self, x: float, text: str) -> None:
         """Write text below the chart."""
-        self._text(self.x(x), _TOP + self.height + 16, text, 'text-anchor="middle"')
+        self._text(self.x(x), _TOP + self.height + 16, text, 'text-anchor="middle" class="x"')
 
     def block(self, x: float, low: float, high: float, colour: str, title: str, label: str = "") -> None:
         """Draw a part of the column at x: its title shows when it is pointed at, its label where it has room."""
@@ -121,9 +124,14 @@ class Chart:
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8" stroke-linejoin="round"/>'
         )
         for x, y in drawn if len(drawn) <= _MAX_DOTS else ():
-            place = f'cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="3" fill="{colour}"'
+            place = f'cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="{3 if len(drawn) > 1 else 5}" fill="{colour}"'
             self._parts.append(f"<circle {place}><title>{escape(f'{name}: {show(x, y)}')}</title></circle>")
         self.key.append((colour, name))
+
+    def note(self, x: float, y: float, text: str) -> None:
+        """Write text beside a point, on the side where there is more room."""
+        side, anchor = (-11, "end") if self.x(x) > _LEFT + self.width / 2 else (11, "start")
+        self._text(self.x(x) + side, self.y(y) + 4, text, f'text-anchor="{anchor}" class="mark"')
 
     def band(self, points: Sequence[tuple[float, float, float]], colour: str) -> None:
         """Fill what lies between two values at each rising x, as an interval of confidence does."""
@@ -137,8 +145,11 @@ class Chart:
     @property
     def svg(self) -> str:
         """The chart as text that stands in a page; `key` is not in it."""
-        size = f"0 0 {_LEFT + self.width + _RIGHT:g} {_TOP + self.height + _BOTTOM:g}"
-        return f'<svg viewBox="{size}" role="img"><title>{escape(self.caption)}</title>{"".join(self._parts)}</svg>'
+        width = _LEFT + self.width + _RIGHT
+        size = f'viewBox="0 0 {width:g} {_TOP + self.height + _BOTTOM:g}"'
+        if self.width > _NARROW:
+            size += f' style="min-width:{width * _SMALLEST_TEXT:.0f}px"'
+        return f'<svg {size} role="img"><title>{escape(self.caption)}</title>{"".join(self._parts)}</svg>'
 
     def _text(self, x: float, y: float, text: str, style: str) -> None:
         self._parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>')
@@ -175,7 +186,7 @@ def curve_chart(
     Args:
         caption: what the chart shows.
         curves: they fill the height of the chart.
-        x_range: values at its left and its right edge.
+        x_range: values at its left and its right edge, which stand for whole numbers.
         show_x: text below a round x.
         show: the values of a point, when it is pointed at.
         y_of: text next to a round y; a short number by default.
@@ -185,11 +196,11 @@ def curve_chart(
     values += [y for curve in curves for _, *ends in curve.band for y in ends]
     values += [] if mark is None else [0.95 * mark, 1.05 * mark]
     edges = ticks(min(values), max(values))
-    chart = Chart(x_range, (edges[0], edges[-1]), 440, 190, caption)
+    chart = Chart(x_range, (edges[0], edges[-1]), _NARROW, 190, caption)
     chart.y_axis(y_of or short)
-    for x in ticks(*x_range):
-        if x_range[0] <= x <= x_range[1] and (text := show_x(x)):
-            chart.x_label(x, text)
+    for x in ticks(*x_range, is_whole=True):
+        if x_range[0] <= x <= x_range[1]:
+            chart.x_label(x, show_x(x))
     if mark is not None:
         chart.line(mark, "mark")
     for curve in curves:
@@ -200,11 +211,12 @@ def curve_chart(
     return chart
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Round numbers at equal distances, about five, from at most `low` to at least `high`."""
+def ticks(low: float, high: float, *, is_whole: bool = False) -> list[float]:
+    """Round numbers at equal distances, about five, from at most `low` to at least `high`; or whole ones."""
     rough = (high - low) / 4 or max(abs(high), 1.0) / 4
     unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough * 0.999)
+    steps = [factor * unit for factor in (1, 2, 2.5, 5, 10, 20) if not is_whole or factor * unit % 1 == 0] or [1.0]
+    step = next(step for step in steps if step >= rough * (0.7 if is_whole else 0.999))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [step * number for number in range(first, max(last, first + 1) + 1)]
 

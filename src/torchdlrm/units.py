@@ -63,3 +63,13 @@ def show_count(count: float) -> str:
         if count >= size:
             return f"{count / size:.4g}{unit}"
     return f"{count:,.0f}"
+
+
+def show_duration(seconds: float) -> str:
+    """Show a duration by its two largest units: 45 s, 3 min 12 s, 2 h 5 min, 4 d 1 h."""
+    minutes, rest_s = divmod(round(seconds), 60)
+    hours, rest_min = divmod(minutes, 60)
+    days, rest_h = divmod(hours, 24)
+    if days:
+        return f"{days} d {rest_h} h"
+    return f"{hours} h {rest_min} min" if hours else f"{minutes} min {rest_s} s" if minutes else f"{rest_s} s"

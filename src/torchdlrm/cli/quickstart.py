@@ -152,6 +152,7 @@ def _run_live(out: Path, *, as_json: bool) -> None:
     page = out / "story.html"
     write_page(page, comparison.page("A model that lives"), "out")
     print_table(f"AUC on {len(comparison.days)} days that no model had learnt from", comparison.rows())
+    say(comparison.result())
     fraction = comparison.seconds(LIVE) / comparison.seconds(SCRATCH)
     seconds = time.monotonic() - started_s
     say(

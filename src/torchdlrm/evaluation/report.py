@@ -5,6 +5,7 @@ nothing fetched, to be mailed, printed, and kept with the weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchdlrm.sharding.layout import read_plan
 from torchdlrm.training.log import read_metrics
 from torchdlrm.training.run import METRICS_NAME, PLAN_NAME, Run
 from torchdlrm.training.source_run import SourceRun
-from torchdlrm.units import show_bytes
+from torchdlrm.units import show_bytes, show_duration
 
 Line = Mapping[str, Any]
 _CHARTS = {"loss": "loss: logloss, nats", "auc": "AUC", "ne": "normalised entropy", "rows_per_s": "rows/s"}
@@ -34,7 +35,9 @@ def report_page(run: Run) -> str:
     return render(
         "run.html",
         title=f"Run {run.path.resolve().name}",
-        entries=list(_cards(lines)),
+        command=run.environment.get("command", ""),
+        entries=[*_times(run, lines), *_cards(lines)],
+        has_metrics=bool(lines),
         source=str(SourceRun.of(run.environment["warm_start"])) if "warm_start" in run.environment else "",
         charts=_charts(_without_remainders(lines)),
         evaluations=[_evaluation(result) for result in run.evaluations().values()],
@@ -46,11 +49,24 @@ def report_page(run: Run) -> str:
         environment=[
             {"": name, "at the start": _text(value)}
             for name, value in run.environment.items()
-            if name not in {"dataset", "warm_start"}
+            if name not in {"dataset", "warm_start", "started", "command"} and value != []
         ],
         **_dataset(run),
         **_plan(run),
     )
+
+
+def _times(run: Run, lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
+    """Yield when a run began and how long it has lasted, with its breaks if it was resumed."""
+    logged_s = [line["time"] for line in lines if _is_number(line, "time")]
+    try:
+        text = run.environment.get("started")  # runs of before do not have it
+        began_s = logged_s[0] if text is None else datetime.fromisoformat(text).timestamp()
+        yield "began, UTC", f"{datetime.fromtimestamp(began_s, UTC):%Y-%m-%d %H:%M}"
+    except (IndexError, ValueError, OverflowError, OSError):
+        return
+    if logged_s:
+        yield "until its last line of metrics", show_duration(max(0.0, logged_s[-1] - began_s))
 
 
 def _cards(lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
@@ -89,13 +105,17 @@ def _charts(lines: Sequence[Line]) -> list[Chart]:
 
 def split_chart(caption: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Chart:
     """Draw a chart of the curves of splits, by (rows, value), that share both axes; none of them may be empty."""
-    return curve_chart(
+    chart = curve_chart(
         caption,
         [Curve(split, _COLOURS[split], points) for split, points in curves.items()],
         (0, max(rows for points in curves.values() for rows, _ in points)),
         lambda rows: short(rows) if rows else "0 rows",
         lambda rows, value: f"{value:.5g} at {rows:,.0f} rows",
     )
+    for split, points in curves.items():
+        if len(points) == 1:  # no line leads the eye to it
+            chart.note(*points[0], f"{split}, once: {short(points[0][1])}")
+    return chart
 
 
 def _without_remainders(lines: Sequence[Line]) -> list[Line]:

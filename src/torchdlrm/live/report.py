@@ -108,7 +108,7 @@ def _chart(
         caption,
         drawn,
         (periods[0].period - 0.5, periods[-1].period + 0.5),
-        lambda period: f"{period:.0f}" if period == round(period) else "",
+        lambda period: f"{period:.0f}",
         lambda period, value: f"{f'{value:.5g}' if show is short else show(value)} in period {period:.0f}",
         show,
         mark,

@@ -89,6 +89,17 @@ class Comparison:
         """What all models of a kind took."""
         return sum(score.seconds for score in self.scores[name])
 
+    def result(self) -> str:
+        """In one sentence: what the first live model gains, and what it costs."""
+        live = next(name for name in self.scores if name not in {FROZEN, SCRATCH})
+        told = []
+        for name in (FROZEN, SCRATCH):
+            gain = self.mean_auc(live) - self.mean_auc(name)
+            told.append(f"{abs(gain):.3f} AUC {'above' if gain >= 0 else 'below'} {name}")
+        percent = 100 * self.seconds(live) / self.seconds(SCRATCH)
+        sentence = f"{live} is {' and '.join(told)}, at {percent:.0f} % of the time of retraining from {SCRATCH}."
+        return sentence[0].upper() + sentence[1:]
+
     def rows(self) -> list[dict[str, str]]:
         """A table: a row for each kind of model."""
         return [
@@ -120,7 +131,7 @@ class Comparison:
         by_day = [
             {"day": day, **{name: f"{curve[x]:.4f}" for name, curve in aucs.items()}} for x, day in enumerate(self.days)
         ]
-        return render("story.html", title=title, chart=chart, rows=self.rows(), by_day=by_day)
+        return render("story.html", title=title, result=self.result(), chart=chart, rows=self.rows(), by_day=by_day)
 
     @property
     def _aucs(self) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ from torchdlrm.sharding.problem import Problem, Solution
 from torchdlrm.units import show_bytes
 
 _KIND_COLOURS = dict(zip((TABLE_WISE, COLUMN_WISE, ROW_WISE, TABLE_ROW_WISE, GRID_SHARD), COLOURS, strict=True))
-_STATE, _ACTIVATIONS, _RESERVED = "#c9a227", "#8a9099", "#e4e7eb"
+_STATE, _ACTIVATIONS, _RESERVED = "#c9a227", "#8a9099", "var(--edge)"
 _WIDTH = 1080
 _MAX_LABELLED_RANKS = 32
 
@@ -35,7 +35,7 @@ def plan_page(solution: Solution) -> str:
         memory=_memory_chart(solution),
         time=_time_chart(solution),
         summary=report.summary_lines(solution),
-        ranks=[*report.rank_rows(solution, limit=None), report.total_row(solution)],
+        ranks=_without_pictures([*report.rank_rows(solution, limit=None), report.total_row(solution)]),
         tables=report.table_rows(solution, limit=None),
         left=report.LEFT_ALIGNED,
     )
@@ -57,9 +57,14 @@ def sweep_page(problem: Problem, points: Sequence[SweepPoint]) -> str:
         ]
         if solutions
         else [],
-        rows=report.sweep_rows(points),
+        rows=_without_pictures(report.sweep_rows(points)),
         left=report.LEFT_ALIGNED,
     )
+
+
+def _without_pictures(rows: Sequence[report.Row]) -> list[report.Row]:
+    """Leave out the bars of text, which the charts show better."""
+    return [{name: text for name, text in row.items() if name not in report.PICTURES} for row in rows]
 
 
 def _memory_chart(solution: Solution) -> Chart:

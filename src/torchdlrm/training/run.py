@@ -9,9 +9,12 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import shutil
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, NotRequired, Self
 
@@ -76,6 +79,8 @@ class Environment(TypedDict):
     huge_pages: NotRequired[str]
     gpus: list[str]
     world_size: int
+    started: NotRequired[str]  # ISO 8601, UTC
+    command: NotRequired[str]  # as a shell would take it
     dataset: _DatasetRecord
     model_class: NotRequired[_ModelClassRecord]
     warm_start: NotRequired[WarmStartRecord]
@@ -448,6 +453,8 @@ def environment_now(dataset: Dataset, world_size: int, architecture: Architectur
         "huge_pages": huge_pages_policy(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "world_size": world_size,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "dataset": {"path": str(dataset.path.resolve()), "manifest_sha256": manifest_sha256(dataset)},
         **({} if record is None else {"model_class": record.model_dump()}),
     }

@@ -1,0 +1,205 @@
+"""The pages of runs, plans, live models and stories in a real browser: on a phone and on a desk, light and dark."""
+
+import base64
+import json
+
+import pytest
+
+from live_records import made_up
+from pages import TOO_FAINT
+from torchdlrm.config import load_config
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.evaluation.report import report_page as run_page
+from torchdlrm.live.report import report_page as live_page
+from torchdlrm.live.story import Comparison, DayScore
+from torchdlrm.planning.page import plan_page, sweep_page
+from torchdlrm.planning.plan import PlanRequest, problem_of
+from torchdlrm.planning.sweep import parse_sweep, run_sweep
+from torchdlrm.sharding.problem import solve
+from torchdlrm.training.run import Run
+
+PHONE, DESK = 390, 1280
+
+
+def page_of_a_run(folder, small_dataset):
+    """Ten intervals and one validation; a command and values that are long."""
+    run = Run.start(
+        folder / "run",
+        load_config("criteo-kaggle", {"train.epochs": "7"}),
+        Dataset.open(small_dataset.path),
+        world_size=2,
+    )
+    run.close()
+    environment = run.environment | {
+        "started": "2026-03-04T05:06:07+00:00",
+        "command": "dlrm train criteo-kaggle --run a-run-of-which-the-name/is-longer-than-a-phone/is-wide/as-some-are",
+        "processor": "Intel(R) Xeon(R) Platinum 8480+ CPU @ 2.00GHz, of which two cores are ours",
+    }
+    (run.path / "environment.json").write_text(json.dumps(environment))
+    began_s = 1_772_600_767
+    lines = [
+        {"split": split, "step": step, "rows": 65_536 * step, "loss": 0.5 - 0.01 * step, "auc": 0.7 + 0.005 * step}
+        | {"ne": 0.9, "rows_per_s": 123_456.0, "time": began_s + 19.2 * step}
+        for split, steps in (("train", range(1, 11)), ("val", [10]))
+        for step in steps
+    ]
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.write_evaluation("test", {"split": "test", "step": 10, "checkpoint": "best", "rows": 357, "auc": 0.7654321})
+    return run_page(run)
+
+
+def page_of_a_story():
+    aucs = {"frozen": 0.7512, "live": 0.7654, "scratch": 0.7701}
+    seconds = {"frozen": 1.0, "live": 19.0, "scratch": 50.0}
+    scores = {
+        name: [DayScore(auc + 0.001 * (day % 3 - 1), 0.45, seconds[name], 123_456) for day in range(9)]
+        for name, auc in aucs.items()
+    }
+    return Comparison([f"day {day:02}" for day in range(9)], scores, [0.79] * 9).page("A model that learns every day")
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory, small_dataset):
+    """The file of each page by its name."""
+    folder = tmp_path_factory.mktemp("pages")
+    problem = problem_of(PlanRequest(tables="criteo-1tb"), load_config(None))
+    written = {
+        "run": page_of_a_run(folder, small_dataset),
+        "plan": plan_page(solve(problem)),
+        "sweep": sweep_page(problem, run_sweep(problem, parse_sweep(("devices=1,2,8", "batch=8192,65536")))),
+        "live": live_page("Live model ads", *made_up(30, failing=(5,)), 30),
+        "story": page_of_a_story(),
+    }
+    for name, page in written.items():
+        (folder / f"{name}.html").write_text(page, encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in written}
+
+
+@pytest.fixture
+def show(browser, pages):
+    contexts = []
+
+    def show(name, width, scheme="light"):
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
+        page = contexts[-1].new_page()
+        page.goto(pages[name].as_uri())
+        return page
+
+    yield show
+    for context in contexts:
+        context.close()
+
+
+# Elements that reach beyond the screen, but for those in a box that scrolls.
+CUT = """() => [...document.querySelectorAll("body *")].filter((one) => !one.parentElement.closest(".scroll"))
+    .filter((one) => one.getBoundingClientRect().right > innerWidth + 0.5)
+    .map((one) => `${one.tagName}: ${one.textContent.trim().slice(0, 60)}`)"""
+
+# Words, and numbers, of which a part stands in the next line; in tables, and in the command, all of them.
+BROKEN = """() => {
+    const broken = [], range = document.createRange();
+    for (const one of document.querySelectorAll("td, th, .card, code span")) {
+        const walker = document.createTreeWalker(one, NodeFilter.SHOW_TEXT);
+        for (let node; (node = walker.nextNode()); ) {
+            for (const word of node.data.matchAll(/\\S+/g)) {
+                range.setStart(node, word.index);
+                range.setEnd(node, word.index + word[0].length);
+                const parts = [...range.getClientRects()], width = parts.reduce((sum, part) => sum + part.width, 0);
+                if (parts.some((part) => part.top !== parts[0].top) && width < innerWidth - 40) broken.push(word[0]);
+            }
+        }
+    }
+    return broken;
+}"""
+
+# The text of charts: how large it is on the screen, and which of it lies on other text.
+CHART_TEXT = """() => {
+    const sizes = [], overlaps = [];
+    for (const chart of document.querySelectorAll("svg")) {
+        const scale = chart.getBoundingClientRect().width / chart.viewBox.baseVal.width;
+        const texts = [...chart.querySelectorAll("text")].map((text) => [text, text.getBoundingClientRect()]);
+        for (const [text] of texts) sizes.push(parseFloat(getComputedStyle(text).fontSize) * scale);
+        texts.forEach(([a, p], i) => texts.slice(i + 1).forEach(([b, q]) => {
+            const width = Math.min(p.right, q.right) - Math.max(p.left, q.left);
+            const height = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
+            if (width > 1 && height > 0.3 * p.height) overlaps.push(`${a.textContent} / ${b.textContent}`);
+        }));
+    }
+    return {smallest: Math.min(...sizes), overlaps};
+}"""
+
+
+@pytest.mark.parametrize("name", ["run", "plan", "sweep", "live", "story"])
+@pytest.mark.parametrize("width", [320, PHONE, 700, 1000, DESK])
+def test_nothing_is_cut_broken_or_too_small_to_read(show, name, width):
+    page = show(name, width)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.evaluate(CUT) == []
+    assert page.evaluate(BROKEN) == []
+    text = page.evaluate(CHART_TEXT)
+    assert text["smallest"] >= 10
+    assert text["overlaps"] == []
+
+
+@pytest.mark.parametrize("name", ["run", "plan", "sweep", "live", "story"])
+def test_on_a_desk_no_table_is_wider_than_the_page(show, name):
+    page = show(name, DESK)
+    hidden = "all => all.map((one) => one.scrollWidth - one.clientWidth)"
+    assert max(page.eval_on_selector_all(".scroll", hidden)) <= 0
+
+
+# How dark the middle of the last four pixels of a picture's rows are, the average: 0 is black, 255 white.
+EDGE = """async (png) => {
+    const picture = await createImageBitmap(await (await fetch(`data:image/png;base64,${png}`)).blob());
+    const canvas = new OffscreenCanvas(picture.width, picture.height), context = canvas.getContext("2d");
+    context.drawImage(picture, 0, 0);
+    const {data} = context.getImageData(picture.width - 4, 0, 2, picture.height);
+    return data.filter((_, i) => i % 4 === 0).reduce((sum, value) => sum + value, 0) / (data.length / 4);
+}"""
+
+
+@pytest.mark.parametrize(("name", "part"), [("run", "table"), ("live", "table"), ("plan", "svg"), ("story", "svg")])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_goes_on_behind_the_edge_of_a_phone_has_a_shade_there(show, name, part, scheme):
+    page = show(name, PHONE, scheme)
+    boxes = page.query_selector_all(f".scroll:has({part})")
+    box = next(box for box in boxes if box.evaluate("one => one.scrollWidth > one.clientWidth + 20"))
+
+    def edge():
+        return page.evaluate(EDGE, base64.b64encode(box.screenshot()).decode())
+
+    page.add_style_tag(content=".scroll > * { visibility: hidden }")  # so that the edge alone is compared
+    at_start = edge()
+    box.evaluate("one => { one.scrollLeft = one.scrollWidth }")
+    difference = edge() - at_start
+    assert difference > 10 if scheme == "light" else difference < -10
+
+
+@pytest.mark.parametrize("name", ["run", "plan", "sweep", "live", "story"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_and_in_the_dark_nothing_glares(show, name, scheme):
+    page = show(name, DESK, scheme)
+    assert page.evaluate(TOO_FAINT) == []
+    channels = """all => all.map((one) => [one.tagName, getComputedStyle(one)])
+        .flatMap(([tag, style]) => [tag === "I" ? style.backgroundColor : style.fill])
+        .map((colour) => (colour.match(/[\\d.]+/g) ?? ["0"]).slice(0, 3).map(Number))"""
+    fills = page.eval_on_selector_all("svg rect:not([fill=transparent]), .key i", channels)
+    assert scheme == "light" or all(min(fill) < 0x90 for fill in fills), "no large part is nearly white"
+
+
+def test_a_run_tells_when_it_began_how_long_it_took_and_by_which_command(show):
+    page = show("run", DESK)
+    text = page.inner_text("body")
+    assert "2026-03-04 05:06" in text
+    assert "3 min 12 s" in text
+    assert page.inner_text("code").startswith("dlrm train criteo-kaggle --run a-run-of-which")
+    assert "gpus" not in text, "there are none"
+    marked = page.eval_on_selector_all("svg text.mark", "all => all.map((one) => one.textContent)")
+    assert marked == ["val, once: 0.4", "val, once: 0.75", "val, once: 0.9"]
+
+
+def test_a_story_begins_with_its_result(show):
+    first = show("story", PHONE).inner_text("p >> nth=0")
+    assert first == (
+        "Live is 0.014 AUC above frozen and 0.005 AUC below scratch, at 38 % of the time of retraining from scratch."
+    )
