@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
 
 from torchdlrm import GlobalBatchNorm1d
 from torchdlrm.loader.batch import num_padding_rows, rank_rows
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group
 
-C = 6
+C, NUM_INPUTS = 6, 20
 # Of two ranks: an odd batch, one of a row, one of two rows, and a mean that is large beside the deviation.
 BATCHES = {"odd": (301, 0.0), "one row": (1, 0.0), "a row each": (2, 0.0), "far from 0": (33, 1000.0)}
 
@@ -32,8 +33,47 @@ def with_weights(norm, weights):
     return norm
 
 
+class FinalMLP(nn.Module):
+    """The logit is a product of two streams of the same rows (Mao et al., AAAI 2023)."""
+
+    def __init__(self, norm, *, bias):
+        super().__init__()
+        self.streams = nn.ModuleList(
+            nn.Sequential(nn.Linear(NUM_INPUTS, C, bias=bias), norm(C), nn.ReLU(), nn.Linear(C, C, bias=bias), norm(C))
+            for _ in range(2)
+        )
+        self.bilinear = nn.Parameter(torch.randn(C, C) / C)
+
+    def forward(self, rows):
+        first, second = (stream(rows) for stream in self.streams)
+        return (first @ self.bilinear * second).sum(1)
+
+
+def learnt(norm, dtype, *, bias=False, num_steps=40, nudge=0.0, rank=0, world_size=1):
+    """Probabilities of some rows after steps of Adagrad on batches, of which each rank has its part."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.rand(num_steps, 64, NUM_INPUTS, generator=generator, dtype=torch.float64).to(dtype) * (1 + nudge)
+    labels = (torch.rand(num_steps, 64, generator=generator) < 0.3).to(dtype)
+    torch.manual_seed(3)
+    model = FinalMLP(norm, bias=bias).to(dtype)
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.05)
+    for inputs_B, labels_B in zip(rows, labels, strict=True):
+        optimizer.zero_grad()
+        logits_B = model(inputs_B[rank::world_size])
+        loss = nn.functional.binary_cross_entropy_with_logits(logits_B, labels_B[rank::world_size], reduction="sum")
+        (loss / len(labels_B)).backward()
+        if world_size > 1:
+            for parameter in model.parameters():
+                torch.distributed.all_reduce(parameter.grad)
+        optimizer.step()
+    return model.eval()(rows[0]).sigmoid().detach()
+
+
 def on_two_ranks(seed):
-    """Of each batch the outputs, the gradients and the running statistics; those of rows rank by rank."""
+    """Of each batch the outputs, the gradients and the running statistics; those of rows rank by rank.
+
+    And what a model has learnt of some.
+    """
     with join_process_group() as ranks:
         found = {}
         for name in BATCHES:
@@ -54,6 +94,7 @@ def on_two_ranks(seed):
             buffers = ranks.all_gather([norm.running_mean, norm.running_var])
             assert all(torch.equal(*both) for both in zip(*buffers, strict=True))
             found[name] = outputs, gradients, *reduced, *buffers[0]
+        found["learnt"] = learnt(GlobalBatchNorm1d, torch.float64, rank=ranks.rank, world_size=2)
         return found
 
 
@@ -73,6 +114,22 @@ def test_two_processes_compute_what_torch_computes_of_the_whole_batch(found, nam
     for is_, should_be in zip(found[name], expected, strict=True):
         largest = max(1.0, should_be.detach().abs().max().item())  # of two rows the gradients cancel out
         torch.testing.assert_close(is_.double(), should_be, rtol=2e-4, atol=1e-4 * largest)
+
+
+def test_after_many_steps_two_processes_have_learnt_what_one_has_with_torchs_own(found):
+    """In float64.  In float32 a ReLU whose input is within rounding of 0 decides, as it does for one process."""
+    expected = learnt(nn.BatchNorm1d, torch.float64)
+    assert expected.std() > 0.02  # something was learnt
+    torch.testing.assert_close(found["learnt"], expected, rtol=0, atol=1e-12)
+
+
+def test_a_bias_before_it_learns_nothing_but_rounding():
+    """Its gradient is 0 but for that, of which Adagrad makes whole steps: they move the running mean."""
+    for bias, is_exact in ((False, True), (True, False)):
+        one, nudged = (
+            learnt(nn.BatchNorm1d, torch.float32, bias=bias, num_steps=5, nudge=nudge) for nudge in (0.0, 1e-7)
+        )
+        assert ((one - nudged).abs().max() < 1e-5) == is_exact
 
 
 def test_a_batch_of_one_row_is_normalised_by_the_running_statistics(found):

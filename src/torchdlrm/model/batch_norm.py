@@ -49,7 +49,7 @@ class GlobalBatchNorm1d(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features, device=device))
 
     def forward(self, inputs_BC: Tensor) -> Tensor:
-        """Maps [B, C] to [B, C], of the same dtype; statistics are float32.
+        """Maps [B, C] to [B, C], of the same dtype; statistics are float32, of float64 float64.
 
         Raises:
             ValueError: the input has another shape.
@@ -93,10 +93,10 @@ def _global_statistics(inputs_BC: Tensor, num_padding: int) -> tuple[Tensor, Ten
 
     Each rank sends its own mean and squared deviations from it, which lose nothing where the mean is large.
     """
-    rows_BC = inputs_BC.detach().float()
+    rows_BC = _exact(inputs_BC.detach())
     rows_BC = rows_BC[: len(rows_BC) - num_padding]
     mean_C = rows_BC.sum(0) / max(1, len(rows_BC))
-    mine = torch.cat([mean_C.new_tensor([len(rows_BC)]), mean_C, (rows_BC - mean_C).square_().sum(0)])
+    mine = torch.cat([mean_C.new_full((1,), len(rows_BC)), mean_C, (rows_BC - mean_C).square_().sum(0)])
     everyone = mine.new_empty(dist.get_world_size(), len(mine))
     dist.all_gather_into_tensor(everyone.view(-1), mine)
     rows_R1, (means_RC, squares_RC) = everyone[:, :1], everyone[:, 1:].chunk(2, dim=1)
@@ -104,6 +104,11 @@ def _global_statistics(inputs_BC: Tensor, num_padding: int) -> tuple[Tensor, Ten
     mean_C = (rows_R1 * means_RC).sum(0) / num_rows
     variance_C = (squares_RC + rows_R1 * (means_RC - mean_C).square()).sum(0) / num_rows
     return num_rows, mean_C, variance_C
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """In float32, or float64 where it is that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _Normalized(torch.autograd.Function):
@@ -123,7 +128,7 @@ class _Normalized(torch.autograd.Function):
         num_rows: Tensor,
         num_padding: int,
     ) -> Tensor:
-        normal_BC = (inputs_BC.float() - mean_C) * inverse_C
+        normal_BC = (_exact(inputs_BC) - mean_C) * inverse_C
         ctx.save_for_backward(normal_BC, weight_C, inverse_C, num_rows)
         ctx.num_padding = num_padding
         return torch.addcmul(bias_C, normal_BC, weight_C).to(inputs_BC.dtype)
@@ -132,7 +137,7 @@ class _Normalized(torch.autograd.Function):
     def backward(ctx: Any, grad_BC: Tensor) -> tuple[Tensor | None, ...]:
         """No gradient comes from padding, which the loss leaves out, and none goes there."""
         normal_BC, weight_C, inverse_C, num_rows = ctx.saved_tensors
-        dtype, grad_BC = grad_BC.dtype, grad_BC.float()
+        dtype, grad_BC = grad_BC.dtype, _exact(grad_BC)
         mine_2C = torch.stack([(grad_BC * normal_BC).sum(0), grad_BC.sum(0)])
         everyone_2C = mine_2C.clone()
         dist.all_reduce(everyone_2C)
