@@ -10,15 +10,20 @@ import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from sklearn.metrics import log_loss
 
+from raw_logs import real_log
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.check import logloss_increase, tolerance
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.precision import dequantize_rows, quantize_rows, row_bytes
 from torchdlrm.bundle.served_model import ServedModel
+from torchdlrm.config import load_config
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.exporting.sensitivity import choose
+from torchdlrm.features.schema_file import load_schema
 from torchdlrm.model import table_weight
+from torchdlrm.preprocessing.preprocess import preprocess
+from torchdlrm.training.job import train
 
 PRECISIONS = ["float32", "float16", "int8", "int4"]
 
@@ -79,6 +84,45 @@ def test_predictions_stay_within_what_is_stated(bundles, everything, precision, 
     allowed = tolerance([r.precision for r in manifest.sparse.values()], manifest.dense_precision)
     assert bound <= allowed.difference
     assert manifest.check.largest_difference <= allowed.difference
+
+
+def assert_bfloat16_rounds_no_logit(bundle, rows):
+    """Rows stay apart, and in each tenth of the rows half of the probabilities move by less than 0.5 %."""
+    exact, served = (ServedModel(bundle, precision).predict(rows) for precision in ("float32", "bfloat16"))
+    assert not np.array_equal(exact, served)
+    assert len(np.unique(served)) >= 0.99 * len(np.unique(exact)) >= 0.9 * len(exact)
+    relative = np.abs(served.astype(np.float64) / exact - 1)[np.argsort(exact)]
+    for tenth in np.array_split(relative, 10):
+        assert np.median(tenth) < 0.005
+        assert tenth.max() < 0.05
+
+
+def test_bfloat16_rounds_no_logit_of_the_dlrm(bundles, everything):
+    assert_bfloat16_rounds_no_logit(bundles["bfloat16"], everything[1])
+
+
+def test_bfloat16_rounds_no_logit_of_other_interactions(interaction_run, small_dataset, everything, tmp_path):
+    options = ExportOptions(precision="int8", dense_precision="bfloat16")
+    exported = export(interaction_run, tmp_path / "bundle", options=options, dataset=small_dataset)
+    assert_bfloat16_rounds_no_logit(exported.bundle, everything[1])
+
+
+@pytest.mark.slow
+def test_an_int8_bundle_of_real_rows_tells_as_many_apart_as_a_float32_one(tmp_path):
+    dataset = preprocess(
+        [real_log("criteo_kaggle_sample.tsv.gz")], tmp_path / "dataset", load_schema("criteo-bucketed")
+    )
+    train(load_config("criteo-small", {"logging.tensorboard": "false"}), dataset, tmp_path / "run")
+    float32, int8 = (
+        export(tmp_path / "run", tmp_path / precision, options=ExportOptions(precision=precision)).bundle
+        for precision in ("float32", "int8")
+    )
+    assert (float32.manifest.dense_precision, int8.manifest.dense_precision) == ("float32", "bfloat16")
+    files = [file.path for split in dataset.splits.values() for file in split.files]
+    rows = EncodedRows.from_frame(pl.concat([pl.read_parquet(path) for path in files]), dataset.schema)
+    assert_bfloat16_rounds_no_logit(int8, rows)
+    distinct = [len(np.unique(ServedModel(bundle).predict(rows))) for bundle in (float32, int8)]
+    assert distinct[1] >= 0.99 * distinct[0]
 
 
 def test_int8_raises_the_logloss_by_less_than_0_0002(bundles, everything):

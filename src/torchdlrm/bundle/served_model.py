@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchdlrm.bundle import DensePrecision
 from torchdlrm.bundle.bundle import Bundle
@@ -57,9 +57,10 @@ class ServedModel:
         self._chunk_rows = _chunk_rows(bundle, self.precision.dtype)
         weights = ServedWeights(partial(_weight, bundle), self.precision.dtype, self._chunk_rows)
         fast = bundle.shape.architecture.fast_interaction(bundle.shape, weights)
-        self._forward: Forward = (
-            _eager_forward(bundle, self.precision.dtype) if fast is None else _fast_forward(bundle, fast, weights)
-        )
+        if fast is None:
+            self._forward, self.precision = _eager_forward(bundle, self.precision)
+        else:
+            self._forward = _fast_forward(bundle, fast, weights)
 
     @property
     def dense_precision(self) -> DensePrecision:
@@ -94,20 +95,23 @@ def _fast_forward(bundle: Bundle, interaction: FastInteraction, weights: ServedW
     dtype, batch_rows = weights.dtype, weights.batch_rows
     num_dense, lookup = len(bundle.schema.dense), TableLookup(bundle, dtype, interaction.num_slots)
     dense_arch = [PackedLinear(*layer, dtype, relu=True, batch_rows=batch_rows) for layer in dense]
-    over_arch = [PackedLinear(*layer, dtype, relu=layer is not over[-1], batch_rows=batch_rows) for layer in over]
+    over_arch = [PackedLinear(*layer, dtype, relu=True, batch_rows=batch_rows) for layer in over[:-1]]
+    # In float32 whatever the others compute in: bfloat16 has 8 bits, and a logit rounded to it is a probability in
+    # steps of 3 %.
+    last_weight_I, last_bias_1 = over[-1][0][0].clone(), over[-1][1].clone()
 
     def forward(rows: EncodedRows) -> Tensor:
         vectors_BMD = lookup(rows)
         # Without dense features the input is a 1, see `torchdlrm.model.dlrm.ConstantArch`.
         dense = np.ascontiguousarray(rows.dense) if num_dense else np.ones((rows.num_rows, 1), np.float32)
         vectors_BMD[:, 0] = run_layers(dense_arch, torch.from_numpy(dense).to(dtype))
-        return run_layers(over_arch, interaction.interact(vectors_BMD)).squeeze(1)
+        return torch.addmv(last_bias_1, run_layers(over_arch, interaction.interact(vectors_BMD)).float(), last_weight_I)
 
     return forward
 
 
-def _eager_forward(bundle: Bundle, dtype: torch.dtype) -> Forward:
-    """The model's own forward, in which bfloat16 is autocast as in training."""
+def _eager_forward(bundle: Bundle, precision: Precision) -> tuple[Forward, Precision]:
+    """The model's own forward, in which bfloat16 is autocast as in training; and what it computes in."""
     from torchdlrm.model.eager import EagerModel  # noqa: PLC0415 - with TorchRec, which the fast path can do without
 
     num_embeddings = {feature: record.num_embeddings for feature, record in bundle.manifest.sparse.items()}
@@ -122,20 +126,19 @@ def _eager_forward(bundle: Bundle, dtype: torch.dtype) -> Forward:
         raise BundleError(msg)
     model.module.load_state_dict({name: _weight(bundle, name, shape) for name, shape in shapes.items()})
 
-    if dtype == torch.bfloat16:  # now, and not in each call, as autocast would
-        for module in model.module.modules():
-            if type(module) is nn.Linear:
-                module.to(dtype)
+    if precision.dtype == torch.bfloat16 and not model.prepare_bfloat16():
+        precision = Precision(torch.float32, "its last layers are no torch.nn.Linear: bfloat16 would round the logit")
+    is_bfloat16 = precision.dtype == torch.bfloat16
 
     def forward(rows: EncodedRows) -> Tensor:
         ids, lengths, weights = rows.split(by_table).flat()
         dense_BI = torch.from_numpy(np.ascontiguousarray(rows.dense))
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_bfloat16):
             return model.logits(
                 dense_BI, torch.from_numpy(ids), torch.from_numpy(lengths), lookup.pooled(rows), weights
             )
 
-    return forward
+    return forward, precision
 
 
 def _weight(bundle: Bundle, name: str, shape: tuple[int, ...]) -> Tensor:

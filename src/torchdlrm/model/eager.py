@@ -10,11 +10,13 @@ B rows of the batch, F sparse features, D embedding dimension.
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
@@ -25,6 +27,26 @@ from torchdlrm.model.given import GivenEmbeddings
 from torchdlrm.model.loss import logits_of
 
 _TRACED_ROWS = 4
+
+
+class _BFloat16Linear(nn.Linear):
+    """A layer whose weights are cast once for autocast, which would do it in each call.
+
+    Where the model's own code switches autocast off, the layer computes in float32 as it did in training.
+    """
+
+    cast: tuple[Tensor, Tensor | None]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return linear(inputs, *self.cast) if torch.is_autocast_enabled("cpu") else super().forward(inputs)
+
+
+class _Float32Linear(nn.Linear):
+    """A layer that autocast leaves alone."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(inputs.float())
 
 
 class EagerModel:
@@ -46,7 +68,7 @@ class EagerModel:
     ) -> None:
         self.module = build_model(shape, num_embeddings, device or torch.device("cpu")).model.eval()
         self.weight_shapes = {name: tuple(weight.shape) for name, weight in self.module.state_dict().items()}
-        self.tables = feature_tables(shape.config, num_embeddings)
+        self.tables, self._num_dense = feature_tables(shape.config, num_embeddings), shape.num_dense
         self._given = GivenEmbeddings()
         self.module.get_submodule("sparse_arch").embedding_bag_collection = self._given
 
@@ -75,6 +97,61 @@ class EagerModel:
             return logits_of(self.module(dense, features))
         finally:
             self._given.held.clear()
+
+    def prepare_bfloat16(self) -> bool:
+        """Make the layers ready for autocast, but for the last ones, which write float32; only on CPU.
+
+        bfloat16 has 8 bits: a logit of -5 is rounded to a multiple of 1/32, its probability by up to 1.6 %, and rows
+        that differ get the same.  The last layers are those behind which there is no other on the way to the logit.
+
+        Returns:
+            Whether the logit is made of float32 then.  A model that ends with something else than linear layers, as
+            with a product of its own, may round it all the same.
+        """
+        last, _ = self._last_layers()
+        for module in self.module.modules():
+            if type(module) is not nn.Linear:
+                continue
+            if module in last:
+                module.__class__ = _Float32Linear
+            else:
+                bias = module.bias
+                cast = module.weight.detach().bfloat16(), None if bias is None else bias.detach().bfloat16()
+                module.__class__, module.cast = _BFloat16Linear, cast  # type: ignore[assignment]
+        return not self._last_layers()[1]
+
+    def _last_layers(self) -> tuple[set[nn.Module], bool]:
+        """The linear layers behind which there is no other, and whether a number in bfloat16 comes after them.
+
+        A row of zeros is run by autocast, and followed back from its logit.
+        """
+        layers: dict[Any, nn.Module] = {}
+        hooks = [
+            module.register_forward_hook(lambda module, _, output: layers.update({output.grad_fn: module}))
+            for module in self.module.modules()
+            if isinstance(module, nn.Linear)
+        ]
+        ones = torch.ones(len(self.tables), dtype=torch.int32)
+        dense = torch.zeros(1, self._num_dense, requires_grad=True)
+        pooled = torch.zeros(1, sum(table.dim for table in self.tables), requires_grad=True)
+        try:
+            with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = self.logits(dense, torch.zeros(len(ones), dtype=torch.int64), ones, pooled)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        last, rounds, left, seen = set(), logits.dtype == torch.bfloat16, [logits.grad_fn], {None}
+        while left:
+            node: Any = left.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in layers:
+                last.add(layers[node])
+            else:
+                rounds |= any(made.dtype == torch.bfloat16 for made in node._input_metadata)
+                left += [before for before, _ in node.next_functions]
+        return last, rounds
 
 
 class _Products(TorchDispatchMode):
