@@ -1,5 +1,6 @@
 """`dlrm export` as a user runs it, on logs of one's own, and when it is interrupted."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -19,7 +20,7 @@ from command_server import shared_server
 from predicted import evaluated
 from torchdlrm.bundle import write
 from torchdlrm.bundle.bundle import Bundle
-from torchdlrm.bundle.check import Tolerance, compare
+from torchdlrm.bundle.check import Tolerance, compare, tolerance
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.bundle.write import require_space
@@ -29,6 +30,7 @@ from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.encode import encode
 from torchdlrm.features.schema_file import load_schema
 from torchdlrm.model import table_weight
+from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.progress import SILENT
 from torchdlrm.training.checkpoint import checkpoint_path, list_checkpoints
@@ -235,7 +237,7 @@ def test_an_export_that_is_told_to_end_leaves_nothing_behind(number, small_run, 
 def test_a_bundle_that_predicts_other_than_the_checkpoint_is_not_left(small_run, small_dataset, tmp_path, monkeypatch):
     right = ServedModel.logits
     monkeypatch.setattr(ServedModel, "logits", lambda self, rows: right(self, rows) + np.float32(1e-3))
-    with pytest.raises(BundleError, match=r"a probability differs by 0\.0002.* on 357 rows of test"):
+    with pytest.raises(BundleError, match=r"on 357 rows of test: a probability differs by 0\.0002"):
         export(small_run, tmp_path / "bundle", options=ExportOptions(name="small"), dataset=small_dataset)
     assert list(tmp_path.iterdir()) == []
 
@@ -248,7 +250,7 @@ def test_rows_of_coarse_tables_in_each_other_s_place_are_found(
     right = write.quantize_rows
     monkeypatch.setattr(write, "quantize_rows", lambda rows, precision: right(rows, precision).roll(1, dims=0))
     options = ExportOptions(name="small", precision="int4", dense_precision=dense_precision)
-    with pytest.raises(BundleError, match=r"with the same embeddings: a probability differs by 0\.\d+ on 357 rows"):
+    with pytest.raises(BundleError, match=r"with the same embeddings on 357 rows.*: a probability differs by 0\.\d+"):
         export(small_run, tmp_path / "bundle", options=options, dataset=small_dataset)
     assert list(tmp_path.iterdir()) == []
 
@@ -266,9 +268,57 @@ def test_a_logloss_that_rises_beyond_what_is_allowed_is_refused(small_dataset):
             rounded=shifted,
             in_float32=None,
             bundle=shifted,
-            allowed=Tolerance(0.4, 0.0),
+            allowed=Tolerance(0.4, 2.0, 0.0),
             progress=SILENT,
         )
+
+
+def rounded(logits):
+    return torch.from_numpy(logits).bfloat16().float().numpy()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (rounded, r"there are \d+ different probabilities in place of 357"),
+        # Where clicks are rare, and no probability differs by much.
+        (lambda logits: logits - np.float32(0.3), r"a probability differs by 0\.26 times itself, and 0\.2 is allowed"),
+    ],
+)
+def test_what_costs_ties_or_moves_small_probabilities_is_refused(change, problem, small_dataset, seed):
+    logits = np.random.default_rng(seed).normal(-4.5, 0.3, 357).astype(np.float32)
+    with pytest.raises(BundleError, match=problem):
+        compare(
+            held_out_rows(small_dataset, "test", 1_000),
+            small_dataset.schema,
+            split="test",
+            checkpoint=lambda _: logits,
+            rounded=None,
+            in_float32=lambda _: logits,
+            bundle=lambda _: change(logits),
+            allowed=tolerance(["float32"], "bfloat16"),
+            progress=SILENT,
+        )
+
+
+def test_where_bfloat16_would_make_ties_auto_takes_float32(small_run, small_dataset, tmp_path, monkeypatch):
+    right = ServedModel.logits
+
+    def logits(self, rows):
+        return rounded(right(self, rows)) if self.dense_precision == "bfloat16" else right(self, rows)
+
+    monkeypatch.setattr(ServedModel, "logits", logits)
+    monkeypatch.setattr(sys.modules[export.__module__], "MIN_BFLOAT16_MULTIPLY_ADDS", 0)
+    options = ExportOptions(name="small", precision="int8")
+    exported = export(small_run, tmp_path / "auto", options=options, dataset=small_dataset)
+    assert exported.bundle.manifest.dense_precision == "float32"
+    assert "bfloat16 costs more than it may on 357 rows of test: there are" in exported.dense_reason
+    assert exported.agreement.distinct == exported.agreement.distinct_before == 357
+    Predictor(exported.bundle).check_sample()
+    asked = dataclasses.replace(options, dense_precision="bfloat16")
+    with pytest.raises(BundleError, match="different probabilities in place of 357; nothing was left behind"):
+        export(small_run, tmp_path / "asked", options=asked, dataset=small_dataset)
+    assert [path.name for path in tmp_path.iterdir()] == ["auto"]
 
 
 def test_a_damaged_checkpoint_is_not_exported(small_run, small_dataset, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -16,13 +17,14 @@ from torchdlrm import ExportOptions, PlanRequest, compare, evaluate, export, pla
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import BundleManifest
-from torchdlrm.bundle.served_model import _eager_forward
+from torchdlrm.bundle.served_model import ServedModel, _eager_forward
 from torchdlrm.config import load_config
 from torchdlrm.errors import BundleError, ConfigError, RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.export import open_checkpoint
 from torchdlrm.features.encode import encode
 from torchdlrm.files import sha256_of
+from torchdlrm.model.precision import Precision
 from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.training.job import train
@@ -275,20 +277,124 @@ def test_tables_of_bytes_predict_nearly_the_same(trained, expected, tmp_path):
     np.testing.assert_allclose(predictor.predict(frame), probabilities, rtol=0, atol=5e-3)
 
 
-def test_what_is_served_in_bfloat16_is_what_autocast_computes(trained, expected, small_dataset):
+def test_what_is_served_in_bfloat16_is_what_autocast_computes_but_for_the_last_layer(trained, expected, small_dataset):
     bundle = Bundle.open(trained.bundle, model_class=trained.model_class)
     encoded = encode(expected[0], bundle.schema, bundle.dense, bundle.vocabularies)
     rows = EncodedRows.from_frame(encoded, bundle.schema)
     shape = Run.open(trained.run).shape(small_dataset, trained.model_class)
     model = CheckpointModel(open_checkpoint(Run.open(trained.run), "best")[1], shape, small_dataset.num_embeddings)
+    inputs = []
+    last = model._model.module.over_arch.model[1]
+    last.register_forward_hook(lambda _, given, __: inputs.append(given[0].float()))
+    forward, precision = _eager_forward(bundle, Precision(torch.bfloat16, "asked"))
     with torch.inference_mode():
-        served = _eager_forward(bundle, torch.bfloat16)(rows)
+        served = forward(rows)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             pooled = torch.cat([model.pooled(rows, i, "float32") for i in range(26)], dim=1)
             ids, lengths = map(torch.from_numpy, rows.flat()[:2])
-            by_autocast = model._model.logits(torch.from_numpy(rows.dense), ids, lengths, pooled)
-    assert served.dtype == torch.bfloat16
-    assert torch.equal(served, by_autocast)
+            model._model.logits(torch.from_numpy(rows.dense), ids, lengths, pooled)
+        expected_logits = torch.nn.functional.linear(inputs[0], last.weight, last.bias).squeeze(1)
+    assert precision.dtype == torch.bfloat16
+    assert served.dtype == torch.float32
+    assert torch.equal(served, expected_logits)
+
+
+FORMS = """
+import torch
+from torch import nn
+
+from torchdlrm import DLRM
+
+
+class Ended(DLRM):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.heads, self.scale = nn.Linear(128, 8), nn.Linear(16, 16)
+        self.vector = nn.Parameter(torch.randn(128, 1) / 10)
+
+    def forward(self, dense_features, sparse_features):
+        dense = self.dense_arch(dense_features)
+        sparse = self.sparse_arch(sparse_features)
+        hidden = self.over_arch.model[0](self.inter_arch(dense_features=dense, sparse_features=sparse))
+        return self.end(dense, hidden)
+
+
+class Heads(Ended):
+    def end(self, dense, hidden):
+        return self.heads(hidden).mean(dim=1, keepdim=True)
+
+
+class Gated(Ended):
+    def end(self, dense, hidden):
+        return (torch.softmax(self.heads(hidden), dim=1) * self.heads(hidden)).sum(dim=1, keepdim=True)
+
+
+class Summed(Ended):
+    def end(self, dense, hidden):
+        return (hidden * self.vector[:, 0]).sum(dim=1, keepdim=True)
+
+
+class Product(Ended):
+    def end(self, dense, hidden):
+        return hidden @ self.vector
+
+
+class Island(Ended):
+    def end(self, dense, hidden):
+        with torch.autocast("cpu", enabled=False):
+            scale = self.scale(dense.float()) @ torch.eye(16)
+        return self.over_arch.model[1](hidden) * torch.sigmoid(scale.mean(dim=1, keepdim=True))
+
+
+class Mistaken(Ended):
+    def end(self, dense, hidden):
+        return self.scale(hidden) if torch.is_autocast_enabled("cpu") else self.heads(hidden)[:, :1]
+"""
+
+
+@pytest.fixture(scope="module")
+def train_form(small_dataset, tmp_path_factory):
+    """Trains a model of FORMS for some steps: its class and its run."""
+    folder = tmp_path_factory.mktemp("forms")
+    (folder / "forms.py").write_text(FORMS)
+
+    def trained_form(name):
+        model_class, run = f"{folder / 'forms.py'}:{name}", folder / name
+        train(load_config(CONFIG, FAST | {"train.precision": "float32"}), small_dataset, run, model_class=model_class)
+        return model_class, run
+
+    return trained_form
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        *(("Heads", "bfloat16"), ("Gated", "bfloat16"), ("Summed", "bfloat16"), ("Island", "bfloat16")),
+        ("Product", "float32"),  # autocast would round what it gives
+    ],
+)
+def test_bfloat16_rounds_no_logit_in_whatever_form_it_comes(name, precision, train_form, small_dataset, tmp_path):
+    model_class, run = train_form(name)
+    options = ExportOptions(precision="int8", dense_precision="bfloat16")
+    bundle = export(run, tmp_path / "bundle", options=options, model_class=model_class).bundle
+    frame = pl.concat([pl.read_parquet(file.path) for file in small_dataset.splits["train"].files])
+    rows = EncodedRows.from_frame(frame, bundle.schema)
+    exact, served = ServedModel(bundle, "float32"), ServedModel(bundle)
+    assert served.dense_precision == precision
+    expected, got = exact.predict(rows), served.predict(rows)
+    assert len(np.unique(got)) >= 0.99 * len(np.unique(expected)) >= 0.9 * len(expected)
+    assert np.median(np.abs(got / expected - 1)) < 0.005
+    np.testing.assert_allclose(got, expected, rtol=0.05)
+
+
+def test_what_fails_in_an_export_alone_is_told_with_its_line(train_form, dlrm, tmp_path):
+    model_class, run = train_form("Mistaken")
+    line = next(number for number, text in enumerate(FORMS.splitlines(), start=1) if "is_autocast_enabled" in text)
+    done = dlrm("export", run, "--out", tmp_path / "b", "--model-class", model_class, "--dense-precision", "bfloat16")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: --model-class: forms.py:Mistaken fails (line {line}): ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "b").exists()
 
 
 def test_the_dlrms_own_bundle_takes_no_class(small_bundle, trained):

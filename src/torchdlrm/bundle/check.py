@@ -5,13 +5,17 @@ stores it; the bundle computing in float32; the bundle as served.  Between the f
 between the last two what bfloat16 does.  Between the second and the third nothing may lie but the order of additions:
 there a row of a table in the wrong place shows, however coarse the tables are.
 
+A difference is looked at in itself and in parts of the probability, which is what a bid is made of where clicks are
+rare.  Rows that the same tables tell apart must stay apart: what rounds a logit makes ties, and ties decide a ranking.
+
 The rise of the logloss is checked too.  It is a mean over rows whose errors have either sign, so few rows say little
 about it: it counts as too high only if it exceeds the limit by more than three standard errors.
 """
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Self
 
 import numpy as np
 import polars as pl
@@ -26,6 +30,8 @@ from torchdlrm.metrics import Weights, binary_metrics
 from torchdlrm.progress import ProgressListener
 
 _STANDARD_ERRORS = 3.0
+_LEAST_DISTINCT = 0.99
+_SMALLEST = 1e-6  # probability whose relative difference says something
 _REMEDY = "nothing was left behind. Export with a higher `precision` or `dense_precision` float32"
 
 Logits = Callable[[EncodedRows], NDArray[np.float32]]
@@ -37,34 +43,87 @@ class Tolerance:
 
     Attributes:
         difference: between two probabilities of a row.
+        relative_difference: of a row's probability, in parts of it; of one below 1e-6, in parts of 1e-6.
         logloss_increase: over many rows, in nats.
     """
 
     difference: float
+    relative_difference: float
     logloss_increase: float
+
+    def plus(self, other: "Tolerance") -> "Tolerance":
+        """What both explain together."""
+        return Tolerance(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
 
 # float32 differs by the order of additions alone. The others are several times what trained models have shown.
 _OF_TABLES: dict[TablePrecision, Tolerance] = {
-    "float32": Tolerance(1e-5, 1e-6),
-    "float16": Tolerance(5e-3, 2e-5),
-    "int8": Tolerance(0.05, 2e-4),
-    "int4": Tolerance(0.4, 5e-3),
+    "float32": Tolerance(1e-5, 1e-3, 1e-6),
+    "float16": Tolerance(5e-3, 0.01, 2e-5),
+    "int8": Tolerance(0.05, 0.2, 2e-4),
+    "int4": Tolerance(0.4, 2.0, 5e-3),
 }
-_OF_DENSE: dict[DensePrecision, Tolerance] = {"float32": Tolerance(0.0, 0.0), "bfloat16": Tolerance(0.05, 2e-4)}
+_OF_DENSE: dict[DensePrecision, Tolerance] = {
+    "float32": Tolerance(0.0, 0.0, 0.0),
+    "bfloat16": Tolerance(0.05, 0.2, 2e-4),
+}
 
 
 def tolerance(tables: Iterable[TablePrecision], dense: DensePrecision) -> Tolerance:
     """What these precisions explain together."""
     worst = max((_OF_TABLES[precision] for precision in tables), key=lambda allowed: allowed.difference)
-    return Tolerance(
-        worst.difference + _OF_DENSE[dense].difference, worst.logloss_increase + _OF_DENSE[dense].logloss_increase
-    )
+    return worst.plus(_OF_DENSE[dense])
 
 
-def arithmetic_difference(dense: DensePrecision) -> float:
-    """Between two probabilities of a row, the tables being the same."""
-    return tolerance(["float32"], dense).difference
+def of_arithmetic(dense: DensePrecision) -> Tolerance:
+    """What it explains where the tables are the same."""
+    return tolerance(["float32"], dense)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near predictions are to others of the same rows.
+
+    Attributes:
+        largest_difference: between the two probabilities of a row.
+        median_relative: of the rows' differences, each in parts of the probability.
+        largest_relative: of the same.
+        distinct: different probabilities among the predictions, as float32.
+        distinct_before: among the others.
+    """
+
+    largest_difference: float
+    median_relative: float
+    largest_relative: float
+    distinct: int
+    distinct_before: int
+
+    @classmethod
+    def of(cls, before: NDArray[np.floating], after: NDArray[np.floating]) -> Self:
+        """That of log-odds with others of the same rows, each [rows]."""
+        one, other = _probability(before), _probability(after)
+        difference = np.abs(other - one)
+        relative = difference / np.maximum(one, _SMALLEST)
+        distinct = (len(np.unique(found.astype(np.float32))) for found in (other, one))
+        return cls(float(difference.max()), float(np.median(relative)), float(relative.max()), *distinct)
+
+    def problem(self, allowed: Tolerance, *, same_tables: bool) -> str | None:
+        """What precisions do not explain, for people; NaN, which they never do, included.
+
+        Args:
+            allowed: what they explain.
+            same_tables: whether only the arithmetic differs, which leaves rows apart that differ.
+        """
+        if not self.largest_difference <= allowed.difference:
+            return f"a probability differs by {self.largest_difference:.2g}, and {allowed.difference:.2g} is allowed"
+        if not self.largest_relative <= allowed.relative_difference:
+            return (
+                f"a probability differs by {self.largest_relative:.2g} times itself, and "
+                f"{allowed.relative_difference:.2g} is allowed"
+            )
+        if same_tables and self.distinct < _LEAST_DISTINCT * self.distinct_before - 1:
+            return f"there are {self.distinct:,} different probabilities in place of {self.distinct_before:,}"
+        return None
 
 
 def compare(
@@ -78,8 +137,8 @@ def compare(
     bundle: Logits,
     allowed: Tolerance,
     progress: ProgressListener,
-) -> CheckRecord:
-    """Predict the same rows by checkpoint and bundle.
+) -> tuple[CheckRecord, Agreement]:
+    """Predict the same rows by checkpoint and bundle; returns what is recorded, and how near the bundle's are.
 
     Args:
         frames: encoded rows with their label, and their weight where rows have one.
@@ -104,30 +163,29 @@ def compare(
         pieces.append((before, expected, after if in_float32 is None else in_float32(rows), after, *targets))
         progress.advance(frame.height)
     before, expected, exact, after, labels, *weights = map(np.concatenate, zip(*pieces, strict=True))
-    difference = _largest_difference(before, after)
+    agreement, of_rounding = Agreement.of(before, after), Agreement.of(before, expected)
     dense: DensePrecision = "float32" if in_float32 is None else "bfloat16"
-    explained = _largest_difference(before, expected) + arithmetic_difference(dense)
+    explained = of_rounding.largest_difference + of_arithmetic(dense).difference
     record = CheckRecord(
         split=split,
         rows=len(labels),
-        largest_difference=difference,
+        largest_difference=agreement.largest_difference,
         largest_allowed=min(explained, allowed.difference),
         checkpoint=_judged(labels, before, *weights),
         bundle=_judged(labels, after, *weights),
     )
-    unexplained = _largest_difference(expected, exact)
-    if not unexplained <= arithmetic_difference("float32"):  # also where it is NaN
+    on_rows = f"on {len(labels):,} rows of {split}"
+    if problem := Agreement.of(expected, exact).problem(of_arithmetic("float32"), same_tables=True):
         msg = (
-            f"the bundle predicts other than the checkpoint with the same embeddings: a probability differs by "
-            f"{unexplained:.2g} on {len(labels):,} rows of {split}, and the order of additions explains "
-            f"{arithmetic_difference('float32'):.2g}; nothing was left behind. Export again"
+            f"the bundle predicts other than the checkpoint with the same embeddings {on_rows}: {problem}, where only "
+            "the order of additions differs; nothing was left behind. Export again"
         )
         raise BundleError(msg)
-    if not difference <= allowed.difference:
-        msg = (
-            f"the bundle predicts other than the checkpoint: a probability differs by {difference:.2g} on "
-            f"{len(labels):,} rows of {split}, and {allowed.difference:.2g} is allowed; {_REMEDY}"
-        )
+    if problem := agreement.problem(allowed, same_tables=False):
+        msg = f"the bundle predicts other than the checkpoint {on_rows}: {problem}; {_REMEDY}"
+        raise BundleError(msg)
+    if problem := Agreement.of(expected, after).problem(of_arithmetic(dense), same_tables=True):
+        msg = f"bfloat16 costs more than it may {on_rows}: {problem}; {_REMEDY}"
         raise BundleError(msg)
     increase = logloss_increase(labels, before, after, *weights)
     if not increase.is_within(allowed.logloss_increase):
@@ -136,7 +194,7 @@ def compare(
             f"checkpoint's, and {allowed.logloss_increase:.6f} is allowed; {_REMEDY}"
         )
         raise BundleError(msg)
-    return record
+    return record, agreement
 
 
 @dataclass(frozen=True)
@@ -164,10 +222,6 @@ def logloss_increase(
         # Each row's part of a mean that is weighted: n times its weight over the sum of all.
         increase *= weights / weights.mean(dtype=np.float64)
     return LoglossIncrease(float(increase.mean()), float(increase.std()) / math.sqrt(len(increase)))
-
-
-def _largest_difference(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
-    return float(np.abs(_probability(one) - _probability(other)).max())
 
 
 def _probability(logits: NDArray[np.floating]) -> NDArray[np.float64]:

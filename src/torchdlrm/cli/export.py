@@ -1,5 +1,6 @@
 """`dlrm export`: a run -> a bundle, one folder that predicts from raw rows."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from torchdlrm.cli.terminal import Flag, Json, announce, print_json, progress_bars, say, say_next
@@ -61,9 +62,11 @@ def export(
         say(f"exported {run} at {exported.checkpoint} to {out}")
     if exported.search is not None:
         print_precision_search(exported.search)
-    print_check(bundle)
+    print_check(bundle, exported.agreement)
     say(f"matrix products: {bundle.manifest.dense_precision} ({exported.dense_reason})")
     about = bundle_as_dict(bundle, exported.search)
+    if exported.agreement is not None:
+        about["agreement"] = asdict(exported.agreement)
     if exported.delta is not None:
         from torchdlrm.cli.apply import delta_as_dict, print_delta
 

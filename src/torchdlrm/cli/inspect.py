@@ -16,6 +16,7 @@ from torchdlrm.units import show_bytes
 
 if TYPE_CHECKING:
     from torchdlrm.bundle.bundle import Bundle
+    from torchdlrm.bundle.check import Agreement
     from torchdlrm.data.dataset import Manifest
     from torchdlrm.data.summary import DatasetSummary, FrequentValue
     from torchdlrm.exporting.sensitivity import PrecisionSearch
@@ -232,8 +233,8 @@ def _live_as_dict(folder: Path) -> dict[str, Any]:
     return {"live": str(folder), "current": found["current"], **about}
 
 
-def print_check(bundle: "Bundle") -> None:
-    """Print how the bundle's predictions compare with the checkpoint's."""
+def print_check(bundle: "Bundle", agreement: "Agreement | None" = None) -> None:
+    """Print how the bundle's predictions compare with the checkpoint's; of an export with what is not recorded."""
     check = bundle.manifest.check
     if check is None:
         return
@@ -248,6 +249,12 @@ def print_check(bundle: "Bundle") -> None:
         f"largest difference of two probabilities: {check.largest_difference:.2g} (the precision explains "
         f"{check.largest_allowed:.2g})"
     )
+    if agreement is not None:
+        say(
+            f"in parts of the probability: {agreement.largest_relative:.2g}, in half of the rows less than "
+            f"{agreement.median_relative:.2g}; {agreement.distinct:,} different probabilities, the checkpoint has "
+            f"{agreement.distinct_before:,}"
+        )
 
 
 def print_precision_search(search: "PrecisionSearch") -> None:

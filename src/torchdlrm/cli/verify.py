@@ -20,7 +20,7 @@ from torchdlrm.errors import SkewError
 from torchdlrm.folders import expect
 
 if TYPE_CHECKING:
-    from torchdlrm.exporting.verify import Verification
+    from torchdlrm.exporting.verify import PredictionPath, Verification
 
 
 def verify(
@@ -79,29 +79,29 @@ def verify(
         about = {"bundle": str(bundle), "version": found.bundle.version}
         print_json({**about, "step": source.step, "checkpoint": source.checkpoint, **found.as_dict()})
     for before, path in zip(found.paths, found.paths[1:], strict=False):
-        if not path.agrees:
-            msg = (
-                f"{path.name} and {before.name} do not predict the same: a probability differs by "
-                f"{path.largest_difference:.2g}, and the precision explains {path.largest_allowed:.2g}"
-            )
+        if path.problem is not None:
+            msg = f"{path.name} and {before.name} do not predict the same: {path.problem}"
             raise SkewError(msg)
 
 
 def _print_table(found: "Verification", log: str) -> None:
-    def number(value: float | None) -> str:
-        return "" if value is None else f"{value:.2g}"
+    def number(path: "PredictionPath", value: float) -> str:
+        return "" if path.allowed is None else f"{value:.2g}"
 
     bad = f", {found.bad_rows:,} bad ones left out" if found.bad_rows else ""
     rows = [
         {
             "by": path.name,
-            "largest difference": number(path.largest_difference),
-            "allowed": number(path.largest_allowed),
+            "difference": number(path, path.agreement.largest_difference),
+            "allowed": number(path, path.allowed.difference if path.allowed else 0.0),
+            "relative": number(path, path.agreement.largest_relative),
+            "median": number(path, path.agreement.median_relative),
+            "distinct": f"{path.agreement.distinct:,}",
             "AUC": "" if path.metrics is None else shown_metric(path.metrics.auc, digits=6),
             "logloss": "" if path.metrics is None else shown_metric(path.metrics.logloss, digits=6),
         }
         for path in found.paths
     ]
-    print_table(f"{found.rows:,} rows of {log}{bad}", rows)
+    print_table(f"{found.rows:,} rows of {log}{bad}", rows, droppable=["median"])
     if found.paths[0].metrics is not None:
         say_undefined(found.paths[0].metrics.as_dict())

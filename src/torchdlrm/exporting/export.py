@@ -5,7 +5,7 @@ In: a run and the dataset it was trained on.  Out: the bundle's folder, complete
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 from torchdlrm.bundle import DensePrecision, TablePrecision, check_model_name
 from torchdlrm.bundle.apply import DELTA_NAMES, FULL_NAME, write_delta
 from torchdlrm.bundle.bundle import Bundle
-from torchdlrm.bundle.check import Tolerance, compare, tolerance
+from torchdlrm.bundle.check import Agreement, Tolerance, compare, tolerance
 from torchdlrm.bundle.delta import Delta
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import (
     SAMPLE_NAME,
     WEIGHTS_NAME,
     BundleManifest,
+    CheckRecord,
     Origin,
     ServedFeature,
     StoredFile,
@@ -40,14 +41,14 @@ from torchdlrm.bundle.write import (
     write_weights,
 )
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.errors import DatasetError, RunError
+from torchdlrm.errors import BundleError, DatasetError, RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.complete import require_same, require_same_options, require_same_weights
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.exporting.sensitivity import SENSITIVITY_ROWS, PrecisionSearch, choose_precisions
 from torchdlrm.features.encode import encode
 from torchdlrm.model.architecture import ModelShape
-from torchdlrm.model.model_class import ModelClass, record_of
+from torchdlrm.model.model_class import ModelClass, record_of, reported
 from torchdlrm.progress import ProgressListener, watched
 from torchdlrm.training.checkpoint import ChosenCheckpoint, checkpoint_path, find_checkpoint, find_damage
 from torchdlrm.training.checkpoint_reader import CheckpointReader
@@ -84,6 +85,7 @@ class Exported:
         checkpoint: that it was made of.
         search: what tables cost and save, where they were chosen by it.
         dense_reason: why the arches may compute in what they do, for people.
+        agreement: how near its predictions are to the checkpoint's; None where nothing was written.
         delta: what was written instead of the bundle, whose folder is gone then.
         was_complete: the same bundle was there already, and nothing was written.
     """
@@ -92,6 +94,7 @@ class Exported:
     checkpoint: ChosenCheckpoint
     search: PrecisionSearch | None
     dense_reason: str
+    agreement: Agreement | None = None
     delta: Delta | None = None
     was_complete: bool = False
 
@@ -176,7 +179,8 @@ def _export(
     found = require_same(out, about) if os.path.lexists(out) and not overwrite else None
     model = CheckpointModel(checkpoint, shape, dataset.num_embeddings)
     if options.precision == "auto":
-        search = _search(model, dataset, options, progress)
+        with reported(shape.architecture):
+            search = _search(model, dataset, options, progress)
         precisions = search.precisions
     else:
         search, precisions = None, dict.fromkeys(dataset.sparse_names, options.precision)
@@ -184,11 +188,15 @@ def _export(
     by_key = {table.key: precisions[table.feature] for table in model.tables}
     if found is not None:
         check_rows = min(options.check_rows, dataset.splits[split].rows)
+        if (
+            options.dense_precision == "auto" and found.dense_precision == "float32"
+        ):  # the check may have failed without
+            dense_precision, reason = "float32", "as it was exported"
         require_same_options(out, found, precisions, dense_precision, check_rows, options.max_logloss_increase)
         require_same_weights(out, checkpoint, by_key)
         bundle = Bundle.open(out, model_class=model_class, verify="lazy")
         return Exported(bundle, chosen, search, reason, was_complete=True)
-    with complete_folder(out, overwrite=overwrite) as folder:
+    with reported(shape.architecture), complete_folder(out, overwrite=overwrite) as folder:
         require_space(folder, weights_bytes(checkpoint, by_key))
         stored, block_sha256 = write_weights(checkpoint, by_key, folder / WEIGHTS_NAME, progress)
         vocabularies = copy_vocabularies(dataset, folder)
@@ -216,23 +224,53 @@ def _export(
         )
         manifest.write(folder)
         bundle = Bundle.open(folder, model_class=model_class, progress=progress)
-        served, by_table = ServedModel(bundle), list(precisions.values())
+        served, record, agreement, failure = _check(bundle, model, dataset, split, options, progress)
+        if failure is not None:
+            dense_precision, reason = "float32", failure
+        elif served.dense_precision != dense_precision:
+            reason += f"; here float32: {served.precision.reason}"
+        _write_sample(dataset, split, bundle, served)
+        files[SAMPLE_NAME] = StoredFile.of(folder / SAMPLE_NAME)
+        update = {"check": record, "files": files, "dense_precision": dense_precision}
+        manifest.model_copy(update=update).write(folder)
+    opened = Bundle.open(out, model_class=model_class, verify="lazy")
+    return Exported(opened, chosen, search, reason, agreement)
+
+
+def _check(
+    bundle: Bundle,
+    model: CheckpointModel,
+    dataset: Dataset,
+    split: str,
+    options: ExportOptions,
+    progress: ProgressListener,
+) -> tuple[ServedModel, CheckRecord, Agreement, str | None]:
+    """The model as it will be served, how it predicts, and why it is not in bfloat16 where it might have been."""
+    precisions = [record.precision for record in bundle.manifest.sparse.values()]
+
+    def judged(served: ServedModel) -> tuple[CheckRecord, Agreement]:
         progress.start_phase("check", min(options.check_rows, dataset.splits[split].rows))
-        record = compare(
+        return compare(
             held_out_rows(dataset, split, options.check_rows),
             dataset.schema,
             split=split,
             checkpoint=model.logits,
-            rounded=None if set(precisions.values()) == {"float32"} else partial(model.logits, precisions=by_table),
+            rounded=None if set(precisions) == {"float32"} else partial(model.logits, precisions=precisions),
             in_float32=None if served.dense_precision == "float32" else ServedModel(bundle, "float32").logits,
             bundle=served.logits,
-            allowed=_allowed(options, precisions, dense_precision),
+            allowed=_allowed(options, precisions, served.dense_precision),
             progress=progress,
         )
-        _write_sample(dataset, split, bundle, served)
-        files[SAMPLE_NAME] = StoredFile.of(folder / SAMPLE_NAME)
-        manifest.model_copy(update={"check": record, "files": files}).write(folder)
-    return Exported(Bundle.open(out, model_class=model_class, verify="lazy"), chosen, search, reason)
+
+    served = ServedModel(bundle)
+    try:
+        return served, *judged(served), None
+    except BundleError as error:
+        if options.dense_precision != "auto" or served.dense_precision == "float32":
+            raise
+        failure = str(error).partition("; ")[0]
+    served = ServedModel(bundle, "float32")
+    return served, *judged(served), failure
 
 
 def _about(run: Run, dataset: Dataset, shape: ModelShape, name: str, chosen: ChosenCheckpoint) -> dict[str, Any]:
@@ -281,12 +319,12 @@ def _dense_precision(
 
 
 def _allowed(
-    options: ExportOptions, precisions: Mapping[str, TablePrecision], dense_precision: DensePrecision
+    options: ExportOptions, precisions: Sequence[TablePrecision], dense_precision: DensePrecision
 ) -> Tolerance:
-    allowed = tolerance(precisions.values(), dense_precision)
+    allowed = tolerance(precisions, dense_precision)
     if options.max_logloss_increase is None and options.precision != "auto":
         return allowed
-    return Tolerance(allowed.difference, _max_increase(options))
+    return replace(allowed, logloss_increase=_max_increase(options))
 
 
 def _source(run: Run, chosen: ChosenCheckpoint) -> Origin:

@@ -22,7 +22,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from torchdlrm.bundle.bundle import Bundle
-from torchdlrm.bundle.check import arithmetic_difference, tolerance
+from torchdlrm.bundle.check import Agreement, Tolerance, of_arithmetic, tolerance
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.data.dataset import Dataset
@@ -31,7 +31,7 @@ from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.export import open_checkpoint
 from torchdlrm.features.encode import encode
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
-from torchdlrm.model.model_class import ModelClass
+from torchdlrm.model.model_class import ModelClass, reported
 from torchdlrm.prediction.client import PredictionClient
 from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.log_columns import LogFormat
@@ -49,20 +49,28 @@ class PredictionPath:
 
     Attributes:
         name: checkpoint, rounded, float32, bundle or server.
-        largest_difference: between two probabilities of a row; None for the first path.
-        largest_allowed: what the precision explains.
+        agreement: with the path before; that of the first one with itself.
+        allowed: what the precision explains; None for the first one.
+        problem: what it does not explain, for people.
         metrics: where the log has labels.
     """
 
     name: str
-    largest_difference: float | None
-    largest_allowed: float | None
+    agreement: Agreement
+    allowed: Tolerance | None
+    problem: str | None
     metrics: BinaryMetrics | None
 
-    @property
-    def agrees(self) -> bool:
-        """Whether the precision explains the difference; NaN, which it never does, included."""
-        return self.largest_difference is None or self.largest_difference <= (self.largest_allowed or 0.0)
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "name": self.name,
+            **asdict(self.agreement),
+            "largest_allowed": None if self.allowed is None else self.allowed.difference,
+            "largest_relative_allowed": None if self.allowed is None else self.allowed.relative_difference,
+            "agrees": self.problem is None,
+            "metrics": None if self.metrics is None else self.metrics.as_json(),
+        }
 
 
 @dataclass(frozen=True)
@@ -88,15 +96,12 @@ class Verification:
     @property
     def agrees(self) -> bool:
         """Whether every path agrees with the one before."""
-        return all(path.agrees for path in self.paths)
+        return all(path.problem is None for path in self.paths)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        paths = [
-            asdict(path) | {"agrees": path.agrees, "metrics": None if path.metrics is None else path.metrics.as_json()}
-            for path in self.paths
-        ]
-        return {"rows": self.rows, "bad_rows": self.bad_rows, "agrees": self.agrees, "ways": paths}
+        ways = [path.as_dict() for path in self.paths]
+        return {"rows": self.rows, "bad_rows": self.bad_rows, "agrees": self.agrees, "ways": ways}
 
 
 def verify(
@@ -153,7 +158,8 @@ def verify(
         _, checkpoint = open_checkpoint(trained, str(source.step))
         shape = trained.shape(encoded, model_class, allow_changed_model_class=allow_changed_model_class)
         model = CheckpointModel(checkpoint, shape, encoded.num_embeddings)
-        return _verify(predictor, trained, model, encoded, log, max_rows, client, progress)
+        with reported(shape.architecture):
+            return _verify(predictor, trained, model, encoded, log, max_rows, client, progress)
 
 
 def _verify(
@@ -219,25 +225,24 @@ def _compared(
 ) -> tuple[PredictionPath, ...]:
     manifest = predictor.bundle.manifest
     allowed = {
-        "rounded": tolerance([record.precision for record in manifest.sparse.values()], "float32").difference,
-        "float32": arithmetic_difference("float32"),
+        "rounded": tolerance([record.precision for record in manifest.sparse.values()], "float32"),
+        "float32": of_arithmetic("float32"),
         # The same embeddings: only the arithmetic may differ, of other batches or on another machine.
-        "bundle": arithmetic_difference(manifest.dense_precision),
-        "server": arithmetic_difference(manifest.dense_precision),
+        "bundle": of_arithmetic(manifest.dense_precision),
+        "server": of_arithmetic(manifest.dense_precision),
     }
     paths = []
     # The rows that tell what came of them; the others are compared all the same.
     is_labelled = None if targets is None else targets.select(pl.all_horizontal(pl.all().is_not_null())).to_series()
-    before: NDArray[np.float64] | None = None
+    before = logits["checkpoint"]
     for name, found in logits.items():
-        probabilities = 1.0 / (1.0 + np.exp(-found.astype(np.float64)))
-        difference = None if before is None else float(np.abs(probabilities - before).max())
-        metrics = None
+        agreement, metrics = Agreement.of(before, found), None
+        problem = None if name == "checkpoint" else agreement.problem(allowed[name], same_tables=name != "rounded")
         if targets is not None and is_labelled is not None and is_labelled.any():
             labels, *weights = (column.to_numpy() for column in targets.filter(is_labelled))
             metrics = binary_metrics(labels, found[is_labelled.to_numpy()], *weights)
-        paths.append(PredictionPath(name, difference, allowed.get(name), metrics))
-        before = probabilities
+        paths.append(PredictionPath(name, agreement, allowed.get(name), problem, metrics))
+        before = found
     return tuple(paths)
 
 

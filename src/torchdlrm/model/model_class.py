@@ -15,7 +15,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -169,12 +169,19 @@ class CustomArchitecture(Architecture):
             take_step(shape)
 
 
+def reported(architecture: Architecture) -> AbstractContextManager[None]:
+    """Report what fails inside in the file of a model class as a mistake in it, with its line."""
+    record = record_of(architecture)
+    return nullcontext() if record is None else _reported(record.name, only_its_lines=True)
+
+
 @contextmanager
-def _reported(name: str) -> Iterator[None]:
+def _reported(name: str, *, only_its_lines: bool = False) -> Iterator[None]:
     """Report what fails inside as a mistake in a file of somebody's own, which is input, with its line.
 
     Args:
         name: of the file, or `FILE:NAME`.
+        only_its_lines: raise what fails elsewhere as it is.
     """
     try:
         yield
@@ -184,6 +191,8 @@ def _reported(name: str) -> Iterator[None]:
         file = Path(name.partition(":")[0]).name
         calls = [*traceback.format_tb(error.__traceback__), *getattr(error, "__notes__", ())]
         lines = re.findall(rf'\b{re.escape(file)}", line (\d+)', "".join(calls))
+        if only_its_lines and not lines:
+            raise
         where = f" (line {lines[-1]})" if lines else ""
         msg = f"`model_class`: {name} fails{where}: {type(error).__name__}: {error}"
         raise ConfigError(msg) from error

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from torchdlrm.bundle import DensePrecision
 from torchdlrm.bundle.bundle import Bundle, Verify
-from torchdlrm.bundle.check import arithmetic_difference
+from torchdlrm.bundle.check import of_arithmetic
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.errors import BundleError, RowError, shown
@@ -263,7 +263,7 @@ class Predictor:
             return
         found = self.predict_encoded(self.encode(frame)).probabilities
         # The tables are the same bytes wherever they are read: only the arithmetic may differ between machines.
-        allowed = arithmetic_difference(self.bundle.manifest.dense_precision)
+        allowed = of_arithmetic(self.bundle.manifest.dense_precision).difference
         difference = float(np.abs(found - expected).max(initial=0.0))
         if not difference <= allowed:  # also where it is NaN
             msg = (
