@@ -8,8 +8,9 @@ from typing import get_args
 import pytest
 import torch
 
-from torchdlrm.config import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, Config, TableOptimizerName
+from torchdlrm.config import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, Config, TableOptimizerName, load_config
 from torchdlrm.config.optimizers import DenseOptimizerName
+from torchdlrm.errors import ConfigError
 from torchdlrm.tables.optimizers import fused_params
 
 TRAINING = Path(__file__).parents[2] / "docs" / "training.md"
@@ -25,6 +26,32 @@ def test_every_setting_that_is_read_is_a_setting():
     for records, section in ((TABLE_OPTIMIZERS, "table_optimizer"), (DENSE_OPTIMIZERS, "dense_optimizer")):
         known = Config.model_fields[section].annotation.model_fields
         assert {name for record in records.values() for name in record.settings} <= set(known)
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [
+        *(("table_optimizer", name) for name in TABLE_OPTIMIZERS),
+        *(("dense_optimizer", name) for name in DENSE_OPTIMIZERS),
+    ],
+)
+def test_a_setting_that_the_optimizer_does_not_read_is_refused(section, name):
+    records = TABLE_OPTIMIZERS if section == "table_optimizer" else DENSE_OPTIMIZERS
+    fields = Config.model_fields[section].annotation.model_fields
+    values = dict.fromkeys(fields, "0.25") | {"name": name, "weight_decay_mode": "l2"}
+    for leaf in fields:
+        overrides = {f"{section}.name": name, f"{section}.{leaf}": values[leaf]}
+        if leaf in records[name].settings | {"name", "learning_rate", "clip_norm"}:
+            load_config(None, overrides)
+        else:
+            with pytest.raises(ConfigError, match=rf"{section}\.{leaf}: {section}\.name = {name} has no such thing"):
+                load_config(None, overrides)
+
+
+def test_a_run_that_was_trained_when_eps_of_sgd_was_accepted_is_read(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text('[table_optimizer]\nname = "sgd"\neps = 0.5\n')
+    assert load_config(path, is_of_run=True).table_optimizer.name == "sgd"
 
 
 @pytest.mark.parametrize("record", DENSE_OPTIMIZERS.values(), ids=list(DENSE_OPTIMIZERS))

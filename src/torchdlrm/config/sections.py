@@ -362,9 +362,7 @@ def _schedule_problems(schedule: ScheduleConfig, stop: StopConfig) -> list[str]:
     return found
 
 
-# Settings that are refused where the chosen optimizer does not read them. Not `eps`, which all but sgd read, so that a
-# file that sets it may change to sgd and back.
-_REFUSED_IF_UNREAD = ("beta1", "beta2", "momentum", "weight_decay", "initial_accumulator")
+_OF_ALL_OPTIMIZERS = {"name", "learning_rate", "clip_norm"}
 
 
 def _unread_settings(config: Config) -> list[str]:
@@ -376,7 +374,7 @@ def _unread_settings(config: Config) -> list[str]:
     ):
         for leaf, field in type(chosen).model_fields.items():
             value = getattr(chosen, leaf)
-            if leaf in _REFUSED_IF_UNREAD and leaf not in read and value != field.default:
+            if leaf not in _OF_ALL_OPTIMIZERS | read and value != field.default:
                 found.append(f"{section}.{leaf}: {section}.name = {chosen.name} has no such thing, got {value!r}")
     decay = config.warm_start.accumulator_decay
     if decay != 1 and not config.accumulators:

@@ -71,7 +71,7 @@ def load_config(
     Args:
         path: the file, the name of a config that comes with torchdlrm (`"criteo-small"`), or None for the defaults.
         overrides: values as TOML text by dotted name.
-        is_of_run: the file is the config.toml of a run: keys that it has under an earlier name are read too.
+        is_of_run: the file is the config.toml of a run: what earlier versions called otherwise, or accepted, is read.
 
     Raises:
         ConfigError: the file cannot be read or is empty, or keys or values are wrong; every problem in one message.
@@ -145,6 +145,9 @@ def _rename_keys(raw: dict[str, Any]) -> None:
         (section, old_leaf), new_leaf = old.split("."), new.split(".")[1]
         if old_leaf in raw.get(section, {}):
             raw[section][new_leaf] = raw[section].pop(old_leaf)
+    for section in ("table_optimizer", "dense_optimizer"):
+        if raw.get(section, {}).get("name") == "sgd":
+            raw[section].pop("eps", None)  # was accepted, and read by nothing
 
 
 def _contradictions_of_the_rest(raw: dict[str, Any], wrong: list[list[str]]) -> list[str]:
