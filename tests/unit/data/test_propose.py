@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import random
+from datetime import UTC, datetime, timedelta
 
 import polars as pl
 import pyarrow as pa
@@ -371,3 +372,27 @@ def test_whatever_a_log_is_it_gets_a_proposal_or_a_reason_why_not(tmp_path_facto
             FeatureSchema.model_validate(proposal.schema)
         except ValidationError:
             assert proposal.warnings
+
+
+@pytest.mark.parametrize("written", ["%d/%m/%Y %H:%M", "%m-%d-%y", "%d.%m.%Y", "%Y/%m/%d", "%m/%d/%Y %I:%M:%S %p"])
+def test_a_date_that_is_not_written_as_iso_8601_has_it_is_named_with_what_to_do(tmp_path, seed, written):
+    start = datetime(2024, 11, 2, 7, 5, tzinfo=UTC)
+    rows = [
+        ([*header, "time"], [*row, (start + timedelta(minutes=90 * i)).strftime(written)])
+        for i, (header, row) in enumerate(clicks(300, random.Random(seed)))
+    ]
+    proposal = propose_schema(write(tmp_path / "log.csv", rows))
+    assert roles_of(proposal)["time"] == "ignore"
+    assert proposal.reasons["time"].startswith("a time, but not as ISO 8601 writes it, as in 2024-12-31T23:55")
+    (warning,) = [line for line in proposal.warnings if line.startswith("time ")]
+    assert f"looks like a time, but is written as {start.strftime(written)}: write it as 2024-12-31T23:55" in warning
+
+
+@pytest.mark.parametrize("cell", ["10.0.0.{}", "1.2.{}", "3/4/{}/x", "12-{}"])
+def test_versions_and_addresses_are_no_dates(tmp_path, seed, cell):
+    rows = [
+        ([*header, "other"], [*row, cell.format(i % 40)])
+        for i, (header, row) in enumerate(clicks(300, random.Random(seed)))
+    ]
+    proposal = propose_schema(write(tmp_path / "log.csv", rows))
+    assert "ISO" not in proposal.reasons["other"]

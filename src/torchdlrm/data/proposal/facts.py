@@ -18,6 +18,11 @@ USUAL_NULLS = frozenset([*_NULLS, *_NULLS_OF_NUMBERS])
 # Other texts are taken for missing values where this share of the cells are numbers, and so many texts are not.
 _NUMBERS_SHARE = 0.9
 _MAX_ODD_TEXTS = 3
+# Dates as people write them, which no schema orders: 31/12/2024 23:55, 12-31-24, 2024/12/31.
+_OTHER_DATE = (
+    r"^(\d{1,2}([/-])\d{1,2}[/-](\d{4}|\d{2})|\d{1,2}\.\d{1,2}\.\d{4}|\d{4}[/.]\d{1,2}[/.]\d{1,2})"
+    r"([ T]+\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?( ?[AaPp][Mm])?)?$"
+)
 _DATETIME = r"^\d{4}-\d{2}-\d{2}([ T]\d{2}:\d{2}(:\d{2}(\.\d+)?)?(Z|[+-]\d{2}:\d{2})?)?$"
 
 _MANY_CELLS = 50
@@ -136,3 +141,8 @@ class Facts:
     def is_datetime(self) -> bool:
         """Whether the cells are dates or times as ISO 8601 writes them."""
         return self.all_match(_DATETIME)
+
+    @cached_property
+    def is_other_date(self) -> bool:
+        """Whether the cells are dates or times that are not written as ISO 8601 has them."""
+        return self.all_match(_OTHER_DATE)

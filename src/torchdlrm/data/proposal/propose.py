@@ -21,7 +21,7 @@ from torchdlrm.data.proposal.columns import Choice, choose_role
 from torchdlrm.data.proposal.facts import USUAL_NULLS, Facts
 from torchdlrm.data.proposal.label import Label, find_label, find_leaks
 from torchdlrm.data.proposal.sample import Sample, take_sample
-from torchdlrm.data.proposal.times import Time, find_time
+from torchdlrm.data.proposal.times import Time, about_dates, find_time
 from torchdlrm.features.bad_rows import BadRows, describe_bad_rows
 from torchdlrm.features.cells import to_typed_columns
 from torchdlrm.features.schema import PRESETS, FeatureSchema, problems
@@ -87,7 +87,7 @@ def propose_schema(path: Path, num_rows: int = SAMPLE_ROWS) -> Proposal:
     body = [*_head(path, sample, facts, choices), "", *_split(label, time, facts)]
     warnings = [f"{names[i]} looks like the label and is left out: {why}" for i, why in leaks.items()]
     warnings += [f"{names[i]} is {why}" for i, why in suspects.items()]
-    warnings += [*_about_label(label, facts), *_about_lines(sample), *_check(body, sample)]
+    warnings += [*about_dates(facts, time), *_about_label(label, facts), *_about_lines(sample), *_check(body, sample)]
     reasons = {name: choice.reason for name, choice in zip(names, choices, strict=True)}
     return Proposal(_text(path, sample, warnings, body), None, sample.origin, warnings, reasons)
 

@@ -16,6 +16,7 @@ _OTHER_TIMES = words_of("birth birthday birthdate born dob expire expiry signup 
 _EPOCHS = [(5e8 * unit, 4.1e9 * unit) for unit in (1, 1e3, 1e6, 1e9)]
 _WRITTEN = ((20_000_101, 21_001_231), (2_000_010_100, 2_100_123_123), (10_010_100, 99_123_123))
 _MIN_TIMES = 20
+_ISO_EXAMPLE = "2024-12-31T23:55"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ def find_time(columns: Sequence[Facts], taken: Collection[int]) -> tuple[Time | 
     """
     found, others = [], {}
     for i, facts in enumerate(columns):
+        if i not in taken and facts.is_other_date:
+            others[i] = f"a time, but not as ISO 8601 writes it, as in {_ISO_EXAMPLE}, so no rows are ordered by it"
+            continue
         kind = None if i in taken else _kind(facts)
         if kind is None:
             continue
@@ -50,6 +54,16 @@ def find_time(columns: Sequence[Facts], taken: Collection[int]) -> tuple[Time | 
     return Time(
         place, kind, _can_split(order), "the rows stand in its order" if is_sorted else "orders the rows"
     ), others
+
+
+def about_dates(columns: Sequence[Facts], time: Time | None) -> list[str]:
+    """What to do about dates that cannot order the rows as they are written, where nothing else does."""
+    return [
+        f"{facts.name} looks like a time, but is written as {facts.cells[0]}: write it as {_ISO_EXAMPLE} and give it "
+        'the role time, kind "datetime", so that the latest rows are held out'
+        for facts in columns
+        if time is None and facts.is_other_date and not set(facts.words) & _OTHER_TIMES
+    ]
 
 
 def _kind(facts: Facts) -> str | None:
