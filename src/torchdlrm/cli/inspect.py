@@ -9,7 +9,17 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from torchdlrm.cli.terminal import Json, console, print_json, print_table, progress_bars, say, shown_metric, warn
+from torchdlrm.cli.terminal import (
+    Json,
+    console,
+    look_at,
+    print_json,
+    print_table,
+    progress_bars,
+    say,
+    shown_metric,
+    warn,
+)
 from torchdlrm.errors import LiveError, UserError
 from torchdlrm.folders import KINDS, KindName, kind_of
 from torchdlrm.units import show_bytes
@@ -28,10 +38,10 @@ _MAX_NAME_WIDTH = 16
 def inspect(folder: Path, *, values: int = 3, as_json: Json = False) -> None:
     """Show what a dataset, a run, a bundle, a delta or a live model holds.
 
-    Of a dataset: rows, click rates, tables, unknown and missing values. Of a run: how far it is, its checkpoints, its
-    evaluations. Of a bundle: tables and their precision, the check at the end of the export. Of a delta: which
-    bundles it is between, and what of each table changed. All files of these are read and their checksums compared. Of
-    a live model: its periods, and how each log was predicted before it was learnt from.
+    Of a dataset: rows, click rates, tables, unknown and missing values, and what to look at. Of a run: how far it is,
+    its checkpoints, its evaluations. Of a bundle: tables and their precision, the check at the end of the export. Of a
+    delta: which bundles it is between, and what of each table changed. All files of these are read and their checksums
+    compared. Of a live model: its periods, and how each log was predicted before it was learnt from.
 
     Args:
         folder: What to look at.
@@ -87,15 +97,18 @@ def _show_run(folder: Path, *, as_json: bool) -> None:
     print_table("checkpoints", rows, left_aligned=("files",))
     for name, result in content["evaluations"].items():
         say(f"evaluated {name}: AUC {shown_metric(result['auc'], 4)}, logloss {shown_metric(result['logloss'], 4)}")
+    look_at(content["judgements"])
 
 
 def _run_as_dict(folder: Path) -> dict[str, Any]:
     """Return, for JSON, each split's last metrics, every checkpoint with what is wrong with it, evaluations."""
+    from torchdlrm.data.judgements import calibration
     from torchdlrm.training.checkpoint import checkpoint_path, find_damage, list_checkpoints, read_position
     from torchdlrm.training.log import read_metrics
     from torchdlrm.training.run import METRICS_NAME, Run
 
     run = Run.open(folder)
+    evaluations = run.evaluations()
     checkpoints = {}
     for step in list_checkpoints(run.checkpoints):
         damage = find_damage(checkpoint_path(run.checkpoints, step))
@@ -110,7 +123,8 @@ def _run_as_dict(folder: Path) -> dict[str, Any]:
         "environment": run.environment,
         "last_metrics": {line["split"]: line for line in read_metrics(folder / METRICS_NAME)},
         "checkpoints": checkpoints,
-        "evaluations": run.evaluations(),
+        "evaluations": evaluations,
+        "judgements": [line for name, result in evaluations.items() if (line := calibration(name, result))],
     }
 
 
@@ -295,6 +309,7 @@ def bundle_as_dict(bundle: "Bundle", search: "PrecisionSearch | None") -> dict[s
 def _show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:
     """Print what a dataset holds, after comparing every byte with its checksum."""
     from torchdlrm.data.dataset import Dataset
+    from torchdlrm.data.judgements import judge_dataset
     from torchdlrm.data.summary import summarize
     from torchdlrm.features.bad_rows import describe_bad_rows
 
@@ -302,7 +317,7 @@ def _show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:
     with progress_bars("") as progress:
         dataset.verify(progress)
     summary = summarize(dataset, num_values)
-    manifest = dataset.manifest
+    manifest, judgements = dataset.manifest, judge_dataset(dataset)
     if as_json:
         about = manifest.model_dump(
             mode="json",
@@ -313,7 +328,8 @@ def _show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:
             },
         )
         about["buckets"] = _buckets_as_dict(dataset.schema)
-        print_json({"kind": "dataset", "path": str(folder), "schema": dataset.schema.name} | about | asdict(summary))
+        about |= asdict(summary) | {"judgements": judgements}
+        print_json({"kind": "dataset", "path": str(folder), "schema": dataset.schema.name} | about)
         return
     say(f"dataset {folder}, schema {manifest.feature_schema.name}, seed {manifest.seed}")
     say(f"split: {manifest.split_rule}")
@@ -325,6 +341,7 @@ def _show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:
     if manifest.bad_rows.total:
         say(f"bad rows that were skipped: {manifest.bad_rows.total:,}")
         say("\n".join(describe_bad_rows(manifest.bad_rows.counts, manifest.bad_rows.examples)))
+    look_at(judgements)
 
 
 def _print_turnover(manifest: "Manifest", summary: "DatasetSummary") -> None:

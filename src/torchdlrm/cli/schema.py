@@ -3,9 +3,7 @@
 import sys
 from pathlib import Path
 
-from rich.markup import escape
-
-from torchdlrm.cli.terminal import Json, console, print_json, say, say_next
+from torchdlrm.cli.terminal import Json, look_at, print_json, say, say_next
 from torchdlrm.data.proposal.propose import SAMPLE_ROWS, propose_schema
 from torchdlrm.errors import UserError
 
@@ -32,8 +30,7 @@ def schema(
         msg = f"{out}: exists; choose another --out, or remove it first"
         raise UserError(msg)
     proposal = propose_schema(log, rows)
-    for warning in proposal.warnings:
-        console.print(f"[yellow]look[/]: {escape(warning)}", soft_wrap=True)
+    look_at(proposal.warnings)
     if out is not None:
         try:
             out.write_text(proposal.text, encoding="utf-8")

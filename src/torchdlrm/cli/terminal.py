@@ -5,7 +5,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -95,6 +95,12 @@ def announce(job: str) -> None:
 def warn(message: str) -> None:
     """Write a line that people should read before they continue."""
     console.print(f"[yellow]warning[/]: {escape(message)}", soft_wrap=True)
+
+
+def look_at(judgements: Iterable[str]) -> None:
+    """Write what a person should look at, a line each."""
+    for line in judgements:
+        console.print(f"[yellow]look[/]: {escape(line)}", soft_wrap=True)
 
 
 def warn_of_crowding(processes: "Processes") -> None:

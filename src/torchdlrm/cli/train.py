@@ -15,6 +15,7 @@ from torchdlrm.cli.terminal import (
     Positive,
     announce,
     console,
+    look_at,
     print_json,
     print_table,
     progress_of_first_rank,
@@ -207,7 +208,9 @@ def show_preview(preview: "TrainingPreview", run: Path, *, dry_run: bool) -> Non
 
 
 def show_summary(run: Path, summary: "TrainingSummary", dataset: "Dataset") -> None:
-    """What was trained."""
+    """What was trained, and what to look at."""
+    from torchdlrm.data.judgements import judge_validation
+
     table = Table(title=f"trained {run}", title_justify="left", show_header=False)
     is_resumed = 0 < summary.resumed_from_step < summary.step
     resumed = f" (resumed after {summary.resumed_from_step:,})" if is_resumed else ""
@@ -225,6 +228,7 @@ def show_summary(run: Path, summary: "TrainingSummary", dataset: "Dataset") -> N
     console.print(table)
     if summary.validation is not None:
         say_undefined(summary.validation, " on the val split")
+        look_at(judge_validation(dataset, summary.validation))
     taken = "" if summary.best_step is None else f" (takes step {summary.best_step:,}, the best of the val split)"
     split = next(name for name in ("test", "val", "train") if dataset.splits[name].rows)
     say_next(f"dlrm evaluate {{}} --split {split}{taken}", run)
