@@ -86,6 +86,11 @@ class CustomArchitecture(Architecture):
             ConfigError: it fails, or makes something else than a model, or one that cannot be trained on several
                 processes or exported.
         """
+        from torchrec.modules.embedding_modules import (  # noqa: PLC0415 - as for `DLRM` below
+            EmbeddingBagCollection,
+            EmbeddingCollection,
+        )
+
         make = self._dlrm_of_interaction if self.is_interaction else self.make
         with _reported(self.record.name):
             model: Any = make(embedding_bag_collection=embedding_bag_collection, **shape.arguments, dense_device=device)
@@ -102,6 +107,12 @@ class CustomArchitecture(Architecture):
                 msg = (
                     f"`model_class`: {name} of {self.record.name} is a torch.nn.{type(module).__name__}, whose "
                     "statistics would be those of one process's rows; take torchdlrm.GlobalBatchNorm1d"
+                )
+                raise ConfigError(msg)
+            if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)) and module is not held:
+                msg = (
+                    f"`model_class`: {name} of {self.record.name} is another {type(module).__name__}; the tables are "
+                    "those that it is given, and numbers for each id can be a torch.nn.Parameter (docs/models.md)"
                 )
                 raise ConfigError(msg)
         for name, value in model.state_dict().items():

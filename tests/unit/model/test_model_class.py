@@ -1,10 +1,12 @@
 """What an architecture says of itself before it is built."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from interactions import INTERACTIONS
 from torchdlrm.config import ModelConfig
@@ -70,6 +72,14 @@ class WithAnInteger(DLRM):
     def __init__(self, **arguments):
         super().__init__(**arguments)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+
+class WithTablesOfItsOwn(DLRM):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        configs = arguments["embedding_bag_collection"].embedding_bag_configs()
+        tables = [replace(table, name=f"wide_{table.name}", embedding_dim=4) for table in configs]
+        self.wide = EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
 
 
 class NeedsMore(torch.nn.Module):
@@ -182,6 +192,7 @@ def test_what_is_no_model_class_is_refused(model_class, message):
         (OfAnotherSize, r"must map \[2, 8\] and \[2, 3, 8\] to \[2, 16\], as its output_size says, got \[2, 15\]"),
         (OfNoTensor, r"to \[2, 16\], as its output_size says, got list"),
         (WithTorchsBatchNorm, r"dense_arch.norm of .* is a torch.nn.BatchNorm1d, .* take torchdlrm.GlobalBatchNorm1d"),
+        (WithTablesOfItsOwn, "wide of .* is another EmbeddingBagCollection; the tables are those that it is given"),
         (WithAnInteger, "seen of .* is torch.int64; weights and buffers must be float32"),
     ],
 )
