@@ -20,9 +20,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchdlrm import GlobalBatchNorm1d, evaluate, load_config, train
-from torchdlrm.model.dlrm import ConstantArch, DenseArch, SparseArch
-from torchdlrm.model.dropout import DroppedActivation
+from torchdlrm import DroppedActivation, GlobalBatchNorm1d, SparseArch, evaluate, load_config, train
+from torchdlrm.model.dlrm import ConstantArch, DenseArch
 
 
 class FactorizedLayer(nn.Module):

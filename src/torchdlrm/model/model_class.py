@@ -99,7 +99,7 @@ class CustomArchitecture(Architecture):
         if held is not embedding_bag_collection:
             msg = (
                 f"`model_class`: {self.record.name} must hold the tables that it is given as "
-                "sparse_arch.embedding_bag_collection, as torchdlrm.model.dlrm.SparseArch does"
+                "sparse_arch.embedding_bag_collection, as torchdlrm.SparseArch does"
             )
             raise ConfigError(msg)
         for name, module in model.named_modules():
