@@ -130,7 +130,11 @@ def assert_same(found, expected, names=None):
     assert [name for name in names or found if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("changes", [{}, ADAM, SMALLER_TABLES], ids=["adagrad", "adam", "smaller_tables"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, ADAM, SMALLER_TABLES | {"model.table_init_scale": "0.1"}],
+    ids=["adagrad", "adam", "smaller_tables_of_small_rows"],
+)
 def test_rows_that_stayed_keep_their_bytes_and_new_ones_are_those_of_a_fresh_model(changes, monday, tuesday, tmp_path):
     first, second, fresh = (tmp_path / name for name in ("first", "second", "fresh"))
     train(config(changes), monday, first)

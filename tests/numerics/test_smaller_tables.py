@@ -306,16 +306,17 @@ def test_what_does_not_suit_the_dataset_is_refused_before_anything_is_written(se
     assert not (tmp_path / "run").exists()
 
 
-def test_products_start_as_rows_of_one_table_would(dataset, tmp_path):
+@pytest.mark.parametrize("scale", [1, 0.125])
+def test_products_start_as_rows_of_one_table_would(scale, dataset, tmp_path):
     """Quotients are drawn as ids are, remainders are signs; sums have the same variance."""
-    settings = SETTINGS | {"train.max_steps": "1", "table_optimizer.learning_rate": "1e-9"}
+    settings = SETTINGS | {"train.max_steps": "1", "train.freeze": "tables", "model.table_init_scale": str(scale)}
     train(load_config(CONFIG, settings), dataset, tmp_path / "run")
     weights, sizes = weights_after(tmp_path / "run", 1), dataset.num_embeddings
     name = "sparse_arch.embedding_bag_collection.embedding_bags.t_{}.weight"
     torch.testing.assert_close(weights[name.format("user_r")].abs(), torch.ones(4, DIM, dtype=torch.float64))
     assert weights[name.format("user_r")].sum().abs() < 4 * DIM
     for table, num_ids in (("user_q", sizes["user"]), ("genres_q", 2 * sizes["genres"]), ("film", sizes["film"])):
-        assert weights[name.format(table)].abs().max().item() == pytest.approx(num_ids**-0.5, rel=0.1)
+        assert weights[name.format(table)].abs().max().item() == pytest.approx(scale * num_ids**-0.5, rel=0.1)
 
 
 def test_a_config_without_smaller_tables_says_nothing_of_them():

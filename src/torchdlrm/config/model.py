@@ -44,6 +44,11 @@ class ModelConfig(Section):
     over_arch_layer_sizes: tuple[PositiveInt, ...] = Field(
         (1024, 512, 256, 1), strict=False, min_length=2, description="output sizes of the over arch; the last is 1"
     )
+    table_init_scale: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = Field(
+        1.0,
+        description="initial rows of a table of n rows are drawn evenly between -table_init_scale / sqrt(n) and "
+        "table_init_scale / sqrt(n); 1 suits dot products, sums of the vectors' own numbers want less (docs/models.md)",
+    )
     interaction: InteractionName = Field(
         "dot",
         description="what happens between embeddings and over arch; dot: dot products of all pairs of vectors; dcn: a "
@@ -83,9 +88,10 @@ class ModelConfig(Section):
 
     @model_serializer(mode="wrap")
     def _without_what_nothing_reads(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """So that a config says what its model is, and no more."""
+        """So that a config says what its model is, and no more; older programs read it where it is no news to them."""
         unread = {name for names in INTERACTION_SETTINGS.values() for name in names} - {*self.interaction_settings}
         unread |= set() if self.features else {"features"}
+        unread |= set() if self.table_init_scale != 1 else {"table_init_scale"}
         return {name: value for name, value in write(self).items() if name not in unread}
 
     def interaction_problems(self) -> list[str]:
@@ -109,6 +115,11 @@ class ModelConfig(Section):
     def with_features(self, features: dict[str, FeatureConfig]) -> Self:
         """The same with other smaller tables."""
         return self.model_copy(update={"features": features})
+
+    @property
+    def as_served(self) -> Self:
+        """The same without what is read in training alone."""
+        return self.model_copy(update={"table_init_scale": 1.0})
 
     def feature_problems(self) -> list[str]:
         """What is wrong with smaller tables, whatever the dataset."""

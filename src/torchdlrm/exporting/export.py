@@ -279,7 +279,7 @@ def _about(run: Run, dataset: Dataset, shape: ModelShape, name: str, chosen: Cho
         "name": name,
         "feature_schema": dataset.schema,
         "dense": {column.name: dataset.manifest.dense[column.name] for column in dataset.schema.dense},
-        "model": run.config.model,
+        "model": run.config.model.as_served,
         "model_class": record_of(shape.architecture),
         "period": dataset.period,
         "source": _source(run, chosen),

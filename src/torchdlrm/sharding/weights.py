@@ -16,8 +16,10 @@ from torchdlrm.features.tables import FeatureTable
 _BLOCK_ROWS = 65_536
 
 
-def initialize_tables(model: nn.Module, *, seed: int, parts: Sequence[FeatureTable] = ()) -> None:
-    """Fill every sharded table from U(-1/sqrt(rows), 1/sqrt(rows)), the range of TorchRec and of the paper's code.
+def initialize_tables(model: nn.Module, *, seed: int, parts: Sequence[FeatureTable] = (), scale: float = 1.0) -> None:
+    """Fill every sharded table from U(-scale/sqrt(rows), scale/sqrt(rows)).
+
+    With scale 1 that is the range of TorchRec and of the paper's code.
 
     Two tables of one feature of n ids together give vectors of that scale, too. Where they are added, each has the
     range of 1/sqrt(2 n). Where they are multiplied, the quotients' has that of n, and the remainders' are signs: so the
@@ -29,6 +31,7 @@ def initialize_tables(model: nn.Module, *, seed: int, parts: Sequence[FeatureTab
             float32 [rows, dim].
         seed: of the whole model; each table draws from its own stream.
         parts: tables of the model of which a feature has two; others may be among them.
+        scale: of vectors: of two tables that are multiplied, the quotients' have it.
     """
     pairs = {table.name: table for table in parts if table.combination is not None}
     tables = {name: value for name, value in model.state_dict().items() if isinstance(value, ShardedTensor)}
@@ -36,7 +39,7 @@ def initialize_tables(model: nn.Module, *, seed: int, parts: Sequence[FeatureTab
         num_rows, dim = tables[name].size()
         part = pairs.get(name.split(".")[-2])
         num_ids = num_rows if part is None else part.num_ids * (2 if part.combination == "add" else 1)
-        bound = float(num_ids) ** -0.5
+        bound = scale * float(num_ids) ** -0.5
         for shard in tables[name].local_shards():
             first_row, first_column = shard.metadata.shard_offsets
             rows, columns = shard.metadata.shard_sizes

@@ -82,7 +82,7 @@ def build_sharded_model(
     sharded = _shard(model, config, shape, ranks, saved_plan, reduces=reduces)
     trained: Any = sharded.module.module
     frozen.keep_in_evaluation(trained.model)
-    initialize_tables(sharded.module, seed=config.seed, parts=tables)
+    initialize_tables(sharded.module, seed=config.seed, parts=tables, scale=config.model.table_init_scale)
     if config.table_optimizer.initial_accumulator:
         fill_accumulators(sharded.module, config.table_optimizer.initial_accumulator)
     return replace(sharded, frozen_tables=frozen.tables)

@@ -164,7 +164,8 @@ def unfit_settings(theirs: Config, ours: Config) -> Iterator[str]:
     """Settings with which what was learnt by theirs would mean something else, each with what helps."""
     before, now = setting_values(theirs), setting_values(ours)
     for name in dict.fromkeys((*now, *before)):
-        if name.startswith("model.") and before.get(name) != now.get(name):
+        # The scale of initial rows is that of new ones alone.
+        if name.startswith("model.") and name != "model.table_init_scale" and before.get(name) != now.get(name):
             yield f"{name}: is {_shown(now.get(name))}, and was {_shown(before.get(name))}"
     old, new = theirs.table_optimizer, ours.table_optimizer
     if old.name != new.name and (new.record.state_per_weight or new.record.state_per_row):
