@@ -13,6 +13,7 @@ from torchdlrm.errors import ConfigError, RunError
 from torchdlrm.evaluation.report import report_page
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.model.dlrm import DLRM
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.training import warm_start
 from torchdlrm.training.checkpointer import Checkpointer
@@ -314,6 +315,25 @@ def test_a_run_whose_state_would_mean_something_else_is_refused(case, first, tue
     with pytest.raises(RunError, match=message):
         train(config(changes), tuesday, tmp_path / "run", from_run=first)
     assert not (tmp_path / "run").exists()
+
+
+class NumbersById(DLRM):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        (items, _) = arguments["embedding_bag_collection"].embedding_bag_configs()
+        self.numbers = torch.nn.Parameter(torch.zeros(items.num_embeddings))
+
+    def forward(self, dense_features, sparse_features):
+        logits = super().forward(dense_features, sparse_features)
+        return logits + self.numbers[sparse_features.values()[: len(logits)]].unsqueeze(1)
+
+
+def test_parameters_by_id_do_not_grow_with_a_vocabulary_and_it_says_what_to_do(monday, tuesday, tmp_path):
+    one_step = config({"train.max_steps": "1"})
+    train(one_step, monday, tmp_path / "first", model_class=NumbersById)
+    words = r"numbers is \[\d+\] in the new run, and there \[\d+\]; where vocabularies grow, tables alone .*hash, in the schema"
+    with pytest.raises(RunError, match=words):
+        train(one_step, tuesday, tmp_path / "second", from_run=tmp_path / "first", model_class=NumbersById)
 
 
 def test_another_dense_optimizer_is_possible_with_fresh_state_and_sgd_with_any(first, tuesday, tmp_path):
