@@ -94,8 +94,8 @@ def _copy(value: Tensor, name: str, checkpoint: CheckpointReader) -> None:
         msg = f"{checkpoint.path}: {name} is {[*value.shape]} in the new run, and there {found and [*found]}"
         if found is not None and len(found) == value.dim() and found[0] < len(value) and found[1:] == value.shape[1:]:
             msg += (
-                "; where vocabularies grow, tables alone get new rows: a parameter that has numbers for each id needs a "
-                "fixed number of ids (hash, in the schema), or a run without `from_run`"
+                "; where vocabularies grow, tables alone get new rows: a parameter that has numbers for each id needs "
+                "a fixed number of ids (hash, in the schema), or a run without `from_run`"
             )
         raise _everywhere(msg)
     value.detach().copy_(checkpoint.tensor(name))
