@@ -5,6 +5,7 @@ import re
 import shutil
 import statistics
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torchdlrm.training.checkpoint import Position
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.processes.process_group import join_process_group
 
+FINALNET = f"{Path(__file__).parents[2]}/examples/finalnet.py:FinalNet"
 KINDS = ("table_wise", "column_wise", "row_wise", "table_row_wise", "grid_shard")
 
 
@@ -26,13 +28,13 @@ def train_one_rank(small_dataset, tmp_path):
 
     from torchdlrm.training.job import train
 
-    def run(world_size, overrides=(), look_at=0):
+    def run(world_size, overrides=(), look_at=0, model_class=None):
         settings = {"train.batch_size_global": "512", "train.max_steps": "6", "logging.every_steps": "3"}
         settings |= {"logging.tensorboard": "false", **dict(overrides)}
         config = load_config("criteo-small", settings)
         ranks = one_rank_of(world_size) if world_size > 1 else nullcontext()
         with ranks, counted_steps(look_at=look_at) as steps:
-            history = train(config, small_dataset, tmp_path / "run")
+            history = train(config, small_dataset, tmp_path / "run", model_class=model_class)
         assert history.summary.step == int(settings["train.max_steps"])
         return tmp_path / "run", steps
 
@@ -108,18 +110,21 @@ def test_a_save_that_is_waited_for_pins_no_memory(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "constraints", "max_waits", "max_launches"),
+    ("world_size", "constraints", "model_class", "max_waits", "max_launches"),
     [
-        (1, [], 9, 113),
-        (8, [], 10, 165),
-        (16, ["cat_0=row_wise", "cat_1=table_row_wise"], 28, 292),
+        (1, [], None, 9, 113),
+        (8, [], None, 10, 165),
+        (16, ["cat_0=row_wise", "cat_1=table_row_wise"], None, 28, 292),
+        (8, [], FINALNET, 10, 444),  # with batch normalisation
     ],
 )
-def test_a_step_waits_and_launches_no_more_than_today(train_one_rank, world_size, constraints, max_waits, max_launches):
+def test_a_step_waits_and_launches_no_more_than_today(
+    train_one_rank, world_size, constraints, model_class, max_waits, max_launches
+):
     """All these waits are TorchRec's: it reads the sizes of what the ranks exchange. One of ours would come on top."""
     settings = {"train.max_steps": "20", "train.epochs": "3", "logging.every_steps": "1000"}
     settings["sharding.constraints"] = json.dumps(constraints)
-    _, steps = train_one_rank(world_size, settings, look_at=14)
+    _, steps = train_one_rank(world_size, settings, look_at=14, model_class=model_class)
     told = "\n".join(f"{times} x {place}" for place, times in steps.waits.most_common())
     usual = {name: statistics.median(row[name] for row in steps.counts[12:-2]) for name in steps.counts[0]}
     assert usual["waits"] <= max_waits, told
