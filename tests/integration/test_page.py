@@ -332,6 +332,8 @@ def test_the_request_can_be_copied_as_a_command(page, server):
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["predictions"] == pytest.approx(values(page, "#probability data"), abs=1e-6)
     assert server.url in command
+    edit(page, "cat_0", "0a")
+    assert page.is_hidden("#curl"), "it was of the row before"
     page.click("#api")
     assert json.loads(page.inner_text("body"))["openapi"].startswith("3.")
 

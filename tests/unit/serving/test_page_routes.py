@@ -18,7 +18,7 @@ def test_the_page_and_every_file_that_it_names_are_there_with_their_types(client
     page = client.get("/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert page.content == page_files()["index.html"]
-    named = re.findall(r'(?:src|href)="(/[^"]+)"', page.text)
+    named = re.findall(r'(?:src|href)="(/page/[^"]+)"', page.text)
     for script in [path for path in named if path.endswith(".js")]:
         named += re.findall(r'from "(/[^"]+)"', client.get(script).text)
     assert {path.removeprefix("/page/") for path in named} <= set(page_files())

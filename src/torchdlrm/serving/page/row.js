@@ -97,6 +97,7 @@ export function startRow(schema, onError) {
     const present = features.filter((column) => row.get(column.name) !== "");
     const without = (name) => new Map([...row].filter(([other]) => other !== name));
     const rows = [row, ...present.map((column) => without(column.name))].map((r) => rowJson(features, r));
+    byId("curl").hidden = true; // it would be another row's
     byId("answer").setAttribute("aria-busy", "true");
     try {
       const { predictions, model, version, period } = await predictAll(rows, schema.max_rows, signal);
