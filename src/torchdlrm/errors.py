@@ -23,6 +23,7 @@ option instead ("--max-rows: must be ..."), so no message outside `cli/` spells 
 """
 
 import reprlib
+from collections.abc import Mapping
 from itertools import islice
 
 _MAX_SHOWN_CHARACTERS = 80
@@ -126,3 +127,9 @@ def shown(value: object) -> str:
     """A value as a message repeats it: as Python writes it, but short, whatever its size and however deep it is."""
     text = _short.repr(value[:_MAX_SHOWN_CHARACTERS] if isinstance(value, bytes) else value)
     return text if len(text) <= _MAX_SHOWN_CHARACTERS else text[: _MAX_SHOWN_CHARACTERS - 3] + "..."
+
+
+def differences(was: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """A line for each name whose value is another one now."""
+    names = [name for name in dict.fromkeys([*was, *now]) if was.get(name) != now.get(name)]
+    return [f"  {name}: was {shown(was.get(name))}, is {shown(now.get(name))}" for name in names]

@@ -288,9 +288,14 @@ def test_a_delta_to_another_bundle_is_refused(made, tmp_path):
     message = refused(made["int4"][0], made["int8"][2], tmp_path, "a delta to the bundle of version")
     assert BundleManifest.read(made["int4"][0]).version in message
     refused(made["int8"][0], made["int8"][1], tmp_path, "is a bundle, not a delta")
-    refused(made["int8"][0], tmp_path / "none", tmp_path, "is not a folder; make one with `dlrm export RUN --out")
     refused(
-        made["int8"][2], made["int8"][2], tmp_path, r"has no bundle\.json, .*`dlrm apply BASE .* makes the one that"
+        made["int8"][0],
+        tmp_path / "none",
+        tmp_path,
+        "is not a folder; make one with `dlrm export RUN --delta-to",
+    )
+    refused(
+        made["int8"][2], made["int8"][2], tmp_path, "is a delta, not a bundle; `dlrm apply BASE .* makes the one that"
     )
 
 

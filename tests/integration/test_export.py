@@ -119,11 +119,11 @@ def test_of_a_complete_bundle_nothing_is_left_to_do(small_run, tmp_path, precisi
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"precision": "int8"}, "cat_0 was 'float32', is 'int8'"),
-        ({"dense_precision": "bfloat16"}, "dense_precision was 'float32', is 'bfloat16'"),
-        ({"checkpoint": "last"}, "source.checkpoint was 'best', is 'last'"),
-        ({"check_rows": 7}, "check_rows was 357, is 7"),
-        ({}, "the checkpoint has other weights"),
+        ({"precision": "int8"}, "tables.cat_0: was 'float32', is 'int8'"),
+        ({"dense_precision": "bfloat16"}, "dense_precision: was 'float32', is 'bfloat16'"),
+        ({"checkpoint": "last"}, "source.checkpoint: was 'best', is 'last'"),
+        ({"check_rows": 7}, "check_rows: was 357, is 7"),
+        ({}, "the checkpoint has others"),
     ],
 )
 def test_another_bundle_is_refused_and_replaced_where_that_is_asked(small_run, small_dataset, tmp_path, change, words):
@@ -149,7 +149,7 @@ def test_nothing_that_is_no_bundle_is_written_over(small_run, small_bundle, tmp_
     for name, words in (("mine", "is no folder of a bundle or a delta"), ("current", "is there already")):
         with pytest.raises(BundleError, match=words):
             export(small_run, tmp_path / name, options=ExportOptions(name="small"), overwrite=True)
-    with pytest.raises(BundleError, match="name was 'small', is 'other'"):
+    with pytest.raises(BundleError, match="name: was 'small', is 'other'"):
         export(small_run, small_bundle, options=ExportOptions(name="other"))
     assert Bundle.open(small_bundle).name == "small"
 

@@ -317,6 +317,7 @@ WRONG_FOLDERS = {
     "predict run log.tsv": "run: is a run, not a bundle; `dlrm export run --out BUNDLE` makes a bundle of it",
     "predict log.tsv bundle": "log.tsv: the bundle comes first: dlrm predict bundle log.tsv",
     "predict bundel log.tsv": "make one with `dlrm export RUN --out bundel`; did you mean bundle?",
+    "predict bundle nowhere.tsv": "nowhere.tsv: there is no such file",
     "serve run": "run: is a run, not a bundle; `dlrm export run --out BUNDLE` makes a bundle of it",
     "serve dataset": "`dlrm train CONFIG --dataset dataset --run RUN` trains on it",
     "evaluate dataset": "dataset: is a dataset, not a run; `dlrm train CONFIG --dataset dataset --run RUN` makes a run",

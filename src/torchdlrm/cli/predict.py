@@ -19,6 +19,7 @@ from torchdlrm.cli.terminal import (
     say_undefined,
     shown_metric,
 )
+from torchdlrm.data.log.files import find_files
 from torchdlrm.errors import Interrupted, UserError
 from torchdlrm.folders import expect, kind_of
 
@@ -71,6 +72,8 @@ def predict(
         msg = f"{bundle}: the bundle comes first: dlrm predict {shlex.quote(str(rows[0]))} {shlex.quote(str(bundle))}"
         raise UserError(msg)
     expect("bundle", bundle)
+    if not any(path == Path("-") or path.is_fifo() for path in rows):
+        find_files(rows)  # refuses here what would be refused when torch is loaded
     announce(f"predict by {bundle}")
 
     from torchdlrm.prediction.files import predict_file

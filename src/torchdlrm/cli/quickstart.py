@@ -47,7 +47,7 @@ def quickstart(
 
     Args:
         out: Folder for the log, the dataset and the run; new, empty, or that of an interrupted quickstart.
-        live: Show what a live model is good for; a chart is written to the folder.
+        live: Show what a live model is good for, in some five minutes; a chart is written to the folder.
         nproc_per_node: Processes that train together; with --live it is always one.
         as_json: Print one JSON object on standard output.
     """

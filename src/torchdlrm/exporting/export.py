@@ -43,7 +43,7 @@ from torchdlrm.bundle.write import (
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import BundleError, DatasetError, RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel
-from torchdlrm.exporting.complete import require_same, require_same_options, require_same_weights
+from torchdlrm.exporting.complete import require_same
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.exporting.sensitivity import SENSITIVITY_ROWS, PrecisionSearch, choose_precisions
 from torchdlrm.features.encode import encode
@@ -175,8 +175,6 @@ def _export(
     split = held_out_split(dataset)
     chosen, checkpoint = open_checkpoint(run, options.checkpoint)
     shape = run.shape(dataset, model_class, allow_changed_model_class=allow_changed_model_class)
-    about = _about(run, dataset, shape, name, chosen)
-    found = require_same(out, about) if os.path.lexists(out) and not overwrite else None
     model = CheckpointModel(checkpoint, shape, dataset.num_embeddings)
     if options.precision == "auto":
         with reported(shape.architecture):
@@ -186,15 +184,13 @@ def _export(
         search, precisions = None, dict.fromkeys(dataset.sparse_names, options.precision)
     dense_precision, reason = _dense_precision(shape, options, precisions)
     by_key = {table.key: precisions[table.feature] for table in model.tables}
-    if found is not None:
-        check_rows = min(options.check_rows, dataset.splits[split].rows)
-        if (
-            options.dense_precision == "auto" and found.dense_precision == "float32"
-        ):  # the check may have failed without
-            dense_precision, reason = "float32", "as it was exported"
-        require_same_options(out, found, precisions, dense_precision, check_rows, options.max_logloss_increase)
-        require_same_weights(out, checkpoint, by_key)
+    about = {"name": name, "dense_precision": dense_precision, **_about(run, dataset, shape, chosen)}
+    if os.path.lexists(out) and not overwrite:
+        check_rows, is_auto = min(options.check_rows, dataset.splits[split].rows), options.dense_precision == "auto"
+        require_same(out, about, check_rows, checkpoint, by_key, may_be_float32=is_auto)
         bundle = Bundle.open(out, model_class=model_class, verify="lazy")
+        if bundle.manifest.dense_precision != dense_precision:
+            reason = "as it was exported"
         return Exported(bundle, chosen, search, reason, was_complete=True)
     with reported(shape.architecture), complete_folder(out, overwrite=overwrite) as folder:
         require_space(folder, weights_bytes(checkpoint, by_key))
@@ -216,7 +212,6 @@ def _export(
             format_version=oldest_version(
                 dataset.schema, run.config.model, record_of(shape.architecture), dataset.period
             ),
-            dense_precision=dense_precision,
             check=None,
             files=files,
             block_bytes=BLOCK_BYTES,
@@ -235,6 +230,18 @@ def _export(
         manifest.model_copy(update=update).write(folder)
     opened = Bundle.open(out, model_class=model_class, verify="lazy")
     return Exported(opened, chosen, search, reason, agreement)
+
+
+def _about(run: Run, dataset: Dataset, shape: ModelShape, chosen: ChosenCheckpoint) -> dict[str, Any]:
+    """What the manifest says of the model, whatever it is called and whatever its precisions are."""
+    return {
+        "feature_schema": dataset.schema,
+        "dense": {column.name: dataset.manifest.dense[column.name] for column in dataset.schema.dense},
+        "model": run.config.model.as_served,
+        "model_class": record_of(shape.architecture),
+        "period": dataset.period,
+        "source": _source(run, chosen),
+    }
 
 
 def _check(
@@ -271,19 +278,6 @@ def _check(
         failure = str(error).partition("; ")[0]
     served = ServedModel(bundle, "float32")
     return served, *judged(served), failure
-
-
-def _about(run: Run, dataset: Dataset, shape: ModelShape, name: str, chosen: ChosenCheckpoint) -> dict[str, Any]:
-    """What the manifest says of the model, whatever its precisions are."""
-    return {
-        "name": name,
-        "feature_schema": dataset.schema,
-        "dense": {column.name: dataset.manifest.dense[column.name] for column in dataset.schema.dense},
-        "model": run.config.model.as_served,
-        "model_class": record_of(shape.architecture),
-        "period": dataset.period,
-        "source": _source(run, chosen),
-    }
 
 
 def _search(

@@ -16,12 +16,11 @@ from torchdlrm import __version__
 from torchdlrm.data.dataset import MANIFEST_NAME, Dataset, Manifest
 from torchdlrm.data.log.files import LogFile, find_files
 from torchdlrm.data.log.sniff import check_layout
-from torchdlrm.errors import ConfigError, DatasetError, LogError, shown
+from torchdlrm.errors import ConfigError, DatasetError, LogError, differences
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import load_schema
 from torchdlrm.files import publish_folder, sha256_of
-from torchdlrm.folders import kind_of
 from torchdlrm.preprocessing.executors import start_workers
 from torchdlrm.preprocessing.job import Job
 from torchdlrm.preprocessing.options import PART_ROWS, PreprocessOptions, Resources
@@ -145,7 +144,7 @@ def _found(
     Raises:
         DatasetError: it is neither, or something else is there.
     """
-    if out.is_symlink() or kind_of(out) is None or not (out / MANIFEST_NAME).is_file():
+    if out.is_symlink() or not (out / MANIFEST_NAME).is_file():
         msg = f"{out}: exists and is no dataset; choose another `out`, or remove it first"
         raise DatasetError(msg)
     if overwrite:
@@ -159,16 +158,14 @@ def _found(
         "vocabulary": known.manifest_sha256 if known else extended.manifest_sha256 if extended else None,
         "extend_vocabulary": known.extended if known else extended is not None,
     }
-    asked = {**settings, "schema": _as_asked(schema), "log": [(file.name, file.size_bytes) for file in files]}
-    differing = [
-        f"  {name}: was {shown(made[name])}, is {shown(asked[name])}" for name in made if made[name] != asked[name]
-    ]
+    asked = {"schema": _as_asked(schema), "log": [(file.name, file.size_bytes) for file in files]}
+    differing = differences(made, {name: asked.get(name, settings[name]) for name in made})
     made_ns = (out / MANIFEST_NAME).stat().st_mtime_ns
     differing += [f"  log: {file.path} was written to since" for file in files if file.modified_ns > made_ns]
     if manifest.bad_rows.total > options.max_bad_rows:
         differing.append(f"  max_bad_rows: {manifest.bad_rows.total:,} were skipped, {options.max_bad_rows:,} may be")
     if differing:
-        lines = [f"{out}: exists, and is of another log, schema or options:", *dict.fromkeys(differing)]
+        lines = [f"{out}: exists, and is of another log, schema or options:", *differing]
         raise DatasetError("\n".join([*lines, "Choose another `out`, or give `overwrite` to replace it."]))
     return dataset
 

@@ -27,7 +27,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from torchdlrm.errors import DatasetError
+from torchdlrm.errors import DatasetError, differences
 from torchdlrm.files import claim_folder, clear_folder, replacing, write_atomically
 from torchdlrm.preprocessing.sizing import JobSizing
 
@@ -116,7 +116,7 @@ class WorkFolder:
 def holds_job(path: Path, settings: Mapping[str, Any]) -> bool:
     """Whether a job with these settings left its work folder at `path`."""
     found = _read_job(path)
-    return found is not None and not _differences(found["settings"], json.loads(json.dumps(settings)))
+    return found is not None and not differences(found["settings"], json.loads(json.dumps(settings)))
 
 
 def _lock(path: Path, folder: int) -> int:
@@ -154,24 +154,11 @@ def _read_journal(path: Path) -> dict[str, Result]:
 
 
 def _compare(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    differences = _differences(found, settings)
-    if differences:
-        lines = [f"{path}: holds what an interrupted job with other settings has done; what differs:", *differences]
+    differing = differences(found, settings)
+    if differing:
+        lines = [f"{path}: holds what an interrupted job with other settings has done; what differs:", *differing]
         lines.append("Give the same settings to resume it, or start again with `restart`.")
         raise DatasetError("\n".join(lines))
-
-
-def _differences(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    return [
-        f"  {name}: was {_shortened(found.get(name))}, is {_shortened(settings.get(name))}"
-        for name in dict.fromkeys([*found, *settings])
-        if found.get(name) != settings.get(name)
-    ]
-
-
-def _shortened(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 160 else text[:160] + "..."
 
 
 def write_sections(path: Path, tables: Mapping[str, pa.Table]) -> None:
