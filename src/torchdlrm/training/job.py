@@ -238,7 +238,8 @@ def train(
         model_class: a model of one's own in place of the DLRM, or its interaction arch: a class or function, or where
             it stands, as `my_models.py:GatedSum`; docs/models.md says what it must do.
         allow_changed_model_class: resume a run though the file of its model class has changed since.
-        restart: remove what is in it and begin again.
+        restart: remove what is in it and begin again; under a launcher that starts processes again after one has died,
+            each time, unless it is `dlrm train`'s.
         callbacks: are called on rank 0, after metrics.jsonl and the trackers that the config names.
         progress: receives every step on rank 0. True draws a bar on a terminal, and writes lines in a notebook; False
             is silent.
