@@ -5,7 +5,7 @@ through the kernel, and into the order of the features again. Here each rank wri
 all rows of the global batch, where the rank that has the row reads them, and that rank leaves the gradients where the
 tables read them. Ids, which are few bytes, travel as TorchRec sends them.
 
-In the memory are two matrices, rows in the order of the global batch:
+In the memory are two matrices, rows in the order of the global batch, each at its place whatever B is:
 
     embeddings [B, D + F * D]   before those of a row there is room for the dense vector, see `model/room.py`
     gradients  [B, F * D]
@@ -107,7 +107,7 @@ class _SharedLookup:
         # Tells autograd that somebody wants the gradient, also on a rank without tables.
         self._placeholder = torch.zeros(0, requires_grad=True)
         self._memory: SharedMemory | None = None
-        self._num_bytes, self._is_refused = 0, False
+        self._num_bytes, self._gradients_at, self._is_refused = 0, 0, False
         # Whether others may still read embeddings; and the number of the last forward.
         self._is_read, self._turn = False, 0
 
@@ -134,19 +134,24 @@ class _SharedLookup:
         """Make room for so many rows, at the same step on all ranks; False where they cannot share memory."""
         num_bytes = num_rows * self._dim * (2 * len(self._names) + 1) * dtype.itemsize
         if num_bytes > self._num_bytes and not self._is_refused:
-            self._memory = SharedMemory.make_for_all("torchdlrm-tables", _PAGE_BYTES + num_bytes, self._all_gather)
+            self._memory = SharedMemory.make_for_all("torchdlrm-tables", 2 * _PAGE_BYTES + num_bytes, self._all_gather)
             self._num_bytes, self._is_refused, self._is_read = num_bytes, self._memory is None, False
+            embeddings_bytes = num_rows * self._dim * (len(self._names) + 1) * dtype.itemsize
+            self._gradients_at = (1 + -(-embeddings_bytes // _PAGE_BYTES)) * _PAGE_BYTES
         return not self._is_refused
 
     def _matrices(self, num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Embeddings with room before each row, [B, D + F * D], and gradients, [B, F * D]."""
+        """Embeddings with room before each row, [B, D + F * D], and gradients, [B, F * D].
+
+        Fewer rows than there is memory for leave the gradients where they are: the embeddings of the next batch may be
+        written while another rank still reads the gradients of a shorter one.
+        """
         assert self._memory is not None
         num_columns = self._dim * len(self._names)
-        sizes = [num_rows * (self._dim + num_columns), num_rows * num_columns]
         embeddings, gradients = (
             # Not parts of one tensor: autograd would take a write to the one for a write to the other.
-            torch.frombuffer(self._memory.map, dtype=dtype, count=size, offset=_PAGE_BYTES + start * dtype.itemsize)
-            for size, start in zip(sizes, (0, sizes[0]), strict=True)
+            torch.frombuffer(self._memory.map, dtype=dtype, count=num_rows * width, offset=start)
+            for start, width in ((_PAGE_BYTES, self._dim + num_columns), (self._gradients_at, num_columns))
         )
         return embeddings.view(num_rows, -1), gradients.view(num_rows, -1)
 
