@@ -12,7 +12,7 @@ import pytest
 
 from period_reference import Vocabulary, next_period
 from torchdlrm.cli.main import app
-from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.dataset import Dataset, oldest_version
 from torchdlrm.data.summary import summarize
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
@@ -189,7 +189,7 @@ def test_an_older_log_is_encoded_with_todays_ids_and_is_of_todays_period(logs, d
     replayed = preprocess([logs[7]], tmp_path / "again", NO_HOLD_OUT, PreprocessOptions(vocabulary=today.path))
     for key in ("period", "extends", "sparse", "expire_after", "admit_over"):
         assert getattr(replayed.manifest, key) == getattr(today.manifest, key)
-    assert (replayed.manifest.format_version, today.manifest.format_version) == (4, 3)
+    assert oldest_version(NO_HOLD_OUT, has_period=True, has_vocabulary_of=True) == 4
     of = replayed.manifest.vocabulary_of
     assert (of.manifest_sha256, of.extended) == (sha256_of(today.path / "dataset.json"), False)
     assert today.manifest.extends.period == 8
@@ -202,6 +202,23 @@ def test_an_older_log_is_encoded_with_todays_ids_and_is_of_todays_period(logs, d
     assert sorted(found) == sorted(ids.get(item, 0) for item in items)
 
 
+def test_what_stands_for_a_missing_number_stays_the_same_also_once_rows_lack_it(logs, days, tmp_path):
+    before = days[9].manifest.dense["price"]
+    assert before == days[5].manifest.dense["price"]
+    assert before.never_missing
+    lines = logs[9].read_text().splitlines(keepends=True)
+    label, _, item, tags = lines[3].split("\t")
+    for period, text in ((10, "".join([*lines[:3], f"{label}\t\t{item}\t{tags}"])), (11, "".join(lines))):
+        (tmp_path / "log.tsv").write_text(text)
+        rules = options(period, days[period - 1])
+        days = {**days, period: preprocess([tmp_path / "log.tsv"], tmp_path / f"{period}", NO_HOLD_OUT, rules)}
+        now = days[period].manifest.dense["price"]
+        assert (now.missing, now.never_missing) == (before.missing, False)
+        assert now.continues(before)
+    price = pl.read_parquet(days[10].splits["train"].files[0].path)["price"]
+    assert (price == 0.0).sum() == 1  # the mean, standardised
+
+
 def _rows(dataset, name):
     return {value: row for value, *row in dataset.vocabulary(name).table.iter_rows()}
 
@@ -209,14 +226,14 @@ def _rows(dataset, name):
 def test_values_of_a_dataset_without_periods_count_as_seen_in_the_one_before(logs, tmp_path):
     old = preprocess([logs[5]], tmp_path / "old", NO_HOLD_OUT)
     assert "period" not in (old.path / "dataset.json").read_text()
-    assert old.manifest.format_version == 2
+    assert oldest_version(NO_HOLD_OUT) == 2
     rules = {"vocabulary": old.path, "extend_vocabulary": True, "period": 8}
     new = preprocess([logs[6]], tmp_path / "new", NO_HOLD_OUT, PreprocessOptions(**rules, expire_after=2))
     seen = {read(line)[0] for line in logs[6].read_text().splitlines()}
     table = _rows(new, "item")
     for value, (_, number, *_) in _rows(old, "item").items():
         assert table[value][1:] == [number, 7, 8 if value in seen else 7]
-    assert (new.manifest.format_version, new.manifest.extends.period) == (3, None)
+    assert (oldest_version(NO_HOLD_OUT, has_period=True), new.manifest.extends.period) == (3, None)
     new = preprocess([logs[6]], tmp_path / "soon", NO_HOLD_OUT, PreprocessOptions(**rules, expire_after=1))
     assert {*_rows(new, "item")} <= seen
 

@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from predicted import rows_of_request
 from torchdlrm.config import load_config
-from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.dataset import Dataset, oldest_version
 from torchdlrm.errors import DatasetError, LogError, RunError
 from torchdlrm.evaluation.compare import compare
 from torchdlrm.evaluation.evaluate import evaluate, predict_split
@@ -104,7 +104,8 @@ def dataset(folder):
 
 
 def test_the_dataset_has_the_weights_and_says_so_to_older_readers(folder, dataset, frame, small_dataset):
-    assert dataset.manifest.format_version == 2
+    assert dataset.manifest.dense["price"].never_missing
+    assert (dataset.manifest.format_version, oldest_version(dataset.schema)) == (5, 2)
     assert small_dataset.manifest.format_version == 1
     table = pl.read_parquet(folder / "dataset" / "test" / "part-00000.parquet")
     assert table.columns == ["click", "bought", "w", "price", "city", "shop", "tags", "tags_weights"]
@@ -253,7 +254,7 @@ def test_a_run_learns_the_label_that_its_config_names_and_is_judged_by_it(folder
         train(load_config("criteo-small", settings | {"train.label": "click"}), folder / "dataset", run)
 
     bundle = export(run, tmp_path / "bundle").bundle
-    assert (bundle.manifest.format_version, bundle.schema.label.name) == (4, "bought")
+    assert (bundle.manifest.format_version, bundle.schema.label.name) == (6, "bought")
     frame.with_columns(pl.lit("?").alias("click")).write_csv(tmp_path / "log.csv")  # is not read
     done = dlrm("predict", bundle.path, tmp_path / "log.csv", "--out", tmp_path / "scores.csv", "--json")
     assert done.returncode == 0, done.stderr

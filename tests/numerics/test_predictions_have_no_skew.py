@@ -303,3 +303,61 @@ def test_null_values_named_labels_and_numbers_of_parquet_mean_the_same_everywher
         np.concatenate(by_tensors),
     ):
         np.testing.assert_allclose(found[few:], expected[few:], rtol=0, atol=1e-6)
+
+
+def test_a_number_that_training_never_lacked_is_its_mean_by_every_way(serve, dlrm, tmp_path):
+    content = tomllib.loads(OWN_SCHEMA)
+    content["columns"][1]["transform"] = "none"
+    schema = FeatureSchema.model_validate(content)
+    learnt = [row for row in own_rows(3_000, seed=0) if row["price"] is not None and row["age"] is not None]
+    rows = list(own_rows(4_000, seed=1))
+    (tmp_path / "learnt").mkdir()
+    text, _ = write_own_logs(learnt, schema, tmp_path / "learnt")
+    dataset = preprocess([text], tmp_path / "dataset", schema, chunk_bytes=20_000)
+    train = learnt[: dataset.splits["train"].rows]
+    price, age = (dataset.manifest.dense[name] for name in ("price", "age"))
+    assert price.missing == pytest.approx(np.mean([row["price"] for row in train]), rel=1e-6)
+    assert age.missing == pytest.approx(np.expm1(np.mean([np.log1p(max(row["age"], 0)) for row in train])), rel=1e-6)
+    assert price.never_missing
+    assert age.never_missing
+    assert dataset.manifest.format_version == 5
+    whole = preprocess([text], tmp_path / "whole", schema)
+    assert whole.manifest.dense == dataset.manifest.dense  # however the log is cut
+
+    options = ["--train.batch-size-global", 64, "--logging.tensorboard", "false"]
+    done = dlrm("train", CONFIG, "--dataset", dataset.path, "--run", tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr
+    bundle = export(tmp_path / "run", tmp_path / "bundle", options=ExportOptions(name="own"), dataset=dataset).bundle
+    assert (bundle.dense["age"], bundle.manifest.format_version) == (age, 6)
+    log, parquet = write_own_logs(rows, schema, tmp_path)
+    expected, few = by_checkpoint(tmp_path / "run", dataset, log, tmp_path)
+    # A later period goes on with the same, also where it lacks the number; it says then that it does.
+    later = Dataset.open(tmp_path / "ordered").manifest.dense["age"]
+    assert later.missing == age.missing
+    assert later.continues(age)
+
+    predictor = Predictor.open(bundle.path)
+    cells = list(own_json(rows, schema))
+    tensors = rows_of_request([*own_tensors(rows, schema)], schema, 4_096)
+    encoded = [predictor.encode_rows(cells), predictor.encode(predictor.parse_rows(cells)), predictor.encode(tensors)]
+    server = serve(bundle.path, "--log-level", "warning")
+    for found in (
+        by_file(bundle.path, log, tmp_path),
+        by_file(bundle.path, parquet, tmp_path),
+        by_http(server, bundle.path, log),
+        *(predictor.predict_encoded(some).probabilities for some in encoded),
+    ):
+        np.testing.assert_allclose(found[few:], expected[few:], rtol=0, atol=1e-6)
+    number = {name: sum(row[name] is None for row in rows) for name in ("price", "age")}
+    assert all(predictor.predict_encoded(some).num_filled == number for some in encoded)
+    halves = [encoded[0].part(0, 250), encoded[1].part(250, 4_000)]
+    assert predictor.predict_encoded(EncodedRows.concatenated(halves)).num_filled == number
+    columns = {column["name"]: column for column in httpx.get(f"{server.url}/schema").json()["columns"]}
+    assert [name for name in columns if columns[name].get("never_missing")] == ["price", "age"]
+    metrics = httpx.get(f"{server.url}/metrics").text
+    assert all(f'dlrm_never_missing_values_total{{feature="{name}"}} {number[name]}.0' in metrics for name in number)
+    server.stop()
+    done = dlrm("predict", bundle.path, log, "--out", tmp_path / "scores.csv")
+    assert f"price (in {number['price']:,} rows), age (in {number['age']:,} rows)" in done.stderr
+    done = dlrm("inspect", bundle.path)
+    assert "never missing in training, so the mean stands for a missing one: price, age" in done.stderr

@@ -5,7 +5,7 @@ B rows, F sparse features.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -30,11 +30,14 @@ class EncodedRows:
             feature. Of rows that were split, of each table.
         weights: of the ids of each feature's bags, float32 [values], None where they have none; None where no feature
             has some.
+        is_filled: which dense values stand for a missing one that no training row lacked, [B, num_dense]; None where
+            there is none.  The model does not read it.
     """
 
     dense: NDArray[np.float32]
     sparse: NDArray[Any] | tuple[Bags, ...]
     weights: tuple[NDArray[np.float32] | None, ...] | None = None
+    is_filled: NDArray[np.bool_] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -82,6 +85,8 @@ class EncodedRows:
 
     def part(self, start: int, stop: int) -> Self:
         """Rows `start` to `stop`."""
+        if self.is_filled is not None:
+            return replace(replace(self, is_filled=None).part(start, stop), is_filled=self.is_filled[start:stop])
         if isinstance(self.sparse, tuple):
             parts, weights = [], []
             for (values, offsets), own in zip(self.sparse, self.weights or itertools.repeat(None), strict=False):
@@ -110,6 +115,13 @@ class EncodedRows:
     @classmethod
     def concatenated(cls, pieces: Sequence[Self]) -> Self:
         """The rows of all pieces, in order; all with one id each, or all with bags."""
+        if any(piece.is_filled is not None for piece in pieces):
+            none = [np.zeros(piece.dense.shape, np.bool_) for piece in pieces]
+            filled = [
+                no if piece.is_filled is None else piece.is_filled for piece, no in zip(pieces, none, strict=True)
+            ]
+            joined_rows = cls.concatenated([replace(piece, is_filled=None) for piece in pieces])
+            return replace(joined_rows, is_filled=np.concatenate(filled))
         dense = np.concatenate([piece.dense for piece in pieces])
         first = pieces[0].sparse
         if not isinstance(first, tuple):

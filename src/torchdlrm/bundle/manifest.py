@@ -17,7 +17,7 @@ from torchdlrm.files import regular_file, sha256_of
 from torchdlrm.folders import KindName, wrong_folder
 from torchdlrm.model.model_class import ModelClassRecord
 
-FORMAT_VERSION, _WITHOUT_PERIOD, _WITH_MODEL_CLASS, _WITHOUT_MODEL_CLASS = 5, 4, 3, 2
+FORMAT_VERSION, _WITH_PERIOD, _WITHOUT_PERIOD, _WITH_MODEL_CLASS, _WITHOUT_MODEL_CLASS = 6, 5, 4, 3, 2
 MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME = "bundle.json", "weights.safetensors", "sample.parquet"
 _VERSION_DIGITS = 12
 # Of 1 TB of weights it has 5 MB.
@@ -30,11 +30,18 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def oldest_version(
-    schema: FeatureSchema, model: ModelConfig, model_class: ModelClassRecord | None, period: int | None = None
+    schema: FeatureSchema,
+    model: ModelConfig,
+    model_class: ModelClassRecord | None,
+    period: int | None = None,
+    *,
+    has_never_missing: bool = False,
 ) -> int:
     """The oldest version of the format that says what must be said: older programs read all other bundles."""
-    if period is not None:
+    if has_never_missing:
         return FORMAT_VERSION
+    if period is not None:
+        return _WITH_PERIOD
     if model.interaction != "dot" or model.features or schema.needs_newer_formats:
         return _WITHOUT_PERIOD
     return _WITHOUT_MODEL_CLASS if model_class is None else _WITH_MODEL_CLASS

@@ -40,7 +40,7 @@ def export(
     expect("bundle", delta_to)
     announce(f"export {run} to {out}")
 
-    from torchdlrm.cli.inspect import bundle_as_dict, print_check, print_precision_search
+    from torchdlrm.cli.inspect import bundle_as_dict, print_check, print_never_missing, print_precision_search
     from torchdlrm.exporting.export import export as export_run
 
     with progress_bars("") as progress:
@@ -63,6 +63,7 @@ def export(
     if exported.search is not None:
         print_precision_search(exported.search)
     print_check(bundle, exported.agreement)
+    print_never_missing(bundle.dense)
     say(f"matrix products: {bundle.manifest.dense_precision} ({exported.dense_reason})")
     about = bundle_as_dict(bundle, exported.search)
     if exported.agreement is not None:

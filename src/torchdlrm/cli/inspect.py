@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torchdlrm.data.summary import DatasetSummary, FrequentValue
     from torchdlrm.exporting.sensitivity import PrecisionSearch
     from torchdlrm.features.schema import FeatureSchema
+    from torchdlrm.features.transforms import DenseTransform
 
 _MAX_NAME_WIDTH = 16
 
@@ -160,7 +161,7 @@ def _show_bundle(folder: Path, *, as_json: bool) -> None:
             }
         )
     print_table("", rows)
-    _print_inputs(bundle.schema)
+    _print_inputs(bundle.schema, bundle.dense)
     model = manifest.model
     sizes = (max(1, len(bundle.schema.dense)), *model.dense_arch_layer_sizes), model.over_arch_layer_sizes
     layers = " and ".join("-".join(map(str, arch)) for arch in sizes)
@@ -336,7 +337,7 @@ def _show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:
     if manifest.period is not None:
         _print_turnover(manifest, summary)
     _print_summary(summary)
-    _print_inputs(dataset.schema)
+    _print_inputs(dataset.schema, manifest.dense)
     say("drift: from train, 0 where the distribution is the same, 1 where nothing is in common")
     if manifest.bad_rows.total:
         say(f"bad rows that were skipped: {manifest.bad_rows.total:,}")
@@ -376,7 +377,7 @@ def _buckets_as_dict(schema: "FeatureSchema") -> dict[str, Any]:
     return {column.name: column.buckets.model_dump(mode="json") for column in schema.sparse if column.buckets}
 
 
-def _print_inputs(schema: "FeatureSchema") -> None:
+def _print_inputs(schema: "FeatureSchema", dense: "Mapping[str, DenseTransform]") -> None:
     """Print by what numbers are categories, which features that are, and what else a row has than ids and numbers."""
     alike: dict[str, list[str]] = {}
     for column in schema.sparse:
@@ -388,6 +389,13 @@ def _print_inputs(schema: "FeatureSchema") -> None:
         say(f"values with weights: {', '.join(weighted)}")
     if schema.weight is not None:
         say(f"rows count by their weight: {schema.weight.name}")
+    print_never_missing(dense)
+
+
+def print_never_missing(dense: "Mapping[str, DenseTransform]") -> None:
+    """Print for which numbers the mean stands where they are missing."""
+    if names := [name for name, fitted in dense.items() if fitted.never_missing]:
+        say(f"never missing in training, so the mean stands for a missing one: {', '.join(names)}")
 
 
 def _print_summary(summary: "DatasetSummary") -> None:

@@ -118,5 +118,8 @@ def _print_summary(summary: "PredictSummary", out: Path) -> None:
     console.print(table)
     if summary.metrics is not None:
         say_undefined(summary.metrics.as_dict())
+    if summary.num_never_missing:
+        missing = ", ".join(f"{name} (in {count:,} rows)" for name, count in summary.num_never_missing.items())
+        say(f"missing here, and never missing in training, so the mean stands for it: {missing}")
     for line in summary.described_bad_rows():
         say(line)

@@ -210,7 +210,11 @@ def _export(
                 for feature, num_embeddings in dataset.num_embeddings.items()
             },
             format_version=oldest_version(
-                dataset.schema, run.config.model, record_of(shape.architecture), dataset.period
+                dataset.schema,
+                run.config.model,
+                record_of(shape.architecture),
+                dataset.period,
+                has_never_missing=any(fitted.never_missing for fitted in dataset.manifest.dense.values()),
             ),
             check=None,
             files=files,

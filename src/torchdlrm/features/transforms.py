@@ -7,6 +7,9 @@
 | standardize | the mean | (x - mean) / deviation, both of the training rows |
 | none | 0 | x |
 
+Of a column that is in every training row, what stands for a missing x is what the transform maps to the mean of the
+rows' transformed values: a 0 might be far outside of what the model has seen.
+
 All of it is computed in float64 and rounded once.  The constants are stored with the dataset and with every model
 trained on it, in one form for all transforms (docs/dataset-format.md).
 
@@ -17,12 +20,19 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _HUGE_EXPONENT = 510
@@ -36,12 +46,16 @@ class Moments:
     count: int = 0
     total: Fraction = field(default_factory=Fraction)
     total_of_squares: Fraction = field(default_factory=Fraction)
+    num_missing: int = 0
 
-    def add(self, column: pl.Series) -> None:
-        """Add more values; nulls are left out."""
+    def add(self, column: pl.Series, *, has_squares: bool = True) -> None:
+        """Add more values; nulls are counted alone."""
         values = column.drop_nulls().cast(pl.Float64).to_numpy()
         self.count += len(values)
+        self.num_missing += column.null_count()
         self.total += _exact_sum(values)
+        if not has_squares:
+            return
         # The square of each value as float64 rounds it, also where its exponent is out of float64's range.
         huge = np.abs(values) > _HUGE
         squares = np.square(np.where(huge, 0.0, values))
@@ -61,7 +75,9 @@ class DenseTransform(BaseModel, ABC):
         shift: added to x then.
         log: whether a logarithm comes then.
         deviation: what it is divided by then.
-        needs_moments: whether `fit` needs the moments of the training rows.
+        never_missing: whether every training row had it.
+        needs_moments: whether `fit` needs the moments of the training rows themselves; the others need the mean of what
+            they become, where none is missing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,11 +89,30 @@ class DenseTransform(BaseModel, ABC):
     shift: float = 0.0
     log: bool = False
     deviation: float = 1.0
+    never_missing: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_what_older_readers_do_not_know(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        return content if self.never_missing else {key: content[key] for key in content if key != "never_missing"}
 
     @classmethod
-    def fit(cls, moments: Moments | None) -> Self:  # noqa: ARG003
-        """The transform of a column; `moments` of its training rows where it needs them."""
-        return cls()  # type: ignore[call-arg]  # each class has a name
+    def fit(cls, moments: Moments | None) -> Self:
+        """The transform of a column; `moments` of its training rows, see `needs_moments`."""
+        fitted = cls()  # type: ignore[call-arg]  # each class has a name
+        if moments is None or moments.num_missing or not moments.count:
+            return fitted
+        missing = float(fitted.inverse(np.array([float(moments.total / moments.count)]))[0])
+        return fitted.model_copy(update={"missing": missing, "never_missing": True})
+
+    def continues(self, other: "DenseTransform") -> bool:
+        """Whether a model that has learnt from rows of `other` may go on with rows of this one.
+
+        What stands for a missing x may change where it never was.
+        """
+        any_missing = {"missing": 0.0, "never_missing": False}
+        is_alike = self.model_copy(update=any_missing) == other.model_copy(update=any_missing)
+        return is_alike and (self.missing == other.missing or other.never_missing)
 
     def expression(self, name: str) -> pl.Expr:
         """Column `name` (Int64 or Float64, nullable) as Float32 without nulls."""
@@ -185,7 +220,8 @@ class Standardize(_Linear):
             return cls()
         mean = float(moments.total / moments.count)
         variance = moments.total_of_squares / moments.count - (moments.total / moments.count) ** 2
-        return cls(missing=mean, shift=-mean, deviation=_square_root(variance) or 1.0)
+        deviation = _square_root(variance) or 1.0
+        return cls(missing=mean, shift=-mean, deviation=deviation, never_missing=not moments.num_missing)
 
 
 class Unchanged(_Linear):

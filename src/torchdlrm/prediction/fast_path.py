@@ -90,32 +90,38 @@ class PlainRowEncoder:
             for row in own:
                 if type(row) is not dict or not self._names.issuperset(row):
                     return None
-        dense_BD = np.empty((len(rows), self._num_dense), np.float32)
+        dense_BD, filled = np.empty((len(rows), self._num_dense), np.float32), None
         ids_FB = np.empty((self._num_sparse, len(rows)), np.int32)
         try:
             for group in self._dense:
-                group.encode(parts, dense_BD)
+                is_missing = group.encode(parts, dense_BD)
+                if group.never_missing and is_missing is not None:
+                    filled = np.zeros(dense_BD.shape, np.bool_) if filled is None else filled
+                    filled[:, group.places] = is_missing.reshape(len(group.places), -1).T
             for features in self._sparse:
                 features.encode(parts, ids_FB)
         except (ValueError, OverflowError):
             return None
-        return EncodedRows(dense_BD, ids_FB)
+        return EncodedRows(dense_BD, ids_FB, is_filled=None if filled is None or not filled.any() else filled)
 
 
 class _DenseGroup:
-    """Dense columns of one kind and one transform."""
+    """Dense columns of one kind and one transform, some of whose cells may be missing, or never were in training."""
 
     def __init__(self, columns: Sequence[DenseColumn], places: list[int], fitted: DenseTransform) -> None:
         self._names = [column.name for column in columns]
-        self._kind, self._places, self._fitted = columns[0].value_kind, places, fitted
+        self._kind, self.places, self._fitted = columns[0].value_kind, places, fitted
+        self.never_missing = fitted.never_missing
         self._nulls = null_numbers(columns[0]).to_numpy()
 
-    def encode(self, parts: Sequence[Part], dense_BD: NDArray[np.float32]) -> None:
+    def encode(self, parts: Sequence[Part], dense_BD: NDArray[np.float32]) -> NDArray[np.bool_] | None:
+        """Write the columns; which cells of them are missing, one column after another, None where none is."""
         values, is_missing = _numbers(parts, self._names, self._kind, self._nulls)
         numbers = values.astype(np.float64)
         if is_missing is not None:
             numbers[is_missing] = math.nan
-        dense_BD[:, self._places] = self._fitted.of_numbers(numbers).reshape(len(self._places), -1).T
+        dense_BD[:, self.places] = self._fitted.of_numbers(numbers).reshape(len(self.places), -1).T
+        return is_missing
 
 
 class _NumberFeatures:

@@ -43,6 +43,7 @@ class PredictSummary:
         bad_rows: of these, rows without a prediction.
         mean_prediction: over the others; None where there are none.
         unknown_rate: for each sparse feature with a vocabulary, the share of its rows' values without an id.
+        num_never_missing: missing values of each number that was never missing in training: its mean stood for them.
         metrics: of the rows with a label, where every file has the label's column and a row has one; weighted where
             all files have a column of weights too.
         duration_s: from the first byte read to the last one written.
@@ -53,6 +54,7 @@ class PredictSummary:
     bad_rows: int = 0
     mean_prediction: float | None = None
     unknown_rate: dict[str, float] = field(default_factory=dict)
+    num_never_missing: dict[str, int] = field(default_factory=dict)
     metrics: BinaryMetrics | None = None
     duration_s: float = 0.0
     details: BadRows = field(default_factory=BadRows)
@@ -197,6 +199,7 @@ class _Tally:
         self._schema = schema
         self._sum = 0.0
         self._num_unknown: Counter[str] = Counter()
+        self._num_filled: Counter[str] = Counter()
         self._num_values: Counter[str] = Counter()
         self._has_labels = has_labels
         self._targets: list[pl.DataFrame] = []
@@ -215,6 +218,7 @@ class _Tally:
                 num_values = len(encoded.sparse[i][0]) if isinstance(encoded.sparse, tuple) else encoded.num_rows
                 self._num_values[column.name] += num_values
         self._num_unknown.update(predictions.num_unknown)
+        self._num_filled.update(predictions.num_filled)
         self._has_labels &= chunk.has_label
         if self._has_labels:
             targets = chunk.targets(self._schema)
@@ -229,6 +233,7 @@ class _Tally:
         predicted = summary.rows - summary.bad_rows
         summary.duration_s = duration_s
         summary.mean_prediction = self._sum / predicted if predicted else None
+        summary.num_never_missing = {name: count for name, count in self._num_filled.items() if count}
         summary.unknown_rate = {
             name: count / max(1, self._num_values[name]) for name, count in self._num_unknown.items()
         }

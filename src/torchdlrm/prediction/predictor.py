@@ -8,7 +8,7 @@ B rows, F sparse features.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,11 +43,13 @@ class Predictions:
     Attributes:
         probabilities: of a click, float32 [B].
         num_unknown: for each sparse feature with a vocabulary, how many of its values have no id of their own.
+        num_filled: for each dense feature that was never missing in training, how many of its values were missing.
         logits: the log-odds that the probabilities are made of, float32 [B].
     """
 
     probabilities: NDArray[np.float32]
     num_unknown: Mapping[str, int]
+    num_filled: Mapping[str, int]
     logits: NDArray[np.float32]
 
 
@@ -60,6 +62,8 @@ class Predictor:
     Attributes:
         bundle: what it predicts with.
         schema: the columns of a raw row.
+        never_missing: the dense features that were never missing in training, with their places: a row without one gets
+            the mean.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -71,6 +75,11 @@ class Predictor:
         self._types: dict[str, tuple[object, ...]] = {
             column.name: (pl.Int64, pl.Float64) if column.role == "dense" else (column.dtype,)
             for column in self.schema.features
+        }
+        self.never_missing = {
+            column.name: place
+            for place, column in enumerate(bundle.schema.dense)
+            if bundle.dense[column.name].never_missing
         }
         self._counted = [(i, column.name) for i, column in enumerate(self.schema.sparse) if column.hash is None]
 
@@ -156,7 +165,14 @@ class Predictor:
         """
         self._check_types(frame)
         encoded = encode(frame, self.schema, self.bundle.dense, self.bundle.vocabularies)
-        return EncodedRows.from_frame(encoded, self.schema)
+        rows = EncodedRows.from_frame(encoded, self.schema)
+        missing = {place: frame[name] for name, place in self.never_missing.items() if frame[name].null_count()}
+        if not missing:
+            return rows
+        is_filled = np.zeros(rows.dense.shape, np.bool_)
+        for place, values in missing.items():
+            is_filled[:, place] = values.is_null().to_numpy()
+        return replace(rows, is_filled=is_filled)
 
     def encode_rows(self, rows: Sequence[Row]) -> EncodedRows:
         """`encode(parse_rows(rows))`, to the bit; of plain rows in a fraction of the time.
@@ -240,7 +256,10 @@ class Predictor:
             BundleError: a block of the weights that was not checked before is damaged.
         """
         logits = self._model.logits(rows)
-        return Predictions(torch.from_numpy(logits).sigmoid().numpy(), self._count_unknown(rows), logits)
+        num_filled = dict.fromkeys(self.never_missing, 0)
+        if rows.is_filled is not None:
+            num_filled = {name: int(rows.is_filled[:, place].sum()) for name, place in self.never_missing.items()}
+        return Predictions(torch.from_numpy(logits).sigmoid().numpy(), self._count_unknown(rows), num_filled, logits)
 
     def predict_undamaged(self, rows: EncodedRows) -> Predictions:
         """As `predict_encoded`, but fails if the bundle's files have been written to.

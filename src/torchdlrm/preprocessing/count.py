@@ -9,7 +9,7 @@ These work on one sparse feature, the first and the last on a range of its parti
 and `sum_moments` on the dense columns of one chunk.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from torchdlrm.data.splits import RowSplit
 from torchdlrm.features.columns import SparseColumn
-from torchdlrm.features.transforms import Moments
+from torchdlrm.features.transforms import DenseTransform, Moments
 from torchdlrm.features.vocabulary import UNKNOWN_ID, ValuesWriter, number_values, rank_counts, typed_values
 from torchdlrm.files import replacing_durably
 from torchdlrm.preprocessing.read import ChunkFile, partitions_of, stored_categories
@@ -263,24 +263,35 @@ def _read_values(path: Path, column: SparseColumn) -> Iterator[pl.DataFrame]:
         yield typed_values(pl.DataFrame(file.schema_arrow.empty_table()), column.vocabulary_kind)
 
 
-def sum_moments(chunk: ChunkFile, split: RowSplit, names: Sequence[str]) -> Result:
-    """Task: the exact sums of the dense columns `names` over the training rows of a chunk."""
+def sum_moments(chunk: ChunkFile, split: RowSplit, transforms: Mapping[str, type[DenseTransform]]) -> Result:
+    """Task: the exact sums of dense columns over the training rows of a chunk, as each transform's `fit` needs them."""
+    names = list(transforms)
     found = {name: Moments() for name in names}
     if chunk.rows_of_split[0]:
         with Sections(chunk.path) as sections:
             rows = sections.table("rows")
             frame = pl.DataFrame(rows.select(list(names))).filter(pl.Series(chunk.split_of_rows(split, rows) == 0))
-            for name in names:
-                found[name].add(frame[name])
-    return {name: [moments.count, str(moments.total), str(moments.total_of_squares)] for name, moments in found.items()}
+            for name, transform in transforms.items():
+                if transform.needs_moments:
+                    found[name].add(frame[name])
+                elif frame[name].null_count():
+                    found[name].num_missing += frame[name].null_count()
+                else:
+                    fitted = transform.fit(None)
+                    found[name].add(frame.select(fitted.expression(name)).to_series(), has_squares=False)
+    return {
+        name: [moments.count, str(moments.total), str(moments.total_of_squares), moments.num_missing]
+        for name, moments in found.items()
+    }
 
 
 def add_moments(total: dict[str, Moments], result: dict[str, Any]) -> None:
     """Add the sums that a task found."""
-    for name, (count, values, squares) in result.items():
+    for name, (count, values, squares, num_missing) in result.items():
         total[name].count += count
         total[name].total += Fraction(values)
         total[name].total_of_squares += Fraction(squares)
+        total[name].num_missing += num_missing
 
 
 def read_section(path: Path, name: str) -> pa.Table:

@@ -103,7 +103,10 @@ class Job:
         vocabulary_of = self._vocabulary_of()
         return Manifest(
             format_version=oldest_version(
-                self.schema, has_period=self.period is not None, has_vocabulary_of=vocabulary_of is not None
+                self.schema,
+                has_period=self.period is not None,
+                has_vocabulary_of=vocabulary_of is not None,
+                has_never_missing=any(fitted.never_missing for fitted in dense.values()),
             ),
             feature_schema=self.schema,
             split_rule=split.rule,
@@ -205,16 +208,26 @@ class Job:
 
     def _fit_dense(self, split: RowSplit, chunks: Sequence[ChunkFile]) -> dict[str, DenseTransform]:
         """The transform of each dense column with its constants, of the training rows where it needs any."""
+        known: dict[str, DenseTransform] = {}
         if self.known is not None:
-            return {column.name: self.known.manifest.dense[column.name] for column in self.schema.dense}
-        transforms = {column.name: TRANSFORMS[column.transform] for column in self.schema.dense}
-        moments = {name: Moments() for name, transform in transforms.items() if transform.needs_moments}
+            known = {column.name: self.known.manifest.dense[column.name] for column in self.schema.dense}
+        transforms = {
+            column.name: TRANSFORMS[column.transform]
+            for column in self.schema.dense
+            if column.name not in known or known[column.name].never_missing
+        }
+        moments = {name: Moments() for name in transforms}
         if moments:
-            names = list(moments)
-            tasks = (Task(f"moments-{i}", sum_moments, (chunk, split, names)) for i, chunk in enumerate(chunks))
+            tasks = (Task(f"dense-{i}", sum_moments, (chunk, split, transforms)) for i, chunk in enumerate(chunks))
             for result in self.workers.run(tasks, self.work):
                 add_moments(moments, result)
-        return {name: transform.fit(moments.get(name)) for name, transform in transforms.items()}
+        # What stands for a missing value goes on to, also where from now on rows are trained that lack it.
+        known |= {
+            name: fitted.model_copy(update={"never_missing": not moments[name].num_missing})
+            for name, fitted in known.items()
+            if fitted.never_missing
+        }
+        return known or {name: transform.fit(moments[name]) for name, transform in transforms.items()}
 
     # -- encode and write
 

@@ -58,6 +58,8 @@ class ServerMetrics:
         self._queue = gauge("dlrm_queue_rows", "Rows that wait for the model.")
         self._batch_rows = histogram("dlrm_batch_rows", "Rows that the model was given at once.", buckets=_ROWS)
         self._unknown = counter("dlrm_unknown_values", about_unknown, ["feature"])
+        about_filled = "Missing values of a number that was never missing in training; of dlrm_rows_total in all."
+        self._filled = counter("dlrm_never_missing_values", about_filled, ["feature"])
         self._predictions = counter("dlrm_predictions_sum", "Sum of all predicted probabilities; of dlrm_rows_total.")
         self._bundle = gauge(
             "dlrm_bundle_workers", "Processes that serve this version of the model.", ["model", "version"]
@@ -92,6 +94,9 @@ class ServerMetrics:
             for feature, count in part.num_unknown.items():
                 if count:
                     self._unknown.labels(feature).inc(count)
+            for feature, count in part.num_filled.items():
+                if count:
+                    self._filled.labels(feature).inc(count)
 
     def rows_lost(self, num_rows: int) -> None:
         """Count rows that the log of predictions dropped."""

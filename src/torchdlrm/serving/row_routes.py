@@ -3,7 +3,7 @@
 In: the body of `POST /predict`.  Out: rows.  And the columns of the model, with examples, for `GET /schema`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -122,7 +122,13 @@ def rows_as_logged(frame: pl.DataFrame, schema: FeatureSchema) -> list[dict[str,
     return pl.DataFrame([written_cells(frame[column.name], column) for column in schema.features]).to_dicts()
 
 
-def describe(model: Mapping[str, Any], schema: FeatureSchema, examples: Examples, max_rows: int) -> dict[str, Any]:
+def describe(
+    model: Mapping[str, Any],
+    schema: FeatureSchema,
+    examples: Examples,
+    max_rows: int,
+    never_missing: Collection[str] = (),
+) -> dict[str, Any]:
     """Describe the columns of the model's log, in its order, with a few rows, for `GET /schema`.
 
     The rows are made back from encoded ones: where `unknown` names a feature, its value stands for any that is not in
@@ -145,6 +151,8 @@ def describe(model: Mapping[str, Any], schema: FeatureSchema, examples: Examples
             described["multi_valued"] = isinstance(column, SparseColumn) and column.is_multi_valued
             if column.buckets is not None:
                 described["buckets"] = column.buckets.model_dump(mode="json")
+        if column.name in never_missing:
+            described["never_missing"] = True
         if isinstance(column, SparseColumn) and column.value_separator is not None:
             described["value_separator"] = column.value_separator
             if column.weight_separator is not None:

@@ -142,7 +142,8 @@ class Service:
     def describe(self) -> dict[str, Any]:
         """Make the answer of `GET /schema`."""
         served, max_rows = self.bundles.current, self.options.max_rows_per_request
-        return describe({"model": self.name, **served.told}, served.schema, self.bundles.examples, max_rows)
+        about = {"model": self.name, **served.told}
+        return describe(about, served.schema, self.bundles.examples, max_rows, served.never_missing)
 
     def check_model(self, name: str, version: str | None = None) -> Predictor:
         """Return the predictor of the model that a client names.

@@ -217,7 +217,7 @@ def _other_meanings(theirs: Dataset, ours: Dataset, *, extends: bool) -> Iterato
             yield f"{kind}: are {_names(now)}, and were {_names(before)}: the same in the same order are needed"
             return
     for name, fitted in ours.manifest.dense.items():
-        if fitted != theirs.manifest.dense[name]:
+        if not fitted.continues(theirs.manifest.dense[name]):
             yield (
                 f"dense feature {name}: its transform, or the statistics that it was fitted with, are others; "
                 f"preprocess with `vocabulary` {theirs.path}"

@@ -82,6 +82,27 @@ def test_the_inverse_of_what_a_transform_gives_is_what_it_was_given(fitted, x):
     np.testing.assert_allclose(fitted.inverse(y), [x], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("transform", FORMULAS)
+def test_what_no_row_lacked_is_replaced_by_what_becomes_the_mean(transform):
+    values = [0, 5, 40, 1_000]
+    moments = Moments()
+    moments.add(pl.Series(values) if transform == "standardize" else apply(TRANSFORMS[transform](), values, pl.Int64))
+    fitted = TRANSFORMS[transform].fit(moments)
+    assert fitted.never_missing
+    encoded = apply(fitted, [*values, None], pl.Int64).to_list()
+    assert encoded[-1] == pytest.approx(np.mean(encoded[:-1]), rel=1e-6, abs=1e-7)
+    assert TypeAdapter(FittedDense).validate_json(fitted.model_dump_json()) == fitted
+    moments.add(pl.Series([None], dtype=pl.Int64))
+    lacked = TRANSFORMS[transform].fit(moments)
+    assert not lacked.never_missing
+    if transform != "standardize":
+        assert lacked == TRANSFORMS[transform]()
+    # A model goes on with rows of the other where that does not change what a missing value means to it.
+    assert lacked.continues(fitted)
+    assert fitted.continues(lacked) is (transform == "standardize")
+    assert not fitted.continues(Unchanged(shift=1.0))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

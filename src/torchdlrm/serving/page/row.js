@@ -167,10 +167,11 @@ function markUnknown(input, isUnknown) {
 
 function makeField(column, fields) {
   const input = element("input", {
-    id: `field-${column.name}`, placeholder: "missing", spellcheck: false, autocomplete: "off",
+    id: `field-${column.name}`, placeholder: column.never_missing ? "the mean" : "missing", spellcheck: false, autocomplete: "off",
     inputMode: column.kind === "float" ? "decimal" : "text",
   });
-  const hint = column.value_separator ? `${column.kind}, values between “${column.value_separator}”` : column.kind;
+  let hint = column.value_separator ? `${column.kind}, values between “${column.value_separator}”` : column.kind;
+  if (column.never_missing) hint += ", never missing in training: the mean stands for it";
   input.title = hint ?? "";
   fields.set(column.name, input);
   const label = element("label", { textContent: column.name, title: `${column.name}: ${hint}` });
