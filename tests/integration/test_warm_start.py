@@ -138,7 +138,7 @@ def assert_same(found, expected, names=None):
 )
 def test_rows_that_stayed_keep_their_bytes_and_new_ones_are_those_of_a_fresh_model(changes, monday, tuesday, tmp_path):
     first, second, fresh = (tmp_path / name for name in ("first", "second", "fresh"))
-    train(config(changes), monday, first)
+    train(config(changes, {"model.table_init_scale": "1.0"}), monday, first)
     frozen = config(changes, {"train.freeze": "tables", "train.max_steps": "2"})
     train(frozen, tuesday, second, from_run=first)
     train(frozen, tuesday, fresh)
