@@ -41,7 +41,7 @@ from torchdlrm.live.record import PeriodRecord, read_times
 from torchdlrm.prediction.files import predict_file
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
-from trainings import Process
+from trainings import Process, checkpoints, wait_until
 
 NUM_KILLS = int(os.environ.get("TORCHDLRM_NUM_KILLS", "3"))
 
@@ -364,6 +364,32 @@ def test_several_processes_may_train(copied, logs, dlrm):
     environment = json.loads((copied / "days/0004/run/environment.json").read_text())
     assert environment["world_size"] == 2
     assert environment["warm_start"]["run"] == str(copied / "days/0003/run")
+
+
+@pytest.mark.slow
+def test_a_period_whose_process_died_is_resumed_with_the_bytes_that_it_would_have_had(copied, logs, tmp_path):
+    config = CONFIG.model_copy(
+        update={
+            "train": CONFIG.train.model_copy(update={"epochs": 20}),
+            "checkpoint": CONFIG.checkpoint.model_copy(update={"every_steps": 20}),
+        }
+    )
+    (tmp_path / "longer.toml").write_text(config_toml(config))
+    command = (logs[3], "--config", tmp_path / "longer.toml", "--nproc-per-node", 2)
+    undisturbed = shutil.copytree(copied, tmp_path / "undisturbed" / "clicks", symlinks=True)
+    code, output = Process(undisturbed, *command, verb=("advance",)).wait()
+    assert code == 0, output
+    process, run = Process(copied, *command, verb=("advance",)), copied / "days/0004/run"
+    wait_until(lambda: checkpoints(run), process)
+    os.kill(process.workers()[1], signal.SIGKILL)
+    code, output = process.wait()
+    assert code == 1
+    assert "process 1 of 2 failed: it was ended by SIGKILL" in output
+    assert LiveModel.open(copied).draft.done == ("score", "preprocess")
+    code, output = Process(copied, *command, verb=("advance",)).wait()
+    assert code == 0, output
+    found, expected = ({**files_of(folder), "days/0004/run/.lock": None} for folder in (copied, undisturbed))
+    assert [name for name in {**found, **expected} if found.get(name) != expected.get(name)] == []
 
 
 class Killed(BaseException):
