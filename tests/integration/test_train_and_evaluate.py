@@ -152,7 +152,7 @@ def test_wrong_input_exits_with_two_and_says_what_to_do(run, small_dataset, dlrm
             ["--train.bach-size: there is no such key", "--train.epochs"],
         ),
         ((*train[:3], tmp_path / "none", *train[4:]), ["none: is not a folder", "dlrm preprocess"]),
-        ((*train[:4], "--run", small_dataset.path), ["--run", "is not empty and holds no run"]),
+        ((*train[:4], "--run", small_dataset.path), ["--run", "is a dataset, not a run"]),
         ((*train, "--nproc-per-node", "0"), ["nproc-per-node"]),
         (
             (*train, "--sharding.host-memory-bytes", "1000"),
