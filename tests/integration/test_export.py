@@ -27,6 +27,7 @@ from torchdlrm.bundle.write import require_space
 from torchdlrm.errors import BundleError, RunError
 from torchdlrm.exporting.export import export, held_out_rows
 from torchdlrm.exporting.options import ExportOptions
+from torchdlrm.exporting.verify import verify
 from torchdlrm.features.encode import encode
 from torchdlrm.features.schema_file import load_schema
 from torchdlrm.model import table_weight
@@ -319,6 +320,25 @@ def test_where_bfloat16_would_make_ties_auto_takes_float32(small_run, small_data
     with pytest.raises(BundleError, match="different probabilities in place of 357; nothing was left behind"):
         export(small_run, tmp_path / "asked", options=asked, dataset=small_dataset)
     assert [path.name for path in tmp_path.iterdir()] == ["auto"]
+
+
+def test_verify_finds_rows_that_are_ranked_alike(small_run, small_dataset, small_log, tmp_path, monkeypatch):
+    options = ExportOptions(name="small", precision="int8", dense_precision="bfloat16")
+    bundle = export(small_run, tmp_path / "bundle", options=options, dataset=small_dataset).bundle
+    arguments = {"run": small_run, "max_rows": 2_000}
+    found = verify(bundle.path, small_dataset, [small_log], **arguments)
+    assert found.agrees
+    assert {path.agreement.distinct > 1_950 for path in found.paths} == {True}
+    right = ServedModel.logits
+
+    def logits(self, rows):
+        return rounded(right(self, rows)) if self.dense_precision == "bfloat16" else right(self, rows)
+
+    monkeypatch.setattr(ServedModel, "logits", logits)
+    found = verify(bundle.path, small_dataset, [small_log], **arguments)
+    assert [path.name for path in found.paths if path.problem] == ["bundle"]
+    assert "different probabilities in place of" in found.paths[-1].problem
+    assert found.as_dict()["ways"][-1]["agrees"] is False
 
 
 def test_a_damaged_checkpoint_is_not_exported(small_run, small_dataset, tmp_path):
