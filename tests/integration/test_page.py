@@ -14,6 +14,7 @@ from pages import TOO_FAINT
 from raw_logs import learnable_rows
 from torchdlrm.features.schema import criteo_schema
 
+FIELD_KEYS = ("placeholder", "title")
 FEATURES = [column.name for column in (*criteo_schema().dense, *criteo_schema().sparse)]
 KEY = "only-for-this-test"
 WIDTH_OF_PHONE = 375
@@ -353,3 +354,14 @@ def test_another_label_than_a_click_is_called_by_its_name(open_page, server, tmp
     score_file(page, path)
     assert "rate of “liked”" in page.inner_text("#metrics")
     assert "click" not in page.inner_text("body").lower()
+
+
+def test_a_field_says_that_training_never_lacked_its_number(open_page, server):
+    page = open_page()
+    schema = server.client.get("/schema").json()
+    next(column for column in schema["columns"] if column["name"] == "int_1")["never_missing"] = True
+    page.route("**/schema", lambda route: route.fulfill(json=schema))
+    page.reload()
+    settled(page)
+    shown = [(page.get_attribute(f"#field-{name}", key) or "") for name in ("int_0", "int_1") for key in FIELD_KEYS]
+    assert shown == ["missing", "int", "the mean", "int, never missing in training: the mean stands for it"]
