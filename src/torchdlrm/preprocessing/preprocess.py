@@ -40,7 +40,7 @@ def preprocess(
     out: str | Path,
     schema: FeatureSchema | str | Path = "criteo",
     options: PreprocessOptions | None = None,
-    progress: ProgressListener | bool = True,  # noqa: FBT001, FBT002 - it has always had this place
+    progress: ProgressListener | bool | None = True,  # noqa: FBT001, FBT002 - it has always had this place
     chunk_bytes: int | None = None,
     *,
     resources: Resources | None = None,

@@ -57,14 +57,14 @@ def noting_if_slow(progress: ProgressListener, line: str, *, after_s: float) -> 
 
 
 @contextmanager
-def watched(progress: ProgressListener | bool) -> Iterator[ProgressListener]:  # noqa: FBT001 - as functions have it
-    """Make the listener of a function's `progress`: True draws on standard error where a person looks, False nothing.
+def watched(progress: ProgressListener | bool | None) -> Iterator[ProgressListener]:  # noqa: FBT001 - as functions have it
+    """Make the listener of a function's `progress`: True or None draws on standard error where a person looks.
 
-    A person looks at a terminal and at a notebook, and of several processes at the first one.
+    False draws nothing. A person looks at a terminal and at a notebook, and of several processes at the first one.
     """
-    if not isinstance(progress, bool):
+    if not isinstance(progress, bool | None):
         yield progress
-    elif progress and os.environ.get("RANK", "0") == "0" and (_is_terminal() or _is_notebook()):
+    elif progress is not False and os.environ.get("RANK", "0") == "0" and (_is_terminal() or _is_notebook()):
         from torchdlrm.progress.shown import shown_on  # noqa: PLC0415 - rich is for those who see it
 
         with shown_on(None) as shown:
