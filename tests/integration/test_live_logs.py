@@ -57,7 +57,7 @@ def test_a_log_that_is_too_small_does_not_keep_the_next_from_being_learnt(copied
     assert preview_advance(copied, logs[3]).notes == ("period 4 is begun again: its log was not learnt",)
     # One whose preprocessing was killed is not left out by mistake.
     with monkeypatch.context() as patched:
-        patched.setattr("torchdlrm.preprocessing.preprocess._finish", lambda *_: 1 / 0)
+        patched.setattr("torchdlrm.preprocessing.preprocess._finish", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             advance(copied, logs[3])
     with pytest.raises(LiveError, match="period 4 was begun with another log and is not complete"):

@@ -229,7 +229,12 @@ def test_random_split_takes_about_its_shares_and_another_seed_other_rows(folder,
     plain = FeatureSchema.model_validate({**dict(schema), "split": split})
     found = [
         preprocess(
-            [folder / "log.csv"], folder / f"random{seed}{size}", plain, PreprocessOptions(seed=seed), None, size
+            [folder / "log.csv"],
+            folder / f"random{seed}{size}",
+            plain,
+            PreprocessOptions(seed=seed),
+            progress=False,
+            chunk_bytes=size,
         )
         for seed, size in ((0, 5000), (1, None), (0, None))
     ]
