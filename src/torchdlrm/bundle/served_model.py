@@ -97,7 +97,7 @@ def _fast_forward(bundle: Bundle, interaction: FastInteraction, weights: ServedW
     dense_arch = [PackedLinear(*layer, dtype, relu=True, batch_rows=batch_rows) for layer in dense]
     over_arch = [PackedLinear(*layer, dtype, relu=True, batch_rows=batch_rows) for layer in over[:-1]]
     # In float32 whatever the others compute in: bfloat16 has 8 bits, and a logit rounded to it is a probability in
-    # steps of 3 %.
+    # steps of 3 %: docs/decisions/the-last-layer-writes-float32.md.
     last_weight_I, last_bias_1 = over[-1][0][0].clone(), over[-1][1].clone()
 
     def forward(rows: EncodedRows) -> Tensor:

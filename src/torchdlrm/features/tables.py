@@ -3,7 +3,7 @@
 In: the model's config and the rows of each feature.  Out: `FeatureTable`s, in the order of the features.
 
 Most features have one table of dimension D.  `model.features` of the config makes some smaller, so that a dataset need
-not be preprocessed again to try it:
+not be preprocessed again to try it (docs/decisions/the-config-says-which-tables-are-smaller.md):
 
 - A table of a smaller dimension, whose rows a matrix projects to D (arXiv:1909.11810).
 - Two tables of dimension D in place of one of n rows: one for the quotients of ids by c, of ceil(n / c) rows, and one

@@ -9,6 +9,7 @@
 
 Of a column that is in every training row, what stands for a missing x is what the transform maps to the mean of the
 rows' transformed values: a 0 might be far outside of what the model has seen.
+Why: docs/decisions/a-number-that-was-never-missing-is-its-mean.md.
 
 All of it is computed in float64 and rounded once.  The constants are stored with the dataset and with every model
 trained on it, in one form for all transforms (docs/dataset-format.md).

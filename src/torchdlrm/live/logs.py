@@ -1,7 +1,8 @@
-"""The log of a period: its files as they were found, by what they are known again, and whether they can be read.
+"""The log of a period: its files as they were found, what they are known by, and whether they can be read.
 
 In: paths, a schema.  Out: a `PeriodLog`.  A file is read by several steps, minutes apart: each of them is given the
 files as they were when their checksums were taken, and refuses one that has been replaced since.
+Why: docs/decisions/a-log-is-known-by-its-bytes.md.
 """
 
 from collections.abc import Mapping, Sequence

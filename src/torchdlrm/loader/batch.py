@@ -3,7 +3,7 @@
 An epoch is one stream of rows: the row groups of a split one after the other.  Epoch 0 has the dataset's own order
 (training rows are shuffled on disk); later epochs permute the row groups.  Batch k is rows [k * B, (k + 1) * B) of the
 stream whatever the world size, and rank r reads the r-th contiguous slice of it. Slices that are a row short, where the
-ranks do not divide the rows, end with a row of padding.
+ranks do not divide the rows, end with a row of padding. Why: docs/decisions/batches-do-not-depend-on-the-world-size.md.
 
 B rows of the batch on this rank, F sparse features.
 """

@@ -9,6 +9,8 @@ No rank depends on another: one that does not get a row group in time, because i
 it damaged, decodes it for itself. So an error is the same on every rank, and at the row where it was without sharing.
 
 The memory has no name: nothing is left of it when its processes have ended, however they did.
+
+Why: docs/decisions/ranks-of-a-host-decode-for-each-other.md.
 """
 
 import mmap

@@ -98,6 +98,7 @@ def standardize_dense_input(model: nn.Module, dense_rows: Tensor) -> None:
     mean; with Adagrad, whose first steps have the size of the learning rate whatever the gradient, the last ReLU of
     the dense arch then dies in some runs and the dense features are lost. The statistics go into the first layer's
     weight and bias, so the model and its state dict stay TorchRec's.
+    Why: docs/decisions/the-dense-arch-knows-the-scale-of-its-input.md.
 
     Args:
         model: with a `dense_arch` whose first parameters are the first layer's weight and bias; another one is left

@@ -111,6 +111,7 @@ class ConstantArch(DenseArch):  # type: ignore[misc]  # TorchRec is untyped
 
     So the model is TorchRec's DLRM with one dense feature that is always 1, and has the same keys.  What the arch makes
     of the 1 is a learnt vector; its products with the embeddings are what each value says by itself.
+    Why: docs/decisions/a-log-without-dense-columns-trains-the-same-model.md.
     """
 
     def __init__(self, layer_sizes: list[int], device: torch.device | None = None) -> None:

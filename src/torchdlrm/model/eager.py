@@ -103,6 +103,7 @@ class EagerModel:
 
         bfloat16 has 8 bits: a logit of -5 is rounded to a multiple of 1/32, its probability by up to 1.6 %, and rows
         that differ get the same.  The last layers are those behind which there is no other on the way to the logit.
+        Why: docs/decisions/the-last-layer-writes-float32.md.
 
         Returns:
             Whether the logit is made of float32 then.  A model that ends with something else than linear layers, as

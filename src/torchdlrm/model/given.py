@@ -3,6 +3,7 @@
 In training, `DLRMTrain` has them looked up and gives them to the model: TorchRec's pipeline, which traces by `torch.fx`
 what leads to the tables, comes no further than `Around`, and a model may be written in any Python.  Where a model is
 served, checked or timed (`torchdlrm.model.eager`) other code has looked them up.
+Why: docs/decisions/embeddings-are-looked-up-before-the-forward.md.
 """
 
 from torch import Tensor, nn

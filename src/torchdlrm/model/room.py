@@ -1,7 +1,8 @@
 """Puts all vectors of a row into one buffer, without a copy where the look-up has left room for the dense one.
 
 The mark is on the memory and not on a tensor, so it stays behind when a tensor is copied, pickled or scripted. The
-first that asks for the room gets it; whoever reads the embeddings notices nothing.
+first that asks for the room gets it; code that reads the embeddings notices nothing.
+Why: docs/decisions/embeddings-leave-room-for-the-dense-vector.md.
 
 B rows of the batch, F sparse features, D embedding dimension, N = F + 1 vectors.
 """

@@ -3,6 +3,7 @@
 In: rows as mappings from column name to cell.  Out: the same bits that `json_rows` and `features.encode` give,
 or None where a row needs those: they know every cell that a log may hold, and which one is wrong.  But they cost some
 forty calls of Polars, whatever the number of rows: a millisecond for one row, where this takes a tenth.
+Why: docs/decisions/a-row-has-a-fast-and-a-slow-path.md.
 
 | column | a plain cell, apart from null and an absent one |
 | --- | --- |

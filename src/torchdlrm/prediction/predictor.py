@@ -1,7 +1,7 @@
 """Predicts from raw rows with a bundle: the transform code of preprocessing, then the model as served.
 
 In: raw rows, as JSON has them or as typed columns.  Out: the probability of a click of each, and how many of its values
-the vocabularies do not have.
+the vocabularies do not have.  Why a room of its own: docs/decisions/predictions-are-made-in-one-room.md.
 
 B rows, F sparse features.
 """

@@ -7,6 +7,7 @@ share a batch.  Everything is counted in rows, because a request may have one or
 
 A batch of few rows, and of few bytes, takes less time than waking a thread, twice.  It is predicted where it is, in the
 loop, as long as that is quick; requests that come meanwhile are read together after it, and share the next.
+Why: docs/decisions/few-rows-are-predicted-in-the-event-loop.md.
 
 All methods belong to the event loop's thread, except where stated otherwise.
 """

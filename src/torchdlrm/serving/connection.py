@@ -3,6 +3,7 @@
 In: bytes of a client.  Out: calls of an ASGI app, one request after another, and their answers.  uvicorn listens, hands
 connections over, and waits for them at the end.  Its own protocols are not used: they parse all that has come, take
 trailers for headers, skip the body of a request that offers another protocol, and wait for clients that do not read.
+Why: docs/decisions/http-connections-are-our-own.md.
 
 A request is not looked at before the one ahead of it is answered; while an answer is not taken, nothing more is read.
 `Connections.watch` looks at all connections a few times a second, instead of a timer for each: a client that takes too

@@ -17,7 +17,7 @@ from torchdlrm.sharding.topology import Machine
 TABLE_WISE, COLUMN_WISE, ROW_WISE = "table_wise", "column_wise", "row_wise"
 TABLE_ROW_WISE, GRID_SHARD = "table_row_wise", "grid_shard"
 # A data-parallel table would be trained by the dense optimizer and not by the tables': it would make the weights depend
-# on the plan.
+# on the plan: docs/decisions/no-table-is-data-parallel.md.
 KINDS = (TABLE_WISE, COLUMN_WISE, ROW_WISE, TABLE_ROW_WISE, GRID_SHARD)
 _CUT_BY_ROWS = {ROW_WISE, TABLE_ROW_WISE, GRID_SHARD}
 # TorchRec never cuts a column shard below this by itself: narrower rows waste a GPU's memory transactions.

@@ -2,6 +2,7 @@
 
 A table is cut into blocks of rows, and each block is drawn from a generator of its own, so a rank draws only what it
 holds and still gets the same values as a rank that holds the whole table.
+Why: docs/decisions/initial-weights-do-not-depend-on-the-plan.md.
 """
 
 from collections.abc import Sequence

@@ -6,6 +6,7 @@ precision at once, which are half the bytes to send, too. The work is dealt out 
 tables, and no two threads share a row, so their number does not change a bit of the result.
 
 FBGEMM's module still owns weights and state, so plans, checkpoints and names are those of a GPU.
+Why: docs/decisions/tables-on-cpu-have-kernels-of-our-own.md.
 
 Ids may have weights (`KeyedJaggedTensor.weights`), by which their embeddings are multiplied before they are summed. The
 weights themselves are data and get no gradient. Here they are called scales: weights are those of the tables.

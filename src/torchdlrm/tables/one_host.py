@@ -21,6 +21,7 @@ next one begins with a barrier. Gradients are written again after barrier 1 of t
 its tables are updated.
 
 The barriers are collectives of gloo: a process that has died, or is late, is noticed as anywhere else.
+Why: docs/decisions/ranks-of-a-host-exchange-through-memory.md.
 
 B rows of the global batch, F features of the collection, D dimension of all embeddings.
 """

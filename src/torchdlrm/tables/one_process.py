@@ -2,6 +2,7 @@
 
 TorchRec sends the ids of each batch to the ranks that hold their tables and gets embeddings back, also where the only
 rank would send them to itself. That costs a step of few rows more time than its arithmetic.
+Why: docs/decisions/one-process-exchanges-nothing.md.
 
 B rows of the batch.
 """

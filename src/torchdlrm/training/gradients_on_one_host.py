@@ -7,6 +7,7 @@ so the bits are gloo's. Those of more ranks would depend on the order, and are l
 Two barriers keep the ranks apart: before a step's first bucket is written both have read the last step's, and before a
 bucket is read both have written it. The backward of both ranks is the same graph, so they come to the same barriers in
 the same order. The barriers are collectives of gloo: a process that has died, or is late, is noticed as anywhere else.
+Why: docs/decisions/ranks-of-a-host-exchange-through-memory.md.
 """
 
 from collections.abc import Callable
