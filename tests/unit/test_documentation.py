@@ -13,7 +13,7 @@ from torchdlrm.config import configuration_markdown, load_config
 from torchdlrm.live.settings import LiveSettings
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_configuration_document_lists_every_setting():
