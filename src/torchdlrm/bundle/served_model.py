@@ -2,8 +2,8 @@
 
 Rows go through in chunks that stay in the processor's caches.  Where the architecture has a fast interaction, a chunk
 is looked up straight in the precision of the arches, the dense arch puts its vector before the embeddings, the vectors
-interact, and the over arch follows; docs/benchmarks.md says what each part costs.  A model without a fast interaction
-runs its own forward over the embeddings that were looked up.
+interact, and the over arch follows; docs/lab/predictions.md says what each part costs.  A model without a fast
+interaction runs its own forward over the embeddings that were looked up.
 
 B rows, F sparse features, D embedding dimension, M slots for vectors (F + 1, or one more), I inputs and O outputs of a
 layer.

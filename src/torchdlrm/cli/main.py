@@ -100,7 +100,8 @@ def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
 def main() -> None:
     """Run what the command line says; exit code 0 done, 2 the input is wrong, 130 interrupted, 1 anything else."""
     # Idle OpenMP threads spin for a tenth of a millisecond and then sleep. By default they spin ten times as long, and
-    # when other programs need the cores a step took ten times as long (docs/benchmarks.md). Read when torch loads.
+    # when other programs need the cores a step took ten times as long (docs/lab/training-step.md). Torch reads this
+    # when it loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would tell people when it starts and stops
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # C++ stack traces where another machine's store is gone

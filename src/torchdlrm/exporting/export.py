@@ -56,8 +56,8 @@ from torchdlrm.training.processes.library_noise import silenced_libraries
 from torchdlrm.training.run import Run
 
 AUTO_LOGLOSS_INCREASE = 1e-4
-# For a row. From here on bfloat16 about halves the time of a batch (docs/benchmarks.md); smaller models predict half a
-# million rows a second in float32, and what bfloat16 rounds away is more than int8 tables do.
+# For a row. From here on bfloat16 about halves the time of a batch (docs/lab/predictions.md); smaller models predict
+# half a million rows a second in float32, and what bfloat16 rounds away is more than int8 tables do.
 MIN_BFLOAT16_MULTIPLY_ADDS = 200_000
 _SAMPLE_ROWS = 256
 
