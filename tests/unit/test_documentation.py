@@ -16,6 +16,24 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def anchors_of(document):
+    """What a link behind `#` may name: headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_to_what_is_there(document):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        is_outside = re.match(r"\w+:", link)
+        if not is_outside and (not target.exists() or (anchor and anchor not in anchors_of(target))):
+            broken.append(link)
+    assert broken == []
+
+
 def test_the_configuration_document_lists_every_setting():
     assert (ROOT / "docs" / "configuration.md").read_text() == configuration_markdown(), "run: make docs"
 
