@@ -69,8 +69,9 @@ def evaluate(
     """
     own = _sharding_keys(sharding)
     check_rendezvous(nnodes, rdzv_endpoint)
-    expect("run", run)
-    expect("dataset", dataset)
+    if nnodes == 1:  # else the other machines are to hear of it, see `refusing_everywhere`
+        expect("run", run)
+        expect("dataset", dataset)
     announce(f"evaluate {run} on {split}")
 
     from torchdlrm.evaluation.evaluate import sharding_elsewhere

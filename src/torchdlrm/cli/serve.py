@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchdlrm.cli.terminal import Json, console, print_json
-from torchdlrm.folders import expect
+from torchdlrm.folders import expect, kind_of
 from torchdlrm.serving.options import ServeOptions
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def serve(
         options: of the server.
         as_json: Print one JSON object on standard output when requests can be sent.
     """
-    expect("bundle", bundle)
+    found = kind_of(bundle)
+    if found is None or found.name != "delta":  # one is served where its base lies beside it
+        expect("bundle", bundle)
     # Until the server has handlers of its own it has begun nothing, and may end as any program does.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # to swap: waits until there is something to swap

@@ -95,8 +95,9 @@ def train(
     settings = load_config(path, overrides)
     check_rendezvous(nnodes, rdzv_endpoint)
 
-    expect("dataset", dataset)
-    expect("run", from_run, run if kind_of(run) is not None else None)
+    if nnodes == 1:  # else the other machines are to hear of it, see `refusing_everywhere`
+        expect("dataset", dataset)
+        expect("run", from_run, run if kind_of(run) is not None else None)
     announce(f"train {path} on {dataset}, run {run}")
 
     from torchdlrm.data.dataset import Dataset
