@@ -102,7 +102,7 @@ def test_a_job_that_was_begun_with_restart_goes_on_when_a_process_or_a_machine_i
     run = tmp_path / "run"
     arguments = ("--dataset", small_dataset.path, "--run", run, *OPTIONS)
     assert dlrm("train", CONFIG, *arguments, "--seed", 9, "--train.max-steps", 5).returncode == 0
-    nodes = two_nodes(*arguments, "--train.epochs", 4, "--restart", "--max-restarts", 2)
+    nodes = two_nodes(*arguments, "--train.epochs", 4, "--restart", "--max-restarts", 6)
     wait_until(lambda: max(checkpoints(run), default=0) >= 10, nodes[0])
     hangs = nodes[0].workers()[0]
     if lost == "process":

@@ -207,6 +207,7 @@ def _signals_for_the_launcher() -> Iterator[None]:
             return
         postponed: SimpleQueue[int | None] = SimpleQueue()
         in_queue: set[int] = set()
+        sent_again: set[int] = set()
         is_over = threading.Event()
 
         def stop(number: int, frame: FrameType | None) -> None:
@@ -215,8 +216,12 @@ def _signals_for_the_launcher() -> Iterator[None]:
                     in_queue.add(number)
                     postponed.put(number)
                 return
-            if number == signal.SIGINT:
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever is in a hurry asks again
+            if is_over.is_set() and number in sent_again:  # on its way when another one was heard
+                sent_again.discard(number)
+                return
+            if is_over.is_set() and number == signal.SIGINT:
+                signal.default_int_handler(number, frame)  # a second Ctrl-C is from a person in a hurry
+            is_over.set()
             raise SignalException(signal.Signals(number).name, signal.SIGTERM)
 
         def send_again() -> None:
@@ -224,12 +229,14 @@ def _signals_for_the_launcher() -> Iterator[None]:
                 time.sleep(_START_S)
                 in_queue.discard(number)
                 if not is_over.is_set():
+                    sent_again.add(number)
                     os.kill(os.getpid(), number)
 
         # multiprocessing starts its tracker with the first process, and would unblock Ctrl-C then.
         resource_tracker.ensure_running()
         # New processes inherit what this thread blocks. To be interrupted all the same it needs one without blocks.
-        threading.Thread(target=send_again, name="torchdlrm-signals", daemon=True).start()
+        sender = threading.Thread(target=send_again, name="torchdlrm-signals", daemon=True)
+        sender.start()
         for number in _STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
                 signal.signal(number, stop)
@@ -238,9 +245,10 @@ def _signals_for_the_launcher() -> Iterator[None]:
         try:
             yield
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             is_over.set()
             postponed.put(None)
+            sender.join()  # what it sends is for these handlers
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _starts_processes(frame: FrameType | None) -> bool:
