@@ -9,6 +9,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -59,12 +60,27 @@ class Process:
 
 
 def two_nodes(*arguments, first=(), second=(), verb=("train", CONFIG)):
-    """Two `dlrm train` of one job (or another `verb`), with arguments of both and of each."""
+    """Two `dlrm train` of one job (or another `verb`), with arguments of both and of each.
+
+    The first one is that of the endpoint, as on machines of their own: here either could be, and the job ends with it.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = (*arguments, "--nnodes", 2, "--rdzv-endpoint", f"127.0.0.1:{port}")
-    return [Process(*shared, *first, verb=verb), Process(*shared, *second, verb=verb)]
+    node, poll = Process(*shared, *first, verb=verb), threading.Event()
+    while node.process.poll() is None and not listens(node.process.pid, port):
+        poll.wait(0.02)
+    return [node, Process(*shared, *second, verb=verb)]
+
+
+def listens(pid, port):
+    """Whether a process waits for connections at a port."""
+    try:
+        found = psutil.Process(pid).net_connections("tcp")
+    except psutil.Error:  # it has ended
+        return False
+    return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in found)
 
 
 def wait_until(condition, process, timeout_s=120):
