@@ -20,11 +20,11 @@ from tempfile import TemporaryDirectory
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read when torch loads
 
 from torchdlrm import load_config, load_schema, synthesize
-from torchdlrm.data.synthetic_days import day_path
-from torchdlrm.data.synthetic_drift import Drift
 from torchdlrm.live.settings import LiveSettings
 from torchdlrm.live.story import CONSTANT_RATE, LIVE, SCRATCH, compare_models
 from torchdlrm.processor import describe_processor
+from torchdlrm.synthetic.days import day_path
+from torchdlrm.synthetic.drift import Drift
 
 
 def main() -> None:

@@ -38,9 +38,9 @@ def pytest_xdist_auto_num_workers():
     return len(os.sched_getaffinity(0)) * 3 // 2 or 1
 
 
-from command_server import DLRM, shared_server
-from interactions import INTERACTIONS, overrides_of
-from raw_logs import learnable_rows
+from helpers.command_server import DLRM, shared_server
+from helpers.interactions import INTERACTIONS, overrides_of
+from helpers.raw_logs import learnable_rows
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.features.schema import criteo_schema
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess

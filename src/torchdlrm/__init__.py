@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from torchdlrm.config import Config as Config
     from torchdlrm.config import load_config as load_config
     from torchdlrm.data.dataset import Dataset as Dataset
-    from torchdlrm.data.synthetic import synthesize as synthesize
     from torchdlrm.evaluation.compare import Difference as Difference
     from torchdlrm.evaluation.compare import compare as compare
     from torchdlrm.evaluation.evaluate import evaluate as evaluate
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from torchdlrm.preprocessing.preprocess import preprocess as preprocess
     from torchdlrm.serving.options import ServeOptions as ServeOptions
     from torchdlrm.serving.server import serve as serve
+    from torchdlrm.synthetic.synthesize import synthesize as synthesize
     from torchdlrm.training.job import train as train
     from torchdlrm.training.log import Callback as Callback
     from torchdlrm.training.log import TrainingHistory as TrainingHistory

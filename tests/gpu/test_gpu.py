@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.trainings import OPTIONS, Process, checkpoints, wait_until
 from torchdlrm.config import ShardingConfig
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.training.checkpoint import Position
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group
-from trainings import OPTIONS, Process, checkpoints, wait_until
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 FINALNET = Path(__file__).parents[2] / "examples" / "finalnet.py"

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from live_models import CONFIG, NUM_DAYS, SCHEMA, WIDE, write_day
+from helpers.live_models import CONFIG, NUM_DAYS, SCHEMA, WIDE, write_day
 from torchdlrm import LiveSettings, advance
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trainings import CONFIG, OPTIONS, STEPS, Process, checkpoints, logged_steps, two_nodes, wait_until
+from helpers.trainings import CONFIG, OPTIONS, STEPS, Process, checkpoints, logged_steps, two_nodes, wait_until
 
 
 @pytest.mark.slow

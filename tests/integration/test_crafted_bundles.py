@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from command_server import shared_server
-from crafted import change_header, change_manifest, copy, seal, write
+from helpers.command_server import shared_server
+from helpers.crafted import change_header, change_manifest, copy, seal, write
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.errors import BundleError, DatasetError
 from torchdlrm.prediction.predictor import Predictor
@@ -245,7 +245,7 @@ def outcomes(small_bundle, tmp_path_factory):
 
 
 def run(*args):
-    done = shared_server().run([Path(__file__).parents[1] / "crafted.py", *args], timeout_s=3_000)
+    done = shared_server().run([Path(__file__).parents[1] / "helpers" / "crafted.py", *args], timeout_s=3_000)
     assert done.returncode == 0, f"{done.stdout[-400:]} {done.stderr[-2_000:]}"
     return done.stdout.splitlines()
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crafted import change_manifest, copy, seal, write
+from helpers.crafted import change_manifest, copy, seal, write
 from torchdlrm.bench.random_bundle import write_random_bundle
 from torchdlrm.bundle import apply as applying
 from torchdlrm.bundle.apply import apply_delta, write_delta

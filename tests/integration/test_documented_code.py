@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from command_server import shared_server
+from helpers.command_server import shared_server
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)

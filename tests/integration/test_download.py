@@ -9,8 +9,8 @@ from threading import Thread
 
 import pytest
 
-from torchdlrm.data.download import Source, download, parse_days
 from torchdlrm.errors import ConfigError, LogError
+from torchdlrm.logs.download import Source, download, parse_days
 from torchdlrm.progress import SilentProgress
 
 

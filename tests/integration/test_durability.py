@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from live_models import CONFIG, SCHEMA, write_day
+from helpers.live_models import CONFIG, SCHEMA, write_day
 from torchdlrm import (
     ExportOptions,
     GateSettings,

@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 
+from helpers.trainings import two_nodes
 from torchdlrm import evaluate
 from torchdlrm.cli.evaluate import evaluate as command
 from torchdlrm.config import ShardingConfig, config_toml
 from torchdlrm.errors import ConfigError, PlanError
 from torchdlrm.tables.optimizers import table_kernels
 from torchdlrm.training.run import Run
-from trainings import two_nodes
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from command_server import shared_server
+from helpers.command_server import shared_server
 from torchdlrm import Run, compare, evaluate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -16,8 +16,8 @@ from test_preprocess_own_log import SCHEMA_TEXT, rows
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from command_server import shared_server
-from predicted import evaluated
+from helpers.command_server import shared_server
+from helpers.predicted import evaluated
 from torchdlrm.bundle import write
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.check import Tolerance, compare, tolerance

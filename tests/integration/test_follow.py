@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import tritonclient.grpc as triton_grpc
 
-from crafted import change_manifest, copy, seal
-from live_bundles import NUM_PERIODS, rows_of, write_periods
+from helpers.crafted import change_manifest, copy, seal
+from helpers.live_bundles import NUM_PERIODS, rows_of, write_periods
 from torchdlrm.bundle.apply import write_delta
 from torchdlrm.bundle.patched_bundle import PatchedBundle
 from torchdlrm.errors import TorchDLRMError

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from command_server import DLRM, shared_server
+from helpers.command_server import DLRM, shared_server
 from torchdlrm.data.dataset import Dataset
 
 DENSE, SPARSE = [f"int_{i}" for i in range(13)], [f"cat_{i}" for i in range(26)]

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from command_server import spawn_from_nothing
+from helpers.command_server import spawn_from_nothing
 from torchdlrm.errors import ConfigError, Interrupted, LostProcessError, TrainingError
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group

@@ -16,8 +16,9 @@ import polars as pl
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from live_models import CONFIG, NUM_DAYS, SCHEMA, WIDE, files_of
-from pages import tables_of
+from helpers.live_models import CONFIG, NUM_DAYS, SCHEMA, WIDE, files_of
+from helpers.pages import tables_of
+from helpers.trainings import Process, checkpoints, wait_until
 from torchdlrm import (
     Bundle,
     Dataset,
@@ -41,7 +42,6 @@ from torchdlrm.live.record import PeriodRecord, read_times
 from torchdlrm.prediction.files import predict_file
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
-from trainings import Process, checkpoints, wait_until
 
 NUM_KILLS = int(os.environ.get("TORCHDLRM_NUM_KILLS", "3"))
 

@@ -5,7 +5,7 @@ import shutil
 import polars as pl
 import pytest
 
-from live_models import CONFIG, SCHEMA, WIDE, files_of
+from helpers.live_models import CONFIG, SCHEMA, WIDE, files_of
 from torchdlrm import LiveModel, LiveSettings, advance
 from torchdlrm.errors import LiveError, LogError
 from torchdlrm.features.schema_file import schema_toml

@@ -2,7 +2,7 @@
 
 import pytest
 
-from live_models import CONFIG, SCHEMA, WIDE, files_of
+from helpers.live_models import CONFIG, SCHEMA, WIDE, files_of
 from torchdlrm import LiveModel, LiveSettings, advance
 from torchdlrm.errors import ConfigError, LiveError
 from torchdlrm.files import sha256_of

@@ -5,7 +5,7 @@ import shutil
 import polars as pl
 import pytest
 
-from live_models import CONFIG, SCHEMA, files_of
+from helpers.live_models import CONFIG, SCHEMA, files_of
 from torchdlrm import LiveModel, LiveSettings, advance, rollback
 from torchdlrm.config import ScheduleConfig, config_toml
 from torchdlrm.errors import ConfigError, LiveError, LogError

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from live_models import CONFIG, WIDE, files_of
+from helpers.live_models import CONFIG, WIDE, files_of
 from torchdlrm import GateSettings, LiveModel, LiveSettings, advance
 from torchdlrm.config import config_toml, load_config
 from torchdlrm.errors import LiveError

@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 import torch
 
+from helpers.trainings import state
 from torchdlrm import ExportOptions, PlanRequest, compare, evaluate, export, plan, verify
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
@@ -29,7 +30,6 @@ from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.training.job import train
 from torchdlrm.training.run import Run
-from trainings import state
 
 CODE = '''
 import torch

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from torchdlrm.data.log.files import find_files
 from torchdlrm.errors import LogError
+from torchdlrm.logs.files import find_files
 
 
 @pytest.mark.skipif(shutil.which("xzcat") is None, reason="needs xzcat")

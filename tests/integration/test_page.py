@@ -10,8 +10,8 @@ import httpx
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from pages import TOO_FAINT
-from raw_logs import learnable_rows
+from helpers.pages import TOO_FAINT
+from helpers.raw_logs import learnable_rows
 from torchdlrm.features.schema import criteo_schema
 
 FIELD_KEYS = ("placeholder", "title")

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from command_server import DLRM, shared_server
+from helpers.command_server import DLRM, shared_server
 from torchdlrm.cli.predict import predict as predict_verb
 from torchdlrm.cli.verify import verify as verify_verb
 from torchdlrm.errors import UserError

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from command_server import DLRM, shared_server
+from helpers.command_server import DLRM, shared_server
 from torchdlrm.preprocessing.preprocess import work_folder
 
 GOOD = "\t".join(["1", *["3"] * 13, *["0000000a"] * 26]) + "\n"

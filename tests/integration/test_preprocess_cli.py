@@ -7,7 +7,7 @@ import subprocess
 import pyarrow.parquet as pq
 import pytest
 
-from command_server import DLRM, shared_server
+from helpers.command_server import DLRM, shared_server
 from torchdlrm.cli.inspect import inspect
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError

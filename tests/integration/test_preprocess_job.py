@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.data.log.text import parse_chunk
 from torchdlrm.errors import ConfigError, DatasetError, LogError
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.encode import encode
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.files import sha256_of
+from torchdlrm.logs.text import parse_chunk
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.progress import SilentProgress
 

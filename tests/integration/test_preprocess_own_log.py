@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.data.log.cut import plan_chunks, read_chunks
-from torchdlrm.data.log.files import find_files
-from torchdlrm.data.log.text import parse_chunk
 from torchdlrm.errors import LogError
 from torchdlrm.features.encode import encode
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import load_schema
+from torchdlrm.logs.cut import plan_chunks, read_chunks
+from torchdlrm.logs.files import find_files
+from torchdlrm.logs.text import parse_chunk
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 SCHEMA_TEXT = """

@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from period_reference import Vocabulary, next_period
+from helpers.period_reference import Vocabulary, next_period
 from torchdlrm.cli.main import app
 from torchdlrm.data.dataset import Dataset, oldest_version
 from torchdlrm.data.summary import summarize

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from command_server import shared_server
+from helpers.command_server import shared_server
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, DatasetError
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn, WeightColumn

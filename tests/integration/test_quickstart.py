@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from command_server import shared_server
+from helpers.command_server import shared_server
 from torchdlrm import Predictor, __version__
 
 # The real command on fewer rows, so that it can be interrupted often.

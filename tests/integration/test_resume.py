@@ -14,12 +14,12 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from helpers.trainings import CONFIG, OPTIONS, STEPS, Process, checkpoints, logged_steps, state, wait_until
 from torchdlrm import load_config, train
 from torchdlrm.errors import TrainingError
 from torchdlrm.files import sha256_of
 from torchdlrm.training.processes.process_group import StopRequest
 from torchdlrm.training.trainer import Trainer
-from trainings import CONFIG, OPTIONS, STEPS, Process, checkpoints, logged_steps, state, wait_until
 
 NUM_KILLS = int(os.environ.get("TORCHDLRM_NUM_KILLS", "3"))  # CONTRIBUTING.md says when to ask for more
 # What a job of two processes adds: more state of the tables, per weight and per row, and a counter of steps.

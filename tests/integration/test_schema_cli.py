@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raw_logs import avazu_like, movielens_like, write
+from helpers.raw_logs import avazu_like, movielens_like, write
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 

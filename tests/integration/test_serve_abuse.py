@@ -14,7 +14,7 @@ import time
 import httpx
 import pytest
 
-from abused import KEY, KEY_BYTES, ROWS, SCALE, Abused, send_all_of, sent_until_cut, until
+from helpers.abused import KEY, KEY_BYTES, ROWS, SCALE, Abused, send_all_of, sent_until_cut, until
 
 GET = b"GET /page/style.css HTTP/1.1\r\nHost: x\r\n\r\n"
 RELOAD = b"POST /admin/reload HTTP/1.1\r\nHost: x\r\nX-API-Key: " + KEY_BYTES + b"\r\nContent-Length: 0\r\n\r\n"

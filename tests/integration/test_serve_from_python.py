@@ -9,7 +9,7 @@ import sys
 import httpx
 import pytest
 
-from command_server import shared_server
+from helpers.command_server import shared_server
 
 SCRIPT = """
 import sys

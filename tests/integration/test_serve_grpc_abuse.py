@@ -9,7 +9,7 @@ import grpc
 import httpx
 import pytest
 
-from abused import KEY, KEY_BYTES, SCALE, Abused, Http2, until
+from helpers.abused import KEY, KEY_BYTES, SCALE, Abused, Http2, until
 from torchdlrm.serving.open_inference.messages import CLASSES
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from abused import SCALE
+from helpers.abused import SCALE
 from torchdlrm.serving.open_inference.messages import CLASSES
 
 

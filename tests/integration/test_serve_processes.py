@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from command_server import spawned_by
+from helpers.command_server import spawned_by
 
 
 def wait_for(condition, timeout_s=120):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from raw_logs import real_log
+from helpers.raw_logs import real_log
 from torchdlrm.data.dataset import Dataset
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from helpers.trainings import state
 from torchdlrm.config import load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, RunError
@@ -22,7 +23,6 @@ from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.run import Run
 from torchdlrm.training.trainer import Trainer
-from trainings import state
 
 SCHEMA = FeatureSchema(
     name="days",

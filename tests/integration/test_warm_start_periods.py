@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 import torch
 
+from helpers.trainings import state
 from torchdlrm.bundle.apply import apply_delta
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.config import load_config
@@ -22,7 +23,6 @@ from torchdlrm.training import warm_start
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group
-from trainings import state
 
 SCHEMA = FeatureSchema(
     name="days",

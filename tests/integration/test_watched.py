@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from command_server import DLRM, shared_server
+from helpers.command_server import DLRM, shared_server
 from torchdlrm.progress import watched
 
 TRAINING = ("--validation.every-steps", "25", "--logging.every-steps", "10", "--logging.tensorboard", "false")

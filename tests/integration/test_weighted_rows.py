@@ -13,7 +13,7 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from predicted import rows_of_request
+from helpers.predicted import rows_of_request
 from torchdlrm.config import load_config
 from torchdlrm.data.dataset import Dataset, oldest_version
 from torchdlrm.errors import DatasetError, LogError, RunError

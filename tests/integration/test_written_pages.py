@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from live_records import made_up
-from pages import TOO_FAINT
+from helpers.live_records import made_up
+from helpers.pages import TOO_FAINT
 from torchdlrm.config import load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.evaluation.report import report_page as run_page

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from helpers.trainings import state
 from torchdlrm.config import config_toml, load_config
 from torchdlrm.training.job import train
 from torchdlrm.training.run import Run
-from trainings import state
 
 
 def losses(run):

@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from predicted import evaluated
+from helpers.predicted import evaluated
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.served_model import ServedModel

@@ -11,13 +11,13 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 
+from helpers.trainings import state
 from torchdlrm.config import load_config
 from torchdlrm.errors import ConfigError
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.tables.frozen import frozen_forward
 from torchdlrm.training.job import train
 from torchdlrm.training.sharded import check_freeze
-from trainings import state
 
 FINAL_NET = f"{Path(__file__).parents[2] / 'examples' / 'finalnet.py'}:FinalNet"
 # Weight decay reaches parameters and rows whose gradient is zero, too.

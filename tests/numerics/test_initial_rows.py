@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.trainings import state
 from torchdlrm.bundle.manifest import BundleManifest
 from torchdlrm.config import load_config
 from torchdlrm.errors import ConfigError
 from torchdlrm.exporting.export import export
 from torchdlrm.training.job import train
-from trainings import state
 
 FROZEN = {
     "model.embedding_dim": "8",

@@ -11,8 +11,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from predicted import rows_of_request
-from raw_logs import real_log
+from helpers.predicted import rows_of_request
+from helpers.raw_logs import real_log
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.exporting.checkpoint import CheckpointModel

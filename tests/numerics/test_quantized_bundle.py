@@ -10,7 +10,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from sklearn.metrics import log_loss
 
-from raw_logs import real_log
+from helpers.raw_logs import real_log
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.check import logloss_increase, tolerance
 from torchdlrm.bundle.encoded_rows import EncodedRows

@@ -11,7 +11,8 @@ import torch
 from test_predictions_have_no_skew import assert_no_skew, by_checkpoint
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from predicted import rows_of_request
+from helpers.predicted import rows_of_request
+from helpers.trainings import state
 from torchdlrm.bundle.apply import write_delta
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.delta import Delta
@@ -33,7 +34,6 @@ from torchdlrm.training.checkpoint import checkpoint_path
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.run import Run
-from trainings import state
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 SCHEMA = """

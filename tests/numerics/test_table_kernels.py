@@ -12,7 +12,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import nn
 
-from table_references import Reference
+from helpers.table_references import Reference
 from torchdlrm.kernels import threads
 from torchdlrm.tables import lookup
 from torchdlrm.tables.kernels import look_up

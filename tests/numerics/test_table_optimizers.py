@@ -14,7 +14,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import nn
 
-from table_references import Reference
+from helpers.table_references import Reference
 from torchdlrm.config import TABLE_OPTIMIZERS, TableOptimizerConfig
 from torchdlrm.errors import ConfigError
 from torchdlrm.kernels import threads

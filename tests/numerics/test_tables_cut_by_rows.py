@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from helpers.trainings import two_nodes
 from torchdlrm.config import load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group
-from trainings import two_nodes
 
 CONFIG = "criteo-small"
 STEPS, HALF_WAY, LATER = 20, 10, 15

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from table_references import Reference
+from helpers.table_references import Reference
 
 ROWS, DIM, STEPS, RATE = 12, 4, 30, 0.05
 SPARSE = {

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say_next
-from torchdlrm.data.download import SOURCES, parse_days
-from torchdlrm.data.download import download as run_download
 from torchdlrm.errors import ConfigError
+from torchdlrm.logs.download import SOURCES, parse_days
+from torchdlrm.logs.download import download as run_download
 
 
 def download(

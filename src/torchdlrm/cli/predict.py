@@ -19,9 +19,9 @@ from torchdlrm.cli.terminal import (
     say_undefined,
     shown_metric,
 )
-from torchdlrm.data.log.files import find_files
 from torchdlrm.errors import Interrupted, UserError
 from torchdlrm.folders import expect, kind_of
+from torchdlrm.logs.files import find_files
 
 if TYPE_CHECKING:
     from torchdlrm.prediction.files import PredictSummary

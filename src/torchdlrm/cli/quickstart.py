@@ -68,11 +68,11 @@ def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
 
     from torchdlrm.cli import evaluate, train
     from torchdlrm.data.dataset import Dataset
-    from torchdlrm.data.synthetic import synthesize
-    from torchdlrm.data.synthetic_truth import read_truth
     from torchdlrm.evaluation.logistic_regression import fit_logistic_regression
     from torchdlrm.features.schema import criteo_schema
     from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess, work_folder
+    from torchdlrm.synthetic.synthesize import synthesize
+    from torchdlrm.synthetic.truth import read_truth
     from torchdlrm.training.processes.launch import Processes, launch
     from torchdlrm.training.run import Run
 
@@ -131,11 +131,11 @@ def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
 def _run_live(out: Path, *, as_json: bool) -> None:
     started_s = time.monotonic()
 
-    from torchdlrm.data.synthetic import synthesize
-    from torchdlrm.data.synthetic_days import day_path
     from torchdlrm.features.schema import criteo_schema
     from torchdlrm.html import write_page
     from torchdlrm.live.story import CONSTANT_RATE, LIVE, SCRATCH, compare_models
+    from torchdlrm.synthetic.days import day_path
+    from torchdlrm.synthetic.synthesize import synthesize
 
     with progress_bars(f"1/2 synthesize: a click log of {NUM_DAYS} days, {DAY_ROWS:,} rows each") as progress:
         truth = synthesize(out / "logs", rows=DAY_ROWS, days=NUM_DAYS, progress=progress)

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from torchdlrm.cli.terminal import Json, look_at, print_json, say, say_next
-from torchdlrm.data.proposal.propose import SAMPLE_ROWS, propose_schema
 from torchdlrm.errors import UserError
+from torchdlrm.logs.proposal.propose import SAMPLE_ROWS, propose_schema
 
 
 def schema(

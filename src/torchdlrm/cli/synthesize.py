@@ -8,12 +8,12 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say_next
-from torchdlrm.data.synthetic import synthesize as write_log
-from torchdlrm.data.synthetic_days import day_path, late_path
-from torchdlrm.data.synthetic_drift import Drift
-from torchdlrm.data.synthetic_multi_hot import Companions
-from torchdlrm.data.synthetic_truth import Attainable, SyntheticTruth, schema_path, truth_path
 from torchdlrm.errors import ConfigError, LogError
+from torchdlrm.synthetic.days import day_path, late_path
+from torchdlrm.synthetic.drift import Drift
+from torchdlrm.synthetic.multi_hot import Companions
+from torchdlrm.synthetic.synthesize import synthesize as write_log
+from torchdlrm.synthetic.truth import Attainable, SyntheticTruth, schema_path, truth_path
 
 
 def synthesize(

@@ -22,11 +22,11 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from torchdlrm.data.log.files import LogFile
 from torchdlrm.errors import LogError
 from torchdlrm.features.columns import TimeColumn
 from torchdlrm.features.schema import SplitRule
 from torchdlrm.features.value_hash import splitmix
+from torchdlrm.logs.files import LogFile
 
 SplitName = Literal["train", "val", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "val", "test")

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from torchdlrm.config import Config, DeviceChoice, load_config
-from torchdlrm.data.synthetic import synthesize
 from torchdlrm.doctor.probe import Findings
 from torchdlrm.evaluation.evaluate import evaluate
 from torchdlrm.exporting.export import export
@@ -20,6 +19,7 @@ from torchdlrm.model.precision import precision_of_processor
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.options import PreprocessOptions
 from torchdlrm.preprocessing.preprocess import preprocess
+from torchdlrm.synthetic.synthesize import synthesize
 from torchdlrm.training.compute import choose_precision
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.launch import Processes, launch

@@ -28,7 +28,6 @@ from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.write import complete_folder
 from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset, SparseRecord
-from torchdlrm.data.log.files import LogFile
 from torchdlrm.errors import LiveError
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
@@ -50,6 +49,7 @@ from torchdlrm.live.record import (
 )
 from torchdlrm.live.scores import SCORES_NAME, progressive_metrics, read_scores, score_log
 from torchdlrm.live.settings import LiveSettings
+from torchdlrm.logs.files import LogFile
 from torchdlrm.model.model_class import ModelClass
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.options import PreprocessOptions, Resources

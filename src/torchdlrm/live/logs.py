@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchdlrm.data.log.cut import read_header
-from torchdlrm.data.log.files import LogFile, find_files, open_text
-from torchdlrm.data.log.names import schema_of_file
-from torchdlrm.data.log.parquet import plan_row_groups
-from torchdlrm.data.log.sniff import check_layout
 from torchdlrm.errors import LiveError, LogError
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.files import sha256_of
 from torchdlrm.live.record import LogRecord, PeriodRecord
+from torchdlrm.logs.cut import read_header
+from torchdlrm.logs.files import LogFile, find_files, open_text
+from torchdlrm.logs.names import schema_of_file
+from torchdlrm.logs.parquet import plan_row_groups
+from torchdlrm.logs.sniff import check_layout
 
 _HEAD_BYTES = 64 << 10
 

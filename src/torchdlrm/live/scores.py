@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from torchdlrm.data.log.files import LogFile
 from torchdlrm.evaluation.compare import auc_standard_error
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.live.record import PeriodMetrics, ProgressiveMetrics
+from torchdlrm.logs.files import LogFile
 from torchdlrm.metrics import Labels, Scores, Weights, binary_metrics
 from torchdlrm.prediction.files import HAS_UNKNOWN_COLUMN, LOGIT_COLUMN, predict_file
 from torchdlrm.prediction.predictor import Predictor

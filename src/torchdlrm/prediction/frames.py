@@ -13,13 +13,13 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from torchdlrm.data.log.files import LogFile
-from torchdlrm.data.log.parquet import cells_as_text
 from torchdlrm.errors import RowError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.cells import to_typed_columns, without_null_values
 from torchdlrm.features.columns import Feature, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.logs.files import LogFile
+from torchdlrm.logs.parquet import cells_as_text
 from torchdlrm.prediction.json_rows import check_cells
 from torchdlrm.prediction.shared_rows import Row
 

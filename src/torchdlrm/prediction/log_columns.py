@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 from torchdlrm.bundle.sample import PREDICTION_COLUMN
-from torchdlrm.data.log.names import found_by_name, ignored
 from torchdlrm.errors import LogError
 from torchdlrm.features.columns import (
     Column,
@@ -28,6 +27,7 @@ from torchdlrm.features.columns import (
     WeightColumn,
 )
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.logs.names import found_by_name, ignored
 
 LogFormat = Literal["log", "csv", "tsv"]
 # Which columns of the log are wanted besides those that are asked for: none; those that name a row; all.

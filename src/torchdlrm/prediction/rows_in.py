@@ -20,13 +20,13 @@ import polars as pl
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from torchdlrm.data.log.cut import BYTE_ORDER_MARK, cut_stream
-from torchdlrm.data.log.files import MAGIC_BYTES, LogFile, find_files, reading, recognize_format, unpacked
-from torchdlrm.data.log.parquet import plan_row_groups, read_row_groups, reading_parquet
-from torchdlrm.data.log.text import ParsedChunk, parse_chunk
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.logs.cut import BYTE_ORDER_MARK, cut_stream
+from torchdlrm.logs.files import MAGIC_BYTES, LogFile, find_files, reading, recognize_format, unpacked
+from torchdlrm.logs.parquet import plan_row_groups, read_row_groups, reading_parquet
+from torchdlrm.logs.text import ParsedChunk, parse_chunk
 from torchdlrm.prediction.log_columns import (
     Kept,
     LogColumns,

@@ -25,15 +25,15 @@ from torchdlrm.data.dataset import (
     VocabularyOfRecord,
     oldest_version,
 )
-from torchdlrm.data.log.cut import Chunk, plan_chunks
-from torchdlrm.data.log.files import LogFile
-from torchdlrm.data.log.names import extra_columns, schema_of_file
-from torchdlrm.data.log.parquet import plan_row_groups
 from torchdlrm.data.splits import SPLIT_NAMES, RowSplit
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import TRANSFORMS, DenseTransform, Moments
 from torchdlrm.files import sha256_of
+from torchdlrm.logs.cut import Chunk, plan_chunks
+from torchdlrm.logs.files import LogFile
+from torchdlrm.logs.names import extra_columns, schema_of_file
+from torchdlrm.logs.parquet import plan_row_groups
 from torchdlrm.preprocessing.count import add_moments, sum_moments
 from torchdlrm.preprocessing.encode import Encoding, Parts, encode_group, write_rows
 from torchdlrm.preprocessing.executors import Task, Workers

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from torchdlrm.data.log.files import LogFile
 from torchdlrm.data.splits import (
     RandomSplit,
     RowSplit,
@@ -20,6 +19,7 @@ from torchdlrm.data.splits import (
     order_split,
 )
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.logs.files import LogFile
 from torchdlrm.preprocessing.read import TIME, ChunkFile
 from torchdlrm.preprocessing.work_folder import Sections
 

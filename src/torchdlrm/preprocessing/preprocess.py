@@ -14,13 +14,13 @@ from typing import Any
 
 from torchdlrm import __version__
 from torchdlrm.data.dataset import MANIFEST_NAME, Dataset, Manifest
-from torchdlrm.data.log.files import LogFile, find_files
-from torchdlrm.data.log.sniff import check_layout
 from torchdlrm.errors import ConfigError, DatasetError, LogError, differences
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import load_schema
 from torchdlrm.files import publish_folder, sha256_of
+from torchdlrm.logs.files import LogFile, find_files
+from torchdlrm.logs.sniff import check_layout
 from torchdlrm.preprocessing.executors import start_workers
 from torchdlrm.preprocessing.job import Job
 from torchdlrm.preprocessing.options import PART_ROWS, PreprocessOptions, Resources

@@ -20,15 +20,15 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from torchdlrm.data.log.cut import Chunk, read_chunks
-from torchdlrm.data.log.files import LogFile, reading
-from torchdlrm.data.log.parquet import read_row_groups
-from torchdlrm.data.log.text import ParsedChunk, parse_chunk
 from torchdlrm.data.splits import RowSplit, SplitCodes
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.value_hash import hash_values
 from torchdlrm.files import replacing
+from torchdlrm.logs.cut import Chunk, read_chunks
+from torchdlrm.logs.files import LogFile, reading
+from torchdlrm.logs.parquet import read_row_groups
+from torchdlrm.logs.text import ParsedChunk, parse_chunk
 from torchdlrm.preprocessing.work_folder import Result, write_sections
 
 TIME = "@time"

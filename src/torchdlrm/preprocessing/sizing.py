@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchdlrm.data.log.cut import CHUNK_BYTES
-from torchdlrm.data.log.files import LogFile
 from torchdlrm.errors import ConfigError, DatasetError
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.logs.cut import CHUNK_BYTES
+from torchdlrm.logs.files import LogFile
 from torchdlrm.preprocessing.options import BASE_BYTES, PreprocessOptions
 from torchdlrm.units import show_bytes
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchdlrm.config import ModelConfig, TableOptimizer
-from torchdlrm.data.synthetic_shapes import MULTI_HOT_SIZES
 from torchdlrm.errors import PlanError
 from torchdlrm.features.tables import feature_tables, table_name
+from torchdlrm.synthetic.shapes import MULTI_HOT_SIZES
 
 Precision = Literal["float32", "float16"]
 BYTES_PER_VALUE: Mapping[Precision, int] = {"float32": 4, "float16": 2}

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchdlrm.data.log.files import LogFile
 from torchdlrm.data.splits import SplitBounds, criteo_split
 from torchdlrm.errors import LogError
+from torchdlrm.logs.files import LogFile
 
 
 def files(*days):

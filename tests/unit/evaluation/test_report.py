@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from pages import tables_of
+from helpers.pages import tables_of
 from torchdlrm.config import load_config
 from torchdlrm.evaluation.report import report_page, split_chart
 from torchdlrm.html import short, ticks

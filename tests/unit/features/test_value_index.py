@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.vocabularies import fit
 from torchdlrm.errors import DatasetError
 from torchdlrm.features.kinds import KINDS
 from torchdlrm.features.value_hash import hash_number, hash_numbers, hash_text, hash_values
 from torchdlrm.features.value_index import ValueIndex, write_index
-from vocabularies import fit
 
 VALUES = {
     "string": st.none() | st.text(max_size=12) | st.sampled_from(["", "a", "Köln", "東京", "a longer text"]),

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.vocabularies import fit
 from torchdlrm.errors import DatasetError
 from torchdlrm.features import vocabulary as module
 from torchdlrm.features.kinds import KINDS, hex_digits
 from torchdlrm.features.vocabulary import Vocabulary, first_difference
-from vocabularies import fit
 
 VALUES = {
     "string": st.none()

@@ -2,8 +2,8 @@
 
 import re
 
-from live_records import made_up
-from pages import tables_of
+from helpers.live_records import made_up
+from helpers.pages import tables_of
 from torchdlrm.live.record import PeriodMetrics
 from torchdlrm.live.report import report_page
 

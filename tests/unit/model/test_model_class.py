@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from interactions import INTERACTIONS
+from helpers.interactions import INTERACTIONS
 from torchdlrm.config import ModelConfig
 from torchdlrm.errors import ConfigError
 from torchdlrm.model.architecture import ARCHITECTURES, ModelShape

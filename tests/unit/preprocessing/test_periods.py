@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from period_reference import Vocabulary, next_period
-from vocabularies import next_vocabulary
+from helpers.period_reference import Vocabulary, next_period
+from helpers.vocabularies import next_vocabulary
 
 VALUES = st.none() | st.integers(0, 9)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abused import SCALE
+from helpers.abused import SCALE
 from torchdlrm.serving.framing import END, MAX_HEADER_BYTES, Head, RequestReader, Unreadable
 
 HOST = b"Host: x\r\n"

@@ -9,12 +9,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from torchdlrm.data.log.files import find_files
-from torchdlrm.data.log.parquet import read_row_groups
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn, TimeColumn
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.logs.files import find_files
+from torchdlrm.logs.parquet import read_row_groups
 from torchdlrm.serving import request_log
 from torchdlrm.serving.batcher import BatchReport
 from torchdlrm.serving.request_log import RequestLog, check_loggable

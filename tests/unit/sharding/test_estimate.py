@@ -7,8 +7,8 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
-from interactions import INTERACTIONS
-from random_problems import problem
+from helpers.interactions import INTERACTIONS
+from helpers.random_problems import problem
 from torchdlrm.config import TABLE_OPTIMIZERS, Config, ModelConfig, TableOptimizerConfig, TrainConfig, load_config
 from torchdlrm.errors import DoesNotFitError
 from torchdlrm.model.architecture import ModelShape

@@ -11,7 +11,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 
-from random_problems import problem, random_tables
+from helpers.random_problems import problem, random_tables
 from torchdlrm.config import TABLE_OPTIMIZERS
 from torchdlrm.errors import PlanError
 from torchdlrm.planning.remedies import shortfall

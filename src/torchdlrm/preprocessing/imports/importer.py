@@ -24,12 +24,12 @@ from torchdlrm.data.dataset import (
     SourceRecord,
     SparseRecord,
 )
-from torchdlrm.data.log.files import LogFile
 from torchdlrm.data.splits import SPLIT_NAMES, criteo_split
 from torchdlrm.errors import DatasetError, LogError
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import Unchanged
 from torchdlrm.files import claim_folder, clear_folder, publish_folder
+from torchdlrm.logs.files import LogFile
 from torchdlrm.preprocessing.encode import POSITION, Parts, write_batches, write_rows
 from torchdlrm.preprocessing.imports.blocks import Blocks
 from torchdlrm.preprocessing.options import PART_ROWS

@@ -1,0 +1,1 @@
+"""Synthetic click logs whose truth is known."""

@@ -1,0 +1,304 @@
+"""The synthetic log: its bytes, its columns, and the truth beside it against independent computations."""
+
+import gzip
+import hashlib
+import json
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+from scipy.sparse import hstack
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+from helpers.raw_logs import real_log
+from torchdlrm.errors import ConfigError, LogError, UserError
+from torchdlrm.progress import SilentProgress
+from torchdlrm.synthetic import files as synthetic_files
+from torchdlrm.synthetic.model import LOGIT_UNITS, NUM_LOGITS
+from torchdlrm.synthetic.rows import BLOCK_ROWS, RowGenerator
+from torchdlrm.synthetic.shapes import NUM_CELLS, PRESETS
+from torchdlrm.synthetic.synthesize import synthesize
+from torchdlrm.synthetic.truth import truth_path
+
+NAMES = ["label", *(f"int_{i}" for i in range(13)), *(f"cat_{i}" for i in range(26))]
+NUM_ROWS = 70_001  # more than a chunk, and no multiple of anything
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read(path):
+    dtypes = {name: pl.String if name.startswith("cat") else pl.Int64 for name in NAMES}
+    return pl.read_csv(path, separator="\t", has_header=False, new_columns=NAMES, schema_overrides=dtypes)
+
+
+def true_probabilities(rows, preset, seed):
+    """Of a click, as the hidden model gives them."""
+    generator = RowGenerator(preset, seed)
+    logits = np.concatenate([generator.block(i).logits for i in range(-(-rows // BLOCK_ROWS))])[:rows]
+    return 1 / (1 + np.exp(-(logits - NUM_LOGITS / 2) / LOGIT_UNITS))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("synthetic")
+
+
+@pytest.fixture(scope="module", params=list(PRESETS))
+def made(request, folder):
+    path = folder / f"{request.param}.tsv"
+    return path, synthesize(path, rows=NUM_ROWS, seed=3, preset=request.param)
+
+
+@pytest.fixture(scope="module")
+def kaggle(folder):
+    path = folder / "kaggle.tsv"
+    truth = synthesize(path, rows=NUM_ROWS, seed=3)
+    return path, truth, read(path)
+
+
+def test_same_arguments_give_the_same_bytes_and_another_seed_others(kaggle, tmp_path):
+    synthesize(tmp_path / "again.tsv", rows=NUM_ROWS, seed=3)
+    synthesize(tmp_path / "other.tsv", rows=NUM_ROWS, seed=4)
+    assert sha256(tmp_path / "again.tsv") == sha256(kaggle[0])
+    assert truth_path(tmp_path / "again.tsv").read_bytes() == truth_path(kaggle[0]).read_bytes()
+    assert sha256(tmp_path / "other.tsv") != sha256(kaggle[0])
+
+
+@pytest.mark.parametrize(("chunk_rows", "max_workers"), [(BLOCK_ROWS, 1), (BLOCK_ROWS, 4), (3 * BLOCK_ROWS, 2)])
+def test_bytes_and_truth_do_not_depend_on_chunks_and_workers(kaggle, tmp_path, monkeypatch, chunk_rows, max_workers):
+    monkeypatch.setattr(synthetic_files, "_CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(synthetic_files, "_MAX_WORKERS", max_workers)
+    monkeypatch.setattr(synthetic_files.os, "sched_getaffinity", lambda _: range(8))
+    assert synthesize(tmp_path / "log.tsv", rows=NUM_ROWS, seed=3) == kaggle[1]
+    assert sha256(tmp_path / "log.tsv") == sha256(kaggle[0])
+
+
+def test_a_shorter_log_is_the_beginning_of_a_longer_one(kaggle, tmp_path):
+    synthesize(tmp_path / "short.tsv", rows=5_000, seed=3)
+    short = (tmp_path / "short.tsv").read_bytes()
+    assert short.count(b"\n") == 5_000
+    assert kaggle[0].read_bytes().startswith(short)
+
+
+def test_gzip_holds_the_plain_bytes_in_one_member_without_a_time(kaggle, tmp_path):
+    packed = tmp_path / "log.tsv.gz"
+    truth = synthesize(packed, rows=NUM_ROWS, seed=3)
+    data = packed.read_bytes()
+    assert gzip.decompress(data) == kaggle[0].read_bytes()
+    assert data[4:8] == bytes(4)
+    assert len(data) < kaggle[0].stat().st_size / 2
+    assert read(packed).equals(kaggle[2])  # Polars has a decompressor of its own
+    assert truth == kaggle[1]
+
+
+def test_rows_have_the_layout_of_criteo(made):
+    path, _ = made
+    lines = path.read_text().splitlines()
+    assert len(lines) == NUM_ROWS
+    fields = [line.split("\t") for line in lines[:3_000]]
+    assert {len(line) for line in fields} == {40}
+    for label, *rest in fields:
+        assert label in {"0", "1"}
+        assert all(value == "" or str(int(value)) == value for value in rest[:13])
+        assert all(value == "" or f"{int(value, 16):08x}" == value for value in rest[13:])
+
+
+def test_click_rate_is_that_of_the_preset(made):
+    path, truth = made
+    rate = {"criteo-kaggle": 0.256, "criteo-1tb": 0.03}[truth.preset]
+    assert truth.click_rate == read(path)["label"].mean()
+    # Three standard deviations of the draw, and a little for the calibration of the intercept.
+    assert abs(truth.click_rate - rate) < 3 * math.sqrt(rate * (1 - rate) / NUM_ROWS) + 0.002
+
+
+def test_truth_is_what_scikit_learn_says_about_the_true_probabilities(made):
+    path, truth = made
+    labels = read(path)["label"].to_numpy()
+    probabilities = true_probabilities(NUM_ROWS, truth.preset, 3)
+    held_out = NUM_ROWS // 7
+    starts = {"held_out": (NUM_ROWS - held_out, NUM_ROWS)}
+    middle = NUM_ROWS - held_out + math.ceil(held_out / 2)
+    starts |= {"val": (NUM_ROWS - held_out, middle), "test": (middle, NUM_ROWS)}
+    assert set(truth.splits) == set(starts)
+    for part, (start, end) in [(truth, (0, NUM_ROWS)), *((truth.splits[k], v) for k, v in starts.items())]:
+        assert part.rows == end - start
+        assert part.click_rate == pytest.approx(labels[start:end].mean())
+        assert part.auc == pytest.approx(roc_auc_score(labels[start:end], probabilities[start:end]), abs=1e-9)
+        assert part.logloss == pytest.approx(log_loss(labels[start:end], probabilities[start:end]), abs=1e-7)
+    assert 0.78 < truth.auc < 0.83
+
+
+def test_labels_follow_the_true_probabilities(made):
+    """Calibrated in every tenth of the rows: the truth is no number beside the log, but how the log came about."""
+    path, truth = made
+    labels = read(path)["label"].to_numpy()
+    probabilities = true_probabilities(NUM_ROWS, truth.preset, 3)
+    for tenth in np.array_split(np.argsort(probabilities, kind="stable"), 10):
+        spread = math.sqrt((probabilities[tenth] * (1 - probabilities[tenth])).sum())
+        assert abs(labels[tenth].sum() - probabilities[tenth].sum()) < 4 * spread
+
+
+def test_truth_file_holds_the_truth(made):
+    path, truth = made
+    stored = json.loads(truth_path(path).read_text())
+    assert truth_path(path).name == path.name + ".truth.json"
+    assert stored == truth.as_dict()
+    assert {k: stored[k] for k in ("rows", "seed", "preset")} == {"rows": NUM_ROWS, "seed": 3, "preset": truth.preset}
+
+
+def test_what_a_single_row_leaves_undefined_is_null_in_the_truth(tmp_path):
+    truth = synthesize(tmp_path / "log.tsv", rows=1)
+    assert math.isnan(truth.auc)
+    text = truth_path(tmp_path / "log.tsv").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["auc"] is None
+    assert json.loads(text)["splits"]["val"]["rows"] == 0
+
+
+def test_columns_are_missing_as_often_as_in_the_real_log_and_together(made):
+    path, truth = made
+    shape = PRESETS[truth.preset]
+    missing = read(path).select(pl.all().is_null()).drop("label")
+    for name, column in zip(missing.columns, shape.columns, strict=True):
+        assert missing[name].mean() == pytest.approx(column.missing_rate, abs=0.008), name
+    if truth.preset == "criteo-kaggle":
+        assert missing["cat_18"].equals(missing["cat_25"].alias("cat_18"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [("criteo-kaggle", "criteo_kaggle_sample.tsv.gz"), ("criteo-1tb", "criteo_1tb_day_0_sample.tsv.gz")],
+)
+def test_columns_look_like_those_of_the_real_log(preset, name, tmp_path):
+    real = read(real_log(name))
+    synthesize(tmp_path / "log.tsv", rows=len(real), preset=preset)
+    made = read(tmp_path / "log.tsv")
+    for column in NAMES[1:]:
+        assert made[column].null_count() == pytest.approx(real[column].null_count(), abs=0.03 * len(real)), column
+        ours, theirs = made[column].drop_nulls(), real[column].drop_nulls()
+        if column.startswith("int"):
+            for share in (0.25, 0.5, 0.75, 0.9, 0.99):
+                ours_there, theirs_there = (math.log(values.quantile(share) + 3) for values in (ours, theirs))
+                assert ours_there == pytest.approx(theirs_there, abs=0.35), (column, share)
+        else:
+            top = [values.value_counts(sort=True)["count"][0] / len(values) for values in (ours, theirs)]
+            assert top[0] == pytest.approx(top[1], abs=0.13), column
+            if theirs.n_unique() > 200:
+                assert ours.n_unique() == pytest.approx(theirs.n_unique(), rel=0.2), column
+
+
+def test_values_come_from_the_whole_cardinality_and_from_no_other_column(kaggle):
+    _, _, log = kaggle
+    cardinalities = [column.cardinality for column in PRESETS["criteo-kaggle"].sparse]
+    values = [set(log[f"cat_{i}"].drop_nulls()) for i in range(26)]
+    assert all(len(found) <= cardinality for found, cardinality in zip(values, cardinalities, strict=True))
+    assert [len(found) for found, n in zip(values, cardinalities, strict=True) if n <= 27] == [24, 3, 27, 10, 4, 18, 15]
+    assert len(set().union(*values)) == sum(map(len, values))
+
+
+def test_every_value_of_a_column_can_be_drawn_and_shares_follow_the_power_law():
+    for column in [column for shape in PRESETS.values() for column in shape.sparse]:
+        first, num = (column.cells >> np.uint64(32)).astype(np.int64), (column.cells & np.uint64(2**32 - 1)).astype(int)
+        assert first[0] == 0
+        assert first[-1] + num[-1] == column.cardinality
+        assert (first[1:] <= first[:-1] + num[:-1]).all()
+        ranks = np.arange(min(column.cardinality, 50))
+        wanted = (ranks + 0.5 + column.shift) ** -column.exponent  # up to the width of a rank
+        drawn = np.array([(first == rank).sum() for rank in ranks]) / NUM_CELLS
+        # Below that a cell is a tenth of a rank, and above the shape within a rank shows.
+        fine = (drawn > 10 / NUM_CELLS) & (ranks >= 5)
+        if fine.sum() > 10:
+            ratio = drawn[fine] / drawn[fine].sum() / (wanted[fine] / wanted[fine].sum())
+            assert np.abs(ratio - 1).max() < 0.2
+
+
+def test_integers_have_heavy_tails_and_a_few_below_zero(kaggle):
+    _, _, log = kaggle
+    assert log["int_4"].max() > 100 * log["int_4"].median() > 0
+    assert log["int_1"].min() == -2
+    assert 0.05 < (log["int_1"] < 0).mean() < 0.2
+
+
+def test_a_logistic_regression_falls_short_of_the_attainable_auc(kaggle):
+    """One weight a value that occurs 50 times, one for the logarithm of each integer."""
+    _, truth, log = kaggle
+    dense = np.log(log.select(NAMES[1:14]).fill_null(0).to_numpy() + 3.0)
+    values = OneHotEncoder(min_frequency=50, handle_unknown="infrequent_if_exist")
+    sparse = values.fit_transform(log.select(NAMES[14:]).fill_null("").to_numpy())
+    features, labels = hstack([StandardScaler().fit_transform(dense), sparse]).tocsr(), log["label"].to_numpy()
+    first = truth.splits["held_out"].first_row
+    model = LogisticRegression(C=0.1, max_iter=200, tol=1e-3).fit(features[:first], labels[:first])
+    reached = roc_auc_score(labels[first:], model.decision_function(features[first:]))
+    assert 0.70 < reached < truth.splits["held_out"].auc - 0.015
+
+
+def test_without_interactions_even_the_true_effects_of_values_fall_short(kaggle):
+    _, truth, log = kaggle
+    labels = log["label"].to_numpy()
+    generator = RowGenerator(truth.preset, 3)
+    blocks = range(NUM_ROWS // BLOCK_ROWS)
+    codes = [generator._sample(generator._bits(block)).codes for block in blocks]
+    effects = np.concatenate([generator.model.main_effects(block) for block in codes])
+    assert roc_auc_score(labels[: len(effects)], effects) < truth.auc - 0.010
+
+
+class Interrupted(SilentProgress):
+    def __init__(self, error):
+        self.error = error
+
+    def advance(self, amount, **figures):  # noqa: ARG002
+        raise self.error
+
+
+@pytest.mark.parametrize("name", ["log.tsv", "log.tsv.gz"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("stop")])
+def test_an_interrupted_write_leaves_what_was_there(tmp_path, name, error):
+    with pytest.raises(type(error)):
+        synthesize(tmp_path / name, rows=20_000, progress=Interrupted(error))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(type(error)):
+        synthesize(tmp_path / name, rows=20_000, progress=Interrupted(error))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_progress_counts_every_row(tmp_path):
+    class Listener(SilentProgress):
+        total = done = 0
+
+        def start_phase(self, name, total, unit="rows"):  # noqa: ARG002
+            self.total = total
+
+        def advance(self, amount, **figures):  # noqa: ARG002
+            self.done += amount
+
+    listener = Listener()
+    synthesize(tmp_path / "log.tsv", rows=NUM_ROWS, progress=listener)
+    assert (listener.total, listener.done) == (NUM_ROWS, NUM_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"rows": 0}, ConfigError, ["rows", "0", "at least 1"]),
+        ({"seed": -1}, ConfigError, ["seed", "-1", "0 or more"]),
+        ({"preset": "avazu"}, ConfigError, ["preset", "avazu", "criteo-kaggle or criteo-1tb"]),
+    ],
+)
+def test_wrong_arguments_are_named_with_a_remedy(tmp_path, arguments, error, words):
+    with pytest.raises(error) as raised:
+        synthesize(tmp_path / "log.tsv", **{"rows": 10, **arguments})
+    assert isinstance(raised.value, UserError)
+    assert all(word in str(raised.value) for word in words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_cannot_be_written_is_named(tmp_path):
+    path = tmp_path / "missing" / "log.tsv"
+    with pytest.raises(LogError, match=r"missing/log\.tsv: cannot be written \(No such file or directory\); choose"):
+        synthesize(path, rows=10)
