@@ -25,11 +25,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read wh
 def pytest_configure(config):
     """The suite computes on the processor wherever it runs; only `pytest tests/gpu`, by itself, sees the GPUs.
 
-    What `multiprocessing` spawns need not load torch either.
+    What `multiprocessing` spawns need not load torch either, except with TORCHDLRM_REAL_PROCESSES=1.
     """
     if not all("gpu" in Path(arg.partition("::")[0]).as_posix() for arg in config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        multiprocessing.util.spawnv_passfds = lambda *arguments: shared_server().spawn(*arguments)
+        if not REAL_PROCESSES:
+            multiprocessing.util.spawnv_passfds = lambda *arguments: shared_server().spawn(*arguments)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -38,7 +39,7 @@ def pytest_xdist_auto_num_workers():
     return len(os.sched_getaffinity(0)) * 3 // 2 or 1
 
 
-from helpers.command_server import DLRM, shared_server
+from helpers.command_server import DLRM, REAL_PROCESSES, shared_server
 from helpers.interactions import INTERACTIONS, overrides_of
 from helpers.raw_logs import learnable_rows
 from torchdlrm.data.dataset import Dataset

@@ -1,11 +1,11 @@
-"""Runs `dlrm` commands, and other scripts, in processes of their own that need not load torch and TorchRec first.
+"""Starts `dlrm` commands, and other scripts, in processes of their own: warm ones, or those that a user starts.
 
-Loading them takes three seconds of a core, and the suite runs some hundred commands. A server loads them once and
-forks a process for each command, in which all else is as in one that a shell starts: arguments, folder, environment,
-output, signals, exit code.
+Loading torch and TorchRec takes three seconds of a core, and the suite runs some hundred commands. So a server loads
+them once and forks a process for each command, in which all else is as in one that a shell starts: arguments, folder,
+environment, output, signals, exit code. Linux makes it a child of the test. So too the processes that `multiprocessing`
+spawns; those of a command are forked by a server of its own, forked off before the command has run anything.
 
-So too the processes that `multiprocessing` spawns. Those of a command are forked by a server of its own, which is
-forked off before the command has run anything, and Linux makes them children of the command.
+With TORCHDLRM_REAL_PROCESSES=1 there is no server: a shell's `dlrm`, and an interpreter for each spawned process.
 """
 
 import atexit
@@ -14,12 +14,12 @@ import fcntl
 import functools
 import gc
 import importlib
+import inspect
 import json
 import multiprocessing.util
 import os
 import pkgutil
 import runpy
-import select
 import signal
 import socket
 import subprocess
@@ -27,10 +27,11 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
+REAL_PROCESSES = os.environ.get("TORCHDLRM_REAL_PROCESSES") == "1"
 # The last ones start threads, but none that a fork needs: those that compute start with the first work.
 LIBRARIES = (
     *("torch", "torch.distributed.checkpoint", "torch.distributed.launcher.api", "torch.utils.tensorboard", "torchrec"),
@@ -42,170 +43,129 @@ MAX_DESCRIPTORS = 64
 # Arguments of commands that spawn processes; of other scripts, any may.
 SPAWNING = {"--nproc-per-node", "--nnodes", "--max-restarts", "--workers", "bench", "quickstart"}
 SPAWNED = "spawn_main"  # what `multiprocessing` calls, and our name for the process
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 ADOPTION_TIMEOUT_S = 10
 SET_DEATH_SIGNAL, SET_NAME, SET_ADOPTING = 1, 15, 36  # of prctl
 prctl = ctypes.CDLL(None).prctl
 spawn_from_nothing = multiprocessing.util.spawnv_passfds
 
 
-class Command:
-    """A command that was started: as much of a `subprocess.Popen` as tests use, with text in its pipes."""
-
-    def __init__(self, args, answers, stdin=None, stdout=None, stderr=None):
-        self.args, self.stdin, self.stdout, self.stderr = args, stdin, stdout, stderr
-        self.returncode = None
-        self._answers = answers
-        self.pid = int(answers.recv(32))
-
-    def wait(self, timeout=None):
-        if self.returncode is None:
-            if not select.select([self._answers], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired(self.args, timeout)
-            with self._answers:
-                self.returncode = int(self._answers.recv(32))
-        return self.returncode
-
-    def poll(self):
-        with suppress(subprocess.TimeoutExpired):
-            self.wait(timeout=0)
-        return self.returncode
-
-    def send_signal(self, number):
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def terminate(self):
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self):
-        self.send_signal(signal.SIGKILL)
-
-    def communicate(self, timeout=None):
-        """What is left in the pipes: all of it when it has ended, and every other process that writes there."""
-        deadline_s = time.monotonic() + (threading.TIMEOUT_MAX if timeout is None else timeout)
-        told = {pipe: "" for pipe in (self.stdout, self.stderr) if pipe}
-
-        def read(pipe):
-            told[pipe] = pipe.read()
-            pipe.close()
-
-        readers = [threading.Thread(target=read, args=(pipe,), daemon=True) for pipe in told]
-        for reader in readers:
-            reader.start()
-        for reader in readers:
-            reader.join(max(0, deadline_s - time.monotonic()))
-            if reader.is_alive():
-                raise subprocess.TimeoutExpired(self.args, timeout)
-        self.wait(None if timeout is None else max(0, deadline_s - time.monotonic()))
-        return told.get(self.stdout), told.get(self.stderr)
-
-
-class Spawner:
-    """What starts processes for `multiprocessing` by a server.
+class Server:
+    """A server as it is seen by the process that becomes the parent of what it forks.
 
     Args:
-        requests: to a server that a child of this process has become.
+        requests: to a child of this process that calls `serve`.
     """
 
     def __init__(self, requests):
-        self._socket = requests
+        self._socket, self._lock = requests, threading.Lock()
+
+    def fork(self, descriptors, environment, **request):
+        """The id of a new child.
+
+        Args:
+            descriptors: those that it has under other numbers than this process: {number there: number here}.
+            environment: of the child.
+            request: what it does: `args` and `cwd` of a script, or the `code` that `multiprocessing` spawns.
+        """
+        request |= {
+            "parent": os.getpid(),
+            "descriptors": [*descriptors],
+            "environment": dict(environment),
+            "ignored": [number for number in HANDLED if signal.getsignal(number) == signal.SIG_IGN],
+            "blocked": [*signal.pthread_sigmask(signal.SIG_BLOCK, ())],
+        }
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with self._lock, ours:
+            prctl(SET_ADOPTING, 1)
+            try:
+                with theirs:
+                    given = [*descriptors.values(), theirs.fileno()]
+                    socket.send_fds(self._socket, [json.dumps(request).encode()], given)
+                return int(ours.recv(32))
+            finally:
+                prctl(SET_ADOPTING, 0)
 
     def spawn(self, path, args, descriptors):
         """In place of `multiprocessing.util.spawnv_passfds`."""
         if SPAWNED not in str(args):
             return spawn_from_nothing(path, args, descriptors)
-        descriptors = sorted(set(descriptors))
-        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-        request = {
-            "code": args[-2],
-            "parent": os.getpid(),
-            "descriptors": descriptors,
-            "environment": dict(os.environ),
-            "ignored": [number for number in handled if signal.getsignal(number) == signal.SIG_IGN],
-            "blocked": list(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
-        }
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        prctl(SET_ADOPTING, 1)
-        try:
-            with ours:
-                with theirs:
-                    socket.send_fds(self._socket, [json.dumps(request).encode()], [*descriptors, theirs.fileno()])
-                return int(ours.recv(32))
-        finally:
-            prctl(SET_ADOPTING, 0)
+        return self.fork({number: number for number in sorted(set(descriptors))}, os.environ, code=args[-2])
 
 
-class CommandServer(Spawner):
-    """The server as a test sees it."""
+class ForkedCommand(subprocess.Popen):
+    """A script that a server has forked a process for; all else is Popen's own."""
+
+    def __init__(self, server, args, **options):
+        self._server = server
+        super().__init__(args, **options)
+
+    def _execute_child(self, *arguments):
+        asked = inspect.signature(super()._execute_child).bind(*arguments).arguments
+        self.pid = self._server.fork(
+            {0: asked["p2cread"], 1: asked["c2pwrite"], 2: asked["errwrite"]},
+            os.environ if asked["env"] is None else asked["env"],
+            args=asked["args"],
+            cwd=str(asked["cwd"] or Path.cwd()),
+            start_new_session=asked["start_new_session"],
+        )
+        self._child_created = True
+        names = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*map(asked.get, names))
+
+
+class Commands:
+    """Starts commands, each a script of Python and its arguments."""
 
     def __init__(self):
+        if REAL_PROCESSES:
+            return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        super().__init__(ours)
         command = [sys.executable, __file__, str(theirs.fileno())]
         # As the command does, before it loads torch.
         environment = {**os.environ, "KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
-        theirs.close()
+        with theirs:
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+        self._server = Server(ours)
 
-    def start(self, args, *, stdin=None, stdout=None, stderr=None, cwd=None, env=None, start_new_session=False):
-        """Start the script args[0] of Python; all as `subprocess.Popen` has it, but that None is an empty file."""
-        args = list(map(str, args))
-        request = {
-            "args": args,
-            "cwd": str(cwd or Path.cwd()),
-            "environment": dict(os.environ if env is None else env),
-            "start_new_session": start_new_session,
-        }
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ExitStack() as given:
-            files, pipes = [], []
-            for asked, mode in ((stdin, "r"), (stdout, "w"), (stderr, "w")):
-                file, pipe = _opened(asked, mode, files, given)
-                files.append(file)
-                pipes.append(pipe)
-            files.append(given.enter_context(theirs))
-            socket.send_fds(self._socket, [json.dumps(request).encode()], [file.fileno() for file in files])
-        return Command(args, ours, *pipes)
+        def close():
+            ours.close()
+            process.wait()
+
+        atexit.register(close)
+
+    def start(self, args, **options):
+        """A process with text in its pipes; options are those of `subprocess.Popen`; no stream is an empty file."""
+        args = [*map(str, args)]
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        options = {"text": True, **streams, **options}
+        if REAL_PROCESSES:
+            return subprocess.Popen(args if args[0] == DLRM else [sys.executable, *args], **options)
+        return ForkedCommand(self._server, args, **options)
 
     def run(self, args, *, given=b"", timeout_s=240, **options):
         """Start a script, which is given bytes, and wait; as `subprocess.run` does that captures the output."""
-        with TemporaryFile() as stdin, TemporaryFile("w+") as stdout, TemporaryFile("w+") as stderr:
+        with TemporaryFile() as stdin:
             stdin.write(given)
             stdin.seek(0)
-            command = self.start(args, stdin=stdin, stdout=stdout, stderr=stderr, **options)
-            try:
-                command.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                command.kill()
-                raise
-            stdout.seek(0)
-            stderr.seek(0)
-            return subprocess.CompletedProcess(command.args, command.returncode, stdout.read(), stderr.read())
+            streams = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            with self.start(args, **streams, **options) as process:
+                try:
+                    output = process.communicate(timeout=timeout_s)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    raise
+            return subprocess.CompletedProcess(process.args, process.returncode, *output)
 
-    def close(self):
-        self._socket.close()
-        self._process.wait()
-
-
-def _opened(file, mode, before, given):
-    """What a command is to have as a standard stream, open until `given` ends; and our end, if that is a pipe."""
-    if file is None:
-        return given.enter_context(Path(os.devnull).open(mode)), None
-    if file == subprocess.STDOUT:
-        return before[-1], None
-    if file != subprocess.PIPE:
-        return file, None
-    read, write = os.pipe()
-    theirs, ours = (read, write) if mode == "r" else (write, read)
-    return given.enter_context(os.fdopen(theirs, mode)), os.fdopen(ours, "w" if mode == "r" else "r")
+    def spawn(self, path, args, descriptors):
+        """In place of `multiprocessing.util.spawnv_passfds` in this process."""
+        return self._server.spawn(path, args, descriptors)
 
 
 @functools.cache
 def shared_server():
-    """The one server of this process, from when it is first needed until the process ends."""
-    server = CommandServer()
-    atexit.register(server.close)
-    return server
+    """What starts the commands of this process, from when it is first needed until the process ends."""
+    return Commands()
 
 
 def spawned_by(process_id):
@@ -221,92 +181,62 @@ def spawned_by(process_id):
 
 
 def serve(requests):
-    """Fork a process for every request.
-
-    Returns:
-        In such a process what it is to call; at the server's end None.
-    """
+    """Fork a process for every request, until the other end is closed; in such a process, do what was asked and end."""
     while True:
         request, descriptors, _, _ = socket.recv_fds(requests, MAX_REQUEST_BYTES, MAX_DESCRIPTORS)
         if not request:
-            return None
+            return
         if os.fork() == 0:
-            *given, answers = descriptors
-            request = json.loads(request)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            return (_spawned if "code" in request else _command)(request, *given, answers=answers)
+            requests.close()
+            *given, answers = descriptors
+            run = _forked(json.loads(request), given, answers)
+            break
         for descriptor in descriptors:
             os.close(descriptor)
+    end_after(run)
 
 
-def _command(request, *standard, answers):
-    """In the parent of a command wait for it, tell its exit code, and end; in the command tell its id."""
-    with socket.socket(fileno=answers) as told:
-        if process_id := os.fork():
-            for descriptor in standard:
-                os.close(descriptor)
-            _, status = os.waitpid(process_id, 0)
-            with suppress(BrokenPipeError):  # nobody waits for it any more
-                told.sendall(b"%d" % os.waitstatus_to_exitcode(status))
-            os._exit(0)
-        if request["start_new_session"]:
-            os.setsid()
-        told.sendall(b"%d" % os.getpid())
-    for number, descriptor in enumerate(standard):  # each above 2, which the server has open
-        os.dup2(descriptor, number)
-        os.close(descriptor)
-    _live_in(request["environment"])
-    # Where GPUs are used each process loads CUDA for itself.
-    may_spawn = request["args"][0] != DLRM or SPAWNING.intersection(request["args"])
-    if may_spawn and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        if os.fork() == 0:
-            ours.close()
-            prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-                signal.signal(number, signal.SIG_IGN)
-            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-            with theirs:
-                return serve(theirs)
-        theirs.close()
-        multiprocessing.util.spawnv_passfds = Spawner(ours).spawn
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.chdir(request["cwd"])
-    sys.argv = request["args"]
-    sys.path.insert(0, str(Path(sys.argv[0]).parent))
-    return functools.partial(runpy.run_path, sys.argv[0], run_name="__main__")
-
-
-def _live_in(environment):
-    """Take an environment, which the console has asked for colours and width when it was made."""
-    os.environ.clear()
-    os.environ.update(environment)
-    console = sys.modules["torchdlrm.cli.terminal"].console
-    vars(console).update(vars(type(console)(stderr=True, highlight=False)))
-
-
-def _spawned(request, *descriptors, answers):
-    """In a process whose parent ends at once wait until it is a child of the one that asked for it, and tell its id."""
-    if os.fork():
+def _forked(request, descriptors, answers):
+    """Become a child of the process that asked, have all that it gave, and say the process id; what is to be run."""
+    if os.fork():  # whose parent is adopted from
         os._exit(0)
     deadline_s = time.monotonic() + ADOPTION_TIMEOUT_S
-    with socket.socket(fileno=answers) as told:
+    with socket.socket(fileno=answers) as answer:
         while os.getppid() != request["parent"]:
             if time.monotonic() > deadline_s:  # it has ended
                 os._exit(1)
             time.sleep(0.0005)
-        prctl(SET_NAME, SPAWNED.encode())
+        if request.get("start_new_session"):
+            os.setsid()
         signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        for number in HANDLED:
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, signal.SIG_IGN if number in request["ignored"] else default)
-        _live_in(request["environment"])
-        told.sendall(b"%d" % os.getpid())
-    return functools.partial(_run_spawned, request["code"], dict(zip(request["descriptors"], descriptors, strict=True)))
+        if "code" in request:
+            prctl(SET_NAME, SPAWNED.encode())
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        answer.sendall(b"%d" % os.getpid())
+    _renumber(dict(zip(request["descriptors"], descriptors, strict=True)))
+    # The console has asked the server's environment for colours and width.
+    console = sys.modules["torchdlrm.cli.terminal"].console
+    vars(console).update(vars(type(console)(stderr=True, highlight=False)))
+    if "code" in request:
+        sys.argv = ["-c", "--multiprocessing-fork"]
+        return functools.partial(exec, request["code"], {})
+    sys.argv = request["args"]
+    # Where GPUs are used each process loads CUDA for itself.
+    may_spawn = sys.argv[0] != DLRM or SPAWNING.intersection(sys.argv)
+    if may_spawn and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        _fork_a_server()
+    os.chdir(request["cwd"])
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    return functools.partial(runpy.run_path, sys.argv[0], run_name="__main__")
 
 
-def _run_spawned(code, descriptors):
-    """Run what `multiprocessing` gives to an interpreter, with descriptors under their numbers in the other process."""
+def _renumber(descriptors):
+    """Give open descriptors other numbers: {number: present number}."""
     above = max(descriptors) + 1
     moved = {number: fcntl.fcntl(descriptor, fcntl.F_DUPFD, above) for number, descriptor in descriptors.items()}
     for descriptor in descriptors.values():
@@ -314,8 +244,21 @@ def _run_spawned(code, descriptors):
     for number, descriptor in moved.items():
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.argv = ["-c", "--multiprocessing-fork"]
-    exec(code, {})
+
+
+def _fork_a_server():
+    """Let a child of this process, which it does not outlive, fork what this process spawns."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork():
+        theirs.close()
+        multiprocessing.util.spawnv_passfds = Server(ours).spawn
+        return
+    ours.close()
+    prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+    for number in (*HANDLED, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_IGN)
+    serve(theirs)
+    os._exit(0)
 
 
 def end_after(run):
@@ -344,7 +287,7 @@ if __name__ == "__main__":
     sys.path.pop(0)  # tests are not what a command can import
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the first command may be asked for where signals are blocked
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the suite, which then closes the server
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel then reaps them
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for library in LIBRARIES:
@@ -359,7 +302,4 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     # No command has to look through what was loaded, which would also copy it: that took half of a short one's time.
     gc.freeze()
-    with socket.socket(fileno=int(sys.argv[1])) as requests_socket:
-        run = serve(requests_socket)
-    if run:
-        end_after(run)
+    serve(socket.socket(fileno=int(sys.argv[1])))
