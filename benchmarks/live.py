@@ -23,8 +23,8 @@ from torchdlrm import load_config, load_schema, synthesize
 from torchdlrm.live.settings import LiveSettings
 from torchdlrm.live.story import CONSTANT_RATE, LIVE, SCRATCH, compare_models
 from torchdlrm.processor import describe_processor
-from torchdlrm.synthetic.days import day_path
-from torchdlrm.synthetic.drift import Drift
+from torchdlrm.synthetic.synthesize import day_path
+from torchdlrm.synthetic.values import Drift
 
 
 def main() -> None:

@@ -4,9 +4,17 @@ import math
 import random
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 REAL_ROWS = Path(__file__).parents[3] / "shared" / "data"
+CRITEO_NAMES = ["label", *(f"int_{i}" for i in range(13)), *(f"cat_{i}" for i in range(26))]
+
+
+def read_criteo(path):
+    """A log in Criteo's layout as a frame: integers and strings."""
+    dtypes = {name: pl.String if name.startswith("cat") else pl.Int64 for name in CRITEO_NAMES}
+    return pl.read_csv(path, separator="\t", has_header=False, new_columns=CRITEO_NAMES, schema_overrides=dtypes)
 
 
 def real_log(name):

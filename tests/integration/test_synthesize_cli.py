@@ -19,7 +19,7 @@ def test_command_prints_one_json_object_and_writes_log_and_truth(dlrm, tmp_path)
     assert f"{shown['auc']:.4f}" in done.stderr
 
 
-def test_command_replaces_a_file_only_when_told(dlrm, tmp_path):
+def test_command_replaces_a_file_only_with_force(dlrm, tmp_path):
     out = tmp_path / "log.tsv"
     out.write_text("mine")
     refused = dlrm("synthesize", "--rows", 10, "--out", out)
@@ -35,14 +35,10 @@ def test_command_replaces_a_file_only_when_told(dlrm, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--rows", "0"], ["rows", "0", "at least 1"]),
         (["--out", "nowhere/log.tsv"], ["nowhere/log.tsv", "folder that exists"]),
         (["--out", "."], ["--out", "is a folder"]),
-        (["--preset", "avazu"], ["avazu"]),
         (["--companions", "pareto"], ["--companions", "--multi-hot"]),
-        (["--label-delay", "0.1"], ["--label-delay", "--days"]),
         (["--days", "2"], ["log.tsv", "--days", "name a folder"]),
-        (["--days", "2", "--multi-hot"], ["--days", "--multi-hot"]),
         (["--max-embeddings", "10"], ["--max-embeddings", "--multi-hot"]),
     ],
 )

@@ -134,8 +134,7 @@ def _run_live(out: Path, *, as_json: bool) -> None:
     from torchdlrm.features.schema import criteo_schema
     from torchdlrm.html import write_page
     from torchdlrm.live.story import CONSTANT_RATE, LIVE, SCRATCH, compare_models
-    from torchdlrm.synthetic.days import day_path
-    from torchdlrm.synthetic.synthesize import synthesize
+    from torchdlrm.synthetic.synthesize import day_path, synthesize
 
     with progress_bars(f"1/2 synthesize: a click log of {NUM_DAYS} days, {DAY_ROWS:,} rows each") as progress:
         truth = synthesize(out / "logs", rows=DAY_ROWS, days=NUM_DAYS, progress=progress)

@@ -9,11 +9,11 @@ from rich.table import Table
 
 from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say_next
 from torchdlrm.errors import ConfigError, LogError
-from torchdlrm.synthetic.days import day_path, late_path
-from torchdlrm.synthetic.drift import Drift
-from torchdlrm.synthetic.multi_hot import Companions
+from torchdlrm.synthetic.log import schema_path
+from torchdlrm.synthetic.synthesize import day_path, late_path
 from torchdlrm.synthetic.synthesize import synthesize as write_log
-from torchdlrm.synthetic.truth import Attainable, SyntheticTruth, schema_path, truth_path
+from torchdlrm.synthetic.truth import Attainable, SyntheticTruth, truth_path
+from torchdlrm.synthetic.values import Companions, Drift
 
 
 def synthesize(
@@ -44,8 +44,8 @@ def synthesize(
             same name with .schema.toml appended.
         companions: With --multi-hot, how the values behind the first of a cell are distributed; the default is uniform.
         max_embeddings: With --multi-hot, the largest number of rows of a table that the schema asks for.
-        days: Write the logs of so many days, on which values come and go, and popularity and effects drift. Days that
-            are in the folder already, with the same options, are kept.
+        days: Write a log for each of this number of days, on which values come and go, and popularity and effects
+            drift. Days that are in the folder already, with the same options, are kept.
         drift: With --days, how much changes in a day.
         label_delay: With --days, the fraction of the clicks that are known only on the day after: 0 in day_00.tsv;
             their rows are in late_00.tsv, with a 1.
@@ -103,4 +103,5 @@ def synthesize(
 def _day(folder: Path, day: int, truth: SyntheticTruth) -> dict[str, object]:
     log, late = day_path(folder, day), late_path(folder, day)
     late_log = {"late": str(late)} if truth.label_delay else {}
-    return {"day": day, "log": str(log), "truth": str(truth_path(log)), **late_log, **truth.parts()[log.stem]}
+    attainable = truth.as_dict()["splits"][log.stem]
+    return {"day": day, "log": str(log), "truth": str(truth_path(log)), **late_log, **attainable}

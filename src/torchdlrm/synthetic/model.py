@@ -15,25 +15,24 @@ with every seed.
 All arithmetic on rows is on integers: no rounding, hence the same labels on every machine.
 """
 
+import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchdlrm.synthetic.shapes import NUM_CELLS, DenseShape, LogShape, SparseShape
+from torchdlrm.synthetic.shapes import NUM_HEAD_RANKS, DenseShape, LogShape, SparseShape
 
 Codes = NDArray[np.int64]  # numpy would convert any other type at each look-up
-_Tables = tuple[list[NDArray[np.float64]], dict[int, NDArray[np.float64]]]  # of main effects, of latents
-
-# Ranks from here on share one code without effect; a missing value has the code after it.
-NUM_HEAD_RANKS = 4096
+_Floats = NDArray[np.float64]
+_Tables = tuple[list[_Floats], dict[int, _Floats]]  # of main effects [codes], of latents [2, codes]
 
 LOGIT_UNITS = 1024
 NUM_LOGITS = 1 << 15  # logits from -16 to 16
 
-_INTERACTION_SHARE = 0.11  # of the variance of the logits
-_HALF_LEARNABLE_SHARE = 1e-2  # a value on this share of the rows has half of the effect that a frequent one has
+_INTERACTION_FRACTION = 0.11  # of the variance of the logits
+_HALF_LEARNABLE_FRACTION = 1e-2  # a value on this fraction of the rows has half of the effect that a frequent one has
 _NUM_COLUMNS_IN_PAIRS = 4
 
 # Fractional bits of the tables; the product of two latents has twice as many as a latent.
@@ -41,26 +40,41 @@ _MAIN_BITS = 16
 _LATENT_BITS = 8
 
 
-def missing_code(column: DenseShape | SparseShape) -> int:
-    """The code of a missing value: the last one. The other codes are the cell of an integer, or the rank of a value."""
-    return NUM_CELLS if isinstance(column, DenseShape) else NUM_HEAD_RANKS + 1
-
-
-@dataclass(frozen=True)
 class HiddenModel:
-    """Effects as tables of integers; see the module's formula.
+    """The effects of a day, see the module's formula; `next_day` gives those of the next.
 
-    Attributes:
-        intercept: log-odds of a row without effects, with `_MAIN_BITS` fractional bits.
-        main: for each column int32 [codes].
-        latents: for the columns that stand in a pair int32 [2, codes].
-        pairs: indices of two sparse columns each; no column stands in two pairs.
+    Effects are random: a normal number for each code of a sparse column, slope and phase of the curve of a dense one,
+    and for the columns of a pair the direction of each code's latent. Centres, scales and intercept are those of the
+    first day, so that an effect that does not drift stays as it is. The few integer columns say most; drift changes
+    the shape of their curves, and not how much each says.
+
+    Args:
+        shape: of the log.
+        rng: draws the effects.
+        calibration_codes: of rows like those of the log, for each column.
     """
 
-    intercept: int
-    main: tuple[NDArray[np.int32], ...]
-    latents: dict[int, NDArray[np.int32]]
-    pairs: tuple[tuple[int, int], ...]
+    def __init__(self, shape: LogShape, rng: np.random.Generator, calibration_codes: list[Codes]) -> None:
+        self._columns, num_dense = shape.columns, len(shape.dense)
+        self._effects = [_draw_effect(column, rng) for column in self._columns]
+        chosen = _choose_pairs([column.code_fractions for column in shape.sparse], rng)
+        self._pairs = [(num_dense + left, num_dense + right) for left, right in chosen]
+        self._angles = {i: _draw_angles(NUM_HEAD_RANKS + 2, rng) for pair in self._pairs for i in pair}
+
+        main, latents = self._drawn()
+        self._means = [_mean(table, column.code_fractions) for table, column in zip(main, self._columns, strict=True)]
+        self._dense_stds = [_std(main[i], column.code_fractions) for i, column in enumerate(shape.dense)]
+        self._latent_means = {i: _mean(table, self._columns[i].code_fractions) for i, table in latents.items()}
+        main, latents = self._centred(main, latents)
+        main_std = np.std(sum(table[code] for table, code in zip(main, calibration_codes, strict=True)))
+        vectors = {i: table[:, calibration_codes[i]] for i, table in latents.items()}
+        products = sum((vectors[left] * vectors[right]).sum(axis=0) for left, right in self._pairs)
+        self._main_scale = 2.0**_MAIN_BITS * shape.logit_std * math.sqrt(1.0 - _INTERACTION_FRACTION) / main_std
+        latent_std = math.sqrt(shape.logit_std * math.sqrt(_INTERACTION_FRACTION) / np.std(products))
+        self._latent_scale = 2.0**_LATENT_BITS * latent_std
+        self._make_tables(main, latents)
+        effects = self.main_effects(calibration_codes) + self.interactions(calibration_codes)
+        self._intercept = _intercept(effects, shape.click_rate)
 
     def logits(self, codes: list[Codes]) -> NDArray[np.int32]:
         """True log-odds of B rows in units of 1 / LOGIT_UNITS, from 0 for -16: an index into `click_thresholds`.
@@ -70,7 +84,7 @@ class HiddenModel:
         """
         total = self.main_effects(codes)
         total += self.interactions(codes)
-        total += self.intercept
+        total += self._intercept
         total >>= _MAIN_BITS - (LOGIT_UNITS.bit_length() - 1)
         total += NUM_LOGITS // 2
         return np.clip(total, 0, NUM_LOGITS - 1, out=total)
@@ -78,7 +92,7 @@ class HiddenModel:
     def main_effects(self, codes: list[Codes]) -> NDArray[np.int32]:
         """The part of the logits that is a sum over columns [B]."""
         total = np.zeros(len(codes[0]), np.int32)
-        for table, code in zip(self.main, codes, strict=True):
+        for table, code in zip(self._main, codes, strict=True):
             total += table.take(code)
         return total
 
@@ -86,10 +100,59 @@ class HiddenModel:
         """The part of the logits that is a sum over pairs of columns [B]."""
         total = np.zeros(len(codes[0]), np.int32)
         for axis in range(2):
-            latents = {column: table[axis].take(codes[column]) for column, table in self.latents.items()}
-            for left, right in self.pairs:
+            latents = {column: table[axis].take(codes[column]) for column, table in self._latents.items()}
+            for left, right in self._pairs:
                 total += latents[left] * latents[right]
         return total
+
+    def next_day(self, drift: float, rng: np.random.Generator, born: Sequence[NDArray[np.bool_]]) -> "HiddenModel":
+        """The model of the day after this one's.
+
+        With a rate r, a normal number z becomes sqrt(1 - r^2) z + r * normal; phases and angles take steps of r
+        radians. After k days the correlation with what they were is about exp(-k r^2 / 2).
+
+        Args:
+            drift: the rate, 0 to 1.
+            rng: draws the steps.
+            born: of each sparse column the codes whose value is new on that day, with effects of its own [codes].
+        """
+        later, kept = copy.copy(self), math.sqrt(1.0 - drift**2)
+        num_dense = len(self._columns) - len(born)
+        later._angles = {i: angles + drift * rng.normal(size=len(angles)) for i, angles in self._angles.items()}
+        later._effects = []
+        for i, effect in enumerate(self._effects):
+            step = drift * rng.normal(size=len(effect))
+            if i < num_dense:  # slope and phase
+                later._effects.append(np.array([kept, 1.0]) * effect + step)
+                continue
+            is_born, new = born[i - num_dense], rng.normal(size=len(effect))
+            later._effects.append(np.where(is_born, new, kept * effect + step))
+            if i in later._angles:
+                new_angles = rng.uniform(0, 2 * math.pi, len(effect))
+                later._angles[i] = np.where(is_born, new_angles, later._angles[i])
+        later._make_tables(*later._centred(*later._drawn()))
+        return later
+
+    def _drawn(self) -> _Tables:
+        """The tables of the effects as they are drawn, less where they cannot be learnt."""
+        main = [_main_effect(column, effect) for column, effect in zip(self._columns, self._effects, strict=True)]
+        latents = {
+            i: np.stack([np.cos(angles), np.sin(angles)]) * learnable(self._columns[i].code_fractions)
+            for i, angles in self._angles.items()
+        }
+        return main, latents
+
+    def _centred(self, main: list[_Floats], latents: dict[int, _Floats]) -> _Tables:
+        """With mean 0 over the rows; for latents: so that their product has no main effect."""
+        centred = [table - mean for table, mean in zip(main, self._means, strict=True)]
+        for i, std in enumerate(self._dense_stds):
+            fractions = self._columns[i].code_fractions
+            centred[i] = (main[i] - _mean(main[i], fractions)) * (std / _std(main[i], fractions))
+        return centred, {i: table - self._latent_means[i] for i, table in latents.items()}
+
+    def _make_tables(self, main: list[_Floats], latents: dict[int, _Floats]) -> None:
+        self._main = [np.rint(table * self._main_scale).astype(np.int32) for table in main]
+        self._latents = {i: np.rint(table * self._latent_scale).astype(np.int32) for i, table in latents.items()}
 
 
 def click_thresholds() -> NDArray[np.uint32]:
@@ -98,160 +161,54 @@ def click_thresholds() -> NDArray[np.uint32]:
     return np.rint(2.0**32 / (1.0 + np.exp(-logits))).astype(np.uint32)
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What of a hidden model is random.
-
-    Attributes:
-        effects: for each sparse column a normal number for each code [codes], for each dense one slope and phase [2].
-        angles: for each column that stands in a pair the direction of the latent of each code [codes].
-        pairs: as of the model.
-    """
-
-    effects: tuple[NDArray[np.float64], ...]
-    angles: dict[int, NDArray[np.float64]]
-    pairs: tuple[tuple[int, int], ...]
-
-
-def draw_effects(shape: LogShape, rng: np.random.Generator) -> Draws:
-    """Draw a model for logs of that shape."""
-    shares = [code_shares(column) for column in shape.columns]
-    effects = tuple(_draw_effect(column, rng) for column in shape.columns)
-    num_dense = len(shape.dense)
-    pairs = tuple((num_dense + i, num_dense + j) for i, j in _choose_pairs(shares[num_dense:], rng))
-    return Draws(effects, {i: _draw_angles(len(shares[i]), rng) for pair in pairs for i in pair}, pairs)
-
-
-class ModelMaker:
-    """Makes models of draws: centred, scaled and with the click rate of the preset for the draws that it is made with.
-
-    Other draws keep centres, scales and intercept, so that an effect that was drawn as before is as before. The few
-    integer columns say most; other draws change the shape of their curves, and not how much each says.
-    """
-
-    def __init__(self, shape: LogShape, draws: Draws, calibration_codes: list[Codes]) -> None:
-        """Calibrate.
-
-        Args:
-            shape: of the log.
-            draws: to calibrate for.
-            calibration_codes: codes of rows like those of the log, for each column.
-        """
-        self._columns = shape.columns
-        self._shares = [code_shares(column) for column in shape.columns]
-        main, latents = self._tables(draws)
-        self._dense_stds = [_std(main[i], self._shares[i]) for i in range(len(shape.dense))]
-        self._main_means = [_mean(table, shares) for table, shares in zip(main, self._shares, strict=True)]
-        self._latent_means = {i: _mean(table, self._shares[i]) for i, table in latents.items()}
-        main, latents = self._centred(main, latents)
-        main_std = np.std(sum(table[code] for table, code in zip(main, calibration_codes, strict=True)))
-        vectors = {i: table[:, calibration_codes[i]] for i, table in latents.items()}
-        interaction_std = np.std(sum((vectors[left] * vectors[right]).sum(axis=0) for left, right in draws.pairs))
-        self._main_scale = 2.0**_MAIN_BITS * shape.logit_std * math.sqrt(1.0 - _INTERACTION_SHARE) / main_std
-        latent_std = math.sqrt(shape.logit_std * math.sqrt(_INTERACTION_SHARE) / interaction_std)
-        self._latent_scale = 2.0**_LATENT_BITS * latent_std
-        self._intercept = 0
-        model = self.model(draws)
-        effects = model.main_effects(calibration_codes) + model.interactions(calibration_codes)
-        self._intercept = _intercept(effects, shape.click_rate)
-
-    def model(self, draws: Draws) -> HiddenModel:
-        """The model of these draws."""
-        main, latents = self._centred(*self._tables(draws))
-        return HiddenModel(
-            intercept=self._intercept,
-            main=tuple(np.rint(table * self._main_scale).astype(np.int32) for table in main),
-            latents={i: np.rint(table * self._latent_scale).astype(np.int32) for i, table in latents.items()},
-            pairs=draws.pairs,
-        )
-
-    def _tables(self, draws: Draws) -> _Tables:
-        main = [
-            _main_effect(column, shares, effect)
-            for column, shares, effect in zip(self._columns, self._shares, draws.effects, strict=True)
-        ]
-        return main, {i: _latent(self._shares[i], angles) for i, angles in draws.angles.items()}
-
-    def _centred(self, main: list[NDArray[np.float64]], latents: dict[int, NDArray[np.float64]]) -> _Tables:
-        """With mean 0 over the rows; for latents: so that their product has no main effect."""
-        centred = [table - mean for table, mean in zip(main, self._main_means, strict=True)]
-        for i, std in enumerate(self._dense_stds):
-            shares = self._shares[i]
-            centred[i] = (main[i] - _mean(main[i], shares)) * (std / _std(main[i], shares))
-        return centred, {i: table - self._latent_means[i] for i, table in latents.items()}
-
-
-def code_shares(column: DenseShape | SparseShape) -> NDArray[np.float64]:
-    """The share of rows that have each code [codes]; sums to 1."""
-    if isinstance(column, DenseShape):
-        present = np.full(NUM_CELLS, 1.0 / NUM_CELLS)
-    else:
-        ranks = np.minimum(np.arange(NUM_HEAD_RANKS + 1.0), column.cardinality)
-        below = column.share_below(ranks)
-        present = np.append(np.diff(below), 1.0 - below[-1])
-    return np.append(present * (1.0 - column.missing_rate), column.missing_rate)
-
-
-def _mean(table: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Over the rows [..., 1], of a table [..., codes]."""
-    return (table * shares).sum(axis=-1, keepdims=True)
-
-
-def _std(table: NDArray[np.float64], shares: NDArray[np.float64]) -> float:
-    """Over the rows, of a table [codes]."""
-    return math.sqrt(((table - _mean(table, shares)) ** 2 * shares).sum())
-
-
-def learnable(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """From 0 for values that no model sees often enough, to 1 [codes]."""
-    weights = shares / (shares + _HALF_LEARNABLE_SHARE)
+def learnable(fractions: _Floats) -> _Floats:
+    """From 0 for values that no model sees often enough, to 1, given the fraction of rows of each code [codes]."""
+    weights = fractions / (fractions + _HALF_LEARNABLE_FRACTION)
     weights[NUM_HEAD_RANKS] = 0.0
     return weights
 
 
-def _standardised_log(column: DenseShape) -> NDArray[np.float64]:
-    """log(x + 3) of each code, standardised [codes]. A missing integer acts as 0: encoded, the two look the same."""
-    logs = np.log(np.append(column.values, 0) + 3.0)
-    return (logs - logs[:-1].mean()) / logs[:-1].std()
+def _mean(table: _Floats, fractions: _Floats) -> _Floats:
+    """Over the rows [..., 1], of a table [..., codes]."""
+    return (table * fractions).sum(axis=-1, keepdims=True)
 
 
-def _draw_effect(column: DenseShape | SparseShape, rng: np.random.Generator) -> NDArray[np.float64]:
+def _std(table: _Floats, fractions: _Floats) -> float:
+    """Over the rows, of a table [codes]."""
+    return math.sqrt(((table - _mean(table, fractions)) ** 2 * fractions).sum())
+
+
+def _draw_effect(column: DenseShape | SparseShape, rng: np.random.Generator) -> _Floats:
     if isinstance(column, SparseShape):
         return rng.normal(size=NUM_HEAD_RANKS + 2)
     return np.array([rng.normal(), rng.uniform(0, 2 * math.pi)])
 
 
-def _main_effect(
-    column: DenseShape | SparseShape, shares: NDArray[np.float64], effect: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    if isinstance(column, SparseShape):
-        return effect * learnable(shares)
-    x = _standardised_log(column)
-    slope, phase = effect
-    return slope * x + np.sin(1.2 * x + phase)
-
-
-def _draw_angles(num_codes: int, rng: np.random.Generator) -> NDArray[np.float64]:
+def _draw_angles(num_codes: int, rng: np.random.Generator) -> _Floats:
     # The golden angle keeps the most frequent values apart.
     return rng.uniform(0, 2 * math.pi) + math.pi * (3 - math.sqrt(5)) * np.arange(num_codes, dtype=np.float64)
 
 
-def _latent(shares: NDArray[np.float64], angles: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A point on the unit circle for each code, shrunk where it cannot be learnt [2, codes]."""
-    return np.stack([np.cos(angles), np.sin(angles)]) * learnable(shares)
+def _main_effect(column: DenseShape | SparseShape, effect: _Floats) -> _Floats:
+    if isinstance(column, SparseShape):
+        return effect * learnable(column.code_fractions)
+    logs = np.log(np.append(column.values, 0) + 3.0)  # a missing integer acts as 0: encoded, the two look the same
+    x = (logs - logs[:-1].mean()) / logs[:-1].std()
+    slope, phase = effect
+    return slope * x + np.sin(1.2 * x + phase)
 
 
-def _choose_pairs(shares: list[NDArray[np.float64]], rng: np.random.Generator) -> tuple[tuple[int, int], ...]:
-    """Pairs of the sparse columns that vary most among frequent values, from the shares of their codes."""
+def _choose_pairs(fractions: list[_Floats], rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Pairs of the sparse columns that vary most among frequent values, from the fractions of their codes."""
 
-    def variety(shares_of_codes: NDArray[np.float64]) -> float:
-        ranks = shares_of_codes[:NUM_HEAD_RANKS]
-        frequent = ranks[ranks > _HALF_LEARNABLE_SHARE]
+    def variety(fractions_of_codes: _Floats) -> float:
+        ranks = fractions_of_codes[:NUM_HEAD_RANKS]
+        frequent = ranks[ranks > _HALF_LEARNABLE_FRACTION]
         return float((frequent * (1.0 - frequent)).sum())
 
-    varied = sorted(range(len(shares)), key=lambda i: variety(shares[i]))[-_NUM_COLUMNS_IN_PAIRS:]
+    varied = sorted(range(len(fractions)), key=lambda i: variety(fractions[i]))[-_NUM_COLUMNS_IN_PAIRS:]
     columns = [int(i) for i in rng.permutation(varied)]
-    return tuple(zip(columns[::2], columns[1::2], strict=True))
+    return list(zip(columns[::2], columns[1::2], strict=True))
 
 
 def _intercept(effects: NDArray[np.int32], click_rate: float) -> int:

@@ -1,36 +1,46 @@
-"""Writes a synthetic click log in the Criteo layout, and computes the best that any model can reach on it.
+"""Writes synthetic click logs in the Criteo layout, and computes the best that any model can reach on them.
 
 In: rows, seed, preset.  Out: `log.tsv` (or `log.tsv.gz`) and `log.tsv.truth.json`; of a log with several values in a
-cell also `log.tsv.schema.toml`; of a log of several days a folder of logs.
+cell also `log.tsv.schema.toml`; of several days a folder with `day_00.tsv`, `day_00.tsv.truth.json` and so on,
+`truth.json` about all days, and with late clicks `late_00.tsv` and so on.
 
 | stage | input | output | where |
 | --- | --- | --- | --- |
-| shapes | numbers measured on the real logs | a table of equally likely cells for each column | synthetic_shapes.py |
-| model | seed | effects of values and of pairs of values | synthetic_model.py |
-| rows | seed, number of a block | lines, labels, true logits | synthetic_rows.py |
-| companions | ranks of values | ranks of the other values of their cells | synthetic_multi_hot.py |
-| drift | seed, rates, number of a day | effects, and which value has which rank, on that day | synthetic_drift.py |
-| files | rows | log and truth | synthetic_files.py, synthetic_truth.py |
-| days | days, rates | a folder of logs | synthetic_days.py |
+| shapes | numbers measured on the real logs | a table of equally likely cells for each column | shapes.py |
+| model | seed | effects of values and of pairs of values, which drift | model.py |
+| values | ranks | the values that have them on a day, and their companions | values.py |
+| rows | seed, number of a block | lines, labels, true logits | rows.py |
+| log | rows | log and truth | log.py, truth.py |
 | job | what the user gives | the files | here |
 
-The bytes depend on rows, seed and preset alone, and the first rows of a longer log are those of a shorter one. Memory
-does not grow with the rows: true logits lie on a grid, so that counts of clicks for each of its points give the exact
-AUC and logloss. Cost on one core: 2 us a row as plain text.
+The bytes depend on rows, seed and preset alone, and the first rows of a longer log are those of a shorter one. Those of
+a day also depend on its number and the rates, and not on the number of days: a folder of few days is the beginning of
+one of more, and a job that was killed resumes with the first day that is missing. Cost on one core: 2 us a row as plain
+text.
 """
 
-from dataclasses import replace
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
-from torchdlrm.errors import ConfigError
+import numpy as np
+
+from torchdlrm.errors import ConfigError, LogError
+from torchdlrm.features.columns import SparseColumn
+from torchdlrm.features.schema import criteo_schema
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.synthetic.days import check_days, synthesize_days
-from torchdlrm.synthetic.drift import Drift
-from torchdlrm.synthetic.files import write_log
-from torchdlrm.synthetic.multi_hot import COMPANIONS, Companions, multi_hot_schema
-from torchdlrm.synthetic.rows import RowGenerator
-from torchdlrm.synthetic.shapes import PRESETS
-from torchdlrm.synthetic.truth import SyntheticTruth
+from torchdlrm.synthetic.log import count_rows, write_log, writing
+from torchdlrm.synthetic.model import NUM_LOGITS
+from torchdlrm.synthetic.rows import VALUE_SEPARATOR, RowGenerator
+from torchdlrm.synthetic.shapes import MULTI_HOT_SIZES, PRESETS, LogShape
+from torchdlrm.synthetic.truth import Attainable, SyntheticTruth, read_truth, truth_path
+from torchdlrm.synthetic.values import COMPANIONS, Companions, Drift
+from torchdlrm.toml import toml_value
+
+_OURS = re.compile(r"(day|late)_\d{2,}\.tsv(\.truth\.json)?|truth\.json")
+_LEFT_BY_A_KILLED_JOB = re.compile(rf"\.({_OURS.pattern})\.[0-9a-f]{{8}}")
+_DAY = re.compile(r"day_(\d{2,})\.tsv")
 
 
 def synthesize(
@@ -58,9 +68,9 @@ def synthesize(
             stand its companions, `uniform` or `pareto`, which are the same wherever the value is. The schema of such a
             log is written too. Labels and first values, and so the truth, are those of the log without companions; a
             missing value is a value like others.
-        max_embeddings: the schema cuts tables to so many rows; only with `multi_hot`.
-        days: write a log for each of so many days, `day_00.tsv` and so on, into the folder `path`; `rows` and all else
-            is for each. The first is the log without `days`, unless it lacks late clicks.
+        max_embeddings: rows of the largest tables that the schema asks for; only with `multi_hot`.
+        days: write a log for each of this number of days, `day_00.tsv` and so on, into the folder `path`; `rows` and
+            all else is for each. The first is the log without `days`, unless it lacks late clicks.
         drift: what changes from one day to the next; only with `days`, where the default is `Drift()`.
         label_delay: fraction of the clicks that are known only on the day after; only with `days`. Their rows are in
             `day_NN.tsv` without the click, and with it in `late_NN.tsv`.
@@ -75,36 +85,148 @@ def synthesize(
         LogError: a file cannot be written, or with `resume` the folder holds days of other arguments.
     """
     path = Path(path)
-    _check(rows, seed, preset, multi_hot, max_embeddings)
-    check_days(path, days, drift, label_delay, preset, multi_hot)
+    for problem in _problems(rows, seed, preset, multi_hot, max_embeddings, days, drift, label_delay):
+        raise ConfigError(problem)
+    if days is not None and (path.suffix in {".gz", ".tsv", ".txt", ".csv"} or (path.exists() and not path.is_dir())):
+        msg = f"{path}: `days` writes a folder of logs, and this names a file; name a folder"
+        raise LogError(msg)
+    drift = None if days is None else drift or Drift()
     given = SyntheticTruth(
         rows=rows, seed=seed, preset=preset, multi_hot=multi_hot, drift=drift, label_delay=label_delay or 0.0
     )
+    generator = RowGenerator(preset, seed, multi_hot, drift or Drift())
     if days is not None:
-        return synthesize_days(path, days, replace(given, drift=drift or Drift()), progress, resume=resume)
-    generator = RowGenerator(preset, seed, multi_hot)
-    schema = multi_hot_schema(generator.shape, max_embeddings) if multi_hot else None
+        return _synthesize_days(path, days, given, generator, progress, resume=resume)
+    schema = _multi_hot_schema(generator.shape, max_embeddings) if multi_hot else None
     progress.start_phase("write rows", rows)
-    truth, _ = write_log(path, generator, rows, given, progress, schema=schema)
+    truth, _ = write_log(path, generator, given, progress, schema=schema)
     return truth
 
 
-def _check(rows: int, seed: int, preset: str, multi_hot: str | None, max_embeddings: int | None) -> None:
+def day_path(folder: Path, day: int) -> Path:
+    """Where the log of a day stands."""
+    return folder / f"day_{day:02d}.tsv"
+
+
+def late_path(folder: Path, day: int) -> Path:
+    """Where the rows of a day stand whose clicks came later; no log of a day has such a name."""
+    return folder / f"late_{day:02d}.tsv"
+
+
+def _synthesize_days(
+    folder: Path,
+    days: int,
+    given: SyntheticTruth,
+    generator: RowGenerator,
+    progress: ProgressListener,
+    *,
+    resume: bool,
+) -> SyntheticTruth:
+    """Write what is missing of a log of several days; complete days are kept with `resume`, otherwise removed first."""
+    found = _prepare(folder, given, resume=resume)
+    progress.start_phase("write rows", days * given.rows)
+    total, splits, late_clicks = np.zeros(2 * NUM_LOGITS, np.int64), {}, 0
+    for day in range(days):
+        if day:
+            generator = generator.next_day()
+        if day in found:
+            truth, counts = found[day], count_rows(generator, given.rows, progress)
+        else:
+            late = late_path(folder, day) if given.label_delay else None
+            asked = given.model_copy(update={"day": day})
+            truth, counts = write_log(day_path(folder, day), generator, asked, progress, late_path=late)
+        total += counts
+        late_clicks += truth.late_clicks
+        splits[day_path(folder, day).stem] = Attainable.of(counts, day * given.rows)
+    whole = given.of(Attainable.of(total), splits, late_clicks)
+    with writing(truth_path(folder)) as file:
+        file.write(whole.as_json())
+    return whole
+
+
+def _prepare(folder: Path, given: SyntheticTruth, *, resume: bool) -> dict[int, SyntheticTruth]:
+    """Make the folder, or find in it the days that are complete."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.iterdir():
+            if _LEFT_BY_A_KILLED_JOB.fullmatch(file.name) or (not resume and _OURS.fullmatch(file.name)):
+                file.unlink()
+        numbers = [int(name[1]) for file in folder.iterdir() if (name := _DAY.fullmatch(file.name))]
+    except OSError as error:
+        msg = f"{folder}: cannot be written ({error.strerror}); choose a folder that may be written"
+        raise LogError(msg) from error
+    found = {day: read_truth(day_path(folder, day)) for day in sorted(numbers)}
+    for day, truth in found.items():
+        there, asked = _options(truth), _options(given.model_copy(update={"day": day}))
+        differing = [f"{name} {there.get(name)}, not {asked[name]}" for name in asked if there.get(name) != asked[name]]
+        if differing:
+            msg = f"{day_path(folder, day)}: is there already, with {'; '.join(differing)}; "
+            msg += "name another folder, or have its days replaced (--force; `resume=False`)"
+            raise LogError(msg)
+    return found
+
+
+def _options(truth: SyntheticTruth) -> dict[str, object]:
+    drift = {f"drift.{name}": rate for name, rate in asdict(truth.drift).items()} if truth.drift else {}
+    return truth.model_dump(include={"rows", "seed", "preset", "label_delay", "day"}) | drift
+
+
+def _multi_hot_schema(shape: LogShape, max_embeddings: int | None) -> str:
+    """The schema of a log with companions, as a TOML file.
+
+    Its features are hashed: then tables have the size that is asked for however short the log is, and no values are
+    counted, most of which would be seen once.
+
+    Args:
+        shape: of the log.
+        max_embeddings: rows of the largest tables; None: as many as the log's columns have values.
+    """
+    lines = ['name = "criteo-multi-hot"', "columns = ["]
+    sizes = iter(zip(shape.sparse, MULTI_HOT_SIZES, strict=True))
+    for column in criteo_schema().columns:
+        keys: dict[str, object] = {"role": column.role, "name": column.name}
+        if not isinstance(column, SparseColumn):
+            keys |= column.model_dump(mode="json", include={"kind"})
+        else:
+            values, size = next(sizes)
+            keys |= {"kind": column.kind, "hash": min(values.cardinality, max_embeddings or values.cardinality)}
+            keys |= {"value_separator": VALUE_SEPARATOR, "max_values": size} if size > 1 else {}
+        lines.append(f"    {{ {', '.join(f'{key} = {toml_value(value)}' for key, value in keys.items())} }},")
+    return "\n".join([*lines, "]", ""])
+
+
+def _problems(
+    rows: int,
+    seed: int,
+    preset: str,
+    multi_hot: str | None,
+    max_embeddings: int | None,
+    days: int | None,
+    drift: Drift | None,
+    label_delay: float | None,
+) -> Iterator[str]:
+    """What makes no sense about the arguments of `synthesize`."""
     if rows < 1:
-        msg = f"rows: {rows} is too few; ask for at least 1"
-        raise ConfigError(msg)
+        yield f"rows: {rows} is too few; ask for at least 1"
     if seed < 0:
-        msg = f"seed: {seed} is negative; give 0 or more"
-        raise ConfigError(msg)
+        yield f"seed: {seed} is negative; give 0 or more"
     if preset not in PRESETS:
-        msg = f"preset: there is no {preset!r}; choose {' or '.join(PRESETS)}"
-        raise ConfigError(msg)
-    if multi_hot is not None and multi_hot not in COMPANIONS:
-        msg = f"`multi_hot`: there is no {multi_hot!r}; choose {' or '.join(COMPANIONS)}"
-        raise ConfigError(msg)
+        yield f"preset: there is no {preset!r}; choose {' or '.join(PRESETS)}"
+    if multi_hot not in (None, *COMPANIONS):
+        yield f"`multi_hot`: there is no {multi_hot!r}; choose {' or '.join(COMPANIONS)}"
     if max_embeddings is not None and multi_hot is None:
-        msg = "`max_embeddings`: is for the schema of a log with several values in a cell; give `multi_hot` too"
-        raise ConfigError(msg)
+        yield "`max_embeddings`: is for the schema of a log with several values in a cell; give `multi_hot` too"
     if max_embeddings is not None and max_embeddings < 1:
-        msg = f"`max_embeddings`: {max_embeddings} is too few; ask for at least 1"
-        raise ConfigError(msg)
+        yield f"`max_embeddings`: {max_embeddings} is too few; ask for at least 1"
+    if days is None:
+        for name, value in (("drift", drift), ("label_delay", label_delay)):
+            if value is not None:
+                yield f"`{name}`: is for a log of several days; give `days` too"
+        return
+    if days < 1:
+        yield f"`days`: {days} is too few; ask for at least 1"
+    if multi_hot is not None:
+        yield "`days`: a log with several values in a cell has no days; leave out one of `days` and `multi_hot`"
+    if label_delay is not None and not 0.0 <= label_delay < 1.0:
+        yield f"`label_delay`: {label_delay} is not a fraction of the clicks; give 0 or more, and less than 1"
+    yield from (drift or Drift()).problems(days, PRESETS[preset])

@@ -1,18 +1,14 @@
 """The synthetic log with several values in a cell: how many, which, and what it leaves as it was."""
 
-import hashlib
-
 import numpy as np
 import pytest
 
-from torchdlrm.errors import ConfigError
 from torchdlrm.features.schema_file import load_schema
-from torchdlrm.synthetic import files as synthetic_files
-from torchdlrm.synthetic.multi_hot import draw_companions
+from torchdlrm.synthetic.log import schema_path
 from torchdlrm.synthetic.rows import BLOCK_ROWS
 from torchdlrm.synthetic.shapes import MULTI_HOT_SIZES, PRESETS
 from torchdlrm.synthetic.synthesize import synthesize
-from torchdlrm.synthetic.truth import schema_path, truth_path
+from torchdlrm.synthetic.values import draw_companions
 
 NUM_ROWS = 4_500  # more than a block
 
@@ -74,17 +70,6 @@ def test_everything_else_is_the_log_without_companions(made, tmp_path):
     assert (made[1].multi_hot, plain_truth.multi_hot) == (made[2], None)
 
 
-def test_same_arguments_give_the_same_bytes_whatever_the_workers(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic_files, "_MAX_WORKERS", 1)
-    arguments = {"seed": 3, "preset": "criteo-1tb", "multi_hot": made[2]}
-    synthesize(tmp_path / "log.tsv", rows=NUM_ROWS, **arguments)
-    for path in (lambda log: log), truth_path, schema_path:
-        again, before = path(tmp_path / "log.tsv").read_bytes(), path(made[0]).read_bytes()
-        assert hashlib.sha256(again).digest() == hashlib.sha256(before).digest()
-    synthesize(tmp_path / "short.tsv", rows=100, **arguments)
-    assert made[0].read_bytes().startswith((tmp_path / "short.tsv").read_bytes())
-
-
 def test_uniform_companions_are_spread_evenly_and_pareto_ones_are_not():
     ranks = np.arange(BLOCK_ROWS, dtype=np.uint32)
     keys = np.random.default_rng(7).integers(2**32, size=25, dtype=np.uint32)
@@ -111,18 +96,3 @@ def test_schema_next_to_the_log_sets_the_tables(made, tmp_path):
     synthesize(tmp_path / "log.tsv.gz", rows=10, multi_hot=made[2], preset="criteo-1tb", max_embeddings=1_000)
     cut = load_schema(schema_path(tmp_path / "log.tsv.gz"))
     assert [column.hash for column in cut.sparse] == [min(rows, 1_000) for rows in cardinalities]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"multi_hot": "zipf"}, ["multi_hot", "zipf", "uniform or pareto"]),
-        ({"max_embeddings": 10}, ["max_embeddings", "multi_hot"]),
-        ({"multi_hot": "uniform", "max_embeddings": 0}, ["max_embeddings", "0", "at least 1"]),
-    ],
-)
-def test_wrong_arguments_are_named_with_a_remedy(tmp_path, arguments, words):
-    with pytest.raises(ConfigError) as raised:
-        synthesize(tmp_path / "log.tsv", rows=10, **arguments)
-    assert all(word in str(raised.value) for word in words)
-    assert list(tmp_path.iterdir()) == []
