@@ -1,8 +1,8 @@
 """Describes each optimizer: which settings it reads, what state it keeps, where it runs. No torch in here.
 
-A new optimizer is a name and a record here, and its step: for tables the name that FBGEMM has for it
-(`torchdlrm.tables.optimizers`), which computes it on GPUs, and the step of a row on CPU (`torchdlrm.tables.updates`);
-for the dense parts how torch's class is made (`torchdlrm.training.sharded`). All other code asks the record.
+A new optimizer is a name and a record here, and its step: for tables that of a row on CPU
+(`torchdlrm.tables.updates`), since FBGEMM computes it on GPUs; for the dense parts how torch's class is made
+(`torchdlrm.training.sharded`). All other code asks the record.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,6 +29,8 @@ class TableOptimizer:
 
     Attributes:
         name: in `table_optimizer.name`.
+        fbgemm_name: of FBGEMM's `EmbOptimType`. LARS is none of them: FBGEMM gives its state no name, so it could not
+            be saved.
         settings: of `table_optimizer`, those that it reads besides `name` and `learning_rate`.
         state_per_weight: float32 values of state for each weight, whatever the precision of the weights.
         state_per_row: the same for each row of a shard: a table that is cut by columns has several a row, and learns a
@@ -40,9 +42,11 @@ class TableOptimizer:
         trade: the explanation shown where it is proposed in place of one with more state.
         is_lazy: whether its rows catch up on the weight decay of steps that did not look them up.
         accumulator: the name of its state that only grows; empty where it has none.
+        is_in_fbgemm_on_cpu: whether FBGEMM has it there too, without weight decay.
     """
 
     name: TableOptimizerName
+    fbgemm_name: str
     settings: frozenset[str]
     state_per_weight: int = 0
     state_per_row: int = 0
@@ -52,6 +56,7 @@ class TableOptimizer:
     trade: str = ""
     is_lazy: bool = False
     accumulator: str = ""
+    is_in_fbgemm_on_cpu: bool = False
 
     def leaner(self) -> "Iterator[TableOptimizer]":
         """Those with less state that could stand in for it, the most state first: none with another momentum."""
@@ -68,6 +73,11 @@ class TableOptimizer:
     def with_lazy_decay(self) -> "TableOptimizer":
         """The same with one more value a row: the last step that has looked it up."""
         return replace(self, state_per_row=self.state_per_row + 1, is_lazy=True)
+
+    @property
+    def states_are_per_row(self) -> tuple[bool, ...]:
+        """Of each state, in FBGEMM's order, whether it is a value a row and not one a weight."""
+        return (False,) * self.state_per_weight + (True,) * self.state_per_row
 
     def _state(self) -> tuple[int, int]:
         """What is compared: values a row matter only where there are none a weight."""
@@ -98,29 +108,36 @@ TABLE_OPTIMIZERS: Mapping[TableOptimizerName, TableOptimizer] = {
     for record in (
         TableOptimizer(
             "rowwise_adagrad",
+            "EXACT_ROWWISE_ADAGRAD",
             _DECAY | {"eps", "initial_accumulator"},
             state_per_row=1,
             decays_on_gpu=_NOT_LAZY,
             accumulator="momentum1",
+            is_in_fbgemm_on_cpu=True,
             trade="one learning rate for a row instead of one for each value; usually as accurate for tables",
         ),
         TableOptimizer(
             "adagrad",
+            "EXACT_ADAGRAD",
             _DECAY | {"eps", "initial_accumulator"},
             state_per_weight=1,
             decays_on_gpu=frozenset(),
             accumulator="momentum1",
+            is_in_fbgemm_on_cpu=True,
             trade="half of Adam's state; no momentum",
         ),
         TableOptimizer(
             "sgd",
+            "EXACT_SGD",
             _DECAY,
             decays_on_gpu=frozenset(),
+            is_in_fbgemm_on_cpu=True,
             trade="no state; rare ids learn slowly, so expect a lower AUC or a longer training",
         ),
-        TableOptimizer("adam", _DECAY | _ADAM_SETTINGS, state_per_weight=2, momentum="adam"),
+        TableOptimizer("adam", "ADAM", _DECAY | _ADAM_SETTINGS, state_per_weight=2, momentum="adam"),
         TableOptimizer(
             "partial_rowwise_adam",
+            "PARTIAL_ROWWISE_ADAM",
             _DECAY | _ADAM_SETTINGS,
             state_per_weight=1,
             state_per_row=1,
@@ -129,6 +146,7 @@ TABLE_OPTIMIZERS: Mapping[TableOptimizerName, TableOptimizer] = {
         ),
         TableOptimizer(
             "lamb",
+            "LAMB",
             _DECAY | _ADAM_SETTINGS,
             state_per_weight=2,
             decays_on_cpu=_NOT_LAZY,
@@ -136,6 +154,7 @@ TABLE_OPTIMIZERS: Mapping[TableOptimizerName, TableOptimizer] = {
         ),
         TableOptimizer(
             "partial_rowwise_lamb",
+            "PARTIAL_ROWWISE_LAMB",
             _DECAY | _ADAM_SETTINGS,
             state_per_weight=1,
             state_per_row=1,

@@ -17,11 +17,13 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor, nn
 from torchrec.distributed import batched_embedding_kernel
 
-_WITH_SECOND_MOMENT = {
-    EmbOptimType.ADAM: False,  # whether that is one value a row
-    EmbOptimType.LAMB: False,
-    EmbOptimType.PARTIAL_ROWWISE_ADAM: True,
-    EmbOptimType.PARTIAL_ROWWISE_LAMB: True,
+from torchdlrm.tables.optimizers import record_of
+
+# By whether the first state is a value a row, where there is one.
+_ACCEPTED = {
+    (): EmbOptimType.EXACT_SGD,
+    (False,): EmbOptimType.EXACT_ADAGRAD,
+    (True,): EmbOptimType.EXACT_ROWWISE_ADAGRAD,
 }
 
 
@@ -45,18 +47,18 @@ class TablesOnCpu(SplitTableBatchedEmbeddingBagsCodegen):  # type: ignore[misc] 
 
         Args:
             embedding_specs: rows, dimension, location and device of each table.
-            optimizer: any that FBGEMM has a module for, and whose state it gives out by name.
+            optimizer: any that has a record.
             is_lazy: of the weight decay.
             settings: as FBGEMM's module takes them.
         """
-        has_second_moment = optimizer in _WITH_SECOND_MOMENT
-        # Adagrad's sum is the first moment of the others: as many values, in the same place.
-        accepted = EmbOptimType.EXACT_ADAGRAD if has_second_moment else optimizer
-        super().__init__(embedding_specs, optimizer=accepted, **settings)
+        states = record_of(optimizer).states_are_per_row
+        # The one with the same first state: as many values, in the same place.
+        super().__init__(embedding_specs, optimizer=_ACCEPTED[states[:1]], **settings)
         self.optimizer = optimizer
         self.is_lazy = is_lazy
-        if has_second_moment:
-            self._add_state("momentum2", rowwise=_WITH_SECOND_MOMENT[optimizer])
+        self._num_states = len(states)
+        if len(states) > 1:
+            self._add_state("momentum2", rowwise=states[1])
         if is_lazy:
             self._add_state("prev_iter", rowwise=True)
             # FBGEMM's kind of state is float32, which counts to 2^24 alone; a checkpoint's of that type is converted.
@@ -81,9 +83,8 @@ class TablesOnCpu(SplitTableBatchedEmbeddingBagsCodegen):  # type: ignore[misc] 
         if not self.is_lazy:
             states: list[dict[str, Tensor]] = super().get_optimizer_state()
             return states
-        second = ["exp_avg_sq"] if self.optimizer in _WITH_SECOND_MOMENT else []
-        own = [] if self.optimizer == EmbOptimType.EXACT_SGD else ["momentum1", *second]
-        return [dict(zip([*own, "prev_iter"], of_table, strict=True)) for of_table in self.split_optimizer_states()]
+        names = [*("momentum1", "exp_avg_sq")[: self._num_states], "prev_iter"]
+        return [dict(zip(names, of_table, strict=True)) for of_table in self.split_optimizer_states()]
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The optimizers of the tables, which run inside their backward: what each is told, and where each runs."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,20 +12,15 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import nn
 
-from torchdlrm.config import TABLE_OPTIMIZERS, TableOptimizerConfig, TableOptimizerName
+from torchdlrm.config import TABLE_OPTIMIZERS, TableOptimizer, TableOptimizerConfig
 from torchdlrm.errors import ConfigError
 
-# LARS, which FBGEMM has too, cannot be saved: it gives TorchRec no state by name.
-_FBGEMM_NAMES: Mapping[TableOptimizerName, EmbOptimType] = {
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "sgd": EmbOptimType.EXACT_SGD,
-    "adam": EmbOptimType.ADAM,
-    "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM,
-    "lamb": EmbOptimType.LAMB,
-    "partial_rowwise_lamb": EmbOptimType.PARTIAL_ROWWISE_LAMB,
-}
-_IN_FBGEMM_ON_CPU = {EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_SGD}
+_RECORDS = {EmbOptimType[record.fbgemm_name]: record for record in TABLE_OPTIMIZERS.values()}
+
+
+def record_of(optimizer: EmbOptimType) -> TableOptimizer:
+    """The record of what FBGEMM's module steps with."""
+    return _RECORDS[optimizer]
 
 
 def check_table_optimizer(config: TableOptimizerConfig, device: torch.device) -> None:
@@ -69,7 +64,7 @@ def check_plain_torchrec(config: TableOptimizerConfig, device: torch.device) -> 
         ConfigError: says what it has.
     """
     check_table_optimizer(config, device)
-    is_in_fbgemm = _FBGEMM_NAMES[config.name] in _IN_FBGEMM_ON_CPU and not config.weight_decay
+    is_in_fbgemm = config.record.is_in_fbgemm_on_cpu and not config.weight_decay
     if device.type == "cpu" and (config.decays_lazily or not is_in_fbgemm):
         msg = (
             f"table_optimizer: plain TorchRec has no {config.name} with these settings on CPU to compare with; choose "
@@ -85,7 +80,7 @@ def check_fbgemm_has_it(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> None:
         ConfigError: names the tables and what to do.
     """
     has_decay = kernel.optimizer_args.weight_decay or getattr(kernel, "is_lazy", False)
-    if kernel.optimizer in _IN_FBGEMM_ON_CPU and not has_decay:
+    if record_of(kernel.optimizer).is_in_fbgemm_on_cpu and not has_decay:
         return
     names = ", ".join(kernel.table_names or ())
     msg = (
@@ -103,7 +98,7 @@ def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
     the gradient of, and the tables would be updated with gradients that have lost the range of bfloat16.
     """
     params: dict[str, Any] = {
-        "optimizer": _FBGEMM_NAMES[config.name],
+        "optimizer": EmbOptimType[config.record.fbgemm_name],
         "learning_rate": config.learning_rate,
         # The loader has checked every id already, once a row group: `Loader` raises where one is outside its table.
         "bounds_check_mode": BoundsCheckMode.NONE,

@@ -4,36 +4,25 @@ F features, T tables.
 """
 
 import numpy as np
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
     WeightDecayMode,
 )
 
-from torchdlrm.tables import updates
 from torchdlrm.tables.kernels import Array
-from torchdlrm.tables.updates import Rule, State
-
-_KINDS = {
-    EmbOptimType.EXACT_SGD: updates.SGD,
-    EmbOptimType.EXACT_ADAGRAD: updates.ADAGRAD,
-    EmbOptimType.EXACT_ROWWISE_ADAGRAD: updates.ROWWISE_ADAGRAD,
-    EmbOptimType.ADAM: updates.ADAM,
-    EmbOptimType.PARTIAL_ROWWISE_ADAM: updates.PARTIAL_ROWWISE_ADAM,
-    EmbOptimType.LAMB: updates.LAMB,
-    EmbOptimType.PARTIAL_ROWWISE_LAMB: updates.PARTIAL_ROWWISE_LAMB,
-}
+from torchdlrm.tables.optimizers import record_of
+from torchdlrm.tables.updates import KINDS, Rule, State
 
 
 def next_rule(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> Rule:
     """The rule of the next step, which is counted with this."""
     step = kernel.iter_cpu.add_(1).item()
-    args, kind = kernel.optimizer_args, _KINDS[kernel.optimizer]
+    args, record = kernel.optimizer_args, record_of(kernel.optimizer)
     rate, decay = kernel.learning_rate_tensor.item(), args.weight_decay
     adds_to_gradient = args.weight_decay_mode == WeightDecayMode.L2
-    is_in_ratio = kind in {updates.LAMB, updates.PARTIAL_ROWWISE_LAMB}
+    is_in_ratio = record.momentum == "lamb"
     return Rule(
-        kind=kind,
+        kind=KINDS[record.name],
         rate=np.float32(rate),
         eps=np.float32(args.eps),
         beta1=np.float32(args.beta1),

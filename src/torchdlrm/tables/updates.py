@@ -29,6 +29,16 @@ from torchdlrm.kernels.compile import compiled_loop, prefetch, widened
 from torchdlrm.tables.kernels import AHEAD, FLOATS_PER_LINE, Array
 
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, PARTIAL_ROWWISE_ADAM, LAMB, PARTIAL_ROWWISE_LAMB = range(7)
+# By the names that `torchdlrm.config.optimizers` has for them.
+KINDS = {
+    "sgd": SGD,
+    "adagrad": ADAGRAD,
+    "rowwise_adagrad": ROWWISE_ADAGRAD,
+    "adam": ADAM,
+    "partial_rowwise_adam": PARTIAL_ROWWISE_ADAM,
+    "lamb": LAMB,
+    "partial_rowwise_lamb": PARTIAL_ROWWISE_LAMB,
+}
 
 
 class Rule(NamedTuple):
