@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from torchdlrm.errors import LogError
-from torchdlrm.logs.files import find_files
+from torchdlrm.logs.find import find_files
 
 
 @pytest.mark.skipif(shutil.which("xzcat") is None, reason="needs xzcat")
@@ -20,4 +20,4 @@ def test_a_packed_file_becomes_a_log_by_the_command_that_is_told(tmp_path):
     subprocess.run(["sh", "-c", str(caught.value).partition("this makes one: ")[2]], check=True)
     made = tmp_path / "a log.xz.gz"
     assert gzip.decompress(made.read_bytes()) == b"1\t2\n"
-    assert find_files([made])[0].format == "gzip"
+    assert find_files([made])[0].packing == "gzip"

@@ -22,7 +22,7 @@ from torchdlrm.features.encode import encode
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import load_schema
 from torchdlrm.logs.cut import plan_chunks, read_chunks
-from torchdlrm.logs.files import find_files
+from torchdlrm.logs.find import find_files
 from torchdlrm.logs.text import parse_chunk
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 

@@ -21,7 +21,7 @@ from torchdlrm.cli.terminal import (
 )
 from torchdlrm.errors import Interrupted, UserError
 from torchdlrm.folders import expect, kind_of
-from torchdlrm.logs.files import find_files
+from torchdlrm.logs.find import find_files
 
 if TYPE_CHECKING:
     from torchdlrm.prediction.files import PredictSummary

@@ -34,7 +34,7 @@ from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.model.model_class import ModelClass, reported
 from torchdlrm.prediction.client import PredictionClient
 from torchdlrm.prediction.json_rows import as_json_rows
-from torchdlrm.prediction.log_columns import LogFormat
+from torchdlrm.prediction.log_columns import Writing
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.progress import SILENT, ProgressListener
@@ -114,7 +114,7 @@ def verify(
     model_class: ModelClass | None = None,
     allow_changed_model_class: bool = False,
     max_rows: int = 10_000,
-    log_format: LogFormat = "log",
+    log_format: Writing = "log",
     progress: ProgressListener = SILENT,
 ) -> Verification:
     """Predict the first rows of a log by all paths that there are.

@@ -18,6 +18,8 @@ from torchdlrm.features.kinds import KINDS
 REASONS = {
     "long": "the line is longer than 1 MiB",
     "quotes": "a quote stands inside a cell, or text behind a quoted one, or a quote is not closed",
+    "json": "the line is not an object of JSON",
+    "nested": "the cell holds a list or an object, and the schema has one value",
     "columns": "the line has the wrong number of columns",
     "nul_byte": "the cell contains a NUL byte",
     "utf8": "the cell is not UTF-8",

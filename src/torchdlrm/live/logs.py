@@ -13,13 +13,8 @@ from torchdlrm.errors import LiveError, LogError
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.files import sha256_of
 from torchdlrm.live.record import LogRecord, PeriodRecord
-from torchdlrm.logs.cut import read_header
-from torchdlrm.logs.files import LogFile, find_files, open_text
-from torchdlrm.logs.names import schema_of_file
-from torchdlrm.logs.parquet import plan_row_groups
-from torchdlrm.logs.sniff import check_layout
-
-_HEAD_BYTES = 64 << 10
+from torchdlrm.logs.files import LogFile
+from torchdlrm.logs.find import find_files
 
 
 @dataclass(frozen=True)
@@ -56,20 +51,11 @@ def require_readable(log: PeriodLog, schema: FeatureSchema, max_bad_rows: int) -
     """
     num_with_rows = 0
     for file in log.files:
-        check_layout(file, schema, max_bad_rows)
-        schema_of_file(file, schema)
-        num_with_rows += _has_rows(file, schema)
+        file.format.check(file, schema, max_bad_rows)
+        num_with_rows += file.format.has_rows(file, file.format.layout(file, schema))
     if not num_with_rows:
         msg = f"{log.files[0].path}: has no row; leave out the log of a period in which nothing happened"
         raise LogError(msg)
-
-
-def _has_rows(file: LogFile, schema: FeatureSchema) -> bool:
-    if file.format == "parquet":
-        return bool(plan_row_groups(file, schema, 1))
-    with open_text(file) as text:
-        rest = read_header(text)[1] if schema.header else b""
-        return bool((rest + text.read(_HEAD_BYTES)).strip())
 
 
 def learnt_already(logs: Sequence[LogRecord], lineage: Sequence[PeriodRecord]) -> PeriodRecord | None:

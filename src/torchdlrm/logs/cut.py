@@ -8,12 +8,12 @@ it is a bad row, and must not fill the memory.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import IO
 
 from torchdlrm.errors import LogError
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.files import LogFile, open_text, reading
+from torchdlrm.logs.format import Chunk
 from torchdlrm.logs.quotes import last_row_end
 
 CHUNK_BYTES = 32 << 20
@@ -24,14 +24,6 @@ _PROBE_BYTES = 64 << 10
 MAX_ROW_BYTES = 1 << 20
 # Of text with quotes, so much is read for the end of a row: what comes behind a quote that is not closed is no row.
 _MAX_QUOTED_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Whole rows of a file: bytes `start` to `end` of its text, or row groups of a Parquet file."""
-
-    start: int
-    end: int
 
 
 def plan_chunks(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> list[Chunk]:

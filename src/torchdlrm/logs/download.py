@@ -20,7 +20,8 @@ from urllib.parse import urljoin, urlsplit
 
 from torchdlrm.errors import ConfigError, DatasetError, LogError
 from torchdlrm.files import sha256_of
-from torchdlrm.logs.files import LogFile, find_files
+from torchdlrm.logs.files import LogFile
+from torchdlrm.logs.find import find_files
 from torchdlrm.progress import ProgressListener, SilentProgress
 
 _BLOCK_BYTES = 1 << 20

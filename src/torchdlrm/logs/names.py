@@ -1,45 +1,17 @@
-"""Finds columns of a log by name: in a Parquet file, and in a text whose first line names them.
+"""Finds columns of a log by name: where the file has names, and in a text whose first line names them.
 
 In: the names in the order of the file.  Out: the schema's columns in that order; what the schema does not name is
 ignored.
 """
 
-import csv
 from collections.abc import Sequence
-from contextlib import suppress
 
 from torchdlrm.errors import LogError
 from torchdlrm.features.columns import Column, IgnoredColumn
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.logs.cut import read_header
-from torchdlrm.logs.files import LogFile, open_text
 
 _MOST_NAMES_TOLD = 100
 _EXTRA = "@"  # no column of a schema is called so
-
-
-def schema_of_file(file: LogFile, schema: FeatureSchema) -> FeatureSchema:
-    """The schema with its columns in the order of a text file that names them; without a header, as it is.
-
-    Raises:
-        LogError: the file cannot be read, lacks columns that the schema reads, or names one of them twice.
-    """
-    if not schema.header or file.format == "parquet":
-        return schema
-    with open_text(file) as text:
-        line, _ = read_header(text)
-    names = names_of(line, schema)
-    found = found_by_name(names, f"{file.path}, line 1 (header)", schema, schema.used, f"the schema {schema.name!r}")
-    return schema.with_columns([column or ignored(i, names[i]) for i, column in enumerate(found)])
-
-
-def names_of(line: bytes, schema: FeatureSchema) -> list[str]:
-    """The names in a header, which is written as the rows are."""
-    text = line.decode(errors="replace").removesuffix("\n").removesuffix("\r")
-    if schema.quote:
-        with suppress(csv.Error):  # a name of more than 128 KiB is none
-            return next(csv.reader([text], delimiter=schema.separator), [])
-    return text.split(schema.separator)
 
 
 def found_by_name(

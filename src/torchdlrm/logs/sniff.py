@@ -90,8 +90,6 @@ def check_layout(file: LogFile, schema: FeatureSchema, max_bad_rows: int) -> Non
     Raises:
         LogError: more than `max_bad_rows` of its first lines have another number of columns, and no line has this one.
     """
-    if file.format == "parquet":
-        return
     with open_text(file) as text:
         head = text.read(_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK)
     if len(head) == _HEAD_BYTES:

@@ -20,50 +20,11 @@ from torchdlrm.features.cells import text_frame, to_typed_columns
 from torchdlrm.features.columns import IgnoredColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.cut import BYTE_ORDER_MARK, MAX_ROW_BYTES
+from torchdlrm.logs.format import ParsedChunk
 from torchdlrm.logs.quotes import find_quoted
 
 _COUNT_BLOCK_BYTES = 256 << 10
 _SHOWN_BYTES = 400  # of a cell that is at fault
-
-
-@dataclass(frozen=True)
-class ParsedChunk:
-    """The good rows of a chunk as typed columns, its number of lines, and its bad rows (lines counted from 1).
-
-    `bad_positions`: int64, where the bad rows stand among all rows of the chunk, from 0; a quoted row may have several
-    lines.
-    """
-
-    frame: pl.DataFrame
-    num_lines: int
-    bad_rows: BadRows
-    bad_positions: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(
-        cls,
-        frame: pl.DataFrame,
-        good: pl.Series | None,
-        num_lines: int,
-        bad_rows: BadRows,
-        whole: npt.NDArray[np.bool_] | None = None,
-    ) -> Self:
-        """What is left of a chunk.
-
-        Args:
-            frame: the rows that could be cut into cells.
-            good: Boolean, which of these are good; None: all.
-            num_lines: lines of the chunk.
-            bad_rows: its bad rows.
-            whole: bool, which rows of the chunk are in `frame`; None: all.
-        """
-        if good is None and whole is None:
-            return cls(frame, num_lines, bad_rows, np.zeros(0, np.int64))
-        is_good = np.ones(frame.height, np.bool_) if whole is None else whole.copy()
-        if good is not None:
-            is_good[is_good] = good.to_numpy()
-            frame = frame.filter(good)
-        return cls(frame, num_lines, bad_rows, np.flatnonzero(~is_good))
 
 
 def parse_chunk(lines: bytes, schema: FeatureSchema, *, is_label_optional: bool = False) -> ParsedChunk:

@@ -19,11 +19,12 @@ from torchdlrm.features.cells import to_typed_columns, without_null_values
 from torchdlrm.features.columns import Feature, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.files import LogFile
-from torchdlrm.logs.parquet import cells_as_text
+from torchdlrm.logs.formats.parquet import ParquetFormat
+from torchdlrm.logs.tables import cells_as_text
 from torchdlrm.prediction.json_rows import check_cells
 from torchdlrm.prediction.shared_rows import Row
 
-_NO_FILE = LogFile(Path("the frame"), 0, None)
+_NO_FILE = LogFile(Path("the frame"), 0, None, ParquetFormat())
 _CELLS = (pl.Boolean, pl.String, pl.Categorical, pl.Enum, pl.Date, pl.Datetime, pl.Null)
 
 

@@ -1,17 +1,15 @@
 """Finds the columns of a log to predict: those of the model's schema, with or without label, in the file's order.
 
-In: the first lines of a text, or the names of a Parquet file's columns.  Out: a schema by which the reader of logs
+In: the first lines of a text, or the names of the columns.  Out: a schema by which the reader of logs
 reads it: features as they were trained on, label and weight if they are there, and passthrough columns as text.
 
-A text with a header, and a Parquet file, are read by name: the order is free, and what is no feature may be missing or
-more.  A text without one has the columns of the schema, or these without label and weight.
+A text with a header, and a log that names its columns, are read by name: the order is free, and what is no feature may
+be missing or more.  A text without one has the columns of the schema, or these without label and weight.
 """
 
-import csv
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -27,13 +25,13 @@ from torchdlrm.features.columns import (
     WeightColumn,
 )
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.logs.format import OpenLog
 from torchdlrm.logs.names import found_by_name, ignored
 
-LogFormat = Literal["log", "csv", "tsv"]
+Writing = Literal["log", "csv", "tsv"]  # as the schema says, or in the usual way
 # Which columns of the log are wanted besides those that are asked for: none; those that name a row; all.
 Kept = Literal["none", "keys", "all"]
 _ID_NAME = re.compile(r"(?i:(^|[\W_])(id|uuid|key)$)|[a-z]I[dD]$")
-_LINES_LOOKED_AT = 100
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,11 @@ class LogColumns:
     """How a log is read.
 
     Attributes:
-        schema: its columns.
-        header: whether the first line names them.
+        schema: its columns; with `header` where the first line names them.
         passthrough: names of the columns that are wanted.
     """
 
     schema: FeatureSchema
-    header: bool
     passthrough: Sequence[str]
 
     @property
@@ -56,61 +52,45 @@ class LogColumns:
         return any(isinstance(column, LabelColumn) for column in self.schema.columns)
 
 
-def schema_for_format(schema: FeatureSchema, log_format: LogFormat) -> FeatureSchema:
+def schema_for_writing(schema: FeatureSchema, writing: Writing) -> FeatureSchema:
     """The schema of a log that is written as the schema says (`log`), or as `csv` or `tsv` in the usual way."""
-    if log_format == "log":
+    if writing == "log":
         return schema
-    written = {"separator": ",", "quote": '"'} if log_format == "csv" else {"separator": "\t", "quote": None}
+    written = {"separator": ",", "quote": '"'} if writing == "csv" else {"separator": "\t", "quote": None}
     return schema.model_copy(update=written)
 
 
-def columns_of_text(
-    head: bytes, path: Path, schema: FeatureSchema, passthrough: Sequence[str], kept: Kept = "none"
+def find_columns(
+    log: OpenLog, path: Path, schema: FeatureSchema, passthrough: Sequence[str], kept: Kept = "none"
 ) -> LogColumns:
-    """Look at the beginning of a text.
+    """Look at the names or the first rows of a log.
 
     Args:
-        head: some whole lines, or all of the text.
+        log: it.
         path: for messages.
-        schema: the model's columns, and how the text is written.
+        schema: the model's columns, and how a text is written.
         passthrough: names of other columns that are wanted.
         kept: which are wanted besides.
 
     Raises:
         LogError: a feature, or a column that is wanted, is not there.
     """
-    text = (line.removesuffix("\r") for line in head.decode(errors="replace").removesuffix("\n").split("\n"))
-    cells = (
-        csv.reader(text, delimiter=schema.separator)
-        if schema.quote
-        else csv.reader(text, delimiter=schema.separator, quoting=csv.QUOTE_NONE)
-    )
-    lines = list(islice(cells, _LINES_LOOKED_AT))
-    first = lines[0] if lines else []
+    if log.names is not None:
+        return _by_name(log.names, str(path), schema, passthrough, kept, header=False)
+    first = log.first_rows[0] if log.first_rows else []
     if schema.header or {column.log_name for column in schema.features} <= set(first):
         return _by_name(first, f"{path}, line 1 (header)", schema, passthrough, kept, header=True)
     without_label = [column for column in schema.columns if not isinstance(column, LabelColumn | WeightColumn)]
     # A bad line may have any number of columns: most lines are good.
-    num_unlabelled = sum(len(line) == len(without_label) for line in lines)
-    num_labelled = sum(len(line) == len(schema.columns) for line in lines)
+    num_unlabelled = sum(len(row) == len(without_label) for row in log.first_rows)
+    num_labelled = sum(len(row) == len(schema.columns) for row in log.first_rows)
     columns = without_label if num_unlabelled > num_labelled else list(schema.columns)
     missing = [name for name in passthrough if name not in {column.name for column in columns}]
     if missing:
         raise LogError(_not_there(missing, str(path), [column.name for column in columns]))
     wanted = [*passthrough, *_kept({column.name: column for column in columns}, passthrough, kept)]
     read = schema.with_columns([_as_read(column, column.name, wanted, schema) for column in columns])
-    return LogColumns(read, header=False, passthrough=wanted)
-
-
-def columns_of_names(
-    names: Sequence[str], path: Path, schema: FeatureSchema, passthrough: Sequence[str], kept: Kept = "none"
-) -> LogColumns:
-    """The layout of a Parquet file with columns of these names.
-
-    Raises:
-        LogError: a feature, or a column that is wanted, is not there.
-    """
-    return _by_name(names, str(path), schema, passthrough, kept, header=False)
+    return LogColumns(read, passthrough=wanted)
 
 
 def _by_name(
@@ -123,7 +103,8 @@ def _by_name(
     missing = set(wanted) - {column.name for column in columns}
     if missing:
         raise LogError(_not_there([name for name in wanted if name in missing], where, names))
-    return LogColumns(schema.with_columns(columns), header=header, passthrough=wanted)
+    read = schema.with_columns(columns).model_copy(update={"header": header})
+    return LogColumns(read, passthrough=wanted)
 
 
 def _kept(columns: Mapping[str, Column | None], passthrough: Sequence[str], kept: Kept) -> list[str]:

@@ -1,14 +1,12 @@
 """Reads a log to predict in chunks of rows, good and bad, in order and in bounded memory.
 
-In: files (text, gzipped text or Parquet, told apart by their first bytes) or standard input.  Out: `RowChunk`s.
+In: files, whose formats are recognised by their first bytes, or standard input.  Out: `RowChunk`s.
 """
 
 import io
 import os
 import select
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,28 +15,17 @@ from typing import BinaryIO, cast
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.logs.cut import BYTE_ORDER_MARK, cut_stream
-from torchdlrm.logs.files import MAGIC_BYTES, LogFile, find_files, reading, recognize_format, unpacked
-from torchdlrm.logs.parquet import plan_row_groups, read_row_groups, reading_parquet
-from torchdlrm.logs.text import ParsedChunk, parse_chunk
-from torchdlrm.prediction.log_columns import (
-    Kept,
-    LogColumns,
-    LogFormat,
-    columns_of_names,
-    columns_of_text,
-    schema_for_format,
-)
+from torchdlrm.logs.files import LogFile, reading
+from torchdlrm.logs.find import find_files, recognise
+from torchdlrm.prediction.log_columns import Kept, Writing, find_columns, schema_for_writing
 
 STANDARD_INPUT = Path("-")
 CHUNK_BYTES = 8 << 20
-_HEAD_BYTES = 64 << 10
 _POLL_MS = 100
 
 
@@ -84,7 +71,7 @@ class RowsIn:
 
     paths: Sequence[Path]
     schema: FeatureSchema
-    log_format: LogFormat = "log"
+    log_format: Writing = "log"
     passthrough: Sequence[str] = ()
     kept: Kept = "none"
     chunk_bytes: int = CHUNK_BYTES
@@ -133,17 +120,9 @@ class RowsIn:
             yield from self._of_stream(sys.stdin.fileno(), Path("standard input"))
             return
         for file in self._found:
-            if file.format == "parquet":
-                yield from self._of_parquet(file)
-            else:
-                with reading(file.path), file.path.open("rb") as raw:
-                    yield from self._of_text(raw, file)
+            with reading(file.path), file.path.open("rb") as raw:
+                yield from self._read(raw, file)
             file.check_unchanged()
-
-    def _settle(self, columns: LogColumns) -> None:
-        """Want of all further files what was found in the first one."""
-        object.__setattr__(self, "passthrough", columns.passthrough)
-        object.__setattr__(self, "kept", "none")
 
     @property
     def _found(self) -> tuple[LogFile, ...]:
@@ -160,62 +139,23 @@ class RowsIn:
 
     def _of_stream(self, handle: int, name: Path) -> Iterator[RowChunk]:
         stream = cast("BinaryIO", io.BufferedReader(_Stream(handle, self.is_over)))
-        start = stream.read(MAGIC_BYTES)
-        if not start:
-            msg = f"{name}: is empty"
-            raise LogError(msg)
-        form = recognize_format(start, name)
-        if form == "parquet":
-            # The columns of a Parquet file are named at its end, so it is read whole before anything else.
-            with tempfile.NamedTemporaryFile(suffix=".parquet") as copy:
-                copy.write(start)
-                shutil.copyfileobj(stream, copy)
-                copy.flush()
-                path = Path(copy.name)
-                yield from self._of_parquet(LogFile(path, path.stat().st_size, None, format="parquet"))
-            return
-        raw = cast("BinaryIO", io.BufferedReader(_Joined(start, stream)))
-        yield from self._of_text(raw, LogFile(name, 0, None, format=form))
+        log_format, _, unpacked = recognise(stream, name)
+        yield from self._read(unpacked, LogFile(name, 0, None, log_format))
 
-    def _of_text(self, raw: BinaryIO, file: LogFile) -> Iterator[RowChunk]:
-        text = unpacked(raw, file.format)
-        with reading(file.path):
-            head = text.read(_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK)
-        whole_lines = head[: head.rfind(b"\n") + 1] or head
-        schema = schema_for_format(self.schema, self.log_format)
-        columns = columns_of_text(whole_lines, file.path, schema, self.passthrough, self.kept)
-        self._settle(columns)
-        num_lines, consumed = 0, 0
-        if columns.header:
-            _, _, head = head.partition(b"\n")
-            num_lines = 1
-        for lines in cut_stream(text, head, file, columns.schema, self.chunk_bytes):
-            parsed = parse_chunk(lines, columns.schema, is_label_optional=True)
-            at = raw.tell() if raw.seekable() else consumed
-            yield _placed(parsed, file, num_lines, columns, at - consumed)
-            num_lines += parsed.num_lines
-            consumed = at
-
-    def _of_parquet(self, file: LogFile) -> Iterator[RowChunk]:
-        with reading_parquet(file.path):
-            metadata = pq.read_metadata(file.path)
-        names = metadata.schema.to_arrow_schema().names
-        columns = columns_of_names(names, file.path, self.schema, self.passthrough, self.kept)
-        self._settle(columns)
-        num_rows = 0
-        for chunk in plan_row_groups(file, columns.schema, self.chunk_bytes):
-            row_groups = range(chunk.start, chunk.end)
-            parsed = read_row_groups(file, row_groups, columns.schema, is_label_optional=True)
-            share = parsed.num_lines / max(1, metadata.num_rows)
-            yield _placed(parsed, file, num_rows, columns, int(share * file.size_bytes))
-            num_rows += parsed.num_lines
-
-
-def _placed(parsed: ParsedChunk, file: LogFile, num_lines: int, columns: LogColumns, num_bytes: int) -> RowChunk:
-    bad_rows = BadRows()
-    bad_rows.add_chunk(parsed.bad_rows, str(file.path), num_lines)
-    num_rows = parsed.frame.height + len(parsed.bad_positions)
-    return RowChunk(parsed.frame, num_rows, parsed.bad_positions, bad_rows, columns.has_label, num_bytes)
+    def _read(self, raw: BinaryIO, file: LogFile) -> Iterator[RowChunk]:
+        schema = schema_for_writing(self.schema, self.log_format)
+        with file.format.opened(raw, file, schema) as log:
+            columns = find_columns(log, file.path, schema, self.passthrough, self.kept)
+            # Of all further files is wanted what was found in the first one.
+            object.__setattr__(self, "passthrough", columns.passthrough)
+            object.__setattr__(self, "kept", "none")
+            num_lines, before = int(columns.schema.header), 0
+            for parsed, now in log.chunks(columns.schema, self.chunk_bytes):
+                bad_rows = BadRows()
+                bad_rows.add_chunk(parsed.bad_rows, str(file.path), num_lines)
+                num_rows = parsed.frame.height + len(parsed.bad_positions)
+                yield RowChunk(parsed.frame, num_rows, parsed.bad_positions, bad_rows, columns.has_label, now - before)
+                num_lines, before = num_lines + parsed.num_lines, now
 
 
 class _Stream(io.RawIOBase):
@@ -235,20 +175,3 @@ class _Stream(io.RawIOBase):
             if self._is_over.is_set():
                 return 0
         return os.readv(self._handle, [buffer])
-
-
-class _Joined(io.RawIOBase):
-    """Bytes that were read from a stream, and then the rest of it."""
-
-    def __init__(self, start: bytes, stream: BinaryIO) -> None:
-        super().__init__()
-        self._start, self._stream = start, stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # narrower than any buffer
-        data = self._start[: len(buffer)] or self._stream.read(len(buffer))
-        self._start = self._start[len(buffer) :]
-        buffer[: len(data)] = data
-        return len(data)

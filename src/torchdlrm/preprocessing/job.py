@@ -30,10 +30,9 @@ from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import TRANSFORMS, DenseTransform, Moments
 from torchdlrm.files import sha256_of
-from torchdlrm.logs.cut import Chunk, plan_chunks
 from torchdlrm.logs.files import LogFile
-from torchdlrm.logs.names import extra_columns, schema_of_file
-from torchdlrm.logs.parquet import plan_row_groups
+from torchdlrm.logs.format import Chunk
+from torchdlrm.logs.names import extra_columns
 from torchdlrm.preprocessing.count import add_moments, sum_moments
 from torchdlrm.preprocessing.encode import Encoding, Parts, encode_group, write_rows
 from torchdlrm.preprocessing.executors import Task, Workers
@@ -80,7 +79,7 @@ class Job:
         Raises:
             LogError: the log cannot be read, or has too many bad rows, or too few good ones.
         """
-        self.layouts = [schema_of_file(file, self.schema) for file in self.files]
+        self.layouts = [file.format.layout(file, self.schema) for file in self.files]
         folders = ("vocabulary", *(() if self.period is None else ("reset", "candidates")), *SPLIT_NAMES)
         for name in folders:
             (self.dataset_folder / name).mkdir(exist_ok=True)
@@ -143,7 +142,7 @@ class Job:
 
     def _read(self) -> tuple[list[int], list[tuple[Path, Result]]]:
         """The rows of each file, and for each chunk its file and what reading it gave."""
-        total = sum(file.size_bytes * (2 if file.format == "gzip" else 1) for file in self.files)
+        total = sum(file.size_bytes * (1 if file.packing is None else 2) for file in self.files)
         self.progress.start_phase("read", total, "bytes")
         rows_of_files, read = [], []
         at_a_time = self.workers.tasks_at_a_time
@@ -157,18 +156,18 @@ class Job:
         return rows_of_files, read
 
     def _plan(self, numbers: range) -> list[list[Chunk]]:
-        """The chunks of some files; gzipped ones are unpacked."""
+        """The chunks of some files; packed ones are unpacked."""
         tasks = []
         for number in numbers:
             file = self.files[number]
-            arguments: tuple[Any, ...] = (file, self.schema, self.work.sizing.chunk_bytes)
-            if file.format == "gzip":
+            arguments: tuple[Any, ...] = (file, self.layouts[number], self.work.sizing.chunk_bytes)
+            if file.packing is not None:
                 tasks.append(Task(f"unpack-{number}", unpack, (*arguments, self.work.path / "text", f"{number:05d}")))
             else:
                 tasks.append(Task(f"plan-{number}", plan_file, arguments))
         plans = []
         for number, result in zip(numbers, self.workers.run(tasks, self.work), strict=True):
-            if self.files[number].format == "gzip":
+            if self.files[number].packing is not None:
                 ends = [sum(result["sizes"][: i + 1]) for i in range(len(result["sizes"]))]
                 plans.append([Chunk(end - size, end) for end, size in zip(ends, result["sizes"], strict=True)])
                 self.progress.advance(self.files[number].size_bytes)
@@ -183,13 +182,13 @@ class Job:
 
         def tasks() -> Iterator[Task]:
             for i, chunk in enumerate(chunks):
-                text = texts[i] if file.format == "gzip" else None
+                text = None if file.packing is None else texts[i]
                 num_partitions = self.work.sizing.num_partitions
                 task = ReadTask(file, chunk, text, self.schema, self.layouts[number], num_partitions, targets[i])
                 yield Task(f"read-{number}-{i}", read_chunk, (task,))
 
         results = []
-        num_lines = int(self.schema.header and file.format != "parquet")
+        num_lines = int(self.layouts[number].header)
         total = chunks[-1].end if chunks else 1
         done_bytes = 0
         for i, result in enumerate(self.workers.run(tasks(), self.work)):
@@ -300,7 +299,6 @@ class Job:
         return [tuple(found) for found in files]
 
 
-def plan_file(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> Result:
+def plan_file(file: LogFile, layout: FeatureSchema, chunk_bytes: int) -> Result:
     """Task: find where a file may be cut."""
-    plan = plan_row_groups if file.format == "parquet" else plan_chunks
-    return {"chunks": [[chunk.start, chunk.end] for chunk in plan(file, schema, chunk_bytes)]}
+    return {"chunks": [[chunk.start, chunk.end] for chunk in file.format.chunks(file, layout, chunk_bytes)]}

@@ -19,8 +19,8 @@ from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import load_schema
 from torchdlrm.files import publish_folder, sha256_of
-from torchdlrm.logs.files import LogFile, find_files
-from torchdlrm.logs.sniff import check_layout
+from torchdlrm.logs.files import LogFile
+from torchdlrm.logs.find import find_files
 from torchdlrm.preprocessing.executors import start_workers
 from torchdlrm.preprocessing.job import Job
 from torchdlrm.preprocessing.options import PART_ROWS, PreprocessOptions, Resources
@@ -76,7 +76,7 @@ def preprocess(
     paths = [log if isinstance(log, LogFile) else Path(log) for log in given]
     files = tuple(replace(file, path=file.path.resolve()) for file in find_files(paths))
     for file in files:
-        check_layout(file, schema, options.max_bad_rows)
+        file.format.check(file, schema, options.max_bad_rows)
     known = None if options.vocabulary is None else _open_known(options.vocabulary, schema)
     period = _period(options, known)
     settings = _settings(files, schema, options, known, period)

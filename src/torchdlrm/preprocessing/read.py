@@ -25,10 +25,10 @@ from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.value_hash import hash_values
 from torchdlrm.files import replacing
-from torchdlrm.logs.cut import Chunk, read_chunks
-from torchdlrm.logs.files import LogFile, reading
-from torchdlrm.logs.parquet import read_row_groups
-from torchdlrm.logs.text import ParsedChunk, parse_chunk
+from torchdlrm.logs.cut import read_chunks
+from torchdlrm.logs.files import LogFile
+from torchdlrm.logs.format import Chunk, ParsedChunk
+from torchdlrm.logs.lines import LineFormat
 from torchdlrm.preprocessing.work_folder import Result, write_sections
 
 TIME = "@time"
@@ -38,7 +38,7 @@ TIME = "@time"
 class ReadTask:
     """What reading a chunk needs.
 
-    `text` is the chunk's unpacked text where the file is gzipped; `layout` is the schema with its columns in the order
+    `text` is the chunk's unpacked text where the file is packed; `layout` is the schema with its columns in the order
     of the file.
     """
 
@@ -51,8 +51,8 @@ class ReadTask:
     target: Path
 
 
-def unpack(file: LogFile, schema: FeatureSchema, chunk_bytes: int, folder: Path, name: str) -> Result:
-    """Task: a gzipped file -> its chunks as LZ4-packed text, `folder/name-00000` and so on.
+def unpack(file: LogFile, layout: FeatureSchema, chunk_bytes: int, folder: Path, name: str) -> Result:
+    """Task: a packed file -> its chunks as LZ4-packed text, `folder/name-00000` and so on.
 
     A gzip stream has no places to start from, so one task reads it from end to end; unpacking is five times as fast as
     what comes after.
@@ -61,7 +61,7 @@ def unpack(file: LogFile, schema: FeatureSchema, chunk_bytes: int, folder: Path,
         LogError: the file is damaged, or not what the schema says.
     """
     sizes = []
-    for i, lines in enumerate(read_chunks(file, schema, chunk_bytes)):
+    for i, lines in enumerate(read_chunks(file, layout, chunk_bytes)):
         path = folder / f"{name}-{i:05d}"
         if not path.exists():
             with replacing(path) as temporary, pa.CompressedOutputStream(str(temporary), "lz4") as packed:
@@ -103,16 +103,13 @@ def read_chunk(task: ReadTask) -> Result:
 
 def _parse(task: ReadTask) -> ParsedChunk:
     task.file.check_unchanged()
-    if task.file.format == "parquet":
-        parsed = read_row_groups(task.file, range(task.chunk.start, task.chunk.end), task.layout)
-    elif task.text is not None:
-        with pa.CompressedInputStream(pa.OSFile(str(task.text), "rb"), "lz4") as packed:
-            parsed = parse_chunk(packed.read(), task.layout)
+    log_format = task.file.format
+    if task.text is None:
+        parsed = log_format.read(task.file, task.chunk, task.layout)
     else:
-        with reading(task.file.path), task.file.path.open("rb") as text:
-            text.seek(task.chunk.start)
-            lines = text.read(task.chunk.end - task.chunk.start)
-        parsed = parse_chunk(lines, task.layout)
+        assert isinstance(log_format, LineFormat), "others are not packed"
+        with pa.CompressedInputStream(pa.OSFile(str(task.text), "rb"), "lz4") as packed:
+            parsed = log_format.parse(packed.read(), task.layout)
     task.file.check_unchanged()
     return parsed
 

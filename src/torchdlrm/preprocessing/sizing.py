@@ -17,7 +17,6 @@ from torchdlrm.preprocessing.options import BASE_BYTES, PreprocessOptions
 from torchdlrm.units import show_bytes
 
 BYTES_A_VALUE = 100
-_TEXT_OF_FORMAT = {"text": 1.0, "gzip": 3.5, "parquet": 3.0}
 _MEMORY_A_TEXT_BYTE = 10
 _MEMORY_A_PART_BYTE = 2.6
 _MEMORY_A_GROUP_BYTE = 2.6
@@ -65,7 +64,7 @@ def choose_sizing(
     Raises:
         ConfigError: it is too little for one task.
     """
-    text_bytes = sum(int(file.size_bytes * _TEXT_OF_FORMAT[file.format]) for file in files)
+    text_bytes = sum(file.text_bytes for file in files)
     most_rows = text_bytes // len(schema.columns) + 1
     needed = BASE_BYTES + part_memory_bytes(min(options.part_rows, most_rows), schema)
     if memory_bytes < needed:
@@ -109,10 +108,9 @@ def check_disk(files: Sequence[LogFile], folder: Path, used_bytes: int) -> None:
     """
     needed = 0
     for file in files:
-        text_bytes = file.size_bytes * _TEXT_OF_FORMAT[file.format]
-        needed += int(text_bytes * _DISK_A_TEXT_BYTE)
-        if file.format == "gzip":
-            needed += int(text_bytes * _DISK_A_PACKED_BYTE)
+        needed += int(file.text_bytes * _DISK_A_TEXT_BYTE)
+        if file.packing is not None:
+            needed += int(file.text_bytes * _DISK_A_PACKED_BYTE)
     free = shutil.disk_usage(folder).free + used_bytes
     if free < needed:
         msg = (

@@ -12,8 +12,7 @@ from helpers.predicted import rows_of_request
 from torchdlrm.errors import LogError
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.logs.files import find_files
-from torchdlrm.logs.parquet import plan_row_groups, read_row_groups
+from torchdlrm.logs.find import find_files
 from torchdlrm.preprocessing.preprocess import preprocess, work_folder
 from torchdlrm.serving.open_inference.tensors import Tensor
 
@@ -43,8 +42,8 @@ COLUMNS = {
 def read(path, columns, **options):
     pq.write_table(pa.table(columns), path)
     (file,) = find_files([path])
-    (chunk,) = plan_row_groups(file, SCHEMA, 1 << 30)
-    return read_row_groups(file, range(chunk.start, chunk.end), SCHEMA, **options)
+    (chunk,) = file.format.chunks(file, SCHEMA, 1 << 30)
+    return file.format.read(file, chunk, SCHEMA, **options)
 
 
 def test_numbers_are_themselves_and_nan_is_missing(tmp_path):

@@ -17,7 +17,7 @@ from helpers.raw_logs import avazu_like, clicks, movielens_like, write
 from torchdlrm.errors import LogError
 from torchdlrm.features.schema import FeatureSchema, criteo_schema
 from torchdlrm.features.schema_file import load_schema
-from torchdlrm.logs.files import find_files
+from torchdlrm.logs.find import find_files
 from torchdlrm.logs.proposal.propose import propose_schema
 from torchdlrm.logs.proposal.sample import take_sample
 from torchdlrm.preprocessing.preprocess import preprocess
@@ -194,8 +194,8 @@ def test_ids_are_never_numbers(tmp_path, seed):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_sample_comes_from_the_whole_of_a_large_log(tmp_path, packed, monkeypatch):
-    monkeypatch.setattr("torchdlrm.logs.proposal.sample._MIN_BLOCK_BYTES", 4_096)
-    monkeypatch.setattr("torchdlrm.logs.proposal.sample._BYTES_A_ROW", 0)
+    monkeypatch.setattr("torchdlrm.logs.lines._MIN_BLOCK_BYTES", 4_096)
+    monkeypatch.setattr("torchdlrm.logs.lines._BYTES_A_ROW", 0)
     rows = [f'{i % 2},"note {i},\nof ""two"" lines",{i}\n' for i in range(40_000)]
     text = ("click,note,number\n" + "".join(rows)).encode()
     path = tmp_path / "log"

@@ -1,13 +1,17 @@
 """What a log to predict looks like is told from its first lines, or from its columns' names."""
 
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from torchdlrm.errors import LogError
 from torchdlrm.features.columns import DenseColumn, IgnoredColumn, LabelColumn, SparseColumn, TimeColumn
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.prediction.log_columns import columns_of_names, columns_of_text, schema_for_format
+from torchdlrm.logs.files import LogFile
+from torchdlrm.logs.formats.text import TextFormat
+from torchdlrm.prediction.log_columns import find_columns, schema_for_writing
 
 SCHEMA = FeatureSchema(
     name="shop",
@@ -23,20 +27,29 @@ SCHEMA = FeatureSchema(
 LOG = Path("log.csv")
 
 
+def columns_of_text(head, schema, wanted):
+    with TextFormat().opened(BytesIO(head), LogFile(LOG, len(head), None, TextFormat()), schema) as log:
+        return find_columns(log, LOG, schema, wanted)
+
+
+def columns_of_names(names, wanted):
+    return find_columns(SimpleNamespace(names=names), LOG, SCHEMA, wanted)
+
+
 def roles(columns):
     return [(column.role, column.name) for column in columns.schema.columns]
 
 
 def test_a_text_without_a_header_has_the_columns_of_the_schema_in_order():
-    columns = columns_of_text(b"1;2;0;3.5;de\n", LOG, SCHEMA, [])
+    columns = columns_of_text(b"1;2;0;3.5;de\n", SCHEMA, [])
     expected = [("ignore", "order_id"), ("ignore", "time"), ("label", "label"), ("dense", "price")]
     assert roles(columns) == [*expected, ("sparse", "country")]
     assert columns.has_label
-    assert not columns.header
+    assert not columns.schema.header
 
 
 def test_or_these_without_the_label_which_most_lines_tell():
-    columns = columns_of_text(b"1;2;0;3.5;de\n" + b"1;2;3.5;de\nbad\n" * 2, LOG, SCHEMA, ["order_id"])
+    columns = columns_of_text(b"1;2;0;3.5;de\n" + b"1;2;3.5;de\nbad\n" * 2, SCHEMA, ["order_id"])
     assert roles(columns) == [("sparse", "order_id"), ("ignore", "time"), ("dense", "price"), ("sparse", "country")]
     assert not columns.has_label
 
@@ -44,19 +57,19 @@ def test_or_these_without_the_label_which_most_lines_tell():
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_header_is_found_and_gives_the_order(end):
     head = f'country,"Price in EUR",user id{end}de,1,7{end}'.encode()
-    columns = columns_of_text(head, LOG, schema_for_format(SCHEMA, "csv"), ["user id"])
+    columns = columns_of_text(head, schema_for_writing(SCHEMA, "csv"), ["user id"])
     assert roles(columns) == [("sparse", "country"), ("dense", "price"), ("sparse", "user id")]
-    assert columns.header
+    assert columns.schema.header
     assert (columns.schema.separator, columns.schema.quote) == (",", '"')
 
 
 def test_a_quote_is_a_letter_where_the_schema_has_no_quotes():
-    columns = columns_of_text(b'1;2;0;3.5;d"e\n1;2;0;3.5;"de\n', LOG, schema_for_format(SCHEMA, "log"), [])
+    columns = columns_of_text(b'1;2;0;3.5;d"e\n1;2;0;3.5;"de\n', schema_for_writing(SCHEMA, "log"), [])
     assert columns.has_label
 
 
 def test_what_is_no_feature_may_be_missing_or_more():
-    columns = columns_of_names(["x", "country", "label", "Price in EUR", "x2"], LOG, SCHEMA, ["label"])
+    columns = columns_of_names(["x", "country", "label", "Price in EUR", "x2"], ["label"])
     assert roles(columns) == [
         ("ignore", "@0"),
         ("sparse", "country"),
@@ -84,14 +97,14 @@ def test_what_is_no_feature_may_be_missing_or_more():
 )
 def test_what_is_missing_is_told(names, wanted, message):
     with pytest.raises(LogError, match=message):
-        columns_of_names(names, LOG, SCHEMA, wanted)
+        columns_of_names(names, wanted)
 
 
 def test_a_column_that_is_wanted_and_not_there_is_told_without_a_header_too():
     with pytest.raises(LogError, match=r"^`columns`: log\.csv has no column label; it has order_id, time, price"):
-        columns_of_text(b"1;2;3.5;de\n", LOG, SCHEMA, ["label"])
+        columns_of_text(b"1;2;3.5;de\n", SCHEMA, ["label"])
 
 
 def test_a_schema_with_a_header_needs_one():
     with pytest.raises(LogError, match=r"log.csv, line 1 \(header\): has no column Price in EUR, country"):
-        columns_of_text(b"1;2;0;3.5;de\n", LOG, SCHEMA.model_copy(update={"header": True}), [])
+        columns_of_text(b"1;2;0;3.5;de\n", SCHEMA.model_copy(update={"header": True}), [])

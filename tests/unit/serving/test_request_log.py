@@ -13,8 +13,8 @@ from torchdlrm.errors import ConfigError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn, TimeColumn
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.logs.files import find_files
-from torchdlrm.logs.parquet import read_row_groups
+from torchdlrm.logs.find import find_files
+from torchdlrm.logs.format import Chunk
 from torchdlrm.serving import request_log
 from torchdlrm.serving.batcher import BatchReport
 from torchdlrm.serving.request_log import RequestLog, check_loggable
@@ -125,7 +125,8 @@ def test_what_was_logged_is_read_as_what_was_asked(tmp_path):
     ]
     assert logged["prediction"].to_list() == [0.0, 0.5, 1.0]
     logged.with_columns(label=pl.lit(1)).write_parquet(tmp_path / "labelled.parquet")
-    read = read_row_groups(find_files([tmp_path / "labelled.parquet"])[0], range(1), SCHEMA)
+    (file,) = find_files([tmp_path / "labelled.parquet"])
+    read = file.format.read(file, Chunk(0, 1), SCHEMA)
     assert read.bad_rows == BadRows()
     expected = FRAME.with_columns(city=pl.Series(["Köln", None, None]))  # in a log, an empty text is a missing one
     assert read.frame.select(expected.columns).equals(expected)

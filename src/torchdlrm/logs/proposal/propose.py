@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torchdlrm.features.bad_rows import BadRows, describe_bad_rows
 from torchdlrm.features.cells import to_typed_columns
 from torchdlrm.features.schema import PRESETS, FeatureSchema, problems
-from torchdlrm.logs.files import find_files
+from torchdlrm.logs.find import find_files
 from torchdlrm.logs.proposal.columns import Choice, choose_role
 from torchdlrm.logs.proposal.facts import USUAL_NULLS, Facts
 from torchdlrm.logs.proposal.label import Label, find_label, find_leaks

@@ -6,41 +6,32 @@ In: a file, a number of rows.  Out: their cells as preprocessing reads them, and
 | --- | --- |
 | small text | everything |
 | text | blocks at evenly spaced places |
-| gzipped text | up to 256 MiB of text from the start; of that, evenly spaced blocks are kept |
-| Parquet | half a million rows, or 256 MiB, of up to 16 row groups; of that, evenly spaced batches are kept |
+| packed text | up to 256 MiB of text from the start; of that, evenly spaced blocks are kept |
+| Parquet, ORC | half a million rows, or 256 MiB, of up to 16 groups of rows; of that, evenly spaced batches are kept |
 """
 
-import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, TypeVar
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRow, BadRows, describe_bad_rows
 from torchdlrm.features.columns import SparseColumn, TimeColumn
 from torchdlrm.features.schema import FeatureSchema, criteo_schema
-from torchdlrm.logs.cut import BYTE_ORDER_MARK
-from torchdlrm.logs.files import LogFile, open_text
-from torchdlrm.logs.parquet import cells_as_text, reading_parquet, type_fault
+from torchdlrm.logs.files import LogFile
+from torchdlrm.logs.format import ParsedChunk, SampledRows
+from torchdlrm.logs.lines import read_blocks
 from torchdlrm.logs.proposal.facts import USUAL_NULLS
 from torchdlrm.logs.quotes import find_quoted, last_row_end
 from torchdlrm.logs.sniff import SEPARATORS, is_quoted, sniff
-from torchdlrm.logs.text import ParsedChunk, parse_chunk
-from torchdlrm.units import show_bytes
+from torchdlrm.logs.tables import cells_as_text, type_fault
+from torchdlrm.logs.text import parse_chunk
 
-NUM_PLACES = 16
-_MIN_BLOCK_BYTES = 1 << 20
-_BYTES_A_ROW = 800  # twice that of a row of a wide log
-_MAX_UNPACKED_BYTES = 256 << 20
-_MAX_PARQUET_ROWS = 500_000
 _VALUE = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[0-9a-fA-F]{8}"
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -50,14 +41,14 @@ class Sample:
     Attributes:
         names: of the columns, as the log has them.
         frame: String, or lists of it, under `column_0`, `column_1` and so on; null where a cell is missing.
-        separator: of text; None for Parquet.
+        separator: of text; None where the file names its columns.
         is_quoted: whether cells are quoted.
         has_header: whether the first line names the columns.
         is_whole: whether every row of the log was read.
         origin: what was read, in words.
         bad_lines: lines of the text that are no rows, in words.
-        unread: why a column of Parquet cannot be read, by its place.
-        floating: places of Parquet columns of floats.
+        unread: why a column cannot be read, by its place.
+        floating: places of columns of floats.
     """
 
     names: Sequence[str]
@@ -78,7 +69,8 @@ def take_sample(file: LogFile, num_rows: int) -> Sample:
     Raises:
         LogError: the file cannot be read, has no columns that can be told apart, or names two of them alike.
     """
-    sample = _of_parquet(file, num_rows) if file.format == "parquet" else _of_text(file, num_rows)
+    found = file.format.sample(file, num_rows)
+    sample = _of_text(file, num_rows) if found is None else _of_columns(file, found, num_rows)
     if len(sample.names) < 2 or not sample.frame.height:
         msg = f"{file.path}: found {len(sample.names)} columns and {sample.frame.height} rows; "
         raise LogError(msg + "; ".join(["a log has a label and features, and a row a line", *sample.bad_lines[:1]]))
@@ -101,14 +93,8 @@ def check_names(file: LogFile, names: Sequence[str]) -> None:
 
 
 def _of_text(file: LogFile, num_rows: int) -> Sample:
-    block_bytes = max(_MIN_BLOCK_BYTES, num_rows * _BYTES_A_ROW // NUM_PLACES)
-    with open_text(file) as text:
-        if file.format == "gzip":
-            blocks, origin = _gzip_blocks(text, block_bytes)
-        else:
-            blocks, origin = _plain_blocks(text, file.size_bytes, block_bytes)
-        file.check_unchanged()
-    start = blocks[0].removeprefix(BYTE_ORDER_MARK)
+    blocks, block_bytes, origin = read_blocks(file, num_rows)
+    start = blocks[0]
     cut = sniff(start, file)
     if cut.num_columns < 2:
         msg = f"{file.path}: no separator cuts its lines into columns; looked for {', '.join(SEPARATORS.values())}"
@@ -171,37 +157,6 @@ def _origin(frame: pl.DataFrame, places: str, *, is_whole: bool) -> str:
     return f"all {frame.height:,} rows" if is_whole else f"{frame.height:,} rows from {places}"
 
 
-def _plain_blocks(text: IO[bytes], size_bytes: int, block_bytes: int) -> tuple[list[bytes], str]:
-    if size_bytes <= NUM_PLACES * block_bytes:
-        return [text.read()], "all over it"
-    blocks = []
-    for place in range(NUM_PLACES):
-        text.seek((size_bytes - block_bytes) * place // (NUM_PLACES - 1))
-        blocks.append(text.read(block_bytes))
-    return blocks, f"{NUM_PLACES} places of its {show_bytes(size_bytes)}"
-
-
-def _gzip_blocks(text: IO[bytes], block_bytes: int) -> tuple[list[bytes], str]:
-    blocks, stride, num_read = _thinned(iter(lambda: text.read(block_bytes), b""), _MAX_UNPACKED_BYTES // block_bytes)
-    if stride == 1:
-        return [b"".join(blocks)], "all over it"
-    where = "of its text" if not text.read(1) else f"of the first {show_bytes(num_read * block_bytes)} of its text"
-    return blocks, f"{len(blocks)} places {where}"
-
-
-def _thinned(items: Iterable[_Item], max_items: int) -> tuple[list[_Item], int, int]:
-    """Of the first `max_items`, every `stride`-th, so that 16 to 32 are left; also `stride` and how many were met."""
-    kept: list[_Item] = []
-    stride, met = 1, 0
-    for item in itertools.islice(items, max_items):
-        if met % stride == 0:
-            kept.append(item)
-            if len(kept) > 2 * NUM_PLACES:
-                kept, stride = kept[::2], stride * 2
-        met += 1
-    return kept, stride, met
-
-
 def _whole_rows(text: bytes, schema: FeatureSchema) -> bytes:
     return text[: last_row_end(text, schema.separator) if schema.quote else text.rfind(b"\n") + 1]
 
@@ -247,17 +202,16 @@ def _looks_like_header(frame: pl.DataFrame) -> bool:
     return above_numbers or len(texts) == len(columns)
 
 
-def _of_parquet(file: LogFile, num_rows: int) -> Sample:
-    with reading_parquet(file.path), pq.ParquetFile(file.path, memory_map=True) as parquet:
-        names, about = parquet.schema_arrow.names, parquet.metadata
-        check_names(file, names)
-        table, places = _spread_batches(parquet, num_rows)
+def _of_columns(file: LogFile, found: SampledRows, num_rows: int) -> Sample:
+    """The sample of a format that says what its columns are."""
+    names = found.table.column_names
+    check_names(file, names)
     columns, unread, floating = [], {}, []
-    for i, cells in enumerate(table.columns):
+    for i, cells in enumerate(found.table.columns):
         column = _column_of(cells.type, f"column_{i}")
         try:
-            if type_fault(cells.type, column) is not None:
-                unread[i] = f"is of the Parquet type {cells.type}"
+            if type_fault(cells.type, column, file.format.name) is not None:
+                unread[i] = f"is of the {file.format.name} type {cells.type}"
             else:
                 columns.append(cells_as_text(pl.Series(cells), column, file))
                 floating += [i] if pa.types.is_floating(cells.type) else []
@@ -266,8 +220,7 @@ def _of_parquet(file: LogFile, num_rows: int) -> Sample:
         if i in unread:
             columns.append(pl.Series(column.name, [None] * len(cells), pl.String))
     frame = _spread(pl.DataFrame(columns), num_rows)
-    is_whole = frame.height == about.num_rows
-    origin = _origin(frame, places, is_whole=is_whole)
+    is_whole = found.is_whole and frame.height == found.table.num_rows
     return Sample(
         names,
         frame,
@@ -275,35 +228,15 @@ def _of_parquet(file: LogFile, num_rows: int) -> Sample:
         is_quoted=False,
         has_header=True,
         is_whole=is_whole,
-        origin=origin,
+        origin=_origin(frame, found.places, is_whole=is_whole),
+        bad_lines=found.bad_lines,
         unread=unread,
         floating=floating,
     )
 
 
-def _spread_batches(parquet: pq.ParquetFile, num_rows: int) -> tuple[pa.Table, str]:
-    """Evenly spaced batches of a file with at least about `num_rows` rows, and in words where they are from."""
-    about = parquet.metadata
-    groups = [int(i * max(1, about.num_row_groups / NUM_PLACES)) for i in range(min(about.num_row_groups, NUM_PLACES))]
-    sizes = [about.row_group(group) for group in groups]
-    bytes_a_row = sum(size.total_byte_size for size in sizes) // max(1, sum(size.num_rows for size in sizes)) + 1
-    batch_rows = max(1, min(num_rows // NUM_PLACES, _MIN_BLOCK_BYTES // bytes_a_row))
-    max_rows = min(_MAX_PARQUET_ROWS, _MAX_UNPACKED_BYTES // bytes_a_row)
-    batches = (
-        batch
-        for group in groups
-        for batch in itertools.islice(
-            parquet.iter_batches(batch_rows, row_groups=[group], use_threads=False),
-            -(-max_rows // batch_rows // len(groups)),
-        )
-    )
-    kept, _, _ = _thinned(batches, -(-max_rows // batch_rows))
-    places = f"{len(kept)} places in {len(groups):,} of its {about.num_row_groups:,} row groups"
-    return pa.Table.from_batches(kept, parquet.schema_arrow), places
-
-
 def _column_of(kind: pa.DataType, name: str) -> SparseColumn | TimeColumn:
-    """A column as which cells of a type of Parquet are read to the text that a user sees."""
+    """A column as which cells of a type are read to the text that a user sees."""
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return TimeColumn(name=name, kind="datetime")
     separator = "," if pa.types.is_nested(kind) else None

@@ -30,6 +30,7 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import Unchanged
 from torchdlrm.files import claim_folder, clear_folder, publish_folder
 from torchdlrm.logs.files import LogFile
+from torchdlrm.logs.formats.parquet import ParquetFormat
 from torchdlrm.preprocessing.encode import POSITION, Parts, write_batches, write_rows
 from torchdlrm.preprocessing.imports.blocks import Blocks
 from torchdlrm.preprocessing.options import PART_ROWS
@@ -156,7 +157,10 @@ def _write(
 def _place(blocks: Sequence[Blocks]) -> tuple[list[list[_Place]], list[int], str]:
     """For each group of blocks the stretches of its rows; the rows of each split; and the rule in words."""
     if all(group.split is None for group in blocks):
-        files = [LogFile(group.files[0], 1, day if len(blocks) > 1 else None) for day, group in enumerate(blocks)]
+        files = [
+            LogFile(group.files[0], 1, day if len(blocks) > 1 else None, ParquetFormat())
+            for day, group in enumerate(blocks)
+        ]
         bounds = criteo_split(files, [group.num_rows for group in blocks])
     else:
         bounds = None

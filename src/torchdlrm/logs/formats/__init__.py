@@ -1,0 +1,1 @@
+"""Formats of logs, a file each; `torchdlrm.logs.find` lists them."""

@@ -1,0 +1,38 @@
+"""Reads ORC, stripes at a time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow as pa
+from pyarrow import orc
+
+from torchdlrm.logs.tables import TableFile, TableFormat
+
+_MAGIC = b"ORC"
+_TEXT = frozenset(range(0x20, 0x7F)) | set(b"\t\r\n") | set(range(0x80, 0x100))
+
+
+class OrcFormat(TableFormat):
+    """ORC."""
+
+    name: ClassVar[str] = "ORC"
+    text_bytes_a_byte: ClassVar[float] = 3.0
+
+    def recognises(self, start: bytes, path: Path) -> bool:  # noqa: ARG002
+        """By its first bytes, behind which no text stands: a column of a text may be named ORC."""
+        return start.startswith(_MAGIC) and not _TEXT.issuperset(start)
+
+    def describe(self, path: Path) -> TableFile:
+        """The file's footer; it does not say how large stripes are, which are taken for equal."""
+        file = orc.ORCFile(path)
+        share, more = divmod(file.nrows, max(1, file.nstripes))
+        stripe_bytes = int(self.text_bytes_a_byte * file.content_length) // max(1, file.nstripes)
+        rows = [share + (i < more) for i in range(file.nstripes)]
+        return TableFile(file.schema, [stripe_bytes] * file.nstripes, rows)
+
+    def table(self, path: Path, groups: range, names: Sequence[str]) -> pa.Table:
+        """Columns of stripes."""
+        file = orc.ORCFile(path)
+        stripes = [file.read_stripe(i, columns=list(names)) for i in groups]
+        return pa.Table.from_batches(stripes).select(list(names))

@@ -1,0 +1,249 @@
+"""What formats have in common whose columns have types, as Parquet has: they are read into the columns that text gives.
+
+In: groups of a file's rows.  Out: a `ParsedChunk`; a row's "line" is its number in the file, from 1.  Cells are written
+out as text and read as the schema says, so that a value is good or bad as it would be in a text file; lists are taken
+as the values of a multi-valued column.
+
+Numbers are taken as numbers, as in a request to a server: for a column of kind `hex` they are not read as digits, 3.0
+is 3 where the column holds integers, and NaN is a missing value.
+"""
+
+import itertools
+import shutil
+import tempfile
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import polars as pl
+import pyarrow as pa
+
+from torchdlrm.errors import LogError
+from torchdlrm.features.bad_rows import BadRows
+from torchdlrm.features.cells import to_typed_columns
+from torchdlrm.features.columns import Column, SparseColumn, TimeColumn
+from torchdlrm.features.kinds import FLOAT, KINDS, map_lists
+from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.logs.files import LogFile
+from torchdlrm.logs.format import NUM_PLACES, Chunk, LogFormat, OpenLog, ParsedChunk, SampledRows
+from torchdlrm.logs.lines import thinned
+from torchdlrm.logs.names import found_by_name
+
+_BATCH_BYTES = 1 << 20
+_MAX_SAMPLED_BYTES = 256 << 20
+_MAX_SAMPLED_ROWS = 500_000
+_LIST_TYPES = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+_CELL_TYPES = (
+    pa.types.is_boolean,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_decimal,
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_fixed_size_binary,
+    pa.types.is_date,
+    pa.types.is_timestamp,
+    pa.types.is_time,
+    pa.types.is_null,
+)
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """What the metadata of a file say: its columns, and of each group of its rows what it takes and how many it has."""
+
+    schema: pa.Schema
+    group_bytes: Sequence[int]
+    group_rows: Sequence[int]
+
+
+class TableFormat(LogFormat):
+    """A file of typed columns, whose rows lie in groups of which each is read as a whole.
+
+    A format says what is in a file, and reads groups; where it has a quicker way to the first rows of one, that too.
+    What goes wrong with a file is raised as OSError or ArrowException.
+    """
+
+    @abstractmethod
+    def describe(self, path: Path) -> TableFile:
+        """What the metadata of a file say."""
+
+    @abstractmethod
+    def table(self, path: Path, groups: range, names: Sequence[str]) -> pa.Table:
+        """Columns of some groups of rows."""
+
+    def batches(self, path: Path, group: int, batch_rows: int) -> Iterator[pa.RecordBatch]:
+        """The rows of a group in batches of at most `batch_rows`, all columns."""
+        table = self.table(path, range(group, group + 1), self.describe(path).schema.names)
+        yield from table.to_batches(max_chunksize=batch_rows)
+
+    def layout(self, file: LogFile, schema: FeatureSchema) -> FeatureSchema:  # noqa: ARG002
+        """The schema: columns are found by name, whatever their order."""
+        return schema.model_copy(update={"header": False})
+
+    def chunks(self, file: LogFile, layout: FeatureSchema, chunk_bytes: int) -> list[Chunk]:
+        """Cut a file between groups of rows, at least a group each.
+
+        Raises:
+            LogError: the file cannot be read, lacks a column of the schema, or has one of a type that is no cell.
+        """
+        about = self._describe(file)
+        found_by_name(about.schema.names, str(file.path), layout, layout.used, f"the schema {layout.name!r}")
+        types = ((about.schema.field(column.log_name).type, column) for column in layout.used)
+        wrong = [fault for kind, column in types if (fault := type_fault(kind, column, self.name))]
+        if wrong:
+            raise LogError("\n".join([f"{file.path}: columns that cannot be read as the schema says", *wrong]))
+        chunks, start, size_bytes = [], 0, 0
+        for i, group_bytes in enumerate(about.group_bytes):
+            size_bytes += group_bytes
+            if size_bytes >= chunk_bytes or i == len(about.group_bytes) - 1:
+                chunks.append(Chunk(start, i + 1))
+                start, size_bytes = i + 1, 0
+        return chunks
+
+    def read(
+        self, file: LogFile, chunk: Chunk, layout: FeatureSchema, *, is_label_optional: bool = False
+    ) -> ParsedChunk:
+        """Read groups of rows as the schema says.
+
+        Raises:
+            LogError: the file is damaged, or a list stands where the schema has one value.
+        """
+        with self._reading(file):
+            names = [column.log_name for column in layout.used]
+            frame = pl.DataFrame(self.table(file.path, range(chunk.start, chunk.end), names))
+        text = pl.DataFrame([cells_as_text(frame[column.log_name], column, file) for column in layout.used])
+        bad_rows = BadRows()
+        typed, good = to_typed_columns(text, layout, bad_rows, is_label_optional=is_label_optional)
+        return ParsedChunk.of(typed, good, frame.height, bad_rows)
+
+    def has_rows(self, file: LogFile, layout: FeatureSchema) -> bool:
+        """Whether there is a group of rows."""
+        return bool(self.chunks(file, layout, 1))
+
+    def sample(self, file: LogFile, num_rows: int) -> SampledRows:
+        """Evenly spaced batches of the file."""
+        about = self._describe(file)
+        places = min(len(about.group_rows), NUM_PLACES)
+        groups = [int(i * max(1, len(about.group_rows) / NUM_PLACES)) for i in range(places)]
+        rows = sum(about.group_rows[group] for group in groups)
+        bytes_a_row = sum(about.group_bytes[group] for group in groups) // max(1, rows) + 1
+        batch_rows = max(1, min(num_rows // NUM_PLACES, _BATCH_BYTES // bytes_a_row))
+        max_rows = min(_MAX_SAMPLED_ROWS, _MAX_SAMPLED_BYTES // bytes_a_row)
+        with self._reading(file):
+            batches = (
+                batch
+                for group in groups
+                for batch in itertools.islice(
+                    self.batches(file.path, group, batch_rows), -(-max_rows // batch_rows // len(groups))
+                )
+            )
+            kept, _, _ = thinned(batches, -(-max_rows // batch_rows))
+        table = pa.Table.from_batches(kept, about.schema)
+        words = f"{len(kept)} places in {len(groups):,} of its {len(about.group_rows):,} row groups"
+        return SampledRows(table, table.num_rows == sum(about.group_rows), words)
+
+    @contextmanager
+    def opened(self, raw: BinaryIO, file: LogFile, schema: FeatureSchema) -> Iterator[OpenLog]:  # noqa: ARG002
+        """The file; of a stream a copy, since what the columns are stands at its end."""
+        if file.path.is_file():
+            yield _OpenTables(self, file)
+            return
+        with tempfile.NamedTemporaryFile() as copy:
+            shutil.copyfileobj(raw, copy)
+            copy.flush()
+            path = Path(copy.name)
+            yield _OpenTables(self, LogFile(path, path.stat().st_size, None, self))
+
+    def _describe(self, file: LogFile) -> TableFile:
+        with self._reading(file):
+            return self.describe(file.path)
+
+    @contextmanager
+    def _reading(self, file: LogFile) -> Iterator[None]:
+        """Report what goes wrong inside as a fault of the file."""
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            msg = f"{file.path}: the {self.name} file cannot be read ({error}); fetch the file again"
+            raise LogError(msg) from error
+
+
+class _OpenTables(OpenLog):
+    def __init__(self, log_format: TableFormat, file: LogFile) -> None:
+        self._format, self._file = log_format, file
+        self.names = log_format._describe(file).schema.names
+
+    def chunks(self, layout: FeatureSchema, chunk_bytes: int) -> Iterator[tuple[ParsedChunk, int]]:
+        chunks = self._format.chunks(self._file, layout, chunk_bytes)
+        for chunk in chunks:
+            parsed = self._format.read(self._file, chunk, layout, is_label_optional=True)
+            yield parsed, self._file.size_bytes * chunk.end // chunks[-1].end
+
+
+def type_fault(arrow_type: pa.DataType, column: Column, kind: str) -> str | None:
+    """What is wrong with the type of a column; None: nothing."""
+    value_type = arrow_type
+    if any(is_list(arrow_type) for is_list in _LIST_TYPES):
+        if not (isinstance(column, SparseColumn) and column.is_multi_valued):
+            return (
+                f"  column {column.log_name}: holds lists, and the schema has one value a row; "
+                'give the column a value_separator = "," to take all values'
+            )
+        value_type = arrow_type.value_type
+        if pa.types.is_struct(value_type) and column.weight_separator is not None:
+            fields = {field.name: field.type for field in value_type}
+            value_type = fields["value"] if fields.keys() == {"value", "weight"} else value_type
+    if pa.types.is_dictionary(value_type):
+        value_type = value_type.value_type
+    if any(is_cell(value_type) for is_cell in _CELL_TYPES):
+        return None
+    return (
+        f"  column {column.log_name}: is of the {kind} type {arrow_type}, which is no number, text or time; "
+        "write it as one of these, or leave the column out of the schema"
+    )
+
+
+def cells_as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Series:
+    """Cells of a Parquet file as a text file would have them: String, or lists of it; null where one is missing.
+
+    Raises:
+        LogError: they are bytes that are no text.
+    """
+    cells = cells.alias(column.name)
+    if not isinstance(cells.dtype, pl.List | pl.Array):
+        text = _values_as_text(cells, column, file)
+        # In a text file an empty cell is a missing one.
+        return pl.select(pl.when(text != "").then(text).alias(column.name)).to_series()
+    return map_lists(cells.cast(pl.List(cells.dtype.inner)), lambda flat: _values_as_text(flat, column, file))
+
+
+def _weighted_as_text(cells: pl.Series, column: SparseColumn, file: LogFile) -> pl.Series:
+    """Structs of a value and its weight as the text of both; no weight is a bad one, and no value none."""
+    values = _values_as_text(cells.struct.field("value").alias(column.name), column, file).fill_null("")
+    weights = cells.struct.field("weight").cast(pl.String).fill_null("")
+    return pl.select(pl.concat_str(values, pl.lit(column.weight_separator), weights)).to_series()
+
+
+def _values_as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Series:
+    if isinstance(column, SparseColumn) and isinstance(cells.dtype, pl.Struct):
+        return _weighted_as_text(cells, column, file)
+    if cells.dtype.is_numeric():
+        return KINDS.get(getattr(column, "kind", ""), FLOAT).text_of_numbers(cells)
+    if cells.dtype == pl.Binary:
+        try:
+            return cells.cast(pl.String)
+        except pl.exceptions.PolarsError as error:
+            msg = f"{file.path}, column {column.log_name}: holds bytes that are no text in UTF-8; write them as text"
+            raise LogError(msg) from error
+    if isinstance(column, TimeColumn) and cells.dtype in (pl.Datetime, pl.Date):
+        if getattr(cells.dtype, "time_zone", None):
+            cells = cells.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+        return cells.cast(pl.Datetime("us")).dt.to_string("%Y-%m-%d %H:%M:%S%.6f")
+    return cells.cast(pl.String)
