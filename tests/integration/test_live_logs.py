@@ -99,11 +99,15 @@ def test_a_dry_run_refuses_what_the_beginning_of_a_log_shows(copied, logs, dlrm,
     named = SCHEMA.model_copy(update={"header": True})
     config, schema = copied / "config.toml", tmp_path / "schema.toml"
     schema.write_text(schema_toml(named))
-    written = {name: tmp_path / name for name in ("none.tsv", "unlabelled.tsv", "none.parquet", "unlabelled.parquet")}
+    written = {
+        name: tmp_path / name
+        for name in ("none.tsv", "unlabelled.tsv", "none.parquet", "unlabelled.parquet", "unlabelled.jsonl")
+    }
     rows.clear().write_csv(written["none.tsv"], separator="\t")
     rows.drop("label").write_csv(written["unlabelled.tsv"], separator="\t")
     rows.clear().write_parquet(written["none.parquet"])
     rows.drop("label").write_parquet(written["unlabelled.parquet"])
+    rows.drop("label").write_ndjson(written["unlabelled.jsonl"])
     for name, path in written.items():
         words = "has no row; leave out the log" if name.startswith("none") else "has no column label, which the schema"
         with pytest.raises(LogError, match=words):

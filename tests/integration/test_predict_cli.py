@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
+from pyarrow import orc
 
 from helpers.command_server import DLRM, shared_server
 from torchdlrm.cli.predict import predict as predict_verb
@@ -115,10 +117,18 @@ def test_csv_with_header_quotes_and_other_columns(predict, few_rows, expected, t
     np.testing.assert_allclose(scores["prediction"], expected, rtol=0, atol=1e-6)
 
 
-def test_parquet_of_numbers(predict, few_rows, expected, tmp_path):
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.orc", "rows.jsonl", "rows.jsonl.zst"])
+def test_columns_of_numbers_found_by_name(predict, few_rows, expected, tmp_path, name):
     typed = few_rows.with_columns(pl.col(f"int_{i}").cast(pl.Int32) for i in range(13)).drop("label")
-    typed.write_parquet(tmp_path / "rows.parquet", row_group_size=7)
-    scores, _ = predict(tmp_path / "rows.parquet")
+    if name == "rows.parquet":
+        typed.write_parquet(tmp_path / name, row_group_size=7)
+    elif name == "rows.orc":
+        orc.write_table(typed.to_arrow(compat_level=pl.CompatLevel.oldest()), tmp_path / name)
+    else:
+        rows = ({key: cell for key, cell in row.items() if cell is not None} for row in typed.rows(named=True))
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        (tmp_path / name).write_bytes(pa.compress(text, "zstd", asbytes=True) if name.endswith("zst") else text)
+    scores, _ = predict(tmp_path / name)
     np.testing.assert_allclose(scores["prediction"], expected, rtol=0, atol=1e-6)
 
 

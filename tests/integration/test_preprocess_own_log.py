@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import orc
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import LogError
@@ -203,7 +204,8 @@ def test_raw_rows_are_encoded_later_as_the_job_encoded_them(folder, schema):
     assert found.schema == expected.schema
 
 
-def test_parquet_with_the_same_cells_gives_the_same_parts(folder, schema, dataset):
+@pytest.mark.parametrize("name", ["log.parquet", "log.orc", "log.jsonl", "log.ndjson.gz"])
+def test_the_same_cells_in_another_format_give_the_same_parts(folder, schema, dataset, name):
     columns = {name: [row[name] for row in rows(3000)] for name in next(rows(1))}
     table = pa.table(
         {
@@ -212,14 +214,25 @@ def test_parquet_with_the_same_cells_gives_the_same_parts(folder, schema, datase
             "spent": pa.array([float(x) for x in columns["spent"]]),
             "age": pa.array([int(x) if x else None for x in columns["age"]], pa.int32()),
             "price": pa.array([float(x) if x else None for x in columns["price"]]),
-            "the city": pa.array([x or None for x in columns["the city"]]).dictionary_encode(),
+            "the city": pa.array([x or None for x in columns["the city"]]),
             "shop": pa.array([int(x) if x else None for x in columns["shop"]], pa.int64()),
             "tags": pa.array([x.split("|") if x else [] for x in columns["tags"]]),
             "user": pa.array([x or None for x in columns["user"]]),
         }
     )
-    pq.write_table(table, folder / "log.parquet", row_group_size=700)
-    other = preprocess([folder / "log.parquet"], folder / "dataset2", schema, PreprocessOptions(min_count=2))
+    if name == "log.parquet":
+        table = table.set_column(5, "the city", table["the city"].dictionary_encode())
+        pq.write_table(table, folder / name, row_group_size=700)
+    elif name == "log.orc":
+        orc.write_table(table, folder / name, batch_size=100, stripe_size=1)
+        assert orc.ORCFile(folder / name).nstripes > 1
+    else:
+        cells = [{key: cell for key, cell in row.items() if cell is not None} for row in table.to_pylist()]
+        text = "".join(json.dumps(row, default=str) + "\n" for row in cells).encode()
+        (folder / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    other = preprocess(
+        [folder / name], folder / f"dataset of {name}", schema, PreprocessOptions(min_count=2), chunk_bytes=9000
+    )
     assert other.manifest.splits == dataset.manifest.splits
     assert other.manifest.sparse == dataset.manifest.sparse
 

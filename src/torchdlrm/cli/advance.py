@@ -56,7 +56,7 @@ def advance(
 
     Args:
         live: Folder of the live model; the first call makes it.
-        logs: Files of the period's log, text (plain or gzipped) or Parquet.
+        logs: Files of the period's log, text, JSON Lines, Parquet or ORC.
         config: TOML file of the runs, or the name of one that comes with torchdlrm; needed by the first call, and kept
             in LIVE/config.toml.
         schema: What the columns are, as `dlrm preprocess` has it; needed by the first call, and kept in

@@ -46,7 +46,7 @@ def predict(
 ) -> None:
     """Predict the probability of a click of every row of a log: a row out for each row in, in order.
 
-    The log is text, gzipped text or Parquet, with labels or without; with them, the metrics of the predictions are
+    The log is text, JSON Lines, Parquet or ORC, with labels or without; with them, the metrics of the predictions are
     shown. Text without a header has the columns of the model's schema, in their order, with or without the label.
 
     Args:

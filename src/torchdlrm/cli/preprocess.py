@@ -41,7 +41,7 @@ def preprocess(
     nothing is left to do.
 
     Args:
-        logs: Files of the log, text (plain or gzipped) or Parquet, in the order of time (files named day_N are put in
+        logs: Files of the log, text, JSON Lines, Parquet or ORC, in the order of time (files named day_N are put in
             order).
         out: Folder to write the dataset to; nothing else may be there.
         schema: What the columns are: the preset `criteo` or `criteo-bucketed`, or a TOML file; `dlrm schema LOG`

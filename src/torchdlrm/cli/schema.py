@@ -18,7 +18,7 @@ def schema(
     """Propose a schema file for a log, from rows all over it, for you to edit.
 
     Args:
-        log: A file of the log: CSV, TSV (plain or gzipped) or Parquet.
+        log: A file of the log: CSV, TSV, JSON Lines, Parquet or ORC.
         out: Where to write the file; by default it is printed.
         rows: How many rows to read, about, from the beginning, the middle and the end.
         as_json: Print one JSON object: schema, text of the file, reasons, warnings, preset.

@@ -1,7 +1,7 @@
 """Finds where a text file may be cut: at the ends of rows, so that each chunk is parsed by itself.
 
-In: a text file, plain or gzipped.  Out: for a plain file the bounds of its chunks, without reading more than a few
-bytes around each; for a gzipped one, or one with quoted cells, the chunks in one pass.
+In: a text file, plain or packed.  Out: for a plain file the bounds of its chunks, without reading more than a few
+bytes around each; for a packed one, or one with quoted cells, the chunks in one pass.
 
 A line end inside a quoted cell ends no row.  Of a line that is longer than any row may be, only the start is passed on:
 it is a bad row, and must not fill the memory.

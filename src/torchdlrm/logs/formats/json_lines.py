@@ -50,17 +50,19 @@ class JsonLinesFormat(LineFormat):
         return re.match(rb"\s*\{\s*[\"\}]", start.removeprefix(BYTE_ORDER_MARK)) is not None
 
     def check(self, file: LogFile, schema: FeatureSchema, max_bad_rows: int) -> None:  # noqa: ARG002
-        """See that some column of the schema is there: what a row does not name is missing."""
-        names = _names(read_head(file), [column.log_name for column in schema.used])
+        """See that what is never missing is there, and some feature: those that no row names are missing."""
+        names, _ = self.columns(read_head(file), schema)
         found_by_name(names, str(file.path), schema, schema.used, f"the schema {schema.name!r}")
 
     def layout(self, file: LogFile, schema: FeatureSchema) -> FeatureSchema:  # noqa: ARG002
         """The schema; lines are cut at their ends alone."""
         return schema.model_copy(update={"header": False, "quote": None})
 
-    def columns(self, head: bytes, schema: FeatureSchema) -> tuple[Sequence[str] | None, Sequence[Sequence[str]]]:
-        """The keys of the first rows, and the features that none of them has, if one has any."""
-        return _names(head, [column.log_name for column in schema.features]), ()
+    def columns(self, head: bytes, schema: FeatureSchema) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        """The keys of the first rows; and where these have some features, the others, which may come later or never."""
+        names = _keys(_objects(head.split(b"\n"), BadRows())[0])
+        features = [column.log_name for column in schema.features]
+        return list(dict.fromkeys([*names, *features])) if set(names) & set(features) else names, ()
 
     def parse(self, lines: bytes, layout: FeatureSchema, *, is_label_optional: bool = False) -> ParsedChunk:
         """Parse whole lines."""
@@ -187,13 +189,6 @@ def _text(cell: Any, column: Column) -> str | None:
 def _keys(rows: Iterable[_Row]) -> list[str]:
     """All keys, in the order in which they are met."""
     return list(dict.fromkeys(key for row in rows for key in row))
-
-
-def _names(head: bytes, columns: Sequence[str]) -> list[str]:
-    """The keys in some lines; and those of `columns` that none has: missing ones, unless no line has any."""
-    rows, _ = _objects(head.split(b"\n"), BadRows())
-    names = _keys(rows)
-    return list(dict.fromkeys([*names, *columns])) if set(names) & set(columns) else names
 
 
 def _sampled(cells: Sequence[Any], name: str) -> pl.Series:
