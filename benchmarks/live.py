@@ -4,7 +4,7 @@
     python benchmarks/live.py --drift 0 0 0                       # the same without drift, to see what it takes away
     python benchmarks/live.py --log train.txt --schema criteo --config criteo-small --history 1
 
-Every model predicts every day before any has learnt from it (`torchdlrm.live.story` says which models there are). A log
+Every model predicts every day before any has learnt from it (`torchdlrm.quickstart.story` says which there are). A log
 that is given is cut into stretches of as many rows, which are its days. All models have the same config and learn in
 this process, by turns. Seconds are those of preprocessing, training, export and prediction, and of the live models also
 those of the gate and of publishing. The first model of each is not counted: all have it.
@@ -21,8 +21,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read wh
 
 from torchdlrm import load_config, load_schema, synthesize
 from torchdlrm.live.settings import LiveSettings
-from torchdlrm.live.story import CONSTANT_RATE, LIVE, SCRATCH, compare_models
 from torchdlrm.processor import describe_processor
+from torchdlrm.quickstart.story import CONSTANT_RATE, LIVE, SCRATCH, compare_models
 from torchdlrm.synthetic.synthesize import day_path
 from torchdlrm.synthetic.values import Drift
 

@@ -42,7 +42,8 @@ FLOORS = {
     "doctor": 9,
     "live": 9,
     "serving": 9,
-    "cli": 10,
+    "quickstart": 10,
+    "cli": 11,
 }
 # The ground's modules may import each other, as long as there is no circle.
 GROUND = {room for room, floor in FLOORS.items() if floor == 0}

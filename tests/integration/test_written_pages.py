@@ -11,10 +11,10 @@ from torchdlrm.config import load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.evaluation.report import report_page as run_page
 from torchdlrm.live.report import report_page as live_page
-from torchdlrm.live.story import Comparison, DayScore
 from torchdlrm.planning.page import plan_page, sweep_page
 from torchdlrm.planning.plan import PlanRequest, problem_of
 from torchdlrm.planning.sweep import parse_sweep, run_sweep
+from torchdlrm.quickstart.story import Comparison, DayScore
 from torchdlrm.sharding.problem import solve
 from torchdlrm.training.run import Run
 

@@ -27,7 +27,7 @@ from torchdlrm.files import write_atomically
 NUM_ROWS = 1_000_000
 # Of --live: days, rows of each, and how many days are learnt before the first that is predicted.
 NUM_DAYS, DAY_ROWS, HISTORY_DAYS = 10, 60_000, 3
-# In the folder from its first moment on: it distinguishes an interrupted quickstart from a folder of somebody else's.
+# In the folder from its first moment on: it tells an interrupted quickstart from any other folder.
 MARK_NAME = "quickstart.json"
 
 
@@ -68,9 +68,9 @@ def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
 
     from torchdlrm.cli import evaluate, train
     from torchdlrm.data.dataset import Dataset
-    from torchdlrm.evaluation.logistic_regression import fit_logistic_regression
     from torchdlrm.features.schema import criteo_schema
     from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess, work_folder
+    from torchdlrm.quickstart.baseline import fit_logistic_regression
     from torchdlrm.synthetic.synthesize import synthesize
     from torchdlrm.synthetic.truth import read_truth
     from torchdlrm.training.processes.launch import Processes, launch
@@ -133,7 +133,7 @@ def _run_live(out: Path, *, as_json: bool) -> None:
 
     from torchdlrm.features.schema import criteo_schema
     from torchdlrm.html import write_page
-    from torchdlrm.live.story import CONSTANT_RATE, LIVE, SCRATCH, compare_models
+    from torchdlrm.quickstart.story import CONSTANT_RATE, LIVE, SCRATCH, compare_models
     from torchdlrm.synthetic.synthesize import day_path, synthesize
 
     with progress_bars(f"1/2 synthesize: a click log of {NUM_DAYS} days, {DAY_ROWS:,} rows each") as progress:

@@ -24,7 +24,6 @@ from itertools import cycle
 from pathlib import Path
 
 from torchdlrm.config import Config
-from torchdlrm.data.dataset import Dataset
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import FeatureSchema
@@ -39,7 +38,7 @@ from torchdlrm.prediction.files import predict_file
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.preprocessing.options import PreprocessOptions
-from torchdlrm.preprocessing.preprocess import preprocess, work_folder
+from torchdlrm.preprocessing.preprocess import preprocess
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.job import train
 
@@ -74,7 +73,7 @@ class Comparison:
     Attributes:
         days: their names.
         scores: of each kind of model by its name, day by day.
-        attainable: AUC of a model that knows the true probabilities, day by day; empty where nobody does.
+        attainable: AUC of a model that knows the true probabilities, day by day; empty where they are not known.
     """
 
     days: list[str]
@@ -92,26 +91,26 @@ class Comparison:
     def result(self) -> str:
         """In one sentence: what the first live model gains, and what it costs."""
         live = next(name for name in self.scores if name not in {FROZEN, SCRATCH})
-        told = []
+        gains = []
         for name in (FROZEN, SCRATCH):
             gain = self.mean_auc(live) - self.mean_auc(name)
-            told.append(f"{abs(gain):.3f} AUC {'above' if gain >= 0 else 'below'} {name}")
+            gains.append(f"{abs(gain):.3f} AUC {'above' if gain >= 0 else 'below'} {name}")
         percent = 100 * self.seconds(live) / self.seconds(SCRATCH)
-        sentence = f"{live} is {' and '.join(told)}, at {percent:.0f} % of the time of retraining from {SCRATCH}."
+        sentence = f"{live} is {' and '.join(gains)}, at {percent:.0f} % of the time of retraining from {SCRATCH}."
         return sentence[0].upper() + sentence[1:]
 
     def rows(self) -> list[dict[str, str]]:
-        """A table: a row for each kind of model."""
-        return [
-            {
-                "model": name,
-                "mean AUC": f"{self.mean_auc(name):.4f}",
-                "first day": f"{aucs[0]:.4f}",
-                "last day": f"{aucs[-1]:.4f}",
-                **self._costs(name),
-            }
-            for name, aucs in self._aucs.items()
-        ]
+        """A table: a row for each kind of model, and for what is attainable."""
+        rows = []
+        for name, aucs in self._aucs.items():
+            means = {"mean AUC": self.mean_auc(name), "first day": aucs[0], "last day": aucs[-1]}
+            row = {"model": name, **{caption: f"{auc:.4f}" for caption, auc in means.items()}}
+            scores = self.scores.get(name)
+            row["logloss"] = f"{statistics.fmean(score.logloss for score in scores):.4f}" if scores else ""
+            row["seconds"] = f"{self.seconds(name):.1f}" if scores else ""
+            row["table rows"] = f"{scores[-1].num_embeddings:,}" if scores else ""
+            rows.append(row)
+        return rows
 
     def as_dict(self) -> dict[str, object]:
         """The comparison as JSON has it, with the means."""
@@ -137,14 +136,6 @@ class Comparison:
     def _aucs(self) -> dict[str, list[float]]:
         known = {ATTAINABLE: self.attainable} if self.attainable else {}
         return known | {name: [score.auc for score in scores] for name, scores in self.scores.items()}
-
-    def _costs(self, name: str) -> dict[str, str]:
-        scores = self.scores.get(name, [])
-        return {
-            "logloss": f"{statistics.fmean(score.logloss for score in scores):.4f}" if scores else "",
-            "seconds": f"{self.seconds(name):.1f}" if scores else "",
-            "table rows": f"{scores[-1].num_embeddings:,}" if scores else "",
-        }
 
 
 def compare_models(
@@ -236,12 +227,9 @@ class _Story:
         if bundle.exists():
             return bundle
         path.mkdir(parents=True, exist_ok=True)
-        if encoded.exists() and not work_folder(encoded).exists():
-            dataset = Dataset.open(encoded)
-        else:
-            schema = with_split(self.schema, "random", self.settings.hold_back, 0.0)
-            options = PreprocessOptions(min_count=self.settings.min_count)
-            dataset = preprocess(self.logs[:num_logs], encoded, schema, options, progress=False)
+        schema = with_split(self.schema, "random", self.settings.hold_back, 0.0)
+        options = PreprocessOptions(min_count=self.settings.min_count)
+        dataset = preprocess(self.logs[:num_logs], encoded, schema, options, progress=False)
         train(self.config, dataset, run, progress=False)
         export(run, bundle, options=ExportOptions(checkpoint="last"), progress=False)
         return bundle

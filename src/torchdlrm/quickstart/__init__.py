@@ -1,0 +1,1 @@
+"""What the quickstart compares models with: logistic regression, and models that live otherwise."""
