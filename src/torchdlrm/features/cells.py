@@ -1,4 +1,7 @@
-"""Parses raw cells into typed columns: what counts as a number, a hex value, a label, a list, or a bad cell.
+"""Makes raw cells typed columns: what counts as a number, a hex value, a label, a list, or a bad cell.
+
+Cells are text, or numbers and times as Parquet files and frames have them.  What numbers are taken for is what their
+text would be, but they are not written out, except a few in messages.
 
 | column | type | accepted |
 | --- | --- | --- |
@@ -14,7 +17,7 @@ column's kind, that number however it is written.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 
 import numpy as np
@@ -22,14 +25,16 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
+from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRow, BadRows
 from torchdlrm.features.columns import Column, Feature, LabelColumn, SparseColumn, TimeColumn, WeightColumn
-from torchdlrm.features.kinds import map_lists
+from torchdlrm.features.kinds import FLOAT, KINDS, map_lists
 from torchdlrm.features.schema import FeatureSchema
 
 # What is wrong, and in which rows.
 _Fault = tuple[str, npt.NDArray[np.bool_]]
 _FEW_ROWS = 4_096
+_TEXT_TIMES = (-62_135_596_800_000_000, 253_402_300_799_999_999)  # of the years 1 to 9999, in microseconds
 _DATETIME_FORMATS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")  # without a zone: UTC
 
 
@@ -40,7 +45,7 @@ def text_frame(schema: FeatureSchema, columns: dict[str, list[str | None]]) -> p
 
 
 def to_typed_columns(
-    text: pl.DataFrame,
+    cells: pl.DataFrame,
     schema: FeatureSchema,
     bad_rows: BadRows,
     line_numbers: npt.NDArray[np.int64] | None = None,
@@ -50,7 +55,7 @@ def to_typed_columns(
     """Cast raw cells to the types of their columns.
 
     Args:
-        text: a String column for each column of the schema, B rows.
+        cells: a column for each column of the schema, B rows; in text a missing cell is null.
         schema: the columns.
         bad_rows: takes the rows whose cells do not fit, each by its leftmost fault.
         line_numbers: int64 [B], the line of each row from 0; by default its position.
@@ -59,18 +64,40 @@ def to_typed_columns(
     Returns:
         The typed columns, B rows; and a Boolean mask of the good rows, or None when all are good.
     """
-    used = schema.used
-    if any(column.null_values for column in used):
-        plain_texts = [column for column in used if column.null_values and text[column.name].dtype == pl.String]
+    typed: dict[str, pl.Series] = {}
+    texts: dict[Column, pl.Series] = {}
+    for column in schema.used:
+        given = cells[column.name]
+        if given.dtype in (pl.String, pl.List(pl.String)):
+            texts[column] = given
+        elif (values := _typed_directly(given, column)) is not None:
+            typed[column.name] = values.alias(column.name)
+        else:
+            texts[column] = cells_as_text(given, column)
+    read, good = _read_texts(texts, bad_rows, line_numbers, is_label_optional=is_label_optional)
+    return pl.DataFrame([(typed if column.name in typed else read)[column.name] for column in schema.used]), good
+
+
+def _read_texts(
+    texts: Mapping[Column, pl.Series],
+    bad_rows: BadRows,
+    line_numbers: npt.NDArray[np.int64] | None,
+    *,
+    is_label_optional: bool,
+) -> tuple[dict[str, pl.Series], pl.Series | None]:
+    """As `to_typed_columns`, of columns of text, or of lists of text."""
+    text = pl.DataFrame(list(texts.values()))
+    if any(column.null_values for column in texts):
+        plain_texts = [column for column in texts if column.null_values and text[column.name].dtype == pl.String]
         text = text.with_columns(map(_without_null_texts, plain_texts))
-    plain = [column for column in used if not (isinstance(column, SparseColumn) and column.is_multi_valued)]
+    plain = [column for column in texts if not (isinstance(column, SparseColumn) and column.is_multi_valued)]
     clean: set[str] = set()
     if text.height > _FEW_ROWS:
         typed = text.select(_cast(column) for column in plain).to_dict()
     else:
         typed, clean = _typed_few(text, plain)
     good: npt.NDArray[np.bool_] | None = None
-    for column in used:
+    for column in texts:
         if column.name in clean:
             continue
         if isinstance(column, SparseColumn) and column.is_multi_valued:
@@ -96,8 +123,105 @@ def to_typed_columns(
             ]
             bad_rows.add(reason, len(rows), examples)
             good = ~bad if good is None else good & ~bad
-    frame = pl.DataFrame([typed[column.name] for column in used])
-    return frame, None if good is None else pl.Series(good)
+    return typed, None if good is None else pl.Series(good)
+
+
+def _typed_directly(cells: pl.Series, column: Column) -> pl.Series | None:
+    """Cells of another type than text as values, without text; None where that needs text, or one of them is bad."""
+    if isinstance(column, Feature):
+        if column.is_multi_valued:
+            return _typed_lists_directly(cells, column)
+        values = _typed_values(cells, column)
+        return None if values is None else without_null_values(values, column)
+    if column.null_values:
+        return None
+    values = None
+    if isinstance(column, LabelColumn) and column.positive is None and column.threshold is None:
+        values = cells.cast(pl.Int8, strict=False) if cells.dtype.is_integer() or cells.dtype == pl.Boolean else None
+    elif isinstance(column, WeightColumn) and _is_number(cells.dtype):
+        values = cells.cast(pl.Float64).cast(pl.Float32)
+    elif isinstance(column, TimeColumn) and column.kind == "int" and cells.dtype.is_integer():
+        values = cells.cast(pl.Int64, strict=False)
+    elif isinstance(column, TimeColumn) and column.kind == "datetime" and cells.dtype == pl.Datetime:
+        values = cells.dt.cast_time_unit("us").to_physical()
+        values = values if values.is_between(*_TEXT_TIMES).all() else None
+    return values if values is not None and _is_clean(cells, values, column) else None
+
+
+def _is_number(dtype: pl.DataType) -> bool:
+    """Whether values of a type become numbers as they are; a decimal's are rounded as its text is."""
+    return dtype.is_integer() or dtype.is_float()
+
+
+def _typed_values(values: pl.Series, column: Feature) -> pl.Series | None:
+    """Values of a feature out of numbers, which do not stand for texts, or of text; None where one is bad."""
+    if values.dtype == pl.String:
+        typed, is_clean = typed_cells(values, column)
+        return typed if is_clean else None
+    if column.value_kind.is_text or not _is_number(values.dtype):
+        return None
+    typed, bad = column.value_kind.from_numbers(values)
+    return typed if bad is None else None
+
+
+def _typed_lists_directly(lists: pl.Series, column: Feature) -> pl.Series | None:
+    """Lists of numbers, or of structs of value and weight, as `_typed_lists` makes them of text."""
+    if column.null_values or not isinstance(lists.dtype, pl.List | pl.Array) or not isinstance(column, SparseColumn):
+        return None
+    one = lists.dtype.inner
+    if isinstance(one, pl.Struct) != (column.weight_separator is not None):
+        return None
+    rows = pl.int_range(len(lists), dtype=pl.Int64, eager=True)
+    flat = pl.DataFrame({"row": rows, "value": lists.cast(pl.List(one))}).explode("value")
+    if isinstance(one, pl.Struct):
+        flat = flat.unnest("value")
+        if not _is_number(flat["weight"].dtype):
+            return None
+        flat = flat.with_columns(pl.col("weight").cast(pl.Float64).cast(pl.Float32))
+    is_text = flat["value"].dtype == pl.String
+    flat = flat.filter(pl.col("value") != "" if is_text else pl.col("value").is_not_null())
+    if flat["value"].dtype.is_float():
+        flat = flat.filter(pl.col("value").is_not_nan())
+    flat = _first_values(flat, column)
+    typed = _typed_values(flat["value"], column)
+    if typed is None or ("weight" in flat.columns and not flat["weight"].is_finite().fill_null(value=False).all()):
+        return None
+    return _grouped(flat, typed, column, len(lists))
+
+
+def cells_as_text(cells: pl.Series, column: Column) -> pl.Series:
+    """Cells of any type as a text file would have them: String, or lists of it; null where one is missing.
+
+    Raises:
+        LogError: they are bytes that are no text.
+    """
+    if isinstance(cells.dtype, pl.List | pl.Array):
+        return map_lists(cells.cast(pl.List(cells.dtype.inner)), lambda flat: _values_as_text(flat, column))
+    text = _values_as_text(cells, column)
+    # In a text file an empty cell is a missing one.
+    return pl.select(pl.when(text != "").then(text).alias(column.name)).to_series()
+
+
+def _values_as_text(cells: pl.Series, column: Column) -> pl.Series:
+    cells = cells.alias(column.name)
+    if isinstance(column, SparseColumn) and isinstance(cells.dtype, pl.Struct):
+        # No weight is a bad one, and no value none.
+        values = _values_as_text(cells.struct.field("value"), column).fill_null("")
+        weights = cells.struct.field("weight").cast(pl.String).fill_null("")
+        return pl.select(pl.concat_str(values, pl.lit(column.weight_separator), weights)).to_series()
+    if cells.dtype.is_numeric():
+        return KINDS.get(getattr(column, "kind", ""), FLOAT).text_of_numbers(cells)
+    if cells.dtype == pl.Binary:
+        try:
+            return cells.cast(pl.String)
+        except pl.exceptions.PolarsError as error:
+            msg = f"column {column.log_name}: holds bytes that are no text in UTF-8; write them as text"
+            raise LogError(msg) from error
+    if isinstance(column, TimeColumn) and cells.dtype in (pl.Datetime, pl.Date):
+        if getattr(cells.dtype, "time_zone", None):
+            cells = cells.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+        return cells.cast(pl.Datetime("us")).dt.to_string("%Y-%m-%d %H:%M:%S%.6f")
+    return cells.cast(pl.String)
 
 
 def typed_cells(text: pl.Series, column: Feature) -> tuple[pl.Series, bool]:
@@ -181,8 +305,7 @@ def _typed_lists(text: pl.Series, column: SparseColumn) -> tuple[pl.Series, list
     flat = flat.filter(pl.col("value") != "")
     if column.null_values:
         flat = flat.filter(~pl.col("value").is_in(column.null_values))
-    if column.max_values is not None:
-        flat = flat.group_by("row", maintain_order=True).head(column.max_values)
+    flat = _first_values(flat, column)
     values = flat["value"]
     typed = pl.DataFrame({column.name: values}).select(column.value_kind.from_text(pl.col(column.name))).to_series()
 
@@ -197,13 +320,23 @@ def _typed_lists(text: pl.Series, column: SparseColumn) -> tuple[pl.Series, list
     if column.null_values and len(numbers := null_numbers(column)):
         kept = ~typed.is_in(numbers)
         flat, typed = flat.filter(kept.fill_null(value=True)), typed.filter(kept.fill_null(value=True))
-    counts = np.bincount(flat["row"].to_numpy(), minlength=len(lists))
+    return _grouped(flat, typed, column, len(lists)), faults
+
+
+def _first_values(flat: pl.DataFrame, column: SparseColumn) -> pl.DataFrame:
+    """Of the values of each `row` those that count."""
+    return flat if column.max_values is None else flat.group_by("row", maintain_order=True).head(column.max_values)
+
+
+def _grouped(flat: pl.DataFrame, typed: pl.Series, column: SparseColumn, num_rows: int) -> pl.Series:
+    """Typed values, and their weights where there are some, as a list of each row; null where it has none."""
+    counts = np.bincount(flat["row"].to_numpy(), minlength=num_rows)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     if column.weight_separator is not None:
         typed = pl.DataFrame({"value": typed, "weight": flat["weight"]}).to_struct(column.name)
     grouped = pl.Series(column.name, pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), typed.to_arrow()))
     # A cell of separators alone has no values, and so is missing as an empty one is.
-    return pl.select(pl.when(pl.Series(counts > 0)).then(grouped).alias(column.name)).to_series(), faults
+    return pl.select(pl.when(pl.Series(counts > 0)).then(grouped).alias(column.name)).to_series()
 
 
 def _with_weights(flat: pl.DataFrame, separator: str) -> pl.DataFrame:

@@ -1,11 +1,11 @@
 """Defines the kinds of values that features have: one object each, which all code that reads or writes values asks.
 
-| kind | type of a column | from text | from JSON | from tensors |
+| kind | type of a column | from text | from numbers (Parquet, frames, tensors) | from JSON |
 | --- | --- | --- | --- | --- |
-| int | Int64 | a decimal number of 64 bits | a whole number, or such a text | whole numbers, BYTES |
-| float | Float64 | a finite decimal number | a finite number, or such a text | numbers, BYTES |
-| hex | UInt32 | 1 to 8 hexadecimal digits, upper or lower case | such a text | the number itself, BYTES |
-| string | String | anything | a text; of a number its text | BYTES |
+| int | Int64 | a decimal number of 64 bits | whole ones; floats up to 2^53 | a whole number, or such a text |
+| float | Float64 | a finite decimal number | finite ones | a finite number, or such a text |
+| hex | UInt32 | 1 to 8 hexadecimal digits, upper or lower case | whole ones of 32 bits | such a text |
+| string | String | anything | their text | a text; of a number its text |
 
 Dense columns are of kind int or float, sparse ones of kind int, hex or string, or float where buckets make categories
 of it; a column with several values a row has lists of these.  How a value is hashed follows from its type, see
@@ -26,6 +26,8 @@ import pyarrow as pa
 
 _INT64_END, _UINT32_END = 2**63, 2**32
 _EXACT_BELOW = 2**53  # every whole number below it is a float64
+# Whole numbers up to these are written with all their digits.
+_EXACT_UP_TO: dict[pl.DataType, int] = {pl.Float32(): 2**24, pl.Float16(): 2**11}
 _NO_DIGITS = "00000000"
 
 
@@ -92,19 +94,24 @@ class ValueKind:
         """Values of a vocabulary's file as a typed column has them."""
         return values
 
+    # -- numbers
+
+    def from_numbers(self, numbers: pl.Series) -> tuple[pl.Series, pl.Series | None]:
+        """Integers or floats, NaN for a missing one, as values; and which of them are none, None where all are.
+
+        They are the values that `from_text` makes of `text_of_numbers`, without the text.
+        """
+        return self.text_of_numbers(numbers), None
+
     def text_of_numbers(self, numbers: pl.Series) -> pl.Series:
-        """Numbers of a Parquet file (of any numeric type) as cells of text; NaN is missing."""
+        """Numbers of any type as cells of text; NaN is missing."""
         return (numbers.fill_nan(None) if numbers.dtype.is_float() else numbers).cast(pl.String)
 
+    def from_floats(self, x: npt.NDArray[np.float64]) -> pl.Series:
+        """The nearest values: for numbers that a transform was inverted for."""
+        return pl.Series(x).cast(self.dtype)
+
     # -- JSON
-
-    def from_json_numbers(self, cells: Sequence[object], types: set[type]) -> pl.Series | None:  # noqa: ARG002
-        """Cells of JSON, numbers of these types or None, as a column; None where they must be read as text.
-
-        Raises:
-            OverflowError: a number is too large; reading it as text reports where it is.
-        """
-        return None
 
     def text_of_number(self, number: float) -> str | None:
         """A JSON number as the text that means the same; None where the kind takes no numbers.
@@ -123,21 +130,11 @@ class ValueKind:
         """
         return np.array(cells, np.int64)
 
-    # -- tensors and other numbers
-
-    def from_numbers(self, numbers: pl.Series) -> tuple[pl.Series, pl.Series | None]:
-        """Numbers of a tensor as values, and which of them are none; None where all are."""
-        return numbers.cast(self.dtype), None
-
-    def from_floats(self, x: npt.NDArray[np.float64]) -> pl.Series:
-        """The nearest values: for numbers that a transform was inverted for."""
-        return pl.Series(x).cast(self.dtype)
-
 
 def _whole_or_missing(number: float) -> int | None:
     if math.isnan(number):
         return None
-    if not number.is_integer():
+    if not number.is_integer() or abs(number) > _EXACT_BELOW:
         raise ValueError(number)
     return int(number)
 
@@ -163,13 +160,9 @@ class _Int(ValueKind):
     def text_of_numbers(self, numbers: pl.Series) -> pl.Series:
         if not numbers.dtype.is_float():
             return numbers.cast(pl.String)
-        numbers = numbers.fill_nan(None)
-        is_whole = (numbers == numbers.floor()) & (numbers.abs() <= _EXACT_BELOW)
-        whole = numbers.cast(pl.Int64, strict=False).cast(pl.String)
-        return whole.zip_with(is_whole.fill_null(value=False), numbers.cast(pl.String))
-
-    def from_json_numbers(self, cells: Sequence[object], types: set[type]) -> pl.Series | None:
-        return pl.Series(cells, dtype=pl.Int64) if types == {int} else None
+        typed, bad = self.from_numbers(numbers)
+        text = typed.cast(pl.String)
+        return text if bad is None else text.zip_with(~bad, super().text_of_numbers(numbers))
 
     def text_of_number(self, number: float) -> str | None:
         # JavaScript writes 3 for 3.0, others 3.0 for 3: as numbers they are the same.
@@ -183,12 +176,10 @@ class _Int(ValueKind):
 
     def from_numbers(self, numbers: pl.Series) -> tuple[pl.Series, pl.Series | None]:
         if numbers.dtype.is_float():
-            numbers = numbers.cast(pl.Float64).fill_nan(None)
-            bad = ~numbers.is_finite() | (numbers != numbers.floor())
-            return _cast_good(numbers, bad | (numbers < -_INT64_END) | (numbers >= _INT64_END), pl.Int64)
-        if numbers.dtype == pl.UInt64:
-            return _cast_good(numbers, numbers > _INT64_END - 1, pl.Int64)
-        return numbers.cast(pl.Int64), None
+            numbers = numbers.cast(pl.Float64).fill_nan(None)  # Polars has no floor of Float16
+            return _cast_good(numbers, (numbers != numbers.floor()) | (numbers.abs() > _EXACT_BELOW), pl.Int64)
+        typed = numbers.cast(pl.Int64, strict=False)
+        return typed, typed.is_null() & numbers.is_not_null() if typed.null_count() > numbers.null_count() else None
 
     def from_floats(self, x: npt.NDArray[np.float64]) -> pl.Series:
         return pl.Series(np.clip(np.rint(x), -(2.0**62), 2.0**62).astype(np.int64))
@@ -204,12 +195,6 @@ class _Float(ValueKind):
     def _odd(self, text: pl.Series, typed: pl.Series) -> pl.Series | None:  # noqa: ARG002
         return ~typed.is_finite()
 
-    def from_json_numbers(self, cells: Sequence[object], types: set[type]) -> pl.Series | None:
-        if not types or not types <= {int, float}:
-            return None
-        numbers = pl.Series([None if cell is None else float(cell) for cell in cells], dtype=pl.Float64)  # type: ignore[arg-type]  # as just seen
-        return numbers if numbers.is_finite().all() else None
-
     def numbers_of_cells(self, cells: Sequence[Any]) -> npt.NDArray[Any]:
         numbers = np.array(cells, np.float64)
         if not np.isfinite(numbers).all():
@@ -217,10 +202,15 @@ class _Float(ValueKind):
         return numbers
 
     def from_numbers(self, numbers: pl.Series) -> tuple[pl.Series, pl.Series | None]:
+        typed = numbers.cast(pl.Float64)
         if not numbers.dtype.is_float():
-            return numbers.cast(pl.Float64), None
-        numbers = numbers.cast(pl.Float64).fill_nan(None)
-        return _cast_good(numbers, ~numbers.is_finite(), pl.Float64)
+            return typed, None
+        typed = typed.fill_nan(None)
+        if (exact_up_to := _EXACT_UP_TO.get(numbers.dtype)) is not None:
+            # Of fewer bits, the number that is written 0.1 is 0.1, not 0.10000000149 as it would be when cast.
+            rows = ((typed != typed.floor()) | (typed.abs() > exact_up_to)).arg_true()
+            typed = typed.scatter(rows, numbers.gather(rows).cast(pl.String).cast(pl.Float64))
+        return _cast_good(typed, ~typed.is_finite(), pl.Float64)
 
 
 class _Hex(ValueKind):
@@ -246,13 +236,15 @@ class _Hex(ValueKind):
     def from_file(self, values: pl.Series) -> pl.Series:
         return values.str.to_integer(base=16, dtype=pl.UInt32)
 
+    def from_numbers(self, numbers: pl.Series) -> tuple[pl.Series, pl.Series | None]:
+        wide = numbers.cast(pl.Float64).fill_nan(None)  # wide enough for all that the kind takes
+        return _cast_good(wide, (wide != wide.floor()) | ~wide.is_between(0, _UINT32_END - 1), pl.UInt32)
+
     def text_of_numbers(self, numbers: pl.Series) -> pl.Series:
         """The digits that the numbers are; of other numbers a text that is no digits."""
-        wide = numbers.cast(pl.Float64).fill_nan(None)  # wide enough for all that the kind takes
-        fits = ((wide == wide.floor()) & wide.is_between(0, _UINT32_END - 1)).fill_null(value=False)
-        digits = hex_digits(pl.select(pl.when(fits).then(wide).cast(pl.UInt32)).to_series())
-        others = pl.select(pl.when(wide.is_not_null()).then(pl.format("the number {}", numbers))).to_series()
-        return digits.zip_with(fits, others).alias(numbers.name)
+        typed, bad = self.from_numbers(numbers)
+        digits = hex_digits(typed).alias(numbers.name)
+        return digits if bad is None else digits.zip_with(~bad, "the number " + numbers.cast(pl.String))
 
     def text_of_number(self, number: float) -> str | None:  # noqa: ARG002
         return None
@@ -263,11 +255,6 @@ class _Hex(ValueKind):
         if set(map(len, cells)) - {len(_NO_DIGITS)} or len(digits) != 4 * len(cells):
             raise ValueError("a text is not 8 hexadecimal digits")
         return np.frombuffer(digits, ">u4").astype(np.uint32)
-
-    def from_numbers(self, numbers: pl.Series) -> tuple[pl.Series, pl.Series | None]:
-        if numbers.dtype != pl.UInt64:
-            numbers = numbers.cast(pl.Int64)  # the limits must fit the type that they are compared in
-        return _cast_good(numbers, (numbers < 0) | (numbers >= _UINT32_END), pl.UInt32)
 
 
 class _String(ValueKind):

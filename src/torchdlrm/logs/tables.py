@@ -1,8 +1,7 @@
 """What formats have in common whose columns have types, as Parquet has: they are read into the columns that text gives.
 
-In: groups of a file's rows.  Out: a `ParsedChunk`; a row's "line" is its number in the file, from 1.  Cells are written
-out as text and read as the schema says, so that a value is good or bad as it would be in a text file; lists are taken
-as the values of a multi-valued column.
+In: groups of a file's rows.  Out: a `ParsedChunk`; a row's "line" is its number in the file, from 1.  A value is good
+or bad as it would be in a text file (`torchdlrm.features.cells`); lists are the values of a multi-valued column.
 
 Numbers are taken as numbers, as in a request to a server: for a column of kind `hex` they are not read as digits, 3.0
 is 3 where the column holds integers, and NaN is a missing value.
@@ -24,8 +23,7 @@ import pyarrow as pa
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.cells import to_typed_columns
-from torchdlrm.features.columns import Column, SparseColumn, TimeColumn
-from torchdlrm.features.kinds import FLOAT, KINDS, map_lists
+from torchdlrm.features.columns import Column, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.format import NUM_PLACES, Chunk, LogFormat, OpenLog, ParsedChunk, SampledRows
@@ -118,9 +116,15 @@ class TableFormat(LogFormat):
         with self._reading(file):
             names = [column.log_name for column in layout.used]
             frame = pl.DataFrame(self.table(file.path, range(chunk.start, chunk.end), names))
-        text = pl.DataFrame([cells_as_text(frame[column.log_name], column, file) for column in layout.used])
+        cells = pl.DataFrame([frame[column.log_name].alias(column.name) for column in layout.used])
+        # In a text file an empty cell is a missing one.
+        cells = cells.with_columns(pl.when(pl.col(pl.String) != "").then(pl.col(pl.String)))
         bad_rows = BadRows()
-        typed, good = to_typed_columns(text, layout, bad_rows, is_label_optional=is_label_optional)
+        try:
+            typed, good = to_typed_columns(cells, layout, bad_rows, is_label_optional=is_label_optional)
+        except LogError as error:
+            msg = f"{file.path}, {error}"
+            raise LogError(msg) from error
         return ParsedChunk.of(typed, good, frame.height, bad_rows)
 
     def has_rows(self, file: LogFile, layout: FeatureSchema) -> bool:
@@ -208,42 +212,3 @@ def type_fault(arrow_type: pa.DataType, column: Column, kind: str) -> str | None
         f"  column {column.log_name}: is of the {kind} type {arrow_type}, which is no number, text or time; "
         "write it as one of these, or leave the column out of the schema"
     )
-
-
-def cells_as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Series:
-    """Cells of a Parquet file as a text file would have them: String, or lists of it; null where one is missing.
-
-    Raises:
-        LogError: they are bytes that are no text.
-    """
-    cells = cells.alias(column.name)
-    if not isinstance(cells.dtype, pl.List | pl.Array):
-        text = _values_as_text(cells, column, file)
-        # In a text file an empty cell is a missing one.
-        return pl.select(pl.when(text != "").then(text).alias(column.name)).to_series()
-    return map_lists(cells.cast(pl.List(cells.dtype.inner)), lambda flat: _values_as_text(flat, column, file))
-
-
-def _weighted_as_text(cells: pl.Series, column: SparseColumn, file: LogFile) -> pl.Series:
-    """Structs of a value and its weight as the text of both; no weight is a bad one, and no value none."""
-    values = _values_as_text(cells.struct.field("value").alias(column.name), column, file).fill_null("")
-    weights = cells.struct.field("weight").cast(pl.String).fill_null("")
-    return pl.select(pl.concat_str(values, pl.lit(column.weight_separator), weights)).to_series()
-
-
-def _values_as_text(cells: pl.Series, column: Column, file: LogFile) -> pl.Series:
-    if isinstance(column, SparseColumn) and isinstance(cells.dtype, pl.Struct):
-        return _weighted_as_text(cells, column, file)
-    if cells.dtype.is_numeric():
-        return KINDS.get(getattr(column, "kind", ""), FLOAT).text_of_numbers(cells)
-    if cells.dtype == pl.Binary:
-        try:
-            return cells.cast(pl.String)
-        except pl.exceptions.PolarsError as error:
-            msg = f"{file.path}, column {column.log_name}: holds bytes that are no text in UTF-8; write them as text"
-            raise LogError(msg) from error
-    if isinstance(column, TimeColumn) and cells.dtype in (pl.Datetime, pl.Date):
-        if getattr(cells.dtype, "time_zone", None):
-            cells = cells.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
-        return cells.cast(pl.Datetime("us")).dt.to_string("%Y-%m-%d %H:%M:%S%.6f")
-    return cells.cast(pl.String)

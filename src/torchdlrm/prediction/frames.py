@@ -7,7 +7,6 @@
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -15,16 +14,12 @@ import pyarrow as pa
 
 from torchdlrm.errors import RowError
 from torchdlrm.features.bad_rows import BadRows
-from torchdlrm.features.cells import to_typed_columns, without_null_values
+from torchdlrm.features.cells import to_typed_columns
 from torchdlrm.features.columns import Feature, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.logs.files import LogFile
-from torchdlrm.logs.formats.parquet import ParquetFormat
-from torchdlrm.logs.tables import cells_as_text
 from torchdlrm.prediction.json_rows import check_cells
 from torchdlrm.prediction.shared_rows import Row
 
-_NO_FILE = LogFile(Path("the frame"), 0, None, ParquetFormat())
 _CELLS = (pl.Boolean, pl.String, pl.Categorical, pl.Enum, pl.Date, pl.Datetime, pl.Null)
 
 
@@ -91,10 +86,9 @@ def _typed(cells: pl.Series, column: Feature, schema: FeatureSchema) -> pl.Serie
     if (is_list and not column.is_multi_valued) or not is_cell:
         msg = f"column {column.name!r}: {cells.dtype} is no type of its cells; expected {column.value_kind.expected}"
         raise RowError(msg)
-    if cells.dtype == column.dtype and one.is_numeric() and not (one.is_float() and not cells.is_finite().all()):
-        return without_null_values(cells, column)
+    if cells.dtype == pl.String:
+        cells = cells.set(cells == "", None)
     bad_rows = BadRows()
-    text = cells_as_text(cells, column, _NO_FILE).to_frame()
-    typed, _ = to_typed_columns(text, schema.with_columns([column]), bad_rows)
+    typed, _ = to_typed_columns(cells.to_frame(), schema.with_columns([column]), bad_rows)
     check_cells(bad_rows)
     return typed[column.name]

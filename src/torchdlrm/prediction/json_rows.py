@@ -130,10 +130,18 @@ class RowReader:
 
 def _numbers(cells: Sequence[object], column: Feature) -> pl.Series | None:
     """Cells that are JSON numbers of the column's kind, or missing; None where any is something else."""
+    types = set(map(type, cells)) - {_MISSING}
+    if not types or not types <= column.value_kind.json_types - {str}:
+        return None
     try:
-        return column.value_kind.from_json_numbers(cells, set(map(type, cells)) - {_MISSING})
+        if types == {int}:
+            numbers = pl.Series(cells, dtype=pl.Int64)
+        else:
+            numbers = pl.Series([None if cell is None else float(cell) for cell in cells], dtype=pl.Float64)  # type: ignore[arg-type]  # as just seen
     except (OverflowError, TypeError):
         return None  # too large: reading it as text reports where it is
+    typed, bad = column.value_kind.from_numbers(numbers)
+    return typed if bad is None and typed.null_count() == numbers.null_count() else None  # NaN is no number in JSON
 
 
 def check_cells(bad_rows: BadRows) -> None:

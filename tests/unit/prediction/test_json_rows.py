@@ -81,6 +81,21 @@ def test_numbers_are_themselves_and_what_is_absent_is_missing():
     assert READER.read([]).schema == frame.schema
 
 
+@given(
+    number=st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False),
+    name=st.sampled_from(["count", "price", "number"]),
+)
+def test_a_number_means_what_its_text_means(number, name):
+    if name != "price" and not float(number).is_integer():
+        return
+    text = str(number if name == "price" or abs(number) > 2**53 else int(number))
+    if name != "price" and isinstance(number, float) and abs(number) > 2**53:
+        with pytest.raises(RowError, match="may have been rounded"):
+            READER.read([{name: number}])
+    else:
+        assert READER.read([{name: number}, {}]).equals(READER.read([{name: text}, {}]))
+
+
 def test_a_label_is_read_where_it_is_given():
     rows = [{}, {"label": 1}, {"label": None}, {"label": "0"}, {"label": True}, {"note": "x"}]
     assert READER.read(rows)["label"].to_list() == [None, 1, None, 0, 1, None]

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRow, BadRows, describe_bad_rows
+from torchdlrm.features.cells import cells_as_text
 from torchdlrm.features.columns import SparseColumn, TimeColumn
 from torchdlrm.features.schema import FeatureSchema, criteo_schema
 from torchdlrm.logs.files import LogFile
@@ -28,7 +29,7 @@ from torchdlrm.logs.lines import read_blocks
 from torchdlrm.logs.proposal.facts import USUAL_NULLS
 from torchdlrm.logs.quotes import find_quoted, last_row_end
 from torchdlrm.logs.sniff import SEPARATORS, is_quoted, sniff
-from torchdlrm.logs.tables import cells_as_text, type_fault
+from torchdlrm.logs.tables import type_fault
 from torchdlrm.logs.text import parse_chunk
 
 _VALUE = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[0-9a-fA-F]{8}"
@@ -213,7 +214,7 @@ def _of_columns(file: LogFile, found: SampledRows, num_rows: int) -> Sample:
             if type_fault(cells.type, column, file.format.name) is not None:
                 unread[i] = f"is of the {file.format.name} type {cells.type}"
             else:
-                columns.append(cells_as_text(pl.Series(cells), column, file))
+                columns.append(cells_as_text(pl.Series(cells), column))
                 floating += [i] if pa.types.is_floating(cells.type) else []
         except LogError:
             unread[i] = "holds bytes that are no text"

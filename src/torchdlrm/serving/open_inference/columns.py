@@ -192,7 +192,9 @@ def _from_numbers(tensor: Tensor, columns: Sequence[Feature]) -> dict[str, pl.Se
         parts = [([column], tensor.values.gather_every(num_columns, i)) for i, column in enumerate(columns)]
     typed = {}
     for alike, values in parts:
-        cast, bad = alike[0].value_kind.from_numbers(values)
+        # A float32 is the bits that were sent, and not what is written with the fewest digits.
+        sent = values.cast(pl.Float64) if values.dtype == pl.Float32 else values
+        cast, bad = alike[0].value_kind.from_numbers(sent)
         if bad is not None:
             first = int(np.argmax(bad.to_numpy()))
             row, index = divmod(first, len(alike))
