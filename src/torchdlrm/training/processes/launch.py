@@ -7,8 +7,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
-import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,13 +14,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import parent_process, resource_tracker
 from pathlib import Path
-from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch.distributed.elastic.multiprocessing import start_processes
+from torch.distributed.elastic.agent.server.api import WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousInfo
@@ -41,10 +39,8 @@ _UNEXPECTED = "unexpected-"
 _LOAD_S = 5
 # How long a process that has lost another waits for the launcher, which looks ten times a second.
 _FIND_TIMEOUT_S = 1.0
-# These end a job, as Ctrl-C does, unless whoever started it has them ignored.
+# These end a job, as Ctrl-C does, unless it was started with them ignored.
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-# When a signal that came while processes were started is looked at again.
-_START_S = 0.02
 # To tell nodes that are waiting already; they may also have refused by themselves.
 _REFUSAL_TIMEOUT_S = 15
 
@@ -198,68 +194,50 @@ def _a_store_for_each_start() -> Iterator[None]:
 def _signals_for_the_launcher() -> Iterator[None]:
     """Inside, Ctrl-C, SIGTERM and SIGHUP become a SIGTERM to the processes, which ends them quietly or lets them save.
 
-    The terminal sends Ctrl-C to them as well, and while they import torch, for seconds, each would print a traceback.
-    So they start with it blocked, until `_recorded` can say that it means nothing.
+    While torch starts the processes a signal waits: torch would forget those that it has started, and they would print
+    tracebacks. The terminal sends Ctrl-C to them as well, while they import torch for seconds: so they start with it
+    blocked, until `_recorded` ignores it.
     """
     with restored_handlers(signal.SIGINT, *_STOP_SIGNALS, signal.SIGQUIT) as may_change:
         if not may_change:
             yield
             return
-        postponed: SimpleQueue[int | None] = SimpleQueue()
-        in_queue: set[int] = set()
-        sent_again: set[int] = set()
-        is_over = threading.Event()
+        start = LocalElasticAgent._start_workers
+        postponed: list[int] = []
+        is_starting = is_over = False
 
-        def stop(number: int, frame: FrameType | None) -> None:
-            if _starts_processes(frame):
-                if number not in in_queue:
-                    in_queue.add(number)
-                    postponed.put(number)
+        def stop(number: int, frame: FrameType | None = None) -> None:
+            nonlocal is_over
+            if is_starting:
+                postponed.append(number)
                 return
-            if is_over.is_set() and number in sent_again:  # on its way when another one was heard
-                sent_again.discard(number)
-                return
-            if is_over.is_set() and number == signal.SIGINT:
+            if is_over and number == signal.SIGINT:
                 signal.default_int_handler(number, frame)  # a second Ctrl-C is from a person in a hurry
-            is_over.set()
+            is_over = True
             raise SignalException(signal.Signals(number).name, signal.SIGTERM)
 
-        def send_again() -> None:
-            while (number := postponed.get()) is not None:
-                time.sleep(_START_S)
-                in_queue.discard(number)
-                if not is_over.is_set():
-                    sent_again.add(number)
-                    os.kill(os.getpid(), number)
+        def start_in_peace(agent: LocalElasticAgent, group: WorkerGroup) -> dict[int, Any]:
+            nonlocal is_starting
+            is_starting = True
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                return start(agent, group)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                is_starting = False
+                if postponed:
+                    stop(postponed[0])
 
-        # multiprocessing starts its tracker with the first process, and would unblock Ctrl-C then.
-        resource_tracker.ensure_running()
-        # New processes inherit what this thread blocks. To be interrupted all the same it needs one without blocks.
-        sender = threading.Thread(target=send_again, name="torchdlrm-signals", daemon=True)
-        sender.start()
+        resource_tracker.ensure_running()  # multiprocessing starts it with the first process, and then unblocks Ctrl-C
         for number in _STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
                 signal.signal(number, stop)
         signal.signal(signal.SIGINT, stop)
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        LocalElasticAgent._start_workers = start_in_peace  # type: ignore[method-assign]
         try:
             yield
         finally:
-            is_over.set()
-            postponed.put(None)
-            sender.join()  # what it sends is for these handlers
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _starts_processes(frame: FrameType | None) -> bool:
-    """Whether a signal has come while torch starts the processes.
-
-    It would forget those that it has started; they would wait for what they are to do, or find that the launcher's
-    semaphores are gone, and print a traceback.
-    """
-    while frame is not None and frame.f_code is not start_processes.__code__:
-        frame = frame.f_back
-    return frame is not None
+            LocalElasticAgent._start_workers = start  # type: ignore[method-assign]
 
 
 def _recorded(entrypoint: Callable[..., Any], error_folder: Path, variables: dict[str, str], *args: object) -> Any:
