@@ -1,7 +1,8 @@
 """Plans and runs a training; what it is going to do is known before anything is written."""
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,6 @@ import torch
 from torchdlrm.config import Config, load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError, RunError, UserError
-from torchdlrm.features.tables import divisors
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, architecture_of
 from torchdlrm.model.precision import Precision
@@ -23,13 +23,7 @@ from torchdlrm.sharding.resolve import preview_plan
 from torchdlrm.tables.optimizers import check_table_optimizer
 from torchdlrm.training.checkpoint import list_checkpoints
 from torchdlrm.training.checkpointer import find_damage_together
-from torchdlrm.training.compute import (
-    MIN_BFLOAT16_FLOPS,
-    allow_tf32,
-    choose_precision,
-    keep_freed_memory,
-    set_threads,
-)
+from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory, set_threads
 from torchdlrm.training.log import Callback, Callbacks, MetricsLog, TrainingHistory, read_metrics
 from torchdlrm.training.processes.agreement import LAUNCHER_VARIABLE, Settings, settings_of
 from torchdlrm.training.processes.device import rank_device
@@ -43,9 +37,6 @@ from torchdlrm.training.trackers import check_trackers, open_trackers
 from torchdlrm.training.trainer import Trainer
 
 T = TypeVar("T")
-# With fewer, a large GPU is done before the host has asked for the next step: some milliseconds whatever the rows.
-_ENOUGH_ROWS_A_GPU = 8_192
-_WAITS = "checkpoints: the steps wait while one is written, since there is no memory for a copy of the tables"
 
 
 @dataclass(frozen=True)
@@ -76,78 +67,6 @@ class TrainingPreview:
     def is_complete(self) -> bool:
         """Whether nothing is left to do."""
         return self.from_step >= self.agenda.num_steps
-
-    @property
-    def completion(self) -> str:
-        """How far a complete run is, and what would make it continue."""
-        train = self.config.train
-        wanted = self.agenda.steps_per_epoch * train.epochs
-        key, value = ("max_steps", train.max_steps) if self.agenda.num_steps < wanted else ("epochs", train.epochs)
-        return f"step {self.from_step:,} of {self.agenda.num_steps:,}; raise train.{key}, which is {value}, to continue"
-
-    def lines(self) -> list[str]:
-        """Rows, steps and rates in words."""
-        config, agenda = self.config, self.agenda
-        last = agenda.rows_per_epoch - (agenda.steps_per_epoch - 1) * agenda.batch_size_global
-        smaller = f", the last one {last:,}" if last != agenda.batch_size_global else ""
-        start = f", resuming after step {self.from_step:,}" if self.from_step else ""
-        schedule = config.schedule
-        warm_up = f", {schedule.warmup_steps:,} steps of warm-up" if schedule.warmup_steps else ""
-        optimizers = [
-            f"{chosen.name} {chosen.learning_rate:g} for {what}"
-            for chosen, what in ((config.table_optimizer, "the tables"), (config.dense_optimizer, "the rest"))
-        ]
-        steps = f"{agenda.steps_per_epoch:,} steps of {agenda.batch_size_global:,} rows{smaller}"
-        frozen = config.train.freeze
-        waits = config.checkpoint.asynchronous and not self.solution.copy_fits
-        return [
-            f"an epoch: {agenda.rows_per_epoch:,} rows, {steps}",
-            f"the run: {agenda.num_steps:,} steps, {agenda.rows_after(agenda.num_steps):,} rows{start}",
-            f"label: {self.label}",
-            f"precision of the dense parts: {self.precision}",
-            f"validation: {self._validation()}",
-            f"optimizers: {', '.join(optimizers)}; rate {schedule.kind}{warm_up}",
-            *([f"warm start: from {self.source}{self._resets(self.source)}"] if self.source is not None else []),
-            *([f"frozen: {', '.join(frozen)}"] if frozen else []),
-            *([_WAITS] if waits else []),
-            *self._hints(),
-        ]
-
-    def _resets(self, source: SourceRun) -> str:
-        """How many ids stand for other values now; in two tables of a feature, several ids share a row."""
-        divided = zip(source.num_reset, divisors(self.config.model, [*source.num_reset]), strict=True)
-        shared = [name for name, divisor in divided if divisor is not None]
-        num_ids = sum(found for name, found in source.num_reset.items() if name not in shared)
-        told = f"; {num_ids:,} ids of other values start with fresh rows" if num_ids else ""
-        return told + (f"; not those of {', '.join(shared)}, which share rows with other ids" if shared else "")
-
-    def _hints(self) -> list[str]:
-        machine, rows = self.solution.problem.machine, self.config.train.batch_size_global
-        rows_a_gpu = rows // machine.num_devices
-        is_short = self.solution.problem.shape.step_flops(rows) < MIN_BFLOAT16_FLOPS
-        if machine.kind == "cpu" and machine.num_devices > 1 and is_short:
-            hint = (
-                f"hint: a step of {rows:,} rows is so short that {machine.num_devices} processes exchange for longer "
-                "than they compute; one process (`nproc_per_node`) is faster"
-            )
-            return [hint]
-        if machine.kind != "cuda" or rows_a_gpu >= _ENOUGH_ROWS_A_GPU:
-            return []
-        enough = _ENOUGH_ROWS_A_GPU * machine.num_devices
-        hint = (
-            f"hint: a GPU gets {rows_a_gpu:,} rows a step and may wait for its host most of the time; with "
-            f"train.batch_size_global = {enough:,} or more, which is now {rows:,}, steps use it better. A run cannot "
-            "change it later, and learning rates go with it"
-        )
-        return [hint]
-
-    def _validation(self) -> str:
-        if not self.validation_rows:
-            return "none, the val split has no rows"
-        chosen = self.config.validation
-        times = [f"every {chosen.every_steps:,} steps"] if chosen.every_steps else []
-        times += [f"every {chosen.every_rows:,} training rows"] if chosen.every_rows else []
-        return f"{self.validation_rows:,} rows, {', '.join([*times, 'at the end'])}"
 
     def as_dict(self) -> dict[str, Any]:
         """The preview as JSON has it."""
@@ -196,10 +115,7 @@ def preview_training(
         PlanError: the tables do not fit, or the given plan does not.
     """
     device = rank_device(0, local_world_size, config.train.device)
-    agenda = _checked_agenda(config, dataset, device)
-    shape = ModelShape.of(config.model, dataset, architecture)
-    shape.architecture.check(shape)
-    check_freeze(config, shape, dataset.num_embeddings, device)
+    agenda, shape = _checked(config, dataset, architecture, device)
     solution = preview_plan(
         config, shape, dataset.num_embeddings, world_size=world_size, local_world_size=local_world_size, device=device
     )
@@ -283,29 +199,21 @@ def train(
         keep_freed_memory()
         allow_tf32(settings.train, ranks.device)
         encoded = opened()
-        _checked_agenda(settings, encoded, ranks.device)
-        shape = ModelShape.of(settings.model, encoded, architecture)
-        shape.architecture.check(shape)
-        check_freeze(settings, shape, encoded.num_embeddings, ranks.device)
-        launchers = _launchers(ranks)
-        # Not what this job itself has trained, before a process or a machine died and all were started again.
-        removes = restart and not ranks.from_first(Run(path, settings).was_started_by(launchers))
-        place = None if from_run is None else Path(from_run)
-        source = _find_source(place, Run(path, settings), encoded, ranks, architecture, restart=removes)
-        started = _start_run(settings, encoded, path, ranks, architecture, source, restart=removes, launchers=launchers)
-        try:
+        _, shape = _checked(settings, encoded, architecture, ranks.device)
+        started, source = _start_run(Run(path, settings), encoded, ranks, architecture, from_run, restart=restart)
+        with closing(started):
             set_threads(settings, shape, ranks)
             dtype = choose_precision(settings, shape, ranks.device).dtype
             listener = watching if ranks.is_first else SILENT
             trainer = Trainer(settings, shape, encoded, started, ranks, listener, dtype=dtype, source=source)
             summary = trainer.fit(open_callbacks)
-        finally:
-            started.close()
     return TrainingHistory(summary, read_metrics(path / METRICS_NAME)) if ranks.is_first else None
 
 
-def _checked_agenda(config: Config, dataset: Dataset, device: torch.device) -> Agenda:
-    """The steps of a training, after refusing what no plan of the tables could change."""
+def _checked(
+    config: Config, dataset: Dataset, architecture: Architecture | None, device: torch.device
+) -> tuple[Agenda, ModelShape]:
+    """The steps of a training and its model, after refusing what no plan of the tables could change."""
     check_table_optimizer(config.table_optimizer, device)
     check_trackers(config.logging.trackers)
     rows = dataset.splits["train"].rows
@@ -314,24 +222,25 @@ def _checked_agenda(config: Config, dataset: Dataset, device: torch.device) -> A
         raise DatasetError(msg)
     agenda = Agenda.of(config, rows)
     check_validations(config, agenda, validation_rows=dataset.splits["val"].rows)
-    return agenda
+    shape = ModelShape.of(config.model, dataset, architecture)
+    shape.architecture.check(shape)
+    check_freeze(config, shape, dataset.num_embeddings, device)
+    return agenda, shape
 
 
-def _launchers(ranks: Ranks) -> list[str]:
-    """What has started the processes of each machine, as long as they are started again: by `launch` alone."""
+def _start_run(
+    run: Run, dataset: Dataset, ranks: Ranks, architecture: Architecture, from_run: str | Path | None, *, restart: bool
+) -> tuple[Run, SourceRun | None]:
+    """Rank 0 takes the folder, after the ranks have found, and together verified, the checkpoint to start from."""
     names = ranks.all_gather(os.environ.get(LAUNCHER_VARIABLE))
-    return list(dict.fromkeys(name for name in names if name is not None))
-
-
-def _find_source(
-    from_run: Path | None, run: Run, dataset: Dataset, ranks: Ranks, architecture: Architecture, *, restart: bool
-) -> SourceRun | None:
-    """The checkpoint that the run starts from, after the ranks together have seen that it is undamaged."""
+    launchers = list(dict.fromkeys(name for name in names if name is not None))
+    # Not what this job itself has trained, before a process or a machine died and all were started again.
+    removes = restart and not ranks.from_first(run.was_started_by(launchers))
 
     def find() -> SourceRun | None:
-        if not restart:
+        if not removes:
             run.check(dataset, architecture)
-        return find_source(from_run, run, dataset, architecture, restart=restart)
+        return find_source(None if from_run is None else Path(from_run), run, dataset, architecture, restart=removes)
 
     source = ranks.from_first(_on_first_rank(ranks, find))
     damage = None if source is None else find_damage_together(source.checkpoint, ranks, ranks.all_gather)
@@ -339,33 +248,18 @@ def _find_source(
         error = RunError(f"`from_run`: {damage}")
         error.is_everywhere = True
         raise error
-    return source
-
-
-def _start_run(
-    config: Config,
-    dataset: Dataset,
-    path: Path,
-    ranks: Ranks,
-    architecture: Architecture,
-    source: SourceRun | None,
-    *,
-    restart: bool,
-    launchers: Collection[str],
-) -> Run:
-    """Rank 0 takes the folder."""
     start = partial(
         Run.start,
-        path,
-        config,
+        run.path,
+        run.config,
         dataset,
         world_size=ranks.world_size,
-        restart=restart,
+        restart=removes,
         architecture=architecture,
         warm_start=None if source is None else source.record,
         launchers=launchers,
     )
-    return _on_first_rank(ranks, start) or Run(path, config)
+    return _on_first_rank(ranks, start) or run, source
 
 
 def _on_first_rank(ranks: Ranks, task: Callable[[], T]) -> T | None:

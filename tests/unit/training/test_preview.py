@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from torchdlrm.cli.training_shown import preview_lines
 from torchdlrm.config import load_config
 from torchdlrm.model.precision import Precision
 from torchdlrm.sharding.devices import device_named
@@ -20,7 +21,7 @@ def hints(device, num_devices, rows):
     tables = (Table("t_a", 1_000, 128), Table("t_b", 50, 128))
     solution = solve(Problem(tables, machine, PlanOptions.of(config)))
     preview = TrainingPreview(config, Agenda.of(config, 10**6), solution, Precision(torch.float32, ""), 0, 0, "label")
-    return [line for line in preview.lines() if line.startswith("hint: ")]
+    return [line for line in preview_lines(preview) if line.startswith("hint: ")]
 
 
 def test_few_rows_a_gpu_are_told_with_the_batch_that_is_enough():
