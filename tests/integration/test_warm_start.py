@@ -16,7 +16,7 @@ from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.model.dlrm import DLRM
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
-from torchdlrm.training import warm_start
+from torchdlrm.training import checkpoint_state
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.launch import Processes, launch
@@ -102,7 +102,7 @@ def first(folder, monday):
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(warm_start, "_BLOCK_ROWS", 16)
+    monkeypatch.setattr(checkpoint_state, "_BLOCK_ROWS", 16)
 
 
 def last_state(run, tmp_path):

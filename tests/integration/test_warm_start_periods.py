@@ -19,7 +19,7 @@ from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
-from torchdlrm.training import warm_start
+from torchdlrm.training import checkpoint_state
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group
@@ -97,7 +97,7 @@ def fresh(folder):
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(warm_start, "_BLOCK_ROWS", 16)
+    monkeypatch.setattr(checkpoint_state, "_BLOCK_ROWS", 16)
 
 
 def last_state(run, tmp_path):

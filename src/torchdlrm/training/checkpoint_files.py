@@ -1,9 +1,8 @@
 """Reads the files of a checkpoint without trusting them: nothing in them is executed.
 
 `torch.distributed.checkpoint` describes a checkpoint in `.metadata`, a pickle, and unpickling calls whatever a pickle
-names; it also unpickles those values of a state that are no tensors.  Here the pickle is read into inert records, of an
-allow-list of names; the description is built again from them, each part of it checked; and values are loaded by
-`torch.load(weights_only=True)`.
+names.  Here the pickle is read into inert records, of an allow-list of names; and the description is built again from
+them, each part of it checked.  Tensors are read by `checkpoint_reader`.
 """
 
 import io
@@ -15,22 +14,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import distributed as dist
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
 from torchdlrm.errors import RunError, shown
 from torchdlrm.files import regular_file
@@ -122,51 +114,6 @@ def read_metadata(folder: Path) -> Metadata:
 def _unpickled(content: bytes) -> Any:
     """The records of a pickle, which nobody changes: a checkpoint is looked at for damage, and then read."""
     return _Unpickler(io.BytesIO(content)).load()
-
-
-def load_state(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> None:
-    """Load a checkpoint into a state dict; every rank of the group must call it.
-
-    Raises:
-        RunError: it does not hold that state, or is not what torchdlrm writes.
-    """
-    try:
-        load_distributed(state, storage_reader=_Reader(folder), planner=_Planner(), process_group=group)
-    except CheckpointException as error:
-        reasons = sorted({_one_line(failure) for failure, _ in error.failures.values()})
-        msg = f"{folder}: cannot be loaded: {'; '.join(reasons)}"
-        raise RunError(msg) from error
-
-
-class _Reader(FileSystemReader):
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        metadata = read_metadata(Path(self.path))
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata
-
-
-class _Planner(DefaultLoadPlanner):
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        assert self.metadata is not None
-        # Of all ranks: each asks for its own tables alone.
-        asked = {item.dest_index.fqn for plan in global_plan for item in plan.items}
-        saved = self.metadata.state_dict_metadata
-        left = [name.removeprefix("model.") for name in saved if name.startswith("model.") and name not in asked]
-        if left:  # torch would leave them out: the class of somebody's own model may have changed
-            msg = f"the model has no {', '.join(left[:4])}"
-            raise ValueError(msg)
-        return super().create_global_plan(global_plan)
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        name = read_item.dest_index.fqn
-        if isinstance(self.state_dict[name], torch.Tensor | ShardedTensor):
-            msg = f"{name} is no tensor"
-            raise TypeError(msg)
-        # Torch's own planner unpickles it, whatever it holds: it is given a copy that was written from data alone.
-        data = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), data)
-        data.seek(0)
-        super().load_bytes(read_item, data)
 
 
 class _FileSizes:
@@ -286,13 +233,5 @@ def _text(value: Any) -> str:
 def _one_line(error: BaseException) -> str:
     """The first line of an error's message, where it helps; what it is otherwise."""
     text = str(error).splitlines()[0] if str(error) else ""
-    if text.startswith("Weights only load failed"):  # and torch's advice is to load it all the same
-        return "a file holds something else than numbers, which may run code"
-    if text.startswith("Size mismatch") and " for optimizer.state.tables." in text:
-        table = text.split(".")[-2]
-        return (
-            f"{table} was cut into other pieces of columns, and the optimizer has values for each row of each; cut it "
-            "as the run's plan.json says (sharding.plan, sharding.constraints)"
-        )
     is_ours = isinstance(error, RunError | pickle.UnpicklingError | OSError | RuntimeError)
     return text if is_ours and text else f"not what torchdlrm writes ({type(error).__name__}: {text})"

@@ -40,13 +40,12 @@ from torchdlrm.training.checkpoint import (
     look_for_damage,
     read_position,
 )
-from torchdlrm.training.checkpoint_files import load_state
 from torchdlrm.training.checkpoint_reader import CheckpointReader
+from torchdlrm.training.checkpoint_state import TakeOver, take_over
 from torchdlrm.training.compute import give_back_freed_memory
 from torchdlrm.training.finite import find_not_finite, not_finite_error
 from torchdlrm.training.host_copies import HostCopies, in_own_storage, with_tensors
 from torchdlrm.training.processes.process_group import Ranks
-from torchdlrm.training.warm_start import TakeOver, take_over
 
 logger = logging.getLogger("torchdlrm")
 _MAX_NAMES = 3
@@ -190,7 +189,7 @@ class Checkpointer:
         """Load a checkpoint, which may come from another number of ranks.
 
         Raises:
-            RunError: it is damaged or of another format version.
+            RunError: it is damaged, of another format version, or of another model.
         """
         path = checkpoint_path(self._folder, step)
         problem = self._find_damage(path) if verify else None
@@ -199,7 +198,7 @@ class Checkpointer:
             error.is_everywhere = True
             raise error
         with self._changing_state() as state:
-            load_state(state, path, self._group)
+            take_over(state, CheckpointReader(path, prefix=""), TakeOver())
         return read_position(self._folder, step)
 
     def start_from(self, path: Path, how: TakeOver) -> int:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from torchdlrm.config import Config, config_toml, setting_values
-from torchdlrm.driverless import hidden_stand_in
 from torchdlrm.errors import ConfigError
 from torchdlrm.files import write_atomically
 from torchdlrm.training.log import Callback, Metrics, Outcome
@@ -78,8 +77,7 @@ def open_trackers(run_path: Path, config: Config, *, from_step: int) -> list[Tra
     for name in names:
         kind = _Wandb if name == "wandb" else _Mlflow
         try:
-            with hidden_stand_in():  # from the processes that wandb starts, which may live on
-                tracker = kind(run_path, config, ids.get(name))
+            tracker = kind(run_path, config, ids.get(name))
         except Exception as error:  # what wandb and MLflow raise has no common root, and all of it means this
             for opened in found:
                 opened.on_end("failed")

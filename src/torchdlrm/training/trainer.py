@@ -23,6 +23,7 @@ from torchdlrm.loader.loader import Loader
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.progress import SILENT, ProgressListener, noting_if_slow
 from torchdlrm.training.checkpoint import Position
+from torchdlrm.training.checkpoint_state import TakeOver
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.finite import not_finite_error
 from torchdlrm.training.interval_metrics import IntervalMetrics
@@ -35,7 +36,6 @@ from torchdlrm.training.sharded import StepCounters, build_optimizer, build_shar
 from torchdlrm.training.source_run import SourceRun
 from torchdlrm.training.step_profile import WARM_UP_STEPS, StepProfiler
 from torchdlrm.training.steps import Agenda, Schedule, Stopwatch, after_validation
-from torchdlrm.training.warm_start import TakeOver
 
 _SLOW_S = 10.0
 _FIRST_STEP = (
@@ -131,7 +131,7 @@ class Trainer:
         config = self._config
         how = TakeOver(
             keeps_dense_state=config.warm_start.dense_optimizer_state == "kept",
-            has_row_state=config.table_optimizer.record.state_per_row > 0,
+            may_grow=True,
             reset_ids={table_name(name): self._dataset.reset_ids(name) for name in self._source.num_reset},
             factors=dict.fromkeys(config.accumulators, config.warm_start.accumulator_decay),
         )

@@ -1,7 +1,7 @@
-"""Gives a fresh model what another run has learnt: rows of tables, all other weights, and the optimizers' state.
+"""Copies a checkpoint into the state of a model: all of it to resume a run, or what another run has learnt.
 
-In: the state dict of a sharded model, which holds initial values, and a checkpoint of a run whose tables have as many
-rows or fewer, trained on any number of ranks.  Out: the same state dict, in place.  Each rank reads the rows of its own
+In: the state dict of a sharded model, which holds initial values, and a checkpoint of any number of ranks; that of
+another run may have tables with fewer rows.  Out: the same state dict, in place.  Each rank reads the rows of its own
 shards, a block at a time, so no more than a block of a table is in memory twice; rows that the checkpoint lacks, and
 those that stand for another value now, keep their initial values.
 
@@ -27,17 +27,17 @@ _BLOCK_ROWS = 65_536
 
 @dataclass(frozen=True)
 class TakeOver:
-    """What of a checkpoint is taken over, and how.
+    """What of another run's checkpoint is taken over, and how; by default all, as it is.
 
     Attributes:
         keeps_dense_state: whether the dense optimizer's state is taken over; tables keep theirs.
-        has_row_state: whether the tables' optimizer has a value for each row of each piece of the columns.
-        reset_ids: of tables by name, rows that keep their initial values, ascending int32 [R].
+        may_grow: whether tables may have more rows than in the checkpoint.
+    reset_ids: of tables by name, rows that keep their initial values, ascending int32 [R].
         factors: by what kinds of an optimizer's state are multiplied, by the names that it has for them.
     """
 
-    keeps_dense_state: bool
-    has_row_state: bool
+    keeps_dense_state: bool = True
+    may_grow: bool = False
     reset_ids: Mapping[str, npt.NDArray[np.int32]] = field(default_factory=dict)
     factors: Mapping[str, float] = field(default_factory=dict)
 
@@ -54,34 +54,34 @@ def take_over(state: dict[str, Any], checkpoint: CheckpointReader, how: TakeOver
     """Copy what the checkpoint has into a state.
 
     Args:
-        state: `model` and `optimizer`, as `Checkpointer` saves them.
+        state: `model`, and `optimizer` where there is one, as `Checkpointer` saves them.
         checkpoint: all of its tensors, by their whole names.
         how: what is left as it is or changed.
 
     Raises:
         RunError: it does not hold what the model needs; the same on every rank.
     """
-    model, optimizer = state["model"], state["optimizer"]["state"]
+    model = state["model"]
     tables = {name: value for name, value in model.items() if isinstance(value, ShardedTensor)}
-    learnt = [name.removeprefix("model.") for name in checkpoint.shapes if name.startswith("model.")]
-    left = [name for name in learnt if name not in model]
-    if left:  # the class of somebody's own model may have changed
-        msg = f"{checkpoint.path}: the new run's model has no {', '.join(left[:4])}"
-        raise _everywhere(msg)
-    if how.has_row_state:
-        _check_column_cuts(tables, checkpoint)
+    saved = [name.removeprefix("model.") for name in checkpoint.shapes if name.startswith("model.")]
+    left = [name for name in saved if name not in model]
+    if left:  # the class of a model of one's own may have changed
+        raise _refusal(checkpoint, f"the model has no {', '.join(left[:4])}")
     for name, value in model.items():
         if name in tables:
-            _copy_rows(value, f"model.{name}", checkpoint, how.reset_of(name))
+            _copy_rows(value, f"model.{name}", checkpoint, how, how.reset_of(name))
         else:
             _copy(value, f"model.{name}", checkpoint)
-    for param, values in optimizer.items():
+    for param, values in state["optimizer"]["state"].items() if "optimizer" in state else ():
         kind, _, weight = param.partition(".")
         for leaf, value in values.items():
             name = f"optimizer.state.{param}.{leaf}"
             if isinstance(value, ShardedTensor):
-                pieces = len(_column_cuts(tables[weight])) if len(value.size()) == 1 else 1
-                _copy_rows(value, name, checkpoint, how.reset_of(weight), pieces, how.factor_of(leaf))
+                pieces = 1
+                if len(value.size()) == 1:
+                    _check_column_cuts(weight, tables[weight], checkpoint)
+                    pieces = len(_column_cuts(tables[weight]))
+                _copy_rows(value, name, checkpoint, how, how.reset_of(weight), pieces, how.factor_of(leaf))
             elif isinstance(value, Tensor) and (kind == "tables" or how.keeps_dense_state):
                 _copy(value, name, checkpoint)
                 if (factor := how.factor_of(leaf)) != 1:
@@ -91,13 +91,13 @@ def take_over(state: dict[str, Any], checkpoint: CheckpointReader, how: TakeOver
 def _copy(value: Tensor, name: str, checkpoint: CheckpointReader) -> None:
     found = checkpoint.shapes.get(name)
     if found != value.shape:
-        msg = f"{checkpoint.path}: {name} is {[*value.shape]} in the new run, and there {found and [*found]}"
+        why = f"{name} is {[*value.shape]} in the new run, and there {found and [*found]}"
         if found is not None and len(found) == value.dim() and found[0] < len(value) and found[1:] == value.shape[1:]:
-            msg += (
+            why += (
                 "; where vocabularies grow, tables alone get new rows: a parameter that has numbers for each id needs "
                 "a fixed number of ids (hash, in the schema), or a run without `from_run`"
             )
-        raise _everywhere(msg)
+        raise _refusal(checkpoint, why)
     value.detach().copy_(checkpoint.tensor(name))
 
 
@@ -105,6 +105,7 @@ def _copy_rows(
     value: ShardedTensor,
     name: str,
     checkpoint: CheckpointReader,
+    how: TakeOver,
     reset_ids: npt.NDArray[np.int32],
     pieces: int = 1,
     factor: float = 1.0,
@@ -114,15 +115,16 @@ def _copy_rows(
     Args:
         value: [rows, columns], or [pieces * rows].
         name: of the tensor.
-        checkpoint: that has as many rows or fewer.
+        checkpoint: that has as many rows, or fewer where tables may grow.
+        how: what is left as it is or changed.
         reset_ids: rows that are left as they are, [R].
         pieces: of the columns.
         factor: by which all others are multiplied.
     """
     size, found = value.size(), checkpoint.shapes.get(name, ())
-    if len(found) != len(size) or found[0] > size[0] or found[1:] != size[1:]:
-        msg = f"{checkpoint.path}: {name} is {[*size]} in the new run, and there {[*found]}"
-        raise _everywhere(msg)
+    is_smaller = how.may_grow and len(found) == len(size) and found[0] <= size[0] and found[1:] == size[1:]
+    if found != size and not is_smaller:
+        raise _refusal(checkpoint, f"{name} is {[*size]} in the new run, and there {[*found]}")
     new_rows, old_rows = size[0] // pieces, found[0] // pieces
     for shard in value.local_shards():
         (begin, *columns), (num_rows, *widths) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
@@ -141,15 +143,13 @@ def _copy_rows(
             target[reset] = initial
 
 
-def _check_column_cuts(tables: dict[str, ShardedTensor], checkpoint: CheckpointReader) -> None:
-    for name, table in tables.items():
-        if _column_cuts(table) != checkpoint.column_cuts(f"model.{name}"):
-            msg = (
-                f"{checkpoint.path}: {name.split('.')[-2]} was cut into other pieces of columns, and the optimizer has "
-                "values for each row of each; cut it as the plan.json of that run says (sharding.plan, "
-                "sharding.constraints)"
-            )
-            raise _everywhere(msg)
+def _check_column_cuts(name: str, table: ShardedTensor, checkpoint: CheckpointReader) -> None:
+    if _column_cuts(table) != checkpoint.column_cuts(f"model.{name}"):
+        why = (
+            f"{name.split('.')[-2]} was cut into other pieces of columns, and the optimizer has values for each row of "
+            "each; cut it as the plan.json of its run says (sharding.plan, sharding.constraints)"
+        )
+        raise _refusal(checkpoint, why)
 
 
 def _column_cuts(table: ShardedTensor) -> set[tuple[int, int]]:
@@ -158,7 +158,7 @@ def _column_cuts(table: ShardedTensor) -> set[tuple[int, int]]:
     return {(shard.shard_offsets[1], shard.shard_sizes[1]) for shard in shards if all(shard.shard_sizes)}
 
 
-def _everywhere(message: str) -> RunError:
-    error = RunError(message)
+def _refusal(checkpoint: CheckpointReader, why: str) -> RunError:
+    error = RunError(f"{checkpoint.path}: cannot be loaded: {why}")
     error.is_everywhere = True
     return error
