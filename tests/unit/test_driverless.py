@@ -3,10 +3,11 @@
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 import pytest
 
-from torchdlrm.driverless import LIBRARY_NAME, fbgemm_build, hidden_stand_in, stand_in_for_driver
+from torchdlrm.driverless import LIBRARY_NAME, fbgemm_build, stand_in_for_driver
 
 
 def has_driver():
@@ -32,12 +33,9 @@ def test_the_cuda_set_up_gets_a_library_whose_functions_say_that_there_is_no_dri
     with pytest.raises(AttributeError):
         _ = library.nvmlShutdown
     children_load, others = os.environ["LD_PRELOAD"].split(":")
-    assert children_load.startswith(f"/proc/{os.getpid()}/fd/")
+    assert Path(children_load).is_file()  # of the package, so that it outlives this process
     assert others == "libnothing.so"
     assert not stand_in_for_driver()  # once is enough
-    with hidden_stand_in():
-        assert os.environ["LD_PRELOAD"] == "libnothing.so"
-    assert os.environ["LD_PRELOAD"] == f"{children_load}:libnothing.so"
 
 
 def test_the_build_is_told_by_the_package_that_is_installed():
