@@ -13,7 +13,7 @@ from torchdlrm.evaluation.report import report_page as run_page
 from torchdlrm.live.report import report_page as live_page
 from torchdlrm.planning.page import plan_page, sweep_page
 from torchdlrm.planning.plan import PlanRequest, problem_of
-from torchdlrm.planning.sweep import parse_sweep, run_sweep
+from torchdlrm.planning.side_by_side import sweep
 from torchdlrm.quickstart.story import Comparison, DayScore
 from torchdlrm.sharding.problem import solve
 from torchdlrm.training.run import Run
@@ -66,7 +66,7 @@ def pages(tmp_path_factory, small_dataset):
     written = {
         "run": page_of_a_run(folder, small_dataset),
         "plan": plan_page(solve(problem)),
-        "sweep": sweep_page(problem, run_sweep(problem, parse_sweep(("devices=1,2,8", "batch=8192,65536")))),
+        "sweep": sweep_page(problem, sweep(problem, ("devices=1,2,8", "batch=8192,65536"))),
         "live": live_page("Live model ads", *made_up(30, failing=(5,)), 30),
         "story": page_of_a_story(),
     }

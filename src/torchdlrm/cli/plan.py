@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from torchdlrm.cli.options import Overrides, split_config
 from torchdlrm.cli.terminal import Json, print_json, print_table, progress_bars, say
 from torchdlrm.config import about_config, load_config
-from torchdlrm.errors import ConfigError, DoesNotFitError, PlanError
+from torchdlrm.errors import ConfigError, DoesNotFitError
 from torchdlrm.folders import expect
 from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.toml import toml_text
@@ -165,14 +165,14 @@ def _sweep(problem: "Problem", axes: Sequence[str], html: Path | None) -> dict[s
     """Show a table and a plot over devices and batch sizes."""
     from torchdlrm.planning import report
     from torchdlrm.planning.page import sweep_page
-    from torchdlrm.planning.sweep import parse_sweep, run_sweep
+    from torchdlrm.planning.side_by_side import sweep
     from torchdlrm.sharding.plan_file import problem_as_dict
 
-    points = run_sweep(problem, parse_sweep(axes))
+    points = sweep(problem, axes)
     _print("sweep", report.sweep_rows(points))
     if html is not None:
         _write_page(html, sweep_page(problem, points))
-    return {**problem_as_dict(problem), "sweep": [point.as_dict() for point in points]}
+    return {**problem_as_dict(problem), "sweep": points}
 
 
 def _write_page(path: Path, page: str) -> None:
@@ -184,25 +184,13 @@ def _write_page(path: Path, page: str) -> None:
 
 def _compare(paths: Sequence[Path]) -> dict[str, Any]:
     """Show two plans side by side."""
-    from torchdlrm.planning.compare import compare_plans, show_value
+    from torchdlrm.planning.side_by_side import compare_plans, compared_rows
 
-    if len(paths) != 2:
-        msg = f"--compare: expected two files that dlrm plan --out wrote, got {len(paths)}"
-        raise PlanError(msg)
-    first, second = map(str, paths)
-    found = compare_plans(*paths)
-    rows = [
-        {
-            "": name,
-            first: show_value(name, pair["a"]),
-            second: show_value(name, pair["b"]),
-            "b / a": "" if pair["ratio"] is None else f"{pair['ratio']:.2f}",
-        }
-        for name, pair in found["values"].items()
-    ]
-    print_table("plans", rows)
-    print_table("tables that differ", [{"table": t["table"], first: t["a"], second: t["b"]} for t in found["tables"]])
-    if not found["tables"]:
+    found = compare_plans(paths)
+    values, tables = compared_rows(found, [*map(str, paths)])
+    print_table("plans", values)
+    print_table("tables that differ", tables)
+    if not tables:
         say("every table is in the same place")
     return found
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torchdlrm.html import COLOURS, Chart, render
 from torchdlrm.planning import report
-from torchdlrm.planning.sweep import SweepPoint
+from torchdlrm.planning.side_by_side import Point
 from torchdlrm.sharding.constraints import COLUMN_WISE, GRID_SHARD, ROW_WISE, TABLE_ROW_WISE, TABLE_WISE
 from torchdlrm.sharding.problem import Problem, Solution
 from torchdlrm.units import show_bytes
@@ -41,21 +41,19 @@ def plan_page(solution: Solution) -> str:
     )
 
 
-def sweep_page(problem: Problem, points: Sequence[SweepPoint]) -> str:
+def sweep_page(problem: Problem, points: Sequence[Point]) -> str:
     """Make the page of a sweep: rows a second against devices, one line a batch size, and all values."""
-    solutions = [(point, point.solution) for point in points if point.solution is not None]
-    speeds = [(point, solution.rows_per_s) for point, solution in solutions]
-    filled = [(point, solution.memory_fraction(solution.fullest_rank)) for point, solution in solutions]
+    fitting = [point for point in points if point["fits"]]
     return render(
         "sweep.html",
         title="Sharding sweep",
         headline=f"{len(problem.tables)} tables, {show_bytes(problem.table_bytes)} of weights and state of "
         f"{problem.options.optimizer.name}, on {problem.machine.device}",
         charts=[
-            _sweep_chart("Rows a second", points, speeds, lambda value: f"{value / 1e6:.3g} M"),
-            _sweep_chart("Memory of the fullest rank", points, filled, "{:.0%}".format),
+            _sweep_chart("Rows a second", points, "rows_per_s", lambda value: f"{value / 1e6:.3g} M"),
+            _sweep_chart("Memory of the fullest rank", points, "fullest_rank_memory_fraction", "{:.0%}".format),
         ]
-        if solutions
+        if fitting
         else [],
         rows=_without_pictures(report.sweep_rows(points)),
         left=report.LEFT_ALIGNED,
@@ -130,22 +128,23 @@ def _rank_chart(solution: Solution, top: float, height: float, caption: str, sho
     return chart
 
 
-def _sweep_chart(
-    caption: str,
-    points: Sequence[SweepPoint],
-    values: Sequence[tuple[SweepPoint, float]],
-    show: Callable[[float], str],
-) -> Chart:
-    """Draw a line of values for each batch size, over the numbers of devices; at least one value."""
-    devices = sorted({point.num_devices for point in points})
-    chart = Chart((-0.5, len(devices) - 0.5), (0, 1.1 * max(value for _, value in values)), _WIDTH, 240, caption)
+def _sweep_chart(caption: str, points: Sequence[Point], name: str, show: Callable[[float], str]) -> Chart:
+    """Draw a line of a value for each batch size, over the numbers of devices; at least one point fits."""
+    devices = sorted({point["num_devices"] for point in points})
+    fitting = [point for point in points if point["fits"]]
+    top = 1.1 * max(point[name] for point in fitting)
+    chart = Chart((-0.5, len(devices) - 0.5), (0, top), _WIDTH, 240, caption)
     chart.y_axis(show)
-    fitting = {point.num_devices for point, _ in values}
+    enough = {point["num_devices"] for point in fitting}
     for place, num_devices in enumerate(devices):
-        chart.x_label(place, f"{num_devices} devices{'' if num_devices in fitting else ': too few'}")
-    for index, batch in enumerate(dict.fromkeys(point.batch_size_global for point, _ in values)):
+        chart.x_label(place, f"{num_devices} devices{'' if num_devices in enough else ': too few'}")
+    for index, batch in enumerate(dict.fromkeys(point["batch_size_global"] for point in fitting)):
         chart.curve(
-            [(devices.index(point.num_devices), value) for point, value in values if point.batch_size_global == batch],
+            [
+                (devices.index(point["num_devices"]), point[name])
+                for point in fitting
+                if point["batch_size_global"] == batch
+            ],
             COLOURS[index % len(COLOURS)],
             f"{batch:,} rows a step",
             lambda place, value: f"{show(value)} on {devices[int(place)]} devices",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from torchdlrm.planning.remedies import Shortfall
-from torchdlrm.planning.sweep import SweepPoint
+from torchdlrm.planning.side_by_side import Point
 from torchdlrm.sharding.estimate import Cost
 from torchdlrm.sharding.problem import Solution
 from torchdlrm.units import show_bytes
@@ -125,26 +125,25 @@ def largest_rows(missing: Shortfall) -> list[Row]:
     ]
 
 
-def sweep_rows(points: Sequence[SweepPoint]) -> list[Row]:
+def sweep_rows(points: Sequence[Point]) -> list[Row]:
     """Give memory, time and rows per device-hour for each number of devices and batch size."""
-    best = max((point.solution.rows_per_s for point in points if point.solution), default=0.0) or 1.0
+    best = max((point["rows_per_s"] for point in points if point["fits"]), default=1.0)
     rows = []
     for point in points:
-        row = {"devices": str(point.num_devices), "batch": f"{point.batch_size_global:,}"}
-        solution = point.solution
-        if solution is None:
-            row |= {"fits": "no", "fullest rank": f"{show_bytes(point.missing_bytes)} missing"}
+        row = {"devices": str(point["num_devices"]), "batch": f"{point['batch_size_global']:,}"}
+        if not point["fits"]:
+            row |= {"fits": "no", "fullest rank": f"{show_bytes(point['missing_bytes'])} missing"}
             row |= dict.fromkeys(("memory", "step ms", "rows/s", "rows per\ndevice-hour", "rows/s plot"), "")
         else:
-            fraction = solution.memory_fraction(solution.fullest_rank)
+            fraction = point["fullest_rank_memory_fraction"]
             row |= {
                 "fits": "yes",
                 "fullest rank": f"{fraction:.1%}",
                 "memory": _bar(fraction, 10),
-                "step ms": f"{solution.step_ms:.2f}",
-                "rows/s": f"{solution.rows_per_s:,.0f}",
-                "rows per\ndevice-hour": f"{point.rows_per_device_hour:,.0f}",
-                "rows/s plot": _bar(solution.rows_per_s / best),
+                "step ms": f"{point['step_ms']:.2f}",
+                "rows/s": f"{point['rows_per_s']:,.0f}",
+                "rows per\ndevice-hour": f"{point['rows_per_device_hour']:,.0f}",
+                "rows/s plot": _bar(point["rows_per_s"] / best),
             }
         rows.append(row)
     return rows

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -163,10 +163,10 @@ class Checkpointer:
             RunError: there are only others; training from the start would remove them, and a disk may only be away for
                 now.
         """
-        steps = self._on_first_rank(lambda: list_checkpoints(self._folder))
+        steps = self._ranks.from_first(list_checkpoints(self._folder) if self._ranks.is_first else [], self._group)
         for step in reversed(steps):
             path = checkpoint_path(self._folder, step)
-            problem = self._find_damage(path)
+            problem = find_damage_together(path, self._ranks, self._group)
             if problem is None:
                 position = self.load(step, verify=False)
                 not_finite = self._find_not_finite(self._state()["model"])
@@ -192,7 +192,7 @@ class Checkpointer:
             RunError: it is damaged, of another format version, or of another model.
         """
         path = checkpoint_path(self._folder, step)
-        problem = self._find_damage(path) if verify else None
+        problem = find_damage_together(path, self._ranks, self._group) if verify else None
         if problem is not None:
             error = RunError(problem)
             error.is_everywhere = True
@@ -238,17 +238,13 @@ class Checkpointer:
         names = find_not_finite(self._model, state)
         if loss is not None and not math.isfinite(loss):
             names.insert(0, "the loss")
-        found = list(dict.fromkeys(name for names_of_rank in self._all_gather(names) for name in names_of_rank))
+        found = list(
+            dict.fromkeys(
+                name for names_of_rank in self._ranks.all_gather(names, self._group) for name in names_of_rank
+            )
+        )
         more = f" and {len(found) - _MAX_NAMES} more" if len(found) > _MAX_NAMES else ""
         return f"NaN or infinity in {', '.join(found[:_MAX_NAMES])}{more}" if found else None
-
-    def _find_damage(self, path: Path) -> str | None:
-        return find_damage_together(path, self._ranks, self._all_gather)
-
-    def _all_gather(self, value: Any) -> list[Any]:
-        everyone: list[Any] = [None] * self._ranks.world_size
-        dist.all_gather_object(everyone, value, group=self._group)
-        return everyone
 
     def _state(self) -> dict[str, Any]:
         state = {"model": self._model.state_dict()}
@@ -307,19 +303,14 @@ class Checkpointer:
             result = task()
         except OSError as error:
             problem = f"rank {self._ranks.rank}: {_reason(error)}"
-        everyone = self._all_gather((problem, result))
+        everyone = self._ranks.all_gather((problem, result), self._group)
         problems = [found for found, _ in everyone if found is not None]
         if problems:
             raise OSError("; ".join(problems))
         return [found for _, found in everyone]
 
-    def _on_first_rank(self, task: Any) -> Any:
-        answer = [task() if self._ranks.is_first else None]
-        dist.broadcast_object_list(answer, src=0, group=self._group)
-        return answer[0]
 
-
-def find_damage_together(path: Path, ranks: Ranks, all_gather: Callable[[Any], list[Any]]) -> str | None:
+def find_damage_together(path: Path, ranks: Ranks, group: dist.ProcessGroup | None = None) -> str | None:
     """What is wrong with a checkpoint, the same on every rank: each reads its share of the files.
 
     However large they are, no rank waits for longer than the others read a part of a file: all tell each other
@@ -328,7 +319,7 @@ def find_damage_together(path: Path, ranks: Ranks, all_gather: Callable[[Any], l
     Args:
         path: the checkpoint's folder.
         ranks: the processes that read; every rank must call this.
-        all_gather: gives the values of all ranks.
+        group: in which they tell each other, if not in that of the steps.
     """
     parts = look_for_damage(path, rank=ranks.rank, world_size=ranks.world_size)
     while True:
@@ -338,8 +329,8 @@ def find_damage_together(path: Path, ranks: Ranks, all_gather: Callable[[Any], l
             if problem is not None or time.monotonic() > until_s:
                 is_done = False
                 break
-        everyone = all_gather((problem, is_done))
-        found = next((told for told, _ in everyone if told is not None), None)
+        everyone = ranks.all_gather((problem, is_done), group)
+        found = next((seen for seen, _ in everyone if seen is not None), None)
         if found is not None or all(done for _, done in everyone):
             return found
 

@@ -1,18 +1,17 @@
 """Plans and runs a training; what it is going to do is known before anything is written."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from torchdlrm.config import Config, load_config
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.errors import DatasetError, RunError, UserError
+from torchdlrm.errors import DatasetError, RunError
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, architecture_of
 from torchdlrm.model.precision import Precision
@@ -35,8 +34,6 @@ from torchdlrm.training.source_run import SourceRun, find_source
 from torchdlrm.training.steps import Agenda, check_validations
 from torchdlrm.training.trackers import check_trackers, open_trackers
 from torchdlrm.training.trainer import Trainer
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -242,37 +239,26 @@ def _start_run(
             run.check(dataset, architecture)
         return find_source(None if from_run is None else Path(from_run), run, dataset, architecture, restart=removes)
 
-    source = ranks.from_first(_on_first_rank(ranks, find))
-    damage = None if source is None else find_damage_together(source.checkpoint, ranks, ranks.all_gather)
+    source = ranks.on_first(find)
+    damage = None if source is None else find_damage_together(source.checkpoint, ranks)
     if damage is not None:
         error = RunError(f"`from_run`: {damage}")
         error.is_everywhere = True
         raise error
-    start = partial(
-        Run.start,
-        run.path,
-        run.config,
-        dataset,
-        world_size=ranks.world_size,
-        restart=removes,
-        architecture=architecture,
-        warm_start=None if source is None else source.record,
-        launchers=launchers,
-    )
-    return _on_first_rank(ranks, start) or run, source
+    started = run
 
+    def start() -> None:
+        nonlocal started
+        started = Run.start(
+            run.path,
+            run.config,
+            dataset,
+            world_size=ranks.world_size,
+            restart=removes,
+            architecture=architecture,
+            warm_start=None if source is None else source.record,
+            launchers=launchers,
+        )
 
-def _on_first_rank(ranks: Ranks, task: Callable[[], T]) -> T | None:
-    """What a task gives on rank 0, None elsewhere; when it may not, no rank continues."""
-    result: T | None = None
-    problem: UserError | None = None
-    if ranks.is_first:
-        try:
-            result = task()
-        except UserError as error:
-            problem = error
-    problem = ranks.from_first(problem)
-    if problem is not None:
-        problem.is_everywhere = True
-        raise problem
-    return result
+    ranks.on_first(start)
+    return started, source

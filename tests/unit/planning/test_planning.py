@@ -13,7 +13,7 @@ from torchdlrm.planning.page import plan_page
 from torchdlrm.planning.plan import plan
 from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.planning.remedies import remedies, shortfall
-from torchdlrm.planning.sweep import parse_sweep, run_sweep
+from torchdlrm.planning.side_by_side import sweep
 from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.layout import read_plan
 from torchdlrm.sharding.planner import PlanOptions
@@ -59,18 +59,18 @@ def test_a_leaner_optimizer_is_offered_where_it_is_enough():
 
 
 def test_a_sweep_says_from_where_on_tables_fit():
-    points = run_sweep(asked(), parse_sweep(["devices=1,2,4,8,16", "batch=8192,65536"]))
-    assert [point.num_devices for point in points if point.solution is None] == [1, 2, 4] * 2
+    points = sweep(asked(), ["devices=1,2,4,8,16", "batch=8192,65536"])
+    assert [point["num_devices"] for point in points if not point["fits"]] == [1, 2, 4] * 2
     for point in points:
-        if point.solution is not None:
-            hourly = 3600 * point.batch_size_global / (point.solution.step_ms / 1000) / point.num_devices
-            assert point.rows_per_device_hour == pytest.approx(hourly)
+        if point["fits"]:
+            hourly = 3600 * point["batch_size_global"] / (point["step_ms"] / 1000) / point["num_devices"]
+            assert point["rows_per_device_hour"] == pytest.approx(hourly)
 
 
-@pytest.mark.parametrize("axis", ["devices=0", "devices=", "hosts=2", "devices=a", "batch=-1"])
+@pytest.mark.parametrize("axis", ["devices=0", "devices=", "hosts=2", "devices=a", "batch=-1", "batch=1,,2"])
 def test_a_wrong_axis_is_refused(axis):
     with pytest.raises(PlanError, match="`sweep`"):
-        parse_sweep([axis])
+        sweep(asked(), [axis])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
@@ -22,6 +22,8 @@ from torchdlrm.training.processes.device import rank_device
 from torchdlrm.training.processes.host_groups import forget_host_groups
 from torchdlrm.training.processes.library_noise import silenced_libraries
 from torchdlrm.training.processes.memory import describe_shortage, is_out_of_memory
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,35 @@ class Ranks:
         self._made_groups.append(group)
         return group
 
-    def from_first(self, value: Any) -> Any:
-        """The value that rank 0 has; every rank must call this."""
+    def from_first(self, value: Any, group: dist.ProcessGroup | None = None) -> Any:
+        """The value that rank 0 has; every rank must call this, and give the same group where it is another one."""
         if self.world_size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.process_group)
+        dist.broadcast_object_list(values, src=0, group=group or self.process_group)
         return values[0]
 
-    def all_gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, by rank; every rank must call this."""
+    def on_first(self, task: Callable[[], T]) -> T:
+        """What a task gives on rank 0; the UserError that it raises there is raised on every rank."""
+        result: T | None = None
+        problem: UserError | None = None
+        if self.is_first:
+            try:
+                result = task()
+            except UserError as error:
+                problem = error
+        result, problem = self.from_first((result, problem))
+        if problem is not None:
+            problem.is_everywhere = True
+            raise problem
+        return result
+
+    def all_gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """The values of all ranks, by rank; every rank must call this, and give the same group."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.process_group)
+        dist.all_gather_object(values, value, group=group or self.process_group)
         return values
 
     def are_fewer(self, error: RuntimeError) -> bool:
