@@ -24,12 +24,12 @@ from torchdlrm.processor import describe_processor
 
 _SCHEMAS = {"plain": "criteo", "bucketed": "criteo-bucketed"}
 _FINALNET = str(Path(__file__).parents[1] / "examples" / "finalnet.py") + ":FinalNet"
-_CROSS_NET = {"model.interaction": "dcn", "model.dcn_num_layers": "2", "model.dcn_low_rank_dim": "64"}
-_BRANCHES = {"model.interaction_branch1_layer_sizes": "128,64", "model.interaction_branch2_layer_sizes": "128,64"}
+_CROSS_NET = {"model.interaction": "dcn", "model.dcn.num_layers": "2", "model.dcn.low_rank_dim": "64"}
+_BRANCHES = {"model.projection.branch1_layer_sizes": "128,64", "model.projection.branch2_layer_sizes": "128,64"}
 _ARCHITECTURES: Mapping[str, tuple[Mapping[str, str], str | None]] = {
     "dot": ({}, None),
     "dcn": (_CROSS_NET, None),
-    "gated dcn": ({**_CROSS_NET, "model.dcn_gated": "true"}, None),
+    "gated dcn": ({**_CROSS_NET, "model.dcn.gated": "true"}, None),
     "projection": ({"model.interaction": "projection", **_BRANCHES}, None),
     "FinalNet": ({}, _FINALNET),
 }

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from torchdlrm.model.dlrm import DLRM_DCN as DLRM_DCN
     from torchdlrm.model.dlrm import DLRM_Projection as DLRM_Projection
     from torchdlrm.model.dlrm import SparseArch as SparseArch
+    from torchdlrm.model.dot import InteractionArch as InteractionArch
     from torchdlrm.model.dropout import DroppedActivation as DroppedActivation
-    from torchdlrm.model.interaction import InteractionArch as InteractionArch
     from torchdlrm.model.loss import DLRMTrain as DLRMTrain
     from torchdlrm.planning.plan import plan as plan
     from torchdlrm.planning.plan_request import PlanRequest as PlanRequest
@@ -75,7 +75,7 @@ _NAMES_OF = {
     "model.batch_norm": ("GlobalBatchNorm1d",),
     "model.dlrm": ("DLRM", "DLRM_DCN", "DLRM_Projection", "SparseArch"),
     "model.dropout": ("DroppedActivation",),
-    "model.interaction": ("InteractionArch",),
+    "model.dot": ("InteractionArch",),
     "model.loss": ("DLRMTrain",),
     "planning.plan": ("plan",),
     "planning.plan_request": ("PlanRequest",),

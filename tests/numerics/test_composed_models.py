@@ -11,7 +11,7 @@ from torchdlrm import DLRM, InteractionArch
 from torchdlrm.config import load_config
 from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.model.architecture import ModelShape
-from torchdlrm.model.interaction import dot_output_size
+from torchdlrm.model.dot import dot_output_size
 from torchdlrm.model.model_class import architecture_of
 from torchdlrm.training.pipeline import build_pipeline
 from torchdlrm.training.processes.launch import Processes, launch

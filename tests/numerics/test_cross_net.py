@@ -6,9 +6,8 @@ from torch import fx
 from torch.nn.functional import linear
 
 from torchdlrm.kernels import threads
-from torchdlrm.model import cross_net
-from torchdlrm.model.cross_net import LowRankCrossNet
-from torchdlrm.model.crosses import ROWS_OF_A_SUM
+from torchdlrm.model import dcn
+from torchdlrm.model.dcn import ROWS_OF_A_SUM, LowRankCrossNet
 
 NUM_ROWS, SIZE, RANK = 2 * ROWS_OF_A_SUM + 5, 24, 3
 nets = pytest.mark.parametrize(("num_layers", "gated"), [(1, False), (3, False), (1, True), (2, True)])
@@ -56,7 +55,7 @@ def test_gradients_equal_numerical_differences(num_layers, gated, seed):
 def test_output_and_gradients_equal_autograds(num_layers, gated, by_kernels, seed, monkeypatch):
     net, x0, grad = build(seed, num_layers, gated=gated)
     if not by_kernels:  # as on a GPU
-        monkeypatch.setattr(cross_net, "has_kernels", lambda _: False)
+        monkeypatch.setattr(dcn, "has_kernels", lambda _: False)
     for found, expected in zip(
         gradients(net, net, x0, grad), gradients(lambda x: formula(net, x), net, x0, grad), strict=True
     ):
@@ -70,7 +69,7 @@ def test_in_bfloat16_gradients_are_those_of_float32_but_for_its_rounding(
 ):
     net, x0, grad = build(seed, num_layers, gated=gated)
     if not by_kernels:
-        monkeypatch.setattr(cross_net, "has_kernels", lambda _: False)
+        monkeypatch.setattr(dcn, "has_kernels", lambda _: False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = gradients(net, net, x0, grad)
     assert found[0].dtype == torch.bfloat16
@@ -105,5 +104,5 @@ def test_a_second_backward_gives_the_same_and_the_gradient_that_it_is_given_stay
 def test_the_train_pipelines_tracer_sees_one_function(seed):
     net, x0, _ = build(seed, 2, gated=False)
     traced = fx.symbolic_trace(net)
-    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [cross_net.cross_net]
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [dcn.cross_net]
     assert traced(x0).equal(net(x0))

@@ -15,8 +15,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.model import dlrm
-from torchdlrm.model.cross_net import LowRankCrossNet
-from torchdlrm.model.interaction import InteractionArch
+from torchdlrm.model.dcn import LowRankCrossNet
+from torchdlrm.model.dot import InteractionArch
 from torchdlrm.model.loss import DLRMTrain
 from torchdlrm.model.room import with_room
 

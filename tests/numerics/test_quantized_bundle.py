@@ -14,8 +14,9 @@ from helpers.raw_logs import real_log
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.check import logloss_increase, tolerance
 from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.precision import dequantize_rows, quantize_rows, row_bytes
+from torchdlrm.bundle.precision import TABLE_PRECISIONS
 from torchdlrm.bundle.served_model import ServedModel
+from torchdlrm.bundle.table_rows import dequantize_rows, quantize_rows
 from torchdlrm.config import load_config
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
@@ -55,7 +56,7 @@ def test_fbgemm_reads_rows_as_they_are_described(precision, dim, seed):
     torch.manual_seed(seed)
     table = torch.randn(50, dim) * torch.rand(50, 1)
     rows = quantize_rows(table, precision)
-    assert rows.shape == (50, row_bytes(precision, dim))
+    assert rows.shape == (50, TABLE_PRECISIONS[precision].row_bytes(dim))
     kind = {"float32": SparseType.FP32, "float16": SparseType.FP16, "int8": SparseType.INT8, "int4": SparseType.INT4}
     lookup = inference.IntNBitTableBatchedEmbeddingBagsCodegen(
         [("t", 50, dim, kind[precision], inference.EmbeddingLocation.HOST)],
@@ -148,7 +149,7 @@ def test_the_served_model_is_the_dequantized_checkpoint(bundles, everything):
         for name in tables:
             table = float32.weights.tensor(table_weight(name))
             start, end = bundle.weights.span(table_weight(name))
-            stored = bundle.weights.data[start:end].view(len(table), row_bytes(precision, dim))
+            stored = bundle.weights.data[start:end].view(len(table), TABLE_PRECISIONS[precision].row_bytes(dim))
             assert torch.equal(stored, quantize_rows(table.clone(), precision))
         exact = _eager(float32, rows, lambda t, p=precision: dequantize_rows(quantize_rows(t, p), p, dim))
         np.testing.assert_allclose(ServedModel(bundle).logits(rows), exact, rtol=0, atol=2e-5)

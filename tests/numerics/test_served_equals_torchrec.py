@@ -15,17 +15,16 @@ from torchdlrm.config import ModelConfig
 from torchdlrm.errors import BundleError
 
 SIZES = {"cat_0": 50, "cat_1": 3, "cat_2": 700}
-DCN = ModelConfig(interaction="dcn", dcn_num_layers=2, dcn_low_rank_dim=40)
+DCN = ModelConfig(interaction="dcn", dcn={"num_layers": 2, "low_rank_dim": 40})
 MODELS = {
     "dot": ModelConfig(),
     "dcn": DCN,
     "projection": ModelConfig(
         interaction="projection",
-        interaction_branch1_layer_sizes=(64, 256),
-        interaction_branch2_layer_sizes=(384,),
+        projection={"branch1_layer_sizes": (64, 256), "branch2_layer_sizes": (384,)},
     ),
 }
-GATED = DCN.model_copy(update={"dcn_gated": True})
+GATED = ModelConfig(interaction="dcn", dcn={"num_layers": 2, "low_rank_dim": 40, "gated": True})
 
 
 def random_rows(seed, num_rows):
@@ -71,7 +70,7 @@ def test_the_fast_path_is_the_models_own_forward(tmp_path, seed, config, precisi
 
 def test_a_cross_net_of_another_shape_is_refused(tmp_path):
     bundle = Bundle.open(write_random_bundle(tmp_path / "bundle", SIZES, "float32", DCN))
-    changed = DCN.model_copy(update={"dcn_low_rank_dim": 41})
+    changed = ModelConfig(interaction="dcn", dcn={"num_layers": 2, "low_rank_dim": 41})
     bundle.manifest = bundle.manifest.model_copy(update={"model": changed})
     with pytest.raises(BundleError, match=r"crossnet.V_kernels.0 is \('F32', \(40, 512\)\), expected .*\(41, 512\)"):
         ServedModel(bundle)

@@ -255,7 +255,7 @@ def test_rounded_tables_are_served_as_the_rounded_checkpoint_predicts(precision,
     assert np.abs(got - model.logits(rows)).max() > 1e-6
 
 
-@pytest.mark.parametrize("settings", [{"model.interaction": "dcn", "model.dcn_low_rank_dim": "5"}])
+@pytest.mark.parametrize("settings", [{"model.interaction": "dcn", "model.dcn.low_rank_dim": "5"}])
 def test_another_architecture_has_smaller_tables_too(settings, dataset, tmp_path):
     few = SETTINGS | settings | {"train.max_steps": "3"}
     train(load_config(CONFIG, few), dataset, tmp_path / "run")

@@ -19,7 +19,7 @@ NUM_ROWS = 1_000
 def test_every_precision_is_measured_and_shown():
     """The two lists that people read are made of the types, so that a new precision is in both."""
     assert set(SERVED) == set(itertools.product(get_args(TablePrecision), get_args(DensePrecision)))
-    assert get_args(TablePrecision) == TABLE_PRECISIONS
+    assert get_args(TablePrecision) == tuple(TABLE_PRECISIONS)
 
 
 def test_the_log_is_predicted_from_raw_rows_whose_values_the_bundle_knows(tmp_path):

@@ -63,7 +63,7 @@ def test_on_gpus_one_is_gone_before_the_next_takes_the_memory(device, most, comp
     assert found.ratio_to_plain_torch == pytest.approx(1)
 
 
-BRANCHES = {f"model.interaction_branch{number}_layer_sizes": "[128]" for number in (1, 2)}
+BRANCHES = {f"model.projection.branch{number}_layer_sizes": "[128]" for number in (1, 2)}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_model_class_is_compared_with_itself_on_torchrecs_tables(competitors):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model.interaction": "dcn", "model.dcn_gated": "true"}, r"dcn_gated: TorchRec's DLRM_DCN, .*, has no gates"),
+        ({"model.interaction": "dcn", "model.dcn.gated": "true"}, r"dcn.gated: TorchRec's DLRM_DCN, .*, has no gates"),
         ({"model.features.a.embedding_dim": "4"}, r"model.features: TorchRec's own model, .*, has no smaller tables"),
     ],
 )
@@ -131,7 +131,7 @@ def test_busy_processes_are_there_in_every_turn_and_gone_afterwards(monkeypatch)
     assert not there
 
 
-@pytest.mark.parametrize("interaction", [{}, {"interaction": "dcn", "dcn_num_layers": 2, "dcn_low_rank_dim": 3}])
+@pytest.mark.parametrize("interaction", [{}, {"interaction": "dcn", "dcn": {"num_layers": 2, "low_rank_dim": 3}}])
 def test_the_plain_loop_computes_torchrecs_model(interaction, seed):
     torch.manual_seed(seed)
     config = ModelConfig(embedding_dim=4, dense_arch_layer_sizes=[5, 4], over_arch_layer_sizes=[3, 1], **interaction)
@@ -142,7 +142,7 @@ def test_the_plain_loop_computes_torchrecs_model(interaction, seed):
     cross = {"W_kernels.{}": "W.{}.weight", "V_kernels.{}": "V.{}.weight", "bias.{}": "W.{}.bias"}
     renamed = {
         f"interaction.{our.format(i)}": weights.pop(f"inter_arch.crossnet.{their.format(i)}")
-        for i in range(config.dcn_num_layers if interaction else 0)
+        for i in range(config.dcn.num_layers if interaction else 0)
         for their, our in cross.items()
     }
     arches = (name for name in ours.state_dict() if "arch" in name)

@@ -75,18 +75,18 @@ def test_keys_that_contradict_each_other_are_told():
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        ({"dcn_gated": "true"}, "model.dcn_gated: only model.interaction = dcn reads it, got True with dot"),
+        ({"dcn.gated": "true"}, "model.dcn.gated: only model.interaction = dcn reads it, got True with dot"),
         (
-            {"interaction": "projection", "interaction_branch1_layer_sizes": "256", "dcn_num_layers": "2"},
-            "model.dcn_num_layers: only model.interaction = dcn reads it, got 2 with projection",
+            {"interaction": "projection", "projection.branch1_layer_sizes": "256", "dcn.num_layers": "2"},
+            "model.dcn.num_layers: only model.interaction = dcn reads it, got 2 with projection",
         ),
         (
-            {"interaction": "projection", "interaction_branch1_layer_sizes": "256"},
-            "model.interaction_branch2_layer_sizes: model.interaction = projection needs it; it is not set",
+            {"interaction": "projection", "projection.branch1_layer_sizes": "256"},
+            "model.projection.branch2_layer_sizes: model.interaction = projection needs it; it is not set",
         ),
         (
-            {"interaction": "projection", "interaction_branch1_layer_sizes": "256,100"},
-            "model.interaction_branch1_layer_sizes: must end with a multiple of model.embedding_dim = 128, got 100",
+            {"interaction": "projection", "projection.branch1_layer_sizes": "256,100"},
+            "model.projection.branch1_layer_sizes: must end with a multiple of model.embedding_dim = 128, got 100",
         ),
         ({"interaction": "dnc"}, "--model.interaction: must be one of 'dot', 'dcn', 'projection', not 'dnc'"),
     ],
@@ -98,23 +98,23 @@ def test_an_interaction_has_the_settings_that_it_reads_and_no_others(overrides, 
 
 
 def test_a_config_is_written_with_the_settings_that_its_interaction_reads(tmp_path):
-    crossed = load_config(None, {"model.interaction": "dcn", "model.dcn_low_rank_dim": "64"})
+    crossed = load_config(None, {"model.interaction": "dcn", "model.dcn.low_rank_dim": "64"})
     written = config_toml(crossed)
-    assert "dcn_low_rank_dim = 64" in written
+    assert "[model.dcn]\nnum_layers = 3\nlow_rank_dim = 64\n" in written
     (tmp_path / "config.toml").write_text(written)
     assert load_config(tmp_path / "config.toml") == crossed
     assert "dcn" not in config_toml(load_config(None))
-    sizes = {f"model.interaction_branch{i}_layer_sizes": "64,256" for i in (1, 2)}
+    sizes = {f"model.projection.branch{i}_layer_sizes": "64,256" for i in (1, 2)}
     projected = load_config(None, {"model.interaction": "projection", **sizes})
     (tmp_path / "config.toml").write_text(config_toml(projected))
     assert load_config(tmp_path / "config.toml") == projected
 
 
 def test_an_interaction_is_told_without_the_switches_that_are_off():
-    dcn = load_config(None, {"model.interaction": "dcn", "model.dcn_low_rank_dim": "64"}).model
-    assert dcn.interaction_text == "dcn (dcn_num_layers 3, dcn_low_rank_dim 64)"
-    gated = dcn.model_copy(update={"dcn_gated": True})
-    assert gated.interaction_text == "dcn (dcn_num_layers 3, dcn_low_rank_dim 64, dcn_gated)"
+    dcn = load_config(None, {"model.interaction": "dcn", "model.dcn.low_rank_dim": "64"}).model
+    assert dcn.interaction_text == "dcn (num_layers 3, low_rank_dim 64)"
+    gated = dcn.model_copy(update={"dcn": dcn.dcn.model_copy(update={"gated": True})})
+    assert gated.interaction_text == "dcn (num_layers 3, low_rank_dim 64, gated)"
     assert load_config(None).model.interaction_text == "dot"
 
 

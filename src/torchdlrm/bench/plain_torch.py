@@ -63,7 +63,7 @@ class CrossNet(nn.Module):
 
     def __init__(self, config: ModelConfig, size: int) -> None:
         super().__init__()
-        rank, layers = config.dcn_low_rank_dim, range(config.dcn_num_layers)
+        rank, layers = config.dcn.low_rank_dim, range(config.dcn.num_layers)
         self.W = nn.ModuleList(nn.Linear(rank, size) for _ in layers)
         self.V = nn.ModuleList(nn.Linear(size, rank, bias=False) for _ in layers)
 

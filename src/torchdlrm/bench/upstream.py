@@ -48,8 +48,8 @@ def check_torchrec_has(config: ModelConfig) -> None:
     if config.features:
         msg = "model.features: TorchRec's own model, which this is compared with, has no smaller tables; leave them out"
         raise ConfigError(msg)
-    if config.interaction_settings.get("dcn_gated"):
-        msg = "model.dcn_gated: TorchRec's DLRM_DCN, which this is compared with, has no gates; leave the setting out"
+    if config.dcn.gated:
+        msg = "model.dcn.gated: TorchRec's DLRM_DCN, which this is compared with, has no gates; leave the setting out"
         raise ConfigError(msg)
 
 

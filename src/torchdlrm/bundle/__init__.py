@@ -1,12 +1,9 @@
 """The folder that predicts: its format, its files, and the model as served."""
 
-from typing import Literal
-
+from torchdlrm.bundle.precision import DensePrecision, TablePrecision
 from torchdlrm.errors import ConfigError, shown
 
-# Of the tables, and of the matrix products. Here, because the command line reads them before torch is loaded.
-TablePrecision = Literal["float32", "float16", "int8", "int4"]
-DensePrecision = Literal["float32", "bfloat16"]
+__all__ = ["DensePrecision", "TablePrecision", "check_model_name"]
 
 
 def check_model_name(name: str) -> None:

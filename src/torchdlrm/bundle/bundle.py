@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from torchdlrm.bundle.manifest import SAMPLE_NAME, WEIGHTS_NAME, BundleManifest, StoredFile
 from torchdlrm.bundle.patched_weights import PatchedWeights
-from torchdlrm.bundle.precision import stored_rows
+from torchdlrm.bundle.precision import TABLE_PRECISIONS
 from torchdlrm.bundle.sample import PREDICTION_COLUMN, read_sample, sample_types
 from torchdlrm.bundle.verification import BlockVerifier
 from torchdlrm.bundle.weights_file import BLOCK_BYTES, PADDING_BYTES, PADDING_NAME, MappedWeights, blocks_of
@@ -99,7 +99,7 @@ class Bundle:
         self.architecture = architecture
         self.weights = weights
         for table in manifest.tables:
-            dtype, width = stored_rows(manifest.sparse[table.feature].precision, table.dim)
+            dtype, width = TABLE_PRECISIONS[manifest.sparse[table.feature].precision].stored_rows(table.dim)
             self.weights.require(table_weight(table.key), dtype, (table.rows, width), bytes_behind=PADDING_BYTES)
 
     @classmethod

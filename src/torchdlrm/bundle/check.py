@@ -14,16 +14,16 @@ about it: it counts as too high only if it exceeds the limit by more than three 
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from torchdlrm.bundle import DensePrecision, TablePrecision
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import CheckRecord, PredictionRecord
+from torchdlrm.bundle.precision import DENSE_PRECISIONS, TABLE_PRECISIONS, DensePrecision, TablePrecision, Tolerance
 from torchdlrm.errors import BundleError
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.metrics import Weights, binary_metrics
@@ -37,42 +37,10 @@ _REMEDY = "nothing was left behind. Export with a higher `precision` or `dense_p
 Logits = Callable[[EncodedRows], NDArray[np.float32]]
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """What a precision explains.
-
-    Attributes:
-        difference: between two probabilities of a row.
-        relative_difference: of a row's probability, in parts of it; of one below 1e-6, in parts of 1e-6.
-        logloss_increase: over many rows, in nats.
-    """
-
-    difference: float
-    relative_difference: float
-    logloss_increase: float
-
-    def plus(self, other: "Tolerance") -> "Tolerance":
-        """What both explain together."""
-        return Tolerance(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
-
-
-# float32 differs by the order of additions alone. The others are several times what trained models have shown.
-_OF_TABLES: dict[TablePrecision, Tolerance] = {
-    "float32": Tolerance(1e-5, 1e-3, 1e-6),
-    "float16": Tolerance(5e-3, 0.01, 2e-5),
-    "int8": Tolerance(0.05, 0.2, 2e-4),
-    "int4": Tolerance(0.4, 2.0, 5e-3),
-}
-_OF_DENSE: dict[DensePrecision, Tolerance] = {
-    "float32": Tolerance(0.0, 0.0, 0.0),
-    "bfloat16": Tolerance(0.05, 0.2, 2e-4),
-}
-
-
 def tolerance(tables: Iterable[TablePrecision], dense: DensePrecision) -> Tolerance:
     """What these precisions explain together."""
-    worst = max((_OF_TABLES[precision] for precision in tables), key=lambda allowed: allowed.difference)
-    return worst.plus(_OF_DENSE[dense])
+    worst = max((TABLE_PRECISIONS[name].tolerance for name in tables), key=lambda allowed: allowed.difference)
+    return worst.plus(DENSE_PRECISIONS[dense])
 
 
 def of_arithmetic(dense: DensePrecision) -> Tolerance:

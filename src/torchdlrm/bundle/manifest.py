@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from torchdlrm.bundle import DensePrecision, TablePrecision
 from torchdlrm.config import ModelConfig
+from torchdlrm.config.model import in_one_list, in_sections
 from torchdlrm.errors import BundleError
 from torchdlrm.features.schema import FeatureSchema, problems
 from torchdlrm.features.tables import FeatureTable, check_features, feature_tables
@@ -241,6 +242,11 @@ class BundleManifest(SealedJson):
     block_bytes: int
     block_sha256: tuple[Sha256, ...]
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _with_sections(cls, model: Any) -> Any:
+        return in_sections(model) if isinstance(model, dict) else model
+
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         """What the parts say of each other, so that whatever predicts by them may rely on it."""
@@ -269,8 +275,8 @@ class BundleManifest(SealedJson):
             raise ValueError(msg)
         if interaction := model.interaction_problems():
             raise ValueError(interaction[0])
-        branches = (model.interaction_branch1_layer_sizes or ()) + (model.interaction_branch2_layer_sizes or ())
-        layers = (*model.dense_arch_layer_sizes, *branches, model.dcn_low_rank_dim, *model.over_arch_layer_sizes)
+        of_interaction = model.interaction_config.layer_sizes
+        layers = (*model.dense_arch_layer_sizes, *of_interaction, *model.over_arch_layer_sizes)
         if max(dim * num_vectors, *layers) > _MAX_ROW_NUMBERS:
             msg = f"model: a row would be more than {_MAX_ROW_NUMBERS:,} numbers"
             raise ValueError(msg)
@@ -310,6 +316,7 @@ class BundleManifest(SealedJson):
         for name in ("model_class", "period"):
             if content[name] is None:
                 del content[name]
+        content["model"] = in_one_list(content["model"])  # as older versions read it
         if self.model.interaction == "dot":  # which older versions do not say
             del content["model"]["interaction"]
         content["schema"] = self.feature_schema.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.patched_weights import PatchedWeights
-from torchdlrm.bundle.precision import SPARSE_TYPES
+from torchdlrm.bundle.precision import TABLE_PRECISIONS
 from torchdlrm.bundle.weights_file import blocks_of
 from torchdlrm.errors import DatasetError
 from torchdlrm.features.tables import FeatureTable, divisors
@@ -58,7 +58,8 @@ class TableLookup:
         of_all = bundle.manifest.tables
         self._order = sorted(range(len(of_all)), key=lambda place: of_all[place].is_remainder)
         tables = [of_all[place] for place in self._order]
-        precisions = [features[table.feature].precision for table in tables]
+        stored = (TABLE_PRECISIONS[features[table.feature].precision] for table in tables)
+        types_T = [SparseType[precision.fbgemm_name].as_int() for precision in stored]
         names = [table_weight(table.key) for table in tables]
         self._places = [bundle.weights.place(name) for name in names]
         self._numbers = bundle.weights.numbers(names) if isinstance(bundle.weights, PatchedWeights) else None
@@ -66,19 +67,19 @@ class TableLookup:
         # has none it writes zeros: in the slot of the dense vector, behind a row that is smaller than D, in slots
         # behind. Otherwise the embeddings would have to be copied once more to make room.
         starts_T = [place.start for place in self._places]
-        no_ids = (starts_T[0], SPARSE_TYPES[precisions[0]].as_int())
+        no_ids = (starts_T[0], types_T[0])
         seen = [(*no_ids, dim, False)]
-        for start, precision, table in zip(starts_T, precisions, tables, strict=True):
+        for start, kind, table in zip(starts_T, types_T, tables, strict=True):
             if table.is_remainder:
                 continue
-            seen.append((start, SPARSE_TYPES[precision].as_int(), table.dim, True))
+            seen.append((start, kind, table.dim, True))
             seen += [(*no_ids, dim - table.dim, False)] * (table.dim < dim)
         num_behind = num_slots - len(features) - 1
         assert num_behind >= 0, num_slots
         seen += [(*no_ids, dim, False)] * num_behind
-        for start, precision, table in zip(starts_T, precisions, tables, strict=True):
+        for start, kind, table in zip(starts_T, types_T, tables, strict=True):
             if table.is_remainder:
-                seen.append((start, SPARSE_TYPES[precision].as_int(), dim, True))
+                seen.append((start, kind, dim, True))
         starts, types, dims, has_ids = (list(column) for column in zip(*seen, strict=True))
         self._num_slots, self._has_ids = num_slots, np.array(has_ids)
         self._tables = (
@@ -109,7 +110,7 @@ class TableLookup:
         self._pairs = [(slot_of[table.feature], behind[table.key], table.combination) for table in remainders]
 
     def __call__(self, rows: EncodedRows) -> Tensor:
-        """The vector of each feature: [B, M, D], of which [:, 0] is zero; as `torchdlrm.model.feature_vectors` has it.
+        """The vector of each feature: [B, M, D], of which [:, 0] is zero; as `torchdlrm.model.dlrm.SparseArch` has it.
 
         Raises:
             DatasetError: an id is outside its table.

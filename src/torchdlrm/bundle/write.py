@@ -18,7 +18,8 @@ from torch import Tensor
 
 from torchdlrm.bundle import TablePrecision
 from torchdlrm.bundle.manifest import MANIFEST_NAME, SAMPLE_NAME, WEIGHTS_NAME, StoredFile
-from torchdlrm.bundle.precision import TABLE_PRECISIONS, quantize_rows, stored_rows
+from torchdlrm.bundle.precision import TABLE_PRECISIONS
+from torchdlrm.bundle.table_rows import quantize_rows
 from torchdlrm.bundle.weights_file import PADDING_BYTES, PADDING_NAME, TensorRecord, WeightsWriter
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import BundleError, DatasetError
@@ -152,11 +153,11 @@ def _records(checkpoint: WeightSource, precisions: Mapping[str, TablePrecision])
     tables = {table_weight(feature) for feature in precisions}
     dense = [name for name in checkpoint.shapes if name not in tables]
     records = [TensorRecord(name, "F32", checkpoint.shapes[name]) for name in sorted(dense, key=_natural)]
-    for precision in TABLE_PRECISIONS:
+    for precision, stored in TABLE_PRECISIONS.items():
         for feature, chosen in precisions.items():
             if chosen == precision:
                 num_rows, dim = checkpoint.shapes[table_weight(feature)]
-                dtype, width = stored_rows(precision, dim)
+                dtype, width = stored.stored_rows(dim)
                 records.append(TensorRecord(table_weight(feature), dtype, (num_rows, width)))
     return [*records, TensorRecord(PADDING_NAME, "U8", (PADDING_BYTES,))]
 

@@ -1,6 +1,6 @@
 """Reads every setting of a run, from a TOML file and the command line, into a checked `Config`."""
 
-from torchdlrm.config.model import INTERACTION_SETTINGS, FeatureConfig, InteractionName, ModelConfig
+from torchdlrm.config.model import DCNConfig, FeatureConfig, InteractionName, ModelConfig, ProjectionConfig
 from torchdlrm.config.optimizers import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, TableOptimizer, TableOptimizerName
 from torchdlrm.config.sections import (
     CheckpointConfig,
@@ -29,10 +29,10 @@ from torchdlrm.config.text import (
 
 __all__ = [
     "DENSE_OPTIMIZERS",
-    "INTERACTION_SETTINGS",
     "TABLE_OPTIMIZERS",
     "CheckpointConfig",
     "Config",
+    "DCNConfig",
     "DenseOptimizerConfig",
     "DeviceChoice",
     "FeatureConfig",
@@ -40,6 +40,7 @@ __all__ = [
     "LoaderConfig",
     "LoggingConfig",
     "ModelConfig",
+    "ProjectionConfig",
     "ScheduleConfig",
     "ShardingConfig",
     "StopConfig",

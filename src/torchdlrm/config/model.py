@@ -1,6 +1,10 @@
-"""Defines the settings of the model: its shape, how its vectors interact, and which tables are smaller."""
+"""Defines the settings of the model: its shape, how its vectors interact, and which tables are smaller.
 
-from collections.abc import Mapping
+An interaction with settings of its own has a section for them, by the name that `model.interaction` has for it; its
+other half is an `Architecture` of `torchdlrm.model.architecture`.
+"""
+
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
@@ -8,12 +12,95 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torchdlrm.config.types import PositiveInt, Section
 
 InteractionName = Literal["dot", "dcn", "projection"]
-# What each kind of interaction reads, besides what all models have.
-INTERACTION_SETTINGS: Mapping[InteractionName, tuple[str, ...]] = {
-    "dot": (),
-    "dcn": ("dcn_num_layers", "dcn_low_rank_dim", "dcn_gated"),
-    "projection": ("interaction_branch1_layer_sizes", "interaction_branch2_layer_sizes"),
+LayerSizes = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
+
+
+class InteractionConfig(Section):
+    """The settings of an interaction."""
+
+    @property
+    def layer_sizes(self) -> tuple[int, ...]:
+        """Numbers of a row behind each of its layers."""
+        return ()
+
+    def problems(self, embedding_dim: int) -> Iterator[str]:
+        """Settings that it lacks or cannot be built with, each with what is wrong."""
+        del embedding_dim
+        yield from ()
+
+
+class DCNConfig(InteractionConfig):
+    """The cross net of DCN v2, where model.interaction = "dcn"."""
+
+    num_layers: Annotated[int, Field(ge=1, le=100)] = Field(3, description="layers of the cross net")
+    low_rank_dim: PositiveInt = Field(512, description="rank of the cross net's weights")
+    gated: bool = Field(default=False, description="multiply each cross layer by a gate of its own, as GDCN")
+
+    @property
+    def layer_sizes(self) -> tuple[int, ...]:
+        """The rank: behind V of each layer."""
+        return (self.low_rank_dim,)
+
+
+class ProjectionConfig(InteractionConfig):
+    """The two branches, where model.interaction = "projection", which needs both settings."""
+
+    branch1_layer_sizes: LayerSizes | None = Field(
+        None, description="output sizes of the first branch; the last is a multiple of D"
+    )
+    branch2_layer_sizes: LayerSizes | None = Field(
+        None, description="output sizes of the second branch; the last is a multiple of D"
+    )
+
+    @property
+    def branches(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The output sizes of both."""
+        return self.branch1_layer_sizes or (), self.branch2_layer_sizes or ()
+
+    @property
+    def layer_sizes(self) -> tuple[int, ...]:
+        """Those of both branches."""
+        return sum(self.branches, ())
+
+    def problems(self, embedding_dim: int) -> Iterator[str]:
+        """A branch that is not set, or does not end with a multiple of D."""
+        for name, sizes in zip(type(self).model_fields, self.branches, strict=True):
+            if not sizes:
+                yield f"{name}: model.interaction = projection needs it; it is not set"
+            elif sizes[-1] % embedding_dim:
+                yield f"{name}: must end with a multiple of model.embedding_dim = {embedding_dim}, got {sizes[-1]}"
+
+
+# What settings of interactions were called before each had a section. Files that are written by programs keep these
+# names, so that older versions read them: bundles.
+FLAT_NAMES: Mapping[str, tuple[str, str]] = {
+    "dcn_num_layers": ("dcn", "num_layers"),
+    "dcn_low_rank_dim": ("dcn", "low_rank_dim"),
+    "dcn_gated": ("dcn", "gated"),
+    "interaction_branch1_layer_sizes": ("projection", "branch1_layer_sizes"),
+    "interaction_branch2_layer_sizes": ("projection", "branch2_layer_sizes"),
 }
+
+
+def in_sections(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model by today's names, where some have those of before."""
+    found = {name: value for name, value in model.items() if name not in FLAT_NAMES}
+    for name in model.keys() & FLAT_NAMES.keys():
+        section, leaf = FLAT_NAMES[name]
+        found[section] = {**found.get(section, {}), leaf: model[name]}
+    return found
+
+
+def in_one_list(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model as they were named when none had a section; the opposite of `in_sections`."""
+    found: dict[str, Any] = {}
+    flat = {place: name for name, place in FLAT_NAMES.items()}
+    for name, value in model.items():
+        if any(section == name for section, _ in flat):
+            found |= {flat[name, leaf]: part for leaf, part in value.items()}
+        else:
+            found[name] = value
+    return found
 
 
 class FeatureConfig(Section):
@@ -54,42 +141,36 @@ class ModelConfig(Section):
         description="what happens between embeddings and over arch; dot: dot products of all pairs of vectors; dcn: a "
         "low-rank cross net (DCN v2); projection: products of what two branches make of all vectors",
     )
-    dcn_num_layers: Annotated[int, Field(ge=1, le=100)] = Field(3, description="layers of the cross net (dcn)")
-    dcn_low_rank_dim: PositiveInt = Field(512, description="rank of the cross net's weights (dcn)")
-    dcn_gated: bool = Field(default=False, description="multiply each cross layer by a gate of its own, as GDCN (dcn)")
-    interaction_branch1_layer_sizes: tuple[PositiveInt, ...] | None = Field(
-        None,
-        strict=False,
-        min_length=1,
-        description="output sizes of the first branch; the last is a multiple of D (projection)",
-    )
-    interaction_branch2_layer_sizes: tuple[PositiveInt, ...] | None = Field(
-        None,
-        strict=False,
-        min_length=1,
-        description="output sizes of the second branch; the last is a multiple of D (projection)",
-    )
+    dcn: DCNConfig = DCNConfig()
+    projection: ProjectionConfig = ProjectionConfig()
     features: dict[str, FeatureConfig] = Field({}, description="smaller tables, by feature")
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
 
     @property
-    def interaction_settings(self) -> dict[str, Any]:
-        """The settings that the interaction reads, by name."""
-        return {name: getattr(self, name) for name in INTERACTION_SETTINGS[self.interaction]}
+    def interaction_config(self) -> InteractionConfig:
+        """The settings that the interaction reads."""
+        return self._interactions.get(self.interaction, InteractionConfig())
+
+    @property
+    def _interactions(self) -> dict[str, InteractionConfig]:
+        return {name: value for name, value in self if isinstance(value, InteractionConfig)}
 
     @property
     def interaction_text(self) -> str:
         """The interaction with its settings, as people read it; switches that are off are left out."""
-        settings = self.interaction_settings.items()
-        words = [name if value is True else f"{name} {value}" for name, value in settings if value is not False]
+        words = [
+            name if value is True else f"{name} {value}"
+            for name, value in self.interaction_config
+            if value is not False
+        ]
         return f"{self.interaction} ({', '.join(words)})" if words else self.interaction
 
     @model_serializer(mode="wrap")
     def _without_what_nothing_reads(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """So that a config says what its model is, and no more; older programs read it where it is no news to them."""
-        unread = {name for names in INTERACTION_SETTINGS.values() for name in names} - {*self.interaction_settings}
+        unread = {name for name in self._interactions if name != self.interaction}
         unread |= set() if self.features else {"features"}
         unread |= set() if self.table_init_scale != 1 else {"table_init_scale"}
         return {name: value for name, value in write(self).items() if name not in unread}
@@ -97,19 +178,15 @@ class ModelConfig(Section):
     def interaction_problems(self) -> list[str]:
         """Settings that the interaction does not read, lacks, or cannot be built with."""
         found = []
-        for name, readers in ((name, kind) for kind, names in INTERACTION_SETTINGS.items() for name in names):
-            value, default = getattr(self, name), type(self).model_fields[name].default
-            if readers != self.interaction and value != default:
-                found.append(
-                    f"model.{name}: only model.interaction = {readers} reads it, got {value!r} with {self.interaction}"
-                )
-            elif readers == self.interaction and value is None:
-                found.append(f"model.{name}: model.interaction = {self.interaction} needs it; it is not set")
-            elif readers == self.interaction == "projection" and value[-1] % self.embedding_dim:
-                found.append(
-                    f"model.{name}: must end with a multiple of model.embedding_dim = {self.embedding_dim}, got "
-                    f"{value[-1]}"
-                )
+        for name, section in self._interactions.items():
+            if name == self.interaction:
+                found += [f"model.{name}.{problem}" for problem in section.problems(self.embedding_dim)]
+                continue
+            found += [
+                f"model.{name}.{leaf}: only model.interaction = {name} reads it, got {value!r} with {self.interaction}"
+                for leaf, value in section
+                if value != type(section).model_fields[leaf].default
+            ]
         return found
 
     def with_features(self, features: dict[str, FeatureConfig]) -> Self:

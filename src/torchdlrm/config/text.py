@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
+from torchdlrm.config.model import FLAT_NAMES
 from torchdlrm.config.sections import ANY_FEATURE, Config, cross_checks, sections, settings
 from torchdlrm.errors import ConfigError
 from torchdlrm.folders import kind_of
@@ -23,6 +24,7 @@ _RENAMED_KEYS = {
     "train.dropout_share": "train.dropout",
     "sharding.reserved_share": "sharding.reserved_fraction",
     "sharding.host_cache_share": "sharding.cache_fraction",
+    **{f"model.{old}": f"model.{section}.{leaf}" for old, (section, leaf) in FLAT_NAMES.items()},
 }
 _DOCUMENT_HEAD = """
 # Configuration
@@ -142,9 +144,12 @@ def _num_keys(raw: Mapping[str, Any]) -> int:
 
 def _rename_keys(raw: dict[str, Any]) -> None:
     for old, new in _RENAMED_KEYS.items():
-        (section, old_leaf), new_leaf = old.split("."), new.split(".")[1]
+        (section, old_leaf), (*names, new_leaf) = old.split("."), new.split(".")
         if old_leaf in raw.get(section, {}):
-            raw[section][new_leaf] = raw[section].pop(old_leaf)
+            target = raw
+            for name in names:
+                target = target.setdefault(name, {})
+            target[new_leaf] = raw[section].pop(old_leaf)
     for section in ("table_optimizer", "dense_optimizer"):
         if raw.get(section, {}).get("name") == "sgd":
             raw[section].pop("eps", None)  # was accepted, and read by nothing

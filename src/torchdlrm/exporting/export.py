@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from torchdlrm.bundle import DensePrecision, TablePrecision, check_model_name
 from torchdlrm.bundle.apply import DELTA_NAMES, FULL_NAME, write_delta
 from torchdlrm.bundle.bundle import Bundle
-from torchdlrm.bundle.check import Agreement, Tolerance, compare, tolerance
+from torchdlrm.bundle.check import Agreement, compare, tolerance
 from torchdlrm.bundle.delta import Delta
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import (
@@ -30,6 +30,7 @@ from torchdlrm.bundle.manifest import (
     StoredFile,
     oldest_version,
 )
+from torchdlrm.bundle.precision import Tolerance
 from torchdlrm.bundle.sample import PREDICTION_COLUMN, raw_sample
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.bundle.weights_file import BLOCK_BYTES

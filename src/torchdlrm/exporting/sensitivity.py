@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torchdlrm.bundle import TablePrecision
 from torchdlrm.bundle.check import LoglossIncrease, logloss_increase
 from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.precision import TABLE_PRECISIONS, row_bytes
+from torchdlrm.bundle.precision import TABLE_PRECISIONS
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.progress import ProgressListener
@@ -33,7 +33,7 @@ SENSITIVITY_ROWS = 20_000
 _BATCH_ROWS = 2_048
 _MAX_ATTEMPTS = 6
 _LEAST_SAVED_FRACTION = 1e-4  # of the bytes of all tables in float32, by a step down
-_LOWER = TABLE_PRECISIONS[1:]
+_DOWNWARDS = tuple(TABLE_PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def choose_precisions(
         logits = model.logits_of(batch, pooled)
         before.append(logits)
         for feature, name in enumerate(num_embeddings):
-            for precision in _LOWER:
+            for precision in _DOWNWARDS[1:]:
                 served = pooled.clone()
                 served[:, model.columns(feature)] = model.pooled(batch, feature, precision)
                 changed = model.logits_of(batch, served)
@@ -117,10 +117,8 @@ def choose_precisions(
             progress.advance(batch.num_rows)
     sizes = {
         name: {
-            precision: sum(
-                table.rows * row_bytes(precision, table.dim) for table in model.tables if table.feature == name
-            )
-            for precision in TABLE_PRECISIONS
+            precision: sum(table.rows * stored.row_bytes(table.dim) for table in model.tables if table.feature == name)
+            for precision, stored in TABLE_PRECISIONS.items()
         }
         for name in num_embeddings
     }
@@ -162,7 +160,7 @@ def choose(
         spent = sum(costs[name][precision] for name, precision in chosen.items())
         best: tuple[float, str, TablePrecision] | None = None
         for name, now in chosen.items():
-            for precision in TABLE_PRECISIONS[TABLE_PRECISIONS.index(now) + 1 :]:
+            for precision in _DOWNWARDS[_DOWNWARDS.index(now) + 1 :]:
                 price = costs[name][precision] - costs[name][now]
                 saved = sizes[name][now] - sizes[name][precision]
                 if saved > least_saved and spent + price <= allowance and (best is None or price / saved < best[0]):

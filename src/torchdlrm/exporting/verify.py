@@ -22,8 +22,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from torchdlrm.bundle.bundle import Bundle
-from torchdlrm.bundle.check import Agreement, Tolerance, of_arithmetic, tolerance
+from torchdlrm.bundle.check import Agreement, of_arithmetic, tolerance
 from torchdlrm.bundle.encoded_rows import EncodedRows
+from torchdlrm.bundle.precision import Tolerance
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import LogError, RunError

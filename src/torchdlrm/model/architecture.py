@@ -2,15 +2,17 @@
 
 An `Architecture` builds the module, names its matrix products, and says how the interaction is served.  All that counts
 work asks `ModelShape.products`: threads and precision of training, the planner's estimate, the export, the benchmark's
-floor.  A new architecture is a class here, or a class of somebody's own (`torchdlrm.model.model_class`).
+floor.  A new interaction is its name and settings in `torchdlrm.config.model`, and a module here of that name with an
+`ARCHITECTURE`; or a model class in a file of the user's (`torchdlrm.model.model_class`).
 
 Nothing here imports TorchRec before a model is built: a server asks too.
 
 B rows of the batch, F sparse features, D embedding dimension, N = F + 1 vectors that interact.
 """
 
+import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
@@ -20,8 +22,7 @@ from torch import nn
 
 from torchdlrm.config import InteractionName, ModelConfig
 from torchdlrm.features.tables import check_features
-from torchdlrm.model.interaction import PairLayout, dot_output_size
-from torchdlrm.model.served import FastInteraction, ServedCrossNet, ServedProjection, ServedWeights
+from torchdlrm.model.served import FastInteraction, ServedWeights
 
 if TYPE_CHECKING:
     from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -106,6 +107,11 @@ class BuiltInArchitecture(Architecture):
 
     class_name: str
 
+    def arguments(self, config: ModelConfig) -> dict[str, Any]:
+        """The settings of the interaction as the constructor of the class names them."""
+        del config
+        return {}
+
     @abstractmethod
     def interaction(self, shape: "ModelShape") -> tuple[Sequence[Product], int]:
         """The interaction's matrix products, and how many numbers of a row it gives to the over arch."""
@@ -124,9 +130,9 @@ class BuiltInArchitecture(Architecture):
     def products(self, shape: "ModelShape") -> Sequence[Product]:
         """Those of the layers, and the interaction's between the two arches."""
         # Without dense features the dense arch has one input, which is always 1.
-        first, *dense = _layers(max(1, shape.num_dense), shape.config.dense_arch_layer_sizes)
+        first, *dense = layers(max(1, shape.num_dense), shape.config.dense_arch_layer_sizes)
         products, over_in = self.interaction(shape)
-        over = _layers(over_in, shape.config.over_arch_layer_sizes)
+        over = layers(over_in, shape.config.over_arch_layer_sizes)
         return (replace(first, num_gradients=1), *dense, *products, *over)  # the first one's inputs are data
 
     def num_activations(self, shape: "ModelShape") -> int:
@@ -134,76 +140,13 @@ class BuiltInArchitecture(Architecture):
         return super().num_activations(shape) + shape.config.embedding_dim
 
 
-class DotArchitecture(BuiltInArchitecture):
-    """The paper's: dot products of all pairs of vectors."""
-
-    class_name = "DLRM"
-
-    def interaction(self, shape: "ModelShape") -> tuple[Sequence[Product], int]:
-        """V V^T."""
-        num_vectors, dim = shape.num_sparse + 1, shape.config.embedding_dim
-        square = Product(num_vectors, dim, num_vectors, has_weight=False, num_gradients=1)
-        return [square], dot_output_size(shape.num_sparse, dim)
-
-    def fast_interaction(self, shape: "ModelShape", weights: ServedWeights) -> FastInteraction:
-        """Picks the pairs out of the square, two at a time in bfloat16."""
-        return PairLayout(shape.num_sparse + 1, shape.config.embedding_dim, weights.dtype)
+def built_in(name: InteractionName) -> Architecture:
+    """The architecture of `model.interaction`: the module of that name beside this one has it."""
+    architecture: Architecture = importlib.import_module(f"torchdlrm.model.{name}").ARCHITECTURE
+    return architecture
 
 
-class CrossArchitecture(BuiltInArchitecture):
-    """DCN v2's: a cross net over all vectors."""
-
-    class_name = "DLRM_DCN"
-
-    def interaction(self, shape: "ModelShape") -> tuple[Sequence[Product], int]:
-        """V and W of each layer, and of its gate."""
-        config, size = shape.config, shape.flat_size
-        layer = _layers(size, (config.dcn_low_rank_dim, size))
-        return layer * (config.dcn_num_layers * (2 if config.dcn_gated else 1)), size
-
-    def num_activations(self, shape: "ModelShape") -> int:
-        """Each layer also keeps W V x, and with a gate the gate; but x, which both of its first products read, once."""
-        return super().num_activations(shape) + shape.config.dcn_num_layers * shape.flat_size
-
-    def fast_interaction(self, shape: "ModelShape", weights: ServedWeights) -> FastInteraction:
-        """The cross net with packed weights."""
-        config = shape.config
-        net = shape.num_sparse + 1, shape.flat_size, config.dcn_num_layers, config.dcn_low_rank_dim
-        return ServedCrossNet(*net, gated=config.dcn_gated, weights=weights)
-
-
-class ProjectionArchitecture(BuiltInArchitecture):
-    """Products of what two branches make of all vectors."""
-
-    class_name = "DLRM_Projection"
-
-    def interaction(self, shape: "ModelShape") -> tuple[Sequence[Product], int]:
-        """The layers of both branches, and the product of their vectors."""
-        config, dim = shape.config, shape.config.embedding_dim
-        branches = config.interaction_branch1_layer_sizes, config.interaction_branch2_layer_sizes
-        layers = [product for sizes in branches for product in _layers(shape.flat_size, sizes or ())]
-        num_first, num_second = (sizes[-1] // dim for sizes in branches if sizes)
-        return [*layers, Product(num_first, dim, num_second, has_weight=False)], dim + num_first * num_second
-
-    def num_activations(self, shape: "ModelShape") -> int:
-        """The vectors, which both branches read, are kept once."""
-        return super().num_activations(shape) - shape.flat_size
-
-    def fast_interaction(self, shape: "ModelShape", weights: ServedWeights) -> FastInteraction:
-        """The branches with packed weights."""
-        config = shape.config
-        branches = config.interaction_branch1_layer_sizes or (), config.interaction_branch2_layer_sizes or ()
-        return ServedProjection(shape.num_sparse + 1, config.embedding_dim, branches, weights)
-
-
-ARCHITECTURES: Mapping[InteractionName, Architecture] = {
-    "dot": DotArchitecture(),
-    "dcn": CrossArchitecture(),
-    "projection": ProjectionArchitecture(),
-}
-
-
-def _layers(inputs: int, sizes: Sequence[int]) -> list[Product]:
+def layers(inputs: int, sizes: Sequence[int]) -> list[Product]:
     """The products of plain layers."""
     return [Product(1, *pair) for pair in pairwise((inputs, *sizes))]
 
@@ -250,7 +193,7 @@ class ModelShape:
     @property
     def architecture(self) -> Architecture:
         """How the vectors interact."""
-        return self.given_architecture or ARCHITECTURES[self.config.interaction]
+        return self.given_architecture or built_in(self.config.interaction)
 
     @property
     def features(self) -> dict[str, int]:
@@ -296,13 +239,12 @@ class ModelShape:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The sizes as TorchRec's constructors name them, and `gated`, which these do not know, where it is set."""
-        settings = self.config.interaction_settings
-        gated = {"gated": True} if settings.pop("dcn_gated", False) else {}
+        """The sizes and the interaction's settings as TorchRec's constructors name them."""
+        architecture = self.architecture
+        settings = architecture.arguments(self.config) if isinstance(architecture, BuiltInArchitecture) else {}
         return {
             "dense_in_features": self.num_dense,
             "dense_arch_layer_sizes": list(self.config.dense_arch_layer_sizes),
             "over_arch_layer_sizes": list(self.config.over_arch_layer_sizes),
-            **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
-            **gated,
+            **settings,
         }

@@ -83,11 +83,10 @@ def build_model(
         model = shape.architecture.build(shape, collection, device)
         model.load_state_dict(drawn.state_dict())
     if dropout:
-        dense_arch, over_arch = getattr(model, "dense_arch", None), getattr(model, "over_arch", None)
-        if not isinstance(dense_arch, nn.Module) or not isinstance(over_arch, nn.Module):
+        if not all(isinstance(getattr(model, name, None), nn.Module) for name in ("dense_arch", "over_arch")):
             msg = f"train.dropout: {type(model).__name__} has no dense_arch and over_arch to drop units of"
             raise ConfigError(msg)
-        add_dropout(dense_arch, over_arch, dropout)
+        add_dropout(model, dropout)
     return DLRMTrain(model, negative_weight)
 
 

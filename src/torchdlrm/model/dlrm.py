@@ -5,6 +5,7 @@ Weights and code move both ways between the two; ours copies the embeddings less
 B rows of the batch on this rank, F sparse features, D embedding dimension, N = F + 1 vectors that interact.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchdlrm.features.tables import FeatureTable
-from torchdlrm.model.cross_net import LowRankCrossNet
-from torchdlrm.model.feature_vectors import feature_vectors, projection
-from torchdlrm.model.flat_interactions import InteractionDCNArch, InteractionProjectionArch
-from torchdlrm.model.interaction import InteractionArch, dot_output_size
+from torchdlrm.model.dcn import InteractionDCNArch, LowRankCrossNet
+from torchdlrm.model.dot import InteractionArch, dot_output_size
+from torchdlrm.model.projection import InteractionProjectionArch
 
 
 @fx.wrap
@@ -68,6 +68,42 @@ def tables_of(embedding_bag_collection: EmbeddingBagCollection) -> list[FeatureT
     return found
 
 
+def _projection(table: FeatureTable) -> nn.Linear:
+    """What maps rows of a smaller table to D, without bias.
+
+    Its weights have the variance 1 / dim, so that a vector starts with the scale of an ordinary row, whatever its
+    table's dimension: Xavier's would make that of a table of 8 a third as long at D = 128.
+    """
+    layer = nn.Linear(table.dim, table.vector_dim, bias=False)
+    bound = (3 / table.dim) ** 0.5
+    nn.init.uniform_(layer.weight, -bound, bound)
+    return layer
+
+
+def _feature_vectors(
+    tables: Sequence[FeatureTable],
+    embeddings: Mapping[str, Tensor],
+    projections: nn.ModuleDict,
+) -> list[Tensor]:
+    """The vector of each feature: F of [B, D].
+
+    Args:
+        tables: of all features; a remainder's follows that of its quotient.
+        embeddings: the pooled rows of each, by key: [B, dim].
+        projections: what maps those of smaller tables to D, by the name of the table.
+    """
+    vectors: list[Tensor] = []
+    for table in tables:
+        vector = embeddings[table.key]
+        if table.is_remainder:
+            quotient = vectors.pop()
+            vector = quotient * vector if table.combination == "mult" else quotient + vector
+        elif table.dim < table.vector_dim:
+            vector = projections[table.name](vector)
+        vectors.append(vector)
+    return vectors
+
+
 class SparseArch(nn.Module):
     """Looks up and pools the embeddings of each feature; rows of smaller tables become vectors of dimension D.
 
@@ -95,7 +131,7 @@ class SparseArch(nn.Module):
         self._are_plain = all(table.is_plain for table in self._tables)
         # Drawn on the CPU, like all weights. By the name of the table: a feature may be called as an attribute is.
         self.projections = nn.ModuleDict(
-            {table.name: projection(table) for table in self._tables if table.dim < table.vector_dim}
+            {table.name: _projection(table) for table in self._tables if table.dim < table.vector_dim}
         ).to(dense_device)
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
@@ -103,7 +139,7 @@ class SparseArch(nn.Module):
         embeddings = self.embedding_bag_collection(features)
         if self._are_plain:
             return stack_embeddings(embeddings, self.sparse_feature_names, self.D)
-        return torch.stack(feature_vectors(self._tables, embeddings_by_key(embeddings), self.projections), dim=1)
+        return torch.stack(_feature_vectors(self._tables, embeddings_by_key(embeddings), self.projections), dim=1)
 
 
 class ConstantArch(DenseArch):  # type: ignore[misc]  # TorchRec is untyped

@@ -1,7 +1,12 @@
 """The loss that a model is trained with, over the rows of a batch that are no padding.
 
-In: a model, and batches on this rank.  Out: the loss, and logits and labels for metrics.  TorchRec's train pipeline
-traces `DLRMTrain`: functions that look at values or at the batch are leaves to it (`fx.wrap`).
+In: a model, and batches on this rank.  Out: the loss, and logits and labels for metrics.
+
+`DLRMTrain` has the embeddings looked up and gives them to the model, whose own code never sees how tables are held.
+TorchRec's train pipeline traces `DLRMTrain` by `torch.fx` for what leads to the tables: it comes no further than
+`Around`, so a model may be written in any Python, and functions here that look at values or at the batch are leaves to
+it (`fx.wrap`).  Where a model is served, checked or timed (`torchdlrm.model.eager`) other code has looked them up.
+Why: docs/decisions/embeddings-are-looked-up-before-the-forward.md.
 
 B rows of the batch on this rank.
 """
@@ -11,11 +16,69 @@ from typing import Protocol
 
 from torch import Tensor, fx, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchdlrm.errors import ConfigError
 from torchdlrm.model.batch_norm import GlobalBatchNorm1d
-from torchdlrm.model.given import Around, ModelOutput
+
+# What a model's forward gives: logits [B, 1]; or these, and an auxiliary loss of each row [B].
+ModelOutput = Tensor | tuple[Tensor, Tensor]
+_TABLES = "embedding_bag_collection"
+
+
+class GivenEmbeddings(nn.Module):
+    """Stands where an `EmbeddingBagCollection` stands.
+
+    Attributes:
+        held: the batch's ids and what they look up, while the model runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[tuple[KeyedJaggedTensor, KeyedTensor]] = []
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """The embeddings that were given.
+
+        Raises:
+            ValueError: those of other ids are asked for.
+        """
+        if not self.held or features is not self.held[0][0]:
+            msg = "tables give the embeddings of the ids that the model is given, which are looked up before it runs"
+            raise ValueError(msg)
+        return self.held[0][1]
+
+
+class Around(nn.Module):
+    """A model without its tables: their place is taken while it runs. Weights and their names stay the model's.
+
+    Args:
+        model: with its tables, sharded or not, as `sparse_arch.embedding_bag_collection`; else it cannot be run so.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        arch = getattr(model, "sparse_arch", None)
+        # In a tuple it is no child, whose weights would have two names. To set an attribute of a module takes long.
+        self._held = model, arch._modules if isinstance(arch, nn.Module) else {}, GivenEmbeddings()
+
+    @property
+    def tables(self) -> nn.Module | None:
+        """The collection of tables as it is now; None where the model does not hold one so."""
+        return self._held[1].get(_TABLES)
+
+    def forward(self, dense: Tensor, features: KeyedJaggedTensor, embeddings: KeyedTensor) -> ModelOutput:
+        """What the model makes of dense features [B, num_dense], ids, and the pooled embeddings of each key."""
+        model, modules, given = self._held
+        tables = modules[_TABLES]
+        modules[_TABLES] = given
+        given.held.append((features, embeddings))
+        try:
+            output: ModelOutput = model(dense, features)
+            return output
+        finally:
+            given.held.clear()
+            modules[_TABLES] = tables
 
 
 class TrainingBatch(Protocol):

@@ -28,7 +28,7 @@ from torch import nn
 from torchdlrm.config import ModelConfig
 from torchdlrm.errors import ConfigError, TorchDLRMError
 from torchdlrm.files import sha256_of
-from torchdlrm.model.architecture import ARCHITECTURES, Architecture, ModelShape, Product
+from torchdlrm.model.architecture import Architecture, ModelShape, Product, built_in
 from torchdlrm.toml import did_you_mean
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class CustomArchitecture(Architecture):
         Raises:
             ConfigError: it fails, or padding makes gradients infinite.
         """
-        from torchdlrm.model.trial import take_step  # noqa: PLC0415 - with TorchRec, which a server can do without
+        from torchdlrm.model.eager import take_step  # noqa: PLC0415 - with TorchRec, which a server can do without
 
         with _reported(self.record.name):
             take_step(shape)
@@ -224,7 +224,7 @@ def architecture_of(
             than a model or an interaction arch, or `model.interaction` is set too.
     """
     if model_class is None:
-        return ARCHITECTURES[config.interaction]
+        return built_in(config.interaction)
     if config.interaction != "dot":
         msg = (
             f"model.interaction: is {config.interaction}, but a model class of its own (`model_class`) decides what "

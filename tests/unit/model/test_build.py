@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from torchdlrm.config import ModelConfig
-from torchdlrm.model.architecture import DotArchitecture, ModelShape
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model
+from torchdlrm.model.dot import DotArchitecture
 
 SIZES = ModelConfig(embedding_dim=4, dense_arch_layer_sizes=(8, 4), over_arch_layer_sizes=(8, 1))
 

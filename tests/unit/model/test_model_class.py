@@ -11,7 +11,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from helpers.interactions import INTERACTIONS
 from torchdlrm.config import ModelConfig
 from torchdlrm.errors import ConfigError
-from torchdlrm.model.architecture import ARCHITECTURES, ModelShape
+from torchdlrm.model.architecture import ModelShape, built_in
 from torchdlrm.model.dlrm import DLRM
 from torchdlrm.model.eager import EagerModel, trace_products
 from torchdlrm.model.model_class import architecture_of, difference_from, record_of
@@ -128,10 +128,10 @@ def test_to_find_products_leaves_the_random_numbers_as_they_were(seed):
 
 
 def test_no_model_class_is_what_the_config_says():
-    assert architecture_of(CONFIG) is ARCHITECTURES["dot"]
-    assert record_of(ARCHITECTURES["dot"]) is None
+    assert architecture_of(CONFIG) is built_in("dot")
+    assert record_of(built_in("dot")) is None
     crossed = CONFIG.model_copy(update=INTERACTIONS["dcn"])
-    assert architecture_of(crossed) is ARCHITECTURES["dcn"]
+    assert architecture_of(crossed) is built_in("dcn")
     with pytest.raises(ConfigError, match=r"model.interaction: is dcn, but a model class of its own"):
         architecture_of(crossed, SumDLRM)
 
@@ -155,7 +155,7 @@ def test_a_model_class_is_known_by_its_file_and_what_is_in_it(tmp_path, monkeypa
     assert "got my_models.py:Mine" in difference_from(
         record_of(mine).model_copy(update={"name": "my_models.py:Other"}), allowed, "run"
     )
-    assert "give `model_class` my_models.py:Mine" in difference_from(record_of(mine), ARCHITECTURES["dot"], "bundle")
+    assert "give `model_class` my_models.py:Mine" in difference_from(record_of(mine), built_in("dot"), "bundle")
     assert "leave it out" in difference_from(None, mine, "bundle")
     assert "got test_model_class.py:SumDLRM" in difference_from(
         record_of(mine), architecture_of(CONFIG, SumDLRM), "bundle"

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from torchdlrm.model.interaction import PairLayout
+from torchdlrm.model.dot import PairLayout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,7 @@ from torch import distributed as dist
 from torchdlrm.config import load_config, settings
 from torchdlrm.config.sections import ANY_FEATURE
 from torchdlrm.errors import ConfigError, DatasetError, LostProcessError
-from torchdlrm.model.architecture import ARCHITECTURES
+from torchdlrm.model.architecture import built_in
 from torchdlrm.training.processes.agreement import agree, find_problems, settings_of
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def nodes(small_dataset, monkeypatch):
 
     def record(overrides=(), *, dataset=small_dataset, restart=False):
         config = load_config(None, dict(overrides))
-        return {"host": "a", "settings": settings_of(config, dataset, ARCHITECTURES["dot"], restart=restart)}
+        return {"host": "a", "settings": settings_of(config, dataset, built_in("dot"), restart=restart)}
 
     return record
 

@@ -1,23 +1,101 @@
-"""Computes the low-rank cross net of DCN v2 (arXiv:2008.13535), with a backward of its own.
+"""The cross net of DCN v2 (arXiv:2008.13535) with weights of low rank, and of GDCN (arXiv:2311.04635).
 
 In: x_0, all vectors of a row one after the other.  Out: x_L, as many numbers.  A layer is
 x_{l+1} = x_0 * (W_l V_l x_l + b_l) * g_l + x_l, where g_l is 1, or the sigmoid of another W V x_l.
 Cost: two products a layer forward and four backward, twice as many with gates; all else is one pass over the rows each
-way. Autograd makes an operator of each sign in the formula, and adds up what x_0 gets from each layer.
+way, by kernels on CPU. Autograd makes an operator of each sign in the formula, and adds up what x_0 gets from each
+layer: two passes forward and more than four backward over numbers that do not fit in the caches.
 
-B rows of the batch on this rank, I numbers of a row, R rank of the weights, S sums of some rows.
+B rows of the batch on this rank, F sparse features, D embedding dimension, N = F + 1 vectors, I = N D numbers of a row,
+R rank of the weights, S sums of some rows; the kernels' arrays [B, I] are float32 or the bits of bfloat16.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import linear
 
+from torchdlrm.config import ModelConfig
+from torchdlrm.kernels.compile import as_in, compiled_loop, widened
 from torchdlrm.kernels.threads import array_of, in_parts
-from torchdlrm.model.crosses import ROWS_OF_A_SUM, write_gradients, write_layer
-from torchdlrm.model.interaction import has_kernels
+from torchdlrm.model.architecture import BuiltInArchitecture, ModelShape, Product, layers
+from torchdlrm.model.dot import has_kernels
+from torchdlrm.model.served import FastInteraction, PackedLinear, ServedWeights, run_layers
+
+# Sums over the batch are taken of so many rows, and then of these sums: in one order, however many threads there are.
+ROWS_OF_A_SUM = 32
+
+
+@compiled_loop
+def write_layer(first: int, end: int, x0_BI: Any, x_BI: Any, product_BI: Any, bias_I: Any, out_BI: Any) -> None:
+    """Write x0 * (product + bias) + x for some rows.
+
+    Args:
+        first: row of the batch.
+        end: one past the last.
+        x0_BI: what the net was given.
+        x_BI: what the layer before gave.
+        product_BI: W V x.
+        bias_I: float32.
+        out_BI: what the layer gives.
+    """
+    size = len(bias_I)
+    for b in range(first, end):
+        x0, x, product, out = x0_BI[b], x_BI[b], product_BI[b], out_BI[b]
+        for i in range(size):
+            out[i] = as_in(out, widened(x0[i]) * (widened(product[i]) + bias_I[i]) + widened(x[i]))
+
+
+@compiled_loop
+def write_gradients(
+    first: int,
+    end: int,
+    grad_BI: Any,
+    x0_BI: Any,
+    product_BI: Any,
+    bias_I: Any,
+    num_added: int,
+    grad_product_BI: Any,
+    grad_x0_BI: Any,
+    grad_bias_SI: Any,
+) -> None:
+    """Write, for some sums of rows, the gradients of a layer's product and bias, and add that of x0.
+
+    Args:
+        first: sum of `ROWS_OF_A_SUM` rows.
+        end: one past the last.
+        grad_BI: of what the layer has given.
+        x0_BI: what the net was given.
+        product_BI: W V x.
+        bias_I: float32; of the net's first layer, whose x is x0 too, it is 1 more.
+        num_added: layers whose gradient `grad_x0_BI` holds; with 0 it holds nothing yet.
+        grad_product_BI: receives grad * x0.
+        grad_x0_BI: grad * (product + bias) is added to it.
+        grad_bias_SI: float32, a row for each sum.
+    """
+    size = len(bias_I)
+    for s in range(first, end):
+        grad_bias = grad_bias_SI[s]
+        for i in range(size):
+            grad_bias[i] = np.float32(0)
+        for b in range(s * ROWS_OF_A_SUM, min((s + 1) * ROWS_OF_A_SUM, len(grad_BI))):
+            grad, x0, product = grad_BI[b], x0_BI[b], product_BI[b]
+            grad_product, grad_x0 = grad_product_BI[b], grad_x0_BI[b]
+            # Loops that each write little: of more, the compiler does not see that they may take many numbers at once.
+            for i in range(size):
+                one = widened(grad[i]) * widened(x0[i])
+                grad_bias[i] += one
+                grad_product[i] = as_in(grad_product, one)
+            if num_added == 0:
+                for i in range(size):
+                    grad_x0[i] = as_in(grad_x0, widened(grad[i]) * (widened(product[i]) + bias_I[i]))
+            else:
+                for i in range(size):
+                    one = widened(grad[i]) * (widened(product[i]) + bias_I[i])
+                    grad_x0[i] = as_in(grad_x0, one + widened(grad_x0[i]))
 
 
 class _CrossNet(torch.autograd.Function):
@@ -178,3 +256,81 @@ class LowRankCrossNet(nn.Module):
         if self.gated:
             lists += [self.gate_W_kernels, self.gate_V_kernels]
         return cross_net(x0_BI, self.num_layers, [weight for layer in zip(*lists, strict=True) for weight in layer])
+
+
+def flat_vectors(dense_BD: Tensor, sparse_BFD: Tensor) -> Tensor:
+    """The dense vector and all embeddings one after the other: [B, I], in the precision of the dense vector."""
+    return torch.cat([dense_BD, sparse_BFD.flatten(1).to(dense_BD.dtype)], dim=1)
+
+
+class InteractionDCNArch(nn.Module):
+    """Same inputs, outputs and state dict as `torchrec.models.dlrm.InteractionDCNArch`.
+
+    Args:
+        num_sparse_features: F.
+        crossnet: maps [B, I] to [B, I].
+    """
+
+    def __init__(self, num_sparse_features: int, crossnet: nn.Module) -> None:
+        super().__init__()
+        self.F, self.crossnet = num_sparse_features, crossnet
+
+    def forward(self, dense_features: Tensor, sparse_features: Tensor) -> Tensor:
+        """Maps [B, D] and [B, F, D] to [B, I]."""
+        crossed_BI: Tensor = self.crossnet(flat_vectors(dense_features, sparse_features))
+        return crossed_BI
+
+
+class ServedCrossNet(FastInteraction):
+    """The cross net as it is served, with packed weights."""
+
+    def __init__(self, shape: ModelShape, weights: ServedWeights) -> None:
+        self.num_slots, size = shape.num_sparse + 1, shape.flat_size
+        config = shape.config.dcn
+
+        def pair(kind: str, number: int, bias: str | None = None) -> tuple[PackedLinear, PackedLinear]:
+            """V and W."""
+            name = f"inter_arch.crossnet.{kind}{{}}_kernels.{number}"
+            V = weights.layer(name.format("V"), (config.low_rank_dim, size))
+            return V, weights.layer(name.format("W"), (size, config.low_rank_dim), bias=bias)
+
+        self._layers = [pair("", number, f"inter_arch.crossnet.bias.{number}") for number in range(config.num_layers)]
+        self._gates = [pair("gate_", number) if config.gated else () for number in range(config.num_layers)]
+
+    def interact(self, vectors_BMD: Tensor) -> Tensor:
+        """Maps [B, N, D] to [B, N D]."""
+        x0 = x = vectors_BMD.flatten(1)
+        for layer, gate in zip(self._layers, self._gates, strict=True):
+            crossed = run_layers(layer, x)
+            if gate:
+                crossed.mul_(run_layers(gate, x).sigmoid_())
+            x = torch.addcmul(x, x0, crossed, out=crossed)
+        return x
+
+
+class CrossArchitecture(BuiltInArchitecture):
+    """That of `model.interaction = "dcn"`."""
+
+    class_name = "DLRM_DCN"
+
+    def arguments(self, config: ModelConfig) -> dict[str, Any]:
+        """The net's layers and rank, and `gated`, which TorchRec's class does not know, where it is set."""
+        net = {"dcn_num_layers": config.dcn.num_layers, "dcn_low_rank_dim": config.dcn.low_rank_dim}
+        return net | ({"gated": True} if config.dcn.gated else {})
+
+    def interaction(self, shape: ModelShape) -> tuple[Sequence[Product], int]:
+        """V and W of each layer, and of its gate."""
+        config, size = shape.config.dcn, shape.flat_size
+        layer = layers(size, (config.low_rank_dim, size))
+        return layer * (config.num_layers * (2 if config.gated else 1)), size
+
+    def num_activations(self, shape: ModelShape) -> int:
+        """Each layer also keeps W V x, and with a gate the gate; but x, which both of its first products read, once."""
+        return super().num_activations(shape) + shape.config.dcn.num_layers * shape.flat_size
+
+    def fast_interaction(self, shape: ModelShape, weights: ServedWeights) -> FastInteraction:
+        """The cross net with packed weights."""
+        return ServedCrossNet(shape, weights)
+
+
+ARCHITECTURE = CrossArchitecture()

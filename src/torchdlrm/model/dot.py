@@ -1,12 +1,15 @@
 """Computes pairwise dot products of the dense vector and all embeddings, each pair once; in training and serving.
 
 In: dense_BD, sparse_BFD.  Out: [B, D + N(N-1)/2], the dense vector itself and then the upper triangle of V V^T.
-Cost: one batched product forward and one backward; the triangle is copied by one flat index per row.
+Cost: one batched product forward and one backward; the triangle is copied by one flat index per row. On CPU two kernels
+write the pairs, and the square of their gradients: torch computes the whole square, picks its upper triangle in a
+second pass, and has slow products of such small float32 matrices.
 
 B rows of the batch on this rank, F sparse features, D embedding dimension, N = F + 1 vectors that interact,
 P = N(N-1)/2 pairs; as served M slots for vectors (N rounded up to even) and W words of two numbers.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from torchdlrm.kernels.compile import as_in, compiled_loop, widened
 from torchdlrm.kernels.threads import array_of, in_parts
-from torchdlrm.model.dots import write_pairs, write_square
+from torchdlrm.model.architecture import BuiltInArchitecture, ModelShape, Product
 from torchdlrm.model.room import together
+from torchdlrm.model.served import FastInteraction, ServedWeights
 
 
 def dot_output_size(num_sparse_features: int, embedding_dim: int) -> int:
@@ -28,6 +33,71 @@ def has_kernels(tensor: Tensor) -> bool:
     """Not where operators are compiled or listed, as for the products of a model of one's own."""
     is_plain = tensor.device.type == "cpu" and tensor.dtype in {torch.float32, torch.bfloat16}
     return is_plain and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
+
+
+@compiled_loop
+def write_pairs(first: int, end: int, vectors_BND: Any, out: Any, vectors: Any) -> None:
+    """Write, for some rows, the first vector and the dot products of all pairs (i < j).
+
+    Args:
+        first: row of the batch.
+        end: one past the last.
+        vectors_BND: float32 or the bits of bfloat16.
+        out: of the same type, [B, D + P].
+        vectors: room for those of a row, float32 [N, D].
+    """
+    num_vectors, dim = vectors_BND.shape[1:]
+    for b in range(first, end):
+        written = out[b]
+        for i in range(num_vectors):
+            given, vector = vectors_BND[b, i], vectors[i]
+            for k in range(dim):
+                vector[k] = widened(given[k])
+        for k in range(dim):
+            written[k] = vectors_BND[b, 0, k]
+        place = dim
+        for i in range(num_vectors - 1):
+            one, j = vectors[i], i + 1
+            while j + 4 <= num_vectors:  # four at a time: each number of the one is loaded once for them
+                a, b_, c, d = vectors[j], vectors[j + 1], vectors[j + 2], vectors[j + 3]
+                dot_a, dot_b, dot_c, dot_d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+                for k in range(dim):
+                    dot_a += one[k] * a[k]
+                    dot_b += one[k] * b_[k]
+                    dot_c += one[k] * c[k]
+                    dot_d += one[k] * d[k]
+                written[place], written[place + 1] = as_in(out, dot_a), as_in(out, dot_b)
+                written[place + 2], written[place + 3] = as_in(out, dot_c), as_in(out, dot_d)
+                place, j = place + 4, j + 4
+            while j < num_vectors:
+                other, dot = vectors[j], np.float32(0)
+                for k in range(dim):
+                    dot += one[k] * other[k]
+                written[place] = as_in(out, dot)
+                place, j = place + 1, j + 1
+
+
+@compiled_loop
+def write_square(first: int, end: int, grad_pairs_BP: Any, square_BNN: Any) -> None:
+    """Write, for some rows, the pairs' gradients above and below a diagonal of zeros.
+
+    Args:
+        first: row of the batch.
+        end: one past the last.
+        grad_pairs_BP: float32 or the bits of bfloat16.
+        square_BNN: of the same type.
+    """
+    num_vectors = square_BNN.shape[1]
+    for b in range(first, end):
+        pairs, square = grad_pairs_BP[b], square_BNN[b]
+        place = 0
+        for i in range(num_vectors):
+            square[i, i] = 0
+            for j in range(i + 1, num_vectors):
+                square[i, j] = pairs[place]
+                place += 1
+            for j in range(i):
+                square[i, j] = square[j, i]
 
 
 class _PairwiseDots(torch.autograd.Function):
@@ -112,7 +182,7 @@ class InteractionArch(nn.Module):
         return pairwise_dots(dense_features, sparse_features, self.upper_P, self.lower_P)
 
 
-class PairLayout:
+class PairLayout(FastInteraction):
     """The interaction as it is served: which cells of the square feed the over arch, and in which order.
 
     Each pair of the N vectors stands twice in the square, and the over arch wants it once.  In float32 the upper
@@ -166,3 +236,22 @@ class PairLayout:
         spread[:, : self._dim] = weight[:, : self._dim]
         spread[:, self._dim + self._position_P] = weight[:, self._dim :]
         return spread
+
+
+class DotArchitecture(BuiltInArchitecture):
+    """That of `model.interaction = "dot"`, the paper's."""
+
+    class_name = "DLRM"
+
+    def interaction(self, shape: ModelShape) -> tuple[Sequence[Product], int]:
+        """V V^T."""
+        num_vectors, dim = shape.num_sparse + 1, shape.config.embedding_dim
+        square = Product(num_vectors, dim, num_vectors, has_weight=False, num_gradients=1)
+        return [square], dot_output_size(shape.num_sparse, dim)
+
+    def fast_interaction(self, shape: ModelShape, weights: ServedWeights) -> FastInteraction:
+        """Picks the pairs out of the square, two at a time in bfloat16."""
+        return PairLayout(shape.num_sparse + 1, shape.config.embedding_dim, weights.dtype)
+
+
+ARCHITECTURE = DotArchitecture()
