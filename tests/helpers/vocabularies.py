@@ -10,9 +10,9 @@ from torchdlrm.data.splits import SplitBounds
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.kinds import KINDS
 from torchdlrm.features.vocabulary import CANDIDATE_COLUMNS, MAX_ID, PERIOD_COLUMNS, Vocabulary
-from torchdlrm.preprocessing.count import ValueRange, count_values, rank_values, spread_values
-from torchdlrm.preprocessing.periods import Known, Period, assign_ids, update_values
+from torchdlrm.preprocessing.count import ValueRange, spread_values
 from torchdlrm.preprocessing.read import ChunkFile, encode_column
+from torchdlrm.preprocessing.vocabularies import Known, Period, assign_ids, count_values
 from torchdlrm.preprocessing.work_folder import write_sections
 
 
@@ -34,11 +34,12 @@ def fit(kind, values, *, min_count=1, max_embeddings=None, cuts=(), num_train=No
         split, chunks, ranges = read_chunks(folder, column, values, cuts, num_train, num_partitions)
         counts = [folder / f"counts-{i}" for i in range(num_partitions)]
         for values_of_range, target in zip(ranges, counts, strict=True):
-            count_values(values_of_range, chunks, split, min_count, None, target)
+            count_values(values_of_range, chunks, split, min_count, None, None, None, target)
         targets = [folder / f"ids-{i}" for i in range(num_partitions)]
         max_ids = MAX_ID if max_embeddings is None else max_embeddings - 1
-        rank_values(column, counts, max_ids, 10_000, None, None, targets, folder / "f.parquet")
-        return Vocabulary.read(folder / "f.parquet", "f", kind)
+        (folder / "vocabulary").mkdir()
+        assign_ids(column, counts, Known(), None, max_ids, 10_000, targets, folder)
+        return Vocabulary.read(folder / "vocabulary/f.parquet", "f", kind)
 
 
 def read_chunks(folder, column, values, cuts=(), num_train=None, num_partitions=1):
@@ -82,7 +83,7 @@ def next_vocabulary(before, folder, values, period, *, num_partitions=1, values_
     of_period = Period(period, rules.get("expire_after"), rules.get("admit_over", 1))
     places = {
         what: [folder / f"{what}-{i}" for i in range(num_partitions)]
-        for what in ("known", "asked", "updated", "tables")
+        for what in ("known", "asked", "counted", "tables")
     }
     files = {"vocabulary": False, "candidates": False}
     if before is not None:
@@ -96,13 +97,13 @@ def next_vocabulary(before, folder, values, period, *, num_partitions=1, values_
             if files[what]:
                 spread_values(column, file, columns, section, ranges, targets, num_partitions)
     for i, of_range in enumerate(ranges):
-        update_values(
+        count_values(
             *(of_range, chunks, split, rules["min_count"]),
             places["known"][i] if files["vocabulary"] else None,
             places["asked"][i] if files["candidates"] else None,
-            *(of_period, places["updated"][i]),
+            *(of_period, places["counted"][i]),
         )
     known = Known() if before is None else Known(before[1]["num_embeddings"], before[1]["num_values"])
     most = rules.get("max_embeddings")
     max_ids = MAX_ID if most is None else most - 1
-    return assign_ids(column, places["updated"], known, of_period, max_ids, values_at_a_time, places["tables"], folder)
+    return assign_ids(column, places["counted"], known, of_period, max_ids, values_at_a_time, places["tables"], folder)

@@ -1,9 +1,8 @@
 """Gives ids to the values of a sparse feature: counted, cut by a threshold and a cap, numbered by falling count.
 
 In: columns of raw values, missing ones null.  Out: a `Vocabulary`, which is also a Parquet file (value, count, id) that
-anything can read.  `torchdlrm.preprocessing.count` counts and ranks the values of a log of any size by the rules here.
-Where values come and go (`torchdlrm.preprocessing.periods`), the file also says when a value was first and last seen,
-and some ids may have no value.
+anything can read.  `torchdlrm.preprocessing.vocabularies` gives ids to the values of a log of any size by the rules
+here.  Where values come and go, the file also says when a value was first and last seen, and some ids have no value.
 
 Id 0 is "unknown".  A missing value is counted and numbered like any other; it sorts before all others.
 """

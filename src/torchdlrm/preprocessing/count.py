@@ -1,10 +1,11 @@
-"""Runs tasks that count values into vocabularies, give the values of each chunk their ids, and sum numbers exactly.
+"""Counts the values of the training rows, gives the values of each chunk their ids, and sums numbers exactly.
 
-These work on one sparse feature, the first and the last on a range of its partitions, so that memory holds it:
+These work on a range of the partitions of one sparse feature, so that memory holds its values; between them
+`torchdlrm.preprocessing.vocabularies` gives ids to values:
 
-    count_values    the values of a range in all chunks -> value, count of the training rows, by falling count
-    rank_values     the ranges of a feature -> its vocabulary; and for each range value, id
-    look_up_values  the values of a range in all chunks, again -> their ids, chunk after chunk
+    spread_values    the vocabulary of another dataset -> its part in each range
+    training_counts  the values of a range in all chunks -> value, count of the training rows
+    look_up_values   the values of a range in all chunks, again -> their ids, chunk after chunk
 
 and `sum_moments` on the dense columns of one chunk.
 """
@@ -24,8 +25,7 @@ import pyarrow.parquet as pq
 from torchdlrm.data.splits import RowSplit
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.transforms import DenseTransform, Moments
-from torchdlrm.features.vocabulary import UNKNOWN_ID, ValuesWriter, number_values, rank_counts, typed_values
-from torchdlrm.files import replacing_durably
+from torchdlrm.features.vocabulary import UNKNOWN_ID, rank_counts, typed_values
 from torchdlrm.preprocessing.read import ChunkFile, partitions_of, stored_categories
 from torchdlrm.preprocessing.work_folder import Result, Sections, write_sections
 
@@ -50,20 +50,6 @@ class ValueRange:
             return 0, sections.table(f"values/{self.column.name}").num_rows
         starts = sections.table(f"bounds/{self.column.name}")["start"]
         return starts[self.start].as_py(), starts[self.end].as_py()
-
-
-def count_values(
-    values: ValueRange, chunks: Sequence[ChunkFile], split: RowSplit, min_count: int, known: Path | None, target: Path
-) -> Result:
-    """Task: count the values of a range in the training rows, and keep those of at least `min_count`.
-
-    `known`, where it is given, has values whose ids are fixed: they are left out.
-    """
-    kept = training_counts(values, chunks, split).filter(pl.col("count") >= min_count)
-    if known is not None:
-        kept = kept.join(pl.DataFrame(read_section(known, "ids")), on="value", how="anti", nulls_equal=True)
-    write_sections(target, {"counts": rank_counts(kept).to_arrow()})
-    return {"values": kept.height}
 
 
 def training_counts(values: ValueRange, chunks: Sequence[ChunkFile], split: RowSplit) -> pl.DataFrame:
@@ -110,54 +96,6 @@ def _counts_of_chunk(
     return np.bincount(codes[is_train], minlength=sections.table(f"values/{column.name}").num_rows)
 
 
-def rank_values(
-    column: SparseColumn,
-    counts: Sequence[Path],
-    max_ids: int,
-    values_at_a_time: int,
-    known: Sequence[Path] | None,
-    known_vocabulary: Path | None,
-    targets: Sequence[Path],
-    vocabulary: Path,
-) -> Result:
-    """Task: number the counted values of all ranges of a feature by falling count, ties by value, null first.
-
-    Args:
-        column: the feature.
-        counts: what `count_values` wrote, a file for each range.
-        max_ids: values beyond this many ids get none.
-        values_at_a_time: how many values memory holds.
-        known: value and id of the values of each range whose ids are fixed; new ids follow the largest.
-        known_vocabulary: the vocabulary file of these.
-        targets: the file of value and id of each range.
-        vocabulary: the feature's vocabulary file.
-    """
-    tables = [pl.DataFrame(read_section(path, "counts")) for path in counts]
-    if known is None:
-        ids = [[pl.DataFrame(schema={"value": column.vocabulary_dtype, "id": pl.Int32})] for _ in tables]
-    else:
-        ids = [[pl.DataFrame(read_section(path, "ids"))] for path in known]
-    num_ids = 0
-    with replacing_durably(vocabulary) as temporary, ValuesWriter(temporary, column.vocabulary_kind) as writer:
-        if known_vocabulary is not None:
-            for piece in _read_values(known_vocabulary, column):
-                writer.append(piece)
-                num_ids += piece.height
-        for slices in in_order(tables, values_at_a_time):
-            rows = ranked(tables, slices, num_ids, max(0, max_ids - num_ids))
-            writer.append(rows)
-            num_ids += rows.height
-            for i, pieces in enumerate(ids):
-                pieces.append(rows.filter(pl.col("table") == i).select("value", "id"))
-            if num_ids >= max_ids:
-                break
-        if not num_ids:
-            writer.append(pl.DataFrame(schema={"value": column.vocabulary_dtype, "count": pl.Int64, "id": pl.Int32}))
-    for pieces, target in zip(ids, targets, strict=True):
-        write_sections(target, {"ids": pl.concat(pieces).to_arrow()})
-    return {"num_ids": num_ids}
-
-
 def in_order(tables: Sequence[pl.DataFrame], values_at_a_time: int) -> Iterator[list[slice]]:
     """Slices of the tables, each sorted by falling count and rising value, that together follow that same order."""
     counts = [table["count"].to_numpy() for table in tables]
@@ -199,15 +137,13 @@ def by_value(
         ]
 
 
-def ranked(tables: Sequence[pl.DataFrame], slices: Sequence[slice], num_ids: int, most: int) -> pl.DataFrame:
-    """What the tables have in these slices, id, and the number of the table of each row, in the order of ids."""
+def ranked(tables: Sequence[pl.DataFrame], slices: Sequence[slice]) -> pl.DataFrame:
+    """What the tables have in these slices, and the number of the table of each row, in the order of ids."""
     rows = pl.concat(
         table[rows].with_columns(pl.lit(i, pl.Int32).alias("table"))
         for i, (table, rows) in enumerate(zip(tables, slices, strict=True))
     )
-    if len(tables) > 1:
-        rows = rank_counts(rows)
-    return number_values(rows.head(most), first_id=num_ids + 1)
+    return rank_counts(rows) if len(tables) > 1 else rows
 
 
 def look_up_values(values: ValueRange, chunks: Sequence[ChunkFile], ids: Path, target: Path) -> Result:
@@ -220,7 +156,7 @@ def look_up_values(values: ValueRange, chunks: Sequence[ChunkFile], ids: Path, t
             found = sections.table(f"values/{values.column.name}").slice(start, end - start)
             frames.append(stored_categories(pl.Series("value", found["value"]), values.column).to_frame())
             starts.append(starts[-1] + end - start)
-    table = pl.DataFrame(read_section(ids, "ids"))
+    table = pl.DataFrame(read_section(ids, "ids").select(["value", "id"]))
     looked_up = (
         pl.concat(frames)
         .lazy()

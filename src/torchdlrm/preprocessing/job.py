@@ -37,11 +37,11 @@ from torchdlrm.preprocessing.count import add_moments, sum_moments
 from torchdlrm.preprocessing.encode import Encoding, Parts, encode_group, write_rows
 from torchdlrm.preprocessing.executors import Task, Workers
 from torchdlrm.preprocessing.options import BASE_BYTES, PreprocessOptions
-from torchdlrm.preprocessing.periods import Period
 from torchdlrm.preprocessing.place import place_chunks
 from torchdlrm.preprocessing.read import ChunkFile, ReadTask, read_chunk, unpack
 from torchdlrm.preprocessing.sizing import bytes_a_row, part_memory_bytes
 from torchdlrm.preprocessing.tally import Tally
+from torchdlrm.preprocessing.vocabularies import Period
 from torchdlrm.preprocessing.vocabulary_phase import VocabularyPhase
 from torchdlrm.preprocessing.work_folder import Result, WorkFolder
 from torchdlrm.progress import ProgressListener

@@ -24,8 +24,8 @@ from torchdlrm.logs.find import find_files
 from torchdlrm.preprocessing.executors import start_workers
 from torchdlrm.preprocessing.job import Job
 from torchdlrm.preprocessing.options import PART_ROWS, PreprocessOptions, Resources
-from torchdlrm.preprocessing.periods import Period
 from torchdlrm.preprocessing.sizing import check_disk, choose_sizing, tasks_that_fit
+from torchdlrm.preprocessing.vocabularies import Period
 from torchdlrm.preprocessing.work_folder import WorkFolder, holds_job
 from torchdlrm.progress import ProgressListener, watched
 

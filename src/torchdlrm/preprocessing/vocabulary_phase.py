@@ -1,7 +1,7 @@
 """Runs the phase that counts: makes the vocabularies of all features, and gives the values of each chunk their ids.
 
-In: the chunks of a log.  Out: the records of sparse features, and files of ids.  The tasks are those of `count`, and
-where values come and go those of `periods`.
+In: the chunks of a log.  Out: the records of sparse features, and files of ids.  The tasks are those of `count`
+and `vocabularies`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,15 +21,15 @@ from torchdlrm.data.dataset import (
 from torchdlrm.data.splits import RowSplit
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.features.vocabulary import CANDIDATE_COLUMNS, MAX_ID, PERIOD_COLUMNS
+from torchdlrm.features.vocabulary import CANDIDATE_COLUMNS, MAX_ID, PERIOD_COLUMNS, VALUE_COLUMNS
 from torchdlrm.files import sha256_of
-from torchdlrm.preprocessing.count import ValueRange, count_values, look_up_values, rank_values, spread_values
+from torchdlrm.preprocessing.count import ValueRange, look_up_values, spread_values
 from torchdlrm.preprocessing.executors import Task, Workers
 from torchdlrm.preprocessing.options import PreprocessOptions
-from torchdlrm.preprocessing.periods import Known, Period, assign_ids, update_values
 from torchdlrm.preprocessing.quantiles import fit_boundaries
 from torchdlrm.preprocessing.read import ChunkFile
 from torchdlrm.preprocessing.sizing import BYTES_A_VALUE
+from torchdlrm.preprocessing.vocabularies import Known, Period, assign_ids, count_values
 from torchdlrm.preprocessing.work_folder import Result, WorkFolder
 from torchdlrm.progress import ProgressListener
 
@@ -81,7 +81,7 @@ class VocabularyPhase:
         if not tasks:
             self.progress.advance(num_values)
         if counts_anything:
-            tasks = [self._rank_task(column, counted_ranges[column.name]) for column in counted]
+            tasks = [self._assign_task(column, counted_ranges[column.name]) for column in counted]
             list(self.workers.run(tasks, self.work))
         tasks = [
             Task(
@@ -152,7 +152,7 @@ class VocabularyPhase:
     def _spread_tasks(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Iterator[Task]:
         record, partitions = self._known_record(column), self.work.sizing.num_partitions
         turns_over = self.period is not None and self.options.extend_vocabulary
-        columns: Sequence[str] = PERIOD_COLUMNS if turns_over else ("value", "id")
+        columns = PERIOD_COLUMNS if turns_over else VALUE_COLUMNS
         files = [(record.vocabulary, columns, "ids", "known")]
         if turns_over and record.turnover is not None and record.turnover.candidates is not None:
             files.append((record.turnover.candidates, CANDIDATE_COLUMNS, "counts", "candidates"))
@@ -171,41 +171,33 @@ class VocabularyPhase:
         tasks = []
         for column in counted:
             min_count = self.options.min_count if column.min_count is None else column.min_count
+            turnover = self._known_record(column).turnover if self.options.extend_vocabulary else None
+            has_candidates = turnover is not None and turnover.candidates is not None
             for values in ranges[column.name]:
-                extends = self.options.extend_vocabulary
-                known = self._known_table(values) if extends else None
+                known = self._known_table(values) if self.options.extend_vocabulary else None
+                candidates = self._known_table(values, "candidates") if has_candidates else None
                 target = self.work.path / "counts" / values.name
-                arguments: tuple[Any, ...] = (values, chunks, split, min_count, known)
-                if self.period is not None:
-                    turnover = self._known_record(column).turnover if extends else None
-                    has_candidates = turnover is not None and turnover.candidates is not None
-                    arguments += (self._known_table(values, "candidates") if has_candidates else None, self.period)
-                task = count_values if self.period is None else update_values
-                tasks.append(Task(f"count-{values.name}", task, (*arguments, target)))
+                arguments = (values, chunks, split, min_count, known, candidates, self.period, target)
+                tasks.append(Task(f"count-{values.name}", count_values, arguments))
         return tasks
 
-    def _rank_task(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Task:
+    def _assign_task(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Task:
         most = self.options.max_embeddings if column.max_embeddings is None else column.max_embeddings
-        extends = self.options.extend_vocabulary
-        counts = [self.work.path / "counts" / values.name for values in ranges]
-        values_at_a_time = self.work.sizing.values_per_task
-        max_ids = MAX_ID if most is None else most - 1
-        tables = [self._table(values) for values in ranges]
-        if self.period is not None:
-            known = self._known_record(column) if extends else None
-            before = Known() if known is None else Known(known.num_embeddings, known.num_values)
-            arguments: tuple[Any, ...] = (
-                *(column, counts, before, self.period, max_ids, -(-values_at_a_time // _WEIGHT_WITH_PERIODS)),
-                *(tables, self._dataset_folder),
-            )
-            return Task(f"rank-{column.name}", assign_ids, arguments)
+        known = Known()
+        if self.options.extend_vocabulary:
+            record = self._known_record(column)
+            known = Known(record.num_embeddings, record.num_values)
         arguments = (
-            *(column, counts, max_ids, values_at_a_time),
-            [self._known_table(values) for values in ranges] if extends else None,
-            self._known_file(self._known_record(column).vocabulary) if extends else None,
-            *(tables, self._dataset_folder / "vocabulary" / f"{column.name}.parquet"),
+            column,
+            [self.work.path / "counts" / values.name for values in ranges],
+            known,
+            self.period,
+            MAX_ID if most is None else most - 1,
+            -(-self.work.sizing.values_per_task // (1 if self.period is None else _WEIGHT_WITH_PERIODS)),
+            [self._table(values) for values in ranges],
+            self._dataset_folder,
         )
-        return Task(f"rank-{column.name}", rank_values, arguments)
+        return Task(f"assign-{column.name}", assign_ids, arguments)
 
     def _sparse_record(self, column: SparseColumn) -> SparseRecord:
         if column.hash is not None:
@@ -215,20 +207,19 @@ class VocabularyPhase:
             for file in record.files:
                 (self._dataset_folder / file.path).write_bytes(self._known_file(file).read_bytes())
             return record
-        result = self.work.result(f"rank-{column.name}")
-        assert result is not None, "the feature was ranked"
+        result = self.work.result(f"assign-{column.name}")
+        assert result is not None, "its values have ids"
 
         def record_of(what: str, rows: int) -> FileRecord:
             return file_record(self._dataset_folder, f"{what}/{column.name}.parquet", rows)
 
-        if self.period is None:
-            num_ids = result["num_ids"]
-            return SparseRecord(num_embeddings=num_ids + 1, vocabulary=record_of("vocabulary", num_ids))
-        turnover = TurnoverRecord(
-            admitted=result["admitted"],
-            expired=result["expired"],
-            **{name: record_of(name, result[name]) for name in ("reset", "candidates") if result[name]},
-        )
+        turnover = None
+        if self.period is not None:
+            turnover = TurnoverRecord(
+                admitted=result["admitted"],
+                expired=result["expired"],
+                **{name: record_of(name, result[name]) for name in ("reset", "candidates") if result[name]},
+            )
         vocabulary = record_of("vocabulary", result["num_values"])
         return SparseRecord(num_embeddings=result["num_embeddings"], vocabulary=vocabulary, turnover=turnover)
 

@@ -14,10 +14,10 @@ from torchdlrm.features.kinds import KINDS
 from torchdlrm.features.transforms import Moments, Standardize
 from torchdlrm.features.value_hash import hash_values, hashed_ids
 from torchdlrm.features.vocabulary import Vocabulary, number_values, rank_counts
-from torchdlrm.preprocessing.count import rank_values
 from torchdlrm.preprocessing.place import smallest
 from torchdlrm.preprocessing.read import partitions_of
 from torchdlrm.preprocessing.tally import divergence, id_bins
+from torchdlrm.preprocessing.vocabularies import Known, assign_ids
 from torchdlrm.preprocessing.work_folder import Sections, write_sections
 
 
@@ -86,22 +86,23 @@ def test_ranking_by_ranges_equals_ranking_at_once(tmp_path, kind, values_at_a_ti
     whole = Vocabulary("f", kind, number_values(rank_counts(counts).head(max_ids)))
     whole.write(tmp_path / "whole.parquet")
     parts = partitions_of(counts["value"], 4)
-    files = []
+    files, kept = [], pl.DataFrame(schema={"value": KINDS[kind].dtype, "count": pl.Int64, "id": pl.Int32})
     for part in range(4):
         table = rank_counts(counts.filter(pl.Series(parts == part)))
         files.append(tmp_path / f"counts{part}")
-        write_sections(files[-1], {"counts": table.to_arrow()})
+        write_sections(files[-1], {"kept": kept.to_arrow(), "new": table.to_arrow()})
     targets = [tmp_path / f"ids{part}" for part in range(4)]
     column = SparseColumn(name="f", kind=kind)
-    result = rank_values(column, files, max_ids, values_at_a_time, None, None, targets, tmp_path / "f.parquet")
-    assert result["num_ids"] == whole.table.height
-    assert (tmp_path / "f.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    (tmp_path / "vocabulary").mkdir()
+    result = assign_ids(column, files, Known(), None, max_ids, values_at_a_time, targets, tmp_path)
+    assert result["num_values"] == whole.table.height
+    assert (tmp_path / "vocabulary/f.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     found = {}
     for part, target in enumerate(targets):
         with Sections(target) as sections:
             table = pl.DataFrame(sections.table("ids"))
         assert (partitions_of(table["value"], 4) == part).all()
-        found |= dict(table.rows())
+        found |= dict(table.select("value", "id").rows())
     assert found == dict(whole.table.select("value", "id").rows())
 
 

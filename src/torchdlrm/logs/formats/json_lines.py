@@ -35,7 +35,8 @@ from torchdlrm.logs.lines import LineFormat, read_blocks, read_head
 from torchdlrm.logs.names import found_by_name
 
 _Row = dict[str, Any]
-_MISSING, _NESTED = type(None), {list, dict}
+_MISSING: type = type(None)
+_NESTED: set[type] = {list, dict}
 _BLOCK_ROWS = 512
 _SHOWN_BYTES = 400  # of a line that is at fault
 _MAX_SAMPLED_BAD_LINES = 3

@@ -1,13 +1,14 @@
-"""Runs tasks on vocabularies whose values come and go from one period of a log to the next.
+"""Runs tasks that give ids to the values of a sparse feature, which may come and go from one period to the next.
 
-A period (an hour, a day) is a number.  A value that was not seen in the training rows of so many periods loses its id;
-one that has none gets one when it is frequent enough over some periods, the smallest free one first; and where there
-are more values than a table may have rows, those that were seen last are kept.  An id never moves from a value to
-another while both have one.  Like the tasks of `count`, these work on one sparse feature:
+Values are numbered by falling count in the training rows, ties by value, null first; those that have an id in a dataset
+whose vocabulary is extended keep it.  Where values come and go, a period (an hour, a day) is a number.  A value that
+was not seen in the training rows of a number of periods loses its id; one that has none gets one when it is frequent
+enough over some periods, the smallest free one first; and where there are more values than a table may have rows, those
+that were seen last are kept.  An id never moves from a value to another while both have one.
 
-    update_values  a range of its values: those with ids, and the counts of others -> the same after this period
-    assign_ids     all ranges -> the vocabulary, the ids that stand for another value than before, and the values that
-                   are too rare so far; and for each range value, id
+    count_values  a range of the values: those with ids, and the counts of others -> the same after this log
+    assign_ids    all ranges -> the vocabulary, the ids that stand for another value than before, and the values that
+                  are too rare so far; and for each range value, id
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from torchdlrm.features.vocabulary import (
     CANDIDATE_COLUMNS,
     PERIOD_COLUMNS,
     UNKNOWN_ID,
+    VALUE_COLUMNS,
     ValuesWriter,
     rank_counts,
     write_rows,
@@ -59,17 +61,17 @@ class Known:
     num_values: int = 0
 
 
-def update_values(
+def count_values(
     values: ValueRange,
     chunks: Sequence[ChunkFile],
     split: RowSplit,
     min_count: int,
     known: Path | None,
     candidates: Path | None,
-    period: Period,
+    period: Period | None,
     target: Path,
 ) -> Result:
-    """Task: what a period's log makes of the values of a range.
+    """Task: what a log makes of the values of a range.
 
     Args:
         values: the range.
@@ -78,53 +80,68 @@ def update_values(
         min_count: a value that is counted less often gets no id.
         known: the values of the range that have ids; `spread_values` wrote it.
         candidates: counts, by period, of values of the range that have none; likewise.
-        period: the rules.
+        period: the rules by which values come and go; None: none goes.
         target: the file to write: `kept`, the values that keep their ids, in the order of ids; `new`, those that are
-            frequent enough for one, by falling count; `candidates`, the counts that the next period asks for of all
-            values without ids, whether frequent enough or not.
+            frequent enough for one, by falling count; where values come and go `candidates`, the counts that the next
+            period asks for of all values without ids, whether frequent enough or not.
     """
     counted = training_counts(values, chunks, split)
-    before = _known_values(values.column, known, period)
+    kept = _known_values(values.column, known, period)
+    new = counted if known is None else counted.join(kept, on="value", how="anti", nulls_equal=True)
+    tables = {}
+    if period is not None:
+        earlier = _read_candidates(values.column, candidates, period.number - period.admit_over)
+        tables["candidates"] = _asked(earlier, new, period)
+        kept, new = _still_known(kept, counted, period), _over_periods(new, earlier, period)
+    del counted
+    new = rank_counts(new.filter(pl.col("count") >= min_count))
+    tables |= {"kept": kept.sort("id"), "new": new}
+    write_sections(target, {name: table.to_arrow() for name, table in tables.items()})
+    return {"values": kept.height + new.height}
+
+
+def _known_values(column: SparseColumn, known: Path | None, period: Period | None) -> pl.DataFrame:
+    """The values that have ids; where their periods were not noted, they were all seen in the one before."""
+    names = VALUE_COLUMNS if period is None else PERIOD_COLUMNS
+    if known is None:
+        numbers = {name: pl.Int64 if name == "count" else pl.Int32 for name in names[1:]}
+        return pl.DataFrame(schema={"value": column.vocabulary_dtype, **numbers})
+    found = pl.DataFrame(read_section(known, "ids"))
+    if period is None or "last_period" in found.columns:
+        return found
+    before = pl.lit(period.number - 1, pl.Int32)
+    return found.with_columns(first_period=before, last_period=before)
+
+
+def _still_known(known: pl.DataFrame, counted: pl.DataFrame, period: Period) -> pl.DataFrame:
+    """The values that had ids and were seen lately, with what was counted in this period."""
     is_seen = pl.col("today").is_not_null()
-    kept = before.join(counted.rename({"count": "today"}), on="value", how="left", nulls_equal=True).select(
+    kept = known.join(counted.rename({"count": "today"}), on="value", how="left", nulls_equal=True).select(
         "value",
         pl.col("count") + pl.col("today").fill_null(0),
         "id",
         "first_period",
         pl.when(is_seen).then(pl.lit(period.number, pl.Int32)).otherwise("last_period").alias("last_period"),
     )
-    if period.expire_after is not None:
-        kept = kept.filter(period.number - pl.col("last_period") < period.expire_after)
-    today = counted.join(before, on="value", how="anti", nulls_equal=True)
-    del counted, before
-    earlier = _read_candidates(values.column, candidates, period.number - period.admit_over)
+    if period.expire_after is None:
+        return kept
+    return kept.filter(period.number - pl.col("last_period") < period.expire_after)
+
+
+def _over_periods(today: pl.DataFrame, earlier: pl.DataFrame, period: Period) -> pl.DataFrame:
+    """The values of this period that have no id, with their rows in earlier periods and the first one."""
     totals = earlier.group_by("value").agg(pl.col("count").sum(), pl.col("period").min())
-    new = (
-        today.join(totals, on="value", how="left", nulls_equal=True, suffix="_before")
-        .select(
-            "value",
-            pl.col("count") + pl.col("count_before").fill_null(0),
-            pl.col("period").fill_null(period.number).alias("first_period"),
-        )
-        .filter(pl.col("count") >= min_count)
+    return today.join(totals, on="value", how="left", nulls_equal=True, suffix="_before").select(
+        "value",
+        pl.col("count") + pl.col("count_before").fill_null(0),
+        pl.col("period").fill_null(period.number).alias("first_period"),
     )
+
+
+def _asked(earlier: pl.DataFrame, today: pl.DataFrame, period: Period) -> pl.DataFrame:
+    """The counts of values without ids that the next period asks for."""
     asked = pl.concat([earlier, today.select("value", pl.lit(period.number, pl.Int32).alias("period"), "count")])
-    asked = asked.filter(pl.col("period") > period.number + 1 - period.admit_over).sort(CANDIDATE_COLUMNS)
-    tables = {"kept": kept.sort("id"), "new": rank_counts(new), "candidates": asked}
-    write_sections(target, {name: table.to_arrow() for name, table in tables.items()})
-    return {"values": kept.height + new.height}
-
-
-def _known_values(column: SparseColumn, known: Path | None, period: Period) -> pl.DataFrame:
-    """The values that have ids; where nobody noted their periods, they were all seen in the one before."""
-    if known is None:
-        numbers = {name: pl.Int64 if name == "count" else pl.Int32 for name in PERIOD_COLUMNS[1:]}
-        return pl.DataFrame(schema={"value": column.vocabulary_dtype, **numbers})
-    found = pl.DataFrame(read_section(known, "ids"))
-    if "last_period" in found.columns:
-        return found
-    before = pl.lit(period.number - 1, pl.Int32)
-    return found.with_columns(first_period=before, last_period=before)
+    return asked.filter(pl.col("period") > period.number + 1 - period.admit_over).sort(CANDIDATE_COLUMNS)
 
 
 def _read_candidates(column: SparseColumn, candidates: Path | None, before: int) -> pl.DataFrame:
@@ -136,9 +153,9 @@ def _read_candidates(column: SparseColumn, candidates: Path | None, before: int)
 
 def assign_ids(
     column: SparseColumn,
-    updated: Sequence[Path],
+    counted: Sequence[Path],
     known: Known,
-    period: Period,
+    period: Period | None,
     max_ids: int,
     values_at_a_time: int,
     targets: Sequence[Path],
@@ -148,32 +165,38 @@ def assign_ids(
 
     Args:
         column: the feature.
-        updated: what `update_values` wrote, a file for each range.
+        counted: what `count_values` wrote, a file for each range.
         known: what the feature had before.
-        period: the rules.
+        period: the rules by which values come and go; None: none goes.
         max_ids: most values with ids.
         values_at_a_time: how many values memory holds.
         targets: the file of value and id of each range, and of its values without one.
         dataset: its folder, with the folders vocabulary, reset and candidates; the files of the last two are written
             where they have rows.
     """
-    stays, num_new = _choose(updated, period, max_ids)
-    used = [_column(path, "kept", "id")[mask] for path, mask in zip(updated, stays, strict=True)]
+    stays, num_new = _choose(counted, period, max_ids)
+    used = [_column(path, "kept", "id")[mask] for path, mask in zip(counted, stays, strict=True)]
     new_ids = _smallest_free(used, num_new)
-    ids_of_ranges = _ids_of_ranges(updated, new_ids, values_at_a_time)
+    ids_of_ranges = _ids_of_ranges(counted, new_ids, values_at_a_time)
+    columns = VALUE_COLUMNS if period is None else PERIOD_COLUMNS
     # One range after the other: what is mapped into memory counts, too.
-    for path, mask, ids, target in zip(updated, stays, ids_of_ranges, targets, strict=True):
-        given = pl.Series("id", ids), pl.Series("last_period", [period.number], pl.Int32).new_from_index(0, len(ids))
-        admitted = pl.DataFrame(read_section(path, "new")).head(len(ids)).with_columns(*given)
+    for path, mask, ids, target in zip(counted, stays, ids_of_ranges, targets, strict=True):
+        admitted = pl.DataFrame(read_section(path, "new")).head(len(ids)).with_columns(pl.Series("id", ids))
+        if period is not None:
+            admitted = admitted.with_columns(last_period=pl.lit(period.number, pl.Int32))
         staying = pl.DataFrame(read_section(path, "kept")).filter(pl.Series(mask))
-        rows = pl.concat([staying.select(PERIOD_COLUMNS), admitted.select(PERIOD_COLUMNS)]).sort("id")
-        asked = pl.DataFrame(read_section(path, "candidates"))
-        asked = asked.join(rows, on="value", how="anti", nulls_equal=True, maintain_order="left")
-        write_sections(target, {"ids": rows.to_arrow(), "candidates": asked.to_arrow()})
-    num_ids = _write_vocabulary(column, targets, values_at_a_time, dataset / "vocabulary" / f"{column.name}.parquet")
+        rows = pl.concat([staying.select(columns), admitted.select(columns)])
+        rows = rows if rows["id"].is_sorted() else rows.sort("id")
+        tables = {"ids": rows}
+        if period is not None:
+            asked = pl.DataFrame(read_section(path, "candidates"))
+            tables["candidates"] = asked.join(rows, on="value", how="anti", nulls_equal=True, maintain_order="left")
+        write_sections(target, {name: table.to_arrow() for name, table in tables.items()})
+    name = f"{column.name}.parquet"
+    num_ids = _write_vocabulary(column, columns, targets, values_at_a_time, dataset / "vocabulary" / name)
     reset = new_ids[new_ids < known.num_embeddings]
     if len(reset):
-        with replacing_durably(dataset / "reset" / f"{column.name}.parquet") as temporary:
+        with replacing_durably(dataset / "reset" / name) as temporary:
             schema = pa.schema([pa.field("id", pa.int32(), nullable=False)])
             write_rows(temporary, pa.table({"id": reset}, schema=schema))
     num_kept = sum(map(len, used))
@@ -183,9 +206,9 @@ def assign_ids(
         "admitted": num_new,
         "expired": known.num_values - num_kept,
         "reset": len(reset),
-        "candidates": _write_candidates(
-            column, targets, values_at_a_time, dataset / "candidates" / f"{column.name}.parquet"
-        ),
+        "candidates": 0
+        if period is None
+        else _write_candidates(column, targets, values_at_a_time, dataset / "candidates" / name),
     }
 
 
@@ -194,19 +217,22 @@ def _column(path: Path, section: str, name: str) -> npt.NDArray[Any]:
     return np.array(read_section(path, section)[name])
 
 
-def _choose(updated: Sequence[Path], period: Period, max_ids: int) -> tuple[list[npt.NDArray[np.bool_]], int]:
+def _choose(counted: Sequence[Path], period: Period | None, max_ids: int) -> tuple[list[npt.NDArray[np.bool_]], int]:
     """Which values keep their ids, [D] of each range, and how many new ones get one, by falling count.
 
-    Those that were seen last come first, then the frequent ones, then those that had an id, by their ids.
+    Where values come and go, those that were seen last come first, then the frequent ones, then those that had an id,
+    by their ids; else all that had one keep it.
     """
-    sizes = [read_section(path, "kept").num_rows for path in updated]
-    num_kept, num_new = sum(sizes), sum(read_section(path, "new").num_rows for path in updated)
+    sizes = [read_section(path, "kept").num_rows for path in counted]
+    num_kept, num_new = sum(sizes), sum(read_section(path, "new").num_rows for path in counted)
     stays = np.ones(num_kept, np.bool_)
-    if num_kept + num_new > max_ids:
+    if period is None:
+        num_new = min(num_new, max(0, max_ids - num_kept))
+    elif num_kept + num_new > max_ids:
         last_period, counts, ids = (
-            np.concatenate([_column(path, "kept", name) for path in updated]) for name in ("last_period", "count", "id")
+            np.concatenate([_column(path, "kept", name) for path in counted]) for name in ("last_period", "count", "id")
         )
-        new_counts = -np.sort(-np.concatenate([_column(path, "new", "count") for path in updated]))
+        new_counts = -np.sort(-np.concatenate([_column(path, "new", "count") for path in counted]))
         is_new = np.repeat([False, True], [num_kept, num_new])
         order = np.lexsort(
             (
@@ -233,14 +259,14 @@ def _smallest_free(used: Sequence[npt.NDArray[np.int32]], count: int) -> npt.NDA
 
 
 def _ids_of_ranges(
-    updated: Sequence[Path], new_ids: npt.NDArray[np.int32], values_at_a_time: int
+    counted: Sequence[Path], new_ids: npt.NDArray[np.int32], values_at_a_time: int
 ) -> list[npt.NDArray[np.int32]]:
     """The ids of the first new values of each range, which are sorted by falling count; the others get none."""
-    new = [pl.DataFrame(read_section(path, "new")) for path in updated]
+    new = [pl.DataFrame(read_section(path, "new")) for path in counted]
     ids: list[list[npt.NDArray[np.int32]]] = [[np.zeros(0, np.int32)] for _ in new]
     numbered = 0
     for slices in in_order(new, values_at_a_time):
-        tables = ranked(new, slices, 0, len(new_ids) - numbered)["table"].to_numpy()
+        tables = ranked(new, slices)["table"].to_numpy()[: len(new_ids) - numbered]
         here = new_ids[numbered : numbered + len(tables)]
         for i, pieces in enumerate(ids):
             pieces.append(here[tables == i])
@@ -250,12 +276,14 @@ def _ids_of_ranges(
     return [np.concatenate(pieces) for pieces in ids]
 
 
-def _write_vocabulary(column: SparseColumn, tables: Sequence[Path], values_at_a_time: int, path: Path) -> int:
+def _write_vocabulary(
+    column: SparseColumn, columns: Sequence[str], tables: Sequence[Path], values_at_a_time: int, path: Path
+) -> int:
     """Write the vocabulary of which each range has a table; returns its largest id."""
     num_ids = max(read_section(table, "ids")["id"][-1:].to_pylist() or [UNKNOWN_ID] for table in tables)[0]
     with (
         replacing_durably(path) as temporary,
-        ValuesWriter(temporary, column.vocabulary_kind, PERIOD_COLUMNS) as writer,
+        ValuesWriter(temporary, column.vocabulary_kind, columns) as writer,
     ):
         for first in range(0, num_ids + 1, values_at_a_time):
             pieces = []
@@ -264,7 +292,7 @@ def _write_vocabulary(column: SparseColumn, tables: Sequence[Path], values_at_a_
                 edges = first, min(first + values_at_a_time, num_ids + 1)
                 start, end = (int(rows["id"].search_sorted(edge)) for edge in edges)
                 pieces.append(rows[start:end])
-            writer.append(pl.concat(pieces).sort("id"))
+            writer.append(pl.concat(pieces).sort("id") if len(pieces) > 1 else pieces[0])
     return num_ids
 
 
