@@ -14,6 +14,7 @@ So a row means what it means in a request to a server.  Cost: about 15 us a row 
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRow, BadRows
 from torchdlrm.features.cells import to_typed_columns
 from torchdlrm.features.columns import Column, Feature, SparseColumn
-from torchdlrm.features.kinds import FLOAT
+from torchdlrm.features.kinds import FLOAT, ValueKind
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.cut import BYTE_ORDER_MARK, MAX_ROW_BYTES
 from torchdlrm.logs.files import LogFile
@@ -150,12 +151,9 @@ def _text_column(cells: Sequence[Any], column: Column) -> pl.Series:
     if isinstance(column, SparseColumn) and column.is_multi_valued:
         return pl.Series(column.name, [_values(cell, column) for cell in cells], pl.List(pl.String))
     types = set(map(type, cells)) - {_MISSING}
-    try:
-        numbers = column.value_kind.from_json_numbers(cells, types) if isinstance(column, Feature) else None
-    except OverflowError:
-        numbers = None  # as a text it is a bad cell
-    if numbers is not None:
-        return numbers.alias(column.name).cast(pl.String)
+    if types and types <= _kind_of(column).json_types - {str}:
+        with suppress(OverflowError, TypeError):  # integers of more than 64 bits
+            return pl.Series(column.name, cells, pl.Int64 if types == {int} else pl.Float64).cast(pl.String)
     if types - {str} or "" in cells:
         cells = [_text(cell, column) for cell in cells]
     return pl.Series(column.name, cells, pl.String)
@@ -180,10 +178,15 @@ def _text(cell: Any, column: Column) -> str | None:
     if isinstance(cell, bool | list | dict):
         return orjson.dumps(cell).decode()
     try:
-        text = (column.value_kind if isinstance(column, Feature) else FLOAT).text_of_number(cell)
+        text = _kind_of(column).text_of_number(cell)
     except ValueError:  # it may have been rounded
         text = None
     return f"the number {cell}" if text is None else text
+
+
+def _kind_of(column: Column) -> ValueKind:
+    """How numbers of a column are read."""
+    return column.value_kind if isinstance(column, Feature) else FLOAT
 
 
 def _keys(rows: Iterable[_Row | None]) -> list[str]:
