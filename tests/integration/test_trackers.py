@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from torchdlrm.config import load_config
-from torchdlrm.errors import Interrupted, TrainingError
+from torchdlrm.errors import ConfigError, Interrupted, TrainingError
 from torchdlrm.training.job import train
 from torchdlrm.training.log import Callbacks, MetricsLog
-from torchdlrm.training.trackers import Tracker, open_trackers
+from torchdlrm.training.trackers import TRACKERS, Tracker, check_trackers, open_trackers
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 OPTIONS = ("--logging.every-steps", 5, "--logging.tensorboard", "false", "--table-optimizer.learning-rate", 0.04)
@@ -66,6 +66,35 @@ def test_every_tracker_is_told_the_metrics_of_metrics_jsonl_and_how_it_ended(err
     (line,) = lines(tmp_path)
     assert list(line) == ["step", "rows", "split", "auc", "ne", "time"]
     assert (line["step"], line["rows"], line["split"], line["auc"], line["ne"]) == (7, 70, "val", 0.75, None)
+
+
+def test_a_tracker_is_one_class(small_dataset, tmp_path, monkeypatch):
+    """Registered, it is named in the config, receives what is logged, and is given its id when the run is resumed."""
+
+    class Listing(Tracker):
+        def __init__(self, run_path, config, run_id):
+            self.run_id = run_id or config.logging.experiment
+            self.path = run_path / "listing.txt"
+
+        def log(self, step, values):
+            with self.path.open("a") as file:
+                file.write(f"{self.run_id} {step} {values.get('val/auc', '')}\n")
+
+        def on_end(self, outcome):
+            self.log(0, {"val/auc": outcome})
+
+    monkeypatch.setitem(TRACKERS, "json", Listing)  # a package of that name is installed
+    options = {"logging.every_steps": "5", "logging.tensorboard": "false", "logging.trackers": "json"}
+    for experiment, max_steps in (("first", "5"), ("second", "10")):
+        settings = {**options, "logging.experiment": experiment, "train.max_steps": max_steps}
+        train(load_config(CONFIG, settings), small_dataset, tmp_path / "run")
+    told = [line.split() for line in (tmp_path / "run" / "listing.txt").read_text().splitlines()]
+    assert {line[0] for line in told} == {"first"}
+    assert [line[1:] for line in told if line[1] == "0"] == [["0", "finished"]] * 2
+    logged = lines(tmp_path / "run")
+    assert [line[1] for line in told if line[1] != "0"] == [str(line["step"]) for line in logged]
+    with pytest.raises(ConfigError, match=r"logging\.trackers: there is no tracker jsn; did you mean json\?"):
+        check_trackers(["jsn"])
 
 
 class Ending:

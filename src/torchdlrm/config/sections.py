@@ -205,7 +205,7 @@ class LoggingConfig(Section):
         0, description="write a Chrome trace of this many steps, and its summary, to the run's profile/; 0 for none"
     )
     tensorboard: bool = Field(default=True, description="also write TensorBoard event files")
-    trackers: tuple[Literal["wandb", "mlflow"], ...] = Field(
+    trackers: tuple[str, ...] = Field(
         (),
         strict=False,
         description="other trackers that receive metrics: wandb (Weights & Biases), mlflow; configured by their own "

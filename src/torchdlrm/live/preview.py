@@ -32,7 +32,7 @@ from torchdlrm.live.record import LogRecord, PeriodRecord, StepName
 from torchdlrm.live.settings import LiveSettings, changed_settings, settings_toml
 from torchdlrm.model.model_class import ModelClass, architecture_of
 from torchdlrm.preprocessing.preprocess import work_folder
-from torchdlrm.units import show_bytes
+from torchdlrm.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class AdvancePreview:
     @property
     def steps(self) -> tuple[StepName, ...]:
         """What is left to do."""
-        wanted = STEPS if self.draft.base is not None else STEPS[1:]  # no model of before, no scores
+        wanted = STEPS if self.draft.base is not None else STEPS[1:]  # no previous model, no scores
         return tuple(step for step in wanted if step not in self.draft.done)
 
     @property
@@ -95,27 +95,10 @@ class AdvancePreview:
             )
         return tuple(found)
 
-    def lines(self) -> list[str]:
-        """The period, its log and its steps in words."""
-        draft = self.draft
-        base = "from nothing" if draft.base is None else f"from the model of period {draft.base}"
-        size_bytes = sum(log.size_bytes for log in draft.logs)
-        lines = [f"period {draft.period}, learnt {base}; its log: {len(draft.logs)} file(s), {show_bytes(size_bytes)}"]
-        if self.removed is not None:
-            lines.append(f"period {self.removed} is begun again: what was done of it is removed")
-        if self.done is not None:
-            return [*lines, "it is complete: nothing is left to do"]
-        if self.begun_again is not None:
-            lines.append(f"{self.begun_again} is begun again: what it reads was changed")
-        if self.replayed:
-            lines.append(f"before it the logs of period {', '.join(str(old.period) for old in self.replayed)} again")
-        done = f"; done: {', '.join(draft.done)}" if draft.done else ""
-        return [*lines, f"steps: {', '.join(self.steps)}{done}"]
-
 
 def preview_advance(
     live: str | Path,
-    logs: str | Path | Sequence[str | Path],
+    logs: str | Path | Sequence[str | Path] | PeriodLog,
     *,
     config: Config | str | Path | None = None,
     schema: FeatureSchema | str | Path | None = None,
@@ -124,7 +107,7 @@ def preview_advance(
     allow_changed_model_class: bool = False,
     restart: bool = False,
 ) -> AdvancePreview:
-    """Look ahead; the arguments are those of `advance`.
+    """Look ahead; the arguments are those of `advance`, or a log that was found.
 
     Raises:
         LiveError: the folder holds something else, `current` is broken, another period has been begun, what is to be
@@ -133,24 +116,7 @@ def preview_advance(
         SchemaError: the schema is wrong.
         LogError: a file of the log is missing or empty, or its beginning is not what the schema says.
     """
-    given = (config, schema, settings, model_class)
-    return look_ahead(
-        live, find_log(logs), *given, allow_changed_model_class=allow_changed_model_class, restart=restart
-    )
-
-
-def look_ahead(
-    live: str | Path,
-    log: PeriodLog,
-    config: Config | str | Path | None,
-    schema: FeatureSchema | str | Path | None,
-    settings: LiveSettings | None,
-    model_class: ModelClass | None,
-    *,
-    allow_changed_model_class: bool,
-    restart: bool,
-) -> AdvancePreview:
-    """As `preview_advance`, of a log that is known."""
+    log = logs if isinstance(logs, PeriodLog) else find_log(logs)
     model = LiveModel(Path(live))
     model.require_ours()
     missing = [name for name, given in (("config", config), ("schema", schema)) if given is None]
@@ -175,6 +141,7 @@ def look_ahead(
         return AdvancePreview(model, {}, before, of_runs, columns, draft, done=done, notes=(note,) if unused else ())
     if "preprocess" not in draft.done:
         require_readable(log, columns, chosen.max_bad_rows)
+    check_trackers(of_runs.logging.trackers)
     _require_base(model, draft)
     require_label(model, draft.base, of_runs.train.label or columns.labels[0].name)
     architecture = architecture_of(of_runs.model, model_class, may_have_changed=allow_changed_model_class)

@@ -19,6 +19,7 @@ from typing import Any
 from torchdlrm.config import Config, config_toml, setting_values
 from torchdlrm.errors import ConfigError
 from torchdlrm.files import write_atomically
+from torchdlrm.toml import did_you_mean
 from torchdlrm.training.log import Callback, Metrics, Outcome
 from torchdlrm.training.run import TRACKERS_NAME, shown
 
@@ -28,7 +29,13 @@ logger = logging.getLogger("torchdlrm")
 
 
 class Tracker(Callback, ABC):
-    """Receives each defined metric under a name such as `val/auc`."""
+    """Receives each defined metric under a name such as `val/auc`.
+
+    One of `TRACKERS` is made from the run's folder, its config, and what it has called the run before (None of a new
+    one); its `run_id` is what it calls the run now.
+    """
+
+    run_id = ""
 
     def on_log(self, step: int, metrics: Metrics) -> None:
         """Send the metrics of the train split."""
@@ -48,11 +55,16 @@ def _named(split: str, metrics: Metrics) -> dict[str, float]:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers whose package is not installed.
+    """Refuse trackers that there are not, and those whose package is not installed.
 
     Raises:
-        ConfigError: names every missing one and how to install it.
+        ConfigError: names every one, and how to install it.
     """
+    for name in names:
+        if name not in TRACKERS:
+            hint = did_you_mean(name, TRACKERS) or f"; there are {', '.join(TRACKERS)}"
+            msg = f"logging.trackers: there is no tracker {name}{hint}"
+            raise ConfigError(msg)
     missing = [name for name in names if find_spec(name) is None]  # package and extra have the tracker's name
     if missing:
         lines = [
@@ -75,9 +87,8 @@ def open_trackers(run_path: Path, config: Config, *, from_step: int) -> list[Tra
     path = run_path / TRACKERS_NAME
     ids: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name in names:
-        kind = _Wandb if name == "wandb" else _Mlflow
         try:
-            tracker = kind(run_path, config, ids.get(name))
+            tracker = TRACKERS[name](run_path, config, ids.get(name))
         except Exception as error:  # what wandb and MLflow raise has no common root, and all of it means this
             for opened in found:
                 opened.on_end("failed")
@@ -189,4 +200,8 @@ class _Mlflow(Tracker):
         try:
             self._client.set_terminated(self.run_id, _STATUS[outcome])
         except (OSError, self._mlflow.MlflowException) as error:
-            logger.warning("MLflow was not told that the run has ended: %s", error)
+            logger.warning("MLflow did not take that the run has ended: %s", error)
+
+
+# By the name that `logging.trackers`, its package and the extra of torchdlrm have.
+TRACKERS: dict[str, Callable[[Path, Config, str | None], Tracker]] = {"wandb": _Wandb, "mlflow": _Mlflow}
