@@ -226,7 +226,7 @@ class LiveModel:
                     remove_folder(folder)
 
     def require_ours(self) -> None:
-        """See that nothing of somebody else's is in the folder of a new live model.
+        """See that the folder of a new live model holds no files that are not its own.
 
         Raises:
             LiveError: something is.
@@ -263,7 +263,7 @@ class LiveModel:
 
 
 def _remove_hidden(folder: Path, prefixes: tuple[str, ...] = (".",)) -> None:
-    """Remove what processes have half written that were killed; whoever holds the lock knows that nobody writes."""
+    """Remove what killed processes have half written; only the process that holds the lock writes."""
     for path in folder.glob(".*"):
         if not path.name.startswith(prefixes):
             continue

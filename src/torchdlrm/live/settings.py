@@ -54,7 +54,7 @@ class ExportSettings(_Section):
     precision: TablePrecision | Literal["auto"] = Field("float32", description="Of the tables.")
     dense_precision: DensePrecision | Literal["auto"] = Field("auto", description="Of the matrix products.")
     max_logloss_increase: _NonNegative | None = Field(None, description="What a lower precision may cost in nats.")
-    check_rows: _Positive = Field(100_000, description="Predict at most so many held-back rows to check the bundle.")
+    check_rows: _Positive = Field(100_000, description="Most held-back rows to predict to check the bundle.")
 
 
 class LiveSettings(_Section):
@@ -64,17 +64,17 @@ class LiveSettings(_Section):
         0.05, description="Fraction of each log that is not learnt from: the new model is judged on it."
     )
     replay_periods: _Positive = Field(
-        1, description="Learn from the logs of so many periods, the newest last: 1 is the new log alone."
+        1, description="Learn from the logs of this many periods, the newest last: 1 is the new log alone."
     )
     min_count: _Positive = Field(
         DEFAULT_MIN_COUNT, description="A categorical value in fewer rows than this gets no id of its own."
     )
     admit_over: _Positive = Field(
-        1, description="Count the rows of a value over so many periods, the new one included, until they are min_count."
+        1, description="Count a value's rows over this many periods, the new one included, until they are min_count."
     )
     expire_after: _Positive | None = Field(
         None,
-        description="A value that is not seen in so many periods, the new one included, loses its id to a new one.",
+        description="A value that is not seen in this many periods, the new one included, loses its id to a new one.",
     )
     max_embeddings: Annotated[int, Field(ge=2)] | None = Field(
         None,
