@@ -1,16 +1,18 @@
-"""Computes how good predictions are, exactly: every row counts once, ties count half, sums are float64.
+"""Defines how good predictions are: one list of metrics, which everything that measures or shows them iterates.
 
-In: labels and logits of N rows as numpy arrays.  Out: `BinaryMetrics`.  Cost: one sort of the N scores (8 s for 100
-million rows on one core) and two passes in blocks.  Nothing is binned or sampled, so that two runs can be compared to
-the last digit that floating point gives.
+In: labels and logits of N rows as numpy arrays.  Out: `BinaryMetrics`.  Exact: every row counts once, ties count half,
+sums are float64.  Cost: one sort of the N scores (8 s for 100 million rows on one core) and two passes in blocks.
+Nothing is binned or sampled, so that two runs can be compared to the last digit that floating point gives.
 
 Rows may have weights: then every sum is of weights, a mean is a weighted mean, and a pair of AUC counts as the product
 of its two rows' weights, as with `sample_weight` of scikit-learn.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,23 +23,25 @@ Scores = NDArray[np.floating]
 Labels = NDArray[np.number] | NDArray[np.bool_]
 # Of rows, at least 0: float32 or float64 [N]; None where all rows count the same.
 Weights = NDArray[np.floating] | None
+# `log`: metrics.jsonl, callbacks and trackers, the line of a validation, the curves of a run's page. `bar`: below the
+# bar of a training. `brief`: where there is room for few. `table`: tables of the terminal, and periods of a live model.
+Place = Literal["log", "bar", "brief", "table"]
 
 _BLOCK_ROWS = 1 << 20  # float64 temporaries of a block stay at 8 MB each
 
 
-@dataclass(frozen=True)
-class BinaryMetrics:
-    """Metrics of predicted click probabilities over `rows` rows.
+class BinaryMetrics(SimpleNamespace):
+    """Metrics of predicted click probabilities over `rows` rows: an attribute for each of `METRICS`.
 
     Attributes:
         rows: how many rows were judged.
-        auc: area under the ROC curve: the share of (click, no click) pairs in the right order. NaN when the labels
+        auc: area under the ROC curve: the fraction of (click, no click) pairs in the right order. NaN when the labels
             hold one class only.
         logloss: mean negative log-likelihood, in nats.
         ne: normalised entropy (He et al. 2014): `logloss` divided by that of always predicting the click rate; below
             1 is better than knowing nothing. NaN when the labels hold one class only.
         calibration: mean prediction divided by click rate; 1 is calibrated. NaN when nothing was clicked.
-        accuracy: share of rows whose label is on the same side as the prediction, cut at 0.5 (0.5 itself: no click).
+        accuracy: fraction of rows whose label is on the same side as the prediction, cut at 0.5 (0.5 itself: no click).
 
     All but `rows`, which counts also rows of weight 0, are NaN when there are no rows or all weights are 0.
     """
@@ -50,12 +54,97 @@ class BinaryMetrics:
     accuracy: float
 
     def as_dict(self) -> dict[str, int | float]:
-        """The metrics by name, in the order of the fields."""
-        return asdict(self)
+        """The metrics by name, `rows` first."""
+        return dict(vars(self))
 
     def as_json(self) -> dict[str, int | float | None]:
         """The same where NaN, which JSON does not have, is None."""
-        return {name: None if math.isnan(value) else value for name, value in self.as_dict().items()}
+        return {name: None if math.isnan(value) else value for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class MetricSums:
+    """Sums over `rows` rows, of which all metrics but AUC are made; each row counts as often as it weighs.
+
+    Attributes:
+        rows: how many.
+        clicks: how many of them were clicked.
+        right: whose label is on the same side as the prediction.
+        prediction_sum: of the predicted probabilities.
+        logloss_sum: of the negative log-likelihoods, in nats.
+        weight_sum: of the rows' weights; None where they have none, and each counts as 1.
+    """
+
+    rows: int
+    clicks: float
+    right: float
+    prediction_sum: float
+    logloss_sum: float
+    weight_sum: float | None = None
+
+    @property
+    def weight(self) -> float:
+        """What all rows weigh."""
+        return self.rows if self.weight_sum is None else self.weight_sum
+
+    def mean(self, total: float) -> float:
+        """One of the sums divided by what all rows weigh."""
+        return total / self.weight
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Rows that were predicted and whose labels are known: what metrics are functions of.
+
+    In a training's intervals these are bins of logits, with the rows in them as weights; sums are those of the rows.
+    """
+
+    labels: Labels
+    logits: Scores
+    weights: Weights
+    sums: MetricSums
+
+    def auc(self) -> float:
+        """Area under the ROC curve."""
+        return auc(self.labels, self.logits, self.weights)
+
+    def metrics(self) -> BinaryMetrics:
+        """All metrics of these rows; NaN where none of them weighs anything."""
+        values = {name: metric.of(self) if self.sums.weight else math.nan for name, metric in METRICS.items()}
+        return BinaryMetrics(rows=self.sums.rows, **values)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How good predictions are, as a number. `dlrm evaluate`, a run's page and `--json` show every metric.
+
+    Attributes:
+        name: in files, in JSON and above the columns of the terminal.
+        label: in lines of text and in pages.
+        caption: of charts.
+        of: its value over rows of which some weigh something; NaN where it is not defined.
+        places: where else it shows.
+        digits: after the point, in the page of a live model.
+        target: what charts mark, since a good model is near it.
+        standard_error: of its value, from labels, logits and weights; NaN where that is not known. A live model keeps
+            an interval of the metric then, as `name_low` and `name_high`.
+        largest: a value that no model exceeds, and no interval either; the smallest is 0.
+    """
+
+    name: str
+    label: str
+    caption: str
+    of: Callable[[Judged], float]
+    places: frozenset[Place] = frozenset()
+    digits: int = 4
+    target: float | None = None
+    standard_error: Callable[[Labels, Scores, Weights], float] | None = None
+    largest: float = math.inf
+
+
+def metrics_in(place: Place) -> list[Metric]:
+    """The metrics that show in a place, in the order of `METRICS`."""
+    return [metric for metric in METRICS.values() if place in metric.places]
 
 
 def why_undefined(metrics: Mapping[str, float | None]) -> str:
@@ -92,7 +181,11 @@ def auc(labels: Labels, scores: Scores, weights: Weights = None) -> float:
     _check_shapes(labels, scores)
     clicked = labels != 0
     if weights is not None:
-        return _weighted_auc(clicked, scores, weights)
+        below_P, _ = wins(clicked, scores, weights)
+        positives = weights[clicked].astype(np.float64)
+        if not positives.sum() or not weights[~clicked].any() or np.isnan(scores).any():
+            return math.nan
+        return float((positives * below_P).sum() / positives.sum())
     # Two plain sorts are vectorised in numpy, and take half the time and memory of one argsort.
     positives, negatives = np.sort(scores[clicked]), np.sort(scores[~clicked])
     if not positives.size or not negatives.size or np.isnan(positives[-1]) or np.isnan(negatives[-1]):
@@ -101,40 +194,69 @@ def auc(labels: Labels, scores: Scores, weights: Weights = None) -> float:
     # For each of the few: twice how many of the many lie below it, ties as half. Integers, so no rounding: with 10**9
     # rows of each class the sum is still below 2**63.
     twice_below = sum(int(np.searchsorted(many, few, side=side).sum()) for side in ("left", "right"))
-    share_below = twice_below / (2 * few.size * many.size)
-    return share_below if few is positives else 1.0 - share_below
+    fraction_below = twice_below / (2 * few.size * many.size)
+    return fraction_below if few is positives else 1.0 - fraction_below
 
 
-def _weighted_auc(clicked: NDArray[np.bool_], scores: Scores, weights: NDArray[np.floating]) -> float:
-    below_P, _ = weighted_wins(clicked, scores, weights)
-    positives = weights[clicked].astype(np.float64)
-    if not positives.sum() or not weights[~clicked].any() or np.isnan(scores).any():
-        return math.nan
-    return float((positives * below_P).sum() / positives.sum())
-
-
-def weighted_wins(
-    clicked: NDArray[np.bool_], scores: Scores, weights: NDArray[np.floating]
+def wins(
+    clicked: NDArray[np.bool_], scores: Scores, weights: Weights = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """For each clicked row the fraction of the others' weight that lies below it [P], ties as half; and vice versa [Q].
+    """For each clicked row the fraction of the others that lies below it [P], ties as half; and vice versa [Q].
 
     Args:
         clicked: which rows were [N].
         scores: [N].
-        weights: of the rows [N].
+        weights: of the rows [N], which the fractions are of then.
     """
 
-    def share_below(scores: Scores, others: Scores, weights: NDArray[np.floating]) -> NDArray[np.float64]:
+    def fraction_below(scores: Scores, others: Scores, weights: Weights) -> NDArray[np.float64]:
+        if weights is None:
+            others = np.sort(others)
+            ends = [np.searchsorted(others, scores, side=side) for side in ("left", "right")]
+            return np.asarray(sum(ends) / (2 * max(1, others.size)), np.float64)
         order = np.argsort(others)
         cumulated = np.concatenate([[0.0], np.cumsum(weights[order], dtype=np.float64)])
-        twice = sum(cumulated[np.searchsorted(others, scores, side=side, sorter=order)] for side in ("left", "right"))
-        return np.asarray(twice / (2 * (cumulated[-1] or 1.0)), np.float64)
+        ends = [np.searchsorted(others, scores, side=side, sorter=order) for side in ("left", "right")]
+        return np.asarray(sum(cumulated[end] for end in ends) / (2 * (cumulated[-1] or 1.0)), np.float64)
 
     positives, negatives = scores[clicked], scores[~clicked]
-    return (
-        share_below(positives, negatives, weights[~clicked]),
-        1.0 - share_below(negatives, positives, weights[clicked]),
-    )
+    weights_P, weights_Q = (None, None) if weights is None else (weights[clicked], weights[~clicked])
+    return fraction_below(positives, negatives, weights_Q), 1.0 - fraction_below(negatives, positives, weights_P)
+
+
+def auc_standard_error(labels: Labels, scores: Scores, weights: Weights = None) -> float:
+    """Standard error of a model's AUC, by DeLong, DeLong and Clarke-Pearson (1988); all as for `auc`.
+
+    Returns:
+        NaN with fewer than two rows of a class.
+    """
+    labels, scores, weights = that_weigh(weights, labels, scores)
+    clicked = labels != 0
+    return error_of_both(clicked, *wins(clicked, scores, weights), weights)
+
+
+def that_weigh(weights: Weights, *columns: NDArray[Any]) -> Any:
+    """The columns, and after them the weights, of the rows that weigh something."""
+    return (*columns, None) if weights is None else tuple(column[weights > 0] for column in (*columns, weights))
+
+
+def error_of_both(
+    clicked: NDArray[np.bool_], values_P: NDArray[np.float64], values_Q: NDArray[np.float64], weights: Weights
+) -> float:
+    """Standard error of a mean over the clicked rows and the others, whose values are independent of each other."""
+    weights_P, weights_Q = (None, None) if weights is None else (weights[clicked], weights[~clicked])
+    return math.hypot(error_of_mean(values_P, weights_P), error_of_mean(values_Q, weights_Q))
+
+
+def error_of_mean(values: NDArray[np.float64], weights: Weights) -> float:
+    """Standard error of the weighted mean of independent values; NaN of fewer than two."""
+    if values.size < 2:
+        return math.nan
+    if weights is None:
+        return float(values.std(ddof=1) / math.sqrt(values.size))
+    parts = weights.astype(np.float64) / weights.sum(dtype=np.float64)
+    spread = parts * (values - (parts * values).sum())
+    return math.sqrt(values.size / (values.size - 1) * float((spread**2).sum()))
 
 
 def auc_from_counts(clicks: NDArray[np.number], others: NDArray[np.number]) -> float:
@@ -171,57 +293,15 @@ def binary_metrics(labels: Labels, logits: Scores, weights: Weights = None) -> B
     if weights is not None:
         _check_weights(weights, labels)
     blocks = list(_blocks(labels, logits, weights))
-    total = MetricSums(
+    sums = MetricSums(
         rows=labels.size,
         clicks=math.fsum(block.clicks for block in blocks),
         right=math.fsum(block.right for block in blocks),
         prediction_sum=math.fsum(block.prediction_sum for block in blocks),
         logloss_sum=math.fsum(block.logloss_sum for block in blocks),
-        weight_sum=None if weights is None else math.fsum(block.weight for block in blocks),
+        weight_sum=None if weights is None else math.fsum(block.weight_sum or 0.0 for block in blocks),
     )
-    return total.metrics(auc(labels, logits, weights))
-
-
-@dataclass(frozen=True)
-class MetricSums:
-    """What all metrics but AUC are made of, added up over `rows` rows, each as often as it weighs.
-
-    Attributes:
-        rows: how many.
-        clicks: how many of them were clicked.
-        right: whose label is on the same side as the prediction.
-        prediction_sum: of the predicted probabilities.
-        logloss_sum: of the negative log-likelihoods, in nats.
-        weight_sum: of the rows' weights; None where they have none, and each counts as 1.
-    """
-
-    rows: int
-    clicks: float
-    right: float
-    prediction_sum: float
-    logloss_sum: float
-    weight_sum: float | None = None
-
-    @property
-    def weight(self) -> float:
-        """What all rows weigh."""
-        return self.rows if self.weight_sum is None else self.weight_sum
-
-    def metrics(self, auc: float) -> BinaryMetrics:
-        """All metrics of these rows, whose AUC is `auc`."""
-        logloss, click_rate = self._mean(self.logloss_sum), self._mean(self.clicks)
-        entropy = _entropy(click_rate)
-        return BinaryMetrics(
-            rows=self.rows,
-            auc=auc,
-            logloss=logloss,
-            ne=logloss / entropy if entropy > 0 else math.nan,
-            calibration=self._mean(self.prediction_sum) / click_rate if click_rate > 0 else math.nan,
-            accuracy=self._mean(self.right),
-        )
-
-    def _mean(self, total: float) -> float:
-        return total / self.weight if self.weight else math.nan
+    return Judged(labels, logits, weights, sums).metrics()
 
 
 def _blocks(labels: Labels, logits: Scores, weights: Weights) -> Iterator[MetricSums]:
@@ -269,6 +349,46 @@ def _check_weights(weights: NDArray[np.floating], labels: Labels) -> None:
         raise ValueError(msg)
 
 
-def _entropy(rate: float) -> float:
-    """Of a coin that shows 1 with this probability, in nats; 0 for a sure thing."""
-    return -sum(p * math.log(p) for p in (rate, 1.0 - rate) if p > 0)
+def _logloss(judged: Judged) -> float:
+    return judged.sums.mean(judged.sums.logloss_sum)
+
+
+def _normalised_entropy(judged: Judged) -> float:
+    rate = judged.sums.mean(judged.sums.clicks)
+    entropy = -sum(p * math.log(p) for p in (rate, 1.0 - rate) if p > 0)  # of always predicting the click rate
+    return _logloss(judged) / entropy if entropy > 0 else math.nan
+
+
+def _calibration(judged: Judged) -> float:
+    sums = judged.sums
+    rate = sums.mean(sums.clicks)
+    return sums.mean(sums.prediction_sum) / rate if rate > 0 else math.nan
+
+
+BEST, LOSS = "auc", "logloss"  # what the best checkpoint is chosen by; what a training lowers, and its log calls `loss`
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            BEST,
+            "AUC",
+            "AUC",
+            Judged.auc,
+            frozenset({"log", "brief", "table"}),
+            standard_error=auc_standard_error,
+            largest=1.0,
+        ),
+        Metric(LOSS, "logloss", "logloss, nats", _logloss, frozenset({"log", "brief", "table"})),
+        Metric("ne", "NE", "normalised entropy", _normalised_entropy, frozenset({"log", "bar", "table"})),
+        Metric(
+            "calibration",
+            "calibration",
+            "calibration: mean prediction / click rate",
+            _calibration,
+            frozenset({"table"}),
+            digits=3,
+            target=1.0,
+        ),
+        Metric("accuracy", "accuracy", "accuracy", lambda judged: judged.sums.mean(judged.sums.right)),
+    )
+}

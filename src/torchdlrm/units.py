@@ -1,5 +1,6 @@
 """Reads and writes bytes and counts as people write them: GB is 10^9 bytes, GiB is 2^30."""
 
+import math
 import re
 from contextlib import suppress
 from typing import Annotated
@@ -63,6 +64,11 @@ def show_count(count: float) -> str:
         if count >= size:
             return f"{count / size:.4g}{unit}"
     return f"{count:,.0f}"
+
+
+def show_number(value: float | None, digits: int = 5) -> str:
+    """Write a number with so many digits after the point; `-` where it is not defined, which is None or NaN."""
+    return "-" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def show_duration(seconds: float) -> str:

@@ -6,7 +6,6 @@ from torchdlrm.live.record import (
     FeatureRecord,
     GateRecord,
     LogRecord,
-    PeriodMetrics,
     PeriodRecord,
     ProgressiveMetrics,
     StepTime,
@@ -16,16 +15,16 @@ STEPS = {"score": 3.0, "preprocess": 8.0, "learn": 20.0, "export": 5.0, "check":
 
 
 def metrics(rows, auc, error, calibration):
-    return PeriodMetrics(
-        rows=rows,
-        clicks=rows // 4,
-        auc=auc,
-        auc_low=auc - error,
-        auc_high=auc + error,
-        logloss=0.9 - 0.55 * auc,
-        ne=1.6 - auc,
-        calibration=calibration,
-    )
+    return {
+        "rows": rows,
+        "clicks": rows // 4,
+        "auc": auc,
+        "auc_low": auc - error,
+        "auc_high": auc + error,
+        "logloss": 0.9 - 0.55 * auc,
+        "ne": 1.6 - auc,
+        "calibration": calibration,
+    }
 
 
 def made_up(num_periods, failing=()):

@@ -174,4 +174,4 @@ def test_a_period_that_failed_is_resumed_with_its_log_or_begun_again_with_anothe
         advance(copied, logs[4], train_by=lambda *_, **__: 1 / 0)
     record = advance(copied, bad, settings=LiveSettings(max_bad_rows=1), restart=True)
     assert (record.period, record.rows) == (5, 2_000)
-    assert record.progressive.all.rows == 2_000
+    assert record.progressive.all["rows"] == 2_000

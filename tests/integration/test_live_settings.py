@@ -116,7 +116,7 @@ def test_a_step_that_is_half_done_begins_again_with_what_was_changed(copied, log
     with pytest.raises(ZeroDivisionError):
         advance(copied, moved, settings=settings, train_by=replay_and_stop)
     assert (copied / "days/0004/replay/0003/run").exists()
-    assert any("learn is begun again" in line for line in preview_advance(copied, moved, config=config).lines())
+    assert preview_advance(copied, moved, config=config).begun_again == "learn"
     advance(copied, moved, config=config)
     found, wanted = files_of(copied), files_of(expected)
     assert [name for name in wanted if found.get(name) != wanted[name]] == []

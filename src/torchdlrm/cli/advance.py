@@ -1,9 +1,10 @@
 """`dlrm advance`: one period of a live model."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -12,22 +13,24 @@ from torchdlrm.cli.terminal import (
     Json,
     Positive,
     announce,
+    drawn,
+    metric_cells,
     print_json,
     print_table,
     progress_bars,
     say,
     say_next,
-    shown_metric,
     warn,
     warn_of_crowding,
 )
 from torchdlrm.errors import Interrupted, TorchDLRMError
 from torchdlrm.live.settings import LiveSettings
 from torchdlrm.preprocessing.options import Resources
+from torchdlrm.units import show_bytes, show_number
 
 if TYPE_CHECKING:
-    from torchdlrm.config import Config
-    from torchdlrm.live.record import PeriodRecord
+    from torchdlrm.live.preview import AdvancePreview
+    from torchdlrm.live.record import PeriodMetrics, PeriodRecord
     from torchdlrm.progress import ProgressListener
     from torchdlrm.training.processes.launch import Processes
 
@@ -49,7 +52,7 @@ def advance(
 ) -> None:
     """Do one period (a day, an hour) of a live model: score its log, learn from it, check, publish.
 
-    The model of before scores the new log, which it has not seen; then the log is learnt from, and the new model is
+    The previous model scores the new log, which it has not seen; then the log is learnt from, and the new model is
     published in LIVE/current if its predictions of rows that were held back are good enough. Otherwise the exit code is
     1, and the old model stays. `dlrm serve LIVE/current` follows. Whatever ends the command, the same command resumes.
     Settings are kept in LIVE/live.toml: what is given once holds for later periods. Defaults are those of a new one.
@@ -72,26 +75,16 @@ def advance(
     """
     announce(f"advance {live}")
 
-    from torchdlrm.live.preview import preview_advance
-
+    given: dict[str, Any] = {
+        "config": config,
+        "schema": schema,
+        "settings": settings,
+        "model_class": model_class,
+        "allow_changed_model_class": allow_changed_model_class,
+        "restart": restart,
+    }
     if dry_run:
-        preview = preview_advance(
-            live,
-            logs,
-            config=config,
-            schema=schema,
-            settings=settings,
-            model_class=model_class,
-            allow_changed_model_class=allow_changed_model_class,
-            restart=restart,
-        )
-        for line in (*preview.lines(), *preview.notes):
-            say(line)
-        for warning in preview.warnings:
-            warn(warning)
-        if as_json:
-            about = {"period": preview.draft.period, "base": preview.draft.base, "steps": preview.steps}
-            print_json({"live": str(live), "dry_run": True, **about, "warnings": preview.warnings})
+        _preview(live, logs, given, as_json=as_json)
         return
 
     from torchdlrm.live.advance import advance as advance_live
@@ -104,17 +97,7 @@ def advance(
     try:
         with progress_bars("") as progress:
             record = advance_live(
-                live,
-                logs,
-                config=config,
-                schema=schema,
-                settings=settings,
-                model_class=model_class,
-                allow_changed_model_class=allow_changed_model_class,
-                restart=restart,
-                resources=resources,
-                train_by=_training_in(processes),
-                progress=progress,
+                live, logs, resources=resources, train_by=_training_in(processes), progress=progress, **given
             )
     except KeyboardInterrupt as interrupt:
         raise Interrupted("interrupted; the same command resumes") from interrupt
@@ -131,46 +114,60 @@ def advance(
     say_next("dlrm serve {}, which follows, or dlrm inspect {}", live / "current", live)
 
 
+def _preview(live: Path, logs: list[Path], given: Mapping[str, Any], *, as_json: bool) -> None:
+    """Say what would be done, and write nothing."""
+    from torchdlrm.live.preview import preview_advance
+
+    preview = preview_advance(live, logs, **given)
+    for line in (*_steps_in_words(preview), *preview.notes):
+        say(line)
+    for warning in preview.warnings:
+        warn(warning)
+    if as_json:
+        about = {"period": preview.draft.period, "base": preview.draft.base, "steps": preview.steps}
+        print_json({"live": str(live), "dry_run": True, **about, "warnings": preview.warnings})
+
+
+def _steps_in_words(preview: "AdvancePreview") -> Iterator[str]:
+    draft = preview.draft
+    base = "from nothing" if draft.base is None else f"from the model of period {draft.base}"
+    size_bytes = sum(log.size_bytes for log in draft.logs)
+    yield f"period {draft.period}, learnt {base}; its log: {len(draft.logs)} file(s), {show_bytes(size_bytes)}"
+    if preview.removed is not None:
+        yield f"period {preview.removed} is begun again: what was done of it is removed"
+    if preview.done is not None:
+        yield "it is complete: nothing is left to do"
+        return
+    if preview.begun_again is not None:
+        yield f"{preview.begun_again} is begun again: what it reads was changed"
+    if preview.replayed:
+        yield f"before it the logs of period {', '.join(str(old.period) for old in preview.replayed)} again"
+    done = f"; done: {', '.join(draft.done)}" if draft.done else ""
+    yield f"steps: {', '.join(preview.steps)}{done}"
+
+
 def _training_in(processes: "Processes") -> Callable[..., object]:
     """What trains as `torchdlrm.train` does, in that many processes."""
-    from torchdlrm.cli.train import work
     from torchdlrm.training.job import train
     from torchdlrm.training.processes.launch import launch
 
-    def train_in_processes(
-        config: "Config",
-        dataset: Path,
-        run: Path,
-        *,
-        from_run: Path | None,
-        model_class: str | None,
-        allow_changed_model_class: bool,
-        progress: "ProgressListener",
-    ) -> object:
+    def train_in_processes(*args: Any, progress: "ProgressListener", **options: Any) -> object:
         progress.start_phase(f"learn in {processes.world_size} processes", None)  # the first one says how far it is
-        restart = False
-        return launch(
-            work, config, dataset, run, model_class, restart, from_run, allow_changed_model_class, processes=processes
-        )
+        return launch(drawn, partial(train, *args, **options), processes=processes)
 
     return train if processes.world_size == 1 else train_in_processes
 
 
 def _print_record(record: "PeriodRecord") -> None:
     """Print how the log was predicted before it was learnt from, and the gate."""
-    judged = (
-        {}
-        if record.progressive is None
-        else {
-            "log, old model": record.progressive.all,
-            "- values known": record.progressive.known,
-            "- values unknown": record.progressive.unseen,
-        }
-    )
+    judged: dict[str, PeriodMetrics | None] = {}
+    if record.progressive is not None:
+        judged["log, old model"] = record.progressive.all
+        judged["- values known"] = record.progressive.known
+        judged["- values unknown"] = record.progressive.unseen
     judged |= {"held back, old model": record.gate.old, "held back, new model": record.gate.new}
     rows = [
-        {"": what, "rows": f"{metrics.rows:,}"}
-        | {name: shown_metric(getattr(metrics, name)) for name in ("auc", "logloss", "ne", "calibration")}
+        {"": what, "rows": show_number(metrics["rows"], 0)} | metric_cells(metrics)
         for what, metrics in judged.items()
         if metrics is not None
     ]

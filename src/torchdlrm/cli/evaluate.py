@@ -1,8 +1,9 @@
 """`dlrm evaluate`: a run and a split -> exact metrics."""
 
 import inspect
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
@@ -13,10 +14,9 @@ from torchdlrm.cli.terminal import (
     Positive,
     announce,
     console,
+    drawn,
     print_json,
-    progress_of_first_rank,
     say_undefined,
-    shown_metric,
     warn,
     warn_of_crowding,
 )
@@ -24,9 +24,7 @@ from torchdlrm.config import Config, DeviceChoice, load_config
 from torchdlrm.errors import ConfigError
 from torchdlrm.folders import expect
 from torchdlrm.toml import did_you_mean
-
-if TYPE_CHECKING:
-    from torchdlrm.config import ShardingConfig
+from torchdlrm.units import show_number
 
 
 def evaluate(
@@ -74,6 +72,7 @@ def evaluate(
         expect("dataset", dataset)
     announce(f"evaluate {run} on {split}")
 
+    from torchdlrm.evaluation.evaluate import evaluate as evaluate_run
     from torchdlrm.evaluation.evaluate import sharding_elsewhere
     from torchdlrm.training.checkpoint import ChosenCheckpoint
     from torchdlrm.training.processes.launch import Processes, launch, refusing_everywhere
@@ -84,20 +83,19 @@ def evaluate(
         trained = Run.open(run)
         trained.shape(trained.open_dataset(dataset), model_class, allow_changed_model_class=allow_changed_model_class)
     warn_of_crowding(processes)
-    here = sharding_elsewhere(trained.config).model_copy(update=own)
-    result: dict[str, Any] | None = launch(
-        work,
+    job = partial(
+        evaluate_run,
         run,
         dataset,
         split,
-        checkpoint,
-        batch_size_global,
-        model_class,
-        device,
-        here,
-        allow_changed_model_class,
-        processes=processes,
+        model_class=model_class,
+        allow_changed_model_class=allow_changed_model_class,
+        checkpoint=checkpoint,
+        batch_size_global=batch_size_global,
+        device=device,
+        sharding=sharding_elsewhere(trained.config).model_copy(update=own),
     )
+    result: dict[str, Any] | None = launch(drawn, job, processes=processes)
     if result is None:  # another machine has rank 0
         return
     try:
@@ -110,40 +108,11 @@ def evaluate(
     values = {name: value for name, value in result.items() if name not in {"split", "label", "step", "checkpoint"}}
     for name in values:
         table.add_column(name, justify="right")
-    table.add_row(*(f"{v:,}" if isinstance(v, int) else shown_metric(v) for v in values.values()))
+    table.add_row(*(f"{v:,}" if isinstance(v, int) else show_number(v) for v in values.values()))
     console.print(table)
     say_undefined(result)
     if as_json:
         print_json(result)
-
-
-def work(
-    run: Path,
-    dataset: Path | None,
-    split: str,
-    checkpoint: str,
-    batch_size_global: int,
-    model_class: str | None = None,
-    device: DeviceChoice = "auto",
-    sharding: "ShardingConfig | None" = None,
-    allow_changed_model_class: bool = False,  # noqa: FBT001, FBT002 - launch() takes no names
-) -> dict[str, Any] | None:
-    """What every process of an evaluation does; only the first one draws."""
-    from torchdlrm.evaluation.evaluate import evaluate as evaluate_run
-
-    with progress_of_first_rank() as progress:
-        return evaluate_run(
-            run,
-            dataset,
-            split,
-            model_class=model_class,
-            allow_changed_model_class=allow_changed_model_class,
-            checkpoint=checkpoint,
-            batch_size_global=batch_size_global,
-            device=device,
-            sharding=sharding,
-            progress=progress,
-        )
 
 
 def _sharding_keys(tokens: tuple[str, ...]) -> dict[str, Any]:

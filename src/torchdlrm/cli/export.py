@@ -40,7 +40,8 @@ def export(
     expect("bundle", delta_to)
     announce(f"export {run} to {out}")
 
-    from torchdlrm.cli.inspect import bundle_as_dict, print_check, print_never_missing, print_precision_search
+    from torchdlrm.cli.bundles import bundle_as_dict, delta_as_dict, print_check, print_delta, print_precision_search
+    from torchdlrm.cli.datasets import print_never_missing
     from torchdlrm.exporting.export import export as export_run
 
     with progress_bars("") as progress:
@@ -69,8 +70,6 @@ def export(
     if exported.agreement is not None:
         about["agreement"] = asdict(exported.agreement)
     if exported.delta is not None:
-        from torchdlrm.cli.apply import delta_as_dict, print_delta
-
         print_delta(exported.delta)
         say_next("dlrm apply {} {} --out BUNDLE", delta_to, out)
         about |= {"path": str(out), "delta": delta_as_dict(exported.delta)}

@@ -13,11 +13,11 @@ from torchdlrm.cli.terminal import (
     Json,
     announce,
     console,
+    metric_cells,
     print_json,
     progress_bars,
     say,
     say_undefined,
-    shown_metric,
 )
 from torchdlrm.errors import Interrupted, UserError
 from torchdlrm.folders import expect, kind_of
@@ -109,8 +109,7 @@ def _print_summary(summary: "PredictSummary", out: Path) -> None:
     if summary.mean_prediction is not None:
         cells["mean prediction"] = f"{summary.mean_prediction:.5f}"
     if summary.metrics is not None:
-        names = ("auc", "logloss", "ne", "calibration")
-        cells |= {name: shown_metric(getattr(summary.metrics, name)) for name in names}
+        cells |= metric_cells(summary.metrics.as_dict())
     table.add_column()
     table.add_column(justify="right")
     for cell in cells.items():

@@ -3,6 +3,7 @@
 import json
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -13,6 +14,7 @@ from torchdlrm.cli.terminal import (
     Json,
     Positive,
     console,
+    drawn,
     print_json,
     print_table,
     progress_bars,
@@ -66,13 +68,14 @@ def quickstart(
 def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
     started_s = time.monotonic()
 
-    from torchdlrm.cli import evaluate, train
     from torchdlrm.data.dataset import Dataset
+    from torchdlrm.evaluation.evaluate import evaluate
     from torchdlrm.features.schema import criteo_schema
     from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess, work_folder
     from torchdlrm.quickstart.baseline import fit_logistic_regression
     from torchdlrm.synthetic.synthesize import synthesize
     from torchdlrm.synthetic.truth import read_truth
+    from torchdlrm.training.job import train
     from torchdlrm.training.processes.launch import Processes, launch
     from torchdlrm.training.run import Run
 
@@ -95,9 +98,9 @@ def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
     processes = Processes(nproc_per_node)
     warn_of_crowding(processes)
     settings = load_config(SHIPPED_CONFIGS / "quickstart.toml")
-    summary = launch(train.work, settings, dataset.path, run, processes=processes)
+    summary = launch(drawn, partial(train, settings, dataset.path, run), processes=processes).summary
     console.print("4/5 evaluate: every held-out row once")
-    result = launch(evaluate.work, run, None, "val+test", "best", 8192, processes=Processes())
+    result = launch(drawn, partial(evaluate, run, split="val+test"), processes=Processes())
     Run.open(run).write_evaluation(result["split"], result)
     console.print("5/5 compare: a logistic regression on the same rows")
     baseline = fit_logistic_regression(dataset, ["val", "test"])

@@ -5,10 +5,10 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -19,10 +19,12 @@ from rich.table import Table
 
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.progress.shown import shown_on
+from torchdlrm.units import show_number
 
 if TYPE_CHECKING:
     from torchdlrm.training.processes.launch import Processes
 
+T = TypeVar("T")
 console = Console(stderr=True, highlight=False)
 
 Flag = Annotated[bool, Parameter(negative="")]
@@ -109,9 +111,11 @@ def warn_of_crowding(processes: "Processes") -> None:
         warn(f"--nproc-per-node {processes.nproc_per_node}: {processes.crowding}")
 
 
-def shown_metric(value: float | None, digits: int = 5) -> str:
-    """Format a metric for a table: a dash where it is not defined."""
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+def metric_cells(metrics: Mapping[str, float | None], digits: int = 5) -> dict[str, str]:
+    """Format the metrics of the place `table` by name; a dash where one is not defined or not known."""
+    from torchdlrm.metrics import metrics_in
+
+    return {metric.name: show_number(metrics.get(metric.name), digits) for metric in metrics_in("table")}
 
 
 def say_undefined(metrics: Mapping[str, Any], of: str = "") -> None:
@@ -131,9 +135,10 @@ def progress_bars(description: str) -> Iterator[ProgressListener]:
         yield shown
 
 
-def progress_of_first_rank() -> AbstractContextManager[ProgressListener]:
-    """What tells people on rank 0 how far a job of several processes is, and tells nobody elsewhere."""
-    return progress_bars("") if os.environ.get("RANK", "0") == "0" else nullcontext(SILENT)
+def drawn(job: Callable[..., T]) -> T:
+    """Call what takes `progress`; of the processes in which `launch` does this, only the first one draws."""
+    with progress_bars("") if os.environ.get("RANK", "0") == "0" else nullcontext(SILENT) as progress:
+        return job(progress=progress)
 
 
 def _without_nan(value: object) -> object:

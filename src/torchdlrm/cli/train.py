@@ -1,6 +1,7 @@
 """`dlrm train`: dataset and config -> run."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,18 +14,18 @@ from torchdlrm.cli.terminal import (
     Json,
     Positive,
     announce,
+    drawn,
     print_json,
-    progress_of_first_rank,
     say,
     warn_of_crowding,
 )
 from torchdlrm.cli.training_shown import show_preview, show_profile, show_summary
-from torchdlrm.config import Config, about_config, load_config, shipped_config_names
+from torchdlrm.config import about_config, load_config, shipped_config_names
 from torchdlrm.errors import ConfigError
 from torchdlrm.folders import expect, kind_of
 
 if TYPE_CHECKING:
-    from torchdlrm.training.log import TrainingSummary
+    from torchdlrm.training.log import TrainingHistory
 
 
 def train(
@@ -93,6 +94,7 @@ def train(
     from torchdlrm.data.dataset import Dataset
     from torchdlrm.model.model_class import architecture_of
     from torchdlrm.training.job import preview_training
+    from torchdlrm.training.job import train as train_here
     from torchdlrm.training.processes.launch import Processes, launch, refusing_everywhere
     from torchdlrm.training.run import Run
     from torchdlrm.training.source_run import find_source
@@ -124,11 +126,20 @@ def train(
         if as_json:
             print_json({"run": str(run), "dry_run": True, **preview.as_dict()})
         return
-    summary: TrainingSummary | None = launch(
-        work, settings, dataset, run, model_class, restart, from_run, allow_changed_model_class, processes=processes
+    job = partial(
+        train_here,
+        settings,
+        dataset,
+        run,
+        from_run=from_run,
+        model_class=model_class,
+        allow_changed_model_class=allow_changed_model_class,
+        restart=restart,
     )
-    if summary is None:  # another machine has rank 0
+    history: TrainingHistory | None = launch(drawn, job, processes=processes)
+    if history is None:  # another machine has rank 0
         return
+    summary = history.summary
     show_summary(run, summary, encoded)
     if settings.logging.profile_steps:
         show_profile(Run(run, settings).profile)
@@ -150,29 +161,3 @@ def _refuse_warm_start(overrides: dict[str, str]) -> None:
         if name.replace("-", "_").startswith("warm_start."):
             msg = f"--{name}: says what a run takes over from another one, and there is none; give one by --from"
             raise ConfigError(msg)
-
-
-def work(
-    settings: Config,
-    dataset: Path,
-    run: Path,
-    model_class: str | None = None,
-    restart: bool = False,  # noqa: FBT001, FBT002 - launch() takes no names
-    from_run: Path | None = None,
-    allow_changed_model_class: bool = False,  # noqa: FBT001, FBT002
-) -> "TrainingSummary | None":
-    """What every process of a training does; only the first one draws."""
-    from torchdlrm.training.job import train as train_here
-
-    with progress_of_first_rank() as progress:
-        history = train_here(
-            settings,
-            dataset,
-            run,
-            from_run=from_run,
-            model_class=model_class,
-            allow_changed_model_class=allow_changed_model_class,
-            restart=restart,
-            progress=progress,
-        )
-    return history.summary if history is not None else None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from torchdlrm.cli.terminal import console, look_at, print_table, say, say_next, say_undefined, shown_metric
+from torchdlrm.cli.terminal import console, look_at, metric_cells, print_table, say, say_next, say_undefined
 from torchdlrm.features.tables import divisors
 
 if TYPE_CHECKING:
@@ -123,8 +123,8 @@ def show_summary(run: Path, summary: "TrainingSummary", dataset: "Dataset") -> N
     if summary.best_auc is not None:
         table.add_row("best val auc", f"{summary.best_auc:.4f}, step {summary.best_step:,}")
     if summary.validation is not None:
-        for name in ("auc", "logloss", "ne", "calibration"):
-            table.add_row(f"last val {name}", shown_metric(summary.validation[name], digits=4))
+        for name, shown in metric_cells(summary.validation, digits=4).items():
+            table.add_row(f"last val {name}", shown)
     console.print(table)
     if summary.validation is not None:
         say_undefined(summary.validation, " on the val split")

@@ -14,10 +14,10 @@ from torchdlrm.cli.terminal import (
     progress_bars,
     say,
     say_undefined,
-    shown_metric,
 )
 from torchdlrm.errors import SkewError
 from torchdlrm.folders import expect
+from torchdlrm.units import show_number
 
 if TYPE_CHECKING:
     from torchdlrm.exporting.verify import PredictionPath, Verification
@@ -48,7 +48,7 @@ def verify(
         model_class: The model class that the bundle was made with, FILE.py:NAME or MODULE:NAME; only where it is
             not the DLRM.
         allow_changed_model_class: Take the model class though its file has changed since.
-        max_rows: At most so many rows.
+        max_rows: Most rows to predict.
         log_format: How text is written: as the model's schema says (log); with commas, quotes and a header (csv); with
             tabs (tsv).
         as_json: Print one JSON object on standard output.
@@ -85,6 +85,8 @@ def verify(
 
 
 def _print_table(found: "Verification", log: str) -> None:
+    from torchdlrm.metrics import metrics_in
+
     def number(path: "PredictionPath", value: float) -> str:
         return "" if path.allowed is None else f"{value:.2g}"
 
@@ -97,8 +99,10 @@ def _print_table(found: "Verification", log: str) -> None:
             "relative": number(path, path.agreement.largest_relative),
             "median": number(path, path.agreement.median_relative),
             "distinct": f"{path.agreement.distinct:,}",
-            "AUC": "" if path.metrics is None else shown_metric(path.metrics.auc, digits=6),
-            "logloss": "" if path.metrics is None else shown_metric(path.metrics.logloss, digits=6),
+            **{
+                metric.label: "" if path.metrics is None else show_number(path.metrics.as_dict()[metric.name], 6)
+                for metric in metrics_in("brief")
+            },
         }
         for path in found.paths
     ]

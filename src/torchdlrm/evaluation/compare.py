@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from torchdlrm.config import DeviceChoice, ShardingConfig
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
 from torchdlrm.evaluation.evaluate import predict_split
-from torchdlrm.metrics import Labels, Scores, Weights, auc, weighted_wins
+from torchdlrm.metrics import Labels, Scores, Weights, auc, error_of_both, error_of_mean, that_weigh, wins
 from torchdlrm.model.model_class import ModelClass
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.run import Run
@@ -65,7 +64,7 @@ def compare(
         second: the other run, or its folder.
         dataset: what both were trained on, or its folder; None where it is still where it was.
         split: `train`, `val` or `test`; several joined by + are judged together.
-        model_classes: of each run, where it was trained with a class of somebody's own.
+        model_classes: of each run, where it was trained with a model class of the user.
         batch_size_global: rows per forward pass over all ranks; does not change the result.
         device: where to compute, as for `evaluate`.
         sharding: of both runs' tables, as for `evaluate`.
@@ -79,14 +78,15 @@ def compare(
         DatasetError: as `evaluate`, or the runs were trained on different rows or labels.
     """
     runs = [run if isinstance(run, Run) else Run.open(Path(run)) for run in (first, second)]
-    labels = [run.open_dataset(dataset).label_name for run in runs]
+    datasets = [run.open_dataset(dataset) for run in runs]
+    labels = [encoded.label_name for encoded in datasets]
     if labels[0] != labels[1]:
         msg = f"the runs predict different labels, {labels[0]} and {labels[1]}: they cannot be compared"
         raise DatasetError(msg)
     (_, taken), (_, other) = (
         predict_split(
             run,
-            dataset,
+            encoded,
             split,
             model_class=model_class,
             batch_size_global=batch_size_global,
@@ -94,7 +94,7 @@ def compare(
             sharding=sharding,
             progress=progress,
         )
-        for run, model_class in zip(runs, model_classes, strict=True)
+        for run, encoded, model_class in zip(runs, datasets, model_classes, strict=True)
     )
     if taken is None or other is None:
         return None
@@ -113,47 +113,17 @@ def paired_difference(labels: Labels, first: Scores, second: Scores, weights: We
         second: logits of the other model [N].
         weights: of the rows [N].
     """
-    if weights is not None:
-        counts = weights > 0
-        labels, first, second, weights = labels[counts], first[counts], second[counts], weights[counts]
+    labels, first, second, weights = that_weigh(weights, labels, first, second)
     clicked = labels != 0
     losses = [np.logaddexp(0.0, np.where(clicked, -1.0, 1.0) * logits.astype(np.float64)) for logits in (first, second)]
     loss_difference = losses[1] - losses[0]
-    (wins_P1, wins_Q1), (wins_P2, wins_Q2) = (
-        _wins(scores[clicked], scores[~clicked]) if weights is None else weighted_wins(clicked, scores, weights)
-        for scores in (first, second)
-    )
-    weights_P, weights_Q = (None, None) if weights is None else (weights[clicked], weights[~clicked])
+    (wins_P1, wins_Q1), (wins_P2, wins_Q2) = (wins(clicked, scores, weights) for scores in (first, second))
     return Difference(
         auc=auc(labels, second, weights) - auc(labels, first, weights),
-        auc_standard_error=math.hypot(
-            _error_of_mean(wins_P2 - wins_P1, weights_P), _error_of_mean(wins_Q2 - wins_Q1, weights_Q)
-        ),
+        auc_standard_error=error_of_both(clicked, wins_P2 - wins_P1, wins_Q2 - wins_Q1, weights),
         logloss=float(np.average(loss_difference, weights=weights)) if loss_difference.size else math.nan,
-        logloss_standard_error=_error_of_mean(loss_difference, weights),
+        logloss_standard_error=error_of_mean(loss_difference, weights),
     )
-
-
-def auc_standard_error(labels: Labels, scores: Scores, weights: Weights = None) -> float:
-    """Standard error of a model's AUC, by DeLong, DeLong and Clarke-Pearson (1988).
-
-    Args:
-        labels: 0 or 1 [N].
-        scores: any monotone function of the probability, such as a logit [N].
-        weights: of the rows [N].
-
-    Returns:
-        NaN with fewer than two rows of a class.
-    """
-    if weights is not None:
-        counts = weights > 0
-        labels, scores, weights = labels[counts], scores[counts], weights[counts]
-    clicked = labels != 0
-    if weights is None:
-        wins_P, wins_Q = _wins(scores[clicked], scores[~clicked])
-        return math.hypot(_error_of_mean(wins_P, None), _error_of_mean(wins_Q, None))
-    wins_P, wins_Q = weighted_wins(clicked, scores, weights)
-    return math.hypot(_error_of_mean(wins_P, weights[clicked]), _error_of_mean(wins_Q, weights[~clicked]))
 
 
 def calibration_standard_error(labels: Labels, logits: Scores, weights: Weights = None) -> float:
@@ -167,34 +137,11 @@ def calibration_standard_error(labels: Labels, logits: Scores, weights: Weights 
     Returns:
         NaN with fewer than two rows, and when nothing was clicked.
     """
-    if weights is not None:
-        counts = weights > 0
-        labels, logits, weights = labels[counts], logits[counts], weights[counts]
+    labels, logits, weights = that_weigh(weights, labels, logits)
     clicked = (labels != 0).astype(np.float64)
     if not clicked.any():
         return math.nan
     predictions = np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))
     click_rate = float(np.average(clicked, weights=weights))
     calibration = float(np.average(predictions, weights=weights)) / click_rate
-    return _error_of_mean(predictions - calibration * clicked, weights) / click_rate
-
-
-def _wins(positives: Scores, negatives: Scores) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """For each positive the share of negatives below it [P], for each negative that of positives above it [Q]."""
-    positives_sorted, negatives_sorted = np.sort(positives), np.sort(negatives)
-
-    def share_below(scores: Scores, others_sorted: Scores) -> NDArray[np.float64]:
-        twice = sum(np.searchsorted(others_sorted, scores, side=side) for side in ("left", "right"))
-        return np.asarray(twice / (2 * max(1, others_sorted.size)), np.float64)
-
-    return share_below(positives, negatives_sorted), 1.0 - share_below(negatives, positives_sorted)
-
-
-def _error_of_mean(values: NDArray[np.float64], weights: Weights) -> float:
-    if values.size < 2:
-        return math.nan
-    if weights is None:
-        return float(values.std(ddof=1) / math.sqrt(values.size))
-    shares = weights.astype(np.float64) / weights.sum(dtype=np.float64)
-    spread = shares * (values - (shares * values).sum())
-    return math.sqrt(values.size / (values.size - 1) * float((spread**2).sum()))
+    return error_of_mean(predictions - calibration * clicked, weights) / click_rate

@@ -45,7 +45,7 @@ def evaluate(
         run: a run or its folder; trained on any number of ranks.
         dataset: what it was trained on, or its folder; None where it is still where it was.
         split: `train`, `val` or `test`; several joined by + are judged together, as in `val+test`.
-        model_class: that the run was trained with, where it was a class of somebody's own.
+        model_class: that the run was trained with, where it is not the DLRM.
         allow_changed_model_class: take it though its file has changed since.
         checkpoint: `best` of the val split (the last where nothing was validated), `last`, or a step.
         batch_size_global: rows per forward pass over all ranks; does not change the result.
@@ -86,8 +86,8 @@ def evaluate(
 
 
 def predict_split(
-    run: Run | str | Path,
-    dataset: Dataset | str | Path | None,
+    run: Run,
+    dataset: Dataset,
     split: str,
     *,
     model_class: ModelClass | None = None,
@@ -106,23 +106,21 @@ def predict_split(
     if len(set(names)) < len(names):
         msg = f"`split`: {split} names a split twice, and each row counts once; name each once"
         raise ConfigError(msg)
-    trained = run if isinstance(run, Run) else Run.open(Path(run))
-    encoded = trained.open_dataset(dataset)
-    shape = trained.shape(encoded, model_class, allow_changed_model_class=allow_changed_model_class)
-    config = trained.config.model_copy(update={"sharding": sharding or sharding_elsewhere(trained.config)})
+    shape = run.shape(dataset, model_class, allow_changed_model_class=allow_changed_model_class)
+    config = run.config.model_copy(update={"sharding": sharding or sharding_elsewhere(run.config)})
 
     def describe() -> Settings:
         asked = {"`split`": split, "`checkpoint`": checkpoint, "`batch_size_global`": str(batch_size_global)}
         ours = {name: Setting(value, value) for name, value in asked.items()}
-        return {**settings_of(config, encoded, shape.architecture, restart=False), **ours}
+        return {**settings_of(config, dataset, shape.architecture, restart=False), **ours}
 
     with join_process_group(config.train.timeout_s, describe, device=device, setting="`device`") as ranks:
-        model = build_empty_model(config, shape, num_embeddings=encoded.num_embeddings, ranks=ranks)
-        chosen = find_checkpoint(trained.checkpoints, checkpoint)
-        Checkpointer(trained.checkpoints, model, None, ranks).load(chosen.step)
+        model = build_empty_model(config, shape, num_embeddings=dataset.num_embeddings, ranks=ranks)
+        chosen = find_checkpoint(run.checkpoints, checkpoint)
+        Checkpointer(run.checkpoints, model, None, ranks).load(chosen.step)
         loaders = [
             Loader(
-                encoded,
+                dataset,
                 name,
                 batch_size_global=batch_size_global,
                 rank=ranks.rank,

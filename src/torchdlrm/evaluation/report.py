@@ -12,16 +12,15 @@ from typing import Any
 from torchdlrm.config import Config, setting_values
 from torchdlrm.errors import RunError, TorchDLRMError
 from torchdlrm.html import Chart, Curve, curve_chart, render, short
+from torchdlrm.metrics import BEST, LOSS, METRICS, metrics_in
 from torchdlrm.sharding.layout import read_plan
 from torchdlrm.training.log import read_metrics
 from torchdlrm.training.run import METRICS_NAME, PLAN_NAME, Run
 from torchdlrm.training.source_run import SourceRun
-from torchdlrm.units import show_bytes, show_duration
+from torchdlrm.units import show_bytes, show_duration, show_number
 
 Line = Mapping[str, Any]
-_CHARTS = {"loss": "loss: logloss, nats", "auc": "AUC", "ne": "normalised entropy", "rows_per_s": "rows/s"}
 _COLOURS = {"train": "#8fb0dc", "val": "#b0521c"}
-_METRICS = ("rows", "auc", "logloss", "ne", "calibration", "accuracy")
 
 
 def report_page(run: Run) -> str:
@@ -60,7 +59,7 @@ def _times(run: Run, lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
     """Yield when a run began and how long it has lasted, with its breaks if it was resumed."""
     logged_s = [line["time"] for line in lines if _is_number(line, "time")]
     try:
-        text = run.environment.get("started")  # runs of before do not have it
+        text = run.environment.get("started")  # older runs do not have it
         began_s = logged_s[0] if text is None else datetime.fromisoformat(text).timestamp()
         yield "began, UTC", f"{datetime.fromtimestamp(began_s, UTC):%Y-%m-%d %H:%M}"
     except (IndexError, ValueError, OverflowError, OSError):
@@ -78,19 +77,25 @@ def _cards(lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
     speeds = sorted(line["rows_per_s"] for line in lines if line["split"] == "train" and _is_number(line, "rows_per_s"))
     if speeds:
         yield "rows/s, median", f"{speeds[len(speeds) // 2]:,.0f}"
-    judged = [line for line in lines if line["split"] == "val" and _is_number(line, "auc")]
-    if judged:
-        best = max(judged, key=lambda line: line["auc"])
-        yield "val AUC, last", f"{judged[-1]['auc']:.4f}"
-        yield f"val AUC, best (step {best['step']:,})", f"{best['auc']:.4f}"
-        if _is_number(judged[-1], "ne"):
-            yield "val normalised entropy, last", f"{judged[-1]['ne']:.4f}"
+    for name, caption in _captions().items():
+        judged = [line for line in lines if line["split"] == "val" and _is_number(line, name)]
+        if judged:
+            yield f"val {caption}, last", show_number(judged[-1][name], 4)
+        if judged and name == BEST:
+            best = max(judged, key=lambda line: line[BEST])
+            yield f"val {caption}, best (step {best['step']:,})", show_number(best[BEST], 4)
+
+
+def _captions() -> dict[str, str]:
+    """Of the metrics that a run logs besides the loss, by their names there."""
+    return {metric.name: metric.caption for metric in metrics_in("log") if metric.name != LOSS}
 
 
 def _charts(lines: Sequence[Line]) -> list[Chart]:
     """Draw every metric that was logged, over the rows seen."""
     charts = []
-    for metric, caption in _CHARTS.items():
+    captions = {"loss": f"loss: {METRICS[LOSS].caption}", **_captions(), "rows_per_s": "rows/s"}
+    for metric, caption in captions.items():
         curves = {
             split: [
                 (line["rows"], line[metric]) for line in lines if line["split"] == split and _is_number(line, metric)
@@ -135,14 +140,9 @@ def _evaluation(result: Mapping[str, Any]) -> dict[str, str]:
         "split": str(result.get("split", "")),
         "step": f"{result.get('step', 0):,}",
         "chosen as": str(result.get("checkpoint", "")),
-        **{name: _metric(result.get(name)) for name in _METRICS},
+        "rows": show_number(result["rows"], 0) if _is_number(result, "rows") else "-",
+        **{name: show_number(result[name]) if _is_number(result, name) else "-" for name in METRICS},
     }
-
-
-def _metric(value: object) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.5f}" if isinstance(value, float) and value == value else "-"  # noqa: PLR0124 - NaN is not itself
 
 
 def _text(value: object) -> str:

@@ -18,7 +18,7 @@ so: whatever ends the process, at whatever moment, the same call resumes, and en
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ from torchdlrm.features.schema_file import with_split
 from torchdlrm.files import remove_folder, sync, write_atomically
 from torchdlrm.live.changes import STEPS
 from torchdlrm.live.gate import judge, require_same_rows
-from torchdlrm.live.logs import PeriodLog, find_log
+from torchdlrm.live.logs import find_log
 from torchdlrm.live.model import CONFIG_NAME, DATASET_NAME, REPLAY_NAME, RUN_NAME, LiveModel
-from torchdlrm.live.preview import AdvancePreview, lineage_of, look_ahead
+from torchdlrm.live.preview import AdvancePreview, lineage_of, preview_advance
 from torchdlrm.live.record import (
     FeatureRecord,
     PeriodRecord,
@@ -80,7 +80,7 @@ def advance(
     train_by: Callable[..., object] = train,
     progress: ProgressListener = SILENT,
 ) -> PeriodRecord:
-    """Score a new log with the model of before, learn from it, and publish the new model if it is good enough.
+    """Score a new log with the previous model, learn from it, and publish the new model if it is good enough.
 
     The first call makes the live model.  What was interrupted, at whatever moment, is resumed by the same call; a log
     that the current model has learnt already changes nothing.
@@ -109,11 +109,12 @@ def advance(
         Interrupted: SIGTERM or Ctrl-C.
     """
     log = find_log(logs)
+    own_model: dict[str, Any] = {
+        "model_class": model_class,
+        "allow_changed_model_class": allow_changed_model_class,
+    }
     look = partial(
-        look_ahead,
-        *(live, log, config, schema, settings, model_class),
-        allow_changed_model_class=allow_changed_model_class,
-        restart=restart,
+        preview_advance, live, log, config=config, schema=schema, settings=settings, restart=restart, **own_model
     )
     look()  # before anything is written
     with LiveModel(Path(live)).locked():
@@ -128,79 +129,62 @@ def advance(
             preview.live.remove_period(preview.removed, preview.draft.base)
         record = preview.done
         if record is None:
-            period = _Period(
-                preview,
-                log,
-                resources=resources,
-                train_by=train_by,
-                model_class=model_class,
-                allow_changed_model_class=allow_changed_model_class,
-                progress=progress,
-            )
-            record = period.run()
+            record = _Period(preview, log.files, resources, train_by, own_model, progress).run()
         preview.live.tidy()
     return record
 
 
+@dataclass
 class _Period:
-    """The steps of a period."""
+    """The steps of a period, of a log that was found as these files."""
 
-    def __init__(
-        self,
-        preview: AdvancePreview,
-        log: PeriodLog,
-        *,
-        resources: Resources | None,
-        train_by: Callable[..., object],
-        model_class: ModelClass | None,
-        allow_changed_model_class: bool,
-        progress: ProgressListener,
-    ) -> None:
-        self._files, self._begun_again, self._new_config = log.files, preview.begun_again, preview.new_config
-        self._live, self._settings, self._draft = preview.live, preview.settings, preview.draft
-        self._config, self._replayed, self._steps = preview.config, preview.replayed, preview.steps
-        self._schema = with_split(preview.schema, "random", preview.settings.hold_back, 0.0)
-        self._resources, self._train, self._progress = resources, train_by, progress
-        self._own_model: dict[str, Any] = {
-            "model_class": model_class,
-            "allow_changed_model_class": allow_changed_model_class,
-        }
-        self._day = self._live.day(self._draft.period)
-        self._candidate: Bundle | None = None  # as the export has opened it, where this process did it
+    preview: AdvancePreview
+    files: Sequence[LogFile]
+    resources: Resources | None
+    train: Callable[..., object]
+    own_model: Mapping[str, Any]  # arguments of everything that reads or trains the model
+    progress: ProgressListener
+
+    def __post_init__(self) -> None:
+        self.live, self.settings, self.config = self.preview.live, self.preview.settings, self.preview.config
+        self.draft = self.preview.draft
+        self.schema = with_split(self.preview.schema, "random", self.settings.hold_back, 0.0)
+        self.day = self.live.day(self.draft.period)
+        self.candidate: Bundle | None = None  # as the export has opened it, where this process did it
 
     def run(self) -> PeriodRecord:
         """Do the steps that are left."""
-        for name in _LEFT_BY.get(self._begun_again, ()):
-            remove_folder(self._day / name)
-        self._live.write_draft(self._draft)
+        for name in _LEFT_BY.get(self.preview.begun_again, ()):
+            remove_folder(self.day / name)
+        self.live.write_draft(self.draft)
         actions = (self._score, self._preprocess, self._learn, self._export, self._check, self._publish)
-        for name in self._steps:
+        for name in self.preview.steps:
             started_s = time.perf_counter()
             num_bytes = actions[STEPS.index(name)]()
             time_taken = StepTime(seconds=time.perf_counter() - started_s, bytes=num_bytes)
-            sync(self._day)  # names too, before the draft says that they are there
-            write_times(self._day, {**read_times(self._day), name: time_taken})
-            self._note(done=(*self._draft.done, name))
+            sync(self.day)  # names too, before the draft says that they are there
+            write_times(self.day, {**read_times(self.day), name: time_taken})
+            self._note(done=(*self.draft.done, name))
         record = self._record()
-        if self._new_config is not None:
-            write_atomically(self._live.path / CONFIG_NAME, self._new_config)
-        record.write(self._day)
+        if self.preview.new_config is not None:
+            write_atomically(self.live.path / CONFIG_NAME, self.preview.new_config)
+        record.write(self.day)
         return record
 
     def _note(self, **changes: object) -> None:
-        self._draft = self._draft.model_copy(update=changes)
-        self._live.write_draft(self._draft)
+        self.draft = self.draft.model_copy(update=changes)
+        self.live.write_draft(self.draft)
 
     def _score(self) -> int:
-        assert self._draft.base is not None, "the first period has no such step"
-        scores = self._day / SCORES_NAME
-        predictor = Predictor.open(self._live.bundle(self._draft.base), progress=self._progress, **self._own_model)
+        assert self.draft.base is not None, "the first period has no such step"
+        scores = self.day / SCORES_NAME
+        predictor = Predictor.open(self.live.bundle(self.draft.base), progress=self.progress, **self.own_model)
         unseen = score_log(
             predictor,
-            self._files,
+            self.files,
             scores,
-            max_bad_rows=self._settings.max_bad_rows,
-            progress=self._progress,
+            max_bad_rows=self.settings.max_bad_rows,
+            progress=self.progress,
         )
         sync(scores)
         progressive = progressive_metrics(read_scores(scores, predictor.schema), predictor.schema)
@@ -208,33 +192,33 @@ class _Period:
         return scores.stat().st_size
 
     def _preprocess(self) -> int:
-        base, settings = self._draft.base, self._settings
+        base, settings = self.draft.base, self.settings
         options = replace(
             self._options,
-            vocabulary=None if base is None else self._live.day(base) / DATASET_NAME,
+            vocabulary=None if base is None else self.live.day(base) / DATASET_NAME,
             extend_vocabulary=base is not None,
-            period=self._draft.period,
+            period=self.draft.period,
             admit_over=self._reach(settings.admit_over),
             expire_after=None if settings.expire_after is None else self._reach(settings.expire_after),
         )
-        dataset = self._encode(self._files, self._day / DATASET_NAME, self._schema, options)
+        dataset = self._encode(self.files, self.day / DATASET_NAME, self.schema, options)
         if base is not None:
-            require_same_rows(self._day / SCORES_NAME, dataset.with_label(self._config.train.label))
+            require_same_rows(self.day / SCORES_NAME, dataset.with_label(self.config.train.label))
         return _folder_bytes(dataset.path)
 
     def _reach(self, num_periods: int) -> int:
-        """How far back so many periods go, this one included: what the model has not learnt does not count as time.
+        """How far back this many periods go, this one included: what the model has not learnt does not count as time.
 
-        Where it has learnt fewer, all of them are within reach, and so many more of those to come.
+        Where it has learnt fewer, all of them are within reach, and the number that it lacks of those to come.
         """
-        numbers = [record.period for record in lineage_of(self._live.periods, self._draft.base)]
-        learnt = [self._draft.period, *numbers][:num_periods]
+        numbers = [record.period for record in lineage_of(self.live.periods, self.draft.base)]
+        learnt = [self.draft.period, *numbers][:num_periods]
         return learnt[0] - learnt[-1] + 1 + num_periods - len(learnt)
 
     @property
     def _options(self) -> PreprocessOptions:
         """What all logs are encoded by, whether their values get ids or not."""
-        settings = self._settings
+        settings = self.settings
         return PreprocessOptions(
             min_count=settings.min_count,
             max_embeddings=settings.max_embeddings,
@@ -249,29 +233,29 @@ class _Period:
             shutil.rmtree(work_folder(out), ignore_errors=True)
             return Dataset.open(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        return preprocess(files, out, schema, options, progress=self._progress, resources=self._resources)
+        return preprocess(files, out, schema, options, progress=self.progress, resources=self.resources)
 
     def _learn(self) -> int:
-        base = self._draft.base
-        source = None if base is None else self._live.day(base) / RUN_NAME
-        dataset = self._day / DATASET_NAME
-        for record in self._replayed:
+        base = self.draft.base
+        source = None if base is None else self.live.day(base) / RUN_NAME
+        dataset = self.day / DATASET_NAME
+        for record in self.preview.replayed:
             log = find_log([log.path for log in record.logs])
             if {file.sha256 for file in log.records} != {file.sha256 for file in record.logs}:
                 paths = ", ".join(file.path for file in record.logs)
                 msg = f"{paths}: not the log of period {record.period} any more; put it back"
                 raise LiveError(msg)
-            folder = self._day / REPLAY_NAME / self._live.day(record.period).name
-            schema = with_split(self._schema, "random", 0.0, 0.0)
+            folder = self.day / REPLAY_NAME / self.live.day(record.period).name
+            schema = with_split(self.schema, "random", 0.0, 0.0)
             options = replace(self._options, vocabulary=dataset)
             replayed = self._encode(log.files, folder / DATASET_NAME, schema, options)
             self._train_run(replayed.path, folder / RUN_NAME, source)
             source = folder / RUN_NAME
-        self._train_run(dataset, self._day / RUN_NAME, source)
-        return _folder_bytes(self._day / RUN_NAME)
+        self._train_run(dataset, self.day / RUN_NAME, source)
+        return _folder_bytes(self.day / RUN_NAME)
 
     def _train_run(self, dataset: Path, run: Path, source: Path | None) -> None:
-        config = self._config
+        config = self.config
         if source is not None:
             # The live model's folder may have moved since.
             Run.open(source).take_place(Dataset.open(source.with_name(DATASET_NAME)))
@@ -279,56 +263,56 @@ class _Period:
             if source.parent.parent.name == REPLAY_NAME:  # once a period
                 changes["accumulator_decay"] = 1.0
             config = config.model_copy(update={"warm_start": config.warm_start.model_copy(update=changes)})
-        self._train(config, dataset, run, from_run=source, progress=self._progress, **self._own_model)
+        self.train(config, dataset, run, from_run=source, progress=self.progress, **self.own_model)
 
     def _export(self) -> int:
-        out = self._day / _CANDIDATE_NAME
+        out = self.day / _CANDIDATE_NAME
         if not out.exists():
-            chosen = self._settings.export
+            chosen = self.settings.export
             options = ExportOptions(
                 **chosen.model_dump(exclude={"name"}),
                 checkpoint="last",
-                name=chosen.name or self._live.path.resolve().name,
+                name=chosen.name or self.live.path.resolve().name,
             )
-            dataset = self._day / DATASET_NAME
+            dataset = self.day / DATASET_NAME
             exported = export(
-                self._day / RUN_NAME, out, options=options, dataset=dataset, progress=self._progress, **self._own_model
+                self.day / RUN_NAME, out, options=options, dataset=dataset, progress=self.progress, **self.own_model
             )
-            self._candidate = exported.bundle
+            self.candidate = exported.bundle
         return _folder_bytes(out)
 
     def _check(self) -> int:
-        candidate = self._candidate or Bundle.open(self._day / _CANDIDATE_NAME, verify="lazy", **self._own_model)
-        scores = None if self._draft.base is None else self._day / SCORES_NAME
-        dataset = Dataset.open(self._day / DATASET_NAME).with_label(self._config.train.label)
-        self._note(gate=judge(candidate, dataset, scores, self._settings.gate, self._progress))
+        candidate = self.candidate or Bundle.open(self.day / _CANDIDATE_NAME, verify="lazy", **self.own_model)
+        scores = None if self.draft.base is None else self.day / SCORES_NAME
+        dataset = Dataset.open(self.day / DATASET_NAME).with_label(self.config.train.label)
+        self._note(gate=judge(candidate, dataset, scores, self.settings.gate, self.progress))
         return 0
 
     def _publish(self) -> int:
-        period, base = self._draft.period, self._draft.base
-        candidate, bundle, delta = self._day / _CANDIDATE_NAME, self._live.bundle(period), self._live.delta(period)
+        period, base = self.draft.period, self.draft.base
+        candidate, bundle, delta = self.day / _CANDIDATE_NAME, self.live.bundle(period), self.live.delta(period)
         bundle.parent.mkdir(exist_ok=True)
         if not bundle.exists():
             candidate.rename(bundle)
         if base is not None and not delta.exists():
-            made = self._day / _DELTA_NAME
+            made = self.day / _DELTA_NAME
             remove_folder(made)
             with complete_folder(made, DELTA_NAMES) as folder:
-                write_delta(self._live.bundle(base), bundle, folder, self._progress)
+                write_delta(self.live.bundle(base), bundle, folder, self.progress)
             if 2 * _folder_bytes(made) < _folder_bytes(bundle):
                 made.rename(delta)
             remove_folder(made)
         sync(bundle.parent)
-        assert self._draft.gate is not None, "the check comes before"
-        if self._draft.gate.passed:
-            self._live.switch(period)
+        assert self.draft.gate is not None, "the check comes before"
+        if self.draft.gate.passed:
+            self.live.switch(period)
         return _folder_bytes(delta)
 
     def _record(self) -> PeriodRecord:
-        draft, gate = self._draft, self._draft.gate
+        draft, gate = self.draft, self.draft.gate
         assert gate is not None, "the check is a step"
-        dataset = Dataset.open(self._day / DATASET_NAME).with_label(self._config.train.label)
-        delta_bytes = _folder_bytes(self._live.delta(draft.period))
+        dataset = Dataset.open(self.day / DATASET_NAME).with_label(self.config.train.label)
+        delta_bytes = _folder_bytes(self.live.delta(draft.period))
         splits = dataset.manifest.splits.values()
         return PeriodRecord(
             period=draft.period,
@@ -340,7 +324,7 @@ class _Period:
             features={name: self._feature(name, sparse) for name, sparse in dataset.manifest.sparse.items()},
             gate=gate,
             published=gate.passed,
-            bundle_bytes=_folder_bytes(self._live.bundle(draft.period)),
+            bundle_bytes=_folder_bytes(self.live.bundle(draft.period)),
             delta_bytes=delta_bytes or None,
         )
 
@@ -351,7 +335,7 @@ class _Period:
             values_in_use=None if sparse.vocabulary is None else sparse.num_values,
             admitted=0 if turnover is None else turnover.admitted,
             expired=0 if turnover is None else turnover.expired,
-            unseen_fraction=self._draft.unseen_fraction.get(name),
+            unseen_fraction=self.draft.unseen_fraction.get(name),
         )
 
 

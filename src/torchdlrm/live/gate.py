@@ -1,6 +1,6 @@
 """Decides whether a new model is published: on rows of the period that were held back from learning.
 
-In: the scores of the model of before, the held-back rows as the dataset has them, the candidate's bundle.  Out: a
+In: the scores of the previous model, the held-back rows as the dataset has them, the candidate's bundle.  Out: a
 `GateRecord`.
 """
 
@@ -21,21 +21,22 @@ from torchdlrm.exporting.export import held_out_rows
 from torchdlrm.live.record import GateRecord
 from torchdlrm.live.scores import metrics_of, period_metrics, read_scores
 from torchdlrm.live.settings import GateSettings
+from torchdlrm.metrics import LOSS
 from torchdlrm.prediction.files import LOGIT_COLUMN
 from torchdlrm.progress import ProgressListener
 
-_STANDARD_ERRORS = 2.0  # outside a limit by so many is not chance
+_STANDARD_ERRORS = 2.0  # outside a limit by this many is not chance
 
 
 def judge(
     candidate: Bundle, dataset: Dataset, scores: Path | None, settings: GateSettings, progress: ProgressListener
 ) -> GateRecord:
-    """Compare a candidate with the model of before.
+    """Compare a candidate with the previous model.
 
     Args:
         candidate: what may be published.
         dataset: of the period; the rows of its val split were held back, at random.
-        scores: of the whole log by the model of before, as `score_log` writes them; None for the first period.
+        scores: of the whole log by the previous model, as `score_log` writes them; None for the first period.
         settings: the limits.
         progress: receives the rows predicted.
 
@@ -102,12 +103,12 @@ def objections(gate: GateRecord, settings: GateSettings) -> list[str]:
     """Sentences that say why a model is not published: what is outside a limit by more than two standard errors.
 
     That of a calibration is taken relative to it, on the scale of its logarithm: of few clicks it is as large as the
-    calibration itself, and still a log without its clicks has to be told from one with few rows. A standard error that
-    is not known counts as 0.
+    calibration itself, and still a log without its clicks must not look like one with few rows. A standard error
+    that is not known counts as 0.
     """
-    found, rows, clicks = [], f"{gate.rows:,} held-back rows", gate.new.clicks
+    found, rows, clicks = [], f"{gate.rows:,} held-back rows", gate.new["clicks"]
     low, high = settings.calibration
-    calibration, error = gate.new.calibration, gate.calibration_standard_error or 0.0
+    calibration, error = gate.new["calibration"], gate.calibration_standard_error or 0.0
     if clicks in (0, gate.rows):
         found.append(f"{'all' if clicks else 'none'} of the {rows} were clicked: rows of one class judge no model")
     elif calibration is None:
@@ -122,7 +123,7 @@ def objections(gate: GateRecord, settings: GateSettings) -> list[str]:
     increase, error = gate.logloss_increase, gate.logloss_increase_standard_error or 0.0
     if increase is not None and increase - _STANDARD_ERRORS * error > settings.max_logloss_increase:
         found.append(
-            f"the logloss on {rows} is {gate.new.logloss:.5f}, {increase:.5f} (standard error {error:.5f}) above the "
+            f"the logloss on {rows} is {gate.new[LOSS]:.5f}, {increase:.5f} (standard error {error:.5f}) above the "
             f"old model's; {settings.max_logloss_increase:g} is allowed"
         )
     return found

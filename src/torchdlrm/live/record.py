@@ -33,32 +33,14 @@ class LogRecord(_Frozen):
     sha256: str
 
 
-class PeriodMetrics(_Frozen):
-    """Metrics of predicted click probabilities, as `torchdlrm.metrics` has them; None where they are not defined.
-
-    Attributes:
-        rows: how many rows were judged: those with a label.
-        clicks: how many of them were clicked.
-        auc: area under the ROC curve.
-        auc_low: lower end of its interval of 95 %, by DeLong's standard error.
-        auc_high: upper end.
-        logloss: mean negative log-likelihood, in nats.
-        ne: normalised entropy.
-        calibration: mean prediction divided by click rate.
-    """
-
-    rows: int
-    clicks: int
-    auc: float | None
-    auc_low: float | None
-    auc_high: float | None
-    logloss: float | None
-    ne: float | None
-    calibration: float | None
+# By name: `rows` that were judged, those with a label; `clicks` of them; and the metrics of the place `table`, with
+# `_low` and `_high` after the name for the ends of an interval of 95 %. None: not defined. A name that this version
+# does not know is kept.
+PeriodMetrics = dict[str, int | float | None]
 
 
 class ProgressiveMetrics(_Frozen):
-    """How well the model of before predicted a log that it had not seen.
+    """How well the previous model predicted a log that it had not seen.
 
     Attributes:
         all: of all rows.
@@ -132,7 +114,7 @@ class PeriodRecord(_Frozen):
     """
 
     format: Literal["torchdlrm-period"] = "torchdlrm-period"
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2  # 1 had the metrics of its time, and no others
     period: int
     base: int | None
     logs: tuple[LogRecord, ...]

@@ -10,14 +10,14 @@ from typing import get_args
 
 from torchdlrm.html import COLOURS, Chart, Curve, curve_chart, render, short
 from torchdlrm.live.record import FeatureRecord, PeriodMetrics, PeriodRecord, StepName, StepTime
-from torchdlrm.units import show_bytes
+from torchdlrm.metrics import BEST, LOSS, METRICS, Metric, metrics_in
+from torchdlrm.units import show_bytes, show_number
 
 Times = Mapping[int, Mapping[StepName, StepTime]]  # by period
 
 _STEP_COLOURS = dict(zip(get_args(StepName), (*COLOURS, "#8a8f98"), strict=True))
-_METRICS = {"auc": "AUC", "ne": "normalised entropy", "calibration": "calibration: mean prediction / click rate"}
 _ROWS = {"known": "rows of known values", "unseen": "rows with an unknown value", "all": "all rows"}
-_RECENT = 7  # periods of which a mean is told: a week of days
+_RECENT = 7  # periods of which a mean is shown: a week of days
 _MAX_FEATURES = 4  # that have a curve of their own
 _MAX_BLOCKS = 60  # periods whose steps are drawn
 
@@ -35,7 +35,7 @@ def report_page(title: str, periods: Sequence[PeriodRecord], times: Times, curre
         "live.html",
         title=title,
         entries=list(_cards(periods, current)),
-        progressive=_drawn(_progressive(periods, metric) for metric in _METRICS),
+        progressive=_drawn(_progressive(periods, metric) for metric in metrics_in("table") if metric.name != LOSS),
         gate=_drawn([_gate(periods)]),
         failures=[(record.period, "; ".join(record.gate.reasons)) for record in periods if not record.gate.passed],
         values=_drawn([_unseen(periods), _sizes(periods), _changes(periods[1:])]),
@@ -52,25 +52,29 @@ def _cards(periods: Sequence[PeriodRecord], current: int | None) -> Iterator[tup
         yield "current: the period of the model that is served", str(current)
     yield "periods", f"{len(periods):,}"
     yield "rows in all logs", f"{sum(record.rows for record in periods):,}"
-    judged = [(record.period, metrics) for record in periods if (metrics := _metrics(record)) is not None]
-    aucs = [metrics.auc for _, metrics in judged if metrics.auc is not None][-_RECENT:]
+    judged = [(record.period, metrics) for record in periods if (metrics := _metrics(record))]
     if judged:
         period, metrics = judged[-1]
-        yield f"AUC of period {period}, before learning from it", _number(metrics.auc, 4)
-        if len(aucs) > 1:
-            yield f"mean AUC of the last {len(aucs)} periods", _number(fmean(aucs), 4)
-        yield f"calibration of period {period}", _number(metrics.calibration, 3)
+        best, recent = METRICS[BEST], [value for _, each in judged if (value := each.get(BEST)) is not None][-_RECENT:]
+        yield f"{best.label} of period {period}, before learning from it", _shown(metrics, best)
+        if len(recent) > 1:
+            yield f"mean {best.label} of the last {len(recent)} periods", show_number(fmean(recent), best.digits)
+        for metric in metrics_in("table"):
+            if metric.target is not None:
+                yield f"{metric.label} of period {period}", _shown(metrics, metric)
     failed = sum(not record.gate.passed for record in periods)
     if failed:
         yield "periods that did not pass the gate", f"{failed:,}"
 
 
-def _metrics(record: PeriodRecord, rows: str = "all") -> PeriodMetrics | None:
-    return None if record.progressive is None else getattr(record.progressive, rows)
+def _metrics(record: PeriodRecord, rows: str = "all") -> PeriodMetrics:
+    """What is known of these rows of a log before it was learnt from; empty where nothing is."""
+    return getattr(record.progressive, rows, None) or {}
 
 
-def _value(metrics: PeriodMetrics | None, name: str) -> float | None:
-    return None if metrics is None else getattr(metrics, name)
+def _shown(metrics: PeriodMetrics, metric: Metric, end: str = "") -> str:
+    """A metric as text, or an end of its interval."""
+    return show_number(metrics.get(metric.name + end), metric.digits)
 
 
 def _drawn(charts: Iterable[Chart | None]) -> list[Chart]:
@@ -115,24 +119,25 @@ def _chart(
     )
 
 
-def _progressive(periods: Sequence[PeriodRecord], metric: str) -> Chart | None:
+def _progressive(periods: Sequence[PeriodRecord], metric: Metric) -> Chart | None:
     judged = {name: [_metrics(record, rows) for record in periods] for rows, name in _ROWS.items()}
-    curves = {name: [_value(metrics, metric) for metrics in found] for name, found in judged.items()}
+    curves = {name: [metrics.get(metric.name) for metrics in found] for name, found in judged.items()}
     interval = [
-        (record.period, found.auc_low, found.auc_high)
+        (record.period, low, high)
         for record, found in zip(periods, judged[_ROWS["all"]], strict=True)
-        if metric == "auc" and found is not None and found.auc_low is not None and found.auc_high is not None
+        if (low := found.get(f"{metric.name}_low")) is not None
+        if (high := found.get(f"{metric.name}_high")) is not None
     ]
-    return _chart(_METRICS[metric], periods, curves, interval, mark=1.0 if metric == "calibration" else None)
+    return _chart(metric.caption, periods, curves, interval, mark=metric.target)
 
 
 def _gate(periods: Sequence[PeriodRecord]) -> Chart | None:
     gates = [record.gate for record in periods]
     curves = {
-        "the model of before": [_value(gate.old, "logloss") for gate in gates],
-        "the new model": [gate.new.logloss for gate in gates],
+        "the previous model": [(gate.old or {}).get(LOSS) for gate in gates],
+        "the new model": [gate.new.get(LOSS) for gate in gates],
     }
-    return _chart("logloss, nats, of the rows held back", periods, curves)
+    return _chart(f"{METRICS[LOSS].caption}, of the rows held back", periods, curves)
 
 
 def _unseen(periods: Sequence[PeriodRecord]) -> Chart | None:
@@ -216,7 +221,12 @@ def _published_bytes(periods: Sequence[PeriodRecord]) -> Chart | None:
 
 def _period(record: PeriodRecord, steps: Mapping[StepName, StepTime], current: int | None) -> dict[str, str]:
     """A line of the table of all periods."""
-    metrics = _metrics(record)
+    metrics, loss = _metrics(record), METRICS[LOSS]
+    shown: dict[str, str] = {}
+    for metric in metrics_in("table"):
+        shown[metric.label] = _shown(metrics, metric)
+        if metric.name == BEST:
+            shown |= {"from": _shown(metrics, metric, "_low"), "to": _shown(metrics, metric, "_high")}
     names = [PurePath(log.path).name for log in record.logs]
     return {
         "period": str(record.period),
@@ -224,19 +234,14 @@ def _period(record: PeriodRecord, steps: Mapping[StepName, StepTime], current: i
         "published": "current" if record.period == current else "yes" if record.published else "no",
         "base": "-" if record.base is None else str(record.base),
         "rows": f"{record.rows:,}",
-        "click rate": _number(record.clicks / record.rows if record.rows else None, 4),
-        "AUC": _number(_value(metrics, "auc"), 4),
-        "from": _number(_value(metrics, "auc_low"), 4),
-        "to": _number(_value(metrics, "auc_high"), 4),
-        "logloss": _number(_value(metrics, "logloss"), 4),
-        "NE": _number(_value(metrics, "ne"), 4),
-        "calibration": _number(_value(metrics, "calibration"), 3),
-        "unknown %": _number(_mean_unseen_percent(record), 2),
-        "gate: before": _number(_value(record.gate.old, "logloss"), 4),
-        "gate: after": _number(record.gate.new.logloss, 4),
+        "click rate": show_number(record.clicks / record.rows if record.rows else None, 4),
+        **shown,
+        "unknown %": show_number(_mean_unseen_percent(record), 2),
+        "gate: before": _shown(record.gate.old or {}, loss),
+        "gate: after": _shown(record.gate.new, loss),
         "bundle": show_bytes(record.bundle_bytes),
         "delta": "-" if record.delta_bytes is None else show_bytes(record.delta_bytes),
-        "seconds": _number(sum(step.seconds for step in steps.values()) if steps else None, 1),
+        "seconds": show_number(sum(step.seconds for step in steps.values()) if steps else None, 1),
     }
 
 
@@ -255,8 +260,8 @@ def _features(periods: Sequence[PeriodRecord]) -> list[dict[str, str]]:
                 "admitted in all": _whole(sum(record.admitted for record in records)),
                 "expired, last": _whole(newest.expired),
                 "expired in all": _whole(sum(record.expired for record in records)),
-                "unknown %, last": _number(percents[-1], 2),
-                "unknown %, mean": _number(_mean(percents), 2),
+                "unknown %, last": show_number(percents[-1], 2),
+                "unknown %, mean": show_number(_mean(percents), 2),
             }
         )
     return rows
@@ -271,8 +276,8 @@ def _steps(periods: Sequence[PeriodRecord], times: Times) -> list[dict[str, str]
             rows.append(
                 {
                     "step": name,
-                    "seconds, last": _number(found[-1].seconds, 1),
-                    "seconds, median": _number(median(step.seconds for step in found), 1),
+                    "seconds, last": show_number(found[-1].seconds, 1),
+                    "seconds, median": show_number(median(step.seconds for step in found), 1),
                     "written, last": show_bytes(found[-1].bytes),
                     "written, median": show_bytes(median(step.bytes for step in found)),
                 }
@@ -282,7 +287,3 @@ def _steps(periods: Sequence[PeriodRecord], times: Times) -> list[dict[str, str]
 
 def _whole(number: float) -> str:
     return f"{number:,.0f}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"

@@ -1,4 +1,4 @@
-"""Scores a log by the model of before, and says how good that was: the log has taught it nothing yet.
+"""Scores a log by the previous model, and says how good that was: the log has taught it nothing yet.
 
 In: a log and a bundle.  Out: `scores.parquet`, a row for each row of the log in its order: label, weight (if rows have
 one), `prediction`, `logit` and `has_unknown` (whether a value of the row has no id); of a bad row, all are null.
@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from torchdlrm.evaluation.compare import auc_standard_error
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.live.record import PeriodMetrics, ProgressiveMetrics
 from torchdlrm.logs.files import LogFile
-from torchdlrm.metrics import Labels, Scores, Weights, binary_metrics
+from torchdlrm.metrics import Labels, Scores, Weights, binary_metrics, metrics_in
 from torchdlrm.prediction.files import HAS_UNKNOWN_COLUMN, LOGIT_COLUMN, predict_file
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.progress import ProgressListener
 
 SCORES_NAME = "scores.parquet"
+_ENDS = ("_low", "_high")
 _NORMAL_95 = 1.959964  # standard errors to each side that 95 % of a normal distribution are within
 
 
@@ -31,7 +31,7 @@ def score_log(
     """Predict a log into a file of scores.
 
     Args:
-        predictor: of the model of before.
+        predictor: of the previous model.
         files: of the log, as they were found.
         out: the file, which appears when it is complete.
         max_bad_rows: 0: the first bad row is an error; else each has a row of nulls.
@@ -84,25 +84,30 @@ def metrics_of(scores: pl.DataFrame, schema: FeatureSchema) -> PeriodMetrics:
     return period_metrics(labels, scores[LOGIT_COLUMN].to_numpy(), *weights)
 
 
+def period_names() -> list[str]:
+    """What `period_metrics` has, in its order."""
+    ends = {False: ("",), True: ("", *_ENDS)}
+    metrics = metrics_in("table")
+    names = [f"{metric.name}{end}" for metric in metrics for end in ends[metric.standard_error is not None]]
+    return ["rows", "clicks", *names]
+
+
 def period_metrics(labels: Labels, logits: Scores, weights: Weights = None) -> PeriodMetrics:
-    """All metrics of N rows, and the interval of the AUC.
+    """What a live model keeps of N rows: their metrics, and the intervals of those whose standard error is known.
 
     Args:
         labels: 0 or 1 [N].
         logits: log-odds of a click [N].
         weights: of the rows [N].
     """
-    metrics = binary_metrics(labels, logits, weights)
-    error = auc_standard_error(labels, logits, weights)
-    values = {
-        "auc": metrics.auc,
-        "auc_low": max(0.0, metrics.auc - _NORMAL_95 * error),
-        "auc_high": min(1.0, metrics.auc + _NORMAL_95 * error),
-        "logloss": metrics.logloss,
-        "ne": metrics.ne,
-        "calibration": metrics.calibration,
-    }
-    undefined = {name for name, value in values.items() if math.isnan(value)}
-    undefined |= {"auc_low", "auc_high"} if math.isnan(error) else set()
-    defined = {name: None if name in undefined else value for name, value in values.items()}
-    return PeriodMetrics(rows=metrics.rows, clicks=int(np.count_nonzero(labels)), **defined)
+    values = binary_metrics(labels, logits, weights).as_json()
+    found: PeriodMetrics = {"rows": values["rows"], "clicks": int(np.count_nonzero(labels))}
+    for metric in metrics_in("table"):
+        value = found[metric.name] = values[metric.name]
+        if metric.standard_error is not None:
+            reach = _NORMAL_95 * metric.standard_error(labels, logits, weights)
+            ends: tuple[float | None, float | None] = (None, None)
+            if value is not None and not math.isnan(reach):
+                ends = max(0.0, value - reach), min(metric.largest, value + reach)
+            found |= zip((metric.name + end for end in _ENDS), ends, strict=True)
+    return found

@@ -259,7 +259,7 @@ class _Story:
         seconds = sum(step.seconds for name, step in learning.items() if name != "score")
         seconds += read_times(live.day(now))["score"].seconds
         num_embeddings = sum(feature.num_embeddings for feature in before.features.values())
-        return DayScore(_or_nan(metrics.auc), _or_nan(metrics.logloss), seconds, num_embeddings)
+        return DayScore(_or_nan(metrics["auc"]), _or_nan(metrics["logloss"]), seconds, num_embeddings)
 
 
 def _or_nan(value: float | None) -> float:

@@ -7,19 +7,37 @@ however many rows the interval had. Exact AUC needs all logits in one place, sor
 B rows of a batch on this rank, N rows that are reduced together, K bins.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn.functional import logsigmoid
 
-from torchdlrm.metrics import BinaryMetrics, MetricSums, auc_from_counts
+from torchdlrm.metrics import BinaryMetrics, Judged, MetricSums, auc_from_counts
 from torchdlrm.training.processes.process_group import Ranks
 
 # Logits are counted in bins of 1/2,048 from -16 to 16 (a probability of 1e-7), all others in the outermost two. Pairs
 # in one bin count half: of a million rows AUC is then exact to about 1e-7, of 6,000 to 1e-5.
 _NUM_BINS, _LIMIT = 1 << 16, 16.0
 _BLOCK_ROWS = 1 << 20  # float64 temporaries of a block stay at 8 MB each
+# Label and logit of each bin: those of rows that were not clicked come first.
+_BINS = np.repeat([0, 1], _NUM_BINS), np.tile((np.arange(_NUM_BINS) + 0.5) * (2 * _LIMIT / _NUM_BINS) - _LIMIT, 2)
+
+
+@dataclass(frozen=True)
+class _Counted(Judged):
+    """Bins in place of rows, each weighing what its rows do together: `weights`, also where rows have none."""
+
+    weights: NDArray[np.float64]
+
+    def auc(self) -> float:
+        """As of the rows, had they the logits of their bins; of rows without weights it is counted in integers."""
+        counts = self.weights if self.sums.weight_sum is not None else self.weights.astype(np.int64)
+        others, clicks = counts.reshape(2, -1)
+        return auc_from_counts(clicks, others)
 
 
 class IntervalMetrics:
@@ -52,13 +70,11 @@ class IntervalMetrics:
         self._clear()
         if totals is None:
             return None
-        others, clicks = totals[: 2 * _NUM_BINS].reshape(2, -1)
-        rows, right, prediction_sum, logloss_sum = totals[2 * _NUM_BINS :].tolist()
-        weight_sum = clicks.sum() + others.sum() if self._has_weights else None
-        sums = MetricSums(int(rows), clicks.sum(), right, prediction_sum, logloss_sum, weight_sum)
-        if not self._has_weights:
-            others, clicks = others.astype(np.int64), clicks.astype(np.int64)
-        return sums.metrics(auc_from_counts(clicks, others))
+        counts, (rows, right, prediction_sum, logloss_sum) = totals[: 2 * _NUM_BINS], totals[2 * _NUM_BINS :].tolist()
+        others, clicks = counts.reshape(2, -1).sum(axis=1)
+        weight_sum = clicks + others if self._has_weights else None
+        sums = MetricSums(int(rows), clicks, right, prediction_sum, logloss_sum, weight_sum)
+        return _Counted(*_BINS, counts, sums).metrics()
 
     def _clear(self) -> None:
         self._waiting: list[tuple[Tensor, ...]] = []

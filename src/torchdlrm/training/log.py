@@ -16,11 +16,11 @@ from typing import Any, Literal, Self
 
 from torchdlrm.errors import Interrupted
 from torchdlrm.files import sync, write_atomically
-from torchdlrm.metrics import BinaryMetrics, why_undefined
+from torchdlrm.metrics import LOSS, BinaryMetrics, metrics_in, why_undefined
 from torchdlrm.training.checkpoint import Position
 from torchdlrm.training.run import METRICS_NAME
 from torchdlrm.training.steps import Agenda
-from torchdlrm.units import show_count
+from torchdlrm.units import show_count, show_number
 
 Outcome = Literal["finished", "interrupted", "failed"]
 Metrics = Mapping[str, float | None]
@@ -31,9 +31,9 @@ logger = logging.getLogger("torchdlrm")
 class Callback:
     """Receives the events of a training, on rank 0 alone; a subclass overrides the methods that it needs.
 
-    Metrics come by name: `rows` (training rows read up to then, over all ranks), `loss`, `ne`, `auc`, `learning_rate`
-    of the dense optimizer, and `rows_per_s`. One that is not defined, as the AUC of rows of one label, is None. An
-    exception that a callback raises ends the training.
+    Metrics come by name: `rows` (training rows read up to then, over all ranks), `loss`, the metrics of the place `log`
+    such as `ne` and `auc`, `learning_rate` of the dense optimizer, and `rows_per_s`. One that is not defined, as the
+    AUC of rows of one label, is None. An exception that a callback raises ends the training.
     """
 
     def on_log(self, step: int, metrics: Metrics) -> None:
@@ -229,10 +229,17 @@ def validation_line(step: int, agenda: Agenda, metrics: BinaryMetrics, *, is_bes
     width = len(f"{agenda.num_steps:,}")
     where = f"step {step:>{width},} epoch {step / agenda.steps_per_epoch:.2f}"
     rows = show_count(agenda.rows_after(step))
-    undefined = why_undefined(metrics.as_dict())
-    auc, ne = ("-", "-") if undefined else (f"{metrics.auc:.4f}", f"{metrics.ne:.4f}")
+    values, undefined = metrics.as_dict(), why_undefined(metrics.as_dict())
+    shown = " ".join(f"{metric.label} {show_number(values[metric.name], 4)}" for metric in metrics_in("log"))
     best = " best" if is_best else f" ({undefined})" if undefined else ""
-    return f"{where} {rows:>7} rows  val AUC {auc} logloss {metrics.logloss:.4f} NE {ne}{best}"
+    return f"{where} {rows:>7} rows  val {shown}{best}"
+
+
+def bar_figures(metrics: BinaryMetrics) -> dict[str, str]:
+    """What is shown below the bar of a training, by the name that it has there."""
+    values = metrics.as_dict()
+    shown = {metric.label: show_number(values[metric.name], 4) for metric in metrics_in("bar")}
+    return {"loss": show_number(values[LOSS], 4), **shown}
 
 
 def plateau_line(position: Position) -> str:
@@ -247,5 +254,15 @@ def plateau_line(position: Position) -> str:
 def metrics_for_callbacks(metrics: BinaryMetrics, *, rows: int, learning_rate: float, rows_per_s: float) -> Metrics:
     """Return the metrics that callbacks receive, by the names and in the order of metrics.jsonl."""
     values = metrics.as_json()
-    chosen = {"rows": rows, "loss": values["logloss"], "ne": values["ne"], "auc": values["auc"]}
-    return {**chosen, "learning_rate": learning_rate, "rows_per_s": rows_per_s}
+    return {
+        "rows": rows,
+        "loss": values[LOSS],
+        **{name: values[name] for name in logged_names()},
+        "learning_rate": learning_rate,
+        "rows_per_s": rows_per_s,
+    }
+
+
+def logged_names() -> list[str]:
+    """The metrics of metrics.jsonl besides the loss, in its order."""
+    return [metric.name for metric in reversed(metrics_in("log")) if metric.name != LOSS]

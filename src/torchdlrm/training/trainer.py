@@ -27,7 +27,14 @@ from torchdlrm.training.checkpoint_state import TakeOver
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.finite import not_finite_error
 from torchdlrm.training.interval_metrics import IntervalMetrics
-from torchdlrm.training.log import Callbacks, TrainingSummary, metrics_for_callbacks, plateau_line, validation_line
+from torchdlrm.training.log import (
+    Callbacks,
+    TrainingSummary,
+    bar_figures,
+    metrics_for_callbacks,
+    plateau_line,
+    validation_line,
+)
 from torchdlrm.training.pipeline import build_pipeline
 from torchdlrm.training.predictions import predict_loaders, prediction_pipeline
 from torchdlrm.training.processes.process_group import Ranks, StopRequest
@@ -199,8 +206,7 @@ class Trainer:
             return
         told = metrics_for_callbacks(metrics, rows=rows, learning_rate=self._rate, rows_per_s=rows_per_s)
         self._callbacks.on_log(step, told)
-        ne = "-" if math.isnan(metrics.ne) else f"{metrics.ne:.4f}"
-        self._progress.advance(0, loss=f"{metrics.logloss:.4f}", NE=ne)
+        self._progress.advance(0, **bar_figures(metrics))
 
     def _validate(self, step: int) -> bool:
         """Write the metrics of the val split as it is predicted now; whether its AUC is the best so far."""

@@ -16,7 +16,7 @@ def judged(calibration, calibration_error, increase=None, increase_error=None, c
     return GateRecord(
         rows=972,
         old=None if increase is None else metrics,
-        new=metrics.model_copy(update={"calibration": calibration, "clicks": clicks}),
+        new=metrics | {"calibration": calibration, "clicks": clicks},
         calibration_standard_error=calibration_error,
         logloss_increase=increase,
         logloss_increase_standard_error=increase_error,
@@ -53,5 +53,5 @@ def test_a_log_that_lacks_its_clicks_is_told_from_one_with_few_rows():
     for num_rows, num_objections in ((1_000, 1), (8, 0)):
         labels, logits = np.eye(1, num_rows)[0], np.full(num_rows, -1.0)
         metrics, error = period_metrics(labels, logits), calibration_standard_error(labels, logits)
-        assert error > 0.9 * metrics.calibration
-        assert len(objections(judged(metrics.calibration, error), GateSettings())) == num_objections
+        assert error > 0.9 * metrics["calibration"]
+        assert len(objections(judged(metrics["calibration"], error), GateSettings())) == num_objections

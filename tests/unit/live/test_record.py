@@ -5,7 +5,6 @@ from torchdlrm.live.record import (
     FeatureRecord,
     GateRecord,
     LogRecord,
-    PeriodMetrics,
     PeriodRecord,
     ProgressiveMetrics,
     StepTime,
@@ -13,7 +12,7 @@ from torchdlrm.live.record import (
     write_times,
 )
 
-METRICS = PeriodMetrics(rows=100, clicks=20, auc=0.7, auc_low=0.6, auc_high=0.8, logloss=0.4, ne=0.9, calibration=1.02)
+METRICS = {"rows": 100, "clicks": 20, "auc": 0.7, "auc_low": 0.6, "auc_high": 1.0, "logloss": 0.4, "ne": None}
 RECORD = PeriodRecord(
     period=2,
     base=1,
@@ -41,6 +40,17 @@ RECORD = PeriodRecord(
 def test_a_record_is_read_as_it_was_written(tmp_path):
     RECORD.write(tmp_path)
     assert PeriodRecord.read(tmp_path) == RECORD
+
+
+def test_the_last_format_is_read_and_a_metric_of_a_later_version_is_kept(tmp_path):
+    RECORD.write(tmp_path)
+    path = tmp_path / "period.json"
+    text = path.read_text().replace('"format_version": 2', '"format_version": 1').replace('"ne"', '"of_tomorrow"')
+    path.write_text(text)
+    record = PeriodRecord.read(tmp_path)
+    assert "of_tomorrow" in record.progressive.all
+    record.write(tmp_path)
+    assert path.read_text() == text
 
 
 def test_a_damaged_record_is_told_with_its_file_and_key(tmp_path):

@@ -1,0 +1,190 @@
+"""Shows bundles and deltas, to people and as JSON: what `dlrm inspect`, `export` and `apply` say of them."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchdlrm.cli.datasets import buckets_as_dict, print_inputs
+from torchdlrm.cli.terminal import print_json, print_table, say
+from torchdlrm.units import show_bytes, show_number
+
+if TYPE_CHECKING:
+    from torchdlrm.bundle.bundle import Bundle
+    from torchdlrm.bundle.check import Agreement
+    from torchdlrm.bundle.delta import Delta
+    from torchdlrm.exporting.sensitivity import PrecisionSearch
+
+
+def show_bundle(folder: Path, *, as_json: bool) -> None:
+    """Print what a bundle holds, after checking all of it."""
+    from torchdlrm.bundle.bundle import Bundle
+    from torchdlrm.model import table_weight
+
+    bundle = Bundle.open(folder)
+    if as_json:
+        print_json({"kind": "bundle"} | bundle_as_dict(bundle, None))
+        return
+    manifest, source = bundle.manifest, bundle.manifest.source
+    best = ", the best of the val split" if source.checkpoint == "best" else ""
+    say(
+        f"bundle {folder}, model {bundle.name}, version {bundle.version}: complete and undamaged; from run "
+        f"{source.run}, step {source.step:,}{best}; schema {bundle.schema.name}"
+    )
+    hashed = {column.name for column in bundle.schema.sparse if column.hash is not None}
+    rows = []
+    for name, record in manifest.sparse.items():
+        mine = [table for table in manifest.tables if table.feature == name]
+        spans = [bundle.weights.span(table_weight(table.key)) for table in mine]
+        known = "yes" if record.vocabulary is not None else "hashed" if name in hashed else "ids as they are"
+        rows.append(
+            {
+                "feature": name,
+                "table rows": " and ".join(f"{table.rows:,}" for table in mine),
+                "dim": str(mine[0].dim),
+                "precision": record.precision,
+                "bytes": show_bytes(sum(end - start for start, end in spans)),
+                "vocabulary": known,
+            }
+        )
+    print_table("", rows)
+    print_inputs(bundle.schema, bundle.dense)
+    model = manifest.model
+    sizes = (max(1, len(bundle.schema.dense)), *model.dense_arch_layer_sizes), model.over_arch_layer_sizes
+    layers = " and ".join("-".join(map(str, arch)) for arch in sizes)
+    interaction = f", interaction {model.interaction_text}"
+    say(
+        f"arches {layers}, dimension {model.embedding_dim}{'' if manifest.model_class else interaction}; products in "
+        f"{manifest.dense_precision}"
+    )
+    if manifest.model_class is not None:
+        say(f"model class {manifest.model_class.name}: --model-class of whatever predicts")
+    labels = [column.name for column in bundle.schema.labels]
+    if len(labels) > 1:
+        say(f"label {bundle.schema.label.name}, of {', '.join(labels)}")
+    print_check(bundle)
+
+
+def bundle_as_dict(bundle: "Bundle", search: "PrecisionSearch | None") -> dict[str, Any]:
+    """Return what the manifest says, for JSON."""
+    content = bundle.manifest.model_dump(
+        mode="json", exclude={"files", "block_sha256", "block_bytes", "feature_schema"}
+    )
+    about: dict[str, Any] = {"path": str(bundle.path), "version": bundle.version, "schema": bundle.schema.name}
+    about["buckets"] = buckets_as_dict(bundle.schema)
+    about["size_bytes"] = sum(record.size_bytes for record in bundle.manifest.files.values())
+    return about | content | ({} if search is None else {"precision_search": asdict(search)})
+
+
+def print_check(bundle: "Bundle", agreement: "Agreement | None" = None) -> None:
+    """Print how the bundle's predictions compare with the checkpoint's; of an export with what is not recorded."""
+    from torchdlrm.metrics import METRICS
+
+    check = bundle.manifest.check
+    if check is None:
+        return
+    rows = [
+        {"": what, **{METRICS[name].label: show_number(value, 6) for name, value in metrics}}
+        for what, metrics in (("checkpoint", check.checkpoint), ("bundle", check.bundle))
+    ]
+    print_table(f"{check.rows:,} rows of {check.split}", rows)
+    if check.checkpoint.auc is None:
+        say("AUC is undefined: it needs rows of both labels")
+    say(
+        f"largest difference of two probabilities: {check.largest_difference:.2g} (the precision explains "
+        f"{check.largest_allowed:.2g})"
+    )
+    if agreement is not None:
+        say(
+            f"in parts of the probability: {agreement.largest_relative:.2g}, in half of the rows less than "
+            f"{agreement.median_relative:.2g}; {agreement.distinct:,} different probabilities, the checkpoint has "
+            f"{agreement.distinct_before:,}"
+        )
+
+
+def print_precision_search(search: "PrecisionSearch") -> None:
+    """Print what each table costs and saves at each precision, and what was chosen."""
+    rows = [
+        {
+            "feature": name,
+            "table rows": f"{choice.num_embeddings:,}",
+            "float32": show_bytes(choice.size_bytes["float32"]),
+            **{precision: f"{1e6 * cost:.2f}" for precision, cost in list(choice.logloss_increase.items())[1:]},
+            "chosen": choice.chosen,
+            "bytes": show_bytes(choice.size_bytes[choice.chosen]),
+        }
+        for name, choice in search.tables.items()
+    ]
+    print_table(f"logloss increase expected of each table alone, on {search.rows:,} rows, in millionths", rows)
+    before = sum(choice.size_bytes["float32"] for choice in search.tables.values())
+    after = sum(choice.size_bytes[choice.chosen] for choice in search.tables.values())
+    measured = search.measured_increase
+    say(
+        f"tables: {show_bytes(before)} -> {show_bytes(after)}; logloss increase {search.expected_increase:.2g} "
+        f"expected, {measured.mean:.2g} (standard error {measured.standard_error:.1g}) measured,"
+        f" {search.max_logloss_increase:.2g} allowed"
+    )
+
+
+def show_delta(folder: Path, *, as_json: bool) -> None:
+    """Print what a delta changes, after checking all of it."""
+    from torchdlrm.bundle.delta import Delta
+
+    delta = Delta.open(folder)
+    if as_json:
+        print_json({"kind": "delta"} | delta_as_dict(delta))
+        return
+    print_delta(delta)
+
+
+def print_delta(delta: "Delta") -> None:
+    """Print between which bundles a delta is, and what of each table and file it holds."""
+    about = delta_as_dict(delta)
+    say(
+        f"delta {delta.path}, model {delta.manifest.name}: complete and undamaged; from version "
+        f"{delta.manifest.base.version} to {delta.manifest.result.version}; {show_bytes(about['size_bytes'])} of "
+        f"{show_bytes(delta.manifest.result.size_bytes)} ({about['size_bytes'] / delta.manifest.result.size_bytes:.1%})"
+    )
+    rows = [
+        {
+            "table": name,
+            "rows": f"{table['rows']:,}",
+            "changed": f"{table['changed_rows']:,}",
+            "new": f"{table['new_rows']:,}",
+            "bytes": show_bytes(table["size_bytes"]),
+        }
+        for name, table in about["tables"].items()
+    ]
+    print_table("", rows)
+    files = [
+        {"file": name, "how": file["how"], "bytes": show_bytes(file["size_bytes"])}
+        for name, file in about["files"].items()
+        if file["how"] != "base"
+    ]
+    print_table("files that changed", files, left_aligned=("how",))
+
+
+def delta_as_dict(delta: "Delta") -> dict[str, Any]:
+    """Return what a delta changes, for JSON; `new_rows` are not counted among `changed_rows`."""
+    manifest = delta.manifest
+    tables = {
+        recipe.table.split(".")[-2].removeprefix("t_"): {
+            "rows": recipe.num_rows,
+            "changed_rows": sum(recipe.changed_rows) - (recipe.num_rows - recipe.base_rows),
+            "new_rows": recipe.num_rows - recipe.base_rows,
+            "size_bytes": recipe.size_bytes,
+        }
+        for recipe in manifest.weights.tables
+    }
+    files = {
+        name: {"how": recipe.how, "size_bytes": recipe.file.size_bytes if recipe.file is not None else 0}
+        for name, recipe in manifest.files.items()
+    }
+    return {
+        "path": str(delta.path),
+        "name": manifest.name,
+        "base": manifest.base.model_dump(mode="json"),
+        "result": manifest.result.model_dump(mode="json"),
+        "size_bytes": delta.size_bytes,
+        "tables": tables,
+        "files": files,
+    }

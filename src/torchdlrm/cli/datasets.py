@@ -1,0 +1,161 @@
+"""Shows a dataset, to people and as JSON: what `dlrm inspect` says of one."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from torchdlrm.cli.terminal import console, look_at, print_json, print_table, progress_bars, say
+
+if TYPE_CHECKING:
+    from torchdlrm.data.dataset import Manifest
+    from torchdlrm.data.summary import DatasetSummary, FrequentValue
+    from torchdlrm.features.schema import FeatureSchema
+    from torchdlrm.features.transforms import DenseTransform
+
+_MAX_NAME_WIDTH = 16
+
+
+def show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:
+    """Print what a dataset holds, after comparing every byte with its checksum."""
+    from torchdlrm.data.dataset import Dataset
+    from torchdlrm.data.judgements import judge_dataset
+    from torchdlrm.data.summary import summarize
+    from torchdlrm.features.bad_rows import describe_bad_rows
+
+    dataset = Dataset.open(folder)
+    with progress_bars("") as progress:
+        dataset.verify(progress)
+    summary = summarize(dataset, num_values)
+    manifest, judgements = dataset.manifest, judge_dataset(dataset)
+    if as_json:
+        about = manifest.model_dump(
+            mode="json",
+            by_alias=True,  # as dataset.json has them
+            include={
+                *("format_version", "split_rule", "seed", "min_count", "max_embeddings", "source", "bad_rows"),
+                *("period", "expire_after", "admit_over", "extends"),
+            },
+        )
+        about["buckets"] = buckets_as_dict(dataset.schema)
+        about |= asdict(summary) | {"judgements": judgements}
+        print_json({"kind": "dataset", "path": str(folder), "schema": dataset.schema.name} | about)
+        return
+    say(f"dataset {folder}, schema {manifest.feature_schema.name}, seed {manifest.seed}")
+    say(f"split: {manifest.split_rule}")
+    if manifest.period is not None:
+        _print_turnover(manifest, summary)
+    _print_summary(summary)
+    print_inputs(dataset.schema, manifest.dense)
+    say("drift: from train, 0 where the distribution is the same, 1 where nothing is in common")
+    if manifest.bad_rows.total:
+        say(f"bad rows that were skipped: {manifest.bad_rows.total:,}")
+        say("\n".join(describe_bad_rows(manifest.bad_rows.counts, manifest.bad_rows.examples)))
+    look_at(judgements)
+
+
+def _print_turnover(manifest: "Manifest", summary: "DatasetSummary") -> None:
+    """Print of which period the vocabularies are, and for each feature what came and went in it."""
+    about = [f"period {manifest.period}"]
+    if manifest.extends is not None:
+        before = manifest.extends.period
+        about.append("extends a dataset without one" if before is None else f"extends period {before}")
+    if manifest.expire_after is not None:
+        about.append(f"a value that is not seen in {manifest.expire_after} loses its id")
+    if manifest.admit_over > 1:
+        about.append(f"values are counted over {manifest.admit_over} until they have one")
+    say("; ".join(about))
+    rows = [
+        {
+            "feature": name,
+            "table rows": f"{feature.num_embeddings:,}",
+            "values with ids": f"{feature.num_values:,}",
+            "got one": f"{feature.turnover.admitted:,}",
+            "lost theirs": f"{feature.turnover.expired:,}",
+            "ids given again": f"{feature.turnover.reset:,}",
+            "counts of others": f"{feature.turnover.candidates:,}",
+        }
+        for name, feature in summary.sparse.items()
+        if feature.turnover is not None
+    ]
+    print_table("", rows)
+
+
+def buckets_as_dict(schema: "FeatureSchema") -> dict[str, Any]:
+    """Return the buckets that make categories of numbers, by the name of the feature, with fitted boundaries."""
+    return {column.name: column.buckets.model_dump(mode="json") for column in schema.sparse if column.buckets}
+
+
+def print_inputs(schema: "FeatureSchema", dense: "Mapping[str, DenseTransform]") -> None:
+    """Print by what numbers are categories, which features that are, and what else a row has than ids and numbers."""
+    alike: dict[str, list[str]] = {}
+    for column in schema.sparse:
+        if column.buckets is not None:
+            alike.setdefault(str(column.buckets), []).append(column.name)
+    for buckets, names in alike.items():
+        say(f"buckets by {buckets}: {', '.join(names)}")
+    if weighted := [column.name for column in schema.sparse_columns if column.weight_separator is not None]:
+        say(f"values with weights: {', '.join(weighted)}")
+    if schema.weight is not None:
+        say(f"rows count by their weight: {schema.weight.name}")
+    print_never_missing(dense)
+
+
+def print_never_missing(dense: "Mapping[str, DenseTransform]") -> None:
+    """Print for which numbers the mean stands where they are missing."""
+    if names := [name for name, fitted in dense.items() if fitted.never_missing]:
+        say(f"never missing in training, so the mean stands for a missing one: {', '.join(names)}")
+
+
+def _print_summary(summary: "DatasetSummary") -> None:
+    """Print three tables; the values of each split are in one column, below the split's name."""
+    splits = list(summary.splits)
+    six, five = "".join(f"{name:>6}" for name in splits), "".join(f"{name:>5}" for name in splits[1:])
+
+    def percents(fractions: Mapping[Any, float]) -> str:
+        return "".join(f"{100 * fractions[name]:6.1f}" for name in splits)
+
+    def drifts(drift: Mapping[Any, float]) -> str:
+        return "".join(f"{drift[name]:5.2f}" for name in splits[1:])
+
+    others = summary.splits["train"].other_clicks
+    table = _tight_table("split", "rows", "click rate", *others, "files")
+    for split, size in summary.splits.items():
+        rates = (f"{clicks / max(1, size.rows):.4f}" for clicks in size.other_clicks.values())
+        table.add_row(split, f"{size.rows:,}", f"{size.click_rate:.4f}", *rates, f"{size.files:,}")
+    console.print(table)
+    table = _tight_table("dense column", "transform", f"missing %\n{six}", f"drift\n{five}")
+    for name, column in summary.dense.items():
+        table.add_row(name, column.transform, percents(column.missing_share), drifts(column.drift))
+    console.print(table)
+    table = _tight_table("feature", "table\nrows", f"unknown %\n{six}", f"missing %\n{six}", f"drift\n{five}")
+    table.columns[0].min_width = min(_MAX_NAME_WIDTH, max(map(len, summary.sparse)))
+    # The one column that gives way where the terminal is narrow.
+    table.add_column("most frequent\nand their share %", no_wrap=True, overflow="ellipsis")
+    for name, feature in summary.sparse.items():
+        table.add_row(
+            name,
+            f"{feature.num_embeddings:,}",
+            percents(feature.unknown_share),
+            percents(feature.missing_share),
+            drifts(feature.drift),
+            ", ".join(_frequent(value) for value in feature.most_frequent),
+        )
+    console.print(table)
+
+
+def _tight_table(first: str, *others: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column(first, min_width=6)
+    for header in others:
+        table.add_column(header, justify="right", min_width=max(len(line) for line in header.splitlines()))
+    return table
+
+
+def _frequent(value: "FrequentValue") -> str:
+    text = "(missing)" if value.value is None else escape(str(value.value))
+    return f"{text} {100 * value.share:.1f}"
