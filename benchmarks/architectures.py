@@ -13,9 +13,9 @@ import json
 import os
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read when torch loads
 
@@ -33,27 +33,6 @@ _ARCHITECTURES: Mapping[str, tuple[Mapping[str, str], str | None]] = {
     "projection": ({"model.interaction": "projection", **_BRANCHES}, None),
     "FinalNet": ({}, _FINALNET),
 }
-
-
-@dataclass(frozen=True)
-class Measured:
-    """An architecture on a dataset.
-
-    Attributes:
-        architecture: its name.
-        dataset: plain or bucketed.
-        aucs: of the held-out rows, by seed.
-        mean_auc: over the seeds.
-        worst_auc: of a seed.
-        rows_per_s: of training, median over the seeds.
-    """
-
-    architecture: str
-    dataset: str
-    aucs: tuple[float, ...]
-    mean_auc: float
-    worst_auc: float
-    rows_per_s: float
 
 
 def main() -> None:
@@ -78,24 +57,16 @@ def main() -> None:
                     auc, rows_per_s = _train(options.config, architecture, seed, Path(folder) / dataset, run)
                     aucs.setdefault((architecture, dataset), []).append(auc)
                     speeds.setdefault((architecture, dataset), []).append(rows_per_s)
-    found = []
+    found: list[dict[str, Any]] = []
     print(f"{'architecture':12} {'dataset':9} {'mean AUC':>9} {'worst':>7} {'rows/s':>8}")
     for (architecture, dataset), values in aucs.items():
-        measured = Measured(
-            architecture,
-            dataset,
-            tuple(values),
-            statistics.mean(values),
-            min(values),
-            statistics.median(speeds[architecture, dataset]),
-        )
-        found.append(measured)
-        print(
-            f"{architecture:12} {dataset:9} {measured.mean_auc:9.4f} {measured.worst_auc:7.4f} "
-            f"{measured.rows_per_s:8,.0f}"
-        )
+        row: dict[str, Any] = {"architecture": architecture, "dataset": dataset, "aucs": values}
+        row |= {"mean_auc": statistics.mean(values), "worst_auc": min(values)}
+        row["rows_per_s"] = statistics.median(speeds[architecture, dataset])
+        found.append(row)
+        print("{architecture:12} {dataset:9} {mean_auc:9.4f} {worst_auc:7.4f} {rows_per_s:8,.0f}".format(**row))
     if options.json:
-        options.json.write_text(json.dumps([asdict(measured) for measured in found], indent=2) + "\n")
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def _train(config_name: str, architecture: str, seed: int, dataset: Path, run: Path) -> tuple[float, float]:

@@ -13,11 +13,9 @@ the same batches of the dataset, which lie in memory; what the loader takes for 
 import argparse
 import json
 import os
-import statistics
-from dataclasses import asdict, dataclass
 from itertools import islice
-from operator import truediv
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does; read when torch loads
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -27,9 +25,9 @@ from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm import Config, Dataset, Loader, load_config
-from torchdlrm.bench.interleaved import Competitor, Step, enough_steps, take_turns
+from torchdlrm.bench.competitors import Case, our_pipeline, steps_of, torchrec_pipeline
+from torchdlrm.bench.interleaved import Competitor, Step, choose_steps, take_turns
 from torchdlrm.bench.loader import benchmark_loader
-from torchdlrm.bench.step_competitors import our_pipeline, steps_of, torchrec_pipeline
 from torchdlrm.loader.batch import Batch
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.processor import describe_processor
@@ -40,33 +38,6 @@ from torchdlrm.training.processes.device import rank_device
 from torchdlrm.training.processes.process_group import Ranks
 
 _MAX_BATCHES = 16
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Medians for a number of processes, and where they come from.
-
-    Attributes:
-        nproc: processes.
-        batch_size_global: rows of a step.
-        ids_per_row: on average.
-        rows_per_s: of our step.
-        torchrec_rows_per_s: of TorchRec's.
-        ratio_to_torchrec: ours over TorchRec's, median of the rounds' ratios.
-        loader_rows_per_s: of one process that does nothing else.
-        precision: of our products.
-        num_threads: of each.
-    """
-
-    nproc: int
-    batch_size_global: int
-    ids_per_row: float
-    rows_per_s: float
-    torchrec_rows_per_s: float
-    ratio_to_torchrec: float
-    loader_rows_per_s: float
-    precision: str
-    num_threads: dict[str, int]
 
 
 def main() -> None:
@@ -88,57 +59,51 @@ def main() -> None:
     for nproc in options.nproc:
         row = measure(dataset, config, nproc, options.rounds)
         print(
-            f"{row.nproc:>9} {row.batch_size_global:>7,} {row.ids_per_row:>8.1f} {row.rows_per_s:>9,.0f} "
-            f"{row.torchrec_rows_per_s:>9,.0f} {row.ratio_to_torchrec:>6.2f} {row.loader_rows_per_s:>13,.0f}",
+            "{nproc:>9} {batch_size_global:>7,} {ids_per_row:>8.1f} {rows_per_s:>9,.0f} {torchrec_rows_per_s:>9,.0f} "
+            "{ratio_to_torchrec:>6.2f} {loader_rows_per_s:>13,.0f}".format(**row),
             flush=True,
         )
-        found.append(asdict(row))
+        found.append(row)
     if options.json:
         report = {"processor": describe_processor(), "measured": found}
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(dataset: Dataset, config: Config, nproc: int, rounds: int) -> Measured:
-    """Ours and TorchRec's by turns in so many processes each, then the loader."""
+def measure(dataset: Dataset, config: Config, nproc: int, rounds: int) -> dict[str, Any]:
+    """Ours and TorchRec's by turns in `nproc` processes each, then the loader."""
     precision = choose_precision(config, ModelShape.of(config.model, dataset), rank_device(0, nproc, "cpu"))
+    case = Case(config, dict(dataset.num_embeddings), dtype=precision.dtype)
     competitors = {
-        "ours": Competitor(our_step, dataset.path, config, precision.dtype, nproc=nproc, device="cpu"),
-        "torchrec": Competitor(torchrec_step, dataset.path, config, nproc=nproc, device="cpu"),
+        "ours": Competitor(our_step, dataset.path, case, nproc=nproc, device="cpu"),
+        "torchrec": Competitor(torchrec_step, dataset.path, case, nproc=nproc, device="cpu"),
     }
-    assert all(competitor.num_threads for competitor in competitors.values())  # both are built
-    num_threads = {name: competitor.num_threads for name, competitor in competitors.items()}
-    steps = {name: enough_steps(competitor, at_least=1) for name, competitor in competitors.items()}
+    steps = choose_steps("multi-hot: prepare", competitors, SILENT, at_least=1)
     turns = take_turns("multi-hot", competitors, steps, rounds, SILENT)
-    seconds = {name: [turn_s / steps[name] for turn_s in turns[name]] for name in turns}
     num_rows = config.train.batch_size_global
     batch = next(iter(Loader(dataset, "train", batch_size_global=num_rows)))
     loader = benchmark_loader(dataset, batch_size_global=num_rows, max_rows=100 * num_rows, rounds=rounds)
-    return Measured(
-        nproc=nproc,
-        batch_size_global=num_rows,
-        ids_per_row=len(batch.sparse_features.values()) / len(batch.labels),
-        rows_per_s=num_rows / statistics.median(seconds["ours"]),
-        torchrec_rows_per_s=num_rows / statistics.median(seconds["torchrec"]),
-        ratio_to_torchrec=statistics.median(map(truediv, seconds["torchrec"], seconds["ours"])),
-        loader_rows_per_s=loader.rows_per_s,
-        precision=str(precision),
-        num_threads=num_threads,
-    )
+    return {
+        "nproc": nproc,
+        "batch_size_global": num_rows,
+        "ids_per_row": len(batch.sparse_features.values()) / len(batch.labels),
+        "rows_per_s": turns.rate("ours", num_rows),
+        "torchrec_rows_per_s": turns.rate("torchrec", num_rows),
+        "ratio_to_torchrec": turns.ratio("torchrec", "ours"),
+        "loader_rows_per_s": loader.rows_per_s,
+        "precision": str(precision),
+        "num_threads": turns.num_threads,
+    }
 
 
-def our_step(ranks: Ranks, dataset: Path, config: Config, dtype: torch.dtype) -> Step:
+def our_step(ranks: Ranks, dataset: Path, case: Case) -> Step:
     """What `dlrm train` does in a step."""
-    opened = Dataset.open(dataset)
-    pipeline = our_pipeline(ranks, config, dict(opened.num_embeddings), dtype)
-    return steps_of(pipeline, batches_of(opened, config, ranks), ranks)
+    return steps_of(our_pipeline(ranks, case), batches_of(Dataset.open(dataset), case.config, ranks), ranks)
 
 
-def torchrec_step(ranks: Ranks, dataset: Path, config: Config) -> Step:
+def torchrec_step(ranks: Ranks, dataset: Path, case: Case) -> Step:
     """TorchRec's own model and pipeline, and batches as its examples make them of values and lengths."""
-    opened = Dataset.open(dataset)
-    pipeline = torchrec_pipeline(ranks, config, dict(opened.num_embeddings))
-    batches = []
-    for batch in batches_of(opened, config, ranks):
+    pipeline, batches = torchrec_pipeline(ranks, case), []
+    for batch in batches_of(Dataset.open(dataset), case.config, ranks):
         kjt = batch.sparse_features
         theirs = KeyedJaggedTensor.from_lengths_sync(kjt.keys(), kjt.values(), kjt.lengths())
         batches.append(TorchRecBatch(batch.dense_features, theirs, batch.labels))

@@ -131,10 +131,10 @@ def _run(command: list[str]) -> dict[str, float]:
         peak_bytes = max(peak_bytes, _resident_bytes(process))
         time.sleep(_SAMPLE_S)
     seconds = time.perf_counter() - start_s
-    told, errors = process.stdout.read(), process.stderr.read()
+    output, errors = process.stdout.read(), process.stderr.read()
     if process.returncode:
         raise RuntimeError(errors)
-    own = told.strip().splitlines()
+    own = output.strip().splitlines()
     return {
         "seconds": float(own[-1]) if own else seconds,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,

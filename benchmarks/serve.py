@@ -24,6 +24,7 @@ Prints a table; `--json` writes all measurements to a file.
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import re
@@ -31,6 +32,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,6 +43,7 @@ import uvloop
 
 CRITEO = ["label", *(f"int_{i}" for i in range(13)), *(f"cat_{i}" for i in range(26))]
 MAX_CONNECTIONS = 2000
+OK = 200  # the status of an answer
 
 
 def read_rows(log: Path, num_rows: int) -> list[dict[str, object]]:
@@ -76,23 +80,34 @@ def tensor_request(model: str, rows: list[dict[str, object]]) -> bytes:
     )
 
 
-class Load:
-    """Sends requests to a server and notes what becomes of them."""
+@dataclass(frozen=True)
+class Asked:
+    """A request: when it was due and answered, and the status of the answer, 0 where the connection failed."""
 
-    def __init__(self, host: str, port: int, requests: list[bytes]) -> None:
-        self._host, self._port, self._requests = host, port, requests
+    due_s: float
+    done_s: float
+    status: int
+    content: Any
+
+
+class Load:
+    """Sends requests to a server and notes what becomes of them; `read` says what is kept of an answer's content."""
+
+    def __init__(self, host: str, port: int, requests: list[bytes], read: Callable[[bytes], Any] | None = None) -> None:
+        self._host, self._port, self._requests, self._read = host, port, requests, read
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._num_connections = 0
-        self.latencies_s: dict[int, list[float]] = {}
+        self.is_stopping = False
+        self.asked: list[Asked] = []
         self.late_s: list[float] = []
 
-    async def run(self, per_s: float, seconds: float, seed: int = 0) -> dict[str, Any]:
-        """Send at that rate for so long, and wait for all answers."""
-        self.latencies_s, self.late_s = {}, []
+    async def run(self, per_s: float, seconds: float = math.inf, seed: int = 0) -> dict[str, Any]:
+        """Send at that rate for a time, or until `is_stopping`, and wait for all answers."""
+        self.asked, self.late_s = [], []
         chance = random.Random(seed)  # noqa: S311 - nothing secret
         begin_s = time.perf_counter() + 0.05
         due_s, tasks = begin_s, []
-        while (due_s := due_s + chance.expovariate(per_s)) < begin_s + seconds:
+        while not self.is_stopping and (due_s := due_s + chance.expovariate(per_s)) < begin_s + seconds:
             wait_s = due_s - time.perf_counter()
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
@@ -102,8 +117,7 @@ class Load:
         return self._summary(per_s, time.perf_counter() - begin_s)
 
     async def _ask(self, sent: bytes, due_s: float) -> None:
-        status = 0  # of a connection that could not be had, or was cut
-        connection = None
+        status, content, connection = 0, b"", None
         try:
             connection = self._idle.pop() if self._idle else await self._connect()
             reader, writer = connection
@@ -112,13 +126,15 @@ class Load:
             status = int(head[9:12])
             lower = head.lower()
             start = lower.index(b"\r\ncontent-length: ") + 18
-            await reader.readexactly(int(lower[start : lower.index(b"\r\n", start)]))
+            content = await reader.readexactly(int(lower[start : lower.index(b"\r\n", start)]))
             self._idle.append(connection)
         except (OSError, asyncio.IncompleteReadError):
             if connection is not None:
                 connection[1].close()
                 self._num_connections -= 1
-        self.latencies_s.setdefault(status, []).append(time.perf_counter() - due_s)
+        done_s = time.perf_counter()
+        kept = self._read(content) if self._read and status == OK else None
+        self.asked.append(Asked(due_s, done_s, status, kept))
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if self._num_connections >= MAX_CONNECTIONS:
@@ -132,16 +148,21 @@ class Load:
             raise
 
     def _summary(self, per_s: float, seconds: float) -> dict[str, Any]:
-        answered = np.array(self.latencies_s.get(200, [np.nan])) * 1e3
-        refused = np.array([x for code, xs in self.latencies_s.items() if code != 200 for x in xs] or [np.nan]) * 1e3
+        codes = Counter(one.status for one in self.asked)
         return {
             "asked_per_s": per_s,
-            "answered_per_s": len(self.latencies_s.get(200, [])) / seconds,
-            "codes": dict(Counter({code: len(found) for code, found in self.latencies_s.items()})),
-            "answered_ms": {f"p{q}": round(float(np.percentile(answered, q)), 3) for q in (50, 90, 99, 99.9)},
-            "refused_ms": {f"p{q}": round(float(np.percentile(refused, q)), 3) for q in (50, 99)},
+            "answered_per_s": codes[OK] / seconds,
+            "codes": dict(codes),
+            "answered_ms": percentiles([one for one in self.asked if one.status == OK], (50, 90, 99, 99.9)),
+            "refused_ms": percentiles([one for one in self.asked if one.status != OK], (50, 99)),
             "generator_late_ms_p99": round(float(np.percentile(self.late_s, 99)) * 1e3, 3),
         }
+
+
+def percentiles(asked: list[Asked], of: Sequence[float]) -> dict[str, float]:
+    """Of latencies, in milliseconds; NaN where there are none."""
+    latencies = np.array([one.done_s - one.due_s for one in asked] or [np.nan]) * 1e3
+    return {f"p{q}": round(float(np.percentile(latencies, q)), 3) for q in of}
 
 
 async def stages(host: str, port: int) -> dict[str, tuple[float, float]]:
@@ -225,9 +246,9 @@ def measure_server(source: Path, options: argparse.Namespace, rows: list[dict[st
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         try:
             assert server.stdout is not None
-            told = json.loads(server.stdout.readline())
-            host, port = told["url"].removeprefix("http://").split(":")
-            return uvloop.run(measure(host, int(port), told["model"], rows, options.seconds))
+            ready = json.loads(server.stdout.readline())
+            host, port = ready["url"].removeprefix("http://").split(":")
+            return uvloop.run(measure(host, int(port), ready["model"], rows, options.seconds))
         finally:
             server.terminate()
 
@@ -268,8 +289,8 @@ def main() -> None:
             other = medians["versus"][key]
             print(f"{key:32s} this {value:9.2f}  versus {other:9.2f}  ratio {value / other:.3f}")
     if options.json is not None:
-        told = {"sources": {name: str(path) for name, path in sources.items()}, "medians": medians, "results": results}
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        found = {"sources": {name: str(path) for name, path in sources.items()}, "medians": medians, "results": results}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

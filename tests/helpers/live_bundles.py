@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from torchdlrm.bench.random_bundle import write_random_bundle
-from torchdlrm.bench.random_periods import make_first_period, write_next_period
+import random_periods
 from torchdlrm.config import ModelConfig
 
 CONFIG = ModelConfig(embedding_dim=8, dense_arch_layer_sizes=(8,), over_arch_layer_sizes=(8, 1))
@@ -13,12 +12,8 @@ NUM_PERIODS = 10
 
 def write_periods(folder, num_periods=NUM_PERIODS, precision="int8"):
     """`0001`, `0002`, ... and `0002.delta`, ..."""
-    before = write_random_bundle(folder / "0001", SIZES, precision, CONFIG, for_raw_rows=True)
-    make_first_period(before)
-    for period in range(2, num_periods + 1):
-        path = folder / f"{period:04}"
-        write_next_period(before, path, period=period, changed_fraction=0.1, num_values=2)
-        before = path
+    changes = {"changed_fraction": 0.1, "num_values": 2}
+    random_periods.write_periods(folder, SIZES, CONFIG, precision, num_periods=num_periods, **changes)
 
 
 def rows_of(num_rows):

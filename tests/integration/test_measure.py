@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from torchdlrm.bench.parts import REST, WHOLE, measure_parts
-from torchdlrm.bench.step_competitors import shape_of
+from torchdlrm.bench.competitors import Case
+from torchdlrm.bench.step import REST, WHOLE, measure_parts
 from torchdlrm.config import Config, ModelConfig, TrainConfig
 from torchdlrm.planning.measure import measure
 from torchdlrm.sharding.planner import PlanOptions
@@ -27,17 +27,17 @@ def test_a_plan_measures_what_trains():
     """Within 1.5, of the tables and of the whole step, in one try of six: what other programs take comes and goes."""
     seen = []
     with join_process_group() as ranks:
-        shape = shape_of(CONFIG, NUM_EMBEDDINGS)
+        shape = Case(CONFIG, NUM_EMBEDDINGS).shape
         num_threads = torch.get_num_threads()
         set_threads(CONFIG, shape, ranks)
         keep_freed_memory()
-        dtype = choose_precision(CONFIG, shape, ranks.device).dtype
+        case = Case(CONFIG, NUM_EMBEDDINGS, dtype=choose_precision(CONFIG, shape, ranks.device).dtype)
         machine = local_machine(CONFIG.sharding, world_size=1, local_world_size=1, device=ranks.device)
         tables = tuple(tables_of_model(CONFIG.model, NUM_EMBEDDINGS))
         problem = Problem(tables, machine, PlanOptions.of(CONFIG), model=CONFIG.model)
         while len(seen) < NUM_TRIES and not (seen and all(1 / 1.5 < ratio < 1.5 for ratio in seen[-1])):
             found = measure(problem, CONFIG, ranks)
-            parts = measure_parts(CONFIG, NUM_EMBEDDINGS, dtype, num_steps=20, nproc=1)
+            parts = measure_parts(case, num_steps=20, nproc=1)
             tables_ms = found.lookup_forward_ms + found.lookup_backward_ms
             trained_ms = parts["tables: look up"] + parts["tables: update"]
             seen.append((tables_ms / trained_ms, solve(found.apply(problem)).step_ms / parts[WHOLE]))

@@ -9,9 +9,8 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.bench import step
+from torchdlrm.bench.competitors import Case, random_rows, torchrec_dlrm, torchrec_kjt
 from torchdlrm.bench.plain_torch import PlainDLRM, plain_torch_step, update_rows
-from torchdlrm.bench.step_competitors import shape_of
-from torchdlrm.bench.upstream import random_rows, torchrec_dlrm, torchrec_kjt
 from torchdlrm.config import ModelConfig, load_config
 from torchdlrm.errors import ConfigError
 from torchdlrm.model.architecture import ModelShape
@@ -24,9 +23,9 @@ def competitors(monkeypatch):
     alive, together = set(), []
 
     class Competitor:
-        def __init__(self, build, config, *arguments, nproc, device):
-            del arguments, nproc, device
-            self.rows = 16 if build is step.host_step else config.train.batch_size_global
+        def __init__(self, build, case, *, nproc, device):
+            del nproc, device
+            self.rows = 16 if build is step.host_step else case.config.train.batch_size_global
             self.num_threads = 2
             alive.add(self)
             together.append((len(alive), build.__name__))
@@ -87,7 +86,7 @@ def test_a_model_class_is_compared_with_itself_on_torchrecs_tables(competitors):
     step.benchmark_step(CONFIG, num_embeddings={"a": 5}, steps_per_round=2, rounds=1, model_class=OWN)
     assert [name for _, name in competitors] == ["our_step", "torchrec_step", "floor_step", "host_step"]
     sizes = {"a": 5, "b": 7}
-    model = torchrec_dlrm(shape_of(CONFIG, sizes, OWN), sizes, tables=CPU, dense=CPU)
+    model = torchrec_dlrm(Case(CONFIG, sizes, OWN).shape, sizes, tables=CPU, dense=CPU)
     assert type(model.inter_arch).__name__ == "FieldAttention"
     dense, ids_FB = next(random_rows(sizes.values(), 3, np.random.default_rng(1), np.int64))
     assert model(torch.from_numpy(dense), torchrec_kjt(sizes, ids_FB)).shape == (3, 1)
@@ -167,6 +166,6 @@ def test_the_plain_loop_steps_once_on_a_row_that_occurs_twice():
 
 def test_the_plain_loop_learns_its_batches():
     config = load_config("criteo-small", {"train.batch_size_global": "8"})
-    loop = plain_torch_step(Ranks(0, 1, 1, torch.device("cpu")), config, {"a": 500, "b": 700})
+    loop = plain_torch_step(Ranks(0, 1, 1, torch.device("cpu")), Case(config, {"a": 500, "b": 700}))
     losses = torch.stack([loop() for _ in range(320)])  # 16 batches in turn
     assert losses[-16:].mean() < 0.5 * losses[:16].mean()

@@ -7,13 +7,16 @@ because they alternate within seconds.
 import multiprocessing
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.connection import Connection
+from operator import truediv
 from typing import Any
 
 import torch
@@ -24,9 +27,9 @@ from torchdlrm.progress import ProgressListener
 from torchdlrm.training.processes.process_group import Ranks, join_process_group
 
 Step = Callable[[], object]
-# A turn takes about so long: with less, what one small step waits for decides. Of very long steps a few must do.
+# What a turn takes: with less, what one small step waits for decides. Of very long steps a few must do.
 _TURN_S, _MIN_STEPS, _MAX_STEPS = 0.5, 10, 1000
-# What a process is told besides numbers of steps.
+# What a process gets besides numbers of steps.
 _END, _CHOOSE_THREADS = 0, -1
 _TRIAL_S, _MIN_TRIALS, _MAX_TRIALS = 2.0, 3, 20
 # Ends with the process that has started it, whatever ends that one.
@@ -34,7 +37,7 @@ _SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    su
 
 
 class Competitor:
-    """N processes that do the same steps together when they are told to.
+    """N processes that do the same steps together, on demand.
 
     Args:
         build: called in each process with its ranks and `arguments`; returns the step. A function of a module.
@@ -50,6 +53,7 @@ class Competitor:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        self.pids: list[int] = []
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(nproc):
@@ -59,6 +63,8 @@ class Competitor:
             )
             process.start()
             theirs.close()
+            assert process.pid is not None
+            self.pids.append(process.pid)
             self._pipes.append(ours)
             self._processes.append(process)
 
@@ -89,16 +95,69 @@ class Competitor:
             process.join()
 
 
-def enough_steps(competitor: Competitor, at_least: int = _MIN_STEPS) -> int:
-    """How many steps make a turn that is long enough to be stable."""
-    competitor.run(at_least)  # the first ones prepare
-    step_s = competitor.run(at_least) / at_least
-    return min(_MAX_STEPS, max(at_least, round(_TURN_S / step_s)))
+@dataclass(frozen=True)
+class Turns:
+    """What competitors took, by their names.
+
+    Attributes:
+        seconds: of a step, in each turn in order.
+        steps: of a turn.
+        num_threads: of torch in each process.
+    """
+
+    seconds: dict[str, list[float]]
+    steps: dict[str, int]
+    num_threads: dict[str, int]
+
+    def rate(self, name: str, rows: int = 1) -> float:
+        """Steps per second times the rows of a step, by the median of the turns."""
+        return rows / statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, other: str) -> float:
+        """The time of one over that of another, median of the rounds' ratios."""
+        return statistics.median(map(truediv, self.seconds[name], self.seconds[other]))
+
+    def __or__(self, others: "Turns") -> "Turns":
+        """With those of other competitors."""
+        return Turns(self.seconds | others.seconds, self.steps | others.steps, self.num_threads | others.num_threads)
+
+
+def choose_steps(
+    phase: str,
+    competitors: Mapping[str, Competitor],
+    progress: ProgressListener,
+    *,
+    steps: int | None = None,
+    at_least: int = _MIN_STEPS,
+    choosing_threads: Collection[str] = (),
+) -> dict[str, int]:
+    """How many steps make a turn of each that is long enough to be stable.
+
+    Args:
+        phase: what `progress` calls it.
+        competitors: by name.
+        progress: receives every competitor.
+        steps: the answer, where it is given.
+        at_least: steps of a turn.
+        choosing_threads: names of those that go on with one thread where that is faster.
+    """
+    assert all(competitor.num_threads for competitor in competitors.values())  # all are built: none disturbs the first
+    progress.start_phase(phase, len(competitors), unit="competitors")
+    found = {}
+    for name, competitor in competitors.items():
+        if name in choosing_threads:
+            competitor.choose_threads()
+        if steps is None:
+            competitor.run(at_least)  # the first ones prepare
+            step_s = competitor.run(at_least) / at_least
+            found[name] = min(_MAX_STEPS, max(at_least, round(_TURN_S / step_s)))
+        progress.advance(1)
+    return found if steps is None else dict.fromkeys(competitors, steps)
 
 
 @contextmanager
 def busy_processes(number: int) -> Iterator[None]:
-    """Inside, so many other processes compute without a pause, as other programs of a machine may."""
+    """Inside, this number of other processes compute without a pause, as other programs of a machine may."""
     spinning = [subprocess.Popen([sys.executable, "-I", "-S", "-c", _SPIN]) for _ in range(number)]  # noqa: S603
     try:
         yield
@@ -110,7 +169,7 @@ def busy_processes(number: int) -> Iterator[None]:
 
 def take_turns(
     phase: str, competitors: Mapping[str, Competitor], steps: Mapping[str, int], rounds: int, progress: ProgressListener
-) -> dict[str, list[float]]:
+) -> Turns:
     """Let competitors do their steps in turn, and end them.
 
     Args:
@@ -119,21 +178,19 @@ def take_turns(
         steps: of each, before the next has its turn.
         rounds: rounds that count, after one that warms up: allocator, pipeline, packed weights, page faults.
         progress: receives every turn.
-
-    Returns:
-        The seconds of each competitor's turns, in order.
     """
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     progress.start_phase(phase, (rounds + 1) * len(competitors), unit="turns")
     for turn in range(rounds + 1):
         for name, competitor in competitors.items():
-            elapsed_s = competitor.run(steps[name])
+            step_s = competitor.run(steps[name]) / steps[name]
             if turn > 0:
-                seconds[name].append(elapsed_s)
+                seconds[name].append(step_s)
             progress.advance(1)
+    num_threads = {name: competitor.num_threads for name, competitor in competitors.items()}
     for competitor in competitors.values():
         competitor.close()
-    return seconds
+    return Turns(seconds, dict(steps), num_threads)
 
 
 def _serve(

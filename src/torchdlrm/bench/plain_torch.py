@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from torchdlrm.bench.competitors import Case, random_batches
 from torchdlrm.bench.interleaved import Step
-from torchdlrm.bench.upstream import random_batches
-from torchdlrm.config import Config, ModelConfig
+from torchdlrm.config import ModelConfig
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.training.compute import allow_tf32
 from torchdlrm.training.processes.process_group import Ranks
@@ -79,10 +79,11 @@ def _layers(sizes: Sequence[int]) -> list[nn.Module]:
     return [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
 
 
-def plain_torch_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int]) -> Step:
+def plain_torch_step(ranks: Ranks, case: Case) -> Step:
     """The step of a plain loop in one process, with Adagrad and row-wise Adagrad, whatever the config says."""
+    config = case.config
     allow_tf32(config.train, ranks.device)
-    sizes, dim, device = list(num_embeddings.values()), config.model.embedding_dim, ranks.device
+    sizes, dim, device = list(case.num_embeddings.values()), config.model.embedding_dim, ranks.device
     lr, eps = config.table_optimizer.learning_rate, config.table_optimizer.eps
     model = PlainDLRM(config.model, len(sizes)).to(device)
     optimizer = torch.optim.Adagrad(model.parameters(), lr=config.dense_optimizer.learning_rate, fused=True)
@@ -92,7 +93,7 @@ def plain_torch_step(ranks: Ranks, config: Config, num_embeddings: dict[str, int
     batches = itertools.cycle(
         [
             tuple(torch.from_numpy(array).to(device) for array in (dense, ids_FB.T.copy(), labels_B))
-            for dense, ids_FB, labels_B in random_batches(ranks, config, num_embeddings)
+            for dense, ids_FB, labels_B in random_batches(ranks, case)
         ]
     )
 
@@ -127,7 +128,7 @@ def update_rows(table: Tensor, squares: Tensor, rows: Tensor, grad: Tensor, *, l
     is_first = torch.ones_like(rows)
     is_first[1:] = sorted_rows[1:] != sorted_rows[:-1]
     group = is_first.cumsum_(0).sub_(1)
-    # There are n groups, so that a GPU need not tell how many have a row; the others add 0 to row 0.
+    # There are n groups, so that a GPU need not say how many have a row; the others add 0 to row 0.
     row_of_group = torch.zeros_like(rows).scatter_(0, group, sorted_rows)
     summed = torch.zeros_like(grad).index_add_(0, group, grad.index_select(0, order))
     squares.index_add_(0, row_of_group, summed.square().mean(1))

@@ -9,9 +9,8 @@ B rows of the batch, F sparse features.
 
 import itertools
 import os
-import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -20,9 +19,9 @@ import numpy as np
 import torch
 from torchrec.inference.modules import quantize_embeddings
 
-from torchdlrm.bench.interleaved import Competitor, Step, enough_steps, take_turns
+from torchdlrm.bench.competitors import check_torchrec_has, random_rows, torchrec_dlrm, torchrec_kjt
+from torchdlrm.bench.interleaved import Competitor, Step, choose_steps, take_turns
 from torchdlrm.bench.random_bundle import write_random_bundle, write_random_log
-from torchdlrm.bench.upstream import check_torchrec_has, random_rows, torchrec_dlrm, torchrec_kjt
 from torchdlrm.bundle import DensePrecision, TablePrecision
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
@@ -80,7 +79,7 @@ def benchmark_predict(
 ) -> PredictBenchmark:
     """Measure predictions of a model with random weights: of random batches in memory, and of a random log.
 
-    The arguments are those of `dlrm bench predict`; `folder` needs 7 bytes a weight and 270 a row of the log.  One
+    The arguments are those of `dlrm bench predict`; `folder` needs 6 bytes a weight and 270 a row of the log.  One
     round more is run than counts: the first warms up.
 
     Raises:
@@ -90,41 +89,35 @@ def benchmark_predict(
     sizes = {f"cat_{i}": rows_per_table for i in range(num_tables)}
     table_precisions = list(dict.fromkeys(tables for tables, _ in SERVED))
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        progress.start_phase("bench predict: write bundles", len(table_precisions) + 1, unit="bundles")
+        progress.start_phase("bench predict: write bundles", len(table_precisions), unit="bundles")
         bundles = {}
-        for precision in table_precisions:
-            bundles[precision] = write_random_bundle(Path(scratch) / precision, sizes, precision, config)
+        for tables in table_precisions:
+            path, for_raw_rows = Path(scratch) / tables, tables == "int8"
+            bundles[tables] = write_random_bundle(path, sizes, tables, config, for_raw_rows=for_raw_rows)
             progress.advance(1)
-        raw = write_random_bundle(Path(scratch) / "raw", sizes, "int8", config, for_raw_rows=True)
-        progress.advance(1)
-        float32 = bundles["float32"]
+
+        def start(step: Callable[..., Step], *arguments: object) -> Competitor:
+            return Competitor(step, *arguments, nproc=1, device="cpu")
+
         competitors = {
-            EAGER: Competitor(eager_step, float32, batch_rows, nproc=1, device="cpu"),
-            QUANTIZED: Competitor(quantized_step, float32, batch_rows, nproc=1, device="cpu"),
+            EAGER: start(eager_step, bundles["float32"], batch_rows),
+            QUANTIZED: start(quantized_step, bundles["float32"], batch_rows),
         }
         for tables, dense in SERVED:
             name = f"served, {tables} tables, {dense} products"
-            competitors[name] = Competitor(served_step, bundles[tables], batch_rows, dense, nproc=1, device="cpu")
-        progress.start_phase("bench predict: prepare", len(competitors), unit="competitors")
-        batches = {}
-        for competitor in competitors.values():
-            assert competitor.num_threads  # all have been built: none disturbs the first
-        for name, competitor in competitors.items():
-            batches[name] = batches_per_round or enough_steps(competitor, _MIN_BATCHES)
-            progress.advance(1)
+            competitors[name] = start(served_step, bundles[tables], batch_rows, dense)
+        batches = choose_steps(
+            "bench predict: prepare", competitors, progress, steps=batches_per_round, at_least=_MIN_BATCHES
+        )
         if log_rows is None:  # a turn of theirs is as long as the others', about
             log_rows = min(_MAX_LOG_ROWS, max(_MIN_LOG_ROWS, batches[name] * batch_rows))
         log = write_random_log(Path(scratch) / "log.tsv", sizes, log_rows)
-        competitors[FROM_LOG] = Competitor(from_log_step, raw, log, nproc=1, device="cpu")
-        rows = {name: batch_rows * number for name, number in batches.items()} | {FROM_LOG: log_rows}
-        turns = take_turns("bench predict", competitors, batches | {FROM_LOG: 1}, rounds, progress)
-    seconds = {name: [elapsed_s / rows[name] for elapsed_s in times] for name, times in turns.items()}
+        competitors[FROM_LOG] = start(from_log_step, bundles["int8"], log)
+        found = take_turns("bench predict", competitors, batches | {FROM_LOG: 1}, rounds, progress)
+    rows = dict.fromkeys(batches, batch_rows) | {FROM_LOG: log_rows}
     return PredictBenchmark(
-        rows_per_s={name: 1 / statistics.median(times) for name, times in seconds.items()},
-        ratio_to_eager={
-            name: statistics.median(eager / ours for eager, ours in zip(seconds[EAGER], times, strict=True))
-            for name, times in seconds.items()
-        },
+        rows_per_s={name: found.rate(name, number) for name, number in rows.items()},
+        ratio_to_eager={name: found.ratio(EAGER, name) * number / batch_rows for name, number in rows.items()},
         batch_rows=batch_rows,
         batches_per_round=batches,
         log_rows=log_rows,

@@ -66,7 +66,7 @@ def write_random_bundle(
     *,
     for_raw_rows: bool = False,
 ) -> Path:
-    """Write a bundle whose tables have so many rows, at `path`, where nothing may be.
+    """Write a bundle with tables of these sizes at `path`, where nothing may be.
 
     `config` is the paper's model when not given.
 

@@ -1,23 +1,28 @@
 """Measures the training step: ours, plain TorchRec's, a plain torch loop's, the floor, and what it takes of the host.
 
-What the host takes is measured by our step on so few rows that there is hardly anything to compute.
+What the host takes is measured by our step on few rows, with hardly anything to compute.
 
 On CPU all are interleaved. On GPUs each is built when the one before has ended: the tables of one may fill the memory.
+
+Where the time of a step of ours goes, part by part, is measured in one more process. The profiler sees the operators of
+torch, and autograd functions as a whole; what a step takes beside them is Python, autograd itself and the pipeline. The
+profiler costs time between operators above all, so that remainder is what the same process's steps take without it; how
+long they take with it is in the result too. Of small steps it makes all parts longer, and nothing may be left for the
+rest.
 """
 
+import itertools
 import os
-import statistics
-from dataclasses import dataclass
-from operator import truediv
-from typing import Any
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from torchdlrm.bench.interleaved import Competitor, busy_processes, enough_steps, take_turns
-from torchdlrm.bench.parts import measure_parts
+from torchdlrm.bench.competitors import Case, check_torchrec_has, floor_step, host_step, our_step, torchrec_step
+from torchdlrm.bench.interleaved import Competitor, Step, Turns, busy_processes, choose_steps, take_turns
 from torchdlrm.bench.plain_torch import plain_torch_step
-from torchdlrm.bench.step_competitors import floor_step, host_step, our_step, shape_of, torchrec_step
-from torchdlrm.bench.upstream import check_torchrec_has
 from torchdlrm.config import Config
 from torchdlrm.model.precision import bfloat16_unit
 from torchdlrm.processor import describe_processor
@@ -26,9 +31,13 @@ from torchdlrm.sharding.topology import host_memory_bytes
 from torchdlrm.tables.optimizers import check_plain_torchrec
 from torchdlrm.training.compute import choose_precision
 from torchdlrm.training.processes.device import rank_device
+from torchdlrm.training.processes.process_group import Ranks
+from torchdlrm.training.step_profile import REST, StepProfiler, read_profiles
 
+WHOLE, PROFILED = "whole step", "whole step while profiled"
 _OTHERS = ("torchrec", "plain_torch", "floor")
 _MAX_PROFILED_STEPS = 200  # their operators are read one by one
+_WARM_UP_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -99,62 +108,87 @@ def benchmark_step(
     device = rank_device(0, nproc, choice)
     check_plain_torchrec(config.table_optimizer, device)
     check_torchrec_has(config.model)
-    precision = choose_precision(config, shape_of(config, num_embeddings, model_class), device)
-    in_its_precision = (config, num_embeddings, precision.dtype, model_class)
-    builds: dict[str, tuple[Any, ...]] = {
-        "ours": (our_step, *in_its_precision),
-        "torchrec": (torchrec_step, config, num_embeddings, model_class),
-        "plain_torch": (plain_torch_step, config, num_embeddings),
-        "floor": (floor_step, *in_its_precision),
-        "host": (host_step, *in_its_precision),
+    case = Case(config, num_embeddings, model_class)
+    precision = choose_precision(config, case.shape, device)
+    case = replace(case, dtype=precision.dtype)
+    builds: dict[str, Callable[[Ranks, Case], Step]] = {
+        "ours": our_step,
+        "torchrec": torchrec_step,
+        "plain_torch": plain_torch_step,
+        "floor": floor_step,
+        "host": host_step,
     }
     is_its_model = config.table_optimizer.name == "rowwise_adagrad" and config.model.interaction != "projection"
     if nproc > 1 or model_class is not None or not is_its_model or not _plain_loop_fits(config, num_embeddings, device):
         del builds["plain_torch"]
-    seconds: dict[str, list[float]] = {}  # of a step
-    num_threads, steps, parts_ms = {}, {}, None
+    found, parts_ms = Turns({}, {}, {}), None
     with busy_processes(num_busy):
         for names in [[name] for name in builds] if device.type == "cuda" else [list(builds)]:
-            competitors = {name: Competitor(*builds[name], nproc=nproc, device=choice) for name in names}
-            progress.start_phase("bench step: prepare", len(names), unit="competitors")
-            for name, competitor in competitors.items():
-                if device.type == "cpu" and name in _OTHERS:
-                    competitor.choose_threads()
-                steps[name] = steps_per_round or enough_steps(competitor)
-                num_threads[name] = competitor.num_threads
-                progress.advance(1)
-            turns = take_turns("bench step", competitors, steps, rounds, progress)
-            seconds |= {name: [turn_s / steps[name] for turn_s in turns[name]] for name in names}
+            competitors = {name: Competitor(builds[name], case, nproc=nproc, device=choice) for name in names}
+            others = _OTHERS if device.type == "cpu" else ()
+            steps = choose_steps(
+                "bench step: prepare", competitors, progress, steps=steps_per_round, choosing_threads=others
+            )
+            found |= take_turns("bench step", competitors, steps, rounds, progress)
         if with_parts:
             progress.start_phase("bench step: parts", 1, unit="profiles")
-            parts_ms = measure_parts(*in_its_precision, num_steps=min(steps["ours"], _MAX_PROFILED_STEPS), nproc=nproc)
+            parts_ms = measure_parts(case, num_steps=min(found.steps["ours"], _MAX_PROFILED_STEPS), nproc=nproc)
             progress.advance(1)
-    rows_per_s = {name: config.train.batch_size_global / statistics.median(times) for name, times in seconds.items()}
-
-    def ratio(name: str, other: str) -> float:
-        """The time of one over that of another, median of the rounds."""
-        return statistics.median(map(truediv, seconds[name], seconds[other]))
-
+    batch_rows, has_plain_loop = config.train.batch_size_global, "plain_torch" in found.seconds
     return StepBenchmark(
-        rows_per_s=rows_per_s["ours"],
-        torchrec_rows_per_s=rows_per_s["torchrec"],
-        plain_torch_rows_per_s=rows_per_s.get("plain_torch"),
-        floor_rows_per_s=rows_per_s["floor"],
-        ratio_to_torchrec=ratio("torchrec", "ours"),
-        ratio_to_plain_torch=ratio("plain_torch", "ours") if "plain_torch" in seconds else None,
-        ratio_to_floor_time=ratio("ours", "floor"),
-        host_ms=1000 * statistics.median(seconds["host"]),
+        rows_per_s=found.rate("ours", batch_rows),
+        torchrec_rows_per_s=found.rate("torchrec", batch_rows),
+        plain_torch_rows_per_s=found.rate("plain_torch", batch_rows) if has_plain_loop else None,
+        floor_rows_per_s=found.rate("floor", batch_rows),
+        ratio_to_torchrec=found.ratio("torchrec", "ours"),
+        ratio_to_plain_torch=found.ratio("plain_torch", "ours") if has_plain_loop else None,
+        ratio_to_floor_time=found.ratio("ours", "floor"),
+        host_ms=1000 / found.rate("host"),
         parts_ms=parts_ms,
-        batch_size_global=config.train.batch_size_global,
+        batch_size_global=batch_rows,
         precision=str(precision),
         processor=describe_processor(),
         instructions=_instructions(precision.dtype),
         num_processes=nproc,
-        num_threads=num_threads,
+        num_threads=found.num_threads,
         num_busy_processes=num_busy,
-        steps_per_round=steps,
+        steps_per_round=found.steps,
         rounds=rounds,
     )
+
+
+def measure_parts(case: Case, *, num_steps: int, nproc: int) -> dict[str, float]:
+    """Milliseconds of a step of ours on the first rank by part, of the rest, and of the whole step.
+
+    Args:
+        case: what is trained.
+        num_steps: how many are timed, and how many are profiled.
+        nproc: number of processes.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "profile"
+        competitor = Competitor(_profiled_step, case, folder, num_steps, nproc=nproc, device=case.config.train.device)
+        competitor.run(_WARM_UP_STEPS)
+        whole_ms = 1000 * competitor.run(num_steps) / num_steps
+        competitor.run(1)  # starts the profiler
+        competitor.run(num_steps)
+        competitor.close()
+        profile = read_profiles(folder)[0]
+    parts_ms = {part: ms for part, ms in profile.ms_per_step_by_part.items() if part != REST}
+    rest_ms = max(0.0, whole_ms - sum(parts_ms.values()))
+    return {**parts_ms, REST: rest_ms, WHOLE: whole_ms, PROFILED: profile.ms_per_step}
+
+
+def _profiled_step(ranks: Ranks, case: Case, folder: Path, num_steps: int) -> Step:
+    """Our step, of which after the warm-up `num_steps` are not profiled, and the next are, into `folder`."""
+    step, numbers = our_step(ranks, case), itertools.count(1)
+    profiler = StepProfiler(folder, ranks, after_step=_WARM_UP_STEPS + num_steps + 1, num_steps=num_steps)
+
+    def run() -> None:
+        step()
+        profiler.step_done(next(numbers))
+
+    return run
 
 
 def _plain_loop_fits(config: Config, num_embeddings: dict[str, int], device: torch.device) -> bool:

@@ -166,7 +166,7 @@ def loader(
     Args:
         dataset: Folder written by `dlrm preprocess`.
         batch_size_global: Rows of a batch.
-        max_rows: Read only so many training rows a round.
+        max_rows: Training rows of a round, at most.
         rounds: Turns; the median is printed.
         as_json: Print one JSON object on standard output.
     """

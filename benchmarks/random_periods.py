@@ -1,7 +1,8 @@
 """Writes bundles of a random model as if it had learnt period after period, with the deltas between them.
 
-In: a bundle of `write_random_bundle` with vocabularies.  Out: of each period another bundle, in which some rows of each
-table, the last bias, and some values of the vocabularies are other, and `NAME.delta`, which leads to it.
+In: sizes of tables.  Out: of the first period a bundle of `write_random_bundle` with vocabularies; of each other period
+a bundle in which some rows of each table, the last bias, and some values of the vocabularies changed, and the delta
+that leads to it.
 """
 
 import hashlib
@@ -12,6 +13,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from torchdlrm.bench.random_bundle import write_random_bundle
+from torchdlrm.bundle import TablePrecision
 from torchdlrm.bundle.apply import write_delta
 from torchdlrm.bundle.manifest import (
     FORMAT_VERSION,
@@ -23,6 +26,7 @@ from torchdlrm.bundle.manifest import (
 )
 from torchdlrm.bundle.sample import PREDICTION_COLUMN
 from torchdlrm.bundle.weights_file import BLOCK_BYTES, MappedWeights
+from torchdlrm.config import ModelConfig
 from torchdlrm.features.value_index import write_index
 from torchdlrm.features.vocabulary import Vocabulary
 from torchdlrm.model import table_weight
@@ -32,25 +36,35 @@ _QUANTIZED_HEAD_BYTES = 4  # scale and bias of a row, which stay
 _SAMPLE_ROWS = 20
 
 
-def make_first_period(bundle: Path) -> None:
-    """Let a bundle say that it is of period 1, and bring a sample."""
-    _finish(bundle, BundleManifest.read(bundle), 1)
-
-
-def write_next_period(before: Path, path: Path, *, period: int, changed_fraction: float, num_values: int) -> Path:
-    """Write a bundle at `path`, where nothing may be, and the delta that leads to it.
+def write_periods(
+    folder: Path,
+    sizes: dict[str, int],
+    config: ModelConfig,
+    precision: TablePrecision,
+    *,
+    num_periods: int,
+    changed_fraction: float,
+    num_values: int,
+) -> None:
+    """Write `0001`, `0002`, ... and `0002.delta`, ... into a folder.
 
     Args:
-        before: the bundle of the period before.
-        path: of the new one.
-        period: its number, which also decides what changes.
-        changed_fraction: of the rows of each table.
+        folder: where to write.
+        sizes: rows of each table, by feature.
+        config: of the model.
+        precision: of its tables.
+        num_periods: how many.
+        changed_fraction: of the rows of each table, from one period to the next.
         num_values: of each vocabulary whose ids are given to new values; as many exchange their ids with each other, as
-            many are forgotten, and of a third the counts are other.
-
-    Returns:
-        The delta.
+            many are forgotten, and of a third the counts change.
     """
+    before = write_random_bundle(folder / "0001", sizes, precision, config, for_raw_rows=True)
+    _finish(before, BundleManifest.read(before), 1)
+    for period in range(2, num_periods + 1):
+        before = _write_next(before, folder / f"{period:04}", period, changed_fraction, num_values)
+
+
+def _write_next(before: Path, path: Path, period: int, changed_fraction: float, num_values: int) -> Path:
     manifest, chance = BundleManifest.read(before), np.random.default_rng(period)
     path.mkdir()
     (path / WEIGHTS_NAME).write_bytes(_changed_weights(before, manifest, changed_fraction, chance).data)
@@ -60,7 +74,7 @@ def write_next_period(before: Path, path: Path, *, period: int, changed_fraction
     delta = path.with_name(f"{path.name}.delta")
     delta.mkdir()
     write_delta(before, path, delta)
-    return delta
+    return path
 
 
 def _changed_weights(
