@@ -18,7 +18,8 @@ from torchdlrm.files import regular_file, sha256_of
 from torchdlrm.folders import KindName, wrong_folder
 from torchdlrm.model.model_class import ModelClassRecord
 
-FORMAT_VERSION, _WITH_PERIOD, _WITHOUT_PERIOD, _WITH_MODEL_CLASS, _WITHOUT_MODEL_CLASS = 6, 5, 4, 3, 2
+_WITHOUT_MODEL_CLASS, _WITH_MODEL_CLASS, _WITHOUT_PERIOD, _WITH_PERIOD = range(2, 6)
+_WITH_NEVER_MISSING, FORMAT_VERSION = 6, 7
 MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME = "bundle.json", "weights.safetensors", "sample.parquet"
 _VERSION_DIGITS = 12
 # Of 1 TB of weights it has 5 MB.
@@ -39,8 +40,10 @@ def oldest_version(
     has_never_missing: bool = False,
 ) -> int:
     """The oldest version of the format that says what must be said: older programs read all other bundles."""
-    if has_never_missing:
+    if schema.has_ids:
         return FORMAT_VERSION
+    if has_never_missing:
+        return _WITH_NEVER_MISSING
     if period is not None:
         return _WITH_PERIOD
     if model.interaction != "dot" or model.features or schema.needs_newer_formats:

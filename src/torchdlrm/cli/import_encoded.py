@@ -2,27 +2,26 @@
 
 import json
 from pathlib import Path
-from typing import Literal
 
 from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say_next
-from torchdlrm.errors import ConfigError, LogError
-from torchdlrm.preprocessing.imports.blocks import encoded_schema
-from torchdlrm.preprocessing.imports.importer import import_blocks
-from torchdlrm.preprocessing.imports.parquet import find_parquet
-from torchdlrm.preprocessing.imports.upstream import DENSE_NAMES, SPARSE_NAMES, find_npy_days, find_nvt_folders
+from torchdlrm.errors import ConfigError
+from torchdlrm.preprocessing.encoded import EncodedFormat, encoded_log, with_table_sizes
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 
 def import_encoded(
     source: Path,
     *,
     out: Path,
-    format: Literal["npy", "multi-hot", "nvt", "parquet"],  # noqa: A002 - the name of the option
+    format: EncodedFormat,  # noqa: A002 - the name of the option
     table_sizes: str | None = None,
     label: str | None = None,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
     """Turn data that is encoded already into a dataset: ids and floats stay as they are, and are checked.
+
+    It is `dlrm preprocess` with the schema that such files have: sparse columns of kind `id`, dense ones as they are.
 
     Args:
         source: The folder that holds the files; for `parquet` also a file.
@@ -36,25 +35,10 @@ def import_encoded(
         seed: Seed of the order of the training rows.
         as_json: Print one JSON object on standard output.
     """
-    if format == "parquet":
-        if not source.exists():
-            msg = f"{source}: there is no such file or folder"
-            raise LogError(msg)
-        schema, _ = find_parquet(source, label, {})
-        sizes = _table_sizes(table_sizes, [column.name for column in schema.sparse])
-        schema, blocks = find_parquet(source, label, sizes)
-    else:
-        if not source.is_dir():
-            msg = f"{source}: is not a folder; give the folder that holds the files"
-            raise LogError(msg)
-        multi_hot = format == "multi-hot"
-        sizes = _table_sizes(table_sizes, SPARSE_NAMES)
-        schema = encoded_schema(format, DENSE_NAMES, SPARSE_NAMES, SPARSE_NAMES if multi_hot else ())
-        blocks = (
-            find_nvt_folders(source, sizes) if format == "nvt" else find_npy_days(source, sizes, multi_hot=multi_hot)
-        )
+    files, schema = encoded_log(source, format, label)
+    schema = with_table_sizes(schema, _table_sizes(table_sizes, [column.name for column in schema.sparse]))
     with progress_bars(f"import {source} into {out}") as progress:
-        dataset = import_blocks(blocks, schema, out, table_sizes=sizes, seed=seed, progress=progress)
+        dataset = preprocess(files, out, schema, PreprocessOptions(seed=seed, min_count=1), progress)
     rows = {name: split.rows for name, split in dataset.manifest.splits.items()}
     console.print(", ".join(f"{name} {count:,} rows" for name, count in rows.items()))
     say_next("dlrm inspect {}", out)
@@ -62,7 +46,7 @@ def import_encoded(
         print_json({"dataset": str(out), "rows": rows, "num_embeddings": dataset.num_embeddings})
 
 
-def _table_sizes(text: str | None, names: tuple[str, ...] | list[str]) -> dict[str, int]:
+def _table_sizes(text: str | None, names: list[str]) -> dict[str, int]:
     if text is None:
         return {}
     try:

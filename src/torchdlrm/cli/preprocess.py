@@ -26,7 +26,7 @@ def preprocess(
     out: Path,
     schema: str = "criteo",
     options: PreprocessOptions = PreprocessOptions(),  # noqa: B008 - frozen, and what the parser fills
-    split: Literal["criteo", "order", "random", "time"] | None = None,
+    split: Literal["criteo", "order", "random", "time", "folder"] | None = None,
     val: float | None = None,
     test: float | None = None,
     resources: Resources = Resources(),  # noqa: B008 - likewise

@@ -29,7 +29,7 @@ from torchdlrm.folders import wrong_folder
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.toml import did_you_mean
 
-_FIRST_VERSION, _WITH_BUCKETS, _WITH_PERIOD, _WITH_VOCABULARY_OF, FORMAT_VERSION = 1, 2, 3, 4, 5
+_FIRST_VERSION, _WITH_BUCKETS, _WITH_PERIOD, _WITH_VOCABULARY_OF, _WITH_NEVER_MISSING, FORMAT_VERSION = range(1, 7)
 MANIFEST_NAME = "dataset.json"
 # A reader takes a row group at a time: 16,384 rows of Criteo's 40 columns are 2.5 MB, read in 2 ms.
 ROW_GROUP_ROWS = 16_384
@@ -46,8 +46,10 @@ def oldest_version(
     has_never_missing: bool = False,
 ) -> int:
     """The oldest version of the format that says what must be said: older programs read all other datasets."""
-    if has_never_missing:
+    if schema.has_ids:
         return FORMAT_VERSION
+    if has_never_missing:
+        return _WITH_NEVER_MISSING
     if has_vocabulary_of:
         return _WITH_VOCABULARY_OF
     return _WITH_PERIOD if has_period else _WITH_BUCKETS if schema.needs_newer_formats else _FIRST_VERSION

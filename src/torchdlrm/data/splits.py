@@ -6,6 +6,7 @@ of any row by its position among the good rows of the log, or by its time.
 | rule | held out |
 | --- | --- |
 | criteo | the last day, where files are named by day, else the last seventh of the rows; its first half is `val` |
+| folder | the files in folders named `val`, `valid` or `validation`, and `test`; those in `train` are for training |
 | order | the last rows of the log, `val` before `test` |
 | random | rows chosen by a hash of their position and the seed |
 | time | the rows of the latest times, `val` before `test`; rows of one time stay together |
@@ -14,9 +15,10 @@ Training rows are shuffled: the bucket (part file) of a row and its place there 
 and a seed, so any number of workers can shuffle the whole split, in any order, with the same result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -34,6 +36,14 @@ SPLIT_NAMES: tuple[SplitName, ...] = ("train", "val", "test")
 _NUM_PARTS = 7
 
 _BUCKET_STREAM, _ORDER_STREAM, _SPLIT_STREAM = 1, 2, 3  # 4 is that of raw values
+
+_FOLDERS: Mapping[str, SplitName] = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
 
 SplitCodes = npt.NDArray[np.uint8]  # positions in SPLIT_NAMES
 
@@ -108,6 +118,32 @@ def criteo_split(files: Sequence[LogFile], rows_of_files: Sequence[int]) -> Spli
     return split
 
 
+def split_of_folder(path: Path) -> SplitName | None:
+    """The split that the innermost folder of a file which is named as one is; None where none is."""
+    return next((_FOLDERS[part] for part in reversed(path.parent.parts) if part in _FOLDERS), None)
+
+
+def folder_split(files: Sequence[LogFile], rows_of_files: Sequence[int]) -> SplitBounds:
+    """Split files by the folders that they lie in.
+
+    Raises:
+        LogError: a file lies in none that is named as a split, or the files are not in the order of the splits.
+    """
+    rows = dict.fromkeys(SPLIT_NAMES, 0)
+    place = 0
+    for file, num_rows in zip(files, rows_of_files, strict=True):
+        name = split_of_folder(file.path)
+        if name is None:
+            msg = f"{file.path}: lies in no folder named {', '.join(_FOLDERS)}, by which the schema splits the log"
+            raise LogError(msg)
+        if SPLIT_NAMES.index(name) < place:
+            msg = f"{file.path}: give the files of train first, then those of val and of test"
+            raise LogError(msg)
+        place = SPLIT_NAMES.index(name)
+        rows[name] += num_rows
+    return SplitBounds("as the files were split", *rows.values())
+
+
 def order_split(num_rows: int, rule: SplitRule) -> SplitBounds:
     """Hold out the last rows of a log of `num_rows`."""
     val_rows, test_rows = round(num_rows * rule.val), round(num_rows * rule.test)
@@ -180,7 +216,10 @@ def check_split(rule: SplitRule, rows: Sequence[int]) -> None:
     Raises:
         LogError: one is.
     """
-    asked = (True, rule.rule == "criteo" or rule.val > 0, rule.rule == "criteo" or rule.test > 0)
+    if rule.rule == "folder":
+        asked = (True, False, False)
+    else:
+        asked = (True, rule.rule == "criteo" or rule.val > 0, rule.rule == "criteo" or rule.test > 0)
     empty = [name for name, wanted, count in zip(SPLIT_NAMES, asked, rows, strict=True) if wanted and not count]
     if empty:
         msg = (

@@ -135,6 +135,11 @@ def _remedies(examples: Mapping[str, Sequence[BadRow]]) -> list[str]:
         lines.append(
             f"Texts that stand for a missing value are named in the schema: null_values = {json.dumps(nulls)}."
         )
+    if examples.get("id"):
+        lines.append(
+            "The rows of a table of ids are given in the schema, num_embeddings = N, or to an import by `table_sizes`; "
+            "without it the table is as long as the largest id asks for."
+        )
     if any(row.value.isdigit() and int(row.value) >= 2**63 for row in examples.get("int", [])):
         lines.append('Ids of 2^63 and more are read as text: kind = "string".')
     return lines

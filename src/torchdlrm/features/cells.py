@@ -30,6 +30,7 @@ from torchdlrm.features.bad_rows import BadRow, BadRows
 from torchdlrm.features.columns import Column, Feature, LabelColumn, SparseColumn, TimeColumn, WeightColumn
 from torchdlrm.features.kinds import FLOAT, KINDS, map_lists
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.vocabulary import MAX_ID
 
 # What is wrong, and in which rows.
 _Fault = tuple[str, npt.NDArray[np.bool_]]
@@ -59,7 +60,8 @@ def to_typed_columns(
         schema: the columns.
         bad_rows: takes the rows whose cells do not fit, each by its leftmost fault.
         line_numbers: int64 [B], the line of each row from 0; by default its position.
-        is_label_optional: whether a row without label or weight is good, as rows to predict are; it is null.
+        is_label_optional: whether these are rows to predict, of which one without label or weight is good, where they
+            are null, and one with an id outside of its table too, which is unknown.
 
     Returns:
         The typed columns, B rows; and a Boolean mask of the good rows, or None when all are good.
@@ -70,7 +72,7 @@ def to_typed_columns(
         given = cells[column.name]
         if given.dtype in (pl.String, pl.List(pl.String)):
             texts[column] = given
-        elif (values := _typed_directly(given, column)) is not None:
+        elif (values := _typed_directly(given, column, is_label_optional=is_label_optional)) is not None:
             typed[column.name] = values.alias(column.name)
         else:
             texts[column] = cells_as_text(given, column)
@@ -98,20 +100,22 @@ def _read_texts(
         typed, clean = _typed_few(text, plain)
     good: npt.NDArray[np.bool_] | None = None
     for column in texts:
-        if column.name in clean:
+        if column.name in clean and (is_label_optional or getattr(column, "kind", None) != "id"):
             continue
-        if isinstance(column, SparseColumn) and column.is_multi_valued:
-            typed[column.name], faults = _typed_lists(text[column.name], column)
+        values = typed.get(column.name)
+        if values is None:
+            assert isinstance(column, SparseColumn), "other columns have one value a row"
+            values, faults = _typed_lists(text[column.name], column)
         else:
-            cells = typed[column.name]
-            if isinstance(column, LabelColumn) and column.positive is None and cells.null_count():
-                cells = typed[column.name] = _with_words(text[column.name], cells)
-            faults = list(_faults(text[column.name], cells, column, is_label_optional=is_label_optional))
+            if isinstance(column, LabelColumn) and column.positive is None and values.null_count():
+                values = _with_words(text[column.name], values)
+            faults = list(_faults(text[column.name], values, column, is_label_optional=is_label_optional))
             if isinstance(column, Feature):
-                typed[column.name] = without_null_values(cells, column)
+                values = without_null_values(values, column)
+        if isinstance(column, SparseColumn) and column.kind == "id" and not is_label_optional:
+            faults.append((column.kind, _outside_of_table(values, column).to_numpy()))
+        typed[column.name] = values
         for reason, bad in faults:
-            if not bad.any():
-                continue
             rows = np.flatnonzero(bad if good is None else bad & good)
             examples = [
                 BadRow(
@@ -122,17 +126,33 @@ def _read_texts(
                 for row in rows[: BadRows.NUM_EXAMPLES]
             ]
             bad_rows.add(reason, len(rows), examples)
-            good = ~bad if good is None else good & ~bad
+            if bad.any():
+                good = ~bad if good is None else good & ~bad
     return typed, None if good is None else pl.Series(good)
 
 
-def _typed_directly(cells: pl.Series, column: Column) -> pl.Series | None:
+def _outside_of_table(values: pl.Series, column: SparseColumn) -> pl.Series:
+    """Which rows have a value that is no row of a table of ids, or lack one where they have one value each."""
+    last = (column.num_embeddings or MAX_ID) - 1
+    if values.dtype == pl.List:
+        one = pl.element()
+        if column.weight_separator is not None:
+            one = one.struct.field("value")
+        return values.list.eval(~one.is_between(0, last)).list.any().fill_null(value=False)
+    return ~values.is_between(0, last).fill_null(value=False)
+
+
+def _typed_directly(cells: pl.Series, column: Column, *, is_label_optional: bool) -> pl.Series | None:
     """Cells of another type than text as values, without text; None where that needs text, or one of them is bad."""
     if isinstance(column, Feature):
         if column.is_multi_valued:
-            return _typed_lists_directly(cells, column)
-        values = _typed_values(cells, column)
-        return None if values is None else without_null_values(values, column)
+            values = _typed_lists_directly(cells, column)
+        else:
+            values = _typed_values(cells, column)
+            values = None if values is None else without_null_values(values, column)
+        if values is None or not isinstance(column, SparseColumn) or column.kind != "id" or is_label_optional:
+            return values
+        return None if _outside_of_table(values, column).any() else values
     if column.null_values:
         return None
     values = None

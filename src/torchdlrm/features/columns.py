@@ -144,6 +144,9 @@ class DenseColumn(_FeatureColumn):
 class SparseColumn(_FeatureColumn):
     """A categorical value: `hex` is up to 8 hexadecimal digits, `int` a 64-bit integer, `string` any text.
 
+    A value of kind `id` is a row of the table itself, which has `num_embeddings` rows, or else one more than the
+    largest id of the log.
+
     A column with a `value_separator` holds any number of values in a cell (in Parquet: a list), of which the first
     `max_values` count; with a `weight_separator` each may end with it and a weight, which multiplies its embedding.
     `min_count` and `max_embeddings` override the job's; `hash` numbers values by a hash into that many rows instead of
@@ -158,7 +161,13 @@ class SparseColumn(_FeatureColumn):
     min_count: MinCount | None = None
     max_embeddings: MaxEmbeddings = None
     hash: HashSize | None = None
+    num_embeddings: HashSize | None = None
     buckets: Buckets | None = None
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether values are counted to get ids: they are neither hashed nor ids already."""
+        return self.hash is None and self.kind != "id"
 
     @property
     def raw_name(self) -> str:
@@ -224,6 +233,13 @@ class SparseColumn(_FeatureColumn):
             raise ValueError(msg)
         if self.buckets is not None and self.kind not in ("int", "float"):
             msg = f"buckets are for numbers, kind int or float, and its kind is {self.kind}"
+            raise ValueError(msg)
+        if self.num_embeddings is not None and self.kind != "id":
+            msg = "num_embeddings is for kind id; other kinds have max_embeddings, or hash"
+            raise ValueError(msg)
+        given = [key for key in ("min_count", "max_embeddings", "hash") if getattr(self, key) is not None]
+        if given and self.kind == "id":
+            msg = f"{given[0]} is not for kind id, whose values are the ids; num_embeddings is the size of the table"
             raise ValueError(msg)
         _check_numbering(self)
         return self

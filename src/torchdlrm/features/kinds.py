@@ -5,11 +5,12 @@
 | int | Int64 | a decimal number of 64 bits | whole ones; floats up to 2^53 | a whole number, or such a text |
 | float | Float64 | a finite decimal number | finite ones | a finite number, or such a text |
 | hex | UInt32 | 1 to 8 hexadecimal digits, upper or lower case | whole ones of 32 bits | such a text |
+| id | Int64 | as int; in a log that is preprocessed a row of the column's table | as int | as int |
 | string | String | anything | their text | a text; of a number its text |
 
-Dense columns are of kind int or float, sparse ones of kind int, hex or string, or float where buckets make categories
-of it; a column with several values a row has lists of these.  How a value is hashed follows from its type, see
-`torchdlrm.features.value_hash`.
+Dense columns are of kind int or float, sparse ones of kind int, id, hex or string, or float where buckets make
+categories of it; a column with several values a row has lists of these.  How a value is hashed follows from its type,
+see `torchdlrm.features.value_hash`.
 
 To add a kind, write a class and enter it, and its name, at the end of this module.  All methods take whole columns,
 but for those named after one cell or one number.
@@ -185,6 +186,13 @@ class _Int(ValueKind):
         return pl.Series(np.clip(np.rint(x), -(2.0**62), 2.0**62).astype(np.int64))
 
 
+class _Id(_Int):
+    """An integer that is an id already: a feature of this kind has no vocabulary."""
+
+    name: ClassVar[str] = "id"
+    fault: ClassVar[str] = "the cell is not an id, a whole number from 0 that is a row of the column's table"
+
+
 class _Float(ValueKind):
     name, dtype, datatype = "float", pl.Float64, "FP64"
     fault, expected = "the cell is not a finite number", "a number"
@@ -290,7 +298,7 @@ def hex_digits(values: pl.Series) -> pl.Series:
     return pl.select(pl.when(values.is_not_null()).then(pl.Series(text)).alias(values.name)).to_series()
 
 
-INT, FLOAT, HEX, STRING = _Int(), _Float(), _Hex(), _String()
-KINDS: dict[str, ValueKind] = {kind.name: kind for kind in (INT, FLOAT, HEX, STRING)}
+INT, ID, FLOAT, HEX, STRING = _Int(), _Id(), _Float(), _Hex(), _String()
+KINDS: dict[str, ValueKind] = {kind.name: kind for kind in (INT, ID, FLOAT, HEX, STRING)}
 DenseKindName = Literal["int", "float"]
-SparseKindName = Literal["string", "int", "hex", "float"]
+SparseKindName = Literal["string", "int", "id", "hex", "float"]

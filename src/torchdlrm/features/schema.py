@@ -43,7 +43,7 @@ NUM_CRITEO_SPARSE = 26
 class SplitRule(Frozen):
     """How rows are split; `torchdlrm.data.splits` has the rules.  `val` and `test` are shares of all rows."""
 
-    rule: Literal["criteo", "order", "random", "time"] = "criteo"
+    rule: Literal["criteo", "order", "random", "time", "folder"] = "criteo"
     val: Annotated[float, Field(ge=0, lt=1)] = 0.1
     test: Annotated[float, Field(ge=0, lt=1)] = 0.1
 
@@ -175,6 +175,11 @@ class FeatureSchema(Frozen):
     def has_value_weights(self) -> bool:
         """Whether values of a multi-valued column have weights."""
         return any(column.weight_separator is not None for column in self.sparse_columns)
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether a column's values are ids already."""
+        return any(column.kind == "id" for column in self.sparse_columns)
 
     @property
     def needs_newer_formats(self) -> bool:

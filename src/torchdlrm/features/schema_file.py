@@ -73,8 +73,8 @@ def with_split(
         return schema
     try:
         split = SplitRule.model_validate({**schema.split.model_dump(), **changes})
-        if split.rule == "criteo" and (val is not None or test is not None):
-            msg = "`val`, `test`: the split 'criteo' holds out what it always does; make `split` order, random or time"
+        if split.rule in ("criteo", "folder") and (val is not None or test is not None):
+            msg = f"`val`, `test`: the split {split.rule!r} says what is held out; make `split` order, random or time"
             raise SchemaError(msg)
         return FeatureSchema.model_validate({**dict(schema), "split": split})
     except ValidationError as error:

@@ -13,6 +13,7 @@ from typing import BinaryIO, cast
 from torchdlrm.errors import LogError
 from torchdlrm.logs.files import LogFile, Packing, packing_of, reading, unpacked
 from torchdlrm.logs.format import LogFormat
+from torchdlrm.logs.formats.arrays import MultiHotFormat, NpyFormat, NvtFormat
 from torchdlrm.logs.formats.json_lines import JsonLinesFormat
 from torchdlrm.logs.formats.orc import OrcFormat
 from torchdlrm.logs.formats.parquet import ParquetFormat
@@ -20,7 +21,15 @@ from torchdlrm.logs.formats.text import TextFormat
 from torchdlrm.logs.lines import LineFormat
 
 # The first that recognises a file reads it; text, which recognises any, is last.
-LOG_FORMATS: tuple[LogFormat, ...] = (ParquetFormat(), OrcFormat(), JsonLinesFormat(), TextFormat())
+LOG_FORMATS: tuple[LogFormat, ...] = (
+    ParquetFormat(),
+    OrcFormat(),
+    NpyFormat(),
+    MultiHotFormat(),
+    NvtFormat(),
+    JsonLinesFormat(),
+    TextFormat(),
+)
 
 MAGIC_BYTES = 16
 _DAY = re.compile(r"day_(\d+)(?!\d)")
@@ -84,10 +93,12 @@ def recognise(raw: BinaryIO, path: Path) -> tuple[LogFormat, Packing | None, Bin
     """
     start = raw.read(MAGIC_BYTES)
     packing = packing_of(start)
+    log_format = next(form for form in LOG_FORMATS if form.recognises(start, path))
     if packing is not None:
         raw = cast("BinaryIO", unpacked(_joined(start, raw), packing))
         start = raw.read(MAGIC_BYTES)
-    else:
+        log_format = next(form for form in LOG_FORMATS if form.recognises(start, path))
+    elif log_format is LOG_FORMATS[-1]:
         for pattern, kind, template in _OTHERS:
             if re.match(pattern, start):
                 command = template.format(path=shlex.quote(str(path)) if path.exists() else "FILE")
@@ -95,7 +106,6 @@ def recognise(raw: BinaryIO, path: Path) -> tuple[LogFormat, Packing | None, Bin
                 read = f"{', '.join(others)} or {last}"
                 msg = f"{path}: is {kind}; a log is {read}; this makes one: {command}"
                 raise LogError(msg)
-    log_format = next(form for form in LOG_FORMATS if form.recognises(start, path))
     if packing is not None and not isinstance(log_format, LineFormat):
         msg = f"{path}: is {log_format.name} packed by {packing}, and only text may be packed; unpack it first"
         raise LogError(msg)

@@ -89,6 +89,6 @@ def _typed(cells: pl.Series, column: Feature, schema: FeatureSchema) -> pl.Serie
     if cells.dtype == pl.String:
         cells = cells.set(cells == "", None)
     bad_rows = BadRows()
-    typed, _ = to_typed_columns(cells.to_frame(), schema.with_columns([column]), bad_rows)
+    typed, _ = to_typed_columns(cells.to_frame(), schema.with_columns([column]), bad_rows, is_label_optional=True)
     check_cells(bad_rows)
     return typed[column.name]

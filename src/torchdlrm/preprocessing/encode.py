@@ -165,8 +165,10 @@ def _encode_chunk(
 
 def _ids_of_values(encoding: Encoding, column: SparseColumn, number: int, sections: Sections) -> npt.NDArray[np.int32]:
     """The id of each distinct value of the chunk: int32 [D]."""
-    if column.hash is not None:
+    if not column.has_vocabulary:
         values = pl.Series(sections.table(f"values/{column.name}")["value"])
+        if column.hash is None:
+            return values.to_numpy().astype(np.int32)
         return hashed_ids(stored_categories(values, column), column.hash)
     pieces = []
     for path in encoding.ids[column.name]:

@@ -16,6 +16,7 @@ from torchdlrm.data.splits import (
     TimeSplit,
     check_split,
     criteo_split,
+    folder_split,
     order_split,
 )
 from torchdlrm.features.schema import FeatureSchema
@@ -66,6 +67,8 @@ def _choose_split(
     rule, num_rows = schema.split, sum(rows_of_files)
     if rule.rule == "criteo":
         return criteo_split(files, rows_of_files)
+    if rule.rule == "folder":
+        return folder_split(files, rows_of_files)
     if rule.rule == "order":
         return order_split(num_rows, rule)
     if rule.rule == "random":

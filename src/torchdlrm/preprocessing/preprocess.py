@@ -245,7 +245,7 @@ def _open_known(path: Path, schema: FeatureSchema) -> Dataset:
         elif _numbering(theirs) != _numbering(column):
             there, here = _described(theirs), _described(column)
             problems.append(f"  column {column.name}: there {there}; here {here}")
-        elif column.hash is None and known.manifest.sparse[column.name].vocabulary is None:
+        elif column.has_vocabulary and known.manifest.sparse[column.name].vocabulary is None:
             problems.append(f"  column {column.name} came as ids, without a vocabulary")
     problems += [
         f"  dense column {column.name}: there {getattr(known.manifest.dense.get(column.name), 'transform', 'none')}, "

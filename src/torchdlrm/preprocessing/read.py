@@ -83,13 +83,15 @@ def read_chunk(task: ReadTask) -> Result:
     columns += [_shrunk(rows[column.name]) for column in task.schema.dense]
     if task.schema.time is not None:
         columns.append(rows[task.schema.time.name].alias(TIME))
-    num_values, value_bytes = {}, {}
+    num_values, value_bytes, largest_ids = {}, {}, {}
     for column in task.schema.sparse:
         codes = encode_column(rows[column.raw_name], column, task.num_partitions, sections)
         columns.append(codes)
         values = sections[f"values/{column.name}"]
         num_values[column.name] = values.num_rows
         value_bytes[column.name] = values.nbytes
+        if column.kind == "id":
+            largest_ids[column.name] = pc.max(values["value"]).as_py() or 0
     sections["rows"] = pl.DataFrame(columns).to_arrow()
     write_sections(task.target, sections)
     return {
@@ -98,6 +100,7 @@ def read_chunk(task: ReadTask) -> Result:
         "bad_rows": parsed.bad_rows.to_json(),
         "num_values": num_values,
         "value_bytes": value_bytes,
+        "largest_ids": largest_ids,
     }
 
 

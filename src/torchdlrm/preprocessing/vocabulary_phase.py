@@ -19,6 +19,7 @@ from torchdlrm.data.dataset import (
     file_record,
 )
 from torchdlrm.data.splits import RowSplit
+from torchdlrm.errors import LogError
 from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.vocabulary import CANDIDATE_COLUMNS, MAX_ID, PERIOD_COLUMNS, VALUE_COLUMNS
@@ -64,11 +65,14 @@ class VocabularyPhase:
             read: what reading each of them gave.
         """
         num_values = sum(
-            result["num_values"][column.name] for result in read for column in self.schema.sparse if column.hash is None
+            result["num_values"][column.name]
+            for result in read
+            for column in self.schema.sparse
+            if column.has_vocabulary
         )
         self.progress.start_phase("count", 2 * num_values, "values")
         self._fit_quantiles(split, chunks, read)
-        counted = [column for column in self.schema.sparse if column.hash is None]
+        counted = [column for column in self.schema.sparse if column.has_vocabulary]
         ranges = {column.name: self._ranges(column, read) for column in counted}
         counted_ranges = {name: self._counted_ranges(found) for name, found in ranges.items()}
         counts_anything = self.known is None or self.options.extend_vocabulary
@@ -95,7 +99,7 @@ class VocabularyPhase:
         for result in self.workers.run(tasks, self.work):
             self.progress.advance(result["values"])
         ids = {name: [self.work.path / "ids" / values.name for values in found] for name, found in ranges.items()}
-        return {column.name: self._sparse_record(column) for column in self.schema.sparse}, ids
+        return {column.name: self._sparse_record(column, read) for column in self.schema.sparse}, ids
 
     def _ranges(self, column: SparseColumn, read: Sequence[Result]) -> list[ValueRange]:
         """Cut a feature's values so that a range fits the memory of a task."""
@@ -199,9 +203,9 @@ class VocabularyPhase:
         )
         return Task(f"assign-{column.name}", assign_ids, arguments)
 
-    def _sparse_record(self, column: SparseColumn) -> SparseRecord:
-        if column.hash is not None:
-            return SparseRecord(num_embeddings=column.hash, vocabulary=None)
+    def _sparse_record(self, column: SparseColumn, read: Sequence[Result]) -> SparseRecord:
+        if not column.has_vocabulary:
+            return SparseRecord(num_embeddings=column.hash or self._table_of_ids(column, read), vocabulary=None)
         if self.known is not None and not self.options.extend_vocabulary:
             record = self._known_record(column)
             for file in record.files:
@@ -222,6 +226,20 @@ class VocabularyPhase:
             )
         vocabulary = record_of("vocabulary", result["num_values"])
         return SparseRecord(num_embeddings=result["num_embeddings"], vocabulary=vocabulary, turnover=turnover)
+
+    def _table_of_ids(self, column: SparseColumn, read: Sequence[Result]) -> int:
+        """The rows of the table of a feature whose values are ids."""
+        rows = column.num_embeddings or max((result["largest_ids"][column.name] for result in read), default=0) + 1
+        if self.known is None:
+            return rows
+        known_rows = self._known_record(column).num_embeddings
+        if rows > known_rows and not self.options.extend_vocabulary:
+            msg = (
+                f"column {column.name}: has ids for {rows:,} rows, and in {self.known.path} its table has "
+                f"{known_rows:,}; give `extend_vocabulary`, with which tables grow"
+            )
+            raise LogError(msg)
+        return max(rows, known_rows)
 
     def about_period(self) -> dict[str, Any]:
         """What the manifest says where values come and go; of a vocabulary that is not extended, what it said there."""

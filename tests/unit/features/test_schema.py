@@ -27,7 +27,7 @@ rule = "order"
     [
         ('name = "shop"', 'nam = "shop"', "nam: there is no such key; did you mean name?"),
         ('name = "shop"\n', "", "name: is missing"),
-        ('"order"', '"ordr"', "split.rule: must be one of 'criteo', 'order', 'random', 'time', not 'ordr'"),
+        ('"order"', '"ordr"', "split.rule: must be one of 'criteo', 'order', 'random', 'time', 'folder', not 'ordr'"),
         ("[split]", "[split]\nheader = true", "it stands below [split] and so belongs to it: move it above"),
         (
             'role = "dense"',
@@ -53,6 +53,8 @@ rule = "order"
         ('"city"', '"the city"', 'write name = "the_city", header_name = "the city"'),
         ('"city"', '"price"', "columns 2 and 3 are both named 'price'"),
         ('"city"', '"city", max_values = 3', "column 3 (city): max_values needs value_separator"),
+        ('"city"', '"city", num_embeddings = 3', "column 3 (city): num_embeddings is for kind id"),
+        ('kind = "string"', 'kind = "id", hash = 3', "column 3 (city): hash is not for kind id"),
         ('"click"', '"click", threshold = "x"', "column 1 (click): threshold: must be a valid number, got 'x'"),
         ('"label"', '"ignore"', "at least one column must have the role 'label'"),
         (

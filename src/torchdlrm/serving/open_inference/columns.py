@@ -171,7 +171,7 @@ def _frame(placed: Sequence[tuple[Tensor, Sequence[Feature]]], schema: FeatureSc
     if texts:
         layout = schema.with_columns([column for column in schema.features if column.name in texts])
         bad_rows = BadRows()
-        frame, _ = to_typed_columns(pl.DataFrame(texts), layout, bad_rows)
+        frame, _ = to_typed_columns(pl.DataFrame(texts), layout, bad_rows, is_label_optional=True)
         for reason, examples in bad_rows.examples.items():
             raise _bad_cell(examples[0].line - 1, str(examples[0].column), reason, examples[0].value)
         typed |= frame.to_dict()

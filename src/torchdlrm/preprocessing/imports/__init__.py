@@ -1,1 +1,0 @@
-"""Imports data that others have encoded: ids and floats are checked and stay as they are."""
