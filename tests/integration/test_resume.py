@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from helpers.trainings import CONFIG, OPTIONS, STEPS, Process, checkpoints, logged_steps, state, wait_until
+from helpers.trainings import CONFIG, OPTIONS, STEPS, Process, checkpoints, logged_steps, state, two_nodes, wait_until
 from torchdlrm import load_config, train
 from torchdlrm.errors import TrainingError
 from torchdlrm.files import sha256_of
@@ -41,7 +41,7 @@ def assert_same_bytes(run, expected, tmp_path):
 
 @pytest.fixture(scope="module")
 def uninterrupted(small_dataset, dlrm, tmp_path_factory):
-    """The state at the end of runs that nobody interrupted, by number of processes."""
+    """The state at the end of runs without an interruption, by number of processes."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     states = {}
     for nproc in (1, 2):
@@ -139,10 +139,15 @@ def test_a_run_goes_on_on_another_number_of_processes_and_reads_the_same_rows(sm
             torch.testing.assert_close(value, weights[name], atol=1e-3, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_and_the_same_command_goes_on(number, small_dataset, uninterrupted, dlrm, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "nproc"),
+    [(signal.SIGTERM, 1), (signal.SIGINT, 1), pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow)],
+)
+def test_a_signal_saves_and_exits_and_the_same_command_goes_on(
+    number, nproc, small_dataset, uninterrupted, dlrm, tmp_path
+):
     run = tmp_path / "run"
-    arguments = ("--dataset", small_dataset.path, "--run", run, *OPTIONS, "--checkpoint.every-steps", 0)
+    arguments = ("--dataset", small_dataset.path, "--run", run, *OPTIONS_OF[nproc], "--checkpoint.every-steps", 0)
     process = Process(*arguments)
     wait_until(lambda: len(logged_steps(run)) >= 2, process)
     process.process.send_signal(number)
@@ -155,7 +160,7 @@ def test_a_signal_saves_and_exits_and_the_same_command_goes_on(number, small_dat
     done = dlrm("train", CONFIG, *arguments)
     assert done.returncode == 0, done.stderr
     assert f"resumed after {saved}" in done.stderr
-    assert_same_bytes(run, uninterrupted[1], tmp_path)
+    assert_same_bytes(run, uninterrupted[nproc], tmp_path)
 
 
 @pytest.mark.slow
@@ -168,19 +173,6 @@ def test_a_killed_process_is_replaced_and_the_job_ends_by_itself(small_dataset, 
     assert code == 0, output
     assert "resumed after" in output
     assert_same_bytes(run, uninterrupted[2], tmp_path)
-
-
-@pytest.mark.slow
-def test_sigterm_to_a_job_of_two_processes_saves(small_dataset, tmp_path):
-    run = tmp_path / "run"
-    options = (*OPTIONS, "--train.epochs", 50, "--checkpoint.every-steps", 0)
-    process = Process("--dataset", small_dataset.path, "--run", run, *options, "--nproc-per-node", 2)
-    wait_until(lambda: len(logged_steps(run)) >= 2, process)
-    process.process.send_signal(signal.SIGTERM)
-    code, output = process.wait()
-    assert code == 130, output
-    assert "the same command resumes there" in output
-    assert checkpoints(run)[-1] >= 20
 
 
 @pytest.mark.slow
@@ -206,19 +198,8 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved(after_start_s,
 @pytest.mark.slow
 def test_a_hung_process_ends_the_job_with_a_message(small_dataset, tmp_path):
     run = tmp_path / "run"
-    process = Process(
-        "--dataset",
-        small_dataset.path,
-        "--run",
-        run,
-        *OPTIONS,
-        "--nproc-per-node",
-        2,
-        "--train.timeout-s",
-        5,
-        "--train.epochs",
-        50,
-    )
+    options = (*OPTIONS, "--nproc-per-node", 2, "--train.timeout-s", 5, "--train.epochs", 50)
+    process = Process("--dataset", small_dataset.path, "--run", run, *options)
     wait_until(lambda: len(logged_steps(run)) >= 2, process)
     hung = process.workers()[1]
     os.kill(hung, signal.SIGSTOP)
@@ -237,27 +218,9 @@ def test_a_hung_process_ends_the_job_with_a_message(small_dataset, tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_find_each_other_and_train_as_one(small_dataset, uninterrupted, tmp_path):
-    """Two agents on loopback, one process each."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     run = tmp_path / "run"
-    arguments = (
-        "--dataset",
-        small_dataset.path,
-        "--run",
-        run,
-        *OPTIONS,
-        *ADAM,
-        "--nnodes",
-        2,
-        "--rdzv-endpoint",
-        f"127.0.0.1:{port}",
-    )
-    nodes = [Process(*arguments), Process(*arguments)]
-    for code, output in (node.wait() for node in nodes):
+    for node in two_nodes("--dataset", small_dataset.path, "--run", run, *OPTIONS, *ADAM):
+        code, output = node.wait()
         assert code == 0, output
     assert_same_bytes(run, uninterrupted[2], tmp_path)
 
@@ -347,7 +310,7 @@ def test_a_full_disk_during_a_checkpoint_keeps_the_ones_before_and_the_run_going
     assert_same_bytes(small_disk, uninterrupted[1], tmp_path)
 
 
-def test_whoever_is_interrupted_on_a_full_disk_is_not_told_that_it_was_saved(small_disk, small_dataset):
+def test_an_interruption_on_a_full_disk_does_not_say_that_it_was_saved(small_disk, small_dataset):
     subprocess.run(["mount", "-o", "remount,size=200k", small_disk], check=True)
     process = Process(
         *("--dataset", small_dataset.path, "--run", small_disk / "run", *OPTIONS, "--train.epochs", 50),
@@ -379,7 +342,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(small_dataset, dlrm,
 def test_no_checkpoint_holds_what_is_not_finite_where_the_loss_is_seldom_looked_at(
     when, small_dataset, tmp_path, monkeypatch
 ):
-    """As on a GPU, where nobody looks at the loss between two lines of the log."""
+    """As on a GPU, where the loss is not looked at between two lines of the log."""
     monkeypatch.setattr(Trainer, "_refuse_if_not_finite", lambda *_: None)
     if when == "signal":
         monkeypatch.setattr(StopRequest, "poll", lambda _, step, *, save_is_due: (step == 30, save_is_due))
@@ -450,14 +413,6 @@ def test_evaluation_and_export_take_the_best_checkpoint_and_say_so(small_log, sm
     done = dlrm("evaluate", run)
     assert done.returncode == 2
     assert f"does not have the best of the val split, step {best}; give last, or one of the steps {last}" in done.stderr
-
-
-def test_early_stopping_that_can_never_act_is_refused_before_anything_is_written(small_dataset, dlrm, tmp_path):
-    run = tmp_path / "run"
-    done = dlrm("train", CONFIG, "--dataset", small_dataset.path, "--run", run, "--stop.patience-validations", 2)
-    assert done.returncode == 2
-    assert "stop.patience_validations: is 2 and could never stop the run: " in done.stderr
-    assert not run.exists()
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
