@@ -1,11 +1,9 @@
 """`dlrm preprocess`: a raw click log becomes a dataset."""
 
 import json
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.table import Table
@@ -17,7 +15,7 @@ from torchdlrm.features.bad_rows import describe_bad_rows
 from torchdlrm.features.schema_file import load_schema, with_split
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, work_folder
 from torchdlrm.preprocessing.preprocess import preprocess as run_preprocess
-from torchdlrm.progress import ProgressListener
+from torchdlrm.progress.meter import Meter
 
 
 def preprocess(
@@ -59,15 +57,24 @@ def preprocess(
     if max_rows is not None:
         raise ConfigError("--max-rows: is called --max-embeddings now")
     columns = with_split(load_schema(schema), split, val, test)
+    phases: list[dict[str, Any]] = []
+
+    def note_phase(phase: Meter, seconds: float) -> None:
+        per_s = phase.done / seconds if seconds else 0.0
+        phases.append(
+            {"name": phase.name, "amount": phase.done, "unit": phase.unit, "seconds": seconds, "per_s": per_s}
+        )
+        if as_json:
+            say(json.dumps({"phase": phase.name, **phases[-1]}))
+
     try:
-        with progress_bars(f"preprocess into {out}") as progress:
-            times = PhaseTimes(progress, on_phase=_print_phase if as_json else None)
+        with progress_bars(f"preprocess into {out}", note_phase) as progress:
             dataset = run_preprocess(
                 logs,
                 out,
                 columns,
                 options,
-                progress=times,
+                progress=progress,
                 resources=resources,
                 restart=restart,
                 overwrite=overwrite,
@@ -75,10 +82,9 @@ def preprocess(
     except KeyboardInterrupt as interrupt:
         msg = f"stopped; what is done is kept in {work_folder(out)}: the same command resumes it"
         raise Interrupted(msg) from interrupt
-    times.finish()
-    if not times.phases:
+    if not phases:
         say(f"{out} is complete: nothing was left to do")
-    _print_summary(dataset, times.phases)
+    _print_summary(dataset, phases)
     if as_json:
         manifest = dataset.manifest
         print_json(
@@ -91,66 +97,9 @@ def preprocess(
                 "num_embeddings": dataset.num_embeddings,
                 "period": dataset.period,
                 "bad_rows": manifest.bad_rows.model_dump(mode="json"),
-                "phases": [phase.as_dict() for phase in times.phases],
+                "phases": phases,
             }
         )
-
-
-@dataclass
-class PhaseTime:
-    """How long a phase took for how much; work that an earlier run had done already takes no time and counts."""
-
-    name: str
-    amount: int
-    unit: str
-    seconds: float
-
-    @property
-    def per_s(self) -> float:
-        """Units a second."""
-        return self.amount / self.seconds if self.seconds else 0.0
-
-    def as_dict(self) -> dict[str, object]:
-        """What `--json` tells of it."""
-        return {**asdict(self), "per_s": self.per_s}
-
-
-class PhaseTimes:
-    """A listener that notes the times of the phases, and calls `on_phase` with each that is over."""
-
-    def __init__(self, listener: ProgressListener, on_phase: Callable[[PhaseTime], None] | None = None) -> None:
-        self.phases: list[PhaseTime] = []
-        self._listener = listener
-        self._on_phase = on_phase
-        self._started_at_s = 0.0
-
-    def start_phase(self, name: str, total: int | None, unit: str = "rows", done: int = 0) -> None:
-        """A phase begins."""
-        self.finish()
-        self.phases.append(PhaseTime(name, done, unit, 0.0))
-        self._started_at_s = time.perf_counter()
-        self._listener.start_phase(name, total, unit, done)
-
-    def advance(self, amount: int, **metrics: str) -> None:
-        """More is done."""
-        self.phases[-1].amount += amount
-        self._listener.advance(amount, **metrics)
-
-    def note(self, line: str) -> None:
-        """Passed on."""
-        self._listener.note(line)
-
-    def finish(self) -> None:
-        """The last phase is over."""
-        if self.phases and not self.phases[-1].seconds:
-            self.phases[-1].seconds = time.perf_counter() - self._started_at_s
-            if self._on_phase is not None:
-                self._on_phase(self.phases[-1])
-
-
-def _print_phase(phase: PhaseTime) -> None:
-    """Write a phase that is over as a JSON line on standard error."""
-    say(json.dumps({"phase": phase.name, **phase.as_dict()}))
 
 
 def about_constant_label(manifest: Manifest) -> str:
@@ -174,7 +123,7 @@ def _about_constant(manifest: Manifest, label: str) -> str:
     return f"the label {label!r} is {found}: {learnt}{what}; positive or threshold in the schema say what a click is"
 
 
-def _print_summary(dataset: Dataset, phases: Sequence[PhaseTime]) -> None:
+def _print_summary(dataset: Dataset, phases: Sequence[Mapping[str, Any]]) -> None:
     """Say what was made, how long it took and what to type next."""
     manifest = dataset.manifest
     labels = [column.name for column in manifest.feature_schema.labels]
@@ -194,10 +143,10 @@ def _print_summary(dataset: Dataset, phases: Sequence[PhaseTime]) -> None:
     if turnovers := [record.turnover for record in manifest.sparse.values() if record.turnover is not None]:
         admitted, expired = sum(found.admitted for found in turnovers), sum(found.expired for found in turnovers)
         console.print(f"period {manifest.period}: {admitted:,} values got ids, {expired:,} lost theirs")
-    seconds = sum(phase.seconds for phase in phases)
+    seconds = sum(phase["seconds"] for phase in phases)
     rows = sum(part.rows for part in manifest.splits.values())
     if seconds:
-        parts = ", ".join(f"{phase.name} {phase.seconds:.1f} s" for phase in phases)
+        parts = ", ".join(f"{phase['name']} {phase['seconds']:.1f} s" for phase in phases)
         console.print(f"time: {parts}; {rows / seconds:,.0f} rows/s", soft_wrap=True)
     extra = dict.fromkeys(repr(name) for source in manifest.source for name in source.extra_columns or ())
     if extra:

@@ -22,6 +22,7 @@ from torchdlrm.progress.shown import shown_on
 from torchdlrm.units import show_number
 
 if TYPE_CHECKING:
+    from torchdlrm.progress.meter import Meter
     from torchdlrm.training.processes.launch import Processes
 
 T = TypeVar("T")
@@ -127,11 +128,13 @@ def say_undefined(metrics: Mapping[str, Any], of: str = "") -> None:
 
 
 @contextmanager
-def progress_bars(description: str) -> Iterator[ProgressListener]:
+def progress_bars(
+    description: str, on_phase: Callable[["Meter", float], None] | None = None
+) -> Iterator[ProgressListener]:
     """Make a listener that shows on standard error how far a job is; `description` names the whole job."""
     if description:
         say(description)
-    with shown_on(console) as shown:
+    with shown_on(console, on_phase) as shown:
         yield shown
 
 

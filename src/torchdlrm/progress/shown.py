@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Self
 
@@ -23,16 +23,20 @@ LINE_EVERY_S = 10.0
 
 
 @contextmanager
-def shown_on(console: Console | None) -> Iterator[ProgressListener]:
+def shown_on(
+    console: Console | None, on_phase: Callable[[Meter, float], None] | None = None
+) -> Iterator[ProgressListener]:
     """Make a listener that shows on standard error how far a job is: a bar on a terminal, lines elsewhere.
 
     Args:
         console: of standard error; one of our own where a caller has none.
+        on_phase: is given each phase that is over, and the seconds that it has taken in this process.
     """
     console = console or Console(stderr=True, highlight=False)
     # Not by the console's own word alone: FORCE_COLOR makes it take every file for a terminal.
     draws = sys.stderr is not None and sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal
     with ProgressBars(console) if draws else ProgressLines() as shown:
+        shown.on_phase = on_phase
         yield shown
         shown.finish()
 
@@ -41,6 +45,7 @@ class _Shown(ABC):
     """Follows the phases; how they are shown is its subclasses' matter. Safe for several threads."""
 
     def __init__(self) -> None:
+        self.on_phase: Callable[[Meter, float], None] | None = None
         self._meter: Meter | None = None
         self._lock = threading.RLock()
 
@@ -65,8 +70,10 @@ class _Shown(ABC):
         """The last phase is over, and went well."""
         with self._lock:
             if self._meter is not None:
-                self._write(self._meter.ends(time.monotonic()))
-                self._meter = None
+                meter, now_s, self._meter = self._meter, time.monotonic(), None
+                self._write(meter.ends(now_s))
+                if self.on_phase is not None:
+                    self.on_phase(meter, meter.elapsed_s(now_s))
 
     @abstractmethod
     def _begun(self, meter: Meter) -> None:
