@@ -124,7 +124,7 @@ def main() -> None:
     except CycloptsError as mistake:
         _end(2, "error", describe_mistake(mistake))
     except TorchDLRMError as error:
-        notes = getattr(error, "__notes__", [])  # the traceback of a process that failed as nobody expected
+        notes = getattr(error, "__notes__", [])  # the traceback of a process that failed unexpectedly
         _end(1, "failed", "\n".join([in_options(str(error), app, sys.argv[1:]), *notes]))
     except ModuleNotFoundError as error:
         explained = missing_package(error)
@@ -163,7 +163,7 @@ def _end(exit_code: int, kind: str, message: str) -> NoReturn:
 _WHY_FBGEMM_FAILS = (
     "dlrm doctor shows which packages are here and whether they fit together; make install in a new venv"
 )
-# A full or failing disk is nobody's input; a path that is missing, read-only or too long is.
+# A full or failing disk is not the user's input; a path that is missing, read-only or too long is.
 _OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPIPE}
 _KINDS = {True: (2, "error"), False: (1, "failed")}  # by whether the input is wrong
 

@@ -1,7 +1,7 @@
 """Defines what commands have in common: types of options, config keys as options, and messages for mistakes.
 
 The config knows its keys and types, not the parser: so a wrong key in a file and one on the command line are found by
-the same code and reported by the same message. The parser's own messages name `--rows` where nobody has typed it, and
+the same code and reported by the same message. The parser's own messages name `--rows` where it was not typed, and
 take a mistyped option for a value. The library's messages name arguments of functions; here they become options of the
 command that was run.
 """

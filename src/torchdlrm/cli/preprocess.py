@@ -104,8 +104,8 @@ def preprocess(
 
 def about_constant_label(manifest: Manifest) -> str:
     """What to say where a split has rows of one label only; empty where each has both."""
-    told = (_about_constant(manifest, column.name) for column in manifest.feature_schema.labels)
-    return "\n".join(line for line in told if line)
+    lines = (_about_constant(manifest, column.name) for column in manifest.feature_schema.labels)
+    return "\n".join(line for line in lines if line)
 
 
 def _about_constant(manifest: Manifest, label: str) -> str:

@@ -69,7 +69,7 @@ def train(
         rdzv_id: Name of the job, the same on all machines.
         max_restarts: How often all processes are started again after one has died, from the last checkpoint.
         plan: A plan.json that `dlrm plan --out` wrote, to follow; without it training makes a plan.
-        profile: Write a Chrome trace of 20 steps to the run's profile/ and say where their time went and which share of
+        profile: Write a Chrome trace of 20 steps to the run's profile/ and say where their time went and which part of
             the communication was hidden (`--logging.profile-steps N` for another number).
         dry_run: Show the plan, the rows and the steps, refuse what would be refused, and write nothing.
         as_json: Print one JSON object on standard output.

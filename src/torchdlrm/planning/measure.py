@@ -180,7 +180,7 @@ def _time_lookups(
 
 
 def _time_exchange(num_bytes: int, ranks: Ranks, dtype: torch.dtype) -> float:
-    """Milliseconds until every rank has what it needs of a step's embeddings: so many bytes of float32 for each.
+    """Milliseconds until every rank has what it needs of a step's embeddings: `num_bytes` of float32 for each.
 
     On CPU the ranks of a host write embeddings and gradients where the others read them, at half of this each way.
     """

@@ -164,7 +164,7 @@ def _bytes(cost: Cost) -> Row:
 
 
 def _bar(fraction: float, cells: int = _BAR_CELLS) -> str:
-    """Draw a fraction of one as a bar of so many cells, in eighths of a cell."""
+    """Draw a fraction of one as a bar of cells, in eighths of a cell."""
     eighths = round(max(0.0, min(1.0, fraction)) * cells * 8)
     full, rest = divmod(eighths, 8)
     return ("█" * full + ("▏▎▍▌▋▊▉"[rest - 1] if rest else "")).ljust(cells, "·")

@@ -46,7 +46,7 @@ SILENT = SilentProgress()
 
 @contextmanager
 def noting_if_slow(progress: ProgressListener, line: str, *, after_s: float) -> Iterator[None]:
-    """Note a line, from a thread, where what happens inside takes longer than so many seconds."""
+    """Note a line, from a thread, where what happens inside takes longer than `after_s` seconds."""
     timer = threading.Timer(after_s, progress.note, [line])
     timer.daemon = True
     timer.start()

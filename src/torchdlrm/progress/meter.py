@@ -23,7 +23,7 @@ class Meter:
         name: of the phase.
         total: units of work, None when unknown.
         unit: what is counted.
-        done: what an earlier process has done; takes part in the share and not in the rate.
+        done: what an earlier process has done; takes part in the fraction and not in the rate.
         now_s: the time, by any clock that only moves forward.
     """
 
@@ -44,7 +44,7 @@ class Meter:
             self._samples.popleft()
 
     @property
-    def share(self) -> float | None:
+    def fraction(self) -> float | None:
         """What is done of the total, at most 1."""
         return min(self.done / self.total, 1.0) if self.total else None
 
@@ -75,9 +75,9 @@ class Meter:
 
     def status(self, now_s: float) -> str:
         """Return the line that is written while the phase runs."""
-        share = "" if self.share is None else f" ({_percent(self.share)})"
+        percent = "" if self.fraction is None else f" ({_percent(self.fraction)})"
         rate = self.per_s
-        parts = [f"{self.name}: {self._done_of_total()}{share}"]
+        parts = [f"{self.name}: {self._done_of_total()}{percent}"]
         parts += [] if rate is None else [_speed(rate, self.unit)]
         parts += [f"{_clock(self.elapsed_s(now_s))} gone"]
         parts += [] if self.left_s is None else [f"{_clock(self.left_s)} left"]
@@ -98,12 +98,12 @@ class Meter:
 
     def bar(self, width: int, now_s: float) -> Group:
         """Return the bar and its values in this many characters; without room for all, the least needed go first."""
-        share = "" if self.share is None else _percent(self.share)
+        percent = "" if self.fraction is None else _percent(self.fraction)
         count = _short(self.done, self.total, self.unit)
         rate = "" if self.per_s is None else _speed(self.per_s, self.unit, brief=True)
         gone = f"{_clock(self.elapsed_s(now_s))} gone"
         left = "" if self.left_s is None else f"{_clock(self.left_s)} left"
-        shown = [share, count, rate, gone, left]
+        shown = [percent, count, rate, gone, left]
         for droppable in ("", gone, count, rate):
             shown = [part for part in shown if part and part != droppable]
             room = width - len(self.name) - 2 - sum(len(part) + 2 for part in shown)
@@ -144,8 +144,8 @@ def _short(done: int, total: int | None, unit: str) -> str:
     return f"{left[0] if left[1] == right[1] else ' '.join(left)}/{' '.join(right)}"
 
 
-def _percent(share: float) -> str:
-    return f"{int(100 * share)} %"  # rounded down: 100 % is the end
+def _percent(fraction: float) -> str:
+    return f"{int(100 * fraction)} %"  # rounded down: 100 % is the end
 
 
 def _clock(seconds: float) -> str:

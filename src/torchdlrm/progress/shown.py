@@ -100,7 +100,7 @@ class ProgressBars(_Shown):
         self._live.stop()
 
     def _bar(self) -> Group:
-        # Without our lock: whoever has it may be waiting for the console, which is ours now.
+        # Without our lock: the thread that has it may be waiting for the console, which is ours now.
         meter = self._meter
         return Group() if meter is None else meter.bar(self._console.width, time.monotonic())
 
@@ -141,7 +141,7 @@ class ProgressLines(_Shown):
     def _write(self, line: str) -> None:
         if sys.stderr is None:  # the command was started with it closed
             return
-        # A full disk, or a reader that has gone, must not end what is being told about.
+        # A full disk, or a reader that has gone, must not end the job that is shown.
         with suppress(OSError):
             sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
             sys.stderr.flush()

@@ -141,7 +141,7 @@ def find_damage(path: Path) -> str | None:
 
 
 def look_for_damage(path: Path, *, rank: int = 0, world_size: int = 1) -> Iterator[str | None]:
-    """Read a rank's share of the files of a checkpoint: the ranks together read each file once.
+    """Read a rank's part of the files of a checkpoint: the ranks together read each file once.
 
     Yields:
         None after each part of a file that was read, then, if something is wrong, what.

@@ -81,9 +81,7 @@ class _Unpickler(pickle._Unpickler):
         dtype = getattr(torch, name, None) if module == "torch" and "." not in name else None
         found = dtype if isinstance(dtype, torch.dtype) else self._records.get((module, name))
         if found is None:
-            msg = (
-                f"it names {module}.{name}, which no checkpoint of torchdlrm has; was it made by somebody to run code?"
-            )
+            msg = f"it names {module}.{name}, which no checkpoint of torchdlrm has; was it made to run code?"
             raise pickle.UnpicklingError(msg)
         return found
 
@@ -112,7 +110,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 @lru_cache(maxsize=1)
 def _unpickled(content: bytes) -> Any:
-    """The records of a pickle, which nobody changes: a checkpoint is looked at for damage, and then read."""
+    """The records of a pickle, which are only read: a checkpoint is looked at for damage, and then read."""
     return _Unpickler(io.BytesIO(content)).load()
 
 

@@ -311,7 +311,7 @@ class Checkpointer:
 
 
 def find_damage_together(path: Path, ranks: Ranks, group: dist.ProcessGroup | None = None) -> str | None:
-    """What is wrong with a checkpoint, the same on every rank: each reads its share of the files.
+    """What is wrong with a checkpoint, the same on every rank: each reads its part of the files.
 
     However large they are, no rank waits for longer than the others read a part of a file: all tell each other
     several times within `timeout_s` that they are still reading.

@@ -139,7 +139,7 @@ class Run:
             dataset: what to train on; must be the same.
             world_size: number of processes, which may have changed.
             restart: remove what is there and begin again.
-            architecture: of the model, where it is somebody's own; must be the same.
+            architecture: of the model; must be the same.
             warm_start: what a new run is started from.
             launchers: names of what has started the processes on each machine.
 
@@ -155,12 +155,11 @@ class Run:
             if restart:
                 run._clear()
             run.check(dataset, architecture)
-            environment = run.environment if run.exists else environment_now(dataset, world_size, architecture)
-            if not run.exists and warm_start is not None:
-                environment["warm_start"] = warm_start
-            if not run.exists or environment["dataset"]["path"] != str(dataset.path.resolve()):  # it may have moved
-                environment["dataset"]["path"] = str(dataset.path.resolve())
-                write_atomically(path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
+            if run.exists:
+                run.take_place(dataset)
+            else:
+                started_from = {} if warm_start is None else {"warm_start": warm_start}
+                run._write_environment(environment_now(dataset, world_size, architecture) | started_from)
             write_atomically(path / CONFIG_NAME, config_toml(config))
             run._record_launchers(launchers)
         except OSError as error:
@@ -242,7 +241,7 @@ class Run:
 
     @property
     def model_class(self) -> ModelClassRecord | None:
-        """By what the class of the run's model is known again, where it is somebody's own."""
+        """Name and checksum of the class of the run's model, where it is not the DLRM itself."""
         recorded = self.environment.get("model_class")
         return None if recorded is None else ModelClassRecord.model_validate(recorded)
 
@@ -253,7 +252,7 @@ class Run:
 
         Args:
             dataset: that it was trained on.
-            model_class: that it was trained with, where it was a class of somebody's own.
+            model_class: that it was trained with, where it was not the DLRM itself.
             allow_changed_model_class: take it though its file has changed since.
 
         Raises:
@@ -279,8 +278,7 @@ class Run:
         """Record the file of a model class that was allowed to be another one, once it has loaded the checkpoint."""
         record = record_of(architecture)
         if record != self.model_class and record is not None:
-            environment = {**self.environment, "model_class": record.model_dump()}
-            write_atomically(self.path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
+            self._write_environment({**self.environment, "model_class": record.model_dump()})
 
     def check(self, dataset: Dataset, architecture: Architecture | None = None) -> list[Change]:
         """See whether the run can be started, or resumed where it is.
@@ -344,7 +342,7 @@ class Run:
         environment = self.environment
         if environment["dataset"]["path"] != str(dataset.path.resolve()):
             environment["dataset"]["path"] = str(dataset.path.resolve())
-            write_atomically(self.path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
+            self._write_environment(environment)
 
     def write_plan(self, solution: Solution) -> None:
         """Write down where each table is."""
@@ -378,6 +376,9 @@ class Run:
             self._lock.close()
             self._lock = None
 
+    def _write_environment(self, environment: Mapping[str, object]) -> None:
+        write_atomically(self.path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
+
     def _changes(self) -> list[Change]:
         before, now = setting_values(load_config(self.path / CONFIG_NAME, is_of_run=True)), setting_values(self.config)
         names = dict.fromkeys((*now, *before))  # those of features are there if they are set
@@ -399,7 +400,7 @@ class Run:
             raise RunError(msg) from error
 
     def _remove_left_overs(self) -> None:
-        """Remove what a process that was killed has half written; whoever holds the lock knows that nobody writes."""
+        """Remove what a process that was killed has half written; the holder of the lock knows that no process writes."""
         names = (CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME, TRACKERS_NAME)
         for path in (path for name in names for path in self.path.glob(f".{name}.*")):
             path.unlink()

@@ -1,6 +1,6 @@
 """Finds the run that another is started from, and says whether what it has learnt means the same in the new one.
 
-In: a run, and the config, dataset and model class of the new one.  Out: a checkpoint, by what it is known again; or all
+In: a run, and the config, dataset and model class of the new one.  Out: a checkpoint and its checksum; or all
 that does not fit.  Rows of tables are known by their ids alone, so the vocabularies of the new dataset must begin with
 those of the old one; or it extends the old one and says which ids stand for another value.  They are read from both
 datasets a piece at a time.
@@ -9,7 +9,7 @@ datasets a piece at a time.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ from torchdlrm.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
 )
-from torchdlrm.training.run import Run, WarmStartRecord, manifest_sha256
+from torchdlrm.training.run import Run, WarmStartRecord, manifest_sha256, shown
 
 _MAX_SHOWN = 8
 
@@ -166,7 +166,7 @@ def unfit_settings(theirs: Config, ours: Config) -> Iterator[str]:
     for name in dict.fromkeys((*now, *before)):
         # The scale of initial rows is that of new ones alone.
         if name.startswith("model.") and name != "model.table_init_scale" and before.get(name) != now.get(name):
-            yield f"{name}: is {_shown(now.get(name))}, and was {_shown(before.get(name))}"
+            yield f"{name}: is {shown(now.get(name))}, and was {shown(before.get(name))}"
     old, new = theirs.table_optimizer, ours.table_optimizer
     if old.name != new.name and (new.record.state_per_weight or new.record.state_per_row):
         yield (
@@ -226,7 +226,7 @@ def _other_meanings(theirs: Dataset, ours: Dataset, *, extends: bool) -> Iterato
         old = next(column for column in theirs.schema.sparse if column.name == name)
         for key in ("kind", "buckets", "hash", "is_multi_valued"):
             if getattr(old, key) != getattr(new, key):
-                yield f"feature {name}: {key} is {_shown(getattr(new, key))}, and was {_shown(getattr(old, key))}"
+                yield f"feature {name}: {key} is {shown(getattr(new, key))}, and was {shown(getattr(old, key))}"
                 break
         else:
             problem = _other_ids(theirs, ours, name, ours.reset_ids(name) if extends else None)
@@ -256,7 +256,3 @@ def _other_ids(theirs: Dataset, ours: Dataset, name: str, reset: npt.NDArray[np.
 def _names(names: tuple[str, ...]) -> str:
     more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
     return (", ".join(names[:_MAX_SHOWN]) or "none") + more
-
-
-def _shown(value: Any) -> object:
-    return "not set" if value is None else list(value) if isinstance(value, tuple) else value

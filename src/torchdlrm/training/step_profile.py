@@ -17,7 +17,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import distributed as dist
 from torch.profiler import ProfilerActivity
 
 from torchdlrm.files import replacing, write_atomically
@@ -128,10 +127,9 @@ class StepProfiler:
         with replacing(self._folder / f"rank-{self._ranks.rank}.json") as temporary:
             profiler.export_chrome_trace(str(temporary))
         mine = summarize(profiler.events() or (), self._ranks, num_steps=self._profiled_steps)
-        everyone: list[StepProfile | None] = [None] * self._ranks.world_size
-        dist.all_gather_object(everyone, mine, group=self._ranks.process_group)
+        everyone = self._ranks.all_gather(mine)
         if self._ranks.is_first:
-            text = json.dumps([asdict(profile) for profile in everyone if profile is not None], indent=1)
+            text = json.dumps([*map(asdict, everyone)], indent=1)
             write_atomically(self._folder / "summary.json", text + "\n")
 
 

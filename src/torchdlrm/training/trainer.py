@@ -111,7 +111,7 @@ class Trainer:
         """Resume the run where it is and train to the end, validating and saving at intervals.
 
         Args:
-            open_callbacks: gives those who are told how it goes, for the step after which the run resumes.
+            open_callbacks: gives the callbacks, for the step after which the run resumes.
 
         Raises:
             Interrupted: asked to stop; the run is saved and can be resumed.
@@ -163,8 +163,8 @@ class Trainer:
                 stop, save = self._stop_request.poll(step, save_is_due=self._save_is_due())
                 if stop:
                     is_saved = self._save(wait=True)
-                    told = "saved: the same command resumes there" if is_saved else _NOT_SAVED
-                    msg = f"interrupted after step {step} of {self._agenda.num_steps}; {told}"
+                    where = "saved: the same command resumes there" if is_saved else _NOT_SAVED
+                    msg = f"interrupted after step {step} of {self._agenda.num_steps}; {where}"
                     raise Interrupted(msg)
                 reason = self._reason_to_stop()
                 if reason is not None:
@@ -204,8 +204,8 @@ class Trainer:
         self._logged_rows, self._logged_s = rows, self._watch.elapsed_s
         if metrics is None:
             return
-        told = metrics_for_callbacks(metrics, rows=rows, learning_rate=self._rate, rows_per_s=rows_per_s)
-        self._callbacks.on_log(step, told)
+        values = metrics_for_callbacks(metrics, rows=rows, learning_rate=self._rate, rows_per_s=rows_per_s)
+        self._callbacks.on_log(step, values)
         self._progress.advance(0, **bar_figures(metrics))
 
     def _validate(self, step: int) -> bool:
@@ -223,8 +223,8 @@ class Trainer:
         self._validation = metrics.as_json()
         rows_per_s = metrics.rows / (time.monotonic() - started_s)
         rows = self._agenda.rows_after(step)
-        told = metrics_for_callbacks(metrics, rows=rows, learning_rate=self._rate, rows_per_s=rows_per_s)
-        self._callbacks.on_validation(step, told)
+        values = metrics_for_callbacks(metrics, rows=rows, learning_rate=self._rate, rows_per_s=rows_per_s)
+        self._callbacks.on_validation(step, values)
         before = self._position
         self._position = after_validation(before, metrics.auc, self._config.schedule)
         is_best = self._position.stale_validations == 0

@@ -1,7 +1,7 @@
 """Chooses where a training computes: on a GPU for each process of the host, or on the processor.
 
 In: what was seen of this machine (`SeenGPUs.now`) and `train.device`.  Out: `cuda` or `cpu`, or an error that says what
-keeps the GPUs from being used. Whoever has installed the CUDA build of FBGEMM means GPUs: with it nothing computes on
+keeps the GPUs from being used. The CUDA build of FBGEMM is installed for GPUs: with it nothing computes on
 the processor for hours only because a driver is too old. PyTorch's CUDA build alone means nothing: pip fetches it for
 the CPU set-up too, where it computes on the processor.
 """
@@ -92,7 +92,7 @@ class SeenGPUs:
         return f"{len(self.gpus)} GPU{'s' * (len(self.gpus) != 1)}" + (f" ({names})" if names else "")
 
     def problem(self, num_processes: int, *, asks_for_kernels: bool = True) -> str:
-        """What keeps so many processes of this host from computing on a GPU each, and what helps; empty if nothing.
+        """What keeps this number of processes of this host from computing on a GPU each, and what helps; empty if nothing.
 
         Args:
             num_processes: of this host.

@@ -100,7 +100,7 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
     Raises:
         TorchDLRMError: what a process has raised on purpose.
         TrainingError: a process failed otherwise; the message names the rank and why.
-        Interrupted: SIGTERM or Ctrl-C; the processes have been told, have had time to save, and say what they saved.
+        Interrupted: SIGTERM or Ctrl-C; the processes were asked to end, have had time to save, and say what they saved.
     """
     if processes.world_size == 1 and not processes.max_restarts:
         return entrypoint(*args)
@@ -157,7 +157,7 @@ def refusing_everywhere(processes: Processes) -> Iterator[None]:
         yield
     except UserError as error:
         if processes.nnodes > 1:
-            with suppress(TorchDLRMError):  # this very error, or nobody is waiting
+            with suppress(TorchDLRMError):  # this very error, or no other node is waiting
                 launch(_refuse, error, processes=replace(processes, max_restarts=0, join_timeout_s=_REFUSAL_TIMEOUT_S))
         raise
 
@@ -260,7 +260,7 @@ def _recorded(entrypoint: Callable[..., Any], error_folder: Path, variables: dic
         if isinstance(error, UserError) and error.is_everywhere:
             return None  # every process of every machine: the launchers part in peace, and none starts another round
         if isinstance(error, LostProcessError):
-            # The launcher ends us as soon as it has found a process that died: that one is then told, and not we.
+            # The launcher ends us as soon as it has found a process that died: that one is then reported, and not this one.
             signal.sigtimedwait({signal.SIGTERM}, _FIND_TIMEOUT_S)
     except Exception as error:  # noqa: BLE001 - the process ends with it
         # The launcher tells of one process that has failed, which may be another that has only lost this one.
@@ -275,7 +275,7 @@ def _recorded(entrypoint: Callable[..., Any], error_folder: Path, variables: dic
 
 
 def _write_down(record: dict[str, str], path: Path) -> None:
-    """Write a record that is whole or not there, and let nobody end this process meanwhile or from then on."""
+    """Write a record that is whole or not there, and let no signal end this process meanwhile or from then on."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     partial = path.with_name(f"{os.getpid()}.partial")
     partial.write_text(json.dumps(record), encoding="utf-8")
@@ -295,7 +295,7 @@ def _die_with_the_launcher() -> None:
 
 
 def _reported_error(error_folder: Path) -> TorchDLRMError | None:
-    """What a process has raised on purpose; that it lost another one only when nobody said why."""
+    """What a process has raised on purpose; that it lost another one only where no process says why."""
     found: list[TorchDLRMError] = []
     for path in sorted(error_folder.glob("error-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -306,7 +306,7 @@ def _reported_error(error_folder: Path) -> TorchDLRMError | None:
 
 
 def _why_it_failed(error: ChildFailedError, error_folder: Path, processes: Processes) -> TorchDLRMError:
-    """What was raised on purpose, else what nobody expected; that a process was lost, only where there is neither."""
+    """What was raised on purpose, else an unexpected exception; that a process was lost, only where there is neither."""
     reported = _reported_error(error_folder)
     if reported is not None and not isinstance(reported, LostProcessError):
         return reported

@@ -16,7 +16,7 @@ _PINNED = (
     ". Where the GPU has room, it was the host's memory, which CUDA pins for batches and copies and says the same of: "
     "checkpoint.asynchronous = false needs less of it"
 )
-# From here on what torch holds and nobody uses is worth a word.
+# From here on memory that torch holds without using it is worth a word.
 _MUCH = 0.1
 
 
@@ -54,18 +54,18 @@ def describe_shortage(error: BaseException, device: torch.device) -> str:
 
 def _held_on_gpu(device: torch.device) -> str:
     """Memory of a GPU, and what takes less of it."""
-    told, in_pieces = "", ""
+    held, in_pieces = "", ""
     with suppress(RuntimeError):  # after some errors CUDA answers nothing any more
         used, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         free, total = torch.cuda.mem_get_info(device)
-        told = (
+        held = (
             f", where {show_bytes(used)} are allocated, {show_bytes(reserved)} reserved by torch, and "
             f"{show_bytes(free)} of {show_bytes(total)} free"
         )
         if reserved - used > _MUCH * total:
             in_pieces = "; PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True leaves less of it in pieces"
     return (
-        f"{told}. Let the plan leave more of it to the batches (a higher sharding.reserved_fraction), keep tables in "
+        f"{held}. Let the plan leave more of it to the batches (a higher sharding.reserved_fraction), keep tables in "
         "host memory (sharding.cache_fraction), take smaller batches (train.batch_size_global, "
         f"validation.batch_size_global) or more GPUs{in_pieces}"
     )

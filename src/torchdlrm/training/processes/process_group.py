@@ -155,7 +155,7 @@ def join_process_group(
 
     Raises:
         UserError: machines were started with different settings, or one cannot take part, for example because it lacks
-            the GPUs that the others have; or a launcher has not told this process all that it must.
+            the GPUs that the others have; or a launcher has not given this process all that it must.
         LostProcessError: a process does not come, dies, or does not answer, also inside.
         TrainingError: this process runs out of memory inside.
     """
@@ -191,7 +191,7 @@ def join_process_group(
 
 
 def _check_launcher() -> None:
-    """See that what has numbered this process has told it all that its group needs; Slurm and MPI tell less."""
+    """See that the launcher that has numbered this process has set all that its group needs; Slurm and MPI set less."""
     missing = [name for name in _OF_A_LAUNCHER if name not in os.environ]
     if missing:
         msg = (
@@ -203,15 +203,15 @@ def _check_launcher() -> None:
 
 
 def _leave(ranks: Ranks, error: BaseException | None, *, is_ours: bool) -> None:
-    """Leave the group, or where it is somebody else's, those that we have made.
+    """Leave the group, or where it existed before, those that we have made.
 
     The orderly end of NCCL waits for all that has been sent and received. After an error of this process alone that
-    would be for processes that wait for this one, until `train.timeout_s` is over and before anybody has heard of the
+    would be for processes that wait for this one, until `train.timeout_s` is over and before any has heard of the
     error. Aborting may wait for the others too, so a process of `launch` does not even do that: it ends as soon as it
-    has told its launcher.
+    has reported to its launcher.
     """
     if not is_ours:
-        for group in ranks._made_groups:  # of gloo, which waits for nobody
+        for group in ranks._made_groups:  # of gloo, which does not wait
             dist.destroy_process_group(group)
         return
     forget_host_groups()
@@ -228,7 +228,7 @@ def _device_and_settings(
     """The device, and what describes this machine to the others: where it lacks its GPUs, with that error.
 
     Raises:
-        UserError: the GPUs are not there, and no other machine waits to be told.
+        UserError: the GPUs are not there, and no other machine waits for this one.
     """
     try:
         return choose(), describe
@@ -248,7 +248,7 @@ def _form_group(backend: str, device: torch.device, timeout_s: float, describe: 
     """Connect to the other processes, under keys of the store that no earlier start or group of the job has used.
 
     The launcher's store outlives the processes and their groups. With the keys of one before, gloo may find an address
-    where nobody listens any more: of a process that is dead, or of this one when it trained something else.
+    where no process listens any more: of one that is dead, or of this one when it trained something else.
     """
     store, rank, world_size = next(rendezvous("env://"))
     is_one_node = world_size == int(os.environ["LOCAL_WORLD_SIZE"])
@@ -297,13 +297,13 @@ def restored_handlers(*numbers: signal.Signals) -> Iterator[bool]:
 
 
 class StopRequest:
-    """Whether somebody has asked this run to stop, by SIGTERM or Ctrl-C.
+    """Whether this run was asked to stop, by SIGTERM or Ctrl-C.
 
     Args:
         ranks: the processes, which must all stop after the same step.
     """
 
-    # Every so many steps the ranks ask each other; a single process asks itself after every step.
+    # How often the ranks ask each other; a single process asks itself after every step.
     AGREE_EVERY_STEPS = 8
 
     def __init__(self, ranks: Ranks) -> None:
