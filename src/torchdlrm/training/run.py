@@ -400,7 +400,7 @@ class Run:
             raise RunError(msg) from error
 
     def _remove_left_overs(self) -> None:
-        """Remove what a process that was killed has half written; the holder of the lock knows that no process writes."""
+        """Remove what a killed process has half written; the holder of the lock knows that no other writes."""
         names = (CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME, TRACKERS_NAME)
         for path in (path for name in names for path in self.path.glob(f".{name}.*")):
             path.unlink()

@@ -92,7 +92,7 @@ class SeenGPUs:
         return f"{len(self.gpus)} GPU{'s' * (len(self.gpus) != 1)}" + (f" ({names})" if names else "")
 
     def problem(self, num_processes: int, *, asks_for_kernels: bool = True) -> str:
-        """What keeps this number of processes of this host from computing on a GPU each, and what helps; empty if nothing.
+        """What keeps `num_processes` from computing on a GPU each, and what helps; empty if nothing.
 
         Args:
             num_processes: of this host.

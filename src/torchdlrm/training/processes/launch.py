@@ -260,7 +260,7 @@ def _recorded(entrypoint: Callable[..., Any], error_folder: Path, variables: dic
         if isinstance(error, UserError) and error.is_everywhere:
             return None  # every process of every machine: the launchers part in peace, and none starts another round
         if isinstance(error, LostProcessError):
-            # The launcher ends us as soon as it has found a process that died: that one is then reported, and not this one.
+            # The launcher ends this one as soon as it has found a process that died, and then reports that one.
             signal.sigtimedwait({signal.SIGTERM}, _FIND_TIMEOUT_S)
     except Exception as error:  # noqa: BLE001 - the process ends with it
         # The launcher tells of one process that has failed, which may be another that has only lost this one.
@@ -306,7 +306,7 @@ def _reported_error(error_folder: Path) -> TorchDLRMError | None:
 
 
 def _why_it_failed(error: ChildFailedError, error_folder: Path, processes: Processes) -> TorchDLRMError:
-    """What was raised on purpose, else an unexpected exception; that a process was lost, only where there is neither."""
+    """What was raised on purpose, else an unexpected exception; a lost process only where there is neither."""
     reported = _reported_error(error_folder)
     if reported is not None and not isinstance(reported, LostProcessError):
         return reported
