@@ -1,19 +1,16 @@
 """A run that is started from another: what it takes over, from any number of processes to any, and what is refused."""
 
 import json
-import random
 import shutil
 
 import pytest
 import torch
 
-from helpers.trainings import state
-from torchdlrm.config import load_config
+from helpers.days import FROZEN, ITEM_CUT, SCHEMA, TABLE, config, last_state, write_log
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, RunError
 from torchdlrm.evaluation.report import report_page
-from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
-from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.features.columns import SparseColumn
 from torchdlrm.model.dlrm import DLRM
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.training import checkpoint_state
@@ -24,24 +21,6 @@ from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.run import Run
 from torchdlrm.training.trainer import Trainer
 
-SCHEMA = FeatureSchema(
-    name="days",
-    columns=(
-        LabelColumn(name="label"),
-        DenseColumn(name="price", kind="float", transform="standardize"),
-        SparseColumn(name="item", kind="hex"),
-        SparseColumn(name="city", kind="string"),
-    ),
-)
-SMALL = {
-    "train.batch_size_global": "128",
-    "model.embedding_dim": "8",
-    "model.dense_arch_layer_sizes": "16,8",
-    "model.over_arch_layer_sizes": "16,1",
-    "table_optimizer.initial_accumulator": "0.25",
-    "logging.tensorboard": "false",
-    "validation.max_rows": "64",
-}
 # With a value a row, one a weight, and what depends on the number of steps.
 ADAM = {
     "table_optimizer.name": "partial_rowwise_adam",
@@ -53,23 +32,6 @@ ADAM = {
 SMALLER_TABLES = {
     "model.features": '{item = {quotient_remainder = "mult", num_collisions = 3}, city = {embedding_dim = 4}}'
 }
-TABLE = "embedding_bags.t_"
-ITEM_CUT = {"sharding.constraints": '["item=column_wise"]', "model.embedding_dim": "8"}
-
-
-def config(*changes, **named):
-    return load_config(
-        "criteo-small", {**SMALL, **{key: value for change in changes for key, value in change.items()}, **named}
-    )
-
-
-def write_log(path, seed, first, last, cities, price):
-    rng = random.Random(seed)
-    rows = [
-        (rng.choice("01"), rng.gauss(price, 1), rng.randrange(first, last), rng.choice(cities)) for _ in range(1_000)
-    ]
-    path.write_text("".join(f"{label}\t{cost:.4f}\t{item:x}\t{city}\n" for label, cost, item, city in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +41,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def monday(folder):
-    log = write_log(folder / "monday.tsv", 1, 0, 150, "abc", 5)
+    log = write_log(folder / "monday.tsv", 1, 0, 150, "abc", 5, 1_000)
     return preprocess([log], folder / "monday", SCHEMA, PreprocessOptions(min_count=1))
 
 
 @pytest.fixture(scope="module")
 def tuesday(folder, monday):
     """More items and more cities; ids of Monday stay."""
-    log = write_log(folder / "tuesday.tsv", 2, 100, 300, "abcdef", 50)
+    log = write_log(folder / "tuesday.tsv", 2, 100, 300, "abcdef", 50, 1_000)
     options = PreprocessOptions(min_count=1, vocabulary=monday.path, extend_vocabulary=True)
     dataset = preprocess([log], folder / "tuesday", SCHEMA, options)
     assert all(dataset.num_embeddings[name] > rows + 2 for name, rows in monday.num_embeddings.items())
@@ -103,14 +65,6 @@ def first(folder, monday):
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     monkeypatch.setattr(checkpoint_state, "_BLOCK_ROWS", 16)
-
-
-def last_state(run, tmp_path):
-    """Every tensor of a run's last checkpoint, read by torch; param_groups, which are settings, left out."""
-    tmp_path.mkdir(exist_ok=True)
-    step = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
-    found = state(run, tmp_path, step)
-    return {name: value for name, value in found.items() if "param_groups" not in name}
 
 
 def assert_tables_are(found, source, fresh, pieces=1):
@@ -191,25 +145,23 @@ def several_trainings(folder, first):
     """What two processes do; they share a process group, which a training uses and leaves as it is."""
     with join_process_group():
         monday, tuesday = Dataset.open(folder / "monday"), Dataset.open(folder / "tuesday")
-        frozen = {"train.freeze": "tables", "train.max_steps": "1"}
-        train(config(frozen), tuesday, folder / "from-1-on-2", from_run=first)
+        train(config(FROZEN), tuesday, folder / "from-1-on-2", from_run=first)
         train(config(), monday, folder / "first-on-2")
         cut = config(ITEM_CUT)
         train(cut, monday, folder / "first-cut")
-        train(config(ITEM_CUT, frozen), tuesday, folder / "cut", from_run=folder / "first-cut")
-        train(config(ITEM_CUT, frozen), tuesday, folder / "cut-fresh")
-        train(config({**frozen, "train.freeze": "dense"}), tuesday, folder / "dense-on-2", from_run=first)
+        train(config(ITEM_CUT, FROZEN), tuesday, folder / "cut", from_run=folder / "first-cut")
+        train(config(ITEM_CUT, FROZEN), tuesday, folder / "cut-fresh")
+        train(config({**FROZEN, "train.freeze": "dense"}), tuesday, folder / "dense-on-2", from_run=first)
         try:
-            train(config(frozen), tuesday, folder / "uncut", from_run=folder / "first-cut")
+            train(config(FROZEN), tuesday, folder / "uncut", from_run=folder / "first-cut")
         except RunError as error:
             (folder / "uncut.txt").write_text(str(error))
 
 
 def test_from_any_number_of_processes_to_any(folder, first, monday, tuesday, tmp_path):
     launch(several_trainings, folder, first, processes=Processes(2))
-    frozen = config({"train.freeze": "tables", "train.max_steps": "1"})
-    train(frozen, tuesday, tmp_path / "from-2-on-1", from_run=folder / "first-on-2")
-    train(frozen, tuesday, tmp_path / "fresh")
+    train(config(FROZEN), tuesday, tmp_path / "from-2-on-1", from_run=folder / "first-on-2")
+    train(config(FROZEN), tuesday, tmp_path / "fresh")
     fresh = last_state(tmp_path / "fresh", tmp_path / "a")
     on_1, on_2 = last_state(first, tmp_path / "b"), last_state(folder / "first-on-2", tmp_path / "c")
     assert_tables_are(last_state(folder / "from-1-on-2", tmp_path / "d"), on_1, fresh)

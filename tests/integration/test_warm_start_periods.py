@@ -1,65 +1,33 @@
 """Where values came and went: ids of other values start like those of a fresh model, and are served as such."""
 
 import json
-import random
 import shutil
 
 import polars as pl
 import pytest
 import torch
 
-from helpers.trainings import state
+from helpers.days import FROZEN, ITEM_CUT, SCHEMA, TABLE, last_state, write_log
+from helpers.days import config as small_config
 from torchdlrm.bundle.apply import apply_delta
 from torchdlrm.bundle.bundle import Bundle
-from torchdlrm.config import load_config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, RunError
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
-from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
-from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.training import checkpoint_state
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group
 
-SCHEMA = FeatureSchema(
-    name="days",
-    columns=(
-        LabelColumn(name="label"),
-        DenseColumn(name="price", kind="float", transform="standardize"),
-        SparseColumn(name="item", kind="hex"),
-        SparseColumn(name="city", kind="string"),
-    ),
-)
-SMALL = {
-    "train.batch_size_global": "128",
-    "model.embedding_dim": "8",
-    "model.dense_arch_layer_sizes": "16,8",
-    "model.over_arch_layer_sizes": "16,1",
-    "table_optimizer.initial_accumulator": "0.25",
-    "logging.tensorboard": "false",
-    "validation.max_rows": "64",
-    "warm_start.checkpoint": "last",
-}
-FROZEN = {"train.freeze": "tables", "train.max_steps": "1"}
-ITEM_CUT = {"sharding.constraints": '["item=column_wise"]', "model.embedding_dim": "8"}
 SMALLER_TABLES = {
     "model.features": '{item = {embedding_dim = 4}, city = {quotient_remainder = "add", num_collisions = 2}}'
 }
-TABLE = "embedding_bags.t_"
 
 
 def config(*changes):
-    return load_config("criteo-small", {**SMALL, **{key: value for change in changes for key, value in change.items()}})
-
-
-def write_log(path, seed, first, last, cities):
-    rng = random.Random(seed)
-    rows = [(rng.choice("01"), rng.gauss(5, 1), rng.randrange(first, last), rng.choice(cities)) for _ in range(600)]
-    path.write_text("".join(f"{label}\t{cost:.4f}\t{item:x}\t{city}\n" for label, cost, item, city in rows))
-    return path
+    return small_config({"warm_start.checkpoint": "last"}, *changes)
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +66,6 @@ def fresh(folder):
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     monkeypatch.setattr(checkpoint_state, "_BLOCK_ROWS", 16)
-
-
-def last_state(run, tmp_path):
-    tmp_path.mkdir(exist_ok=True)
-    step = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
-    return {name: value for name, value in state(run, tmp_path, step).items() if "param_groups" not in name}
 
 
 def ids(dataset, name):
