@@ -56,8 +56,8 @@ def check(out: Path, budget_s: float) -> bool:
     """Run all three and write the report; whether everything worked."""
     deadline_s = time.monotonic() + budget_s
 
-    def left(share: float) -> float:
-        return max(1.0, share * (deadline_s - time.monotonic()))
+    def left(fraction: float) -> float:
+        return max(1.0, fraction * (deadline_s - time.monotonic()))
 
     doctor = run_for_json([DLRM, "doctor"], left(0.5))
     device = ((doctor["result"] or {}).get("uses") or {}).get("device", "")

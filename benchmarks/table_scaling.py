@@ -2,7 +2,7 @@
 
     python benchmarks/table_scaling.py --json table_scaling.json
 
-Two series, with a small dense part, so that the tables' share of a step is large:
+Two series, with a small dense part, so that tables take much of a step:
 - 26 tables of 10^4, 10^5, 10^6 and 10^7 rows each, batch 2,048. Their dimension is 8: with row-wise Adagrad the largest
   are 9.4 GB, and ours and TorchRec's are in memory together (19 GB).
 - 26, 100, 250 and 500 tables of 10,000 rows each with dimension 16, batch 128. All pairs of vectors interact, so the

@@ -72,7 +72,7 @@ def _run_probe(folder: Path, timeout_s: float) -> str:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            if process.poll() is None:  # also when somebody interrupts us
+            if process.poll() is None:  # also at Ctrl-C
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if code == 0:

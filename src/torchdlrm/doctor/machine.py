@@ -27,7 +27,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def _quota() -> str:
-    """The share of the cores that a container may use, where it is bounded."""
+    """The cores that a container may use, where they are bounded."""
     with suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         if quota != "max":

@@ -2,8 +2,8 @@
 
     python -m torchdlrm.doctor.probe FOLDER
 
-In: an empty folder for a small log, runs and a bundle.  Out: FOLDER/findings.jsonl, a line at a time, so that whoever
-started this knows what it was doing when it ended.
+In: an empty folder for a small log, runs and a bundle.  Out: FOLDER/findings.jsonl, a line at a time, so that the
+process that started this one knows what it was doing when it ended.
 """
 
 import importlib

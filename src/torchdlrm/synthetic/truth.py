@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from torchdlrm.errors import LogError
+from torchdlrm.features.schema import problems
 from torchdlrm.metrics import auc_from_counts
 from torchdlrm.synthetic.model import NUM_LOGITS, click_thresholds
 from torchdlrm.synthetic.values import Companions, Drift
@@ -118,6 +119,9 @@ def read_truth(log: Path) -> SyntheticTruth:
     path = truth_path(log)
     try:
         return SyntheticTruth.model_validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        msg = f"{path}: not what dlrm synthesize writes next to a log ({error}); remove the log and synthesize it again"
-        raise LogError(msg) from error
+    except ValidationError as error:
+        why = "; ".join(line.strip() for line in problems(error))
+    except OSError as error:
+        why = str(error)
+    msg = f"{path}: not what dlrm synthesize writes next to a log ({why}); remove the log and synthesize it again"
+    raise LogError(msg)

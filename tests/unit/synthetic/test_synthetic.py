@@ -23,7 +23,7 @@ from torchdlrm.synthetic.model import LOGIT_UNITS, NUM_LOGITS
 from torchdlrm.synthetic.rows import BLOCK_ROWS, RowGenerator
 from torchdlrm.synthetic.shapes import NUM_CELLS, PRESETS
 from torchdlrm.synthetic.synthesize import synthesize
-from torchdlrm.synthetic.truth import truth_path
+from torchdlrm.synthetic.truth import read_truth, truth_path
 from torchdlrm.synthetic.values import Drift
 
 NUM_ROWS = 70_001  # more than a chunk, and no multiple of anything
@@ -243,6 +243,15 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path, name):
     with pytest.raises(KeyboardInterrupt):
         synthesize(tmp_path / name, rows=20_000, progress=Interrupted())
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": 1}'])
+def test_a_truth_that_is_none_is_named_with_a_remedy(tmp_path, content):
+    truth_path(tmp_path / "log.tsv").write_text(content)
+    with pytest.raises(
+        LogError, match=r"^.*log\.tsv\.truth\.json: not what dlrm synthesize writes .*; remove the log .*$"
+    ):
+        read_truth(tmp_path / "log.tsv")
 
 
 def test_progress_counts_every_row(tmp_path):

@@ -111,7 +111,7 @@ def test_values_never_share_a_number_and_lives_have_the_given_length_in_the_mean
 def test_popularity_moves_ranks_by_the_given_rate_and_not_without_bound():
     drift = Drift(values=0.0, popularity=0.1, effects=0.0)
     days = generators(40, drift)
-    column = 2  # 10 million values, exponent 1: shares halve where ranks double
+    column = 2  # 10 million values, exponent 1: frequencies halve where ranks double
     lines = [day.values._lines[column] for day in days]
     assert all((np.sort(line) == np.arange(4096)).all() for line in lines)
     logs = [np.log(np.argsort(line)[100:2_000] + 1.0) for line in lines]
