@@ -9,7 +9,7 @@ of its two rows' weights, as with `sample_weight` of scikit-learn.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -135,7 +135,7 @@ class Metric:
     label: str
     caption: str
     of: Callable[[Judged], float]
-    places: frozenset[Place] = frozenset()
+    places: Collection[Place] = ()
     digits: int = 4
     target: float | None = None
     standard_error: Callable[[Labels, Scores, Weights], float] | None = None
@@ -289,23 +289,24 @@ def binary_metrics(labels: Labels, logits: Scores, weights: Weights = None) -> B
         ValueError: the shapes differ, a label is neither 0 nor 1, or a weight is negative or not finite.
     """
     _check_shapes(labels, logits)
-    _check_labels(labels)
-    if weights is not None:
-        _check_weights(weights, labels)
-    blocks = list(_blocks(labels, logits, weights))
-    sums = MetricSums(
-        rows=labels.size,
-        clicks=math.fsum(block.clicks for block in blocks),
-        right=math.fsum(block.right for block in blocks),
-        prediction_sum=math.fsum(block.prediction_sum for block in blocks),
-        logloss_sum=math.fsum(block.logloss_sum for block in blocks),
-        weight_sum=None if weights is None else math.fsum(block.weight_sum or 0.0 for block in blocks),
-    )
-    return Judged(labels, logits, weights, sums).metrics()
-
-
-def _blocks(labels: Labels, logits: Scores, weights: Weights) -> Iterator[MetricSums]:
     for start in range(0, labels.size, _BLOCK_ROWS):
+        block = labels[start : start + _BLOCK_ROWS]
+        others = block[(block != 0) & (block != 1)]
+        if others.size:
+            msg = f"labels: must be 0 or 1, got {others[0]}; the order is binary_metrics(labels, logits)"
+            raise ValueError(msg)
+    if weights is not None and weights.shape != labels.shape:
+        msg = f"weights: must be as many as labels, got shapes {weights.shape} and {labels.shape}"
+        raise ValueError(msg)
+    if weights is not None and (wrong := weights[~((weights >= 0) & (weights < math.inf))]).size:
+        msg = f"weights: must be finite and at least 0, got {wrong[0]}"
+        raise ValueError(msg)
+    return Judged(labels, logits, weights, _sums(labels, logits, weights)).metrics()
+
+
+def _sums(labels: Labels, logits: Scores, weights: Weights) -> MetricSums:
+    blocks = []
+    for start in range(0, max(1, labels.size), _BLOCK_ROWS):
         clicked = labels[start : start + _BLOCK_ROWS] != 0
         logit = logits[start : start + _BLOCK_ROWS].astype(np.float64)
         shrunk = np.exp(-np.abs(logit))  # in (0, 1]: neither this nor what follows can overflow
@@ -313,39 +314,17 @@ def _blocks(labels: Labels, logits: Scores, weights: Weights) -> Iterator[Metric
         # -log(p of what happened) = log(1 + exp(-margin)); the margin is the logit, signed by the label.
         margin = np.where(clicked, logit, -logit)
         loss = np.maximum(-margin, 0.0) + np.log1p(shrunk)
-        summed = [clicked, (logit > 0) == clicked, prediction, loss]
-        if weights is None:
-            sums, weight_sum = [float(values.sum()) for values in summed], None
-        else:
+        summed = [clicked, (logit > 0) == clicked, prediction, loss]  # in the order of MetricSums
+        if weights is not None:
             weight = weights[start : start + _BLOCK_ROWS].astype(np.float64)
-            sums = [float((weight * values).sum()) for values in summed]
-            weight_sum = float(weight.sum())
-        clicks, right, prediction_sum, logloss_sum = sums
-        yield MetricSums(clicked.size, clicks, right, prediction_sum, logloss_sum, weight_sum)
+            summed = [*(weight * values for values in summed), weight]
+        blocks.append([float(values.sum()) for values in summed])
+    return MetricSums(labels.size, *map(math.fsum, zip(*blocks, strict=True)))
 
 
 def _check_shapes(labels: Labels, scores: Scores) -> None:
     if labels.ndim != 1 or labels.shape != scores.shape:
         msg = f"labels and scores: must be of one dimension and as many, got shapes {labels.shape} and {scores.shape}"
-        raise ValueError(msg)
-
-
-def _check_labels(labels: Labels) -> None:
-    for start in range(0, labels.size, _BLOCK_ROWS):
-        block = labels[start : start + _BLOCK_ROWS]
-        others = block[(block != 0) & (block != 1)]
-        if others.size:
-            msg = f"labels: must be 0 or 1, got {others[0]}; the order is binary_metrics(labels, logits)"
-            raise ValueError(msg)
-
-
-def _check_weights(weights: NDArray[np.floating], labels: Labels) -> None:
-    if weights.shape != labels.shape:
-        msg = f"weights: must be as many as labels, got shapes {weights.shape} and {labels.shape}"
-        raise ValueError(msg)
-    others = weights[~((weights >= 0) & (weights < math.inf))]
-    if others.size:
-        msg = f"weights: must be finite and at least 0, got {others[0]}"
         raise ValueError(msg)
 
 
@@ -365,30 +344,15 @@ def _calibration(judged: Judged) -> float:
     return sums.mean(sums.prediction_sum) / rate if rate > 0 else math.nan
 
 
+_CALIBRATION = "calibration: mean prediction / click rate"
 BEST, LOSS = "auc", "logloss"  # what the best checkpoint is chosen by; what a training lowers, and its log calls `loss`
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric(
-            BEST,
-            "AUC",
-            "AUC",
-            Judged.auc,
-            frozenset({"log", "brief", "table"}),
-            standard_error=auc_standard_error,
-            largest=1.0,
-        ),
-        Metric(LOSS, "logloss", "logloss, nats", _logloss, frozenset({"log", "brief", "table"})),
-        Metric("ne", "NE", "normalised entropy", _normalised_entropy, frozenset({"log", "bar", "table"})),
-        Metric(
-            "calibration",
-            "calibration",
-            "calibration: mean prediction / click rate",
-            _calibration,
-            frozenset({"table"}),
-            digits=3,
-            target=1.0,
-        ),
+        Metric(BEST, "AUC", "AUC", Judged.auc, {"log", "brief", "table"}, standard_error=auc_standard_error, largest=1),
+        Metric(LOSS, "logloss", "logloss, nats", _logloss, {"log", "brief", "table"}),
+        Metric("ne", "NE", "normalised entropy", _normalised_entropy, {"log", "bar", "table"}),
+        Metric("calibration", "calibration", _CALIBRATION, _calibration, {"table"}, digits=3, target=1.0),
         Metric("accuracy", "accuracy", "accuracy", lambda judged: judged.sums.mean(judged.sums.right)),
     )
 }

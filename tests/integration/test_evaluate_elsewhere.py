@@ -35,23 +35,19 @@ def expected(small_run):
     return evaluate(small_run, split="val+test")
 
 
-@pytest.mark.parametrize("name", ["adam", "partial_rowwise_lamb"])
-def test_a_run_is_evaluated_whatever_optimizer_its_tables_had(trained_with, expected, name):
-    assert evaluate(trained_with("table_optimizer", name=name), split="val+test") == expected
-
-
 @pytest.mark.parametrize(
-    "settings",
+    ("section", "settings"),
     [
-        {"constraints": ("cat_0@1",)},
-        {"constraints": ("cat_*=grid_shard",)},
-        {"plan": "plan-of-another-machine.json"},
-        {"hbm_bytes": 1000, "host_memory_bytes": 1000},
+        ("table_optimizer", {"name": "adam"}),
+        ("table_optimizer", {"name": "partial_rowwise_lamb"}),
+        ("sharding", {"constraints": ("cat_0@1",)}),
+        ("sharding", {"constraints": ("cat_*=grid_shard",)}),
+        ("sharding", {"plan": "plan-of-another-machine.json"}),
+        ("sharding", {"hbm_bytes": 1000, "host_memory_bytes": 1000}),
     ],
-    ids=", ".join,
 )
-def test_what_the_training_asked_of_its_machine_is_not_asked_of_another(trained_with, expected, settings):
-    assert evaluate(trained_with("sharding", **settings), split="val+test") == expected
+def test_what_the_training_asked_of_its_machine_is_not_asked_of_another(trained_with, expected, section, settings):
+    assert evaluate(trained_with(section, **settings), split="val+test") == expected
 
 
 def test_rules_of_its_own_are_followed(small_run):

@@ -46,7 +46,7 @@ def brier(monkeypatch):
         probabilities = 1 / (1 + np.exp(-judged.logits.astype(float)))
         return float(np.average((probabilities - judged.labels) ** 2, weights=judged.weights))
 
-    places = frozenset({"log", "bar", "brief", "table"})
+    places = ("log", "bar", "brief", "table")
     record = Metric("brier", "Brier", "Brier score", mean_square, places, standard_error=lambda *_: 0.01, largest=1.0)
     monkeypatch.setitem(METRICS, record.name, record)
 

@@ -114,7 +114,8 @@ class MetricsLog(Callback):
     def __init__(self, run_path: Path, *, from_step: int) -> None:
         path = run_path / METRICS_NAME
         if path.exists():
-            _keep_until(path, from_step)
+            kept = (json.dumps(line) for line in read_metrics(path) if line["step"] <= from_step)
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def on_log(self, step: int, metrics: Metrics) -> None:
@@ -140,24 +141,10 @@ class MetricsLog(Callback):
             logger.warning("the metrics of step %d could not be written: %s", step, error)
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop lines beyond `step`, and a last line that was cut short."""
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_atomically(path, "".join(f"{line}\n" for line in kept))
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl in their order; what is damaged or just being written is left out."""
-    if not path.is_file():
-        return []
     lines: list[dict[str, Any]] = []
-    for text in path.read_bytes().splitlines():
+    for text in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
