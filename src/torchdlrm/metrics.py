@@ -328,6 +328,10 @@ def _check_shapes(labels: Labels, scores: Scores) -> None:
         raise ValueError(msg)
 
 
+def _auc(judged: Judged) -> float:
+    return judged.auc()  # not `Judged.auc`: bins of logits know a shorter way
+
+
 def _logloss(judged: Judged) -> float:
     return judged.sums.mean(judged.sums.logloss_sum)
 
@@ -349,7 +353,7 @@ BEST, LOSS = "auc", "logloss"  # what the best checkpoint is chosen by; what a t
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric(BEST, "AUC", "AUC", Judged.auc, {"log", "brief", "table"}, standard_error=auc_standard_error, largest=1),
+        Metric(BEST, "AUC", "AUC", _auc, {"log", "brief", "table"}, standard_error=auc_standard_error, largest=1),
         Metric(LOSS, "logloss", "logloss, nats", _logloss, {"log", "brief", "table"}),
         Metric("ne", "NE", "normalised entropy", _normalised_entropy, {"log", "bar", "table"}),
         Metric("calibration", "calibration", _CALIBRATION, _calibration, {"table"}, digits=3, target=1.0),

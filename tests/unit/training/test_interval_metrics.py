@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from torchdlrm.metrics import binary_metrics
+from torchdlrm.metrics import auc_from_counts, binary_metrics
 from torchdlrm.training import interval_metrics
 from torchdlrm.training.interval_metrics import IntervalMetrics
 from torchdlrm.training.processes.process_group import Ranks
@@ -41,6 +41,8 @@ def test_they_are_those_of_all_logits_and_auc_nearly(seed, num_rows, auc, monkey
     found = measured(zip(logits.split(1_001), labels.split(1_001), strict=True))
     assert_same(found, binary_metrics(labels.numpy(), logits.numpy()), auc=auc)
     assert found.auc > 0.6
+    counts = [np.histogram(logits[labels == label], 1 << 16, (-16, 16))[0] for label in (1, 0)]
+    assert found.auc == auc_from_counts(*counts), "to the last bit: bins are counted in integers"
 
 
 def test_rows_count_as_often_as_they_weigh(seed):
