@@ -17,7 +17,7 @@ from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.encode import encode
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.files import sha256_of
-from torchdlrm.logs.text import parse_chunk
+from torchdlrm.logs.formats.text import parse_chunk
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.progress import SilentProgress
 

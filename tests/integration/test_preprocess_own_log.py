@@ -22,9 +22,9 @@ from torchdlrm.errors import LogError
 from torchdlrm.features.encode import encode
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import load_schema
-from torchdlrm.logs.cut import plan_chunks, read_chunks
 from torchdlrm.logs.find import find_files
-from torchdlrm.logs.text import parse_chunk
+from torchdlrm.logs.formats.text import parse_chunk
+from torchdlrm.logs.lines import plan_chunks, read_chunks
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 SCHEMA_TEXT = """

@@ -14,22 +14,14 @@ from torchdlrm.errors import LogError
 from torchdlrm.logs.files import LogFile, Packing, packing_of, reading, unpacked
 from torchdlrm.logs.format import LogFormat
 from torchdlrm.logs.formats.arrays import MultiHotFormat, NpyFormat, NvtFormat
-from torchdlrm.logs.formats.json_lines import JsonLinesFormat
-from torchdlrm.logs.formats.orc import OrcFormat
-from torchdlrm.logs.formats.parquet import ParquetFormat
-from torchdlrm.logs.formats.text import TextFormat
+from torchdlrm.logs.formats.json_lines import JSON_LINES
+from torchdlrm.logs.formats.orc import ORC
+from torchdlrm.logs.formats.parquet import PARQUET
+from torchdlrm.logs.formats.text import TEXT
 from torchdlrm.logs.lines import LineFormat
 
 # The first that recognises a file reads it; text, which recognises any, is last.
-LOG_FORMATS: tuple[LogFormat, ...] = (
-    ParquetFormat(),
-    OrcFormat(),
-    NpyFormat(),
-    MultiHotFormat(),
-    NvtFormat(),
-    JsonLinesFormat(),
-    TextFormat(),
-)
+LOG_FORMATS: tuple[LogFormat, ...] = (PARQUET, ORC, NpyFormat(), MultiHotFormat(), NvtFormat(), JSON_LINES, TEXT)
 
 MAGIC_BYTES = 16
 _DAY = re.compile(r"day_(\d+)(?!\d)")

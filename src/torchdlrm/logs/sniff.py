@@ -13,8 +13,8 @@ from typing import Self
 
 from torchdlrm.errors import LogError
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.logs.cut import BYTE_ORDER_MARK
 from torchdlrm.logs.files import LogFile, open_text
+from torchdlrm.logs.lines import BYTE_ORDER_MARK
 from torchdlrm.logs.quotes import find_quoted, last_row_end
 
 SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar", "\x01": "^A"}

@@ -25,10 +25,9 @@ from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.value_hash import hash_values
 from torchdlrm.files import replacing
-from torchdlrm.logs.cut import read_chunks
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.format import Chunk, ParsedChunk
-from torchdlrm.logs.lines import LineFormat
+from torchdlrm.logs.lines import LineFormat, read_chunks
 from torchdlrm.preprocessing.work_folder import Result, write_sections
 
 TIME = "@time"

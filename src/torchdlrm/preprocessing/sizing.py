@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torchdlrm.errors import ConfigError, DatasetError
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.logs.cut import CHUNK_BYTES
 from torchdlrm.logs.files import LogFile
+from torchdlrm.logs.lines import CHUNK_BYTES
 from torchdlrm.preprocessing.options import BASE_BYTES, PreprocessOptions
 from torchdlrm.units import show_bytes
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torchdlrm.data.splits import SplitBounds, criteo_split
 from torchdlrm.errors import LogError
 from torchdlrm.logs.files import LogFile
-from torchdlrm.logs.formats.text import TextFormat
+from torchdlrm.logs.formats.text import TEXT
 
 
 def files(*days):
-    return [LogFile(Path(f"day_{day}" if day is not None else "log"), 1, day, TextFormat()) for day in days]
+    return [LogFile(Path(f"day_{day}" if day is not None else "log"), 1, day, TEXT) for day in days]
 
 
 def test_the_kaggle_log_is_cut_as_facebookresearch_dlrm_cuts_it():

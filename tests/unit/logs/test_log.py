@@ -19,10 +19,10 @@ from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema, criteo_schema
-from torchdlrm.logs.cut import MAX_ROW_BYTES, plan_chunks, read_chunks
 from torchdlrm.logs.find import find_files
+from torchdlrm.logs.formats.text import parse_chunk
+from torchdlrm.logs.lines import MAX_ROW_BYTES, plan_chunks, read_chunks
 from torchdlrm.logs.names import extra_columns
-from torchdlrm.logs.text import parse_chunk
 from torchdlrm.prediction.rows_in import RowsIn
 
 SCHEMA = FeatureSchema(

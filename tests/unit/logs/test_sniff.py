@@ -8,7 +8,7 @@ import pytest
 from torchdlrm.errors import LogError
 from torchdlrm.features.schema import FeatureSchema, criteo_schema
 from torchdlrm.logs.files import LogFile
-from torchdlrm.logs.formats.text import TextFormat
+from torchdlrm.logs.formats.text import TEXT
 from torchdlrm.logs.sniff import is_quoted, sniff
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
@@ -28,7 +28,7 @@ from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
     ],
 )
 def test_the_separator_is_the_mark_that_cuts_the_lines_alike(text, separator, quoted, num_columns):
-    cut = sniff(text.encode(), LogFile(Path("log"), len(text), None, TextFormat()))
+    cut = sniff(text.encode(), LogFile(Path("log"), len(text), None, TEXT))
     assert (cut.mark, cut.num_columns) == (separator, num_columns)
     assert is_quoted([text.encode()], cut.mark) == quoted
 

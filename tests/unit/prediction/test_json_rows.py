@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torchdlrm.errors import RowError
 from torchdlrm.features.columns import DenseColumn, IgnoredColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.logs.text import parse_chunk
+from torchdlrm.logs.formats.text import parse_chunk
 from torchdlrm.prediction.json_rows import RowReader
 
 SCHEMA = FeatureSchema(

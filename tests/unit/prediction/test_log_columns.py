@@ -10,7 +10,7 @@ from torchdlrm.errors import LogError
 from torchdlrm.features.columns import DenseColumn, IgnoredColumn, LabelColumn, SparseColumn, TimeColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.files import LogFile
-from torchdlrm.logs.formats.text import TextFormat
+from torchdlrm.logs.formats.text import TEXT
 from torchdlrm.prediction.log_columns import find_columns, schema_for_writing
 
 SCHEMA = FeatureSchema(
@@ -28,7 +28,7 @@ LOG = Path("log.csv")
 
 
 def columns_of_text(head, schema, wanted):
-    with TextFormat().opened(BytesIO(head), LogFile(LOG, len(head), None, TextFormat()), schema) as log:
+    with TEXT.opened(BytesIO(head), LogFile(LOG, len(head), None, TEXT), schema) as log:
         return find_columns(log, LOG, schema, wanted)
 
 

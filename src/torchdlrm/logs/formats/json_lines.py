@@ -29,10 +29,9 @@ from torchdlrm.features.cells import to_typed_columns
 from torchdlrm.features.columns import Column, Feature, SparseColumn
 from torchdlrm.features.kinds import FLOAT, ValueKind
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.logs.cut import BYTE_ORDER_MARK, MAX_ROW_BYTES
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.format import ParsedChunk, SampledRows
-from torchdlrm.logs.lines import LineFormat, read_blocks, read_head
+from torchdlrm.logs.lines import BYTE_ORDER_MARK, MAX_ROW_BYTES, LineFormat, read_blocks, read_head
 from torchdlrm.logs.names import found_by_name
 
 _Row = dict[str, Any]
@@ -43,32 +42,28 @@ _SHOWN_BYTES = 400  # of a line that is at fault
 _MAX_SAMPLED_BAD_LINES = 3
 
 
-class JsonLinesFormat(LineFormat):
+class _JsonLines(LineFormat):
     """An object of JSON a line."""
 
     name: ClassVar[str] = "JSON Lines"
 
     def recognises(self, start: bytes, path: Path) -> bool:  # noqa: ARG002
-        """By an object that begins."""
         return re.match(rb"\s*\{\s*[\"\}]", start.removeprefix(BYTE_ORDER_MARK)) is not None
 
     def check(self, file: LogFile, schema: FeatureSchema, max_bad_rows: int) -> None:  # noqa: ARG002
-        """See that what is never missing is there, and some feature: those that no row names are missing."""
         names, _ = self.columns(read_head(file), schema)
         found_by_name(names, str(file.path), schema, schema.used, f"the schema {schema.name!r}")
 
     def layout(self, file: LogFile, schema: FeatureSchema) -> FeatureSchema:  # noqa: ARG002
-        """The schema; lines are cut at their ends alone."""
         return schema.model_copy(update={"header": False, "quote": None})
 
     def columns(self, head: bytes, schema: FeatureSchema) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-        """The keys of the first rows; and where these have some features, the others, which may come later or never."""
         names = _keys(_objects(head.split(b"\n"), 0, BadRows()))
         features = [column.log_name for column in schema.features]
+        # Where the first rows have some features, the others may come later, or never.
         return list(dict.fromkeys([*names, *features])) if set(names) & set(features) else names, ()
 
     def parse(self, lines: bytes, layout: FeatureSchema, *, is_label_optional: bool = False) -> ParsedChunk:
-        """Parse whole lines."""
         bad_rows = BadRows()
         texts = lines.removesuffix(b"\n").split(b"\n")
         fine = np.ones(len(texts), np.bool_)
@@ -84,7 +79,6 @@ class JsonLinesFormat(LineFormat):
         return ParsedChunk.of(frame, good, len(texts), bad_rows, None if numbers is None else fine)
 
     def sample(self, file: LogFile, num_rows: int) -> SampledRows:
-        """Rows of several blocks of the file."""
         blocks, _, places = read_blocks(file, num_rows)
         # A block that starts or ends anywhere loses the line that it cuts.
         texts = [block.split(b"\n") for block in blocks]
@@ -101,6 +95,9 @@ class JsonLinesFormat(LineFormat):
         frame = pl.DataFrame([_sampled([row.get(name) for row in found], str(i)) for i, name in enumerate(names)])
         table = frame.to_arrow().rename_columns(names)
         return SampledRows(table, len(blocks) == 1 and not bad_rows.total, places, bad_lines)
+
+
+JSON_LINES = _JsonLines()
 
 
 def _objects(lines: Iterable[bytes], first: int, bad_rows: BadRows) -> Iterator[_Row | None]:

@@ -13,26 +13,28 @@ _MAGIC = b"ORC"
 _TEXT = frozenset(range(0x20, 0x7F)) | set(b"\t\r\n") | set(range(0x80, 0x100))
 
 
-class OrcFormat(TableFormat):
+class _Orc(TableFormat):
     """ORC."""
 
     name: ClassVar[str] = "ORC"
     text_bytes_a_byte: ClassVar[float] = 3.0
 
     def recognises(self, start: bytes, path: Path) -> bool:  # noqa: ARG002
-        """By its first bytes, behind which no text stands: a column of a text may be named ORC."""
+        # A column of a text may be named ORC, too.
         return start.startswith(_MAGIC) and not _TEXT.issuperset(start)
 
     def describe(self, path: Path) -> TableFile:
-        """The file's footer; it does not say how large stripes are, which are taken for equal."""
         file = orc.ORCFile(path)
-        share, more = divmod(file.nrows, max(1, file.nstripes))
+        # A file does not say how large its stripes are.
+        each, more = divmod(file.nrows, max(1, file.nstripes))
         stripe_bytes = int(self.text_bytes_a_byte * file.content_length) // max(1, file.nstripes)
-        rows = [share + (i < more) for i in range(file.nstripes)]
+        rows = [each + (i < more) for i in range(file.nstripes)]
         return TableFile(file.schema, [stripe_bytes] * file.nstripes, rows)
 
     def table(self, path: Path, groups: range, names: Sequence[str]) -> pa.Table:
-        """Columns of stripes."""
         file = orc.ORCFile(path)
         stripes = [file.read_stripe(i, columns=list(names)) for i in groups]
         return pa.Table.from_batches(stripes).select(list(names))
+
+
+ORC = _Orc()

@@ -10,18 +10,16 @@ import pyarrow.parquet as pq
 from torchdlrm.logs.tables import TableFile, TableFormat
 
 
-class ParquetFormat(TableFormat):
+class _Parquet(TableFormat):
     """Parquet."""
 
     name: ClassVar[str] = "Parquet"
     text_bytes_a_byte: ClassVar[float] = 3.0
 
     def recognises(self, start: bytes, path: Path) -> bool:  # noqa: ARG002
-        """By its first bytes."""
         return start.startswith(b"PAR1")
 
     def describe(self, path: Path) -> TableFile:
-        """The file's footer."""
         about = pq.read_metadata(path)
         groups = [about.row_group(i) for i in range(about.num_row_groups)]
         return TableFile(
@@ -31,10 +29,12 @@ class ParquetFormat(TableFormat):
         )
 
     def table(self, path: Path, groups: range, names: Sequence[str]) -> pa.Table:
-        """Columns of row groups."""
         return pq.ParquetFile(path).read_row_groups(list(groups), columns=list(names))
 
     def batches(self, path: Path, group: int, batch_rows: int) -> Iterator[pa.RecordBatch]:
-        """The first rows of a row group cost little."""
+        # The first rows of a row group cost little.
         with pq.ParquetFile(path, memory_map=True) as file:
             yield from file.iter_batches(batch_rows, row_groups=[group], use_threads=False)
+
+
+PARQUET = _Parquet()

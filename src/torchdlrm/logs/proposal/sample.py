@@ -25,12 +25,12 @@ from torchdlrm.features.columns import SparseColumn, TimeColumn
 from torchdlrm.features.schema import FeatureSchema, criteo_schema
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.format import ParsedChunk, SampledRows
+from torchdlrm.logs.formats.text import parse_chunk
 from torchdlrm.logs.lines import read_blocks
 from torchdlrm.logs.proposal.facts import USUAL_NULLS
 from torchdlrm.logs.quotes import find_quoted, last_row_end
 from torchdlrm.logs.sniff import SEPARATORS, is_quoted, sniff
 from torchdlrm.logs.tables import type_fault
-from torchdlrm.logs.text import parse_chunk
 
 _VALUE = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[0-9a-fA-F]{8}"
 
