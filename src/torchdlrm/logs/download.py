@@ -3,8 +3,8 @@
 In: the name of a log, the days wanted, a folder.  Out: the files under their names; an incomplete one has `.part`
 behind its name, and its entity tag in `.part.etag`, so that halves of two versions are never put together.
 
-Addresses are in `SOURCES` and nowhere else.  Checksums are compared where they are known: in a file `sha256sums.txt`
-at the source (lines of `sha256sum`), or in the table.
+Addresses are in `SOURCES` and nowhere else.  Checksums are compared where the source has a file `sha256sums.txt`
+(lines of `sha256sum`).
 """
 
 import http.client
@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -27,7 +27,7 @@ from torchdlrm.progress import ProgressListener, SilentProgress
 _BLOCK_BYTES = 1 << 20
 _TIMEOUT_S = 60.0
 _SUMS_NAME = "sha256sums.txt"
-_HTTP_OK, _HTTP_PARTIAL, _HTTP_NOT_SATISFIABLE = 200, 206, 416
+_HTTP_PARTIAL, _HTTP_NOT_SATISFIABLE = 206, 416
 # Attempts in a row that bring not one byte; any progress starts the count again.
 DEFAULT_ATTEMPTS = 5
 
@@ -39,7 +39,6 @@ class Source:
     base: str
     name: str
     days: int | None
-    sha256: Mapping[str, str] = field(default_factory=dict)
 
     def file_names(self, days: Sequence[int] | None) -> list[str]:
         """The names of the files of some days, or all."""
@@ -109,19 +108,20 @@ def download(
     except OSError as error:
         msg = f"{out}: cannot be made: {error.strerror}"
         raise DatasetError(msg) from error
-    sums = {**_fetch_sums(source), **source.sha256}
+    sums = _fetch_sums(source)
     stop, lock = Event(), Lock()
     progress = progress or SilentProgress()
     progress.start_phase(f"download {len(names)} files", None, "bytes")
 
     def advance(num_bytes: int) -> None:
+        if stop.is_set():
+            raise _StoppedError
         with lock:
             progress.advance(num_bytes)
 
     def fetch(name: str) -> None:
-        fetcher = _Fetcher(urljoin(source.base, name), out / name, sums.get(name), advance, stop)
         try:
-            fetcher.run(attempts, retry_after_s)
+            _fetch(urljoin(source.base, name), out / name, sums.get(name), advance, stop, attempts, retry_after_s)
         except BaseException:
             stop.set()  # the others stop at their next block
             raise
@@ -143,103 +143,92 @@ class _StoppedError(Exception):
     """Another file could not be fetched, so that this one is left for later."""
 
 
-class _Fetcher:
-    """Fetches one file, with attempts in a row where the server fails."""
-
-    def __init__(self, url: str, target: Path, sha256: str | None, advance: Callable[[int], None], stop: Event) -> None:
-        self._url = url
-        self._target = target
-        self._sha256 = sha256
-        self._advance = advance
-        self._stop = stop
-        self._part = target.with_name(target.name + ".part")
-        self._tag = target.with_name(target.name + ".part.etag")
-
-    def run(self, attempts: int, retry_after_s: float) -> None:
-        if self._target.exists():
-            self._check(self._target)
-            return
-        if self._part.is_symlink() or self._tag.is_symlink():
-            msg = f"{self._part}: a link, which no interrupted download leaves; remove it, or give another `out`"
-            raise DatasetError(msg)
-        failures = 0
-        while True:
-            before = self._num_bytes()
-            try:
-                self._fetch_rest()
-                break
-            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-                if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                    msg = f"{self._url}: the server answers {error.code} {error.reason}; give another `source`"
-                    raise LogError(msg) from error
-                failures = 0 if self._num_bytes() > before else failures + 1
-                if failures >= attempts:
-                    msg = (
-                        f"{self._url}: no byte came in {attempts} attempts ({error}); what has come is kept, and the "
-                        "same command resumes it"
-                    )
-                    raise LogError(msg) from error
-                self._stop.wait(retry_after_s * 2 ** max(0, failures - 1))
-            except OSError as error:
-                msg = f"{self._part}: cannot be written: {error.strerror or error}; what has come is kept"
-                raise DatasetError(msg) from error
-        self._check(self._part)
-        self._part.replace(self._target)
-        self._tag.unlink(missing_ok=True)
-
-    def _num_bytes(self) -> int:
-        return self._part.stat().st_size if self._part.exists() else 0
-
-    def _fetch_rest(self) -> None:
-        """Append what is missing of the file; returns when it is complete."""
-        have = self._num_bytes()
-        tag = self._tag.read_text(encoding="utf-8") if self._tag.exists() else ""
-        headers = {"Accept-Encoding": "identity", "User-Agent": "torchdlrm"}
-        if have and tag:
-            # If the file at the server is another by now, it comes from its beginning.
-            headers |= {"Range": f"bytes={have}-", "If-Range": tag}
+def _fetch(
+    url: str,
+    target: Path,
+    sha256: str | None,
+    advance: Callable[[int], None],
+    stop: Event,
+    attempts: int,
+    retry_after_s: float,
+) -> None:
+    """Fetch one file, with attempts in a row where the server fails."""
+    part, tag = (target.with_name(target.name + suffix) for suffix in (".part", ".part.etag"))
+    if target.exists():
+        _check(target, sha256)
+        return
+    if part.is_symlink() or tag.is_symlink():
+        msg = f"{part}: a link, which no interrupted download leaves; remove it, or give another `out`"
+        raise DatasetError(msg)
+    failures = 0
+    while True:
+        before = _size_of(part)
         try:
-            answer = _open(self._url, headers)
-        except urllib.error.HTTPError as error:
-            if error.code == _HTTP_NOT_SATISFIABLE and error.headers.get("Content-Range") == f"bytes */{have}":
-                return
-            raise
-        with answer:
-            resumes = answer.status == _HTTP_PARTIAL and _start_of(answer.headers.get("Content-Range")) == have
-            tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-            self._tag.write_text("" if tag.startswith("W/") else tag, encoding="utf-8")
-            with self._part.open("ab" if resumes else "wb") as file:
-                left = answer.headers.get("Content-Length")
-                expected = (have if resumes else 0) + int(left) if left is not None else None
-                while block := answer.read(_BLOCK_BYTES):
-                    if self._stop.is_set():
-                        raise _StoppedError
-                    file.write(block)
-                    self._advance(len(block))
-        size_bytes = self._part.stat().st_size
-        if expected is not None and size_bytes < expected:
-            msg = f"the connection was closed after {size_bytes:,} of {expected:,} bytes"
-            raise ConnectionError(msg)
+            _fetch_rest(url, part, tag, advance)
+            break
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+                msg = f"{url}: the server answers {error.code} {error.reason}; give another `source`"
+                raise LogError(msg) from error
+            failures = 0 if _size_of(part) > before else failures + 1
+            if failures >= attempts:
+                msg = (
+                    f"{url}: no byte came in {attempts} attempts ({error}); what has come is kept, and the same "
+                    "command resumes it"
+                )
+                raise LogError(msg) from error
+            stop.wait(retry_after_s * 2 ** max(0, failures - 1))
+        except OSError as error:
+            msg = f"{part}: cannot be written: {error.strerror or error}; what has come is kept"
+            raise DatasetError(msg) from error
+    _check(part, sha256)
+    part.replace(target)
+    tag.unlink(missing_ok=True)
 
-    def _check(self, path: Path) -> None:
-        if self._sha256 is None:
+
+def _fetch_rest(url: str, part: Path, tag: Path, advance: Callable[[int], None]) -> None:
+    """Append what is missing of a file; returns when it is complete."""
+    have, version = _size_of(part), tag.read_text(encoding="utf-8") if tag.exists() else ""
+    headers = {"Accept-Encoding": "identity"}
+    if have and version:
+        # If the file at the server is another by now, it comes from its beginning.
+        headers |= {"Range": f"bytes={have}-", "If-Range": version}
+    try:
+        answer = _open(url, headers)
+    except urllib.error.HTTPError as error:
+        if error.code == _HTTP_NOT_SATISFIABLE and error.headers.get("Content-Range") == f"bytes */{have}":
             return
-        found = sha256_of(path)
-        if found != self._sha256:
-            msg = f"{path}: sha256 is {found}, and should be {self._sha256}; remove the file and fetch it again"
-            raise LogError(msg)
+        raise
+    with answer:
+        start = (answer.headers.get("Content-Range") or "").removeprefix("bytes ").split("-")[0]
+        resumes = answer.status == _HTTP_PARTIAL and start == str(have)
+        version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+        tag.write_text("" if version.startswith("W/") else version, encoding="utf-8")
+        left = answer.headers.get("Content-Length")
+        expected = None if left is None else int(left) + (have if resumes else 0)
+        with part.open("ab" if resumes else "wb") as file:
+            while block := answer.read(_BLOCK_BYTES):
+                file.write(block)
+                advance(len(block))
+    if expected is not None and _size_of(part) < expected:
+        msg = f"the connection was closed after {_size_of(part):,} of {expected:,} bytes"
+        raise ConnectionError(msg)
 
 
-def _start_of(content_range: str | None) -> int | None:
-    """`bytes 5-9/10` -> 5."""
-    start = (content_range or "").removeprefix("bytes ").split("-")[0]
-    return int(start) if start.isdecimal() else None
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _check(path: Path, sha256: str | None) -> None:
+    if sha256 is not None and (found := sha256_of(path)) != sha256:
+        msg = f"{path}: sha256 is {found}, and should be {sha256}; remove the file and fetch it again"
+        raise LogError(msg)
 
 
 def _fetch_sums(source: Source) -> dict[str, str]:
     """The checksums that the source publishes with its files; none where it does not."""
     try:
-        with _open(urljoin(source.base, _SUMS_NAME), {"User-Agent": "torchdlrm"}) as answer:
+        with _open(urljoin(source.base, _SUMS_NAME), {}) as answer:
             lines = [line.split() for line in answer.read(_BLOCK_BYTES).decode("ascii").splitlines()]
     except (OSError, http.client.HTTPException, UnicodeDecodeError):
         return {}
@@ -250,4 +239,5 @@ def _open(url: str, headers: Mapping[str, str]) -> Any:
     if urlsplit(url).scheme not in ("http", "https"):
         msg = f"`source`: expected an address that starts with http:// or https://, got {url!r}"
         raise ConfigError(msg)
-    return urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers)), timeout=_TIMEOUT_S)  # noqa: S310
+    request = urllib.request.Request(url, headers={"User-Agent": "torchdlrm", **headers})  # noqa: S310 - as just seen
+    return urllib.request.urlopen(request, timeout=_TIMEOUT_S)  # noqa: S310
