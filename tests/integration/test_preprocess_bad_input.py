@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 
+import pyarrow as pa
 import pytest
 
 from helpers.command_server import DLRM, shared_server
@@ -25,43 +26,13 @@ def dlrm(*arguments, **options):
     return shared_server().run([DLRM, *arguments], **options)
 
 
-def bytes_of(line):
-    return line.encode() if isinstance(line, str) else line
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (with_cell(20, "a\0b"), "line 31, column cat_6: the cell contains a NUL byte: 'a\\x00b'"),
-        (with_cell(20, "é").encode("latin-1"), "line 31, column cat_6: the cell is not UTF-8: '\\\\xe9'"),
-        (GOOD.replace("\n", "\t1\n"), "line 31: the line has the wrong number of columns (41 columns, not 40)"),
-        (GOOD[:-10] + "\n", "line 31: the line has the wrong number of columns (39 columns, not 40)"),
-        (with_cell(0, "2"), "line 31, column label: the label means neither 0 nor 1: '2'"),
-        (with_cell(14, "123456789"), "line 31, column cat_0: the cell is not 1 to 8 hexadecimal digits: '123456789'"),
-        (with_cell(5, "9" * 19), f"line 31, column int_4: the cell is not an integer of 64 bits: '{'9' * 19}'"),
-    ],
-)
-def test_a_bad_row_is_told_by_file_line_column_and_value(tmp_path, line, message):
-    log = tmp_path / "day.tsv"
-    log.write_bytes(GOOD.encode() * 30 + bytes_of(line) + GOOD.encode() * 30)
-    done = dlrm("preprocess", log, "--out", tmp_path / "dataset")
-    assert done.returncode == 2
-    assert f"day.tsv, {message}" in done.stderr
-    assert "--max-bad-rows" in done.stderr
-    assert not (tmp_path / "dataset").exists()
-
-
-def test_windows_line_ends_are_no_fault(tmp_path):
-    (tmp_path / "log").write_bytes(GOOD.replace("\n", "\r\n").encode() * 30)
-    assert dlrm("preprocess", tmp_path / "log", "--out", tmp_path / "dataset").returncode == 0
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "log: the file is empty"),
         (gzip.compress(GOOD.encode() * 5000)[:-30], "log: the gzip stream is damaged or cut off"),
         (gzip.compress(GOOD.encode() * 500) + b"rubbish", "log: the gzip stream is damaged or cut off"),
+        (pa.compress(GOOD.encode() * 5000, "zstd", asbytes=True)[:-30], "log: the zstd stream is damaged or cut off"),
         (b"PAR1 no parquet", "log: the Parquet file cannot be read"),
     ],
 )

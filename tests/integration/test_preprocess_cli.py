@@ -54,6 +54,10 @@ def test_preprocess_prints_one_json_object_on_standard_output_and_the_summary_be
     assert result["num_embeddings"] == {**{f"cat_{i}": 10 for i in range(25)}, "cat_25": 2}
     assert "log.tsv, line 31: the line has the wrong number of columns (2 columns, not 40)" in done.stderr
     assert Dataset.open(folder / "dataset").splits["train"].rows == 60
+    told = [json.loads(line) for line in done.stderr.splitlines() if line.startswith('{"phase"')]
+    phases = [(phase["name"], phase["amount"]) for phase in result["phases"]]
+    assert [(line["phase"], line["amount"]) for line in told] == phases
+    assert [name for name, _ in phases] == ["read", "count", "encode", "write"]
 
 
 def test_inspect_shows_a_dataset_and_prints_the_same_as_json(made):

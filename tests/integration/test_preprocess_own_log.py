@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import duckdb
-import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -177,21 +176,6 @@ def test_the_manifest_counts_what_duckdb_counts(dataset, sql):
         assert missing == (split.missing_rows["user"],)
 
 
-def test_hashed_values_fill_the_table_and_equal_values_meet(dataset, folder, schema):
-    assert dataset.num_embeddings["user"] == 97
-    ids = {}
-    users = [row["user"] for row in rows(3000)]
-    frame = pl.read_parquet(next((dataset.path / "test").iterdir()))
-    text = parse_chunk(b"".join(read_chunks(find_files([folder / "log.csv"])[0], schema)), schema)
-    assert text.frame["user"].fill_null("").to_list() == users
-    held_out = text.frame["time"].to_numpy()
-    test_users = np.array(users)[held_out >= np.sort(held_out)[-300]]
-    for user, found in zip(test_users, frame["user"], strict=True):
-        assert ids.setdefault(user, found) == found
-        assert 0 <= found < 97
-    assert len(set(ids.values())) > 60
-
-
 def test_raw_rows_are_encoded_later_as_the_job_encoded_them(folder, schema):
     ordered = FeatureSchema.model_validate({**dict(schema), "split": {"rule": "order", "val": 0.1, "test": 0.1}})
     dataset = preprocess([folder / "log.csv"], folder / "in-order", ordered)
@@ -272,53 +256,6 @@ def test_a_column_that_the_parquet_file_lacks_is_named(folder, schema, tmp_path)
     pq.write_table(pa.table({"spent": [1.0], "age": [1]}), tmp_path / "log.parquet")
     with pytest.raises(LogError, match="has no column time, price, the city"):
         preprocess([tmp_path / "log.parquet"], tmp_path / "dataset", schema)
-
-
-def test_the_proposed_schema_reads_the_log(folder):
-    def dlrm(*arguments):
-        command = [sys.executable, "-c", "from torchdlrm.cli.main import main; main()", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-    (folder / "clicks.csv").write_text(
-        "clicked,user id,price,tags,time,city\n"
-        + "".join(
-            f'{i % 3 == 0},{i % 7 + 100},{i / 4},"a|{i % 2}",2024-01-{i % 28 + 1:02d} 10:00:00,"Köln, {i % 5}"\n'
-            for i in range(140)
-        )
-    )
-    done = dlrm("schema", folder / "clicks.csv", "--out", folder / "proposed.toml", "--json", "--rows", "100000")
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["text"] == (folder / "proposed.toml").read_text()
-    assert (told["read"], told["preset"], told["warnings"]) == ("all 140 rows", None, [])
-    assert told["reasons"]["user_id"] == "a code by its name"
-    assert dlrm("schema", folder / "clicks.csv").stdout == told["text"]
-    found = load_schema(str(folder / "proposed.toml"))
-    assert [(column.role, column.name) for column in found.columns] == [
-        ("label", "clicked"),
-        ("sparse", "user_id"),
-        ("dense", "price"),
-        ("sparse", "tags"),
-        ("time", "time"),
-        ("sparse", "city"),
-    ]
-    done = dlrm(
-        "preprocess",
-        folder / "clicks.csv",
-        "--schema",
-        folder / "proposed.toml",
-        "--out",
-        folder / "proposed",
-        "--json",
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["rows"] == {"train": 110, "val": 15, "test": 15}, "by time, of which every fifth row is the same"
-    assert [phase["name"] for phase in result["phases"]] == ["read", "count", "encode", "write"]
-    told = [json.loads(line) for line in done.stderr.splitlines() if line.startswith('{"phase"')]
-    assert [(line["phase"], line["amount"]) for line in told] == [
-        (phase["name"], phase["amount"]) for phase in result["phases"]
-    ]
 
 
 CELL = st.text(st.sampled_from(list('ab ,"\n\r\té1')), max_size=6)

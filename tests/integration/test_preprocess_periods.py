@@ -2,9 +2,6 @@
 
 import json
 import random
-import signal
-import subprocess
-import sys
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -12,7 +9,7 @@ import pytest
 
 from helpers.period_reference import Vocabulary, next_period
 from torchdlrm.cli.main import app
-from torchdlrm.data.dataset import Dataset, oldest_version
+from torchdlrm.data.dataset import oldest_version
 from torchdlrm.data.summary import summarize
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
@@ -133,55 +130,6 @@ def test_five_periods_in_pieces_and_with_interruptions_have_the_same_bytes(logs,
             preprocess(*arguments, StopAt(("count", "encode", "write")[period % 3]))
         before = preprocess(*arguments, resources=Resources(workers=1 + period % 2))
         assert checksums(before.path) == checksums(days[period].path)
-
-
-JOB = """
-import json
-import sys
-from pathlib import Path
-from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, preprocess
-from torchdlrm.progress import SilentProgress
-class Told(SilentProgress):
-    def start_phase(self, name, *_):
-        print(name, flush=True)
-    def advance(self, amount, **_):
-        print(".", flush=True)
-log, out, schema, options = sys.argv[1:]
-options = json.loads(options)
-if "vocabulary" in options:
-    options["vocabulary"] = Path(options["vocabulary"])
-preprocess([log], out, FeatureSchema.model_validate_json(schema), PreprocessOptions(**options), Told(),
-    chunk_bytes=2000, resources=Resources(workers=2))
-"""
-
-
-@pytest.mark.slow
-def test_five_periods_each_killed_have_the_same_bytes(logs, days, tmp_path, seed):
-    rng, before, kills = random.Random(seed), None, 0
-    for period in PERIODS:
-        rules, out = {**RULES, "period": period}, tmp_path / f"day{period}"
-        if before is not None:
-            rules = {**RULES, "vocabulary": str(before), "extend_vocabulary": True}
-        command = [
-            sys.executable,
-            "-c",
-            JOB,
-            logs[period],
-            out,
-            NO_HOLD_OUT.model_dump_json(by_alias=True),
-            json.dumps(rules),
-        ]
-        process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
-        for _ in range(rng.randrange(1, 14)):
-            process.stdout.readline()
-        process.kill()
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-        subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
-        assert Dataset.open(out).manifest.files == days[period].manifest.files
-        before = out
-    assert kills > 3
 
 
 def test_an_older_log_is_encoded_with_todays_ids_and_is_of_todays_period(logs, days, tmp_path):

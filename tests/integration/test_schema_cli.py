@@ -34,5 +34,6 @@ def test_json_is_one_object_and_people_are_told_on_standard_error(dlrm, small_lo
     assert (told["preset"], told["out"], len(told["schema"]["columns"])) == ("criteo", None, 40)
     assert told["read"].startswith("1,000 rows from")
     assert f"look: {told['warnings'][0]}" in done.stderr
+    assert dlrm("schema", tmp_path / "log.gz", "--rows", "1000").stdout == told["text"]
     done = dlrm("schema", tmp_path / "log.gz", "--rows", "0")
     assert (done.returncode, "--rows: must be at least 1, got 0" in done.stderr) == (2, True)

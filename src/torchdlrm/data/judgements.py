@@ -75,9 +75,9 @@ def unknown_values(dataset: Dataset, split: SplitName) -> str:
     """Features most of whose values in a held-out split are unknown though most in train are not."""
     there, train = dataset.manifest.splits[split], dataset.manifest.splits["train"]
     found = {
-        name: share
+        name: fraction
         for name in dataset.sparse_names
-        if (share := _unknown(there, name)) > max(_MOST, _unknown(train, name) + _NEW)
+        if (fraction := _unknown(there, name)) > max(_MOST, _unknown(train, name) + _NEW)
     }
     if not found:
         return ""
@@ -91,8 +91,8 @@ def unknown_values(dataset: Dataset, split: SplitName) -> str:
 def rare_values(dataset: Dataset, named_rows: Mapping[str, float]) -> str:
     """Features most of whose training values are too rare for an id; not those that name the rows."""
     train = dataset.manifest.splits["train"]
-    shares = {name: _unknown(train, name) for name in dataset.sparse_names if name not in named_rows}
-    found = {name: share for name, share in shares.items() if share > _MOST}
+    fractions = {name: _unknown(train, name) for name in dataset.sparse_names if name not in named_rows}
+    found = {name: fraction for name, fraction in fractions.items() if fraction > _MOST}
     if not found:
         return ""
     return f"{_names(found)}: most training values are too rare for an id; lower min_count, or give the column `hash`"

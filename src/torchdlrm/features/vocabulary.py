@@ -39,9 +39,9 @@ def rank_counts(counts: pl.DataFrame) -> pl.DataFrame:
     return counts.sort(["count", "value"], descending=[True, False], nulls_last=False)
 
 
-def number_values(ranked: pl.DataFrame, *, first_id: int = UNKNOWN_ID + 1) -> pl.DataFrame:
+def number_values(ranked: pl.DataFrame) -> pl.DataFrame:
     """Give rows in the order of ids their id."""
-    ids = pl.int_range(first_id, first_id + ranked.height, dtype=pl.Int32, eager=True)
+    ids = pl.int_range(UNKNOWN_ID + 1, UNKNOWN_ID + 1 + ranked.height, dtype=pl.Int32, eager=True)
     return ranked.with_columns(ids.alias("id"))
 
 

@@ -51,8 +51,7 @@ def require_readable(log: PeriodLog, schema: FeatureSchema, max_bad_rows: int) -
     """
     num_with_rows = 0
     for file in log.files:
-        file.format.check(file, schema, max_bad_rows)
-        num_with_rows += file.format.has_rows(file, file.format.layout(file, schema))
+        num_with_rows += file.format.has_rows(file, file.format.layout(file, schema, max_bad_rows))
     if not num_with_rows:
         msg = f"{log.files[0].path}: has no row; leave out the log of a period in which nothing happened"
         raise LogError(msg)

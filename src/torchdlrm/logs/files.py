@@ -79,7 +79,7 @@ def reading(path: Path) -> Iterator[None]:
     """Report what goes wrong inside as a fault of the file.
 
     Raises:
-        LogError: it cannot be read, or its gzip stream is damaged.
+        LogError: it cannot be read, or its packed stream is damaged.
     """
     try:
         yield
@@ -87,7 +87,10 @@ def reading(path: Path) -> Iterator[None]:
         msg = f"{path}: the gzip stream is damaged or cut off ({error}); fetch the file again"
         raise LogError(msg) from error
     except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror or error}"
+        what = f"cannot be read: {error.strerror}"
+        if error.errno is None:  # as PyArrow reports it
+            what = f"the zstd stream is damaged or cut off ({error}); fetch the file again"
+        msg = f"{path}: {what}"
         raise LogError(msg) from error
 
 

@@ -16,10 +16,14 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
+from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRows
+from torchdlrm.features.columns import Column, IgnoredColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.files import LogFile
 
+_MOST_NAMES_SHOWN = 100
+_EXTRA = "@"  # no column of a schema is called so
 NUM_PLACES = 16  # in which a large log is sampled
 
 
@@ -123,20 +127,13 @@ class LogFormat(ABC):
     def recognises(self, start: bytes, path: Path) -> bool:
         """Whether a file, or text that was unpacked, that starts with these `MAGIC_BYTES` is of the format."""
 
-    def check(self, file: LogFile, schema: FeatureSchema, max_bad_rows: int) -> None:
-        """See by the beginning of a file whether it seems to be written as the schema says.
-
-        Raises:
-            LogError: it does not, and not because of up to `max_bad_rows` bad rows.
-        """
-        del file, schema, max_bad_rows
-
     @abstractmethod
-    def layout(self, file: LogFile, schema: FeatureSchema) -> FeatureSchema:
+    def layout(self, file: LogFile, schema: FeatureSchema, max_bad_rows: int = 0) -> FeatureSchema:
         """The schema with the columns as the file has them, by which it is read.
 
         Raises:
-            LogError: the file cannot be read, lacks columns that the schema reads, or names one of them twice.
+            LogError: the file cannot be read, lacks columns that the schema reads, names one of them twice, or seems to
+                be written otherwise, and not because of up to `max_bad_rows` bad rows.
         """
 
     @abstractmethod
@@ -172,3 +169,45 @@ class LogFormat(ABC):
     @abstractmethod
     def opened(self, raw: BinaryIO, file: LogFile, schema: FeatureSchema) -> AbstractContextManager[OpenLog]:
         """The log in an open file, or in a stream whose name `file` has, that is read by a model with this schema."""
+
+
+def found_by_name(
+    names: Sequence[str], where: str, schema: FeatureSchema, needed: Sequence[Column], reader: str
+) -> list[Column | None]:
+    """The column of the schema that each name is; None for a name that it does not have.
+
+    Args:
+        names: in the order of the file.
+        where: for messages.
+        schema: the columns.
+        needed: those of them that must be there.
+        reader: who needs them, for messages.
+
+    Raises:
+        LogError: a column that is needed is not there (all of them are named), or one is there twice.
+    """
+    known = {column.log_name: column for column in schema.columns}
+    missing = [column.log_name for column in needed if column.log_name not in names]
+    if missing:
+        more = f" and {len(names) - _MOST_NAMES_SHOWN:,} more" if len(names) > _MOST_NAMES_SHOWN else ""
+        msg = (
+            f"{where}: has no column {', '.join(missing)}, which {reader} reads; its columns are "
+            f"{', '.join(names[:_MOST_NAMES_SHOWN])}{more}"
+        )
+        raise LogError(msg)
+    read = {column.log_name for column in schema.used}
+    twice = sorted({name for name in names if name in read and list(names).count(name) > 1})
+    if twice:
+        msg = f"{where}: names the column {', '.join(twice)} more than once, and only one of them can be meant"
+        raise LogError(msg)
+    return [known.get(name) for name in names]
+
+
+def extra_columns(layout: FeatureSchema) -> tuple[str, ...] | None:
+    """The names of a file's columns that the schema does not have; None where there are none."""
+    return tuple(column.log_name for column in layout.columns if column.name.startswith(_EXTRA)) or None
+
+
+def ignored(place: int, name: str) -> IgnoredColumn:
+    """A column of the log that the schema does not name; any text may name one, not only what a schema allows."""
+    return IgnoredColumn.model_construct(name=f"{_EXTRA}{place}", header_name=name, role="ignore")

@@ -23,17 +23,17 @@ _HEAD_LINES = 100
 _QUOTED_CELL = r'(?:(?<=[{marks}\n])|\A)"(?:[^"]++|"")*+"(?=[{marks}]|\r?\n|\Z)'
 # Of the quotes in a text whose cells are quoted, at most this many in a hundred are out of place.
 _MAX_STRAY_PERCENT = 1
-_SURE_SHARE = 0.9
+_SURE_FRACTION = 0.9
 _RETURNS_A_LINE = 3  # more than these, and they end the lines
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What a mark makes of some lines: the number of columns that most of them have, and which share of them has it."""
+    """What a mark makes of some lines: the number of columns that most of them have, and the fraction that has it."""
 
     mark: str
     num_columns: int
-    share: float
+    fraction: float
 
     @classmethod
     def of(cls, lines: Sequence[str], mark: str) -> Self:
@@ -46,8 +46,8 @@ class Cut:
     def rank(self) -> tuple[object, ...]:
         """Texts hold no tabs; bars stand between the values of a cell, and commas in numbers and in texts."""
         cuts = self.num_columns > 1
-        sure = self.mark in "\t\x01" and self.share >= _SURE_SHARE
-        return cuts, sure, self.share, self.mark != "|", self.num_columns, self.mark == ","
+        sure = self.mark in "\t\x01" and self.fraction >= _SURE_FRACTION
+        return cuts, sure, self.fraction, self.mark != "|", self.num_columns, self.mark == ","
 
     @property
     def in_words(self) -> str:

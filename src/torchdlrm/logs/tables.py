@@ -26,9 +26,8 @@ from torchdlrm.features.cells import to_typed_columns
 from torchdlrm.features.columns import Column, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.files import LogFile
-from torchdlrm.logs.format import NUM_PLACES, Chunk, LogFormat, OpenLog, ParsedChunk, SampledRows
+from torchdlrm.logs.format import NUM_PLACES, Chunk, LogFormat, OpenLog, ParsedChunk, SampledRows, found_by_name
 from torchdlrm.logs.lines import thinned
-from torchdlrm.logs.names import found_by_name
 
 _BATCH_BYTES = 1 << 20
 _MAX_SAMPLED_BYTES = 256 << 20
@@ -81,7 +80,7 @@ class TableFormat(LogFormat):
         table = self.table(path, range(group, group + 1), self.describe(path).schema.names)
         yield from table.to_batches(max_chunksize=batch_rows)
 
-    def layout(self, file: LogFile, schema: FeatureSchema) -> FeatureSchema:  # noqa: ARG002
+    def layout(self, file: LogFile, schema: FeatureSchema, max_bad_rows: int = 0) -> FeatureSchema:  # noqa: ARG002
         """The schema: columns are found by name, whatever their order."""
         return schema.model_copy(update={"header": False})
 

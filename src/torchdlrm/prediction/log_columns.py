@@ -25,8 +25,7 @@ from torchdlrm.features.columns import (
     WeightColumn,
 )
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.logs.format import OpenLog
-from torchdlrm.logs.names import found_by_name, ignored
+from torchdlrm.logs.format import OpenLog, found_by_name, ignored
 
 Writing = Literal["log", "csv", "tsv"]  # as the schema says, or in the usual way
 # Which columns of the log are wanted besides those that are asked for: none; those that name a row; all.

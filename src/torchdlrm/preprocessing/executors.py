@@ -18,7 +18,7 @@ from torchdlrm.errors import ConfigError
 from torchdlrm.preprocessing.options import Resources
 from torchdlrm.preprocessing.work_folder import Result, WorkFolder
 
-# So many tasks beyond those that run are handed over, so that no worker waits for the next.
+# This number of tasks beyond those that run is handed over, so that no worker waits for the next.
 _TASKS_AHEAD = 2
 CONNECT_TIMEOUT_S = 10
 _LOOK_EVERY_S = 2

@@ -31,8 +31,7 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import TRANSFORMS, DenseTransform, Moments
 from torchdlrm.files import sha256_of
 from torchdlrm.logs.files import LogFile
-from torchdlrm.logs.format import Chunk
-from torchdlrm.logs.names import extra_columns
+from torchdlrm.logs.format import Chunk, extra_columns
 from torchdlrm.preprocessing.count import add_moments, sum_moments
 from torchdlrm.preprocessing.encode import Encoding, Parts, encode_group, write_rows
 from torchdlrm.preprocessing.executors import Task, Workers
@@ -55,6 +54,8 @@ class Job:
     """A preprocessing job at work in its folder."""
 
     files: Sequence[LogFile]
+    # The schema with its columns in the order of each file.
+    layouts: Sequence[FeatureSchema]
     schema: FeatureSchema
     options: PreprocessOptions
     work: WorkFolder
@@ -65,8 +66,6 @@ class Job:
     # Where values come and go.
     period: Period | None = None
     bad_rows: BadRows = field(default_factory=BadRows)
-    # The schema with its columns in the order of each file.
-    layouts: Sequence[FeatureSchema] = ()
 
     @property
     def dataset_folder(self) -> Path:
@@ -79,7 +78,6 @@ class Job:
         Raises:
             LogError: the log cannot be read, or has too many bad rows, or too few good ones.
         """
-        self.layouts = [file.format.layout(file, self.schema) for file in self.files]
         folders = ("vocabulary", *(() if self.period is None else ("reset", "candidates")), *SPLIT_NAMES)
         for name in folders:
             (self.dataset_folder / name).mkdir(exist_ok=True)

@@ -44,9 +44,9 @@ class PreprocessOptions:
             --period the ids that are free come first.
         period: Number of the period (a day, an hour) that the log is of: from then on values come and go, and the
             dataset says when each was seen. By default that of --vocabulary + 1, where it has one.
-        expire_after: A value that is not seen in so many periods, this one included, loses its id to a new value.
-        admit_over: Count the rows of a value over so many periods, this one included, until they are --min-count; what
-            is too rare so far is kept in the dataset.
+        expire_after: A value that is not seen in N periods, this one included, loses its id to a new value.
+        admit_over: Count the rows of a value over N periods, this one included, until they are --min-count; what is
+            too rare so far is kept in the dataset.
 
     Raises:
         ConfigError: a number is out of its range.

@@ -75,8 +75,7 @@ def preprocess(
     given = [logs] if isinstance(logs, str | Path) else logs
     paths = [log if isinstance(log, LogFile) else Path(log) for log in given]
     files = tuple(replace(file, path=file.path.resolve()) for file in find_files(paths))
-    for file in files:
-        file.format.check(file, schema, options.max_bad_rows)
+    layouts = [file.format.layout(file, schema, options.max_bad_rows) for file in files]
     known = None if options.vocabulary is None else _open_known(options.vocabulary, schema)
     period = _period(options, known)
     settings = _settings(files, schema, options, known, period)
@@ -99,7 +98,8 @@ def preprocess(
                 fitting = tasks_that_fit(work.sizing, resources.memory_bytes)
                 if fitting < workers.tasks_in_memory:
                     workers.tasks_at_a_time = max(1, workers.capacity * fitting // workers.tasks_in_memory)
-                job = Job(files, schema, options, work, workers, resources.memory_bytes, listener, known, period)
+                memory_bytes = resources.memory_bytes
+                job = Job(files, layouts, schema, options, work, workers, memory_bytes, listener, known, period)
                 manifest = job.run()
                 _finish(manifest, partial / "dataset", out, overwrite=overwrite)
             except LogError:

@@ -20,7 +20,7 @@ BYTES_A_VALUE = 100
 _MEMORY_A_TEXT_BYTE = 10
 _MEMORY_A_PART_BYTE = 2.6
 _MEMORY_A_GROUP_BYTE = 2.6
-# What the work folder and the dataset hold at their largest, as a share of the text.
+# What the work folder and the dataset hold at their largest, as a fraction of the text.
 _DISK_A_TEXT_BYTE = 1.0
 _DISK_A_PACKED_BYTE = 0.6
 _MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 1 << 20, 2 * CHUNK_BYTES
@@ -73,15 +73,15 @@ def choose_sizing(
             f"take {show_bytes(needed)}"
         )
         raise ConfigError(msg)
-    share_bytes = (memory_bytes - BASE_BYTES) // tasks_in_memory
-    chunk_bytes = min(_MAX_CHUNK_BYTES, share_bytes // _MEMORY_A_TEXT_BYTE)
+    bytes_a_task = (memory_bytes - BASE_BYTES) // tasks_in_memory
+    chunk_bytes = min(_MAX_CHUNK_BYTES, bytes_a_task // _MEMORY_A_TEXT_BYTE)
     chunk_bytes = max(_MIN_CHUNK_BYTES, min(chunk_bytes, text_bytes // (4 * tasks_in_memory)))
-    values_per_task = share_bytes // (BYTES_A_VALUE + BYTES_A_VALUE // 4)
+    values_per_task = bytes_a_task // (BYTES_A_VALUE + BYTES_A_VALUE // 4)
     likely_rows = max(text_bytes // (4 * len(schema.columns)) + 1, known_rows)
     partitions = 1
     while likely_rows > values_per_task and partitions < min(_MAX_PARTITIONS, 4 * likely_rows / values_per_task):
         partitions *= 2
-    group_bytes = int(share_bytes / _MEMORY_A_GROUP_BYTE)
+    group_bytes = int(bytes_a_task / _MEMORY_A_GROUP_BYTE)
     return JobSizing(chunk_bytes, partitions, group_bytes, values_per_task, tasks_in_memory)
 
 
@@ -96,7 +96,7 @@ def tasks_that_fit(sizing: JobSizing, memory_bytes: int) -> int:
 
 
 def part_memory_bytes(rows: int, schema: FeatureSchema) -> int:
-    """What writing a part of so many rows takes."""
+    """What writing a part with this number of rows takes."""
     return int(_MEMORY_A_PART_BYTE * rows * bytes_a_row(schema)) + (8 << 20)
 
 

@@ -67,7 +67,7 @@ class Tally:
     def add_sparse(
         self, column: SparseColumn, ids: npt.NDArray[np.int32], counts: npt.NDArray[np.int64], num_missing: int
     ) -> None:
-        """Count values: each has an id (int32 [D]) and is there so many times (int64 [D])."""
+        """Count values by their ids (int32 [D]) and how often each is there (int64 [D])."""
         self.unknown_rows[column.name] += 0 if column.hash is not None else int(counts[ids == UNKNOWN_ID].sum())
         self.missing_rows[column.name] += num_missing
         if column.is_multi_valued:

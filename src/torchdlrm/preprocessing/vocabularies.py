@@ -44,8 +44,8 @@ class Period:
 
     Attributes:
         number: of the period.
-        expire_after: a value that was not seen in so many periods, this one included, loses its id; None: none does.
-        admit_over: over so many periods, this one included, a value is counted until it has an id.
+        expire_after: a value that was not seen in N periods, this one included, loses its id; None: none does.
+        admit_over: over N periods, this one included, a value is counted until it has an id.
     """
 
     number: int

@@ -34,7 +34,7 @@ from torchdlrm.preprocessing.vocabularies import Known, Period, assign_ids, coun
 from torchdlrm.preprocessing.work_folder import Result, WorkFolder
 from torchdlrm.progress import ProgressListener
 
-# A value with its periods, before and after a log, takes so many times the memory of one that is counted.
+# A value with its periods, before and after a log, takes this many times the memory of one that is counted.
 _WEIGHT_WITH_PERIODS = 4
 
 

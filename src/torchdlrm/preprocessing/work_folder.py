@@ -1,7 +1,7 @@
 """Keeps what a job has done, so that it resumes after any interruption.
 
     .dataset.partial/
-      job.json       the settings and the log's files, by which a job is known again; how it is cut into tasks
+      job.json       the settings and the log's files, which say whether a job is the same; how it is cut into tasks
       journal.jsonl  a line for each task that is done, with its result
       lock           held while a job runs
       chunks/ counts/ ids/ groups/   what tasks left for later ones

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from torchdlrm.data import splits as shuffle
-from torchdlrm.preprocessing.encode import Parts
 
 
 def splitmix64(x: int) -> int:
@@ -31,15 +30,3 @@ def test_buckets_are_uniform():
     sizes = np.bincount(shuffle.buckets(np.arange(1_000_000), 3, 100), minlength=100)
     chi_square = ((sizes - 10_000) ** 2 / 10_000).sum()
     assert 50 < chi_square < 160  # 99 degrees of freedom: outside with a chance below 1e-4
-
-
-def test_the_bucket_of_a_row_says_nothing_of_its_place_there():
-    positions = np.arange(20_000)
-    ranks = np.argsort(shuffle.order_in_bucket(positions, 5))
-    assert abs(np.corrcoef(ranks, shuffle.buckets(positions, 5, 50))[0, 1]) < 0.03
-    assert abs(np.corrcoef(ranks, positions)[0, 1]) < 0.03
-
-
-@pytest.mark.parametrize(("rows", "expected"), [(1, 1), (100, 1), (101, 2), (1000, 10)])
-def test_the_number_of_buckets_depends_on_the_rows_alone(rows, expected):
-    assert Parts(100, 0, (rows, 0, 0)).num_parts == (expected, 0, 0)

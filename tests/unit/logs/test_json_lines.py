@@ -94,7 +94,7 @@ def test_a_log_of_other_columns_is_refused(tmp_path):
     path.write_text('{"a": 1}\n')
     (file,) = find_files([path])
     with pytest.raises(LogError, match=r"has no column label, count, the price, .* its columns are a"):
-        file.format.check(file, SCHEMA, 0)
+        file.format.layout(file, SCHEMA)
     with pytest.raises(LogError, match="has no column count, the price"):
         list(RowsIn([path], SCHEMA))
 

@@ -67,14 +67,6 @@ def test_a_header_shifts_lines_and_not_rows(tmp_path):
     assert (bad, num_rows, lines) == ([1], 2, [(3, "int")])
 
 
-def test_parquet_gives_what_text_gives(tmp_path):
-    table = pl.DataFrame({"text": ["a", None, "c"], "count": ["1", "2", "x"], "label": ["1", "0", "1"]})
-    table.write_parquet(tmp_path / "log.parquet", row_group_size=1)
-    frame, bad, num_rows, lines = read([tmp_path / "log.parquet"], chunk_bytes=1)
-    assert frame.select("label", "count", "text").rows() == [(1, 1, "a"), (0, 2, None)]
-    assert (bad, num_rows, lines) == ([2], 3, [(3, "int")])
-
-
 @pytest.mark.parametrize("kind", ["text", "gzip", "parquet"])
 def test_standard_input_is_read_like_a_file(kind, tmp_path, monkeypatch):
     rows = pl.DataFrame({"label": [1, 0] * 500, "count": range(1000), "text": ["a", "b,c"] * 500})
@@ -102,13 +94,6 @@ def test_standard_input_is_read_like_a_file(kind, tmp_path, monkeypatch):
 def test_standard_input_goes_alone(tmp_path):
     with pytest.raises(LogError, match="-: standard input is read alone, not among files"):
         list(RowsIn([STANDARD_INPUT, tmp_path / "log.csv"], SCHEMA))
-
-
-def test_a_gzip_stream_that_is_cut_off_is_told(tmp_path):
-    path = tmp_path / "log.csv.gz"
-    path.write_bytes(gzip.compress(b"1,2,a\n" * 100_000)[:-20])
-    with pytest.raises(LogError, match=r"log\.csv\.gz: the gzip stream is damaged or cut off"):
-        list(RowsIn([path], SCHEMA))
 
 
 @pytest.mark.parametrize("name", ["log.csv", "bare.csv", "log.parquet"])

@@ -30,9 +30,8 @@ from torchdlrm.features.columns import Column, Feature, SparseColumn
 from torchdlrm.features.kinds import FLOAT, ValueKind
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.files import LogFile
-from torchdlrm.logs.format import ParsedChunk, SampledRows
+from torchdlrm.logs.format import ParsedChunk, SampledRows, found_by_name
 from torchdlrm.logs.lines import BYTE_ORDER_MARK, MAX_ROW_BYTES, LineFormat, read_blocks, read_head
-from torchdlrm.logs.names import found_by_name
 
 _Row = dict[str, Any]
 _MISSING: type = type(None)
@@ -50,11 +49,9 @@ class _JsonLines(LineFormat):
     def recognises(self, start: bytes, path: Path) -> bool:  # noqa: ARG002
         return re.match(rb"\s*\{\s*[\"\}]", start.removeprefix(BYTE_ORDER_MARK)) is not None
 
-    def check(self, file: LogFile, schema: FeatureSchema, max_bad_rows: int) -> None:  # noqa: ARG002
+    def layout(self, file: LogFile, schema: FeatureSchema, max_bad_rows: int = 0) -> FeatureSchema:  # noqa: ARG002
         names, _ = self.columns(read_head(file), schema)
         found_by_name(names, str(file.path), schema, schema.used, f"the schema {schema.name!r}")
-
-    def layout(self, file: LogFile, schema: FeatureSchema) -> FeatureSchema:  # noqa: ARG002
         return schema.model_copy(update={"header": False, "quote": None})
 
     def columns(self, head: bytes, schema: FeatureSchema) -> tuple[Sequence[str], Sequence[Sequence[str]]]:

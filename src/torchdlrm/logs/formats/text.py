@@ -21,9 +21,8 @@ from torchdlrm.features.cells import text_frame, to_typed_columns
 from torchdlrm.features.columns import IgnoredColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.files import LogFile, open_text
-from torchdlrm.logs.format import ParsedChunk
+from torchdlrm.logs.format import ParsedChunk, found_by_name, ignored
 from torchdlrm.logs.lines import BYTE_ORDER_MARK, MAX_ROW_BYTES, LineFormat, read_header
-from torchdlrm.logs.names import found_by_name, ignored
 from torchdlrm.logs.quotes import find_quoted
 from torchdlrm.logs.sniff import check_layout
 
@@ -40,10 +39,8 @@ class _Text(LineFormat):
     def recognises(self, start: bytes, path: Path) -> bool:  # noqa: ARG002
         return True
 
-    def check(self, file: LogFile, schema: FeatureSchema, max_bad_rows: int) -> None:
+    def layout(self, file: LogFile, schema: FeatureSchema, max_bad_rows: int = 0) -> FeatureSchema:
         check_layout(file, schema, max_bad_rows)
-
-    def layout(self, file: LogFile, schema: FeatureSchema) -> FeatureSchema:
         if not schema.header:
             return schema
         with open_text(file) as text:

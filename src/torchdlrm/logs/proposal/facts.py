@@ -15,8 +15,8 @@ import polars as pl
 _NULLS = ("NULL", "null", "Null", "(null)", "\\N", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NAN", "None")
 _NULLS_OF_NUMBERS = ("NA", "na", "none", "NONE", "nil", "-", "--", "?", ".")
 USUAL_NULLS = frozenset([*_NULLS, *_NULLS_OF_NUMBERS])
-# Other texts are taken for missing values where this share of the cells are numbers, and so many texts are not.
-_NUMBERS_SHARE = 0.9
+# Other texts stand for missing values where this fraction of the cells are numbers, and few texts are left.
+_NUMBERS_FRACTION = 0.9
 _MAX_ODD_TEXTS = 3
 # Dates as people write them, which no schema orders: 31/12/2024 23:55, 12-31-24, 2024/12/31.
 _OTHER_DATE = (
@@ -65,7 +65,7 @@ class Facts:
         texts = cells.filter(~is_number)
         odd = texts.filter(~texts.is_in(list(USUAL_NULLS)))
         nulls = set(_NULLS)
-        if is_number.any() and odd.n_unique() <= _MAX_ODD_TEXTS and len(odd) <= len(cells) * (1 - _NUMBERS_SHARE):
+        if is_number.any() and odd.n_unique() <= _MAX_ODD_TEXTS and len(odd) <= len(cells) * (1 - _NUMBERS_FRACTION):
             nulls |= set(texts.unique())
         found = cells.filter(cells.is_in(list(nulls)))
         counts = dict(found.value_counts(sort=True).rows())

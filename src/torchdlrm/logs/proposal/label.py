@@ -17,11 +17,11 @@ _NAMES = words_of(_NAMES_IN_ORDER)
 _RATINGS = words_of("rating star")
 # What is no click and what is one, in lower case; numbers as `_normal` writes them.
 _PAIRS = (("0", "1"), ("false", "true"), ("-1", "1"), ("no", "yes"), ("n", "y"), ("f", "t"), ("noclick", "click"))
-_PLAIN_PAIRS = _PAIRS[:2]  # which are read without being told
+_PLAIN_PAIRS = _PAIRS[:2]  # which a schema reads without keys
 _GOOD_RATING = 0.8  # of the best one
 _FEW_VALUES = 50
 _MIN_ROWS = 10  # of the rarer label, by which another column can be judged
-# A column gives the label away where it leaves at most this share of the rarer label's rows untold.
+# A column gives the label away where at most this fraction of the rarer label's rows cannot be seen from it.
 _UNTOLD_SHARE = 0.1
 _TELLING_AUC = 0.99
 
@@ -79,8 +79,8 @@ def find_leaks(label: Label, columns: Sequence[Facts], frame: pl.DataFrame) -> t
     for i, facts in enumerate(columns):
         if i == label.place:
             continue
-        if told := _tells(clicks, facts, frame.to_series(i)):
-            leaks[i] = told
+        if why := _tells(clicks, facts, frame.to_series(i)):
+            leaks[i] = why
         elif _NAMES & set(facts.words) and _pair_of(facts) is not None:
             leaks[i] = "named like a label, with two values"
         elif _NAMES & set(facts.words):
