@@ -13,7 +13,7 @@ from helpers.command_server import DLRM, shared_server
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import LogError
 from torchdlrm.features.schema_file import load_schema
-from torchdlrm.logs.text import parse_chunk
+from torchdlrm.logs.formats.text import parse_chunk
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 DENSE, SPARSE = [f"int_{i}" for i in range(13)], [f"cat_{i}" for i in range(26)]
