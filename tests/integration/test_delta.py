@@ -106,6 +106,17 @@ def files_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(("old", "new"), [("float16", "float16"), ("int4", "float32")])
+def test_a_delta_back_to_where_values_were_fewer_or_to_another_precision(made, old, new, tmp_path):
+    """Rows are removed and tables get shorter, or are held as a whole."""
+    base, full = made[old][1], made[new][0]
+    (tmp_path / "delta").mkdir()
+    write_delta(base, full, tmp_path / "delta")
+    apply_delta(base, tmp_path / "delta", tmp_path / "new")
+    assert files_of(tmp_path / "new") == files_of(full)
+    assert Delta.open(tmp_path / "delta").manifest.files["vocabulary/item.parquet"].how == "rows"
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_an_applied_delta_gives_the_bytes_of_the_whole_export(made, precision, tmp_path):
     base, full, delta = made[precision]
@@ -143,12 +154,9 @@ def test_a_delta_in_memory_predicts_as_the_whole_export(made, days, precision, t
     )
 
 
-def test_a_delta_in_memory_needs_the_bundle_that_it_is_to(made):
+def test_a_delta_in_memory_needs_the_bundle_that_it_is_to_and_its_schema(made, tmp_path):
     with pytest.raises(BundleError, match=r"a delta to the bundle of version .*, and not of"):
         PatchedBundle(Bundle.open(made["int4"][0]), Delta.open(made["int8"][2]))
-
-
-def test_a_delta_to_another_schema_is_not_applied_in_memory(made, tmp_path):
     other = copy(made["int8"][1], tmp_path / "other")
     change_manifest(other, lambda content: content["schema"].update(name="another"))
     (tmp_path / "delta").mkdir()
@@ -172,23 +180,6 @@ def test_grown_vocabularies_are_their_new_rows_and_their_indexes_are_built(made)
     new = pq.read_table(delta / "files/vocabulary/item.parquet")["id"].to_pylist()
     known = pq.read_table(base / "vocabulary/item.parquet").num_rows
     assert new == list(range(known + 1, pq.read_table(full / "vocabulary/item.parquet").num_rows + 1))
-
-
-def test_a_delta_back_to_where_values_were_fewer(made, tmp_path):
-    """Rows are removed, tables get shorter."""
-    base, full, _ = made["float16"]
-    (tmp_path / "delta").mkdir()
-    write_delta(full, base, tmp_path / "delta")
-    apply_delta(full, tmp_path / "delta", tmp_path / "new")
-    assert files_of(tmp_path / "new") == files_of(base)
-    assert Delta.open(tmp_path / "delta").manifest.files["vocabulary/item.parquet"].how == "rows"
-
-
-def test_a_delta_to_another_precision_has_whole_tables(made, tmp_path):
-    (tmp_path / "delta").mkdir()
-    write_delta(made["int4"][0], made["float32"][1], tmp_path / "delta")
-    apply_delta(made["int4"][0], tmp_path / "delta", tmp_path / "new")
-    assert files_of(tmp_path / "new") == files_of(made["float32"][1])
 
 
 def test_vocabularies_with_other_columns_and_changed_rows(made, tmp_path):
@@ -297,9 +288,6 @@ def test_a_delta_to_another_bundle_is_refused(made, tmp_path):
     refused(
         made["int8"][2], made["int8"][2], tmp_path, "is a delta, not a bundle; `dlrm apply BASE .* makes the one that"
     )
-
-
-def test_where_something_is_nothing_is_written(made, tmp_path):
     (tmp_path / "new").mkdir()
     refused(made["int8"][0], made["int8"][2], tmp_path, "is there already")
 

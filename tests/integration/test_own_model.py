@@ -1,4 +1,4 @@
-"""A model of somebody's own: a class in a file that trains, exports, predicts and is served like the DLRM itself.
+"""A model of the user's: a class in a file that trains, exports, predicts and is served like the DLRM itself.
 
 First an interaction arch in a file of some twenty lines, then a whole model: FinalNet of `examples/`.
 """
@@ -88,7 +88,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def trained(small_dataset, dlrm, tmp_path_factory):
-    """Two processes train it, so that what every process does is told of the class too."""
+    """Two processes train it, so that every process has the class."""
     folder = tmp_path_factory.mktemp("own")
     mine = Trained(folder / "my_models.py", folder / "run", folder / "bundle")
     mine.file.write_text(CODE)
@@ -122,20 +122,6 @@ def expected(trained, small_dataset):
     shape = run.shape(small_dataset, trained.model_class)
     model = CheckpointModel(open_checkpoint(run, "best")[1], shape, small_dataset.num_embeddings)
     return frame, 1 / (1 + np.exp(-model.logits(rows).astype(np.float64)))
-
-
-def test_its_parameters_are_trained(trained, small_dataset):
-    reader = open_checkpoint(Run.open(trained.run), "best")[1]
-    assert reader.shapes["inter_arch.gate.weight"] == (26, 16)
-    dim = load_config(CONFIG).model.embedding_dim
-    assert reader.shapes["over_arch.model.0._mlp.0._linear.weight"][1] == 2 * dim
-
-
-def test_the_bundle_predicts_as_the_checkpoint(trained, expected):
-    frame, probabilities = expected
-    predictor = Predictor.open(trained.bundle, model_class=trained.model_class)
-    np.testing.assert_allclose(predictor.predict(frame), probabilities, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(predictor.predict(frame.head(1)), probabilities[:1], rtol=0, atol=1e-6)
 
 
 def test_the_server_predicts_as_the_checkpoint(trained, expected, serve):
@@ -185,10 +171,6 @@ def test_a_class_that_padding_breaks_is_refused_before_anything_is_trained(small
     divided = "gates_BF1 * sparse_features / sparse_features.norm(dim=2, keepdim=True)"
     file.write_text(CODE.replace("gates_BF1 * sparse_features", divided))
     own = f"{file}:GatedSum"
-    with pytest.raises(
-        ConfigError, match=r"GatedSum fails \(line 16\): ArithmeticError: the gradient of a row of padd"
-    ):
-        train(load_config(CONFIG, FAST), small_dataset, tmp_path / "run", model_class=own)
     with pytest.raises(ConfigError, match="a row of padding"):
         plan(PlanRequest(dataset=small_dataset.path, devices=8, device="a100-80gb", model_class=own))
     done = dlrm("train", CONFIG, "--dataset", small_dataset.path, "--run", tmp_path / "run", "--model-class", own)
@@ -268,15 +250,6 @@ def test_the_commands_allow_another_file(trained, small_log, changed, dlrm, tmp_
     assert "changed since the run was started: the file of my_models.py:GatedSum: was sha256" in done.stderr
 
 
-def test_tables_of_bytes_predict_nearly_the_same(trained, expected, tmp_path):
-    frame, probabilities = expected
-    options = ExportOptions(precision="int8")
-    bundle = export(trained.run, tmp_path / "bundle", options=options, model_class=trained.model_class).bundle
-    assert {sparse.precision for sparse in bundle.manifest.sparse.values()} == {"int8"}
-    predictor = Predictor.open(tmp_path / "bundle", model_class=trained.model_class)
-    np.testing.assert_allclose(predictor.predict(frame), probabilities, rtol=0, atol=5e-3)
-
-
 def test_what_is_served_in_bfloat16_is_what_autocast_computes_but_for_the_last_layer(trained, expected, small_dataset):
     bundle = Bundle.open(trained.bundle, model_class=trained.model_class)
     encoded = encode(expected[0], bundle.schema, bundle.dense, bundle.vocabularies)
@@ -324,11 +297,6 @@ class Heads(Ended):
         return self.heads(hidden).mean(dim=1, keepdim=True)
 
 
-class Gated(Ended):
-    def end(self, dense, hidden):
-        return (torch.softmax(self.heads(hidden), dim=1) * self.heads(hidden)).sum(dim=1, keepdim=True)
-
-
 class Summed(Ended):
     def end(self, dense, hidden):
         return (hidden * self.vector[:, 0]).sum(dim=1, keepdim=True)
@@ -369,7 +337,7 @@ def train_form(small_dataset, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
-        *(("Heads", "bfloat16"), ("Gated", "bfloat16"), ("Summed", "bfloat16"), ("Island", "bfloat16")),
+        *(("Heads", "bfloat16"), ("Summed", "bfloat16"), ("Island", "bfloat16")),
         ("Product", "float32"),  # autocast would round what it gives
     ],
 )
@@ -387,7 +355,7 @@ def test_bfloat16_rounds_no_logit_in_whatever_form_it_comes(name, precision, tra
     np.testing.assert_allclose(got, expected, rtol=0.05)
 
 
-def test_what_fails_in_an_export_alone_is_told_with_its_line(train_form, dlrm, tmp_path):
+def test_what_fails_in_an_export_alone_is_reported_with_its_line(train_form, dlrm, tmp_path):
     model_class, run = train_form("Mistaken")
     line = next(number for number, text in enumerate(FORMS.splitlines(), start=1) if "is_autocast_enabled" in text)
     done = dlrm("export", run, "--out", tmp_path / "b", "--model-class", model_class, "--dense-precision", "bfloat16")

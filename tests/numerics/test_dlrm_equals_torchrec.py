@@ -4,7 +4,6 @@ import inspect
 import io
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torchrec.fx import symbolic_trace
@@ -15,7 +14,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.model import dlrm
-from torchdlrm.model.dcn import LowRankCrossNet
 from torchdlrm.model.dot import InteractionArch
 from torchdlrm.model.loss import DLRMTrain
 from torchdlrm.model.room import with_room
@@ -161,15 +159,6 @@ def test_without_dense_features_it_equals_torchrecs_with_one_that_is_always_1(ba
         torch.testing.assert_close(parameter.grad, their_gradients[name], atol=1e-5, rtol=0)
 
 
-@of_the_family
-def test_state_dicts_load_both_ways(kind):
-    ours, theirs = build(dlrm, kind=kind), build(torchrec_dlrm, kind=kind)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    for name, value in theirs.state_dict().items():
-        torch.testing.assert_close(value, ours.state_dict()[name], atol=0, rtol=0)
-    ours.load_state_dict(build(torchrec_dlrm, kind=kind).state_dict(), strict=True)
-
-
 def test_the_arguments_have_torchrecs_order():
     for name in FAMILY:
         theirs = [*inspect.signature(getattr(torchrec_dlrm, name)).parameters]
@@ -182,22 +171,6 @@ def test_initial_weights_of_the_cross_net_are_spread_as_torchrecs(seed):
     for name, weight in ours.items():
         assert weight.shape == theirs[name].shape
         torch.testing.assert_close(weight.std(), theirs[name].std(), atol=0, rtol=0.1)
-
-
-def test_a_gated_cross_net_is_the_formula_of_its_paper(seed):
-    torch.manual_seed(seed)
-    net = LowRankCrossNet(12, 2, 3, gated=True).double()
-    for bias in net.bias:
-        torch.nn.init.uniform_(bias)
-    weights = {name: weight.detach().numpy() for name, weight in net.state_dict().items()}
-    x0 = x = np.random.default_rng(seed).normal(size=(5, 12))
-    for layer in range(2):
-        W, V, gate_W, gate_V, bias = (
-            weights[f"{name}.{layer}"]
-            for name in ("W_kernels", "V_kernels", "gate_W_kernels", "gate_V_kernels", "bias")
-        )
-        x = x0 * (x @ V.T @ W.T + bias) / (1 + np.exp(-(x @ gate_V.T @ gate_W.T))) + x
-    np.testing.assert_allclose(net(torch.from_numpy(x0)).detach().numpy(), x, rtol=1e-12)
 
 
 def with_room_for_the_dense_vector(sparse):
@@ -271,13 +244,6 @@ def test_interaction_equals_torchrecs_and_an_explicit_sum(seed):
     vectors = torch.cat([dense.unsqueeze(1), sparse], dim=1)
     pairs = [(vectors[:, i] * vectors[:, j]).sum(1) for i in range(4) for j in range(i + 1, 4)]
     torch.testing.assert_close(out, torch.cat([dense, torch.stack(pairs, dim=1)], dim=1), atol=1e-6, rtol=0)
-
-
-def test_interaction_gradient_equals_numerical_differences(seed):
-    generator = torch.Generator().manual_seed(seed)
-    dense = torch.rand(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    sparse = torch.rand(3, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(InteractionArch(5), (dense, sparse))
 
 
 def test_interaction_is_a_leaf_to_fx_tracing():

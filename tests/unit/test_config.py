@@ -132,13 +132,20 @@ def test_keys_that_contradict_each_other_do_not_wait_for_those_that_are_wrong():
 
 def test_a_key_that_has_another_name_by_now_is_refused_with_it_but_read_from_a_run(tmp_path):
     path = tmp_path / "config.toml"
-    path.write_text("[train]\ndropout_share = 0.25\n[sharding]\nreserved_share = 0.3\nhost_cache_share = 0.1\n")
+    path.write_text(
+        "[train]\ndropout_share = 0.25\n[sharding]\nreserved_share = 0.3\nhost_cache_share = 0.1\n"
+        '[model]\ninteraction = "dcn"\ndcn_num_layers = 2\ndcn_gated = true\n'
+    )
     with pytest.raises(ConfigError) as error:
-        load_config(path, {"train.dropout-share": "0.5"})
+        load_config(path, {"train.dropout-share": "0.5", "model.interaction-branch1-layer-sizes": "8"})
+    assert f"{path}: model.dcn_gated: is called model.dcn.gated now" in str(error.value)
+    branch = "model.interaction-branch1-layer-sizes: is called model.projection.branch1_layer_sizes now"
+    assert f"--{branch}" in str(error.value)
     assert "--train.dropout-share: is called train.dropout now" in str(error.value)
     assert f"{path}: sharding.reserved_share: is called sharding.reserved_fraction now" in str(error.value)
     assert f"{path}: sharding.host_cache_share: is called sharding.cache_fraction now" in str(error.value)
     of_run = load_config(path, is_of_run=True)
+    assert of_run.model.interaction_text == "dcn (num_layers 2, low_rank_dim 512, gated)"
     assert (of_run.train.dropout, of_run.sharding.reserved_fraction, of_run.sharding.cache_fraction) == (0.25, 0.3, 0.1)
 
 

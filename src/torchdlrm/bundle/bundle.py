@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from torchdlrm.bundle.manifest import SAMPLE_NAME, WEIGHTS_NAME, BundleManifest, StoredFile
+from torchdlrm.bundle.manifest import SAMPLE_NAME, WEIGHTS_NAME, BundleManifest
 from torchdlrm.bundle.patched_weights import PatchedWeights
 from torchdlrm.bundle.precision import TABLE_PRECISIONS
 from torchdlrm.bundle.sample import PREDICTION_COLUMN, read_sample, sample_types
@@ -31,7 +31,7 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_index import ValueIndex
 from torchdlrm.features.vocabulary import UNKNOWN_ID
-from torchdlrm.files import OpenFiles, regular_file, sha256_of
+from torchdlrm.files import OpenFiles
 from torchdlrm.model import table_weight
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, architecture_of, difference_from
@@ -116,7 +116,7 @@ class Bundle:
 
         Args:
             path: the bundle's folder.
-            model_class: of a model of somebody's own, the class that it was trained with: a bundle holds no code.  Only
+            model_class: that the model was trained with, where it was one of the user's: a bundle holds no code.  Only
                 what predicts needs it.
             allow_changed_model_class: take it though its file has changed since.
             verify: `full` checks every byte now; `lazy` leaves the weights to a thread, and checks each block of them
@@ -134,7 +134,7 @@ class Bundle:
             raise BundleError(msg)
         manifest.check_names(path)
         for name, record in manifest.files.items():
-            _check_size(path, name, record)
+            record.check_size(path, name, "bundle")
         weights_bytes = manifest.files[WEIGHTS_NAME].size_bytes
         if not weights_bytes or len(manifest.block_sha256) != -(-weights_bytes // BLOCK_BYTES):
             msg = f"{path}: {len(manifest.block_sha256)} checksums are not those of {weights_bytes:,} bytes"
@@ -146,12 +146,7 @@ class Bundle:
         total = sum(manifest.files[name].size_bytes for name in small)
         progress.start_phase("verify", total + (weights_bytes if verify == "full" else 0), unit="bytes")
         for name in small:
-            found, written = sha256_of(path / name), manifest.files[name].sha256
-            if found != written:
-                msg = (
-                    f"{path / name}: damaged: sha256 is {found}, written was {written}; copy or export the bundle again"
-                )
-                raise BundleError(msg)
+            manifest.files[name].check_content(path, name, "bundle")
             progress.advance(manifest.files[name].size_bytes)
         verifier = BlockVerifier(path / WEIGHTS_NAME, manifest.block_sha256, in_pages=verify == "lazy")
         if verify == "full":
@@ -263,10 +258,10 @@ class Bundle:
         return frame.drop(PREDICTION_COLUMN), frame[PREDICTION_COLUMN].to_numpy()
 
     def find_damage(self) -> BundleError | None:
-        """What is wrong with files that are in use: they are mapped, so whoever writes to one changes predictions.
+        """What is wrong with files that are in use: they are mapped, so what is written to one changes predictions.
 
         Costs some microseconds: nothing is read.  Files that are removed, or that others take the place of, remain as
-        they were for whoever has them open.
+        they were for programs that have them open.
         """
         changed = self.files.changed()
         if changed is None:
@@ -286,18 +281,3 @@ class Bundle:
         for start, end in spans:
             touched[start // BLOCK_BYTES : -(-end // BLOCK_BYTES)] = True
         self.verifier.require(touched)
-
-
-def _check_size(folder: Path, name: str, record: StoredFile) -> None:
-    path = folder / name
-    try:
-        size_bytes = regular_file(folder, name).stat().st_size
-    except FileNotFoundError:
-        size_bytes = None
-    except OSError as error:
-        msg = f"{error}; a bundle is made of files of its own"
-        raise BundleError(msg) from error
-    if size_bytes != record.size_bytes:
-        found = "missing" if size_bytes is None else f"{size_bytes:,} bytes long"
-        msg = f"{path}: {found}, but it was written with {record.size_bytes:,} bytes; copy the bundle again"
-        raise BundleError(msg)

@@ -24,7 +24,7 @@ from torchdlrm.bundle.manifest import (
     StoredFile,
 )
 from torchdlrm.errors import BundleError
-from torchdlrm.files import regular_file, sha256_of
+from torchdlrm.files import sha256_of
 from torchdlrm.folders import KindName
 
 DELTA_NAME, CHANGES_NAME, FILES_FOLDER = "delta.json", "weights.delta", "files"
@@ -34,7 +34,7 @@ MAX_BLOCK_ROWS, BLOCK_BYTES = 2**16, 16 * 2**20
 
 
 class BundleIdentity(Frozen):
-    """A bundle by what it is known again.
+    """What identifies a bundle.
 
     Attributes:
         manifest_sha256: of its `bundle.json`, which has the checksums of all its files.
@@ -132,7 +132,7 @@ class WeightsRecipe(Frozen):
 
     Attributes:
         file: `weights.delta`.
-        pieces: of the result's weights in their order: so many bytes as they are in the delta, or a table.
+        pieces: of the result's weights in their order: a number of bytes, which the delta has as they are, or a table.
     """
 
     file: StoredFile
@@ -220,7 +220,8 @@ class Delta:
             raise BundleError(msg)
         delta = cls(path, manifest, result)
         for name, stored in delta._stored_files():
-            _check_file(path, name, stored)
+            stored.check_size(path, name, "delta")
+            stored.check_content(path, name, "delta")
         return delta
 
     @property
@@ -234,18 +235,3 @@ class Delta:
         for name, recipe in self.manifest.files.items():
             if recipe.file is not None:
                 yield f"{FILES_FOLDER}/{name}", recipe.file
-
-
-def _check_file(folder: Path, name: str, stored: StoredFile) -> None:
-    try:
-        path = regular_file(folder, name)
-        found = StoredFile(size_bytes=path.stat().st_size, sha256=sha256_of(path))
-    except (OSError, ValueError) as error:
-        msg = f"{folder / name}: cannot be read ({error}); copy the delta again"
-        raise BundleError(msg) from error
-    if found != stored:
-        msg = (
-            f"{path}: damaged: {found.size_bytes:,} bytes with sha256 {found.sha256}, written were "
-            f"{stored.size_bytes:,} with {stored.sha256}; copy the delta again"
-        )
-        raise BundleError(msg)

@@ -54,7 +54,7 @@ def write_changed_rows(base: Path, result: Path, path: Path) -> tuple[int, ...] 
         finally:
             again.unlink(missing_ok=True)
     except (*_UNREADABLE, BundleError):
-        pass  # somebody else's file: it is copied as it is
+        pass  # another program's file: it is copied as it is
     path.unlink(missing_ok=True)
     return None
 

@@ -1,4 +1,4 @@
-"""Writes the rows of tables that two bundles have different, and makes the weights of one of the other's by them.
+"""Writes the rows of tables that differ between two bundles, and makes the weights of one of the other's by them.
 
 In memory is a block of rows of both, 16 MiB each, whatever the size of the tables.  `weights.delta` has, in the order
 of the result's weights, what is no table as it is, and for each block of a table the numbers of the rows that are
@@ -43,7 +43,7 @@ class ChangedRows:
 def write_changes(
     base: Path, result: Path, manifest: BundleManifest, path: Path, progress: ProgressListener
 ) -> WeightsRecipe:
-    """Compare the weights of two bundles and write what the second has other.
+    """Compare the weights of two bundles, and write the rows that differ as the second has them.
 
     Args:
         base: folder of a bundle.

@@ -5,7 +5,7 @@ B rows, F sparse features.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -85,17 +85,16 @@ class EncodedRows:
 
     def part(self, start: int, stop: int) -> Self:
         """Rows `start` to `stop`."""
-        if self.is_filled is not None:
-            return replace(replace(self, is_filled=None).part(start, stop), is_filled=self.is_filled[start:stop])
-        if isinstance(self.sparse, tuple):
-            parts, weights = [], []
-            for (values, offsets), own in zip(self.sparse, self.weights or itertools.repeat(None), strict=False):
-                part = offsets[start : stop + 1]
-                here = slice(part[0], part[-1])
-                parts.append((values[here], part - part[0]))
-                weights.append(None if own is None else own[here])
-            return type(self)(self.dense[start:stop], tuple(parts), None if self.weights is None else tuple(weights))
-        return type(self)(self.dense[start:stop], self.sparse[:, start:stop])
+        dense, filled = self.dense[start:stop], None if self.is_filled is None else self.is_filled[start:stop]
+        if not isinstance(self.sparse, tuple):
+            return type(self)(dense, self.sparse[:, start:stop], is_filled=filled)
+        parts, weights = [], []
+        for (values, offsets), own in zip(self.sparse, self.weights or itertools.repeat(None), strict=False):
+            part = offsets[start : stop + 1]
+            here = slice(part[0], part[-1])
+            parts.append((values[here], part - part[0]))
+            weights.append(None if own is None else own[here])
+        return type(self)(dense, tuple(parts), None if self.weights is None else tuple(weights), filled)
 
     def flat(self) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.float32] | None]:
         """All ids, feature by feature, how many each row has of each feature: [F * B], and `flat_weights`."""
@@ -115,27 +114,24 @@ class EncodedRows:
     @classmethod
     def concatenated(cls, pieces: Sequence[Self]) -> Self:
         """The rows of all pieces, in order; all with one id each, or all with bags."""
+        dense, filled = np.concatenate([piece.dense for piece in pieces]), None
         if any(piece.is_filled is not None for piece in pieces):
-            none = [np.zeros(piece.dense.shape, np.bool_) for piece in pieces]
-            filled = [
-                no if piece.is_filled is None else piece.is_filled for piece, no in zip(pieces, none, strict=True)
-            ]
-            joined_rows = cls.concatenated([replace(piece, is_filled=None) for piece in pieces])
-            return replace(joined_rows, is_filled=np.concatenate(filled))
-        dense = np.concatenate([piece.dense for piece in pieces])
+            filled = np.concatenate(
+                [np.zeros(p.dense.shape, np.bool_) if p.is_filled is None else p.is_filled for p in pieces]
+            )
         first = pieces[0].sparse
         if not isinstance(first, tuple):
-            return cls(dense, np.concatenate([piece.sparse for piece in pieces], axis=1))
+            return cls(dense, np.concatenate([piece.sparse for piece in pieces], axis=1), is_filled=filled)
         joined = []
         for feature in range(len(first)):
             bags: list[Bags] = [piece.sparse[feature] for piece in pieces]
             ends = np.cumsum(np.concatenate([np.diff(offsets) for _, offsets in bags]), dtype=np.int64)
             joined.append((np.concatenate([values for values, _ in bags]), np.pad(ends, (1, 0))))
         if pieces[0].weights is None:
-            return cls(dense, tuple(joined))
+            return cls(dense, tuple(joined), is_filled=filled)
         of_features = zip(*(piece.weights or () for piece in pieces), strict=True)
         weights = (None if own[0] is None else np.concatenate(own) for own in of_features)
-        return cls(dense, tuple(joined), tuple(weights))
+        return cls(dense, tuple(joined), tuple(weights), filled)
 
 
 def _bags(column: pl.Series) -> Bags:

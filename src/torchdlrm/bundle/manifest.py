@@ -142,6 +142,35 @@ class StoredFile(Frozen):
         """A file that has been written."""
         return cls(size_bytes=path.stat().st_size, sha256=sha256_of(path))
 
+    def check_size(self, folder: Path, name: str, kind: KindName) -> None:
+        """See that the file is there, a regular one, as long as it was written.
+
+        Raises:
+            BundleError: it is not.
+        """
+        try:
+            size_bytes = regular_file(folder, name).stat().st_size
+        except FileNotFoundError:
+            size_bytes = None
+        except (OSError, ValueError) as error:
+            msg = f"{error}; a {kind} is made of files of its own"
+            raise BundleError(msg) from error
+        if size_bytes != self.size_bytes:
+            found = "missing" if size_bytes is None else f"{size_bytes:,} bytes long"
+            msg = f"{folder / name}: {found}, but it was written with {self.size_bytes:,} bytes; copy the {kind} again"
+            raise BundleError(msg)
+
+    def check_content(self, folder: Path, name: str, kind: KindName) -> None:
+        """See that the file holds what was written.
+
+        Raises:
+            BundleError: it does not.
+        """
+        found = sha256_of(folder / name)
+        if found != self.sha256:
+            msg = f"{folder / name}: damaged: sha256 is {found}, written was {self.sha256}; copy the {kind} again"
+            raise BundleError(msg)
+
 
 class ServedFeature(Frozen):
     """A sparse feature.
@@ -215,7 +244,7 @@ class BundleManifest(SealedJson):
         dense: the fitted transform of each dense column.
         sparse: each sparse feature, in the order of the schema.
         model: the model's shape.
-        model_class: of a model of somebody's own, by what its class is known again; none of its code is in here.
+        model_class: what identifies the user's model class, where there is one; none of its code is in here.
         dense_precision: what the dense, interaction and over arch may compute in.
         period: number of the last period that was learnt from; None where logs have no periods.
         source: where it came from.

@@ -270,13 +270,13 @@ def _changed_before(before: MappedWeights | PatchedWeights, recipe: TableRecipe)
 
 
 def _pieces(count: int) -> Iterator[slice]:
-    """Of so many rows, few at a time: the C library keeps for the thread what was taken at once."""
+    """Slices of `count` rows, few at a time: the C library keeps for the thread what was taken at once."""
     for start in range(0, count, _PIECE_ROWS):
         yield slice(start, start + _PIECE_ROWS)
 
 
 def _slots(keys: NDArray[np.int64], num_slots: int) -> NDArray[np.uint64]:
-    """Where keys stand in a filter of so many slots, a power of two."""
+    """Where keys are in a filter of `num_slots` slots, a power of two."""
     spread: NDArray[np.uint64] = keys.view(np.uint64) * _FACTOR
     return spread >> np.uint64(65 - num_slots.bit_length())
 
@@ -293,7 +293,7 @@ def _mapped_bytes(place: TablePlace) -> int:
 def _range_of(file: int, tables: Iterable[_Table]) -> Tensor:
     """An address range with the pages of each table, and memory behind them; given back with its last user."""
     size_bytes = max((_whole_pages(table.changed.stop + PADDING_BYTES) for table in tables), default=mmap.PAGESIZE)
-    # Nothing is accounted for what nobody may touch.
+    # For pages that may not be touched no memory is accounted.
     anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     reserved = _map(None, size_bytes + _LARGE_PAGE_BYTES, _PROT_NONE, anonymous, -1, 0)
     start = reserved + -reserved % _LARGE_PAGE_BYTES

@@ -172,6 +172,6 @@ def _layers(bundle: Bundle) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Ten
 
 
 def _chunk_rows(bundle: Bundle, dtype: torch.dtype) -> int:
-    """So many rows that what lies between the layers stays in the caches."""
+    """How many rows at a time: what lies between the layers is to stay in the caches."""
     numbers = bundle.shape.flat_size + sum(product.rows * product.outputs for product in bundle.shape.products)
     return max(_MIN_CHUNK_ROWS, min(_MAX_CHUNK_ROWS, _CHUNK_BYTES // (numbers * dtype.itemsize)))

@@ -91,7 +91,7 @@ class BlockVerifier:
 
     def _check_quietly(self) -> None:
         try:
-            # From the end, since whoever waits for many blocks checks them from the start: they meet in the middle.
+            # From the end, since `require` checks many blocks from the start: the two meet in the middle.
             for block in reversed(range(self.num_blocks)):
                 self._check(block)
         except BundleError:

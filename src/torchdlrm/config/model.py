@@ -83,7 +83,7 @@ FLAT_NAMES: Mapping[str, tuple[str, str]] = {
 
 
 def in_sections(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a model by today's names, where some have those of before."""
+    """The settings of a model by today's names; some may have their earlier ones."""
     found = {name: value for name, value in model.items() if name not in FLAT_NAMES}
     for name in model.keys() & FLAT_NAMES.keys():
         section, leaf = FLAT_NAMES[name]
@@ -93,13 +93,10 @@ def in_sections(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def in_one_list(model: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a model as they were named when none had a section; the opposite of `in_sections`."""
-    found: dict[str, Any] = {}
-    flat = {place: name for name, place in FLAT_NAMES.items()}
+    flat, found = {place: name for name, place in FLAT_NAMES.items()}, dict[str, Any]()
     for name, value in model.items():
-        if any(section == name for section, _ in flat):
-            found |= {flat[name, leaf]: part for leaf, part in value.items()}
-        else:
-            found[name] = value
+        is_section = any(section == name for section, _ in flat)
+        found |= {flat[name, leaf]: part for leaf, part in value.items()} if is_section else {name: value}
     return found
 
 
@@ -117,7 +114,7 @@ class FeatureConfig(Section):
         "num_collisions, and multiply (mult, where cells have one value) or add their rows; one table when not set",
     )
     num_collisions: Annotated[int, Field(ge=2)] = Field(
-        4, description="by how much quotient_remainder divides the rows: so many ids have the same quotient"
+        4, description="by how much quotient_remainder divides the rows: this many ids have the same quotient"
     )
 
 

@@ -64,7 +64,7 @@ class TrainConfig(Section):
     )
     timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for a process before the job fails")
     num_threads: PositiveInt | None = Field(
-        None, description="threads of each process on CPU; when not set, chosen by its share of the cores and its work"
+        None, description="threads of each process on CPU; when not set, chosen by its cores and its work"
     )
 
 

@@ -123,7 +123,7 @@ def export(
             The model has its name, unless the options say another.
         options: what to export.
         dataset: what the run was trained on, or its folder; None: where it was then.
-        model_class: that the run was trained with, where it was a class of somebody's own.
+        model_class: that the run was trained with, where it was one of the user's.
         allow_changed_model_class: take it though its file has changed since.
         overwrite: export also where a bundle or a delta is there; it is replaced when the new one is complete.
         progress: receives the bytes and rows done. True draws a bar on a terminal, and writes lines in a notebook;
@@ -245,7 +245,13 @@ def _about(run: Run, dataset: Dataset, shape: ModelShape, chosen: ChosenCheckpoi
         "model": run.config.model.as_served,
         "model_class": record_of(shape.architecture),
         "period": dataset.period,
-        "source": _source(run, chosen),
+        "source": Origin(
+            run=run.path.resolve().name,
+            step=chosen.step,
+            checkpoint=chosen.kind,
+            dataset_sha256=run.environment["dataset"]["manifest_sha256"],
+            versions={name: run.environment[name] for name in ("torchdlrm", "torch", "torchrec", "fbgemm_gpu")},
+        ),
     }
 
 
@@ -324,17 +330,6 @@ def _allowed(
     if options.max_logloss_increase is None and options.precision != "auto":
         return allowed
     return replace(allowed, logloss_increase=_max_increase(options))
-
-
-def _source(run: Run, chosen: ChosenCheckpoint) -> Origin:
-    environment = run.environment
-    return Origin(
-        run=run.path.resolve().name,
-        step=chosen.step,
-        checkpoint=chosen.kind,
-        dataset_sha256=environment["dataset"]["manifest_sha256"],
-        versions={name: environment[name] for name in ("torchdlrm", "torch", "torchrec", "fbgemm_gpu")},
-    )
 
 
 def _write_sample(dataset: Dataset, split: str, bundle: Bundle, model: ServedModel) -> None:

@@ -25,7 +25,7 @@ class ExportOptions:
             in the check at the end (when not given: what the precision usually explains).
         checkpoint: best (the highest AUC of the val split; the last where nothing was validated), last, or a step.
         name: Name of the model, shown by the server; the folder's name when not given.
-        check_rows: Predict at most so many held-out rows by checkpoint and by bundle.
+        check_rows: Predict at most this many held-out rows by checkpoint and by bundle.
     """
 
     precision: TablePrecision | Literal["auto"] = "float32"

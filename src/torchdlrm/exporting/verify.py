@@ -126,7 +126,7 @@ def verify(
         rows: files of raw rows; none: those that the dataset was made of, where they are still to be found.
         run: folder of the run that the bundle was made of; None: looked for by its name.
         url: address of a server of the bundle; None: none is asked.
-        model_class: that the run was trained with, where it was a class of somebody's own.
+        model_class: that the run was trained with, where it was one of the user's.
         allow_changed_model_class: take it though its file has changed since.
         max_rows: how many rows, at most.
         log_format: how text is written.

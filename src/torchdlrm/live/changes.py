@@ -56,8 +56,8 @@ def choose_schema(model: LiveModel, given: FeatureSchema | str | Path | None, fi
 def choose_config(model: LiveModel, given: Config | str | Path | None) -> tuple[Config, str | None]:
     """The config of the runs, and its text where it is another than that of the live model."""
     path = model.path / CONFIG_NAME
-    chosen = given if isinstance(given, Config) else load_config(path if given is None else given)
-    if given is None or (model.exists and chosen == load_config(path)):
+    chosen = given if isinstance(given, Config) else load_config(given or path, is_of_run=given is None)
+    if given is None or (model.exists and chosen == load_config(path, is_of_run=True)):
         return chosen, None
     return chosen, config_toml(given) if isinstance(given, Config) else find_config(given).read_text(encoding="utf-8")
 

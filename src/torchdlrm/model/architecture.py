@@ -234,7 +234,7 @@ class ModelShape:
         return sum(product.multiply_adds for product in self.products)
 
     def step_flops(self, rows: float) -> float:
-        """Floating point operations of the products of a training step of so many rows, forward and backward."""
+        """Floating point operations of the products of a training step of `rows` rows, forward and backward."""
         return 6 * rows * self.multiply_adds  # two a multiply-add; forward, and two products backward
 
     @property

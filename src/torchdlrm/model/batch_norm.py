@@ -63,7 +63,7 @@ class GlobalBatchNorm1d(nn.Module):
             assert not self.num_padding, "a single process has no padding"
             return self._by_torch(inputs_BC, by_batch=len(inputs_BC) > 1)
         num_rows, mean_C, variance_C = _global_statistics(inputs_BC, self.num_padding)
-        # No more than one row on any rank, so all of them ask; else nobody waits for a GPU to tell.
+        # No more than one row on any rank, so all of them ask; otherwise no rank waits for its GPU.
         if len(inputs_BC) <= 1 and int(num_rows) == 1:
             return self._by_torch(inputs_BC, by_batch=False)
         self.running_mean.lerp_(mean_C, self.momentum)

@@ -75,7 +75,7 @@ def build_model(
         ConfigError: a model class makes no model, or one without arches to drop units of.
     """
     collection = feature_collection(feature_tables(shape.config, num_embeddings), is_weighted=shape.is_weighted)
-    # A GPU draws other random numbers than a CPU with the same seed, and a class of somebody's own may keep more than
+    # A GPU draws other random numbers than a CPU with the same seed, and a model class of the user's may keep more than
     # parameters where it is made: so it is made twice there, and takes the CPU's weights.
     drawn = shape.architecture.build(shape, collection, torch.device("meta" if device.type == "meta" else "cpu"))
     model = drawn

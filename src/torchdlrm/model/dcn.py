@@ -25,7 +25,7 @@ from torchdlrm.model.architecture import BuiltInArchitecture, ModelShape, Produc
 from torchdlrm.model.dot import has_kernels
 from torchdlrm.model.served import FastInteraction, PackedLinear, ServedWeights, run_layers
 
-# Sums over the batch are taken of so many rows, and then of these sums: in one order, however many threads there are.
+# Sums over the batch are taken of this many rows, and then of these sums: in one order, however many threads there are.
 ROWS_OF_A_SUM = 32
 
 

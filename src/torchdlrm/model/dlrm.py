@@ -241,18 +241,12 @@ class DLRM(nn.Module):
 class DLRM_DCN(DLRM):  # noqa: N801 - TorchRec's name
     """A DLRM whose vectors go through a low-rank cross net: DCN v2 (arXiv:2008.13535), as MLPerf has measured it.
 
+    Besides those of `DLRM` it has these arguments.
+
     Args:
-        embedding_bag_collection: see `DLRM`, as the next three.
-        dense_in_features: number of dense features.
-        dense_arch_layer_sizes: output sizes of the dense arch's layers.
-        over_arch_layer_sizes: output sizes of the over arch's layers.
         dcn_num_layers: of the cross net.
         dcn_low_rank_dim: rank of its weights.
-        dense_device: where to create everything but the tables.
         gated: whether each layer of the cross net has a gate; TorchRec's class has none.
-
-    Raises:
-        ValueError: see `DLRM`.
     """
 
     def __init__(
@@ -283,17 +277,14 @@ class DLRM_DCN(DLRM):  # noqa: N801 - TorchRec's name
 class DLRM_Projection(DLRM):  # noqa: N801 - TorchRec's name
     """A DLRM with products of F1 and F2 vectors, which two branches make of all vectors, in place of all pairs.
 
+    Besides those of `DLRM` it has these arguments.
+
     Args:
-        embedding_bag_collection: see `DLRM`, as the next three.
-        dense_in_features: number of dense features.
-        dense_arch_layer_sizes: output sizes of the dense arch's layers.
-        over_arch_layer_sizes: output sizes of the over arch's layers.
         interaction_branch1_layer_sizes: output sizes of the first branch's layers; the last is F1 D.
         interaction_branch2_layer_sizes: of the second branch's; the last is F2 D.
-        dense_device: where to create everything but the tables.
 
     Raises:
-        ValueError: see `DLRM`; or a branch does not end with a multiple of D.
+        ValueError: as `DLRM`; or a branch does not end with a multiple of D.
     """
 
     def __init__(

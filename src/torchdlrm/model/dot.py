@@ -120,7 +120,7 @@ class _PairwiseDots(torch.autograd.Function):
             square_BNN = torch.bmm(vectors_BND, vectors_BND.transpose(1, 2))
             out[:, :embedding_dim] = dense_BD
             torch.index_select(square_BNN.flatten(1), 1, upper_P, out=out[:, embedding_dim:])
-        # Of memory that they share, autograd then says so where somebody has changed the embeddings in place.
+        # Of memory that they share: then autograd reports it where the embeddings have been changed in place.
         ctx.save_for_backward(vectors_BND, upper_P, lower_P, sparse_BFD if is_shared else None)
         ctx.sparse_dtype = sparse_BFD.dtype
         return out

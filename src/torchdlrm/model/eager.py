@@ -266,12 +266,12 @@ class _Trial:
 
     def calls_of_first_nan(self) -> str:
         """The calls of the forward where padding makes the first nan, as a traceback shows them; "" if nothing does."""
-        with warnings.catch_warnings(record=True, action="always") as told, torch.autograd.detect_anomaly():
+        with warnings.catch_warnings(record=True, action="always") as caught, torch.autograd.detect_anomaly():
             with _FirstNan() as first:
                 loss = self.loss(num_padding=1)
             with suppress(RuntimeError):  # a nan of the backward; a warning says which calls of the forward it is of
                 loss.backward()
-        return "".join(first.calls or (str(warning.message) for warning in told))
+        return "".join(first.calls or (str(warning.message) for warning in caught))
 
 
 def take_step(shape: ModelShape) -> None:

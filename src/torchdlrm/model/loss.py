@@ -141,7 +141,7 @@ def batch_loss(
 
     With negatives weighted by w, what minimises the loss has odds of a click 1 / w times too high; He et al. (2014)
     take predictions p back by q = p / (p + (1 - p) / w), which is logit(q) = logit(p) + log(w). Here the loss is taken
-    of p, and the model's own logit is that of q: whoever predicts with its weights needs no correction.
+    of p, and the model's own logit is that of q: predictions with its weights need no correction.
     """
     if logits_B.numel() == 0:  # every parameter must get a gradient on every rank
         return logits_B.sum() if auxiliary_B is None else logits_B.sum() + auxiliary_B.sum()

@@ -3,7 +3,7 @@
 In: the class, or on the command line `my_models.py:GatedSum`: of an interaction arch, or of a whole model.  Out: an
 `Architecture` like any other, whose products are found by running it and which its own forward serves.
 
-A run and a bundle record a name and the checksum of a file, and no code.  Whoever opens them gives the class again.
+A run and a bundle record a name and the checksum of a file, and no code.  The class is given again to open them.
 
 F sparse features, D embedding dimension.
 """
@@ -45,7 +45,7 @@ _OF_ONE_PROCESS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchN
 
 
 class ModelClassRecord(BaseModel):
-    """By what a model class is known again.
+    """What identifies a model class.
 
     Attributes:
         name: `FILE:NAME`, the file without its folder.
@@ -60,13 +60,13 @@ class ModelClassRecord(BaseModel):
 
 @dataclass(frozen=True)
 class CustomArchitecture(Architecture):
-    """A model class of somebody's own.
+    """A model class of the user's.
 
     Attributes:
         make: takes what `torchrec.models.dlrm.DLRM` takes, by name, and gives a module that maps dense features and a
             KJT to logits [B, 1] and holds the tables as `sparse_arch.embedding_bag_collection`; or makes an interaction
             arch.
-        record: by what it is known again.
+        record: what identifies it.
         is_interaction: whether it is the latter: takes `num_sparse_features` and `embedding_dim`, and gives a module
             with an `output_size` whose forward maps [B, D] and [B, F, D] to [B, output_size].
         may_have_changed: whether its file may be another one than a run or bundle says.
@@ -188,7 +188,7 @@ def reported(architecture: Architecture) -> AbstractContextManager[None]:
 
 @contextmanager
 def _reported(name: str, *, only_its_lines: bool = False) -> Iterator[None]:
-    """Report what fails inside as a mistake in a file of somebody's own, which is input, with its line.
+    """Report what fails inside as a mistake in the user's file, which is input, with its line.
 
     Args:
         name: of the file, or `FILE:NAME`.
@@ -267,7 +267,7 @@ def _is_interaction(make: Callable[..., nn.Module], name: str) -> bool:
 
 
 def record_of(architecture: Architecture | None) -> ModelClassRecord | None:
-    """What a run and a bundle say of it: nothing, where it is not somebody's own."""
+    """What a run and a bundle say of it: nothing, where it is a built-in one."""
     return architecture.record if isinstance(architecture, CustomArchitecture) else None
 
 

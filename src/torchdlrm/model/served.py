@@ -78,8 +78,8 @@ class ServedWeights:
     """The weights of a bundle, for layers that compute in one precision.
 
     Attributes:
-        get: gives the float32 weight of a name in the model's state dict, whose shape must be as told; raises
-            BundleError.
+        get: gives the float32 weight of a name in the model's state dict, which must have the
+            shape that is given; raises BundleError.
         dtype: that layers compute in.
         batch_rows: the usual B.
     """

@@ -113,12 +113,6 @@ def test_the_products_that_an_architecture_names_are_those_that_run(interaction,
     assert 2 * 7 * shape.multiply_adds == counted_flops(shape, rows=7)
 
 
-def test_a_model_class_names_the_products_that_run():
-    shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, SumDLRM))
-    assert [(p.inputs, p.outputs) for p in shape.products] == [(4, 12), (12, 8), (8, 10), (10, 6), (6, 1)]
-    assert 2 * 5 * shape.multiply_adds == counted_flops(shape, rows=5)
-
-
 def test_to_find_products_leaves_the_random_numbers_as_they_were(seed):
     torch.manual_seed(seed)
     expected = torch.rand(3)
@@ -218,18 +212,12 @@ class LooksUpOtherIds(DLRM):
         return super().forward(dense_features, sparse_features.permute([2, 1, 0]))
 
 
-class FailsAsAWhole(DLRM):
-    def forward(self, dense_features, sparse_features):
-        return self.over_arch(dense_features) + len(sparse_features)
-
-
 @pytest.mark.parametrize(
     ("model_class", "message"),
     [
         (FailsToBeMade, r"FailsToBeMade fails \(line \d+\): TypeError: 'int' object is not subscriptable"),
         (FailsToRun, r"FailsToRun fails \(line \d+\): RuntimeError: "),
         (LooksUpOtherIds, r"OtherIds fails \(line \d+\): ValueError: tables give the embeddings of the ids that the"),
-        (FailsAsAWhole, r"FailsAsAWhole fails \(line \d+\): RuntimeError: "),
     ],
 )
 def test_what_fails_in_a_model_class_is_reported_with_its_line(model_class, message):
@@ -293,9 +281,6 @@ def test_what_would_fail_on_several_processes_alone_is_refused_with_its_line(mod
     _ = shape.products
     with pytest.raises(ConfigError, match=rf"{model_class.__name__} fails \(line {number}\): {message}"):
         shape.architecture.check(shape)
-
-
-def test_what_fails_in_training_alone_is_refused():
     shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, FailsInTraining))
     with pytest.raises(ConfigError, match=r"an auxiliary loss \[rows\], got \[3, 1\] and \[3, 1\]"):
         shape.architecture.check(shape)
@@ -330,24 +315,7 @@ def test_an_interaction_arch_stands_between_the_arches_of_the_dlrm():
     assert module.train().inter_arch.training
 
 
-def test_a_function_may_make_the_model():
+def test_a_function_may_make_the_model_whose_products_are_those_that_run():
     shape = ModelShape(CONFIG, 4, 3, architecture_of(CONFIG, make_dlrm))
     assert shape.multiply_adds == ModelShape(CONFIG, 4, 3).multiply_adds
-
-
-class PicksByName(DLRM):
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        rows = {
-            table.name: table.num_embeddings
-            for table in self.sparse_arch.embedding_bag_collection.embedding_bag_configs()
-        }
-        assert self.sparse_arch.sparse_feature_names.index("b") == 1
-        assert rows == {"t_a": 3, "t_b": 5, "t_c": 7}
-
-
-def test_a_model_class_is_built_with_the_features_of_the_dataset():
-    """Also where its products are found: it may pick a feature by name, or check how many ids there are."""
-    architecture = architecture_of(CONFIG, PicksByName)
-    shape = ModelShape(CONFIG, 4, 3, architecture, num_embeddings=(("a", 3), ("b", 5), ("c", 7)))
-    assert shape.multiply_adds == ModelShape(CONFIG, 4, 3).multiply_adds
+    assert 2 * 5 * shape.multiply_adds == counted_flops(shape, rows=5)
