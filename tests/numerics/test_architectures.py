@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.trainings import state
-from torchdlrm.config import config_toml, load_config
+from torchdlrm.config import config_toml
 from torchdlrm.training.job import train
 from torchdlrm.training.run import Run
 
@@ -40,10 +40,3 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(interaction_r
     found, expected = last_state(tmp_path / "run", tmp_path), last_state(interaction_run, tmp_path)
     assert found.keys() == expected.keys()
     assert all(torch.equal(torch.as_tensor(found[name]), torch.as_tensor(expected[name])) for name in found)
-
-
-def test_a_run_is_evaluated_by_what_its_config_says(interaction_run, dlrm):
-    done = dlrm("evaluate", interaction_run, "--split", "val+test", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["rows"] == 714
-    assert load_config(interaction_run / "config.toml").model.interaction != "dot"

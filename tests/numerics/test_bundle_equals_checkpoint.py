@@ -8,7 +8,6 @@ from helpers.predicted import evaluated
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.served_model import ServedModel
-from torchdlrm.features.encode import encode
 
 
 def encoded_rows(dataset, split):
@@ -22,15 +21,3 @@ def test_a_float32_bundle_equals_what_evaluate_computes(small_run, small_dataset
     got = ServedModel(Bundle.open(small_bundle)).predict(encoded_rows(small_dataset, split))
     assert expected.std() > 0.05
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
-
-
-def test_the_sample_holds_raw_rows_with_their_predictions(small_bundle, small_dataset):
-    bundle = Bundle.open(small_bundle)
-    raw, expected = bundle.sample()
-    assert raw.height == 256
-    rows = encode(
-        raw, bundle.schema, bundle.dense, {n: small_dataset.vocabulary(n) for n in small_dataset.sparse_names}
-    )
-    got = ServedModel(bundle).predict(EncodedRows.from_frame(rows, bundle.schema))
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
-    assert expected.std() > 0.05

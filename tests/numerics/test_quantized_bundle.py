@@ -22,7 +22,6 @@ from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.exporting.sensitivity import choose
 from torchdlrm.features.schema_file import load_schema
-from torchdlrm.model import table_weight
 from torchdlrm.preprocessing.preprocess import preprocess
 from torchdlrm.training.job import train
 
@@ -135,42 +134,6 @@ def test_int8_raises_the_logloss_by_less_than_0_0002(bundles, everything):
     assert float32 < 0.69  # it has learnt something
     assert int8 - float32 < 0.0002
     assert bfloat16 - float32 < 0.0002
-
-
-def test_the_served_model_is_the_dequantized_checkpoint(bundles, everything):
-    """What is not explained by rounding the tables is not there: the layout is right for every table."""
-    _, rows = everything
-    float32 = bundles["float32"]
-    dim = float32.manifest.model.embedding_dim
-    for precision in PRECISIONS[1:]:
-        bundle = bundles[precision]
-        model = ServedModel(float32)
-        tables = dict.fromkeys(float32.manifest.sparse)
-        for name in tables:
-            table = float32.weights.tensor(table_weight(name))
-            start, end = bundle.weights.span(table_weight(name))
-            stored = bundle.weights.data[start:end].view(len(table), TABLE_PRECISIONS[precision].row_bytes(dim))
-            assert torch.equal(stored, quantize_rows(table.clone(), precision))
-        exact = _eager(float32, rows, lambda t, p=precision: dequantize_rows(quantize_rows(t, p), p, dim))
-        np.testing.assert_allclose(ServedModel(bundle).logits(rows), exact, rtol=0, atol=2e-5)
-        assert np.abs(model.logits(rows) - exact).max() > 2e-5
-
-
-def _eager(bundle, rows, served):
-    """The model written out with plain torch."""
-    weights = {name: bundle.weights.tensor(name).clone() for name in bundle.weights.shapes}
-    tables = [served(weights[table_weight(name)]) for name in bundle.manifest.sparse]
-    dense = torch.from_numpy(rows.dense)
-    for layer in range(len(bundle.manifest.model.dense_arch_layer_sizes)):
-        name = f"dense_arch.model._mlp.{layer}._linear"
-        dense = torch.relu(dense @ weights[f"{name}.weight"].T + weights[f"{name}.bias"])
-    vectors = torch.stack([dense, *(t[i] for t, i in zip(tables, torch.from_numpy(rows.sparse), strict=True))], dim=1)
-    first, second = torch.triu_indices(vectors.shape[1], vectors.shape[1], offset=1)
-    hidden = torch.cat([dense, (vectors[:, first] * vectors[:, second]).sum(dim=2)], dim=1)
-    for layer in range(len(bundle.manifest.model.over_arch_layer_sizes) - 1):
-        name = f"over_arch.model.0._mlp.{layer}._linear"
-        hidden = torch.relu(hidden @ weights[f"{name}.weight"].T + weights[f"{name}.bias"])
-    return (hidden @ weights["over_arch.model.1.weight"].T + weights["over_arch.model.1.bias"])[:, 0].numpy()
 
 
 def test_a_batch_of_any_size_gives_each_row_the_same(bundles, everything):

@@ -4,6 +4,7 @@ The layout (`torchdlrm.bundle.precision`) is what FBGEMM's `IntNBitTableBatchedE
 under TorchRec's quantised EmbeddingBagCollection, and rows are quantised by the same kernels.
 """
 
+import fbgemm_gpu  # noqa: F401 - registers the kernel
 import torch
 from torch import Tensor
 

@@ -87,7 +87,8 @@ def in_sections(model: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in model.items() if name not in FLAT_NAMES}
     for name in model.keys() & FLAT_NAMES.keys():
         section, leaf = FLAT_NAMES[name]
-        found[section] = {**found.get(section, {}), leaf: model[name]}
+        before = found.get(section)
+        found[section] = {**(before if isinstance(before, dict) else {}), leaf: model[name]}
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from torchdlrm.config.model import FLAT_NAMES
+from torchdlrm.config.model import FLAT_NAMES, in_sections
 from torchdlrm.config.sections import ANY_FEATURE, Config, cross_checks, sections, settings
 from torchdlrm.errors import ConfigError
 from torchdlrm.folders import kind_of
@@ -143,13 +143,12 @@ def _num_keys(raw: Mapping[str, Any]) -> int:
 
 
 def _rename_keys(raw: dict[str, Any]) -> None:
+    if isinstance(raw.get("model"), dict):
+        raw["model"] = in_sections(raw["model"])
     for old, new in _RENAMED_KEYS.items():
-        (section, old_leaf), (*names, new_leaf) = old.split("."), new.split(".")
+        (section, old_leaf), new_leaf = old.split("."), new.rpartition(".")[2]
         if old_leaf in raw.get(section, {}):
-            target = raw
-            for name in names:
-                target = target.setdefault(name, {})
-            target[new_leaf] = raw[section].pop(old_leaf)
+            raw[section][new_leaf] = raw[section].pop(old_leaf)
     for section in ("table_optimizer", "dense_optimizer"):
         if raw.get(section, {}).get("name") == "sgd":
             raw[section].pop("eps", None)  # was accepted, and read by nothing
