@@ -1,6 +1,7 @@
 """Whatever is sent to a server, it answers with a reason, and goes on."""
 
 import json
+import random
 import socket
 import struct
 import subprocess
@@ -210,15 +211,82 @@ def test_bodies_and_rows_have_limits(client):
     assert client.post("/predict", content=b"x", headers={"Content-Encoding": "gzip"}).status_code == 415
 
 
-def exchange(server, sent, wait_s=5.0):
-    """What the server answers to bytes, until it closes the connection."""
+def exchange(server, *pieces, wait_s=5.0):
+    """What the server answers to bytes, sent piece by piece, until it closes the connection."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=wait_s) as connection:
-        connection.sendall(sent)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in pieces:
+            connection.sendall(piece)
         answer = b""
         while piece := connection.recv(65536):
             answer += piece
     return answer
+
+
+POST = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+LONG = b"a" * (32 << 10)
+READ_IN_TWO_WAYS = {
+    "no Host": (b"GET / HTTP/1.1\r\n\r\n", 400),
+    "two Hosts": (b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", 400),
+    "two Hosts in HTTP/1.0": (b"GET / HTTP/1.0\r\nHost: x\r\nHost: y\r\n\r\n", 400),
+    "a Host that is none": (b"GET / HTTP/1.1\r\nHost: x/y\r\n\r\n", 400),
+    "chunked in HTTP/1.0": (CHUNKED.replace(b"HTTP/1.1", b"HTTP/1.0"), 400),
+    "gzip, chunked": (CHUNKED.replace(b": chunked", b": gzip, chunked"), 501),
+    "gzip": (CHUNKED.replace(b": chunked", b": gzip"), 501),
+    "chunked twice": (CHUNKED[:-2] + b"Transfer-Encoding: chunked\r\n\r\n", 501),
+    "length and chunked": (CHUNKED[:-2] + b"Content-Length: 4\r\n\r\n", 400),
+    "two different lengths": (POST + b"Content-Length: 4\r\nContent-Length: 5\r\n\r\n", 400),
+    "a length that is none": (POST + b"Content-Length: +4\r\n\r\n", 400),
+    "no length": (POST + b"Content-Length:\r\n\r\n", 400),
+    "a space before the colon": (POST + b"Content-Length : 4\r\n\r\n", 400),
+    "NUL": (POST + b"A: \x00\r\n\r\n", 400),
+    "a bare CR": (POST + b"A: b\rC: d\r\n\r\n", 400),
+    "empty lines": (b"\r\n\r\n", 400),
+    "empty lines before a request": (b"\r\n\r\n" + POST + b"\r\n", 400),
+    "no size of a chunk": (CHUNKED + b"\r\n", 400),
+    "a signed size": (CHUNKED + b"+1\r\na\r\n0\r\n\r\n", 400),
+    "a size with a prefix": (CHUNKED + b"0x1\r\na\r\n0\r\n\r\n", 400),
+    "a size beyond numbers": (CHUNKED + b"f" * 21 + b"\r\na\r\n0\r\n\r\n", 400),
+    "a longer chunk": (CHUNKED + b"1\r\nab\r\n0\r\n\r\n", 400),
+    "an LF behind a size": (CHUNKED + b"1;\na\r\n0\r\n\r\n", 400),
+    "an endless size": (CHUNKED + b"1;" + LONG, 431),
+    "long trailers": (CHUNKED + b"0\r\n" + b"a1: b\r\n" * 6_000 + b"\r\n", 431),
+    "trailers that are none": (CHUNKED + b"0\r\nGET / HTTP/1.1\r\n\r\n", 400),
+    "endless trailers": (CHUNKED + b"0\r\n" + b"a1: b\r\n" * 6_000, 431),
+}
+
+
+@pytest.mark.parametrize("what", READ_IN_TWO_WAYS)
+def test_what_could_be_read_in_two_ways_or_has_no_end_is_refused_once(server, what):
+    sent, code = READ_IN_TWO_WAYS[what]
+    behind = b"" if "endless" in what else b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n"
+    answer = exchange(server, sent + behind)
+    assert answer.startswith(b"HTTP/1.1 %d " % code)
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+def test_requests_are_the_same_however_they_are_cut(server, seed):
+    rng = random.Random(seed)
+    for _ in range(20 * SCALE):
+        sent, sizes = b"", [rng.randint(0, 3) for _ in range(4)]
+        for size in sizes:
+            body = json.dumps([{}] * size).encode()
+            if rng.random() < 0.5:
+                sent += POST + b"Content-Length:\t%d \r\n\r\n" % len(body) + body + rng.choice([b"", b"\r\n"])
+            else:
+                cut = rng.randint(1, len(body))
+                chunks = [chunk for chunk in (body[:cut], body[cut:]) if chunk]
+                trailers = rng.choice([b"", b"X-API-Key: a\r\n", b"A: b\r\nContent-Length: 7\r\n"])
+                sent += CHUNKED + b"".join(b"%x;e=1\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks)
+                sent += b"0\r\n" + trailers + b"\r\n"
+        sent += b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, Close\r\nUpgrade: h2c\r\n\r\n" + POST
+        cuts = sorted(rng.randint(0, len(sent)) for _ in range(rng.choice([0, 3, 60])))
+        answer = exchange(server, *(sent[a:b] for a, b in zip([0, *cuts], [*cuts, len(sent)], strict=True)))
+        *predicted, last = [part.partition(b"\r\n\r\n") for part in answer.split(b"HTTP/1.1 ")[1:]]
+        assert [len(json.loads(body)["predictions"]) for _, _, body in predicted] == sizes
+        assert (last[0][:3], b"connection: close" in last[0]) == (b"200", True)
 
 
 @pytest.mark.parametrize(
@@ -243,8 +311,8 @@ def test_clients_that_are_slow_or_speak_no_http_are_told_and_cut_off(server, sen
 SENDS_A_HEADER_OF_TWO_LINES = """
 import asyncio
 from types import SimpleNamespace
+import h11
 from torchdlrm.serving.exchange import Exchange
-from torchdlrm.serving.framing import Head
 
 async def app(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": [(b"x", b"1\\r\\nset-cookie: 2")]})
@@ -252,7 +320,7 @@ async def app(scope, receive, send):
 
 sent, nothing = [], lambda *_: None
 connection = SimpleNamespace(server=None, client=None, is_gone=nothing, write=sent.append, answered=nothing)
-asyncio.run(Exchange(Head("GET", b"/", "1.1", [], True, False), connection, []).run(app))
+asyncio.run(Exchange(h11.Request(method="GET", target="/", headers=[("host", "x")]), connection, []).run(app))
 print(b"".join(sent).decode())
 """
 

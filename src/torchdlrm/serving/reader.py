@@ -1,0 +1,105 @@
+"""Reads the requests of one connection, one at a time and as they are asked for.
+
+In: bytes as they arrive.  Out: heads, pieces of bodies and ends of requests.  What comes behind a request stays bytes
+until the request's end was asked for: nothing is done ahead for a client that sends many requests at once.
+
+h11 parses.  A body ends where `Content-Length` or `Transfer-Encoding: chunked` says, whichever other protocol is
+offered; headers and trailers have a limit, and trailers are dropped.  `_check` refuses what h11 takes beyond that.
+"""
+
+import re
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import Final, Literal
+
+import h11
+
+MAX_HEADER_BYTES: Final = 32 << 10
+END: Final = "end"
+Event = h11.Request | bytes | Literal["end"]
+
+_HOST = re.compile(rb"[\w.~!$&'()*+,;=%:\[\]-]*", re.ASCII)
+_TOO_LONG = f"the headers have more than {MAX_HEADER_BYTES:,} bytes"
+
+
+class Unreadable(Exception):  # noqa: N818 - it is an answer
+    """What came cannot be taken for a request, and nothing behind it can be read; `message` tells the client why."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+class RequestReader:
+    """Reads one connection; what follows an `Unreadable` cannot be read."""
+
+    def __init__(self) -> None:
+        self._ahead = b""  # has come and was not parsed
+        self._begin()
+
+    def _begin(self) -> None:
+        # A parser for each request: one for all of them would also have to be handed the answers.
+        self._parser, self._has_begun = h11.Connection(h11.SERVER, MAX_HEADER_BYTES), False
+
+    @property
+    def num_waiting(self) -> int:
+        """The number of bytes that have come and were not parsed."""
+        return len(self._ahead)
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes that have come."""
+        self._ahead = self._ahead + data if self._ahead else data
+
+    def next_event(self) -> Event | None:
+        """Return a head, then pieces of its body, then `END`; None where more has to come first.
+
+        Raises:
+            Unreadable: this is no HTTP, or more of it than is taken.
+        """
+        if not self._has_begun:
+            # Of a client that ends its bodies with a line.
+            self._ahead = self._ahead.removeprefix(b"\r\n")
+            self._has_begun = self._ahead not in {b"", b"\r"}
+        if self._ahead and self._has_begun:
+            self._parser.receive_data(self._ahead)
+            self._ahead = b""
+        try:
+            event = self._parser.next_event()
+        except h11.RemoteProtocolError as error:
+            error.__traceback__ = None  # one of its frames knows it: both would stay until the collector comes
+            status = error.error_status_hint
+            is_too_long = status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            raise Unreadable(status, _TOO_LONG if is_too_long else f"this is no HTTP/1.1: {error}") from error
+        if isinstance(event, h11.Request):
+            _check(event)
+            return event
+        if isinstance(event, h11.Data):
+            return bytes(event.data)
+        if isinstance(event, h11.EndOfMessage):
+            _check_size(event.headers)
+            self._ahead = self._parser.trailing_data[0] + self._ahead
+            self._begin()
+            return END
+        return None
+
+
+def _check(request: h11.Request) -> None:
+    """Refuse heads that are no business of this server, or that two programs on the way could read differently."""
+    if request.method == b"CONNECT":
+        raise Unreadable(HTTPStatus.METHOD_NOT_ALLOWED, "CONNECT: this server is no proxy")
+    if request.http_version not in {b"1.0", b"1.1"}:
+        msg = f"HTTP/{request.http_version.decode()}: this server speaks HTTP/1.1"
+        raise Unreadable(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, msg)
+    _check_size(request.headers, len(request.target))
+    fields = dict(request.headers)
+    if not _HOST.fullmatch(fields.get(b"host", b"")):
+        raise Unreadable(HTTPStatus.BAD_REQUEST, "Host: this is no name of a server")
+    if b"transfer-encoding" in fields and (b"content-length" in fields or request.http_version == b"1.0"):
+        msg = "Transfer-Encoding: is taken in HTTP/1.1, and without Content-Length"
+        raise Unreadable(HTTPStatus.BAD_REQUEST, msg)
+
+
+def _check_size(headers: Iterable[tuple[bytes, bytes]], num_others: int = 0) -> None:
+    """Refuse headers that are too long; h11 does so only where they come in several pieces."""
+    if num_others + sum(len(name) + len(value) + 4 for name, value in headers) > MAX_HEADER_BYTES:
+        raise Unreadable(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _TOO_LONG)
