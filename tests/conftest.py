@@ -110,7 +110,7 @@ def page_server():
     import uvicorn
     from starlette.applications import Starlette
 
-    from torchdlrm.serving.page_routes import page_routes
+    from torchdlrm.serving.page.routes import page_routes
 
     app = Starlette(routes=page_routes())
     listener = socket.create_server(("127.0.0.1", 0))

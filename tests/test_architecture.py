@@ -108,6 +108,16 @@ def test_what_predicts_knows_no_training():
     assert forbidden(NO_TRAINING, TRAINS) == []
 
 
+def test_the_service_knows_neither_its_front_nor_its_page():
+    above = [f"torchdlrm.serving.{name}" for name in ("front", "page", "server", "supervisor", "worker")]
+    found = {
+        part: [name for path in (ROOT / "serving" / part).rglob("*.py") for name in imports_of(path)]
+        for part in ("service", "page")
+    }
+    assert [name for name in found["service"] if name.startswith(tuple(above))] == []
+    assert [name for name in found["page"] if name.startswith("torchdlrm.")] == []
+
+
 def test_no_public_name_is_that_of_a_room():
     """Importing a room binds it as an attribute of the package: a function of its name would become a module."""
     assert not set(torchdlrm.__all__) & set(FLOORS)

@@ -34,7 +34,7 @@ def evaluated(run, dataset, split):
 
 def rows_of_request(tensors, schema, max_rows):
     """The rows of a request of the Open Inference Protocol that holds these tensors."""
-    from torchdlrm.serving.open_inference.columns import Inputs, rows_of_tensors
+    from torchdlrm.serving.front.open_inference.columns import Inputs, rows_of_tensors
 
     inputs = Inputs(schema, max_rows, len(tensors))
     for tensor in tensors:

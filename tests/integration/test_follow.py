@@ -22,7 +22,7 @@ from torchdlrm.bundle.apply import write_delta
 from torchdlrm.bundle.patched_bundle import PatchedBundle
 from torchdlrm.errors import TorchDLRMError
 from torchdlrm.prediction.predictor import Predictor
-from torchdlrm.serving.bundles import Bundles, Swap
+from torchdlrm.serving.service.bundles import Bundles, Swap
 
 KEY = "correct horse battery staple"
 ROWS = rows_of(60)
@@ -172,7 +172,7 @@ def test_files_of_the_base_may_be_removed_while_deltas_are_applied_to_them(live,
 
 
 def test_deltas_that_take_much_memory_give_way_to_the_mapped_bundle(live, wanted, monkeypatch):
-    monkeypatch.setattr("torchdlrm.serving.bundles._MOST_PATCHED", 0.0)
+    monkeypatch.setattr("torchdlrm.serving.service.bundles._MOST_PATCHED", 0.0)
     bundles = open_bundles(live)
     move(live, 2)
     assert follow(bundles) == Swap("swapped")
@@ -247,7 +247,7 @@ def test_a_delta_whose_base_is_not_served_is_survived(live, wanted, monkeypatch)
     assert_serves(bundles, wanted, 1)
     assert follow(bundles) is None
     with monkeypatch.context() as patch:
-        patch.setattr("torchdlrm.serving.bundles._RETRY_S", 0.0)
+        patch.setattr("torchdlrm.serving.service.bundles._RETRY_S", 0.0)
         with pytest.raises(TorchDLRMError, match="no whole bundle"):
             follow(bundles)
     shutil.move(delta, live / "0002.delta")

@@ -8,7 +8,7 @@ import grpc
 import polars as pl
 import pytest
 
-from torchdlrm.serving.open_inference.messages import CLASSES, PACKAGE, SERVICE
+from torchdlrm.serving.front.open_inference.messages import CLASSES, PACKAGE, SERVICE
 
 NUM_STOPS = int(os.environ.get("TORCHDLRM_NUM_STOPS", "1"))
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from helpers.abused import KEY, KEY_BYTES, SCALE, Abused, Http2, until
-from torchdlrm.serving.open_inference.messages import CLASSES
+from torchdlrm.serving.front.open_inference.messages import CLASSES
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 LARGE = 15_000_000

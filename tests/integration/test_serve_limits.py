@@ -10,7 +10,7 @@ import grpc
 import httpx
 import pytest
 
-from torchdlrm.serving.open_inference.messages import CLASSES, PACKAGE, SERVICE
+from torchdlrm.serving.front.open_inference.messages import CLASSES, PACKAGE, SERVICE
 
 KEY = "only-for-this-test"
 HEALTH = ("ServerLive", "ServerReady", "ModelReady")

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.abused import SCALE
-from torchdlrm.serving.open_inference.messages import CLASSES
+from torchdlrm.serving.front.open_inference.messages import CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +312,7 @@ SENDS_A_HEADER_OF_TWO_LINES = """
 import asyncio
 from types import SimpleNamespace
 import h11
-from torchdlrm.serving.exchange import Exchange
+from torchdlrm.serving.front.exchange import Exchange
 
 async def app(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": [(b"x", b"1\\r\\nset-cookie: 2")]})

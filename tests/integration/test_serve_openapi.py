@@ -17,10 +17,10 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from torchdlrm.serving.app import build_app
-from torchdlrm.serving.openapi import document
+from torchdlrm.serving.front.app import build_app
+from torchdlrm.serving.front.openapi import document
 from torchdlrm.serving.options import ServeOptions
-from torchdlrm.serving.service import Service
+from torchdlrm.serving.service.service import Service
 
 CHECKS = [
     not_a_server_error,

@@ -30,11 +30,11 @@ from torchdlrm.errors import BundleError
 from torchdlrm.features.schema import criteo_schema
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
-from torchdlrm.serving import request_log
-from torchdlrm.serving.app import build_app
+from torchdlrm.serving.front.app import build_app
 from torchdlrm.serving.options import ServeOptions
-from torchdlrm.serving.row_routes import rows_as_logged
-from torchdlrm.serving.service import Service
+from torchdlrm.serving.service import request_log
+from torchdlrm.serving.service.bundles import rows_as_logged
+from torchdlrm.serving.service.service import Service
 
 ROOT = Path(__file__).parents[2]
 KEY = "correct horse battery staple"

@@ -30,7 +30,7 @@ from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
-from torchdlrm.serving.open_inference.tensors import Tensor
+from torchdlrm.serving.front.open_inference.tensors import Tensor
 from torchdlrm.training.job import train
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"

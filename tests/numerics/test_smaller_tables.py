@@ -28,7 +28,7 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.loader.loader import Loader
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.preprocess import preprocess
-from torchdlrm.serving.open_inference.tensors import Tensor
+from torchdlrm.serving.front.open_inference.tensors import Tensor
 from torchdlrm.training.checkpoint import checkpoint_path
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.launch import Processes, launch

@@ -52,7 +52,7 @@ def test_the_server_takes_the_arguments_and_listens_where_it_is_asked(pod, conta
 
 @pytest.mark.parametrize(("pod", "container"), pods())
 def test_probes_and_metrics_are_routes_of_the_server(pod, container):
-    from torchdlrm.serving import app
+    from torchdlrm.serving.front import app
 
     routes = Path(app.__file__).parent.rglob("*.py")
     source = "\n".join(path.read_text() for path in routes)

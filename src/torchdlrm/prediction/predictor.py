@@ -135,12 +135,6 @@ class Predictor:
         return self.bundle.version
 
     @property
-    def told(self) -> dict[str, str | int]:
-        """What every answer of a server tells: the `version`, and the `period` where the model has one."""
-        period = self.bundle.period
-        return {"version": self.version} if period is None else {"version": self.version, "period": period}
-
-    @property
     def is_verified(self) -> bool:
         """Whether all weights are checked: those that are not are checked before their first use, which takes time."""
         return self.bundle.verifier.is_done

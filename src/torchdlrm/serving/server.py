@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchdlrm.errors import ConfigError
-from torchdlrm.serving.access import read_api_keys
+from torchdlrm.serving.front.access import read_api_keys
 from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.supervisor import Supervisor
 

@@ -65,7 +65,7 @@ class Supervisor:
             UserError: the bundle or an option is wrong, by what a worker says before the server has started.
         """
         from torchdlrm.bundle.bundle import Bundle  # noqa: PLC0415 - loads torch
-        from torchdlrm.serving.following import Target, first_bundle  # noqa: PLC0415 - likewise
+        from torchdlrm.serving.service.following import Target, first_bundle  # noqa: PLC0415 - likewise
 
         # Once for all: each process then checks the blocks that it touches.
         Bundle.open(first_bundle(Target.of(self._bundle)).path, verify=self._options.verify)

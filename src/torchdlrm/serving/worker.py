@@ -16,21 +16,24 @@ import select
 import signal
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Final
 
+import torch
 import uvicorn
 import uvloop
 
 from torchdlrm.errors import TorchDLRMError
-from torchdlrm.serving.app import build_app
-from torchdlrm.serving.connection import Connections
 from torchdlrm.serving.event_log import json_log, log_event, note_event
-from torchdlrm.serving.open_inference.grpc import GrpcServer
+from torchdlrm.serving.front.app import build_app
+from torchdlrm.serving.front.connection import Connections
+from torchdlrm.serving.front.open_inference.grpc import GrpcServer
 from torchdlrm.serving.options import ServeOptions
-from torchdlrm.serving.service import Service, configure_threads, follow, watch
+from torchdlrm.serving.service.bundles import identity_of
+from torchdlrm.serving.service.service import Service
 
 # Called when a process can answer: with its model's name, version and period, and the port of gRPC, if any.
 Ready = Callable[[str, str, int | None, int | None], None]
@@ -41,6 +44,7 @@ _DROP_SYN: Final = struct.pack(4 * "HBBI", 0x30, 0, 0, 13, 0x45, 0, 1, 2, 0x06, 
 _SO_ATTACH_FILTER: Final = 26
 _HANDSHAKE_S: Final = 0.01
 _LAST_REQUESTS_S: Final = 0.5
+_SWITCH_INTERVAL_S: Final = 0.0005
 
 
 class _Server(uvicorn.Server):
@@ -91,7 +95,10 @@ def run_worker(
         ConfigError: the port of gRPC cannot be had, or the log of predictions cannot be written.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # waits until there is a handler
-    configure_threads(options)
+    # A model whose threads must wait for a core that reads requests takes ten times as long as on fewer threads.
+    torch.set_num_threads(options.num_threads or options.num_cores_of_model)
+    # How long the loop may have to wait for the interpreter while the model's thread computes in Python.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     with json_log(options.log_level):
         # The service alone knows the bundle: after a swap nothing else keeps the old one.
         service = Service(bundle, options, _notify_others, is_checked=is_checked)
@@ -149,16 +156,16 @@ async def _serve(service: Service, listener: socket.socket, ready: Ready) -> Non
 
     loop.add_signal_handler(signal.SIGHUP, swap)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-    watching = [loop.create_task(watch(service)), loop.create_task(connections.watch())]
+    watching = [loop.create_task(service.watch()), loop.create_task(connections.watch())]
     if options.follow_s:
-        watching.append(loop.create_task(follow(service)))
+        watching.append(loop.create_task(service.follow()))
     serving = loop.create_task(server.serve([listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
     served = service.bundles.current
     address = list(listener.getsockname()[:2])
-    note_event("serving", pid=os.getpid(), model=service.name, **served.told, address=address)
-    if not service.keys and not ipaddress.ip_address(address[0]).is_loopback:
+    note_event("serving", pid=os.getpid(), model=service.name, **identity_of(served.bundle), address=address)
+    if not options.api_keys and not ipaddress.ip_address(address[0]).is_loopback:
         msg = "whoever can reach this address is answered; with `api_key_file` only those who have a key"
         log_event(logging.WARNING, "no API key", message=msg)
     ready(service.name, served.version, served.bundle.period, None if rpc is None else rpc.port)

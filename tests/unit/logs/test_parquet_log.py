@@ -14,7 +14,7 @@ from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.find import find_files
 from torchdlrm.preprocessing.preprocess import preprocess, work_folder
-from torchdlrm.serving.open_inference.tensors import Tensor
+from torchdlrm.serving.front.open_inference.tensors import Tensor
 
 SCHEMA = FeatureSchema(
     name="parquet",

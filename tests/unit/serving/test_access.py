@@ -3,7 +3,7 @@
 import pytest
 
 from torchdlrm.errors import ConfigError
-from torchdlrm.serving.access import AllowedHosts, ApiKeys, read_api_keys
+from torchdlrm.serving.front.access import AllowedHosts, ApiKeys, read_api_keys
 
 
 def refusal(headers, *, host="127.0.0.1", also=(), method="POST", is_for_all=False):

@@ -15,8 +15,8 @@ import pytest
 
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.errors import RowError
-from torchdlrm.serving.batcher import Batcher, PredictionRequest
-from torchdlrm.serving.refusals import RefusedRequest
+from torchdlrm.serving.service.batcher import Batcher, PredictionRequest
+from torchdlrm.serving.service.refusals import RefusedRequest
 
 
 @dataclass

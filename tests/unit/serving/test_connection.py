@@ -12,7 +12,7 @@ import uvicorn
 import uvloop
 from uvicorn.server import ServerState
 
-from torchdlrm.serving.connection import Connections
+from torchdlrm.serving.front.connection import Connections
 from torchdlrm.serving.options import ServeOptions
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"

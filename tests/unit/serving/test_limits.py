@@ -9,11 +9,11 @@ import pytest
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.shared_rows import SharedRows
-from torchdlrm.serving.bodies import parse_json
-from torchdlrm.serving.open_inference.http import parse_infer
-from torchdlrm.serving.open_inference.messages import CLASSES, check_num_fields
-from torchdlrm.serving.refusals import MAX_VALUES, RefusedRequest
-from torchdlrm.serving.row_routes import read_rows
+from torchdlrm.serving.front.bodies import parse_json
+from torchdlrm.serving.front.open_inference.http import parse_infer
+from torchdlrm.serving.front.open_inference.messages import CLASSES, check_num_fields
+from torchdlrm.serving.front.rows import read_rows
+from torchdlrm.serving.service.refusals import MAX_VALUES, RefusedRequest
 
 SCHEMA = FeatureSchema(
     name="shop",
@@ -113,7 +113,7 @@ INPUT = b'{"name": "price", "datatype": "INT64", "shape": [0], "data": []}'
     ],
 )
 def test_tensors_are_looked_at_before_their_data(inputs, status, message, monkeypatch):
-    monkeypatch.setattr("torchdlrm.serving.open_inference.http.from_json", None)  # would fail
+    monkeypatch.setattr("torchdlrm.serving.front.open_inference.http.from_json", None)  # would fail
     told = refused(status, parse_infer, b'{"inputs": [' + inputs + b"]}", None, SCHEMA, MAX_ROWS)
     assert message in told
 

@@ -5,7 +5,7 @@ import re
 import httpx
 import pytest
 
-from torchdlrm.serving.page_routes import page_files
+from torchdlrm.serving.page.routes import page_files
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_the_page_and_every_file_that_it_names_are_there_with_their_types(client
 
 def test_no_file_is_left_out_by_its_type_and_none_is_served_that_is_not_there(client):
     assert all(client.get(f"/page/{name}").status_code == 200 for name in page_files() if name != "index.html")
-    for path in ("/page/nothing.js", "/page/../app.py", "/page/%2e%2e/page_routes.py", "/page/"):
+    for path in ("/page/nothing.js", "/page/../app.py", "/page/%2e%2e/routes.py", "/page/"):
         assert client.get(path).status_code == 404
 
 

@@ -15,9 +15,9 @@ from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn, T
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.find import find_files
 from torchdlrm.logs.format import Chunk
-from torchdlrm.serving import request_log
-from torchdlrm.serving.batcher import BatchReport
-from torchdlrm.serving.request_log import RequestLog, check_loggable
+from torchdlrm.serving.service import request_log
+from torchdlrm.serving.service.batcher import BatchReport
+from torchdlrm.serving.service.request_log import RequestLog, check_loggable
 
 SCHEMA = FeatureSchema(
     name="own",

@@ -11,8 +11,8 @@ from torchdlrm.errors import RowError
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.json_rows import RowReader
-from torchdlrm.serving.open_inference.tensors import NUMBER_TYPES, Tensor, from_bytes, from_json
-from torchdlrm.serving.refusals import RefusedRequest
+from torchdlrm.serving.front.open_inference.tensors import NUMBER_TYPES, Tensor, from_bytes, from_json
+from torchdlrm.serving.service.refusals import RefusedRequest
 
 SCHEMA = FeatureSchema(
     name="mixed",

@@ -17,7 +17,7 @@ import orjson
 from starlette.types import ASGIApp, Message
 
 if TYPE_CHECKING:
-    from torchdlrm.serving.connection import Connection
+    from torchdlrm.serving.front.connection import Connection
 
 ARRIVED: Final = "torchdlrm.arrived_s"  # in a request's scope: when its head had come, by `time.perf_counter`
 IS_COMPLETE: Final = "torchdlrm.is_complete"  # in a request's scope: whether all of its body has come
@@ -46,7 +46,7 @@ class Exchange:
         path, query, host = _path_query_and_host(head.target)
         if host is not None:  # that of a whole address counts, and not the header (RFC 9112, 3.2.2)
             headers = [*(header for header in headers if header[0] != b"host"), (b"host", host)]
-        options = b",".join(value for name, value in headers if name == b"connection")
+        options = b",".join([value for name, value in headers if name == b"connection"])
         self.keeps_alive = version == "1.1" and b"close" not in options.lower()
         self._must_say_continue = version == "1.1" and (b"expect", b"100-continue") in headers
         self.is_complete = self._is_answered = self._is_lost = self._is_read = False
@@ -133,7 +133,7 @@ class Exchange:
         headers = [*self._default_headers, *headers]
         # What is still to come of the body is not waited for.
         self.keeps_alive = self.keeps_alive and self.is_complete and _CLOSE not in headers
-        if status not in _BODILESS and all(name != b"content-length" for name, _ in headers):
+        if status not in _BODILESS and b"content-length" not in dict(headers):
             headers.append((b"content-length", b"%d" % len(content)))
         if not self.keeps_alive and _CLOSE not in headers:
             headers.append(_CLOSE)
@@ -157,7 +157,7 @@ def error_bytes(status: int, message: str) -> bytes:
 
 
 def _head(status: int, headers: Headers) -> bytes:
-    lines = [_STATUS_LINES[status], *(b"%b: %b\r\n" % header for header in headers), b"\r\n"]
+    lines = [_STATUS_LINES[status], *[b"%b: %b\r\n" % header for header in headers], b"\r\n"]
     head = b"".join(lines)
     if not head.count(b"\n") == head.count(b"\r") == len(lines):  # not asserted: it must hold under -O too
         raise ValueError("a header of the answer has more than one line")

@@ -1,6 +1,6 @@
 """Serves the page at `/`: static files of the package, unchanged.
 
-In: the files of `page/`, read once.  Out: a route for `/` and one for each other file under `/page/`.
+In: the files of `files/`, read once.  Out: a route for `/` and one for each other file under `/page/`.
 
 The files need no key: they hold nothing secret, and the page has to be there to ask for one.  Everything else that
 the page shows it fetches from the same server with `GET /schema` and `POST /predict`.
@@ -38,7 +38,7 @@ def page_routes() -> list[Route]:
 
 def page_files() -> dict[str, bytes]:
     """Read the files of the page by name."""
-    folder = files("torchdlrm.serving") / "page"
+    folder = files("torchdlrm.serving.page") / "files"
     return {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.name.endswith((*CONTENT_TYPES,))}
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torchdlrm import __version__
 from torchdlrm.features.columns import Feature, SparseColumn
-from torchdlrm.serving.open_inference.columns import OUTPUT
-from torchdlrm.serving.open_inference.tensors import DATATYPES
-from torchdlrm.serving.service import Service
+from torchdlrm.serving.front.open_inference.columns import OUTPUT
+from torchdlrm.serving.front.open_inference.tensors import DATATYPES
+from torchdlrm.serving.service.service import Service
 
 Json = dict[str, Any]
 
@@ -24,7 +24,7 @@ def document(service: Service) -> Json:
         "properties": {column.name: _cell(column) for column in served.schema.features},
         "additionalProperties": False,
     }
-    secured = bool(service.keys)
+    secured = bool(service.options.api_keys)
     return {
         "openapi": "3.1.0",
         "info": {"title": f"torchdlrm: {service.name}", "version": __version__},

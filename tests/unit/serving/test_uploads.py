@@ -2,7 +2,7 @@
 
 import asyncio
 
-from torchdlrm.serving.bodies import Uploads
+from torchdlrm.serving.service.uploads import Uploads
 
 
 async def receive(uploads, pieces, outcome, name, seconds=5.0):

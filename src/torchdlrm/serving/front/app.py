@@ -18,18 +18,19 @@ from starlette.routing import Route
 from torchdlrm import __version__
 from torchdlrm.errors import TorchDLRMError, shown
 from torchdlrm.prediction.predictor import Predictor, Rows
-from torchdlrm.serving.batcher import Answer, PredictionRequest
-from torchdlrm.serving.bodies import read_body
-from torchdlrm.serving.exchange import IS_GONE
-from torchdlrm.serving.metrics import CONTENT_TYPE
-from torchdlrm.serving.open_inference.columns import model_metadata
-from torchdlrm.serving.open_inference.http import EXTENSIONS, HEADER_LENGTH, format_infer, parse_infer
-from torchdlrm.serving.openapi import document
-from torchdlrm.serving.page_routes import page_routes
-from torchdlrm.serving.refusals import RefusedRequest
-from torchdlrm.serving.request_middleware import REQUEST_ID, RequestMiddleware, refusal
-from torchdlrm.serving.row_routes import read_rows
-from torchdlrm.serving.service import Service, off_loop_if_large
+from torchdlrm.serving.front.bodies import off_loop_if_large, read_body
+from torchdlrm.serving.front.exchange import IS_GONE
+from torchdlrm.serving.front.open_inference.columns import model_metadata
+from torchdlrm.serving.front.open_inference.http import EXTENSIONS, HEADER_LENGTH, format_infer, parse_infer
+from torchdlrm.serving.front.openapi import document
+from torchdlrm.serving.front.request_middleware import REQUEST_ID, RequestMiddleware, refusal
+from torchdlrm.serving.front.rows import describe, read_rows
+from torchdlrm.serving.page.routes import page_routes
+from torchdlrm.serving.service.batcher import Answer, PredictionRequest
+from torchdlrm.serving.service.bundles import identity_of
+from torchdlrm.serving.service.metrics import CONTENT_TYPE
+from torchdlrm.serving.service.refusals import RefusedRequest
+from torchdlrm.serving.service.service import Service
 
 
 def build_app(service: Service) -> RequestMiddleware:
@@ -90,10 +91,13 @@ class _Answers:
         served, max_rows = service.bundles.current, service.options.max_rows_per_request
         rows, num_bytes = await off_loop_if_large(lambda: read_rows(body, served.schema, max_rows), len(body))
         answer = await self._predicted(request, served, rows, num_bytes, started_s)
-        return _json({"predictions": answer.probabilities, "model": service.name, **served.told})
+        return _json({"predictions": answer.probabilities, "model": service.name, **identity_of(served.bundle)})
 
     async def schema(self, _: Request) -> Response:
-        return _json(self._service.describe())
+        service = self._service
+        served, max_rows = service.bundles.current, service.options.max_rows_per_request
+        about = {"model": service.name, **identity_of(served.bundle)}
+        return _json(describe(about, served.schema, service.bundles.examples, max_rows, served.never_missing))
 
     async def openapi(self, _: Request) -> Response:
         return _json(document(self._service))
@@ -102,7 +106,7 @@ class _Answers:
         return Response(self._service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def reload(self, _: Request) -> Response:
-        if not self._service.keys:
+        if not self._service.options.api_keys:
             msg = "swapping over HTTP needs an API key; start the server with one, or send it SIGHUP"
             raise RefusedRequest(HTTPStatus.FORBIDDEN, msg)
         try:
@@ -131,7 +135,7 @@ class _Answers:
         served = self._service.check_model(**request.path_params)
         if not self._service.is_ready:
             return await self.ready(request)
-        return _json({"name": self._service.name, **served.told, "ready": True})
+        return _json({"name": self._service.name, **identity_of(served.bundle), "ready": True})
 
     async def infer(self, request: Request) -> Response:
         service = self._service

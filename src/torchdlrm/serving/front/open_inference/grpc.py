@@ -20,10 +20,12 @@ from google.protobuf.message import DecodeError
 
 from torchdlrm.errors import ConfigError
 from torchdlrm.serving.event_log import log_event
-from torchdlrm.serving.open_inference.grpc_methods import Call, Context, answer, parse
-from torchdlrm.serving.open_inference.messages import CLASSES, METHODS, PACKAGE, SERVICE
-from torchdlrm.serving.refusals import RefusedRequest, bad_request, overloaded, too_slow
-from torchdlrm.serving.service import Service, off_loop_if_large, request_id_of
+from torchdlrm.serving.front.access import ApiKeys
+from torchdlrm.serving.front.bodies import off_loop_if_large
+from torchdlrm.serving.front.open_inference.grpc_methods import Call, Context, answer, parse
+from torchdlrm.serving.front.open_inference.messages import CLASSES, METHODS, PACKAGE, SERVICE
+from torchdlrm.serving.service.refusals import RefusedRequest, bad_request, overloaded, too_slow
+from torchdlrm.serving.service.service import Service
 
 _STATUS = {
     HTTPStatus.BAD_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
@@ -63,7 +65,7 @@ class GrpcServer:
     """
 
     def __init__(self, service: Service, address: str, *, share_port: bool) -> None:
-        self._service = service
+        self._service, self._keys = service, ApiKeys(service.options.api_keys)
         self._num_calls = self._num_under_way = 0
         self._may_answer = asyncio.Event()
         self._may_answer.set()
@@ -145,8 +147,9 @@ class GrpcServer:
         """
         service = self._service
         metadata = {str(key).encode(): _bytes(value) for key, value in context.invocation_metadata() or ()}
-        request_id = request_id_of(metadata.get(b"x-request-id", b""))
-        has_key = service.keys.accept(metadata)
+        given = metadata.get(b"x-request-id", b"")
+        request_id = service.request_id(given)
+        has_key = self._keys.accept(metadata)
         refused: RefusedRequest
         try:
             if not has_key and name not in _HEALTH:
@@ -156,7 +159,7 @@ class GrpcServer:
             try:
                 self._check_room(name)
                 request = await off_loop_if_large(lambda: parse(name, message, service), len(message))
-                request_id = request_id or request_id_of(getattr(request, "id", "")) or service.new_request_id()
+                request_id = service.request_id(given, getattr(request, "id", ""), request_id)
                 call = Call(context, request_id, len(message))
                 return await answer(service, name, request, call), None, request_id
             finally:
@@ -168,10 +171,9 @@ class GrpcServer:
             is_told = error.status != HTTPStatus.NOT_FOUND or has_key
             refused = RefusedRequest(error.status, error.message) if is_told else _no_key()
         except Exception as error:  # noqa: BLE001 - logged; the client learns nothing of the inside
-            request_id = request_id or service.new_request_id()
             log_event(logging.ERROR, "failure", request_id=request_id, method=name, message=repr(error))
             refused = RefusedRequest(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed; its log says why")
-        return None, refused, request_id or service.new_request_id()
+        return None, refused, request_id
 
     async def _received(self, context: Context) -> bytes:
         """Return the message of a call.

@@ -6,7 +6,8 @@ import pytest
 
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.json_rows import RowReader
-from torchdlrm.serving.row_routes import describe, rows_as_logged
+from torchdlrm.serving.front.rows import describe
+from torchdlrm.serving.service.bundles import rows_as_logged
 
 SCHEMA = FeatureSchema.model_validate(
     {

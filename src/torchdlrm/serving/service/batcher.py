@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from torchdlrm.errors import TorchDLRMError
 from torchdlrm.prediction.predictor import Predictions, Predictor, Rows
-from torchdlrm.serving.refusals import bad_request, overloaded, too_late
+from torchdlrm.serving.service.refusals import bad_request, overloaded, too_late
 
 _SWEEP_INTERVAL_S = 0.01
 # Predicted in the loop: so many rows that came as so many bytes, if the last so few took no longer.

@@ -1,83 +1,33 @@
 """Reads the body of a request, from its first byte to its JSON, within limits.
 
-In: a request whose body is still coming.  Out: its bytes, then what they say.  A slow client must not take the place of
-others, nor fill the memory: a request whose body comes in pieces is not counted as being answered before its last
-piece.  Instead all such bodies together have limits of their own; beyond, the one that has been coming for longest is
-given up, so that a client that sends a body in two pieces a moment apart, as many do, is not refused because of others
-that take their time.
+In: a request whose body is still coming.  Out: its bytes, then what they say.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
 from starlette.requests import Request
 
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.serving.exchange import ARRIVED, IS_COMPLETE
+from torchdlrm.serving.front.exchange import ARRIVED, IS_COMPLETE
 from torchdlrm.serving.options import ServeOptions
-from torchdlrm.serving.refusals import MAX_VALUES, RefusedRequest, bad_request, too_large, too_slow
+from torchdlrm.serving.service.refusals import MAX_VALUES, RefusedRequest, bad_request, too_large, too_slow
+from torchdlrm.serving.service.uploads import Uploads
+
+LARGE_BYTES = 256 << 10
+
+Parsed = TypeVar("Parsed")
 
 
-@dataclass(eq=False, slots=True)
-class _PartialBody:
-    timeout: asyncio.Timeout
-    num_bytes: int = 0
-    is_given_up: bool = False
-
-
-class Uploads:
-    """The bodies of a process that have come in part: no more than `max_bodies`, and `max_bytes` in all of them."""
-
-    def __init__(self, *, max_bodies: int, max_bytes: int) -> None:
-        self._max_bodies, self._max_bytes = max_bodies, max_bytes
-        self._num_bytes = 0
-        self._bodies: dict[_PartialBody, None] = {}  # the oldest first
-
-    @property
-    def num_bodies(self) -> int:
-        """The number of bodies that have come in part."""
-        return len(self._bodies)
-
-    @contextmanager
-    def track(self, timeout: asyncio.Timeout) -> Iterator[Callable[[int], None]]:
-        """Register another body until all of it has come.
-
-        Args:
-            timeout: ends the waiting for it; is made to end it immediately where the body is given up.
-
-        Returns:
-            A function to call with the number of bytes of each piece.
-        """
-        body = _PartialBody(timeout)
-
-        def count(num_bytes: int) -> None:
-            body.num_bytes += num_bytes
-            self._num_bytes += num_bytes
-            if self._num_bytes > self._max_bytes:
-                self._give_up_oldest()
-
-        if len(self._bodies) >= self._max_bodies:
-            self._give_up_oldest()
-        self._bodies[body] = None
-        try:
-            yield count
-        finally:
-            del self._bodies[body]
-            self._num_bytes -= body.num_bytes
-
-    def _give_up_oldest(self) -> None:
-        waiting = (body for body in self._bodies if not (body.is_given_up or body.timeout.expired()))
-        oldest = next(waiting, None)
-        if oldest is not None:
-            oldest.is_given_up = True
-            oldest.timeout.reschedule(asyncio.get_running_loop().time())
+async def off_loop_if_large(parse: Callable[[], Parsed], num_bytes: int) -> Parsed:
+    """Parse; in a thread where there are many bytes, so that other requests need not wait."""
+    return await asyncio.to_thread(parse) if num_bytes > LARGE_BYTES else parse()
 
 
 async def read_body(request: Request, options: ServeOptions, uploads: Uploads) -> tuple[bytes, float]:

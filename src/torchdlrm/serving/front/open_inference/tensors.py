@@ -15,7 +15,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from torchdlrm.errors import shown
-from torchdlrm.serving.refusals import bad_request
+from torchdlrm.serving.service.refusals import bad_request
 
 MAX_DIMENSIONS = 2
 BYTES = "BYTES"

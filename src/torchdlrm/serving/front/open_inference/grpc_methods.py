@@ -11,19 +11,20 @@ from typing import Any
 from torchdlrm import __version__
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.predictor import Rows
-from torchdlrm.serving.batcher import PredictionRequest
-from torchdlrm.serving.open_inference.columns import OUTPUT, Inputs, model_metadata, rows_of_tensors
-from torchdlrm.serving.open_inference.http import (
+from torchdlrm.serving.front.bodies import LARGE_BYTES, off_loop_if_large
+from torchdlrm.serving.front.open_inference.columns import OUTPUT, Inputs, model_metadata, rows_of_tensors
+from torchdlrm.serving.front.open_inference.http import (
     EXTENSIONS,
     check_id,
     check_num_outputs,
     check_output,
     check_parameters,
 )
-from torchdlrm.serving.open_inference.messages import CLASSES, check_num_fields
-from torchdlrm.serving.open_inference.tensors import BYTES, MAX_DIMENSIONS, from_bytes, from_numbers, from_texts
-from torchdlrm.serving.refusals import bad_request, too_large
-from torchdlrm.serving.service import LARGE_BYTES, Service, off_loop_if_large
+from torchdlrm.serving.front.open_inference.messages import CLASSES, check_num_fields
+from torchdlrm.serving.front.open_inference.tensors import BYTES, MAX_DIMENSIONS, from_bytes, from_numbers, from_texts
+from torchdlrm.serving.service.batcher import PredictionRequest
+from torchdlrm.serving.service.refusals import bad_request, too_large
+from torchdlrm.serving.service.service import Service
 
 Context = Any  # grpc.aio.ServicerContext; grpc comes without types
 

@@ -39,7 +39,7 @@ class RequestReader:
 
     def _begin(self) -> None:
         # A parser for each request: one for all of them would also have to be handed the answers.
-        self._parser, self._has_begun = h11.Connection(h11.SERVER, MAX_HEADER_BYTES), False
+        self._parser, self._has_begun, self._num_given = h11.Connection(h11.SERVER, MAX_HEADER_BYTES), False, 0
 
     @property
     def num_waiting(self) -> int:
@@ -62,6 +62,7 @@ class RequestReader:
             self._has_begun = self._ahead not in {b"", b"\r"}
         if self._ahead and self._has_begun:
             self._parser.receive_data(self._ahead)
+            self._num_given += len(self._ahead)
             self._ahead = b""
         try:
             event = self._parser.next_event()
@@ -71,16 +72,23 @@ class RequestReader:
             is_too_long = status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             raise Unreadable(status, _TOO_LONG if is_too_long else f"this is no HTTP/1.1: {error}") from error
         if isinstance(event, h11.Request):
+            self._check_size(event.headers, len(event.target))
             _check(event)
             return event
         if isinstance(event, h11.Data):
             return bytes(event.data)
         if isinstance(event, h11.EndOfMessage):
-            _check_size(event.headers)
+            self._check_size(event.headers)
             self._ahead = self._parser.trailing_data[0] + self._ahead
             self._begin()
             return END
         return None
+
+    def _check_size(self, headers: Iterable[tuple[bytes, bytes]], num_others: int = 0) -> None:
+        """Refuse headers that are too long; h11 does so only where they come in several pieces."""
+        may_be = self._num_given > MAX_HEADER_BYTES
+        if may_be and num_others + sum(len(name) + len(value) + 4 for name, value in headers) > MAX_HEADER_BYTES:
+            raise Unreadable(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _TOO_LONG)
 
 
 def _check(request: h11.Request) -> None:
@@ -90,16 +98,9 @@ def _check(request: h11.Request) -> None:
     if request.http_version not in {b"1.0", b"1.1"}:
         msg = f"HTTP/{request.http_version.decode()}: this server speaks HTTP/1.1"
         raise Unreadable(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, msg)
-    _check_size(request.headers, len(request.target))
     fields = dict(request.headers)
     if not _HOST.fullmatch(fields.get(b"host", b"")):
         raise Unreadable(HTTPStatus.BAD_REQUEST, "Host: this is no name of a server")
     if b"transfer-encoding" in fields and (b"content-length" in fields or request.http_version == b"1.0"):
         msg = "Transfer-Encoding: is taken in HTTP/1.1, and without Content-Length"
         raise Unreadable(HTTPStatus.BAD_REQUEST, msg)
-
-
-def _check_size(headers: Iterable[tuple[bytes, bytes]], num_others: int = 0) -> None:
-    """Refuse headers that are too long; h11 does so only where they come in several pieces."""
-    if num_others + sum(len(name) + len(value) + 4 for name, value in headers) > MAX_HEADER_BYTES:
-        raise Unreadable(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _TOO_LONG)

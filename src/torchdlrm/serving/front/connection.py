@@ -1,8 +1,9 @@
 """Handles one HTTP connection, with limits on what its client may send ahead and on the time that it may take.
 
-In: bytes of a client.  Out: calls of an ASGI app, one request after another, and their answers.  h11 parses (`reader.py`).
-uvicorn listens, hands connections over, and waits for them at the end.  Its own protocols are not used: they wait for
-clients that do not read, and the one on h11 costs too much.  Why: docs/decisions/http-connections-are-our-own.md.
+In: bytes of a client.  Out: calls of an ASGI app, one request after another, and their answers.  h11 parses
+(`reader.py`).  uvicorn listens, hands connections over, and waits for them at the end.  Its own protocols are not used:
+they wait for clients that do not read, and the one on h11 costs too much.
+Why: docs/decisions/http-connections-are-our-own.md.
 
 A request is not looked at before the one ahead of it is answered; while an answer is not taken, nothing more is read.
 `Connections.watch` looks at all connections a few times a second, instead of a timer for each: a client that takes too
@@ -28,9 +29,9 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from torchdlrm.serving.event_log import log_event
-from torchdlrm.serving.exchange import Exchange, error_bytes
+from torchdlrm.serving.front.exchange import Exchange, error_bytes
+from torchdlrm.serving.front.reader import RequestReader, Unreadable
 from torchdlrm.serving.options import ServeOptions
-from torchdlrm.serving.reader import RequestReader, Unreadable
 
 _LOOK_S: Final = 0.2
 _EVENTS_PER_TURN: Final = 256  # then others have theirs

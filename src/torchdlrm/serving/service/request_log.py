@@ -31,8 +31,8 @@ from torchdlrm.features.cells import written_cells
 from torchdlrm.features.columns import TimeColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.files import replacing
-from torchdlrm.serving.batcher import BatchReport
 from torchdlrm.serving.event_log import log_event, note_event
+from torchdlrm.serving.service.batcher import BatchReport
 from torchdlrm.units import show_bytes
 
 OWN_COLUMNS = ("request_id", "request_row", "requested_at", "prediction", "model_version")

@@ -7,24 +7,17 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import polars as pl
-
 from torchdlrm.errors import shown
-from torchdlrm.features.cells import written_cells
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.shared_rows import Part, Row, SharedRows, parts_of
-from torchdlrm.serving.bodies import parse_json
-from torchdlrm.serving.refusals import MAX_VALUES, bad_request, check_num_rows, check_num_values, too_large
+from torchdlrm.serving.front.bodies import parse_json
+from torchdlrm.serving.service.bundles import Examples
+from torchdlrm.serving.service.refusals import MAX_VALUES, bad_request, check_num_rows, check_num_values, too_large
 
 # What `shared` may come to with all candidates: the characters of its texts, its other cells, the values of its lists.
 MAX_SHARED_CHARACTERS = 1 << 24
 _MAX_KEYS_SHOWN = 8
-_NUM_EXAMPLES = 3
-
-# Rows as a log has them, and of each the features whose value is not in the vocabulary.
-Examples = tuple[list[dict[str, object]], list[list[str]]]
 
 
 def read_rows(body: bytes, schema: FeatureSchema, max_rows: int) -> tuple[Sequence[Row], int]:
@@ -109,17 +102,6 @@ def _characters(row: Row) -> int:
     """Count the characters of a row's texts, and 1 for every other cell and for each value of a list or an object."""
     values = (value for cell in row.values() for value in (cell if isinstance(cell, list | dict) else (cell,)))
     return sum(1 + len(value) if isinstance(value, str) else 1 for value in values)
-
-
-def examples_of(predictor: Predictor) -> Examples:
-    """Return a few rows of a bundle's sample."""
-    frame = predictor.bundle.sample()[0].head(_NUM_EXAMPLES)
-    return rows_as_logged(frame, predictor.schema), predictor.unknown_features(frame)
-
-
-def rows_as_logged(frame: pl.DataFrame, schema: FeatureSchema) -> list[dict[str, object]]:
-    """Return the features of typed rows by column name, as a log has them, missing ones too."""
-    return pl.DataFrame([written_cells(frame[column.name], column) for column in schema.features]).to_dicts()
 
 
 def describe(

@@ -9,36 +9,27 @@ import itertools
 import logging
 import os
 import secrets
-import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
 
 from torchdlrm.bundle import check_model_name
 from torchdlrm.bundle.patched_bundle import PatchedBundle
 from torchdlrm.errors import RowError, TorchDLRMError, shown
 from torchdlrm.prediction.predictor import Predictor
-from torchdlrm.serving.access import ApiKeys
-from torchdlrm.serving.batcher import Answer, Batcher, BatchReport, PredictionRequest
-from torchdlrm.serving.bodies import Uploads
-from torchdlrm.serving.bundles import Bundles, Swap
 from torchdlrm.serving.event_log import log_event, note_event
-from torchdlrm.serving.metrics import ServerMetrics
 from torchdlrm.serving.options import ServeOptions
-from torchdlrm.serving.refusals import RefusedRequest, bad_request, check_num_rows, not_found
-from torchdlrm.serving.request_log import RequestLog, check_loggable
-from torchdlrm.serving.row_routes import describe
+from torchdlrm.serving.service.batcher import Answer, Batcher, BatchReport, PredictionRequest
+from torchdlrm.serving.service.bundles import Bundles, Swap, identity_of
+from torchdlrm.serving.service.metrics import ServerMetrics
+from torchdlrm.serving.service.refusals import RefusedRequest, bad_request, check_num_rows, not_found
+from torchdlrm.serving.service.request_log import RequestLog, check_loggable
+from torchdlrm.serving.service.uploads import Uploads
 
-_SWITCH_INTERVAL_S = 0.0005
-LARGE_BYTES = 256 << 10
+_WATCH_S = 1.0
 _MAX_REQUEST_ID_CHARACTERS = 128
 _UPLOADS_PER_REQUEST = 8  # bodies that may come slowly, for each request that may be under way
-
-Parsed = TypeVar("Parsed")
 
 
 class Service:
@@ -74,7 +65,6 @@ class Service:
         served = self.bundles.current
         self.name = options.name or served.bundle.name
         check_model_name(self.name)
-        self.keys = ApiKeys(options.api_keys)
         self.metrics = ServerMetrics(lambda: self.batcher.queued_rows)
         self.batcher = Batcher(
             max_batch_rows=options.max_batch_rows, max_queue_rows=options.max_queue_rows, listener=self._batch_done
@@ -128,22 +118,19 @@ class Service:
         """Whether the process can still predict; if not, it should be started again."""
         return self.batcher.is_alive
 
-    def is_health(self, path: str) -> bool:
-        """Tell whether a path asks for health alone, which needs no key and is answered however much there is to do."""
-        if path.startswith("/v2/health/"):
-            return True
-        model = f"/v2/models/{self.name}"
-        return path in {f"{model}/ready", f"{model}/versions/{self.bundles.current.version}/ready"}
+    def request_id(self, *given: bytes | str) -> str:
+        """Return the name that a client gave a request, or a new one.
 
-    def new_request_id(self) -> str:
-        """Make a name for a request that came without one."""
+        Args:
+            given: the first is taken that has at most 128 characters, all of them printable ASCII: it goes into logs
+                and headers.
+        """
+        for name in given:
+            if 0 < len(name) <= _MAX_REQUEST_ID_CHARACTERS and name.isascii():
+                text = name if isinstance(name, str) else name.decode("ascii")
+                if text.isprintable():
+                    return text
         return f"{self._id_prefix}-{next(self._numbers)}"
-
-    def describe(self) -> dict[str, Any]:
-        """Make the answer of `GET /schema`."""
-        served, max_rows = self.bundles.current, self.options.max_rows_per_request
-        about = {"model": self.name, **served.told}
-        return describe(about, served.schema, self.bundles.examples, max_rows, served.never_missing)
 
     def check_model(self, name: str, version: str | None = None) -> Predictor:
         """Return the predictor of the model that a client names.
@@ -203,12 +190,22 @@ class Service:
         """
         swap = await self._swap(self.bundles.reload)
         assert swap is not None, "it was not asked whether something is new"
-        return {"outcome": swap.outcome, "model": self.name, **self.bundles.current.told}
+        return {"outcome": swap.outcome, "model": self.name, **identity_of(self.bundles.current.bundle)}
 
     async def follow(self) -> None:
-        """Serve what the bundle's path leads to, if that is new; whatever fails is in the log."""
-        with contextlib.suppress(TorchDLRMError):
-            await self._swap(self.bundles.follow)
+        """Look again and again where the bundle's path leads, and serve that; whatever fails is in the log."""
+        while True:
+            await asyncio.sleep(self.options.follow_s)
+            with contextlib.suppress(TorchDLRMError):
+                await self._swap(self.bundles.follow)
+
+    async def watch(self) -> None:
+        """Update the gauge of waiting rows for scrapes that other processes answer, and look at the bundle's files."""
+        while True:
+            with contextlib.suppress(OSError):  # of the shared files; a scrape reports it
+                self.metrics.note_queue()
+            self.is_damaged()
+            await asyncio.sleep(_WATCH_S)
 
     async def _swap(self, attempt: Callable[[], Awaitable[Swap | None]]) -> Swap | None:
         before, started_s = self.bundles.current.version, time.perf_counter()
@@ -228,7 +225,7 @@ class Service:
             if isinstance(now.bundle, PatchedBundle):
                 about |= {"deltas": swap.num_deltas, "patched_rows": now.bundle.weights.num_rows}
                 about |= {"patched_values": now.bundle.num_values, "patched_bytes": now.bundle.memory_bytes}
-            note_event(f"bundle {swap.outcome}", before=before, **now.told, **about)
+            note_event(f"bundle {swap.outcome}", before=before, **identity_of(now.bundle), **about)
         return swap
 
     def _swapped(self, before: Predictor, after: Predictor) -> None:
@@ -241,48 +238,6 @@ class Service:
             self._request_log.add(report)
 
 
-async def off_loop_if_large(parse: Callable[[], Parsed], num_bytes: int) -> Parsed:
-    """Parse; in a thread where there are many bytes, so that other requests need not wait."""
-    return await asyncio.to_thread(parse) if num_bytes > LARGE_BYTES else parse()
-
-
-def request_id_of(given: bytes | str) -> str | None:
-    """Return the name that the client gave a request; None where it is empty, too long, or not of printable ASCII.
-
-    It comes in the header or metadata `x-request-id` or in the field `id` of a message, and goes into logs and headers.
-    """
-    if not 0 < len(given) <= _MAX_REQUEST_ID_CHARACTERS or not given.isascii():
-        return None
-    text = given if isinstance(given, str) else given.decode("ascii")
-    return text if text.isprintable() else None
-
-
 def _damaged() -> RefusedRequest:
     msg = "the model on this server is damaged, and nothing is predicted until another bundle is loaded"
     return RefusedRequest(HTTPStatus.SERVICE_UNAVAILABLE, msg)
-
-
-def configure_threads(options: ServeOptions) -> None:
-    """Share the cores between the processes of a server, and those of each between its model and everything else.
-
-    A model whose threads must wait for a core that reads requests takes ten times as long as on fewer threads.
-    """
-    torch.set_num_threads(options.num_threads or options.num_cores_of_model)
-    # How long the loop may have to wait for the interpreter while the model's thread computes in Python.
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-
-
-async def follow(service: Service) -> None:
-    """Look again and again where the bundle's path leads."""
-    while True:
-        await asyncio.sleep(service.options.follow_s)
-        await service.follow()
-
-
-async def watch(service: Service, interval_s: float = 1.0) -> None:
-    """Update the gauge of waiting rows for scrapes that other processes answer, and look at the bundle's files."""
-    while True:
-        with contextlib.suppress(OSError):  # of the shared files; a scrape reports it
-            service.metrics.note_queue()
-        service.is_damaged()
-        await asyncio.sleep(interval_s)

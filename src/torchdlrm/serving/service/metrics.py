@@ -23,7 +23,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from torchdlrm.bundle.bundle import Bundle
-from torchdlrm.serving.batcher import BatchReport
+from torchdlrm.serving.service.batcher import BatchReport
 
 MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 CONTENT_TYPE = CONTENT_TYPE_LATEST

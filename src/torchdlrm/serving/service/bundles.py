@@ -12,19 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import polars as pl
+
 from torchdlrm.bundle.bundle import Bundle, Verify
 from torchdlrm.bundle.delta import Delta
 from torchdlrm.bundle.patched_bundle import PatchedBundle
 from torchdlrm.errors import BundleError, TorchDLRMError
+from torchdlrm.features.cells import written_cells
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.model.model_class import ModelClass
 from torchdlrm.prediction.predictor import Predictor
-from torchdlrm.serving.following import Target, deltas_to, first_bundle
-from torchdlrm.serving.row_routes import Examples, examples_of
+from torchdlrm.serving.service.following import Target, deltas_to, first_bundle
 
+_NUM_EXAMPLES = 3
 # Of a bundle's bytes, what deltas may take of memory before it is mapped instead.
 _MOST_PATCHED = 0.5
 # After the first failure; then twice as long each time, since what failed may be large, and may be complete some day.
 _RETRY_S = 60.0
+
+# Rows as a log has them, and of each the features whose value is not in the vocabulary.
+Examples = tuple[list[dict[str, object]], list[list[str]]]
 
 
 @dataclass(frozen=True)
@@ -184,4 +191,15 @@ def _checked(bundle: Bundle) -> tuple[Predictor, Examples]:
     """See that a bundle predicts what it says it must."""
     predictor = Predictor(bundle)
     predictor.check_sample()
-    return predictor, examples_of(predictor)
+    frame = bundle.sample()[0].head(_NUM_EXAMPLES)
+    return predictor, (rows_as_logged(frame, predictor.schema), predictor.unknown_features(frame))
+
+
+def rows_as_logged(frame: pl.DataFrame, schema: FeatureSchema) -> list[dict[str, object]]:
+    """Return the features of typed rows by column name, as a log has them, missing ones too."""
+    return pl.DataFrame([written_cells(frame[column.name], column) for column in schema.features]).to_dicts()
+
+
+def identity_of(bundle: Bundle) -> dict[str, str | int]:
+    """Name a bundle in answers and in the log: by its version, and by its period if it has one."""
+    return {"version": bundle.version} | ({} if bundle.period is None else {"period": bundle.period})

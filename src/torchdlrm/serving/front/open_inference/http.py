@@ -17,10 +17,10 @@ from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.errors import shown
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.predictor import Rows
-from torchdlrm.serving.bodies import parse_json
-from torchdlrm.serving.open_inference.columns import OUTPUT, Inputs, rows_of_tensors
-from torchdlrm.serving.open_inference.tensors import from_bytes, from_json
-from torchdlrm.serving.refusals import bad_request
+from torchdlrm.serving.front.bodies import parse_json
+from torchdlrm.serving.front.open_inference.columns import OUTPUT, Inputs, rows_of_tensors
+from torchdlrm.serving.front.open_inference.tensors import from_bytes, from_json
+from torchdlrm.serving.service.refusals import bad_request
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _MAX_ID_CHARACTERS = 256

@@ -25,8 +25,8 @@ from torchdlrm.features.columns import DenseColumn, Feature, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS, too_long
 from torchdlrm.prediction.predictor import Rows
-from torchdlrm.serving.open_inference.tensors import BYTES, Tensor, check_shape
-from torchdlrm.serving.refusals import RefusedRequest, bad_request, check_num_rows, check_num_values
+from torchdlrm.serving.front.open_inference.tensors import BYTES, Tensor, check_shape
+from torchdlrm.serving.service.refusals import RefusedRequest, bad_request, check_num_rows, check_num_values
 
 DENSE, SPARSE = "dense", "sparse"  # of the packed inputs
 OUTPUT = "prediction"

@@ -12,10 +12,10 @@ import orjson
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from torchdlrm.serving.access import AllowedHosts
-from torchdlrm.serving.exchange import ARRIVED
-from torchdlrm.serving.refusals import RefusedRequest, overloaded
-from torchdlrm.serving.service import Service, request_id_of
+from torchdlrm.serving.front.access import AllowedHosts, ApiKeys
+from torchdlrm.serving.front.exchange import ARRIVED
+from torchdlrm.serving.service.refusals import RefusedRequest, overloaded
+from torchdlrm.serving.service.service import Service
 
 REQUEST_ID = "torchdlrm.request_id"
 
@@ -35,7 +35,8 @@ class RequestMiddleware:
         self._app, self._service = app, service
         self._num_under_way = 0
         options = service.options
-        self._hosts = None if service.keys else AllowedHosts(options.host, options.allowed_hosts)
+        self._keys = ApiKeys(options.api_keys)
+        self._hosts = None if self._keys else AllowedHosts(options.host, options.allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
@@ -44,7 +45,7 @@ class RequestMiddleware:
             return
         started_s = scope.setdefault(ARRIVED, time.perf_counter())
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        request_id = request_id_of(headers.get(b"x-request-id", b"")) or self._service.new_request_id()
+        request_id = self._service.request_id(headers.get(b"x-request-id", b""))
         scope[REQUEST_ID] = request_id
         status = 0
 
@@ -69,7 +70,7 @@ class RequestMiddleware:
             self._note_end(scope, status, time.perf_counter() - started_s, request_id)
 
     def _refused(self, method: str, path: str, headers: dict[bytes, bytes]) -> RefusedRequest | None:
-        if self._service.is_health(path):
+        if self._is_health(path):
             return None
         is_open = path == "/" or path.startswith("/page/")
         if self._hosts is not None:
@@ -81,15 +82,22 @@ class RequestMiddleware:
             return overloaded(
                 f"{limit:,} requests are being answered, and no more are taken meanwhile; try again later"
             )
-        if is_open or self._service.keys.accept(headers):
+        if is_open or self._keys.accept(headers):
             return None
         msg = "this needs an API key; send the header 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
         return RefusedRequest(HTTPStatus.UNAUTHORIZED, msg)
 
+    def _is_health(self, path: str) -> bool:
+        """Tell whether a path asks for health alone, which needs no key and is answered however much there is to do."""
+        if path.startswith("/v2/health/"):
+            return True
+        model = f"/v2/models/{self._service.name}"
+        return path in {f"{model}/ready", f"{model}/versions/{self._service.bundles.current.version}/ready"}
+
     def _note_end(self, scope: Scope, status: int, total_s: float, request_id: str) -> None:
         method, path, client = scope["method"], scope["path"], scope["client"][0] if scope.get("client") else None
         level = logging.ERROR if status == HTTPStatus.INTERNAL_SERVER_ERROR else logging.INFO
-        if self._service.is_health(path):
+        if self._is_health(path):
             level = logging.DEBUG
         route = getattr(scope.get("route"), "path", "none")
         fields = {"request_id": request_id, "method": method, "path": path, "client": client}

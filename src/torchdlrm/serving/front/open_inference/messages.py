@@ -12,7 +12,7 @@ from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 
-from torchdlrm.serving.refusals import too_large
+from torchdlrm.serving.service.refusals import too_large
 
 PACKAGE = "inference"
 SERVICE = "GRPCInferenceService"

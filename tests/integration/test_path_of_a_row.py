@@ -1,0 +1,73 @@
+"""The architecture page says through which files a served row goes: one real request is watched, call by call."""
+
+import asyncio
+import json
+import re
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import uvicorn
+import uvloop
+from uvicorn.server import ServerState
+
+import torchdlrm
+from torchdlrm.serving.front.app import build_app
+from torchdlrm.serving.front.connection import Connections
+from torchdlrm.serving.options import ServeOptions
+from torchdlrm.serving.service.service import Service
+
+PACKAGE = Path(torchdlrm.__file__).parent
+DOCUMENT = PACKAGE.parents[1] / "docs" / "architecture.md"
+
+
+def files_of_a_request(bundle):
+    """The files of the package in which a function runs from the first byte of a request to the last of its answer."""
+    seen, is_watched = {}, False
+
+    def note(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if is_watched and event == "call" and path.is_relative_to(PACKAGE):
+            seen[path.relative_to(PACKAGE).as_posix()] = None
+
+    async def main():
+        nonlocal is_watched
+        loop, service = asyncio.get_running_loop(), Service(bundle, ServeOptions(), lambda: None)
+        await service.start()
+        body = json.dumps(service.bundles.examples[0][:1]).encode()
+        request = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        connections = Connections(service.options)
+        config = uvicorn.Config(build_app(service), http=connections, ws="none", lifespan="off", log_config=None)
+        config.load()
+        listener = socket.create_server(("127.0.0.1", 0))
+        state = ServerState()
+        server = await loop.create_server(lambda: connections(config=config, server_state=state), sock=listener)
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        for number in range(3):
+            is_watched = number == 2  # what the first ones load and compile is no part of the path
+            writer.write(request)
+            head = await reader.readuntil(b"\r\n\r\n")
+            answer = json.loads(await reader.readexactly(int(re.search(rb"content-length: (\d+)", head)[1])))
+            assert len(answer["predictions"]) == 1
+        writer.close()
+        server.close()
+        service.close()
+
+    # In the model's thread too: there a row is predicted where the loop is busy.
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        uvloop.run(main())
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    return list(seen)
+
+
+def test_a_served_row_goes_through_the_files_that_the_page_names(small_bundle):
+    section = DOCUMENT.read_text().partition("## The path of a served row\n")[2].partition("\n## ")[0]
+    named = re.findall(r"^\| \d+\. \| `([\w/]+\.py)`", section, re.MULTILINE)
+    seen = files_of_a_request(small_bundle)
+    assert sorted(named) == sorted(seen)
+    assert f"{len(named)} files" in section
