@@ -123,7 +123,11 @@ def test_what_queues_while_the_model_is_busy_shares_a_batch_up_to_the_limit_of_r
         assert batcher.queued_rows == 0
 
     reports = run(scenario)
-    assert [report.request_ids for report in reports] == [["0"], ["10", "20"], ["30", "40"]]
+    assert [[request.request_id for request in report.requests] for report in reports] == [
+        ["0"],
+        ["10", "20"],
+        ["30", "40"],
+    ]
 
 
 def test_a_request_beyond_the_limit_is_cut_into_several_calls():

@@ -16,7 +16,7 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.find import find_files
 from torchdlrm.logs.format import Chunk
 from torchdlrm.serving.service import request_log
-from torchdlrm.serving.service.batcher import BatchReport
+from torchdlrm.serving.service.batcher import BatchReport, PredictionRequest
 from torchdlrm.serving.service.request_log import RequestLog, check_loggable
 
 SCHEMA = FeatureSchema(
@@ -97,19 +97,12 @@ BYTES_OF_REPORT = 5 * 100 + 512 * FRAME.height  # as objects
 
 def report(frame=FRAME, model=None):
     probabilities = np.linspace(0, 1, frame.height, dtype=np.float32)
-    requests = [frame[:1], frame[1:]]
-    counts = [part.height for part in requests]
-    return BatchReport(
-        model or Model(),
-        requests,
-        ["a", "b"],
-        counts,
-        [Found(probabilities, {})],
-        0.0,
-        0.0,
-        time.time_ns() // 1000,
-        100,
-    )
+    model = model or Model()
+    requests = [
+        PredictionRequest(model, part, 50, name, 0.0, lambda: False)
+        for name, part in (("a", frame[:1]), ("b", frame[1:]))
+    ]
+    return BatchReport(requests, [Found(probabilities, {})], time.time_ns() // 1000)
 
 
 def test_what_was_logged_is_read_as_what_was_asked(tmp_path):

@@ -26,10 +26,12 @@ from numpy.typing import NDArray
 
 from torchdlrm.errors import TorchDLRMError
 from torchdlrm.prediction.predictor import Predictions, Predictor, Rows
-from torchdlrm.serving.service.refusals import bad_request, overloaded, too_late
+from torchdlrm.serving.service.refusals import RefusedRequest, bad_request, overloaded, too_late
 
 _SWEEP_INTERVAL_S = 0.01
-# Predicted in the loop: so many rows that came as so many bytes, if the last so few took no longer.
+_IS_GONE = "the client has closed the connection"
+_IS_LATE = "the deadline passed; the server has more to do than it can do in time"
+# Predicted in the loop: at most these rows that came as at most these bytes, if the last such batch took no longer.
 _FEW_ROWS, _FEW_BYTES, _QUICK_S = 16, 16 << 10, 0.003
 
 
@@ -58,32 +60,27 @@ class PredictionRequest:
 
 @dataclass(frozen=True, slots=True)
 class BatchReport:
-    """What became of a batch of B rows.
+    """What became of a batch.
 
     Attributes:
-        model: what predicted.
-        requests: the rows of each request in it.
-        request_ids: of these; `num_rows` how many rows each has.
-        predictions: of its parts, one after another.
-        encode_s, model_s: how long it took to encode the rows and to predict.
-        time_us: when it was predicted, in microseconds since 1970.
-        num_bytes: how many the rows came as.
+        requests: of one model; they have B rows together.
+        predictions: of the rows, part after part.
+        time_us: when they were predicted, in microseconds since 1970.
     """
 
-    model: Predictor
-    requests: Sequence[Rows]
-    request_ids: Sequence[str]
-    num_rows: Sequence[int]
+    requests: Sequence[PredictionRequest]
     predictions: Sequence[Predictions]
-    encode_s: float
-    model_s: float
     time_us: int
-    num_bytes: int
+
+    @property
+    def model(self) -> Predictor:
+        """What predicted."""
+        return self.requests[0].model
 
     @property
     def total_rows(self) -> int:
         """The number of rows, B."""
-        return sum(self.num_rows)
+        return sum(len(request.rows) for request in self.requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +104,12 @@ class _Waiting:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    model: Predictor
     parts: list[_Waiting]
     started_s: float
+
+    @property
+    def model(self) -> Predictor:
+        return self.parts[0].request.model
 
     @property
     def num_rows(self) -> int:
@@ -189,7 +189,7 @@ class Batcher:
             for waiting in self._waiting:
                 if waiting.is_queued and waiting.request.is_gone():
                     self._leave_queue(waiting)
-                    _abandon(waiting)
+                    _refuse(waiting, bad_request(_IS_GONE))
         if self.queued_rows + num_rows > self._max_queue_rows:
             wait_s = self.queued_rows / self._rows_per_s if self._rows_per_s else 1.0
             msg = f"{self.queued_rows:,} rows are waiting and at most {self._max_queue_rows:,} may; ask again later"
@@ -213,7 +213,7 @@ class Batcher:
         future: asyncio.Future[Answer] = self._loop.create_future()
         waiting = _Waiting(request, num_rows, now_s, future)
         future.add_done_callback(partial(self._leave_queue, waiting))
-        timer = self._loop.call_later(deadline_s - now_s, _expire, waiting)
+        timer = self._loop.call_later(deadline_s - now_s, _refuse, waiting, too_late(_IS_LATE))
         self._waiting.append(waiting)
         self.queued_rows += waiting.num_rows
         self._begin_soon()
@@ -260,7 +260,7 @@ class Batcher:
             if first.future.done() or first.request.is_gone():
                 self._waiting.popleft()
                 self._leave_queue(first)
-                _abandon(first)
+                _refuse(first, bad_request(_IS_GONE))
                 continue
             is_too_much = num_rows + first.num_rows > self._max_batch_rows
             if parts and (is_too_much or first.request.model is not parts[0].request.model):
@@ -269,7 +269,7 @@ class Batcher:
             self._leave_queue(first)
             parts.append(first)
             num_rows += first.num_rows
-        return _Batch(parts[0].request.model, parts, time.perf_counter()) if parts else None
+        return _Batch(parts, time.perf_counter()) if parts else None
 
     def _finish(self, batch: _Batch, results: list[Answer | Exception], batch_s: float) -> None:
         """Take the results of the model's thread; called in the event loop."""
@@ -322,25 +322,18 @@ class Batcher:
         if (results := self._answer_together(batch)) is not None:
             return results
         # One of the requests may be to blame: each by itself, so that the others are answered.
-        return [self._answer(_Batch(batch.model, [part], batch.started_s))[0] for part in batch.parts]
+        return [self._answer(_Batch([part], batch.started_s))[0] for part in batch.parts]
 
     def _predict(self, batch: _Batch) -> Iterator[Answer]:
         started_s = time.perf_counter()
-        requests = [part.request.rows for part in batch.parts]
-        rows = batch.model.encode_requests(requests)
+        requests = [part.request for part in batch.parts]
+        rows = batch.model.encode_requests([request.rows for request in requests])
         encode_s = time.perf_counter() - started_s
         step = self._max_batch_rows
         pieces = (rows.part(at, min(at + step, rows.num_rows)) for at in range(0, rows.num_rows, step))
         predictions = [batch.model.predict_undamaged(piece) for piece in pieces]
         model_s = time.perf_counter() - started_s - encode_s
-        num_rows = [part.num_rows for part in batch.parts]
-        request_ids = [part.request.request_id for part in batch.parts]
-        num_bytes, time_us = sum(part.request.num_bytes for part in batch.parts), time.time_ns() // 1000
-        self._listener(
-            BatchReport(
-                *(batch.model, requests, request_ids, num_rows, predictions, encode_s, model_s, time_us, num_bytes)
-            )
-        )
+        self._listener(BatchReport(requests, predictions, time.time_ns() // 1000))
         probabilities = np.concatenate([piece.probabilities for piece in predictions])
         end = 0
         for part in batch.parts:
@@ -359,11 +352,6 @@ def _without_trace(error: Exception) -> Exception:
     return error
 
 
-def _abandon(waiting: _Waiting) -> None:
+def _refuse(waiting: _Waiting, reason: RefusedRequest) -> None:
     if not waiting.future.done():
-        waiting.future.set_exception(bad_request("the client has closed the connection"))
-
-
-def _expire(waiting: _Waiting) -> None:
-    if not waiting.future.done():
-        waiting.future.set_exception(too_late("the deadline passed; the server has more to do than it can do in time"))
+        waiting.future.set_exception(reason)

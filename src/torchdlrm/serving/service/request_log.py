@@ -228,7 +228,8 @@ def _try_to_write(path: Path, parquet: io.BytesIO) -> str | None:
 
 def _size_bytes(report: BatchReport) -> int:
     """The most that the rows of a batch take of memory."""
-    return _OBJECT_FACTOR * report.num_bytes + _OBJECT_BYTES * report.total_rows
+    num_bytes = sum(request.num_bytes for request in report.requests)
+    return _OBJECT_FACTOR * num_bytes + _OBJECT_BYTES * report.total_rows
 
 
 def _frame_bytes(frames: Sequence[pl.DataFrame]) -> int:
@@ -249,20 +250,19 @@ def check_loggable(schema: FeatureSchema) -> None:
 
 def _log_frame(reports: Sequence[BatchReport]) -> pl.DataFrame:
     """Make the rows of some batches of one model."""
-    model = reports[0].model
+    model, requests = reports[0].model, [request for report in reports for request in report.requests]
     schema = model.schema
-    frame = model.parse_requests([request for report in reports for request in report.requests])
+    frame = model.parse_requests([request.rows for request in requests])
     columns = [written_cells(frame[column.name], column).alias(column.log_name) for column in schema.features]
     times_us = pl.Series(np.repeat([report.time_us for report in reports], [report.total_rows for report in reports]))
     if schema.time is not None:
         columns.append(_as_time(times_us, schema.time))
-    counts = np.concatenate([report.num_rows for report in reports])
-    starts = np.cumsum(counts) - counts
-    request_ids = np.concatenate([np.asarray(report.request_ids, object) for report in reports])
+    counts = [len(request.rows) for request in requests]
+    request_ids = np.array([request.request_id for request in requests], object)
     probabilities = [part.probabilities for report in reports for part in report.predictions]
     columns += [
         pl.Series("request_id", np.repeat(request_ids, counts).tolist(), pl.String),
-        pl.Series("request_row", np.arange(frame.height) - np.repeat(starts, counts)),
+        pl.Series("request_row", np.concatenate([np.arange(count) for count in counts])),
         times_us.cast(pl.Datetime("us", "UTC")).alias("requested_at"),
         pl.Series("prediction", np.concatenate(probabilities)),
         pl.Series("model_version", [model.version]).new_from_index(0, frame.height),
