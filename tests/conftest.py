@@ -1,5 +1,6 @@
 """What tests share: seeds, a small click log whose labels can be learnt, and the dataset that it becomes."""
 
+import asyncio
 import json
 import multiprocessing.util
 import os
@@ -107,18 +108,24 @@ def browser():
 @pytest.fixture(scope="module")
 def page_server():
     """The page's files on a server of their own, without model or bundle: its address."""
-    import uvicorn
     from starlette.applications import Starlette
 
+    from torchdlrm.serving.front.http_server import HttpServer
+    from torchdlrm.serving.options import ServeOptions
     from torchdlrm.serving.page.routes import page_routes
 
-    app = Starlette(routes=page_routes())
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    listener, is_over = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    async def main():
+        server = HttpServer(Starlette(routes=page_routes()), ServeOptions())
+        await server.start(listener)
+        await asyncio.to_thread(is_over.wait)
+        await server.stop(5)
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),))
     thread.start()
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
+    is_over.set()
     thread.join(timeout=10)
     assert not thread.is_alive()
 

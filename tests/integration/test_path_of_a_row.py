@@ -8,13 +8,11 @@ import sys
 import threading
 from pathlib import Path
 
-import uvicorn
 import uvloop
-from uvicorn.server import ServerState
 
 import torchdlrm
 from torchdlrm.serving.front.app import build_app
-from torchdlrm.serving.front.connection import Connections
+from torchdlrm.serving.front.http_server import HttpServer
 from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.service.service import Service
 
@@ -23,7 +21,7 @@ DOCUMENT = PACKAGE.parents[1] / "docs" / "architecture.md"
 
 
 def files_of_a_request(bundle):
-    """The files of the package in which a function runs from the first byte of a request to the last of its answer."""
+    """The files of the package in which a function runs from a client's connection to the last byte of its answer."""
     seen, is_watched = {}, False
 
     def note(frame, event, _):
@@ -33,25 +31,22 @@ def files_of_a_request(bundle):
 
     async def main():
         nonlocal is_watched
-        loop, service = asyncio.get_running_loop(), Service(bundle, ServeOptions(), lambda: None)
+        service = Service(bundle, ServeOptions(), lambda: None)
         await service.start()
         body = json.dumps(service.bundles.examples[0][:1]).encode()
         request = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-        connections = Connections(service.options)
-        config = uvicorn.Config(build_app(service), http=connections, ws="none", lifespan="off", log_config=None)
-        config.load()
         listener = socket.create_server(("127.0.0.1", 0))
-        state = ServerState()
-        server = await loop.create_server(lambda: connections(config=config, server_state=state), sock=listener)
-        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        server = HttpServer(build_app(service), service.options)
+        await server.start(listener)
         for number in range(3):
             is_watched = number == 2  # what the first ones load and compile is no part of the path
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
             writer.write(request)
             head = await reader.readuntil(b"\r\n\r\n")
             answer = json.loads(await reader.readexactly(int(re.search(rb"content-length: (\d+)", head)[1])))
             assert len(answer["predictions"]) == 1
-        writer.close()
-        server.close()
+            writer.close()
+        await server.stop(5)
         service.close()
 
     # In the model's thread too: there a row is predicted where the loop is busy.

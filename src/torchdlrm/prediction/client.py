@@ -83,8 +83,8 @@ class PredictionClient:
                 break
             time.sleep(float(response.getheader("Retry-After", "1")))
         if response.status != http.client.OK:
-            told = text.decode(errors="replace")
-            msg = f"`url`: {self._url} answers {response.status} {response.reason}: {told:.300}"
+            reason = text.decode(errors="replace")
+            msg = f"`url`: {self._url} answers {response.status} {response.reason}: {reason:.300}"
             raise UserError(msg)
         answer: dict[str, Any] = json.loads(text)
         return answer

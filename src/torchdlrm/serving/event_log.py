@@ -29,7 +29,7 @@ def log_event(level: int, event: str, **fields: object) -> None:
 
 
 def note_event(event: str, **fields: object) -> None:
-    """Log what happens to the server itself, such as its start, whichever level is logged; never wait."""
+    """Log what happens to the server itself, such as its start, at every level; never wait."""
     _handle(logging.INFO, event, fields)
 
 
@@ -113,7 +113,7 @@ class _Output(logging.StreamHandler[TextIO]):
         return super().handle(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - as logging calls it
-        """Ignore that nobody is there to read."""
+        """Ignore that the reader has gone."""
 
 
 class _JsonFormatter(logging.Formatter):

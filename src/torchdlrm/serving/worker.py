@@ -7,29 +7,25 @@ link to it that is moved.
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import ipaddress
 import logging
 import os
-import select
 import signal
 import socket
-import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Final
 
 import torch
-import uvicorn
 import uvloop
 
 from torchdlrm.errors import TorchDLRMError
 from torchdlrm.serving.event_log import json_log, log_event, note_event
 from torchdlrm.serving.front.app import build_app
-from torchdlrm.serving.front.connection import Connections
+from torchdlrm.serving.front.http_server import HttpServer
 from torchdlrm.serving.front.open_inference.grpc import GrpcServer
 from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.service.bundles import identity_of
@@ -37,49 +33,7 @@ from torchdlrm.serving.service.service import Service
 
 # Called when a process can answer: with its model's name, version and period, and the port of gRPC, if any.
 Ready = Callable[[str, str, int | None, int | None], None]
-
-
-# A filter of packets (classic BPF): those of TCP with the flag SYN, bit 1 of byte 13, are dropped, all others pass.
-_DROP_SYN: Final = struct.pack(4 * "HBBI", 0x30, 0, 0, 13, 0x45, 0, 1, 2, 0x06, 0, 0, 0, 0x06, 0, 0, 0xFFFFFFFF)
-_SO_ATTACH_FILTER: Final = 26
-_HANDSHAKE_S: Final = 0.01
-_LAST_REQUESTS_S: Final = 0.5
 _SWITCH_INTERVAL_S: Final = 0.0005
-
-
-class _Server(uvicorn.Server):
-    """Uvicorn without its handlers of signals: the process ends with 0 after a signal, not by it."""
-
-    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
-        super().__init__(config)
-        self._connections = connections
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals to the loop's handlers."""
-        yield
-
-    async def refuse_clients(self, listener: socket.socket) -> None:
-        """Accept the clients that have connected, and no more.
-
-        A queue that is closed resets the connections in it.  So no client gets into it while it is emptied: one that
-        tries just then tries again after a second, as TCP does, and is refused.
-        """
-        with contextlib.suppress(OSError):  # where the kernel knows no filters
-            program = ctypes.create_string_buffer(_DROP_SYN)
-            listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, ctypes.addressof(program)))
-        await asyncio.sleep(_HANDSHAKE_S)
-        queue = select.poll()
-        queue.register(listener, select.POLLIN)
-        while queue.poll(0):
-            await asyncio.sleep(0)  # the loop accepts a client a turn
-        for server in self.servers:
-            server.close()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End, but give clients that are connected a moment to send their request, which is answered."""
-        await self._connections.await_requests(_LAST_REQUESTS_S)
-        await super().shutdown(sockets)
 
 
 def run_worker(
@@ -102,7 +56,7 @@ def run_worker(
     with json_log(options.log_level):
         # The service alone knows the bundle: after a swap nothing else keeps the old one.
         service = Service(bundle, options, _notify_others, is_checked=is_checked)
-        # What is loaded stays: the collector need not look at it again, least of all while somebody waits.
+        # What is loaded stays: the collector need not look at it again, least of all while a client waits.
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
@@ -120,22 +74,6 @@ def _notify_others() -> None:
 async def _serve(service: Service, listener: socket.socket, ready: Ready) -> None:
     loop = asyncio.get_running_loop()
     options, parent = service.options, parent_process()
-    # Answers are small: who does not take them need not fill megabytes of the kernel's memory.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 256 << 10)
-    connections = Connections(options)
-    config = uvicorn.Config(
-        build_app(service),
-        http=connections,  # type: ignore[arg-type]  # what makes a protocol, if no class of it
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # anybody on this machine could write any client into the log
-        timeout_graceful_shutdown=int(options.shutdown_timeout_s),
-        backlog=2048,
-    )
-    server = _Server(config, connections)
     rpc = None
     if options.grpc_port is not None:
         host = f"[{options.host}]" if ":" in options.host else options.host
@@ -156,28 +94,26 @@ async def _serve(service: Service, listener: socket.socket, ready: Ready) -> Non
 
     loop.add_signal_handler(signal.SIGHUP, swap)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-    watching = [loop.create_task(service.watch()), loop.create_task(connections.watch())]
+    watching = [loop.create_task(service.watch())]
     if options.follow_s:
         watching.append(loop.create_task(service.follow()))
-    serving = loop.create_task(server.serve([listener]))
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.005)
+    http = HttpServer(build_app(service), options)
+    await http.start(listener)
     served = service.bundles.current
     address = list(listener.getsockname()[:2])
     note_event("serving", pid=os.getpid(), model=service.name, **identity_of(served.bundle), address=address)
     if not options.api_keys and not ipaddress.ip_address(address[0]).is_loopback:
-        msg = "whoever can reach this address is answered; with `api_key_file` only those who have a key"
+        msg = "all who can reach this address are answered; with `api_key_file` only those who have a key"
         log_event(logging.WARNING, "no API key", message=msg)
     ready(service.name, served.version, served.bundle.period, None if rpc is None else rpc.port)
-    await asyncio.wait({serving, loop.create_task(stopping.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    await stopping.wait()
     service.is_draining = True
     note_event("draining")
     await asyncio.sleep(options.drain_s)
-    await server.refuse_clients(listener)
-    server.should_exit = True
+    endings = [http.stop(options.shutdown_timeout_s)]
     if rpc is not None:
-        await rpc.stop(options.shutdown_timeout_s)
-    await serving
+        endings.append(rpc.stop(options.shutdown_timeout_s))
+    await asyncio.gather(*endings)
     for task in watching:
         task.cancel()
     service.close()

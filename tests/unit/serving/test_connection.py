@@ -8,11 +8,9 @@ import struct
 import weakref
 
 import pytest
-import uvicorn
 import uvloop
-from uvicorn.server import ServerState
 
-from torchdlrm.serving.front.connection import Connections
+from torchdlrm.serving.front.http_server import HttpServer
 from torchdlrm.serving.options import ServeOptions
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -21,7 +19,7 @@ NOW = struct.pack("ii", 1, 0)  # close without taking leave
 
 
 def run(scenario, *, send_bytes=None, **times):
-    """Runs a scenario(connections, connect, go): the app answers with `CONTENT` once `go` is set, which it is."""
+    """Runs a scenario(server, connect, go): the app answers with `CONTENT` once `go` is set, which it is."""
 
     async def main():
         go, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -32,15 +30,11 @@ def run(scenario, *, send_bytes=None, **times):
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": CONTENT})
 
-        connections = Connections(ServeOptions(**times))
-        config = uvicorn.Config(app, http=connections, ws="none", lifespan="off", log_config=None)
-        config.load()
         listener = socket.create_server(("127.0.0.1", 0))
+        server = HttpServer(app, ServeOptions(**times))
+        await server.start(listener)
         if send_bytes is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
-        state = ServerState()
-        server = await loop.create_server(lambda: connections(config=config, server_state=state), sock=listener)
-        watching = loop.create_task(connections.watch())
 
         async def connect(receive_bytes=None):
             client = socket.socket()
@@ -50,11 +44,8 @@ def run(scenario, *, send_bytes=None, **times):
             await loop.sock_connect(client, listener.getsockname())
             return client
 
-        try:
-            await scenario(connections, connect, go)
-        finally:
-            watching.cancel()
-            server.close()
+        await scenario(server, connect, go)
+        await server.stop(0)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(asyncio.wait_for(main(), 30))
@@ -67,27 +58,27 @@ async def until(condition, seconds=10):
 
 
 def test_clients_that_leave_before_their_answers_are_forgotten():
-    async def scenario(connections, connect, go):
+    async def scenario(server, connect, go):
         go.clear()
         clients = [await connect() for _ in range(20)]
         for client in clients:
             client.send(GET)
-        await until(lambda: len(connections.open) == 20 and not connections.waiting)
+        await until(lambda: len(server.open) == 20 and not server.waiting)
         for client in clients:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NOW)
             client.close()
-        await until(lambda: not connections.open)
+        await until(lambda: not server.open)
         go.set()
         with contextlib.closing(await connect()) as last:
             last.send(GET)
             await asyncio.get_running_loop().sock_recv(last, 1 << 16)
-            assert len(connections.waiting) == len(connections.open) == 1, "the last one"
+            assert len(server.waiting) == len(server.open) == 1, "the last one"
 
     run(scenario)
 
 
 def test_nothing_of_a_connection_waits_for_the_collector():
-    async def scenario(connections, connect, go):
+    async def scenario(server, connect, go):
         gone = []
         gc.disable()
         try:
@@ -95,12 +86,12 @@ def test_nothing_of_a_connection_waits_for_the_collector():
                 go.clear()
                 client = await connect()
                 client.send(sent)
-                await until(lambda: connections.open)
-                gone.append(weakref.ref(next(iter(connections.open))))
+                await until(lambda: server.open)
+                gone.append(weakref.ref(next(iter(server.open))))
                 await asyncio.sleep(0.02)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NOW)
                 client.close()
-                await until(lambda: not connections.open)
+                await until(lambda: not server.open)
                 go.set()
             await until(lambda: [connection() for connection in gone] == [None] * 4)
         finally:
@@ -113,7 +104,7 @@ def test_nothing_of_a_connection_waits_for_the_collector():
 def test_who_takes_its_answers_slowly_but_one_after_another_is_not_cut_off():
     num_requests = 60
 
-    async def scenario(_connections, connect, _go):
+    async def scenario(_server, connect, _go):
         loop, num_bytes, started_s = asyncio.get_running_loop(), 0, asyncio.get_running_loop().time()
         with contextlib.closing(await connect(receive_bytes=4096)) as client:
             client.send(GET * num_requests)
@@ -128,7 +119,7 @@ def test_who_takes_its_answers_slowly_but_one_after_another_is_not_cut_off():
 
 
 def test_who_takes_a_byte_now_and_then_is_cut_off():
-    async def scenario(connections, connect, _go):
+    async def scenario(server, connect, _go):
         loop, started_s = asyncio.get_running_loop(), asyncio.get_running_loop().time()
         with contextlib.closing(await connect(receive_bytes=4096)) as client:
             client.send(GET * 60)
@@ -136,6 +127,6 @@ def test_who_takes_a_byte_now_and_then_is_cut_off():
                 while await loop.sock_recv(client, 100):
                     await asyncio.sleep(0.05)
             assert 0.6 < loop.time() - started_s < 5
-        assert not connections.open
+        assert not server.open
 
     run(scenario, send_bytes=8192, body_timeout_s=0.7)

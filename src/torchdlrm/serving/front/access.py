@@ -20,7 +20,7 @@ from typing import Final
 from torchdlrm.errors import ConfigError
 from torchdlrm.prediction.client import API_KEY_VARIABLE
 
-# Names that nobody on the internet can be given: of this machine, of containers, of a cluster's services.
+# Names that cannot be given on the internet: of this machine, of containers, of a cluster's services.
 _PRIVATE_SUFFIXES: Final = (".localhost", ".internal", ".svc", ".svc.cluster.local")
 _HOST: Final = re.compile(r"(?:\[([^\]]*)\]|([^:\[]*))(?::\d*)?")  # an address or a name, and a port
 _OF_THE_SAME_SITE: Final = {b"same-origin", b"none"}
@@ -65,7 +65,7 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
         key = os.environ.get(API_KEY_VARIABLE, "").strip()
         return (key,) if key else ()
     try:
-        # Cut at \n alone: parts between other separators would be keys that nobody has thought of.
+        # Cut at \n alone: parts between other separators would be keys that were not meant.
         lines = [line.strip(" \t\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         msg = f"`api_key_file` {path}: is no text in UTF-8; write one key a line"

@@ -168,7 +168,7 @@ class _Answers:
         )
 
 
-def _state(is_so: bool, what: str) -> Response:  # noqa: FBT001 - it is the value that is told
+def _state(is_so: bool, what: str) -> Response:  # noqa: FBT001 - it is the value that is shown
     if is_so:
         return _json({what: True})
     return _json({what: False, "error": f"not {what}"}, HTTPStatus.SERVICE_UNAVAILABLE)

@@ -1,39 +1,26 @@
 """Handles one HTTP connection, with limits on what its client may send ahead and on the time that it may take.
 
-In: bytes of a client.  Out: calls of an ASGI app, one request after another, and their answers.  h11 parses
-(`reader.py`).  uvicorn listens, hands connections over, and waits for them at the end.  Its own protocols are not used:
-they wait for clients that do not read, and the one on h11 costs too much.
-Why: docs/decisions/http-connections-are-our-own.md.
-
-A request is not looked at before the one ahead of it is answered; while an answer is not taken, nothing more is read.
-`Connections.watch` looks at all connections a few times a second, instead of a timer for each: a client that takes too
-long to send a head, to read an answer, or to send anything at all is cut off.  Near the limit of file descriptors the
-client that has let the server wait for longest makes room for the next.
-
-What of uvicorn is touched beyond its documentation: it calls what it has for its `http` class with `config`,
-`server_state`, `app_state` and `_loop`, and `shutdown()` of each connection; `config.loaded_app`; it waits for
-`server_state.connections` and `.tasks`, keeps the date in `.default_headers`, and shows `.total_requests`.
+In: bytes of a client.  Out: calls of an ASGI app, one request after another, and their answers.  A request is not
+looked at before the one ahead of it is answered; while an answer is not taken, nothing more is read.
 """
 
 import asyncio
 import contextlib
 import logging
 import math
-import resource
 import socket
 import struct
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import h11
-from uvicorn import Config
-from uvicorn.server import ServerState
 
 from torchdlrm.serving.event_log import log_event
 from torchdlrm.serving.front.exchange import Exchange, error_bytes
 from torchdlrm.serving.front.reader import RequestReader, Unreadable
-from torchdlrm.serving.options import ServeOptions
 
-_LOOK_S: Final = 0.2
+if TYPE_CHECKING:
+    from torchdlrm.serving.front.http_server import HttpServer
+
 _EVENTS_PER_TURN: Final = 256  # then others have theirs
 _MAX_AHEAD_BYTES: Final = 64 << 10  # read before they can be used, of a body or of later requests; then nothing more is
 # What a client sends after its answer is read for a while: closed at once, it might never see the answer.
@@ -41,66 +28,13 @@ _LINGER_S: Final = 5.0
 # Who has closed its side may still wait for the answer, or be gone: after this time it is taken to be gone.
 _HALF_CLOSED_S: Final = 0.25
 _STANDSTILL_S: Final = 2.0  # while the server stops: how long a client may take nothing of its answer
-_SPARE_DESCRIPTORS: Final = 32
-_SECONDS_BETWEEN_LINES: Final = 10.0
-
-
-class Connections:
-    """All connections of a process, and how long each may take."""
-
-    def __init__(self, options: ServeOptions) -> None:
-        self.options = options
-        self.open: set[Connection] = set()
-        self.waiting: dict[Connection, None] = {}  # for their clients, the longest first
-        self._max_descriptor = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_DESCRIPTORS
-        self._num_other_descriptors: int | None = None  # when the first connection came
-        self._num_given_up, self._next_line_s = 0, -math.inf
-
-    def __call__(self, *, config: Config, server_state: ServerState, **_: Any) -> "Connection":
-        """Make a connection; uvicorn calls this in place of a class."""
-        return Connection(self, config, server_state)
-
-    async def watch(self) -> None:
-        """Cut off clients that take too long, for as long as this runs."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(_LOOK_S)
-            for connection in list(self.open):
-                connection.look(loop.time())
-
-    async def await_requests(self, most_s: float) -> None:
-        """Wait until each open connection has a request that is being answered, or so many seconds are over."""
-        loop = asyncio.get_running_loop()
-        end_s = loop.time() + most_s
-        while loop.time() < end_s and any(connection.is_between_requests for connection in self.open):
-            await asyncio.sleep(0.01)
-
-    def make_room(self, descriptor: int, now_s: float) -> None:
-        """See that there are file descriptors for the next client."""
-        if self._num_other_descriptors is None:
-            self._num_other_descriptors = descriptor  # the lowest that is free is taken: those below were in use
-        if max(descriptor, self._num_other_descriptors + len(self.open)) <= self._max_descriptor:
-            return
-        longest = next(iter(self.waiting), None)
-        if longest is not None:
-            longest.cut()
-        self._num_given_up += 1
-        if now_s >= self._next_line_s:
-            log_event(
-                logging.WARNING,
-                "file descriptors are running out",
-                connections=len(self.open),
-                cut_off=self._num_given_up,
-                message="connections that waited longest for their clients are cut off; raise the limit (ulimit -n)",
-            )
-            self._num_given_up, self._next_line_s = 0, now_s + _SECONDS_BETWEEN_LINES
 
 
 class Connection(asyncio.Protocol):
-    """A connection from its first byte to its last; `Connections` makes them."""
+    """A connection from its first byte to its last."""
 
-    def __init__(self, connections: Connections, config: Config, state: ServerState) -> None:
-        self._connections, self._app, self._state = connections, config.loaded_app, state
+    def __init__(self, server: "HttpServer") -> None:
+        self._server = server
         self._loop = asyncio.get_running_loop()
         self._reader = RequestReader()
         self._exchange: Exchange | None = None
@@ -120,18 +54,16 @@ class Connection(asyncio.Protocol):
         self.client, self.server = (
             None if name is None else name[:2] for name in map(transport.get_extra_info, ("peername", "sockname"))
         )
-        self._connections.open.add(self)
-        self._state.connections.add(self)  # type: ignore[arg-type]  # its own classes are named
+        self._server.open.add(self)
         self._await_head()
-        self._connections.waiting[self] = None
-        self._connections.make_room(transport.get_extra_info("socket").fileno(), self._loop.time())
+        self._server.waiting[self] = None
+        self._server.make_room(transport.get_extra_info("socket").fileno(), self._loop.time())
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - as asyncio calls it
         """Forget the connection; asyncio calls this when it is closed."""
-        self._connections.open.discard(self)
-        self._connections.waiting.pop(self, None)
-        self._state.connections.discard(self)
-        # Neither keeps the other, nor bytes that nobody will read, until the collector comes.
+        self._server.open.discard(self)
+        self._server.waiting.pop(self, None)
+        # Neither keeps the other, nor bytes that will not be read, until the collector comes.
         exchange, self._exchange, self._reader = self._exchange, None, RequestReader()
         if exchange is not None:
             exchange.lose()
@@ -140,7 +72,7 @@ class Connection(asyncio.Protocol):
         """Take bytes that have come."""
         if self._is_lingering:
             self._num_discarded += len(data)
-            if self._num_discarded > self._connections.options.max_body_bytes:
+            if self._num_discarded > self._server.options.max_body_bytes:
                 self._transport.abort()
             return
         self._reader.feed(data)
@@ -196,13 +128,13 @@ class Connection(asyncio.Protocol):
             self._num_due, self._due_since_s, self._taken_s = self._num_written, now_s, now_s
             return
         stands_still = self._is_stopping and now_s - self._taken_s > _STANDSTILL_S
-        if stands_still or now_s - self._due_since_s > self._connections.options.body_timeout_s:
+        if stands_still or now_s - self._due_since_s > self._server.options.body_timeout_s:
             self.cut()
 
     def cut(self) -> None:
         """Close the connection immediately, and have the kernel forget what it still has to send."""
         self._deadline_s = math.inf
-        self._connections.waiting.pop(self, None)
+        self._server.waiting.pop(self, None)
         if not self._transport.is_closing() or self._transport.get_write_buffer_size():
             with contextlib.suppress(OSError):  # it is closed already
                 linger_not = struct.pack("ii", 1, 0)
@@ -233,10 +165,9 @@ class Connection(asyncio.Protocol):
 
     def answered(self, exchange: Exchange) -> None:
         """Turn to the next request; the exchange calls this when its answer is written."""
-        self._state.total_requests += 1
         if self._is_lingering or self._transport.is_closing():
-            return  # another answer was given while this one was made, or nobody is there any more
-        self._connections.waiting[self] = None
+            return  # another answer was given while this one was made, or the client has gone
+        self._server.waiting[self] = None
         if not exchange.is_complete or (self._reader.num_waiting and not exchange.keeps_alive):
             self._linger()
         elif not exchange.keeps_alive:
@@ -274,21 +205,21 @@ class Connection(asyncio.Protocol):
             return False
         if isinstance(event, h11.Request):
             self._deadline_s, self._is_head_due = math.inf, False
-            self._exchange = Exchange(event, self, self._state.default_headers)
-            task = self._loop.create_task(self._exchange.run(self._app))
-            self._state.tasks.add(task)
-            task.add_done_callback(self._state.tasks.discard)
+            self._exchange = Exchange(event, self, self._server.date)
+            task = self._loop.create_task(self._exchange.run(self._server.app))
+            self._server.tasks.add(task)
+            task.add_done_callback(self._server.tasks.discard)
             return True
         assert exchange is not None, "bodies come behind heads"
         if isinstance(event, bytes):
             exchange.body_came(event)
             return True
-        self._connections.waiting.pop(self, None)
+        self._server.waiting.pop(self, None)
         exchange.end_came()
         return False
 
     def _await_head(self) -> None:
-        self._deadline_s, self._is_head_due = self._loop.time() + self._connections.options.header_timeout_s, True
+        self._deadline_s, self._is_head_due = self._loop.time() + self._server.options.header_timeout_s, True
 
     def _await_next(self) -> None:
         self._is_head_due = False
@@ -297,7 +228,7 @@ class Connection(asyncio.Protocol):
         elif self._reader.num_waiting:
             self._await_head()
         else:
-            self._deadline_s = self._loop.time() + self._connections.options.keep_alive_s
+            self._deadline_s = self._loop.time() + self._server.options.keep_alive_s
 
     def _linger(self) -> None:
         """Close the connection, but first let a client that is still sending see the answer."""
@@ -314,7 +245,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
             return
         if self._is_head_due:
-            self._refuse(408, f"the headers did not come within {self._connections.options.header_timeout_s:g} s")
+            self._refuse(408, f"the headers did not come within {self._server.options.header_timeout_s:g} s")
         self._transport.close()
 
     def _refuse(self, status: int, message: str) -> None:

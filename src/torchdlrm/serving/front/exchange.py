@@ -40,8 +40,8 @@ class Exchange:
         num_unread: bytes of the body that have come and that the app has not taken.
     """
 
-    def __init__(self, head: h11.Request, connection: "Connection", default_headers: Headers) -> None:
-        self._method, self._connection, self._default_headers = head.method, connection, default_headers
+    def __init__(self, head: h11.Request, connection: "Connection", date: tuple[bytes, bytes]) -> None:
+        self._method, self._connection, self._date = head.method, connection, date
         version, headers = head.http_version.decode(), list(head.headers)
         path, query, host = _path_query_and_host(head.target)
         if host is not None:  # that of a whole address counts, and not the header (RFC 9112, 3.2.2)
@@ -130,7 +130,7 @@ class Exchange:
 
     def _answer(self, status: int, headers: Headers, content: bytes) -> None:
         assert not self._is_answered, "a request has one answer"
-        headers = [*self._default_headers, *headers]
+        headers = [self._date, *headers]
         # What is still to come of the body is not waited for.
         self.keeps_alive = self.keeps_alive and self.is_complete and _CLOSE not in headers
         if status not in _BODILESS and b"content-length" not in dict(headers):

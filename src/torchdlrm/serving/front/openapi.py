@@ -147,7 +147,7 @@ def _paths(service: Service, *, secured: bool) -> Json:
 
 _REASONS = {
     400: "the body is not what is taken; the message says which row and column",
-    403: "the server has no API key, so nobody may swap over HTTP",
+    403: "the server has no API key, without which there is no swap over HTTP",
     404: "there is no such model, or no such version",
     408: "the body did not come in time",
     409: "the new bundle cannot be served; the old one is, as before",

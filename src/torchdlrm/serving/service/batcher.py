@@ -252,7 +252,7 @@ class Batcher:
             self._begin_soon()
 
     def _next_batch(self) -> _Batch | None:
-        """Take what is waiting, up to the limit; requests that nobody waits for any more are dropped here."""
+        """Take what is waiting, up to the limit; requests whose clients have gone are dropped here."""
         parts: list[_Waiting] = []
         num_rows = 0
         while self._waiting:
@@ -308,7 +308,7 @@ class Batcher:
             try:
                 self._loop.call_soon_threadsafe(self._finish, batch, results, time.perf_counter() - started_s)
             except RuntimeError:
-                return  # the loop is closed: nobody waits for an answer any more
+                return  # the loop is closed: no client waits any more
             del batch, results  # while the thread waits, nothing keeps a bundle that was swapped away
 
     def _answer_together(self, batch: _Batch) -> list[Answer | Exception] | None:
@@ -345,7 +345,7 @@ def _without_trace(error: Exception) -> Exception:
     """Remove the frames from an error and its causes: they refer to the batch, which refers to the error again.
 
     Only the collector would free such a circle, rows of many megabytes with it, and it looks at how many objects there
-    are, not at their sizes.  What nobody has foreseen keeps its frames, for the log.
+    are, not at their sizes.  Other errors keep their frames, for the log.
     """
     if isinstance(error, TorchDLRMError):
         error.__cause__ = error.__context__ = error.__traceback__ = None

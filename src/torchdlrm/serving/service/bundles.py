@@ -1,6 +1,6 @@
 """Holds the bundle that is served, and replaces it by another without losing a request.
 
-In: a folder, or a symbolic link that somebody moves.  Out: a `Predictor`.  A request keeps the one that it began with,
+In: a folder, or a symbolic link that is moved.  Out: a `Predictor`.  A request keeps the one that it began with,
 so no answer is made of two bundles; the old one is freed with its last request.
 """
 

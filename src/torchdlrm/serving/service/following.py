@@ -22,8 +22,8 @@ class Target:
 
     Attributes:
         path: the folder, without links.
-        files: by what the bundle and the deltas there are known again, None where there is none: whoever copies one
-            again makes another file.
+        files: inode and time of the manifests of the bundle and of the deltas there, None where there is none: one that
+            is copied again is another file.
     """
 
     path: Path

@@ -1,7 +1,7 @@
 """Exposes metrics to Prometheus: requests, rows, batches, waiting times, and statistics of rows and predictions.
 
 With several processes each writes its values to files of a shared folder (named by `PROMETHEUS_MULTIPROC_DIR`, which
-is read when prometheus_client loads), and whichever process is asked sums them up.  The folder is temporary, and may be
+is read when prometheus_client loads), and the process that is asked sums them up.  The folder is temporary, and may be
 cleaned away: then the files are made again, and the counters begin at 0, as after a restart.
 """
 
@@ -121,7 +121,7 @@ class ServerMetrics:
         self._swaps.labels(outcome).inc()
 
     def note_queue(self) -> None:
-        """Bring the gauge of waiting rows up to date, and the files back if somebody has removed them."""
+        """Bring the gauge of waiting rows up to date, and the files back if they were removed."""
         if self._files is not None and self._files.restore() and self._served is not None:
             self._served()
         self._queue.set(self._queued_rows())

@@ -7,7 +7,7 @@ In: batches, as the model was given them.  Out: files in a folder, each complete
     request_id, request_row                        which row of which request: what a label is joined by
     requested_at, prediction, model_version
 
-The label is not there: nobody knows it yet.  docs/serving.md says how it is joined.  Rows wait in memory until there
+The label is not there: it is not known yet.  docs/serving.md says how it is joined.  Rows wait in memory until there
 are enough for a file, and take no more of it than a fixed size: beyond, they are dropped, counted and logged.  A file
 that the disk does not take is tried again and again.  Rows are made columns in the log's own thread, because the model
 may not need them as such, and those of many batches together, because the cost is that of the columns.
@@ -37,7 +37,7 @@ from torchdlrm.units import show_bytes
 
 OWN_COLUMNS = ("request_id", "request_row", "requested_at", "prediction", "model_version")
 MAX_WAITING_BYTES = 256 << 20
-# As objects of Python, rows of JSON take less than so many times the bytes that they came as, and so many for each.
+# As objects of Python, rows of JSON take less than this many times the bytes that they came as, and this many for each.
 _OBJECT_FACTOR, _OBJECT_BYTES = 5, 512
 FILE_ROWS = 1 << 16
 FILE_SECONDS = 60.0

@@ -109,7 +109,7 @@ class Service:
             damage = served.bundle.find_damage()
             if damage is None:
                 return False
-            self._damaged = served  # of no use to anybody until another bundle is loaded
+            self._damaged = served  # of no use until another bundle is loaded
             log_event(logging.ERROR, "damaged", version=served.version, message=str(damage))
         return True
 

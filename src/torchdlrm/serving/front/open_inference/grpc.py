@@ -86,7 +86,7 @@ class GrpcServer:
         logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
         self._server = grpc.aio.server(options=options)
         handlers = {
-            # The same to a client as unary_unary; but of those grpc reads all of a message before it asks anybody.
+            # The same to a client as unary_unary; but of those grpc reads all of a message before it asks a handler.
             name: grpc.stream_unary_rpc_method_handler(
                 self._guarded(name),
                 response_serializer=CLASSES[f"{name}Response"].SerializeToString,
