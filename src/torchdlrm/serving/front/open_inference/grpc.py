@@ -22,7 +22,7 @@ from torchdlrm.errors import ConfigError
 from torchdlrm.serving.event_log import log_event
 from torchdlrm.serving.front.access import ApiKeys
 from torchdlrm.serving.front.bodies import off_loop_if_large
-from torchdlrm.serving.front.open_inference.grpc_methods import Call, Context, answer, parse
+from torchdlrm.serving.front.open_inference.grpc_methods import Context, answer, parse
 from torchdlrm.serving.front.open_inference.messages import CLASSES, METHODS, PACKAGE, SERVICE
 from torchdlrm.serving.service.refusals import RefusedRequest, bad_request, overloaded, too_slow
 from torchdlrm.serving.service.service import Service
@@ -160,8 +160,7 @@ class GrpcServer:
                 self._check_room(name)
                 request = await off_loop_if_large(lambda: parse(name, message, service), len(message))
                 request_id = service.request_id(given, getattr(request, "id", ""), request_id)
-                call = Call(context, request_id, len(message))
-                return await answer(service, name, request, call), None, request_id
+                return await answer(service, name, request, context, request_id), None, request_id
             finally:
                 self._num_under_way -= 1
         except DecodeError:

@@ -1,11 +1,10 @@
 """Implements the methods of the gRPC half of the Open Inference Protocol.
 
-In: a message of `GRPCInferenceService`, and what is known of its call.  Out: the message that answers it.
+In: a message of `GRPCInferenceService`, and its call.  Out: the message that answers it.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torchdlrm import __version__
@@ -42,16 +41,7 @@ _CONTENTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What a method knows of its call, besides the message."""
-
-    context: Context
-    request_id: str
-    num_bytes: int
-
-
-async def answer(service: Service, name: str, request: Any, call: Call) -> Any:
+async def answer(service: Service, name: str, request: Any, context: Context, request_id: str) -> Any:
     """Answer a call that is admitted.
 
     Raises:
@@ -72,18 +62,18 @@ async def answer(service: Service, name: str, request: Any, call: Call) -> Any:
             served = service.check_model(request.name, request.version)
             return response(**model_metadata(service.name, served.version, served.schema))
         case _:
-            return await _infer(service, request, call)
+            return await _infer(service, request, context, request_id)
 
 
-async def _infer(service: Service, request: Any, call: Call) -> Any:
-    started_s = time.perf_counter()
+async def _infer(service: Service, request: Any, context: Context, request_id: str) -> Any:
+    started_s, num_bytes = time.perf_counter(), request.ByteSize()
     served = service.check_model(request.model_name, request.model_version)
     max_rows = service.options.max_rows_per_request
-    rows = await off_loop_if_large(lambda: _rows(request, served.schema, max_rows), call.num_bytes)
-    remaining_s = call.context.time_remaining()
+    rows = await off_loop_if_large(lambda: _rows(request, served.schema, max_rows), num_bytes)
+    remaining_s = context.time_remaining()
     timeout_us = None if remaining_s is None else max(0, int(1e6 * remaining_s))
     predicted = await service.predict(
-        PredictionRequest(served, rows, call.num_bytes, call.request_id, started_s, call.context.cancelled, timeout_us)
+        PredictionRequest(served, rows, num_bytes, request_id, started_s, context.cancelled, timeout_us)
     )
     response = CLASSES["ModelInferResponse"](model_name=service.name, model_version=served.version, id=request.id)
     if served.bundle.period is not None:

@@ -85,8 +85,6 @@ METHODS = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMe
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # how a field is written
 _MAX_VARINT_BYTES = 10
-_Inner = dict[int, "_Inner"]  # by their numbers: the fields that are messages, or (empty) numbers one after another
-_NUMBERS: _Inner = {}
 
 
 def _field(message: DescriptorProto, name: str, number: int, kind: str) -> None:
@@ -125,17 +123,13 @@ CLASSES = _message_classes()
 
 
 @cache
-def _inner(name: str) -> _Inner:
-    inner: _Inner = {}
-    for _, number, kind in MESSAGES[name]:
-        plain = kind.strip("[]{}|")
-        if kind[0] == "{":
-            inner[number] = {2: _inner(plain)}
-        elif plain in MESSAGES:
-            inner[number] = _inner(plain)
-        elif kind[0] == "[" and plain not in {"string", "bytes"}:
-            inner[number] = _NUMBERS
-    return inner
+def _inner(message: Any) -> dict[int, Any]:
+    """By their numbers: the fields of a message that are messages, by what they are, or several numbers (None)."""
+    return {
+        field.number: field.message_type
+        for field in message.fields
+        if field.message_type or (field.is_repeated and field.type not in {field.TYPE_STRING, field.TYPE_BYTES})
+    }
 
 
 def check_num_fields(message: bytes, max_fields: int, max_values: int) -> None:
@@ -153,22 +147,23 @@ def check_num_fields(message: bytes, max_fields: int, max_values: int) -> None:
         RefusedRequest: it has more.
     """
     num_fields = num_values = 0
-    parts = [(_inner("ModelInferRequest"), 0, len(message))]
+    contents = CLASSES["InferTensorContents"].DESCRIPTOR
+    parts = [(CLASSES["ModelInferRequest"].DESCRIPTOR, 0, len(message))]
     while parts:
-        inner, at, end = parts.pop()
-        is_contents = inner is _inner("InferTensorContents")
+        what, at, end = parts.pop()
+        inner, is_contents = _inner(what), what is contents
         while at < end:
             try:
                 key, at = _varint(message, at)
-                how, field, weight = key & 7, inner.get(key >> 3), 1
+                how, number, weight = key & 7, key >> 3, 1
                 if how == _VARINT:
                     _, at = _varint(message, at)
                 elif how == _BYTES:
                     size, at = _varint(message, at)
-                    if field is _NUMBERS:
-                        weight += size // _MAX_VARINT_BYTES
-                    elif field is not None:
+                    if (field := inner.get(number)) is not None:
                         parts.append((field, at, min(at + size, end)))
+                    elif number in inner:
+                        weight += size // _MAX_VARINT_BYTES
                     at += size
                 elif how in {_FIXED64, _FIXED32}:
                     at += 8 if how == _FIXED64 else 4
@@ -177,8 +172,8 @@ def check_num_fields(message: bytes, max_fields: int, max_values: int) -> None:
             num_values += weight if is_contents else 0
             num_fields += 0 if is_contents else weight
             if num_fields > max_fields or num_values > max_values:
-                what = f"{max_values:,} values" if is_contents else f"{max_fields:,} fields besides values"
-                msg = f"the message has more than {what}, and no more are taken; send several requests"
+                most = f"{max_values:,} values" if is_contents else f"{max_fields:,} fields besides values"
+                msg = f"the message has more than {most}, and no more are taken; send several requests"
                 raise too_large(msg)
 
 
