@@ -22,6 +22,7 @@ from torchdlrm.bundle.apply import write_delta
 from torchdlrm.bundle.patched_bundle import PatchedBundle
 from torchdlrm.errors import TorchDLRMError
 from torchdlrm.prediction.predictor import Predictor
+from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.service.bundles import Bundles, Swap
 
 KEY = "correct horse battery staple"
@@ -68,8 +69,7 @@ def move(live, target):
 
 
 def open_bundles(live, **options):
-    given = {"model_class": None, "allow_changed_model_class": False, "verify": "full", "is_checked": False}
-    return Bundles(live / "current", **given | options, swapped=lambda *_: None)
+    return Bundles(live / "current", ServeOptions(**options), lambda *_: None)
 
 
 def follow(bundles):

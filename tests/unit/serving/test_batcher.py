@@ -15,6 +15,7 @@ import pytest
 
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.errors import RowError
+from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.service.batcher import Batcher, PredictionRequest
 from torchdlrm.serving.service.refusals import RefusedRequest
 
@@ -65,12 +66,8 @@ def run(scenario, *, max_batch_rows=8, max_queue_rows=16, is_verified=False, qui
 
     async def main():
         model, reports = Doubling(is_verified=is_verified), []
-        batcher = Batcher(
-            max_batch_rows=max_batch_rows,
-            max_queue_rows=max_queue_rows,
-            listener=listener or reports.append,
-            quick_s=quick_s,
-        )
+        options = ServeOptions(max_batch_rows=max_batch_rows, max_queue_rows=max_queue_rows)
+        batcher = Batcher(options, listener or reports.append, quick_s=quick_s)
         await batcher.start()
 
         def ask(*values, model=model, seconds=5.0, is_gone=lambda: False, num_bytes=100):

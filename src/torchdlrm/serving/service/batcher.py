@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from torchdlrm.errors import TorchDLRMError
 from torchdlrm.prediction.predictor import Predictions, Predictor, Rows
+from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.service.refusals import RefusedRequest, bad_request, overloaded, too_late
 
 _SWEEP_INTERVAL_S = 0.01
@@ -124,22 +125,20 @@ class Batcher:
     """Gathers rows for a model, which is in one thread at a time; `start` makes it run.
 
     Args:
-        max_batch_rows: the model gets no more at once; a request that has more is cut into several calls.
-        max_queue_rows: rows that may wait; a request that does not fit is refused.
+        options: how many rows the model gets at once (a request that has more is cut into several calls), and how many
+            may wait.
         listener: is called with a report of each batch, in the thread that predicted it.
         quick_s: a batch is predicted in the loop only if the last one as small took no longer.
     """
 
     def __init__(
         self,
-        *,
-        max_batch_rows: int,
-        max_queue_rows: int,
+        options: ServeOptions,
         listener: Callable[[BatchReport], None],
+        *,
         quick_s: float = _QUICK_S,
     ) -> None:
-        self._max_batch_rows, self._max_queue_rows, self._listener = max_batch_rows, max_queue_rows, listener
-        self._quick_s = quick_s
+        self._options, self._listener, self._quick_s = options, listener, quick_s
         self._waiting: deque[_Waiting] = deque()
         self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._is_busy = self._is_beginning = False
@@ -181,7 +180,7 @@ class Batcher:
         Raises:
             RefusedRequest: the queue is full.
         """
-        if self.queued_rows + num_rows <= self._max_queue_rows:
+        if self.queued_rows + num_rows <= self._options.max_queue_rows:
             return
         now_s = time.perf_counter()
         if now_s - self._swept_s >= _SWEEP_INTERVAL_S:
@@ -190,9 +189,10 @@ class Batcher:
                 if waiting.is_queued and waiting.request.is_gone():
                     self._leave_queue(waiting)
                     _refuse(waiting, bad_request(_IS_GONE))
-        if self.queued_rows + num_rows > self._max_queue_rows:
+        if self.queued_rows + num_rows > self._options.max_queue_rows:
             wait_s = self.queued_rows / self._rows_per_s if self._rows_per_s else 1.0
-            msg = f"{self.queued_rows:,} rows are waiting and at most {self._max_queue_rows:,} may; ask again later"
+            most = self._options.max_queue_rows
+            msg = f"{self.queued_rows:,} rows are waiting and at most {most:,} may; ask again later"
             raise overloaded(msg, max(1, round(wait_s)))
 
     async def submit(self, request: PredictionRequest, deadline_s: float) -> Answer:
@@ -262,7 +262,7 @@ class Batcher:
                 self._leave_queue(first)
                 _refuse(first, bad_request(_IS_GONE))
                 continue
-            is_too_much = num_rows + first.num_rows > self._max_batch_rows
+            is_too_much = num_rows + first.num_rows > self._options.max_batch_rows
             if parts and (is_too_much or first.request.model is not parts[0].request.model):
                 break
             self._waiting.popleft()
@@ -329,7 +329,7 @@ class Batcher:
         requests = [part.request for part in batch.parts]
         rows = batch.model.encode_requests([request.rows for request in requests])
         encode_s = time.perf_counter() - started_s
-        step = self._max_batch_rows
+        step = self._options.max_batch_rows
         pieces = (rows.part(at, min(at + step, rows.num_rows)) for at in range(0, rows.num_rows, step))
         predictions = [batch.model.predict_undamaged(piece) for piece in pieces]
         model_s = time.perf_counter() - started_s - encode_s

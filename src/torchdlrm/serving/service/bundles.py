@@ -20,8 +20,8 @@ from torchdlrm.bundle.patched_bundle import PatchedBundle
 from torchdlrm.errors import BundleError, TorchDLRMError
 from torchdlrm.features.cells import written_cells
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.model.model_class import ModelClass
 from torchdlrm.prediction.predictor import Predictor
+from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.service.following import Target, deltas_to, first_bundle
 
 _NUM_EXAMPLES = 3
@@ -54,9 +54,7 @@ class Bundles:
 
     Args:
         path: where it lies; read again at each swap.
-        model_class: as for `Bundle.open`.
-        allow_changed_model_class: likewise.
-        verify: likewise.
+        options: how it is opened.
         swapped: is called with the old and the new one, in the event loop.
         is_checked: whether all of the first one has just been checked.
 
@@ -71,18 +69,15 @@ class Bundles:
     def __init__(
         self,
         path: Path,
-        *,
-        model_class: ModelClass | None,
-        allow_changed_model_class: bool,
-        verify: Verify,
+        options: ServeOptions,
         swapped: Callable[[Predictor, Predictor], None],
-        is_checked: bool,
+        *,
+        is_checked: bool = False,
     ) -> None:
-        self._path, self._verify, self._swapped = path, verify, swapped
-        self._model_class, self._may_have_changed = model_class, allow_changed_model_class
+        self._path, self._options, self._swapped = path, options, swapped
         self._seen, self._seen_s, self._num_failures = Target.of(path), time.monotonic(), 0
         first = first_bundle(self._seen)
-        bundle = self._open(first, "lazy" if is_checked else verify)
+        bundle = self._open(first, "lazy" if is_checked else options.verify)
         deltas = [] if first == self._seen else deltas_to(self._seen, bundle.manifest_sha256)
         self.current, self.examples = _checked(_patched(bundle, deltas))
         self._one_at_a_time = asyncio.Lock()
@@ -167,13 +162,13 @@ class Bundles:
                 f"{self.current.version}; copy the whole bundle, or all deltas since"
             )
             raise BundleError(msg)
-        return *_checked(self._open(target, self._verify)), Swap("swapped", refused=refused)
+        return *_checked(self._open(target, self._options.verify)), Swap("swapped", refused=refused)
 
     def _open(self, target: Target, verify: Verify) -> Bundle:
         return Bundle.open(
             target.path,
-            model_class=self._model_class,
-            allow_changed_model_class=self._may_have_changed,
+            model_class=self._options.model_class,
+            allow_changed_model_class=self._options.allow_changed_model_class,
             verify=verify,
         )
 

@@ -54,21 +54,12 @@ class Service:
         self, bundle: Path, options: ServeOptions, notify_others: Callable[[], None], *, is_checked: bool = False
     ) -> None:
         self.options, self.notify_others = options, notify_others
-        self.bundles = Bundles(
-            bundle,
-            model_class=options.model_class,
-            allow_changed_model_class=options.allow_changed_model_class,
-            verify=options.verify,
-            swapped=self._swapped,
-            is_checked=is_checked,
-        )
+        self.bundles = Bundles(bundle, options, self._swapped, is_checked=is_checked)
         served = self.bundles.current
         self.name = options.name or served.bundle.name
         check_model_name(self.name)
         self.metrics = ServerMetrics(lambda: self.batcher.queued_rows)
-        self.batcher = Batcher(
-            max_batch_rows=options.max_batch_rows, max_queue_rows=options.max_queue_rows, listener=self._batch_done
-        )
+        self.batcher = Batcher(options, self._batch_done)
         most = options.max_concurrent_requests
         self.uploads = Uploads(max_bodies=_UPLOADS_PER_REQUEST * most, max_bytes=most * options.max_body_bytes)
         self._request_log: RequestLog | None = None
