@@ -320,7 +320,8 @@ async def app(scope, receive, send):
 
 sent, nothing = [], lambda *_: None
 connection = SimpleNamespace(server=None, client=None, is_gone=nothing, write=sent.append, answered=nothing)
-asyncio.run(Exchange(h11.Request(method="GET", target="/", headers=[("host", "x")]), connection, []).run(app))
+head = h11.Request(method="GET", target="/", headers=[("host", "x")])
+asyncio.run(Exchange(head, connection, (b"date", b"today")).run(app))
 print(b"".join(sent).decode())
 """
 
