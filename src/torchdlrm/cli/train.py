@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -92,32 +92,24 @@ def train(
     announce(f"train {path} on {dataset}, run {run}")
 
     from torchdlrm.data.dataset import Dataset
-    from torchdlrm.model.model_class import architecture_of
     from torchdlrm.training.job import preview_training
     from torchdlrm.training.job import train as train_here
     from torchdlrm.training.processes.launch import Processes, launch, refusing_everywhere
     from torchdlrm.training.run import Run
-    from torchdlrm.training.source_run import find_source
 
     processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id, max_restarts)
+    how: dict[str, Any] = {
+        "from_run": from_run,
+        "model_class": model_class,
+        "allow_changed_model_class": allow_changed_model_class,
+        "restart": restart,
+    }
     with nullcontext() if dry_run else refusing_everywhere(processes):
         encoded = Dataset.open(dataset).with_label(settings.train.label)
-        architecture = architecture_of(settings.model, model_class, may_have_changed=allow_changed_model_class)
         if from_run is None and (restart or not Run(run, settings).exists):
             _refuse_warm_start(overrides)
-        if not restart:
-            for change in Run(run, settings).check(encoded, architecture):
-                say(f"changed since the run was started: {change}")
-        source = find_source(from_run, Run(run, settings), encoded, architecture, restart=restart)
         preview = preview_training(
-            settings,
-            encoded,
-            run,
-            world_size=processes.world_size,
-            local_world_size=nproc_per_node,
-            restart=restart,
-            architecture=architecture,
-            source=source,
+            settings, encoded, run, world_size=processes.world_size, local_world_size=nproc_per_node, **how
         )
     say(about_config(path, overrides))
     show_preview(preview, run, dry_run=dry_run)
@@ -126,16 +118,7 @@ def train(
         if as_json:
             print_json({"run": str(run), "dry_run": True, **preview.as_dict()})
         return
-    job = partial(
-        train_here,
-        settings,
-        dataset,
-        run,
-        from_run=from_run,
-        model_class=model_class,
-        allow_changed_model_class=allow_changed_model_class,
-        restart=restart,
-    )
+    job = partial(train_here, settings, dataset, run, **how)
     history: TrainingHistory | None = launch(drawn, job, processes=processes)
     if history is None:  # another machine has rank 0
         return

@@ -20,7 +20,9 @@ _ENOUGH_ROWS_A_GPU = 8_192
 
 
 def show_preview(preview: "TrainingPreview", run: Path, *, dry_run: bool) -> None:
-    """Where the tables go, what each rank holds, how many steps; of a run that is complete, that it is."""
+    """Where the tables go, what each rank holds, how many steps; of a run that is there, what has changed."""
+    for change in preview.changes:
+        say(f"changed since the run was started: {change}")
     if preview.is_complete and not dry_run:
         train, num_steps = preview.config.train, preview.agenda.num_steps
         is_short = num_steps < preview.agenda.steps_per_epoch * train.epochs

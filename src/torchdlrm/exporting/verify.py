@@ -39,7 +39,8 @@ from torchdlrm.prediction.log_columns import Writing
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.training.run import Run, manifest_sha256
+from torchdlrm.training.environment import manifest_sha256
+from torchdlrm.training.run import Run
 
 _BATCH_ROWS = 1_024
 

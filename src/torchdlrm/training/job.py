@@ -28,7 +28,7 @@ from torchdlrm.training.processes.agreement import LAUNCHER_VARIABLE, Settings, 
 from torchdlrm.training.processes.device import rank_device
 from torchdlrm.training.processes.library_noise import silenced_libraries
 from torchdlrm.training.processes.process_group import Ranks, join_process_group
-from torchdlrm.training.run import METRICS_NAME, Run
+from torchdlrm.training.run import METRICS_NAME, Change, Run
 from torchdlrm.training.sharded import check_freeze
 from torchdlrm.training.source_run import SourceRun, find_source
 from torchdlrm.training.steps import Agenda, check_validations
@@ -49,6 +49,7 @@ class TrainingPreview:
         from_step: where the run is now; 0 for a new one.
         label: that is learnt.
         source: what a new run takes over from another.
+        changes: of the config since the run was started.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class TrainingPreview:
     from_step: int
     label: str
     source: SourceRun | None = None
+    changes: tuple[Change, ...] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -88,11 +90,12 @@ def preview_training(
     *,
     world_size: int,
     local_world_size: int,
-    restart: bool,
-    architecture: Architecture | None = None,
-    source: SourceRun | None = None,
+    from_run: Path | None = None,
+    model_class: ModelClass | None = None,
+    allow_changed_model_class: bool = False,
+    restart: bool = False,
 ) -> TrainingPreview:
-    """Look ahead, and refuse now what would be refused later.
+    """Look ahead, and refuse now what `train` with the same arguments would refuse later.
 
     Args:
         config: of the run.
@@ -100,9 +103,10 @@ def preview_training(
         run: folder of the run, which need not be there.
         world_size: number of processes.
         local_world_size: number of processes on this host.
-        restart: what is in the folder will be removed.
-        architecture: of the model; None: as the config says.
-        source: what a new run takes over from another.
+        from_run: as for `train`, and so are the others.
+        model_class: likewise.
+        allow_changed_model_class: likewise.
+        restart: likewise.
 
     Raises:
         ConfigError: `model.features` does not suit the dataset, early stopping could never act, GPUs are missing, the
@@ -110,17 +114,27 @@ def preview_training(
             or a model class fails in a step on a few rows.
         DatasetError: there are no training rows.
         PlanError: the tables do not fit, or the given plan does not.
+        RunError: the folder holds something else or cannot be resumed, or what `from_run` has learnt does not fit.
     """
+    architecture = architecture_of(config.model, model_class, may_have_changed=allow_changed_model_class)
+    folder = Run(run, config)
+    changes = () if restart else folder.check(dataset, architecture)
+    source = find_source(from_run, folder, dataset, architecture, restart=restart)
     device = rank_device(0, local_world_size, config.train.device)
     agenda, shape = _checked(config, dataset, architecture, device)
     solution = preview_plan(
         config, shape, dataset.num_embeddings, world_size=world_size, local_world_size=local_world_size, device=device
     )
-    validation_rows = min(dataset.splits["val"].rows, config.validation.max_rows or dataset.splits["val"].rows)
-    steps = [] if restart else list_checkpoints(run / "checkpoints")
-    precision = choose_precision(config, shape, device)
     return TrainingPreview(
-        config, agenda, solution, precision, validation_rows, max(steps, default=0), dataset.label_name, source
+        config=config,
+        agenda=agenda,
+        solution=solution,
+        precision=choose_precision(config, shape, device),
+        validation_rows=min(dataset.splits["val"].rows, config.validation.max_rows or dataset.splits["val"].rows),
+        from_step=max([] if restart else list_checkpoints(folder.checkpoints), default=0),
+        label=dataset.label_name,
+        source=source,
+        changes=tuple(changes),
     )
 
 
@@ -208,7 +222,7 @@ def train(
 
 
 def _checked(
-    config: Config, dataset: Dataset, architecture: Architecture | None, device: torch.device
+    config: Config, dataset: Dataset, architecture: Architecture, device: torch.device
 ) -> tuple[Agenda, ModelShape]:
     """The steps of a training and its model, after refusing what no plan of the tables could change."""
     check_table_optimizer(config.table_optimizer, device)

@@ -7,35 +7,25 @@ run/
 
 import fcntl
 import json
-import os
-import platform
-import shlex
 import shutil
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, NotRequired, Self
+from typing import IO, Any, Self
 
-import torch
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict
 
-from torchdlrm import __version__
 from torchdlrm.config import Config, config_toml, load_config, setting_values
-from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
+from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import RunError
 from torchdlrm.features.schema import problems
-from torchdlrm.files import sha256_of, write_atomically
+from torchdlrm.files import write_atomically
 from torchdlrm.folders import wrong_folder
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architecture_of, difference_from, record_of
-from torchdlrm.processor import processor_name
 from torchdlrm.sharding.plan_file import write_plan
 from torchdlrm.sharding.problem import Solution
-from torchdlrm.tables.huge_pages import huge_pages_policy
-from torchdlrm.training.checkpoint import CheckpointKind
+from torchdlrm.training.environment import Environment, WarmStartRecord, environment_now, manifest_sha256
 
 CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME = "config.toml", "plan.json", "environment.json", "metrics.jsonl"
 LOCK_NAME, TRACKERS_NAME = ".lock", "trackers.json"
@@ -45,45 +35,6 @@ KEYS_THAT_CANNOT_CHANGE = (
     *("table_optimizer.name", "table_optimizer.weight_decay_mode", "dense_optimizer.name"),
     *("train.freeze", "warm_start."),
 )
-
-
-class _DatasetRecord(TypedDict):
-    path: str
-    manifest_sha256: str
-
-
-class _ModelClassRecord(TypedDict):
-    name: str
-    sha256: str | None
-
-
-class WarmStartRecord(TypedDict):
-    """The checkpoint that a run was started from: its run, its step, why that one, sha256 of its checkpoint.json."""
-
-    run: str
-    step: int
-    checkpoint: CheckpointKind
-    sha256: str
-
-
-class Environment(TypedDict):
-    """What environment.json holds."""
-
-    torchdlrm: str
-    torch: str
-    torchrec: str
-    fbgemm_gpu: str
-    python: str
-    processor: str
-    num_cores: int
-    huge_pages: NotRequired[str]
-    gpus: list[str]
-    world_size: int
-    started: NotRequired[str]  # ISO 8601, UTC
-    command: NotRequired[str]  # as a shell would take it
-    dataset: _DatasetRecord
-    model_class: NotRequired[_ModelClassRecord]
-    warm_start: NotRequired[WarmStartRecord]
 
 
 @dataclass(frozen=True)
@@ -428,39 +379,3 @@ def _is_of_a_start(path: Path) -> bool:
 def shown(value: object) -> object:
     """A setting's value as messages show it."""
     return "not set" if value is None else list(value) if isinstance(value, tuple) else value
-
-
-def versions() -> dict[str, str]:
-    """The versions of what computes."""
-    import fbgemm_gpu  # noqa: PLC0415 - only its version
-    import torchrec  # noqa: PLC0415 - only its version
-
-    return {
-        "torchdlrm": __version__,
-        "torch": torch.__version__,
-        "torchrec": torchrec.__version__,
-        "fbgemm_gpu": fbgemm_gpu.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def environment_now(dataset: Dataset, world_size: int, architecture: Architecture | None) -> dict[str, Any]:
-    """What environment.json says of a run that starts now."""
-    record = record_of(architecture)
-    return {
-        **versions(),
-        "processor": processor_name(),
-        "num_cores": len(os.sched_getaffinity(0)),
-        "huge_pages": huge_pages_policy(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "world_size": world_size,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "dataset": {"path": str(dataset.path.resolve()), "manifest_sha256": manifest_sha256(dataset)},
-        **({} if record is None else {"model_class": record.model_dump()}),
-    }
-
-
-def manifest_sha256(dataset: Dataset) -> str:
-    """Identify a dataset by its manifest, which holds the checksums of its files."""
-    return sha256_of(dataset.path / MANIFEST_NAME)

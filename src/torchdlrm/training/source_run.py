@@ -28,7 +28,8 @@ from torchdlrm.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
 )
-from torchdlrm.training.run import Run, WarmStartRecord, manifest_sha256, shown
+from torchdlrm.training.environment import WarmStartRecord, manifest_sha256
+from torchdlrm.training.run import Run, shown
 
 _MAX_SHOWN = 8
 

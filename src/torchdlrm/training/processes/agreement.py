@@ -23,7 +23,8 @@ from torchdlrm.errors import ConfigError, LostProcessError, UserError
 from torchdlrm.files import sha256_of
 from torchdlrm.model.architecture import Architecture
 from torchdlrm.model.model_class import record_of
-from torchdlrm.training.run import shown, versions
+from torchdlrm.training.environment import versions
+from torchdlrm.training.run import shown
 
 # Machines import torch at different speeds, which a short `train.timeout_s` must not call a lost process.
 _LEAST_WAIT_S = 60.0
