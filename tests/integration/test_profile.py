@@ -52,7 +52,7 @@ def test_the_number_of_profiled_steps_is_what_was_asked_for_however_the_key_is_s
     from torchdlrm.training.processes import launch
 
     asked = []
-    monkeypatch.setattr(launch, "launch", lambda _, settings, *__, **___: asked.append(settings.logging.profile_steps))
+    monkeypatch.setattr(launch, "launch", lambda _, job, **__: asked.append(job.args[0].logging.profile_steps))
     command = ["train", str(CONFIG), "--dataset", str(small_dataset.path), "--run", str(tmp_path / "run"), "--profile"]
     app([*command, key, "5"])
     assert asked == [5]
