@@ -27,8 +27,9 @@ from pathlib import Path
 import numpy as np
 
 from torchdlrm.errors import ConfigError, LogError
-from torchdlrm.features.columns import SparseColumn
-from torchdlrm.features.schema import criteo_schema
+from torchdlrm.features.columns import Column, SparseColumn
+from torchdlrm.features.schema import FeatureSchema, criteo_schema
+from torchdlrm.features.schema_file import schema_toml
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.synthetic.log import count_rows, write_log, writing
 from torchdlrm.synthetic.model import NUM_LOGITS
@@ -36,7 +37,6 @@ from torchdlrm.synthetic.rows import VALUE_SEPARATOR, RowGenerator
 from torchdlrm.synthetic.shapes import MULTI_HOT_SIZES, PRESETS, LogShape
 from torchdlrm.synthetic.truth import Attainable, SyntheticTruth, read_truth, truth_path
 from torchdlrm.synthetic.values import COMPANIONS, Companions, Drift
-from torchdlrm.toml import toml_value
 
 _OURS = re.compile(r"(day|late)_\d{2,}\.tsv(\.truth\.json)?|truth\.json")
 _LEFT_BY_A_KILLED_JOB = re.compile(rf"\.({_OURS.pattern})\.[0-9a-f]{{8}}")
@@ -181,18 +181,12 @@ def _multi_hot_schema(shape: LogShape, max_embeddings: int | None) -> str:
         shape: of the log.
         max_embeddings: rows of the largest tables; None: as many as the log's columns have values.
     """
-    lines = ['name = "criteo-multi-hot"', "columns = ["]
-    sizes = iter(zip(shape.sparse, MULTI_HOT_SIZES, strict=True))
-    for column in criteo_schema().columns:
-        keys: dict[str, object] = {"role": column.role, "name": column.name}
-        if not isinstance(column, SparseColumn):
-            keys |= column.model_dump(mode="json", include={"kind"})
-        else:
-            values, size = next(sizes)
-            keys |= {"kind": column.kind, "hash": min(values.cardinality, max_embeddings or values.cardinality)}
-            keys |= {"value_separator": VALUE_SEPARATOR, "max_values": size} if size > 1 else {}
-        lines.append(f"    {{ {', '.join(f'{key} = {toml_value(value)}' for key, value in keys.items())} }},")
-    return "\n".join([*lines, "]", ""])
+    columns: list[Column] = [column for column in criteo_schema().columns if not isinstance(column, SparseColumn)]
+    for column, values, size in zip(criteo_schema().sparse_columns, shape.sparse, MULTI_HOT_SIZES, strict=True):
+        several = {"value_separator": VALUE_SEPARATOR, "max_values": size} if size > 1 else {}
+        rows = min(values.cardinality, max_embeddings or values.cardinality)
+        columns.append(column.model_copy(update={"hash": rows, **several}))
+    return schema_toml(FeatureSchema(name="criteo-multi-hot", columns=tuple(columns)))
 
 
 def _problems(
