@@ -14,7 +14,7 @@ NUM_ROWS, MAX_EMBEDDINGS = 1_400, 500
 # Everything else is as the config has it, but for sizes that would take a minute and not a second.
 SMALL = (
     *("--model.embedding-dim", 8, "--model.dense-arch-layer-sizes", "16,8"),
-    *("--model.over-arch-layer-sizes", "16,1", "--model.dcn-low-rank-dim", 8),
+    *("--model.over-arch-layer-sizes", "16,1", "--model.dcn.low-rank-dim", 8),
     *("--train.batch-size-global", 256, "--train.device", "cpu", "--logging.tensorboard", "false"),
 )
 
