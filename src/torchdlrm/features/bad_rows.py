@@ -124,9 +124,9 @@ def _remedies(examples: Mapping[str, Sequence[BadRow]]) -> list[str]:
     lines = []
     labels = sorted({row.value for row in examples.get("label", [])})
     if labels:
-        told = ", ".join(json.dumps(label, ensure_ascii=False) for label in labels)
+        shown = ", ".join(json.dumps(label, ensure_ascii=False) for label in labels)
         lines.append(
-            f"Say in the schema which of the labels {told} are clicks: positive = one or a list of them (negative: "
+            f"Say in the schema which of the labels {shown} are clicks: positive = one or a list of them (negative: "
             "those that are none), or threshold = a number to reach."
         )
     nulls = [row.value for reason in KINDS for row in examples.get(reason, [])]

@@ -1,7 +1,8 @@
 """Makes raw cells typed columns: what counts as a number, a hex value, a label, a list, or a bad cell.
 
-Cells are text, or numbers and times as Parquet files and frames have them.  What numbers are taken for is what their
-text would be, but they are not written out, except a few in messages.
+Cells are text, or what Parquet files and frames hold: numbers, times, booleans, and lists.  Those mean what their text
+means.  Numbers and times become values without being written out (`_typed_directly`); columns of other types, and those
+with a bad cell, are written out and read as text, which finds the cell and says what is wrong with it.
 
 | column | type | accepted |
 | --- | --- | --- |
@@ -18,7 +19,8 @@ column's kind, that number however it is written.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +29,15 @@ import pyarrow as pa
 
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRow, BadRows
+from torchdlrm.features.casts import (
+    are_clean,
+    bad_cells,
+    cast_text,
+    null_numbers,
+    with_words,
+    without_null_texts,
+    without_null_values,
+)
 from torchdlrm.features.columns import Column, Feature, LabelColumn, SparseColumn, TimeColumn, WeightColumn
 from torchdlrm.features.kinds import FLOAT, KINDS, map_lists
 from torchdlrm.features.schema import FeatureSchema
@@ -36,7 +47,6 @@ from torchdlrm.features.vocabulary import MAX_ID
 _Fault = tuple[str, npt.NDArray[np.bool_]]
 _FEW_ROWS = 4_096
 _TEXT_TIMES = (-62_135_596_800_000_000, 253_402_300_799_999_999)  # of the years 1 to 9999, in microseconds
-_DATETIME_FORMATS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")  # without a zone: UTC
 
 
 def text_frame(schema: FeatureSchema, columns: dict[str, list[str | None]]) -> pl.DataFrame:
@@ -91,11 +101,11 @@ def _read_texts(
     text = pl.DataFrame(list(texts.values()))
     if any(column.null_values for column in texts):
         plain_texts = [column for column in texts if column.null_values and text[column.name].dtype == pl.String]
-        text = text.with_columns(map(_without_null_texts, plain_texts))
+        text = text.with_columns(map(without_null_texts, plain_texts))
     plain = [column for column in texts if not (isinstance(column, SparseColumn) and column.is_multi_valued)]
     clean: set[str] = set()
     if text.height > _FEW_ROWS:
-        typed = text.select(_cast(column) for column in plain).to_dict()
+        typed = text.select(cast_text(column) for column in plain).to_dict()
     else:
         typed, clean = _typed_few(text, plain)
     good: npt.NDArray[np.bool_] | None = None
@@ -108,7 +118,7 @@ def _read_texts(
             values, faults = _typed_lists(text[column.name], column)
         else:
             if isinstance(column, LabelColumn) and column.positive is None and values.null_count():
-                values = _with_words(text[column.name], values)
+                values = with_words(text[column.name], values)
             faults = list(_faults(text[column.name], values, column, is_label_optional=is_label_optional))
             if isinstance(column, Feature):
                 values = without_null_values(values, column)
@@ -145,11 +155,14 @@ def _outside_of_table(values: pl.Series, column: SparseColumn) -> pl.Series:
 def _typed_directly(cells: pl.Series, column: Column, *, is_label_optional: bool) -> pl.Series | None:
     """Cells of another type than text as values, without text; None where that needs text, or one of them is bad."""
     if isinstance(column, Feature):
-        if column.is_multi_valued:
-            values = _typed_lists_directly(cells, column)
+        if isinstance(column, SparseColumn) and column.is_multi_valued:
+            values, faults = _typed_lists(cells, column) if _are_typed_lists(cells.dtype, column) else (None, [])
+            values = None if faults else values
         else:
-            values = _typed_values(cells, column)
-            values = None if values is None else without_null_values(values, column)
+            values = None
+            if _is_number(cells.dtype) and not column.value_kind.is_text:
+                typed, bad = column.value_kind.from_numbers(cells)
+                values = None if bad is not None else without_null_values(typed, column)
         if values is None or not isinstance(column, SparseColumn) or column.kind != "id" or is_label_optional:
             return values
         return None if _outside_of_table(values, column).any() else values
@@ -165,48 +178,24 @@ def _typed_directly(cells: pl.Series, column: Column, *, is_label_optional: bool
     elif isinstance(column, TimeColumn) and column.kind == "datetime" and cells.dtype == pl.Datetime:
         values = cells.dt.cast_time_unit("us").to_physical()
         values = values if values.is_between(*_TEXT_TIMES).all() else None
-    return values if values is not None and _is_clean(cells, values, column) else None
+    return values if values is not None and are_clean(cells, values, column) else None
 
 
-def _is_number(dtype: pl.DataType) -> bool:
+def _is_number(dtype: Any) -> bool:
     """Whether values of a type become numbers as they are; a decimal's are rounded as its text is."""
     return dtype.is_integer() or dtype.is_float()
 
 
-def _typed_values(values: pl.Series, column: Feature) -> pl.Series | None:
-    """Values of a feature out of numbers, which do not stand for texts, or of text; None where one is bad."""
-    if values.dtype == pl.String:
-        typed, is_clean = typed_cells(values, column)
-        return typed if is_clean else None
-    if column.value_kind.is_text or not _is_number(values.dtype):
-        return None
-    typed, bad = column.value_kind.from_numbers(values)
-    return typed if bad is None else None
-
-
-def _typed_lists_directly(lists: pl.Series, column: Feature) -> pl.Series | None:
-    """Lists of numbers, or of structs of value and weight, as `_typed_lists` makes them of text."""
-    if column.null_values or not isinstance(lists.dtype, pl.List | pl.Array) or not isinstance(column, SparseColumn):
-        return None
-    one = lists.dtype.inner
-    if isinstance(one, pl.Struct) != (column.weight_separator is not None):
-        return None
-    rows = pl.int_range(len(lists), dtype=pl.Int64, eager=True)
-    flat = pl.DataFrame({"row": rows, "value": lists.cast(pl.List(one))}).explode("value")
-    if isinstance(one, pl.Struct):
-        flat = flat.unnest("value")
-        if not _is_number(flat["weight"].dtype):
-            return None
-        flat = flat.with_columns(pl.col("weight").cast(pl.Float64).cast(pl.Float32))
-    is_text = flat["value"].dtype == pl.String
-    flat = flat.filter(pl.col("value") != "" if is_text else pl.col("value").is_not_null())
-    if flat["value"].dtype.is_float():
-        flat = flat.filter(pl.col("value").is_not_nan())
-    flat = _first_values(flat, column)
-    typed = _typed_values(flat["value"], column)
-    if typed is None or ("weight" in flat.columns and not flat["weight"].is_finite().fill_null(value=False).all()):
-        return None
-    return _grouped(flat, typed, column, len(lists))
+def _are_typed_lists(dtype: pl.DataType, column: SparseColumn) -> bool:
+    """Whether lists of a type become lists of values as they are."""
+    if not isinstance(dtype, pl.List | pl.Array) or column.null_values:
+        return False
+    if column.weight_separator is None:
+        return _is_number(dtype.inner) and not column.value_kind.is_text
+    if not isinstance(dtype.inner, pl.Struct):
+        return False
+    value, weight = (dtype.inner.to_schema()[name] for name in ("value", "weight"))
+    return _is_number(weight) and (value == pl.String or (_is_number(value) and not column.value_kind.is_text))
 
 
 def cells_as_text(cells: pl.Series, column: Column) -> pl.Series:
@@ -258,34 +247,10 @@ def typed_cells(text: pl.Series, column: Feature) -> tuple[pl.Series, bool]:
     """
     frame = pl.DataFrame([text.alias(column.name)])
     if column.null_values:
-        frame = frame.select(_without_null_texts(column))
-    typed = frame.select(_cast(column)).to_series()
-    is_clean = _is_clean(frame.to_series(), typed, column)
+        frame = frame.select(without_null_texts(column))
+    typed = frame.select(cast_text(column)).to_series()
+    is_clean = are_clean(frame.to_series(), typed, column)
     return without_null_values(typed, column) if is_clean else typed, is_clean
-
-
-def without_null_values(typed: pl.Series, column: Feature) -> pl.Series:
-    """Typed cells, null where one is a number that the column's `null_values` name."""
-    if not column.null_values or len(numbers := null_numbers(column)) == 0:
-        return typed
-    return pl.select(pl.when(~typed.is_in(numbers)).then(typed).alias(typed.name)).to_series()
-
-
-@cache
-def null_numbers(column: Feature) -> pl.Series:
-    """Those of a column's `null_values` that are numbers of its kind: of the type of the column, none for texts."""
-    texts = pl.Series(column.name, column.null_values or [], dtype=pl.String)
-    if column.value_kind.is_text:
-        return texts.head(0)
-    numbers = texts.to_frame().select(_cast(column)).to_series()
-    return numbers.filter(~_is_bad(texts, numbers, column))
-
-
-def _without_null_texts(column: Column) -> pl.Expr:
-    """The cells of a column, null where they are one of its `null_values`."""
-    cell = pl.col(column.name)
-    assert column.null_values, "only of columns that have some"
-    return pl.when(~cell.is_in(column.null_values)).then(cell).alias(column.name)
 
 
 def _typed_few(text: pl.DataFrame, columns: Sequence[Column]) -> tuple[dict[str, pl.Series], set[str]]:
@@ -300,7 +265,7 @@ def _typed_few(text: pl.DataFrame, columns: Sequence[Column]) -> tuple[dict[str,
         if isinstance(column, Feature):
             alike.setdefault((column.role, column.kind, column.null_values), []).append(column)
         else:
-            typed[column.name] = text.select(_cast(column)).to_series()
+            typed[column.name] = text.select(cast_text(column)).to_series()
     for group in alike.values():
         cells, is_clean = typed_cells(pl.concat([text[column.name] for column in group]), group[0])
         for i, column in enumerate(group):
@@ -315,48 +280,63 @@ def _as_text(cell: object, column: Column) -> str:
     return "" if cell is None else str(cell)
 
 
-def _typed_lists(text: pl.Series, column: SparseColumn) -> tuple[pl.Series, list[_Fault]]:
-    """Lists of typed values, null where the cell is missing; and what is wrong with some."""
-    assert column.value_separator is not None
-    lists = text if text.dtype == pl.List else text.str.split(column.value_separator)
-    flat = pl.DataFrame({"row": pl.int_range(len(lists), dtype=pl.Int64, eager=True), "value": lists}).explode("value")
-    if column.weight_separator is not None:
-        flat = _with_weights(flat, column.weight_separator)
-    flat = flat.filter(pl.col("value") != "")
-    if column.null_values:
-        flat = flat.filter(~pl.col("value").is_in(column.null_values))
-    flat = _first_values(flat, column)
+def _typed_lists(cells: pl.Series, column: SparseColumn) -> tuple[pl.Series, list[_Fault]]:
+    """Lists of typed values, null where the cell is missing; and what is wrong with some.
+
+    Args:
+        cells: text that separators cut, or lists: of text, of numbers, or of structs of a value and its weight.
+        column: of several values.
+    """
+    flat, num_rows = _values_of_lists(cells, column), len(cells)
     values = flat["value"]
-    typed = pl.DataFrame({column.name: values}).select(column.value_kind.from_text(pl.col(column.name))).to_series()
+    bad: pl.Series | None
+    if values.dtype == pl.String:
+        typed = pl.DataFrame({column.name: values}).select(column.value_kind.from_text(pl.col(column.name))).to_series()
+        bad = None if are_clean(values, typed, column) else bad_cells(values, typed, column)
+    else:
+        typed, bad = column.value_kind.from_numbers(values)
 
     def rows_of(bad: pl.Series) -> npt.NDArray[np.bool_]:
-        return np.bincount(flat["row"].filter(bad).to_numpy(), minlength=len(lists)) > 0
+        return np.bincount(flat["row"].filter(bad).to_numpy(), minlength=num_rows) > 0
 
-    faults: list[_Fault] = (
-        [] if _is_clean(values, typed, column) else [(column.kind, rows_of(_is_bad(values, typed, column)))]
-    )
-    if column.weight_separator is not None and (bad := ~flat["weight"].is_finite().fill_null(value=False)).any():
-        faults.append(("value_weight", rows_of(bad)))
+    faults: list[_Fault] = [] if bad is None else [(column.kind, rows_of(bad))]
+    if column.weight_separator is not None and (odd := ~flat["weight"].is_finite().fill_null(value=False)).any():
+        faults.append(("value_weight", rows_of(odd)))
     if column.null_values and len(numbers := null_numbers(column)):
         kept = ~typed.is_in(numbers)
         flat, typed = flat.filter(kept.fill_null(value=True)), typed.filter(kept.fill_null(value=True))
-    return _grouped(flat, typed, column, len(lists)), faults
-
-
-def _first_values(flat: pl.DataFrame, column: SparseColumn) -> pl.DataFrame:
-    """Of the values of each `row` those that count."""
-    return flat if column.max_values is None else flat.group_by("row", maintain_order=True).head(column.max_values)
-
-
-def _grouped(flat: pl.DataFrame, typed: pl.Series, column: SparseColumn, num_rows: int) -> pl.Series:
-    """Typed values, and their weights where there are some, as a list of each row; null where it has none."""
     counts = np.bincount(flat["row"].to_numpy(), minlength=num_rows)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     if column.weight_separator is not None:
         typed = pl.DataFrame({"value": typed, "weight": flat["weight"]}).to_struct(column.name)
     grouped = pl.Series(column.name, pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), typed.to_arrow()))
     # A cell of separators alone has no values, and so is missing as an empty one is.
-    return pl.select(pl.when(pl.Series(counts > 0)).then(grouped).alias(column.name)).to_series()
+    return pl.select(pl.when(pl.Series(counts > 0)).then(grouped).alias(column.name)).to_series(), faults
+
+
+def _values_of_lists(cells: pl.Series, column: SparseColumn) -> pl.DataFrame:
+    """`row` and `value` of those values of lists that count, and their `weight` (Float32) where they have some."""
+    assert column.value_separator is not None
+    lists = cells.str.split(column.value_separator) if cells.dtype == pl.String else cells
+    rows = pl.int_range(len(lists), dtype=pl.Int64, eager=True)
+    if isinstance(lists.dtype, pl.Array):
+        lists = lists.arr.to_list()
+    flat = pl.DataFrame({"row": rows, "value": lists}).explode("value")
+    if flat["value"].dtype == pl.Struct:
+        flat = flat.unnest("value").with_columns(pl.col("weight").cast(pl.Float64).cast(pl.Float32))
+    elif column.weight_separator is not None:
+        flat = _with_weights(flat, column.weight_separator)
+    if flat["value"].dtype == pl.String:
+        flat = flat.filter(pl.col("value") != "")
+    else:
+        if flat["value"].dtype.is_float():
+            flat = flat.with_columns(pl.col("value").fill_nan(None))
+        flat = flat.drop_nulls("value")
+    if column.null_values:
+        flat = flat.filter(~pl.col("value").is_in(column.null_values))
+    if column.max_values is not None:
+        flat = flat.group_by("row", maintain_order=True).head(column.max_values)
+    return flat
 
 
 def _with_weights(flat: pl.DataFrame, separator: str) -> pl.DataFrame:
@@ -372,73 +352,13 @@ def _with_weights(flat: pl.DataFrame, separator: str) -> pl.DataFrame:
     )
 
 
-def _cast(column: Column) -> pl.Expr:
-    cell = pl.col(column.name)
-    if isinstance(column, LabelColumn):
-        if column.positive is not None:
-            return _cast_named_label(cell, column)
-        if column.threshold is None:
-            return cell.cast(pl.Int8, strict=False)
-        number = cell.cast(pl.Float64, strict=False)
-        return pl.when(number.is_finite()).then((number >= column.threshold).cast(pl.Int8)).alias(column.name)
-    if isinstance(column, TimeColumn):
-        return _cast_time(cell, column)
-    if isinstance(column, WeightColumn):
-        return cell.cast(pl.Float64, strict=False).cast(pl.Float32)
-    assert isinstance(column, Feature)
-    return column.value_kind.from_text(cell)
-
-
-def _cast_time(cell: pl.Expr, column: TimeColumn) -> pl.Expr:
-    """Int64 numbers in the order of the times: themselves, or microseconds, or the bits of a float64 made to ascend."""
-    if column.kind == "int":
-        return cell.cast(pl.Int64, strict=False)
-    if column.kind == "datetime":
-        # Every format by itself: left to infer one, Polars would judge a row by the others of its chunk.
-        text = cell.str.replace("T", " ", literal=True).str.replace("Z$", "+00:00")
-        times = [text.str.to_datetime(form, time_unit="us", strict=False) for form in _DATETIME_FORMATS]
-        zoned = [text.str.to_datetime(form + "%:z", time_unit="us", strict=False) for form in _DATETIME_FORMATS[1:]]
-        return pl.coalesce(*(time.cast(pl.Int64) for time in (*times, *zoned))).alias(column.name)
-    number = cell.cast(pl.Float64, strict=False)
-    bits = (number + 0.0).reinterpret(dtype=pl.Int64)  # + 0.0 makes -0.0 the same time as 0.0
-    ascending = pl.when(bits >= 0).then(bits).otherwise(bits.xor(pl.lit(2**63 - 1, pl.Int64)))
-    return pl.when(number.is_finite()).then(ascending).alias(column.name)
-
-
-def _label_number(cell: pl.Expr) -> pl.Expr:
-    """A label as a number, `true` as 1 and `false` as 0; null where it is none."""
-    words = cell.str.to_lowercase().replace_strict({"true": 1.0, "false": 0.0}, default=None, return_dtype=pl.Float64)
-    return pl.coalesce(cell.cast(pl.Float64, strict=False), words)
-
-
-def _cast_named_label(cell: pl.Expr, column: LabelColumn) -> pl.Expr:
-    """1 for the values that are clicks, 0 for those that are none; they are compared as texts, numbers as numbers."""
-
-    def is_one_of(values: Sequence[str]) -> pl.Expr:
-        texts = pl.Series(column.name, values)
-        numbers = texts.to_frame().select(_label_number(pl.col(column.name))).to_series().drop_nulls()
-        return cell.is_in(values) | _label_number(cell).is_in(numbers).fill_null(value=False)
-
-    assert column.positive is not None, "the caller saw to it"
-    others = cell.is_not_null() if column.negative is None else is_one_of(column.negative)
-    return pl.when(is_one_of(column.positive)).then(1).when(others).then(0).cast(pl.Int8).alias(column.name)
-
-
-def _with_words(text: pl.Series, typed: pl.Series) -> pl.Series:
-    """A label with `true`, `false`, `1.0` and `0.0` read as the numbers that they are."""
-    number = text.to_frame().select(_label_number(pl.col(text.name))).to_series()
-    return typed.fill_null(
-        pl.select(pl.when(number.is_in([0.0, 1.0])).then(number.cast(pl.Int8, strict=False))).to_series()
-    )
-
-
 def _faults(
     text: pl.Series, typed: pl.Series, column: Column, *, is_label_optional: bool
 ) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
     """What is wrong with cells: each reason, and in which rows."""
-    if _is_clean(text, typed, column):
+    if are_clean(text, typed, column):
         return
-    bad = _is_bad(text, typed, column)
+    bad = bad_cells(text, typed, column)
     if isinstance(column, LabelColumn):
         if not is_label_optional:
             yield "no_label", text.is_null().to_numpy()
@@ -446,29 +366,6 @@ def _faults(
     elif isinstance(column, WeightColumn) and is_label_optional:
         bad &= text.is_not_null()
     yield column.kind if isinstance(column, Feature) else column.role, bad.to_numpy()
-
-
-def _is_clean(text: pl.Series, typed: pl.Series, column: Column) -> bool:
-    """Whether a whole column is good, told from numbers that cost almost nothing."""
-    if isinstance(column, LabelColumn):
-        return typed.null_count() == 0 and typed.is_between(0, 1).all()
-    if isinstance(column, TimeColumn):
-        return typed.null_count() == 0
-    if isinstance(column, WeightColumn):
-        return typed.null_count() == 0 and not _is_bad(text, typed, column).any()
-    assert isinstance(column, Feature)
-    return column.value_kind.is_clean(text, typed)
-
-
-def _is_bad(text: pl.Series, typed: pl.Series, column: Column) -> pl.Series:
-    if isinstance(column, LabelColumn):
-        return ~typed.is_between(0, 1).fill_null(value=False)
-    if isinstance(column, TimeColumn):
-        return typed.is_null()
-    if isinstance(column, WeightColumn):
-        return ~((typed >= 0) & typed.is_finite()).fill_null(value=False)
-    assert isinstance(column, Feature)
-    return column.value_kind.is_bad(text, typed)
 
 
 def written_cells(values: pl.Series, column: Feature) -> pl.Series:

@@ -71,7 +71,7 @@ class ValueKind:
         return cell.cast(self.dtype, strict=False)
 
     def is_clean(self, text: pl.Series, typed: pl.Series) -> bool:
-        """Whether all cells are good, told from numbers that cost almost nothing."""
+        """Whether all cells are good, found from numbers that cost almost nothing."""
         if typed.null_count() != text.null_count():
             return False
         odd = self._odd(text, typed)

@@ -23,7 +23,7 @@ class PatchedIndex:
     """Ids of the values of a sparse feature; safe to use from many threads.  `PatchedIndex.of` makes one.
 
     A value has the base's id, unless it has none there or that id is gone: then it is looked for among the changed
-    ones.  Whoever gets another id leaves his former one to others, or to nobody.
+    ones.  A value that gets another id leaves its former one to another value, or free.
 
     Args:
         base: of the vocabulary before.
@@ -78,7 +78,7 @@ class PatchedIndex:
         Raises:
             ValueError: a value or an id stands in several rows.
         """
-        found, all_ids, told_ids = (
+        found, all_ids, given_ids = (
             [pl.Series(dtype=KINDS[kind].dtype)],
             [np.empty(0, np.int32)],
             [np.empty(0, np.int32)],
@@ -87,9 +87,9 @@ class PatchedIndex:
             is_other = index.lookup(values).to_numpy() != ids
             found.append(values.filter(pl.Series(is_other)))
             all_ids.append(ids[is_other])
-            told_ids.append(ids)
+            given_ids.append(ids)
         values, ids = pl.concat(found), np.concatenate(all_ids)
-        _check_distinct(values, np.concatenate(told_ids))
+        _check_distinct(values, np.concatenate(given_ids))
         gone = np.union1d(removed_ids, ids).astype(np.int32)
         if not len(gone):
             return index

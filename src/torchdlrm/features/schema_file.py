@@ -1,4 +1,4 @@
-"""Reads a schema: a preset by its name, or a TOML file, whose problems are told all at once.
+"""Reads a schema: a preset by its name, or a TOML file, whose problems are reported all at once.
 
 In: a name or a path.  Out: a `FeatureSchema`.
 """

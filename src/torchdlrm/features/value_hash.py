@@ -15,8 +15,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _VALUE_STREAM = 4  # 1 to 3 shuffle and split rows
 _FNV_START, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _MISSING = np.uint64(0x6D697373696E6721)
-# Beyond so many bytes a text is long: the rest of it is hashed by itself where there are few such.  To begin with one
-# costs as much as so many places of all texts.
+# A text of more bytes than the first is long: the rest of it is hashed by itself where few texts are long.  To begin
+# with one costs as much as the second number of places of all texts.
 _LONG_BYTES, _TEXT_PER_PLACE = 64, 32
 _BLOCK_BYTES = 1 << 16
 _POWERS = np.multiply.accumulate(np.full(_BLOCK_BYTES, _FNV_PRIME))  # of the prime, from the first

@@ -38,7 +38,7 @@ _ARROW_TYPES = {
 }
 _MAGIC, _MAGIC_BYTES = b"ARROW1", 8
 _SLOTS_PER_VALUE = 2
-# Of half-empty slots a run of hundreds is not to be expected. One of so many takes two milliseconds to walk.
+# Of half-empty slots a run of hundreds is not to be expected. A run of this length takes two milliseconds to walk.
 _MAX_RUN = 65_536
 _CHECKED_SLOTS = 1 << 22
 # Up to this many rows plain Python is faster than some dozen calls of NumPy, or of Arrow for texts.

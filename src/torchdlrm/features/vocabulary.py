@@ -150,7 +150,7 @@ def _ids_of_others(before: pl.DataFrame, after: pl.DataFrame) -> npt.NDArray[np.
 
 
 def _blocks_of_ids(file: pq.ParquetFile) -> Iterator[pl.DataFrame]:
-    """A frame of value and id for every so many ids of a vocabulary's file, whether or not they have values."""
+    """Frames of value and id of a vocabulary's file, each of as many ids, whether or not they have values."""
     end, rows = _IDS_AT_A_TIME, pl.DataFrame(file.schema_arrow.empty_table().select(["value", "id"]))
     for batch in file.iter_batches(_IDS_AT_A_TIME, columns=["value", "id"]):
         rows = pl.concat([rows, pl.DataFrame(pa.table(batch))])

@@ -119,7 +119,7 @@ def _with_one_id_a_cell(
         lengths=lengths,
         offsets=offsets,
         stride=num_rows,
-        # Else whoever permutes or sends it would have to ask the GPU.
+        # Without it, code that permutes or sends the KJT would have to ask the GPU.
         length_per_key=[num_ids] * num_features,
         offset_per_key=[num_ids * feature for feature in range(num_features + 1)],
     )

@@ -52,7 +52,7 @@ class Loader:
         seed: of the order of row groups in later epochs.
         model: of the model that the batches are for: a feature with `quotient_remainder` has two keys; None: every
             feature has its own name as its key.
-        max_rows: read only the first so many rows of the split.
+        max_rows: read only the first `max_rows` rows of the split.
         prefetch_batches: how many batches the reading thread keeps ready.
         pin_memory: hand out batches in page-locked memory, for a GPU.
         all_gather: a function that gives every rank's value to every rank, in a list by rank. With it the ranks of one
@@ -265,7 +265,7 @@ def _read_ahead(
 
     def put(item: Batch | BaseException | None) -> None:
         while not stopped.is_set():
-            with suppress(queue.Full):  # look again whether anybody still wants it
+            with suppress(queue.Full):  # look again whether it is still wanted
                 ready.put(item, timeout=0.1)
                 return
 

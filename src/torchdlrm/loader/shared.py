@@ -1,6 +1,7 @@
 """Lets the ranks of one host decode each row group once between them, into memory that all of them can read.
 
-In: the row groups that these ranks will read, in order.  Out: columns, views of the memory of whoever decoded them.
+In: the row groups that these ranks will read, in order.  Out: columns, views of the memory of the rank that decoded
+them.
 Cost: one copy of what is decoded, and on each rank memory for two row groups.
 
 Of n ranks each decodes every n-th row group, ahead of its own reading, into slots of its own memory, and says how far
@@ -59,7 +60,7 @@ def share(
         all_gather: exchanges a value with all other ranks.
         rank: this process.
         world_size: number of processes.
-        stopped: set when nobody wants more.
+        stopped: set when no more is wanted.
 
     Returns:
         None where this rank is alone on its host, or its ranks cannot open each other's memory.
@@ -127,7 +128,7 @@ class SharedRowGroups:
         layout: of each memory.
         place: of this rank among them.
         row_groups: lists, from the start at each call, what they will read, as epoch and place in its order.
-        stopped: set when nobody wants more.
+        stopped: set when no more is wanted.
     """
 
     def __init__(
@@ -200,7 +201,7 @@ class SharedRowGroups:
             self._mine.set_stopped()
 
     def _wait_until_all_are_past(self, place: int) -> bool:
-        """Wait until no rank will read the row group at `place`; False when nobody wants more."""
+        """Wait until no rank will read the row group at `place`; False when no more is wanted."""
         late = list(self._memories)
         for is_time_to_look in _pauses():
             late = [memory for memory in late if memory.position <= place]
@@ -349,7 +350,7 @@ class _Layout:
 
 
 def _aligned_bytes(num_elements: int) -> int:
-    """Bytes of so many elements of 4 bytes, in whole cache lines."""
+    """Bytes of this many elements of 4 bytes, in whole cache lines."""
     return -(-4 * num_elements // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from torchdlrm.bundle.bundle import ServedVocabulary
 from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.features.cells import null_numbers
+from torchdlrm.features.casts import null_numbers
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.encode import encode_sparse
 from torchdlrm.features.kinds import ValueKind
@@ -38,7 +38,7 @@ from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS
 from torchdlrm.prediction.shared_rows import Part, Row, cells_of, parts_of
 
 Vocabularies = Mapping[str, ServedVocabulary]
-# Up to so many rows an id is found faster by itself than by a dozen calls of NumPy for the column.
+# Up to this many rows an id is found faster by itself than by a dozen calls of NumPy for the column.
 _FEW_ROWS = 16
 # The ids of these buckets are a table, not searched in an index: the 13 bucket features of a row take 19 us.
 _TABLED_BUCKETS = range(-64, 2_048)

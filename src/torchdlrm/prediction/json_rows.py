@@ -20,7 +20,8 @@ import polars as pl
 
 from torchdlrm.errors import RowError, shown
 from torchdlrm.features.bad_rows import REASONS, BadRows
-from torchdlrm.features.cells import text_frame, to_typed_columns, typed_cells, without_null_values, written_cells
+from torchdlrm.features.casts import without_null_values
+from torchdlrm.features.cells import text_frame, to_typed_columns, typed_cells, written_cells
 from torchdlrm.features.columns import Column, Feature, LabelColumn, SparseColumn
 from torchdlrm.features.kinds import FLOAT
 from torchdlrm.features.schema import FeatureSchema

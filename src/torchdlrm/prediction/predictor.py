@@ -102,7 +102,7 @@ class Predictor:
 
         Args:
             path: the bundle's folder.
-            model_class: of a model of somebody's own, the class or function that it was trained with, or where it
+            model_class: of a model that is not ours, the class or function that it was trained with, or where it
                 stands, as `my_models.py:GatedSum`.
             allow_changed_model_class: take it though its file has changed since.
             verify: as `Bundle.open`.

@@ -13,6 +13,7 @@ from torchdlrm.features.kinds import HEX, INT, KINDS, map_lists
 
 VALUES = {
     "int": st.integers(-(2**63), 2**63 - 1),
+    "id": st.integers(-(2**63), 2**63 - 1),
     "float": st.floats(allow_nan=False, allow_infinity=False),
     "hex": st.integers(0, 2**32 - 1),
     "string": st.text(),

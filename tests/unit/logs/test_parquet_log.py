@@ -2,19 +2,16 @@
 
 import math
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from helpers.predicted import rows_of_request
 from torchdlrm.errors import LogError
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.find import find_files
 from torchdlrm.preprocessing.preprocess import preprocess, work_folder
-from torchdlrm.serving.front.open_inference.tensors import Tensor
 
 SCHEMA = FeatureSchema(
     name="parquet",
@@ -54,22 +51,6 @@ def test_numbers_are_themselves_and_nan_is_missing(tmp_path):
         (0, -7, None, None, None, None, None),
     ]
     assert chunk.frame.dtypes == [pl.Int8, pl.Int64, pl.Float64, pl.UInt32, pl.Int64, pl.String, pl.List(pl.UInt32)]
-
-
-@pytest.mark.parametrize(
-    "dtype", [pa.int8(), pa.uint8(), pa.int32(), pa.uint32(), pa.int64(), pa.uint64(), pa.float64()]
-)
-def test_a_hex_column_takes_the_numbers_that_the_protocol_takes(tmp_path, dtype):
-    numbers = [0, 9, 16, 127]
-    columns = {**COLUMNS, "hex": pa.array(numbers, dtype)}
-    chunk = read(
-        tmp_path / "log.parquet",
-        {name: array[:1].take([0] * 4) for name, array in COLUMNS.items()} | {"hex": columns["hex"]},
-    )
-    tensor = Tensor("hex", "INT64", (20,), pl.Series(numbers * 5, dtype=pl.Int64))
-    frame = rows_of_request([tensor], SCHEMA, 100)
-    assert isinstance(frame, pl.DataFrame)
-    assert chunk.frame["hex"].to_list() == frame["hex"].to_list()[:4] == numbers
 
 
 @pytest.mark.parametrize(
@@ -119,13 +100,3 @@ def test_a_type_that_is_no_cell_is_told_at_once_and_the_corrected_schema_runs(tm
 def test_bytes_that_are_no_text_are_told(tmp_path):
     with pytest.raises(LogError, match="column text: holds bytes that are no text in UTF-8"):
         read(tmp_path / "log.parquet", {**COLUMNS, "text": pa.array([b"a", b"\xff", None])})
-
-
-def test_floats_of_all_widths_keep_their_missing_values(tmp_path):
-    for dtype in (np.float16, np.float32, np.float64):
-        values = pa.array(np.array([np.nan, 0.5, 2.0], dtype))
-        chunk = read(
-            tmp_path / "log.parquet", {**COLUMNS, "price": values, "count": pa.array(np.array([1, np.nan, 2], dtype))}
-        )
-        assert chunk.frame["price"].to_list() == [None, 0.5, 2.0]
-        assert chunk.frame["count"].to_list() == [1, None, 2]

@@ -20,7 +20,8 @@ import polars as pl
 
 from torchdlrm.errors import shown
 from torchdlrm.features.bad_rows import REASONS, BadRows
-from torchdlrm.features.cells import to_typed_columns, without_null_values
+from torchdlrm.features.casts import without_null_values
+from torchdlrm.features.cells import to_typed_columns
 from torchdlrm.features.columns import DenseColumn, Feature, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS, too_long
