@@ -89,6 +89,14 @@ class SplitRecord(_Frozen):
         """How many rows have the label 1."""
         return self.other_clicks.get(label, self.clicks)
 
+    def unknown_rate(self, feature: str) -> float:
+        """The fraction of a feature's values that have no id."""
+        return self.unknown_rows.get(feature, 0) / max(1, self.values.get(feature, self.rows))
+
+    def missing_rate(self, column: str) -> float:
+        """The fraction of the rows that lack a value."""
+        return self.missing_rows.get(column, 0) / max(1, self.rows)
+
 
 class TurnoverRecord(_Frozen):
     """How a feature's vocabulary differs from the one that it extends, where values come and go.

@@ -10,7 +10,7 @@ from itertools import combinations
 import polars as pl
 import pyarrow.parquet as pq
 
-from torchdlrm.data.dataset import Dataset, SplitRecord
+from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.splits import SplitName
 
 _MOST, _NEARLY_ALL = 0.5, 0.9
@@ -77,7 +77,7 @@ def unknown_values(dataset: Dataset, split: SplitName) -> str:
     found = {
         name: fraction
         for name in dataset.sparse_names
-        if (fraction := _unknown(there, name)) > max(_MOST, _unknown(train, name) + _NEW)
+        if (fraction := there.unknown_rate(name)) > max(_MOST, train.unknown_rate(name) + _NEW)
     }
     if not found:
         return ""
@@ -91,7 +91,7 @@ def unknown_values(dataset: Dataset, split: SplitName) -> str:
 def rare_values(dataset: Dataset, named_rows: Mapping[str, float]) -> str:
     """Features most of whose training values are too rare for an id; not those that name the rows."""
     train = dataset.manifest.splits["train"]
-    fractions = {name: _unknown(train, name) for name in dataset.sparse_names if name not in named_rows}
+    fractions = {name: train.unknown_rate(name) for name in dataset.sparse_names if name not in named_rows}
     found = {name: fraction for name, fraction in fractions.items() if fraction > _MOST}
     if not found:
         return ""
@@ -136,14 +136,10 @@ def _named_rows(dataset: Dataset) -> dict[str, float]:
     found = {}
     for name, record in dataset.manifest.sparse.items():
         if record.vocabulary is not None and name not in train.values:
-            fraction = max(_unknown(train, name), record.num_values / max(1, train.rows))
+            fraction = max(train.unknown_rate(name), record.num_values / max(1, train.rows))
             if fraction > _NEARLY_ALL:
                 found[name] = min(1.0, fraction)
     return found
-
-
-def _unknown(split: SplitRecord, name: str) -> float:
-    return split.unknown_rows.get(name, 0) / max(1, split.values.get(name, split.rows))
 
 
 def _names(fractions: Mapping[str, float]) -> str:

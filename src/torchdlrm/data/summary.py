@@ -3,10 +3,9 @@
 In: a `Dataset`.  Out: a `DatasetSummary`.  Cost: reads the vocabularies, none of the parts.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torchdlrm.data.dataset import Dataset, SplitRecord, TurnoverRecord
+from torchdlrm.data.dataset import Dataset, TurnoverRecord
 from torchdlrm.data.splits import SplitName
 
 
@@ -92,24 +91,23 @@ def summarize(dataset: Dataset, num_values: int) -> DatasetSummary:
             num_embeddings=num_embeddings,
             num_values=dataset.manifest.sparse[name].num_values,
             turnover=_turnover(dataset.manifest.sparse[name].turnover),
-            unknown_share={
-                split_name: _share(split.unknown_rows.get(name, 0), split.values.get(name, split.rows))
-                for split_name, split in splits.items()
-            },
-            missing_share=_missing_share(splits, name),
-            drift=_drift(splits, name),
+            unknown_share={split_name: split.unknown_rate(name) for split_name, split in splits.items()},
+            missing_share={split_name: split.missing_rate(name) for split_name, split in splits.items()},
+            drift={split_name: split.drift.get(name, 0.0) for split_name, split in splits.items()},
             most_frequent=_most_frequent(dataset, name, num_values),
         )
     return DatasetSummary(
         splits={
             name: SplitSummary(
-                split.rows, split.clicks, _share(split.clicks, split.rows), len(split.files), split.other_clicks
+                split.rows, split.clicks, split.clicks / max(1, split.rows), len(split.files), split.other_clicks
             )
             for name, split in splits.items()
         },
         dense={
             name: DenseSummary(
-                dataset.manifest.dense[name].transform, _missing_share(splits, name), _drift(splits, name)
+                dataset.manifest.dense[name].transform,
+                {split_name: split.missing_rate(name) for split_name, split in splits.items()},
+                {split_name: split.drift.get(name, 0.0) for split_name, split in splits.items()},
             )
             for name in dataset.dense_names
         },
@@ -127,7 +125,7 @@ def _most_frequent(dataset: Dataset, name: str, num_values: int) -> tuple[Freque
     if dataset.period is not None:
         table, counted = table.sort("count", descending=True, maintain_order=True), int(table["count"].sum())
     rows = table.head(num_values).select("value", "count", "id").iter_rows()
-    return tuple(FrequentValue(value, _share(count, counted), value_id) for value, count, value_id in rows)
+    return tuple(FrequentValue(value, count / max(1, counted), value_id) for value, count, value_id in rows)
 
 
 def _turnover(record: TurnoverRecord | None) -> Turnover | None:
@@ -135,15 +133,3 @@ def _turnover(record: TurnoverRecord | None) -> Turnover | None:
         return None
     reset, candidates = (0 if file is None else file.rows for file in (record.reset, record.candidates))
     return Turnover(record.admitted, record.expired, reset, candidates)
-
-
-def _missing_share(splits: Mapping[SplitName, SplitRecord], name: str) -> dict[SplitName, float]:
-    return {split_name: _share(split.missing_rows.get(name, 0), split.rows) for split_name, split in splits.items()}
-
-
-def _drift(splits: Mapping[SplitName, SplitRecord], name: str) -> dict[SplitName, float]:
-    return {split_name: split.drift.get(name, 0.0) for split_name, split in splits.items()}
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0

@@ -166,11 +166,8 @@ class Job:
         plans = []
         for number, result in zip(numbers, self.workers.run(tasks, self.work), strict=True):
             if self.files[number].packing is not None:
-                ends = [sum(result["sizes"][: i + 1]) for i in range(len(result["sizes"]))]
-                plans.append([Chunk(end - size, end) for end, size in zip(ends, result["sizes"], strict=True)])
                 self.progress.advance(self.files[number].size_bytes)
-            else:
-                plans.append([Chunk(start, end) for start, end in result["chunks"]])
+            plans.append([Chunk(start, end) for start, end in result["chunks"]])
         return plans
 
     def _read_file(self, number: int, chunks: Sequence[Chunk]) -> list[tuple[Path, Result]]:

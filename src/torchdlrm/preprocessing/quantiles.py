@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow as pa
 
 from torchdlrm.data.splits import RowSplit
 from torchdlrm.features.columns import SparseColumn
-from torchdlrm.preprocessing.count import ValueRange, summed, training_values
+from torchdlrm.preprocessing.count import ValueRange, read_section, summed, training_values
 from torchdlrm.preprocessing.executors import Task, Workers
 from torchdlrm.preprocessing.read import ChunkFile
-from torchdlrm.preprocessing.work_folder import Result, Sections, WorkFolder, write_sections
+from torchdlrm.preprocessing.work_folder import Result, WorkFolder, write_sections
 
 
 def fit_boundaries(
@@ -70,7 +69,7 @@ def fit_quantiles(column: SparseColumn, numbers: Sequence[Path]) -> Result:
     """
     assert column.buckets is not None, "the caller saw to it"
     assert column.buckets.quantiles is not None, "the caller saw to it"
-    tables = [table for table in map(_numbers_of, numbers) if table.num_rows]
+    tables = [table for path in numbers if (table := read_section(path, "numbers")).num_rows]
     if not tables:
         return {"boundaries": []}
     quantiles, num_rows = column.buckets.quantiles, sum(table["rows"][-1].as_py() for table in tables)
@@ -109,8 +108,3 @@ def _numbers_at(
 def _ascending_keys(bits: npt.NDArray[np.int64], dtype: np.dtype[Any]) -> npt.NDArray[np.int64]:
     """The bits of numbers changed so that they ascend as the numbers do; and back."""
     return np.where(bits < 0, bits ^ np.int64(2**63 - 1), bits) if dtype.kind == "f" else bits
-
-
-def _numbers_of(path: Path) -> pa.Table:
-    with Sections(path) as sections:
-        return sections.table("numbers")

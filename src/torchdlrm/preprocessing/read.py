@@ -59,14 +59,14 @@ def unpack(file: LogFile, layout: FeatureSchema, chunk_bytes: int, folder: Path,
     Raises:
         LogError: the file is damaged, or not what the schema says.
     """
-    sizes = []
+    chunks, end = [], 0
     for i, lines in enumerate(read_chunks(file, layout, chunk_bytes)):
         path = folder / f"{name}-{i:05d}"
         if not path.exists():
             with replacing(path) as temporary, pa.CompressedOutputStream(str(temporary), "lz4") as packed:
                 packed.write(lines)
-        sizes.append(len(lines))
-    return {"sizes": sizes}
+        chunks.append([end, end := end + len(lines)])
+    return {"chunks": chunks}
 
 
 def read_chunk(task: ReadTask) -> Result:
