@@ -76,19 +76,8 @@ class SplitBounds:
 
     def split_of_rows(self, first_row: int, num_rows: int, times: npt.NDArray[np.int64] | None) -> SplitCodes:  # noqa: ARG002
         """The split of B rows that follow each other in the log: uint8 [B]."""
-        codes = np.empty(num_rows, np.uint8)
-        for code, rows in enumerate(self.rows_of(first_row, num_rows).values()):
-            codes[rows] = code
-        return codes
-
-    def rows_of(self, first_row: int, num_rows: int) -> dict[SplitName, slice]:
-        """Where, among the rows `first_row` ... `first_row + num_rows - 1` of the log, each split's rows lie."""
-        ends = (self.train_rows, self.train_rows + self.val_rows, self.train_rows + self.val_rows + self.test_rows)
-        starts = (0, *ends[:2])
-        return {
-            name: slice(*(min(max(edge - first_row, 0), num_rows) for edge in (start, end)))
-            for name, start, end in zip(SPLIT_NAMES, starts, ends, strict=True)
-        }
+        ends = np.clip([self.train_rows - first_row, self.train_rows + self.val_rows - first_row], 0, num_rows)
+        return np.repeat(np.arange(3, dtype=np.uint8), np.diff([0, *ends, num_rows]))
 
 
 def criteo_split(files: Sequence[LogFile], rows_of_files: Sequence[int]) -> SplitBounds:

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from torchdlrm.data.splits import (
     RandomSplit,
     RowSplit,
-    SplitBounds,
     TimeSplit,
     check_split,
     criteo_split,
@@ -43,13 +42,8 @@ def place_chunks(
     placed = []
     first_row, before = 0, (0, 0, 0)
     for path, num_rows in chunks:
-        if isinstance(split, SplitBounds):
-            slices = split.rows_of(first_row, num_rows).values()
-            counts = [rows.stop - rows.start for rows in slices]
-        else:
-            times = _read_times(path) if isinstance(split, TimeSplit) else None
-            counts = np.bincount(split.split_of_rows(first_row, num_rows, times), minlength=3).tolist()
-        train, val, test = counts
+        times = _read_times(path) if isinstance(split, TimeSplit) else None
+        train, val, test = np.bincount(split.split_of_rows(first_row, num_rows, times), minlength=3).tolist()
         placed.append(ChunkFile(path, first_row, num_rows, before, (train, val, test)))
         first_row += num_rows
         before = (before[0] + train, before[1] + val, before[2] + test)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchdlrm.data.splits import SplitBounds, criteo_split
+from torchdlrm.data.splits import SPLIT_NAMES, SplitBounds, criteo_split
 from torchdlrm.errors import LogError
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.formats.text import TEXT
@@ -49,6 +49,5 @@ def test_a_split_without_rows_is_reported(days, rows):
 def test_rows_of_a_chunk_go_where_their_position_in_the_log_says(sizes, first_row, num_rows):
     log = [name for name, size in zip(("train", "val", "test"), sizes, strict=True) for _ in range(size)]
     chunk = log[first_row : first_row + num_rows]
-    found = SplitBounds("", *sizes).rows_of(first_row, len(chunk))
-    assert [name for name in found for _ in chunk[found[name]]] == chunk
-    assert all(set(chunk[rows]) <= {name} for name, rows in found.items())
+    found = SplitBounds("", *sizes).split_of_rows(first_row, len(chunk), None)
+    assert [SPLIT_NAMES[code] for code in found] == chunk
