@@ -17,6 +17,8 @@ Times = Mapping[int, Mapping[StepName, StepTime]]  # by period
 
 _STEP_COLOURS = dict(zip(get_args(StepName), (*COLOURS, "#8a8f98"), strict=True))
 _ROWS = {"known": "rows of known values", "unseen": "rows with an unknown value", "all": "all rows"}
+_SIZES = {"num_embeddings": "rows of their tables", "values_in_use": "values that have an id"}
+_CHANGES = {"admitted": "admitted: were given an id", "expired": "expired: lost their id"}
 _RECENT = 7  # periods of which a mean is shown: a week of days
 _MAX_FEATURES = 4  # that have a curve of their own
 _MAX_BLOCKS = 60  # periods whose steps are drawn
@@ -38,7 +40,14 @@ def report_page(title: str, periods: Sequence[PeriodRecord], times: Times, curre
         progressive=_drawn(_progressive(periods, metric) for metric in metrics_in("table") if metric.name != LOSS),
         gate=_drawn([_gate(periods)]),
         failures=[(record.period, "; ".join(record.gate.reasons)) for record in periods if not record.gate.passed],
-        values=_drawn([_unseen(periods), _sizes(periods), _changes(periods[1:])]),
+        values=_drawn(
+            [
+                _unseen(periods),
+                _vocabularies("size of all vocabularies", periods, _SIZES),
+                # Not of the first period, to which all values are new: next to it, the others would be nothing.
+                _vocabularies("values that came and went", periods[1:], _CHANGES),
+            ]
+        ),
         features=_features(periods),
         cost=_drawn([_seconds(periods, times), _published_bytes(periods)]),
         steps=_steps(periods, times),
@@ -141,48 +150,30 @@ def _gate(periods: Sequence[PeriodRecord]) -> Chart | None:
 
 
 def _unseen(periods: Sequence[PeriodRecord]) -> Chart | None:
-    percents = {name: _unseen_percents(periods, name) for name in _newest(periods)}
-    most = sorted(percents, key=lambda name: -(_mean(percents[name]) or 0.0))[:_MAX_FEATURES]
+    features = {name: [record.features[name].unseen_fraction for record in periods] for name in _newest(periods)}
+    most = sorted(features, key=lambda name: -(_percent(features[name]) or 0.0))[:_MAX_FEATURES]
+    curves = {name: [_percent([fraction]) for fraction in features[name]] for name in most}
     mean = [_mean_unseen_percent(record) for record in periods]
-    return _chart(
-        "unknown values, % of a log's", periods, {"all features": mean} | {name: percents[name] for name in most}
-    )
+    return _chart("unknown values, % of a log's", periods, {"all features": mean} | curves)
 
 
 def _newest(periods: Sequence[PeriodRecord]) -> Mapping[str, FeatureRecord]:
     return periods[-1].features if periods else {}
 
 
-def _unseen_percents(periods: Sequence[PeriodRecord], name: str) -> list[float | None]:
-    fractions = [record.features[name].unseen_fraction for record in periods]
-    return [None if fraction is None else 100 * fraction for fraction in fractions]
-
-
 def _mean_unseen_percent(record: PeriodRecord) -> float | None:
-    mean = _mean([feature.unseen_fraction for feature in record.features.values()])
-    return None if mean is None else 100 * mean
+    return _percent(feature.unseen_fraction for feature in record.features.values())
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    defined = [value for value in values if value is not None]
-    return fmean(defined) if defined else None
+def _percent(fractions: Iterable[float | None]) -> float | None:
+    """The mean of those that are known."""
+    known = [fraction for fraction in fractions if fraction is not None]
+    return 100 * fmean(known) if known else None
 
 
-def _sizes(periods: Sequence[PeriodRecord]) -> Chart | None:
-    curves = {
-        "rows of their tables": [_sum(record, "num_embeddings") for record in periods],
-        "values that have an id": [_sum(record, "values_in_use") for record in periods],
-    }
-    return _chart("size of all vocabularies", periods, curves, show=_whole)
-
-
-def _changes(periods: Sequence[PeriodRecord]) -> Chart | None:
-    """Not of the first period, to which all values are new: next to it, the others would be nothing."""
-    curves = {
-        "admitted: were given an id": [_sum(record, "admitted") for record in periods],
-        "expired: lost their id": [_sum(record, "expired") for record in periods],
-    }
-    return _chart("values that came and went", periods, curves, show=_whole)
+def _vocabularies(caption: str, periods: Sequence[PeriodRecord], names: Mapping[str, str]) -> Chart | None:
+    curves = {shown: [_sum(record, name) for record in periods] for name, shown in names.items()}
+    return _chart(caption, periods, curves, show=_whole)
 
 
 def _sum(record: PeriodRecord, name: str) -> int | None:
@@ -249,7 +240,6 @@ def _features(periods: Sequence[PeriodRecord]) -> list[dict[str, str]]:
     """The sparse features in the newest period, and over all of them."""
     rows = []
     for name, newest in _newest(periods).items():
-        percents = _unseen_percents(periods, name)
         records = [record.features[name] for record in periods]
         rows.append(
             {
@@ -260,8 +250,8 @@ def _features(periods: Sequence[PeriodRecord]) -> list[dict[str, str]]:
                 "admitted in all": _whole(sum(record.admitted for record in records)),
                 "expired, last": _whole(newest.expired),
                 "expired in all": _whole(sum(record.expired for record in records)),
-                "unknown %, last": show_number(percents[-1], 2),
-                "unknown %, mean": show_number(_mean(percents), 2),
+                "unknown %, last": show_number(_percent([newest.unseen_fraction]), 2),
+                "unknown %, mean": show_number(_percent(record.unseen_fraction for record in records), 2),
             }
         )
     return rows
