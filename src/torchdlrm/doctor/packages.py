@@ -46,8 +46,8 @@ def check_packages(versions: Mapping[str, str | None], required: Mapping[str, st
     """
     builds = [name for name in BUILDS if versions.get(name)]
     if len(builds) == 2:
-        told = "fbgemm-gpu and fbgemm-gpu-cpu are both installed: they have the same files, and one lies over the other"
-        yield Check("builds", "failed", told, AFRESH)
+        why = "fbgemm-gpu and fbgemm-gpu-cpu are both installed: they have the same files, and one lies over the other"
+        yield Check("builds", "failed", why, AFRESH)
         return
     wrong = [
         f"{name} {versions.get(name) or 'is missing'}" + (f" (wanted: {wanted})" if versions.get(name) else "")
@@ -66,8 +66,8 @@ def check_packages(versions: Mapping[str, str | None], required: Mapping[str, st
         return
     torch = versions.get("torch") or ""
     if "+cpu" in torch and BUILDS[builds[0]] == "gpu":  # the other way round works, on the processor
-        told = f"torch {torch} is the CPU build and {builds[0]} the CUDA build, which needs PyTorch's"
-        yield Check("builds", "failed", told, AFRESH)
+        why = f"torch {torch} is the CPU build and {builds[0]} the CUDA build, which needs PyTorch's"
+        yield Check("builds", "failed", why, AFRESH)
     else:
         yield Check("builds", "ok", f"torch {torch} with {builds[0]} {versions[builds[0]]}")
 

@@ -74,12 +74,12 @@ class Findings:
         self.tell("begun", {"name": name, "remedy": remedy if isinstance(remedy, str) else AFRESH})
         started_s = time.perf_counter()
         try:
-            told = task()
+            seen = task()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is what we were asked to find
             helps = remedy if isinstance(remedy, str) else remedy(error)
             check = Check(name, "failed", describe(error), helps, time.perf_counter() - started_s)
         else:
-            check = Check(name, "ok", told, "", time.perf_counter() - started_s)
+            check = Check(name, "ok", seen, "", time.perf_counter() - started_s)
             self.worked.add(name)
         self.tell("check", asdict(check))
 
@@ -88,21 +88,21 @@ def describe(error: BaseException) -> str:
     """An error with what has caused it, in a line; one of ours says that itself."""
     if isinstance(error, TorchDLRMError):
         return " ".join(str(error).split())
-    told = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
-    return told if error.__cause__ is None else f"{told}; caused by {describe(error.__cause__)}"
+    said = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
+    return said if error.__cause__ is None else f"{said}; caused by {describe(error.__cause__)}"
 
 
 def import_package(name: str) -> str:
     """Import a package of the engine, and say which version came from where."""
-    logging.getLogger().addHandler(logging.NullHandler())  # FBGEMM tells the root logger what it then raises
+    logging.getLogger().addHandler(logging.NullHandler())  # FBGEMM writes to the root logger what it then raises
     module = importlib.import_module(name)
     return f"{getattr(module, '__version__', 'unknown version')}, {Path(str(module.__file__)).parent}"
 
 
 def why_no_import(error: BaseException) -> str:
     """What helps where FBGEMM cannot be imported."""
-    told = describe(error)
-    return _DRIVER if "libnvidia-ml" in told or "libcuda.so" in told else AFRESH
+    said = describe(error)
+    return _DRIVER if "libnvidia-ml" in said or "libcuda.so" in said else AFRESH
 
 
 def examine(findings: Findings, folder: Path) -> None:
@@ -137,8 +137,8 @@ def _later(module: str, function: str, *arguments: Any) -> Task:
     """A function of this room that is imported when it is called: what it imports may be broken."""
 
     def call() -> str:
-        told: str = getattr(importlib.import_module(f"torchdlrm.doctor.{module}"), function)(*arguments)
-        return told
+        seen: str = getattr(importlib.import_module(f"torchdlrm.doctor.{module}"), function)(*arguments)
+        return seen
 
     return call
 

@@ -1,1 +1,1 @@
-"""What the quickstart compares models with: logistic regression, and models that live otherwise."""
+"""What the quickstart compares models with: logistic regression, models from scratch and frozen ones."""
