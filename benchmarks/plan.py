@@ -30,7 +30,7 @@ from torchdlrm.model.architecture import ModelShape
 from torchdlrm.planning.measure import measure
 from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.layout import layout_of
-from torchdlrm.sharding.planner import PlanOptions, meta_tables, planner_constraints, table_sharder
+from torchdlrm.sharding.planner import PlanOptions, TableSharder, meta_tables, planner_constraints
 from torchdlrm.sharding.problem import Problem, solution_of, solve
 from torchdlrm.sharding.tables import Table, tables_of_model
 from torchdlrm.sharding.topology import local_machine, machine_of
@@ -73,7 +73,7 @@ def default_search(problem: Problem) -> tuple[float, float]:
         debug=False,
     )
     started_s = time.perf_counter()
-    plan = planner.plan(meta_tables(problem.tables), [table_sharder({})])
+    plan = planner.plan(meta_tables(problem.tables), [TableSharder()])
     seconds = time.perf_counter() - started_s
     found = solution_of(problem, layout_of(plan), None)
     return seconds, found.ranks[found.bottleneck_rank].total_ms

@@ -9,14 +9,15 @@ from unittest.mock import patch
 import pytest
 import torch
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchdlrm.config import load_config
 from torchdlrm.loader.batch import Batch
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.tables import one_host
-from torchdlrm.tables.lookup import TableLookup
-from torchdlrm.training import gradients_on_one_host
+from torchdlrm.tables.collection import TablesOfRank
+from torchdlrm.training import gradients_on_one_host, sharded
 from torchdlrm.training import pipeline as pipelines
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group
@@ -115,20 +116,21 @@ def train_both_ways(folder):
     with join_process_group() as ranks:
         for case in CASES:
             found = expected = None
-            plain = one_host._SharedLookup
-            pauses = {name: unpunctual(getattr(plain, name)) for name in ("look_up", "update")}
+            plain = one_host.MemoryExchange
+            pauses = {name: unpunctual(getattr(plain, name)) for name in ("look_up", "_update")}
             shared_sum = gradients_on_one_host.SharedSum
             late_sum = patch.object(
                 shared_sum, "add_up_bucket", autospec=True, side_effect=unpunctual(shared_sum.add_up_bucket)
             )
-            late_update = patch.object(TableLookup, "update", unpunctual(TableLookup.update, seed=1))
+            late_update = patch.object(TablesOfRank, "update", unpunctual(TablesOfRank.update, seed=1))
             with patch.multiple(plain, **pauses), late_update, late_sum as add_up:
                 parts = built(ranks, case)
-                by_memory = isinstance(parts[2].compute_and_output_dist, one_host._SharedLookup)
+                by_memory = parts[2]._memory is not None
                 if by_memory:
                     found = trained(*parts)
             if by_memory:
-                with patch.object(pipelines, "look_up_on_one_host"), patch.object(pipelines, "add_up_on_one_host"):
+                plain_gradients = patch.object(sharded, "AddedUpOnOneHost", lambda _: DefaultDataParallelWrapper())
+                with patch.object(one_host.MemoryExchange, "of", lambda *_, **__: None), plain_gradients:
                     expected = trained(*built(ranks, case))
             torch.save((by_memory and add_up.call_count >= 19, found, expected), folder / f"{case}-{ranks.rank}.pt")
 

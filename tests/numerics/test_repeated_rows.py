@@ -12,7 +12,7 @@ from torch import Tensor
 from torchdlrm.config import load_config
 from torchdlrm.loader.loader import Loader
 from torchdlrm.model.architecture import ModelShape
-from torchdlrm.tables.lookup import TableLookup
+from torchdlrm.tables.collection import TablesOfRank
 from torchdlrm.tables.optimizers import table_kernels
 from torchdlrm.training.pipeline import build_pipeline
 from torchdlrm.training.processes.process_group import join_process_group
@@ -90,25 +90,25 @@ def test_each_step_of_a_training_is_that_of_float64_but_for_the_rounding_of_sums
 ):
     """Twenty steps; each starts from the table as it is, so that errors do not add up."""
     model, pipeline, kernel = built(name)
-    plain_update = TableLookup.update
+    plain_update = TablesOfRank.update
     bounds, excesses, moves = [], [], []
 
-    def update(lookup, grad_BC, indices, offsets, scales):
+    def update(lookup, grad_BC, ids_of_batch):
         tables = kernel.split_embedding_weights()
-        ids = indices.view(len(tables), -1)
+        ids = ids_of_batch.indices.view(len(tables), -1)
         states = kernel.split_optimizer_states() if name != "sgd" else [[None]] * len(tables)
         steps = [
             Step(name, table.detach(), state[0], table_ids, grads)
             for table, state, table_ids, grads in zip(tables, states, ids, grad_BC.split(D, dim=1), strict=True)
         ]
         before = [table.detach().clone() for table in tables]
-        plain_update(lookup, grad_BC, indices, offsets, scales)
+        plain_update(lookup, grad_BC, ids_of_batch)
         for step, table, was in zip(steps, tables, before, strict=True):
             bounds.append(step.bound_RD.flatten())
             excesses.append(((table.detach().double() - step.after_RD).abs() - step.bound_RD).max())
             moves.append((table.detach() - was).abs().max())
 
-    monkeypatch.setattr(TableLookup, "update", update)
+    monkeypatch.setattr(TablesOfRank, "update", update)
     loader = Loader(small_dataset, "train", batch_size_global=64, max_rows=20 * 64)
     counters, batches = StepCounters(model, seed=0, rank=0), iter(loader)
     for step in range(1, loader.batches_per_epoch + 1):

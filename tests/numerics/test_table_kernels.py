@@ -1,7 +1,5 @@
 """Our kernels look up and update tables on CPU as FBGEMM's do, and threads do not change a bit."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -10,27 +8,24 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     EmbeddingLocation,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from torch import nn
 
 from helpers.table_references import Reference
 from torchdlrm.kernels import threads
-from torchdlrm.tables import lookup
+from torchdlrm.tables import collection
+from torchdlrm.tables.collection import TablesOfRank
 from torchdlrm.tables.kernels import look_up
-from torchdlrm.tables.lookup import use_own_kernels
 
 TABLES = [(50, 16), (3, 8), (400, 16), (7, 4), (120, 16)]  # rows, dimension
 BATCH = 64
 
 
-def kernel_and_model(optimizer, seed):
-    """A kernel of FBGEMM's, and a module that holds it as TorchRec's sharded modules do."""
+def tables(kind, optimizer, seed):
+    """Tables with the same weights, whether FBGEMM's module or ours."""
     torch.manual_seed(seed)
     specs = [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows, dim in TABLES]
-    kernel = SplitTableBatchedEmbeddingBagsCodegen(specs, optimizer=optimizer, learning_rate=0.1, eps=1e-8)
-    kernel.init_embedding_weights_uniform(-1.0, 1.0)
-    model = nn.Module()
-    model._lookups = [nn.ModuleList([kernel])]
-    return SimpleNamespace(kernel=kernel, model=model)
+    made = kind(specs, optimizer=optimizer, learning_rate=0.1, eps=1e-8)
+    made.init_embedding_weights_uniform(-1.0, 1.0)
+    return made
 
 
 def batches(seed, *, multi_valued, num_batches=5):
@@ -69,20 +64,19 @@ def on_so_many_threads(request, monkeypatch):
     "optimizer", [EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_SGD]
 )
 def test_the_kernels_learn_as_fbgemm_does(optimizer, num_threads, multi_valued, seed):
-    theirs, ours = kernel_and_model(optimizer, seed), kernel_and_model(optimizer, seed)
-    use_own_kernels(ours.model)
-    assert ours.kernel.forward != theirs.kernel.forward
+    theirs, ours = (tables(kind, optimizer, seed) for kind in (SplitTableBatchedEmbeddingBagsCodegen, TablesOfRank))
+    assert ours.are_ours
     for step, (ids, offsets, gradient) in enumerate(batches(seed, multi_valued=multi_valued)):
         for one in (theirs, ours):
-            one.kernel.set_learning_rate(0.1 / (step + 1))  # a schedule's rate must reach the kernels
-        expected, found = theirs.kernel(ids, offsets), ours.kernel(ids, offsets)
+            one.set_learning_rate(0.1 / (step + 1))  # a schedule's rate must reach the kernels
+        expected, found = theirs(ids, offsets), ours(ids, offsets)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         expected.backward(gradient)
         found.backward(gradient)
-    for mine, other in zip(ours.kernel.split_embedding_weights(), theirs.kernel.split_embedding_weights(), strict=True):
+    for mine, other in zip(ours.split_embedding_weights(), theirs.split_embedding_weights(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
     if optimizer != EmbOptimType.EXACT_SGD:
-        torch.testing.assert_close(ours.kernel.momentum1_host, theirs.kernel.momentum1_host, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.momentum1_host, theirs.momentum1_host, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,15 +85,14 @@ def test_threads_do_not_change_a_bit(dtype, seed):
     states = []
     for num_threads in (1, 2, 4):
         torch.set_num_threads(num_threads)
-        one = kernel_and_model(EmbOptimType.EXACT_ROWWISE_ADAGRAD, seed)
-        use_own_kernels(one.model)
+        one = tables(TablesOfRank, EmbOptimType.EXACT_ROWWISE_ADAGRAD, seed)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             for ids, offsets, gradient in batches(seed, multi_valued=True, num_batches=20):
-                out = one.kernel(ids, offsets)
+                out = one(ids, offsets)
                 assert out.dtype == dtype
                 wider = torch.nn.functional.pad(gradient.to(dtype), (num_threads, 3))
                 out.backward(wider[:, num_threads : num_threads + gradient.shape[1]])
-        states.append((*one.kernel.split_embedding_weights(), one.kernel.momentum1_host))
+        states.append((*one.split_embedding_weights(), one.momentum1_host))
     for other in states[1:]:
         assert all(map(torch.equal, states[0], other))
 
@@ -114,13 +107,13 @@ def test_weights_of_ids_scale_embeddings_and_gradients(optimizer, name, seed):
     for num_threads in (1, 3):
         torch.set_num_threads(num_threads)
         generator = torch.Generator().manual_seed(seed)
-        one, theirs = kernel_and_model(optimizer, seed), kernel_and_model(optimizer, seed)
-        use_own_kernels(one.model)
-        tables = one.kernel.split_embedding_weights()
-        references = [Reference(weights, name) for weights in tables]
+        one = tables(TablesOfRank, optimizer, seed)
+        theirs = tables(SplitTableBatchedEmbeddingBagsCodegen, optimizer, seed)
+        all_weights = one.split_embedding_weights()
+        references = [Reference(weights, name) for weights in all_weights]
         for ids, offsets, gradient in batches(seed, multi_valued=True):
             scales = torch.randn(len(ids), generator=generator)
-            out = one.kernel(ids, offsets, scales)
+            out = one(ids, offsets, scales)
             lengths = offsets.diff().view(len(TABLES), BATCH)
             rows = [torch.arange(BATCH).repeat_interleave(count) for count in lengths]
             places = zip(ids.split(lengths.sum(1).tolist()), scales.split(lengths.sum(1).tolist()), rows, strict=True)
@@ -132,19 +125,18 @@ def test_weights_of_ids_scale_embeddings_and_gradients(optimizer, name, seed):
                 pooled.append(torch.zeros(BATCH, grad.shape[1], dtype=torch.float64).index_add(0, row, scaled))
                 reference.step(mine, grad[row].double() * weights[:, None].double(), 0.1)
             torch.testing.assert_close(out.double(), torch.cat(pooled, dim=1), rtol=1e-5, atol=1e-5)
-            expected = theirs.kernel(ids, offsets, scales)
+            expected = theirs(ids, offsets, scales)
             torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
             expected.backward(gradient)
             out.backward(gradient)
-        found.append([weights.clone() for weights in tables])
-        for weights, reference in zip(tables, references, strict=True):
+        found.append([weights.clone() for weights in all_weights])
+        for weights, reference in zip(all_weights, references, strict=True):
             torch.testing.assert_close(weights.double(), reference.weights_RD, rtol=1e-5, atol=1e-5)
     assert all(map(torch.equal, *found))
 
 
 def test_threads_look_up_as_many_ids_however_many_a_cell_has(seed, monkeypatch):
-    one = kernel_and_model(EmbOptimType.EXACT_SGD, seed)
-    use_own_kernels(one.model)
+    one = tables(TablesOfRank, EmbOptimType.EXACT_SGD, seed)
     lengths = torch.tensor([1, 1, 1, 1, 60]).repeat_interleave(BATCH)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     ids, parts = torch.zeros(int(lengths.sum()), dtype=torch.int64), []
@@ -153,32 +145,25 @@ def test_threads_look_up_as_many_ids_however_many_a_cell_has(seed, monkeypatch):
         parts.append((first_cell, end_cell))
         look_up(first_cell, end_cell, *arguments)
 
-    monkeypatch.setattr(lookup, "look_up", watched)
-    found = one.kernel(ids, offsets)
+    monkeypatch.setattr(collection, "look_up", watched)
+    found = one(ids, offsets)
     (first, middle), (middle_again, last) = sorted(parts)
     assert (first, middle, last) == (0, middle_again, len(lengths))
     assert abs(int(offsets[middle]) - len(ids) / 2) < 5 * BATCH
-    rows = [
-        weights[0] * count
-        for weights, count in zip(one.kernel.split_embedding_weights(), (1, 1, 1, 1, 60), strict=True)
-    ]
+    rows = [weights[0] * count for weights, count in zip(one.split_embedding_weights(), (1, 1, 1, 1, 60), strict=True)]
     torch.testing.assert_close(found, torch.cat(rows).expand(BATCH, -1))
 
 
 def test_features_that_share_a_table_update_it_once(seed):
     """Rows that both look up get the sum of their gradients."""
     learnt = []
-    for is_ours in (False, True):
+    for kind in (SplitTableBatchedEmbeddingBagsCodegen, TablesOfRank):
         torch.manual_seed(seed)
         specs = [(9, 8, EmbeddingLocation.HOST, ComputeDevice.CPU), (5, 4, EmbeddingLocation.HOST, ComputeDevice.CPU)]
-        kernel = SplitTableBatchedEmbeddingBagsCodegen(
+        kernel = kind(
             specs, feature_table_map=[0, 0, 1], optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=0.1
         )
         kernel.init_embedding_weights_uniform(-1.0, 1.0)
-        if is_ours:
-            model = nn.Module()
-            model._lookups = [nn.ModuleList([kernel])]
-            use_own_kernels(model)
         for _ in range(3):
             ids = torch.randint(5, (3 * BATCH,))
             out = kernel(ids, torch.arange(3 * BATCH + 1))
@@ -189,12 +174,11 @@ def test_features_that_share_a_table_update_it_once(seed):
 
 
 def test_under_autocast_the_embeddings_come_out_rounded_once(seed):
-    ours = kernel_and_model(EmbOptimType.EXACT_SGD, seed)
-    use_own_kernels(ours.model)
+    ours = tables(TablesOfRank, EmbOptimType.EXACT_SGD, seed)
     ids, offsets, _ = next(batches(seed, multi_valued=True))
-    exact = ours.kernel(ids, offsets)
+    exact = ours(ids, offsets)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = ours.kernel(ids, offsets)
+        rounded = ours(ids, offsets)
     assert rounded.dtype == torch.bfloat16
     assert torch.equal(rounded, exact.bfloat16())
 
@@ -205,23 +189,19 @@ def test_under_autocast_the_embeddings_come_out_rounded_once(seed):
 )
 def test_a_row_of_padding_has_embeddings_of_zero_and_changes_no_table(optimizer, num_threads, seed):
     """With a row before it the tables take the step that the row alone makes them take."""
-    padded, alone = kernel_and_model(optimizer, seed), kernel_and_model(optimizer, seed)
-    for one in (padded, alone):
-        use_own_kernels(one.model)
+    padded, alone = (tables(TablesOfRank, optimizer, seed) for _ in range(2))
     gradient = torch.randn(2, sum(dim for _, dim in TABLES))
     num_tables, none = len(TABLES), torch.zeros(0, dtype=torch.int64)
-    before = [weights.clone() for weights in padded.kernel.split_embedding_weights()]
-    out = padded.kernel(none, torch.zeros(num_tables + 1, dtype=torch.int64))
+    before = [weights.clone() for weights in padded.split_embedding_weights()]
+    out = padded(none, torch.zeros(num_tables + 1, dtype=torch.int64))
     assert torch.equal(out, torch.zeros(1, gradient.shape[1]))
     out.backward(gradient[:1])
-    assert all(map(torch.equal, padded.kernel.split_embedding_weights(), before))
+    assert all(map(torch.equal, padded.split_embedding_weights(), before))
 
     ids = torch.ones(num_tables, dtype=torch.int64)
-    padded.kernel(ids, torch.tensor([0, *(n for table in range(num_tables) for n in (table + 1,) * 2)])).backward(
-        gradient
-    )
-    alone.kernel(ids, torch.arange(num_tables + 1)).backward(gradient[:1])
-    assert all(map(torch.equal, padded.kernel.split_embedding_weights(), alone.kernel.split_embedding_weights()))
-    for found, expected in zip(*(one.kernel.split_optimizer_states() for one in (padded, alone)), strict=True):
+    padded(ids, torch.tensor([0, *(n for table in range(num_tables) for n in (table + 1,) * 2)])).backward(gradient)
+    alone(ids, torch.arange(num_tables + 1)).backward(gradient[:1])
+    assert all(map(torch.equal, padded.split_embedding_weights(), alone.split_embedding_weights()))
+    for found, expected in zip(*(one.split_optimizer_states() for one in (padded, alone)), strict=True):
         assert all(map(torch.equal, found, expected))
-    assert not torch.equal(padded.kernel.split_embedding_weights()[0], before[0])
+    assert not torch.equal(padded.split_embedding_weights()[0], before[0])

@@ -12,14 +12,12 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     EmbeddingLocation,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from torch import nn
 
 from helpers.table_references import Reference
 from torchdlrm.config import TABLE_OPTIMIZERS, TableOptimizerConfig
 from torchdlrm.errors import ConfigError
 from torchdlrm.kernels import threads
-from torchdlrm.tables.lookup import use_own_kernels
-from torchdlrm.tables.module_on_cpu import TablesOnCpu
+from torchdlrm.tables.collection import TablesOfRank
 from torchdlrm.tables.optimizers import check_table_optimizer, fused_params, set_steps_done
 
 TABLES = [(50, 16), (3, 8), (400, 16), (7, 4), (1000, 16)]  # rows, dimension
@@ -30,24 +28,13 @@ CASES = [
 ]
 
 
-def module_of(config, seed, **options):
-    """The module that TorchRec gets on CPU, with weights that depend on the seed alone."""
+def tables_of(config, seed, **options):
+    """The tables as TorchRec builds them on CPU, with weights that depend on the seed alone."""
     specs = [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows, dim in TABLES]
-    kernel = TablesOnCpu(specs, **fused_params(config), **options)
+    kernel = TablesOfRank(specs, **fused_params(config), **options)
     torch.manual_seed(seed)
     kernel.init_embedding_weights_uniform(-1.0, 1.0)
     return kernel
-
-
-def with_own_kernels(kernel):
-    model = nn.Module()
-    model._lookups = [nn.ModuleList([kernel])]  # as TorchRec's sharded modules hold it
-    use_own_kernels(model)
-    return kernel
-
-
-def tables_of(config, seed):
-    return with_own_kernels(module_of(config, seed))
 
 
 def batches(seed, num_batches=STEPS, batch=BATCH):
@@ -211,18 +198,13 @@ def test_the_state_on_cpu_is_that_of_fbgemm_on_a_gpu(name, seed):
 @pytest.mark.parametrize(("name", "mode"), [("adam", NO_DECAY), ("sgd", "l2"), ("adagrad", NO_DECAY)])
 def test_where_our_kernels_cannot_be_used_fbgemms_are_and_what_they_lack_is_refused(name, mode, options, seed):
     """float16 and means."""
-    kernel = module_of(settings(name, mode), seed, table_names=[f"t_{i}" for i in range(len(TABLES))], **options)
-    before = kernel.weights_host.detach().clone()
-    cells = torch.zeros(len(TABLES), dtype=torch.int64), torch.arange(len(TABLES) + 1)
-
-    def step():
-        with_own_kernels(kernel)
-        out = kernel(*cells)
-        out.backward(torch.ones_like(out))
-
-    if (name, mode) == ("adagrad", NO_DECAY):
-        step()
-        assert not torch.equal(kernel.weights_host, before)
-    else:
+    options = {**options, "table_names": [f"t_{i}" for i in range(len(TABLES))]}
+    if (name, mode) != ("adagrad", NO_DECAY):
         with pytest.raises(ConfigError, match="t_0, t_1, t_2, t_3, t_4: on CPU tables have the kinds of Adam and LAMB"):
-            step()
+            tables_of(settings(name, mode), seed, **options)
+        return
+    kernel = tables_of(settings(name, mode), seed, **options)
+    before = kernel.weights_host.detach().clone()
+    out = kernel(torch.zeros(len(TABLES), dtype=torch.int64), torch.arange(len(TABLES) + 1))
+    out.backward(torch.ones_like(out))
+    assert not torch.equal(kernel.weights_host, before)

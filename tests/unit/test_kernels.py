@@ -13,7 +13,6 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     EmbeddingLocation,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from torch import nn
 
 from torchdlrm.kernels import threads
 from torchdlrm.kernels.compile import as_in, compiled_loop, widened
@@ -91,9 +90,7 @@ def test_large_tables_lie_in_huge_pages():
     ]
     for kernel in kernels:
         kernel.init_embedding_weights_uniform(1.0, 2.0)
-    model = nn.Module()
-    model._lookups = [nn.ModuleList(kernels)]
-    use_huge_pages(model)
+        use_huge_pages(kernel)
     weights = kernels[0].weights_host
     assert not weights.any()
     assert kernels[1].weights_host.all()

@@ -37,7 +37,7 @@ from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.model.architecture import BuiltInArchitecture, ModelShape
 from torchdlrm.model.loss import DLRMTrain
 from torchdlrm.model.model_class import architecture_of
-from torchdlrm.sharding.planner import PlanOptions, plan_sharding, table_sharder
+from torchdlrm.sharding.planner import PlanOptions, TableSharder, plan_sharding
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.tables.optimizers import fused_params
 from torchdlrm.training.compute import allow_tf32, keep_freed_memory, set_threads
@@ -91,7 +91,7 @@ def our_pipeline(ranks: Ranks, case: Case) -> TrainPipelineSparseDist:
     allow_tf32(config.train, ranks.device)
     sharded = build_sharded_model(config, shape, num_embeddings=case.num_embeddings, dense_sample=None, ranks=ranks)
     optimizer = build_optimizer(sharded.module, config.dense_optimizer)
-    return build_pipeline(sharded.module, optimizer, dtype=case.dtype, ranks=ranks, frozen=sharded.frozen_tables)
+    return build_pipeline(sharded.module, optimizer, dtype=case.dtype, ranks=ranks)
 
 
 def host_step(ranks: Ranks, case: Case) -> Step:
@@ -132,7 +132,7 @@ def torchrec_pipeline(ranks: Ranks, case: Case) -> TrainPipelineSparseDist:
         env=ShardingEnv.from_process_group(group),
         device=ranks.device,
         plan=plan_sharding(unsharded, machine=machine, options=options, process_group=group).plan,
-        sharders=[table_sharder(params)],
+        sharders=[TableSharder(params)],
     )
     fused = sharded.fused_optimizer
     dense = {name: param for name, param in sharded.named_parameters() if name not in fused.params}

@@ -3,10 +3,11 @@
 In: dense_BD, sparse_BFD.  Out: [B, D + N(N-1)/2], the dense vector itself and then the upper triangle of V V^T.
 Cost: one batched product forward and one backward; the triangle is copied by one flat index per row. On CPU two kernels
 write the pairs, and the square of their gradients: torch computes the whole square, picks its upper triangle in a
-second pass, and has slow products of such small float32 matrices.
+second pass, and has slow products of such small float32 matrices. The first one also leaves all vectors in one buffer,
+as the backward needs them, while it has them in its hands.
 
 B rows of the batch on this rank, F sparse features, D embedding dimension, N = F + 1 vectors that interact,
-P = N(N-1)/2 pairs; as served M slots for vectors (N rounded up to even) and W words of two numbers.
+P = N(N-1)/2 pairs, O = D + P; as served M slots for vectors (N rounded up to even) and W words of two numbers.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,6 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torchdlrm.kernels.compile import as_in, compiled_loop, widened
 from torchdlrm.kernels.threads import array_of, in_parts
 from torchdlrm.model.architecture import BuiltInArchitecture, ModelShape, Product
-from torchdlrm.model.room import together
 from torchdlrm.model.served import FastInteraction, ServedWeights
 
 
@@ -36,45 +36,56 @@ def has_kernels(tensor: Tensor) -> bool:
 
 
 @compiled_loop
-def write_pairs(first: int, end: int, vectors_BND: Any, out: Any, vectors: Any) -> None:
-    """Write, for some rows, the first vector and the dot products of all pairs (i < j).
+def write_pairs(
+    first: int, end: int, dense_BD: Any, sparse_BFD: Any, vectors_BND: Any, out_BO: Any, vectors_ND: Any
+) -> None:
+    """Write, for some rows, all vectors, and the dense one with the dot products of all pairs (i < j).
 
     Args:
         first: row of the batch.
         end: one past the last.
-        vectors_BND: float32 or the bits of bfloat16.
-        out: of the same type, [B, D + P].
-        vectors: room for those of a row, float32 [N, D].
+        dense_BD: float32 or the bits of bfloat16.
+        sparse_BFD: the same, maybe of the other type.
+        vectors_BND: receives all vectors, of the dense one's type.
+        out_BO: receives the dense vector and P products, of the same type.
+        vectors_ND: room for the vectors of a row, float32.
     """
-    num_vectors, dim = vectors_BND.shape[1:]
+    num_vectors, dim = vectors_ND.shape
     for b in range(first, end):
-        written = out[b]
-        for i in range(num_vectors):
-            given, vector = vectors_BND[b, i], vectors[i]
-            for k in range(dim):
-                vector[k] = widened(given[k])
+        written = out_BO[b]
+        _keep(dense_BD[b], vectors_BND[b, 0], vectors_ND[0])
+        for i in range(1, num_vectors):
+            _keep(sparse_BFD[b, i - 1], vectors_BND[b, i], vectors_ND[i])
         for k in range(dim):
             written[k] = vectors_BND[b, 0, k]
         place = dim
         for i in range(num_vectors - 1):
-            one, j = vectors[i], i + 1
+            one, j = vectors_ND[i], i + 1
             while j + 4 <= num_vectors:  # four at a time: each number of the one is loaded once for them
-                a, b_, c, d = vectors[j], vectors[j + 1], vectors[j + 2], vectors[j + 3]
+                a, b_, c, d = vectors_ND[j], vectors_ND[j + 1], vectors_ND[j + 2], vectors_ND[j + 3]
                 dot_a, dot_b, dot_c, dot_d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
                 for k in range(dim):
                     dot_a += one[k] * a[k]
                     dot_b += one[k] * b_[k]
                     dot_c += one[k] * c[k]
                     dot_d += one[k] * d[k]
-                written[place], written[place + 1] = as_in(out, dot_a), as_in(out, dot_b)
-                written[place + 2], written[place + 3] = as_in(out, dot_c), as_in(out, dot_d)
+                written[place], written[place + 1] = as_in(out_BO, dot_a), as_in(out_BO, dot_b)
+                written[place + 2], written[place + 3] = as_in(out_BO, dot_c), as_in(out_BO, dot_d)
                 place, j = place + 4, j + 4
             while j < num_vectors:
-                other, dot = vectors[j], np.float32(0)
+                other, dot = vectors_ND[j], np.float32(0)
                 for k in range(dim):
                     dot += one[k] * other[k]
-                written[place] = as_in(out, dot)
+                written[place] = as_in(out_BO, dot)
                 place, j = place + 1, j + 1
+
+
+@compiled_loop
+def _keep(given: Any, kept: Any, vector: Any) -> None:
+    """Copy a vector, in the type of the copy, and that as float32."""
+    for k in range(len(given)):
+        kept[k] = as_in(kept, widened(given[k]))
+        vector[k] = widened(kept[k])
 
 
 @compiled_loop
@@ -109,25 +120,27 @@ class _PairwiseDots(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dense_BD: Tensor, sparse_BFD: Tensor, upper_P: Tensor, lower_P: Tensor) -> Tensor:
-        num_rows, _, embedding_dim = sparse_BFD.shape
-        vectors_BND, is_shared = together(dense_BD, sparse_BFD)
+        num_rows, num_features, embedding_dim = sparse_BFD.shape
+        num_vectors = num_features + 1
+        vectors_BND = dense_BD.new_empty(num_rows, num_vectors, embedding_dim)
         out = dense_BD.new_empty(num_rows, embedding_dim + upper_P.numel())
-        if has_kernels(dense_BD):
-            arrays, work = (array_of(vectors_BND), array_of(out)), vectors_BND[0].numel() * vectors_BND.shape[1] / 8
-            shape = vectors_BND.shape[1:]
+        if has_kernels(dense_BD) and has_kernels(sparse_BFD):
+            given = dense_BD.contiguous(), sparse_BFD.contiguous()
+            arrays, work = [array_of(each) for each in (*given, vectors_BND, out)], num_vectors**2 * embedding_dim / 8
+            shape = num_vectors, embedding_dim
             in_parts(num_rows, work, lambda first, end: write_pairs(first, end, *arrays, np.empty(shape, np.float32)))
         else:
+            vectors_BND[:, 0], vectors_BND[:, 1:] = dense_BD, sparse_BFD
             square_BNN = torch.bmm(vectors_BND, vectors_BND.transpose(1, 2))
             out[:, :embedding_dim] = dense_BD
             torch.index_select(square_BNN.flatten(1), 1, upper_P, out=out[:, embedding_dim:])
-        # Of memory that they share: then autograd reports it where the embeddings have been changed in place.
-        ctx.save_for_backward(vectors_BND, upper_P, lower_P, sparse_BFD if is_shared else None)
+        ctx.save_for_backward(vectors_BND, upper_P, lower_P)
         ctx.sparse_dtype = sparse_BFD.dtype
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        vectors_BND, upper_P, lower_P, _ = ctx.saved_tensors
+        vectors_BND, upper_P, lower_P = ctx.saved_tensors
         num_rows, num_vectors, embedding_dim = vectors_BND.shape
         grad_pairs_BP = grad_out[:, embedding_dim:]
         if has_kernels(grad_out):

@@ -28,8 +28,7 @@ from torchdlrm.sharding.layout import PlacedShard, PlacedTable
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.sharding.tables import Table
 from torchdlrm.shared_memory import FIRST_FREE_BYTE, SharedMemory
-from torchdlrm.tables.lookup import TableLookup
-from torchdlrm.tables.module_on_cpu import TablesOnCpu
+from torchdlrm.tables.collection import TablesOfRank
 from torchdlrm.tables.optimizers import fused_params
 from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory, set_threads
 from torchdlrm.training.gradients_on_one_host import SharedSum
@@ -152,9 +151,8 @@ def _time_lookups(
     place = EmbeddingLocation.DEVICE if on_gpu else EmbeddingLocation.HOST
     unit = ComputeDevice.CUDA if on_gpu else ComputeDevice.CPU
     specs = [(size, table.dim, place, unit) for size, table in zip(sizes, tables, strict=True)]
-    kind = SplitTableBatchedEmbeddingBagsCodegen if on_gpu else TablesOnCpu
-    kernel = kind(specs, device=device, **fused_params(config.table_optimizer))
-    lookup = kernel if on_gpu else TableLookup(kernel)
+    kind = SplitTableBatchedEmbeddingBagsCodegen if on_gpu else TablesOfRank
+    lookup = kind(specs, device=device, **fused_params(config.table_optimizer))
     counts = [max(1, round(table.pooling_factor)) for table in tables]
     generator = torch.Generator().manual_seed(0)
     batches = [
@@ -208,7 +206,7 @@ def _time_exchange(num_bytes: int, ranks: Ranks, dtype: torch.dtype) -> float:
 def _time_all_reduce(num_bytes: int, ranks: Ranks) -> float:
     gradient = torch.ones(num_bytes // 4, device=ranks.device)
     if ranks.device.type == "cpu" and ranks.world_size == 2:
-        shared = SharedSum.of_two_ranks(num_bytes, ranks.all_gather, ranks.new_group)
+        shared = SharedSum.of_two_ranks(num_bytes, ranks)
         if shared is not None:
             return _median_ms(lambda: shared.add_up(gradient, is_first=True), ranks.device)
     return _median_ms(lambda: dist.all_reduce(gradient), ranks.device)

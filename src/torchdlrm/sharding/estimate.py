@@ -16,11 +16,11 @@ from torchdlrm.model.architecture import ModelShape
 from torchdlrm.sharding.layout import Layout
 from torchdlrm.sharding.planner import (
     PlanOptions,
+    TableSharder,
     collections_of,
     estimators,
     meta_tables,
     planner_constraints,
-    table_sharder,
 )
 from torchdlrm.sharding.tables import BYTES_PER_VALUE, Precision, Table, state_bytes
 from torchdlrm.sharding.topology import Machine
@@ -113,7 +113,7 @@ def shard_costs(
     topology = machine.topology()
     _, constraints = planner_constraints(tables, machine, options)
     ((path, collection),) = collections_of(meta_tables(tables, precision))
-    sharder = table_sharder({})
+    sharder = TableSharder()
     parameters = sharder.shardable_parameters(collection)
     sharding_options = [
         ShardingOption(

@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import distributed as dist
 from torch import nn
@@ -83,16 +82,6 @@ class TableSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]  # Torc
     def sharding_types(self, compute_device_type: str) -> list[str]:  # noqa: ARG002 - TorchRec's interface
         """Kinds that a table may have."""
         return list(KINDS)
-
-
-def table_sharder(fused_params: Mapping[str, Any], codecs: dict[str, Any] | None = None) -> TableSharder:
-    """Make the sharder of all tables.
-
-    Args:
-        fused_params: name the optimizer that runs inside the tables' backward.
-        codecs: TorchRec's registry of what embeddings are encoded with between ranks.
-    """
-    return TableSharder(fused_params=dict(fused_params), qcomm_codecs_registry=codecs)
 
 
 def meta_tables(tables: Sequence[Table], precision: Precision = "float32") -> nn.Module:
@@ -202,7 +191,7 @@ def _search_kinds(
         debug=False,
     )
     try:
-        plan = planner.plan(model, [table_sharder({})])  # what it knows of optimizer and codecs is not looked at
+        plan = planner.plan(model, [TableSharder()])
     except PlannerError as error:
         raise DoesNotFitError(_does_not_fit(tables, machine, options)) from error
     assert enumerator.last_stored_search_space is not None

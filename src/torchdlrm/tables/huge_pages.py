@@ -11,11 +11,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from torchdlrm.tables.optimizers import table_kernels
-
 _PAGE_BYTES = 2**21
 _MIN_BYTES = 16 * _PAGE_BYTES  # what fits in the caches gains nothing
-_HEAP_BYTES = 3 * 2**29  # below 2 GiB, from which on glibc shrinks the heap whatever it was told
+_HEAP_BYTES = 3 * 2**29  # below 2 GiB, from which on glibc shrinks the heap whatever its settings are
 _POLICY = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MADV_DONTNEED, _MADV_HUGEPAGE = 4, 14  # from Linux's mman-common.h
 
@@ -27,17 +25,11 @@ def huge_pages_policy() -> str:
     return "unknown"
 
 
-def use_huge_pages(model: nn.Module) -> None:
-    """Let large tables and their state lie in huge pages, where the system has them.
-
-    Args:
-        model: sharded just now: its tables become zero, and weights are drawn or loaded afterwards.
-    """
-    for kernel in table_kernels(model):
-        if kernel.use_cpu:
-            for tensor in (*kernel.parameters(), *kernel.buffers()):
-                if tensor.nbytes >= _MIN_BYTES:
-                    _ask_for_huge_pages(tensor)
+def use_huge_pages(tables: nn.Module) -> None:
+    """Let large weights and state on CPU lie in huge pages, where the system has them; all of those become zero."""
+    for tensor in (*tables.parameters(), *tables.buffers()):
+        if tensor.nbytes >= _MIN_BYTES:
+            _ask_for_huge_pages(tensor)
 
 
 def _ask_for_huge_pages(tensor: Tensor) -> None:
@@ -64,7 +56,7 @@ def let_the_heap_grow_in_huge_pages() -> None:
 
 
 def _advise(begin: int, num_bytes: int, advice: int) -> bool:
-    """Tell Linux about the huge pages that lie wholly within; whether it knows this advice."""
+    """Advise Linux about the huge pages that lie wholly within; whether it knows this advice."""
     first, end = -(-begin // _PAGE_BYTES) * _PAGE_BYTES, (begin + num_bytes) // _PAGE_BYTES * _PAGE_BYTES
     done: int = ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice)
     return done == 0

@@ -92,7 +92,7 @@ def check_fbgemm_has_it(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> None:
 
 
 def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
-    """What FBGEMM's tables, or `TablesOnCpu`, need to know to update themselves during the backward.
+    """What FBGEMM's tables, or `TablesOfRank`, need to know to update themselves during the backward.
 
     They give out float32, also where embeddings travel as float16: autograd casts a gradient to the type of what it is
     the gradient of, and the tables would be updated with gradients that have lost the range of bfloat16.
@@ -110,7 +110,7 @@ def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
         mode = WeightDecayMode.L2 if config.weight_decay_mode == "l2" else WeightDecayMode.DECOUPLE
         params |= {"weight_decay": config.weight_decay, "weight_decay_mode": mode}
     if config.decays_lazily:
-        params["is_lazy"] = True  # only `TablesOnCpu` takes it: FBGEMM has no such mode
+        params["is_lazy"] = True  # only `TablesOfRank` takes it: FBGEMM has no such mode
     return params
 
 

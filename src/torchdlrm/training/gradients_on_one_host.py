@@ -10,37 +10,41 @@ the same order. The barriers are collectives of gloo: a process that has died, o
 Why: docs/decisions/ranks-of-a-host-exchange-through-memory.md.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv
 
-from torchdlrm.shared_memory import AllGather, SharedMemory
+from torchdlrm.shared_memory import SharedMemory
+from torchdlrm.training.processes.process_group import Ranks
 
 _PAGE_BYTES, _ALIGNMENT = 4096, 64
 
 
-def add_up_on_one_host(model: nn.Module, all_gather: AllGather, new_group: Callable[[], dist.ProcessGroup]) -> None:
-    """Let two ranks of one host add up gradients in memory; others are left to DDP. Every rank must call this.
+class AddedUpOnOneHost(DefaultDataParallelWrapper):  # type: ignore[misc]  # TorchRec is untyped
+    """Holds dense parameters in TorchRec's `DistributedDataParallel`, whose hook adds up in memory where it can."""
 
-    Args:
-        model: sharded, and has not taken a step; holds its dense parameters in a `DistributedDataParallel`.
-        all_gather: exchanges a value with all other ranks.
-        new_group: makes a group of all ranks.
-    """
-    for wrapper in [module for module in model.modules() if isinstance(module, DistributedDataParallel)]:
-        sizes = [
-            _aligned(param.nbytes)
-            for name, param in wrapper.module.named_parameters()
-            if param.requires_grad and name not in wrapper.parameters_to_ignore
-        ]
-        shared = SharedSum.of_two_ranks(sum(sizes), all_gather, new_group)
-        if shared is not None:
-            wrapper.register_comm_hook(shared, lambda shared, bucket: shared.add_up_bucket(bucket))
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__()
+        self._ranks = ranks
+
+    def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
+        """Wrap the model; both ranks must call this."""
+        super().wrap(dmp, env, device)
+        for wrapper in [module for module in dmp.modules() if isinstance(module, DistributedDataParallel)]:
+            sizes = [
+                _aligned(param.nbytes)
+                for name, param in wrapper.module.named_parameters()
+                if param.requires_grad and name not in wrapper.parameters_to_ignore
+            ]
+            shared = SharedSum.of_two_ranks(sum(sizes), self._ranks)
+            if shared is not None:
+                wrapper.register_comm_hook(shared, lambda shared, bucket: shared.add_up_bucket(bucket))
 
 
 def _aligned(num_bytes: int) -> int:
@@ -59,12 +63,10 @@ class SharedSum:
         self._start = 0
 
     @classmethod
-    def of_two_ranks(
-        cls, num_bytes: int, all_gather: AllGather, new_group: Callable[[], dist.ProcessGroup]
-    ) -> "SharedSum | None":
-        """For so many bytes of gradients, each tensor aligned; None, on both, where they cannot share memory."""
-        memory = SharedMemory.make_for_all("torchdlrm-gradients", _PAGE_BYTES + 2 * num_bytes, all_gather)
-        return None if memory is None else cls(memory, num_bytes, new_group())
+    def of_two_ranks(cls, num_bytes: int, ranks: Ranks) -> "SharedSum | None":
+        """For gradients of `num_bytes`, each tensor aligned; None, on both, where they cannot share memory."""
+        memory = SharedMemory.make_for_all("torchdlrm-gradients", _PAGE_BYTES + 2 * num_bytes, ranks.all_gather)
+        return None if memory is None else cls(memory, num_bytes, ranks.new_group())
 
     def add_up_bucket(self, bucket: Any) -> Future[Tensor]:
         """The mean of both ranks' gradients, in the bucket itself."""

@@ -1,6 +1,8 @@
 """Takes steps: by TorchRec's pipeline, which exchanges while it computes, or plainly where nothing is exchanged."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -8,11 +10,8 @@ from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import KeyedOptimizer
 
+from torchdlrm.tables.collection import ShardedTables
 from torchdlrm.tables.huge_pages import let_the_heap_grow_in_huge_pages
-from torchdlrm.tables.lookup import use_own_kernels
-from torchdlrm.tables.one_host import look_up_on_one_host
-from torchdlrm.tables.one_process import look_up_in_this_process
-from torchdlrm.training.gradients_on_one_host import add_up_on_one_host
 from torchdlrm.training.processes.process_group import Ranks
 
 
@@ -30,34 +29,7 @@ class Pipeline(Protocol):
         """The model, with its forward as it was; the next step takes hold of it again."""
 
 
-def prepare_lookups(model: nn.Module, ranks: Ranks, frozen: Collection[str] = ()) -> bool:
-    """Let a sharded model on CPU look up by our own kernels, and send no more than it must; every rank must call this.
-
-    Args:
-        model: sharded.
-        ranks: the processes that share it.
-        frozen: names of tables that no step changes.
-
-    Returns:
-        Whether nothing is exchanged any more, since this process alone holds all tables.
-    """
-    use_own_kernels(model, frozen)
-    if ranks.device.type != "cpu":
-        return False
-    if ranks.world_size == 1:
-        return look_up_in_this_process(model)
-    look_up_on_one_host(model, ranks.all_gather, ranks.new_group)
-    return False
-
-
-def build_pipeline(
-    model: nn.Module,
-    optimizer: KeyedOptimizer,
-    *,
-    dtype: torch.dtype,
-    ranks: Ranks,
-    frozen: Collection[str] = (),
-) -> Pipeline:
+def build_pipeline(model: nn.Module, optimizer: KeyedOptimizer, *, dtype: torch.dtype, ranks: Ranks) -> Pipeline:
     """Take steps on CPU one after the other where this process holds all tables, else through TorchRec's pipeline.
 
     That exchanges the next batch's ids while this one computes. It does not fetch the next batch's rows of cached
@@ -69,33 +41,36 @@ def build_pipeline(
         optimizer: steps after every backward.
         dtype: in which the dense parts compute.
         ranks: the processes that share the model; every rank must call this.
-        frozen: names of tables that no step changes.
     """
+    device = ranks.device
+    precision = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    if device.type == "cpu":
+        let_the_heap_grow_in_huge_pages()  # once more: large tables have taken what there was
+        collections = [module for module in model.modules() if isinstance(module, ShardedTables)]
+        if ranks.world_size == 1 and all(tables.exchanges_nothing for tables in collections):
+            return PlainSteps(model, optimizer, precision)
 
     def forward(batch: Any) -> Any:
-        with torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with precision():
             return model(batch)
 
-    if ranks.device.type == "cpu":
-        let_the_heap_grow_in_huge_pages()  # once more: large tables have taken what there was
-        if ranks.world_size == 2:
-            add_up_on_one_host(model, ranks.all_gather, ranks.new_group)
-    if prepare_lookups(model, ranks, frozen):
-        return _PlainSteps(model, optimizer, forward)
-    return TrainPipelineSparseDist(model, optimizer, ranks.device, execute_all_batches=True, custom_model_fwd=forward)
+    return TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True, custom_model_fwd=forward)
 
 
-class _PlainSteps:
+class PlainSteps:
     """Takes steps on batches that are where the model is."""
 
-    def __init__(self, model: nn.Module, optimizer: KeyedOptimizer, forward: Any) -> None:
-        self._model, self._optimizer, self._forward = model, optimizer, forward
+    def __init__(
+        self, model: nn.Module, optimizer: KeyedOptimizer, precision: Callable[[], AbstractContextManager[object]]
+    ) -> None:
+        self._model, self._optimizer, self._precision = model, optimizer, precision
 
     def progress(self, batches: Iterator[Any]) -> Any:
         """Take a step on the next batch."""
         batch = next(batches)
         self._optimizer.zero_grad()
-        loss, output = self._forward(batch)
+        with self._precision():
+            loss, output = self._model(batch)
         loss.backward()
         self._optimizer.step()
         return output

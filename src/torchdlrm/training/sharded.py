@@ -1,7 +1,7 @@
 """Builds the sharded model with its initial weights, and its optimizers."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
@@ -21,28 +21,25 @@ from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model, standardize_dense_input
 from torchdlrm.model.dropout import DroppedActivation
 from torchdlrm.model.loss import DLRMTrain
-from torchdlrm.sharding.planner import table_sharder
 from torchdlrm.sharding.problem import Solution
 from torchdlrm.sharding.resolve import load_or_make_plan
 from torchdlrm.sharding.topology import local_machine
 from torchdlrm.sharding.weights import initialize_tables
-from torchdlrm.tables.huge_pages import use_huge_pages
-from torchdlrm.tables.module_on_cpu import own_module_on_cpu
+from torchdlrm.tables.collection import TrainingSharder
 from torchdlrm.tables.optimizers import fill_accumulators, fused_params, set_steps_done, table_kernels
 from torchdlrm.training.compute import communication_codecs
 from torchdlrm.training.freeze import frozen_parts
-from torchdlrm.training.pipeline import prepare_lookups
+from torchdlrm.training.gradients_on_one_host import AddedUpOnOneHost
 from torchdlrm.training.processes.host_groups import set_timeout_of_host_groups
 from torchdlrm.training.processes.process_group import Ranks
 
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A `DLRMTrain` inside `DistributedModelParallel`, what its sharding costs, and the tables that no step changes."""
+    """A `DLRMTrain` inside `DistributedModelParallel`, and what its sharding costs."""
 
     module: nn.Module
     solution: Solution
-    frozen_tables: frozenset[str] = frozenset()
 
 
 def build_sharded_model(
@@ -79,13 +76,13 @@ def build_sharded_model(
     frozen = frozen_parts(config.train.freeze, model.model, tables)
     # A single rank would reduce gradients with itself.
     reduces = frozen.freeze_parameters(model.model) and ranks.world_size > 1
-    sharded = _shard(model, config, shape, ranks, saved_plan, reduces=reduces)
+    sharded = _shard(model, config, shape, ranks, saved_plan, reduces=reduces, frozen=frozen.tables)
     trained: Any = sharded.module.module
     frozen.keep_in_evaluation(trained.model)
     initialize_tables(sharded.module, seed=config.seed, parts=tables, scale=config.model.table_init_scale)
     if config.table_optimizer.initial_accumulator:
         fill_accumulators(sharded.module, config.table_optimizer.initial_accumulator)
-    return replace(sharded, frozen_tables=frozen.tables)
+    return sharded
 
 
 def check_freeze(config: Config, shape: ModelShape, num_embeddings: Mapping[str, int], device: torch.device) -> None:
@@ -130,9 +127,7 @@ def build_empty_model(
     )
     model = _build_model(config, shape, num_embeddings, ranks)
     saved_plan = Path(config.sharding.plan) if config.sharding.plan is not None else None
-    module = _shard(model, config, shape, ranks, saved_plan, reduces=False).module
-    prepare_lookups(module, ranks)
-    return module
+    return _shard(model, config, shape, ranks, saved_plan, reduces=False).module
 
 
 def _build_model(config: Config, shape: ModelShape, num_embeddings: Mapping[str, int], ranks: Ranks) -> DLRMTrain:
@@ -153,8 +148,19 @@ def _shard(
     saved_plan: Path | None,
     *,
     reduces: bool,
+    frozen: Collection[str] = (),
 ) -> ShardedModel:
-    """Give each rank its part of the tables, not initialised yet; `reduces`: the gradients of all else are averaged."""
+    """Give each rank its part of the tables, not initialised yet.
+
+    Args:
+        model: on the meta device, but for the dense parts.
+        config: of the run.
+        shape: of the model.
+        ranks: the processes that share the model.
+        saved_plan: to follow.
+        reduces: whether the gradients of all parameters but the tables are averaged over the ranks.
+        frozen: names of tables that no step changes.
+    """
     plan, solution = load_or_make_plan(
         model,
         config,
@@ -169,18 +175,17 @@ def _shard(
         process_group=ranks.process_group,
         saved_plan=saved_plan,
     )
-    sharder = table_sharder(fused_params(config.table_optimizer), communication_codecs(config.train, ranks.device))
-    with own_module_on_cpu(ranks.device):
-        module = DistributedModelParallel(
-            module=model,
-            env=ShardingEnv.from_process_group(ranks.process_group),
-            device=ranks.device,
-            plan=plan,
-            init_data_parallel=reduces,
-            sharders=[sharder],
-        )
+    codecs = communication_codecs(config.train, ranks.device)
+    module = DistributedModelParallel(
+        module=model,
+        env=ShardingEnv.from_process_group(ranks.process_group),
+        device=ranks.device,
+        plan=plan,
+        init_data_parallel=reduces,
+        sharders=[TrainingSharder(fused_params(config.table_optimizer), codecs, ranks, frozen)],
+        data_parallel_wrapper=AddedUpOnOneHost(ranks) if ranks.device.type == "cpu" and ranks.world_size == 2 else None,
+    )
     set_timeout_of_host_groups(ranks.timeout_s)
-    use_huge_pages(module)
     return ShardedModel(module, solution)
 
 

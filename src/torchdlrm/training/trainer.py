@@ -93,7 +93,7 @@ class Trainer:
         optimizer = build_optimizer(model, config.dense_optimizer)
         self._schedule = Schedule(config.schedule, optimizer, num_steps=self._agenda.num_steps)
         self._counters = StepCounters(model, seed=config.seed, rank=ranks.rank)
-        self._pipeline = build_pipeline(model, optimizer, dtype=dtype, ranks=ranks, frozen=sharded.frozen_tables)
+        self._pipeline = build_pipeline(model, optimizer, dtype=dtype, ranks=ranks)
         self._predicting: TrainPipelineSparseDist | None = None  # from the first validation on
         self._checkpointer = Checkpointer(
             run.checkpoints, model, optimizer, ranks, keep_last=config.checkpoint.keep_last

@@ -20,7 +20,7 @@ from torchdlrm.sharding.planner import PlanOptions
 from torchdlrm.sharding.problem import Problem, solve
 from torchdlrm.sharding.tables import Table
 from torchdlrm.sharding.topology import machine_of
-from torchdlrm.tables.module_on_cpu import TablesOnCpu
+from torchdlrm.tables.collection import TablesOfRank
 from torchdlrm.tables.optimizers import fused_params
 
 
@@ -110,7 +110,7 @@ def test_lazy_decay_takes_a_value_a_row_more_which_the_plan_counts(name):
     plain = problem([Table("t_0", rows, dim)], devices=1, optimizer=name)
     lazy = plain.with_options(optimizer=PlanOptions.of(config).optimizer)
     assert lazy.table_bytes == plain.table_bytes + 4 * rows
-    kernel = TablesOnCpu(
+    kernel = TablesOfRank(
         [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)], **fused_params(config.table_optimizer)
     )
     held_bytes = sum(tensor.nbytes for name, tensor in kernel.named_parameters() if name.endswith("_host"))

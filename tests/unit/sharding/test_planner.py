@@ -15,7 +15,7 @@ from helpers.random_problems import problem, random_tables
 from torchdlrm.config import TABLE_OPTIMIZERS
 from torchdlrm.errors import PlanError
 from torchdlrm.planning.remedies import shortfall
-from torchdlrm.sharding.planner import meta_tables, planner_constraints, table_sharder
+from torchdlrm.sharding.planner import TableSharder, meta_tables, planner_constraints
 from torchdlrm.sharding.problem import Problem, solve, try_solve
 from torchdlrm.sharding.resolve import checked
 from torchdlrm.sharding.tables import Table, preset_tables
@@ -123,7 +123,7 @@ def default_search(asked, *, same_kinds=True):
         stats=NoopEmbeddingStats(),
         debug=False,
     )
-    planner.plan(meta_tables(asked.tables), [table_sharder({})])
+    planner.plan(meta_tables(asked.tables), [TableSharder()])
     return planner._perf_model.rate(planner._best_plan)
 
 
