@@ -24,7 +24,7 @@ def in_parts(num_items: int, floats_per_item: float, task: Callable[[int, int], 
 
     Args:
         num_items: how many there are.
-        floats_per_item: work of each, as so many numbers to read or write; for little work this thread does it all.
+        floats_per_item: work of each, as numbers to read or write; for little work this thread does it all.
         task: compiled, so that it does not hold the interpreter's lock while it works.
     """
     num_parts = torch.get_num_threads()

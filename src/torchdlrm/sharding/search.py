@@ -46,7 +46,7 @@ class Thinned(Proposer):  # type: ignore[misc]  # TorchRec is untyped
 
     Args:
         inner: one whose next proposal does not depend on how the last was rated.
-        max_proposals: at most about so many of them.
+        max_proposals: about how many there are at most.
     """
 
     def __init__(self, inner: Proposer, max_proposals: int) -> None:

@@ -113,7 +113,7 @@ class Machine:
 
 
 def machine_of(device: Device, *, num_devices: int, num_hosts: int | None = None) -> Machine:
-    """Make a machine of so many devices of one kind on so many hosts.
+    """Make a machine of devices of one kind, evenly on some hosts.
 
     Args:
         device: what they are.

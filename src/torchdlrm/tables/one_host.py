@@ -157,7 +157,7 @@ class MemoryExchange:
             self._tables.update(gradients, ids, self._column_F)
 
     def _have_memory(self, num_rows: int, dtype: torch.dtype) -> bool:
-        """Make room for so many rows, at the same step on all ranks; False where they cannot share memory."""
+        """Make room for `num_rows`, at the same step on all ranks; False where they cannot share memory."""
         num_bytes = num_rows * self.dim * len(self.names) * dtype.itemsize  # of one of both matrices
         if num_bytes > self._num_bytes and not self._is_refused:
             num_pages = 1 + 2 * -(-num_bytes // _PAGE_BYTES)

@@ -1,4 +1,4 @@
-"""The optimizers of the tables, which run inside their backward: what each is told, and where each runs."""
+"""The optimizers of the tables, which run inside their backward: their settings, and where each runs."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any

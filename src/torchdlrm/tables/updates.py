@@ -109,7 +109,7 @@ def update(
     """Step on the rows whose first id is one of begin to end - 1 of the sorted ids.
 
     Args:
-        begin: first id; where the row before goes on there, that row is left to whoever has its first id.
+        begin: first id; where the row before goes on there, that row belongs to the part that has its first id.
         end: one past the last.
         end_T: where the sorted ids of each table end.
         is_frozen_T: whether a table stays as it is.
