@@ -79,6 +79,8 @@ def are_clean(text: pl.Series, typed: pl.Series, column: Column) -> bool:
     """Whether a whole column is good; of a feature found from numbers that cost almost nothing."""
     if isinstance(column, Feature):
         return column.value_kind.is_clean(text, typed)
+    if isinstance(column, LabelColumn):
+        return typed.null_count() == 0 and typed.is_between(0, 1).all()
     return not bad_cells(text, typed, column).any()
 
 

@@ -18,7 +18,7 @@ column's kind, that number however it is written.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -76,40 +76,44 @@ def to_typed_columns(
     Returns:
         The typed columns, B rows; and a Boolean mask of the good rows, or None when all are good.
     """
+    dtypes = cells.schema
+    others = [column for column in schema.used if not _is_text(dtypes[column.name])]
     typed: dict[str, pl.Series] = {}
-    texts: dict[Column, pl.Series] = {}
-    for column in schema.used:
-        given = cells[column.name]
-        if given.dtype in (pl.String, pl.List(pl.String)):
-            texts[column] = given
-        elif (values := _typed_directly(given, column, is_label_optional=is_label_optional)) is not None:
-            typed[column.name] = values.alias(column.name)
+    for column in others:
+        values = _typed_directly(cells[column.name], column, is_label_optional=is_label_optional)
+        if values is None:
+            cells = cells.with_columns(cells_as_text(cells[column.name], column))
         else:
-            texts[column] = cells_as_text(given, column)
-    read, good = _read_texts(texts, bad_rows, line_numbers, is_label_optional=is_label_optional)
+            typed[column.name] = values.alias(column.name)
+    columns = [column for column in schema.used if column.name not in typed]
+    read, good = _read_texts(cells, columns, bad_rows, line_numbers, is_label_optional=is_label_optional)
     return pl.DataFrame([(typed if column.name in typed else read)[column.name] for column in schema.used]), good
 
 
+def _is_text(dtype: pl.DataType) -> bool:
+    return isinstance(dtype, pl.String) or dtype == pl.List(pl.String)
+
+
 def _read_texts(
-    texts: Mapping[Column, pl.Series],
+    text: pl.DataFrame,
+    columns: Sequence[Column],
     bad_rows: BadRows,
     line_numbers: npt.NDArray[np.int64] | None,
     *,
     is_label_optional: bool,
 ) -> tuple[dict[str, pl.Series], pl.Series | None]:
     """As `to_typed_columns`, of columns of text, or of lists of text."""
-    text = pl.DataFrame(list(texts.values()))
-    if any(column.null_values for column in texts):
-        plain_texts = [column for column in texts if column.null_values and text[column.name].dtype == pl.String]
+    if any(column.null_values for column in columns):
+        plain_texts = [column for column in columns if column.null_values and text[column.name].dtype == pl.String]
         text = text.with_columns(map(without_null_texts, plain_texts))
-    plain = [column for column in texts if not (isinstance(column, SparseColumn) and column.is_multi_valued)]
+    plain = [column for column in columns if not (isinstance(column, SparseColumn) and column.is_multi_valued)]
     clean: set[str] = set()
     if text.height > _FEW_ROWS:
         typed = text.select(cast_text(column) for column in plain).to_dict()
     else:
         typed, clean = _typed_few(text, plain)
     good: npt.NDArray[np.bool_] | None = None
-    for column in texts:
+    for column in columns:
         if column.name in clean and (is_label_optional or getattr(column, "kind", None) != "id"):
             continue
         values = typed.get(column.name)
