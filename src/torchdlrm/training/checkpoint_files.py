@@ -1,8 +1,8 @@
-"""Reads the files of a checkpoint without trusting them: nothing in them is executed.
+"""Reads the description of a checkpoint without trusting it: nothing in it is executed.
 
 `torch.distributed.checkpoint` describes a checkpoint in `.metadata`, a pickle, and unpickling calls whatever a pickle
-names.  Here the pickle is read into inert records, of an allow-list of names; and the description is built again from
-them, each part of it checked.  Tensors are read by `checkpoint_reader`.
+names.  Here the pickle is read into inert records, of an allow-list of names, and each part of them is checked.
+In: a checkpoint's folder.  Out: its tensors, and where the parts of each lie; `checkpoint_reader` reads them.
 """
 
 import io
@@ -11,18 +11,9 @@ import pickle
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from torchdlrm.errors import RunError, shown
 from torchdlrm.files import regular_file
@@ -49,6 +40,25 @@ _CLASSES = {
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),  # Python 3.13
 }
+_Size = tuple[int, ...]
+
+
+class StoredPart(NamedTuple):
+    """A rectangle of a tensor, and the bytes of a file that hold it, as `torch.save` has written it."""
+
+    offsets: _Size
+    sizes: _Size
+    file: Path
+    first_byte: int
+    num_bytes: int
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a checkpoint: its parts cover it, and none overlaps another."""
+
+    dtype: torch.dtype
+    size: _Size
+    parts: tuple[StoredPart, ...]
 
 
 class _Record:
@@ -90,19 +100,23 @@ class _Unpickler(pickle._Unpickler):
         raise pickle.UnpicklingError(msg)
 
 
-def read_metadata(folder: Path) -> Metadata:
-    """The description of a checkpoint.
-
-    Returns:
-        Tensors whose chunks cover them, and for each chunk a part of a file of the folder.
+def read_metadata(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint, by name; what is no tensor is left out.
 
     Raises:
-        RunError: it is missing, or is not what torchdlrm writes.
+        RunError: the description is missing, or is not what torchdlrm writes.
     """
     path = folder / METADATA_NAME
     try:
-        root = _unpickled(regular_file(folder, METADATA_NAME).read_bytes())
-        return _metadata(root, _FileSizes(folder))
+        fields = _state(_unpickled(regular_file(folder, METADATA_NAME).read_bytes()), "Metadata")
+        files: dict[str, Path] = {}  # each is looked at once
+        places = {_index(key): _place(value, folder, files) for key, value in fields["storage_data"].items()}
+        described = {_text(name): value for name, value in fields["state_dict_metadata"].items()}
+        return {
+            name: _tensor(name, value, places)
+            for name, value in described.items()
+            if _kind(value) != "BytesStorageMetadata"
+        }
     except Exception as error:  # unpickling raises anything at all
         msg = f"{path}: cannot be read: {_one_line(error)}"
         raise RunError(msg) from error
@@ -114,92 +128,69 @@ def _unpickled(content: bytes) -> Any:
     return _Unpickler(io.BytesIO(content)).load()
 
 
-class _FileSizes:
-    """Sizes of a checkpoint's files, each looked up once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._bytes: dict[str, int] = {}
-
-    def __getitem__(self, name: str) -> int:
-        if name not in self._bytes:
-            if not _DATA_NAME.fullmatch(name):
-                msg = f"it names {name!r}, which is no file of a checkpoint"
-                raise ValueError(msg)
-            self._bytes[name] = regular_file(self._folder, name).stat().st_size
-        return self._bytes[name]
+def _index(record: Any) -> tuple[str, _Size | None]:
+    """What a place is of: the name of a tensor, and where in it the part begins."""
+    fields = _state(record, "MetadataIndex")
+    offset = fields.get("offset")
+    return _text(fields["fqn"]), None if offset is None else _size(offset)
 
 
-def _metadata(root: Any, file_bytes: _FileSizes) -> Metadata:
-    fields = _state(root, "Metadata")
-    stored = {_index(key): _storage(value, file_bytes) for key, value in fields["storage_data"].items()}
-    state: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    for name, value in fields["state_dict_metadata"].items():
-        if type(name) is str and _kind(value) == "BytesStorageMetadata":
-            state[name] = BytesStorageMetadata()
-            needed = [MetadataIndex(name)]
-        else:
-            state[name] = tensor = _tensor(value)
-            needed = [MetadataIndex(name, chunk.offsets) for chunk in tensor.chunks]
-        if not stored.keys() >= {*needed}:
-            msg = f"{name} is not in any file"
-            raise ValueError(msg)
-    return Metadata(state, storage_data=stored)
+def _place(record: Any, folder: Path, files: dict[str, Path]) -> tuple[Path, int, int]:
+    """A file, and which of its bytes."""
+    fields = _state(record, "_StorageInfo")
+    name, (start, length) = _text(fields["relative_path"]), _size((fields["offset"], fields["length"]))
+    if fields.get("transform_descriptors"):
+        msg = "it is compressed or encrypted, which torchdlrm does not write"
+        raise ValueError(msg)
+    if not _DATA_NAME.fullmatch(name):
+        msg = f"it names {name!r}, which is no file of a checkpoint"
+        raise ValueError(msg)
+    if name not in files:
+        files[name] = regular_file(folder, name)
+    if start + length > files[name].stat().st_size:
+        msg = f"bytes {start:,} to {start + length:,} are not in {name}"
+        raise ValueError(msg)
+    return files[name], start, length
 
 
-def _tensor(record: Any) -> TensorStorageMetadata:
+def _tensor(name: str, record: Any, places: dict[tuple[str, _Size | None], tuple[Path, int, int]]) -> StoredTensor:
     fields = _state(record, "TensorStorageMetadata")
     if _kind(fields["properties"]) != "TensorProperties":
         raise TypeError(_kind(fields["properties"]))
     dtype, size = fields["properties"].state[0], _size(fields["size"])
-    chunks = [
-        ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"]))
-        for chunk in (_state(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"])
-    ]
+    parts = []
+    for chunk in (_state(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]):
+        offsets, sizes = _size(chunk["offsets"]), _size(chunk["sizes"])
+        if (name, offsets) not in places:
+            msg = f"{name} is not in any file"
+            raise ValueError(msg)
+        parts.append(StoredPart(offsets, sizes, *places[name, offsets]))
     are_inside = all(
-        len(chunk.offsets) == len(chunk.sizes) == len(size)
-        and all(start + length <= end for start, length, end in zip(chunk.offsets, chunk.sizes, size, strict=True))
-        for chunk in chunks
+        len(part.offsets) == len(part.sizes) == len(size)
+        and all(start + length <= end for start, length, end in zip(part.offsets, part.sizes, size, strict=True))
+        for part in parts
     )
-    num_held = sum(math.prod(chunk.sizes) for chunk in chunks)
-    if not are_inside or num_held != math.prod(size) or _overlap(chunks):
-        msg = f"parts of {[list(chunk.sizes) for chunk in chunks[:4]]} are not a tensor of {list(size)}"
+    num_held = sum(math.prod(part.sizes) for part in parts)
+    if not are_inside or num_held != math.prod(size) or _overlap(parts):
+        msg = f"parts of {[list(part.sizes) for part in parts[:4]]} are not a tensor of {list(size)}"
         raise ValueError(msg)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(type(dtype).__name__)
-    return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+    return StoredTensor(dtype, size, tuple(parts))
 
 
-def _overlap(chunks: list[ChunkStorageMetadata]) -> bool:
+def _overlap(parts: list[StoredPart]) -> bool:
     """Whether two parts of a tensor share a number, so that another one is in none."""
-    ordered = sorted((chunk for chunk in chunks if math.prod(chunk.sizes)), key=lambda chunk: tuple(chunk.offsets))
-    for i, chunk in enumerate(ordered):
-        ends = [start + length for start, length in zip(chunk.offsets, chunk.sizes, strict=True)]
+    ordered = sorted(part for part in parts if math.prod(part.sizes))
+    for i, part in enumerate(ordered):
+        ends = [start + length for start, length in zip(part.offsets, part.sizes, strict=True)]
         for other in ordered[i + 1 :]:
             if other.offsets[0] >= ends[0]:
                 break  # and so do all behind it
-            others = zip(other.offsets, other.sizes, chunk.offsets, ends, strict=True)
+            others = zip(other.offsets, other.sizes, part.offsets, ends, strict=True)
             if all(start < end and first < start + length for start, length, first, end in others):
                 return True
     return False
-
-
-def _index(record: Any) -> MetadataIndex:
-    fields = _state(record, "MetadataIndex")
-    offset = fields.get("offset")
-    return MetadataIndex(_text(fields["fqn"]), None if offset is None else _size(offset))
-
-
-def _storage(record: Any, file_bytes: _FileSizes) -> _StorageInfo:
-    fields = _state(record, "_StorageInfo")
-    name, (offset, length) = _text(fields["relative_path"]), _size((fields["offset"], fields["length"]))
-    if fields.get("transform_descriptors"):
-        msg = "it is compressed or encrypted, which torchdlrm does not write"
-        raise ValueError(msg)
-    if offset + length > file_bytes[name]:
-        msg = f"bytes {offset:,} to {offset + length:,} are not in {name}"
-        raise ValueError(msg)
-    return _StorageInfo(name, offset, length)
 
 
 def _state(record: Any, kind: str) -> dict[str, Any]:
@@ -214,12 +205,12 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
-def _size(value: Any) -> torch.Size:
+def _size(value: Any) -> _Size:
     numbers = value.args[0] if _kind(value) == "Size" else value
     if not isinstance(numbers, tuple) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
         msg = f"{shown(numbers)} is not a size"
         raise TypeError(msg)
-    return torch.Size(numbers)
+    return tuple(numbers)
 
 
 def _text(value: Any) -> str:

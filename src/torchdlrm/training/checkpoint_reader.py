@@ -20,11 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from torchdlrm.errors import RunError
-from torchdlrm.files import regular_file
-from torchdlrm.training.checkpoint_files import read_metadata
+from torchdlrm.training.checkpoint_files import StoredPart, read_metadata
 
 MODEL = "model.model."  # the state's name for the model, then DLRMTrain's for the DLRM
 _LOCAL_HEADER_BYTES = 30
@@ -61,25 +59,19 @@ class CheckpointReader:
 
     def __init__(self, path: Path, prefix: str = MODEL) -> None:
         self.path = path
-        metadata = read_metadata(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, np.dtype[Any]] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
-        self._files: dict[str, Path] = {}  # looked at once: many chunks are in each
-        for name, tensor in metadata.state_dict_metadata.items():
-            if not name.startswith(prefix) or not isinstance(tensor, TensorStorageMetadata):
+        for name, tensor in read_metadata(path).items():
+            if not name.startswith(prefix):
                 continue
             short = name.removeprefix(prefix)
-            dtype = tensor.properties.dtype
-            if dtype != torch.float32 and not (dtype == torch.int32 and name.endswith(_LAST_STEPS)):
-                msg = f"{path}: {short} is {dtype}; weights and state must be float32"
+            if tensor.dtype != torch.float32 and not (tensor.dtype == torch.int32 and name.endswith(_LAST_STEPS)):
+                msg = f"{path}: {short} is {tensor.dtype}; weights and state must be float32"
                 raise RunError(msg)
-            self.shapes[short] = tuple(tensor.size)
-            self._dtypes[short] = np.dtype(str(dtype).removeprefix("torch."))
-            self._chunks[short] = [
-                self._map(short, chunk, metadata.storage_data[MetadataIndex(name, chunk.offsets)])
-                for chunk in tensor.chunks
-            ]
+            self.shapes[short] = tensor.size
+            self._dtypes[short] = np.dtype(str(tensor.dtype).removeprefix("torch."))
+            self._chunks[short] = [_mapped(short, part, self._dtypes[short]) for part in tensor.parts]
         if not self.shapes:
             msg = f"{path}: the checkpoint holds no DLRM"
             raise RunError(msg)
@@ -117,40 +109,40 @@ class CheckpointReader:
             rows[here, columns] = chunk.values[ids[here] - has.start]
         return torch.from_numpy(rows)
 
-    def _map(self, name: str, chunk: ChunkStorageMetadata, stored: Any) -> _Chunk:
-        path = self._files.get(stored.relative_path) or regular_file(self.path, stored.relative_path)
-        self._files[stored.relative_path] = path
-        try:
-            first_byte = _first_byte(path, chunk, self._dtypes[name], stored.offset, stored.length)
-        except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            msg = f"{path}: {name} is not stored in one piece, as torchdlrm stores it ({str(error).splitlines()[0]})"
-            raise RunError(msg) from error
-        shape, dtype = tuple(chunk.sizes), self._dtypes[name]
-        values: NDArray[Any] = (
-            np.memmap(path, dtype, "r", first_byte, shape) if math.prod(shape) else np.empty(shape, dtype)
-        )
-        return _Chunk(tuple(chunk.offsets), values)
+
+def _mapped(name: str, part: StoredPart, dtype: np.dtype[Any]) -> _Chunk:
+    try:
+        first_byte = _first_byte(part, dtype)
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        msg = f"{part.file}: {name} is not stored in one piece, as torchdlrm stores it ({str(error).splitlines()[0]})"
+        raise RunError(msg) from error
+    values: NDArray[Any] = (
+        np.memmap(part.file, dtype, "r", first_byte, part.sizes)
+        if math.prod(part.sizes)
+        else np.empty(part.sizes, dtype)
+    )
+    return _Chunk(part.offsets, values)
 
 
 def _less(spans: Sequence[tuple[int, int]], offsets: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(first - offset, end - offset) for (first, end), offset in zip(spans, offsets, strict=True))
 
 
-def _first_byte(path: Path, chunk: ChunkStorageMetadata, dtype: np.dtype[Any], offset: int, length: int) -> int:
-    """Where the numbers of a chunk begin in a file whose `length` bytes from `offset` are what `torch.save` wrote.
+def _first_byte(part: StoredPart, dtype: np.dtype[Any]) -> int:
+    """Where in its file the numbers of a part begin.
 
     Raises ValueError where they are not there in one piece, or other ones are; reading the archive raises other things.
     """
-    with path.open("rb") as file:
+    with part.file.open("rb") as file:
         # The archive's directory stands at its end; a bounded view of the file finds it without reading the data.
-        archive = _Part(file, offset, length)
+        archive = _Part(file, part.first_byte, part.num_bytes)
         with zipfile.ZipFile(archive) as entries:
             data = next((entry for entry in entries.infolist() if entry.filename.endswith("/data/0")), None)
         archive.seek(0)
         described = torch.load(archive, map_location="meta", weights_only=True)  # type: ignore[arg-type]
         is_tensor = isinstance(described, Tensor) and str(described.dtype) == f"torch.{dtype}"
-        if not is_tensor or described.shape != chunk.sizes:
-            msg = f"not {dtype} of {list(chunk.sizes)}"
+        if not is_tensor or described.shape != part.sizes:
+            msg = f"not {dtype} of {list(part.sizes)}"
             raise ValueError(msg)
         if data is None or data.compress_type != zipfile.ZIP_STORED:
             msg = "no data, or compressed data"
@@ -160,10 +152,10 @@ def _first_byte(path: Path, chunk: ChunkStorageMetadata, dtype: np.dtype[Any], o
     name_bytes, extra_bytes = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
     start = data.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
     is_complete = described.is_contiguous() and not described.storage_offset()
-    if not is_complete or data.file_size < described.nbytes or not 0 <= start <= length - described.nbytes:
+    if not is_complete or data.file_size < described.nbytes or not 0 <= start <= part.num_bytes - described.nbytes:
         msg = "a part of a storage"
         raise ValueError(msg)
-    return offset + start
+    return part.first_byte + start
 
 
 class _Part(io.RawIOBase):
