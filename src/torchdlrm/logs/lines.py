@@ -80,6 +80,8 @@ class _OpenLines(OpenLog):
         self.names, self.first_rows = log_format.columns(whole_lines(self._start), schema)
 
     def chunks(self, layout: FeatureSchema, chunk_bytes: int) -> Iterator[tuple[ParsedChunk, int]]:
+        if self.names is not None:  # then no cell between separators may be quoted
+            layout = layout.model_copy(update={"quote": None})
         rest = self._start.partition(b"\n")[2] if layout.header else self._start
         for lines in cut_stream(self._text, rest, self._file, layout, chunk_bytes):
             parsed = self._format.parse(lines, layout, is_label_optional=True)

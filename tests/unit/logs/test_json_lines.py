@@ -89,6 +89,15 @@ def test_a_packed_log_to_predict_is_read_as_it_comes(tmp_path, pack):
     assert [chunk.has_label for chunk in chunks] == [True] * len(chunks)
 
 
+def test_quotes_of_json_are_not_those_of_a_csv_file(tmp_path):
+    rows = [{"label": 1, "text": text, "hex": "a"} for text in ('x","', ",", '"', "") for _ in range(9)]
+    path, schema = tmp_path / "log", SCHEMA.model_copy(update={"separator": ","})
+    path.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
+    chunks = list(RowsIn([path], schema, chunk_bytes=64))
+    assert pl.concat(chunk.frame for chunk in chunks)["text"].to_list() == [row["text"] or None for row in rows]
+    assert max(chunk.num_rows for chunk in chunks) <= 2, "it is cut at the ends of lines"
+
+
 def test_a_log_of_other_columns_is_refused(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"a": 1}\n')

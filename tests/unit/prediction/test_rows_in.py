@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,12 +68,18 @@ def test_a_header_shifts_lines_and_not_rows(tmp_path):
     assert (bad, num_rows, lines) == ([1], 2, [(3, "int")])
 
 
-@pytest.mark.parametrize("kind", ["text", "gzip", "parquet"])
+@pytest.mark.parametrize("kind", ["text", "gzip", "zstd", "parquet", "json lines"])
 def test_standard_input_is_read_like_a_file(kind, tmp_path, monkeypatch):
     rows = pl.DataFrame({"label": [1, 0] * 500, "count": range(1000), "text": ["a", "b,c"] * 500})
     rows.write_parquet(tmp_path / "log.parquet")
     text = rows.write_csv(include_header=False).encode()
-    content = {"text": text, "gzip": gzip.compress(text), "parquet": (tmp_path / "log.parquet").read_bytes()}[kind]
+    content = {
+        "text": text,
+        "gzip": gzip.compress(text),
+        "zstd": pa.compress(text, "zstd", asbytes=True),
+        "parquet": (tmp_path / "log.parquet").read_bytes(),
+        "json lines": rows.write_ndjson().encode(),
+    }[kind]
 
     reading, writing = os.pipe()
 
