@@ -3,6 +3,11 @@
 T tables, B rows of a batch, N ids of a table.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
@@ -105,6 +110,26 @@ def test_steps_have_the_same_bytes_on_any_number_of_threads(name, mode, seed):
         states = kernel.split_optimizer_states()
         found.append([*kernel.split_embedding_weights(), *(state for of_table in states for state in of_table)])
     assert all(all(map(torch.equal, found[0], other)) for other in found[1:])
+
+
+FEW_STEPS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_table_optimizers import batches, settings, tables_of
+for name in ("adam", "lamb"):
+    kernel = tables_of(settings(name, "decoupled"), 0)
+    for ids, offsets, grads in batches(0, 10):
+        kernel(ids, offsets).backward(grads)
+    print(kernel.weights_host.detach().view(torch.int32).sum().item())
+"""
+
+
+def test_the_process_that_compiles_the_kernels_computes_the_bytes_of_those_that_load_them(tmp_path):
+    here = Path(__file__).parent
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(here.parent)}
+    command = [sys.executable, "-c", FEW_STEPS, str(here)]
+    compiled, loaded = (subprocess.check_output(command, env=environment, text=True) for _ in range(2))
+    assert compiled == loaded
 
 
 def test_lazy_decay_takes_the_rate_of_the_step_that_looks_the_row_up(seed):

@@ -38,6 +38,15 @@ def compiled_loop(function: Callable[..., Any]) -> Callable[..., Any]:
     return _compiled(function, _nrt=False)
 
 
+def inlined_loop(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A `compiled_loop` for others to call: its code becomes part of theirs.
+
+    Otherwise the process that compiles both calls the one that was compiled by itself, and a process that loads them
+    from disk calls the copy in the caller's file, which may add up in another order.
+    """
+    return _compiled(function, _nrt=False, forceinline=True)
+
+
 def _compiled(function: Callable[..., Any], **more: object) -> Callable[..., Any]:
     options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}, **more}
     try:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from torchdlrm.kernels.compile import compiled_loop, prefetch, widened
+from torchdlrm.kernels.compile import compiled_loop, inlined_loop, prefetch, widened
 from torchdlrm.tables.kernels import AHEAD, FLOATS_PER_LINE, Array
 
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, PARTIAL_ROWWISE_ADAM, LAMB, PARTIAL_ROWWISE_LAMB = range(7)
@@ -227,7 +227,7 @@ def _ask_for(state: State, table: int, row: int) -> None:
         prefetch(state.values, begin + k)
 
 
-@compiled_loop
+@inlined_loop
 def _step(rule: Rule, keeps: np.float32, weights: Array, grad: Array, first: Array, second: Array) -> None:
     """Step on a row; `first` and `second` are its state, of which sgd has none; `grad` may be overwritten."""
     if rule.kind == ROWWISE_ADAGRAD:
@@ -243,7 +243,7 @@ def _step(rule: Rule, keeps: np.float32, weights: Array, grad: Array, first: Arr
         _move_by_moments(rule, keeps, weights, grad, first, second)
 
 
-@compiled_loop
+@inlined_loop
 def _move_by_moments(rule: Rule, keeps: np.float32, weights: Array, grad: Array, first: Array, second: Array) -> None:
     if rule.kind in (PARTIAL_ROWWISE_ADAM, PARTIAL_ROWWISE_LAMB):
         second[0] = rule.beta2 * second[0] + rule.rest2 * _mean_square(grad)
@@ -266,7 +266,7 @@ def _move_by_moments(rule: Rule, keeps: np.float32, weights: Array, grad: Array,
     _move(weights, keeps, rate, grad)
 
 
-@compiled_loop
+@inlined_loop
 def _mean_square(values: Array) -> np.float32:
     total = np.float32(0)
     for k in range(len(values)):
@@ -274,7 +274,7 @@ def _mean_square(values: Array) -> np.float32:
     return total / np.float32(len(values))
 
 
-@compiled_loop
+@inlined_loop
 def _move(weights: Array, keeps: np.float32, rate: np.float32, direction: Array) -> None:
     for k in range(len(weights)):
         weights[k] = keeps * weights[k] - rate * direction[k]
