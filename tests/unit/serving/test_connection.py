@@ -44,8 +44,10 @@ def run(scenario, *, send_bytes=None, **times):
             await loop.sock_connect(client, listener.getsockname())
             return client
 
-        await scenario(server, connect, go)
-        await server.stop(0)
+        try:
+            await scenario(server, connect, go)
+        finally:
+            await server.stop(0)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(asyncio.wait_for(main(), 30))
@@ -102,7 +104,7 @@ def test_nothing_of_a_connection_waits_for_the_collector():
 
 @pytest.mark.slow
 def test_who_takes_its_answers_slowly_but_one_after_another_is_not_cut_off():
-    num_requests = 60
+    num_requests = 40
 
     async def scenario(_server, connect, _go):
         loop, num_bytes, started_s = asyncio.get_running_loop(), 0, asyncio.get_running_loop().time()
@@ -113,9 +115,9 @@ def test_who_takes_its_answers_slowly_but_one_after_another_is_not_cut_off():
                 assert piece, "cut off"
                 num_bytes += len(piece)
                 await asyncio.sleep(0.005)
-        assert loop.time() - started_s > 1.5, "longer than one answer may take"
+        assert loop.time() - started_s > 3, "longer than one answer may take"
 
-    run(scenario, send_bytes=8192, body_timeout_s=0.7)
+    run(scenario, send_bytes=8192, body_timeout_s=2)
 
 
 def test_who_takes_a_byte_now_and_then_is_cut_off():
