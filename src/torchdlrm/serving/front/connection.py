@@ -203,7 +203,7 @@ class Connection(asyncio.Protocol):
             if exchange is None and self._ended_s < math.inf:
                 self._transport.close()
             return False
-        if isinstance(event, h11.Request):
+        if type(event) is h11.Request:
             self._deadline_s, self._is_head_due = math.inf, False
             self._exchange = Exchange(event, self, self._server.date)
             task = self._loop.create_task(self._exchange.run(self._server.app))

@@ -60,7 +60,9 @@ class RequestReader:
             # Of a client that ends its bodies with a line.
             self._ahead = self._ahead.removeprefix(b"\r\n")
             self._has_begun = self._ahead not in {b"", b"\r"}
-        if self._ahead and self._has_begun:
+            if not self._has_begun:
+                return None
+        if self._ahead:
             self._parser.receive_data(self._ahead)
             self._num_given += len(self._ahead)
             self._ahead = b""
@@ -71,13 +73,13 @@ class RequestReader:
             status = error.error_status_hint
             is_too_long = status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             raise Unreadable(status, _TOO_LONG if is_too_long else f"this is no HTTP/1.1: {error}") from error
-        if isinstance(event, h11.Request):
+        if type(event) is h11.Request:  # isinstance() of h11's abstract classes takes as long as much of the parsing
             self._check_size(event.headers, len(event.target))
             _check(event)
             return event
-        if isinstance(event, h11.Data):
+        if type(event) is h11.Data:
             return bytes(event.data)
-        if isinstance(event, h11.EndOfMessage):
+        if type(event) is h11.EndOfMessage:
             self._check_size(event.headers)
             self._ahead = self._parser.trailing_data[0] + self._ahead
             self._begin()
