@@ -35,8 +35,8 @@ _BY_OWN_NAME = (
 )
 # else to the part of the innermost that encloses it, itself included: an autograd function or a step of an optimizer,
 _BY_ENCLOSING = (
-    ("tables: update", ("_LookupBackward", "_ExchangedLookupBackward", "tables: update")),
-    ("tables: look up", ("_Lookup", "_ExchangedLookup", "tables: look up")),
+    ("tables: update", ("_LearntBackward", "tables: update")),
+    ("tables: look up", ("_Learnt", "tables: look up")),
     ("interaction", ("_PairwiseDots",)),
     ("cross net", ("_CrossNet", "_FlatVectors")),
     ("dense optimizer", ("Optimizer.step#",)),
@@ -51,7 +51,7 @@ _BY_KIND = (
     ("element by element", ("aten::fill", "aten::zero", "aten::mean", "aten::sigmoid", "aten::binary_cross_entropy")),
 )
 _COMMUNICATION = ("gloo:", "nccl")
-_COMPUTATION = ("aten::", "fbgemm::", "_Lookup", "_PairwiseDots", "_CrossNet")
+_COMPUTATION = ("aten::", "fbgemm::", "tables: ", "_Learnt", "_PairwiseDots", "_CrossNet")
 
 
 @dataclass(frozen=True)

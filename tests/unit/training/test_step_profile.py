@@ -92,7 +92,7 @@ def test_an_operator_belongs_to_what_encloses_it_unless_it_is_a_product():
     interaction = event("_PairwiseDotsBackward", 0, 1_000)
     bias = event("autograd::engine::evaluate_function: AddmmBackward0", 0, 0)
     step = event("Optimizer.step#Adagrad.step", 2_000, 2_000)
-    update = event("_LookupBackward", 3_000, 7_000)
+    update = event("_LearntBackward", 3_000, 7_000)
     events = [
         *(interaction, bias, step, update),
         event("aten::bmm", 1_000, 3_000, parent=interaction),
@@ -101,7 +101,7 @@ def test_an_operator_belongs_to_what_encloses_it_unless_it_is_a_product():
         event("aten::mul", 7_000, 9_000, parent=event("aten::addcdiv", 7_000, 7_000, parent=step)),
         event("aten::copy_", 9_000, 10_000),
         event("aten::clamp_min", 10_000, 11_000),
-        event("_Lookup", 11_000, 16_000),
+        event("tables: look up", 11_000, 16_000),
         event("tables: update", 16_000, 22_000),
         event("aten::unknown", 22_000, 29_000),
     ]
