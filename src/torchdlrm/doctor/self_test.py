@@ -50,7 +50,7 @@ def _uses(num_gpus: int, *, is_refused: bool) -> dict[str, str]:
         "precision of the paper's model": str(choose_precision(config, shape, device)),
         "tables": "FBGEMM's CUDA kernels, one launch for all tables of a GPU"
         if num_gpus
-        else f"FBGEMM's CPU kernels, dealt out to {num_cores} threads",
+        else f"our kernels, compiled for this processor, on {num_cores} threads",
         "predictions": f"on the processor; dense parts, where the bundle allows it, in {precision_of_processor()}",
     }
 
