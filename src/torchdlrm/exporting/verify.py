@@ -40,6 +40,7 @@ from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.environment import manifest_sha256
+from torchdlrm.training.processes.library_noise import silenced_libraries
 from torchdlrm.training.run import Run
 
 _BATCH_ROWS = 1_024
@@ -106,6 +107,7 @@ class Verification:
         return {"rows": self.rows, "bad_rows": self.bad_rows, "agrees": self.agrees, "ways": ways}
 
 
+@silenced_libraries()
 def verify(
     bundle: str | Path,
     dataset: Dataset | str | Path,

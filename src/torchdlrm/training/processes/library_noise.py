@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_TOLD = (
+_LOGGED = (
     "torchrec.distributed.planner.types",  # "The topology was constructed directly": instead of by Meta's presets
     "torchrec.distributed.comm",  # "[Connection] intra_group": which ranks a table that is cut by rows connects
     "torch.fx._symbolic_trace",
@@ -23,7 +23,7 @@ _WARNED = (
 @contextmanager
 def silenced_libraries() -> Iterator[None]:
     """Inside, TorchRec, FBGEMM and torch do not say what they have to say of themselves and of each other."""
-    levels = dict.fromkeys(_TOLD, logging.ERROR)
+    levels = dict.fromkeys(_LOGGED, logging.ERROR)
     # The launcher's own account of a failed process, with its traceback: `launch` tells it once, in our words.
     launcher = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
     names = (*launcher, "torch.distributed.elastic", "torch.multiprocessing.spawn")
