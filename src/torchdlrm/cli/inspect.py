@@ -37,9 +37,9 @@ def inspect(folder: Path, *, values: int = 3, as_json: Json = False) -> None:
     }
     kind = kind_of(folder)
     if kind is None:
-        found = "holds none of these" if folder.is_dir() else "is not a folder"
-        names = " or ".join(f"a {kind.name} ({kind.marker})" for kind in KINDS)
-        msg = f"{folder}: {found}: {names}; give the folder that another `dlrm` command wrote"
+        found = "is no folder that a `dlrm` command wrote" if folder.is_dir() else "is not a folder"
+        names = ", ".join(f"a {kind.name} (with {kind.marker})" for kind in KINDS)
+        msg = f"{folder}: {found}; give one of these: {names}"
         raise UserError(msg)
     show_by_kind[kind.name]()
 

@@ -154,7 +154,7 @@ def _unseen(periods: Sequence[PeriodRecord]) -> Chart | None:
     most = sorted(features, key=lambda name: -(_percent(features[name]) or 0.0))[:_MAX_FEATURES]
     curves = {name: [_percent([fraction]) for fraction in features[name]] for name in most}
     mean = [_mean_unseen_percent(record) for record in periods]
-    return _chart("unknown values, % of a log's", periods, {"all features": mean} | curves)
+    return _chart("unknown values, % of all values of a log", periods, {"all features": mean} | curves)
 
 
 def _newest(periods: Sequence[PeriodRecord]) -> Mapping[str, FeatureRecord]:
