@@ -5,7 +5,7 @@ stores it; the bundle computing in float32; the bundle as served.  Between the f
 between the last two what bfloat16 does.  Between the second and the third nothing may lie but the order of additions:
 there a row of a table in the wrong place shows, however coarse the tables are.
 
-A difference is looked at in itself and in parts of the probability, which is what a bid is made of where clicks are
+A difference is looked at in itself and relative to the probability, which is what a bid is made of where clicks are
 rare.  Rows that the same tables tell apart must stay apart: what rounds a logit makes ties, and ties decide a ranking.
 
 The rise of the logloss is checked too.  It is a mean over rows whose errors have either sign, so few rows say little
@@ -54,7 +54,7 @@ class Agreement:
 
     Attributes:
         largest_difference: between the two probabilities of a row.
-        median_relative: of the rows' differences, each in parts of the probability.
+        median_relative: of the rows' differences, each relative to the probability.
         largest_relative: of the same.
         distinct: different probabilities among the predictions, as float32.
         distinct_before: among the others.

@@ -95,7 +95,7 @@ def print_check(bundle: "Bundle", agreement: "Agreement | None" = None) -> None:
     )
     if agreement is not None:
         say(
-            f"in parts of the probability: {agreement.largest_relative:.2g}, in half of the rows less than "
+            f"relative to the probability: {agreement.largest_relative:.2g}, in half of the rows less than "
             f"{agreement.median_relative:.2g}; {agreement.distinct:,} different probabilities, the checkpoint has "
             f"{agreement.distinct_before:,}"
         )
