@@ -15,7 +15,7 @@
     ├── TrainingError            training cannot continue (not the input's fault as far as we know)
     │   └── LostProcessError     another process of the training has died or does not answer
     ├── SkewError                two ways to predict the same rows do not agree
-    └── Interrupted              somebody has asked a job to stop, and it has saved what it had
+    └── Interrupted              a job was asked to stop, and has saved what it had
 
 A `UserError` says in one message which key, file or line is wrong, which value it has and what to do about it. It names
 arguments of the called function in backticks, as in "`max_rows`: must be at least 1, got 0"; the command line says the

@@ -24,7 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield beside
         beside.replace(path)
     except OSError as error:
-        if error.filename in {None, str(beside)}:  # what ends a write names no file, and nobody knows the temporary one
+        if error.filename in {None, str(beside)}:  # a failed write names no file, or the temporary one
             error.filename = str(path)
         raise
     finally:
@@ -85,7 +85,7 @@ def publish_folder(folder: Path, path: Path, manifest: str, *, overwrite: bool =
 def claim_folder(path: Path, names: Collection[str]) -> int:
     """Make a folder for unfinished work, or take the one that a job of ours has left when it was killed.
 
-    Its name is known beforehand, so somebody may have put something else there, for us to write into or to remove.
+    Its name is known beforehand, so another user may have put something else there, for us to write into or to remove.
 
     Args:
         path: of the folder.
@@ -188,7 +188,7 @@ def regular_file(folder: Path, name: str) -> Path:
 
 
 class OpenFiles:
-    """Files that are in use, and whether somebody has written to them since."""
+    """Files that are in use, and whether they were written to since."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths, self._handles = paths, []

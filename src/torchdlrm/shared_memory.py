@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-# Gives everybody's values to everybody, by rank.
+# Gives the values of all processes to all of them, by rank.
 AllGather = Callable[[Any], Sequence[Any]]
 
 # Before this is the secret.

@@ -67,7 +67,7 @@ def show_count(count: float) -> str:
 
 
 def show_number(value: float | None, digits: int = 5) -> str:
-    """Write a number with so many digits after the point; `-` where it is not defined, which is None or NaN."""
+    """Write a number with `digits` digits after the point; `-` where it is not defined, which is None or NaN."""
     return "-" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 

@@ -123,3 +123,22 @@ def test_files_that_documents_name_are_there():
         if not (package / name).is_file()
     }
     assert missing == set()
+
+
+def words_of(path):
+    """The text of a file as a reader has it: line breaks are spaces, and quotes of a document are left out."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        text = re.sub(r"^>.*$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\s*\n[\s#]*", " ", text)
+
+
+def test_documents_and_code_name_who_does_what():
+    pages = [path for suffix in ("py", "js", "html", "toml") for path in (ROOT / "src").rglob(f"*.{suffix}")]
+    vague = re.compile(r"\b(whoever|nobody|somebody|of before|known again)\b", re.IGNORECASE)
+    found = {
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in [*DOCUMENTS, ROOT / "CONTRIBUTING.md", *pages]
+        for match in vague.finditer(words_of(path))
+    }
+    assert found == set()

@@ -3,7 +3,7 @@
 The file is a plain safetensors file (https://github.com/huggingface/safetensors), which other programs read too: 8
 bytes with the length of a JSON header, the header, the numbers.  All sizes are known beforehand, so that the header is
 written first and tables are appended a block of rows at a time.  Reading maps the file: several processes share the
-pages, and pages that nobody looks up are not read.
+pages, and pages without a row that is looked up are not read.
 """
 
 import hashlib

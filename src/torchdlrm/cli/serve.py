@@ -40,7 +40,7 @@ def serve(
     from torchdlrm.serving.server import serve as serve_until_stopped
 
     def started(at: "Listening") -> None:
-        if console.is_terminal:  # where it is not, whoever reads the log expects JSON alone
+        if console.is_terminal:  # elsewhere readers of the log expect JSON alone
             period = "" if at.period is None else f", period {at.period},"
             grpc = f", gRPC at {at.grpc}" if at.grpc else ""
             console.print(f"{at.model} {at.version}{period} at {at.url}{grpc}")

@@ -77,8 +77,8 @@ def parse_json(body: bytes | bytearray | memoryview, schema: FeatureSchema, max_
     """Parse the JSON of a request, unless it has too many values.
 
     orjson builds all of it in one call, during which nothing else of the process can run: 5 million empty objects, in a
-    body of 16 MiB, would hold everybody up for half a second, in whatever thread.  `max_rows` rows with a value in all
-    columns are never too much.
+    body of 16 MiB, would hold all other requests up for half a second, in whatever thread.  `max_rows` rows with a
+    value in all columns are never too much.
 
     Raises:
         RefusedRequest: it is no JSON, or too much.
