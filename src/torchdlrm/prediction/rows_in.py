@@ -138,8 +138,12 @@ class RowsIn:
         return bool(streams)
 
     def _of_stream(self, handle: int, name: Path) -> Iterator[RowChunk]:
-        stream = cast("BinaryIO", io.BufferedReader(_Stream(handle, self.is_over)))
-        log_format, _, unpacked = recognise(stream, name)
+        stream = io.BufferedReader(_Stream(handle, self.is_over))
+        if not stream.peek(1):
+            msg = f"{name}: is empty"
+            raise LogError(msg)
+        with reading(name):
+            log_format, _, unpacked = recognise(cast("BinaryIO", stream), name)
         yield from self._read(unpacked, LogFile(name, 0, None, log_format))
 
     def _read(self, raw: BinaryIO, file: LogFile) -> Iterator[RowChunk]:

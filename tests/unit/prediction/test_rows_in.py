@@ -98,6 +98,29 @@ def test_standard_input_is_read_like_a_file(kind, tmp_path, monkeypatch):
     assert frame.select(rows.columns).rows() == rows.rows()
 
 
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "is empty"),
+        (b"\x1f\x8b" + b"damaged" * 9, r"the gzip stream is damaged or cut off \("),
+        (b"\x28\xb5\x2f\xfd" + b"damaged" * 9, r"the zstd stream is damaged or cut off \("),
+    ],
+)
+def test_standard_input_that_is_no_log_is_named_as_the_fault(content, fault, tmp_path, monkeypatch):
+    (tmp_path / "log").write_bytes(content)
+    with (tmp_path / "log").open("rb") as pipe:
+        monkeypatch.setattr("sys.stdin", pipe)
+        with pytest.raises(LogError, match=f"^standard input: {fault}"):
+            read([STANDARD_INPUT])
+
+
+def test_a_carriage_return_inside_a_line_is_part_of_its_cell(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"1,2,a\n0,3,b\rc\n")
+    frame, bad, num_rows, _ = read([path])
+    assert (bad, num_rows, frame["text"].to_list()) == ([], 2, ["a", "b\rc"])
+
+
 def test_standard_input_goes_alone(tmp_path):
     with pytest.raises(LogError, match="-: standard input is read alone, not among files"):
         list(RowsIn([STANDARD_INPUT, tmp_path / "log.csv"], SCHEMA))

@@ -6,7 +6,7 @@ to typed columns.
 """
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -46,10 +46,7 @@ class _Text(LineFormat):
         with open_text(file) as text:
             line, _ = read_header(text)
         header = line.decode(errors="replace").removesuffix("\n").removesuffix("\r")
-        try:
-            names = next(_cells([header], schema), [])
-        except csv.Error:  # a name of more than 128 KiB is none
-            names = header.split(schema.separator)
+        names = next(_cells([header], schema))
         where = f"{file.path}, line 1 (header)"
         found = found_by_name(names, where, schema, schema.used, f"the schema {schema.name!r}")
         return schema.with_columns([column or ignored(i, names[i]) for i, column in enumerate(found)])
@@ -58,7 +55,7 @@ class _Text(LineFormat):
         return parse_chunk(lines, layout, is_label_optional=is_label_optional)
 
     def columns(self, head: bytes, schema: FeatureSchema) -> tuple[Sequence[str] | None, Sequence[Sequence[str]]]:
-        lines = (line.removesuffix("\r") for line in head.decode(errors="replace").removesuffix("\n").split("\n"))
+        lines = [line.removesuffix("\r") for line in head.decode(errors="replace").removesuffix("\n").split("\n")]
         return None, list(islice(_cells(lines, schema), _LINES_LOOKED_AT))
 
     def sample(self, file: LogFile, num_rows: int) -> None:  # noqa: ARG002
@@ -68,10 +65,18 @@ class _Text(LineFormat):
 TEXT = _Text()
 
 
-def _cells(lines: Iterable[str], schema: FeatureSchema) -> Iterator[list[str]]:
+def _cells(lines: Sequence[str], schema: FeatureSchema) -> Iterator[list[str]]:
     if schema.quote is None:
-        return (line.split(schema.separator) for line in lines)
-    return csv.reader(lines, delimiter=schema.separator)
+        yield from (line.split(schema.separator) for line in lines)
+        return
+    reader = csv.reader(lines, delimiter=schema.separator)
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error:  # a cell of more than 128 KiB, or a carriage return inside a line
+            yield lines[reader.line_num - 1].split(schema.separator)
 
 
 def parse_chunk(lines: bytes, schema: FeatureSchema, *, is_label_optional: bool = False) -> ParsedChunk:
