@@ -14,6 +14,7 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import LogError
 from torchdlrm.features.schema_file import load_schema
 from torchdlrm.logs.formats.text import parse_chunk
+from torchdlrm.preprocessing.encoded import encoded_log
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 DENSE, SPARSE = [f"int_{i}" for i in range(13)], [f"cat_{i}" for i in range(26)]
@@ -223,3 +224,39 @@ def test_files_that_do_not_belong_together_are_named(tmp_path):
     np.save(tmp_path / "npy" / "day_1_sparse.npy", np.zeros((500, 26), np.int32))
     done = dlrm(tmp_path / "npy", "--out", tmp_path / "no", "--format", "npy", "--table-sizes", "3,4")
     assert "expected a positive whole number for each of the 26 features, got 2" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("day_1_sparse.npy", b"no array", "not a NumPy file"),
+        ("day_1_dense.npy", b"", "not a NumPy file"),
+        ("day_1_labels.npy", np.zeros((500, 2), np.int32), r"has shape \(500, 2\), expected \(500, 1\)"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    write_days(tmp_path / "npy")
+    path = tmp_path / "npy" / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content)
+    with pytest.raises(LogError, match=f"{name}: {message}"):
+        preprocess(*from_encoded(tmp_path / "npy", "npy", tmp_path / "no"))
+
+
+def test_a_damaged_parquet_file_and_a_lack_of_training_rows_are_named(tmp_path):
+    (tmp_path / "in" / "test").mkdir(parents=True)
+    rows = pl.DataFrame({"click": [0, 1], "age": [0.5, None], "user": [3, 4]})
+    rows.write_parquet(tmp_path / "in" / "test" / "a.parquet")
+    with pytest.raises(LogError, match="none is left for train; give the files of the folder train too"):
+        preprocess(*from_encoded(tmp_path / "in", "parquet", tmp_path / "no"))
+    (tmp_path / "in" / "test" / "b.parquet").write_bytes(b"PAR1")
+    with pytest.raises(LogError, match=r"test/b\.parquet: the Parquet file cannot be read"):
+        encoded_log(tmp_path / "in", "parquet")
+
+
+def from_encoded(source, written_as, out):
+    """The arguments of `preprocess` that import encoded data."""
+    files, schema = encoded_log(source, written_as)
+    return files, out, schema

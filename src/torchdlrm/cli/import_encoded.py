@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say_next
-from torchdlrm.errors import ConfigError
+from torchdlrm.errors import ConfigError, Interrupted
 from torchdlrm.preprocessing.encoded import EncodedFormat, encoded_log, with_table_sizes
-from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
+from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess, work_folder
 
 
 def import_encoded(
@@ -25,7 +25,7 @@ def import_encoded(
 
     Args:
         source: The folder that holds the files; for `parquet` also a file.
-        out: Folder to write the dataset to; must not exist.
+        out: Folder to write the dataset to; nothing else may be there.
         format: `npy`: day_N_dense.npy, _sparse.npy and _labels.npy of torchrec.datasets.criteo; `multi-hot`: likewise
             with _sparse_multi_hot.npz; `nvt`: label.bin, numerical.bin, cat_0.bin ... of TorchRec's nvt_dataloader
             example; `parquet`: what NVTabular, Spark or others wrote.
@@ -37,8 +37,12 @@ def import_encoded(
     """
     files, schema = encoded_log(source, format, label)
     schema = with_table_sizes(schema, _table_sizes(table_sizes, [column.name for column in schema.sparse]))
-    with progress_bars(f"import {source} into {out}") as progress:
-        dataset = preprocess(files, out, schema, PreprocessOptions(seed=seed, min_count=1), progress)
+    try:
+        with progress_bars(f"import {source} into {out}") as progress:
+            dataset = preprocess(files, out, schema, PreprocessOptions(seed=seed, min_count=1), progress)
+    except KeyboardInterrupt as interrupt:
+        msg = f"stopped; what is done is kept in {work_folder(out)}: the same command resumes it"
+        raise Interrupted(msg) from interrupt
     rows = {name: split.rows for name, split in dataset.manifest.splits.items()}
     console.print(", ".join(f"{name} {count:,} rows" for name, count in rows.items()))
     say_next("dlrm inspect {}", out)

@@ -205,15 +205,16 @@ def check_split(rule: SplitRule, rows: Sequence[int]) -> None:
     Raises:
         LogError: one is.
     """
+    remedy = "give more rows, or other fractions for val and test"
     if rule.rule == "folder":
-        asked = (True, False, False)
+        asked, remedy = (True, False, False), "give the files of the folder train too"
     else:
         asked = (True, rule.rule == "criteo" or rule.val > 0, rule.rule == "criteo" or rule.test > 0)
     empty = [name for name, wanted, count in zip(SPLIT_NAMES, asked, rows, strict=True) if wanted and not count]
     if empty:
         msg = (
             f"the log cannot be split by the rule {rule.rule!r}: of {sum(rows):,} good rows none is left for "
-            f"{' and '.join(empty)}; give more rows, or other shares of val and test"
+            f"{' and '.join(empty)}; {remedy}"
         )
         raise LogError(msg)
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-_INT64_END, _UINT32_END = 2**63, 2**32
+_UINT32_END = 2**32
 _EXACT_BELOW = 2**53  # every whole number below it is a float64
 # Whole numbers up to these are written with all their digits.
 _EXACT_UP_TO: dict[pl.DataType, int] = {pl.Float32(): 2**24, pl.Float16(): 2**11}

@@ -102,13 +102,17 @@ def _schema(
     return FeatureSchema(name=name, columns=columns)
 
 
+def _read_schema(path: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(path)
+    except (OSError, pa.ArrowException) as error:
+        msg = f"{path}: the Parquet file cannot be read ({error})"
+        raise LogError(msg) from error
+
+
 def _schema_of_parquet(paths: Sequence[Path], label: str | None) -> FeatureSchema:
     """The schema of encoded Parquet files, all of the same columns: floats are dense, integers and lists sparse."""
-    try:
-        first, *others = (pq.read_schema(path) for path in paths)
-    except (OSError, pa.ArrowException) as error:
-        msg = f"{paths[0].parent}: a Parquet file cannot be read ({error})"
-        raise LogError(msg) from error
+    first, *others = map(_read_schema, paths)
     for path, other in zip(paths[1:], others, strict=True):
         if other.names != first.names:
             msg = f"{path}: has other columns than {paths[0]}"

@@ -75,9 +75,9 @@ class NpyFormat(_Arrays):
     name: ClassVar[str] = "NumPy"
     ending: ClassVar[str] = "_sparse.npy"
 
-    def recognises(self, start: bytes, path: Path) -> bool:
-        """By its name, and its first bytes."""
-        return path.name.endswith(self.ending) and start.startswith(b"\x93NUMPY")
+    def recognises(self, start: bytes, path: Path) -> bool:  # noqa: ARG002
+        """By its name: a file of another content is a damaged one."""
+        return path.name.endswith(self.ending)
 
     def arrays(self, path: Path) -> Mapping[str, tuple[Path, _Array]]:
         """The columns of the arrays of a day."""
@@ -85,6 +85,7 @@ class NpyFormat(_Arrays):
         files = {kind: path.with_name(f"{stem}_{kind}.npy") for kind in ("labels", "dense")}
         labels, dense = (_load(file) for file in files.values())
         num_rows = len(labels)
+        _expect(files["labels"], labels, (num_rows, 1)[: max(1, labels.ndim)])
         _expect(files["dense"], dense, (num_rows, NUM_CRITEO_DENSE))
         columns = {"label": (files["labels"], labels.reshape(num_rows))}
         columns |= {name: (files["dense"], dense[:, i]) for i, name in enumerate(DENSE_NAMES)}
@@ -101,10 +102,6 @@ class MultiHotFormat(NpyFormat):
 
     name: ClassVar[str] = "multi-hot NumPy"
     ending: ClassVar[str] = "_sparse_multi_hot.npz"
-
-    def recognises(self, start: bytes, path: Path) -> bool:
-        """By its name, and its first bytes."""
-        return path.name.endswith(self.ending) and start.startswith(b"PK\x03\x04")
 
     def _ids(self, path: Path, num_rows: int) -> Sequence[_Array]:
         """The members of an uncompressed npz, mapped into memory where they lie in the file."""
@@ -171,7 +168,7 @@ def _load(path: Path) -> _Array:
     except FileNotFoundError as error:
         msg = f"{path}: there is no such file; upstream writes dense, sparse and labels together"
         raise LogError(msg) from error
-    except ValueError as error:
+    except (EOFError, ValueError) as error:
         msg = f"{path}: not a NumPy file ({error})"
         raise LogError(msg) from error
     return array
