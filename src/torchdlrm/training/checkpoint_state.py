@@ -32,7 +32,7 @@ class TakeOver:
     Attributes:
         keeps_dense_state: whether the dense optimizer's state is taken over; tables keep theirs.
         may_grow: whether tables may have more rows than in the checkpoint.
-    reset_ids: of tables by name, rows that keep their initial values, ascending int32 [R].
+        reset_ids: of tables by name, rows that keep their initial values, ascending int32 [R].
         factors: by what kinds of an optimizer's state are multiplied, by the names that it has for them.
     """
 

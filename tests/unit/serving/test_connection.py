@@ -11,6 +11,7 @@ import pytest
 import uvloop
 
 from torchdlrm.serving.front.http_server import HttpServer
+from torchdlrm.serving.front.reader import END, RequestReader
 from torchdlrm.serving.options import ServeOptions
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -25,7 +26,9 @@ def run(scenario, *, send_bytes=None, **times):
         go, loop = asyncio.Event(), asyncio.get_running_loop()
         go.set()
 
-        async def app(_scope, _receive, send):
+        async def app(scope, receive, send):
+            if scope["method"] == "POST":
+                await receive()
             await go.wait()
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": CONTENT})
@@ -132,3 +135,28 @@ def test_who_takes_a_byte_now_and_then_is_cut_off():
         assert not server.open
 
     run(scenario, send_bytes=8192, body_timeout_s=0.7)
+
+
+def test_pieces_of_a_byte_wait_where_they_are_counted_and_none_is_lost():
+    """So that reading pauses: a client of many tiny chunks neither fills the memory nor takes the turns of others."""
+    reader, chunk = RequestReader(), b"1\r\na\r\n"
+    reader.feed(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + 10 * chunk)
+    reader.next_event()
+    reader.feed(20_000 * chunk + b"0\r\n\r\n" + GET)
+    body = reader.next_event()
+    assert reader.num_waiting > 20_000 * len(chunk)
+    while (event := reader.next_event()) is not END:
+        body += event
+    assert body == 20_010 * b"a"
+    assert reader.next_event().method == b"GET"
+
+
+@pytest.mark.parametrize("expected", [b"100-continue", b"100-Continue"])
+def test_a_client_that_waits_before_its_body_is_asked_for_it(expected):
+    async def scenario(_server, connect, _go):
+        with contextlib.closing(await connect()) as client:
+            client.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nExpect: %b\r\n\r\n" % expected)
+            answer = await asyncio.get_running_loop().sock_recv(client, 1 << 16)
+            assert answer == b"HTTP/1.1 100 Continue\r\n\r\n"
+
+    run(scenario)

@@ -48,7 +48,8 @@ class Exchange:
             headers = [*(header for header in headers if header[0] != b"host"), (b"host", host)]
         options = b",".join([value for name, value in headers if name == b"connection"])
         self.keeps_alive = version == "1.1" and b"close" not in options.lower()
-        self._must_say_continue = version == "1.1" and (b"expect", b"100-continue") in headers
+        expects = [value for name, value in headers if name == b"expect"]
+        self._must_say_continue = version == "1.1" and b"100-continue" in b",".join(expects).lower()
         self.is_complete = self._is_answered = self._is_lost = self._is_read = False
         self._pieces: list[bytes] = []
         self.num_unread = 0

@@ -40,6 +40,7 @@ class RequestReader:
     def _begin(self) -> None:
         # A parser for each request: one for all of them would also have to be handed the answers.
         self._parser, self._has_begun, self._num_given = h11.Connection(h11.SERVER, MAX_HEADER_BYTES), False, 0
+        self._needs_more = True  # the parser has used all that it was given
 
     @property
     def num_waiting(self) -> int:
@@ -62,17 +63,20 @@ class RequestReader:
             self._has_begun = self._ahead not in {b"", b"\r"}
             if not self._has_begun:
                 return None
-        if self._ahead:
-            self._parser.receive_data(self._ahead)
-            self._num_given += len(self._ahead)
-            self._ahead = b""
         try:
-            event = self._parser.next_event()
+            event = None if self._needs_more else self._parser.next_event()
+            # Before more is given to it, it makes events of what it has: what waits is counted, and reading pauses.
+            if self._ahead and (event is None or event is h11.NEED_DATA):
+                self._parser.receive_data(self._ahead)
+                self._num_given += len(self._ahead)
+                self._ahead = b""
+                event = self._parser.next_event()
         except h11.RemoteProtocolError as error:
             error.__traceback__ = None  # one of its frames knows it: both would stay until the collector comes
             status = error.error_status_hint
             is_too_long = status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             raise Unreadable(status, _TOO_LONG if is_too_long else f"this is no HTTP/1.1: {error}") from error
+        self._needs_more = event is None or event is h11.NEED_DATA
         if type(event) is h11.Request:  # isinstance() of h11's abstract classes takes as long as much of the parsing
             self._check_size(event.headers, len(event.target))
             _check(event)
