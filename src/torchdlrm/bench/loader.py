@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.loader.loader import Loader
 from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.training.processes.library_noise import silenced_libraries
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class LoaderBenchmark:
     rounds: int
 
 
+@silenced_libraries()
 def benchmark_loader(
     dataset: Dataset, *, batch_size_global: int, max_rows: int, rounds: int, progress: ProgressListener = SILENT
 ) -> LoaderBenchmark:
