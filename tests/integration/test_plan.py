@@ -122,7 +122,7 @@ def test_dimensions_under_a_number_of_bytes_are_shown_as_toml_that_gives_the_sam
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--tables", "criteo-1tb", "--device", "a100"), "unknown device 'a100'"),
+        (("--tables", "criteo-1tb", "--device", "a100"), "unknown device 'a100'; known are a100-40gb, "),
         (("--tables", "criteo-1tb", "--devices", "-2"), "`devices`: must be at least 1, got -2"),
         (("--tables", "criteo-1tb", "--hbm", "-80GB"), "`hbm`: must be a size above zero"),
         (("--tables", "criteo-2tb"), "there is no preset and no file 'criteo-2tb'"),

@@ -5,12 +5,12 @@ direction; real kernels reach a part of them, so times planned from them are too
 `dlrm plan --measure` replaces them by what this machine reaches.
 """
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torchdlrm.errors import PlanError
+from torchdlrm.toml import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +187,8 @@ def device_named(name: str) -> Device:
             f"for 8.0 and above alone; plan for one of {', '.join(DEVICES)}"
         )
         raise PlanError(msg)
-    close = difflib.get_close_matches(name.lower(), DEVICES, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    msg = f"`device`: unknown device {name!r}{hint} Known: {', '.join(DEVICES)}; `hbm` and the like change its rates"
+    known = f"known are {', '.join(DEVICES)}, and `hbm` and the like change their rates"
+    msg = f"`device`: unknown device {name!r}; {known}{did_you_mean(name.lower(), DEVICES)}"
     raise PlanError(msg)
 
 
