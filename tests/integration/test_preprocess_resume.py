@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import threading
@@ -278,6 +279,14 @@ def test_a_damaged_last_line_of_the_journal_is_forgotten(log, uninterrupted, tmp
     journal.write_bytes(journal.read_bytes()[:-20])
     preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS)
     assert checksums(tmp_path / "dataset") == uninterrupted
+
+
+def test_what_tasks_of_an_older_version_left_is_not_resumed(log, tmp_path):
+    interrupt(log, tmp_path / "dataset")
+    job = work_folder(tmp_path / "dataset") / "job.json"
+    job.write_text(re.sub(r'"work_folder": \d+, ', "", job.read_text()))
+    with pytest.raises(DatasetError, match=r"work_folder: was None, is .*\n.* or start again with `restart`"):
+        preprocess([log], tmp_path / "dataset", SCHEMA, OPTIONS)
 
 
 def test_two_jobs_at_a_time_in_one_folder_are_refused(log, tmp_path):

@@ -26,7 +26,7 @@ from torchdlrm.preprocessing.job import Job
 from torchdlrm.preprocessing.options import PART_ROWS, PreprocessOptions, Resources
 from torchdlrm.preprocessing.sizing import check_disk, choose_sizing, tasks_that_fit
 from torchdlrm.preprocessing.vocabularies import Period
-from torchdlrm.preprocessing.work_folder import WorkFolder, holds_job
+from torchdlrm.preprocessing.work_folder import WORK_VERSION, WorkFolder, holds_job
 from torchdlrm.progress import ProgressListener, watched
 
 __all__ = ["PART_ROWS", "PreprocessOptions", "Resources", "preprocess", "work_folder"]
@@ -189,6 +189,7 @@ def _settings(
     """All that the bytes of the dataset depend on, by the names that a user knows."""
     return {
         "torchdlrm": __version__,
+        "work_folder": WORK_VERSION,
         "log": [[str(file.path), file.size_bytes, file.modified_ns] for file in files],
         "schema": schema.model_dump(mode="json", by_alias=True, exclude_none=True),
         "min_count": options.min_count,

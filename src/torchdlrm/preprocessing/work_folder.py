@@ -33,6 +33,8 @@ from torchdlrm.preprocessing.sizing import JobSizing
 
 Result = dict[str, Any]
 
+# Of what tasks leave for later ones: a job that was begun by tasks of another version is not resumed.
+WORK_VERSION = 2
 _LENGTH_BYTES = 8
 _JOB_NAME, _JOURNAL_NAME, _LOCK_NAME = "job.json", "journal.jsonl", "lock"
 FOLDERS = ("text", "chunks", "counts", "ids", "groups", "dataset")
