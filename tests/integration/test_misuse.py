@@ -287,6 +287,8 @@ WRONG_FOLDERS = {
     "verify run --dataset dataset": "run: is a run, not a bundle",
     "verify bundle --dataset run": "not a dataset; give the dataset that it was trained on; `dlrm inspect run`",
     "apply bundle run --out b": "not a delta; make one with `dlrm export RUN --delta-to BUNDLE --out DELTA`",
+    "predict bundle log.tsv --bathc-rows 3": "--bathc-rows: there is no such option; dlrm predict --help shows all",
+    "verify bundle --dataset dataset --rwos=3": "--rwos=3: there is no such option; dlrm verify --help shows all",
     "inspect nowhere": "nowhere: is not a folder",
     "rollback run 1": "run: is a run, not a live model",
     "train criteo-small --dataset run --run r": "run: is a run, not a dataset",

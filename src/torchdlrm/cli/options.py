@@ -9,6 +9,7 @@ command that was run.
 import difflib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin
 
@@ -16,7 +17,7 @@ from cyclopts import App, Argument, Parameter
 from cyclopts.exceptions import CoercionError, CycloptsError, MissingArgumentError
 from pydantic import ValidationError
 
-from torchdlrm.errors import ConfigError
+from torchdlrm.errors import ConfigError, UserError
 from torchdlrm.toml import did_you_mean, explain
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True)]
@@ -46,6 +47,18 @@ def split_config(tokens: tuple[str, ...]) -> tuple[str | None, dict[str, str]]:
             value = left.pop(0)
         overrides[name] = value
     return config, overrides
+
+
+def refuse_mistyped(rows: Sequence[Path], command: str) -> None:
+    """Refuse an option that does not exist: where files or `-` are read, the parser takes it for a file.
+
+    Raises:
+        UserError: one of `rows` looks like an option, and no file has that name.
+    """
+    for path in rows:
+        if str(path).startswith("--") and not path.exists():
+            msg = f"{path}: there is no such option; dlrm {command} --help shows all options"
+            raise UserError(msg)
 
 
 def check_rendezvous(nnodes: int, rdzv_endpoint: str) -> None:

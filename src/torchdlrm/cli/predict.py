@@ -8,6 +8,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
+from torchdlrm.cli.options import refuse_mistyped
 from torchdlrm.cli.terminal import (
     Flag,
     Json,
@@ -66,6 +67,7 @@ def predict(
         num_threads: Threads of the model; by default one a core.
         as_json: Print one JSON object on standard output.
     """
+    refuse_mistyped(rows, "predict")
     if as_json and out == Path("-"):
         raise UserError("--json: standard output takes either the JSON object or the scores; write these to --out FILE")
     if kind_of(bundle) is None and len(rows) == 1 and kind_of(rows[0]) is not None:

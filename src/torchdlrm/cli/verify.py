@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
+from torchdlrm.cli.options import refuse_mistyped
 from torchdlrm.cli.terminal import (
     Flag,
     Json,
@@ -53,6 +54,7 @@ def verify(
             tabs (tsv).
         as_json: Print one JSON object on standard output.
     """
+    refuse_mistyped(rows, "verify")
     expect("bundle", bundle)
     expect("dataset", dataset)
     expect("run", run)
