@@ -67,6 +67,8 @@ def take_over(state: dict[str, Any], checkpoint: CheckpointReader, how: TakeOver
     left = [name for name in saved if name not in model]
     if left:  # the class of a model of one's own may have changed
         raise _refusal(checkpoint, f"the model has no {', '.join(left[:4])}")
+    if "optimizer" in state:
+        _check_column_cuts(tables, checkpoint)
     for name, value in model.items():
         if name in tables:
             _copy_rows(value, f"model.{name}", checkpoint, how, how.reset_of(name))
@@ -77,10 +79,7 @@ def take_over(state: dict[str, Any], checkpoint: CheckpointReader, how: TakeOver
         for leaf, value in values.items():
             name = f"optimizer.state.{param}.{leaf}"
             if isinstance(value, ShardedTensor):
-                pieces = 1
-                if len(value.size()) == 1:
-                    _check_column_cuts(weight, tables[weight], checkpoint)
-                    pieces = len(_column_cuts(tables[weight]))
+                pieces = len(_column_cuts(tables[weight])) if len(value.size()) == 1 else 1
                 _copy_rows(value, name, checkpoint, how, how.reset_of(weight), pieces, how.factor_of(leaf))
             elif isinstance(value, Tensor) and (kind == "tables" or how.keeps_dense_state):
                 _copy(value, name, checkpoint)
@@ -143,13 +142,20 @@ def _copy_rows(
             target[reset] = initial
 
 
-def _check_column_cuts(name: str, table: ShardedTensor, checkpoint: CheckpointReader) -> None:
-    if _column_cuts(table) != checkpoint.column_cuts(f"model.{name}"):
-        why = (
-            f"{name.split('.')[-2]} was cut into other pieces of columns, and the optimizer has values for each row of "
-            "each; cut it as the plan.json of its run says (sharding.plan, sharding.constraints)"
-        )
-        raise _refusal(checkpoint, why)
+def _check_column_cuts(tables: Mapping[str, ShardedTensor], checkpoint: CheckpointReader) -> None:
+    """Refuse tables whose optimizer has a value for each row of each piece, and that were cut into other pieces.
+
+    All tables are looked at, not only those of this rank: each rank must come to the same end.
+    """
+    for name, table in tables.items():
+        prefix = f"optimizer.state.tables.{name}."
+        states = [shape for key, shape in checkpoint.shapes.items() if key.startswith(prefix)]
+        if any(len(shape) == 1 for shape in states) and _column_cuts(table) != checkpoint.column_cuts(f"model.{name}"):
+            why = (
+                f"{name.split('.')[-2]} was cut into other pieces of columns, and the optimizer has values for each row "
+                "of each; cut it as the plan.json of its run says (sharding.plan, sharding.constraints)"
+            )
+            raise _refusal(checkpoint, why)
 
 
 def _column_cuts(table: ShardedTensor) -> set[tuple[int, int]]:
