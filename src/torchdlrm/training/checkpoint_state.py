@@ -152,8 +152,8 @@ def _check_column_cuts(tables: Mapping[str, ShardedTensor], checkpoint: Checkpoi
         states = [shape for key, shape in checkpoint.shapes.items() if key.startswith(prefix)]
         if any(len(shape) == 1 for shape in states) and _column_cuts(table) != checkpoint.column_cuts(f"model.{name}"):
             why = (
-                f"{name.split('.')[-2]} was cut into other pieces of columns, and the optimizer has values for each row "
-                "of each; cut it as the plan.json of its run says (sharding.plan, sharding.constraints)"
+                f"{name.split('.')[-2]} was cut into other pieces of columns, and the optimizer has values for each "
+                "row of each; cut it as the plan.json of its run says (sharding.plan, sharding.constraints)"
             )
             raise _refusal(checkpoint, why)
 
