@@ -1,10 +1,12 @@
 """Every optimizer against arithmetic of its own, and taken up where it stopped."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -169,12 +171,13 @@ def test_fbgemms_counter_is_the_step_whatever_was_forwarded_before(sharded):
     """Adam's bias correction in FBGEMM counts forward passes, also those of a validation, from when it was built."""
     model = sharded(load_config(None, SMALL))
     kernel = next(table_kernels(model))
+    forward = partial(SplitTableBatchedEmbeddingBagsCodegen.forward, kernel)  # FBGEMM's, as on GPUs
     offsets = torch.zeros(len(kernel.embedding_specs) + 1, dtype=torch.int64)
     for _ in range(3):
-        kernel(torch.empty(0, dtype=torch.int64), offsets)
+        forward(torch.empty(0, dtype=torch.int64), offsets)
     assert (int(kernel.iter), int(kernel.iter_cpu)) == (3, 3)
     StepCounters(model, seed=0, rank=0).begin(41)
-    kernel(torch.empty(0, dtype=torch.int64), offsets)
+    forward(torch.empty(0, dtype=torch.int64), offsets)
     assert (int(kernel.iter), int(kernel.iter_cpu)) == (41, 41)
 
 
