@@ -143,7 +143,11 @@ def launch(entrypoint: Callable[..., Any], *args: object, processes: Processes) 
             raise _reported_error(error_folder) or LostProcessError(msg) from error
         except SignalException as error:
             msg = "interrupted; nothing was saved after the last checkpoint, if any; the same command resumes there"
-            raise _reported_error(error_folder) or Interrupted(msg) from error
+            reported = _reported_error(error_folder)
+            # The signal ends a process at once that has not begun to train; another that has begun has only lost it.
+            raise (
+                Interrupted(msg) if reported is None or isinstance(reported, LostProcessError) else reported
+            ) from error
         refusal = _reported_error(error_folder)
     if isinstance(refusal, UserError):  # not a lost process that another start has made up for
         raise refusal
