@@ -340,4 +340,6 @@ class StopRequest:
         with restored_handlers(*numbers) as may_change:
             for number in numbers if may_change else ():
                 signal.signal(number, ask)
+            if self._group is not None:  # a rank that a signal would still end takes those with it that have begun
+                dist.barrier(self._group)
             yield
