@@ -5,6 +5,7 @@ import random
 import polars as pl
 import pytest
 
+from helpers.days import SCHEMA
 from torchdlrm.data.summary import summarize
 from torchdlrm.errors import ConfigError, DatasetError
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
@@ -12,15 +13,6 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import with_split
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
-SCHEMA = FeatureSchema(
-    name="days",
-    columns=(
-        LabelColumn(name="label"),
-        DenseColumn(name="price", kind="float", transform="standardize"),
-        SparseColumn(name="item", kind="hex"),
-        SparseColumn(name="city", kind="string"),
-    ),
-)
 OPTIONS = PreprocessOptions(min_count=2)
 
 

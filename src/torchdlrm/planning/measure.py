@@ -114,7 +114,7 @@ def measure(problem: Problem, config: Config, ranks: Ranks) -> Measurement:
     dtype = choose_precision(config, problem.shape, device).dtype
     rows = -(-problem.options.batch_size_global // world_size)
     mine = list(problem.tables)[ranks.rank :: world_size] or list(problem.tables)[:1]
-    # Entered anew in each step, as in training: it keeps the weights that it has cast until it is left.
+    # Entered again in each step, as in training: it keeps the weights that it has cast until it is left.
     precision = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
     forward_ms, backward_ms = _time_lookups(mine, rows * world_size, config, device, precision)
     dense_ms, dense_bytes = _time_dense(problem.shape, config, rows, device, precision)
