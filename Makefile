@@ -10,7 +10,7 @@ OTHER_BUILD := $(VENV)/lib/python3*/site-packages/fbgemm_gpu$(if $(filter gpu,$(
 
 PRETENDED := .venv-pretended-gpu
 
-.PHONY: install quickstart test test-fast test-pretended-gpu gpu-check check format docs clean help
+.PHONY: install quickstart test test-fast test-pretended-gpu gpu-check check format docs release clean help
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -66,6 +66,9 @@ format: $(INSTALLED)  ## fix what lint and format can fix automatically
 
 docs: $(INSTALLED)  ## regenerate docs/configuration.md from the config
 	$(BIN)/python -c 'import pathlib, torchdlrm.config as c; pathlib.Path("docs/configuration.md").write_text(c.configuration_markdown())'
+
+release:  ## build and try a release: make release VERSION=0.3.0
+	$(PYTHON) .ci/release.py $(VERSION)
 
 clean:  ## remove .venv and caches (not .venv-pretended-gpu, which takes long to fetch)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

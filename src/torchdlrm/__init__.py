@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from torchdlrm.training.log import TrainingHistory as TrainingHistory
     from torchdlrm.training.run import Run as Run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES_OF = {
     "bundle.apply": ("apply_delta",),

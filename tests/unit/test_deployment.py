@@ -2,9 +2,12 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+
+import torchdlrm
 
 yaml = pytest.importorskip("yaml")
 
@@ -111,3 +114,11 @@ def test_what_the_images_copy_is_not_ignored(dockerfile):
     }
     copied = re.findall(r"^COPY (?!--from)(.*) \S+$", dockerfile.read_text(), re.MULTILINE)
     assert {name.rstrip("/") for names in copied for name in names.split()} <= kept
+
+
+def test_every_file_that_holds_the_version_holds_the_same():
+    release = runpy.run_path(str(ROOT / ".ci" / "release.py"))
+    versions = release["versions"]()
+    assert len(versions) == 5
+    assert set(versions.values()) == {torchdlrm.__version__}
+    assert f"## {torchdlrm.__version__} (" in (ROOT / "CHANGELOG.md").read_text()
