@@ -19,7 +19,7 @@ from pyarrow import orc
 
 from helpers.command_server import DLRM, shared_server
 from torchdlrm.cli.predict import predict as predict_verb
-from torchdlrm.cli.verify import verify as verify_verb
+from torchdlrm.cli.predict import verify as verify_verb
 from torchdlrm.errors import UserError
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions

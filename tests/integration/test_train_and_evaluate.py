@@ -257,7 +257,7 @@ def test_a_complete_run_says_what_would_make_it_go_on_and_not_its_plan_again(sma
 
 
 def test_what_is_named_next_is_a_split_with_rows(small_dataset, capsys):
-    from torchdlrm.cli.training_shown import show_summary
+    from torchdlrm.cli.train import show_summary
     from torchdlrm.training.log import TrainingSummary
 
     def told(*empty):

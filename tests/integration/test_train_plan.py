@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from torchdlrm.cli.training_shown import preview_lines
+from torchdlrm.cli.train import preview_lines
 from torchdlrm.config import load_config
 from torchdlrm.errors import UserError
 from torchdlrm.training.job import preview_training

@@ -2,14 +2,11 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import App, Parameter
-from cyclopts.validators import Number
-from rich.table import Table
+from cyclopts import App
 
-from torchdlrm.cli.options import Overrides, split_config
-from torchdlrm.cli.terminal import Json, Positive, console, print_json, print_table, progress_bars, say
+from torchdlrm.cli.options import Flag, Json, NotNegative, Overrides, Positive, split_config
+from torchdlrm.cli.terminal import print_json, print_table, progress_bars, say
 from torchdlrm.config import load_config
 from torchdlrm.folders import expect
 
@@ -24,8 +21,8 @@ def step(
     steps_per_round: Positive | None = None,
     rounds: Positive = 7,
     nproc_per_node: Positive = 1,
-    busy: Annotated[int, Parameter(validator=Number(gte=0))] = 0,
-    parts: Annotated[bool, Parameter(negative="")] = False,
+    busy: NotNegative = 0,
+    parts: Flag = False,
     model_class: str | None = None,
     as_json: Json = False,
 ) -> None:
@@ -44,7 +41,6 @@ def step(
         busy: Processes that keep cores busy meanwhile, as other programs of a machine may.
         parts: Print the milliseconds of our step by part, too.
         model_class: A model of your own, FILE.py:NAME or MODULE:NAME; TorchRec's is the same on its tables.
-        as_json: Print one JSON object on standard output.
     """
     settings = load_config(*split_config(config))
 
@@ -123,7 +119,6 @@ def predict(
             given, 10,000 to 100,000.
         rounds: Turns of each competitor; medians are printed.
         folder: Where to keep the weights meanwhile; the system's folder for temporary files when not given.
-        as_json: Print one JSON object on standard output.
     """
     settings = load_config(*split_config(config))
 
@@ -141,13 +136,12 @@ def predict(
             folder=folder,
             progress=progress,
         )
-    table = Table(title=f"prediction, encoded rows in batches of {batch_rows:,}, {result.num_threads} thread(s)")
-    for column in ("", "rows/s", "ms a batch's rows", "of eager"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, rows_per_s in result.rows_per_s.items():
-        ratio = f"{result.ratio_to_eager[name]:.2f} x"
-        table.add_row(name, f"{rows_per_s:,.0f}", f"{1000 * batch_rows / rows_per_s:.2f}", ratio)
-    console.print(table)
+    rows = [
+        {"": name, "rows/s": f"{rows_per_s:,.0f}", "ms a batch's rows": f"{1000 * batch_rows / rows_per_s:.2f}"}
+        | {"of eager": f"{result.ratio_to_eager[name]:.2f} x"}
+        for name, rows_per_s in result.rows_per_s.items()
+    ]
+    print_table(f"prediction, encoded rows in batches of {batch_rows:,}, {result.num_threads} thread(s)", rows)
     if as_json:
         print_json(asdict(result))
 
@@ -168,7 +162,6 @@ def loader(
         batch_size_global: Rows of a batch.
         max_rows: Training rows of a round, at most.
         rounds: Turns; the median is printed.
-        as_json: Print one JSON object on standard output.
     """
     expect("dataset", dataset)
     from torchdlrm.bench.loader import benchmark_loader
@@ -182,6 +175,6 @@ def loader(
             rounds=rounds,
             progress=progress,
         )
-    console.print(f"loader: {result.rows_per_s:,.0f} rows/s in batches of {result.batch_size_global:,}")
+    say(f"loader: {result.rows_per_s:,.0f} rows/s in batches of {result.batch_size_global:,}")
     if as_json:
         print_json(asdict(result))

@@ -1,11 +1,14 @@
-"""Shows bundles and deltas, to people and as JSON: what `dlrm inspect`, `export` and `apply` say of them."""
+"""`dlrm export` and `dlrm apply`, which make bundles, and what these and `dlrm inspect` say of bundles and deltas."""
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchdlrm.cli.datasets import buckets_as_dict, print_inputs
-from torchdlrm.cli.terminal import print_json, print_table, say
+from torchdlrm.cli.datasets import buckets_as_dict, print_inputs, print_never_missing
+from torchdlrm.cli.options import Flag, Json, OwnModel
+from torchdlrm.cli.terminal import announce, print_json, print_table, progress_bars, say, say_next
+from torchdlrm.exporting.options import ExportOptions
+from torchdlrm.folders import expect
 from torchdlrm.units import show_bytes, show_number
 
 if TYPE_CHECKING:
@@ -13,6 +16,88 @@ if TYPE_CHECKING:
     from torchdlrm.bundle.check import Agreement
     from torchdlrm.bundle.delta import Delta
     from torchdlrm.exporting.sensitivity import PrecisionSearch
+
+
+def export(
+    run: Path,
+    *,
+    out: Path,
+    delta_to: Path | None = None,
+    dataset: Path | None = None,
+    own_model: OwnModel = OwnModel(),  # noqa: B008 - frozen, and what the parser fills
+    options: ExportOptions = ExportOptions(),  # noqa: B008 - likewise
+    overwrite: Flag = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a trained run into a bundle, and check that it predicts what the checkpoint predicts.
+
+    Args:
+        run: Folder written by `dlrm train`.
+        out: Folder to write; nothing else may be there. Where it is this bundle already, nothing is left to do.
+        delta_to: Write what has changed since this bundle instead of a whole one; `dlrm apply` makes the bundle of it.
+            The model keeps that bundle's name unless --name says another.
+        dataset: Where the dataset is now, if it has moved since the training.
+        overwrite: Export also where a bundle or a delta is there; it is replaced when the new one is complete.
+    """
+    expect("run", run)
+    expect("dataset", dataset)
+    expect("bundle", delta_to)
+    announce(f"export {run} to {out}")
+
+    from torchdlrm.exporting.export import export as export_run
+
+    with progress_bars("") as progress:
+        exported = export_run(
+            run,
+            out,
+            delta_to=delta_to,
+            options=options,
+            dataset=dataset,
+            overwrite=overwrite,
+            progress=progress,
+            **vars(own_model),
+        )
+    bundle = exported.bundle
+    if exported.was_complete:
+        say(f"{out} is complete, of {run} at {exported.checkpoint}: nothing was left to do")
+    else:
+        say(f"exported {run} at {exported.checkpoint} to {out}")
+    if exported.search is not None:
+        print_precision_search(exported.search)
+    print_check(bundle, exported.agreement)
+    print_never_missing(bundle.dense)
+    say(f"matrix products: {bundle.manifest.dense_precision} ({exported.dense_reason})")
+    about = bundle_as_dict(bundle, exported.search)
+    if exported.agreement is not None:
+        about["agreement"] = asdict(exported.agreement)
+    if exported.delta is not None:
+        print_delta(exported.delta)
+        say_next("dlrm apply {} {} --out BUNDLE", delta_to, out)
+        about |= {"path": str(out), "delta": delta_as_dict(exported.delta)}
+    else:
+        say_next("dlrm predict {0} ROWS, or dlrm serve {0}", out)
+    if as_json:
+        print_json(about)
+
+
+def apply(bundle: Path, delta: Path, *, out: Path, as_json: Json = False) -> None:
+    """Make a bundle of another one and a delta to it: the very bytes of the whole export.
+
+    Args:
+        bundle: The bundle that it is a delta to; it stays as it is.
+        delta: Folder written by `dlrm export --delta-to`.
+        out: Folder to write; nothing may be there.
+    """
+    expect("bundle", bundle)
+    expect("delta", delta)
+    from torchdlrm.bundle.apply import apply_delta
+
+    with progress_bars("") as progress:
+        made = apply_delta(bundle, delta, out, progress=progress)
+    say(f"applied {delta} to {bundle}: {out}, model {made.name}, version {made.version}, complete and undamaged")
+    say_next("dlrm predict {0} ROWS, or dlrm serve {0}", out)
+    if as_json:
+        print_json(bundle_as_dict(made, None))
 
 
 def show_bundle(folder: Path, *, as_json: bool) -> None:

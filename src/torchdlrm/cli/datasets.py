@@ -5,19 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
-
-from torchdlrm.cli.terminal import console, look_at, print_json, print_table, progress_bars, say
+from torchdlrm.cli.terminal import look_at, print_json, print_table, progress_bars, say
 
 if TYPE_CHECKING:
     from torchdlrm.data.dataset import Manifest
     from torchdlrm.data.summary import DatasetSummary, FrequentValue
     from torchdlrm.features.schema import FeatureSchema
     from torchdlrm.features.transforms import DenseTransform
-
-_MAX_NAME_WIDTH = 16
 
 
 def show_dataset(folder: Path, num_values: int, *, as_json: bool) -> None:
@@ -122,40 +116,29 @@ def _print_summary(summary: "DatasetSummary") -> None:
     def drifts(drift: Mapping[Any, float]) -> str:
         return "".join(f"{drift[name]:5.2f}" for name in splits[1:])
 
-    others = summary.splits["train"].other_clicks
-    table = _tight_table("split", "rows", "click rate", *others, "files")
-    for split, size in summary.splits.items():
-        rates = (f"{clicks / max(1, size.rows):.4f}" for clicks in size.other_clicks.values())
-        table.add_row(split, f"{size.rows:,}", f"{size.click_rate:.4f}", *rates, f"{size.files:,}")
-    console.print(table)
-    table = _tight_table("dense column", "transform", f"missing %\n{six}", f"drift\n{five}")
-    for name, column in summary.dense.items():
-        table.add_row(name, column.transform, percents(column.missing_share), drifts(column.drift))
-    console.print(table)
-    table = _tight_table("feature", "table\nrows", f"unknown %\n{six}", f"missing %\n{six}", f"drift\n{five}")
-    table.columns[0].min_width = min(_MAX_NAME_WIDTH, max(map(len, summary.sparse)))
-    # The one column that gives way where the terminal is narrow.
-    table.add_column("most frequent\nand their share %", no_wrap=True, overflow="ellipsis")
-    for name, feature in summary.sparse.items():
-        table.add_row(
-            name,
-            f"{feature.num_embeddings:,}",
-            percents(feature.unknown_share),
-            percents(feature.missing_share),
-            drifts(feature.drift),
-            ", ".join(_frequent(value) for value in feature.most_frequent),
-        )
-    console.print(table)
-
-
-def _tight_table(first: str, *others: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
-    table.add_column(first, min_width=6)
-    for header in others:
-        table.add_column(header, justify="right", min_width=max(len(line) for line in header.splitlines()))
-    return table
+    rows = [
+        {"split": split, "rows": f"{size.rows:,}", "click rate": f"{size.click_rate:.4f}"}
+        | {name: f"{clicks / max(1, size.rows):.4f}" for name, clicks in size.other_clicks.items()}
+        | {"files": f"{size.files:,}"}
+        for split, size in summary.splits.items()
+    ]
+    print_table("", rows)
+    unknown, missing, drift = f"unknown %\n{six}", f"missing %\n{six}", f"drift\n{five}"
+    rows = [
+        {"dense column": name, "transform": column.transform}
+        | {missing: percents(column.missing_share), drift: drifts(column.drift)}
+        for name, column in summary.dense.items()
+    ]
+    print_table("", rows)
+    frequent = "most frequent\nand their share %"
+    rows = [
+        {"feature": name, "table\nrows": f"{feature.num_embeddings:,}"}
+        | {unknown: percents(feature.unknown_share), missing: percents(feature.missing_share)}
+        | {drift: drifts(feature.drift), frequent: ", ".join(map(_frequent, feature.most_frequent))}
+        for name, feature in summary.sparse.items()
+    ]
+    print_table("", rows, cut=(frequent,))
 
 
 def _frequent(value: "FrequentValue") -> str:
-    text = "(missing)" if value.value is None else escape(str(value.value))
-    return f"{text} {100 * value.share:.1f}"
+    return f"{'(missing)' if value.value is None else value.value} {100 * value.share:.1f}"

@@ -1,28 +1,25 @@
-"""`dlrm evaluate`: a run and a split -> exact metrics."""
+"""`dlrm evaluate`: a run and a split -> exact metrics; `dlrm report`: a run or a live model as one HTML page."""
 
-import inspect
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rich.table import Table
+from cyclopts import App, Parameter
 
-from torchdlrm.cli.options import Overrides, check_rendezvous, split_config
+from torchdlrm.cli.options import Json, Machines, Overrides, OwnModel, Positive, split_config
 from torchdlrm.cli.terminal import (
-    Flag,
-    Json,
-    Positive,
     announce,
-    console,
     drawn,
     print_json,
+    print_table,
+    say,
     say_undefined,
     warn,
     warn_of_crowding,
 )
 from torchdlrm.config import Config, DeviceChoice, load_config
 from torchdlrm.errors import ConfigError
-from torchdlrm.folders import expect
+from torchdlrm.folders import expect, kind_of
 from torchdlrm.toml import did_you_mean
 from torchdlrm.units import show_number
 
@@ -33,14 +30,10 @@ def evaluate(
     split: str = "test",
     checkpoint: str = "best",
     dataset: Path | None = None,
-    model_class: str | None = None,
-    allow_changed_model_class: Flag = False,
+    own_model: OwnModel = OwnModel(),  # noqa: B008 - frozen, and what the parser fills
     batch_size_global: Positive = 8192,
     device: DeviceChoice = "auto",
-    nproc_per_node: Positive = 1,
-    nnodes: Positive = 1,
-    rdzv_endpoint: str = "",
-    rdzv_id: str = "torchdlrm",
+    machines: Machines = Machines(),  # noqa: B008 - likewise
     as_json: Json = False,
 ) -> None:
     """Measure a trained run on every row of a split; the result is also written to RUN/evaluation/.
@@ -54,20 +47,11 @@ def evaluate(
         split: train, val or test; several joined by + are judged together, as in val+test.
         checkpoint: best (the highest AUC of the val split; the last where nothing was validated), last, or a step.
         dataset: Where the dataset is now, if it has moved since the training.
-        model_class: The model class that the run was trained with, FILE.py:NAME or MODULE:NAME; only where it is not
-            the DLRM.
-        allow_changed_model_class: Take the model class though its file has changed since.
         batch_size_global: Rows per forward pass over all processes; the result does not depend on it.
         device: auto, cuda or cpu: where to compute (as train.device), whatever the run was trained on.
-        nproc_per_node: Processes on this machine; need not be as many as trained.
-        nnodes: Machines; start the same command on each, with the run on storage that they share.
-        rdzv_endpoint: HOST:PORT of one of the machines, where they find each other; needed with --nnodes.
-        rdzv_id: Name of the job, the same on all machines.
-        as_json: Print one JSON object on standard output.
     """
     own = _sharding_keys(sharding)
-    check_rendezvous(nnodes, rdzv_endpoint)
-    if nnodes == 1:  # else the other machines are to hear of it, see `refusing_everywhere`
+    if machines.nnodes == 1:  # else the other machines are to hear of it, see `refusing_everywhere`
         expect("run", run)
         expect("dataset", dataset)
     announce(f"evaluate {run} on {split}")
@@ -75,25 +59,24 @@ def evaluate(
     from torchdlrm.evaluation.evaluate import evaluate as evaluate_run
     from torchdlrm.evaluation.evaluate import sharding_elsewhere
     from torchdlrm.training.checkpoint import ChosenCheckpoint
-    from torchdlrm.training.processes.launch import Processes, launch, refusing_everywhere
+    from torchdlrm.training.processes.launch import launch, refusing_everywhere
     from torchdlrm.training.run import Run
 
-    processes = Processes(nproc_per_node, nnodes, rdzv_endpoint, rdzv_id)
+    processes = machines.processes()
     with refusing_everywhere(processes):
         trained = Run.open(run)
-        trained.shape(trained.open_dataset(dataset), model_class, allow_changed_model_class=allow_changed_model_class)
+        trained.shape(trained.open_dataset(dataset), **vars(own_model))
     warn_of_crowding(processes)
     job = partial(
         evaluate_run,
         run,
         dataset,
         split,
-        model_class=model_class,
-        allow_changed_model_class=allow_changed_model_class,
         checkpoint=checkpoint,
         batch_size_global=batch_size_global,
         device=device,
         sharding=sharding_elsewhere(trained.config).model_copy(update=own),
+        **vars(own_model),
     )
     result: dict[str, Any] | None = launch(drawn, job, processes=processes)
     if result is None:  # another machine has rank 0
@@ -102,14 +85,10 @@ def evaluate(
         trained.write_evaluation(result["split"], result)
     except OSError as error:  # a run may lie where it can only be read
         warn(f"not kept in {run / 'evaluation'}: {error.strerror}")
-    chosen = ChosenCheckpoint(result["step"], result["checkpoint"])
-    title = f"{run} at {chosen}: split {result['split']}, label {result['label']}"
-    table = Table(title=title, title_justify="left")
+    title = f"{run} at {ChosenCheckpoint(result['step'], result['checkpoint'])}: split {result['split']}"
     values = {name: value for name, value in result.items() if name not in {"split", "label", "step", "checkpoint"}}
-    for name in values:
-        table.add_column(name, justify="right")
-    table.add_row(*(f"{v:,}" if isinstance(v, int) else show_number(v) for v in values.values()))
-    console.print(table)
+    shown = {name: f"{v:,}" if isinstance(v, int) else show_number(v) for name, v in values.items()}
+    print_table(f"{title}, label {result['label']}", [shown])
     say_undefined(result)
     if as_json:
         print_json(result)
@@ -119,9 +98,9 @@ def _sharding_keys(tokens: tuple[str, ...]) -> dict[str, Any]:
     """The keys of `sharding` on the command line, and their values; all other keys are of the training alone."""
     more, overrides = split_config(tokens)
     problems = [] if more is None else [f"{more}: is one argument too many; dlrm evaluate takes one run"]
-    options = [f"--{name.replace('_', '-')}" for name in inspect.signature(evaluate).parameters]
     for name in overrides:
         if "." not in name:
+            options = [argument.name for argument in App(default_command=evaluate).assemble_argument_collection()]
             hint = did_you_mean(f"--{name}", options) or "; dlrm evaluate --help shows all"
             problems.append(f"--{name}: dlrm evaluate has no such option{hint}")
         elif not name.startswith("sharding."):
@@ -130,3 +109,49 @@ def _sharding_keys(tokens: tuple[str, ...]) -> dict[str, Any]:
         raise ConfigError("\n".join(problems))
     given: Config = load_config(None, overrides)
     return {name: getattr(given.sharding, name) for name in given.sharding.model_fields_set}
+
+
+def report(
+    folder: Path,
+    *,
+    out: Annotated[Path, Parameter(name=["--out", "--html"])] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """Write a run or a live model as one HTML page, to mail or to keep.
+
+    Of a run: its curves, evaluations, config, dataset and plan. Of a live model: how well each log was predicted before
+    it was learnt from, the gate, values that came and went, time and size.
+
+    Args:
+        folder: Written by `dlrm train`, which may still be training, or by `dlrm advance`.
+        out: The page; replaced if it is there.
+    """
+    kind = kind_of(folder)
+    is_live = kind is not None and kind.name == "live model"
+    if not is_live:
+        expect("run", folder)
+
+    from torchdlrm.html import write_page
+
+    write_page(out, _live_page(folder) if is_live else _run_page(folder), "out")
+    say(f"report of {folder}: {out}")
+    if as_json:
+        print_json({"live" if is_live else "run": str(folder), "report": str(out), "bytes": out.stat().st_size})
+
+
+def _run_page(folder: Path) -> str:
+    from torchdlrm.evaluation.report import report_page
+    from torchdlrm.training.run import Run
+
+    return report_page(Run.open(folder))
+
+
+def _live_page(folder: Path) -> str:
+    from torchdlrm.live.model import LiveModel
+    from torchdlrm.live.record import read_times
+    from torchdlrm.live.report import report_page
+
+    live = LiveModel.open(folder)
+    periods = live.periods
+    times = {record.period: read_times(live.day(record.period)) for record in periods}
+    return report_page(f"Live model {folder.resolve().name}", periods, times, live.current)

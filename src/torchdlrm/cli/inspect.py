@@ -6,7 +6,8 @@ from typing import Any
 
 from torchdlrm.cli.bundles import show_bundle, show_delta
 from torchdlrm.cli.datasets import show_dataset
-from torchdlrm.cli.terminal import Json, look_at, metric_cells, print_json, print_table, say, warn
+from torchdlrm.cli.options import Json
+from torchdlrm.cli.terminal import look_at, metric_cells, print_json, print_table, say, warn
 from torchdlrm.errors import LiveError, UserError
 from torchdlrm.folders import KINDS, KindName, kind_of
 from torchdlrm.units import show_bytes, show_number
@@ -23,7 +24,6 @@ def inspect(folder: Path, *, values: int = 3, as_json: Json = False) -> None:
     Args:
         folder: What to look at.
         values: How many of a feature's most frequent values to show, of a dataset.
-        as_json: Print one JSON object on standard output, and nothing else.
     """
     if values < 0:
         msg = f"`values`: must not be negative, got {values}"

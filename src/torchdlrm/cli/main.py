@@ -36,12 +36,12 @@ app = App(
     suppress_keyboard_interrupt=False,  # it is reported below, like everything else
 )
 app.command("torchdlrm.cli.quickstart:quickstart", help="Synthesize, preprocess, train and evaluate, in minutes.")
-app.command("torchdlrm.cli.synthesize:synthesize", help="Write a click log whose truth is known.")
-app.command("torchdlrm.cli.download:download", help="Fetch a public click log.")
-app.command("torchdlrm.cli.schema:schema", help="Propose a schema file for a log of your own.")
+app.command("torchdlrm.cli.logs:synthesize", help="Write a click log whose truth is known.")
+app.command("torchdlrm.cli.logs:download", help="Fetch a public click log.")
+app.command("torchdlrm.cli.logs:schema", help="Propose a schema file for a log of your own.")
 app.command("torchdlrm.cli.preprocess:preprocess", help="Turn a raw click log into a dataset.")
-app.command("torchdlrm.cli.import_encoded:import_encoded", name="import", help="Take in data encoded elsewhere.")
-app.command("torchdlrm.cli.config:config", help="List the keys of a config, or print one to start from.")
+app.command("torchdlrm.cli.preprocess:import_encoded", name="import", help="Take in data encoded elsewhere.")
+app.command("torchdlrm.cli.about:config", help="List the keys of a config, or print one to start from.")
 app.command("torchdlrm.cli.plan:plan", help="Show where tables go on a machine, before renting it.")
 app.command(
     "torchdlrm.cli.train:train",
@@ -55,18 +55,18 @@ app.command(
     usage="Usage: dlrm evaluate RUN [--sharding.KEY VALUE] [OPTIONS]\n\n"
     "sharding.KEY is a key of the config's section for this evaluation, as in --sharding.cache-fraction 0.2.\n",
 )
-app.command("torchdlrm.cli.report:report", help="Write a run or a live model as one HTML page.")
-app.command("torchdlrm.cli.export:export", help="Turn a trained run into a bundle that predicts from raw rows.")
-app.command("torchdlrm.cli.apply:apply", help="Make a bundle of another one and a delta to it.")
+app.command("torchdlrm.cli.evaluate:report", help="Write a run or a live model as one HTML page.")
+app.command("torchdlrm.cli.bundles:export", help="Turn a trained run into a bundle that predicts from raw rows.")
+app.command("torchdlrm.cli.bundles:apply", help="Make a bundle of another one and a delta to it.")
 app.command("torchdlrm.cli.predict:predict", help="Predict every row of a raw log.")
-app.command("torchdlrm.cli.verify:verify", help="Compare checkpoint, bundle and server on the same raw rows.")
+app.command("torchdlrm.cli.predict:verify", help="Compare checkpoint, bundle and server on the same raw rows.")
 app.command("torchdlrm.cli.serve:serve", help="Serve a bundle over HTTP and gRPC.")
 app.command(
-    "torchdlrm.cli.advance:advance", help="Score a new log, learn from it, and publish: one period of a live model."
+    "torchdlrm.cli.live:advance", help="Score a new log, learn from it, and publish: one period of a live model."
 )
-app.command("torchdlrm.cli.rollback:rollback", help="Publish the model of an earlier period of a live model.")
+app.command("torchdlrm.cli.live:rollback", help="Publish the model of an earlier period of a live model.")
 app.command("torchdlrm.cli.bench:bench", name="bench", help="Time the hot paths on this machine.")
-app.command("torchdlrm.cli.doctor:doctor", help="Show what this machine has, and try whether it works.")
+app.command("torchdlrm.cli.about:doctor", help="Show what this machine has, and try whether it works.")
 app.command(
     "torchdlrm.cli.inspect:inspect", help="Show what a dataset, a run, a bundle, a delta or a live model holds."
 )

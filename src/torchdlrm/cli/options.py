@@ -9,18 +9,84 @@ command that was run.
 import difflib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Literal, Union, get_args, get_origin
 
 from cyclopts import App, Argument, Parameter
 from cyclopts.exceptions import CoercionError, CycloptsError, MissingArgumentError
+from cyclopts.validators import Number
 from pydantic import ValidationError
 
 from torchdlrm.errors import ConfigError, UserError
 from torchdlrm.toml import did_you_mean, explain
 
+if TYPE_CHECKING:
+    from torchdlrm.training.processes.launch import Processes
+
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True)]
+Flag = Annotated[bool, Parameter(negative="")]
+Positive = Annotated[int, Parameter(validator=Number(gte=1))]
+NotNegative = Annotated[int, Parameter(validator=Number(gte=0))]
+# `as_json: Json = False` is the last of a command's options.
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object on standard output.")]
+TextFormat = Annotated[
+    Literal["log", "csv", "tsv"],
+    Parameter(
+        name="--format",
+        help="How text is written: as the model's schema says (log); with commas, quotes and a header (csv); with tabs "
+        "(tsv).",
+    ),
+]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class OwnModel:
+    """A model of the user's own: `vars` of it is what functions of the library take.
+
+    Attributes:
+        model_class: A model of your own in place of the DLRM, or its interaction arch: FILE.py:NAME or MODULE:NAME of a
+            class or function (docs/models.md); to be given again to each command that uses its run or bundle.
+        allow_changed_model_class: Take the model class though its file has changed since.
+    """
+
+    model_class: str | None = None
+    allow_changed_model_class: Flag = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Machines:
+    """Which processes of which machines do the work.
+
+    Attributes:
+        nproc_per_node: Processes on this machine: one for each GPU, or one for a few CPU cores.
+        nnodes: Machines; start the same command on each, with the run on storage that they share.
+        rdzv_endpoint: HOST:PORT of one of the machines, where they find each other; needed with --nnodes.
+        rdzv_id: Name of the job, the same on all machines.
+
+    Raises:
+        ConfigError: there are several, and they do not know where to find each other.
+    """
+
+    nproc_per_node: Positive = 1
+    nnodes: Positive = 1
+    rdzv_endpoint: str = ""
+    rdzv_id: str = "torchdlrm"
+
+    def __post_init__(self) -> None:
+        """See that several machines can find each other."""
+        if self.nnodes > 1 and not self.rdzv_endpoint:
+            msg = "--rdzv-endpoint: needed with --nnodes, HOST:PORT of one of the machines, the same on each"
+            raise ConfigError(msg)
+
+    def processes(self, max_restarts: int = 0) -> "Processes":
+        """What `launch` takes."""
+        from torchdlrm.training.processes.launch import Processes
+
+        return Processes(**vars(self), max_restarts=max_restarts)
 
 
 def split_config(tokens: tuple[str, ...]) -> tuple[str | None, dict[str, str]]:
@@ -59,16 +125,6 @@ def refuse_mistyped(rows: Sequence[Path], command: str) -> None:
         if str(path).startswith("--") and not path.exists():
             msg = f"{path}: there is no such option; dlrm {command} --help shows all options"
             raise UserError(msg)
-
-
-def check_rendezvous(nnodes: int, rdzv_endpoint: str) -> None:
-    """Refuse several machines that do not know where to find each other.
-
-    Raises:
-        ConfigError: `--rdzv-endpoint` is missing.
-    """
-    if nnodes > 1 and not rdzv_endpoint:
-        raise ConfigError("--rdzv-endpoint: needed with --nnodes, HOST:PORT of one of the machines, the same on each")
 
 
 def describe_mistake(error: CycloptsError) -> str:

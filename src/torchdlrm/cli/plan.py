@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from torchdlrm.cli.options import Overrides, split_config
-from torchdlrm.cli.terminal import Json, print_json, print_table, progress_bars, say
+from torchdlrm.cli.options import Flag, Json, Overrides, split_config
+from torchdlrm.cli.terminal import print_json, print_table, progress_bars, say
 from torchdlrm.config import about_config, load_config
 from torchdlrm.errors import ConfigError, DoesNotFitError
 from torchdlrm.folders import expect
@@ -31,7 +31,7 @@ def plan(
     html: Path | None = None,
     sweep: Axes = (),
     compare: Files = None,
-    measure: Annotated[bool, Parameter(negative="")] = False,
+    measure: Flag = False,
     as_json: Json = False,
 ) -> None:
     """Show where every table goes on a machine, whether they fit, and how fast a step will be.
@@ -40,13 +40,11 @@ def plan(
 
     Args:
         config: TOML file of the training, every key has its default without it; then keys to override.
-        request: tables and machine.
         out: Write the plan as JSON: what `dlrm train --plan` follows.
         html: Write the plan as one page with a picture of ranks and tables.
         sweep: Plan for several numbers of devices or batch sizes: devices=1,2,4,8 batch=8192,65536.
         compare: Two files that `--out` wrote, to set side by side.
         measure: Time this machine first, and plan with what it does.
-        as_json: Print one JSON object on standard output.
     """
     if compare is not None:
         result = _compare(compare)

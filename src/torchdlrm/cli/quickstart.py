@@ -6,24 +6,20 @@ import time
 from functools import partial
 from pathlib import Path
 
-from rich.table import Table
-
 from torchdlrm import __version__
+from torchdlrm.cli.options import Flag, Json, Positive
 from torchdlrm.cli.terminal import (
-    Flag,
-    Json,
-    Positive,
-    console,
     drawn,
     print_json,
     print_table,
     progress_bars,
     say,
+    saying_at_ctrl_c,
     warn_of_crowding,
 )
 from torchdlrm.config import load_config
 from torchdlrm.config.text import SHIPPED_CONFIGS
-from torchdlrm.errors import ConfigError, Interrupted
+from torchdlrm.errors import ConfigError
 from torchdlrm.files import write_atomically
 
 NUM_ROWS = 1_000_000
@@ -51,18 +47,14 @@ def quickstart(
         out: Folder for the log, the dataset and the run; new, empty, or that of an interrupted quickstart.
         live: Show what a live model is good for, in some five minutes; a chart is written to the folder.
         nproc_per_node: Processes that train together; with --live it is always one.
-        as_json: Print one JSON object on standard output.
     """
     _claim(out, {"days": NUM_DAYS, "rows": DAY_ROWS} if live else {"rows": NUM_ROWS})
-    try:
+    option = "--live " if live else ""
+    with saying_at_ctrl_c(f"stopped; the same command resumes: dlrm quickstart {option}--out {shlex.quote(str(out))}"):
         if live:
             _run_live(out, as_json=as_json)
         else:
             _run(out, nproc_per_node, as_json=as_json)
-    except KeyboardInterrupt as interrupt:
-        option = "--live " if live else ""
-        msg = f"stopped; the same command resumes: dlrm quickstart {option}--out {shlex.quote(str(out))}"
-        raise Interrupted(msg) from interrupt
 
 
 def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
@@ -92,30 +84,29 @@ def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
     else:
         with progress_bars("2/5 preprocess: values become ids, the last seventh of the rows is held out") as progress:
             dataset = preprocess([log], encoded, criteo_schema(), PreprocessOptions(), progress=progress)
-    console.print(
-        f"3/5 train: a DLRM of {sum(dataset.num_embeddings.values()):,} embeddings on {nproc_per_node} process(es)"
-    )
+    num_embeddings = sum(dataset.num_embeddings.values())
+    say(f"3/5 train: a DLRM of {num_embeddings:,} embeddings on {nproc_per_node} process(es)")
     processes = Processes(nproc_per_node)
     warn_of_crowding(processes)
     settings = load_config(SHIPPED_CONFIGS / "quickstart.toml")
     summary = launch(drawn, partial(train, settings, dataset.path, run), processes=processes).summary
-    console.print("4/5 evaluate: every held-out row once")
+    say("4/5 evaluate: every held-out row once")
     result = launch(drawn, partial(evaluate, run, split="val+test"), processes=Processes())
     Run.open(run).write_evaluation(result["split"], result)
-    console.print("5/5 compare: a logistic regression on the same rows")
+    say("5/5 compare: a logistic regression on the same rows")
     baseline = fit_logistic_regression(dataset, ["val", "test"])
 
     attainable = truth.splits["held_out"]
-    table = Table(title=f"on {result['rows']:,} held-out rows", title_justify="left")
-    for column in ("", "AUC", "logloss", "AUC above 0.5, of attainable"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, auc, logloss in (
-        ("attainable", attainable.auc, attainable.logloss),
-        ("DLRM", result["auc"], result["logloss"]),
-        ("logistic regression", baseline.auc, baseline.logloss),
-    ):
-        table.add_row(name, f"{auc:.4f}", f"{logloss:.4f}", f"{(auc - 0.5) / (attainable.auc - 0.5):.1%}")
-    console.print(table)
+    rows = [
+        {"": name, "AUC": f"{auc:.4f}", "logloss": f"{logloss:.4f}"}
+        | {"AUC above 0.5, of attainable": f"{(auc - 0.5) / (attainable.auc - 0.5):.1%}"}
+        for name, auc, logloss in (
+            ("attainable", attainable.auc, attainable.logloss),
+            ("DLRM", result["auc"], result["logloss"]),
+            ("logistic regression", baseline.auc, baseline.logloss),
+        )
+    ]
+    print_table(f"on {result['rows']:,} held-out rows", rows)
     seconds = time.monotonic() - started_s
     # A training that was over already has read nothing now.
     speed = f"; the training read {summary.rows_per_s:,.0f} rows/s" if summary.rows_per_s else ""

@@ -5,9 +5,12 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from torchdlrm.cli.terminal import Json, console, print_json
+from cyclopts import Parameter
+
+from torchdlrm.cli.options import Json
+from torchdlrm.cli.terminal import console, print_json
 from torchdlrm.folders import expect, kind_of
 from torchdlrm.serving.options import ServeOptions
 
@@ -19,7 +22,9 @@ def serve(
     bundle: Path,
     *,
     options: ServeOptions = ServeOptions(),  # noqa: B008 - frozen, and what the parser fills
-    as_json: Json = False,
+    as_json: Annotated[
+        Json, Parameter(help="Print one JSON object on standard output once it takes requests.")
+    ] = False,
 ) -> None:
     """Serve a bundle: Open Inference Protocol v2, POST /predict, a page at /, /metrics; follows a moved link.
 
@@ -28,8 +33,6 @@ def serve(
     Args:
         bundle: Folder written by `dlrm export`, or a symbolic link to one: when it is moved, what it leads to is
             served, by deltas in memory where they lie next to it.
-        options: of the server.
-        as_json: Print one JSON object on standard output when requests can be sent.
     """
     found = kind_of(bundle)
     if found is None or found.name != "delta":  # one is served where its base lies beside it

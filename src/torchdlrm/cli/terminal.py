@@ -8,15 +8,14 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from cyclopts import Parameter
-from cyclopts.validators import Number
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from torchdlrm.errors import Interrupted
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.progress.shown import shown_on
 from torchdlrm.units import show_number
@@ -27,11 +26,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 console = Console(stderr=True, highlight=False)
-
-Flag = Annotated[bool, Parameter(negative="")]
-# `as_json: Json = False`, last of a command's options: print one JSON object on standard output.
-Json = Annotated[bool, Parameter(name="--json", negative="")]
-Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 
 
 def say(line: str) -> None:
@@ -51,6 +45,7 @@ def print_table(
     *,
     left_aligned: Collection[str] = (),
     droppable: Collection[str] = (),
+    cut: Collection[str] = (),
 ) -> None:
     """Write rows as a table, numbers to the right; nothing where there are none.
 
@@ -60,27 +55,43 @@ def print_table(
         columns: which to show; those of the first row when not given.
         left_aligned: columns of text, besides the first one.
         droppable: columns that are left out where the terminal is too narrow for all.
+        cut: columns of text that have what width the others leave, and a line a row.
     """
     if not rows:
         return
+
+    def table_of(columns: Sequence[str]) -> Table:
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.expand = bool(cut)
+        for index, name in enumerate(columns):
+            is_text = name in left_aligned or name in cut
+            table.add_column(
+                name,
+                justify="left" if index == 0 or is_text else "right",
+                # The first column says which row it is: it does not give way either.
+                no_wrap=index == 0 or name not in left_aligned,
+                ratio=1 if name in cut else None,
+            )
+        for row in rows:
+            table.add_row(*(escape(row.get(name, "")) for name in columns))
+        return table
+
     columns = columns or list(rows[0])
-    table = _table(title, rows, columns, left_aligned)
+    table = table_of(columns)
     if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
-        table = _table(title, rows, [name for name in columns if name not in droppable], left_aligned)
+        table = table_of([name for name in columns if name not in droppable])
     console.print(table)
 
 
-def _table(
-    title: str, rows: Sequence[Mapping[str, str]], columns: Sequence[str], left_aligned: Collection[str]
-) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, name in enumerate(columns):
-        is_number = index > 0 and name not in left_aligned
-        # The first column says which row it is: it does not give way either.
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=is_number or index == 0)
-    for row in rows:
-        table.add_row(*(escape(row.get(name, "")) for name in columns))
-    return table
+def say_facts(title: str, facts: Mapping[str, str]) -> None:
+    """Say a title, and below it each fact behind its name; nothing where there are none."""
+    if facts and title:
+        say(title)
+    width = max(map(len, facts), default=0) + 2
+    for name, value in facts.items():
+        first, *others = value.splitlines() or [""]
+        for label, line in ((name, first), *(("", other) for other in others)):
+            say(f"  {label:<{width}}{line}")
 
 
 def print_json(result: Mapping[str, object]) -> None:
@@ -136,6 +147,15 @@ def progress_bars(
         say(description)
     with shown_on(console, on_phase) as shown:
         yield shown
+
+
+@contextmanager
+def saying_at_ctrl_c(message: str) -> Iterator[None]:
+    """Inside, an interruption ends the command with this message."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(message) from interrupt
 
 
 def drawn(job: Callable[..., T]) -> T:

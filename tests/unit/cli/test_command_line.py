@@ -159,7 +159,7 @@ def test_a_config_goes_by_its_name():
 
 
 def test_a_config_can_be_printed_to_start_from(capsys, tmp_path):
-    from torchdlrm.cli.config import config
+    from torchdlrm.cli.about import config
 
     config("criteo-small")
     mine = tmp_path / "mine.toml"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchdlrm.cli.training_shown import preview_lines
+from torchdlrm.cli.train import preview_lines
 from torchdlrm.config import load_config
 from torchdlrm.model.precision import Precision
 from torchdlrm.sharding.devices import device_named

@@ -1,4 +1,4 @@
-"""`dlrm advance`: one period of a live model."""
+"""`dlrm advance` and `dlrm rollback`: one period of a live model, and an earlier one again."""
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from torchdlrm.cli.options import Flag, Json, OwnModel, Positive
 from torchdlrm.cli.terminal import (
-    Flag,
-    Json,
-    Positive,
     announce,
     drawn,
     metric_cells,
@@ -20,10 +18,12 @@ from torchdlrm.cli.terminal import (
     progress_bars,
     say,
     say_next,
+    saying_at_ctrl_c,
     warn,
     warn_of_crowding,
 )
-from torchdlrm.errors import Interrupted, TorchDLRMError
+from torchdlrm.errors import TorchDLRMError
+from torchdlrm.folders import expect
 from torchdlrm.live.settings import LiveSettings
 from torchdlrm.preprocessing.options import Resources
 from torchdlrm.units import show_bytes, show_number
@@ -42,11 +42,10 @@ def advance(
     config: str | None = None,
     schema: str | None = None,
     settings: Annotated[LiveSettings, Parameter(name="*")] = LiveSettings(),  # noqa: B008 - frozen
-    model_class: str | None = None,
-    allow_changed_model_class: Flag = False,
+    own_model: OwnModel = OwnModel(),  # noqa: B008 - likewise
     restart: Flag = False,
     nproc_per_node: Positive = 1,
-    resources: Resources = Resources(),  # noqa: B008 - frozen, and what the parser fills
+    resources: Resources = Resources(),  # noqa: B008 - likewise
     dry_run: Flag = False,
     as_json: Json = False,
 ) -> None:
@@ -64,25 +63,14 @@ def advance(
             in LIVE/config.toml.
         schema: What the columns are, as `dlrm preprocess` has it; needed by the first call, and kept in
             LIVE/schema.toml.
-        settings: of the live model.
-        model_class: A model of your own in place of the DLRM, FILE.py:NAME or MODULE:NAME; given in each call.
-        allow_changed_model_class: Take the model class though its file has changed since.
         restart: Remove a period that is not complete, or whose model was not published, and begin it again.
         nproc_per_node: Processes that train.
-        resources: of preprocessing.
         dry_run: Say what would be done, refuse what would be refused, and write nothing.
-        as_json: Print one JSON object on standard output.
     """
     announce(f"advance {live}")
 
-    given: dict[str, Any] = {
-        "config": config,
-        "schema": schema,
-        "settings": settings,
-        "model_class": model_class,
-        "allow_changed_model_class": allow_changed_model_class,
-        "restart": restart,
-    }
+    given: dict[str, Any] = {"config": config, "schema": schema, "settings": settings, "restart": restart}
+    given |= vars(own_model)
     if dry_run:
         _preview(live, logs, given, as_json=as_json)
         return
@@ -94,13 +82,10 @@ def advance(
     processes = Processes(nproc_per_node)
     warn_of_crowding(processes)
     complete = {record.period for record in LiveModel(live).periods}
-    try:
-        with progress_bars("") as progress:
-            record = advance_live(
-                live, logs, resources=resources, train_by=_training_in(processes), progress=progress, **given
-            )
-    except KeyboardInterrupt as interrupt:
-        raise Interrupted("interrupted; the same command resumes") from interrupt
+    with saying_at_ctrl_c("interrupted; the same command resumes"), progress_bars("") as progress:
+        record = advance_live(
+            live, logs, resources=resources, train_by=_training_in(processes), progress=progress, **given
+        )
     if record.period in complete:
         say(f"period {record.period} has this log, and is complete: nothing was left to do")
     _print_record(record)
@@ -108,8 +93,8 @@ def advance(
         print_json({"live": str(live), **record.model_dump(mode="json")})
     if not record.published:
         why = "; ".join(record.gate.reasons)
-        rollback = f"dlrm rollback {shlex.quote(str(live))} {record.period}"
-        msg = f"period {record.period} is not published: {why}. {rollback} publishes it"
+        again = f"dlrm rollback {shlex.quote(str(live))} {record.period}"
+        msg = f"period {record.period} is not published: {why}. {again} publishes it"
         raise TorchDLRMError(msg)
     say_next("dlrm serve {}, which follows, or dlrm inspect {}", live / "current", live)
 
@@ -175,3 +160,24 @@ def _print_record(record: "PeriodRecord") -> None:
     came = sum(feature.admitted for feature in record.features.values())
     gone = sum(feature.expired for feature in record.features.values())
     say(f"values: {came:,} got an id, {gone:,} lost theirs")
+
+
+def rollback(live: Path, period: int, *, as_json: Json = False) -> None:
+    """Publish the model of an earlier period, or of one that was not good enough; the next period is learnt from it.
+
+    Only LIVE/current is led elsewhere: nothing is removed, and a later period can be published again.
+
+    Args:
+        live: Folder of the live model.
+        period: Number of the period; `dlrm inspect LIVE` lists them.
+    """
+    expect("live model", live)
+    from torchdlrm.live.model import RUN_NAME, LiveModel
+    from torchdlrm.live.model import rollback as roll_back
+
+    record = roll_back(live, period)
+    say(f"{live}/current is period {record.period} now; the next period is learnt from it")
+    if not (LiveModel(live).day(period) / RUN_NAME).is_dir():
+        warn(f"the run of period {period} was removed (keep_runs), so that no period can be learnt from it")
+    if as_json:
+        print_json({"live": str(live), "current": record.period})

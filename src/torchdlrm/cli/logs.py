@@ -1,14 +1,19 @@
-"""`dlrm synthesize`: write a click log whose true click probabilities are known."""
+"""`dlrm synthesize`, `dlrm download` and `dlrm schema`: a log, and what its columns are."""
 
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from rich.table import Table
 
-from torchdlrm.cli.terminal import Json, console, print_json, progress_bars, say_next
-from torchdlrm.errors import ConfigError, LogError
+from torchdlrm.cli.options import Flag, Json
+from torchdlrm.cli.terminal import look_at, print_json, print_table, progress_bars, say, say_next
+from torchdlrm.errors import ConfigError, LogError, UserError
+from torchdlrm.logs.download import SOURCES, parse_days
+from torchdlrm.logs.download import download as run_download
+from torchdlrm.logs.proposal.propose import SAMPLE_ROWS, propose_schema
 from torchdlrm.synthetic.log import schema_path
 from torchdlrm.synthetic.synthesize import day_path, late_path
 from torchdlrm.synthetic.synthesize import synthesize as write_log
@@ -22,13 +27,13 @@ def synthesize(
     out: Path,
     seed: int = 0,
     preset: Literal["criteo-kaggle", "criteo-1tb"] | None = None,
-    multi_hot: Annotated[bool, Parameter(negative="")] = False,
+    multi_hot: Flag = False,
     companions: Companions | None = None,
     max_embeddings: int | None = None,
     days: int | None = None,
     drift: Drift | None = None,
     label_delay: float | None = None,
-    force: Annotated[bool, Parameter(negative="")] = False,
+    force: Flag = False,
     as_json: Json = False,
 ) -> None:
     """Write a click log in the Criteo layout, and a file with the AUC and logloss that can be reached on it.
@@ -50,7 +55,6 @@ def synthesize(
         label_delay: With --days, the fraction of the clicks that are known only on the day after: 0 in day_00.tsv;
             their rows are in late_00.tsv, with a 1.
         force: Replace a file that is there; with --days all days that are in the folder.
-        as_json: Print one JSON object on standard output.
     """
     if out.is_dir() and days is None:
         msg = f"--out: {out} is a folder; name a file in it"
@@ -77,18 +81,15 @@ def synthesize(
             progress=progress,
         )
     elapsed_s = time.perf_counter() - started_at_s
-
-    table = Table("attainable on", "rows", "click rate", "AUC", "logloss")
-    for column in table.columns[1:]:
-        column.justify = "right"
     parts: dict[str, SyntheticTruth | Attainable] = {"all rows": truth, **truth.splits}
-    for name, part in parts.items():
-        table.add_row(name, f"{part.rows:,}", f"{part.click_rate:.4f}", f"{part.auc:.4f}", f"{part.logloss:.4f}")
-    console.print(table)
+    attainable = [
+        {"attainable on": name, "rows": f"{part.rows:,}", "click rate": f"{part.click_rate:.4f}"}
+        | {"AUC": f"{part.auc:.4f}", "logloss": f"{part.logloss:.4f}"}
+        for name, part in parts.items()
+    ]
+    print_table("", attainable)
     logs = [out] if days is None else [day_path(out, day) for day in range(days)]
-    num_bytes = sum(log.stat().st_size for log in logs)
-    console.print(f"{num_bytes:,} bytes in {elapsed_s:.1f} s; truth: {truth_path(out)}", soft_wrap=True)
-    schema = {"schema": str(schema_path(out))} if multi_hot else {}
+    say(f"{sum(log.stat().st_size for log in logs):,} bytes in {elapsed_s:.1f} s; truth: {truth_path(out)}")
     if days is None:
         option = " --schema {}" if multi_hot else ""
         say_next(f"dlrm preprocess {{}}{option} --out dataset", out, schema_path(out))
@@ -96,6 +97,7 @@ def synthesize(
         advance = "dlrm advance live {} --config criteo-small --schema criteo-bucketed"
         say_next(f"{advance}, and then day by day", logs[0])
     if as_json:
+        schema = {"schema": str(schema_path(out))} if multi_hot else {}
         files = {"days": [_day(out, day, truth) for day in range(days)]} if days is not None else {}
         print_json({"log": str(out), "truth": str(truth_path(out)), **schema, **truth.as_dict(), **files})
 
@@ -105,3 +107,77 @@ def _day(folder: Path, day: int, truth: SyntheticTruth) -> dict[str, object]:
     late_log = {"late": str(late)} if truth.label_delay else {}
     attainable = truth.as_dict()["splits"][log.stem]
     return {"day": day, "log": str(log), "truth": str(truth_path(log)), **late_log, **attainable}
+
+
+def download(
+    log: Literal["criteo-kaggle", "criteo-1tb"],
+    *,
+    out: Path,
+    days: str | None = None,
+    source: Annotated[str | None, Parameter(name="--from")] = None,
+    at_a_time: int = 4,
+    as_json: Json = False,
+) -> None:
+    """Fetch a public click log; a download that was cut off resumes when the same command is given again.
+
+    Args:
+        log: Which log.
+        out: Folder for the files.
+        days: Days of criteo-1tb, such as 0-23 or 0,5,7; all by default.
+        source: Another address to fetch the files from: they are at this address followed by their names.
+        at_a_time: Files to fetch at a time.
+    """
+    place = SOURCES[log]
+    if source is not None:
+        place = replace(place, base=source if source.endswith("/") else source + "/")
+    if days is not None and place.days is None:
+        msg = f"--days: {log} is one file; leave the option out"
+        raise ConfigError(msg)
+    wanted = None if days is None or place.days is None else parse_days(days, place.days)
+    with progress_bars(f"download {log} from {place.base}") as progress:
+        files = run_download(place, out, wanted, at_a_time=at_a_time, progress=progress)
+    total = sum(file.size_bytes for file in files)
+    say(f"{len(files)} files, {total:,} bytes, in {out}")
+    if as_json:
+        print_json({"log": log, "files": [str(file.path) for file in files], "size_bytes": total})
+    elif files[0].name.endswith(".tar.gz"):
+        say_next("tar -xzf {} -C {}", files[0].path, out)
+    else:
+        say_next("dlrm preprocess {}/* --out dataset", out)
+
+
+def schema(
+    log: Path,
+    *,
+    out: Path | None = None,
+    rows: int = SAMPLE_ROWS,
+    as_json: Json = False,
+) -> None:
+    """Propose a schema file for a log, from rows all over it, for you to edit.
+
+    Args:
+        log: A file of the log: CSV, TSV, JSON Lines, Parquet or ORC.
+        out: Where to write the file; by default it is printed.
+        rows: How many rows to read, about, from the beginning, the middle and the end.
+    """
+    if rows < 1:
+        msg = f"--rows: must be at least 1, got {rows}"
+        raise UserError(msg)
+    if out is not None and out.exists():
+        msg = f"{out}: exists; choose another --out, or remove it first"
+        raise UserError(msg)
+    proposal = propose_schema(log, rows)
+    look_at(proposal.warnings)
+    if out is not None:
+        try:
+            out.write_text(proposal.text, encoding="utf-8")
+        except OSError as error:
+            msg = f"{out}: cannot be written: {error.strerror}"
+            raise UserError(msg) from error
+        say(f"wrote {out} from {proposal.origin}; read and edit it")
+        say_next("dlrm preprocess {} --schema {} --out dataset", log, out)
+    if as_json:
+        about = {"log": str(log), "out": out and str(out), "read": proposal.origin, "schema": proposal.schema}
+        print_json(about | {name: value for name, value in vars(proposal).items() if name != "origin"})
+    elif out is None:
+        sys.stdout.write(proposal.text)
