@@ -4,16 +4,18 @@ In: their metadata.  Out: their versions, and a check for each way in which they
 """
 
 import platform
-import re
 from collections.abc import Iterator, Mapping
 from importlib import metadata
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from torchdlrm.doctor.findings import AFRESH, Check
 
 SHOWN = ("torchdlrm", "torch", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchrec", "polars", "pyarrow", "numpy")
 BUILDS = {"fbgemm-gpu-cpu": "cpu", "fbgemm-gpu": "gpu"}
 # Extras whose packages compute; an optional tracker of another version is for its user to know.
-_COMPUTING_EXTRAS = ("", "cpu", "gpu")
+_COMPUTING_EXTRAS = ("cpu", "gpu")
 
 
 def installed_versions() -> dict[str, str | None]:
@@ -21,23 +23,20 @@ def installed_versions() -> dict[str, str | None]:
     return {"python": platform.python_version()} | {name: _version(name) for name in SHOWN}
 
 
-def requirements(lines: list[str] | None) -> dict[str, str]:
-    """What torchdlrm requires of each package, as in {"torch": "<2.14,>=2.13"}; of those that compute.
+def requirements(lines: list[str] | None) -> dict[str, SpecifierSet]:
+    """The versions that torchdlrm requires of each package that computes.
 
     Args:
         lines: of the metadata, as in `torch<2.14,>=2.13; extra == "gpu"`.
     """
-    found = {}
-    for line in lines or []:
-        requirement, _, marker = line.partition(";")
-        extra = re.search(r"extra == ['\"](.*?)['\"]", marker)
-        name = re.match(r"[\w.-]+", requirement)
-        if name is not None and (extra[1] if extra else "") in _COMPUTING_EXTRAS:
-            found[name[0]] = re.sub(r"^\[.*?\]", "", requirement[name.end() :].strip())
-    return found
+    return {
+        required.name: required.specifier
+        for required in map(Requirement, lines or [])
+        if not (mark := required.marker) or any(mark.evaluate({"extra": extra}) for extra in _COMPUTING_EXTRAS)
+    }
 
 
-def check_packages(versions: Mapping[str, str | None], required: Mapping[str, str]) -> Iterator[Check]:
+def check_packages(versions: Mapping[str, str | None], required: Mapping[str, SpecifierSet]) -> Iterator[Check]:
     """Whether versions and builds fit together.
 
     Args:
@@ -50,10 +49,10 @@ def check_packages(versions: Mapping[str, str | None], required: Mapping[str, st
         yield Check("builds", "failed", why, AFRESH)
         return
     wrong = [
-        f"{name} {versions.get(name) or 'is missing'}" + (f" (wanted: {wanted})" if versions.get(name) else "")
+        f"{name} {version} (wanted: {wanted})" if version else f"{name} is missing"
         for name, wanted in required.items()
         if name not in BUILDS or name in builds
-        if not satisfies(versions.get(name), wanted)
+        if not (version := versions.get(name)) or not wanted.contains(version, prereleases=True)
     ]
     if not builds:
         wrong.append("fbgemm-gpu-cpu or fbgemm-gpu is missing")
@@ -81,30 +80,6 @@ def check_installed() -> tuple[dict[str, str | None], list[Check]]:
     versions = installed_versions()
     everything = {name: _version(name) for name in required} | versions
     return versions, list(check_packages(everything, required)) if required else []
-
-
-def satisfies(version: str | None, wanted: str) -> bool:
-    """Whether a version is in a range such as `<2.14,>=2.13`; a local part such as `+cpu` does not count."""
-    if version is None:
-        return False
-    here = _numbers(version)
-    for part in filter(None, wanted.split(",")):
-        operator, number = re.fullmatch(r"\s*([<>=!~]+)\s*(.*?)\s*", part).groups()  # type: ignore[union-attr]
-        there = _numbers(number)
-        if not {"<": here < there, "<=": here <= there, ">": here > there, ">=": here >= there, "==": here == there}[
-            operator
-        ]:
-            return False
-    return True
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The numbers of a version, without zeros at its end: 2.13.0+cpu is (2, 13)."""
-    release = re.match(r"\d+(\.\d+)*", version)
-    numbers = [int(number) for number in release[0].split(".")] if release else []
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
 
 
 def _version(name: str) -> str | None:

@@ -121,7 +121,7 @@ def examine(findings: Findings, folder: Path) -> None:
         num = 2 if place == "cpu" else findings.num_gpus
         title = f"all-to-all of {num} processes by " + ("gloo" if place == "cpu" else "NCCL")
         network = _GLOO if place == "cpu" else _NCCL
-        findings.try_out(title, _later("exchange", "exchange_all_to_all", place, num), network, engine)
+        findings.try_out(title, _later("self_test", "exchange_all_to_all", place, num), network, engine)
     for place in places:
         num = findings.num_gpus if place == "cuda" else 1
         findings.try_out(_step(place), _later("self_test", "train_steps", folder, place, num), _REPORT, "dataset")

@@ -1,13 +1,16 @@
-"""Tries, on a few hundred rows, what people will do with millions: by the same functions.
+"""Tries whether processes exchange what a training exchanges, and, on a few hundred rows, what people do with millions.
 
 Each function gives in words what was seen, and raises whatever goes wrong.
 """
 
 import math
 import os
+import statistics
+import time
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
 
 from torchdlrm.config import Config, DeviceChoice, load_config
 from torchdlrm.doctor.probe import Findings
@@ -23,9 +26,35 @@ from torchdlrm.synthetic.synthesize import synthesize
 from torchdlrm.training.compute import choose_precision
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.launch import Processes, launch
+from torchdlrm.training.processes.process_group import join_process_group
+from torchdlrm.units import show_bytes
 
 _NUM_ROWS, _NUM_STEPS, _BATCH_ROWS = 4_000, 6, 256
+_NUM_VALUES, _ROUNDS = 2**20, 5  # of the exchange
 _TIMEOUT_S = 60.0
+
+
+def exchange_all_to_all(place: DeviceChoice, num_processes: int) -> str:
+    """Let processes exchange numbers, and check that each has what was meant for it."""
+    seconds: float = launch(_exchange, place, processes=Processes(num_processes))
+    sent_bytes = 4 * _NUM_VALUES
+    return f"{show_bytes(sent_bytes)} of each process in {1000 * seconds:.2f} ms"
+
+
+def _exchange(place: DeviceChoice) -> float:
+    with join_process_group(_TIMEOUT_S, device=place) as ranks:
+        n = _NUM_VALUES // ranks.world_size
+        sent = torch.arange(ranks.world_size, device=ranks.device).repeat_interleave(n).float() + 1000 * ranks.rank
+        received = torch.empty_like(sent)
+        meant_for_us = 1000.0 * torch.arange(ranks.world_size, device=ranks.device).repeat_interleave(n) + ranks.rank
+        times = []
+        for _ in range(_ROUNDS):
+            started_s = time.perf_counter()
+            dist.all_to_all_single(received, sent)
+            is_right = torch.equal(received, meant_for_us)  # waits for a GPU
+            times.append(time.perf_counter() - started_s)
+            assert is_right, f"rank {ranks.rank} got what was meant for another"
+    return statistics.median(times)
 
 
 def make_dataset(findings: Findings, folder: Path) -> str:

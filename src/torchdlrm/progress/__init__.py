@@ -5,7 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class ProgressListener(Protocol):
@@ -31,14 +31,10 @@ class ProgressListener(Protocol):
 class SilentProgress:
     """Listens to nothing."""
 
-    def start_phase(self, name: str, total: int | None, unit: str = "rows", done: int = 0) -> None:
+    def start_phase(self, *_: Any, **__: Any) -> None:
         """Ignored."""
 
-    def advance(self, amount: int, **values: str) -> None:
-        """Ignored."""
-
-    def note(self, line: str) -> None:
-        """Ignored."""
+    advance = note = start_phase
 
 
 SILENT = SilentProgress()
