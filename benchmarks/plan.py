@@ -28,12 +28,12 @@ from torchdlrm.bench.step import benchmark_step
 from torchdlrm.config import TABLE_OPTIMIZERS, Config, ModelConfig, TrainConfig
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.planning.measure import measure
-from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.layout import layout_of
+from torchdlrm.sharding.local_machine import local_machine
+from torchdlrm.sharding.machine import device_named
 from torchdlrm.sharding.planner import PlanOptions, TableSharder, meta_tables, planner_constraints
 from torchdlrm.sharding.problem import Problem, solution_of, solve
 from torchdlrm.sharding.tables import Table, tables_of_model
-from torchdlrm.sharding.topology import local_machine, machine_of
 from torchdlrm.training.compute import set_threads
 from torchdlrm.training.processes.process_group import Ranks, join_process_group
 
@@ -56,7 +56,7 @@ def random_problem(num_tables: int, num_devices: int) -> Problem:
         Table(f"t_{i}", int(10 ** rng.uniform(2, 7.3)), rng.choice([64, 128]), float(rng.choice([1, 1, 1, 2, 5, 20])))
         for i in range(num_tables)
     ]
-    machine = machine_of(device_named("a100-80gb"), num_devices=num_devices)
+    machine = device_named("a100-80gb").spread(num_devices)
     return Problem(tuple(tables), machine, PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 4096 * num_devices, 0.15))
 
 

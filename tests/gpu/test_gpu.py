@@ -14,7 +14,7 @@ import torch
 
 from helpers.trainings import OPTIONS, Process, checkpoints, wait_until
 from torchdlrm.config import ShardingConfig
-from torchdlrm.sharding.topology import local_machine
+from torchdlrm.sharding.local_machine import local_machine
 from torchdlrm.training.checkpoint import Position
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.processes.launch import Processes, launch

@@ -3,15 +3,14 @@
 import random
 
 from torchdlrm.config import TABLE_OPTIMIZERS
-from torchdlrm.sharding.devices import device_named
+from torchdlrm.sharding.machine import device_named
 from torchdlrm.sharding.planner import PlanOptions
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.sharding.tables import Table
-from torchdlrm.sharding.topology import machine_of
 
 
 def problem(tables, devices=8, device="a100-80gb", hosts=None, optimizer="rowwise_adagrad", batch=65_536, **options):
-    machine = machine_of(device_named(device), num_devices=devices, num_hosts=hosts)
+    machine = device_named(device).spread(devices, hosts)
     return Problem(tuple(tables), machine, PlanOptions(TABLE_OPTIMIZERS[optimizer], batch, 0.15, **options))
 
 

@@ -7,10 +7,10 @@ from torchdlrm.bench.competitors import Case
 from torchdlrm.bench.step import REST, WHOLE, measure_parts
 from torchdlrm.config import Config, ModelConfig, TrainConfig
 from torchdlrm.planning.measure import measure
+from torchdlrm.sharding.local_machine import local_machine
 from torchdlrm.sharding.planner import PlanOptions
 from torchdlrm.sharding.problem import Problem, solve
 from torchdlrm.sharding.tables import tables_of_model
-from torchdlrm.sharding.topology import local_machine
 from torchdlrm.training.compute import choose_precision, keep_freed_memory, set_threads
 from torchdlrm.training.processes.process_group import join_process_group
 

@@ -37,8 +37,8 @@ from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.model.architecture import BuiltInArchitecture, ModelShape
 from torchdlrm.model.loss import DLRMTrain
 from torchdlrm.model.model_class import architecture_of
+from torchdlrm.sharding.local_machine import local_machine
 from torchdlrm.sharding.planner import PlanOptions, TableSharder, plan_sharding
-from torchdlrm.sharding.topology import local_machine
 from torchdlrm.tables.optimizers import fused_params
 from torchdlrm.training.compute import allow_tf32, keep_freed_memory, set_threads
 from torchdlrm.training.pipeline import build_pipeline

@@ -27,7 +27,7 @@ from torchdlrm.config import Config
 from torchdlrm.model.precision import bfloat16_unit
 from torchdlrm.processor import describe_processor
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.sharding.topology import host_memory_bytes
+from torchdlrm.sharding.machine import host_memory_bytes
 from torchdlrm.tables.optimizers import check_plain_torchrec
 from torchdlrm.training.compute import choose_precision
 from torchdlrm.training.processes.device import rank_device

@@ -22,9 +22,9 @@ from torchdlrm.config import Config
 from torchdlrm.errors import PlanError
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.eager import EagerModel
-from torchdlrm.sharding.devices import device_of_gpu
 from torchdlrm.sharding.estimate import shard_costs
 from torchdlrm.sharding.layout import PlacedShard, PlacedTable
+from torchdlrm.sharding.machine import device_of_gpu
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.sharding.tables import Table
 from torchdlrm.shared_memory import FIRST_FREE_BYTE, SharedMemory
@@ -86,7 +86,7 @@ def measured(problem: Problem, config: Config) -> tuple[Problem, Measurement]:
     devices = {"cpu", "here"}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        devices.add(device_of_gpu(properties.name, properties.total_memory).name)
+        devices.add(device_of_gpu(properties.name, properties.total_memory).device)
     if problem.machine.num_hosts != 1 or problem.machine.device not in devices:
         msg = f"`measure`: times this machine, not {problem.machine.device}; give here as `device`, and one host"
         raise PlanError(msg)

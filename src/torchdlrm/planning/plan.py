@@ -13,8 +13,9 @@ from torchdlrm.model.model_class import architecture_of
 from torchdlrm.planning.measure import measured
 from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.planning.smaller_tables import ALPHA, with_smaller_dims
-from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.layout import read_plan
+from torchdlrm.sharding.local_machine import local_machine
+from torchdlrm.sharding.machine import Machine, device_named
 from torchdlrm.sharding.planner import PlanOptions
 from torchdlrm.sharding.problem import Problem, Solution, solve
 from torchdlrm.sharding.tables import (
@@ -29,7 +30,6 @@ from torchdlrm.sharding.tables import (
     tables_of_model,
     with_features,
 )
-from torchdlrm.sharding.topology import Machine, local_machine, machine_of
 from torchdlrm.toml import is_preset
 from torchdlrm.training.processes.device import rank_device
 from torchdlrm.training.processes.library_noise import silenced_libraries
@@ -156,7 +156,7 @@ def _machine(request: PlanRequest, config: Config) -> Machine:
             raise PlanError(msg) from error
         machine = local_machine(sharding, world_size=devices, local_world_size=local_world_size, device=device)
     else:
-        machine = machine_of(device_named(request.device_name), num_devices=devices, num_hosts=hosts)
+        machine = device_named(request.device_name).spread(devices, hosts)
         machine = replace(
             machine,
             hbm_bytes=(sharding.hbm_bytes or machine.hbm_bytes) if machine.kind == "cuda" else 0,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torchdlrm.config import TableOptimizer
 from torchdlrm.errors import PlanError
 from torchdlrm.features.tables import table_name
+from torchdlrm.sharding.machine import Machine
 from torchdlrm.sharding.tables import Table
-from torchdlrm.sharding.topology import Machine
 
 TABLE_WISE, COLUMN_WISE, ROW_WISE = "table_wise", "column_wise", "row_wise"
 TABLE_ROW_WISE, GRID_SHARD = "table_row_wise", "grid_shard"

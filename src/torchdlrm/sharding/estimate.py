@@ -14,6 +14,7 @@ from torchrec.distributed.planner.utils import build_sharder_data_map, sharder_n
 from torchdlrm.config import TableOptimizer
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.sharding.layout import Layout
+from torchdlrm.sharding.machine import Machine
 from torchdlrm.sharding.planner import (
     PlanOptions,
     TableSharder,
@@ -23,7 +24,6 @@ from torchdlrm.sharding.planner import (
     planner_constraints,
 )
 from torchdlrm.sharding.tables import BYTES_PER_VALUE, Precision, Table, state_bytes
-from torchdlrm.sharding.topology import Machine
 
 MATRIX_EFFICIENCY = 0.5
 

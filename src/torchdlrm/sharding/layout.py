@@ -19,9 +19,9 @@ from torchrec.distributed.types import (
 
 from torchdlrm.errors import PlanError
 from torchdlrm.sharding.constraints import GRID_SHARD, KINDS, TABLE_ROW_WISE
+from torchdlrm.sharding.machine import Machine
 from torchdlrm.sharding.planner import collections_of
 from torchdlrm.sharding.tables import Table
-from torchdlrm.sharding.topology import Machine
 
 FORMAT, FORMAT_VERSION, _WITH_OLD_NAMES = "torchdlrm-plan", 2, 1
 _NEW_NAMES = {

@@ -25,9 +25,9 @@ from torchdlrm.errors import DoesNotFitError
 from torchdlrm.model.build import meta_collection
 from torchdlrm.sharding.constraints import KINDS, TableConstraint, table_constraints
 from torchdlrm.sharding.estimators import MemoryEstimator, OrderedEnumerator, ReservedFraction, TimeEstimator
+from torchdlrm.sharding.machine import Machine
 from torchdlrm.sharding.search import PlacingPartitioner, ProposalCount, proposers
 from torchdlrm.sharding.tables import Precision, Table
-from torchdlrm.sharding.topology import Machine
 from torchdlrm.units import show_bytes
 
 # Up to this many tables times devices both orders of placing tables are tried for every proposal.

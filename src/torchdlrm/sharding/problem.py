@@ -11,9 +11,9 @@ from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.sharding.estimate import Cost, DensePart, dense_part, shard_costs
 from torchdlrm.sharding.layout import PlacedTable, layout_of
+from torchdlrm.sharding.machine import Machine
 from torchdlrm.sharding.planner import Found, PlanOptions, meta_tables, plan_sharding, planner_constraints
 from torchdlrm.sharding.tables import Precision, Table, features_of
-from torchdlrm.sharding.topology import Machine
 
 # Where the dense parts need all memory, so little is left for tables that none fit.
 _MAX_RESERVED_FRACTION = 0.9999

@@ -12,10 +12,11 @@ from torchdlrm.config import Config
 from torchdlrm.errors import PlanError
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.sharding.layout import check_layout, layout_of, read_saved_plan, sharding_plan
+from torchdlrm.sharding.local_machine import local_machine
+from torchdlrm.sharding.machine import Machine
 from torchdlrm.sharding.planner import PlanOptions, plan_sharding, tables_of
 from torchdlrm.sharding.problem import Problem, Solution, solution_of, solve
 from torchdlrm.sharding.tables import Table, tables_of_model
-from torchdlrm.sharding.topology import Machine, local_machine
 from torchdlrm.units import show_bytes
 
 _MAX_DIM_ON_GPU = 2_048

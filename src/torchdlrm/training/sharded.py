@@ -21,9 +21,9 @@ from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model, standardize_dense_input
 from torchdlrm.model.dropout import DroppedActivation
 from torchdlrm.model.loss import DLRMTrain
+from torchdlrm.sharding.local_machine import local_machine
 from torchdlrm.sharding.problem import Solution
 from torchdlrm.sharding.resolve import load_or_make_plan
-from torchdlrm.sharding.topology import local_machine
 from torchdlrm.sharding.weights import initialize_tables
 from torchdlrm.tables.collection import TrainingSharder
 from torchdlrm.tables.optimizers import fill_accumulators, fused_params, set_steps_done, table_kernels

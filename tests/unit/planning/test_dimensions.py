@@ -11,13 +11,12 @@ from torchdlrm.planning.plan import problem_of
 from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.planning.remedies import remedies
 from torchdlrm.planning.smaller_tables import with_quotients, with_smaller_dims
-from torchdlrm.sharding.devices import device_named
+from torchdlrm.sharding.machine import device_named
 from torchdlrm.sharding.planner import PlanOptions
 from torchdlrm.sharding.problem import Problem, try_solve
 from torchdlrm.sharding.tables import Table, preset_tables
-from torchdlrm.sharding.topology import machine_of
 
-MACHINE = machine_of(device_named("a100-80gb"), num_devices=1)
+MACHINE = device_named("a100-80gb").spread(1)
 OPTIONS = PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 65_536, 0.15)
 KAGGLE = Problem(tuple(preset_tables("criteo-kaggle", 128)), MACHINE, OPTIONS)
 

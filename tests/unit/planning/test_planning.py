@@ -14,16 +14,15 @@ from torchdlrm.planning.plan import plan
 from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.planning.remedies import remedies, shortfall
 from torchdlrm.planning.side_by_side import sweep
-from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.layout import read_plan
+from torchdlrm.sharding.machine import device_named
 from torchdlrm.sharding.planner import PlanOptions
 from torchdlrm.sharding.problem import Problem, solve, try_solve
 from torchdlrm.sharding.tables import check_tables, preset_tables, read_tables
-from torchdlrm.sharding.topology import machine_of
 
 
 def asked(devices=4, optimizer="rowwise_adagrad", preset="criteo-1tb-40m"):
-    machine = machine_of(device_named("a100-80gb"), num_devices=devices)
+    machine = device_named("a100-80gb").spread(devices)
     return Problem(tuple(preset_tables(preset, 128)), machine, PlanOptions(TABLE_OPTIMIZERS[optimizer], 65_536, 0.15))
 
 
@@ -50,7 +49,7 @@ def test_the_fewest_devices_are_the_fewest():
     (first, *_) = remedies(asked())
     assert first.settings == {"devices": 8, "hosts": 1}
     for fewer in range(4, 8):
-        assert try_solve(replace(asked(), machine=machine_of(device_named("a100-80gb"), num_devices=fewer))) is None
+        assert try_solve(replace(asked(), machine=device_named("a100-80gb").spread(fewer))) is None
 
 
 def test_a_leaner_optimizer_is_offered_where_it_is_enough():

@@ -13,20 +13,19 @@ from torchdlrm.config import TABLE_OPTIMIZERS, Config, ModelConfig, TableOptimiz
 from torchdlrm.errors import DoesNotFitError
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.eager import EagerModel
-from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.estimate import dense_part, shard_costs
 from torchdlrm.sharding.layout import PlacedShard, PlacedTable
+from torchdlrm.sharding.machine import device_named
 from torchdlrm.sharding.planner import PlanOptions
 from torchdlrm.sharding.problem import Problem, solve
 from torchdlrm.sharding.tables import Table
-from torchdlrm.sharding.topology import machine_of
 from torchdlrm.tables.collection import TablesOfRank
 from torchdlrm.tables.optimizers import fused_params
 
 
 def test_the_dense_parts_are_those_of_this_many_dense_features():
     config = ModelConfig(embedding_dim=8, dense_arch_layer_sizes=(16, 8), over_arch_layer_sizes=(4, 1))
-    machine = machine_of(device_named("a100-80gb"), num_devices=2, num_hosts=None)
+    machine = device_named("a100-80gb").spread(2)
     found = dense_part(ModelShape(config, num_dense=2, num_sparse=3), machine, batch_size_global=100)
     weights = 2 * 16 + 16 * 8 + (8 + 6) * 4 + 4 * 1  # 4 vectors have 6 pairs
     square = 4 * 8 * 4
@@ -47,7 +46,7 @@ def test_the_dense_parts_are_those_of_this_many_dense_features():
 )
 def test_the_dense_parts_are_planned_in_the_precision_of_the_training(device, train, rate):
     config = Config(train=TrainConfig(**train))
-    machine = machine_of(device_named(device), num_devices=1)
+    machine = device_named(device).spread(1)
     problem = Problem((Table("t", 10, 128),), machine, PlanOptions.of(config), model=config.model)
     flops = problem.shape.step_flops(config.train.batch_size_global)
     assert problem.dense.compute_ms == pytest.approx(1000 * flops / (0.5 * rate))

@@ -10,13 +10,12 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchdlrm.config import TABLE_OPTIMIZERS, ModelConfig
 from torchdlrm.errors import PlanError
-from torchdlrm.sharding.devices import device_named
 from torchdlrm.sharding.layout import check_layout, read_saved_plan, sharding_plan
+from torchdlrm.sharding.machine import device_named
 from torchdlrm.sharding.plan_file import write_plan
 from torchdlrm.sharding.planner import PlanOptions, tables_of
 from torchdlrm.sharding.problem import Problem, solve
 from torchdlrm.sharding.tables import Table
-from torchdlrm.sharding.topology import machine_of
 
 TABLES = (Table("t_a", 1000, 16), Table("t_b", 3, 16), Table("t_c", 50_000, 16))
 
@@ -34,7 +33,7 @@ def model(**rows):
 @pytest.fixture
 def saved(tmp_path):
     """A plan for 4 GPUs in which t_b, of three rows, leaves a rank without any."""
-    machine = machine_of(device_named("a100-80gb"), num_devices=4)
+    machine = device_named("a100-80gb").spread(4)
     options = PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 1024, 0.15, constraints=("t_b=row_wise",))
     solution = solve(Problem(TABLES, machine, options))
     write_plan(tmp_path / "plan.json", solution)
@@ -63,7 +62,7 @@ def test_a_saved_plan_is_read_back_as_it_was_written(saved):
 )
 def test_a_plan_for_another_model_or_world_size_is_refused(saved, rows, devices, reason):
     path, _, _ = saved
-    machine = machine_of(device_named("a100-80gb"), num_devices=devices)
+    machine = device_named("a100-80gb").spread(devices)
     with pytest.raises(PlanError) as failure:
         check_layout(read_saved_plan(path), tables_of(model(**rows)), machine)
     assert reason in str(failure.value)
@@ -71,19 +70,19 @@ def test_a_plan_for_another_model_or_world_size_is_refused(saved, rows, devices,
 
 
 def test_tables_that_gpus_cache_are_refused_on_cpu(tmp_path):
-    machine = replace(machine_of(device_named("a100-80gb"), num_devices=1), hbm_bytes=3_000_000)
+    machine = replace(device_named("a100-80gb").spread(1), hbm_bytes=3_000_000)
     options = PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 1024, 0.15, cache_fraction=0.1)
     # Dense parts that leave most of so little memory to the tables.
     small = ModelConfig(embedding_dim=16, dense_arch_layer_sizes=(16,), over_arch_layer_sizes=(8, 1))
     solution = solve(Problem(TABLES, machine, options, model=small))
     write_plan(tmp_path / "plan.json", solution)
     with pytest.raises(PlanError, match="t_c: unknown kernel 'fused_uvm_caching', or not for cpu"):
-        check_layout(read_saved_plan(tmp_path / "plan.json"), TABLES, machine_of(device_named("cpu"), num_devices=1))
+        check_layout(read_saved_plan(tmp_path / "plan.json"), TABLES, device_named("cpu").spread(1))
 
 
 @pytest.mark.parametrize("kind", ["table_row_wise", "grid_shard"])
 def test_tables_cut_within_a_host_are_refused_where_hosts_have_another_number_of_ranks(kind, tmp_path):
-    machine = machine_of(device_named("cpu"), num_devices=4, num_hosts=2)
+    machine = device_named("cpu").spread(4, 2)
     solution = solve(
         Problem(TABLES, machine, PlanOptions(TABLE_OPTIMIZERS["adagrad"], 1024, 0.15, constraints=(f"t_c={kind}",)))
     )
@@ -91,7 +90,7 @@ def test_tables_cut_within_a_host_are_refused_where_hosts_have_another_number_of
     saved = read_saved_plan(tmp_path / "plan.json")
     check_layout(saved, TABLES, machine)
     with pytest.raises(PlanError, match=rf"t_c: {kind} needs its shards on all 4 rank\(s\) of a host"):
-        check_layout(saved, TABLES, machine_of(device_named("cpu"), num_devices=4))
+        check_layout(saved, TABLES, device_named("cpu").spread(4))
 
 
 @pytest.mark.parametrize("change", ["gap", "overlap", "rank", "version", "key", "text"])
@@ -115,7 +114,7 @@ def test_a_damaged_plan_is_refused(saved, change):
 
 
 def test_a_plan_of_the_first_format_version_is_read(tmp_path):
-    machine = replace(machine_of(device_named("a100-80gb"), num_devices=1), hbm_bytes=3_000_000)
+    machine = replace(device_named("a100-80gb").spread(1), hbm_bytes=3_000_000)
     options = PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 1024, 0.15, cache_fraction=0.1)
     small = ModelConfig(embedding_dim=16, dense_arch_layer_sizes=(16,), over_arch_layer_sizes=(8, 1))
     write_plan(tmp_path / "plan.json", solve(Problem(TABLES, machine, options, model=small)))

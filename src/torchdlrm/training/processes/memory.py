@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import torch
 
-from torchdlrm.sharding.topology import host_memory_bytes
+from torchdlrm.sharding.machine import host_memory_bytes
 from torchdlrm.units import show_bytes
 
 # Of torch on GPUs and on the host, of CUDA itself (pinned and managed memory), and of NCCL.

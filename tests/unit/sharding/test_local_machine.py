@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from torchdlrm.config import ShardingConfig
-from torchdlrm.sharding import gpu_memory
-from torchdlrm.sharding.topology import local_machine
+from torchdlrm.sharding import local_machine as module
+from torchdlrm.sharding.local_machine import local_machine
 
 TOTAL = 80 * 10**9
 
@@ -23,7 +23,7 @@ def machine_with(monkeypatch):
 
         monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 10**9 if index == rank else 0)
-        monkeypatch.setattr(gpu_memory, "used_bytes", lambda uuid: used[int(uuid)])
+        monkeypatch.setattr(module, "used_bytes", lambda uuid: used[int(uuid)])
         return local_machine(
             ShardingConfig(**sharding),
             world_size=2,
@@ -70,4 +70,4 @@ def test_a_size_that_is_given_counts(machine_with):
 
 
 def test_without_a_driver_nothing_is_known_to_be_in_use():
-    assert gpu_memory.used_bytes("00000000-0000-0000-0000-000000000000") == 0
+    assert module.used_bytes("00000000-0000-0000-0000-000000000000") == 0

@@ -3,7 +3,7 @@
 import pytest
 
 from torchdlrm.errors import PlanError
-from torchdlrm.sharding.devices import DEVICES, device_named, device_of_gpu
+from torchdlrm.sharding.machine import DEVICES, device_named, device_of_gpu
 
 GB = 10**9
 
@@ -38,7 +38,7 @@ def test_a_gpu_is_found_by_the_name_that_its_driver_gives_it(driver_says, memory
 )
 def test_a_gpu_that_is_not_listed_is_taken_for_none_that_is_faster(driver_says):
     device = device_of_gpu(driver_says, 16 * GB)
-    assert (device.name, device.memory_bytes) == (driver_says, 16 * GB)
+    assert (device.device, device.memory_bytes) == (driver_says, 16 * GB)
     assert "rates of this GPU are not known" in device.source
     for other in DEVICES.values():
         if other.kind == "cuda":

@@ -1,0 +1,319 @@
+"""Machines to plan for: devices with published rates, how many of them there are, and on how many hosts.
+
+All rates are peak rates of the makers' datasheets, in bytes or floating-point operations per second and in one
+direction; real kernels reach a part of them, so times planned from them are too short rather than too long, and
+`dlrm plan --measure` replaces them by what this machine reaches.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torchrec.distributed.planner import Topology
+
+from torchdlrm.errors import PlanError
+from torchdlrm.toml import did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The ranks that share a model; rates are bytes or operations per second of one rank, in one direction.
+
+    Attributes:
+        device: what it is called.
+        kind: `cuda`, or `cpu` for processes on hosts without GPUs.
+        num_devices: ranks.
+        num_hosts: hosts that they are spread over evenly.
+        hbm_bytes: memory of each device; 0 on CPU.
+        host_memory_bytes: host memory of each rank.
+        memory_bytes_per_s: reading the memory where tables live.
+        host_link_bytes_per_s: between host memory and device.
+        intra_host_bytes_per_s: to the other ranks of the host.
+        inter_host_bytes_per_s: to other hosts.
+        float32_flops_per_s: matrix products in float32.
+        bfloat16_flops_per_s: matrix products in bfloat16 without sparsity; of TF32 these GPUs do half as many.
+        backward_multiplier: a table's backward with its update, over its forward.
+        source: where the rates come from.
+    """
+
+    device: str
+    kind: str = "cuda"
+    num_devices: int = 8
+    num_hosts: int = 1
+    hbm_bytes: int
+    host_memory_bytes: int
+    memory_bytes_per_s: float
+    host_link_bytes_per_s: float
+    intra_host_bytes_per_s: float
+    inter_host_bytes_per_s: float
+    float32_flops_per_s: float
+    bfloat16_flops_per_s: float
+    backward_multiplier: float = 2.0  # TorchRec's own default
+    source: str = ""
+
+    @property
+    def devices_per_host(self) -> int:
+        """Ranks of each host."""
+        return self.num_devices // self.num_hosts
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of each rank where its tables live."""
+        return self.hbm_bytes if self.kind == "cuda" else self.host_memory_bytes
+
+    @property
+    def usual_devices_per_host(self) -> int:
+        """Ranks of a host that is full: GPUs are rented by eight, processes on CPU as they are now."""
+        return max(self.devices_per_host, 8) if self.kind == "cuda" else self.devices_per_host
+
+    def product_flops_per_s(self, precision: str, *, tf32: bool) -> float:
+        """Rate of the matrix products of a training with this `train.precision` and `train.tf32`.
+
+        On CPU `auto` may be float32, so that is planned for; GPUs multiply in TF32 half as fast as in bfloat16.
+        """
+        if self.kind == "cuda" and precision != "float32":
+            return self.bfloat16_flops_per_s
+        if self.kind == "cuda" and tf32:
+            return self.bfloat16_flops_per_s / 2
+        return self.float32_flops_per_s
+
+    def spread(self, num_devices: int, num_hosts: int | None = None) -> "Machine":
+        """Make a machine of devices like those of one of `DEVICES`.
+
+        Args:
+            num_devices: all of them.
+            num_hosts: that they are spread over evenly; as many as are usual when not given.
+
+        Raises:
+            PlanError: they cannot be spread evenly.
+        """
+        per_host = self.num_devices if self.kind == "cuda" else num_devices
+        hosts = num_hosts if num_hosts is not None else max(1, -(-num_devices // per_host))
+        if hosts < 1 or num_devices % hosts:
+            msg = (
+                f"`hosts`: {num_devices} devices cannot be spread evenly over {hosts} hosts ({per_host} a host is "
+                f"usual for {self.device}); give `devices` and `hosts` so that one divides the other"
+            )
+            raise PlanError(msg)
+        local = num_devices // hosts
+        shared = local if self.kind == "cpu" else 1  # processes of a host share its memory and its cores
+        return replace(
+            self,
+            num_devices=num_devices,
+            num_hosts=hosts,
+            host_memory_bytes=(self.host_memory_bytes * self.num_devices or host_memory_bytes()) // local,
+            memory_bytes_per_s=self.memory_bytes_per_s / shared,
+            host_link_bytes_per_s=self.host_link_bytes_per_s / shared,
+            intra_host_bytes_per_s=self.intra_host_bytes_per_s / shared,
+            float32_flops_per_s=self.float32_flops_per_s / shared,
+            bfloat16_flops_per_s=self.bfloat16_flops_per_s / shared,
+        )
+
+    def resized(self, num_devices: int) -> "Machine":
+        """Return the machine with another number of devices, on as many hosts as they need.
+
+        Raises:
+            PlanError: they cannot be spread evenly.
+        """
+        per_host = self.usual_devices_per_host
+        hosts = max(1, -(-num_devices // per_host))
+        if num_devices % hosts:
+            msg = f"{num_devices} devices cannot be spread evenly over {hosts} hosts of {per_host}"
+            raise PlanError(msg)
+        return replace(self, num_devices=num_devices, num_hosts=hosts)
+
+    def topology(self) -> Topology:
+        """The machine in TorchRec's words; its rates are bytes per millisecond."""
+        # "The topology was constructed directly": its factory adds nothing but presets of Meta's own machines.
+        logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
+        return Topology(
+            world_size=self.num_devices,
+            local_world_size=self.devices_per_host,
+            compute_device=self.kind,
+            hbm_cap=self.hbm_bytes,
+            ddr_cap=self.host_memory_bytes,
+            hbm_mem_bw=self.memory_bytes_per_s / 1000,
+            ddr_mem_bw=self.memory_bytes_per_s / 1000,
+            hbm_to_ddr_mem_bw=self.host_link_bytes_per_s / 1000,
+            intra_host_bw=self.intra_host_bytes_per_s / 1000,
+            inter_host_bw=self.inter_host_bytes_per_s / 1000,
+            bwd_compute_multiplier=self.backward_multiplier,
+        )
+
+
+def host_memory_bytes() -> int:
+    """Return the physical memory of this host, or the limit of its cgroup where that is lower."""
+    physical_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:  # noqa: PTH123
+            limit = file.read().strip()
+    except OSError:
+        return physical_bytes
+    return physical_bytes if limit == "max" else min(physical_bytes, int(limit))
+
+
+# Of each kind of device the usual machine: a host of them.
+_A100 = Machine(
+    device="a100-40gb",
+    hbm_bytes=40 * 10**9,
+    host_memory_bytes=128 * 10**9,
+    memory_bytes_per_s=1555e9,
+    host_link_bytes_per_s=32e9,
+    intra_host_bytes_per_s=300e9,
+    inter_host_bytes_per_s=25e9,
+    float32_flops_per_s=19.5e12,
+    bfloat16_flops_per_s=312e12,
+    source="NVIDIA A100 SXM4 40GB datasheet; DGX A100: PCIe 4 x16, NVLink 3, HDR InfiniBand 200 Gb/s a GPU",
+)
+_H100 = Machine(
+    device="h100-80gb",
+    hbm_bytes=80 * 10**9,
+    host_memory_bytes=256 * 10**9,
+    memory_bytes_per_s=3350e9,
+    host_link_bytes_per_s=64e9,
+    intra_host_bytes_per_s=450e9,
+    inter_host_bytes_per_s=50e9,
+    float32_flops_per_s=67e12,
+    bfloat16_flops_per_s=989e12,
+    source="NVIDIA H100 SXM5 datasheet; DGX H100: PCIe 5 x16, NVLink 4, NDR InfiniBand 400 Gb/s a GPU",
+)
+# What follows has neither NVLink nor a usual machine: hosts are those that AWS rents, with 8 GPUs.
+_L40S = Machine(
+    device="l40s",
+    hbm_bytes=48 * 10**9,
+    host_memory_bytes=192 * 2**30,
+    memory_bytes_per_s=864e9,
+    host_link_bytes_per_s=32e9,
+    intra_host_bytes_per_s=32e9,
+    inter_host_bytes_per_s=6.25e9,
+    float32_flops_per_s=91.6e12,
+    bfloat16_flops_per_s=362e12,
+    source="NVIDIA L40S datasheet: PCIe 4 x16; AWS g6e.48xlarge: 400 Gb/s for 8 GPUs",
+)
+_L4 = replace(
+    _L40S,
+    device="l4",
+    hbm_bytes=24 * 10**9,
+    host_memory_bytes=96 * 2**30,
+    memory_bytes_per_s=300e9,
+    inter_host_bytes_per_s=1.5625e9,
+    float32_flops_per_s=30.3e12,
+    bfloat16_flops_per_s=121e12,
+    source="NVIDIA L4 datasheet: PCIe 4 x16; AWS g6.48xlarge: 100 Gb/s for 8 GPUs",
+)
+_DEVICES = (
+    _A100,
+    replace(
+        _A100,
+        device="a100-80gb",
+        hbm_bytes=80 * 10**9,
+        host_memory_bytes=256 * 10**9,
+        memory_bytes_per_s=2039e9,
+        source="NVIDIA A100 SXM4 80GB datasheet; DGX A100: PCIe 4 x16, NVLink 3, HDR InfiniBand 200 Gb/s a GPU",
+    ),
+    _H100,
+    replace(
+        _H100,
+        device="h200",
+        hbm_bytes=141 * 10**9,
+        memory_bytes_per_s=4800e9,
+        source="NVIDIA H200 SXM datasheet; DGX H200: PCIe 5 x16, NVLink 4, NDR InfiniBand 400 Gb/s a GPU",
+    ),
+    replace(
+        _H100,
+        device="b200",
+        hbm_bytes=180 * 10**9,
+        memory_bytes_per_s=8000e9,
+        intra_host_bytes_per_s=900e9,
+        float32_flops_per_s=75e12,
+        bfloat16_flops_per_s=2250e12,
+        source="NVIDIA DGX B200 datasheet: 1,440 GB and 64 TB/s over 8 GPUs, NVLink 5, 400 Gb/s a GPU",
+    ),
+    replace(
+        _H100,
+        device="h20",
+        hbm_bytes=96 * 10**9,
+        memory_bytes_per_s=4000e9,
+        float32_flops_per_s=44e12,
+        bfloat16_flops_per_s=148e12,
+        source="NVIDIA HGX H20 datasheet: PCIe 5 x16, NVLink 4; 400 Gb/s a GPU as in DGX H100",
+    ),
+    _L40S,
+    replace(
+        _L40S,
+        device="rtx-6000-ada",
+        memory_bytes_per_s=960e9,
+        float32_flops_per_s=91.1e12,
+        bfloat16_flops_per_s=364e12,
+        source="NVIDIA RTX 6000 Ada Generation datasheet: PCIe 4 x16; the host of an L40S",
+    ),
+    replace(
+        _L4,
+        device="a10",
+        memory_bytes_per_s=600e9,
+        float32_flops_per_s=31.2e12,
+        bfloat16_flops_per_s=125e12,
+        source="NVIDIA A10 datasheet: PCIe 4 x16; AWS g5.48xlarge: 100 Gb/s for 8 A10G",
+    ),
+    _L4,
+    Machine(
+        device="cpu",
+        kind="cpu",
+        hbm_bytes=0,
+        host_memory_bytes=0,  # that of the host that plans
+        memory_bytes_per_s=204.8e9,
+        host_link_bytes_per_s=204.8e9,
+        intra_host_bytes_per_s=10e9,
+        inter_host_bytes_per_s=3.125e9,
+        float32_flops_per_s=2.6e12,
+        bfloat16_flops_per_s=2.6e12,
+        num_devices=1,
+        source="one socket of a server: 8 channels of DDR4-3200, 32 cores with AVX2 and without a unit for bfloat16 at "
+        "2.5 GHz, 25 Gb/s Ethernet; "
+        "memory is that of this machine when not given",
+    ),
+)
+DEVICES: Mapping[str, Machine] = {machine.device: machine for machine in _DEVICES}
+
+
+_WITHOUT_KERNELS = {"v100": "7.0", "t4": "7.5"}
+
+
+def device_named(name: str) -> Machine:
+    """Find a device by its name.
+
+    Raises:
+        PlanError: there is none of this name.
+    """
+    if name in DEVICES:
+        return DEVICES[name]
+    model = name.lower().partition("-")[0]
+    if model in _WITHOUT_KERNELS:
+        msg = (
+            f"`device`: {name} has compute capability {_WITHOUT_KERNELS[model]}, and FBGEMM's wheel has kernels "
+            f"for 8.0 and above alone; plan for one of {', '.join(DEVICES)}"
+        )
+        raise PlanError(msg)
+    known = f"known are {', '.join(DEVICES)}, and `hbm` and the like change their rates"
+    msg = f"`device`: unknown device {name!r}; {known}{did_you_mean(name.lower(), DEVICES)}"
+    raise PlanError(msg)
+
+
+def device_of_gpu(gpu_name: str, memory_bytes: int) -> Machine:
+    """Find a GPU by its driver's name, for example `NVIDIA A100-SXM4-80GB`.
+
+    A GPU that is not listed has the rates of the slowest one that is, and says so.
+    """
+    words = set(re.split(r"[\s-]+", gpu_name.lower()))
+    words |= {word.strip("g") for word in words}  # a GB200 holds B200s, and an A10G is an A10 for AWS
+    for device in DEVICES.values():
+        model = re.sub(r"-\d+gb$", "", device.device)
+        is_size = model == device.device or abs(device.hbm_bytes / memory_bytes - 1) < 0.2
+        if is_size and words.issuperset(model.split("-")):
+            return device
+    source = (
+        f"rates of this GPU are not known; assumed are those of {_L4.device}, the slowest that is listed: {_L4.source}"
+    )
+    return replace(_L4, device=gpu_name, hbm_bytes=memory_bytes, source=source)
