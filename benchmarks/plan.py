@@ -25,14 +25,16 @@ from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 
 from torchdlrm.bench.step import benchmark_step
-from torchdlrm.config import TABLE_OPTIMIZERS, Config, ModelConfig, TrainConfig
+from torchdlrm.config import Config, ModelConfig, TableOptimizerConfig, TrainConfig
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.planning.measure import measure
-from torchdlrm.sharding.layout import layout_of
+from torchdlrm.sharding.constraints import table_constraints
+from torchdlrm.sharding.layout import Found, layout_of
 from torchdlrm.sharding.local_machine import local_machine
 from torchdlrm.sharding.machine import device_named
-from torchdlrm.sharding.planner import PlanOptions, TableSharder, meta_tables, planner_constraints
-from torchdlrm.sharding.problem import Problem, solution_of, solve
+from torchdlrm.sharding.planner import TableSharder, meta_tables
+from torchdlrm.sharding.problem import Problem
+from torchdlrm.sharding.solution import Solution, shard_costs, solve
 from torchdlrm.sharding.tables import Table, tables_of_model
 from torchdlrm.training.compute import set_threads
 from torchdlrm.training.processes.process_group import Ranks, join_process_group
@@ -57,26 +59,28 @@ def random_problem(num_tables: int, num_devices: int) -> Problem:
         for i in range(num_tables)
     ]
     machine = device_named("a100-80gb").spread(num_devices)
-    return Problem(tuple(tables), machine, PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 4096 * num_devices, 0.15))
+    config = Config(
+        table_optimizer=TableOptimizerConfig(name="rowwise_adagrad"),
+        train=TrainConfig(batch_size_global=4096 * num_devices),
+    )
+    return Problem.of(config, tables, machine)
 
 
 def default_search(problem: Problem) -> tuple[float, float]:
     """Seconds, and milliseconds of the slowest rank, of TorchRec's planner as it comes, for the same kinds."""
-    _, constraints = planner_constraints(problem.tables, problem.machine, problem.options)
-    topology = problem.machine.topology()
     planner = EmbeddingShardingPlanner(
-        topology=topology,
-        batch_size=-(-problem.options.batch_size_global // problem.machine.num_devices),
-        storage_reservation=FixedPercentageStorageReservation(problem.options.reserved_fraction),
-        constraints=constraints,
+        topology=problem.machine.topology(),
+        batch_size=problem.batch_size_per_rank,
+        storage_reservation=FixedPercentageStorageReservation(problem.asked_reserved_fraction),
+        constraints=table_constraints(problem),
         stats=NoopEmbeddingStats(),
         debug=False,
     )
     started_s = time.perf_counter()
-    plan = planner.plan(meta_tables(problem.tables), [TableSharder()])
+    layout = layout_of(planner.plan(meta_tables(problem), [TableSharder()]))
     seconds = time.perf_counter() - started_s
-    found = solution_of(problem, layout_of(plan), None)
-    return seconds, found.ranks[found.bottleneck_rank].total_ms
+    solution = Solution(problem, Found(layout), shard_costs(problem, layout))
+    return seconds, solution.ranks[solution.bottleneck_rank].total_ms
 
 
 def search(*, with_default: bool) -> list[dict[str, Any]]:
@@ -88,7 +92,7 @@ def search(*, with_default: bool) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "tables": num_tables,
             "devices": num_devices,
-            "search_s": solution.search_s,
+            "search_s": solution.found.search_s,
             "worst_rank_ms": solution.ranks[solution.bottleneck_rank].total_ms,
             "above_lower_bound": solution.above_lower_bound,
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -103,8 +107,7 @@ def search(*, with_default: bool) -> list[dict[str, Any]]:
 def predicted_ms(config: Config, num_embeddings: dict[str, int], ranks: Ranks) -> float:
     """The step time that `dlrm plan --measure` predicts."""
     machine = local_machine(config.sharding, world_size=1, local_world_size=1, device=ranks.device)
-    tables = tuple(tables_of_model(config.model, num_embeddings))
-    problem = Problem(tables, machine, PlanOptions.of(config), model=config.model)
+    problem = Problem.of(config, tables_of_model(config.model, num_embeddings), machine)
     return solve(measure(problem, config, ranks).apply(problem)).step_ms
 
 

@@ -1,17 +1,17 @@
 """Problems for the planner: tables of random sizes, and machines that need not be there."""
 
 import random
+from dataclasses import replace
 
-from torchdlrm.config import TABLE_OPTIMIZERS
+from torchdlrm.config import Config, TableOptimizerConfig, TrainConfig
 from torchdlrm.sharding.machine import device_named
-from torchdlrm.sharding.planner import PlanOptions
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.sharding.tables import Table
 
 
-def problem(tables, devices=8, device="a100-80gb", hosts=None, optimizer="rowwise_adagrad", batch=65_536, **options):
-    machine = device_named(device).spread(devices, hosts)
-    return Problem(tuple(tables), machine, PlanOptions(TABLE_OPTIMIZERS[optimizer], batch, 0.15, **options))
+def problem(tables, devices=8, device="a100-80gb", hosts=None, optimizer="rowwise_adagrad", batch=65_536, **changes):
+    config = Config(table_optimizer=TableOptimizerConfig(name=optimizer), train=TrainConfig(batch_size_global=batch))
+    return replace(Problem.of(config, tables, device_named(device).spread(devices, hosts)), **changes)
 
 
 def random_tables(num_tables, seed, top=7.3):

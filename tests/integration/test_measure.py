@@ -8,8 +8,8 @@ from torchdlrm.bench.step import REST, WHOLE, measure_parts
 from torchdlrm.config import Config, ModelConfig, TrainConfig
 from torchdlrm.planning.measure import measure
 from torchdlrm.sharding.local_machine import local_machine
-from torchdlrm.sharding.planner import PlanOptions
-from torchdlrm.sharding.problem import Problem, solve
+from torchdlrm.sharding.problem import Problem
+from torchdlrm.sharding.solution import solve
 from torchdlrm.sharding.tables import tables_of_model
 from torchdlrm.training.compute import choose_precision, keep_freed_memory, set_threads
 from torchdlrm.training.processes.process_group import join_process_group
@@ -33,8 +33,7 @@ def test_a_plan_measures_what_trains():
         keep_freed_memory()
         case = Case(CONFIG, NUM_EMBEDDINGS, dtype=choose_precision(CONFIG, shape, ranks.device).dtype)
         machine = local_machine(CONFIG.sharding, world_size=1, local_world_size=1, device=ranks.device)
-        tables = tuple(tables_of_model(CONFIG.model, NUM_EMBEDDINGS))
-        problem = Problem(tables, machine, PlanOptions.of(CONFIG), model=CONFIG.model)
+        problem = Problem.of(CONFIG, tables_of_model(CONFIG.model, NUM_EMBEDDINGS), machine)
         while len(seen) < NUM_TRIES and not (seen and all(1 / 1.5 < ratio < 1.5 for ratio in seen[-1])):
             found = measure(problem, CONFIG, ranks)
             parts = measure_parts(case, num_steps=20, nproc=1)

@@ -11,7 +11,7 @@ NUM_TABLES = int(os.environ.get("TORCHDLRM_NUM_TABLES", "500"))  # 1000 take hal
 TESTS = Path(__file__).parents[1]
 SET_UP = (
     f"import sys; sys.path.insert(0, {str(TESTS)!r}); "
-    "from helpers.random_problems import problem, random_tables; from torchdlrm.sharding.problem import solve"
+    "from helpers.random_problems import problem, random_tables; from torchdlrm.sharding.solution import solve"
 )
 
 

@@ -107,7 +107,7 @@ def test_a_checkpoint_is_written_at_once_where_the_memory_has_no_room_for_a_copy
         )
         (rank,) = about.solution.ranks
         half_a_copy = (rank.weight_bytes + rank.state_bytes) / 2
-        memory_bytes = int(rank.total_bytes + half_a_copy + about.solution.dense.total_bytes)
+        memory_bytes = int(rank.total_bytes + half_a_copy + about.solution.problem.dense.total_bytes)
         assert ("checkpoints: the steps wait" in "\n".join(preview_lines(about))) == (name == "narrow")
         train(config, small_dataset.path, tmp_path / name)
         assert waited == [*[name == "narrow"] * 3, True]  # the last is waited for in any case

@@ -15,7 +15,7 @@ from torchdlrm.planning.page import plan_page, sweep_page
 from torchdlrm.planning.plan import PlanRequest, problem_of
 from torchdlrm.planning.side_by_side import sweep
 from torchdlrm.quickstart.story import Comparison, DayScore
-from torchdlrm.sharding.problem import solve
+from torchdlrm.sharding.solution import solve
 from torchdlrm.training.run import Run
 
 PHONE, DESK = 390, 1280

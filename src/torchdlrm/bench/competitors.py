@@ -37,8 +37,11 @@ from torchdlrm.loader.batch import Batch, single_valued_kjt
 from torchdlrm.model.architecture import BuiltInArchitecture, ModelShape
 from torchdlrm.model.loss import DLRMTrain
 from torchdlrm.model.model_class import architecture_of
+from torchdlrm.sharding.layout import sharding_plan, tables_of
 from torchdlrm.sharding.local_machine import local_machine
-from torchdlrm.sharding.planner import PlanOptions, TableSharder, plan_sharding
+from torchdlrm.sharding.planner import TableSharder
+from torchdlrm.sharding.problem import Problem
+from torchdlrm.sharding.solution import solve
 from torchdlrm.tables.optimizers import fused_params
 from torchdlrm.training.compute import allow_tf32, keep_freed_memory, set_threads
 from torchdlrm.training.pipeline import build_pipeline
@@ -126,12 +129,13 @@ def torchrec_pipeline(ranks: Ranks, case: Case) -> TrainPipelineSparseDist:
         device=ranks.device,
         all_gather=ranks.all_gather,
     )
-    options, group = PlanOptions.of(config), ranks.process_group
+    group = ranks.process_group
+    layout = solve(Problem.of(config, tables_of(unsharded), machine, case.shape), group).layout
     sharded = DistributedModelParallel(
         unsharded,
         env=ShardingEnv.from_process_group(group),
         device=ranks.device,
-        plan=plan_sharding(unsharded, machine=machine, options=options, process_group=group).plan,
+        plan=sharding_plan(layout, unsharded, machine),
         sharders=[TableSharder(params)],
     )
     fused = sharded.fused_optimizer

@@ -18,7 +18,8 @@ from torchdlrm.units import show_bytes
 
 if TYPE_CHECKING:
     from torchdlrm.planning.measure import Measurement
-    from torchdlrm.sharding.problem import Problem, Solution
+    from torchdlrm.sharding.problem import Problem
+    from torchdlrm.sharding.solution import Solution
 
 Files = Annotated[tuple[Path, ...] | None, Parameter(consume_multiple=True, negative="")]
 Axes = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")]
@@ -86,7 +87,7 @@ def _solve(
 ) -> dict[str, Any]:
     from torchdlrm.planning.page import plan_page
     from torchdlrm.sharding.plan_file import features_as_dict, plan_as_dict, write_plan
-    from torchdlrm.sharding.problem import try_solve
+    from torchdlrm.sharding.solution import try_solve
 
     solution = try_solve(problem)
     if solution is None:
@@ -97,7 +98,7 @@ def _solve(
     _show_solution(solution)
     if show_dims:
         say("smaller tables, for the config of the training:")
-        for line in toml_text({"model": {"features": features_as_dict(problem.model)}}).splitlines():
+        for line in toml_text({"model": {"features": features_as_dict(problem.shape.config)}}).splitlines():
             say(line)
     if out is not None:
         write_plan(out, solution)

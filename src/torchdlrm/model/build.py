@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchdlrm.errors import ConfigError
@@ -13,29 +12,6 @@ from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.dlrm import TableOfFeature
 from torchdlrm.model.dropout import add_dropout
 from torchdlrm.model.loss import DLRMTrain
-
-
-def meta_collection(
-    tables: Iterable[tuple[str, str, int, int]], data_type: DataType = DataType.FP32
-) -> EmbeddingBagCollection:
-    """Tables on the meta device, which have no memory: they are initialised once they are sharded, as on one rank.
-
-    Args:
-        tables: of each its name, its feature, its rows and its dimension.
-        data_type: of all.
-    """
-    configs = [
-        EmbeddingBagConfig(
-            name=name,
-            embedding_dim=dim,
-            num_embeddings=rows,
-            feature_names=[feature],
-            data_type=data_type,
-            init_fn=_leave_as_is,
-        )
-        for name, feature, rows, dim in tables
-    ]
-    return EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
 
 
 def feature_collection(tables: Iterable[FeatureTable], *, is_weighted: bool = False) -> EmbeddingBagCollection:

@@ -22,10 +22,10 @@ from torchdlrm.config import Config
 from torchdlrm.errors import PlanError
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.eager import EagerModel
-from torchdlrm.sharding.estimate import shard_costs
 from torchdlrm.sharding.layout import PlacedShard, PlacedTable
 from torchdlrm.sharding.machine import device_of_gpu
 from torchdlrm.sharding.problem import Problem
+from torchdlrm.sharding.solution import shard_costs
 from torchdlrm.sharding.tables import Table
 from torchdlrm.shared_memory import FIRST_FREE_BYTE, SharedMemory
 from torchdlrm.tables.collection import TablesOfRank
@@ -112,7 +112,7 @@ def measure(problem: Problem, config: Config, ranks: Ranks) -> Measurement:
     """
     device, world_size = ranks.device, ranks.world_size
     dtype = choose_precision(config, problem.shape, device).dtype
-    rows = -(-problem.options.batch_size_global // world_size)
+    rows = problem.batch_size_per_rank
     mine = list(problem.tables)[ranks.rank :: world_size] or list(problem.tables)[:1]
     # Entered again in each step, as in training: it keeps the weights that it has cast until it is left.
     precision = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -136,8 +136,7 @@ def _estimated_forward_ms(problem: Problem, tables: Sequence[Table]) -> float:
         table.name: PlacedTable("table_wise", "fused", (PlacedShard(0, (0, 0), (table.rows, table.dim)),))
         for table in tables
     }
-    unbound = replace(problem.options, constraints=())
-    costs = shard_costs(layout, tables, problem.machine, unbound, "float32")
+    costs = shard_costs(replace(problem, tables=tuple(tables), constraints=(), precision="float32"), layout)
     return sum(cost.forward_ms for shards in costs.values() for cost in shards)
 
 

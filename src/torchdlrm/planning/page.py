@@ -9,7 +9,8 @@ from torchdlrm.html import COLOURS, Chart, render
 from torchdlrm.planning import report
 from torchdlrm.planning.side_by_side import Point
 from torchdlrm.sharding.constraints import COLUMN_WISE, GRID_SHARD, ROW_WISE, TABLE_ROW_WISE, TABLE_WISE
-from torchdlrm.sharding.problem import Problem, Solution
+from torchdlrm.sharding.problem import Problem
+from torchdlrm.sharding.solution import Solution
 from torchdlrm.units import show_bytes
 
 _KIND_COLOURS = dict(zip((TABLE_WISE, COLUMN_WISE, ROW_WISE, TABLE_ROW_WISE, GRID_SHARD), COLOURS, strict=True))
@@ -27,7 +28,7 @@ def plan_page(solution: Solution) -> str:
         headline=report.headline(solution),
         entries=[
             ("weights", show_bytes(solution.total.weight_bytes)),
-            (f"state of {solution.problem.options.optimizer.name}", show_bytes(solution.total.state_bytes)),
+            (f"state of {solution.problem.optimizer.name}", show_bytes(solution.total.state_bytes)),
             (f"memory of the fullest rank, {fullest}", f"{solution.memory_fraction(fullest):.1%}"),
             (f"predicted step; bottleneck rank {solution.bottleneck_rank}", f"{solution.step_ms:.2f} ms"),
             ("predicted rows/s", f"{solution.rows_per_s:,.0f}"),
@@ -48,7 +49,7 @@ def sweep_page(problem: Problem, points: Sequence[Point]) -> str:
         "sweep.html",
         title="Sharding sweep",
         headline=f"{len(problem.tables)} tables, {show_bytes(problem.table_bytes)} of weights and state of "
-        f"{problem.options.optimizer.name}, on {problem.machine.device}",
+        f"{problem.optimizer.name}, on {problem.machine.device}",
         charts=[
             _sweep_chart("Rows a second", points, "rows_per_s", lambda value: f"{value / 1e6:.3g} M"),
             _sweep_chart("Memory of the fullest rank", points, "fullest_rank_memory_fraction", "{:.0%}".format),
@@ -112,8 +113,8 @@ def _time_chart(solution: Solution) -> Chart:
         ):
             chart.block(rank, below_ms, below_ms + ms, colour, f"rank {rank}: {name} {ms:.3f} ms")
             below_ms += ms
-    if solution.lower_bound_ms:
-        chart.line(solution.lower_bound_ms, "mark", "lower bound")
+    if solution.found.lower_bound_ms:
+        chart.line(solution.found.lower_bound_ms, "mark", "lower bound")
     return chart
 
 

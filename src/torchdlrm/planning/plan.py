@@ -8,16 +8,16 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, PlanError
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
 from torchdlrm.features.tables import check_features, table_name
-from torchdlrm.model.architecture import Architecture
+from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import architecture_of
 from torchdlrm.planning.measure import measured
 from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.planning.smaller_tables import ALPHA, with_smaller_dims
-from torchdlrm.sharding.layout import read_plan
 from torchdlrm.sharding.local_machine import local_machine
 from torchdlrm.sharding.machine import Machine, device_named
-from torchdlrm.sharding.planner import PlanOptions
-from torchdlrm.sharding.problem import Problem, Solution, solve
+from torchdlrm.sharding.plan_file import read_plan
+from torchdlrm.sharding.problem import Problem
+from torchdlrm.sharding.solution import Solution, solve
 from torchdlrm.sharding.tables import (
     PRESETS,
     Table,
@@ -79,13 +79,6 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         ConfigError: there is no such model class, or it fails in a step on a few rows.
         RunError: the run was trained with another model class.
     """
-    options = PlanOptions.of(config)
-    optimizer = config.table_optimizer
-    options = replace(
-        options,
-        optimizer=optimizer.model_copy(update={"name": request.optimizer or optimizer.name}).record,
-        constraints=(*options.constraints, *request.constraints),  # of rules for the same table the last one counts
-    )
     if request.alpha is not None and request.table_bytes is None:
         raise PlanError("`alpha`: says how fast dimensions fall under `table_bytes`; give that too")
     if request.alpha is not None and not 0 <= request.alpha <= 10:
@@ -98,20 +91,27 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
     if request.run is None:
         several = {feature_of(table) for table in tables if table.pooling_factor > 1}.union(multi_valued)
         check_features(model, {feature_of(table): table.rows for table in tables}, several)
-    problem = Problem(
-        # Those of a run may be smaller already: then nothing changes.
-        tuple(with_features(tables, model)),
-        machine,
-        options,
-        request.precision,
+    num_embeddings = tuple(features_of(tables, model).items())
+    shape = ModelShape(
         model,
         # Tables alone do not say; of a run or a list of tables it is taken to be Criteo's.
         NUM_CRITEO_DENSE if dataset is None else len(dataset.dense_names),
+        len(num_embeddings),
         _architecture(request, config),
-        multi_valued=frozenset(map(table_name, multi_valued)),
-        num_embeddings=tuple(features_of(tables, model).items()),
+        is_weighted=dataset is not None and dataset.schema.has_value_weights,
+        num_embeddings=num_embeddings,
     )
-    problem.shape.architecture.check(problem.shape)
+    shape.architecture.check(shape)
+    # Tables of a run may be smaller already: then nothing changes.
+    problem = Problem.of(config, with_features(tables, model), machine, shape)
+    optimizer = config.table_optimizer
+    problem = replace(
+        problem,
+        optimizer=optimizer.model_copy(update={"name": request.optimizer or optimizer.name}).record,
+        constraints=(*problem.constraints, *request.constraints),  # of rules for the same table the last one counts
+        precision=request.precision,
+        multi_valued=frozenset(map(table_name, multi_valued)),
+    )
     return problem if request.table_bytes is None else _smaller(problem, request)
 
 
@@ -123,7 +123,7 @@ def _smaller(problem: Problem, request: PlanRequest) -> Problem:
     if found is None:
         msg = (
             f"`table_bytes`: even with dimension 4 the tables take more than {show_bytes(max_bytes)} with state of "
-            f"{problem.options.optimizer.name}; allow more, or fewer rows (`max_embeddings`)"
+            f"{problem.optimizer.name}; allow more, or fewer rows (`max_embeddings`)"
         )
         raise PlanError(msg)
     return found

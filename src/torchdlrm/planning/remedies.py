@@ -7,9 +7,9 @@ from typing import Any
 
 from torchdlrm.planning.smaller_tables import changed_features, with_quotients, with_smaller_dims
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.sharding.constraints import TABLE_WISE
-from torchdlrm.sharding.planner import planner_constraints
-from torchdlrm.sharding.problem import Problem, Solution, try_solve
+from torchdlrm.sharding.constraints import TABLE_WISE, table_constraints
+from torchdlrm.sharding.problem import Problem
+from torchdlrm.sharding.solution import Solution, try_solve
 from torchdlrm.sharding.tables import cap_embeddings
 from torchdlrm.units import show_bytes
 
@@ -43,7 +43,7 @@ class Shortfall:
         """Say the clear no, in one or two sentences."""
         machine = problem.machine
         head = (
-            f"no: {show_bytes(self.needed_bytes)} of weights and state of {problem.options.optimizer.name} do not fit "
+            f"no: {show_bytes(self.needed_bytes)} of weights and state of {problem.optimizer.name} do not fit "
             f"on {machine.num_devices} x {machine.device}, of which {show_bytes(problem.usable_bytes)} each "
             f"({show_bytes(self.usable_bytes)} in all) are for tables: "
         )
@@ -93,9 +93,8 @@ def shortfall(problem: Problem) -> Shortfall:
     """Find how much is missing, and where."""
     usable = problem.usable_bytes * problem.machine.num_devices
     missing = max(0, problem.table_bytes - usable)
-    sizes = {table.name: table.size_bytes(problem.precision, problem.options.optimizer) for table in problem.tables}
-    by_size = sorted(sizes.items(), key=lambda item: -item[1])
-    allowed, _ = planner_constraints(problem.tables, problem.machine, problem.options)
+    by_size = sorted(problem.table_sizes.items(), key=lambda item: -item[1])
+    constraints = table_constraints(problem)
     return Shortfall(
         needed_bytes=problem.table_bytes,
         usable_bytes=usable,
@@ -103,7 +102,9 @@ def shortfall(problem: Problem) -> Shortfall:
         rank_missing_bytes=-(-missing // problem.machine.num_devices),
         largest=tuple(by_size[:5]),
         undividable=tuple(
-            name for name, size in by_size if size > problem.usable_bytes and allowed[name].kinds == (TABLE_WISE,)
+            name
+            for name, size in by_size
+            if size > problem.usable_bytes and constraints[name].sharding_types == [TABLE_WISE]
         ),
     )
 
@@ -153,7 +154,7 @@ def _more_devices(problem: Problem) -> Remedy | None:
 
 
 def _without_constraints(problem: Problem) -> Remedy | None:
-    solution = try_solve(problem.with_options(constraints=())) if problem.options.constraints else None
+    solution = try_solve(replace(problem, constraints=())) if problem.constraints else None
     if solution is None:
         return None
     cut = [f"{name} {p.sharding_type}" for name, p in solution.layout.items() if p.sharding_type != TABLE_WISE]
@@ -166,12 +167,12 @@ def _without_constraints(problem: Problem) -> Remedy | None:
 
 
 def _leaner_optimizer(problem: Problem) -> Remedy | None:
-    for leaner in problem.options.optimizer.leaner():
-        solution = try_solve(problem.with_options(optimizer=leaner))
+    for leaner in problem.optimizer.leaner():
+        solution = try_solve(replace(problem, optimizer=leaner))
         if solution is not None:
             saved = problem.table_bytes - solution.problem.table_bytes
             return Remedy(
-                f"{leaner.name} in place of {problem.options.optimizer.name}",
+                f"{leaner.name} in place of {problem.optimizer.name}",
                 {"optimizer": leaner.name},
                 f"{show_bytes(saved)} less; {leaner.trade}",
                 solution,
@@ -193,8 +194,7 @@ def _half_precision(problem: Problem) -> Remedy | None:
 
 
 def _host_memory(problem: Problem) -> Remedy | None:
-    options = problem.options
-    if problem.machine.kind != "cuda" or options.cache_fraction is not None:
+    if problem.machine.kind != "cuda" or problem.cache_fraction is not None:
         return None
     # The greedy proposers cut a table by rows before they move it to the host; asked for table-wise alone they move the
     # largest one by one, which is often faster and keeps more tables on the device.
@@ -204,7 +204,7 @@ def _host_memory(problem: Problem) -> Remedy | None:
             for rules in ((f"*={TABLE_WISE}",), ())
             if (
                 solution := try_solve(
-                    problem.with_options(cache_fraction=fraction, constraints=(*rules, *options.constraints))
+                    replace(problem, cache_fraction=fraction, constraints=(*rules, *problem.constraints))
                 )
             )
         ]
@@ -270,9 +270,9 @@ def _smaller_dims(problem: Problem) -> Remedy | None:
         smaller = with_smaller_dims(problem, fraction * usable_bytes)
         solution = try_solve(smaller) if smaller is not None else None
         if solution is not None:
-            features = changed_features(problem, solution.problem)
+            features, dim = changed_features(problem, solution.problem), problem.shape.config.embedding_dim
             return Remedy(
-                f"smaller dimensions for {len(features)} large tables, projected to {problem.model.embedding_dim}",
+                f"smaller dimensions for {len(features)} large tables, projected to {dim}",
                 {f"model.features.{name}.embedding_dim": feature.embedding_dim for name, feature in features.items()},
                 f"{_saved(problem, solution)}; rare values share fewer columns: measure what it does to the AUC",
                 solution,

@@ -5,8 +5,7 @@ from itertools import groupby
 
 from torchdlrm.planning.remedies import Shortfall
 from torchdlrm.planning.side_by_side import Point
-from torchdlrm.sharding.estimate import Cost
-from torchdlrm.sharding.problem import Solution
+from torchdlrm.sharding.solution import Cost, Solution
 from torchdlrm.units import show_bytes
 
 Row = dict[str, str]
@@ -27,7 +26,7 @@ def headline(solution: Solution) -> str:
     return (
         f"yes, it fits: {len(problem.tables)} tables, {show_bytes(solution.total.weight_bytes)} of {problem.precision} "
         f"weights, on {machine.num_devices} x {machine.device} ({show_bytes(machine.memory_bytes)} each, {hosts}), "
-        f"{problem.options.optimizer.name}, {problem.options.batch_size_global:,} rows a step"
+        f"{problem.optimizer.name}, {problem.batch_size_global:,} rows a step"
     )
 
 
@@ -81,15 +80,16 @@ def table_rows(solution: Solution, limit: int | None = _MAX_ROWS) -> list[Row]:
 
 def summary_lines(solution: Solution) -> list[str]:
     """Describe the totals, the bottleneck, the estimate and how far to trust it."""
-    dense, slowest, fullest = solution.dense, solution.bottleneck_rank, solution.fullest_rank
+    found, dense = solution.found, solution.problem.dense
+    slowest, fullest = solution.bottleneck_rank, solution.fullest_rank
     tables_ms = solution.ranks[slowest].total_ms
-    reserved = f"{solution.problem.searched_options.reserved_fraction:.0%} kept free for the rest"
+    reserved = f"{solution.problem.reserved_fraction:.0%} kept free for the rest"
     full = f"rank {fullest}, {solution.memory_fraction(fullest):.1%} of its memory by tables, {reserved}"
     lines = [f"bottleneck: rank {slowest}, whose tables take {tables_ms:.3f} ms a step; fullest: {full}"]
     if solution.above_lower_bound is not None:
         lines.append(
-            f"search: {solution.num_proposals} proposals in {solution.search_s:.1f} s; the slowest rank is "
-            f"{max(0.0, solution.above_lower_bound):.1%} above the lower bound ({solution.lower_bound_ms:.3f} ms: all "
+            f"search: {found.num_proposals} proposals in {found.search_s:.1f} s; the slowest rank is "
+            f"{max(0.0, solution.above_lower_bound):.1%} above the lower bound ({found.lower_bound_ms:.3f} ms: all "
             "work spread perfectly, memory no object), which no plan of these kinds can beat"
         )
     lines.append(

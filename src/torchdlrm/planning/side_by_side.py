@@ -7,8 +7,9 @@ from typing import Any
 
 from torchdlrm.errors import PlanError
 from torchdlrm.planning.remedies import shortfall
-from torchdlrm.sharding.layout import read_plan
-from torchdlrm.sharding.problem import Problem, try_solve
+from torchdlrm.sharding.plan_file import read_plan
+from torchdlrm.sharding.problem import Problem
+from torchdlrm.sharding.solution import try_solve
 from torchdlrm.units import show_bytes
 
 Point = dict[str, Any]  # of a sweep: what `dlrm plan --sweep --json` says of a machine and a batch size
@@ -24,7 +25,7 @@ def sweep(problem: Problem, axes: Sequence[str]) -> list[Point]:
     Raises:
         PlanError: an axis is none of these, or a number of devices cannot be spread evenly over hosts.
     """
-    numbers = {"devices": [problem.machine.num_devices], "batch": [problem.options.batch_size_global]}
+    numbers = {"devices": [problem.machine.num_devices], "batch": [problem.batch_size_global]}
     numbers |= dict(map(_read_axis, axes))
     return [_point(problem, devices, batch) for batch in numbers["batch"] for devices in numbers["devices"]]
 
@@ -39,7 +40,7 @@ def _read_axis(axis: str) -> tuple[str, list[int]]:
 
 
 def _point(problem: Problem, num_devices: int, batch: int) -> Point:
-    problem = replace(problem, machine=problem.machine.resized(num_devices)).with_options(batch_size_global=batch)
+    problem = replace(problem, machine=problem.machine.resized(num_devices), batch_size_global=batch)
     solution = try_solve(problem)
     point: Point = {"num_devices": num_devices, "batch_size_global": batch, "fits": solution is not None}
     if solution is None:

@@ -26,7 +26,7 @@ def with_smaller_dims(problem: Problem, max_bytes: float, alpha: float = ALPHA) 
         max_bytes: of weights and optimizer state of all tables, and of what projects the smaller ones to D.
         alpha: how fast dimensions fall with rows; 0 makes all alike.
     """
-    dim = problem.model.embedding_dim
+    dim = problem.shape.config.embedding_dim
     levels = [4]
     while levels[-1] * 2 < dim:
         levels.append(levels[-1] * 2)
@@ -77,25 +77,26 @@ def with_quotients(problem: Problem, max_bytes: float, num_collisions: int) -> P
 
 def changed_features(before: Problem, after: Problem) -> Mapping[str, FeatureConfig]:
     """The features whose tables have become smaller."""
-    known = before.model.features
-    return {name: feature for name, feature in after.model.features.items() if known.get(name) != feature}
+    known = before.shape.config.features
+    return {name: feature for name, feature in after.shape.config.features.items() if known.get(name) != feature}
 
 
 def _whole_tables(problem: Problem) -> list[Table]:
     """Those of dimension D that are the only ones of their features."""
-    model = problem.model
+    model = problem.shape.config
     pairs = {name for name, feature in model.features.items() if feature.quotient_remainder is not None}
     parts = {f"{name}_{part}" for name in pairs for part in "qr"}
     return [table for table in problem.tables if table.dim == model.embedding_dim and feature_of(table) not in parts]
 
 
 def _size_bytes(problem: Problem, table: Table) -> int:
-    dim = problem.model.embedding_dim
+    dim = problem.shape.config.embedding_dim
     projection_bytes = 4 * table.dim * dim if table.dim < dim else 0
-    return table.size_bytes(problem.precision, problem.options.optimizer) + projection_bytes
+    return table.size_bytes(problem.precision, problem.optimizer) + projection_bytes
 
 
 def _with_features(problem: Problem, features: dict[str, FeatureConfig]) -> Problem:
-    only = problem.model.with_features(features)
-    model = problem.model.with_features({**problem.model.features, **features})
-    return replace(problem, model=model, tables=tuple(with_features(problem.tables, only)))
+    old = problem.shape.config
+    only = old.with_features(features)
+    shape = replace(problem.shape, config=old.with_features({**old.features, **features}))
+    return replace(problem, shape=shape, tables=tuple(with_features(problem.tables, only)))

@@ -5,13 +5,16 @@ A rule is written `TABLE=KIND,KIND@RANK,RANK`: `cat_3=row_wise`, `cat_*=table_wi
 """
 
 import fnmatch
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from torchdlrm.config import TableOptimizer
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner import ParameterConstraints
+from torchrec.distributed.types import CacheParams
+
 from torchdlrm.errors import PlanError
 from torchdlrm.features.tables import table_name
-from torchdlrm.sharding.machine import Machine
+from torchdlrm.sharding.problem import Problem
 from torchdlrm.sharding.tables import Table
 
 TABLE_WISE, COLUMN_WISE, ROW_WISE = "table_wise", "column_wise", "row_wise"
@@ -45,19 +48,15 @@ class Rule:
         return fnmatch.fnmatchcase(table, self.pattern) or fnmatch.fnmatchcase(table, table_name(self.pattern))
 
 
-@dataclass(frozen=True)
-class TableConstraint:
-    """What the planner may do with one table.
+@dataclass(eq=False)
+class TableConstraint(ParameterConstraints):  # type: ignore[misc]  # TorchRec is untyped
+    """What the planner may do with one table, in TorchRec's words.
 
     Attributes:
-        kinds: kinds of sharding, at least one.
         ranks: where its shards have to be; empty means anywhere.
-        min_shard_columns: columns that a shard has at least; None leaves it to TorchRec.
     """
 
-    kinds: tuple[str, ...]
-    ranks: tuple[int, ...]
-    min_shard_columns: int | None
+    ranks: tuple[int, ...] = ()
 
 
 def parse_rule(text: str) -> Rule:
@@ -83,14 +82,7 @@ def parse_rule(text: str) -> Rule:
     return Rule(pattern.strip(), kinds, ranks, text)
 
 
-def table_constraints(
-    tables: Sequence[Table],
-    rules: Sequence[str],
-    machine: Machine,
-    optimizer: TableOptimizer,
-    *,
-    whole: Collection[str] = (),
-) -> dict[str, TableConstraint]:
+def table_constraints(problem: Problem, whole: Collection[str] = ()) -> dict[str, TableConstraint]:
     """Find what the planner may do with each table; the last rule that matches a table counts.
 
     Kinds that come to the same as a simpler one are left out, so that the search is short and its result does not
@@ -99,17 +91,15 @@ def table_constraints(
     each row of a shard, so what a table learns would depend on where it was cut.
 
     Args:
-        tables: of the model.
-        rules: of the user.
-        machine: the ranks.
-        optimizer: of the tables.
+        problem: whose tables and rules are read.
         whole: tables that are cut by rows only where a rule leaves nothing else.
 
     Raises:
-        PlanError: a rule matches no table, or names a rank that is not there.
+        PlanError: a rule is wrong, matches no table, or names a rank that is not there.
     """
-    parsed = [parse_rule(text) for text in rules]
-    for rule in parsed:
+    tables, machine = problem.tables, problem.machine
+    rules = [parse_rule(text) for text in problem.constraints]
+    for rule in rules:
         if not any(rule.matches(table.name) for table in tables):
             some = ", ".join(table.name for table in tables[:3])
             msg = f"sharding.constraints: {rule.text!r}: no table is called so; tables are {some}, ..."
@@ -118,17 +108,30 @@ def table_constraints(
             last = machine.num_devices - 1
             msg = f"sharding.constraints: {rule.text!r}: rank {max(rule.ranks)} is not among 0 to {last}"
             raise PlanError(msg)
+    kernels, cache = [EmbeddingComputeKernel.FUSED.value], None
+    if machine.kind == "cuda" and problem.cache_fraction is not None:
+        kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
+        cache = CacheParams(load_factor=problem.cache_fraction)
     found: dict[str, TableConstraint] = {}
     for table in tables:
-        matching = [rule for rule in parsed if rule.matches(table.name)]
+        matching = [rule for rule in rules if rule.matches(table.name)]
         rule = matching[-1] if matching else Rule("*", (), (), "")
-        found[table.name] = (
-            _pinned(table, rule) if rule.ranks else _free(table, rule, machine, optimizer, is_whole=table.name in whole)
+        kinds, min_columns = (
+            _pinned(table, rule) if rule.ranks else _free(table, rule, problem, is_whole=table.name in whole)
+        )
+        found[table.name] = TableConstraint(
+            sharding_types=kinds,
+            compute_kernels=kernels,
+            min_partition=min_columns,
+            pooling_factors=[table.pooling_factor],
+            cache_params=cache,
+            ranks=rule.ranks,
         )
     return found
 
 
-def _pinned(table: Table, rule: Rule) -> TableConstraint:
+def _pinned(table: Table, rule: Rule) -> tuple[list[str], int]:
+    """The kind of a table whose shards have a rank each, and the columns of a shard."""
     wanted = TABLE_WISE if len(rule.ranks) == 1 else COLUMN_WISE
     if rule.kinds and wanted not in rule.kinds:
         msg = (
@@ -142,11 +145,12 @@ def _pinned(table: Table, rule: Rule) -> TableConstraint:
             f"{len(rule.ranks)} shards of a multiple of 4"
         )
         raise PlanError(msg)
-    return TableConstraint((wanted,), rule.ranks, table.dim // len(rule.ranks))
+    return [wanted], table.dim // len(rule.ranks)
 
 
-def _free(table: Table, rule: Rule, machine: Machine, optimizer: TableOptimizer, *, is_whole: bool) -> TableConstraint:
-    asked = set(rule.kinds)
+def _free(table: Table, rule: Rule, problem: Problem, *, is_whole: bool) -> tuple[list[str], int | None]:
+    """The kinds of a table that may be anywhere, and the columns of a shard at least; None leaves them to TorchRec."""
+    asked, machine = set(rule.kinds), problem.machine
     kinds = [name for name in KINDS if not asked or name in asked]
     if is_whole:
         kinds = [name for name in kinds if name not in _CUT_BY_ROWS] or kinds
@@ -155,15 +159,15 @@ def _free(table: Table, rule: Rule, machine: Machine, optimizer: TableOptimizer,
         max(4, min(_MIN_SHARD_COLUMNS, table.dim // 2 // 4 * 4)) if asked & {COLUMN_WISE, GRID_SHARD} else None
     )
     cut = _is_cut(table.dim, min_columns or _MIN_SHARD_COLUMNS)
-    has_state_per_row = optimizer.state_per_row > 0
+    has_state_per_row = problem.optimizer.state_per_row > 0
     pointless = {
         COLUMN_WISE: machine.num_devices == 1 or not cut or (has_state_per_row and not asked),
         GRID_SHARD: machine.num_hosts == 1 or not cut or (has_state_per_row and not asked),
         TABLE_ROW_WISE: machine.num_hosts == 1,
         ROW_WISE: machine.num_devices == 1,
     }
-    useful = tuple(name for name in kinds if not pointless.get(name, False))
-    return TableConstraint(useful or tuple(kinds[:1]), (), min_columns)
+    useful = [name for name in kinds if not pointless.get(name, False)]
+    return useful or kinds[:1], min_columns
 
 
 def _is_cut(dim: int, min_columns: int) -> bool:

@@ -1,22 +1,47 @@
-"""Defines a problem for the planner (tables and machine) and its solution (where everything goes, what it costs)."""
+"""Defines a problem for the planner: tables, a machine, and what else a plan depends on."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
-from torchdlrm.config import ModelConfig
-from torchdlrm.errors import DoesNotFitError
+from torchdlrm.config import DENSE_OPTIMIZERS, Config, TableOptimizer
 from torchdlrm.features.schema import NUM_CRITEO_DENSE
-from torchdlrm.model.architecture import Architecture, ModelShape
-from torchdlrm.sharding.estimate import Cost, DensePart, dense_part, shard_costs
-from torchdlrm.sharding.layout import PlacedTable, layout_of
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.sharding.machine import Machine
-from torchdlrm.sharding.planner import Found, PlanOptions, meta_tables, plan_sharding, planner_constraints
 from torchdlrm.sharding.tables import Precision, Table, features_of
 
+MATRIX_EFFICIENCY = 0.5
 # Where the dense parts need all memory, so little is left for tables that none fit.
 _MAX_RESERVED_FRACTION = 0.9999
+
+
+@dataclass(frozen=True)
+class DensePart:
+    """What every rank does besides its tables.
+
+    Attributes:
+        compute_ms: dense arch, interaction and over arch, forward, backward and update.
+        all_reduce_ms: averaging their gradients over the ranks.
+        multiply_adds: of a row's forward pass.
+        weight_bytes: weights, their gradients and the state of their optimizer.
+        activation_bytes: what the forward pass of a step keeps for the backward, in float32.
+    """
+
+    compute_ms: float
+    all_reduce_ms: float
+    multiply_adds: int
+    weight_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory of all kinds."""
+        return self.weight_bytes + self.activation_bytes
+
+    @property
+    def total_ms(self) -> float:
+        """One after the other."""
+        return self.compute_ms + self.all_reduce_ms
 
 
 @dataclass(frozen=True)
@@ -26,197 +51,99 @@ class Problem:
     Attributes:
         tables: of the model.
         machine: the ranks.
-        options: optimizer, batch, reserve, constraints.
+        shape: of the model.
+        optimizer: of the tables; its state takes memory besides the weights.
+        batch_size_global: rows per step over all ranks.
+        asked_reserved_fraction: of each rank's memory, for what is not a table; more where the dense parts need it.
+        constraints: rules as `torchdlrm.sharding.constraints` reads them.
+        cache_fraction: GPUs may keep tables in host memory and cache this fraction of their rows; None: they may not.
+        dense_state_per_weight: float32 values that the optimizer of the dense parts keeps for each weight.
+        dense_precision: of the dense parts' matrix products, as `train.precision` has it.
+        tf32: whether GPUs multiply float32 in TF32.
         precision: of the tables' weights.
-        model: sizes of the dense parts.
-        num_dense: number of dense features.
-        architecture: of the model; None: as `model` says.
         multi_valued: names of tables in which a row may look several ids up.
         measured: what the dense parts take where that was measured; by their arithmetic when None.
-        num_embeddings: ids of each sparse feature by name; empty: as the tables say.
     """
 
     tables: tuple[Table, ...]
     machine: Machine
-    options: PlanOptions
+    shape: ModelShape
+    optimizer: TableOptimizer
+    batch_size_global: int
+    asked_reserved_fraction: float
+    constraints: tuple[str, ...]
+    cache_fraction: float | None
+    dense_state_per_weight: int
+    dense_precision: str
+    tf32: bool
     precision: Precision = "float32"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    num_dense: int = NUM_CRITEO_DENSE
-    architecture: Architecture | None = None
     multi_valued: frozenset[str] = frozenset()
     measured: DensePart | None = None
-    num_embeddings: tuple[tuple[str, int], ...] = ()
 
-    @property
-    def shape(self) -> ModelShape:
-        """Of the model with one sparse feature a table, but for those that have two."""
-        features = self.num_embeddings or tuple(features_of(self.tables, self.model).items())
-        return ModelShape(self.model, self.num_dense, len(features), self.architecture, num_embeddings=features)
-
-    @property
-    def dense(self) -> DensePart:
-        """What every rank does and holds besides its tables."""
-        options, measured = self.options, self.measured
-        found = dense_part(
-            self.shape,
-            self.machine,
-            options.batch_size_global,
-            options.dense_state_per_weight,
-            precision=options.precision,
-            tf32=options.tf32,
+    @classmethod
+    def of(
+        cls, config: Config, tables: Iterable[Table], machine: Machine, shape: ModelShape | None = None
+    ) -> "Problem":
+        """What a training with this config plans for; without a shape, one table for each sparse feature."""
+        tables = tuple(tables)
+        features = tuple(features_of(tables, config.model).items())
+        return cls(
+            tables,
+            machine,
+            shape or ModelShape(config.model, NUM_CRITEO_DENSE, len(features), num_embeddings=features),
+            optimizer=config.table_optimizer.record,
+            batch_size_global=config.train.batch_size_global,
+            asked_reserved_fraction=config.sharding.reserved_fraction,
+            constraints=config.sharding.constraints,
+            cache_fraction=config.sharding.cache_fraction,
+            dense_state_per_weight=DENSE_OPTIMIZERS[config.dense_optimizer.name].state_per_weight,
+            dense_precision=config.train.precision,
+            tf32=config.train.tf32,
         )
-        if measured is None:
-            return found
-        return replace(found, compute_ms=measured.compute_ms, all_reduce_ms=measured.all_reduce_ms)
 
     @property
-    def searched_options(self) -> PlanOptions:
-        """The options, with as much memory reserved as the dense parts need, where that is more than was asked for."""
+    def batch_size_per_rank(self) -> int:
+        """Rows per step of a rank."""
+        return -(-self.batch_size_global // self.machine.num_devices)
+
+    @cached_property
+    def dense(self) -> DensePart:
+        """What every rank does and holds besides its tables, by the arithmetic of the model.
+
+        Matrix products of this size reach about half of the machine's peak rate.
+        """
+        shape, machine, rows, weights = self.shape, self.machine, self.batch_size_per_rank, self.shape.num_weights
+        rate = machine.product_flops_per_s(self.dense_precision, tf32=self.tf32)
+        link = machine.intra_host_bytes_per_s if machine.num_hosts == 1 else machine.inter_host_bytes_per_s
+        sent_bytes = 2 * 4 * weights * (machine.num_devices - 1) / machine.num_devices  # a ring
+        found = DensePart(
+            compute_ms=1000 * shape.step_flops(rows) / (MATRIX_EFFICIENCY * rate),
+            all_reduce_ms=1000 * sent_bytes / link,
+            multiply_adds=shape.multiply_adds,
+            weight_bytes=4 * weights * (2 + self.dense_state_per_weight),
+            activation_bytes=4 * rows * shape.num_activations,
+        )
+        if self.measured is None:
+            return found
+        return replace(found, compute_ms=self.measured.compute_ms, all_reduce_ms=self.measured.all_reduce_ms)
+
+    @property
+    def reserved_fraction(self) -> float:
+        """Of each rank's memory, for what is not a table: what was asked for, or what the dense parts need."""
         needed = min(_MAX_RESERVED_FRACTION, self.dense.total_bytes / self.machine.memory_bytes)
-        return replace(self.options, reserved_fraction=max(needed, self.options.reserved_fraction))
+        return max(needed, self.asked_reserved_fraction)
 
     @property
     def usable_bytes(self) -> int:
         """Memory of each rank for tables, where they live by default."""
-        return max(1, int(self.machine.memory_bytes * (1 - self.searched_options.reserved_fraction)))
+        return max(1, int(self.machine.memory_bytes * (1 - self.reserved_fraction)))
+
+    @property
+    def table_sizes(self) -> dict[str, int]:
+        """Bytes of weights and optimizer state of each table, by name."""
+        return {table.name: table.size_bytes(self.precision, self.optimizer) for table in self.tables}
 
     @property
     def table_bytes(self) -> int:
         """Weights and optimizer state of all tables."""
-        return sum(table.size_bytes(self.precision, self.options.optimizer) for table in self.tables)
-
-    def with_options(self, **changes: Any) -> "Problem":
-        """Return the same problem with some options changed."""
-        return replace(self, options=replace(self.options, **changes))
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A plan and what it costs.
-
-    Attributes:
-        problem: what was asked.
-        layout: where everything goes.
-        costs: of every shard, by table, in the layout's order.
-        dense: what every rank does besides its tables.
-        lower_bound_ms: no plan has a slowest rank whose tables take less; None for a plan that was given.
-        num_proposals: plans that were tried.
-        search_s: wall time of the search.
-    """
-
-    problem: Problem
-    layout: Mapping[str, PlacedTable]
-    costs: Mapping[str, list[Cost]]
-    dense: DensePart
-    lower_bound_ms: float | None
-    num_proposals: int
-    search_s: float
-
-    @cached_property
-    def ranks(self) -> list[Cost]:
-        """The cost of each rank's shards together."""
-        ranks = [Cost()] * self.problem.machine.num_devices
-        for name, placed in self.layout.items():
-            for shard, cost in zip(placed.shards, self.costs[name], strict=True):
-                ranks[shard.rank] += cost
-        return ranks
-
-    @property
-    def bottleneck_rank(self) -> int:
-        """The rank whose tables take longest."""
-        times = [rank.total_ms for rank in self.ranks]
-        return times.index(max(times))
-
-    @property
-    def fullest_rank(self) -> int:
-        """The rank with the least memory left."""
-        used = [rank.device_bytes for rank in self.ranks]
-        return used.index(max(used))
-
-    @property
-    def total(self) -> Cost:
-        """Everything on all ranks; its milliseconds are device time, not wall time."""
-        return sum(self.ranks, Cost())
-
-    @property
-    def step_ms(self) -> float:
-        """Wall time of a step: the slowest rank's tables, then the dense parts."""
-        return self.ranks[self.bottleneck_rank].total_ms + self.dense.total_ms
-
-    @property
-    def rows_per_s(self) -> float:
-        """Training rows a second over all ranks."""
-        return 1000 * self.problem.options.batch_size_global / self.step_ms
-
-    @property
-    def above_lower_bound(self) -> float | None:
-        """By what fraction the slowest rank's tables take longer than the lower bound."""
-        if not self.lower_bound_ms:
-            return None
-        return self.ranks[self.bottleneck_rank].total_ms / self.lower_bound_ms - 1
-
-    @property
-    def copy_fits(self) -> bool:
-        """Whether every rank's host memory holds weights and state once more, as an asynchronous checkpoint needs."""
-        problem, machine = self.problem, self.problem.machine
-        # On CPU the dense parts live there, too.
-        options = problem.searched_options if machine.kind == "cpu" else problem.options
-        usable_bytes = machine.host_memory_bytes * (1 - options.reserved_fraction)
-        on_host = [rank.total_bytes if machine.kind == "cpu" else rank.host_bytes for rank in self.ranks]
-        copies = [rank.weight_bytes + rank.state_bytes for rank in self.ranks]
-        return all(held + copy <= usable_bytes for held, copy in zip(on_host, copies, strict=True))
-
-    def memory_fraction(self, rank: int) -> float:
-        """Fraction of a rank's memory that its tables take."""
-        return self.ranks[rank].device_bytes / self.problem.machine.memory_bytes
-
-
-def solve(problem: Problem) -> Solution:
-    """Plan, with the same function that training plans with.
-
-    Raises:
-        PlanError: the tables do not fit, or a constraint is wrong.
-    """
-    found = plan_sharding(
-        meta_tables(problem.tables, problem.precision),
-        machine=problem.machine,
-        options=problem.searched_options,
-        process_group=None,
-        tables=problem.tables,
-    )
-    return solution_of(problem, layout_of(found.plan), found)
-
-
-def solution_of(problem: Problem, layout: Mapping[str, PlacedTable], found: Found | None) -> Solution:
-    """Find what a layout costs, wherever it comes from.
-
-    Args:
-        problem: that it answers.
-        layout: of all tables.
-        found: how the planner found it; None for a plan that was given.
-    """
-    return Solution(
-        problem,
-        layout,
-        shard_costs(layout, problem.tables, problem.machine, problem.options, problem.precision),
-        problem.dense,
-        found.lower_bound_ms if found else None,
-        found.num_proposals if found else 0,
-        found.search_s if found else 0.0,
-    )
-
-
-def try_solve(problem: Problem) -> Solution | None:
-    """Return the solution, or None where the tables do not fit.
-
-    Raises:
-        PlanError: a constraint is wrong.
-    """
-    planner_constraints(problem.tables, problem.machine, problem.options)  # a wrong one is an error, not a no
-    on_devices = problem.options.cache_fraction is None
-    if on_devices and problem.table_bytes > problem.usable_bytes * problem.machine.num_devices:
-        return None  # no need to search: of 1,000 tables on 64 devices that takes 20 s
-    try:
-        return solve(problem)
-    except DoesNotFitError:
-        return None
+        return sum(table.size_bytes(self.precision, self.optimizer) for table in self.tables)

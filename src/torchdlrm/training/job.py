@@ -16,9 +16,11 @@ from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, architecture_of
 from torchdlrm.model.precision import Precision
 from torchdlrm.progress import SILENT, ProgressListener, watched
+from torchdlrm.sharding.local_machine import local_machine
 from torchdlrm.sharding.plan_file import plan_as_dict
-from torchdlrm.sharding.problem import Solution
-from torchdlrm.sharding.resolve import preview_plan
+from torchdlrm.sharding.resolve import plan_of_training
+from torchdlrm.sharding.solution import Solution
+from torchdlrm.sharding.tables import tables_of_model
 from torchdlrm.tables.optimizers import check_table_optimizer
 from torchdlrm.training.checkpoint import list_checkpoints
 from torchdlrm.training.checkpointer import find_damage_together
@@ -122,8 +124,12 @@ def preview_training(
     source = find_source(from_run, folder, dataset, architecture, restart=restart)
     device = rank_device(0, local_world_size, config.train.device)
     agenda, shape = _checked(config, dataset, architecture, device)
-    solution = preview_plan(
-        config, shape, dataset.num_embeddings, world_size=world_size, local_world_size=local_world_size, device=device
+    solution = plan_of_training(
+        config,
+        shape,
+        tables_of_model(config.model, dataset.num_embeddings),
+        local_machine(config.sharding, world_size=world_size, local_world_size=local_world_size, device=device),
+        saved_plan=None if config.sharding.plan is None else Path(config.sharding.plan),
     )
     return TrainingPreview(
         config=config,

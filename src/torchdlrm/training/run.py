@@ -24,7 +24,7 @@ from torchdlrm.folders import wrong_folder
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architecture_of, difference_from, record_of
 from torchdlrm.sharding.plan_file import write_plan
-from torchdlrm.sharding.problem import Solution
+from torchdlrm.sharding.solution import Solution
 from torchdlrm.training.environment import Environment, WarmStartRecord, environment_now, manifest_sha256
 
 CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME = "config.toml", "plan.json", "environment.json", "metrics.jsonl"

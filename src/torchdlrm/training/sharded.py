@@ -21,9 +21,10 @@ from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.build import build_model, standardize_dense_input
 from torchdlrm.model.dropout import DroppedActivation
 from torchdlrm.model.loss import DLRMTrain
+from torchdlrm.sharding.layout import sharding_plan, tables_of
 from torchdlrm.sharding.local_machine import local_machine
-from torchdlrm.sharding.problem import Solution
-from torchdlrm.sharding.resolve import load_or_make_plan
+from torchdlrm.sharding.resolve import plan_of_training
+from torchdlrm.sharding.solution import Solution
 from torchdlrm.sharding.weights import initialize_tables
 from torchdlrm.tables.collection import TrainingSharder
 from torchdlrm.tables.optimizers import fill_accumulators, fused_params, set_steps_done, table_kernels
@@ -161,26 +162,22 @@ def _shard(
         reduces: whether the gradients of all parameters but the tables are averaged over the ranks.
         frozen: names of tables that no step changes.
     """
-    plan, solution = load_or_make_plan(
-        model,
-        config,
-        shape,
-        machine=local_machine(
-            config.sharding,
-            world_size=ranks.world_size,
-            local_world_size=ranks.local_world_size,
-            device=ranks.device,
-            all_gather=ranks.all_gather,
-        ),
-        process_group=ranks.process_group,
-        saved_plan=saved_plan,
+    machine = local_machine(
+        config.sharding,
+        world_size=ranks.world_size,
+        local_world_size=ranks.local_world_size,
+        device=ranks.device,
+        all_gather=ranks.all_gather,
+    )
+    solution = plan_of_training(
+        config, shape, tables_of(model), machine, saved_plan=saved_plan, process_group=ranks.process_group
     )
     codecs = communication_codecs(config.train, ranks.device)
     module = DistributedModelParallel(
         module=model,
         env=ShardingEnv.from_process_group(ranks.process_group),
         device=ranks.device,
-        plan=plan,
+        plan=sharding_plan(solution.layout, model, machine),
         init_data_parallel=reduces,
         sharders=[TrainingSharder(fused_params(config.table_optimizer), codecs, ranks, frozen)],
         data_parallel_wrapper=AddedUpOnOneHost(ranks) if ranks.device.type == "cpu" and ranks.world_size == 2 else None,

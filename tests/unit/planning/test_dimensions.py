@@ -5,20 +5,17 @@ from dataclasses import replace
 
 import pytest
 
-from torchdlrm.config import TABLE_OPTIMIZERS, FeatureConfig, load_config
+from helpers.random_problems import problem as problem_with
+from torchdlrm.config import FeatureConfig, load_config
 from torchdlrm.errors import ConfigError, PlanError
 from torchdlrm.planning.plan import problem_of
 from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.planning.remedies import remedies
 from torchdlrm.planning.smaller_tables import with_quotients, with_smaller_dims
-from torchdlrm.sharding.machine import device_named
-from torchdlrm.sharding.planner import PlanOptions
-from torchdlrm.sharding.problem import Problem, try_solve
+from torchdlrm.sharding.solution import try_solve
 from torchdlrm.sharding.tables import Table, preset_tables
 
-MACHINE = device_named("a100-80gb").spread(1)
-OPTIONS = PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 65_536, 0.15)
-KAGGLE = Problem(tuple(preset_tables("criteo-kaggle", 128)), MACHINE, OPTIONS)
+KAGGLE = problem_with(preset_tables("criteo-kaggle", 128), 1)
 
 
 def size_bytes(tables):
@@ -43,7 +40,7 @@ def test_dimensions_are_those_of_the_largest_factor_that_fits(max_bytes, alpha):
         assert list(found.tables) == expected
     assert size_bytes(expected) <= size_bytes(found.tables) <= max_bytes
     smaller = {t.name.removeprefix("t_"): FeatureConfig(embedding_dim=t.dim) for t in found.tables if t.dim < 128}
-    assert found.model.features == smaller
+    assert found.shape.config.features == smaller
 
 
 def test_what_fits_stays_and_what_cannot_fit_is_said():
@@ -59,16 +56,15 @@ def test_what_fits_stays_and_what_cannot_fit_is_said():
 
 def test_as_few_tables_as_are_needed_are_divided_and_multiplied_only_where_cells_have_one_value():
     tables = (Table("t_a", 1_001, 128), Table("t_b", 900, 128, 3.0), Table("t_c", 90, 128), Table("t_d", 800, 128))
-    problem = Problem(tables, MACHINE, OPTIONS, multi_valued=frozenset({"t_d"}))
+    problem = problem_with(tables, 1, multi_valued=frozenset({"t_d"}))
     found = with_quotients(problem, problem.table_bytes - 516 * 1_300, 4)
     assert {(t.name, t.rows, t.pooling_factor) for t in found.tables} == {
         *(("t_a_q", 251, 1.0), ("t_a_r", 4, 1.0), ("t_b_q", 225, 3.0), ("t_b_r", 4, 3.0)),
         *(("t_c", 90, 1.0), ("t_d", 800, 1.0)),
     }
-    assert {name: f.quotient_remainder for name, f in found.model.features.items()} == {"a": "mult", "b": "add"}
-    assert found.shape.num_sparse == 4
+    assert {name: f.quotient_remainder for name, f in found.shape.config.features.items()} == {"a": "mult", "b": "add"}
     all_of_them = with_quotients(problem, 516 * 800, 4)
-    assert all_of_them.model.features["d"].quotient_remainder == "add"
+    assert all_of_them.shape.config.features["d"].quotient_remainder == "add"
     assert with_quotients(problem, 516 * 10, 4) is None
 
 
@@ -81,7 +77,7 @@ def test_products_that_project_are_counted():
 
 
 def test_both_are_offered_where_tables_do_not_fit_and_both_are_true():
-    problem = replace(KAGGLE, machine=replace(MACHINE, hbm_bytes=10 * 10**9))
+    problem = replace(KAGGLE, machine=replace(KAGGLE.machine, hbm_bytes=10 * 10**9))
     found = {
         name: r
         for r in remedies(problem)

@@ -7,23 +7,22 @@ from dataclasses import replace
 import pytest
 
 import torchdlrm.planning.plan
-from torchdlrm.config import TABLE_OPTIMIZERS, load_config
+from helpers.random_problems import problem
+from torchdlrm.config import load_config
 from torchdlrm.errors import PlanError
 from torchdlrm.planning.page import plan_page
 from torchdlrm.planning.plan import plan
 from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.planning.remedies import remedies, shortfall
 from torchdlrm.planning.side_by_side import sweep
-from torchdlrm.sharding.layout import read_plan
 from torchdlrm.sharding.machine import device_named
-from torchdlrm.sharding.planner import PlanOptions
-from torchdlrm.sharding.problem import Problem, solve, try_solve
+from torchdlrm.sharding.plan_file import read_plan
+from torchdlrm.sharding.solution import solve, try_solve
 from torchdlrm.sharding.tables import check_tables, preset_tables, read_tables
 
 
 def asked(devices=4, optimizer="rowwise_adagrad", preset="criteo-1tb-40m"):
-    machine = device_named("a100-80gb").spread(devices)
-    return Problem(tuple(preset_tables(preset, 128)), machine, PlanOptions(TABLE_OPTIMIZERS[optimizer], 65_536, 0.15))
+    return problem(preset_tables(preset, 128), devices, optimizer=optimizer)
 
 
 def test_4_gpus_are_too_few_for_26_tables_of_40_million_and_it_says_by_how_much():
@@ -107,7 +106,7 @@ def test_the_example_of_plan_is_what_it_returns():
 def test_a_plan_of_a_run_takes_the_runs_config_and_tables(small_run):
     solution = plan(PlanRequest(run=small_run, device="a100-80gb", devices=2))
     config = load_config(small_run / "config.toml", is_of_run=True)
-    assert solution.problem.options.batch_size_global == config.train.batch_size_global
+    assert solution.problem.batch_size_global == config.train.batch_size_global
     assert set(solution.layout) == set(read_plan(small_run / "plan.json")["tables"])
     with pytest.raises(PlanError, match="`run` and `tables`: give one of `dataset`, `run` and `tables`"):
         plan(PlanRequest(run=small_run, tables="criteo-1tb"))

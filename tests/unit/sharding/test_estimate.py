@@ -13,11 +13,10 @@ from torchdlrm.config import TABLE_OPTIMIZERS, Config, ModelConfig, TableOptimiz
 from torchdlrm.errors import DoesNotFitError
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.eager import EagerModel
-from torchdlrm.sharding.estimate import dense_part, shard_costs
 from torchdlrm.sharding.layout import PlacedShard, PlacedTable
 from torchdlrm.sharding.machine import device_named
-from torchdlrm.sharding.planner import PlanOptions
-from torchdlrm.sharding.problem import Problem, solve
+from torchdlrm.sharding.problem import Problem
+from torchdlrm.sharding.solution import shard_costs, solve
 from torchdlrm.sharding.tables import Table
 from torchdlrm.tables.collection import TablesOfRank
 from torchdlrm.tables.optimizers import fused_params
@@ -25,8 +24,8 @@ from torchdlrm.tables.optimizers import fused_params
 
 def test_the_dense_parts_are_those_of_this_many_dense_features():
     config = ModelConfig(embedding_dim=8, dense_arch_layer_sizes=(16, 8), over_arch_layer_sizes=(4, 1))
-    machine = device_named("a100-80gb").spread(2)
-    found = dense_part(ModelShape(config, num_dense=2, num_sparse=3), machine, batch_size_global=100)
+    asked = problem([Table("t", 10, 8)], 2, batch=100, shape=ModelShape(config, num_dense=2, num_sparse=3))
+    machine, found = asked.machine, asked.dense
     weights = 2 * 16 + 16 * 8 + (8 + 6) * 4 + 4 * 1  # 4 vectors have 6 pairs
     square = 4 * 8 * 4
     rate = 0.5 * machine.bfloat16_flops_per_s
@@ -47,9 +46,9 @@ def test_the_dense_parts_are_those_of_this_many_dense_features():
 def test_the_dense_parts_are_planned_in_the_precision_of_the_training(device, train, rate):
     config = Config(train=TrainConfig(**train))
     machine = device_named(device).spread(1)
-    problem = Problem((Table("t", 10, 128),), machine, PlanOptions.of(config), model=config.model)
-    flops = problem.shape.step_flops(config.train.batch_size_global)
-    assert problem.dense.compute_ms == pytest.approx(1000 * flops / (0.5 * rate))
+    asked = Problem.of(config, [Table("t", 10, 128)], machine)
+    flops = asked.shape.step_flops(config.train.batch_size_global)
+    assert asked.dense.compute_ms == pytest.approx(1000 * flops / (0.5 * rate))
 
 
 @pytest.mark.parametrize("interaction", INTERACTIONS)
@@ -92,12 +91,12 @@ def test_dense_parts_that_need_more_than_is_reserved_leave_less_to_the_tables():
     asked = problem([Table("t_0", 1000, 128)], devices=1, batch=900_000)
     assert asked.dense.total_bytes < 0.15 * asked.machine.memory_bytes
     assert asked.usable_bytes == int(0.85 * asked.machine.memory_bytes)
-    crossed = replace(asked, model=ModelConfig(interaction="dcn"))
+    crossed = replace(asked, shape=replace(asked.shape, config=ModelConfig(interaction="dcn")))
     assert crossed.usable_bytes == pytest.approx(crossed.machine.memory_bytes - crossed.dense.total_bytes)
     assert crossed.dense.total_bytes > 0.15 * crossed.machine.memory_bytes
-    adam = crossed.with_options(dense_state_per_weight=2)
+    adam = replace(crossed, dense_state_per_weight=2)
     assert adam.dense.weight_bytes == pytest.approx(4 / 3 * crossed.dense.weight_bytes)
-    assert solve(replace(asked, model=ModelConfig(interaction="dcn"))).dense == crossed.dense
+    assert solve(crossed).problem.dense == crossed.dense
     with pytest.raises(DoesNotFitError):
         solve(replace(crossed, machine=replace(crossed.machine, hbm_bytes=crossed.dense.total_bytes // 2)))
 
@@ -107,7 +106,7 @@ def test_lazy_decay_takes_a_value_a_row_more_which_the_plan_counts(name):
     config = load_config(None, {"table_optimizer.name": name, "table_optimizer.weight_decay_mode": "lazy"})
     rows, dim = 300, 16
     plain = problem([Table("t_0", rows, dim)], devices=1, optimizer=name)
-    lazy = plain.with_options(optimizer=PlanOptions.of(config).optimizer)
+    lazy = replace(plain, optimizer=config.table_optimizer.record)
     assert lazy.table_bytes == plain.table_bytes + 4 * rows
     kernel = TablesOfRank(
         [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)], **fused_params(config.table_optimizer)
@@ -123,7 +122,7 @@ def test_a_cached_table_takes_the_memory_that_fbgemm_allocates(optimizer, dim):
     rows, fraction = 3_200_000, 0.1
     placed = PlacedTable("table_wise", "fused_uvm_caching", (PlacedShard(0, (0, 0), (rows, dim)),), fraction)
     asked = problem([Table("t_0", rows, dim)], devices=1, optimizer=optimizer, batch=64, cache_fraction=fraction)
-    costs = shard_costs({"t_0": placed}, asked.tables, asked.machine, asked.options, "float32")
+    costs = shard_costs(asked, {"t_0": placed})
     (cost,) = costs["t_0"]
     kernel = SplitTableBatchedEmbeddingBagsCodegen(
         [(rows, dim, EmbeddingLocation.MANAGED_CACHING, ComputeDevice.CUDA)],

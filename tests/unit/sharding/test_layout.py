@@ -8,13 +8,14 @@ import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchdlrm.config import TABLE_OPTIMIZERS, ModelConfig
+from helpers.random_problems import problem
+from torchdlrm.config import ModelConfig
 from torchdlrm.errors import PlanError
-from torchdlrm.sharding.layout import check_layout, read_saved_plan, sharding_plan
+from torchdlrm.model.architecture import ModelShape
+from torchdlrm.sharding.layout import sharding_plan, tables_of
 from torchdlrm.sharding.machine import device_named
-from torchdlrm.sharding.plan_file import write_plan
-from torchdlrm.sharding.planner import PlanOptions, tables_of
-from torchdlrm.sharding.problem import Problem, solve
+from torchdlrm.sharding.plan_file import read_layout, write_plan
+from torchdlrm.sharding.solution import solve
 from torchdlrm.sharding.tables import Table
 
 TABLES = (Table("t_a", 1000, 16), Table("t_b", 3, 16), Table("t_c", 50_000, 16))
@@ -33,16 +34,25 @@ def model(**rows):
 @pytest.fixture
 def saved(tmp_path):
     """A plan for 4 GPUs in which t_b, of three rows, leaves a rank without any."""
-    machine = device_named("a100-80gb").spread(4)
-    options = PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 1024, 0.15, constraints=("t_b=row_wise",))
-    solution = solve(Problem(TABLES, machine, options))
+    solution = solve(problem(TABLES, 4, batch=1024, constraints=("t_b=row_wise",)))
     write_plan(tmp_path / "plan.json", solution)
-    return tmp_path / "plan.json", machine, solution
+    return tmp_path / "plan.json", solution.problem.machine, solution
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """A plan for a GPU with so little memory that a table is in that of the host, and its layout."""
+    # Dense parts that leave most of so little memory to the tables.
+    small = ModelConfig(embedding_dim=16, dense_arch_layer_sizes=(16,), over_arch_layer_sizes=(8, 1))
+    asked = problem(TABLES, 1, batch=1024, cache_fraction=0.1, shape=ModelShape(small, 13, len(TABLES)))
+    solution = solve(replace(asked, machine=replace(asked.machine, hbm_bytes=3_000_000)))
+    write_plan(tmp_path / "plan.json", solution)
+    return tmp_path / "plan.json", solution.problem.machine, solution.layout
 
 
 def test_a_saved_plan_is_read_back_as_it_was_written(saved):
     path, machine, solution = saved
-    assert read_saved_plan(path).layout == solution.layout
+    assert read_layout(path, TABLES, machine) == solution.layout
     plan = sharding_plan(solution.layout, model(), machine)
     (tables,) = plan.plan.values()
     for name, placed in solution.layout.items():
@@ -62,35 +72,25 @@ def test_a_saved_plan_is_read_back_as_it_was_written(saved):
 )
 def test_a_plan_for_another_model_or_world_size_is_refused(saved, rows, devices, reason):
     path, _, _ = saved
-    machine = device_named("a100-80gb").spread(devices)
     with pytest.raises(PlanError) as failure:
-        check_layout(read_saved_plan(path), tables_of(model(**rows)), machine)
+        read_layout(path, tables_of(model(**rows)), device_named("a100-80gb").spread(devices))
     assert reason in str(failure.value)
     assert str(path) in str(failure.value)
 
 
-def test_tables_that_gpus_cache_are_refused_on_cpu(tmp_path):
-    machine = replace(device_named("a100-80gb").spread(1), hbm_bytes=3_000_000)
-    options = PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 1024, 0.15, cache_fraction=0.1)
-    # Dense parts that leave most of so little memory to the tables.
-    small = ModelConfig(embedding_dim=16, dense_arch_layer_sizes=(16,), over_arch_layer_sizes=(8, 1))
-    solution = solve(Problem(TABLES, machine, options, model=small))
-    write_plan(tmp_path / "plan.json", solution)
+def test_tables_that_gpus_cache_are_refused_on_cpu(cached):
     with pytest.raises(PlanError, match="t_c: unknown kernel 'fused_uvm_caching', or not for cpu"):
-        check_layout(read_saved_plan(tmp_path / "plan.json"), TABLES, device_named("cpu").spread(1))
+        read_layout(cached[0], TABLES, device_named("cpu").spread(1))
 
 
 @pytest.mark.parametrize("kind", ["table_row_wise", "grid_shard"])
 def test_tables_cut_within_a_host_are_refused_where_hosts_have_another_number_of_ranks(kind, tmp_path):
-    machine = device_named("cpu").spread(4, 2)
-    solution = solve(
-        Problem(TABLES, machine, PlanOptions(TABLE_OPTIMIZERS["adagrad"], 1024, 0.15, constraints=(f"t_c={kind}",)))
-    )
-    write_plan(tmp_path / "plan.json", solution)
-    saved = read_saved_plan(tmp_path / "plan.json")
-    check_layout(saved, TABLES, machine)
+    asked = problem(TABLES, 4, "cpu", 2, "adagrad", 1024, constraints=(f"t_c={kind}",))
+    path = tmp_path / "plan.json"
+    write_plan(path, solve(asked))
+    read_layout(path, TABLES, asked.machine)
     with pytest.raises(PlanError, match=rf"t_c: {kind} needs its shards on all 4 rank\(s\) of a host"):
-        check_layout(saved, TABLES, device_named("cpu").spread(4))
+        read_layout(path, TABLES, device_named("cpu").spread(4))
 
 
 @pytest.mark.parametrize("change", ["gap", "overlap", "rank", "version", "key", "text"])
@@ -110,22 +110,18 @@ def test_a_damaged_plan_is_refused(saved, change):
         del content["tables"]["t_a"]["shards"]
     path.write_text("{" if change == "text" else json.dumps(content))
     with pytest.raises(PlanError):
-        check_layout(read_saved_plan(path), TABLES, machine)
+        read_layout(path, TABLES, machine)
 
 
-def test_a_plan_of_the_first_format_version_is_read(tmp_path):
-    machine = replace(device_named("a100-80gb").spread(1), hbm_bytes=3_000_000)
-    options = PlanOptions(TABLE_OPTIMIZERS["rowwise_adagrad"], 1024, 0.15, cache_fraction=0.1)
-    small = ModelConfig(embedding_dim=16, dense_arch_layer_sizes=(16,), over_arch_layer_sizes=(8, 1))
-    write_plan(tmp_path / "plan.json", solve(Problem(TABLES, machine, options, model=small)))
-    new = read_saved_plan(tmp_path / "plan.json").layout
-    content = json.loads((tmp_path / "plan.json").read_text())
+def test_a_plan_of_the_first_format_version_is_read(cached):
+    path, machine, layout = cached
+    content = json.loads(path.read_text())
     content |= {"format_version": 1, "host_cache_share": content.pop("cache_fraction")}
     for table in content["tables"].values():
         table["cache_share"] = table.pop("cache_fraction")
-    (tmp_path / "plan.json").write_text(json.dumps(content))
-    assert any(placed.cache_fraction for placed in new.values())
-    assert read_saved_plan(tmp_path / "plan.json").layout == new
+    path.write_text(json.dumps(content))
+    assert any(placed.cache_fraction for placed in layout.values())
+    assert read_layout(path, TABLES, machine) == layout
 
 
 def test_the_json_adds_up(saved):

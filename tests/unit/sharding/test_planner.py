@@ -15,9 +15,10 @@ from helpers.random_problems import problem, random_tables
 from torchdlrm.config import TABLE_OPTIMIZERS
 from torchdlrm.errors import PlanError
 from torchdlrm.planning.remedies import shortfall
-from torchdlrm.sharding.planner import TableSharder, meta_tables, planner_constraints
-from torchdlrm.sharding.problem import Problem, solve, try_solve
+from torchdlrm.sharding.constraints import table_constraints
+from torchdlrm.sharding.planner import TableSharder, meta_tables
 from torchdlrm.sharding.resolve import checked
+from torchdlrm.sharding.solution import solve, try_solve
 from torchdlrm.sharding.tables import Table, preset_tables
 
 
@@ -57,8 +58,7 @@ def problems(draw):
     )
     memory = draw(st.sampled_from([10**8, 10**9, 10**10]))
     hbm_bytes = memory if asked.machine.kind == "cuda" else 0
-    machine = replace(asked.machine, hbm_bytes=hbm_bytes, host_memory_bytes=memory)
-    return Problem(asked.tables, machine, asked.options)
+    return replace(asked, machine=replace(asked.machine, hbm_bytes=hbm_bytes, host_memory_bytes=memory))
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,7 +78,7 @@ def test_every_value_of_every_table_is_on_one_shard_and_no_rank_is_over_its_memo
                 covered.append((row, row + rows, column, column + columns))
                 assert row + rows <= table.rows
                 assert column + columns <= table.dim
-            used[shard.rank] += 4 * (rows * columns + state_values(asked.options.optimizer.name, rows, columns))
+            used[shard.rank] += 4 * (rows * columns + state_values(asked.optimizer.name, rows, columns))
         assert sum((bottom - top) * (right - left) for top, bottom, left, right in covered) == table.rows * table.dim
         for a, b in combinations(covered, 2):
             assert a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2], "two shards overlap"
@@ -88,7 +88,7 @@ def test_every_value_of_every_table_is_on_one_shard_and_no_rank_is_over_its_memo
         assert cost.activation_bytes >= 0
         assert cost.device_bytes <= 0.85 * asked.machine.memory_bytes
     assert solution.total.weight_bytes == sum(4 * table.rows * table.dim for table in asked.tables)
-    assert max(cost.total_ms for cost in ranks) >= solution.lower_bound_ms * (1 - 1e-9)
+    assert max(cost.total_ms for cost in ranks) >= solution.found.lower_bound_ms * (1 - 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_26_tables_of_40_million_rows_fit_on_8_gpus_unless_the_optimizer_doubles
         assert solution.total.weight_bytes == 26 * 40_000_000 * 128 * 4 == 532_480_000_000
         assert solution.total.state_bytes == (0 if optimizer == "sgd" else 26 * 40_000_000 * 4)
         assert max(cost.device_bytes for cost in solution.ranks) <= 0.85 * 80e9
-        assert solution.search_s < 5
+        assert solution.found.search_s < 5
 
 
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
@@ -112,18 +112,17 @@ def test_the_state_of_the_optimizer_takes_memory(optimizer):
     assert solution.total.state_bytes == {"adagrad": 1, "adam": 2}[optimizer] * solution.total.weight_bytes
 
 
-def default_search(asked, *, same_kinds=True):
+def default_search(asked):
     """TorchRec's planner as it comes, with its default proposers and partitioner, on the same kinds of sharding."""
-    _, constraints = planner_constraints(asked.tables, asked.machine, asked.options)
     planner = EmbeddingShardingPlanner(
         topology=asked.machine.topology(),
-        batch_size=-(-asked.options.batch_size_global // asked.machine.num_devices),
-        storage_reservation=FixedPercentageStorageReservation(asked.options.reserved_fraction),
-        constraints=constraints,
+        batch_size=asked.batch_size_per_rank,
+        storage_reservation=FixedPercentageStorageReservation(asked.asked_reserved_fraction),
+        constraints=table_constraints(asked),
         stats=NoopEmbeddingStats(),
         debug=False,
     )
-    planner.plan(meta_tables(asked.tables), [TableSharder()])
+    planner.plan(meta_tables(asked), [TableSharder()])
     return planner._perf_model.rate(planner._best_plan)
 
 
@@ -181,7 +180,7 @@ def test_row_wise_adagrad_does_not_cut_columns_unless_asked():
     table = Table("t_0", 1_000_000, 256)
     asked = problem([table, Table("t_1", 10, 256)], devices=2, device="cpu")
     assert {p.sharding_type for p in solve(asked).layout.values()} == {"table_wise"}
-    cut = solve(asked.with_options(constraints=("t_0=column_wise",))).layout["t_0"]
+    cut = solve(replace(asked, constraints=("t_0=column_wise",))).layout["t_0"]
     assert [shard.sizes for shard in cut.shards] == [(1_000_000, 128)] * 2
 
 

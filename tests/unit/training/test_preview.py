@@ -7,8 +7,8 @@ from torchdlrm.cli.train import preview_lines
 from torchdlrm.config import load_config
 from torchdlrm.model.precision import Precision
 from torchdlrm.sharding.machine import device_named
-from torchdlrm.sharding.planner import PlanOptions
-from torchdlrm.sharding.problem import Problem, solve
+from torchdlrm.sharding.problem import Problem
+from torchdlrm.sharding.solution import solve
 from torchdlrm.sharding.tables import Table
 from torchdlrm.training.job import TrainingPreview
 from torchdlrm.training.steps import Agenda
@@ -18,7 +18,7 @@ def hints(device, num_devices, rows):
     config = load_config(None, {"train.batch_size_global": str(rows)})
     machine = device_named(device).spread(num_devices)
     tables = (Table("t_a", 1_000, 128), Table("t_b", 50, 128))
-    solution = solve(Problem(tables, machine, PlanOptions.of(config)))
+    solution = solve(Problem.of(config, tables, machine))
     preview = TrainingPreview(config, Agenda.of(config, 10**6), solution, Precision(torch.float32, ""), 0, 0, "label")
     return [line for line in preview_lines(preview) if line.startswith("hint: ")]
 
