@@ -71,8 +71,6 @@ def test_a_run_of_two_processes_with_lists_text_and_hashes_is_exported_by_one(sh
     model = ServedModel(bundle)
     np.testing.assert_allclose(model.predict(rows), expected, rtol=0, atol=1e-6)
     np.testing.assert_allclose(model.predict(rows.part(11, 40)), expected[11:40], rtol=0, atol=1e-6)
-    joined = EncodedRows.concatenated([rows.part(11, 40), rows.part(3, 11)])
-    np.testing.assert_allclose(model.predict(joined), np.r_[expected[11:40], expected[3:11]], rtol=0, atol=1e-6)
     raw, predictions = bundle.sample()
     assert raw.height > 100
     assert raw.schema["tags"] == pl.List(pl.String)

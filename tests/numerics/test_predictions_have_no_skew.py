@@ -350,8 +350,8 @@ def test_a_number_that_training_never_lacked_is_its_mean_by_every_way(serve, dlr
         np.testing.assert_allclose(found[few:], expected[few:], rtol=0, atol=1e-6)
     number = {name: sum(row[name] is None for row in rows) for name in ("price", "age")}
     assert all(predictor.predict_encoded(some).num_filled == number for some in encoded)
-    halves = [encoded[0].part(0, 250), encoded[1].part(250, 4_000)]
-    assert predictor.predict_encoded(EncodedRows.concatenated(halves)).num_filled == number
+    halves = predictor.encode_requests([cells[:250], predictor.parse_rows(cells[250:])])
+    assert predictor.predict_encoded(halves).num_filled == number
     columns = {column["name"]: column for column in httpx.get(f"{server.url}/schema").json()["columns"]}
     assert [name for name in columns if columns[name].get("never_missing")] == ["price", "age"]
     metrics = httpx.get(f"{server.url}/metrics").text

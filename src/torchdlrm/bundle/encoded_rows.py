@@ -111,28 +111,6 @@ class EncodedRows:
         pairs = zip(self.sparse, self.weights, strict=True)
         return np.concatenate([np.ones(len(ids), np.float32) if own is None else own for (ids, _), own in pairs])
 
-    @classmethod
-    def concatenated(cls, pieces: Sequence[Self]) -> Self:
-        """The rows of all pieces, in order; all with one id each, or all with bags."""
-        dense, filled = np.concatenate([piece.dense for piece in pieces]), None
-        if any(piece.is_filled is not None for piece in pieces):
-            filled = np.concatenate(
-                [np.zeros(p.dense.shape, np.bool_) if p.is_filled is None else p.is_filled for p in pieces]
-            )
-        first = pieces[0].sparse
-        if not isinstance(first, tuple):
-            return cls(dense, np.concatenate([piece.sparse for piece in pieces], axis=1), is_filled=filled)
-        joined = []
-        for feature in range(len(first)):
-            bags: list[Bags] = [piece.sparse[feature] for piece in pieces]
-            ends = np.cumsum(np.concatenate([np.diff(offsets) for _, offsets in bags]), dtype=np.int64)
-            joined.append((np.concatenate([values for values, _ in bags]), np.pad(ends, (1, 0))))
-        if pieces[0].weights is None:
-            return cls(dense, tuple(joined), is_filled=filled)
-        of_features = zip(*(piece.weights or () for piece in pieces), strict=True)
-        weights = (None if own[0] is None else np.concatenate(own) for own in of_features)
-        return cls(dense, tuple(joined), tuple(weights), filled)
-
 
 def _bags(column: pl.Series) -> Bags:
     array = column.rechunk().to_arrow()

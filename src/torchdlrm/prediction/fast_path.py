@@ -34,8 +34,7 @@ from torchdlrm.features.kinds import ValueKind
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
 from torchdlrm.features.value_hash import hash_integers
-from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS
-from torchdlrm.prediction.shared_rows import Part, Row, cells_of, parts_of
+from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS, Part, Row, cells_of, parts_of
 
 Vocabularies = Mapping[str, ServedVocabulary]
 # Up to this many rows an id is found faster by itself than by a dozen calls of NumPy for the column.

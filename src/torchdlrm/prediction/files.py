@@ -128,7 +128,7 @@ def predict_file(
             tally.add(chunk, encoded, predictions)
             scores: dict[str, NDArray[Any]] = {PREDICTION_COLUMN: predictions.probabilities}
             if with_details:
-                scores |= {LOGIT_COLUMN: predictions.logits, HAS_UNKNOWN_COLUMN: predictor.has_unknown(encoded)}
+                scores |= {LOGIT_COLUMN: predictions.logits, HAS_UNKNOWN_COLUMN: _has_unknown(predictor, encoded)}
             writer.write(_scores(chunk, scores, rows, as_text=out.suffix != ".parquet"))
             progress.advance(chunk.num_bytes, rows=f"{tally.summary.rows:,}")
         if not tally.summary.rows:
@@ -167,6 +167,10 @@ def _encoded_ahead(predictor: Predictor, rows: RowsIn, remedy: str | None) -> It
         finally:
             rows.is_over.set()
             reader.shutdown(wait=True, cancel_futures=True)
+
+
+def _has_unknown(predictor: Predictor, rows: EncodedRows) -> NDArray[np.bool_]:
+    return np.logical_or.reduce([np.zeros(rows.num_rows, np.bool_), *predictor.unknown(rows).values()])
 
 
 def _scores(chunk: RowChunk, scores: Mapping[str, NDArray[Any]], rows: RowsIn, *, as_text: bool) -> pl.DataFrame:

@@ -17,8 +17,7 @@ from torchdlrm.features.bad_rows import BadRows
 from torchdlrm.features.cells import to_typed_columns
 from torchdlrm.features.columns import Feature, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.prediction.json_rows import check_cells
-from torchdlrm.prediction.shared_rows import Row
+from torchdlrm.prediction.json_rows import Row, check_cells
 
 _CELLS = (pl.Boolean, pl.String, pl.Categorical, pl.Enum, pl.Date, pl.Datetime, pl.Null)
 

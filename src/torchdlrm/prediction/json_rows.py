@@ -12,9 +12,13 @@ Cost: half a millisecond for one row of Criteo's 39 features, a millisecond for 
 | an object | where the column has weights: the weight of each value |
 
 A text of more than 65,536 characters, or a list of more values, is refused: there is no end to what it could cost.
+
+Rows may share some of their cells, as those of one user with many candidates do (`SharedRows`): these are never written
+out, as there would be as many copies of them as there are rows.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 import polars as pl
 
@@ -25,10 +29,67 @@ from torchdlrm.features.cells import text_frame, to_typed_columns, typed_cells, 
 from torchdlrm.features.columns import Column, Feature, LabelColumn, SparseColumn
 from torchdlrm.features.kinds import FLOAT
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.prediction.shared_rows import Part, Row, cells_of, parts_of
 
 MAX_CELL_CHARACTERS = 1 << 16  # or values, where the cell is a list
 _MISSING, _TEXT = type(None), {str, type(None)}
+
+Row = Mapping[str, object]
+# Cells in common, and rows of which each has other cells of its own.
+Part = tuple[Row, Sequence[Row]]
+
+
+class SharedRows(Sequence[Row]):
+    """Rows in parts, one after another.
+
+    Args:
+        parts: none of their rows has a column that the part has in common.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
+        self._num_rows = sum(len(rows) for _, rows in parts)
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        """A row, or some, with all their cells."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        for shared, rows in self.parts:
+            if place < len(rows):
+                return {**shared, **rows[place]}
+            place -= len(rows)
+        raise IndexError(index)
+
+
+def parts_of(rows: Sequence[Row]) -> Sequence[Part]:
+    """The parts of rows, whichever way they are held."""
+    return rows.parts if isinstance(rows, SharedRows) else [({}, rows)]
+
+
+def joined(requests: Sequence[Sequence[Row]]) -> Sequence[Row]:
+    """The rows of some requests, one after another."""
+    if not any(isinstance(rows, SharedRows) for rows in requests):
+        return requests[0] if len(requests) == 1 else [row for rows in requests for row in rows]
+    return SharedRows([part for rows in requests for part in parts_of(rows)])
+
+
+def cells_of(parts: Sequence[Part], names: Sequence[str]) -> list[Any]:
+    """The cells of columns, one column after another, each of all rows; None where a row has none."""
+    if len(parts) == 1 and not parts[0][0]:
+        rows = parts[0][1]
+        return [row.get(name) for name in names for row in rows]
+    cells: list[Any] = []
+    for name in names:
+        for shared, rows in parts:
+            cells += [shared[name]] * len(rows) if name in shared else [row.get(name) for row in rows]
+    return cells
 
 
 class RowReader:

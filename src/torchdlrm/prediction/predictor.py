@@ -6,7 +6,6 @@ the vocabularies do not have.  Why a room of its own: docs/decisions/predictions
 B rows, F sparse features.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +27,7 @@ from torchdlrm.features.vocabulary import UNKNOWN_ID
 from torchdlrm.model.model_class import ModelClass
 from torchdlrm.prediction.fast_path import PlainRowEncoder
 from torchdlrm.prediction.frames import frame_or_rows, typed_columns
-from torchdlrm.prediction.json_rows import RowReader
-from torchdlrm.prediction.shared_rows import Row, joined
+from torchdlrm.prediction.json_rows import Row, RowReader, joined
 from torchdlrm.progress import SILENT, ProgressListener
 
 # By column name, as JSON has them, or typed columns.
@@ -185,21 +183,10 @@ class Predictor:
             BundleError: the bundle's files have been written to.
         """
         self.require_undamaged()  # where a file has been cut, to look a value up would end the process
-        frames = [request for request in requests if isinstance(request, pl.DataFrame)]
-        rows = joined([request for request in requests if not isinstance(request, pl.DataFrame)])
-        if not frames:
-            return self.encode_rows(rows)
-        typed = self.encode(frames[0] if len(frames) == 1 else pl.concat(frames))
-        if not rows:
-            return typed
-        # Rows of the same form are encoded together, then each request's put in its place.
-        plain = self.encode_rows(rows)
-        pieces, ends = [], {False: 0, True: 0}
-        for request in requests:
-            is_frame = isinstance(request, pl.DataFrame)
-            start, ends[is_frame] = ends[is_frame], ends[is_frame] + len(request)
-            pieces.append((typed if is_frame else plain).part(start, ends[is_frame]))
-        return EncodedRows.concatenated(pieces)
+        rows = [request for request in requests if not isinstance(request, pl.DataFrame)]
+        if len(rows) == len(requests):
+            return self.encode_rows(joined(rows))
+        return self.encode(self.parse_requests(requests))
 
     def parse_requests(self, requests: Sequence[Rows]) -> pl.DataFrame:
         """The rows of some requests, one after another, as the typed columns of the features.
@@ -207,22 +194,18 @@ class Predictor:
         Raises:
             RowError: a row has a column that there is not, or a cell that does not fit.
         """
+        # Rows of several requests together: the cost is that of the calls.
+        rows = joined([request for request in requests if not isinstance(request, pl.DataFrame)])
+        parsed, end = self.parse_rows(rows) if rows else pl.DataFrame(), 0
+        frames = []
+        for request in requests:
+            if isinstance(request, pl.DataFrame):
+                frames.append(request)
+            else:
+                frames.append(parsed.slice(end, len(request)))
+                end += len(request)
         features = [column.name for column in self.schema.features]
-        frames: list[pl.DataFrame] = []
-        for is_frame, alike in itertools.groupby(requests, lambda request: isinstance(request, pl.DataFrame)):
-            group: list[Any] = list(alike)
-            # Rows of several requests together: the cost is that of the calls.
-            frames += group if is_frame else [self.parse_rows(joined(group))]
-        return pl.concat([frame.select(features) for frame in frames])
-
-    def unknown_features(self, frame: pl.DataFrame) -> list[list[str]]:
-        """For each row the features that have a value which is not in their vocabulary; `frame` as in `encode`."""
-        encoded = encode(frame, self.schema, self.bundle.dense, self.bundle.vocabularies)
-        has_unknown = {}
-        for _, name in self._counted:
-            ids = encoded[name]
-            has_unknown[name] = ids.list.contains(UNKNOWN_ID) if ids.dtype == pl.List else ids == UNKNOWN_ID
-        return [[name for name, is_unknown in has_unknown.items() if is_unknown[i]] for i in range(frame.height)]
+        return frames[0] if len(frames) == 1 else pl.concat([frame.select(features) for frame in frames])
 
     def predict(self, rows: Any) -> NDArray[np.float32]:
         """The probability of a click of each raw row.
@@ -295,14 +278,14 @@ class Predictor:
         if damage is not None:
             raise damage
 
-    def has_unknown(self, rows: EncodedRows) -> NDArray[np.bool_]:
-        """Whether a value of a row has no id of its own, in a feature with a vocabulary [B]."""
+    def unknown(self, rows: EncodedRows) -> dict[str, NDArray[np.bool_]]:
+        """Whether a value of each row has no id of its own [B], for each feature with a vocabulary."""
         if not isinstance(rows.sparse, tuple):
-            return (rows.sparse[[i for i, _ in self._counted]] == UNKNOWN_ID).any(axis=0)
-        found = np.zeros(rows.num_rows, np.bool_)
-        for i, _ in self._counted:
+            return {name: rows.sparse[i] == UNKNOWN_ID for i, name in self._counted}
+        found = {name: np.zeros(rows.num_rows, np.bool_) for _, name in self._counted}
+        for i, name in self._counted:
             ids, offsets = rows.sparse[i]
-            found[np.searchsorted(offsets, np.flatnonzero(ids == UNKNOWN_ID), side="right") - 1] = True
+            found[name][np.searchsorted(offsets, np.flatnonzero(ids == UNKNOWN_ID), side="right") - 1] = True
         return found
 
     def _check_types(self, frame: pl.DataFrame) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Protocol, Self, cast
+from typing import IO, Self, cast
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -23,16 +23,9 @@ STANDARD_OUTPUT = Path("-")
 _GZIP_LEVEL = 1
 
 
-class ScoreWriter(Protocol):
-    """Writes frames of the same columns to one file."""
-
-    def write(self, frame: pl.DataFrame) -> None:
-        """Append the rows of a frame."""
-
-
 @contextmanager
-def writing_scores(path: Path) -> Iterator[ScoreWriter]:
-    """Write to `path`, in the format that its name asks for; `-` is standard output.
+def writing_scores(path: Path) -> Iterator["_CsvWriter | _ParquetWriter"]:
+    """Write frames of the same columns to `path`, in the format that its name asks for; `-` is standard output.
 
     Raises:
         UserError: the name asks for no format, or cannot be written to.

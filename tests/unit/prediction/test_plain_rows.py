@@ -19,8 +19,7 @@ from torchdlrm.features.transforms import TRANSFORMS, Standardize
 from torchdlrm.features.value_index import ValueIndex, write_index
 from torchdlrm.features.vocabulary import Vocabulary, number_values, rank_counts
 from torchdlrm.prediction.fast_path import PlainRowEncoder
-from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS, RowReader
-from torchdlrm.prediction.shared_rows import SharedRows, joined
+from torchdlrm.prediction.json_rows import MAX_CELL_CHARACTERS, RowReader, SharedRows, joined
 
 SCHEMA = FeatureSchema(
     name="mixed",

@@ -8,7 +8,7 @@ import pytest
 
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.prediction.shared_rows import SharedRows
+from torchdlrm.prediction.json_rows import SharedRows
 from torchdlrm.serving.front.bodies import parse_json
 from torchdlrm.serving.front.open_inference.http import parse_infer
 from torchdlrm.serving.front.open_inference.messages import CLASSES, check_num_fields

@@ -10,7 +10,7 @@ from typing import Any
 from torchdlrm.errors import shown
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.prediction.shared_rows import Part, Row, SharedRows, parts_of
+from torchdlrm.prediction.json_rows import Part, Row, SharedRows, parts_of
 from torchdlrm.serving.front.bodies import parse_json
 from torchdlrm.serving.service.bundles import Examples
 from torchdlrm.serving.service.refusals import MAX_VALUES, bad_request, check_num_rows, check_num_values, too_large

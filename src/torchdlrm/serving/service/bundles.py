@@ -187,7 +187,9 @@ def _checked(bundle: Bundle) -> tuple[Predictor, Examples]:
     predictor = Predictor(bundle)
     predictor.check_sample()
     frame = bundle.sample()[0].head(_NUM_EXAMPLES)
-    return predictor, (rows_as_logged(frame, predictor.schema), predictor.unknown_features(frame))
+    unknown = predictor.unknown(predictor.encode(frame))
+    features = [[name for name, is_unknown in unknown.items() if is_unknown[i]] for i in range(frame.height)]
+    return predictor, (rows_as_logged(frame, predictor.schema), features)
 
 
 def rows_as_logged(frame: pl.DataFrame, schema: FeatureSchema) -> list[dict[str, object]]:
