@@ -75,25 +75,18 @@ def with_words(text: pl.Series, typed: pl.Series) -> pl.Series:
     )
 
 
-def are_clean(text: pl.Series, typed: pl.Series, column: Column) -> bool:
-    """Whether a whole column is good; of a feature found from numbers that cost almost nothing."""
+def bad_cells(text: pl.Series, typed: pl.Series, column: Column) -> pl.Series | None:
+    """Which cells are bad, also missing ones where a column may not lack a value; None where all are good."""
     if isinstance(column, Feature):
-        return column.value_kind.is_clean(text, typed)
+        return column.value_kind.bad(text, typed)
     if isinstance(column, LabelColumn):
-        return typed.null_count() == 0 and typed.is_between(0, 1).all()
-    return not bad_cells(text, typed, column).any()
-
-
-def bad_cells(text: pl.Series, typed: pl.Series, column: Column) -> pl.Series:
-    """Which cells are bad; where a column may not lack a value, the missing ones too."""
-    if isinstance(column, LabelColumn):
-        return ~typed.is_between(0, 1).fill_null(value=False)
-    if isinstance(column, TimeColumn):
-        return typed.is_null()
-    if isinstance(column, WeightColumn):
-        return ~((typed >= 0) & typed.is_finite()).fill_null(value=False)
-    assert isinstance(column, Feature)
-    return column.value_kind.is_bad(text, typed)
+        bad = ~typed.is_between(0, 1).fill_null(value=False)
+    elif isinstance(column, TimeColumn):
+        bad = typed.is_null()
+    else:
+        assert isinstance(column, WeightColumn)
+        bad = ~((typed >= 0) & typed.is_finite()).fill_null(value=False)
+    return bad if bad.any() else None
 
 
 def without_null_values(typed: pl.Series, column: Feature) -> pl.Series:
@@ -110,7 +103,8 @@ def null_numbers(column: Feature) -> pl.Series:
     if column.value_kind.is_text:
         return texts.head(0)
     numbers = texts.to_frame().select(cast_text(column)).to_series()
-    return numbers.filter(~bad_cells(texts, numbers, column))
+    bad = bad_cells(texts, numbers, column)
+    return numbers if bad is None else numbers.filter(~bad)
 
 
 def without_null_texts(column: Column) -> pl.Expr:

@@ -30,7 +30,6 @@ import pyarrow as pa
 from torchdlrm.errors import LogError
 from torchdlrm.features.bad_rows import BadRow, BadRows
 from torchdlrm.features.casts import (
-    are_clean,
     bad_cells,
     cast_text,
     null_numbers,
@@ -182,7 +181,7 @@ def _typed_directly(cells: pl.Series, column: Column, *, is_label_optional: bool
     elif isinstance(column, TimeColumn) and column.kind == "datetime" and cells.dtype == pl.Datetime:
         values = cells.dt.cast_time_unit("us").to_physical()
         values = values if values.is_between(*_TEXT_TIMES).all() else None
-    return values if values is not None and are_clean(cells, values, column) else None
+    return values if values is not None and bad_cells(cells, values, column) is None else None
 
 
 def _is_number(dtype: Any) -> bool:
@@ -253,7 +252,7 @@ def typed_cells(text: pl.Series, column: Feature) -> tuple[pl.Series, bool]:
     if column.null_values:
         frame = frame.select(without_null_texts(column))
     typed = frame.select(cast_text(column)).to_series()
-    is_clean = are_clean(frame.to_series(), typed, column)
+    is_clean = bad_cells(frame.to_series(), typed, column) is None
     return without_null_values(typed, column) if is_clean else typed, is_clean
 
 
@@ -296,7 +295,7 @@ def _typed_lists(cells: pl.Series, column: SparseColumn) -> tuple[pl.Series, lis
     bad: pl.Series | None
     if values.dtype == pl.String:
         typed = pl.DataFrame({column.name: values}).select(column.value_kind.from_text(pl.col(column.name))).to_series()
-        bad = None if are_clean(values, typed, column) else bad_cells(values, typed, column)
+        bad = bad_cells(values, typed, column)
     else:
         typed, bad = column.value_kind.from_numbers(values)
 
@@ -360,9 +359,9 @@ def _faults(
     text: pl.Series, typed: pl.Series, column: Column, *, is_label_optional: bool
 ) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
     """What is wrong with cells: each reason, and in which rows."""
-    if are_clean(text, typed, column):
-        return
     bad = bad_cells(text, typed, column)
+    if bad is None:
+        return
     if isinstance(column, LabelColumn):
         if not is_label_optional:
             yield "no_label", text.is_null().to_numpy()

@@ -70,17 +70,12 @@ class ValueKind:
         """Cells of a log (String) as values; null where one is missing or no value."""
         return cell.cast(self.dtype, strict=False)
 
-    def is_clean(self, text: pl.Series, typed: pl.Series) -> bool:
-        """Whether all cells are good, found from numbers that cost almost nothing."""
-        if typed.null_count() != text.null_count():
-            return False
+    def bad(self, text: pl.Series, typed: pl.Series) -> pl.Series | None:
+        """Which cells are neither missing nor values of the kind; None where all are good, found at almost no cost."""
         odd = self._odd(text, typed)
-        return odd is None or not odd.any()
-
-    def is_bad(self, text: pl.Series, typed: pl.Series) -> pl.Series:
-        """Which cells are neither missing nor values of the kind."""
+        if typed.null_count() == text.null_count() and (odd is None or not odd.any()):
+            return None
         bad = typed.is_null() & text.is_not_null()
-        odd = self._odd(text, typed)
         return bad if odd is None else bad | odd.fill_null(value=False)
 
     def _odd(self, text: pl.Series, typed: pl.Series) -> pl.Series | None:  # noqa: ARG002
