@@ -37,7 +37,7 @@ from torchdlrm.preprocessing.encode import Encoding, Parts, encode_group, write_
 from torchdlrm.preprocessing.executors import Task, Workers
 from torchdlrm.preprocessing.options import BASE_BYTES, PreprocessOptions
 from torchdlrm.preprocessing.place import place_chunks
-from torchdlrm.preprocessing.read import ChunkFile, ReadTask, read_chunk, unpack
+from torchdlrm.preprocessing.read import ChunkFile, read_chunk, unpack
 from torchdlrm.preprocessing.sizing import bytes_a_row, part_memory_bytes
 from torchdlrm.preprocessing.tally import Tally
 from torchdlrm.preprocessing.vocabularies import Period
@@ -85,11 +85,8 @@ class Job:
         split, chunks = place_chunks(
             self.files, rows_of_files, [(path, result["rows"]) for path, result in read], self.schema, self.options.seed
         )
-        vocabularies = VocabularyPhase(
-            self.schema, self.options, self.work, self.workers, self.progress, self.known, self.period
-        )
+        vocabularies = VocabularyPhase(self)
         sparse, ids = vocabularies.run(split, chunks, [result for _, result in read])
-        self.schema = vocabularies.schema
         dense = self._fit_dense(split, chunks)
         rows_of_split = tuple(sum(chunk.rows_of_split[i] for chunk in chunks) for i in range(len(SPLIT_NAMES)))
         parts = Parts(self.options.part_rows, self.options.seed, rows_of_split)  # type: ignore[arg-type]
@@ -179,8 +176,8 @@ class Job:
             for i, chunk in enumerate(chunks):
                 text = None if file.packing is None else texts[i]
                 num_partitions = self.work.sizing.num_partitions
-                task = ReadTask(file, chunk, text, self.schema, self.layouts[number], num_partitions, targets[i])
-                yield Task(f"read-{number}-{i}", read_chunk, (task,))
+                arguments = (file, chunk, text, self.schema, self.layouts[number], num_partitions, targets[i])
+                yield Task(f"read-{number}-{i}", read_chunk, arguments)
 
         results = []
         num_lines = int(self.layouts[number].header)

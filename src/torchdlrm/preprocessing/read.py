@@ -33,23 +33,6 @@ from torchdlrm.preprocessing.work_folder import Result, write_sections
 TIME = "@time"
 
 
-@dataclass(frozen=True)
-class ReadTask:
-    """What reading a chunk needs.
-
-    `text` is the chunk's unpacked text where the file is packed; `layout` is the schema with its columns in the order
-    of the file.
-    """
-
-    file: LogFile
-    chunk: Chunk
-    text: Path | None
-    schema: FeatureSchema
-    layout: FeatureSchema
-    num_partitions: int
-    target: Path
-
-
 def unpack(file: LogFile, layout: FeatureSchema, chunk_bytes: int, folder: Path, name: str) -> Result:
     """Task: a packed file -> its chunks as LZ4-packed text, `folder/name-00000` and so on.
 
@@ -69,22 +52,33 @@ def unpack(file: LogFile, layout: FeatureSchema, chunk_bytes: int, folder: Path,
     return {"chunks": chunks}
 
 
-def read_chunk(task: ReadTask) -> Result:
+def read_chunk(
+    file: LogFile,
+    chunk: Chunk,
+    text: Path | None,
+    schema: FeatureSchema,
+    layout: FeatureSchema,
+    num_partitions: int,
+    target: Path,
+) -> Result:
     """Task: parse a chunk and write its file.
+
+    `text` is the chunk's unpacked text where the file is packed; `layout` is the schema with its columns in the order
+    of the file.
 
     Raises:
         LogError: the log's file cannot be read, or changed.
     """
-    parsed = _parse(task)
+    parsed = _parse(file, chunk, text, layout)
     sections: dict[str, pa.Table] = {}
     rows = parsed.frame
-    columns = [rows[name] for name in task.schema.stored_targets]
-    columns += [_shrunk(rows[column.name]) for column in task.schema.dense]
-    if task.schema.time is not None:
-        columns.append(rows[task.schema.time.name].alias(TIME))
+    columns = [rows[name] for name in schema.stored_targets]
+    columns += [_shrunk(rows[column.name]) for column in schema.dense]
+    if schema.time is not None:
+        columns.append(rows[schema.time.name].alias(TIME))
     num_values, value_bytes, largest_ids = {}, {}, {}
-    for column in task.schema.sparse:
-        codes = encode_column(rows[column.raw_name], column, task.num_partitions, sections)
+    for column in schema.sparse:
+        codes = encode_column(rows[column.raw_name], column, num_partitions, sections)
         columns.append(codes)
         values = sections[f"values/{column.name}"]
         num_values[column.name] = values.num_rows
@@ -92,7 +86,7 @@ def read_chunk(task: ReadTask) -> Result:
         if column.kind == "id":
             largest_ids[column.name] = pc.max(values["value"]).as_py() or 0
     sections["rows"] = pl.DataFrame(columns).to_arrow()
-    write_sections(task.target, sections)
+    write_sections(target, sections)
     return {
         "rows": rows.height,
         "lines": parsed.num_lines,
@@ -103,16 +97,15 @@ def read_chunk(task: ReadTask) -> Result:
     }
 
 
-def _parse(task: ReadTask) -> ParsedChunk:
-    task.file.check_unchanged()
-    log_format = task.file.format
-    if task.text is None:
-        parsed = log_format.read(task.file, task.chunk, task.layout)
+def _parse(file: LogFile, chunk: Chunk, text: Path | None, layout: FeatureSchema) -> ParsedChunk:
+    file.check_unchanged()
+    if text is None:
+        parsed = file.format.read(file, chunk, layout)
     else:
-        assert isinstance(log_format, LineFormat), "others are not packed"
-        with pa.CompressedInputStream(pa.OSFile(str(task.text), "rb"), "lz4") as packed:
-            parsed = log_format.parse(packed.read(), task.layout)
-    task.file.check_unchanged()
+        assert isinstance(file.format, LineFormat), "others are not packed"
+        with pa.CompressedInputStream(pa.OSFile(str(text), "rb"), "lz4") as packed:
+            parsed = file.format.parse(packed.read(), layout)
+    file.check_unchanged()
     return parsed
 
 

@@ -7,11 +7,10 @@ and `vocabularies`.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchdlrm.data.dataset import (
     MANIFEST_NAME,
-    Dataset,
     ExtendedRecord,
     FileRecord,
     SparseRecord,
@@ -21,18 +20,18 @@ from torchdlrm.data.dataset import (
 from torchdlrm.data.splits import RowSplit
 from torchdlrm.errors import LogError
 from torchdlrm.features.columns import SparseColumn
-from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.vocabulary import CANDIDATE_COLUMNS, MAX_ID, PERIOD_COLUMNS, VALUE_COLUMNS
 from torchdlrm.files import sha256_of
 from torchdlrm.preprocessing.count import ValueRange, look_up_values, spread_values
-from torchdlrm.preprocessing.executors import Task, Workers
-from torchdlrm.preprocessing.options import PreprocessOptions
+from torchdlrm.preprocessing.executors import Task
 from torchdlrm.preprocessing.quantiles import fit_boundaries
 from torchdlrm.preprocessing.read import ChunkFile
 from torchdlrm.preprocessing.sizing import BYTES_A_VALUE
-from torchdlrm.preprocessing.vocabularies import Known, Period, assign_ids, count_values
-from torchdlrm.preprocessing.work_folder import Result, WorkFolder
-from torchdlrm.progress import ProgressListener
+from torchdlrm.preprocessing.vocabularies import Known, assign_ids, count_values
+from torchdlrm.preprocessing.work_folder import Result
+
+if TYPE_CHECKING:
+    from torchdlrm.preprocessing.job import Job
 
 # A value with its periods, before and after a log, takes this many times the memory of one that is counted.
 _WEIGHT_WITH_PERIODS = 4
@@ -42,17 +41,7 @@ _WEIGHT_WITH_PERIODS = 4
 class VocabularyPhase:
     """The vocabularies of a job; `run` enters the boundaries of quantiles into its schema."""
 
-    schema: FeatureSchema
-    options: PreprocessOptions
-    work: WorkFolder
-    workers: Workers
-    progress: ProgressListener
-    known: Dataset | None
-    period: Period | None
-
-    @property
-    def _dataset_folder(self) -> Path:
-        return self.work.path / "dataset"
+    job: "Job"
 
     def run(
         self, split: RowSplit, chunks: Sequence[ChunkFile], read: Sequence[Result]
@@ -67,95 +56,95 @@ class VocabularyPhase:
         num_values = sum(
             result["num_values"][column.name]
             for result in read
-            for column in self.schema.sparse
+            for column in self.job.schema.sparse
             if column.has_vocabulary
         )
-        self.progress.start_phase("count", 2 * num_values, "values")
+        self.job.progress.start_phase("count", 2 * num_values, "values")
         self._fit_quantiles(split, chunks, read)
-        counted = [column for column in self.schema.sparse if column.has_vocabulary]
+        counted = [column for column in self.job.schema.sparse if column.has_vocabulary]
         ranges = {column.name: self._ranges(column, read) for column in counted}
         counted_ranges = {name: self._counted_ranges(found) for name, found in ranges.items()}
-        counts_anything = self.known is None or self.options.extend_vocabulary
-        if self.known is not None:
+        counts_anything = self.job.known is None or self.job.options.extend_vocabulary
+        if self.job.known is not None:
             tasks = [task for column in counted for task in self._spread_tasks(column, counted_ranges[column.name])]
-            list(self.workers.run(tasks, self.work))
+            list(self.job.workers.run(tasks, self.job.work))
         tasks = self._count_tasks(counted, counted_ranges, split, chunks) if counts_anything else []
-        for done, _ in enumerate(self.workers.run(tasks, self.work)):
-            self.progress.advance(num_values * (done + 1) // len(tasks) - num_values * done // len(tasks))
+        for done, _ in enumerate(self.job.workers.run(tasks, self.job.work)):
+            self.job.progress.advance(num_values * (done + 1) // len(tasks) - num_values * done // len(tasks))
         if not tasks:
-            self.progress.advance(num_values)
+            self.job.progress.advance(num_values)
         if counts_anything:
             tasks = [self._assign_task(column, counted_ranges[column.name]) for column in counted]
-            list(self.workers.run(tasks, self.work))
+            list(self.job.workers.run(tasks, self.job.work))
         tasks = [
             Task(
                 f"look-up-{values.name}",
                 look_up_values,
-                (values, chunks, self._table(values), self.work.path / "ids" / values.name),
+                (values, chunks, self._table(values), self.job.work.path / "ids" / values.name),
             )
             for column in counted
             for values in ranges[column.name]
         ]
-        for result in self.workers.run(tasks, self.work):
-            self.progress.advance(result["values"])
-        ids = {name: [self.work.path / "ids" / values.name for values in found] for name, found in ranges.items()}
-        return {column.name: self._sparse_record(column, read) for column in self.schema.sparse}, ids
+        for result in self.job.workers.run(tasks, self.job.work):
+            self.job.progress.advance(result["values"])
+        ids = {name: [self.job.work.path / "ids" / values.name for values in found] for name, found in ranges.items()}
+        return {column.name: self._sparse_record(column, read) for column in self.job.schema.sparse}, ids
 
     def _ranges(self, column: SparseColumn, read: Sequence[Result]) -> list[ValueRange]:
         """Cut a feature's values so that a range fits the memory of a task."""
         values = sum(result["num_values"][column.name] for result in read)
         value_bytes = sum(result["value_bytes"][column.name] for result in read)
-        if self.options.extend_vocabulary and self.known is not None:
+        if self.job.options.extend_vocabulary and self.job.known is not None:
             known_rows = sum(file.rows for file in self._known_record(column).files)
             values, value_bytes = values + known_rows, value_bytes + 12 * known_rows
         # Numbers and their counts take 12 bytes; longer values weigh more.
         weight = values + 3 * max(0, value_bytes - 12 * values) // BYTES_A_VALUE
-        if self.period is not None:
+        if self.job.period is not None:
             weight *= _WEIGHT_WITH_PERIODS
-        partitions = self.work.sizing.num_partitions
-        count = min(partitions, max(1, -(-weight // self.work.sizing.values_per_task)))
+        partitions = self.job.work.sizing.num_partitions
+        count = min(partitions, max(1, -(-weight // self.job.work.sizing.values_per_task)))
         edges = [i * partitions // count for i in range(count + 1)]
         return [ValueRange(column, i, edges[i], edges[i + 1]) for i in range(count)]
 
     def _counted_ranges(self, ranges: list[ValueRange]) -> list[ValueRange]:
         """The ranges whose values are counted by themselves; equal buckets of numbers may be in all of them."""
         column = ranges[0].column
-        return [ValueRange(column, 0, 0, self.work.sizing.num_partitions)] if column.needs_fit else ranges
+        return [ValueRange(column, 0, 0, self.job.work.sizing.num_partitions)] if column.needs_fit else ranges
 
     def _fit_quantiles(self, split: RowSplit, chunks: Sequence[ChunkFile], read: Sequence[Result]) -> None:
         """Enter the boundaries of quantiles into the schema, by the training rows or as in the known dataset."""
         boundaries: Mapping[str, Sequence[float]]
-        if self.known is None:
-            ranges = {column.name: self._ranges(column, read) for column in self.schema.sparse if column.needs_fit}
-            boundaries = fit_boundaries(ranges, chunks, split, self.work, self.workers)
+        if self.job.known is None:
+            ranges = {column.name: self._ranges(column, read) for column in self.job.schema.sparse if column.needs_fit}
+            boundaries = fit_boundaries(ranges, chunks, split, self.job.work, self.job.workers)
         else:
-            features = self.known.schema.sparse
+            features = self.job.known.schema.sparse
             boundaries = {feature.name: feature.buckets.boundaries or () for feature in features if feature.buckets}
-        self.schema = self.schema.with_boundaries(boundaries)
+        self.job.schema = self.job.schema.with_boundaries(boundaries)
 
     def _table(self, values: ValueRange) -> Path:
         """Value and id of the values of a range; of buckets, which are few, there is one for all ranges."""
         first = replace(values, index=0) if values.column.needs_fit else values
-        return self.work.path / "counts" / f"{first.name}-ids"
+        return self.job.work.path / "counts" / f"{first.name}-ids"
 
     def _known_table(self, values: ValueRange, what: str = "known") -> Path:
         """Value and id in the known dataset of a range that it extends; or `what` else there is of it."""
-        if not self.options.extend_vocabulary:
+        if not self.job.options.extend_vocabulary:
             return self._table(values)
-        return self.work.path / "counts" / f"{values.name}-{what}"
+        return self.job.work.path / "counts" / f"{values.name}-{what}"
 
     def _known_record(self, column: SparseColumn) -> SparseRecord:
-        assert self.known is not None, "the options were checked"
-        return self.known.manifest.sparse[column.name]
+        assert self.job.known is not None, "the options were checked"
+        return self.job.known.manifest.sparse[column.name]
 
     def _known_file(self, record: FileRecord | None) -> Path:
-        assert self.known is not None, "the options were checked"
+        assert self.job.known is not None, "the options were checked"
         assert record is not None, "the known dataset was checked"
-        return (self.known.path / record.path).resolve()
+        return (self.job.known.path / record.path).resolve()
 
     def _spread_tasks(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Iterator[Task]:
-        record, partitions = self._known_record(column), self.work.sizing.num_partitions
-        turns_over = self.period is not None and self.options.extend_vocabulary
+        record, partitions = self._known_record(column), self.job.work.sizing.num_partitions
+        turns_over = self.job.period is not None and self.job.options.extend_vocabulary
         columns = PERIOD_COLUMNS if turns_over else VALUE_COLUMNS
         files = [(record.vocabulary, columns, "ids", "known")]
         if turns_over and record.turnover is not None and record.turnover.candidates is not None:
@@ -174,51 +163,51 @@ class VocabularyPhase:
     ) -> list[Task]:
         tasks = []
         for column in counted:
-            min_count = self.options.min_count if column.min_count is None else column.min_count
-            turnover = self._known_record(column).turnover if self.options.extend_vocabulary else None
+            min_count = self.job.options.min_count if column.min_count is None else column.min_count
+            turnover = self._known_record(column).turnover if self.job.options.extend_vocabulary else None
             has_candidates = turnover is not None and turnover.candidates is not None
             for values in ranges[column.name]:
-                known = self._known_table(values) if self.options.extend_vocabulary else None
+                known = self._known_table(values) if self.job.options.extend_vocabulary else None
                 candidates = self._known_table(values, "candidates") if has_candidates else None
-                target = self.work.path / "counts" / values.name
-                arguments = (values, chunks, split, min_count, known, candidates, self.period, target)
+                target = self.job.work.path / "counts" / values.name
+                arguments = (values, chunks, split, min_count, known, candidates, self.job.period, target)
                 tasks.append(Task(f"count-{values.name}", count_values, arguments))
         return tasks
 
     def _assign_task(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Task:
-        most = self.options.max_embeddings if column.max_embeddings is None else column.max_embeddings
+        most = self.job.options.max_embeddings if column.max_embeddings is None else column.max_embeddings
         known = Known()
-        if self.options.extend_vocabulary:
+        if self.job.options.extend_vocabulary:
             record = self._known_record(column)
             known = Known(record.num_embeddings, record.num_values)
         arguments = (
             column,
-            [self.work.path / "counts" / values.name for values in ranges],
+            [self.job.work.path / "counts" / values.name for values in ranges],
             known,
-            self.period,
+            self.job.period,
             MAX_ID if most is None else most - 1,
-            -(-self.work.sizing.values_per_task // (1 if self.period is None else _WEIGHT_WITH_PERIODS)),
+            -(-self.job.work.sizing.values_per_task // (1 if self.job.period is None else _WEIGHT_WITH_PERIODS)),
             [self._table(values) for values in ranges],
-            self._dataset_folder,
+            self.job.dataset_folder,
         )
         return Task(f"assign-{column.name}", assign_ids, arguments)
 
     def _sparse_record(self, column: SparseColumn, read: Sequence[Result]) -> SparseRecord:
         if not column.has_vocabulary:
             return SparseRecord(num_embeddings=column.hash or self._table_of_ids(column, read), vocabulary=None)
-        if self.known is not None and not self.options.extend_vocabulary:
+        if self.job.known is not None and not self.job.options.extend_vocabulary:
             record = self._known_record(column)
             for file in record.files:
-                (self._dataset_folder / file.path).write_bytes(self._known_file(file).read_bytes())
+                (self.job.dataset_folder / file.path).write_bytes(self._known_file(file).read_bytes())
             return record
-        result = self.work.result(f"assign-{column.name}")
+        result = self.job.work.result(f"assign-{column.name}")
         assert result is not None, "its values have ids"
 
         def record_of(what: str, rows: int) -> FileRecord:
-            return file_record(self._dataset_folder, f"{what}/{column.name}.parquet", rows)
+            return file_record(self.job.dataset_folder, f"{what}/{column.name}.parquet", rows)
 
         turnover = None
-        if self.period is not None:
+        if self.job.period is not None:
             turnover = TurnoverRecord(
                 admitted=result["admitted"],
                 expired=result["expired"],
@@ -230,12 +219,12 @@ class VocabularyPhase:
     def _table_of_ids(self, column: SparseColumn, read: Sequence[Result]) -> int:
         """The rows of the table of a feature whose values are ids."""
         rows = column.num_embeddings or max((result["largest_ids"][column.name] for result in read), default=0) + 1
-        if self.known is None:
+        if self.job.known is None:
             return rows
         known_rows = self._known_record(column).num_embeddings
-        if rows > known_rows and not self.options.extend_vocabulary:
+        if rows > known_rows and not self.job.options.extend_vocabulary:
             msg = (
-                f"column {column.name}: has ids for {rows:,} rows, and in {self.known.path} its table has "
+                f"column {column.name}: has ids for {rows:,} rows, and in {self.job.known.path} its table has "
                 f"{known_rows:,}; give `extend_vocabulary`, with which tables grow"
             )
             raise LogError(msg)
@@ -243,18 +232,18 @@ class VocabularyPhase:
 
     def about_period(self) -> dict[str, Any]:
         """What the manifest says where values come and go; of a vocabulary that is not extended, what it said there."""
-        if self.period is None:
+        if self.job.period is None:
             return {}
-        if self.known is not None and not self.options.extend_vocabulary:
+        if self.job.known is not None and not self.job.options.extend_vocabulary:
             names = ("period", "expire_after", "admit_over", "extends")
-            return {name: getattr(self.known.manifest, name) for name in names}
+            return {name: getattr(self.job.known.manifest, name) for name in names}
         extends = None
-        if self.known is not None:
-            sha256 = sha256_of(self.known.path / MANIFEST_NAME)
-            extends = ExtendedRecord(manifest_sha256=sha256, period=self.known.period)
+        if self.job.known is not None:
+            sha256 = sha256_of(self.job.known.path / MANIFEST_NAME)
+            extends = ExtendedRecord(manifest_sha256=sha256, period=self.job.known.period)
         return {
-            "period": self.period.number,
-            "expire_after": self.period.expire_after,
-            "admit_over": self.period.admit_over,
+            "period": self.job.period.number,
+            "expire_after": self.job.period.expire_after,
+            "admit_over": self.job.period.admit_over,
             "extends": extends,
         }
