@@ -14,9 +14,8 @@ from torchdlrm.errors import LogError
 from torchdlrm.logs.files import LogFile, Packing, packing_of, reading, unpacked
 from torchdlrm.logs.format import LogFormat
 from torchdlrm.logs.formats.arrays import MultiHotFormat, NpyFormat, NvtFormat
+from torchdlrm.logs.formats.columnar import ORC, PARQUET
 from torchdlrm.logs.formats.json_lines import JSON_LINES
-from torchdlrm.logs.formats.orc import ORC
-from torchdlrm.logs.formats.parquet import PARQUET
 from torchdlrm.logs.formats.text import TEXT
 from torchdlrm.logs.lines import LineFormat
 
