@@ -16,7 +16,7 @@ from torchdlrm.bundle.check import logloss_increase, tolerance
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.precision import TABLE_PRECISIONS
 from torchdlrm.bundle.served_model import ServedModel
-from torchdlrm.bundle.table_rows import dequantize_rows, quantize_rows
+from torchdlrm.bundle.write import dequantize_rows, quantize_rows
 from torchdlrm.config import load_config
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions

@@ -13,15 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from torchdlrm.errors import BundleError, DatasetError
+from torchdlrm.bundle.sample import UNREADABLE
+from torchdlrm.errors import BundleError
 from torchdlrm.features.kinds import SparseKindName
 from torchdlrm.features.value_index import write_index
 from torchdlrm.features.vocabulary import Vocabulary, typed_values, write_rows
 
-_UNREADABLE = (
-    *(pa.ArrowException, OSError, ValueError, KeyError, MemoryError, DatasetError),
-    *(pl.exceptions.PolarsError, pl.exceptions.PanicException),
-)
 # Of a file: values take at least half of what they do unpacked, ids and counts may take nearly nothing.
 _MOST_UNPACKED = 100
 _BATCH_ROWS = 1 << 16
@@ -53,7 +50,7 @@ def write_changed_rows(base: Path, result: Path, path: Path) -> tuple[int, ...] 
                 return removed
         finally:
             again.unlink(missing_ok=True)
-    except (*_UNREADABLE, BundleError):
+    except UNREADABLE:
         pass  # another program's file: it is copied as it is
     path.unlink(missing_ok=True)
     return None
@@ -71,7 +68,7 @@ def rebuild_vocabulary(base: Path, changed: Path, removed_ids: Sequence[int], pa
         others = pl.concat([rows["id"], pl.Series(removed_ids, dtype=rows["id"].dtype)])
         kept = pl.DataFrame(_read(base)).filter(~pl.col("id").is_in(others.implode()))
         write_rows(path, _as(pl.concat([kept, rows]).sort("id"), table.schema))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         msg = f"{base} and {changed}: not a vocabulary and rows of it: {str(error)[:200]}; copy bundle and delta again"
         raise BundleError(msg) from error
 
@@ -92,7 +89,7 @@ def read_values(path: Path, kind: SparseKindName) -> Iterator[tuple[pl.Series, N
                     msg = f"ids are {rows.schema['id']}, or missing"
                     raise ValueError(msg)
                 yield rows["value"], rows["id"].to_numpy()
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         msg = f"{path}: not rows of a vocabulary: {str(error)[:200]}; copy the delta again"
         raise BundleError(msg) from error
 
@@ -106,7 +103,7 @@ def rebuild_index(vocabulary: Path, name: str, kind: SparseKindName, path: Path)
     try:
         _check(pq.ParquetFile(vocabulary), vocabulary)
         write_index(Vocabulary.read(vocabulary, name, kind), path)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         msg = f"{vocabulary}: not a vocabulary: {str(error)[:200]}; copy the delta again"
         raise BundleError(msg) from error
 

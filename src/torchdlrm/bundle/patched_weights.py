@@ -17,7 +17,7 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,9 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _SLOTS_PER_ROW = 4
 _PIECE_ROWS = 4096
 
+# The ids of T tables, [T, B] or of each table -> int64, as many.
+RowNumbers = Callable[[NDArray[np.integer] | Sequence[NDArray[np.integer]]], NDArray[np.int64]]
+
 
 @dataclass(frozen=True)
 class _Table:
@@ -51,7 +54,6 @@ class _Table:
 
     Attributes:
         place: of its rows in the file and in the range.
-        num_rows: as it is now.
         first_key: of its row 0, among the rows of all tables.
         first: which of all changed rows its first one is.
         count: K.
@@ -59,7 +61,6 @@ class _Table:
     """
 
     place: TablePlace
-    num_rows: int
     first_key: int
     first: int
     count: int
@@ -150,9 +151,33 @@ class PatchedWeights(WeightsLayout):
             raise BundleError(msg)
         return self._tables[name].place
 
-    def numbers(self, names: Sequence[str]) -> "RowNumbers":
-        """What gives the numbers of rows in `data` for ids of these tables."""
-        return RowNumbers(self._keys, self._may_be_changed, [self._tables[name] for name in names])
+    def numbers(self, names: Sequence[str]) -> RowNumbers:
+        """What gives, for ids of these T tables, the numbers of their rows in `data`, table by table."""
+        keys_of_changed, may_be_changed = self._keys, self._may_be_changed
+        tables = [self._tables[name] for name in names]
+        first_keys = np.array([table.first_key for table in tables], np.int64)
+        beyond = np.array([table.first_number - table.first for table in tables], np.int64)
+
+        def find(ids_T: NDArray[np.integer] | Sequence[NDArray[np.integer]]) -> NDArray[np.int64]:
+            if isinstance(ids_T, np.ndarray):
+                numbers = ids_T.reshape(-1).astype(np.int64)
+                keys = (ids_T + first_keys[:, None]).reshape(-1)
+            else:
+                numbers = np.concatenate(ids_T).astype(np.int64)
+                keys = np.concatenate([ids + first for ids, first in zip(ids_T, first_keys, strict=True)])
+            likely = np.flatnonzero(may_be_changed[_slots(keys, len(may_be_changed))])
+            wanted = keys[likely].astype(keys_of_changed.dtype)
+            found = np.searchsorted(keys_of_changed, wanted)
+            is_changed = keys_of_changed[found] == wanted
+            changed = likely[is_changed]
+            if isinstance(ids_T, np.ndarray):
+                table_of = changed // max(1, ids_T.shape[1])
+            else:
+                table_of = np.searchsorted(np.cumsum([len(ids) for ids in ids_T]), changed, side="right")
+            numbers[changed] = found[is_changed] + beyond[table_of]
+            return numbers
+
+        return find
 
     def _arrange(self, before: "MappedWeights | PatchedWeights", delta: Delta, num_changed: dict[str, int]) -> None:
         """Say where the tables and their changed rows come to lie in the range."""
@@ -172,7 +197,7 @@ class PatchedWeights(WeightsLayout):
             head = old.file_start % mmap.PAGESIZE
             place = TablePlace(start + head, old.file_start, old.file_rows, row_bytes)
             first_number = -(-(_mapped_bytes(place) - head) // row_bytes)
-            table = _Table(place, piece.num_rows, first_key, first, count, first_number)
+            table = _Table(place, first_key, first, count, first_number)
             self._tables[name] = table
             start = _whole_pages(table.changed.stop + PADDING_BYTES)
             first_key, first = first_key + piece.num_rows, first + count
@@ -198,47 +223,6 @@ class PatchedWeights(WeightsLayout):
 
     def _put(self, name: str, ids: NDArray[np.integer], rows: NDArray[np.uint8]) -> None:
         self._rows(name)[self._search(name, ids)] = rows
-
-
-class RowNumbers:
-    """Numbers of rows in the range of patched weights, of T tables.
-
-    Args:
-        keys: of all changed rows, ascending.
-        may_be_changed: whether a row whose key comes to this slot may be one of them.
-        tables: the T tables.
-    """
-
-    def __init__(
-        self, keys: NDArray[np.unsignedinteger], may_be_changed: NDArray[np.bool_], tables: list[_Table]
-    ) -> None:
-        self._keys, self._may_be_changed = keys, may_be_changed
-        self._first_keys = np.array([table.first_key for table in tables], np.int64)
-        self._beyond = np.array([table.first_number - table.first for table in tables], np.int64)
-
-    def __call__(self, ids_T: NDArray[np.integer] | Sequence[NDArray[np.integer]]) -> NDArray[np.int64]:
-        """The number of each id's row, table by table: int64.
-
-        Args:
-            ids_T: [T, B], or the ids of each table.
-        """
-        if isinstance(ids_T, np.ndarray):
-            numbers = ids_T.reshape(-1).astype(np.int64)
-            keys = (ids_T + self._first_keys[:, None]).reshape(-1)
-        else:
-            numbers = np.concatenate(ids_T).astype(np.int64)
-            keys = np.concatenate([ids + first for ids, first in zip(ids_T, self._first_keys, strict=True)])
-        likely = np.flatnonzero(self._may_be_changed[_slots(keys, len(self._may_be_changed))])
-        wanted = keys[likely].astype(self._keys.dtype)
-        found = np.searchsorted(self._keys, wanted)
-        is_changed = self._keys[found] == wanted
-        changed = likely[is_changed]
-        if isinstance(ids_T, np.ndarray):
-            tables = changed // max(1, ids_T.shape[1])
-        else:
-            tables = np.searchsorted(np.cumsum([len(ids) for ids in ids_T]), changed, side="right")
-        numbers[changed] = found[is_changed] + self._beyond[tables]
-        return numbers
 
 
 def _read(delta: Delta) -> tuple[dict[int, bytearray], dict[str, NDArray[np.int32]]]:

@@ -1,6 +1,6 @@
 """Describes the precisions in which a bundle predicts, a record each. No torch: the command line reads them before it.
 
-A new precision of tables is a name and a record here. How rows are written and read (`torchdlrm.bundle.table_rows`),
+A new precision of tables is a name and a record here. How rows are written and read (`torchdlrm.bundle.write`),
 looked up, checked, chosen by `--precision auto` and measured follows from the record.
 """
 

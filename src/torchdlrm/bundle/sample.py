@@ -28,7 +28,7 @@ from torchdlrm.features.vocabulary import UNKNOWN_ID, Vocabulary
 PREDICTION_COLUMN = "prediction"
 _MAX_SAMPLE_ROWS = 1_024
 _MAX_SAMPLE_BYTES = 64 * 2**20
-_UNREADABLE = (
+UNREADABLE = (
     *(pa.ArrowException, OSError, ValueError, KeyError, MemoryError),
     *(pl.exceptions.PolarsError, pl.exceptions.PanicException),
 )
@@ -64,7 +64,7 @@ def read_sample(path: Path, schema: FeatureSchema, *, sha256: str) -> pl.DataFra
         table.validate(full=True)
         # The names that are known and no metadata: of others that are no text Polars would panic.
         frame = pl.DataFrame(pl.from_arrow(pa.table({name: table.column(name) for name in expected})))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         msg = f"{path}: not a sample of rows: {str(error)[:200]}; export the run again"
         raise BundleError(msg) from error
     if frame.schema != expected or frame.height > _MAX_SAMPLE_ROWS or frame[PREDICTION_COLUMN].null_count():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from torchdlrm.bundle.weights_file import BLOCK_BYTES
 from torchdlrm.errors import BundleError
-from torchdlrm.progress import ProgressListener
+from torchdlrm.progress import SILENT, ProgressListener
 
 
 class BlockVerifier:
@@ -51,7 +51,7 @@ class BlockVerifier:
         """Blocks of the file."""
         return len(self._digests)
 
-    def require(self, touched: NDArray[np.bool_]) -> None:
+    def require(self, touched: NDArray[np.bool_], progress: ProgressListener = SILENT) -> None:
         """Check those of the touched blocks, bool [num_blocks], that are not checked yet.
 
         Raises:
@@ -60,23 +60,16 @@ class BlockVerifier:
         if self.damage is not None:
             raise self.damage
         wanted = np.flatnonzero(touched & ~self._good).tolist()
-        if len(wanted) > 1:
-            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                list(pool.map(self._check, wanted))
-        elif wanted:
+        if len(wanted) == 1:
             self._check(wanted[0])
+        elif wanted:
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                for num_bytes in pool.map(self._check, wanted):
+                    progress.advance(num_bytes)
 
     def check_all(self, progress: ProgressListener) -> None:
-        """Check every block.
-
-        Raises:
-            BundleError: one is damaged.
-        """
-        size_bytes = os.fstat(self._file).st_size
-        blocks = np.flatnonzero(~self._good).tolist()
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            for block, _ in zip(blocks, pool.map(self._check, blocks), strict=True):
-                progress.advance(min(BLOCK_BYTES, size_bytes - block * BLOCK_BYTES))
+        """Check every block; raises as `require`."""
+        self.require(np.ones(self.num_blocks, np.bool_), progress)
         self.is_done = True
 
     def check_all_in_background(self) -> None:
@@ -98,9 +91,10 @@ class BlockVerifier:
             return  # kept in `damage`
         self.is_done = True
 
-    def _check(self, block: int) -> None:
+    def _check(self, block: int) -> int:
+        """Read a block, if it is not known to be good; returns its bytes."""
         if self._good[block]:
-            return
+            return 0
         data = os.pread(self._file, BLOCK_BYTES, block * BLOCK_BYTES)
         if hashlib.sha256(data).digest() != self._digests[block]:
             msg = (
@@ -110,3 +104,4 @@ class BlockVerifier:
             self.damage = BundleError(msg)
             raise self.damage
         self._good[block] = True
+        return len(data)

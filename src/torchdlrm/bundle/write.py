@@ -2,6 +2,9 @@
 
 In: a run, the dataset it was trained on.  Out: a folder, written atomically.  Memory: one block of rows in
 float32 and quantised, whatever the size of the tables and the number of ranks that trained them.
+
+Rows are quantised by the kernels of FBGEMM, in the layout (`torchdlrm.bundle.precision`) that is read by its
+`IntNBitTableBatchedEmbeddingBagsCodegen`, the module under TorchRec's quantised EmbeddingBagCollection.
 """
 
 import errno
@@ -13,13 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+import fbgemm_gpu  # noqa: F401 - registers the kernel
 import torch
 from torch import Tensor
 
 from torchdlrm.bundle import TablePrecision
 from torchdlrm.bundle.manifest import MANIFEST_NAME, SAMPLE_NAME, WEIGHTS_NAME, StoredFile
-from torchdlrm.bundle.precision import TABLE_PRECISIONS
-from torchdlrm.bundle.table_rows import quantize_rows
+from torchdlrm.bundle.precision import SCALE_BIAS_BYTES, TABLE_PRECISIONS
 from torchdlrm.bundle.weights_file import PADDING_BYTES, PADDING_NAME, TensorRecord, WeightsWriter
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import BundleError, DatasetError
@@ -31,6 +34,7 @@ from torchdlrm.progress import ProgressListener
 from torchdlrm.units import show_bytes
 
 _BLOCK_BYTES = 32 * 2**20
+_FLOATS = {32: torch.float32, 16: torch.float16}
 _VOCABULARY_FOLDER = "vocabulary"
 _BUNDLE_NAMES = (MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME, _VOCABULARY_FOLDER)
 
@@ -146,6 +150,37 @@ def write_weights(
                 progress.advance(quantized.nbytes)
         writer.append(torch.zeros(records[-1].shape, dtype=torch.uint8))
     return StoredFile(size_bytes=path.stat().st_size, sha256=writer.sha256), tuple(writer.block_sha256)
+
+
+def quantize_rows(rows: Tensor, precision: TablePrecision) -> Tensor:
+    """Rows of a table, float32 [R, D], as they are served: uint8 [R, row_bytes]; for float32 a view."""
+    assert rows.dtype == torch.float32, rows.dtype
+    record = TABLE_PRECISIONS[precision]
+    if not record.is_quantized:
+        return rows.contiguous().to(_FLOATS[record.bits]).view(torch.uint8)
+    # Scale and bias are rounded to float16 before the numbers are, so that their rounding is made up for: as TorchRec
+    # does it, and nearer than FBGEMM's kernel for 8 bits alone. The two are written behind, and wanted in front.
+    fused = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(rows, record.bits)
+    return torch.cat([fused[:, -SCALE_BIAS_BYTES:], fused[:, :-SCALE_BIAS_BYTES]], dim=1)
+
+
+def dequantize_rows(quantized: Tensor, precision: TablePrecision, dim: int) -> Tensor:
+    """What the lookup makes of rows, uint8 [R, row_bytes], contiguous: float32 [R, D]."""
+    record = TABLE_PRECISIONS[precision]
+    if not record.is_quantized:
+        return quantized.view(_FLOATS[record.bits]).float()
+    scale, bias = quantized[:, :SCALE_BIAS_BYTES].contiguous().view(torch.float16).float().split(1, dim=1)
+    numbers = quantized[:, SCALE_BIAS_BYTES:]
+    if record.bits < 8:
+        shifts = range(0, 8, record.bits)
+        parts = [numbers >> shift & (1 << record.bits) - 1 for shift in shifts]
+        numbers = torch.stack(parts, dim=2).view(len(quantized), dim)
+    return scale * numbers.float() + bias
+
+
+def as_looked_up(rows: Tensor, precision: TablePrecision) -> Tensor:
+    """What a lookup at that precision gives of rows of a table: float32 [R, D]."""
+    return dequantize_rows(quantize_rows(rows, precision), precision, rows.shape[1])
 
 
 def _records(checkpoint: WeightSource, precisions: Mapping[str, TablePrecision]) -> list[TensorRecord]:

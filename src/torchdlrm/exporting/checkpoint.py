@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchdlrm.bundle import TablePrecision
 from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.table_rows import as_looked_up
+from torchdlrm.bundle.write import as_looked_up
 from torchdlrm.errors import RunError
 from torchdlrm.features.tables import divisors, split_ids
 from torchdlrm.model import table_weight

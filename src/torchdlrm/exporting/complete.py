@@ -10,8 +10,7 @@ from pydantic import BaseModel
 from torchdlrm.bundle import TablePrecision
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.manifest import BundleManifest
-from torchdlrm.bundle.table_rows import quantize_rows
-from torchdlrm.bundle.write import WeightSource
+from torchdlrm.bundle.write import WeightSource, quantize_rows
 from torchdlrm.errors import BundleError, differences
 from torchdlrm.model import table_weight
 
