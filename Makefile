@@ -10,7 +10,7 @@ OTHER_BUILD := $(VENV)/lib/python3*/site-packages/fbgemm_gpu$(if $(filter gpu,$(
 
 PRETENDED := .venv-pretended-gpu
 
-.PHONY: install quickstart test test-fast test-pretended-gpu gpu-check check format docs release clean help
+.PHONY: install quickstart test test-fast test-pretended-gpu gpu-check check format docs site release clean help
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -64,8 +64,12 @@ format: $(INSTALLED)  ## fix what lint and format can fix automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED)  ## regenerate docs/configuration.md from the config
+docs: $(INSTALLED)  ## regenerate what docs/ has of the code: configuration.md, and images/ of docs/performance/*.json
 	$(BIN)/python -c 'import pathlib, torchdlrm.config as c; pathlib.Path("docs/configuration.md").write_text(c.configuration_markdown())'
+	$(BIN)/python -m website.pictures
+
+site: $(INSTALLED)  ## build the site of the documents in build/site; a broken link, an unlisted page or unknown code fails
+	$(BIN)/python -m website.build
 
 release:  ## build and try a release: make release VERSION=0.3.0
 	$(PYTHON) .ci/release.py $(VERSION)

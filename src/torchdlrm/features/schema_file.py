@@ -19,6 +19,9 @@ from torchdlrm.toml import did_you_mean, explain, is_preset, toml_text, toml_val
 def load_schema(name_or_path: str | Path) -> FeatureSchema:
     """The preset of that name, or the schema in that TOML file; `./criteo` is a file.
 
+    Args:
+        name_or_path: `criteo`, `criteo-bucketed` or another preset, or a file that `dlrm schema` may have proposed.
+
     Raises:
         SchemaError: there is neither, or the file is not a valid schema; all problems in one message.
     """
