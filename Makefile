@@ -1,4 +1,9 @@
 # Each target works from a bare clone: it creates .venv, installs what is needed, then does its job.
+ifeq ($(VERSIONS),newest)
+# The newest versions that fit together (docs/installation.md), which Python 3.12 and later have, in a venv of their own.
+PYTHON ?= $(shell for version in 3.14 3.13 3.12; do python$$version -c "" 2>/dev/null && echo python$$version && break; done)
+VENV ?= .venv-newest
+endif
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,6 +14,8 @@ INSTALLED := $(VENV)/.installed$(if $(filter gpu,$(EXTRA)),-gpu)
 OTHER_BUILD := $(VENV)/lib/python3*/site-packages/fbgemm_gpu$(if $(filter gpu,$(EXTRA)),_cpu)-[0-9]*.dist-info
 
 PRETENDED := .venv-pretended-gpu
+# uv installs everything by one command and several times as fast; PIP_FLAGS are pip's.
+UV ?= $(if $(PIP_FLAGS),,$(shell command -v uv))
 
 .PHONY: install quickstart test test-fast test-pretended-gpu gpu-check check format docs site release clean help
 
@@ -18,6 +25,7 @@ help:  ## show this list
 install: $(INSTALLED)  ## create .venv and install torchdlrm in it (EXTRA=gpu: the CUDA builds; VENV=another folder)
 
 $(INSTALLED): pyproject.toml requirements/torchrec.txt
+	@test -n "$(PYTHON)" || { echo "VERSIONS=newest needs Python 3.12 or newer in PATH; or name one: PYTHON=/path/to/python3.13" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "torchdlrm needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make install PYTHON=python3.11" >&2; exit 2; }
 	@case '$(EXTRA)' in cpu|gpu) ;; *) echo "EXTRA=$(EXTRA): must be cpu or gpu" >&2; exit 2;; esac
@@ -25,16 +33,20 @@ $(INSTALLED): pyproject.toml requirements/torchrec.txt
 	  { echo "$(VENV) has the other build of FBGEMM; one over the other is neither. Try: make install EXTRA=$(EXTRA) VENV=.venv-$(EXTRA), or make clean first" >&2; exit 2; } || true
 	@test $(EXTRA) = cpu || test $$(uname -m) = x86_64 || \
 	  { echo "EXTRA=gpu: FBGEMM has CUDA builds for x86-64 alone; this is $$(uname -m), where EXTRA=cpu works" >&2; exit 2; }
-	@echo "installing into $(VENV): 2.4 GB to fetch and unpack, which takes one to five minutes without a word"
+	@echo "installing into $(VENV): gigabytes to fetch and unpack, which takes one to five minutes without a word (docs/installation.md)"
+ifneq ($(UV),)
+	UV_PROJECT_ENVIRONMENT=$(VENV) $(UV) sync --quiet --python $(PYTHON) --extra $(EXTRA) --extra dev
+else
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --editable '.[$(EXTRA),dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --requirement requirements/torchrec.txt
+endif
 	@touch $@
 
 quickstart: $(INSTALLED)  ## train and evaluate a DLRM on a synthetic click log, in minutes
 	$(BIN)/dlrm quickstart
 
-test: $(INSTALLED)  ## run all tests on up to four cores
+test: $(INSTALLED)  ## run all tests on up to four cores (VERSIONS=newest: with the newest torch, in .venv-newest)
 	@$(BIN)/python -m compileall -q src  # else each of a thousand processes does, where Python may not write bytecode
 	$(BIN)/python -m pytest -n auto --maxprocesses 6 --dist loadfile --no-loadscope-reorder
 

@@ -21,6 +21,7 @@ FLOORS = {
     "shared_memory": 0,
     "toml": 0,
     "units": 0,
+    "versions": 0,
     "config": 1,
     "features": 2,
     "kernels": 3,

@@ -26,6 +26,8 @@ import reprlib
 from collections.abc import Mapping
 from itertools import islice
 
+from torchdlrm.versions import how_to_get
+
 _MAX_SHOWN_CHARACTERS = 80
 
 
@@ -99,18 +101,12 @@ class Interrupted(TorchDLRMError):  # noqa: N818 - it is no error
     """A job was asked to stop (SIGTERM, Ctrl-C), has saved what it had, and can be started again."""
 
 
-# TorchRec's wheel names the CUDA build of FBGEMM as its need, so no extra of ours can bring it to a CPU machine.
-_PACKAGES = {
-    "torchrec": "pip install --no-deps 'torchrec>=1.8,<1.9'",
-    "fbgemm_gpu": "pip install 'fbgemm-gpu-cpu>=1.8,<1.9', or 'fbgemm-gpu>=1.8,<1.9' where there is a GPU",
-}
-
-
 def missing_package(error: ModuleNotFoundError) -> ModuleNotFoundError | None:
-    """The error in one sentence with its remedy, of a package that pip does not bring by itself; None of others."""
-    if error.name not in _PACKAGES:
+    """The error in one sentence with the line to type, of a package that only some set-ups have; None of others."""
+    remedy = how_to_get(error.name) if error.name is not None else None
+    if remedy is None:
         return None
-    return ModuleNotFoundError(f"{error.name} is not installed: {_PACKAGES[error.name]}", name=error.name)
+    return ModuleNotFoundError(f"{error.name} is not installed: {remedy}", name=error.name)
 
 
 class _Short(reprlib.Repr):

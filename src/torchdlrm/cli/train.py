@@ -20,12 +20,14 @@ from torchdlrm.cli.terminal import (
     say_facts,
     say_next,
     say_undefined,
+    warn,
     warn_of_crowding,
 )
 from torchdlrm.config import about_config, load_config, shipped_config_names
 from torchdlrm.errors import ConfigError
 from torchdlrm.features.tables import divisors
 from torchdlrm.folders import expect, kind_of
+from torchdlrm.versions import find_installed_misfit
 
 if TYPE_CHECKING:
     from torchdlrm.data.dataset import Dataset
@@ -102,6 +104,9 @@ def train(
         preview = preview_training(settings, encoded, run, **how_many | how)
     say(about_config(path, overrides))
     show_preview(preview, run, dry_run=dry_run)
+    misfit = find_installed_misfit()
+    if misfit is not None:
+        warn(f"{misfit.why}. What to do: {misfit.remedy}")
     warn_of_crowding(processes)  # last, where it is read
     if dry_run:
         if as_json:

@@ -11,79 +11,86 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from torchdlrm.doctor.findings import AFRESH, Check
+from torchdlrm.versions import BUILDS, find_misfit, how_to_get, how_to_train, installed
 
 SHOWN = ("torchdlrm", "torch", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchrec", "polars", "pyarrow", "numpy")
-BUILDS = {"fbgemm-gpu-cpu": "cpu", "fbgemm-gpu": "gpu"}
-# Extras whose packages compute; an optional tracker of another version is for its user to know.
-_COMPUTING_EXTRAS = ("cpu", "gpu")
+_ENGINE = {"torch", "torchrec", *BUILDS}  # they come in sets, see `torchdlrm.versions`
 
 
 def installed_versions() -> dict[str, str | None]:
     """The version of each package that computes, and of Python; None where a package is not installed."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in SHOWN}
+    return {"python": platform.python_version()} | {name: installed(name) for name in SHOWN}
 
 
-def requirements(lines: list[str] | None) -> dict[str, SpecifierSet]:
-    """The versions that torchdlrm requires of each package that computes.
+def requirements(lines: list[str] | None, extra: str = "") -> dict[str, SpecifierSet]:
+    """The versions that torchdlrm requires of each package besides the engine.
 
     Args:
-        lines: of the metadata, as in `torch<2.14,>=2.13; extra == "gpu"`.
+        lines: of the metadata, as in `tqdm>=4.66; extra == "train"`.
+        extra: whose requirements to give with those that have none.
     """
     return {
         required.name: required.specifier
         for required in map(Requirement, lines or [])
-        if not (mark := required.marker) or any(mark.evaluate({"extra": extra}) for extra in _COMPUTING_EXTRAS)
+        if required.name not in _ENGINE
+        if not (mark := required.marker) or mark.evaluate({"extra": extra})
     }
 
 
-def check_packages(versions: Mapping[str, str | None], required: Mapping[str, SpecifierSet]) -> Iterator[Check]:
+def check_packages(
+    versions: Mapping[str, str | None],
+    required: Mapping[str, SpecifierSet],
+    for_training: Mapping[str, SpecifierSet],
+) -> Iterator[Check]:
     """Whether versions and builds fit together.
 
     Args:
-        versions: by name of the distribution, None where it is missing; also of packages that `required` has.
+        versions: by name of the distribution, None where it is missing; also of packages that the others have.
         required: as `requirements` gives it.
+        for_training: likewise, with the extra `train`.
     """
-    builds = [name for name in BUILDS if versions.get(name)]
-    if len(builds) == 2:
-        why = "fbgemm-gpu and fbgemm-gpu-cpu are both installed: they have the same files, and one lies over the other"
-        yield Check("builds", "failed", why, AFRESH)
-        return
+    torch, builds = versions.get("torch"), [name for name in BUILDS if versions.get(name)]
+    trains = any(versions.get(name) for name in ("torchrec", *(for_training.keys() - required.keys())))
+    wanted = for_training if trains else required
     wrong = [
-        f"{name} {version} (wanted: {wanted})" if version else f"{name} is missing"
-        for name, wanted in required.items()
-        if name not in BUILDS or name in builds
-        if not (version := versions.get(name)) or not wanted.contains(version, prereleases=True)
+        f"{name} {version} (wanted: {fitting})" if version else f"{name} is missing"
+        for name, fitting in wanted.items()
+        if not (version := versions.get(name)) or not fitting.contains(version, prereleases=True)
     ]
-    if not builds:
-        wrong.append("fbgemm-gpu-cpu or fbgemm-gpu is missing")
-    yield (
-        Check("versions", "failed", "; ".join(wrong), AFRESH)
-        if wrong
-        else Check("versions", "ok", f"{len(required) - 1} packages have the versions that fit together")
-    )
-    if not builds:
-        return
-    torch = versions.get("torch") or ""
-    if "+cpu" in torch and BUILDS[builds[0]] == "gpu":  # the other way round works, on the processor
+    if wrong:
+        yield Check("versions", "failed", "; ".join(wrong), AFRESH)
+    else:
+        yield Check("versions", "ok", f"{len(wanted)} packages have the versions that torchdlrm needs")
+    misfit = find_misfit(versions)
+    if misfit is not None:
+        yield Check("builds", "failed", misfit.why, misfit.remedy)
+    elif torch is None:
+        yield Check("builds", "failed", "torch is missing", AFRESH)
+    elif not builds:
+        why = "fbgemm-gpu-cpu or fbgemm-gpu is missing: without it nothing predicts and nothing trains"
+        yield Check("builds", "failed", why, str(how_to_get("fbgemm_gpu")))
+    elif "+cpu" in torch and BUILDS[builds[0]] == "gpu":  # the other way round works, on the processor
         why = f"torch {torch} is the CPU build and {builds[0]} the CUDA build, which needs PyTorch's"
         yield Check("builds", "failed", why, AFRESH)
     else:
         yield Check("builds", "ok", f"torch {torch} with {builds[0]} {versions[builds[0]]}")
+    if not versions.get("torchrec"):
+        line = how_to_train(torch)
+        why = "TorchRec is not installed: this set-up predicts and serves, and cannot train"
+        yield (
+            Check("training", "failed", "torchrec is missing", line)
+            if trains
+            else Check("training", "not run", why, line)
+        )
 
 
 def check_installed() -> tuple[dict[str, str | None], list[Check]]:
     """The versions that are installed here, and whether they fit together."""
     try:
-        required = requirements(metadata.requires("torchdlrm"))
+        lines = metadata.requires("torchdlrm")
     except metadata.PackageNotFoundError:
-        required = {}
+        lines = []
+    required, for_training = requirements(lines), requirements(lines, "train")
     versions = installed_versions()
-    everything = {name: _version(name) for name in required} | versions
-    return versions, list(check_packages(everything, required)) if required else []
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    everything = {name: installed(name) for name in for_training} | versions
+    return versions, list(check_packages(everything, required, for_training)) if required else []

@@ -13,7 +13,7 @@ from torchdlrm.config import Config, setting_values
 from torchdlrm.errors import RunError, TorchDLRMError
 from torchdlrm.html import Chart, Curve, curve_chart, render, short
 from torchdlrm.metrics import BEST, LOSS, METRICS, metrics_in
-from torchdlrm.sharding.plan_file import read_plan
+from torchdlrm.sharding.plan_json import read_plan
 from torchdlrm.training.log import read_metrics
 from torchdlrm.training.run import METRICS_NAME, PLAN_NAME, Run
 from torchdlrm.training.source_run import SourceRun

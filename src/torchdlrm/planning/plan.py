@@ -15,7 +15,7 @@ from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.planning.smaller_tables import ALPHA, with_smaller_dims
 from torchdlrm.sharding.local_machine import local_machine
 from torchdlrm.sharding.machine import Machine, device_named
-from torchdlrm.sharding.plan_file import read_plan
+from torchdlrm.sharding.plan_json import read_plan
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.sharding.solution import Solution, solve
 from torchdlrm.sharding.tables import (

@@ -7,7 +7,7 @@ from typing import Any
 
 from torchdlrm.errors import PlanError
 from torchdlrm.planning.remedies import shortfall
-from torchdlrm.sharding.plan_file import read_plan
+from torchdlrm.sharding.plan_json import read_plan
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.sharding.solution import try_solve
 from torchdlrm.units import show_bytes

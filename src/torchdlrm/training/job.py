@@ -11,7 +11,7 @@ import torch
 
 from torchdlrm.config import Config, load_config
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.errors import DatasetError, RunError
+from torchdlrm.errors import DatasetError, RunError, TrainingError
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, architecture_of
 from torchdlrm.model.precision import Precision
@@ -36,6 +36,7 @@ from torchdlrm.training.source_run import SourceRun, find_source
 from torchdlrm.training.steps import Agenda, check_validations
 from torchdlrm.training.trackers import check_trackers, open_trackers
 from torchdlrm.training.trainer import Trainer
+from torchdlrm.versions import find_installed_misfit
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def preview_training(
         DatasetError: there are no training rows.
         PlanError: the tables do not fit, or the given plan does not.
         RunError: the folder holds something else or cannot be resumed, or what `from_run` has learnt does not fit.
+        TrainingError: both builds of FBGEMM are installed.
     """
     architecture = architecture_of(config.model, model_class, may_have_changed=allow_changed_model_class)
     folder = Run(run, config)
@@ -188,7 +190,8 @@ def train(
             `from_run` has learnt does not fit.
         PlanError: the tables do not fit the machine.
         DatasetError: the dataset is missing, damaged, or has no training rows.
-        TrainingError: the loss or a weight is not finite, memory runs out, or another process does not answer.
+        TrainingError: the loss or a weight is not finite, memory runs out, another process does not answer, or both
+            builds of FBGEMM are installed.
         Interrupted: SIGTERM or Ctrl-C; the run is saved.
     """
     settings = config if isinstance(config, Config) else load_config(config)
@@ -231,6 +234,10 @@ def _checked(
     config: Config, dataset: Dataset, architecture: Architecture, device: torch.device
 ) -> tuple[Agenda, ModelShape]:
     """The steps of a training and its model, after refusing what no plan of the tables could change."""
+    misfit = find_installed_misfit()
+    if misfit is not None and misfit.is_fatal:
+        msg = f"{misfit.why}. What to do: {misfit.remedy}"
+        raise TrainingError(msg)
     check_table_optimizer(config.table_optimizer, device)
     check_trackers(config.logging.trackers)
     rows = dataset.splits["train"].rows

@@ -12,15 +12,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torchdlrm.errors import Interrupted
 from torchdlrm.files import sync, write_atomically
 from torchdlrm.metrics import LOSS, BinaryMetrics, metrics_in, why_undefined
 from torchdlrm.training.checkpoint import Position
 from torchdlrm.training.run import METRICS_NAME
-from torchdlrm.training.steps import Agenda
 from torchdlrm.units import show_count, show_number
+
+if TYPE_CHECKING:
+    from torchdlrm.training.steps import Agenda
 
 Outcome = Literal["finished", "interrupted", "failed"]
 Metrics = Mapping[str, float | None]
@@ -211,7 +213,7 @@ class TrainingHistory:
         return [(line["step"], line[name]) for line in lines]
 
 
-def validation_line(step: int, agenda: Agenda, metrics: BinaryMetrics, *, is_best: bool) -> str:
+def validation_line(step: int, agenda: "Agenda", metrics: BinaryMetrics, *, is_best: bool) -> str:
     """A validation in a line; those of a run have the same width."""
     width = len(f"{agenda.num_steps:,}")
     where = f"step {step:>{width},} epoch {step / agenda.steps_per_epoch:.2f}"

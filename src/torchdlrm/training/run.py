@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -23,9 +23,10 @@ from torchdlrm.files import write_atomically
 from torchdlrm.folders import wrong_folder
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architecture_of, difference_from, record_of
-from torchdlrm.sharding.plan_file import write_plan
-from torchdlrm.sharding.solution import Solution
 from torchdlrm.training.environment import Environment, WarmStartRecord, environment_now, manifest_sha256
+
+if TYPE_CHECKING:
+    from torchdlrm.sharding.solution import Solution
 
 CONFIG_NAME, PLAN_NAME, ENVIRONMENT_NAME, METRICS_NAME = "config.toml", "plan.json", "environment.json", "metrics.jsonl"
 LOCK_NAME, TRACKERS_NAME = ".lock", "trackers.json"
@@ -295,8 +296,10 @@ class Run:
             environment["dataset"]["path"] = str(dataset.path.resolve())
             self._write_environment(environment)
 
-    def write_plan(self, solution: Solution) -> None:
+    def write_plan(self, solution: "Solution") -> None:
         """Write down where each table is."""
+        from torchdlrm.sharding.plan_file import write_plan  # noqa: PLC0415 - with TorchRec, which a report can do without
+
         write_plan(self.path / PLAN_NAME, solution)
 
     def write_evaluation(self, name: str, result: Mapping[str, object]) -> Path:

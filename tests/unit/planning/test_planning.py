@@ -16,7 +16,7 @@ from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.planning.remedies import remedies, shortfall
 from torchdlrm.planning.side_by_side import sweep
 from torchdlrm.sharding.machine import device_named
-from torchdlrm.sharding.plan_file import read_plan
+from torchdlrm.sharding.plan_json import read_plan
 from torchdlrm.sharding.solution import solve, try_solve
 from torchdlrm.sharding.tables import check_tables, preset_tables, read_tables
 
