@@ -17,7 +17,7 @@ PRETENDED := .venv-pretended-gpu
 # uv installs everything by one command and several times as fast; PIP_FLAGS are pip's.
 UV ?= $(if $(PIP_FLAGS),,$(shell command -v uv))
 
-.PHONY: install quickstart test test-fast test-pretended-gpu gpu-check check format docs site release clean help
+.PHONY: install quickstart test test-fast test-pretended-gpu gpu-check check format docs site lock release clean help
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -82,6 +82,12 @@ docs: $(INSTALLED)  ## regenerate what docs/ has of the code: configuration.md, 
 
 site: $(INSTALLED)  ## build the site of the documents in build/site; a broken link, an unlisted page or unknown code fails
 	$(BIN)/python -m website.build
+
+lock:  ## write requirements/cpu.lock and gpu.lock afresh: exact versions with hashes, for any pip (needs uv)
+	@test -n "$(UV)" || { echo "make lock needs uv: pip install uv" >&2; exit 2; }
+	$(UV) lock --quiet --upgrade
+	for extra in cpu gpu; do $(UV) export --quiet --frozen --format requirements.txt --extra $$extra --no-emit-project \
+	  --no-annotate --no-header --output-file requirements/$$extra.lock >/dev/null || exit; done
 
 release:  ## build and try a release: make release VERSION=0.3.0
 	$(PYTHON) .ci/release.py $(VERSION)

@@ -17,10 +17,8 @@ WORKDIR /src
 RUN python3 -m venv /opt/torchdlrm
 # First what changes rarely: with an empty package, this layer holds the dependencies, and is kept when our code changes.
 COPY pyproject.toml README.md LICENSE ./
-COPY requirements/ requirements/
 RUN mkdir -p src/torchdlrm && touch src/torchdlrm/__init__.py \
- && /opt/torchdlrm/bin/pip install $PIP_FLAGS '.[cpu]' \
- && /opt/torchdlrm/bin/pip install $PIP_FLAGS --no-deps --requirement requirements/torchrec.txt \
+ && /opt/torchdlrm/bin/pip install $PIP_FLAGS '.[serve]' \
  # Or setuptools would take its copy of the empty package for newer than ours.
  && rm -rf src build
 COPY configs/ configs/

@@ -27,9 +27,8 @@ sys.meta_path.insert(0, Gone())
 from torchdlrm import train
 """
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr
-    assert told.splitlines()[-1].startswith(
-        "ModuleNotFoundError: torchrec is not installed: pip install --no-deps 'torchrec>="
-    )
+    first = "ModuleNotFoundError: torchrec is not installed: pip install 'torchdlrm[train]' && pip install --no-deps"
+    assert told.splitlines()[-1].startswith(f"{first} 'torchrec==")
     assert "During handling" not in told
     assert "sharding" not in told
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from torchdlrm.doctor.findings import AFRESH, Check
 from torchdlrm.errors import TorchDLRMError
+from torchdlrm.versions import installed
 
 FINDINGS_NAME = "findings.jsonl"
 _DRIVER = (
@@ -111,7 +112,7 @@ def examine(findings: Findings, folder: Path) -> None:
         ("polars", AFRESH, ""),
         ("torch", AFRESH, ""),
         ("fbgemm_gpu", why_no_import, "import torch"),
-        ("torchrec", AFRESH, "import fbgemm_gpu"),
+        *([("torchrec", AFRESH, "import fbgemm_gpu")] if installed("torchrec") else []),  # else one only serves here
     ):
         findings.try_out(f"import {name}", partial(import_package, name), remedy, needs)
     findings.try_out("device", _later("device", "see_device", findings), _DEVICE, "import torch")

@@ -5,12 +5,13 @@ import torch
 
 from torchdlrm.cli.train import preview_lines
 from torchdlrm.config import load_config
+from torchdlrm.errors import TrainingError
 from torchdlrm.model.precision import Precision
 from torchdlrm.sharding.machine import device_named
 from torchdlrm.sharding.problem import Problem
 from torchdlrm.sharding.solution import solve
 from torchdlrm.sharding.tables import Table
-from torchdlrm.training.job import TrainingPreview
+from torchdlrm.training.job import TrainingPreview, preview_training
 from torchdlrm.training.steps import Agenda
 
 
@@ -39,3 +40,14 @@ def test_processes_on_cpu_whose_steps_are_short_are_told_that_one_is_faster():
 )
 def test_enough_rows_for_each_get_no_hint(device, num_devices, rows):
     assert hints(device, num_devices, rows) == []
+
+
+def test_both_builds_of_fbgemm_are_refused_before_a_run_is_written(small_dataset, tmp_path, monkeypatch):
+    for name in ("fbgemm-gpu", "fbgemm-gpu-cpu"):
+        about = tmp_path / f"{name.replace('-', '_')}-1.8.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.8.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TrainingError, match=r"are both installed.*pip uninstall --yes fbgemm-gpu fbgemm-gpu-cpu"):
+        preview_training(load_config(None), small_dataset, tmp_path / "run", world_size=1, local_world_size=1)
+    assert not (tmp_path / "run").exists()
