@@ -112,8 +112,10 @@ def examine(findings: Findings, folder: Path) -> None:
         ("polars", AFRESH, ""),
         ("torch", AFRESH, ""),
         ("fbgemm_gpu", why_no_import, "import torch"),
-        *([("torchrec", AFRESH, "import fbgemm_gpu")] if installed("torchrec") else []),  # else one only serves here
+        ("torchrec", AFRESH, "import fbgemm_gpu"),
     ):
+        if name == "torchrec" and not installed(name):  # one that only serves; what trains then needs what is not here
+            continue
         findings.try_out(f"import {name}", partial(import_package, name), remedy, needs)
     findings.try_out("device", _later("device", "see_device", findings), _DEVICE, "import torch")
     engine, places = "import torchrec", ["cpu"] + ["cuda"] * (findings.num_gpus > 0)

@@ -11,7 +11,9 @@ from torchdlrm.doctor.packages import check_packages, requirements
 
 PROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-LINES = PROJECT["dependencies"] + [f'{line}; extra == "{name}"' for name in EXTRAS for line in EXTRAS[name]]
+LINES = PROJECT["dependencies"] + [
+    f"{line}{' and' if ';' in line else ';'} extra == {name!r}" for name in EXTRAS for line in EXTRAS[name]
+]
 REQUIRED, FOR_TRAINING = requirements(LINES), requirements(LINES, "train")
 OLDER = {"torch": "2.13.0+cpu", "fbgemm-gpu-cpu": "1.8.0", "fbgemm-gpu": None, "torchrec": "1.8.0"}
 NEWEST = {"torch": "2.14.1", "fbgemm-gpu-cpu": "1.9.0", "torchrec": "1.9.2"}
