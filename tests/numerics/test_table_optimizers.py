@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fbgemm_gpu.split_embedding_configs import SparseType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     EmbeddingLocation,
@@ -215,21 +213,3 @@ def test_the_state_on_cpu_is_that_of_fbgemm_on_a_gpu(name, seed):
         for kernel in (tables_of(settings(name, NO_DECAY), seed), on_gpu)
     )
     assert found == expected
-
-
-@pytest.mark.parametrize(
-    "options", [{"weights_precision": SparseType.FP16}, {"pooling_mode": PoolingMode.MEAN}], ids=str
-)
-@pytest.mark.parametrize(("name", "mode"), [("adam", NO_DECAY), ("sgd", "l2"), ("adagrad", NO_DECAY)])
-def test_where_our_kernels_cannot_be_used_fbgemms_are_and_what_they_lack_is_refused(name, mode, options, seed):
-    """float16 and means."""
-    options = {**options, "table_names": [f"t_{i}" for i in range(len(TABLES))]}
-    if (name, mode) != ("adagrad", NO_DECAY):
-        with pytest.raises(ConfigError, match="t_0, t_1, t_2, t_3, t_4: on CPU tables have the kinds of Adam and LAMB"):
-            tables_of(settings(name, mode), seed, **options)
-        return
-    kernel = tables_of(settings(name, mode), seed, **options)
-    before = kernel.weights_host.detach().clone()
-    out = kernel(torch.zeros(len(TABLES), dtype=torch.int64), torch.arange(len(TABLES) + 1))
-    out.backward(torch.ones_like(out))
-    assert not torch.equal(kernel.weights_host, before)

@@ -187,12 +187,11 @@ class ShardedTables(ShardedEmbeddingBagCollection):  # type: ignore[misc]  # Tor
         # In a list, like TorchRec's lookups: as an attribute it would be a child, whose weights had two names.
         self._tables: list[TablesOfRank] = [group.emb_module for group in groups]
         self.exchanges_nothing, self._memory = False, None
-        are_ours = len(groups) <= 1 and all(tables.are_ours for tables in self._tables)
         configs = [config for group in groups for config in group.config.embedding_tables]
         if self._env.world_size > 1:
             mine = [name for config in configs for name in config.embedding_names]
-            self._memory = MemoryExchange.of(self, self._tables, mine, peers, are_ours=are_ours)
-        elif are_ours and len(configs) == len(self.module_sharding_plan):
+            self._memory = MemoryExchange.of(self, self._tables, mine, peers)
+        elif len(groups) == 1 and len(configs) == len(self.module_sharding_plan):
             self.exchanges_nothing = all(
                 (config.local_rows, config.local_cols) == (config.num_embeddings, config.embedding_dim)
                 for config in configs
@@ -254,11 +253,7 @@ class TrainingSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]  # T
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedEmbeddingBagCollection:
-        """Build a rank's part of a collection.
-
-        Raises:
-            ConfigError: see `TablesOfRank`.
-        """
+        """Build a rank's part of a collection."""
         on_cpu = device is None or device.type == "cpu"
         kind, named = (ShardedTables, {"peers": self._peers}) if on_cpu else (ShardedEmbeddingBagCollection, {})
         fused_params = dict(self.fused_params or {})

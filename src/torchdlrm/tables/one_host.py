@@ -84,24 +84,21 @@ class MemoryExchange:
         tables: Sequence["TablesOfRank"],
         mine: Sequence[str],
         peers: Peers,
-        *,
-        are_ours: bool,
     ) -> "MemoryExchange | None":
         """The exchange of ranks that are all on one host, and hold whole tables; every rank must call this.
 
         Args:
             collection: just built.
-            tables: of this rank: one module or none.
+            tables: of this rank.
             mine: names of their embeddings.
             peers: the processes that share the collection.
-            are_ours: whether it is not more than one module, and of our kernels.
 
         Returns:
             None, on every rank, where tables are cut or differ in dimension, or embeddings travel rounded.
         """
         configs = collection._embedding_bag_configs
         is_suitable = (
-            are_ours
+            len(tables) <= 1
             and collection._sharding_types == [ShardingType.TABLE_WISE.value]
             and not collection.qcomm_codecs_registry
             and len({config.embedding_dim for config in configs}) == 1

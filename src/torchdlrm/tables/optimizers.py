@@ -73,24 +73,6 @@ def check_plain_torchrec(config: TableOptimizerConfig, device: torch.device) -> 
         raise ConfigError(msg)
 
 
-def check_fbgemm_has_it(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> None:
-    """Refuse, on CPU, an optimizer or a weight decay that FBGEMM's kernels have not, where ours cannot be used.
-
-    Raises:
-        ConfigError: names the tables and what to do.
-    """
-    has_decay = kernel.optimizer_args.weight_decay or getattr(kernel, "is_lazy", False)
-    if record_of(kernel.optimizer).is_in_fbgemm_on_cpu and not has_decay:
-        return
-    names = ", ".join(kernel.table_names or ())
-    msg = (
-        f"table_optimizer: {names}: on CPU tables have the kinds of Adam and LAMB, and weight decay, only where they "
-        "are float32 and their embeddings are summed, without weights; choose rowwise_adagrad, adagrad or sgd, and "
-        "weight_decay = 0"
-    )
-    raise ConfigError(msg)
-
-
 def fused_params(config: TableOptimizerConfig) -> dict[str, Any]:
     """What FBGEMM's tables, or `TablesOfRank`, need to know to update themselves during the backward.
 

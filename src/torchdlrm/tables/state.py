@@ -22,9 +22,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor, nn
 
-from torchdlrm.errors import ConfigError
 from torchdlrm.tables.huge_pages import use_huge_pages
-from torchdlrm.tables.optimizers import check_fbgemm_has_it, record_of
+from torchdlrm.tables.optimizers import record_of
 from torchdlrm.tables.updates import KINDS, Rule, State
 
 # By whether the first state is a value a row, where there is one.
@@ -39,7 +38,7 @@ class TablesWithState(SplitTableBatchedEmbeddingBagsCodegen):  # type: ignore[mi
     """FBGEMM's module with the optimizers that FBGEMM has for GPUs alone, and with tables that stay as they are.
 
     Attributes:
-        are_ours: whether our kernels look up and update: on CPU float32 tables whose embeddings are summed.
+        are_ours: whether our kernels look up and update: on CPU.
         is_frozen_T: which tables stay as they are.
         is_lazy: whether a row catches up on the weight decay of steps that did not look it up. Then `prev_iter_host`
             holds the last step of each row, int32, 0 for none.
@@ -62,12 +61,8 @@ class TablesWithState(SplitTableBatchedEmbeddingBagsCodegen):  # type: ignore[mi
             is_lazy: of the weight decay.
             frozen: names of tables that no step changes.
             settings: as FBGEMM's module takes them.
-
-        Raises:
-            ConfigError: our kernels are not for these tables, and FBGEMM's lack the optimizer or the weight decay, or
-                some of the tables are frozen and others are not.
         """
-        on_cpu = all(device == ComputeDevice.CPU for *_, device in embedding_specs)
+        self.are_ours = on_cpu = all(device == ComputeDevice.CPU for *_, device in embedding_specs)
         states = record_of(optimizer).states_are_per_row
         # The one with the same first state: as many values, in the same place.
         accepted = _ACCEPTED[states[:1]] if on_cpu else optimizer
@@ -83,40 +78,23 @@ class TablesWithState(SplitTableBatchedEmbeddingBagsCodegen):  # type: ignore[mi
             num_rows = sum(rows for rows, *_ in embedding_specs)
             self.prev_iter_host = nn.Parameter(torch.zeros(num_rows, dtype=torch.int32), requires_grad=False)
         self.is_frozen_T = np.asarray([name in frozen for name in self.table_names or embedding_specs])
-        self.are_ours = on_cpu and self._are_plain()
-        if not self.are_ours:
-            if on_cpu:
-                check_fbgemm_has_it(self)
-            self._check_freeze()
         if on_cpu:
+            assert self.weights_host.dtype == torch.float32
+            assert self.pooling_mode == PoolingMode.SUM
+            assert list(self.feature_table_map) == sorted(self.feature_table_map)
+            assert max(rows for rows, *_ in embedding_specs) < 2**31
             use_huge_pages(self)
 
     def _add_state(self, name: str, *, rowwise: bool) -> None:
         split = construct_split_state(self.embedding_specs, rowwise=rowwise, cacheable=False)
         self._apply_split(split, prefix=name, dtype=torch.float32)
 
-    def _are_plain(self) -> bool:
-        return (
-            self.weights_host.dtype == torch.float32
-            and self.pooling_mode == PoolingMode.SUM
-            and list(self.feature_table_map) == sorted(self.feature_table_map)
-            and max(rows for rows, *_ in self.embedding_specs) < 2**31
-        )
-
-    def _check_freeze(self) -> None:
-        if self.is_frozen_T.any() and not self.is_frozen_T.all():
-            frozen = sorted(np.asarray(self.table_names)[self.is_frozen_T])
-            msg = (
-                "train.freeze: FBGEMM's kernels, which update tables on GPUs and tables on CPU that ours are not for, "
-                f"cannot leave out some tables of a rank ({', '.join(frozen)}); freeze tables, all of them"
-            )
-            raise ConfigError(msg)
-
     def forward(self, indices: Tensor, offsets: Tensor, *more: Any, **named: Any) -> Tensor:
         """FBGEMM's lookup, without an update in its backward where the tables are frozen."""
         if not self.is_frozen_T.any():
             updated: Tensor = super().forward(indices, offsets, *more, **named)
             return updated
+        assert self.is_frozen_T.all(), "FBGEMM updates all tables of a rank or none (`check_freeze`)"
         with torch.no_grad():
             found = super().forward(indices, offsets, *more, **named)
         # Other ranks may wait for this one's part in the backward.
