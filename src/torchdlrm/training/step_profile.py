@@ -9,21 +9,19 @@ its way and something was computed, over the time in which something was on its 
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.profiler import ProfilerActivity
 
 from torchdlrm.files import replacing, write_atomically
 from torchdlrm.training.processes.process_group import Ranks
 
 WARM_UP_STEPS = 5
-Intervals = NDArray[np.float64]  # [n, 2]: start and end in microseconds, sorted, apart from each other
 
 PRODUCTS, SENDING, REST = "matrix products", "sending and waiting", "the rest"
 # An operator belongs to the first of these parts whose names fit its own name,
@@ -148,13 +146,15 @@ def summarize(events: Iterable[Any], ranks: Ranks, *, num_steps: int) -> StepPro
         num_steps: how many steps they are of.
     """
     on_gpu = ranks.device.type == "cuda"
-    computation, communication, everything = [], [], []
+    computation: list[tuple[float, float]] = []  # start and end of each, in microseconds
+    communication: list[tuple[float, float]] = []
+    begin_us, end_us = math.inf, -math.inf
     parts: dict[str, float] = {}
     for event in events:
         if on_gpu and event.is_user_annotation:  # names of whole phases, which a GPU's timeline shows beside kernels
             continue
         interval = (event.time_range.start, event.time_range.end)
-        everything.append(interval)
+        begin_us, end_us = min(begin_us, interval[0]), max(end_us, interval[1])
         is_on_device = on_gpu == (event.device_type.name == "CUDA")
         if event.name.lower().startswith(_COMMUNICATION):
             if is_on_device:  # the host's `nccl:` ranges say when something was asked for, not when it was on its way
@@ -167,16 +167,15 @@ def summarize(events: Iterable[Any], ranks: Ranks, *, num_steps: int) -> StepPro
         part = _part_of(event)
         self_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         parts[part] = parts.get(part, 0.0) + self_us / 1e3 / num_steps
-    sent = merged(communication if ranks.world_size > 1 else [])  # a single rank reduces with itself
-    measured = merged(everything)
-    sent_us = total_us(sent)
+    sent_us = total_us(communication) if ranks.world_size > 1 else 0.0  # a single rank reduces with itself
+    hidden_us = sent_us + total_us(computation) - total_us(communication + computation)
     return StepProfile(
         rank=ranks.rank,
         num_steps=num_steps,
-        ms_per_step=float(measured[-1, 1] - measured[0, 0]) / 1e3 / num_steps if len(measured) else 0.0,
+        ms_per_step=max(0.0, end_us - begin_us) / 1e3 / num_steps,
         ms_per_step_by_part=dict(sorted(parts.items(), key=lambda item: -item[1])),
         communication_ms_per_step=sent_us / 1e3 / num_steps,
-        hidden_share=overlap_us(sent, merged(computation)) / sent_us if sent_us else None,
+        hidden_share=hidden_us / sent_us if sent_us else None,
     )
 
 
@@ -194,23 +193,10 @@ def _first_that_fits(name: str, parts: Iterable[tuple[str, tuple[str, ...]]]) ->
     return next((part for part, signs in parts if any(sign in name for sign in signs)), None)
 
 
-def merged(intervals: list[tuple[float, float]]) -> Intervals:
-    """The union of intervals, as intervals apart from each other."""
-    if not intervals:
-        return np.zeros((0, 2))
-    sorted_intervals = np.array(sorted(intervals), dtype=np.float64)
-    starts, furthest = sorted_intervals[:, 0], np.maximum.accumulate(sorted_intervals[:, 1])
-    is_first = np.concatenate([[True], starts[1:] > furthest[:-1]])
-    is_last = np.concatenate([is_first[1:], [True]])
-    return np.stack([starts[is_first], furthest[is_last]], axis=1)
-
-
-def total_us(intervals: Intervals) -> float:
-    """The length of all intervals, which are apart from each other."""
-    return float((intervals[:, 1] - intervals[:, 0]).sum())
-
-
-def overlap_us(some: Intervals, others: Intervals) -> float:
-    """The length of what two unions have in common: both lengths less that of the union of both."""
-    union = merged([*map(tuple, some.tolist()), *map(tuple, others.tolist())])
-    return total_us(some) + total_us(others) - total_us(union)
+def total_us(intervals: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of intervals."""
+    total, end = 0.0, -math.inf
+    for start, stop in sorted(intervals):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
