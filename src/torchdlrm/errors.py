@@ -25,6 +25,7 @@ option instead ("--max-rows: must be ..."), so no message outside `cli/` spells 
 import reprlib
 from collections.abc import Mapping
 from itertools import islice
+from typing import Self
 
 from torchdlrm.versions import how_to_get
 
@@ -43,6 +44,11 @@ class UserError(TorchDLRMError, ValueError):
     """
 
     is_everywhere = False
+
+    def everywhere(self) -> Self:
+        """The same error, once every process of a training raises it."""
+        self.is_everywhere = True
+        return self
 
 
 class SchemaError(UserError):

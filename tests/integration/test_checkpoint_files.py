@@ -24,8 +24,7 @@ from torchdlrm.errors import RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.training.checkpoint import find_damage
-from torchdlrm.training.checkpoint_files import read_metadata
-from torchdlrm.training.checkpoint_reader import CheckpointReader
+from torchdlrm.training.checkpoint_reader import CheckpointReader, read_metadata
 from torchdlrm.training.job import train
 from torchdlrm.training.run import Run
 
@@ -200,7 +199,7 @@ def test_memory_is_taken_for_what_a_description_holds_and_not_for_what_it_announ
     """An opcode of 5 bytes numbers an object; here as the 2^29th, and Python's own reader takes 8 GB."""
     code = (
         "import resource, sys; from pathlib import Path; from torchdlrm.errors import RunError;"
-        "from torchdlrm.training.checkpoint_files import read_metadata;"
+        "from torchdlrm.training.checkpoint_reader import read_metadata;"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: read_metadata(Path(sys.argv[1]))\n"
         "except RunError as error: print(error)\n"

@@ -14,7 +14,7 @@ from torchrec.distributed import dist_data, embeddingbag
 from torchrec.sparse import jagged_tensor
 
 from torchdlrm import metrics
-from torchdlrm.training import finite
+from torchdlrm.training import checkpointer
 
 COUNTS = ("launches", "waits", "copies_to_host", "copies_to_gpu", "collectives")  # as in stubs/pretended.h
 _runtime = ctypes.CDLL(None)
@@ -99,7 +99,7 @@ def metrics_of_anything(labels, logits, weights=None):
     return _metrics_of(labels > 0.5, np.nan_to_num(logits), None if weights is None else np.ones_like(weights))
 
 
-_find_not_finite = finite.find_not_finite
+_find_not_finite = checkpointer.find_not_finite
 
 
 @wraps(_find_not_finite)
@@ -109,9 +109,9 @@ def find_nothing_not_finite(model, state):
     return []
 
 
-changed = ("torchdlrm.training.predictions", "torchdlrm.training.checkpointer")
-assert not any(name in sys.modules for name in changed), "import this before what it changes"
-finite.find_not_finite = find_nothing_not_finite
+changed = "torchdlrm.training.predictions"
+assert changed not in sys.modules, "import this before what it changes"
+checkpointer.find_not_finite = find_nothing_not_finite
 metrics.binary_metrics = metrics_of_anything
 dist.new_group = new_group
 dist_data.SplitsAllToAllAwaitable.__init__ = begin_splits

@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from torchdlrm.errors import RunError
+from torchdlrm.errors import RunError, TrainingError
 from torchdlrm.features.schema import problems
 from torchdlrm.files import regular_file
-from torchdlrm.training.checkpoint_files import read_metadata
+from torchdlrm.training.checkpoint_reader import read_metadata
 
 FORMAT_VERSION = 1
 RECORD_NAME = "checkpoint.json"
@@ -51,17 +51,19 @@ class Position:
 
 
 @dataclass(frozen=True)
-class CheckpointRecord:
+class _Record:
     """What `checkpoint.json` holds: `sha256` of the other files, and under its own name that of the position."""
 
     format_version: int
     position: Position
     sha256: dict[str, str]
 
-    @property
-    def sha256_of_position(self) -> str:
-        """The checksum that stands under the record's own name."""
-        return _sha256_of_position(asdict(self.position))
+
+def write_record(path: Path, position: Position, digests: dict[str, str]) -> None:
+    """Write the `checkpoint.json` of a checkpoint; `digests` are the sha256 of its other files."""
+    sha256 = dict(sorted(digests.items())) | {RECORD_NAME: _sha256_of_position(asdict(position))}
+    text = json.dumps(asdict(_Record(FORMAT_VERSION, position, sha256)), indent=1)
+    (path / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def _sha256_of_position(position: dict[str, Any]) -> str:
@@ -135,6 +137,15 @@ def find_checkpoint(folder: Path, name: str = "best") -> ChosenCheckpoint:
     return ChosenCheckpoint(int(wanted), "step" if best is None else "best")
 
 
+def not_finite_error(what: str, folder: Path) -> TrainingError:
+    """The error that says what is not finite, at which step, what helps, and which checkpoint of the run there is."""
+    saved = list_checkpoints(folder)
+    return TrainingError(
+        f"{what}: try a lower table_optimizer.learning_rate or dense_optimizer.learning_rate, schedule.warmup_steps, "
+        f"or look at these rows; {f'the last checkpoint is of step {saved[-1]}' if saved else 'nothing was saved yet'}"
+    )
+
+
 def find_damage(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None; reads them all."""
     return next(filter(None, look_for_damage(path)), None)
@@ -167,7 +178,7 @@ def look_for_damage(path: Path, *, rank: int = 0, world_size: int = 1) -> Iterat
         yield f"{path}: damaged: {error}"
 
 
-def _read_record(path: Path) -> CheckpointRecord:
+def _read_record(path: Path) -> _Record:
     try:
         content = json.loads(regular_file(path, RECORD_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -178,7 +189,7 @@ def _read_record(path: Path) -> CheckpointRecord:
         msg = f"{path}: format version {version}, this torchdlrm reads {FORMAT_VERSION}"
         raise RunError(msg)
     try:
-        record = TypeAdapter(CheckpointRecord).validate_python(content)
+        record = TypeAdapter(_Record).validate_python(content)
     except ValidationError as error:
         msg = "\n".join([f"{path / RECORD_NAME}: damaged:", *problems(error)])
         raise RunError(msg) from error

@@ -165,6 +165,4 @@ def _column_cuts(table: ShardedTensor) -> set[tuple[int, int]]:
 
 
 def _refusal(checkpoint: CheckpointReader, why: str) -> RunError:
-    error = RunError(f"{checkpoint.path}: cannot be loaded: {why}")
-    error.is_everywhere = True
-    return error
+    return RunError(f"{checkpoint.path}: cannot be loaded: {why}").everywhere()

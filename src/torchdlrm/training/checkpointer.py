@@ -4,24 +4,24 @@ A checkpoint is written under another name and renamed when every rank has writt
 """
 
 import io
-import json
 import logging
 import math
 import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import StorageMeta
@@ -31,20 +31,19 @@ from torchrec.optim.keyed import KeyedOptimizer
 from torchdlrm.errors import RunError
 from torchdlrm.files import publish_folder, sha256_of
 from torchdlrm.training.checkpoint import (
-    FORMAT_VERSION,
     RECORD_NAME,
-    CheckpointRecord,
     Position,
     checkpoint_path,
     list_checkpoints,
     look_for_damage,
+    not_finite_error,
     read_position,
+    write_record,
 )
 from torchdlrm.training.checkpoint_reader import CheckpointReader
 from torchdlrm.training.checkpoint_state import TakeOver, take_over
 from torchdlrm.training.compute import give_back_freed_memory
-from torchdlrm.training.finite import find_not_finite, not_finite_error
-from torchdlrm.training.host_copies import HostCopies, in_own_storage, with_tensors
+from torchdlrm.training.host_copies import HostCopies, in_own_storage, tensors_of, with_tensors
 from torchdlrm.training.processes.process_group import Ranks
 
 logger = logging.getLogger("torchdlrm")
@@ -181,9 +180,7 @@ class Checkpointer:
             f"{self._folder}: all {len(steps)} checkpoints are damaged or not finite, the oldest: {problem}; put one "
             "back from a copy, or give `restart` to remove the run and begin again"
         )
-        error = RunError(msg)
-        error.is_everywhere = True
-        raise error
+        raise RunError(msg).everywhere()
 
     def load(self, step: int, *, verify: bool = True) -> Position:
         """Load a checkpoint, which may come from another number of ranks.
@@ -194,9 +191,7 @@ class Checkpointer:
         path = checkpoint_path(self._folder, step)
         problem = find_damage_together(path, self._ranks, self._group) if verify else None
         if problem is not None:
-            error = RunError(problem)
-            error.is_everywhere = True
-            raise error
+            raise RunError(problem).everywhere()
         with self._changing_state() as state:
             take_over(state, CheckpointReader(path, prefix=""), TakeOver())
         return read_position(self._folder, step)
@@ -218,9 +213,7 @@ class Checkpointer:
             take_over(state, CheckpointReader(path, prefix=""), how)
         problem = self._find_not_finite(self._state()["model"])
         if problem is not None:
-            error = RunError(f"`from_run`: {path}: {problem}; `warm_start.checkpoint` can name another one")
-            error.is_everywhere = True
-            raise error
+            raise RunError(f"`from_run`: {path}: {problem}; `warm_start.checkpoint` can name another one").everywhere()
         position = read_position(path.parent, int(path.name.removeprefix("step-")))
         return position.steps_before + position.step
 
@@ -238,11 +231,7 @@ class Checkpointer:
         names = find_not_finite(self._model, state)
         if loss is not None and not math.isfinite(loss):
             names.insert(0, "the loss")
-        found = list(
-            dict.fromkeys(
-                name for names_of_rank in self._ranks.all_gather(names, self._group) for name in names_of_rank
-            )
-        )
+        found = list(dict.fromkeys(chain.from_iterable(self._ranks.all_gather(names, self._group))))
         more = f" and {len(found) - _MAX_NAMES} more" if len(found) > _MAX_NAMES else ""
         return f"NaN or infinity in {', '.join(found[:_MAX_NAMES])}{more}" if found else None
 
@@ -283,10 +272,7 @@ class Checkpointer:
         return True
 
     def _finish(self, partial: Path, final: Path, digests: list[dict[str, str]], position: Position) -> None:
-        files = {name: digest for part in digests for name, digest in part.items()}
-        record = CheckpointRecord(FORMAT_VERSION, position, dict(sorted(files.items())))
-        record.sha256[RECORD_NAME] = record.sha256_of_position
-        (partial / RECORD_NAME).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+        write_record(partial, position, {name: digest for part in digests for name, digest in part.items()})
         if final.exists():  # damaged, or saved by a run that was longer and has been resumed from before it
             _remove(final)
         publish_folder(partial, final, RECORD_NAME)  # before older ones are removed
@@ -308,6 +294,27 @@ class Checkpointer:
         if problems:
             raise OSError("; ".join(problems))
         return [found for _, found in everyone]
+
+
+def find_not_finite(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
+    """Names of this rank's weights, or parts of tables, in which a value is NaN or infinite.
+
+    Buffers are left out: a model of one's own may mean the infinity in one. A sum is finite only where all values are,
+    and reads them once: 0.11 s for a table of 1 GB on two cores, where its copy takes 0.7 s.
+
+    Args:
+        model: after `DistributedModelParallel`.
+        state: its state dict.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    names: list[str] = []
+    sums: list[Tensor] = []
+    for name, value in state.items():
+        for tensor in tensors_of(value) if name in parameters or isinstance(value, ShardedTensor) else ():
+            names.append(name)
+            sums.append(tensor.detach().sum(dtype=torch.float32))
+    are_finite = torch.isfinite(torch.stack(sums)).tolist() if sums else []
+    return list(dict.fromkeys(name for name, is_finite in zip(names, are_finite, strict=True) if not is_finite))
 
 
 def find_damage_together(path: Path, ranks: Ranks, group: dist.ProcessGroup | None = None) -> str | None:

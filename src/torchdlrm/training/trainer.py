@@ -22,10 +22,9 @@ from torchdlrm.loader.batch import Batch
 from torchdlrm.loader.loader import Loader
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.progress import SILENT, ProgressListener, noting_if_slow
-from torchdlrm.training.checkpoint import Position
+from torchdlrm.training.checkpoint import Position, not_finite_error
 from torchdlrm.training.checkpoint_state import TakeOver
 from torchdlrm.training.checkpointer import Checkpointer
-from torchdlrm.training.finite import not_finite_error
 from torchdlrm.training.interval_metrics import IntervalMetrics
 from torchdlrm.training.log import (
     Callbacks,

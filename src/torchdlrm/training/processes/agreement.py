@@ -98,8 +98,7 @@ def agree(
         found = find_problems([json.loads(store.get(name)) for name in names], node)
         problem = ConfigError("\n  ".join(found)) if found else None
     if problem is not None:
-        problem.is_everywhere = True
-        raise problem
+        raise problem.everywhere()
 
 
 def find_problems(records: Sequence[Mapping[str, Any]], this_node: int) -> list[str]:

@@ -85,8 +85,7 @@ class Ranks:
                 problem = error
         result, problem = self.from_first((result, problem))
         if problem is not None:
-            problem.is_everywhere = True
-            raise problem
+            raise problem.everywhere()
         return result
 
     def all_gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
