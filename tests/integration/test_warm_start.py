@@ -335,7 +335,7 @@ def test_a_run_is_not_started_from_itself_from_one_that_trains_or_from_a_second_
         train(config(), monday, first, from_run=tmp_path)
     with pytest.raises(RunError, match="is the run itself"):
         train(config(), monday, first, from_run=first, restart=True)
-    held = Run.start(first, config(), monday, world_size=1)
+    held = Run(first, config()).start(monday, world_size=1)
     try:
         with pytest.raises(RunError, match="`from_run`: another process is training in"):
             train(config(), tuesday, tmp_path / "run", from_run=first)

@@ -61,7 +61,7 @@ def _show_run(folder: Path, *, as_json: bool) -> None:
     if "warm_start" in environment:
         from torchdlrm.training.source_run import SourceRun
 
-        say(f"started from {SourceRun.of(environment['warm_start'])}")
+        say(f"started from {SourceRun(environment['warm_start'])}")
     for split, line in content["last_metrics"].items():
         names = ("loss", *logged_names())
         metrics = (f"{name} {show_number(line[name], 4)}" for name in names if line.get(name) is not None)

@@ -37,7 +37,7 @@ def report_page(run: Run) -> str:
         command=run.environment.get("command", ""),
         entries=[*_times(run, lines), *_cards(lines)],
         has_metrics=bool(lines),
-        source=str(SourceRun.of(run.environment["warm_start"])) if "warm_start" in run.environment else "",
+        source=str(SourceRun(run.environment["warm_start"])) if "warm_start" in run.environment else "",
         charts=_charts(_without_remainders(lines)),
         evaluations=[_evaluation(result) for result in run.evaluations().values()],
         changed=[

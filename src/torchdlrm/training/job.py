@@ -98,18 +98,7 @@ def preview_training(
     allow_changed_model_class: bool = False,
     restart: bool = False,
 ) -> TrainingPreview:
-    """Look ahead, and refuse now what `train` with the same arguments would refuse later.
-
-    Args:
-        config: of the run.
-        dataset: to train on.
-        run: folder of the run, which need not be there.
-        world_size: number of processes.
-        local_world_size: number of processes on this host.
-        from_run: as for `train`, and so are the others.
-        model_class: likewise.
-        allow_changed_model_class: likewise.
-        restart: likewise.
+    """Look ahead, and refuse now what `train` with the same arguments would refuse later on `world_size` processes.
 
     Raises:
         ConfigError: `model.features` does not suit the dataset, early stopping could never act, GPUs are missing, the
@@ -195,7 +184,7 @@ def train(
         Interrupted: SIGTERM or Ctrl-C; the run is saved.
     """
     settings = config if isinstance(config, Config) else load_config(config)
-    path = Path(run)
+    folder = Run(Path(run), settings)
     architecture = architecture_of(settings.model, model_class, may_have_changed=allow_changed_model_class)
 
     def opened() -> Dataset:
@@ -208,9 +197,9 @@ def train(
     def open_callbacks(from_step: int) -> Callbacks:
         if not ranks.is_first:
             return Callbacks([])
-        started.take_model_class(architecture)
-        trackers = open_trackers(path, settings, from_step=from_step)
-        return Callbacks([MetricsLog(path, from_step=from_step), *trackers, *callbacks])
+        folder.take_model_class(architecture)
+        trackers = open_trackers(folder.path, settings, from_step=from_step)
+        return Callbacks([MetricsLog(folder.path, from_step=from_step), *trackers, *callbacks])
 
     with (
         watched(progress) as watching,
@@ -220,14 +209,14 @@ def train(
         allow_tf32(settings.train, ranks.device)
         encoded = opened()
         _, shape = _checked(settings, encoded, architecture, ranks.device)
-        started, source = _start_run(Run(path, settings), encoded, ranks, architecture, from_run, restart=restart)
-        with closing(started):
+        source = _start_run(folder, encoded, ranks, architecture, from_run, restart=restart)
+        with closing(folder):
             set_threads(settings, shape, ranks)
             dtype = choose_precision(settings, shape, ranks.device).dtype
             listener = watching if ranks.is_first else SILENT
-            trainer = Trainer(settings, shape, encoded, started, ranks, listener, dtype=dtype, source=source)
+            trainer = Trainer(settings, shape, encoded, folder, ranks, listener, dtype=dtype, source=source)
             summary = trainer.fit(open_callbacks)
-    return TrainingHistory(summary, read_metrics(path / METRICS_NAME)) if ranks.is_first else None
+    return TrainingHistory(summary, read_metrics(folder.path / METRICS_NAME)) if ranks.is_first else None
 
 
 def _checked(
@@ -254,7 +243,7 @@ def _checked(
 
 def _start_run(
     run: Run, dataset: Dataset, ranks: Ranks, architecture: Architecture, from_run: str | Path | None, *, restart: bool
-) -> tuple[Run, SourceRun | None]:
+) -> SourceRun | None:
     """Rank 0 takes the folder, after the ranks have found, and together verified, the checkpoint to start from."""
     names = ranks.all_gather(os.environ.get(LAUNCHER_VARIABLE))
     launchers = list(dict.fromkeys(name for name in names if name is not None))
@@ -269,16 +258,10 @@ def _start_run(
     source = ranks.on_first(find)
     damage = None if source is None else find_damage_together(source.checkpoint, ranks)
     if damage is not None:
-        error = RunError(f"`from_run`: {damage}")
-        error.is_everywhere = True
-        raise error
-    started = run
+        raise RunError(f"`from_run`: {damage}").everywhere()
 
     def start() -> None:
-        nonlocal started
-        started = Run.start(
-            run.path,
-            run.config,
+        run.start(
             dataset,
             world_size=ranks.world_size,
             restart=removes,
@@ -288,4 +271,4 @@ def _start_run(
         )
 
     ranks.on_first(start)
-    return started, source
+    return source

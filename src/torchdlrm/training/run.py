@@ -70,11 +70,8 @@ class Run:
         self.config = config
         self._lock: IO[str] | None = None
 
-    @classmethod
     def start(
-        cls,
-        path: Path,
-        config: Config,
+        self,
         dataset: Dataset,
         *,
         world_size: int,
@@ -86,8 +83,6 @@ class Run:
         """Make the folder, or resume the run that is in it, and keep others out until this process ends.
 
         Args:
-            path: the folder.
-            config: what to train with; where the run is there already, some keys may have changed.
             dataset: what to train on; must be the same.
             world_size: number of processes, which may have changed.
             restart: remove what is there and begin again.
@@ -99,29 +94,30 @@ class Run:
             RunError: another process is training in it, something else is in it, or config, dataset or model class
                 have changed in a way that makes resuming impossible; lists every difference.
         """
-        run = cls(path, config)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            run._lock_folder()
-            run._remove_left_overs()
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = self._lock_folder()
+            self._remove_left_overs()
             if restart:
-                run._clear()
-            run.check(dataset, architecture)
-            if run.exists:
-                run.take_place(dataset)
+                self._clear()
+            self.check(dataset, architecture)
+            if self.exists:
+                self.take_place(dataset)
             else:
                 started_from = {} if warm_start is None else {"warm_start": warm_start}
-                run._write_environment(environment_now(dataset, world_size, architecture) | started_from)
-            write_atomically(path / CONFIG_NAME, config_toml(config))
-            run._record_launchers(launchers)
+                self._write_environment(environment_now(dataset, world_size, architecture) | started_from)
+            write_atomically(self.path / CONFIG_NAME, config_toml(self.config))
+            lock.truncate(0)
+            lock.write(" ".join(launchers))
+            lock.flush()
         except OSError as error:
-            run.close()
-            msg = f"`run`: cannot write to {path}: {error.strerror}"
+            self.close()
+            msg = f"`run`: cannot write to {self.path}: {error.strerror}"
             raise RunError(msg) from error
         except RunError:
-            run.close()
+            self.close()
             raise
-        return run
+        return self
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -338,20 +334,15 @@ class Run:
         names = dict.fromkeys((*now, *before))  # those of features are there if they are set
         return [Change(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)]
 
-    def _record_launchers(self, launchers: Collection[str]) -> None:
-        assert self._lock is not None
-        self._lock.truncate(0)
-        self._lock.write(" ".join(launchers))
-        self._lock.flush()
-
-    def _lock_folder(self) -> None:
+    def _lock_folder(self) -> IO[str]:
         """Hold the folder until this process ends, however it ends."""
-        self._lock = (self.path / LOCK_NAME).open("a", encoding="utf-8")
+        self._lock = lock = (self.path / LOCK_NAME).open("a", encoding="utf-8")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             msg = f"`run`: another process is training in {self.path}; wait for it, or give another folder"
             raise RunError(msg) from error
+        return lock
 
     def _remove_left_overs(self) -> None:
         """Remove what a killed process has half written; the holder of the lock knows that no other writes."""

@@ -7,9 +7,8 @@ datasets a piece at a time.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -39,39 +38,20 @@ class SourceRun:
     """A checkpoint of a run that another one is started from.
 
     Attributes:
-        run: the folder of its run.
-        chosen: which one it is, and why.
-        sha256: of its checkpoint.json, which has the checksums of all its other files.
+        record: what environment.json says of it; its sha256 covers all files of the checkpoint.
         num_reset: of each feature that has any, how many ids stand for another value in the new dataset.
     """
 
-    run: Path
-    chosen: ChosenCheckpoint
-    sha256: str
+    record: WarmStartRecord
     num_reset: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, record: WarmStartRecord) -> Self:
-        """What environment.json says."""
-        return cls(Path(record["run"]), ChosenCheckpoint(record["step"], record["checkpoint"]), record["sha256"])
 
     @property
     def checkpoint(self) -> Path:
         """The checkpoint's folder."""
-        return checkpoint_path(self.run / "checkpoints", self.chosen.step)
-
-    @property
-    def record(self) -> WarmStartRecord:
-        """What environment.json says of it."""
-        return {
-            "run": str(self.run),
-            "step": self.chosen.step,
-            "checkpoint": self.chosen.kind,
-            "sha256": self.sha256,
-        }
+        return checkpoint_path(Path(self.record["run"]) / "checkpoints", self.record["step"])
 
     def __str__(self) -> str:
-        return f"{self.run}, {self.chosen}"
+        return f"{self.record['run']}, {ChosenCheckpoint(self.record['step'], self.record['checkpoint'])}"
 
 
 def find_source(
@@ -94,18 +74,17 @@ def find_source(
             from another one.
         DatasetError: a vocabulary is damaged.
     """
-    recorded: SourceRun | None = None
+    recorded: WarmStartRecord | None = None
     if run.exists and not restart:
-        record = run.environment.get("warm_start")
-        recorded = None if record is None else SourceRun.of(record)
-        if recorded is not None and from_run is not None and not recorded.run.exists():  # it may have moved
-            recorded = replace(recorded, run=from_run.resolve())
+        recorded = run.environment.get("warm_start")
+        if recorded is not None and from_run is not None and not Path(recorded["run"]).exists():  # it may have moved
+            recorded["run"] = str(from_run.resolve())
         _check_same(from_run, recorded, run)
         if recorded is None or list_checkpoints(run.checkpoints):
             return None
     elif from_run is None:
         return None
-    path = recorded.run if recorded is not None else (from_run or Path()).resolve()
+    path = Path(recorded["run"]) if recorded is not None else (from_run or Path()).resolve()
     if path == run.path.resolve():
         msg = f"`from_run`: {path} is the run itself; give another `run`"
         raise RunError(msg)
@@ -113,13 +92,13 @@ def find_source(
     if theirs.is_in_use:
         msg = f"`from_run`: another process is training in {path}; wait for it"
         raise RunError(msg)
-    name = run.config.warm_start.checkpoint if recorded is None else str(recorded.chosen.step)
+    name = run.config.warm_start.checkpoint if recorded is None else str(recorded["step"])
     try:
         chosen = find_checkpoint(theirs.checkpoints, name)
         sha256 = sha256_of(checkpoint_path(theirs.checkpoints, chosen.step) / RECORD_NAME)
     except (RunError, OSError) as error:
         raise RunError(str(error).replace("`checkpoint`", "warm_start.checkpoint")) from error
-    if recorded is not None and sha256 != recorded.sha256:
+    if recorded is not None and sha256 != recorded["sha256"]:
         msg = (
             f"{path}: its checkpoint of step {chosen.step} is another one than {run.path} was started from, which has "
             "no checkpoint of its own yet; give `restart` to start it from the one that is there now"
@@ -128,13 +107,14 @@ def find_source(
     _check_fits(theirs, run.config, dataset, architecture)
     resets = dataset.sparse_names if _extends(dataset, theirs) else ()
     num_reset = {name: found for name in resets if (found := len(dataset.reset_ids(name)))}
-    return replace(recorded or SourceRun(path, chosen, sha256), num_reset=num_reset)
+    new: WarmStartRecord = {"run": str(path), "step": chosen.step, "checkpoint": chosen.kind, "sha256": sha256}
+    return SourceRun(recorded or new, num_reset)
 
 
-def _check_same(from_run: Path | None, recorded: SourceRun | None, run: Run) -> None:
-    if from_run is None or (recorded is not None and from_run.resolve() == recorded.run):
+def _check_same(from_run: Path | None, recorded: WarmStartRecord | None, run: Run) -> None:
+    if from_run is None or (recorded is not None and str(from_run.resolve()) == recorded["run"]):
         return
-    started = "no other run" if recorded is None else f"{recorded.run}, step {recorded.chosen.step}"
+    started = "no other run" if recorded is None else f"{recorded['run']}, step {recorded['step']}"
     msg = (
         f"`from_run`: {run.path} was started from {started}, got {from_run}; leave it out to resume the run, give "
         "another `run`, or `restart` to remove it and begin again"

@@ -67,7 +67,7 @@ def test_a_run_without_checkpoints_says_so(tmp_path):
 @pytest.fixture
 def changed(small_dataset, tmp_path):
     """What `Run.check` says of a run that was started with the defaults: changed({"seed": "7"})."""
-    Run.start(tmp_path / "run", load_config(None), small_dataset, world_size=1).close()
+    Run(tmp_path / "run", load_config(None)).start(small_dataset, world_size=1).close()
 
     def check(overrides):
         return Run(tmp_path / "run", load_config(None, overrides)).check(small_dataset)

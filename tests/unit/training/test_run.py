@@ -17,7 +17,7 @@ CONFIG = load_config(None, {})
 @pytest.fixture
 def begun(small_dataset, tmp_path):
     """A run that was started and is not locked."""
-    Run.start(tmp_path / "run", CONFIG, small_dataset, world_size=1).close()
+    Run(tmp_path / "run", CONFIG).start(small_dataset, world_size=1).close()
     return Run.open(tmp_path / "run")
 
 
@@ -28,7 +28,7 @@ def test_what_a_first_start_has_left_that_found_the_disk_full_is_taken_up(left, 
     path.mkdir()
     (path / left).write_text("{")
     Run(path, CONFIG).check(small_dataset)  # the command asks before it starts processes
-    Run.start(path, CONFIG, small_dataset, world_size=3).close()
+    Run(path, CONFIG).start(small_dataset, world_size=3).close()
     assert Run.open(path).environment["world_size"] == 3
     assert {entry.name for entry in path.iterdir()} == {".lock", "environment.json", "config.toml"}
 
@@ -37,7 +37,7 @@ def test_what_a_first_start_has_left_that_found_the_disk_full_is_taken_up(left, 
 def test_a_folder_with_something_else_is_left_alone(name, small_dataset, tmp_path):
     (tmp_path / "run" / name).mkdir(parents=True)
     with pytest.raises(RunError, match="is not empty and holds no run"):
-        Run.start(tmp_path / "run", CONFIG, small_dataset, world_size=1)
+        Run(tmp_path / "run", CONFIG).start(small_dataset, world_size=1)
     assert (tmp_path / "run" / name).is_dir()
 
 
@@ -54,7 +54,7 @@ def test_a_damaged_environment_is_named(content, begun, small_dataset):
         lambda: begun.environment,
         lambda: begun.check(small_dataset),
         begun.open_dataset,
-        lambda: Run.start(begun.path, CONFIG, small_dataset, world_size=1),
+        lambda: Run(begun.path, CONFIG).start(small_dataset, world_size=1),
     ):
         with pytest.raises(RunError, match=start) as caught:
             reads()
@@ -64,7 +64,7 @@ def test_a_damaged_environment_is_named(content, begun, small_dataset):
 def test_a_dataset_that_has_moved_is_found_again_after_the_run_went_on_with_it(begun, small_dataset, tmp_path):
     assert begun.open_dataset().path == small_dataset.path
     moved = Dataset.open(shutil.copytree(small_dataset.path, tmp_path / "moved"))
-    Run.start(begun.path, CONFIG, moved, world_size=2).close()
+    Run(begun.path, CONFIG).start(moved, world_size=2).close()
     assert begun.open_dataset().path == moved.path
     assert begun.environment["world_size"] == 1  # what it was begun with
     moved.path.rename(tmp_path / "again")
