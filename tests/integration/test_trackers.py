@@ -13,7 +13,7 @@ import pytest
 from torchdlrm.config import load_config
 from torchdlrm.errors import ConfigError, Interrupted, TrainingError
 from torchdlrm.training.job import train
-from torchdlrm.training.log import Callbacks, MetricsLog
+from torchdlrm.training.log import MetricsLog, ending
 from torchdlrm.training.trackers import TRACKERS, Tracker, check_trackers, open_trackers
 
 CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
@@ -53,8 +53,10 @@ def test_every_tracker_is_told_the_metrics_of_metrics_jsonl_and_how_it_ended(err
     trackers = [Listing(), Listing()]
 
     def train():
-        with Callbacks([MetricsLog(tmp_path, from_step=0), *trackers]) as callbacks:
-            callbacks.on_validation(7, {"rows": 70, "auc": 0.75, "ne": None})
+        callbacks = [MetricsLog(tmp_path, from_step=0), *trackers]
+        with ending(callbacks):
+            for callback in callbacks:
+                callback.on_validation(7, {"rows": 70, "auc": 0.75, "ne": None})
             if error is not None:
                 raise error
 

@@ -25,7 +25,7 @@ from torchdlrm.tables.optimizers import check_table_optimizer
 from torchdlrm.training.checkpoint import list_checkpoints
 from torchdlrm.training.checkpointer import find_damage_together
 from torchdlrm.training.compute import allow_tf32, choose_precision, keep_freed_memory, set_threads
-from torchdlrm.training.log import Callback, Callbacks, MetricsLog, TrainingHistory, read_metrics
+from torchdlrm.training.log import Callback, MetricsLog, TrainingHistory, read_metrics
 from torchdlrm.training.processes.agreement import LAUNCHER_VARIABLE, Settings, settings_of
 from torchdlrm.training.processes.device import rank_device
 from torchdlrm.training.processes.library_noise import silenced_libraries
@@ -194,12 +194,12 @@ def train(
     def describe() -> Settings:
         return settings_of(settings, opened(), architecture, restart=restart, from_run=from_run)
 
-    def open_callbacks(from_step: int) -> Callbacks:
+    def open_callbacks(from_step: int) -> list[Callback]:
         if not ranks.is_first:
-            return Callbacks([])
+            return []
         folder.take_model_class(architecture)
         trackers = open_trackers(folder.path, settings, from_step=from_step)
-        return Callbacks([MetricsLog(folder.path, from_step=from_step), *trackers, *callbacks])
+        return [MetricsLog(folder.path, from_step=from_step), *trackers, *callbacks]
 
     with (
         watched(progress) as watching,

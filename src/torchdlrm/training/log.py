@@ -8,11 +8,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from torchdlrm.errors import Interrupted
 from torchdlrm.files import sync, write_atomically
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 Outcome = Literal["finished", "interrupted", "failed"]
 Metrics = Mapping[str, float | None]
-_STOPPED = (Interrupted, KeyboardInterrupt)
 logger = logging.getLogger("torchdlrm")
 
 
@@ -71,38 +70,20 @@ class Callback:
         """
 
 
-class Callbacks(Callback):
-    """Several callbacks as one, inside a `with`: whatever ends it, each of them is called."""
-
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self._callbacks = callbacks
-
-    def on_log(self, step: int, metrics: Metrics) -> None:
-        """Tell all."""
-        for callback in self._callbacks:
-            callback.on_log(step, metrics)
-
-    def on_validation(self, step: int, metrics: Metrics) -> None:
-        """Tell all."""
-        for callback in self._callbacks:
-            callback.on_validation(step, metrics)
-
-    def on_checkpoint(self, step: int, path: Path) -> None:
-        """Tell all."""
-        for callback in self._callbacks:
-            callback.on_checkpoint(step, path)
-
-    def on_end(self, outcome: Outcome) -> None:
-        """Tell all, also when one of them raises."""
-        with ExitStack() as ending:
-            for callback in self._callbacks:
-                ending.callback(callback.on_end, outcome)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.on_end("finished" if kind is None else "interrupted" if issubclass(kind, _STOPPED) else "failed")
+@contextmanager
+def ending(callbacks: Sequence[Callback]) -> Iterator[None]:
+    """Inside a training runs; whatever ends it, each callback hears how, also when another one raises."""
+    outcome: Outcome = "failed"
+    try:
+        yield
+        outcome = "finished"
+    except (Interrupted, KeyboardInterrupt):
+        outcome = "interrupted"
+        raise
+    finally:
+        with ExitStack() as calls:
+            for callback in callbacks:
+                calls.callback(callback.on_end, outcome)
 
 
 class MetricsLog(Callback):

@@ -1,4 +1,4 @@
-"""Takes steps: by TorchRec's pipeline, which exchanges while it computes, or plainly where nothing is exchanged."""
+"""Takes steps, or predicts: by TorchRec's pipeline, which exchanges while it computes, or plainly on one process."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -16,7 +16,7 @@ from torchdlrm.training.processes.process_group import Ranks
 
 
 class Pipeline(Protocol):
-    """What takes steps."""
+    """What takes steps, or predicts where the model is in eval mode."""
 
     def progress(self, batches: Iterator[Any]) -> Any:
         """Take a step on the next batch; what the model's forward gives besides the loss.
@@ -29,25 +29,33 @@ class Pipeline(Protocol):
         """The model, with its forward as it was; the next step takes hold of it again."""
 
 
-def build_pipeline(model: nn.Module, optimizer: KeyedOptimizer, *, dtype: torch.dtype, ranks: Ranks) -> Pipeline:
+def build_pipeline(
+    model: nn.Module, optimizer: KeyedOptimizer | None, *, ranks: Ranks, dtype: torch.dtype = torch.float32
+) -> Pipeline:
     """Take steps on CPU one after the other where this process holds all tables, else through TorchRec's pipeline.
 
     That exchanges the next batch's ids while this one computes. It does not fetch the next batch's rows of cached
     tables ahead, as `PrefetchTrainPipelineSparseDist` would: FBGEMM gives cache locations out in the order in which
     they were prefetched, so a validation between two steps would look up its rows where those of a training batch are.
+    Nor is it TorchRec's pipeline for evaluation, whose thread skips a batch when reading it fails in some ways.
+
+    Its two streams on a GPU are its own, and torch keeps the memory of batches a stream: one is enough for all
+    validations of a training.
 
     Args:
-        model: a `DLRMTrain` inside `DistributedModelParallel`.
-        optimizer: steps after every backward.
-        dtype: in which the dense parts compute.
+        model: a `DLRMTrain` inside `DistributedModelParallel`, not held by another pipeline.
+        optimizer: steps after every backward; None: the pipeline only predicts.
         ranks: the processes that share the model; every rank must call this.
+        dtype: in which the dense parts compute.
     """
     device = ranks.device
     precision = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
     if device.type == "cpu":
-        let_the_heap_grow_in_huge_pages()  # once more: large tables have taken what there was
+        if optimizer is not None:
+            let_the_heap_grow_in_huge_pages()  # once more: large tables have taken what there was
         collections = [module for module in model.modules() if isinstance(module, ShardedTables)]
-        if ranks.world_size == 1 and all(tables.exchanges_nothing for tables in collections):
+        has_all = optimizer is None or all(tables.exchanges_nothing for tables in collections)
+        if ranks.world_size == 1 and has_all:
             return PlainSteps(model, optimizer, precision)
 
     def forward(batch: Any) -> Any:
@@ -61,18 +69,23 @@ class PlainSteps:
     """Takes steps on batches that are where the model is."""
 
     def __init__(
-        self, model: nn.Module, optimizer: KeyedOptimizer, precision: Callable[[], AbstractContextManager[object]]
+        self,
+        model: nn.Module,
+        optimizer: KeyedOptimizer | None,
+        precision: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._model, self._optimizer, self._precision = model, optimizer, precision
 
     def progress(self, batches: Iterator[Any]) -> Any:
         """Take a step on the next batch."""
         batch = next(batches)
-        self._optimizer.zero_grad()
+        if self._optimizer is not None:
+            self._optimizer.zero_grad()
         with self._precision():
             loss, output = self._model(batch)
-        loss.backward()
-        self._optimizer.step()
+        if self._optimizer is not None:
+            loss.backward()
+            self._optimizer.step()
         return output
 
     def detach(self) -> nn.Module:

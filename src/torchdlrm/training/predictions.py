@@ -1,7 +1,7 @@
 """Gathers the logits and labels of many batches from all ranks, to compute exact metrics from them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -9,13 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch import distributed as dist
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from torchdlrm.loader.batch import Batch
 from torchdlrm.loader.loader import Loader
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.progress import ProgressListener
 from torchdlrm.training.compute import exact_products
+from torchdlrm.training.pipeline import Pipeline, build_pipeline
 from torchdlrm.training.processes.process_group import Ranks
 
 
@@ -56,29 +55,12 @@ class PredictionBuffer:
         return None if taken is None else binary_metrics(*taken)
 
 
-def prediction_pipeline(model: nn.Module, ranks: Ranks) -> TrainPipelineSparseDist | None:
-    """Does the transfers for the next batch, as in training, while one is predicted; None where there are none to hide.
-
-    Its two streams on a GPU are its own, and torch keeps the memory of batches a stream: one is enough for all
-    validations of a training.
-
-    Args:
-        model: a `DLRMTrain` inside `DistributedModelParallel`, not held by another pipeline.
-        ranks: the processes that hold the model.
-    """
-    if ranks.device.type == "cpu" and ranks.world_size == 1:
-        return None
-    # Not TorchRec's pipeline for evaluation: its thread skips a batch when reading it fails in some ways. In eval mode
-    # this one does nothing else, and it asks for no optimizer.
-    return TrainPipelineSparseDist(model, None, ranks.device, execute_all_batches=True)
-
-
 def predict_loaders(
     model: nn.Module,
     loaders: Sequence[Loader],
     ranks: Ranks,
     progress: ProgressListener,
-    pipeline: TrainPipelineSparseDist | None = None,
+    pipeline: Pipeline | None = None,
 ) -> PredictionBuffer:
     """Predict every row that the loaders read, each once; products are float32 on every device.
 
@@ -87,34 +69,20 @@ def predict_loaders(
         loaders: of one epoch each; their rows are judged together. Every rank has its own.
         ranks: the processes that hold the model.
         progress: receives the rows of all ranks.
-        pipeline: of the model, from an earlier call; a new one where it is None.
+        pipeline: that only predicts, from an earlier call; a new one where it is None.
     """
     predictions = PredictionBuffer()
     was_training = model.training
     model.eval()
-    pipeline = pipeline or prediction_pipeline(model, ranks)
-    with torch.no_grad(), exact_products(), _predicting(model, pipeline) as predict:
+    pipeline = pipeline or build_pipeline(model, None, ranks=ranks)
+    with torch.no_grad(), exact_products():
         for loader in loaders:
             rows, num_batches = loader.rows, loader.batches_per_epoch
             with closing(iter(loader)) as batches:
                 for i in range(num_batches):
-                    _, *judged = predict(batches)
+                    _, *judged = pipeline.progress(batches)
                     predictions.add(*judged)
                     progress.advance(rows * (i + 1) // num_batches - rows * i // num_batches)
+        pipeline.detach()
     model.train(was_training)
     return predictions
-
-
-@contextmanager
-def _predicting(
-    model: nn.Module, pipeline: TrainPipelineSparseDist | None
-) -> Iterator[Callable[[Iterator[Batch]], tuple[Tensor, ...]]]:
-    """What predicts the next batch of an iterator: loss, logits [B], labels [B], row weights [B] if there are some.
-
-    `model` is in eval mode.
-    """
-    if pipeline is None:
-        yield lambda batches: model(next(batches))[1]
-        return
-    yield pipeline.progress
-    pipeline.detach()

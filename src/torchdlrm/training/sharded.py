@@ -70,7 +70,8 @@ def build_sharded_model(
         ConfigError: `train.freeze` names what the model does not have, or all of it.
     """
     torch.manual_seed(config.seed)  # every rank draws the same dense and over arch
-    model = _build_model(config, shape, num_embeddings, ranks)
+    how = {"dropout": config.train.dropout, "negative_weight": config.train.negative_weight}
+    model = build_model(shape, num_embeddings, ranks.device, **how)
     if dense_sample is not None and shape.num_dense:
         standardize_dense_input(model.model, dense_sample)
     tables = feature_tables(config.model, num_embeddings)
@@ -126,19 +127,9 @@ def build_empty_model(
             "train": config.train.model_copy(update={"communication": "float32"}),
         }
     )
-    model = _build_model(config, shape, num_embeddings, ranks)
+    model = build_model(shape, num_embeddings, ranks.device)
     saved_plan = Path(config.sharding.plan) if config.sharding.plan is not None else None
     return _shard(model, config, shape, ranks, saved_plan, reduces=False).module
-
-
-def _build_model(config: Config, shape: ModelShape, num_embeddings: Mapping[str, int], ranks: Ranks) -> DLRMTrain:
-    return build_model(
-        shape,
-        num_embeddings,
-        ranks.device,
-        dropout=config.train.dropout,
-        negative_weight=config.train.negative_weight,
-    )
 
 
 def _shard(

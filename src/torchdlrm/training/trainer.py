@@ -5,14 +5,13 @@ Every rank runs this; batch k holds the same rows whatever their number. Rank 0 
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import torch
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
@@ -27,15 +26,16 @@ from torchdlrm.training.checkpoint_state import TakeOver
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.interval_metrics import IntervalMetrics
 from torchdlrm.training.log import (
-    Callbacks,
+    Callback,
     TrainingSummary,
     bar_figures,
+    ending,
     metrics_for_callbacks,
     plateau_line,
     validation_line,
 )
-from torchdlrm.training.pipeline import build_pipeline
-from torchdlrm.training.predictions import predict_loaders, prediction_pipeline
+from torchdlrm.training.pipeline import Pipeline, build_pipeline
+from torchdlrm.training.predictions import predict_loaders
 from torchdlrm.training.processes.process_group import Ranks, StopRequest
 from torchdlrm.training.run import Run
 from torchdlrm.training.sharded import StepCounters, build_optimizer, build_sharded_model
@@ -93,7 +93,7 @@ class Trainer:
         self._schedule = Schedule(config.schedule, optimizer, num_steps=self._agenda.num_steps)
         self._counters = StepCounters(model, seed=config.seed, rank=ranks.rank)
         self._pipeline = build_pipeline(model, optimizer, dtype=dtype, ranks=ranks)
-        self._predicting: TrainPipelineSparseDist | None = None  # from the first validation on
+        self._predicting: Pipeline | None = None  # from the first validation on
         self._checkpointer = Checkpointer(
             run.checkpoints, model, optimizer, ranks, keep_last=config.checkpoint.keep_last
         )
@@ -102,11 +102,11 @@ class Trainer:
         self._interval = IntervalMetrics(ranks.device)
         self._loss: torch.Tensor | None = None  # of this rank's rows in the last step
         self._validation: dict[str, int | float | None] | None = None
-        self._callbacks = Callbacks([])
+        self._callbacks: Sequence[Callback] = ()
         self._logged_rows, self._logged_s = 0, 0.0
         self._watch, self._since_save = Stopwatch(), Stopwatch()
 
-    def fit(self, open_callbacks: Callable[[int], Callbacks]) -> TrainingSummary:
+    def fit(self, open_callbacks: Callable[[int], Sequence[Callback]]) -> TrainingSummary:
         """Resume the run where it is and train to the end, validating and saving at intervals.
 
         Args:
@@ -122,7 +122,8 @@ class Trainer:
             self._logged_rows = self._agenda.rows_after(start)
             rows = self._agenda.rows_after(max(self._agenda.num_steps, start))
             self._progress.start_phase("train", rows, done=self._logged_rows)
-            with open_callbacks(start) as self._callbacks:
+            self._callbacks = open_callbacks(start)
+            with ending(self._callbacks):
                 self._watch.restart()
                 stopped_because = self._train(start)
                 if self._position.step > start and not self._save(wait=True):
@@ -204,7 +205,8 @@ class Trainer:
         if metrics is None:
             return
         values = metrics_for_callbacks(metrics, rows=rows, learning_rate=self._rate, rows_per_s=rows_per_s)
-        self._callbacks.on_log(step, values)
+        for callback in self._callbacks:
+            callback.on_log(step, values)
         self._progress.advance(0, **bar_figures(metrics))
 
     def _validate(self, step: int) -> bool:
@@ -215,7 +217,7 @@ class Trainer:
         )
         # The pipeline holds batches in flight and has replaced the tables' forward; its next step does so again.
         model = self._pipeline.detach()
-        self._predicting = self._predicting or prediction_pipeline(model, self._ranks)
+        self._predicting = self._predicting or build_pipeline(model, None, ranks=self._ranks)
         predictions = predict_loaders(model, [loader], self._ranks, SILENT, self._predicting)
         metrics = self._ranks.from_first(predictions.take_metrics(self._ranks))
         assert metrics is not None
@@ -223,7 +225,8 @@ class Trainer:
         rows_per_s = metrics.rows / (time.monotonic() - started_s)
         rows = self._agenda.rows_after(step)
         values = metrics_for_callbacks(metrics, rows=rows, learning_rate=self._rate, rows_per_s=rows_per_s)
-        self._callbacks.on_validation(step, values)
+        for callback in self._callbacks:
+            callback.on_validation(step, values)
         before = self._position
         self._position = after_validation(before, metrics.auc, self._config.schedule)
         is_best = self._position.stale_validations == 0
@@ -261,7 +264,8 @@ class Trainer:
 
     def _tell_of_checkpoints(self) -> None:
         for step, path in self._checkpointer.take_written():
-            self._callbacks.on_checkpoint(step, path)
+            for callback in self._callbacks:
+                callback.on_checkpoint(step, path)
 
     def _summary(self, start: int, stopped_because: str) -> TrainingSummary:
         step, seconds = self._position.step, self._watch.elapsed_s

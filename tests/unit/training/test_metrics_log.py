@@ -5,7 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchdlrm.training.log import Callbacks, MetricsLog, TrainingHistory, TrainingSummary, read_metrics
+from torchdlrm.training.log import MetricsLog, TrainingHistory, TrainingSummary, ending, read_metrics
 
 
 def line(step, split="train", **more):
@@ -49,10 +49,11 @@ def test_a_full_disk_costs_the_metrics_and_not_the_training(tmp_path, caplog):
 
 
 def test_what_is_written_is_read_and_undefined_values_are_no_part_of_a_series(tmp_path):
-    with Callbacks([MetricsLog(tmp_path, from_step=0)]) as callbacks:
-        callbacks.on_log(2, {"rows": 20, "auc": None, "loss": 0.5})
-        callbacks.on_validation(2, {"rows": 20, "auc": 0.75, "loss": 0.25})
-        callbacks.on_log(4, {"rows": 40, "auc": 0.7, "loss": 0.4})
+    log = MetricsLog(tmp_path, from_step=0)
+    with ending([log]):
+        log.on_log(2, {"rows": 20, "auc": None, "loss": 0.5})
+        log.on_validation(2, {"rows": 20, "auc": 0.75, "loss": 0.25})
+        log.on_log(4, {"rows": 40, "auc": 0.7, "loss": 0.4})
     found = read_metrics(tmp_path / "metrics.jsonl")
     history = TrainingHistory(TrainingSummary(4, 40, 0, 1.0, 40.0, "finished", 0.75, 2, None), found)
     assert history.series("train", "loss") == [(2, 0.5), (4, 0.4)]
