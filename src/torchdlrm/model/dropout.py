@@ -55,33 +55,13 @@ class DroppedActivation(nn.Module):
         return drop(activated_BH, self.dropout, (*self.drawn_from, self.layer))
 
 
-class PerceptronWithDropout(nn.Module):
-    """A layer of TorchRec's arches whose activation is a `DroppedActivation`; its keys in the state dict stay the same.
-
-    Args:
-        perceptron: the layer.
-        dropout: fraction of its units that are zeroed.
-        layer: its number.
-    """
-
-    def __init__(self, perceptron: Perceptron, dropout: float, layer: int) -> None:
-        super().__init__()
-        self._linear = perceptron._linear
-        self.activation = DroppedActivation(perceptron._activation_fn, dropout, layer)
-
-    def forward(self, inputs_BI: Tensor) -> Tensor:
-        """Maps [B, I] to [B, H]."""
-        dropped_BH: Tensor = self.activation(self._linear(inputs_BI))
-        return dropped_BH
-
-
 def add_dropout(model: nn.Module, dropout: float) -> None:
     """Let the hidden layers of a DLRM's dense and over arch drop a fraction of their units while training.
 
     The dense arch's last layer drops nothing: its output is no hidden layer but one of the vectors that interact.  That
     of the over arch has no activation.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Perceptron)]
-    dense, over = ([one for one in layers if one[0].partition(".")[0] == arch] for arch in ("dense_arch", "over_arch"))
-    for layer, (name, perceptron) in enumerate([*dense[:-1], *over]):
-        model.set_submodule(name, PerceptronWithDropout(perceptron, dropout, layer))
+    arches = (model.get_submodule(name) for name in ("dense_arch", "over_arch"))
+    dense, over = ([module for module in arch.modules() if isinstance(module, Perceptron)] for arch in arches)
+    for layer, perceptron in enumerate([*dense[:-1], *over]):
+        perceptron._activation_fn = DroppedActivation(perceptron._activation_fn, dropout, layer)

@@ -4,8 +4,8 @@ In: a model, and batches on this rank.  Out: the loss, and logits and labels for
 
 `DLRMTrain` has the embeddings looked up and gives them to the model, whose own code never sees how tables are held.
 TorchRec's train pipeline traces `DLRMTrain` by `torch.fx` for what leads to the tables: it comes no further than
-`Around`, so a model may be written in any Python, and functions here that look at values or at the batch are leaves to
-it (`fx.wrap`).  Where a model is served, checked or timed (`torchdlrm.model.eager`) other code has looked them up.
+`Around`, so a model may be written in any Python, and the loss is a leaf to it (`fx.wrap`).  Where a model is served,
+checked or timed (`torchdlrm.model.eager`) other code has looked them up.
 Why: docs/decisions/embeddings-are-looked-up-before-the-forward.md.
 
 B rows of the batch on this rank.
@@ -89,7 +89,6 @@ class TrainingBatch(Protocol):
     labels: Tensor
 
 
-@fx.wrap
 def logits_of(output: ModelOutput) -> Tensor:
     """The logits [B] of what a model's forward has given.
 
@@ -103,24 +102,6 @@ def logits_of(output: ModelOutput) -> Tensor:
     return logits_B1.squeeze(1)
 
 
-@fx.wrap
-def auxiliary_loss_of(output: ModelOutput, batch: TrainingBatch) -> Tensor | None:
-    """The auxiliary loss of each row [B], without padding, if a model's forward has given one.
-
-    Raises:
-        ConfigError: it is not [B].
-    """
-    if not isinstance(output, tuple):
-        return None
-    logits_B1, auxiliary_B = output
-    if auxiliary_B.shape != logits_B1.shape[:1]:
-        shapes = f"{[*logits_B1.shape]} and {[*auxiliary_B.shape]}"
-        msg = f"`model_class`: its forward must give logits [rows, 1] and an auxiliary loss [rows], got {shapes}"
-        raise ConfigError(msg)
-    return without_padding(auxiliary_B.float(), batch)
-
-
-@fx.wrap
 def batch_loss(
     logits_B: Tensor,
     labels_B: Tensor,
@@ -159,7 +140,6 @@ def batch_loss(
     return loss * getattr(batch, "loss_weight", 1.0)
 
 
-@fx.wrap
 def without_padding(values_B: Tensor, batch: TrainingBatch) -> Tensor:
     """What belongs to rows of the dataset: a batch of ours says by `num_padding` how many at its end do not."""
     num_padding: int = getattr(batch, "num_padding", 0)
@@ -167,11 +147,29 @@ def without_padding(values_B: Tensor, batch: TrainingBatch) -> Tensor:
 
 
 @fx.wrap
-def judged(loss: Tensor, logits_B: Tensor, labels_B: Tensor, batch: TrainingBatch) -> tuple[Tensor, ...]:
-    """What metrics are made of, detached: loss, logits, labels, and the row weights where the batch has some."""
+def loss_of(output: ModelOutput, batch: TrainingBatch, negative_weight: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss of what a model's forward has given, and detached what metrics are made of.
+
+    Returns:
+        The loss; and loss, logits, labels, and the row weights where the batch has some.
+
+    Raises:
+        ConfigError: logits are not [B, 1], or an auxiliary loss is not [B].
+    """
+    logits_B = without_padding(logits_of(output), batch)
+    labels_B = without_padding(batch.labels.float(), batch)
+    auxiliary_B: Tensor | None = None
+    if isinstance(output, tuple):
+        logits_B1, auxiliary_B = output
+        if auxiliary_B.shape != logits_B1.shape[:1]:
+            shapes = f"{[*logits_B1.shape]} and {[*auxiliary_B.shape]}"
+            msg = f"`model_class`: its forward must give logits [rows, 1] and an auxiliary loss [rows], got {shapes}"
+            raise ConfigError(msg)
+        auxiliary_B = without_padding(auxiliary_B.float(), batch)
+    loss = batch_loss(logits_B, labels_B, batch, negative_weight, auxiliary_B)
     row_weights_B: Tensor | None = getattr(batch, "row_weights", None)
-    found = (loss.detach(), logits_B.detach(), labels_B.detach())
-    return found if row_weights_B is None else (*found, without_padding(row_weights_B, batch))
+    weights = () if row_weights_B is None else (without_padding(row_weights_B, batch),)
+    return loss, (loss.detach(), logits_B.detach(), labels_B.detach(), *weights)
 
 
 class DLRMTrain(nn.Module):
@@ -202,10 +200,7 @@ class DLRMTrain(nn.Module):
         dense, features = batch.dense_features, batch.sparse_features
         tables = self.around.tables
         output = self.model(dense, features) if tables is None else self.around(dense, features, tables(features))
-        logits_B = without_padding(logits_of(output), batch)
-        labels_B = without_padding(batch.labels.float(), batch)
-        loss = batch_loss(logits_B, labels_B, batch, self.negative_weight, auxiliary_loss_of(output, batch))
-        return loss, judged(loss, logits_B, labels_B, batch)
+        return loss_of(output, batch, self.negative_weight)
 
 
 def _announce_padding(train: nn.Module, arguments: tuple[TrainingBatch]) -> None:

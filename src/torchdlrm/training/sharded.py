@@ -31,7 +31,6 @@ from torchdlrm.tables.optimizers import fill_accumulators, fused_params, set_ste
 from torchdlrm.training.compute import communication_codecs
 from torchdlrm.training.freeze import frozen_parts
 from torchdlrm.training.gradients_on_one_host import AddedUpOnOneHost
-from torchdlrm.training.processes.host_groups import set_timeout_of_host_groups
 from torchdlrm.training.processes.process_group import Ranks
 
 
@@ -173,7 +172,7 @@ def _shard(
         sharders=[TrainingSharder(fused_params(config.table_optimizer), codecs, ranks, frozen)],
         data_parallel_wrapper=AddedUpOnOneHost(ranks) if ranks.device.type == "cpu" and ranks.world_size == 2 else None,
     )
-    set_timeout_of_host_groups(ranks.timeout_s)
+    ranks.set_timeout_of_host_groups()
     return ShardedModel(module, solution)
 
 

@@ -29,9 +29,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from torchdlrm.errors import Interrupted, LostProcessError, TorchDLRMError, TrainingError, UserError
-from torchdlrm.training.processes.agreement import LAUNCHER_VARIABLE, NNODES_VARIABLE, Settings
+from torchdlrm.training.processes.agreement import LAUNCHER_VARIABLE, NNODES_VARIABLE
 from torchdlrm.training.processes.library_noise import silenced_libraries
-from torchdlrm.training.processes.process_group import join_process_group, restored_handlers
+from torchdlrm.training.processes.process_group import join_process_group, refusing, restored_handlers
 
 # Name of the file, before the rank, in which an exception is written down that was not raised on purpose.
 _UNEXPECTED = "unexpected-"
@@ -167,10 +167,7 @@ def refusing_everywhere(processes: Processes) -> Iterator[None]:
 
 
 def _refuse(error: UserError) -> None:
-    def describe() -> Settings:
-        raise error
-
-    with join_process_group(describe=describe, device="cpu"):
+    with join_process_group(describe=refusing(error), device="cpu"):
         pass
 
 

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torchrec.distributed import comm
 
 from torchdlrm.config import DeviceChoice
 from torchdlrm.errors import ConfigError, LostProcessError, TrainingError, UserError
 from torchdlrm.training.processes.agreement import NNODES_VARIABLE, Settings, agree
 from torchdlrm.training.processes.device import rank_device
-from torchdlrm.training.processes.host_groups import forget_host_groups
 from torchdlrm.training.processes.library_noise import silenced_libraries
 from torchdlrm.training.processes.memory import describe_shortage, is_out_of_memory
 
@@ -65,6 +65,15 @@ class Ranks:
         group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
         self._made_groups.append(group)
         return group
+
+    def set_timeout_of_host_groups(self) -> None:
+        """Give TorchRec's groups of ranks within a host and across hosts, where it has made them, the same timeout.
+
+        It makes them once for the whole process, for tables that are cut within a host, with torch's default.
+        """
+        for group in (comm._INTRA_PG, comm._CROSS_PG):
+            if group is not None:
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_s), group)
 
     def from_first(self, value: Any, group: dist.ProcessGroup | None = None) -> Any:
         """The value that rank 0 has; every rank must call this, and give the same group where it is another one."""
@@ -168,11 +177,14 @@ def join_process_group(
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1" if is_ours else str(world_size)))
     has_nccl = is_ours or "cuda:nccl" in str(dist.get_backend_config())
     local_rank = int(os.environ.get("LOCAL_RANK", str(rank % local_world_size)))
-    place, describe = _device_and_settings(
-        lambda: rank_device(local_rank, local_world_size, device, setting) if has_nccl else torch.device("cpu"),
-        describe,
-        is_one_node=world_size == local_world_size,
-    )
+    place = torch.device("cpu")
+    try:
+        if has_nccl:
+            place = rank_device(local_rank, local_world_size, device, setting)
+    except UserError as error:
+        if world_size == local_world_size:
+            raise error.everywhere() from None  # all processes of a machine see the same GPUs
+        describe = refusing(error)
     ranks = Ranks(rank, world_size, local_world_size, place, timeout_s)
     with silenced_libraries(), _restored_settings(place), ranks.explaining_failures():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
@@ -213,7 +225,7 @@ def _leave(ranks: Ranks, error: BaseException | None, *, is_ours: bool) -> None:
         for group in ranks._made_groups:  # of gloo, which does not wait
             dist.destroy_process_group(group)
         return
-    forget_host_groups()
+    comm._INTRA_PG = comm._CROSS_PG = None  # TorchRec's, which end with this one: it makes new ones
     is_alone = error is not None and not (isinstance(error, UserError) and error.is_everywhere)
     if not is_alone or ranks.device.type == "cpu":
         dist.destroy_process_group()
@@ -221,26 +233,13 @@ def _leave(ranks: Ranks, error: BaseException | None, *, is_ours: bool) -> None:
         dist.distributed_c10d._abort_process_group()
 
 
-def _device_and_settings(
-    choose: Callable[[], torch.device], describe: Callable[[], Settings], *, is_one_node: bool
-) -> tuple[torch.device, Callable[[], Settings]]:
-    """The device, and what describes this machine to the others: where it lacks its GPUs, with that error.
-
-    Raises:
-        UserError: the GPUs are not there, and no other machine waits for this one.
-    """
-    try:
-        return choose(), describe
-    except UserError as error:
-        error.is_everywhere = is_one_node  # all processes of a machine see the same GPUs
-        if is_one_node:
-            raise
-        refusal = error
+def refusing(error: UserError) -> Callable[[], Settings]:
+    """What describes a machine that cannot take part to the others, which raise the same error."""
 
     def refuse() -> Settings:
-        raise refusal
+        raise error
 
-    return torch.device("cpu"), refuse
+    return refuse
 
 
 def _form_group(backend: str, device: torch.device, timeout_s: float, describe: Callable[[], Settings]) -> None:
