@@ -21,7 +21,6 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby, islice
 from operator import itemgetter
@@ -65,13 +64,7 @@ def share(
     Returns:
         None where this rank is alone on its host, or its ranks cannot open each other's memory.
     """
-    layout = _Layout(
-        max(group.rows for group in reader.row_groups),
-        reader.num_dense,
-        tuple(reader.most_ids()),
-        has_row_weights=reader.has_row_weights,
-        has_weights=reader.has_weights,
-    )
+    layout = _Layout(reader)
     mine = _Memory.make("torchdlrm-loader", layout.num_bytes)
     addresses: Sequence[Address | None] = all_gather(mine.address if mine is not None else None)
     local = [
@@ -166,7 +159,7 @@ class SharedRowGroups:
             DatasetError: it is damaged, or an id is outside its table.
         """
         place = next(place for place, where in self._places if where == (epoch, index))
-        self._mine.set_position(place)
+        self._mine.position = place
         turn, owner = divmod(place, len(self._memories))
         if self._wait_for(self._memories[owner], turn):
             return self._slots[owner][turn % _NUM_SLOTS].first_rows(self._reader.order(epoch)[index].rows)
@@ -194,11 +187,11 @@ class SharedRowGroups:
                 if not self._wait_until_all_are_past(place - num_ranks * _NUM_SLOTS):
                     return
                 self._slots[self._place][turn % _NUM_SLOTS].fill(reader.read(epoch, index))
-                self._mine.set_num_decoded(turn + 1)
+                self._mine.num_decoded = turn + 1
         except Exception:  # noqa: BLE001 - who needs this row group decodes it for itself, and has the same error
             return
         finally:
-            self._mine.set_stopped()
+            self._mine.has_stopped = True
 
     def _wait_until_all_are_past(self, place: int) -> bool:
         """Wait until no rank will read the row group at `place`; False when no more is wanted."""
@@ -232,22 +225,32 @@ class _Memory(SharedMemory):
     on processors that would change it.
     """
 
-    _HEADER = struct.Struct("=qqq")  # row groups decoded, whether no more come, place that is read
-
     @property
     def num_decoded(self) -> int:
         """How many of its row groups the rank has decoded."""
-        return self._header()[0]
+        return self._read(0)
+
+    @num_decoded.setter
+    def num_decoded(self, number: int) -> None:
+        self._write(number, 0)
 
     @property
     def has_stopped(self) -> bool:
         """Whether no more are coming."""
-        return bool(self._header()[1])
+        return bool(self._read(8))
+
+    @has_stopped.setter
+    def has_stopped(self, value: bool) -> None:
+        self._write(value, 8)
 
     @property
     def position(self) -> int:
         """The place that the rank reads; it is past all before."""
-        return self._header()[2]
+        return self._read(16)
+
+    @position.setter
+    def position(self, place: int) -> None:
+        self._write(place, 16)
 
     @property
     def is_alive(self) -> bool:
@@ -260,18 +263,6 @@ class _Memory(SharedMemory):
             pass
         return True
 
-    def set_num_decoded(self, number: int) -> None:
-        """Say that the row groups before `number` can be read."""
-        self._write(number, 0)
-
-    def set_stopped(self) -> None:
-        """Say that no more are coming."""
-        self._write(1, 8)
-
-    def set_position(self, place: int) -> None:
-        """Say which place is being read."""
-        self._write(place, 16)
-
     def close(self) -> None:
         """Close the file; the rank that writes it says before that it reads no more and decodes no more.
 
@@ -279,72 +270,53 @@ class _Memory(SharedMemory):
         reference, and Python ends objects that refer to each other in an order of its own.
         """
         if self.writable and self.fd >= 0:
-            self.set_position(_FINISHED)
-            self.set_stopped()
+            self.position, self.has_stopped = _FINISHED, True
         super().close()
 
-    def _header(self) -> tuple[int, int, int]:
-        decoded, has_stopped, position = self._HEADER.unpack(os.pread(self.fd, self._HEADER.size, FIRST_FREE_BYTE))
-        return decoded, has_stopped, position
+    def _read(self, offset: int) -> int:
+        number: int
+        (number,) = struct.unpack("=q", os.pread(self.fd, 8, FIRST_FREE_BYTE + offset))
+        return number
 
     def _write(self, number: int, offset: int) -> None:
         os.pwrite(self.fd, struct.pack("=q", number), FIRST_FREE_BYTE + offset)
 
 
-@dataclass(frozen=True)
 class _Layout:
     """How a memory is divided: a header, then slots, each with the columns of a row group one after the other.
 
     Attributes:
-        most_rows: of a row group.
-        num_dense: number of dense features.
-        most_ids: of each sparse feature the most ids in a row group where rows have several, else None.
-        has_row_weights: whether rows have weights.
-        has_weights: of each sparse feature whether its ids have weights.
+        num_bytes: size of a memory.
     """
 
-    most_rows: int
-    num_dense: int
-    most_ids: tuple[int | None, ...]
-    has_row_weights: bool
-    has_weights: tuple[bool, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of a memory."""
-        return _HEADER_BYTES + _NUM_SLOTS * sum(map(_aligned_bytes, self._lengths))
-
-    @property
-    def _lengths(self) -> list[int]:
-        """Elements of each array of a slot: floats, then ids, and offsets and weights behind those that are lists."""
-        lengths = [self.most_rows] * self._num_floats
-        for most, has_weights in zip(self.most_ids, self.has_weights, strict=True):
-            lengths += [self.most_rows] if most is None else [most, self.most_rows + 1, *[most] * has_weights]
-        return lengths
-
-    @property
-    def _num_floats(self) -> int:
-        """Labels, weights if there are some, and dense features."""
-        return 1 + self.has_row_weights + self.num_dense
+    def __init__(self, reader: RowGroupReader) -> None:
+        self._reader = reader
+        most_rows = max(group.rows for group in reader.row_groups)
+        # Labels, weights if there are some, and dense features; then ids, and offsets and weights of those in lists.
+        self._num_floats = 1 + reader.has_row_weights + reader.num_dense
+        lengths = [most_rows] * self._num_floats
+        self._kinds = [*zip(reader.most_ids(), reader.has_weights, strict=True)]
+        for most, has_weights in self._kinds:
+            lengths += [most_rows] if most is None else [most, most_rows + 1, *[most] * has_weights]
+        self._lengths, self._starts = lengths, [0, *accumulate(map(_aligned_bytes, lengths))]
+        self.num_bytes = _HEADER_BYTES + _NUM_SLOTS * self._starts[-1]
 
     def slot(self, memory: mmap.mmap, number: int) -> "_Slot":
         """Views of a slot's arrays."""
-        lengths = self._lengths
-        starts = [0, *accumulate(map(_aligned_bytes, lengths))]
-        first = _HEADER_BYTES + number * starts[-1]
+        first = _HEADER_BYTES + number * self._starts[-1]
         arrays: Iterator[NDArray[Any]] = (
             np.frombuffer(memory, np.float32 if place < self._num_floats else np.int32, length, first + start)
-            for place, (length, start) in enumerate(zip(lengths, starts, strict=False))
+            for place, (length, start) in enumerate(zip(self._lengths, self._starts, strict=False))
         )
-        labels, row_weights = next(arrays), next(arrays) if self.has_row_weights else None
-        dense = list(islice(arrays, self.num_dense))
+        labels, row_weights = next(arrays), next(arrays) if self._reader.has_row_weights else None
+        dense = list(islice(arrays, self._reader.num_dense))
         ids = [
             IdColumn(
                 next(arrays),
                 None if most is None else next(arrays),
                 next(arrays).view(np.float32) if has_weights else None,
             )
-            for most, has_weights in zip(self.most_ids, self.has_weights, strict=True)
+            for most, has_weights in self._kinds
         ]
         return _Slot(Columns(labels, dense, ids, row_weights))
 
@@ -361,11 +333,12 @@ class _Slot(NamedTuple):
 
     def fill(self, given: Columns) -> None:
         """Copy a row group into it."""
-        for room, values in zip(self._arrays(self.columns), self._arrays(given), strict=True):
+        for room, values in zip(_arrays(self.columns), _arrays(given), strict=True):
             np.copyto(room[: len(values)], values, casting="unsafe")
 
     def first_rows(self, num_rows: int) -> Columns:
         """The row group in it."""
+        row_weights = self.columns.row_weights
         return Columns(
             self.columns.labels[:num_rows],
             [values[:num_rows] for values in self.columns.dense],
@@ -375,12 +348,11 @@ class _Slot(NamedTuple):
                 else IdColumn(column.values, column.offsets[: num_rows + 1], column.weights)
                 for column in self.columns.ids
             ],
-            None if self.columns.row_weights is None else self.columns.row_weights[:num_rows],
+            None if row_weights is None else row_weights[:num_rows],
         )
 
-    @staticmethod
-    def _arrays(columns: Columns) -> list[NDArray[Any]]:
-        parts = (part for column in columns.ids for part in (column.values, column.offsets, column.weights))
-        ids = (part for part in parts if part is not None)
-        weights = [] if columns.row_weights is None else [columns.row_weights]
-        return [columns.labels, *weights, *columns.dense, *ids]
+
+def _arrays(columns: Columns) -> list[NDArray[Any]]:
+    """Of a row group, in the order of a slot."""
+    ids = [part for column in columns.ids for part in (column.values, column.offsets, column.weights)]
+    return [part for part in (columns.labels, columns.row_weights, *columns.dense, *ids) if part is not None]
