@@ -31,17 +31,7 @@ ROWS_OF_A_SUM = 32
 
 @compiled_loop
 def write_layer(first: int, end: int, x0_BI: Any, x_BI: Any, product_BI: Any, bias_I: Any, out_BI: Any) -> None:
-    """Write x0 * (product + bias) + x for some rows.
-
-    Args:
-        first: row of the batch.
-        end: one past the last.
-        x0_BI: what the net was given.
-        x_BI: what the layer before gave.
-        product_BI: W V x.
-        bias_I: float32.
-        out_BI: what the layer gives.
-    """
+    """Write what a layer gives for the rows from `first` to before `end`: x0 * (W V x + bias) + x."""
     size = len(bias_I)
     for b in range(first, end):
         x0, x, product, out = x0_BI[b], x_BI[b], product_BI[b], out_BI[b]
@@ -264,12 +254,7 @@ def flat_vectors(dense_BD: Tensor, sparse_BFD: Tensor) -> Tensor:
 
 
 class InteractionDCNArch(nn.Module):
-    """Same inputs, outputs and state dict as `torchrec.models.dlrm.InteractionDCNArch`.
-
-    Args:
-        num_sparse_features: F.
-        crossnet: maps [B, I] to [B, I].
-    """
+    """Same arguments, inputs, outputs and state dict as `torchrec.models.dlrm.InteractionDCNArch`."""
 
     def __init__(self, num_sparse_features: int, crossnet: nn.Module) -> None:
         super().__init__()

@@ -161,13 +161,10 @@ def pairwise_dots(dense_BD: Tensor, sparse_BFD: Tensor, upper_P: Tensor, lower_P
     """The dense vector and all dot products of pairs.
 
     Args:
-        dense_BD: output of the dense arch, [B, D].
-        sparse_BFD: embeddings, [B, F, D], of the same dtype.
-        upper_P: positions of the pairs (i < j) in the flattened N x N square, int64 [P].
-        lower_P: positions of the same pairs mirrored, int64 [P].
-
-    Returns:
-        [B, D + P].
+        dense_BD: output of the dense arch.
+        sparse_BFD: embeddings, of the same dtype.
+        upper_P: positions of the pairs (i < j) in the flattened N x N square, int64.
+        lower_P: positions of the same pairs mirrored, int64.
     """
     # Compilers know neither memory nor, in TorchScript, functions of Python.
     if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]

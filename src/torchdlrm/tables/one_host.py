@@ -87,11 +87,7 @@ class MemoryExchange:
     ) -> "MemoryExchange | None":
         """The exchange of ranks that are all on one host, and hold whole tables; every rank must call this.
 
-        Args:
-            collection: just built.
-            tables: of this rank.
-            mine: names of their embeddings.
-            peers: the processes that share the collection.
+        `tables` are those of this rank in a collection that was just built, `mine` the names of their embeddings.
 
         Returns:
             None, on every rank, where tables are cut or differ in dimension, or embeddings travel rounded.

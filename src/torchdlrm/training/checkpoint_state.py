@@ -109,16 +109,9 @@ def _copy_rows(
     pieces: int = 1,
     factor: float = 1.0,
 ) -> None:
-    """Copy the rows of this rank's shards that the checkpoint has.
+    """Copy the rows of this rank's shards that the checkpoint has, but for `reset_ids` [R], and multiply them.
 
-    Args:
-        value: [rows, columns], or [pieces * rows].
-        name: of the tensor.
-        checkpoint: that has as many rows, or fewer where tables may grow.
-        how: what is left as it is or changed.
-        reset_ids: rows that are left as they are, [R].
-        pieces: of the columns.
-        factor: by which all others are multiplied.
+    The tensor is [rows, columns], or [pieces * rows] where each piece of the columns has a value for each row.
     """
     size, found = value.size(), checkpoint.shapes.get(name, ())
     is_smaller = how.may_grow and len(found) == len(size) and found[0] <= size[0] and found[1:] == size[1:]

@@ -197,11 +197,7 @@ class Checkpointer:
         return read_position(self._folder, step)
 
     def start_from(self, path: Path, how: TakeOver) -> int:
-        """Take over what another run has learnt: docs/training.md says what.
-
-        Args:
-            path: a checkpoint of that run, which is undamaged.
-            how: what is left as it is or changed.
+        """Take over what another run has learnt, from an undamaged checkpoint: docs/training.md says what.
 
         Returns:
             How many steps the tables' optimizer has done by then.
@@ -301,10 +297,6 @@ def find_not_finite(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
 
     Buffers are left out: a model of one's own may mean the infinity in one. A sum is finite only where all values are,
     and reads them once: 0.11 s for a table of 1 GB on two cores, where its copy takes 0.7 s.
-
-    Args:
-        model: after `DistributedModelParallel`.
-        state: its state dict.
     """
     parameters = {name for name, _ in model.named_parameters()}
     names: list[str] = []
@@ -320,13 +312,8 @@ def find_not_finite(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
 def find_damage_together(path: Path, ranks: Ranks, group: dist.ProcessGroup | None = None) -> str | None:
     """What is wrong with a checkpoint, the same on every rank: each reads its part of the files.
 
-    However large they are, no rank waits for longer than the others read a part of a file: all tell each other
-    several times within `timeout_s` that they are still reading.
-
-    Args:
-        path: the checkpoint's folder.
-        ranks: the processes that read; every rank must call this.
-        group: in which they tell each other, if not in that of the steps.
+    However large they are, no rank waits for longer than the others read a part of a file: each says in `group`
+    several times within `timeout_s` that it is still reading. Every rank must call this.
     """
     parts = look_for_damage(path, rank=ranks.rank, world_size=ranks.world_size)
     while True:

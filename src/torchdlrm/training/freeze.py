@@ -34,11 +34,7 @@ class FrozenParts:
     parameters: frozenset[str]
 
     def freeze_parameters(self, model: nn.Module) -> bool:
-        """Let no gradient reach them; whether any parameter that is no table still learns.
-
-        Args:
-            model: not sharded yet.
-        """
+        """Let no gradient reach them in a model that is not sharded yet; whether any other but a table still learns."""
         dense = {name: value for name, value in model.named_parameters() if not _is_inside(name, _COLLECTION)}
         for name in self.parameters:
             dense[name].requires_grad = False

@@ -23,11 +23,7 @@ logger = logging.getLogger("torchdlrm")
 
 
 class HostCopies:
-    """Copies of one rank's state. The last ones are overwritten by the next, where the device is a GPU.
-
-    Args:
-        device: of the rank.
-    """
+    """Copies of one rank's state. The last ones are overwritten by the next, where the rank's device is a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

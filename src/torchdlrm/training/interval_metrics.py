@@ -41,11 +41,7 @@ class _Counted(Judged):
 
 
 class IntervalMetrics:
-    """Metrics of the rows since they were last taken, on this rank and all others; up to 16 MB on the device.
-
-    Args:
-        device: of this rank.
-    """
+    """Metrics of the rows since they were last taken, on this rank and all others; up to 16 MB on its device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._has_weights = device, False

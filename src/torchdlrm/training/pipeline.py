@@ -45,7 +45,7 @@ def build_pipeline(
     Args:
         model: a `DLRMTrain` inside `DistributedModelParallel`, not held by another pipeline.
         optimizer: steps after every backward; None: the pipeline only predicts.
-        ranks: the processes that share the model; every rank must call this.
+        ranks: the processes that share the model.
         dtype: in which the dense parts compute.
     """
     device = ranks.device

@@ -58,12 +58,7 @@ class Change:
 
 
 class Run:
-    """The folder of a run.
-
-    Args:
-        path: the folder.
-        config: what the run is trained with.
-    """
+    """The folder of a run, and the config that it is trained with."""
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path

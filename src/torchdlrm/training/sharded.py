@@ -109,13 +109,8 @@ def build_empty_model(
 ) -> nn.Module:
     """Build, plan and shard a model into which weights are going to be loaded, in order to predict with it.
 
-    It keeps no state of an optimizer, and what its ranks exchange is not rounded, whatever the config says.
-
-    Args:
-        config: of the run; its `sharding` is for this machine.
-        shape: of the model.
-        num_embeddings: rows of each feature's table, in schema order.
-        ranks: the processes that share the model.
+    It keeps no state of an optimizer, and what its ranks exchange is not rounded, whatever the config of its run says,
+    whose `sharding` is for this machine.
 
     Raises:
         PlanError: the tables do not fit the machine, or `sharding.plan` is for another model or number of ranks.
@@ -141,16 +136,9 @@ def _shard(
     reduces: bool,
     frozen: Collection[str] = (),
 ) -> ShardedModel:
-    """Give each rank its part of the tables, not initialised yet.
+    """Give each rank its part of the tables, not initialised yet; no step changes those in `frozen`.
 
-    Args:
-        model: on the meta device, but for the dense parts.
-        config: of the run.
-        shape: of the model.
-        ranks: the processes that share the model.
-        saved_plan: to follow.
-        reduces: whether the gradients of all parameters but the tables are averaged over the ranks.
-        frozen: names of tables that no step changes.
+    With `reduces`, the gradients of all parameters but the tables are averaged over the ranks.
     """
     machine = local_machine(
         config.sharding,

@@ -92,11 +92,9 @@ class SeenGPUs:
         return f"{len(self.gpus)} GPU{'s' * (len(self.gpus) != 1)}" + (f" ({names})" if names else "")
 
     def problem(self, num_processes: int, *, asks_for_kernels: bool = True) -> str:
-        """What keeps `num_processes` from computing on a GPU each, and what helps; empty if nothing.
+        """What keeps `num_processes` of this host from computing on a GPU each, and what helps; empty if nothing.
 
-        Args:
-            num_processes: of this host.
-            asks_for_kernels: whether GPUs that FBGEMM's wheel has no kernels for are a problem.
+        With `asks_for_kernels`, GPUs that FBGEMM's wheel has no kernels for are a problem too.
         """
         if self.is_cpu_set_up:
             what = f"PyTorch {self.torch}" if self.cuda is None else "FBGEMM (fbgemm-gpu-cpu)"
@@ -145,7 +143,7 @@ def choose_device_type(
         choice: `cpu`; `cuda`, which demands GPUs of whatever kind; or `auto`, which is `cpu` with the CPU build of
             PyTorch or FBGEMM and where an empty `CUDA_VISIBLE_DEVICES` hides all GPUs, and else demands some that
             FBGEMM's wheel has kernels for.
-        seen: of this host.
+        seen: on this host.
         num_processes: of this host.
         setting: what messages call the choice.
 
@@ -164,17 +162,7 @@ def choose_device_type(
 def rank_device(
     local_rank: int, local_world_size: int, choice: DeviceChoice = "auto", setting: str = "train.device"
 ) -> torch.device:
-    """Where a rank computes: on its own GPU, or on the processor.
-
-    Args:
-        local_rank: number of the process on this host.
-        local_world_size: processes of this host.
-        choice: as for `choose_device_type`.
-        setting: what messages call the choice.
-
-    Raises:
-        ConfigError: the GPUs that are demanded are not there.
-    """
+    """Where the rank of a host computes, on its own GPU or on the processor, as `choose_device_type` has it."""
     if choose_device_type(choice, SeenGPUs.now(), num_processes=local_world_size, setting=setting) == "cuda":
         return torch.device("cuda", local_rank)
     return torch.device("cpu")

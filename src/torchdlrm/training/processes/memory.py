@@ -27,12 +27,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_shortage(error: BaseException, device: torch.device) -> str:
-    """What was asked for, what there is, and what to change.
-
-    Args:
-        error: of which `is_out_of_memory` is true.
-        device: of the process.
-    """
+    """What was asked for, what there is, and what to change; `error` is one of `is_out_of_memory`."""
     asked = _ASKED.search(str(error))
     if asked:
         number, unit = asked[1].split()
