@@ -15,7 +15,7 @@ from torchdlrm import __version__
 from torchdlrm.data.dataset import MANIFEST_NAME, Dataset
 from torchdlrm.files import sha256_of
 from torchdlrm.model.architecture import Architecture
-from torchdlrm.model.model_class import record_of
+from torchdlrm.model.model_class import ModelClassRecord, record_of
 from torchdlrm.processor import processor_name
 from torchdlrm.tables.huge_pages import huge_pages_policy
 from torchdlrm.training.checkpoint import CheckpointKind
@@ -24,11 +24,6 @@ from torchdlrm.training.checkpoint import CheckpointKind
 class _DatasetRecord(TypedDict):
     path: str
     manifest_sha256: str
-
-
-class _ModelClassRecord(TypedDict):
-    name: str
-    sha256: str | None
 
 
 class WarmStartRecord(TypedDict):
@@ -56,7 +51,7 @@ class Environment(TypedDict):
     started: NotRequired[str]  # ISO 8601, UTC
     command: NotRequired[str]  # as a shell would take it
     dataset: _DatasetRecord
-    model_class: NotRequired[_ModelClassRecord]
+    model_class: NotRequired[ModelClassRecord]
     warm_start: NotRequired[WarmStartRecord]
 
 
@@ -87,7 +82,7 @@ def environment_now(dataset: Dataset, world_size: int, architecture: Architectur
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "dataset": {"path": str(dataset.path.resolve()), "manifest_sha256": manifest_sha256(dataset)},
-        **({} if record is None else {"model_class": record.model_dump()}),
+        **({} if record is None else {"model_class": record}),
     }
 
 

@@ -214,7 +214,7 @@ def train(
             set_threads(settings, shape, ranks)
             dtype = choose_precision(settings, shape, ranks.device).dtype
             listener = watching if ranks.is_first else SILENT
-            trainer = Trainer(settings, shape, encoded, folder, ranks, listener, dtype=dtype, source=source)
+            trainer = Trainer(folder, shape, encoded, ranks, listener, dtype=dtype, source=source)
             summary = trainer.fit(open_callbacks)
     return TrainingHistory(summary, read_metrics(folder.path / METRICS_NAME)) if ranks.is_first else None
 

@@ -185,8 +185,7 @@ class Run:
     @property
     def model_class(self) -> ModelClassRecord | None:
         """Name and checksum of the class of the run's model, where it is not the DLRM itself."""
-        recorded = self.environment.get("model_class")
-        return None if recorded is None else ModelClassRecord.model_validate(recorded)
+        return self.environment.get("model_class")
 
     def shape(
         self, dataset: Dataset, model_class: ModelClass | None = None, *, allow_changed_model_class: bool = False
@@ -221,7 +220,7 @@ class Run:
         """Record the file of a model class that was allowed to be another one, once it has loaded the checkpoint."""
         record = record_of(architecture)
         if record != self.model_class and record is not None:
-            self._write_environment({**self.environment, "model_class": record.model_dump()})
+            self._write_environment({**self.environment, "model_class": record})
 
     def check(self, dataset: Dataset, architecture: Architecture | None = None) -> list[Change]:
         """See whether the run can be started, or resumed where it is.
@@ -322,7 +321,8 @@ class Run:
             self._lock = None
 
     def _write_environment(self, environment: Mapping[str, object]) -> None:
-        write_atomically(self.path / ENVIRONMENT_NAME, json.dumps(environment, indent=1) + "\n")
+        text = json.dumps(environment, indent=1, default=ModelClassRecord.model_dump)
+        write_atomically(self.path / ENVIRONMENT_NAME, text + "\n")
 
     def _changes(self) -> list[Change]:
         before, now = setting_values(load_config(self.path / CONFIG_NAME, is_of_run=True)), setting_values(self.config)

@@ -49,7 +49,6 @@ def build_sharded_model(
     num_embeddings: Mapping[str, int],
     dense_sample: Tensor | None,
     ranks: Ranks,
-    saved_plan: Path | None = None,
 ) -> ShardedModel:
     """Build, plan and shard the model, then give it initial weights that do not depend on the number of ranks.
 
@@ -62,7 +61,6 @@ def build_sharded_model(
         dense_sample: encoded dense features of some training rows, float32 [rows, num_dense], from which the dense
             arch learns the scale of its input; None leaves it as TorchRec initialises it.
         ranks: the processes that share the model.
-        saved_plan: a plan.json to follow; None makes a plan.
 
     Raises:
         PlanError: the tables do not fit the machine, or the saved plan is for another model or number of ranks.
@@ -77,7 +75,7 @@ def build_sharded_model(
     frozen = frozen_parts(config.train.freeze, model.model, tables)
     # A single rank would reduce gradients with itself.
     reduces = frozen.freeze_parameters(model.model) and ranks.world_size > 1
-    sharded = _shard(model, config, shape, ranks, saved_plan, reduces=reduces, frozen=frozen.tables)
+    sharded = _shard(model, config, shape, ranks, reduces=reduces, frozen=frozen.tables)
     trained: Any = sharded.module.module
     frozen.keep_in_evaluation(trained.model)
     initialize_tables(sharded.module, seed=config.seed, parts=tables, scale=config.model.table_init_scale)
@@ -122,8 +120,7 @@ def build_empty_model(
         }
     )
     model = build_model(shape, num_embeddings, ranks.device)
-    saved_plan = Path(config.sharding.plan) if config.sharding.plan is not None else None
-    return _shard(model, config, shape, ranks, saved_plan, reduces=False).module
+    return _shard(model, config, shape, ranks, reduces=False).module
 
 
 def _shard(
@@ -131,7 +128,6 @@ def _shard(
     config: Config,
     shape: ModelShape,
     ranks: Ranks,
-    saved_plan: Path | None,
     *,
     reduces: bool,
     frozen: Collection[str] = (),
@@ -148,7 +144,12 @@ def _shard(
         all_gather=ranks.all_gather,
     )
     solution = plan_of_training(
-        config, shape, tables_of(model), machine, saved_plan=saved_plan, process_group=ranks.process_group
+        config,
+        shape,
+        tables_of(model),
+        machine,
+        saved_plan=Path(config.sharding.plan) if config.sharding.plan is not None else None,
+        process_group=ranks.process_group,
     )
     codecs = communication_codecs(config.train, ranks.device)
     module = DistributedModelParallel(

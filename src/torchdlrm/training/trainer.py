@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import torch
 
-from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import Interrupted, TrainingError
 from torchdlrm.features.tables import table_name
@@ -63,17 +61,17 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
+        run: Run,
         shape: ModelShape,
         dataset: Dataset,
-        run: Run,
         ranks: Ranks,
         progress: ProgressListener,
         *,
         dtype: torch.dtype,
         source: SourceRun | None = None,
     ) -> None:
-        self._config, self._dataset, self._run, self._ranks, self._progress = config, dataset, run, ranks, progress
+        self._config = config = run.config
+        self._dataset, self._run, self._ranks, self._progress = dataset, run, ranks, progress
         self._has_validation = dataset.splits["val"].rows > 0
         self._loader = self._make_loader("train", config.train.batch_size_global, epochs=config.train.epochs)
         self._agenda = Agenda.of(config, self._loader.rows)
@@ -83,7 +81,6 @@ class Trainer:
             num_embeddings=dataset.num_embeddings,
             dense_sample=torch.from_numpy(self._loader.first_dense_rows()),
             ranks=ranks,
-            saved_plan=Path(config.sharding.plan) if config.sharding.plan is not None else None,
         )
         model = sharded.module
         self._saves_copies = config.checkpoint.asynchronous and sharded.solution.copy_fits
