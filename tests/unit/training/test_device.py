@@ -26,33 +26,35 @@ def test_gpus_are_used_where_each_process_has_one(choice, num_processes):
     assert choose_device_type(choice, TWO, num_processes=num_processes) == "cuda"
 
 
-def test_the_cpu_build_computes_on_the_processor_without_a_question():
-    assert choose_device_type("auto", CPU_BUILD, num_processes=64) == "cpu"
+IN_CPU_SET_UP = replace(TWO, fbgemm="cpu")  # pip fetches PyTorch's CUDA build where its CPU wheels are not named
+HIDDEN = replace(TWO, gpus=(), visible="")
 
 
-def test_the_cpu_build_refuses_a_demand_for_gpus():
-    said = refusal(CPU_BUILD, choice="cuda")
-    assert "train.device = cuda" in said
-    assert "2.13.0+cpu" in said
-    assert "make install EXTRA=gpu" in said
+@pytest.mark.parametrize(
+    ("choice", "seen"),
+    [
+        ("auto", CPU_BUILD),
+        ("auto", IN_CPU_SET_UP),
+        ("auto", replace(IN_CPU_SET_UP, driver=None, gpus=())),
+        ("auto", HIDDEN),
+        ("cpu", TWO),
+    ],
+)
+def test_the_processor_computes_where_nothing_else_can_or_it_is_chosen(choice, seen):
+    assert choose_device_type(choice, seen, num_processes=64) == "cpu"
 
 
-def test_pytorchs_cuda_build_in_the_cpu_set_up_computes_on_the_processor():
-    """Pip fetches it where nobody names the address of PyTorch's CPU wheels."""
-    laptop = replace(TWO, fbgemm="cpu", driver=None, gpus=())
-    assert choose_device_type("auto", laptop, num_processes=2) == "cpu"
-    assert choose_device_type("auto", replace(TWO, fbgemm="cpu"), num_processes=1) == "cpu"
-    assert "FBGEMM (fbgemm-gpu-cpu) is the CPU build" in refusal(replace(TWO, fbgemm="cpu"), choice="cuda")
-
-
-def test_cpu_is_cpu_whatever_there_is():
-    assert choose_device_type("cpu", TWO, num_processes=1) == "cpu"
-
-
-def test_whoever_hides_all_gpus_wants_the_processor():
-    hidden = replace(TWO, gpus=(), visible="")
-    assert choose_device_type("auto", hidden, num_processes=4) == "cpu"
-    assert "CUDA_VISIBLE_DEVICES is ''" in refusal(hidden, choice="cuda")
+@pytest.mark.parametrize(
+    ("seen", "signs"),
+    [
+        (CPU_BUILD, ["train.device = cuda", "2.13.0+cpu", "make install EXTRA=gpu"]),
+        (IN_CPU_SET_UP, ["FBGEMM (fbgemm-gpu-cpu) is the CPU build"]),
+        (HIDDEN, ["CUDA_VISIBLE_DEVICES is ''"]),
+    ],
+)
+def test_a_demand_for_gpus_is_refused_where_there_are_none(seen, signs):
+    said = refusal(seen, choice="cuda")
+    assert [sign for sign in signs if sign not in said] == []
 
 
 def test_fewer_gpus_than_processes_are_an_error_with_both_numbers():

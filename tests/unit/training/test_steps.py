@@ -84,30 +84,28 @@ def rates(config, steps, num_steps=10_000):
     return [learning_rate(0.5, step, config, num_steps=num_steps) for step in steps]
 
 
-def test_without_a_schedule_the_rate_is_the_base_rate():
-    assert rates(ScheduleConfig(), [1, 10, 10_000]) == [0.5, 0.5, 0.5]
+HALF_COSINE = [0.25 * (1 + math.cos(math.pi * (step - 2) / 8)) for step in range(3, 10)]
 
 
-def test_warm_up_is_linear_and_reaches_the_base_rate():
-    config = ScheduleConfig(warmup_steps=4)
-    assert rates(config, range(1, 7)) == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
-
-
-def test_decay_is_quadratic_from_its_start_and_stops_at_the_floor():
-    config = ScheduleConfig(warmup_steps=2, decay_start_step=4, decay_steps=10)
-    expected = [0.25, 0.5, 0.5, 0.5] + [0.5 * ((10 - (step - 4)) / 10) ** 2 for step in range(5, 14)] + [1e-7, 1e-7]
-    assert rates(config, range(1, 16)) == pytest.approx(expected)
-
-
-def test_decay_works_without_warm_up():
-    config = ScheduleConfig(decay_start_step=0, decay_steps=2)
-    assert rates(config, [1, 2, 3]) == pytest.approx([0.125, 1e-7, 1e-7])
-
-
-def test_cosine_goes_from_the_end_of_the_warm_up_to_the_last_step():
-    config = ScheduleConfig(name="cosine", warmup_steps=2)
-    expected = [0.25, 0.5] + [0.25 * (1 + math.cos(math.pi * (step - 2) / 8)) for step in range(3, 10)] + [1e-7]
-    assert rates(config, range(1, 11), num_steps=10) == pytest.approx(expected)
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.5] * 10),
+        ({"warmup_steps": 4}, [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]),  # linear, up to the base rate
+        ({"name": "constant", "warmup_steps": 2}, [0.25, 0.5, 0.5, 0.5, 0.5]),
+        # Quadratic from its start to the floor, with and without a warm-up.
+        (
+            {"warmup_steps": 2, "decay_start_step": 4, "decay_steps": 5},
+            [0.25, 0.5, 0.5, 0.5, *(0.5 * ((9 - step) / 5) ** 2 for step in range(5, 9)), 1e-7, 1e-7],
+        ),
+        ({"decay_start_step": 0, "decay_steps": 2}, [0.125, 1e-7, 1e-7]),
+        # From the end of the warm-up to the last step.
+        ({"name": "cosine", "warmup_steps": 2}, [0.25, 0.5, *HALF_COSINE, 1e-7]),
+    ],
+)
+def test_rates_are_those_of_the_formula(settings, expected):
+    steps = range(1, len(expected) + 1)
+    assert rates(ScheduleConfig(**settings), steps, num_steps=10) == pytest.approx(expected)
 
 
 def test_a_decay_without_a_length_ends_with_the_run_and_one_with_a_length_where_it_says():
@@ -115,11 +113,6 @@ def test_a_decay_without_a_length_ends_with_the_run_and_one_with_a_length_where_
     said = ScheduleConfig(name="warmup_polynomial", decay_start_step=4, decay_steps=6)
     assert rates(open_end, range(1, 11), num_steps=10) == rates(said, range(1, 11), num_steps=99)
     assert rates(open_end, [10], num_steps=10) == [1e-7]
-
-
-def test_constant_holds_the_base_rate_after_its_warm_up():
-    config = ScheduleConfig(name="constant", warmup_steps=2)
-    assert rates(config, range(1, 6), num_steps=5) == [0.25, 0.5, 0.5, 0.5, 0.5]
 
 
 def validated(aucs, config):
