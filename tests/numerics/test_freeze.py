@@ -5,13 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    EmbeddingLocation,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 
 from helpers.trainings import state
 from torchdlrm.config import load_config
 from torchdlrm.errors import ConfigError
 from torchdlrm.model.architecture import ModelShape
-from torchdlrm.tables.state import TablesWithState
+from torchdlrm.tables.state import FrozenTables
 from torchdlrm.training.job import train
 from torchdlrm.training.sharded import check_freeze
 
@@ -86,17 +90,15 @@ def test_kernels_of_fbgemm_update_all_of_their_tables_or_none(seed):
     options = {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 0.1, "table_names": ["t_a", "t_b"]}
     ids, offsets = torch.tensor([1, 2, 3, 4]), torch.arange(5)
     found = []
-    for frozen in ({"t_a", "t_b"}, {"t_c"}):
+    for kind in (FrozenTables, SplitTableBatchedEmbeddingBagsCodegen):
         torch.manual_seed(seed)
-        tables = TablesWithState(specs, frozen=frozen, **options)
+        tables = kind(specs, **options)
         tables.init_embedding_weights_uniform(-1.0, 1.0)
         before = tables.weights_host.clone()
         found.append(tables(ids, offsets))
         found[-1].sum().backward()  # other ranks may wait for it
-        assert torch.equal(tables.weights_host, before) == ("t_a" in frozen)
+        assert torch.equal(tables.weights_host, before) == (kind is FrozenTables)
     assert torch.equal(*found)
-    with pytest.raises(AssertionError, match="all tables of a rank or none"):
-        TablesWithState(specs, frozen={"t_a"}, **options)(ids, offsets)
 
 
 def test_some_tables_are_not_frozen_on_gpus_before_anything_is_written(small_dataset):

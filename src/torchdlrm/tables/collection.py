@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 from torchrec.distributed import batched_embedding_kernel
 from torchrec.distributed.embeddingbag import (
@@ -45,12 +45,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchdlrm.kernels.threads import array_of, in_parts
 from torchdlrm.tables.kernels import Array, look_up, sort_ids
 from torchdlrm.tables.one_host import MemoryExchange, Peers
-from torchdlrm.tables.state import Ids, TablesWithState, learnt
+from torchdlrm.tables.state import FrozenTables, Ids, TablesWithState, learnt
 from torchdlrm.tables.updates import State, update
 
 
 class TablesOfRank(TablesWithState):
-    """A rank's tables, which on CPU are looked up and updated by our kernels.
+    """A rank's tables on CPU, which our kernels look up and update.
 
     Attributes:
         num_columns: of the embeddings of all features.
@@ -77,8 +77,6 @@ class TablesOfRank(TablesWithState):
 
         `per_sample_weights`, float32 [N], multiply the ids' embeddings.
         """
-        if not self.are_ours:
-            return super().forward(indices, offsets, per_sample_weights, **others)
         assert not others, f"only FBGEMM's kernels know {', '.join(others)}"
         ids = Ids.of(indices, offsets, per_sample_weights)
         pooled = torch.empty((len(offsets) - 1) // len(self._dim_F), self.num_columns, dtype=_pooled_dtype())
@@ -254,27 +252,21 @@ class TrainingSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]  # T
         module_fqn: str | None = None,
     ) -> ShardedEmbeddingBagCollection:
         """Build a rank's part of a collection."""
-        on_cpu = device is None or device.type == "cpu"
-        kind, named = (ShardedTables, {"peers": self._peers}) if on_cpu else (ShardedEmbeddingBagCollection, {})
+        named = {"device": device, "qcomm_codecs_registry": self.qcomm_codecs_registry, "module_fqn": module_fqn}
         fused_params = dict(self.fused_params or {})
-        with _own_module() if on_cpu or self._frozen else nullcontext():
-            return kind(
-                module,
-                params,
-                env,
-                fused_params={**fused_params, "frozen": self._frozen} if self._frozen else fused_params,
-                device=device,
-                qcomm_codecs_registry=self.qcomm_codecs_registry,
-                module_fqn=module_fqn,
-                **named,
-            )
+        if device is None or device.type == "cpu":
+            fused_params["frozen"] = self._frozen
+            with _in_place_of_fbgemms(TablesOfRank):
+                return ShardedTables(module, params, env, fused_params=fused_params, peers=self._peers, **named)
+        with _in_place_of_fbgemms(FrozenTables) if self._frozen else nullcontext():
+            return ShardedEmbeddingBagCollection(module, params, env, fused_params=fused_params, **named)
 
 
 @contextmanager
-def _own_module() -> Iterator[None]:
-    """What TorchRec builds inside has `TablesOfRank` in place of FBGEMM's module."""
+def _in_place_of_fbgemms(kind: type[nn.Module]) -> Iterator[None]:
+    """What TorchRec builds inside has modules of this kind in place of FBGEMM's."""
     theirs = batched_embedding_kernel.SplitTableBatchedEmbeddingBagsCodegen
-    batched_embedding_kernel.SplitTableBatchedEmbeddingBagsCodegen = TablesOfRank
+    batched_embedding_kernel.SplitTableBatchedEmbeddingBagsCodegen = kind
     try:
         yield
     finally:

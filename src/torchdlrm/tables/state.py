@@ -1,4 +1,4 @@
-"""FBGEMM's module of a rank's tables, which owns their weights and state, with every optimizer and frozen tables.
+"""FBGEMM's module of a rank's tables, which owns their weights and state: on CPU with every optimizer, on GPUs frozen.
 
 On CPU it has the state of optimizers that FBGEMM has for GPUs alone, and gives our kernels the rule of a step. FBGEMM
 refuses to build those for a CPU. The module is built with one that is accepted, and then given the state that it has on
@@ -15,7 +15,6 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
     WeightDecayMode,
     construct_split_state,
@@ -34,11 +33,20 @@ _ACCEPTED = {
 }
 
 
+class FrozenTables(SplitTableBatchedEmbeddingBagsCodegen):  # type: ignore[misc]  # FBGEMM is untyped
+    """FBGEMM's module of which no step changes a table: its kernels on GPUs update all tables of a rank or none."""
+
+    def forward(self, indices: Tensor, offsets: Tensor, *more: Any, **named: Any) -> Tensor:
+        """FBGEMM's lookup, without an update in its backward, in which other ranks may wait for this one's part."""
+        with torch.no_grad():
+            found = super().forward(indices, offsets, *more, **named)
+        return learnt(found, lambda *_: None, Ids.of(indices, offsets, None))
+
+
 class TablesWithState(SplitTableBatchedEmbeddingBagsCodegen):  # type: ignore[misc]  # FBGEMM is untyped
-    """FBGEMM's module with the optimizers that FBGEMM has for GPUs alone, and with tables that stay as they are.
+    """FBGEMM's module on CPU, with the optimizers that FBGEMM has for GPUs alone.
 
     Attributes:
-        are_ours: whether our kernels look up and update: on CPU.
         is_frozen_T: which tables stay as they are.
         is_lazy: whether a row catches up on the weight decay of steps that did not look it up. Then `prev_iter_host`
             holds the last step of each row, int32, 0 for none.
@@ -62,15 +70,18 @@ class TablesWithState(SplitTableBatchedEmbeddingBagsCodegen):  # type: ignore[mi
             frozen: names of tables that no step changes.
             settings: as FBGEMM's module takes them.
         """
-        self.are_ours = on_cpu = all(device == ComputeDevice.CPU for *_, device in embedding_specs)
         states = record_of(optimizer).states_are_per_row
         # The one with the same first state: as many values, in the same place.
-        accepted = _ACCEPTED[states[:1]] if on_cpu else optimizer
-        super().__init__(embedding_specs, optimizer=accepted, **settings)
+        super().__init__(embedding_specs, optimizer=_ACCEPTED[states[:1]], **settings)
+        # What our kernels rely on.
+        assert self.weights_host.dtype == torch.float32
+        assert self.pooling_mode == PoolingMode.SUM
+        assert list(self.feature_table_map) == sorted(self.feature_table_map)
+        assert max(rows for rows, *_ in embedding_specs) < 2**31
         self.optimizer = optimizer
         self.is_lazy = is_lazy
         self._num_states = len(states)
-        if on_cpu and len(states) > 1:
+        if len(states) > 1:
             self._add_state("momentum2", rowwise=states[1])
         if is_lazy:
             self._add_state("prev_iter", rowwise=True)
@@ -78,27 +89,11 @@ class TablesWithState(SplitTableBatchedEmbeddingBagsCodegen):  # type: ignore[mi
             num_rows = sum(rows for rows, *_ in embedding_specs)
             self.prev_iter_host = nn.Parameter(torch.zeros(num_rows, dtype=torch.int32), requires_grad=False)
         self.is_frozen_T = np.asarray([name in frozen for name in self.table_names or embedding_specs])
-        if on_cpu:
-            assert self.weights_host.dtype == torch.float32
-            assert self.pooling_mode == PoolingMode.SUM
-            assert list(self.feature_table_map) == sorted(self.feature_table_map)
-            assert max(rows for rows, *_ in embedding_specs) < 2**31
-            use_huge_pages(self)
+        use_huge_pages(self)
 
     def _add_state(self, name: str, *, rowwise: bool) -> None:
         split = construct_split_state(self.embedding_specs, rowwise=rowwise, cacheable=False)
         self._apply_split(split, prefix=name, dtype=torch.float32)
-
-    def forward(self, indices: Tensor, offsets: Tensor, *more: Any, **named: Any) -> Tensor:
-        """FBGEMM's lookup, without an update in its backward where the tables are frozen."""
-        if not self.is_frozen_T.any():
-            updated: Tensor = super().forward(indices, offsets, *more, **named)
-            return updated
-        assert self.is_frozen_T.all(), "FBGEMM updates all tables of a rank or none (`check_freeze`)"
-        with torch.no_grad():
-            found = super().forward(indices, offsets, *more, **named)
-        # Other ranks may wait for this one's part in the backward.
-        return learnt(found, lambda *_: None, Ids.of(indices, offsets, None))
 
     def split_optimizer_states(self) -> list[list[Tensor]]:
         """Views of the state of each table, in the order in which FBGEMM gives them out."""
