@@ -15,8 +15,7 @@ from torchdlrm.tables.optimizers import table_kernels
 from torchdlrm.training import pipeline
 from torchdlrm.training.checkpointer import Checkpointer
 from torchdlrm.training.job import train
-from torchdlrm.training.pipeline import build_pipeline
-from torchdlrm.training.predictions import predict_loaders
+from torchdlrm.training.pipeline import build_pipeline, predict_loaders
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.run import Run

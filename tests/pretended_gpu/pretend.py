@@ -109,7 +109,7 @@ def find_nothing_not_finite(model, state):
     return []
 
 
-changed = "torchdlrm.training.predictions"
+changed = "torchdlrm.training.pipeline"
 assert changed not in sys.modules, "import this before what it changes"
 checkpointer.find_not_finite = find_nothing_not_finite
 metrics.binary_metrics = metrics_of_anything

@@ -16,7 +16,7 @@ from torchdlrm.model.model_class import ModelClass
 from torchdlrm.progress import SILENT, ProgressListener, watched
 from torchdlrm.training.checkpoint import ChosenCheckpoint, find_checkpoint
 from torchdlrm.training.checkpointer import Checkpointer
-from torchdlrm.training.predictions import Predictions, predict_loaders
+from torchdlrm.training.pipeline import Predictions, predict_loaders
 from torchdlrm.training.processes.agreement import Setting, Settings, settings_of
 from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.run import Run

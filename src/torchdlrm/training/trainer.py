@@ -32,8 +32,7 @@ from torchdlrm.training.log import (
     plateau_line,
     validation_line,
 )
-from torchdlrm.training.pipeline import Pipeline, build_pipeline
-from torchdlrm.training.predictions import predict_loaders
+from torchdlrm.training.pipeline import Pipeline, build_pipeline, predict_loaders
 from torchdlrm.training.processes.process_group import Ranks, StopRequest
 from torchdlrm.training.run import Run
 from torchdlrm.training.sharded import StepCounters, build_optimizer, build_sharded_model
