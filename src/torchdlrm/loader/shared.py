@@ -1,15 +1,12 @@
 """Lets the ranks of one host decode each row group once between them, into memory that all of them can read.
 
 In: the row groups that these ranks will read, in order.  Out: columns, views of the memory of the rank that decoded
-them.
-Cost: one copy of what is decoded, and on each rank memory for two row groups.
+them.  Cost: one copy of what is decoded, and on each rank memory for two row groups.
 
 Of n ranks each decodes every n-th row group, ahead of its own reading, into slots of its own memory, and says how far
 it is: what it has decoded, and which row group it reads. A slot is filled again when all have read past what is in it.
 No rank depends on another: one that does not get a row group in time, because its owner is dead, has stopped or found
 it damaged, decodes it for itself. So an error is the same on every rank, and at the row where it was without sharing.
-
-The memory has no name: nothing is left of it when its processes have ended, however they did.
 
 Why: docs/decisions/ranks-of-a-host-decode-for-each-other.md.
 """
@@ -51,15 +48,7 @@ def share(
     world_size: int,
     stopped: threading.Event,
 ) -> "SharedRowGroups | None":
-    """Agree with the other ranks of this host on who decodes what; every rank must call this.
-
-    Args:
-        reader: of the split.
-        sequence: the batches that all ranks are about to read.
-        all_gather: exchanges a value with all other ranks.
-        rank: this process.
-        world_size: number of processes.
-        stopped: set when no more is wanted.
+    """Agree with the other ranks of this host on who decodes what of these batches; every rank must call this.
 
     Returns:
         None where this rank is alone on its host, or its ranks cannot open each other's memory.

@@ -173,13 +173,7 @@ class ShardedTables(ShardedEmbeddingBagCollection):  # type: ignore[misc]  # Tor
     """
 
     def __init__(self, *arguments: Any, peers: Peers, **named: Any) -> None:
-        """Build this rank's part, as TorchRec does, and choose how ranks exchange; every rank must call this.
-
-        Args:
-            arguments: TorchRec's.
-            peers: the processes that share the tables.
-            named: TorchRec's.
-        """
+        """Build this rank's part, as TorchRec does, and choose how ranks exchange; every rank must call this."""
         super().__init__(*arguments, **named)
         groups = [group for lookup in self._lookups for group in getattr(lookup, "_emb_modules", ())]
         # In a list, like TorchRec's lookups: as an attribute it would be a child, whose weights had two names.

@@ -1,9 +1,8 @@
 """Lets the ranks of one host look up into, and update from, memory that they share; for tables on CPU.
 
-TorchRec sends pooled embeddings and their gradients through sockets: they are copied into the order of the ranks,
-through the kernel, and into the order of the features again. Here each rank writes the embeddings of its tables, for
-all rows of the global batch, where the rank that has the row reads them, and that rank leaves the gradients where the
-tables read them. Ids, which are few bytes, travel as TorchRec sends them.
+Each rank writes the embeddings of its tables, for all rows of the global batch, where the rank that has the row reads
+them, and that rank leaves the gradients where the tables read them. Ids, which are few bytes, travel as TorchRec sends
+them.
 
 In the memory are two matrices, rows in the order of the global batch, each at its place whatever B is:
 

@@ -1,8 +1,7 @@
 """Adds up the dense parameters' gradients of two processes of one host in memory that both have mapped; on CPU.
 
-DDP sends them through gloo's sockets, which takes the processor from the step: 160 ms for the 16 million gradients of
-DLRM-DCNv2's arches. Here each rank writes a bucket of gradients where the other reads it. Two numbers have but one sum,
-so the bits are gloo's. Those of more ranks would depend on the order, and are left to gloo.
+Each rank writes a bucket of gradients where the other reads it, in place of DDP's way through gloo's sockets. Two
+numbers have but one sum, so the bits are gloo's. Those of more ranks would depend on the order, and are left to gloo.
 
 Two barriers keep the ranks apart: before a step's first bucket is written both have read the last step's, and before a
 bucket is read both have written it. The backward of both ranks is the same graph, so they come to the same barriers in

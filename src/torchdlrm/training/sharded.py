@@ -55,7 +55,7 @@ def build_sharded_model(
     Seeds torch's random numbers with `config.seed`.
 
     Args:
-        config: of the run.
+        config: of the run; may name a plan to follow.
         shape: of the model.
         num_embeddings: rows of each feature's table, in schema order.
         dense_sample: encoded dense features of some training rows, float32 [rows, num_dense], from which the dense

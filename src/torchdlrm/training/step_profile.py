@@ -138,13 +138,7 @@ def read_profiles(folder: Path) -> list[StepProfile]:
 
 
 def summarize(events: Iterable[Any], ranks: Ranks, *, num_steps: int) -> StepProfile:
-    """Add up the profiler's events: on a GPU its kernels, on CPU the operators.
-
-    Args:
-        events: `torch.autograd.profiler_util.FunctionEvent`s.
-        ranks: who has seen them.
-        num_steps: how many steps they are of.
-    """
+    """Add up the profiler's events of these steps, `FunctionEvent`s: on a GPU its kernels, on CPU the operators."""
     on_gpu = ranks.device.type == "cuda"
     computation: list[tuple[float, float]] = []  # start and end of each, in microseconds
     communication: list[tuple[float, float]] = []

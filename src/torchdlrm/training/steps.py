@@ -112,12 +112,7 @@ class Schedule:
         self._groups = [(group, float(group["lr"])) for group in optimizer.param_groups]
 
     def set(self, step: int, plateau_scale: float) -> float:
-        """Set the rates of step `step` (from 1); returns that of the dense optimizer.
-
-        Args:
-            step: from 1.
-            plateau_scale: what plateaus have left of the rate (`Position`).
-        """
+        """Set the rates of step `step` (from 1), scaled as a `Position` says; returns that of the dense optimizer."""
         rate = 0.0
         for group, base in self._groups:
             rate = learning_rate(base, step, self._config, num_steps=self._num_steps, plateau_scale=plateau_scale)

@@ -24,26 +24,6 @@ def test_a_full_disk_is_told_in_its_own_words():
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(tmp_path):
-    """A disk that is away for a moment must not cost the run."""
-    with join_process_group() as ranks:
-        model = torch.nn.Linear(2, 1)
-        checkpointer = Checkpointer(tmp_path, model, None, ranks, keep_last=3)
-        assert checkpointer.restore() is None
-        for step in (10, 20):
-            checkpointer.save(Position(step, {"epoch": 0, "batches_consumed": step}), wait=True)
-        (tmp_path / "step-00000020" / "__0_0.distcp").write_bytes(b"")
-        assert checkpointer.restore().step == 10
-        (tmp_path / "step-00000010" / "__0_0.distcp").write_bytes(b"")
-        with pytest.raises(
-            RunError, match=r"all 2 checkpoints are damaged or not finite, the oldest: .*step-00000010"
-        ) as caught:
-            checkpointer.restore()
-        assert caught.value.is_everywhere
-        assert list_checkpoints(tmp_path) == [10, 20]
-        checkpointer.close()
-
-
 @pytest.fixture
 def saved(tmp_path):
     """A checkpointer whose steps 10 and 20 are saved."""
@@ -56,14 +36,17 @@ def saved(tmp_path):
         checkpointer.close()
 
 
-def test_a_checkpoint_that_has_lost_its_record_is_damaged_and_not_absent(saved, tmp_path):
-    """Else a run whose only checkpoint has lost it would begin anew without a word."""
-    (tmp_path / "step-00000020" / "checkpoint.json").unlink()
-    assert list_checkpoints(tmp_path) == [10, 20]
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b""), lambda path: path.unlink()])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "checkpoint.json"])
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(name, damage, saved, tmp_path):
+    """A disk that is away for a moment must not cost the run; a checkpoint without a record is there all the same."""
+    damage(tmp_path / "step-00000020" / name)
     assert saved.restore().step == 10
-    (tmp_path / "step-00000010" / "checkpoint.json").unlink()
-    with pytest.raises(RunError, match=r"all 2 checkpoints are damaged or .*step-00000010/checkpoint.json: damaged"):
+    damage(tmp_path / "step-00000010" / name)
+    with pytest.raises(RunError, match=r"all 2 checkpoints are damaged or .*, the oldest: .*step-00000010") as caught:
         saved.restore()
+    assert caught.value.is_everywhere
+    assert list_checkpoints(tmp_path) == [10, 20]
 
 
 def test_a_copy_beside_a_checkpoint_is_no_checkpoint(saved, tmp_path):

@@ -27,21 +27,17 @@ def ranks():
 
 
 @pytest.mark.usefixtures("ranks")
-def test_a_table_on_another_device_is_copied_to_the_host():
+def test_a_table_has_the_placement_of_where_it_is_copied_to():
     shard = Shard(torch.empty(4, 8, device="meta"), ShardMetadata([0, 0], [4, 8], "rank:0/meta"))
     table = ShardedTensor._init_from_local_shards([shard], 4, 8)
+
+    def placements(state):
+        return [str(shard.placement) for shard in state.metadata().shards_metadata]
+
     copied = with_tensors({"t": table}, lambda tensor: torch.zeros(tensor.shape))["t"]
     assert copied.local_shards()[0].tensor.device.type == "cpu"
-    assert [str(shard.placement) for shard in copied.metadata().shards_metadata] == ["rank:0/cpu"]
-    assert str(table.metadata().shards_metadata[0].placement) == "rank:0/meta"
-
-
-@pytest.mark.usefixtures("ranks")
-def test_a_table_that_stays_where_it_is_keeps_its_placement():
-    shard = Shard(torch.empty(4, 8, device="meta"), ShardMetadata([0, 0], [4, 8], "rank:0/meta"))
-    table = ShardedTensor._init_from_local_shards([shard], 4, 8)
     same = with_tensors(table, torch.Tensor.detach)
-    assert [str(shard.placement) for shard in same.metadata().shards_metadata] == ["rank:0/meta"]
+    assert [placements(state) for state in (copied, table, same)] == [["rank:0/cpu"], *[["rank:0/meta"]] * 2]
 
 
 class Runtime:
