@@ -1,8 +1,9 @@
 """Finds remedies when tables do not fit: how much is missing and where, and which changes help, each with its price."""
 
-from collections.abc import Callable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 from torchdlrm.planning.smaller_tables import changed_features, with_quotients, with_smaller_dims
@@ -91,7 +92,7 @@ class Remedy:
 
 def shortfall(problem: Problem) -> Shortfall:
     """Find how much is missing, and where."""
-    usable = problem.usable_bytes * problem.machine.num_devices
+    usable = problem.all_usable_bytes
     missing = max(0, problem.table_bytes - usable)
     by_size = sorted(problem.table_sizes.items(), key=lambda item: -item[1])
     constraints = table_constraints(problem)
@@ -111,7 +112,7 @@ def shortfall(problem: Problem) -> Shortfall:
 
 def remedies(problem: Problem, progress: ProgressListener = SILENT) -> list[Remedy]:
     """Find everything that makes the tables fit by itself, planned again to be sure."""
-    attempts: list[Callable[[Problem], Remedy | None]] = [
+    ideas: list[Callable[[Problem], Iterator[Remedy]]] = [
         _more_devices,
         _without_constraints,
         _leaner_optimizer,
@@ -122,185 +123,156 @@ def remedies(problem: Problem, progress: ProgressListener = SILENT) -> list[Reme
         _smaller_dims,
         _quotients_and_remainders,
     ]
-    progress.start_phase("look for remedies", len(attempts), unit="ideas")
-    found = []
-    for attempt in attempts:
-        remedy = attempt(problem)
-        found += [remedy] if remedy is not None else []
+    progress.start_phase("look for remedies", len(ideas), unit="ideas")
+    found: list[Remedy] = []
+    for idea in ideas:
+        found += islice(idea(problem), 1)
         progress.advance(1)
     return found
 
 
-def _more_devices(problem: Problem) -> Remedy | None:
+def _fitting(problems: Iterable[Problem | None]) -> Iterator[Solution]:
+    """The plans of those of the problems that have one, the first one first; the others are planned when asked for."""
+    return (solution for problem in problems if problem is not None and (solution := try_solve(problem)) is not None)
+
+
+def _more_devices(problem: Problem) -> Iterator[Remedy]:
     machine = problem.machine
     per_host = machine.usual_devices_per_host
     least = max(machine.num_devices + 1, -(-problem.table_bytes // problem.usable_bytes))
     whole_hosts = -(-max(least, per_host) // per_host) * per_host
-    if least > _MAX_DEVICES:
-        return None
     candidates = [*range(least, per_host), *range(whole_hosts, whole_hosts + 4 * per_host, per_host)]
-    for num_devices in candidates[:8]:
-        larger = machine.resized(num_devices)
-        solution = try_solve(replace(problem, machine=larger))
-        if solution is not None:
-            extra = num_devices - machine.num_devices
-            return Remedy(
-                f"{num_devices} devices (the fewest that do)",
-                {"devices": num_devices, "hosts": larger.num_hosts},
-                f"{extra} more {machine.device}: {num_devices / machine.num_devices:.2g} times the rent",
-                solution,
-            )
-    return None
+    tried = candidates[:8] if least <= _MAX_DEVICES else []
+    for solution in _fitting(replace(problem, machine=machine.resized(num_devices)) for num_devices in tried):
+        larger = solution.problem.machine
+        extra, times = larger.num_devices - machine.num_devices, larger.num_devices / machine.num_devices
+        yield Remedy(
+            f"{larger.num_devices} devices (the fewest that do)",
+            {"devices": larger.num_devices, "hosts": larger.num_hosts},
+            f"{extra} more {machine.device}: {times:.2g} times the rent",
+            solution,
+        )
 
 
-def _without_constraints(problem: Problem) -> Remedy | None:
-    solution = try_solve(replace(problem, constraints=())) if problem.constraints else None
-    if solution is None:
-        return None
-    cut = [f"{name} {p.sharding_type}" for name, p in solution.layout.items() if p.sharding_type != TABLE_WISE]
-    return Remedy(
-        f"no constraints, so that tables can be cut ({_some(cut) or 'all table_wise'})",
-        {"constraints": ()},
-        "more exchange between ranks; tables are no longer where you wanted them",
-        solution,
-    )
+def _without_constraints(problem: Problem) -> Iterator[Remedy]:
+    for solution in _fitting([replace(problem, constraints=())] if problem.constraints else []):
+        cut = [f"{name} {p.sharding_type}" for name, p in solution.layout.items() if p.sharding_type != TABLE_WISE]
+        yield Remedy(
+            f"no constraints, so that tables can be cut ({_some(cut) or 'all table_wise'})",
+            {"constraints": ()},
+            "more exchange between ranks; tables are no longer where you wanted them",
+            solution,
+        )
 
 
-def _leaner_optimizer(problem: Problem) -> Remedy | None:
-    for leaner in problem.optimizer.leaner():
-        solution = try_solve(replace(problem, optimizer=leaner))
-        if solution is not None:
-            saved = problem.table_bytes - solution.problem.table_bytes
-            return Remedy(
-                f"{leaner.name} in place of {problem.optimizer.name}",
-                {"optimizer": leaner.name},
-                f"{show_bytes(saved)} less; {leaner.trade}",
-                solution,
-            )
-    return None
+def _leaner_optimizer(problem: Problem) -> Iterator[Remedy]:
+    for solution in _fitting(replace(problem, optimizer=leaner) for leaner in problem.optimizer.leaner()):
+        leaner, saved = solution.problem.optimizer, problem.table_bytes - solution.problem.table_bytes
+        yield Remedy(
+            f"{leaner.name} in place of {problem.optimizer.name}",
+            {"optimizer": leaner.name},
+            f"{show_bytes(saved)} less; {leaner.trade}",
+            solution,
+        )
 
 
-def _half_precision(problem: Problem) -> Remedy | None:
-    solution = try_solve(replace(problem, precision="float16")) if problem.precision == "float32" else None
-    if solution is None:
-        return None
-    return Remedy(
-        "float16 weights",
-        {"precision": "float16"},
-        "weights keep 11 bits, small updates are lost without stochastic rounding (needs a GPU); TorchRec has no "
-        "int8 tables for training, and dlrm train keeps float32 ones",
-        solution,
-    )
+def _half_precision(problem: Problem) -> Iterator[Remedy]:
+    for solution in _fitting([replace(problem, precision="float16")] if problem.precision == "float32" else []):
+        yield Remedy(
+            "float16 weights",
+            {"precision": "float16"},
+            "weights keep 11 bits, small updates are lost without stochastic rounding (needs a GPU); TorchRec has no "
+            "int8 tables for training, and dlrm train keeps float32 ones",
+            solution,
+        )
 
 
-def _host_memory(problem: Problem) -> Remedy | None:
+def _host_memory(problem: Problem) -> Iterator[Remedy]:
     if problem.machine.kind != "cuda" or problem.cache_fraction is not None:
-        return None
+        return
     # The greedy proposers cut a table by rows before they move it to the host; asked for table-wise alone they move the
     # largest one by one, which is often faster and keeps more tables on the device.
+    whole, asked = (f"*={TABLE_WISE}",), problem.constraints
     for fraction in _CACHE_FRACTIONS:
-        solutions = [
-            (solution, rules)
-            for rules in ((f"*={TABLE_WISE}",), ())
-            if (
-                solution := try_solve(
-                    replace(problem, cache_fraction=fraction, constraints=(*rules, *problem.constraints))
-                )
-            )
-        ]
+        cached = replace(problem, cache_fraction=fraction)
+        solutions = [*_fitting([replace(cached, constraints=(*whole, *asked)), cached])]
         if solutions:
-            solution, rules = min(solutions, key=lambda pair: pair[0].step_ms)
+            solution = min(solutions, key=lambda solution: solution.step_ms)
             moved = [name for name, placed in solution.layout.items() if placed.cache_fraction is not None]
             host_bytes = sum(cost.host_bytes for cost in solution.ranks)
-            return Remedy(
+            rules = {"constraints": whole} if solution.problem.constraints != asked else {}
+            yield Remedy(
                 f"{len(moved)} tables in host memory, {fraction:.0%} of their rows cached on the GPU (UVM caching)",
-                {"sharding.cache_fraction": fraction} | ({"constraints": rules} if rules else {}),
+                {"sharding.cache_fraction": fraction, **rules},
                 f"{show_bytes(host_bytes)} of host memory; every row that is not cached crosses the host link",
                 solution,
             )
-    return None
 
 
-def _fewer_embeddings(problem: Problem) -> Remedy | None:
+def _fewer_embeddings(problem: Problem) -> Iterator[Remedy]:
     """Try the highest cap under which the sum fits, then a little less until a plan is found."""
-    low, high = 1, max(table.rows for table in problem.tables)
-    budget = problem.usable_bytes * problem.machine.num_devices
-    while low < high:
-        middle = (low + high + 1) // 2
-        if replace(problem, tables=tuple(cap_embeddings(problem.tables, middle))).table_bytes <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    for fraction in _CAP_FRACTIONS:
-        cap = max(1, int(low * fraction))
-        solution = try_solve(replace(problem, tables=tuple(cap_embeddings(problem.tables, cap))))
-        if solution is not None:
-            capped = [table for table in problem.tables if table.rows > cap]
-            lost = sum(table.rows - cap for table in capped)
-            return Remedy(
-                f"at most {cap:,} rows a table, as dlrm preprocess can make them: caps "
-                f"{_some([table.name for table in capped])}",
-                {"max_embeddings": cap},
-                f"{lost:,} rare ids ({lost / sum(table.rows for table in problem.tables):.0%}) become unknown",
-                solution,
-            )
-    return None
+
+    def capped(cap: int) -> Problem:
+        return replace(problem, tables=tuple(cap_embeddings(problem.tables, max(1, cap))))
+
+    caps = range(1, max(table.rows for table in problem.tables) + 1)
+    highest = bisect_right(caps, problem.all_usable_bytes, key=lambda cap: capped(cap).table_bytes)
+    for solution in _fitting(capped(int(highest * fraction)) for fraction in _CAP_FRACTIONS):
+        cap = max(table.rows for table in solution.problem.tables)
+        over = [table for table in problem.tables if table.rows > cap]
+        lost = sum(table.rows - cap for table in over)
+        yield Remedy(
+            f"at most {cap:,} rows a table, as dlrm preprocess can make them: caps "
+            f"{_some([table.name for table in over])}",
+            {"max_embeddings": cap},
+            f"{lost:,} rare ids ({lost / sum(table.rows for table in problem.tables):.0%}) become unknown",
+            solution,
+        )
 
 
-def _smaller_dim(problem: Problem) -> Remedy | None:
-    dims = {table.dim for table in problem.tables}
-    if len(dims) != 1 or max(dims) % 8:
-        return None
-    dim = max(dims) // 2
-    solution = try_solve(replace(problem, tables=tuple(replace(table, dim=dim) for table in problem.tables)))
-    if solution is None:
-        return None
-    return Remedy(
-        f"dimension {dim} in place of {max(dims)} (model.dense_arch_layer_sizes must end with it too)",
-        {"model.embedding_dim": dim},
-        "half the weights of every id; measure what it does to the AUC",
-        solution,
-    )
+def _smaller_dim(problem: Problem) -> Iterator[Remedy]:
+    (dim, *others) = {table.dim for table in problem.tables}
+    if others or dim % 8:
+        return
+    halved = replace(problem, tables=tuple(replace(table, dim=dim // 2) for table in problem.tables))
+    for solution in _fitting([halved]):
+        yield Remedy(
+            f"dimension {dim // 2} in place of {dim} (model.dense_arch_layer_sizes must end with it too)",
+            {"model.embedding_dim": dim // 2},
+            "half the weights of every id; measure what it does to the AUC",
+            solution,
+        )
 
 
-def _smaller_dims(problem: Problem) -> Remedy | None:
+def _smaller_dims(problem: Problem) -> Iterator[Remedy]:
     """Try the largest dimensions whose sum fits, then a little less until a plan is found."""
-    usable_bytes = problem.usable_bytes * problem.machine.num_devices
-    for fraction in _CAP_FRACTIONS:
-        smaller = with_smaller_dims(problem, fraction * usable_bytes)
-        solution = try_solve(smaller) if smaller is not None else None
-        if solution is not None:
-            features, dim = changed_features(problem, solution.problem), problem.shape.config.embedding_dim
-            return Remedy(
-                f"smaller dimensions for {len(features)} large tables, projected to {dim}",
-                {f"model.features.{name}.embedding_dim": feature.embedding_dim for name, feature in features.items()},
-                f"{_saved(problem, solution)}; rare values share fewer columns: measure what it does to the AUC",
-                solution,
-            )
-    return None
+    usable_bytes = problem.all_usable_bytes
+    for solution in _fitting(with_smaller_dims(problem, fraction * usable_bytes) for fraction in _CAP_FRACTIONS):
+        features, dim = changed_features(problem, solution.problem), problem.shape.config.embedding_dim
+        yield Remedy(
+            f"smaller dimensions for {len(features)} large tables, projected to {dim}",
+            {f"model.features.{name}.embedding_dim": feature.embedding_dim for name, feature in features.items()},
+            f"{_saved(problem, solution)}; rare values share fewer columns: measure what it does to the AUC",
+            solution,
+        )
 
 
-def _quotients_and_remainders(problem: Problem) -> Remedy | None:
+def _quotients_and_remainders(problem: Problem) -> Iterator[Remedy]:
     """Try the fewest collisions, in as few tables, whose sum fits; then more."""
-    usable_bytes = problem.usable_bytes * problem.machine.num_devices
-    for num_collisions, fraction in product(_NUM_COLLISIONS, _CAP_FRACTIONS[:3]):
-        smaller = with_quotients(problem, fraction * usable_bytes, num_collisions)
-        solution = try_solve(smaller) if smaller is not None else None
-        if solution is not None:
-            features = changed_features(problem, solution.problem)
-            settings: dict[str, object] = {}
-            for name, feature in features.items():
-                settings[f"model.features.{name}.quotient_remainder"] = feature.quotient_remainder
-                settings[f"model.features.{name}.num_collisions"] = num_collisions
-            return Remedy(
-                f"two tables, of quotients and of remainders by {num_collisions}, for each of the {len(features)} "
-                "largest",
-                settings,
-                f"{_saved(problem, solution)}; {num_collisions} values have a row in common: measure what it does to "
-                "the AUC",
-                solution,
-            )
-    return None
+    usable_bytes = problem.all_usable_bytes
+    tried = product(_NUM_COLLISIONS, _CAP_FRACTIONS[:3])
+    for solution in _fitting(with_quotients(problem, fraction * usable_bytes, number) for number, fraction in tried):
+        settings: dict[str, object] = {}
+        features = changed_features(problem, solution.problem)
+        for name, feature in features.items():
+            settings[f"model.features.{name}.quotient_remainder"] = feature.quotient_remainder
+            settings[f"model.features.{name}.num_collisions"] = number = feature.num_collisions
+        yield Remedy(
+            f"two tables, of quotients and of remainders by {number}, for each of the {len(features)} largest",
+            settings,
+            f"{_saved(problem, solution)}; {number} values have a row in common: measure what it does to the AUC",
+            solution,
+        )
 
 
 def _saved(problem: Problem, solution: Solution) -> str:

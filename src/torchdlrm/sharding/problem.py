@@ -139,6 +139,11 @@ class Problem:
         return max(1, int(self.machine.memory_bytes * (1 - self.reserved_fraction)))
 
     @property
+    def all_usable_bytes(self) -> int:
+        """Memory for tables of all ranks together."""
+        return self.usable_bytes * self.machine.num_devices
+
+    @property
     def table_sizes(self) -> dict[str, int]:
         """Bytes of weights and optimizer state of each table, by name."""
         return {table.name: table.size_bytes(self.precision, self.optimizer) for table in self.tables}
@@ -146,4 +151,4 @@ class Problem:
     @property
     def table_bytes(self) -> int:
         """Weights and optimizer state of all tables."""
-        return sum(table.size_bytes(self.precision, self.optimizer) for table in self.tables)
+        return sum(self.table_sizes.values())

@@ -163,7 +163,7 @@ def try_solve(problem: Problem) -> Solution | None:
         PlanError: a constraint is wrong.
     """
     table_constraints(problem)  # a wrong one is an error, not a no
-    if problem.cache_fraction is None and problem.table_bytes > problem.usable_bytes * problem.machine.num_devices:
+    if problem.cache_fraction is None and problem.table_bytes > problem.all_usable_bytes:
         return None  # no need to search: of 1,000 tables on 64 devices that takes 20 s
     try:
         return solve(problem)
