@@ -6,9 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from torchdlrm.data.dataset import Dataset
-from torchdlrm.synthetic.log import schema_path
+from torchdlrm.synthetic.log import schema_path, truth_path
 from torchdlrm.synthetic.shapes import MULTI_HOT_SIZES, PRESETS
-from torchdlrm.synthetic.truth import truth_path
 
 NUM_ROWS, MAX_EMBEDDINGS = 1_400, 500
 # Everything else is as the config has it, but for sizes that would take a minute and not a second.

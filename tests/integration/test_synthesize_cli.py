@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from torchdlrm.synthetic.truth import truth_path
+from torchdlrm.synthetic.log import truth_path
 
 
 def test_command_prints_one_json_object_and_writes_log_and_truth(dlrm, tmp_path):

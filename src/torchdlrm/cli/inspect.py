@@ -142,8 +142,8 @@ def _show_live(folder: Path, *, as_json: bool) -> None:
 
 def _live_as_dict(folder: Path) -> dict[str, Any]:
     """Return, for JSON, the current period, and each one's rows, metrics before it was learnt from, and outcome."""
+    from torchdlrm.live.gate import period_names
     from torchdlrm.live.model import LiveModel
-    from torchdlrm.live.scores import period_names
 
     live = LiveModel.open(folder)
     unknown = dict.fromkeys(period_names())  # of a period without a base

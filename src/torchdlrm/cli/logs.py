@@ -14,10 +14,9 @@ from torchdlrm.errors import ConfigError, LogError, UserError
 from torchdlrm.logs.download import SOURCES, parse_days
 from torchdlrm.logs.download import download as run_download
 from torchdlrm.logs.proposal.propose import SAMPLE_ROWS, propose_schema
-from torchdlrm.synthetic.log import schema_path
+from torchdlrm.synthetic.log import Attainable, SyntheticTruth, schema_path, truth_path
 from torchdlrm.synthetic.synthesize import day_path, late_path
 from torchdlrm.synthetic.synthesize import synthesize as write_log
-from torchdlrm.synthetic.truth import Attainable, SyntheticTruth, truth_path
 from torchdlrm.synthetic.values import Companions, Drift
 
 

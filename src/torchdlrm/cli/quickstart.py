@@ -65,8 +65,8 @@ def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
     from torchdlrm.features.schema import criteo_schema
     from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess, work_folder
     from torchdlrm.quickstart.baseline import fit_logistic_regression
+    from torchdlrm.synthetic.log import read_truth
     from torchdlrm.synthetic.synthesize import synthesize
-    from torchdlrm.synthetic.truth import read_truth
     from torchdlrm.training.job import train
     from torchdlrm.training.processes.launch import Processes, launch
     from torchdlrm.training.run import Run

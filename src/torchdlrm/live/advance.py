@@ -35,7 +35,7 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import with_split
 from torchdlrm.files import remove_folder, sync, write_atomically
 from torchdlrm.live.changes import STEPS
-from torchdlrm.live.gate import judge, require_same_rows
+from torchdlrm.live.gate import SCORES_NAME, judge, progressive_metrics, read_scores, require_same_rows, score_log
 from torchdlrm.live.logs import find_log
 from torchdlrm.live.model import CONFIG_NAME, DATASET_NAME, REPLAY_NAME, RUN_NAME, LiveModel
 from torchdlrm.live.preview import AdvancePreview, lineage_of, preview_advance
@@ -47,7 +47,6 @@ from torchdlrm.live.record import (
     read_times,
     write_times,
 )
-from torchdlrm.live.scores import SCORES_NAME, progressive_metrics, read_scores, score_log
 from torchdlrm.live.settings import LiveSettings
 from torchdlrm.logs.files import LogFile
 from torchdlrm.model.model_class import ModelClass

@@ -18,10 +18,17 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchdlrm.config import TableOptimizer
 from torchdlrm.errors import DoesNotFitError
 from torchdlrm.sharding.constraints import KINDS, table_constraints
-from torchdlrm.sharding.estimators import MemoryEstimator, OrderedEnumerator, ReservedFraction, TimeEstimator
 from torchdlrm.sharding.layout import Found, layout_of
 from torchdlrm.sharding.problem import Problem
-from torchdlrm.sharding.search import PlacingPartitioner, ProposalCount, proposers
+from torchdlrm.sharding.search import (
+    MemoryEstimator,
+    OrderedEnumerator,
+    PlacingPartitioner,
+    ProposalCount,
+    ReservedFraction,
+    TimeEstimator,
+    proposers,
+)
 from torchdlrm.units import show_bytes
 
 # Up to this many tables times devices both orders of placing tables are tried for every proposal.

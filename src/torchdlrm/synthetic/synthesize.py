@@ -10,7 +10,7 @@ cell also `log.tsv.schema.toml`; of several days a folder with `day_00.tsv`, `da
 | model | seed | effects of values and of pairs of values, which drift | model.py |
 | values | ranks | the values that have them on a day, and their companions | values.py |
 | rows | seed, number of a block | lines, labels, true logits | rows.py |
-| log | rows | log and truth | log.py, truth.py |
+| log | rows | log and truth | log.py |
 | job | what the user gives | the files | here |
 
 The bytes depend on rows, seed and preset alone, and the first rows of a longer log are those of a shorter one. Those of
@@ -31,11 +31,10 @@ from torchdlrm.features.columns import Column, SparseColumn
 from torchdlrm.features.schema import FeatureSchema, criteo_schema
 from torchdlrm.features.schema_file import schema_toml
 from torchdlrm.progress import SILENT, ProgressListener
-from torchdlrm.synthetic.log import count_rows, write_log, writing
+from torchdlrm.synthetic.log import Attainable, SyntheticTruth, count_rows, read_truth, truth_path, write_log, writing
 from torchdlrm.synthetic.model import NUM_LOGITS
 from torchdlrm.synthetic.rows import VALUE_SEPARATOR, RowGenerator
 from torchdlrm.synthetic.shapes import MULTI_HOT_SIZES, PRESETS, LogShape
-from torchdlrm.synthetic.truth import Attainable, SyntheticTruth, read_truth, truth_path
 from torchdlrm.synthetic.values import COMPANIONS, Companions, Drift
 
 _OURS = re.compile(r"(day|late)_\d{2,}\.tsv(\.truth\.json)?|truth\.json")

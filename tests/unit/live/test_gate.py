@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from torchdlrm.evaluation.compare import calibration_standard_error
-from torchdlrm.live.gate import objections
+from torchdlrm.live.gate import objections, period_metrics
 from torchdlrm.live.record import GateRecord
-from torchdlrm.live.scores import period_metrics
 from torchdlrm.live.settings import GateSettings
 
 

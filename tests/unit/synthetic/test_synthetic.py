@@ -19,11 +19,11 @@ from helpers.raw_logs import real_log
 from torchdlrm.errors import ConfigError, LogError
 from torchdlrm.progress import SilentProgress
 from torchdlrm.synthetic import log as synthetic_log
+from torchdlrm.synthetic.log import read_truth, truth_path
 from torchdlrm.synthetic.model import LOGIT_UNITS, NUM_LOGITS
 from torchdlrm.synthetic.rows import BLOCK_ROWS, RowGenerator
 from torchdlrm.synthetic.shapes import NUM_CELLS, PRESETS
 from torchdlrm.synthetic.synthesize import synthesize
-from torchdlrm.synthetic.truth import read_truth, truth_path
 from torchdlrm.synthetic.values import Drift
 
 NUM_ROWS = 70_001  # more than a chunk, and no multiple of anything

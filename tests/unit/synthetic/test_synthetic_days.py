@@ -14,11 +14,11 @@ from sklearn.preprocessing import OneHotEncoder
 from helpers.raw_logs import CRITEO_NAMES as NAMES
 from helpers.raw_logs import read_criteo as read
 from torchdlrm.errors import LogError
+from torchdlrm.synthetic.log import read_truth, truth_path
 from torchdlrm.synthetic.model import LOGIT_UNITS, NUM_LOGITS
 from torchdlrm.synthetic.rows import RowGenerator
 from torchdlrm.synthetic.shapes import NUM_CELLS, PRESETS, DenseShape
 from torchdlrm.synthetic.synthesize import day_path, late_path, synthesize
-from torchdlrm.synthetic.truth import read_truth, truth_path
 from torchdlrm.synthetic.values import Drift
 
 NUM_ROWS = 30_001
