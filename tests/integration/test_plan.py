@@ -137,13 +137,6 @@ def test_wrong_input_says_what_is_wrong(arguments, words, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_wrong_input_exits_with_two(dlrm):
-    done = dlrm("plan", "--tables", "criteo-1tb", "--device", "abacus", "--json")
-    assert done.returncode == 2
-    assert "unknown device 'abacus'" in done.stderr
-    assert done.stdout == ""
-
-
 def test_a_sweep_fits_a_terminal_of_80_columns(plan, monkeypatch):
     monkeypatch.setattr("torchdlrm.cli.terminal.console", Console(stderr=True, highlight=False, width=80))
     shown = plan("--tables", "criteo-1tb-40m", "--sweep", "devices=4,8", "batch=8192", "--json")

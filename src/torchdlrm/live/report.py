@@ -173,7 +173,7 @@ def _percent(fractions: Iterable[float | None]) -> float | None:
 
 def _vocabularies(caption: str, periods: Sequence[PeriodRecord], names: Mapping[str, str]) -> Chart | None:
     curves = {shown: [_sum(record, name) for record in periods] for name, shown in names.items()}
-    return _chart(caption, periods, curves, show=_whole)
+    return _chart(caption, periods, curves, show=lambda number: show_number(number, 0))
 
 
 def _sum(record: PeriodRecord, name: str) -> int | None:
@@ -244,12 +244,12 @@ def _features(periods: Sequence[PeriodRecord]) -> list[dict[str, str]]:
         rows.append(
             {
                 "feature": name,
-                "table rows": _whole(newest.num_embeddings),
-                "values with an id": "-" if newest.values_in_use is None else _whole(newest.values_in_use),
-                "admitted, last": _whole(newest.admitted),
-                "admitted in all": _whole(sum(record.admitted for record in records)),
-                "expired, last": _whole(newest.expired),
-                "expired in all": _whole(sum(record.expired for record in records)),
+                "table rows": show_number(newest.num_embeddings, 0),
+                "values with an id": show_number(newest.values_in_use, 0),
+                "admitted, last": show_number(newest.admitted, 0),
+                "admitted in all": show_number(sum(record.admitted for record in records), 0),
+                "expired, last": show_number(newest.expired, 0),
+                "expired in all": show_number(sum(record.expired for record in records), 0),
                 "unknown %, last": show_number(_percent([newest.unseen_fraction]), 2),
                 "unknown %, mean": show_number(_percent(record.unseen_fraction for record in records), 2),
             }
@@ -273,7 +273,3 @@ def _steps(periods: Sequence[PeriodRecord], times: Times) -> list[dict[str, str]
                 }
             )
     return rows
-
-
-def _whole(number: float) -> str:
-    return f"{number:,.0f}"

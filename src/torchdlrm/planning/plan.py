@@ -37,7 +37,9 @@ from torchdlrm.training.run import Run
 from torchdlrm.units import parse_bytes, show_bytes
 
 THIS_MACHINE = "here"
-_RATES = {
+_SIZES = {
+    "hbm": "hbm_bytes",
+    "host_memory": "host_memory_bytes",
     "hbm_bandwidth": "memory_bytes_per_s",
     "host_link_bandwidth": "host_link_bytes_per_s",
     "intra_host_bandwidth": "intra_host_bytes_per_s",
@@ -85,7 +87,8 @@ def problem_of(request: PlanRequest, config: Config) -> Problem:
         msg = f"`alpha`: must be from 0 to 10, got {request.alpha:g}"
         raise PlanError(msg)
     machine = _machine(request, config)
-    tables, dataset = _tables(request, config), None if request.dataset is None else Dataset.open(request.dataset)
+    dataset = None if request.dataset is None else Dataset.open(request.dataset)
+    tables = _tables(request, config, dataset)
     multi_valued = [] if dataset is None else [c.name for c in dataset.schema.sparse if c.is_multi_valued]
     model = config.model
     if request.run is None:
@@ -167,20 +170,17 @@ def _machine(request: PlanRequest, config: Config) -> Machine:
 
 def _with_sizes(machine: Machine, request: PlanRequest) -> Machine:
     """Return the machine with the memory and the rates that the request gives."""
-    names = ("hbm", "host_memory", *_RATES)
-    sizes = {name: parse_bytes(text, name) for name in names if (text := getattr(request, name)) is not None}
-    if "hbm" in sizes and machine.kind != "cuda":
+    given = ((name, getattr(request, name)) for name in _SIZES)
+    sizes = {_SIZES[name]: parse_bytes(text, name) for name, text in given if text is not None}
+    if "hbm_bytes" in sizes and machine.kind != "cuda":
         msg = f"`hbm`: {machine.device} has no memory of its own; `host_memory` says what its host has"
         raise PlanError(msg)
-    changes: dict[str, float] = {field: sizes[name] for name, field in _RATES.items() if name in sizes}
-    if "hbm" in sizes:
-        changes["hbm_bytes"] = sizes["hbm"]
-    if "host_memory" in sizes:
-        changes["host_memory_bytes"] = sizes["host_memory"] // machine.devices_per_host
-    return replace(machine, **changes)  # type: ignore[arg-type]  # sizes are integers
+    if "host_memory_bytes" in sizes:
+        sizes["host_memory_bytes"] //= machine.devices_per_host
+    return replace(machine, **sizes)  # type: ignore[arg-type]  # none is a name
 
 
-def _tables(request: PlanRequest, config: Config) -> list[Table]:
+def _tables(request: PlanRequest, config: Config, dataset: Dataset | None) -> list[Table]:
     """The tables that are asked for, with one of dimension D for each feature but where a run has other ones."""
     dim = config.model.embedding_dim
     given = [name for name in ("dataset", "run", "tables") if getattr(request, name) is not None]
@@ -190,9 +190,8 @@ def _tables(request: PlanRequest, config: Config) -> list[Table]:
             f"({', '.join(PRESETS)}, or a CSV or JSON file of rows, dim, pooling_factor)"
         )
         raise PlanError(msg)
-    if request.dataset is not None:
-        whole = config.model.with_features({})
-        tables = tables_of_model(whole, Dataset.open(request.dataset).num_embeddings)
+    if dataset is not None:
+        tables = tables_of_model(config.model.with_features({}), dataset.num_embeddings)
     elif request.run is not None:
         tables = [
             Table(name, placed["rows"], placed["dim"], placed["pooling_factor"])

@@ -154,128 +154,54 @@ def host_memory_bytes() -> int:
     return physical_bytes if limit == "max" else min(physical_bytes, int(limit))
 
 
-# Of each kind of device the usual machine: a host of them.
-_A100 = Machine(
-    device="a100-40gb",
-    hbm_bytes=40 * 10**9,
-    host_memory_bytes=128 * 10**9,
-    memory_bytes_per_s=1555e9,
-    host_link_bytes_per_s=32e9,
-    intra_host_bytes_per_s=300e9,
-    inter_host_bytes_per_s=25e9,
-    float32_flops_per_s=19.5e12,
-    bfloat16_flops_per_s=312e12,
-    source="NVIDIA A100 SXM4 40GB datasheet; DGX A100: PCIe 4 x16, NVLink 3, HDR InfiniBand 200 Gb/s a GPU",
+# Of each GPU, in a usual host of eight. Those without NVLink have no usual one: theirs are hosts that AWS rents.
+_COLUMNS = (
+    *("hbm_bytes", "host_memory_bytes", "memory_bytes_per_s", "host_link_bytes_per_s"),
+    *("intra_host_bytes_per_s", "inter_host_bytes_per_s", "float32_flops_per_s", "bfloat16_flops_per_s"),
 )
-_H100 = Machine(
-    device="h100-80gb",
-    hbm_bytes=80 * 10**9,
-    host_memory_bytes=256 * 10**9,
-    memory_bytes_per_s=3350e9,
-    host_link_bytes_per_s=64e9,
-    intra_host_bytes_per_s=450e9,
-    inter_host_bytes_per_s=50e9,
-    float32_flops_per_s=67e12,
-    bfloat16_flops_per_s=989e12,
-    source="NVIDIA H100 SXM5 datasheet; DGX H100: PCIe 5 x16, NVLink 4, NDR InfiniBand 400 Gb/s a GPU",
+_GPUS = {
+    "a100-40gb": (40 * 10**9, 128 * 10**9, 1555e9, 32e9, 300e9, 25e9, 19.5e12, 312e12),
+    "a100-80gb": (80 * 10**9, 256 * 10**9, 2039e9, 32e9, 300e9, 25e9, 19.5e12, 312e12),
+    "h100-80gb": (80 * 10**9, 256 * 10**9, 3350e9, 64e9, 450e9, 50e9, 67e12, 989e12),
+    "h200": (141 * 10**9, 256 * 10**9, 4800e9, 64e9, 450e9, 50e9, 67e12, 989e12),
+    "b200": (180 * 10**9, 256 * 10**9, 8000e9, 64e9, 900e9, 50e9, 75e12, 2250e12),
+    "h20": (96 * 10**9, 256 * 10**9, 4000e9, 64e9, 450e9, 50e9, 44e12, 148e12),
+    "l40s": (48 * 10**9, 192 * 2**30, 864e9, 32e9, 32e9, 6.25e9, 91.6e12, 362e12),
+    "rtx-6000-ada": (48 * 10**9, 192 * 2**30, 960e9, 32e9, 32e9, 6.25e9, 91.1e12, 364e12),
+    "a10": (24 * 10**9, 96 * 2**30, 600e9, 32e9, 32e9, 1.5625e9, 31.2e12, 125e12),
+    "l4": (24 * 10**9, 96 * 2**30, 300e9, 32e9, 32e9, 1.5625e9, 30.3e12, 121e12),
+}
+_SOURCES = {
+    "a100-40gb": "NVIDIA A100 SXM4 40GB datasheet; DGX A100: PCIe 4 x16, NVLink 3, HDR InfiniBand 200 Gb/s a GPU",
+    "a100-80gb": "NVIDIA A100 SXM4 80GB datasheet; DGX A100: PCIe 4 x16, NVLink 3, HDR InfiniBand 200 Gb/s a GPU",
+    "h100-80gb": "NVIDIA H100 SXM5 datasheet; DGX H100: PCIe 5 x16, NVLink 4, NDR InfiniBand 400 Gb/s a GPU",
+    "h200": "NVIDIA H200 SXM datasheet; DGX H200: PCIe 5 x16, NVLink 4, NDR InfiniBand 400 Gb/s a GPU",
+    "b200": "NVIDIA DGX B200 datasheet: 1,440 GB and 64 TB/s over 8 GPUs, NVLink 5, 400 Gb/s a GPU",
+    "h20": "NVIDIA HGX H20 datasheet: PCIe 5 x16, NVLink 4; 400 Gb/s a GPU as in DGX H100",
+    "l40s": "NVIDIA L40S datasheet: PCIe 4 x16; AWS g6e.48xlarge: 400 Gb/s for 8 GPUs",
+    "rtx-6000-ada": "NVIDIA RTX 6000 Ada Generation datasheet: PCIe 4 x16; the host of an L40S",
+    "a10": "NVIDIA A10 datasheet: PCIe 4 x16; AWS g5.48xlarge: 100 Gb/s for 8 A10G",
+    "l4": "NVIDIA L4 datasheet: PCIe 4 x16; AWS g6.48xlarge: 100 Gb/s for 8 GPUs",
+}
+_CPU = Machine(
+    device="cpu",
+    kind="cpu",
+    num_devices=1,
+    hbm_bytes=0,
+    host_memory_bytes=0,  # that of the host that plans
+    memory_bytes_per_s=204.8e9,
+    host_link_bytes_per_s=204.8e9,
+    intra_host_bytes_per_s=10e9,
+    inter_host_bytes_per_s=3.125e9,
+    float32_flops_per_s=2.6e12,
+    bfloat16_flops_per_s=2.6e12,
+    source="one socket of a server: 8 channels of DDR4-3200, 32 cores with AVX2 and without a unit for bfloat16 at "
+    "2.5 GHz, 25 Gb/s Ethernet; memory is that of this machine when not given",
 )
-# What follows has neither NVLink nor a usual machine: hosts are those that AWS rents, with 8 GPUs.
-_L40S = Machine(
-    device="l40s",
-    hbm_bytes=48 * 10**9,
-    host_memory_bytes=192 * 2**30,
-    memory_bytes_per_s=864e9,
-    host_link_bytes_per_s=32e9,
-    intra_host_bytes_per_s=32e9,
-    inter_host_bytes_per_s=6.25e9,
-    float32_flops_per_s=91.6e12,
-    bfloat16_flops_per_s=362e12,
-    source="NVIDIA L40S datasheet: PCIe 4 x16; AWS g6e.48xlarge: 400 Gb/s for 8 GPUs",
-)
-_L4 = replace(
-    _L40S,
-    device="l4",
-    hbm_bytes=24 * 10**9,
-    host_memory_bytes=96 * 2**30,
-    memory_bytes_per_s=300e9,
-    inter_host_bytes_per_s=1.5625e9,
-    float32_flops_per_s=30.3e12,
-    bfloat16_flops_per_s=121e12,
-    source="NVIDIA L4 datasheet: PCIe 4 x16; AWS g6.48xlarge: 100 Gb/s for 8 GPUs",
-)
-_DEVICES = (
-    _A100,
-    replace(
-        _A100,
-        device="a100-80gb",
-        hbm_bytes=80 * 10**9,
-        host_memory_bytes=256 * 10**9,
-        memory_bytes_per_s=2039e9,
-        source="NVIDIA A100 SXM4 80GB datasheet; DGX A100: PCIe 4 x16, NVLink 3, HDR InfiniBand 200 Gb/s a GPU",
-    ),
-    _H100,
-    replace(
-        _H100,
-        device="h200",
-        hbm_bytes=141 * 10**9,
-        memory_bytes_per_s=4800e9,
-        source="NVIDIA H200 SXM datasheet; DGX H200: PCIe 5 x16, NVLink 4, NDR InfiniBand 400 Gb/s a GPU",
-    ),
-    replace(
-        _H100,
-        device="b200",
-        hbm_bytes=180 * 10**9,
-        memory_bytes_per_s=8000e9,
-        intra_host_bytes_per_s=900e9,
-        float32_flops_per_s=75e12,
-        bfloat16_flops_per_s=2250e12,
-        source="NVIDIA DGX B200 datasheet: 1,440 GB and 64 TB/s over 8 GPUs, NVLink 5, 400 Gb/s a GPU",
-    ),
-    replace(
-        _H100,
-        device="h20",
-        hbm_bytes=96 * 10**9,
-        memory_bytes_per_s=4000e9,
-        float32_flops_per_s=44e12,
-        bfloat16_flops_per_s=148e12,
-        source="NVIDIA HGX H20 datasheet: PCIe 5 x16, NVLink 4; 400 Gb/s a GPU as in DGX H100",
-    ),
-    _L40S,
-    replace(
-        _L40S,
-        device="rtx-6000-ada",
-        memory_bytes_per_s=960e9,
-        float32_flops_per_s=91.1e12,
-        bfloat16_flops_per_s=364e12,
-        source="NVIDIA RTX 6000 Ada Generation datasheet: PCIe 4 x16; the host of an L40S",
-    ),
-    replace(
-        _L4,
-        device="a10",
-        memory_bytes_per_s=600e9,
-        float32_flops_per_s=31.2e12,
-        bfloat16_flops_per_s=125e12,
-        source="NVIDIA A10 datasheet: PCIe 4 x16; AWS g5.48xlarge: 100 Gb/s for 8 A10G",
-    ),
-    _L4,
-    Machine(
-        device="cpu",
-        kind="cpu",
-        hbm_bytes=0,
-        host_memory_bytes=0,  # that of the host that plans
-        memory_bytes_per_s=204.8e9,
-        host_link_bytes_per_s=204.8e9,
-        intra_host_bytes_per_s=10e9,
-        inter_host_bytes_per_s=3.125e9,
-        float32_flops_per_s=2.6e12,
-        bfloat16_flops_per_s=2.6e12,
-        num_devices=1,
-        source="one socket of a server: 8 channels of DDR4-3200, 32 cores with AVX2 and without a unit for bfloat16 at "
-        "2.5 GHz, 25 Gb/s Ethernet; "
-        "memory is that of this machine when not given",
-    ),
-)
-DEVICES: Mapping[str, Machine] = {machine.device: machine for machine in _DEVICES}
+DEVICES: Mapping[str, Machine] = {
+    name: Machine(device=name, source=_SOURCES[name], **dict(zip(_COLUMNS, values, strict=True)))  # type: ignore[arg-type]
+    for name, values in _GPUS.items()
+} | {"cpu": _CPU}
 
 
 _WITHOUT_KERNELS = {"v100": "7.0", "t4": "7.5"}
@@ -313,7 +239,6 @@ def device_of_gpu(gpu_name: str, memory_bytes: int) -> Machine:
         is_size = model == device.device or abs(device.hbm_bytes / memory_bytes - 1) < 0.2
         if is_size and words.issuperset(model.split("-")):
             return device
-    source = (
-        f"rates of this GPU are not known; assumed are those of {_L4.device}, the slowest that is listed: {_L4.source}"
-    )
-    return replace(_L4, device=gpu_name, hbm_bytes=memory_bytes, source=source)
+    slowest = DEVICES["l4"]
+    source = f"rates of this GPU are not known; assumed are those of l4, the slowest that is listed: {slowest.source}"
+    return replace(slowest, device=gpu_name, hbm_bytes=memory_bytes, source=source)

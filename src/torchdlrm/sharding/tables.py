@@ -54,17 +54,9 @@ class Table:
     dim: int
     pooling_factor: float = 1.0
 
-    def weight_bytes(self, precision: Precision) -> int:
-        """Bytes of all embeddings."""
-        return self.rows * self.dim * BYTES_PER_VALUE[precision]
-
-    def state_bytes(self, optimizer: TableOptimizer) -> int:
-        """Bytes of the optimizer's state while the table is not cut by columns."""
-        return state_bytes(self.rows, self.dim, optimizer)
-
     def size_bytes(self, precision: Precision, optimizer: TableOptimizer) -> int:
-        """Bytes of weights and state together."""
-        return self.weight_bytes(precision) + self.state_bytes(optimizer)
+        """Bytes of the weights, and of the optimizer's state while the table is not cut by columns."""
+        return self.rows * self.dim * BYTES_PER_VALUE[precision] + state_bytes(self.rows, self.dim, optimizer)
 
 
 def state_bytes(rows: int, columns: int, optimizer: TableOptimizer) -> int:

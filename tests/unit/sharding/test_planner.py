@@ -105,13 +105,6 @@ def test_26_tables_of_40_million_rows_fit_on_8_gpus_unless_the_optimizer_doubles
         assert solution.found.search_s < 5
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
-def test_the_state_of_the_optimizer_takes_memory(optimizer):
-    tables = preset_tables("criteo-1tb-40m", 128)
-    solution = solve(problem(tables, devices=32, optimizer=optimizer))
-    assert solution.total.state_bytes == {"adagrad": 1, "adam": 2}[optimizer] * solution.total.weight_bytes
-
-
 def default_search(asked):
     """TorchRec's planner as it comes, with its default proposers and partitioner, on the same kinds of sharding."""
     planner = EmbeddingShardingPlanner(

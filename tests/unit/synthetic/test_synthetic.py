@@ -252,12 +252,6 @@ def test_progress_counts_every_row(tmp_path):
     assert (listener.total, listener.done) == (NUM_ROWS, NUM_ROWS)
 
 
-def test_a_path_that_cannot_be_written_is_named(tmp_path):
-    path = tmp_path / "missing" / "log.tsv"
-    with pytest.raises(LogError, match=r"missing/log\.tsv: cannot be written \(No such file or directory\); choose"):
-        synthesize(path, rows=10)
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
