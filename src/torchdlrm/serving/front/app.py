@@ -1,39 +1,44 @@
-"""Defines the routes of the HTTP server.
+"""Answers HTTP requests: who may ask, how many at a time, the routes, metrics, the log.
 
-In: a `Service`.  Out: an ASGI app.  Bodies are read by hand, within limits, and parsed by orjson: a model of every row,
-checked cell by cell in Python, would take longer than predicting it.  What the routes take and answer is
-described in `openapi.py`.
+In: a `Service`.  Out: an ASGI app.  Refusing costs next to nothing here: before routing, and before the body is read,
+so that a server with too much to do can say so to every client that it cannot answer.  Bodies are read by hand, within
+limits, and parsed by orjson: a model of every row, checked cell by cell in Python, would take longer than predicting
+it.  What the routes take and answer is described in `openapi.py`.
 """
 
+import logging
+import time
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 import orjson
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from torchdlrm import __version__
 from torchdlrm.errors import TorchDLRMError, shown
 from torchdlrm.prediction.predictor import Predictor, Rows
+from torchdlrm.serving.front.access import AllowedHosts, ApiKeys
 from torchdlrm.serving.front.bodies import off_loop_if_large, read_body
-from torchdlrm.serving.front.exchange import IS_GONE
+from torchdlrm.serving.front.exchange import ARRIVED, IS_GONE
 from torchdlrm.serving.front.open_inference.columns import model_metadata
 from torchdlrm.serving.front.open_inference.http import EXTENSIONS, HEADER_LENGTH, format_infer, parse_infer
 from torchdlrm.serving.front.openapi import document
-from torchdlrm.serving.front.request_middleware import REQUEST_ID, RequestMiddleware, refusal
 from torchdlrm.serving.front.rows import describe, read_rows
 from torchdlrm.serving.page.routes import page_routes
 from torchdlrm.serving.service.batcher import Answer, PredictionRequest
 from torchdlrm.serving.service.bundles import identity_of
 from torchdlrm.serving.service.metrics import CONTENT_TYPE
-from torchdlrm.serving.service.refusals import RefusedRequest
+from torchdlrm.serving.service.refusals import RefusedRequest, overloaded
 from torchdlrm.serving.service.service import Service
 
+_REQUEST_ID: Final = "torchdlrm.request_id"  # in a request's scope
 
-def build_app(service: Service) -> RequestMiddleware:
+
+def build_app(service: Service) -> ASGIApp:
     """Build the app that answers over HTTP."""
     answers = _Answers(service)
     routes = [
@@ -52,31 +57,88 @@ def build_app(service: Service) -> RequestMiddleware:
             Route(f"{model}/ready", answers.model_ready),
             Route(f"{model}/infer", answers.infer, methods=["POST"]),
         ]
-    app = Starlette(
-        routes=[*routes, *page_routes()],
-        exception_handlers={RefusedRequest: _refused, HTTPException: _http_error, Exception: _failed},
-    )
-    app.router.redirect_slashes = False
-    return RequestMiddleware(app, service)
+    return RequestMiddleware(Router([*routes, *page_routes()], redirect_slashes=False), service)
 
 
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RefusedRequest)
-    return refusal(error)
+class RequestMiddleware:
+    """An ASGI app in front of another, which refuses, counts and logs requests."""
 
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+        self._num_under_way = 0
+        options = service.options
+        self._keys = ApiKeys(options.api_keys)
+        self._hosts = None if self._keys else AllowedHosts(options.host, options.allowed_hosts)
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    headers, message, path = dict(error.headers or {}), error.detail, shown(request.scope["path"])
-    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        message = f"{path} takes {headers['Allow']}, not {request.method}; GET /openapi.json describes how"
-    elif error.status_code == HTTPStatus.NOT_FOUND:
-        message = f"{path}: there is nothing here; GET /openapi.json describes what there is, POST /predict predicts"
-    return _json({"error": message}, error.status_code, headers)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_s = scope.setdefault(ARRIVED, time.perf_counter())
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        request_id = self._service.request_id(headers.get(b"x-request-id", b""))
+        scope[_REQUEST_ID] = request_id
+        scope["app"] = self  # for it the router raises what it cannot route
+        status = 0
 
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if self._service.is_draining:
+                    message["headers"].append((b"connection", b"close"))
+            await send(message)
 
-async def _failed(_: Request, __: Exception) -> Response:
-    return _json({"error": "the server failed; its log says why"}, HTTPStatus.INTERNAL_SERVER_ERROR)
+        self._num_under_way += 1
+        try:
+            self._check(scope["method"], scope["path"], headers)
+            await self._app(scope, receive, note)
+        except (RefusedRequest, HTTPException) as error:
+            refusal = _refusal(error, scope["method"], scope["path"])
+            await refusal(scope, receive, note)
+        except Exception:
+            if not status:
+                failed = _json({"error": "the server failed; its log says why"}, HTTPStatus.INTERNAL_SERVER_ERROR)
+                await failed(scope, receive, note)
+            raise
+        finally:
+            self._num_under_way -= 1
+            self._note_end(scope, status, time.perf_counter() - started_s, request_id)
+
+    def _check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
+        """Refuse a request that its client may not make, or that is one too many."""
+        if self._is_health(path):
+            return
+        is_open = path == "/" or path.startswith("/page/")
+        if self._hosts is not None:
+            msg = self._hosts.refusal(method, headers, is_for_all=is_open)
+            if msg is not None:
+                raise RefusedRequest(HTTPStatus.FORBIDDEN, msg)
+        limit = self._service.options.max_concurrent_requests
+        if self._num_under_way - self._service.uploads.num_bodies > limit:
+            msg = f"{limit:,} requests are being answered, and no more are taken meanwhile; try again later"
+            raise overloaded(msg)
+        if not (is_open or self._keys.accept(headers)):
+            msg = "this needs an API key; send the header 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+            raise RefusedRequest(HTTPStatus.UNAUTHORIZED, msg)
+
+    def _is_health(self, path: str) -> bool:
+        """Tell whether a path asks for health alone, which needs no key and is answered however much there is to do."""
+        if path.startswith("/v2/health/"):
+            return True
+        model = f"/v2/models/{self._service.name}"
+        return path in {f"{model}/ready", f"{model}/versions/{self._service.bundles.current.version}/ready"}
+
+    def _note_end(self, scope: Scope, status: int, total_s: float, request_id: str) -> None:
+        method, path, client = scope["method"], scope["path"], scope["client"][0] if scope.get("client") else None
+        level = logging.ERROR if status == HTTPStatus.INTERNAL_SERVER_ERROR else logging.INFO
+        if self._is_health(path):
+            level = logging.DEBUG
+        route = getattr(scope.get("route"), "path", "none")
+        fields = {"request_id": request_id, "method": method, "path": path, "client": client}
+        self._service.request_done(level, route, status, total_s, **fields)
 
 
 class _Answers:
@@ -162,7 +224,7 @@ class _Answers:
         timeout_us: int | None = None,
     ) -> Answer:
         is_gone = request.scope.get(IS_GONE, lambda: False)
-        request_id = request.scope[REQUEST_ID]
+        request_id = request.scope[_REQUEST_ID]
         return await self._service.predict(
             PredictionRequest(served, rows, num_bytes, request_id, started_s, is_gone, timeout_us)
         )
@@ -175,5 +237,22 @@ def _state(is_so: bool, what: str) -> Response:  # noqa: FBT001 - it is the valu
 
 
 def _json(content: Any, status: int = HTTPStatus.OK, headers: dict[str, str] | None = None) -> Response:
+    """Make an answer in JSON."""
     body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(body, status, headers, media_type="application/json")
+
+
+def _refusal(error: RefusedRequest | HTTPException, method: str, path: str) -> Response:
+    """Make the answer to a request that is refused, or for which there is no route."""
+    if isinstance(error, HTTPException):
+        message, headers = error.detail, dict(error.headers or {})
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            message = f"{shown(path)} takes {headers['Allow']}, not {method}; GET /openapi.json describes how"
+        elif error.status_code == HTTPStatus.NOT_FOUND:
+            there_is = "GET /openapi.json describes what there is, POST /predict predicts"
+            message = f"{shown(path)}: there is nothing here; {there_is}"
+        return _json({"error": message}, error.status_code, headers)
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    return _json({"error": error.message}, error.status, headers)

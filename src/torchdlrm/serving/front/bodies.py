@@ -6,7 +6,6 @@ In: a request whose body is still coming.  Out: its bytes, then what they say.
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -36,19 +35,20 @@ async def read_body(request: Request, options: ServeOptions, uploads: Uploads) -
     Raises:
         RefusedRequest: it is too long, compressed or too slow, or its client has gone.
     """
-    started_s: float = request.scope.get(ARRIVED, time.perf_counter())
     if request.headers.get("content-encoding", "identity") != "identity":
         msg = "Content-Encoding: a compressed body is not taken; send it as it is"
         raise RefusedRequest(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, msg)
+    if request.scope.get(IS_COMPLETE):  # most are: no timer is set for them
+        body: bytes = (await request.receive())["body"]
+        _check_length(len(body), options)
+        return body, request.scope[ARRIVED]
     length = request.headers.get("content-length", "0")
     _check_length(int(length) if length.isdigit() else 0, options)
-    is_slow = not request.scope.get(IS_COMPLETE, True)
     pieces: list[bytes] = []
     size = 0
     try:
         async with asyncio.timeout(options.body_timeout_s) as timeout:
-            with ExitStack() as until_complete:
-                count = until_complete.enter_context(uploads.track(timeout)) if is_slow else None
+            with uploads.track(timeout) as count:
                 has_more = True
                 while has_more:
                     message = await request.receive()
@@ -58,13 +58,11 @@ async def read_body(request: Request, options: ServeOptions, uploads: Uploads) -
                     size += len(pieces[-1])
                     _check_length(size, options)
                     has_more = message.get("more_body", False)
-                    if has_more and count is not None:
+                    if has_more:
                         count(len(pieces[-1]))
     except TimeoutError as error:
         raise too_slow(options.body_timeout_s) from error
-    if is_slow or len(pieces) > 1:
-        started_s = time.perf_counter()
-    return b"".join(pieces), started_s
+    return b"".join(pieces), time.perf_counter()
 
 
 def _check_length(num_bytes: int, options: ServeOptions) -> None:
