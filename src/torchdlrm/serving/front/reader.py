@@ -3,9 +3,9 @@
 In: bytes as they arrive.  Out: heads, pieces of bodies and ends of requests.  What comes behind a request stays bytes
 until the request's end was asked for: nothing is done ahead for a client that sends many requests at once.
 
-h11 parses heads, chunks and trailers; a body of a given length is only counted, for that takes a third of the time.
-So a body ends where `Content-Length` or `Transfer-Encoding: chunked` says, whichever other protocol is offered; headers
-and trailers have a limit, and trailers are dropped.  `_check` refuses what h11 takes beyond that.
+h11 parses heads, chunks and trailers; a body whose length is given is counted here, which saves a quarter of what h11
+takes.  A body ends where `Content-Length` or `Transfer-Encoding: chunked` says, whichever other protocol is offered;
+headers and trailers have a limit, and trailers are dropped.  `_check` refuses what h11 takes beyond that.
 """
 
 import re
