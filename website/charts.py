@@ -24,7 +24,13 @@ def bars(title: str, unit: str, rows: Sequence[tuple[str, float]], note: str) ->
     for place, (name, value) in enumerate(rows):
         y = 58 + 42 * place
         d.text(0, y, name)
-        d.rectangle(0, y + 6, max(2, (WIDTH - 76) * value / longest), 15, colour=SERIES[0 if place == 0 else 1])
+        d.rectangle(
+            0,
+            y + 6,
+            max(2, (WIDTH - 76) * value / longest),
+            15,
+            colour=SERIES[0 if name.startswith(("torchdlrm", "dlrm")) else 1],
+        )
         d.text((WIDTH - 76) * value / longest + 7, y + 18, _shown(value), "title")
     d.text(0, 64 + 42 * len(rows) - 4, note, "small")
     return d.svg
@@ -71,6 +77,46 @@ def live() -> str:
     return curves("AUC of each day, predicted before it was learnt", ("day", "AUC"), days, lines, _note("live"))
 
 
+def preprocess() -> str:
+    """Rows for a second of processor time, which other programs of a busy machine do not change much."""
+    data = measured("preprocess")["measured"]
+
+    upstream_rows = round(data["upstream_rows_per_s"] * min(turn["upstream"]["seconds"] for turn in data["rounds"]))
+
+    def rate(name: str, rows: int) -> float:
+        return rows / min(turn[name]["cpu_seconds"] for turn in data["rounds"])
+
+    rows = [
+        ("dlrm preprocess, the whole command", rate("dlrm", data["rows"])),
+        ("upstream's BinaryCriteoUtils", rate("upstream", upstream_rows)),
+    ]
+    return bars("From text to a dataset", "rows for each second of processor time", rows, _note("preprocess"))
+
+
+def step() -> str:
+    """Rows/s of a training step of the paper's model."""
+    data = measured("step")["measured"]
+    rows = [
+        ("torchdlrm", data["rows_per_s"]),
+        ("plain torch loop, float32", data["plain_torch_rows_per_s"]),
+        ("plain TorchRec, float32", data["torchrec_rows_per_s"]),
+    ]
+    title = f"A training step, batch of {data['batch_size_global']:,} rows"
+    return bars(title, f"rows/s; ours in {data['precision'].split()[0]}", rows, _note("step"))
+
+
+def predict() -> str:
+    """Rows/s of predictions of encoded rows."""
+    data = measured("predict")["measured"]["rows_per_s"]
+    rows = [
+        ("torchdlrm, int8 tables, bfloat16 products", data["served, int8 tables, bfloat16 products"]),
+        ("torchdlrm, float32", data["served, float32 tables, float32 products"]),
+        ("TorchRec, int8 (quantised)", data["TorchRec quantized, int8"]),
+        ("TorchRec, float32 (eager)", data["TorchRec eager, float32"]),
+    ]
+    return bars("Predictions of encoded rows, batches of 2,048", "rows/s", rows, _note("predict"))
+
+
 def measured(name: str) -> dict[str, Any]:
     """A file of docs/performance/: `command`, `processor`, `date`, and in `measured` what the benchmark wrote."""
     kept: dict[str, Any] = json.loads((_MEASURED / f"{name}.json").read_text())
@@ -100,4 +146,4 @@ def _apart(places: dict[str, float], least: float = 16) -> dict[str, float]:
     return moved
 
 
-CHARTS: dict[str, Callable[[], str]] = {"live": live}
+CHARTS: dict[str, Callable[[], str]] = {"live": live, "preprocess": preprocess, "step": step, "predict": predict}

@@ -7,12 +7,12 @@ from website.drawing import Drawing
 
 def data_flow() -> str:
     """From a raw log to predictions."""
-    d = Drawing(492, "From a raw log to predictions: log, dataset, run, bundle, probabilities")
-    left, wide = 110, 190
+    d = Drawing(506, "From a raw log to predictions: log, dataset, run, bundle, probabilities")
+    left, wide = 108, 196
     middle = left + wide / 2
     y = d.box(left, 8, wide, ["raw log", "text, JSON Lines, Parquet, ORC"])
     d.arrow((middle, y), (middle, y + 46), label="dlrm preprocess")
-    d.box(330, 24, 102, ["schema"])
+    d.box(332, 24, 102, ["schema"])
     d.arrow((381, 55), (381, y + 26), (middle + 112, y + 26))
     top = y + 46
     y = d.box(left, top, wide, ["dataset", "ids and numbers in Parquet,", "vocabularies, transforms"], "mark")
@@ -30,8 +30,8 @@ def data_flow() -> str:
     y = d.box(left, bundle, wide, ["bundle", "tables, arches, vocabularies,", "transforms, checksums"], "mark")
     d.arrow((left, top + 42), (96, top + 42), (96, bundle + 24), (left, bundle + 24))
     d.text(88, (run + bundle) / 2 + 26, "the same", "small", "end")
-    d.text(88, (run + bundle) / 2 + 41, "vocabularies", "small", "end")
-    d.text(88, (run + bundle) / 2 + 56, "and transforms", "small", "end")
+    d.text(88, (run + bundle) / 2 + 41, "vocabularies,", "small", "end")
+    d.text(88, (run + bundle) / 2 + 56, "transforms", "small", "end")
     d.arrow((middle - 50, y), (middle - 50, y + 46), label="dlrm predict", anchor="end")
     d.arrow((middle + 50, y), (middle + 50, y + 46), label="dlrm serve")
     d.box(24, y + 46, 180, ["scores in a file", "a row for each row read"])
@@ -52,7 +52,7 @@ def sharding() -> str:
     for half, x in zip(("rows 0 to n/2", "rows n/2 to n"), (18, 252), strict=True):
         d.box(x, 202, 170, ["a large table", f"{half} (row-wise)"], "mark")
     for x in (18, 252):
-        d.box(x, 312, 170, ["interaction, over arch", "a copy on each rank"])
+        d.box(x, 312, 170, ["dense, over arch", "a copy on each rank"])
         d.box(x, 404, 170, ["loss, gradients"])
         d.arrow((x + 85, 88), (x + 85, 148))
         d.arrow((x + 85, 250), (x + 85, 312))

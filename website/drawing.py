@@ -23,7 +23,7 @@ STYLE = f"""<style>
 svg.drawing {{{_LIGHT}}}
 @media (prefers-color-scheme: dark) {{svg.drawing {{{_DARK}}}}}
 svg.drawing text {{font: 14px system-ui, sans-serif; fill: var(--ink)}}
-svg.drawing text.small {{font-size: 12.5px; fill: var(--soft)}}
+svg.drawing text.small {{font-size: 12px; fill: var(--soft)}}
 svg.drawing text.title {{font-weight: 600}}
 svg.drawing .box {{fill: var(--fill); stroke: var(--soft); stroke-width: 1}}
 svg.drawing .mark {{fill: var(--mark); stroke: var(--s1)}}
