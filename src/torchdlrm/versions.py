@@ -97,7 +97,8 @@ def find_misfit(versions: Mapping[str, str | None]) -> Misfit | None:
         return Misfit(
             "fbgemm-gpu and fbgemm-gpu-cpu are both installed: they have the same files, and one lies over the other",
             f"pip uninstall --yes fbgemm-gpu fbgemm-gpu-cpu && {how_to_predict(torch)} "
-            "(or fbgemm-gpu, where there is a GPU); each build needs a venv of its own",
+            "(or fbgemm-gpu, where there is a GPU); each build needs a venv of its own "
+            "(docs/faq.md#two-builds-of-fbgemm)",
             is_fatal=True,
         )
     if torch is None or not builds:

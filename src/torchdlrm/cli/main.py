@@ -161,7 +161,8 @@ def _end(exit_code: int, kind: str, message: str) -> NoReturn:
 
 
 _WHY_FBGEMM_FAILS = (
-    "dlrm doctor shows which packages are here and whether they fit together; make install in a new venv"
+    "dlrm doctor shows which packages are here and whether they fit together; make install in a new venv "
+    "(docs/faq.md#fbgemm-does-not-load)"
 )
 # A full or failing disk is not the user's input; a path that is missing, read-only or too long is.
 _OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPIPE}

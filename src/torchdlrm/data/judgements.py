@@ -82,7 +82,7 @@ def unknown_values(dataset: Dataset, split: SplitName) -> str:
     if not found:
         return ""
     is_random = dataset.schema.split.rule == "random"
-    remedy = "a live model (dlrm advance) learns new values as they come"
+    remedy = "a live model (dlrm advance) learns new values as they come (docs/faq.md#unknown-ids)"
     if not is_random:
         remedy += ', and [split] rule = "random" in the schema judges on values that train has seen'
     return f"{_names(found)}: most values in {split} are new, and what was learnt of others cannot help; {remedy}"

@@ -146,5 +146,6 @@ def _does_not_fit(problem: Problem) -> str:
         f"largest, {largest}, {show_bytes(sizes[largest])}\n"
         "dlrm plan shows what is missing and what would make it fit: more ranks, fewer rows (`min_count` "
         "and `max_embeddings` of dlrm preprocess), a smaller model.embedding_dim, another table_optimizer.name; "
-        "sharding.host_memory_bytes and sharding.hbm_bytes say what each rank may use"
+        "sharding.host_memory_bytes and sharding.hbm_bytes say what each rank may use "
+        "(docs/faq.md#tables-do-not-fit)"
     )

@@ -334,10 +334,10 @@ def _why_it_failed(error: ChildFailedError, error_folder: Path, processes: Proce
 # What most often sends them.
 _SENDERS = {
     signal.SIGKILL: "Linux does so to a process when memory runs out, and dmesg then says so; fewer processes on a "
-    "machine, smaller batches and checkpoint.asynchronous = false need less",
+    "machine, smaller batches and checkpoint.asynchronous = false need less (docs/faq.md#out-of-memory)",
     signal.SIGABRT: "NCCL does so on GPUs when another process has not answered for train.timeout_s, and other "
     "libraries where a check of theirs has failed; they write why above",
-    signal.SIGBUS: "Linux does so when there is no room for shared memory in /dev/shm",
+    signal.SIGBUS: "Linux does so when there is no room for shared memory in /dev/shm (docs/faq.md#no-room-in-devshm)",
 }
 
 

@@ -43,7 +43,7 @@ def describe_shortage(error: BaseException, device: torch.device) -> str:
         f"{wanted}; it has held up to {show_bytes(held_bytes)}, and this machine has {show_bytes(host_memory_bytes())} "
         "for all processes. Start fewer of them on a machine, save without a copy of the tables "
         "(checkpoint.asynchronous = false), or take smaller batches (train.batch_size_global, "
-        "validation.batch_size_global)"
+        "validation.batch_size_global); docs/faq.md#out-of-memory"
     )
 
 
