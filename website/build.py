@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -133,8 +134,7 @@ def _drawn(path: Path, words: str) -> str:
     if "<script" in picture or not picture.startswith("<svg"):
         msg = f"{path}: not a picture of ours"
         raise ValueError(msg)
-    caption = f"<figcaption>{words}</figcaption>" if words else ""
-    return f'<figure class="drawn"><div tabindex="0">{picture}</div>{caption}</figure>'
+    return f'<figure class="drawn" aria-label="{escape(words)}"><div tabindex="0">{picture}</div></figure>'
 
 
 if __name__ == "__main__":
