@@ -89,7 +89,7 @@ def measure(dataset: Dataset, config: Config, nproc: int, rounds: int) -> dict[s
         "rows_per_s": turns.rate("ours", num_rows),
         "torchrec_rows_per_s": turns.rate("torchrec", num_rows),
         "ratio_to_torchrec": turns.ratio("torchrec", "ours"),
-        "loader_rows_per_s": loader.rows_per_s,
+        "loader_rows_per_s": loader["rows_per_s"],
         "precision": str(precision),
         "num_threads": turns.num_threads,
     }

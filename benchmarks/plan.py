@@ -125,7 +125,7 @@ def calibration(rounds: int) -> list[dict[str, Any]]:
                 before_ms = predicted_ms(config, num_embeddings, ranks)
                 result = benchmark_step(config, num_embeddings=num_embeddings, steps_per_round=5, rounds=1)
                 after_ms = predicted_ms(config, num_embeddings, ranks)
-                measured.append(1000 * config.train.batch_size_global / result.rows_per_s)
+                measured.append(1000 * config.train.batch_size_global / result["rows_per_s"])
                 ratios.append((before_ms + after_ms) / 2 / measured[-1])
             row = {"model": name, "measured_ms": statistics.median(measured), "ratio": statistics.median(ratios)}
             row["ratios"] = ratios

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from dataclasses import dataclass
+from typing import Any
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.loader.loader import Loader
@@ -10,28 +10,15 @@ from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.processes.library_noise import silenced_libraries
 
 
-@dataclass(frozen=True)
-class LoaderBenchmark:
-    """Rows per second of the loader, and what it read.
-
-    Attributes:
-        rows_per_s: median over rounds, of one rank that reads whole batches.
-        rows: of a round.
-        batch_size_global: rows of a batch.
-        rounds: how often the rows were read.
-    """
-
-    rows_per_s: float
-    rows: int
-    batch_size_global: int
-    rounds: int
-
-
 @silenced_libraries()
 def benchmark_loader(
     dataset: Dataset, *, batch_size_global: int, max_rows: int, rounds: int, progress: ProgressListener = SILENT
-) -> LoaderBenchmark:
+) -> dict[str, Any]:
     """Read the training split again and again, with the arguments of `dlrm bench loader`.
+
+    Returns:
+        `rows_per_s` (median over rounds, of one rank that reads whole batches), `rows` of a round, `batch_size_global`,
+        `rounds`.
 
     Raises:
         DatasetError: the dataset has no training rows, or is damaged.
@@ -46,4 +33,5 @@ def benchmark_loader(
         if turn > 0:  # the first brings the files into the page cache
             speeds_per_s.append(loader.rows / (time.perf_counter() - started_s))
         progress.advance(1)
-    return LoaderBenchmark(statistics.median(speeds_per_s), loader.rows, batch_size_global, rounds)
+    settings = {"batch_size_global": batch_size_global, "rounds": rounds}
+    return {"rows_per_s": statistics.median(speeds_per_s), "rows": loader.rows, **settings}

@@ -11,7 +11,6 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,29 +41,6 @@ _MIN_BATCHES = 2  # a batch of a large model takes a second
 _MIN_LOG_ROWS, _MAX_LOG_ROWS = 10_000, 100_000
 
 
-@dataclass(frozen=True)
-class PredictBenchmark:
-    """Medians over rounds, and what they were measured on.
-
-    Attributes:
-        rows_per_s: of each competitor.
-        ratio_to_eager: median of the rounds' ratios, of each competitor over TorchRec's eager model.
-        batch_rows: rows of a batch.
-        batches_per_round: of each competitor.
-        log_rows: rows of the log.
-        num_threads: of torch in each process.
-        rounds: how often each was measured.
-    """
-
-    rows_per_s: dict[str, float]
-    ratio_to_eager: dict[str, float]
-    batch_rows: int
-    batches_per_round: dict[str, int]
-    log_rows: int
-    num_threads: int
-    rounds: int
-
-
 def benchmark_predict(
     config: ModelConfig,
     *,
@@ -76,11 +52,22 @@ def benchmark_predict(
     log_rows: int | None = None,
     folder: Path | None = None,
     progress: ProgressListener = SILENT,
-) -> PredictBenchmark:
+) -> dict[str, Any]:
     """Measure predictions of a model with random weights: of random batches in memory, and of a random log.
 
     The arguments are those of `dlrm bench predict`; `folder` needs 6 bytes a weight and 270 a row of the log.  One
     round more is run than counts: the first warms up.
+
+    Returns:
+        Medians over rounds and what they were measured on, as `--json` prints it:
+
+        rows_per_s: of each competitor.
+        ratio_to_eager: median of the rounds' ratios, of each competitor over TorchRec's eager model.
+        batch_rows: rows of a batch.
+        batches_per_round: of each competitor.
+        log_rows: rows of the log.
+        num_threads: of torch in each process.
+        rounds: how often each was measured.
 
     Raises:
         ConfigError: TorchRec has no such model to compare with.
@@ -115,15 +102,15 @@ def benchmark_predict(
         competitors[FROM_LOG] = start(from_log_step, bundles["int8"], log)
         found = take_turns("bench predict", competitors, batches | {FROM_LOG: 1}, rounds, progress)
     rows = dict.fromkeys(batches, batch_rows) | {FROM_LOG: log_rows}
-    return PredictBenchmark(
-        rows_per_s={name: found.rate(name, number) for name, number in rows.items()},
-        ratio_to_eager={name: found.ratio(EAGER, name) * number / batch_rows for name, number in rows.items()},
-        batch_rows=batch_rows,
-        batches_per_round=batches,
-        log_rows=log_rows,
-        num_threads=len(os.sched_getaffinity(0)),
-        rounds=rounds,
-    )
+    return {
+        "rows_per_s": {name: found.rate(name, number) for name, number in rows.items()},
+        "ratio_to_eager": {name: found.ratio(EAGER, name) * number / batch_rows for name, number in rows.items()},
+        "batch_rows": batch_rows,
+        "batches_per_round": batches,
+        "log_rows": log_rows,
+        "num_threads": len(os.sched_getaffinity(0)),
+        "rounds": rounds,
+    }
 
 
 def served_step(_: Ranks, bundle_path: Path, batch_rows: int, dense_precision: DensePrecision) -> Step:

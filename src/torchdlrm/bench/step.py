@@ -15,8 +15,9 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,11 +41,25 @@ _MAX_PROFILED_STEPS = 200  # their operators are read one by one
 _WARM_UP_STEPS = 10
 
 
-@dataclass(frozen=True)
-class StepBenchmark:
-    """Rows per second (medians over rounds) and what they were measured on.
+def benchmark_step(
+    config: Config,
+    *,
+    num_embeddings: dict[str, int],
+    rounds: int,
+    steps_per_round: int | None = None,
+    nproc: int = 1,
+    num_busy: int = 0,
+    with_parts: bool = False,
+    model_class: str | None = None,
+    progress: ProgressListener = SILENT,
+) -> dict[str, Any]:
+    """Measure the training step on random batches that lie in memory, with the arguments of `dlrm bench step`.
 
-    Attributes:
+    One round more is run than counts: the first warms up.
+
+    Returns:
+        Rows per second (medians over rounds) and what they were measured on, as `--json` prints it:
+
         rows_per_s: ours.
         torchrec_rows_per_s: TorchRec's own class of the model, row-wise Adagrad, TrainPipelineSparseDist, float32.
         plain_torch_rows_per_s: a plain loop with one table in float32; None for several processes, another optimizer of
@@ -66,43 +81,6 @@ class StepBenchmark:
         num_busy_processes: that kept cores busy beside them.
         steps_per_round: by competitor.
         rounds: how often each was measured.
-    """
-
-    rows_per_s: float
-    torchrec_rows_per_s: float
-    plain_torch_rows_per_s: float | None
-    floor_rows_per_s: float
-    ratio_to_torchrec: float
-    ratio_to_plain_torch: float | None
-    ratio_to_floor_time: float
-    host_ms: float
-    parts_ms: dict[str, float] | None
-    batch_size_global: int
-    precision: str
-    processor: str
-    instructions: str
-    num_processes: int
-    num_threads: dict[str, int]
-    num_busy_processes: int
-    steps_per_round: dict[str, int]
-    rounds: int
-
-
-def benchmark_step(
-    config: Config,
-    *,
-    num_embeddings: dict[str, int],
-    rounds: int,
-    steps_per_round: int | None = None,
-    nproc: int = 1,
-    num_busy: int = 0,
-    with_parts: bool = False,
-    model_class: str | None = None,
-    progress: ProgressListener = SILENT,
-) -> StepBenchmark:
-    """Measure the training step on random batches that lie in memory, with the arguments of `dlrm bench step`.
-
-    One round more is run than counts: the first warms up.
     """
     choice = config.train.device
     device = rank_device(0, nproc, choice)
@@ -135,26 +113,26 @@ def benchmark_step(
             parts_ms = measure_parts(case, num_steps=min(found.steps["ours"], _MAX_PROFILED_STEPS), nproc=nproc)
             progress.advance(1)
     batch_rows, has_plain_loop = config.train.batch_size_global, "plain_torch" in found.seconds
-    return StepBenchmark(
-        rows_per_s=found.rate("ours", batch_rows),
-        torchrec_rows_per_s=found.rate("torchrec", batch_rows),
-        plain_torch_rows_per_s=found.rate("plain_torch", batch_rows) if has_plain_loop else None,
-        floor_rows_per_s=found.rate("floor", batch_rows),
-        ratio_to_torchrec=found.ratio("torchrec", "ours"),
-        ratio_to_plain_torch=found.ratio("plain_torch", "ours") if has_plain_loop else None,
-        ratio_to_floor_time=found.ratio("ours", "floor"),
-        host_ms=1000 / found.rate("host"),
-        parts_ms=parts_ms,
-        batch_size_global=batch_rows,
-        precision=str(precision),
-        processor=describe_processor(),
-        instructions=_instructions(precision.dtype),
-        num_processes=nproc,
-        num_threads=found.num_threads,
-        num_busy_processes=num_busy,
-        steps_per_round=found.steps,
-        rounds=rounds,
-    )
+    return {
+        "rows_per_s": found.rate("ours", batch_rows),
+        "torchrec_rows_per_s": found.rate("torchrec", batch_rows),
+        "plain_torch_rows_per_s": found.rate("plain_torch", batch_rows) if has_plain_loop else None,
+        "floor_rows_per_s": found.rate("floor", batch_rows),
+        "ratio_to_torchrec": found.ratio("torchrec", "ours"),
+        "ratio_to_plain_torch": found.ratio("plain_torch", "ours") if has_plain_loop else None,
+        "ratio_to_floor_time": found.ratio("ours", "floor"),
+        "host_ms": 1000 / found.rate("host"),
+        "parts_ms": parts_ms,
+        "batch_size_global": batch_rows,
+        "precision": str(precision),
+        "processor": describe_processor(),
+        "instructions": _instructions(precision.dtype),
+        "num_processes": nproc,
+        "num_threads": found.num_threads,
+        "num_busy_processes": num_busy,
+        "steps_per_round": found.steps,
+        "rounds": rounds,
+    }
 
 
 def measure_parts(case: Case, *, num_steps: int, nproc: int) -> dict[str, float]:

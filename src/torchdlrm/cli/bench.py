@@ -1,6 +1,5 @@
 """`dlrm bench`: hot paths on this machine, compared with what users have today and with their physical floor."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from cyclopts import App
@@ -58,40 +57,43 @@ def step(
             model_class=model_class,
             progress=progress,
         )
-    beside = f", beside {result.num_busy_processes} busy process(es)" if result.num_busy_processes else ""
-    title = f"training step, batch {result.batch_size_global:,}, {result.num_processes} process(es) each{beside}"
+    batch_rows = result["batch_size_global"]
+    beside = f", beside {result['num_busy_processes']} busy process(es)" if result["num_busy_processes"] else ""
+    title = f"training step, batch {batch_rows:,}, {result['num_processes']} process(es) each{beside}"
     competitors = {
-        "torchdlrm": ("ours", result.rows_per_s),
-        "plain TorchRec": ("torchrec", result.torchrec_rows_per_s),
-        "plain torch loop": ("plain_torch", result.plain_torch_rows_per_s),
-        "floor: matrix products alone": ("floor", result.floor_rows_per_s),
+        "torchdlrm": ("ours", result["rows_per_s"]),
+        "plain TorchRec": ("torchrec", result["torchrec_rows_per_s"]),
+        "plain torch loop": ("plain_torch", result["plain_torch_rows_per_s"]),
+        "floor: matrix products alone": ("floor", result["floor_rows_per_s"]),
     }
     rows = [
         {
             "": name,
             "rows/s": f"{rows_per_s:,.0f}",
-            "ms a step": f"{1000 * result.batch_size_global / rows_per_s:.2f}",
-            "threads": str(result.num_threads[key]),
-            "steps a round": str(result.steps_per_round[key]),
+            "ms a step": f"{1000 * batch_rows / rows_per_s:.2f}",
+            "threads": str(result["num_threads"][key]),
+            "steps a round": str(result["steps_per_round"][key]),
         }
         for name, (key, rows_per_s) in competitors.items()
         if rows_per_s is not None
     ]
     print_table(title, rows)
-    say(f"processor: {result.processor}")
-    say(f"used of it: {result.instructions}")
-    say(f"precision of ours and of the floor: {result.precision}; of the others: float32")
-    loop = result.ratio_to_plain_torch
+    say(f"processor: {result['processor']}")
+    say(f"used of it: {result['instructions']}")
+    say(f"precision of ours and of the floor: {result['precision']}; of the others: float32")
+    loop = result["ratio_to_plain_torch"]
     say(
-        f"{result.ratio_to_torchrec:.2f} times plain TorchRec; "
+        f"{result['ratio_to_torchrec']:.2f} times plain TorchRec; "
         + (f"{loop:.2f} times the plain torch loop; " if loop is not None else "")
-        + f"{result.ratio_to_floor_time:.2f} times the floor's time"
+        + f"{result['ratio_to_floor_time']:.2f} times the floor's time"
     )
-    say(f"host: {result.host_ms:.2f} ms a step, whatever its rows")
-    if result.parts_ms is not None:
-        print_table("a step of ours by part", [{"": part, "ms": f"{ms:.3f}"} for part, ms in result.parts_ms.items()])
+    say(f"host: {result['host_ms']:.2f} ms a step, whatever its rows")
+    if result["parts_ms"] is not None:
+        print_table(
+            "a step of ours by part", [{"": part, "ms": f"{ms:.3f}"} for part, ms in result["parts_ms"].items()]
+        )
     if as_json:
-        print_json(asdict(result))
+        print_json(result)
 
 
 @bench.command
@@ -138,12 +140,12 @@ def predict(
         )
     rows = [
         {"": name, "rows/s": f"{rows_per_s:,.0f}", "ms a batch's rows": f"{1000 * batch_rows / rows_per_s:.2f}"}
-        | {"of eager": f"{result.ratio_to_eager[name]:.2f} x"}
-        for name, rows_per_s in result.rows_per_s.items()
+        | {"of eager": f"{result['ratio_to_eager'][name]:.2f} x"}
+        for name, rows_per_s in result["rows_per_s"].items()
     ]
-    print_table(f"prediction, encoded rows in batches of {batch_rows:,}, {result.num_threads} thread(s)", rows)
+    print_table(f"prediction, encoded rows in batches of {batch_rows:,}, {result['num_threads']} thread(s)", rows)
     if as_json:
-        print_json(asdict(result))
+        print_json(result)
 
 
 @bench.command
@@ -175,6 +177,6 @@ def loader(
             rounds=rounds,
             progress=progress,
         )
-    say(f"loader: {result.rows_per_s:,.0f} rows/s in batches of {result.batch_size_global:,}")
+    say(f"loader: {result['rows_per_s']:,.0f} rows/s in batches of {result['batch_size_global']:,}")
     if as_json:
-        print_json(asdict(result))
+        print_json(result)

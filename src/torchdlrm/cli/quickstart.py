@@ -60,10 +60,9 @@ def quickstart(
 def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
     started_s = time.monotonic()
 
-    from torchdlrm.data.dataset import Dataset
     from torchdlrm.evaluation.evaluate import evaluate
     from torchdlrm.features.schema import criteo_schema
-    from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess, work_folder
+    from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
     from torchdlrm.quickstart.baseline import fit_logistic_regression
     from torchdlrm.synthetic.log import read_truth
     from torchdlrm.synthetic.synthesize import synthesize
@@ -78,12 +77,8 @@ def _run(out: Path, nproc_per_node: int, *, as_json: bool) -> None:
     else:
         with progress_bars(f"1/5 synthesize: a click log of {NUM_ROWS:,} rows whose truth is known") as progress:
             truth = synthesize(log, rows=NUM_ROWS, progress=progress)
-    if encoded.exists() and not work_folder(encoded).exists():
-        say(f"2/5 preprocess: {encoded} is there already")
-        dataset = Dataset.open(encoded)
-    else:
-        with progress_bars("2/5 preprocess: values become ids, the last seventh of the rows is held out") as progress:
-            dataset = preprocess([log], encoded, criteo_schema(), PreprocessOptions(), progress=progress)
+    with progress_bars("2/5 preprocess: values become ids, the last seventh of the rows is held out") as progress:
+        dataset = preprocess([log], encoded, criteo_schema(), PreprocessOptions(), progress=progress)
     num_embeddings = sum(dataset.num_embeddings.values())
     say(f"3/5 train: a DLRM of {num_embeddings:,} embeddings on {nproc_per_node} process(es)")
     processes = Processes(nproc_per_node)
