@@ -39,11 +39,3 @@ def test_a_trained_run_becomes_one_page(dlrm, small_run, tmp_path):
     assert f"<b>{last['auc']:.4f}</b><span>val AUC, last</span>" in page
     plan = json.loads((small_run / "plan.json").read_text())
     assert set(plan["tables"]) <= set(re.findall(r'<td class="l">([^<]+)</td>', page))
-
-
-def test_what_is_no_run_and_where_no_file_can_be_are_told(dlrm, small_run, tmp_path):
-    for run, out, told in [(tmp_path, tmp_path / "a.html", "is no run"), (small_run, tmp_path / "no" / "b", "--out")]:
-        done = dlrm("report", run, "--out", out)
-        assert done.returncode == 2
-        assert told in done.stderr
-        assert not out.exists()

@@ -23,7 +23,8 @@ from torchdlrm.cli.main import main
 
 pytestmark = pytest.mark.slow
 
-# One a line, run in a folder as `odd_things` makes it. All are refused: exit code 2. So are those of WRONG_FOLDERS.
+# One a line, run in a folder as `odd_things` makes it. All are refused: exit code 2. So are those of WRONG_FOLDERS, and
+# of `unit/cli/test_command_line.py`.
 REFUSED = """
 preprocess
 preprocess log.tsv
@@ -52,10 +53,7 @@ preprocess log.tsv --out d --split weekly
 preprocess log.tsv --out d --split time
 preprocess log.tsv --out d --val -1
 preprocess log.tsv --out d --val nan
-preprocess log.tsv --out d --min-count 0
-preprocess log.tsv --out d --max-rows 0
 preprocess log.tsv --out d --max-bad-rows -1
-preprocess log.tsv --out d --memory lots
 preprocess log.tsv --out d --memory 1
 preprocess log.tsv --out d --workers 0
 preprocess log.tsv --out d --cluster nowhere
@@ -74,19 +72,13 @@ schema archive.zip
 schema utf16.tsv
 schema comma.csv --out log.tsv
 schema comma.csv --out nowhere/s.toml
-schema comma.csv --rows 0
 inspect
 inspect log.tsv
 inspect .
-train
-train --dataset dataset --run r
-train criteo-smal --dataset dataset --run r
-train criteo-small --datset dataset --run r
 train criteo-small --dataset dataset
 train criteo-small --dataset dataset --run log.tsv
 train criteo-small --dataset dataset --run run --seed 99
 train criteo-small --dataset dataset --run r --lr 0.1
-train criteo-small --dataset dataset --run r --train.epochs two
 train criteo-small --dataset dataset --run r --train.epochs two --model.embedding-dim 15
 train criteo-small --dataset dataset --run r --model.embedding-dim 0
 train criteo-small --dataset dataset --run r --table-optimizer.learning-rate nan
@@ -101,28 +93,22 @@ train criteo-small --dataset dataset --run r --train.device tpu
 train criteo-small --dataset dataset --run r --nnodes 2
 train log.tsv --dataset dataset --run r
 evaluate
-evaluate bundle
 evaluate run --split tset
 evaluate run --split ""
 evaluate run --checkpoint 12345
 evaluate run --device cuda
 evaluate run --dataset nowhere
 report
-report dataset --out r.html
 report run --out nowhere/r.html
 report run --out dataset
 export
 export run
 export run --out bundle
 export run --out log.tsv
-export run --out b --precision int7
 export run --out b --checkpoint 12345
 export run --out b --dataset nowhere
 export run --out b --name a/b
 export run --out b --check-rows -1
-predict
-predict bundle
-predict bundle no-such-file.tsv
 predict bundle dataset
 predict bundle empty.tsv
 predict bundle comma.csv
@@ -141,8 +127,6 @@ predict bundle log.tsv --out p.csv --format xml
 predict damaged log.tsv --out p.csv
 inspect damaged
 verify bundle
-verify bundle --dataset nowhere
-verify bundle log.tsv --dataset run
 verify bundle log.tsv --dataset dataset --run nowhere
 verify bundle log.tsv --dataset dataset --run run --url http://localhost:1
 verify bundle log.tsv --dataset dataset --run run --url gopher://x
@@ -163,7 +147,6 @@ plan
 plan --tables no-such-preset
 plan --dataset dataset --train.device cuda
 plan --tables criteo-1tb-40m --device toaster
-plan --tables criteo-1tb-40m --devices 0
 plan --tables criteo-1tb-40m --devices 8 --hosts 3
 plan --tables criteo-1tb-40m --hbm big
 plan --tables criteo-1tb-40m --sweep devices
@@ -176,16 +159,12 @@ plan --compare log.tsv
 synthesize
 synthesize --rows 10
 synthesize --rows 0 --out s.tsv
-synthesize --rows many --out s.tsv
 synthesize --rows 10 --out log.tsv
-synthesize --rows 10 --out nowhere/s.tsv
 synthesize --rows 10 --out s.tsv --preset criteo-2tb
-download criteo-9 --out logs
 import dataset --out i --format npy
 import nowhere --out i --format parquet
 import log.tsv --out i --format parquet
 import dataset --out i --format csv
-config criteo-smal
 quickstart --out dataset
 quickstart --rows -1 --out q
 bench step --batch-size 0
@@ -193,7 +172,6 @@ bench step --train.device cuda
 doctor now
 bench loader nowhere
 bench predict --rounds 0
-trian
 --verbose
 """
 

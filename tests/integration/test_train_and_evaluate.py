@@ -144,32 +144,6 @@ def test_a_run_that_cannot_be_written_to_is_evaluated_all_the_same(run, dlrm, tm
     assert 0.5 < json.loads(done.stdout)["auc"] < 1
 
 
-def test_wrong_input_exits_with_two_and_says_what_to_do(run, small_dataset, dlrm, tmp_path):
-    train = ("train", CONFIG, "--dataset", small_dataset.path, "--run", tmp_path / "run")
-    cases = [
-        (
-            (*train, "--train.bach-size", "5", "--train.epochs", "x"),
-            ["--train.bach-size: there is no such key", "--train.epochs"],
-        ),
-        (
-            (*train, "--sharding.host-memory-bytes", "1000"),
-            ["the tables do not fit on 1 rank", "sharding.host_memory_bytes"],
-        ),
-        (
-            ("evaluate", run[0], "--split", "tets"),
-            ["nothing to read in split 'tets'", "val (357 rows)", "did you mean test?"],
-        ),
-        (("evaluate", run[0], "--dataset", tmp_path), ["has no dataset.json"]),
-    ]
-    for arguments, expected in cases:
-        done = dlrm(*arguments)
-        assert done.returncode == 2, (arguments, done.stderr)
-        assert "Traceback" not in done.stderr
-        assert done.stdout == ""
-        for text in expected:
-            assert text in done.stderr.replace("\n", " "), (arguments, done.stderr)
-
-
 def test_help_takes_less_than_half_a_second():
     """Of a core: how long it waits for one is not its own doing."""
     command = [str(Path(sys.executable).with_name("dlrm")), "--help"]
