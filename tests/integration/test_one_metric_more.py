@@ -27,7 +27,7 @@ NAMED = {
     "bundle/check.py": "the record of an export's check",
     "cli/bundles.py": "that record",
     "cli/quickstart.py": "what a synthetic log's truth could reach",
-    "cli/synthesize.py": "the same",
+    "cli/logs.py": "the same",
     "data/judgements.py": "the calibration of a validation",
     "doctor/self_test.py": "a number that must be finite",
     "live/gate.py": "what the gate judges by",

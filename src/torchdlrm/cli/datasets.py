@@ -108,13 +108,13 @@ def print_never_missing(dense: "Mapping[str, DenseTransform]") -> None:
 def _print_summary(summary: "DatasetSummary") -> None:
     """Print three tables; the values of each split are in one column, below the split's name."""
     splits = list(summary.splits)
-    six, five = "".join(f"{name:>6}" for name in splits), "".join(f"{name:>5}" for name in splits[1:])
+    percents_head, drift_head = " ".join(f"{name:>5}" for name in splits), " ".join(f"{name:>4}" for name in splits[1:])
 
     def percents(fractions: Mapping[Any, float]) -> str:
-        return "".join(f"{100 * fractions[name]:6.1f}" for name in splits)
+        return " ".join(f"{100 * fractions[name]:5.1f}" for name in splits)
 
     def drifts(drift: Mapping[Any, float]) -> str:
-        return "".join(f"{drift[name]:5.2f}" for name in splits[1:])
+        return " ".join(f"{drift[name]:4.2f}" for name in splits[1:])
 
     rows = [
         {"split": split, "rows": f"{size.rows:,}", "click rate": f"{size.click_rate:.4f}"}
@@ -123,7 +123,7 @@ def _print_summary(summary: "DatasetSummary") -> None:
         for split, size in summary.splits.items()
     ]
     print_table("", rows)
-    unknown, missing, drift = f"unknown %\n{six}", f"missing %\n{six}", f"drift\n{five}"
+    unknown, missing, drift = f"unknown %\n{percents_head}", f"missing %\n{percents_head}", f"drift\n{drift_head}"
     rows = [
         {"dense column": name, "transform": column.transform}
         | {missing: percents(column.missing_share), drift: drifts(column.drift)}

@@ -55,14 +55,14 @@ def print_table(
         columns: which to show; those of the first row when not given.
         left_aligned: columns of text, besides the first one.
         droppable: columns that are left out where the terminal is too narrow for all.
-        cut: columns of text that have what width the others leave, and a line a row.
+        cut: columns of text that have what width the others leave, and a line a row; the others stand close together.
     """
     if not rows:
         return
 
     def table_of(columns: Sequence[str]) -> Table:
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        table.expand = bool(cut)
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table.expand, table.padding = bool(cut), 0 if cut else (0, 1, 0, 0)
         for index, name in enumerate(columns):
             is_text = name in left_aligned or name in cut
             table.add_column(
