@@ -24,25 +24,23 @@ def plan_of_training(
     shape: ModelShape,
     tables: Iterable[Table],
     machine: Machine,
-    *,
-    saved_plan: Path | None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Solution:
-    """The plan that a training follows, and what it costs.
+    """The plan that a training follows, `sharding.plan` or a new one, and what it costs.
 
     Args:
         config: of the training.
         shape: of the model.
         tables: of the model.
         machine: the ranks.
-        saved_plan: a plan.json to follow; None makes a plan.
         process_group: rank 0 plans for all of it, and every rank reads a saved plan; None: before any is started.
 
     Raises:
         PlanError: the tables do not fit; or the saved plan is for another model or number of ranks, or does not fit.
     """
     problem = Problem.of(config, tables, machine, shape)
-    return checked(solve(problem, process_group) if saved_plan is None else _saved_solution(saved_plan, problem))
+    plan = config.sharding.plan
+    return checked(solve(problem, process_group) if plan is None else _saved_solution(Path(plan), problem))
 
 
 def _saved_solution(path: Path, problem: Problem) -> Solution:

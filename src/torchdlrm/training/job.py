@@ -120,7 +120,6 @@ def preview_training(
         shape,
         tables_of_model(config.model, dataset.num_embeddings),
         local_machine(config.sharding, world_size=world_size, local_world_size=local_world_size, device=device),
-        saved_plan=None if config.sharding.plan is None else Path(config.sharding.plan),
     )
     return TrainingPreview(
         config=config,

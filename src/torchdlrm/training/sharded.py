@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, assert_never
 
 import torch
@@ -143,14 +142,7 @@ def _shard(
         device=ranks.device,
         all_gather=ranks.all_gather,
     )
-    solution = plan_of_training(
-        config,
-        shape,
-        tables_of(model),
-        machine,
-        saved_plan=Path(config.sharding.plan) if config.sharding.plan is not None else None,
-        process_group=ranks.process_group,
-    )
+    solution = plan_of_training(config, shape, tables_of(model), machine, ranks.process_group)
     codecs = communication_codecs(config.train, ranks.device)
     module = DistributedModelParallel(
         module=model,
