@@ -13,32 +13,32 @@ from torchdlrm.training.processes import launch as module
 from torchdlrm.training.processes.launch import Processes, _reported_error, _why_it_failed
 
 
-def report(folder, rank, kind, message, module="torchdlrm.errors"):
-    record = {"module": module, "class": kind, "message": message}
+def report(folder, rank, kind, message):
+    record = {"module": "torchdlrm.errors", "class": kind, "message": message}
     (folder / f"error-{rank}.json").write_text(json.dumps(record))
 
 
-def test_nothing_is_reported_where_no_process_has_said_why(tmp_path):
-    assert _reported_error(tmp_path) is None
+LOST = ("LostProcessError", "has lost another one")
 
 
-def test_an_error_comes_back_as_itself_so_that_its_exit_code_does_too(tmp_path):
-    report(tmp_path, 0, "PlanError", "the tables do not fit")
+@pytest.mark.parametrize(
+    ("reports", "kind", "said"),
+    [
+        ([], type(None), "None"),
+        ([("PlanError", "the tables do not fit")], PlanError, "the tables do not fit"),  # its exit code comes back too
+        ([LOST], LostProcessError, "has lost another one"),
+        ([LOST, ("TrainingError", "the loss is nan")], TrainingError, "the loss is nan"),
+        ([("NoSuchError", "of another version")], TorchDLRMError, "of another version"),
+    ],
+)
+def test_what_a_process_has_said_comes_back_as_itself_and_a_lost_one_only_where_no_other_says_why(
+    reports, kind, said, tmp_path
+):
+    for rank, (name, message) in enumerate(reports):
+        report(tmp_path, rank, name, message)
     found = _reported_error(tmp_path)
-    assert type(found) is PlanError
-    assert str(found) == "the tables do not fit"
-
-
-def test_that_another_process_is_lost_is_reported_only_where_nobody_said_why(tmp_path):
-    report(tmp_path, 0, "LostProcessError", "has lost another one")
-    assert type(_reported_error(tmp_path)) is LostProcessError
-    report(tmp_path, 1, "TrainingError", "the loss is nan")
-    assert str(_reported_error(tmp_path)) == "the loss is nan"
-
-
-def test_an_error_of_an_unknown_class_is_still_one_of_ours(tmp_path):
-    report(tmp_path, 0, "NoSuchError", "of another version")
-    assert type(_reported_error(tmp_path)) is TorchDLRMError
+    assert type(found) is kind
+    assert str(found) == said
 
 
 def failure(exitcode, message=None, timestamp=0):
@@ -68,7 +68,7 @@ def test_a_process_that_said_nothing_is_named_with_what_the_system_said(exitcode
 
 
 def test_the_process_that_a_signal_has_ended_is_told_rather_than_that_another_has_lost_it(tmp_path):
-    report(tmp_path, 0, "LostProcessError", "has lost another one")
+    report(tmp_path, 0, *LOST)
     killed, lost = (ChildFailedError("work", {rank: failure(code)}) for rank, code in ((1, -9), (0, 1)))
     assert "process 1 of 2 failed: it was ended by SIGKILL" in str(_why_it_failed(killed, tmp_path, Processes(2)))
     assert type(_why_it_failed(lost, tmp_path, Processes(2))) is LostProcessError  # one that hangs has not died
@@ -95,7 +95,7 @@ def test_a_failure_is_that_of_the_process_that_failed_first(tmp_path):
 def test_what_nobody_expected_is_told_rather_than_that_a_process_was_lost_by_it(tmp_path):
     said = {"message": "ZeroDivisionError: by zero", "traceback": "Traceback ...\n"}
     (tmp_path / "unexpected-0").write_text(json.dumps(said))
-    report(tmp_path, 1, "LostProcessError", "has lost another one")
+    report(tmp_path, 1, *LOST)
     error = ChildFailedError("work", {1: failure(1)})
     found = _why_it_failed(error, tmp_path, Processes(2))
     assert str(found) == "process 0 of 2 failed: ZeroDivisionError: by zero"

@@ -101,17 +101,11 @@ def test_only_what_says_so_is_taken_for_a_lost_process(text, is_lost):
     assert str(caught.value).startswith("process 0 of 2 has lost another one") == is_lost
 
 
-def refused_everywhere():
-    error = RunError("in use")
-    error.is_everywhere = True
-    return error
-
-
 @pytest.mark.parametrize(
     ("error", "world_size", "device", "is_launched", "expected"),
     [
         (None, 2, GPU, True, "destroyed"),
-        (refused_everywhere(), 2, GPU, True, "destroyed"),
+        (RunError("in use").everywhere(), 2, GPU, True, "destroyed"),
         (ZeroDivisionError(), 2, GPU, True, ""),  # it ends when it has told its launcher
         (ZeroDivisionError(), 2, GPU, False, "aborted"),  # it may go on, and join another
         (ZeroDivisionError(), 1, GPU, False, "aborted"),
