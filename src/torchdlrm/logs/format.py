@@ -5,7 +5,7 @@ To add a format, write a class in a file of `torchdlrm.logs.formats` and enter i
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,24 +92,20 @@ class SampledRows:
     bad_lines: Sequence[str] = ()
 
 
-class OpenLog(ABC):
+@dataclass(frozen=True)
+class OpenLog:
     """A log that is read once, from its beginning to its end.
 
     Attributes:
         names: of its columns; None where it is a text, whose first line may name them.
+        chunks: takes a layout and how many bytes a chunk has, about; gives chunks, of rows to predict, and how far in
+            its file the reader is after each.  Raises LogError where the log is damaged, or not what the layout says.
         first_rows: of a text, the cells of its first lines.
     """
 
     names: Sequence[str] | None
+    chunks: Callable[[FeatureSchema, int], Iterator[tuple[ParsedChunk, int]]]
     first_rows: Sequence[Sequence[str]] = ()
-
-    @abstractmethod
-    def chunks(self, layout: FeatureSchema, chunk_bytes: int) -> Iterator[tuple[ParsedChunk, int]]:
-        """Chunks of about `chunk_bytes`, rows to predict, and how far in its file the reader is after each.
-
-        Raises:
-            LogError: the log is damaged, or not what `layout` says.
-        """
 
 
 class LogFormat(ABC):

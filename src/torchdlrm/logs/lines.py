@@ -68,24 +68,19 @@ class LineFormat(LogFormat):
     @contextmanager
     def opened(self, raw: BinaryIO, file: LogFile, schema: FeatureSchema) -> Iterator[OpenLog]:
         """The text as it comes."""
-        yield _OpenLines(self, raw, file, schema)
-
-
-class _OpenLines(OpenLog):
-    def __init__(self, log_format: LineFormat, raw: BinaryIO, file: LogFile, schema: FeatureSchema) -> None:
-        self._format, self._raw, self._file = log_format, raw, file
-        self._text = unpacked(raw, file.packing)
+        text = unpacked(raw, file.packing)
         with reading(file.path):
-            self._start = self._text.read(_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK)
-        self.names, self.first_rows = log_format.columns(whole_lines(self._start), schema)
+            start = text.read(_HEAD_BYTES).removeprefix(BYTE_ORDER_MARK)
+        names, first_rows = self.columns(whole_lines(start), schema)
 
-    def chunks(self, layout: FeatureSchema, chunk_bytes: int) -> Iterator[tuple[ParsedChunk, int]]:
-        if self.names is not None:  # then no cell between separators may be quoted
-            layout = layout.model_copy(update={"quote": None})
-        rest = self._start.partition(b"\n")[2] if layout.header else self._start
-        for lines in cut_stream(self._text, rest, self._file, layout, chunk_bytes):
-            parsed = self._format.parse(lines, layout, is_label_optional=True)
-            yield parsed, self._raw.tell() if self._raw.seekable() else 0
+        def chunks(layout: FeatureSchema, chunk_bytes: int) -> Iterator[tuple[ParsedChunk, int]]:
+            if names is not None:  # then no cell between separators may be quoted
+                layout = layout.model_copy(update={"quote": None})
+            rest = start.partition(b"\n")[2] if layout.header else start
+            for lines in cut_stream(text, rest, file, layout, chunk_bytes):
+                yield self.parse(lines, layout, is_label_optional=True), raw.tell() if raw.seekable() else 0
+
+        yield OpenLog(names, chunks, first_rows)
 
 
 def plan_chunks(file: LogFile, schema: FeatureSchema, chunk_bytes: int) -> list[Chunk]:

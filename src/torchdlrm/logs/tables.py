@@ -156,13 +156,22 @@ class TableFormat(LogFormat):
     def opened(self, raw: BinaryIO, file: LogFile, schema: FeatureSchema) -> Iterator[OpenLog]:  # noqa: ARG002
         """The file; of a stream a copy, since what the columns are stands at its end."""
         if file.path.is_file():
-            yield _OpenTables(self, file)
+            yield self._open(file)
             return
         with tempfile.NamedTemporaryFile() as copy:
             shutil.copyfileobj(raw, copy)
             copy.flush()
             path = Path(copy.name)
-            yield _OpenTables(self, LogFile(path, path.stat().st_size, None, self))
+            yield self._open(LogFile(path, path.stat().st_size, None, self))
+
+    def _open(self, file: LogFile) -> OpenLog:
+        def chunks(layout: FeatureSchema, chunk_bytes: int) -> Iterator[tuple[ParsedChunk, int]]:
+            found = self.chunks(file, layout, chunk_bytes)
+            for chunk in found:
+                parsed = self.read(file, chunk, layout, is_label_optional=True)
+                yield parsed, file.size_bytes * chunk.end // found[-1].end
+
+        return OpenLog(self._describe(file).schema.names, chunks)
 
     def _describe(self, file: LogFile) -> TableFile:
         with self._reading(file):
@@ -176,18 +185,6 @@ class TableFormat(LogFormat):
         except (OSError, pa.ArrowException) as error:
             msg = f"{file.path}: the {self.name} file cannot be read ({error}); fetch the file again"
             raise LogError(msg) from error
-
-
-class _OpenTables(OpenLog):
-    def __init__(self, log_format: TableFormat, file: LogFile) -> None:
-        self._format, self._file = log_format, file
-        self.names = log_format._describe(file).schema.names
-
-    def chunks(self, layout: FeatureSchema, chunk_bytes: int) -> Iterator[tuple[ParsedChunk, int]]:
-        chunks = self._format.chunks(self._file, layout, chunk_bytes)
-        for chunk in chunks:
-            parsed = self._format.read(self._file, chunk, layout, is_label_optional=True)
-            yield parsed, self._file.size_bytes * chunk.end // chunks[-1].end
 
 
 def type_fault(arrow_type: pa.DataType, column: Column, kind: str) -> str | None:

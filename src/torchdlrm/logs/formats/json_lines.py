@@ -1,15 +1,9 @@
 """Reads JSON Lines: an object a line, whose keys are the names of columns.
 
-| cell | read as |
-| --- | --- |
-| absent, null, or an empty text | missing; so is what the column's `null_values` name |
-| text | what the same text means in a text log |
-| a number | itself, in int and float columns; for hex, which is digits of text, a bad cell; for string, its text |
-| true, false | a label; elsewhere a text |
-| a list | the values of a multi-valued column, with a weight behind one's separator where the column has weights |
-| an object | where the column has weights: the weight of each value |
+Cells are read as in a request to a server (`torchdlrm.prediction.json_rows` has the table); what a request would be
+refused for, such as a number where digits are wanted, is a bad cell, and true and false are a label, elsewhere a text.
 
-So a row means what it means in a request to a server.  Cost: about 15 us a row of Criteo's 40 columns.
+Cost: about 15 us a row of Criteo's 40 columns.
 """
 
 import re
