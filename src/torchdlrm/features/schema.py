@@ -41,7 +41,7 @@ NUM_CRITEO_SPARSE = 26
 
 
 class SplitRule(Frozen):
-    """How rows are split; `torchdlrm.data.splits` has the rules.  `val` and `test` are shares of all rows."""
+    """How rows are split; `torchdlrm.data.splits` has the rules.  `val` and `test` are fractions of all rows."""
 
     rule: Literal["criteo", "order", "random", "time", "folder"] = "criteo"
     val: Annotated[float, Field(ge=0, lt=1)] = 0.1

@@ -42,7 +42,7 @@ class PredictSummary:
         rows: of the log, and so of the scores.
         bad_rows: of these, rows without a prediction.
         mean_prediction: over the others; None where there are none.
-        unknown_rate: for each sparse feature with a vocabulary, the share of its rows' values without an id.
+        unknown_rate: for each sparse feature with a vocabulary, the fraction of its rows' values without an id.
         num_never_missing: missing values of each number that was never missing in training: its mean stood for them.
         metrics: of the rows with a label, where every file has the label's column and a row has one; weighted where
             all files have a column of weights too.

@@ -24,7 +24,7 @@ _LARGEST_EXACT = 2**53
 _HEX = r"^[0-9a-fA-F]{8}$"
 _LEADING_ZERO = r"^[+-]?0\d"
 _LIST_SEPARATORS = "|;"
-_LIST_SHARE = 0.1
+_LIST_FRACTION = 0.1
 # What the words of a name say.
 _CODES = words_of(
     "id ids code type cat category categorical class group bucket segment key hash flag kind level status"
@@ -109,7 +109,7 @@ def _numbers(facts: Facts) -> Choice | None:
 
 def _several_values_as_text(facts: Facts) -> Choice | None:
     for mark in _LIST_SEPARATORS:
-        if int(facts.cells.str.contains(mark, literal=True).sum()) > _LIST_SHARE * len(facts.cells):
+        if int(facts.cells.str.contains(mark, literal=True).sum()) > _LIST_FRACTION * len(facts.cells):
             return _several_values(facts.cells.str.split(mark).explode(), mark)
     return None
 

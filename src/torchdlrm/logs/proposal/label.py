@@ -22,7 +22,7 @@ _GOOD_RATING = 0.8  # of the best one
 _FEW_VALUES = 50
 _MIN_ROWS = 10  # of the rarer label, by which another column can be judged
 # A column gives the label away where at most this fraction of the rarer label's rows cannot be seen from it.
-_UNTOLD_SHARE = 0.1
+_UNSEEN_FRACTION = 0.1
 _TELLING_AUC = 0.99
 
 
@@ -148,13 +148,13 @@ def _tells(clicks: pl.Series, facts: Facts, cells: pl.Series) -> str | None:
     if rare < _MIN_ROWS:
         return None
     is_missing = cells.is_null() | (cells.is_in(list(facts.nulls)) if facts.nulls else False)
-    if _untold(clicks, is_missing) <= _UNTOLD_SHARE * rare:
+    if _unseen(clicks, is_missing) <= _UNSEEN_FRACTION * rare:
         return "missing where the label has one value, and there where it has the other"
     if facts.is_list or not len(facts.cells):
         return None
     if (
         facts.num_distinct <= min(_FEW_VALUES, len(cells) / _MIN_ROWS)
-        and _untold(clicks, cells) <= _UNTOLD_SHARE * rare
+        and _unseen(clicks, cells) <= _UNSEEN_FRACTION * rare
     ):
         return "equal to the label, or nearly"
     if facts.numbers is not None:
@@ -166,7 +166,7 @@ def _tells(clicks: pl.Series, facts: Facts, cells: pl.Series) -> str | None:
     return None
 
 
-def _untold(clicks: pl.Series, values: pl.Series) -> int:
+def _unseen(clicks: pl.Series, values: pl.Series) -> int:
     """How many rows have the rarer label among the rows of the same value."""
     counts = pl.DataFrame({"click": clicks, "value": values}).drop_nulls("click").group_by("value")
     sums = counts.agg(pl.col("click").sum().alias("ones"), pl.len().alias("rows"))

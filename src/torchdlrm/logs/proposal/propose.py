@@ -30,7 +30,7 @@ from torchdlrm.toml import toml_value
 SAMPLE_ROWS = 20_000
 _MAX_EXAMPLE_CHARACTERS = 40
 _MAX_LINES = 2
-_MAX_BAD_SHARE = 0.01  # of the rows of a log with a preset's layout
+_MAX_BAD_FRACTION = 0.01  # of the rows of a log with a preset's layout
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _preset_of(sample: Sample) -> str | None:
         schema = make()
         if sample.separator == schema.separator and len(sample.names) == len(schema.columns):
             bad_rows = _bad_rows(schema, sample)
-            if bad_rows.total <= _MAX_BAD_SHARE * sample.frame.height:
+            if bad_rows.total <= _MAX_BAD_FRACTION * sample.frame.height:
                 return name
     return None
 
