@@ -15,7 +15,7 @@ from torchdlrm.folders import expect, kind_of
 from torchdlrm.serving.options import ServeOptions
 
 if TYPE_CHECKING:
-    from torchdlrm.serving.server import Listening
+    from torchdlrm.serving.options import Listening
 
 
 def serve(

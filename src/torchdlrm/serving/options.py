@@ -111,3 +111,14 @@ class ServeOptions:
     def num_cores_of_model(self) -> int:
         """Half of the cores that each process has; the other half reads and writes requests."""
         return max(1, len(os.sched_getaffinity(0)) // self.workers // 2)
+
+
+@dataclass(frozen=True)
+class Listening:
+    """The address of a server, and what it serves; `grpc` is None without gRPC, `period` where it is not known."""
+
+    url: str
+    grpc: str | None
+    model: str
+    version: str
+    period: int | None

@@ -7,24 +7,13 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torchdlrm.errors import ConfigError
 from torchdlrm.serving.front.access import read_api_keys
-from torchdlrm.serving.options import ServeOptions
+from torchdlrm.serving.options import Listening, ServeOptions
 from torchdlrm.serving.supervisor import Supervisor
-
-
-@dataclass(frozen=True)
-class Listening:
-    """The address of a server, and what it serves; `grpc` is None without gRPC, `period` where it is not known."""
-
-    url: str
-    grpc: str | None
-    model: str
-    version: str
-    period: int | None
 
 
 def serve(
@@ -64,21 +53,15 @@ def serve(
             # Before the bundle is read, which takes longer.  Workers share the port, and would share that of another
             # server too: only here is it noticed.
             _bound(options.host, "`grpc_port`", options.grpc_port, socket.SO_REUSEADDR).close()
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        url = f"http://{host}:{listener.getsockname()[1]}"
-
-        def ready(model: str, version: str, period: int | None, grpc_port: int | None) -> None:
-            started(Listening(url, None if grpc_port is None else f"{host}:{grpc_port}", model, version, period))
-
         if options.workers == 1:
             from torchdlrm.serving.worker import run_worker  # noqa: PLC0415 - loads torch
 
-            return run_worker(bundle, options, listener, ready)
+            return run_worker(bundle, options, listener, started)
         if options.grpc_port is not None:
             # Keeps the port for all workers: 0 is any that is free.
             holder = _bound(options.host, "`grpc_port`", options.grpc_port, socket.SO_REUSEPORT, listens=False)
             options = replace(options, grpc_port=sockets.enter_context(holder).getsockname()[1])
-        return Supervisor(bundle, options, listener).run(ready)
+        return Supervisor(bundle, options, listener).run(started)
 
 
 def _bound(host: str, name: str, port: int, option: int, *, listens: bool = True) -> socket.socket:

@@ -24,7 +24,7 @@ from types import FrameType
 
 from torchdlrm.errors import TorchDLRMError, UserError
 from torchdlrm.serving.event_log import json_log, log_event
-from torchdlrm.serving.options import ServeOptions
+from torchdlrm.serving.options import Listening, ServeOptions
 
 _MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # as in metrics.py, which must not be loaded before it is set
 _STEADY_S = 10.0  # a worker that has served for so long did not die of its start
@@ -35,7 +35,7 @@ _FAILED_STARTS_PER_WORKER = 2  # in a row, before the service ends
 @dataclass(eq=False)
 class _Worker:
     process: SpawnProcess
-    reports: Connection  # what `Ready` has when it is ready; an exception or its trace when it fails
+    reports: Connection  # a `Listening` when it is ready; an exception or its trace when it fails
     ready_s: float | None = None
     failure: TorchDLRMError | str | None = None
 
@@ -52,11 +52,11 @@ class Supervisor:
         self._context = multiprocessing.get_context("spawn")
         self._stop_seen, self._stop_sign = self._context.Pipe(duplex=False)  # closed by a signal, which ends a `_wait`
 
-    def run(self, started: Callable[[str, str, int | None, int | None], None]) -> int:
+    def run(self, started: Callable[[Listening], None]) -> int:
         """Serve until a signal says to stop.
 
         Args:
-            started: is called when all workers can answer: with what `Ready` has.
+            started: is called when all workers can answer.
 
         Returns:
             The exit code: 0 after a signal, 1 when no worker can start or one did not stop as it should.
@@ -80,7 +80,7 @@ class Supervisor:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _watch(self, started: Callable[[str, str, int | None, int | None], None]) -> int:
+    def _watch(self, started: Callable[[Listening], None]) -> int:
         has_started = False
         self._starts_due_s = [0.0] * self._options.workers
         while not self._has_to_stop():
@@ -96,7 +96,7 @@ class Supervisor:
             ready = [worker for worker in self._workers if worker.ready_s is not None]
             if len(ready) == self._options.workers and not has_started:
                 has_started = True
-                started(*self._model)
+                started(self._listening)
             if not ready and self._num_failed_starts >= _FAILED_STARTS_PER_WORKER * self._options.workers:
                 log_event(logging.ERROR, "no worker can start", failed_starts=self._num_failed_starts)
                 return self._stop(1)
@@ -134,8 +134,8 @@ class Supervisor:
         except (EOFError, OSError):  # the latter: it was killed within a word
             worker.reports.close()
             return
-        if isinstance(report, tuple):
-            self._model = report
+        if isinstance(report, Listening):
+            self._listening = report
             worker.ready_s, self._num_failed_starts = time.monotonic(), 0
         else:
             worker.failure = report
@@ -202,7 +202,7 @@ def _work(bundle: Path, options: ServeOptions, listener: socket.socket, reports:
     from torchdlrm.serving.worker import run_worker  # noqa: PLC0415 - loads torch
 
     try:
-        code = run_worker(bundle, options, listener, lambda *ready: reports.send(ready), is_checked=True)
+        code = run_worker(bundle, options, listener, reports.send, is_checked=True)
     except TorchDLRMError as error:
         reports.send(error)
         code = 2

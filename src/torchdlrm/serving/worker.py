@@ -27,17 +27,20 @@ from torchdlrm.serving.event_log import json_log, log_event, note_event
 from torchdlrm.serving.front.app import build_app
 from torchdlrm.serving.front.http_server import HttpServer
 from torchdlrm.serving.front.open_inference.grpc import GrpcServer
-from torchdlrm.serving.options import ServeOptions
+from torchdlrm.serving.options import Listening, ServeOptions
 from torchdlrm.serving.service.bundles import identity_of
 from torchdlrm.serving.service.service import Service
 
-# Called when a process can answer: with its model's name, version and period, and the port of gRPC, if any.
-Ready = Callable[[str, str, int | None, int | None], None]
 _SWITCH_INTERVAL_S: Final = 0.0005
 
 
 def run_worker(
-    bundle: Path, options: ServeOptions, listener: socket.socket, ready: Ready, *, is_checked: bool = False
+    bundle: Path,
+    options: ServeOptions,
+    listener: socket.socket,
+    ready: Callable[[Listening], None],
+    *,
+    is_checked: bool = False,
 ) -> int:
     """Serve until a signal says to stop; return the exit code.
 
@@ -71,12 +74,12 @@ def _notify_others() -> None:
         os.kill(parent.pid, signal.SIGHUP)
 
 
-async def _serve(service: Service, listener: socket.socket, ready: Ready) -> None:
+async def _serve(service: Service, listener: socket.socket, ready: Callable[[Listening], None]) -> None:
     loop = asyncio.get_running_loop()
     options, parent = service.options, parent_process()
+    host = f"[{options.host}]" if ":" in options.host else options.host
     rpc = None
     if options.grpc_port is not None:
-        host = f"[{options.host}]" if ":" in options.host else options.host
         rpc = GrpcServer(service, f"{host}:{options.grpc_port}", share_port=options.workers > 1)
         await rpc.start()
     await service.start()
@@ -105,7 +108,8 @@ async def _serve(service: Service, listener: socket.socket, ready: Ready) -> Non
     if not options.api_keys and not ipaddress.ip_address(address[0]).is_loopback:
         msg = "all who can reach this address are answered; with `api_key_file` only those who have a key"
         log_event(logging.WARNING, "no API key", message=msg)
-    ready(service.name, served.version, served.bundle.period, None if rpc is None else rpc.port)
+    url, grpc = f"http://{host}:{address[1]}", None if rpc is None else f"{host}:{rpc.port}"
+    ready(Listening(url, grpc, service.name, served.version, served.bundle.period))
     await stopping.wait()
     service.is_draining = True
     note_event("draining")

@@ -37,6 +37,11 @@ class ServerMetrics:
 
     Args:
         queued_rows: called at each scrape: how many rows are waiting; with several processes a gauge is set instead.
+
+    Attributes:
+        latency: how long a request took, by its stage.
+        swaps: attempts to swap the bundle, by their outcome.
+        lost_rows: that the log of predictions dropped.
     """
 
     def __init__(self, queued_rows: Callable[[], int]) -> None:
@@ -52,7 +57,7 @@ class ServerMetrics:
         about_unknown = "Values that the vocabulary of the feature does not have; of dlrm_rows_total in all."
         about_stages = "Time of a request: reading its body, in the queue, encoding its rows, the model, all in all."
         latency = histogram("dlrm_latency_seconds", about_stages, ["stage"], buckets=_SECONDS)
-        self._latency = {stage: latency.labels(stage) for stage in STAGES}
+        self.latency = {stage: latency.labels(stage) for stage in STAGES}
         self._requests = counter("dlrm_requests", "Requests answered.", ["route", "code"])
         self._rows = counter("dlrm_rows", "Rows predicted.")
         self._queue = gauge("dlrm_queue_rows", "Rows that wait for the model.")
@@ -73,17 +78,13 @@ class ServerMetrics:
         self._patched = gauge(
             "dlrm_bundle_patched_bytes", "Memory for what deltas have changed of the bundle's files.", ["model"]
         )
-        self._swaps = counter("dlrm_bundle_swaps", "Attempts to swap the bundle.", ["outcome"])
-        self._lost_rows = counter("dlrm_log_dropped_rows", "Predicted rows that the log of predictions dropped.")
+        self.swaps = counter("dlrm_bundle_swaps", "Attempts to swap the bundle.", ["outcome"])
+        self.lost_rows = counter("dlrm_log_dropped_rows", "Predicted rows that the log of predictions dropped.")
 
     def request_done(self, route: str, code: int, total_s: float) -> None:
         """Count a request that was answered."""
         self._requests.labels(route, str(code)).inc()
-        self._latency["total"].observe(total_s)
-
-    def stage_done(self, stage: str, seconds: float) -> None:
-        """Note how long a stage of a request took."""
-        self._latency[stage].observe(seconds)
+        self.latency["total"].observe(total_s)
 
     def batch_done(self, report: BatchReport) -> None:
         """Count a batch that was predicted; may be called in any thread."""
@@ -98,10 +99,6 @@ class ServerMetrics:
                 if count:
                     self._filled.labels(feature).inc(count)
 
-    def rows_lost(self, num_rows: int) -> None:
-        """Count rows that the log of predictions dropped."""
-        self._lost_rows.inc(num_rows)
-
     def bundle_served(self, model: str, bundle: Bundle, *, before: Bundle | None) -> None:
         """Note which bundle the process serves now, and which one before."""
         if before is not None:
@@ -115,10 +112,6 @@ class ServerMetrics:
         if period is not None or self._has_period:  # none any more is NaN
             self._has_period = True
             self._period.labels(model).set(math.nan if period is None else period)
-
-    def swap_done(self, outcome: str) -> None:
-        """Count an attempt to swap the bundle."""
-        self._swaps.labels(outcome).inc()
 
     def note_queue(self) -> None:
         """Bring the gauge of waiting rows up to date, and the files back if they were removed."""

@@ -65,7 +65,7 @@ class Service:
         self._request_log: RequestLog | None = None
         if options.log_predictions is not None:
             check_loggable(served.schema)
-            self._request_log = RequestLog(options.log_predictions, self.metrics.rows_lost)
+            self._request_log = RequestLog(options.log_predictions, self.metrics.lost_rows.inc)
         self.is_draining = False
         self._damaged: Predictor | None = None
         self._numbers = itertools.count(1)
@@ -150,7 +150,7 @@ class Service:
         limit_s = self.options.deadline_ms / 1e3
         if request.timeout_us is not None:
             limit_s = min(limit_s, request.timeout_us / 1e6)
-        self.metrics.stage_done("read", time.perf_counter() - request.started_s)
+        self.metrics.latency["read"].observe(time.perf_counter() - request.started_s)
         try:
             answer = await self.batcher.submit(request, request.started_s + limit_s)
         except RowError as error:
@@ -163,9 +163,9 @@ class Service:
                 raise
             self.is_damaged()
             raise _damaged() from error
-        self.metrics.stage_done("queue", answer.queue_s)
-        self.metrics.stage_done("encode", answer.encode_s)
-        self.metrics.stage_done("model", answer.model_s)
+        self.metrics.latency["queue"].observe(answer.queue_s)
+        self.metrics.latency["encode"].observe(answer.encode_s)
+        self.metrics.latency["model"].observe(answer.model_s)
         return answer
 
     def request_done(self, level: int, route: str, status: int, total_s: float, **fields: object) -> None:
@@ -203,14 +203,14 @@ class Service:
         try:
             swap = await attempt()
         except TorchDLRMError as error:
-            self.metrics.swap_done("failed")
+            self.metrics.swaps.labels("failed").inc()
             log_event(logging.ERROR, "swap failed", version=before, message=str(error))
             raise
         if swap is not None:
             if swap.refused is not None:
-                self.metrics.swap_done("delta refused")
+                self.metrics.swaps.labels("delta refused").inc()
                 log_event(logging.ERROR, "delta refused", version=before, message=swap.refused)
-            self.metrics.swap_done(swap.outcome)
+            self.metrics.swaps.labels(swap.outcome).inc()
             seconds, now = time.perf_counter() - started_s, self.bundles.current
             about: dict[str, object] = {"seconds": round(seconds, 3)}
             if isinstance(now.bundle, PatchedBundle):
