@@ -200,7 +200,7 @@ def test_bundles_and_deltas_hold_vocabularies_with_gaps(folder, second, tmp_path
         old, new = before.vocabulary(name).table.select("value", "id"), now.vocabulary(name).table.select("value", "id")
         assert new["id"][-1] > new.height or name == "item", "some ids are free"
         values = pl.concat([old["value"], new["value"]])
-        assert bundle.vocabulary(name).lookup(values).to_list() == now.vocabulary(name).lookup(values).to_list()
+        assert bundle.vocabularies[name].lookup(values).to_list() == now.vocabulary(name).lookup(values).to_list()
         changed = pl.read_parquet(delta / "files" / "vocabulary" / f"{name}.parquet")
         assert changed.columns == ["value", "id"]
         assert changed.height == new.join(old, on=["value", "id"], how="anti").height

@@ -5,7 +5,6 @@ Needs nothing that trains, so that a server's host can do it.
 
 import errno
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
@@ -48,9 +47,9 @@ def write_delta(base: Path, result: Path, out: Path, progress: ProgressListener 
     ours, theirs = BundleManifest.read(base), BundleManifest.read(result)
     weights = write_changes(base, result, theirs, out / CHANGES_NAME, progress)
     recipes = {}
-    for name, stored in theirs.files.items():
+    for name in theirs.files:
         if name != WEIGHTS_NAME:
-            recipes[name] = _recipe(base, ours.files, result, theirs, name, stored, out / FILES_FOLDER / name)
+            recipes[name] = _recipe(base, ours, result, theirs, name, out / FILES_FOLDER / name)
     _copy(result / MANIFEST_NAME, out / FILES_FOLDER / MANIFEST_NAME)
     manifest = DeltaManifest(
         name=theirs.name,
@@ -64,27 +63,22 @@ def write_delta(base: Path, result: Path, out: Path, progress: ProgressListener 
 
 
 def _recipe(
-    base: Path,
-    base_files: Mapping[str, StoredFile],
-    result: Path,
-    manifest: BundleManifest,
-    name: str,
-    stored: StoredFile,
-    path: Path,
+    base: Path, ours: BundleManifest, result: Path, theirs: BundleManifest, name: str, path: Path
 ) -> FileRecipe:
     """How a file is made, in as few bytes as it takes; what the delta holds of it is written to `path`."""
-    if base_files.get(name) == stored:
+    stored = theirs.files[name]
+    if ours.files.get(name) == stored:
         return FileRecipe(how="base")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if any(record.index == name for record in manifest.sparse.values()):
+    if any(record.index == name for record in theirs.sparse.values()):
         try:
-            _build_index(manifest, name, result, path)
+            _build_index(theirs, name, result, path)
             is_same = sha256_of(path) == stored.sha256
         finally:
             path.unlink(missing_ok=True)
         if is_same:
             return FileRecipe(how="index")
-    if name in base_files and any(record.vocabulary == name for record in manifest.sparse.values()):
+    if name in ours.files and any(record.vocabulary == name for record in theirs.sparse.values()):
         removed = write_changed_rows(base / name, result / name, path)
         if removed is not None:
             return FileRecipe(how="rows", file=StoredFile.of(path), removed_ids=removed)

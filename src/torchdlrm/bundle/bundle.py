@@ -26,6 +26,7 @@ from torchdlrm.bundle.sample import PREDICTION_COLUMN, read_sample, sample_types
 from torchdlrm.bundle.verification import BlockVerifier
 from torchdlrm.bundle.weights_file import BLOCK_BYTES, PADDING_BYTES, PADDING_NAME, MappedWeights, blocks_of
 from torchdlrm.errors import BundleError, DatasetError
+from torchdlrm.features.columns import SparseColumn
 from torchdlrm.features.patched_index import PatchedIndex
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.transforms import DenseTransform
@@ -218,22 +219,19 @@ class Bundle:
         """The fitted transform of each dense column."""
         return self.manifest.dense
 
-    def vocabulary(self, name: str) -> ServedVocabulary:
-        """What maps the values of a sparse feature to ids; a hashed feature has none."""
-        column = next(column for column in self.schema.sparse if column.name == name)
-        assert column.hash is None, f"{name} is hashed"
-        record = self.manifest.sparse[name]
+    @cached_property
+    def vocabularies(self) -> dict[str, ServedVocabulary]:
+        """What maps values to ids, of each sparse feature that is not hashed: what `features.encode.encode` takes."""
+        return {column.name: self._vocabulary(column) for column in self.schema.sparse if column.hash is None}
+
+    def _vocabulary(self, column: SparseColumn) -> ServedVocabulary:
+        record = self.manifest.sparse[column.name]
         if record.index is None:
             return PlainIds(record.num_embeddings)
         try:
             return ValueIndex.open(self.path / record.index, kind=column.vocabulary_kind, num_ids=record.num_embeddings)
         except DatasetError as error:
             raise BundleError(str(error)) from error
-
-    @cached_property
-    def vocabularies(self) -> dict[str, ServedVocabulary]:
-        """The vocabulary of each sparse feature that is not hashed: what `features.encode.encode` takes."""
-        return {column.name: self.vocabulary(column.name) for column in self.schema.sparse if column.hash is None}
 
     def sample(self) -> tuple[pl.DataFrame, NDArray[np.float32]]:
         """Raw typed rows of the held-out rows, and the probabilities that this bundle must give for them [B].

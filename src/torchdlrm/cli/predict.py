@@ -26,7 +26,7 @@ from torchdlrm.units import show_number
 if TYPE_CHECKING:
     from torchdlrm.exporting.verify import PredictionPath, Verification
     from torchdlrm.prediction.files import PredictSummary
-    from torchdlrm.prediction.log_columns import Kept
+    from torchdlrm.prediction.rows_in import Kept
 
 Hyphen = Parameter(allow_leading_hyphen=True)  # a lone one is standard input or output
 

@@ -35,9 +35,8 @@ from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.model.model_class import ModelClass, reported
 from torchdlrm.prediction.client import PredictionClient
 from torchdlrm.prediction.json_rows import as_json_rows
-from torchdlrm.prediction.log_columns import Writing
 from torchdlrm.prediction.predictor import Predictor
-from torchdlrm.prediction.rows_in import RowsIn
+from torchdlrm.prediction.rows_in import RowsIn, Writing
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.environment import manifest_sha256
 from torchdlrm.training.processes.library_noise import silenced_libraries
@@ -178,11 +177,8 @@ def _verify(
 ) -> Verification:
     bundle = predictor.bundle
     vocabularies = {
-        column.name: bundle.vocabulary(column.name)
-        if dataset.manifest.sparse[column.name].vocabulary is None
-        else dataset.vocabulary(column.name)
-        for column in dataset.schema.sparse
-        if column.hash is None
+        name: served if dataset.manifest.sparse[name].vocabulary is None else dataset.vocabulary(name)
+        for name, served in bundle.vocabularies.items()
     }
     precisions = [record.precision for record in bundle.manifest.sparse.values()]
     in_float32 = ServedModel(bundle, "float32")

@@ -61,18 +61,17 @@ def encode_sparse(values: pl.Series, column: SparseColumn, vocabulary: ValueLook
         column: the feature.
         vocabulary: its vocabulary; None where its values are hashed.
     """
-    if column.weights_name is not None:
-        return map_lists(values, lambda flat: _ids(column.categories(flat.struct.field("value")), column, vocabulary))
-    if column.is_multi_valued:
-        return map_lists(values, lambda flat: _ids(column.categories(flat), column, vocabulary))
-    return _ids(column.categories(values), column, vocabulary).alias(column.name)
 
+    def ids(flat: pl.Series) -> pl.Series:
+        if column.weights_name is not None:
+            flat = flat.struct.field("value")
+        flat = column.categories(flat)
+        if column.hash is not None:
+            return pl.Series(flat.name, hashed_ids(flat, column.hash))
+        assert vocabulary is not None, "a column that is not hashed has a vocabulary"
+        return vocabulary.lookup(flat)
 
-def _ids(values: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:
-    if column.hash is not None:
-        return pl.Series(values.name, hashed_ids(values, column.hash))
-    assert vocabulary is not None, "a column that is not hashed has a vocabulary"
-    return vocabulary.lookup(values)
+    return map_lists(values, ids) if column.is_multi_valued else ids(values).alias(column.name)
 
 
 def encode_dense(frame: pl.DataFrame, dense: Mapping[str, DenseTransform]) -> pl.DataFrame:

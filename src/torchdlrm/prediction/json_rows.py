@@ -281,7 +281,11 @@ def _expected(column: Column) -> str:
     return f"{expected}, or a list of such" if column.is_multi_valued else expected
 
 
+def rows_as_logged(frame: pl.DataFrame, schema: FeatureSchema) -> list[dict[str, object]]:
+    """The features of typed rows by column name, as a log has them, missing ones too."""
+    return pl.DataFrame([written_cells(frame[column.name], column) for column in schema.features]).to_dicts()
+
+
 def as_json_rows(frame: pl.DataFrame, schema: FeatureSchema) -> list[dict[str, object]]:
-    """The features of each row by column name, without the missing ones; what `RowReader` reads as the same rows."""
-    written = pl.DataFrame([written_cells(frame[column.name], column) for column in schema.features])
-    return [{name: cell for name, cell in row.items() if cell is not None} for row in written.iter_rows(named=True)]
+    """The same without the missing ones; what `RowReader` reads as the same rows."""
+    return [{name: cell for name, cell in row.items() if cell is not None} for row in rows_as_logged(frame, schema)]

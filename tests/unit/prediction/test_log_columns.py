@@ -11,7 +11,7 @@ from torchdlrm.features.columns import DenseColumn, IgnoredColumn, LabelColumn, 
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.logs.files import LogFile
 from torchdlrm.logs.formats.text import TEXT
-from torchdlrm.prediction.log_columns import find_columns, schema_for_writing
+from torchdlrm.prediction.rows_in import find_columns, schema_for_writing
 
 SCHEMA = FeatureSchema(
     name="shop",

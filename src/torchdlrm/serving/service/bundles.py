@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import polars as pl
-
 from torchdlrm.bundle.bundle import Bundle, Verify
 from torchdlrm.bundle.delta import Delta
 from torchdlrm.bundle.patched_bundle import PatchedBundle
 from torchdlrm.errors import BundleError, TorchDLRMError
-from torchdlrm.features.cells import written_cells
-from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.prediction.json_rows import rows_as_logged
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.serving.options import ServeOptions
 from torchdlrm.serving.service.following import Target, deltas_to, first_bundle
@@ -190,11 +187,6 @@ def _checked(bundle: Bundle) -> tuple[Predictor, Examples]:
     unknown = predictor.unknown(predictor.encode(frame))
     features = [[name for name, is_unknown in unknown.items() if is_unknown[i]] for i in range(frame.height)]
     return predictor, (rows_as_logged(frame, predictor.schema), features)
-
-
-def rows_as_logged(frame: pl.DataFrame, schema: FeatureSchema) -> list[dict[str, object]]:
-    """Return the features of typed rows by column name, as a log has them, missing ones too."""
-    return pl.DataFrame([written_cells(frame[column.name], column) for column in schema.features]).to_dicts()
 
 
 def identity_of(bundle: Bundle) -> dict[str, str | int]:
