@@ -12,7 +12,7 @@ from torchdlrm.features.kinds import KINDS
 from torchdlrm.features.vocabulary import CANDIDATE_COLUMNS, MAX_ID, PERIOD_COLUMNS, Vocabulary
 from torchdlrm.preprocessing.count import ValueRange, spread_values
 from torchdlrm.preprocessing.read import ChunkFile, encode_column
-from torchdlrm.preprocessing.vocabularies import Known, Period, assign_ids, count_values
+from torchdlrm.preprocessing.vocabularies import Period, assign_ids, count_values
 from torchdlrm.preprocessing.work_folder import write_sections
 
 
@@ -38,7 +38,7 @@ def fit(kind, values, *, min_count=1, max_embeddings=None, cuts=(), num_train=No
         targets = [folder / f"ids-{i}" for i in range(num_partitions)]
         max_ids = MAX_ID if max_embeddings is None else max_embeddings - 1
         (folder / "vocabulary").mkdir()
-        assign_ids(column, counts, Known(), None, max_ids, 10_000, targets, folder)
+        assign_ids(column, counts, 1, 0, None, max_ids, 10_000, targets, folder)
         return Vocabulary.read(folder / "vocabulary/f.parquet", "f", kind)
 
 
@@ -103,7 +103,7 @@ def next_vocabulary(before, folder, values, period, *, num_partitions=1, values_
             places["asked"][i] if files["candidates"] else None,
             *(of_period, places["counted"][i]),
         )
-    known = Known() if before is None else Known(before[1]["num_embeddings"], before[1]["num_values"])
+    known = (1, 0) if before is None else (before[1]["num_embeddings"], before[1]["num_values"])
     most = rules.get("max_embeddings")
     max_ids = MAX_ID if most is None else most - 1
-    return assign_ids(column, places["counted"], known, of_period, max_ids, values_at_a_time, places["tables"], folder)
+    return assign_ids(column, places["counted"], *known, of_period, max_ids, values_at_a_time, places["tables"], folder)

@@ -53,14 +53,6 @@ class Period:
     admit_over: int
 
 
-@dataclass(frozen=True)
-class Known:
-    """What a feature had before: the rows of its table, and how many values had ids."""
-
-    num_embeddings: int = UNKNOWN_ID + 1
-    num_values: int = 0
-
-
 def count_values(
     values: ValueRange,
     chunks: Sequence[ChunkFile],
@@ -154,7 +146,8 @@ def _read_candidates(column: SparseColumn, candidates: Path | None, before: int)
 def assign_ids(
     column: SparseColumn,
     counted: Sequence[Path],
-    known: Known,
+    known_rows: int,
+    num_known: int,
     period: Period | None,
     max_ids: int,
     values_at_a_time: int,
@@ -166,7 +159,8 @@ def assign_ids(
     Args:
         column: the feature.
         counted: what `count_values` wrote, a file for each range.
-        known: what the feature had before.
+        known_rows: of the feature's table before; 1 where there was none.
+        num_known: values that had ids.
         period: the rules by which values come and go; None: none goes.
         max_ids: most values with ids.
         values_at_a_time: how many values memory holds.
@@ -194,17 +188,17 @@ def assign_ids(
         write_sections(target, {name: table.to_arrow() for name, table in tables.items()})
     name = f"{column.name}.parquet"
     num_ids = _write_vocabulary(column, columns, targets, values_at_a_time, dataset / "vocabulary" / name)
-    reset = new_ids[new_ids < known.num_embeddings]
+    reset = new_ids[new_ids < known_rows]
     if len(reset):
         with replacing_durably(dataset / "reset" / name) as temporary:
             schema = pa.schema([pa.field("id", pa.int32(), nullable=False)])
             write_rows(temporary, pa.table({"id": reset}, schema=schema))
     num_kept = sum(map(len, used))
     return {
-        "num_embeddings": max(known.num_embeddings, num_ids + 1),
+        "num_embeddings": max(known_rows, num_ids + 1),
         "num_values": num_kept + num_new,
         "admitted": num_new,
-        "expired": known.num_values - num_kept,
+        "expired": num_known - num_kept,
         "reset": len(reset),
         "candidates": 0
         if period is None

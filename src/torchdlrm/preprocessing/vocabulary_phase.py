@@ -27,7 +27,7 @@ from torchdlrm.preprocessing.executors import Task
 from torchdlrm.preprocessing.quantiles import fit_boundaries
 from torchdlrm.preprocessing.read import ChunkFile
 from torchdlrm.preprocessing.sizing import BYTES_A_VALUE
-from torchdlrm.preprocessing.vocabularies import Known, assign_ids, count_values
+from torchdlrm.preprocessing.vocabularies import assign_ids, count_values
 from torchdlrm.preprocessing.work_folder import Result
 
 if TYPE_CHECKING:
@@ -176,14 +176,15 @@ class VocabularyPhase:
 
     def _assign_task(self, column: SparseColumn, ranges: Sequence[ValueRange]) -> Task:
         most = self.job.options.max_embeddings if column.max_embeddings is None else column.max_embeddings
-        known = Known()
+        known_rows, num_known = 1, 0
         if self.job.options.extend_vocabulary:
             record = self._known_record(column)
-            known = Known(record.num_embeddings, record.num_values)
+            known_rows, num_known = record.num_embeddings, record.num_values
         arguments = (
             column,
             [self.job.work.path / "counts" / values.name for values in ranges],
-            known,
+            known_rows,
+            num_known,
             self.job.period,
             MAX_ID if most is None else most - 1,
             -(-self.job.work.sizing.values_per_task // (1 if self.job.period is None else _WEIGHT_WITH_PERIODS)),

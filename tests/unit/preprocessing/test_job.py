@@ -17,7 +17,7 @@ from torchdlrm.features.vocabulary import Vocabulary, number_values, rank_counts
 from torchdlrm.preprocessing.place import smallest
 from torchdlrm.preprocessing.read import partitions_of
 from torchdlrm.preprocessing.tally import divergence, id_bins
-from torchdlrm.preprocessing.vocabularies import Known, assign_ids
+from torchdlrm.preprocessing.vocabularies import assign_ids
 from torchdlrm.preprocessing.work_folder import Sections, write_sections
 
 
@@ -33,14 +33,6 @@ def test_the_number_at_a_rank_equals_sorting(numbers, cut, data):
     assert smallest(lambda: iter(parts), rank) == sorted(numbers)[rank]
 
 
-def fnv_then_splitmix(text):
-    """The documented hash, byte by byte in plain Python."""
-    value = 0xCBF29CE484222325
-    for byte in text.encode():
-        value = (value ^ byte) * 0x100000001B3 % 2**64
-    return splitmix(value)
-
-
 def mix(x):
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
@@ -51,14 +43,6 @@ def splitmix(number):
     golden = 0x9E3779B97F4A7C15
     start = mix((mix(0) + 4) % 2**64)
     return mix((start + (number + 1) * golden) % 2**64)
-
-
-@settings(max_examples=60, deadline=None)
-@given(values=st.lists(st.none() | st.text(max_size=12), max_size=15))
-def test_text_is_hashed_as_the_format_says(values):
-    expected = [0x6D697373696E6721 if value is None else fnv_then_splitmix(value) for value in values]
-    assert hash_values(pl.Series("f", values, pl.String)).tolist() == expected
-    assert hash_values(pl.Series("f", ["x", *values], pl.String)[1:]).tolist() == expected
 
 
 @given(values=st.lists(st.none() | st.integers(-(2**63), 2**63 - 1), max_size=15))
@@ -94,7 +78,7 @@ def test_ranking_by_ranges_equals_ranking_at_once(tmp_path, kind, values_at_a_ti
     targets = [tmp_path / f"ids{part}" for part in range(4)]
     column = SparseColumn(name="f", kind=kind)
     (tmp_path / "vocabulary").mkdir()
-    result = assign_ids(column, files, Known(), None, max_ids, values_at_a_time, targets, tmp_path)
+    result = assign_ids(column, files, 1, 0, None, max_ids, values_at_a_time, targets, tmp_path)
     assert result["num_values"] == whole.table.height
     assert (tmp_path / "vocabulary/f.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     found = {}
