@@ -117,16 +117,15 @@ def _with_missing(numbers: pl.Series, ids: pl.Series, vocabulary: ValueLookup | 
 
 
 def _raw_sparse(encoded: pl.DataFrame, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:
+    def raw(ids: pl.Series) -> pl.Series:
+        values = _values(ids, column, vocabulary)
+        if column.weights_name is None:
+            return values
+        weights = encoded[column.weights_name].explode(empty_as_null=False)
+        return pl.DataFrame({"value": values, "weight": weights}).to_struct()
+
     ids = encoded[column.name]
-    if not column.is_multi_valued:
-        return _values(ids, column, vocabulary).alias(column.name)
-    if column.weights_name is None:
-        return map_lists(ids, lambda flat: _values(flat, column, vocabulary))
-    weights = encoded[column.weights_name].explode(empty_as_null=False)
-    return map_lists(
-        ids,
-        lambda flat: pl.DataFrame({"value": _values(flat, column, vocabulary), "weight": weights}).to_struct(),
-    )
+    return map_lists(ids, raw) if column.is_multi_valued else raw(ids).alias(column.name)
 
 
 def _values(ids: pl.Series, column: SparseColumn, vocabulary: ValueLookup | None) -> pl.Series:

@@ -47,7 +47,7 @@ from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.complete import require_same
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.exporting.sensitivity import SENSITIVITY_ROWS, PrecisionSearch, choose_precisions
-from torchdlrm.features.encode import encode
+from torchdlrm.features.encode import ValueLookup, encode
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.model.model_class import ModelClass, record_of, reported
 from torchdlrm.progress import ProgressListener, watched
@@ -334,14 +334,18 @@ def _allowed(
 
 def _write_sample(dataset: Dataset, split: str, bundle: Bundle, model: ServedModel) -> None:
     encoded = next(held_out_rows(dataset, split, 4 * _SAMPLE_ROWS))
-    vocabularies = {
-        name: dataset.vocabulary(name) if bundle.manifest.sparse[name].vocabulary is not None else lookup
-        for name, lookup in bundle.vocabularies.items()
-    }
-    raw = raw_sample(encoded, bundle.schema, bundle.dense, vocabularies, max_rows=_SAMPLE_ROWS)
+    raw = raw_sample(encoded, bundle.schema, bundle.dense, trained_vocabularies(dataset, bundle), max_rows=_SAMPLE_ROWS)
     rows = encode(raw, bundle.schema, bundle.dense, bundle.vocabularies)
     predictions = model.predict(EncodedRows.from_frame(rows, bundle.schema))
     raw.with_columns(pl.Series(PREDICTION_COLUMN, predictions)).write_parquet(bundle.path / SAMPLE_NAME)
+
+
+def trained_vocabularies(dataset: Dataset, bundle: Bundle) -> dict[str, ValueLookup]:
+    """What gave values their ids in training, by sparse feature that is not hashed; where it is none, the bundle's."""
+    return {
+        name: served if dataset.manifest.sparse[name].vocabulary is None else dataset.vocabulary(name)
+        for name, served in bundle.vocabularies.items()
+    }
 
 
 def held_out_split(dataset: Dataset) -> str:

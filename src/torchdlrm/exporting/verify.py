@@ -29,7 +29,7 @@ from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import LogError, RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel
-from torchdlrm.exporting.export import open_checkpoint
+from torchdlrm.exporting.export import open_checkpoint, trained_vocabularies
 from torchdlrm.features.encode import encode
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.model.model_class import ModelClass, reported
@@ -176,10 +176,7 @@ def _verify(
     progress: ProgressListener,
 ) -> Verification:
     bundle = predictor.bundle
-    vocabularies = {
-        name: served if dataset.manifest.sparse[name].vocabulary is None else dataset.vocabulary(name)
-        for name, served in bundle.vocabularies.items()
-    }
+    vocabularies = trained_vocabularies(dataset, bundle)
     precisions = [record.precision for record in bundle.manifest.sparse.values()]
     in_float32 = ServedModel(bundle, "float32")
     logits: dict[str, list[NDArray[np.floating]]] = {

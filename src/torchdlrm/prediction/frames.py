@@ -65,7 +65,11 @@ def typed_columns(frame: pl.DataFrame, schema: FeatureSchema) -> pl.DataFrame:
     Raises:
         RowError: a feature is not there, or a cell does not fit; names the row (from 0), the column and the value.
     """
-    return pl.DataFrame([_typed(_column(frame, column), column, schema) for column in schema.features])
+    cells = pl.DataFrame([_cells(_column(frame, column), column) for column in schema.features])
+    bad_rows = BadRows()
+    typed, _ = to_typed_columns(cells, schema.with_columns(schema.features), bad_rows, is_label_optional=True)
+    check_cells(bad_rows)
+    return typed
 
 
 def _column(frame: pl.DataFrame, column: Feature) -> pl.Series:
@@ -76,7 +80,8 @@ def _column(frame: pl.DataFrame, column: Feature) -> pl.Series:
     raise RowError(msg)
 
 
-def _typed(cells: pl.Series, column: Feature, schema: FeatureSchema) -> pl.Series:
+def _cells(cells: pl.Series, column: Feature) -> pl.Series:
+    """The cells of a column, of a type that cells may have; an empty text is a missing one."""
     is_list = isinstance(cells.dtype, pl.List | pl.Array)
     one = cells.dtype.inner if isinstance(cells.dtype, pl.List | pl.Array) else cells.dtype
     is_cell = one.is_numeric() or one in _CELLS
@@ -85,9 +90,4 @@ def _typed(cells: pl.Series, column: Feature, schema: FeatureSchema) -> pl.Serie
     if (is_list and not column.is_multi_valued) or not is_cell:
         msg = f"column {column.name!r}: {cells.dtype} is no type of its cells; expected {column.value_kind.expected}"
         raise RowError(msg)
-    if cells.dtype == pl.String:
-        cells = cells.set(cells == "", None)
-    bad_rows = BadRows()
-    typed, _ = to_typed_columns(cells.to_frame(), schema.with_columns([column]), bad_rows, is_label_optional=True)
-    check_cells(bad_rows)
-    return typed[column.name]
+    return cells.set(cells == "", None) if cells.dtype == pl.String else cells
