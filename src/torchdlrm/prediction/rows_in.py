@@ -169,16 +169,18 @@ class RowsIn:
     def _read(self, raw: BinaryIO, file: LogFile) -> Iterator[RowChunk]:
         schema = schema_for_writing(self.schema, self.log_format)
         with file.format.opened(raw, file, schema) as log:
-            columns = find_columns(log, file.path, schema, self.passthrough, self.kept)
+            layout, passthrough = find_columns(log, file.path, schema, self.passthrough, self.kept)
             # Of all further files is wanted what was found in the first one.
-            object.__setattr__(self, "passthrough", columns.passthrough)
+            object.__setattr__(self, "passthrough", passthrough)
             object.__setattr__(self, "kept", "none")
-            num_lines, before = int(columns.schema.header), 0
-            for parsed, now in log.chunks(columns.schema, self.chunk_bytes):
+            num_lines, before = int(layout.header), 0
+            for parsed, now in log.chunks(layout, self.chunk_bytes):
                 bad_rows = BadRows()
                 bad_rows.add_chunk(parsed.bad_rows, str(file.path), num_lines)
                 num_rows = parsed.frame.height + len(parsed.bad_positions)
-                yield RowChunk(parsed.frame, num_rows, parsed.bad_positions, bad_rows, columns.has_label, now - before)
+                yield RowChunk(
+                    parsed.frame, num_rows, parsed.bad_positions, bad_rows, bool(layout.labels), now - before
+                )
                 num_lines, before = num_lines + parsed.num_lines, now
 
 
@@ -201,24 +203,6 @@ class _Stream(io.RawIOBase):
         return os.readv(self._handle, [buffer])
 
 
-@dataclass(frozen=True)
-class LogColumns:
-    """How a log is read.
-
-    Attributes:
-        schema: its columns; with `header` where the first line names them.
-        passthrough: names of the columns that are wanted.
-    """
-
-    schema: FeatureSchema
-    passthrough: Sequence[str]
-
-    @property
-    def has_label(self) -> bool:
-        """Whether the log has the label."""
-        return any(isinstance(column, LabelColumn) for column in self.schema.columns)
-
-
 def schema_for_writing(schema: FeatureSchema, writing: Writing) -> FeatureSchema:
     """The schema of a log that is written as the schema says (`log`), or as `csv` or `tsv` in the usual way."""
     if writing == "log":
@@ -229,8 +213,8 @@ def schema_for_writing(schema: FeatureSchema, writing: Writing) -> FeatureSchema
 
 def find_columns(
     log: OpenLog, path: Path, schema: FeatureSchema, passthrough: Sequence[str], kept: Kept = "none"
-) -> LogColumns:
-    """Look at the names or the first rows of a log.
+) -> tuple[FeatureSchema, Sequence[str]]:
+    """The columns of a log by its names or its first rows, with `header` where its first line names them.
 
     Args:
         log: it.
@@ -238,6 +222,9 @@ def find_columns(
         schema: the model's columns, and how a text is written.
         passthrough: names of other columns that are wanted.
         kept: which are wanted besides.
+
+    Returns:
+        The schema by which it is read, and the names of the columns that are wanted.
 
     Raises:
         LogError: a feature, or a column that is wanted, is not there.
@@ -257,12 +244,12 @@ def find_columns(
         raise LogError(_not_there(missing, str(path), [column.name for column in columns]))
     wanted = [*passthrough, *_kept({column.name: column for column in columns}, passthrough, kept)]
     read = schema.with_columns([_as_read(column, column.name, wanted, schema) for column in columns])
-    return LogColumns(read, passthrough=wanted)
+    return read, wanted
 
 
 def _by_name(
     names: Sequence[str], where: str, schema: FeatureSchema, passthrough: Sequence[str], kept: Kept, *, header: bool
-) -> LogColumns:
+) -> tuple[FeatureSchema, Sequence[str]]:
     found = found_by_name(names, where, schema, schema.features, "the model")
     by_name = {names[i] if column is None else column.name: column for i, column in enumerate(found)}
     wanted = [*passthrough, *_kept(by_name, passthrough, kept)]
@@ -271,7 +258,7 @@ def _by_name(
     if missing:
         raise LogError(_not_there([name for name in wanted if name in missing], where, names))
     read = schema.with_columns(columns).model_copy(update={"header": header})
-    return LogColumns(read, passthrough=wanted)
+    return read, wanted
 
 
 def _kept(columns: Mapping[str, Column | None], passthrough: Sequence[str], kept: Kept) -> list[str]:

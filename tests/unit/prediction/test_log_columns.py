@@ -27,13 +27,18 @@ SCHEMA = FeatureSchema(
 LOG = Path("log.csv")
 
 
+def found(log, schema, wanted):
+    read, passthrough = find_columns(log, LOG, schema, wanted)
+    return SimpleNamespace(schema=read, passthrough=passthrough, has_label=bool(read.labels))
+
+
 def columns_of_text(head, schema, wanted):
     with TEXT.opened(BytesIO(head), LogFile(LOG, len(head), None, TEXT), schema) as log:
-        return find_columns(log, LOG, schema, wanted)
+        return found(log, schema, wanted)
 
 
 def columns_of_names(names, wanted):
-    return find_columns(SimpleNamespace(names=names), LOG, SCHEMA, wanted)
+    return found(SimpleNamespace(names=names), SCHEMA, wanted)
 
 
 def roles(columns):
