@@ -258,7 +258,7 @@ def test_values_expire_and_new_ones_get_their_ids(logs, tmp_path):
 
 
 def test_rows_are_counted_over_the_periods_that_the_model_has_learnt(logs, tmp_path):
-    """A refused period among the first ones, whose values nobody knows, costs no value of the others its count."""
+    """A refused period among the first ones, whose values no model knows, costs no value of the others its count."""
     of_learnt = LiveSettings(gate=WIDE, admit_over=3, min_count=45)
     refused = LiveSettings(gate=GateSettings(calibration=(0.01, 0.02)))
     for name, days in (("plain", (0, 1, 2)), ("gap", (0, 4, 1, 2))):

@@ -86,7 +86,7 @@ def test_a_period_that_is_damaged_is_begun_again(copied, logs, dlrm):
 
 def test_a_log_that_was_learnt_from_changes_nothing(copied, logs):
     (copied / ".git").mkdir()
-    (copied / ".git/HEAD").touch()  # and what somebody else keeps there stays
+    (copied / ".git/HEAD").touch()  # and what its owner keeps there stays
     before = files_of(copied)
     for day in range(3):
         assert advance(copied, logs[day]) == LiveModel.open(copied).periods[day]

@@ -14,7 +14,7 @@ TOTAL = 80 * 10**9
 
 @pytest.fixture
 def machine_with(monkeypatch):
-    """The machine of two ranks, of whose GPUs so many bytes are in use, 10**9 of its own by this process."""
+    """The machine of two ranks: bytes in use of each GPU, of which this process holds 10**9 on its own."""
 
     def make(*used, total=TOTAL, rank=0, all_gather=None, **sharding):
         def properties(device):
@@ -50,14 +50,14 @@ def test_what_ranks_hold_that_have_begun_changes_no_plan(machine_with):
 
 def test_what_the_ranks_themselves_hold_from_a_training_before_is_planned_for(machine_with):
     """Each rank asks about its own GPU: of the others it would take what their processes have cached for foreign."""
-    told = []
+    sent = []
 
     def all_gather(value):
-        told.append(value)
+        sent.append(value)
         return [0, 30 * 10**9]
 
     assert machine_with(60 * 10**9, 10**9, rank=1, all_gather=all_gather).hbm_bytes == TOTAL - 30 * 10**9
-    assert told == [0]
+    assert sent == [0]
     assert machine_with(10**9, 41 * 10**9, rank=1, all_gather=lambda value: [value, 0]).hbm_bytes == TOTAL - 40 * 10**9
 
 

@@ -178,7 +178,7 @@ def test_row_wise_adagrad_does_not_cut_columns_unless_asked():
 
 
 def on_cpu(tables, memory_bytes, *, devices=2, **options):
-    """A problem for hosts whose ranks have so many bytes each for tables."""
+    """A problem for hosts whose ranks have `memory_bytes` each for tables."""
     asked = problem(tables, devices, "cpu", devices // 2, batch=2048, **options)
     return replace(asked, machine=replace(asked.machine, host_memory_bytes=int(memory_bytes / 0.85)))
 
