@@ -50,8 +50,8 @@ def title_of(text: str) -> str:
 
 def first_words(text: str) -> str:
     """The first sentence of a page below its heading, without links."""
-    body = re.sub(r"<!--.*?-->", "", text.partition("\n# ")[2] or text, flags=re.DOTALL).partition("\n")[2]
-    paragraphs = re.split(r"\n\s*\n", re.sub(r"^(```|    ).*", "", body, flags=re.MULTILINE))
+    body = re.sub(r"<!--.*?-->|^# .*?$|^```.*?^```|^    .*?$", "", text, flags=re.DOTALL | re.MULTILINE)
+    paragraphs = re.split(r"\n\s*\n", body)
     words = next((" ".join(part.split()) for part in paragraphs if re.match(r"\s*[\w\[*`(]", part)), "")
     words = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", words)
     return re.split(r"(?<=[.:!?])\s(?=[A-Z`*])", words)[0].rstrip(":")
@@ -139,7 +139,8 @@ def _within_the_site(texts: dict[str, str]) -> dict[str, str]:
         if target.is_relative_to(DOCS) or not target.is_relative_to(ROOT) or not target.is_file():
             return match[0]  # where there is nothing, Zensical says so
         name = target.relative_to(ROOT)
-        home = f"examples/{name.stem}.md" if name.parts[0] == "examples" else f"files/{name.as_posix()}.md"
+        path = name.as_posix().removesuffix(".md")
+        home = f"examples/{name.stem}.md" if name.parts[0] == "examples" else f"files/{path}.md"
         if home not in texts:
             more[home] = _file_page(target)
         return f"]({relpath(home, PurePosixPath(page).parent)}{mark}{anchor})"
