@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from torchdlrm.evaluation.compare import compare as compare
     from torchdlrm.evaluation.evaluate import evaluate as evaluate
     from torchdlrm.exporting.export import export as export
+    from torchdlrm.exporting.formats import export_as as export_as
+    from torchdlrm.exporting.onnx_file import onnx_inputs as onnx_inputs
     from torchdlrm.exporting.options import ExportOptions as ExportOptions
     from torchdlrm.exporting.verify import verify as verify
+    from torchdlrm.exporting.weights import import_weights as import_weights
     from torchdlrm.features.schema import FeatureSchema as FeatureSchema
     from torchdlrm.features.schema import criteo_schema as criteo_schema
     from torchdlrm.features.schema_file import load_schema as load_schema
@@ -62,8 +65,11 @@ _NAMES_OF = {
     "evaluation.compare": ("Difference", "compare"),
     "evaluation.evaluate": ("evaluate",),
     "exporting.export": ("export",),
+    "exporting.formats": ("export_as",),
+    "exporting.onnx_file": ("onnx_inputs",),
     "exporting.options": ("ExportOptions",),
     "exporting.verify": ("verify",),
+    "exporting.weights": ("import_weights",),
     "features.schema": ("FeatureSchema", "criteo_schema"),
     "features.schema_file": ("load_schema",),
     "live.advance": ("advance",),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torchdlrm.cli.datasets import buckets_as_dict, print_inputs, print_never_missing
 from torchdlrm.cli.options import Flag, Json, OwnModel
 from torchdlrm.cli.terminal import announce, print_json, print_table, progress_bars, say, say_next
+from torchdlrm.errors import ConfigError
+from torchdlrm.exporting.formats import FORMATS, FormatName, export_as
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.folders import expect
 from torchdlrm.units import show_bytes, show_number
@@ -22,6 +24,7 @@ def export(
     run: Path,
     *,
     out: Path,
+    format: FormatName = "bundle",  # noqa: A002 - the name of the option
     delta_to: Path | None = None,
     dataset: Path | None = None,
     own_model: OwnModel = OwnModel(),  # noqa: B008 - frozen, and what the parser fills
@@ -32,13 +35,23 @@ def export(
     """Turn a trained run into a bundle, and check that it predicts what the checkpoint predicts.
 
     Args:
-        run: Folder written by `dlrm train`.
-        out: Folder to write; nothing else may be there. Where it is this bundle already, nothing is left to do.
+        run: Folder written by `dlrm train`; for --format onnx and triton a bundle.
+        out: Folder to write, or for --format torchrec, dlrm and onnx the file; nothing else may be there. Where it is
+            this bundle already, nothing is left to do.
+        format: torchrec: a state dict of torchrec.models.dlrm; dlrm: one of dlrm_s_pytorch.py; onnx: a graph of a
+            bundle; triton: that graph in a model's folder of Triton's repository.
         delta_to: Write what has changed since this bundle instead of a whole one; `dlrm apply` makes the bundle of it.
             The model keeps that bundle's name unless --name says another.
         dataset: Where the dataset is now, if it has moved since the training.
         overwrite: Export also where a bundle or a delta is there; it is replaced when the new one is complete.
     """
+    if format != "bundle":
+        if delta_to or own_model.model_class or overwrite or options != ExportOptions(checkpoint=options.checkpoint):
+            msg = f"--format {format}: reads --out, --checkpoint and --dataset alone; other options are for bundles"
+            raise ConfigError(msg)
+        export_as(run, out, format, checkpoint=options.checkpoint, dataset=dataset)
+        say(f"{out}: {FORMATS[format].what}")
+        return print_json({"out": str(out), "format": format}) if as_json else None
     expect("run", run)
     expect("dataset", dataset)
     expect("bundle", delta_to)

@@ -41,6 +41,7 @@ app.command("torchdlrm.cli.logs:download", help="Fetch a public click log.")
 app.command("torchdlrm.cli.logs:schema", help="Propose a schema file for a log of your own.")
 app.command("torchdlrm.cli.preprocess:preprocess", help="Turn a raw click log into a dataset.")
 app.command("torchdlrm.cli.preprocess:import_encoded", name="import", help="Take in data encoded elsewhere.")
+app.command("torchdlrm.cli.train:import_weights", help="Make a run of the weights of upstream's DLRM or TorchRec's.")
 app.command("torchdlrm.cli.about:config", help="List the keys of a config, or print one to start from.")
 app.command("torchdlrm.cli.plan:plan", help="Show where tables go on a machine, before renting it.")
 app.command(
@@ -56,7 +57,7 @@ app.command(
     "sharding.KEY is a key of the config's section for this evaluation, as in --sharding.cache-fraction 0.2.\n",
 )
 app.command("torchdlrm.cli.evaluate:report", help="Write a run or a live model as one HTML page.")
-app.command("torchdlrm.cli.bundles:export", help="Turn a trained run into a bundle that predicts from raw rows.")
+app.command("torchdlrm.cli.bundles:export", help="Turn a run into a bundle that predicts from raw rows, or into other formats.")
 app.command("torchdlrm.cli.bundles:apply", help="Make a bundle of another one and a delta to it.")
 app.command("torchdlrm.cli.predict:predict", help="Predict every row of a raw log.")
 app.command("torchdlrm.cli.predict:verify", help="Compare checkpoint, bundle and server on the same raw rows.")

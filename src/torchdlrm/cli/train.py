@@ -1,4 +1,4 @@
-"""`dlrm train`: dataset and config -> run; what it will do, how it ended, and where the time of its steps went."""
+"""`dlrm train` and `dlrm import-weights`: dataset, and config or weights -> run; what it will do, how it ended, and where the time of its steps went."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -122,6 +122,36 @@ def train(
         show_profile(Run(run, settings).profile)
     if as_json:
         print_json({"run": str(run), **summary.as_dict()})
+
+
+def import_weights(
+    state_dict: Path,
+    *,
+    dataset: Path,
+    run: Path,
+    config: str | None = None,
+    overwrite: Flag = False,
+    as_json: Json = False,
+) -> None:
+    """Make a run of the weights of facebookresearch/dlrm or of TorchRec's DLRM, DLRM_DCN or DLRM_Projection.
+
+    Args:
+        state_dict: File of torch.save with the model's state dict; nothing in it is executed. Its tables are those of
+            the dataset's sparse columns, in their order.
+        dataset: Folder written by `dlrm import`: what the run is evaluated on and exported with.
+        run: Folder to write.
+        config: Name or TOML file of the settings for a training that goes on; the model is that of the weights.
+        overwrite: Remove a run that is in the folder.
+    """
+    expect("dataset", dataset)
+    announce(f"import weights of {state_dict} into {run}")
+    from torchdlrm.exporting.weights import import_weights as import_state_dict
+
+    model = import_state_dict(state_dict, dataset, run, config=config, overwrite=overwrite).config.model
+    say(f"{run}: {model.interaction_text}, dimension {model.embedding_dim}")
+    say_next("dlrm evaluate {0}, or dlrm export {0} --out BUNDLE", run)
+    if as_json:
+        print_json({"run": str(run), "model": model.model_dump(mode="json")})
 
 
 def _set_key(overrides: dict[str, str], key: str, value: str | None, option: str) -> None:

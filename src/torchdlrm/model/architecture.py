@@ -22,6 +22,7 @@ from torch import nn
 
 from torchdlrm.config import InteractionName, ModelConfig
 from torchdlrm.features.tables import check_features
+from torchdlrm.model.graph import Graph
 from torchdlrm.model.served import FastInteraction, ServedWeights
 
 if TYPE_CHECKING:
@@ -95,6 +96,11 @@ class Architecture(ABC):
         None: the model's own forward serves it (`torchdlrm.model.eager`), which any model can do, but not as fast.
         """
         del shape, weights
+        return None
+
+    def graph_interaction(self, shape: "ModelShape", graph: Graph, dense_BD: str, vectors_BND: str) -> str | None:
+        """What the over arch reads, of the dense vector and of all vectors; None: ONNX has no operators for it."""
+        del shape, graph, dense_BD, vectors_BND
         return None
 
 

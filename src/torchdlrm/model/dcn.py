@@ -23,6 +23,7 @@ from torchdlrm.kernels.compile import as_in, compiled_loop, widened
 from torchdlrm.kernels.threads import array_of, in_parts
 from torchdlrm.model.architecture import BuiltInArchitecture, ModelShape, Product, layers
 from torchdlrm.model.dot import has_kernels
+from torchdlrm.model.graph import Graph
 from torchdlrm.model.served import FastInteraction, PackedLinear, ServedWeights, run_layers
 
 # Sums over the batch are taken of this many rows, and then of these sums: in one order, however many threads there are.
@@ -316,6 +317,19 @@ class CrossArchitecture(BuiltInArchitecture):
     def fast_interaction(self, shape: ModelShape, weights: ServedWeights) -> FastInteraction:
         """The cross net with packed weights."""
         return ServedCrossNet(shape, weights)
+
+    def graph_interaction(self, shape: ModelShape, graph: Graph, dense_BD: str, vectors_BND: str) -> str:
+        """The cross net, which reads the dense vector among the others."""
+        del dense_BD
+        x0 = x = graph.node("Flatten", vectors_BND)
+        for number in range(shape.config.dcn.num_layers):
+            names = [f"inter_arch.crossnet.{kind}.{number}" for kind in ("V_kernels", "W_kernels", "bias")]
+            crossed = graph.linear(graph.linear(x, names[0]), *names[1:])
+            if shape.config.dcn.gated:
+                V, W = (f"inter_arch.crossnet.gate_{kind}_kernels.{number}" for kind in "VW")
+                crossed = graph.node("Mul", crossed, graph.node("Sigmoid", graph.linear(graph.linear(x, V), W)))
+            x = graph.node("Add", graph.node("Mul", x0, crossed), x)
+        return x
 
 
 ARCHITECTURE = CrossArchitecture()

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torchdlrm.kernels.compile import as_in, compiled_loop, widened
 from torchdlrm.kernels.threads import array_of, in_parts
 from torchdlrm.model.architecture import BuiltInArchitecture, ModelShape, Product
+from torchdlrm.model.graph import Graph
 from torchdlrm.model.served import FastInteraction, ServedWeights
 
 
@@ -262,6 +263,16 @@ class DotArchitecture(BuiltInArchitecture):
     def fast_interaction(self, shape: ModelShape, weights: ServedWeights) -> FastInteraction:
         """Picks the pairs out of the square, two at a time in bfloat16."""
         return PairLayout(shape.num_sparse + 1, shape.config.embedding_dim, weights.dtype)
+
+    def graph_interaction(self, shape: ModelShape, graph: Graph, dense_BD: str, vectors_BND: str) -> str:
+        """The dense vector, and the pairs of the square."""
+        num_vectors = shape.num_sparse + 1
+        first_P, second_P = torch.triu_indices(num_vectors, num_vectors, offset=1)
+        square = graph.node("MatMul", vectors_BND, graph.node("Transpose", vectors_BND, perm=[0, 2, 1]))
+        pairs = graph.node(
+            "Gather", graph.node("Flatten", square), graph.constant(first_P * num_vectors + second_P), axis=1
+        )
+        return graph.node("Concat", dense_BD, pairs, axis=1)
 
 
 ARCHITECTURE = DotArchitecture()

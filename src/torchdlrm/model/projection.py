@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchdlrm.config import ModelConfig
 from torchdlrm.model.architecture import BuiltInArchitecture, ModelShape, Product, layers
 from torchdlrm.model.dcn import flat_vectors
+from torchdlrm.model.graph import Graph
 from torchdlrm.model.served import FastInteraction, ServedWeights, run_layers
 
 
@@ -90,6 +91,15 @@ class ProjectionArchitecture(BuiltInArchitecture):
     def fast_interaction(self, shape: ModelShape, weights: ServedWeights) -> FastInteraction:
         """The branches with packed weights."""
         return ServedProjection(shape, weights)
+
+    def graph_interaction(self, shape: ModelShape, graph: Graph, dense_BD: str, vectors_BND: str) -> str:
+        """The dense vector, and the products of the branches' vectors."""
+        vectors, dim, branches = graph.node("Flatten", vectors_BND), shape.config.embedding_dim, []
+        for number, cut in ((1, (0, -1, dim)), (2, (0, dim, -1))):
+            num_layers = len(shape.config.projection.branches[number - 1])
+            out = graph.layers(vectors, f"inter_arch.interaction_branch{number}.model", num_layers)
+            branches.append(graph.node("Reshape", out, graph.constant(cut)))
+        return graph.node("Concat", dense_BD, graph.node("Flatten", graph.node("MatMul", *branches)), axis=1)
 
 
 ARCHITECTURE = ProjectionArchitecture()

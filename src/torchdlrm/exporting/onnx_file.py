@@ -1,0 +1,220 @@
+"""Writes the model of a bundle as an ONNX graph, or as a model for Triton: docs/other-formats.md.
+
+Inputs are encoded rows: `dense` float32 [B, num_dense]; `ids` int32, a column for each feature with one value a cell;
+of others `ids_NAME` int32 [B, L], filled up with -1, and `weights_NAME` float32 [B, L] where values have weights. The
+output is `probability`, float32 [B, 1]. Memory: a block of rows where constants lie beside the file, else twice its
+size.
+
+B rows, L values of a cell, D embedding dimension, N = F + 1 vectors.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchdlrm import __version__
+from torchdlrm.bundle.bundle import Bundle
+from torchdlrm.bundle.encoded_rows import EncodedRows
+from torchdlrm.bundle.precision import SCALE_BIAS_BYTES, TABLE_PRECISIONS
+from torchdlrm.bundle.served_model import ServedModel
+from torchdlrm.bundle.write import complete_folder
+from torchdlrm.errors import BundleError
+from torchdlrm.features.encode import encode
+from torchdlrm.features.tables import FeatureTable
+from torchdlrm.files import replacing_durably
+from torchdlrm.model import projection_weight, table_weight
+from torchdlrm.model.graph import Graph
+
+OPSET, IR_VERSION, MAX_BATCH_ROWS = 18, 9, 8192
+MAX_FILE_BYTES = 2**31 - 2**24  # protobuf reads 2 GiB
+_BLOCK_BYTES, _MIN_BESIDE_BYTES, _ALIGNMENT_BYTES = 32 * 2**20, 1024, 4096
+_NO_ROW = -(2**40)  # what an id becomes that its table does not have: the lookup refuses it
+_LARGEST_DIFFERENCE = 1e-5
+_TYPES = {np.float16: 10, np.float32: 1, np.uint8: 2, np.int32: 6, np.int64: 7}  # onnx.TensorProto.DataType
+_Inputs = dict[str, tuple[type[Any], int]]  # numpy's type, and the numbers of a row; -1 where a request says how many
+
+
+def write_onnx(bundle: Bundle, out: Path) -> None:
+    """Write a bundle's model as a graph in float32, and see that onnxruntime predicts the bundle's sample as it does.
+
+    Where the file would be larger than `MAX_FILE_BYTES`, constants lie in `out`.data beside it.
+
+    Raises:
+        BundleError: the model has no graph, or the graph predicts something else.
+    """
+    graph, inputs = _graph_of(bundle)
+    if sum(array.nbytes for array in graph.constants.values()) <= MAX_FILE_BYTES:
+        model = _model(bundle, graph, inputs)
+    else:
+        with replacing_durably(out.with_name(f"{out.name}.data")) as beside, beside.open("wb") as data:
+            model = _model(bundle, graph, inputs, f"{out.name}.data", data)
+    with replacing_durably(out) as file:
+        file.write_bytes(model)
+        _check(bundle, file)
+
+
+def write_triton(bundle: Bundle, out: Path) -> None:
+    """Write a model's folder of a Triton model repository, as `write_onnx`; the model has the name of the folder."""
+    kinds = {np.float32: "TYPE_FP32", np.int32: "TYPE_INT32"}
+    made = _graph_of(bundle)[1].items()
+    given = (f'{{ name: "{name}" data_type: {kinds[kind]} dims: [ {size} ] }}' for name, (kind, size) in made)
+    with complete_folder(out, ("config.pbtxt", "1")) as folder:
+        (folder / "1").mkdir()
+        write_onnx(bundle, folder / "1" / "model.onnx")
+        (folder / "config.pbtxt").write_text(
+            f'backend: "onnxruntime"\nmax_batch_size: {MAX_BATCH_ROWS}\ninput [ {", ".join(given)} ]\n'
+            'output [ { name: "probability" data_type: TYPE_FP32 dims: [ 1 ] } ]\ndynamic_batching { }\n',
+            encoding="utf-8",
+        )
+
+
+def onnx_inputs(bundle: Bundle, rows: EncodedRows) -> dict[str, NDArray[Any]]:
+    """The inputs of the graph of a bundle, for B rows that `Predictor.encode` has encoded."""
+    feeds: dict[str, NDArray[Any]] = {"dense": np.ascontiguousarray(rows.dense)} if bundle.schema.dense else {}
+    single = []
+    for place, column in enumerate(bundle.schema.sparse):
+        ids, offsets = rows.sparse[place] if isinstance(rows.sparse, tuple) else (rows.sparse[place], None)
+        if offsets is None or not column.is_multi_valued:
+            single.append(ids.astype(np.int32))
+            continue
+        lengths = np.diff(offsets)
+        is_value = np.arange(max(1, lengths.max(initial=0))) < lengths[:, None]
+        own = None if rows.weights is None else rows.weights[place]
+        for kind, values, fill in (("ids", ids.astype(np.int32), -1), ("weights", own, 0)):
+            if values is not None:
+                feeds[f"{kind}_{column.name}"] = np.full(is_value.shape, fill, values.dtype)
+                feeds[f"{kind}_{column.name}"][is_value] = values
+    return feeds | ({"ids": np.stack(single, axis=1)} if single else {})
+
+
+def _graph_of(bundle: Bundle) -> tuple[Graph, _Inputs]:
+    graph, shape, config = Graph(bundle.weights.tensor), bundle.shape, bundle.shape.config
+    tables = {name: [*found] for name, found in groupby(bundle.manifest.tables, lambda table: table.feature)}
+    singles = [column.name for column in bundle.schema.sparse if not column.is_multi_valued]
+    inputs: _Inputs = {"dense": (np.float32, shape.num_dense)} if shape.num_dense else {}
+    if singles:
+        inputs["ids"] = (np.int32, len(singles))
+        ids = _checked(graph, "ids", [tables[name][0].num_ids for name in singles])
+    vectors = []
+    for column in bundle.schema.sparse:
+        given, weights = f"ids_{column.name}", ""
+        if not column.is_multi_valued:
+            rows = graph.node("Gather", ids, graph.constant([singles.index(column.name)]), axis=1)
+        else:
+            inputs[given], zero = (np.int32, -1), graph.constant([0], np.int32)
+            rows = _checked(graph, graph.node("Max", given, zero), [tables[column.name][0].num_ids])
+            weights = graph.node("Cast", graph.node("GreaterOrEqual", given, zero), to=_TYPES[np.float32])
+            if column.weights_name is not None:
+                inputs[f"weights_{column.name}"] = (np.float32, -1)
+                weights = graph.node("Mul", weights, f"weights_{column.name}")
+        vectors.append(_pooled(graph, bundle, tables[column.name], rows, weights))
+    dense = "dense"
+    if not shape.num_dense:  # a 1 in every row: `torchdlrm.model.dlrm.ConstantArch`
+        size = graph.node("Concat", graph.node("Shape", next(iter(inputs)), end=1), graph.constant([1]), axis=0)
+        dense = graph.node("Expand", graph.constant([[1]], np.float32), size)
+    dense_BD = graph.layers(dense, "dense_arch.model", len(config.dense_arch_layer_sizes))
+    vectors_BND = graph.node("Concat", graph.node("Unsqueeze", dense_BD, graph.constant([1])), *vectors, axis=1)
+    read = shape.architecture.graph_interaction(shape, graph, dense_BD, vectors_BND)
+    if read is None:
+        msg = (
+            f"{bundle.path}: has no graph: its model class is Python, and ONNX has operators alone; the models that "
+            "model.interaction names have one, and torch.onnx.export may know how to trace yours"
+        )
+        raise BundleError(msg)
+    last = graph.layers(read, "over_arch.model.0", len(config.over_arch_layer_sizes) - 1)
+    logit = graph.linear(last, "over_arch.model.1.weight", "over_arch.model.1.bias")
+    graph.node("Sigmoid", logit, out="probability")
+    return graph, inputs
+
+
+def _checked(graph: Graph, ids: str, sizes: Sequence[int]) -> str:
+    """The ids as int64, `_NO_ROW` in place of those beyond their sizes."""
+    ids = graph.node("Cast", ids, to=_TYPES[np.int64])
+    is_low = graph.node("Less", ids, graph.constant(sizes))
+    is_row = graph.node("And", is_low, graph.node("GreaterOrEqual", ids, graph.constant([0])))
+    return graph.node("Where", is_row, ids, graph.constant([_NO_ROW]))
+
+
+def _pooled(graph: Graph, bundle: Bundle, tables: Sequence[FeatureTable], ids_BL: str, weights_BL: str) -> str:
+    """The vector of a feature: [B, 1, D]; without weights L is 1."""
+    vectors = []
+    for table in tables:
+        rows = ids_BL
+        if table.combination is not None:
+            rows = graph.node("Mod" if table.is_remainder else "Div", ids_BL, graph.constant([table.num_collisions]))
+        vector = _looked_up(graph, bundle, table, rows)
+        if weights_BL:
+            vector = graph.node("Mul", vector, graph.node("Unsqueeze", weights_BL, graph.constant([2])))
+            vector = graph.node("ReduceSum", vector, graph.constant([1]))
+        if table.dim < table.vector_dim:
+            weight = bundle.weights.tensor(projection_weight(table.key)).t().numpy()
+            vector = graph.node("MatMul", vector, graph.constant(weight, np.float32))
+        vectors.append(vector)
+    return graph.node("Mul" if tables[0].combination == "mult" else "Add", *vectors) if len(vectors) > 1 else vectors[0]
+
+
+def _looked_up(graph: Graph, bundle: Bundle, table: FeatureTable, ids_BL: str) -> str:
+    """Rows of a table, which stays in its precision: float32 [B, L, dim]."""
+    record = TABLE_PRECISIONS[bundle.manifest.sparse[table.feature].precision]
+    stored = bundle.weights.tensor(table_weight(table.key)).numpy()
+
+    def gathered(array: NDArray[Any]) -> str:
+        return graph.node("Gather", graph.constant(array, array.dtype), ids_BL)
+
+    if not record.is_quantized:
+        return graph.node("Cast", gathered(stored), to=_TYPES[np.float32]) if record.bits < 32 else gathered(stored)
+    numbers = gathered(stored[:, SCALE_BIAS_BYTES:])
+    if record.bits == 4:  # the low half of a byte is the first number
+        low = graph.node("BitwiseAnd", numbers, graph.constant([15], np.uint8))
+        high = graph.node("BitShift", numbers, graph.constant([4], np.uint8), direction="RIGHT")
+        pair = [graph.node("Unsqueeze", half, graph.constant([3])) for half in (low, high)]
+        numbers = graph.node("Reshape", graph.node("Concat", *pair, axis=3), graph.constant([0, 0, table.dim]))
+    scale, bias = (gathered(stored[:, at : at + 2].view(np.float16)) for at in (0, 2))
+    numbers, scale, bias = (graph.node("Cast", value, to=_TYPES[np.float32]) for value in (numbers, scale, bias))
+    return graph.node("Add", graph.node("Mul", numbers, scale), bias)
+
+
+def _model(bundle: Bundle, graph: Graph, inputs: _Inputs, data_name: str = "", data: BinaryIO | None = None) -> bytes:
+    """The bytes of the file; constants that are not small are written to `data`, where it is given."""
+    from onnx import TensorProto, helper  # noqa: PLC0415 - an optional package
+
+    constants = []
+    for name, array in graph.constants.items():
+        tensor = TensorProto(name=name, data_type=_TYPES[array.dtype.type], dims=array.shape)
+        if data is None or array.nbytes < _MIN_BESIDE_BYTES:
+            tensor.raw_data = array.tobytes()
+        else:
+            data.write(bytes(-data.tell() % _ALIGNMENT_BYTES))
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", data_name), ("offset", data.tell()), ("length", array.nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+            step = max(1, _BLOCK_BYTES // array[:1].nbytes)
+            data.writelines(array[start : start + step].tobytes() for start in range(0, len(array), step))
+        constants.append(tensor)
+    given = [
+        helper.make_tensor_value_info(name, _TYPES[kind], ["rows", size if size > 0 else name.partition("_")[2]])
+        for name, (kind, size) in inputs.items()
+    ]
+    made = [helper.make_tensor_value_info("probability", _TYPES[np.float32], ["rows", 1])]
+    described = helper.make_graph(graph.nodes, f"{bundle.name}, version {bundle.version}", given, made, constants)
+    about = {"producer_name": "torchdlrm", "producer_version": __version__, "ir_version": IR_VERSION}
+    model = helper.make_model(described, opset_imports=[helper.make_opsetid("", OPSET)], **about)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _check(bundle: Bundle, file: Path) -> None:
+    import onnxruntime  # noqa: PLC0415 - an optional package
+
+    frame = encode(bundle.sample()[0], bundle.schema, bundle.dense, bundle.vocabularies)
+    rows = EncodedRows.from_frame(frame, bundle.schema)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    found = session.run(["probability"], onnx_inputs(bundle, rows))[0][:, 0] if rows.num_rows else np.zeros(0)
+    difference = np.abs(found - ServedModel(bundle, "float32").predict(rows)).max(initial=0)
+    if not difference <= _LARGEST_DIFFERENCE:
+        msg = f"{bundle.path}: onnxruntime predicts up to {difference:.2g} off the bundle, so no graph was written"
+        raise BundleError(msg)
