@@ -28,6 +28,7 @@ from torchdlrm.errors import BundleError
 from torchdlrm.exporting import onnx_file
 from torchdlrm.model.architecture import Architecture
 from torchdlrm.model.dot import DotArchitecture
+from torchdlrm.model.model_class import ModelClassRecord
 
 SIZES = {"cat_0": 50, "cat_1": 3, "cat_2": 700}
 SMALL = {"embedding_dim": 16, "dense_arch_layer_sizes": (32, 16), "over_arch_layer_sizes": (24, 1)}
@@ -173,7 +174,7 @@ def test_smaller_tables_and_cells_of_several_values_with_weights_are_looked_up(f
     )
     feeds = onnx_inputs(bundle, rows)
     assert {name: values.shape for name, values in feeds.items()} == {
-        "ids": (4, 1),
+        "ids_city": (4, 1),
         "ids_genres": (4, 3),
         "ids_tags": (4, 2),
         "weights_tags": (4, 2),
@@ -183,7 +184,12 @@ def test_smaller_tables_and_cells_of_several_values_with_weights_are_looked_up(f
     np.testing.assert_allclose(probabilities(tmp_path / "model.onnx", bundle, rows), expected, rtol=0, atol=1e-6)
 
 
-def test_a_model_class_has_no_graph(small_bundle, tmp_path, monkeypatch):
+def test_a_model_of_ones_own_has_no_graph(small_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(DotArchitecture, "graph_interaction", Architecture.graph_interaction)
-    with pytest.raises(BundleError, match="its model class is Python"):
+    with pytest.raises(BundleError, match="nothing says how to write the interaction dot"):
         export_as(small_bundle, tmp_path / "model.onnx", "onnx")
+    bundle = Bundle.open(small_bundle)
+    record = ModelClassRecord(name="my_models:Mine", sha256=None)
+    bundle.manifest = bundle.manifest.model_copy(update={"model_class": record})
+    with pytest.raises(BundleError, match="its model class is Python"):
+        onnx_file.write_onnx(bundle, tmp_path / "model.onnx")

@@ -168,8 +168,9 @@ def test_everything_that_does_not_fit_is_named_at_once(small_dataset, tmp_path):
 
 def test_tables_in_another_order_are_refused(small_dataset, tmp_path):
     weights = torchrecs(small_dataset, ModelConfig(**SIZES)).state_dict()
-    with pytest.raises(RunError, match=r"tables interact in the order .*t_cat_25.*t_cat_0\.weight: give"):
-        import_weights(dict(reversed(weights.items())), small_dataset, tmp_path / "run")
+    tables = {name: weights.pop(name) for name in [*weights] if "embedding_bags" in name}
+    with pytest.raises(RunError, match=r"order of the tables: .*t_cat_25.*t_cat_0\.weight"):
+        import_weights({**dict(reversed(tables.items())), **weights}, small_dataset, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

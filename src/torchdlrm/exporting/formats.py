@@ -1,14 +1,13 @@
-"""Defines what a run or a bundle can be exported to besides a bundle, a record for each format: docs/other-formats.md.
+"""Defines what else than a bundle an export can write, a record for each format: docs/other-formats.md.
 
 No torch: the command line reads the records before it.
 """
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torchdlrm.errors import BundleError
 from torchdlrm.files import replacing_durably
@@ -17,9 +16,8 @@ from torchdlrm.folders import KindName, expect
 FormatName = Literal["bundle", "torchrec", "dlrm", "onnx", "triton"]
 
 
-@dataclass(frozen=True)
-class ExportFormat:
-    """A format: what it is made of, what it is, and `module:function` here that makes tensors, or writes a bundle."""
+class ExportFormat(NamedTuple):
+    """What a format is made of, what it is, and the `module:function` here that makes tensors, or writes a bundle."""
 
     source: KindName
     what: str
@@ -42,26 +40,25 @@ def export_as(
     checkpoint: str = "best",
     dataset: str | Path | None = None,
 ) -> None:
-    """Write the weights of a run (`torchrec`, `dlrm`: a file of `torch.save`), or a bundle's model (`onnx`, `triton`).
+    """Write the weights of a run (`torchrec`, `dlrm`: for `torch.load`) or the model of a bundle (`onnx`, `triton`).
 
     Args:
-        source: the run, or the bundle.
-        out: the file, of `triton` a folder; nothing may be there.
-        format: one of `FORMATS`.
+        source: the run or the bundle.
+        out: the file, or of `triton` a folder; nothing may be there.
+        format: one of these.
         checkpoint: of the run: `best`, `last` or a step.
-        dataset: that the run was trained on, where it has moved.
+        dataset: of the run, where it has moved.
 
     Raises:
         UserError: there is no such source or checkpoint, something is at `out`, or the format has no such model.
     """
-    record = FORMATS[format]
-    expect(record.source, Path(source))
+    expect(FORMATS[format].source, Path(source))
     if os.path.lexists(out):
         msg = f"`out`: {out} is there already; give another name, or remove it first"
         raise BundleError(msg)
-    module, _, name = record.maker.partition(":")
+    module, _, name = FORMATS[format].maker.partition(":")
     make = getattr(import_module(f"torchdlrm.exporting.{module}"), name)
-    if record.source == "bundle":
+    if FORMATS[format].source == "bundle":
         make(import_module("torchdlrm.bundle.bundle").Bundle.open(Path(source)), Path(out))
         return
     run = import_module("torchdlrm.training.run").Run.open(Path(source))

@@ -1,11 +1,8 @@
 """Writes the model of a bundle as an ONNX graph, or as a model for Triton: docs/other-formats.md.
 
-Inputs are encoded rows: `dense` float32 [B, num_dense]; `ids` int32, a column for each feature with one value a cell;
-of others `ids_NAME` int32 [B, L], filled up with -1, and `weights_NAME` float32 [B, L] where values have weights. The
-output is `probability`, float32 [B, 1]. Memory: a block of rows where constants lie beside the file, else twice its
-size.
-
-B rows, L values of a cell, D embedding dimension, N = F + 1 vectors.
+Inputs are encoded rows: `dense` float32 [B, num_dense], and of each feature `ids_NAME` int32 [B, L], L 1 where cells
+have one value, else filled up with -1; `weights_NAME` float32 [B, L] where values have weights. The output is
+`probability`, float32 [B, 1]. Memory: a block of rows where constants lie beside the file, else twice its size.
 """
 
 from collections.abc import Sequence
@@ -32,9 +29,8 @@ from torchdlrm.model.graph import Graph
 OPSET, IR_VERSION, MAX_BATCH_ROWS = 18, 9, 8192
 MAX_FILE_BYTES = 2**31 - 2**24  # protobuf reads 2 GiB
 _BLOCK_BYTES, _MIN_BESIDE_BYTES, _ALIGNMENT_BYTES = 32 * 2**20, 1024, 4096
-_NO_ROW = -(2**40)  # what an id becomes that its table does not have: the lookup refuses it
 _LARGEST_DIFFERENCE = 1e-5
-_TYPES = {np.float16: 10, np.float32: 1, np.uint8: 2, np.int32: 6, np.int64: 7}  # onnx.TensorProto.DataType
+_TYPES = {np.float32: 1, np.uint8: 2, np.int32: 6, np.int64: 7, np.float16: 10, np.uint32: 12}  # TensorProto.DataType
 _Inputs = dict[str, tuple[type[Any], int]]  # numpy's type, and the numbers of a row; -1 where a request says how many
 
 
@@ -75,42 +71,41 @@ def write_triton(bundle: Bundle, out: Path) -> None:
 def onnx_inputs(bundle: Bundle, rows: EncodedRows) -> dict[str, NDArray[Any]]:
     """The inputs of the graph of a bundle, for B rows that `Predictor.encode` has encoded."""
     feeds: dict[str, NDArray[Any]] = {"dense": np.ascontiguousarray(rows.dense)} if bundle.schema.dense else {}
-    single = []
     for place, column in enumerate(bundle.schema.sparse):
-        ids, offsets = rows.sparse[place] if isinstance(rows.sparse, tuple) else (rows.sparse[place], None)
-        if offsets is None or not column.is_multi_valued:
-            single.append(ids.astype(np.int32))
-            continue
-        lengths = np.diff(offsets)
-        is_value = np.arange(max(1, lengths.max(initial=0))) < lengths[:, None]
+        bags = rows.sparse[place]
+        ids, offsets = bags if isinstance(bags, tuple) else (bags, np.arange(rows.num_rows + 1))
+        is_value = np.arange(max(1, np.diff(offsets).max(initial=0))) < np.diff(offsets)[:, None]
         own = None if rows.weights is None else rows.weights[place]
-        for kind, values, fill in (("ids", ids.astype(np.int32), -1), ("weights", own, 0)):
+        for name, values, fill in (
+            (f"ids_{column.name}", ids.astype(np.int32), -1),
+            (f"weights_{column.name}", own, 0),
+        ):
             if values is not None:
-                feeds[f"{kind}_{column.name}"] = np.full(is_value.shape, fill, values.dtype)
-                feeds[f"{kind}_{column.name}"][is_value] = values
-    return feeds | ({"ids": np.stack(single, axis=1)} if single else {})
+                feeds[name] = np.full(is_value.shape, fill, values.dtype)
+                feeds[name][is_value] = values
+    return feeds
 
 
 def _graph_of(bundle: Bundle) -> tuple[Graph, _Inputs]:
+    if bundle.manifest.model_class is not None:
+        msg = f"{bundle.path}: has no graph: its model class is Python; torch.onnx.export may know how to trace it"
+        raise BundleError(msg)
     graph, shape, config = Graph(bundle.weights.tensor), bundle.shape, bundle.shape.config
     tables = {name: [*found] for name, found in groupby(bundle.manifest.tables, lambda table: table.feature)}
-    singles = [column.name for column in bundle.schema.sparse if not column.is_multi_valued]
     inputs: _Inputs = {"dense": (np.float32, shape.num_dense)} if shape.num_dense else {}
-    if singles:
-        inputs["ids"] = (np.int32, len(singles))
-        ids = _checked(graph, "ids", [tables[name][0].num_ids for name in singles])
     vectors = []
     for column in bundle.schema.sparse:
-        given, weights = f"ids_{column.name}", ""
-        if not column.is_multi_valued:
-            rows = graph.node("Gather", ids, graph.constant([singles.index(column.name)]), axis=1)
-        else:
-            inputs[given], zero = (np.int32, -1), graph.constant([0], np.int32)
-            rows = _checked(graph, graph.node("Max", given, zero), [tables[column.name][0].num_ids])
-            weights = graph.node("Cast", graph.node("GreaterOrEqual", given, zero), to=_TYPES[np.float32])
-            if column.weights_name is not None:
-                inputs[f"weights_{column.name}"] = (np.float32, -1)
-                weights = graph.node("Mul", weights, f"weights_{column.name}")
+        ids, weights = f"ids_{column.name}", ""
+        inputs[ids] = (np.int32, -1 if column.is_multi_valued else 1)
+        # A lookup takes a negative id for one from the end; as an unsigned number it is beyond the table.
+        rows = graph.node("Cast", graph.node("Cast", ids, to=_TYPES[np.uint32]), to=_TYPES[np.int64])
+        if column.is_multi_valued:
+            is_value = graph.node("GreaterOrEqual", ids, graph.constant([0], np.int32))
+            rows = graph.node("Where", is_value, rows, graph.constant([0]))
+            weights = graph.node("Cast", is_value, to=_TYPES[np.float32])
+        if column.weights_name is not None:
+            inputs[f"weights_{column.name}"] = (np.float32, -1)
+            weights = graph.node("Mul", weights, f"weights_{column.name}")
         vectors.append(_pooled(graph, bundle, tables[column.name], rows, weights))
     dense = "dense"
     if not shape.num_dense:  # a 1 in every row: `torchdlrm.model.dlrm.ConstantArch`
@@ -120,23 +115,12 @@ def _graph_of(bundle: Bundle) -> tuple[Graph, _Inputs]:
     vectors_BND = graph.node("Concat", graph.node("Unsqueeze", dense_BD, graph.constant([1])), *vectors, axis=1)
     read = shape.architecture.graph_interaction(shape, graph, dense_BD, vectors_BND)
     if read is None:
-        msg = (
-            f"{bundle.path}: has no graph: its model class is Python, and ONNX has operators alone; the models that "
-            "model.interaction names have one, and torch.onnx.export may know how to trace yours"
-        )
+        msg = f"{bundle.path}: nothing says how to write the interaction {config.interaction} as a graph"
         raise BundleError(msg)
     last = graph.layers(read, "over_arch.model.0", len(config.over_arch_layer_sizes) - 1)
     logit = graph.linear(last, "over_arch.model.1.weight", "over_arch.model.1.bias")
     graph.node("Sigmoid", logit, out="probability")
     return graph, inputs
-
-
-def _checked(graph: Graph, ids: str, sizes: Sequence[int]) -> str:
-    """The ids as int64, `_NO_ROW` in place of those beyond their sizes."""
-    ids = graph.node("Cast", ids, to=_TYPES[np.int64])
-    is_low = graph.node("Less", ids, graph.constant(sizes))
-    is_row = graph.node("And", is_low, graph.node("GreaterOrEqual", ids, graph.constant([0])))
-    return graph.node("Where", is_row, ids, graph.constant([_NO_ROW]))
 
 
 def _pooled(graph: Graph, bundle: Bundle, tables: Sequence[FeatureTable], ids_BL: str, weights_BL: str) -> str:

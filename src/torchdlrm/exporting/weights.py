@@ -91,15 +91,14 @@ def import_weights(
 def upstream_weights(run: Run, dataset: Dataset, checkpoint: str, form: Form) -> dict[str, Tensor]:
     """The weights of a run as another program's state dict, in memory; raises RunError where it has no such model."""
     config, ours = run.config.model, [table_weight(name) for name in dataset.sparse_names]
-    unlike = {
-        "a model class": run.model_class is not None,
-        "smaller tables (model.features)": bool(config.features),
-        "a cross net with gates (model.dcn.gated)": config.dcn.gated,
-        f"the interaction {config.interaction}": form == "dlrm" and config.interaction != "dot",
-    }
-    if any(unlike.values()):
-        why = ", ".join(what for what, is_so in unlike.items() if is_so)
-        msg = f"{run.path}: has {why}, which the models of the format {form} do not have"
+    unlike = [
+        *(["a model class"] if run.model_class is not None else []),
+        *(["smaller tables (model.features)"] if config.features else []),
+        *(["a cross net with gates (model.dcn.gated)"] if config.dcn.gated else []),
+        *([f"the interaction {config.interaction}"] if form == "dlrm" and config.interaction != "dot" else []),
+    ]
+    if unlike:
+        msg = f"{run.path}: has {', '.join(unlike)}, which the models of the format {form} do not have"
         raise RunError(msg)
     _, reader = open_checkpoint(run, checkpoint)
     weights = {name: reader.tensor(name) for name in reader.shapes}
@@ -154,19 +153,15 @@ def _opened(state_dict: Mapping[str, Any] | str | Path) -> tuple[str, Form, dict
 def _model_settings(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """What weights by our names say of their model, by the names of `[model]`."""
 
-    def sizes(pattern: str) -> list[int]:
-        found = {int(match[1]): len(w) for name, w in weights.items() if (match := re.fullmatch(pattern, name))}
-        return [found[number] for number in sorted(found)]
+    def sizes(start: str, end: str = ".bias") -> list[int]:
+        return [len(w) for name, w in weights.items() if name.startswith(start) and name.endswith(end)]
 
-    mlp = r"\._mlp\.(\d+)\._linear\.bias"
-    dense, over = sizes(rf"dense_arch\.model{mlp}"), sizes(rf"over_arch\.model\.0{mlp}")
-    over += sizes(r"over_arch\.model\.(1)\.bias")
+    dense, over = sizes("dense_arch."), sizes("over_arch.")
     found = {"embedding_dim": dense[-1] if dense else 0, "dense_arch_layer_sizes": dense, "over_arch_layer_sizes": over}
-    if ranks := sizes(r"inter_arch\.crossnet\.V_kernels\.(\d+)"):
+    if ranks := sizes("inter_arch.crossnet.V_kernels.", ""):
         return found | {"interaction": "dcn", "dcn.num_layers": len(ranks), "dcn.low_rank_dim": ranks[0]}
-    branches = [sizes(rf"inter_arch\.interaction_branch{n}\.model{mlp}") for n in (1, 2)]
-    names = ("projection.branch1_layer_sizes", "projection.branch2_layer_sizes")
-    return found | ({"interaction": "projection", **dict(zip(names, branches, strict=True))} if any(branches) else {})
+    branches = {f"projection.branch{n}_layer_sizes": sizes(f"inter_arch.interaction_branch{n}.") for n in (1, 2)}
+    return found | ({"interaction": "projection"} | branches if any(branches.values()) else {})
 
 
 class _UpstreamWeights(CheckpointReader):
@@ -181,9 +176,7 @@ class _UpstreamWeights(CheckpointReader):
         else:
             names = dict(zip(ours, theirs, strict=False))
             if {*theirs} == {*ours} and theirs != ours:
-                problems.append(
-                    f"tables interact in the order {', '.join(theirs)}: give the schema's columns this order"
-                )
+                problems.append(f"give the columns of the schema the order of the tables: {', '.join(theirs)}")
         of_ours = {their: our for our, their in names.items()}
         weights = {of_ours.get(name, name): tensor for name, tensor in given.items()}
         settings = {f"model.{key}": str(value) for key, value in _model_settings(weights).items()}
@@ -194,17 +187,15 @@ class _UpstreamWeights(CheckpointReader):
             weight, wanted = weights.get(name), expected.get(name)
             is_alike = weight is not None and wanted is not None and weight.shape == wanted.shape
             if weight is None or not is_alike or not (weight.is_floating_point() and weight.sum().isfinite()):
-                sizes = ["nothing" if each is None else f"{[*each.shape]}" for each in (weight, wanted)]
-                problems.append(
-                    f"{names.get(name, name)}: is {sizes[0]}, expected {sizes[1]}{' of finite floats' * is_alike}"
-                )
+                was, needed = ("nothing" if each is None else f"{[*each.shape]}" for each in (weight, wanted))
+                needed += " of finite floats" * is_alike
+                problems.append(f"{names.get(name, name)}: is {was}, expected {needed}")
         if problems:
             more = [f"and {len(problems) - _MAX_SHOWN} more"] if len(problems) > _MAX_SHOWN else []
+            sizes = ",".join(str(len(given[name])) for name in theirs)
             remedy = (
-                "tables have a row for each id of a column, in order (import data with the table sizes "
-                f"{','.join(str(len(given[name])) for name in theirs)}); the first dense layer has an input for each "
-                "dense column; vectors interact by dot products of pairs, none with itself, by TorchRec's cross net or "
-                "by its projections"
+                f"import data with the table sizes {sizes} and a dense column for each input of the first layer; vectors "
+                "interact in pairs, none with itself"
             )
             head = f"{where}: no weights of a model with interaction {config.interaction} for {dataset.path}:"
             raise RunError("\n  ".join([head, *problems[:_MAX_SHOWN], *more, remedy]))
