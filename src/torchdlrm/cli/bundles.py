@@ -51,7 +51,9 @@ def export(
             raise ConfigError(msg)
         export_as(run, out, format, checkpoint=options.checkpoint, dataset=dataset)
         say(f"{out}: {FORMATS[format].what}")
-        return print_json({"out": str(out), "format": format}) if as_json else None
+        if as_json:
+            print_json({"out": str(out), "format": format})
+        return
     expect("run", run)
     expect("dataset", dataset)
     expect("bundle", delta_to)

@@ -57,7 +57,9 @@ app.command(
     "sharding.KEY is a key of the config's section for this evaluation, as in --sharding.cache-fraction 0.2.\n",
 )
 app.command("torchdlrm.cli.evaluate:report", help="Write a run or a live model as one HTML page.")
-app.command("torchdlrm.cli.bundles:export", help="Turn a run into a bundle that predicts from raw rows, or into other formats.")
+app.command(
+    "torchdlrm.cli.bundles:export", help="Turn a run into a bundle that predicts from raw rows, or into other formats."
+)
 app.command("torchdlrm.cli.bundles:apply", help="Make a bundle of another one and a delta to it.")
 app.command("torchdlrm.cli.predict:predict", help="Predict every row of a raw log.")
 app.command("torchdlrm.cli.predict:verify", help="Compare checkpoint, bundle and server on the same raw rows.")

@@ -1,4 +1,4 @@
-"""`dlrm train` and `dlrm import-weights`: dataset, and config or weights -> run; what it will do, how it ended, and where the time of its steps went."""
+"""`dlrm train`, and what it says, does and how it ended; `dlrm import-weights`: weights of others -> run."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext

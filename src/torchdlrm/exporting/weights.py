@@ -79,7 +79,7 @@ def import_weights(
         built.module.load_state_dict(state)
         optimizer = build_optimizer(built.module, settings.dense_optimizer)
         first = Position(0, Agenda.of(settings, max(1, encoded.splits["train"].rows)).loader_state(0))
-        started = Run.start(path, settings, encoded, world_size=1, restart=overwrite)
+        started = Run(path, settings).start(encoded, world_size=1, restart=overwrite)
         with closing(started), closing(Checkpointer(started.checkpoints, built.module, optimizer, ranks)) as saving:
             started.write_plan(built.solution)
             if not saving.save(first, wait=True):
@@ -194,8 +194,8 @@ class _UpstreamWeights(CheckpointReader):
             more = [f"and {len(problems) - _MAX_SHOWN} more"] if len(problems) > _MAX_SHOWN else []
             sizes = ",".join(str(len(given[name])) for name in theirs)
             remedy = (
-                f"import data with the table sizes {sizes} and a dense column for each input of the first layer; vectors "
-                "interact in pairs, none with itself"
+                f"import data with the table sizes {sizes}, and a dense column for each input of the first layer; "
+                "vectors interact in pairs, and none with itself"
             )
             head = f"{where}: no weights of a model with interaction {config.interaction} for {dataset.path}:"
             raise RunError("\n  ".join([head, *problems[:_MAX_SHOWN], *more, remedy]))
