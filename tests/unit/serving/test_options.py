@@ -1,6 +1,7 @@
 """The options of a server: one dataclass, which is the command line too."""
 
 import dataclasses
+import inspect
 import re
 
 import pytest
@@ -23,7 +24,7 @@ def test_the_command_line_without_options_is_the_dataclass_without_arguments():
 
 
 def test_every_option_is_described_once():
-    described = re.findall(r"^        (\w+): ", ServeOptions.__doc__, re.MULTILINE)
+    described = re.findall(r"^    (\w+): ", inspect.getdoc(ServeOptions), re.MULTILINE)
     assert described == [field.name for field in dataclasses.fields(ServeOptions)]
 
 

@@ -71,9 +71,10 @@ class Ranks:
 
         It makes them once for the whole process, for tables that are cut within a host, with torch's default.
         """
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # public in torch 2.14
         for group in (comm._INTRA_PG, comm._CROSS_PG):
             if group is not None:
-                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_s), group)
+                set_timeout(timedelta(seconds=self.timeout_s), group)
 
     def from_first(self, value: Any, group: dist.ProcessGroup | None = None) -> Any:
         """The value that rank 0 has; every rank must call this, and give the same group where it is another one."""
