@@ -17,7 +17,7 @@ PRETENDED := .venv-pretended-gpu
 # uv installs everything by one command and several times as fast; PIP_FLAGS are pip's.
 UV ?= $(if $(PIP_FLAGS),,$(shell command -v uv))
 
-.PHONY: install quickstart test test-fast test-pretended-gpu gpu-check check format docs site lock release clean help
+.PHONY: install quickstart test test-fast test-pretended-gpu gpu-check check format docs site lock check-install release clean help
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -88,6 +88,9 @@ lock:  ## write requirements/cpu.lock and gpu.lock afresh: exact versions with h
 	$(UV) lock --quiet --upgrade
 	for extra in cpu gpu; do $(UV) export --quiet --frozen --format requirements.txt --extra $$extra --no-emit-project \
 	  --no-annotate --no-header --output-file requirements/$$extra.lock >/dev/null || exit; done
+
+check-install:  ## install in every way that docs/installation.md has, from nothing, and try each: takes long (WAYS=lock)
+	$(PYTHON) .ci/install.py $(WAYS) --python $$(command -v $(PYTHON))
 
 release:  ## build and try a release: make release VERSION=0.3.0
 	$(PYTHON) .ci/release.py $(VERSION)
