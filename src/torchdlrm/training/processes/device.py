@@ -20,8 +20,8 @@ from torchdlrm.config import DeviceChoice
 from torchdlrm.driverless import LIBRARY_NAME, fbgemm_build
 from torchdlrm.errors import ConfigError
 
-# Major compute capabilities that the wheel of fbgemm-gpu 1.8 has kernels for (sm_80, sm_90, sm_100, and no PTX, from
-# which a driver could make others).
+# Major compute capabilities that the wheels of fbgemm-gpu 1.8 and 1.9 have kernels for (sm_80, sm_90, sm_100, and no
+# PTX, from which a driver could make others).
 FBGEMM_CAPABILITIES = (8, 9, 10)
 # The oldest driver that runs programs of a CUDA version, by NVIDIA's table of minor version compatibility.
 _LEAST_DRIVER = {12: 525, 13: 580}
