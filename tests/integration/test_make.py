@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,28 @@ def test_one_build_of_fbgemm_is_not_installed_over_the_other(extra, other, tmp_p
     assert done.returncode == 2, done.stdout
     assert f"make install EXTRA={extra} VENV=.venv-{extra}" in done.stderr
     assert not (tmp_path / "bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "installs"),
+    [
+        ((), "uv sync --quiet --python python3 --extra cpu --extra dev"),
+        (("EXTRA=gpu",), "uv sync --quiet --python python3 --extra gpu --extra dev"),
+        (
+            ("PIP_FLAGS=--no-index",),
+            "pip install --quiet --disable-pip-version-check --no-index --editable '.[cpu,dev]'",
+        ),
+        (("VERSIONS=newest", "PYTHON=python3.14"), "UV_PROJECT_ENVIRONMENT=.venv-newest"),
+    ],
+)
+def test_uv_installs_where_it_is_there_and_pip_where_pip_is_given_flags(settings, installs, tmp_path):
+    (tmp_path / "uv").write_text("")
+    (tmp_path / "uv").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = ["make", "--dry-run", "--always-make", "install", *settings]
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert installs in said
+    assert ("uv sync" in said) != ("pip install" in said)
 
 
 @pytest.mark.parametrize("num_gpus", [0, 2])

@@ -71,7 +71,9 @@ class Ranks:
 
         It makes them once for the whole process, for tables that are cut within a host, with torch's default.
         """
-        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # public in torch 2.14
+        set_timeout = (
+            getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        )  # public in torch 2.14
         for group in (comm._INTRA_PG, comm._CROSS_PG):
             if group is not None:
                 set_timeout(timedelta(seconds=self.timeout_s), group)
