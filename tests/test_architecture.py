@@ -16,6 +16,7 @@ FLOORS = {
     "folders": 0,
     "html": 0,
     "metrics": 0,
+    "notebook": 0,
     "processor": 0,
     "progress": 0,
     "shared_memory": 0,

@@ -27,6 +27,9 @@ Weights = NDArray[np.floating] | None
 # bar of a training. `brief`: where there is room for few. `table`: tables of the terminal, and periods of a live model.
 Place = Literal["log", "bar", "brief", "table"]
 
+# Standard errors to each side of its mean that 95 % of a normal distribution are within.
+NORMAL_95 = 1.959964
+
 _BLOCK_ROWS = 1 << 20  # float64 temporaries of a block stay at 8 MB each
 
 

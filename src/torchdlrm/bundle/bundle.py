@@ -36,6 +36,7 @@ from torchdlrm.files import OpenFiles
 from torchdlrm.model import table_weight
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, architecture_of, difference_from
+from torchdlrm.notebook import notebook_view
 from torchdlrm.progress import SILENT, ProgressListener
 
 Verify = Literal["full", "lazy"]
@@ -163,6 +164,13 @@ class Bundle:
         if verify == "lazy":
             verifier.check_all_in_background()
         return bundle
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what it needs, and its files."""
+        manifest = self.manifest
+        facts = {"version": self.version, "period": self.period, "columns": len(self.schema.features)}
+        rows = [{"file": name, "bytes": file.size_bytes} for name, file in manifest.files.items()]
+        return notebook_view(f"bundle {self.name}", facts | {"dense parts": manifest.dense_precision}, rows)
 
     @property
     def name(self) -> str:

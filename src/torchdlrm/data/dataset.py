@@ -26,6 +26,7 @@ from torchdlrm.features.transforms import FittedDense
 from torchdlrm.features.vocabulary import Vocabulary
 from torchdlrm.files import replacing_durably, sha256_of
 from torchdlrm.folders import wrong_folder
+from torchdlrm.notebook import notebook_view
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.toml import did_you_mean
 
@@ -325,6 +326,20 @@ class Dataset:
             name: Split(split.rows, tuple(File(self.path / file.path, file.rows, file.sha256) for file in split.files))
             for name, split in self.manifest.splits.items()
         }
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: its splits."""
+        label, embeddings = self.label_name, self.num_embeddings
+        rows = [
+            {
+                "split": name,
+                "rows": split.rows,
+                "click rate": split.clicks_of(label) / split.rows if split.rows else None,
+            }
+            for name, split in self.manifest.splits.items()
+        ]
+        facts = {"label": label, "dense": len(self.dense_names), "sparse": len(embeddings)}
+        return notebook_view(f"dataset {self.path}", facts | {"rows of tables": sum(embeddings.values())}, rows)
 
     def vocabulary(self, name: str) -> Vocabulary:
         """The vocabulary of a sparse feature.

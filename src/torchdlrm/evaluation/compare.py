@@ -17,8 +17,9 @@ from torchdlrm.config import DeviceChoice, ShardingConfig
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
 from torchdlrm.evaluation.evaluate import predict_split
-from torchdlrm.metrics import Labels, Scores, Weights, auc, error_of_both, error_of_mean, that_weigh, wins
+from torchdlrm.metrics import NORMAL_95, Labels, Scores, Weights, auc, error_of_both, error_of_mean, that_weigh, wins
 from torchdlrm.model.model_class import ModelClass
+from torchdlrm.notebook import notebook_view
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.run import Run
 
@@ -41,6 +42,20 @@ class Difference:
     auc_standard_error: float
     logloss: float
     logloss_standard_error: float
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: each difference, with the interval that holds the true one 19 times in 20."""
+        both = {"AUC": (self.auc, self.auc_standard_error), "logloss": (self.logloss, self.logloss_standard_error)}
+        rows = [
+            {
+                "metric": name,
+                "difference": f"{value:+.5f}",
+                "from": f"{value - NORMAL_95 * error:+.5f}",
+                "to": f"{value + NORMAL_95 * error:+.5f}",
+            }
+            for name, (value, error) in both.items()
+        ]
+        return notebook_view("second model, above the first one", {"interval": "95 %"}, rows)
 
 
 def compare(

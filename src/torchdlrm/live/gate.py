@@ -25,7 +25,7 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.live.record import GateRecord, PeriodMetrics, ProgressiveMetrics
 from torchdlrm.live.settings import GateSettings
 from torchdlrm.logs.files import LogFile
-from torchdlrm.metrics import LOSS, Labels, Scores, Weights, binary_metrics, metrics_in
+from torchdlrm.metrics import LOSS, NORMAL_95, Labels, Scores, Weights, binary_metrics, metrics_in
 from torchdlrm.prediction.files import HAS_UNKNOWN_COLUMN, LOGIT_COLUMN, predict_file
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
@@ -33,7 +33,6 @@ from torchdlrm.progress import ProgressListener
 
 SCORES_NAME = "scores.parquet"
 _ENDS = ("_low", "_high")
-_NORMAL_95 = 1.959964  # standard errors to each side that 95 % of a normal distribution are within
 _STANDARD_ERRORS = 2.0  # outside a limit by this many is not chance
 
 
@@ -117,7 +116,7 @@ def period_metrics(labels: Labels, logits: Scores, weights: Weights = None) -> P
     for metric in metrics_in("table"):
         value = found[metric.name] = values[metric.name]
         if metric.standard_error is not None:
-            reach = _NORMAL_95 * metric.standard_error(labels, logits, weights)
+            reach = NORMAL_95 * metric.standard_error(labels, logits, weights)
             ends: tuple[float | None, float | None] = (None, None)
             if value is not None and not math.isnan(reach):
                 ends = max(0.0, value - reach), min(metric.largest, value + reach)

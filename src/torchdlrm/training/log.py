@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torchdlrm.errors import Interrupted
 from torchdlrm.files import sync, write_atomically
 from torchdlrm.metrics import LOSS, BinaryMetrics, metrics_in, why_undefined
+from torchdlrm.notebook import notebook_view
 from torchdlrm.training.checkpoint import Position
 from torchdlrm.training.run import METRICS_NAME
 from torchdlrm.units import show_count, show_number
@@ -192,6 +193,25 @@ class TrainingHistory:
         """
         lines = (line for line in self.metrics if line["split"] == split and line.get(name) is not None)
         return [(line["step"], line[name]) for line in lines]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: how it ended, and its last validations."""
+        summary = self.summary
+        facts = {
+            "steps": summary.step,
+            "rows": summary.rows,
+            "rows/s": summary.rows_per_s,
+            "best AUC": summary.best_auc,
+        }
+        return notebook_view(f"training, {summary.stopped_because}", facts, _validations(self.metrics))
+
+
+def _validations(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The last ten validations, for a notebook."""
+    names = [metric.name for metric in metrics_in("log")]
+    return [
+        {"step": line["step"]} | {name: line.get(name) for name in names} for line in lines if line["split"] == "val"
+    ][-10:]
 
 
 def validation_line(step: int, agenda: "Agenda", metrics: BinaryMetrics, *, is_best: bool) -> str:

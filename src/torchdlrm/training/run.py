@@ -21,8 +21,10 @@ from torchdlrm.errors import RunError
 from torchdlrm.features.schema import problems
 from torchdlrm.files import write_atomically
 from torchdlrm.folders import wrong_folder
+from torchdlrm.metrics import METRICS
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architecture_of, difference_from, record_of
+from torchdlrm.notebook import notebook_view
 from torchdlrm.training.environment import Environment, WarmStartRecord, environment_now, manifest_sha256
 
 if TYPE_CHECKING:
@@ -313,6 +315,16 @@ class Run:
                 msg = f"{path}: damaged; remove it, and let dlrm evaluate write it again"
                 raise RunError(msg) from error
         return results
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: its model, and its evaluations."""
+        model = self.config.model
+        facts = {"interaction": model.interaction, "embedding dimension": model.embedding_dim}
+        rows = [
+            {"evaluation": name, "rows": result.get("rows")} | {metric: result.get(metric) for metric in METRICS}
+            for name, result in self.evaluations().items()
+        ]
+        return notebook_view(f"run {self.path}", facts | {"seed": self.config.seed}, rows)
 
     def close(self) -> None:
         """Let others train in the folder; the end of the process does it too."""
