@@ -26,7 +26,7 @@ from torchdlrm.bundle.manifest import MANIFEST_NAME, WEIGHTS_NAME, BundleManifes
 from torchdlrm.bundle.write import complete_folder, require_space
 from torchdlrm.errors import BundleError
 from torchdlrm.files import regular_file, sha256_of
-from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.progress import SILENT, ProgressListener, watched
 
 FULL_NAME = "full"  # of the bundle that a delta is made of, while it is made
 DELTA_NAMES = (DELTA_NAME, CHANGES_NAME, FILES_FOLDER, FULL_NAME)
@@ -87,7 +87,7 @@ def _recipe(
 
 
 def apply_delta(
-    bundle: str | Path, delta: str | Path, out: str | Path, *, progress: ProgressListener = SILENT
+    bundle: str | Path, delta: str | Path, out: str | Path, *, progress: ProgressListener | bool = True
 ) -> Bundle:
     """Make the bundle that a delta leads to: byte for byte the one that the delta was made of.
 
@@ -95,7 +95,7 @@ def apply_delta(
         bundle: the folder of the bundle that it is a delta to; read, and left as it is.
         delta: the folder of the delta.
         out: the folder of the new bundle; nothing may be there.
-        progress: receives the bytes done.
+        progress: receives the bytes done; True and False as for `train`.
 
     Raises:
         BundleError: one of both is damaged, they do not belong together, or `out` cannot be written; nothing is there.
@@ -110,13 +110,13 @@ def apply_delta(
             "give that bundle, or the delta that was exported to this one"
         )
         raise BundleError(msg)
-    with complete_folder(out) as folder:
+    with watched(progress) as listener, complete_folder(out) as folder:
         require_space(folder, sum(record.size_bytes for record in change.result.files.values()))
         try:
             # Indexes are built from vocabularies.
             for name, recipe in sorted(change.manifest.files.items(), key=lambda item: item[1].how == "index"):
                 _make(base, change, name, recipe, folder)
-            apply_changes(base, change, folder / WEIGHTS_NAME, progress)
+            apply_changes(base, change, folder / WEIGHTS_NAME, listener)
             _copy(change.path / FILES_FOLDER / MANIFEST_NAME, folder / MANIFEST_NAME)
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in _NOT_THE_INPUT:
@@ -124,7 +124,7 @@ def apply_delta(
             msg = f"{change.path}: cannot be applied to {base} ({error}); copy both again"
             raise BundleError(msg) from error
         try:
-            Bundle.open(folder, progress=progress)  # every byte is read, and compared with the result's checksums
+            Bundle.open(folder, progress=listener)  # every byte is read, and compared with the result's checksums
         except BundleError as error:
             msg = f"{base}: damaged, since {change.path}, which is not, gives no bundle with it: {error}"
             raise BundleError(msg) from error

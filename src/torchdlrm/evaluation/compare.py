@@ -20,7 +20,7 @@ from torchdlrm.evaluation.evaluate import predict_split
 from torchdlrm.metrics import NORMAL_95, Labels, Scores, Weights, auc, error_of_both, error_of_mean, that_weigh, wins
 from torchdlrm.model.model_class import ModelClass
 from torchdlrm.notebook import notebook_view
-from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.progress import ProgressListener, watched
 from torchdlrm.training.run import Run
 
 
@@ -68,7 +68,7 @@ def compare(
     batch_size_global: int = 8192,
     device: DeviceChoice = "auto",
     sharding: ShardingConfig | None = None,
-    progress: ProgressListener = SILENT,
+    progress: ProgressListener | bool = True,
 ) -> Difference | None:
     """Compare two runs that were trained on the same dataset, each by its best checkpoint.
 
@@ -83,7 +83,7 @@ def compare(
         batch_size_global: rows per forward pass over all ranks; does not change the result.
         device: where to compute, as for `evaluate`.
         sharding: of both runs' tables, as for `evaluate`.
-        progress: receives the rows done on rank 0.
+        progress: receives the rows done on rank 0; True and False as for `train`.
 
     Returns:
         On rank 0 what the second run's metrics are above the first one's; None elsewhere.
@@ -98,19 +98,20 @@ def compare(
     if labels[0] != labels[1]:
         msg = f"the runs predict different labels, {labels[0]} and {labels[1]}: they cannot be compared"
         raise DatasetError(msg)
-    (_, taken), (_, other) = (
-        predict_split(
-            run,
-            encoded,
-            split,
-            model_class=model_class,
-            batch_size_global=batch_size_global,
-            device=device,
-            sharding=sharding,
-            progress=progress,
+    with watched(progress) as listener:
+        (_, taken), (_, other) = (
+            predict_split(
+                run,
+                encoded,
+                split,
+                model_class=model_class,
+                batch_size_global=batch_size_global,
+                device=device,
+                sharding=sharding,
+                progress=listener,
+            )
+            for run, encoded, model_class in zip(runs, datasets, model_classes, strict=True)
         )
-        for run, encoded, model_class in zip(runs, datasets, model_classes, strict=True)
-    )
     if taken is None or other is None:
         return None
     if not np.array_equal(taken.labels, other.labels):

@@ -37,7 +37,7 @@ from torchdlrm.prediction.client import PredictionClient
 from torchdlrm.prediction.json_rows import as_json_rows
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn, Writing
-from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.progress import ProgressListener, watched
 from torchdlrm.training.environment import manifest_sha256
 from torchdlrm.training.processes.library_noise import silenced_libraries
 from torchdlrm.training.run import Run
@@ -118,7 +118,7 @@ def verify(
     allow_changed_model_class: bool = False,
     max_rows: int = 10_000,
     log_format: Writing = "log",
-    progress: ProgressListener = SILENT,
+    progress: ProgressListener | bool = True,
 ) -> Verification:
     """Predict the first rows of a log by all paths that there are.
 
@@ -132,7 +132,7 @@ def verify(
         allow_changed_model_class: take it though its file has changed since.
         max_rows: how many rows, at most.
         log_format: how text is written.
-        progress: receives the rows done.
+        progress: receives the rows done; True and False as for `train`.
 
     Raises:
         BundleError: there is no bundle, or it is damaged.
@@ -141,12 +141,12 @@ def verify(
         UserError: the server does not answer.
     """
     encoded = dataset if isinstance(dataset, Dataset) else Dataset.open(Path(dataset))
-    with PredictionClient(url) if url is not None else nullcontext() as client:
+    with watched(progress) as listener, PredictionClient(url) if url is not None else nullcontext() as client:
         predictor = Predictor.open(
             Path(bundle),
             model_class=model_class,
             allow_changed_model_class=allow_changed_model_class,
-            progress=progress,
+            progress=listener,
         )
         source = predictor.bundle.manifest.source
         if manifest_sha256(encoded) != source.dataset_sha256:
@@ -162,7 +162,7 @@ def verify(
         shape = trained.shape(encoded, model_class, allow_changed_model_class=allow_changed_model_class)
         model = CheckpointModel(checkpoint, shape, encoded.num_embeddings)
         with reported(shape.architecture):
-            return _verify(predictor, trained, model, encoded, log, max_rows, client, progress)
+            return _verify(predictor, trained, model, encoded, log, max_rows, client, listener)
 
 
 def _verify(

@@ -53,7 +53,7 @@ from torchdlrm.model.model_class import ModelClass
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.options import PreprocessOptions, Resources
 from torchdlrm.preprocessing.preprocess import preprocess, work_folder
-from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.progress import ProgressListener, watched
 from torchdlrm.training.job import train
 from torchdlrm.training.run import Run
 
@@ -77,7 +77,7 @@ def advance(
     restart: bool = False,
     resources: Resources | None = None,
     train_by: Callable[..., object] = train,
-    progress: ProgressListener = SILENT,
+    progress: ProgressListener | bool = True,
 ) -> PeriodRecord:
     """Score a new log with the previous model, learn from it, and publish the new model if it is good enough.
 
@@ -96,7 +96,8 @@ def advance(
         restart: remove a period that is not complete, or whose model was not published, and begin it again.
         resources: of preprocessing; change no byte.
         train_by: called as `train` is; `dlrm advance --nproc-per-node` gives one that starts processes.
-        progress: receives the phases of all steps, and what of a new config does not suit a live model.
+        progress: receives the phases of all steps, and what of a new config does not suit a live
+            model; True and False as for `train`.
 
     Returns:
         The record of the period: `gate.reasons` say why a model was not `published`.
@@ -116,19 +117,19 @@ def advance(
         preview_advance, live, log, config=config, schema=schema, settings=settings, restart=restart, **own_model
     )
     look()  # before anything is written
-    with LiveModel(Path(live)).locked():
+    with watched(progress) as listener, LiveModel(Path(live)).locked():
         preview = look()
         for name, text in sorted(preview.files.items(), key=lambda file: file[0] == "live.toml"):
             write_atomically(preview.live.path / name, text)
         for warning in preview.warnings if preview.is_new_config else ():  # once
-            progress.note(f"warning: {warning}")
+            listener.note(f"warning: {warning}")
         for note in preview.notes:
-            progress.note(note)
+            listener.note(note)
         if preview.removed is not None:
             preview.live.remove_period(preview.removed, preview.draft.base)
         record = preview.done
         if record is None:
-            record = _Period(preview, log.files, resources, train_by, own_model, progress).run()
+            record = _Period(preview, log.files, resources, train_by, own_model, listener).run()
         preview.live.tidy()
     return record
 

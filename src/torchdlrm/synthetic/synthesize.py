@@ -30,7 +30,7 @@ from torchdlrm.errors import ConfigError, LogError
 from torchdlrm.features.columns import Column, SparseColumn
 from torchdlrm.features.schema import FeatureSchema, criteo_schema
 from torchdlrm.features.schema_file import schema_toml
-from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.progress import ProgressListener, watched
 from torchdlrm.synthetic.log import Attainable, SyntheticTruth, count_rows, read_truth, truth_path, write_log, writing
 from torchdlrm.synthetic.model import NUM_LOGITS
 from torchdlrm.synthetic.rows import VALUE_SEPARATOR, RowGenerator
@@ -54,7 +54,7 @@ def synthesize(
     drift: Drift | None = None,
     label_delay: float | None = None,
     resume: bool = True,
-    progress: ProgressListener = SILENT,
+    progress: ProgressListener | bool = True,
 ) -> SyntheticTruth:
     """Write a click log and its truth; all files appear under their names only when they are complete.
 
@@ -74,7 +74,7 @@ def synthesize(
         label_delay: fraction of the clicks that are known only on the day after; only with `days`. Their rows are in
             `day_NN.tsv` without the click, and with it in `late_NN.tsv`.
         resume: with `days`, complete days in the folder are kept, and others added; False: they are replaced.
-        progress: shows the rows written.
+        progress: receives the rows written; True draws a bar on a terminal and in a notebook, False is silent.
 
     Returns:
         The truth about the log, or that about all days, whose `splits` are the days.
@@ -94,12 +94,13 @@ def synthesize(
         rows=rows, seed=seed, preset=preset, multi_hot=multi_hot, drift=drift, label_delay=label_delay or 0.0
     )
     generator = RowGenerator(preset, seed, multi_hot, drift or Drift())
-    if days is not None:
-        return _synthesize_days(path, days, given, generator, progress, resume=resume)
-    schema = _multi_hot_schema(generator.shape, max_embeddings) if multi_hot else None
-    progress.start_phase("write rows", rows)
-    truth, _ = write_log(path, generator, given, progress, schema=schema)
-    return truth
+    with watched(progress) as listener:
+        if days is not None:
+            return _synthesize_days(path, days, given, generator, listener, resume=resume)
+        schema = _multi_hot_schema(generator.shape, max_embeddings) if multi_hot else None
+        listener.start_phase("write rows", rows)
+        truth, _ = write_log(path, generator, given, listener, schema=schema)
+        return truth
 
 
 def day_path(folder: Path, day: int) -> Path:
