@@ -11,6 +11,8 @@ import sys
 import termios
 from types import SimpleNamespace
 
+import nbclient
+import nbformat
 import pytest
 
 from helpers.command_server import DLRM, shared_server
@@ -121,13 +123,37 @@ def test_a_function_shows_its_progress_on_a_terminal_and_can_be_silenced(on_a_te
     assert (done.stdout, done.stderr) == (b"", b"")
 
 
-@pytest.mark.parametrize("is_running", [True, False])
-def test_in_a_notebook_a_function_writes_lines(is_running, monkeypatch, capfd):
-    """A kernel's standard error is no terminal; here a module says that one runs, as ipykernel does."""
-    kernel = SimpleNamespace(IPKernelApp=SimpleNamespace(initialized=lambda: is_running))
+def test_in_a_notebook_a_function_draws_a_bar_and_keeps_its_lines():
+    cell = """
+import time
+from torchdlrm.progress import watched
+
+with watched(progress=True) as listener:
+    listener.start_phase("read", 10)
+    listener.advance(4, loss="<0.5>")
+    time.sleep(0.6)  # longer than from one picture to the next
+    listener.note("a <note>")
+    listener.advance(6)
+"""
+    pictures = []
+
+    class Client(nbclient.NotebookClient):
+        def process_message(self, message, *args):
+            if message["msg_type"] == "update_display_data":
+                pictures.append(message["content"]["data"]["text/html"])
+            return super().process_message(message, *args)
+
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    Client(notebook, kernel_name="python3").execute()
+    assert any('<progress value="4" max="10">' in picture and "loss &lt;0.5&gt;" in picture for picture in pictures)
+    (output,) = notebook.cells[0].outputs
+    assert re.fullmatch(r"<pre>a &lt;note&gt;\nread: done, 10 rows in .*</pre>", output["data"]["text/html"])
+
+
+def test_an_ipython_without_a_kernel_is_no_notebook(monkeypatch, capfd):
+    kernel = SimpleNamespace(IPKernelApp=SimpleNamespace(initialized=lambda: False))
     monkeypatch.setitem(sys.modules, "ipykernel.kernelapp", kernel)
     with watched(progress=True) as listener:
         listener.start_phase("read", 10)
         listener.advance(10)
-    told = capfd.readouterr().err.splitlines()
-    assert [line.partition(" ")[2][:12] for line in told] == (["read: begins", "read: done, "] if is_running else [])
+    assert capfd.readouterr() == ("", "")

@@ -60,7 +60,7 @@ def watched(progress: ProgressListener | bool | None) -> Iterator[ProgressListen
     """
     if not isinstance(progress, bool | None):
         yield progress
-    elif progress is not False and os.environ.get("RANK", "0") == "0" and (_is_terminal() or _is_notebook()):
+    elif progress is not False and os.environ.get("RANK", "0") == "0" and (_is_terminal() or in_notebook()):
         from torchdlrm.progress.shown import shown_on  # noqa: PLC0415 - rich is for those who see it
 
         with shown_on(None) as shown:
@@ -73,7 +73,7 @@ def _is_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def _is_notebook() -> bool:
+def in_notebook() -> bool:
     """Whether the kernel of a notebook runs this process; an IPython without one has a terminal, or no reader."""
     kernel = sys.modules.get("ipykernel.kernelapp")
     return kernel is not None and bool(kernel.IPKernelApp.initialized())

@@ -1,8 +1,9 @@
-"""Shows the progress of a job: a bar on a terminal, plain lines where standard error is a file or a pipe.
+"""Shows the progress of a job: a bar on a terminal and in a notebook, plain lines where standard error is a file.
 
 In: the events of a `ProgressListener`.  Out, on a terminal: one bar, with the current values below it, and above it a
-line for each phase that is over and for each note.  Out, elsewhere: a line when a phase begins, every ten seconds, at
-each note and when it ends; no escapes and no carriage returns, so that a log of nohup, CI or a cluster can be read.
+line for each phase that is over and for each note; in a notebook the same below the cell.  Out, elsewhere: a line when
+a phase begins, every ten seconds, at each note and when it ends; no escapes and no carriage returns, so that a log of
+nohup, CI or a cluster can be read.
 """
 
 import sys
@@ -11,12 +12,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Self
+from html import escape
+from importlib import import_module
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
 
-from torchdlrm.progress import ProgressListener
+from torchdlrm.progress import ProgressListener, in_notebook
 from torchdlrm.progress.meter import Meter
 
 LINE_EVERY_S = 10.0
@@ -35,7 +38,7 @@ def shown_on(
     console = console or Console(stderr=True, highlight=False)
     # Not by the console's own word alone: FORCE_COLOR makes it take every file for a terminal.
     draws = sys.stderr is not None and sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal
-    with ProgressBars(console) if draws else ProgressLines() as shown:
+    with NotebookProgress() if in_notebook() else ProgressBars(console) if draws else ProgressLines() as shown:
         shown.on_phase = on_phase
         yield shown
         shown.finish()
@@ -111,14 +114,13 @@ class ProgressBars(_Shown):
         self._console.print(line, markup=False, soft_wrap=True)
 
 
-class ProgressLines(_Shown):
-    """Writes plain lines, with the time of day. A context manager: the lines end with it."""
+class _Ticking(_Shown):
+    """Shows the state again and again, from a thread: a phase whose single task takes an hour must not look dead."""
 
-    def __init__(self, every_s: float = LINE_EVERY_S) -> None:
+    def __init__(self, every_s: float) -> None:
         super().__init__()
         self._every_s = every_s
         self._is_over = threading.Event()
-        # A thread, so that a phase whose single task takes an hour does not look dead.
         self._thread = threading.Thread(target=self._tell, name="torchdlrm-progress", daemon=True)
 
     def __enter__(self) -> Self:
@@ -133,10 +135,24 @@ class ProgressLines(_Shown):
         while not self._is_over.wait(self._every_s):
             with self._lock:
                 if self._meter is not None:
-                    self._write(self._meter.status(time.monotonic()))
+                    self._tick(self._meter)
+
+    @abstractmethod
+    def _tick(self, meter: Meter) -> None:
+        """Show how far the phase is."""
+
+
+class ProgressLines(_Ticking):
+    """Writes plain lines, with the time of day. A context manager: the lines end with it."""
+
+    def __init__(self, every_s: float = LINE_EVERY_S) -> None:
+        super().__init__(every_s)
 
     def _begun(self, meter: Meter) -> None:
         self._write(meter.begins())
+
+    def _tick(self, meter: Meter) -> None:
+        self._write(meter.status(time.monotonic()))
 
     def _write(self, line: str) -> None:
         if sys.stderr is None:  # the command was started with it closed
@@ -145,3 +161,32 @@ class ProgressLines(_Shown):
         with suppress(OSError):
             sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
             sys.stderr.flush()
+
+
+class NotebookProgress(_Ticking):
+    """Draws a bar below a notebook's cell, and keeps what is over above it. A context manager: the bar goes with it."""
+
+    def __init__(self) -> None:
+        super().__init__(every_s=0.5)
+        self._lines: list[str] = []
+        self._ipython: Any = import_module("IPython.display")  # a notebook's kernel has it, and nothing else needs it
+        self._cell = self._ipython.display(self._ipython.HTML(""), display_id=True)
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._draw("")
+
+    def _begun(self, meter: Meter) -> None:
+        self._tick(meter)
+
+    def _tick(self, meter: Meter) -> None:
+        value = "" if meter.total is None else f' value="{meter.done}" max="{meter.total}"'
+        self._draw(f"<progress{value}></progress> <code>{escape(meter.status(time.monotonic()))}</code>")
+
+    def _write(self, line: str) -> None:
+        self._lines.append(line)
+        self._draw("")
+
+    def _draw(self, bar: str) -> None:
+        lines = escape("\n".join(self._lines))
+        self._cell.update(self._ipython.HTML(f"<pre>{lines}</pre>{bar}"))
