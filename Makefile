@@ -81,6 +81,7 @@ docs: $(INSTALLED)  ## regenerate what docs/ has of the code: configuration.md, 
 	$(BIN)/python -m website.pictures
 
 site: $(INSTALLED)  ## build the site of the documents in build/site; a broken link, an unlisted page or unknown code fails
+	$(BIN)/python -m website.notebooks  # those that have changed since they were executed
 	$(BIN)/python -m website.build
 
 lock:  ## write requirements/cpu.lock and gpu.lock afresh: exact versions with hashes, for any pip (needs uv)

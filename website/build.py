@@ -50,7 +50,7 @@ def main() -> None:
 def stage(texts: dict[str, str]) -> None:
     """Write what Zensical reads: pages whose pictures stand in them, where they have the colours of the page."""
     shutil.rmtree(_STAGED, ignore_errors=True)
-    shutil.copytree(DOCS, _STAGED, ignore=shutil.ignore_patterns("*.md", "*.ipynb"))
+    shutil.copytree(DOCS, _STAGED, ignore=shutil.ignore_patterns("*.md"))
     (_STAGED / "style.css").write_text(SCHEMES + Path(__file__).with_name("style.css").read_text())
     for name, text in texts.items():
         path = _STAGED / name

@@ -12,12 +12,14 @@ from os.path import relpath
 from pathlib import Path, PurePosixPath
 
 from website.commands import commands_page
+from website.notebooks import executed
 from website.python import classes_page, functions_page
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 _LINK = re.compile(r"(?<!!)\]\(([^)\s]+)\)")
 _NAMED_PAGE = re.compile(r"(?<![\w/(\[`])docs/([\w/-]+\.md)((?:#[\w-]+)?)")
+_ESCAPE = re.compile(r"\x1b\[[?\d;]*[A-Za-z]")  # colours of a terminal
 _LANGUAGE = {".py": "python", ".toml": "toml", ".yaml": "yaml", ".json": "json", ".sh": "sh"}
 
 
@@ -59,13 +61,15 @@ def first_words(text: str) -> str:
 
 def notebook_page(path: Path) -> str:
     """A notebook as a page: its texts, its code, and what the code has printed where the notebook was executed."""
-    executed = ROOT / "build" / "notebooks" / path.relative_to(DOCS)
-    cells = json.loads(path.read_text())["cells"]
-    if executed.exists():
-        run = json.loads(executed.read_text())["cells"]
-        if [cell["source"] for cell in run] == [cell["source"] for cell in cells]:
-            cells = run
-    return "\n\n".join(part for cell in cells for part in _cell(cell)) + "\n"
+    done = executed(path)
+    cells = json.loads(path.read_text())["cells"] if done is None else done.cells
+    parts = [part for cell in cells for part in _cell(cell)]
+    if done is not None:
+        about = done.metadata
+        parts.append(f"*All of this was executed in {about.seconds:.0f} seconds, on {about.processor}.*")
+    # As the page is a folder of the site, the notebook stands beside it.
+    parts.insert(1, f'<a href="../{path.name}" download>This page as a notebook</a>, to execute and to change.')
+    return "\n\n".join(parts) + "\n"
 
 
 def _cell(cell: dict[str, object]) -> Iterator[str]:
@@ -79,7 +83,7 @@ def _cell(cell: dict[str, object]) -> Iterator[str]:
         if "text/html" in data and "<script" not in _joined(data["text/html"]):
             html = re.sub(r"\n\s*\n", "\n", _joined(data["text/html"]))  # a blank line would end it for Markdown
             yield f'<div class="output">{html}</div>'
-        elif shown := _joined(output.get("text", data.get("text/plain", ""))).rstrip():
+        elif shown := _ESCAPE.sub("", _joined(output.get("text", data.get("text/plain", "")))).rstrip():
             yield f"```text\n{shown}\n```"
 
 

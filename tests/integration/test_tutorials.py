@@ -1,0 +1,43 @@
+"""The tutorials run from their first cell to the last in a folder of their own, and the site shows it."""
+
+import re
+
+import nbformat
+import pytest
+
+from website.notebooks import execute, executed, notebooks
+
+# What a tutorial says in its text, and its cells must show.
+SHOWN = {
+    "comparing": r"AUC [+-]0\.\d{4}, interval of 95 % from",
+    "criteo": r"\d\d% of what any model could reach above guessing",
+    "live-week": r"day 5: AUC 0\.7\d+ \(0\.7\d+ to 0\.7\d+\) before it was learnt[^$]*held-back rows were clicked",
+    "own-model": r"attention AUC 0\.7\d+, [\d,]+ rows/s",
+    "planning": r"yes, it fits: 20 tables[^$]*what would make it fit",
+    "your-own-log": r'"predictions":\[0\.\d+\][^$]*exit code 0',
+}
+
+
+def printed(notebook):
+    """What the cells have printed, and the values that they ended with."""
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", ()))
+    return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+def test_each_tutorial_says_what_it_shows():
+    assert {path.stem for path in notebooks()} == SHOWN.keys()
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
+def test_a_tutorial_has_no_outputs_in_the_repository(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
+def test_a_tutorial_runs(path, tmp_path):
+    execute(path, tmp_path)
+    notebook = executed(path)
+    assert re.search(SHOWN[path.stem], printed(notebook)), printed(notebook)
+    assert not any(output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", ()))
