@@ -77,7 +77,7 @@ def _cell(cell: dict[str, object]) -> Iterator[str]:
     if cell["cell_type"] != "code":
         yield text
         return
-    yield f"```{'sh' if text.startswith(('!', '%%')) else 'python'}\n{text}\n```"
+    yield f"```{'sh' if text.startswith(('!', '%%bash')) else 'python'}\n{text}\n```"
     for output in cell.get("outputs", []):  # type: ignore[attr-defined]  # nbformat: a list of objects
         data = output.get("data", {})
         if "text/html" in data and "<script" not in _joined(data["text/html"]):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from website.navigation import listed, navigation
+from website.notebooks import notebooks
 from website.python import undocumented
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +29,8 @@ def problems(texts: dict[str, str]) -> list[str]:
     """Everything that is wrong, a line each, of all pages of the site by their paths."""
     wrong = [f"{name}: is public and has no docstring that says what it is" for name in undocumented()]
     wrong += unlisted(texts)
-    made = ("reference/", "examples/", "files/")  # of the code itself, which the tests run
+    # Of the code itself, which the tests run, and of notebooks, which are executed.
+    made = ("reference/", "examples/", "files/", *(f"tutorials/{path.stem}.md" for path in notebooks()))
     for name, text in texts.items():
         wrong += [] if name.startswith(made) else [f"{name}: {line}" for line in unknown_blocks(text)]
     return wrong

@@ -20,8 +20,8 @@ SHOWN = {
 
 def printed(notebook):
     """What the cells have printed, and the values that they ended with."""
-    outputs = (output for cell in notebook.cells for output in cell.get("outputs", ()))
-    return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return "".join(output.get("text") or f"{output.get('data', {}).get('text/plain', '')}\n" for output in outputs)
 
 
 def test_each_tutorial_says_what_it_shows():
