@@ -69,7 +69,16 @@ def write_triton(bundle: Bundle, out: Path) -> None:
 
 
 def onnx_inputs(bundle: Bundle, rows: EncodedRows) -> dict[str, NDArray[Any]]:
-    """The inputs of the graph of a bundle, for B rows that `Predictor.encode` has encoded."""
+    """The inputs of the graph of a bundle.
+
+    Args:
+        bundle: that the graph was made of.
+        rows: B rows, as `Predictor.encode` has encoded them.
+
+    Returns:
+        By input: `dense` float32 [B, dense columns], and of each sparse column `ids_NAME` int32 [B, the most values of a
+        row], -1 where a row has fewer, and `weights_NAME` where its values have weights.
+    """
     feeds: dict[str, NDArray[Any]] = {"dense": np.ascontiguousarray(rows.dense)} if bundle.schema.dense else {}
     for place, column in enumerate(bundle.schema.sparse):
         bags = rows.sparse[place]
