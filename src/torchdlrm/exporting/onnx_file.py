@@ -76,8 +76,8 @@ def onnx_inputs(bundle: Bundle, rows: EncodedRows) -> dict[str, NDArray[Any]]:
         rows: B rows, as `Predictor.encode` has encoded them.
 
     Returns:
-        By input: `dense` float32 [B, dense columns], and of each sparse column `ids_NAME` int32 [B, the most values of a
-        row], -1 where a row has fewer, and `weights_NAME` where its values have weights.
+        By input: `dense` float32 [B, dense columns], and of each sparse column `ids_NAME` int32 [B, the most values of
+        a row], -1 where a row has fewer, and `weights_NAME` where its values have weights.
     """
     feeds: dict[str, NDArray[Any]] = {"dense": np.ascontiguousarray(rows.dense)} if bundle.schema.dense else {}
     for place, column in enumerate(bundle.schema.sparse):
