@@ -67,8 +67,7 @@ def notebook_page(path: Path) -> str:
     if done is not None:
         about = done.metadata
         parts.append(f"*All of this was executed in {about.seconds:.0f} seconds, on {about.processor}.*")
-    # As the page is a folder of the site, the notebook stands beside it.
-    parts.insert(1, f'<a href="../{path.name}" download>This page as a notebook</a>, to execute and to change.')
+    parts.insert(1, f'<a href="{path.name}" download>This page as a notebook</a>, to execute and to change.')
     return "\n\n".join(parts) + "\n"
 
 
