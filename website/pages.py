@@ -76,13 +76,20 @@ def _cell(cell: dict[str, object]) -> Iterator[str]:
     if cell["cell_type"] != "code":
         yield text
         return
-    yield f"```{'sh' if text.startswith(('!', '%%bash')) else 'python'}\n{text}\n```"
-    for output in cell.get("outputs", []):  # type: ignore[attr-defined]  # nbformat: a list of objects
-        data = output.get("data", {})
+    shell = text.removeprefix("%%bash\n")
+    yield f"```{'python' if shell == text else 'sh'}\n{shell}\n```"
+    printed = ""  # what a program prints comes in pieces, of both of its streams
+    for output in [*cell.get("outputs", []), {}]:  # type: ignore[misc]  # nbformat: a list of objects
+        if "text" in output:
+            printed += _joined(output["text"])
+            continue
+        if shown := _ESCAPE.sub("", printed).rstrip():
+            yield f"```text\n{shown}\n```"
+        data, printed = output.get("data", {}), ""
         if "text/html" in data and "<script" not in _joined(data["text/html"]):
             html = re.sub(r"\n\s*\n", "\n", _joined(data["text/html"]))  # a blank line would end it for Markdown
             yield f'<div class="output">{html}</div>'
-        elif shown := _ESCAPE.sub("", _joined(output.get("text", data.get("text/plain", "")))).rstrip():
+        elif shown := _ESCAPE.sub("", _joined(data.get("text/plain", ""))).rstrip():
             yield f"```text\n{shown}\n```"
 
 

@@ -4,11 +4,12 @@ import datetime
 import re
 
 import duckdb
+import nbformat
 import pytest
 
 from website import navigation, rules
 from website.build import SITE, built_wrong
-from website.pages import DOCS, ROOT, pages
+from website.pages import DOCS, ROOT, notebook_page, pages
 from website.pictures import IMAGES, pictures
 from website.python import public_names
 
@@ -133,6 +134,33 @@ def test_no_page_names_a_registrys_host():
 def test_the_built_site_is_ignored_by_git():
     assert SITE.is_relative_to(ROOT / "build")
     assert "/build/" in (ROOT / ".gitignore").read_text()
+
+
+def test_a_notebook_is_a_page_of_words_code_and_what_was_printed(tmp_path, monkeypatch):
+    def stream(name, text):
+        return nbformat.v4.new_output("stream", name=name, text=text)
+
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_markdown_cell("# Title"),
+            nbformat.v4.new_code_cell(
+                "%%bash\ndlrm doctor", outputs=[stream("stderr", "a, "), stream("stdout", "b\n")]
+            ),
+            nbformat.v4.new_code_cell(
+                "x",
+                outputs=[
+                    nbformat.v4.new_output("execute_result", data={"text/html": "<b>1</b>\n\n", "text/plain": "1"})
+                ],
+            ),
+        ]
+    )
+    monkeypatch.setattr("website.notebooks.DOCS", tmp_path)
+    nbformat.write(notebook, tmp_path / "a.ipynb")
+    page = notebook_page(tmp_path / "a.ipynb")
+    assert page.startswith("# Title\n")
+    assert "\n```sh\ndlrm doctor\n```\n\n```text\na, b\n```\n" in page
+    assert '\n```python\nx\n```\n\n<div class="output"><b>1</b>\n</div>\n' in page
+    assert 'href="a.ipynb"' in page
 
 
 def test_documented_sql_runs(tmp_path, monkeypatch, site):
