@@ -46,8 +46,8 @@ def export_as(
         source: the run or the bundle.
         out: the file, or of `triton` a folder; nothing may be there.
         format: one of these.
-        checkpoint: of the run: `best`, `last` or a step.
-        dataset: of the run, where it has moved.
+        checkpoint: of a run: `best`, `last` or a step.
+        dataset: of a run, where it has moved.
 
     Raises:
         UserError: there is no such source or checkpoint, something is at `out`, or the format has no such model.

@@ -35,12 +35,10 @@ _Inputs = dict[str, tuple[type[Any], int]]  # numpy's type, and the numbers of a
 
 
 def write_onnx(bundle: Bundle, out: Path) -> None:
-    """Write a bundle's model as a graph in float32, and see that onnxruntime predicts the bundle's sample as it does.
-
-    Where the file would be larger than `MAX_FILE_BYTES`, constants lie in `out`.data beside it.
+    """Write a bundle's model as a graph in float32; constants lie in `out`.data beside it where they are too large.
 
     Raises:
-        BundleError: the model has no graph, or the graph predicts something else.
+        BundleError: the model has no graph, or onnxruntime predicts something else of the bundle's sample.
     """
     graph, inputs = _graph_of(bundle)
     if sum(array.nbytes for array in graph.constants.values()) <= MAX_FILE_BYTES:
@@ -57,15 +55,13 @@ def write_triton(bundle: Bundle, out: Path) -> None:
     """Write a model's folder of a Triton model repository, as `write_onnx`; the model has the name of the folder."""
     kinds = {np.float32: "TYPE_FP32", np.int32: "TYPE_INT32"}
     made = _graph_of(bundle)[1].items()
-    given = (f'{{ name: "{name}" data_type: {kinds[kind]} dims: [ {size} ] }}' for name, (kind, size) in made)
+    given = (f'input {{ name: "{name}" data_type: {kinds[kind]} dims: [ {size} ] }}' for name, (kind, size) in made)
+    output = 'output { name: "probability" data_type: TYPE_FP32 dims: [ 1 ] }'
+    lines = ('backend: "onnxruntime"', f"max_batch_size: {MAX_BATCH_ROWS}", *given, output, "dynamic_batching { }\n")
     with complete_folder(out, ("config.pbtxt", "1")) as folder:
         (folder / "1").mkdir()
         write_onnx(bundle, folder / "1" / "model.onnx")
-        (folder / "config.pbtxt").write_text(
-            f'backend: "onnxruntime"\nmax_batch_size: {MAX_BATCH_ROWS}\ninput [ {", ".join(given)} ]\n'
-            'output [ { name: "probability" data_type: TYPE_FP32 dims: [ 1 ] } ]\ndynamic_batching { }\n',
-            encoding="utf-8",
-        )
+        (folder / "config.pbtxt").write_text("\n".join(lines), encoding="utf-8")
 
 
 def onnx_inputs(bundle: Bundle, rows: EncodedRows) -> dict[str, NDArray[Any]]:
@@ -85,13 +81,10 @@ def onnx_inputs(bundle: Bundle, rows: EncodedRows) -> dict[str, NDArray[Any]]:
         ids, offsets = bags if isinstance(bags, tuple) else (bags, np.arange(rows.num_rows + 1))
         is_value = np.arange(max(1, np.diff(offsets).max(initial=0))) < np.diff(offsets)[:, None]
         own = None if rows.weights is None else rows.weights[place]
-        for name, values, fill in (
-            (f"ids_{column.name}", ids.astype(np.int32), -1),
-            (f"weights_{column.name}", own, 0),
-        ):
+        for kind, values, fill in (("ids", ids.astype(np.int32), -1), ("weights", own, 0)):
             if values is not None:
-                feeds[name] = np.full(is_value.shape, fill, values.dtype)
-                feeds[name][is_value] = values
+                feeds[f"{kind}_{column.name}"] = padded = np.full(is_value.shape, fill, values.dtype)
+                padded[is_value] = values
     return feeds
 
 
@@ -123,9 +116,6 @@ def _graph_of(bundle: Bundle) -> tuple[Graph, _Inputs]:
     dense_BD = graph.layers(dense, "dense_arch.model", len(config.dense_arch_layer_sizes))
     vectors_BND = graph.node("Concat", graph.node("Unsqueeze", dense_BD, graph.constant([1])), *vectors, axis=1)
     read = shape.architecture.graph_interaction(shape, graph, dense_BD, vectors_BND)
-    if read is None:
-        msg = f"{bundle.path}: nothing says how to write the interaction {config.interaction} as a graph"
-        raise BundleError(msg)
     last = graph.layers(read, "over_arch.model.0", len(config.over_arch_layer_sizes) - 1)
     logit = graph.linear(last, "over_arch.model.1.weight", "over_arch.model.1.bias")
     graph.node("Sigmoid", logit, out="probability")
@@ -195,9 +185,7 @@ def _model(bundle: Bundle, graph: Graph, inputs: _Inputs, data_name: str = "", d
     made = [helper.make_tensor_value_info("probability", _TYPES[np.float32], ["rows", 1])]
     described = helper.make_graph(graph.nodes, f"{bundle.name}, version {bundle.version}", given, made, constants)
     about = {"producer_name": "torchdlrm", "producer_version": __version__, "ir_version": IR_VERSION}
-    model = helper.make_model(described, opset_imports=[helper.make_opsetid("", OPSET)], **about)
-    content: bytes = model.SerializeToString()
-    return content
+    return helper.make_model(described, opset_imports=[helper.make_opsetid("", OPSET)], **about).SerializeToString()
 
 
 def _check(bundle: Bundle, file: Path) -> None:

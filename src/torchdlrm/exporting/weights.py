@@ -1,11 +1,7 @@
 """Makes a run of another program's weights, or the other way round: docs/migration.md.
 
-| form | state dicts of | names |
-| --- | --- | --- |
-| torchrec | torchrec.models.dlrm, facebookresearch/dlrm's torchrec_dlrm, MLPerf's DLRM-DCNv2 | ours |
-| dlrm | facebookresearch/dlrm's dlrm_s_pytorch.py | `emb_l.N.weight`, `bot_l.N.weight`, `top_l.N.weight` |
-
-D embedding dimension, N = F + 1 vectors that interact, P = N(N-1)/2 pairs.
+Form `torchrec` has our names; `dlrm` is facebookresearch/dlrm's dlrm_s_pytorch.py.  D embedding dimension, N = F + 1
+vectors that interact, P = N(N-1)/2 pairs.
 """
 
 import pickle
@@ -60,10 +56,8 @@ def import_weights(
         overwrite: remove a run that is there.
 
     Raises:
-        RunError: the file holds no such weights, or more than weights; they do not fit the dataset (names each tensor
-            that does not); or the folder holds something.
-        ConfigError: a model of ours cannot have these sizes.
-        DatasetError: there is no dataset.
+        UserError: the file has no such weights, or more; they do not fit the dataset (names each tensor that does not);
+            a model of ours cannot have these sizes; there is no dataset; or something is in the folder.
     """
     settings, path = config if isinstance(config, Config) else load_config(config), Path(run)
     if list_checkpoints(path / "checkpoints") and not overwrite:
@@ -91,14 +85,14 @@ def import_weights(
 def upstream_weights(run: Run, dataset: Dataset, checkpoint: str, form: Form) -> dict[str, Tensor]:
     """The weights of a run as another program's state dict, in memory; raises RunError where it has no such model."""
     config, ours = run.config.model, [table_weight(name) for name in dataset.sparse_names]
-    unlike = [
-        *(["a model class"] if run.model_class is not None else []),
-        *(["smaller tables (model.features)"] if config.features else []),
-        *(["a cross net with gates (model.dcn.gated)"] if config.dcn.gated else []),
-        *([f"the interaction {config.interaction}"] if form == "dlrm" and config.interaction != "dot" else []),
-    ]
-    if unlike:
-        msg = f"{run.path}: has {', '.join(unlike)}, which the models of the format {form} do not have"
+    unlike = {
+        "a model class": run.model_class is not None,
+        "smaller tables (model.features)": bool(config.features),
+        "a cross net with gates (model.dcn.gated)": config.dcn.gated,
+        f"the interaction {config.interaction}": form == "dlrm" and config.interaction != "dot",
+    }
+    if has := ", ".join(what for what, is_so in unlike.items() if is_so):
+        msg = f"{run.path}: has {has}, which the models of the format {form} do not have"
         raise RunError(msg)
     _, reader = open_checkpoint(run, checkpoint)
     weights = {name: reader.tensor(name) for name in reader.shapes}
@@ -126,7 +120,7 @@ def _with_pairs(weight: Tensor, dim: int, num_vectors: int, *, to_ours: bool) ->
 
 
 def _opened(state_dict: Mapping[str, Any] | str | Path) -> tuple[str, Form, dict[str, Tensor]]:
-    """What messages call a state dict, whose it is, and its tensors, which are mapped where they are in a file."""
+    """What messages call a state dict, its form, and its tensors, which are mapped where they are in a file."""
     where, content = "`state_dict`", state_dict
     if isinstance(state_dict, str | Path):
         where = str(state_dict)
@@ -188,8 +182,7 @@ class _UpstreamWeights(CheckpointReader):
             is_alike = weight is not None and wanted is not None and weight.shape == wanted.shape
             if weight is None or not is_alike or not (weight.is_floating_point() and weight.sum().isfinite()):
                 was, needed = ("nothing" if each is None else f"{[*each.shape]}" for each in (weight, wanted))
-                needed += " of finite floats" * is_alike
-                problems.append(f"{names.get(name, name)}: is {was}, expected {needed}")
+                problems.append(f"{names.get(name, name)}: is {was}, expected {needed}{' of finite floats' * is_alike}")
         if problems:
             more = [f"and {len(problems) - _MAX_SHOWN} more"] if len(problems) > _MAX_SHOWN else []
             sizes = ",".join(str(len(given[name])) for name in theirs)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from torchdlrm.config import InteractionName, ModelConfig
+from torchdlrm.errors import BundleError
 from torchdlrm.features.tables import check_features
 from torchdlrm.model.graph import Graph
 from torchdlrm.model.served import FastInteraction, ServedWeights
@@ -98,10 +99,10 @@ class Architecture(ABC):
         del shape, weights
         return None
 
-    def graph_interaction(self, shape: "ModelShape", graph: Graph, dense_BD: str, vectors_BND: str) -> str | None:
-        """What the over arch reads, of the dense vector and of all vectors; None: ONNX has no operators for it."""
+    def graph_interaction(self, shape: "ModelShape", graph: Graph, dense_BD: str, vectors_BND: str) -> str:
+        """What the over arch reads, of the dense vector and of all vectors; raises BundleError where none is known."""
         del shape, graph, dense_BD, vectors_BND
-        return None
+        raise BundleError("nothing says how to write the model's interaction as a graph")
 
 
 class BuiltInArchitecture(Architecture):
