@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from torchdlrm.doctor.findings import AFRESH, Check
-from torchdlrm.versions import BUILDS, find_misfit, how_to_get, how_to_train, installed
+from torchdlrm.versions import BUILDS, find_misfit, how_to_predict, how_to_train, installed
 
 SHOWN = ("torchdlrm", "torch", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchrec", "polars", "pyarrow", "numpy")
 _ENGINE = {"torch", "torchrec", *BUILDS}  # they come in sets, see `torchdlrm.versions`
@@ -68,7 +68,7 @@ def check_packages(
         yield Check("builds", "failed", "torch is missing", AFRESH)
     elif not builds:
         why = "fbgemm-gpu-cpu or fbgemm-gpu is missing: without it nothing predicts and nothing trains"
-        yield Check("builds", "failed", why, str(how_to_get("fbgemm_gpu")))
+        yield Check("builds", "failed", why, how_to_predict(torch))
     elif "+cpu" in torch and BUILDS[builds[0]] == "gpu":  # the other way round works, on the processor
         why = f"torch {torch} is the CPU build and {builds[0]} the CUDA build, which needs PyTorch's"
         yield Check("builds", "failed", why, AFRESH)
