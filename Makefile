@@ -26,8 +26,8 @@ install: $(INSTALLED)  ## create .venv and install torchdlrm in it (EXTRA=gpu: t
 
 $(INSTALLED): pyproject.toml requirements/torchrec.txt
 	@test -n "$(PYTHON)" || { echo "VERSIONS=newest needs Python 3.12 or newer in PATH; or name one: PYTHON=/path/to/python3.13" >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "torchdlrm needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make install PYTHON=python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+	  { echo "torchdlrm needs Python 3.11 to 3.14; this is $$($(PYTHON) --version). Try: make install PYTHON=python3.11" >&2; exit 2; }
 	@case '$(EXTRA)' in cpu|gpu) ;; *) echo "EXTRA=$(EXTRA): must be cpu or gpu" >&2; exit 2;; esac
 	@ls -d $(OTHER_BUILD) >/dev/null 2>&1 && \
 	  { echo "$(VENV) has the other build of FBGEMM; one over the other is neither. Try: make install EXTRA=$(EXTRA) VENV=.venv-$(EXTRA), or make clean first" >&2; exit 2; } || true

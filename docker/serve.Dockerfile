@@ -8,7 +8,7 @@
 #
 # Where pip would fetch CUDA builds of PyTorch: --build-arg PIP_FLAGS="--extra-index-url <address of PyTorch's CPU wheels>".
 
-ARG PYTHON_IMAGE=python:3.11-slim
+ARG PYTHON_IMAGE=python:3.13-slim
 
 FROM ${PYTHON_IMAGE} AS build
 ARG PIP_FLAGS=""
