@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     MetadataIndex,
@@ -95,11 +96,20 @@ def test_what_a_description_calls_is_not_called(checkpoint, tmp_path, protocol):
 
 
 @pytest.mark.parametrize(
-    "function", [eval, getattr, torch.load, torch.hub.load, pickle.loads, type(sys.modules), io.open]
+    "function", [eval, setattr, torch.load, torch.hub.load, pickle.loads, type(sys.modules), io.open]
 )
 def test_no_function_is_on_the_list(checkpoint, function):
     with_metadata(checkpoint, lambda metadata: setattr(metadata, "planner_data", Call(function, "x")))
     refused(checkpoint, "which no checkpoint of torchdlrm has")
+
+
+def test_a_description_is_read_as_python_3_11_2_writes_it(checkpoint, monkeypatch):
+    """It pickles the member of an enum as a call of getattr, which is on the list, and is not called either."""
+    before = read_metadata(checkpoint)
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+    with_metadata(checkpoint, lambda metadata: setattr(metadata, "planner_data", Call(getattr, "x")))
+    assert b"getattr" in (checkpoint / ".metadata").read_bytes()
+    assert read_metadata(checkpoint) == before
 
 
 def test_a_description_cannot_change_the_classes_of_torch(checkpoint):

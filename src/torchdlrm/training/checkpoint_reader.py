@@ -52,6 +52,7 @@ _CLASSES = {
     ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),  # Python 3.13
+    ("builtins", "getattr"),  # of an enum and a name: how Python 3.11.2 pickles a member; an inert class here as well
 }
 _Size = tuple[int, ...]
 
