@@ -43,7 +43,13 @@ def execute(path: Path, folder: Path) -> Any:
     notebook, start_s = nbformat.read(path, as_version=4), time.perf_counter()
     # As in an activated environment: `dlrm` is the one beside this Python.
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+        coalesce_streams=True,  # else each piece that a program writes is an output of its own
+    )
     client.execute(env=environment)
     notebook.metadata["seconds"], notebook.metadata["processor"] = time.perf_counter() - start_s, processor_name()
     kept = EXECUTED / path.relative_to(DOCS)
