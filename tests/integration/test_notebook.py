@@ -44,11 +44,11 @@ def test_a_bundle_shows_its_files(small_bundle):
 
 
 def test_a_training_shows_its_last_validations():
-    lines = [{"split": "val", "step": step, "auc": 0.5 + step / 1000, "logloss": 0.4, "ne": None} for step in range(20)]
+    lines = [{"split": "val", "step": step, "auc": 0.5 + step / 1000, "loss": 0.4321, "ne": None} for step in range(20)]
     summary = TrainingSummary(19, 4000, 0, 1.0, 4000.0, "finished", 0.519, 19, None)
     shown = text_of(TrainingHistory(summary, [{"split": "train", "step": 3}, *lines])._repr_html_())
     assert "best AUC 0.5190 step" in shown
-    assert "0.5100" in shown
+    assert "10 0.4321 0.5100" in shown
     assert "0.5090" not in shown  # ten validations, and not eleven
 
 

@@ -208,7 +208,7 @@ class TrainingHistory:
 
 def _validations(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The last ten validations, for a notebook."""
-    names = [metric.name for metric in metrics_in("log")]
+    names = ["loss", *logged_names()]  # as the file calls them
     return [
         {"step": line["step"]} | {name: line.get(name) for name in names} for line in lines if line["split"] == "val"
     ][-10:]
