@@ -67,7 +67,9 @@ def notebook_page(path: Path) -> str:
     if done is not None:
         about = done.metadata
         parts.append(f"*All of this was executed in {about.seconds:.0f} seconds, on {about.processor}.*")
-    parts.insert(1, f'<a href="{path.name}" download>This page as a notebook</a>, to execute and to change.')
+    title, _, rest = parts[0].partition("\n\n")
+    link = f'<a href="{path.name}" download>This page as a notebook</a>, to execute and to change.'
+    parts[0] = "\n\n".join(part for part in (title, link, rest) if part)
     return "\n\n".join(parts) + "\n"
 
 
