@@ -151,7 +151,7 @@ def test_a_machine_without_its_gpus_ends_the_others_with_its_reason_before_they_
     told = launch(join_as_a_node, processes=Processes(2))
     assert "another machine of this training cannot start:" in told
     assert "node 1 (" in told
-    assert "train.device = cuda: PyTorch" in told
+    assert "train.device = cuda: " in told
     assert told.endswith("True")
 
 
