@@ -139,7 +139,7 @@ def _fitting(problems: Iterable[Problem | None]) -> Iterator[Solution]:
 def _more_devices(problem: Problem) -> Iterator[Remedy]:
     machine = problem.machine
     per_host = machine.usual_devices_per_host
-    least = max(machine.num_devices + 1, -(-problem.table_bytes // problem.usable_bytes))
+    least = max(machine.num_devices + 1, -(-problem.table_bytes // max(1, problem.usable_bytes)))
     whole_hosts = -(-max(least, per_host) // per_host) * per_host
     candidates = [*range(least, per_host), *range(whole_hosts, whole_hosts + 4 * per_host, per_host)]
     tried = candidates[:8] if least <= _MAX_DEVICES else []

@@ -136,7 +136,7 @@ class Problem:
     @property
     def usable_bytes(self) -> int:
         """Memory of each rank for tables, where they live by default."""
-        return max(1, int(self.machine.memory_bytes * (1 - self.reserved_fraction)))
+        return int(self.machine.memory_bytes * (1 - self.reserved_fraction))
 
     @property
     def all_usable_bytes(self) -> int:
