@@ -9,6 +9,7 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import Literal, NoReturn
 
@@ -47,14 +48,12 @@ app.command("torchdlrm.cli.plan:plan", help="Show where tables go on a machine, 
 app.command(
     "torchdlrm.cli.train:train",
     help="Train a DLRM on a dataset.",
-    usage="Usage: dlrm train CONFIG --dataset PATH --run PATH [--KEY VALUE] [OPTIONS]\n\n"
-    "KEY is any key of the config by its dotted name, as in --train.batch-size-global 8192; dlrm config lists them.\n",
+    usage="Usage: dlrm train CONFIG --dataset PATH --run PATH [--KEY VALUE] [OPTIONS]",
 )
 app.command(
     "torchdlrm.cli.evaluate:evaluate",
     help="Measure a trained run on every row of a split.",
-    usage="Usage: dlrm evaluate RUN [--sharding.KEY VALUE] [OPTIONS]\n\n"
-    "sharding.KEY is a key of the config's section for this evaluation, as in --sharding.cache-fraction 0.2.\n",
+    usage="Usage: dlrm evaluate RUN [--sharding.KEY VALUE] [OPTIONS]",
 )
 app.command("torchdlrm.cli.evaluate:report", help="Write a run or a live model as one HTML page.")
 app.command(
@@ -87,6 +86,7 @@ def show_help(*command: str) -> None:
         hint = did_you_mean(unknown[0], [name for name in apps[-1] if not name.startswith("-")])
         msg = f"{' '.join(['dlrm', *chain, unknown[0]])}: there is no such command{hint}"
         raise ConfigError(msg)
+    _describe([*command, "--help"])
     app.help_print(command)
 
 
@@ -118,6 +118,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup the end of the terminal is no reason to stop
         signal.signal(signal.SIGHUP, _interrupt)
     try:
+        _describe(sys.argv[1:])
         app(sys.argv[1:], exit_on_error=False)
     except UserError as error:
         is_input = not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _OF_THE_MACHINE)
@@ -140,6 +141,15 @@ def main() -> None:
         _end(*_KINDS[error.errno not in {None, *_OF_THE_MACHINE}], _what_the_system_said(error))
     except KeyboardInterrupt:
         _end(_INTERRUPTED, "", "interrupted")
+
+
+def _describe(tokens: Sequence[str]) -> None:
+    """Let the help of a command say all of its docstring, where the list of commands has a line of its own."""
+    if {"--help", "-h"}.isdisjoint(tokens):
+        return
+    for command in app.parse_commands([token for token in tokens if not token.startswith("-")])[1]:
+        if command.default_command is not None:
+            command.help = command.default_command.__doc__ or ""
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

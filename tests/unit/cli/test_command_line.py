@@ -85,6 +85,21 @@ def test_help_is_a_command_too(args, capsys):
     assert capsys.readouterr().out == of_command != ""
 
 
+def test_the_list_of_commands_has_a_line_of_each_and_the_help_of_one_says_all(monkeypatch, capsys):
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def shown(*args):
+        monkeypatch.setattr(sys, "argv", ["dlrm", *args])
+        with suppress(SystemExit):
+            main()
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "Otherwise the exit code is 1" not in shown("--help")
+    assert shown("advance", "--help").count("Otherwise the exit code is 1") == 1
+    assert shown("help", "train").count("Ctrl-C save and exit") == 1
+    assert shown("bench", "step", "-h").count("matrix products alone") == 1
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_commands_and_options_can_be_completed_in_a_shell(shell, capsys):
     app(["completion", shell], exit_on_error=False)
