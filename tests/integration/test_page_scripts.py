@@ -110,11 +110,7 @@ def test_a_logs_own_order_thresholds_and_quotes_are_kept(read):
 @pytest.mark.parametrize(
     ("text", "schema", "message"),
     [
-        (
-            "a\tb\tc\n",
-            CRITEO,
-            "The first line has 3 cells between tabs. A line of this model's log has 40, or 39",
-        ),
+        ("a\tb\tc\n", CRITEO, "The first line has 3 cells between tabs. A line of this model's log has 40, or 39"),
         (line("1") + "\n" + "1\t2\n", CRITEO, "Line 2 has 2 cells; the first has 40."),
         (line("yes") + "\n", CRITEO, 'Line 1: the label "yes" means neither 0 nor 1.'),
         ('user,price,tags\n1,2,"never closed\n', SHOP, "Line 2: a quoted cell is not closed."),

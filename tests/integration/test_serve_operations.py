@@ -179,11 +179,7 @@ def test_a_block_found_damaged_while_it_is_served_ends_the_predictions(small_bun
     monkeypatch.setattr(BlockVerifier, "_check_quietly", lambda verifier: may_check.wait(30) and check(verifier))
 
     async def main():
-        service = Service(
-            bundle,
-            ServeOptions(verify="lazy"),
-            lambda: None,
-        )
+        service = Service(bundle, ServeOptions(verify="lazy"), lambda: None)
         await service.start()
         first = weakref.ref(service.bundles.current)
         transport = httpx.ASGITransport(build_app(service))

@@ -36,7 +36,7 @@ def test_a_run_holds_what_the_contract_says(run, small_dataset):
     assert (summary["step"], summary["rows"]) == (67, 4286)
     assert summary["validation"]["rows"] == 357
     assert {entry.name for entry in path.iterdir()} == {
-        *("config.toml", "plan.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", ".lock"),
+        *("config.toml", "plan.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", ".lock")
     }
     assert "seed = 3" in (path / "config.toml").read_text()
     assert len(json.loads((path / "plan.json").read_text())["tables"]) == 26

@@ -24,8 +24,7 @@ PHONE, DESK = 390, 1280
 def page_of_a_run(folder, small_dataset):
     """Ten intervals and one validation; a command and values that are long."""
     run = Run(folder / "run", load_config("criteo-kaggle", {"train.epochs": "7"})).start(
-        Dataset.open(small_dataset.path),
-        world_size=2,
+        Dataset.open(small_dataset.path), world_size=2
     )
     run.close()
     environment = run.environment | {

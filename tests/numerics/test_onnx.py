@@ -37,9 +37,7 @@ MODELS = {
     "dcn": ModelConfig(**SMALL, interaction="dcn", dcn={"num_layers": 2, "low_rank_dim": 10}),
     "gated": ModelConfig(**SMALL, interaction="dcn", dcn={"num_layers": 2, "low_rank_dim": 10, "gated": True}),
     "projection": ModelConfig(
-        **SMALL,
-        interaction="projection",
-        projection={"branch1_layer_sizes": (20, 32), "branch2_layer_sizes": (48,)},
+        **SMALL, interaction="projection", projection={"branch1_layer_sizes": (20, 32), "branch2_layer_sizes": (48,)}
     ),
 }
 

@@ -58,9 +58,7 @@ def test_fbgemm_reads_rows_as_they_are_described(precision, dim, seed):
     assert rows.shape == (50, TABLE_PRECISIONS[precision].row_bytes(dim))
     kind = {"float32": SparseType.FP32, "float16": SparseType.FP16, "int8": SparseType.INT8, "int4": SparseType.INT4}
     lookup = inference.IntNBitTableBatchedEmbeddingBagsCodegen(
-        [("t", 50, dim, kind[precision], inference.EmbeddingLocation.HOST)],
-        device="cpu",
-        output_dtype=SparseType.FP32,
+        [("t", 50, dim, kind[precision], inference.EmbeddingLocation.HOST)], device="cpu", output_dtype=SparseType.FP32
     )
     lookup.initialize_weights()
     lookup.weights_host[: rows.numel()] = rows.flatten()  # it is as long as whole cache lines

@@ -20,8 +20,7 @@ MODELS = {
     "dot": ModelConfig(),
     "dcn": DCN,
     "projection": ModelConfig(
-        interaction="projection",
-        projection={"branch1_layer_sizes": (64, 256), "branch2_layer_sizes": (384,)},
+        interaction="projection", projection={"branch1_layer_sizes": (64, 256), "branch2_layer_sizes": (384,)}
     ),
 }
 GATED = ModelConfig(interaction="dcn", dcn={"num_layers": 2, "low_rank_dim": 40, "gated": True})

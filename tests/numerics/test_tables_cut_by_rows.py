@@ -130,11 +130,7 @@ def one_adagrad(small_dataset, folder):
 @pytest.fixture(scope="module")
 def two(small_dataset, folder):
     """Runs of two processes, by name."""
-    settings = {
-        "row-wise": rules("cat_*=row_wise"),
-        "uneven": UNEVEN | rules("cat_*=row_wise"),
-        "uneven-whole": UNEVEN,
-    }
+    settings = {"row-wise": rules("cat_*=row_wise"), "uneven": UNEVEN | rules("cat_*=row_wise"), "uneven-whole": UNEVEN}
     runs = {folder / name: of_run for name, of_run in settings.items()}
     launch(train_in_turn, small_dataset.path, runs, processes=Processes(2))
     return {run.name: run for run in runs}

@@ -75,9 +75,7 @@ def test_messages_name_anchors_that_the_faq_has(site):
 
 
 def test_a_page_that_no_navigation_lists_is_found(site):
-    assert rules.unlisted({**site, "stray.md": "# Stray\n"}) == [
-        "stray.md: website/zensical.toml lists it 0 times",
-    ]
+    assert rules.unlisted({**site, "stray.md": "# Stray\n"}) == ["stray.md: website/zensical.toml lists it 0 times"]
     missing = {name: text for name, text in site.items() if name != "live.md"}
     assert rules.unlisted(missing) == ["live.md: is in website/zensical.toml, and there is no such page"]
 

@@ -12,8 +12,7 @@ from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 ROWS = 6_000
 NAMES = ("user", "movie", "title", "session", "shop", "word")
 SCHEMA = FeatureSchema(
-    name="films",
-    columns=(LabelColumn(name="label"), *(SparseColumn(name=name, kind="string") for name in NAMES)),
+    name="films", columns=(LabelColumn(name="label"), *(SparseColumn(name=name, kind="string") for name in NAMES))
 )
 
 

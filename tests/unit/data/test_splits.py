@@ -41,11 +41,7 @@ def test_a_split_without_rows_is_reported(days, rows):
         criteo_split(files(*days), rows)
 
 
-@given(
-    sizes=st.tuples(*[st.integers(0, 20)] * 3),
-    first_row=st.integers(0, 60),
-    num_rows=st.integers(0, 60),
-)
+@given(sizes=st.tuples(*[st.integers(0, 20)] * 3), first_row=st.integers(0, 60), num_rows=st.integers(0, 60))
 def test_rows_of_a_chunk_go_where_their_position_in_the_log_says(sizes, first_row, num_rows):
     log = [name for name, size in zip(("train", "val", "test"), sizes, strict=True) for _ in range(size)]
     chunk = log[first_row : first_row + num_rows]

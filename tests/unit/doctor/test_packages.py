@@ -35,8 +35,7 @@ def checked(**changes):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"torch": "2.13.0+cu130"}, {"torch": "2.13.0+cu130"} | CUDA, {"torch": "2.13.0"} | CUDA, NEWEST],
+    "changes", [{}, {"torch": "2.13.0+cu130"}, {"torch": "2.13.0+cu130"} | CUDA, {"torch": "2.13.0"} | CUDA, NEWEST]
 )
 def test_builds_that_work_together_fit(changes):
     found = checked(**changes)

@@ -15,8 +15,7 @@ from torchdlrm.training.run import Run
 @pytest.fixture
 def run(small_dataset, tmp_path):
     run = Run(tmp_path / "<b>run", load_config(None, {"train.batch-size-global": "77", "seed": "5"})).start(
-        small_dataset,
-        world_size=2,
+        small_dataset, world_size=2
     )
     yield run
     run.close()

@@ -89,10 +89,7 @@ def tensor(name, datatype, rows) -> Tensor:
 def test_few_plain_rows_are_no_columns():
     """Otherwise the test above would compare one way with itself."""
     tensors = [tensor("count", "FP32", [[3.0], [np.nan]]), tensor("hex", "INT64", [[255], [0]])]
-    assert rows_of(tensors) == [
-        {"count": 3, "hex": "000000ff"},
-        {"count": None, "hex": "00000000"},
-    ]
+    assert rows_of(tensors) == [{"count": 3, "hex": "000000ff"}, {"count": None, "hex": "00000000"}]
     assert isinstance(rows_of([tensor("hex", "INT64", [[1]] * NUM_MANY)]), pl.DataFrame)
 
 

@@ -71,10 +71,7 @@ def test_the_activations_are_what_autograd_keeps(interaction):
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model.logits(
-            torch.rand(num_rows, 13),
-            ids,
-            torch.ones_like(ids),
-            torch.rand(num_rows, 26, 16, requires_grad=True),
+            torch.rand(num_rows, 13), ids, torch.ones_like(ids), torch.rand(num_rows, 26, 16, requires_grad=True)
         )
     weights = {weight.untyped_storage().data_ptr() for weight in model.module.parameters()}
     kept_bytes = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
