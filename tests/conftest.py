@@ -69,6 +69,13 @@ def small_dataset(small_log, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def many_groups(small_log, tmp_path_factory):
+    """4,286 training rows in part files, which are row groups, of 500 rows at most on average."""
+    path = tmp_path_factory.mktemp("dataset") / "parts"
+    return preprocess([small_log], path, criteo_schema(), PreprocessOptions(min_count=2, part_rows=500))
+
+
+@pytest.fixture(scope="session")
 def dlrm():
     """Runs the real `dlrm` command in a process of its own: dlrm("train", config, "--run", path) -> completed.
 

@@ -1,4 +1,4 @@
-"""Raw logs: real rows, rows whose labels can be learnt, and logs in the layouts of public ones."""
+"""Raw logs: real rows, rows whose labels can be learnt, logs in the layouts of public ones; what is made of them."""
 
 import math
 import random
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+
+from torchdlrm.files import sha256_of
 
 REAL_ROWS = Path(__file__).parents[3] / "shared" / "data"
 CRITEO_NAMES = ["label", *(f"int_{i}" for i in range(13)), *(f"cat_{i}" for i in range(26))]
@@ -122,3 +124,8 @@ def clicks(num_rows, rng, **columns):
         label = int(rng.random() < 0.3)
         more = [make(label) if callable(make) else make[i % len(make)] for make in columns.values()]
         yield header, [label, rng.randrange(500), rng.choice("abcdef"), *more]
+
+
+def checksums(folder):
+    """Of each file in a folder, of a dataset say, by its name in it."""
+    return {str(path.relative_to(folder)): sha256_of(path) for path in folder.rglob("*") if path.is_file()}

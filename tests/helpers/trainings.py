@@ -99,9 +99,19 @@ def checkpoints(run):
     return sorted(int(path.parent.name[5:]) for path in (run / "checkpoints").glob("step-*/checkpoint.json"))
 
 
-def logged_steps(run):
+def logged(run, *splits):
+    """The lines of metrics.jsonl, of some splits or of all."""
     path = run / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if not splits or line["split"] in splits]
+
+
+def logged_steps(run):
+    return [line["step"] for line in logged(run)]
+
+
+def losses(run, split="train"):
+    return [line["loss"] for line in logged(run, split)]
 
 
 def state(run, tmp_path, step=STEPS):

@@ -16,7 +16,7 @@ from torchdlrm.preprocessing.vocabularies import Period, assign_ids, count_value
 from torchdlrm.preprocessing.work_folder import write_sections
 
 
-def fit(kind, values, *, min_count=1, max_embeddings=None, cuts=(), num_train=None, num_partitions=1):
+def fit(kind, values, *, min_count=1, max_embeddings=None, values_at_a_time=10_000, **cut):
     """The vocabulary of rows with these values.
 
     Args:
@@ -24,26 +24,29 @@ def fit(kind, values, *, min_count=1, max_embeddings=None, cuts=(), num_train=No
         values: of all rows.
         min_count: a value of fewer rows is unknown.
         max_embeddings: rows of the table.
-        cuts: where the rows are cut into chunks.
-        num_train: how many of the first rows are for training; all by default.
-        num_partitions: ranges of values that are counted by themselves, a power of two.
+        values_at_a_time: values that memory holds.
+        cut: how rows and values are dealt out, for `read_chunks`.
     """
     column = SparseColumn(name="f", kind=kind)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        split, chunks, ranges = read_chunks(folder, column, values, cuts, num_train, num_partitions)
-        counts = [folder / f"counts-{i}" for i in range(num_partitions)]
+        split, chunks, ranges = read_chunks(folder, column, values, **cut)
+        counts = [folder / f"counts-{i}" for i in range(len(ranges))]
         for values_of_range, target in zip(ranges, counts, strict=True):
             count_values(values_of_range, chunks, split, min_count, None, None, None, target)
-        targets = [folder / f"ids-{i}" for i in range(num_partitions)]
+        targets = [folder / f"ids-{i}" for i in range(len(ranges))]
         max_ids = MAX_ID if max_embeddings is None else max_embeddings - 1
         (folder / "vocabulary").mkdir()
-        assign_ids(column, counts, 1, 0, None, max_ids, 10_000, targets, folder)
+        assign_ids(column, counts, 1, 0, None, max_ids, values_at_a_time, targets, folder)
         return Vocabulary.read(folder / "vocabulary/f.parquet", "f", kind)
 
 
 def read_chunks(folder, column, values, cuts=(), num_train=None, num_partitions=1):
-    """Rows of one column as the first phase of a job leaves them: the split, the chunks and the ranges of values."""
+    """Rows of one column as the first phase of a job leaves them: the split, the chunks and the ranges of values.
+
+    Rows are cut into chunks at `cuts`, the first `num_train` are for training (all by default), and values lie in
+    `num_partitions` ranges, a power of two.
+    """
     series = pl.Series("f", values, dtype=KINDS[column.kind].dtype)
     num_train = len(series) if num_train is None else num_train
     split = SplitBounds("", num_train, len(series) - num_train, 0)

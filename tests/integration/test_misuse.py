@@ -1,7 +1,7 @@
 """What people mistype, misplace and misunderstand, verb by verb: never a traceback, and the exit code says whose fault.
 
 Each command line runs in this process, on a folder with a log, a dataset, a run, a bundle and files that are none of
-these. What a message says is tested where it is made; here, that there is one.
+these. What most messages say is tested where they are made; here, that there is one.
 """
 
 import datetime
@@ -23,13 +23,13 @@ from torchdlrm.cli.main import main
 
 pytestmark = pytest.mark.slow
 
-# One a line, run in a folder as `odd_things` makes it. All are refused: exit code 2. So are those of WRONG_FOLDERS, and
-# of `unit/cli/test_command_line.py`.
+# One a line, run in a folder as `odd_things` makes it, and words of some messages. All are refused: exit code 2. So are
+# those of WRONG_FOLDERS, and of `unit/cli/test_command_line.py`.
 REFUSED = """
 preprocess
 preprocess log.tsv
 preprocess --out d
-preprocess no-such-file.tsv --out d
+preprocess no-such-file.tsv --out d -> no-such-file.tsv: there is no such file
 preprocess dataset --out d
 preprocess empty.tsv --out d
 preprocess binary.bin --out d
@@ -38,28 +38,29 @@ preprocess named-gz.gz --out d
 preprocess archive.zip --out d
 preprocess utf16.tsv --out d
 preprocess comma.csv --out d
-preprocess log.tsv --out dataset
+preprocess log.tsv --out dataset -> dataset: exists
 preprocess log.tsv --out log.tsv
 preprocess log.tsv --out log.tsv/d
-preprocess log.tsv --out d --schema no-such-schema.toml
+preprocess log.tsv --out d --schema no-such-schema.toml -> --schema ... 'no-such-schema.toml' ... criteo
 preprocess log.tsv --out d --schema criteoo
 preprocess log.tsv --out d --schema log.tsv
 preprocess log.tsv --out d --schema broken.toml
 preprocess log.tsv --out d --schema target-role.toml
 preprocess log.tsv --out d --schema two-times.toml
 preprocess log.tsv --out d --schema no-label.toml
-preprocess log.tsv --out d --split random --val 0.9 --test 0.9
+preprocess log.tsv --out d --split random --val 0.9 --test 0.9 -> 0.9 + 0.9 is not below 1
 preprocess log.tsv --out d --split weekly
-preprocess log.tsv --out d --split time
+preprocess log.tsv --out d --split time -> a split by time needs one
 preprocess log.tsv --out d --val -1
 preprocess log.tsv --out d --val nan
+preprocess log.tsv --out d --val 0.2 -> make --split order, random or time
 preprocess log.tsv --out d --max-bad-rows -1
-preprocess log.tsv --out d --memory 1
-preprocess log.tsv --out d --workers 0
+preprocess log.tsv --out d --memory 1MB -> --memory: 1 MB is too little
+preprocess log.tsv --out d --workers 0 -> --workers: must be at least 1, got 0
 preprocess log.tsv --out d --cluster nowhere
-preprocess log.tsv --out d --vocabulary nowhere
+preprocess log.tsv --out d --vocabulary nowhere -> nowhere: is not a folder
 preprocess log.tsv --out d --vocabulary bundle
-preprocess log.tsv --out d --extend-vocabulary
+preprocess log.tsv --out d --extend-vocabulary -> --extend-vocabulary: needs --vocabulary
 preprocess duration.parquet --out d --schema duration.toml
 preprocess nan.parquet --out d
 preprocess log.tsv nan.parquet --out d
@@ -73,8 +74,8 @@ schema utf16.tsv
 schema comma.csv --out log.tsv
 schema comma.csv --out nowhere/s.toml
 inspect
-inspect log.tsv
-inspect .
+inspect log.tsv -> log.tsv: is not a folder
+inspect . -> dataset.json
 train criteo-small --dataset dataset
 train criteo-small --dataset dataset --run log.tsv
 train criteo-small --dataset dataset --run run --seed 99
@@ -109,6 +110,10 @@ export run --out b --checkpoint 12345
 export run --out b --dataset nowhere
 export run --out b --name a/b
 export run --out b --check-rows -1
+export run --out b --format onnx -> is a run, not a bundle; `dlrm export
+export bundle --out b --format torchrec -> is a bundle, not a run
+export bundle --out b --format onnx --precision int8 -> --format onnx: reads --out, --checkpoint and --dataset
+export run --out b --format onx -> must be one of bundle, torchrec, dlrm, onnx, triton, not 'onx'; did you
 predict bundle dataset
 predict bundle empty.tsv
 predict bundle comma.csv
@@ -138,17 +143,17 @@ serve bundle --api-key-file nowhere
 serve bundle --api-key-file empty.tsv
 serve bundle --api-key-file binary.bin
 serve bundle --log-predictions log.tsv
-serve bundle --name a/b
+serve bundle --name a/b -> a/b ... slash
 serve bundle --deadline-ms 0
 serve bundle --max-batch-rows 0
 serve bundle --max-body-bytes -1
 serve bundle --host nowhere.invalid
-plan
-plan --tables no-such-preset
+plan -> give one of --dataset, --run and --tables
+plan --tables no-such-preset -> there is no preset and no file 'no-such-preset'
 plan --dataset dataset --train.device cuda
-plan --tables criteo-1tb-40m --device toaster
+plan --tables criteo-1tb-40m --device toaster -> unknown device 'toaster'; known are a100-40gb,
 plan --tables criteo-1tb-40m --devices 8 --hosts 3
-plan --tables criteo-1tb-40m --hbm big
+plan --tables criteo-1tb-40m --hbm big -> --hbm: must be a size above zero
 plan --tables criteo-1tb-40m --sweep devices
 plan --tables criteo-1tb-40m --sweep colour=red
 plan --tables criteo-1tb-40m --constraint cat_3
@@ -159,13 +164,20 @@ plan --compare log.tsv
 synthesize
 synthesize --rows 10
 synthesize --rows 0 --out s.tsv
-synthesize --rows 10 --out log.tsv
+synthesize --rows 10 --out log.tsv -> log.tsv ... --force
 synthesize --rows 10 --out s.tsv --preset criteo-2tb
+synthesize --out nowhere/s.tsv -> nowhere/s.tsv ... folder that exists
+synthesize --out . -> --out ... is a folder
+synthesize --out s.tsv --companions pareto -> --companions ... --multi-hot
+synthesize --out s.tsv --days 2 -> s.tsv ... --days ... name a folder
+synthesize --out s.tsv --max-embeddings 10 -> --max-embeddings ... --multi-hot
 import dataset --out i --format npy
 import nowhere --out i --format parquet
 import log.tsv --out i --format parquet
 import dataset --out i --format csv
-quickstart --out dataset
+quickstart --out dataset -> --out: dataset is not an empty folder, nor that of an interrupted quickstart; remove it
+quickstart --out older -> --out: older holds a quickstart with other settings (quickstart.json:
+quickstart --out marked -> --out: marked holds a quickstart with other settings (quickstart.json:
 quickstart --rows -1 --out q
 bench step --batch-size 0
 bench step --train.device cuda
@@ -194,6 +206,9 @@ def odd_things(small_log, small_dataset, small_run, small_bundle, tmp_path_facto
     (folder / "utf16.tsv").write_text("1\t2\t3\n" * 30, encoding="utf-16")
     rows = [f"{row % 2},{row}.5,x{row % 7}" for row in range(300)]
     (folder / "comma.csv").write_text("\n".join(["click,price,shop", *rows]) + "\n")
+    for name, mark in (("older", '{"torchdlrm": "0.0.1", "rows": 1000000}'), ("marked", "x")):
+        (folder / name).mkdir()
+        (folder / name / "quickstart.json").write_text(mark)
     (folder / "broken.toml").write_text('name = "unfinished\n')
     for name, columns in (
         ("target-role", '{ role = "target", name = "click" }, { role = "sparse", name = "c", kind = "string" }'),
@@ -220,6 +235,7 @@ def test_a_misuse_is_refused_in_words_and_leaves_nothing(line, odd_things, monke
     monkeypatch.setattr(torchdlrm.cli.main, "console", Console(stderr=True, highlight=False, width=200))
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("signal.pthread_sigmask", lambda *_: set())  # what this process blocks, later ones would too
+    line, _, words = line.partition(" -> ")
     arguments = [argument.replace("LONG", "x" * 300).strip('"') for argument in line.split()]
     monkeypatch.setattr(sys, "argv", ["dlrm", *arguments])
     before = _files(odd_things)
@@ -231,6 +247,7 @@ def test_a_misuse_is_refused_in_words_and_leaves_nothing(line, odd_things, monke
     assert len(told.err) < 2_000
     assert "Traceback" not in told.err
     assert told.out == ""
+    assert [word for word in words.split(" ... ") if word not in " ".join(told.err.split())] == []
     assert _files(odd_things) == before
 
 

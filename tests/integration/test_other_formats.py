@@ -1,7 +1,6 @@
 """`dlrm import-weights` and `dlrm export --format`, as they are typed."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -31,30 +30,6 @@ def test_a_graph_is_written_by_a_command(dlrm, small_bundle, tmp_path):
         done = dlrm("export", small_bundle, "--format", form, "--out", name, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert {path.name for path in (tmp_path / "clicks").iterdir()} == {"config.pbtxt", "1"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("run", "--format", "onnx"), "is a run, not a bundle; `dlrm export"),
-        (("bundle", "--format", "torchrec"), "is a bundle, not a run"),
-        (
-            ("bundle", "--format", "onnx", "--precision", "int8"),
-            "--format onnx: reads --out, --checkpoint and --dataset",
-        ),
-        (
-            ("run", "--format", "onx"),
-            "--format: must be one of bundle, torchrec, dlrm, onnx, triton, not 'onx'; did you",
-        ),
-    ],
-)
-def test_what_does_not_go_together_is_refused(dlrm, small_run, small_bundle, tmp_path, arguments, message):
-    shutil.copytree(small_run, tmp_path / "run")
-    shutil.copytree(small_bundle, tmp_path / "bundle")
-    done = dlrm("export", *arguments, "--out", "out", cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_runs_code_is_refused_and_runs_none(dlrm, small_dataset, tmp_path):

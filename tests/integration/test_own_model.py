@@ -185,7 +185,10 @@ def test_its_run_is_compared_with_one_of_the_dlrm(trained, small_run):
     assert found.auc == pytest.approx(metrics[1]["auc"] - metrics[0]["auc"], abs=1e-9)
 
 
-def test_run_and_bundle_say_whose_they_are_and_hold_no_code(trained):
+def test_run_and_bundle_say_whose_they_are_without_the_class_and_hold_no_code(trained, dlrm):
+    done = dlrm("inspect", trained.bundle)
+    assert done.returncode == 0, done.stderr
+    assert "my_models.py:GatedSum" in done.stderr
     for record in (
         json.loads((trained.run / "environment.json").read_text())["model_class"],
         json.loads((trained.bundle / "bundle.json").read_text())["model_class"],
@@ -208,12 +211,6 @@ def test_without_the_class_one_sentence_says_what_to_give(trained, small_log, dl
     assert done.returncode == 2
     assert "give --model-class my_models.py:GatedSum with the same file" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_a_bundle_can_be_inspected_without_the_class(trained, dlrm):
-    done = dlrm("inspect", trained.bundle)
-    assert done.returncode == 0, done.stderr
-    assert "my_models.py:GatedSum" in done.stderr
 
 
 def test_another_file_is_not_the_same_class(trained, small_dataset, changed):
@@ -371,21 +368,16 @@ def test_the_dlrms_own_bundle_takes_no_class(small_bundle, trained):
         Predictor.open(small_bundle, model_class=trained.model_class)
 
 
-def test_a_run_is_resumed_with_its_class_alone(trained, small_dataset, tmp_path):
-    config = load_config(CONFIG, FAST | {"train.max_steps": "2"})
-    history = train(config, small_dataset, tmp_path / "run", model_class=trained.model_class)
-    assert history.summary.step == 2
-    more = load_config(CONFIG, FAST | {"train.max_steps": "4"})
-    with pytest.raises(RunError, match=r"give `model_class` my_models\.py:GatedSum"):
-        train(more, small_dataset, tmp_path / "run")
-    assert train(more, small_dataset, tmp_path / "run", model_class=trained.model_class).summary.step == 4
-
-
-def test_a_run_that_is_resumed_with_another_file_is_of_that_one(trained, small_dataset, changed, tmp_path):
-    steps = (load_config(CONFIG, FAST | {"train.max_steps": str(number)}) for number in (1, 2))
+def test_a_run_is_resumed_with_its_class_alone_and_with_another_file_it_is_of_that_one(
+    trained, small_dataset, changed, tmp_path
+):
+    """With the same file: below, to the byte."""
+    first, more = (load_config(CONFIG, FAST | {"train.max_steps": str(number)}) for number in (1, 2))
     run = tmp_path / "run"
-    train(next(steps), small_dataset, run, model_class=trained.model_class)
-    allowed = train(next(steps), small_dataset, run, model_class=changed, allow_changed_model_class=True)
+    assert train(first, small_dataset, run, model_class=trained.model_class).summary.step == 1
+    with pytest.raises(RunError, match=r"give `model_class` my_models\.py:GatedSum"):
+        train(more, small_dataset, run)
+    allowed = train(more, small_dataset, run, model_class=changed, allow_changed_model_class=True)
     assert allowed.summary.step == 2
     Run.open(run).shape(small_dataset, changed)
     with pytest.raises(RunError, match="has changed since the run was written"):

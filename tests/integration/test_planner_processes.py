@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-NUM_TABLES = int(os.environ.get("TORCHDLRM_NUM_TABLES", "500"))  # 1000 take half a minute
+from helpers.random_problems import problem, random_tables
+from torchdlrm.sharding.solution import solve
+
+NUM_TABLES = int(os.environ.get("TORCHDLRM_NUM_TABLES", "250"))  # 1000 take half a minute
 TESTS = Path(__file__).parents[1]
 SET_UP = (
     f"import sys; sys.path.insert(0, {str(TESTS)!r}); "
@@ -36,10 +39,6 @@ def test_many_tables_on_64_devices_take_the_minute_and_the_4_gb_of_1000_at_most_
 @pytest.mark.slow
 def test_a_plan_does_not_hang_on_the_order_of_sets_of_strings():
     code = f"{SET_UP}\nprint(solve(problem(random_tables(12, 1), devices=4, hosts=2)).layout)"
-    plans = {
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(plans) == 1
+    other = {"PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=other).stdout
+    assert told == f"{solve(problem(random_tables(12, 1), devices=4, hosts=2)).layout}\n"

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -29,7 +28,7 @@ from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 NAMES = [column.name for column in criteo_schema().columns]
-CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
+CONFIG = "criteo-small"
 
 
 @pytest.fixture(scope="module")
@@ -301,19 +300,11 @@ def test_verify_asks_a_live_server_of_the_same_bundle(
     dlrm, serve, small_bundle, small_run, small_dataset, small_log, tmp_path, monkeypatch
 ):
     server = serve(small_bundle, DLRM_API_KEY="secret")
-    args = [
-        small_log,
-        "--dataset",
-        small_dataset.path,
-        "--run",
-        small_run,
-        "--url",
-        server.url,
-        "--rows",
-        600,
-        "--json",
-    ]
-    done = dlrm("verify", small_bundle, *args, DLRM_API_KEY="secret")
+    with pytest.raises(UserError, match="answers 401"):
+        verify_verb(small_bundle, small_log, dataset=small_dataset.path, run=small_run, url=server.url)
+    monkeypatch.setenv("DLRM_API_KEY", "secret")
+    args = ("--dataset", small_dataset.path, "--run", small_run, "--url", server.url, "--rows", 600, "--json")
+    done = dlrm("verify", small_bundle, small_log, *args)
     assert done.returncode == 0, done.stderr
     assert "torch/fx" not in done.stderr  # what torch logs for its developers
     told = json.loads(done.stdout)
@@ -323,12 +314,9 @@ def test_verify_asks_a_live_server_of_the_same_bundle(
     assert max(way["largest_difference"] for way in told["ways"][1:]) < 1e-6
     assert len({round(way["metrics"]["logloss"], 6) for way in told["ways"]}) == 1
 
-    with pytest.raises(UserError, match="answers 401"):
-        verify_verb(small_bundle, small_log, dataset=small_dataset.path, run=small_run, url=server.url)
     # Another bundle of the same columns: what answers is not what was asked about.
     other = tmp_path / "other"
     export(small_run, other, options=ExportOptions(name="other", precision="int8"), dataset=small_dataset)
-    monkeypatch.setenv("DLRM_API_KEY", "secret")
     with pytest.raises(UserError, match=f"serves version {server.version} of 'small', and the bundle is version"):
         verify_verb(other, small_log, dataset=small_dataset.path, run=small_run, url=server.url, max_rows=600)
     # Without the server, the difference of int8 is explained.

@@ -1,7 +1,9 @@
 """Whatever is wrong with a log: exit code 2 or a counted bad row, and a message that says where."""
 
 import gzip
+import lzma
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import pyarrow as pa
 import pytest
 
 from helpers.command_server import DLRM, shared_server
+from torchdlrm.errors import LogError
+from torchdlrm.logs.find import find_files
 from torchdlrm.preprocessing.preprocess import work_folder
 
 GOOD = "\t".join(["1", *["3"] * 13, *["0000000a"] * 26]) + "\n"
@@ -121,22 +125,13 @@ def test_an_interrupt_keeps_what_is_done_and_says_so(number, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--memory", "lots"], "--memory: must be a size above zero such as 80GB, 79GiB or a number of bytes, got"),
-        (["--memory", "1MB"], "--memory: 1 MB is too little"),
-        (["--workers", "0"], "--workers: must be at least 1, got 0"),
-        (["--split", "time"], "a split by time needs one"),
-        (["--split", "order", "--val", "0.7", "--test", "0.5"], "0.7 + 0.5 is not below 1"),
-        (["--val", "0.2"], "make --split order, random or time"),
-        (["--vocabulary", "nowhere"], "nowhere: is not a folder"),
-        (["--extend-vocabulary"], "--extend-vocabulary: needs --vocabulary"),
-    ],
-)
-def test_wrong_options_are_named(tmp_path, arguments, message):
-    (tmp_path / "log").write_text(GOOD * 30)
-    done = dlrm("preprocess", tmp_path / "log", "--out", tmp_path / "dataset", *arguments)
-    assert done.returncode == 2, done.stderr
-    assert message in " ".join(done.stderr.split())
-    assert not (tmp_path / "dataset").exists()
+@pytest.mark.skipif(shutil.which("xzcat") is None, reason="needs xzcat")
+def test_a_packed_file_becomes_a_log_by_the_command_that_is_told(tmp_path):
+    path = tmp_path / "a log.xz"
+    path.write_bytes(lzma.compress(b"1\t2\n"))
+    with pytest.raises(LogError, match="is packed by xz") as caught:
+        find_files([path])
+    subprocess.run(["sh", "-c", str(caught.value).partition("this makes one: ")[2]], check=True)
+    made = tmp_path / "a log.xz.gz"
+    assert gzip.decompress(made.read_bytes()) == b"1\t2\n"
+    assert find_files([made])[0].packing == "gzip"

@@ -31,18 +31,8 @@ def made(tmp_path_factory):
     lines = criteo_lines(70)
     lines[30] = "1\toops\n"
     (folder / "log.tsv").write_text("".join(lines))
-    arguments = (
-        "preprocess",
-        folder / "log.tsv",
-        "--out",
-        folder / "dataset",
-        "--max-bad-rows",
-        "1",
-        "--min-count",
-        "1",
-        "--json",
-    )
-    return folder, dlrm(*arguments)
+    options = ("--max-bad-rows", "1", "--min-count", "1", "--json")
+    return folder, dlrm("preprocess", folder / "log.tsv", "--out", folder / "dataset", *options)
 
 
 def test_preprocess_prints_one_json_object_on_standard_output_and_the_summary_beside_it(made):
@@ -76,26 +66,13 @@ def test_inspect_shows_a_dataset_and_prints_the_same_as_json(made):
         assert text in shown.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "messages"),
-    [
-        (("preprocess", "absent.tsv", "--out", "new"), ["absent.tsv: there is no such file"]),
-        (("preprocess", "log.tsv", "--out", "new"), ["log.tsv, line 31", "2 columns, not 40", "--max-bad-rows N"]),
-        (("preprocess", "log.tsv", "--out", "dataset"), ["dataset: exists", "--out"]),
-        (("preprocess", "log.tsv", "--out", "new", "--min-count", "0"), ["--min-count", "at least 1, got 0"]),
-        (("preprocess", "log.tsv", "--out", "new", "--schema", "x.toml"), ["--schema", "'x.toml'", "criteo"]),
-        (("inspect", "log.tsv"), ["log.tsv: is not a folder"]),
-        (("inspect", "."), ["dataset.json"]),
-    ],
-)
-def test_what_the_user_got_wrong_ends_with_exit_code_2_and_one_message(made, monkeypatch, arguments, messages):
+def test_a_bad_row_that_is_not_allowed_ends_with_exit_code_2_and_one_message(made, monkeypatch):
     monkeypatch.chdir(made[0])
-    done = dlrm(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
+    done = dlrm("preprocess", "log.tsv", "--out", "new")
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    for words in ("error: ", "log.tsv, line 31", "2 columns, not 40", "--max-bad-rows N"):
+        assert words in done.stderr
     assert "Traceback" not in done.stderr
-    for message in messages:
-        assert message in done.stderr
     assert not (made[0] / "new").exists()
 
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from helpers.raw_logs import checksums
 from torchdlrm.errors import ConfigError, LogError
 from torchdlrm.features.schema import criteo_schema
-from torchdlrm.files import sha256_of
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, preprocess
 from torchdlrm.progress import SilentProgress
 
@@ -60,10 +60,6 @@ def log(tmp_path_factory):
     path = tmp_path_factory.mktemp("log") / "log.tsv"
     path.write_text("".join(lines))
     return path
-
-
-def checksums(folder):
-    return {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers.period_reference import Vocabulary, next_period
+from helpers.raw_logs import checksums
 from torchdlrm.cli.main import app
 from torchdlrm.data.dataset import oldest_version
 from torchdlrm.data.summary import summarize
@@ -113,10 +114,6 @@ class StopAt(SilentProgress):
     def start_phase(self, name, *_):
         if name == self._phase:
             raise KeyboardInterrupt
-
-
-def checksums(folder):
-    return {str(path.relative_to(folder)): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_five_periods_in_pieces_and_with_interruptions_have_the_same_bytes(logs, days, tmp_path, monkeypatch):

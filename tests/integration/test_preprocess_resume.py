@@ -9,17 +9,16 @@ import signal
 import subprocess
 import threading
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from helpers.command_server import shared_server
+from helpers.raw_logs import checksums
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, DatasetError
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn, WeightColumn
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.files import sha256_of
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, Resources, preprocess, work_folder
 from torchdlrm.preprocessing.read import read_chunk
 from torchdlrm.progress import SilentProgress
@@ -104,10 +103,6 @@ def uninterrupted(log, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "dataset"
     preprocess([log], out, SCHEMA, OPTIONS, resources=Resources(workers=1))
     return checksums(out)
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def start(log, out, schema_file):

@@ -62,26 +62,6 @@ def test_new_days_are_encoded_with_the_ids_and_statistics_of_another_dataset(fol
     assert found["price"].to_list() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("max_embeddings", [None, 220])
-def test_new_frequent_values_get_ids_behind_the_old_ones_which_stay(folder, monday, max_embeddings):
-    options = PreprocessOptions(
-        min_count=2, max_embeddings=max_embeddings, vocabulary=monday.path, extend_vocabulary=True
-    )
-    longer = preprocess([folder / "tuesday"], folder / f"longer{max_embeddings}", SCHEMA, options)
-    old, new = ids(monday), ids(longer)
-    assert {value: new[value] for value in old} == old
-    counts = {}
-    for line in (folder / "tuesday").read_text().splitlines()[:1200]:
-        value = int(line.split("\t")[2], 16)
-        counts[value] = counts.get(value, 0) + 1
-    added = sorted((-count, value) for value, count in counts.items() if count >= 2 and value not in old)
-    added = added[: None if max_embeddings is None else max_embeddings - 1 - len(old)]
-    assert [value for value, number in new.items() if number > len(old)] == [value for _, value in added]
-    assert len(added) > 10
-    assert longer.num_embeddings["item"] == len(old) + len(added) + 1
-    assert set(read(longer, "train")["item"]) <= set(range(longer.num_embeddings["item"]))
-
-
 def test_inspect_tells_unknown_values_and_drift(folder, monday):
     (folder / "both").write_text((folder / "monday").read_text() + "".join(lines(3, 150, 350, 50)[:200]))
     summary = summarize(preprocess([folder / "both"], folder / "drifted", with_split(SCHEMA, "order", 0.1, 0.125)), 3)

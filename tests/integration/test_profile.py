@@ -1,11 +1,10 @@
 """`dlrm train --profile`: traces that a browser opens, and a summary of what is in them."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
+CONFIG = "criteo-small"
 
 
 @pytest.mark.slow

@@ -6,11 +6,6 @@ import sys
 import torchdlrm
 
 
-def test_every_public_name_can_be_imported():
-    assert all(getattr(torchdlrm, name) is not None for name in torchdlrm.__all__)
-    assert set(torchdlrm.__all__) <= set(dir(torchdlrm))
-
-
 def test_importing_the_package_imports_no_torch():
     code = "import sys, torchdlrm; torchdlrm.load_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -44,11 +39,12 @@ def test_importing_the_package_takes_a_tenth_of_a_second_at_most():
     assert min(times) < 0.1
 
 
-def test_public_names_are_what_they_are_after_every_module_was_imported():
+def test_public_names_are_what_they_are_after_every_module_was_imported_which_says_nothing():
     """A sub-package of the same name would take a function's place the moment that it is imported."""
     code = """
 import importlib, pkgutil, types, torchdlrm
 before = {name: getattr(torchdlrm, name) for name in torchdlrm.__all__}
+assert None not in before.values() and before.keys() <= set(dir(torchdlrm))
 for module in pkgutil.iter_modules(torchdlrm.__path__):
     importlib.import_module(f"torchdlrm.{module.name}")
 importlib.import_module("torchdlrm.training.job"), importlib.import_module("torchdlrm.evaluation.evaluate")
@@ -57,7 +53,7 @@ assert all(isinstance(function, types.FunctionType) for function in (evaluate, p
 assert all(getattr(torchdlrm, name) is value for name, value in before.items())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_command_itself_loads_nothing_that_starts_threads():

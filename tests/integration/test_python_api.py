@@ -1,6 +1,5 @@
 """Training and evaluation as functions: what callbacks and callers are told, and what a call leaves behind."""
 
-import json
 import logging
 import os
 import signal
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from helpers.trainings import logged
 from torchdlrm import Callback, evaluate, load_config, train
 from torchdlrm.training.checkpoint import find_damage
 
@@ -45,11 +45,6 @@ class Listing(Callback):
         self.ends.append(outcome)
 
 
-def lines(run, *splits):
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["split"] in splits]
-
-
 def without_time(line):
     return {key: value for key, value in line.items() if key not in {"time", "split", "step"}}
 
@@ -59,7 +54,7 @@ def test_a_callback_is_told_what_metrics_jsonl_has_and_every_checkpoint_when_it_
     config = small(train__max_steps=6, validation__every_steps=3, checkpoint__every_steps=2)
     history = train(config, small_dataset, tmp_path / "run", callbacks=[listing])
     for told, split in ((listing.logged, "train"), (listing.validated, "val")):
-        written = lines(tmp_path / "run", split)
+        written = logged(tmp_path / "run", split)
         assert told == [(line["step"], without_time(line)) for line in written]
     assert [step for step, _ in listing.logged] == [2, 4, 6]
     assert [step for step, _ in listing.validated] == [3, 6]
@@ -76,7 +71,7 @@ def test_the_history_of_a_resumed_run_begins_with_the_run(small_dataset, tmp_pat
         history = train(small(train__max_steps=max_steps), small_dataset.path, tmp_path / "run")
     assert history.summary.resumed_from_step == 2
     assert [step for step, _ in history.series("train", "loss")] == [2, 4]
-    assert history.metrics == lines(tmp_path / "run", "train", "val")
+    assert history.metrics == logged(tmp_path / "run", "train", "val")
 
 
 def test_what_a_callback_raises_ends_the_training_and_all_are_told(small_dataset, tmp_path):

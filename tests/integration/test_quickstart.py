@@ -34,25 +34,6 @@ def test_quickstart_comes_close_to_the_attainable_auc_and_beats_logistic_regress
     assert "arning" not in done.stderr
 
 
-def test_quickstart_refuses_a_folder_that_holds_something(dlrm, tmp_path):
-    (tmp_path / "quickstart").mkdir()
-    (tmp_path / "quickstart" / "mine.txt").write_text("x")
-    done = dlrm("quickstart", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "--out: quickstart is not an empty folder, nor that of an interrupted quickstart; remove it" in done.stderr
-
-
-@pytest.mark.parametrize("mark", ['{"torchdlrm": "0.0.1", "rows": 1000000}', "x"])
-def test_quickstart_refuses_a_quickstart_with_other_settings(dlrm, tmp_path, mark):
-    (tmp_path / "quickstart").mkdir()
-    (tmp_path / "quickstart" / "quickstart.json").write_text(mark)
-    done = dlrm("quickstart", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "--out: quickstart holds a quickstart with other settings (quickstart.json: " in done.stderr
-    assert [path.name for path in (tmp_path / "quickstart").iterdir()] == ["quickstart.json"], "nothing was begun"
-
-
 def interrupted_when(said, folder, *options):
     """Start the quickstart, press Ctrl-C (which all its processes get) when it says this; what it said in all."""
     process = shared_server().start(

@@ -245,11 +245,3 @@ def test_both_protocols_list_the_same_extensions(client, channel):
     code, metadata = call(channel, "ServerMetadata", CLASSES["ServerMetadataRequest"]())
     assert code == grpc.StatusCode.OK
     assert list(metadata.extensions) == client.get("/v2").json()["extensions"]
-
-
-def test_a_name_that_no_address_can_hold_is_refused_before_anything_is_loaded(dlrm, small_bundle):
-    done = dlrm("serve", small_bundle, "--name", "a/b")
-    assert done.returncode == 2
-    assert "a/b" in done.stderr
-    assert "slash" in done.stderr
-    assert "Traceback" not in done.stderr

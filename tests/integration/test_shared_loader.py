@@ -6,21 +6,11 @@ import os
 import signal
 
 import numpy as np
-import pytest
 
-from torchdlrm.data.dataset import Dataset
-from torchdlrm.features.schema import criteo_schema
 from torchdlrm.loader import shared
 from torchdlrm.loader.loader import Loader
-from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 
 BATCH_ROWS = 100
-
-
-@pytest.fixture
-def dataset(small_log, tmp_path):
-    preprocess([small_log], tmp_path / "parts", criteo_schema(), PreprocessOptions(min_count=2, part_rows=200))
-    return Dataset.open(tmp_path / "parts")
 
 
 def exchange(rank, pipe):
@@ -39,18 +29,18 @@ def read_and_be_killed(dataset, pipe):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_rank_whose_peer_is_killed_reads_all_its_rows_without_waiting_for_it(dataset, monkeypatch):
+def test_a_rank_whose_peer_is_killed_reads_all_its_rows_without_waiting_for_it(many_groups, monkeypatch):
     """Half of what comes was the other's to decode, and it will never say that it has read anything."""
     monkeypatch.setattr(shared, "_PATIENCE_S", 600.0)
     context = multiprocessing.get_context("spawn")
     mine, other = context.Pipe()
-    peer = context.Process(target=read_and_be_killed, args=(dataset, other))
+    peer = context.Process(target=read_and_be_killed, args=(many_groups, other))
     peer.start()
     options = {"batch_size_global": BATCH_ROWS, "rank": 0, "world_size": 2}
-    batches = iter(Loader(dataset, "train", **options, all_gather=exchange(0, mine)))
+    batches = iter(Loader(many_groups, "train", **options, all_gather=exchange(0, mine)))
     found = [next(batches)]
     peer.join()
     assert peer.exitcode == -signal.SIGKILL
     found += batches
-    for one, expected in itertools.zip_longest(found, Loader(dataset, "train", **options)):
+    for one, expected in itertools.zip_longest(found, Loader(many_groups, "train", **options)):
         np.testing.assert_array_equal(one.sparse_features.values(), expected.sparse_features.values())

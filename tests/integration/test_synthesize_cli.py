@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from torchdlrm.synthetic.log import truth_path
 
 
@@ -19,36 +17,11 @@ def test_command_prints_one_json_object_and_writes_log_and_truth(dlrm, tmp_path)
     assert f"{shown['auc']:.4f}" in done.stderr
 
 
-def test_command_replaces_a_file_only_with_force(dlrm, tmp_path):
+def test_command_replaces_a_file_with_force(dlrm, tmp_path):
     out = tmp_path / "log.tsv"
     out.write_text("mine")
-    refused = dlrm("synthesize", "--rows", 10, "--out", out)
-    assert refused.returncode == 2
-    assert str(out) in refused.stderr
-    assert "--force" in refused.stderr
-    assert refused.stdout == ""
-    assert out.read_text() == "mine"
     assert dlrm("synthesize", "--rows", 10, "--out", out, "--force").returncode == 0
     assert len(out.read_text().splitlines()) == 10
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--out", "nowhere/log.tsv"], ["nowhere/log.tsv", "folder that exists"]),
-        (["--out", "."], ["--out", "is a folder"]),
-        (["--companions", "pareto"], ["--companions", "--multi-hot"]),
-        (["--days", "2"], ["log.tsv", "--days", "name a folder"]),
-        (["--max-embeddings", "10"], ["--max-embeddings", "--multi-hot"]),
-    ],
-)
-def test_command_exits_with_2_and_says_what_is_wrong(dlrm, tmp_path, arguments, words):
-    given = arguments if "--out" in arguments else ["--out", "log.tsv", *arguments]
-    done = dlrm("synthesize", *given, cwd=tmp_path)
-    assert done.returncode == 2
-    assert all(word in done.stderr for word in words)
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_command_writes_the_days_of_a_log_and_lists_them(dlrm, tmp_path):

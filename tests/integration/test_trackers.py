@@ -6,26 +6,21 @@ import shutil
 import signal
 import threading
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
+from helpers.trainings import CONFIG, logged
 from torchdlrm.config import load_config
 from torchdlrm.errors import ConfigError, Interrupted, TrainingError
 from torchdlrm.training.job import train
 from torchdlrm.training.log import MetricsLog, ending
 from torchdlrm.training.trackers import TRACKERS, Tracker, check_trackers, open_trackers
 
-CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
 OPTIONS = ("--logging.every-steps", 5, "--logging.tensorboard", "false", "--table-optimizer.learning-rate", 0.04)
 
 
 def needs(package):
     return pytest.mark.skipif(find_spec(package) is None, reason=f"needs pip install 'torchdlrm[{package}]'")
-
-
-def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +60,7 @@ def test_every_tracker_is_told_the_metrics_of_metrics_jsonl_and_how_it_ended(err
     for tracker in trackers:
         assert tracker.told == ((7, {"val/auc": 0.75}),)
         assert tracker.outcome == outcome
-    (line,) = lines(tmp_path)
+    (line,) = logged(tmp_path)
     assert list(line) == ["step", "rows", "split", "auc", "ne", "time"]
     assert (line["step"], line["rows"], line["split"], line["auc"], line["ne"]) == (7, 70, "val", 0.75, None)
 
@@ -93,8 +88,8 @@ def test_a_tracker_is_one_class(small_dataset, tmp_path, monkeypatch):
     told = [line.split() for line in (tmp_path / "run" / "listing.txt").read_text().splitlines()]
     assert {line[0] for line in told} == {"first"}
     assert [line[1:] for line in told if line[1] == "0"] == [["0", "finished"]] * 2
-    logged = lines(tmp_path / "run")
-    assert [line[1] for line in told if line[1] != "0"] == [str(line["step"]) for line in logged]
+    steps = [str(line["step"]) for line in logged(tmp_path / "run")]
+    assert [line[1] for line in told if line[1] != "0"] == steps
     with pytest.raises(ConfigError, match=r"logging\.trackers: there is no tracker jsn; did you mean json\?"):
         check_trackers(["jsn"])
 
@@ -145,7 +140,7 @@ def test_events_of_a_training_that_did_not_finish_are_on_disk_and_nothing_of_it_
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     written = events.Scalars("train/loss")
     assert b"[table_optimizer]" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
-    expected = [line["step"] for line in lines(tmp_path / "run")]
+    expected = [line["step"] for line in logged(tmp_path / "run")]
     assert [event.step for event in written] == expected
     assert expected
     assert {thread for thread in set(threading.enumerate()) - before if "Dummy" not in thread.name} == set()
@@ -186,7 +181,7 @@ def test_mlflow_holds_the_metrics_and_the_config_of_a_run_that_was_taken_up_agai
     assert found.info.status == "FINISHED"
     assert found.data.params["table_optimizer.learning_rate"] == "0.04"
     history = [(metric.step, metric.value) for metric in client.get_metric_history(found.info.run_id, "train/loss")]
-    assert history == [(line["step"], line["loss"]) for line in lines(run) if line["split"] == "train"]
+    assert history == [(line["step"], line["loss"]) for line in logged(run) if line["split"] == "train"]
 
 
 @needs("mlflow")

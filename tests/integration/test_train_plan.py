@@ -1,7 +1,6 @@
 """`dlrm train` says first what it is going to do; with --dry-run that is all."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,7 @@ from torchdlrm.config import load_config
 from torchdlrm.errors import UserError
 from torchdlrm.training.job import preview_training
 
-CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
+CONFIG = "criteo-small"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def test_a_dry_run_tells_rows_steps_tables_and_bytes_and_writes_nothing(foretold
 
 
 @pytest.mark.slow
-def test_the_training_does_what_was_foretold(foretold, small_dataset, dlrm, tmp_path):
+def test_the_training_does_what_was_foretold_also_by_plan(foretold, small_dataset, dlrm, tmp_path):
     run = tmp_path / "run"
     arguments = ("train", CONFIG, "--dataset", small_dataset.path, "--run", run, "--json", "--train.epochs", 2)
     done = dlrm(*arguments, "--nproc-per-node", 2, "--validation.every-rows", 1000)
@@ -53,6 +52,13 @@ def test_the_training_does_what_was_foretold(foretold, small_dataset, dlrm, tmp_
     assert {name: table["shards"] for name, table in obeyed.items()} == {
         name: table["shards"] for name, table in said["plan"]["tables"].items()
     }
+    for asked in (("--run", run), (CONFIG, "--dataset", small_dataset.path)):
+        planned = dlrm("plan", *asked, "--devices", 2, "--json")
+        assert planned.returncode == 0, planned.stderr
+        tables = json.loads(planned.stdout)["tables"]
+        assert {name: table["shards"] for name, table in tables.items()} == {
+            name: table["shards"] for name, table in obeyed.items()
+        }
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     validated = [line["rows"] for line in lines if line["split"] == "val"]
     # The first step that reaches each thousand, where the last batch of an epoch has 62 rows; and the end.

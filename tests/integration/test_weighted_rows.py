@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -20,8 +19,6 @@ from torchdlrm.errors import DatasetError, LogError, RunError
 from torchdlrm.evaluation.compare import compare
 from torchdlrm.evaluation.evaluate import evaluate, predict_split
 from torchdlrm.exporting.export import export
-from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn, WeightColumn
-from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import load_schema
 from torchdlrm.loader.loader import Loader
 from torchdlrm.model.loss import batch_loss
@@ -34,7 +31,7 @@ from torchdlrm.serving.front.open_inference.tensors import Tensor
 from torchdlrm.training.job import train
 from torchdlrm.training.run import Run
 
-CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
+CONFIG = "criteo-small"
 SCHEMA = """
 name = "weighted"
 separator = ","
@@ -133,16 +130,24 @@ def test_the_loader_gives_each_row_its_weight_and_padding_none(dataset):
     assert torch.equal(torch.cat(found), whole)
 
 
-def test_the_loader_gives_values_their_weights_and_others_a_one(dataset):
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_loader_gives_lists_of_ids_with_their_weights_and_others_a_one(dataset, world_size):
     table = pl.concat(pl.read_parquet(file.path) for file in dataset.splits["train"].files)
-    ranks = [Loader(dataset, "train", batch_size_global=101, rank=rank, world_size=2) for rank in range(2)]
-    found, ones = [], []
-    for parts in zip(*ranks, strict=True):
-        for part in parts:
-            kjt = part.to(torch.device("cpu")).sparse_features
-            assert len(kjt.weights()) == len(kjt.values())
-            found += kjt["tags"].weights().tolist()
-            ones += kjt["city"].weights().tolist() + kjt["shop"].weights().tolist()
+    options = {"batch_size_global": 101, "world_size": world_size}
+    ranks = [Loader(dataset, "train", rank=rank, **options) for rank in range(world_size)]
+    found, cities, tags, ones = [], [], [], []
+    for part in (part for parts in zip(*ranks, strict=True) for part in parts):
+        kjt, num_rows = part.to(torch.device("cpu")).sparse_features, part.labels.numel() - part.num_padding
+        assert len(kjt.weights()) == len(kjt.values())
+        found += kjt["tags"].weights().tolist()
+        ones += kjt["city"].weights().tolist() + kjt["shop"].weights().tolist()
+        cities += kjt["city"].values().tolist()
+        assert kjt["city"].lengths().tolist() == [1] * num_rows + [0] * part.num_padding
+        lists = [ids.tolist() for ids in kjt["tags"].to_dense()]
+        assert lists[num_rows:] == [[]] * part.num_padding
+        tags += lists[:num_rows]
+    assert (cities, tags) == (table["city"].to_list(), table["tags"].to_list())
+    assert len({len(ids) for ids in tags}) > 2
     assert found == table["tags_weights"].explode(empty_as_null=False).to_list()
     assert ones == [1.0] * (2 * table.height)
 
@@ -287,20 +292,6 @@ def test_a_row_of_a_request_may_have_a_weight_which_is_not_read(folder):
         assert predictor.predict([{**row, "w": weight, "city": "c1", "click": 1}]) == expected  # not the fast path
 
 
-@pytest.mark.parametrize("cell", ["-0.5", "", "heavy", "inf", "NaN", "1e40"])
-def test_a_row_whose_weight_is_none_is_a_bad_one(frame, tmp_path, cell):
-    lines = frame.head(30).write_csv().splitlines()
-    cells = lines[7].split(",")
-    lines[7] = ",".join([cells[0], cell, *cells[2:]])
-    (tmp_path / "log.csv").write_text("\n".join(lines) + "\n")
-    columns = (LabelColumn(name="click"), WeightColumn(name="w", header_name="the weight"), DenseColumn(name="price"),
-               SparseColumn(name="city"))  # fmt: skip
-    schema = FeatureSchema(name="weighted", separator=",", header=True, columns=columns)
-    message = f"line 8, column w: the weight of the row is missing, or not a finite number of at least 0: '{cell}'"
-    with pytest.raises(LogError, match=message):
-        preprocess([tmp_path / "log.csv"], tmp_path / "dataset", schema)
-
-
 def test_values_with_weights_are_predicted_the_same_however_they_come(folder, frame, serve, tmp_path):
     """As the training's own model predicts them: from a file, a frame, rows of three forms, tensors, and a server."""
     trained = predicted(folder / "run", "test")
@@ -366,12 +357,26 @@ def test_values_with_weights_are_predicted_the_same_however_they_come(folder, fr
     np.testing.assert_allclose(few, expected[:1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("cell", ["t1:x", "t1:", "t2|t1:inf", "t1:1e40"])
-def test_a_cell_with_a_weight_that_is_none_is_a_bad_one(frame, tmp_path, cell):
+NO_WEIGHT = {
+    "w": "the weight of the row is missing, or not a finite number of at least 0",
+    "tags": "the weight of a value is not a finite number",
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "cell"),
+    [
+        *(("w", cell) for cell in ("-0.5", "", "heavy", "inf", "NaN", "1e40")),
+        *(("tags", cell) for cell in ("t1:x", "t1:", "t2|t1:inf", "t1:1e40")),
+    ],
+)
+def test_a_row_whose_weight_or_that_of_a_value_is_none_is_a_bad_one(frame, tmp_path, column, cell):
     lines = frame.head(30).write_csv().splitlines()
-    lines[7] = ",".join([*lines[7].split(",")[:-1], cell])
+    cells = lines[7].split(",")
+    cells[1 if column == "w" else -1] = cell
+    lines[7] = ",".join(cells)
     (tmp_path / "log.csv").write_text("\n".join(lines) + "\n")
     (tmp_path / "schema.toml").write_text(SCHEMA)
-    message = f"line 8, column tags: the weight of a value is not a finite number: '{re.escape(cell)}'"
+    message = f"line 8, column {column}: {NO_WEIGHT[column]}: '{re.escape(cell)}'"
     with pytest.raises(LogError, match=message):
         preprocess([tmp_path / "log.csv"], tmp_path / "dataset", load_schema(tmp_path / "schema.toml"))

@@ -1,24 +1,13 @@
 """Every architecture that the config can choose trains the same on any number of processes, and resumes."""
 
-import json
-
 import pytest
 import torch
 
-from helpers.trainings import state
+from helpers.days import last_state
+from helpers.trainings import losses
 from torchdlrm.config import config_toml
 from torchdlrm.training.job import train
 from torchdlrm.training.run import Run
-
-
-def losses(run):
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["split"] == "train"]
-
-
-def last_state(run, tmp_path):
-    (step,) = {path.name for path in (run / "checkpoints").glob("step-*")} & {"step-00000030"}
-    return state(run, tmp_path, int(step[5:]))
 
 
 def test_two_processes_train_what_one_does(interaction_run, small_dataset, dlrm, tmp_path):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrec.optim.keyed import CombinedOptimizer
 
+from helpers.trainings import state
 from torchdlrm.config import TABLE_OPTIMIZERS, DenseOptimizerConfig, TableOptimizerConfig, load_config
 from torchdlrm.errors import ConfigError
 from torchdlrm.model.architecture import ModelShape
@@ -19,7 +19,6 @@ from torchdlrm.training.job import train
 from torchdlrm.training.processes.process_group import join_process_group
 from torchdlrm.training.sharded import StepCounters, build_optimizer, build_sharded_model
 
-EPS = {"table_optimizer.eps": "1e-3"}
 SMALL = {
     "model.embedding_dim": "8",
     "model.dense_arch_layer_sizes": "16,8",
@@ -42,14 +41,6 @@ CASES = {
 }
 
 
-def state(run, step, tmp_path):
-    """Every tensor of a checkpoint by its path."""
-    dcp_to_torch_save(run / "checkpoints" / f"step-{step:08d}", tmp_path / "state.pt")
-    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
-    leaves, _ = torch.utils._pytree.tree_flatten_with_path(loaded)
-    return {torch.utils._pytree.keystr(path): torch.as_tensor(leaf) for path, leaf in leaves}
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_has_the_bytes_of_an_uninterrupted_one(case, small_dataset, tmp_path):
     table, dense = case.split(", ")
@@ -58,60 +49,12 @@ def test_a_resumed_run_has_the_bytes_of_an_uninterrupted_one(case, small_dataset
 
     def trained(run, max_steps):
         train(load_config(None, {**options, "train.max_steps": str(max_steps)}), small_dataset.path, tmp_path / run)
-        return state(tmp_path / run, max_steps, tmp_path)
+        return {name: torch.as_tensor(leaf) for name, leaf in state(tmp_path / run, tmp_path, max_steps).items()}
 
     whole, half, parts = trained("whole", 6), trained("parts", 3), trained("parts", 6)
     assert whole.keys() == parts.keys()
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
     assert [name for name in whole if torch.equal(whole[name], half[name])] == []  # everything moves
-
-
-@pytest.fixture
-def sharded(small_dataset):
-    """Builds the model that training builds: sharded(config) -> module on one rank."""
-    with join_process_group() as ranks:
-        yield (
-            lambda config: (
-                build_sharded_model(
-                    config,
-                    ModelShape.of(config.model, small_dataset),
-                    num_embeddings=small_dataset.num_embeddings,
-                    dense_sample=None,
-                    ranks=ranks,
-                ).module
-            )
-        )
-
-
-def table_step(sharded, name, **options):
-    """Weights of a table before and after one step on two looks at row 3 and one at row 5; and its gradients."""
-    config = load_config(None, {**SMALL, "table_optimizer.name": name, **options})
-    kernel = next(table_kernels(sharded(config)))
-    weights = kernel.split_embedding_weights()[0]
-    before = weights.detach().clone()
-    num_tables = len(kernel.embedding_specs)
-    ids = torch.tensor([3, 3, 5] + [0] * 3 * (num_tables - 1))
-    out = kernel(ids, torch.arange(3 * num_tables + 1))
-    grads = torch.zeros(3, 8, dtype=out.dtype)
-    grads[0], grads[1], grads[2] = 0.3, -0.1, torch.arange(8) / 8
-    out[:, :8].backward(grads)
-    return before.double().numpy(), weights.detach().double().numpy(), grads.double().numpy()
-
-
-@pytest.mark.parametrize(
-    ("name", "accumulator"),
-    [("rowwise_adagrad", 0.0), ("rowwise_adagrad", 0.5), ("adagrad", 0.0), ("adagrad", 0.5), ("sgd", 0.0)],
-)
-def test_tables_move_as_the_optimizers_formula_says(name, accumulator, sharded):
-    settings = {"table_optimizer.initial_accumulator": str(accumulator)}
-    before, after, grads = table_step(sharded, name, **settings, **({} if name == "sgd" else EPS))
-    expected = before.copy()
-    for row, grad in ((3, grads[0] + grads[1]), (5, grads[2])):
-        squares = {"adagrad": grad**2, "rowwise_adagrad": np.mean(grad**2), "sgd": 1.0}[name]
-        divisor = 1.0 if name == "sgd" else np.sqrt(accumulator + squares) + 1e-3
-        expected[row] -= 0.05 * grad / divisor
-    np.testing.assert_allclose(after, expected, atol=1e-6)
-    assert not np.allclose(after, before)
 
 
 def dense_parameters(config, steps, seed):
@@ -167,9 +110,12 @@ def test_adamw_and_momentum_follow_their_formulas(seed):
         np.testing.assert_allclose(after[index], weight, atol=1e-5)
 
 
-def test_fbgemms_counter_is_the_step_whatever_was_forwarded_before(sharded):
+def test_fbgemms_counter_is_the_step_whatever_was_forwarded_before(small_dataset):
     """Adam's bias correction in FBGEMM counts forward passes, also those of a validation, from when it was built."""
-    model = sharded(load_config(None, SMALL))
+    config, sizes = load_config(None, SMALL), small_dataset.num_embeddings
+    with join_process_group() as ranks:
+        shape = ModelShape.of(config.model, small_dataset)
+        model = build_sharded_model(config, shape, num_embeddings=sizes, dense_sample=None, ranks=ranks).module
     kernel = next(table_kernels(model))
     forward = partial(SplitTableBatchedEmbeddingBagsCodegen.forward, kernel)  # FBGEMM's, as on GPUs
     offsets = torch.zeros(len(kernel.embedding_specs) + 1, dtype=torch.int64)

@@ -4,7 +4,6 @@ import itertools
 import math
 import random
 import tomllib
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -28,7 +27,7 @@ from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
 from torchdlrm.serving.front.open_inference.tensors import Tensor
 from torchdlrm.training.run import Run
 
-CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
+CONFIG = "criteo-small"
 
 
 def by_checkpoint(run, dataset, log, folder):

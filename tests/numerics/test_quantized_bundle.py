@@ -1,4 +1,4 @@
-"""Tables at lower precision: how far rows, predictions and the logloss may move, and by which kernels."""
+"""Bundles predict what their run does, with tables at lower precision nearly so: how far, and by which kernels."""
 
 import dataclasses
 
@@ -10,6 +10,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from sklearn.metrics import log_loss
 
+from helpers.predicted import evaluated
 from helpers.raw_logs import real_log
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.check import logloss_increase, tolerance
@@ -174,3 +175,16 @@ def test_auto_keeps_the_logloss_where_it_was_told_to(small_run, small_dataset, e
         assert logloss_increase(labels, before, after).mean <= allowed + 2e-4
         sizes.append(sum(table.size_bytes[table.chosen] for table in done.search.tables.values()))
     assert sizes[0] > sizes[1] > sizes[2]
+
+
+def encoded_rows(dataset, split):
+    frame = pl.concat([pl.read_parquet(file.path) for file in dataset.splits[split].files])
+    return EncodedRows.from_frame(frame, dataset.schema)
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_a_float32_bundle_equals_what_evaluate_computes(small_run, small_dataset, small_bundle, split):
+    expected = evaluated(small_run, small_dataset, split)
+    got = ServedModel(Bundle.open(small_bundle)).predict(encoded_rows(small_dataset, split))
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)

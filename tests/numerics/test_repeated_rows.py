@@ -142,6 +142,9 @@ def test_a_row_that_repeats_takes_one_step_and_not_one_for_each_time(name, built
     for times in (1, 2, 5):
         moved = stepped(built, name, [1e-3] * times)
         torch.testing.assert_close(moved, torch.full((D,), -RATE, dtype=torch.float64), atol=1e-6, rtol=0)
+    for started in (0.5, 0.01):
+        moved, expected = stepped(built, name, [0.3, 0.2], accumulator=started), -RATE * 0.5 / (started + 0.25) ** 0.5
+        torch.testing.assert_close(moved, torch.full((D,), expected, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["adagrad", "rowwise_adagrad"])

@@ -2,16 +2,14 @@
 
 import random
 import tomllib
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from test_predictions_have_no_skew import assert_no_skew, by_checkpoint
+from test_predictions_have_no_skew import assert_no_skew
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from helpers.predicted import rows_of_request
 from torchdlrm.bundle.apply import write_delta
 from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.delta import Delta
@@ -28,13 +26,12 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.loader.loader import Loader
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.preprocessing.preprocess import preprocess
-from torchdlrm.serving.front.open_inference.tensors import Tensor
 from torchdlrm.training.checkpoint import checkpoint_path
 from torchdlrm.training.job import train
 from torchdlrm.training.processes.launch import Processes, launch
 from torchdlrm.training.run import Run
 
-CONFIG = Path(__file__).parents[2] / "configs" / "criteo-small.toml"
+CONFIG = "criteo-small"
 SCHEMA = """
 name = "films"
 separator = ","
@@ -211,22 +208,6 @@ def test_two_processes_train_the_same_weights(run, dataset, tmp_path):
 def test_all_ways_to_predict_agree_with_the_checkpoint(serve, bundle, run, dataset, log, tmp_path):
     assert BundleManifest.read(bundle).format_version == 6  # of numbers that training never lacked; of tables alone 4
     assert_no_skew(serve, bundle, run, dataset, log, tmp_path)
-
-
-def test_tensors_are_predicted_as_the_checkpoint_does(bundle, run, dataset, log, tmp_path):
-    expected, few = by_checkpoint(run, dataset, log, tmp_path)
-    predictor, schema = Predictor.open(bundle), dataset.schema
-    cells = pl.read_csv(log, has_header=False, infer_schema=False, new_columns=[c.name for c in schema.columns])
-    types = {"age": ("FP64", pl.Float64), "film": ("INT64", pl.Int64), "values": ("INT64", pl.Int64)}
-    tensors = []
-    for column in schema.features:
-        datatype, dtype = types.get(column.name, ("BYTES", pl.String))
-        texts = cells[column.name].cast(dtype)
-        tensors.append(
-            Tensor(column.name, datatype, (cells.height,), texts.fill_null("") if dtype == pl.String else texts)
-        )
-    found = predictor.predict_encoded(predictor.encode(rows_of_request(tensors, schema, 4_096))).probabilities
-    np.testing.assert_allclose(found[few:], expected[few:], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["float16", "int8", "int4", "auto"])

@@ -24,7 +24,7 @@ from torchdlrm.tables.collection import TablesOfRank
 from torchdlrm.tables.optimizers import check_table_optimizer, fused_params, set_steps_done
 
 TABLES = [(50, 16), (3, 8), (400, 16), (7, 4), (1000, 16)]  # rows, dimension
-BATCH, STEPS = 32, 200
+BATCH, STEPS = 32, 100
 NO_DECAY = "none"
 CASES = [
     (name, mode) for name, record in TABLE_OPTIMIZERS.items() for mode in (NO_DECAY, *sorted(record.decays_on_cpu))
@@ -78,7 +78,7 @@ def deals_out_everything(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "mode"), CASES)
-def test_200_steps_are_those_of_the_papers(name, mode, seed):
+def test_100_steps_are_those_of_the_papers(name, mode, seed):
     config = settings(name, mode, beta1=0.8, beta2=0.95)
     steps = list(batches(seed))
     # Lazy decay takes the rate of the step that looks the row up for those that did not.

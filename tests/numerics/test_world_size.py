@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from helpers.trainings import losses
+
 STEPS = 20
 
 pytestmark = pytest.mark.slow
@@ -33,11 +35,6 @@ def runs(small_dataset, dlrm, tmp_path_factory):
         )
         assert done.returncode == 0, done.stderr
     return made
-
-
-def losses(run, split="train"):
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["split"] == split]
 
 
 def weights(run, tmp_path):

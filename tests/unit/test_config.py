@@ -11,6 +11,7 @@ from torchdlrm.features.schema_file import load_schema
 from torchdlrm.planning.plan import plan
 from torchdlrm.planning.plan_request import PlanRequest
 from torchdlrm.toml import toml_value
+from torchdlrm.units import parse_bytes, show_bytes
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
@@ -275,3 +276,20 @@ def test_wrong_settings_of_a_feature_are_told(overrides, words):
         load_config(None, {f"model.features.{key}": text for key, text in overrides.items()})
     assert words in str(error.value)
     assert "model.features.cat_2" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80 * 10**9), ("79.1GiB", round(79.1 * 2**30)), ("512", 512), ("1.5 tb", 15 * 10**11)]
+)
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text, "hbm") == size
+
+
+@pytest.mark.parametrize("text", ["-80GB", "0", "80XB", "much", "", "1..5GB", "80,000GB", "8GB or so"])
+def test_wrong_sizes_are_refused(text):
+    with pytest.raises(ConfigError, match="`hbm`"):
+        parse_bytes(text, "hbm")
+
+
+def test_sizes_are_shown_in_decimal_units():
+    assert [show_bytes(size) for size in (12, 4_160, 532_480_000_000)] == ["12 B", "4.16 kB", "532.5 GB"]

@@ -8,10 +8,18 @@ from typing import get_args
 import pytest
 import torch
 
-from torchdlrm.config import DENSE_OPTIMIZERS, TABLE_OPTIMIZERS, Config, TableOptimizerName, load_config
+from torchdlrm.config import (
+    DENSE_OPTIMIZERS,
+    TABLE_OPTIMIZERS,
+    Config,
+    DenseOptimizerConfig,
+    TableOptimizerName,
+    load_config,
+)
 from torchdlrm.config.optimizers import DenseOptimizerName
 from torchdlrm.errors import ConfigError
 from torchdlrm.tables.optimizers import fused_params
+from torchdlrm.training.sharded import dense_optimizer
 
 TRAINING = Path(__file__).parents[2] / "docs" / "training.md"
 
@@ -114,3 +122,11 @@ def test_what_is_leaner_than_an_optimizer_with_lazy_decay_has_it_too():
         ("rowwise_adagrad", 2),
         ("sgd", 1),
     ]
+
+
+@pytest.mark.parametrize(("name", "momentum"), [("adagrad", 0.0), ("sgd", 0.9), ("adamw", 0.0)])
+def test_the_state_of_the_dense_optimizer_is_where_its_parameter_is(name, momentum):
+    """With parameters on the meta device in place of those on a GPU."""
+    param = torch.nn.Parameter(torch.empty(3, 2, device="meta"))
+    optimizer = dense_optimizer(DenseOptimizerConfig(name=name, momentum=momentum), [param])
+    assert {value.device.type for value in optimizer.state[param].values()} == {"meta"}

@@ -117,14 +117,6 @@ def test_a_text_longer_than_all_of_the_vocabulary_is_unknown_unhashed(tmp_path, 
     assert index.id_of("x" * 61) == 0
 
 
-def test_the_bytes_depend_on_the_vocabulary_alone(tmp_path):
-    vocabulary = fit("hex", [5, 5, None, 7])
-    first, second = tmp_path / "a.index", tmp_path / "b.index"
-    write_index(vocabulary, first)
-    write_index(vocabulary, second)
-    assert first.read_bytes() == second.read_bytes()
-
-
 def test_a_wrong_file_is_refused_with_a_message(tmp_path):
     path = tmp_path / "f.index"
     write_index(fit("hex", [1, 2, 3]), path)

@@ -50,6 +50,7 @@ def test_ids_fall_with_counts_and_ties_rise_with_values(kind, data, min_count, m
         cuts=data.draw(st.lists(st.integers(0, 20), max_size=3)),
         num_train=(num_train := data.draw(st.integers(1, len(values)))),
         num_partitions=data.draw(st.sampled_from([1, 4])),
+        values_at_a_time=data.draw(st.sampled_from([2, 10_000])),
     )
     ids = expected_ids(values[:num_train], min_count=min_count, max_embeddings=max_embeddings)
     assert dict(zip(vocabulary.table["value"], vocabulary.table["id"], strict=True)) == ids
@@ -58,11 +59,6 @@ def test_ids_fall_with_counts_and_ties_rise_with_values(kind, data, min_count, m
     found = vocabulary.lookup(pl.Series("f", values, dtype=KINDS[kind].dtype))
     assert found.to_list() == [ids.get(value, 0) for value in values]
     assert found.dtype == pl.Int32
-
-
-def test_a_value_never_met_and_a_missing_one_without_id_are_unknown():
-    vocabulary = fit("int", [5, 5, 7])
-    assert vocabulary.lookup(pl.Series("f", [7, None, 6, 5], dtype=pl.Int64)).to_list() == [2, 0, 0, 1]
 
 
 def test_lookup_keeps_the_order_of_many_rows():

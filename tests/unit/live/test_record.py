@@ -1,3 +1,5 @@
+"""What a live model keeps of its periods and of its settings is read as it was written, or told what is wrong."""
+
 import pytest
 
 from torchdlrm.errors import LiveError
@@ -11,6 +13,7 @@ from torchdlrm.live.record import (
     read_times,
     write_times,
 )
+from torchdlrm.live.settings import ExportSettings, GateSettings, LiveSettings, changed_settings, settings_toml
 
 METRICS = {"rows": 100, "clicks": 20, "auc": 0.7, "auc_low": 0.6, "auc_high": 1.0, "logloss": 0.4, "ne": None}
 RECORD = PeriodRecord(
@@ -72,3 +75,37 @@ def test_times_are_read_in_the_order_of_the_steps(tmp_path):
     times = {"score": StepTime(seconds=1.5, bytes=10), "preprocess": StepTime(seconds=0.5, bytes=20)}
     write_times(tmp_path, times)
     assert list(read_times(tmp_path).items()) == list(times.items())
+
+
+def test_what_is_given_changes_the_file_and_the_rest_stays(tmp_path):
+    path = tmp_path / "live.toml"
+    assert changed_settings(path, LiveSettings()) == LiveSettings()
+    path.write_text(settings_toml(LiveSettings(keep_runs=9, gate=GateSettings(max_logloss_increase=0.5))))
+    changes = LiveSettings(
+        min_count=1, gate=GateSettings(calibration=(0.5, 2.0)), export=ExportSettings(precision="int8")
+    )
+    changed = changed_settings(path, changes)
+    assert (changed.keep_runs, changed.min_count, changed.export.precision) == (9, 1, "int8")
+    assert changed.gate == GateSettings(max_logloss_increase=0.5, calibration=(0.5, 2.0))
+    path.write_text(settings_toml(changed))
+    assert changed_settings(path, LiveSettings()) == changed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("keep_runs = 0", "keep_runs: must be greater than or equal to 1, got 0"),
+        ("[gate]\ncalibration = [1.0]", "gate.calibration.1: is missing"),
+        ("[gate]\nlimit = 1", "gate.limit: there is no such key"),
+        ("[export]\nprecison = 'int8'", "export.precison: there is no such key; did you mean precision?"),
+        ("gate = 3", "gate: must be a table"),
+        ("keep_runs", "not a TOML file"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_told_with_its_key(tmp_path, text, message):
+    path = tmp_path / "live.toml"
+    path.write_text(text)
+    with pytest.raises(LiveError) as raised:
+        changed_settings(path, LiveSettings(keep_bundles=2))
+    assert message in str(raised.value)
+    assert "live.toml" in str(raised.value)

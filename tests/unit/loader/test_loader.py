@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
-from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
+from torchdlrm.features.columns import LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema, criteo_schema
 from torchdlrm.loader.batch import RowGroup, batch_rows, epoch_order, num_batches, num_padding_rows, rank_rows
 from torchdlrm.loader.loader import Loader
@@ -45,14 +45,6 @@ def test_later_epochs_permute_the_row_groups_by_the_seed():
     assert first != other
     assert sorted(first, key=lambda group: group.group_index) == groups
     assert first == epoch_order(groups, epoch=1, seed=1)
-
-
-@pytest.fixture(scope="module")
-def many_groups(small_log, tmp_path_factory):
-    """4,286 training rows in part files of 1,000 rows at most on average."""
-    path = tmp_path_factory.mktemp("dataset") / "parts"
-    preprocess([small_log], path, criteo_schema(), PreprocessOptions(min_count=2, part_rows=1_000))
-    return Dataset.open(path)
 
 
 def rows_on_disk(dataset, split):
@@ -90,16 +82,6 @@ def test_a_batch_is_the_ranks_slices_one_after_the_other(many_groups, world_size
     ]
     for batch, *parts in zip(whole, *slices, strict=True):
         np.testing.assert_array_equal(rows_of([batch]), rows_of(parts))
-
-
-def test_loss_weights_of_uneven_slices_make_the_mean_over_ranks_the_mean_over_rows(many_groups):
-    parts = [list(Loader(many_groups, "train", batch_size_global=4_285, rank=rank, world_size=2)) for rank in range(2)]
-    for left, right in zip(*parts, strict=True):
-        num_rows = [batch.labels.numel() - batch.num_padding for batch in (left, right)]
-        assert left.loss_weight == pytest.approx(2 * num_rows[0] / sum(num_rows))
-        assert left.loss_weight + right.loss_weight == pytest.approx(2)
-    assert parts[0][0].loss_weight != 1.0
-    assert [part[1].loss_weight for part in parts] == [0, 2]
 
 
 def test_a_rank_without_a_row_of_a_batch_has_one_of_padding(many_groups):
@@ -152,48 +134,6 @@ def test_a_damaged_row_group_is_an_error_that_names_the_file(small_log, tmp_path
     path.write_bytes(data)
     with pytest.raises(DatasetError, match=rf"{path.name}: row group 0 is damaged"):
         list(Loader(dataset, "train", batch_size_global=300))
-
-
-def test_multi_valued_features_become_lists_of_the_kjt(tmp_path):
-    """A CSV with a list of tags in a cell: ids and lengths against the Parquet files as DuckDB reads them."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for _ in range(700):
-        tags = "|".join(f"t{tag}" for tag in rng.integers(7, size=rng.integers(1, 5)))
-        rows.append(f"{rng.integers(2)},{rng.random():.3f},u{rng.integers(9)},{tags}")
-    (tmp_path / "log.csv").write_text("clicked,price,user,tags\n" + "\n".join(rows) + "\n")
-    schema = FeatureSchema(
-        name="tags",
-        separator=",",
-        header=True,
-        columns=(
-            LabelColumn(name="clicked"),
-            DenseColumn(name="price", transform="none"),
-            SparseColumn(name="user"),
-            SparseColumn(name="tags", value_separator="|"),
-        ),
-    )
-    preprocess([tmp_path / "log.csv"], tmp_path / "dataset", schema, PreprocessOptions(min_count=1, part_rows=200))
-    dataset = Dataset.open(tmp_path / "dataset")
-    files = [str(file.path) for file in dataset.splits["train"].files]
-    expected = duckdb.sql(f"select user, tags from read_parquet({files})").fetchall()
-    for world_size in (1, 3):
-        users, tags = [], []
-        loaders = [
-            Loader(dataset, "train", batch_size_global=64, rank=rank, world_size=world_size)
-            for rank in range(world_size)
-        ]
-        for batch in itertools.chain.from_iterable(zip(*loaders, strict=True)):
-            num_rows = batch.labels.numel() - batch.num_padding
-            by_name = batch.sparse_features.to_dict()
-            users += by_name["user"].values().tolist()
-            assert by_name["user"].lengths().tolist() == [1] * num_rows + [0] * batch.num_padding
-            ids_of_rows = [ids.tolist() for ids in by_name["tags"].to_dense()]
-            assert ids_of_rows[num_rows:] == [[]] * batch.num_padding
-            tags += ids_of_rows[:num_rows]
-        assert users == [user for user, _ in expected]
-        assert tags == [list(ids) for _, ids in expected]
-        assert len({len(ids) for ids in tags}) > 2
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -15,19 +15,11 @@ import pytest
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn, WeightColumn
-from torchdlrm.features.schema import FeatureSchema, criteo_schema
+from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.loader import shared
 from torchdlrm.loader.loader import Loader
 from torchdlrm.loader.row_groups import RowGroupReader
 from torchdlrm.preprocessing.preprocess import PreprocessOptions, preprocess
-
-
-@pytest.fixture(scope="module")
-def many_groups(small_log, tmp_path_factory):
-    """4,286 training rows in row groups of 500 at most on average."""
-    path = tmp_path_factory.mktemp("dataset") / "parts"
-    preprocess([small_log], path, criteo_schema(), PreprocessOptions(min_count=2, part_rows=500))
-    return Dataset.open(path)
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ def test_a_log_like_avazus_has_codes_ids_that_are_left_out_and_a_split_by_time(t
     assert proposal.origin == "all 3,000 rows"
     kinds = {column["name"]: column.get("kind") for column in proposal.schema["columns"]}
     assert (kinds["C20"], kinds["device_type"], kinds["site_id"]) == ("int", "int", "hex")
+    assert sum(split.rows for split in preprocessed(proposal, path, tmp_path).splits.values()) == 3_000
 
 
 def test_a_log_like_movielens_has_a_threshold_codes_and_lists(tmp_path, seed):

@@ -1,36 +1,17 @@
 """The parts of the preprocessing job by themselves."""
 
-import random
-
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from torchdlrm.features.columns import SparseColumn
-from torchdlrm.features.kinds import KINDS
 from torchdlrm.features.transforms import Moments, Standardize
 from torchdlrm.features.value_hash import hash_values, hashed_ids
-from torchdlrm.features.vocabulary import Vocabulary, number_values, rank_counts
-from torchdlrm.preprocessing.place import smallest
 from torchdlrm.preprocessing.read import partitions_of
 from torchdlrm.preprocessing.tally import divergence, id_bins
-from torchdlrm.preprocessing.vocabularies import assign_ids
 from torchdlrm.preprocessing.work_folder import Sections, write_sections
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    numbers=st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3), min_size=1, max_size=30),
-    cut=st.integers(0, 30),
-    data=st.data(),
-)
-def test_the_number_at_a_rank_equals_sorting(numbers, cut, data):
-    rank = data.draw(st.integers(0, len(numbers) - 1))
-    parts = [np.array(part, np.int64) for part in (numbers[:cut], numbers[cut:])]
-    assert smallest(lambda: iter(parts), rank) == sorted(numbers)[rank]
 
 
 def mix(x):
@@ -52,42 +33,6 @@ def test_numbers_are_hashed_as_the_format_says(values):
     assert hash_values(found).tolist() == expected
     assert hashed_ids(found, 10).tolist() == [value % 10 for value in expected]
     assert partitions_of(found, 64).tolist() == [value >> 58 for value in expected]
-
-
-@pytest.mark.parametrize("kind", ["string", "int", "hex"])
-@pytest.mark.parametrize("values_at_a_time", [3, 10, 10_000])
-@pytest.mark.parametrize("max_ids", [5, 37, 2**31])
-def test_ranking_by_ranges_equals_ranking_at_once(tmp_path, kind, values_at_a_time, max_ids):
-    rng = random.Random(values_at_a_time)
-    numbers = [None, *rng.sample(range(10**6), 200)]
-    values = [str(n) if kind == "string" and n is not None else n for n in numbers]
-    counts = pl.DataFrame(
-        {
-            "value": pl.Series(values, dtype=KINDS[kind].dtype),
-            "count": [rng.choice([2, 2, 2, 3, 9, 400]) for _ in values],
-        }
-    )
-    whole = Vocabulary("f", kind, number_values(rank_counts(counts).head(max_ids)))
-    whole.write(tmp_path / "whole.parquet")
-    parts = partitions_of(counts["value"], 4)
-    files, kept = [], pl.DataFrame(schema={"value": KINDS[kind].dtype, "count": pl.Int64, "id": pl.Int32})
-    for part in range(4):
-        table = rank_counts(counts.filter(pl.Series(parts == part)))
-        files.append(tmp_path / f"counts{part}")
-        write_sections(files[-1], {"kept": kept.to_arrow(), "new": table.to_arrow()})
-    targets = [tmp_path / f"ids{part}" for part in range(4)]
-    column = SparseColumn(name="f", kind=kind)
-    (tmp_path / "vocabulary").mkdir()
-    result = assign_ids(column, files, 1, 0, None, max_ids, values_at_a_time, targets, tmp_path)
-    assert result["num_values"] == whole.table.height
-    assert (tmp_path / "vocabulary/f.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
-    found = {}
-    for part, target in enumerate(targets):
-        with Sections(target) as sections:
-            table = pl.DataFrame(sections.table("ids"))
-        assert (partitions_of(table["value"], 4) == part).all()
-        found |= dict(table.select("value", "id").rows())
-    assert found == dict(whole.table.select("value", "id").rows())
 
 
 def test_sections_are_read_as_they_were_written_and_nothing_is_left_beside(tmp_path):

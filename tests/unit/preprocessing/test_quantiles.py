@@ -4,37 +4,24 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from torchdlrm.data.splits import SplitBounds
+from helpers.vocabularies import read_chunks
 from torchdlrm.features.columns import SparseColumn
-from torchdlrm.preprocessing.count import ValueRange
 from torchdlrm.preprocessing.quantiles import fit_quantiles, sort_values
-from torchdlrm.preprocessing.read import ChunkFile, encode_column
-from torchdlrm.preprocessing.work_folder import write_sections
 
 
 def fit(kind, numbers, num_train, quantiles, *, num_partitions):
     """The boundaries of two chunks of rows, of which the first `num_train` are for training."""
     column = SparseColumn(name="f", kind=kind, buckets=quantiles)
-    series = pl.Series("f", numbers, dtype=column.value_kind.dtype)
-    split = SplitBounds("", num_train, len(series) - num_train, 0)
-    middle = len(series) // 2
     with tempfile.TemporaryDirectory() as name:
-        folder, chunks = Path(name), []
-        for start, end in ((0, middle), (middle, len(series))):
-            sections = {}
-            codes = encode_column(series[start:end], column, num_partitions, sections)
-            sections["rows"] = pl.DataFrame([codes]).to_arrow()
-            train = min(end, num_train) - min(start, num_train)
-            path = folder / f"{start}-{end}"
-            chunks.append(ChunkFile(path, start, end - start, (0, 0, 0), (train, end - start - train, 0)))
-            write_sections(path, sections)
+        folder = Path(name)
+        cuts = [len(numbers) // 2]
+        split, chunks, ranges = read_chunks(folder, column, numbers, cuts, num_train, num_partitions)
         targets = [folder / f"numbers-{i}" for i in range(num_partitions)]
-        for i, target in enumerate(targets):
-            sort_values(ValueRange(column, i, i, i + 1), chunks, split, target)
+        for values, target in zip(ranges, targets, strict=True):
+            sort_values(values, chunks, split, target)
         return fit_quantiles(column, targets)["boundaries"]
 
 

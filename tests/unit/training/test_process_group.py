@@ -1,16 +1,22 @@
 """How a process leaves its group, and what it says when it runs out of memory or loses another one."""
 
 import os
+import warnings
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
 from torch import distributed as dist
+from torchrec.distributed import comm
 
+from torchdlrm.config import load_config
 from torchdlrm.errors import ConfigError, LostProcessError, RunError, TrainingError
+from torchdlrm.model.architecture import ModelShape
 from torchdlrm.training.processes import process_group
 from torchdlrm.training.processes.agreement import NNODES_VARIABLE
 from torchdlrm.training.processes.process_group import Ranks, _leave, join_process_group
+from torchdlrm.training.sharded import build_sharded_model
 
 GPU = torch.device("cuda", 1)
 
@@ -122,3 +128,36 @@ def test_after_an_error_of_its_own_a_process_waits_for_nobody(
         monkeypatch.setenv(NNODES_VARIABLE, "1")
     _leave(Ranks(0, world_size, world_size, device), error, is_ours=True)
     assert "".join(done) == expected
+
+
+@pytest.mark.parametrize("timeout_s", [7.0, 11.0])  # the second one with groups of its own
+@pytest.mark.parametrize("kind", ["table_row_wise", "grid_shard"])
+def test_groups_within_and_across_hosts_have_the_timeout_of_the_run(kind, timeout_s):
+    config = load_config("criteo-small", {"sharding.constraints": f'["t_cat_0={kind}"]'})
+    with join_process_group(timeout_s) as ranks:
+        shape = ModelShape(config.model, num_dense=2, num_sparse=1)
+        build_sharded_model(config, shape, num_embeddings={"cat_0": 9}, dense_sample=None, ranks=ranks)
+        for group in (comm._INTRA_PG, comm._CROSS_PG):
+            assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == timeout_s
+    assert comm._INTRA_PG is None
+    assert comm._CROSS_PG is None
+
+
+def say_everything():
+    warnings.warn("TBE B200 optimization: device_major=9, feature_enabled=0", UserWarning, stacklevel=1)
+    one = torch.ones(1)
+    dist.reduce_scatter_tensor(torch.zeros(1), one)
+    dist.all_gather_into_tensor(torch.zeros(1), one)
+    with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "1"}):
+        comm.intra_and_cross_node_pg(torch.device("cpu"), backend="gloo")
+
+
+def test_libraries_are_silent_in_a_group_of_processes(caplog):
+    with join_process_group():
+        say_everything()  # a warning that is heard is an error in tests
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("torchrec")] == []
+
+
+def test_what_is_no_noise_is_heard():
+    with join_process_group(), pytest.warns(UserWarning, match="another"):
+        warnings.warn("another", UserWarning, stacklevel=1)
