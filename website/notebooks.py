@@ -34,15 +34,20 @@ def executed(path: Path) -> Any | None:
     return done if is_same else None
 
 
-def execute(path: Path, folder: Path) -> Any:
+def execute(path: Path, folder: Path, commands: Path | None = None) -> Any:
     """Execute a notebook in a folder, and keep it with its outputs.
+
+    Args:
+        path: of the notebook.
+        folder: where its cells write.
+        commands: the folder of a `dlrm` that has loaded torch already, as tests have one.
 
     Raises:
         CellExecutionError: a cell has failed.
     """
     notebook, start_s = nbformat.read(path, as_version=4), time.perf_counter()
     # As in an activated environment: `dlrm` is the one beside this Python.
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = os.environ | {"PATH": f"{commands or Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     client = NotebookClient(
         notebook,
         timeout=600,
@@ -51,6 +56,7 @@ def execute(path: Path, folder: Path) -> Any:
         coalesce_streams=True,  # else each piece that a program writes is an output of its own
     )
     client.execute(env=environment)
+    notebook.metadata["is_warm"] = commands is not None
     notebook.metadata["seconds"], notebook.metadata["processor"] = time.perf_counter() - start_s, processor_name()
     kept = EXECUTED / path.relative_to(DOCS)
     kept.parent.mkdir(parents=True, exist_ok=True)

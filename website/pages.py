@@ -66,7 +66,8 @@ def notebook_page(path: Path) -> str:
     parts = [part for cell in cells for part in _cell(cell)]
     if done is not None:
         about = done.metadata
-        parts.append(f"*All of this was executed in {about.seconds:.0f} seconds, on {about.processor}.*")
+        loading = " and the time to load PyTorch" if about.get("is_warm") else ""
+        parts.append(f"*All of this was executed in {about.seconds:.0f} seconds{loading}, on {about.processor}.*")
     title, _, rest = parts[0].partition("\n\n")
     link = f'<a href="{path.name}" download>This page as a notebook</a>, to execute and to change.'
     parts[0] = "\n\n".join(part for part in (title, link, rest) if part)

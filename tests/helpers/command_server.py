@@ -5,6 +5,8 @@ them once and forks a process for each command, in which all else is as in one t
 environment, output, signals, exit code. Linux makes it a child of the test. So too the processes that `multiprocessing`
 spawns; those of a command are forked by a server of its own, forked off before the command has run anything.
 
+For other programs, such as a notebook's shell, there is a folder with a `dlrm` that asks the test for its process.
+
 With TORCHDLRM_REAL_PROCESSES=1 there is no server: a shell's `dlrm`, and an interpreter for each spawned process.
 """
 
@@ -27,9 +29,9 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 
 REAL_PROCESSES = os.environ.get("TORCHDLRM_REAL_PROCESSES") == "1"
 # The last ones start threads, but none that a fork needs: those that compute start with the first work.
@@ -160,6 +162,54 @@ class Commands:
     def spawn(self, path, args, descriptors):
         """In place of `multiprocessing.util.spawnv_passfds` in this process."""
         return self._server.spawn(path, args, descriptors)
+
+
+# A program that loads nothing: the process that it asks for has its streams, and gets the signals that end it.
+ASKING = """#!{python} -IS
+import json, os, signal, socket, sys
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asked:
+    asked.connect({place!r})
+    request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)])
+    socket.send_fds(asked, [request.encode()], [0, 1, 2])
+    pid = int(asked.recv(32))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os.kill(pid, number))
+    code = int(asked.recv(32))
+sys.exit(code if code >= 0 else 128 - code)
+"""
+
+
+@contextmanager
+def folder_of_commands():
+    """A folder with a `dlrm` for other programs, whose work is done by processes of `shared_server`."""
+
+    def answer(asked):
+        with asked:
+            request, streams, _, _ = socket.recv_fds(asked, MAX_REQUEST_BYTES, 3)
+            args, cwd, env = json.loads(request)
+            named = dict(zip(("stdin", "stdout", "stderr"), streams, strict=True))
+            process = shared_server().start([DLRM, *args], cwd=cwd, env=env, **named)
+            for stream in streams:
+                os.close(stream)
+            asked.send(b"%d" % process.pid)
+            asked.send(b"%d" % process.wait())
+
+    def listen():
+        with suppress(OSError):  # it is closed
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],)).start()
+
+    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"{folder}/asked")
+        listener.listen()
+        thread = threading.Thread(target=listen)
+        thread.start()
+        program = Path(folder, "dlrm")
+        program.write_text(ASKING.format(python=sys.executable, place=f"{folder}/asked"))
+        program.chmod(0o755)
+        yield Path(folder)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
 
 @functools.cache

@@ -2,9 +2,11 @@
 
 import re
 
+import ipykernel_launcher
 import nbformat
 import pytest
 
+from helpers.command_server import REAL_PROCESSES, folder_of_commands, shared_server
 from website.notebooks import execute, executed, notebooks
 
 # What a tutorial says in its text, and its cells must show.
@@ -34,10 +36,25 @@ def test_a_tutorial_has_no_outputs_in_the_repository(path):
     assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
 
 
+def fork_kernel(command, env, cwd, **_):
+    return shared_server().start([ipykernel_launcher.__file__, *command[3:]], env=env, cwd=cwd, start_new_session=True)
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The folder of `dlrm`; processes of it, and the notebooks' own, have loaded torch already."""
+    if REAL_PROCESSES:
+        yield None
+        return
+    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", fork_kernel)
+    with folder_of_commands() as folder:
+        yield folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
-def test_a_tutorial_runs(path, tmp_path):
-    execute(path, tmp_path)
+def test_a_tutorial_runs(path, commands, tmp_path):
+    execute(path, tmp_path, commands)
     notebook = executed(path)
     assert re.search(SHOWN[path.stem], printed(notebook)), printed(notebook)
     assert not any(output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", ()))
