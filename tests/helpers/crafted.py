@@ -33,6 +33,16 @@ def write(path, data):
     path.write_bytes(data)
 
 
+def fifo(name):
+    """A change: nothing is ever read from a file."""
+
+    def craft(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return craft
+
+
 def change_manifest(folder, change, name="bundle.json"):
     """Change what a manifest says, a value of JSON, and give it the checksum that it must have."""
     path = folder / name

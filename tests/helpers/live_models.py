@@ -2,22 +2,16 @@
 
 import random
 
+from helpers import days
 from torchdlrm import GateSettings
 from torchdlrm.config import load_config
-from torchdlrm.features.schema import DenseColumn, FeatureSchema, LabelColumn, SparseColumn
+from torchdlrm.features.columns import SparseColumn
 
 NUM_DAYS = 5
 # The held-back rows are few: what is random in their metrics is not what is tested here.
 WIDE = GateSettings(calibration=(0.3, 3.0), max_logloss_increase=0.5)
-SCHEMA = FeatureSchema(
-    name="days",
-    columns=(
-        LabelColumn(name="label"),
-        DenseColumn(name="price", kind="float", transform="standardize"),
-        SparseColumn(name="item", kind="hex"),
-        SparseColumn(name="city", kind="string"),
-        SparseColumn(name="page", kind="string", hash=50),
-    ),
+SCHEMA = days.SCHEMA.model_copy(
+    update={"columns": (*days.SCHEMA.columns, SparseColumn(name="page", kind="string", hash=50))}
 )
 CONFIG = load_config(
     "criteo-small",

@@ -41,26 +41,14 @@ def learnable_rows(num_rows, seed=0):
     return lines
 
 
-def csv_of(header, rows):
-    return "".join(",".join(map(str, row)) + "\n" for row in [header, *rows])
-
-
 def avazu_like(num_rows, rng):
     """Rows with the columns of Avazu's log, and values as it has them."""
 
     def category(num_values):
         return f"{rng.randrange(num_values) * 2654435761 % 2**32:08x}"
 
-    hexes = [
-        "site_id",
-        "site_domain",
-        "site_category",
-        "app_id",
-        "app_domain",
-        "app_category",
-        "device_id",
-        "device_ip",
-    ]
+    hexes = [f"{whose}_{what}" for whose in ("site", "app") for what in ("id", "domain", "category")]
+    hexes += ["device_id", "device_ip", "device_model"]
     codes = {
         "device_type": [1, 1, 0, 4],
         "device_conn_type": [0, 2, 3],
@@ -73,7 +61,7 @@ def avazu_like(num_rows, rng):
         "C20": [-1, 100_084, 100_148],
         "C21": [79, 23, 157],
     }
-    header = ["id", "click", "hour", "C1", "banner_pos", *hexes, "device_model", *codes]
+    header = ["id", "click", "hour", "C1", "banner_pos", *hexes, *codes]
     for i in range(num_rows):
         hours = i * 240 // num_rows
         yield (
@@ -84,7 +72,7 @@ def avazu_like(num_rows, rng):
                 14_102_100 + hours // 24 * 100 + hours % 24,
                 rng.choice([1005, 1002, 1010]),
                 rng.choice([0, 1, 7]),
-                *(category(300) for _ in [*hexes, "device_model"]),
+                *(category(300) for _ in hexes),
                 *(rng.choice(values) for values in codes.values()),
             ],
         )
@@ -113,7 +101,7 @@ def movielens_like(num_rows, rng):
 
 def write(path, rows):
     rows = list(rows)
-    path.write_text(csv_of(rows[0][0], [row for _, row in rows]))
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in [rows[0][0], *(row for _, row in rows)]))
     return path
 
 

@@ -159,8 +159,9 @@ def test_a_link_to_a_delta_is_followed(live, wanted):
     bundles.close()
 
 
-def test_files_of_the_base_may_be_removed_while_deltas_are_applied_to_them(live, wanted):
-    bundles = open_bundles(live)
+@pytest.mark.parametrize("verify", ["full", "lazy"])
+def test_files_of_the_base_may_be_removed_while_deltas_are_applied_to_them(live, wanted, verify):
+    bundles = open_bundles(live, verify=verify)
     shutil.rmtree(live / "0001")
     for period in (2, 3):
         shutil.rmtree(live / f"{period:04}")
@@ -272,15 +273,6 @@ def test_a_delta_whose_result_fails_its_sample_is_survived(live, wanted, tmp_pat
     with pytest.raises(TorchDLRMError, match="on its own sample of 20 rows a prediction is off"):
         follow(bundles)
     assert_serves(bundles, wanted, 1)
-    bundles.close()
-
-
-def test_a_lazily_checked_bundle_is_followed(live, wanted):
-    bundles = open_bundles(live, verify="lazy")
-    for period in (2, 3):
-        move(live, period)
-        assert follow(bundles).num_deltas == 1
-        assert_serves(bundles, wanted, period)
     bundles.close()
 
 
