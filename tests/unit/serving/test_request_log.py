@@ -147,15 +147,15 @@ def test_small_batches_become_columns_together(tmp_path):
     class Counting(Model):
         reads = 0
 
-        def read(self, requests):
+        def parse_requests(self, requests):
             self.reads += 1
-            return super().read(requests)
+            return super().parse_requests(requests)
 
     log, model = RequestLog(tmp_path, pytest.fail), Counting()
     for _ in range(500):
         log.add(report(model=model))
     log.close()
-    assert model.reads <= 3
+    assert 1 <= model.reads <= 3
     logged = pl.read_parquet(next(tmp_path.iterdir()))
     assert logged["prediction"].to_list() == [0.0, 0.5, 1.0] * 500
     assert logged["request_row"].to_list() == [0, 0, 1] * 500
