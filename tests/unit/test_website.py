@@ -120,9 +120,7 @@ def test_dead_links_and_what_is_fetched_from_elsewhere_are_found(tmp_path):
 
 
 def test_no_page_names_a_registrys_host():
-    host = re.compile(
-        r"py(pi\.|thonhosted)|np(mj)s|un(pk)g|goo(gle)apis", re.IGNORECASE
-    )  # of none the name, here either
+    host = re.compile(r"py(pi\.|thonhosted)|np(mj)s|un(pk)g|goo(gle)apis", re.IGNORECASE)
     named = [
         path.name
         for path in [*DOCS.rglob("*.md"), *(ROOT / "website").iterdir()]
