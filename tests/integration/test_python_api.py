@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from torch import distributed as dist
 
 from helpers.trainings import logged
 from torchdlrm import Callback, evaluate, load_config, train
+from torchdlrm.config import config_toml
+from torchdlrm.errors import RunError
 from torchdlrm.training.checkpoint import find_damage
+from torchdlrm.training.job import preview_training
 
 SMALL = {
     "model.embedding_dim": "8",
@@ -72,6 +76,58 @@ def test_the_history_of_a_resumed_run_begins_with_the_run(small_dataset, tmp_pat
     assert history.summary.resumed_from_step == 2
     assert [step for step, _ in history.series("train", "loss")] == [2, 4]
     assert history.metrics == logged(tmp_path / "run", "train", "val")
+
+
+def test_a_complete_run_is_not_taken_for_one_with_other_settings(small_dataset, dlrm, tmp_path):
+    run = tmp_path / "run"
+
+    def files():
+        return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    done = train(small(train__max_steps=2), small_dataset, run, progress=False)
+    written = files()
+    harmless = {"logging__every_steps": 1, "validation__batch_size_global": 64, "loader__prefetch_batches": 2}
+    for same in ({}, harmless, {"logging__tensorboard": "true", "validation__every_steps": 1}):
+        again = train(small(**{"train__max_steps": 2, **same}), small_dataset, run, progress=False)
+        assert (again.summary.step, again.metrics) == (2, done.metrics)
+        assert files() == written
+    other = {"table_optimizer__learning_rate": 0.2, "train__dropout": 0.1, "logging__every_steps": 1}
+    config = small(train__max_steps=2, **other)
+    for refused in (
+        lambda: train(config, small_dataset, run, progress=False),
+        lambda: preview_training(config, small_dataset, run, world_size=2, local_world_size=2),
+    ):
+        with pytest.raises(RunError) as caught:
+            refused()
+        for text in (
+            "table_optimizer.learning_rate: was 0.05, is 0.2; the run is complete",
+            "train.dropout: was 0.0, is 0.1; the run is complete",
+            "logging.every_steps: was 2, is 1; would do no harm",
+            "another `run`, or `restart`",
+            "raise train.max_steps, which is 2, to continue",
+        ):
+            assert text in str(caught.value)
+    (tmp_path / "other.toml").write_text(config_toml(config))
+    command = ("train", tmp_path / "other.toml", "--dataset", small_dataset.path, "--run", run)
+    for more in ((), ("--dry-run",)):
+        told = dlrm(*command, *more)
+        assert told.returncode == 2
+        assert "another --run, or --restart" in told.stderr
+    assert files() == written
+    on = train(small(train__max_steps=3, **other), small_dataset, run, progress=False)
+    assert (on.summary.resumed_from_step, on.summary.step) == (2, 3)
+    assert load_config(run / "config.toml").table_optimizer.learning_rate == 0.2
+    assert train(small(train__max_steps=3), small_dataset, run, restart=True).summary.resumed_from_step == 0
+    assert load_config(run / "config.toml").table_optimizer.learning_rate == 0.05
+
+
+@pytest.mark.parametrize("looks", [{}, {"stop__target_auc": 0.99}])
+def test_when_a_complete_run_validated_matters_where_it_decides(looks, small_dataset, tmp_path):
+    config = small(train__max_steps=2, validation__every_steps=1, **looks)
+    train(config, small_dataset, tmp_path / "run", progress=False)
+    less = small(train__max_steps=2, validation__every_steps=1, validation__max_rows=100, **looks)
+    with pytest.raises(RunError, match=r"validation\.max_rows: was not set, is 100") if looks else nullcontext():
+        train(less, small_dataset, tmp_path / "run", progress=False)
 
 
 def test_what_a_callback_raises_ends_the_training_and_all_are_told(small_dataset, tmp_path):

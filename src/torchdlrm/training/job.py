@@ -111,7 +111,8 @@ def preview_training(
     """
     architecture = architecture_of(config.model, model_class, may_have_changed=allow_changed_model_class)
     folder = Run(run, config)
-    changes = () if restart else folder.check(dataset, architecture)
+    num_steps = Agenda.of(config, dataset.splits["train"].rows).num_steps
+    changes = () if restart else folder.check(dataset, architecture, num_steps=num_steps)
     source = find_source(from_run, folder, dataset, architecture, restart=restart)
     device = rank_device(0, local_world_size, config.train.device)
     agenda, shape = _checked(config, dataset, architecture, device)
@@ -148,9 +149,10 @@ def train(
 ) -> TrainingHistory | None:
     """Train in this process and all others that torch's launcher has started with it.
 
-    A run that is in the folder already is resumed from its newest checkpoint, also on another number of processes. A
-    process group that exists is used; where there is none, one is joined and left again. Process-wide settings are
-    afterwards what they were (see `join_process_group`), with one exception: glibc keeps freed memory from then on.
+    A run that is in the folder already is resumed from its newest checkpoint, also on another number of processes; one
+    that is complete stays as it is, and settings that would have led to other weights are refused. A process group that
+    exists is used; where there is none, one is joined and left again. Process-wide settings are afterwards what they
+    were (see `join_process_group`), with one exception: glibc keeps freed memory from then on.
 
     Args:
         config: of the run: a `Config`, a TOML file, or the name of a config that comes with torchdlrm.
@@ -194,8 +196,8 @@ def train(
         return settings_of(settings, opened(), architecture, restart=restart, from_run=from_run)
 
     def open_callbacks(from_step: int) -> list[Callback]:
-        if not ranks.is_first:
-            return []
+        if not ranks.is_first or from_step >= agenda.num_steps:  # what is complete stays as it is
+            return [*callbacks] if ranks.is_first else []
         folder.take_model_class(architecture)
         trackers = open_trackers(folder.path, settings, from_step=from_step)
         return [MetricsLog(folder.path, from_step=from_step), *trackers, *callbacks]
@@ -207,8 +209,8 @@ def train(
         keep_freed_memory()
         allow_tf32(settings.train, ranks.device)
         encoded = opened()
-        _, shape = _checked(settings, encoded, architecture, ranks.device)
-        source = _start_run(folder, encoded, ranks, architecture, from_run, restart=restart)
+        agenda, shape = _checked(settings, encoded, architecture, ranks.device)
+        source = _start_run(folder, encoded, ranks, architecture, from_run, agenda.num_steps, restart=restart)
         with closing(folder):
             set_threads(settings, shape, ranks)
             dtype = choose_precision(settings, shape, ranks.device).dtype
@@ -241,7 +243,14 @@ def _checked(
 
 
 def _start_run(
-    run: Run, dataset: Dataset, ranks: Ranks, architecture: Architecture, from_run: str | Path | None, *, restart: bool
+    run: Run,
+    dataset: Dataset,
+    ranks: Ranks,
+    architecture: Architecture,
+    from_run: str | Path | None,
+    num_steps: int,
+    *,
+    restart: bool,
 ) -> SourceRun | None:
     """Rank 0 takes the folder, after the ranks have found, and together verified, the checkpoint to start from."""
     names = ranks.all_gather(os.environ.get(LAUNCHER_VARIABLE))
@@ -251,7 +260,7 @@ def _start_run(
 
     def find() -> SourceRun | None:
         if not removes:
-            run.check(dataset, architecture)
+            run.check(dataset, architecture, num_steps=num_steps)
         return find_source(None if from_run is None else Path(from_run), run, dataset, architecture, restart=removes)
 
     source = ranks.on_first(find)
@@ -263,6 +272,7 @@ def _start_run(
         run.start(
             dataset,
             world_size=ranks.world_size,
+            num_steps=num_steps,
             restart=removes,
             architecture=architecture,
             warm_start=None if source is None else source.record,

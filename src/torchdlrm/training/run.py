@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from torchdlrm.config import Config, config_toml, load_config, setting_values
+from torchdlrm.config import Config, StopConfig, config_toml, load_config, setting_values
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import RunError
 from torchdlrm.features.schema import problems
@@ -25,6 +25,7 @@ from torchdlrm.metrics import METRICS
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architecture_of, difference_from, record_of
 from torchdlrm.notebook import notebook_view
+from torchdlrm.training.checkpoint import list_checkpoints
 from torchdlrm.training.environment import Environment, WarmStartRecord, environment_now, manifest_sha256
 
 if TYPE_CHECKING:
@@ -38,6 +39,13 @@ KEYS_THAT_CANNOT_CHANGE = (
     *("table_optimizer.name", "table_optimizer.weight_decay_mode", "dense_optimizer.name"),
     *("train.freeze", "warm_start."),
 )
+# These lead to other weights from here on, so a run that is complete was not trained with another value.
+KEYS_OF_WEIGHTS = (
+    *("table_optimizer.", "dense_optimizer.", "schedule.", "stop.", "train.dropout", "train.negative_weight"),
+    *("train.precision", "train.tf32", "train.communication"),
+)
+# Where a plateau or early stopping looks at validations, these do too.
+KEYS_OF_VALIDATIONS = ("validation.every_steps", "validation.every_rows", "validation.max_rows")
 
 
 @dataclass(frozen=True)
@@ -51,9 +59,11 @@ class Change:
     @property
     def is_fatal(self) -> bool:
         """Whether the run cannot be resumed with it."""
-        return any(
-            self.key == name or (name.endswith(".") and self.key.startswith(name)) for name in KEYS_THAT_CANNOT_CHANGE
-        )
+        return self.is_of(KEYS_THAT_CANNOT_CHANGE)
+
+    def is_of(self, names: Collection[str]) -> bool:
+        """Whether its key is one of these, or in a section that ends with a dot."""
+        return any(self.key == name or (name.endswith(".") and self.key.startswith(name)) for name in names)
 
     def __str__(self) -> str:
         return f"{self.key}: was {shown(self.before)}, is {shown(self.now)}"
@@ -72,6 +82,7 @@ class Run:
         dataset: Dataset,
         *,
         world_size: int,
+        num_steps: int | None = None,
         restart: bool = False,
         architecture: Architecture | None = None,
         warm_start: WarmStartRecord | None = None,
@@ -82,6 +93,7 @@ class Run:
         Args:
             dataset: what to train on; must be the same.
             world_size: number of processes, which may have changed.
+            num_steps: the last step; the config of a run that has done it stays what it is.
             restart: remove what is there and begin again.
             architecture: of the model; must be the same.
             warm_start: what a new run is started from.
@@ -97,13 +109,14 @@ class Run:
             self._remove_left_overs()
             if restart:
                 self._clear()
-            self.check(dataset, architecture)
+            self.check(dataset, architecture, num_steps=num_steps)
             if self.exists:
                 self.take_place(dataset)
             else:
                 started_from = {} if warm_start is None else {"warm_start": warm_start}
                 self._write_environment(environment_now(dataset, world_size, architecture) | started_from)
-            write_atomically(self.path / CONFIG_NAME, config_toml(self.config))
+            if not self._has_done(num_steps):
+                write_atomically(self.path / CONFIG_NAME, config_toml(self.config))
             lock.truncate(0)
             lock.write(" ".join(launchers))
             lock.flush()
@@ -224,8 +237,10 @@ class Run:
         if record != self.model_class and record is not None:
             self._write_environment({**self.environment, "model_class": record})
 
-    def check(self, dataset: Dataset, architecture: Architecture | None = None) -> list[Change]:
-        """See whether the run can be started, or resumed where it is.
+    def check(
+        self, dataset: Dataset, architecture: Architecture | None = None, *, num_steps: int | None = None
+    ) -> list[Change]:
+        """See whether the run can be started, or resumed where it is, and is of this config if it has `num_steps`.
 
         Returns:
             The keys that have changed without harm.
@@ -244,6 +259,8 @@ class Run:
             fatal.append(
                 f"`dataset`: was {self.environment['dataset']['path']}, is {dataset.path} (another dataset.json)"
             )
+        late = [change for change in changes if self._has_done(num_steps) and self._is_too_late(change)]
+        fatal += [f"{change}; the run is complete, trained with what it was" for change in late]
         before, now = self.model_class, record_of(architecture)
         difference = difference_from(before, architecture, "run")
         if difference is not None:
@@ -251,9 +268,13 @@ class Run:
         elif before is not None and now is not None and before != now:
             changes.append(Change(f"the file of {now.name}", f"sha256 {before.sha256}", f"sha256 {now.sha256}"))
         if fatal:
-            harmless = [f"{change}; would do no harm" for change in changes if not change.is_fatal]
+            harmless = [f"{change}; would do no harm" for change in changes if not (change.is_fatal or change in late)]
             lines = [f"{self.path}: the run in it cannot be resumed with what is asked now:", *fatal, *harmless]
             remedy = "give what it was started with, another `run`, or `restart` to remove it and begin again"
+            if len(fatal) == len(late):
+                key = "max_steps" if self.config.train.max_steps == num_steps else "epochs"
+                is_now = f"train.{key}, which is {getattr(self.config.train, key)},"
+                remedy += f"; or raise {is_now} to continue from here with these"
             raise RunError("\n  ".join([*lines, remedy]))
         return changes
 
@@ -335,6 +356,14 @@ class Run:
     def _write_environment(self, environment: Mapping[str, object]) -> None:
         text = json.dumps(environment, indent=1, default=ModelClassRecord.model_dump)
         write_atomically(self.path / ENVIRONMENT_NAME, text + "\n")
+
+    def _has_done(self, num_steps: int | None) -> bool:
+        return num_steps is not None and max(list_checkpoints(self.checkpoints), default=-1) >= num_steps
+
+    def _is_too_late(self, change: Change) -> bool:
+        """Whether a complete run would have other weights with it."""
+        looks = self.config.schedule.kind == "plateau" or self.config.stop != StopConfig()
+        return not change.is_fatal and change.is_of((*KEYS_OF_WEIGHTS, *(KEYS_OF_VALIDATIONS if looks else ())))
 
     def _changes(self) -> list[Change]:
         before, now = setting_values(load_config(self.path / CONFIG_NAME, is_of_run=True)), setting_values(self.config)

@@ -82,9 +82,8 @@ class Trainer:
             ranks=ranks,
         )
         model = sharded.module
+        self._solution = sharded.solution
         self._saves_copies = config.checkpoint.asynchronous and sharded.solution.copy_fits
-        if ranks.is_first:
-            run.write_plan(sharded.solution)
         optimizer = build_optimizer(model, config.dense_optimizer)
         self._schedule = Schedule(config.schedule, optimizer, num_steps=self._agenda.num_steps)
         self._counters = StepCounters(model, seed=config.seed, rank=ranks.rank)
@@ -114,6 +113,8 @@ class Trainer:
         """
         self._position = self._checkpointer.restore() or self._first_position()
         start = self._position.step
+        if self._ranks.is_first and start < self._agenda.num_steps:
+            self._run.write_plan(self._solution)
         with self._stop_request.listening(), closing(self._checkpointer):
             self._logged_rows = self._agenda.rows_after(start)
             rows = self._agenda.rows_after(max(self._agenda.num_steps, start))
