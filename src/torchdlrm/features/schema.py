@@ -15,7 +15,7 @@ The columns are in the order of the file (in Parquet, and where a header names t
 docs/preprocessing.md describes every key.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -198,6 +198,13 @@ class FeatureSchema(Frozen):
             if feature.buckets is not None and feature.needs_fit
         }
         changed = {name: {"buckets": buckets} for name, buckets in fitted.items()}
+        return self.with_columns([column.model_copy(update=changed.get(column.name)) for column in self.columns])
+
+    def named_as_in(self, names: Collection[str]) -> Self:
+        """The layout of a log with columns of these names: one that is there by its `name` alone is read by that."""
+        left = set(names) - {column.log_name for column in self.columns}
+        by_name = {column.name for column in self.columns if column.log_name not in names and column.name in left}
+        changed = {name: {"header_name": None} for name in by_name}
         return self.with_columns([column.model_copy(update=changed.get(column.name)) for column in self.columns])
 
     def with_columns(self, columns: Sequence[Column]) -> Self:

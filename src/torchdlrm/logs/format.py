@@ -170,7 +170,7 @@ class LogFormat(ABC):
 def found_by_name(
     names: Sequence[str], where: str, schema: FeatureSchema, needed: Sequence[Column], reader: str
 ) -> list[Column | None]:
-    """The column of the schema that each name is; None for a name that it does not have.
+    """The column of the schema that each name is, called as in the file; None for a name that it does not have.
 
     Args:
         names: in the order of the file.
@@ -182,8 +182,10 @@ def found_by_name(
     Raises:
         LogError: a column that is needed is not there (all of them are named), or one is there twice.
     """
+    schema = schema.named_as_in(names)
     known = {column.log_name: column for column in schema.columns}
-    missing = [column.log_name for column in needed if column.log_name not in names]
+    log_names = {column.name: column.log_name for column in schema.columns}
+    missing = [log_names[column.name] for column in needed if log_names[column.name] not in names]
     if missing:
         more = f" and {len(names) - _MOST_NAMES_SHOWN:,} more" if len(names) > _MOST_NAMES_SHOWN else ""
         msg = (

@@ -82,6 +82,8 @@ class TableFormat(LogFormat):
 
     def layout(self, file: LogFile, schema: FeatureSchema, max_bad_rows: int = 0) -> FeatureSchema:  # noqa: ARG002
         """The schema: columns are found by name, whatever their order."""
+        if any(column.header_name is not None for column in schema.columns):
+            schema = schema.named_as_in(self._describe(file).schema.names)
         return schema.model_copy(update={"header": False})
 
     def chunks(self, file: LogFile, layout: FeatureSchema, chunk_bytes: int) -> list[Chunk]:

@@ -232,7 +232,7 @@ def find_columns(
     if log.names is not None:
         return _by_name(log.names, str(path), schema, passthrough, kept, header=False)
     first = log.first_rows[0] if log.first_rows else []
-    if schema.header or {column.log_name for column in schema.features} <= set(first):
+    if schema.header or {column.log_name for column in schema.named_as_in(first).features} <= set(first):
         return _by_name(first, f"{path}, line 1 (header)", schema, passthrough, kept, header=True)
     without_label = [column for column in schema.columns if not isinstance(column, LabelColumn | WeightColumn)]
     # A bad line may have any number of columns: most lines are good.
@@ -251,9 +251,14 @@ def _by_name(
     names: Sequence[str], where: str, schema: FeatureSchema, passthrough: Sequence[str], kept: Kept, *, header: bool
 ) -> tuple[FeatureSchema, Sequence[str]]:
     found = found_by_name(names, where, schema, schema.features, "the model")
-    by_name = {names[i] if column is None else column.name: column for i, column in enumerate(found)}
+    own = {column.name: column for column in found if column is not None}
+    by_name = {names[i] if column is None else column.name: column for i, column in enumerate(found)} | own
     wanted = [*passthrough, *_kept(by_name, passthrough, kept)]
-    columns = [_as_read(column, names[i], wanted, schema, at=i) for i, column in enumerate(found)]
+    # What the log alone has under the `name` of a column that is there by its `header_name` is not read.
+    others = [name for name in wanted if name not in own]
+    columns = [
+        _as_read(column, names[i], others if column is None else wanted, schema, at=i) for i, column in enumerate(found)
+    ]
     missing = set(wanted) - {column.name for column in columns}
     if missing:
         raise LogError(_not_there([name for name in wanted if name in missing], where, names))

@@ -87,7 +87,7 @@ def test_what_is_no_feature_may_be_missing_or_more():
 @pytest.mark.parametrize(
     ("names", "wanted", "message"),
     [
-        (["country", "price"], [], "log.csv: has no column Price in EUR, which the model reads"),
+        (["country", "cost"], [], "log.csv: has no column Price in EUR, which the model reads"),
         (["country", "Price in EUR"], ["label"], "log.csv has no column label; it has country, Price in EUR"),
         (["country", "Price in EUR", "country"], [], "log.csv: names the column country more than once"),
     ],

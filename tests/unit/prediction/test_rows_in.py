@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torchdlrm.errors import LogError
 from torchdlrm.features.columns import DenseColumn, IgnoredColumn, LabelColumn, SparseColumn, TimeColumn
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.logs.find import find_files
 from torchdlrm.prediction.rows_in import STANDARD_INPUT, RowsIn
 
 SCHEMA = FeatureSchema(
@@ -166,3 +167,35 @@ def test_columns_are_handed_on_by_either_name(tmp_path):
     for name in ("user id", "user_id"):
         (chunk,) = RowsIn([path], schema, passthrough=[name])
         assert chunk.frame["user_id"].to_list() == ["u"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("names", [("user id", "km"), ("user_id", "distance"), ("user_id", "km")])
+def test_a_column_is_found_by_its_name_where_its_header_name_is_not_in_the_file(tmp_path, kind, names):
+    """To predict and to train; where both are there, the header_name is meant, and the other is of the log alone."""
+    user = SparseColumn(name="user_id", header_name="user id", kind="string")
+    columns = (LabelColumn(name="label"), DenseColumn(name="distance", header_name="km", kind="int"), user)
+    schema = SCHEMA.with_columns(columns).model_copy(update={"header": True})
+    path = tmp_path / f"log.{kind}"
+    rows = pl.DataFrame({"label": 1, names[0]: "u", names[1]: 5})
+    for frame in (rows, rows if "user id" not in names else rows.with_columns(pl.lit("other").alias("user_id"))):
+        {"csv": frame.write_csv, "jsonl": frame.write_ndjson, "parquet": frame.write_parquet}[kind](path)
+        for kept in ("keys", "all"):
+            log = RowsIn([path], schema, kept=kept)
+            (chunk,) = log
+            assert chunk.frame.select("label", "user_id", "distance").rows() == [(1, "u", 5)]
+            assert "user_id" in log.passthrough
+        (file,) = find_files([path])
+        layout = file.format.layout(file, schema)
+        (part,) = file.format.chunks(file, layout, 1 << 30)
+        assert file.format.read(file, part, layout).frame.select("user_id", "distance").rows() == [("u", 5)]
+
+
+def test_names_that_two_columns_exchange_are_those_of_the_log(tmp_path):
+    """A key that is one column's header_name is that column, whatever has it as its name."""
+    columns = [SparseColumn(name="a", header_name="b", kind="string"), SparseColumn(name="b", kind="string")]
+    columns[1] = columns[1].model_copy(update={"header_name": "a"})
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"a": "1"}\n')
+    (chunk,) = RowsIn([path], SCHEMA.with_columns([LabelColumn(name="label"), *columns]))
+    assert chunk.frame.select("a", "b").rows() == [(None, "1")]

@@ -21,7 +21,7 @@ SCHEMA = FeatureSchema(
         LabelColumn(name="label"),
         DenseColumn(name="price"),
         SparseColumn(name="text", kind="string"),
-        SparseColumn(name="tags", kind="string", value_separator=";"),
+        SparseColumn(name="tags", header_name="the tags", kind="string", value_separator=";"),
     ),
 )
 MAX_ROWS = 4096
@@ -68,6 +68,8 @@ def test_work_is_told_by_the_bytes_that_rows_would_have_without_shared_cells():
         [{"tags": "a;" * 300} for _ in range(MAX_ROWS)],
         {"shared": {"tags": ["a"] * 400}, "candidates": [{}] * MAX_ROWS},
         {"shared": {"tags": "a;" * 400}, "candidates": [{}] * MAX_ROWS},
+        [{"the tags": "a;" * 300} for _ in range(MAX_ROWS)],
+        {"shared": {"the tags": "a;" * 400}, "candidates": [{}] * MAX_ROWS},
     ],
 )
 def test_the_values_of_all_lists_are_counted(body):

@@ -46,11 +46,11 @@ class _JsonLines(LineFormat):
     def layout(self, file: LogFile, schema: FeatureSchema, max_bad_rows: int = 0) -> FeatureSchema:  # noqa: ARG002
         names, _ = self.columns(read_head(file), schema)
         found_by_name(names, str(file.path), schema, schema.used, f"the schema {schema.name!r}")
-        return schema.model_copy(update={"header": False, "quote": None})
+        return schema.named_as_in(names).model_copy(update={"header": False, "quote": None})
 
     def columns(self, head: bytes, schema: FeatureSchema) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         names = _keys(_objects(head.split(b"\n"), 0, BadRows()))
-        features = [column.log_name for column in schema.features]
+        features = [column.log_name for column in schema.named_as_in(names).features]
         # Where the first rows have some features, the others may come later, or never.
         return list(dict.fromkeys([*names, *features])) if set(names) & set(features) else names, ()
 

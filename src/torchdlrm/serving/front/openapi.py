@@ -8,6 +8,7 @@ from typing import Any
 
 from torchdlrm import __version__
 from torchdlrm.features.columns import Feature, SparseColumn
+from torchdlrm.prediction.json_rows import RowNames
 from torchdlrm.serving.front.open_inference.columns import OUTPUT
 from torchdlrm.serving.front.open_inference.tensors import DATATYPES
 from torchdlrm.serving.service.service import Service
@@ -18,10 +19,11 @@ Json = dict[str, Any]
 def document(service: Service) -> Json:
     """Make the document for the bundle that is served now."""
     served = service.bundles.current
+    names = RowNames(served.schema)
     row = {
         "type": "object",
         "description": "Cells by column name; a column that is left out, null or empty is a missing value.",
-        "properties": {column.name: _cell(column) for column in served.schema.features},
+        "properties": {key: _cell(column) for column in served.schema.features for key in names.keys(column)},
         "additionalProperties": False,
     }
     secured = bool(service.options.api_keys)

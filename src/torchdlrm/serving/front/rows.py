@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from torchdlrm.errors import shown
+from torchdlrm.errors import RowError, shown
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.prediction.json_rows import Part, Row, SharedRows, parts_of
+from torchdlrm.prediction.json_rows import Part, Row, RowNames, SharedRows, in_shared_too, parts_of
 from torchdlrm.serving.front.bodies import parse_json
 from torchdlrm.serving.service.bundles import Examples
 from torchdlrm.serving.service.refusals import MAX_VALUES, bad_request, check_num_rows, check_num_values, too_large
@@ -40,7 +40,8 @@ def read_rows(body: bytes, schema: FeatureSchema, max_rows: int) -> tuple[Sequen
     if num_bytes > MAX_VALUES:
         for column in schema.sparse:
             if column.value_separator is not None:
-                check_num_values(sum(_num_values(part, column) for part in parts_of(rows)), column)
+                keys = RowNames(schema).keys(column)
+                check_num_values(sum(_num_values(part, column, keys) for part in parts_of(rows)), column)
     return rows, num_bytes
 
 
@@ -55,7 +56,7 @@ def _rows_of(body: object, schema: FeatureSchema, max_rows: int) -> Sequence[Row
     if body.keys() != {"shared", "candidates"}:
         keys = ", ".join(map(shown, islice(body, _MAX_KEYS_SHOWN)))
         msg = f"the body has the keys {keys or '(none)'}; it needs 'rows', or 'shared' and 'candidates', and no others"
-        if body and body.keys() <= {column.name for column in schema.columns}:
+        if body and body.keys() <= RowNames(schema).known:
             msg = f"the body is one row, with the columns {keys}; put it in a list: [{{...}}]"
         raise bad_request(msg)
     shared, candidates = body["shared"], _rows(body["candidates"], "candidates: ", max_rows)
@@ -64,35 +65,34 @@ def _rows_of(body: object, schema: FeatureSchema, max_rows: int) -> Sequence[Row
         raise bad_request(msg)
     if not candidates:
         raise bad_request("candidates: needs one at least")
-    _check_shared(shared, schema, len(candidates))
+    shared = _named_shared(shared, schema, len(candidates))
     for index, candidate in enumerate(candidates):
         if not shared.keys().isdisjoint(candidate):
             name = next(name for name in candidate if name in shared)
-            msg = f"row {index}, column {name!r}: stands in 'shared' and in the candidate; leave it out of one"
-            raise bad_request(msg)
+            raise bad_request(in_shared_too(index, name))
     return SharedRows([(shared, candidates)])
 
 
-def _check_shared(shared: Row, schema: FeatureSchema, num_candidates: int) -> None:
-    known = {column.name for column in schema.columns}
-    if not known.issuperset(shared):
-        unknown = next(name for name in shared if name not in known)
-        has = ", ".join(column.name for column in schema.features)
-        msg = f"shared, column {shown(unknown)}: the model has no such column; it has {has}"
-        raise bad_request(msg)
+def _named_shared(shared: Row, schema: FeatureSchema, num_candidates: int) -> Row:
+    if not {column.name for column in schema.columns}.issuperset(shared):
+        try:
+            shared = RowNames(schema).named(shared, None)
+        except RowError as error:
+            raise bad_request(str(error)) from error
     if (size := _characters(shared) * num_candidates) > MAX_SHARED_CHARACTERS:
         msg = (
             f"shared: with {num_candidates:,} candidates it comes to {size:,} characters and values, and at most "
             f"{MAX_SHARED_CHARACTERS:,} are taken; send several requests"
         )
         raise too_large(msg)
+    return shared
 
 
-def _num_values(part: Part, column: SparseColumn) -> int:
+def _num_values(part: Part, column: SparseColumn, keys: Collection[str]) -> int:
     shared, rows = part
     if column.name in shared:
-        return len(rows) * _num_values(({}, [shared]), column)
-    cells = [row.get(column.name) for row in rows]
+        return len(rows) * _num_values(({}, [shared]), column, keys)
+    cells = [row.get(key) for key in keys for row in rows]
     assert column.value_separator is not None
     num_in_texts = sum(1 + cell.count(column.value_separator) for cell in cells if isinstance(cell, str))
     return num_in_texts + sum(len(cell) for cell in cells if isinstance(cell, list | dict))
