@@ -47,8 +47,19 @@ def brier(monkeypatch):
         probabilities = 1 / (1 + np.exp(-judged.logits.astype(float)))
         return float(np.average((probabilities - judged.labels) ** 2, weights=judged.weights))
 
+    def influence(judged):
+        return lambda block: np.full(block.stop - block.start, 0.01 / np.sqrt(judged.labels.size))
+
     places = ("log", "bar", "brief", "table")
-    record = Metric("brier", "Brier", "Brier score", mean_square, places, standard_error=lambda *_: 0.01, largest=1.0)
+    record = Metric(
+        "brier",
+        "Brier",
+        "Brier score",
+        mean_square,
+        places,
+        influence=influence,
+        largest=1.0,
+    )
     monkeypatch.setitem(METRICS, record.name, record)
 
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
-from torchdlrm import metrics
-from torchdlrm.metrics import BinaryMetrics, auc, auc_from_counts, binary_metrics, why_undefined
+from torchdlrm import judged
+from torchdlrm.metrics import BinaryMetrics, binary_metrics, why_undefined
+from torchdlrm.ranks import auc, auc_from_counts
 
 # Few distinct scores: most pairs are ties.
 tied_rows = st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=2, max_size=80)
@@ -105,7 +106,7 @@ def test_metrics_do_not_depend_on_where_blocks_end(monkeypatch):
     rng = np.random.default_rng(1)
     labels, logits = rng.integers(0, 2, 1000), rng.normal(size=1000)
     whole = binary_metrics(labels, logits)
-    monkeypatch.setattr(metrics, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(judged, "_BLOCK_ROWS", 7)
     assert binary_metrics(labels, logits).as_dict() == pytest.approx(whole.as_dict(), rel=1e-13)
 
 

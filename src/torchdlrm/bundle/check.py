@@ -26,8 +26,9 @@ from torchdlrm.bundle.manifest import CheckRecord, PredictionRecord
 from torchdlrm.bundle.precision import DENSE_PRECISIONS, TABLE_PRECISIONS, DensePrecision, TablePrecision, Tolerance
 from torchdlrm.errors import BundleError
 from torchdlrm.features.schema import FeatureSchema
-from torchdlrm.metrics import Weights, binary_metrics
+from torchdlrm.metrics import binary_metrics
 from torchdlrm.progress import ProgressListener
+from torchdlrm.ranks import Weights
 
 _STANDARD_ERRORS = 3.0
 _LEAST_DISTINCT = 0.99

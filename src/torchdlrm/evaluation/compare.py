@@ -7,7 +7,6 @@ drop out.
 N rows, P of them clicked, Q = N - P not.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +16,12 @@ from torchdlrm.config import DeviceChoice, ShardingConfig
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
 from torchdlrm.evaluation.evaluate import predict_split
-from torchdlrm.metrics import NORMAL_95, Labels, Scores, Weights, auc, error_of_both, error_of_mean, that_weigh, wins
+from torchdlrm.judged import NORMAL_95, Judged
+from torchdlrm.metrics import BEST, LOSS, METRICS
 from torchdlrm.model.model_class import ModelClass
 from torchdlrm.notebook import notebook_view
 from torchdlrm.progress import ProgressListener, watched
+from torchdlrm.ranks import Labels, Scores, Weights
 from torchdlrm.training.run import Run
 
 
@@ -129,35 +130,6 @@ def paired_difference(labels: Labels, first: Scores, second: Scores, weights: We
         second: logits of the other model [N].
         weights: of the rows [N].
     """
-    labels, first, second, weights = that_weigh(weights, labels, first, second)
-    clicked = labels != 0
-    losses = [np.logaddexp(0.0, np.where(clicked, -1.0, 1.0) * logits.astype(np.float64)) for logits in (first, second)]
-    loss_difference = losses[1] - losses[0]
-    (wins_P1, wins_Q1), (wins_P2, wins_Q2) = (wins(clicked, scores, weights) for scores in (first, second))
-    return Difference(
-        auc=auc(labels, second, weights) - auc(labels, first, weights),
-        auc_standard_error=error_of_both(clicked, wins_P2 - wins_P1, wins_Q2 - wins_Q1, weights),
-        logloss=float(np.average(loss_difference, weights=weights)) if loss_difference.size else math.nan,
-        logloss_standard_error=error_of_mean(loss_difference, weights),
-    )
-
-
-def calibration_standard_error(labels: Labels, logits: Scores, weights: Weights = None) -> float:
-    """Standard error of a model's calibration, a ratio of two means of the same rows, by the delta method.
-
-    Args:
-        labels: 0 or 1 [N].
-        logits: log-odds of a click [N].
-        weights: of the rows [N].
-
-    Returns:
-        NaN with fewer than two rows, and when nothing was clicked.
-    """
-    labels, logits, weights = that_weigh(weights, labels, logits)
-    clicked = (labels != 0).astype(np.float64)
-    if not clicked.any():
-        return math.nan
-    predictions = np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))
-    click_rate = float(np.average(clicked, weights=weights))
-    calibration = float(np.average(predictions, weights=weights)) / click_rate
-    return error_of_mean(predictions - calibration * clicked, weights) / click_rate
+    before, after = (Judged.of(labels, logits, weights) for logits in (first, second))
+    area, loss = (METRICS[name].difference(before, after) for name in (BEST, LOSS))
+    return Difference(area.value, area.standard_error, loss.value, loss.standard_error)

@@ -12,7 +12,7 @@ from typing import Any
 from torchdlrm.config import Config, setting_values
 from torchdlrm.errors import RunError, TorchDLRMError
 from torchdlrm.html import Chart, Curve, curve_chart, render, short
-from torchdlrm.metrics import BEST, LOSS, METRICS, metrics_in
+from torchdlrm.metrics import BEST, LOSS, METRICS, metrics_in, metrics_of_any
 from torchdlrm.sharding.plan_json import read_plan
 from torchdlrm.training.log import read_metrics
 from torchdlrm.training.run import METRICS_NAME, PLAN_NAME, Run
@@ -39,7 +39,7 @@ def report_page(run: Run) -> str:
         has_metrics=bool(lines),
         source=str(SourceRun(run.environment["warm_start"])) if "warm_start" in run.environment else "",
         charts=_charts(_without_remainders(lines)),
-        evaluations=[_evaluation(result) for result in run.evaluations().values()],
+        evaluations=_evaluations([*run.evaluations().values()]),
         changed=[
             {"key": key, "value": _text(value), "default": _text(default.get(key))}
             for key, value in now.items()
@@ -135,14 +135,18 @@ def _is_number(line: Line, key: str) -> bool:
     return isinstance(line.get(key), int | float)
 
 
-def _evaluation(result: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "split": str(result.get("split", "")),
-        "step": f"{result.get('step', 0):,}",
-        "chosen as": str(result.get("checkpoint", "")),
-        "rows": show_number(result["rows"], 0) if _is_number(result, "rows") else "-",
-        **{name: show_number(result[name]) if _is_number(result, name) else "-" for name in METRICS},
-    }
+def _evaluations(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    names = [metric.name for metric in metrics_of_any(results)]
+    return [
+        {
+            "split": str(result.get("split", "")),
+            "step": f"{result.get('step', 0):,}",
+            "chosen as": str(result.get("checkpoint", "")),
+            "rows": show_number(result["rows"], 0) if _is_number(result, "rows") else "-",
+            **{name: show_number(result[name]) if _is_number(result, name) else "-" for name in names},
+        }
+        for result in results
+    ]
 
 
 def _text(value: object) -> str:

@@ -19,17 +19,18 @@ from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.splits import SPLIT_NAMES, RandomSplit
 from torchdlrm.errors import LogError
-from torchdlrm.evaluation.compare import calibration_standard_error, paired_difference
 from torchdlrm.exporting.export import held_out_rows
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.judged import Judged
 from torchdlrm.live.record import GateRecord, PeriodMetrics, ProgressiveMetrics
 from torchdlrm.live.settings import GateSettings
 from torchdlrm.logs.files import LogFile
-from torchdlrm.metrics import LOSS, NORMAL_95, Labels, Scores, Weights, binary_metrics, metrics_in
+from torchdlrm.metrics import LOSS, METRICS, metrics_in, metrics_of
 from torchdlrm.prediction.files import HAS_UNKNOWN_COLUMN, LOGIT_COLUMN, predict_file
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
 from torchdlrm.progress import ProgressListener
+from torchdlrm.ranks import Labels, Scores, Weights
 
 SCORES_NAME = "scores.parquet"
 _ENDS = ("_low", "_high")
@@ -79,17 +80,17 @@ def progressive_metrics(scores: pl.DataFrame, schema: FeatureSchema) -> Progress
     """How good the scores of a log are."""
 
     def of(rows: pl.DataFrame) -> PeriodMetrics | None:
-        return metrics_of(rows, schema) if rows.height else None
+        return metrics_of_scores(rows, schema) if rows.height else None
 
     # One after the other: each takes gigabytes where a log has 100 million rows.
     return ProgressiveMetrics(
-        all=metrics_of(scores, schema),
+        all=metrics_of_scores(scores, schema),
         known=of(scores.filter(~pl.col(HAS_UNKNOWN_COLUMN))),
         unseen=of(scores.filter(HAS_UNKNOWN_COLUMN)),
     )
 
 
-def metrics_of(scores: pl.DataFrame, schema: FeatureSchema) -> PeriodMetrics:
+def metrics_of_scores(scores: pl.DataFrame, schema: FeatureSchema) -> PeriodMetrics:
     """The metrics of scores, as `read_scores` gives them."""
     labels, *weights = (scores[name].to_numpy() for name in schema.target_names)
     return period_metrics(labels, scores[LOGIT_COLUMN].to_numpy(), *weights)
@@ -99,7 +100,7 @@ def period_names() -> list[str]:
     """What `period_metrics` has, in its order."""
     ends = {False: ("",), True: ("", *_ENDS)}
     metrics = metrics_in("table")
-    names = [f"{metric.name}{end}" for metric in metrics for end in ends[metric.standard_error is not None]]
+    names = [f"{metric.name}{end}" for metric in metrics for end in ends[metric.influence is not None]]
     return ["rows", "clicks", *names]
 
 
@@ -111,16 +112,14 @@ def period_metrics(labels: Labels, logits: Scores, weights: Weights = None) -> P
         logits: log-odds of a click [N].
         weights: of the rows [N].
     """
-    values = binary_metrics(labels, logits, weights).as_json()
+    judged = Judged.of(labels, logits, weights)
+    values = metrics_of(judged).as_json()
     found: PeriodMetrics = {"rows": values["rows"], "clicks": int(np.count_nonzero(labels))}
     for metric in metrics_in("table"):
-        value = found[metric.name] = values[metric.name]
-        if metric.standard_error is not None:
-            reach = NORMAL_95 * metric.standard_error(labels, logits, weights)
-            ends: tuple[float | None, float | None] = (None, None)
-            if value is not None and not math.isnan(reach):
-                ends = max(0.0, value - reach), min(metric.largest, value + reach)
-            found |= zip((metric.name + end for end in _ENDS), ends, strict=True)
+        found[metric.name] = values[metric.name]
+        if metric.influence is not None:
+            _, _, *ends = metric.estimate(judged)
+            found |= zip((metric.name + end for end in _ENDS), map(_defined, ends), strict=True)
     return found
 
 
@@ -156,14 +155,16 @@ def judge(
         if not np.array_equal(held_back[schema.label.name].to_numpy(), labels):
             msg = f"{scores}: its rows are not those of {dataset.path}: the log has changed meanwhile; give `restart`"
             raise LogError(msg)
-        old = metrics_of(held_back, schema)
-        difference = paired_difference(labels, held_back[LOGIT_COLUMN].to_numpy(), logits, *weights)
-        increase, increase_error = _defined(difference.logloss), _defined(difference.logloss_standard_error)
+        old = metrics_of_scores(held_back, schema)
+        before, after = (Judged.of(labels, of, *weights) for of in (held_back[LOGIT_COLUMN].to_numpy(), logits))
+        increase, increase_error, *_ = map(_defined, METRICS[LOSS].difference(before, after))
     gate = GateRecord(
         rows=rows,
         old=old,
         new=new,
-        calibration_standard_error=_defined(calibration_standard_error(labels, logits, *weights)),
+        calibration_standard_error=_defined(
+            METRICS["calibration"].estimate(Judged.of(labels, logits, *weights)).standard_error
+        ),
         logloss_increase=increase,
         logloss_increase_standard_error=increase_error,
         passed=True,

@@ -24,8 +24,8 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 from torchdlrm.errors import LogError
 from torchdlrm.features.schema import problems
 from torchdlrm.files import replacing
-from torchdlrm.metrics import auc_from_counts
 from torchdlrm.progress import ProgressListener
+from torchdlrm.ranks import auc_from_counts
 from torchdlrm.synthetic.model import NUM_LOGITS, click_thresholds
 from torchdlrm.synthetic.rows import BLOCK_ROWS, RowGenerator, Rows
 from torchdlrm.synthetic.values import Companions, Drift

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn.functional import logsigmoid
 
-from torchdlrm.metrics import BinaryMetrics, Judged, MetricSums, auc_from_counts
+from torchdlrm.judged import Judged, MetricSums
+from torchdlrm.metrics import BinaryMetrics, metrics_of
+from torchdlrm.ranks import auc_from_counts
 from torchdlrm.training.processes.process_group import Ranks
 
 # Logits are counted in bins of 1/2,048 from -16 to 16 (a probability of 1e-7), all others in the outermost two. Pairs
@@ -70,7 +72,7 @@ class IntervalMetrics:
         others, clicks = counts.reshape(2, -1).sum(axis=1)
         weight_sum = clicks + others if self._has_weights else None
         sums = MetricSums(int(rows), clicks, right, prediction_sum, logloss_sum, weight_sum)
-        return _Counted(*_BINS, counts, sums).metrics()
+        return metrics_of(_Counted(*_BINS, counts, sums))
 
     def _clear(self) -> None:
         self._waiting: list[tuple[Tensor, ...]] = []

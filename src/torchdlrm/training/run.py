@@ -21,7 +21,7 @@ from torchdlrm.errors import RunError
 from torchdlrm.features.schema import problems
 from torchdlrm.files import write_atomically
 from torchdlrm.folders import wrong_folder
-from torchdlrm.metrics import METRICS
+from torchdlrm.metrics import metrics_of_any
 from torchdlrm.model.architecture import Architecture, ModelShape
 from torchdlrm.model.model_class import ModelClass, ModelClassRecord, architecture_of, difference_from, record_of
 from torchdlrm.notebook import notebook_view
@@ -341,9 +341,11 @@ class Run:
         """What a notebook shows: its model, and its evaluations."""
         model = self.config.model
         facts = {"interaction": model.interaction, "embedding dimension": model.embedding_dim}
+        evaluations = self.evaluations()
+        names = [metric.name for metric in metrics_of_any([*evaluations.values()])]
         rows = [
-            {"evaluation": name, "rows": result.get("rows")} | {metric: result.get(metric) for metric in METRICS}
-            for name, result in self.evaluations().items()
+            {"evaluation": evaluation, "rows": result.get("rows")} | {name: result.get(name) for name in names}
+            for evaluation, result in evaluations.items()
         ]
         return notebook_view(f"run {self.path}", facts | {"seed": self.config.seed}, rows)
 

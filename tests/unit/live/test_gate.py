@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from torchdlrm.evaluation.compare import calibration_standard_error
+from torchdlrm.judged import Judged
 from torchdlrm.live.gate import objections, period_metrics
 from torchdlrm.live.record import GateRecord
 from torchdlrm.live.settings import GateSettings
+from torchdlrm.metrics import METRICS
 
 
 def judged(calibration, calibration_error, increase=None, increase_error=None, clicks=240):
@@ -51,6 +52,9 @@ def test_a_log_that_lacks_its_clicks_is_told_from_one_with_few_rows():
     """Where one click is left, the calibration is as uncertain as it is large."""
     for num_rows, num_objections in ((1_000, 1), (8, 0)):
         labels, logits = np.eye(1, num_rows)[0], np.full(num_rows, -1.0)
-        metrics, error = period_metrics(labels, logits), calibration_standard_error(labels, logits)
+        metrics, error = (
+            period_metrics(labels, logits),
+            METRICS["calibration"].estimate(Judged.of(labels, logits)).standard_error,
+        )
         assert error > 0.9 * metrics["calibration"]
         assert len(objections(judged(metrics["calibration"], error), GateSettings())) == num_objections

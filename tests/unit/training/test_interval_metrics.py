@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from torchdlrm.metrics import auc_from_counts, binary_metrics
+from torchdlrm.metrics import binary_metrics
+from torchdlrm.ranks import auc_from_counts
 from torchdlrm.training import interval_metrics
 from torchdlrm.training.interval_metrics import IntervalMetrics
 from torchdlrm.training.processes.process_group import Ranks

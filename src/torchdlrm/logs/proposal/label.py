@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from torchdlrm.logs.proposal.facts import Facts, words_of
-from torchdlrm.metrics import auc
+from torchdlrm.ranks import auc
 
 _NAMES_IN_ORDER = "label click clicked clk isclick target y conversion converted purchased purchase installed response"
 _NAMES = words_of(_NAMES_IN_ORDER)

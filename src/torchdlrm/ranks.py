@@ -1,0 +1,175 @@
+"""Ranks rows by their scores: areas under ROC curves, of all rows and within groups, and what each row adds to one.
+
+In: labels and scores of N rows, perhaps with weights and groups.  Out: areas, exact: every pair of a clicked row and
+another counts once, or as the product of their weights; equal scores count half.  Cost: one sort of the N scores (8 s
+for 100 million rows on one core), and 4 bytes a row besides them.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+# float32 or float64 [N].
+Scores = NDArray[np.floating]
+# 0 or 1, any number type [N].
+Labels = NDArray[np.number] | NDArray[np.bool_]
+# Of rows, at least 0: float32 or float64 [N]; None where all rows count the same.
+Weights = NDArray[np.floating] | None
+# Of rows: 0 to the number of groups - 1, integers [N]; None where each row is independent of all others.
+Groups = NDArray[np.integer] | None
+
+
+def auc(labels: Labels, scores: Scores, weights: Weights = None) -> float:
+    """Exact area under the ROC curve, by the Mann-Whitney statistic; equal scores count half.
+
+    Args:
+        labels: 0 or 1 [N].
+        scores: any monotone function of the probability, such as a logit [N].
+        weights: of the rows [N].
+
+    Returns:
+        A number from 0 to 1; NaN when the labels (of rows that weigh something) hold one class only or a score is NaN.
+    """
+    check_shapes(labels, scores)
+    clicked = labels != 0
+    if weights is not None:
+        positives = weights[clicked].astype(np.float64)
+        if not positives.sum() or not weights[~clicked].any() or np.isnan(scores).any():
+            return math.nan
+        below_P = _Class(scores[~clicked], weights[~clicked]).fraction_below(scores[clicked])
+        return float((positives * below_P).sum() / positives.sum())
+    # Two plain sorts are vectorised in numpy, and take half the time and memory of one argsort.
+    positives, negatives = np.sort(scores[clicked]), np.sort(scores[~clicked])
+    if not positives.size or not negatives.size or np.isnan(positives[-1]) or np.isnan(negatives[-1]):
+        return math.nan
+    few, many = sorted((positives, negatives), key=len)
+    # For each of the few: twice how many of the many lie below it, ties as half. Integers, so no rounding: with 10**9
+    # rows of each class the sum is still below 2**63.
+    twice_below = sum(int(np.searchsorted(many, few, side=side).sum()) for side in ("left", "right"))
+    fraction_below = twice_below / (2 * few.size * many.size)
+    return fraction_below if few is positives else 1.0 - fraction_below
+
+
+def auc_from_counts(clicks: NDArray[np.number], others: NDArray[np.number]) -> float:
+    """`auc` where only K different scores occur, given how many rows have each: memory does not grow with the rows.
+
+    Args:
+        clicks: rows that were clicked, by rising score, integers [K]; or the sums of their weights, float64 [K].
+        others: of rows that were not [K].
+
+    Returns:
+        As `auc`.
+    """
+    num_clicks, num_others = clicks.sum().item(), others.sum().item()
+    if not num_clicks or not num_others:
+        return math.nan
+    twice_below = (clicks * (2 * np.cumsum(others) - others)).sum().item()
+    return float(twice_below / (2 * num_clicks * num_others))
+
+
+class RightPairs:
+    """Which fraction of the rows of the other class each row is on the right side of, ties as half.
+
+    Their mean over either class is the AUC, and how they scatter around it says how sure that is.
+
+    Args:
+        labels: 0 or 1 [N].
+        scores: [N].
+        weights: of the rows [N], which the fractions are of then.
+    """
+
+    def __init__(self, labels: Labels, scores: Scores, weights: Weights = None) -> None:
+        self._labels, self._scores = labels, scores
+        clicked = labels != 0
+        self._positives, self._negatives = (
+            _Class(scores[rows], None if weights is None else weights[rows]) for rows in (clicked, ~clicked)
+        )
+
+    def of(self, block: slice) -> NDArray[np.float64]:
+        """The fractions of some of the rows, float64 [rows of the block]."""
+        clicked, scores = self._labels[block] != 0, self._scores[block]
+        found = np.empty(clicked.size, np.float64)
+        found[clicked] = self._negatives.fraction_below(scores[clicked])
+        found[~clicked] = 1.0 - self._positives.fraction_below(scores[~clicked])
+        return found
+
+
+class _Class:
+    """The scores of the rows of a class, sorted."""
+
+    def __init__(self, scores: Scores, weights: Weights) -> None:
+        self._cumulated = None
+        if weights is None:
+            self._scores = np.sort(scores)
+        else:
+            order = np.argsort(scores)
+            self._scores = scores[order]
+            self._cumulated = np.concatenate([[0.0], np.cumsum(weights[order], dtype=np.float64)])
+
+    def fraction_below(self, scores: Scores) -> NDArray[np.float64]:
+        """Which fraction of the class has a lower score than each of these, ties as half [K]."""
+        order = np.argsort(scores)  # to look up what is sorted is ten times as fast in millions of rows
+        found = np.empty(scores.size, np.float64)
+        low, high = (np.searchsorted(self._scores, scores[order], side=side) for side in ("left", "right"))
+        if self._cumulated is None:
+            found[order] = (low + high) / (2 * max(1, self._scores.size))
+        else:
+            found[order] = (self._cumulated[low] + self._cumulated[high]) / (2 * (self._cumulated[-1] or 1.0))
+        return found
+
+
+class GroupAreas(NamedTuple):
+    """The area under the ROC curve of each of C groups; NaN where its rows are of one class [C].
+
+    `weights` is what all rows of a group weigh, and 0 where it has no area [C].
+    """
+
+    areas: NDArray[np.float64]
+    weights: NDArray[np.float64]
+
+    @property
+    def mean(self) -> float:
+        """Of the areas, each counting as its rows do: GAUC (Zhou et al. 2018, arXiv:1706.06978); NaN without any."""
+        has_area = self.weights > 0
+        return float(np.average(self.areas[has_area], weights=self.weights[has_area])) if has_area.any() else math.nan
+
+
+def group_areas(labels: Labels, scores: Scores, groups: NDArray[np.integer], weights: Weights = None) -> GroupAreas:
+    """The AUC within each group.
+
+    Args:
+        labels: 0 or 1 [N].
+        scores: [N].
+        groups: of the rows, 0 to C - 1 [N].
+        weights: of the rows [N].
+    """
+    order = np.lexsort((scores, groups))
+    group, score, clicked = groups[order], scores[order], labels[order] != 0
+    weight = np.ones(order.size) if weights is None else weights[order].astype(np.float64)
+    num_groups = int(group[-1]) + 1 if group.size else 0
+    is_first = np.r_[True, (group[1:] != group[:-1]) | (score[1:] != score[:-1])][: group.size]
+    first = np.flatnonzero(is_first)  # of the rows of a group that have the same score
+    below = np.concatenate([[0.0], np.cumsum(np.where(clicked, 0.0, weight))])  # weight of the rows before, not clicked
+    at_start = below[np.searchsorted(group, group[first])]
+    at_end = below[np.append(first[1:], group.size)]
+    # Half of those with the same score count, and none of the groups before.
+    under = np.repeat((below[first] + at_end) / 2 - at_start, np.diff(np.append(first, group.size)))
+    right = np.bincount(group[clicked], (weight * under)[clicked], num_groups)
+    clicks, total = (np.bincount(group[rows], weight[rows], num_groups) for rows in (clicked, slice(None)))
+    pairs = clicks * (total - clicks)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        areas = np.where(pairs > 0, right / pairs, math.nan)
+    return GroupAreas(areas, np.where(pairs > 0, total, 0.0))
+
+
+def check_shapes(labels: Labels, scores: Scores) -> None:
+    """See that there is a score for each label.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if labels.ndim != 1 or labels.shape != scores.shape:
+        msg = f"labels and scores: must be of one dimension and as many, got shapes {labels.shape} and {scores.shape}"
+        raise ValueError(msg)
