@@ -42,7 +42,9 @@ def test_preprocess_prints_one_json_object_on_standard_output_and_the_summary_be
     assert result["rows"] == {"train": 60, "val": 5, "test": 4}
     assert result["bad_rows"]["counts"] == {"columns": 1}
     assert result["num_embeddings"] == {**{f"cat_{i}": 10 for i in range(25)}, "cat_25": 2}
-    assert "log.tsv, line 31: the line has the wrong number of columns (2 columns, not 40)" in done.stderr
+    assert (
+        "log.tsv, line 31: the line has the wrong number of columns (2 columns, not 40, cut at each tab)" in done.stderr
+    )
     assert Dataset.open(folder / "dataset").splits["train"].rows == 60
     told = [json.loads(line) for line in done.stderr.splitlines() if line.startswith('{"phase"')]
     phases = [(phase["name"], phase["amount"]) for phase in result["phases"]]

@@ -77,8 +77,8 @@ def test_quotes_and_hashes_are_text_like_any_other():
 @pytest.mark.parametrize(
     ("line", "reason", "column", "value"),
     [
-        (b"1\t2\t3\t4\t5", "columns", None, "5 columns, not 6"),
-        (b"1\t2\t3\t4\t5\t6\t7", "columns", None, "7 columns, not 6"),
+        (b"1\t2\t3\t4\t5", "columns", None, "5 columns, not 6, cut at each tab"),
+        (b"1\t2\t3\t4\t5\t6\t7", "columns", None, "7 columns, not 6, cut at each tab"),
         (b"", "columns", None, "an empty line"),
         (b"2\t2\t3\t4\t5\t6", "label", "label", "2"),
         (b"-1\t2\t3\t4\t5\t6", "label", "label", "-1"),

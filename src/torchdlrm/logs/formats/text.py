@@ -24,7 +24,7 @@ from torchdlrm.logs.files import LogFile, open_text
 from torchdlrm.logs.format import ParsedChunk, found_by_name, ignored
 from torchdlrm.logs.lines import BYTE_ORDER_MARK, MAX_ROW_BYTES, LineFormat, read_header
 from torchdlrm.logs.quotes import find_quoted
-from torchdlrm.logs.sniff import check_layout
+from torchdlrm.logs.sniff import SEPARATORS, check_layout
 
 _LINES_LOOKED_AT = 100
 _COUNT_BLOCK_BYTES = 256 << 10
@@ -217,9 +217,10 @@ def _drop_broken_rows(
 def _broken_row(cells: list[bytes], line: int, reason: str, schema: FeatureSchema) -> BadRow:
     if reason == "columns":
         found = f"{len(cells)} columns, not {len(schema.columns)}"
-        if len(cells) == 1:
-            found = f"{found}: a comment?" if cells[0].startswith(b"#") else found if cells[0] else "an empty line"
-        return BadRow(line=line, column=None, value=found)
+        why = f", cut at each {SEPARATORS.get(schema.separator, repr(schema.separator))}"
+        if len(cells) == 1 and cells[0].startswith(b"#"):
+            why = ": a comment?"
+        return BadRow(line=line, column=None, value=found + why if cells != [b""] else "an empty line")
     if reason in ("long", "quotes"):
         return BadRow(line=line, column=None, value=_as_text(schema.separator.encode().join(cells)))
     for column, cell in zip(schema.columns, cells, strict=True):
