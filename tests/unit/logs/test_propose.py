@@ -397,3 +397,49 @@ def test_versions_and_addresses_are_no_dates(tmp_path, seed, cell):
     ]
     proposal = propose_schema(write(tmp_path / "log.csv", rows))
     assert "ISO" not in proposal.reasons["other"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [
+        ("7.216,{:02} €", "numbers written as 7.216,00 €: write it as 1234.5"),
+        ("$1,0{:02}.50", "numbers written as $1,000.50: write it as 1234.5"),
+        ("{},5", "numbers written as 0,5: write it as 1234.5"),
+        ("{}%", "numbers written as 0%: write it as 1234.5"),
+        ("EUR -{}", "numbers written as EUR -0: write it as 1234.5"),
+        ('["SQL", {}]', 'lists written as ["SQL", 0]: write 1|2 and give it a value_separator'),
+        ("1.2.{}", None),
+        ("10.0.0.{}", None),
+        ("12 {} Main St", None),
+    ],
+)
+def test_numbers_and_lists_as_people_write_them_are_named_with_what_to_do(tmp_path, seed, cell, told):
+    rows = [
+        ([*header, "other"], [*row, cell.format(i % 40)])
+        for i, (header, row) in enumerate(clicks(300, random.Random(seed)))
+    ]
+    lines = [rows[0][0], *(row for _, row in rows)]
+    path = tmp_path / "log.csv"
+    path.write_text("".join(";".join(map(str, line)) + "\n" for line in lines))
+    proposal = propose_schema(path)
+    assert roles_of(proposal)["other"] == "sparse"
+    lines = [line for line in proposal.warnings if line.startswith("other")]
+    assert len(lines) == (told is not None)
+    assert told is None or lines[0].startswith(f"other holds {told}")
+    assert proposal.reasons["other"].endswith("read as text") == (told is not None)
+
+
+@pytest.mark.parametrize("unit", [1, 1_000, 1_000_000])
+def test_unix_times_are_the_time_by_any_name_where_rows_stand_in_their_order(tmp_path, seed, unit):
+    rng = random.Random(seed)
+    rows = [
+        ([*header, "gesehen", "user_id"], [*row, (1_771_545_660 + 60 * i) * unit, 1_700_000_000 + 7 * i])
+        for i, (header, row) in enumerate(clicks(300, rng))
+    ]
+    proposal = propose_schema(write(tmp_path / "log.csv", rows))
+    assert roles_of(proposal)["gesehen"] == "time"
+    assert proposal.schema["split"]["rule"] == "time"
+    rng.shuffle(rows)
+    proposal = propose_schema(write(tmp_path / "log.csv", rows))
+    (line,) = [line for line in proposal.warnings if "Unix" in line]
+    assert line.startswith("gesehen may hold Unix times, such as 17")

@@ -6,6 +6,7 @@ In: `Facts` of a column that is neither the label nor a time.  Out: a `Choice`.
 | --- | --- |
 | none, or all the same | ignore |
 | of which no two are equal, unless the name says that it is a user, an item and so on | ignore: ids of the rows |
+| numbers with commas, currencies or percent signs, lists in brackets | sparse: text, until they are written otherwise |
 | dates and times | ignore: only one column orders the rows |
 | lists, or texts with `|` or `;` between values | sparse, several values |
 | 8 hexadecimal digits | sparse hex |
@@ -68,7 +69,7 @@ class Choice:
 
 def choose_role(facts: Facts, *, is_whole_log: bool) -> Choice:
     """The role of a column that is neither the label nor a time; `is_whole_log`: whether every row was read."""
-    rules = (_without_information, _id_of_rows, _hexadecimal, _numbers, _several_values_as_text)
+    rules = (_without_information, _as_people_write, _id_of_rows, _hexadecimal, _numbers, _several_values_as_text)
     choice = next((found for rule in rules if (found := rule(facts)) is not None), None)
     if choice is None:
         return Choice("sparse", "text", _kind(facts))
@@ -85,6 +86,10 @@ def _without_information(facts: Facts) -> Choice | None:
     if facts.num_distinct == 1 and not facts.num_missing and facts.has_many:
         return Choice("ignore", "always the same")
     return Choice("ignore", "a time, which does not order the rows") if facts.is_datetime else None
+
+
+def _as_people_write(facts: Facts) -> Choice | None:
+    return facts.as_people_write and Choice("sparse", f"{facts.as_people_write[0]}, read as text", _kind(facts))
 
 
 def _id_of_rows(facts: Facts) -> Choice | None:

@@ -23,6 +23,16 @@ _OTHER_DATE = (
     r"^(\d{1,2}([/-])\d{1,2}[/-](\d{4}|\d{2})|\d{1,2}\.\d{1,2}\.\d{4}|\d{4}[/.]\d{1,2}[/.]\d{1,2})"
     r"([ T]+\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?( ?[AaPp][Mm])?)?$"
 )
+# Numbers and lists as people write them, which no kind of value reads, and what to write in their place: 7.216,77 €,
+# $1,023.50, 18%, ["SQL", "R"]. 1.2.3 is a version.
+_UNIT = r"\s*([%€$£¥₹]|EUR|USD|GBP|CHF|JPY|INR)?\s*"
+_AS_PEOPLE_WRITE = {
+    rf"^{_UNIT}[+-]?{_UNIT}(\d+|\d{{1,3}}([.,'\s]\d{{3}})+)([.,]\d+)?{_UNIT}$": (
+        "numbers",
+        "write it as 1234.5 alone, so that it can be dense",
+    ),
+    r"^\s*\[.*\]\s*$": ("lists", "write 1|2 and give it a value_separator, or lists into JSON Lines or Parquet"),
+}
 _DATETIME = r"^\d{4}-\d{2}-\d{2}([ T]\d{2}:\d{2}(:\d{2}(\.\d+)?)?(Z|[+-]\d{2}:\d{2})?)?$"
 
 _MANY_CELLS = 50
@@ -141,6 +151,13 @@ class Facts:
     def is_datetime(self) -> bool:
         """Whether the cells are dates or times as ISO 8601 writes them."""
         return self.all_match(_DATETIME)
+
+    @cached_property
+    def as_people_write(self) -> tuple[str, str] | None:
+        """What the cells are, where they are numbers or lists that no kind of value reads; and what to do about it."""
+        if self.numbers is not None:
+            return None
+        return next((what for pattern, what in _AS_PEOPLE_WRITE.items() if self.all_match(pattern)), None)
 
     @cached_property
     def is_other_date(self) -> bool:

@@ -87,6 +87,11 @@ def propose_schema(path: Path, num_rows: int = SAMPLE_ROWS) -> Proposal:
     body = [*_head(path, sample, facts, choices), "", *_split(label, time, facts)]
     warnings = [f"{names[i]} looks like the label and is left out: {why}" for i, why in leaks.items()]
     warnings += [f"{names[i]} is {why}" for i, why in suspects.items()]
+    warnings += [
+        f"{name} holds {about.as_people_write[0]} written as {about.cells[0]}: {about.as_people_write[1]}"
+        for name, about, choice in zip(names, facts, choices, strict=True)
+        if choice.role == "sparse" and about.as_people_write
+    ]
     warnings += [*about_dates(facts, time), *_about_label(label, facts), *_about_lines(sample), *_check(body, sample)]
     reasons = {name: choice.reason for name, choice in zip(names, choices, strict=True)}
     return Proposal(_text(path, sample, warnings, body), None, sample.origin, warnings, reasons)

@@ -12,6 +12,7 @@ from torchdlrm.logs.proposal.facts import Facts, words_of
 
 _WORDS = words_of("time timestamp date datetime ts hour event_time day dt at")
 _OTHER_TIMES = words_of("birth birthday birthdate born dob expire expiry signup registration registered")
+_CODES = words_of("id ids uuid key hash code index number")
 # Seconds to nanoseconds since 1970, in the years 1986 to 2100, and dates written as one number (14102100 is an hour).
 _EPOCHS = [(5e8 * unit, 4.1e9 * unit) for unit in (1, 1e3, 1e6, 1e9)]
 _WRITTEN = ((20_000_101, 21_001_231), (2_000_010_100, 2_100_123_123), (10_010_100, 99_123_123))
@@ -58,11 +59,16 @@ def find_time(columns: Sequence[Facts], taken: Collection[int]) -> tuple[Time | 
 
 def about_dates(columns: Sequence[Facts], time: Time | None) -> list[str]:
     """What to do about dates that cannot order the rows as they are written, where nothing else does."""
+    unordered = [facts for facts in columns if time is None and not set(facts.words) & _OTHER_TIMES]
     return [
         f"{facts.name} looks like a time, but is written as {facts.cells[0]}: write it as {_ISO_EXAMPLE} and give it "
         'the role time, kind "datetime", so that the latest rows are held out'
-        for facts in columns
-        if time is None and facts.is_other_date and not set(facts.words) & _OTHER_TIMES
+        for facts in unordered
+        if facts.is_other_date
+    ] + [
+        f'{facts.name} may hold Unix times, such as {facts.cells[0]}: if so, give it the role time, kind "int"'
+        for facts in unordered
+        if _is_epoch(facts) and not facts.num_missing
     ]
 
 
@@ -72,13 +78,20 @@ def _kind(facts: Facts) -> str | None:
         return None
     if facts.is_datetime:
         return "datetime"
-    if facts.numbers is None or not words & _WORDS:
+    if facts.numbers is None or not (words & _WORDS or (_is_epoch(facts) and facts.numbers.is_sorted())):
         return None
     lowest, highest = facts.bounds
     kind = "float" if facts.integers is None else "int"
     if any(low <= lowest and highest <= high for low, high in (*_EPOCHS, *_WRITTEN)):
         return kind
     return kind if facts.num_distinct > _MIN_TIMES and facts.numbers.is_sorted() else None
+
+
+def _is_epoch(facts: Facts) -> bool:
+    """Whether the cells of a column of any name may be Unix times."""
+    if facts.integers is None or facts.num_distinct <= _MIN_TIMES or set(facts.words) & _CODES:
+        return False
+    return any(low <= facts.bounds[0] and facts.bounds[1] <= high for low, high in _EPOCHS)
 
 
 def _can_split(order: pl.Series) -> bool:
