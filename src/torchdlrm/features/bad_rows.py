@@ -140,6 +140,10 @@ def _remedies(examples: Mapping[str, Sequence[BadRow]]) -> list[str]:
             "The rows of a table of ids are given in the schema, num_embeddings = N, or to an import by `table_sizes`; "
             "without it the table is as long as the largest id asks for."
         )
+    if examples.get("utf8"):
+        lines.append(
+            "A log in Latin-1, as from Excel, becomes one in UTF-8 by iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW."
+        )
     if any(row.value.isdigit() and int(row.value) >= 2**63 for row in examples.get("int", [])):
         lines.append('Ids of 2^63 and more are read as text: kind = "string".')
     return lines

@@ -23,6 +23,7 @@ _HEAD_LINES = 100
 _QUOTED_CELL = r'(?:(?<=[{marks}\n])|\A)"(?:[^"]++|"")*+"(?=[{marks}]|\r?\n|\Z)'
 # Of the quotes in a text whose cells are quoted, at most this many in a hundred are out of place.
 _MAX_STRAY_PERCENT = 1
+_MAX_DAMAGED_PERCENT = 5
 _SURE_FRACTION = 0.9
 _RETURNS_A_LINE = 3  # more than these, and they end the lines
 
@@ -59,7 +60,7 @@ def sniff(text: bytes, file: LogFile) -> Cut:
     """The separator of a text that starts so, with the number of its columns; blank lines do not count.
 
     Raises:
-        LogError: the lines end as none does that is read.
+        LogError: the lines end as none does that is read, or are not UTF-8.
     """
     if text.count(b"\r", 0, _HEAD_BYTES) > _RETURNS_A_LINE * text.count(b"\n", 0, _HEAD_BYTES):
         path = shlex.quote(str(file.path))
@@ -67,9 +68,29 @@ def sniff(text: bytes, file: LogFile) -> Cut:
             f"{file.path}: its lines end with a carriage return alone; this makes a log: tr '\\r' '\\n' < {path} > NEW"
         )
         raise LogError(msg)
-    head = text[: text.find(b"\n", _HEAD_BYTES) + 1 or None].decode(errors="replace")
-    lines = _lines(head, quoted_by="".join(SEPARATORS))
+    head = text[: text.find(b"\n", _HEAD_BYTES) + 1 or None]
+    check_encoding(head, file)
+    lines = _lines(head.decode(errors="replace"), quoted_by="".join(SEPARATORS))
     return max((Cut.of(lines, mark) for mark in SEPARATORS), key=lambda cut: cut.rank)
+
+
+def check_encoding(lines: bytes, file: LogFile) -> None:
+    """See that whole lines, the first ones of a text, are in UTF-8; a few of many may be damaged.
+
+    Raises:
+        LogError: the first line is not, or more than a few are not.
+    """
+    texts = lines.split(b"\n")
+    wrong = [i for i, text in enumerate(texts, start=1) if text.decode(errors="replace").encode() != text]
+    if not wrong or (wrong[0] > 1 and len(wrong) * 100 <= len(texts) * _MAX_DAMAGED_PERCENT):
+        return
+    path, convert = shlex.quote(str(file.path)), "iconv -f WINDOWS-1252 -t UTF-8"
+    unpack = {None: f"{convert} {path}", "gzip": f"zcat {path} | {convert}", "zstd": f"zstdcat {path} | {convert}"}
+    msg = (
+        f"{file.path}, line {wrong[0]}: is not UTF-8, as a log is; where it is Latin-1, this makes a log: "
+        f"{unpack[file.packing]} > {path}.utf8"
+    )
+    raise LogError(msg)
 
 
 def is_quoted(texts: Iterable[bytes], separator: str) -> bool:

@@ -443,3 +443,25 @@ def test_unix_times_are_the_time_by_any_name_where_rows_stand_in_their_order(tmp
     proposal = propose_schema(write(tmp_path / "log.csv", rows))
     (line,) = [line for line in proposal.warnings if "Unix" in line]
     assert line.startswith("gesehen may hold Unix times, such as 17")
+
+
+@pytest.mark.parametrize(("name", "unpack"), [("log.csv", "iconv {}"), ("log.csv.gz", "zcat {} | iconv")])
+def test_a_log_in_latin_1_is_refused_with_what_converts_it(tmp_path, name, unpack):
+    text = "click;Stadt;Größe\n" + "".join(f"{i % 2};München;{i}\n" for i in range(100))
+    path = tmp_path / name
+    path.write_bytes(text.encode("cp1252") if name.endswith("csv") else gzip.compress(text.encode("cp1252")))
+    columns = [{"role": role, "name": column} for role, column in (("label", "click"), ("sparse", "Stadt"))]
+    schema = FeatureSchema.model_validate({"name": "own", "separator": ";", "header": True, "columns": columns})
+    for read in (propose_schema, lambda path: preprocess([path], tmp_path / "dataset", schema)):
+        with pytest.raises(LogError, match="line 1: is not UTF-8") as error:
+            read(path)
+        assert unpack.format(path if name.endswith("gz") else "-f WINDOWS-1252") in str(error.value)
+        assert f"> {path}.utf8" in str(error.value)
+        assert "\\x" not in str(error.value)
+
+
+def test_one_damaged_line_of_many_is_no_reason_to_refuse_a_log(tmp_path):
+    rows = [f"{i % 2},a{i % 7},{i % 97}".encode() for i in range(300)]
+    (tmp_path / "log").write_bytes(b"click,note,price\n" + b"\n".join([*rows, b"1,\xff,3", *rows]) + b"\n")
+    (line,) = propose_schema(tmp_path / "log").warnings
+    assert "line 302, column note: the cell is not UTF-8: '\ufffd'" in line

@@ -24,7 +24,7 @@ from torchdlrm.logs.files import LogFile, open_text
 from torchdlrm.logs.format import ParsedChunk, found_by_name, ignored
 from torchdlrm.logs.lines import BYTE_ORDER_MARK, MAX_ROW_BYTES, LineFormat, read_header
 from torchdlrm.logs.quotes import find_quoted
-from torchdlrm.logs.sniff import SEPARATORS, check_layout
+from torchdlrm.logs.sniff import SEPARATORS, check_encoding, check_layout
 
 _LINES_LOOKED_AT = 100
 _COUNT_BLOCK_BYTES = 256 << 10
@@ -45,6 +45,7 @@ class _Text(LineFormat):
             return schema
         with open_text(file) as text:
             line, _ = read_header(text)
+        check_encoding(line, file)
         header = line.decode(errors="replace").removesuffix("\n").removesuffix("\r")
         names = next(_cells([header], schema))
         where = f"{file.path}, line 1 (header)"
@@ -231,4 +232,4 @@ def _broken_row(cells: list[bytes], line: int, reason: str, schema: FeatureSchem
 
 
 def _as_text(cell: bytes) -> str:
-    return cell[:_SHOWN_BYTES].decode(errors="backslashreplace")
+    return cell[:_SHOWN_BYTES].decode(errors="replace")
