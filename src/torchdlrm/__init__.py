@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchdlrm.features.schema import FeatureSchema as FeatureSchema
     from torchdlrm.features.schema import criteo_schema as criteo_schema
     from torchdlrm.features.schema_file import load_schema as load_schema
+    from torchdlrm.judging.comparison import Comparison as Comparison
     from torchdlrm.live.advance import advance as advance
     from torchdlrm.live.model import LiveModel as LiveModel
     from torchdlrm.live.model import rollback as rollback
@@ -72,6 +73,7 @@ _NAMES_OF = {
     "exporting.weights": ("import_weights",),
     "features.schema": ("FeatureSchema", "criteo_schema"),
     "features.schema_file": ("load_schema",),
+    "judging.comparison": ("Comparison",),
     "live.advance": ("advance",),
     "live.model": ("LiveModel", "rollback"),
     "live.preview": ("preview_advance",),
