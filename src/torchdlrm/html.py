@@ -1,10 +1,10 @@
 """Renders self-contained HTML pages and SVG charts: without scripts or external files, ready to mail or to print.
 
-In: values for a template in `templates/`, which escapes every one of them, and charts.  Out: HTML.
+In: the parts of a page: headings, text, charts, tables; `templates/page.html` escapes every text.  Out: HTML.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from html import escape
@@ -25,9 +25,52 @@ _MAX_POINTS = 600  # more than the pixels of a chart: beyond it, every n-th poin
 _MAX_DOTS = 40
 
 
-def render(template: str, **values: object) -> str:
-    """Make a page from a template of `templates/`."""
-    return _environment().get_template(template).render(values)
+@dataclass(frozen=True)
+class Part:
+    """A part of a page.
+
+    Attributes:
+        heading: of the part; none where it is empty.
+        text: paragraphs.
+        charts: side by side where there is room.
+        rows: of a table, below the charts: mappings with the columns of the first one, of text or `Bar`s.
+        left: columns of text, as the first one is.
+        wraps: whether cells break where they have spaces.
+    """
+
+    heading: str = ""
+    text: Sequence[str] = ()
+    charts: Sequence["Chart"] = ()
+    rows: Sequence[Mapping[str, "str | Bar"]] = ()
+    left: Collection[str] = ()
+    wraps: bool = False
+
+
+def render(
+    title: str,
+    parts: Iterable[Part],
+    *,
+    lead: str = "",
+    command: str = "",
+    entries: Iterable[tuple[str, str]] = (),
+) -> str:
+    """Make a page.
+
+    Args:
+        title: its heading.
+        parts: what it shows, in this order; those that have nothing to show are left out.
+        lead: the sentence that it begins with.
+        command: what made that which it is about.
+        entries: the most important values, each after its name.
+    """
+    shown = [part for part in parts if part.text or part.charts or part.rows]
+    values = {"title": title, "lead": lead, "command": command, "entries": list(entries), "parts": shown}
+    return _environment().get_template("page.html").render(values)
+
+
+def colour(index: int) -> str:
+    """The colour of a curve by its number, of any number of curves."""
+    return COLOURS[index] if index < len(COLOURS) else f"hsl({137 * index % 360} 45% 45%)"
 
 
 def write_page(path: Path, page: str, argument: str) -> None:
@@ -64,6 +107,8 @@ class Chart:
         width: pixels between the left and the right edge.
         height: pixels between the lower and the upper edge.
         caption: what the chart shows, as text.
+        x_name: what the values from left to right are.
+        y_name: what those from the bottom to the top are, where the caption does not say it.
         key: colours and what they mean.
     """
 
@@ -72,6 +117,8 @@ class Chart:
     width: float
     height: float
     caption: str
+    x_name: str
+    y_name: str = ""
     key: list[tuple[str, str]] = field(default_factory=list)
     _parts: list[str] = field(default_factory=list)
 
@@ -143,11 +190,16 @@ class Chart:
         self._parts.append(f'<polygon points="{path}" fill="{colour}" stroke="{colour}" class="band"/>')
 
     @property
+    def is_wide(self) -> bool:
+        """Whether it needs the width of the page."""
+        return self.width > _NARROW
+
+    @property
     def svg(self) -> str:
         """The chart as text that stands in a page; `key` is not in it."""
         width = _LEFT + self.width + _RIGHT
         size = f'viewBox="0 0 {width:g} {_TOP + self.height + _BOTTOM:g}"'
-        if self.width > _NARROW:
+        if self.is_wide:
             size += f' style="min-width:{width * _SMALLEST_TEXT:.0f}px"'
         return f'<svg {size} role="img"><title>{escape(self.caption)}</title>{"".join(self._parts)}</svg>'
 
@@ -176,10 +228,12 @@ def curve_chart(
     caption: str,
     curves: Sequence[Curve],
     x_range: tuple[float, float],
+    x_name: str,
     show_x: Callable[[float], str],
     show: Callable[[float, float], str],
     y_of: Callable[[float], str] | None = None,
     mark: float | None = None,
+    y_name: str = "",
 ) -> Chart:
     """Draw curves that share both axes; at least one.
 
@@ -187,16 +241,18 @@ def curve_chart(
         caption: what the chart shows.
         curves: they fill the height of the chart.
         x_range: values at its left and its right edge, which stand for whole numbers.
+        x_name: what they are.
         show_x: text below a round x.
         show: the values of a point, when it is pointed at.
         y_of: text next to a round y; a short number by default.
         mark: a y that should be near: it has a line, and the chart reaches a twentieth beyond it to both sides.
+        y_name: what the y are, where the caption does not say it.
     """
     values = [y for curve in curves for _, y in curve.points]
     values += [y for curve in curves for _, *ends in curve.band for y in ends]
     values += [] if mark is None else [0.95 * mark, 1.05 * mark]
     edges = ticks(min(values), max(values))
-    chart = Chart(x_range, (edges[0], edges[-1]), _NARROW, 190, caption)
+    chart = Chart(x_range, (edges[0], edges[-1]), _NARROW, 190, caption, x_name, y_name)
     chart.y_axis(y_of or short)
     for x in ticks(*x_range, is_whole=True):
         if x_range[0] <= x <= x_range[1]:
@@ -209,6 +265,60 @@ def curve_chart(
     for curve in curves:
         chart.curve(curve.points, curve.colour, curve.name, show)
     return chart
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A cell of a table that draws a value, or an interval, on the scale that a column has.
+
+    Attributes:
+        start: where it begins, 0 (the left edge) to 1.
+        end: where it ends.
+        low: where the interval around its end begins, if it has one.
+        high: where that interval ends.
+    """
+
+    start: float
+    end: float
+    low: float = math.nan
+    high: float = math.nan
+
+    def __html__(self) -> str:
+        """What stands in the page."""
+        spans = {
+            "s": (self.start, self.start),
+            "i": (min(self.start, self.end), max(self.start, self.end)),
+            "u": (self.low, self.high),
+        }
+        drawn = (
+            f'<{tag} style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></{tag}>'
+            for tag, (low, high) in spans.items()
+            if low <= high
+        )
+        return f'<div class="bar">{"".join(drawn)}</div>'
+
+
+def bars(values: Sequence[float], intervals: Sequence[tuple[float, float]] = (), *, centred: bool = False) -> list[Bar]:
+    """Bars from 0 to values, all on one scale.
+
+    Args:
+        values: where they end; one that is NaN has no bar.
+        intervals: around their ends.
+        centred: whether 0 is in the middle.
+    """
+    known = [value for value in (0.0, *values, *(end for pair in intervals for end in pair)) if math.isfinite(value)]
+    low, high = min(known), max(known)
+    if centred:
+        low, high = -max(-low, high), max(-low, high)
+
+    def place(value: float) -> float:
+        return (value - low) / (high - low or 1.0)
+
+    ends = [*intervals] or [(math.nan, math.nan)] * len(values)
+    return [
+        Bar(place(0.0), place(0.0 if math.isnan(value) else value), *map(place, pair))
+        for value, pair in zip(values, ends, strict=True)
+    ]
 
 
 def ticks(low: float, high: float, *, is_whole: bool = False) -> list[float]:

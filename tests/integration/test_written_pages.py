@@ -1,15 +1,21 @@
-"""The pages of runs, plans, live models and stories in a real browser: on a phone and on a desk, light and dark."""
+"""The pages of datasets, runs, plans, live models and stories in a real browser: phone and desk, light and dark."""
 
 import base64
 import json
+import shutil
 
+import numpy as np
 import pytest
 
 from helpers.live_records import made_up
 from helpers.pages import TOO_FAINT
 from torchdlrm.config import load_config
 from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.page import dataset_page
+from torchdlrm.evaluation.pictures import FOLDER, picture_of
 from torchdlrm.evaluation.report import report_page as run_page
+from torchdlrm.evaluation.runs_page import runs_page
+from torchdlrm.judged import Judged
 from torchdlrm.live.report import report_page as live_page
 from torchdlrm.planning.page import plan_page, sweep_page
 from torchdlrm.planning.plan import PlanRequest, problem_of
@@ -19,10 +25,11 @@ from torchdlrm.sharding.solution import solve
 from torchdlrm.training.run import Run
 
 PHONE, DESK = 390, 1280
+NAMES = ["run", "runs", "dataset", "plan", "sweep", "live", "story"]
 
 
-def page_of_a_run(folder, small_dataset):
-    """Ten intervals and one validation; a command and values that are long."""
+def begun_run(folder, small_dataset):
+    """Ten intervals and one validation; a command and values that are long; evaluated, with its pictures; profiled."""
     run = Run(folder / "run", load_config("criteo-kaggle", {"train.epochs": "7"})).start(
         Dataset.open(small_dataset.path), world_size=2
     )
@@ -41,8 +48,31 @@ def page_of_a_run(folder, small_dataset):
         for step in steps
     ]
     (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run.write_evaluation("test", {"split": "test", "step": 10, "checkpoint": "best", "rows": 357, "auc": 0.7654321})
-    return run_page(run)
+    metrics = {"auc": 0.7654321, "logloss": 0.4512, "ne": 0.81, "calibration": 1.01, "accuracy": 0.79}
+    intervals = {name: [value - 0.01234, value + 0.01234] for name, value in metrics.items()}
+    about = {"split": "test", "step": 10, "checkpoint": "best", "rows": 20_000, **metrics, "intervals": intervals}
+    run.write_evaluation("test", about)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-2.0, 1.2, 20_000).astype(np.float32)
+    labels = (rng.random(20_000) < 1 / (1 + np.exp(-logits))).astype(np.int8)
+    run.write_evaluation(f"{FOLDER}/test", picture_of(Judged.of(labels, logits)))
+    parts = {"matrix products": 2.5, "tables: look up": 0.8, "sending and waiting": 0.1}
+    step = {"rank": 0, "num_steps": 5, "ms_per_step": 4.0, "ms_per_step_by_part": parts}
+    run.profile.mkdir()
+    (run.profile / "summary.json").write_text(json.dumps([step | {"communication_ms_per_step": 0, "hidden_share": 0}]))
+    return run
+
+
+def beside(run, name):
+    """The same run with another rate, in another folder, and better."""
+    folder = shutil.copytree(run.path, run.path.parent / name)
+    other = Run.open(folder)
+    (folder / "config.toml").write_text((folder / "config.toml").read_text().replace("seed = 0", "seed = 17", 1))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line | {"auc": line["auc"] + 0.01}) + "\n" for line in lines)
+    )
+    return Run.open(other.path)
 
 
 def page_of_a_story():
@@ -60,8 +90,11 @@ def pages(tmp_path_factory, small_dataset):
     """The file of each page by its name."""
     folder = tmp_path_factory.mktemp("pages")
     problem = problem_of(PlanRequest(tables="criteo-1tb"), load_config(None))
+    run = begun_run(folder, small_dataset)
     written = {
-        "run": page_of_a_run(folder, small_dataset),
+        "run": run_page(run),
+        "runs": runs_page([run, beside(run, "a-run-with-another-seed"), beside(run, "third")]),
+        "dataset": dataset_page(small_dataset),
         "plan": plan_page(solve(problem)),
         "sweep": sweep_page(problem, sweep(problem, ("devices=1,2,8", "batch=8192,65536"))),
         "live": live_page("Live model ads", *made_up(30, failing=(5,)), 30),
@@ -126,13 +159,22 @@ CHART_TEXT = """() => {
 }"""
 
 
-@pytest.mark.parametrize("name", ["run", "plan", "sweep", "live", "story"])
+# Charts that are not there, or do not say what they show and what their axes are.
+UNNAMED = """() => [...document.querySelectorAll("svg")].filter((one) => {
+    const figure = one.closest("figure"), size = one.getBoundingClientRect();
+    const texts = [figure.querySelector("figcaption"), figure.querySelector(".axis.x")].map((text) => text.innerText);
+    return size.width < 250 || size.height < 80 || texts.some((text) => text.trim().length < 3);
+}).map((one) => one.outerHTML.slice(0, 200))"""
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("width", [320, PHONE, 700, 1000, DESK])
 def test_nothing_is_cut_broken_or_too_small_to_read(show, name, width):
     page = show(name, width)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.evaluate(CUT) == []
     assert page.evaluate(BROKEN) == []
+    assert page.evaluate(UNNAMED) == []
     text = page.evaluate(CHART_TEXT)
     assert text["smallest"] >= 10
     assert text["overlaps"] == []
@@ -169,7 +211,7 @@ def test_what_goes_on_behind_the_edge_of_a_phone_has_a_shade_there(show, name, p
     assert difference > 10 if scheme == "light" else difference < -10
 
 
-@pytest.mark.parametrize("name", ["run", "plan", "sweep", "live", "story"])
+@pytest.mark.parametrize("name", NAMES)
 def test_in_the_dark_text_can_be_read_and_nothing_glares(show, name):
     page = show(name, DESK, "dark")
     assert page.evaluate(TOO_FAINT) == []

@@ -1,41 +1,60 @@
-"""`dlrm report`: a run or a live model as one HTML page."""
+"""`dlrm report`: a dataset, a run, a live model, or several runs beside each other, as one HTML page."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from torchdlrm.cli.options import Json
+from torchdlrm.cli.options import Json, refuse_mistyped
 from torchdlrm.cli.terminal import print_json, say
 from torchdlrm.folders import expect, kind_of
 
 
 def report(
-    folder: Path,
+    folders: list[Path],
     *,
     out: Annotated[Path, Parameter(name=["--out", "--html"])] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
-    """Write a run or a live model as one HTML page, to mail or to keep.
+    """Write a dataset, a run, a live model, or several runs beside each other as one HTML page, to mail or to keep.
 
-    Of a run: its curves, evaluations, config, dataset and plan. Of a live model: how well each log was predicted before
-    it was learnt from, the gate, values that came and went, time and size.
+    Of a dataset: click rate over the log, drift, unknown and missing values, frequencies. Of a run: its curves,
+    evaluations with their pictures, config, dataset and plan. Of several runs: curves over one another, and the
+    settings that differ. Of a live model: how well each log was predicted before it was learnt from, the gate, values
+    that came and went, time and size.
 
     Args:
-        folder: Written by `dlrm train`, which may still be training, or by `dlrm advance`.
+        folders: Written by `dlrm preprocess`, by `dlrm train`, which may still be training, or by `dlrm advance`;
+            several are runs.
         out: The page; replaced if it is there.
     """
-    kind = kind_of(folder)
-    is_live = kind is not None and kind.name == "live model"
-    if not is_live:
-        expect("run", folder)
+    refuse_mistyped(folders, "report")
+    kind = kind_of(folders[0])
+    pages: dict[str, Callable[[Path], str]] = {"dataset": _dataset_page, "live model": _live_page}
+    about: dict[str, Any]
+    if len(folders) == 1 and kind is not None and kind.name in pages:
+        page, about = pages[kind.name](folders[0]), {kind.name.split()[0]: str(folders[0])}
+    elif len(folders) == 1:
+        expect("run", folders[0])
+        page, about = _run_page(folders[0]), {"run": str(folders[0])}
+    else:
+        expect("run", *folders)
+        page, about = _runs_page(folders)
 
     from torchdlrm.html import write_page
 
-    write_page(out, _live_page(folder) if is_live else _run_page(folder), "out")
-    say(f"report of {folder}: {out}")
+    write_page(out, page, "out")
+    say(f"report of {', '.join(map(str, folders))}: {out}")
     if as_json:
-        print_json({"live" if is_live else "run": str(folder), "report": str(out), "bytes": out.stat().st_size})
+        print_json(about | {"report": str(out), "bytes": out.stat().st_size})
+
+
+def _dataset_page(folder: Path) -> str:
+    from torchdlrm.data.dataset import Dataset
+    from torchdlrm.data.page import dataset_page
+
+    return dataset_page(Dataset.open(folder))
 
 
 def _run_page(folder: Path) -> str:
@@ -43,6 +62,14 @@ def _run_page(folder: Path) -> str:
     from torchdlrm.training.run import Run
 
     return report_page(Run.open(folder))
+
+
+def _runs_page(folders: list[Path]) -> tuple[str, dict[str, Any]]:
+    from torchdlrm.evaluation.runs_page import runs_page
+    from torchdlrm.training.run import Run
+
+    about = {"runs": [str(folder) for folder in folders]}
+    return runs_page([Run.open(folder) for folder in folders]), about
 
 
 def _live_page(folder: Path) -> str:

@@ -57,7 +57,8 @@ class SparseSummary:
 
     Where a row has several values, the unknown share is of the values.  `drift` is how far the distribution in a split
     is from that in train (`torchdlrm.preprocessing.tally`).  `num_values` have an id by the vocabulary.  Without one,
-    there are no most frequent values.
+    there are no most frequent values.  `coverage` is the share of the training values that have one of the most
+    frequent 1, 10, 100, ... ids, and in the end of all.
     """
 
     num_embeddings: int
@@ -67,6 +68,7 @@ class SparseSummary:
     missing_share: dict[SplitName, float]
     drift: dict[SplitName, float]
     most_frequent: tuple[FrequentValue, ...]
+    coverage: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def summarize(dataset: Dataset, num_values: int) -> DatasetSummary:
     splits = dataset.manifest.splits
     sparse = {}
     for name, num_embeddings in dataset.num_embeddings.items():
+        most_frequent, coverage = _frequencies(dataset, name, num_values)
         sparse[name] = SparseSummary(
             num_embeddings=num_embeddings,
             num_values=dataset.manifest.sparse[name].num_values,
@@ -94,7 +97,8 @@ def summarize(dataset: Dataset, num_values: int) -> DatasetSummary:
             unknown_share={split_name: split.unknown_rate(name) for split_name, split in splits.items()},
             missing_share={split_name: split.missing_rate(name) for split_name, split in splits.items()},
             drift={split_name: split.drift.get(name, 0.0) for split_name, split in splits.items()},
-            most_frequent=_most_frequent(dataset, name, num_values),
+            most_frequent=most_frequent,
+            coverage=coverage,
         )
     return DatasetSummary(
         splits={
@@ -115,9 +119,9 @@ def summarize(dataset: Dataset, num_values: int) -> DatasetSummary:
     )
 
 
-def _most_frequent(dataset: Dataset, name: str, num_values: int) -> tuple[FrequentValue, ...]:
+def _frequencies(dataset: Dataset, name: str, num_values: int) -> tuple[tuple[FrequentValue, ...], dict[int, float]]:
     if dataset.manifest.sparse[name].vocabulary is None:
-        return ()
+        return (), {}
     train = dataset.manifest.splits["train"]
     vocabulary = dataset.vocabulary(name)
     table = vocabulary.table.with_columns(vocabulary.text_values().alias("value"))
@@ -125,7 +129,12 @@ def _most_frequent(dataset: Dataset, name: str, num_values: int) -> tuple[Freque
     if dataset.period is not None:
         table, counted = table.sort("count", descending=True, maintain_order=True), int(table["count"].sum())
     rows = table.head(num_values).select("value", "count", "id").iter_rows()
-    return tuple(FrequentValue(value, count / max(1, counted), value_id) for value, count, value_id in rows)
+    covered = table["count"].cum_sum()
+    sizes = [10**power for power in range(len(str(max(0, table.height - 1))))] if table.height else []
+    return (
+        tuple(FrequentValue(value, count / max(1, counted), value_id) for value, count, value_id in rows),
+        {size: covered[size - 1] / max(1, counted) for size in dict.fromkeys([*sizes, *[table.height] * bool(sizes)])},
+    )
 
 
 def _turnover(record: TurnoverRecord | None) -> Turnover | None:

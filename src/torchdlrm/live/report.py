@@ -8,7 +8,7 @@ from pathlib import PurePath
 from statistics import fmean, median
 from typing import get_args
 
-from torchdlrm.html import COLOURS, Chart, Curve, curve_chart, render, short
+from torchdlrm.html import COLOURS, Chart, Curve, Part, curve_chart, render, short
 from torchdlrm.live.record import FeatureRecord, PeriodMetrics, PeriodRecord, StepName, StepTime
 from torchdlrm.metrics import BEST, LOSS, METRICS, Metric, metrics_in
 from torchdlrm.units import show_bytes, show_number
@@ -19,6 +19,10 @@ _STEP_COLOURS = dict(zip(get_args(StepName), (*COLOURS, "#8a8f98"), strict=True)
 _ROWS = {"known": "rows of known values", "unseen": "rows with an unknown value", "all": "all rows"}
 _SIZES = {"num_embeddings": "rows of their tables", "values_in_use": "values that have an id"}
 _CHANGES = {"admitted": "admitted: were given an id", "expired": "expired: lost their id"}
+_HOW = (
+    "By the model that was current, which had not seen the log. The band is the interval of 95 % of the AUC of all "
+    "rows. A value is unknown if it had no id: it was never seen, or was too rare."
+)
 _RECENT = 7  # periods of which a mean is shown: a week of days
 _MAX_FEATURES = 4  # that have a curve of their own
 _MAX_BLOCKS = 60  # periods whose steps are drawn
@@ -33,26 +37,34 @@ def report_page(title: str, periods: Sequence[PeriodRecord], times: Times, curre
         times: what the steps of each took, where that is known.
         current: the period whose bundle is `current`.
     """
-    return render(
-        "live.html",
-        title=title,
-        entries=list(_cards(periods, current)),
-        progressive=_drawn(_progressive(periods, metric) for metric in metrics_in("table") if metric.name != LOSS),
-        gate=_drawn([_gate(periods)]),
-        failures=[(record.period, "; ".join(record.gate.reasons)) for record in periods if not record.gate.passed],
-        values=_drawn(
-            [
-                _unseen(periods),
-                _vocabularies("size of all vocabularies", periods, _SIZES),
-                # Not of the first period, to which all values are new: next to it, the others would be nothing.
-                _vocabularies("values that came and went", periods[1:], _CHANGES),
-            ]
+    if not periods:
+        return render(title, [Part(text=["No period is complete yet."])])
+    progressive = _drawn(_progressive(periods, metric) for metric in metrics_in("table") if metric.name != LOSS)
+    failures = [
+        f"Period {record.period} did not pass: {'; '.join(record.gate.reasons)}."
+        for record in reversed(periods)
+        if not record.gate.passed
+    ]
+    values = [
+        _unseen(periods),
+        _vocabularies("size of all vocabularies", periods, _SIZES),
+        # Not of the first period, to which all values are new: next to it, the others would be nothing.
+        _vocabularies("values that came and went", periods[1:], _CHANGES),
+    ]
+    cost = _drawn([_seconds(periods, times), _published_bytes(periods)])
+    rows = [_period(record, times.get(record.period, {}), current) for record in reversed(periods)]
+    parts = [
+        Part(
+            "How well each log was predicted before it was learnt from, by period",
+            [_HOW if progressive else "Nothing yet: the first period has no model before it."],
+            progressive,
         ),
-        features=_features(periods),
-        cost=_drawn([_seconds(periods, times), _published_bytes(periods)]),
-        steps=_steps(periods, times),
-        periods=[_period(record, times.get(record.period, {}), current) for record in reversed(periods)],
-    )
+        Part("The gate, by period", failures or ["All periods passed."], _drawn([_gate(periods)])),
+        Part("Values that come and go, by period", charts=_drawn(values), rows=_features(periods)),
+        Part("Time and size, by period", charts=cost, rows=_steps(periods, times)),
+        Part("All periods", rows=rows, left=("log", "published")),
+    ]
+    return render(title, parts, entries=_cards(periods, current))
 
 
 def _cards(periods: Sequence[PeriodRecord], current: int | None) -> Iterator[tuple[str, str]]:
@@ -121,6 +133,7 @@ def _chart(
         caption,
         drawn,
         (periods[0].period - 0.5, periods[-1].period + 0.5),
+        "period",
         lambda period: f"{period:.0f}",
         lambda period, value: f"{f'{value:.5g}' if show is short else show(value)} in period {period:.0f}",
         show,
@@ -188,7 +201,7 @@ def _seconds(periods: Sequence[PeriodRecord], times: Times) -> Chart | None:
         return None
     top_s = 1.05 * max(sum(step.seconds for step in times[period].values()) for period in drawn)
     of_last = f", last {_MAX_BLOCKS} periods" if len(drawn) < len(periods) else ""
-    chart = Chart((drawn[0] - 0.5, drawn[-1] + 0.5), (0, top_s), 440, 190, f"seconds of each step{of_last}")
+    chart = Chart((drawn[0] - 0.5, drawn[-1] + 0.5), (0, top_s), 440, 190, f"seconds of each step{of_last}", "period")
     chart.y_axis(short)
     for period in drawn[:: -(-len(drawn) // 8)]:
         chart.x_label(period, str(period))

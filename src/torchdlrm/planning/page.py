@@ -5,7 +5,7 @@ Each rank is a column as high as its memory; each shard is a block as high as it
 
 from collections.abc import Callable, Sequence
 
-from torchdlrm.html import COLOURS, Chart, render
+from torchdlrm.html import COLOURS, Chart, Part, render
 from torchdlrm.planning import report
 from torchdlrm.planning.side_by_side import Point
 from torchdlrm.sharding.constraints import COLUMN_WISE, GRID_SHARD, ROW_WISE, TABLE_ROW_WISE, TABLE_WISE
@@ -22,43 +22,44 @@ _MAX_LABELLED_RANKS = 32
 def plan_page(solution: Solution) -> str:
     """Make the page of a plan."""
     fullest = solution.fullest_rank
-    return render(
-        "plan.html",
-        title="Sharding plan",
-        headline=report.headline(solution),
-        entries=[
-            ("weights", show_bytes(solution.total.weight_bytes)),
-            (f"state of {solution.problem.optimizer.name}", show_bytes(solution.total.state_bytes)),
-            (f"memory of the fullest rank, {fullest}", f"{solution.memory_fraction(fullest):.1%}"),
-            (f"predicted step; bottleneck rank {solution.bottleneck_rank}", f"{solution.step_ms:.2f} ms"),
-            ("predicted rows/s", f"{solution.rows_per_s:,.0f}"),
-        ],
-        memory=_memory_chart(solution),
-        time=_time_chart(solution),
-        summary=report.summary_lines(solution),
-        ranks=_without_pictures([*report.rank_rows(solution, limit=None), report.total_row(solution)]),
-        tables=report.table_rows(solution, limit=None),
-        left=report.LEFT_ALIGNED,
-    )
+    ranks = _without_pictures([*report.rank_rows(solution, limit=None), report.total_row(solution)])
+    parts = [
+        Part("Memory: ranks and the tables on them", charts=[_memory_chart(solution)]),
+        Part("Time: the tables' part of a step, by rank", charts=[_time_chart(solution)]),
+        Part(text=report.summary_lines(solution)),
+        Part("Ranks", rows=ranks, left=report.LEFT_ALIGNED),
+        Part("Tables", rows=report.table_rows(solution, limit=None), left=report.LEFT_ALIGNED),
+    ]
+    entries = [
+        ("weights", show_bytes(solution.total.weight_bytes)),
+        (f"state of {solution.problem.optimizer.name}", show_bytes(solution.total.state_bytes)),
+        (f"memory of the fullest rank, {fullest}", f"{solution.memory_fraction(fullest):.1%}"),
+        (f"predicted step; bottleneck rank {solution.bottleneck_rank}", f"{solution.step_ms:.2f} ms"),
+        ("predicted rows/s", f"{solution.rows_per_s:,.0f}"),
+    ]
+    return render("Sharding plan", parts, lead=report.headline(solution), entries=entries)
 
 
 def sweep_page(problem: Problem, points: Sequence[Point]) -> str:
     """Make the page of a sweep: rows a second against devices, one line a batch size, and all values."""
     fitting = [point for point in points if point["fits"]]
-    return render(
-        "sweep.html",
-        title="Sharding sweep",
-        headline=f"{len(problem.tables)} tables, {show_bytes(problem.table_bytes)} of weights and state of "
-        f"{problem.optimizer.name}, on {problem.machine.device}",
-        charts=[
+    lead = (
+        f"{len(problem.tables)} tables, {show_bytes(problem.table_bytes)} of weights and state of "
+        f"{problem.optimizer.name}, on {problem.machine.device}"
+    )
+    charts = (
+        []
+        if not fitting
+        else [
             _sweep_chart("Rows a second", points, "rows_per_s", lambda value: f"{value / 1e6:.3g} M"),
             _sweep_chart("Memory of the fullest rank", points, "fullest_rank_memory_fraction", "{:.0%}".format),
         ]
-        if fitting
-        else [],
-        rows=_without_pictures(report.sweep_rows(points)),
-        left=report.LEFT_ALIGNED,
     )
+    parts = [
+        Part(text=() if charts else ["The tables fit on none of these machines."], charts=charts),
+        Part("All values", rows=_without_pictures(report.sweep_rows(points)), left=report.LEFT_ALIGNED),
+    ]
+    return render("Sharding sweep", parts, lead=lead)
 
 
 def _without_pictures(rows: Sequence[report.Row]) -> list[report.Row]:
@@ -121,7 +122,7 @@ def _time_chart(solution: Solution) -> Chart:
 def _rank_chart(solution: Solution, top: float, height: float, caption: str, show: Callable[[float], str]) -> Chart:
     """Make an empty chart with a column for each rank."""
     num_ranks = len(solution.ranks)
-    chart = Chart((-0.5, num_ranks - 0.5), (0, top), _WIDTH, height, caption)
+    chart = Chart((-0.5, num_ranks - 0.5), (0, top), _WIDTH, height, caption, "rank")
     chart.y_axis(show)
     if num_ranks <= _MAX_LABELLED_RANKS:
         for rank in range(num_ranks):
@@ -134,7 +135,7 @@ def _sweep_chart(caption: str, points: Sequence[Point], name: str, show: Callabl
     devices = sorted({point["num_devices"] for point in points})
     fitting = [point for point in points if point["fits"]]
     top = 1.1 * max(point[name] for point in fitting)
-    chart = Chart((-0.5, len(devices) - 0.5), (0, top), _WIDTH, 240, caption)
+    chart = Chart((-0.5, len(devices) - 0.5), (0, top), _WIDTH, 240, caption, "number of devices")
     chart.y_axis(show)
     enough = {point["num_devices"] for point in fitting}
     for place, num_devices in enumerate(devices):

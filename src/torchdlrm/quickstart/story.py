@@ -29,7 +29,7 @@ from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import with_split
 from torchdlrm.files import write_atomically
-from torchdlrm.html import COLOURS, Chart, render, short, ticks
+from torchdlrm.html import COLOURS, Chart, Part, render, short, ticks
 from torchdlrm.live.advance import advance
 from torchdlrm.live.model import LiveModel
 from torchdlrm.live.record import read_times
@@ -42,6 +42,12 @@ from torchdlrm.preprocessing.preprocess import preprocess
 from torchdlrm.progress import SILENT, ProgressListener
 from torchdlrm.training.job import train
 
+_MODELS = (
+    "Every model predicts a day before any model learns from that day. The frozen model stays as it was before the "
+    "first day. The live model goes on from there and learns one day after the other. The model from scratch starts from "
+    "initial weights for every day, and learns from all days before it."
+)
+_ATTAINABLE = "Attainable is the AUC of the probabilities that the clicks were drawn with."
 LIVE, SCRATCH, FROZEN, ATTAINABLE = "live", "scratch", "frozen", "attainable"
 # The runs of a live model continue each other: with a rate that decays in each of them it learns less.
 CONSTANT_RATE = {"schedule.decay_start_step": "0", "schedule.decay_steps": "0"}
@@ -121,7 +127,7 @@ class Comparison:
         """A page of HTML with the AUC by day as a chart, and the tables."""
         aucs = self._aucs
         values = ticks(min(map(min, aucs.values())), max(map(max, aucs.values())))
-        chart = Chart((-0.3, len(self.days) - 0.7), (values[0], values[-1]), 760, 320, "AUC by day")
+        chart = Chart((-0.3, len(self.days) - 0.7), (values[0], values[-1]), 760, 320, "AUC by day", "day")
         chart.y_axis(short)
         for x, day in enumerate(self.days):
             chart.x_label(x, day)
@@ -130,7 +136,9 @@ class Comparison:
         by_day = [
             {"day": day, **{name: f"{curve[x]:.4f}" for name, curve in aucs.items()}} for x, day in enumerate(self.days)
         ]
-        return render("story.html", title=title, result=self.result(), chart=chart, rows=self.rows(), by_day=by_day)
+        text = [_MODELS, *[_ATTAINABLE] * bool(self.attainable)]
+        parts = [Part(text=text, charts=[chart]), Part("All days", rows=self.rows()), Part("By day", rows=by_day)]
+        return render(title, parts, lead=self.result())
 
     @property
     def _aucs(self) -> dict[str, list[float]]:

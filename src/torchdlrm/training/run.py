@@ -318,18 +318,18 @@ class Run:
     def write_evaluation(self, name: str, result: Mapping[str, object]) -> Path:
         """Write a result under evaluation/, atomically."""
         path = self.path / "evaluation" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(result, indent=1) + "\n")
         return path
 
-    def evaluations(self) -> dict[str, dict[str, Any]]:
-        """What `write_evaluation` has written, by name.
+    def evaluations(self, folder: str = "") -> dict[str, dict[str, Any]]:
+        """What `write_evaluation` has written, by name, into evaluation/ or a folder of it.
 
         Raises:
             RunError: a file is damaged.
         """
         results = {}
-        for path in sorted((self.path / "evaluation").glob("*.json")):
+        for path in sorted((self.path / "evaluation" / folder).glob("*.json")):
             try:
                 results[path.stem] = TypeAdapter(dict[str, Any]).validate_json(path.read_bytes())
             except (OSError, ValidationError) as error:
