@@ -44,8 +44,8 @@ from torchdlrm.training.job import train
 
 _MODELS = (
     "Every model predicts a day before any model learns from that day. The frozen model stays as it was before the "
-    "first day. The live model goes on from there and learns one day after the other. The model from scratch starts from "
-    "initial weights for every day, and learns from all days before it."
+    "first day. The live model goes on from there and learns one day after the other. The model from scratch starts "
+    "from initial weights for every day, and learns from all days before it."
 )
 _ATTAINABLE = "Attainable is the AUC of the probabilities that the clicks were drawn with."
 LIVE, SCRATCH, FROZEN, ATTAINABLE = "live", "scratch", "frozen", "attainable"
