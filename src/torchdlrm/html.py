@@ -147,8 +147,10 @@ class Chart:
             self._text(_LEFT + self.width, self.y(y) - 4, label, 'text-anchor="end" class="mark"')
 
     def x_label(self, x: float, text: str) -> None:
-        """Write text below the chart."""
-        self._text(self.x(x), _TOP + self.height + 16, text, 'text-anchor="middle" class="x"')
+        """Write text below the chart; at its right edge none that would reach beyond it."""
+        is_last = self.x(x) > _LEFT + self.width - _RIGHT
+        place, anchor = (_LEFT + self.width + _RIGHT, "end") if is_last else (self.x(x), "middle")
+        self._text(place, _TOP + self.height + 16, text, f'text-anchor="{anchor}" class="x"')
 
     def block(self, x: float, low: float, high: float, colour: str, title: str, label: str = "") -> None:
         """Draw a part of the column at x: its title shows when it is pointed at, its label where it has room."""

@@ -142,20 +142,24 @@ BROKEN = """() => {
     return broken;
 }"""
 
-# The text of charts: how large it is on the screen, and which of it lies on other text.
+# The text of charts: how large it is on the screen, which of it lies on other text, and which is outside of its chart.
 CHART_TEXT = """() => {
-    const sizes = [], overlaps = [];
+    const sizes = [], overlaps = [], cut = [];
     for (const chart of document.querySelectorAll("svg")) {
         const scale = chart.getBoundingClientRect().width / chart.viewBox.baseVal.width;
         const texts = [...chart.querySelectorAll("text")].map((text) => [text, text.getBoundingClientRect()]);
-        for (const [text] of texts) sizes.push(parseFloat(getComputedStyle(text).fontSize) * scale);
+        for (const [text, {left, right}] of texts) {
+            sizes.push(parseFloat(getComputedStyle(text).fontSize) * scale);
+            const box = chart.getBoundingClientRect();
+            if (left < box.left - 0.5 || right > box.right + 0.5) cut.push(text.textContent);
+        }
         texts.forEach(([a, p], i) => texts.slice(i + 1).forEach(([b, q]) => {
             const width = Math.min(p.right, q.right) - Math.max(p.left, q.left);
             const height = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
             if (width > 1 && height > 0.3 * p.height) overlaps.push(`${a.textContent} / ${b.textContent}`);
         }));
     }
-    return {smallest: Math.min(...sizes), overlaps};
+    return {smallest: Math.min(...sizes), overlaps, cut};
 }"""
 
 
@@ -183,6 +187,7 @@ def test_nothing_is_cut_broken_or_too_small_to_read(show, name):
         text = page.evaluate(CHART_TEXT)
         assert text["smallest"] >= 10
         assert text["overlaps"] == []
+        assert text["cut"] == []
 
 
 # How dark the middle of the last four pixels of a picture's rows are, the average: 0 is black, 255 white.

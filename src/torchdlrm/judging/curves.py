@@ -15,7 +15,7 @@ from torchdlrm.judged import Judged
 from torchdlrm.ranks import Scores
 
 _THRESHOLDS, _SAMPLE_ROWS = 190, 1 << 20
-_BINS, _MOST_SURE = 40, 15.0  # of logits; what is beyond 15 is in the last bin
+_BINS, _MOST_SURE = 50, 15.0  # of logits; what is beyond 15 is in the last bin
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Curves:
             those with one: from (0, 0) to (1, 1), at most 200 points.
         precision_recall: likewise recall, the fraction of the clicks that are found, and precision, the fraction of
             what is found that was clicked.
-        edges: of bins of the logit, rising [41]; the first and the last bin have all rows beyond their edge too.
-        clicked: the fraction of the rows with a click that each bin has [40].
-        others: of the rows without one [40].
+        edges: of bins of the logit, rising [51]; the first and the last bin have all rows beyond their edge too.
+        clicked: the fraction of the rows with a click that each bin has [50].
+        others: of the rows without one [50].
         click_rate: of all rows: the precision of predictions by chance.
     """
 

@@ -82,6 +82,6 @@ def test_few_and_extreme_predictions_have_curves(logits):
     found = curves(Judged.of(np.array([0, 1], np.int8), np.array(logits, np.float32)))
     assert found.roc[0] == (0, 0)
     assert found.roc[-1] == (1, 1)
-    assert len(found.edges) == 41
+    assert len(found.edges) == 51
     assert np.all(np.diff(found.edges) > 0)
     assert [sum(found.clicked), sum(found.others)] == pytest.approx([1, 1])
