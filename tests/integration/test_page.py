@@ -80,7 +80,7 @@ def settled(page):
 
 def edit(page, name, text):
     """Types into a field and waits for the answer to this edit, not to the one before."""
-    with page.expect_response("**/predict"):
+    with page.expect_response("**/explain"):
         page.fill(f"#field-{name}", text)
     page.wait_for_selector("#answer:not([aria-busy])")
 
@@ -316,7 +316,7 @@ def test_the_keyboard_reaches_everything(page):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id"))
     assert {f"field-{name}" for name in FEATURES} <= reached
-    with page.expect_response("**/predict"):
+    with page.expect_response("**/explain"):
         page.press("#field-int_0", "Enter")
 
 

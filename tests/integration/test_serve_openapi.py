@@ -31,7 +31,7 @@ CHECKS = [
     unsupported_method,
     allow_header_conformance,
 ]
-NUM_OPERATIONS = 13
+NUM_OPERATIONS = 14
 # How wrong data are refused: 413 is for too many rows, which a schema says too.
 REFUSED = {"checks": {"negative_data_rejection": {"expected-statuses": ["400", "413", "415"]}}}
 

@@ -25,13 +25,15 @@ from torchdlrm.errors import BundleError, RowError, shown
 from torchdlrm.features.encode import encode
 from torchdlrm.features.vocabulary import UNKNOWN_ID
 from torchdlrm.model.model_class import ModelClass
+from torchdlrm.prediction.explain import Explanation, LeftOut
 from torchdlrm.prediction.fast_path import PlainRowEncoder
 from torchdlrm.prediction.frames import frame_or_rows, typed_columns
-from torchdlrm.prediction.json_rows import Row, RowReader, joined
+from torchdlrm.prediction.json_rows import Row, RowReader, as_json_rows, joined
 from torchdlrm.progress import SILENT, ProgressListener
 
 # By column name, as JSON has them, or typed columns.
 Rows = Sequence[Row] | pl.DataFrame
+_EXPLAINED_ROWS = 256  # at once
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,22 @@ class Predictor:
         if isinstance(given, pl.DataFrame):
             return self.predict_encoded(self.encode(typed_columns(given, self.schema))).probabilities
         return self.predict_encoded(self.encode_rows(given)).probabilities
+
+    def explain(self, rows: Any) -> list[Explanation]:
+        """What each feature of each row adds to its logit, at the cost of a prediction for each of its features.
+
+        Args:
+            rows: B rows, as for `predict`; raises as that does.
+        """
+        given, found = frame_or_rows(rows), []
+        if isinstance(given, pl.DataFrame):
+            given = as_json_rows(typed_columns(given, self.schema), self.schema)
+        self.encode_rows(given)  # all of them at once: an error has the number of its row
+        for start in range(0, len(given), _EXPLAINED_ROWS):
+            left_out = LeftOut(given[start : start + _EXPLAINED_ROWS], self.schema)
+            predictions = self.predict_encoded(self.encode_rows(left_out.rows))
+            found += left_out.explained([(predictions.probabilities, predictions.logits)])
+        return found
 
     def predict_encoded(self, rows: EncodedRows) -> Predictions:
         """The predictions of rows that are encoded, and what they are made of.

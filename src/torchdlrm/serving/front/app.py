@@ -8,6 +8,7 @@ it.  What the routes take and answer is described in `openapi.py`.
 
 import logging
 import time
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from torchdlrm import __version__
 from torchdlrm.errors import TorchDLRMError, shown
+from torchdlrm.prediction.explain import METHOD
 from torchdlrm.prediction.predictor import Predictor, Rows
 from torchdlrm.serving.front.access import AllowedHosts, ApiKeys
 from torchdlrm.serving.front.bodies import off_loop_if_large, read_body
@@ -27,7 +29,7 @@ from torchdlrm.serving.front.exchange import ARRIVED, IS_GONE
 from torchdlrm.serving.front.open_inference.columns import model_metadata
 from torchdlrm.serving.front.open_inference.http import EXTENSIONS, HEADER_LENGTH, format_infer, parse_infer
 from torchdlrm.serving.front.openapi import document
-from torchdlrm.serving.front.rows import describe, read_rows
+from torchdlrm.serving.front.rows import describe, read_left_out, read_rows
 from torchdlrm.serving.page.routes import page_routes
 from torchdlrm.serving.service.batcher import Answer, PredictionRequest
 from torchdlrm.serving.service.bundles import identity_of
@@ -43,6 +45,7 @@ def build_app(service: Service) -> ASGIApp:
     answers = _Answers(service)
     routes = [
         Route("/predict", answers.predict, methods=["POST"]),
+        Route("/explain", answers.explain, methods=["POST"]),
         Route("/schema", answers.schema),
         Route("/openapi.json", answers.openapi),
         Route("/metrics", answers.metrics),
@@ -155,6 +158,19 @@ class _Answers:
         answer = await self._predicted(request, served, rows, num_bytes, started_s)
         return _json({"predictions": answer.probabilities, "model": service.name, **identity_of(served.bundle)})
 
+    async def explain(self, request: Request) -> Response:
+        service = self._service
+        body, started_s = await self._body(request)
+        served, max_rows = service.bundles.current, service.options.max_rows_per_request
+        read = partial(read_left_out, body, served.schema, max_rows)
+        left_out, size = await off_loop_if_large(read, len(body) * len(served.schema.features))
+        # One row may need more rows than a request may have.
+        parts = (left_out.rows[at : at + max_rows] for at in range(0, len(left_out.rows), max_rows))
+        answers = [await self._predicted(request, served, part, size, started_s, is_reported=False) for part in parts]
+        found = [vars(row) for row in left_out.explained((one.probabilities, one.logits) for one in answers)]
+        about = {"model": service.name, **identity_of(served.bundle)}
+        return _json({"explanations": found, "method": METHOD, **about})
+
     async def schema(self, _: Request) -> Response:
         service = self._service
         served, max_rows = service.bundles.current, service.options.max_rows_per_request
@@ -222,11 +238,13 @@ class _Answers:
         num_bytes: int,
         started_s: float,
         timeout_us: int | None = None,
+        *,
+        is_reported: bool = True,
     ) -> Answer:
         is_gone = request.scope.get(IS_GONE, lambda: False)
         request_id = request.scope[_REQUEST_ID]
         return await self._service.predict(
-            PredictionRequest(served, rows, num_bytes, request_id, started_s, is_gone, timeout_us)
+            PredictionRequest(served, rows, num_bytes, request_id, started_s, is_gone, timeout_us, is_reported)
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torchdlrm import __version__
 from torchdlrm.features.columns import Feature, SparseColumn
+from torchdlrm.prediction.explain import METHOD
 from torchdlrm.prediction.json_rows import RowNames
 from torchdlrm.serving.front.open_inference.columns import OUTPUT
 from torchdlrm.serving.front.open_inference.tensors import DATATYPES
@@ -68,6 +69,10 @@ def _schemas(service: Service) -> Json:
             "data": {"type": "array"},
         },
     }
+    number = {"type": "number"}
+    probability = number | {"minimum": 0, "maximum": 1}
+    adds = {"type": "object", "additionalProperties": number}
+    explanation = {"prediction": probability, "logit": number, "contributions": adds}
     return {
         "Rows": rows,
         "PredictRequest": {
@@ -80,14 +85,8 @@ def _schemas(service: Service) -> Json:
                 },
             ]
         },
-        "Predictions": _object(
-            {
-                "predictions": {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}},
-                "model": {"type": "string"},
-                "version": {"type": "string"},
-            },
-            {"period": {"type": "integer", "minimum": 0}},
-        ),
+        "Predictions": _answers("predictions", probability),
+        "Explanations": _answers("explanations", _object(explanation), {"method": {"const": METHOD}}),
         "InferRequest": {
             "type": "object",
             "required": ["inputs"],
@@ -117,6 +116,7 @@ def _schemas(service: Service) -> Json:
 def _paths(service: Service, *, secured: bool) -> Json:
     paths: Json = {
         "/predict": {"post": _operation("Probabilities of rows", "Predictions", "PredictRequest", *_REFUSED)},
+        "/explain": {"post": _operation("What features add to logits", "Explanations", "PredictRequest", *_REFUSED)},
         "/schema": {"get": _operation("The model's columns, and example rows", "Object")},
         "/metrics": {"get": _operation("Metrics for Prometheus", None)},
         "/admin/reload": {"post": _operation("Serve what the bundle's path holds now", "Object", None, 403, 409)},
@@ -178,6 +178,12 @@ def _operation(summary: str, answer: str | None, request: str | None = None, *er
 def _answer(schema: str | None, description: str) -> Json:
     content = {"text/plain": {}} if schema is None else {"application/json": {"schema": _ref(schema)}}
     return {"description": description, "content": content}
+
+
+def _answers(name: str, item: Json, others: Json | None = None) -> Json:
+    text = {"type": "string"}
+    about = {"model": text, "version": text, **(others or {})}
+    return _object({name: {"type": "array", "items": item}, **about}, {"period": {"type": "integer", "minimum": 0}})
 
 
 def _object(required: Json, others: Json | None = None) -> Json:

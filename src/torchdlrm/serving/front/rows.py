@@ -1,6 +1,7 @@
 """Implements the simple JSON API: rows as objects by column name.
 
-In: the body of `POST /predict`.  Out: rows.  And the columns of the model, with examples, for `GET /schema`.
+In: the body of `POST /predict` or `/explain`.  Out: rows.  And the columns of the model, with examples, for `GET
+/schema`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 from torchdlrm.errors import RowError, shown
 from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn
 from torchdlrm.features.schema import FeatureSchema
+from torchdlrm.prediction.explain import LeftOut
 from torchdlrm.prediction.json_rows import Part, Row, RowNames, SharedRows, in_shared_too, parts_of
 from torchdlrm.serving.front.bodies import parse_json
 from torchdlrm.serving.service.bundles import Examples
@@ -37,12 +39,33 @@ def read_rows(body: bytes, schema: FeatureSchema, max_rows: int) -> tuple[Sequen
     """
     rows = _rows_of(parse_json(body, schema, max_rows), schema, max_rows)
     num_bytes = len(body) + sum(_characters(shared) * (len(own) - 1) for shared, own in parts_of(rows) if shared)
+    _check_values(rows, num_bytes, schema)
+    return rows, num_bytes
+
+
+def read_left_out(body: bytes, schema: FeatureSchema, max_rows: int) -> tuple[LeftOut, int]:
+    """Read rows to explain, as `read_rows`: the limits hold with all that is to be predicted; one row is always taken.
+
+    Raises:
+        RefusedRequest: as `read_rows`.
+    """
+    rows, num_bytes = read_rows(body, schema, max_rows)
+    num_predictions = sum(1 + len(row) for row in rows)
+    if len(rows) > 1 and num_predictions > max_rows:
+        msg = f"{len(rows):,} rows take {num_predictions:,} predictions to explain, and at most {max_rows:,} are made"
+        raise too_large(msg)
+    left_out = LeftOut(list(rows), schema)
+    num_bytes *= 1 + len(schema.features)
+    _check_values(left_out.rows, num_bytes, schema)
+    return left_out, num_bytes
+
+
+def _check_values(rows: Sequence[Row], num_bytes: int, schema: FeatureSchema) -> None:
     if num_bytes > MAX_VALUES:
         for column in schema.sparse:
             if column.value_separator is not None:
                 keys = RowNames(schema).keys(column)
                 check_num_values(sum(_num_values(part, column, keys) for part in parts_of(rows)), column)
-    return rows, num_bytes
 
 
 def _rows_of(body: object, schema: FeatureSchema, max_rows: int) -> Sequence[Row]:

@@ -3,7 +3,7 @@
 In: the files of `files/`, read once.  Out: a route for `/` and one for each other file under `/page/`.
 
 The files need no key: they hold nothing secret, and the page has to be there to ask for one.  Everything else that
-the page shows it fetches from the same server with `GET /schema` and `POST /predict`.
+the page shows it fetches from the same server with `GET /schema`, `POST /predict` and `POST /explain`.
 """
 
 import hashlib

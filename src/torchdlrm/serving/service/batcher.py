@@ -48,6 +48,7 @@ class PredictionRequest:
         started_s: when it came, by `time.perf_counter`.
         is_gone: whether the client has closed the connection.
         timeout_us: the client's own deadline, from `started_s`.
+        is_reported: whether its rows are ones that the client has, and not such as only explain these.
     """
 
     model: Predictor
@@ -57,6 +58,7 @@ class PredictionRequest:
     started_s: float
     is_gone: Callable[[], bool]
     timeout_us: int | None = None
+    is_reported: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +88,10 @@ class BatchReport:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The probabilities of a request's rows, float32 [B], and how long they took."""
+    """The probabilities and logits of a request's rows, float32 [B], and how long they took."""
 
     probabilities: NDArray[np.float32]
+    logits: NDArray[np.float32]
     queue_s: float
     encode_s: float
     model_s: float
@@ -127,7 +130,7 @@ class Batcher:
     Args:
         options: how many rows the model gets at once (a request that has more is cut into several calls), and how many
             may wait.
-        listener: is called with a report of each batch, in the thread that predicted it.
+        listener: is called with a report of each batch, in the thread that predicted it, but for rows that explain.
         quick_s: a batch is predicted in the loop only if the last one as small took no longer.
     """
 
@@ -206,7 +209,8 @@ class Batcher:
         now_s = time.perf_counter()
         num_rows = len(request.rows)
         if not num_rows:
-            return Answer(np.empty(0, np.float32), queue_s=0.0, encode_s=0.0, model_s=0.0)
+            nothing = np.empty(0, np.float32)
+            return Answer(nothing, nothing, queue_s=0.0, encode_s=0.0, model_s=0.0)
         if now_s >= deadline_s:
             raise too_late("the deadline passed before the rows were read; nothing was computed")
         self.check_room(num_rows)
@@ -263,7 +267,7 @@ class Batcher:
                 _refuse(first, bad_request(_IS_GONE))
                 continue
             is_too_much = num_rows + first.num_rows > self._options.max_batch_rows
-            if parts and (is_too_much or first.request.model is not parts[0].request.model):
+            if parts and (is_too_much or not _may_share(first.request, parts[0].request)):
                 break
             self._waiting.popleft()
             self._leave_queue(first)
@@ -333,12 +337,18 @@ class Batcher:
         pieces = (rows.part(at, min(at + step, rows.num_rows)) for at in range(0, rows.num_rows, step))
         predictions = [batch.model.predict_undamaged(piece) for piece in pieces]
         model_s = time.perf_counter() - started_s - encode_s
-        self._listener(BatchReport(requests, predictions, time.time_ns() // 1000))
+        if requests[0].is_reported:
+            self._listener(BatchReport(requests, predictions, time.time_ns() // 1000))
         probabilities = np.concatenate([piece.probabilities for piece in predictions])
+        logits = np.concatenate([piece.logits for piece in predictions])
         end = 0
         for part in batch.parts:
-            end += part.num_rows
-            yield Answer(probabilities[end - part.num_rows : end], batch.started_s - part.arrived_s, encode_s, model_s)
+            own, end = slice(end, end + part.num_rows), end + part.num_rows
+            yield Answer(probabilities[own], logits[own], batch.started_s - part.arrived_s, encode_s, model_s)
+
+
+def _may_share(one: PredictionRequest, other: PredictionRequest) -> bool:
+    return one.model is other.model and one.is_reported == other.is_reported
 
 
 def _without_trace(error: Exception) -> Exception:

@@ -2,7 +2,7 @@
 
 import { bar, element, percent, points } from "/page/charts.js";
 import { cellText, eventOf, featuresOf, parseLog, rowJson } from "/page/log.js";
-import { asCurl, hasKey, postPredict } from "/page/server.js";
+import { asCurl, hasKey, postExplain } from "/page/server.js";
 
 const NUM_SHOWN = 12;
 const PAUSE_MS = 180; // after the last key stroke: typing a number asks once
@@ -94,17 +94,14 @@ export function startRow(schema, onError) {
     running.abort();
     const { signal } = running = new AbortController();
     const row = new Map([...fields].map(([name, input]) => [name, input.value]));
-    const present = features.filter((column) => row.get(column.name) !== "");
-    const without = (name) => new Map([...row].filter(([other]) => other !== name));
-    const rows = [row, ...present.map((column) => without(column.name))].map((r) => rowJson(features, r));
     byId("curl").hidden = true; // it would be another row's
     byId("answer").setAttribute("aria-busy", "true");
     try {
-      const { predictions, model, version, period } = await predictAll(rows, schema.max_rows, signal);
+      const { explanations: [answer], model, version, period } = await postExplain(`[${rowJson(features, row)}]`, signal);
       byId("model").replaceChildren(...modelLine(model, version, period));
-      showProbability(predictions[0], event);
-      contributions = present.map((column, i) => ({
-        name: column.name, value: row.get(column.name), difference: predictions[0] - predictions[i + 1],
+      showProbability(answer.prediction, event);
+      contributions = Object.entries(answer.contributions).map(([name, adds]) => ({
+        name, value: row.get(name), difference: answer.prediction - 1 / (1 + Math.exp(adds - answer.logit)),
       }));
       contributions.sort((a, b) => Math.abs(b.difference) - Math.abs(a.difference));
       showError("");
@@ -148,16 +145,6 @@ export function modelLine(model, version, period) {
   const line = [element("b", { textContent: model }), element("span", { textContent: version, title: "version of the bundle" })];
   if (period !== undefined) line.push(element("span", { textContent: `period ${period}`, title: "what it has learnt up to" }));
   return line;
-}
-
-async function predictAll(rows, maxRows, signal) {
-  const predictions = [];
-  let answer;
-  for (let start = 0; start < rows.length; start += maxRows) {
-    answer = await postPredict(`{"rows":[${rows.slice(start, start + maxRows).join(",")}]}`, signal);
-    predictions.push(...answer.predictions);
-  }
-  return { ...answer, predictions };
 }
 
 function markUnknown(input, isUnknown) {

@@ -1,4 +1,4 @@
-// The server's answers: GET /schema and POST /predict, with the API key where one is asked for.
+// The server's answers: GET /schema, POST /predict and POST /explain, with the API key where one is asked for.
 
 let key = null;
 
@@ -24,6 +24,11 @@ export function getSchema() {
 /** Predictions of rows; `body` is JSON text. */
 export function postPredict(body, signal) {
   return ask("/predict", { method: "POST", body, signal, headers: { "Content-Type": "application/json" } });
+}
+
+/** Predictions of rows, and what each of their columns adds to them, in log-odds; `body` is JSON text. */
+export function postExplain(body, signal) {
+  return ask("/explain", { method: "POST", body, signal, headers: { "Content-Type": "application/json" } });
 }
 
 /** Whether requests bring a key, which links do not. */
