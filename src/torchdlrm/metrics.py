@@ -85,6 +85,7 @@ class Metric:
         needs_groups: whether it is of the groups that rows come in, and shows only where they have some.
         better: whether a larger value is better, a smaller one, or one nearer to `target`.
         matters: the smallest difference that people act on: a comparison that can exclude it says so.
+        is_relative: whether it compares rows that are clicked at different rates, so that slices are judged by it.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Metric:
     needs_groups: bool = False
     better: Literal["higher", "lower", "nearer"] = "lower"
     matters: float = 0.001
+    is_relative: bool = False
 
     def estimate(self, judged: Judged) -> Estimate:
         """Its value over rows, and the interval of 95 % around it."""
@@ -260,6 +262,7 @@ METRICS: dict[str, Metric] = {
             _normalised_entropy,
             {"log", "bar", "table"},
             influence=influence_on_means(_ne_slopes),
+            is_relative=True,
         ),
         Metric(
             "calibration",
@@ -272,6 +275,7 @@ METRICS: dict[str, Metric] = {
             influence=influence_on_means(_calibration_slopes),
             better="nearer",
             matters=0.01,
+            is_relative=True,
         ),
         Metric(
             "accuracy",

@@ -1,0 +1,217 @@
+"""Judges slices of predicted rows, such as those that have one value of a column: on which is a model worse?
+
+In: `Judged` of N rows, and columns of the log for them (Polars, N rows).  Out: `Slice`s, the one that is most surely
+worse first.  Cost: for each way to slice one sort of N small integers, and the metrics of N rows.
+
+Of many slices some look bad by chance, so p-values are corrected for how many there are (Holm 1979): where no slice is
+bad, one is marked in at most 5 % of cases. Slices of few rows or clicks are not judged.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from torchdlrm.errors import ConfigError
+from torchdlrm.judged import Estimate, Judged, influence_on_means, interval, standard_error
+from torchdlrm.judging.comparison import LEVEL
+from torchdlrm.judging.paired import holm
+from torchdlrm.metrics import METRICS, Metric, metrics_in
+from torchdlrm.units import show_number
+
+MIN_ROWS, MIN_CLICKS = 200, 30  # of a slice; as many rows are not clicked
+MOST_SLICES = 20  # of a way to slice, besides all other rows
+_QUANTILES, _CROSSED_QUANTILES = 10, 4
+
+_Floats = NDArray[np.float64]
+_Places = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows that have something in common, and how well they are predicted.
+
+    Attributes:
+        name: what they have in common, as in `cat_5 = 68fd1e64, int_2 = 3 to 5`.
+        rows: how many.
+        share: of all rows.
+        estimates: `click_rate` and the metrics of the place `table`, or their differences; NaN where rows are too few.
+        worst: the metric by which they are most surely predicted worse.
+        z: by how many standard errors.
+        p_value: how often chance makes any slice of as many seem that bad; NaN where rows are too few.
+        before: the same slice of the rows that a drift starts from.
+    """
+
+    name: str
+    rows: int
+    share: float
+    estimates: Mapping[str, Estimate]
+    worst: str = ""
+    z: float = -math.inf
+    p_value: float = math.nan
+    before: "Slice | None" = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Of plain types: estimates by name, and their `intervals`."""
+        found = {**vars(self), "is_worse": self.p_value < LEVEL, "before": self.before and self.before.as_json()}
+        intervals = {name: [estimate.low, estimate.high] for name, estimate in found.pop("estimates").items()}
+        return {**found, **{name: of.value for name, of in self.estimates.items()}, "intervals": intervals}
+
+
+def columns_of(by: str) -> list[str]:
+    """The columns of `cat_5,int_2,cat_5*int_2`, each once."""
+    return list(dict.fromkeys(name.strip() for name in by.replace("*", ",").split(",")))
+
+
+def slices(
+    judged: Judged,
+    columns: pl.DataFrame,
+    by: str,
+    *,
+    first: Judged | None = None,
+    before: tuple[Judged, pl.DataFrame] | None = None,
+) -> list[Slice]:
+    """Slices of rows, those first that are most surely predicted worse: by NE, or as calibration is not 1.
+
+    NE is compared with its mean over the other slices of the column, by their rows, as if no group were in several.
+
+    Args:
+        judged: N rows.
+        columns: of these rows, as the log has them [N].
+        by: columns, and crossed ones, as in `cat_5,int_2,cat_5*int_2`. A column of numbers of which more than 20 differ
+            is cut at its quantiles, any other one into its most frequent values; missing is a value.
+        first: another model of the same rows: metrics are differences from its, and NE is compared with its.
+        before: other rows, which say how columns are cut: each slice is compared with the same slice of these.
+
+    Raises:
+        ConfigError: a column holds several values in a cell.
+    """
+    metrics = [m for m in metrics_in("table") if m.is_relative and (first is None or m.target is None)]
+    found: list[Slice] = []
+    for way in dict.fromkeys("*".join(columns_of(way)) for way in by.split(",")):
+        names, place = _cut(way, *(before or (judged, columns)))
+        parts = _measured(names, place(columns), judged, first)
+        earlier = None if before is None else _measured(names, place(before[1]), before[0])
+        with np.errstate(all="ignore"):
+            zs = np.array([_z(metric, parts, earlier, is_difference=first is not None) for metric in metrics])
+        zs[~np.isfinite(zs)] = -math.inf
+        for i, part in enumerate(parts):
+            k, z = int(zs[:, i].argmax()), float(zs[:, i].max())
+            p_value = math.nan if z == -math.inf else min(1.0, len(metrics) * math.erfc(z / math.sqrt(2)))
+            was = earlier[i] if earlier else None
+            found.append(replace(part, worst=metrics[k].name, z=z, p_value=p_value, before=was))
+    found = [part for part in found if part.rows or (part.before and part.before.rows)]
+    corrected = zip(found, holm([part.p_value for part in found]), strict=True)
+    return sorted((replace(part, p_value=p_value) for part, p_value in corrected), key=lambda part: -part.z)
+
+
+def slice_table(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A line for each slice, in the form of `as_json`, as text by column: for terminals and pages."""
+
+    def cell(part: Mapping[str, Any], name: str) -> str:
+        value, (low, high) = show_number(part[name], 4), part["intervals"][name]
+        if part["before"]:
+            return f"{show_number(part['before'][name], 4)} → {value}"
+        return value if math.isnan(high) else f"{value} ±{(high - low) / 2:.4f}"
+
+    columns = {"click_rate": "click rate", **{metric.name: metric.label for metric in metrics_in("table")}}
+    return [
+        {
+            "slice": part["name"],
+            "rows": f"{part['rows']:,}",
+            **{label: cell(part, name) for name, label in columns.items()},
+            "p": show_number(part["p_value"], 4),
+            "worse by": METRICS[part["worst"]].label if part["is_worse"] else "",
+        }
+        for part in found
+    ]
+
+
+def _z(metric: Metric, parts: Sequence[Slice], earlier: Sequence[Slice] | None, *, is_difference: bool) -> _Floats:
+    """By how many standard errors each slice is worse than what it is compared with [slices]."""
+
+    def badness(parts: Sequence[Slice]) -> tuple[_Floats, _Floats]:
+        value, error = np.array([part.estimates[metric.name][:2] for part in parts]).T
+        if metric.target is None:
+            return -value if metric.better == "higher" else value, error
+        # Of a ratio: its logarithm is nearer to normal where clicks are few.
+        return np.abs(np.log(value / metric.target)), error / value
+
+    bad, error = badness(parts)
+    if earlier is not None:
+        was, was_error = badness(earlier)
+        return (bad - was) / np.hypot(error, was_error)
+    if is_difference or metric.target is not None:
+        return bad / error
+    rows = np.where(np.isfinite(error), [part.rows for part in parts], 0)
+    others, total, squares = (np.nansum(of) - of for of in (rows, rows * bad, (rows * error) ** 2))
+    return (bad - total / others) / np.hypot(error, np.sqrt(squares) / others)
+
+
+def _cut(way: str, judged: Judged, columns: pl.DataFrame) -> tuple[list[str], Callable[[pl.DataFrame], _Places]]:
+    """The names of a way's slices, the last being all other rows; and what says which slice each row is in [N]."""
+    names = columns_of(way)
+    keys = [str(i) for i in range(len(names))]
+    num_ranges = _QUANTILES if len(names) == 1 else _CROSSED_QUANTILES
+    cells = [_cells(columns[name], num_ranges).alias(key) for name, key in zip(names, keys, strict=True)]
+    clicks = pl.Series("clicks", judged.labels != 0)
+    counts = columns.select(*cells, clicks).group_by(keys).agg(pl.len().cast(pl.Int64), pl.sum("clicks"))
+    counts = counts.filter(_is_large(pl.col("len"), pl.col("clicks"))).sort(-pl.col("len"), *keys)
+    frequent = counts.select(keys).head(MOST_SLICES).with_row_index("slice")
+    found = [
+        ", ".join(f"{name} = {'missing' if of is None else of}" for name, of in zip(names, values, strict=True))
+        for _, *values in frequent.rows()
+    ]
+
+    def place(columns: pl.DataFrame) -> _Places:
+        rows = columns.select(cells).join(frequent, on=keys, how="left", nulls_equal=True, maintain_order="left")
+        return rows["slice"].fill_null(len(found)).cast(pl.UInt8).to_numpy()
+
+    return [*found, f"{way} = others"], place
+
+
+def _measured(names: Sequence[str], places: _Places, judged: Judged, first: Judged | None = None) -> list[Slice]:
+    """The slices with their estimates, which are differences where there is a first model."""
+    order, found = np.argsort(places, kind="stable"), []
+    ends = np.cumsum(np.bincount(places, minlength=len(names)))
+    rate_moves = influence_on_means(lambda _: (1.0, 0.0, 0.0, 0.0))
+    for name, rows in zip(names, np.split(order, ends[:-1]), strict=True):
+        part, was = _rows(judged, rows), None if first is None else _rows(first, rows)
+        estimates = dict.fromkeys(["click_rate", *(m.name for m in metrics_in("table"))], interval(math.nan, math.nan))
+        if part.sums.weight:
+            rate = part.sums.mean(part.sums.clicks)
+            estimates["click_rate"] = interval(rate, standard_error(part, rate_moves(part)), 0.0, 1.0)
+        for metric in metrics_in("table") if _is_large(rows.size, np.count_nonzero(part.labels)) else ():
+            estimates[metric.name] = metric.estimate(part) if was is None else metric.difference(was, part)
+        found.append(Slice(name, rows.size, rows.size / max(1, order.size), estimates))
+    return found
+
+
+def _is_large(rows: Any, clicks: Any) -> Any:
+    return (rows >= MIN_ROWS) & (clicks >= MIN_CLICKS) & (rows - clicks >= MIN_CLICKS)
+
+
+def _rows(judged: Judged, rows: NDArray[np.integer]) -> Judged:
+    weights = None if judged.weights is None else judged.weights[rows]
+    groups = None if judged.groups is None else np.unique(judged.groups[rows], return_inverse=True)[1]
+    return Judged.of(judged.labels[rows], judged.logits[rows], weights, groups)
+
+
+def _cells(column: pl.Series, num_ranges: int) -> pl.Expr:
+    """What the cells of a column are sliced by: themselves, or a range of numbers."""
+    if column.dtype.is_nested():
+        msg = f"`by`: {column.name} holds several values in a cell; slice by columns that hold one"
+        raise ConfigError(msg)
+    cells = pl.col(column.name).fill_nan(None) if column.dtype.is_float() else pl.col(column.name)
+    if not column.dtype.is_numeric() or column.n_unique() <= MOST_SLICES:
+        return cells
+    numbers = column.cast(pl.Float64).fill_nan(None).drop_nulls().to_numpy()
+    ends = np.unique(np.quantile(numbers, np.arange(1, num_ranges) / num_ranges, method="lower"))
+    step, form = (1, ",.0f") if (numbers == numbers.round()).all() else (0, ".6g")
+    names = [f"{a:{form}} to {b:{form}}" for a, b in zip(ends[:-1] + step, ends[1:], strict=True)]
+    above = pl.sum_horizontal([cells > end for end in ends], ignore_nulls=False)
+    return above.cat.to(pl.Enum([f"up to {ends[0]:{form}}", *names, f"over {ends[-1]:{form}}"]))
