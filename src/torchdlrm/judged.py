@@ -154,9 +154,12 @@ def _check(labels: Labels, logits: Scores, weights: Weights) -> None:
     if weights is not None and weights.shape != labels.shape:
         msg = f"weights: must be as many as labels, got shapes {weights.shape} and {labels.shape}"
         raise ValueError(msg)
-    if weights is not None and (wrong := weights[~((weights >= 0) & (weights < math.inf))]).size:
-        msg = f"weights: must be finite and at least 0, got {wrong[0]}"
-        raise ValueError(msg)
+    for start in range(0, 0 if weights is None else weights.size, _BLOCK_ROWS):
+        assert weights is not None, "it has rows"
+        part = weights[start : start + _BLOCK_ROWS]
+        if (wrong := part[~((part >= 0) & (part < math.inf))]).size:
+            msg = f"weights: must be finite and at least 0, got {wrong[0]}"
+            raise ValueError(msg)
 
 
 class _Rows(NamedTuple):
@@ -216,9 +219,8 @@ def _fractions(judged: Judged, block: slice) -> NDArray[np.float64] | float:
 def influence_on_auc(judged: Judged) -> Influence:
     """Influences on AUC, whose squares add up to DeLong's variance."""
     area, right = judged.auc(), RightPairs(judged.labels, judged.logits, judged.weights)
-    counted = np.ones(judged.labels.size, np.bool_) if judged.weights is None else judged.weights > 0
-    num_rows, clicked = int(np.count_nonzero(counted)), judged.labels != 0
-    num_clicks = int(np.count_nonzero(counted & clicked))
+    counted = judged.labels if judged.weights is None else judged.labels[judged.weights > 0]
+    num_rows, num_clicks = counted.size, int(np.count_nonzero(counted))
     clicks = judged.sums.clicks
     # DeLong's variances are of each class by itself, with n - 1 of the class in place of that of all rows.
     scale = [
@@ -227,7 +229,7 @@ def influence_on_auc(judged: Judged) -> Influence:
     ]
 
     def of(block: slice) -> NDArray[np.float64]:
-        moved = (right.of(block) - area) * np.where(clicked[block], scale[1], scale[0])
+        moved = (right.of(block) - area) * np.where(judged.labels[block] != 0, scale[1], scale[0])
         return moved if judged.weights is None else moved * judged.weights[block]
 
     return of

@@ -24,8 +24,9 @@ from torchdlrm.bundle.check import Tolerance, compare, tolerance
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.bundle.write import require_space
+from torchdlrm.data.dataset import rows_of_split
 from torchdlrm.errors import BundleError, RunError
-from torchdlrm.exporting.export import export, held_out_rows
+from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.exporting.verify import verify
 from torchdlrm.features.encode import encode
@@ -239,7 +240,7 @@ def test_a_logloss_that_rises_beyond_what_is_allowed_is_refused(small_dataset):
 
     with pytest.raises(BundleError, match=r"logloss on 357 rows of test is 0\.\d+ higher"):
         compare(
-            held_out_rows(small_dataset, "test", 1_000),
+            rows_of_split(small_dataset, "test", 1_000),
             small_dataset.schema,
             split="test",
             checkpoint=lambda rows: np.zeros(rows.num_rows, np.float32),
@@ -267,7 +268,7 @@ def test_what_costs_ties_or_moves_small_probabilities_is_refused(change, problem
     logits = np.random.default_rng(seed).normal(-4.5, 0.3, 357).astype(np.float32)
     with pytest.raises(BundleError, match=problem):
         compare(
-            held_out_rows(small_dataset, "test", 1_000),
+            rows_of_split(small_dataset, "test", 1_000),
             small_dataset.schema,
             split="test",
             checkpoint=lambda _: logits,

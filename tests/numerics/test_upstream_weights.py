@@ -16,9 +16,10 @@ from torchdlrm import evaluate, export, export_as, import_weights
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.config import ModelConfig, load_config
+from torchdlrm.data.dataset import rows_of_split
 from torchdlrm.errors import BundleError, ConfigError, RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel
-from torchdlrm.exporting.export import held_out_rows, open_checkpoint
+from torchdlrm.exporting.export import open_checkpoint
 from torchdlrm.model.architecture import ModelShape
 from torchdlrm.training.job import train
 from torchdlrm.training.run import Run
@@ -72,7 +73,7 @@ def with_large_weights(model):
 
 @pytest.fixture(scope="module")
 def rows(small_dataset):
-    return EncodedRows.from_frame(next(held_out_rows(small_dataset, "train", 1_000)), small_dataset.schema)
+    return EncodedRows.from_frame(next(rows_of_split(small_dataset, "train", 1_000)), small_dataset.schema)
 
 
 @torch.no_grad()

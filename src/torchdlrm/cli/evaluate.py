@@ -1,5 +1,6 @@
-"""`dlrm evaluate`: a run and a split -> exact metrics."""
+"""`dlrm evaluate`: predicted rows -> exact metrics, each with its interval."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torchdlrm.cli.options import Json, Machines, Overrides, OwnModel, Positive,
 from torchdlrm.cli.terminal import (
     announce,
     drawn,
+    look_at,
     print_json,
     print_table,
     say_undefined,
@@ -24,71 +26,122 @@ from torchdlrm.units import show_number
 
 
 def evaluate(
-    run: Path,
+    source: Path,
     *sharding: Overrides,
     split: str = "test",
     checkpoint: str = "best",
     dataset: Path | None = None,
+    group: str | None = None,
+    predictions: Path | None = None,
+    columns: str = "",
+    label: str | None = None,
+    weight: str | None = None,
     own_model: OwnModel = OwnModel(),  # noqa: B008 - frozen, and what the parser fills
     batch_size_global: Positive = 8192,
     device: DeviceChoice = "auto",
     machines: Machines = Machines(),  # noqa: B008 - likewise
     as_json: Json = False,
 ) -> None:
-    """Measure a trained run on every row of a split; the result is also written to RUN/evaluation/.
+    """Measure a model on every row of a split, with intervals of 95 %; of a run also written to RUN/evaluation/.
 
     The machine need not be the one that trained: its constraints, plan and memory sizes do not count here. Keys of the
     config's section `sharding` can be given for this evaluation, as in `--sharding.cache-fraction 0.2`.
 
     Args:
-        run: Folder written by `dlrm train`.
-        sharding: Keys of the section `sharding`, with values.
+        source: A run, a bundle, the folder of a period of a live model, or a file of predictions (.parquet, .csv,
+            .csv.gz), as --predictions or `dlrm predict --columns` writes them.
+        sharding: Of a run: keys of the section `sharding`, with values.
         split: train, val or test; several joined by + are judged together, as in val+test.
-        checkpoint: best (the highest AUC of the val split; the last where nothing was validated), last, or a step.
+        checkpoint: Of a run: best (the highest AUC of the val split; the last where nothing was validated), last, or a
+            step.
         dataset: Where the dataset is now, if it has moved since the training.
+        group: Column whose equal values depend on each other, as in user_id: intervals of groups, and GAUC.
+        predictions: File to write the rows to: .parquet, .csv or .csv.gz.
+        columns: Columns of the log to write with them, with commas between, as in cat_3,int_2.
+        label: Of a file: its column of labels; label by default.
+        weight: Of a file: its column of weights; weight by default, where there is one.
         batch_size_global: Rows per forward pass over all processes; the result does not depend on it.
         device: auto, cuda or cpu: where to compute (as train.device), whatever the run was trained on.
     """
-    own = _sharding_keys(sharding)
-    if machines.nnodes == 1:  # else the other machines are to hear of it, see `refusing_everywhere`
-        expect("run", run)
-        expect("dataset", dataset)
-    announce(f"evaluate {run} on {split}")
+    from torchdlrm.evaluation.evaluate import evaluate as evaluate_rows
+    from torchdlrm.evaluation.predictions import kind_of_source
 
-    from torchdlrm.evaluation.evaluate import evaluate as evaluate_run
-    from torchdlrm.evaluation.evaluate import sharding_elsewhere
-    from torchdlrm.training.checkpoint import ChosenCheckpoint
+    own, names = _sharding_keys(sharding), [name.strip() for name in columns.split(",") if name.strip()]
+    is_run = machines.nnodes > 1 or kind_of_source(source) == "run"
+    if machines.nnodes == 1:  # else the other machines are to hear of it, see `refusing_everywhere`
+        expect("dataset", dataset)
+    if not is_run and (own or machines.nproc_per_node > 1):
+        msg = f"{source}: is no run, which alone is spread over processes; leave out --nproc-per-node and --sharding.*"
+        raise ConfigError(msg)
+    announce(f"evaluate {source}")
+    job = partial(
+        evaluate_rows,
+        source,
+        dataset,
+        split,
+        group=group,
+        predictions=predictions,
+        columns=names,
+        label=label,
+        weight=weight,
+        checkpoint=checkpoint,
+        batch_size_global=batch_size_global,
+        device=device,
+        **vars(own_model),
+    )
+    if not is_run:
+        judged: Any = drawn(job)
+        _print_evaluation(judged, source, as_json=as_json)
+        return
+
+    from torchdlrm.evaluation.split_rows import check_columns, sharding_elsewhere
     from torchdlrm.training.processes.launch import launch, refusing_everywhere
     from torchdlrm.training.run import Run
 
     processes = machines.processes()
     with refusing_everywhere(processes):
-        trained = Run.open(run)
-        trained.shape(trained.open_dataset(dataset), **vars(own_model))
+        trained = Run.open(source)
+        encoded = trained.open_dataset(dataset)
+        trained.shape(encoded, **vars(own_model))
+        check_columns(encoded, split, (names, group))
     warn_of_crowding(processes)
-    job = partial(
-        evaluate_run,
-        run,
-        dataset,
-        split,
-        checkpoint=checkpoint,
-        batch_size_global=batch_size_global,
-        device=device,
-        sharding=sharding_elsewhere(trained.config).model_copy(update=own),
-        **vars(own_model),
-    )
+    job = partial(job, sharding=sharding_elsewhere(trained.config).model_copy(update=own))
     result: dict[str, Any] | None = launch(drawn, job, processes=processes)
     if result is None:  # another machine has rank 0
         return
     try:
         trained.write_evaluation(result["split"], result)
     except OSError as error:  # a run may lie where it can only be read
-        warn(f"not kept in {run / 'evaluation'}: {error.strerror}")
-    title = f"{run} at {ChosenCheckpoint(result['step'], result['checkpoint'])}: split {result['split']}"
-    values = {name: value for name, value in result.items() if name not in {"split", "label", "step", "checkpoint"}}
-    shown = {name: f"{v:,}" if isinstance(v, int) else show_number(v) for name, v in values.items()}
-    print_table(f"{title}, label {result['label']}", [shown])
+        warn(f"not kept in {source / 'evaluation'}: {error.strerror}")
+    _print_evaluation(result, source, as_json=as_json)
+
+
+def _print_evaluation(result: Mapping[str, Any], source: Path, *, as_json: bool) -> None:
+    """Print each metric with its interval, and what is to be said of them."""
+    from torchdlrm.data.judgements import few_clicks
+    from torchdlrm.metrics import BEST, metrics_of_any
+
+    where, counts = f"{source}", f"{result['rows']:,} rows, {result['clicks']:,} clicks"
+    if "step" in result:
+        from torchdlrm.training.checkpoint import ChosenCheckpoint
+
+        where += f" at {ChosenCheckpoint(result['step'], result['checkpoint'])}: split {result['split']}"
+    if "groups" in result:
+        counts += f", {result['groups']:,} groups"
+    intervals = result["intervals"]
+    rows = [
+        {
+            "metric": metric.name,
+            "value": show_number(result[metric.name]),
+            "95 % interval": " to ".join(map(show_number, intervals[metric.name] or [None])),
+        }
+        for metric in metrics_of_any([result])
+    ]
+    print_table(f"{where}, label {result['label']}: {counts}", rows)
     say_undefined(result)
+    if (best := intervals[BEST]) is not None:
+        doubt = few_clicks(result.get("split", "it"), result["rows"], result["clicks"], max(best) - result[BEST])
+        look_at([doubt] if doubt else [])
     if as_json:
         print_json(result)
 

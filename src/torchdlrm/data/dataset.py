@@ -6,7 +6,7 @@ file; `verify` reads them all.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
@@ -401,6 +401,30 @@ class Dataset:
             found = "missing" if size_bytes is None else f"{size_bytes:,} bytes long"
             msg = f"{path}: {found}, but {MANIFEST_NAME} says {record.size_bytes:,} bytes; copy the dataset again"
             raise DatasetError(msg)
+
+
+def rows_of_split(
+    dataset: Dataset, split: str, max_rows: int | None = None, columns: Sequence[str] | None = None
+) -> Iterator[pl.DataFrame]:
+    """The first rows of a split, or all, a row group at a time, with all columns of the dataset or some.
+
+    Raises:
+        DatasetError: a row group is damaged.
+    """
+    left = dataset.splits[split].rows if max_rows is None else max_rows
+    for file in dataset.splits[split].files:
+        parquet = pq.ParquetFile(file.path, page_checksum_verification=True)
+        for group in range(parquet.num_row_groups):
+            if not left:
+                return
+            try:
+                frame = pl.DataFrame(parquet.read_row_group(group, columns=columns))
+            except OSError as error:
+                msg = f"{file.path}: row group {group} is damaged: {error}"
+                raise DatasetError(msg) from error
+            frame = frame.head(left)
+            left -= frame.height
+            yield frame
 
 
 def _parse_manifest(text: str, path: Path) -> Manifest:

@@ -41,10 +41,14 @@ def judge_validation(dataset: Dataset, metrics: Mapping[str, float | None]) -> l
     return [line for line in lines if line]
 
 
-def few_clicks(split: str, rows: int, clicks: int) -> str:
-    """Whether an AUC of these rows says little: Hanley and McNeil (1982), for an AUC of 0.75 and many of one class."""
+def few_clicks(split: str, rows: int, clicks: int, doubt: float | None = None) -> str:
+    """Whether an AUC of these rows says little.
+
+    `doubt` is half its interval; where that is not known, by Hanley and McNeil (1982), for an AUC of 0.75 and many of
+    one class.
+    """
     least = min(clicks, rows - clicks)
-    doubt = 1.96 * 0.194 / math.sqrt(max(1, least))
+    doubt = 1.96 * 0.194 / math.sqrt(max(1, least)) if doubt is None else doubt
     if doubt <= _SURE_AUC:
         return ""
     what = f"{clicks:,} clicks in {rows:,} rows"

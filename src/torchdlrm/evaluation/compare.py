@@ -15,7 +15,7 @@ import numpy as np
 from torchdlrm.config import DeviceChoice, ShardingConfig
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import DatasetError
-from torchdlrm.evaluation.evaluate import predict_split
+from torchdlrm.evaluation.split_rows import predict_split
 from torchdlrm.judged import NORMAL_95, Judged
 from torchdlrm.metrics import BEST, LOSS, METRICS
 from torchdlrm.model.model_class import ModelClass

@@ -1,34 +1,37 @@
-"""Evaluates a trained run on a split: exact metrics that count every row once, or as often as it weighs.
+"""Evaluates predicted rows: exact metrics that count every row once, or as often as it weighs, and how sure each is."""
 
-The machine need not be the one that trained, nor one that could: no state of an optimizer is kept, nothing is rounded
-to send or multiply it faster, and the tables are planned again for the processes that are there.
-"""
-
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torchdlrm.config import Config, DeviceChoice, ShardingConfig
-from torchdlrm.data.dataset import Dataset
-from torchdlrm.errors import ConfigError
-from torchdlrm.loader.loader import Loader
-from torchdlrm.metrics import binary_metrics
-from torchdlrm.model.model_class import ModelClass
-from torchdlrm.progress import SILENT, ProgressListener, watched
-from torchdlrm.training.checkpoint import ChosenCheckpoint, find_checkpoint
-from torchdlrm.training.checkpointer import Checkpointer
-from torchdlrm.training.pipeline import Predictions, predict_loaders
-from torchdlrm.training.processes.agreement import Setting, Settings, settings_of
-from torchdlrm.training.processes.process_group import join_process_group
-from torchdlrm.training.run import Run
-from torchdlrm.training.sharded import build_empty_model
+import numpy as np
+
+from torchdlrm.config import DeviceChoice, ShardingConfig
+from torchdlrm.errors import UserError
+from torchdlrm.evaluation.predictions import OWN_COLUMNS, predicted_rows, write_predictions
+from torchdlrm.metrics import BinaryMetrics, estimates
+from torchdlrm.prediction.scores_out import check_name
+from torchdlrm.progress import ProgressListener, watched
+
+if TYPE_CHECKING:
+    from torchdlrm.bundle.bundle import Bundle
+    from torchdlrm.data.dataset import Dataset
+    from torchdlrm.model.model_class import ModelClass
+    from torchdlrm.training.run import Run
 
 
 def evaluate(
-    run: Run | str | Path,
-    dataset: Dataset | str | Path | None = None,
+    source: "Run | Bundle | str | Path",
+    dataset: "Dataset | str | Path | None" = None,
     split: str = "test",
     *,
-    model_class: ModelClass | None = None,
+    group: str | None = None,
+    predictions: str | Path | None = None,
+    columns: Sequence[str] = (),
+    label: str | None = None,
+    weight: str | None = None,
+    model_class: "ModelClass | None" = None,
     allow_changed_model_class: bool = False,
     checkpoint: str = "best",
     batch_size_global: int = 8192,
@@ -36,15 +39,22 @@ def evaluate(
     sharding: ShardingConfig | None = None,
     progress: ProgressListener | bool = True,
 ) -> dict[str, Any] | None:
-    """Metrics of a run's weights over the rows of one split, or of several together.
+    """Metrics of a model's weights over the rows of one split, or of several together, or of rows that were predicted.
 
     Works in this process and all others that torch's launcher has started with it. A process group that exists is used;
     where there is none, one is joined and left again. Process-wide settings are afterwards what they were.
 
     Args:
-        run: a run or its folder; trained on any number of ranks.
+        source: a run, trained on any number of ranks; a bundle; the folder of a period of a live model, whose log the
+            model before predicted; or a file of predictions. A folder, or what was opened.
         dataset: what it was trained on, or its folder; None where it is still where it was.
         split: `train`, `val` or `test`; several joined by + are judged together, as in `val+test`.
+        group: a column of which rows with the same value depend on each other, as those of one user: intervals are
+            those of groups, and there is a `gauc`.
+        predictions: where to write the rows: .parquet, .csv or .csv.gz.
+        columns: of the log, to be written with them.
+        label: of a file of predictions: the column of labels, `label` when not given.
+        weight: of a file of predictions: the column of weights; `weight` when not given, where there is one.
         model_class: that the run was trained with, where it is not the DLRM.
         allow_changed_model_class: take it though its file has changed since.
         checkpoint: `best` of the val split (the last where nothing was validated), `last`, or a step.
@@ -55,91 +65,54 @@ def evaluate(
         progress: receives the rows done on rank 0; True and False as for `train`.
 
     Returns:
-        On rank 0 `split`, `label`, `step`, `checkpoint` (`best`, `last` or `step`: what it was chosen for), `rows`,
-        `auc`, `logloss`, `ne`, `calibration`, `accuracy` (None where not defined, as the AUC of rows of one label);
-        elsewhere None.
+        On rank 0 `label` and, of a run or a bundle, `split`, `step` and `checkpoint` (`best`, `last` or `step`: what it
+        was chosen for); `rows`, `auc`, `logloss`, `ne`, `calibration`, `accuracy`, with groups `gauc` (None where not
+        defined, as the AUC of rows of one label); `clicks`, of the rows; with groups how many `groups`; and
+        `intervals`: by metric [low, high], which holds the true value 19 times in 20, None where it is not known.
+        Elsewhere None.
 
     Raises:
         RunError: there is no such run, it is of another dataset or model class, or it lacks an undamaged checkpoint.
-        DatasetError: the dataset or a split is not there, or is empty.
-        ConfigError: the GPUs that `device` demands are not there, or the machines of the evaluation were started with
-            different arguments.
+        DatasetError: the dataset, a split or a column is not there, or is empty.
+        ConfigError: the GPUs that `device` demands are not there, the source does not know what was asked, or the
+            machines of the evaluation were started with different arguments.
         PlanError: the tables do not fit the machine, or `sharding` asks for what it does not have.
+        UserError: a file cannot be read or written.
     """
-    trained = run if isinstance(run, Run) else Run.open(Path(run))
-    encoded = trained.open_dataset(dataset)
+    out = None if predictions is None else Path(predictions)
+    if out is not None:
+        check_name(out, "predictions")
+    for name in {*columns} & {*OWN_COLUMNS}:
+        msg = f"`columns`: {name} is what a column of the predictions' own is called"
+        raise UserError(msg)
     with watched(progress) as listener:
-        chosen, predictions = predict_split(
-            trained,
-            encoded,
-            split,
+        rows = predicted_rows(
+            source,
+            dataset=dataset,
+            split=split,
+            columns=columns,
+            group=group,
+            checkpoint=checkpoint,
             model_class=model_class,
             allow_changed_model_class=allow_changed_model_class,
-            checkpoint=checkpoint,
             batch_size_global=batch_size_global,
             device=device,
             sharding=sharding,
+            label=label,
+            weight=weight,
             progress=listener,
         )
-    about = {"split": split, "label": encoded.label_name, "step": chosen.step, "checkpoint": chosen.kind}
-    return None if predictions is None else about | binary_metrics(*predictions).as_json()
-
-
-def predict_split(
-    run: Run,
-    dataset: Dataset,
-    split: str,
-    *,
-    model_class: ModelClass | None = None,
-    allow_changed_model_class: bool = False,
-    checkpoint: str = "best",
-    batch_size_global: int = 8192,
-    device: DeviceChoice = "auto",
-    sharding: ShardingConfig | None = None,
-    progress: ProgressListener = SILENT,
-) -> tuple[ChosenCheckpoint, Predictions | None]:
-    """The checkpoint that was chosen, and on rank 0 the labels, logits and weights of a split; all as for `evaluate`.
-
-    The order of the rows depends on the number of ranks and on the batch size alone.
-    """
-    names = split.split("+")
-    if len(set(names)) < len(names):
-        msg = f"`split`: {split} names a split twice, and each row counts once; name each once"
-        raise ConfigError(msg)
-    shape = run.shape(dataset, model_class, allow_changed_model_class=allow_changed_model_class)
-    config = run.config.model_copy(update={"sharding": sharding or sharding_elsewhere(run.config)})
-
-    def describe() -> Settings:
-        asked = {"`split`": split, "`checkpoint`": checkpoint, "`batch_size_global`": str(batch_size_global)}
-        ours = {name: Setting(value, value) for name, value in asked.items()}
-        return {**settings_of(config, dataset, shape.architecture, restart=False), **ours}
-
-    with join_process_group(config.train.timeout_s, describe, device=device, setting="`device`") as ranks:
-        model = build_empty_model(config, shape, num_embeddings=dataset.num_embeddings, ranks=ranks)
-        chosen = find_checkpoint(run.checkpoints, checkpoint)
-        Checkpointer(run.checkpoints, model, None, ranks).load(chosen.step)
-        loaders = [
-            Loader(
-                dataset,
-                name,
-                batch_size_global=batch_size_global,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-                model=config.model,
-                pin_memory=ranks.device.type == "cuda",
-                all_gather=ranks.all_gather,
-            )
-            for name in names
-        ]
-        listener = progress if ranks.is_first else SILENT
-        listener.start_phase("evaluate", sum(loader.rows for loader in loaders))
-        return chosen, predict_loaders(model, loaders, ranks, listener).take(ranks)
-
-
-def sharding_elsewhere(config: Config) -> ShardingConfig:
-    """How to spread a run's tables over another machine than the one that trained: without its rules, plan and sizes.
-
-    What is kept says how much of a device is not for tables, and whether some may stay in host memory.
-    """
-    trained = config.sharding
-    return ShardingConfig(reserved_fraction=trained.reserved_fraction, cache_fraction=trained.cache_fraction)
+    if rows is None:
+        return None
+    if out is not None:
+        write_predictions(rows, out)
+    judged = rows.judged
+    found = estimates(judged)
+    metrics = BinaryMetrics(rows=judged.sums.rows, **{name: estimate.value for name, estimate in found.items()})
+    counted = {"clicks": int(np.count_nonzero(judged.labels))}
+    if judged.groups is not None:
+        counted["groups"] = int(np.count_nonzero(np.bincount(judged.groups)))
+    intervals = {
+        name: None if math.isnan(estimate.low) else [estimate.low, estimate.high] for name, estimate in found.items()
+    }
+    return {**rows.about, **metrics.as_json(), **counted, "intervals": intervals}

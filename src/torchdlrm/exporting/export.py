@@ -5,14 +5,13 @@ In: a run and the dataset it was trained on.  Out: the bundle's folder, complete
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import pyarrow.parquet as pq
 
 from torchdlrm.bundle import DensePrecision, TablePrecision, check_model_name
 from torchdlrm.bundle.apply import DELTA_NAMES, FULL_NAME, write_delta
@@ -41,7 +40,7 @@ from torchdlrm.bundle.write import (
     weights_bytes,
     write_weights,
 )
-from torchdlrm.data.dataset import Dataset
+from torchdlrm.data.dataset import Dataset, rows_of_split
 from torchdlrm.errors import BundleError, DatasetError, RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.complete import require_same
@@ -269,7 +268,7 @@ def _check(
     def judged(served: ServedModel) -> tuple[CheckRecord, Agreement]:
         progress.start_phase("check", min(options.check_rows, dataset.splits[split].rows))
         return compare(
-            held_out_rows(dataset, split, options.check_rows),
+            rows_of_split(dataset, split, options.check_rows),
             dataset.schema,
             split=split,
             checkpoint=model.logits,
@@ -298,7 +297,7 @@ def _search(
     split = "val" if dataset.splits["val"].rows else held_out_split(dataset)
     return choose_precisions(
         model,
-        held_out_rows(dataset, split, min(options.check_rows, SENSITIVITY_ROWS)),
+        rows_of_split(dataset, split, min(options.check_rows, SENSITIVITY_ROWS)),
         dataset.schema,
         dataset.num_embeddings,
         max_logloss_increase=_max_increase(options),
@@ -333,7 +332,7 @@ def _allowed(
 
 
 def _write_sample(dataset: Dataset, split: str, bundle: Bundle, model: ServedModel) -> None:
-    encoded = next(held_out_rows(dataset, split, 4 * _SAMPLE_ROWS))
+    encoded = next(rows_of_split(dataset, split, 4 * _SAMPLE_ROWS))
     raw = raw_sample(encoded, bundle.schema, bundle.dense, trained_vocabularies(dataset, bundle), max_rows=_SAMPLE_ROWS)
     rows = encode(raw, bundle.schema, bundle.dense, bundle.vocabularies)
     predictions = model.predict(EncodedRows.from_frame(rows, bundle.schema))
@@ -359,21 +358,3 @@ def held_out_split(dataset: Dataset) -> str:
             return name
     msg = f"{dataset.path}: the dataset has no rows to check the bundle on"
     raise DatasetError(msg)
-
-
-def held_out_rows(dataset: Dataset, split: str, max_rows: int) -> Iterator[pl.DataFrame]:
-    """The first rows of a split, a row group at a time, with the columns of the dataset."""
-    left = max_rows
-    for file in dataset.splits[split].files:
-        parquet = pq.ParquetFile(file.path, page_checksum_verification=True)
-        for group in range(parquet.num_row_groups):
-            if not left:
-                return
-            try:
-                frame = pl.DataFrame(parquet.read_row_group(group))
-            except OSError as error:
-                msg = f"{file.path}: row group {group} is damaged: {error}"
-                raise DatasetError(msg) from error
-            frame = frame.head(left)
-            left -= frame.height
-            yield frame

@@ -253,13 +253,10 @@ def _find_run(predictor: Predictor, dataset: Dataset, run: Path | None) -> Run:
     if run is not None:
         return Run.open(run)
     name = predictor.bundle.manifest.source.run
-    places = [
-        folder / name for folder in (predictor.bundle.path.resolve().parent, dataset.path.resolve().parent, Path())
-    ]
-    for place in places:
-        if place.is_dir() and Path(name).name == name:  # it is the bundle's word for it
-            return Run.open(place)
-    where = ", ".join(map(str, places))
+    folders = [predictor.bundle.path.resolve().parent, dataset.path.resolve().parent, Path()]
+    if (found := Run.find(name, folders)) is not None:
+        return found
+    where = ", ".join(str(folder / name) for folder in folders)
     msg = f"the bundle was made of a run called {name!r}, and none is at {where}; say where it is with `run`"
     raise RunError(msg)
 

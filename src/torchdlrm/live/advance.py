@@ -29,13 +29,14 @@ from torchdlrm.bundle.write import complete_folder
 from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset, SparseRecord
 from torchdlrm.errors import LiveError
+from torchdlrm.evaluation.predictions import SCORES_NAME
 from torchdlrm.exporting.export import export
 from torchdlrm.exporting.options import ExportOptions
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.features.schema_file import with_split
 from torchdlrm.files import remove_folder, sync, write_atomically
 from torchdlrm.live.changes import STEPS
-from torchdlrm.live.gate import SCORES_NAME, judge, progressive_metrics, read_scores, require_same_rows, score_log
+from torchdlrm.live.gate import judge, progressive_metrics, read_scores, require_same_rows, score_log
 from torchdlrm.live.logs import find_log
 from torchdlrm.live.model import CONFIG_NAME, DATASET_NAME, REPLAY_NAME, RUN_NAME, LiveModel
 from torchdlrm.live.preview import AdvancePreview, lineage_of, preview_advance

@@ -14,25 +14,23 @@ import numpy as np
 import polars as pl
 
 from torchdlrm.bundle.bundle import Bundle
-from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.served_model import ServedModel
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.splits import SPLIT_NAMES, RandomSplit
 from torchdlrm.errors import LogError
-from torchdlrm.exporting.export import held_out_rows
+from torchdlrm.evaluation.split_rows import predict_by_bundle
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.judged import Judged
 from torchdlrm.live.record import GateRecord, PeriodMetrics, ProgressiveMetrics
 from torchdlrm.live.settings import GateSettings
 from torchdlrm.logs.files import LogFile
 from torchdlrm.metrics import LOSS, METRICS, metrics_in, metrics_of
-from torchdlrm.prediction.files import HAS_UNKNOWN_COLUMN, LOGIT_COLUMN, predict_file
+from torchdlrm.prediction.files import HAS_UNKNOWN_COLUMN, predict_file
 from torchdlrm.prediction.predictor import Predictor
 from torchdlrm.prediction.rows_in import RowsIn
+from torchdlrm.prediction.scores_out import LOGIT_COLUMN
 from torchdlrm.progress import ProgressListener
 from torchdlrm.ranks import Labels, Scores, Weights
 
-SCORES_NAME = "scores.parquet"
 _ENDS = ("_low", "_high")
 _STANDARD_ERRORS = 2.0  # outside a limit by this many is not chance
 
@@ -138,17 +136,9 @@ def judge(
     Raises:
         LogError: the log was another one when it was scored.
     """
-    rows = dataset.splits["val"].rows
-    model, schema = ServedModel(candidate), dataset.schema
-    progress.start_phase("gate", rows)
-    pieces = []
-    for frame in held_out_rows(dataset, "val", rows):
-        logits = model.logits(EncodedRows.from_frame(frame, schema))
-        pieces.append([*(frame[name].to_numpy() for name in schema.target_names), logits])
-        progress.advance(frame.height)
-    *targets, logits = map(np.concatenate, zip(*pieces, strict=True))
-    labels, *weights = targets
-    new = period_metrics(labels, logits, *weights)
+    rows, schema = dataset.splits["val"].rows, dataset.schema
+    labels, logits, weights = predict_by_bundle(candidate, dataset, "val", progress, phase="gate")
+    new = period_metrics(labels, logits, weights)
     old = increase = increase_error = None
     if scores is not None:
         held_back = _held_back(read_scores(scores, schema), dataset)
@@ -156,14 +146,14 @@ def judge(
             msg = f"{scores}: its rows are not those of {dataset.path}: the log has changed meanwhile; give `restart`"
             raise LogError(msg)
         old = metrics_of_scores(held_back, schema)
-        before, after = (Judged.of(labels, of, *weights) for of in (held_back[LOGIT_COLUMN].to_numpy(), logits))
+        before, after = (Judged.of(labels, of, weights) for of in (held_back[LOGIT_COLUMN].to_numpy(), logits))
         increase, increase_error, *_ = map(_defined, METRICS[LOSS].difference(before, after))
     gate = GateRecord(
         rows=rows,
         old=old,
         new=new,
         calibration_standard_error=_defined(
-            METRICS["calibration"].estimate(Judged.of(labels, logits, *weights)).standard_error
+            METRICS["calibration"].estimate(Judged.of(labels, logits, weights)).standard_error
         ),
         logloss_increase=increase,
         logloss_increase_standard_error=increase_error,

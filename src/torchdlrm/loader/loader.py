@@ -102,6 +102,11 @@ class Loader:
         group = self._reader.read(0, 0)
         return np.array(group.dense, np.float32).reshape(len(group.dense), len(group.labels)).T
 
+    def rows_of(self, rank: int) -> Iterator[range]:
+        """The rows of the split that a rank has of each batch of an epoch."""
+        for _, batch in BatchSequence(self.rows, self._batch_size_global, 0, 0, end_epoch=1):
+            yield rank_rows(batch, rank=rank, world_size=self._world_size)
+
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Start behind the first `batches_consumed` batches of `epoch`, whatever the world size was that consumed them.
 

@@ -25,11 +25,11 @@ from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.metrics import BinaryMetrics, binary_metrics
 from torchdlrm.prediction.predictor import Predictions, Predictor
 from torchdlrm.prediction.rows_in import RowChunk, RowsIn
-from torchdlrm.prediction.scores_out import check_name, writing_scores
+from torchdlrm.prediction.scores_out import LOGIT_COLUMN, check_name, writing_scores
 from torchdlrm.progress import SILENT, ProgressListener
 
 BadRowsRule = Literal["refuse", "null"]
-LOGIT_COLUMN, HAS_UNKNOWN_COLUMN = "logit", "has_unknown"
+HAS_UNKNOWN_COLUMN = "has_unknown"
 _WAIT_S = 0.2
 _CHUNKS_AHEAD = 2
 

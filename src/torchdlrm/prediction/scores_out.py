@@ -19,12 +19,14 @@ from torchdlrm.errors import Interrupted, UserError
 from torchdlrm.files import replacing
 
 STANDARD_OUTPUT = Path("-")
+FILE_ENDINGS = (".parquet", ".csv", ".csv.gz")
+LOGIT_COLUMN = "logit"
 # The default of 9 takes as long as predicting; digits at random hardly shrink further.
 _GZIP_LEVEL = 1
 
 
 @contextmanager
-def writing_scores(path: Path) -> Iterator["_CsvWriter | _ParquetWriter"]:
+def writing_scores(path: Path, argument: str = "out") -> Iterator["_CsvWriter | _ParquetWriter"]:
     """Write frames of the same columns to `path`, in the format that its name asks for; `-` is standard output.
 
     Raises:
@@ -32,7 +34,7 @@ def writing_scores(path: Path) -> Iterator["_CsvWriter | _ParquetWriter"]:
         OSError: the disk is full, or fails.
         Interrupted: the reader of standard output has gone.
     """
-    check_name(path)
+    check_name(path, argument)
     if path == STANDARD_OUTPUT:
         try:
             yield _CsvWriter(sys.stdout.buffer)
@@ -60,11 +62,11 @@ def writing_scores(path: Path) -> Iterator["_CsvWriter | _ParquetWriter"]:
     except OSError as error:
         if error.filename != str(path) or error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
             raise
-        msg = f"`out`: {path} cannot be written: {error.strerror}"
+        msg = f"`{argument}`: {path} cannot be written: {error.strerror}"
         raise UserError(msg) from error
 
 
-def check_name(path: Path) -> None:
+def check_name(path: Path, argument: str = "out") -> None:
     """See that scores can be written under a name, before any is predicted.
 
     Raises:
@@ -72,13 +74,14 @@ def check_name(path: Path) -> None:
     """
     if path == STANDARD_OUTPUT:
         if sys.stdout is None:
-            raise UserError("`out`: standard output is closed; name a file to write to")
+            msg = f"`{argument}`: standard output is closed; name a file to write to"
+            raise UserError(msg)
         return
-    if not path.name.endswith((".parquet", ".csv", ".csv.gz")):
-        msg = f"`out`: {path} must end in .parquet, .csv or .csv.gz, or be - for CSV on standard output"
+    if not path.name.endswith(FILE_ENDINGS):
+        msg = f"`{argument}`: {path} must end in .parquet, .csv or .csv.gz, or be - for CSV on standard output"
         raise UserError(msg)
     if path.is_dir():
-        msg = f"`out`: {path} is a folder; name a file in it"
+        msg = f"`{argument}`: {path} is a folder; name a file in it"
         raise UserError(msg)
 
 

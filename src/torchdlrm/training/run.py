@@ -140,6 +140,13 @@ class Run:
             raise wrong_folder(path, "run")
         return cls(path, load_config(path / CONFIG_NAME, is_of_run=True))
 
+    @classmethod
+    def find(cls, name: str, folders: Collection[Path]) -> "Run | None":
+        """The run of this name in one of some folders, if there is one; a bundle says the name of its run."""
+        is_name = Path(name).name == name  # else it would lead anywhere
+        found = next((folder / name for folder in folders if is_name and (folder / name).is_dir()), None)
+        return None if found is None else cls.open(found)
+
     @property
     def exists(self) -> bool:
         """Whether the run has been started before."""

@@ -1,0 +1,109 @@
+"""How long it takes to judge many predicted rows with intervals, and how much memory it needs.
+
+    python benchmarks/judge.py --rows 10000000 100000000 --json judge.json
+
+For each number of rows a file of predictions is made (Parquet: label, logit, and where the variant has them a weight, a
+user) and judged in a process of its own by what `dlrm evaluate FILE` calls: the file is read, then every metric is
+computed with its interval of 95 %. Peak memory is that of the process, with Python and its libraries. Nothing is
+predicted, so this is what judging adds to predicting.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+VARIANTS = {"plain": (), "weighted": ("weight",), "grouped": ("user",), "weighted, grouped": ("weight", "user")}
+_BLOCK_ROWS = 1 << 20
+_ROWS_A_USER = 20
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000_000], help="how many are judged")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS], help="what rows have")
+    parser.add_argument("--json", type=Path, help="write the measurements here, too")
+    parser.add_argument("--one", nargs=2, metavar=("JOB", "FILE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        job, file = options.one
+        print(json.dumps(JOBS[job](Path(file))))
+        return
+    found = []
+    header = f"{'rows':>12}  {'job':<9} {'variant':<18} {'read s':>7} {'metrics s':>9} {'all s':>7} {'peak MB':>8}"
+    print(header)
+    with tempfile.TemporaryDirectory() as folder:
+        for rows in options.rows:
+            for variant in options.variants:
+                file = write_rows(Path(folder) / "p.parquet", rows, VARIANTS[variant], seed=rows)
+                for job in JOBS:
+                    command = [sys.executable, __file__, "--one", job, str(file)]
+                    started_s = time.perf_counter()
+                    done = subprocess.run(command, check=True, capture_output=True, text=True)
+                    figures = json.loads(done.stdout) | {"all_s": time.perf_counter() - started_s}
+                    found.append({"rows": rows, "job": job, "variant": variant, **figures})
+                    print(
+                        f"{rows:>12,}  {job:<9} {variant:<18} {figures['read_s']:>7.1f} {figures['metrics_s']:>9.1f} "
+                        f"{figures['all_s']:>7.1f} {figures['peak_mb']:>8,.0f}"
+                    )
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def write_rows(path: Path, rows: int, columns: tuple[str, ...], seed: int) -> Path:
+    """Write predicted rows whose labels are drawn from a truth that the model knows with some noise."""
+    rng, writer = np.random.default_rng(seed), None
+    for start in range(0, rows, _BLOCK_ROWS):
+        size = min(_BLOCK_ROWS, rows - start)
+        truth = rng.normal(-2.5, 1.2, size)
+        block: dict[str, Any] = {
+            "label": (rng.random(size) < 1 / (1 + np.exp(-truth))).astype(np.int8),
+            "logit": (truth + rng.normal(0, 0.7, size)).astype(np.float32),
+        }
+        if "weight" in columns:
+            block["weight"] = rng.choice(np.array([0.5, 1, 3], np.float32), size)
+        if "user" in columns:
+            block["user"] = rng.integers(0, max(1, rows // _ROWS_A_USER), size)
+        table = pa.table(block)
+        writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd", compression_level=1)
+        writer.write_table(table)
+    assert writer is not None, "at least one row"
+    writer.close()
+    return path
+
+
+def evaluate(file: Path) -> dict[str, float]:
+    """What `dlrm evaluate FILE` does, with its times."""
+    from torchdlrm.evaluation.predictions import predicted_rows  # noqa: PLC0415 - in the process that is measured
+    from torchdlrm.metrics import estimates  # noqa: PLC0415
+
+    has_groups = "user" in pl.read_parquet_schema(file)
+    started_s = time.perf_counter()
+    rows = predicted_rows(file, group="user" if has_groups else None)
+    read_s = time.perf_counter() - started_s
+    assert rows is not None, "of a file"
+    estimates(rows.judged)
+    return {"read_s": read_s, "metrics_s": time.perf_counter() - started_s - read_s, "peak_mb": peak_mb()}
+
+
+def peak_mb() -> float:
+    """The most memory that this process has had so far."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1e3
+
+
+JOBS = {"evaluate": evaluate}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Predicts the rows of a dataset's split by a run or by a bundle, and reads their columns as the log has them.
+
+The machine need not be the one that trained, nor one that could: no state of an optimizer is kept, nothing is rounded
+to send or multiply it faster, and the tables are planned again for the processes that are there.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from torchdlrm.bundle.bundle import Bundle
+from torchdlrm.bundle.encoded_rows import EncodedRows
+from torchdlrm.bundle.served_model import ServedModel
+from torchdlrm.config import Config, DeviceChoice, ShardingConfig
+from torchdlrm.data.dataset import Dataset, rows_of_split
+from torchdlrm.errors import ConfigError, DatasetError, RunError
+from torchdlrm.evaluation.predictions import MOST_UNKNOWN, PredictedRows
+from torchdlrm.features.columns import DenseColumn, LabelColumn, SparseColumn, WeightColumn
+from torchdlrm.features.vocabulary import UNKNOWN_ID
+from torchdlrm.judged import Judged
+from torchdlrm.loader.loader import Loader
+from torchdlrm.model.model_class import ModelClass, reported
+from torchdlrm.progress import SILENT, ProgressListener
+from torchdlrm.training.checkpoint import ChosenCheckpoint, find_checkpoint
+from torchdlrm.training.checkpointer import Checkpointer
+from torchdlrm.training.environment import manifest_sha256
+from torchdlrm.training.pipeline import Predictions, predict_loaders
+from torchdlrm.training.processes.agreement import Setting, Settings, settings_of
+from torchdlrm.training.processes.process_group import join_process_group
+from torchdlrm.training.run import Run
+from torchdlrm.training.sharded import build_empty_model
+
+UNKNOWN_VALUE = "(unknown)"  # of a feature: its values without an id
+
+Asked = tuple[Sequence[str], str | None]  # columns, and that of the groups
+_Column = DenseColumn | SparseColumn | LabelColumn | WeightColumn
+
+
+def rows_of_run(
+    run: Run | Path, dataset: Dataset | str | Path | None, split: str, asked: Asked, **how: Any
+) -> PredictedRows | None:
+    """The rows of a split as a checkpoint of a run predicts them; `how` is that of `predict_split`."""
+    trained = run if isinstance(run, Run) else Run.open(run)
+    encoded = trained.open_dataset(dataset)
+    check_columns(encoded, split, asked)
+    chosen, predictions = predict_split(trained, encoded, split, **how)
+    return None if predictions is None else _rows(trained.path, encoded, split, asked, predictions, chosen)
+
+
+def rows_of_bundle(
+    bundle: Bundle | Path, dataset: Dataset | str | Path | None, split: str, asked: Asked, **how: Any
+) -> PredictedRows:
+    """The rows of a split as a bundle predicts them; `how` is that of `Bundle.open`."""
+    if not isinstance(bundle, Bundle):
+        bundle = Bundle.open(bundle, **how)
+    source = bundle.manifest.source
+    if dataset is None:
+        place = bundle.path.resolve()
+        of_live = place.parents[1] / "days" / place.name
+        run = Run.find(source.run, [place.parent, Path(), of_live])
+        if run is None:
+            msg = f"{bundle.path}: was made of a run called {source.run!r}, which is neither beside it nor here, so "
+            msg += "its dataset is not known; say with `dataset` where it is"
+            raise RunError(msg)
+        dataset = run.open_dataset()
+    encoded = dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)
+    if manifest_sha256(encoded) != source.dataset_sha256:
+        msg = f"`dataset`: {encoded.path} is not what the run of the bundle {bundle.path} was trained on"
+        msg += " (its dataset.json differs), so the ids do not mean the same"
+        raise RunError(msg)
+    encoded = encoded.with_label(bundle.schema.label.name)
+    check_columns(encoded, split, asked)
+    predictions = predict_by_bundle(bundle, encoded, split, how["progress"])
+    chosen = ChosenCheckpoint(source.step, source.checkpoint or "step")
+    return _rows(bundle.path, encoded, split, asked, predictions, chosen)
+
+
+def predict_by_bundle(
+    bundle: Bundle, dataset: Dataset, split: str, progress: ProgressListener, *, phase: str = "evaluate"
+) -> Predictions:
+    """Labels, logits and weights of a split's rows as a bundle predicts them."""
+    model, pieces = ServedModel(bundle), []
+    progress.start_phase(phase, sum(dataset.splits[name].rows for name in split.split("+")))
+    with reported(bundle.shape.architecture):
+        for frame in _frames(dataset, split):
+            logits = model.logits(EncodedRows.from_frame(frame, dataset.schema))
+            targets = [frame[name].to_numpy().astype(np.float32) for name in dataset.schema.target_names]
+            pieces.append([targets[0], logits, *targets[1:]])
+            progress.advance(frame.height)
+    return Predictions(*map(np.concatenate, zip(*pieces, strict=True)))
+
+
+def predict_split(
+    run: Run,
+    dataset: Dataset,
+    split: str,
+    *,
+    model_class: ModelClass | None = None,
+    allow_changed_model_class: bool = False,
+    checkpoint: str = "best",
+    batch_size_global: int = 8192,
+    device: DeviceChoice = "auto",
+    sharding: ShardingConfig | None = None,
+    progress: ProgressListener = SILENT,
+) -> tuple[ChosenCheckpoint, Predictions | None]:
+    """The checkpoint that was chosen, and on rank 0 the labels, logits and weights of a split, in its order."""
+    check_columns(dataset, split, ((), None))
+    shape = run.shape(dataset, model_class, allow_changed_model_class=allow_changed_model_class)
+    config = run.config.model_copy(update={"sharding": sharding or sharding_elsewhere(run.config)})
+
+    def describe() -> Settings:
+        asked = {"`split`": split, "`checkpoint`": checkpoint, "`batch_size_global`": str(batch_size_global)}
+        ours = {name: Setting(value, value) for name, value in asked.items()}
+        return {**settings_of(config, dataset, shape.architecture, restart=False), **ours}
+
+    with join_process_group(config.train.timeout_s, describe, device=device, setting="`device`") as ranks:
+        model = build_empty_model(config, shape, num_embeddings=dataset.num_embeddings, ranks=ranks)
+        chosen = find_checkpoint(run.checkpoints, checkpoint)
+        Checkpointer(run.checkpoints, model, None, ranks).load(chosen.step)
+        loaders = [
+            Loader(
+                dataset,
+                name,
+                batch_size_global=batch_size_global,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                model=config.model,
+                pin_memory=ranks.device.type == "cuda",
+                all_gather=ranks.all_gather,
+            )
+            for name in split.split("+")
+        ]
+        listener = progress if ranks.is_first else SILENT
+        listener.start_phase("evaluate", sum(loader.rows for loader in loaders))
+        predictions = predict_loaders(model, loaders, ranks, listener).take(ranks)
+        return chosen, None if predictions is None else _in_order(predictions, loaders, ranks.world_size)
+
+
+def _in_order(predictions: Predictions, loaders: Sequence[Loader], world_size: int) -> Predictions:
+    """The rows as they stand in their splits; they come rank by rank."""
+    columns = [column for column in predictions if column is not None]
+    ordered, taken = [np.empty_like(column) for column in columns], 0
+    for rank in range(world_size):
+        first = 0
+        for loader in loaders:
+            for rows in loader.rows_of(rank):
+                here = slice(first + rows.start, first + rows.stop)
+                for column, whole in zip(columns, ordered, strict=True):
+                    whole[here] = column[taken : taken + len(rows)]
+                taken += len(rows)
+            first += loader.rows
+    return Predictions(*ordered)
+
+
+def sharding_elsewhere(config: Config) -> ShardingConfig:
+    """How to spread a run's tables over another machine than the one that trained: without its rules, plan and sizes.
+
+    What is kept says how much of a device is not for tables, and whether some may stay in host memory.
+    """
+    trained = config.sharding
+    return ShardingConfig(reserved_fraction=trained.reserved_fraction, cache_fraction=trained.cache_fraction)
+
+
+def check_columns(dataset: Dataset, split: str, asked: Asked) -> tuple[list[_Column], str | None]:
+    """The columns of a dataset that are asked for by their names in the log or in the schema, and that of the groups.
+
+    Raises:
+        DatasetError: it does not have them, or what it has of the values makes no groups.
+        ConfigError: a split is named twice.
+    """
+    schema, splits = dataset.schema, split.split("+")
+    if len({*splits}) < len(splits):
+        msg = f"`split`: {split} names a split twice, and each row counts once; name each once"
+        raise ConfigError(msg)
+    for name in splits:
+        Loader(dataset, name)  # refuses what is not there, or is empty
+    stored = [column for column in (*schema.labels, schema.weight, *schema.dense, *schema.sparse) if column is not None]
+    named: dict[str, _Column] = {column.log_name: column for column in stored}
+    named |= {column.name: column for column in stored}
+    groups = [] if asked[1] is None else [("group", asked[1])]
+    for argument, name in [*(("columns", name) for name in asked[0]), *groups]:
+        column, why = named.get(name), ""
+        if column is None:
+            why = f"is not in {dataset.path}, which has {', '.join(of.name for of in stored)}"
+        elif not isinstance(column, SparseColumn):
+            why = "is no category" if argument == "group" else ""
+        elif column.hash is not None or column.is_multi_valued:
+            why = "has several values a row" if column.hash is None else "was hashed, so that values share an id"
+        elif argument == "group":
+            records = [record for part, record in dataset.manifest.splits.items() if part in splits]
+            unknown = max(record.unknown_rate(column.name) for record in records)
+            why = f"has no id for {unknown:.1%} of its values in {split}, which are no group"
+            why = why if unknown > MOST_UNKNOWN else ""
+        if why:
+            remedy = f"dlrm predict BUNDLE LOG --columns label,{name} --out p.parquet"
+            msg = f"`{argument}`: {name} {why}; `{remedy}` writes a log's values beside its predictions, and p.parquet "
+            msg += "can be given in place of the model"
+            raise DatasetError(msg)
+    return [named[name] for name in asked[0]], None if asked[1] is None else named[asked[1]].name
+
+
+def _frames(dataset: Dataset, split: str, columns: Sequence[str] | None = None) -> Iterator[pl.DataFrame]:
+    for name in split.split("+"):
+        yield from rows_of_split(dataset, name, columns=columns)
+
+
+def _rows(
+    path: Path, dataset: Dataset, split: str, asked: Asked, predictions: Predictions, chosen: ChosenCheckpoint
+) -> PredictedRows:
+    columns, group = check_columns(dataset, split, asked)
+    needed = [*dict.fromkeys([*(column.name for column in columns), *([group] if group else [])])]
+    encoded = pl.concat(_frames(dataset, split, needed)) if needed else pl.DataFrame()
+    groups = encoded[group].to_numpy() if group else None
+    judged = Judged.of(predictions.labels.astype(np.uint8), predictions.logits, predictions.weights, groups)
+    raw = encoded.select(_raw(dataset, column).alias(name) for name, column in zip(asked[0], columns, strict=True))
+    about = {"split": split, "label": dataset.label_name, "step": chosen.step, "checkpoint": chosen.kind}
+    return PredictedRows.of(path.resolve().name, judged, raw, about)
+
+
+def _raw(dataset: Dataset, column: _Column) -> pl.Expr:
+    """A column as the log has it, of encoded rows."""
+    encoded = pl.col(column.name)
+    if isinstance(column, DenseColumn):
+        fitted, kind = dataset.manifest.dense[column.name], column.value_kind
+        return encoded.map_batches(
+            lambda x: kind.from_floats(fitted.inverse(x.cast(pl.Float64).to_numpy())), return_dtype=column.dtype
+        )
+    if not isinstance(column, SparseColumn):
+        return encoded
+    if not column.has_vocabulary:
+        return encoded.cast(pl.String)
+    vocabulary = dataset.vocabulary(column.name)
+    of_id = encoded.replace_strict(
+        vocabulary.table["id"], vocabulary.text_values().cast(pl.String), default=None, return_dtype=pl.String
+    )
+    return pl.when(encoded == UNKNOWN_ID).then(pl.lit(UNKNOWN_VALUE)).otherwise(of_id)
