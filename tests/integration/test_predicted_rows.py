@@ -1,6 +1,7 @@
 """Predicted rows come from a run, a bundle, a period of a live model or a file, in one order and with their columns."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,12 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from helpers.raw_logs import read_criteo
 from torchdlrm import Run, evaluate
+from torchdlrm.cli.evaluate import evaluate as evaluate_command
 from torchdlrm.data.dataset import Dataset
 from torchdlrm.errors import ConfigError, DatasetError, LiveError, RunError, UserError
 from torchdlrm.evaluation.predictions import predicted_rows, write_predictions
 from torchdlrm.evaluation.split_rows import UNKNOWN_VALUE, predict_split
+from torchdlrm.judging.slices import slices
 from torchdlrm.training.processes.launch import Processes, launch
 
 
@@ -96,7 +99,7 @@ def test_a_file_of_another_program_needs_a_label_and_a_probability_alone(tmp_pat
         ({}, "`label`: .*p.csv has no column 'label'; it has clicked, prediction, w, user"),
         ({"label": "user"}, r"p.csv, row \d: user is \d+, prediction is 0.\d+; a label is 0 or 1"),
         ({"label": "clicked", "group": "usr"}, "`group`: .* has no column 'usr'"),
-        ({"label": "clicked", "columns": ["x"]}, "`columns`: .* has no column 'x'"),
+        ({"label": "clicked", "columns": ["x"]}, "has no column 'x'"),
         ({"label": "clicked", "columns": ["row"]}, "`columns`: row is what a column of the predictions' own is called"),
         ({"label": "clicked", "split": "val"}, "`split`: is not for a file"),
     ):
@@ -149,7 +152,7 @@ def test_groups_of_a_dataset_are_its_ids_unless_they_are_none(small_run, small_d
         patched.setattr(Dataset, "schema", small_dataset.schema.with_columns(hashed))
         with pytest.raises(DatasetError, match="`group`: cat_1 was hashed, so that values share an id"):
             predicted_rows(small_run, group="cat_1")
-        with pytest.raises(DatasetError, match="`columns`: cat_1 was hashed"):
+        with pytest.raises(DatasetError, match="column cat_1 was hashed"):
             predicted_rows(small_run, columns=["cat_1"])
 
 
@@ -175,3 +178,26 @@ def test_the_command_shows_intervals_and_writes_what_it_judged(small_run, dlrm, 
     assert "gauc" in again.stderr
     wrong = dlrm("evaluate", out, "--nproc-per-node", 2, cwd=tmp_path)
     assert (wrong.returncode, "is no run, which alone is spread over processes" in wrong.stderr) == (2, True)
+
+
+def test_slices_are_those_of_the_rows_and_of_two_splits(rows, small_run, tmp_path, capsys):
+    found = evaluate(small_run, split="val+test", by="cat_0, int_0*cat_1")["slices"]
+    columns = predicted_rows(small_run, split="val+test", columns=["cat_0", "int_0", "cat_1"]).columns
+    assert found == [part.as_json() for part in slices(rows.judged, columns, "cat_0,int_0*cat_1")]
+    assert {part["name"] for part in found} >= {"cat_0 = others", "int_0*cat_1 = others"}
+    evaluate_command(small_run, split="test", by="cat_0", against="val", as_json=True)
+    out, err = capsys.readouterr()
+    ours, *others = json.loads(out)["slices"]
+    assert ours["before"]["rows"] + sum(part["before"]["rows"] for part in others) == 357
+    assert f"{len(others) + 1} slices, worst first; 0 worse by more than chance explains" in err
+    assert re.search(r"cat_0 = others .* \d\.\d{3} → \d\.\d{3}", err)
+    path = tmp_path / "p.parquet"
+    write_predictions(replace(rows, columns=rows.columns.drop("label")), path)
+    (own, *_) = evaluate(path, by="cat_0")["slices"]
+    assert own in evaluate(small_run, split="val+test", by="cat_0")["slices"]
+    for options, message in (
+        ({"against": "val"}, "`against`: compares slices; say with `by` which"),
+        ({"by": "cat_0,cat_77"}, "column cat_77 is not in"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(small_run, **options)

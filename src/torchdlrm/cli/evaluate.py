@@ -13,6 +13,7 @@ from torchdlrm.cli.terminal import (
     drawn,
     look_at,
     print_json,
+    print_slices,
     print_table,
     say_undefined,
     warn,
@@ -36,6 +37,8 @@ def evaluate(
     columns: str = "",
     label: str | None = None,
     weight: str | None = None,
+    by: str | None = None,
+    against: str | None = None,
     own_model: OwnModel = OwnModel(),  # noqa: B008 - frozen, and what the parser fills
     batch_size_global: Positive = 8192,
     device: DeviceChoice = "auto",
@@ -60,13 +63,17 @@ def evaluate(
         columns: Columns of the log to write with them, with commas between, as in cat_3,int_2.
         label: Of a file: its column of labels; label by default.
         weight: Of a file: its column of weights; weight by default, where there is one.
+        by: Slices to judge, worst first: columns and crossed ones, as in 'cat_5,int_2,cat_5*int_2'.
+        against: Of a run or a bundle, with --by: another split; which slices are predicted worse than there.
         batch_size_global: Rows per forward pass over all processes; the result does not depend on it.
         device: auto, cuda or cpu: where to compute (as train.device), whatever the run was trained on.
     """
     from torchdlrm.evaluation.evaluate import evaluate as evaluate_rows
     from torchdlrm.evaluation.predictions import kind_of_source
+    from torchdlrm.judging.slices import columns_of
 
     own, names = _sharding_keys(sharding), [name.strip() for name in columns.split(",") if name.strip()]
+    named = [*names, *(columns_of(by) if by else ())]
     is_run = machines.nnodes > 1 or kind_of_source(source) == "run"
     if machines.nnodes == 1:  # else the other machines are to hear of it, see `refusing_everywhere`
         expect("dataset", dataset)
@@ -84,6 +91,8 @@ def evaluate(
         columns=names,
         label=label,
         weight=weight,
+        by=by,
+        against=against,
         checkpoint=checkpoint,
         batch_size_global=batch_size_global,
         device=device,
@@ -103,7 +112,7 @@ def evaluate(
         trained = Run.open(source)
         encoded = trained.open_dataset(dataset)
         trained.shape(encoded, **vars(own_model))
-        check_columns(encoded, split, (names, group))
+        check_columns(encoded, split, (named, group))
     warn_of_crowding(processes)
     job = partial(job, sharding=sharding_elsewhere(trained.config).model_copy(update=own))
     result: dict[str, Any] | None = launch(drawn, job, processes=processes)
@@ -138,6 +147,8 @@ def _print_evaluation(result: Mapping[str, Any], source: Path, *, as_json: bool)
         for metric in metrics_of_any([result])
     ]
     print_table(f"{where}, label {result['label']}: {counts}", rows)
+    if "slices" in result:
+        print_slices(result["slices"])
     say_undefined(result)
     if (best := intervals[BEST]) is not None:
         doubt = few_clicks(result.get("split", "it"), result["rows"], result["clicks"], max(best) - result[BEST])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torchdlrm.training.processes.launch import Processes
 
 T = TypeVar("T")
+_MOST_SLICES = 20  # that are shown
 console = Console(stderr=True, highlight=False)
 
 
@@ -81,6 +82,22 @@ def print_table(
     if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
         table = table_of([name for name in columns if name not in droppable])
     console.print(table)
+
+
+def print_slices(slices: Sequence[Mapping[str, Any]], of: str = "") -> None:
+    """Write slices of rows as `Slice.as_json` has them, and how many of them are worse by more than chance."""
+    from torchdlrm.judging.slices import slice_table
+
+    worse = sum(part["is_worse"] for part in slices)
+    title = f"{of}{len(slices)} slices, worst first; {worse} worse by more than chance explains"
+    print_table(
+        title,
+        slice_table(slices[:_MOST_SLICES]),
+        left_aligned=("worse by",),
+        droppable=("click rate", "AUC", "logloss"),
+    )
+    if len(slices) > _MOST_SLICES:
+        say(f"and {len(slices) - _MOST_SLICES} more, which --json has, too")
 
 
 def say_facts(title: str, facts: Mapping[str, str]) -> None:

@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from torchdlrm.config import DeviceChoice, ShardingConfig
-from torchdlrm.errors import UserError
+from torchdlrm.errors import ConfigError, UserError
 from torchdlrm.evaluation.predictions import OWN_COLUMNS, predicted_rows, write_predictions
+from torchdlrm.judging.slices import columns_of, slices
 from torchdlrm.metrics import BinaryMetrics, estimates
 from torchdlrm.prediction.scores_out import check_name
 from torchdlrm.progress import ProgressListener, watched
@@ -31,6 +34,8 @@ def evaluate(
     columns: Sequence[str] = (),
     label: str | None = None,
     weight: str | None = None,
+    by: str | None = None,
+    against: str | None = None,
     model_class: "ModelClass | None" = None,
     allow_changed_model_class: bool = False,
     checkpoint: str = "best",
@@ -55,6 +60,8 @@ def evaluate(
         columns: of the log, to be written with them.
         label: of a file of predictions: the column of labels, `label` when not given.
         weight: of a file of predictions: the column of weights; `weight` when not given, where there is one.
+        by: slices to judge: columns, and crossed ones, as in `cat_5,int_2,cat_5*int_2`.
+        against: another split: which slices are predicted worse than there.
         model_class: that the run was trained with, where it is not the DLRM.
         allow_changed_model_class: take it though its file has changed since.
         checkpoint: `best` of the val split (the last where nothing was validated), `last`, or a step.
@@ -68,8 +75,9 @@ def evaluate(
         On rank 0 `label` and, of a run or a bundle, `split`, `step` and `checkpoint` (`best`, `last` or `step`: what it
         was chosen for); `rows`, `auc`, `logloss`, `ne`, `calibration`, `accuracy`, with groups `gauc` (None where not
         defined, as the AUC of rows of one label); `clicks`, of the rows; with groups how many `groups`; and
-        `intervals`: by metric [low, high], which holds the true value 19 times in 20, None where it is not known.
-        Elsewhere None.
+        `intervals`: by metric [low, high], which holds the true value 19 times in 20, None where it is not known; with
+        `by` also `slices`, as `Slice.as_json` has them, the one that is most surely predicted worse first. Elsewhere
+        None.
 
     Raises:
         RunError: there is no such run, it is of another dataset or model class, or it lacks an undamaged checkpoint.
@@ -85,12 +93,15 @@ def evaluate(
     for name in {*columns} & {*OWN_COLUMNS}:
         msg = f"`columns`: {name} is what a column of the predictions' own is called"
         raise UserError(msg)
+    if against is not None and by is None:
+        msg = "`against`: compares slices; say with `by` which"
+        raise ConfigError(msg)
     with watched(progress) as listener:
-        rows = predicted_rows(
+        read = partial(
+            predicted_rows,
             source,
             dataset=dataset,
-            split=split,
-            columns=columns,
+            columns=list(dict.fromkeys([*columns, *(columns_of(by) if by else ())])),
             group=group,
             checkpoint=checkpoint,
             model_class=model_class,
@@ -102,10 +113,11 @@ def evaluate(
             weight=weight,
             progress=listener,
         )
+        rows, before = read(split=split), None if against is None else read(split=against)
     if rows is None:
         return None
     if out is not None:
-        write_predictions(rows, out)
+        write_predictions(replace(rows, columns=rows.columns.select(columns)), out)
     judged = rows.judged
     found = estimates(judged)
     metrics = BinaryMetrics(rows=judged.sums.rows, **{name: estimate.value for name, estimate in found.items()})
@@ -115,4 +127,8 @@ def evaluate(
     intervals = {
         name: None if math.isnan(estimate.low) else [estimate.low, estimate.high] for name, estimate in found.items()
     }
-    return {**rows.about, **metrics.as_json(), **counted, "intervals": intervals}
+    result = {**rows.about, **metrics.as_json(), **counted, "intervals": intervals}
+    if by is not None:
+        was = None if before is None else (before.judged, before.columns)
+        result["slices"] = [part.as_json() for part in slices(judged, rows.columns, by, before=was)]
+    return result

@@ -180,7 +180,7 @@ def _rows_of_file(
         weight = "weight" if weight is None and "weight" in there else weight
         score = LOGIT_COLUMN if LOGIT_COLUMN in there else PREDICTION_COLUMN
         wanted = [("label", label), ("weight", weight), ("group", group), ("", score)]
-        for argument, column in [*wanted, *(("columns", column) for column in columns)]:
+        for argument, column in [*wanted, *(("", column) for column in columns)]:
             if column and column not in there:
                 what = f"`{argument}`: " if argument else ""
                 msg = f"{what}{path} has no column {column!r}; it has {', '.join(there[:30])}"

@@ -196,7 +196,8 @@ def check_columns(dataset: Dataset, split: str, asked: Asked) -> tuple[list[_Col
             why = why if unknown > MOST_UNKNOWN else ""
         if why:
             remedy = f"dlrm predict BUNDLE LOG --columns label,{name} --out p.parquet"
-            msg = f"`{argument}`: {name} {why}; `{remedy}` writes a log's values beside its predictions, and p.parquet "
+            what = "`group`:" if argument == "group" else "column"
+            msg = f"{what} {name} {why}; `{remedy}` writes a log's values beside its predictions, and p.parquet "
             msg += "can be given in place of the model"
             raise DatasetError(msg)
     return [named[name] for name in asked[0]], None if asked[1] is None else named[asked[1]].name

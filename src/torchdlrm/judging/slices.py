@@ -10,6 +10,7 @@ bad, one is marked in at most 5 % of cases. Slices of few rows or clicks are not
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,10 +57,12 @@ class Slice:
     before: "Slice | None" = None
 
     def as_json(self) -> dict[str, Any]:
-        """Of plain types: estimates by name, and their `intervals`."""
-        found = {**vars(self), "is_worse": self.p_value < LEVEL, "before": self.before and self.before.as_json()}
-        intervals = {name: [estimate.low, estimate.high] for name, estimate in found.pop("estimates").items()}
-        return {**found, **{name: of.value for name, of in self.estimates.items()}, "intervals": intervals}
+        """Of plain types: estimates by name, and their `intervals`; None where something is not known."""
+        intervals = {name: None if math.isnan(of.low) else [of.low, of.high] for name, of in self.estimates.items()}
+        found = {**vars(self), **{name: of.value for name, of in self.estimates.items()}}
+        found |= {"is_worse": self.p_value < LEVEL, "before": self.before and self.before.as_json()}
+        known = {name: None if isinstance(of, float) and not math.isfinite(of) else of for name, of in found.items()}
+        return {name: of for name, of in known.items() if name != "estimates"} | {"intervals": intervals}
 
 
 def columns_of(by: str) -> list[str]:
@@ -113,10 +116,10 @@ def slice_table(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """A line for each slice, in the form of `as_json`, as text by column: for terminals and pages."""
 
     def cell(part: Mapping[str, Any], name: str) -> str:
-        value, (low, high) = show_number(part[name], 4), part["intervals"][name]
+        value, reach = show_number(part[name], 3), part["intervals"][name]
         if part["before"]:
-            return f"{show_number(part['before'][name], 4)} → {value}"
-        return value if math.isnan(high) else f"{value} ±{(high - low) / 2:.4f}"
+            return f"{show_number(part['before'][name], 3)} → {value}"
+        return f"{value} ±{(reach[1] - reach[0]) / 2:.3f}" if reach else value
 
     columns = {"click_rate": "click rate", **{metric.name: metric.label for metric in metrics_in("table")}}
     return [
@@ -124,7 +127,7 @@ def slice_table(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "slice": part["name"],
             "rows": f"{part['rows']:,}",
             **{label: cell(part, name) for name, label in columns.items()},
-            "p": show_number(part["p_value"], 4),
+            "p": "<0.0001" if part["is_worse"] and part["p_value"] < 1e-4 else show_number(part["p_value"], 4),
             "worse by": METRICS[part["worst"]].label if part["is_worse"] else "",
         }
         for part in found
@@ -212,6 +215,7 @@ def _cells(column: pl.Series, num_ranges: int) -> pl.Expr:
     numbers = column.cast(pl.Float64).fill_nan(None).drop_nulls().to_numpy()
     ends = np.unique(np.quantile(numbers, np.arange(1, num_ranges) / num_ranges, method="lower"))
     step, form = (1, ",.0f") if (numbers == numbers.round()).all() else (0, ".6g")
-    names = [f"{a:{form}} to {b:{form}}" for a, b in zip(ends[:-1] + step, ends[1:], strict=True)]
+    starts = [f"{end + step:{form}} to " if end + step < next_end else "" for end, next_end in pairwise(ends)]
+    names = [f"{start}{end:{form}}" for start, end in zip(starts, ends[1:], strict=True)]
     above = pl.sum_horizontal([cells > end for end in ends], ignore_nulls=False)
     return above.cat.to(pl.Enum([f"up to {ends[0]:{form}}", *names, f"over {ends[-1]:{form}}"]))

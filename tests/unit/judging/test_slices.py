@@ -11,7 +11,6 @@ from sklearn.metrics import log_loss, roc_auc_score
 from helpers.raw_logs import read_criteo
 from torchdlrm.errors import ConfigError
 from torchdlrm.judged import Judged
-from torchdlrm.judging.paired import holm
 from torchdlrm.judging.slices import MIN_CLICKS, MIN_ROWS, MOST_SLICES, slices
 from torchdlrm.synthetic.model import LOGIT_UNITS, NUM_LOGITS
 from torchdlrm.synthetic.rows import RowGenerator
@@ -51,7 +50,7 @@ def naive(column, *, crossed=False):
         if place == len(ends):
             return f"over {ends[-1]:,}"
         low, high = ends[place - 1] + 1, ends[place]
-        return f"{low:,} to {high:,}"
+        return f"{high:,}" if low == high else f"{low:,} to {high:,}"
 
     return [f"{name} = {of(value)}" for value in column]
 
@@ -218,7 +217,3 @@ def test_numbers_that_are_not_whole_few_values_and_lists():
     assert sum(name.startswith("price = 0.") and " to 0." in name for name in names) == 8
     with pytest.raises(ConfigError, match="`by`: tags holds several values in a cell"):
         slices(judged, columns, "tags")
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, math.nan, 0.03]) == pytest.approx([0.03, 0.06, math.nan, 0.06], nan_ok=True)
