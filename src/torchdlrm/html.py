@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from html import escape
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torchdlrm.errors import UserError
 from torchdlrm.files import write_atomically
 
+Cards = Iterable[tuple[str, str]]
 COLOURS = ("#3b6fb6", "#b6703b", "#3f9464", "#7d5ba6", "#a63f5b")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 14, 14, 30  # pixels around the area of a chart that is drawn in
 # On a small screen a chart that is no wider has larger text (page.css). A wider one scrolls before its text, of 11
@@ -33,7 +35,7 @@ class Part:
         heading: of the part; none where it is empty.
         text: paragraphs.
         charts: side by side where there is room.
-        rows: of a table, below the charts: mappings with the columns of the first one, of text or `Bar`s.
+        rows: of a table, below the charts: mappings with the columns of the first one.
         left: columns of text, as the first one is.
         wraps: whether cells break where they have spaces.
     """
@@ -41,31 +43,19 @@ class Part:
     heading: str = ""
     text: Sequence[str] = ()
     charts: Sequence["Chart"] = ()
-    rows: Sequence[Mapping[str, "str | Bar"]] = ()
+    rows: Sequence[Mapping[str, str]] = ()
     left: Collection[str] = ()
     wraps: bool = False
 
 
-def render(
-    title: str,
-    parts: Iterable[Part],
-    *,
-    lead: str = "",
-    command: str = "",
-    entries: Iterable[tuple[str, str]] = (),
-) -> str:
-    """Make a page.
+def render(title: str, parts: Iterable[Part], *, lead: str = "", command: str = "", entries: Cards = ()) -> str:
+    """Make a page of the parts that have something to show.
 
-    Args:
-        title: its heading.
-        parts: what it shows, in this order; those that have nothing to show are left out.
-        lead: the sentence that it begins with.
-        command: what made that which it is about.
-        entries: the most important values, each after its name.
+    Below the title come a sentence, the command that made what it is about, and the most important values by name.
     """
     shown = [part for part in parts if part.text or part.charts or part.rows]
-    values = {"title": title, "lead": lead, "command": command, "entries": list(entries), "parts": shown}
-    return _environment().get_template("page.html").render(values)
+    page = _environment().get_template("page.html")
+    return page.render(title=title, parts=shown, lead=lead, command=command, entries=list(entries))
 
 
 def colour(index: int) -> str:
@@ -269,56 +259,31 @@ def curve_chart(
     return chart
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A cell of a table that draws a value, or an interval, on the scale that a column has.
+class Html(str):
+    """A cell of a table that is HTML already."""
 
-    Attributes:
-        start: where it begins, 0 (the left edge) to 1.
-        end: where it ends.
-        low: where the interval around its end begins, if it has one.
-        high: where that interval ends.
-    """
-
-    start: float
-    end: float
-    low: float = math.nan
-    high: float = math.nan
+    __slots__ = ()
 
     def __html__(self) -> str:
         """What stands in the page."""
-        spans = {
-            "s": (self.start, self.start),
-            "i": (min(self.start, self.end), max(self.start, self.end)),
-            "u": (self.low, self.high),
-        }
-        drawn = (
-            f'<{tag} style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></{tag}>'
-            for tag, (low, high) in spans.items()
-            if low <= high
-        )
-        return f'<div class="bar">{"".join(drawn)}</div>'
+        return self
 
 
-def bars(values: Sequence[float], intervals: Sequence[tuple[float, float]] = (), *, centred: bool = False) -> list[Bar]:
-    """Bars from 0 to values, all on one scale.
+def bars(values: Sequence[float], intervals: Sequence[Sequence[float]] = (), *, centred: bool = False) -> list[Html]:
+    """Cells with bars from 0 to values, all on one scale, and intervals around their ends; `centred`: 0 in the middle.
 
-    Args:
-        values: where they end; one that is NaN has no bar.
-        intervals: around their ends.
-        centred: whether 0 is in the middle.
+    NaN has no bar.
     """
-    known = [value for value in (0.0, *values, *(end for pair in intervals for end in pair)) if math.isfinite(value)]
-    low, high = min(known), max(known)
-    if centred:
-        low, high = -max(-low, high), max(-low, high)
+    ends = intervals or [(math.nan, math.nan)] * len(values)
+    known = [value for value in (0.0, *values, *chain(*ends)) if math.isfinite(value)]
+    low, high = (-max(map(abs, known)), max(map(abs, known))) if centred else (min(known), max(known))
 
-    def place(value: float) -> float:
-        return (value - low) / (high - low or 1.0)
+    def span(tag: str, start: float, end: float) -> str:
+        left, width = (100 * length / (high - low or 1.0) for length in (start - low, end - start))
+        return f'<{tag} style="left:{left:.1f}%;width:{width:.1f}%"></{tag}>' if start <= end else ""
 
-    ends = [*intervals] or [(math.nan, math.nan)] * len(values)
     return [
-        Bar(place(0.0), place(0.0 if math.isnan(value) else value), *map(place, pair))
+        Html(f'<div class="bar">{span("s", 0, 0)}{span("i", min(0, value), max(0, value))}{span("u", *pair)}</div>')
         for value, pair in zip(values, ends, strict=True)
     ]
 

@@ -1,6 +1,5 @@
 """`dlrm report`: a dataset, a run, a live model, or several runs beside each other, as one HTML page."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,16 +30,17 @@ def report(
     """
     refuse_mistyped(folders, "report")
     kind = kind_of(folders[0])
-    pages: dict[str, Callable[[Path], str]] = {"dataset": _dataset_page, "live model": _live_page}
-    about: dict[str, Any]
-    if len(folders) == 1 and kind is not None and kind.name in pages:
-        page, about = pages[kind.name](folders[0]), {kind.name.split()[0]: str(folders[0])}
-    elif len(folders) == 1:
-        expect("run", folders[0])
-        page, about = _run_page(folders[0]), {"run": str(folders[0])}
+    name = kind.name if kind is not None and len(folders) == 1 else "run"
+    about: dict[str, Any] = {name.split()[0]: str(folders[0])}
+    if name == "dataset":
+        page = _dataset_page(folders[0])
+    elif name == "live model":
+        page = _live_page(folders[0])
     else:
         expect("run", *folders)
-        page, about = _runs_page(folders)
+        if len(folders) > 1:
+            about = {"runs": [str(folder) for folder in folders]}
+        page = _runs_page(folders)
 
     from torchdlrm.html import write_page
 
@@ -57,19 +57,13 @@ def _dataset_page(folder: Path) -> str:
     return dataset_page(Dataset.open(folder))
 
 
-def _run_page(folder: Path) -> str:
+def _runs_page(folders: list[Path]) -> str:
     from torchdlrm.evaluation.report import report_page
-    from torchdlrm.training.run import Run
-
-    return report_page(Run.open(folder))
-
-
-def _runs_page(folders: list[Path]) -> tuple[str, dict[str, Any]]:
     from torchdlrm.evaluation.runs_page import runs_page
     from torchdlrm.training.run import Run
 
-    about = {"runs": [str(folder) for folder in folders]}
-    return runs_page([Run.open(folder) for folder in folders]), about
+    runs = [Run.open(folder) for folder in folders]
+    return runs_page(runs) if len(runs) > 1 else report_page(runs[0])
 
 
 def _live_page(folder: Path) -> str:

@@ -130,10 +130,10 @@ def _frequencies(dataset: Dataset, name: str, num_values: int) -> tuple[tuple[Fr
         table, counted = table.sort("count", descending=True, maintain_order=True), int(table["count"].sum())
     rows = table.head(num_values).select("value", "count", "id").iter_rows()
     covered = table["count"].cum_sum()
-    sizes = [10**power for power in range(len(str(max(0, table.height - 1))))] if table.height else []
+    sizes = [*(10**power for power in range(10) if 10**power < table.height), *[table.height] * (table.height > 0)]
     return (
         tuple(FrequentValue(value, count / max(1, counted), value_id) for value, count, value_id in rows),
-        {size: covered[size - 1] / max(1, counted) for size in dict.fromkeys([*sizes, *[table.height] * bool(sizes)])},
+        {size: covered[size - 1] / max(1, counted) for size in sizes},
     )
 
 

@@ -5,14 +5,16 @@ later and without a prediction, charts.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
-from torchdlrm.html import COLOURS, Chart, Curve, colour, curve_chart
+from torchdlrm.html import COLOURS, Chart, Curve, bars, colour, curve_chart
 from torchdlrm.judged import Judged
 from torchdlrm.judging.curves import curves
+from torchdlrm.metrics import METRICS
+from torchdlrm.units import show_number
 
 FOLDER = "pictures"  # in RUN/evaluation/, a file for each split
 Picture = Mapping[str, Any]
@@ -80,3 +82,19 @@ def _whole(value: float) -> str:
 
 def _both(x: float, y: float) -> str:
     return f"{y:.2f} at {x:.2f}"
+
+
+def difference_rows(found: Mapping[str, Any], metrics: Collection[str] = METRICS) -> list[dict[str, str]]:
+    """A table of a comparison as its `as_json` has it: differences in these metrics, drawn with 0 in the middle."""
+    rows = []
+    for metric in metrics:
+        pairs = {pair["name"]: pair["metrics"][metric] for pair in found["pairs"] if metric in pair["metrics"]}
+        values, ends = ([pair[of] for pair in pairs.values()] for of in ("difference", "interval"))
+        for (name, pair), bar in zip(pairs.items(), bars(values, ends, centred=True), strict=True):
+            shown = [f"{value:+.5f}" for value in (pair["difference"], *pair["interval"])]
+            rows.append(
+                {"": name, "metric": METRICS[metric].label, "around 0": bar}
+                | dict(zip(("difference", "from", "to"), shown, strict=True))
+                | {"p": show_number(pair["p_value_corrected"], 4), "verdict": pair["verdict"]}
+            )
+    return rows

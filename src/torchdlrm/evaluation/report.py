@@ -12,7 +12,7 @@ from typing import Any
 from torchdlrm.config import Config, setting_values
 from torchdlrm.errors import RunError, TorchDLRMError
 from torchdlrm.evaluation.pictures import FOLDER, picture_charts
-from torchdlrm.html import Bar, Chart, Curve, Part, bars, colour, curve_chart, render, short
+from torchdlrm.html import Chart, Curve, Part, bars, colour, curve_chart, render, short
 from torchdlrm.metrics import BEST, LOSS, METRICS, metrics_in, metrics_of_any
 from torchdlrm.sharding.plan_json import read_plan
 from torchdlrm.training.log import read_metrics
@@ -190,7 +190,7 @@ def _with_interval(result: Mapping[str, Any], name: str) -> str:
     return show_number(result[name]) + ("" if low is None else f"\n{show_number(low)} to {show_number(high)}")
 
 
-def _step(run: Run) -> list[dict[str, str | Bar]]:
+def _step(run: Run) -> list[dict[str, str]]:
     """What the parts of a step took on the first rank, where steps were profiled."""
     parts = next((profile.ms_per_step_by_part for profile in read_profiles(run.profile)), {})
     return [
