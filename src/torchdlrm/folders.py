@@ -63,6 +63,22 @@ def kind_of(path: Path) -> Kind | None:
     return next((kind for kind in KINDS if (path / kind.marker).exists()), None)
 
 
+def found_in(path: Path) -> Kind:
+    """What is there, where each of `KINDS` is welcome.
+
+    Raises:
+        UserError: nothing that a command wrote.
+    """
+    kind = kind_of(path)
+    if kind is None:
+        found = "is no folder that a `dlrm` command wrote" if path.is_dir() else "is not a folder"
+        names = ", ".join(f"a {kind.name} (with {kind.marker})" for kind in KINDS)
+        beside = [other.name for other in path.parent.iterdir() if kind_of(other)] if path.parent.is_dir() else ()
+        msg = f"{path}: {found}; give one of these: {names}{did_you_mean(path.name, beside)}"
+        raise UserError(msg)
+    return kind
+
+
 def expect(wanted: KindName, *paths: Path | None) -> None:
     """See that each path, if it is given, leads to a folder of this kind; commands do so before torch is imported.
 

@@ -4,6 +4,15 @@ import json
 import re
 import shutil
 
+import numpy as np
+import pytest
+
+from helpers.pages import tables_of
+from torchdlrm.cli.evaluate import evaluate
+from torchdlrm.errors import RunError
+from torchdlrm.evaluation.report import report_page
+from torchdlrm.training.run import Run
+
 
 def test_a_run_and_a_damaged_checkpoint_of_it(small_run, dlrm, tmp_path):
     run = tmp_path / "run"
@@ -39,3 +48,48 @@ def test_a_trained_run_becomes_one_page(dlrm, small_run, tmp_path):
     assert f"<b>{last['auc']:.4f}</b><span>val AUC, last</span>" in page
     plan = json.loads((small_run / "plan.json").read_text())
     assert set(plan["tables"]) <= set(re.findall(r'<td class="l">([^<]+)</td>', page))
+
+
+def test_what_was_evaluated_is_drawn(small_run, tmp_path, capsys):
+    path = shutil.copytree(small_run, tmp_path / "run")
+    evaluate(path, split="val+test", as_json=True)
+    result = json.loads(capsys.readouterr().out)
+    assert "pictures" not in result
+    assert Run.open(path).evaluations()["val+test"] == result
+    drawn = Run.open(path).evaluations("pictures")["val+test"]["curves"]
+    x, y = np.transpose(drawn["roc"])
+    assert np.trapezoid(y, x) == pytest.approx(result["auc"], abs=0.002)
+    page = report_page(Run.open(path))
+    for caption in ("ROC", "precision and recall", "how rows of val+test are predicted, by class"):
+        assert f"<figcaption>{caption}</figcaption>" in page
+    low, high = result["intervals"]["auc"]
+    assert f"{result['auc']:.5f}\n{low:.5f} to {high:.5f}</td>" in page
+    (path / "evaluation" / "pictures" / "val+test.json").write_text('{"curves": {"roc": 1}}')
+    with pytest.raises(RunError, match=r"run: a file of evaluation/pictures/ is damaged; remove it"):
+        report_page(Run.open(path))
+
+
+def test_runs_beside_each_other_become_one_page(dlrm, small_run, tmp_path):
+    path = shutil.copytree(small_run, tmp_path / "other")
+    (path / "config.toml").write_text(
+        re.sub(r"learning_rate = [\d.]+", "learning_rate = 0.125", (path / "config.toml").read_text())
+    )
+    done = dlrm("report", small_run, path, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert json.loads(done.stdout)["runs"] == [str(small_run), str(path)]
+    rows = tables_of(page)
+    assert [row[1:] for row in rows if row[0] == "key"] == [[small_run.name, "other"]]
+    assert [row[0] for row in rows if row[-1] == "0.125"] == [
+        "table_optimizer.learning_rate",
+        "dense_optimizer.learning_rate",
+    ]
+
+
+def test_what_is_no_folder_of_ours_is_told(dlrm, small_run, tmp_path):
+    shutil.copytree(small_run, tmp_path / "run-1")
+    done = dlrm("report", "run-2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "run-2: is not a folder; give one of these: " in done.stderr
+    assert "did you mean run-1?" in done.stderr
+    assert not (tmp_path / "report.html").exists()

@@ -103,6 +103,7 @@ def evaluate(
         _print_evaluation(judged, source, as_json=as_json)
         return
 
+    from torchdlrm.evaluation.pictures import FOLDER
     from torchdlrm.evaluation.split_rows import check_columns, sharding_elsewhere
     from torchdlrm.training.processes.launch import launch, refusing_everywhere
     from torchdlrm.training.run import Run
@@ -114,12 +115,14 @@ def evaluate(
         trained.shape(encoded, **vars(own_model))
         check_columns(encoded, split, (named, group))
     warn_of_crowding(processes)
-    job = partial(job, sharding=sharding_elsewhere(trained.config).model_copy(update=own))
+    job = partial(job, sharding=sharding_elsewhere(trained.config).model_copy(update=own), pictures=True)
     result: dict[str, Any] | None = launch(drawn, job, processes=processes)
     if result is None:  # another machine has rank 0
         return
+    pictures = result.pop("pictures")
     try:
         trained.write_evaluation(result["split"], result)
+        trained.write_evaluation(f"{FOLDER}/{result['split']}", pictures)
     except OSError as error:  # a run may lie where it can only be read
         warn(f"not kept in {source / 'evaluation'}: {error.strerror}")
     _print_evaluation(result, source, as_json=as_json)

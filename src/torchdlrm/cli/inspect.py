@@ -9,7 +9,7 @@ from torchdlrm.cli.datasets import show_dataset
 from torchdlrm.cli.options import Json
 from torchdlrm.cli.terminal import look_at, metric_cells, print_json, print_table, say, warn
 from torchdlrm.errors import LiveError, UserError
-from torchdlrm.folders import KINDS, KindName, kind_of
+from torchdlrm.folders import KindName, found_in
 from torchdlrm.units import show_bytes, show_number
 
 
@@ -35,13 +35,7 @@ def inspect(folder: Path, *, values: int = 3, as_json: Json = False) -> None:
         "run": lambda: _show_run(folder, as_json=as_json),
         "live model": lambda: _show_live(folder, as_json=as_json),
     }
-    kind = kind_of(folder)
-    if kind is None:
-        found = "is no folder that a `dlrm` command wrote" if folder.is_dir() else "is not a folder"
-        names = ", ".join(f"a {kind.name} (with {kind.marker})" for kind in KINDS)
-        msg = f"{folder}: {found}; give one of these: {names}"
-        raise UserError(msg)
-    show_by_kind[kind.name]()
+    show_by_kind[found_in(folder).name]()
 
 
 def _show_run(folder: Path, *, as_json: bool) -> None:

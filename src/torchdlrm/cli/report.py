@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from torchdlrm.cli.options import Json, refuse_mistyped
 from torchdlrm.cli.terminal import print_json, say
-from torchdlrm.folders import expect, kind_of
+from torchdlrm.folders import expect, found_in
 
 
 def report(
@@ -29,8 +29,7 @@ def report(
         out: The page; replaced if it is there.
     """
     refuse_mistyped(folders, "report")
-    kind = kind_of(folders[0])
-    name = kind.name if kind is not None and len(folders) == 1 else "run"
+    name = found_in(folders[0]).name if len(folders) == 1 else "run"
     about: dict[str, Any] = {name.split()[0]: str(folders[0])}
     if name == "dataset":
         page = _dataset_page(folders[0])

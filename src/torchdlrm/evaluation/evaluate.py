@@ -11,6 +11,7 @@ import numpy as np
 
 from torchdlrm.config import DeviceChoice, ShardingConfig
 from torchdlrm.errors import ConfigError, UserError
+from torchdlrm.evaluation.pictures import picture_of
 from torchdlrm.evaluation.predictions import OWN_COLUMNS, predicted_rows, write_predictions
 from torchdlrm.judging.slices import columns_of, slices
 from torchdlrm.metrics import BinaryMetrics, estimates
@@ -42,6 +43,7 @@ def evaluate(
     batch_size_global: int = 8192,
     device: DeviceChoice = "auto",
     sharding: ShardingConfig | None = None,
+    pictures: bool = False,
     progress: ProgressListener | bool = True,
 ) -> dict[str, Any] | None:
     """Metrics of a model's weights over the rows of one split, or of several together, or of rows that were predicted.
@@ -69,6 +71,7 @@ def evaluate(
         device: where to compute, as `train.device` has it, whatever the run was trained on.
         sharding: how to spread the tables over the processes of this evaluation; `sharding_elsewhere` of the run's
             config when not given.
+        pictures: whether the result has `pictures` too: what a page draws of the rows (`evaluation/pictures.py`).
         progress: receives the rows done on rank 0; True and False as for `train`.
 
     Returns:
@@ -131,4 +134,6 @@ def evaluate(
     if by is not None:
         was = None if before is None else (before.judged, before.columns)
         result["slices"] = [part.as_json() for part in slices(judged, rows.columns, by, before=was)]
+    if pictures:
+        result["pictures"] = picture_of(judged)
     return result

@@ -11,8 +11,9 @@ from typing import Any
 
 from torchdlrm.config import Config, setting_values
 from torchdlrm.errors import RunError, TorchDLRMError
-from torchdlrm.evaluation.pictures import FOLDER, picture_charts
+from torchdlrm.evaluation.pictures import FOLDER, difference_rows, picture_charts
 from torchdlrm.html import Chart, Curve, Part, bars, colour, curve_chart, render, short
+from torchdlrm.judging.slices import slice_table
 from torchdlrm.metrics import BEST, LOSS, METRICS, metrics_in, metrics_of_any
 from torchdlrm.sharding.plan_json import read_plan
 from torchdlrm.training.log import read_metrics
@@ -23,6 +24,8 @@ from torchdlrm.units import show_bytes, show_duration, show_number
 
 Line = Mapping[str, Any]
 _COLOURS = {"train": "#8fb0dc", "val": "#b0521c"}
+_SLICES = 40
+_PERMUTED = "How much worse the model predicts where a feature has the values of other rows (permutation importance)."
 _NOT_EVALUATED = "None yet: `dlrm evaluate RUN` judges every row of a split, and then its pictures are here."
 
 
@@ -51,6 +54,18 @@ def report_page(run: Run) -> str:
         Part("Learning curves", charts=log_charts(lines_by_split(run))),
         Part("Evaluation", [] if evaluations else [_NOT_EVALUATED], rows=evaluations),
         Part(charts=charts_of(run.path, run.evaluations(FOLDER))),
+        *(
+            Part(
+                f"Slices of {name}, the one that is most surely predicted worse first",
+                rows=slice_table(found[:_SLICES]),
+            )
+            for name, result in run.evaluations().items()
+            if (found := result.get("slices"))
+        ),
+        *(
+            Part(f"What the model uses: {name}", [_PERMUTED], rows=difference_rows(found, [found["metric"]]))
+            for name, found in run.evaluations("importance").items()
+        ),
         Part("Time of a step by part", rows=_step(run)),
         Part("Config, where it differs from the defaults", [] if changed else ["Nowhere."], rows=changed, wraps=True),
         *_dataset(run),
