@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from torchdlrm.features.schema import FeatureSchema as FeatureSchema
     from torchdlrm.features.schema import criteo_schema as criteo_schema
     from torchdlrm.features.schema_file import load_schema as load_schema
+    from torchdlrm.judged import Judged as Judged
     from torchdlrm.judging.comparison import Comparison as Comparison
+    from torchdlrm.judging.reliability import reliability as reliability
     from torchdlrm.live.advance import advance as advance
     from torchdlrm.live.model import LiveModel as LiveModel
     from torchdlrm.live.model import rollback as rollback
@@ -73,7 +75,9 @@ _NAMES_OF = {
     "exporting.weights": ("import_weights",),
     "features.schema": ("FeatureSchema", "criteo_schema"),
     "features.schema_file": ("load_schema",),
+    "judged": ("Judged",),
     "judging.comparison": ("Comparison",),
+    "judging.reliability": ("reliability",),
     "live.advance": ("advance",),
     "live.model": ("LiveModel", "rollback"),
     "live.preview": ("preview_advance",),

@@ -44,6 +44,11 @@ class EncodedRows:
         """B."""
         return len(self.dense)
 
+    def ids_of(self, feature: int) -> NDArray[Any]:
+        """The ids of a feature of which every row has one, given its place: [B]."""
+        ids = self.sparse[feature]
+        return ids[0] if isinstance(ids, tuple) else ids
+
     @classmethod
     def from_frame(cls, frame: pl.DataFrame, schema: FeatureSchema) -> Self:
         """What `torchdlrm.features.encode.encode` returns."""

@@ -16,10 +16,12 @@ from torchdlrm.features.tables import FeatureTable, check_features, feature_tabl
 from torchdlrm.features.transforms import FittedDense
 from torchdlrm.files import regular_file, sha256_of
 from torchdlrm.folders import KindName, wrong_folder
+from torchdlrm.judging import RecalibrationMethod
+from torchdlrm.judging.recalibration import Recalibration
 from torchdlrm.model.model_class import ModelClassRecord
 
 _WITHOUT_MODEL_CLASS, _WITH_MODEL_CLASS, _WITHOUT_PERIOD, _WITH_PERIOD = range(2, 6)
-_WITH_NEVER_MISSING, FORMAT_VERSION = 6, 7
+_WITH_NEVER_MISSING, _WITH_IDS, FORMAT_VERSION = 6, 7, 8
 MANIFEST_NAME, WEIGHTS_NAME, SAMPLE_NAME = "bundle.json", "weights.safetensors", "sample.parquet"
 _VERSION_DIGITS = 12
 # Of 1 TB of weights it has 5 MB.
@@ -39,9 +41,12 @@ def oldest_version(
     *,
     has_never_missing: bool = False,
 ) -> int:
-    """The oldest version of the format that says what must be said: older programs read all other bundles."""
+    """The oldest version of the format that says what must be said: older programs read all other bundles.
+
+    With a recalibration that is the newest.
+    """
     if schema.has_ids:
-        return FORMAT_VERSION
+        return _WITH_IDS
     if has_never_missing:
         return _WITH_NEVER_MISSING
     if period is not None:
@@ -247,6 +252,7 @@ class BundleManifest(SealedJson):
         model_class: what identifies the user's model class, where there is one; none of its code is in here.
         dense_precision: what the dense, interaction and over arch may compute in.
         period: number of the last period that was learnt from; None where logs have no periods.
+        recalibration: what logits become before they are predicted.
         source: where it came from.
         check: the check at the export's end.
         block_bytes: of the weights' file.
@@ -268,6 +274,7 @@ class BundleManifest(SealedJson):
     model_class: ModelClassRecord | None = None
     dense_precision: DensePrecision
     period: Annotated[int, Field(ge=0)] | None = None
+    recalibration: Recalibration | None = None
     source: Origin
     check: CheckRecord | None
     files: dict[str, StoredFile]
@@ -315,7 +322,12 @@ class BundleManifest(SealedJson):
         if smaller := model.feature_problems():
             raise ValueError(smaller[0])
         num_embeddings = {name: record.num_embeddings for name, record in self.sparse.items()}
-        check_features(model, num_embeddings, [column.name for column in schema.sparse if column.is_multi_valued])
+        multi_valued = [column.name for column in schema.sparse if column.is_multi_valued]
+        check_features(model, num_embeddings, multi_valued)
+        by = self.recalibrated[1]
+        if by is not None and (by not in self.sparse or by in multi_valued):
+            msg = f"recalibration: by {by}, which is no sparse feature of one value"
+            raise ValueError(msg)
         return self
 
     def check_names(self, folder: Path) -> None:
@@ -337,6 +349,11 @@ class BundleManifest(SealedJson):
         return feature_tables(self.model, {name: record.num_embeddings for name, record in self.sparse.items()})
 
     @property
+    def recalibrated(self) -> tuple[RecalibrationMethod | None, str | None]:
+        """By which method, and by which feature."""
+        return (None, None) if self.recalibration is None else (self.recalibration.method, self.recalibration.by)
+
+    @property
     def version(self) -> str:
         """Changes with any byte of the bundle."""
         return self.content_sha256[:_VERSION_DIGITS]
@@ -345,7 +362,7 @@ class BundleManifest(SealedJson):
         content = super()._content()
         if self.source.checkpoint is None:
             del content["source"]["checkpoint"]
-        for name in ("model_class", "period"):
+        for name in ("model_class", "period", "recalibration"):
             if content[name] is None:
                 del content[name]
         content["model"] = in_one_list(content["model"])  # as older versions read it

@@ -9,8 +9,9 @@ B rows, F sparse features, D embedding dimension, M slots for vectors (F + 1, or
 layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,13 @@ from torchdlrm.bundle.bundle import Bundle
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.table_lookup import TableLookup
 from torchdlrm.bundle.weights_file import PADDING_NAME
+from torchdlrm.data.dataset import Dataset, rows_of_split
 from torchdlrm.errors import BundleError
 from torchdlrm.features.tables import divisors
 from torchdlrm.model import table_weight
 from torchdlrm.model.precision import Precision, precision_of_processor
 from torchdlrm.model.served import FastInteraction, PackedLinear, ServedWeights, run_layers
+from torchdlrm.progress import ProgressListener
 
 _CHUNK_BYTES = 16 * 2**20
 _MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 256, 8192
@@ -43,6 +46,7 @@ class ServedModel:
 
     Attributes:
         precision: what the arches compute in on this machine, and why.
+        recalibration: what logits become; None where they stay as they are.
 
     Raises:
         BundleError: the weights do not fit the manifest, or the bundle was not opened with its model class.
@@ -53,7 +57,8 @@ class ServedModel:
         self.precision = (
             precision_of_processor() if allowed == "bfloat16" else Precision(torch.float32, "the bundle says so")
         )
-        self._num_dense = len(bundle.schema.dense)
+        self.recalibration = bundle.manifest.recalibration
+        self._num_dense, self._features = len(bundle.schema.dense), list(bundle.manifest.sparse)
         self._chunk_rows = _chunk_rows(bundle, self.precision.dtype)
         weights = ServedWeights(partial(_weight, bundle), self.precision.dtype, self._chunk_rows)
         fast = bundle.shape.architecture.fast_interaction(bundle.shape, weights)
@@ -85,7 +90,27 @@ class ServedModel:
             for chunk in range(num_chunks):  # of equal size: a short one at the end would keep one core waiting
                 start, stop = (encoded.num_rows * edge // num_chunks for edge in (chunk, chunk + 1))
                 logits_B[start:stop] = self._forward(encoded.part(start, stop))
-        return logits_B.numpy()
+        return self.recalibrated(logits_B.numpy(), encoded)
+
+    def recalibrated(self, logits: NDArray[np.float32], encoded: EncodedRows) -> NDArray[np.float32]:
+        """What the logits of rows become in all that predicts, here and nowhere else: float32 [B]."""
+        if self.recalibration is None:
+            return logits
+        by = self.recalibration.by
+        return self.recalibration.apply(logits, None if by is None else encoded.ids_of(self._features.index(by)))
+
+
+def predict_by_model(
+    model: ServedModel, dataset: Dataset, split: str, columns: Sequence[str], progress: ProgressListener, *, phase: str
+) -> list[NDArray[Any]]:
+    """The logits of all rows of a split, or of several joined by +, and these columns of theirs, in their order [N]."""
+    pieces, splits = [], split.split("+")
+    progress.start_phase(phase, sum(dataset.splits[name].rows for name in splits))
+    for frame in (frame for name in splits for frame in rows_of_split(dataset, name)):
+        logits = model.logits(EncodedRows.from_frame(frame, dataset.schema))
+        pieces.append([logits, *(frame[name].to_numpy() for name in columns)])
+        progress.advance(frame.height)
+    return [*map(np.concatenate, zip(*pieces, strict=True))]
 
 
 def _fast_forward(bundle: Bundle, interaction: FastInteraction, weights: ServedWeights) -> Forward:

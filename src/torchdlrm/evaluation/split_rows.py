@@ -12,8 +12,7 @@ import numpy as np
 import polars as pl
 
 from torchdlrm.bundle.bundle import Bundle
-from torchdlrm.bundle.encoded_rows import EncodedRows
-from torchdlrm.bundle.served_model import ServedModel
+from torchdlrm.bundle.served_model import ServedModel, predict_by_model
 from torchdlrm.config import Config, DeviceChoice, ShardingConfig
 from torchdlrm.data.dataset import Dataset, rows_of_split
 from torchdlrm.errors import ConfigError, DatasetError, RunError
@@ -82,15 +81,11 @@ def predict_by_bundle(
     bundle: Bundle, dataset: Dataset, split: str, progress: ProgressListener, *, phase: str = "evaluate"
 ) -> Predictions:
     """Labels, logits and weights of a split's rows as a bundle predicts them."""
-    model, pieces = ServedModel(bundle), []
-    progress.start_phase(phase, sum(dataset.splits[name].rows for name in split.split("+")))
+    model, targets = ServedModel(bundle), dataset.schema.target_names
     with reported(bundle.shape.architecture):
-        for frame in _frames(dataset, split):
-            logits = model.logits(EncodedRows.from_frame(frame, dataset.schema))
-            targets = [frame[name].to_numpy().astype(np.float32) for name in dataset.schema.target_names]
-            pieces.append([targets[0], logits, *targets[1:]])
-            progress.advance(frame.height)
-    return Predictions(*map(np.concatenate, zip(*pieces, strict=True)))
+        logits, *found = predict_by_model(model, dataset, split, targets, progress, phase=phase)
+    labels, *weights = (values.astype(np.float32) for values in found)
+    return Predictions(labels, logits, *weights)
 
 
 def predict_split(

@@ -20,6 +20,7 @@ from torchdlrm.bundle.check import Agreement, compare, tolerance
 from torchdlrm.bundle.delta import Delta
 from torchdlrm.bundle.encoded_rows import EncodedRows
 from torchdlrm.bundle.manifest import (
+    FORMAT_VERSION,
     SAMPLE_NAME,
     WEIGHTS_NAME,
     BundleManifest,
@@ -45,6 +46,7 @@ from torchdlrm.errors import BundleError, DatasetError, RunError
 from torchdlrm.exporting.checkpoint import CheckpointModel
 from torchdlrm.exporting.complete import require_same
 from torchdlrm.exporting.options import ExportOptions
+from torchdlrm.exporting.recalibrate import check_recalibration, recalibration_of
 from torchdlrm.exporting.sensitivity import SENSITIVITY_ROWS, PrecisionSearch, choose_precisions
 from torchdlrm.features.encode import ValueLookup, encode
 from torchdlrm.model.architecture import ModelShape
@@ -109,6 +111,7 @@ def export(
     model_class: ModelClass | None = None,
     allow_changed_model_class: bool = False,
     overwrite: bool = False,
+    recalibrate_if_better: bool = False,
     progress: ProgressListener | bool = True,
 ) -> Exported:
     """Write a bundle: one folder that predicts from raw rows.  Check that it predicts what the checkpoint predicts.
@@ -125,15 +128,17 @@ def export(
         model_class: that the run was trained with, where it was one of the user's.
         allow_changed_model_class: take it though its file has changed since.
         overwrite: export also where a bundle or a delta is there; it is replaced when the new one is complete.
+        recalibrate_if_better: leave a recalibration out that is not better by more than chance, and say so, instead of
+            refusing it.
         progress: receives the bytes and rows done. True draws a bar on a terminal, and writes lines in a notebook;
             False is silent.
 
     Raises:
-        ConfigError: the name cannot be a model's, or there is no such model class.
+        ConfigError: the name cannot be a model's, or there is no such model class or feature.
         RunError: the run has no such checkpoint, it is damaged, or of another model class; or its dataset has moved.
         DatasetError: the dataset is damaged, or has no rows to check with.
         BundleError: `out` cannot be written or holds something else, the bundle predicts other than its precision
-            explains, or `delta_to` is damaged.
+            explains, a recalibration is not better by more than chance, or `delta_to` is damaged.
     """
     with watched(progress) as listener:
         write = partial(
@@ -142,6 +147,7 @@ def export(
             dataset=dataset,
             model_class=model_class,
             allow_changed_model_class=allow_changed_model_class,
+            recalibrate_if_better=recalibrate_if_better,
             progress=listener,
         )
         if delta_to is None:
@@ -165,6 +171,7 @@ def _export(
     model_class: ModelClass | None,
     allow_changed_model_class: bool,
     overwrite: bool,
+    recalibrate_if_better: bool,
     progress: ProgressListener,
 ) -> Exported:
     run = run if isinstance(run, Run) else Run.open(Path(run))
@@ -172,6 +179,7 @@ def _export(
         dataset = run.open_dataset(None if dataset is None else Path(dataset))
     name = options.name or out.resolve().name
     check_model_name(name)
+    check_recalibration(dataset, options)
     split = held_out_split(dataset)
     chosen, checkpoint = open_checkpoint(run, options.checkpoint)
     shape = run.shape(dataset, model_class, allow_changed_model_class=allow_changed_model_class)
@@ -187,7 +195,8 @@ def _export(
     about = {"name": name, "dense_precision": dense_precision, **_about(run, dataset, shape, chosen)}
     if os.path.lexists(out) and not overwrite:
         check_rows, is_auto = min(options.check_rows, dataset.splits[split].rows), options.dense_precision == "auto"
-        require_same(out, about, check_rows, checkpoint, by_key, may_be_float32=is_auto)
+        wanted = about | {"recalibrated": (options.recalibrate, options.recalibrate_by)}
+        require_same(out, wanted, check_rows, checkpoint, by_key, may_be_float32=is_auto)
         bundle = Bundle.open(out, model_class=model_class, verify="lazy")
         if bundle.manifest.dense_precision != dense_precision:
             reason = "as it was exported"
@@ -228,9 +237,14 @@ def _export(
             dense_precision, reason = "float32", failure
         elif served.dense_precision != dense_precision:
             reason += f"; here float32: {served.precision.reason}"
+        served.recalibration = recalibration_of(
+            served, dataset, options, is_required=not recalibrate_if_better, progress=progress
+        )
         _write_sample(dataset, split, bundle, served)
         files[SAMPLE_NAME] = StoredFile.of(folder / SAMPLE_NAME)
         update = {"check": record, "files": files, "dense_precision": dense_precision}
+        if served.recalibration is not None:
+            update |= {"recalibration": served.recalibration, "format_version": FORMAT_VERSION}
         manifest.model_copy(update=update).write(folder)
     opened = Bundle.open(out, model_class=model_class, verify="lazy")
     return Exported(opened, chosen, search, reason, agreement)

@@ -92,6 +92,10 @@ def _graph_of(bundle: Bundle) -> tuple[Graph, _Inputs]:
     if bundle.manifest.model_class is not None:
         msg = f"{bundle.path}: has no graph: its model class is Python; torch.onnx.export may know how to trace it"
         raise BundleError(msg)
+    recalibration = bundle.manifest.recalibration
+    if recalibration is not None and (recalibration.method != "platt" or recalibration.by is not None):
+        msg = f"{bundle.path}: recalibrated by {recalibration}, and a graph knows platt alone, the same for all rows"
+        raise BundleError(msg)
     graph, shape, config = Graph(bundle.weights.tensor), bundle.shape, bundle.shape.config
     tables = {name: [*found] for name, found in groupby(bundle.manifest.tables, lambda table: table.feature)}
     inputs: _Inputs = {"dense": (np.float32, shape.num_dense)} if shape.num_dense else {}
@@ -118,6 +122,9 @@ def _graph_of(bundle: Bundle) -> tuple[Graph, _Inputs]:
     read = shape.architecture.graph_interaction(shape, graph, dense_BD, vectors_BND)
     last = graph.layers(read, "over_arch.model.0", len(config.over_arch_layer_sizes) - 1)
     logit = graph.linear(last, "over_arch.model.1.weight", "over_arch.model.1.bias")
+    if recalibration is not None:  # whose one knot is at 0
+        logit = graph.node("Mul", logit, graph.constant([recalibration.map.slope], np.float32))
+        logit = graph.node("Add", logit, graph.constant(recalibration.map.values, np.float32))
     graph.node("Sigmoid", logit, out="probability")
     return graph, inputs
 

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from torchdlrm.bundle import DensePrecision, TablePrecision
+from torchdlrm.judging import RecalibrationMethod
 
 
 @Parameter(name="*")
@@ -26,6 +27,9 @@ class ExportOptions:
         checkpoint: best (the highest AUC of the val split; the last where nothing was validated), last, or a step.
         name: Name of the model, shown by the server; the folder's name when not given.
         check_rows: Predict at most this many held-out rows by checkpoint and by bundle.
+        recalibrate: Make probabilities that come true: fitted on the val split, refused where it is not better on the
+            test split by more than chance.
+        recalibrate_by: Do so apart for each frequent value of this categorical column, and for all others.
     """
 
     precision: TablePrecision | Literal["auto"] = "float32"
@@ -34,3 +38,5 @@ class ExportOptions:
     checkpoint: str = "best"
     name: str | None = None
     check_rows: Annotated[int, Parameter(validator=Number(gte=1))] = 100_000
+    recalibrate: RecalibrationMethod | None = None
+    recalibrate_by: str | None = None

@@ -194,9 +194,9 @@ def _verify(
             part = frame.slice(start, _BATCH_ROWS)
             encoded = encode(part, dataset.schema, dataset.manifest.dense, vocabularies)
             rows = EncodedRows.from_frame(encoded, dataset.schema)
-            logits["checkpoint"].append(model.logits(rows))
+            logits["checkpoint"].append(in_float32.recalibrated(model.logits(rows), rows))
             if set(precisions) != {"float32"}:
-                logits["rounded"].append(model.logits(rows, precisions))
+                logits["rounded"].append(in_float32.recalibrated(model.logits(rows, precisions), rows))
             served = predictor.encode(part)
             if predictor.dense_precision != "float32":
                 logits["float32"].append(in_float32.logits(served))

@@ -25,6 +25,7 @@ from typing import Any
 
 from torchdlrm.bundle.apply import DELTA_NAMES, write_delta
 from torchdlrm.bundle.bundle import Bundle
+from torchdlrm.bundle.manifest import BundleManifest
 from torchdlrm.bundle.write import complete_folder
 from torchdlrm.config import Config
 from torchdlrm.data.dataset import Dataset, SparseRecord
@@ -275,11 +276,8 @@ class _Period:
                 checkpoint="last",
                 name=chosen.name or self.live.path.resolve().name,
             )
-            dataset = self.day / DATASET_NAME
-            exported = export(
-                self.day / RUN_NAME, out, options=options, dataset=dataset, progress=self.progress, **self.own_model
-            )
-            self.candidate = exported.bundle
+            how = {"dataset": self.day / DATASET_NAME, "recalibrate_if_better": True, **self.own_model}
+            self.candidate = export(self.day / RUN_NAME, out, options=options, progress=self.progress, **how).bundle
         return _folder_bytes(out)
 
     def _check(self) -> int:
@@ -315,7 +313,14 @@ class _Period:
         dataset = Dataset.open(self.day / DATASET_NAME).with_label(self.config.train.label)
         delta_bytes = _folder_bytes(self.live.delta(draft.period))
         splits = dataset.manifest.splits.values()
+        recalibration = None
+        if asked := self.settings.export.recalibrate:
+            found = BundleManifest.read(self.live.bundle(draft.period)).recalibration
+            recalibration = (
+                f"{asked}: left out, not better by more than chance" if found is None else f"{found}: {found.verdict}"
+            )
         return PeriodRecord(
+            format_version=2 if recalibration is None else 3,
             period=draft.period,
             base=draft.base,
             logs=draft.logs,
@@ -325,6 +330,7 @@ class _Period:
             features={name: self._feature(name, sparse) for name, sparse in dataset.manifest.sparse.items()},
             gate=gate,
             published=gate.passed,
+            recalibration=recalibration,
             bundle_bytes=_folder_bytes(self.live.bundle(draft.period)),
             delta_bytes=delta_bytes or None,
         )

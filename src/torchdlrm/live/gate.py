@@ -18,8 +18,10 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.splits import SPLIT_NAMES, RandomSplit
 from torchdlrm.errors import LogError
 from torchdlrm.evaluation.split_rows import predict_by_bundle
+from torchdlrm.exporting.recalibrate import JUDGED
 from torchdlrm.features.schema import FeatureSchema
 from torchdlrm.judged import Judged
+from torchdlrm.judging.reliability import rows_of
 from torchdlrm.live.record import GateRecord, PeriodMetrics, ProgressiveMetrics
 from torchdlrm.live.settings import GateSettings
 from torchdlrm.logs.files import LogFile
@@ -128,7 +130,8 @@ def judge(
 
     Args:
         candidate: what may be published.
-        dataset: of the period; the rows of its val split were held back, at random.
+        dataset: of the period; the rows of its val split were held back, at random. Those that a recalibration was
+            fitted on judge no candidate.
         scores: of the whole log by the previous model, as `score_log` writes them; None for the first period.
         settings: the limits.
         progress: receives the rows predicted.
@@ -136,25 +139,24 @@ def judge(
     Raises:
         LogError: the log was another one when it was scored.
     """
-    rows, schema = dataset.splits["val"].rows, dataset.schema
-    labels, logits, weights = predict_by_bundle(candidate, dataset, "val", progress, phase="gate")
-    new = period_metrics(labels, logits, weights)
+    schema, kept = dataset.schema, slice(None) if candidate.manifest.recalibration is None else JUDGED
+    predictions = predict_by_bundle(candidate, dataset, "val", progress, phase="gate")
+    judged = rows_of(Judged.of(*predictions), kept)
+    new = period_metrics(judged.labels, judged.logits, judged.weights)
     old = increase = increase_error = None
     if scores is not None:
-        held_back = _held_back(read_scores(scores, schema), dataset)
-        if not np.array_equal(held_back[schema.label.name].to_numpy(), labels):
+        held_back = _held_back(read_scores(scores, schema), dataset)[kept]
+        if not np.array_equal(held_back[schema.label.name].to_numpy(), judged.labels):
             msg = f"{scores}: its rows are not those of {dataset.path}: the log has changed meanwhile; give `restart`"
             raise LogError(msg)
         old = metrics_of_scores(held_back, schema)
-        before, after = (Judged.of(labels, of, weights) for of in (held_back[LOGIT_COLUMN].to_numpy(), logits))
-        increase, increase_error, *_ = map(_defined, METRICS[LOSS].difference(before, after))
+        before = Judged.of(judged.labels, held_back[LOGIT_COLUMN].to_numpy(), judged.weights)
+        increase, increase_error, *_ = map(_defined, METRICS[LOSS].difference(before, judged))
     gate = GateRecord(
-        rows=rows,
+        rows=judged.labels.size,
         old=old,
         new=new,
-        calibration_standard_error=_defined(
-            METRICS["calibration"].estimate(Judged.of(labels, logits, weights)).standard_error
-        ),
+        calibration_standard_error=_defined(METRICS["calibration"].estimate(judged).standard_error),
         logloss_increase=increase,
         logloss_increase_standard_error=increase_error,
         passed=True,

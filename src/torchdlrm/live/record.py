@@ -109,12 +109,13 @@ class PeriodRecord(_Frozen):
         features: the sparse features by name.
         gate: whether the candidate was good enough.
         published: whether it became `current`: at once, or later by a rollback to it.
+        recalibration: what it changes on held-back rows, or that it was left out; None where none was asked for.
         bundle_bytes: of the period's bundle.
         delta_bytes: of its delta to the base's bundle; None where there is none.
     """
 
     format: Literal["torchdlrm-period"] = "torchdlrm-period"
-    format_version: Literal[1, 2] = 2  # 1 had the metrics of its time, and no others
+    format_version: Literal[1, 2, 3] = 2  # 1 had the metrics of its time, and no others; 3 has a `recalibration`
     period: int
     base: int | None
     logs: tuple[LogRecord, ...]
@@ -124,6 +125,7 @@ class PeriodRecord(_Frozen):
     features: dict[str, FeatureRecord]
     gate: GateRecord
     published: bool
+    recalibration: str | None = None
     bundle_bytes: int
     delta_bytes: int | None
 
@@ -138,7 +140,10 @@ class PeriodRecord(_Frozen):
 
     def write(self, folder: Path) -> None:
         """Write the record to the period's folder, atomically; the same record gives the same bytes."""
-        write_atomically(folder / RECORD_NAME, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
+        left_out = {"recalibration"} if self.recalibration is None else None
+        write_atomically(
+            folder / RECORD_NAME, json.dumps(self.model_dump(mode="json", exclude=left_out), indent=1) + "\n"
+        )
 
 
 class StepTime(_Frozen):

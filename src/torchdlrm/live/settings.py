@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torchdlrm.bundle import DensePrecision, TablePrecision
 from torchdlrm.errors import LiveError
 from torchdlrm.features.vocabulary import DEFAULT_MIN_COUNT
+from torchdlrm.judging import RecalibrationMethod
 from torchdlrm.toml import did_you_mean, explain, toml_text
 
 _Positive = Annotated[int, Field(ge=1)]
@@ -55,6 +56,11 @@ class ExportSettings(_Section):
     dense_precision: DensePrecision | Literal["auto"] = Field("auto", description="Of the matrix products.")
     max_logloss_increase: _NonNegative | None = Field(None, description="What a lower precision may cost in nats.")
     check_rows: _Positive = Field(100_000, description="Most held-back rows to predict to check the bundle.")
+    recalibrate: RecalibrationMethod | None = Field(
+        None,
+        description="Make probabilities that come true, by half of the held-back rows, where that helps on the others.",
+    )
+    recalibrate_by: str | None = Field(None, description="Do so apart for each frequent value of this column.")
 
 
 class LiveSettings(_Section):

@@ -206,8 +206,10 @@ class _Answers:
 
     async def model(self, request: Request) -> Response:
         served = self._service.check_model(**request.path_params)
-        period = {} if served.bundle.period is None else {"period": served.bundle.period}
-        return _json(model_metadata(self._service.name, served.version, served.schema) | period)
+        manifest = served.bundle.manifest
+        about = {"period": manifest.period, "recalibration": manifest.recalibration and str(manifest.recalibration)}
+        given = {name: value for name, value in about.items() if value is not None}
+        return _json(model_metadata(self._service.name, served.version, served.schema) | given)
 
     async def model_ready(self, request: Request) -> Response:
         served = self._service.check_model(**request.path_params)

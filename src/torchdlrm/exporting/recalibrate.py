@@ -1,0 +1,80 @@
+"""Recalibrates a served model by rows that it has not learnt from, where others show that this makes it better.
+
+In: a served model, the dataset of its run.  Out: a `Recalibration` for its bundle, or why there is none.
+"""
+
+from torchdlrm.bundle.served_model import ServedModel, predict_by_model
+from torchdlrm.data.dataset import Dataset
+from torchdlrm.errors import BundleError, ConfigError, DatasetError
+from torchdlrm.exporting.options import ExportOptions
+from torchdlrm.judged import Judged
+from torchdlrm.judging.recalibration import Recalibration, Verdict, fit
+from torchdlrm.judging.reliability import rows_of
+from torchdlrm.progress import ProgressListener
+
+# Where no split is left to judge a recalibration on, every other row of the one that there is.
+FITTED, JUDGED = slice(0, None, 2), slice(1, None, 2)
+
+
+def check_recalibration(dataset: Dataset, options: ExportOptions) -> None:
+    """See that a model can be recalibrated as the options say.
+
+    Raises:
+        ConfigError: the options do not go together, or there is no such feature.
+        DatasetError: all rows were learnt from.
+    """
+    by, features = options.recalibrate_by, [c.name for c in dataset.schema.sparse if not c.is_multi_valued]
+    if by is not None and (options.recalibrate is None or by not in features):
+        msg = f"`recalibrate_by`: {by} needs `recalibrate`, and to be one of {', '.join(features)}"
+        raise ConfigError(msg)
+    if options.recalibrate is not None and not _held_out(dataset):
+        msg = f"`recalibrate`: {dataset.path} has only rows that were learnt from; preprocess it with a val split"
+        raise DatasetError(msg)
+
+
+def recalibration_of(
+    model: ServedModel, dataset: Dataset, options: ExportOptions, *, is_required: bool, progress: ProgressListener
+) -> Recalibration | None:
+    """A recalibration that was fitted on the val split and judged on the test split, as the options say.
+
+    Where one of them is empty, every other row of the other one is for the one, and the rest for the other.
+
+    Returns:
+        None where it is not asked for, or neither better nor required; then the listener is told why.
+
+    Raises:
+        BundleError: it is required, and not better by more than chance.
+    """
+    method, by = options.recalibrate, options.recalibrate_by
+    if method is None:
+        return None
+    splits, rows = _held_out(dataset), []
+    targets, own = dataset.schema.target_names, [] if by is None else [by]
+    for split in splits:
+        columns = predict_by_model(model, dataset, split, [*targets, *own], progress, phase=f"recalibrate: {split}")
+        ids = None if by is None else columns.pop()
+        logits, labels, *weights = columns
+        rows.append((Judged.of(labels, logits, *weights), ids))
+    names = [f"{judged.sums.rows:,} rows of {split}" for split, (judged, _) in zip(splits, rows, strict=True)]
+    if len(rows) == 1:
+        (judged, ids), (name,) = rows[0], names
+        rows = [(rows_of(judged, part), None if ids is None else ids[part]) for part in (FITTED, JUDGED)]
+        names = [f"half of {name}", f"the other half of {name}"]
+    (fitted, ids), (before, other_ids) = rows
+    found = fit(fitted, method, by, ids)
+    why = f"on {names[0]} more clicks do not go with higher predictions: no recalibration helps"
+    if found is not None and before.sums.rows > 1 and before.sums.weight > 0:
+        after = Judged.of(before.labels, found.apply(before.logits, other_ids), before.weights)
+        verdict = Verdict.of(f"{names[1]} (fitted on {names[0]})", before, after)
+        if verdict.is_better:
+            return found.model_copy(update={"verdict": verdict})
+        why = f"{found} is not better by more than chance: {verdict}"
+    if is_required:
+        msg = f"`recalibrate`: {why}; export without it"
+        raise BundleError(msg)
+    progress.note(f"not recalibrated: {why}")
+    return None
+
+
+def _held_out(dataset: Dataset) -> list[str]:
+    return [name for name in ("val", "test") if name in dataset.splits and dataset.splits[name].rows]
