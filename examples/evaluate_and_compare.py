@@ -6,10 +6,10 @@ python examples/evaluate_and_compare.py DATASET FOLDER
 import sys
 from pathlib import Path
 
-from torchdlrm import Difference, compare, evaluate, load_config, train
+from torchdlrm import Comparison, compare, evaluate, load_config, train
 
 
-def main(dataset: str, folder: str) -> Difference:
+def main(dataset: str, folder: str) -> Comparison:
     """Train two runs below `folder` on the dataset, and compare them on rows that neither has seen."""
     for dim in (4, 16):
         sizes = {"model.embedding_dim": str(dim), "model.dense_arch_layer_sizes": f"[64, {dim}]"}
@@ -21,6 +21,4 @@ def main(dataset: str, folder: str) -> Difference:
 
 
 if __name__ == "__main__":
-    found = main(*sys.argv[1:])
-    print(f"AUC {found.auc:+.4f} (standard error {found.auc_standard_error:.4f})")
-    print(f"logloss {found.logloss:+.4f} (standard error {found.logloss_standard_error:.4f})")
+    print(main(*sys.argv[1:]))  # each difference with its interval, and what it says

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from torchdlrm.config import Config as Config
     from torchdlrm.config import load_config as load_config
     from torchdlrm.data.dataset import Dataset as Dataset
-    from torchdlrm.evaluation.compare import Difference as Difference
     from torchdlrm.evaluation.compare import compare as compare
     from torchdlrm.evaluation.evaluate import evaluate as evaluate
     from torchdlrm.exporting.export import export as export
@@ -65,7 +64,7 @@ _NAMES_OF = {
     "bundle.bundle": ("Bundle",),
     "config": ("Config", "load_config"),
     "data.dataset": ("Dataset",),
-    "evaluation.compare": ("Difference", "compare"),
+    "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate",),
     "exporting.export": ("export",),
     "exporting.formats": ("export_as",),

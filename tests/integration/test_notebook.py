@@ -4,7 +4,7 @@ import html
 import re
 import shutil
 
-from torchdlrm import Bundle, Dataset, Difference, Run, TrainingHistory, evaluate
+from torchdlrm import Bundle, Dataset, Run, TrainingHistory, evaluate
 from torchdlrm.notebook import notebook_view
 from torchdlrm.training.log import TrainingSummary
 
@@ -50,9 +50,3 @@ def test_a_training_shows_its_last_validations():
     assert "best AUC 0.5190 step" in shown
     assert "10 0.4321 0.5100" in shown
     assert "0.5090" not in shown  # ten validations, and not eleven
-
-
-def test_a_difference_shows_its_interval():
-    shown = text_of(Difference(0.002, 0.0005, -0.001, 0.001)._repr_html_())
-    assert "AUC +0.00200 +0.00102 +0.00298" in shown
-    assert "logloss -0.00100 -0.00296 +0.00096" in shown

@@ -30,7 +30,6 @@ NAMED = {
     "cli/logs.py": "the same",
     "data/judgements.py": "the calibration of a validation",
     "doctor/self_test.py": "a number that must be finite",
-    "evaluation/compare.py": "the two differences that have a paired standard error",
     "live/gate.py": "what the gate judges by",
     "live/settings.py": "its limits",
     "quickstart/": "the AUC day by day",

@@ -180,9 +180,10 @@ def test_a_class_that_padding_breaks_is_refused_before_anything_is_trained(small
 
 
 def test_its_run_is_compared_with_one_of_the_dlrm(trained, small_run):
-    found = compare(small_run, trained.run, model_classes=(None, trained.model_class))
+    found = compare(small_run, f"own={trained.run}", model_class=trained.model_class)
     metrics = [evaluate(small_run), evaluate(trained.run, model_class=trained.model_class)]
-    assert found.auc == pytest.approx(metrics[1]["auc"] - metrics[0]["auc"], abs=1e-9)
+    difference = found.differences["own"]["auc"].difference
+    assert difference == pytest.approx(metrics[1]["auc"] - metrics[0]["auc"], abs=1e-9)
 
 
 def test_run_and_bundle_say_whose_they_are_without_the_class_and_hold_no_code(trained, dlrm):

@@ -11,7 +11,7 @@ from website.notebooks import execute, executed, notebooks
 
 # What a tutorial says in its text, and its cells must show.
 SHOWN = {
-    "comparing": r"AUC [+-]0\.\d{4}, interval of 95 % from",
+    "comparing": r"seed-0: AUC [+-]0\.\d+, from [+-]0\.\d+ to [^$]*standard error by rows 0\.\d+, by seeds 0\.",
     "criteo": r"\d\d% of what any model could reach above guessing",
     "live-week": r"day 5: AUC 0\.7\d+ \(0\.7\d+ to 0\.7\d+\) before it was learnt[^$]*held-back rows were clicked",
     "own-model": r"attention AUC 0\.7\d+, [\d,]+ rows/s",

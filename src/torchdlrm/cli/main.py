@@ -55,6 +55,7 @@ app.command(
     help="Measure a trained run on every row of a split.",
     usage="Usage: dlrm evaluate RUN [--sharding.KEY VALUE] [OPTIONS]",
 )
+app.command("torchdlrm.cli.compare:compare", help="Compare models on the same rows: is a difference more than noise?")
 app.command("torchdlrm.cli.report:report", help="Write a dataset, runs or a live model as one HTML page.")
 app.command(
     "torchdlrm.cli.bundles:export", help="Turn a run into a bundle that predicts from raw rows, or into other formats."

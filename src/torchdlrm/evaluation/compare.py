@@ -1,135 +1,154 @@
-"""Compares models on the same rows: how much better one predicts than another, and how sure that is.
+"""Compares models on the rows of a split or a log: runs, bundles, periods of a live model and files of predictions.
 
-In: two runs, or labels [N], the logits [N] of both models and perhaps weights [N] of the rows.  Out: a `Difference`,
-with standard errors of paired differences: rows that are hard for both models say nothing about which is better, and
-drop out.
-
-N rows, P of them clicked, Q = N - P not.
+In: where candidates are.  Out: a `Comparison`; `judging/` finds it.  Memory holds the rows of one model at a time.
 """
 
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Sequence
+from glob import glob, has_magic
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
 
-import numpy as np
-
-from torchdlrm.config import DeviceChoice, ShardingConfig
-from torchdlrm.data.dataset import Dataset
-from torchdlrm.errors import DatasetError
-from torchdlrm.evaluation.split_rows import predict_split
-from torchdlrm.judged import NORMAL_95, Judged
-from torchdlrm.metrics import BEST, LOSS, METRICS
-from torchdlrm.model.model_class import ModelClass
-from torchdlrm.notebook import notebook_view
+from torchdlrm.config import DeviceChoice
+from torchdlrm.errors import ConfigError, DatasetError
+from torchdlrm.evaluation.predictions import TAKES, PredictedRows, kind_of_source, predicted_rows
+from torchdlrm.folders import kind_of
+from torchdlrm.judged import Judged
+from torchdlrm.judging.comparison import Comparison
+from torchdlrm.judging.paired import check_metric, compare_rows
+from torchdlrm.metrics import BEST
 from torchdlrm.progress import ProgressListener, watched
-from torchdlrm.ranks import Labels, Scores, Weights
-from torchdlrm.training.run import Run
 
+if TYPE_CHECKING:  # a comparison of files needs no torch
+    from torchdlrm.bundle.bundle import Bundle
+    from torchdlrm.data.dataset import Dataset
+    from torchdlrm.model.model_class import ModelClass
+    from torchdlrm.training.run import Run
 
-@dataclass(frozen=True)
-class Difference:
-    """What the second model's metrics are above the first one's, each with its standard error.
-
-    Attributes:
-        auc: difference of the AUC; above 0 the second model is better. NaN when the labels hold one class only.
-        auc_standard_error: by DeLong, DeLong and Clarke-Pearson (1988); NaN with fewer than two rows of a class.
-        logloss: difference of the logloss in nats; below 0 the second model is better.
-        logloss_standard_error: of the mean of the rows' differences; NaN with fewer than two rows.
-
-    Where rows have weights, differences and means are weighted, and standard errors are those of weighted means of
-    independent rows: weights say how much a row matters, and not how often it was seen.
-    """
-
-    auc: float
-    auc_standard_error: float
-    logloss: float
-    logloss_standard_error: float
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows: each difference, with the interval that holds the true one 19 times in 20."""
-        both = {"AUC": (self.auc, self.auc_standard_error), "logloss": (self.logloss, self.logloss_standard_error)}
-        rows = [
-            {
-                "metric": name,
-                "difference": f"{value:+.5f}",
-                "from": f"{value - NORMAL_95 * error:+.5f}",
-                "to": f"{value + NORMAL_95 * error:+.5f}",
-            }
-            for name, (value, error) in both.items()
-        ]
-        return notebook_view("second model, above the first one", {"interval": "95 %"}, rows)
+Source = Union["Run", "Bundle", str, Path]
 
 
 def compare(
-    first: Run | str | Path,
-    second: Run | str | Path,
-    dataset: Dataset | str | Path | None = None,
+    *candidates: Source | Sequence[Source],
+    dataset: "Dataset | str | Path | None" = None,
     split: str = "test",
-    *,
-    model_classes: tuple[ModelClass | None, ModelClass | None] = (None, None),
-    batch_size_global: int = 8192,
+    metric: str = BEST,
+    group: str | None = None,
+    label: str | None = None,
+    weight: str | None = None,
+    model_class: "ModelClass | None" = None,
+    allow_changed_model_class: bool = False,
     device: DeviceChoice = "auto",
-    sharding: ShardingConfig | None = None,
     progress: ProgressListener | bool = True,
-) -> Difference | None:
-    """Compare two runs that were trained on the same dataset, each by its best checkpoint.
+) -> Comparison | None:
+    """Compare models with the first of them, on the same rows.
 
     Works in this process and all others that torch's launcher has started with it, as `evaluate` does.
 
     Args:
-        first: the run to compare with, or its folder.
-        second: the other run, or its folder.
-        dataset: what both were trained on, or its folder; None where it is still where it was.
-        split: `train`, `val` or `test`; several joined by + are judged together.
-        model_classes: of each run, where it was trained with a model class of the user.
-        batch_size_global: rows per forward pass over all ranks; does not change the result.
-        device: where to compute, as for `evaluate`.
-        sharding: of both runs' tables, as for `evaluate`.
+        candidates: two or more. Each is a run, a bundle, the folder of a period of a live model, a file of predictions,
+            or several of these, the models of one recipe that were trained with different seeds: as a list, by a
+            pattern such as `runs/wide-*`, or with a name, as in `wide=runs/wide-*`.
+        dataset: of runs and bundles, as for `evaluate`.
+        split: of their dataset: `train`, `val` or `test`; several joined by + are judged together.
+        metric: the name of the one that the verdict is by, as `BinaryMetrics` has it.
+        group: a column: rows of the same value depend on each other, as those of one user, and count as one.
+        label: of files: their column of labels, as for `evaluate`.
+        weight: of files: their column of weights.
+        model_class: of those runs and bundles that were trained with a model class of the user.
+        allow_changed_model_class: take it though its file has changed since.
+        device: where runs compute, as for `evaluate`.
         progress: receives the rows done on rank 0; True and False as for `train`.
 
     Returns:
-        On rank 0 what the second run's metrics are above the first one's; None elsewhere.
+        On rank 0 how the others differ from the first candidate; None elsewhere.
 
     Raises:
-        RunError: as `evaluate`.
-        DatasetError: as `evaluate`, or the runs were trained on different rows or labels.
+        UserError: a candidate is not there or cannot be evaluated.
+        ConfigError: there are fewer than two candidates, or there is no such metric.
+        DatasetError: candidates have predicted different rows.
     """
-    runs = [run if isinstance(run, Run) else Run.open(Path(run)) for run in (first, second)]
-    datasets = [run.open_dataset(dataset) for run in runs]
-    labels = [encoded.label_name for encoded in datasets]
-    if labels[0] != labels[1]:
-        msg = f"the runs predict different labels, {labels[0]} and {labels[1]}: they cannot be compared"
-        raise DatasetError(msg)
-    with watched(progress) as listener:
-        (_, taken), (_, other) = (
-            predict_split(
-                run,
-                encoded,
-                split,
-                model_class=model_class,
-                batch_size_global=batch_size_global,
-                device=device,
-                sharding=sharding,
-                progress=listener,
+    check_metric(metric)
+    named = named_sources(candidates)
+    kinds = {_path(source): kind_of_source(_path(source)) for source in chain(*named.values())}
+    taken = {name for kind in kinds.values() for name in TAKES[kind]}
+    known: list[tuple[Path, int, str]] = []  # of each source how many rows it has, and which
+
+    def predict(source: Source) -> PredictedRows | None:
+        path = _path(source)
+        options: dict[str, Any] = {"dataset": dataset, "split": split, "label": label, "weight": weight}
+        # Each is for those that take it; what none does is refused.
+        options = {name: value for name, value in options.items() if name in TAKES[kinds[path]] or name not in taken}
+        if _has_model_class(path):
+            options |= {"model_class": model_class, "allow_changed_model_class": allow_changed_model_class}
+        return predicted_rows(source, group=group, device=device, progress=listener, **options)
+
+    def read(source: Source) -> Judged:
+        path, rows = _path(source), predict(source)
+        assert rows is not None, "this is rank 0"
+        known.append((path, rows.judged.sums.rows, rows.rows))
+        if known[0][1:] != known[-1][1:]:
+            numbers = known[0][1], known[-1][1]
+            what = "{:,} and {:,}".format(*numbers) if len({*numbers}) > 1 else "their labels or weights differ"
+            msg = (
+                f"{known[0][0]} and {path} were judged on different rows ({what}), so a difference would say nothing "
+                "about the models; let both predict the same split of the same dataset, or the same log"
             )
-            for run, encoded, model_class in zip(runs, datasets, model_classes, strict=True)
-        )
-    if taken is None or other is None:
-        return None
-    if not np.array_equal(taken.labels, other.labels):
-        msg = f"the runs were trained on different datasets: the labels of their {split} splits are not the same"
-        raise DatasetError(msg)
-    return paired_difference(taken.labels, taken.logits, other.logits, taken.weights)
+            raise DatasetError(msg)
+        return rows.judged
+
+    with watched(progress) as listener:
+        if os.environ.get("RANK", "0") != "0":  # of torch's launcher; only rank 0 is given the rows
+            for source in chain(*named.values()):
+                predict(source)
+            return None
+        # Lazily, so that the rows of one source are in memory.
+        return compare_rows(((name, map(read, sources)) for name, sources in named.items()), metric)
 
 
-def paired_difference(labels: Labels, first: Scores, second: Scores, weights: Weights = None) -> Difference:
-    """Compare two models on the same rows.
+def named_sources(candidates: Sequence[Source | Sequence[Source]]) -> dict[str, Sequence[Source]]:
+    """The models of each candidate by its name; candidates as for `compare`.
 
-    Args:
-        labels: 0 or 1 [N].
-        first: logits of the model to compare with [N].
-        second: logits of the other model [N].
-        weights: of the rows [N].
+    Raises:
+        ConfigError: they are fewer than two, one is there twice, or a pattern matches nothing.
     """
-    before, after = (Judged.of(labels, logits, weights) for logits in (first, second))
-    area, loss = (METRICS[name].difference(before, after) for name in (BEST, LOSS))
-    return Difference(area.value, area.standard_error, loss.value, loss.standard_error)
+    expanded = [_expanded(candidate) for candidate in candidates]
+    short = [names[0] for *names, _ in expanded]
+    found = {(name if short.count(name) == 1 else longer): sources for name, longer, sources in expanded}
+    if len(found) < max(2, len(candidates)):
+        what = f"is one recipe with {len(sources)} seeds" if len(sources := expanded[0][2]) > 1 else "is there alone"
+        msg = f"`candidates`: two or more that differ are compared, and {', '.join(found)} {what}"
+        raise ConfigError(msg)
+    return found
+
+
+def _expanded(candidate: Source | Sequence[Source]) -> tuple[str, str, Sequence[Source]]:
+    """A candidate's name, a longer one where others have that, too, and its models."""
+    name, sources = "", list[Source]()
+    if isinstance(candidate, str) and not Path(candidate).exists():
+        name, equals, pattern = candidate.partition("=")
+        name, pattern = (name, pattern) if equals and "/" not in name else ("", candidate)
+        matching = sorted(glob(pattern))  # noqa: PTH207 - the pattern may be absolute
+        if has_magic(pattern) and not matching:
+            msg = f"`candidates`: nothing matches {pattern}"
+            raise ConfigError(msg)
+        sources += map(Path, matching or [pattern])
+    else:
+        sources += [candidate] if isinstance(candidate, str) or not isinstance(candidate, Sequence) else candidate
+    paths = [_path(source) for source in sources]
+    common = os.path.commonprefix([path.resolve().name for path in paths])  # noqa: RUF071 - of the characters
+    common = common if len(paths) == 1 else common.rstrip("0123456789-_. ")
+    longer = candidate if isinstance(candidate, str) else str(paths[0])
+    return name or common or longer, longer, sources
+
+
+def _path(source: Source) -> Path:
+    return Path(source) if isinstance(source, str | Path) else source.path
+
+
+def _has_model_class(path: Path) -> bool:
+    """Whether it is a run or a bundle that was trained with a model class of the user."""
+    kind = kind_of(path)
+    return kind is not None and json.loads((path / kind.marker).read_text()).get("model_class") is not None

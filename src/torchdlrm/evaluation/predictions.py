@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 SourceKind = Literal["run", "bundle", "period", "file"]
 # What each can be asked besides columns and group.
-_TAKES: Mapping[SourceKind, Sequence[str]] = {
+TAKES: Mapping[SourceKind, Sequence[str]] = {
     "run": ("dataset", "split", "checkpoint", "sharding"),
     "bundle": ("dataset", "split"),
     "period": (),
@@ -146,7 +146,7 @@ def predicted_rows(
     given = {"dataset": dataset, "sharding": sharding, "label": label, "weight": weight}
     asked = {name for name, value in given.items() if value is not None}
     asked |= {name for name, differs in (("split", split != "test"), ("checkpoint", checkpoint != "best")) if differs}
-    for name in sorted(asked - {*_TAKES[kind]}):
+    for name in sorted(asked - {*TAKES[kind]}):
         msg = f"`{name}`: is not for a {kind}, which {source} is"
         raise ConfigError(msg)
     if isinstance(source, Path) and kind == "period":

@@ -139,12 +139,7 @@ class _Measure:
         self._variances.append(standard_error(judged, kept) ** 2)
 
     def finish(self, rows: Judged, first: "_Measure | None") -> None:
-        """Find what scatters: all models are there.
-
-        Args:
-            rows: those that were predicted.
-            first: the measure of the candidate that this one is compared with; None where it is that one itself.
-        """
+        """Find what scatters, now that all models are there, also in the difference from the first candidate's."""
         number = len(self.values)
         self.seeds = Seeds(number)
         if number > 1 and self._is_known:
@@ -164,21 +159,12 @@ class _Measure:
         count = rows.labels.size if rows.groups is None else int(rows.groups.max(initial=0)) + 1
         # A variance between seeds was estimated together with what the rows add to it.
         parts = [self._variance**2 / max(1, count - 1)]
-        parts += [((one.own + one.by_rows) / one.number) ** 2 / (one.number - 1) for one in seeds if one.own]
+        parts += [((one.own + one.by_rows) / one.number) ** 2 / (one.number - 1) for one in seeds if one.number > 1]
         freedom = error**4 / sum(parts) if sum(parts) else 1.0
         reach = float(stdtrit(freedom, 1 - LEVEL / 2)) * error
         p_value = 2 * float(stdtr(freedom, -abs(value) / error)) if error else float(value == 0)
-        return Difference(
-            value,
-            (value - reach, value + reach),
-            math.sqrt(self._variance),
-            math.sqrt(by_seeds),
-            p_value,
-            p_value,
-            Verdict.UNDEFINED,
-            rows.labels.size,
-            seeds,
-        )
+        ends, errors = (value - reach, value + reach), (math.sqrt(self._variance), math.sqrt(by_seeds))
+        return Difference(value, ends, *errors, p_value, p_value, Verdict.UNDEFINED, rows.labels.size, seeds)
 
     @property
     def _is_known(self) -> bool:

@@ -1,0 +1,73 @@
+"""`dlrm compare`: models that have predicted the same rows -> how much better one is, and whether that is noise."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from torchdlrm.cli.options import Json, OwnModel, refuse_mistyped
+from torchdlrm.cli.terminal import announce, print_json, print_table, progress_bars, say
+from torchdlrm.config import DeviceChoice
+
+
+def compare(
+    *candidates: str,
+    split: str = "test",
+    dataset: Path | None = None,
+    metric: str | None = None,
+    power: Annotated[float | None, Parameter(validator=Number(gt=0))] = None,
+    group: str | None = None,
+    label: str | None = None,
+    weight: str | None = None,
+    own_model: OwnModel = OwnModel(),  # noqa: B008 - frozen, and what the parser fills
+    device: DeviceChoice = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compare models on the same rows with the first one: better, worse, no difference that matters, or too few rows.
+
+    Each is a run, a bundle, the folder of a period of a live model (LIVE/days/3), or a file of predictions that
+    `dlrm evaluate --predictions` or `dlrm predict` wrote. Several models of one recipe, trained with different seeds,
+    are one candidate: name them by a pattern in quotes, such as 'runs/wide-*', or with a name, as in
+    wide='runs/wide-*'. With one model each the verdict is about these models; with several it is about the recipes, and
+    how much seeds scatter counts, too.
+
+    Args:
+        candidates: Two or more; the others are compared with the first one.
+        split: Of the dataset of runs and bundles: train, val or test; several joined by +.
+        dataset: Where the dataset is now, if it has moved since the training.
+        metric: What the verdict is by, such as logloss; auc by default, and gauc needs --group.
+        power: Say how many rows, or seeds, would show this difference of the metric 4 times in 5, as in 0.0005.
+        group: A column: rows of the same value depend on each other, as those of one user, and count as one.
+        label: Of files: their column of labels; label by default.
+        weight: Of files: their column of weights; weight by default, where there is one.
+        device: auto, cuda or cpu: where to compute (as train.device), whatever the runs were trained on.
+    """
+    refuse_mistyped([Path(candidate) for candidate in candidates], "compare")
+    announce(f"compare {', '.join(candidates)}")
+
+    from torchdlrm.evaluation.compare import compare as compare_models
+    from torchdlrm.metrics import BEST
+
+    with progress_bars("") as progress:
+        found = compare_models(
+            *candidates,
+            split=split,
+            dataset=dataset,
+            metric=metric or BEST,
+            group=group,
+            label=label,
+            weight=weight,
+            device=device,
+            progress=progress,
+            **vars(own_model),
+        )
+    assert found is not None, "this process is the only one"
+    needed = {} if power is None else found.power(power)
+    print_table(found.about, found.table(), left_aligned=("candidate", "verdict"))
+    say(f"{found.verdict}.")
+    for name, enough in needed.items():
+        say(f"a difference of {power:g} of {name} would be seen, 4 times in 5, with {enough}")
+    if as_json:
+        shown = {name: {"rows": enough.rows, "seeds": enough.seeds} for name, enough in needed.items()}
+        print_json(found.as_json() | ({} if power is None else {"power": {"difference": power, **shown}}))
