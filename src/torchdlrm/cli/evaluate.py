@@ -15,6 +15,7 @@ from torchdlrm.cli.terminal import (
     print_json,
     print_slices,
     print_table,
+    say,
     say_undefined,
     warn,
     warn_of_crowding,
@@ -149,12 +150,13 @@ def _print_evaluation(result: Mapping[str, Any], source: Path, *, as_json: bool)
         }
         for metric in metrics_of_any([result])
     ]
-    print_table(f"{where}, label {result['label']}: {counts}", rows)
+    say(f"{where}, label {result['label']}: {counts}")
+    print_table("", rows)
     if "slices" in result:
         print_slices(result["slices"])
     say_undefined(result)
     if (best := intervals[BEST]) is not None:
-        doubt = few_clicks(result.get("split", "it"), result["rows"], result["clicks"], max(best) - result[BEST])
+        doubt = few_clicks(result.get("split", source.name), result["rows"], result["clicks"], max(best) - result[BEST])
         look_at([doubt] if doubt else [])
     if as_json:
         print_json(result)

@@ -55,8 +55,8 @@ def few_clicks(split: str, rows: int, clicks: int, doubt: float | None = None) -
     if not least:
         return f"{split} has {what}, so no AUC: hold more rows out (split.{split} of the schema), or take a larger log"
     return (
-        f"{split} has {what}: its AUC is known to about +-{doubt:.2f}, and smaller differences between models say "
-        f"nothing; hold more rows out (split.{split} of the schema), or take a larger log"
+        f"{split} has {what}: its AUC is known to about +-{doubt:.2f}. Differences between models are known better, "
+        "where both predict these rows (dlrm compare); hold more rows out ([split] of the schema), or take a larger log"
     )
 
 

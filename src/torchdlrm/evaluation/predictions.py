@@ -85,9 +85,9 @@ def kind_of_source(source: Path) -> SourceKind:
     Raises:
         UserError: nothing of the kind; of the class that belongs to what is there.
     """
-    if source.name.endswith(FILE_ENDINGS) and not source.is_dir():
-        if source.is_file():
-            return "file"
+    if source.is_file() and source.name.endswith(FILE_ENDINGS):
+        return "file"
+    if source.suffix and not source.exists():
         beside = [path.name for path in source.parent.iterdir()] if source.parent.is_dir() else []
         msg = f"{source}: there is no such file{did_you_mean(source.name, beside)}"
         raise UserError(msg)
