@@ -111,7 +111,8 @@ class _Class:
         else:
             order = np.argsort(scores)
             self._scores = scores[order]
-            self._cumulated = np.concatenate([[0.0], np.cumsum(weights[order], dtype=np.float64)])
+            self._cumulated = np.zeros(order.size + 1)
+            np.cumsum(weights[order], dtype=np.float64, out=self._cumulated[1:])
 
     def fraction_below(self, scores: Scores) -> NDArray[np.float64]:
         """Which fraction of the class has a lower score than each of these, ties as half [K]."""
