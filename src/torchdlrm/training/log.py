@@ -46,13 +46,18 @@ class Callback:
             metrics: of the interval's rows, each predicted before the model learnt from it.
         """
 
-    def on_validation(self, step: int, metrics: Metrics) -> None:
+    def on_validation(self, step: int, metrics: Metrics) -> str | None:  # noqa: ARG002 - subclasses read them
         """The val split was predicted.
 
         Args:
             step: optimizer steps done.
             metrics: of the split's rows; `rows_per_s` is the speed of the validation.
+
+        Returns:
+            Why the training is to stop here, in a word such as `pruned`, which is its `stopped_because` then: the run
+            is saved, and the same call trains it on. None lets it go on.
         """
+        return None
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         """A checkpoint is complete and on disk.
@@ -150,7 +155,7 @@ class TrainingSummary:
         resumed_from_step: where this process resumed the run; 0 for a new run.
         seconds: wall time of this process's training steps, validation left out.
         rows_per_s: rows that these steps read, per second; 0 when there was nothing left to do.
-        stopped_because: `finished`, `target_auc` or `patience`.
+        stopped_because: `finished`, `target_auc`, `patience`, or what a callback has said.
         best_auc: highest AUC of the val split, None without validation.
         best_step: the step that had it.
         validation: metrics of the val split after the last step, None when nothing was validated; in it what is not

@@ -98,6 +98,7 @@ class Trainer:
         self._loss: torch.Tensor | None = None  # of this rank's rows in the last step
         self._validation: dict[str, int | float | None] | None = None
         self._callbacks: Sequence[Callback] = ()
+        self._asked_to_stop: str | None = None  # by a callback
         self._logged_rows, self._logged_s = 0, 0.0
         self._watch, self._since_save = Stopwatch(), Stopwatch()
 
@@ -222,8 +223,8 @@ class Trainer:
         rows_per_s = metrics.rows / (time.monotonic() - started_s)
         rows = self._agenda.rows_after(step)
         values = metrics_for_callbacks(metrics, rows=rows, learning_rate=self._rate, rows_per_s=rows_per_s)
-        for callback in self._callbacks:
-            callback.on_validation(step, values)
+        reasons = [callback.on_validation(step, values) for callback in self._callbacks]
+        self._asked_to_stop = self._ranks.from_first(next(filter(None, reasons), None))
         before = self._position
         self._position = after_validation(before, metrics.auc, self._config.schedule)
         is_best = self._position.stale_validations == 0
@@ -238,7 +239,7 @@ class Trainer:
             return "target_auc"
         if stop.patience_validations is not None and position.stale_validations >= stop.patience_validations:
             return "patience"
-        return None
+        return self._asked_to_stop
 
     def _refuse_if_not_finite(self, loss: float, step: int) -> None:
         if math.isfinite(loss):
