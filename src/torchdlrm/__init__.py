@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torchdlrm.features.schema import FeatureSchema as FeatureSchema
     from torchdlrm.features.schema import criteo_schema as criteo_schema
     from torchdlrm.features.schema_file import load_schema as load_schema
-    from torchdlrm.insight.importance import importance as importance
     from torchdlrm.judged import Judged as Judged
     from torchdlrm.judging.comparison import Comparison as Comparison
     from torchdlrm.judging.reliability import reliability as reliability
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from torchdlrm.preprocessing.preprocess import preprocess as preprocess
     from torchdlrm.serving.options import ServeOptions as ServeOptions
     from torchdlrm.serving.server import serve as serve
+    from torchdlrm.sweeping.sweep import sweep as sweep
     from torchdlrm.synthetic.synthesize import synthesize as synthesize
     from torchdlrm.training.job import train as train
     from torchdlrm.training.log import Callback as Callback
@@ -75,7 +75,6 @@ _NAMES_OF = {
     "exporting.weights": ("import_weights",),
     "features.schema": ("FeatureSchema", "criteo_schema"),
     "features.schema_file": ("load_schema",),
-    "insight.importance": ("importance",),
     "judged": ("Judged",),
     "judging.comparison": ("Comparison",),
     "judging.reliability": ("reliability",),
@@ -97,6 +96,7 @@ _NAMES_OF = {
     "preprocessing.preprocess": ("preprocess",),
     "serving.options": ("ServeOptions",),
     "serving.server": ("serve",),
+    "sweeping.sweep": ("sweep",),
     "synthetic.synthesize": ("synthesize",),
     "training.job": ("train",),
     "training.log": ("Callback", "TrainingHistory"),

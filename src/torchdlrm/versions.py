@@ -82,7 +82,8 @@ def how_to_get(module: str) -> str | None:
         return f"{how_to_predict(installed('torch'))} (fbgemm-gpu in place of fbgemm-gpu-cpu where there is a GPU)"
     if module in {"torchrec", "tensorboard", *_NEEDS_OF_TORCHREC}:
         return how_to_train(installed("torch"))
-    return "pip install 'torchdlrm[onnx]'" if module in {"onnx", "onnxruntime"} else None
+    extra = {"onnx": "onnx", "onnxruntime": "onnx", "optuna": "sweep"}.get(module)
+    return f"pip install 'torchdlrm[{extra}]'" if extra is not None else None
 
 
 def find_misfit(versions: Mapping[str, str | None]) -> Misfit | None:

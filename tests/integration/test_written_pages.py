@@ -22,10 +22,12 @@ from torchdlrm.planning.plan import PlanRequest, problem_of
 from torchdlrm.planning.side_by_side import sweep
 from torchdlrm.quickstart.story import Comparison, DayScore
 from torchdlrm.sharding.solution import solve
+from torchdlrm.sweeping.page import sweep_page as trials_page
+from torchdlrm.sweeping.space import load_space
 from torchdlrm.training.run import Run
 
 PHONE, DESK = 390, 1280
-NAMES = ["run", "runs", "dataset", "plan", "sweep", "live", "story"]
+NAMES = ["run", "runs", "dataset", "plan", "sweep", "trials", "live", "story"]
 
 
 def begun_run(folder, small_dataset):
@@ -85,6 +87,28 @@ def page_of_a_story():
     return Comparison([f"day {day:02}" for day in range(9)], scores, [0.79] * 9).page("A model that learns every day")
 
 
+def page_of_trials():
+    """Forty trials of the example's space: pruned, failed and whole ones."""
+    space = load_space("examples/criteo-small-space.toml", load_config("criteo-small"))
+    rng = np.random.default_rng(0)
+
+    def value_of(values):
+        choices = getattr(values, "choices", None)
+        return choices[rng.integers(len(choices))] if choices else float(rng.uniform(values.low, values.high))
+
+    states = ["complete", "pruned", "complete", "failed: the loss is nan at step 3: " + "why and what to do " * 9]
+    trials = [
+        {"trial": number, "state": states[number % 4], "auc": None if number % 4 == 3 else 0.7 + 0.001 * number}
+        | {"seconds": 3.0 + number, **{key: value_of(values) for key, values in space.values.items()}}
+        for number in range(40)
+    ]
+    shares = dict(zip(space.values, (0.5, 0.3, 0.15, 0.05, 0.0), strict=True))
+    repeated = {name: [0.74567, 0.74321, 0.7501] for name in ("start", "038", "036")}
+    verdict = "too few rows to tell 038 from start: AUC +0.0012, from -0.0004 to +0.0028, p = 0.1312"
+    result = {"verdict": verdict, "metric": "auc", "trials": trials, "best": 38}
+    return trials_page("Sweep tried", space, result | {"importance": shares, "repeated": repeated})
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory, small_dataset):
     """The file of each page by its name."""
@@ -97,6 +121,7 @@ def pages(tmp_path_factory, small_dataset):
         "dataset": dataset_page(small_dataset),
         "plan": plan_page(solve(problem)),
         "sweep": sweep_page(problem, sweep(problem, ("devices=1,2,8", "batch=8192,65536"))),
+        "trials": page_of_trials(),
         "live": live_page("Live model ads", *made_up(30, failing=(5,)), 30),
         "story": page_of_a_story(),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from torchdlrm.versions import SETS, VersionSet, minor
+from torchdlrm.versions import SETS, VersionSet, how_to_get, minor
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -77,3 +77,10 @@ def test_the_lock_is_whole_for_each_python_and_names_no_host(extra, python, vers
 
 def test_a_version_has_a_minor_one():
     assert [minor(version) for version in ("2.13.0+cpu", "2.14.1", "1.9.2")] == ["2.13", "2.14", "1.9"]
+
+
+def test_what_an_extra_brings_names_the_extra():
+    for module, extra in (("optuna", "sweep"), ("onnx", "onnx"), ("onnxruntime", "onnx")):
+        assert how_to_get(module) == f"pip install 'torchdlrm[{extra}]'"
+        assert any(line.startswith(module) for line in EXTRAS[extra])
+    assert how_to_get("numpy") is None

@@ -51,6 +51,11 @@ app.command(
     usage="Usage: dlrm train CONFIG --dataset PATH --run PATH [--KEY VALUE] [OPTIONS]",
 )
 app.command(
+    "torchdlrm.cli.sweep:sweep",
+    help="Search better values for keys of a config, by many trainings.",
+    usage="Usage: dlrm sweep CONFIG --space PATH --dataset PATH --out PATH [--KEY VALUE] [OPTIONS]",
+)
+app.command(
     "torchdlrm.cli.evaluate:evaluate",
     help="Measure a trained run on every row of a split.",
     usage="Usage: dlrm evaluate RUN [--sharding.KEY VALUE] [OPTIONS]",
@@ -62,7 +67,6 @@ app.command(
 )
 app.command("torchdlrm.cli.bundles:apply", help="Make a bundle of another one and a delta to it.")
 app.command("torchdlrm.cli.predict:predict", help="Predict every row of a raw log.")
-app.command("torchdlrm.cli.explain:importance", help="Show which features a model uses, and how much.")
 app.command("torchdlrm.cli.explain:explain", help="Show what each feature adds to the prediction of a row.")
 app.command("torchdlrm.cli.predict:verify", help="Compare checkpoint, bundle and server on the same raw rows.")
 app.command("torchdlrm.cli.serve:serve", help="Serve a bundle over HTTP and gRPC.")

@@ -66,12 +66,13 @@ def find_config(name: str | Path) -> Path:
 
 
 def load_config(
-    path: str | Path | None, overrides: Mapping[str, str] | None = None, *, is_of_run: bool = False
+    path: str | Path | Config | None, overrides: Mapping[str, str] | None = None, *, is_of_run: bool = False
 ) -> Config:
     """Read a config from a TOML file (defaults where it is silent), changed by overrides such as {"train.epochs": "2"}.
 
     Args:
-        path: the file, the name of a config that comes with torchdlrm (`"criteo-small"`), or None for the defaults.
+        path: the file, the name of a config that comes with torchdlrm (`"criteo-small"`), a config, or None for the
+            defaults.
         overrides: values as TOML text by dotted name.
         is_of_run: the file is the config.toml of a run: what earlier versions called otherwise, or accepted, is read.
 
@@ -79,8 +80,11 @@ def load_config(
         ConfigError: the file cannot be read or is empty, or keys or values are wrong; every problem in one message.
     """
     where: dict[str, str] = {}
-    path = None if path is None else find_config(path)
-    raw = {} if path is None else _read(path)
+    if isinstance(path, Config):
+        raw, path = path.model_dump(mode="json", exclude_none=True), None
+    else:
+        path = None if path is None else find_config(path)
+        raw = {} if path is None else _read(path)
     if is_of_run:
         _rename_keys(raw)
     problems: list[str] = []

@@ -1,1 +1,0 @@
-"""Looks into a model: which features it uses, and what its tables hold."""
