@@ -45,6 +45,7 @@ FLOORS = {
     "planning": 8,
     "bench": 9,
     "doctor": 9,
+    "insight": 9,
     "live": 9,
     "serving": 9,
     "sweeping": 9,

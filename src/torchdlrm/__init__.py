@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torchdlrm.features.schema import FeatureSchema as FeatureSchema
     from torchdlrm.features.schema import criteo_schema as criteo_schema
     from torchdlrm.features.schema_file import load_schema as load_schema
+    from torchdlrm.insight.importance import importance as importance
     from torchdlrm.judged import Judged as Judged
     from torchdlrm.judging.comparison import Comparison as Comparison
     from torchdlrm.judging.reliability import reliability as reliability
@@ -75,6 +76,7 @@ _NAMES_OF = {
     "exporting.weights": ("import_weights",),
     "features.schema": ("FeatureSchema", "criteo_schema"),
     "features.schema_file": ("load_schema",),
+    "insight.importance": ("importance",),
     "judged": ("Judged",),
     "judging.comparison": ("Comparison",),
     "judging.reliability": ("reliability",),

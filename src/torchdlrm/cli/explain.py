@@ -1,23 +1,88 @@
-"""`dlrm explain`: what moved a prediction."""
+"""`dlrm importance`: which features a model uses; `dlrm explain`: what moved a prediction; what tables hold."""
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from torchdlrm.cli.options import Json, OwnModel
-from torchdlrm.cli.terminal import print_json, say_facts
+from torchdlrm.cli.options import Json, NotNegative, OwnModel, Positive
+from torchdlrm.cli.terminal import announce, print_json, print_table, progress_bars, say_facts
 from torchdlrm.errors import UserError
 from torchdlrm.folders import expect
+from torchdlrm.units import show_number
+
+
+def importance(
+    source: Path,
+    *,
+    dataset: Path | None = None,
+    split: str = "test",
+    features: str = "*",
+    groups: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    max_rows: Positive = 100_000,
+    seed: NotNegative = 0,
+    checkpoint: str = "best",
+    own_model: OwnModel = OwnModel(),  # noqa: B008 - frozen, and what the parser fills
+    as_json: Json = False,
+) -> None:
+    """Show which features a model uses: how much worse it predicts where one has the values of other rows.
+
+    Args:
+        source: A bundle, or a run, which is exported to a temporary bundle in float32.
+        dataset: Where the dataset is now, if it has moved since the training.
+        split: train, val or test; several joined by + are taken together, as in val+test.
+        features: Columns of the log to look at, each by itself, with commas between; * and ? as in names of files.
+        groups: Columns to permute together, each group with a name, as in counts=int_* user=cat_1,cat_5.
+        max_rows: Predict at most this many rows, drawn at random.
+        seed: Draws the rows and the permutation.
+        checkpoint: Of a run: best (the highest AUC of the val split; the last where nothing was validated), last, or a
+            step.
+    """
+    expect("dataset", dataset)
+    together = {name: names.split(",") for name, _, names in (group.partition("=") for group in groups or ())}
+    if unnamed := [group for group in groups or () if "=" not in group]:
+        msg = f"`groups`: {unnamed[0]} has no name; give NAME=COLUMN,COLUMN, as in counts=int_*"
+        raise UserError(msg)
+    announce(f"importance of the features of {source}")
+    from torchdlrm.insight.importance import importance as permute
+    from torchdlrm.metrics import LOSS, METRICS
+
+    with progress_bars("") as progress:
+        found = permute(
+            source,
+            dataset,
+            split,
+            features=features.split(","),
+            groups=together,
+            max_rows=max_rows,
+            seed=seed,
+            checkpoint=checkpoint,
+            progress=progress,
+            **vars(own_model),
+        )
+    rows = []
+    for name, changes in found.differences.items():
+        loss, others = changes[LOSS], {METRICS[metric].label: changes[metric].difference for metric in ("auc", "ne")}
+        cells = {
+            METRICS[LOSS].label: loss.difference,
+            **dict(zip(("from", "to"), loss.interval, strict=True)),
+            **others,
+        }
+        texts = {column: f"{value:+.5f}" for column, value in cells.items()} | {"p": f"{loss.p_value_corrected:.4f}"}
+        rows.append({"": name, **texts, "used": "yes" if loss.verdict == "worse" else "-"})
+    print_table(f"change where a feature has other rows' values: {found.rows:,} rows of {split}, p by Holm", rows)
+    if as_json:
+        print_json({"source": str(source), "split": split, **found.as_json()})
 
 
 def explain(
     bundle: Path,
     rows: Annotated[Path, Parameter(allow_leading_hyphen=True)],
     *,
-    own_model: OwnModel = OwnModel(),  # noqa: B008 - frozen, and what the parser fills
+    own_model: OwnModel = OwnModel(),  # noqa: B008 - likewise
     as_json: Json = False,
 ) -> None:
     """Show what each feature of a row adds to its logit: that of the row less that without the feature (leave-one-out).
@@ -39,6 +104,33 @@ def explain(
     if as_json:
         about = {"bundle": str(bundle), "version": predictor.version, "method": METHOD}
         print_json(about | {"explanations": [vars(one) for one in found]})
+
+
+def show_tables(folder: Path, neighbours: Sequence[str], *, as_json: bool) -> None:
+    """Print what each table of a bundle or a run holds, and the values nearest to some, as in cat_5=68fd1e64."""
+    from torchdlrm.insight.importance import opened
+    from torchdlrm.insight.tables import SEEN_FROM, nearest, table_uses
+
+    with progress_bars("") as progress, opened(folder, progress=progress) as (bundle, _):
+        near = {pair: nearest(bundle, *pair.partition("=")[::2]) for pair in neighbours}
+        tables = table_uses(bundle, progress)
+    rows = [
+        {
+            "table": one["table"],
+            "rows": f"{one['rows']:,}",
+            "dim": str(one["dim"]),
+            "seen": "-" if one["seen_rows"] is None else f"{one['seen_rows'] / max(1, one['rows'] - 1):.1%}",
+            "rank": f"{one['effective_rank']:.1f}",
+            **{f"norm {seen:,}+": show_number(one["norms"].get(seen, [None] * 2)[1], 4) for seen in SEEN_FROM},
+        }
+        for one in tables
+    ]
+    print_table("rows seen in training, effective rank, median norm of rows seen at least so often", rows)
+    for pair, values in near.items():
+        cosines = {value or "missing": f"{cosine:.3f}" for value, cosine in values.items()}
+        say_facts(f"nearest to {pair}, by cosine:", cosines)
+    if as_json:
+        print_json({"path": str(folder), "tables": tables, "neighbours": near})
 
 
 def _rows_of_json(path: Path) -> list[Any]:

@@ -2,18 +2,28 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from torchdlrm.cli.bundles import show_bundle, show_delta
 from torchdlrm.cli.datasets import show_dataset
-from torchdlrm.cli.options import Json
+from torchdlrm.cli.explain import show_tables
+from torchdlrm.cli.options import Flag, Json
 from torchdlrm.cli.terminal import look_at, metric_cells, print_json, print_table, say, warn
 from torchdlrm.errors import LiveError, UserError
 from torchdlrm.folders import KindName, found_in
 from torchdlrm.units import show_bytes, show_number
 
 
-def inspect(folder: Path, *, values: int = 3, as_json: Json = False) -> None:
+def inspect(
+    folder: Path,
+    *,
+    values: int = 3,
+    tables: Flag = False,
+    neighbours: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    as_json: Json = False,
+) -> None:
     """Show what a dataset, a run, a bundle, a delta or a live model holds.
 
     Of a dataset: rows, click rates, tables, unknown and missing values, and what to look at. Of a run: how far it is,
@@ -24,6 +34,8 @@ def inspect(folder: Path, *, values: int = 3, as_json: Json = False) -> None:
     Args:
         folder: What to look at.
         values: How many of a feature's most frequent values to show, of a dataset.
+        tables: Of a bundle or a run show what its tables hold: rows seen in training, effective rank, norms.
+        neighbours: And the values nearest to these, as in cat_5=68fd1e64.
     """
     if values < 0:
         msg = f"`values`: must not be negative, got {values}"
@@ -35,7 +47,10 @@ def inspect(folder: Path, *, values: int = 3, as_json: Json = False) -> None:
         "run": lambda: _show_run(folder, as_json=as_json),
         "live model": lambda: _show_live(folder, as_json=as_json),
     }
-    show_by_kind[found_in(folder).name]()
+    if tables or neighbours:
+        show_tables(folder, neighbours or [], as_json=as_json)
+    else:
+        show_by_kind[found_in(folder).name]()
 
 
 def _show_run(folder: Path, *, as_json: bool) -> None:

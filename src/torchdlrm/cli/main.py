@@ -67,6 +67,7 @@ app.command(
 )
 app.command("torchdlrm.cli.bundles:apply", help="Make a bundle of another one and a delta to it.")
 app.command("torchdlrm.cli.predict:predict", help="Predict every row of a raw log.")
+app.command("torchdlrm.cli.explain:importance", help="Show which features a model uses, and how much.")
 app.command("torchdlrm.cli.explain:explain", help="Show what each feature adds to the prediction of a row.")
 app.command("torchdlrm.cli.predict:verify", help="Compare checkpoint, bundle and server on the same raw rows.")
 app.command("torchdlrm.cli.serve:serve", help="Serve a bundle over HTTP and gRPC.")

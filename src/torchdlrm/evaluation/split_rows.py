@@ -55,6 +55,16 @@ def rows_of_bundle(
     """The rows of a split as a bundle predicts them; `how` is that of `Bundle.open`."""
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle, **how)
+    encoded = dataset_of(bundle, dataset)
+    check_columns(encoded, split, asked)
+    predictions = predict_by_bundle(bundle, encoded, split, how["progress"])
+    source = bundle.manifest.source
+    chosen = ChosenCheckpoint(source.step, source.checkpoint or "step")
+    return _rows(bundle.path, encoded, split, asked, predictions, chosen)
+
+
+def dataset_of(bundle: Bundle, dataset: Dataset | str | Path | None) -> Dataset:
+    """What the run of a bundle was trained on: this, or where the run was is found by its name; raises RunError."""
     source = bundle.manifest.source
     if dataset is None:
         place = bundle.path.resolve()
@@ -70,11 +80,7 @@ def rows_of_bundle(
         msg = f"`dataset`: {encoded.path} is not what the run of the bundle {bundle.path} was trained on"
         msg += " (its dataset.json differs), so the ids do not mean the same"
         raise RunError(msg)
-    encoded = encoded.with_label(bundle.schema.label.name)
-    check_columns(encoded, split, asked)
-    predictions = predict_by_bundle(bundle, encoded, split, how["progress"])
-    chosen = ChosenCheckpoint(source.step, source.checkpoint or "step")
-    return _rows(bundle.path, encoded, split, asked, predictions, chosen)
+    return encoded.with_label(bundle.schema.label.name)
 
 
 def predict_by_bundle(
