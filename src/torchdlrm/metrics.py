@@ -85,7 +85,8 @@ class Metric:
         needs_groups: whether it is of the groups that rows come in, and shows only where they have some.
         better: whether a larger value is better, a smaller one, or one nearer to `target`.
         matters: the smallest difference that people act on: a comparison that can exclude it says so.
-        is_relative: whether it compares rows that are clicked at different rates, so that slices are judged by it.
+        is_relative: whether it compares rows that are clicked at different rates, so that slices are judged by it; with
+            a target it is a ratio to the click rate.
     """
 
     name: str

@@ -24,7 +24,10 @@ from torchdlrm.judging.paired import holm
 from torchdlrm.metrics import METRICS, Metric, metrics_in
 from torchdlrm.units import show_number
 
-MIN_ROWS, MIN_CLICKS = 200, 30  # of a slice; as many rows are not clicked
+MIN_ROWS, MIN_CLICKS = (
+    200,
+    30,
+)  # of a slice; clicks, and other rows, at the click rate of all: its own is a matter of chance
 MOST_SLICES = 20  # of a way to slice, besides all other rows
 _QUANTILES, _CROSSED_QUANTILES = 10, 4
 
@@ -116,10 +119,13 @@ def slice_table(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """A line for each slice, in the form of `as_json`, as text by column: for terminals and pages."""
 
     def cell(part: Mapping[str, Any], name: str) -> str:
-        value, reach = show_number(part[name], 3), part["intervals"][name]
+        low, high = part["intervals"][name] or (0.0, 0.0)
+        reach = (high - low) / 2
+        digits = max(3, 1 - math.floor(math.log10(reach))) if reach else 3  # as many as the interval gives meaning to
+        value = show_number(part[name], digits)
         if part["before"]:
-            return f"{show_number(part['before'][name], 3)} → {value}"
-        return f"{value} ±{(reach[1] - reach[0]) / 2:.3f}" if reach else value
+            return f"{show_number(part['before'][name], digits)} → {value}"
+        return f"{value} ±{reach:.{digits}f}" if reach else value
 
     columns = {"click_rate": "click rate", **{metric.name: metric.label for metric in metrics_in("table")}}
     return [
@@ -141,8 +147,10 @@ def _z(metric: Metric, parts: Sequence[Slice], earlier: Sequence[Slice] | None, 
         value, error = np.array([part.estimates[metric.name][:2] for part in parts]).T
         if metric.target is None:
             return -value if metric.better == "higher" else value, error
-        # Of a ratio: its logarithm is nearer to normal where clicks are few.
-        return np.abs(np.log(value / metric.target)), error / value
+        # A ratio to the click rate, which is nearer to normal as an angle where few rows are clicked, or few are not.
+        rate = np.array([part.estimates["click_rate"].value for part in parts])
+        angle = np.abs(np.arcsin(np.sqrt(rate * value / metric.target)) - np.arcsin(np.sqrt(rate)))
+        return 2.0 * angle * np.sqrt((1.0 - rate) / rate), error / value
 
     bad, error = badness(parts)
     if earlier is not None:
@@ -161,9 +169,8 @@ def _cut(way: str, judged: Judged, columns: pl.DataFrame) -> tuple[list[str], Ca
     keys = [str(i) for i in range(len(names))]
     num_ranges = _QUANTILES if len(names) == 1 else _CROSSED_QUANTILES
     cells = [_cells(columns[name], num_ranges).alias(key) for name, key in zip(names, keys, strict=True)]
-    clicks = pl.Series("clicks", judged.labels != 0)
-    counts = columns.select(*cells, clicks).group_by(keys).agg(pl.len().cast(pl.Int64), pl.sum("clicks"))
-    counts = counts.filter(_is_large(pl.col("len"), pl.col("clicks"))).sort(-pl.col("len"), *keys)
+    counts = columns.select(cells).group_by(keys).agg(pl.len().cast(pl.Int64))
+    counts = counts.filter(pl.col("len") >= _least_rows(judged)).sort(-pl.col("len"), *keys)
     frequent = counts.select(keys).head(MOST_SLICES).with_row_index("slice")
     found = [
         ", ".join(f"{name} = {'missing' if of is None else of}" for name, of in zip(names, values, strict=True))
@@ -188,14 +195,15 @@ def _measured(names: Sequence[str], places: _Places, judged: Judged, first: Judg
         if part.sums.weight:
             rate = part.sums.mean(part.sums.clicks)
             estimates["click_rate"] = interval(rate, standard_error(part, rate_moves(part)), 0.0, 1.0)
-        for metric in metrics_in("table") if _is_large(rows.size, np.count_nonzero(part.labels)) else ():
+        for metric in metrics_in("table") if rows.size >= _least_rows(judged) else ():
             estimates[metric.name] = metric.estimate(part) if was is None else metric.difference(was, part)
         found.append(Slice(name, rows.size, rows.size / max(1, order.size), estimates))
     return found
 
 
-def _is_large(rows: Any, clicks: Any) -> Any:
-    return (rows >= MIN_ROWS) & (clicks >= MIN_CLICKS) & (rows - clicks >= MIN_CLICKS)
+def _least_rows(judged: Judged) -> float:
+    rate = np.mean(judged.labels != 0) if judged.labels.size else 0.0
+    return max(MIN_ROWS, MIN_CLICKS / max(min(rate, 1.0 - rate), 1e-9))
 
 
 def _rows(judged: Judged, rows: NDArray[np.integer]) -> Judged:
