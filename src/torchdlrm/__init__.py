@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torchdlrm.judged import Judged as Judged
     from torchdlrm.judging.comparison import Comparison as Comparison
     from torchdlrm.judging.reliability import reliability as reliability
+    from torchdlrm.judging.slices import Slice as Slice
+    from torchdlrm.judging.slices import slices as slices
     from torchdlrm.live.advance import advance as advance
     from torchdlrm.live.model import LiveModel as LiveModel
     from torchdlrm.live.model import rollback as rollback
@@ -80,6 +82,7 @@ _NAMES_OF = {
     "judged": ("Judged",),
     "judging.comparison": ("Comparison",),
     "judging.reliability": ("reliability",),
+    "judging.slices": ("Slice", "slices"),
     "live.advance": ("advance",),
     "live.model": ("LiveModel", "rollback"),
     "live.preview": ("preview_advance",),

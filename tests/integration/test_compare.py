@@ -1,11 +1,13 @@
 """`dlrm compare` and `torchdlrm.compare`: what candidates may be, and what is refused."""
 
 import json
+import re
 
 import numpy as np
 import polars as pl
 import pytest
 from scipy import stats
+from sklearn.metrics import log_loss
 
 from torchdlrm import Bundle, ExportOptions, Run, compare, evaluate, export
 from torchdlrm.errors import ConfigError, DatasetError
@@ -40,6 +42,27 @@ def test_files_of_predictions_are_compared_by_seeds_and_groups(files, dlrm):
     assert 0 < low < pair["metrics"]["auc"]["difference"] < high
     assert {*result["power"]} == {"difference", "wide"}
     assert "a difference of 0.0005 of wide would be seen, 4 times in 5, with" in done.stderr
+
+
+def test_slices_on_which_the_others_lost_are_those_of_their_first_models(files, tmp_path, dlrm):
+    for name in ("base", "wide-0", "wide-1"):
+        frame = pl.read_csv(files / f"{name}.csv").with_columns(city=pl.int_range(2000) % 3)
+        wrong = (pl.col("city") == 2) & (pl.lit(name) != "base")
+        prediction = pl.when(wrong).then(1 - pl.col("prediction")).otherwise("prediction")
+        frame.with_columns(prediction=prediction).write_csv(tmp_path / f"{name}.csv")
+    done = dlrm("compare", "base.csv", "wide=wide-*.csv", "--by", "city", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (pair,) = json.loads(done.stdout)["pairs"]
+    worst, *others = pair["slices"]
+    base, wide = (pl.read_csv(tmp_path / f"{name}.csv") for name in ("base", "wide-0"))
+    assert (worst["name"], worst["worst"], worst["is_worse"], len(others)) == ("city = 2", "ne", True, 2)
+    rows = base["city"] == 2
+    losses = [log_loss(of.filter(rows)["label"], of.filter(rows)["prediction"]) for of in (base, wide)]
+    assert worst["logloss"] == pytest.approx(losses[1] - losses[0])
+    assert worst["intervals"]["logloss"][0] > 0 > others[0]["logloss"]
+    assert re.search(
+        r"wide, differences from base.csv: 3 slices, worst first; 1 worse .*city = 2", done.stderr, re.DOTALL
+    )
 
 
 def test_a_single_file_pair_is_a_paired_test_whatever_the_metric(files):

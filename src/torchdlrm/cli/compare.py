@@ -7,7 +7,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from torchdlrm.cli.options import Json, OwnModel, refuse_mistyped
-from torchdlrm.cli.terminal import announce, print_json, print_table, progress_bars, say
+from torchdlrm.cli.terminal import announce, print_json, print_slices, print_table, progress_bars, say
 from torchdlrm.config import DeviceChoice
 
 
@@ -17,6 +17,7 @@ def compare(
     dataset: Path | None = None,
     metric: str | None = None,
     power: Annotated[float | None, Parameter(validator=Number(gt=0))] = None,
+    by: str | None = None,
     group: str | None = None,
     label: str | None = None,
     weight: str | None = None,
@@ -38,6 +39,7 @@ def compare(
         dataset: Where the dataset is now, if it has moved since the training.
         metric: What the verdict is by, such as logloss; auc by default, and gauc needs --group.
         power: Say how many rows, or seeds, would show this difference of the metric 4 times in 5, as in 0.0005.
+        by: Slices on which the others may have lost, as in 'cat_5,int_2,cat_5*int_2'.
         group: A column: rows of the same value depend on each other, as those of one user, and count as one.
         label: Of files: their column of labels; label by default.
         weight: Of files: their column of weights; weight by default, where there is one.
@@ -55,6 +57,7 @@ def compare(
             split=split,
             dataset=dataset,
             metric=metric or BEST,
+            by=by,
             group=group,
             label=label,
             weight=weight,
@@ -66,6 +69,8 @@ def compare(
     needed = {} if power is None else found.power(power)
     print_table(found.about, found.table(), left_aligned=("candidate", "verdict"))
     say(f"{found.verdict}.")
+    for name, parts in found.slices.items():
+        print_slices([part.as_json() for part in parts], f"{name}, differences from {next(iter(found.values))}: ")
     for name, enough in needed.items():
         say(f"a difference of {power:g} of {name} would be seen, 4 times in 5, with {enough}")
     if as_json:

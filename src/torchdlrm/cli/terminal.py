@@ -87,15 +87,12 @@ def print_table(
 def print_slices(slices: Sequence[Mapping[str, Any]], of: str = "") -> None:
     """Write slices of rows as `Slice.as_json` has them, and how many of them are worse by more than chance."""
     from torchdlrm.judging.slices import slice_table
+    from torchdlrm.metrics import metrics_in
 
     worse = sum(part["is_worse"] for part in slices)
     title = f"{of}{len(slices)} slices, worst first; {worse} worse by more than chance explains"
-    print_table(
-        title,
-        slice_table(slices[:_MOST_SLICES]),
-        left_aligned=("worse by",),
-        droppable=("click rate", "AUC", "logloss"),
-    )
+    droppable = ["click rate", *(metric.label for metric in metrics_in("table") if not metric.is_relative)]
+    print_table(title, slice_table(slices[:_MOST_SLICES]), left_aligned=("worse by",), droppable=droppable)
     if len(slices) > _MOST_SLICES:
         say(f"and {len(slices) - _MOST_SLICES} more, which --json has, too")
 

@@ -6,6 +6,7 @@ In: where candidates are.  Out: a `Comparison`; `judging/` finds it.  Memory hol
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,7 @@ from torchdlrm.folders import kind_of
 from torchdlrm.judged import Judged
 from torchdlrm.judging.comparison import Comparison
 from torchdlrm.judging.paired import check_metric, compare_rows
+from torchdlrm.judging.slices import Slice, columns_of, slices
 from torchdlrm.metrics import BEST
 from torchdlrm.progress import ProgressListener, watched
 
@@ -35,6 +37,7 @@ def compare(
     dataset: "Dataset | str | Path | None" = None,
     split: str = "test",
     metric: str = BEST,
+    by: str | None = None,
     group: str | None = None,
     label: str | None = None,
     weight: str | None = None,
@@ -54,6 +57,8 @@ def compare(
         dataset: of runs and bundles, as for `evaluate`.
         split: of their dataset: `train`, `val` or `test`; several joined by + are judged together.
         metric: the name of the one that the verdict is by, as `BinaryMetrics` has it.
+        by: slices on which the others may have lost, as for `evaluate`; columns are those that the first candidate has,
+            and of several seeds the first model is taken.
         group: a column: rows of the same value depend on each other, as those of one user, and count as one.
         label: of files: their column of labels, as for `evaluate`.
         weight: of files: their column of weights.
@@ -75,6 +80,9 @@ def compare(
     kinds = {_path(source): kind_of_source(_path(source)) for source in chain(*named.values())}
     taken = {name for kind in kinds.values() for name in TAKES[kind]}
     known: list[tuple[Path, int, str]] = []  # of each source how many rows it has, and which
+    sliced = {_path(sources[0]): name for name, sources in named.items()}
+    first: list[PredictedRows] = []
+    lost: dict[str, list[Slice]] = {}
 
     def predict(source: Source) -> PredictedRows | None:
         path = _path(source)
@@ -83,6 +91,7 @@ def compare(
         options = {name: value for name, value in options.items() if name in TAKES[kinds[path]] or name not in taken}
         if _has_model_class(path):
             options |= {"model_class": model_class, "allow_changed_model_class": allow_changed_model_class}
+        options["columns"] = columns_of(by) if by and not known else ()
         return predicted_rows(source, group=group, device=device, progress=listener, **options)
 
     def read(source: Source) -> Judged:
@@ -97,6 +106,10 @@ def compare(
                 "about the models; let both predict the same split of the same dataset, or the same log"
             )
             raise DatasetError(msg)
+        if by and first and path in sliced:
+            lost[sliced[path]] = slices(rows.judged, first[0].columns, by, first=first[0].judged)
+        elif by and not first:
+            first.append(rows)
         return rows.judged
 
     with watched(progress) as listener:
@@ -104,8 +117,9 @@ def compare(
             for source in chain(*named.values()):
                 predict(source)
             return None
-        # Lazily, so that the rows of one source are in memory.
-        return compare_rows(((name, map(read, sources)) for name, sources in named.items()), metric)
+        # Lazily, so that the rows of one source are in memory, and with slices those of the first one.
+        found = compare_rows(((name, map(read, sources)) for name, sources in named.items()), metric)
+        return replace(found, slices=lost)
 
 
 def named_sources(candidates: Sequence[Source | Sequence[Source]]) -> dict[str, Sequence[Source]]:

@@ -5,14 +5,17 @@ In: differences of metrics on the same rows, as `paired.py` finds them.  Out: a 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchdlrm.metrics import METRICS
 from torchdlrm.notebook import notebook_view
 from torchdlrm.units import show_count, show_number
+
+if TYPE_CHECKING:
+    from torchdlrm.judging.slices import Slice
 
 LEVEL, POWER = 0.05, 0.8  # how often a difference may be seen that is not there; and how often one that is there
 
@@ -119,6 +122,7 @@ class Comparison:
         groups: how many groups they are in, of which each counts as one observation; None where each row does.
         values: of each candidate, by its name, and of each metric, by its name: the value for each of its models.
         differences: from the first candidate of each of the others, by its name, and of each metric, by its name.
+        slices: of each of the others, by its name, where they were asked for: those on which it lost first.
     """
 
     metric: str
@@ -126,6 +130,7 @@ class Comparison:
     groups: int | None
     values: Mapping[str, Mapping[str, Sequence[float]]]
     differences: Mapping[str, Mapping[str, Difference]]
+    slices: Mapping[str, Sequence["Slice"]] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -166,6 +171,7 @@ class Comparison:
                     metric: {field: value for field, value in vars(found).items() if field not in {"rows", "seeds"}}
                     for metric, found in differences.items()
                 },
+                **({"slices": [part.as_json() for part in self.slices[name]]} if name in self.slices else {}),
             }
             for name, differences in self.differences.items()
         ]
