@@ -14,7 +14,7 @@ from torchdlrm.data.dataset import Dataset
 from torchdlrm.data.page import dataset_page
 from torchdlrm.evaluation.pictures import FOLDER, picture_of
 from torchdlrm.evaluation.report import report_page as run_page
-from torchdlrm.evaluation.runs_page import runs_page
+from torchdlrm.evaluation.report import runs_page
 from torchdlrm.judged import Judged
 from torchdlrm.live.report import report_page as live_page
 from torchdlrm.planning.page import plan_page, sweep_page

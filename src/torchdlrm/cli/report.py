@@ -57,8 +57,7 @@ def _dataset_page(folder: Path) -> str:
 
 
 def _runs_page(folders: list[Path]) -> str:
-    from torchdlrm.evaluation.report import report_page
-    from torchdlrm.evaluation.runs_page import runs_page
+    from torchdlrm.evaluation.report import report_page, runs_page
     from torchdlrm.training.run import Run
 
     runs = [Run.open(folder) for folder in folders]

@@ -1,18 +1,19 @@
-"""Writes a run as one self-contained HTML page: how it learnt, how good it is, what it was made of.
+"""Writes a run, or several, as one self-contained HTML page: how they learnt, how good they are, what they are made of.
 
-In: the folder of a run, also of one that is still training.  Out: HTML, in the style of a plan's page: no scripts,
+In: the folders of runs, also of those that are still training.  Out: HTML, in the style of a plan's page: no scripts,
 nothing fetched, to be mailed, printed, and kept with the weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 from torchdlrm.config import Config, setting_values
 from torchdlrm.errors import RunError, TorchDLRMError
 from torchdlrm.evaluation.pictures import FOLDER, difference_rows, picture_charts
 from torchdlrm.html import Chart, Curve, Part, bars, colour, curve_chart, render, short
+from torchdlrm.judging.comparison import Comparison
 from torchdlrm.judging.slices import slice_table
 from torchdlrm.metrics import BEST, LOSS, METRICS, metrics_in, metrics_of_any
 from torchdlrm.sharding.plan_json import read_plan
@@ -24,7 +25,7 @@ from torchdlrm.units import show_bytes, show_duration, show_number
 
 Line = Mapping[str, Any]
 _COLOURS = {"train": "#8fb0dc", "val": "#b0521c"}
-_SLICES = 40
+_MOST_SLICES = 40
 _PERMUTED = "How much worse the model predicts where a feature has the values of other rows (permutation importance)."
 _NOT_EVALUATED = "None yet: `dlrm evaluate RUN` judges every row of a split, and then its pictures are here."
 
@@ -35,49 +36,94 @@ def report_page(run: Run) -> str:
     Raises:
         RunError: a part is damaged.
     """
-    lines = read_metrics(run.path / METRICS_NAME)
-    now, default = setting_values(run.config), setting_values(Config())
-    changed = [
-        {"key": key, "value": text_of(value), "default": text_of(default.get(key))}
-        for key, value in now.items()
-        if value != default.get(key)
-    ]
-    environment = [
-        {"": name, "at the start": text_of(value)}
-        for name, value in run.environment.items()
+    lines, environment = read_metrics(run.path / METRICS_NAME), run.environment
+    changed = _differing({"value": setting_values(run.config), "default": setting_values(Config())})
+    machine = [
+        {"": name, "at the start": _text(value)}
+        for name, value in environment.items()
         if name not in {"dataset", "warm_start", "started", "command"} and value != []
     ]
-    source = str(SourceRun(run.environment["warm_start"])) if "warm_start" in run.environment else ""
-    evaluations = evaluation_rows([*run.evaluations().values()])
+    source = f"Started from {SourceRun(environment['warm_start'])}." if "warm_start" in environment else ""
     parts = [
-        Part(text=["Nothing has been logged yet."] * (not lines) + [f"Started from {source}."] * bool(source)),
-        Part("Learning curves", charts=log_charts(lines_by_split(run))),
-        Part("Evaluation", [] if evaluations else [_NOT_EVALUATED], rows=evaluations),
-        Part(charts=charts_of(run.path, run.evaluations(FOLDER))),
-        *(
-            Part(
-                f"Slices of {name}, the one that is most surely predicted worse first",
-                rows=slice_table(found[:_SLICES]),
-            )
-            for name, result in run.evaluations().items()
-            if (found := result.get("slices"))
-        ),
-        *(
-            Part(f"What the model uses: {name}", [_PERMUTED], rows=difference_rows(found, [found["metric"]]))
-            for name, found in run.evaluations("importance").items()
-        ),
+        Part(text=[text for text in ("" if lines else "Nothing has been logged yet.", source) if text]),
+        Part("Learning curves", charts=_log_charts(_by_split(lines))),
+        *_judged({"": run}),
         Part("Time of a step by part", rows=_step(run)),
         Part("Config, where it differs from the defaults", [] if changed else ["Nowhere."], rows=changed, wraps=True),
         *_dataset(run),
         *_plan(run),
-        Part("Environment", rows=environment, left=("at the start",), wraps=True),
+        Part("Environment", rows=machine, left=("at the start",), wraps=True),
     ]
-    return render(
-        f"Run {run.path.resolve().name}",
-        parts,
-        command=run.environment.get("command", ""),
-        entries=[*_times(run, lines), *cards(lines)],
+    entries = [*_times(run, lines), *_cards(lines)]
+    title = f"Run {run.path.resolve().name}"
+    return render(title, parts, command=environment.get("command", ""), entries=entries)
+
+
+def runs_page(runs: Sequence[Run], comparison: Comparison | None = None) -> str:
+    """Make the page of runs that stand beside each other.
+
+    Args:
+        runs: two or more.
+        comparison: of the first one with the others, on the same rows.
+
+    Raises:
+        RunError: a part of a run is damaged.
+    """
+    names = [run.path.resolve().name for run in runs]
+    named = dict(zip(names if len({*names}) == len(runs) else [str(run.path) for run in runs], runs, strict=True))
+    lines = {name: read_metrics(run.path / METRICS_NAME) for name, run in named.items()}
+    logs = {name: _by_split(of_run) for name, of_run in lines.items()}
+    settings = {
+        name: setting_values(run.config) | {"dataset": run.environment["dataset"]["path"]}
+        for name, run in named.items()
+    }
+    parts = [
+        Part("Runs", rows=[{"run": name} | dict(_cards(of_run)) for name, of_run in lines.items()]),
+        Part("Settings that differ", rows=_differing(settings), wraps=True),
+        *(
+            Part(f"Learning curves, {split}", charts=_log_charts({name: log[split] for name, log in logs.items()}))
+            for split in ("val", "train")
+        ),
+        *_judged(named),
+    ]
+    if comparison is None:
+        return render(f"{len(runs)} runs", parts)
+    rows = difference_rows(comparison.as_json())
+    parts.insert(0, Part("Comparison", [comparison.about], rows=rows, left=("metric", "verdict")))
+    return render(f"{len(runs)} runs", parts, lead=f"{comparison.verdict}.")
+
+
+def _judged(named: Mapping[str, Run]) -> Iterator[Part]:
+    """Yield what is known of the predictions of runs, of which several have names."""
+
+    def found(folder: str = "") -> dict[str, dict[str, Any]]:
+        files = ((name, *file) for name, run in named.items() for file in run.evaluations(folder).items())
+        return {f"{name}, {split}" if name else split: content for name, split, content in files}
+
+    evaluations = found()
+    yield Part("Evaluation", [] if evaluations else [_NOT_EVALUATED], rows=_evaluations(evaluations))
+    try:
+        yield Part(charts=picture_charts(found(FOLDER)))
+    except (LookupError, TypeError, ValueError) as error:
+        where = " or ".join(str(run.path) for run in named.values())
+        msg = f"{where}: a file of evaluation/{FOLDER}/ is damaged; remove it, and let dlrm evaluate write it again"
+        raise RunError(msg) from error
+    for name, result in evaluations.items():
+        if slices := result.get("slices", [])[:_MOST_SLICES]:
+            heading = f"Slices of {name}, the one that is most surely predicted worse first"
+            yield Part(heading, rows=slice_table(slices), left=("worse by",))
+    for name, content in found("importance").items():
+        rows = difference_rows(content, [content["metric"]])
+        yield Part(f"What the model uses: {name}", [_PERMUTED], rows=rows, left=("metric", "verdict"))
+
+
+def _differing(settings: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A row for each key that does not have the same value everywhere, by the names of where it is."""
+    rows = (
+        {"key": key} | {name: _text(values.get(key)) for name, values in settings.items()}
+        for key in dict.fromkeys(chain(*settings.values()))
     )
+    return [row for row in rows if len({*row.values()} - {row["key"]}) > 1]
 
 
 def _times(run: Run, lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
@@ -93,7 +139,7 @@ def _times(run: Run, lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
         yield "until its last line of metrics", show_duration(max(0.0, logged_s[-1] - began_s))
 
 
-def cards(lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
+def _cards(lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
     """Yield the most important values, each with its name."""
     if not lines:
         return
@@ -116,21 +162,21 @@ def _captions() -> dict[str, str]:
     return {metric.name: metric.caption for metric in metrics_in("log") if metric.name != LOSS}
 
 
-def log_charts(logs: Mapping[str, Sequence[Line]], of: str = "") -> list[Chart]:
-    """Draw every metric that was logged, over the rows seen: a curve for each log, which are called by their names."""
+def _log_charts(logs: Mapping[str, Sequence[Line]]) -> list[Chart]:
+    """Draw every metric that was logged, over the rows seen, of the training or of validations by name."""
     charts = []
     captions = {"loss": f"loss: {METRICS[LOSS].caption}", **_captions(), "rows_per_s": "rows/s"}
     for metric, caption in captions.items():
-        splits = ("train",) if metric == "rows_per_s" else ("train", "val")
         curves = {
             name: [
-                (line["rows"], line[metric]) for line in lines if line["split"] in splits and _is_number(line, metric)
+                (line["rows"], line[metric])
+                for line in lines
+                if _is_number(line, metric) and (line["split"] == "train" or metric != "rows_per_s")
             ]
             for name, lines in logs.items()
         }
-        curves = {name: points for name, points in curves.items() if points}
-        if curves:
-            charts.append(split_chart(caption + of, curves))
+        if any(curves.values()):
+            charts.append(split_chart(caption, {name: points for name, points in curves.items() if points}))
     return charts
 
 
@@ -150,12 +196,11 @@ def split_chart(caption: str, curves: Mapping[str, Sequence[tuple[float, float]]
     return chart
 
 
-def lines_by_split(run: Run) -> dict[str, list[Line]]:
-    """What was logged of the training and of validations.
+def _by_split(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """Training lines and validations.
 
-    Training lines over far fewer rows than others, as the last of a run, are left out: a spike that is only noise.
+    Left out are training lines over far fewer rows than others, as the last of a run: a spike that is only noise.
     """
-    lines = read_metrics(run.path / METRICS_NAME)
     ends = [line["rows"] for line in lines if line["split"] == "train"]
     spans = dict(zip(ends, (end - start for start, end in pairwise([0, *ends])), strict=True))
     typical = sorted(spans.values())[len(spans) // 2] if spans else 0
@@ -169,40 +214,24 @@ def _is_number(line: Line, key: str) -> bool:
     return isinstance(line.get(key), int | float)
 
 
-def charts_of(where: object, pictures: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """The charts of pictures that lie in the folder of a run, or in those of several.
+def _evaluations(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A line for each evaluation; the interval of a metric stands below it."""
 
-    Raises:
-        RunError: a file is damaged.
-    """
-    try:
-        return picture_charts(pictures)
-    except (LookupError, TypeError, ValueError) as error:
-        msg = f"{where}: a file of evaluation/{FOLDER}/ is damaged; remove it, and let dlrm evaluate write it again"
-        raise RunError(msg) from error
+    def cell(result: Mapping[str, Any], name: str) -> str:
+        ends = result.get("intervals", {}).get(name)
+        shown = show_number(result[name]) if _is_number(result, name) else "-"
+        return shown if ends is None else f"{shown}\n{' to '.join(map(show_number, ends))}"
 
-
-def evaluation_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """A table of what `dlrm evaluate` has written."""
-    names = [metric.name for metric in metrics_of_any(results)]
     return [
         {
-            "split": str(result.get("split", "")),
+            "split": split,
             "step": f"{result.get('step', 0):,}",
             "chosen as": str(result.get("checkpoint", "")),
             "rows": show_number(result["rows"], 0) if _is_number(result, "rows") else "-",
-            **{name: _with_interval(result, name) for name in names},
+            **{metric.name: cell(result, metric.name) for metric in metrics_of_any([*results.values()])},
         }
-        for result in results
+        for split, result in results.items()
     ]
-
-
-def _with_interval(result: Mapping[str, Any], name: str) -> str:
-    """A metric, and in a second line the interval of 95 % around it, if the evaluation has one."""
-    if not _is_number(result, name):
-        return "-"
-    low, high = result.get("intervals", {}).get(name) or (None, None)
-    return show_number(result[name]) + ("" if low is None else f"\n{show_number(low)} to {show_number(high)}")
 
 
 def _step(run: Run) -> list[dict[str, str]]:
@@ -214,7 +243,7 @@ def _step(run: Run) -> list[dict[str, str]]:
     ]
 
 
-def text_of(value: object) -> str:
+def _text(value: object) -> str:
     """The value of a setting, for people."""
     if isinstance(value, tuple | list):
         return ", ".join(map(str, value))
