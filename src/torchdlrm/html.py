@@ -35,7 +35,7 @@ class Part:
         heading: of the part; none where it is empty.
         text: paragraphs.
         charts: side by side where there is room.
-        rows: of a table, below the charts: mappings with the columns of the first one.
+        rows: of a table, below the charts: mappings by column; a cell that is not there is empty.
         left: columns of text, as the first one is.
         wraps: whether cells break where they have spaces.
     """

@@ -60,8 +60,9 @@ def test_what_was_evaluated_is_drawn(small_run, tmp_path, capsys):
     x, y = np.transpose(drawn["roc"])
     assert np.trapezoid(y, x) == pytest.approx(result["auc"], abs=0.002)
     page = report_page(Run.open(path))
-    for caption in ("ROC", "precision and recall", "how rows of val+test are predicted, by class"):
+    for caption in ("ROC", "precision and recall", "predictions by class, val+test"):
         assert f"<figcaption>{caption}</figcaption>" in page
+    assert "<figcaption>reliability, val+test: calibration error 0.0" in page
     low, high = result["intervals"]["auc"]
     assert f"{result['auc']:.5f}\n{low:.5f} to {high:.5f}</td>" in page
     (path / "evaluation" / "pictures" / "val+test.json").write_text('{"curves": {"roc": 1}}')

@@ -13,75 +13,85 @@ from typing import Any
 from torchdlrm.html import COLOURS, Chart, Curve, bars, colour, curve_chart
 from torchdlrm.judged import Judged
 from torchdlrm.judging.curves import curves
+from torchdlrm.judging.reliability import ReliabilityBin, reliability
 from torchdlrm.metrics import METRICS
 from torchdlrm.units import show_number
 
 FOLDER = "pictures"  # in RUN/evaluation/, a file for each split
-Picture = Mapping[str, Any]
 
 
 def picture_of(judged: Judged) -> dict[str, Any]:
-    """What is kept of predicted rows, as JSON has it: `curves`; empty where they have one class."""
+    """What is kept of predicted rows, as JSON has it: `curves` and `reliability`; empty where they have one class."""
     drawn = curves(judged)
-    return {} if drawn is None else {"curves": asdict(drawn)}
+    return {} if drawn is None else {"curves": asdict(drawn), "reliability": asdict(reliability(judged))}
 
 
-def picture_charts(pictures: Mapping[str, Picture]) -> list[Chart]:
-    """ROC and precision over recall, one curve for each picture; of each, reliability and how classes are predicted.
+def picture_charts(pictures: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
+    """ROC and precision over recall, a curve for each picture; of each, reliability and how classes are predicted.
 
     Args:
-        pictures: by the names of their splits, or of their runs; empty ones are left out.
+        pictures: by what they are of, as the names of splits; empty ones are left out.
     """
     known = {name: picture for name, picture in pictures.items() if picture}
+    roc, found = [], []
+    for i, (name, picture) in enumerate(known.items()):
+        rate, points = picture["curves"]["click_rate"], picture["curves"]["roc"]
+        precision = [(100 * y, 100 * rate * y / (rate * y + (1 - rate) * x)) for x, y in points if y]
+        roc.append(Curve(name, colour(i), [(100 * x, 100 * y) for x, y in points]))
+        found.append(Curve(name, colour(i), precision))
     if not known:
         return []
-    chance = Curve("chance", "var(--edge)", [(0.0, 0.0), (100.0, 100.0)])
-    rate = next(iter(known.values()))["curves"]["click_rate"]
-    precision = Curve("chance", "var(--edge)", [(0.0, 100 * rate), (100.0, 100 * rate)])
+    chance = [
+        Curve("by chance", "var(--edge)", line) for line in ([(0, 0), (100, 100)], [(0, 100 * rate), (100, 100 * rate)])
+    ]
     charts = [
-        _percent_chart("ROC", "false positive rate, %", "true positive rate, %", chance, known, "roc"),
-        _percent_chart("precision and recall", "recall, %", "precision, %", precision, known, "precision_recall"),
+        _percents("ROC", [chance[0], *roc], "false positive rate, %", "true positive rate, %"),
+        _percents("precision and recall", [chance[1], *found], "recall, %", "precision, %"),
     ]
     for name, picture in known.items():
-        charts += [_distribution_chart(name, picture["curves"])]
+        charts += [_reliability(name, picture["reliability"]), _distribution(name, picture["curves"])]
     return charts
 
 
-def _percent_chart(
-    caption: str, x_name: str, y_name: str, chance: Curve, pictures: Mapping[str, Picture], key: str
-) -> Chart:
-    found = [
-        Curve(name, colour(i), [(100 * x, 100 * y) for x, y in picture["curves"][key]])
-        for i, (name, picture) in enumerate(pictures.items())
-    ]
-    return curve_chart(caption, [chance, *found], (0, 100), x_name, _whole, _both, y_name=y_name)
+def _percents(caption: str, curves: list[Curve], x_name: str, y_name: str, top: float = 100.0) -> Chart:
+    return curve_chart(caption, curves, (0, top), x_name, "{:.0f}".format, "{1:.2f} at {0:.2f}".format, y_name=y_name)
 
 
-def _distribution_chart(name: str, drawn: Mapping[str, Any]) -> Chart:
-    edges = drawn["edges"]
-    middles = [(low + high) / 2 for low, high in pairwise(edges)]
+def _reliability(name: str, found: Mapping[str, Any]) -> Chart:
+    bins = [ReliabilityBin(*each) for each in found["bins"]]
+    top = max(max(each.prediction, each.high) for each in bins)
+    scale, unit = (100, "%") if top >= 0.04 else (10_000, "in 10,000")  # axes have whole numbers
+    line = [(scale * each.prediction, scale * each.click_rate) for each in bins]
+    band = [(scale * each.prediction, scale * each.low, scale * each.high) for each in bins]
+    error, _, low, high = map(show_number, found["error"])
+    return _percents(
+        f"reliability, {name}: calibration error {error} ({low} to {high}), by chance {found['by_chance']:.5f}",
+        [
+            Curve("calibrated", "var(--edge)", [(0, 0), (scale * top, scale * top)]),
+            Curve("bins of as many rows, with their intervals", COLOURS[0], line, band),
+        ],
+        f"mean prediction, {unit}",
+        f"click rate, {unit}",
+        scale * top,
+    )
 
-    def curve(caption: str, shares: list[float], index: int) -> Curve:
+
+def _distribution(name: str, drawn: Mapping[str, Any]) -> Chart:
+    middles = [(low + high) / 2 for low, high in pairwise(drawn["edges"])]
+    classes = {"rows without a click": drawn["others"], "rows with a click": drawn["clicked"]}
+    curves = []
+    for (caption, shares), of_class in zip(classes.items(), COLOURS, strict=False):
         line = [(x, 100 * share) for x, share in zip(middles, shares, strict=True)]
-        return Curve(caption, COLOURS[index], line, [(x, 0.0, y) for x, y in line])
-
+        curves.append(Curve(caption, of_class, line, [(x, 0.0, y) for x, y in line]))
     return curve_chart(
-        f"how rows of {name} are predicted, by class",
-        [curve("rows without a click", drawn["others"], 0), curve("rows with a click", drawn["clicked"], 1)],
-        (edges[0], edges[-1]),
+        f"predictions by class, {name}",
+        curves,
+        (drawn["edges"][0], drawn["edges"][-1]),
         "prediction, in steps of its log-odds",
         lambda logit: f"{100 / (1 + math.exp(-logit)):.2g} %",
         lambda logit, share: f"{share:.2f} % near {100 / (1 + math.exp(-logit)):.3g} %",
         y_name="of the rows of the class, %",
     )
-
-
-def _whole(value: float) -> str:
-    return f"{value:.0f}"
-
-
-def _both(x: float, y: float) -> str:
-    return f"{y:.2f} at {x:.2f}"
 
 
 def difference_rows(found: Mapping[str, Any], metrics: Collection[str] = METRICS) -> list[dict[str, str]]:

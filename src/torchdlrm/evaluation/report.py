@@ -154,7 +154,7 @@ def _cards(lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
             yield f"val {caption}, last", show_number(judged[-1][name], 4)
         if judged and name == BEST:
             best = max(judged, key=lambda line: line[BEST])
-            yield f"val {caption}, best (step {best['step']:,})", show_number(best[BEST], 4)
+            yield f"val {caption}, best", f"{show_number(best[BEST], 4)} at step {best['step']:,}"
 
 
 def _captions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Draws how predictions tell clicks from other rows: ROC, precision and recall, and how each class is predicted.
+"""Draws how predictions tell clicks from other rows: the ROC curve, and how each class is predicted.
 
 In: N predicted rows.  Out: `Curves`, a few hundred numbers.  Exact: a point counts every row on its side of a
 threshold, as often as it weighs; which thresholds there are is taken from a sample.  Cost: two passes in blocks, in
@@ -25,16 +25,14 @@ class Curves:
     Attributes:
         roc: by falling threshold, the fraction of the rows without a click that are predicted at or above it, and of
             those with one: from (0, 0) to (1, 1), at most 200 points.
-        precision_recall: likewise recall, the fraction of the clicks that are found, and precision, the fraction of
-            what is found that was clicked.
         edges: of bins of the logit, rising [51]; the first and the last bin have all rows beyond their edge too.
         clicked: the fraction of the rows with a click that each bin has [50].
         others: of the rows without one [50].
-        click_rate: of all rows: the precision of predictions by chance.
+        click_rate: c of all rows: with it a point (x, y) of the ROC curve has the recall y and the precision
+            c y / (c y + (1 - c) x).
     """
 
     roc: list[tuple[float, float]]
-    precision_recall: list[tuple[float, float]]
     edges: list[float]
     clicked: list[float]
     others: list[float]
@@ -53,15 +51,12 @@ def curves(judged: Judged) -> Curves | None:
     thresholds = np.unique([np.quantile(of, steps, method="nearest") for of in classes])
     # At or above each threshold, from the largest to the least, and then all rows.
     others, clicks = np.cumsum(_weights_between(judged, thresholds)[:, ::-1], axis=1)
-    found = others + clicks > 0
-    precision_recall = zip(clicks[found] / clicks[-1], clicks[found] / (clicks + others)[found], strict=True)
     low, high = np.clip(np.quantile(logits, [0.001, 0.999], method="nearest"), -_MOST_SURE, _MOST_SURE)
     edges = np.linspace(math.floor(low), math.ceil(high) if high > math.floor(low) else low + 1, _BINS + 1)
     of_class = _weights_between(judged, edges[1:-1].astype(judged.logits.dtype))
     of_others, of_clicked = of_class / of_class.sum(axis=1, keepdims=True)
     return Curves(
         [(0.0, 0.0), *zip((others / others[-1]).tolist(), (clicks / clicks[-1]).tolist(), strict=True)],
-        [(float(recall), float(precision)) for recall, precision in precision_recall],
         edges.tolist(),
         of_clicked.tolist(),
         of_others.tolist(),

@@ -53,7 +53,7 @@ def test_the_page_tells_what_is_in_the_runs_files(run, small_dataset):
     for split, record in small_dataset.manifest.splits.items():
         assert [split, f"{record.rows:,}", f"{record.clicks / record.rows:.4f}"] in rows
     assert ["world_size", "2"] in rows
-    assert "<b>0.7123</b><span>val AUC, best (step 2)</span>" in page
+    assert "<b>0.7123 at step 2</b><span>val AUC, best</span>" in page
     assert "<b>0.6500</b><span>val AUC, last</span>" in page
     assert "<b>1,002</b><span>rows/s, median</span>" in page
     assert page.count("<svg") == 4

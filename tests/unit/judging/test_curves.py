@@ -32,7 +32,9 @@ def test_each_point_is_one_of_scikit_learns(rng, weighted, distinct, monkeypatch
     found = curves(Judged.of(labels, logits, weights))
     fpr, tpr, _ = roc_curve(labels, logits, sample_weight=weights, drop_intermediate=False)
     precision, recall, _ = precision_recall_curve(labels, logits, sample_weight=weights)
-    for points, exact in ((found.roc, (fpr, tpr)), (found.precision_recall, (recall, precision))):
+    rate = found.click_rate
+    by_recall = [(y, rate * y / (rate * y + (1 - rate) * x)) for x, y in found.roc if y]
+    for points, exact in ((found.roc, (fpr, tpr)), (by_recall, (recall, precision))):
         everything = np.column_stack(exact)
         assert len(points) <= 200
         distance = [np.abs(everything - point).max(axis=1).min() for point in points]
@@ -43,7 +45,6 @@ def test_each_point_is_one_of_scikit_learns(rng, weighted, distinct, monkeypatch
     # Between the points little is lost.
     x, y = np.array(found.roc).T
     assert np.trapezoid(y, x) == pytest.approx(Judged.of(labels, logits, weights).auc(), abs=2e-4)
-    assert found.precision_recall[-1] == pytest.approx((1.0, found.click_rate))
     assert found.click_rate == pytest.approx(np.average(labels, weights=weights))
 
 
